@@ -1,0 +1,3344 @@
+#!/usr/bin/env python3
+"""QLoRA in one file: fine-tune a language model whose frozen weights are held in 4 bits.
+
+    python qlora.py --model_name_or_path M --dataset D --output_dir OUT      train
+    python qlora.py run.yaml --learning_rate 1e-4                            flags from a file
+    python qlora.py … --do_train False --do_predict --predict_with_generate  use what was trained
+
+A base model is loaded in 4, 8, 16 or 32 bit, LoRA adapters go on every linear layer, the dataset is brought to
+{input, output} pairs, and the Hugging Face Trainer trains the adapters with a paged optimizer. The method is
+QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314); flags, defaults, prompts, labels and files are those of
+its original script (https://github.com/artidoro/qlora), except where the README's list of differences says otherwise.
+
+The file reads from top to bottom, and a room uses only rooms above it:
+
+     1 Imports          5 Loading      9 LoRA            13 Stages
+     2 Errors           6 Tokenizer   10 Checkpoints     14 Main
+     3 Arguments        7 Encoding    11 Evaluation
+     4 Dataset formats  8 Model       12 Trainer
+"""
+
+# ------------------------------------------------------------------------------------
+# 1. Imports
+#
+# torch and transformers come with the Trainer's arguments in any case. bitsandbytes, datasets and matplotlib are
+# imported where they are used, so that this file loads, and `--help` answers, without them.
+# ------------------------------------------------------------------------------------
+
+import contextlib
+import csv
+import dataclasses
+import difflib
+import errno
+import gzip
+import hashlib
+import importlib.metadata
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
+
+import torch
+import torch.nn.functional as F
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    HfArgumentParser,
+    LlamaTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    set_seed,
+)
+
+log = logging.getLogger("qlora")
+
+IGNORE = -100  # a label that the loss leaves out
+GIB = 2**30
+
+
+# ------------------------------------------------------------------------------------
+# 2. Errors
+#
+# What a user can mend is a QLoRAError: main prints its message in one line and returns 2. A message says what was
+# found, what was expected, and the way out. Everything else is our bug and keeps its traceback.
+# ------------------------------------------------------------------------------------
+class QLoRAError(Exception):
+    """Something that the user can mend."""
+
+
+class ConfigError(QLoRAError):
+    """A flag, a combination of flags, or a model that does not fit them."""
+
+
+class DataError(QLoRAError):
+    """A dataset, a file of it, or a row."""
+
+
+class TrainingError(QLoRAError):
+    """Training that can't go on: a loss that is not finite, no memory."""
+
+
+class RowError(ValueError):
+    """What is wrong with one row; becomes a DataError that also names file and line, or a line of rejected.jsonl."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first lines of a library's message, joined, short enough to read."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:397] + "..."
+
+
+# ------------------------------------------------------------------------------------
+# 3. Arguments: the command line and a YAML or JSON file -> Config
+#
+# A flag is one field of the dataclass of its group: type, default, help and choices come from there. A flag that was
+# renamed is a row of RENAMED_FLAGS. A rule between flags is a line of check_config, which runs before anything heavy;
+# nothing later edits a Config.
+# ------------------------------------------------------------------------------------
+def flag(default: Any, text: str) -> Any:
+    """A dataclass field with its help text, in which %% stands for a percent sign."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """Which base model and tokenizer."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str = flag(
+        "EleutherAI/pythia-12b",
+        "Base model: a hub id, a folder, or a .gguf file (or a folder with one).",
+    )
+    trust_remote_code: bool = flag(
+        False, "Run the Python code that comes with the model and tokenizer."
+    )
+    use_auth_token: bool = flag(
+        False, "Use the hub token of this machine's login, for gated models."
+    )
+    adapter_name_or_path: str | None = flag(
+        None,
+        "Start from this adapter, with a fresh optimizer. Not a resume: rerun the same command for that.",
+    )
+    attn_implementation: str | None = flag(
+        None,
+        "Attention kernel: sdpa, eager, flash_attention_2, ...; default: the library's choice.",
+    )
+    use_fast_tokenizer: bool = flag(
+        True, "Accepted for old command lines; every tokenizer is a fast one today."
+    )
+    pad_token: str | None = flag(None, "Use this token of the vocabulary as padding.")
+    eos_token: str | None = flag(None, "Use this token of the vocabulary as end of sequence.")
+    bos_token: str | None = flag(None, "Use this token of the vocabulary as beginning of sequence.")
+    unk_token: str | None = flag(None, "Use this token of the vocabulary as unknown token.")
+    padding_side: Literal["right", "left"] = flag(
+        "right", "Side of the padding in training batches; generation always pads left."
+    )
+    tokenizer_patch: str | None = flag(
+        None,
+        "Folder whose tokenizer_config.json and special_tokens_map.json are laid over the model's own "
+        "(examples/llama1_tokenizer mends early LLaMA conversions).",
+    )
+    rope_scaling: str | None = flag(
+        None,
+        'JSON for the model\'s rotary embedding, e.g. \'{"rope_type": "linear", "factor": 2.0}\'.',
+    )
+    cache_dir: str | None = flag(
+        None, "Folder for downloads, converted models and encoded datasets."
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which rows, how they are read, how they are cut."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    dataset: str = flag(
+        "alpaca",
+        "A preset, a local file or folder, or a hub id; a comma-separated list is concatenated.",
+    )
+    dataset_format: str | None = flag(
+        None,
+        "Format of the rows (README: Formats); default: the preset's own, else inferred from the columns.",
+    )
+    eval_dataset_size: float = flag(
+        1024,
+        "Evaluation rows split off where the dataset has no such split: a number of rows, or a fraction below 1. "
+        "The default takes a tenth of a set of fewer than 4096 rows.",
+    )
+    max_train_samples: int | None = flag(
+        None, "Train on the first N rows only, counted after the split."
+    )
+    max_eval_samples: int | None = flag(None, "Evaluate and predict on the first N rows only.")
+    source_max_len: int = flag(
+        1024, "Longest input, in tokens with BOS; longer ones are cut on the right."
+    )
+    target_max_len: int = flag(
+        256, "Longest output, in tokens with EOS; longer ones are cut on the right."
+    )
+    model_max_len: int | None = flag(
+        None,
+        "One limit for input and output together, in tokens; replaces source_max_len and target_max_len.",
+    )
+    skip_excess_length: bool = flag(
+        True, "With model_max_len: drop longer training rows instead of cutting them."
+    )
+    on_bad_rows: Literal["stop", "skip"] = flag(
+        "stop", "A row that can't be used: stop the run, or skip it and write it to rejected.jsonl."
+    )
+    train_on_source: bool = flag(False, "Learn the input tokens too.")
+
+
+@dataclass
+class QuantisationArguments:
+    """How the frozen weights are held."""
+
+    _argument_group_name: ClassVar[str] = "quantisation"
+
+    bits: Literal[4, 8, 16, 32] = flag(4, "Bits of a base weight.")
+    quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit data type.")
+    double_quant: bool = flag(
+        True, "Quantise the quantisation constants too: 0.37 bits a parameter less."
+    )
+    full_finetune: bool = flag(
+        False, "No adapters: train all weights but the embeddings. Needs bits 16 or 32."
+    )
+    max_memory_MB: int = flag(
+        80000, "Memory to use on each GPU, in MB, when one process drives them all."
+    )
+
+
+@dataclass
+class LoraArguments:
+    """The adapters."""
+
+    _argument_group_name: ClassVar[str] = "LoRA"
+
+    lora_r: int = flag(64, "Rank of the adapters.")
+    lora_alpha: float = flag(16, "Adapters are scaled by lora_alpha / lora_r.")
+    lora_dropout: float = flag(0.0, "Dropout probability on the adapters' input.")
+    lora_modules: str = flag(
+        "all",
+        "Adapted layers: all (every linear one but the head), attn, mlp, or a comma list of leaf names.",
+    )
+    lora_bias: Literal["none", "all", "lora_only"] = flag("none", "Which bias vectors train too.")
+    lora_dtype: Literal["float32", "bfloat16"] = flag(
+        "float32", "Data type that the adapters are kept in."
+    )
+    use_dora: bool = flag(False, "Weight-decomposed adapters (DoRA).")
+    use_rslora: bool = flag(False, "Scale by lora_alpha / sqrt(lora_r).")
+    init_lora_weights: str = flag(
+        "True", "How adapters start: True, gaussian, or a name that peft knows."
+    )
+    modules_to_save: str | None = flag(
+        None,
+        "Comma list of modules to train whole and save with the adapter, e.g. embed_tokens,lm_head.",
+    )
+    layers_to_freeze: int = flag(
+        0, "Leave the first N layers as they are: no adapters, no training."
+    )
+    layer_freeze_ratio: float = flag(0.0, "As layers_to_freeze, as a share of the layers, below 1.")
+
+
+@dataclass
+class TrainingArguments(Seq2SeqTrainingArguments):
+    """The Trainer's arguments with the original's defaults."""
+
+    _argument_group_name: ClassVar[str] = (
+        "training (defaults that differ from the Trainer's, and flags of ours)"
+    )
+
+    report_to: str | None = flag("none", "Tracker: none, tensorboard, wandb, trackio, ...")
+    output_dir: str = flag("./output", "Folder for adapter, checkpoints, metrics and predictions.")
+    optim: str = flag(
+        "paged_adamw_32bit", "Optimizer, by the Trainer's names; paged ones need bitsandbytes."
+    )
+    per_device_train_batch_size: int = flag(1, "Rows in a micro-batch on each GPU.")
+    gradient_accumulation_steps: int = flag(16, "Micro-batches in one optimizer step.")
+    max_steps: int = flag(
+        10000, "Optimizer steps; -1, or num_train_epochs given without it: epochs decide."
+    )
+    weight_decay: float = flag(0.0, "AdamW's weight decay.")
+    learning_rate: float = flag(2e-4, "Highest learning rate.")
+    remove_unused_columns: bool = flag(False, "Drop columns that the model does not name.")
+    max_grad_norm: float = flag(0.3, "Clip the gradient to this norm.")
+    gradient_checkpointing: bool = flag(
+        True, "Recompute activations in the backward pass to save memory."
+    )
+    do_train: bool = flag(True, "Train.")
+    lr_scheduler_type: str = flag(
+        "constant",
+        "Learning rate schedule. constant ignores warm-up, constant_with_warmup honours it.",
+    )
+    warmup_steps: float = flag(0.03, "Warm-up: steps, or below 1 a share of all steps.")
+    logging_steps: float = flag(
+        10, "Steps between two lines of the log, or below 1 a share of all steps."
+    )
+    train_sampling_strategy: str = flag(
+        "group_by_length",
+        "Order of the rows: group_by_length (less padding), random or sequential.",
+    )
+    save_strategy: str = flag("steps", "When to save: no, steps, epoch or best.")
+    save_steps: float = flag(250, "Steps between two checkpoints, or below 1 a share of all steps.")
+    save_total_limit: int | None = flag(40, "Checkpoints to keep.")
+    overwrite_output_dir: bool = flag(
+        False, "Start anew although output_dir holds a run; its checkpoints go."
+    )
+    adam8bit: bool = flag(False, "8-bit paged AdamW: short for --optim paged_adamw_8bit.")
+    show_traceback: bool = flag(
+        False, "Show the traceback of an error; --debug without a value does the same."
+    )
+
+
+@dataclass
+class MMLUArguments:
+    """Multiple-choice questions at each evaluation."""
+
+    _argument_group_name: ClassVar[str] = "MMLU"
+
+    do_mmlu_eval: bool = flag(False, "Answer MMLU questions at each evaluation.")
+    mmlu_split: Literal["eval", "test"] = flag("eval", "Which questions.")
+    mmlu_dataset: Literal["mmlu-zs", "mmlu-fs", "mmlu"] = flag(
+        "mmlu-fs", "Zero-shot (mmlu-zs) or five-shot (mmlu-fs, mmlu) prompts."
+    )
+    max_mmlu_samples: int | None = flag(None, "Answer the first N questions only.")
+    mmlu_source_max_len: int = flag(
+        2048, "Longest prompt, in tokens; longer ones are cut on the left."
+    )
+    mmlu_dir: str = flag(
+        "data/mmlu",
+        "Folder of the original's question files; where it is absent the questions come from cais/mmlu on the hub.",
+    )
+
+
+@dataclass
+class GenerationArguments:
+    """How predictions are generated. Only the values given reach the model's generate."""
+
+    _argument_group_name: ClassVar[str] = "generation"
+
+    max_new_tokens: int = flag(256, "Longest prediction, in tokens.")
+    min_new_tokens: int | None = flag(None, "Shortest prediction, in tokens.")
+    do_sample: bool = flag(False, "Sample instead of taking the likeliest token.")
+    num_beams: int = flag(1, "Beams of the beam search.")
+    num_beam_groups: int = flag(1, "Groups of beams.")
+    penalty_alpha: float | None = flag(None, "Degeneration penalty of contrastive search.")
+    temperature: float = flag(1.0, "Sampling temperature.")
+    top_k: int = flag(50, "Sample among the k likeliest tokens.")
+    top_p: float = flag(
+        1.0, "Sample among the likeliest tokens that have this probability together."
+    )
+    typical_p: float = flag(
+        1.0, "Sample among the most typical tokens that have this probability together."
+    )
+    diversity_penalty: float = flag(0.0, "Penalty for a token that another beam group chose.")
+    repetition_penalty: float = flag(1.0, "Above 1: penalty for tokens that occurred.")
+    length_penalty: float = flag(1.0, "Exponent of the length in beam scores.")
+    no_repeat_ngram_size: int = flag(0, "No run of this many tokens occurs twice.")
+
+
+GROUPS = (
+    ModelArguments,
+    DataArguments,
+    QuantisationArguments,
+    LoraArguments,
+    TrainingArguments,
+    MMLUArguments,
+    GenerationArguments,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every flag, by group, as the run uses it."""
+
+    model: ModelArguments
+    data: DataArguments
+    quant: QuantisationArguments
+    lora: LoraArguments
+    training: TrainingArguments
+    mmlu: MMLUArguments
+    generation: GenerationArguments
+    flags: dict[str, Any]  # every flag by its own name, as resolved
+    given: frozenset[str]  # those that the user set
+
+
+class Given(NamedTuple):
+    """One flag as it was given: on the command line or in a file."""
+
+    name: str  # with underscores, without dashes
+    values: tuple[str, ...]
+    where: str  # how to name it in a message
+
+
+class Renamed(NamedTuple):
+    """What an old flag is called today."""
+
+    to: str | None  # None: accepted, without effect
+    values: Mapping[str, str] | None = None  # old value -> new value, where they differ
+    note: str = ""
+
+
+BOOLEANS = {
+    "": "True",
+    "true": "True",
+    "1": "True",
+    "yes": "True",
+    "false": "False",
+    "0": "False",
+    "no": "False",
+}
+NO_EFFECT = "it has no counterpart in today's Trainer"
+
+RENAMED_FLAGS: dict[str, Renamed] = {
+    "evaluation_strategy": Renamed("eval_strategy"),
+    "warmup_ratio": Renamed("warmup_steps"),
+    "group_by_length": Renamed(
+        "train_sampling_strategy", {"True": "group_by_length", "False": "random"}
+    ),
+    "no_cuda": Renamed("use_cpu"),
+    "use_auth": Renamed("use_auth_token"),
+    "push_to_hub_token": Renamed("hub_token"),
+    "use_flash_attention_2": Renamed(
+        "attn_implementation", {"True": "flash_attention_2", "False": ""}
+    ),
+    "adafactor": Renamed("optim", {"True": "adafactor", "False": ""}),
+    "per_gpu_train_batch_size": Renamed("per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": Renamed("per_device_eval_batch_size"),
+    "torchdynamo": Renamed("torch_compile_backend"),
+    "save_safetensors": Renamed(None, note="weights are always saved as safetensors"),
+    "sortish_sampler": Renamed(None, note="use --train_sampling_strategy"),
+    "sharded_ddp": Renamed(None, note="use --fsdp"),
+    "use_mps_device": Renamed(None, note=NO_EFFECT),
+    "half_precision_backend": Renamed(None, note=NO_EFFECT),
+    "fp16_backend": Renamed(None, note=NO_EFFECT),
+    "use_ipex": Renamed(None, note=NO_EFFECT),
+    "jit_mode_eval": Renamed(None, note=NO_EFFECT),
+    "past_index": Renamed(None, note=NO_EFFECT),
+    "ray_scope": Renamed(None, note=NO_EFFECT),
+    "tpu_num_cores": Renamed(None, note=NO_EFFECT),
+}
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser with our groups before the Trainer's, no abbreviations, and errors of ours."""
+
+    def __init__(self) -> None:
+        self.trainer_group: Any = None
+        super().__init__(
+            GROUPS,
+            prog="qlora.py",
+            allow_abbrev=False,
+            description="Fine-tune a language model with 4-bit base weights and LoRA adapters.",
+            epilog="A YAML or JSON file with flags may stand first: python qlora.py run.yaml --learning_rate 1e-4",
+        )
+        self._action_groups.append(
+            self._action_groups.pop(self._action_groups.index(self.trainer_group))
+        )
+
+    def _add_dataclass_arguments(self, dtype: Any) -> None:
+        """One group for what a class declares itself; what it inherits from the Trainer goes into the last group."""
+        own = self.add_argument_group(dtype._argument_group_name)
+        if dtype is TrainingArguments:
+            self.trainer_group = self.add_argument_group(
+                "the Trainer's other flags, with its own defaults"
+            )
+        hints = get_type_hints(dtype)
+        for item in dataclasses.fields(dtype):
+            if item.init and item.name not in RENAMED_FLAGS:
+                item.type = hints[item.name]
+                declared = item.name in dtype.__dict__["__annotations__"]
+                self._parse_dataclass_field(own if declared else self.trainer_group, item)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Argparse's own complaints, as ours."""
+        raise ConfigError(message.replace("argument ", ""))
+
+    def flag_names(self) -> set[str]:
+        """Every name that may follow the dashes, with underscores."""
+        return {s[2:].replace("-", "_") for s in self._option_string_actions if s.startswith("--")}
+
+
+def read_config_file(path: Path) -> list[Given]:
+    """The flags of a YAML or JSON file: a mapping of names to values."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: expected flags as `name: value` lines, found {type(content).__name__}"
+        )
+    given = []
+    for name, value in content.items():
+        values = value if isinstance(value, list) else [value]
+        if value is not None:
+            texts = tuple(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)
+            given.append(Given(str(name).replace("-", "_"), texts, f"{path}: {name}"))
+    return given
+
+
+def split_argv(argv: Sequence[str]) -> list[Given]:
+    """The command line as flags with their values, after those of a config file that stands first."""
+    given: list[Given] = []
+    if argv and Path(argv[0]).suffix.lower() in (".yaml", ".yml", ".json"):
+        given = read_config_file(Path(argv[0]))
+        argv = argv[1:]
+    from_file = len(given)
+    for token in argv:
+        dashes = re.match(r"--(?=[A-Za-z])|[–—]+(?=[A-Za-z])", token)
+        if dashes:
+            if dashes.group() != "--":
+                log.warning(
+                    "%s: read as --%s (its dash is not a hyphen)", token, token[dashes.end() :]
+                )
+            name, equals, value = token[dashes.end() :].partition("=")
+            given.append(Given(name.replace("-", "_"), (value,) if equals else (), f"--{name}"))
+        elif len(given) > from_file:
+            given[-1] = given[-1]._replace(values=(*given[-1].values, token))
+        else:
+            raise ConfigError(
+                f"{token}: expected a flag, which begins with --, or a .yaml or .json file first"
+            )
+    return given
+
+
+def current_name(item: Given, known: set[str]) -> Given | None:
+    """An old flag under its name of today, with a warning; None where it has no effect; an error where none is near."""
+    off = item.name.removeprefix("no_") in RENAMED_FLAGS and item.name not in RENAMED_FLAGS
+    old = item.name.removeprefix("no_") if off else item.name
+    if old == "logging_dir":
+        os.environ["TENSORBOARD_LOGGING_DIR"] = " ".join(item.values)
+        log.warning("%s: old name, set as TENSORBOARD_LOGGING_DIR", item.where)
+        return None
+    if old == "debug" and not item.values:  # with a value it is the Trainer's flag of that name
+        return item._replace(name="show_traceback")
+    if old in RENAMED_FLAGS:
+        new = RENAMED_FLAGS[old]
+        if new.to is None:
+            log.warning("%s: accepted, without effect: %s", item.where, new.note)
+            return None
+        values = item.values
+        if new.values is not None:
+            value = "False" if off else BOOLEANS.get("".join(values).lower(), "".join(values))
+            if value not in new.values:
+                raise ConfigError(f"{item.where} {value}: expected True or False")
+            values = (new.values[value],)
+            if not values[0]:
+                return None
+        log.warning("%s: old name, read as --%s %s", item.where, new.to, " ".join(values))
+        return Given(new.to, values, item.where)
+    if item.name not in known:
+        near = difflib.get_close_matches(
+            item.name, sorted(known | set(RENAMED_FLAGS)), n=1, cutoff=0.5
+        )
+        hint = f"did you mean --{near[0]}?" if near else "see --help"
+        raise ConfigError(f"{item.where}: unknown flag, {hint}")
+    return item
+
+
+def parse_config(argv: Sequence[str]) -> Config:
+    """The command line -> a checked Config.
+
+    Raises:
+        ConfigError: an unknown flag, a value of the wrong type, flags that do not go together.
+    """
+    parser = Parser()
+    if any(token in ("-h", "--help") for token in argv):
+        parser.print_help()
+        raise SystemExit(0)
+    known = parser.flag_names()
+    items = [item for old in split_argv(argv) if (item := current_name(old, known))]
+    given = frozenset(
+        item.name.removeprefix("no_") if item.name not in flag_defaults() else item.name
+        for item in items
+    )
+    for item in items:
+        if item.where.endswith("warmup_ratio"):
+            check_ratio(item)
+            if any(other.name == "warmup_steps" and other is not item for other in items):
+                raise ConfigError(f"{item.where} and --warmup_steps: give one of them")
+    tokens = [token for item in items for token in (f"--{item.name}", *item.values)]
+    flags = vars(parser.parse_args(tokens))
+    flags |= derived_defaults(flags, given)
+    try:
+        groups = [
+            group(
+                **{
+                    f.name: flags[f.name]
+                    for f in dataclasses.fields(group)
+                    if f.init and f.name in flags
+                }
+            )
+            for group in GROUPS
+        ]
+    except (ValueError, ImportError, OSError) as error:
+        raise ConfigError(one_line(error)) from error
+    config = Config(*groups, flags=flags, given=given)  # type: ignore[arg-type]
+    check_config(config)
+    return config
+
+
+def check_ratio(item: Given) -> None:
+    """A warm-up ratio becomes a float below 1; from 1 on the Trainer would take it for a number of steps."""
+    try:
+        ratio = float("".join(item.values))
+    except ValueError:
+        return  # the parser names the flag and the type
+    if not 0 <= ratio < 1:
+        raise ConfigError(
+            f"{item.where} {ratio:g}: expected a share of the steps, from 0 up to below 1"
+        )
+
+
+def flag_defaults() -> dict[str, Any]:
+    """Every flag with its default."""
+    return {
+        f.name: f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        for group in GROUPS
+        for f in dataclasses.fields(group)
+        if f.init and f.name not in RENAMED_FLAGS
+    }
+
+
+def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
+    """Defaults that depend on other flags or on the machine."""
+    derived: dict[str, Any] = {}
+    if "num_train_epochs" in given and "max_steps" not in given:
+        derived["max_steps"] = -1
+    if flags["adam8bit"]:
+        derived["optim"] = "paged_adamw_8bit"
+    if not torch.cuda.is_available():
+        derived["use_cpu"] = True
+    if flags["gradient_checkpointing_kwargs"] is None:
+        derived["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    if (
+        "activation_checkpointing" in given
+    ):  # today's name of the same switch, where the Trainer has it
+        derived["gradient_checkpointing"] = flags["activation_checkpointing"]
+    return derived
+
+
+def check_config(config: Config) -> None:
+    """Every rule between flags.
+
+    Raises:
+        ConfigError: names the flags and the way out.
+    """
+    model, data, quant, lora, train = (
+        config.model,
+        config.data,
+        config.quant,
+        config.lora,
+        config.training,
+    )
+    given, mmlu = config.given, config.mmlu
+    rules: list[tuple[bool, str]] = [
+        (
+            not (train.do_train or train.do_eval or train.do_predict),
+            "nothing to do: --do_train, --do_eval and --do_predict are all False",
+        ),
+        (
+            quant.full_finetune and quant.bits < 16,
+            f"--full_finetune trains the weights: --bits {quant.bits} can't, use 16 or 32",
+        ),
+        (
+            quant.full_finetune and model.adapter_name_or_path is not None,
+            "--full_finetune and --adapter_name_or_path: a full fine-tune has no adapter, drop one of them",
+        ),
+        (train.adam8bit and "optim" in given, "--adam8bit and --optim: give one of them"),
+        (
+            train.do_predict and not train.predict_with_generate,
+            "--do_predict needs --predict_with_generate",
+        ),
+        (
+            mmlu.do_mmlu_eval and not train.do_eval,
+            "--do_mmlu_eval runs at each evaluation: add --do_eval",
+        ),
+        (
+            data.model_max_len is not None and bool(given & {"source_max_len", "target_max_len"}),
+            "--model_max_len replaces --source_max_len and --target_max_len: give one or the others",
+        ),
+        (
+            "skip_excess_length" in given and data.model_max_len is None,
+            "--skip_excess_length needs --model_max_len",
+        ),
+        (
+            data.eval_dataset_size <= 0,
+            f"--eval_dataset_size {data.eval_dataset_size:g}: expected more than 0",
+        ),
+        (lora.lora_r < 1, f"--lora_r {lora.lora_r}: expected at least 1"),
+        (
+            not 0 <= lora.lora_dropout < 1,
+            f"--lora_dropout {lora.lora_dropout:g}: expected from 0 up to below 1",
+        ),
+        (
+            lora.layers_to_freeze > 0 and lora.layer_freeze_ratio > 0,
+            "--layers_to_freeze and --layer_freeze_ratio: give one of them",
+        ),
+        (
+            not 0 <= lora.layer_freeze_ratio < 1,
+            f"--layer_freeze_ratio {lora.layer_freeze_ratio:g}: expected from 0 up to below 1",
+        ),
+        (
+            train.train_sampling_strategy not in ("group_by_length", "random", "sequential"),
+            f"--train_sampling_strategy {train.train_sampling_strategy}: expected group_by_length, random or sequential",
+        ),
+    ]
+    rules += [
+        (value is not None and value < 1, f"--{name} {value}: expected at least 1")
+        for name in (
+            "max_train_samples", "max_eval_samples", "source_max_len", "target_max_len", "model_max_len",
+            "max_mmlu_samples", "mmlu_source_max_len", "max_new_tokens", "per_device_train_batch_size",
+            "per_device_eval_batch_size", "gradient_accumulation_steps",
+        )
+        for value in [config.flags[name]]
+    ]  # fmt: skip
+    rules += [
+        (data.dataset_format is not None and data.dataset_format not in FORMATS,
+         f"--dataset_format {data.dataset_format}: expected one of {', '.join(FORMATS)}"),
+        (any(name.strip() == "vicuna" for name in data.dataset.split(",")),
+         "--dataset vicuna: its data was never released; use a file of your own, or another preset: " + ", ".join(DATASETS)),
+        (not data.dataset.strip(), "--dataset is empty"),
+    ]  # fmt: skip
+    for broken, message in rules:
+        if broken:
+            raise ConfigError(message)
+    rope_parameters(model.rope_scaling)
+
+
+def rope_parameters(text: str | None) -> dict[str, Any] | None:
+    """--rope_scaling as a dictionary; the key `type` of old configs is today's `rope_type`."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--rope_scaling: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f'--rope_scaling: expected an object such as {{"rope_type": "linear", "factor": 2.0}}, found {text}'
+        )
+    return {("rope_type" if key == "type" else key): item for key, item in value.items()}
+
+
+def token_of(config: Config) -> bool | None:
+    """What the hub's functions take as `token`."""
+    return True if config.model.use_auth_token else None
+
+
+# ------------------------------------------------------------------------------------
+# 4. Dataset formats: one row of a raw dataset -> Pair
+#
+# Every format ends here in {input, output}; no later room knows where a row came from.
+# To add one: write `_name_to_pair`, add a row to FORMATS, add a row to tests/test_formats.py. The order of FORMATS is
+# the order in which a format is inferred from the columns. A named dataset is a row of DATASETS.
+# ------------------------------------------------------------------------------------
+class Pair(TypedDict):
+    """The normal form of a row."""
+
+    input: str  # the prompt; empty for plain language modelling
+    output: str  # what is learnt
+
+
+class DatasetFormat(NamedTuple):
+    """How rows with these columns become pairs."""
+
+    columns: tuple[str, ...]  # that a row must have
+    to_pair: Callable[[Mapping[str, Any]], Pair]
+    inferred: bool = True  # from the columns alone
+
+
+def text_of(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    """The text in a field; a number or boolean is its JSON text, a null means that the field is missing.
+
+    Raises:
+        RowError: nothing there and no default, or a value that is no text.
+    """
+    value = row.get(name)
+    if value is None:
+        if default is None:
+            raise RowError(
+                f"field {name!r} is {'null' if name in row else 'missing'}, expected text"
+            )
+        return default
+    if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        found = {"dict": "an object", "float": repr(value)}.get(
+            type(value).__name__, f"a {type(value).__name__}"
+        )
+        raise RowError(f"field {name!r} is {found}, expected text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"field {name!r} is not valid UTF-8 at character {error.start}, expected text"
+        ) from error
+    return value
+
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: "
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response: "
+)
+
+
+def _alpaca_to_pair(row: Mapping[str, Any]) -> Pair:
+    """The Alpaca prompt (https://github.com/tatsu-lab/stanford_alpaca), with the original's single trailing space."""
+    fields = {"instruction": text_of(row, "instruction"), "input": text_of(row, "input", "")}
+    prompt = ALPACA_WITH_INPUT if fields["input"] else ALPACA_WITHOUT_INPUT
+    return {"input": prompt.format(**fields), "output": text_of(row, "output")}
+
+
+def _chip2_to_pair(row: Mapping[str, Any]) -> Pair:
+    """Question and answer share one string, marked `<human>: ` and `<bot>: `; the first answer is learnt."""
+    parts = text_of(row, "text").split("\n<bot>: ")
+    if len(parts) < 2:
+        raise RowError(r"field 'text' has no '\n<bot>: ', expected a question and an answer")
+    return {"input": parts[0].replace("<human>: ", ""), "output": parts[1]}
+
+
+def _self_instruct_to_pair(row: Mapping[str, Any]) -> Pair:
+    return {"input": text_of(row, "prompt"), "output": text_of(row, "completion")}
+
+
+def _input_output_to_pair(row: Mapping[str, Any]) -> Pair:
+    return {"input": text_of(row, "input"), "output": text_of(row, "output")}
+
+
+def _chosen_to_pair(row: Mapping[str, Any]) -> Pair:
+    return {"input": "", "output": text_of(row, "chosen")}
+
+
+def _text_to_pair(row: Mapping[str, Any]) -> Pair:
+    return {"input": "", "output": text_of(row, "text")}
+
+
+FORMATS: dict[str, DatasetFormat] = {
+    "alpaca": DatasetFormat(("instruction", "output"), _alpaca_to_pair),
+    "self-instruct": DatasetFormat(("prompt", "completion"), _self_instruct_to_pair),
+    "input-output": DatasetFormat(("input", "output"), _input_output_to_pair),
+    "hh-rlhf": DatasetFormat(("chosen",), _chosen_to_pair),
+    "text": DatasetFormat(("text",), _text_to_pair),
+    "alpaca-clean": DatasetFormat(("instruction", "output"), _alpaca_to_pair, inferred=False),
+    "longform": DatasetFormat(("input", "output"), _input_output_to_pair, inferred=False),
+    "chip2": DatasetFormat(("text",), _chip2_to_pair, inferred=False),
+    "oasst1": DatasetFormat(("text",), _text_to_pair, inferred=False),
+}
+
+
+class NamedDataset(NamedTuple):
+    """A preset: where it is, and the format of its rows."""
+
+    path: str
+    format: str
+    options: Mapping[str, str] = types.MappingProxyType({})  # for datasets.load_dataset
+
+
+DATASETS: dict[str, NamedDataset] = {
+    "alpaca": NamedDataset("tatsu-lab/alpaca", "alpaca"),
+    "alpaca-clean": NamedDataset("yahma/alpaca-cleaned", "alpaca-clean"),
+    "chip2": NamedDataset("laion/OIG", "chip2", {"data_files": "unified_chip2.jsonl"}),
+    # a script dataset, which datasets >= 4 does not run: its parquet conversion
+    "self-instruct": NamedDataset(
+        "yizhongw/self_instruct",
+        "self-instruct",
+        {"revision": "refs/convert/parquet", "data_dir": "self_instruct"},
+    ),
+    "hh-rlhf": NamedDataset("Anthropic/hh-rlhf", "hh-rlhf"),
+    "longform": NamedDataset("akoksal/LongForm", "longform"),
+    "oasst1": NamedDataset("timdettmers/openassistant-guanaco", "oasst1"),
+}
+
+
+def infer_format(columns: Iterable[str], where: str) -> str:
+    """The first format whose columns are all there."""
+    found = set(columns)
+    for name, candidate in FORMATS.items():
+        if candidate.inferred and found.issuperset(candidate.columns):
+            return name
+    needs = "; ".join(
+        f"{name}: {', '.join(f.columns)}" for name, f in FORMATS.items() if f.inferred
+    )
+    raise DataError(
+        f"{where}: no format fits the columns {', '.join(sorted(found)) or '(none)'}. Needed are, for {needs}"
+    )
+
+
+# ------------------------------------------------------------------------------------
+# 5. Loading: Config -> Splits of pairs
+#
+# Every row of every file becomes {input, output, where, problem}, written once to an Arrow cache. A row that can't be
+# used travels with its problem, so that the count survives the cache, and reject_bad_rows stops or skips.
+# To read another kind of file: one function that yields (line, row or RowError), one row in READERS.
+# ------------------------------------------------------------------------------------
+Numbered = Iterator[tuple[int, Any]]  # (line or row number from 1, the row or a RowError)
+
+SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in this order of preference
+EVAL_SPLIT_SEED = 42  # the original's: the same rows are held out
+
+
+class Splits(NamedTuple):
+    """What a run reads; pairs at first, encoded rows later."""
+
+    train: Any | None
+    eval: Any | None
+
+
+def read_json_lines(stream: Any) -> Numbered:
+    """JSON lines, or one JSON array."""
+    head = stream.read(1)
+    while head.isspace():
+        head = stream.read(1)
+    stream.seek(0)
+    if head == "[":
+        try:
+            yield from enumerate(json.load(stream), start=1)
+        except (ValueError, RecursionError) as error:
+            yield (
+                getattr(error, "lineno", 1),
+                RowError(f"not valid JSON: {one_line(error)}, expected one array of rows"),
+            )
+        return
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield (
+                    number,
+                    RowError(f"not valid JSON: {one_line(error)}, expected one object in a line"),
+                )
+
+
+def read_delimited(stream: Any, delimiter: str) -> Numbered:
+    """CSV or TSV with a header; every cell is text: an empty one is an empty string, and NA is NA."""
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than many documents
+    reader = csv.reader(stream, delimiter=delimiter, strict=True)
+    header = next(reader, None)
+    if header is None:
+        return
+    if len(set(header)) < len(header):
+        doubled = [name for name, count in Counter(header).items() if count > 1]
+        raise DataError(f"{stream.name}: the column {doubled[0]!r} stands twice in the header")
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, RowError(f"not valid CSV: {error}")
+            continue
+        if len(cells) == len(header):
+            yield number, dict(zip(header, cells, strict=True))
+        elif cells:  # no cells: an empty line
+            yield (
+                number,
+                RowError(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"),
+            )
+
+
+def read_parquet(stream: Any) -> Numbered:
+    """Parquet, a few thousand rows at a time."""
+    import pyarrow.parquet
+
+    batches = pyarrow.parquet.ParquetFile(stream).iter_batches(4096)
+    yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+
+
+READERS: dict[str, Callable[[Any], Numbered]] = {
+    ".json": read_json_lines,
+    ".jsonl": read_json_lines,
+    ".csv": lambda stream: read_delimited(stream, ","),
+    ".tsv": lambda stream: read_delimited(stream, "\t"),
+    ".parquet": read_parquet,
+}
+
+
+def data_suffix(path: Path) -> str:
+    """The suffix that chooses the reader; .gz is looked through."""
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+
+
+def read_file(path: Path) -> Numbered:
+    """The rows of one local file.
+
+    Raises:
+        DataError: a file that can't be opened, or that breaks off.
+    """
+    suffix = data_suffix(path)
+    try:
+        raw = gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # noqa: SIM115
+        with raw:
+            if suffix == ".parquet":
+                yield from READERS[suffix](
+                    io.BytesIO(raw.read()) if isinstance(raw, gzip.GzipFile) else raw
+                )
+            else:
+                # bytes that are not UTF-8 become lone surrogates, which text_of finds in the row they belong to
+                text = io.TextIOWrapper(
+                    raw, encoding="utf-8-sig", errors="surrogateescape", newline=""
+                )
+                yield from READERS[suffix](text)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: {one_line(error)}") from error
+    except ValueError as error:  # pyarrow's ArrowInvalid is one
+        raise DataError(f"{path}: not a {suffix} file: {one_line(error)}") from error
+
+
+class RowSource(NamedTuple):
+    """Rows before they are pairs: local files, or a dataset that the datasets library has loaded."""
+
+    name: str  # for messages
+    files: tuple[Path, ...]
+    loaded: Any | None = None
+
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        """(where, row or RowError) of every row."""
+        for path in self.files:
+            for number, row in read_file(path):
+                yield f"{path}:{number}", row
+        if self.loaded is not None:
+            for number, row in enumerate(self.loaded, start=1):
+                yield f"{self.name}:{number}", row
+
+    def fingerprint(self) -> str:
+        """Changes with the content of the files."""
+        return digest(
+            *(f"{path}:{file_digest(path)}" for path in self.files),
+            getattr(self.loaded, "_fingerprint", ""),
+        )
+
+    def columns(self) -> list[str]:
+        """The columns of the first rows; a JSON line may lack those that it leaves empty."""
+        if self.loaded is not None:
+            return list(self.loaded.column_names)
+        rows = (row for _, row in self.rows() if isinstance(row, Mapping))
+        return sorted({name for row in itertools.islice(rows, 100) for name in row})
+
+
+def digest(*parts: Any) -> str:
+    """A short hash of what the parts print."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()[
+        :16
+    ]
+
+
+def file_digest(path: Path) -> str:
+    """A hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def find_splits(name: str, config: Config) -> dict[str, RowSource]:
+    """A dataset's splits by name, before any row is read."""
+    path = Path(name).expanduser()
+    if name in DATASETS:
+        return load_from_hub(DATASETS[name].path, config, **DATASETS[name].options)
+    if path.is_file():
+        if data_suffix(path) not in READERS:
+            raise DataError(
+                f"{path}: unknown kind of file, expected {', '.join(READERS)}, or one of them with .gz"
+            )
+        return {"train": RowSource(name, (path,))}
+    if path.is_dir():
+        return find_splits_in_folder(path)
+    if path.suffix and data_suffix(path) in READERS:
+        raise DataError(f"--dataset {name}: no such file")
+    return load_from_hub(name, config)
+
+
+def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
+    """A folder of data files, or one written by `save_to_disk`."""
+    import datasets
+
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        try:
+            return as_sources(str(folder), datasets.load_from_disk(str(folder)))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder}: {one_line(error)}") from error
+    files = sorted(
+        p
+        for p in folder.iterdir()
+        if p.is_file() and data_suffix(p) in READERS and p.name[0] != "."
+    )
+    if not files:
+        raise DataError(
+            f"{folder}: no data file in it, expected {', '.join(READERS)}, or what save_to_disk writes"
+        )
+    splits: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        match = re.match(rf"(train|{'|'.join(SPLIT_NAMES)})(?![A-Za-z0-9])", file.name)
+        splits[match.group(1) if match else ""].append(file)
+    if list(splits) == [""]:
+        return {"train": RowSource(str(folder), tuple(files))}
+    if "" in splits:
+        stray = ", ".join(file.name for file in splits[""])
+        raise DataError(
+            f"{folder}: {stray} beside files named after splits; name every file train, eval, validation or test, or none"
+        )
+    return {split: RowSource(str(folder), tuple(paths)) for split, paths in splits.items()}
+
+
+def load_from_hub(path: str, config: Config, **options: Any) -> dict[str, RowSource]:
+    """A dataset of the hub, all its splits."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(
+            path, cache_dir=config.model.cache_dir, token=token_of(config), **options
+        )
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"--dataset {path}: no local file of that name, and the hub does not give it: {one_line(error)} "
+            f"(presets: {', '.join(DATASETS)})"
+        ) from error
+    return as_sources(path, loaded)
+
+
+def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
+    """What the datasets library loads is one dataset or a dictionary of splits."""
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    return {split: RowSource(f"{name}[{split}]", (), dataset) for split, dataset in splits.items()}
+
+
+def pair_rows(source: RowSource, format_name: str) -> Iterator[dict[str, str]]:
+    """Every row as {input, output, where, problem}; `problem` is empty for a row that can be used."""
+    to_pair = FORMATS[format_name].to_pair
+    for where, row in source.rows():
+        pair: Pair = {"input": "", "output": ""}
+        problem = ""
+        try:
+            if isinstance(row, RowError):
+                raise row
+            if not isinstance(row, Mapping):
+                raise RowError(f"the row is a {type(row).__name__}, expected an object with fields")
+            pair = to_pair(row)
+            if not pair["output"].strip():
+                raise RowError("the output is empty, expected something to learn")
+        except RowError as error:
+            pair, problem = (
+                {"input": "", "output": ""},
+                str(error).encode("utf-8", "replace").decode(),
+            )
+        yield {**pair, "where": where.encode("utf-8", "replace").decode(), "problem": problem}
+
+
+def load_pairs(source: RowSource, format_name: str, cache_dir: str | None) -> Any:
+    """One split as an Arrow dataset of pairs, from the cache if the same content was read before."""
+    import datasets
+
+    text = datasets.Value("string")
+    features = datasets.Features(dict.fromkeys(("input", "output", "where", "problem"), text))
+    try:
+        return datasets.Dataset.from_generator(
+            pair_rows,
+            features=features,
+            gen_kwargs={"source": source, "format_name": format_name},
+            cache_dir=cache_dir,
+            fingerprint=digest(
+                "pairs", CODE_VERSION, source.name, source.fingerprint(), format_name
+            ),
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, QLoRAError):
+            raise error.__cause__ from error
+        raise
+
+
+CODE_VERSION = file_digest(
+    Path(__file__)
+)  # rows that another version of this file encoded are encoded again
+
+
+def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> str:
+    """The format of a dataset's rows: the flag, the preset's own, or what the columns tell."""
+    source = next(iter(sources.values()))
+    if config.data.dataset_format:
+        chosen, why = config.data.dataset_format, "--dataset_format"
+    elif name in DATASETS:
+        chosen, why = DATASETS[name].format, "the preset's"
+    else:
+        chosen, why = infer_format(source.columns(), name), "inferred from the columns"
+    missing = set(FORMATS[chosen].columns) - set(columns := source.columns())
+    if missing and columns:
+        raise DataError(
+            f"{name}: no column {', '.join(sorted(missing))}, found {', '.join(columns)}. The format is {chosen} ({why}); "
+            f"others: {', '.join(FORMATS)}"
+        )
+    log.info("%s: format %s, %s", name, chosen, why)
+    return chosen
+
+
+def load_splits(config: Config) -> Splits:
+    """Every dataset named, as pairs: rows to train on and rows to evaluate on.
+
+    Raises:
+        DataError: names file, row and field.
+    """
+    import datasets
+
+    train, held_out = [], []
+    evaluating = config.training.do_eval or config.training.do_predict
+    names = [config.data.dataset]
+    if not Path(names[0]).exists():
+        names = [name.strip() for name in names[0].split(",") if name.strip()]
+    for name in names:
+        sources = find_splits(name, config)
+        if not sources:
+            raise DataError(f"{name}: no split in it")
+        chosen = format_of(name, sources, config)
+        pairs = {}
+        eval_name = (
+            next((split for split in SPLIT_NAMES if split in sources), None) if evaluating else None
+        )
+        train_name = "train" if "train" in sources else None
+        for split in filter(None, (train_name, eval_name)):
+            pairs[split] = load_pairs(sources[split], chosen, config.model.cache_dir)
+            log.info("%s: %d rows in split %s", name, len(pairs[split]), split)
+        if not pairs:
+            raise DataError(f"{name}: no split named train, found {', '.join(sources)}")
+        train += [pairs[train_name]] if train_name else []
+        held_out += [pairs[eval_name]] if eval_name else []
+    splits = Splits(
+        datasets.concatenate_datasets(train) if train else None,
+        datasets.concatenate_datasets(held_out) if held_out else None,
+    )
+    splits = Splits(*(reject_bad_rows(part, config) for part in splits))
+    if evaluating and splits.eval is None and splits.train is not None:
+        splits = split_off(splits.train, config)
+    return Splits(
+        first_rows(splits.train, config.data.max_train_samples)
+        if config.training.do_train
+        else None,
+        first_rows(splits.eval, config.data.max_eval_samples),
+    )
+
+
+def first_rows(rows: Any | None, limit: int | None) -> Any | None:
+    """The first rows, or all of them."""
+    return (
+        rows if rows is None or limit is None or limit >= len(rows) else rows.select(range(limit))
+    )
+
+
+def split_off(rows: Any, config: Config) -> Splits:
+    """Hold rows out for evaluation, shuffled with the original's seed."""
+    size = config.data.eval_dataset_size
+    if "eval_dataset_size" not in config.given and len(rows) < 4 * size:
+        size = max(1, len(rows) // 10)
+        log.info(
+            "eval_dataset_size: a tenth of %d rows, %d, is held out; --eval_dataset_size sets another number",
+            len(rows),
+            size,
+        )
+    count = round(size) if size >= 1 else max(1, round(size * len(rows)))
+    if config.training.do_train and count >= len(rows):
+        raise DataError(
+            f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {len(rows)} rows"
+        )
+    if count >= len(rows):
+        return Splits(None, rows)
+    parts = rows.train_test_split(test_size=count, shuffle=True, seed=EVAL_SPLIT_SEED)
+    return Splits(parts["train"], parts["test"])
+
+
+def reject_bad_rows(rows: Any | None, config: Config) -> Any | None:
+    """Rows without a problem; the others stop the run, or go to rejected.jsonl.
+
+    Raises:
+        DataError: names the first of them and counts the rest; or no row is left.
+    """
+    if rows is None:
+        return None
+    bad = [i for i, problem in enumerate(rows["problem"]) if problem]
+    if bad:
+        first = rows[bad[0]]
+        if config.data.on_bad_rows == "stop":
+            more = f" (and {len(bad) - 1} more such rows)" if len(bad) > 1 else ""
+            raise DataError(
+                f"{first['where']}: {first['problem']}{more}; --on_bad_rows skip leaves them out"
+            )
+        rejected = Path(config.training.output_dir, "rejected.jsonl")
+        if config.training.process_index == 0:
+            rejected.parent.mkdir(parents=True, exist_ok=True)
+            with rejected.open("a", encoding="utf-8") as file:
+                for row in rows.select(bad):
+                    file.write(
+                        json.dumps(
+                            {"where": row["where"], "reason": row["problem"]}, ensure_ascii=False
+                        )
+                        + "\n"
+                    )
+        log.warning(
+            "%d of %d rows left out, the first: %s: %s; all in %s",
+            len(bad),
+            len(rows),
+            first["where"],
+            first["problem"],
+            rejected,
+        )
+        rows = rows.select(sorted(set(range(len(rows))) - set(bad)))
+    if len(rows) == 0:
+        raise DataError(f"--dataset {config.data.dataset}: no row in it that can be used")
+    return rows
+
+
+# ------------------------------------------------------------------------------------
+# 6. Tokenizer: special tokens and padding
+#
+# What leaves is a fast tokenizer with BOS (where it has one), EOS and pad ids that lie within the model's embedding.
+# ------------------------------------------------------------------------------------
+PATCHED_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+# Tokens that models keep unused: they make a pad that no text contains. In order of preference.
+SPARE_TOKENS = re.compile(
+    r"<\|finetune_right_pad_id\|>|<\|?pad(ding)?\|?>|\[PAD\]|<\|reserved_special_token_\d+\|>|<unused\d+>|<\|unused\d+\|>|<\|reserved_\d+\|>",
+    re.IGNORECASE,
+)
+
+
+def tokenizer_files(name: str, config: Config) -> Path:
+    """The folder that holds a model's tokenizer files, fetched if need be."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    patterns = [
+        "tokenizer*",
+        "special_tokens_map.json",
+        "vocab*",
+        "merges*",
+        "added_tokens.json",
+        "config.json",
+    ]
+    return Path(
+        snapshot_download(
+            name, allow_patterns=patterns, cache_dir=config.model.cache_dir, token=token_of(config)
+        )
+    )
+
+
+def patched_tokenizer_folder(name: str, patch: str, into: Path, config: Config) -> Path:
+    """The model's tokenizer files with those of the patch laid over them, key by key."""
+    if not any((Path(patch) / file).is_file() for file in PATCHED_FILES):
+        raise ConfigError(
+            f"--tokenizer_patch {patch}: expected a folder with {' or '.join(PATCHED_FILES)}"
+        )
+    for file in tokenizer_files(name, config).iterdir():
+        if file.is_file() and file.suffix in (".json", ".model", ".txt"):
+            shutil.copyfile(file, into / file.name)
+    for file_name in PATCHED_FILES:
+        own, over = into / file_name, Path(patch) / file_name
+        merged = read_json(own) if own.is_file() else {}
+        merged |= read_json(over) if over.is_file() else {}
+        own.write_text(json.dumps(merged), encoding="utf-8")
+    return into
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {one_line(error)}") from error
+
+
+def is_bare_llama(folder: Path, model_type: str) -> bool:
+    """Whether a folder holds nothing but SentencePiece's tokenizer.model.
+
+    AutoTokenizer reads that as a generic tokenizer with other ids and says nothing; LlamaTokenizer reads it rightly.
+    """
+    others = ("tokenizer.json", "tokenizer_config.json")
+    bare = (folder / "tokenizer.model").is_file() and not any(
+        (folder / name).is_file() for name in others
+    )
+    return bare and model_type in ("llama", "mistral", "mixtral")
+
+
+def load_tokenizer(
+    config: Config, model_config: PretrainedConfig, folder: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model (`folder` is the model's folder or hub id) with the overrides of the flags.
+
+    Raises:
+        ConfigError: no such tokenizer, a token that is not in its vocabulary, no end-of-sequence token.
+    """
+    model = config.model
+    options = {
+        "cache_dir": model.cache_dir,
+        "token": token_of(config),
+        "trust_remote_code": model.trust_remote_code,
+    }
+    if not model.use_fast_tokenizer:
+        log.info("use_fast_tokenizer False: every tokenizer is a fast one today")
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            if model.tokenizer_patch:
+                folder = str(
+                    patched_tokenizer_folder(folder, model.tokenizer_patch, Path(scratch), config)
+                )
+            bare = is_bare_llama(Path(folder), model_config.model_type)
+            tokenizer = (LlamaTokenizer if bare else AutoTokenizer).from_pretrained(
+                folder, **options
+            )
+        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"--model_name_or_path {model.model_name_or_path}: its tokenizer does not load: {one_line(error)}"
+            ) from error
+    if isinstance(tokenizer, bool):
+        raise ConfigError(f"--model_name_or_path {model.model_name_or_path}: no tokenizer in it")
+    set_special_tokens(tokenizer, config, model_config)
+    return tokenizer
+
+
+def set_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, config: Config, model_config: PretrainedConfig
+) -> None:
+    """Overrides, then a pad where there is none, then the checks.
+
+    The embedding matrix is never resized: a resized one would be written into every adapter.
+    """
+    vocabulary = tokenizer.get_vocab()
+    rows = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    for name in ("pad_token", "eos_token", "bos_token", "unk_token"):
+        token = getattr(config.model, name)
+        if token is not None and (token not in vocabulary or vocabulary[token] >= rows):
+            raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
+        if token is not None:
+            setattr(tokenizer, name, token)
+    for name in ("eos_token", "bos_token", "unk_token"):
+        if getattr(tokenizer, name) == "":
+            raise ConfigError(
+                f"the tokenizer's {name} is an empty string, as in early LLaMA conversions: "
+                f"give --tokenizer_patch examples/llama1_tokenizer, or --{name}"
+            )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "the tokenizer has no end-of-sequence token: name one of its tokens with --eos_token"
+        )
+    if not tokenizer.pad_token or vocabulary.get(str(tokenizer.pad_token), rows) >= rows:
+        spare = [
+            token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows
+        ]
+        spare.sort(key=lambda token: ("pad" not in token.lower(), vocabulary[token]))
+        chosen = next(iter(spare), None) or tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.pad_token = chosen
+        log.info("pad token: %s (the tokenizer has none that the model knows)", chosen)
+    for name in ("eos_token_id", "bos_token_id"):
+        if (getattr(tokenizer, name) or 0) >= rows:
+            raise ConfigError(
+                f"the tokenizer's {name} {getattr(tokenizer, name)} lies outside the model's {rows} tokens"
+            )
+
+
+# ------------------------------------------------------------------------------------
+# 7. Encoding: Pair -> ids and labels -> batch
+#
+# A row is tokenised once, before training, into {input_ids, labels, length, cut, where, problem}, in parallel and
+# cached. BOS and EOS are added as ids; text is tokenised without special tokens, so `</s>` in a row stays text.
+# ------------------------------------------------------------------------------------
+class Limits(NamedTuple):
+    """How long a row may be, in tokens."""
+
+    source: int  # input with BOS
+    target: int  # output with EOS
+    total: int | None = None  # both together; replaces the two above
+
+    @property
+    def longest(self) -> int:
+        """The longest row that leaves the encoding."""
+        return self.total or self.source + self.target
+
+
+class Encoded(NamedTuple):
+    """A row as it is trained."""
+
+    input_ids: list[int]
+    labels: list[int]  # the ids that are learnt, IGNORE elsewhere
+    cut: bool  # whether a limit took something away
+
+
+def join_ids(
+    source: list[int], target: list[int], limits: Limits, train_on_source: bool = False
+) -> Encoded:
+    """Input ids (with BOS) and output ids (with EOS), cut to the limits, joined and labelled.
+
+    Two limits cut each side on the right, so a cut output has no EOS. One limit for both cuts the input from the left,
+    after BOS, down to a quarter of the limit, so that the answer's marker stays, and then the output on the right.
+    """
+    if limits.total is None:
+        kept_source, kept_target = source[: limits.source], target[: limits.target]
+    else:
+        kept_source = cut_left(source, max(limits.total - len(target), limits.total // 4))
+        kept_target = target[: limits.total - len(kept_source)]
+    labels = (
+        kept_source + kept_target if train_on_source else [IGNORE] * len(kept_source) + kept_target
+    )
+    cut = len(kept_source) + len(kept_target) < len(source) + len(target)
+    return Encoded(kept_source + kept_target, labels, cut)
+
+
+def cut_left(ids: list[int], limit: int) -> list[int]:
+    """The first id (BOS) and the last ones."""
+    if len(ids) <= limit:
+        return ids
+    return ids[:1] + ids[len(ids) - limit + 1 :] if limit > 1 else ids[:limit]
+
+
+def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Texts as ids, without special tokens around them or parsed in them."""
+    return tokenizer(
+        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
+    )["input_ids"]
+
+
+def source_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Inputs as ids, with BOS where the tokenizer has one."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [bos + ids for ids in token_ids(texts, tokenizer)]
+
+
+def encode_pairs(
+    pairs: Mapping[str, list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    train_on_source: bool = False,
+) -> list[Encoded]:
+    """Pairs, given as columns, as ids and labels."""
+    sources = source_ids(pairs["input"], tokenizer)
+    targets = [[*ids, tokenizer.eos_token_id] for ids in token_ids(pairs["output"], tokenizer)]
+    return [join_ids(s, t, limits, train_on_source) for s, t in zip(sources, targets, strict=True)]
+
+
+def encode_pair(
+    pair: Pair, tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool = False
+) -> Encoded:
+    """One pair as ids and labels."""
+    return encode_pairs(
+        {"input": [pair["input"]], "output": [pair["output"]]}, tokenizer, limits, train_on_source
+    )[0]
+
+
+def encode_batch(
+    batch: Mapping[str, list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    train_on_source: bool,
+) -> dict[str, list[Any]]:
+    """Columns of pairs -> columns of encoded rows, for datasets.map."""
+    rows = encode_pairs(batch, tokenizer, limits, train_on_source)
+    problems = [
+        "" if any(i != IGNORE for i in row.labels[1:]) else "no token left to learn" for row in rows
+    ]
+    return {
+        "input_ids": [row.input_ids for row in rows],
+        "labels": [row.labels for row in rows],
+        "length": [len(row.input_ids) for row in rows],
+        "cut": [row.cut for row in rows],
+        "problem": problems,
+    }
+
+
+def limits_of(config: Config) -> Limits:
+    """The limits that the flags set."""
+    data = config.data
+    return Limits(data.source_max_len, data.target_max_len, data.model_max_len)
+
+
+def encode_dataset(
+    pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Config, name: str
+) -> Any:
+    """Every pair encoded, in parallel, from the cache where the same rows were encoded before."""
+    limits, on_source = limits_of(config), config.data.train_on_source
+    backend = tokenizer.backend_tokenizer.to_str()
+    workers = min(
+        os.cpu_count() or 1, len(pairs) // 20_000
+    )  # below that, starting processes takes longer
+    if workers > 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
+    return pairs.map(
+        encode_batch,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, "limits": limits, "train_on_source": on_source},
+        remove_columns=["input", "output"],
+        num_proc=workers if workers > 1 else None,
+        desc=f"Encoding {name} rows",
+        new_fingerprint=digest(
+            CODE_VERSION,
+            pairs._fingerprint,
+            backend,
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            limits,
+            on_source,
+        ),
+    )
+
+
+def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
+    """Both splits encoded; too long rows dropped from training where the flags say so; what was cut is logged."""
+    limits = limits_of(config)
+    parts = []
+    for name, pairs in zip(Splits._fields, splits, strict=True):
+        if pairs is None:
+            parts.append(None)
+            continue
+        rows = encode_dataset(pairs, tokenizer, config, name)
+        cut = [i for i, was_cut in enumerate(rows["cut"]) if was_cut]
+        if cut and name == "train" and limits.total is not None and config.data.skip_excess_length:
+            log.info(
+                "%d of %d training rows are longer than model_max_len %d: left out",
+                len(cut),
+                len(rows),
+                limits.total,
+            )
+            rows = rows.select(sorted(set(range(len(rows))) - set(cut)))
+            if len(rows) == 0:
+                raise DataError(
+                    f"--model_max_len {limits.total}: every row is longer; raise it or give --skip_excess_length False"
+                )
+        elif cut:
+            log.info(
+                "%s: %.1f %% of %d rows were cut to the limits %s",
+                name,
+                100 * len(cut) / len(rows),
+                len(rows),
+                describe(limits),
+            )
+        parts.append(reject_bad_rows(rows, config))
+    return Splits(*parts)
+
+
+def describe(limits: Limits) -> str:
+    """The limits in words."""
+    return (
+        f"model_max_len {limits.total}"
+        if limits.total
+        else f"source {limits.source}, target {limits.target}"
+    )
+
+
+class TokenStatistics(NamedTuple):
+    """What a run needs to know about its encoded rows."""
+
+    fingerprint: str  # of every id and label, in order
+    tokens: int
+    learnt: int
+    largest_id: int
+    longest: int
+
+
+def token_statistics(rows: Any) -> TokenStatistics:
+    """One pass over the encoded rows, in bounded memory."""
+    hasher, tokens, learnt, largest = hashlib.sha256(), 0, 0, 0
+    for batch in (
+        rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=10_000)
+    ):
+        for column in ("input_ids", "labels"):
+            values = batch[column].combine_chunks()
+            lengths, flat = values.value_lengths().to_numpy(), values.flatten().to_numpy()
+            hasher.update(lengths.tobytes() + flat.tobytes())
+            if column == "input_ids":
+                tokens, largest = tokens + len(flat), max(largest, int(flat.max(initial=0)))
+            else:
+                learnt += int((flat != IGNORE).sum())
+    return TokenStatistics(hasher.hexdigest()[:16], tokens, learnt, largest, max(rows["length"]))
+
+
+@dataclass
+class CausalLMCollator:
+    """Encoded rows -> tensors of shape (rows, longest row), padded on one side.
+
+    The attention mask comes from the lengths, never from `id != pad`: pad is often EOS, which is learnt.
+    """
+
+    pad_id: int
+    side: str = "right"
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Keys: input_ids, attention_mask, labels (where the rows have them), where (ditto: a list of strings)."""
+        width = max(len(row["input_ids"]) for row in rows)
+        batch: dict[str, Any] = {
+            "input_ids": self._pad([row["input_ids"] for row in rows], width, self.pad_id),
+            "attention_mask": self._pad([[1] * len(row["input_ids"]) for row in rows], width, 0),
+        }
+        if "labels" in rows[0]:
+            # nothing predicts the first token of a row, and the Trainer must not count it
+            labels = [[IGNORE, *row["labels"][1:]] for row in rows]
+            batch["labels"] = self._pad(labels, width, IGNORE)
+        if "where" in rows[0]:
+            batch["where"] = [row["where"] for row in rows]
+        return batch
+
+    def _pad(self, rows: list[list[int]], width: int, value: int) -> torch.Tensor:
+        padded = [
+            row + [value] * (width - len(row))
+            if self.side == "right"
+            else [value] * (width - len(row)) + row
+            for row in rows
+        ]
+        return torch.tensor(padded, dtype=torch.long)
+
+
+# ------------------------------------------------------------------------------------
+# 8. Model: data types, quantisation, devices
+#
+# What leaves is the frozen base. Linear layers but the head are in 4 or 8 bits; embeddings, norms and head are in the
+# load dtype. No module is cast up: RMSNorm and LayerNorm compute in float32 inside, whatever their weights are.
+# ------------------------------------------------------------------------------------
+def compute_dtype(config: Config) -> torch.dtype:
+    """The dtype of matrix products."""
+    train = config.training
+    return torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else torch.float32
+
+
+def load_dtype(config: Config) -> torch.dtype:
+    """The dtype of what is not quantised. fp16 loads in float32 on purpose: it is unstable as a storage type.
+
+    --bits 32 asks for float32 weights, and keeps them under --bf16, which then only computes in bf16.
+    """
+    return torch.bfloat16 if config.training.bf16 and config.quant.bits != 32 else torch.float32
+
+
+def device_map(config: Config) -> Any:
+    """Where the layers go: all on this process's GPU, over all GPUs of a lone process, or the CPU."""
+    if (
+        config.training.deepspeed
+        or config.training.fsdp
+        or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    ):
+        return None  # the engine places them
+    if config.training.use_cpu or not torch.cuda.is_available():
+        return {"": "cpu"}
+    if "LOCAL_RANK" in os.environ:  # device_map="auto" is refused by accelerate there
+        return {"": int(os.environ["LOCAL_RANK"])}
+    return "auto"
+
+
+def quantisation_config(config: Config) -> Any | None:
+    """What bitsandbytes is told. Only for bits 4 and 8: with both switches off it would quantise to 4 bit all the same."""
+    from transformers import BitsAndBytesConfig
+
+    quant = config.quant
+    if quant.bits not in (4, 8):
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=quant.bits == 4,
+        load_in_8bit=quant.bits == 8,
+        llm_int8_threshold=6.0,
+        llm_int8_has_fp16_weight=False,
+        bnb_4bit_compute_dtype=compute_dtype(config),
+        bnb_4bit_use_double_quant=quant.double_quant,
+        bnb_4bit_quant_type=quant.quant_type,
+    )
+
+
+def gguf_file(name: str) -> Path | None:
+    """The .gguf file that a base model is, or that lies in its folder in place of a model."""
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise ConfigError(
+                f"--model_name_or_path {name}: {len(files)} .gguf files in it, name one of them"
+            )
+        return files[0] if files else None
+    return path if path.suffix.lower() == ".gguf" and path.is_file() else None
+
+
+def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
+    """A folder in bf16 with the weights and the tokenizer of a .gguf file, made once and kept in the cache.
+
+    bf16 keeps 8 bits of mantissa, more than the at most 8 bits that such a file stores for a weight.
+    """
+    from huggingface_hub.constants import HF_HOME
+
+    stat = path.stat()
+    root = Path(cache_dir or HF_HOME) / "qlora-gguf"
+    folder = root / f"{path.stem}-{digest(path.resolve(), stat.st_size, stat.st_mtime_ns)}"
+    if folder.is_dir():
+        return folder
+    log.info("%s: dequantising into %s, once", path, folder)
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        options: dict[str, Any] = {"gguf_file": path.name}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.float32, **options
+            )
+        except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
+            raise ConfigError(f"--model_name_or_path {path}: {one_line(error)}") from error
+        # transformers refuses to save what came from a gguf file unless it forgets that
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer = None
+        for name in ("is_quantized", "quantization_method"):
+            if name in model.__dict__:
+                delattr(model, name)
+        model.to(torch.bfloat16)
+        model.config.dtype = torch.bfloat16
+        part = Path(scratch) / "model"
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.rename(folder)
+    return folder
+
+
+def model_folder(config: Config) -> str:
+    """Where transformers loads the base from: the folder or hub id given, or the folder made from a .gguf file."""
+    name = config.model.model_name_or_path
+    gguf = gguf_file(name)
+    return str(dequantised_gguf(gguf, config.model.cache_dir)) if gguf else name
+
+
+def load_model_config(config: Config, folder: str) -> PretrainedConfig:
+    """The base model's configuration, with --rope_scaling in it.
+
+    Raises:
+        ConfigError: no such model, or one whose own code may not run.
+    """
+    model = config.model
+    try:
+        model_config = AutoConfig.from_pretrained(
+            folder,
+            cache_dir=model.cache_dir,
+            token=token_of(config),
+            trust_remote_code=model.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ConfigError(
+            f"--model_name_or_path {model.model_name_or_path}: {one_line(error)}"
+        ) from error
+    rope = rope_parameters(model.rope_scaling)
+    if rope is not None:
+        text_config = model_config.get_text_config()
+        own = getattr(text_config, "rope_parameters", None)
+        if not own:
+            raise ConfigError(
+                f"--rope_scaling: a {model_config.model_type} model has no rotary embedding"
+            )
+        text_config.rope_parameters = {**own, **rope}
+    return model_config
+
+
+def attention_kernel(config: Config) -> str | None:
+    """The attention implementation asked for; sdpa where flash-attn is missing."""
+    from transformers.utils import is_flash_attn_2_available
+
+    wanted = config.model.attn_implementation
+    if wanted == "flash_attention_2" and not is_flash_attn_2_available():
+        log.warning(
+            "attn_implementation flash_attention_2: flash-attn is not installed here, using sdpa"
+        )
+        return "sdpa"
+    return wanted
+
+
+def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
+    """The base model, quantised and placed.
+
+    Raises:
+        ConfigError: the model can't be loaded.
+    """
+    options: dict[str, Any] = {
+        "config": model_config,
+        "dtype": load_dtype(config),
+        "device_map": device_map(config),
+        "trust_remote_code": config.model.trust_remote_code,
+        "cache_dir": config.model.cache_dir,
+        "token": token_of(config),
+        "attn_implementation": attention_kernel(config),
+    }
+    if getattr(model_config, "quantization_config", None) is not None:
+        log.info(
+            "the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own"
+        )
+    else:
+        options["quantization_config"] = quantisation_config(config)
+    if options["device_map"] == "auto":
+        limit = f"{config.quant.max_memory_MB}MB"
+        options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), limit)
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
+        raise ConfigError(
+            f"--model_name_or_path {config.model.model_name_or_path}: {one_line(error)}"
+        ) from error
+    # keeps the Trainer from wrapping the one model in DataParallel where this process sees several GPUs
+    model.is_parallelizable = model.model_parallel = True  # type: ignore[assignment]
+    model.config.use_cache = False  # of no use in training; generation turns it on
+    return model
+
+
+def special_ids_into_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The tokenizer's BOS, EOS and pad ids, also in the model's config."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, name, getattr(tokenizer, name))
+
+
+def true_size(parameter: torch.nn.Parameter) -> int:
+    """Elements of a parameter; a packed 4-bit weight counts as what it stands for."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()
+
+
+def parameter_report(model: torch.nn.Module) -> list[str]:
+    """The original's line on trainable parameters, with true counts, and one line for each dtype."""
+    by_dtype: Counter[str] = Counter()
+    trainable = 0
+    for parameter in model.parameters():
+        size = true_size(parameter)
+        trainable += size if parameter.requires_grad else 0
+        packed = getattr(parameter, "quant_state", None)
+        by_dtype[
+            f"{packed.quant_type} (packed)"
+            if packed
+            else str(parameter.dtype).removeprefix("torch.")
+        ] += size
+    total = sum(by_dtype.values())
+    lines = [
+        f"trainable params: {trainable} || all params: {total} || trainable: {100 * trainable / total}"
+    ]
+    return lines + [
+        f"{name}: {size} ({100 * size / total:.1f} %)" for name, size in by_dtype.most_common()
+    ]
+
+
+# ------------------------------------------------------------------------------------
+# 9. LoRA: the base -> a model whose adapters train
+#
+# Adapters go on every linear layer but the output head, which is found by identity and not by a name. They are kept in
+# float32 and computed in the compute dtype. A full fine-tune freezes the embeddings instead.
+# ------------------------------------------------------------------------------------
+ATTENTION_LEAVES = re.compile(
+    r"[qkvo]_proj|out_proj|query_key_value|qkv_proj|Wqkv|c_attn|W_pack|wqkv|(query|key|value|dense)$"
+)
+MLP_LEAVES = re.compile(
+    r"gate_proj|up_proj|down_proj|gate_up_proj|fc\d|fc_(in|out)|dense_(h_to_4h|4h_to_h)|c_fc|w[123]"
+)
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """A matrix product with weights: nn.Linear, bitsandbytes' kinds of it (which derive from it), GPT-2's Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (torch.nn.Linear, Conv1D))
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Full names of every linear layer except the output head."""
+    head = model.get_output_embeddings()
+    return [
+        name for name, module in model.named_modules() if is_linear(module) and module is not head
+    ]
+
+
+def layer_index(name: str) -> int | None:
+    """The layer that a module or parameter belongs to: the first number among the parts of its name."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
+    """How many layers from the bottom stay as they are.
+
+    Raises:
+        ConfigError: that would be all of them.
+    """
+    layers = model.config.get_text_config().num_hidden_layers
+    frozen = lora.layers_to_freeze or int(lora.layer_freeze_ratio * layers)
+    if frozen >= layers:
+        raise ConfigError(
+            f"--layers_to_freeze {frozen}: the model has {layers} layers, nothing would train"
+        )
+    return frozen
+
+
+def lora_targets(model: PreTrainedModel, lora: LoraArguments) -> list[str]:
+    """Names for peft: leaf names where they say the same, which reads better in adapter_config.json, else full ones.
+
+    Raises:
+        ConfigError: no layer has such a name.
+    """
+    layers = linear_layers(model)
+    frozen = layers_to_freeze(model, lora)
+    wanted = [
+        name
+        for name in layers
+        if (layer_index(name) if layer_index(name) is not None else frozen) >= frozen
+    ]
+    if lora.lora_modules != "all":
+        names = {name.strip() for name in lora.lora_modules.split(",")}
+        groups = {"attn": ATTENTION_LEAVES, "mlp": MLP_LEAVES}
+        wanted = [
+            full
+            for full in wanted
+            for leaf in [full.rpartition(".")[2]]
+            if leaf in names or any(g in names and groups[g].fullmatch(leaf) for g in groups)
+        ]
+    if not wanted:
+        leaves = sorted({name.rpartition(".")[2] for name in layers})
+        raise ConfigError(
+            f"--lora_modules {lora.lora_modules}: no such layer, the model has {', '.join(leaves)}"
+        )
+    leaves = {name.rpartition(".")[2] for name in wanted}
+    named = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
+    return sorted(leaves) if set(named) == set(wanted) else wanted
+
+
+def lora_config(model: PreTrainedModel, lora: LoraArguments) -> Any:
+    """The flags as peft's configuration."""
+    from peft import LoraConfig
+
+    booleans = {"true": True, "false": False}
+    init: Any = booleans.get(lora.init_lora_weights.lower(), lora.init_lora_weights)
+    alpha = int(lora.lora_alpha) if lora.lora_alpha == int(lora.lora_alpha) else lora.lora_alpha
+    return LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora_targets(model, lora),
+        bias=lora.lora_bias,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+        init_lora_weights=init,
+        modules_to_save=[name.strip() for name in lora.modules_to_save.split(",")]
+        if lora.modules_to_save
+        else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def attach_adapters(model: PreTrainedModel, config: Config, adapter: Path | None) -> Any:
+    """The model with exactly one adapter: a fresh one, drawn from the seed, or the one found at `adapter`.
+
+    Raises:
+        ConfigError: the adapter does not fit the model, or peft refuses the flags.
+    """
+    from peft import PeftModel, get_peft_model
+
+    set_seed(config.training.seed)  # loading draws random numbers; a seed gives one initialisation
+    upcast = config.lora.lora_dtype == "float32"
+    try:
+        if adapter is None:
+            peft_config = lora_config(model, config.lora)
+            peft_config.base_model_name_or_path = config.model.model_name_or_path
+            model = get_peft_model(model, peft_config, autocast_adapter_dtype=upcast)  # type: ignore[assignment]
+        else:
+            model = PeftModel.from_pretrained(
+                model, adapter, is_trainable=True, autocast_adapter_dtype=upcast
+            )  # type: ignore[assignment]
+    except (ValueError, RuntimeError, ImportError, OSError, NotImplementedError) as error:
+        what = f"adapter {adapter}" if adapter else "LoRA flags"
+        raise ConfigError(
+            f"{what} on {config.model.model_name_or_path}: {one_line(error)}"
+        ) from error
+    if not upcast:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def unfreeze_for_full_finetune(model: PreTrainedModel, lora: LoraArguments) -> PreTrainedModel:
+    """All weights train but the embeddings, what is tied to them, and the frozen layers."""
+    frozen = layers_to_freeze(model, lora)
+    for name, parameter in model.named_parameters():
+        index = layer_index(name)
+        parameter.requires_grad_(index is None or index >= frozen)
+    model.get_input_embeddings().requires_grad_(False)
+    return model
+
+
+def make_trainable(model: PreTrainedModel, config: Config, adapter: Path | None) -> Any:
+    """Adapters or, for a full fine-tune, the model itself; ready for recomputed activations at every bits setting."""
+    if config.quant.full_finetune:
+        model = unfreeze_for_full_finetune(model, config.lora)
+    else:
+        model = attach_adapters(model, config, adapter)
+    if config.training.gradient_checkpointing:
+        model.enable_input_require_grads()  # a recomputed layer needs an input with a gradient
+    return model
+
+
+# ------------------------------------------------------------------------------------
+# 10. Checkpoints: whole or absent
+#
+# A checkpoint is written into a hidden folder, flushed to disk, and renamed. Its checkpoint.json lists its files with
+# their sizes and what they belong to; a folder that does not match its list is passed over. `completed` is written last.
+# ------------------------------------------------------------------------------------
+MANIFEST = "checkpoint.json"
+COMPLETED = "completed"
+STAGING = (
+    ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
+)
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+class Start(NamedTuple):
+    """Where a run begins."""
+
+    train: bool
+    checkpoint: Path | None = None  # resume from it
+    weights: str | None = (
+        None  # an adapter, or for a full fine-tune a model, to begin from or to use
+    )
+    note: str = ""
+
+
+def identity(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
+    """What a checkpoint belongs to: it can't be continued with another."""
+    names = ["model_name_or_path", "bits", "full_finetune"]
+    names += ["quant_type", "double_quant"] if config.quant.bits == 4 else []
+    if not config.quant.full_finetune:
+        names += [f.name for f in dataclasses.fields(LoraArguments)]
+    values = {name: config.flags[name] for name in names}
+    return values | (
+        {"dataset (fingerprint of its encoded rows)": data.fingerprint} if data else {}
+    )
+
+
+def check_identity(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse to go on with what belongs to another run.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    file = folder / (COMPLETED if (folder / COMPLETED).is_file() else MANIFEST)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        log.warning(
+            "%s does not say what it belongs to (another program's): model, bits and dataset are not compared",
+            folder,
+        )
+        return
+    differing = [
+        f"{name} was {found[name]}, is {wanted[name]}"
+        for name in wanted
+        if name in found and found[name] != wanted[name]
+    ]
+    if differing:
+        raise ConfigError(
+            f"{folder} belongs to another run: {'; '.join(differing)}. "
+            "Give the same flags, another --output_dir, or --overwrite_output_dir to start anew"
+        )
+
+
+def adapter_folder(folder: Path) -> Path | None:
+    """Where a folder keeps its adapter: at its top or, as the original did, in adapter_model/."""
+    for place in (folder, folder / "adapter_model"):
+        if (place / "adapter_config.json").is_file() and any(
+            (place / name).is_file() for name in ADAPTER_FILES
+        ):
+            return place
+    return None
+
+
+def has_weights(folder: Path, full_finetune: bool) -> bool:
+    """Whether a trained adapter, or for a full fine-tune a trained model, lies in a folder."""
+    if full_finetune:
+        return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    return adapter_folder(folder) is not None
+
+
+def checkpoint_problem(folder: Path) -> str | None:
+    """Why a checkpoint can't be used, or None if it is whole."""
+    manifest = folder / MANIFEST
+    try:
+        if manifest.is_file():
+            for name, size in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
+                if (folder / name).stat().st_size != size:
+                    return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
+            return None
+        json.loads(
+            (folder / "trainer_state.json").read_text(encoding="utf-8")
+        )  # another program's, or the original's
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return one_line(error)
+    return (
+        None if adapter_folder(folder) or (folder / "config.json").is_file() else "no weights in it"
+    )
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """Checkpoint folders, the newest (by number) first."""
+    if not output_dir.is_dir():
+        return []
+    numbered = [
+        (int(m.group(1)), p)
+        for p in output_dir.iterdir()
+        if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)) and p.is_dir()
+    ]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def find_last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest whole checkpoint; a torn one is passed over with a warning."""
+    for folder in checkpoints_in(output_dir):
+        problem = checkpoint_problem(folder)
+        if problem is None:
+            return folder
+        log.warning("%s is not whole (%s): passed over", folder, problem)
+    return None
+
+
+def asks_for_more(config: Config, completed: Mapping[str, Any]) -> bool:
+    """Whether a run wants more steps or epochs than a completed one had."""
+    train = config.training
+    if train.max_steps > 0:
+        return train.max_steps > completed.get("step", math.inf)
+    return train.num_train_epochs > completed.get("epoch", math.inf) + 1e-6
+
+
+def find_start(config: Config) -> Start:
+    """Resume, begin anew, or use what is finished.
+
+    Raises:
+        ConfigError: --resume_from_checkpoint names nothing whole; more steps are asked of a run without checkpoints.
+    """
+    train, output = config.training, Path(config.training.output_dir)
+    given, full = config.model.adapter_name_or_path, config.quant.full_finetune
+    picked = train.resume_from_checkpoint
+    if picked and str(picked).lower() not in ("true", "false"):
+        problem = checkpoint_problem(Path(picked))
+        if problem:
+            raise ConfigError(
+                f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}"
+            )
+        last: Path | None = Path(picked)
+    else:
+        last = None if train.overwrite_output_dir else find_last_checkpoint(output)
+    if not train.do_train:
+        places = [place for place in (output, last) if place and has_weights(place, full)]
+        return Start(
+            False, weights=given or next((str(adapter_folder(p) or p) for p in places), None)
+        )
+    completed = read_completed(output)
+    if completed is not None and not train.overwrite_output_dir and has_weights(output, full):
+        if not asks_for_more(config, completed):
+            note = f"{output} holds a completed run of {completed.get('step', '?')} steps: it is used, not trained again"
+            return Start(False, weights=str(adapter_folder(output) or output), note=note)
+        if last is None:
+            raise ConfigError(
+                f"{output} holds a completed run but no checkpoint to go on from; begin a new run from its adapter with "
+                f"--adapter_name_or_path {output} and another --output_dir"
+            )
+    if last is not None:
+        return Start(True, checkpoint=last, weights=given, note=f"resuming from {last}")
+    return Start(True, weights=given)
+
+
+def read_completed(output: Path) -> dict[str, Any] | None:
+    """What `completed` says, or None without it; the original's is an empty file."""
+    try:
+        text = (output / COMPLETED).read_text(encoding="utf-8")
+        return dict(json.loads(text)) if text.strip() else {}
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        return {}
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8")
+    flush(aside)
+    aside.replace(path)
+
+
+def publish(staging: Path, final: Path, run: Mapping[str, Any]) -> None:
+    """Turn a written folder into a checkpoint: its list of files, flushed to disk, then its name."""
+    files = {
+        str(p.relative_to(staging)): p.stat().st_size
+        for p in sorted(staging.rglob("*"))
+        if p.is_file()
+    }
+    (staging / MANIFEST).write_text(
+        json.dumps({"run": run, "files": files}, indent=1), encoding="utf-8"
+    )
+    for path in [*staging.rglob("*"), staging]:
+        flush(path)
+    if final.exists():
+        shutil.rmtree(final)  # the same step saved twice, or a torn one of that name
+    staging.rename(final)
+    flush(final.parent)
+
+
+def clear_output(output: Path, everything: bool) -> None:
+    """Before training: away with `completed`, with folders that a kill left half written and, to start anew, checkpoints."""
+    (output / COMPLETED).unlink(missing_ok=True)
+    for folder in output.glob(f"{STAGING}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in checkpoints_in(output) if everything else []:
+        shutil.rmtree(folder)
+
+
+# ------------------------------------------------------------------------------------
+# 11. Evaluation: generated predictions, MMLU
+#
+# Rows are dealt to the processes in turn and their results gathered in order, so none is lost or doubled.
+# ------------------------------------------------------------------------------------
+class Runtime(NamedTuple):
+    """What it takes to run a model outside the Trainer's loops."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    accelerator: Any
+    batch_size: int
+    limits: Limits
+
+
+def dealt_batches(count: int, runtime: Runtime) -> list[list[int]]:
+    """This process's row numbers, in batches."""
+    mine = range(runtime.accelerator.process_index, count, runtime.accelerator.num_processes)
+    return [list(mine[i : i + runtime.batch_size]) for i in range(0, len(mine), runtime.batch_size)]
+
+
+def gathered(results: list[tuple[int, Any]], runtime: Runtime) -> list[Any]:
+    """Every process's (row number, result), in the order of the rows."""
+    from accelerate.utils import gather_object
+
+    everyones = gather_object(results) if runtime.accelerator.num_processes > 1 else results
+    return [result for _, result in sorted(everyones, key=lambda item: item[0])]
+
+
+def generation_config(
+    config: Config, model: Any, tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
+    """The values that the user gave, with BOS, EOS and pad ids filled in.
+
+    The model's own generation_config only adds its further stop tokens: its sampling values are not the user's.
+    """
+    chosen = config.generation
+    values = {
+        f.name: getattr(chosen, f.name)
+        for f in dataclasses.fields(chosen)
+        if f.name in config.given
+    }
+    if config.training.generation_num_beams is not None:
+        values.setdefault("num_beams", config.training.generation_num_beams)
+    if config.training.generation_max_length is not None and "max_new_tokens" not in values:
+        values["max_length"] = config.training.generation_max_length
+    else:
+        values.setdefault("max_new_tokens", chosen.max_new_tokens)
+    if not chosen.do_sample:
+        sampling = [
+            name
+            for name in ("temperature", "top_p", "top_k", "typical_p")
+            if values.pop(name, None) is not None
+        ]
+        if sampling:
+            log.warning(
+                "%s: without effect on predictions unless --do_sample is given", ", ".join(sampling)
+            )
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    stops = {tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])}
+    try:
+        return GenerationConfig(
+            **values,
+            use_cache=True,
+            eos_token_id=sorted(stops),
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+    except ValueError as error:
+        raise ConfigError(f"generation flags: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def generating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, its own sampling defaults out of the way, for a while."""
+    training, own = model.training, model.generation_config
+    model.eval()
+    model.generation_config = (
+        GenerationConfig()
+    )  # generate() mixes its values into those it is given
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.generation_config = own
+        model.train(training)
+
+
+def prompt_ids(
+    inputs: list[str], tokenizer: PreTrainedTokenizerBase, limits: Limits
+) -> list[list[int]]:
+    """Prompts as training saw them; one that is empty begins with EOS, since something must stand there."""
+    cut = [
+        ids[: limits.source] if limits.total is None else cut_left(ids, limits.total)
+        for ids in source_ids(inputs, tokenizer)
+    ]
+    return [ids or [tokenizer.eos_token_id] for ids in cut]
+
+
+def generate_predictions(
+    runtime: Runtime, rows: Any, generation: GenerationConfig
+) -> list[dict[str, str]]:
+    """One dictionary for each row: its fields, `prediction`, `prediction_with_input`.
+
+    Raises:
+        ConfigError: generate refuses the flags.
+    """
+    from tqdm.auto import tqdm
+
+    model, tokenizer = runtime.model, runtime.tokenizer
+    device = model.get_input_embeddings().weight.device
+    collate = CausalLMCollator(tokenizer.pad_token_id, side="left")
+    results: list[tuple[int, dict[str, str]]] = []
+    with generating(model), runtime.accelerator.autocast():
+        for numbers in tqdm(
+            dealt_batches(len(rows), runtime),
+            "Predicting",
+            disable=not runtime.accelerator.is_main_process,
+        ):
+            batch = rows[numbers]
+            prompts = prompt_ids(batch["input"], tokenizer, runtime.limits)
+            tensors = {
+                name: t.to(device)
+                for name, t in collate([{"input_ids": ids} for ids in prompts]).items()
+            }
+            try:
+                output = model.generate(**tensors, generation_config=generation)
+            except (ValueError, NotImplementedError, OSError) as error:
+                raise ConfigError(f"generation flags: {one_line(error)}") from error
+            width = tensors["input_ids"].shape[
+                1
+            ]  # the prompt is taken off by its tokens, never by its text
+            for number, source, prompt, ids in zip(
+                numbers, batch["input"], prompts, output.tolist(), strict=True
+            ):
+                target = batch["output"][numbers.index(number)]
+                results.append(
+                    (
+                        number,
+                        {
+                            "input": source,
+                            "output": target,
+                            "prediction": tokenizer.decode(ids[width:], skip_special_tokens=True),
+                            "prediction_with_input": tokenizer.decode(
+                                prompt + ids[width:], skip_special_tokens=True
+                            ),
+                        },
+                    )
+                )
+    return gathered(results, runtime)
+
+
+class Question(NamedTuple):
+    """A multiple-choice question."""
+
+    subject: str
+    prompt: str  # ends with "Answer:"
+    answer: int  # 0 to 3 for A to D
+
+
+LETTERS = "ABCD"
+
+
+def load_questions(config: Config) -> list[Question]:
+    """MMLU (Hendrycks et al. 2021, https://arxiv.org/abs/2009.03300) from the original's files, or from the hub.
+
+    Raises:
+        DataError: the file is not there, or a question is not one.
+    """
+    mmlu = config.mmlu
+    five_shot = mmlu.mmlu_dataset != "mmlu-zs"
+    if Path(mmlu.mmlu_dir).is_dir():
+        name = f"{'five' if five_shot else 'zero'}_shot_mmlu_{'val' if mmlu.mmlu_split == 'eval' else 'test'}.json"
+        questions = list(questions_in_file(Path(mmlu.mmlu_dir, name)))
+    else:
+        questions = list(questions_of_hub(config, five_shot))
+    if not questions:
+        raise DataError(f"--mmlu_dir {mmlu.mmlu_dir}: no question in it")
+    return questions[: mmlu.max_mmlu_samples]
+
+
+def questions_in_file(path: Path) -> Iterator[Question]:
+    """The original's format: one {subject, input, output} in a line, the output a letter."""
+    for number, row in read_file(path):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            letter = text_of(row, "output").strip()
+            if letter not in tuple(LETTERS):
+                raise RowError(f"field 'output' is {letter!r}, expected A, B, C or D")
+            yield Question(text_of(row, "subject"), text_of(row, "input"), LETTERS.index(letter))
+        except RowError as error:
+            raise DataError(f"{path}:{number}: {error}") from error
+
+
+def questions_of_hub(config: Config, five_shot: bool) -> Iterator[Question]:
+    """The same prompts built from `cais/mmlu`, whose `dev` rows are the worked examples."""
+    splits = {
+        name: source.loaded
+        for name, source in load_from_hub("cais/mmlu", config, name="all").items()
+    }
+    shots: dict[str, str] = defaultdict(str)
+    for row in splits["dev"] if five_shot else []:
+        shots[row["subject"]] += f"{question_text(row)} {LETTERS[row['answer']]}\n\n"
+    for row in splits["validation" if config.mmlu.mmlu_split == "eval" else "test"]:
+        topic = row["subject"].replace("_", " ")
+        head = f"The following are multiple choice questions (with answers) about  {topic}.\n\n"  # two spaces, as published
+        yield Question(
+            row["subject"], head + shots[row["subject"]] + question_text(row), row["answer"]
+        )
+
+
+def question_text(row: Mapping[str, Any]) -> str:
+    """Question and choices, up to `Answer:`."""
+    choices = "".join(
+        f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True)
+    )
+    return f"{row['question']}{choices}\nAnswer:"
+
+
+def letter_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list[int]]]:
+    """What A to D begin with alike (some tokenizers: a space of its own), and what follows in each."""
+    ids = token_ids(list(LETTERS), tokenizer)
+    shared = len(os.path.commonprefix(ids))  # works on any sequences
+    return ids[0][:shared], [letter[shared:] for letter in ids]
+
+
+def mmlu_metrics(
+    runtime: Runtime, questions: list[Question], split: str, longest: int
+) -> dict[str, float]:
+    """Accuracy by subject, their unweighted mean, and the loss on the right letter and EOS."""
+    tokenizer, model = runtime.tokenizer, runtime.model
+    device = model.get_input_embeddings().weight.device
+    prefix, letters = letter_ids(tokenizer)
+    choices = torch.tensor([ids[0] for ids in letters])
+    prompts = [
+        cut_left(ids, longest) + prefix
+        for ids in source_ids([q.prompt for q in questions], tokenizer)
+    ]
+    collate = CausalLMCollator(tokenizer.pad_token_id)
+    results: list[tuple[int, tuple[str, bool, float]]] = []
+    with generating(model), runtime.accelerator.autocast():
+        for numbers in dealt_batches(len(questions), runtime):
+            answers = [[*letters[questions[i].answer], tokenizer.eos_token_id] for i in numbers]
+            batch = collate(
+                [
+                    {"input_ids": prompts[i] + answer}
+                    for i, answer in zip(numbers, answers, strict=True)
+                ]
+            )
+            logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
+            for row, (i, answer) in enumerate(zip(numbers, answers, strict=True)):
+                at = len(prompts[i]) - 1  # the position that predicts the letter
+                predicted = logits[row, at : at + len(answer)].float().cpu()
+                loss = F.cross_entropy(predicted, torch.tensor(answer)).item()
+                right = int(predicted[0, choices].argmax()) == questions[i].answer
+                results.append((i, (questions[i].subject, right, loss)))
+    scored = gathered(results, runtime)
+    by_subject: dict[str, list[bool]] = defaultdict(list)
+    for subject, right, _ in scored:
+        by_subject[subject].append(right)
+    accuracy = {subject: sum(marks) / len(marks) for subject, marks in by_subject.items()}
+    return {
+        "mmlu_loss": sum(loss for _, _, loss in scored) / len(scored),
+        **{f"mmlu_{split}_accuracy_{subject}": value for subject, value in accuracy.items()},
+        f"mmlu_{split}_accuracy": sum(accuracy.values()) / len(accuracy),
+    }
+
+
+# ------------------------------------------------------------------------------------
+# 12. Trainer: order of rows, loss, whole checkpoints, signals
+#
+# The Hugging Face Trainer with five things of ours: an order of rows that a resume finds again, the loss on labelled
+# tokens only, checkpoints that are whole or absent, a stop on numbers that are not finite, MMLU beside the evaluation.
+# To add a callback: one class, one line in build_callbacks.
+# ------------------------------------------------------------------------------------
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """Row numbers in an order that follows from seed and epoch alone, so that a resume in any epoch finds it again.
+
+    With lengths, rows of like length stand together (in windows of 50 batches, the longest first): less padding.
+    """
+
+    def __init__(
+        self, rows: int, seed: int, lengths: list[int] | None = None, batch_size: int = 1
+    ) -> None:
+        self.rows, self.seed, self.lengths, self.batch_size = rows, seed, lengths, batch_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.lengths is None:
+            return iter(torch.randperm(self.rows, generator=generator).tolist())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+def causal_lm_loss(
+    outputs: Any,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Cross-entropy of the labelled tokens, in float32, over the labelled tokens of the whole accumulation window.
+
+    Args:
+        outputs: with `logits`, (rows, tokens, vocabulary).
+        labels: (rows, tokens), IGNORE where nothing is learnt.
+        num_items_in_batch: labelled tokens of the window; None takes the mean of this batch.
+        smoothing: --label_smoothing_factor.
+    """
+    logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
+    following = labels[:, 1:].to(logits.device)
+    learnt = following != IGNORE
+    # only these rows of the logits become float32: a quarter of them where the prompt is three quarters
+    total = F.cross_entropy(
+        logits[:, :-1][learnt].float(),
+        following[learnt],
+        reduction="sum",
+        label_smoothing=smoothing,
+    )
+    return total / (learnt.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+@dataclass
+class Stop:
+    """The signal that asked this run to stop, if one did."""
+
+    signal: int | None = None
+
+
+@contextlib.contextmanager
+def stopping_on_signals(stop: Stop) -> Iterator[None]:
+    """Note SIGINT and SIGTERM for the end of the step; a second one ends the run at once."""
+
+    def note(number: int, frame: Any) -> None:
+        stop.signal = number
+        signal.signal(number, saved[number])
+        log.warning("%s: finishing the step, then saving", signal.Signals(number).name)
+
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # Python allows handlers there only
+        yield
+        return
+    saved = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in saved:
+            signal.signal(number, note)
+        yield
+    finally:
+        for number, handler in saved.items():
+            signal.signal(number, handler)
+
+
+class StopCallback(TrainerCallback):
+    """Save and stop after the step in which a signal came."""
+
+    def __init__(self, stop: Stop) -> None:
+        self.stop = stop
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask the Trainer for both."""
+        if self.stop.signal is not None:
+            control.should_save = control.should_training_stop = True
+
+
+def build_callbacks(stop: Stop) -> list[TrainerCallback]:
+    """Every callback of a run."""
+    return [StopCallback(stop)]
+
+
+class QLoRATrainer(Trainer):
+    """The Trainer with our order of rows, checkpoints and checks."""
+
+    def __init__(
+        self,
+        *,
+        run: dict[str, Any],
+        questions: list[Question] | None,
+        config: Config,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.run, self.questions, self.config = run, questions, config
+        self.window: list[str] = []  # where the rows of the current step come from
+        self.window_loss: torch.Tensor | float = 0.0
+        self.tokens_seen: torch.Tensor | int = 0  # without padding, by this process
+        self.seconds_aside = 0.0  # spent on evaluating and saving while training
+        self.staging: Path | None = None
+
+    def runtime(self) -> Runtime:
+        """The model as the Trainer holds it, for loops of ours."""
+        return Runtime(
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,  # type: ignore[arg-type]
+            self.accelerator,
+            self.args.per_device_eval_batch_size,
+            limits_of(self.config),
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's own grouped sampler draws from the global generator, which a resume in epoch 2 does not find again."""
+        rows, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        strategy = args.train_sampling_strategy
+        if strategy == "sequential":
+            return torch.utils.data.SequentialSampler(rows)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        lengths = list(rows["length"]) if strategy == "group_by_length" else None
+        return EpochSampler(
+            len(rows), seed, lengths, args.train_batch_size * args.gradient_accumulation_steps
+        )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of one optimizer step; notes their rows and counts their tokens."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.window, self.window_loss = (
+            [row for batch in batches for row in batch.pop("where", [])],
+            0.0,
+        )
+        self.tokens_seen = self.tokens_seen + sum(
+            batch["attention_mask"].sum() for batch in batches
+        )
+        return batches, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch."""
+        loss = super().training_step(*args, **kwargs)
+        self.window_loss = self.window_loss + loss
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """After the gradients of a step are there and before the optimizer uses them: are the numbers finite?"""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = (
+            self.args.fp16 and self.accelerator.scaler is not None
+        )  # its scaler skips such steps by itself
+        bad = "loss" if not math.isfinite(float(self.window_loss)) else "gradient norm"
+        if bad == "loss" or not (scaled or math.isfinite(float(norm))):
+            rows = ", ".join(self.window[:4]) + (
+                f" and {len(self.window) - 4} more" if len(self.window) > 4 else ""
+            )
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: the {bad} is not finite, on rows {rows}. The last good checkpoint "
+                "stays; look at these rows, lower --learning_rate, or train in --bf16 instead of --fp16"
+            )
+        return norm
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's loop, with perplexity and, where asked for, MMLU beside the loss."""
+        began = time.perf_counter()
+        output = super().evaluation_loop(*args, **kwargs)
+        assert output.metrics is not None
+        for name, loss in list(output.metrics.items()):
+            if name.endswith("_loss"):
+                output.metrics[name.removesuffix("loss") + "perplexity"] = math.exp(
+                    min(loss, 700.0)
+                )
+        if self.questions:
+            mmlu = self.config.mmlu
+            output.metrics.update(
+                mmlu_metrics(
+                    self.runtime(), self.questions, mmlu.mmlu_split, mmlu.mmlu_source_max_len
+                )
+            )
+        self.seconds_aside += time.perf_counter() - began
+        return output
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """The Trainer writes checkpoint-N below this."""
+        return str(self.staging) if self.staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's checkpoint, written aside, flushed and renamed."""
+        began, output = time.perf_counter(), Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self.staging = output / f"{STAGING}{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            best = f"checkpoint-{self.state.best_global_step}"
+            if self.state.best_global_step and ((output / best).is_dir() or best == name):
+                self.state.best_model_checkpoint = str(
+                    output / best
+                )  # the Trainer looked for it in the hidden folder
+                self.state.save_to_json(str(self.staging / name / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(self.staging / name, output / name, self.run)
+                shutil.rmtree(self.staging)
+                self._drop_old_checkpoints(output)
+            self.accelerator.wait_for_everyone()
+        except OSError as error:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            raise TrainingError(
+                f"{output / name}: not saved: {one_line(error)}. The checkpoints before it stay"
+            ) from error
+        finally:
+            self.staging = None
+            self.seconds_aside += time.perf_counter() - began
+
+    def _drop_old_checkpoints(self, output: Path) -> None:
+        """Keep the newest save_total_limit checkpoints, and the best one."""
+        limit = self.args.save_total_limit
+        for folder in checkpoints_in(output)[max(limit, 1) :] if limit else []:
+            if str(folder) != self.state.best_model_checkpoint:
+                shutil.rmtree(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The Trainer's, except for the original's layout, which it would load as a second adapter."""
+        folder = Path(resume_from_checkpoint)
+        place = adapter_folder(folder)
+        if place is None or place == folder:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(self.model, load_peft_weights(str(place), device="cpu"))
+
+
+def build_trainer(
+    model: Any,
+    tokenizer: Any,
+    splits: Splits,
+    questions: Any,
+    run: dict[str, Any],
+    stop: Stop,
+    config: Config,
+) -> QLoRATrainer:
+    """Everything that training and evaluation need."""
+    args = config.training
+    if args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
+        log.warning(
+            "gradient_checkpointing: %s does not support it, nothing is recomputed",
+            type(model).__name__,
+        )
+        args = dataclasses.replace(args, gradient_checkpointing=False)
+    return QLoRATrainer(
+        model=model,
+        args=args,
+        train_dataset=splits.train,
+        eval_dataset=splits.eval.remove_columns("where") if splits.eval is not None else None,
+        data_collator=CausalLMCollator(tokenizer.pad_token_id, config.model.padding_side),
+        processing_class=tokenizer,
+        compute_loss_func=partial(causal_lm_loss, smoothing=args.label_smoothing_factor),
+        callbacks=build_callbacks(stop),
+        run=run,
+        questions=questions,
+        config=config,
+    )
+
+
+# ------------------------------------------------------------------------------------
+# 13. Stages: train, evaluate, predict, and the files that a run leaves
+#
+# Each stage takes the trainer, writes its files and returns its metrics.
+# ------------------------------------------------------------------------------------
+def peak_memory_gib() -> float:
+    """Peak memory of this process: of all its GPUs, or of the process itself where it has none."""
+    if torch.cuda.is_available():
+        return (
+            sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / GIB
+        )
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB
+
+
+def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> dict[str, Any]:
+    """Train, save what was trained, mark the run completed."""
+    output = Path(config.training.output_dir)
+    if trainer.args.should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        clear_output(output, everything=config.training.overwrite_output_dir)
+    began, first_step = time.perf_counter(), trainer.state.global_step
+    with stopping_on_signals(stop):
+        result = trainer.train(
+            resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None
+        )
+    seconds = max(time.perf_counter() - began - trainer.seconds_aside, 1e-9)
+    tokens = trainer.accelerator.reduce(
+        torch.as_tensor(int(trainer.tokens_seen), device=trainer.args.device)
+    ).item()
+    steps = trainer.state.global_step - first_step
+    metrics = dict(result.metrics)
+    metrics |= {
+        "train_tokens": tokens,
+        "train_tokens_per_second": round(tokens / seconds, 1),
+        "train_peak_memory_gib": round(peak_memory_gib(), 3),
+    }
+    if stop.signal is not None:
+        return metrics
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    save_final(trainer, output, config)
+    assert steps >= 0
+    return metrics
+
+
+def save_final(trainer: QLoRATrainer, output: Path, config: Config) -> None:
+    """The adapter (or, after a full fine-tune, the model) and its tokenizer, each file whole; then `completed`."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.args.should_save:
+        aside = output / f"{STAGING}final"
+        model.save_pretrained(aside)
+        trainer.processing_class.save_pretrained(aside)
+        for path in sorted(aside.iterdir()):
+            flush(path)
+            path.replace(output / path.name)
+        aside.rmdir()
+        state = {
+            "step": trainer.state.global_step,
+            "epoch": trainer.state.epoch,
+            "run": trainer.run,
+        }
+        write_loss_chart(output / "loss.png", trainer.state.log_history)
+        write_file(output / "README.md", model_card(trainer, config))
+        write_file(output / COMPLETED, json.dumps(state, indent=1))
+    trainer.accelerator.wait_for_everyone()
+
+
+def evaluate(trainer: QLoRATrainer) -> dict[str, Any]:
+    """Loss, perplexity and MMLU on the held-out rows."""
+    metrics = trainer.evaluate(metric_key_prefix="eval")
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    return metrics
+
+
+def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]:
+    """Generate an answer for every held-out row, into predictions.jsonl."""
+    runtime = trainer.runtime()
+    began = time.perf_counter()
+    rows = generate_predictions(
+        runtime, pairs, generation_config(config, runtime.model, runtime.tokenizer)
+    )
+    seconds = time.perf_counter() - began
+    metrics = {
+        "predict_samples": len(rows),
+        "predict_runtime": round(seconds, 4),
+        "predict_samples_per_second": round(len(rows) / seconds, 3),
+    }
+    if trainer.args.should_save:
+        file = Path(config.training.output_dir, "predictions.jsonl")
+        write_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    trainer.log_metrics("predict", metrics)
+    trainer.save_metrics("predict", metrics)
+    return metrics
+
+
+def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
+    """Training and evaluation loss over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for key, label, marker in (("loss", "training", None), ("eval_loss", "evaluation", "o")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    if axes.lines:
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def model_card(trainer: QLoRATrainer, config: Config) -> str:
+    """README.md of the adapter: settings, data and losses, with the metadata block that the hub reads."""
+    losses = [
+        entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry
+    ]
+    rows = "\n".join(
+        f"| {entry['step']} | {entry.get('loss', '')} | {entry.get('eval_loss', '')} |"
+        for entry in thinned(losses, 20)
+    )
+    settings = "\n".join(f"| {name} | `{config.flags[name]}` |" for name in sorted(config.given))
+    base = config.model.model_name_or_path
+    kind = "full fine-tune" if config.quant.full_finetune else "LoRA adapter"
+    return (
+        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {'transformers' if config.quant.full_finetune else 'peft'}\n"
+        f"pipeline_tag: text-generation\n---\n\n"
+        f"# {kind.capitalize()} for {base}\n\n"
+        f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
+        f"dataset `{config.data.dataset}`.\n\n"
+        f"## Settings given\n\n| flag | value |\n|---|---|\n{settings}\n\n"
+        f"All flags, resolved, and library versions are in `run.json`.\n\n"
+        f"## Losses\n\n| step | training loss | evaluation loss |\n|---|---|---|\n{rows}\n\n![loss](loss.png)\n"
+    )
+
+
+def thinned(items: list[Any], count: int) -> list[Any]:
+    """At most so many of the items, evenly chosen, the last among them."""
+    step = max(1, math.ceil(len(items) / count))
+    return items[::-1][::step][::-1]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that a result depends on."""
+    names = (
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "accelerate",
+        "datasets",
+        "tokenizers",
+    )
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this file's checkout, marked if it has changes."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def device_name() -> str:
+    """What computes."""
+    if not torch.cuda.is_available():
+        return f"CPU, {os.cpu_count()} cores"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def run_record(config: Config, derived: dict[str, Any], data: dict[str, Any]) -> str:
+    """run.json: enough to repeat the run, and nothing secret."""
+    flags = {
+        name: (
+            "(hidden)" if name.endswith("_token") and name.startswith("hub") and value else value
+        )
+        for name, value in config.flags.items()
+    }
+    record = {
+        "flags": flags,
+        "derived": derived,
+        "versions": versions() | {"qlora.py": git_commit() or CODE_VERSION},
+        "data": data,
+        "device": {"name": device_name(), "processes": config.training.world_size},
+    }
+    return json.dumps(record, indent=1, default=str) + "\n"
+
+
+def derived_settings(
+    config: Config, start: Start, tokenizer: Any, splits: Splits
+) -> dict[str, Any]:
+    """What follows from the flags: the block at the start of a run, and `derived` in run.json."""
+    args, quant = config.training, config.quant
+    processes = args.world_size
+    effective = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    why = "--bf16" if args.bf16 else "--fp16" if args.fp16 else "neither --bf16 nor --fp16"
+    kind = f"{quant.bits} bit"
+    if quant.bits == 4:
+        kind += f" {quant.quant_type}{', double quantisation' if quant.double_quant else ''}"
+    steps_in_epoch = math.ceil(len(splits.train) / effective) if splits.train is not None else 0
+    length = (
+        f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    )
+    from_where = (
+        start.checkpoint
+        or start.weights
+        or ("the base itself" if not config.training.do_train else "fresh, from the seed")
+    )
+    return {
+        "model": config.model.model_name_or_path,
+        "weights": kind,
+        "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
+        "effective batch": f"{effective} rows = {args.per_device_train_batch_size} in a micro-batch x {args.gradient_accumulation_steps} accumulated x {processes} processes",
+        "length": f"{length}; {steps_in_epoch} steps are an epoch",
+        "special tokens": " ".join(
+            f"{name} {getattr(tokenizer, name + '_token')!r} = {getattr(tokenizer, name + '_token_id')},"
+            for name in ("bos", "eos", "pad")
+        ).rstrip(","),
+        "trained part": "all weights but the embeddings"
+        if quant.full_finetune
+        else f"adapter {from_where}",
+        "train rows": len(splits.train) if splits.train is not None else 0,
+        "eval rows": len(splits.eval) if splits.eval is not None else 0,
+    }
+
+
+def log_block(title: str, lines: Mapping[str, Any]) -> None:
+    """A titled block of `name: value` lines."""
+    width = max(map(len, lines))
+    log.info(
+        "%s\n%s", title, "\n".join(f"  {name:<{width}}  {value}" for name, value in lines.items())
+    )
+
+
+def hints(config: Config) -> None:
+    """What a user may not expect of the flags given, said once."""
+    args, quant, given = config.training, config.quant, config.given
+    if (
+        torch.cuda.is_available()
+        and torch.cuda.is_bf16_supported()
+        and not (args.bf16 or args.fp16)
+    ):
+        log.info(
+            "hint: this GPU computes in bf16; without --bf16 the run is in float32 and several times slower"
+        )
+    if quant.bits == 16 and not args.bf16:
+        log.info("bits 16 without --bf16: the weights are loaded in float32, as the original does")
+    if quant.bits != 4 and given & {"quant_type", "double_quant"}:
+        log.info("quant_type and double_quant: without effect, bits is %d", quant.bits)
+    if quant.full_finetune and given & {f.name for f in dataclasses.fields(LoraArguments)} - {
+        "layers_to_freeze",
+        "layer_freeze_ratio",
+    }:
+        log.info("the LoRA flags: without effect in a full fine-tune")
+    if not torch.cuda.is_available() and (args.bf16 or args.fp16):
+        log.info("hint: on a CPU float32 is about 2.5 times faster: leave --bf16 and --fp16 out")
+    if args.lr_scheduler_type == "constant" and "warmup_steps" in given:
+        log.info("lr_scheduler_type constant ignores warm-up; constant_with_warmup honours it")
+
+
+# ------------------------------------------------------------------------------------
+# 14. Main
+# ------------------------------------------------------------------------------------
+def check_fit(config: Config, model: Any, parts: Mapping[str, TokenStatistics]) -> None:
+    """Rows against the model: an id outside the embedding would only show as a crash on the GPU.
+
+    Raises:
+        ConfigError: tokenizer and model do not belong together.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, part in parts.items():
+        if part.largest_id >= rows:
+            raise ConfigError(
+                f"the {name} rows hold token id {part.largest_id}, the model has {rows}: tokenizer and model do not belong together"
+            )
+        if positions and part.longest > positions:
+            log.warning(
+                "the longest %s row has %d tokens, the model was made for %d: shorten the limits or give --rope_scaling",
+                name,
+                part.longest,
+                positions,
+            )
+
+
+def run(config: Config, stop: Stop) -> int:
+    """One run, from checked flags to files. Returns the exit status."""
+    args, output = config.training, Path(config.training.output_dir)
+    began = time.perf_counter()
+    if args.full_determinism:
+        from transformers import enable_full_determinism
+
+        enable_full_determinism(args.seed)
+    set_seed(args.seed)
+    hints(config)
+    start = find_start(config)
+    if start.note:
+        log.info("%s", start.note)
+
+    folder = model_folder(config)
+    model_config = load_model_config(config, folder)
+    tokenizer = load_tokenizer(config, model_config, folder)
+    with args.main_process_first(desc="reading and encoding the dataset"):
+        pairs = load_splits(config)
+        splits = encode_splits(pairs, tokenizer, config)
+    questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
+    statistics = {
+        name: token_statistics(part) for name, part in splits._asdict().items() if part is not None
+    }
+    this_run = identity(config, statistics.get("train") if args.do_train else None)
+    if start.checkpoint or (start.weights and start.weights != config.model.adapter_name_or_path):
+        check_identity(start.checkpoint or output, this_run)
+
+    derived = derived_settings(config, start, tokenizer, splits)
+    log_block("This run", derived)
+    if config.quant.full_finetune and start.weights:
+        folder = start.weights
+    model = load_model(config, model_config, folder)
+    special_ids_into_model(model, tokenizer)
+    check_fit(config, model, statistics)
+    model = make_trainable(model, config, start.weights)
+    for line in parameter_report(model):
+        log.info("%s", line)
+    trainer = build_trainer(model, tokenizer, splits, questions, this_run, stop, config)
+
+    data = {name: part._asdict() for name, part in statistics.items()}
+    if args.should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        write_file(output / "run.json", run_record(config, derived, data))
+    metrics: dict[str, Any] = {}
+    log.info("ready after %.0f s", time.perf_counter() - began)
+    if start.train:
+        metrics |= train(trainer, start, stop, config)
+        if stop.signal is not None:
+            log.warning(
+                "stopped by %s at step %d, saved; the same command goes on from there",
+                signal.Signals(stop.signal).name,
+                trainer.state.global_step,
+            )
+            return 128 + stop.signal
+    if args.do_eval:
+        metrics |= evaluate(trainer)
+    if args.do_predict:
+        if not start.train and start.weights is None:
+            log.warning(
+                "no trained adapter in %s: these are the predictions of the base model", output
+            )
+        else:
+            log.info(
+                "predicting with %s",
+                f"the adapter just trained, {output}" if start.train else start.weights,
+            )
+        metrics |= predict(trainer, pairs.eval, config)
+    finish(config, metrics, time.perf_counter() - began)
+    return 0
+
+
+def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
+    """metrics.json, and the block at the end of a run."""
+    if config.training.process_index != 0:
+        return
+    file = Path(config.training.output_dir, "metrics.json")
+    earlier = read_json(file) if file.is_file() else {}
+    write_file(
+        file,
+        json.dumps({"run_name": config.training.run_name, **earlier, **metrics}, indent=1) + "\n",
+    )
+    shown = (
+        "train_tokens_per_second",
+        "train_peak_memory_gib",
+        "train_loss",
+        "eval_loss",
+        "eval_perplexity",
+    )
+    lines = {name.replace("_", " "): metrics[name] for name in shown if name in metrics}
+    lines |= {
+        name: value
+        for name, value in metrics.items()
+        if re.fullmatch(r"mmlu_\w+_accuracy|mmlu_loss", name)
+    }
+    log_block("Done", lines | {"seconds": round(seconds), "files": config.training.output_dir})
+
+
+MEMORY_ADVICE = "lower --per_device_train_batch_size or --source_max_len and --target_max_len, or keep --gradient_checkpointing on"
+
+
+def exit_status(error: BaseException) -> tuple[int, str] | None:
+    """Exit status and message for what a user can mend; None for our bugs."""
+    if isinstance(error, QLoRAError):
+        return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted before anything was trained; the same command begins again"
+    if isinstance(error, torch.OutOfMemoryError):
+        return 2, f"not enough GPU memory: {MEMORY_ADVICE}"
+    mendable = (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EEXIST,
+        errno.ENAMETOOLONG,
+    )
+    if isinstance(error, OSError) and error.errno in mendable:
+        return 2, f"{error.filename or 'a file'}: {error.strerror}"
+    return None
+
+
+def set_up_logging() -> None:
+    """INFO to standard error on rank 0, only errors elsewhere."""
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0 done, 2 mend something, 130 or 143 stopped and saved."""
+    argv = sys.argv[1:] if argv is None else argv
+    set_up_logging()
+    debug = any(re.fullmatch(r"--show[_-]traceback|--debug", token) for token in argv)
+    try:
+        return run(parse_config(argv), Stop())
+    except (Exception, KeyboardInterrupt) as error:
+        known = exit_status(error)
+        if known is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"error: {known[1]}", file=sys.stderr)
+        return known[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Makes the environment: .venv at the root of the repository, with requirements.txt in it.
+#
+#   source scripts/setup_env.sh    # make it, put it first on PATH and export PYTHON, its interpreter
+#   bash scripts/setup_env.sh      # only make it
+#
+# PYTHON=/path/to/python picks the interpreter to build from (3.11 or 3.12); without it, the first of
+# python3.11, python3.12 and python3 that runs. A stamp in .venv remembers what was installed, so a
+# second call takes well under a second.
+
+_qlora_fits() {  # A launcher may carry the right name and still fail: only running it tells.
+    "$1" -c 'import sys, ensurepip, venv
+sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1
+}
+
+_qlora_minor() {
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+}
+
+_qlora_setup_env() {
+    local root venv base candidate stamp
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return 1
+    venv=$root/.venv
+
+    # An earlier call exported PYTHON as the interpreter of .venv itself: that is no wish for another.
+    base=${PYTHON:-}
+    case $base in "$venv"/* | .venv/* | ./.venv/*) base= ;; esac
+    if [ -n "$base" ] && ! _qlora_fits "$base"; then
+        echo "error: PYTHON=$base is not a Python 3.11 or 3.12 that runs and has the venv module" >&2
+        return 1
+    fi
+
+    if ! _qlora_fits "$venv/bin/python" ||
+        { [ -n "$base" ] && [ "$(_qlora_minor "$base")" != "$(_qlora_minor "$venv/bin/python")" ]; }; then
+        for candidate in python3.11 python3.12 python3; do
+            [ -z "$base" ] && _qlora_fits "$candidate" && base=$candidate
+        done
+        if [ -z "$base" ]; then
+            echo "error: no Python 3.11 or 3.12 with the venv module found;" \
+                "install one, or name it: PYTHON=/path/to/python" >&2
+            return 1
+        fi
+        echo "Making $venv with Python $(_qlora_minor "$base")"
+        "$base" -m venv --clear "$venv" || return 1
+    fi
+
+    stamp=$("$venv/bin/python" -c 'import hashlib, sys
+print(sys.version.split()[0], hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' \
+        "$root/requirements.txt") || return 1
+    if [ "$(cat "$venv/requirements.stamp" 2>/dev/null)" != "$stamp" ]; then
+        echo "Installing requirements.txt (2 GB with a CPU torch, several more with CUDA; minutes)"
+        _qlora_install "$venv" "$root" || {
+            echo "pip failed; trying once more" >&2
+            sleep 5
+            _qlora_install "$venv" "$root"
+        } || {
+            echo "error: pip could not install requirements.txt into $venv; see its message above" >&2
+            return 1
+        }
+        printf '%s\n' "$stamp" >"$venv/requirements.stamp" || return 1
+    fi
+
+    export VIRTUAL_ENV=$venv PYTHON=$venv/bin/python
+    case $PATH in "$venv/bin":*) ;; *) export PATH=$venv/bin:$PATH ;; esac
+}
+
+_qlora_install() {
+    local -a quiet=(--quiet)
+    [ -t 1 ] && quiet=()  # somebody is watching: show the progress bars
+    "$1/bin/python" -m pip install "${quiet[@]+"${quiet[@]}"}" --disable-pip-version-check \
+        -r "$2/requirements.txt"
+}
+
+if ! _qlora_setup_env; then
+    # shellcheck disable=SC2317  # `exit` is reached when the file is run and not sourced
+    return 1 2>/dev/null || exit 1
+fi
