@@ -140,7 +140,7 @@ class ModelArguments:
     model_name_or_path: str = flag("EleutherAI/pythia-12b", "Base model: hub id, folder, or .gguf file.")
     trust_remote_code: bool = flag(False, "Run the Python code that comes with model and tokenizer.")
     use_auth_token: bool = flag(False, "Use this machine's hub login, for gated models.")
-    adapter_name_or_path: str | None = flag(None, "Start from this adapter, optimizer fresh. Not a resume: that is a rerun.")
+    adapter_name_or_path: str | None = flag(None, "Adapter to start from, optimizer fresh. A resume is a rerun.")
     attn_implementation: str | None = flag(None, "Attention kernel: sdpa, eager, flash_attention_2, ...")
     use_fast_tokenizer: bool = flag(True, "Accepted for old command lines: every tokenizer is a fast one today.")
     pad_token: str | None = flag(None, "Token of the vocabulary to pad with.")
@@ -148,9 +148,9 @@ class ModelArguments:
     bos_token: str | None = flag(None, "Token of the vocabulary that begins a sequence.")
     unk_token: str | None = flag(None, "Token of the vocabulary for what is unknown.")
     padding_side: Literal["right", "left"] = flag("right", "Padding of training batches; generation pads left.")
-    tokenizer_patch: str | None = flag(None, "Folder whose tokenizer_config.json and special_tokens_map.json are laid over "
-        "the model's (examples/llama1_tokenizer mends early LLaMA conversions).")
-    rope_scaling: str | None = flag(None, "JSON laid over the model's rotary embedding, for contexts longer than the model's: "
+    tokenizer_patch: str | None = flag(None, "Folder whose tokenizer_config.json and special_tokens_map.json are laid "
+        "over the model's (examples/llama1_tokenizer: for early LLaMA conversions).")
+    rope_scaling: str | None = flag(None, "JSON laid over the model's rotary embedding, for longer contexts: "
         '{"rope_type": "linear", "factor": 2.0}')
     cache_dir: str | None = flag(None, "Folder for downloads, converted models and encoded datasets.")
 
@@ -163,15 +163,15 @@ class DataArguments:
 
     dataset: str = flag("alpaca", "Preset, local file or folder, or hub id; a comma-separated list is concatenated.")
     dataset_format: str | None = flag(None, "Format of the rows; default: the preset's own, else by the columns.")
-    eval_dataset_size: float = flag(1024, "Rows held out where the dataset has no such split: a number, or below 1 a share. "
-        "The default takes a tenth of a set of fewer than 4096 rows.")
+    eval_dataset_size: float = flag(1024, "Rows held out where the dataset has no split for it: a number, or below 1 a "
+        "share. The default takes a tenth of a set of fewer than 4096 rows.")
     max_train_samples: int | None = flag(None, "Train on the first N rows, counted after the split.")
     max_eval_samples: int | None = flag(None, "Evaluate and predict on the first N rows.")
     source_max_len: int = flag(1024, "Longest input, in tokens with BOS; cut on the right.")
     target_max_len: int = flag(256, "Longest output, in tokens with EOS; cut on the right.")
     model_max_len: int | None = flag(None, "One limit, in tokens, for input and output together; replaces those two.")
     skip_excess_length: bool = flag(True, "With model_max_len: drop longer training rows instead of cutting them.")
-    on_bad_rows: Literal["stop", "skip"] = flag("stop", "At a row that can't be used: stop, or write it to rejected.jsonl.")
+    on_bad_rows: Literal["stop", "skip"] = flag("stop", "At a row of no use: stop, or write it to rejected.jsonl.")
     train_on_source: bool = flag(False, "Learn the input tokens too.")
 
 
@@ -197,13 +197,13 @@ class LoraArguments:
     lora_r: int = flag(64, "Rank of the adapters.")
     lora_alpha: float = flag(16, "Adapters are scaled by lora_alpha / lora_r.")
     lora_dropout: float = flag(0.0, "Dropout probability on the adapters' input.")
-    lora_modules: str = flag("all", "Adapted layers: all linear ones but the head, attn, mlp, or a comma list of leaf names.")
+    lora_modules: str = flag("all", "Adapted: all (linear layers but the head), attn, mlp, or leaf names.")
     lora_bias: Literal["none", "all", "lora_only"] = flag("none", "Which bias vectors train too.")
     lora_dtype: Literal["float32", "bfloat16"] = flag("float32", "Data type that the adapters are kept in.")
     use_dora: bool = flag(False, "Weight-decomposed adapters (DoRA).")
     use_rslora: bool = flag(False, "Scale by lora_alpha / sqrt(lora_r).")
     init_lora_weights: str = flag("True", "How adapters start: True, gaussian, or a name that peft knows.")
-    modules_to_save: str | None = flag(None, "Comma list of modules to train whole and save, e.g. embed_tokens,lm_head.")
+    modules_to_save: str | None = flag(None, "Comma list of modules to train whole, e.g. embed_tokens,lm_head.")
     layers_to_freeze: int = flag(0, "Leave the first N layers alone: no adapters, no training.")
     layer_freeze_ratio: float = flag(0.0, "As layers_to_freeze, as a share of the layers, below 1.")
 
@@ -246,10 +246,10 @@ class MMLUArguments:
 
     do_mmlu_eval: bool = flag(False, "Answer MMLU questions at each evaluation.")
     mmlu_split: Literal["eval", "test"] = flag("eval", "Which questions.")
-    mmlu_dataset: Literal["mmlu-zs", "mmlu-fs", "mmlu"] = flag("mmlu-fs", "Prompts: zero-shot, or five-shot (mmlu-fs, mmlu).")
+    mmlu_dataset: Literal["mmlu-zs", "mmlu-fs", "mmlu"] = flag("mmlu-fs", "Zero-shot or five-shot (mmlu-fs, mmlu).")
     max_mmlu_samples: int | None = flag(None, "Answer the first N questions.")
     mmlu_source_max_len: int = flag(2048, "Longest prompt, in tokens; cut on the left.")
-    mmlu_dir: str = flag("data/mmlu", "Folder of the original's question files; without it the questions are cais/mmlu's.")
+    mmlu_dir: str = flag("data/mmlu", "Folder of the original's question files; without it cais/mmlu of the hub.")
 
 
 @dataclass
@@ -338,20 +338,20 @@ class Parser(HfArgumentParser):
     """HfArgumentParser with the Trainer's own flags last, no abbreviations, and errors of ours."""
 
     def __init__(self) -> None:
+        self.trainer_group: Any = argparse._ArgumentGroup(self, "the Trainer's other flags, with its own defaults")
         epilog = "A YAML or JSON file with flags may stand first: python qlora.py run.yaml --learning_rate 1e-4"
         super().__init__(GROUPS, prog="qlora.py", allow_abbrev=False, epilog=epilog)
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
         """One group for what a class declares itself; what it inherits goes into a group below all of ours."""
         own: Any = self.add_argument_group(dtype._argument_group_name)
-        inherited: Any = argparse._ArgumentGroup(self, "the Trainer's other flags, with its own defaults")
+        inherited: Any = self.trainer_group if dtype is TrainingArguments else None
         hints = get_type_hints(dtype)
         for item in dataclasses.fields(dtype):
             if item.init and item.name not in RENAMED_FLAGS:
                 item.type = hints[item.name]
                 self._parse_dataclass_field(own if item.name in dtype.__annotations__ else inherited, item)
-        self.trainer_group = inherited if inherited._group_actions else getattr(self, "trainer_group", None)
-        if dtype is GROUPS[-1]:
+        if dtype is GROUPS[-1]:  # argparse prints the groups in this order
             self._action_groups.append(self.trainer_group)
 
     def error(self, message: str) -> NoReturn:
@@ -466,7 +466,7 @@ def parse_config(argv: Sequence[str]) -> Config:
         ]
     except (ValueError, ImportError, OSError) as error:
         raise ConfigError(one_line(error)) from error
-    config = Config(*groups, flags=flags, given=given)
+    config = Config(*groups, flags, given)  # type: ignore[call-arg, misc]
     check_config(config)
     return config
 
@@ -499,30 +499,32 @@ def check_config(config: Config) -> None:
     given, full, size = config.given, config.quant.full_finetune, config.data.eval_dataset_size
     freeze, strategies = lora.layer_freeze_ratio, ("group_by_length", "random", "sequential")
     at_least_one = (
-        "max_train_samples", "max_eval_samples", "source_max_len", "target_max_len", "model_max_len", "max_mmlu_samples",
-        "mmlu_source_max_len", "max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size",
-        "gradient_accumulation_steps", "lora_r", "max_memory_MB",
+        "max_train_samples", "max_eval_samples", "source_max_len", "target_max_len", "model_max_len",
+        "max_mmlu_samples", "mmlu_source_max_len", "max_new_tokens", "per_device_train_batch_size",
+        "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_r", "max_memory_MB",
     )  # fmt: skip
     # fmt: off
     rules: list[tuple[bool, str]] = [
-        (not (train.do_train or train.do_eval or train.do_predict), "nothing to do: do_train, do_eval and do_predict are all False"),
+        (not (train.do_train or train.do_eval or train.do_predict),
+         "nothing to do: --do_train, --do_eval, --do_predict are off"),
         (full and quant.bits < 16, f"--full_finetune trains the weights: --bits {quant.bits} can't, give 16 or 32"),
-        (full and model.adapter_name_or_path is not None, "--full_finetune has no adapter: drop --adapter_name_or_path"),
+        (full and model.adapter_name_or_path is not None, "--full_finetune: drop --adapter_name_or_path"),
         (train.adam8bit and "optim" in given, "--adam8bit and --optim: give one of them"),
         (train.do_predict and not train.predict_with_generate, "--do_predict needs --predict_with_generate"),
         (config.mmlu.do_mmlu_eval and not train.do_eval, "--do_mmlu_eval answers at each evaluation: add --do_eval"),
         (data.model_max_len is not None and bool(given & {"source_max_len", "target_max_len"}),
          "--model_max_len replaces --source_max_len and --target_max_len: give one or the others"),
         ("skip_excess_length" in given and data.model_max_len is None, "--skip_excess_length needs --model_max_len"),
-        (size <= 0 or (size > 1 and size != int(size)), f"--eval_dataset_size {size:g}: expected a number of rows, or a share below 1"),
+        (size <= 0 or (size > 1 and size != int(size)),
+         f"--eval_dataset_size {size:g}: expected a number of rows, or a share below 1"),
         (not 0 <= lora.lora_dropout < 1, f"--lora_dropout {lora.lora_dropout:g}: expected from 0 up to below 1"),
         (lora.layers_to_freeze > 0 and freeze > 0, "--layers_to_freeze and --layer_freeze_ratio: give one of them"),
         (lora.layers_to_freeze < 0, f"--layers_to_freeze {lora.layers_to_freeze}: expected 0 or more"),
         (not 0 <= freeze < 1, f"--layer_freeze_ratio {freeze:g}: expected from 0 up to below 1"),
         (train.train_sampling_strategy not in strategies,
          f"--train_sampling_strategy {train.train_sampling_strategy}: expected one of {', '.join(strategies)}"),
-        *((config.flags[name] is not None and config.flags[name] < 1, f"--{name} {config.flags[name]}: expected at least 1")
-          for name in at_least_one),
+        *((value is not None and value < 1, f"--{name} {value}: expected at least 1")
+          for name in at_least_one for value in [config.flags[name]]),
         (not data.dataset.strip(" ,"), "--dataset is empty"),
         ("vicuna" in data.dataset.replace(" ", "").split(","),
          f"--dataset vicuna: its data was never released; a file of your own, or one of {', '.join(DATASETS)}"),
@@ -877,7 +879,7 @@ def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
     if "" in splits:
         stray = ", ".join(file.name for file in splits[""])
         raise DataError(
-            f"{folder}: {stray} beside files named after splits; name every file train, eval, validation or test, or none"
+            f"{folder}: {stray} beside files named after splits; name all of them train, eval, ..., or none"
         )
     return {split: RowSource(str(folder), tuple(paths)) for split, paths in splits.items()}
 
@@ -918,7 +920,12 @@ def pair_rows(source: RowSource, format_name: str) -> Iterator[dict[str, str]]:
                 raise RowError("the output is empty, expected something to learn")
         except RowError as error:
             pair, problem = ({"input": "", "output": ""}, str(error).encode("utf-8", "replace").decode())
-        yield {**pair, "where": where.encode("utf-8", "replace").decode(), "problem": problem}
+        yield {
+            "input": pair["input"],
+            "output": pair["output"],
+            "where": where.encode("utf-8", "replace").decode(),
+            "problem": problem,
+        }
 
 
 def load_pairs(source: RowSource, format_name: str, cache_dir: str | None) -> Any:
@@ -956,8 +963,8 @@ def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> st
     missing = set(FORMATS[chosen].columns) - set(columns := source.columns())
     if missing and columns:
         raise DataError(
-            f"{name}: no column {', '.join(sorted(missing))}, found {', '.join(columns)}. The format is {chosen} ({why}); "
-            f"others: {', '.join(FORMATS)}"
+            f"{name}: no column {', '.join(sorted(missing))}, found {', '.join(columns)}. "
+            f"The format is {chosen} ({why}); others: {', '.join(FORMATS)}"
         )
     log.info("%s: format %s, %s", name, chosen, why)
     return chosen
@@ -1135,7 +1142,8 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
         ConfigError: no such tokenizer, a token that is not in its vocabulary, no end-of-sequence token.
     """
     model = config.model
-    options = {"cache_dir": model.cache_dir, "token": token_of(config), "trust_remote_code": model.trust_remote_code}
+    options: dict[str, Any] = {"cache_dir": model.cache_dir, "token": token_of(config)}
+    options["trust_remote_code"] = model.trust_remote_code
     if not model.use_fast_tokenizer:
         log.info("use_fast_tokenizer False: every tokenizer is a fast one today")
     with tempfile.TemporaryDirectory() as scratch:
@@ -1311,7 +1319,7 @@ def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Confi
 def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
     """Both splits encoded; too long rows dropped from training where the flags say so; what was cut is logged."""
     limits = limits_of(config)
-    parts = []
+    parts: list[Any] = []
     for name, pairs in zip(Splits._fields, splits, strict=True):
         if pairs is None:
             parts.append(None)
@@ -1434,7 +1442,7 @@ def device_map(config: Config) -> Any:
 
 
 def quantisation_config(config: Config) -> Any | None:
-    """What bitsandbytes is told. Only for bits 4 and 8: with both switches off it would quantise to 4 bit all the same."""
+    """What bitsandbytes is told. For bits 4 and 8 only: with both switches off it quantises to 4 bit all the same."""
     from transformers import BitsAndBytesConfig
 
     quant = config.quant
@@ -1479,11 +1487,11 @@ def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
     with tempfile.TemporaryDirectory(dir=root) as scratch:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
-            )
+            options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
         except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
             raise ConfigError(f"--model_name_or_path {path}: {one_line(error)}") from error
+        model, info = loaded
         check_loaded(str(path), info)
         if isinstance(model.config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
@@ -1576,12 +1584,13 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), limit)
     options = {name: value for name, value in options.items() if value is not None}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
         raise ConfigError(f"--model_name_or_path {config.model.model_name_or_path}: {one_line(error)}") from error
+    model, info = loaded
     check_loaded(config.model.model_name_or_path, info)
     # keeps the Trainer from wrapping the one model in DataParallel where this process sees several GPUs
-    model.is_parallelizable = model.model_parallel = True  # type: ignore[assignment]
+    model.is_parallelizable = model.model_parallel = True
     model.config.use_cache = False  # of no use in training; generation turns it on
     return model
 
@@ -1618,12 +1627,10 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
 # Adapters go on every linear layer but the output head, which is found by identity and not by a name. They are kept in
 # float32 and computed in the compute dtype. A full fine-tune freezes the embeddings instead.
 # ------------------------------------------------------------------------------------
-ATTENTION_LEAVES = re.compile(
-    r"[qkvo]_proj|out_proj|query_key_value|qkv_proj|Wqkv|c_attn|W_pack|wqkv|(query|key|value|dense)$"
-)
-MLP_LEAVES = re.compile(
-    r"gate_proj|up_proj|down_proj|gate_up_proj|fc\d|fc_(in|out)|dense_(h_to_4h|4h_to_h)|c_fc|w[123]"
-)
+LEAF_GROUPS = {  # of --lora_modules, over the names that the families give their layers
+    "attn": re.compile(r"[qkvo]_proj|out_proj|query_key_value|qkv_proj|Wqkv|wqkv|W_pack|c_attn|query|key|value|dense"),
+    "mlp": re.compile(r"(gate|up|down|gate_up)_proj|fc\d|fc_(in|out)|dense_(h_to_4h|4h_to_h)|c_fc|w[123]"),
+}
 
 
 def is_linear(module: torch.nn.Module) -> bool:
@@ -1639,9 +1646,15 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if is_linear(module) and module is not head]
 
 
-def layer_index(name: str) -> int | None:
-    """The layer that a module or parameter belongs to: the first number among the parts of its name."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+def leaf_name(name: str) -> str:
+    """The last part of a module's full name."""
+    return name.rpartition(".")[2]
+
+
+def is_trained_layer(name: str, frozen: int) -> bool:
+    """Whether what has this name lies outside the first `frozen` layers; its first number is the layer."""
+    index = next((int(part) for part in name.split(".") if part.isdigit()), None)
+    return index is None or index >= frozen
 
 
 def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
@@ -1650,7 +1663,7 @@ def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
     Raises:
         ConfigError: that would be all of them.
     """
-    layers = model.config.get_text_config().num_hidden_layers
+    layers: int = model.config.get_text_config().num_hidden_layers or 0
     frozen = lora.layers_to_freeze or int(lora.layer_freeze_ratio * layers)
     if frozen >= layers:
         raise ConfigError(f"--layers_to_freeze {frozen}: the model has {layers} layers, nothing would train")
@@ -1663,24 +1676,19 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments) -> list[str]:
     Raises:
         ConfigError: no layer has such a name.
     """
-    layers = linear_layers(model)
-    frozen = layers_to_freeze(model, lora)
-    wanted = [name for name in layers if (layer_index(name) if layer_index(name) is not None else frozen) >= frozen]
-    if lora.lora_modules != "all":
-        names = {name.strip() for name in lora.lora_modules.split(",")}
-        groups = {"attn": ATTENTION_LEAVES, "mlp": MLP_LEAVES}
-        wanted = [
-            full
-            for full in wanted
-            for leaf in [full.rpartition(".")[2]]
-            if leaf in names or any(g in names and groups[g].fullmatch(leaf) for g in groups)
-        ]
-    if not wanted:
-        leaves = sorted({name.rpartition(".")[2] for name in layers})
-        raise ConfigError(f"--lora_modules {lora.lora_modules}: no such layer, the model has {', '.join(leaves)}")
-    leaves = {name.rpartition(".")[2] for name in wanted}
-    named = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
-    return sorted(leaves) if set(named) == set(wanted) else wanted
+    layers, frozen = linear_layers(model), layers_to_freeze(model, lora)
+    wanted = [name for name in layers if is_trained_layer(name, frozen)]
+    names = {name.strip() for name in lora.lora_modules.split(",")}
+    if names != {"all"}:
+        tests: dict[str, Any] = {name: LEAF_GROUPS.get(name, re.compile(re.escape(name))) for name in names}
+        for name, test in tests.items():
+            if not any(test.fullmatch(leaf_name(full)) for full in wanted):
+                found = ", ".join(sorted({leaf_name(full) for full in layers}))
+                raise ConfigError(f"--lora_modules: no linear layer is called {name!r}, the model has {found}")
+        wanted = [full for full in wanted if any(test.fullmatch(leaf_name(full)) for test in tests.values())]
+    leaves = {leaf_name(full) for full in wanted}
+    named = {name for name, _ in model.named_modules() if leaf_name(name) in leaves}
+    return sorted(leaves) if named == set(wanted) else wanted
 
 
 def lora_config(model: PreTrainedModel, lora: LoraArguments) -> Any:
@@ -1692,7 +1700,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments) -> Any:
     alpha = int(lora.lora_alpha) if lora.lora_alpha == int(lora.lora_alpha) else lora.lora_alpha
     return LoraConfig(
         r=lora.lora_r,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=lora.lora_dropout,
         target_modules=lora_targets(model, lora),
         bias=lora.lora_bias,
@@ -1733,8 +1741,7 @@ def unfreeze_for_full_finetune(model: PreTrainedModel, lora: LoraArguments) -> P
     """All weights train but the embeddings, what is tied to them, and the frozen layers."""
     frozen = layers_to_freeze(model, lora)
     for name, parameter in model.named_parameters():
-        index = layer_index(name)
-        parameter.requires_grad_(index is None or index >= frozen)
+        parameter.requires_grad_(is_trained_layer(name, frozen))
     model.get_input_embeddings().requires_grad_(False)
     return model
 
@@ -1753,8 +1760,8 @@ def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) 
 # ------------------------------------------------------------------------------------
 # 10. Checkpoints: whole or absent
 #
-# A checkpoint is written into a hidden folder, flushed to disk, and renamed. Its checkpoint.json lists its files with
-# their sizes and what they belong to; a folder that does not match its list is passed over. `completed` is written last.
+# A checkpoint is written into a hidden folder, flushed to disk and renamed. Its checkpoint.json says whose it is
+# and lists its files with their sizes; a folder that differs is passed over. `completed` comes last.
 # ------------------------------------------------------------------------------------
 MANIFEST = "checkpoint.json"
 COMPLETED = "completed"
@@ -1895,7 +1902,7 @@ def find_start(config: Config) -> Start:
             return Start(False, weights=str(adapter_folder(output) or output), note=note)
         if last is None:
             raise ConfigError(
-                f"{output} holds a completed run but no checkpoint to go on from; begin a new run from its adapter with "
+                f"{output} holds a completed run but no checkpoint to go on from; begin another from its adapter with "
                 f"--adapter_name_or_path {output} and another --output_dir"
             )
     if last is not None:
@@ -1944,7 +1951,7 @@ def publish(staging: Path, final: Path, run: Mapping[str, Any]) -> None:
 
 
 def clear_output(output: Path, everything: bool) -> None:
-    """Before training: away with `completed`, with folders that a kill left half written and, to start anew, checkpoints."""
+    """Before training: away with `completed`, with half written folders and, to start anew, with checkpoints."""
     (output / COMPLETED).unlink(missing_ok=True)
     for folder in output.glob(f"{STAGING}*"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -2061,19 +2068,12 @@ def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConf
             except (ValueError, NotImplementedError, OSError) as error:
                 raise ConfigError(f"generation flags: {one_line(error)}") from error
             width = tensors["input_ids"].shape[1]  # the prompt is taken off by its tokens, never by its text
-            for number, source, prompt, ids in zip(numbers, batch["input"], prompts, output.tolist(), strict=True):
-                target = batch["output"][numbers.index(number)]
-                results.append(
-                    (
-                        number,
-                        {
-                            "input": source,
-                            "output": target,
-                            "prediction": tokenizer.decode(ids[width:], skip_special_tokens=True),
-                            "prediction_with_input": tokenizer.decode(prompt + ids[width:], skip_special_tokens=True),
-                        },
-                    )
-                )
+            for i, number in enumerate(numbers):
+                answer = output[i, width:].tolist()
+                row = {"input": batch["input"][i], "output": batch["output"][i]}
+                row["prediction"] = str(tokenizer.decode(answer, skip_special_tokens=True))
+                row["prediction_with_input"] = str(tokenizer.decode(prompts[i] + answer, skip_special_tokens=True))
+                results.append((number, row))
     return gathered(results, runtime)
 
 
@@ -2122,13 +2122,15 @@ def questions_in_file(path: Path) -> Iterator[Question]:
 
 def questions_of_hub(config: Config, five_shot: bool) -> Iterator[Question]:
     """The same prompts built from `cais/mmlu`, whose `dev` rows are the worked examples."""
-    splits = {name: source.loaded for name, source in load_from_hub("cais/mmlu", config, name="all").items()}
+    splits: dict[str, Any] = {
+        name: source.loaded for name, source in load_from_hub("cais/mmlu", config, name="all").items()
+    }
     shots: dict[str, str] = defaultdict(str)
     for row in splits["dev"] if five_shot else []:
         shots[row["subject"]] += f"{question_text(row)} {LETTERS[row['answer']]}\n\n"
     for row in splits["validation" if config.mmlu.mmlu_split == "eval" else "test"]:
         topic = row["subject"].replace("_", " ")
-        head = f"The following are multiple choice questions (with answers) about  {topic}.\n\n"  # two spaces, as published
+        head = f"The following are multiple choice questions (with answers) about  {topic}.\n\n"  # as published
         yield Question(row["subject"], head + shots[row["subject"]] + question_text(row), row["answer"])
 
 
@@ -2141,7 +2143,7 @@ def question_text(row: Mapping[str, Any]) -> str:
 def letter_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list[int]]]:
     """What A to D begin with alike (some tokenizers: a space of its own), and what follows in each."""
     ids = token_ids(list(LETTERS), tokenizer)
-    shared = len(os.path.commonprefix(ids))  # works on any sequences
+    shared = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ids, strict=False)))
     return ids[0][:shared], [letter[shared:] for letter in ids]
 
 
@@ -2250,7 +2252,7 @@ def stopping_on_signals(stop: Stop) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
         yield
         return
-    saved = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    saved: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for number in saved:
             signal.signal(number, note)
@@ -2300,8 +2302,9 @@ class QLoRATrainer(Trainer):
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """The Trainer's own grouped sampler draws from the global generator, which a resume in epoch 2 does not find again."""
-        rows, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        """Ours: the Trainer's grouped sampler draws from the global generator, and a resume in epoch 2 differs."""
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
         strategy = args.train_sampling_strategy
         if strategy == "sequential":
             return torch.utils.data.SequentialSampler(rows)
@@ -2357,7 +2360,7 @@ class QLoRATrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's checkpoint, written aside, flushed and renamed."""
-        began, output = time.perf_counter(), Path(self.args.output_dir)
+        began, output = time.perf_counter(), Path(self.config.training.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         self.staging = output / f"{STAGING}{self.state.global_step}"
         try:
@@ -2387,6 +2390,11 @@ class QLoRATrainer(Trainer):
         for folder in checkpoints_in(output)[max(limit, 1) :] if limit else []:
             if str(folder) != self.state.best_model_checkpoint:
                 shutil.rmtree(folder)
+
+    def take_over(self, checkpoint: Path) -> None:
+        """Weights and state of a checkpoint, without training on."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The Trainer's, except for the original's layout, which it would load as a second adapter."""
@@ -2441,40 +2449,53 @@ def peak_memory_gib() -> float:
 
 
 def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> dict[str, Any]:
-    """Train, save what was trained, mark the run completed."""
+    """Train, save what was trained, mark the run completed. After a signal only the checkpoint is there."""
     output = Path(config.training.output_dir)
     if trainer.args.should_save:
         output.mkdir(parents=True, exist_ok=True)
         clear_output(output, everything=config.training.overwrite_output_dir)
-    began, first_step = time.perf_counter(), trainer.state.global_step
+    state = read_json(start.checkpoint / "trainer_state.json") if start.checkpoint else {"global_step": 0}
+    metrics: dict[str, Any] = {}
+    if start.checkpoint and not asks_for_more(config, {"step": state["global_step"], "epoch": state["epoch"]}):
+        log.info(
+            "%s holds the last step: nothing is left to train", start.checkpoint
+        )  # the Trainer would train one more
+        trainer.take_over(start.checkpoint)
+    else:
+        metrics = timed_training(trainer, start.checkpoint, state["global_step"], stop)
+    if stop.signal is None:
+        if metrics:
+            trainer.log_metrics("train", metrics)
+            trainer.save_metrics("train", metrics)
+        trainer.save_state()
+        save_final(trainer, output, config)
+    return metrics
+
+
+def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: int, stop: Stop) -> dict[str, Any]:
+    """Train and measure: tokens without padding over the seconds that were not spent on evaluating and saving."""
+    began = time.perf_counter()
     with stopping_on_signals(stop):
-        result = trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = max(time.perf_counter() - began - trainer.seconds_aside, 1e-9)
     tokens = trainer.accelerator.reduce(torch.as_tensor(int(trainer.tokens_seen), device=trainer.args.device)).item()
-    steps = trainer.state.global_step - first_step
-    metrics = dict(result.metrics)
-    metrics |= {
+    steps = max(trainer.state.global_step - first_step, 1)
+    return {
+        **result.metrics,
+        "train_loss": trainer._total_loss_scalar / steps,  # transformers 5.17 divides by the steps before a resume too
         "train_tokens": tokens,
         "train_tokens_per_second": round(tokens / seconds, 1),
         "train_peak_memory_gib": round(peak_memory_gib(), 3),
     }
-    if stop.signal is not None:
-        return metrics
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
-    save_final(trainer, output, config)
-    assert steps >= 0
-    return metrics
 
 
 def save_final(trainer: QLoRATrainer, output: Path, config: Config) -> None:
     """The adapter (or, after a full fine-tune, the model) and its tokenizer, each file whole; then `completed`."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model, tokenizer, *_ = trainer.runtime()
     if trainer.args.should_save:
         aside = output / f"{STAGING}final"
         model.save_pretrained(aside)
-        trainer.processing_class.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
         for path in sorted(aside.iterdir()):
             flush(path)
             path.replace(output / path.name)
@@ -2540,9 +2561,9 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     )
     settings = "\n".join(f"| {name} | `{config.flags[name]}` |" for name in sorted(config.given))
     base = config.model.model_name_or_path
-    kind = "full fine-tune" if config.quant.full_finetune else "LoRA adapter"
+    kind, library = ("full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
-        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {'transformers' if config.quant.full_finetune else 'peft'}\n"
+        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {library}\n"
         f"pipeline_tag: text-generation\n---\n\n"
         f"# {kind.capitalize()} for {base}\n\n"
         f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
@@ -2605,8 +2626,8 @@ def run_record(config: Config, derived: dict[str, Any], data: dict[str, Any]) ->
 def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Splits) -> dict[str, Any]:
     """What follows from the flags: the block at the start of a run, and `derived` in run.json."""
     args, quant = config.training, config.quant
-    processes = args.world_size
-    effective = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    rows, accumulated, processes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    effective = rows * accumulated * processes
     why = "--bf16" if args.bf16 else "--fp16" if args.fp16 else "neither --bf16 nor --fp16"
     kind = f"{quant.bits} bit"
     if quant.bits == 4:
@@ -2622,7 +2643,7 @@ def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Split
         "model": config.model.model_name_or_path,
         "weights": kind,
         "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
-        "effective batch": f"{effective} rows = {args.per_device_train_batch_size} in a micro-batch x {args.gradient_accumulation_steps} accumulated x {processes} processes",
+        "effective batch": f"{effective} rows = {rows} at once x {accumulated} accumulated x {processes} processes",
         "length": f"{length}; {steps_in_epoch} steps are an epoch",
         "special tokens": " ".join(
             f"{name} {getattr(tokenizer, name + '_token')!r} = {getattr(tokenizer, name + '_token_id')},"
@@ -2674,11 +2695,11 @@ def check_fit(config: Config, model: Any, parts: Mapping[str, TokenStatistics]) 
     for name, part in parts.items():
         if part.largest_id >= rows:
             raise ConfigError(
-                f"the {name} rows hold token id {part.largest_id}, the model has {rows}: tokenizer and model do not belong together"
+                f"the {name} rows hold token id {part.largest_id}, the model has {rows}: its tokenizer is another's"
             )
         if positions and part.longest > positions:
             log.warning(
-                "the longest %s row has %d tokens, the model was made for %d: shorten the limits or give --rope_scaling",
+                "the longest %s row has %d tokens, the model was made for %d: lower the limits or give --rope_scaling",
                 name,
                 part.longest,
                 positions,
