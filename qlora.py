@@ -338,19 +338,20 @@ class Parser(HfArgumentParser):
     """HfArgumentParser with the Trainer's own flags last, no abbreviations, and errors of ours."""
 
     def __init__(self) -> None:
-        self.trainer_group: Any = argparse._ArgumentGroup(self, "the Trainer's other flags, with its own defaults")
+        self.trainer_group: Any = None
         epilog = "A YAML or JSON file with flags may stand first: python qlora.py run.yaml --learning_rate 1e-4"
         super().__init__(GROUPS, prog="qlora.py", allow_abbrev=False, epilog=epilog)
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
         """One group for what a class declares itself; what it inherits goes into a group below all of ours."""
         own: Any = self.add_argument_group(dtype._argument_group_name)
-        inherited: Any = self.trainer_group if dtype is TrainingArguments else None
+        if dtype is TrainingArguments:
+            self.trainer_group = argparse._ArgumentGroup(self, "the Trainer's other flags, with its own defaults")
         hints = get_type_hints(dtype)
         for item in dataclasses.fields(dtype):
             if item.init and item.name not in RENAMED_FLAGS:
                 item.type = hints[item.name]
-                self._parse_dataclass_field(own if item.name in dtype.__annotations__ else inherited, item)
+                self._parse_dataclass_field(own if item.name in dtype.__annotations__ else self.trainer_group, item)
         if dtype is GROUPS[-1]:  # argparse prints the groups in this order
             self._action_groups.append(self.trainer_group)
 

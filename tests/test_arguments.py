@@ -381,6 +381,14 @@ def test_a_json_value_of_a_file_reaches_its_flag(tmp_path):
     assert json.loads(value) == {"rope_type": "linear", "factor": 2.0}
 
 
+@pytest.mark.parametrize("name", ["eval_strategy", "save_strategy", "evaluation_strategy"])
+def test_no_in_a_yaml_file_is_the_word(tmp_path, name):
+    """YAML reads `no` as False."""
+    (tmp_path / "run.yaml").write_text(f"{name}: no\n")
+    training = parse(str(tmp_path / "run.yaml")).training
+    assert getattr(training, name.replace("evaluation", "eval")) == "no"
+
+
 def test_old_names_work_in_a_file(tmp_path, warnings):
     (tmp_path / "run.yaml").write_text("warmup_ratio: 0.1\ngroup_by_length: false\nno_cuda: true\n")
     training = parse(str(tmp_path / "run.yaml")).training
@@ -526,6 +534,16 @@ def test_a_compiler_backend_turns_compilation_on():
 def test_evaluation_strategy_is_recorded_as_evaluating():
     """run.json holds every flag as resolved, and the Trainer's arguments turn do_eval on."""
     assert parse("--evaluation_strategy", "steps").flags["do_eval"] is True
+
+
+def test_a_negated_old_name_does_not_mean_yes():
+    """An error or False: both will do."""
+    try:
+        value = parse("--no_use_auth").model.use_auth_token
+    except qlora.ConfigError as error:
+        assert "--no_use_auth" in str(error)
+    else:
+        assert value is False
 
 
 def test_logging_dir_becomes_its_environment_variable(warnings, monkeypatch):
