@@ -62,6 +62,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, get_
 import torch
 import torch.nn.functional as F
 import yaml
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -111,11 +112,31 @@ class TrainingError(QLoRAError):
 class RowError(ValueError):
     """What is wrong with one row; becomes a DataError that also names file and line, or a line of rejected.jsonl."""
 
+    def __init__(self, message: str, raw: Any = None) -> None:
+        super().__init__(message)
+        self.raw = raw  # what stood there, where it could not become a row
+
 
 def one_line(error: BaseException) -> str:
     """The first lines of a library's message, joined, short enough to read."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 400 else text[:397] + "..."
+
+
+# What libraries raise over a user's files and flags; not RuntimeError, which is as often our bug.
+LIBRARY_ERRORS = (
+    OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError,
+    RecursionError, yaml.YAMLError, zlib.error, SafetensorError,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def mendable(what: str, kind: type[QLoRAError] = ConfigError) -> Iterator[None]:
+    """A library's complaint as one line of ours that begins with `what`: the flag or file that it is about."""
+    try:
+        yield
+    except LIBRARY_ERRORS as error:
+        raise kind(f"{what}: {one_line(error)}") from error
 
 
 # ------------------------------------------------------------------------------------
@@ -328,7 +349,9 @@ RENAMED_FLAGS: dict[str, Renamed] = {
     "sharded_ddp": Renamed(None, note="use --fsdp"),
     **dict.fromkeys(
         ("use_mps_device", "half_precision_backend", "fp16_backend", "use_ipex", "jit_mode_eval", "past_index",
-         "ray_scope", "tpu_num_cores"),
+         "ray_scope", "tpu_num_cores", "fp16_opt_level", "xpu_backend", "include_inputs_for_metrics",
+         "include_tokens_per_second", "dispatch_batches", "split_batches", "fsdp_min_num_params",
+         "push_to_hub_model_id", "push_to_hub_organization"),
         Renamed(None),
     ),
 }  # fmt: skip
@@ -366,19 +389,16 @@ class Parser(HfArgumentParser):
 
 def read_config_file(path: Path) -> list[Given]:
     """The flags of a YAML or JSON file: a mapping of names to values."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {one_line(error)}") from error
+    with mendable(str(path)):
+        text = path.read_text(encoding="utf-8")
+        content, words = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)  # JSON is YAML
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected flags as `name: value` lines, found {type(content).__name__}")
     given = []
-    for name, value in content.items():
-        texts = [
-            json.dumps(v) if isinstance(v, dict) else str(v) for v in (value if isinstance(value, list) else [value])
-        ]
-        if value is not None:
-            given.append(Given(str(name).replace("-", "_"), tuple(texts), f"{path}: {name}"))
+    for (name, value), word in zip(content.items(), words.values(), strict=True):
+        if value is not None:  # the words as they stand there: YAML takes `no` for False and 1_0 for 10
+            values = [json.dumps(value)] if isinstance(value, dict) else word if isinstance(word, list) else [word]
+            given.append(Given(str(name).replace("-", "_"), tuple(map(str, values)), f"{path}: {name}"))
     return given
 
 
@@ -420,9 +440,20 @@ def current_name(item: Given, known: set[str]) -> Given | None:
     if old in RENAMED_FLAGS:
         return renamed(item, RENAMED_FLAGS[old], negated)
     if item.name not in known:
-        near = difflib.get_close_matches(item.name, sorted(known | set(RENAMED_FLAGS)), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(item.name, sorted(known | set(RENAMED_FLAGS)), n=5, cutoff=0.5)
+        near.sort(key=lambda name: -len(os.path.commonprefix([name, item.name])))  # noqa: RUF071; lora_rank: lora_r
         raise ConfigError(f"{item.where}: unknown flag, {f'did you mean --{near[0]}?' if near else 'see --help'}")
+    if item.name.startswith("no_") and item.values:  # in a file, `no_double_quant: true`
+        return item._replace(name=item.name[3:], values=("False" if boolean(item) == "True" else "True",))
     return item
+
+
+def boolean(item: Given) -> str:
+    """The value of a flag that is on or off; on where it has none."""
+    value = BOOLEANS.get("".join(item.values).lower())
+    if value is None:
+        raise ConfigError(f"{item.where} {' '.join(item.values)}: expected True or False")
+    return value
 
 
 def renamed(item: Given, new: Renamed, negated: bool) -> Given | None:
@@ -430,12 +461,10 @@ def renamed(item: Given, new: Renamed, negated: bool) -> Given | None:
     if new.to is None:
         log.warning("%s: accepted, without effect: %s", item.where, new.note)
         return None
-    values = item.values
+    values = ("False",) if negated else item.values
     if new.values is not None:
-        value = "False" if negated else BOOLEANS.get("".join(values).lower(), "".join(values))
-        if value not in new.values:
-            raise ConfigError(f"{item.where} {value}: expected True or False")
-        values = tuple(filter(None, [new.values[value]]))
+        value = new.values["False" if negated else boolean(item)]
+        values = (value,) if value else ()
     if new.to == "warmup_steps":  # from 1 on, the Trainer would take a ratio for a number of steps
         with contextlib.suppress(ValueError):  # the parser names the flag and its type
             if not 0 <= float("".join(values)) < 1:
@@ -458,15 +487,13 @@ def parse_config(argv: Sequence[str]) -> Config:
     items = [item for old in split_argv(argv) if (item := current_name(old, known))]
     flags = vars(parser.parse_args([token for item in items for token in (f"--{item.name}", *item.values)]))
     given = frozenset(item.name if item.name in flags else item.name.removeprefix("no_") for item in items)
-    if len({item.where for item in items if item.name == "warmup_steps"}) > 1:
+    if {"--warmup_ratio", "--warmup_steps"} <= {item.where for item in items}:
         raise ConfigError("--warmup_ratio and --warmup_steps: give one of them")
     flags |= derived_defaults(flags, given)
-    try:
+    with mendable("flags"):
         groups = [
             group(**{f.name: flags[f.name] for f in dataclasses.fields(group) if f.name in flags}) for group in GROUPS
         ]
-    except (ValueError, ImportError, OSError) as error:
-        raise ConfigError(one_line(error)) from error
     config = Config(*groups, flags, given)  # type: ignore[call-arg, misc]
     check_config(config)
     return config
@@ -477,6 +504,8 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
     derived: dict[str, Any] = {}
     if "num_train_epochs" in given and "max_steps" not in given:
         derived["max_steps"] = -1
+    if flags["eval_strategy"] != "no":
+        derived["do_eval"] = True
     if flags["adam8bit"]:
         derived["optim"] = "paged_adamw_8bit"
     if not torch.cuda.is_available():
@@ -522,6 +551,8 @@ def check_config(config: Config) -> None:
         (lora.layers_to_freeze > 0 and freeze > 0, "--layers_to_freeze and --layer_freeze_ratio: give one of them"),
         (lora.layers_to_freeze < 0, f"--layers_to_freeze {lora.layers_to_freeze}: expected 0 or more"),
         (not 0 <= freeze < 1, f"--layer_freeze_ratio {freeze:g}: expected from 0 up to below 1"),
+        (lora.init_lora_weights.lower() in ("eva", "loftq", "corda"),
+         f"--init_lora_weights {lora.init_lora_weights} is not supported: try gaussian or pissa"),
         (train.train_sampling_strategy not in strategies,
          f"--train_sampling_strategy {train.train_sampling_strategy}: expected one of {', '.join(strategies)}"),
         *((value is not None and value < 1, f"--{name} {value}: expected at least 1")
@@ -702,6 +733,7 @@ def infer_format(columns: Iterable[str], where: str) -> str:
 Numbered = Iterator[tuple[int, Any]]  # (line or row number from 1, the row or a RowError)
 
 SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in this order of preference
+REJECTED = "rejected.jsonl"
 EVAL_SPLIT_SEED = 42  # the original's: the same rows are held out
 
 
@@ -732,7 +764,8 @@ def read_json_lines(stream: Any) -> Numbered:
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield (number, RowError(f"not valid JSON: {one_line(error)}, expected one object in a line"))
+                reason = f"not valid JSON: {one_line(error)}, expected one object in a line"
+                yield number, RowError(reason, line)
 
 
 def read_delimited(stream: Any, delimiter: str) -> Numbered:
@@ -864,10 +897,8 @@ def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
     import datasets
 
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        try:
+        with mendable(str(folder), DataError):
             return as_sources(str(folder), datasets.load_from_disk(str(folder)))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{folder}: {one_line(error)}") from error
     files = sorted(p for p in folder.iterdir() if p.is_file() and data_suffix(p) in READERS and p.name[0] != ".")
     if not files:
         raise DataError(f"{folder}: no data file in it, expected {', '.join(READERS)}, or what save_to_disk writes")
@@ -890,12 +921,10 @@ def load_from_hub(path: str, config: Config, **options: Any) -> dict[str, RowSou
     import datasets
 
     try:
-        loaded = datasets.load_dataset(path, cache_dir=config.model.cache_dir, token=token_of(config), **options)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"--dataset {path}: no local file of that name, and the hub does not give it: {one_line(error)} "
-            f"(presets: {', '.join(DATASETS)})"
-        ) from error
+        with mendable(f"--dataset {path}: no local file of that name, and the hub does not give it", DataError):
+            loaded = datasets.load_dataset(path, cache_dir=config.model.cache_dir, token=token_of(config), **options)
+    except (RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"--dataset {path}: {one_line(error)}") from error
     return as_sources(path, loaded)
 
 
@@ -905,27 +934,29 @@ def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
     return {split: RowSource(f"{name}[{split}]", (), dataset) for split, dataset in splits.items()}
 
 
+PAIR_COLUMNS = ("input", "output", "where", "category", "problem")
+
+
 def pair_rows(source: RowSource, format_name: str) -> Iterator[dict[str, str]]:
-    """Every row as {input, output, where, problem}; `problem` is empty for a row that can be used."""
+    """Every row as PAIR_COLUMNS. One that can't be used has a `problem`, and in `input` what stood there."""
     to_pair = FORMATS[format_name].to_pair
     for where, row in source.rows():
-        pair: Pair = {"input": "", "output": ""}
-        problem = ""
+        pair, category, problem = Pair(input="", output=""), "", ""
         try:
             if isinstance(row, RowError):
                 raise row
             if not isinstance(row, Mapping):
                 raise RowError(f"the row is a {type(row).__name__}, expected an object with fields")
             pair = to_pair(row)
+            category = next((row[c] for c in ("category", "source") if isinstance(row.get(c), str)), "")
             if not pair["output"].strip():
                 raise RowError("the output is empty, expected something to learn")
         except RowError as error:
-            pair, problem = ({"input": "", "output": ""}, str(error).encode("utf-8", "replace").decode())
+            raw = error.raw if isinstance(row, RowError) else row
+            pair, problem = Pair(input=json.dumps(raw, default=str), output=""), str(error)
+        values = (pair["input"], pair["output"], where, category, problem)
         yield {
-            "input": pair["input"],
-            "output": pair["output"],
-            "where": where.encode("utf-8", "replace").decode(),
-            "problem": problem,
+            name: value.encode("utf-8", "replace").decode() for name, value in zip(PAIR_COLUMNS, values, strict=True)
         }
 
 
@@ -933,8 +964,7 @@ def load_pairs(source: RowSource, format_name: str, cache_dir: str | None) -> An
     """One split as an Arrow dataset of pairs, from the cache if the same content was read before."""
     import datasets
 
-    text = datasets.Value("string")
-    features = datasets.Features(dict.fromkeys(("input", "output", "where", "problem"), text))
+    features = datasets.Features(dict.fromkeys(PAIR_COLUMNS, datasets.Value("string")))
     try:
         return datasets.Dataset.from_generator(
             pair_rows,
@@ -977,32 +1007,25 @@ def load_splits(config: Config) -> Splits:
     Raises:
         DataError: names file, row and field.
     """
-    import datasets
-
-    train, held_out = [], []
+    if config.training.process_index == 0:
+        Path(config.training.output_dir, REJECTED).unlink(missing_ok=True)
+    parts: dict[str, list[Any]] = {"train": [], "eval": []}
     evaluating = config.training.do_eval or config.training.do_predict
     names = [config.data.dataset]
     if not Path(names[0]).exists():
         names = [name.strip() for name in names[0].split(",") if name.strip()]
     for name in names:
         sources = find_splits(name, config)
-        if not sources:
-            raise DataError(f"{name}: no split in it")
         chosen = format_of(name, sources, config)
-        pairs = {}
-        eval_name = next((split for split in SPLIT_NAMES if split in sources), None) if evaluating else None
-        train_name = "train" if "train" in sources else None
-        for split in filter(None, (train_name, eval_name)):
-            pairs[split] = load_pairs(sources[split], chosen, config.model.cache_dir)
-            log.info("%s: %d rows in split %s", name, len(pairs[split]), split)
-        if not pairs:
-            raise DataError(f"{name}: no split named train, found {', '.join(sources)}")
-        train += [pairs[train_name]] if train_name else []
-        held_out += [pairs[eval_name]] if eval_name else []
-    splits = Splits(
-        datasets.concatenate_datasets(train) if train else None,
-        datasets.concatenate_datasets(held_out) if held_out else None,
-    )
+        held_out = next((split for split in SPLIT_NAMES if split in sources), None) if evaluating else None
+        if "train" not in sources and (config.training.do_train or held_out is None):
+            raise DataError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
+        for part, split in (("train", "train"), ("eval", held_out)):
+            if split in sources:
+                rows = load_pairs(sources[split], chosen, config.model.cache_dir)
+                log.info("%s: %d rows in split %s", name, len(rows), split)
+                parts[part].append(rows)
+    splits = Splits(*map(joined, parts.values()))
     splits = Splits(*(reject_bad_rows(part, config) for part in splits))
     if evaluating and splits.eval is None and splits.train is not None:
         splits = split_off(splits.train, config)
@@ -1010,6 +1033,17 @@ def load_splits(config: Config) -> Splits:
         first_rows(splits.train, config.data.max_train_samples) if config.training.do_train else None,
         first_rows(splits.eval, config.data.max_eval_samples),
     )
+
+
+def joined(parts: list[Any]) -> Any | None:
+    """Datasets one after the other, under a fingerprint that a second run finds again."""
+    import datasets
+
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    whole = datasets.concatenate_datasets(parts)
+    whole._fingerprint = digest(*(part._fingerprint for part in parts))
+    return whole
 
 
 def first_rows(rows: Any | None, limit: int | None) -> Any | None:
@@ -1027,13 +1061,29 @@ def split_off(rows: Any, config: Config) -> Splits:
             len(rows),
             size,
         )
-    count = round(size) if size >= 1 else max(1, round(size * len(rows)))
+    count = math.ceil(size if size >= 1 else size * len(rows))
     if config.training.do_train and count >= len(rows):
         raise DataError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {len(rows)} rows")
     if count >= len(rows):
         return Splits(None, rows)
+    if any(rows["category"]):
+        return Splits(*(rows.select(part) for part in stratified(rows["category"], count)))
     parts = rows.train_test_split(test_size=count, shuffle=True, seed=EVAL_SPLIT_SEED)
     return Splits(parts["train"], parts["test"])
+
+
+def stratified(categories: Sequence[str], count: int) -> tuple[list[int], list[int]]:
+    """Row numbers to train on and `count` to hold out, every category by its share; one with one row breaks nothing."""
+    order = torch.randperm(len(categories), generator=torch.Generator().manual_seed(EVAL_SPLIT_SEED)).tolist()
+    members: dict[str, list[int]] = defaultdict(list)
+    for row in order:
+        members[categories[row]].append(row)
+    shares = {name: len(rows) * count / len(categories) for name, rows in members.items()}
+    taken = {name: int(share) for name, share in shares.items()}
+    for name in sorted(shares, key=lambda name: taken[name] - shares[name])[: count - sum(taken.values())]:
+        taken[name] += 1  # largest remainders first
+    held_out = {row for name, rows in members.items() for row in rows[: taken[name]]}
+    return [row for row in order if row not in held_out], [row for row in order if row in held_out]
 
 
 def reject_bad_rows(rows: Any | None, config: Config) -> Any | None:
@@ -1050,12 +1100,17 @@ def reject_bad_rows(rows: Any | None, config: Config) -> Any | None:
         if config.data.on_bad_rows == "stop":
             more = f" (and {len(bad) - 1} more such rows)" if len(bad) > 1 else ""
             raise DataError(f"{first['where']}: {first['problem']}{more}; --on_bad_rows skip leaves them out")
-        rejected = Path(config.training.output_dir, "rejected.jsonl")
+        rejected = Path(config.training.output_dir, REJECTED)
         if config.training.process_index == 0:
             rejected.parent.mkdir(parents=True, exist_ok=True)
             with rejected.open("a", encoding="utf-8") as file:
                 for row in rows.select(bad):
-                    file.write(json.dumps({"where": row["where"], "reason": row["problem"]}, ensure_ascii=False) + "\n")
+                    entry = {
+                        "where": row["where"],
+                        "reason": row["problem"],
+                        "row": json.loads(row.get("input", "null")),
+                    }
+                    file.write(json.dumps(entry) + "\n")
         log.warning(
             "%d of %d rows left out, the first: %s: %s; all in %s",
             len(bad),
@@ -1120,19 +1175,17 @@ def read_json(path: Path) -> Any:
     Raises:
         ConfigError: it can't be read.
     """
-    try:
+    with mendable(str(path)):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {one_line(error)}") from error
 
 
 def is_bare_llama(folder: Path, model_type: str) -> bool:
-    """Whether a folder holds nothing but SentencePiece's tokenizer.model.
+    """Whether SentencePiece's tokenizer.model is all that a folder has of its tokens.
 
-    AutoTokenizer reads that as a generic tokenizer with other ids and says nothing; LlamaTokenizer reads it rightly.
+    AutoTokenizer reads that as a generic tokenizer with other ids, silently, unless the folder's tokenizer_config.json
+    names the right class; LlamaTokenizer reads it rightly in any case.
     """
-    others = ("tokenizer.json", "tokenizer_config.json")
-    bare = (folder / "tokenizer.model").is_file() and not any((folder / name).is_file() for name in others)
+    bare = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
     return bare and model_type in ("llama", "mistral", "mixtral")
 
 
@@ -1147,22 +1200,16 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
     options["trust_remote_code"] = model.trust_remote_code
     if not model.use_fast_tokenizer:
         log.info("use_fast_tokenizer False: every tokenizer is a fast one today")
-    with tempfile.TemporaryDirectory() as scratch:
+    what = f"--model_name_or_path {model.model_name_or_path}: its tokenizer does not load"
+    with tempfile.TemporaryDirectory() as scratch, mendable(what):
+        if model.tokenizer_patch:
+            folder = str(patched_tokenizer_folder(folder, model.tokenizer_patch, Path(scratch), config))
+        bare = is_bare_llama(Path(folder), model_config.model_type)
         try:
-            if model.tokenizer_patch:
-                folder = str(patched_tokenizer_folder(folder, model.tokenizer_patch, Path(scratch), config))
-            bare = is_bare_llama(Path(folder), model_config.model_type)
             tokenizer = (LlamaTokenizer if bare else AutoTokenizer).from_pretrained(folder, **options)
         except RecursionError as error:  # what an empty unk_token leads to
             raise ConfigError(EMPTY_SPECIALS.format(model.model_name_or_path)) from error
-        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"--model_name_or_path {model.model_name_or_path}: its tokenizer does not load: {one_line(error)}"
-            ) from error
-    if (
-        not all((tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token))
-        and "" in tokenizer.special_tokens_map.values()
-    ):
+    if "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
         raise ConfigError(EMPTY_SPECIALS.format(model.model_name_or_path))
     tokenizer.name_or_path = model.model_name_or_path
     set_special_tokens(tokenizer, config, model_config)
@@ -1224,27 +1271,28 @@ class Encoded(NamedTuple):
     cut: bool  # whether a limit took something away
 
 
-def join_ids(source: list[int], target: list[int], limits: Limits, train_on_source: bool = False) -> Encoded:
+def join_ids(
+    source: list[int], target: list[int], limits: Limits, train_on_source: bool = False, bos: int = 1
+) -> Encoded:
     """Input ids (with BOS) and output ids (with EOS), cut to the limits, joined and labelled.
 
+    `bos` is the number of ids at the beginning that no cut takes away: 1, or 0 for a tokenizer without BOS.
     Two limits cut each side on the right, so a cut output has no EOS. One limit for both cuts the input from the left,
     after BOS, down to a quarter of the limit, so that the answer's marker stays, and then the output on the right.
     """
     if limits.total is None:
         kept_source, kept_target = source[: limits.source], target[: limits.target]
     else:
-        kept_source = cut_left(source, max(limits.total - len(target), limits.total // 4))
+        kept_source = cut_left(source, max(limits.total - len(target), limits.total // 4), bos)
         kept_target = target[: limits.total - len(kept_source)]
     labels = kept_source + kept_target if train_on_source else [IGNORE] * len(kept_source) + kept_target
     cut = len(kept_source) + len(kept_target) < len(source) + len(target)
     return Encoded(kept_source + kept_target, labels, cut)
 
 
-def cut_left(ids: list[int], limit: int) -> list[int]:
-    """The first id (BOS) and the last ones."""
-    if len(ids) <= limit:
-        return ids
-    return ids[:1] + ids[len(ids) - limit + 1 :] if limit > 1 else ids[:limit]
+def cut_left(ids: list[int], limit: int, bos: int) -> list[int]:
+    """The first `bos` ids and the last ones."""
+    return ids if len(ids) <= limit else ids[: min(bos, limit)] + ids[len(ids) - max(limit - bos, 0) :]
 
 
 def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -1256,8 +1304,12 @@ def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list
 
 def source_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Inputs as ids, with BOS where the tokenizer has one."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [bos + ids for ids in token_ids(texts, tokenizer)]
+    return [bos_ids(tokenizer) + ids for ids in token_ids(texts, tokenizer)]
+
+
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """BOS as a list, empty for a tokenizer without it."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def encode_pairs(
@@ -1266,7 +1318,8 @@ def encode_pairs(
     """Pairs, given as columns, as ids and labels."""
     sources = source_ids(pairs["input"], tokenizer)
     targets = [[*ids, tokenizer.eos_token_id] for ids in token_ids(pairs["output"], tokenizer)]
-    return [join_ids(s, t, limits, train_on_source) for s, t in zip(sources, targets, strict=True)]
+    bos = len(bos_ids(tokenizer))
+    return [join_ids(s, t, limits, train_on_source, bos) for s, t in zip(sources, targets, strict=True)]
 
 
 def encode_pair(
@@ -1308,7 +1361,7 @@ def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Confi
         encode_batch,
         batched=True,
         fn_kwargs={"tokenizer": tokenizer, "limits": limits, "train_on_source": on_source},
-        remove_columns=["input", "output"],
+        remove_columns=["input", "output", "category"],
         num_proc=workers if workers > 1 else None,
         desc=f"Encoding {name} rows",
         new_fingerprint=digest(
@@ -1424,16 +1477,16 @@ def compute_dtype(config: Config) -> torch.dtype:
 
 
 def load_dtype(config: Config) -> torch.dtype:
-    """The dtype of what is not quantised. fp16 loads in float32 on purpose: it is unstable as a storage type.
+    """The dtype of what is not quantised. fp16 loads in float32 on purpose: it is unstable as a storage type."""
+    return torch.bfloat16 if config.training.bf16 else torch.float32
 
-    --bits 32 asks for float32 weights, and keeps them under --bf16, which then only computes in bf16.
-    """
-    return torch.bfloat16 if config.training.bf16 and config.quant.bits != 32 else torch.float32
+
+ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # what `accelerate launch` sets
 
 
 def device_map(config: Config) -> Any:
     """Where the layers go: all on this process's GPU, over all GPUs of a lone process, or the CPU."""
-    if config.training.deepspeed or config.training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if config.training.deepspeed or config.training.fsdp or "true" in map(os.environ.get, ENGINES):
         return None  # the engine places them
     if config.training.use_cpu or not torch.cuda.is_available():
         return {"": "cpu"}
@@ -1486,12 +1539,10 @@ def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
     log.info("%s: dequantising into %s, once", path, folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as scratch:
-        try:
+        with mendable(f"--model_name_or_path {path}"):
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
             loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
-        except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
-            raise ConfigError(f"--model_name_or_path {path}: {one_line(error)}") from error
         model, info = loaded
         check_loaded(str(path), info)
         if isinstance(model.config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
@@ -1534,18 +1585,24 @@ def load_model_config(config: Config, folder: str) -> PretrainedConfig:
         ConfigError: no such model, or one whose own code may not run.
     """
     model = config.model
-    try:
+    with mendable(f"--model_name_or_path {model.model_name_or_path}"):
         model_config = AutoConfig.from_pretrained(
             folder, cache_dir=model.cache_dir, token=token_of(config), trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ConfigError(f"--model_name_or_path {model.model_name_or_path}: {one_line(error)}") from error
     rope = rope_parameters(model.rope_scaling)
     if rope is not None:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         text_config = model_config.get_text_config()
-        own = getattr(text_config, "rope_parameters", None)
+        own, kinds = getattr(text_config, "rope_parameters", None), ("default", *ROPE_INIT_FUNCTIONS)
         if not own:
             raise ConfigError(f"--rope_scaling: a {model_config.model_type} model has no rotary embedding")
+        if rope.get("rope_type") not in kinds:
+            raise ConfigError(
+                f"--rope_scaling: rope_type {rope.get('rope_type')!r}, expected one of {', '.join(kinds)}"
+            )
+        if rope["rope_type"] != "default" and "factor" not in rope:
+            raise ConfigError(f"--rope_scaling: {rope['rope_type']} needs a factor, how much longer the context gets")
         text_config.rope_parameters = {**own, **rope}
     return model_config
 
@@ -1559,6 +1616,42 @@ def attention_kernel(config: Config) -> str | None:
         log.warning("attn_implementation flash_attention_2: flash-attn is not installed here, using sdpa")
         return "sdpa"
     return wanted
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """A matrix product with weights: nn.Linear, bitsandbytes' kinds of it (which derive from it), GPT-2's Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (torch.nn.Linear, Conv1D))
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Full names of every linear layer except the output head."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if is_linear(module) and module is not head]
+
+
+class Quirk(NamedTuple):
+    """What a family of models needs before it is loaded."""
+
+    applies: Callable[[PretrainedConfig], bool]
+    mend: Callable[[], None]
+    why: str
+
+
+def _plain_falcon_linear() -> None:
+    from transformers.models.falcon import modeling_falcon
+
+    modeling_falcon.FalconLinear = torch.nn.Linear  # type: ignore[assignment, misc]
+
+
+QUIRKS = (
+    Quirk(
+        lambda config: config.model_type == "falcon",
+        _plain_falcon_linear,
+        "transformers quantises what is exactly nn.Linear; Falcon's subclass of it computes the same and stays whole",
+    ),
+)
 
 
 def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
@@ -1576,7 +1669,10 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         "token": token_of(config),
         "attn_implementation": attention_kernel(config),
     }
-    if getattr(model_config, "quantization_config", None) is not None:
+    prequantised = getattr(model_config, "quantization_config", None) is not None
+    if prequantised and config.quant.full_finetune:
+        raise ConfigError(f"--full_finetune: the weights of {config.model.model_name_or_path} are quantised already")
+    if prequantised:
         log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
     else:
         options["quantization_config"] = quantisation_config(config)
@@ -1584,12 +1680,15 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         limit = f"{config.quant.max_memory_MB}MB"
         options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), limit)
     options = {name: value for name, value in options.items() if value is not None}
-    try:
+    for quirk in (quirk for quirk in QUIRKS if quirk.applies(model_config)):
+        quirk.mend()
+    with mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
-        raise ConfigError(f"--model_name_or_path {config.model.model_name_or_path}: {one_line(error)}") from error
     model, info = loaded
     check_loaded(config.model.model_name_or_path, info)
+    whole = [name for name in linear_layers(model) if type(model.get_submodule(name)).__module__.startswith("torch")]
+    if whole and not prequantised and config.quant.bits < 16:
+        log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
     # keeps the Trainer from wrapping the one model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
     model.config.use_cache = False  # of no use in training; generation turns it on
@@ -1628,23 +1727,10 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
 # Adapters go on every linear layer but the output head, which is found by identity and not by a name. They are kept in
 # float32 and computed in the compute dtype. A full fine-tune freezes the embeddings instead.
 # ------------------------------------------------------------------------------------
-LEAF_GROUPS = {  # of --lora_modules, over the names that the families give their layers
-    "attn": re.compile(r"[qkvo]_proj|out_proj|query_key_value|qkv_proj|Wqkv|wqkv|W_pack|c_attn|query|key|value|dense"),
-    "mlp": re.compile(r"(gate|up|down|gate_up)_proj|fc\d|fc_(in|out)|dense_(h_to_4h|4h_to_h)|c_fc|w[123]"),
+LAYER_GROUPS = {  # of --lora_modules, by what the families call the blocks that hold the layers
+    "attn": re.compile(r"(.*\.)?(self_|cross_)?(attn|attention|attn_attention)\..*"),
+    "mlp": re.compile(r"(.*\.)?(mlp|ffn|ff|feed_forward|block_sparse_moe)\..*|(.*\.)?fc\d"),
 }
-
-
-def is_linear(module: torch.nn.Module) -> bool:
-    """A matrix product with weights: nn.Linear, bitsandbytes' kinds of it (which derive from it), GPT-2's Conv1D."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (torch.nn.Linear, Conv1D))
-
-
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Full names of every linear layer except the output head."""
-    head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if is_linear(module) and module is not head]
 
 
 def leaf_name(name: str) -> str:
@@ -1681,15 +1767,28 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments) -> list[str]:
     wanted = [name for name in layers if is_trained_layer(name, frozen)]
     names = {name.strip() for name in lora.lora_modules.split(",")}
     if names != {"all"}:
-        tests: dict[str, Any] = {name: LEAF_GROUPS.get(name, re.compile(re.escape(name))) for name in names}
+        tests = {name: LAYER_GROUPS.get(name, re.compile(rf"(.*\.)?{re.escape(name)}")) for name in names}
         for name, test in tests.items():
-            if not any(test.fullmatch(leaf_name(full)) for full in wanted):
+            if not any(test.fullmatch(full) for full in wanted):
                 found = ", ".join(sorted({leaf_name(full) for full in layers}))
                 raise ConfigError(f"--lora_modules: no linear layer is called {name!r}, the model has {found}")
-        wanted = [full for full in wanted if any(test.fullmatch(leaf_name(full)) for test in tests.values())]
+        wanted = [full for full in wanted if any(test.fullmatch(full) for test in tests.values())]
     leaves = {leaf_name(full) for full in wanted}
     named = {name for name, _ in model.named_modules() if leaf_name(name) in leaves}
     return sorted(leaves) if named == set(wanted) else wanted
+
+
+def whole_modules(model: PreTrainedModel, names: str | None) -> list[str] | None:
+    """--modules_to_save as a list.
+
+    Raises:
+        ConfigError: the model has no module of such a name.
+    """
+    wanted = [name.strip() for name in names.split(",")] if names else None
+    for name in wanted or []:
+        if not any(f".{full}".endswith(f".{name}") for full, _ in model.named_modules()):
+            raise ConfigError(f"--modules_to_save: the model has no module called {name!r}")
+    return wanted
 
 
 def lora_config(model: PreTrainedModel, lora: LoraArguments) -> Any:
@@ -1708,7 +1807,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments) -> Any:
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         init_lora_weights=init,
-        modules_to_save=[name.strip() for name in lora.modules_to_save.split(",")] if lora.modules_to_save else None,
+        modules_to_save=whole_modules(model, lora.modules_to_save),
         task_type="CAUSAL_LM",
     )
 
@@ -1723,13 +1822,14 @@ def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None)
 
     set_seed(config.training.seed)  # loading draws random numbers; a seed gives one initialisation
     upcast = config.lora.lora_dtype == "float32"
+    what = f"adapter {adapter}" if adapter else "LoRA flags"
     try:
-        if adapter is None:
-            adapted = get_peft_model(model, lora_config(model, config.lora), autocast_adapter_dtype=upcast)
-        else:
-            adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=upcast)
-    except (ValueError, RuntimeError, ImportError, OSError, NotImplementedError) as error:
-        what = f"adapter {adapter}" if adapter else "LoRA flags"
+        with mendable(f"{what} on {config.model.model_name_or_path}"):
+            if adapter is None:
+                adapted = get_peft_model(model, lora_config(model, config.lora), autocast_adapter_dtype=upcast)
+            else:
+                adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=upcast)
+    except RuntimeError as error:  # shapes that differ
         raise ConfigError(f"{what} on {config.model.model_name_or_path}: {one_line(error)}") from error
     adapted.peft_config["default"].base_model_name_or_path = config.model.model_name_or_path  # as it was given
     for name, parameter in adapted.named_parameters() if not upcast else ():
@@ -1748,14 +1848,10 @@ def unfreeze_for_full_finetune(model: PreTrainedModel, lora: LoraArguments) -> P
 
 
 def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
-    """Adapters or, for a full fine-tune, the model itself; ready for recomputed activations at every bits setting."""
+    """Adapters or, for a full fine-tune, the model itself."""
     if config.quant.full_finetune:
-        model = unfreeze_for_full_finetune(model, config.lora)
-    else:
-        model = attach_adapters(model, config, adapter)
-    if config.training.gradient_checkpointing:
-        model.enable_input_require_grads()  # a recomputed layer needs an input with a gradient
-    return model
+        return unfreeze_for_full_finetune(model, config.lora)
+    return attach_adapters(model, config, adapter)
 
 
 # ------------------------------------------------------------------------------------
@@ -2038,10 +2134,8 @@ def generating(model: Any) -> Iterator[None]:
 
 def prompt_ids(inputs: list[str], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[list[int]]:
     """Prompts as training saw them; one that is empty begins with EOS, since something must stand there."""
-    cut = [
-        ids[: limits.source] if limits.total is None else cut_left(ids, limits.total)
-        for ids in source_ids(inputs, tokenizer)
-    ]
+    bos, ids_of = len(bos_ids(tokenizer)), source_ids(inputs, tokenizer)
+    cut = [ids[: limits.source] if limits.total is None else cut_left(ids, limits.total, bos) for ids in ids_of]
     return [ids or [tokenizer.eos_token_id] for ids in cut]
 
 
@@ -2064,10 +2158,8 @@ def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConf
             batch = rows[numbers]
             prompts = prompt_ids(batch["input"], tokenizer, runtime.limits)
             tensors = {name: t.to(device) for name, t in collate([{"input_ids": ids} for ids in prompts]).items()}
-            try:
+            with mendable("generation flags"):
                 output = model.generate(**tensors, generation_config=generation)
-            except (ValueError, NotImplementedError, OSError) as error:
-                raise ConfigError(f"generation flags: {one_line(error)}") from error
             width = tensors["input_ids"].shape[1]  # the prompt is taken off by its tokens, never by its text
             for i, number in enumerate(numbers):
                 answer = output[i, width:].tolist()
@@ -2154,7 +2246,8 @@ def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longes
     device = model.get_input_embeddings().weight.device
     prefix, letters = letter_ids(tokenizer)
     choices = torch.tensor([ids[0] for ids in letters])
-    prompts = [cut_left(ids, longest) + prefix for ids in source_ids([q.prompt for q in questions], tokenizer)]
+    bos, ids_of = len(bos_ids(tokenizer)), source_ids([question.prompt for question in questions], tokenizer)
+    prompts = [cut_left(ids, longest, bos) + prefix for ids in ids_of]
     collate = CausalLMCollator(tokenizer.pad_token_id)
     results: list[tuple[int, tuple[str, bool, float]]] = []
     with generating(model), runtime.accelerator.autocast():
@@ -2666,9 +2759,15 @@ def hints(config: Config) -> None:
     """What a user may not expect of the flags given, said once."""
     args, quant, given = config.training, config.quant, config.given
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not (args.bf16 or args.fp16):
-        log.info("hint: this GPU computes in bf16; without --bf16 the run is in float32 and several times slower")
-    if quant.bits == 16 and not args.bf16:
-        log.info("bits 16 without --bf16: the weights are loaded in float32, as the original does")
+        log.info("hint: this GPU computes in bf16; without --bf16 everything is in float32, which is slower")
+    if quant.bits >= 16 and args.bf16 != (quant.bits == 16):
+        held = "bf16" if args.bf16 else "float32"
+        log.info(
+            "bits %d: the weights are held in %s, with%s --bf16, as in the original",
+            quant.bits,
+            held,
+            "" if args.bf16 else "out",
+        )
     if quant.bits != 4 and given & {"quant_type", "double_quant"}:
         log.info("quant_type and double_quant: without effect, bits is %d", quant.bits)
     if quant.full_finetune and given & {f.name for f in dataclasses.fields(LoraArguments)} - {
@@ -2820,8 +2919,9 @@ def set_up_logging() -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False
-    # on a CPU it says at import that a kernel is missing which no release has
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # of a kernel that no release has, and, for every 8-bit layer of every step, of a cast
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 

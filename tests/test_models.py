@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -533,7 +534,7 @@ def test_every_adapter_learns_and_nothing_else(models, tmp_path, family, tie):
     [("llama", False, 8), ("gemma", True, 4), ("gpt2", True, 16), ("falcon", None, 4)],
 )
 def test_one_step_changes_every_adapter_and_saves_nothing_else(models, run_qlora, family, tie, bits):
-    folder = models(family, tie=tie, tokenizer=lambda path: tiny.write_byte(path, pad=None))
+    folder = models(family, tie=tie, tokenizer=partial(tiny.write_byte, pad=None))
     adapter = adapter_of(run_qlora(model_name_or_path=folder, bits=bits, max_steps=1))
     expected = {f"base_model.model.{name}.lora_{matrix}.weight" for name in linears(family) for matrix in "AB"}
     assert adapter.keys() == expected  # in particular no embedding, resized or not

@@ -1,0 +1,632 @@
+"""Stopping, resuming, torn checkpoints, and what `completed` means."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+import qlora
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINED = ("loss", "learning_rate", "grad_norm", "epoch")  # of each step
+
+
+class Raise(TrainerCallback):
+    """Raises a signal in this process when `event` comes and `step` steps are done."""
+
+    def __init__(self, event: str, step: int, number: int) -> None:
+        def handler(args, state, control, **kwargs):
+            if state.global_step == step:
+                signal.raise_signal(number)
+
+        setattr(self, event, handler)
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """`interrupt(5)`: the next run gets SIGTERM while it trains step 5; `interrupt(None)`: none."""
+    plain = qlora.build_callbacks
+
+    def arm(step, number=signal.SIGTERM, event="on_step_begin"):
+        done = step - 1 if event == "on_step_begin" and step else step
+        extra = [] if step is None else [Raise(event, done, number)]
+        monkeypatch.setattr(qlora, "build_callbacks", lambda *a, **k: [*plain(*a, **k), *extra])
+
+    return arm
+
+
+@pytest.fixture
+def stopped(run_qlora, interrupt, tmp_path):
+    """`stopped(5, **flags)`: a run into tmp_path / "out" that SIGTERM stopped after step 5."""
+
+    def run(step, **flags):
+        interrupt(step)
+        result = run_qlora(**flags)
+        interrupt(None)
+        assert result.code == 143
+        return result
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = folder.glob("*model.safetensors")
+    return load_file(file)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def trained(run) -> list[tuple]:
+    log = run.json("trainer_state.json")["log_history"]
+    return [tuple(entry[name] for name in TRAINED) for entry in log if "loss" in entry]
+
+
+def assert_equal_runs(run, reference) -> None:
+    assert (run.code, reference.code) == (0, 0)
+    assert trained(run) == trained(reference)
+    assert same_weights(run.output_dir, reference.output_dir)
+    assert not hidden(run.output_dir)
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def steps_kept(folder: Path) -> set[int]:
+    return {int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")}
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in files}
+
+
+def error_of(run) -> str:
+    """The one message of a run that ended with exit status 2."""
+    assert run.code == 2 and "Traceback" not in run.stderr
+    (message,) = re.findall(r"error: (.*)", run.stderr)
+    return message
+
+
+# ------------------------------------------------------------------------------------
+# Exact resume
+#
+# 23 rows, batches of 2, two of them a step: an epoch has six steps, and its last step one row less.
+# ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    return {
+        "dataset": tiny.rows_to_jsonl(tmp_path / "uneven.jsonl", tiny.support_rows(23)),
+        "gradient_accumulation_steps": 2,
+        "lora_dropout": 0.1,
+        "max_steps": 13,
+        "save_steps": 100,
+        "learning_rate": 5e-3,
+        "source_max_len": 16,
+        "target_max_len": 80,
+    }
+
+
+@pytest.mark.parametrize(
+    ("stops", "flags"),
+    [
+        ((2,), {"optim": "paged_adamw_8bit", "lora_r": 64}),
+        ((8,), {"optim": "paged_adamw_8bit", "lora_r": 64}),
+        ((6,), {"optim": "paged_adamw_32bit"}),
+        ((8,), {"optim": "paged_adamw_32bit", "dataloader_num_workers": 1}),
+        ((2,), {"optim": "paged_adamw_32bit", "group_by_length": False}),
+        ((6, 7), {"optim": "paged_adamw_8bit", "lora_r": 64, "group_by_length": False}),
+        ((7, 12), {"lr_scheduler_type": "cosine", "warmup_steps": 3, "neftune_noise_alpha": 5}),
+        ((13,), {"optim": "adamw_torch", "data_seed": 1}),
+    ],
+    ids=str,
+)
+def test_a_rerun_ends_as_if_nothing_had_happened(run_qlora, interrupt, uneven, tmp_path, stops, flags):
+    """Stopped inside the first epoch, at its end, inside the second, twice, after the last step."""
+    flags = uneven | flags
+    reference = run_qlora(output_dir=tmp_path / "straight", **flags)
+    for step in stops:
+        interrupt(step)
+        broken = run_qlora(**flags)
+        assert broken.code == 143
+        assert max(steps_kept(broken.output_dir)) == step
+        assert not (broken.output_dir / "completed").exists() and not hidden(broken.output_dir)
+    interrupt(None)
+    resumed = run_qlora(**flags)
+    assert f"checkpoint-{stops[-1]}" in resumed.stderr
+    assert len(trained(reference)) == 13
+    assert_equal_runs(resumed, reference)
+    if "8bit" in flags.get("optim", ""):
+        saved = torch.load(resumed.output_dir / f"checkpoint-{stops[0]}/optimizer.pt")
+        assert "torch.uint8" in str(saved["state"])  # the 8-bit states that the resume must bring back
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(run_qlora, interrupt, number, code):
+    interrupt(3, number)
+    run = run_qlora(save_steps=100)
+    assert run.code == code
+    assert steps_kept(run.output_dir) == {3}
+    line = run.stderr.strip().splitlines()[-1]
+    assert "step 3" in line and "same command" in line
+    assert not (run.output_dir / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_step_end", "on_evaluate"])
+def test_a_signal_in_the_last_step_is_answered_when_everything_is_saved(run_qlora, interrupt, event):
+    interrupt(4, signal.SIGTERM, event)
+    run = run_qlora(save_strategy="no", eval_strategy="steps", eval_steps=4)
+    assert run.code in (0, 143)
+    if run.code == 143:
+        assert steps_kept(run.output_dir) == {4}
+    else:
+        assert (run.output_dir / "completed").exists()
+
+
+def test_sigint_after_training_does_not_claim_that_nothing_was_trained(run_qlora, monkeypatch):
+    def generate(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qlora, "generate_predictions", generate)
+    run = run_qlora(do_predict=True, predict_with_generate=True)
+    assert run.code == 130
+    assert (run.output_dir / "completed").exists()
+    assert "before anything was trained" not in run.stderr
+
+
+def test_real_signals_to_real_processes(models, data_dir, tmp_path):
+    """One SIGTERM, one SIGINT, sent once the first checkpoint is there; then the exit status."""
+    command = [sys.executable, str(ROOT / "qlora.py"), "--model_name_or_path", str(models("llama"))]
+    command += ["--dataset", str(data_dir / "support.jsonl"), "--max_steps", "100000"]
+    command += ["--source_max_len", "16", "--target_max_len", "16", "--save_steps", "2"]
+    command += ["--save_total_limit", "2", "--gradient_accumulation_steps", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    expected = {signal.SIGTERM: 143, signal.SIGINT: 130}
+    started = {}
+    for number in expected:
+        output = tmp_path / number.name
+        with (tmp_path / f"{number.name}.log").open("w") as log:
+            process = subprocess.Popen([*command, "--output_dir", str(output)], stderr=log, stdout=log, env=environment)
+        started[number] = (process, output)
+    try:
+        for number, (process, output) in started.items():
+            deadline = time.monotonic() + 120
+            while not list(output.glob("checkpoint-*")) and process.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(number)
+        for number, (process, output) in started.items():
+            log = tmp_path / f"{number.name}.log"
+            assert process.wait(60) == expected[number], log.read_text()
+            assert "same command" in log.read_text().strip().splitlines()[-1]
+            assert qlora.find_last_checkpoint(output) is not None
+            assert not hidden(output) and not (output / "completed").exists()
+    finally:
+        for process, _ in started.values():
+            process.kill()
+            process.wait()
+
+
+# ------------------------------------------------------------------------------------
+# Whole or absent
+# ------------------------------------------------------------------------------------
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _lose_manifest(folder: Path) -> None:
+    """As a program leaves it that writes no list of its files."""
+    (folder / "checkpoint.json").unlink()
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _foreign(folder: Path) -> None:
+    _empty(folder)
+    (folder / "notes.txt").write_text("not a checkpoint")
+
+
+DAMAGE = {
+    "half an adapter": lambda f: _truncate(f / "adapter_model.safetensors"),
+    "no adapter": lambda f: (f / "adapter_model.safetensors").unlink(),
+    "half an optimizer": lambda f: _truncate(f / "optimizer.pt"),
+    "no optimizer": lambda f: (f / "optimizer.pt").unlink(),
+    "empty random states": lambda f: (f / "rng_state.pth").write_bytes(b""),
+    "half a trainer state": lambda f: _truncate(f / "trainer_state.json"),
+    "no trainer state": lambda f: (f / "trainer_state.json").unlink(),
+    "half a manifest": lambda f: _truncate(f / "checkpoint.json"),
+    "an empty folder": _empty,
+    "a foreign folder": _foreign,
+    "no manifest, half an adapter": lambda f: (
+        _lose_manifest(f),
+        _truncate(f / "adapter_model.safetensors"),
+    ),
+    "no manifest, half an optimizer": lambda f: (_lose_manifest(f), _truncate(f / "optimizer.pt")),
+    "no manifest, half a trainer state": lambda f: (
+        _lose_manifest(f),
+        _truncate(f / "trainer_state.json"),
+    ),
+}
+_built: dict[str, Path] = {}
+
+
+@pytest.fixture
+def broken_off(run_qlora, stopped, tmp_path, tmp_path_factory):
+    """A copy, at tmp_path / "out", of a run of 6 steps stopped after step 5; and the whole run."""
+    if not _built:
+        root = tmp_path_factory.mktemp("broken-off")
+        run_qlora(output_dir=root / "straight", max_steps=6)
+        stopped(5, output_dir=root / "stopped", max_steps=6)
+        _built.update(straight=root / "straight", stopped=root / "stopped")
+    shutil.copytree(_built["stopped"], tmp_path / "out")
+    assert steps_kept(tmp_path / "out") == {2, 4, 5}
+    return _built["straight"]
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run_qlora, broken_off, tmp_path, kind):
+    DAMAGE[kind](tmp_path / "out/checkpoint-5")
+    run = run_qlora(max_steps=6)
+    assert run.code == 0
+    assert same_weights(run.output_dir, broken_off)
+    warnings = [line for line in run.stderr.splitlines() if "checkpoint-5" in line]
+    assert warnings and "resuming" not in warnings[0]
+    assert any("checkpoint-4" in line for line in run.stderr.splitlines())
+
+
+def test_all_checkpoints_damaged_begins_anew(run_qlora, broken_off, tmp_path):
+    for step in (2, 4, 5):
+        _truncate(tmp_path / f"out/checkpoint-{step}/adapter_model.safetensors")
+    run = run_qlora(max_steps=6)
+    assert run.code == 0 and same_weights(run.output_dir, broken_off)
+    assert len(trained(run)) == 6
+
+
+def test_numbers_decide_which_checkpoint_is_newest(broken_off, tmp_path):
+    out = tmp_path / "out"
+    for name in ("checkpoint-250", "checkpoint-1000", "checkpoint-9999.bak", "old-checkpoint-5000"):
+        shutil.copytree(out / "checkpoint-5", out / name)
+    for name in ("checkpoint-", "checkpoint-best", "checkpoint--7000", "checkpoint-8000x"):
+        shutil.copytree(out / "checkpoint-5", out / name)
+    (out / "checkpoint-6000").write_text("a file")
+    assert qlora.find_last_checkpoint(out) == out / "checkpoint-1000"
+    _truncate(out / "checkpoint-1000/optimizer.pt")
+    assert qlora.find_last_checkpoint(out) == out / "checkpoint-250"
+
+
+def test_the_same_folder_under_another_name_is_the_same_run(run_qlora, broken_off, tmp_path):
+    (tmp_path / "out").rename(tmp_path / "moved")
+    run = run_qlora(max_steps=6, output_dir=tmp_path / "moved")
+    assert run.code == 0 and same_weights(run.output_dir, broken_off)
+
+
+class Killed(BaseException):
+    """What no handler of the program sees."""
+
+
+def test_a_kill_while_saving_leaves_no_checkpoint_and_no_litter(run_qlora, broken_off, tmp_path, monkeypatch):
+    def kill(*args, **kwargs):
+        raise Killed
+
+    shutil.rmtree(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", kill)
+        with pytest.raises(Killed):
+            run_qlora(max_steps=6)
+    assert steps_kept(tmp_path / "out") == set()
+    run = run_qlora(max_steps=6)
+    assert run.code == 0 and same_weights(run.output_dir, broken_off)
+    assert not hidden(run.output_dir)
+
+
+def test_a_disk_that_is_full_while_a_checkpoint_is_published(run_qlora, broken_off, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(qlora, "publish", full)
+        run = run_qlora(max_steps=6)
+    assert "No space left" in error_of(run)
+    assert steps_kept(run.output_dir) == {2, 4, 5} and not hidden(run.output_dir)
+    assert same_weights(run_qlora(max_steps=6).output_dir, broken_off)
+
+
+def _torch_on_a_full_disk(monkeypatch) -> None:
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda value, *args, **kwargs: save(value, "/dev/full"))
+
+
+def _safetensors_on_a_full_disk(monkeypatch) -> None:
+    def save(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("peft.peft_model.safe_save_file", save)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("fill", [_torch_on_a_full_disk, _safetensors_on_a_full_disk])
+def test_a_disk_that_is_full_while_a_library_writes(run_qlora, monkeypatch, fill):
+    """torch and safetensors raise errors of their own, which are no OSError."""
+    fill(monkeypatch)
+    run = run_qlora()
+    assert "checkpoint-2" in error_of(run)
+    assert steps_kept(run.output_dir) == set() and not hidden(run.output_dir)
+
+
+def test_loss_that_is_not_finite_names_step_and_rows_and_keeps_the_last_good_checkpoint(run_qlora, data_dir):
+    run = run_qlora(learning_rate=1e30, save_steps=1, max_grad_norm=0)
+    message = error_of(run)
+    assert "step 2" in message and "not finite" in message
+    assert f"{data_dir / 'support.jsonl'}:" in message
+    assert steps_kept(run.output_dir) == {1}
+    assert not (run.output_dir / "completed").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_poisoned_weight_stops_the_first_step(run_qlora, models, tmp_path, value):
+    shutil.copytree(models("llama"), tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    run = run_qlora(model_name_or_path=tmp_path / "model", save_steps=1)
+    assert "step 1" in error_of(run) and "not finite" in error_of(run)
+    assert not steps_kept(run.output_dir)
+
+
+def test_an_error_in_training_has_a_line_of_its_own_below_the_progress_bar(run_qlora):
+    run = run_qlora(learning_rate=1e30, max_grad_norm=0)
+    assert [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+
+
+# ------------------------------------------------------------------------------------
+# Completed
+# ------------------------------------------------------------------------------------
+
+PREDICT = {"do_predict": True, "predict_with_generate": True, "max_new_tokens": 4}
+
+
+def test_a_completed_run_is_not_trained_again_and_its_adapter_is_used(run_qlora):
+    first = run_qlora(learning_rate=1e-2, **PREDICT)
+    predictions = (first.output_dir / "predictions.jsonl").read_bytes()
+    before = weights(first.output_dir), (first.output_dir / "completed").read_bytes()
+    (first.output_dir / "predictions.jsonl").unlink()
+    again = run_qlora(learning_rate=1e-2, **PREDICT)
+    assert again.code == 0
+    assert "not trained again" in again.stderr and "completed" in again.stderr
+    assert (again.output_dir / "predictions.jsonl").read_bytes() == predictions
+    assert (again.output_dir / "completed").read_bytes() == before[1]
+    after = weights(again.output_dir)
+    assert all(torch.equal(after[name], before[0][name]) for name in after)
+    assert len(trained(again)) == 4
+
+
+def test_fewer_steps_than_a_completed_run_had_train_nothing(run_qlora):
+    run_qlora()
+    again = run_qlora(max_steps=3)
+    assert again.code == 0 and "not trained again" in again.stderr
+    assert again.json("trainer_state.json")["global_step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({"max_steps": 3}, {"max_steps": 7}),  # a checkpoint at 3 too: the last step is saved
+        ({"num_train_epochs": 1, "max_steps": None}, {"num_train_epochs": 2, "max_steps": None}),
+    ],
+)
+def test_more_than_a_completed_run_had_goes_on_from_it(run_qlora, tmp_path, less, more):
+    """24 rows in batches of 8: three steps an epoch."""
+    flags = {"per_device_train_batch_size": 8, "lora_dropout": 0.1}
+    reference = run_qlora(output_dir=tmp_path / "straight", **flags | more)
+    assert run_qlora(**flags | less).code == 0
+    longer = run_qlora(**flags | more)
+    assert "checkpoint-3" in longer.stderr
+    assert_equal_runs(longer, reference)
+
+
+def test_killed_between_the_last_checkpoint_and_completed(run_qlora, tmp_path):
+    reference = run_qlora(output_dir=tmp_path / "straight")
+    run = run_qlora()
+    for file in list(run.output_dir.iterdir()):
+        if file.is_file():
+            file.unlink()
+    again = run_qlora()
+    assert_equal_runs(again, reference)
+    nothing_was_trained = {"train_results.json", "all_results.json"}
+    assert again.files() >= reference.files() - nothing_was_trained
+
+
+def test_completed_is_removed_while_a_longer_run_is_under_way(run_qlora, stopped):
+    run_qlora()
+    run = stopped(6, max_steps=8)
+    assert not (run.output_dir / "completed").exists()
+    assert run_qlora(max_steps=8).json("trainer_state.json")["global_step"] == 8
+
+
+def test_prediction_after_an_interruption_uses_the_newest_weights(run_qlora, stopped, tmp_path):
+    """The top of the folder holds the adapter of 4 steps, checkpoint-6 the newer one."""
+    flags = {"learning_rate": 2e-2}
+    run_qlora(**flags)
+    stopped(6, max_steps=8, **flags)
+    predict = flags | PREDICT | {"do_train": False, "max_steps": 8}
+    run = run_qlora(**predict)
+    named = run_qlora(
+        **predict,
+        adapter_name_or_path=tmp_path / "out/checkpoint-6",
+        output_dir=tmp_path / "named",
+    )
+    files = [r.output_dir / "predictions.jsonl" for r in (run, named)]
+    assert files[0].read_text() == files[1].read_text()
+
+
+@pytest.mark.parametrize("completed", [True, False])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"bits": 8}, "bits"),
+        ({"lora_r": 8}, "lora_r"),
+        ({"lora_modules": "attn"}, "lora_modules"),
+        ({"model_name_or_path": "llama_gqa"}, "model_name_or_path"),
+        ({"dataset": "alpaca.jsonl"}, "dataset"),
+    ],
+    ids=str,
+)
+def test_another_run_in_the_same_folder_is_refused_and_nothing_is_touched(
+    run_qlora, broken_off, models, data_dir, tmp_path, change, named, completed
+):
+    if completed:
+        shutil.rmtree(tmp_path / "out")
+        shutil.copytree(broken_off, tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    if "model_name_or_path" in change:
+        change = {"model_name_or_path": models("llama_gqa")}
+    if "dataset" in change:
+        change = {"dataset": data_dir / "alpaca.jsonl"}
+    run = run_qlora(max_steps=8, **change)
+    message = error_of(run)
+    assert named in message
+    assert "--output_dir" in message or "--overwrite_output_dir" in message
+    assert snapshot(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("completed", [True, False])
+def test_prediction_refuses_a_base_of_other_bits(run_qlora, broken_off, tmp_path, completed):
+    if completed:
+        shutil.rmtree(tmp_path / "out")
+        shutil.copytree(broken_off, tmp_path / "out")
+    run = run_qlora(do_train=False, bits=8, **PREDICT)
+    assert "bits" in error_of(run)
+
+
+def test_prediction_on_another_dataset_is_what_an_adapter_is_for(run_qlora, broken_off, data_dir):
+    flags = PREDICT | {"do_train": False, "dataset": data_dir / "alpaca.jsonl"}
+    assert run_qlora(**flags).code == 0
+
+
+def test_overwrite_output_dir_starts_anew(run_qlora, tmp_path):
+    fresh = run_qlora(output_dir=tmp_path / "fresh", lora_r=8)
+    run_qlora(max_steps=6)
+    run = run_qlora(lora_r=8, overwrite_output_dir=True)
+    assert_equal_runs(run, fresh)
+    assert run.files() == fresh.files()
+    assert "not trained again" in run_qlora(lora_r=8).stderr
+
+
+def test_resume_from_checkpoint_picks_one(run_qlora, broken_off, tmp_path):
+    run = run_qlora(max_steps=6, resume_from_checkpoint=tmp_path / "out/checkpoint-2")
+    assert run.code == 0 and "checkpoint-2" in run.stderr
+    assert same_weights(run.output_dir, broken_off)
+    written = (run.output_dir / "checkpoint-4/adapter_model.safetensors").stat().st_mtime_ns
+    assert written > (_built["stopped"] / "checkpoint-5/optimizer.pt").stat().st_mtime_ns
+
+
+def test_resume_from_a_checkpoint_of_another_folder(run_qlora, broken_off, tmp_path):
+    run = run_qlora(
+        max_steps=6,
+        output_dir=tmp_path / "elsewhere",
+        resume_from_checkpoint=tmp_path / "out/checkpoint-4",
+    )
+    assert run.code == 0 and same_weights(run.output_dir, broken_off)
+    assert steps_kept(run.output_dir) == {6}
+    assert steps_kept(tmp_path / "out") == {2, 4, 5}
+
+
+@pytest.mark.parametrize("path", ["missing", "out", "out/checkpoint-5"])
+def test_resume_from_what_is_no_checkpoint(run_qlora, broken_off, tmp_path, path):
+    (tmp_path / "out/checkpoint-5/optimizer.pt").unlink()
+    run = run_qlora(max_steps=6, resume_from_checkpoint=tmp_path / path)
+    assert str(tmp_path / path) in error_of(run)
+
+
+# ------------------------------------------------------------------------------------
+# The original's layout, full fine-tunes
+# ------------------------------------------------------------------------------------
+
+
+def test_the_originals_layout_is_read_and_not_written(run_qlora, broken_off, tmp_path):
+    """checkpoint-N/adapter_model/ holds the adapter, and there is no list of files."""
+    folder = tmp_path / "out/checkpoint-5"
+    (folder / "adapter_model").mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        (folder / name).rename(folder / "adapter_model" / name)
+    _lose_manifest(folder)
+    run = run_qlora(max_steps=6)
+    assert run.code == 0 and "checkpoint-5" in run.stderr
+    assert same_weights(run.output_dir, broken_off)
+    new = {name for name in run.files() if not name.startswith("checkpoint-5/")}
+    assert not any("adapter_model/" in name or "/default/" in name for name in new)
+    adapter = load_file(run.output_dir / "checkpoint-6/adapter_model.safetensors")
+    assert adapter.keys() == weights(broken_off).keys()
+    assert not any("adapter_model." in name for name in adapter)
+
+
+def test_the_originals_layout_serves_prediction(run_qlora, broken_off, tmp_path):
+    shutil.rmtree(tmp_path / "out/checkpoint-4")
+    shutil.rmtree(tmp_path / "out/checkpoint-2")
+    plain = run_qlora(do_train=False, **PREDICT)
+    expected = (plain.output_dir / "predictions.jsonl").read_text()
+    folder = tmp_path / "out/checkpoint-5"
+    (folder / "adapter_model").mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / name).rename(folder / "adapter_model" / name)
+    _lose_manifest(folder)
+    run = run_qlora(do_train=False, **PREDICT)
+    assert run.code == 0 and "adapter_model" in run.stderr
+    assert (run.output_dir / "predictions.jsonl").read_text() == expected
+
+
+def test_a_full_fine_tune_resumes_completes_and_predicts(run_qlora, stopped, tmp_path):
+    flags = {"full_finetune": True, "bits": 16, "lora_r": None, "learning_rate": 1e-3}
+    flags |= {"max_steps": 6}
+    reference = run_qlora(output_dir=tmp_path / "straight", **flags)
+    broken = stopped(3, **flags)
+    assert steps_kept(broken.output_dir) == {2, 3}
+    _truncate(broken.output_dir / "checkpoint-3/model.safetensors")
+    resumed = run_qlora(**flags)
+    assert "checkpoint-2" in resumed.stderr
+    assert_equal_runs(resumed, reference)
+    assert not any("adapter" in name for name in resumed.files())
+
+    again = run_qlora(**flags)
+    assert again.code == 0 and "not trained again" in again.stderr
+    assert same_weights(again.output_dir, reference.output_dir)
+    again = run_qlora(**flags, **PREDICT, do_train=False)
+    trained_model = run_qlora(
+        **PREDICT | {"do_train": False, "bits": 16, "output_dir": tmp_path / "as-a-base"},
+        model_name_or_path=reference.output_dir,
+    )
+    mine, its = (
+        [json.loads(line) for line in (r.output_dir / "predictions.jsonl").open()] for r in (again, trained_model)
+    )
+    assert [row["prediction"] for row in mine] == [row["prediction"] for row in its]
+
+
+def test_more_steps_of_a_completed_full_fine_tune(run_qlora, tmp_path):
+    flags = {"full_finetune": True, "bits": 16, "lora_r": None, "learning_rate": 1e-3}
+    reference = run_qlora(output_dir=tmp_path / "straight", max_steps=6, **flags)
+    run_qlora(max_steps=3, **flags)
+    assert_equal_runs(run_qlora(max_steps=6, **flags), reference)

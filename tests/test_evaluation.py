@@ -1,0 +1,463 @@
+"""Perplexity, predictions and MMLU, each against a plain loop of transformers and peft alone."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
+
+import qlora
+
+EVAL_ROWS = [
+    {"input": "Who wrote the green book?", "output": "The keeper of the lighthouse."},
+    {"input": "Ships?", "output": "The North Star and the Patience."},
+    {"input": "", "output": "The lamp stands in a large lens."},
+    {"input": "Which ship carried the oranges from the harbour?", "output": "The Little Anna, I am sure."},
+]
+PREDICT = {"do_predict": True, "predict_with_generate": True}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Training rows and known evaluation rows, in files named after the splits."""
+    (tmp_path / "data").mkdir()
+    tiny.rows_to_jsonl(tmp_path / "data/train.jsonl", tiny.support_rows(8))
+    tiny.rows_to_jsonl(tmp_path / "data/eval.jsonl", EVAL_ROWS)
+    return tmp_path / "data"
+
+
+def plain_model(base: Path, adapter: Path | None = None):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
+
+
+def predictions(run) -> list[dict]:
+    lines = (run.output_dir / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@torch.no_grad()
+def greedy(model, prompt: list[int], count: int, eos: int = tiny.EOS) -> list[int]:
+    """One token after the other, without padding and without a cache."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + count:
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == eos:
+            break
+    return ids[len(prompt) :]
+
+
+def text_of(ids: list[int]) -> str:
+    return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+# ------------------------------------------------------------------------------------
+# Loss
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_eval_loss_and_perplexity_equal_a_plain_loop(run_qlora, models, folder, batch):
+    """16 learnt tokens in each row, so that every way to take the mean gives one number."""
+    flags = {"bits": 16, "source_max_len": 60, "target_max_len": 16, "learning_rate": 1e-2}
+    run = run_qlora(dataset=folder, do_eval=True, per_device_eval_batch_size=batch, **flags)
+    model = plain_model(models("llama"), run.output_dir)
+    losses = []
+    for row in EVAL_ROWS:
+        source, target = [tiny.BOS, *row["input"].encode()], list(row["output"].encode()[:16])
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([source + target])).logits[0]
+        losses.append(F.cross_entropy(logits[len(source) - 1 : -1], torch.tensor(target)))
+    expected = torch.stack(losses).mean().item()
+    metrics = run.json("metrics.json")
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+    assert run.json("eval_results.json")["eval_loss"] == metrics["eval_loss"]
+
+
+# ------------------------------------------------------------------------------------
+# Predictions
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_predictions_equal_a_plain_loop_with_the_trained_adapter(run_qlora, models, folder, batch):
+    run = run_qlora(
+        dataset=folder,
+        bits=16,
+        learning_rate=2e-2,
+        max_steps=6,
+        max_new_tokens=12,
+        source_max_len=60,
+        per_device_eval_batch_size=batch,
+        **PREDICT,
+    )
+    rows = predictions(run)
+    assert [set(row) for row in rows] == [{"input", "output", "prediction", "prediction_with_input"}] * 4
+    assert [{"input": r["input"], "output": r["output"]} for r in rows] == EVAL_ROWS
+    model = plain_model(models("llama"), run.output_dir)
+    prompts = [[tiny.BOS, *row["input"].encode()] for row in EVAL_ROWS]
+    answers = [text_of(greedy(model, prompt, 12)) for prompt in prompts]
+    assert [row["prediction"] for row in rows] == answers
+    base = plain_model(models("llama"))
+    assert answers != [text_of(greedy(base, prompt, 12)) for prompt in prompts]
+    assert run.json("predict_results.json")["predict_samples"] == 4
+    assert str(run.output_dir) in next(x for x in run.stderr.splitlines() if x.startswith("predicting"))
+
+
+def test_a_learnt_answer_stops_at_eos_and_comes_without_its_prompt(run_qlora, tmp_path):
+    """Trained and predicted in one run, then predicted alone: the prompt holds what looks special."""
+    row = {"input": "  a </s> b<pad>", "output": " yo </s> <s>!"}
+    (tmp_path / "data").mkdir()
+    for split in ("train", "eval"):
+        tiny.rows_to_jsonl(tmp_path / f"data/{split}.jsonl", [row] * 2)
+    flags = {"dataset": tmp_path / "data", "max_new_tokens": 40, "max_steps": 40, **PREDICT}
+    run = run_qlora(learning_rate=2e-2, save_steps=40, **flags)
+    assert run.json("train_results.json")["train_loss"] < 2
+    expected = {"prediction": row["output"], "prediction_with_input": row["input"] + row["output"]}
+    assert predictions(run) == [row | expected] * 2
+    (run.output_dir / "predictions.jsonl").unlink()
+    again = run_qlora(do_train=False, **flags)
+    assert predictions(again) == [row | expected] * 2
+    assert str(again.output_dir) in next(x for x in again.stderr.splitlines() if x.startswith("predicting"))
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_without_an_adapter_the_base_predicts_and_the_log_says_so(run_qlora, models, folder, bits):
+    """The Trainer itself refuses a quantised base without adapters."""
+    run = run_qlora(
+        dataset=folder, bits=bits, do_train=False, do_eval=True, max_new_tokens=6, source_max_len=60, **PREDICT
+    )
+    assert run.code == 0 and "base model" in run.stderr
+    assert not (run.output_dir / "completed").exists()
+    assert "eval_loss" in run.json("metrics.json")
+    if bits == 16:
+        base = plain_model(models("llama"))
+        prompts = [[tiny.BOS, *row["input"].encode()] for row in EVAL_ROWS]
+        assert [r["prediction"] for r in predictions(run)] == [text_of(greedy(base, p, 6)) for p in prompts]
+
+
+def test_an_adapter_named_by_a_flag_predicts(run_qlora, folder, tmp_path):
+    flags = {"dataset": folder, "bits": 16, "max_new_tokens": 8, **PREDICT}
+    trained = run_qlora(learning_rate=2e-2, max_steps=6, **flags)
+    other = run_qlora(do_train=False, adapter_name_or_path=trained.output_dir, output_dir=tmp_path / "other", **flags)
+    assert predictions(other) == predictions(trained)
+    assert "base model" not in other.stderr
+
+
+def test_long_prompts_are_cut_as_in_training(run_qlora, models, folder):
+    run = run_qlora(dataset=folder, bits=16, do_train=False, source_max_len=10, max_new_tokens=5, **PREDICT)
+    base = plain_model(models("llama"))
+    prompts = [[tiny.BOS, *row["input"].encode()][:10] for row in EVAL_ROWS]
+    assert [r["prediction"] for r in predictions(run)] == [text_of(greedy(base, p, 5)) for p in prompts]
+
+
+GENERATION = {"dataset": None, "bits": 16, "do_train": False, "max_new_tokens": 8, "source_max_len": 60}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_beams": 3, "length_penalty": 0.2},
+        {"repetition_penalty": 1.8},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 8},
+        {"do_sample": True, "top_k": 1},
+        {"do_sample": True, "top_p": 1e-6, "temperature": 0.5},
+    ],
+    ids=str,
+)
+def test_generation_flags_reach_generate(run_qlora, models, folder, values):
+    """Sampling among one token is greedy; the others are compared with generate on one row."""
+    run = run_qlora(**GENERATION | {"dataset": folder}, **PREDICT, **values)
+    base = plain_model(models("llama"))
+    asked = {} if "do_sample" in values else values
+    expected = []
+    for row in EVAL_ROWS:
+        prompt = torch.tensor([[tiny.BOS, *row["input"].encode()]])
+        ids = base.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, pad_token_id=tiny.PAD, **asked
+        )
+        expected.append(text_of(ids[0, prompt.shape[1] :].tolist()))
+    assert [row["prediction"] for row in predictions(run)] == expected
+
+
+def test_sampling_values_without_sampling_stop_nothing(run_qlora, folder, tmp_path):
+    flags = {"dataset": folder, "max_new_tokens": 4, **PREDICT}
+    plain = run_qlora(**flags)
+    told = run_qlora(**flags, top_p=0.9, temperature=0.3, top_k=3, output_dir=tmp_path / "told")
+    assert told.code == 0
+    assert predictions(told) == predictions(plain)
+
+
+def test_only_values_that_were_given_are_passed_on(run_qlora, folder, monkeypatch):
+    """And ids for BOS, EOS and padding, which flags alone would not give."""
+    seen = []
+    generate = GenerationMixin.generate
+
+    def spy(self, *args, **kwargs):
+        seen.append(kwargs["generation_config"])
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", spy)
+    run_qlora(**GENERATION | {"dataset": folder, "max_new_tokens": None, "max_eval_samples": 1}, **PREDICT)
+    chosen = seen[0]
+    assert chosen.max_new_tokens == 256
+    ids = {chosen.bos_token_id, chosen.pad_token_id, *chosen.eos_token_id}
+    assert ids == {tiny.BOS, tiny.PAD, tiny.EOS}
+    for name in ("temperature", "top_k", "top_p", "typical_p", "num_beams", "length_penalty"):
+        assert getattr(chosen, name) in (None, getattr(type(chosen)(), name)), name
+
+
+def test_the_models_own_sampling_defaults_do_not_count_and_training_saves(run_qlora, models, folder, tmp_path):
+    """As published LLaMA-2 folders have it: temperature and top_p beside do_sample false."""
+    shutil.copytree(models("llama"), tmp_path / "model")
+    own = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": tiny.EOS}
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(own))
+    flags = {"dataset": folder, "bits": 16, "full_finetune": True, "max_new_tokens": 4, **PREDICT}
+    own_defaults = run_qlora(model_name_or_path=tmp_path / "model", **flags)
+    plain = run_qlora(output_dir=tmp_path / "plain", **flags)
+    assert own_defaults.code == plain.code == 0
+    assert predictions(own_defaults) == predictions(plain)
+
+
+def test_generation_that_the_library_has_no_more_is_an_error_in_one_line(run_qlora, folder):
+    run = run_qlora(**GENERATION | {"dataset": folder}, **PREDICT, penalty_alpha=0.6, top_k=4)
+    assert run.code in (0, 2) and "Traceback" not in run.stderr
+    assert (run.code == 2) == ("error: " in run.stderr)
+
+
+# ------------------------------------------------------------------------------------
+# MMLU
+# ------------------------------------------------------------------------------------
+
+HEAD = "The following are multiple choice questions (with answers) about  {}.\n\n"
+SUBJECTS = ["knots", "knots", "tides", "knots", "fog", "tides", "knots"]
+QUESTIONS = [
+    HEAD.format(subject) + f"Question {i}{' or so' * i}?\nA. {i}\nB. {i + 1}\nC. none\nD. many\nAnswer:"
+    for i, subject in enumerate(SUBJECTS)
+]
+
+
+@torch.no_grad()
+def plain_mmlu(model, tokenizer, prompts: list[str], longest: int = 10_000, bos: int = tiny.BOS):
+    """For each prompt: the logits of A to D where the letter is due, and those that follow the letter."""
+    letters = [tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "ABCD"]
+    shared = 0
+    while len({tuple(ids[: shared + 1]) for ids in letters}) == 1:
+        shared += 1
+    rows = []
+    for prompt in prompts:
+        ids = [bos, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        ids = ids if len(ids) <= longest else [bos, *ids[len(ids) - longest + 1 :]]
+        ids += letters[0][:shared]
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+        rows.append((ids, torch.stack([logits[letter[shared]] for letter in letters]), logits))
+    return rows
+
+
+def write_mmlu(folder: Path, answers: list[int], name: str = "zero_shot_mmlu_val.json") -> Path:
+    folder.mkdir(exist_ok=True)
+    rows = [
+        {"subject": subject, "input": prompt, "output": "ABCD"[answer]}
+        for subject, prompt, answer in zip(SUBJECTS, QUESTIONS, answers, strict=True)
+    ]
+    tiny.rows_to_jsonl(folder / name, rows)
+    return folder
+
+
+# How many of a subject's questions are answered rightly: knots 3 of 4, tides 1 of 2, fog 0 of 1.
+RIGHT = [True, False, True, True, False, False, True]
+ACCURACY = {"knots": 3 / 4, "tides": 1 / 2, "fog": 0.0}
+MMLU = {"do_mmlu_eval": True, "do_eval": True, "mmlu_dataset": "mmlu-zs", "bits": 16}
+
+
+def write_spaced(path: Path) -> Path:
+    """Bytes, but every text begins with a space: a letter is two tokens, and the first says nothing."""
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("tokenizer", "bos", "longest"),
+    [("byte", tiny.BOS, 2048), ("byte", tiny.BOS, 31), ("byte_bpe", 508, 2048), (write_spaced, tiny.BOS, 2048)],
+)
+def test_mmlu_equals_a_plain_loop(run_qlora, models, folder, tmp_path, batch, tokenizer, bos, longest):
+    """The answers are chosen so that the accuracies are known; the mean is over the subjects."""
+    base = models("llama", tokenizer=tokenizer, max_position_embeddings=1024)
+    words, model = AutoTokenizer.from_pretrained(base), plain_model(base)
+    letters = words(list("ABCD"), add_special_tokens=False)["input_ids"]
+    assert all(len(ids) == (2 if tokenizer == write_spaced else 1) for ids in letters)
+    rows = plain_mmlu(model, words, QUESTIONS, longest, bos)
+    choices = [int(four.argmax()) for _, four, _ in rows]
+    answers = [c if right else (c + 1) % 4 for c, right in zip(choices, RIGHT, strict=True)]
+    run = run_qlora(
+        model_name_or_path=base,
+        dataset=folder,
+        do_train=False,
+        mmlu_dir=write_mmlu(tmp_path / "mmlu", answers),
+        mmlu_source_max_len=longest,
+        per_device_eval_batch_size=batch,
+        **MMLU,
+    )
+    metrics = run.json("metrics.json")
+    subjects = {f"mmlu_eval_accuracy_{name}": value for name, value in ACCURACY.items()}
+    assert {name: metrics[name] for name in subjects} == subjects
+    assert metrics["mmlu_eval_accuracy"] == pytest.approx((3 / 4 + 1 / 2 + 0) / 3)
+    assert "mmlu_eval_accuracy" in run.stderr
+    if tokenizer != write_spaced:  # a letter is one token: its loss and that of the EOS after it
+        losses = []
+        for (ids, _, logits), answer in zip(rows, answers, strict=True):
+            letter = words("ABCD"[answer], add_special_tokens=False)["input_ids"][0]
+            with torch.no_grad():
+                after = model(input_ids=torch.tensor([[*ids, letter]])).logits[0, -1]
+            target = torch.tensor([letter, words.eos_token_id])
+            losses.append(F.cross_entropy(torch.stack([logits, after]), target).item())
+        assert metrics["mmlu_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_letters_of_which_only_one_has_a_token_of_its_own(run_qlora, models, folder, tmp_path):
+    """▁A is one token, B, C and D begin alike with ▁. The model says ▁ and then D, wherever it is asked."""
+    shutil.copytree(models("llama", tokenizer="sentencepiece"), tmp_path / "model")
+    words = AutoTokenizer.from_pretrained(tmp_path / "model")
+    a, *others = (words(letter, add_special_tokens=False)["input_ids"] for letter in "ABCD")
+    assert len(a) == 1 and [ids[:-1] for ids in others] == [others[0][:1]] * 3
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")) or name == "lm_head.weight":
+            tensor.zero_()
+        elif name.endswith(("embed_tokens.weight", "model.norm.weight")):
+            tensor.fill_(1.0)
+    tensors["lm_head.weight"][others[2][0]] = 3.0
+    tensors["lm_head.weight"][others[2][1]] = 2.0
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    run = run_qlora(
+        model_name_or_path=tmp_path / "model",
+        dataset=folder,
+        do_train=False,
+        mmlu_dir=write_mmlu(tmp_path / "mmlu", [3] * 7),
+        **MMLU,
+    )
+    assert run.json("metrics.json")["mmlu_eval_accuracy"] == 1.0
+
+
+def test_mmlu_at_each_evaluation_of_a_training_run(run_qlora, folder, tmp_path):
+    run = run_qlora(
+        dataset=folder,
+        eval_strategy="steps",
+        eval_steps=2,
+        mmlu_dir=write_mmlu(tmp_path / "mmlu", [0] * 7),
+        max_mmlu_samples=3,
+        **MMLU,
+    )
+    log = run.json("trainer_state.json")["log_history"]
+    assert [x["step"] for x in log if "mmlu_eval_accuracy" in x][:2] == [2, 4]
+    metrics = run.json("metrics.json")
+    assert {"mmlu_loss", "mmlu_eval_accuracy", "eval_loss", "train_loss"} <= set(metrics)
+    subjects = {name for name in metrics if name.startswith("mmlu_eval_accuracy_")}
+    assert subjects == {"mmlu_eval_accuracy_knots", "mmlu_eval_accuracy_tides"}  # of the first three
+
+
+def load(tmp_path, *words):
+    common = ["--do_mmlu_eval", "--do_eval", "--output_dir", str(tmp_path / "out")]
+    return qlora.load_questions(qlora.parse_config([*common, *words]))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split", "file"),
+    [
+        ("mmlu-zs", "eval", "zero_shot_mmlu_val.json"),
+        ("mmlu-zs", "test", "zero_shot_mmlu_test.json"),
+        ("mmlu-fs", "eval", "five_shot_mmlu_val.json"),
+        ("mmlu", "test", "five_shot_mmlu_test.json"),
+    ],
+)
+def test_the_file_that_holds_the_questions(tmp_path, dataset, split, file):
+    write_mmlu(tmp_path / "mmlu", [3, 2, 1, 0, 0, 0, 0], file)
+    flags = ["--mmlu_dir", str(tmp_path / "mmlu"), "--mmlu_dataset", dataset, "--mmlu_split", split]
+    questions = load(tmp_path, *flags, "--max_mmlu_samples", "2")
+    assert [tuple(q) for q in questions] == [("knots", QUESTIONS[0], 3), ("knots", QUESTIONS[1], 2)]
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (None, "zero_shot_mmlu_val.json"),
+        ("{", "zero_shot_mmlu_val.json:2"),
+        ('{"subject": "fog", "input": "?"}', "output"),
+        ('{"subject": "fog", "input": "?", "output": "E"}', "A, B, C"),
+        ('{"input": "?", "output": "A"}', "subject"),
+    ],
+)
+def test_a_wrong_file_is_an_error_in_one_line_before_the_model_is_loaded(run_qlora, folder, tmp_path, line, named):
+    write_mmlu(tmp_path / "mmlu", [0] * 7, "other.json")
+    if line:
+        good = '{"subject": "fog", "input": "?", "output": "A"}'
+        (tmp_path / "mmlu/zero_shot_mmlu_val.json").write_text(f"{good}\n{line}\n")
+    run = run_qlora(dataset=folder, do_train=False, mmlu_dir=tmp_path / "mmlu", **MMLU)
+    assert run.code == 2 and "Traceback" not in run.stderr
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and named in last
+    assert "trainable params" not in run.stderr
+
+
+def hub_rows(subject: str, count: int) -> list[dict]:
+    return [
+        {
+            "question": f"{subject} {i}?",
+            "subject": subject,
+            "choices": [f"{subject[0]}{i}{x}" for x in "wxyz"],
+            "answer": i % 4,
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What the hub would give for cais/mmlu: two subjects, five worked examples each."""
+    asked = []
+
+    def load_dataset(path, *args, **kwargs):
+        asked.append((path, args, kwargs.get("name")))
+        both = ("sea_law", "fog")
+        return datasets.DatasetDict(
+            dev=datasets.Dataset.from_list([row for s in both for row in hub_rows(s, 5)]),
+            validation=datasets.Dataset.from_list([row for s in both for row in hub_rows(s, 7)[5:]]),
+            test=datasets.Dataset.from_list(hub_rows("fog", 8)[7:]),
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_questions_from_the_hub_are_written_as_published(hub, tmp_path):
+    absent = ["--mmlu_dir", str(tmp_path / "absent")]
+    zero = load(tmp_path, *absent, "--mmlu_dataset", "mmlu-zs")
+    head = "The following are multiple choice questions (with answers) about  sea law.\n\n"
+    sixth = "sea_law 5?\nA. s5w\nB. s5x\nC. s5y\nD. s5z\nAnswer:"
+    assert tuple(zero[0]) == ("sea_law", head + sixth, 1)
+    assert [q.subject for q in zero] == ["sea_law"] * 2 + ["fog"] * 2
+    assert hub[0][0] == "cais/mmlu" and "all" in (*hub[0][1], hub[0][2])
+
+    five = load(tmp_path, *absent)
+    shots = "".join(
+        f"sea_law {i}?\nA. s{i}w\nB. s{i}x\nC. s{i}y\nD. s{i}z\nAnswer: {letter}\n\n"
+        for i, letter in enumerate("ABCDA")
+    )
+    assert five[0].prompt == head + shots + sixth
+
+    test = load(tmp_path, *absent, "--mmlu_split", "test", "--mmlu_dataset", "mmlu-zs")
+    assert [(q.subject, q.answer) for q in test] == [("fog", 3)]

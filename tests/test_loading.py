@@ -1,0 +1,584 @@
+"""Reading datasets: kinds of files, rows that are wrong, splits, and the cache."""
+
+import gzip
+import json
+import logging
+import os
+
+import datasets
+import pytest
+import tiny
+
+import qlora
+
+# Each row trips somebody: separators and line breaks of every sort, quotes, what looks like another type.
+ROWS = [
+    {"input": "plain", "output": "one"},
+    {"input": "a,b;c\t\"d\" 'e'", "output": "two\nlines"},
+    {"input": "", "output": "NA"},
+    {"input": "null", "output": "007"},
+    {"input": "é 日本 🙂 \u2028 \x85 \x0b", "output": "nan"},
+    {"input": " padded ", "output": "{}"},
+]
+
+
+def load(*argv):
+    """The splits that these flags give."""
+    return qlora.load_splits(qlora.parse_config([str(word) for word in argv]))
+
+
+def pairs_of(rows):
+    return [{"input": row["input"], "output": row["output"]} for row in rows]
+
+
+def outputs(rows):
+    return None if rows is None else rows["output"][:]
+
+
+def numbered(count, prefix=""):
+    return [{"input": "q", "output": f"{prefix}{number}"} for number in range(count)]
+
+
+def data_error(*argv):
+    """The one line that loading ends with."""
+    with pytest.raises(qlora.DataError) as caught:
+        load(*argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def info(caplog):
+    """What the program logged, at INFO and above."""
+    caplog.set_level(logging.INFO, "qlora")
+    return caplog
+
+
+# ------------------------------------------------------------------------------------
+# Kinds of files and folders
+# ------------------------------------------------------------------------------------
+
+
+def write_json_array(path, rows):
+    path.write_text("\n " + json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def write_tsv(path, rows):
+    return tiny.rows_to_csv(path, rows, delimiter="\t")
+
+
+KINDS = {
+    "lines.json": tiny.rows_to_jsonl,
+    "array.json": write_json_array,
+    "rows.jsonl": tiny.rows_to_jsonl,
+    "array.jsonl": write_json_array,
+    "rows.csv": tiny.rows_to_csv,
+    "rows.tsv": write_tsv,
+    "rows.parquet": tiny.rows_to_parquet,
+    "ROWS.JSONL": tiny.rows_to_jsonl,
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_of_each_kind(tmp_path, name, packed):
+    file = KINDS[name](tmp_path / name, ROWS)
+    if packed:
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file = file.rename(tmp_path / "hidden").with_name(f"{name}.gz")
+    splits = load("--dataset", file)
+    assert pairs_of(splits.train) == ROWS
+    assert splits.eval is None
+
+
+def test_a_folder_written_by_save_to_disk(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    assert pairs_of(load("--dataset", tmp_path / "one").train) == ROWS
+
+    parts = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:2])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "two")
+    splits = load("--dataset", tmp_path / "two", "--do_eval")
+    assert pairs_of(splits.train) == ROWS and pairs_of(splits.eval) == ROWS[:2]
+
+
+def test_a_folder_of_files_named_after_splits(tmp_path):
+    tiny.rows_to_jsonl(tmp_path / "train.jsonl", numbered(3))
+    tiny.rows_to_csv(tmp_path / "test.csv", numbered(2, "t"))
+    (tmp_path / "README.md").write_text("not data")
+    splits = load("--dataset", tmp_path, "--do_eval")
+    assert outputs(splits.train) == ["0", "1", "2"] and outputs(splits.eval) == ["t0", "t1"]
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("tests", "training"), ("my_test", "my_train")])
+def test_a_folder_of_other_files_is_one_set(tmp_path, names):
+    tiny.rows_to_jsonl(tmp_path / f"{names[0]}.jsonl", numbered(2, "a"))
+    (tmp_path / f"{names[1]}.csv.gz").write_bytes(gzip.compress(b"input,output\nq,b0\n"))
+    (tmp_path / "notes.txt").write_text("not data")
+    assert outputs(load("--dataset", tmp_path).train) == ["a0", "a1", "b0"]
+
+
+def test_a_folder_without_data(tmp_path):
+    (tmp_path / "notes.txt").write_text("not data")
+    message = data_error("--dataset", tmp_path)
+    assert str(tmp_path) in message and ".jsonl" in message
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows.txt.gz", "rows"])
+def test_an_unknown_kind_of_file(tmp_path, name):
+    (tmp_path / name).write_text("text")
+    message = data_error("--dataset", tmp_path / name)
+    assert str(tmp_path / name) in message and ".jsonl" in message and ".parquet" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("torn.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode() * 99)[:-20]),
+        ("no.jsonl.gz", b'{"input": "a", "output": "b"}\n'),
+        ("no.parquet", b"PAR1 it is not"),
+        ("no.parquet.gz", gzip.compress(b"PAR1 it is not")),
+        ("empty.parquet", b""),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert str(tmp_path / name) in data_error("--dataset", tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none.csv.gz", "sub/none.parquet"])
+def test_a_missing_file(tmp_path, name):
+    message = data_error("--dataset", tmp_path / name)
+    assert str(tmp_path / name) in message and "no such file" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", ""),
+        ("rows.jsonl", "\n\n"),
+        ("rows.json", "[]"),
+        ("rows.csv", ""),
+        ("rows.csv", "input,output\n"),
+        ("rows.tsv", "input\toutput\r\n"),
+    ],
+)
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_an_empty_set_always_stops(tmp_path, name, content, policy):
+    (tmp_path / name).write_text(content)
+    options = ("--on_bad_rows", policy, "--output_dir", tmp_path / "out")
+    assert str(tmp_path / name) in data_error("--dataset", tmp_path / name, *options)
+
+
+# ------------------------------------------------------------------------------------
+# What a file's text means
+# ------------------------------------------------------------------------------------
+
+
+def test_csv_cells_are_their_text(tmp_path):
+    cells = ["", "NA", "null", "nan", "None", "007", "1.50", "1e5", "True", " x ", "-", "#N/A", "1,000"]
+    text = "input,output\n" + "".join(f'"{cell}",out\n' if "," in cell else f"{cell},out\n" for cell in cells)
+    (tmp_path / "rows.csv").write_text(text)
+    assert load("--dataset", tmp_path / "rows.csv").train["input"][:] == cells
+    (tmp_path / "rows.tsv").write_text(text.replace(",out", "\tout").replace("input,", "input\t"))
+    assert load("--dataset", tmp_path / "rows.tsv").train["input"][:] == cells
+
+
+def test_csv_quotes_and_line_breaks_in_cells(tmp_path):
+    text = 'output,input\n"say ""hi""","a\nb"\n"x, y","c\r\nd"\n""" ""","e"\n'
+    (tmp_path / "rows.csv").write_bytes(text.encode())
+    assert pairs_of(load("--dataset", tmp_path / "rows.csv").train) == [
+        {"output": 'say "hi"', "input": "a\nb"},
+        {"output": "x, y", "input": "c\r\nd"},
+        {"output": '" "', "input": "e"},
+    ]
+
+
+def test_a_long_csv_cell(tmp_path):
+    """Longer than the 128 KiB at which Python's csv module stops unless told otherwise."""
+    rows = [{"input": "q", "output": "long " * 40_000}]
+    assert pairs_of(load("--dataset", tiny.rows_to_csv(tmp_path / "a.csv", rows)).train) == rows
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte order mark"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "array.json"])
+def test_byte_order_marks_and_line_ends(tmp_path, name, mark, end):
+    lines = {
+        "rows.csv": ["input,output", "é,x", "b,y"],
+        "rows.jsonl": ['{"input": "é", "output": "x"}', "", '{"input": "b", "output": "y"}'],
+        "array.json": ["[", '{"input": "é", "output": "x"},', '{"input": "b", "output": "y"}', "]"],
+    }
+    (tmp_path / name).write_bytes(mark + "".join(line + end for line in lines[name]).encode())
+    expected = [{"input": "é", "output": "x"}, {"input": "b", "output": "y"}]
+    assert pairs_of(load("--dataset", tmp_path / name).train) == expected
+
+
+def test_numbers_and_booleans_become_their_text(tmp_path):
+    rows = [
+        {"input": 7, "output": 1.5},
+        {"input": True, "output": False},
+        {"input": -0.25, "output": 0},
+        {"input": 12345678901234567890, "output": "text"},
+    ]
+    expected = [["7", "1.5"], ["true", "false"], ["-0.25", "0"], ["12345678901234567890", "text"]]
+    for write, name in ((tiny.rows_to_jsonl, "rows.jsonl"), (write_json_array, "rows.json")):
+        loaded = load("--dataset", write(tmp_path / name, rows)).train
+        assert [list(pair.values()) for pair in pairs_of(loaded)] == expected
+
+
+def test_parquet_numbers_become_their_text(tmp_path):
+    file = tiny.rows_to_parquet(tmp_path / "a.parquet", [{"input": 7, "output": True}, {"input": 8, "output": False}])
+    expected = [{"input": "7", "output": "true"}, {"input": "8", "output": "false"}]
+    assert pairs_of(load("--dataset", file).train) == expected
+
+
+@pytest.mark.parametrize("field", ["input", "category", "source"])
+def test_a_null_in_an_optional_column_means_missing(tmp_path, field):
+    rows = [
+        {"instruction": "a", "output": "b", field: None},
+        {"instruction": "a", "output": "b"},
+        {"instruction": "a", "output": "b", field: "c"},
+    ]
+    loaded = pairs_of(load("--dataset", tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)).train)
+    assert loaded[0] == loaded[1] and (loaded[1] == loaded[2]) == (field != "input")
+    assert "### Input" not in loaded[0]["input"]
+
+
+# ------------------------------------------------------------------------------------
+# Rows that are wrong
+# ------------------------------------------------------------------------------------
+
+GOOD = b'{"input": "a", "output": "b"}\n'
+# File, content, line or row of the first bad row, what the message says of it, how many more.
+BAD = {
+    "missing": ("a.jsonl", GOOD + b'{"input": "a"}\n', 2, ["'output'", "missing", "text"], 0),
+    "null": ("a.jsonl", GOOD + b'{"input": "a", "output": null}\n', 2, ["'output'", "null", "text"], 0),
+    "null input": ("a.jsonl", GOOD + b'{"input": null, "output": "b"}', 2, ["'input'", "null", "text"], 0),
+    "list": ("a.jsonl", GOOD + b'{"input": ["x"], "output": "b"}', 2, ["'input'", "list", "text"], 0),
+    "object": ("a.jsonl", GOOD + b'{"input": "a", "output": {"x": 1}}', 2, ["'output'", "object", "text"], 0),
+    "NaN": ("a.jsonl", GOOD + b'{"input": NaN, "output": "b"}', 2, ["'input'", "nan", "text"], 0),
+    "infinite": ("a.jsonl", GOOD + b'{"input": "a", "output": -Infinity}', 2, ["'output'", "inf", "text"], 0),
+    "overflow": ("a.jsonl", GOOD + b'{"input": "a", "output": 1e999}', 2, ["'output'", "inf", "text"], 0),
+    "empty": ("a.jsonl", GOOD + b'{"input": "a", "output": ""}', 2, ["output", "empty"], 0),
+    "surrogate": ("a.jsonl", GOOD + b'{"input": "\\ud83d", "output": "b"}', 2, ["'input'", "UTF-8"], 0),
+    "no object": ("a.jsonl", GOOD + b'["a", "b"]\n"c"\n3\n' + GOOD, 2, ["list", "object"], 2),
+    "null row": ("a.jsonl", GOOD + b"null\n", 2, ["object"], 0),
+    "broken": ("a.jsonl", GOOD + b"\n" + b'{"input": "a", \n', 3, ["JSON"], 0),
+    "torn": ("a.jsonl", GOOD * 2 + b'{"input": "a", "outp', 3, ["JSON"], 0),
+    "three": ("a.jsonl", GOOD + b'{"input": "a"}\n' * 3 + GOOD, 2, ["'output'", "missing"], 2),
+    "encoding": ("a.jsonl", GOOD + b'{"input": "caf\xe9", "output": "b"}', 2, ["'input'", "UTF-8"], 0),
+    "u2028": ("a.jsonl", '{"input": "\u2028\x85", "output": "b"}\n{}'.encode(), 2, ["missing"], 0),
+    "array": ("a.json", b'[\n{"input": "a", "output": "b"},\n{"input": "a"}]', 2, ["'output'", "missing"], 0),
+    "array of lists": ("a.json", b'[{"input": "a", "output": "b"}, ["a"]]', 2, ["list", "object"], 0),
+    "csv fewer": ("a.csv", b"input,output\na,b\nc\n", 3, ["1", "2", "input, output"], 0),
+    "csv more": ("a.csv", b"input,output\na,b,c\nd,e\n\nf,g,h,i\n", 2, ["3", "2", "input, output"], 1),
+    "csv empty": ("a.csv", b"input,output\na,b\n,\n", 3, ["output", "empty"], 0),
+    "csv encoding": ("a.csv", b"input,output\na,b\ncaf\xe9,d\n", 3, ["'input'", "UTF-8"], 0),
+    "csv lines": ("a.csv", b'input,output\n"a\nb\nc",d\ne,"f\r\ng"\nh\n', 7, ["1", "2"], 0),
+    "csv start": ("a.csv", b'input,output\na,b\n"c\nd\n",""\ne,f\n', 3, ["output", "empty"], 0),
+    "csv open": ("a.csv", b'input,output\na,b\nc,"d\ne,f\n', 3, ["CSV"], 0),
+    "csv quote": ("a.csv", b'input,output\na,b\n"c"x,d\ne,f\n', 3, ["CSV"], 0),
+    "tsv": ("a.tsv", b"input\toutput\na\tb\nc\td\te\n", 3, ["3", "2", "input, output"], 0),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_row_stops_with_one_line(tmp_path, case):
+    name, content, number, fragments, more = BAD[case]
+    (tmp_path / name).write_bytes(content)
+    message = data_error("--dataset", tmp_path / name, "--dataset_format", "input-output")
+    where, _, rest = message.partition(": ")
+    assert where == f"{tmp_path / name}:{number}"
+    assert all(fragment in rest for fragment in [*fragments, "expected", "--on_bad_rows skip"])
+    assert (f"{more} more" in rest) if more else "more" not in rest
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_rows_may_be_skipped(tmp_path, case, info):
+    name, content, number, _, more = BAD[case]
+    (tmp_path / name).write_bytes(content + (b"" if content.endswith((b"\n", b"]")) else b"\n"))
+    out = tmp_path / "out"
+    options = ("--dataset_format", "input-output", "--on_bad_rows", "skip", "--output_dir", out)
+    splits = load("--dataset", tmp_path / name, *options)
+    assert len(splits.train) > 0 and all(row["output"] for row in splits.train)
+
+    rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rejected) == 1 + more
+    assert rejected[0]["where"] == f"{tmp_path / name}:{number}" and rejected[0]["reason"]
+    (warning,) = [r.getMessage() for r in info.records if r.levelno == logging.WARNING]
+    assert f"{1 + more} of {len(splits.train) + 1 + more} rows" in warning
+    assert "rejected.jsonl" in warning
+
+
+def test_a_rejected_row_can_be_mended_from_the_file(tmp_path):
+    """The file of rejected rows holds each row, not only where it was."""
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"input": "find me", "output": ""}\n')
+    out = tmp_path / "out"
+    load("--dataset", tmp_path / "a.jsonl", "--on_bad_rows", "skip", "--output_dir", out)
+    (line,) = (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert "find me" in line
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_set_without_a_good_row_always_stops(tmp_path, policy):
+    (tmp_path / "a.jsonl").write_text('{"input": "a", "output": ""}\n' * 3)
+    options = ("--on_bad_rows", policy, "--output_dir", tmp_path / "out")
+    assert str(tmp_path / "a.jsonl") in data_error("--dataset", tmp_path / "a.jsonl", *options)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('[{"input": "a", "output": "b"},\n{"input": "a" "output": "b"}]\n', 2),
+        ('[{"input": "a", "output": "b"},\n\n{"input": "a",', 3),
+        ('[{"input": "a", "output": "b"}]\n[1]\n', 2),
+    ],
+)
+def test_a_broken_json_array_names_the_line(tmp_path, content, line):
+    (tmp_path / "a.json").write_text(content)
+    message = data_error("--dataset", tmp_path / "a.json", "--dataset_format", "input-output")
+    assert f"{tmp_path / 'a.json'}:{line}:" in message and "JSON" in message
+
+
+def test_bad_parquet_rows_are_numbered(tmp_path):
+    rows = [*numbered(2), {"input": "q", "output": None}, {"input": None, "output": "x"}]
+    message = data_error("--dataset", tiny.rows_to_parquet(tmp_path / "a.parquet", rows))
+    assert f"{tmp_path / 'a.parquet'}:3:" in message and "1 more" in message
+    assert all(fragment in message for fragment in ("'output'", "null", "expected"))
+
+
+def test_a_parquet_column_of_lists(tmp_path):
+    file = tiny.rows_to_parquet(tmp_path / "a.parquet", [{"input": "q", "output": ["x"]}])
+    message = data_error("--dataset", file)
+    assert f"{file}:1:" in message and "'output'" in message and "list" in message
+
+
+def test_bad_rows_of_a_folder_name_their_file(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    (tmp_path / "b.jsonl").write_bytes(GOOD + b'{"input": "a"}\n')
+    assert f"{tmp_path / 'b.jsonl'}:2:" in data_error("--dataset", tmp_path)
+
+
+def test_bad_rows_of_a_saved_dataset_name_split_and_row(tmp_path):
+    rows = [*numbered(1), {"input": "q", "output": None}]
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "saved")
+    message = data_error("--dataset", tmp_path / "saved")
+    assert all(fragment in message for fragment in (str(tmp_path / "saved"), "train", ":2", "'output'", "null"))
+
+
+def test_a_bad_row_ends_the_program_with_one_line(run_qlora, tmp_path):
+    """And before any weight is loaded: nothing is written."""
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"input": "a"}\n')
+    run = run_qlora(dataset=tmp_path / "a.jsonl")
+    error = run.stderr.splitlines()[-1]
+    assert run.code == 2 and error.startswith(f"error: {tmp_path / 'a.jsonl'}:2: ")
+    assert "Traceback" not in run.stderr and not run.files()
+
+
+# ------------------------------------------------------------------------------------
+# Splits
+# ------------------------------------------------------------------------------------
+
+
+def write_splits(folder, *names):
+    for name in names:
+        tiny.rows_to_jsonl(folder / f"{name}.jsonl", numbered(3, f"{name}-"))
+    return folder
+
+
+@pytest.mark.parametrize("flags", [["--do_eval"], ["--do_predict", "--predict_with_generate"]])
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (("train", "test"), "test"),
+        (("train", "validation", "test"), "validation"),
+        (("train", "eval", "validation", "test"), "eval"),
+        (("train", "eval", "test"), "eval"),
+    ],
+)
+def test_the_split_to_evaluate_on(tmp_path, info, flags, names, chosen):
+    splits = load("--dataset", write_splits(tmp_path, *names), *flags)
+    assert outputs(splits.train) == ["train-0", "train-1", "train-2"]
+    assert outputs(splits.eval) == [f"{chosen}-0", f"{chosen}-1", f"{chosen}-2"]
+    assert any(str(tmp_path) in m and chosen in m.replace(str(tmp_path), "") for m in info.messages)
+
+
+def test_without_evaluation_nothing_is_held_out(tmp_path):
+    splits = load("--dataset", write_splits(tmp_path, "train", "test"))
+    assert outputs(splits.train) == ["train-0", "train-1", "train-2"] and splits.eval is None
+    file = tiny.rows_to_jsonl(tmp_path / "train.jsonl", numbered(50))
+    splits = load("--dataset", file, "--eval_dataset_size", "10")
+    assert outputs(splits.train) == [str(n) for n in range(50)] and splits.eval is None
+
+
+def test_no_split_to_train_on(tmp_path):
+    message = data_error("--dataset", write_splits(tmp_path, "test"))
+    assert "train" in message and "test" in message
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory):
+    """`rows_file(n)` -> a file of n numbered rows."""
+    folder = tmp_path_factory.mktemp("numbered")
+    return lambda count: tiny.rows_to_jsonl(folder / f"{count}.jsonl", numbered(count))
+
+
+def library_split(count, test_size):
+    """What datasets' own train_test_split makes of the rows at the original's seed."""
+    whole = datasets.Dataset.from_list(numbered(count))
+    parts = whole.train_test_split(test_size=test_size, shuffle=True, seed=42)
+    return parts["train"]["output"][:], parts["test"]["output"][:]
+
+
+@pytest.mark.parametrize(
+    ("count", "given", "held_out"),
+    [
+        (50, None, 5),
+        (19, None, 1),
+        (4095, None, 409),
+        (4096, None, 1024),
+        (50, "1", 1),
+        (50, "7", 7),
+        (50, "49", 49),
+        (50, "0.1", 5),
+        (50, "0.5", 25),
+        (10, "0.25", 0.25),  # not a whole number of rows: the library's way of rounding
+        (10, "0.01", 0.01),
+    ],
+)
+def test_rows_are_held_out_as_the_library_does(rows_file, count, given, held_out, info):
+    options = () if given is None else ("--eval_dataset_size", given)
+    splits = load("--dataset", rows_file(count), "--do_eval", *options)
+    assert (outputs(splits.train), outputs(splits.eval)) == library_split(count, held_out)
+    said = any("tenth" in message and str(held_out) in message for message in info.messages)
+    assert said == (given is None and count < 4096)
+
+
+@pytest.mark.parametrize(("given", "count"), [("20", 20), ("21", 20), ("1024", 1000), ("0.99", 2), ("1", 1)])
+def test_a_given_size_that_leaves_nothing_to_train(rows_file, given, count):
+    message = data_error("--dataset", rows_file(count), "--do_eval", "--eval_dataset_size", given)
+    assert f"--eval_dataset_size {given}" in message and str(count) in message
+
+
+def test_a_run_that_only_evaluates_holds_out_the_same_rows(rows_file):
+    both = load("--dataset", rows_file(50), "--do_eval", "--eval_dataset_size", "7")
+    alone = load("--dataset", rows_file(50), "--do_eval", "--eval_dataset_size", "7", "--do_train", "False")
+    assert outputs(alone.eval) == outputs(both.eval) and alone.train is None
+
+
+def test_a_run_that_only_evaluates_may_take_every_row(rows_file):
+    splits = load("--dataset", rows_file(19), "--do_eval", "--eval_dataset_size", "100", "--do_train", "False")
+    assert sorted(outputs(splits.eval)) == sorted(str(n) for n in range(19))
+
+
+@pytest.mark.parametrize("column", ["category", "source"])
+def test_a_category_stratifies_the_split(tmp_path, column):
+    """Categories of 40, 9 and 1 rows; the last must break nothing."""
+    rows = numbered(40, "a") + numbered(9, "b") + numbered(1, "c")
+    rows = [row | {column: row["output"][0]} for row in rows]
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
+    splits = load("--dataset", file, "--do_eval", "--eval_dataset_size", "10")
+    assert len(splits.eval) == 10 and len(splits.train) == 40
+    first_letters = "".join(sorted(output[0] for output in outputs(splits.eval)))
+    assert first_letters.replace("c", "") in ("a" * 8 + "bb", "a" * 8 + "b")
+
+
+def test_limits_count_after_the_split(rows_file):
+    options = ("--do_eval", "--eval_dataset_size", "10", "--max_train_samples", "4", "--max_eval_samples", "3")
+    train, held_out = library_split(50, 10)
+    splits = load("--dataset", rows_file(50), *options)
+    assert outputs(splits.train) == train[:4] and outputs(splits.eval) == held_out[:3]
+
+
+def test_limits_larger_than_the_set(tmp_path):
+    options = ("--do_eval", "--max_train_samples", "4", "--max_eval_samples", "9")
+    splits = load("--dataset", write_splits(tmp_path, "train", "test"), *options)
+    assert len(splits.train) == len(splits.eval) == 3
+
+
+def test_datasets_with_different_formats_are_concatenated(tmp_path):
+    tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"instruction": "A", "output": "b"}])
+    tiny.rows_to_csv(tmp_path / "c.csv", [{"input": "c", "output": "d"}])
+    tiny.rows_to_parquet(tmp_path / "e.parquet", [{"text": "e"}, {"text": "f"}])
+    names = f"{tmp_path / 'a.jsonl'}, {tmp_path / 'c.csv'},{tmp_path / 'e.parquet'}"
+    rows = load("--dataset", names).train
+    assert outputs(rows) == ["b", "d", "e", "f"]
+    assert rows[0]["input"].endswith("### Instruction:\nA\n\n### Response: ") and rows[1]["input"] == "c"
+
+
+def test_a_file_with_a_comma_in_its_name(tmp_path):
+    file = tiny.rows_to_jsonl(tmp_path / "a,b.jsonl", numbered(2))
+    assert outputs(load("--dataset", file).train) == ["0", "1"]
+
+
+# ------------------------------------------------------------------------------------
+# The cache
+# ------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_again_only_when_it_has_changed(tmp_path, monkeypatch):
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", numbered(3))
+    cache = ("--cache_dir", tmp_path / "cache")
+    formatted = []
+    make_pair = qlora.FORMATS["input-output"].to_pair
+
+    def to_pair(row):
+        formatted.append(row)
+        return make_pair(row)
+
+    spied = qlora.FORMATS["input-output"]._replace(to_pair=to_pair)
+    monkeypatch.setitem(qlora.FORMATS, "input-output", spied)
+    for _ in range(2):
+        assert outputs(load("--dataset", file, *cache).train) == ["0", "1", "2"]
+    assert len(formatted) == 3  # by the first call alone
+
+    stat = file.stat()
+    file.write_text(file.read_text().replace('"2"', '"9"'))  # of the same size, and no younger
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert outputs(load("--dataset", file, *cache).train) == ["0", "1", "9"]
+
+
+def test_another_format_of_the_same_file_is_read_anew(tmp_path):
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"input": "a", "output": "b", "text": "c"}])
+    for name, output in (("input-output", "b"), ("text", "c")):
+        assert outputs(load("--dataset", file, "--dataset_format", name).train) == [output]
+
+
+def test_bad_rows_are_found_in_the_cache_too(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"input": "a"}\n')
+    first, second = (data_error("--dataset", tmp_path / "a.jsonl") for _ in range(2))
+    assert first == second
+
+
+# ------------------------------------------------------------------------------------
+# The hub
+# ------------------------------------------------------------------------------------
+
+
+def test_what_the_hub_does_not_give_is_one_line(run_qlora):
+    run = run_qlora(dataset="nobody/no-such-set")
+    error = run.stderr.splitlines()[-1]
+    assert run.code == 2 and error.startswith("error: ") and "nobody/no-such-set" in error
+    assert "Traceback" not in run.stderr and len(error) < 1000
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ConnectionError("no\nroute"),
+        datasets.exceptions.DatasetNotFoundError("not\nfound"),
+        ValueError("Unknown\nsplit"),
+        RuntimeError("Dataset scripts are no longer supported, but found\nx.py"),
+        TimeoutError("slow"),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_each_failure_of_the_hub_is_one_line(monkeypatch, failure):
+    def load_dataset(*args, **options):
+        raise failure
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = data_error("--dataset", "a/b")
+    assert "a/b" in message and " ".join(str(failure).split()) in message

@@ -1,0 +1,262 @@
+"""Tokenizers of real kinds: the ids they give, their special tokens, and a run with each."""
+
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tiny
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+import qlora
+
+LLAMA1_PATCH = Path(qlora.__file__).parent / "examples" / "llama1_tokenizer"
+SENTENCES = [line for line in tiny.TEXT.splitlines() if line and not line.startswith("  ")]
+SENTENCES += ["日本 🙂", "a\n\nb", "stop </s> now <s>"]  # user text is never a special token
+RESERVED = "<|reserved_special_token_0|>"
+
+
+def parse(folder: Path, **flags) -> qlora.Config:
+    argv = ["--model_name_or_path", str(folder)]
+    return qlora.parse_config(argv + [word for name, value in flags.items() for word in (f"--{name}", str(value))])
+
+
+def load(folder: Path, **flags):
+    """The tokenizer as a run with these flags has it."""
+    config = parse(folder, **flags)
+    return qlora.load_tokenizer(config, qlora.load_model_config(config, str(folder)), str(folder))
+
+
+def folder_with(models, **options) -> Path:
+    """A llama whose byte tokenizer has these special tokens."""
+    return models("llama", tokenizer=partial(tiny.write_byte, **options))
+
+
+def encoded(tokenizer, source: str, target: str) -> list[int]:
+    limits = qlora.Limits(source=10_000, target=10_000, total=None)
+    return qlora.encode_pair({"input": source, "output": target}, tokenizer, limits).input_ids
+
+
+def ids_of(tokenizer) -> tuple[int | None, ...]:
+    return tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
+
+
+def error_of(run) -> str:
+    """The one line with which a run that a user can mend ends."""
+    lines = run.stderr.splitlines()
+    assert run.code == 2 and "Traceback" not in run.stderr
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    return lines[-1]
+
+
+# ------------------------------------------------------------------------------------
+# SentencePiece: ids are sentencepiece's own, whatever else lies in the folder
+# ------------------------------------------------------------------------------------
+
+
+def _with_config(class_name: str | None):
+    def write(path: Path) -> Path:
+        config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        if class_name:
+            config["tokenizer_class"] = class_name
+        tiny.write_bare_sentencepiece(path)
+        (path / "tokenizer_config.json").write_text(json.dumps(config))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("family", "tokenizer", "flags"),
+    [
+        ("llama", "sentencepiece", {}),
+        ("llama", "bare_sentencepiece", {}),
+        ("mistral", "bare_sentencepiece", {}),
+        ("llama", "early_llama", {"tokenizer_patch": LLAMA1_PATCH}),
+        ("llama", _with_config("LlamaTokenizerFast"), {}),
+        ("llama", _with_config("LLaMATokenizer"), {}),  # early conversions, tokens mended by hand
+        ("llama", _with_config(None), {}),
+        ("mistral", _with_config("LlamaTokenizer"), {}),
+    ],
+    ids=[
+        "llama-2",
+        "only tokenizer.model",
+        "mistral, only tokenizer.model",
+        "early llama, patched",
+        "LlamaTokenizerFast",
+        "LLaMATokenizer",
+        "no tokenizer_class",
+        "mistral",
+    ],
+)
+def test_ids_are_sentencepieces_own(models, family, tokenizer, flags):
+    folder = models(family, tokenizer=tokenizer)
+    pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    loaded = load(folder, **flags)
+    assert ids_of(loaded) == (1, 2, 0)
+    for sentence in SENTENCES:  # BOS once, before the input; EOS once, after the output
+        expected = [1, *pieces.encode(sentence), *pieces.encode("Yes.\n"), 2]
+        assert encoded(loaded, sentence, "Yes.\n") == expected, sentence
+
+
+def test_early_llama_without_the_patch_is_an_error_that_names_it(models, run_qlora):
+    error = error_of(run_qlora(model_name_or_path=models("llama", tokenizer="early_llama")))
+    assert "--tokenizer_patch" in error
+
+
+def test_the_patch_leaves_the_models_folder_alone(models):
+    folder = models("llama", tokenizer="early_llama")
+    before = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+    load(folder, tokenizer_patch=LLAMA1_PATCH)
+    after = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+    assert after == before
+
+
+def test_a_patch_is_laid_over_key_by_key(models, tmp_path):
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<unk>"}')
+    tokenizer = load(models("llama", tokenizer="sentencepiece"), tokenizer_patch=tmp_path)
+    assert ids_of(tokenizer) == (1, 0, 0)
+
+
+def test_a_patch_that_is_not_there_is_an_error(run_qlora, tmp_path):
+    assert str(tmp_path) in error_of(run_qlora(tokenizer_patch=tmp_path))
+
+
+# ------------------------------------------------------------------------------------
+# Byte-level BPE and special tokens
+# ------------------------------------------------------------------------------------
+
+
+def test_byte_level_bpe_ids_are_the_backends_own(models):
+    folder = models("llama", tokenizer="byte_bpe")
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = load(folder)
+    assert (*ids_of(tokenizer), tokenizer.pad_token_id) == (508, 509, 511, 510)
+    for sentence in SENTENCES[:-1]:
+        ids = backend.encode(sentence, add_special_tokens=False).ids
+        assert encoded(tokenizer, sentence, sentence) == [508, *ids, *ids, 509], sentence
+    assert tokenizer.decode(encoded(tokenizer, SENTENCES[-1], "")[1:-1]) == SENTENCES[-1]
+    assert {508, 509}.isdisjoint(encoded(tokenizer, SENTENCES[-1], "")[1:-1])
+
+
+def test_without_bos_none_is_added(models):
+    tokenizer = load(folder_with(models, bos=None))  # </s> 256, <pad> 257
+    assert tokenizer.bos_token_id is None
+    assert encoded(tokenizer, "ab", "c") == [97, 98, 99, 256]
+
+
+@pytest.mark.parametrize(
+    ("options", "pad"),
+    [
+        ({"pad": "<pad>"}, 258),
+        ({"pad": "</s>"}, 257),  # pad is EOS: kept
+        ({"pad": None, "unk": "<unk>", "extra": (RESERVED,)}, 259),
+        ({"pad": None, "unk": "<unk>", "extra": ("<|finetune_right_pad_id|>",)}, 259),
+        ({"pad": None, "unk": "<unk>"}, 258),
+        ({"pad": None}, 257),  # EOS, with the mask doing its work
+    ],
+    ids=["own", "EOS", "reserved", "spare pad", "unk", "EOS for want of another"],
+)
+def test_pad_token(models, options, pad):
+    folder = folder_with(models, **options)
+    tokenizer = load(folder)
+    assert tokenizer.pad_token_id == pad
+    assert tokenizer.eos_token_id == 257
+    assert len(tokenizer) == len(tiny.byte_tokenizer(**options))  # nothing was added
+
+
+def test_a_pad_token_outside_the_embedding_is_replaced(tmp_path):
+    folder = tiny.write_model(tmp_path, "llama", vocab_size=258)  # <pad> would be row 258
+    assert load(folder).pad_token_id == tiny.EOS
+
+
+def test_an_eos_token_outside_the_embedding_is_an_error(run_qlora, tmp_path):
+    folder = tiny.write_model(tmp_path, "llama", vocab_size=257)
+    assert "eos_token_id" in error_of(run_qlora(model_name_or_path=folder))
+
+
+def test_no_eos_token_is_an_error_that_names_the_flag(models, run_qlora):
+    folder = folder_with(models, eos=None)
+    assert "--eos_token" in error_of(run_qlora(model_name_or_path=folder))
+    assert load(folder, eos_token="<pad>").eos_token_id == 257
+
+
+@pytest.mark.parametrize("flag", ["pad_token", "eos_token", "bos_token", "unk_token"])
+def test_an_override_must_be_in_the_vocabulary(run_qlora, flag):
+    assert f"--{flag} <none>" in error_of(run_qlora(**{flag: "<none>"}))
+
+
+def test_overrides_reach_tokenizer_model_and_files(models, run_qlora, monkeypatch):
+    trained, make_trainable = [], qlora.make_trainable
+
+    def spy(*args, **kwargs):
+        trained.append(make_trainable(*args, **kwargs))
+        return trained[-1]
+
+    monkeypatch.setattr(qlora, "make_trainable", spy)
+    # <s> 256, </s> 257, <pad> 258, <unk> 259, <end> 260, <fill> 261, <begin> 262
+    folder = folder_with(models, unk="<unk>", extra=("<end>", "<fill>", "<begin>"))
+    run = run_qlora(
+        model_name_or_path=folder,
+        eos_token="<end>",
+        pad_token="<fill>",
+        bos_token="<begin>",
+        unk_token="<s>",
+        max_steps=1,
+    )
+    assert run.code == 0
+    config = trained[0].config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (262, 260, 261)
+    saved = AutoTokenizer.from_pretrained(run.output_dir)
+    assert (*ids_of(saved), saved.pad_token_id) == (262, 260, 256, 261)
+    assert encoded(load(folder, eos_token="<end>", bos_token="<begin>"), "a", "b") == ([262, 97, 98, 260])
+
+
+@pytest.mark.parametrize(("value", "lines"), [(False, 1), (True, 0)])
+def test_use_fast_tokenizer_false_is_said_in_one_line(run_qlora, value, lines):
+    run = run_qlora(use_fast_tokenizer=value, max_steps=1, save_strategy="no")
+    assert run.code == 0
+    said = [line for line in run.stderr.splitlines() if line.startswith("use_fast_tokenizer")]
+    assert len(said) == lines
+
+
+# ------------------------------------------------------------------------------------
+# Runs
+# ------------------------------------------------------------------------------------
+
+
+def _without_bos_and_pad(path: Path) -> Path:
+    return tiny.write_byte_bpe(path, bos=None, pad=None, unk=None)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "flags", "prompt"),
+    [
+        ("byte", {}, [*b"Hello ship"]),
+        ("byte_bpe", {}, None),
+        (_without_bos_and_pad, {}, None),
+        ("sentencepiece", {}, "pieces"),
+        ("bare_sentencepiece", {}, "pieces"),
+        ("early_llama", {"tokenizer_patch": LLAMA1_PATCH}, "pieces"),
+    ],
+    ids=["byte", "byte_bpe", "no BOS, no pad", "llama-2", "only tokenizer.model", "early llama"],
+)
+def test_a_run_with_each_kind_saves_a_tokenizer_that_loads(models, run_qlora, tokenizer, flags, prompt):
+    # an early conversion's config holds ids of its own
+    ids = {"bos_token_id": 0, "eos_token_id": 1} if tokenizer == "early_llama" else {}
+    folder = models("llama", tokenizer=tokenizer, **ids)
+    run = run_qlora(model_name_or_path=folder, max_steps=2, **flags)
+    assert run.code == 0 and "completed" in run.files()
+    assert run.json("trainer_state.json")["global_step"] == 2
+    if prompt == "pieces":
+        pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        prompt = pieces.encode("Hello ship")
+    elif prompt is None:
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        prompt = backend.encode("Hello ship", add_special_tokens=False).ids
+    saved = AutoTokenizer.from_pretrained(run.output_dir)
+    assert saved("Hello ship", add_special_tokens=False)["input_ids"] == prompt
+    assert ids_of(saved)[:2] == ids_of(load(folder, **flags))[:2]
