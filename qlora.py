@@ -441,7 +441,7 @@ def current_name(item: Given, known: set[str]) -> Given | None:
         return renamed(item, RENAMED_FLAGS[old], negated)
     if item.name not in known:
         near = difflib.get_close_matches(item.name, sorted(known | set(RENAMED_FLAGS)), n=5, cutoff=0.5)
-        near.sort(key=lambda name: -len(os.path.commonprefix([name, item.name])))  # noqa: RUF071; lora_rank: lora_r
+        near.sort(key=lambda name: -len(os.path.commonprefix([name, item.name])))  # noqa: RUF071
         raise ConfigError(f"{item.where}: unknown flag, {f'did you mean --{near[0]}?' if near else 'see --help'}")
     if item.name.startswith("no_") and item.values:  # in a file, `no_double_quant: true`
         return item._replace(name=item.name[3:], values=("False" if boolean(item) == "True" else "True",))

@@ -117,7 +117,7 @@ def uneven(tmp_path):
         "dataset": tiny.rows_to_jsonl(tmp_path / "uneven.jsonl", tiny.support_rows(23)),
         "gradient_accumulation_steps": 2,
         "lora_dropout": 0.1,
-        "max_steps": 13,
+        "max_steps": 9,
         "save_steps": 100,
         "learning_rate": 5e-3,
         "source_max_len": 16,
@@ -128,14 +128,12 @@ def uneven(tmp_path):
 @pytest.mark.parametrize(
     ("stops", "flags"),
     [
-        ((2,), {"optim": "paged_adamw_8bit", "lora_r": 64}),
+        ((2,), {"optim": "paged_adamw_8bit", "lora_r": 64, "group_by_length": False}),
         ((8,), {"optim": "paged_adamw_8bit", "lora_r": 64}),
         ((6,), {"optim": "paged_adamw_32bit"}),
         ((8,), {"optim": "paged_adamw_32bit", "dataloader_num_workers": 1}),
-        ((2,), {"optim": "paged_adamw_32bit", "group_by_length": False}),
-        ((6, 7), {"optim": "paged_adamw_8bit", "lora_r": 64, "group_by_length": False}),
-        ((7, 12), {"lr_scheduler_type": "cosine", "warmup_steps": 3, "neftune_noise_alpha": 5}),
-        ((13,), {"optim": "adamw_torch", "data_seed": 1}),
+        ((6, 7), {"optim": "paged_adamw_32bit", "group_by_length": False}),
+        ((3, 9), {"lr_scheduler_type": "cosine", "warmup_steps": 3, "neftune_noise_alpha": 5}),
     ],
     ids=str,
 )
@@ -152,7 +150,7 @@ def test_a_rerun_ends_as_if_nothing_had_happened(run_qlora, interrupt, uneven, t
     interrupt(None)
     resumed = run_qlora(**flags)
     assert f"checkpoint-{stops[-1]}" in resumed.stderr
-    assert len(trained(reference)) == 13
+    assert len(trained(reference)) == 9
     assert_equal_runs(resumed, reference)
     if "8bit" in flags.get("optim", ""):
         saved = torch.load(resumed.output_dir / f"checkpoint-{stops[0]}/optimizer.pt")
@@ -255,9 +253,7 @@ DAMAGE = {
     "half an optimizer": lambda f: _truncate(f / "optimizer.pt"),
     "no optimizer": lambda f: (f / "optimizer.pt").unlink(),
     "empty random states": lambda f: (f / "rng_state.pth").write_bytes(b""),
-    "half a trainer state": lambda f: _truncate(f / "trainer_state.json"),
     "no trainer state": lambda f: (f / "trainer_state.json").unlink(),
-    "half a manifest": lambda f: _truncate(f / "checkpoint.json"),
     "an empty folder": _empty,
     "a foreign folder": _foreign,
     "no manifest, half an adapter": lambda f: (
