@@ -51,6 +51,7 @@ import threading
 import time
 import traceback
 import types
+import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -62,7 +63,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, get_
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -443,7 +445,7 @@ def current_name(item: Given, known: set[str]) -> Given | None:
         near = difflib.get_close_matches(item.name, sorted(known | set(RENAMED_FLAGS)), n=5, cutoff=0.5)
         near.sort(key=lambda name: -len(os.path.commonprefix([name, item.name])))  # noqa: RUF071
         raise ConfigError(f"{item.where}: unknown flag, {f'did you mean --{near[0]}?' if near else 'see --help'}")
-    if item.name.startswith("no_") and item.values:  # in a file, `no_double_quant: true`
+    if item.name.startswith("no_") and item.name[3:] in known and item.values:  # in a file, `no_double_quant: true`
         return item._replace(name=item.name[3:], values=("False" if boolean(item) == "True" else "True",))
     return item
 
@@ -1691,6 +1693,9 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
     # keeps the Trainer from wrapping the one model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
+    own = getattr(model, "generation_config", None)
+    if own is not None and not own.do_sample and any(getattr(own, name, None) for name in ("temperature", "top_p")):
+        own.do_sample = True  # as published LLaMA-2 has it: values without their switch, which can't be saved today
     model.config.use_cache = False  # of no use in training; generation turns it on
     return model
 
@@ -1872,6 +1877,7 @@ class Start(NamedTuple):
     train: bool
     checkpoint: Path | None = None  # resume from it
     weights: str | None = None  # an adapter, or for a full fine-tune a model, to begin from or to use
+    found: Path | None = None  # what was found of an earlier run, and must belong to this one
     note: str = ""
 
 
@@ -1936,7 +1942,12 @@ def checkpoint_problem(folder: Path) -> str | None:
                     return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
             return None
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # another program's, or the original's
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        for file in folder.rglob("*.safetensors"):
+            safe_open(file, "pt")
+        broken = [file.name for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
+        if broken:
+            return f"{broken[0]} breaks off"
+    except LIBRARY_ERRORS as error:
         return one_line(error)
     return None if adapter_folder(folder) or (folder / "config.json").is_file() else "no weights in it"
 
@@ -1987,23 +1998,24 @@ def find_start(config: Config) -> Start:
         last: Path | None = Path(picked)
     else:
         last = None if train.overwrite_output_dir else find_last_checkpoint(output)
-    if not train.do_train:
-        places = [place for place in (output, last) if place and has_weights(place, full)]
-        return Start(False, weights=given or next((str(adapter_folder(p) or p) for p in places), None))
     completed = read_completed(output)
+    if not train.do_train:
+        places = (output if completed is not None else None, last, output)  # the newest weights first
+        place = None if given else next((place for place in places if place and has_weights(place, full)), None)
+        return Start(False, weights=str(adapter_folder(place) or place) if place else given, found=place)
     if completed is not None and not train.overwrite_output_dir and has_weights(output, full):
         if not asks_for_more(config, completed):
             note = (
                 f"{output} holds a completed run of {completed.get('step', '?')} steps: it is used, not trained again"
             )
-            return Start(False, weights=str(adapter_folder(output) or output), note=note)
+            return Start(False, weights=str(adapter_folder(output) or output), found=output, note=note)
         if last is None:
             raise ConfigError(
                 f"{output} holds a completed run but no checkpoint to go on from; begin another from its adapter with "
                 f"--adapter_name_or_path {output} and another --output_dir"
             )
     if last is not None:
-        return Start(True, checkpoint=last, weights=given, note=f"resuming from {last}")
+        return Start(True, checkpoint=last, weights=given, found=last, note=f"resuming from {last}")
     return Start(True, weights=given)
 
 
@@ -2145,8 +2157,6 @@ def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConf
     Raises:
         ConfigError: generate refuses the flags.
     """
-    from tqdm.auto import tqdm
-
     model, tokenizer = runtime.model, runtime.tokenizer
     device = model.get_input_embeddings().weight.device
     collate = CausalLMCollator(tokenizer.pad_token_id, side="left")
@@ -2241,26 +2251,40 @@ def letter_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list
 
 
 def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longest: int) -> dict[str, float]:
-    """Accuracy by subject, their unweighted mean, and the loss on the right letter and EOS."""
+    """Accuracy by subject, their unweighted mean, and the loss on the right letter and EOS.
+
+    The letters' first tokens are compared in one pass. Where those are not four different ones, each letter is put
+    after the prompt in turn, and what is compared is the probability of all its tokens.
+    """
     tokenizer, model = runtime.tokenizer, runtime.model
     device = model.get_input_embeddings().weight.device
     prefix, letters = letter_ids(tokenizer)
-    choices = torch.tensor([ids[0] for ids in letters])
+    firsts = [ids[0] for ids in letters]
+    one_pass = len(set(firsts)) == len(LETTERS)
     bos, ids_of = len(bos_ids(tokenizer)), source_ids([question.prompt for question in questions], tokenizer)
     prompts = [cut_left(ids, longest, bos) + prefix for ids in ids_of]
     collate = CausalLMCollator(tokenizer.pad_token_id)
     results: list[tuple[int, tuple[str, bool, float]]] = []
     with generating(model), runtime.accelerator.autocast():
         for numbers in dealt_batches(len(questions), runtime):
-            answers = [[*letters[questions[i].answer], tokenizer.eos_token_id] for i in numbers]
-            batch = collate([{"input_ids": prompts[i] + answer} for i, answer in zip(numbers, answers, strict=True)])
+            asked = [(i, c) for i in numbers for c in ([questions[i].answer] if one_pass else range(len(LETTERS)))]
+            answers = [[*letters[c], tokenizer.eos_token_id] for _, c in asked]
+            batch = collate([{"input_ids": prompts[i] + ids} for (i, _), ids in zip(asked, answers, strict=True)])
             logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
-            for row, (i, answer) in enumerate(zip(numbers, answers, strict=True)):
+            scores: dict[int, torch.Tensor] = {i: torch.zeros(len(LETTERS)) for i in numbers}
+            losses: dict[int, float] = {}
+            for row, ((i, c), ids) in enumerate(zip(asked, answers, strict=True)):
                 at = len(prompts[i]) - 1  # the position that predicts the letter
-                predicted = logits[row, at : at + len(answer)].float().cpu()
-                loss = F.cross_entropy(predicted, torch.tensor(answer)).item()
-                right = int(predicted[0, choices].argmax()) == questions[i].answer
-                results.append((i, (questions[i].subject, right, loss)))
+                predicted = logits[row, at : at + len(ids)].float().log_softmax(-1).cpu()
+                chosen = predicted[range(len(ids)), ids]
+                if c == questions[i].answer:
+                    losses[i] = -chosen.mean().item()
+                if one_pass:
+                    scores[i] = predicted[0, firsts]
+                else:
+                    scores[i][c] = chosen[:-1].sum()
+            for i in numbers:
+                results.append((i, (questions[i].subject, int(scores[i].argmax()) == questions[i].answer, losses[i])))
     scored = gathered(results, runtime)
     by_subject: dict[str, list[bool]] = defaultdict(list)
     for subject, right, _ in scored:
@@ -2469,7 +2493,11 @@ class QLoRATrainer(Trainer):
                 shutil.rmtree(self.staging)
                 self._drop_old_checkpoints(output)
             self.accelerator.wait_for_everyone()
-        except OSError as error:
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have their own for a full disk
             shutil.rmtree(self.staging, ignore_errors=True)
             raise TrainingError(
                 f"{output / name}: not saved: {one_line(error)}. The checkpoints before it stay"
@@ -2574,6 +2602,11 @@ def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: i
     seconds = max(time.perf_counter() - began - trainer.seconds_aside, 1e-9)
     tokens = trainer.accelerator.reduce(torch.as_tensor(int(trainer.tokens_seen), device=trainer.args.device)).item()
     steps = max(trainer.state.global_step - first_step, 1)
+    if (
+        stop.signal is not None
+        and not Path(trainer.args.output_dir or ".", f"checkpoint-{trainer.state.global_step}").is_dir()
+    ):
+        trainer._save_checkpoint(trainer.model, None)  # it came after the last step had asked what to save
     return {
         **result.metrics,
         "train_loss": trainer._total_loss_scalar / steps,  # transformers 5.17 divides by the steps before a resume too
@@ -2588,8 +2621,9 @@ def save_final(trainer: QLoRATrainer, output: Path, config: Config) -> None:
     model, tokenizer, *_ = trainer.runtime()
     if trainer.args.should_save:
         aside = output / f"{STAGING}final"
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        with mendable(f"{output}: the trained weights are not saved", TrainingError):
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
         for path in sorted(aside.iterdir()):
             flush(path)
             path.replace(output / path.name)
@@ -2829,8 +2863,8 @@ def run(config: Config, stop: Stop) -> int:
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
     statistics = {name: token_statistics(part) for name, part in splits._asdict().items() if part is not None}
     this_run = identity(config, statistics.get("train") if args.do_train else None)
-    if start.checkpoint or (start.weights and start.weights != config.model.adapter_name_or_path):
-        check_identity(start.checkpoint or output, this_run)
+    if start.found:
+        check_identity(start.found, this_run)
 
     derived = derived_settings(config, start, tokenizer, splits)
     log_block("This run", derived)
@@ -2845,8 +2879,8 @@ def run(config: Config, stop: Stop) -> int:
     trainer = build_trainer(model, tokenizer, splits, questions, this_run, stop, config)
 
     data = {name: part._asdict() for name, part in statistics.items()}
-    if args.should_save:
-        output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    if args.should_save and (start.train or not (output / "run.json").is_file()):
         write_file(output / "run.json", run_record(config, derived, data))
     metrics: dict[str, Any] = {}
     log.info("ready after %.0f s", time.perf_counter() - began)
@@ -2894,7 +2928,7 @@ def exit_status(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, QLoRAError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted before anything was trained; the same command begins again"
+        return 130, "interrupted; the same command goes on from what is saved"
     if isinstance(error, torch.OutOfMemoryError):
         return 2, f"not enough GPU memory: {MEMORY_ADVICE}"
     mendable = (
@@ -2938,6 +2972,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if debug:
             traceback.print_exc()
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # or the message would stand behind a progress bar
         print(f"error: {known[1]}", file=sys.stderr)
         return known[0]
 

@@ -1,0 +1,242 @@
+"""The program as a process, and every command that is printed somewhere."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+import qlora
+
+ROOT = Path(__file__).resolve().parent.parent
+OPERATORS = {"|", ">", ">>", "<", "&&", "||", ";", "&", "2>&1"}
+
+
+def start(*command: str, **environment: str) -> subprocess.Popen:
+    """One thread: several of these run beside each other."""
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_help_and_a_misspelt_flag_as_processes():
+    script = str(ROOT / "qlora.py")
+    asking = start(sys.executable, script, "--help")
+    wrong = start(sys.executable, script, "--lora_rank", "8")
+    stdout, _ = asking.communicate(timeout=120)
+    assert asking.returncode == 0
+    assert "--model_name_or_path" in stdout and "--lora_r " in stdout and "--save_steps" in stdout
+    stdout, stderr = wrong.communicate(timeout=120)
+    assert wrong.returncode == 2 and not stdout
+    (line,) = stderr.strip().splitlines()
+    assert line.startswith("error: ") and "--lora_rank" in line and "--lora_r?" in line
+
+
+# ------------------------------------------------------------------------------------
+# Commands in files
+# ------------------------------------------------------------------------------------
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The words after qlora.py of each command in fenced blocks and in `code` of a Markdown page."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    found = []
+    for line in lines:
+        if not re.match(r"(\w+=\S+ )*(\S*python\S*|accelerate launch|torchrun)\b.* ?qlora\.py\b", line.strip()):
+            continue
+        words = shlex.split(line, comments=True)
+        words = words[next(i for i, word in enumerate(words) if Path(word).name == "qlora.py") + 1 :]
+        end = next((i for i, word in enumerate(words) if word in OPERATORS), len(words))
+        found.append([word for word in words[:end] if word not in ("…", "...", "[…]")])
+    return found
+
+
+PAGES = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("examples/**/*.md"))) if path.exists()]
+IN_PAGES = [(page.name, words) for page in PAGES for words in commands_in(page.read_text(encoding="utf-8"))]
+
+
+def test_commands_are_found():
+    page = "Say `python qlora.py run.yaml --lora_r 8`, or:\n```bash\nA=1 torchrun --nproc 2 qlora.py \\\n"
+    page += "  --bits 4  # why\npython other.py\npython qlora.py --seed 1 | tee log\n```\n"
+    assert sorted(commands_in(page)) == [["--bits", "4"], ["--seed", "1"], ["run.yaml", "--lora_r", "8"]]
+
+
+@pytest.mark.parametrize(("page", "words"), IN_PAGES, ids=[f"{n}-{i}" for i, (n, _) in enumerate(IN_PAGES)])
+def test_every_command_of_the_pages_parses(page, words, tmp_path, monkeypatch):
+    """A file of flags that a page only mentions is an empty one here."""
+    if words and words[0].endswith((".yaml", ".yml", ".json")) and not (ROOT / words[0]).exists():
+        monkeypatch.chdir(tmp_path)
+        Path(words[0]).write_text("{}")
+    if "--help" not in words:
+        qlora.parse_config(words)
+
+
+# ------------------------------------------------------------------------------------
+# Scripts
+# ------------------------------------------------------------------------------------
+
+STUB = """#!/bin/sh
+for word in "$@"; do printf '%s\\n' "$word" >> "$RECORD"; done
+"""
+SCRIPTS = [
+    path.name
+    for path in sorted((ROOT / "scripts").glob("*.sh"))
+    if re.search(r'^[^#\n]*"\$\{PYTHON:-python\}" qlora\.py', path.read_text(), flags=re.M)
+]
+
+
+def words_of(script: str, tmp_path: Path, **environment: str) -> list[str]:
+    """What a script would call qlora.py with."""
+    stub, record = tmp_path / "python", tmp_path / "words"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    record.unlink(missing_ok=True)
+    unset = {"MODEL", "DATASET", "OUTPUT_DIR", "MAX_STEPS", "MMLU"}
+    clean = {name: value for name, value in os.environ.items() if name not in unset}
+    clean |= {"PYTHON": str(stub), "RECORD": str(record)} | environment
+    subprocess.run(["bash", str(ROOT / "scripts" / script)], check=True, env=clean, cwd=tmp_path, timeout=30)
+    words = record.read_text().splitlines()
+    assert words[0] == "qlora.py"
+    return words[1:]
+
+
+GUANACO = {
+    "dataset": "oasst1",
+    "source_max_len": 16,
+    "target_max_len": 512,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 16,
+    "max_steps": 1875,
+    "lora_r": 64,
+    "lora_alpha": 16,
+    "lora_modules": "all",
+    "bits": 4,
+    "quant_type": "nf4",
+    "double_quant": True,
+    "bf16": True,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0.03,
+    "adam_beta2": 0.999,
+    "max_grad_norm": 0.3,
+    "weight_decay": 0.0,
+    "seed": 0,
+    "data_seed": 42,
+    "save_total_limit": 40,
+    "eval_dataset_size": 1024,
+    "max_eval_samples": 1000,
+    "per_device_eval_batch_size": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 187,
+    "max_new_tokens": 32,
+    "dataloader_num_workers": 3,
+    "train_sampling_strategy": "group_by_length",
+    "gradient_checkpointing": True,
+    "optim": "paged_adamw_32bit",
+    "do_train": True,
+    "do_eval": True,
+    "do_mmlu_eval": True,
+}
+SMALL, LARGE = {"learning_rate": 2e-4, "save_steps": 500}, {"learning_rate": 1e-4, "save_steps": 200}
+FINETUNE = {
+    "model_name_or_path": "EleutherAI/pythia-12b",
+    "dataset": "alpaca",
+    "source_max_len": 384,
+    "target_max_len": 128,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 4,
+    "max_steps": 10000,
+    "eval_steps": 1000,
+    "save_steps": 1000,
+    "learning_rate": 2e-4,
+}
+GENERATE = {
+    "dataset": "alpaca",
+    "do_train": False,
+    "do_predict": True,
+    "predict_with_generate": True,
+    "per_device_eval_batch_size": 4,
+    "source_max_len": 512,
+    "target_max_len": 128,
+    "max_new_tokens": 64,
+    "do_sample": True,
+    "top_p": 0.9,
+}
+PUBLISHED = {
+    "finetune_guanaco_7b.sh": (GUANACO, SMALL, {"lora_dropout": 0.1}, "huggyllama/llama-7b"),
+    "finetune_guanaco_13b.sh": (GUANACO, SMALL, {"lora_dropout": 0.05}, "huggyllama/llama-13b"),
+    "finetune_guanaco_33b.sh": (GUANACO, LARGE, {"lora_dropout": 0.05}, "huggyllama/llama-30b"),
+    "finetune_guanaco_65b.sh": (GUANACO, LARGE, {"lora_dropout": 0.05}, "huggyllama/llama-65b"),
+    "finetune_llama2_guanaco_7b.sh": (GUANACO, SMALL, {"lora_dropout": 0.1}, "meta-llama/Llama-2-7b-hf"),
+    "finetune.sh": (FINETUNE, {}, {}, "EleutherAI/pythia-12b"),
+    "generate.sh": (GENERATE, {}, {}, "EleutherAI/pythia-12b"),
+}
+
+
+@pytest.mark.parametrize("script", PUBLISHED)
+def test_the_originals_scripts_have_the_published_settings(script, tmp_path):
+    *parts, model = PUBLISHED[script]
+    expected = {"model_name_or_path": model} | {name: value for part in parts for name, value in part.items()}
+    flags = qlora.parse_config(words_of(script, tmp_path)).flags
+    assert {name: flags[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_parses_and_takes_its_environment(script, tmp_path):
+    environment = {"MODEL": "a model", "DATASET": "b.jsonl", "OUTPUT_DIR": "out put"}
+    flags = qlora.parse_config(words_of(script, tmp_path, **environment)).flags
+    assert (flags["model_name_or_path"], flags["dataset"], flags["output_dir"]) == tuple(environment.values())
+
+
+def test_the_published_scripts_are_there():
+    assert set(PUBLISHED) <= set(SCRIPTS)
+
+
+@pytest.fixture
+def tiny_environment(models, tmp_path):
+    """Names that the scripts take: a tiny model, alpaca rows that also have a `text`, two steps."""
+    rows = [row | {"text": f"{row['instruction']} {row['output']}"} for row in tiny.ALPACA_ROWS]
+    return {
+        "PYTHON": sys.executable,
+        "MODEL": str(models("llama", max_position_embeddings=1024)),
+        "DATASET": str(tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)),
+        "MAX_STEPS": "2",
+        "MMLU": "False",
+    }
+
+
+def run_script(name: str, output: Path, environment: dict[str, str], *words: str) -> subprocess.Popen:
+    return start("bash", f"scripts/{name}", *words, OUTPUT_DIR=str(output), **environment)
+
+
+def finish(process: subprocess.Popen) -> str:
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    return stderr
+
+
+def test_finetune_then_generate(tiny_environment, tmp_path):
+    output = tmp_path / "out"
+    finish(run_script("finetune.sh", output, tiny_environment))
+    assert {path.name for path in output.iterdir()} >= {"completed", "adapter_model.safetensors", "eval_results.json"}
+    log = finish(run_script("generate.sh", output, tiny_environment, "--max_new_tokens", "4"))
+    assert "base model" not in log
+    assert len((output / "predictions.jsonl").read_text().splitlines()) == 1  # a tenth of 8 rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [name for name in PUBLISHED if "guanaco" in name])
+def test_guanaco(tiny_environment, tmp_path, script):
+    words = ["--dataset_format", "oasst1", "--gradient_accumulation_steps", "2"]
+    finish(run_script(script, tmp_path / "out", tiny_environment, *words))
+    assert (tmp_path / "out/completed").exists()
