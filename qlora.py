@@ -21,8 +21,8 @@ The file reads from top to bottom, and a room uses only rooms above it:
 # ------------------------------------------------------------------------------------
 # 1. Imports
 #
-# torch and transformers come with the Trainer's arguments in any case. bitsandbytes, datasets and matplotlib are
-# imported where they are used, so that this file loads, and `--help` answers, without them.
+# torch, transformers, peft and bitsandbytes come with the Trainer's arguments in any case. datasets and matplotlib are
+# imported where they are used.
 # ------------------------------------------------------------------------------------
 
 import argparse
@@ -60,12 +60,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
 
-import torch
-import torch.nn.functional as F
-import yaml
-from safetensors import SafetensorError, safe_open
-from tqdm.auto import tqdm
-from transformers import (
+# transformers imports bitsandbytes, which then says that it lacks a kernel no release has, and, in every 8-bit layer of
+# every step, that it casts its input. Both are as they should be.
+for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import yaml  # noqa: E402
+from safetensors import SafetensorError, safe_open  # noqa: E402
+from tqdm.auto import tqdm  # noqa: E402
+from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -1888,7 +1893,7 @@ def identity(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
     if not config.quant.full_finetune:
         names += [f.name for f in dataclasses.fields(LoraArguments)]
     values = {name: config.flags[name] for name in names}
-    return values | ({"dataset (fingerprint of its encoded rows)": data.fingerprint} if data else {})
+    return values | ({"dataset (the encoded training rows)": data.fingerprint} if data else {})
 
 
 def check_identity(folder: Path, wanted: Mapping[str, Any]) -> None:
@@ -1913,7 +1918,8 @@ def check_identity(folder: Path, wanted: Mapping[str, Any]) -> None:
     if differing:
         raise ConfigError(
             f"{folder} belongs to another run: {'; '.join(differing)}. "
-            "Give the same flags, another --output_dir, or --overwrite_output_dir to start anew"
+            "Give the same flags, another --output_dir, --overwrite_output_dir to start anew, "
+            "or --do_train False to evaluate or predict with what was trained"
         )
 
 
@@ -2953,9 +2959,6 @@ def set_up_logging() -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False
-    # of a kernel that no release has, and, for every 8-bit layer of every step, of a cast
-    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 

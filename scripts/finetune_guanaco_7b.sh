@@ -5,7 +5,6 @@
 #   + adapters, gradients and optimizer 2.4 + checkpointed inputs 0.1 + one layer 0.1 + logits 0.1.
 #   (nf4 with double quantisation: 4.127 bits a parameter; the optimizer's two states, 1.2 GiB of it,
 #   are paged and may move to CPU memory; the CUDA context and temporary buffers, about 1 GiB, come on
-#   top. --auto_batch puts more rows in flight where the GPU has room.)
 # Time: about 3.4 h on an H200, an estimate: 1875 x 16 rows of at most 528 tokens at the 1 286 tokens/s
 #   that one row at a time gave with the libraries' own layers. Shorter rows, more rows in flight
 #   and the fast path make it less; evaluation and MMLU are not in it.

@@ -44,7 +44,7 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: a second thread only waits for the first
 
 # bitsandbytes warns here of what every CPU test does: 8-bit layers compute in fp16 ("MatMul8bitLt:
 # inputs will be cast"), and there is no downloadable kernel for 4 bit.
@@ -76,9 +76,11 @@ def _cached(
 ) -> Callable[..., Path]:
     """`get(name, **options)`: one folder under `root` for each distinct call."""
     folders: dict[str, Path] = {}
+    kept: list[Any] = []  # the options: a collected function's address, and so its repr, may come again
 
     def get(name: str, **options: Any) -> Path:
         key = repr((name, sorted(options.items())))
+        kept.append(options)
         if key not in folders:
             path = root / f"{name}-{len(folders)}"
             if name in named:

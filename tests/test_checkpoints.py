@@ -479,15 +479,16 @@ def test_prediction_after_an_interruption_uses_the_newest_weights(run_qlora, sto
     assert files[0].read_text() == files[1].read_text()
 
 
-@pytest.mark.parametrize("completed", [True, False])
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "named", "completed"),
     [
-        ({"bits": 8}, "bits"),
-        ({"lora_r": 8}, "lora_r"),
-        ({"lora_modules": "attn"}, "lora_modules"),
-        ({"model_name_or_path": "llama_gqa"}, "model_name_or_path"),
-        ({"dataset": "alpaca.jsonl"}, "dataset"),
+        ({"bits": 8}, "bits", True),
+        ({"bits": 8}, "bits", False),
+        ({"lora_r": 8}, "lora_r", True),
+        ({"lora_modules": "attn"}, "lora_modules", False),
+        ({"model_name_or_path": "llama_gqa"}, "model_name_or_path", False),
+        ({"dataset": "alpaca.jsonl"}, "dataset", True),
+        ({"dataset": "alpaca.jsonl"}, "dataset", False),
     ],
     ids=str,
 )
