@@ -6,8 +6,8 @@
 #   (nf4 with double quantisation: 4.127 bits a parameter; the optimizer's two states, 1.4 GiB of it,
 #   are paged and may move to CPU memory; the CUDA context and temporary buffers, about 1 GiB, come on
 #   top.) With --bf16: about 11 GiB.
-# Time: about 31 h on an H200, an estimate: 10000 x 16 rows of at most 512 tokens at 735 tokens/s, which
-#   is what a 7B LLaMA gave in bf16, one row at a time, with the libraries' own layers (1 286), divided
+# Time: about 35 h on an H200, an estimate: 10000 x 16 rows of at most 512 tokens at 657 tokens/s, which
+#   is what a 7B LLaMA gave in bf16, one row at a time, (1 150), divided
 #   by the ratio of the parameters. Alpaca's rows are mostly far shorter, which makes it much less;
 #   float32 was not measured; evaluation and MMLU are not in it.
 #

@@ -5,9 +5,10 @@
 #   + adapters, gradients and optimizer 3.7 + checkpointed inputs 0.2 + one layer 0.1 + logits 0.1.
 #   (nf4 with double quantisation: 4.127 bits a parameter; the optimizer's two states, 1.9 GiB of it,
 #   are paged and may move to CPU memory; the CUDA context and temporary buffers, about 1 GiB, come on
-# Time: about 6.7 h on an H200, an estimate: 1875 x 16 rows of at most 528 tokens at 656 tokens/s, which
-#   is what 7B gave one row at a time with the libraries' own layers (1 286), divided by the ratio of
-#   the parameters. More rows in flight and the fast path make it less; evaluation and MMLU are not in it.
+#   top.)
+# Time: about 7.4 h on an H200, an estimate: 1875 x 16 rows of at most 528 tokens at 596 tokens/s, which
+#   is what 7B gave one row at a time (1 150), divided by the ratio of
+#   the parameters. Shorter rows make it less; evaluation and MMLU are not in it.
 #
 # To edit: MODEL, DATASET, OUTPUT_DIR and MAX_STEPS by environment, anything else after the name:
 #   MODEL=/path/to/model OUTPUT_DIR=output/mine bash scripts/finetune_guanaco_13b.sh --seed 1

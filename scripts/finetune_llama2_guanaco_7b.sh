@@ -5,9 +5,9 @@
 #   + adapters, gradients and optimizer 2.4 + checkpointed inputs 0.1 + one layer 0.1 + logits 0.1.
 #   (nf4 with double quantisation: 4.127 bits a parameter; the optimizer's two states, 1.2 GiB of it,
 #   are paged and may move to CPU memory; the CUDA context and temporary buffers, about 1 GiB, come on
-# Time: about 3.4 h on an H200, an estimate: 1875 x 16 rows of at most 528 tokens at the 1 286 tokens/s
-#   that one row at a time gave with the libraries' own layers. Shorter rows, more rows in flight
-#   and the fast path make it less; evaluation and MMLU are not in it.
+#   top.)
+# Time: about 3.8 h on an H200, an estimate: 1875 x 16 rows of at most 528 tokens at the 1 150 tokens/s
+#   that one row at a time gave there. Shorter rows make it less; evaluation and MMLU are not in it.
 #
 # To edit: MODEL, DATASET, OUTPUT_DIR and MAX_STEPS by environment, anything else after the name:
 #   MODEL=/path/to/model OUTPUT_DIR=output/mine bash scripts/finetune_llama2_guanaco_7b.sh --seed 1

@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
 
-STEPS=${QUICKSTART_STEPS:-216}  # 3 epochs of 288 rows in batches of 4
+STEPS=${QUICKSTART_STEPS:-144}  # 2 epochs of 288 rows in batches of 4
 OUTPUT=${QUICKSTART_OUTPUT:-output/quickstart}
 GGUF=.cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 

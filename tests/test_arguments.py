@@ -507,6 +507,15 @@ OLD = [
     ("past_index", "-1", {}),
     ("ray_scope", "last", {}),
     ("tpu_num_cores", "8", {}),
+    ("fp16_opt_level", "O1", {}),
+    ("xpu_backend", "ccl", {}),
+    ("include_inputs_for_metrics", "", {}),
+    ("include_tokens_per_second", "True", {}),
+    ("dispatch_batches", "False", {}),
+    ("split_batches", "", {}),
+    ("fsdp_min_num_params", "100", {}),
+    ("push_to_hub_model_id", "mine", {}),
+    ("push_to_hub_organization", "ours", {}),
 ]
 
 

@@ -234,7 +234,6 @@ def test_finetune_then_generate(tiny_environment, tmp_path):
     assert len((output / "predictions.jsonl").read_text().splitlines()) == 1  # a tenth of 8 rows
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", [name for name in PUBLISHED if "guanaco" in name])
 def test_guanaco(tiny_environment, tmp_path, script):
     words = ["--dataset_format", "oasst1", "--gradient_accumulation_steps", "2"]
