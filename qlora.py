@@ -51,6 +51,7 @@ import threading
 import time
 import traceback
 import types
+import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -2952,8 +2953,16 @@ def exit_status(error: BaseException) -> tuple[int, str] | None:
     return None
 
 
+QUIET_WARNINGS = (  # of one library about another's code: nothing that a user could do about them
+    ".*(gradient_checkpointing|is_gradient_checkpointing).* is deprecated",
+    "Could not find a config file in",  # peft looks for one beside a .gguf base
+)
+
+
 def set_up_logging() -> None:
     """INFO to standard error on rank 0, only errors elsewhere."""
+    for message in QUIET_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     if not log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))

@@ -71,9 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # ------------------------------------------------------------------------------------
 
 
-def _cached(
-    root: Path, build: Callable[..., Path], named: dict[str, Callable[..., Path]]
-) -> Callable[..., Path]:
+def _cached(root: Path, build: Callable[..., Path], named: dict[str, Callable[..., Path]]) -> Callable[..., Path]:
     """`get(name, **options)`: one folder under `root` for each distinct call."""
     folders: dict[str, Path] = {}
     kept: list[Any] = []  # the options: a collected function's address, and so its repr, may come again
@@ -231,9 +229,7 @@ def preserved_state() -> Iterator[None]:
     """Put back what a run may change in this process: the next test must not inherit it."""
     environment, directory, excepthook = dict(os.environ), Path.cwd(), sys.excepthook
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    named = [
-        log for log in logging.root.manager.loggerDict.values() if isinstance(log, logging.Logger)
-    ]
+    named = [log for log in logging.root.manager.loggerDict.values() if isinstance(log, logging.Logger)]
     loggers = [
         (log, log.level, log.propagate, log.disabled, list(log.handlers))
         for log in {logging.root, logging.getLogger("qlora"), *named}

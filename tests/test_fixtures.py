@@ -206,9 +206,7 @@ def test_data_files_hold_the_same_rows(data_dir):
 
     for kind in ("json", "csv", "parquet"):
         file = data_dir / f"support.{'jsonl' if kind == 'json' else kind}"
-        assert load_dataset(kind, data_files=str(file), split="train").to_list() == (
-            tiny.support_rows(24)
-        )
+        assert load_dataset(kind, data_files=str(file), split="train").to_list() == (tiny.support_rows(24))
     rows = tiny.support_rows(24)
     assert rows[:5] == tiny.support_rows(5)
     assert len({row["input"] for row in rows}) == 24
