@@ -24,6 +24,7 @@ The file reads from top to bottom, and a room uses only rooms above it:
 # torch, transformers, peft and bitsandbytes come with the Trainer's arguments in any case. datasets and matplotlib are
 # imported where they are used.
 # ------------------------------------------------------------------------------------
+# ruff: noqa: E402
 
 import argparse
 import contextlib
@@ -50,7 +51,6 @@ import tempfile
 import threading
 import time
 import traceback
-import types
 import warnings
 import zipfile
 import zlib
@@ -66,15 +66,20 @@ from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, get_
 for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import yaml  # noqa: E402
-from safetensors import SafetensorError, safe_open  # noqa: E402
-from tqdm.auto import tqdm  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate.utils import gather_object
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     HfArgumentParser,
     LlamaTokenizer,
@@ -86,8 +91,13 @@ from transformers import (  # noqa: E402
     TrainerCallback,
     TrainerControl,
     TrainerState,
+    enable_full_determinism,
     set_seed,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import speed_metrics
 
 log = logging.getLogger("qlora")
 
@@ -139,11 +149,11 @@ LIBRARY_ERRORS = (
 
 
 @contextlib.contextmanager
-def mendable(what: str, kind: type[QLoRAError] = ConfigError) -> Iterator[None]:
+def mendable(what: str, kind: type[QLoRAError] = ConfigError, *also: type[Exception]) -> Iterator[None]:
     """A library's complaint as one line of ours that begins with `what`: the flag or file that it is about."""
     try:
         yield
-    except LIBRARY_ERRORS as error:
+    except (*LIBRARY_ERRORS, *also) as error:
         raise kind(f"{what}: {one_line(error)}") from error
 
 
@@ -432,11 +442,7 @@ def split_argv(argv: Sequence[str]) -> list[Given]:
 
 
 def current_name(item: Given, known: set[str]) -> Given | None:
-    """A flag under its name of today, an old one with a warning; None where it has no effect any more.
-
-    Raises:
-        ConfigError: no such flag, with the nearest name.
-    """
+    """A flag under its name of today, an old one with a warning; None where it has no effect any more."""
     negated = item.name.startswith("no_") and item.name not in RENAMED_FLAGS and item.name[3:] in RENAMED_FLAGS
     old = item.name[3:] if negated else item.name
     if old == "logging_dir":
@@ -499,10 +505,8 @@ def parse_config(argv: Sequence[str]) -> Config:
         raise ConfigError("--warmup_ratio and --warmup_steps: give one of them")
     flags |= derived_defaults(flags, given)
     with mendable("flags"):
-        groups = [
-            group(**{f.name: flags[f.name] for f in dataclasses.fields(group) if f.name in flags}) for group in GROUPS
-        ]
-    config = Config(*groups, flags, given)  # type: ignore[call-arg, misc]
+        groups = parser.parse_dict(flags, allow_extra_keys=True)
+    config = Config(*groups, flags, given)  # type: ignore[call-arg]
     check_config(config)
     return config
 
@@ -528,11 +532,7 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
 
 
 def check_config(config: Config) -> None:
-    """Every rule between flags, each with the way out.
-
-    Raises:
-        ConfigError: the first rule that is broken.
-    """
+    """Every rule between flags, each with the way out; the first that is broken is a ConfigError."""
     model, data, quant, lora, train = config.model, config.data, config.quant, config.lora, config.training
     given, full, size = config.given, config.quant.full_finetune, config.data.eval_dataset_size
     freeze, strategies = lora.layer_freeze_ratio, ("group_by_length", "random", "sequential")
@@ -580,28 +580,25 @@ def check_config(config: Config) -> None:
 
 def rope_parameters(text: str | None) -> dict[str, Any] | None:
     """--rope_scaling as a dictionary; the key `type` of old configs is today's `rope_type`."""
-    try:
+    with mendable("--rope_scaling: not JSON"):
         value = None if text is None else json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--rope_scaling: not JSON: {error}") from error
     if not isinstance(value, dict | None):
-        raise ConfigError(
-            f'--rope_scaling: expected an object such as {{"rope_type": "linear", "factor": 2.0}}, found {text}'
-        )
+        example = '{"rope_type": "linear", "factor": 2.0}'
+        raise ConfigError(f"--rope_scaling: expected an object such as {example}, found {text}")
     return value and {("rope_type" if key == "type" else key): item for key, item in value.items()}
 
 
-def token_of(config: Config) -> bool | None:
-    """What the hub's functions take as `token`."""
-    return True if config.model.use_auth_token else None
+def hub_options(config: Config) -> dict[str, Any]:
+    """What every function that may download takes."""
+    return {"cache_dir": config.model.cache_dir, "token": True if config.model.use_auth_token else None}
 
 
 # ------------------------------------------------------------------------------------
 # 4. Dataset formats: one row of a raw dataset -> Pair
 #
 # Every format ends here in {input, output}; no later room knows where a row came from.
-# To add one: write `_name_to_pair`, add a row to FORMATS, add a row to tests/test_formats.py. The order of FORMATS is
-# the order in which a format is inferred from the columns. A named dataset is a row of DATASETS.
+# To add one: write `_name_to_pair` (or take `plain`), add a row to FORMATS, add a row to tests/test_formats.py. The
+# order of FORMATS is the order in which a format is inferred from the columns. A named dataset is a row of DATASETS.
 # ------------------------------------------------------------------------------------
 class Pair(TypedDict):
     """The normal form of a row."""
@@ -668,32 +665,26 @@ def _chip2_to_pair(row: Mapping[str, Any]) -> Pair:
     return {"input": parts[0].replace("<human>: ", ""), "output": parts[1]}
 
 
-def _self_instruct_to_pair(row: Mapping[str, Any]) -> Pair:
-    return {"input": text_of(row, "prompt"), "output": text_of(row, "completion")}
+def _plain_to_pair(columns: Sequence[str], row: Mapping[str, Any]) -> Pair:
+    *source, output = (text_of(row, name) for name in columns)
+    return {"input": "".join(source), "output": output}
 
 
-def _input_output_to_pair(row: Mapping[str, Any]) -> Pair:
-    return {"input": text_of(row, "input"), "output": text_of(row, "output")}
-
-
-def _chosen_to_pair(row: Mapping[str, Any]) -> Pair:
-    return {"input": "", "output": text_of(row, "chosen")}
-
-
-def _text_to_pair(row: Mapping[str, Any]) -> Pair:
-    return {"input": "", "output": text_of(row, "text")}
+def plain(*columns: str, inferred: bool = True) -> DatasetFormat:
+    """A format whose columns stand as they are: input and output, or for plain language modelling output alone."""
+    return DatasetFormat(columns, partial(_plain_to_pair, columns), inferred)
 
 
 FORMATS: dict[str, DatasetFormat] = {
     "alpaca": DatasetFormat(("instruction", "output"), _alpaca_to_pair),
-    "self-instruct": DatasetFormat(("prompt", "completion"), _self_instruct_to_pair),
-    "input-output": DatasetFormat(("input", "output"), _input_output_to_pair),
-    "hh-rlhf": DatasetFormat(("chosen",), _chosen_to_pair),
-    "text": DatasetFormat(("text",), _text_to_pair),
+    "self-instruct": plain("prompt", "completion"),
+    "input-output": plain("input", "output"),
+    "hh-rlhf": plain("chosen"),
+    "text": plain("text"),
     "alpaca-clean": DatasetFormat(("instruction", "output"), _alpaca_to_pair, inferred=False),
-    "longform": DatasetFormat(("input", "output"), _input_output_to_pair, inferred=False),
+    "longform": plain("input", "output", inferred=False),
     "chip2": DatasetFormat(("text",), _chip2_to_pair, inferred=False),
-    "oasst1": DatasetFormat(("text",), _text_to_pair, inferred=False),
+    "oasst1": plain("text", inferred=False),
 }
 
 
@@ -702,7 +693,7 @@ class NamedDataset(NamedTuple):
 
     path: str
     format: str
-    options: Mapping[str, str] = types.MappingProxyType({})  # for datasets.load_dataset
+    options: Mapping[str, str] = {}  # for datasets.load_dataset
 
 
 DATASETS: dict[str, NamedDataset] = {
@@ -726,9 +717,8 @@ def infer_format(columns: Iterable[str], where: str) -> str:
         if candidate.inferred and found.issuperset(candidate.columns):
             return name
     needs = "; ".join(f"{name}: {', '.join(f.columns)}" for name, f in FORMATS.items() if f.inferred)
-    raise DataError(
-        f"{where}: no format fits the columns {', '.join(sorted(found)) or '(none)'}. Needed are, for {needs}"
-    )
+    names = ", ".join(sorted(found)) or "(none)"
+    raise DataError(f"{where}: no format fits the columns {names}. Needed are, for {needs}")
 
 
 # ------------------------------------------------------------------------------------
@@ -762,10 +752,8 @@ def read_json_lines(stream: Any) -> Numbered:
         try:
             yield from enumerate(json.load(stream), start=1)
         except (ValueError, RecursionError) as error:
-            yield (
-                getattr(error, "lineno", 1),
-                RowError(f"not valid JSON: {one_line(error)}, expected one array of rows"),
-            )
+            reason = f"not valid JSON: {one_line(error)}, expected one array of rows"
+            yield getattr(error, "lineno", 1), RowError(reason)
         return
     for number, line in enumerate(stream, start=1):
         if line.strip():
@@ -798,7 +786,7 @@ def read_delimited(stream: Any, delimiter: str) -> Numbered:
         if len(cells) == len(header):
             yield number, dict(zip(header, cells, strict=True))
         elif cells:  # no cells: an empty line
-            yield (number, RowError(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"))
+            yield number, RowError(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}")
 
 
 def read_parquet(stream: Any) -> Numbered:
@@ -918,9 +906,7 @@ def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
         return {"train": RowSource(str(folder), tuple(files))}
     if "" in splits:
         stray = ", ".join(file.name for file in splits[""])
-        raise DataError(
-            f"{folder}: {stray} beside files named after splits; name all of them train, eval, ..., or none"
-        )
+        raise DataError(f"{folder}: {stray} beside files named after splits: name all train, eval, ..., or none")
     return {split: RowSource(str(folder), tuple(paths)) for split, paths in splits.items()}
 
 
@@ -928,12 +914,12 @@ def load_from_hub(path: str, config: Config, **options: Any) -> dict[str, RowSou
     """A dataset of the hub, all its splits."""
     import datasets
 
-    try:
-        with mendable(f"--dataset {path}: no local file of that name, and the hub does not give it", DataError):
-            loaded = datasets.load_dataset(path, cache_dir=config.model.cache_dir, token=token_of(config), **options)
-    except (RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"--dataset {path}: {one_line(error)}") from error
-    return as_sources(path, loaded)
+    own = (RuntimeError, datasets.exceptions.DatasetsError)
+    with (
+        mendable(f"--dataset {path}", DataError, *own),
+        mendable(f"--dataset {path}: no local file of that name, and the hub does not give it", DataError),
+    ):
+        return as_sources(path, datasets.load_dataset(path, **hub_options(config), **options))
 
 
 def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
@@ -963,9 +949,8 @@ def pair_rows(source: RowSource, format_name: str) -> Iterator[dict[str, str]]:
             raw = error.raw if isinstance(row, RowError) else row
             pair, problem = Pair(input=json.dumps(raw, default=str), output=""), str(error)
         values = (pair["input"], pair["output"], where, category, problem)
-        yield {
-            name: value.encode("utf-8", "replace").decode() for name, value in zip(PAIR_COLUMNS, values, strict=True)
-        }
+        texts = [value.encode("utf-8", "replace").decode() for value in values]
+        yield dict(zip(PAIR_COLUMNS, texts, strict=True))
 
 
 def load_pairs(source: RowSource, format_name: str, cache_dir: str | None) -> Any:
@@ -992,17 +977,17 @@ CODE_VERSION = file_digest(Path(__file__))  # rows that another version of this 
 
 def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> str:
     """The format of a dataset's rows: the flag, the preset's own, or what the columns tell."""
-    source = next(iter(sources.values()))
+    columns = next(iter(sources.values())).columns()
     if config.data.dataset_format:
         chosen, why = config.data.dataset_format, "--dataset_format"
     elif name in DATASETS:
         chosen, why = DATASETS[name].format, "the preset's"
     else:
-        chosen, why = infer_format(source.columns(), name), "inferred from the columns"
-    missing = set(FORMATS[chosen].columns) - set(columns := source.columns())
+        chosen, why = infer_format(columns, name), "inferred from the columns"
+    missing = sorted(set(FORMATS[chosen].columns) - set(columns))
     if missing and columns:
         raise DataError(
-            f"{name}: no column {', '.join(sorted(missing))}, found {', '.join(columns)}. "
+            f"{name}: no column {', '.join(missing)}, found {', '.join(columns)}. "
             f"The format is {chosen} ({why}); others: {', '.join(FORMATS)}"
         )
     log.info("%s: format %s, %s", name, chosen, why)
@@ -1010,11 +995,7 @@ def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> st
 
 
 def load_splits(config: Config) -> Splits:
-    """Every dataset named, as pairs: rows to train on and rows to evaluate on.
-
-    Raises:
-        DataError: names file, row and field.
-    """
+    """Every dataset named, as pairs: rows to train on and rows to evaluate on."""
     if config.training.process_index == 0:
         Path(config.training.output_dir, REJECTED).unlink(missing_ok=True)
     parts: dict[str, list[Any]] = {"train": [], "eval": []}
@@ -1033,8 +1014,7 @@ def load_splits(config: Config) -> Splits:
                 rows = load_pairs(sources[split], chosen, config.model.cache_dir)
                 log.info("%s: %d rows in split %s", name, len(rows), split)
                 parts[part].append(rows)
-    splits = Splits(*map(joined, parts.values()))
-    splits = Splits(*(reject_bad_rows(part, config) for part in splits))
+    splits = Splits(*(reject_bad_rows(joined(part), config) for part in parts.values()))
     if evaluating and splits.eval is None and splits.train is not None:
         splits = split_off(splits.train, config)
     return Splits(
@@ -1064,11 +1044,7 @@ def split_off(rows: Any, config: Config) -> Splits:
     size = config.data.eval_dataset_size
     if "eval_dataset_size" not in config.given and len(rows) < 4 * size:
         size = max(1, len(rows) // 10)
-        log.info(
-            "eval_dataset_size: a tenth of %d rows, %d, is held out; --eval_dataset_size sets another number",
-            len(rows),
-            size,
-        )
+        log.info("a tenth of %d rows, %d, is held out; --eval_dataset_size sets another number", len(rows), size)
     count = math.ceil(size if size >= 1 else size * len(rows))
     if config.training.do_train and count >= len(rows):
         raise DataError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {len(rows)} rows")
@@ -1095,38 +1071,23 @@ def stratified(categories: Sequence[str], count: int) -> tuple[list[int], list[i
 
 
 def reject_bad_rows(rows: Any | None, config: Config) -> Any | None:
-    """Rows without a problem; the others stop the run, or go to rejected.jsonl.
-
-    Raises:
-        DataError: names the first of them and counts the rest; or no row is left.
-    """
+    """Rows without a problem. The others stop the run, by a DataError that counts them, or go to rejected.jsonl."""
     if rows is None:
         return None
     bad = [i for i, problem in enumerate(rows["problem"]) if problem]
     if bad:
-        first = rows[bad[0]]
+        first = "{where}: {problem}".format(**rows[bad[0]])
         if config.data.on_bad_rows == "stop":
             more = f" (and {len(bad) - 1} more such rows)" if len(bad) > 1 else ""
-            raise DataError(f"{first['where']}: {first['problem']}{more}; --on_bad_rows skip leaves them out")
+            raise DataError(f"{first}{more}; --on_bad_rows skip leaves them out")
         rejected = Path(config.training.output_dir, REJECTED)
         if config.training.process_index == 0:
             rejected.parent.mkdir(parents=True, exist_ok=True)
             with rejected.open("a", encoding="utf-8") as file:
                 for row in rows.select(bad):
-                    entry = {
-                        "where": row["where"],
-                        "reason": row["problem"],
-                        "row": json.loads(row.get("input", "null")),
-                    }
-                    file.write(json.dumps(entry) + "\n")
-        log.warning(
-            "%d of %d rows left out, the first: %s: %s; all in %s",
-            len(bad),
-            len(rows),
-            first["where"],
-            first["problem"],
-            rejected,
-        )
+                    raw = json.loads(row.get("input", "null"))
+                    file.write(json.dumps({"where": row["where"], "reason": row["problem"], "row": raw}) + "\n")
+        log.warning("%d of %d rows left out, the first: %s; all in %s", len(bad), len(rows), first, rejected)
         rows = rows.select(sorted(set(range(len(rows))) - set(bad)))
     if len(rows) == 0:
         raise DataError(f"--dataset {config.data.dataset}: no row in it that can be used")
@@ -1154,12 +1115,8 @@ def tokenizer_files(name: str, config: Config) -> Path:
     """The folder that holds a model's tokenizer files, fetched if need be."""
     if Path(name).is_dir():
         return Path(name)
-    from huggingface_hub import snapshot_download
-
     patterns = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges*", "added_tokens.json", "config.json"]
-    return Path(
-        snapshot_download(name, allow_patterns=patterns, cache_dir=config.model.cache_dir, token=token_of(config))
-    )
+    return Path(snapshot_download(name, allow_patterns=patterns, **hub_options(config)))
 
 
 def patched_tokenizer_folder(name: str, patch: str, into: Path, config: Config) -> Path:
@@ -1178,11 +1135,7 @@ def patched_tokenizer_folder(name: str, patch: str, into: Path, config: Config) 
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content.
-
-    Raises:
-        ConfigError: it can't be read.
-    """
+    """A JSON file's content; a ConfigError where it can't be read."""
     with mendable(str(path)):
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -1204,8 +1157,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
         ConfigError: no such tokenizer, a token that is not in its vocabulary, no end-of-sequence token.
     """
     model = config.model
-    options: dict[str, Any] = {"cache_dir": model.cache_dir, "token": token_of(config)}
-    options["trust_remote_code"] = model.trust_remote_code
+    options = hub_options(config) | {"trust_remote_code": model.trust_remote_code}
     if not model.use_fast_tokenizer:
         log.info("use_fast_tokenizer False: every tokenizer is a fast one today")
     what = f"--model_name_or_path {model.model_name_or_path}: its tokenizer does not load"
@@ -1233,7 +1185,7 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
     rows = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
     for name in ("pad_token", "eos_token", "bos_token", "unk_token"):
         token = getattr(config.model, name)
-        if token is not None and (token not in vocabulary or vocabulary[token] >= rows):
+        if token is not None and vocabulary.get(token, rows) >= rows:
             raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
         if token is not None:
             setattr(tokenizer, name, token)
@@ -1242,14 +1194,12 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
     if not tokenizer.pad_token or vocabulary.get(str(tokenizer.pad_token), rows) >= rows:
         spare = [token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows]
         spare.sort(key=lambda token: ("pad" not in token.lower(), vocabulary[token]))
-        chosen = next(iter(spare), None) or tokenizer.unk_token or tokenizer.eos_token
-        tokenizer.pad_token = chosen
-        log.info("pad token: %s (the tokenizer has none that the model knows)", chosen)
+        tokenizer.pad_token = spare[0] if spare else tokenizer.unk_token or tokenizer.eos_token
+        log.info("pad token: %s (the tokenizer has none that the model knows)", tokenizer.pad_token)
     for name in ("eos_token_id", "bos_token_id"):
-        if (getattr(tokenizer, name) or 0) >= rows:
-            raise ConfigError(
-                f"the tokenizer's {name} {getattr(tokenizer, name)} lies outside the model's {rows} tokens"
-            )
+        number = getattr(tokenizer, name) or 0
+        if number >= rows:
+            raise ConfigError(f"the tokenizer's {name} {number} lies outside the model's {rows} tokens")
 
 
 # ------------------------------------------------------------------------------------
@@ -1265,10 +1215,8 @@ class Limits(NamedTuple):
     target: int  # output with EOS
     total: int | None = None  # both together; replaces the two above
 
-    @property
-    def longest(self) -> int:
-        """The longest row that leaves the encoding."""
-        return self.total or self.source + self.target
+    def __str__(self) -> str:
+        return f"model_max_len {self.total}" if self.total else f"source {self.source}, target {self.target}"
 
 
 class Encoded(NamedTuple):
@@ -1305,9 +1253,8 @@ def cut_left(ids: list[int], limit: int, bos: int) -> list[int]:
 
 def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Texts as ids, without special tokens around them or parsed in them."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)[
-        "input_ids"
-    ]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+    return encoded["input_ids"]
 
 
 def source_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -1361,7 +1308,7 @@ def limits_of(config: Config) -> Limits:
 def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Config, name: str) -> Any:
     """Every pair encoded, in parallel, from the cache where the same rows were encoded before."""
     limits, on_source = limits_of(config), config.data.train_on_source
-    backend = tokenizer.backend_tokenizer.to_str()
+    ids = (tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id)
     workers = min(os.cpu_count() or 1, len(pairs) // 20_000)  # below that, starting processes takes longer
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
@@ -1372,9 +1319,7 @@ def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Confi
         remove_columns=["input", "output", "category"],
         num_proc=workers if workers > 1 else None,
         desc=f"Encoding {name} rows",
-        new_fingerprint=digest(
-            CODE_VERSION, pairs._fingerprint, backend, tokenizer.bos_token_id, tokenizer.eos_token_id, limits, on_source
-        ),
+        new_fingerprint=digest(CODE_VERSION, pairs._fingerprint, *ids, limits, on_source),
     )
 
 
@@ -1389,29 +1334,15 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
         rows = encode_dataset(pairs, tokenizer, config, name)
         cut = [i for i, was_cut in enumerate(rows["cut"]) if was_cut]
         if cut and name == "train" and limits.total is not None and config.data.skip_excess_length:
-            log.info(
-                "%d of %d training rows are longer than model_max_len %d: left out", len(cut), len(rows), limits.total
-            )
+            log.info("%d of %d training rows are longer than %s: left out", len(cut), len(rows), limits)
             rows = rows.select(sorted(set(range(len(rows))) - set(cut)))
             if len(rows) == 0:
-                raise DataError(
-                    f"--model_max_len {limits.total}: every row is longer; raise it or give --skip_excess_length False"
-                )
+                raise DataError(f"--{limits}: every row is longer; raise it or give --skip_excess_length False")
         elif cut:
-            log.info(
-                "%s: %.1f %% of %d rows were cut to the limits %s",
-                name,
-                100 * len(cut) / len(rows),
-                len(rows),
-                describe(limits),
-            )
+            share = 100 * len(cut) / len(rows)
+            log.info("%s: %.1f %% of %d rows were cut to the limits %s", name, share, len(rows), limits)
         parts.append(reject_bad_rows(rows, config))
     return Splits(*parts)
-
-
-def describe(limits: Limits) -> str:
-    """The limits in words."""
-    return f"model_max_len {limits.total}" if limits.total else f"source {limits.source}, target {limits.target}"
 
 
 class TokenStatistics(NamedTuple):
@@ -1451,25 +1382,20 @@ class CausalLMCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Keys: input_ids, attention_mask, labels (where the rows have them), where (ditto: a list of strings)."""
-        width = max(len(row["input_ids"]) for row in rows)
         batch: dict[str, Any] = {
-            "input_ids": self._pad([row["input_ids"] for row in rows], width, self.pad_id),
-            "attention_mask": self._pad([[1] * len(row["input_ids"]) for row in rows], width, 0),
+            "input_ids": self._pad([row["input_ids"] for row in rows], self.pad_id),
+            "attention_mask": self._pad([[1] * len(row["input_ids"]) for row in rows], 0),
         }
         if "labels" in rows[0]:
             # nothing predicts the first token of a row, and the Trainer must not count it
-            labels = [[IGNORE, *row["labels"][1:]] for row in rows]
-            batch["labels"] = self._pad(labels, width, IGNORE)
+            batch["labels"] = self._pad([[IGNORE, *row["labels"][1:]] for row in rows], IGNORE)
         if "where" in rows[0]:
             batch["where"] = [row["where"] for row in rows]
         return batch
 
-    def _pad(self, rows: list[list[int]], width: int, value: int) -> torch.Tensor:
-        padded = [
-            row + [value] * (width - len(row)) if self.side == "right" else [value] * (width - len(row)) + row
-            for row in rows
-        ]
-        return torch.tensor(padded, dtype=torch.long)
+    def _pad(self, rows: list[list[int]], value: int) -> torch.Tensor:
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=self.side)
 
 
 # ------------------------------------------------------------------------------------
@@ -1505,8 +1431,6 @@ def device_map(config: Config) -> Any:
 
 def quantisation_config(config: Config) -> Any | None:
     """What bitsandbytes is told. For bits 4 and 8 only: with both switches off it quantises to 4 bit all the same."""
-    from transformers import BitsAndBytesConfig
-
     quant = config.quant
     if quant.bits not in (4, 8):
         return None
@@ -1532,6 +1456,17 @@ def gguf_file(name: str) -> Path | None:
     return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
 
+def load_whole(name: str, folder: str | Path, **options: Any) -> Any:
+    """A model, refused where its checkpoint lacks weights: transformers draws them at random and only warns."""
+    with mendable(f"--model_name_or_path {name}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(f"--model_name_or_path {name}: {len(missing)} weights are not in it, first {missing[0]}")
+    return model
+
+
 def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
     """A folder in bf16 with the weights and the tokenizer of a .gguf file, made once and kept in the cache.
 
@@ -1549,18 +1484,14 @@ def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
     with tempfile.TemporaryDirectory(dir=root) as scratch:
         with mendable(f"--model_name_or_path {path}"):
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-            loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
-        model, info = loaded
-        check_loaded(str(path), info)
+        model = load_whole(str(path), path.parent, gguf_file=path.name, dtype=torch.float32)
         if isinstance(model.config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
         # transformers refuses to save what came from a gguf file unless it forgets that
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None
         for name in ("is_quantized", "quantization_method"):
-            if name in model.__dict__:
-                delattr(model, name)
+            model.__dict__.pop(name, None)
         model.to(torch.bfloat16)
         model.config.dtype = torch.bfloat16
         part = Path(scratch) / "model"
@@ -1568,15 +1499,6 @@ def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
         tokenizer.save_pretrained(part)
         part.rename(folder)
     return folder
-
-
-def check_loaded(name: str, info: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that lacks weights: transformers draws them at random and only warns."""
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ConfigError(
-            f"--model_name_or_path {name}: {len(missing)} weights are not in it, the first is {missing[0]}"
-        )
 
 
 def model_folder(config: Config) -> str:
@@ -1587,30 +1509,22 @@ def model_folder(config: Config) -> str:
 
 
 def load_model_config(config: Config, folder: str) -> PretrainedConfig:
-    """The base model's configuration, with --rope_scaling in it.
-
-    Raises:
-        ConfigError: no such model, or one whose own code may not run.
-    """
+    """The base model's configuration, with --rope_scaling in it."""
     model = config.model
     with mendable(f"--model_name_or_path {model.model_name_or_path}"):
-        model_config = AutoConfig.from_pretrained(
-            folder, cache_dir=model.cache_dir, token=token_of(config), trust_remote_code=model.trust_remote_code
-        )
+        code = model.trust_remote_code
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=code, **hub_options(config))
     rope = rope_parameters(model.rope_scaling)
     if rope is not None:
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
         text_config = model_config.get_text_config()
         own, kinds = getattr(text_config, "rope_parameters", None), ("default", *ROPE_INIT_FUNCTIONS)
+        kind = rope.get("rope_type")
         if not own:
             raise ConfigError(f"--rope_scaling: a {model_config.model_type} model has no rotary embedding")
-        if rope.get("rope_type") not in kinds:
-            raise ConfigError(
-                f"--rope_scaling: rope_type {rope.get('rope_type')!r}, expected one of {', '.join(kinds)}"
-            )
-        if rope["rope_type"] != "default" and "factor" not in rope:
-            raise ConfigError(f"--rope_scaling: {rope['rope_type']} needs a factor, how much longer the context gets")
+        if kind not in kinds:
+            raise ConfigError(f"--rope_scaling: rope_type {kind!r}, expected one of {', '.join(kinds)}")
+        if kind != "default" and "factor" not in rope:
+            raise ConfigError(f"--rope_scaling: {kind} needs a factor, how much longer the context gets")
         text_config.rope_parameters = {**own, **rope}
     return model_config
 
@@ -1626,17 +1540,11 @@ def attention_kernel(config: Config) -> str | None:
     return wanted
 
 
-def is_linear(module: torch.nn.Module) -> bool:
-    """A matrix product with weights: nn.Linear, bitsandbytes' kinds of it (which derive from it), GPT-2's Conv1D."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (torch.nn.Linear, Conv1D))
-
-
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Full names of every linear layer except the output head."""
+    kinds = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
     head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if is_linear(module) and module is not head]
+    return [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
 
 
 class Quirk(NamedTuple):
@@ -1663,19 +1571,14 @@ QUIRKS = (
 
 
 def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
-    """The base model, quantised and placed.
-
-    Raises:
-        ConfigError: the model can't be loaded.
-    """
+    """The base model, quantised and placed."""
     options: dict[str, Any] = {
         "config": model_config,
         "dtype": load_dtype(config),
         "device_map": device_map(config),
         "trust_remote_code": config.model.trust_remote_code,
-        "cache_dir": config.model.cache_dir,
-        "token": token_of(config),
         "attn_implementation": attention_kernel(config),
+        **hub_options(config),
     }
     prequantised = getattr(model_config, "quantization_config", None) is not None
     if prequantised and config.quant.full_finetune:
@@ -1690,10 +1593,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
     options = {name: value for name, value in options.items() if value is not None}
     for quirk in (quirk for quirk in QUIRKS if quirk.applies(model_config)):
         quirk.mend()
-    with mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    model, info = loaded
-    check_loaded(config.model.model_name_or_path, info)
+    model = load_whole(config.model.model_name_or_path, folder, **options)
     whole = [name for name in linear_layers(model) if type(model.get_submodule(name)).__module__.startswith("torch")]
     if whole and not prequantised and config.quant.bits < 16:
         log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
@@ -1712,20 +1612,14 @@ def special_ids_into_model(model: PreTrainedModel, tokenizer: PreTrainedTokenize
         setattr(model.config, name, getattr(tokenizer, name))
 
 
-def true_size(parameter: torch.nn.Parameter) -> int:
-    """Elements of a parameter; a packed 4-bit weight counts as what it stands for."""
-    state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state is not None else parameter.numel()
-
-
 def parameter_report(model: torch.nn.Module) -> list[str]:
     """The original's line on trainable parameters, with true counts, and one line for each dtype."""
     by_dtype: Counter[str] = Counter()
     trainable = 0
     for parameter in model.parameters():
-        size = true_size(parameter)
+        packed = getattr(parameter, "quant_state", None)  # of a 4-bit weight, which counts as what it stands for
+        size = math.prod(packed.shape) if packed else parameter.numel()
         trainable += size if parameter.requires_grad else 0
-        packed = getattr(parameter, "quant_state", None)
         by_dtype[f"{packed.quant_type} (packed)" if packed else str(parameter.dtype).removeprefix("torch.")] += size
     total = sum(by_dtype.values())
     lines = [f"trainable params: {trainable} || all params: {total} || trainable: {100 * trainable / total}"]
@@ -1756,11 +1650,7 @@ def is_trained_layer(name: str, frozen: int) -> bool:
 
 
 def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
-    """How many layers from the bottom stay as they are.
-
-    Raises:
-        ConfigError: that would be all of them.
-    """
+    """How many layers from the bottom stay as they are; all of them is a ConfigError."""
     layers: int = model.config.get_text_config().num_hidden_layers or 0
     frozen = lora.layers_to_freeze or int(lora.layer_freeze_ratio * layers)
     if frozen >= layers:
@@ -1769,11 +1659,7 @@ def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
 
 
 def lora_targets(model: PreTrainedModel, lora: LoraArguments) -> list[str]:
-    """Names for peft: leaf names where they say the same, which reads better in adapter_config.json, else full ones.
-
-    Raises:
-        ConfigError: no layer has such a name.
-    """
+    """Names for peft: leaf names where they say the same, which reads better in adapter_config.json, else full ones."""
     layers, frozen = linear_layers(model), layers_to_freeze(model, lora)
     wanted = [name for name in layers if is_trained_layer(name, frozen)]
     names = {name.strip() for name in lora.lora_modules.split(",")}
@@ -1790,11 +1676,7 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments) -> list[str]:
 
 
 def whole_modules(model: PreTrainedModel, names: str | None) -> list[str] | None:
-    """--modules_to_save as a list.
-
-    Raises:
-        ConfigError: the model has no module of such a name.
-    """
+    """--modules_to_save as a list; a name that no module has is a ConfigError."""
     wanted = [name.strip() for name in names.split(",")] if names else None
     for name in wanted or []:
         if not any(f".{full}".endswith(f".{name}") for full, _ in model.named_modules()):
@@ -1804,8 +1686,6 @@ def whole_modules(model: PreTrainedModel, names: str | None) -> list[str] | None
 
 def lora_config(model: PreTrainedModel, lora: LoraArguments) -> Any:
     """The flags as peft's configuration."""
-    from peft import LoraConfig
-
     booleans = {"true": True, "false": False}
     init: Any = booleans.get(lora.init_lora_weights.lower(), lora.init_lora_weights)
     alpha = int(lora.lora_alpha) if lora.lora_alpha == int(lora.lora_alpha) else lora.lora_alpha
@@ -1824,24 +1704,15 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments) -> Any:
 
 
 def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
-    """The model with exactly one adapter: a fresh one, drawn from the seed, or the one found at `adapter`.
-
-    Raises:
-        ConfigError: the adapter does not fit the model, or peft refuses the flags.
-    """
-    from peft import PeftModel, get_peft_model
-
+    """The model with exactly one adapter: a fresh one, drawn from the seed, or the one found at `adapter`."""
     set_seed(config.training.seed)  # loading draws random numbers; a seed gives one initialisation
     upcast = config.lora.lora_dtype == "float32"
     what = f"adapter {adapter}" if adapter else "LoRA flags"
-    try:
-        with mendable(f"{what} on {config.model.model_name_or_path}"):
-            if adapter is None:
-                adapted = get_peft_model(model, lora_config(model, config.lora), autocast_adapter_dtype=upcast)
-            else:
-                adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=upcast)
-    except RuntimeError as error:  # shapes that differ
-        raise ConfigError(f"{what} on {config.model.model_name_or_path}: {one_line(error)}") from error
+    with mendable(f"{what} on {config.model.model_name_or_path}", ConfigError, RuntimeError):  # shapes that differ
+        if adapter is None:
+            adapted = get_peft_model(model, lora_config(model, config.lora), autocast_adapter_dtype=upcast)
+        else:
+            adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=upcast)
     adapted.peft_config["default"].base_model_name_or_path = config.model.model_name_or_path  # as it was given
     for name, parameter in adapted.named_parameters() if not upcast else ():
         if "lora_" in name:
@@ -1849,20 +1720,15 @@ def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None)
     return adapted
 
 
-def unfreeze_for_full_finetune(model: PreTrainedModel, lora: LoraArguments) -> PreTrainedModel:
-    """All weights train but the embeddings, what is tied to them, and the frozen layers."""
-    frozen = layers_to_freeze(model, lora)
+def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
+    """Adapters or, for a full fine-tune, all weights but embeddings, what is tied to them, and frozen layers."""
+    if not config.quant.full_finetune:
+        return attach_adapters(model, config, adapter)
+    frozen = layers_to_freeze(model, config.lora)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trained_layer(name, frozen))
     model.get_input_embeddings().requires_grad_(False)
     return model
-
-
-def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
-    """Adapters or, for a full fine-tune, the model itself."""
-    if config.quant.full_finetune:
-        return unfreeze_for_full_finetune(model, config.lora)
-    return attach_adapters(model, config, adapter)
 
 
 # ------------------------------------------------------------------------------------
@@ -1898,24 +1764,14 @@ def identity(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
 
 
 def check_identity(folder: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuse to go on with what belongs to another run.
-
-    Raises:
-        ConfigError: names what differs.
-    """
+    """Refuse to go on with what belongs to another run, by a ConfigError that names what differs."""
     file = folder / (COMPLETED if (folder / COMPLETED).is_file() else MANIFEST)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))["run"]
     except (OSError, ValueError, KeyError, TypeError):
-        log.warning(
-            "%s does not say what it belongs to (another program's): model, bits and dataset are not compared", folder
-        )
+        log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
         return
-    differing = [
-        f"{name} was {found[name]}, is {wanted[name]}"
-        for name in wanted
-        if name in found and found[name] != wanted[name]
-    ]
+    differing = [f"{name} was {found[name]}, is {new}" for name, new in wanted.items() if found.get(name, new) != new]
     if differing:
         raise ConfigError(
             f"{folder} belongs to another run: {'; '.join(differing)}. "
@@ -1961,14 +1817,8 @@ def checkpoint_problem(folder: Path) -> str | None:
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """Checkpoint folders, the newest (by number) first."""
-    if not output_dir.is_dir():
-        return []
-    numbered = [
-        (int(m.group(1)), p)
-        for p in output_dir.iterdir()
-        if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)) and p.is_dir()
-    ]
-    return [path for _, path in sorted(numbered, reverse=True)]
+    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
 def find_last_checkpoint(output_dir: Path) -> Path | None:
@@ -2012,9 +1862,8 @@ def find_start(config: Config) -> Start:
         return Start(False, weights=str(adapter_folder(place) or place) if place else given, found=place)
     if completed is not None and not train.overwrite_output_dir and has_weights(output, full):
         if not asks_for_more(config, completed):
-            note = (
-                f"{output} holds a completed run of {completed.get('step', '?')} steps: it is used, not trained again"
-            )
+            steps = completed.get("step", "?")
+            note = f"{output} holds a completed run of {steps} steps: it is used, not trained again"
             return Start(False, weights=str(adapter_folder(output) or output), found=output, note=note)
         if last is None:
             raise ConfigError(
@@ -2078,7 +1927,7 @@ def clear_output(output: Path, everything: bool) -> None:
 # ------------------------------------------------------------------------------------
 # 11. Evaluation: generated predictions, MMLU
 #
-# Rows are dealt to the processes in turn and their results gathered in order, so none is lost or doubled.
+# Each process takes a run of the rows; results are gathered in the order of the rows, so none is lost or doubled.
 # ------------------------------------------------------------------------------------
 class Runtime(NamedTuple):
     """What it takes to run a model outside the Trainer's loops."""
@@ -2091,17 +1940,9 @@ class Runtime(NamedTuple):
 
 
 def dealt_batches(count: int, runtime: Runtime) -> list[list[int]]:
-    """This process's row numbers, in batches."""
-    mine = range(runtime.accelerator.process_index, count, runtime.accelerator.num_processes)
-    return [list(mine[i : i + runtime.batch_size]) for i in range(0, len(mine), runtime.batch_size)]
-
-
-def gathered(results: list[tuple[int, Any]], runtime: Runtime) -> list[Any]:
-    """Every process's (row number, result), in the order of the rows."""
-    from accelerate.utils import gather_object
-
-    everyones = gather_object(results) if runtime.accelerator.num_processes > 1 else results
-    return [result for _, result in sorted(everyones, key=lambda item: item[0])]
+    """This process's row numbers, in batches; gather_object puts the processes' results one after the other."""
+    with runtime.accelerator.split_between_processes(list(range(count))) as mine:
+        return [mine[i : i + runtime.batch_size] for i in range(0, len(mine), runtime.batch_size)]
 
 
 def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -2118,23 +1959,14 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
     else:
         values.setdefault("max_new_tokens", chosen.max_new_tokens)
     if not chosen.do_sample:
-        sampling = [
-            name for name in ("temperature", "top_p", "top_k", "typical_p") if values.pop(name, None) is not None
-        ]
-        if sampling:
-            log.warning("%s: without effect on predictions unless --do_sample is given", ", ".join(sampling))
+        idle = [n for n in ("temperature", "top_p", "top_k", "typical_p") if values.pop(n, None) is not None]
+        if idle:
+            log.warning("%s: without effect on predictions unless --do_sample is given", ", ".join(idle))
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stops = {tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])}
-    try:
-        return GenerationConfig(
-            **values,
-            use_cache=True,
-            eos_token_id=sorted(stops),
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-        )
-    except ValueError as error:
-        raise ConfigError(f"generation flags: {one_line(error)}") from error
+    eos = sorted({tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])})
+    bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+    with mendable("generation flags"):
+        return GenerationConfig(**values, use_cache=True, bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
 
 
 @contextlib.contextmanager
@@ -2152,39 +1984,34 @@ def generating(model: Any) -> Iterator[None]:
 
 
 def prompt_ids(inputs: list[str], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[list[int]]:
-    """Prompts as training saw them; one that is empty begins with EOS, since something must stand there."""
+    """Prompts, cut as in training; one that is empty begins with EOS, since something must stand there."""
     bos, ids_of = len(bos_ids(tokenizer)), source_ids(inputs, tokenizer)
     cut = [ids[: limits.source] if limits.total is None else cut_left(ids, limits.total, bos) for ids in ids_of]
     return [ids or [tokenizer.eos_token_id] for ids in cut]
 
 
 def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConfig) -> list[dict[str, str]]:
-    """One dictionary for each row: its fields, `prediction`, `prediction_with_input`.
-
-    Raises:
-        ConfigError: generate refuses the flags.
-    """
+    """One dictionary for each row: its fields, `prediction`, `prediction_with_input`."""
     model, tokenizer = runtime.model, runtime.tokenizer
     device = model.get_input_embeddings().weight.device
     collate = CausalLMCollator(tokenizer.pad_token_id, side="left")
-    results: list[tuple[int, dict[str, str]]] = []
+    results: list[dict[str, str]] = []
+    batches, quiet = dealt_batches(len(rows), runtime), not runtime.accelerator.is_main_process
     with generating(model), runtime.accelerator.autocast():
-        for numbers in tqdm(
-            dealt_batches(len(rows), runtime), "Predicting", disable=not runtime.accelerator.is_main_process
-        ):
+        for numbers in tqdm(batches, "Predicting", disable=quiet):
             batch = rows[numbers]
             prompts = prompt_ids(batch["input"], tokenizer, runtime.limits)
             tensors = {name: t.to(device) for name, t in collate([{"input_ids": ids} for ids in prompts]).items()}
             with mendable("generation flags"):
                 output = model.generate(**tensors, generation_config=generation)
             width = tensors["input_ids"].shape[1]  # the prompt is taken off by its tokens, never by its text
-            for i, number in enumerate(numbers):
-                answer = output[i, width:].tolist()
-                row = {"input": batch["input"][i], "output": batch["output"][i]}
+            answers = output[:, width:].tolist()
+            for source, target, prompt, answer in zip(batch["input"], batch["output"], prompts, answers, strict=True):
+                row = {"input": source, "output": target}
                 row["prediction"] = str(tokenizer.decode(answer, skip_special_tokens=True))
-                row["prediction_with_input"] = str(tokenizer.decode(prompts[i] + answer, skip_special_tokens=True))
-                results.append((number, row))
-    return gathered(results, runtime)
+                row["prediction_with_input"] = str(tokenizer.decode(prompt + answer, skip_special_tokens=True))
+                results.append(row)
+    return list(gather_object(results))
 
 
 class Question(NamedTuple):
@@ -2232,9 +2059,8 @@ def questions_in_file(path: Path) -> Iterator[Question]:
 
 def questions_of_hub(config: Config, five_shot: bool) -> Iterator[Question]:
     """The same prompts built from `cais/mmlu`, whose `dev` rows are the worked examples."""
-    splits: dict[str, Any] = {
-        name: source.loaded for name, source in load_from_hub("cais/mmlu", config, name="all").items()
-    }
+    sources = load_from_hub("cais/mmlu", config, name="all")
+    splits: dict[str, Any] = {name: source.loaded for name, source in sources.items()}
     shots: dict[str, str] = defaultdict(str)
     for row in splits["dev"] if five_shot else []:
         shots[row["subject"]] += f"{question_text(row)} {LETTERS[row['answer']]}\n\n"
@@ -2268,10 +2094,10 @@ def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longes
     prefix, letters = letter_ids(tokenizer)
     firsts = [ids[0] for ids in letters]
     one_pass = len(set(firsts)) == len(LETTERS)
-    bos, ids_of = len(bos_ids(tokenizer)), source_ids([question.prompt for question in questions], tokenizer)
-    prompts = [cut_left(ids, longest, bos) + prefix for ids in ids_of]
+    texts = [question.prompt for question in questions]
+    prompts = [ids + prefix for ids in prompt_ids(texts, tokenizer, Limits(longest, 0, total=longest))]
     collate = CausalLMCollator(tokenizer.pad_token_id)
-    results: list[tuple[int, tuple[str, bool, float]]] = []
+    results: list[tuple[str, bool, float]] = []
     with generating(model), runtime.accelerator.autocast():
         for numbers in dealt_batches(len(questions), runtime):
             asked = [(i, c) for i in numbers for c in ([questions[i].answer] if one_pass else range(len(LETTERS)))]
@@ -2291,8 +2117,8 @@ def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longes
                 else:
                     scores[i][c] = chosen[:-1].sum()
             for i in numbers:
-                results.append((i, (questions[i].subject, int(scores[i].argmax()) == questions[i].answer, losses[i])))
-    scored = gathered(results, runtime)
+                results.append((questions[i].subject, int(scores[i].argmax()) == questions[i].answer, losses[i]))
+    scored = gather_object(results)
     by_subject: dict[str, list[bool]] = defaultdict(list)
     for subject, right, _ in scored:
         by_subject[subject].append(right)
@@ -2329,8 +2155,6 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return self.rows
 
     def __iter__(self) -> Iterator[int]:
-        from transformers.trainer_pt_utils import get_length_grouped_indices
-
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         if self.lengths is None:
             return iter(torch.randperm(self.rows, generator=generator).tolist())
@@ -2352,17 +2176,20 @@ def causal_lm_loss(
     following = labels[:, 1:].to(logits.device)
     learnt = following != IGNORE
     # only these rows of the logits become float32: a quarter of them where the prompt is three quarters
-    total = F.cross_entropy(
-        logits[:, :-1][learnt].float(), following[learnt], reduction="sum", label_smoothing=smoothing
-    )
+    rows = logits[:, :-1][learnt].float()
+    total = F.cross_entropy(rows, following[learnt], reduction="sum", label_smoothing=smoothing)
     return total / (learnt.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-@dataclass
-class Stop:
-    """The signal that asked this run to stop, if one did."""
+class Stop(TrainerCallback):
+    """The signal that asked this run to stop, if one did: save and stop after the step in which it came."""
 
     signal: int | None = None
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask the Trainer for both."""
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
 
 
 @contextlib.contextmanager
@@ -2387,21 +2214,9 @@ def stopping_on_signals(stop: Stop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class StopCallback(TrainerCallback):
-    """Save and stop after the step in which a signal came."""
-
-    def __init__(self, stop: Stop) -> None:
-        self.stop = stop
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the Trainer for both."""
-        if self.stop.signal is not None:
-            control.should_save = control.should_training_stop = True
-
-
 def build_callbacks(stop: Stop) -> list[TrainerCallback]:
     """Every callback of a run."""
-    return [StopCallback(stop)]
+    return [stop]
 
 
 class QLoRATrainer(Trainer):
@@ -2472,10 +2287,8 @@ class QLoRATrainer(Trainer):
             if name.endswith("_loss"):
                 output.metrics[name.removesuffix("loss") + "perplexity"] = math.exp(min(loss, 700.0))
         if self.questions:
-            mmlu = self.config.mmlu
-            output.metrics.update(
-                mmlu_metrics(self.runtime(), self.questions, mmlu.mmlu_split, mmlu.mmlu_source_max_len)
-            )
+            split, longest = self.config.mmlu.mmlu_split, self.config.mmlu.mmlu_source_max_len
+            output.metrics.update(mmlu_metrics(self.runtime(), self.questions, split, longest))
         self.seconds_aside += time.perf_counter() - began
         return output
 
@@ -2500,15 +2313,10 @@ class QLoRATrainer(Trainer):
                 shutil.rmtree(self.staging)
                 self._drop_old_checkpoints(output)
             self.accelerator.wait_for_everyone()
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors have their own for a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:  # the last two are what a full disk may lead to
             shutil.rmtree(self.staging, ignore_errors=True)
-            raise TrainingError(
-                f"{output / name}: not saved: {one_line(error)}. The checkpoints before it stay"
-            ) from error
+            reason = f"{output / name}: not saved: {one_line(error)}. The checkpoints before it stay"
+            raise TrainingError(reason) from error
         finally:
             self.staging = None
             self.seconds_aside += time.perf_counter() - began
@@ -2532,8 +2340,6 @@ class QLoRATrainer(Trainer):
         if place is None or place == folder:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        from peft import load_peft_weights, set_peft_model_state_dict
-
         set_peft_model_state_dict(self.model, load_peft_weights(str(place), device="cpu"))
 
 
@@ -2586,9 +2392,7 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
     state = read_json(start.checkpoint / "trainer_state.json") if start.checkpoint else {"global_step": 0}
     metrics: dict[str, Any] = {}
     if start.checkpoint and not asks_for_more(config, {"step": state["global_step"], "epoch": state["epoch"]}):
-        log.info(
-            "%s holds the last step: nothing is left to train", start.checkpoint
-        )  # the Trainer would train one more
+        log.info("%s holds the last step: nothing is left to train", start.checkpoint)  # the Trainer would do one more
         trainer.take_over(start.checkpoint)
     else:
         metrics = timed_training(trainer, start.checkpoint, state["global_step"], stop)
@@ -2609,10 +2413,8 @@ def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: i
     seconds = max(time.perf_counter() - began - trainer.seconds_aside, 1e-9)
     tokens = trainer.accelerator.reduce(torch.as_tensor(int(trainer.tokens_seen), device=trainer.args.device)).item()
     steps = max(trainer.state.global_step - first_step, 1)
-    if (
-        stop.signal is not None
-        and not Path(trainer.args.output_dir or ".", f"checkpoint-{trainer.state.global_step}").is_dir()
-    ):
+    saved = Path(trainer.config.training.output_dir, f"checkpoint-{trainer.state.global_step}")
+    if stop.signal is not None and not saved.is_dir():
         trainer._save_checkpoint(trainer.model, None)  # it came after the last step had asked what to save
     return {
         **result.metrics,
@@ -2653,14 +2455,9 @@ def evaluate(trainer: QLoRATrainer) -> dict[str, Any]:
 def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]:
     """Generate an answer for every held-out row, into predictions.jsonl."""
     runtime = trainer.runtime()
-    began = time.perf_counter()
+    began = time.time()
     rows = generate_predictions(runtime, pairs, generation_config(config, runtime.model, runtime.tokenizer))
-    seconds = time.perf_counter() - began
-    metrics = {
-        "predict_samples": len(rows),
-        "predict_runtime": round(seconds, 4),
-        "predict_samples_per_second": round(len(rows) / seconds, 3),
-    }
+    metrics = {"predict_samples": len(rows), **speed_metrics("predict", began, num_samples=len(rows))}
     if trainer.args.should_save:
         file = Path(config.training.output_dir, "predictions.jsonl")
         write_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -2691,9 +2488,9 @@ def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
 def model_card(trainer: QLoRATrainer, config: Config) -> str:
     """README.md of the adapter: settings, data and losses, with the metadata block that the hub reads."""
     losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-    rows = "\n".join(
-        f"| {entry['step']} | {entry.get('loss', '')} | {entry.get('eval_loss', '')} |" for entry in thinned(losses, 20)
-    )
+    every = max(1, math.ceil(len(losses) / 20))  # at most 20 rows, the last among them
+    losses = losses[(len(losses) - 1) % every :: every]
+    rows = "\n".join(f"| {e['step']} | {e.get('loss', '')} | {e.get('eval_loss', '')} |" for e in losses)
     settings = "\n".join(f"| {name} | `{config.flags[name]}` |" for name in sorted(config.given))
     base = config.model.model_name_or_path
     kind, library = ("full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
@@ -2707,12 +2504,6 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
         f"All flags, resolved, and library versions are in `run.json`.\n\n"
         f"## Losses\n\n| step | training loss | evaluation loss |\n|---|---|---|\n{rows}\n\n![loss](loss.png)\n"
     )
-
-
-def thinned(items: list[Any], count: int) -> list[Any]:
-    """At most so many of the items, evenly chosen, the last among them."""
-    step = max(1, math.ceil(len(items) / count))
-    return items[::-1][::step][::-1]
 
 
 def versions() -> dict[str, str]:
@@ -2744,12 +2535,9 @@ def device_name() -> str:
 
 def run_record(config: Config, derived: dict[str, Any], data: dict[str, Any]) -> str:
     """run.json: enough to repeat the run, and nothing secret."""
-    flags = {
-        name: ("(hidden)" if name.endswith("_token") and name.startswith("hub") and value else value)
-        for name, value in config.flags.items()
-    }
+    secret = {"hub_token": "(hidden)"} if config.flags["hub_token"] else {}
     record = {
-        "flags": flags,
+        "flags": config.flags | secret,
         "derived": derived,
         "versions": versions() | {"qlora.py": git_commit() or CODE_VERSION},
         "data": data,
@@ -2767,26 +2555,23 @@ def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Split
     kind = f"{quant.bits} bit"
     if quant.bits == 4:
         kind += f" {quant.quant_type}{', double quantisation' if quant.double_quant else ''}"
-    steps_in_epoch = math.ceil(len(splits.train) / effective) if splits.train is not None else 0
+    train_rows, eval_rows = (len(part) if part is not None else 0 for part in splits)
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    from_where = (
-        start.checkpoint
-        or start.weights
-        or ("the base itself" if not config.training.do_train else "fresh, from the seed")
-    )
+    names = ("bos", "eos", "pad")
+    special = [(name, getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")) for name in names]
+    fresh = "fresh, from the seed" if args.do_train else "the base itself"
+    adapter = f"adapter {start.checkpoint or start.weights or fresh}"
+    trained = "all weights but the embeddings" if quant.full_finetune else adapter
     return {
         "model": config.model.model_name_or_path,
         "weights": kind,
         "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
         "effective batch": f"{effective} rows = {rows} at once x {accumulated} accumulated x {processes} processes",
-        "length": f"{length}; {steps_in_epoch} steps are an epoch",
-        "special tokens": " ".join(
-            f"{name} {getattr(tokenizer, name + '_token')!r} = {getattr(tokenizer, name + '_token_id')},"
-            for name in ("bos", "eos", "pad")
-        ).rstrip(","),
-        "trained part": "all weights but the embeddings" if quant.full_finetune else f"adapter {from_where}",
-        "train rows": len(splits.train) if splits.train is not None else 0,
-        "eval rows": len(splits.eval) if splits.eval is not None else 0,
+        "length": f"{length}; {math.ceil(train_rows / effective)} steps are an epoch",
+        "special tokens": ", ".join(f"{name} {token!r} = {number}" for name, token, number in special),
+        "trained part": trained,
+        "train rows": train_rows,
+        "eval rows": eval_rows,
     }
 
 
@@ -2799,52 +2584,42 @@ def log_block(title: str, lines: Mapping[str, Any]) -> None:
 def hints(config: Config) -> None:
     """What a user may not expect of the flags given, said once."""
     args, quant, given = config.training, config.quant, config.given
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not (args.bf16 or args.fp16):
-        log.info("hint: this GPU computes in bf16; without --bf16 everything is in float32, which is slower")
-    if quant.bits >= 16 and args.bf16 != (quant.bits == 16):
-        held = "bf16" if args.bf16 else "float32"
-        log.info(
-            "bits %d: the weights are held in %s, with%s --bf16, as in the original",
-            quant.bits,
-            held,
-            "" if args.bf16 else "out",
-        )
-    if quant.bits != 4 and given & {"quant_type", "double_quant"}:
-        log.info("quant_type and double_quant: without effect, bits is %d", quant.bits)
-    if quant.full_finetune and given & {f.name for f in dataclasses.fields(LoraArguments)} - {
-        "layers_to_freeze",
-        "layer_freeze_ratio",
-    }:
-        log.info("the LoRA flags: without effect in a full fine-tune")
-    if not torch.cuda.is_available() and (args.bf16 or args.fp16):
-        log.info("hint: on a CPU float32 is about 2.5 times faster: leave --bf16 and --fp16 out")
-    if args.lr_scheduler_type == "constant" and "warmup_steps" in given:
-        log.info("lr_scheduler_type constant ignores warm-up; constant_with_warmup honours it")
+    gpu, half = torch.cuda.is_available(), args.bf16 or args.fp16
+    lora = {f.name for f in dataclasses.fields(LoraArguments)} - {"layers_to_freeze", "layer_freeze_ratio"}
+    held = "in bf16, with --bf16" if args.bf16 else "in float32, without --bf16"
+    # fmt: off
+    notes: list[tuple[bool, str]] = [
+        (gpu and torch.cuda.is_bf16_supported() and not half,
+         "hint: this GPU computes in bf16; without --bf16 everything is in float32, which is slower"),
+        (not gpu and half, "hint: on a CPU float32 is about 2.5 times faster: leave --bf16 and --fp16 out"),
+        (quant.bits >= 16 and args.bf16 != (quant.bits == 16),
+         f"bits {quant.bits}: the weights are held {held}, as in the original"),
+        (quant.bits != 4 and bool(given & {"quant_type", "double_quant"}),
+         f"quant_type and double_quant: without effect, bits is {quant.bits}"),
+        (quant.full_finetune and bool(given & lora), "the LoRA flags: without effect in a full fine-tune"),
+        (args.lr_scheduler_type == "constant" and "warmup_steps" in given,
+         "lr_scheduler_type constant ignores warm-up; constant_with_warmup honours it"),
+    ]
+    # fmt: on
+    for applies, note in notes:
+        if applies:
+            log.info("%s", note)
 
 
 # ------------------------------------------------------------------------------------
 # 14. Main
 # ------------------------------------------------------------------------------------
-def check_fit(config: Config, model: Any, parts: Mapping[str, TokenStatistics]) -> None:
-    """Rows against the model: an id outside the embedding would only show as a crash on the GPU.
-
-    Raises:
-        ConfigError: tokenizer and model do not belong together.
-    """
+def check_fit(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
+    """Rows against the model: an id outside the embedding would only show as a crash on the GPU."""
     rows = model.get_input_embeddings().num_embeddings
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, part in parts.items():
         if part.largest_id >= rows:
-            raise ConfigError(
-                f"the {name} rows hold token id {part.largest_id}, the model has {rows}: its tokenizer is another's"
-            )
+            found = f"the {name} rows hold token id {part.largest_id}, the model has {rows}"
+            raise ConfigError(f"{found}: its tokenizer is another's")
         if positions and part.longest > positions:
-            log.warning(
-                "the longest %s row has %d tokens, the model was made for %d: lower the limits or give --rope_scaling",
-                name,
-                part.longest,
-                positions,
-            )
+            found = f"the longest {name} row has {part.longest} tokens, the model was made for {positions}"
+            log.warning("%s: lower the limits or give --rope_scaling", found)
 
 
 def run(config: Config, stop: Stop) -> int:
@@ -2852,8 +2627,6 @@ def run(config: Config, stop: Stop) -> int:
     args, output = config.training, Path(config.training.output_dir)
     began = time.perf_counter()
     if args.full_determinism:
-        from transformers import enable_full_determinism
-
         enable_full_determinism(args.seed)
     set_seed(args.seed)
     hints(config)
@@ -2879,7 +2652,7 @@ def run(config: Config, stop: Stop) -> int:
         folder = start.weights
     model = load_model(config, model_config, folder)
     special_ids_into_model(model, tokenizer)
-    check_fit(config, model, statistics)
+    check_fit(model, statistics)
     model = make_trainable(model, config, start.weights)
     for line in parameter_report(model):
         log.info("%s", line)
@@ -2894,11 +2667,8 @@ def run(config: Config, stop: Stop) -> int:
     if start.train:
         metrics |= train(trainer, start, stop, config)
         if stop.signal is not None:
-            log.warning(
-                "stopped by %s at step %d, saved; the same command goes on from there",
-                signal.Signals(stop.signal).name,
-                trainer.state.global_step,
-            )
+            name, step = signal.Signals(stop.signal).name, trainer.state.global_step
+            log.warning("stopped by %s at step %d, saved; the same command goes on from there", name, step)
             return 128 + stop.signal
     if args.do_eval:
         metrics |= evaluate(trainer)
@@ -2925,6 +2695,7 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     log_block("Done", lines | {"seconds": round(seconds), "files": config.training.output_dir})
 
 
+DISK_ERRORS = {"ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "ENAMETOOLONG"}
 MEMORY_ADVICE = (
     "lower --per_device_train_batch_size or --source_max_len and --target_max_len, or keep --gradient_checkpointing on"
 )
@@ -2938,17 +2709,7 @@ def exit_status(error: BaseException) -> tuple[int, str] | None:
         return 130, "interrupted; the same command goes on from what is saved"
     if isinstance(error, torch.OutOfMemoryError):
         return 2, f"not enough GPU memory: {MEMORY_ADVICE}"
-    mendable = (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.ENOTDIR,
-        errno.EEXIST,
-        errno.ENAMETOOLONG,
-    )
-    if isinstance(error, OSError) and error.errno in mendable:
+    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in DISK_ERRORS:
         return 2, f"{error.filename or 'a file'}: {error.strerror}"
     return None
 
