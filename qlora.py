@@ -365,6 +365,7 @@ RENAMED_FLAGS: dict[str, Renamed] = {
     "save_safetensors": Renamed(None, note="weights are always saved as safetensors"),
     "sortish_sampler": Renamed(None, note="use --train_sampling_strategy"),
     "sharded_ddp": Renamed(None, note="use --fsdp"),
+    "length_column_name": Renamed(None, note="lengths are counted here, in tokens"),
     **dict.fromkeys(
         ("use_mps_device", "half_precision_backend", "fp16_backend", "use_ipex", "jit_mode_eval", "past_index",
          "ray_scope", "tpu_num_cores", "fp16_opt_level", "xpu_backend", "include_inputs_for_metrics",
@@ -399,6 +400,13 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Argparse's own complaints, as ours."""
         raise ConfigError(message.replace("argument ", ""))
+
+    def tokens(self, item: Given) -> list[str]:
+        """What argparse reads; a list that a file gives for a flag of one value is joined by commas."""
+        one = self._option_string_actions[f"--{item.name}"].nargs is None
+        if one and item.values:
+            return [f"--{item.name}={','.join(item.values)}"]
+        return [f"--{item.name}", *item.values]
 
     def flag_names(self) -> set[str]:
         """Every name that may follow the dashes, with underscores."""
@@ -499,7 +507,7 @@ def parse_config(argv: Sequence[str]) -> Config:
         raise SystemExit(0)
     known = parser.flag_names()
     items = [item for old in split_argv(argv) if (item := current_name(old, known))]
-    flags = vars(parser.parse_args([token for item in items for token in (f"--{item.name}", *item.values)]))
+    flags = vars(parser.parse_args([token for item in items for token in parser.tokens(item)]))
     given = frozenset(item.name if item.name in flags else item.name.removeprefix("no_") for item in items)
     if {"--warmup_ratio", "--warmup_steps"} <= {item.where for item in items}:
         raise ConfigError("--warmup_ratio and --warmup_steps: give one of them")
@@ -535,6 +543,7 @@ def check_config(config: Config) -> None:
     """Every rule between flags, each with the way out; the first that is broken is a ConfigError."""
     model, data, quant, lora, train = config.model, config.data, config.quant, config.lora, config.training
     given, full, size = config.given, config.quant.full_finetune, config.data.eval_dataset_size
+    metric = train.metric_for_best_model
     freeze, strategies = lora.layer_freeze_ratio, ("group_by_length", "random", "sequential")
     at_least_one = (
         "max_train_samples", "max_eval_samples", "source_max_len", "target_max_len", "model_max_len",
@@ -553,7 +562,7 @@ def check_config(config: Config) -> None:
         (data.model_max_len is not None and bool(given & {"source_max_len", "target_max_len"}),
          "--model_max_len replaces --source_max_len and --target_max_len: give one or the others"),
         ("skip_excess_length" in given and data.model_max_len is None, "--skip_excess_length needs --model_max_len"),
-        (size <= 0 or (size > 1 and size != int(size)),
+        (not 0 < size < math.inf or (size > 1 and size != int(size)),
          f"--eval_dataset_size {size:g}: expected a number of rows, or a share below 1"),
         (not 0 <= lora.lora_dropout < 1, f"--lora_dropout {lora.lora_dropout:g}: expected from 0 up to below 1"),
         (lora.layers_to_freeze > 0 and freeze > 0, "--layers_to_freeze and --layer_freeze_ratio: give one of them"),
@@ -561,6 +570,21 @@ def check_config(config: Config) -> None:
         (not 0 <= freeze < 1, f"--layer_freeze_ratio {freeze:g}: expected from 0 up to below 1"),
         (lora.init_lora_weights.lower() in ("eva", "loftq", "corda"),
          f"--init_lora_weights {lora.init_lora_weights} is not supported: try gaussian or pissa"),
+        (train.max_steps == 0, "--max_steps 0: expected a number of steps, or -1 and --num_train_epochs"),
+        (not 0 <= train.seed < 2**32, f"--seed {train.seed}: expected from 0 up to 2**32 - 1"),
+        (not 0 <= train.label_smoothing_factor < 1,
+         f"--label_smoothing_factor {train.label_smoothing_factor:g}: expected from 0 up to below 1"),
+        (not 0 < lora.lora_alpha < math.inf, f"--lora_alpha {lora.lora_alpha:g}: expected more than 0"),
+        *((not 0 <= config.flags[name] < math.inf, f"--{name} {config.flags[name]:g}: expected 0 or more")
+          for name in ("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "num_train_epochs")),
+        (metric is not None and not (metric.removeprefix("eval_") in ("loss", "perplexity") or "mmlu_" in metric),
+         f"--metric_for_best_model {metric}: expected loss, perplexity or an MMLU metric"),
+        (metric is not None and "mmlu_" in metric and not config.mmlu.do_mmlu_eval,
+         f"--metric_for_best_model {metric} needs --do_mmlu_eval"),
+        (config.generation.num_beam_groups > 1 or config.generation.penalty_alpha is not None,
+         "--num_beam_groups and --penalty_alpha: transformers has these two ways of generating no more"),
+        (not config.generation.temperature > 0,
+         f"--temperature {config.generation.temperature:g}: expected more than 0"),
         (train.train_sampling_strategy not in strategies,
          f"--train_sampling_strategy {train.train_sampling_strategy}: expected one of {', '.join(strategies)}"),
         *((value is not None and value < 1, f"--{name} {value}: expected at least 1")
@@ -977,7 +1001,11 @@ CODE_VERSION = file_digest(Path(__file__))  # rows that another version of this 
 
 def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> str:
     """The format of a dataset's rows: the flag, the preset's own, or what the columns tell."""
-    columns = next(iter(sources.values())).columns()
+    source = next(iter(sources.values()))
+    columns = source.columns()
+    if not columns:
+        where, row = next(source.rows(), (name, RowError("no row in it")))
+        raise DataError(f"{where}: {row if isinstance(row, RowError) else 'not an object with fields'}")
     if config.data.dataset_format:
         chosen, why = config.data.dataset_format, "--dataset_format"
     elif name in DATASETS:
@@ -985,7 +1013,7 @@ def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> st
     else:
         chosen, why = infer_format(columns, name), "inferred from the columns"
     missing = sorted(set(FORMATS[chosen].columns) - set(columns))
-    if missing and columns:
+    if missing:
         raise DataError(
             f"{name}: no column {', '.join(missing)}, found {', '.join(columns)}. "
             f"The format is {chosen} ({why}); others: {', '.join(FORMATS)}"
@@ -1497,7 +1525,11 @@ def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
         part = Path(scratch) / "model"
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        part.rename(folder)
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process was first
+                raise
     return folder
 
 
@@ -1594,6 +1626,10 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
     for quirk in (quirk for quirk in QUIRKS if quirk.applies(model_config)):
         quirk.mend()
     model = load_whole(config.model.model_name_or_path, folder, **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # or the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with others
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     whole = [name for name in linear_layers(model) if type(model.get_submodule(name)).__module__.startswith("torch")]
     if whole and not prequantised and config.quant.bits < 16:
         log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
@@ -1713,7 +1749,6 @@ def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None)
             adapted = get_peft_model(model, lora_config(model, config.lora), autocast_adapter_dtype=upcast)
         else:
             adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=upcast)
-    adapted.peft_config["default"].base_model_name_or_path = config.model.model_name_or_path  # as it was given
     for name, parameter in adapted.named_parameters() if not upcast else ():
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -1760,10 +1795,12 @@ def identity(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
     if not config.quant.full_finetune:
         names += [f.name for f in dataclasses.fields(LoraArguments)]
     values = {name: config.flags[name] for name in names}
+    base = Path(config.model.model_name_or_path).expanduser()
+    values["model_name_or_path"] = str(base.resolve()) if base.exists() else config.model.model_name_or_path
     return values | ({"dataset (the encoded training rows)": data.fingerprint} if data else {})
 
 
-def check_identity(folder: Path, wanted: Mapping[str, Any]) -> None:
+def check_identity(folder: Path, wanted: Mapping[str, Any], training: bool) -> None:
     """Refuse to go on with what belongs to another run, by a ConfigError that names what differs."""
     file = folder / (COMPLETED if (folder / COMPLETED).is_file() else MANIFEST)
     try:
@@ -1775,8 +1812,8 @@ def check_identity(folder: Path, wanted: Mapping[str, Any]) -> None:
     if differing:
         raise ConfigError(
             f"{folder} belongs to another run: {'; '.join(differing)}. "
-            "Give the same flags, another --output_dir, --overwrite_output_dir to start anew, "
-            "or --do_train False to evaluate or predict with what was trained"
+            "Give the same flags, another --output_dir, or --overwrite_output_dir to start anew"
+            + (", or --do_train False to evaluate or predict with what was trained" if training else "")
         )
 
 
@@ -1818,7 +1855,7 @@ def checkpoint_problem(folder: Path) -> str | None:
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """Checkpoint folders, the newest (by number) first."""
     found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def find_last_checkpoint(output_dir: Path) -> Path | None:
@@ -1870,6 +1907,8 @@ def find_start(config: Config) -> Start:
                 f"{output} holds a completed run but no checkpoint to go on from; begin another from its adapter with "
                 f"--adapter_name_or_path {output} and another --output_dir"
             )
+    if last is not None and not (last / "optimizer.pt").is_file() and not any(last.glob("global_step*")):
+        log.warning("%s holds no optimizer state: the resumed run will differ from an uninterrupted one", last)
     if last is not None:
         return Start(True, checkpoint=last, weights=given, found=last, note=f"resuming from {last}")
     return Start(True, weights=given)
@@ -1888,6 +1927,8 @@ def read_completed(output: Path) -> dict[str, Any] | None:
 
 def flush(path: Path) -> None:
     """Bring a file, or a folder's list of names, to the disk."""
+    if os.name == "nt":
+        return  # Windows opens no folder, and flushes no file that is open for reading
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -1903,6 +1944,13 @@ def write_file(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+def name_base(folder: Path, name: str) -> None:
+    """Write the base as the user named it, not the folder that a .gguf file was converted into, into an adapter."""
+    file = folder / "adapter_config.json"
+    if file.is_file():
+        file.write_text(json.dumps(read_json(file) | {"base_model_name_or_path": name}, indent=2), encoding="utf-8")
+
+
 def publish(staging: Path, final: Path, run: Mapping[str, Any]) -> None:
     """Turn a written folder into a checkpoint: its list of files, flushed to disk, then its name."""
     files = {str(p.relative_to(staging)): p.stat().st_size for p in sorted(staging.rglob("*")) if p.is_file()}
@@ -1915,13 +1963,36 @@ def publish(staging: Path, final: Path, run: Mapping[str, Any]) -> None:
     flush(final.parent)
 
 
-def clear_output(output: Path, everything: bool) -> None:
-    """Before training: away with `completed`, with half written folders and, to start anew, with checkpoints."""
-    (output / COMPLETED).unlink(missing_ok=True)
+# What a run leaves at the top of its folder, and --overwrite_output_dir takes away.
+RUN_FILES = (
+    COMPLETED, "adapter_model.*", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "config.json", "generation_config.json", "*_results.json", "metrics.json", "predictions.jsonl",
+    "trainer_state.json", "loss.png",
+)  # fmt: skip
+
+
+def clear_output(output: Path, everything: bool, resumed: Path | None) -> None:
+    """Before training: away with `completed` and half written folders and, to start anew, with all that a run left.
+
+    Checkpoints newer than the one that --resume_from_checkpoint picked belong to a branch that is left: they are set
+    aside under another name, or the next rerun would take them up.
+    """
+    for file in itertools.chain.from_iterable(
+        output.glob(name) for name in (RUN_FILES if everything else (COMPLETED,))
+    ):
+        file.unlink()
     for folder in output.glob(f"{STAGING}*"):
         shutil.rmtree(folder, ignore_errors=True)
-    for folder in checkpoints_in(output) if everything else []:
-        shutil.rmtree(folder)
+    for folder in checkpoints_in(output):
+        if everything:
+            shutil.rmtree(folder)
+        elif resumed and resumed.resolve().parent == output.resolve() and step_of(folder) > step_of(resumed):
+            folder.rename(output / f"left-{folder.name}-{time.time_ns()}")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number in a checkpoint's name."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 # ------------------------------------------------------------------------------------
@@ -1966,6 +2037,11 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
     eos = sorted({tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])})
     bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
     with mendable("generation flags"):
+        file = config.training.generation_config
+        if file is not None:
+            values = GenerationConfig.from_pretrained(str(file)).to_diff_dict() | values
+            for name in ("transformers_version", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"):
+                values.pop(name, None)
         return GenerationConfig(**values, use_cache=True, bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
 
 
@@ -2187,7 +2263,11 @@ class Stop(TrainerCallback):
     signal: int | None = None
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the Trainer for both."""
+        """Ask the Trainer for both, on every process if the signal reached one."""
+        if args.world_size > 1:
+            flag = torch.tensor(self.signal or 0, device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.signal = int(flag) or None
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
 
@@ -2249,7 +2329,8 @@ class QLoRATrainer(Trainer):
         if strategy == "sequential":
             return torch.utils.data.SequentialSampler(rows)
         seed = args.seed if args.data_seed is None else args.data_seed
-        lengths = list(rows["length"]) if strategy == "group_by_length" else None
+        every: Any = self.train_dataset  # `rows` may have lost its columns to --remove_unused_columns
+        lengths = list(every["length"]) if strategy == "group_by_length" else None
         return EpochSampler(len(rows), seed, lengths, args.train_batch_size * args.gradient_accumulation_steps)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -2309,6 +2390,8 @@ class QLoRATrainer(Trainer):
                 self.state.save_to_json(str(self.staging / name / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                (self.staging / name / "training_args.bin").unlink(missing_ok=True)  # a pickle, with tokens in it
+                name_base(self.staging / name, self.config.model.model_name_or_path)
                 publish(self.staging / name, output / name, self.run)
                 shutil.rmtree(self.staging)
                 self._drop_old_checkpoints(output)
@@ -2330,17 +2413,29 @@ class QLoRATrainer(Trainer):
 
     def take_over(self, checkpoint: Path) -> None:
         """Weights and state of a checkpoint, without training on."""
-        self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best if best and Path(best).is_dir() else str(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The Trainer's, except for the original's layout, which it would load as a second adapter."""
-        folder = Path(resume_from_checkpoint)
-        place = adapter_folder(folder)
-        if place is None or place == folder:
+        """Into the one adapter there is, in its dtype; the Trainer's own way may add a second, and makes it float32."""
+        place = adapter_folder(Path(resume_from_checkpoint))
+        if place is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        set_peft_model_state_dict(self.model, load_peft_weights(str(place), device="cpu"))
+        with mendable(f"{place} does not fit the LoRA flags", ConfigError, RuntimeError):
+            set_peft_model_state_dict(self.model, load_peft_weights(str(place), device="cpu"))
+
+    def _load_best_model(self) -> None:
+        """The same way."""
+        if self.state.best_model_checkpoint:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """MMLU's numbers too, under the prefix that the Trainer asks for."""
+        return super()._determine_best_metric(
+            metrics | {f"eval_{name}": value for name, value in metrics.items()}, trial
+        )
 
 
 def build_trainer(
@@ -2388,7 +2483,7 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
     output = Path(config.training.output_dir)
     if trainer.args.should_save:
         output.mkdir(parents=True, exist_ok=True)
-        clear_output(output, everything=config.training.overwrite_output_dir)
+        clear_output(output, config.training.overwrite_output_dir, start.checkpoint)
     state = read_json(start.checkpoint / "trainer_state.json") if start.checkpoint else {"global_step": 0}
     metrics: dict[str, Any] = {}
     if start.checkpoint and not asks_for_more(config, {"step": state["global_step"], "epoch": state["epoch"]}):
@@ -2433,6 +2528,7 @@ def save_final(trainer: QLoRATrainer, output: Path, config: Config) -> None:
         with mendable(f"{output}: the trained weights are not saved", TrainingError):
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
+        name_base(aside, config.model.model_name_or_path)
         for path in sorted(aside.iterdir()):
             flush(path)
             path.replace(output / path.name)
@@ -2485,13 +2581,19 @@ def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
     pyplot.close(figure)
 
 
+def shown_flags(config: Config) -> dict[str, Any]:
+    """Every flag with its value, but no token."""
+    return config.flags | ({"hub_token": "(hidden)"} if config.flags["hub_token"] else {})
+
+
 def model_card(trainer: QLoRATrainer, config: Config) -> str:
     """README.md of the adapter: settings, data and losses, with the metadata block that the hub reads."""
     losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     every = max(1, math.ceil(len(losses) / 20))  # at most 20 rows, the last among them
     losses = losses[(len(losses) - 1) % every :: every]
     rows = "\n".join(f"| {e['step']} | {e.get('loss', '')} | {e.get('eval_loss', '')} |" for e in losses)
-    settings = "\n".join(f"| {name} | `{config.flags[name]}` |" for name in sorted(config.given))
+    flags = shown_flags(config)
+    settings = "\n".join(f"| {name} | `{flags[name]}` |" for name in sorted(config.given))
     base = config.model.model_name_or_path
     kind, library = ("full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
@@ -2535,9 +2637,8 @@ def device_name() -> str:
 
 def run_record(config: Config, derived: dict[str, Any], data: dict[str, Any]) -> str:
     """run.json: enough to repeat the run, and nothing secret."""
-    secret = {"hub_token": "(hidden)"} if config.flags["hub_token"] else {}
     record = {
-        "flags": config.flags | secret,
+        "flags": shown_flags(config),
         "derived": derived,
         "versions": versions() | {"qlora.py": git_commit() or CODE_VERSION},
         "data": data,
@@ -2597,6 +2698,8 @@ def hints(config: Config) -> None:
         (quant.bits != 4 and bool(given & {"quant_type", "double_quant"}),
          f"quant_type and double_quant: without effect, bits is {quant.bits}"),
         (quant.full_finetune and bool(given & lora), "the LoRA flags: without effect in a full fine-tune"),
+        (config.model.adapter_name_or_path is not None and bool(given & lora),
+         "the LoRA flags: an adapter given by adapter_name_or_path keeps its own rank, alpha and layers"),
         (args.lr_scheduler_type == "constant" and "warmup_steps" in given,
          "lr_scheduler_type constant ignores warm-up; constant_with_warmup honours it"),
     ]
@@ -2622,6 +2725,21 @@ def check_fit(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
             log.warning("%s: lower the limits or give --rope_scaling", found)
 
 
+def use(trainer: QLoRATrainer, start: Start, pairs: Splits, config: Config) -> dict[str, Any]:
+    """Evaluate and predict with what was trained or found."""
+    metrics: dict[str, Any] = {}
+    output = config.training.output_dir
+    if config.training.do_eval:
+        metrics |= evaluate(trainer)
+    if config.training.do_predict:
+        if not start.train and start.weights is None:
+            log.warning("no trained adapter in %s: these are the predictions of the base model", output)
+        else:
+            log.info("predicting with %s", f"the adapter just trained, {output}" if start.train else start.weights)
+        metrics |= predict(trainer, pairs.eval, config)
+    return metrics
+
+
 def run(config: Config, stop: Stop) -> int:
     """One run, from checked flags to files. Returns the exit status."""
     args, output = config.training, Path(config.training.output_dir)
@@ -2634,18 +2752,22 @@ def run(config: Config, stop: Stop) -> int:
     if start.note:
         log.info("%s", start.note)
 
-    folder = model_folder(config)
+    with args.main_process_first(desc="converting the model"):
+        folder = model_folder(config)
     model_config = load_model_config(config, folder)
     tokenizer = load_tokenizer(config, model_config, folder)
     with args.main_process_first(desc="reading and encoding the dataset"):
         pairs = load_splits(config)
         splits = encode_splits(pairs, tokenizer, config)
+    if args.do_predict:
+        generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
     statistics = {name: token_statistics(part) for name, part in splits._asdict().items() if part is not None}
     this_run = identity(config, statistics.get("train") if args.do_train else None)
     if start.found:
-        check_identity(start.found, this_run)
+        check_identity(start.found, this_run, args.do_train)
 
+    output.mkdir(parents=True, exist_ok=True)  # a folder that can't be written shows before the model is loaded
     derived = derived_settings(config, start, tokenizer, splits)
     log_block("This run", derived)
     if config.quant.full_finetune and start.weights:
@@ -2656,10 +2778,12 @@ def run(config: Config, stop: Stop) -> int:
     model = make_trainable(model, config, start.weights)
     for line in parameter_report(model):
         log.info("%s", line)
-    trainer = build_trainer(model, tokenizer, splits, questions, this_run, stop, config)
+    with mendable("flags", ConfigError, RuntimeError):
+        trainer = build_trainer(model, tokenizer, splits, questions, this_run, stop, config)
+        if start.train and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those make their own
+            trainer.create_optimizer_and_scheduler(num_training_steps=max(args.max_steps, 1))  # a try of their flags
 
     data = {name: part._asdict() for name, part in statistics.items()}
-    output.mkdir(parents=True, exist_ok=True)
     if args.should_save and (start.train or not (output / "run.json").is_file()):
         write_file(output / "run.json", run_record(config, derived, data))
     metrics: dict[str, Any] = {}
@@ -2670,14 +2794,7 @@ def run(config: Config, stop: Stop) -> int:
             name, step = signal.Signals(stop.signal).name, trainer.state.global_step
             log.warning("stopped by %s at step %d, saved; the same command goes on from there", name, step)
             return 128 + stop.signal
-    if args.do_eval:
-        metrics |= evaluate(trainer)
-    if args.do_predict:
-        if not start.train and start.weights is None:
-            log.warning("no trained adapter in %s: these are the predictions of the base model", output)
-        else:
-            log.info("predicting with %s", f"the adapter just trained, {output}" if start.train else start.weights)
-        metrics |= predict(trainer, pairs.eval, config)
+    metrics |= use(trainer, start, pairs, config)
     finish(config, metrics, time.perf_counter() - began)
     return 0
 
@@ -2695,7 +2812,7 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     log_block("Done", lines | {"seconds": round(seconds), "files": config.training.output_dir})
 
 
-DISK_ERRORS = {"ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "ENAMETOOLONG"}
+DISK_ERRORS = {"ENOENT", "ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "ENAMETOOLONG"}
 MEMORY_ADVICE = (
     "lower --per_device_train_batch_size or --source_max_len and --target_max_len, or keep --gradient_checkpointing on"
 )
@@ -2714,16 +2831,13 @@ def exit_status(error: BaseException) -> tuple[int, str] | None:
     return None
 
 
-QUIET_WARNINGS = (  # of one library about another's code: nothing that a user could do about them
-    ".*(gradient_checkpointing|is_gradient_checkpointing).* is deprecated",
-    "Could not find a config file in",  # peft looks for one beside a .gguf base
-)
+# Of one library about another's code: nothing that a user could do about it.
+QUIET_WARNING = ".*(gradient_checkpointing|is_gradient_checkpointing).* is deprecated"
 
 
 def set_up_logging() -> None:
     """INFO to standard error on rank 0, only errors elsewhere."""
-    for message in QUIET_WARNINGS:
-        warnings.filterwarnings("ignore", message)
+    warnings.filterwarnings("ignore", QUIET_WARNING)
     if not log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 def read(path: Path) -> list[dict[str, str]]:
     """The rows of a predictions.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def main() -> None:
