@@ -521,6 +521,7 @@ OLD = [
     ("fsdp_min_num_params", "100", {}),
     ("push_to_hub_model_id", "mine", {}),
     ("push_to_hub_organization", "ours", {}),
+    ("length_column_name", "size", {}),
 ]
 
 
@@ -714,3 +715,35 @@ def test_help_shows_our_flags_before_the_trainers(capsys, flag):
     trainers = set(starts) - OURS - HELPERS
     assert max(starts[name] for name in OURS) < min(starts[name] for name in trainers)
     assert "%%" not in text and "%(" not in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--max_steps 0", "--max_steps"),
+        ("--seed -1", "--seed"),
+        ("--seed 99999999999", "--seed"),
+        ("--label_smoothing_factor 2", "--label_smoothing_factor"),
+        ("--lora_alpha 0", "--lora_alpha"),
+        ("--lora_alpha inf", "--lora_alpha"),
+        ("--learning_rate -1", "--learning_rate"),
+        ("--weight_decay nan", "--weight_decay"),
+        ("--dataloader_num_workers -1", "--dataloader_num_workers"),
+        ("--eval_dataset_size nan", "--eval_dataset_size"),
+        ("--eval_dataset_size inf", "--eval_dataset_size"),
+        ("--metric_for_best_model foo", "--metric_for_best_model"),
+        ("--metric_for_best_model mmlu_eval_accuracy", "--do_mmlu_eval"),
+        ("--num_beam_groups 2", "--num_beam_groups"),
+        ("--penalty_alpha 0.6", "--penalty_alpha"),
+        ("--temperature -1", "--temperature"),
+        ("--init_lora_weights eva", "--init_lora_weights"),
+    ],
+)
+def test_values_that_can_not_work_are_refused_at_once(flags, named):
+    with pytest.raises(qlora.ConfigError, match=named):
+        parse(*flags.split())
+
+
+def test_a_list_in_a_file_is_a_comma_list(tmp_path):
+    (tmp_path / "run.yaml").write_text("lora_modules: [q_proj, v_proj]\nreport_to: none\n")
+    assert parse(str(tmp_path / "run.yaml")).lora.lora_modules == "q_proj,v_proj"

@@ -627,3 +627,101 @@ def test_more_steps_of_a_completed_full_fine_tune(run_qlora, tmp_path):
     reference = run_qlora(output_dir=tmp_path / "straight", max_steps=6, **flags)
     run_qlora(max_steps=3, **flags)
     assert_equal_runs(run_qlora(max_steps=6, **flags), reference)
+
+
+# ------------------------------------------------------------------------------------
+# What else must survive an interruption
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"eval_strategy": "steps", "eval_steps": 1},  # 4-bit weights that an evaluation must not repack
+        {"lora_dtype": "bfloat16"},
+        {"remove_unused_columns": True},
+    ],
+    ids=str,
+)
+def test_a_rerun_is_exact_also_with(run_qlora, stopped, tmp_path, flags):
+    reference = run_qlora(output_dir=tmp_path / "straight", max_steps=5, **flags)
+    stopped(3, max_steps=5, **flags)
+    assert_equal_runs(run_qlora(max_steps=5, **flags), reference)
+
+
+def test_adapters_keep_their_dtype_over_a_resume(run_qlora, stopped, tmp_path):
+    stopped(3, lora_dtype="bfloat16")
+    run_qlora(lora_dtype="bfloat16")
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_a_picked_checkpoint_leaves_the_newer_ones_aside(run_qlora, stopped, tmp_path):
+    """Else the rerun would go on from the branch that was left."""
+    run_qlora(max_steps=6)
+    picked = {"resume_from_checkpoint": tmp_path / "out/checkpoint-2", "save_total_limit": 1}
+    stopped(3, max_steps=8, **picked)
+    assert steps_kept(tmp_path / "out") == {3}
+    assert len(list((tmp_path / "out").glob("left-checkpoint-*"))) == 2
+    run = run_qlora(max_steps=8, save_total_limit=1)
+    assert "checkpoint-3" in run.stderr and run.json("trainer_state.json")["global_step"] == 8
+
+
+def test_the_best_model_is_taken_over_where_only_completed_is_missing(run_qlora, tmp_path):
+    flags = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    flags |= {"metric_for_best_model": "eval_perplexity", "greater_is_better": True, "learning_rate": 1e-2}
+    run = run_qlora(**flags)
+    best = Path(run.json("trainer_state.json")["best_model_checkpoint"])
+    assert best.name == "checkpoint-1" and same_weights(run.output_dir, best)
+    (run.output_dir / "completed").unlink()
+    assert same_weights(run_qlora(**flags).output_dir, best)
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(run_qlora, tmp_path):
+    run_qlora(eval_strategy="steps", eval_steps=2, **PREDICT)
+    fresh = run_qlora(output_dir=tmp_path / "fresh", bits=16, full_finetune=True)
+    run = run_qlora(bits=16, full_finetune=True, overwrite_output_dir=True)
+    assert run.files() == fresh.files()
+    assert run.json("metrics.json").keys() == fresh.json("metrics.json").keys()
+
+
+def test_a_checkpoint_without_optimizer_is_named(run_qlora, stopped):
+    stopped(3, save_only_model=True)
+    assert "no optimizer state" in run_qlora(save_only_model=True).stderr
+
+
+def test_the_same_model_by_another_path_is_the_same(run_qlora, stopped, models, monkeypatch):
+    stopped(3, model_name_or_path=models("llama"))
+    monkeypatch.chdir(models("llama").parent)
+    assert run_qlora(model_name_or_path=models("llama").name).code == 0
+
+
+def test_no_token_is_written_anywhere(run_qlora):
+    run = run_qlora(hub_token="hf_planted")
+    files = [path for path in run.output_dir.rglob("*") if path.is_file()]
+    assert run.code == 0 and not [path for path in files if b"hf_planted" in path.read_bytes()]
+    assert "hf_planted" not in run.stderr + run.stdout
+
+
+def test_two_processes_train_as_one(models, data_dir, tmp_path):
+    """gloo on a CPU: the files once, the adapter of one process with twice the accumulation."""
+    flags = ["--model_name_or_path", str(models("llama")), "--dataset", str(data_dir / "support.jsonl")]
+    flags += ["--source_max_len", "16", "--target_max_len", "16", "--lora_r", "4", "--max_steps", "3", "--bits", "16"]
+    flags += [
+        "--do_eval",
+        "--do_predict",
+        "--predict_with_generate",
+        "--max_new_tokens",
+        "3",
+        "--learning_rate",
+        "1e-2",
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name, command, accumulated in (("one", [sys.executable], "4"), ("two", launch, "2")):
+        command = [*command, str(ROOT / "qlora.py"), *flags, "--gradient_accumulation_steps", accumulated]
+        subprocess.run([*command, "--output_dir", str(tmp_path / name)], env=environment, check=True, timeout=120)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(one[name], two[name], atol=2e-4) for name in one)
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
+    answers = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two")]
+    assert answers[0].count("\n") == answers[1].count("\n") > 1

@@ -582,3 +582,22 @@ def test_each_failure_of_the_hub_is_one_line(monkeypatch, failure):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     message = data_error("--dataset", "a/b")
     assert "a/b" in message and " ".join(str(failure).split()) in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.json", b'{\n  "input": "a",\n  "output": "b"\n}\n', ":1: not valid JSON"),
+        ("a.json", b'[{"input":1,}]', "not valid JSON"),
+        ("a.jsonl", '{"input": "a", "output": "b"}\n'.encode("utf-16"), ":1: not valid JSON"),
+        ("a.jsonl", b"", "no row in it"),
+        ("a.csv", b"input,output\n", "no row in it"),
+        ("a.jsonl", b"[1]\n[2]\n", "expected"),
+    ],
+    ids=["pretty", "trailing comma", "utf-16", "empty", "header alone", "lists"],
+)
+def test_a_file_of_broken_rows_alone_names_the_first(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(qlora.DataError) as caught:
+        qlora.load_splits(qlora.parse_config(["--dataset", str(tmp_path / name)]))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
