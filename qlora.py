@@ -142,7 +142,7 @@ def one_line(error: BaseException) -> str:
 
 
 # What libraries raise over a user's files and flags; not RuntimeError, which is as often our bug.
-LIBRARY_ERRORS = (
+LIBRARY_ERRORS: tuple[type[Exception], ...] = (
     OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError,
     RecursionError, yaml.YAMLError, zlib.error, SafetensorError,
 )  # fmt: skip
