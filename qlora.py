@@ -748,7 +748,7 @@ def infer_format(columns: Iterable[str], where: str) -> str:
 # ------------------------------------------------------------------------------------
 # 5. Loading: Config -> Splits of pairs
 #
-# Every row of every file becomes {input, output, where, problem}, written once to an Arrow cache. A row that can't be
+# Every row of every file becomes PAIR_COLUMNS, written once to an Arrow cache. A row that can't be
 # used travels with its problem, so that the count survives the cache, and reject_bad_rows stops or skips.
 # To read another kind of file: one function that yields (line, row or RowError), one row in READERS.
 # ------------------------------------------------------------------------------------
@@ -1098,6 +1098,11 @@ def stratified(categories: Sequence[str], count: int) -> tuple[list[int], list[i
     return [row for row in order if row not in held_out], [row for row in order if row in held_out]
 
 
+def without(rows: Any, left_out: list[int]) -> Any:
+    """The rows that do not have these numbers, in their order."""
+    return rows.select(sorted(set(range(len(rows))) - set(left_out)))
+
+
 def reject_bad_rows(rows: Any | None, config: Config) -> Any | None:
     """Rows without a problem. The others stop the run, by a DataError that counts them, or go to rejected.jsonl."""
     if rows is None:
@@ -1116,7 +1121,7 @@ def reject_bad_rows(rows: Any | None, config: Config) -> Any | None:
                     raw = json.loads(row.get("input", "null"))
                     file.write(json.dumps({"where": row["where"], "reason": row["problem"], "row": raw}) + "\n")
         log.warning("%d of %d rows left out, the first: %s; all in %s", len(bad), len(rows), first, rejected)
-        rows = rows.select(sorted(set(range(len(rows))) - set(bad)))
+        rows = without(rows, bad)
     if len(rows) == 0:
         raise DataError(f"--dataset {config.data.dataset}: no row in it that can be used")
     return rows
@@ -1363,7 +1368,7 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
         cut = [i for i, was_cut in enumerate(rows["cut"]) if was_cut]
         if cut and name == "train" and limits.total is not None and config.data.skip_excess_length:
             log.info("%d of %d training rows are longer than %s: left out", len(cut), len(rows), limits)
-            rows = rows.select(sorted(set(range(len(rows))) - set(cut)))
+            rows = without(rows, cut)
             if len(rows) == 0:
                 raise DataError(f"--{limits}: every row is longer; raise it or give --skip_excess_length False")
         elif cut:
@@ -2016,6 +2021,9 @@ def dealt_batches(count: int, runtime: Runtime) -> list[list[int]]:
         return [mine[i : i + runtime.batch_size] for i in range(0, len(mine), runtime.batch_size)]
 
 
+SAMPLING = ("temperature", "top_p", "top_k", "typical_p")  # what the library refuses unless it samples
+
+
 def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """The values that the user gave, with BOS, EOS and pad ids filled in.
 
@@ -2030,9 +2038,7 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
     else:
         values.setdefault("max_new_tokens", chosen.max_new_tokens)
     if not chosen.do_sample:
-        idle = [n for n in ("temperature", "top_p", "top_k", "typical_p") if values.pop(n, None) is not None]
-        if idle:
-            log.warning("%s: without effect on predictions unless --do_sample is given", ", ".join(idle))
+        values = {name: value for name, value in values.items() if name not in SAMPLING}
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     eos = sorted({tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])})
     bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
@@ -2445,7 +2451,9 @@ def build_trainer(
     args = config.training
     if args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
         log.warning("gradient_checkpointing: %s does not support it, nothing is recomputed", type(model).__name__)
-        args = dataclasses.replace(args, gradient_checkpointing=False)
+        names = ("gradient_checkpointing", "activation_checkpointing")  # the later one, where there is one, rules
+        off: dict[str, Any] = {name: False for name in names if hasattr(args, name)}
+        args = dataclasses.replace(args, **off)
     return QLoRATrainer(
         model=model,
         args=args,
@@ -2482,7 +2490,6 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
     """Train, save what was trained, mark the run completed. After a signal only the checkpoint is there."""
     output = Path(config.training.output_dir)
     if trainer.args.should_save:
-        output.mkdir(parents=True, exist_ok=True)
         clear_output(output, config.training.overwrite_output_dir, start.checkpoint)
     state = read_json(start.checkpoint / "trainer_state.json") if start.checkpoint else {"global_step": 0}
     metrics: dict[str, Any] = {}
@@ -2687,6 +2694,7 @@ def hints(config: Config) -> None:
     args, quant, given = config.training, config.quant, config.given
     gpu, half = torch.cuda.is_available(), args.bf16 or args.fp16
     lora = {f.name for f in dataclasses.fields(LoraArguments)} - {"layers_to_freeze", "layer_freeze_ratio"}
+    idle = [name for name in SAMPLING if name in given and not config.generation.do_sample]
     held = "in bf16, with --bf16" if args.bf16 else "in float32, without --bf16"
     # fmt: off
     notes: list[tuple[bool, str]] = [
@@ -2700,6 +2708,8 @@ def hints(config: Config) -> None:
         (quant.full_finetune and bool(given & lora), "the LoRA flags: without effect in a full fine-tune"),
         (config.model.adapter_name_or_path is not None and bool(given & lora),
          "the LoRA flags: an adapter given by adapter_name_or_path keeps its own rank, alpha and layers"),
+        (args.do_predict and bool(idle),
+         f"{', '.join(idle)}: without effect on predictions unless --do_sample is given"),
         (args.lr_scheduler_type == "constant" and "warmup_steps" in given,
          "lr_scheduler_type constant ignores warm-up; constant_with_warmup honours it"),
     ]

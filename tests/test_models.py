@@ -807,3 +807,9 @@ def test_full_finetune_of_quantised_weights_is_an_error(run_qlora, bits):
 def test_full_finetune_of_a_prequantised_checkpoint_is_an_error(models, run_qlora):
     run = run_qlora(model_name_or_path=models("prequantised"), full_finetune=True, bits=16)
     assert "quantised" in error_of(run)
+
+
+def test_a_model_without_gradient_checkpointing_trains_and_says_so(run_qlora, models, monkeypatch):
+    monkeypatch.setattr("transformers.LlamaPreTrainedModel.supports_gradient_checkpointing", False)
+    run = run_qlora(model_name_or_path=models("llama"), max_steps=1)
+    assert run.code == 0 and "nothing is recomputed" in run.stderr
