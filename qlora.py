@@ -12,10 +12,10 @@ its original script (https://github.com/artidoro/qlora), except where the README
 
 The file reads from top to bottom, and a room uses only rooms above it:
 
-     1 Imports          5 Loading      9 LoRA            13 Stages
-     2 Errors           6 Tokenizer   10 Checkpoints     14 Main
-     3 Arguments        7 Encoding    11 Evaluation
-     4 Dataset formats  8 Model       12 Trainer
+     1 Imports          5 Loading      9 LoRA            13 Evaluation
+     2 Errors           6 Tokenizer   10 Fast path       14 Trainer
+     3 Arguments        7 Encoding    11 Plan            15 Stages
+     4 Dataset formats  8 Model       12 Checkpoints     16 Main
 """
 
 # ------------------------------------------------------------------------------------
@@ -34,7 +34,9 @@ import difflib
 import errno
 import gzip
 import hashlib
+import importlib
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
@@ -70,9 +72,12 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate.utils import gather_object
+from bitsandbytes.functional import dequantize_4bit
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import (
@@ -94,10 +99,18 @@ from transformers import (
     enable_full_determinism,
     set_seed,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import speed_metrics
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # without a GPU: the same is done in torch
+    triton = None
 
 log = logging.getLogger("qlora")
 
@@ -211,6 +224,7 @@ class DataArguments:
     model_max_len: int | None = flag(None, "One limit, in tokens, for input and output together; replaces those two.")
     skip_excess_length: bool = flag(True, "With model_max_len: drop longer training rows instead of cutting them.")
     on_bad_rows: Literal["stop", "skip"] = flag("stop", "At a row of no use: stop, or write it to rejected.jsonl.")
+    packing: bool = flag(False, "Fill rows up to the length limit with several examples, each attending to itself.")
     train_on_source: bool = flag(False, "Learn the input tokens too.")
 
 
@@ -263,7 +277,15 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     learning_rate: float = flag(2e-4, "Highest learning rate.")
     remove_unused_columns: bool = flag(False, "Drop columns that the model does not name.")
     max_grad_norm: float = flag(0.3, "Clip the gradient to this norm.")
-    gradient_checkpointing: bool = flag(True, "Recompute activations in the backward pass, to save memory.")
+    gradient_checkpointing: bool = flag(True, "Recompute activations in the backward pass, as far as memory asks.")
+    recompute_layers: str = flag("auto", "How many layers to recompute: auto (what the GPU's memory asks for; all on a "
+        "CPU), all, none or a number.")
+    auto_batch: bool | None = flag(None, "Regroup the rows of an optimizer step into the largest micro-batches that "
+        "fit; the step stays the same. On by default on a GPU.")
+    padding_free: bool = flag(True, "Lay rows end to end instead of padding them, where the model allows it.")
+    fused_lora: bool = flag(True, "Compute base and adapters in fused functions, where they know the layer.")
+    chunked_head: bool = flag(True, "Compute logits only for tokens that are learnt, a few hundred at a time.")
+    liger: bool = flag(True, "Use liger-kernel's norms, activations and rotary embedding, where it has the model.")
     do_train: bool = flag(True, "Train.")
     lr_scheduler_type: str = flag("constant", "Schedule of the learning rate. constant ignores warm-up.")
     warmup_steps: float = flag(0.03, "Warm-up: steps, or below 1 a share of them.")
@@ -1403,32 +1425,100 @@ def token_statistics(rows: Any) -> TokenStatistics:
     return TokenStatistics(hasher.hexdigest()[:16], tokens, learnt, largest, max(rows["length"]))
 
 
-@dataclass
-class CausalLMCollator:
-    """Encoded rows -> tensors of shape (rows, longest row), padded on one side.
+def pad(rows: Sequence[Sequence[int] | torch.Tensor], value: int, side: str) -> torch.Tensor:
+    """Rows of ids as one (rows, longest) tensor."""
+    tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
-    The attention mask comes from the lengths, never from `id != pad`: pad is often EOS, which is learnt.
+
+def padded_prompts(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> dict[str, torch.Tensor]:
+    """Prompts as input_ids and attention_mask, (rows, longest). The mask comes from lengths: pad is often EOS."""
+    return {"input_ids": pad(rows, pad_id, side), "attention_mask": pad([[1] * len(row) for row in rows], 0, side)}
+
+
+@dataclass(frozen=True)
+class Window:
+    """The rows of one optimizer step of one process (or of one evaluation batch), before they are micro-batches."""
+
+    input_ids: list[torch.Tensor]
+    labels: list[torch.Tensor]  # the first of a row is IGNORE: nothing predicts it
+    rows: list[int]  # how many of the above each row of the dataset holds: 1, or more where rows are packed
+    where: list[str]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each."""
+        return [len(ids) for ids in self.input_ids]
+
+
+def collate_window(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows of a dataset, packed or not -> {lengths (rows,), labels (tokens,), window}; the labels are for counting."""
+    packs = [row.get("pack", [row]) for row in rows]
+    members = [member for pack in packs for member in pack]
+    ids = [torch.tensor(member["input_ids"]) for member in members]
+    labels = [torch.tensor([IGNORE, *member["labels"][1:]]) for member in members]
+    where = [member.get("where", "") for member in members]
+    window = Window(ids, labels, [len(pack) for pack in packs], where)
+    return {"lengths": torch.tensor([sum(map(len, ids))] * len(rows)), "labels": torch.cat(labels), "window": window}
+
+
+def micro_batches(window: Window, rows: int | None, tokens: int, padded: bool) -> list[list[int]]:
+    """Which members of a window go through the model together.
+
+    Args:
+        window: the members.
+        rows: at most so many rows of the dataset together, in their order; None for as many as fit.
+        tokens: at most so many, padding included, unless one member alone has more.
+        padded: whether members are padded to the longest.
     """
+    lengths, numbers = window.lengths, list(range(len(window.input_ids)))
+    if rows is None:
+        if padded:
+            numbers.sort(key=lambda i: -lengths[i])
+        else:  # even shares
+            tokens = math.ceil(sum(lengths) / max(1, math.ceil(sum(lengths) / tokens)) * 1.02)
+        groups = [numbers]
+    else:
+        ends = [0, *itertools.accumulate(window.rows)]
+        groups = [numbers[ends[i] : ends[min(i + rows, len(window.rows))]] for i in range(0, len(window.rows), rows)]
+    made = []
+    for group in groups:
+        batch: list[int] = []
+        for i in group:
+            both = [lengths[j] for j in (*batch, i)]
+            if batch and (max(both) * len(both) if padded else sum(both)) > tokens:
+                made.append(batch)
+                batch = []
+            batch.append(i)
+        made.append(batch)
+    return made
 
-    pad_id: int
-    side: str = "right"
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Keys: input_ids, attention_mask, labels (where the rows have them), where (ditto: a list of strings)."""
-        batch: dict[str, Any] = {
-            "input_ids": self._pad([row["input_ids"] for row in rows], self.pad_id),
-            "attention_mask": self._pad([[1] * len(row["input_ids"]) for row in rows], 0),
-        }
-        if "labels" in rows[0]:
-            # nothing predicts the first token of a row, and the Trainer must not count it
-            batch["labels"] = self._pad([[IGNORE, *row["labels"][1:]] for row in rows], IGNORE)
-        if "where" in rows[0]:
-            batch["where"] = [row["where"] for row in rows]
-        return batch
+def padded_batch(window: Window, members: list[int], pad_id: int, side: str) -> dict[str, Any]:
+    """Members of a window in rows of one length, and which positions predict what."""
+    ids, labels = ([part[i] for i in members] for part in (window.input_ids, window.labels))
+    mask = pad([torch.ones_like(row) for row in ids], 0, side)
+    return {"input_ids": pad(ids, pad_id, side), "attention_mask": mask, **learnt(pad(labels, IGNORE, side).flatten())}
 
-    def _pad(self, rows: list[list[int]], value: int) -> torch.Tensor:
-        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=self.side)
+
+def end_to_end_batch(window: Window, members: list[int]) -> dict[str, Any]:
+    """Members of a window as one row without padding; positions begin anew in each."""
+    ids, labels = ([part[i] for i in members] for part in (window.input_ids, window.labels))
+    lengths = torch.tensor([len(row) for row in ids])
+    starts = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = int(lengths.max())
+    return {
+        "input_ids": torch.cat(ids).unsqueeze(0),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()]).unsqueeze(0),
+        "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest,
+        **learnt(torch.cat(labels)),
+    }  # fmt: skip
+
+
+def learnt(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Flat labels -> the positions that predict a labelled token, and those tokens."""
+    positions = (labels[1:] != IGNORE).nonzero().squeeze(1)
+    return {"positions": positions, "targets": labels[positions + 1]}
 
 
 # ------------------------------------------------------------------------------------
@@ -1448,12 +1538,18 @@ def load_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.training.bf16 else torch.float32
 
 
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the later name, where there is one, rules
 ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # what `accelerate launch` sets
+
+
+def is_sharded(config: Config) -> bool:
+    """Whether an engine, FSDP or DeepSpeed, spreads the model's weights."""
+    return bool(config.training.deepspeed or config.training.fsdp or "true" in map(os.environ.get, ENGINES))
 
 
 def device_map(config: Config) -> Any:
     """Where the layers go: all on this process's GPU, over all GPUs of a lone process, or the CPU."""
-    if config.training.deepspeed or config.training.fsdp or "true" in map(os.environ.get, ENGINES):
+    if is_sharded(config):
         return None  # the engine places them
     if config.training.use_cpu or not torch.cuda.is_available():
         return {"": "cpu"}
@@ -1772,7 +1868,778 @@ def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) 
 
 
 # ------------------------------------------------------------------------------------
-# 10. Checkpoints: whole or absent
+# 10. Fast path: the same numbers from fewer, larger operations
+#
+# What enters is a model with adapters; what leaves computes the same, in less time and memory. Four parts, each alone:
+# base and adapters of the layers that share an input in one autograd function; recomputation of whole layers; attention
+# over rows that lie end to end; cross-entropy that never holds all logits. What a part does not know keeps the
+# library's own way. A frozen layer costs 2N FLOP a token forward and 2N backward; everything here is about the rest.
+# ------------------------------------------------------------------------------------
+if triton is not None:
+
+    @triton.jit
+    def _dequantise_4bit_kernel(
+        packed, absmax, code, nested_code, nested_absmax, offset, out, blocks,
+        BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # one row is one block of weights
+        there = row < blocks
+        if NESTED:
+            scale = tl.load(nested_code + tl.load(absmax + row, mask=there, other=0).to(tl.int32))
+            scale = scale * tl.load(nested_absmax + row // NESTED_BLOCK, mask=there, other=0.0) + tl.load(offset)
+        else:
+            scale = tl.load(absmax + row, mask=there, other=0.0)
+        half = tl.arange(0, BLOCK // 2)
+        where = row[:, None].to(tl.int64) * (BLOCK // 2) + half[None, :]
+        pair = tl.load(packed + where, mask=there[:, None], other=0).to(tl.int32)
+        high = tl.load(code + (pair >> 4)) * scale[:, None]  # the first of two weights lies in the high half
+        low = tl.load(code + (pair & 15)) * scale[:, None]
+        both = tl.interleave(high, low).to(out.dtype.element_ty)
+        column = tl.arange(0, BLOCK)
+        tl.store(out + row[:, None].to(tl.int64) * BLOCK + column[None, :], both, mask=there[:, None])
+
+    @triton.jit
+    def _cross_entropy_kernel(logits, targets, losses, columns, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        logits += row * columns
+        target = tl.load(targets + row)
+        highest, total = float("-inf"), 0.0
+        for start in range(0, columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + column, mask=column < columns, other=float("-inf")).to(tl.float32)
+            above = tl.maximum(highest, tl.max(x))
+            total = total * tl.exp(highest - above) + tl.sum(tl.exp(x - above))
+            highest = above
+        logsumexp = highest + tl.log(total)
+        tl.store(losses + row, logsumexp - tl.load(logits + target).to(tl.float32))
+        if GRADIENT:
+            tl.debug_barrier()
+            for start in range(0, columns, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                x = tl.load(logits + column, mask=column < columns, other=float("-inf")).to(tl.float32)
+                gradient = tl.exp(x - logsumexp) - tl.where(column == target, 1.0, 0.0)
+                tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < columns)
+
+
+def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A linear layer's weight, (out, in), from 4, 8 or 16 bits."""
+    weight, state = base.weight, getattr(base.weight, "quant_state", None)
+    if state is None:
+        if weight.dtype != torch.int8:
+            return weight.to(dtype)
+        whole = base.state if base.state.CB is not None else weight  # where bitsandbytes keeps it before and after use
+        return torch.mul(whole.CB, (whole.SCB / 127.0)[:, None], out=torch.empty_like(whole.CB, dtype=dtype))
+    if triton is None or not weight.is_cuda or weight.numel() * 2 % state.blocksize:
+        return dequantize_4bit(weight.data, state).to(dtype)
+    out = torch.empty(state.shape, dtype=dtype, device=weight.device)
+    nested = state.state2 if state.nested else None
+    blocks, rows = out.numel() // state.blocksize, 32
+    _dequantise_4bit_kernel[(triton.cdiv(blocks, rows),)](
+        weight.data, state.absmax, state.code,
+        nested.code if nested else state.code, nested.absmax if nested else state.absmax,
+        state.offset if nested else state.code, out, blocks,
+        BLOCK=state.blocksize, NESTED_BLOCK=nested.blocksize if nested else 1, NESTED=nested is not None, ROWS=rows,
+        enable_fp_fusion=False,  # bitsandbytes rounds the product before it adds
+    )  # fmt: skip
+    return out
+
+
+class FusedLinear(NamedTuple):
+    """A linear layer and its one adapter, as the functions below use them."""
+
+    module: Any  # peft's layer
+    base: Any
+    down: Any  # lora_A, (r, in)
+    up: Any  # lora_B, (out, r)
+    scaling: float
+    dropout: float
+    stock: Callable[..., torch.Tensor]  # peft's own forward
+
+    def parameters(self) -> tuple[Any, Any, Any]:
+        """What may train: lora_A, lora_B and the base's bias."""
+        return self.down.weight, self.up.weight, self.base.bias
+
+    def applies(self, x: torch.Tensor) -> bool:
+        """Not for a few tokens, where bitsandbytes multiplies without unpacking, nor with the adapter switched off."""
+        return x.numel() >= 16 * x.shape[-1] and not (self.module.disable_adapters or self.module.merged)
+
+
+class Products(NamedTuple):
+    """What the layers of one input computed, and what their backward pass needs."""
+
+    outputs: list[torch.Tensor]  # (tokens, out) each
+    thin: torch.Tensor  # (tokens, sum of ranks): scaling * dropout(x) lora_A^T
+    masks: list[torch.Tensor]  # of the dropout, (tokens, in) each; empty without
+
+
+Parameters = Sequence[torch.Tensor | None]  # lora_A, lora_B, bias of one layer after the other
+
+
+def scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    """Write scale * a @ b into `out`, without a pass over the product."""
+    torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
+def gradient_mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Multiply to the gradient of a parameter; on a GPU summed and kept in the parameter's float32."""
+    if a.is_cuda and dtype == torch.float32 and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def ranks(params: Parameters) -> list[slice]:
+    """Which columns of `thin` are whose."""
+    ends = list(itertools.accumulate(a.shape[0] for a in params[::3] if a is not None))
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def forward_products(
+    x: torch.Tensor, layers: Sequence[FusedLinear], params: Parameters, only_thin: bool = False
+) -> Products:
+    """W x + bias + scaling * B A dropout(x) of every layer, x of shape (tokens, in)."""
+    dtype, columns, masks = x.dtype, ranks(params), []
+    drops = any(layer.dropout and layer.module.training for layer in layers)
+    thin = x.new_empty(x.shape[0], columns[-1].stop)
+    if not drops and len({layer.scaling for layer in layers}) == 1:
+        down = torch.cat([a for a in params[::3] if a is not None]).to(dtype)
+        scaled_mm(x, down.t(), layers[0].scaling, thin)
+    else:
+        for layer, a, column in zip(layers, params[::3], columns, strict=True):
+            assert a is not None
+            dropped = x
+            if drops:
+                dropped, mask = torch.native_dropout(x, layer.dropout, True)
+                masks.append(mask)
+            scaled_mm(dropped, a.to(dtype).t(), layer.scaling, thin[:, column])
+    outputs = []
+    for layer, b, bias, column in zip(layers, params[1::3], params[2::3], columns, strict=True):
+        assert b is not None
+        if only_thin:  # nobody reads this output; if somebody did, the loss would not be finite
+            outputs.append(x.new_full((x.shape[0], b.shape[0]), math.nan))
+            continue
+        out = F.linear(x, dense_weight(layer.base, dtype), None if bias is None else bias.to(dtype))
+        outputs.append(out.addmm_(thin[:, column], b.to(dtype).t()))
+    return Products(outputs, thin, masks)
+
+
+def backward_products(
+    grads: Sequence[torch.Tensor], x: torch.Tensor, made: Products, layers: Sequence[FusedLinear], params: Parameters,
+    wants_x: bool,
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:  # fmt: skip
+    """Gradients of x and of the parameters, from those of the outputs."""
+    dtype, columns = x.dtype, ranks(params)
+    d_thin = torch.empty_like(made.thin)
+    of_params: list[torch.Tensor | None] = []
+    for layer, grad, a, b, bias, column in zip(
+        layers, grads, params[::3], params[1::3], params[2::3], columns, strict=True
+    ):
+        assert a is not None and b is not None
+        scaled_mm(grad, b.to(dtype), layer.scaling, d_thin[:, column])
+        d_b = gradient_mm(grad.t(), made.thin[:, column], b.dtype)
+        of_params += [None, d_b, grad.sum(0).to(bias.dtype) if bias is not None and bias.requires_grad else None]
+    d_x: torch.Tensor | None = None
+    if wants_x:
+        for layer, grad in zip(layers, grads, strict=True):
+            weight = dense_weight(layer.base, dtype)
+            d_x = grad @ weight if d_x is None else d_x.addmm_(grad, weight)
+            del weight
+    if not made.masks:
+        down = torch.cat([a for a in params[::3] if a is not None])
+        of_params[::3] = gradient_mm(d_thin.t(), x, down.dtype).split([c.stop - c.start for c in columns])
+        if d_x is not None:
+            d_x.addmm_(d_thin, down.to(dtype))
+        return d_x, of_params
+    for i, (layer, mask, a, column) in enumerate(zip(layers, made.masks, params[::3], columns, strict=True)):
+        assert a is not None
+        keep = mask.to(dtype) / (1 - layer.dropout)
+        of_params[3 * i] = gradient_mm(d_thin[:, column].t(), x * keep, a.dtype)
+        if d_x is not None:
+            d_x += (d_thin[:, column] @ a.to(dtype)).mul_(keep)
+    return d_x, of_params
+
+
+class FusedLoRA(torch.autograd.Function):
+    """The layers that share one input: its gradient is summed in place, their thin products are one.
+
+    LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685. Only x and the thin products are kept for the backward pass;
+    the weights are unpacked again there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layers: Sequence[FusedLinear], *params: torch.Tensor | None) -> Any:
+        """Takes x (tokens, in) in the compute dtype -> one (tokens, out) for each layer."""
+        made = forward_products(x, layers, params)
+        ctx.layers = layers
+        ctx.save_for_backward(x, made.thin, *params, *made.masks)
+        return tuple(made.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """Gradients of x and of every parameter."""
+        x, thin, *rest = ctx.saved_tensors
+        count = 3 * len(ctx.layers)
+        made = Products([], thin, rest[count:])
+        d_x, of_params = backward_products(grads, x, made, ctx.layers, rest[:count], ctx.needs_input_grad[0])
+        return d_x, None, *of_params
+
+
+class GatedAct(NamedTuple):
+    """The product act(gate) * up, and from its gradient those of gate and up, which it may overwrite."""
+
+    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+def _gated(act: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return act(gate) * up
+
+
+def _gated_backward(act: Any, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    with torch.enable_grad():
+        gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+        return torch.autograd.grad(act(gate) * up, (gate, up), grad)
+
+
+def _liger_gated(kernel: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return kernel(gate, up)[2]
+
+
+def _liger_gated_backward(
+    kernel: Any, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return kernel(gate, up, grad)
+
+
+def gated_act(act: torch.nn.Module, liger: bool) -> GatedAct:
+    """Kernels of liger's where they are wanted and know the activation, else torch's own."""
+    kind = {"SiLUActivation": "swiglu", "SiLU": "swiglu", "GELUTanh": "geglu"}.get(type(act).__name__)
+    if not liger or kind is None:
+        return GatedAct(partial(_gated, act), partial(_gated_backward, act))
+    kernels = importlib.import_module(f"liger_kernel.ops.{kind}")
+    forward, backward = getattr(kernels, f"{kind}_forward"), getattr(kernels, f"{kind}_backward")
+    return GatedAct(partial(_liger_gated, forward), partial(_liger_gated_backward, backward))
+
+
+class FusedMLP(torch.autograd.Function):
+    """A gated MLP, down(act(gate(x)) * up(x)), that keeps x, gate and up and computes the middle again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, act: GatedAct, layers: Sequence[FusedLinear], *params: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Takes x (tokens, hidden) -> (tokens, hidden). While a layer is recomputed nobody reads the result."""
+        first = forward_products(x, layers[:2], params[:6])
+        gate, up = first.outputs
+        last = forward_products(act.forward(gate, up), layers[2:], params[6:], only_thin=Recompute.skips_last)
+        ctx.layers, ctx.act, ctx.masks = layers, act, len(first.masks)
+        ctx.save_for_backward(x, gate, up, first.thin, last.thin, *params, *first.masks, *last.masks)
+        return last.outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """Gradients of x and of every parameter."""
+        x, gate, up, thin, last_thin, *rest = ctx.saved_tensors
+        params, masks = rest[:9], rest[9:]
+        hidden = ctx.act.forward(gate, up)
+        last = Products([], last_thin, masks[ctx.masks :])
+        d_hidden, of_last = backward_products(grads, hidden, last, ctx.layers[2:], params[6:], True)
+        del hidden
+        d_pair = ctx.act.backward(d_hidden, gate, up)
+        first = Products([], thin, masks[: ctx.masks])
+        d_x, of_first = backward_products(d_pair, x, first, ctx.layers[:2], params[:6], ctx.needs_input_grad[0])
+        return d_x, None, None, *of_first, *of_last
+
+
+class FusedGroup:
+    """The adapted layers that an attention block applies to one input: the first call computes for all of them."""
+
+    def __init__(self, layers: list[FusedLinear]) -> None:
+        self.layers = layers
+        self.source: torch.Tensor | None = None
+        self.waiting: dict[int, torch.Tensor] = {}
+
+    def forward(self, index: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """In place of one layer's forward."""
+        layer = self.layers[index]
+        if args or kwargs or not layer.applies(x):
+            return layer.stock(x, *args, **kwargs)
+        if self.source is not x or index not in self.waiting:
+            params = [parameter for one in self.layers for parameter in one.parameters()]
+            flat = x.reshape(-1, x.shape[-1]).to(matmul_dtype(x))
+            made = FusedLoRA.apply(flat, self.layers, *params)
+            self.source, self.waiting = x, dict(enumerate(made))
+        out = self.waiting.pop(index)
+        if not self.waiting:
+            self.source = None
+        return out.view(*x.shape[:-1], -1)
+
+
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of products with x: autocast's, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def fused_mlp(module: Any, act: GatedAct, layers: Sequence[FusedLinear], x: torch.Tensor) -> torch.Tensor:
+    """In place of a gated MLP's forward."""
+    if not layers[0].applies(x):
+        return type(module).forward(module, x)
+    params = [parameter for layer in layers for parameter in layer.parameters()]
+    flat = x.reshape(-1, x.shape[-1]).to(matmul_dtype(x))
+    return FusedMLP.apply(flat, act, layers, *params).view(*x.shape[:-1], -1)
+
+
+GATED_MLP = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
+SHARED_INPUT = ("q_proj", "k_proj", "v_proj")  # as most families call them
+
+
+def fusible(module: Any) -> FusedLinear | None:
+    """An adapted layer as the functions above take it; None for what they do not know (DoRA, a bias in lora_B, ...)."""
+    name = next(iter(module.active_adapters), "")
+    base = module.get_base_layer()
+    down, up = (dict(layers).get(name) for layers in (module.lora_A, module.lora_B))
+    linear = isinstance(base, torch.nn.Linear) and type(down) is type(up) is torch.nn.Linear
+    if len(module.active_adapters) != 1 or not linear or name in module.lora_variant or up.bias is not None:
+        return None
+    dropout = getattr(module.lora_dropout[name], "p", 0.0)
+    return FusedLinear(module, base, down, up, module.scaling[name], dropout, module.forward)
+
+
+def fuse_adapters(model: Any, liger: bool) -> list[str]:
+    """Give every adapted layer that is known the functions above; returns the names of the others."""
+    found = {name: fusible(m) for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    known = {name: layer for name, layer in found.items() if layer is not None}
+    for name, module in model.named_modules():
+        parts = [known.get(f"{name}.{leaf}") for leaf in ("gate_proj", "up_proj", "down_proj")]
+        if all(parts) and GATED_MLP in inspect.getsource(type(module).forward):
+            module.forward = partial(fused_mlp, module, gated_act(module.act_fn, liger), parts)
+    groups: dict[str, list[FusedLinear]] = defaultdict(list)
+    for name, layer in known.items():
+        owner, _, leaf = name.rpartition(".")
+        groups[owner if leaf in SHARED_INPUT else name].append(layer)
+    for layers in groups.values():
+        group = FusedGroup(layers)
+        for index, layer in enumerate(layers):
+            layer.module.forward = partial(group.forward, index)
+    return sorted(found.keys() - known.keys())
+
+
+class Recompute(torch.autograd.Function):
+    """Keep a layer's input alone and compute the layer again in the backward pass (Chen et al. 2016, 1604.06174).
+
+    What a gated MLP multiplies last is only added to the residual, so its second computation is left out where the
+    layer's structure allows that: 22 % of the repeated products of a 7B model.
+    """
+
+    skips_last = False  # while a layer is computed again
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, skip: bool, anchor: torch.Tensor, hidden: torch.Tensor, *args: Any) -> Any:
+        """`anchor` requires a gradient, so that this is on the tape even where `hidden` does not need one."""
+        ctx.run, ctx.skip, ctx.args = run, skip, args
+        kind = hidden.device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.rng = random_state(hidden.device)
+        ctx.save_for_backward(hidden)
+        return run(hidden, *args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """Compute again, with a tape, from the same random numbers."""
+        (saved,) = ctx.saved_tensors
+        hidden = saved.detach().requires_grad_(ctx.needs_input_grad[3])
+        kind, dtype, enabled = ctx.autocast
+        now = random_state(hidden.device)
+        set_random_state(hidden.device, ctx.rng)
+        Recompute.skips_last = ctx.skip
+        try:
+            with torch.enable_grad(), torch.autocast(kind, dtype, enabled):
+                made = ctx.run(hidden, *ctx.args)
+        finally:
+            Recompute.skips_last = False
+            set_random_state(hidden.device, now)
+        outputs = made if isinstance(made, tuple) else (made,)
+        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+        torch.autograd.backward(*zip(*pairs, strict=True))
+        return None, None, None, hidden.grad, *(None for _ in ctx.args)
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """The generator's state that dropout on this device draws from."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_random_state(device: torch.device, state: torch.Tensor) -> None:
+    """The counterpart of random_state."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+def recompute(skip: bool, anchor: torch.Tensor, run: Any, hidden: torch.Tensor, *args: Any) -> Any:
+    """What a decoder layer of transformers calls in place of itself."""
+    return Recompute.apply(run, skip, anchor, hidden, *args)
+
+
+END_TO_END = "end_to_end"  # the name of our attention among transformers'
+
+
+def end_to_end_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, cu_seq_lens_q: Any = None,
+    max_length_q: int = 0, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Causal attention of rows that lie end to end, each to itself.
+
+    Args:
+        module: transformers' attention block.
+        query, key, value: (1, heads, tokens, dim); fewer heads in key and value for grouped queries.
+        attention_mask: not used, the rows' lengths tell all.
+        scaling: of the scores; None for 1 / sqrt(dim).
+        dropout: of the attention weights.
+        sliding_window: tokens that one attends to, itself among them.
+        cu_seq_lens_q: (rows + 1,), where each row begins, and the end.
+        max_length_q: the longest row.
+        kwargs: what other kernels take.
+
+    Returns:
+        (1, tokens, heads, dim), and None for the weights.
+    """
+    q, k, v = (tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value))  # (tokens, heads, dim)
+    kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] in range(8, 257, 8)
+    if kernel and not dropout:
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        grouped = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
+        out = varlen_attn(
+            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+            scale=scaling, window_size=window, **grouped,
+        )  # fmt: skip
+        return out.unsqueeze(0), None
+    pieces = []
+    for start, end in itertools.pairwise(cu_seq_lens_q.tolist()):
+        row = [tensor[start:end].transpose(0, 1).unsqueeze(0) for tensor in (q, k, v)]
+        mask = None
+        if sliding_window is not None and end - start > sliding_window:
+            ones = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device)
+            mask = ones.tril().triu(1 - sliding_window)
+        piece = F.scaled_dot_product_attention(
+            *row, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
+        pieces.append(piece.squeeze(0).transpose(0, 1))
+    return torch.cat(pieces).unsqueeze(0), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(END_TO_END, end_to_end_attention)  # and no mask under that name: none is made
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of a linear head, summed over tokens, with the logits of a few hundred tokens at a time.
+
+    The gradients are computed in the forward pass, from each chunk's logits while they are there (as in Liger Kernel,
+    Hsu et al. 2024, https://arxiv.org/abs/2410.10989).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
+        post: Callable[[torch.Tensor], torch.Tensor] | None, smoothing: float,
+    ) -> torch.Tensor:  # fmt: skip
+        """Takes hidden (tokens, dim), weight (vocabulary, dim), targets (tokens,) -> the sum, in float32."""
+        wants, precise = ctx.needs_input_grad, torch.promote_types(hidden.dtype, torch.float32)
+        kernel = triton is not None and hidden.is_cuda and post is None and not smoothing
+        dense = weight.to(hidden.dtype)
+        rows = max(1, 2**27 // (weight.shape[0] * (hidden.element_size() if kernel else 8)))
+        total = torch.zeros((), dtype=precise, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if wants[0] else None
+        d_weight = torch.zeros_like(weight, dtype=precise) if wants[1] else None
+        d_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and wants[2] else None
+        for start in range(0, hidden.shape[0], rows):
+            part, chosen = hidden[start : start + rows], targets[start : start + rows]
+            logits = F.linear(part, dense, None if bias is None else bias.to(hidden.dtype))
+            if kernel:
+                losses = torch.empty(len(part), dtype=precise, device=hidden.device)
+                _cross_entropy_kernel[(len(part),)](
+                    logits, chosen, losses, logits.shape[1], GRADIENT=any(wants), BLOCK=4096, num_warps=8
+                )
+                total += losses.sum()
+                gradient = logits
+            else:
+                with torch.enable_grad():
+                    logits.requires_grad_(any(wants))
+                    wide = logits.to(precise) if post is None else post(logits.to(precise))
+                    loss = F.cross_entropy(wide, chosen, reduction="sum", label_smoothing=smoothing)
+                total += loss.detach()
+                gradient = torch.autograd.grad(loss, logits)[0] if any(wants) else logits
+                del wide, loss
+            if d_hidden is not None:
+                torch.mm(gradient, dense, out=d_hidden[start : start + rows])
+            if d_weight is not None:
+                d_weight += gradient.t() @ part
+            if d_bias is not None:
+                d_bias += gradient.sum(0)
+        ctx.kept = (
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        )
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """What the forward pass found, times the gradient of the sum."""
+        return *(None if kept is None else kept * grads[0].to(kept.dtype) for kept in ctx.kept), None, None, None
+
+
+# What models do to the logits that their head returns, by the entry of their config that says so.
+LOGIT_RULES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "final_logit_softcapping": lambda logits, cap: cap * torch.tanh(logits / cap),
+    "logits_scaling": lambda logits, scale: logits / scale,
+    "logit_scale": lambda logits, scale: logits * scale,
+}
+
+
+class FastPath(NamedTuple):
+    """Which parts of the fast path a model takes; none of them by default."""
+
+    attention: str | None = None  # the kernel for rows that lie end to end; None where they are padded
+    head: Any | None = None  # the output head, where its logits are computed in chunks
+    post: Callable[[torch.Tensor], torch.Tensor] | None = None  # what the model does to its logits
+    skips_last: bool = False  # whether a recomputed layer may leave out its last product
+
+
+def head_rule(model: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What the model does to its logits, or None for nothing."""
+    config = model.config.get_text_config()
+    rules = [(rule, getattr(config, name, None)) for name, rule in LOGIT_RULES.items()]
+    chosen = [(rule, value) for rule, value in rules if value not in (None, 1, 1.0)]
+    return partial(_apply_rules, chosen) if chosen else None
+
+
+def _apply_rules(rules: Any, logits: torch.Tensor) -> torch.Tensor:
+    for rule, value in rules:
+        logits = rule(logits, value)
+    return logits
+
+
+def _catch(caught: list[torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    caught.append(hidden)
+    return hidden[..., :1]
+
+
+@contextlib.contextmanager
+def without_head(head: Any) -> Iterator[list[torch.Tensor]]:
+    """The model without its output head for a while; what would have gone into the head is put into the list."""
+    caught: list[torch.Tensor] = []
+    head.forward = partial(_catch, caught)
+    try:
+        yield caught
+    finally:
+        del head.forward
+
+
+@contextlib.contextmanager
+def attention_of(model: Any, kernel: str | None) -> Iterator[None]:
+    """Another attention kernel for a while."""
+    config = model.config.get_text_config()
+    own = config._attn_implementation
+    try:
+        if kernel:
+            config._attn_implementation = kernel
+        yield
+    finally:
+        config._attn_implementation = own
+
+
+def summed_loss(model: Any, fast: FastPath, batch: Mapping[str, Any], smoothing: float = 0.0) -> torch.Tensor:
+    """Cross-entropy of the labelled tokens of a batch, summed, in float32."""
+    inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
+    positions, targets = batch["positions"], batch["targets"]
+    if fast.head is None:
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+        # only these rows of the logits become float32: a quarter of them where the prompt is three quarters
+        chosen, on = logits[positions.to(logits.device)].float(), targets.to(logits.device)
+        return F.cross_entropy(chosen, on, reduction="sum", label_smoothing=smoothing)
+    with without_head(fast.head) as caught:
+        model(**inputs, use_cache=False)
+    hidden = caught[0].flatten(0, 1)
+    hidden = hidden[positions.to(hidden.device)].to(matmul_dtype(hidden))
+    weight, bias = fast.head.weight, fast.head.bias
+    return ChunkedCrossEntropy.apply(hidden, weight, bias, targets.to(hidden.device), fast.post, smoothing)
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The layers that can be recomputed one by one."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
+    """Recompute the first `count` layers: the backward pass reaches them last, when the others' memory is free."""
+    layers = decoder_layers(model)
+    anchor = torch.zeros(1, requires_grad=True)
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = i < count
+        layer._gradient_checkpointing_func = partial(recompute, fast.skips_last, anchor)
+
+
+def apply_liger(model: Any, config: Config) -> bool:
+    """Norms and rotary embedding of liger-kernel and rotary embedding, where it is wanted, installed and has the model."""
+    if not config.training.liger or triton is None or not torch.cuda.is_available():
+        return False
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as patches
+    except ImportError:
+        log.info("liger-kernel is not installed: norms, rotary embedding and activations are torch's, a tenth slower")
+        return False
+    patch = patches.get(model.config.model_type)
+    if patch is None:
+        log.info("liger-kernel does not have %s: norms and rotary embedding are torch's", model.config.model_type)
+        return False
+    known = inspect.signature(patch).parameters
+    parts = {name: name in ("rope", "rms_norm", "layer_norm") for name in known if known[name].annotation is bool}
+    patch(model=model, **parts)
+    return True
+
+
+def end_to_end_kernel(model: Any, config: Config) -> str | None:
+    """The attention kernel for rows that lie end to end, or None, with a line that says why they are padded."""
+    wanted = attention_kernel(config)
+    if not config.training.padding_free:
+        return None
+    if wanted == "flash_attention_2":
+        return wanted
+    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+    if wanted is None and model._supports_sdpa and model._supports_attention_backend and takes_positions:
+        return END_TO_END
+    why = (
+        f"attn_implementation {wanted}" if wanted else f"{type(model).__name__} does not take rows that lie end to end"
+    )
+    log.info("rows are padded: %s", why)
+    return None
+
+
+def logits_at(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Logits of the labelled tokens of a batch, (learnt, vocabulary), in float32, by the ways that `fast` names."""
+    inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
+    if fast.head is None:
+        return model(**inputs, use_cache=False).logits.flatten(0, 1)[batch["positions"]].float()
+    with without_head(fast.head) as caught:
+        model(**inputs, use_cache=False)
+    hidden = caught[0].flatten(0, 1)[batch["positions"]]
+    logits = F.linear(hidden.to(fast.head.weight.dtype), fast.head.weight, fast.head.bias).float()
+    return logits if fast.post is None else fast.post(logits)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two ways of computing logits agree within bf16's rounding, which is about a hundredth."""
+    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
+    return bool((a - b).norm() <= 0.05 * a.norm())
+
+
+def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
+    """What of the fast path a model takes: each part is tried on a few tokens and left out where the numbers differ.
+
+    Args:
+        model: with adapters, or for a full fine-tune as it is.
+        base: the model inside.
+        config: the flags.
+    """
+    kernel, head = end_to_end_kernel(base, config), base.get_output_embeddings()
+    if not config.training.chunked_head or type(head) is not torch.nn.Linear:
+        head = None
+    embedding = base.get_input_embeddings()
+    device, generator = embedding.weight.device, torch.Generator().manual_seed(0)
+    ids = [torch.randint(embedding.num_embeddings, (n,), generator=generator).tolist() for n in (13, 19, 13)]
+    a, b, c = ({"input_ids": row, "labels": row} for row in ids)
+    windows = [collate_window(rows)["window"] for rows in ([a, b], [c, b])]
+    fast, name, training, dtype = FastPath(), type(base).__name__, model.training, compute_dtype(config)
+    model.eval()
+    with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
+        batch = on_device(padded_batch(windows[0], [0, 1], 0, "right"), device)
+        known = logits_at(model, fast, batch)
+        with_head = fast._replace(head=head, post=head_rule(base))
+        if head is not None and same(known, logits_at(model, with_head, batch)):
+            fast = with_head
+        elif head is not None:
+            log.info("logits are computed whole: %s changes them in a way of its own", name)
+        with attention_of(base, kernel):
+            flat = [on_device(end_to_end_batch(window, [0, 1]), device) for window in windows]
+            found = [logits_at(model, fast, batch) for batch in flat] if kernel else []
+        if kernel and same(known, found[0]) and torch.equal(found[0][12:], found[1][12:]):
+            fast = fast._replace(attention=kernel)
+        elif kernel:
+            log.info("rows are padded: in %s rows that lie end to end would see each other", name)
+    model.train(training)
+    return fast
+
+
+def on_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
+    """A batch with its tensors there."""
+    return {name: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+
+
+def skipping_is_safe(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) -> bool:
+    """Whether a recomputed layer may leave out its last product: it puts NaN there, which must not reach a gradient."""
+    set_recomputed(base, len(decoder_layers(base)), fast._replace(skips_last=True))
+    summed_loss(model, fast, batch).backward()
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    safe = all(bool(grad.isfinite().all()) for grad in grads)
+    model.zero_grad(set_to_none=True)
+    return safe
+
+
+def speed_up(model: Any, base: Any, liger: bool, config: Config) -> FastPath:
+    """Put the model's adapters on the fast path and find out what else of it the model takes."""
+    if config.training.fused_lora and not config.quant.full_finetune:
+        others = fuse_adapters(model, liger)
+        if others:
+            log.info("%d adapted layers stay with peft's own functions, first %s", len(others), others[0])
+    if is_sharded(config):
+        return FastPath()  # TODO
+    fast = choose_fast_path(model, base, config)
+    return fast
+
+
+# ------------------------------------------------------------------------------------
+# 11. Plan: what a run will take, and how its steps are cut to fit
+#
+# From the model's shapes alone, before a weight is read: GiB for each part, and tokens per second. On the model that was
+# loaded, a try of one step says what a token and a layer really take.
+# ------------------------------------------------------------------------------------
+class Sizes(NamedTuple):
+    """How a window goes through the model; changes when memory runs out."""
+
+    rows: int | None  # of a micro-batch, as the flags say; None for as many as fit
+    tokens: int  # of a micro-batch, at most
+    recomputed: int  # layers, from the first on
+
+    def __str__(self) -> str:
+        rows = "" if self.rows is None else f"{self.rows} rows, "
+        return f"{rows}at most {self.tokens} tokens at once, {self.recomputed} layers recomputed"
+
+
+def wanted_recompute(config: Config, layers: int) -> int | None:
+    """How many layers the flags ask to recompute; None leaves it to the memory there is."""
+    train = config.training
+    if not train.gradient_checkpointing:
+        return 0
+    asked = {"auto": None if torch.cuda.is_available() else layers, "all": layers, "none": 0}
+    return (
+        asked[train.recompute_layers] if train.recompute_layers in asked else min(int(train.recompute_layers), layers)
+    )
+
+
+def choose_sizes(model: Any, base: Any, fast: FastPath, rows: Any | None, config: Config) -> Sizes:
+    """Micro-batches and recomputed layers."""
+    train = config.training
+    auto = torch.cuda.is_available() if train.auto_batch is None else train.auto_batch
+    layers = len(decoder_layers(base))
+    wanted = wanted_recompute(config, layers)
+    return Sizes(None if auto else train.per_device_train_batch_size, 2**30, layers if wanted is None else wanted)
+
+
+# ------------------------------------------------------------------------------------
+# 12. Checkpoints: whole or absent
 #
 # A checkpoint is written into a hidden folder, flushed to disk and renamed. Its checkpoint.json says whose it is
 # and lists its files with their sizes; a folder that differs is passed over. `completed` comes last.
@@ -2001,7 +2868,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 # ------------------------------------------------------------------------------------
-# 11. Evaluation: generated predictions, MMLU
+# 13. Evaluation: generated predictions, MMLU
 #
 # Each process takes a run of the rows; results are gathered in the order of the rows, so none is lost or doubled.
 # ------------------------------------------------------------------------------------
@@ -2076,14 +2943,13 @@ def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConf
     """One dictionary for each row: its fields, `prediction`, `prediction_with_input`."""
     model, tokenizer = runtime.model, runtime.tokenizer
     device = model.get_input_embeddings().weight.device
-    collate = CausalLMCollator(tokenizer.pad_token_id, side="left")
     results: list[dict[str, str]] = []
     batches, quiet = dealt_batches(len(rows), runtime), not runtime.accelerator.is_main_process
     with generating(model), runtime.accelerator.autocast():
         for numbers in tqdm(batches, "Predicting", disable=quiet):
             batch = rows[numbers]
             prompts = prompt_ids(batch["input"], tokenizer, runtime.limits)
-            tensors = {name: t.to(device) for name, t in collate([{"input_ids": ids} for ids in prompts]).items()}
+            tensors = {n: t.to(device) for n, t in padded_prompts(prompts, tokenizer.pad_token_id, "left").items()}
             with mendable("generation flags"):
                 output = model.generate(**tensors, generation_config=generation)
             width = tensors["input_ids"].shape[1]  # the prompt is taken off by its tokens, never by its text
@@ -2178,13 +3044,13 @@ def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longes
     one_pass = len(set(firsts)) == len(LETTERS)
     texts = [question.prompt for question in questions]
     prompts = [ids + prefix for ids in prompt_ids(texts, tokenizer, Limits(longest, 0, total=longest))]
-    collate = CausalLMCollator(tokenizer.pad_token_id)
     results: list[tuple[str, bool, float]] = []
     with generating(model), runtime.accelerator.autocast():
         for numbers in dealt_batches(len(questions), runtime):
             asked = [(i, c) for i in numbers for c in ([questions[i].answer] if one_pass else range(len(LETTERS)))]
             answers = [[*letters[c], tokenizer.eos_token_id] for _, c in asked]
-            batch = collate([{"input_ids": prompts[i] + ids} for (i, _), ids in zip(asked, answers, strict=True)])
+            whole = [prompts[i] + ids for (i, _), ids in zip(asked, answers, strict=True)]
+            batch = padded_prompts(whole, tokenizer.pad_token_id, "right")
             logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
             scores: dict[int, torch.Tensor] = {i: torch.zeros(len(LETTERS)) for i in numbers}
             losses: dict[int, float] = {}
@@ -2213,7 +3079,7 @@ def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longes
 
 
 # ------------------------------------------------------------------------------------
-# 12. Trainer: order of rows, loss, whole checkpoints, signals
+# 14. Trainer: order of rows, loss, whole checkpoints, signals
 #
 # The Hugging Face Trainer with five things of ours: an order of rows that a resume finds again, the loss on labelled
 # tokens only, checkpoints that are whole or absent, a stop on numbers that are not finite, MMLU beside the evaluation.
@@ -2241,26 +3107,6 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         if self.lengths is None:
             return iter(torch.randperm(self.rows, generator=generator).tolist())
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
-def causal_lm_loss(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, smoothing: float = 0.0
-) -> torch.Tensor:
-    """Cross-entropy of the labelled tokens, in float32, over the labelled tokens of the whole accumulation window.
-
-    Args:
-        outputs: with `logits`, (rows, tokens, vocabulary).
-        labels: (rows, tokens), IGNORE where nothing is learnt.
-        num_items_in_batch: labelled tokens of the window; None takes the mean of this batch.
-        smoothing: --label_smoothing_factor.
-    """
-    logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
-    following = labels[:, 1:].to(logits.device)
-    learnt = following != IGNORE
-    # only these rows of the logits become float32: a quarter of them where the prompt is three quarters
-    rows = logits[:, :-1][learnt].float()
-    total = F.cross_entropy(rows, following[learnt], reduction="sum", label_smoothing=smoothing)
-    return total / (learnt.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 class Stop(TrainerCallback):
@@ -2308,9 +3154,15 @@ def build_callbacks(stop: Stop) -> list[TrainerCallback]:
 class QLoRATrainer(Trainer):
     """The Trainer with our order of rows, checkpoints and checks."""
 
-    def __init__(self, *, run: dict[str, Any], questions: list[Question] | None, config: Config, **kwargs: Any) -> None:
+    def __init__(
+        self, *, run: dict[str, Any], questions: list[Question] | None, fast: FastPath, sizes: Sizes, config: Config,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(**kwargs)
-        self.run, self.questions, self.config = run, questions, config
+        self.run, self.questions, self.config, self.fast = run, questions, config, fast
+        self.sizes = sizes
+        self.model_accepts_loss_kwargs = True  # our loss is divided by the labelled tokens of the window
+        self.parameter_count = self.runtime().model.num_parameters(exclude_embeddings=True)
         self.window: list[str] = []  # where the rows of the current step come from
         self.window_loss: torch.Tensor | float = 0.0
         self.tokens_seen: torch.Tensor | int = 0  # without padding, by this process
@@ -2340,17 +3192,98 @@ class QLoRATrainer(Trainer):
         return EpochSampler(len(rows), seed, lengths, args.train_batch_size * args.gradient_accumulation_steps)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The micro-batches of one optimizer step; notes their rows and counts their tokens."""
+        """The batches of one optimizer step; notes their rows and counts their tokens."""
         batches, items = super().get_batch_samples(*args, **kwargs)
-        self.window, self.window_loss = ([row for batch in batches for row in batch.pop("where", [])], 0.0)
-        self.tokens_seen = self.tokens_seen + sum(batch["attention_mask"].sum() for batch in batches)
+        self.window_loss, self.window = 0.0, []
+        for batch in batches:
+            self.window += batch["window"].where
+            self.tokens_seen += sum(batch["window"].lengths)
         return batches, items
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch."""
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of a window, in as many micro-batches as memory asks for.
+
+        Where memory runs out, the same window is repeated in smaller ones, from the same random numbers.
+        """
+        window, device = inputs["window"], self.args.device
+        start = random_state(device)
+        while True:
+            try:
+                loss = self._window_step(model, window, num_items_in_batch)
+                break
+            except torch.OutOfMemoryError as error:
+                if self.args.world_size > 1:
+                    raise
+                reason = error
+            model.zero_grad(set_to_none=True)
+            self._make_room(window, reason)
+            set_random_state(device, start)
         self.window_loss = self.window_loss + loss
         return loss
+
+    def _window_step(self, model: Any, window: Window, items: Any) -> torch.Tensor:
+        loss = torch.zeros((), device=self.args.device)
+        parts = self._parts(window)
+        with attention_of(self.runtime().model, self.fast.attention):
+            for i, members in enumerate(parts):
+                last = i == len(parts) - 1
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                    loss += super().training_step(model, self._batch(window, members), items)
+        return loss
+
+    def _parts(self, window: Window) -> list[list[int]]:
+        return micro_batches(window, self.sizes.rows, self.sizes.tokens, padded=self.fast.attention is None)
+
+    def _batch(self, window: Window, members: list[int]) -> dict[str, Any]:
+        if self.fast.attention is not None:
+            return end_to_end_batch(window, members)
+        tokenizer: Any = self.processing_class
+        return padded_batch(window, members, tokenizer.pad_token_id, self.config.model.padding_side)
+
+    def _make_room(self, window: Window, reason: torch.OutOfMemoryError) -> None:
+        """Smaller micro-batches, or where they are small already, more recomputed layers."""
+        base, sizes = self.runtime().model, self.sizes
+        largest = max(self._parts(window), key=lambda part: sum(window.lengths[i] for i in part))
+        tokens = sum(window.lengths[i] for i in largest)
+        layers = len(decoder_layers(base))
+        if len(largest) > 1 and (tokens > 4096 or sizes.recomputed >= layers):
+            self.sizes = sizes._replace(tokens=tokens // 2)
+        elif sizes.recomputed < layers:
+            self.sizes = sizes._replace(recomputed=min(layers, sizes.recomputed + max(1, layers // 4)))
+            set_recomputed(base, self.sizes.recomputed, self.fast)
+        else:
+            raise reason
+        torch.cuda.empty_cache()
+        log.warning(
+            "step %d: GPU memory ran out with %d tokens at once and %d of %d layers recomputed; repeating it with %s",
+            self.state.global_step + 1, tokens, sizes.recomputed, layers, self.sizes,
+        )  # fmt: skip
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean over the labelled tokens of the whole window, scaled for the average that DDP takes."""
+        total = summed_loss(model, self.fast, inputs, self.args.label_smoothing_factor)
+        if num_items_in_batch is None:
+            return total / max(1, len(inputs["targets"]))
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return total * (scale / num_items_in_batch)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, None, None]:
+        """The mean loss of an evaluation batch; no logits are kept."""
+        window, total = inputs["window"], torch.zeros((), device=self.args.device)
+        with torch.no_grad(), attention_of(self.runtime().model, self.fast.attention):
+            for members in self._parts(window):
+                batch = self._prepare_inputs(self._batch(window, members))
+                with self.compute_loss_context_manager():
+                    total += summed_loss(model, self.fast, batch, self.args.label_smoothing_factor).to(total.device)
+        return total / max(1, int((inputs["labels"] != IGNORE).sum())), None, None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Six for each parameter and token, as the Trainer counts."""
+        return 6 * sum(inputs["window"].lengths) * self.parameter_count
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """After the gradients of a step are there and before the optimizer uses them: are the numbers finite?"""
@@ -2444,33 +3377,49 @@ class QLoRATrainer(Trainer):
         )
 
 
+def window_arguments(args: TrainingArguments) -> TrainingArguments:
+    """The Trainer's own arguments: it hands out whole windows, which training_step cuts up; we recompute ourselves."""
+    changed: dict[str, Any] = {name: False for name in CHECKPOINTING if hasattr(args, name)}
+    if not args.deepspeed:  # which accumulates by itself
+        changed["per_device_train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        changed["gradient_accumulation_steps"] = 1
+    return dataclasses.replace(args, **changed)
+
+
+def start_recomputing(model: Any, base: Any, fast: FastPath, sizes: Sizes) -> None:
+    """Recompute layers as decided; a model without layers of transformers' own kind recomputes all or none."""
+    if decoder_layers(base):
+        set_recomputed(base, sizes.recomputed, fast)
+    elif sizes.recomputed and getattr(base, "supports_gradient_checkpointing", True):
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    elif sizes.recomputed:
+        log.warning("gradient_checkpointing: %s does not support it, nothing is recomputed", type(base).__name__)
+
+
 def build_trainer(
-    model: Any, tokenizer: Any, splits: Splits, questions: Any, run: dict[str, Any], stop: Stop, config: Config
-) -> QLoRATrainer:
+    model: Any, fast: FastPath, sizes: Sizes, tokenizer: Any, splits: Splits, questions: Any, run: dict[str, Any],
+    stop: Stop, config: Config,
+) -> QLoRATrainer:  # fmt: skip
     """Everything that training and evaluation need."""
-    args = config.training
-    if args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
-        log.warning("gradient_checkpointing: %s does not support it, nothing is recomputed", type(model).__name__)
-        names = ("gradient_checkpointing", "activation_checkpointing")  # the later one, where there is one, rules
-        off: dict[str, Any] = {name: False for name in names if hasattr(args, name)}
-        args = dataclasses.replace(args, **off)
     return QLoRATrainer(
         model=model,
-        args=args,
+        args=window_arguments(config.training),
         train_dataset=splits.train,
         eval_dataset=splits.eval.remove_columns("where") if splits.eval is not None else None,
-        data_collator=CausalLMCollator(tokenizer.pad_token_id, config.model.padding_side),
+        data_collator=collate_window,
         processing_class=tokenizer,
-        compute_loss_func=partial(causal_lm_loss, smoothing=args.label_smoothing_factor),
         callbacks=build_callbacks(stop),
         run=run,
         questions=questions,
+        fast=fast,
+        sizes=sizes,
         config=config,
     )
 
 
 # ------------------------------------------------------------------------------------
-# 13. Stages: train, evaluate, predict, and the files that a run leaves
+# 15. Stages: train, evaluate, predict, and the files that a run leaves
 #
 # Each stage takes the trainer, writes its files and returns its metrics.
 # ------------------------------------------------------------------------------------
@@ -2720,7 +3669,7 @@ def hints(config: Config) -> None:
 
 
 # ------------------------------------------------------------------------------------
-# 14. Main
+# 16. Main
 # ------------------------------------------------------------------------------------
 def check_fit(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
     """Rows against the model: an id outside the embedding would only show as a crash on the GPU."""
@@ -2748,6 +3697,18 @@ def use(trainer: QLoRATrainer, start: Start, pairs: Splits, config: Config) -> d
             log.info("predicting with %s", f"the adapter just trained, {output}" if start.train else start.weights)
         metrics |= predict(trainer, pairs.eval, config)
     return metrics
+
+
+def assemble(base: Any, weights: str | None, rows: Any | None, config: Config) -> tuple[Any, FastPath, Sizes]:
+    """A loaded base -> what trains, on the fast path, its steps cut to the memory there is."""
+    liger = apply_liger(base, config)
+    model = make_trainable(base, config, weights)
+    for line in parameter_report(model):
+        log.info("%s", line)
+    fast = speed_up(model, base, liger, config)
+    sizes = choose_sizes(model, base, fast, rows, config)
+    start_recomputing(model, base, fast, sizes)
+    return model, fast, sizes
 
 
 def run(config: Config, stop: Stop) -> int:
@@ -2782,14 +3743,12 @@ def run(config: Config, stop: Stop) -> int:
     log_block("This run", derived)
     if config.quant.full_finetune and start.weights:
         folder = start.weights
-    model = load_model(config, model_config, folder)
-    special_ids_into_model(model, tokenizer)
-    check_fit(model, statistics)
-    model = make_trainable(model, config, start.weights)
-    for line in parameter_report(model):
-        log.info("%s", line)
+    base = load_model(config, model_config, folder)
+    special_ids_into_model(base, tokenizer)
+    check_fit(base, statistics)
+    model, fast, sizes = assemble(base, start.weights, splits.train, config)
     with mendable("flags", ConfigError, RuntimeError):
-        trainer = build_trainer(model, tokenizer, splits, questions, this_run, stop, config)
+        trainer = build_trainer(model, fast, sizes, tokenizer, splits, questions, this_run, stop, config)
         if start.train and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those make their own
             trainer.create_optimizer_and_scheduler(num_training_steps=max(args.max_steps, 1))  # a try of their flags
 
