@@ -1899,6 +1899,28 @@ if triton is not None:
         tl.store(out + row[:, None].to(tl.int64) * BLOCK + column[None, :], both, mask=there[:, None])
 
     @triton.jit
+    def _gated_kernel(gate, up, grad, out, count, KIND: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+        where = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        there = where < count
+        g = tl.load(gate + where, mask=there, other=0.0).to(tl.float32)
+        u = tl.load(up + where, mask=there, other=0.0).to(tl.float32)
+        if KIND == 0:  # SiLU
+            sigmoid = tl.sigmoid(g)
+            act = g * sigmoid
+            slope = sigmoid * (1 + g * (1 - sigmoid))
+        else:  # GELU, by tanh
+            inner = 1.5957691216057308 * (g + 0.044715 * g * g * g)  # twice: tanh(x) = 2 sigmoid(2 x) - 1
+            sigmoid = tl.sigmoid(inner)
+            act = g * sigmoid
+            slope = sigmoid + act * (1 - sigmoid) * 1.5957691216057308 * (1 + 0.134145 * g * g)
+        kind = out.dtype.element_ty
+        if BACKWARD:
+            d = tl.load(grad + where, mask=there, other=0.0).to(tl.float32)
+            tl.store(gate + where, (d * u * slope).to(kind), mask=there)
+            tl.store(up + where, (d * act).to(kind), mask=there)
+        tl.store(out + where, (act * u).to(kind), mask=there)
+
+    @triton.jit
     def _cross_entropy_kernel(logits, targets, losses, columns, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         logits += row * columns
@@ -2022,40 +2044,47 @@ def forward_products(
     return Products(outputs, thin, masks)
 
 
-def backward_products(
-    grads: Sequence[torch.Tensor], x: torch.Tensor, made: Products, layers: Sequence[FusedLinear], params: Parameters,
-    wants_x: bool,
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:  # fmt: skip
-    """Gradients of x and of the parameters, from those of the outputs."""
-    dtype, columns = x.dtype, ranks(params)
-    d_thin = torch.empty_like(made.thin)
-    of_params: list[torch.Tensor | None] = []
-    for layer, grad, a, b, bias, column in zip(
-        layers, grads, params[::3], params[1::3], params[2::3], columns, strict=True
-    ):
-        assert a is not None and b is not None
-        scaled_mm(grad, b.to(dtype), layer.scaling, d_thin[:, column])
-        d_b = gradient_mm(grad.t(), made.thin[:, column], b.dtype)
-        of_params += [None, d_b, grad.sum(0).to(bias.dtype) if bias is not None and bias.requires_grad else None]
-    d_x: torch.Tensor | None = None
-    if wants_x:
-        for layer, grad in zip(layers, grads, strict=True):
-            weight = dense_weight(layer.base, dtype)
-            d_x = grad @ weight if d_x is None else d_x.addmm_(grad, weight)
-            del weight
-    if not made.masks:
-        down = torch.cat([a for a in params[::3] if a is not None])
-        of_params[::3] = gradient_mm(d_thin.t(), x, down.dtype).split([c.stop - c.start for c in columns])
-        if d_x is not None:
-            d_x.addmm_(d_thin, down.to(dtype))
-        return d_x, of_params
-    for i, (layer, mask, a, column) in enumerate(zip(layers, made.masks, params[::3], columns, strict=True)):
+def thin_gradient(grads: Sequence[torch.Tensor], layers: Sequence[FusedLinear], params: Parameters) -> torch.Tensor:
+    """Gradient of what lora_B multiplies, times the scaling: (tokens, sum of ranks)."""
+    columns = ranks(params)
+    d_thin = grads[0].new_empty(grads[0].shape[0], columns[-1].stop)
+    for layer, grad, b, column in zip(layers, grads, params[1::3], columns, strict=True):
+        assert b is not None
+        scaled_mm(grad, b.to(grad.dtype), layer.scaling, d_thin[:, column])
+    return d_thin
+
+
+def input_gradient(
+    grads: Sequence[torch.Tensor], d_thin: torch.Tensor, masks: Sequence[torch.Tensor], layers: Sequence[FusedLinear],
+    params: Parameters,
+) -> torch.Tensor:  # fmt: skip
+    """Gradient of the layers' one input, summed in place over them."""
+    dtype = d_thin.dtype
+    d_x = grads[0] @ dense_weight(layers[0].base, dtype)
+    for layer, grad in zip(layers[1:], grads[1:], strict=True):
+        d_x.addmm_(grad, dense_weight(layer.base, dtype))
+    if not masks:
+        return d_x.addmm_(d_thin, torch.cat([a for a in params[::3] if a is not None]).to(dtype))
+    for layer, mask, a, column in zip(layers, masks, params[::3], ranks(params), strict=True):
         assert a is not None
-        keep = mask.to(dtype) / (1 - layer.dropout)
-        of_params[3 * i] = gradient_mm(d_thin[:, column].t(), x * keep, a.dtype)
-        if d_x is not None:
-            d_x += (d_thin[:, column] @ a.to(dtype)).mul_(keep)
-    return d_x, of_params
+        d_x += (d_thin[:, column] @ a.to(dtype)).mul_(mask).div_(1 - layer.dropout)
+    return d_x
+
+
+def parameter_gradients(
+    grads: Sequence[torch.Tensor], d_thin: torch.Tensor, x: torch.Tensor, made: Products, layers: Sequence[FusedLinear],
+    params: Parameters,
+) -> list[torch.Tensor | None]:  # fmt: skip
+    """Gradients of lora_A, lora_B and a bias that trains, one layer after the other."""
+    found: list[torch.Tensor | None] = []
+    for i, (layer, grad, column) in enumerate(zip(layers, grads, ranks(params), strict=True)):
+        a, b, bias = params[3 * i : 3 * i + 3]
+        assert a is not None and b is not None
+        dropped = x * made.masks[i] / (1 - layer.dropout) if made.masks else x
+        found.append(gradient_mm(d_thin[:, column].t(), dropped, a.dtype))
+        found.append(gradient_mm(grad.t(), made.thin[:, column], b.dtype))
+        found.append(grad.sum(0).to(bias.dtype) if bias is not None and bias.requires_grad else None)
+    return found
 
 
 class FusedLoRA(torch.autograd.Function):
@@ -2078,46 +2107,47 @@ class FusedLoRA(torch.autograd.Function):
         """Gradients of x and of every parameter."""
         x, thin, *rest = ctx.saved_tensors
         count = 3 * len(ctx.layers)
-        made = Products([], thin, rest[count:])
-        d_x, of_params = backward_products(grads, x, made, ctx.layers, rest[:count], ctx.needs_input_grad[0])
-        return d_x, None, *of_params
+        layers, params, made = ctx.layers, rest[:count], Products([], thin, rest[count:])
+        d_thin = thin_gradient(grads, layers, params)
+        d_x = input_gradient(grads, d_thin, made.masks, layers, params) if ctx.needs_input_grad[0] else None
+        return d_x, None, *parameter_gradients(grads, d_thin, x, made, layers, params)
 
 
 class GatedAct(NamedTuple):
-    """The product act(gate) * up, and from its gradient those of gate and up, which it may overwrite."""
+    """The product act(gate) * up of a gated MLP."""
 
-    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+    module: Any  # the activation
+    kind: int | None  # which of the kernel's, where there is one for it
+
+    def product(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """act(gate) * up."""
+        if self.kind is None or not gate.is_cuda:
+            return self.module(gate) * up
+        out = torch.empty_like(gate)
+        _gated_kernel[(triton.cdiv(out.numel(), 2048),)](
+            gate, up, out, out, out.numel(), KIND=self.kind, BACKWARD=False, BLOCK=2048
+        )
+        return out
+
+    def gradients(
+        self, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The product again, and the gradients of gate and up; on a GPU in the memory of the three given."""
+        if self.kind is None or not gate.is_cuda:
+            with torch.enable_grad():
+                gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+                product = self.module(gate) * up
+            return product.detach(), *torch.autograd.grad(product, (gate, up), grad)
+        _gated_kernel[(triton.cdiv(gate.numel(), 2048),)](
+            gate, up, grad, grad, gate.numel(), KIND=self.kind, BACKWARD=True, BLOCK=2048
+        )
+        return grad, gate, up
 
 
-def _gated(act: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return act(gate) * up
-
-
-def _gated_backward(act: Any, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    with torch.enable_grad():
-        gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
-        return torch.autograd.grad(act(gate) * up, (gate, up), grad)
-
-
-def _liger_gated(kernel: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return kernel(gate, up)[2]
-
-
-def _liger_gated_backward(
-    kernel: Any, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    return kernel(gate, up, grad)
-
-
-def gated_act(act: torch.nn.Module, liger: bool) -> GatedAct:
-    """Kernels of liger's where they are wanted and know the activation, else torch's own."""
-    kind = {"SiLUActivation": "swiglu", "SiLU": "swiglu", "GELUTanh": "geglu"}.get(type(act).__name__)
-    if not liger or kind is None:
-        return GatedAct(partial(_gated, act), partial(_gated_backward, act))
-    kernels = importlib.import_module(f"liger_kernel.ops.{kind}")
-    forward, backward = getattr(kernels, f"{kind}_forward"), getattr(kernels, f"{kind}_backward")
-    return GatedAct(partial(_liger_gated, forward), partial(_liger_gated_backward, backward))
+def gated_act(act: Any) -> GatedAct:
+    """An activation with the kernel that computes it, if there is one."""
+    kinds = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1}
+    return GatedAct(act, kinds.get(type(act).__name__) if triton is not None else None)
 
 
 class FusedMLP(torch.autograd.Function):
@@ -2130,7 +2160,7 @@ class FusedMLP(torch.autograd.Function):
         """Takes x (tokens, hidden) -> (tokens, hidden). While a layer is recomputed nobody reads the result."""
         first = forward_products(x, layers[:2], params[:6])
         gate, up = first.outputs
-        last = forward_products(act.forward(gate, up), layers[2:], params[6:], only_thin=Recompute.skips_last)
+        last = forward_products(act.product(gate, up), layers[2:], params[6:], only_thin=Recompute.skips_last)
         ctx.layers, ctx.act, ctx.masks = layers, act, len(first.masks)
         ctx.save_for_backward(x, gate, up, first.thin, last.thin, *params, *first.masks, *last.masks)
         return last.outputs[0]
@@ -2139,14 +2169,16 @@ class FusedMLP(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """Gradients of x and of every parameter."""
         x, gate, up, thin, last_thin, *rest = ctx.saved_tensors
-        params, masks = rest[:9], rest[9:]
-        hidden = ctx.act.forward(gate, up)
-        last = Products([], last_thin, masks[ctx.masks :])
-        d_hidden, of_last = backward_products(grads, hidden, last, ctx.layers[2:], params[6:], True)
-        del hidden
-        d_pair = ctx.act.backward(d_hidden, gate, up)
-        first = Products([], thin, masks[: ctx.masks])
-        d_x, of_first = backward_products(d_pair, x, first, ctx.layers[:2], params[:6], ctx.needs_input_grad[0])
+        pair, down, params, masks = ctx.layers[:2], ctx.layers[2:], rest[:9], rest[9:]
+        made, made_last = Products([], thin, masks[: ctx.masks]), Products([], last_thin, masks[ctx.masks :])
+        d_thin = thin_gradient(grads, down, params[6:])
+        d_product = input_gradient(grads, d_thin, made_last.masks, down, params[6:])
+        product, *d_pair = ctx.act.gradients(d_product, gate, up)
+        of_last = parameter_gradients(grads, d_thin, product, made_last, down, params[6:])
+        del product, d_product
+        d_thin = thin_gradient(d_pair, pair, params[:6])
+        d_x = input_gradient(d_pair, d_thin, made.masks, pair, params[:6]) if ctx.needs_input_grad[0] else None
+        of_first = parameter_gradients(d_pair, d_thin, x, made, pair, params[:6])
         return d_x, None, None, *of_first, *of_last
 
 
@@ -2205,14 +2237,14 @@ def fusible(module: Any) -> FusedLinear | None:
     return FusedLinear(module, base, down, up, module.scaling[name], dropout, module.forward)
 
 
-def fuse_adapters(model: Any, liger: bool) -> list[str]:
+def fuse_adapters(model: Any) -> list[str]:
     """Give every adapted layer that is known the functions above; returns the names of the others."""
     found = {name: fusible(m) for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     known = {name: layer for name, layer in found.items() if layer is not None}
     for name, module in model.named_modules():
         parts = [known.get(f"{name}.{leaf}") for leaf in ("gate_proj", "up_proj", "down_proj")]
         if all(parts) and GATED_MLP in inspect.getsource(type(module).forward):
-            module.forward = partial(fused_mlp, module, gated_act(module.act_fn, liger), parts)
+            module.forward = partial(fused_mlp, module, gated_act(module.act_fn), parts)
     groups: dict[str, list[FusedLinear]] = defaultdict(list)
     for name, layer in known.items():
         owner, _, leaf = name.rpartition(".")
@@ -2306,6 +2338,15 @@ def end_to_end_attention(
     Returns:
         (1, tokens, heads, dim), and None for the weights.
     """
+    rows, tokens = cu_seq_lens_q.shape[0] - 1, query.shape[2]
+    if rows * max_length_q == tokens and (sliding_window is None or max_length_q <= sliding_window):
+        # rows of one length, packed ones often, are an ordinary batch: cuDNN takes 0.6 of the time that the kernel for
+        # rows of any length takes on an H200
+        q, k, v = (t.squeeze(0).unflatten(1, (rows, -1)).transpose(0, 1) for t in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.transpose(1, 2).reshape(1, tokens, query.shape[1], -1), None
     q, k, v = (tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value))  # (tokens, heads, dim)
     kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] in range(8, 257, 8)
     if kernel and not dropout:
@@ -2482,23 +2523,22 @@ def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
         layer._gradient_checkpointing_func = partial(recompute, fast.skips_last, anchor)
 
 
-def apply_liger(model: Any, config: Config) -> bool:
-    """Norms and rotary embedding of liger-kernel and rotary embedding, where it is wanted, installed and has the model."""
+def apply_liger(model: Any, config: Config) -> None:
+    """Take norms and rotary embedding from liger-kernel, where it is wanted, installed and has the model."""
     if not config.training.liger or triton is None or not torch.cuda.is_available():
-        return False
+        return
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as patches
     except ImportError:
-        log.info("liger-kernel is not installed: norms, rotary embedding and activations are torch's, a tenth slower")
-        return False
+        log.info("liger-kernel is not installed: norms and rotary embedding are torch's, which takes a tenth longer")
+        return
     patch = patches.get(model.config.model_type)
     if patch is None:
         log.info("liger-kernel does not have %s: norms and rotary embedding are torch's", model.config.model_type)
-        return False
+        return
     known = inspect.signature(patch).parameters
     parts = {name: name in ("rope", "rms_norm", "layer_norm") for name in known if known[name].annotation is bool}
     patch(model=model, **parts)
-    return True
 
 
 def end_to_end_kernel(model: Any, config: Config) -> str | None:
@@ -2569,6 +2609,10 @@ def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
             fast = fast._replace(attention=kernel)
         elif kernel:
             log.info("rows are padded: in %s rows that lie end to end would see each other", name)
+    if decoder_layers(base) and config.training.do_train:
+        fast = fast._replace(
+            skips_last=skipping_is_safe(model, base, fast, flat[0] if fast.attention else batch, dtype)
+        )
     model.train(training)
     return fast
 
@@ -2578,33 +2622,38 @@ def on_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
     return {name: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
 
 
-def skipping_is_safe(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) -> bool:
+def skipping_is_safe(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any], dtype: torch.dtype) -> bool:
     """Whether a recomputed layer may leave out its last product: it puts NaN there, which must not reach a gradient."""
+    device = batch["input_ids"].device
     set_recomputed(base, len(decoder_layers(base)), fast._replace(skips_last=True))
-    summed_loss(model, fast, batch).backward()
+    model.train()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), attention_of(base, fast.attention):
+        with torch.autocast(device.type, dtype, dtype != torch.float32):
+            loss = summed_loss(model, fast, batch)
+        loss.backward()
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     safe = all(bool(grad.isfinite().all()) for grad in grads)
     model.zero_grad(set_to_none=True)
+    set_recomputed(base, 0, fast)
     return safe
 
 
-def speed_up(model: Any, base: Any, liger: bool, config: Config) -> FastPath:
+def speed_up(model: Any, base: Any, config: Config) -> FastPath:
     """Put the model's adapters on the fast path and find out what else of it the model takes."""
     if config.training.fused_lora and not config.quant.full_finetune:
-        others = fuse_adapters(model, liger)
+        others = fuse_adapters(model)
         if others:
             log.info("%d adapted layers stay with peft's own functions, first %s", len(others), others[0])
     if is_sharded(config):
         return FastPath()  # TODO
-    fast = choose_fast_path(model, base, config)
-    return fast
+    return choose_fast_path(model, base, config)
 
 
 # ------------------------------------------------------------------------------------
 # 11. Plan: what a run will take, and how its steps are cut to fit
 #
-# From the model's shapes alone, before a weight is read: GiB for each part, and tokens per second. On the model that was
-# loaded, a try of one step says what a token and a layer really take.
+# From the model's shapes alone, before a weight is read: GiB for each part, and tokens per second. On the model that is
+# loaded, a try of two small steps says what a token and a layer really take.
 # ------------------------------------------------------------------------------------
 class Sizes(NamedTuple):
     """How a window goes through the model; changes when memory runs out."""
@@ -3207,6 +3256,8 @@ class QLoRATrainer(Trainer):
         """
         window, device = inputs["window"], self.args.device
         start = random_state(device)
+        if not model.training:  # setting it walks all modules: 5 ms at 7B
+            model.train()
         while True:
             try:
                 loss = self._window_step(model, window, num_items_in_batch)
@@ -3228,7 +3279,11 @@ class QLoRATrainer(Trainer):
             for i, members in enumerate(parts):
                 last = i == len(parts) - 1
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                    loss += super().training_step(model, self._batch(window, members), items)
+                    batch = on_device(self._batch(window, members), self.args.device)
+                    with self.compute_loss_context_manager():
+                        part = self.compute_loss(model, batch, num_items_in_batch=items)
+                    self.accelerator.backward(part)
+                    loss += part.detach()
         return loss
 
     def _parts(self, window: Window) -> list[list[int]]:
@@ -3276,7 +3331,7 @@ class QLoRATrainer(Trainer):
         window, total = inputs["window"], torch.zeros((), device=self.args.device)
         with torch.no_grad(), attention_of(self.runtime().model, self.fast.attention):
             for members in self._parts(window):
-                batch = self._prepare_inputs(self._batch(window, members))
+                batch = on_device(self._batch(window, members), self.args.device)
                 with self.compute_loss_context_manager():
                     total += summed_loss(model, self.fast, batch, self.args.label_smoothing_factor).to(total.device)
         return total / max(1, int((inputs["labels"] != IGNORE).sum())), None, None
@@ -3285,18 +3340,20 @@ class QLoRATrainer(Trainer):
         """Six for each parameter and token, as the Trainer counts."""
         return 6 * sum(inputs["window"].lengths) * self.parameter_count
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """After the gradients of a step are there and before the optimizer uses them: are the numbers finite?"""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """After a step and before anything of it is saved: are its numbers finite?
+
+        Not before the optimizer's step: reading them there would leave the GPU idle while 448 updates are launched.
+        """
         scaled = self.args.fp16 and self.accelerator.scaler is not None  # its scaler skips such steps by itself
         bad = "loss" if not math.isfinite(float(self.window_loss)) else "gradient norm"
-        if bad == "loss" or not (scaled or math.isfinite(float(norm))):
+        if bad == "loss" or not (scaled or grad_norm is None or math.isfinite(float(grad_norm))):
             rows = ", ".join(self.window[:4]) + (f" and {len(self.window) - 4} more" if len(self.window) > 4 else "")
             raise TrainingError(
-                f"step {self.state.global_step + 1}: the {bad} is not finite, on rows {rows}. The last good checkpoint "
+                f"step {self.state.global_step}: the {bad} is not finite, on rows {rows}. The last good checkpoint "
                 "stays; look at these rows, lower --learning_rate, or train in --bf16 instead of --fp16"
             )
-        return norm
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loop, with perplexity and, where asked for, MMLU beside the loss."""
@@ -3701,11 +3758,11 @@ def use(trainer: QLoRATrainer, start: Start, pairs: Splits, config: Config) -> d
 
 def assemble(base: Any, weights: str | None, rows: Any | None, config: Config) -> tuple[Any, FastPath, Sizes]:
     """A loaded base -> what trains, on the fast path, its steps cut to the memory there is."""
-    liger = apply_liger(base, config)
+    apply_liger(base, config)
     model = make_trainable(base, config, weights)
     for line in parameter_report(model):
         log.info("%s", line)
-    fast = speed_up(model, base, liger, config)
+    fast = speed_up(model, base, config)
     sizes = choose_sizes(model, base, fast, rows, config)
     start_recomputing(model, base, fast, sizes)
     return model, fast, sizes
