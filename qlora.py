@@ -68,6 +68,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, get_
 for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 
+import bitsandbytes.optim.optimizer
 import torch
 import torch.nn.functional as F
 import yaml
@@ -152,6 +153,17 @@ def one_line(error: BaseException) -> str:
     """The first lines of a library's message, joined, short enough to read."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 400 else text[:397] + "..."
+
+
+def table(lines: Mapping[str, Any]) -> str:
+    """Names and values in two columns."""
+    width = max(map(len, lines))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in lines.items())
+
+
+def log_block(title: str, lines: Mapping[str, Any]) -> None:
+    """A titled block of `name: value` lines."""
+    log.info("%s\n%s", title, table(lines))
 
 
 # What libraries raise over a user's files and flags; not RuntimeError, which is as often our bug.
@@ -285,6 +297,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     padding_free: bool = flag(True, "Lay rows end to end instead of padding them, where the model allows it.")
     fused_lora: bool = flag(True, "Compute base and adapters in fused functions, where they know the layer.")
     chunked_head: bool = flag(True, "Compute logits only for tokens that are learnt, a few hundred at a time.")
+    plan: bool = flag(False, "Print what the run will take (GiB by part, tokens per second), and exit.")
+    plan_gpu: str | None = flag(None, "GPU to plan for, by size or name: 24GiB, 8x80GiB, H100. Default: the one here.")
     liger: bool = flag(True, "Use liger-kernel's norms, activations and rotary embedding, where it has the model.")
     do_train: bool = flag(True, "Train.")
     lr_scheduler_type: str = flag("constant", "Schedule of the learning rate. constant ignores warm-up.")
@@ -588,6 +602,11 @@ def check_config(config: Config) -> None:
          f"--eval_dataset_size {size:g}: expected a number of rows, or a share below 1"),
         (not 0 <= lora.lora_dropout < 1, f"--lora_dropout {lora.lora_dropout:g}: expected from 0 up to below 1"),
         (lora.layers_to_freeze > 0 and freeze > 0, "--layers_to_freeze and --layer_freeze_ratio: give one of them"),
+        (not re.fullmatch(r"auto|all|none|\d+", train.recompute_layers),
+         f"--recompute_layers {train.recompute_layers}: expected auto, all, none or a number of layers"),
+        (not train.gradient_checkpointing and train.recompute_layers not in ("auto", "none", "0"),
+         f"--recompute_layers {train.recompute_layers} and --gradient_checkpointing False: give one of them"),
+        (train.plan_gpu is not None and not train.plan, "--plan_gpu names the GPU of a plan: add --plan"),
         (lora.layers_to_freeze < 0, f"--layers_to_freeze {lora.layers_to_freeze}: expected 0 or more"),
         (not 0 <= freeze < 1, f"--layer_freeze_ratio {freeze:g}: expected from 0 up to below 1"),
         (lora.init_lora_weights.lower() in ("eva", "loftq", "corda"),
@@ -1376,6 +1395,48 @@ def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Confi
         desc=f"Encoding {name} rows",
         new_fingerprint=digest(CODE_VERSION, pairs._fingerprint, *ids, limits, on_source),
     )
+
+
+class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
+    """Rows of a dataset, several to a row: each pack is at most `limit` tokens, filled first-fit from the longest on.
+
+    First-fit decreasing (Johnson 1973) needs at most 11/9 of the fewest packs. The packs follow from the rows alone.
+    """
+
+    def __init__(self, rows: Any, limit: int) -> None:
+        self.rows, lengths = rows, rows["length"]
+        self.packs: list[list[int]] = []
+        self.lengths: list[int] = []
+        open_packs: dict[int, list[int]] = defaultdict(list)  # by the tokens that are free
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            free = next((free for free in range(lengths[i], limit + 1) if open_packs[free]), None)
+            if free is None:
+                pack, free = len(self.packs), limit
+                self.packs.append([])
+                self.lengths.append(0)
+            else:
+                pack = open_packs[free].pop()
+            self.packs[pack].append(i)
+            self.lengths[pack] += lengths[i]
+            open_packs[max(free - lengths[i], 0)].append(pack)
+        self.column_names = list(rows.column_names)
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, key: Any) -> Any:
+        """One pack; by `length`, the tokens of every one."""
+        return self.lengths if key == "length" else {"pack": [self.rows[i] for i in self.packs[key]]}
+
+
+def packed(rows: Any, config: Config) -> PackedRows:
+    """Training rows packed up to the length limit, with a line on how full the packs are."""
+    limits = limits_of(config)
+    limit = limits.total or limits.source + limits.target
+    packs = PackedRows(rows, limit)
+    full = 100 * sum(packs.lengths) / (limit * len(packs))
+    log.info("packing: %d rows in %d packs of up to %d tokens, %.1f %% full", len(rows), len(packs), limit, full)
+    return packs
 
 
 def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
@@ -2663,8 +2724,160 @@ class Sizes(NamedTuple):
     recomputed: int  # layers, from the first on
 
     def __str__(self) -> str:
-        rows = "" if self.rows is None else f"{self.rows} rows, "
-        return f"{rows}at most {self.tokens} tokens at once, {self.recomputed} layers recomputed"
+        rows = "" if self.rows is None else f"{self.rows} rows and "
+        tokens = f"{self.tokens} tokens" if self.tokens < NO_LIMIT else "any number of tokens"
+        return f"{rows}{tokens} at once, {self.recomputed} layers recomputed"
+
+
+NO_LIMIT = 2**30  # tokens: more than any window has
+
+
+class Gpu(NamedTuple):
+    """What the plan needs to know of a GPU."""
+
+    name: str
+    gib: float
+    tflops: float  # dense bf16 with float32 sums, by its data sheet
+    count: int = 1
+
+
+# By data sheet; memory as the driver reports it. The first of a size stands for it where only that is given.
+GPUS = (
+    Gpu("T4", 15, 65), Gpu("RTX 4080", 16, 97), Gpu("RTX 4090", 24, 165), Gpu("RTX 3090", 24, 71), Gpu("A10", 22, 125),
+    Gpu("L4", 22, 121), Gpu("RTX 5090", 31, 209), Gpu("V100", 32, 125), Gpu("A100 40GB", 39, 312),
+    Gpu("RTX A6000", 48, 155), Gpu("L40S", 44, 362), Gpu("RTX 6000 Ada", 48, 364), Gpu("A100", 79, 312),
+    Gpu("H100", 79, 989), Gpu("H200", 140, 989), Gpu("B200", 178, 2250),
+)  # fmt: skip
+# Of the data sheet's TFLOP/s, what a step reaches in its products and in all it does: measured on an H200.
+REACHED = 0.55
+CONTEXT = 0.6  # GiB that CUDA takes beside torch's allocator
+
+
+def find_gpu(text: str | None) -> Gpu | None:
+    """--plan_gpu, as 24GiB, 8x80GiB, H100 or 2xH100; else the GPU that is here; None on a machine without."""
+    if text is None:
+        if not torch.cuda.is_available():
+            return None
+        here = torch.cuda.get_device_properties(0)
+        known = next((gpu for gpu in reversed(GPUS) if gpu.name in here.name), None)
+        return Gpu(here.name, here.total_memory / GIB, known.tflops if known else 0.0, torch.cuda.device_count())
+    count, _, what = text.rpartition("x")
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GiB|GB|G)", what, re.IGNORECASE)
+    named = [gpu for gpu in GPUS if what.strip().lower() in (gpu.name.lower(), gpu.name.lower().replace(" ", ""))]
+    if not (size or named) or not (count or "1").strip().isdigit() or (count or "1").strip("0 ") == "":
+        raise ConfigError(
+            f"--plan_gpu {text}: expected a size or a name, with a number before it for several: 24GiB, 8x80GiB, "
+            f"{', '.join(gpu.name for gpu in GPUS)}"
+        )
+    if named:
+        return named[0]._replace(count=int(count or 1))
+    gib = float(size[1]) if size else 0.0
+    like = min(GPUS, key=lambda gpu: abs(gpu.gib - gib))
+    return Gpu(f"{gib:g} GiB, as fast as {like.name}", gib, like.tflops, int(count or 1))
+
+
+class Costs(NamedTuple):
+    """Bytes on one GPU, and work, of a model with these flags."""
+
+    weights: int  # linear layers as they are held
+    other: int  # embedding, head, norms
+    adapters: int
+    gradients: int
+    optimizer: int
+    paged: bool  # the optimizer's state lies in memory that may be moved out, beside torch's own
+    fixed: int  # transients that do not grow with the tokens: a whole weight, a chunk of logits
+    token: int  # transients of a token
+    layer: int  # what a layer keeps of a token
+    kept: int  # what a recomputed layer keeps of a token: its input
+    layers: int
+    flops: float  # of a token, without recomputation
+    repeated: float  # of a token, in all layers computed again
+
+    def activations(self, sizes: Sizes, tokens: int) -> int:
+        """Bytes that wait for the backward pass; one recomputed layer is there as a whole."""
+        whole = self.layers - sizes.recomputed
+        return tokens * (whole * self.layer + sizes.recomputed * self.kept + (self.layer if sizes.recomputed else 0))
+
+    def beside(self) -> int:
+        """Bytes that are there whatever the micro-batch."""
+        return self.weights + self.other + self.adapters + self.gradients + (0 if self.paged else self.optimizer)
+
+    def seconds(self, sizes: Sizes, tokens: int, gpu: Gpu) -> float:
+        """A micro-batch's time."""
+        work = self.flops + self.repeated * sizes.recomputed / max(1, self.layers)
+        # what does not grow with the tokens: unpacking each weight twice or three times, at 3 TB/s, as much as 220
+        # tokens' products; and 70 launches of 5 us a layer
+        return (tokens + 220) * work / (gpu.tflops * 1e12 * REACHED) + self.layers * 70 * 5e-6
+
+
+def parameter_bytes(count: int, rows: int, config: Config) -> int:
+    """Of a linear layer's weight with so many values, in its rows."""
+    bits, plain = config.quant.bits, load_dtype(config).itemsize
+    if bits == 4:  # a scale of float32 for 64 values, or of 8 bits with one of float32 for 256 of those
+        return int(count * (0.5 + (1 / 64 + 4 / (64 * 256) if config.quant.double_quant else 4 / 64)))
+    return count + 4 * rows if bits == 8 else count * plain
+
+
+def estimate(model: Any, config: Config) -> Costs:
+    """The costs of a model that has no weights yet (it is on the meta device).
+
+    What a layer keeps of a token is what the fast path keeps: the inputs of the two norms, those of each group of
+    linear layers, what attention takes and gives, gate and up, and the thin products.
+    """
+    train, lora, full = config.training, config.lora, config.quant.full_finetune
+    text, plain = model.config.get_text_config(), load_dtype(config).itemsize
+    width = min(compute_dtype(config).itemsize, plain)
+    linear = {name: model.get_submodule(name) for name in linear_layers(model)}
+    shapes = {name: tuple(module.weight.shape) for name, module in linear.items()}
+    held = sum(math.prod(shape) for shape in shapes.values())
+    targets = lora_targets(model, lora) if not full else []
+    adapted = [name for name in shapes if name in targets or leaf_name(name) in targets]
+    thin = sum(lora.lora_r * sum(shapes[name]) for name in adapted)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    every = sum(parameter.numel() for parameter in model.parameters())
+    trained = every - embedding.weight.numel() if full else thin
+    trained_width = plain if full else 4 if lora.lora_dtype == "float32" else 2
+    state = next((size for name, size in OPTIMIZER_BYTES.items() if name in train.optim), 8)
+    layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
+    of_layer = {name: shape for name, shape in shapes.items() if layers and is_first_layer(name)}
+    queries = int(getattr(text, "num_attention_heads", 0) or 1)
+    size = int(getattr(text, "head_dim", None) or hidden // queries)
+    grouped = int(getattr(text, "num_key_value_heads", None) or queries)
+    inner = max((max(shape) for shape in of_layer.values()), default=4 * hidden)
+    gated = any(leaf_name(name) == "gate_proj" or "gate_up" in name for name in of_layer)
+    ranks_kept = lora.lora_r * len(of_layer) if not full else 0
+    attention = (2 * queries + 2 * grouped) * size
+    drops = sum(shape[1] for shape in of_layer.values()) if lora.lora_dropout and not full else 0
+    layer = width * (4 * hidden + attention + (2 if gated else 1) * inner + ranks_kept) + drops + 4 * queries
+    if not train.fused_lora and not full:  # peft's own: a copy of each output, the product in the middle
+        layer += width * (sum(shape[0] for shape in of_layer.values()) // 2 + 2 * inner)
+    largest = max((math.prod(shape) for shape in shapes.values()), default=0)
+    vocabulary = head.weight.shape[0] if head is not None else 0
+    last = max((math.prod(shape) for name, shape in of_layer.items() if "down" in leaf_name(name)), default=0)
+    per_layer = sum(math.prod(shape) for shape in of_layer.values())
+    return Costs(
+        weights=sum(parameter_bytes(math.prod(shape), shape[0], config) for shape in shapes.values()),
+        other=(every - held) * plain,
+        adapters=0 if full else thin * trained_width,
+        gradients=trained * trained_width,
+        optimizer=trained * state,
+        paged="paged" in train.optim,
+        fixed=(largest * width if config.quant.bits < 16 else 0) + 2**27,
+        token=width * (inner + 3 * hidden) + (0 if train.chunked_head else vocabulary * (width + 12)),
+        layer=layer,
+        kept=width * hidden,
+        layers=layers,
+        flops=(6.0 if full else 4.0) * held + 6.0 * thin + 4.0 * hidden * vocabulary,
+        repeated=2.0 * layers * (per_layer - last),
+    )
+
+
+OPTIMIZER_BYTES = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4}  # of state for each trained value; AdamW: 8
+
+
+def is_first_layer(name: str) -> bool:
+    """Whether a linear layer stands in the first of the decoder's layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1) == 0
 
 
 def wanted_recompute(config: Config, layers: int) -> int | None:
@@ -2672,19 +2885,180 @@ def wanted_recompute(config: Config, layers: int) -> int | None:
     train = config.training
     if not train.gradient_checkpointing:
         return 0
-    asked = {"auto": None if torch.cuda.is_available() else layers, "all": layers, "none": 0}
+    named = {"auto": None, "all": layers, "none": 0}
     return (
-        asked[train.recompute_layers] if train.recompute_layers in asked else min(int(train.recompute_layers), layers)
+        named[train.recompute_layers] if train.recompute_layers in named else min(int(train.recompute_layers), layers)
     )
 
 
-def choose_sizes(model: Any, base: Any, fast: FastPath, rows: Any | None, config: Config) -> Sizes:
-    """Micro-batches and recomputed layers."""
-    train = config.training
-    auto = torch.cuda.is_available() if train.auto_batch is None else train.auto_batch
-    layers = len(decoder_layers(base))
-    wanted = wanted_recompute(config, layers)
-    return Sizes(None if auto else train.per_device_train_batch_size, 2**30, layers if wanted is None else wanted)
+def fit(costs: Costs, room: float, longest: int, window: int, gpu: Gpu, config: Config) -> Sizes:
+    """The fastest way to cut a window that fits into `room` bytes; where nothing does, the smallest.
+
+    Args:
+        costs: of the model.
+        room: bytes for activations and transients.
+        longest: tokens of the longest row (or pack), which is not cut.
+        window: tokens of the largest window.
+        gpu: for the time that recomputation and small micro-batches take.
+        config: the flags, which may have decided some of it.
+    """
+    train, wanted = config.training, wanted_recompute(config, costs.layers)
+    rows = train.per_device_train_batch_size if train.auto_batch is False else None
+    at_least = longest if rows is None else min(window, longest * rows)
+    found: list[tuple[float, Sizes]] = []
+    for recomputed in range(costs.layers + 1) if wanted is None else [wanted]:
+        sizes = Sizes(rows, 0, recomputed)
+        each = costs.token + costs.activations(sizes, 1)
+        tokens = min(window, int((room - costs.fixed) / each))
+        if tokens >= at_least:
+            batches = math.ceil(window / tokens)
+            time_ = batches * costs.seconds(sizes, math.ceil(window / batches), gpu)
+            found.append((time_, sizes._replace(tokens=tokens)))
+    if found:
+        return min(found, key=lambda pair: pair[0])[1]
+    return Sizes(rows, longest, costs.layers if wanted is None else wanted)
+
+
+class Plan(NamedTuple):
+    """What a run is predicted to take on each GPU."""
+
+    gpu: Gpu
+    costs: Costs
+    sizes: Sizes
+    tokens: int  # of the largest micro-batch
+
+    def gib(self) -> dict[str, float]:
+        """GiB by part, and their sum as torch's allocator counts it."""
+        costs = self.costs
+        parts = {
+            "weights of the linear layers": costs.weights,
+            "embedding, head, norms": costs.other,
+            "adapters": costs.adapters,
+            "gradients": costs.gradients,
+            "optimizer": 0 if costs.paged else costs.optimizer,
+            "activations": costs.activations(self.sizes, self.tokens),
+            "transients and head": costs.fixed + costs.token * self.tokens,
+        }
+        return {name: size / GIB for name, size in parts.items()} | {"predicted peak": sum(parts.values()) / GIB}
+
+    def tokens_per_second(self) -> float:
+        """On all GPUs."""
+        return self.gpu.count * self.tokens / self.costs.seconds(self.sizes, self.tokens, self.gpu)
+
+    def lines(self) -> dict[str, str]:
+        """The table."""
+        total = {name: f"{size:6.2f} GiB" for name, size in self.gib().items()}
+        beside = CONTEXT + (self.costs.optimizer / GIB if self.costs.paged else 0)
+        needed = self.gib()["predicted peak"] + beside
+        fits = "fits" if needed <= self.gpu.gib else f"does not fit into {self.gpu.gib:.0f} GiB"
+        speed = f"{self.tokens_per_second():.0f}" if self.gpu.tflops else "not known for this GPU"
+        return {
+            "GPU": f"{f'{self.gpu.count} x ' if self.gpu.count > 1 else ''}{self.gpu.name}, {self.gpu.gib:.0f} GiB",
+            **total,
+            "beside it": f"{beside:6.2f} GiB: CUDA{', the optimizer state, paged' if self.costs.paged else ''}",
+            "in all": f"{needed:6.2f} GiB: {fits}",
+            "micro-batch": f"{self.tokens} tokens",
+            "recomputed": f"{self.sizes.recomputed} of {self.costs.layers} layers",
+            "tokens per second": speed,
+        }
+
+    def beside(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The prediction as metrics, logged beside what came."""
+        if "train_peak_memory_gib" not in metrics:
+            return {}
+        peak, speed = self.gib()["predicted peak"], self.tokens_per_second()
+        log_block(
+            "Plan and result",
+            {
+                "peak memory": f"{peak:.2f} GiB predicted, {metrics['train_peak_memory_gib']:.2f} GiB measured",
+                "tokens per second": f"{speed:.0f} predicted, {metrics['train_tokens_per_second']:.0f} measured",
+            },
+        )
+        return {"plan_peak_memory_gib": round(peak, 3), "plan_tokens_per_second": round(speed, 1)}
+
+
+def make_plan(costs: Costs, gpu: Gpu, longest: int, window: int, config: Config) -> Plan:
+    """The plan for a GPU with nothing else on it."""
+    room = (gpu.gib - CONTEXT) * 0.95 * GIB - costs.beside() - (costs.optimizer if costs.paged else 0)
+    sizes = fit(costs, room, longest, window, gpu if gpu.tflops else gpu._replace(tflops=100.0), config)
+    if sizes.rows is not None:
+        return Plan(gpu, costs, sizes, min(sizes.rows * longest, window, max(sizes.tokens, longest)))
+    batches = math.ceil(window / sizes.tokens)
+    return Plan(gpu, costs, sizes, max(longest, math.ceil(window / batches)))
+
+
+def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
+    """The costs of the base model, from its shapes alone."""
+    with torch.device("meta"), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
+        model = AutoModelForCausalLM.from_config(
+            model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
+        )
+    return estimate(model, config)
+
+
+def plan_from_flags(config: Config, costs: Costs) -> Plan:
+    """The plan before any row or weight is read: every row as long as the limits allow."""
+    gpu = find_gpu(config.training.plan_gpu)
+    if gpu is None:
+        raise ConfigError("--plan: there is no GPU here, name one with --plan_gpu, e.g. --plan_gpu 24GiB")
+    limits, train = limits_of(config), config.training
+    longest = limits.total or limits.source + limits.target
+    window = longest * train.per_device_train_batch_size * train.gradient_accumulation_steps
+    return make_plan(costs, gpu, longest, window, config)
+
+
+def calibrated(costs: Costs, model: Any, base: Any, fast: FastPath, config: Config) -> Costs:
+    """The costs with what one small step, forward and backward, took of the GPU's memory."""
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 512
+    count = min(512, positions)
+    row = {"input_ids": [1] * count, "labels": [1] * count}
+    window = collate_window([row])["window"]
+    batch = end_to_end_batch(window, [0]) if fast.attention else padded_batch(window, [0], 0, "right")
+    set_recomputed(base, 0, fast)
+    dtype, before = compute_dtype(config), torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model.train()
+    try:
+        with torch.random.fork_rng([torch.cuda.current_device()]), attention_of(base, fast.attention):
+            with torch.autocast("cuda", dtype, dtype != torch.float32):
+                loss = summed_loss(model, fast, on_device(batch, base.get_input_embeddings().weight.device))
+            loss.backward()
+    except torch.OutOfMemoryError:
+        log.info("plan: a try of %d tokens did not fit; its prediction stands", count)
+        return costs
+    finally:
+        model.zero_grad(set_to_none=True)
+    used = torch.cuda.max_memory_allocated() - before - costs.gradients - costs.fixed
+    ratio = max(0.5, used / (count * (costs.token + costs.layers * costs.layer)))
+    return costs._replace(token=int(costs.token * ratio), layer=int(costs.layer * ratio))
+
+
+def choose_sizes(
+    costs: Costs, model: Any, base: Any, fast: FastPath, rows: Any | None, config: Config
+) -> tuple[Sizes, Plan | None]:
+    """Micro-batches and recomputed layers for the memory that is free, and the plan, to compare with what comes."""
+    train, layers = config.training, len(decoder_layers(base))
+    if rows is None or not torch.cuda.is_available() or train.use_cpu or is_sharded(config):
+        wanted = wanted_recompute(config, layers)
+        at_once = None if train.auto_batch else train.per_device_train_batch_size
+        return Sizes(at_once, 4096 if train.auto_batch else NO_LIMIT, layers if wanted is None else wanted), None
+    gpu = find_gpu(None)
+    assert gpu is not None
+    count = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    longest, window = largest_window(rows["length"], count)
+    measured = calibrated(costs, model, base, fast, config)
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    sizes = fit(measured, 0.95 * free - costs.gradients - costs.optimizer, longest, window, gpu, config)
+    plan = make_plan(costs, gpu, longest, window, config)
+    largest = window if sizes.rows is None else min(window, sizes.rows * longest)
+    batches = math.ceil(largest / sizes.tokens)
+    return sizes, plan._replace(sizes=sizes, tokens=max(longest, math.ceil(largest / batches)))
+
+
+def largest_window(lengths: Sequence[int], rows: int) -> tuple[int, int]:
+    """Tokens of the longest row, and of the `rows` longest ones."""
+    ordered = sorted(lengths, reverse=True)
+    return ordered[0], sum(ordered[:rows])
 
 
 # ------------------------------------------------------------------------------------
@@ -2718,7 +3092,8 @@ def identity(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
     values = {name: config.flags[name] for name in names}
     base = Path(config.model.model_name_or_path).expanduser()
     values["model_name_or_path"] = str(base.resolve()) if base.exists() else config.model.model_name_or_path
-    return values | ({"dataset (the encoded training rows)": data.fingerprint} if data else {})
+    of_data = {"packing": config.data.packing, "dataset (the encoded training rows)": data.fingerprint} if data else {}
+    return values | of_data
 
 
 def check_identity(folder: Path, wanted: Mapping[str, Any], training: bool) -> None:
@@ -3213,6 +3588,7 @@ class QLoRATrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # our loss is divided by the labelled tokens of the window
         self.parameter_count = self.runtime().model.num_parameters(exclude_embeddings=True)
         self.window: list[str] = []  # where the rows of the current step come from
+        self.unread: list[tuple[int, Any, Any, list[str]]] = []  # steps whose numbers nobody has looked at
         self.window_loss: torch.Tensor | float = 0.0
         self.tokens_seen: torch.Tensor | int = 0  # without padding, by this process
         self.seconds_aside = 0.0  # spent on evaluating and saving while training
@@ -3341,19 +3717,26 @@ class QLoRATrainer(Trainer):
         return 6 * sum(inputs["window"].lengths) * self.parameter_count
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        """After a step and before anything of it is saved: are its numbers finite?
+        """After a step: are its numbers finite? Read before anything is logged or saved, else one step later.
 
-        Not before the optimizer's step: reading them there would leave the GPU idle while 448 updates are launched.
+        Reading them at once would leave the GPU idle until the next step is launched.
         """
+        self.unread.append((self.state.global_step, self.window_loss, grad_norm, self.window))
+        control = self.control
+        due = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
+        while len(self.unread) > (0 if due or control.should_epoch_stop else 1):
+            self._check_finite(*self.unread.pop(0))
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _check_finite(self, step: int, loss: Any, grad_norm: Any, where: list[str]) -> None:
         scaled = self.args.fp16 and self.accelerator.scaler is not None  # its scaler skips such steps by itself
-        bad = "loss" if not math.isfinite(float(self.window_loss)) else "gradient norm"
+        bad = "loss" if not math.isfinite(float(loss)) else "gradient norm"
         if bad == "loss" or not (scaled or grad_norm is None or math.isfinite(float(grad_norm))):
-            rows = ", ".join(self.window[:4]) + (f" and {len(self.window) - 4} more" if len(self.window) > 4 else "")
+            rows = ", ".join(where[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
             raise TrainingError(
-                f"step {self.state.global_step}: the {bad} is not finite, on rows {rows}. The last good checkpoint "
+                f"step {step}: the {bad} is not finite, on rows {rows}. The last good checkpoint "
                 "stays; look at these rows, lower --learning_rate, or train in --bf16 instead of --fp16"
             )
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loop, with perplexity and, where asked for, MMLU beside the loss."""
@@ -3454,11 +3837,18 @@ def start_recomputing(model: Any, base: Any, fast: FastPath, sizes: Sizes) -> No
         log.warning("gradient_checkpointing: %s does not support it, nothing is recomputed", type(base).__name__)
 
 
+def _no_wait(tensor: torch.Tensor) -> None:
+    """In place of bitsandbytes' wait for the GPU."""
+
+
 def build_trainer(
     model: Any, fast: FastPath, sizes: Sizes, tokenizer: Any, splits: Splits, questions: Any, run: dict[str, Any],
     stop: Stop, config: Config,
 ) -> QLoRATrainer:  # fmt: skip
     """Everything that training and evaluation need."""
+    # It waits for the GPU after the update of every single parameter: 448 times a step at 7B, a tenth of the step. The
+    # updates are in one stream, which keeps their order.
+    bitsandbytes.optim.optimizer.sync_gpu = _no_wait
     return QLoRATrainer(
         model=model,
         args=window_arguments(config.training),
@@ -3516,6 +3906,8 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
 def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: int, stop: Stop) -> dict[str, Any]:
     """Train and measure: tokens without padding over the seconds that were not spent on evaluating and saving."""
     began = time.perf_counter()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with stopping_on_signals(stop):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = max(time.perf_counter() - began - trainer.seconds_aside, 1e-9)
@@ -3689,12 +4081,6 @@ def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Split
     }
 
 
-def log_block(title: str, lines: Mapping[str, Any]) -> None:
-    """A titled block of `name: value` lines."""
-    width = max(map(len, lines))
-    log.info("%s\n%s", title, "\n".join(f"  {name:<{width}}  {value}" for name, value in lines.items()))
-
-
 def hints(config: Config) -> None:
     """What a user may not expect of the flags given, said once."""
     args, quant, given = config.training, config.quant, config.given
@@ -3706,7 +4092,7 @@ def hints(config: Config) -> None:
     notes: list[tuple[bool, str]] = [
         (gpu and torch.cuda.is_bf16_supported() and not half,
          "hint: this GPU computes in bf16; without --bf16 everything is in float32, which is slower"),
-        (not gpu and half, "hint: on a CPU float32 is about 2.5 times faster: leave --bf16 and --fp16 out"),
+        (not gpu and half and not args.plan, "hint: on a CPU float32 is about 2.5 times faster: leave --bf16 and --fp16 out"),
         (quant.bits >= 16 and args.bf16 != (quant.bits == 16),
          f"bits {quant.bits}: the weights are held {held}, as in the original"),
         (quant.bits != 4 and bool(given & {"quant_type", "double_quant"}),
@@ -3756,16 +4142,20 @@ def use(trainer: QLoRATrainer, start: Start, pairs: Splits, config: Config) -> d
     return metrics
 
 
-def assemble(base: Any, weights: str | None, rows: Any | None, config: Config) -> tuple[Any, FastPath, Sizes]:
+def assemble(
+    base: Any, costs: Costs, weights: str | None, rows: Any | None, config: Config
+) -> tuple[Any, FastPath, Sizes, Plan | None]:
     """A loaded base -> what trains, on the fast path, its steps cut to the memory there is."""
     apply_liger(base, config)
     model = make_trainable(base, config, weights)
     for line in parameter_report(model):
         log.info("%s", line)
     fast = speed_up(model, base, config)
-    sizes = choose_sizes(model, base, fast, rows, config)
+    sizes, plan = choose_sizes(costs, model, base, fast, rows, config)
     start_recomputing(model, base, fast, sizes)
-    return model, fast, sizes
+    parts = {"rows end to end": fast.attention, "logits in chunks": fast.head is not None, "steps": sizes}
+    log_block("Fast path", parts | (plan.lines() if plan else {}))
+    return model, fast, sizes, plan
 
 
 def run(config: Config, stop: Stop) -> int:
@@ -3776,6 +4166,10 @@ def run(config: Config, stop: Stop) -> int:
         enable_full_determinism(args.seed)
     set_seed(args.seed)
     hints(config)
+    if args.plan:
+        model_config = load_model_config(config, model_folder(config))
+        print(table(plan_from_flags(config, costs_from_config(config, model_config)).lines()))
+        return 0
     start = find_start(config)
     if start.note:
         log.info("%s", start.note)
@@ -3783,6 +4177,7 @@ def run(config: Config, stop: Stop) -> int:
     with args.main_process_first(desc="converting the model"):
         folder = model_folder(config)
     model_config = load_model_config(config, folder)
+    costs = costs_from_config(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
     with args.main_process_first(desc="reading and encoding the dataset"):
         pairs = load_splits(config)
@@ -3791,6 +4186,8 @@ def run(config: Config, stop: Stop) -> int:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
     statistics = {name: token_statistics(part) for name, part in splits._asdict().items() if part is not None}
+    if config.data.packing and splits.train is not None:
+        splits = splits._replace(train=packed(splits.train, config))
     this_run = identity(config, statistics.get("train") if args.do_train else None)
     if start.found:
         check_identity(start.found, this_run, args.do_train)
@@ -3803,7 +4200,7 @@ def run(config: Config, stop: Stop) -> int:
     base = load_model(config, model_config, folder)
     special_ids_into_model(base, tokenizer)
     check_fit(base, statistics)
-    model, fast, sizes = assemble(base, start.weights, splits.train, config)
+    model, fast, sizes, plan = assemble(base, costs, start.weights, splits.train if start.train else None, config)
     with mendable("flags", ConfigError, RuntimeError):
         trainer = build_trainer(model, fast, sizes, tokenizer, splits, questions, this_run, stop, config)
         if start.train and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those make their own
@@ -3816,6 +4213,7 @@ def run(config: Config, stop: Stop) -> int:
     log.info("ready after %.0f s", time.perf_counter() - began)
     if start.train:
         metrics |= train(trainer, start, stop, config)
+        metrics |= plan.beside(metrics) if plan else {}
         if stop.signal is not None:
             name, step = signal.Signals(stop.signal).name, trainer.state.global_step
             log.warning("stopped by %s at step %d, saved; the same command goes on from there", name, step)

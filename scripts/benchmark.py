@@ -95,7 +95,8 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
     model_config = qlora.load_model_config(config, model)
     tokenizer = qlora.load_tokenizer(config, model_config, model)
     base = qlora.load_model(config, model_config, model)
-    trained, fast, sizes = qlora.assemble(base, None, data, config)
+    costs = qlora.costs_from_config(config, model_config)
+    trained, fast, sizes, plan = qlora.assemble(base, costs, None, data, config)
     trainer = qlora.build_trainer(
         trained, fast, sizes, tokenizer, qlora.Splits(data, None), None, {}, qlora.Stop(), config
     )
@@ -112,6 +113,8 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
         "grad_norm": first["grad_norm"],
         "first_step_s": clock.times[1] - began,
         "sizes": str(trainer.sizes),
+        "predicted_gib": round(plan.gib()["predicted peak"], 2) if plan else None,
+        "predicted_tokens_per_s": round(plan.tokens_per_second()) if plan else None,
     }
 
 
