@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if gradio is None:
         raise qlora.ConfigError("gradio is not installed: pip install -r examples/requirements.txt")
     bot = talk.load_from(options, flags)
-    shown = gradio.Chatbot(buttons=["copy", "copy_all"], show_label=False)  # no button that shares it with the hub
+    shown = gradio.Chatbot(
+        scale=1, buttons=["copy", "copy_all"], show_label=False
+    )  # no button that shares it with the hub
     page = gradio.ChatInterface(partial(reply, bot), chatbot=shown, title=options.model)
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from elsewhere
     with qlora.mendable(f"--port {options.port}"):

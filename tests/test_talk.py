@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -14,8 +15,10 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import chat
+import chat_gradio
 import generate
 import pytest
 import talk
@@ -356,6 +359,31 @@ def test_bad_input_is_one_line_and_2(name, trained, tmp_path, monkeypatch, capsy
     assert line.startswith("error: ") and expected in line
 
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^python examples/(\w+)\.py (.*)$", README, flags=re.M)
+
+
+@pytest.mark.parametrize(("script", "words"), COMMANDS)
+def test_the_commands_of_the_readme(script, words, monkeypatch, capsys):
+    """Each is carried out with another model in place of the one it names; its flags are read."""
+    asked = []
+
+    def load(name, *given, **options):
+        asked.append((name, qlora.parse_config(list(given))))
+        return SimpleNamespace(answer=lambda messages: iter(["An answer."]))
+
+    monkeypatch.setattr(talk, "load", load)
+    monkeypatch.setattr(chat_gradio, "gradio", MagicMock())
+    argv = shlex.split(words.replace("$'", "'"))
+    scripts = {"generate": generate, "chat": chat, "chat_gradio": chat_gradio}
+    code, _, err = run_main(scripts[script], monkeypatch, capsys, "", *argv)
+    assert (code, asked[0][0]) == (0, argv[0]), err
+
+
+def test_the_readme_shows_all_three():
+    assert {script for script, _ in COMMANDS} == {"generate", "chat", "chat_gradio"}
+
+
 def environment():
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -449,8 +477,6 @@ def test_a_message_typed_into_the_page_gets_an_answer(trained, page_of, tmp_path
 
 
 def test_without_gradio_the_page_says_what_to_install(trained, monkeypatch, capsys):
-    import chat_gradio
-
     monkeypatch.setattr(chat_gradio, "gradio", None)
     code, _, err = run_main(chat_gradio, monkeypatch, capsys, "", trained)
     assert code == 2 and err.splitlines() == [
