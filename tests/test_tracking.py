@@ -77,6 +77,7 @@ def offline(tmp_path, monkeypatch):
 
     def read():
         wandb.finish()
+        wandb.teardown()  # waits for the process that writes the file
         (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
         project, name, history = None, None, []
         for data in wandb_records(file.read_bytes()):
@@ -89,7 +90,6 @@ def offline(tmp_path, monkeypatch):
         return project, name, history
 
     yield read
-    wandb.finish()
     wandb.teardown()
 
 
