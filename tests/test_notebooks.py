@@ -41,7 +41,7 @@ def test_fine_tuning_then_inference(models, tmp_path, monkeypatch):
     assert setup == "" and data.startswith("Customer: ")
     assert (tmp_path / "run" / "completed").exists()
     assert "image/png" in chart
-    assert "loss on questions it never saw: " in answers and " of 16\n" in answers
+    assert "loss on questions it never saw: " in answers and " of 8\n" in answers
     setup, base, france, italy, tuned = texts["inference"]
     assert base.startswith(("LlamaForCausalLM cpu", "LlamaForCausalLM cuda"))
     assert france.strip() and italy.strip()  # random weights: some text

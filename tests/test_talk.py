@@ -161,6 +161,12 @@ def test_flags_given_rule_over_the_runs(trained, base, tmp_path):
     assert "Linear8bitLt" in kinds(bot.model) and bot.config.model.model_name_or_path == str(moved)
 
 
+def test_half_precision_computes_as_in_training(trained):
+    """The base in bf16, adapters in float32, computed under autocast."""
+    bot = talk.load(str(trained), "--bf16", FEW)
+    assert bot.model.dtype == torch.bfloat16 and say(bot, "hello") == SHIPS
+
+
 def test_a_special_token_of_the_run_stays(trained, tmp_path):
     """The run's flags are kept: an EOS that a run was trained with ends the answers too."""
     run = shutil.copytree(trained, tmp_path / "run")
