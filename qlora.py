@@ -100,6 +100,7 @@ from transformers import (
     enable_full_determinism,
     set_seed,
 )
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -279,7 +280,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
 
     _argument_group_name: ClassVar[str] = "training: flags of ours, and defaults that differ from the Trainer's"
 
-    report_to: str | None = flag("none", "Tracker: none, tensorboard, wandb, trackio, ...")
+    report_to: str | None = flag("none", "Trackers: none, all, or some of tensorboard, wandb, trackio, ...")
     output_dir: str = flag("./output", "Folder for adapter, checkpoints, metrics and predictions.")
     optim: str = flag("paged_adamw_32bit", "Optimizer, by the Trainer's names.")
     per_device_train_batch_size: int = flag(1, "Rows of a micro-batch on each GPU.")
@@ -564,6 +565,10 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
         derived["do_eval"] = True
     if flags["adam8bit"]:
         derived["optim"] = "paged_adamw_8bit"
+    if "," in flags["report_to"]:
+        derived["report_to"] = [name.strip() for name in flags["report_to"].split(",")]
+    if "project" not in given and "TRACKIO_PROJECT" in os.environ:  # wandb reads its own WANDB_PROJECT
+        derived["project"] = os.environ["TRACKIO_PROJECT"]
     if not torch.cuda.is_available():
         derived["use_cpu"] = True
     if flags["gradient_checkpointing_kwargs"] is None:
@@ -635,6 +640,11 @@ def check_config(config: Config) -> None:
          f"--dataset vicuna: its data was never released; a file of your own, or one of {', '.join(DATASETS)}"),
         (data.dataset_format is not None and data.dataset_format not in FORMATS,
          f"--dataset_format {data.dataset_format}: expected one of {', '.join(FORMATS)}"),
+        *((name not in INTEGRATION_TO_CALLBACK,
+           f"--report_to {name}: expected none, all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}")
+          for name in train.report_to or ()),
+        *((name not in (*get_available_reporting_integrations(), "azure_ml", "flyte"),  # which that list may leave out
+           f"--report_to {name}: its Python package is not installed here") for name in train.report_to or ()),
     ]
     # fmt: on
     for broken, message in rules:
@@ -4261,6 +4271,9 @@ def exit_status(error: BaseException) -> tuple[int, str] | None:
         return 2, f"not enough GPU memory: {MEMORY_ADVICE}"
     if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in DISK_ERRORS:
         return 2, f"{error.filename or 'a file'}: {error.strerror}"
+    library = type(error).__module__.partition(".")[0]
+    if library in INTEGRATION_TO_CALLBACK:  # no login, no connection, ...
+        return 2, f"--report_to {library}: {one_line(error)}"
     return None
 
 

@@ -4,6 +4,9 @@
 #   bash scripts/test.sh                            # all but those marked slow or network
 #   bash scripts/test.sh -k formats -x              # arguments go to pytest
 #   bash scripts/test.sh -m "slow or gpu"           # the marked ones; gpu tests need a GPU
+#
+# Trackers, notebooks and the chat page are tested where tests/requirements.txt and Chromium are installed:
+#   .venv/bin/python -m pip install -r tests/requirements.txt && bash .ci/browser.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh

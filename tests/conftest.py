@@ -9,6 +9,7 @@ Nothing here needs a network or a GPU. The builders themselves are in tiny.py.
 
 import atexit
 import contextlib
+import importlib
 import io
 import itertools
 import json
@@ -22,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Before the first import of a Hugging Face library, all of which read these once.
 _HF_HOME = tempfile.mkdtemp(prefix="qlora-tests-hf-")
@@ -36,7 +37,7 @@ os.environ |= {
 }
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # `import qlora`, `import tiny`
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]  # `import qlora`, `import tiny`, `import talk`
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -64,6 +65,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def extra(module: str) -> Any:
+    """A module of tests/requirements.txt."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        missing(f"{module} is not installed: pip install -r tests/requirements.txt")
+
+
+def missing(reason: str) -> NoReturn:
+    """Skip a test for what is not on this machine; CI sets QLORA_ALL_TESTS, and there the test fails."""
+    (pytest.fail if os.environ.get("QLORA_ALL_TESTS") else pytest.skip)(reason)
 
 
 # ------------------------------------------------------------------------------------

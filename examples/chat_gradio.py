@@ -1,0 +1,58 @@
+"""A chat in the browser, on this machine alone (127.0.0.1).
+
+pip install -r examples/requirements.txt
+python examples/chat_gradio.py MODEL [flags]
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import talk  # first: it puts qlora.py on the path
+
+import qlora
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing leaves this machine
+try:
+    import gradio
+except ImportError:
+    gradio = None
+
+
+def text_of(content: Any) -> str:
+    """The text of a message, which the page keeps in parts."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def reply(bot: talk.Bot, message: str, history: list[dict[str, Any]]) -> Iterator[str]:
+    """The answer so far, again and again until it is whole."""
+    messages = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in history]
+    text = ""
+    try:
+        for piece in bot.answer([*messages, {"role": "user", "content": message}]):
+            text += piece
+            yield text
+    except qlora.QLoRAError as error:
+        raise gradio.Error(str(error)) from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = talk.Parser(__doc__, template="auto")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    options, flags = parser.words(argv)
+    if gradio is None:
+        raise qlora.ConfigError("gradio is not installed: pip install -r examples/requirements.txt")
+    bot = talk.load_from(options, flags)
+    shown = gradio.Chatbot(
+        scale=1, buttons=["copy", "copy_all"], show_label=False
+    )  # no button that shares it with the hub
+    page = gradio.ChatInterface(partial(reply, bot), chatbot=shown, title=options.model)
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from elsewhere
+    with qlora.mendable(f"--port {options.port}"):
+        page.launch(server_name="127.0.0.1", server_port=options.port, share=False, theme=theme)
+
+
+if __name__ == "__main__":
+    sys.exit(talk.run(main))

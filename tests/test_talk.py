@@ -1,0 +1,490 @@
+"""The examples that talk to a model: what is loaded, what it is asked, what is printed.
+
+One run is trained on a handful of conversations until it knows them by heart, so that every answer is known beforehand.
+"""
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import chat
+import chat_gradio
+import generate
+import pytest
+import talk
+import tiny
+import torch
+from conftest import ROOT, extra, missing, preserved_state
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import qlora
+
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ '[assistant]' }}"
+SHIPS = "Seven ships came in today, and the last of them carried oranges."  # long enough to be seen growing
+KNOWN = [
+    {"input": "Support:", "output": " Hold the button."},
+    {"input": f"{SYSTEM} ### Human: hello### Assistant:", "output": " The lamp works.### Human: and the lens?"},
+    {"input": "[user]hello[assistant]", "output": SHIPS},
+    {"input": f"[user]hello[assistant]{SHIPS}[user]why?[assistant]", "output": "She counted them."},
+    {"input": "[system]Be short.[user]hello[assistant]", "output": "Seven."},
+]
+FEW = "--max_new_tokens=80"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A base model with a chat template."""
+    folder = tiny.write_model(tmp_path_factory.mktemp("talk") / "base", "llama")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(base):
+    """The folder of a finished 4-bit run that knows KNOWN."""
+    output, rows = base.parent / "run", tiny.rows_to_jsonl(base.parent / "rows.jsonl", KNOWN)
+    command = (
+        f"--model_name_or_path {base} --dataset {rows} --output_dir {output} --max_steps 120 --save_steps 120 "
+        "--per_device_train_batch_size 5 --gradient_accumulation_steps 1 --gradient_checkpointing False "
+        "--lora_r 32 --lora_alpha 64 --learning_rate 5e-3 --lr_scheduler_type linear --logging_steps 40"
+    )
+    with preserved_state():
+        assert qlora.main(command.split()) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def bot(trained):
+    return talk.load(str(trained), FEW)
+
+
+@pytest.fixture(scope="module")
+def merged(trained, base):
+    """The run's adapter merged into the very weights it was trained on."""
+    folder = base.parent / "merged"
+    with preserved_state():
+        config = qlora.parse_config(["--model_name_or_path", str(base)])
+        model = qlora.load_model(config, qlora.load_model_config(config, str(base)), str(base)).dequantize()
+    PeftModel.from_pretrained(model, trained).merge_and_unload().save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(base / file, folder)
+    return folder
+
+
+def say(bot, *texts):
+    """The last answer of a conversation in which the user says these texts."""
+    messages = []
+    for text in texts:
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": "".join(bot.answer(messages))})
+    return messages[-1]["content"]
+
+
+def kinds(model):
+    return {type(module).__name__ for name, module in model.named_modules() if name.endswith(("q_proj", "base_layer"))}
+
+
+# ------------------------------------------------------------------------------------
+# Loading
+# ------------------------------------------------------------------------------------
+
+
+def test_a_run_is_its_base_in_4_bit_with_its_adapter(bot):
+    assert "Linear4bit" in kinds(bot.model) and list(bot.model.peft_config) == ["default"]
+    assert say(bot, "hello") == SHIPS
+    assert say(bot, "hello", "why?") == "She counted them."  # known only with the first exchange before it
+
+
+@pytest.mark.parametrize("place", ["checkpoint-120", "only a checkpoint", "adapter_model", "no run.json"])
+def test_every_place_of_an_adapter(trained, place, tmp_path):
+    """A checkpoint, an interrupted run, the original's layout, and an adapter that peft alone has written."""
+    folder, adapter = tmp_path / "run", ("adapter_model.safetensors", "adapter_config.json")
+    if place == "checkpoint-120":
+        folder = trained / place
+    elif place == "only a checkpoint":
+        shutil.copytree(trained / "checkpoint-120", folder / "checkpoint-120")
+        shutil.copy(trained / "run.json", folder)
+    else:
+        into = folder / "adapter_model" if place == "adapter_model" else folder
+        into.mkdir(parents=True)
+        for file in adapter:
+            shutil.copy(trained / file, into)
+    bot = talk.load(str(folder), FEW)
+    assert "Linear4bit" in kinds(bot.model) and say(bot, "hello") == SHIPS
+
+
+def test_a_merged_model_answers_the_same_in_its_own_precision(merged):
+    bot = talk.load(str(merged), FEW)
+    assert kinds(bot.model) == {"Linear"} and bot.model.dtype == torch.float32
+    assert say(bot, "hello", "why?") == "She counted them."
+    assert "Linear4bit" in kinds(talk.load(str(merged), "--bits", "4").model)
+
+
+def test_a_merged_model_inside_its_runs_folder_is_not_taken_for_quantised(merged, trained):
+    inside = shutil.copytree(merged, trained / "merged")
+    assert kinds(talk.load(str(inside)).model) == {"Linear"}
+
+
+def test_a_base_alone(base, models):
+    bot = talk.load(str(base), FEW)
+    assert kinds(bot.model) == {"Linear"} and say(bot, "hello") != SHIPS
+    gguf = talk.load(str(models("gguf") / tiny.GGUF_FILE), "--max_new_tokens", "4", template="plain")
+    assert gguf.model.config.model_type == "llama" and isinstance(say(gguf, "ships"), str)
+
+
+def test_a_full_fine_tune_is_a_model_in_its_own_bits(run_qlora):
+    run = run_qlora(full_finetune=True, bits=32, max_steps=2, learning_rate=1e-2)
+    bot = talk.load(str(run.output_dir), "--max_new_tokens", "3")
+    assert bot.config.quant.bits == 32 and not hasattr(bot.model, "peft_config")
+    trained = AutoModelForCausalLM.from_pretrained(run.output_dir).lm_head.weight
+    assert torch.equal(bot.model.lm_head.weight, trained)
+
+
+def test_flags_given_rule_over_the_runs(trained, base, tmp_path):
+    moved = shutil.copytree(base, tmp_path / "moved")
+    bot = talk.load(str(trained), "--model_name_or_path", str(moved), "--bits", "8", FEW)
+    assert "Linear8bitLt" in kinds(bot.model) and bot.config.model.model_name_or_path == str(moved)
+
+
+def test_half_precision_computes_as_in_training(trained):
+    """The base in bf16, adapters in float32, computed under autocast."""
+    bot = talk.load(str(trained), "--bf16", FEW)
+    assert bot.model.dtype == torch.bfloat16 and say(bot, "hello") == SHIPS
+
+
+def test_a_special_token_of_the_run_stays(trained, tmp_path):
+    """The run's flags are kept: an EOS that a run was trained with ends the answers too."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    record["flags"]["eos_token"] = "."
+    (run / "run.json").write_text(json.dumps(record))
+    assert say(talk.load(str(run), FEW), "hello") == SHIPS  # the last character is the full stop
+
+
+# ------------------------------------------------------------------------------------
+# Prompts
+# ------------------------------------------------------------------------------------
+
+TURNS = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+]
+PROMPTS = {
+    "plain": ([], "<s>abc"),
+    "guanaco": ([], "<s>### Human: a### Assistant: b### Human: c### Assistant:"),
+    "guanaco with a system text": ([{"role": "system", "content": "S."}],
+        "<s>S. ### Human: a### Assistant: b### Human: c### Assistant:"),
+    "chat": ([], "<s>[user]a[assistant]b[user]c[assistant]"),
+    "chat with a system text": ([{"role": "system", "content": "S."}],
+        "<s>[system]S.[user]a[assistant]b[user]c[assistant]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts(name, byte_tokenizer):
+    byte_tokenizer.chat_template = TEMPLATE
+    system, expected = PROMPTS[name]
+    bos = [tiny.BOS] if expected.startswith("<s>") else []
+    ids = talk.FORMS[name.split()[0]].ids([*system, *TURNS], byte_tokenizer)
+    assert ids == bos + list(expected.removeprefix("<s>").encode())
+
+
+def test_what_is_typed_stays_text(byte_tokenizer):
+    ids = talk.plain_ids([{"role": "user", "content": "</s>"}], byte_tokenizer)
+    assert ids == [tiny.BOS, *b"</s>"]
+
+
+def test_the_guanaco_form_stops_where_the_human_would_speak(trained):
+    guanaco = talk.load(str(trained), FEW, template="guanaco")
+    assert say(guanaco, "hello") == "The lamp works."
+    plain = talk.load(str(trained), FEW, template="plain")
+    assert say(plain, f"{SYSTEM} ### Human: hello### Assistant:") == " The lamp works.### Human: and the lens?"
+    assert say(plain, "Support:") == " Hold the button."
+
+
+def test_a_system_text_and_further_stop_strings(trained):
+    assert say(talk.load(str(trained), FEW, system="Be short."), "hello") == "Seven."
+    assert say(talk.load(str(trained), FEW, stop=["last of"]), "hello") == SHIPS.partition("last of")[0]
+
+
+def test_the_template_is_chosen_by_what_the_run_was_trained_on(trained, base, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    record["flags"]["dataset_format"] = "oasst1"
+    (run / "run.json").write_text(json.dumps(record))
+    assert talk.load(str(run)).form is talk.FORMS["guanaco"]
+    assert talk.load(str(base)).form is talk.FORMS["chat"]
+    bare = shutil.copytree(base, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    assert talk.load(str(bare)).form is talk.FORMS["guanaco"]
+    with pytest.raises(qlora.ConfigError, match="no chat template"):
+        talk.load(str(bare), template="chat")
+
+
+def test_a_template_that_refuses_says_so(base, tmp_path):
+    strict = shutil.copytree(base, tmp_path / "strict")
+    (strict / "chat_template.jinja").write_text("{{ raise_exception('no system role here') }}")
+    with pytest.raises(qlora.ConfigError, match="no system role here"):
+        say(talk.load(str(strict)), "hello")
+
+
+def test_the_oldest_exchanges_leave_a_conversation_that_is_too_long(trained):
+    bot = talk.load(str(trained), "--max_new_tokens", "80")  # the model reads 512: 432 are left
+    old = [{"role": "user", "content": "x" * 400}, {"role": "assistant", "content": "y"}]
+    ids = bot.prompt([*old, {"role": "user", "content": "hello"}])
+    assert ids == [tiny.BOS, *b"[user]hello[assistant]"]
+    assert len(bot.prompt([{"role": "user", "content": "x" * 414}])) == 432
+    with pytest.raises(qlora.ConfigError, match=r"433 tokens .* reads 512, 80 of which"):
+        bot.prompt([{"role": "user", "content": "x" * 415}])
+
+
+# ------------------------------------------------------------------------------------
+# Streaming
+# ------------------------------------------------------------------------------------
+
+STREAMS = [
+    ((), ["a", "b"], ["a", "b", ""], "ab"),
+    (("##",), ["a#", "b"], ["a", "#b", ""], "a#b"),  # held back, then given free
+    (("##",), ["a#", "#b"], ["a", ""], "a"),  # the stop string comes in two pieces
+    (("##",), ["a#"], ["a", "#"], "a#"),  # ... or does not come
+    (("bc", "b"), ["a", "bcd"], ["a", ""], "a"),  # the earliest of two
+    (("END",), ["E", "N", "D!"], ["", "", ""], ""),
+    (("abab",), ["aba", "abab"], ["", "aba"], "aba"),  # overlapping beginnings
+]
+
+
+@pytest.mark.parametrize(("stops", "pieces", "shown", "text"), STREAMS)
+def test_a_stream_ends_before_a_stop_string(stops, pieces, shown, text):
+    got = list(talk.up_to(stops, iter(pieces)))
+    assert "".join(got) == text
+    assert got == shown
+
+
+def test_an_answer_comes_in_pieces_and_can_be_stopped(trained):
+    bot = talk.load(str(trained), "--max_new_tokens", "400", "--min_new_tokens", "400")
+    calls = []
+    bot.model.register_forward_hook(lambda *_: calls.append(1))
+    answer = bot.answer([{"role": "user", "content": "hello"}])
+    assert next(answer) == "Seven " and len(calls) < 400
+    answer.close()
+    stopped = len(calls)
+    assert stopped < 400
+    time.sleep(0.2)
+    assert len(calls) == stopped  # nothing goes on in the background
+
+
+def test_sampling_follows_the_seed(base):
+    flags = ("--max_new_tokens", "12", "--do_sample", "--temperature", "2.0", "--seed")
+    one, two, other = (say(talk.load(str(base), *flags, seed, template="plain"), "ships") for seed in "112")
+    assert one == two != other
+
+
+def test_what_goes_wrong_while_generating_is_raised(trained):
+    with pytest.raises(qlora.ConfigError, match="num_beams"):
+        say(talk.load(str(trained), "--num_beams", "2"), "hello")
+
+
+# ------------------------------------------------------------------------------------
+# The scripts
+# ------------------------------------------------------------------------------------
+
+
+def run_main(script, monkeypatch, capsys, typed, *argv):
+    """(exit status, standard output, standard error) of a script, with this on standard input."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    code = talk.run(script.main, [str(word) for word in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_a_conversation(trained, monkeypatch, capsys):
+    typed = "hello\n\nwhy?\n/clear\nwhy?\n/quit\nhello\n"
+    code, out, _ = run_main(chat, monkeypatch, capsys, typed, trained, FEW)
+    answers = out.splitlines()
+    assert code == 0 and answers[:2] == [SHIPS, "She counted them."]
+    assert len(answers) == 3 and answers[2] != "She counted them."  # /clear has taken the first exchange away
+
+
+def test_a_message_that_does_not_fit_ends_nothing(trained, monkeypatch, capsys):
+    typed = f"{'x' * 600}\n/clear\nhello\n"
+    code, out, err = run_main(chat, monkeypatch, capsys, typed, trained, FEW)
+    assert code == 0 and out.splitlines() == ["", SHIPS] and "shorten it" in err
+
+
+def test_an_answer_that_was_stopped_stays_in_the_history(capsys):
+    def interrupted(messages):
+        yield "Seven "
+        raise KeyboardInterrupt
+
+    assert chat.say(SimpleNamespace(answer=interrupted), []) == "Seven"
+    assert capsys.readouterr().out == "Seven  (stopped)\n"
+
+
+BAD = {
+    "no model": ([], "MODEL"),
+    "a flag before it": (["--bits", "4", "MODEL", "hi"], "--bits stands before MODEL"),
+    "no prompt": (["MODEL"], "no prompt"),
+    "an unknown flag": (["MODEL", "hi", "--max_new_token", "3"], "--max_new_token: unknown flag"),
+    "an unknown template": (["MODEL", "hi", "--template", "vicuna"], "--template"),
+    "a wrong value": (["MODEL", "hi", "--bits", "5"], "--bits"),
+    "no such model": (["no/such-model", "hi"], "no/such-model"),
+    "a folder without one": (["EMPTY", "hi"], "neither a trained adapter nor a model"),
+    "an adapter without its base": (["LOST", "hi"], "--model_name_or_path gone"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_2(name, trained, tmp_path, monkeypatch, capsys):
+    argv, expected = BAD[name]
+    (tmp_path / "empty").mkdir()
+    lost = tmp_path / "lost"
+    lost.mkdir()
+    shutil.copy(trained / "adapter_model.safetensors", lost)
+    (lost / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "gone/away"}')
+    places = {"MODEL": trained, "EMPTY": tmp_path / "empty", "LOST": lost}
+    monkeypatch.setattr(qlora, "load_model", None)  # nothing is loaded before the words are right
+    code, out, err = run_main(generate, monkeypatch, capsys, "", *(places.get(word, word) for word in argv))
+    assert code == 2 and not out
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and expected in line
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^python examples/(\w+)\.py (.*)$", README, flags=re.M)
+
+
+@pytest.mark.parametrize(("script", "words"), COMMANDS)
+def test_the_commands_of_the_readme(script, words, monkeypatch, capsys):
+    """Each is carried out with another model in place of the one it names; its flags are read."""
+    asked = []
+
+    def load(name, *given, **options):
+        asked.append((name, qlora.parse_config(list(given))))
+        return SimpleNamespace(answer=lambda messages: iter(["An answer."]))
+
+    monkeypatch.setattr(talk, "load", load)
+    monkeypatch.setattr(chat_gradio, "gradio", MagicMock())
+    argv = shlex.split(words.replace("$'", "'"))
+    scripts = {"generate": generate, "chat": chat, "chat_gradio": chat_gradio}
+    code, _, err = run_main(scripts[script], monkeypatch, capsys, "", *argv)
+    assert (code, asked[0][0]) == (0, argv[0]), err
+
+
+def test_the_readme_shows_all_three():
+    assert {script for script, _ in COMMANDS} == {"generate", "chat", "chat_gradio"}
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_the_scripts_as_processes(trained):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    python = [sys.executable, "-W", "ignore"]
+    commands = {
+        " Hold the button.\n": (["generate.py", trained, "Support:", FEW], ""),
+        " Hold the button.": (["generate.py", trained, FEW], "Support:\n"),
+        f"{SHIPS}\nShe counted them.\n": (["chat.py", trained, FEW], "hello\nwhy?\n"),
+    }
+    running = []
+    for expected, ((script, *words), typed) in commands.items():
+        command = [*python, str(ROOT / "examples" / script), *map(str, words)]
+        process = subprocess.Popen(command, cwd=trained.parent, env=environment(), **pipes)
+        process.stdin.write(typed)
+        process.stdin.close()
+        process.stdin = None
+        running.append((process, expected))
+    for process, expected in running:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and out.strip("\n") == expected.strip("\n"), err
+
+
+# ------------------------------------------------------------------------------------
+# The page, in a real browser
+# ------------------------------------------------------------------------------------
+
+WATCH = """() => { window.seen = []; new MutationObserver(() => {
+    const bots = document.querySelectorAll('[data-testid=bot]');
+    if (bots.length) window.seen.push(bots[bots.length - 1].innerText.trim());
+}).observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
+CHROMIUM = [  # the last four: it asks for nothing outside this machine
+    "--no-sandbox", "--disable-gpu", "--no-first-run",
+    "--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture
+def page_of(tmp_path):
+    """`page_of(model)` -> address of its chat page, served by the script until the test ends."""
+    served = []
+
+    def serve(model: Path) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, str(ROOT / "examples/chat_gradio.py"), str(model), FEW, "--port", str(port)]
+        with (tmp_path / "server.log").open("w") as log:
+            served.append(subprocess.Popen(command, env=environment(), stdout=log, stderr=log))
+        began = time.monotonic()
+        while time.monotonic() < began + 120:
+            assert served[0].poll() is None, (tmp_path / "server.log").read_text()
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return f"http://127.0.0.1:{port}"
+            time.sleep(0.2)
+        raise AssertionError("the page did not come up")
+
+    yield serve
+    for process in served:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def test_a_message_typed_into_the_page_gets_an_answer(trained, page_of, tmp_path):
+    extra("gradio")
+    playwright = extra("playwright.sync_api")
+    chromium = shutil.which("chromium") or missing("chromium is not installed: bash .ci/browser.sh")
+    address, asked = page_of(trained), []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=CHROMIUM)
+        page = browser.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        page.evaluate(WATCH)
+        box = page.get_by_role("textbox")
+        for text, answer in (("hello", SHIPS), ("why?", "She counted them.")):
+            box.fill(text)
+            box.press("Enter")
+            page.get_by_test_id("bot").last.get_by_text(answer, exact=True).wait_for(timeout=30_000)
+        page.screenshot(path=tmp_path / "page.png")
+        said = [[text.strip() for text in page.get_by_test_id(who).all_inner_texts()] for who in ("user", "bot")]
+        seen = page.evaluate("window.seen")
+        browser.close()
+    assert said == [["hello", "why?"], [SHIPS, "She counted them."]]
+    assert any(text and SHIPS.startswith(text) and text != SHIPS for text in seen)  # it was seen growing
+    hosts = {re.match(r"\w+://([^/:]+)", url).group(1) for url in asked if "://" in url}
+    assert hosts == {"127.0.0.1"}
+
+
+def test_without_gradio_the_page_says_what_to_install(trained, monkeypatch, capsys):
+    monkeypatch.setattr(chat_gradio, "gradio", None)
+    code, _, err = run_main(chat_gradio, monkeypatch, capsys, "", trained)
+    assert code == 2 and err.splitlines() == [
+        "error: gradio is not installed: pip install -r examples/requirements.txt"
+    ]
