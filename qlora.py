@@ -298,6 +298,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     padding_free: bool = flag(True, "Lay rows end to end instead of padding them, where the model allows it.")
     fused_lora: bool = flag(True, "Compute base and adapters in fused functions, where they know the layer.")
     chunked_head: bool = flag(True, "Compute logits only for tokens that are learnt, a few hundred at a time.")
+    unpacked_layers: str = flag("auto", "Of how many layers to keep the 4- or 8-bit weights unpacked too: auto (what "
+        "fits beside everything else; none on a CPU), all, none or a number.")
     plan: bool = flag(False, "Print what the run will take (GiB by part, tokens per second), and exit.")
     plan_gpu: str | None = flag(None, "GPU to plan for, by size or name: 24GiB, 8x80GiB, H100. Default: the one here.")
     liger: bool = flag(True, "Use liger-kernel's norms, activations and rotary embedding, where it has the model.")
@@ -607,8 +609,9 @@ def check_config(config: Config) -> None:
          f"--eval_dataset_size {size:g}: expected a number of rows, or a share below 1"),
         (not 0 <= lora.lora_dropout < 1, f"--lora_dropout {lora.lora_dropout:g}: expected from 0 up to below 1"),
         (lora.layers_to_freeze > 0 and freeze > 0, "--layers_to_freeze and --layer_freeze_ratio: give one of them"),
-        (not re.fullmatch(r"auto|all|none|\d+", train.recompute_layers),
-         f"--recompute_layers {train.recompute_layers}: expected auto, all, none or a number of layers"),
+        *((not re.fullmatch(r"auto|all|none|\d+", config.flags[name]),
+           f"--{name} {config.flags[name]}: expected auto, all, none or a number of layers")
+          for name in ("recompute_layers", "unpacked_layers")),
         (not train.gradient_checkpointing and train.recompute_layers not in ("auto", "none", "0"),
          f"--recompute_layers {train.recompute_layers} and --gradient_checkpointing False: give one of them"),
         (train.plan_gpu is not None and not train.plan, "--plan_gpu names the GPU of a plan: add --plan"),
@@ -2016,7 +2019,9 @@ if triton is not None:
 
 def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
     """A linear layer's weight, (out, in), from 4, 8 or 16 bits."""
-    weight, state = base.weight, getattr(base.weight, "quant_state", None)
+    weight, state, unpacked = base.weight, getattr(base.weight, "quant_state", None), getattr(base, "unpacked", None)
+    if unpacked is not None and unpacked.dtype == dtype:
+        return unpacked
     if state is None:
         if weight.dtype != torch.int8:
             return weight.to(dtype)
@@ -2590,6 +2595,15 @@ def decoder_layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def set_unpacked(model: Any, count: int, dtype: torch.dtype) -> None:
+    """Keep the weights of the first `count` layers unpacked beside the packed ones: for memory that is free anyway."""
+    for i, layer in enumerate(decoder_layers(model)):
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear:
+                module.unpacked = None
+                module.unpacked = dense_weight(module, dtype) if i < count else None
+
+
 def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
     """Recompute the first `count` layers: the backward pass reaches them last, when the others' memory is free."""
     layers = decoder_layers(model)
@@ -2737,11 +2751,12 @@ class Sizes(NamedTuple):
     rows: int | None  # of a micro-batch, as the flags say; None for as many as fit
     tokens: int  # of a micro-batch, at most
     recomputed: int  # layers, from the first on
+    unpacked: int = 0  # layers whose weights are kept unpacked too, from the first on
 
     def __str__(self) -> str:
         rows = "" if self.rows is None else f"{self.rows} rows and "
         tokens = f"{self.tokens} tokens" if self.tokens < NO_LIMIT else "any number of tokens"
-        return f"{rows}{tokens} at once, {self.recomputed} layers recomputed"
+        return f"{rows}{tokens} at once, {self.recomputed} layers recomputed, {self.unpacked} kept unpacked"
 
 
 NO_LIMIT = 2**30  # tokens: more than any window has
@@ -2805,6 +2820,7 @@ class Costs(NamedTuple):
     layer: int  # what a layer keeps of a token
     kept: int  # what a recomputed layer keeps of a token: its input
     layers: int
+    unpacked: int  # a layer's weights in the compute dtype
     flops: float  # of a token, without recomputation
     repeated: float  # of a token, in all layers computed again
 
@@ -2882,6 +2898,7 @@ def estimate(model: Any, config: Config) -> Costs:
         layer=layer,
         kept=width * hidden,
         layers=layers,
+        unpacked=width * per_layer if config.quant.bits < 16 and train.fused_lora and not full else 0,
         flops=(6.0 if full else 4.0) * held + 6.0 * thin + 4.0 * hidden * vocabulary,
         repeated=2.0 * layers * (per_layer - last),
     )
@@ -2930,8 +2947,20 @@ def fit(costs: Costs, room: float, longest: int, window: int, gpu: Gpu, config: 
             time_ = batches * costs.seconds(sizes, math.ceil(window / batches), gpu)
             found.append((time_, sizes._replace(tokens=tokens)))
     if found:
-        return min(found, key=lambda pair: pair[0])[1]
+        best = min(found, key=lambda pair: pair[0])[1]
+        left = 0.9 * (room - costs.fixed) - best.tokens * (costs.token + costs.activations(best, 1))
+        return best._replace(unpacked=unpacked_layers(left, best, costs, config))
     return Sizes(rows, longest, costs.layers if wanted is None else wanted)
+
+
+def unpacked_layers(left: float, sizes: Sizes, costs: Costs, config: Config) -> int:
+    """How many layers' weights to keep unpacked in the bytes that are left; none where memory is short or asked for."""
+    asked = config.training.unpacked_layers
+    if not costs.unpacked or asked == "none":
+        return 0
+    if asked != "auto":
+        return costs.layers if asked == "all" else min(int(asked), costs.layers)
+    return 0 if sizes.recomputed else max(0, min(costs.layers, int(left / costs.unpacked)))
 
 
 class Plan(NamedTuple):
@@ -2947,6 +2976,7 @@ class Plan(NamedTuple):
         costs = self.costs
         parts = {
             "weights of the linear layers": costs.weights,
+            "weights kept unpacked": costs.unpacked * self.sizes.unpacked,
             "embedding, head, norms": costs.other,
             "adapters": costs.adapters,
             "gradients": costs.gradients,
@@ -2974,6 +3004,7 @@ class Plan(NamedTuple):
             "in all": f"{needed:6.2f} GiB: {fits}",
             "micro-batch": f"{self.tokens} tokens",
             "recomputed": f"{self.sizes.recomputed} of {self.costs.layers} layers",
+            "kept unpacked": f"{self.sizes.unpacked} of {self.costs.layers} layers",
             "tokens per second": speed,
         }
 
@@ -3056,7 +3087,8 @@ def choose_sizes(
     if rows is None or not torch.cuda.is_available() or train.use_cpu or is_sharded(config):
         wanted = wanted_recompute(config, layers)
         at_once = None if train.auto_batch else train.per_device_train_batch_size
-        return Sizes(at_once, 4096 if train.auto_batch else NO_LIMIT, layers if wanted is None else wanted), None
+        sizes = Sizes(at_once, 4096 if train.auto_batch else NO_LIMIT, layers if wanted is None else wanted)
+        return sizes._replace(unpacked=unpacked_layers(0, sizes, costs, config)), None
     gpu = find_gpu(None)
     assert gpu is not None
     count = train.per_device_train_batch_size * train.gradient_accumulation_steps
@@ -3692,7 +3724,10 @@ class QLoRATrainer(Trainer):
         largest = max(self._parts(window), key=lambda part: sum(window.lengths[i] for i in part))
         tokens = sum(window.lengths[i] for i in largest)
         layers = len(decoder_layers(base))
-        if len(largest) > 1 and (tokens > 4096 or sizes.recomputed >= layers):
+        if sizes.unpacked:
+            self.sizes = sizes._replace(unpacked=0)
+            set_unpacked(base, 0, compute_dtype(self.config))
+        elif len(largest) > 1 and (tokens > 4096 or sizes.recomputed >= layers):
             self.sizes = sizes._replace(tokens=tokens // 2)
         elif sizes.recomputed < layers:
             self.sizes = sizes._replace(recomputed=min(layers, sizes.recomputed + max(1, layers // 4)))
@@ -3701,8 +3736,9 @@ class QLoRATrainer(Trainer):
             raise reason
         torch.cuda.empty_cache()
         log.warning(
-            "step %d: GPU memory ran out with %d tokens at once and %d of %d layers recomputed; repeating it with %s",
-            self.state.global_step + 1, tokens, sizes.recomputed, layers, self.sizes,
+            "step %d: GPU memory ran out with %d tokens at once, %d of %d layers recomputed and %d kept unpacked; "
+            "repeating it with %s", self.state.global_step + 1, tokens, sizes.recomputed, layers, sizes.unpacked,
+            self.sizes,
         )  # fmt: skip
 
     def compute_loss(
@@ -3844,8 +3880,9 @@ def window_arguments(args: TrainingArguments) -> TrainingArguments:
     return dataclasses.replace(args, **changed)
 
 
-def start_recomputing(model: Any, base: Any, fast: FastPath, sizes: Sizes) -> None:
+def start_recomputing(base: Any, fast: FastPath, sizes: Sizes, dtype: torch.dtype) -> None:
     """Recompute layers as decided; a model without layers of transformers' own kind recomputes all or none."""
+    set_unpacked(base, sizes.unpacked, dtype)
     if decoder_layers(base):
         set_recomputed(base, sizes.recomputed, fast)
     elif sizes.recomputed and getattr(base, "supports_gradient_checkpointing", True):
@@ -4171,7 +4208,7 @@ def assemble(
         log.info("%s", line)
     fast = speed_up(model, base, config)
     sizes, plan = choose_sizes(costs, model, base, fast, rows, config)
-    start_recomputing(model, base, fast, sizes)
+    start_recomputing(base, fast, sizes, compute_dtype(config))
     parts = {"rows end to end": fast.attention, "logits in chunks": fast.head is not None, "steps": sizes}
     log_block("Fast path", parts | (plan.lines() if plan else {}))
     return model, fast, sizes, plan

@@ -7,7 +7,7 @@ MODEL is a folder with a LLaMA model; random weights will do. A case is ROWSxTOK
 and none or all; 16*1x528 stands for 16 rows of an optimizer step that come one at a time, as the default flags have it.
 REAL:FILE:ROWS takes the lengths of a JSON-lines file's texts, ROWS to an optimizer step.
 
-Every measurement is a process of its own: nf4 with double quantisation, bf16, LoRA r 64 on all linear layers without
+Every side is a process of its own: nf4 with double quantisation, bf16, LoRA r 64 on all linear layers without
 dropout, adapters in bf16, paged 32-bit AdamW, the same random token ids; 2 steps to warm up, then the median of
 --steps. Padding is not counted. Loss and gradient norm of the first step stand beside each speed: they must agree.
 Writes benchmark.json and benchmark.png to --out.
@@ -111,7 +111,7 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
         "tokens": [sum(windows[step % len(windows)]) for step in range(WARM_UP, total)],
         "loss": first["loss"],
         "grad_norm": first["grad_norm"],
-        "first_step_s": clock.times[1] - began,
+        "ready_s": clock.times[1] - began,
         "sizes": str(trainer.sizes),
         "predicted_gib": round(plan.gib()["predicted peak"], 2) if plan else None,
         "predicted_tokens_per_s": round(plan.tokens_per_second()) if plan else None,
@@ -168,14 +168,12 @@ def padded(rows: list[Any]) -> dict[str, Any]:
     return {name: tensor.cuda() for name, tensor in batch.items()}
 
 
-def measure_peer(side: str, model: str, case: str, steps: int) -> dict[str, Any]:
+def measure_peer(trained: Any, case: str, steps: int) -> dict[str, Any]:
     """Steps of another library over the same rows: a plain loop, without a Trainer around it."""
-    windows, at_once, recompute = lengths_of(case)
-    began = time.perf_counter()
-    trained = load_peer(side, model, recompute)
     import bitsandbytes
     import torch
 
+    windows, at_once, _ = lengths_of(case)
     trained.train()
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = bitsandbytes.optim.PagedAdamW32bit(parameters, lr=2e-4)
@@ -198,35 +196,44 @@ def measure_peer(side: str, model: str, case: str, steps: int) -> dict[str, Any]
         optimizer.zero_grad()
         torch.cuda.synchronize()
         took.append(time.perf_counter() - start)
-        if step == 0:
-            first["first_step_s"] = time.perf_counter() - began
     tokens = [sum(windows[step % len(windows)]) for step in range(WARM_UP, steps + WARM_UP)]
     return {"seconds": took[WARM_UP:], "tokens": tokens, **first}
 
 
-def measure(side: str, model: str, case: str, steps: int, flags: list[str]) -> dict[str, Any]:
-    """One measurement, in this process."""
-    made = measure_ours(model, case, steps, flags) if side == "ours" else measure_peer(side, model, case, steps)
+def measure(side: str, model: str, cases: list[str], steps: int, flags: list[str]) -> None:
+    """Cases with the same recomputation, in this process; a line of JSON for each."""
+    import gc
+
+    began, trained = time.perf_counter(), None
+    if side != "ours":
+        trained = load_peer(side, model, lengths_of(cases[0])[2])
+    ready = time.perf_counter() - began
     import torch
 
-    seconds, tokens = made.pop("seconds"), made.pop("tokens")
-    rates = [count / second for count, second in zip(tokens, seconds, strict=True)]
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    speed = {"tokens_per_s": round(statistics.median(rates)), "step_s": round(statistics.median(seconds), 4)}
-    return {"side": side, "case": case, **speed, "peak_gib": round(peak, 2), **made}
+    for case in cases:
+        torch.cuda.empty_cache()
+        made = measure_ours(model, case, steps, flags) if side == "ours" else measure_peer(trained, case, steps)
+        seconds, tokens = made.pop("seconds"), made.pop("tokens")
+        rates = [count / second for count, second in zip(tokens, seconds, strict=True)]
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        speed = {"tokens_per_s": round(statistics.median(rates)), "step_s": round(statistics.median(seconds), 4)}
+        result = {"side": side, "case": case, **speed, "peak_gib": round(peak, 2), "ready_s": ready, **made}
+        print("RESULT", json.dumps(result), flush=True)
+        gc.collect()
 
 
-def in_a_process(side: str, arguments: argparse.Namespace, case: str, flags: list[str]) -> dict[str, Any]:
-    """One measurement, in a process of its own."""
-    command = [sys.executable, __file__, arguments.model, "--one", side, "--cases", case]
-    command += ["--steps", str(arguments.steps), "--flags", " ".join(flags)]
+def in_a_process(side: str, arguments: argparse.Namespace, cases: list[str]) -> list[dict[str, Any]]:
+    """Cases of one side, in a process of its own."""
+    command = [sys.executable, __file__, arguments.model, "--one", side, "--cases", ",".join(cases)]
+    command += ["--steps", str(arguments.steps), f"--flags={arguments.flags}"]
     done = subprocess.run(command, capture_output=True, text=True)
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not found:
+    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    found = [dict(json.loads(line)) for line in lines]
+    if len(found) < len(cases):
         reason = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["no result"]
         (Path(arguments.out) / f"failed_{side}.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
-        return {"side": side, "case": case, "failed": reason[0][:300]}
-    return dict(json.loads(found[-1].removeprefix("RESULT ")))
+        found += [{"side": side, "case": case, "failed": reason[0][:300]} for case in cases[len(found) :]]
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -255,7 +262,7 @@ def table(results: list[dict[str, Any]]) -> str:
             ratio = f"{r['tokens_per_s'] / against:.2f}" if against else ""
             lines.append(
                 f"| {case} | {r['side']} | {r['tokens_per_s']} | {ratio} | {r['peak_gib']} | {r['loss']:.3f} "
-                f"| {r['grad_norm']:.3f} | {r['first_step_s']:.0f} |"
+                f"| {r['grad_norm']:.3f} | {r['ready_s']:.0f} |"
             )
     return "\n".join(lines)
 
@@ -292,18 +299,19 @@ def main() -> None:
     parser.add_argument("--out", default="benchmark")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    flags = arguments.flags.split()
+    cases = arguments.cases.split(",")
     if arguments.one:
-        result = measure(arguments.one, arguments.model, arguments.cases, arguments.steps, flags)
-        print("RESULT", json.dumps(result), flush=True)
+        measure(arguments.one, arguments.model, cases, arguments.steps, arguments.flags.split())
         return
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     results = []
-    for case in arguments.cases.split(","):
+    for recompute in dict.fromkeys(lengths_of(case)[2] for case in cases):
         for side in arguments.sides.split(","):
-            results.append(in_a_process(side, arguments, case, flags))
-            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+            found = in_a_process(side, arguments, [case for case in cases if lengths_of(case)[2] == recompute])
+            results += found
+            for result in found:
+                print(json.dumps(result), file=sys.stderr, flush=True)
     record = {"command": " ".join(sys.argv), "versions": versions(), "results": results}
     (out / "benchmark.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     chart(results, out / "benchmark.png")
