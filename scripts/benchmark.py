@@ -5,7 +5,7 @@
 
 MODEL is a folder with a LLaMA model; random weights will do. A case is ROWSxTOKENS:RECOMPUTE, the rows of a micro-batch
 and none or all; 16*1x528 stands for 16 rows of an optimizer step that come one at a time, as the default flags have it.
-REAL:FILE:ROWS takes the lengths of a JSON-lines file's texts, ROWS to an optimizer step.
+REAL:FILE:ROWS takes the lengths of a JSON-lines file's texts, ROWS to an optimizer step; unsloth gets them end to end.
 
 Every side is a process of its own: nf4 with double quantisation, bf16, LoRA r 64 on all linear layers without
 dropout, adapters in bf16, paged 32-bit AdamW, the same random token ids; 2 steps to warm up, then the median of
@@ -168,12 +168,27 @@ def padded(rows: list[Any]) -> dict[str, Any]:
     return {name: tensor.cuda() for name, tensor in batch.items()}
 
 
-def measure_peer(trained: Any, case: str, steps: int) -> dict[str, Any]:
+def end_to_end(rows: list[Any]) -> dict[str, Any]:
+    """Rows as one, the way that unsloth takes them without padding."""
+    import torch
+
+    labels = [torch.cat([torch.tensor([-100]), row[1:]]) for row in rows]
+    batch = {
+        "input_ids": torch.cat(rows).unsqueeze(0),
+        "labels": torch.cat(labels).unsqueeze(0),
+        "position_ids": torch.cat([torch.arange(len(row)) for row in rows]).unsqueeze(0),
+        "packed_seq_lengths": torch.tensor([len(row) for row in rows], dtype=torch.int32),
+    }
+    return {name: tensor.cuda() for name, tensor in batch.items()}
+
+
+def measure_peer(side: str, trained: Any, case: str, steps: int) -> dict[str, Any]:
     """Steps of another library over the same rows: a plain loop, without a Trainer around it."""
     import bitsandbytes
     import torch
 
     windows, at_once, _ = lengths_of(case)
+    collate = end_to_end if side == "unsloth" and case.startswith("REAL:") else padded
     trained.train()
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = bitsandbytes.optim.PagedAdamW32bit(parameters, lr=2e-4)
@@ -186,7 +201,7 @@ def measure_peer(trained: Any, case: str, steps: int) -> dict[str, Any]:
         start, total = time.perf_counter(), 0.0
         for i in range(0, len(rows), at_once):
             with torch.autocast("cuda", torch.bfloat16):
-                loss = trained(**padded(rows[i : i + at_once])).loss / (len(rows) / at_once)
+                loss = trained(**collate(rows[i : i + at_once])).loss / (len(rows) / at_once)
             loss.backward()
             total += loss.detach()
         if not first:
@@ -212,7 +227,7 @@ def measure(side: str, model: str, cases: list[str], steps: int, flags: list[str
 
     for case in cases:
         torch.cuda.empty_cache()
-        made = measure_ours(model, case, steps, flags) if side == "ours" else measure_peer(trained, case, steps)
+        made = measure_ours(model, case, steps, flags) if side == "ours" else measure_peer(side, trained, case, steps)
         seconds, tokens = made.pop("seconds"), made.pop("tokens")
         rates = [count / second for count, second in zip(tokens, seconds, strict=True)]
         peak = torch.cuda.max_memory_allocated() / 2**30

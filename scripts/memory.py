@@ -1,0 +1,161 @@
+#!/usr/bin/env python3
+"""Does a model of this size train in so much memory? Peak memory against the plan, on random weights.
+
+    python scripts/memory.py [--shapes 7b,8b,70b] [--cap 48] [--tokens 512] [--steps 5] [-- FLAGS OF qlora.py]
+
+A LLaMA of each shape is made on the GPU, quantised layer by layer, so that no disk and no second copy is needed, and
+trained for a few steps on random tokens, one row at a time with every layer recomputed. --cap limits torch's allocator
+to so many GiB. One row of a table for each shape, and memory.json in --out.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import bitsandbytes as bnb
+import datasets
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import qlora
+
+# hidden, inner, layers, heads, key/value heads, vocabulary: of LLaMA, LLaMA-2 and Llama 3, and of Yi-34B
+SHAPES = {
+    "tiny": (64, 128, 2, 4, 2, 256),
+    "1b": (2048, 8192, 16, 32, 8, 32000),
+    "7b": (4096, 11008, 32, 32, 32, 32000),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+    "13b": (5120, 13824, 40, 40, 40, 32000),
+    "33b": (6656, 17920, 60, 52, 52, 32000),
+    "34b": (7168, 20480, 60, 56, 8, 64000),
+    "65b": (8192, 22016, 80, 64, 64, 32000),
+    "70b": (8192, 28672, 80, 64, 8, 128256),
+}
+
+
+def shape_config(name: str) -> LlamaConfig:
+    """A LLaMA of this shape."""
+    hidden, inner, layers, heads, grouped, vocabulary = SHAPES[name]
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=grouped, vocab_size=vocabulary, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def random_base(model_config: LlamaConfig, config: qlora.Config, device: torch.device) -> Any:
+    """The model with random weights, its linear layers quantised one after the other."""
+    dtype = qlora.load_dtype(config)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(model_config)
+    for name in qlora.linear_layers(model):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        old = owner.get_submodule(qlora.leaf_name(name))
+        layer = bnb.nn.Linear4bit(
+            old.in_features, old.out_features, bias=False, compute_dtype=qlora.compute_dtype(config),
+            compress_statistics=config.quant.double_quant, quant_type=config.quant.quant_type, device="meta",
+        )  # fmt: skip
+        weight = torch.randn(old.out_features, old.in_features, dtype=dtype, device=device) * 0.02
+        layer.weight = bnb.nn.Params4bit(
+            weight, requires_grad=False, compress_statistics=config.quant.double_quant,
+            quant_type=config.quant.quant_type, module=layer,
+        ).to(device)  # fmt: skip
+        del weight
+        setattr(owner, qlora.leaf_name(name), layer)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            owner, leaf = model.get_submodule(name.rpartition(".")[0]), qlora.leaf_name(name)
+            value = torch.ones(parameter.shape) if parameter.ndim == 1 else torch.randn(parameter.shape) * 0.02
+            setattr(owner, leaf, torch.nn.Parameter(value.to(device, dtype), requires_grad=False))
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(model_config).to(device)
+    model.is_loaded_in_4bit = True  # as peft asks
+    model.config.use_cache = False
+    return model
+
+
+def train(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A few steps of one shape."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model_config = shape_config(name)
+    config = qlora.parse_config(
+        [
+            *("--model_name_or_path", name, "--output_dir", "/tmp/memory", "--save_strategy", "no"),
+            *("--gradient_accumulation_steps", "1", "--max_steps", str(arguments.steps), "--logging_steps", "1"),
+            *("--recompute_layers", "all", "--bf16", "--disable_tqdm", "True"),
+            *arguments.flags,
+        ]
+    )
+    ids = torch.randint(5, model_config.vocab_size, (arguments.steps, arguments.tokens)).tolist()
+    columns = {"input_ids": ids, "labels": ids, "length": [arguments.tokens] * len(ids), "where": [""] * len(ids)}
+    rows = datasets.Dataset.from_dict(columns)
+    began = time.perf_counter()
+    base = random_base(model_config, config, device)
+    costs = qlora.costs_from_config(config, model_config)
+    trained, fast, sizes, _ = qlora.assemble(base, costs, None, rows, config)
+    gpu = qlora.find_gpu(None) or qlora.GPUS[0]
+    plan = qlora.make_plan(costs, gpu, arguments.tokens, arguments.tokens, config)
+    trainer = qlora.build_trainer(trained, fast, sizes, None, qlora.Splits(rows, None), None, {}, qlora.Stop(), config)
+    made = time.perf_counter() - began
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "shape": name,
+        "predicted_gib": round(plan.gib()["predicted peak"], 2),
+        "peak_gib": round(qlora.peak_memory_gib(), 2),
+        "losses": [entry["loss"] for entry in history],
+        "grad_norms": [entry["grad_norm"] for entry in history],
+        "made_s": round(made),
+        "sizes": str(trainer.sizes),
+    }
+
+
+def main() -> None:
+    """Every shape in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="1b,7b,8b,13b,34b,70b")
+    parser.add_argument("--cap", type=float, help="GiB that torch's allocator may take")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--out", default="memory")
+    parser.add_argument("flags", nargs="*", help="flags of qlora.py, after --")
+    arguments = parser.parse_args()
+    if arguments.cap and torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap * 2**30 / whole))
+    qlora.set_up_logging()
+    results = []
+    print(
+        "| shape | predicted GiB | measured GiB | loss, first and last | gradient norm | ready s |\n" + "|---" * 6 + "|"
+    )
+    for name in arguments.shapes.split(","):
+        try:
+            found = train(name, arguments)
+        except torch.OutOfMemoryError as error:
+            found = {"shape": name, "failed": str(error).split(".")[0]}
+            print(f"| {name} | does not fit: {found['failed']} | | | | |", flush=True)
+        else:
+            print(
+                f"| {name} | {found['predicted_gib']} | {found['peak_gib']} | {found['losses'][0]:.2f}, "
+                f"{found['losses'][-1]:.2f} | {found['grad_norms'][-1]:.2f} | {found['made_s']} |",
+                flush=True,
+            )
+        results.append(found)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "memory.json").write_text(json.dumps({"command": sys.argv, "results": results}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
