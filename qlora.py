@@ -78,6 +78,7 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -95,6 +96,7 @@ from transformers import (
     set_seed,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import speed_metrics
@@ -212,6 +214,11 @@ class DataArguments:
     skip_excess_length: bool = flag(True, "With model_max_len: drop longer training rows instead of cutting them.")
     on_bad_rows: Literal["stop", "skip"] = flag("stop", "At a row of no use: stop, or write it to rejected.jsonl.")
     train_on_source: bool = flag(False, "Learn the input tokens too.")
+    objective: Literal["auto", "clm", "mlm"] = flag("auto", "Learn the next token (clm) or masked tokens (mlm); "
+        "auto: mlm where the model's config names a masked language model.")
+    mask_prob: float = flag(0.15, "mlm: share of the tokens that is chosen to be predicted, above 0.")
+    mask_replace_prob: float = flag(0.8, "mlm: share of the chosen that become the mask token.")
+    random_replace_prob: float = flag(0.1, "mlm: share of the chosen that become a random token; the rest stay.")
 
 
 @dataclass
@@ -328,6 +335,11 @@ class Config:
     flags: dict[str, Any]  # every flag by its own name, as resolved
     given: frozenset[str]  # those that the user set
 
+    @property
+    def masked(self) -> bool:
+        """Whether masked tokens are learnt; `auto` is settled once the model's config is known."""
+        return self.data.objective == "mlm"
+
 
 GROUPS: tuple[Any, ...] = tuple(get_type_hints(Config)[f.name] for f in dataclasses.fields(Config))[:-2]
 
@@ -354,6 +366,7 @@ RENAMED_FLAGS: dict[str, Renamed] = {
     "evaluation_strategy": Renamed("eval_strategy"),
     "warmup_ratio": Renamed("warmup_steps"),
     "group_by_length": Renamed("train_sampling_strategy", {"True": "group_by_length", "False": "random"}),
+    "mlm_probability": Renamed("mask_prob"),
     "no_cuda": Renamed("use_cpu"),
     "use_auth": Renamed("use_auth_token"),
     "push_to_hub_token": Renamed("hub_token"),
@@ -539,12 +552,22 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
     return derived
 
 
+MASK_FLAGS = frozenset({"mask_prob", "mask_replace_prob", "random_replace_prob"})
+# What a masked language model has no use for: it has no output of its own, and generates nothing.
+CAUSAL_FLAGS = frozenset({"target_max_len", "train_on_source", "do_mmlu_eval", "predict_with_generate",
+    "generation_max_length", "generation_num_beams", "generation_config",
+    *(f.name for f in dataclasses.fields(GenerationArguments))})  # fmt: skip
+
+
 def check_config(config: Config) -> None:
     """Every rule between flags, each with the way out; the first that is broken is a ConfigError."""
     model, data, quant, lora, train = config.model, config.data, config.quant, config.lora, config.training
     given, full, size = config.given, config.quant.full_finetune, config.data.eval_dataset_size
     metric = train.metric_for_best_model
     freeze, strategies = lora.layer_freeze_ratio, ("group_by_length", "random", "sequential")
+    causal, masked = data.objective == "clm", config.masked  # neither is known yet where it is auto
+    idle = ", ".join(f"--{name}" for name in sorted(given & CAUSAL_FLAGS) if config.flags[name] is not False)
+    best = ("loss", "perplexity", *(() if causal else ("masked_accuracy",)))
     at_least_one = (
         "max_train_samples", "max_eval_samples", "source_max_len", "target_max_len", "model_max_len",
         "max_mmlu_samples", "mmlu_source_max_len", "max_new_tokens", "per_device_train_batch_size",
@@ -557,7 +580,17 @@ def check_config(config: Config) -> None:
         (full and quant.bits < 16, f"--full_finetune trains the weights: --bits {quant.bits} can't, give 16 or 32"),
         (full and model.adapter_name_or_path is not None, "--full_finetune: drop --adapter_name_or_path"),
         (train.adam8bit and "optim" in given, "--adam8bit and --optim: give one of them"),
-        (train.do_predict and not train.predict_with_generate, "--do_predict needs --predict_with_generate"),
+        (causal and train.do_predict and not train.predict_with_generate,
+         "--do_predict needs --predict_with_generate"),
+        (masked and bool(idle), f"{idle}: of no use with a masked language model (--objective mlm)"),
+        (causal and bool(given & MASK_FLAGS),
+         f"--{', --'.join(sorted(given & MASK_FLAGS))}: nothing is masked, the objective is clm; add --objective mlm"),
+        (masked and model.padding_side == "left", "--padding_side left: a masked language model pads on the right"),
+        (not 0 < data.mask_prob <= 1, f"--mask_prob {data.mask_prob:g}: expected above 0 and at most 1"),
+        (not min(data.mask_replace_prob, data.random_replace_prob) >= 0
+         or not data.mask_replace_prob + data.random_replace_prob <= 1,
+         f"--mask_replace_prob {data.mask_replace_prob:g} and --random_replace_prob {data.random_replace_prob:g}: "
+         "expected two shares whose sum is at most 1"),
         (config.mmlu.do_mmlu_eval and not train.do_eval, "--do_mmlu_eval answers at each evaluation: add --do_eval"),
         (data.model_max_len is not None and bool(given & {"source_max_len", "target_max_len"}),
          "--model_max_len replaces --source_max_len and --target_max_len: give one or the others"),
@@ -577,8 +610,8 @@ def check_config(config: Config) -> None:
         (not 0 < lora.lora_alpha < math.inf, f"--lora_alpha {lora.lora_alpha:g}: expected more than 0"),
         *((not 0 <= config.flags[name] < math.inf, f"--{name} {config.flags[name]:g}: expected 0 or more")
           for name in ("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "num_train_epochs")),
-        (metric is not None and not (metric.removeprefix("eval_") in ("loss", "perplexity") or "mmlu_" in metric),
-         f"--metric_for_best_model {metric}: expected loss, perplexity or an MMLU metric"),
+        (metric is not None and not (metric.removeprefix("eval_") in best or "mmlu_" in metric),
+         f"--metric_for_best_model {metric}: expected {', '.join(best)} or an MMLU metric"),
         (metric is not None and "mmlu_" in metric and not config.mmlu.do_mmlu_eval,
          f"--metric_for_best_model {metric} needs --do_mmlu_eval"),
         (config.generation.num_beam_groups > 1 or config.generation.penalty_alpha is not None,
@@ -594,6 +627,8 @@ def check_config(config: Config) -> None:
          f"--dataset vicuna: its data was never released; a file of your own, or one of {', '.join(DATASETS)}"),
         (data.dataset_format is not None and data.dataset_format not in FORMATS,
          f"--dataset_format {data.dataset_format}: expected one of {', '.join(FORMATS)}"),
+        (masked and data.dataset_format not in (None, *MASKED_FORMATS),
+         f"--dataset_format {data.dataset_format}: expected {' or '.join(MASKED_FORMATS)} with --objective mlm"),
     ]
     # fmt: on
     for broken, message in rules:
@@ -709,7 +744,9 @@ FORMATS: dict[str, DatasetFormat] = {
     "longform": plain("input", "output", inferred=False),
     "chip2": DatasetFormat(("text",), _chip2_to_pair, inferred=False),
     "oasst1": plain("text", inferred=False),
+    "input": plain("input", inferred=False),
 }
+MASKED_FORMATS = ("input", "text")  # the columns that a masked language model reads, in this order of preference
 
 
 class NamedDataset(NamedTuple):
@@ -734,13 +771,14 @@ DATASETS: dict[str, NamedDataset] = {
 }
 
 
-def infer_format(columns: Iterable[str], where: str) -> str:
+def infer_format(columns: Iterable[str], where: str, masked: bool = False) -> str:
     """The first format whose columns are all there."""
     found = set(columns)
-    for name, candidate in FORMATS.items():
-        if candidate.inferred and found.issuperset(candidate.columns):
+    among = MASKED_FORMATS if masked else tuple(name for name, candidate in FORMATS.items() if candidate.inferred)
+    for name in among:
+        if found.issuperset(FORMATS[name].columns):
             return name
-    needs = "; ".join(f"{name}: {', '.join(f.columns)}" for name, f in FORMATS.items() if f.inferred)
+    needs = "; ".join(f"{name}: {', '.join(FORMATS[name].columns)}" for name in among)
     names = ", ".join(sorted(found)) or "(none)"
     raise DataError(f"{where}: no format fits the columns {names}. Needed are, for {needs}")
 
@@ -1008,10 +1046,10 @@ def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> st
         raise DataError(f"{where}: {row if isinstance(row, RowError) else 'not an object with fields'}")
     if config.data.dataset_format:
         chosen, why = config.data.dataset_format, "--dataset_format"
-    elif name in DATASETS:
+    elif name in DATASETS and not config.masked:
         chosen, why = DATASETS[name].format, "the preset's"
     else:
-        chosen, why = infer_format(columns, name), "inferred from the columns"
+        chosen, why = infer_format(columns, name, config.masked), "inferred from the columns"
     missing = sorted(set(FORMATS[chosen].columns) - set(columns))
     if missing:
         raise DataError(
@@ -1187,7 +1225,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
     """The tokenizer of a model (`folder` is the model's folder or hub id) with the overrides of the flags.
 
     Raises:
-        ConfigError: no such tokenizer, a token that is not in its vocabulary, no end-of-sequence token.
+        ConfigError: no such tokenizer, a token that is not in its vocabulary, no end-of-sequence or mask token.
     """
     model = config.model
     options = hub_options(config) | {"trust_remote_code": model.trust_remote_code}
@@ -1222,14 +1260,16 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
             raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
         if token is not None:
             setattr(tokenizer, name, token)
-    if tokenizer.eos_token_id is None:
+    if config.masked and tokenizer.mask_token_id is None:
+        raise ConfigError("--objective mlm: the tokenizer has no mask token, so its model is no masked language model")
+    if tokenizer.eos_token_id is None and not config.masked:
         raise ConfigError("the tokenizer has no end-of-sequence token: name one of its tokens with --eos_token")
     if not tokenizer.pad_token or vocabulary.get(str(tokenizer.pad_token), rows) >= rows:
         spare = [token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows]
         spare.sort(key=lambda token: ("pad" not in token.lower(), vocabulary[token]))
         tokenizer.pad_token = spare[0] if spare else tokenizer.unk_token or tokenizer.eos_token
         log.info("pad token: %s (the tokenizer has none that the model knows)", tokenizer.pad_token)
-    for name in ("eos_token_id", "bos_token_id"):
+    for name in ("eos_token_id", "bos_token_id", *(("mask_token_id",) if config.masked else ())):
         number = getattr(tokenizer, name) or 0
         if number >= rows:
             raise ConfigError(f"the tokenizer's {name} {number} lies outside the model's {rows} tokens")
@@ -1249,7 +1289,8 @@ class Limits(NamedTuple):
     total: int | None = None  # both together; replaces the two above
 
     def __str__(self) -> str:
-        return f"model_max_len {self.total}" if self.total else f"source {self.source}, target {self.target}"
+        apart = f"source {self.source}" + (f", target {self.target}" if self.target else "")
+        return f"model_max_len {self.total}" if self.total else apart
 
 
 class Encoded(NamedTuple):
@@ -1321,8 +1362,37 @@ def encode_batch(
     batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool
 ) -> dict[str, list[Any]]:
     """Columns of pairs -> columns of encoded rows, for datasets.map."""
-    rows = encode_pairs(batch, tokenizer, limits, train_on_source)
-    problems = ["" if any(i != IGNORE for i in row.labels[1:]) else "no token left to learn" for row in rows]
+    return encoded_columns(encode_pairs(batch, tokenizer, limits, train_on_source), 1)
+
+
+def encode_masked(texts: list[str], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[Encoded]:
+    """Texts with the special tokens that the tokenizer puts around them; the labels are what may be masked.
+
+    A mask token in a text is one, for prediction to fill. Other special tokens in it stay text, except with the
+    tokenizers that are written in Python (ESM's), which find their letters by the same rule as special tokens.
+    """
+    rows, limit = [], limits.total or limits.source
+    for text in texts:
+        split = tokenizer.is_fast and str(tokenizer.mask_token) not in text
+        got = tokenizer(text, return_special_tokens_mask=True, split_special_tokens=split, verbose=False)
+        ids, special = got["input_ids"], got["special_tokens_mask"]
+        end = len(list(itertools.takewhile(bool, reversed(special))))  # the closing special tokens are never cut
+        kept = [i for i in range(len(ids)) if i < limit - end or i >= len(ids) - end]
+        labels = [IGNORE if special[i] or ids[i] == tokenizer.mask_token_id else ids[i] for i in kept]
+        rows.append(Encoded([ids[i] for i in kept], labels, len(kept) < len(ids)))
+    return rows
+
+
+def encode_masked_batch(
+    batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool
+) -> dict[str, list[Any]]:
+    """The same for masked rows, whose text is the pair's output."""
+    return encoded_columns(encode_masked(batch["output"], tokenizer, limits), 0)
+
+
+def encoded_columns(rows: list[Encoded], first: int) -> dict[str, list[Any]]:
+    """Encoded rows as columns; `first` is the first token that can be learnt."""
+    problems = ["" if any(i != IGNORE for i in row.labels[first:]) else "no token left to learn" for row in rows]
     return {
         "input_ids": [row.input_ids for row in rows],
         "labels": [row.labels for row in rows],
@@ -1332,21 +1402,37 @@ def encode_batch(
     }
 
 
+class Objective(NamedTuple):
+    """What differs with what is learnt, beside its loss (PARTS in the Trainer's room)."""
+
+    encode: Callable[..., dict[str, list[Any]]]
+    auto_model: Any
+    task_type: str | None  # peft's; CAUSAL_LM wants methods of generation, which an encoder lacks
+    pipeline_tag: str  # the hub's
+
+
+OBJECTIVES = {
+    False: Objective(encode_batch, AutoModelForCausalLM, "CAUSAL_LM", "text-generation"),
+    True: Objective(encode_masked_batch, AutoModelForMaskedLM, None, "fill-mask"),
+}  # by Config.masked
+
+
 def limits_of(config: Config) -> Limits:
     """The limits that the flags set."""
     data = config.data
-    return Limits(data.source_max_len, data.target_max_len, data.model_max_len)
+    return Limits(data.source_max_len, 0 if config.masked else data.target_max_len, data.model_max_len)
 
 
 def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Config, name: str) -> Any:
     """Every pair encoded, in parallel, from the cache where the same rows were encoded before."""
     limits, on_source = limits_of(config), config.data.train_on_source
-    ids = (tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    ids = (words, tokenizer.bos_token_id, tokenizer.eos_token_id, config.masked)
     workers = min(os.cpu_count() or 1, len(pairs) // 20_000)  # below that, starting processes takes longer
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
     return pairs.map(
-        encode_batch,
+        OBJECTIVES[config.masked].encode,
         batched=True,
         fn_kwargs={"tokenizer": tokenizer, "limits": limits, "train_on_source": on_source},
         remove_columns=["input", "output", "category"],
@@ -1431,6 +1517,60 @@ class CausalLMCollator:
         return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=self.side)
 
 
+class MaskedLMCollator(CausalLMCollator):
+    """The same with every label kept: the first token of a row may be learnt too."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The keys of CausalLMCollator; here `labels` are what may be masked, and Masking chooses among them."""
+        return super().__call__(rows) | {"labels": self._pad([row["labels"] for row in rows], IGNORE)}
+
+
+class Masking(NamedTuple):
+    """How tokens are masked (BERT, Devlin et al. 2019, https://arxiv.org/abs/1810.04805)."""
+
+    chosen: float  # share of the tokens
+    replaced: float  # share of the chosen that become the mask token
+    random: float  # share of the chosen that become a random one
+    mask_id: int
+    words: torch.Tensor  # the ids that a random token may be
+
+    def draw(
+        self, ids: torch.Tensor, open_labels: torch.Tensor, seed: Sequence[Any], at_least_one: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids with masks and the labels of what was chosen among `open_labels`, by `seed` alone."""
+        generator = torch.Generator().manual_seed(int(digest(*seed), 16))
+        # drawn on the CPU: the same masks on every device
+        choice, fate = torch.rand((2, *ids.shape), generator=generator).to(ids.device)
+        words = self.words[torch.randint(len(self.words), ids.shape, generator=generator)].to(ids.device)
+        choice = choice.masked_fill(open_labels == IGNORE, 2.0)
+        chosen = choice < self.chosen
+        if at_least_one:
+            chosen |= (choice == choice.min()) & (choice < 2.0)
+        masked = ids.masked_fill(chosen & (fate < self.replaced), self.mask_id)
+        masked = torch.where(chosen & (fate >= 1 - self.random), words, masked)
+        return masked, open_labels.masked_fill(~chosen, IGNORE)
+
+    def draw_row(self, ids: list[int], open_labels: list[int]) -> tuple[list[int], list[int]]:
+        """A row to evaluate on: its masks follow from its tokens, so that they are the same each time."""
+        masked, labels = self.draw(torch.tensor(ids), torch.tensor(open_labels), ("eval", ids), at_least_one=True)
+        return masked.tolist(), labels.tolist()
+
+    def draw_rows(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """Columns of rows to evaluate on, for datasets.map."""
+        drawn = [self.draw_row(*row) for row in zip(batch["input_ids"], batch["labels"], strict=True)]
+        return {"input_ids": [ids for ids, _ in drawn], "labels": [labels for _, labels in drawn]}
+
+
+def build_masking(tokenizer: PreTrainedTokenizerBase, rows: int, data: DataArguments) -> Masking:
+    """What the flags say, for a model whose embedding has this many rows.
+
+    A random token is no special one: some models count their positions by where the padding token stands.
+    """
+    words = sorted(i for i in set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids) if i < rows)
+    shares = (data.mask_prob, data.mask_replace_prob, data.random_replace_prob)
+    return Masking(*shares, mask_id=tokenizer.mask_token_id, words=torch.tensor(words))
+
+
 # ------------------------------------------------------------------------------------
 # 8. Model: data types, quantisation, devices
 #
@@ -1462,8 +1602,11 @@ def device_map(config: Config) -> Any:
     return "auto"
 
 
-def quantisation_config(config: Config) -> Any | None:
-    """What bitsandbytes is told. For bits 4 and 8 only: with both switches off it quantises to 4 bit all the same."""
+def quantisation_config(config: Config, whole: list[str] | None = None) -> Any | None:
+    """What bitsandbytes is told. For bits 4 and 8 only: with both switches off it quantises to 4 bit all the same.
+
+    `whole` names the layers that stay as they are; None leaves it to transformers, which finds the output embedding.
+    """
     quant = config.quant
     if quant.bits not in (4, 8):
         return None
@@ -1471,6 +1614,7 @@ def quantisation_config(config: Config) -> Any | None:
         load_in_4bit=quant.bits == 4,
         load_in_8bit=quant.bits == 8,
         llm_int8_threshold=6.0,
+        llm_int8_skip_modules=whole,
         llm_int8_has_fp16_weight=False,
         bnb_4bit_compute_dtype=compute_dtype(config),
         bnb_4bit_use_double_quant=quant.double_quant,
@@ -1489,10 +1633,10 @@ def gguf_file(name: str) -> Path | None:
     return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
 
-def load_whole(name: str, folder: str | Path, **options: Any) -> Any:
+def load_whole(name: str, folder: str | Path, auto_model: Any = AutoModelForCausalLM, **options: Any) -> Any:
     """A model, refused where its checkpoint lacks weights: transformers draws them at random and only warns."""
     with mendable(f"--model_name_or_path {name}"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        loaded: Any = auto_model.from_pretrained(folder, output_loading_info=True, **options)
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -1566,6 +1710,26 @@ def load_model_config(config: Config, folder: str) -> PretrainedConfig:
     return model_config
 
 
+def names_masked_lm(model_config: PretrainedConfig) -> bool:
+    """Whether a config is a masked language model's: by its architectures or, where it names none, by its kind."""
+    names = getattr(model_config, "architectures", None) or []
+    if names:
+        return any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
+    kind = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_config.model_type, "")
+    return kind.endswith("ForMaskedLM") and not getattr(model_config, "is_decoder", False)
+
+
+def settle_objective(config: Config, model_config: PretrainedConfig) -> Config:
+    """The Config with the objective that `auto` stands for, and the rules checked that depend on it."""
+    wanted = config.data.objective
+    chosen = wanted if wanted != "auto" else "mlm" if names_masked_lm(model_config) else "clm"
+    log.info("objective: %s (%s)", chosen, "--objective" if wanted != "auto" else "by the model's config")
+    data = dataclasses.replace(config.data, objective=chosen)  # type: ignore[arg-type]
+    settled = dataclasses.replace(config, data=data, flags=config.flags | {"objective": chosen})
+    check_config(settled)
+    return settled
+
+
 def attention_kernel(config: Config) -> str | None:
     """The attention implementation asked for; sdpa where flash-attn is missing."""
     from transformers.utils import is_flash_attn_2_available
@@ -1577,11 +1741,30 @@ def attention_kernel(config: Config) -> str | None:
     return wanted
 
 
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Full names of every linear layer except the output head."""
-    kinds = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
+LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
+# ESM's predictor of contacts lies inside its encoder, but no masked language model runs it
+CONTACT_HEAD = re.compile(r"(.*\.)?contact_head\..*")
+
+
+def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
+    """Full names of every linear layer except the output head; of a masked model, those of its encoder."""
     head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
+    layers = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]
+    if not masked:
+        return layers
+    inside = set(model.base_model.modules())  # what transforms and predicts lies beside the encoder
+    return [name for name in layers if model.get_submodule(name) in inside and not CONTACT_HEAD.fullmatch(name)]
+
+
+def layers_left_whole(config: Config, model_config: PretrainedConfig) -> list[str] | None:
+    """The prediction head of a masked model, found on a copy without weights; None leaves it to transformers."""
+    if not config.masked:
+        return None
+    with torch.device("meta"), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
+        auto_model, code = OBJECTIVES[True].auto_model, config.model.trust_remote_code
+        empty = auto_model.from_config(model_config, trust_remote_code=code)
+    linear = (name for name, module in empty.named_modules() if isinstance(module, LINEAR))
+    return sorted(set(linear) - set(linear_layers(empty, masked=True)))
 
 
 class Quirk(NamedTuple):
@@ -1623,19 +1806,20 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
     if prequantised:
         log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
     else:
-        options["quantization_config"] = quantisation_config(config)
+        options["quantization_config"] = quantisation_config(config, layers_left_whole(config, model_config))
     if options["device_map"] == "auto":
         limit = f"{config.quant.max_memory_MB}MB"
         options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), limit)
     options = {name: value for name, value in options.items() if value is not None}
     for quirk in (quirk for quirk in QUIRKS if quirk.applies(model_config)):
         quirk.mend()
-    model = load_whole(config.model.model_name_or_path, folder, **options)
+    model = load_whole(config.model.model_name_or_path, folder, OBJECTIVES[config.masked].auto_model, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # or the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with others
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    whole = [name for name in linear_layers(model) if type(model.get_submodule(name)).__module__.startswith("torch")]
+    layers = linear_layers(model, config.masked)
+    whole = [name for name in layers if type(model.get_submodule(name)).__module__.startswith("torch")]
     if whole and not prequantised and config.quant.bits < 16:
         log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
     # keeps the Trainer from wrapping the one model in DataParallel where this process sees several GPUs
@@ -1699,9 +1883,9 @@ def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
     return frozen
 
 
-def lora_targets(model: PreTrainedModel, lora: LoraArguments) -> list[str]:
+def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> list[str]:
     """Names for peft: leaf names where they say the same, which reads better in adapter_config.json, else full ones."""
-    layers, frozen = linear_layers(model), layers_to_freeze(model, lora)
+    layers, frozen = linear_layers(model, masked), layers_to_freeze(model, lora)
     wanted = [name for name in layers if is_trained_layer(name, frozen)]
     names = {name.strip() for name in lora.lora_modules.split(",")}
     if names != {"all"}:
@@ -1725,7 +1909,7 @@ def whole_modules(model: PreTrainedModel, names: str | None) -> list[str] | None
     return wanted
 
 
-def lora_config(model: PreTrainedModel, lora: LoraArguments) -> Any:
+def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> Any:
     """The flags as peft's configuration."""
     booleans = {"true": True, "false": False}
     init: Any = booleans.get(lora.init_lora_weights.lower(), lora.init_lora_weights)
@@ -1734,13 +1918,13 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments) -> Any:
         r=lora.lora_r,
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=lora.lora_dropout,
-        target_modules=lora_targets(model, lora),
+        target_modules=lora_targets(model, lora, masked),
         bias=lora.lora_bias,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         init_lora_weights=init,
         modules_to_save=whole_modules(model, lora.modules_to_save),
-        task_type="CAUSAL_LM",
+        task_type=OBJECTIVES[masked].task_type,
     )
 
 
@@ -1751,7 +1935,8 @@ def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None)
     what = f"adapter {adapter}" if adapter else "LoRA flags"
     with mendable(f"{what} on {config.model.model_name_or_path}", ConfigError, RuntimeError):  # shapes that differ
         if adapter is None:
-            adapted = get_peft_model(model, lora_config(model, config.lora), autocast_adapter_dtype=upcast)
+            settings = lora_config(model, config.lora, config.masked)
+            adapted = get_peft_model(model, settings, autocast_adapter_dtype=upcast)
         else:
             adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=upcast)
     for name, parameter in adapted.named_parameters() if not upcast else ():
@@ -1795,7 +1980,7 @@ class Start(NamedTuple):
 
 def identity(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
     """What a checkpoint belongs to: it can't be continued with another."""
-    names = ["model_name_or_path", "bits", "full_finetune"]
+    names = ["model_name_or_path", "bits", "full_finetune", "objective"]
     names += ["quant_type", "double_quant"] if config.quant.bits == 4 else []
     if not config.quant.full_finetune:
         names += [f.name for f in dataclasses.fields(LoraArguments)]
@@ -2052,17 +2237,27 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
 
 
 @contextlib.contextmanager
-def generating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode, its own sampling defaults out of the way, for a while."""
-    training, own = model.training, model.generation_config
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, for a while."""
+    training = model.training
     model.eval()
-    model.generation_config = GenerationConfig()  # generate() mixes its values into those it is given
     try:
         with torch.no_grad():
             yield
     finally:
-        model.generation_config = own
         model.train(training)
+
+
+@contextlib.contextmanager
+def generating(model: Any) -> Iterator[None]:
+    """The same, and its own sampling defaults out of the way."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()  # generate() mixes its values into those it is given
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        model.generation_config = own
 
 
 def prompt_ids(inputs: list[str], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[list[int]]:
@@ -2093,6 +2288,51 @@ def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConf
                 row["prediction"] = str(tokenizer.decode(answer, skip_special_tokens=True))
                 row["prediction_with_input"] = str(tokenizer.decode(prompt + answer, skip_special_tokens=True))
                 results.append(row)
+    return list(gather_object(results))
+
+
+def fill_masks(runtime: Runtime, rows: Any, masking: Masking) -> list[dict[str, Any]]:
+    """One dictionary for each row: `input` with masks, `output` as it was, `prediction`, and each of the `masks`.
+
+    Filled are the masks that a row's text has. Where it has none, the places chosen for evaluation become masks.
+    """
+    model, tokenizer = runtime.model, runtime.tokenizer
+    masking = masking._replace(replaced=1.0, random=0.0)
+    device, mask = model.get_input_embeddings().weight.device, masking.mask_id
+    collate = MaskedLMCollator(tokenizer.pad_token_id)
+    results: list[dict[str, Any]] = []
+    batches, quiet = dealt_batches(len(rows), runtime), not runtime.accelerator.is_main_process
+    with evaluating(model), runtime.accelerator.autocast():
+        for numbers in tqdm(batches, "Predicting", disable=quiet):
+            texts = rows[numbers]["output"]
+            encoded = encode_masked(texts, tokenizer, runtime.limits)
+            inputs = [row.input_ids if mask in row.input_ids else masking.draw_row(*row[:2])[0] for row in encoded]
+            batch = collate([{"input_ids": ids, "labels": ids} for ids in inputs])
+            del batch["labels"]
+            logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
+            for text, row, ids, scores in zip(texts, encoded, inputs, logits, strict=True):
+                places = [i for i, token in enumerate(ids) if token == mask]
+                chances, found = scores[places].float().softmax(-1).max(-1)
+                filled = dict(zip(places, found.tolist(), strict=True))
+                own = [i for i, label in enumerate(row.labels) if label != IGNORE or row.input_ids[i] == mask]
+                results.append(
+                    {
+                        "input": tokenizer.decode([ids[i] for i in own]),
+                        "output": text,
+                        "prediction": tokenizer.decode([filled.get(i, ids[i]) for i in own]),
+                        "masks": [
+                            {
+                                "position": i,  # in tokens, special ones included
+                                "token": tokenizer.convert_ids_to_tokens(token),
+                                "probability": round(chance, 4),
+                                "truth": None
+                                if row.labels[i] == IGNORE
+                                else tokenizer.convert_ids_to_tokens(row.labels[i]),
+                            }
+                            for (i, token), chance in zip(filled.items(), chances.tolist(), strict=True)
+                        ],
+                    }
+                )
     return list(gather_object(results))
 
 
@@ -2263,6 +2503,28 @@ def causal_lm_loss(
     return total / (learnt.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
+def masked_lm_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, smoothing: float = 0.0
+) -> torch.Tensor:
+    """As causal_lm_loss, of the masked tokens, each at its own place; a batch without one has loss 0."""
+    learnt = labels != IGNORE
+    rows = outputs.logits[learnt].float()
+    total = F.cross_entropy(rows, labels[learnt], reduction="sum", label_smoothing=smoothing)
+    items = learnt.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+    return total / items.clamp(min=1)
+
+
+def likeliest(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """All that an evaluation keeps of the logits: (rows, tokens)."""
+    return logits.argmax(-1)
+
+
+def masked_accuracy(found: Any) -> dict[str, float]:
+    """The share of the masked tokens that the likeliest token is right at."""
+    masked = found.label_ids != IGNORE
+    return {"masked_accuracy": float((found.predictions == found.label_ids)[masked].mean())}
+
+
 class Stop(TrainerCallback):
     """The signal that asked this run to stop, if one did: save and stop after the step in which it came."""
 
@@ -2308,9 +2570,17 @@ def build_callbacks(stop: Stop) -> list[TrainerCallback]:
 class QLoRATrainer(Trainer):
     """The Trainer with our order of rows, checkpoints and checks."""
 
-    def __init__(self, *, run: dict[str, Any], questions: list[Question] | None, config: Config, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        run: dict[str, Any],
+        questions: list[Question] | None,
+        config: Config,
+        masking: Masking | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.run, self.questions, self.config = run, questions, config
+        self.run, self.questions, self.config, self.masking = run, questions, config, masking
         self.window: list[str] = []  # where the rows of the current step come from
         self.window_loss: torch.Tensor | float = 0.0
         self.tokens_seen: torch.Tensor | int = 0  # without padding, by this process
@@ -2334,14 +2604,27 @@ class QLoRATrainer(Trainer):
         strategy = args.train_sampling_strategy
         if strategy == "sequential":
             return torch.utils.data.SequentialSampler(rows)
-        seed = args.seed if args.data_seed is None else args.data_seed
+        seed = self.data_seed()
         every: Any = self.train_dataset  # `rows` may have lost its columns to --remove_unused_columns
         lengths = list(every["length"]) if strategy == "group_by_length" else None
         return EpochSampler(len(rows), seed, lengths, args.train_batch_size * args.gradient_accumulation_steps)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+    def data_seed(self) -> int:
+        """What the order of the rows and their masks follow from."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def masked_batches(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Micro-batches of one step with fresh masks, which follow from the step alone: a resume draws them again."""
+        for number, batch in enumerate(batches):
+            assert self.masking is not None
+            seed = ("train", self.data_seed(), self.state.global_step, number, self.args.process_index)
+            batch["input_ids"], batch["labels"] = self.masking.draw(batch["input_ids"], batch["labels"], seed)
+            yield batch
+
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of one optimizer step; notes their rows and counts their tokens."""
-        batches, items = super().get_batch_samples(*args, **kwargs)
+        source = self.masked_batches(epoch_iterator) if self.masking else epoch_iterator
+        batches, items = super().get_batch_samples(source, *args, **kwargs)
         self.window, self.window_loss = ([row for batch in batches for row in batch.pop("where", [])], 0.0)
         self.tokens_seen = self.tokens_seen + sum(batch["attention_mask"].sum() for batch in batches)
         return batches, items
@@ -2444,6 +2727,34 @@ class QLoRATrainer(Trainer):
         )
 
 
+def causal_lm_parts(model: Any, tokenizer: Any, splits: Splits, config: Config) -> dict[str, Any]:
+    """What the Trainer is given to learn the next token."""
+    return {
+        "eval_dataset": splits.eval,
+        "data_collator": CausalLMCollator(tokenizer.pad_token_id, config.model.padding_side),
+        "compute_loss_func": partial(causal_lm_loss, smoothing=config.training.label_smoothing_factor),
+    }
+
+
+def masked_lm_parts(model: Any, tokenizer: Any, splits: Splits, config: Config) -> dict[str, Any]:
+    """What the Trainer is given to learn masked tokens. Rows to evaluate on are masked here, once."""
+    masking, rows = build_masking(tokenizer, model.get_input_embeddings().num_embeddings, config.data), splits.eval
+    if rows is not None:
+        name = digest(CODE_VERSION, rows._fingerprint, *masking[:-1], masking.words.tolist())
+        rows = rows.map(masking.draw_rows, batched=True, desc="Masking eval rows", new_fingerprint=name)
+    return {
+        "eval_dataset": rows,
+        "data_collator": MaskedLMCollator(tokenizer.pad_token_id),
+        "compute_loss_func": partial(masked_lm_loss, smoothing=config.training.label_smoothing_factor),
+        "preprocess_logits_for_metrics": likeliest,
+        "compute_metrics": masked_accuracy,
+        "masking": masking,
+    }
+
+
+PARTS = {False: causal_lm_parts, True: masked_lm_parts}  # by Config.masked
+
+
 def build_trainer(
     model: Any, tokenizer: Any, splits: Splits, questions: Any, run: dict[str, Any], stop: Stop, config: Config
 ) -> QLoRATrainer:
@@ -2454,14 +2765,14 @@ def build_trainer(
         names = ("gradient_checkpointing", "activation_checkpointing")  # the later one, where there is one, rules
         off: dict[str, Any] = {name: False for name in names if hasattr(args, name)}
         args = dataclasses.replace(args, **off)
+    if splits.eval is not None:
+        splits = splits._replace(eval=splits.eval.remove_columns("where"))
     return QLoRATrainer(
+        **PARTS[config.masked](model, tokenizer, splits, config),
         model=model,
         args=args,
         train_dataset=splits.train,
-        eval_dataset=splits.eval.remove_columns("where") if splits.eval is not None else None,
-        data_collator=CausalLMCollator(tokenizer.pad_token_id, config.model.padding_side),
         processing_class=tokenizer,
-        compute_loss_func=partial(causal_lm_loss, smoothing=args.label_smoothing_factor),
         callbacks=build_callbacks(stop),
         run=run,
         questions=questions,
@@ -2556,11 +2867,16 @@ def evaluate(trainer: QLoRATrainer) -> dict[str, Any]:
 
 
 def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]:
-    """Generate an answer for every held-out row, into predictions.jsonl."""
+    """Generate an answer for every held-out row, or fill its masks, into predictions.jsonl."""
     runtime = trainer.runtime()
     began = time.time()
-    rows = generate_predictions(runtime, pairs, generation_config(config, runtime.model, runtime.tokenizer))
+    if trainer.masking:
+        rows = fill_masks(runtime, pairs, trainer.masking)
+    else:
+        rows = generate_predictions(runtime, pairs, generation_config(config, runtime.model, runtime.tokenizer))
     metrics = {"predict_samples": len(rows), **speed_metrics("predict", began, num_samples=len(rows))}
+    right = [mask["token"] == mask["truth"] for row in rows for mask in row.get("masks", ()) if mask["truth"]]
+    metrics |= {"predict_masked_accuracy": sum(right) / len(right)} if right else {}
     if trainer.args.should_save:
         file = Path(config.training.output_dir, "predictions.jsonl")
         write_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -2605,7 +2921,7 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     kind, library = ("full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {library}\n"
-        f"pipeline_tag: text-generation\n---\n\n"
+        f"pipeline_tag: {OBJECTIVES[config.masked].pipeline_tag}\n---\n\n"
         f"# {kind.capitalize()} for {base}\n\n"
         f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
         f"dataset `{config.data.dataset}`.\n\n"
@@ -2665,13 +2981,14 @@ def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Split
         kind += f" {quant.quant_type}{', double quantisation' if quant.double_quant else ''}"
     train_rows, eval_rows = (len(part) if part is not None else 0 for part in splits)
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    names = ("bos", "eos", "pad")
+    names = ("bos", "eos", "pad", *(("mask",) if config.masked else ()))
     special = [(name, getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")) for name in names]
     fresh = "fresh, from the seed" if args.do_train else "the base itself"
     adapter = f"adapter {start.checkpoint or start.weights or fresh}"
     trained = "all weights but the embeddings" if quant.full_finetune else adapter
     return {
         "model": config.model.model_name_or_path,
+        "objective": config.data.objective,
         "weights": kind,
         "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
         "effective batch": f"{effective} rows = {rows} at once x {accumulated} accumulated x {processes} processes",
@@ -2722,14 +3039,28 @@ def hints(config: Config) -> None:
 # ------------------------------------------------------------------------------------
 # 14. Main
 # ------------------------------------------------------------------------------------
+def learnt_positions(model: Any) -> int | None:
+    """How many tokens the position embeddings of an encoder have room for; RoBERTa and ESM begin after the pad's."""
+    tables = [module for name, module in model.named_modules() if leaf_name(name) == "position_embeddings"]
+    tables = [table for table in tables if isinstance(table, torch.nn.Embedding)]
+    rows = (table.num_embeddings - (-1 if table.padding_idx is None else table.padding_idx) - 1 for table in tables)
+    return min(rows, default=None)
+
+
 def check_fit(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
-    """Rows against the model: an id outside the embedding would only show as a crash on the GPU."""
+    """Rows against the model: an id outside an embedding would only show as a crash on the GPU."""
     rows = model.get_input_embeddings().num_embeddings
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions, learnt = (
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        learnt_positions(model),
+    )
     for name, part in parts.items():
         if part.largest_id >= rows:
             found = f"the {name} rows hold token id {part.largest_id}, the model has {rows}"
             raise ConfigError(f"{found}: its tokenizer is another's")
+        if learnt is not None and part.longest > learnt:
+            found = f"the longest {name} row has {part.longest} tokens, the model has positions for {learnt}"
+            raise ConfigError(f"{found}: lower the limit with --source_max_len {learnt}")
         if positions and part.longest > positions:
             found = f"the longest {name} row has {part.longest} tokens, the model was made for {positions}"
             log.warning("%s: lower the limits or give --rope_scaling", found)
@@ -2765,11 +3096,12 @@ def run(config: Config, stop: Stop) -> int:
     with args.main_process_first(desc="converting the model"):
         folder = model_folder(config)
     model_config = load_model_config(config, folder)
+    config = settle_objective(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
     with args.main_process_first(desc="reading and encoding the dataset"):
         pairs = load_splits(config)
         splits = encode_splits(pairs, tokenizer, config)
-    if args.do_predict:
+    if args.do_predict and not config.masked:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
     statistics = {name: token_statistics(part) for name, part in splits._asdict().items() if part is not None}
@@ -2816,7 +3148,8 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     file = Path(config.training.output_dir, "metrics.json")
     earlier = read_json(file) if file.is_file() else {}
     write_file(file, json.dumps({"run_name": config.training.run_name, **earlier, **metrics}, indent=1) + "\n")
-    shown = ("train_tokens_per_second", "train_peak_memory_gib", "train_loss", "eval_loss", "eval_perplexity")
+    shown = ("train_tokens_per_second", "train_peak_memory_gib", "train_loss", "eval_loss", "eval_perplexity",
+             "eval_masked_accuracy", "predict_masked_accuracy")  # fmt: skip
     lines = {name.replace("_", " "): metrics[name] for name in shown if name in metrics}
     lines |= {name: value for name, value in metrics.items() if re.fullmatch(r"mmlu_\w+_accuracy|mmlu_loss", name)}
     log_block("Done", lines | {"seconds": round(seconds), "files": config.training.output_dir})
