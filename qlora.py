@@ -1365,29 +1365,26 @@ def encode_batch(
     return encoded_columns(encode_pairs(batch, tokenizer, limits, train_on_source), 1)
 
 
-def encode_masked(texts: list[str], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[Encoded]:
-    """Texts with the special tokens that the tokenizer puts around them; the labels are what may be masked.
+def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
+    """A text with the special tokens that the tokenizer puts around it; the labels are what may be masked.
 
-    A mask token in a text is one, for prediction to fill. Other special tokens in it stay text, except with the
-    tokenizers that are written in Python (ESM's), which find their letters by the same rule as special tokens.
+    A mask token in the text is one, for prediction to fill. Other special tokens in it stay text, but not with the
+    tokenizers written in Python: ESM's finds its letters by the same rule as special tokens.
     """
-    rows, limit = [], limits.total or limits.source
-    for text in texts:
-        split = tokenizer.is_fast and str(tokenizer.mask_token) not in text
-        got = tokenizer(text, return_special_tokens_mask=True, split_special_tokens=split, verbose=False)
-        ids, special = got["input_ids"], got["special_tokens_mask"]
-        end = len(list(itertools.takewhile(bool, reversed(special))))  # the closing special tokens are never cut
-        kept = [i for i in range(len(ids)) if i < limit - end or i >= len(ids) - end]
-        labels = [IGNORE if special[i] or ids[i] == tokenizer.mask_token_id else ids[i] for i in kept]
-        rows.append(Encoded([ids[i] for i in kept], labels, len(kept) < len(ids)))
-    return rows
+    split, limit = tokenizer.is_fast and str(tokenizer.mask_token) not in text, limits.total or limits.source
+    row = tokenizer(text, return_special_tokens_mask=True, split_special_tokens=split, verbose=False)
+    ids, special = row["input_ids"], row["special_tokens_mask"]
+    end = sum(1 for _ in itertools.takewhile(bool, reversed(special)))  # the closing special tokens are never cut
+    kept = [i for i in range(len(ids)) if i < limit - end or i >= len(ids) - end]
+    labels = [IGNORE if special[i] or ids[i] == tokenizer.mask_token_id else ids[i] for i in kept]
+    return Encoded([ids[i] for i in kept], labels, len(kept) < len(ids))
 
 
 def encode_masked_batch(
     batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool
 ) -> dict[str, list[Any]]:
-    """The same for masked rows, whose text is the pair's output."""
-    return encoded_columns(encode_masked(batch["output"], tokenizer, limits), 0)
+    """Columns of pairs, whose outputs are the texts to mask, as encode_batch."""
+    return encoded_columns([encode_masked(text, tokenizer, limits) for text in batch["output"]], 0)
 
 
 def encoded_columns(rows: list[Encoded], first: int) -> dict[str, list[Any]]:
@@ -1534,40 +1531,31 @@ class Masking(NamedTuple):
     mask_id: int
     words: torch.Tensor  # the ids that a random token may be
 
-    def draw(
-        self, ids: torch.Tensor, open_labels: torch.Tensor, seed: Sequence[Any], at_least_one: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids with masks and the labels of what was chosen among `open_labels`, by `seed` alone."""
+    def draw(self, ids: torch.Tensor, labels: torch.Tensor, *seed: Any, least: int = 0) -> list[torch.Tensor]:
+        """Ids with masks and the labels of what was chosen, `least` tokens at least, by the seed alone."""
         generator = torch.Generator().manual_seed(int(digest(*seed), 16))
         # drawn on the CPU: the same masks on every device
         choice, fate = torch.rand((2, *ids.shape), generator=generator).to(ids.device)
         words = self.words[torch.randint(len(self.words), ids.shape, generator=generator)].to(ids.device)
-        choice = choice.masked_fill(open_labels == IGNORE, 2.0)
+        choice[labels == IGNORE] = 2.0
         chosen = choice < self.chosen
-        if at_least_one:
-            chosen |= (choice == choice.min()) & (choice < 2.0)
+        chosen |= (choice < 2.0) & (choice <= (choice.min() if least else -1))
         masked = ids.masked_fill(chosen & (fate < self.replaced), self.mask_id)
-        masked = torch.where(chosen & (fate >= 1 - self.random), words, masked)
-        return masked, open_labels.masked_fill(~chosen, IGNORE)
+        return [masked.where(~chosen | (fate < 1 - self.random), words), labels.masked_fill(~chosen, IGNORE)]
 
-    def draw_row(self, ids: list[int], open_labels: list[int]) -> tuple[list[int], list[int]]:
-        """A row to evaluate on: its masks follow from its tokens, so that they are the same each time."""
-        masked, labels = self.draw(torch.tensor(ids), torch.tensor(open_labels), ("eval", ids), at_least_one=True)
-        return masked.tolist(), labels.tolist()
-
-    def draw_rows(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """Columns of rows to evaluate on, for datasets.map."""
-        drawn = [self.draw_row(*row) for row in zip(batch["input_ids"], batch["labels"], strict=True)]
-        return {"input_ids": [ids for ids, _ in drawn], "labels": [labels for _, labels in drawn]}
+    def draw_row(self, ids: list[int], labels: list[int]) -> dict[str, list[int]]:
+        """A row to evaluate on: its masks, one at least, follow from its tokens and are the same each time."""
+        masked, chosen = self.draw(torch.tensor(ids), torch.tensor(labels), "eval", ids, least=1)
+        return {"input_ids": masked.tolist(), "labels": chosen.tolist()}
 
 
 def build_masking(tokenizer: PreTrainedTokenizerBase, rows: int, data: DataArguments) -> Masking:
     """What the flags say, for a model whose embedding has this many rows.
 
-    A random token is no special one: some models count their positions by where the padding token stands.
+    A random token is no special one: RoBERTa and ESM count positions by where the padding token stands.
     """
     words = sorted(i for i in set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids) if i < rows)
-    shares = (data.mask_prob, data.mask_replace_prob, data.random_replace_prob)
+    shares = data.mask_prob, data.mask_replace_prob, data.random_replace_prob
     return Masking(*shares, mask_id=tokenizer.mask_token_id, words=torch.tensor(words))
 
 
@@ -1742,8 +1730,6 @@ def attention_kernel(config: Config) -> str | None:
 
 
 LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
-# ESM's predictor of contacts lies inside its encoder, but no masked language model runs it
-CONTACT_HEAD = re.compile(r"(.*\.)?contact_head\..*")
 
 
 def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
@@ -1752,8 +1738,9 @@ def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
     layers = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]
     if not masked:
         return layers
-    inside = set(model.base_model.modules())  # what transforms and predicts lies beside the encoder
-    return [name for name in layers if model.get_submodule(name) in inside and not CONTACT_HEAD.fullmatch(name)]
+    inside = set(model.base_model.modules())  # what transforms and predicts lies beside the encoder;
+    # ESM's predictor of contacts lies in it, but a masked language model does not run it
+    return [name for name in layers if model.get_submodule(name) in inside and "contact_head" not in name.split(".")]
 
 
 def layers_left_whole(config: Config, model_config: PretrainedConfig) -> list[str] | None:
@@ -2237,27 +2224,17 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
 
 
 @contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode, for a while."""
-    training = model.training
+def generating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, its own sampling defaults out of the way, for a while."""
+    training, own = model.training, model.generation_config
     model.eval()
+    model.generation_config = GenerationConfig()  # generate() mixes its values into those it is given
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
-
-
-@contextlib.contextmanager
-def generating(model: Any) -> Iterator[None]:
-    """The same, and its own sampling defaults out of the way."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig()  # generate() mixes its values into those it is given
-    try:
-        with evaluating(model):
-            yield
-    finally:
         model.generation_config = own
+        model.train(training)
 
 
 def prompt_ids(inputs: list[str], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[list[int]]:
@@ -2292,48 +2269,44 @@ def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConf
 
 
 def fill_masks(runtime: Runtime, rows: Any, masking: Masking) -> list[dict[str, Any]]:
-    """One dictionary for each row: `input` with masks, `output` as it was, `prediction`, and each of the `masks`.
+    """One dictionary for each row, of filled_row.
 
     Filled are the masks that a row's text has. Where it has none, the places chosen for evaluation become masks.
     """
-    model, tokenizer = runtime.model, runtime.tokenizer
-    masking = masking._replace(replaced=1.0, random=0.0)
-    device, mask = model.get_input_embeddings().weight.device, masking.mask_id
-    collate = MaskedLMCollator(tokenizer.pad_token_id)
+    model, tokenizer, accelerator = runtime.model, runtime.tokenizer, runtime.accelerator
+    device, masking = model.get_input_embeddings().weight.device, masking._replace(replaced=1.0, random=0.0)
+    collate = CausalLMCollator(tokenizer.pad_token_id)
     results: list[dict[str, Any]] = []
-    batches, quiet = dealt_batches(len(rows), runtime), not runtime.accelerator.is_main_process
-    with evaluating(model), runtime.accelerator.autocast():
-        for numbers in tqdm(batches, "Predicting", disable=quiet):
+    with generating(model), accelerator.autocast():
+        for numbers in tqdm(dealt_batches(len(rows), runtime), "Predicting", disable=not accelerator.is_main_process):
             texts = rows[numbers]["output"]
-            encoded = encode_masked(texts, tokenizer, runtime.limits)
-            inputs = [row.input_ids if mask in row.input_ids else masking.draw_row(*row[:2])[0] for row in encoded]
-            batch = collate([{"input_ids": ids, "labels": ids} for ids in inputs])
-            del batch["labels"]
+            plain = [encode_masked(text, tokenizer, runtime.limits) for text in texts]
+            drawn = [ids if masking.mask_id in ids else masking.draw_row(ids, labels)["input_ids"]
+                     for ids, labels, _ in plain]  # fmt: skip
+            batch = collate([{"input_ids": ids} for ids in drawn])
             logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
-            for text, row, ids, scores in zip(texts, encoded, inputs, logits, strict=True):
-                places = [i for i, token in enumerate(ids) if token == mask]
-                chances, found = scores[places].float().softmax(-1).max(-1)
-                filled = dict(zip(places, found.tolist(), strict=True))
-                own = [i for i, label in enumerate(row.labels) if label != IGNORE or row.input_ids[i] == mask]
-                results.append(
-                    {
-                        "input": tokenizer.decode([ids[i] for i in own]),
-                        "output": text,
-                        "prediction": tokenizer.decode([filled.get(i, ids[i]) for i in own]),
-                        "masks": [
-                            {
-                                "position": i,  # in tokens, special ones included
-                                "token": tokenizer.convert_ids_to_tokens(token),
-                                "probability": round(chance, 4),
-                                "truth": None
-                                if row.labels[i] == IGNORE
-                                else tokenizer.convert_ids_to_tokens(row.labels[i]),
-                            }
-                            for (i, token), chance in zip(filled.items(), chances.tolist(), strict=True)
-                        ],
-                    }
-                )
+            for text, row, ids, scores in zip(texts, plain, drawn, logits, strict=True):
+                results.append(filled_row(text, row.labels, ids, scores, tokenizer))
     return list(gather_object(results))
+
+
+def filled_row(
+    text: str, truth: list[int], ids: list[int], scores: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """`input` with its masks, `output` as the text was, `prediction`, and for each of the `masks` what fills it."""
+    places = [i for i, token in enumerate(ids) if token == tokenizer.mask_token_id]
+    chances, found = scores[places].float().softmax(-1).max(-1)
+    shown = [i for i, label in enumerate(truth) if label != IGNORE or i in places]  # without [CLS] and [SEP]
+    after = dict(enumerate(ids)) | dict(zip(places, found.tolist(), strict=True))
+    before, prediction = (str(tokenizer.decode([line[i] for i in shown])) for line in (dict(enumerate(ids)), after))
+    if " " not in text.strip():  # a protein: ESM's tokenizer puts a space between its letters
+        before, prediction = before.replace(" ", ""), prediction.replace(" ", "")
+    masks = []
+    for i, chance in zip(places, chances.tolist(), strict=True):
+        known, token = truth[i] != IGNORE, tokenizer.convert_ids_to_tokens(after[i])
+        right = tokenizer.convert_ids_to_tokens(truth[i]) if known else None
+        masks.append({"position": i, "token": token, "probability": round(chance, 4), "truth": right})
+    return {"input": before, "output": text, "prediction": prediction, "masks": masks}
 
 
 class Question(NamedTuple):
@@ -2571,13 +2544,7 @@ class QLoRATrainer(Trainer):
     """The Trainer with our order of rows, checkpoints and checks."""
 
     def __init__(
-        self,
-        *,
-        run: dict[str, Any],
-        questions: list[Question] | None,
-        config: Config,
-        masking: Masking | None = None,
-        **kwargs: Any,
+        self, *, run: dict[str, Any], questions: Any, config: Config, masking: Any = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.run, self.questions, self.config, self.masking = run, questions, config, masking
@@ -2604,26 +2571,21 @@ class QLoRATrainer(Trainer):
         strategy = args.train_sampling_strategy
         if strategy == "sequential":
             return torch.utils.data.SequentialSampler(rows)
-        seed = self.data_seed()
+        seed = args.seed if args.data_seed is None else args.data_seed
         every: Any = self.train_dataset  # `rows` may have lost its columns to --remove_unused_columns
         lengths = list(every["length"]) if strategy == "group_by_length" else None
         return EpochSampler(len(rows), seed, lengths, args.train_batch_size * args.gradient_accumulation_steps)
 
-    def data_seed(self) -> int:
-        """What the order of the rows and their masks follow from."""
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-    def masked_batches(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def masked(self, batches: Iterator[dict[str, Any]], masking: Masking) -> Iterator[dict[str, Any]]:
         """Micro-batches of one step with fresh masks, which follow from the step alone: a resume draws them again."""
         for number, batch in enumerate(batches):
-            assert self.masking is not None
-            seed = ("train", self.data_seed(), self.state.global_step, number, self.args.process_index)
-            batch["input_ids"], batch["labels"] = self.masking.draw(batch["input_ids"], batch["labels"], seed)
+            seed = "train", self.args.seed, self.state.global_step, number, self.args.process_index
+            batch["input_ids"], batch["labels"] = masking.draw(batch["input_ids"], batch["labels"], *seed)
             yield batch
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of one optimizer step; notes their rows and counts their tokens."""
-        source = self.masked_batches(epoch_iterator) if self.masking else epoch_iterator
+        source = self.masked(epoch_iterator, self.masking) if self.masking else epoch_iterator
         batches, items = super().get_batch_samples(source, *args, **kwargs)
         self.window, self.window_loss = ([row for batch in batches for row in batch.pop("where", [])], 0.0)
         self.tokens_seen = self.tokens_seen + sum(batch["attention_mask"].sum() for batch in batches)
@@ -2727,25 +2689,23 @@ class QLoRATrainer(Trainer):
         )
 
 
-def causal_lm_parts(model: Any, tokenizer: Any, splits: Splits, config: Config) -> dict[str, Any]:
+def causal_lm_parts(model: Any, tokenizer: Any, rows: Any | None, config: Config) -> dict[str, Any]:
     """What the Trainer is given to learn the next token."""
-    return {
-        "eval_dataset": splits.eval,
-        "data_collator": CausalLMCollator(tokenizer.pad_token_id, config.model.padding_side),
-        "compute_loss_func": partial(causal_lm_loss, smoothing=config.training.label_smoothing_factor),
-    }
+    collator = CausalLMCollator(tokenizer.pad_token_id, config.model.padding_side)
+    return {"data_collator": collator, "eval_dataset": rows, "compute_loss_func": causal_lm_loss}
 
 
-def masked_lm_parts(model: Any, tokenizer: Any, splits: Splits, config: Config) -> dict[str, Any]:
-    """What the Trainer is given to learn masked tokens. Rows to evaluate on are masked here, once."""
-    masking, rows = build_masking(tokenizer, model.get_input_embeddings().num_embeddings, config.data), splits.eval
+def masked_lm_parts(model: Any, tokenizer: Any, rows: Any | None, config: Config) -> dict[str, Any]:
+    """What the Trainer is given to learn masked tokens. The rows to evaluate on are masked here, once."""
+    masking = build_masking(tokenizer, model.get_input_embeddings().num_embeddings, config.data)
     if rows is not None:
         name = digest(CODE_VERSION, rows._fingerprint, *masking[:-1], masking.words.tolist())
-        rows = rows.map(masking.draw_rows, batched=True, desc="Masking eval rows", new_fingerprint=name)
+        columns = ["input_ids", "labels"]
+        rows = rows.map(masking.draw_row, input_columns=columns, desc="Masking eval rows", new_fingerprint=name)
     return {
-        "eval_dataset": rows,
         "data_collator": MaskedLMCollator(tokenizer.pad_token_id),
-        "compute_loss_func": partial(masked_lm_loss, smoothing=config.training.label_smoothing_factor),
+        "eval_dataset": rows,
+        "compute_loss_func": masked_lm_loss,
         "preprocess_logits_for_metrics": likeliest,
         "compute_metrics": masked_accuracy,
         "masking": masking,
@@ -2765,10 +2725,11 @@ def build_trainer(
         names = ("gradient_checkpointing", "activation_checkpointing")  # the later one, where there is one, rules
         off: dict[str, Any] = {name: False for name in names if hasattr(args, name)}
         args = dataclasses.replace(args, **off)
-    if splits.eval is not None:
-        splits = splits._replace(eval=splits.eval.remove_columns("where"))
+    rows = splits.eval.remove_columns("where") if splits.eval is not None else None
+    parts = PARTS[config.masked](model, tokenizer, rows, config)
+    parts["compute_loss_func"] = partial(parts["compute_loss_func"], smoothing=args.label_smoothing_factor)
     return QLoRATrainer(
-        **PARTS[config.masked](model, tokenizer, splits, config),
+        **parts,
         model=model,
         args=args,
         train_dataset=splits.train,
@@ -3041,19 +3002,17 @@ def hints(config: Config) -> None:
 # ------------------------------------------------------------------------------------
 def learnt_positions(model: Any) -> int | None:
     """How many tokens the position embeddings of an encoder have room for; RoBERTa and ESM begin after the pad's."""
-    tables = [module for name, module in model.named_modules() if leaf_name(name) == "position_embeddings"]
-    tables = [table for table in tables if isinstance(table, torch.nn.Embedding)]
-    rows = (table.num_embeddings - (-1 if table.padding_idx is None else table.padding_idx) - 1 for table in tables)
-    return min(rows, default=None)
+    for name, table in model.named_modules():
+        if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
+            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return None
 
 
 def check_fit(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
     """Rows against the model: an id outside an embedding would only show as a crash on the GPU."""
     rows = model.get_input_embeddings().num_embeddings
-    positions, learnt = (
-        getattr(model.config.get_text_config(), "max_position_embeddings", None),
-        learnt_positions(model),
-    )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    learnt = learnt_positions(model)
     for name, part in parts.items():
         if part.largest_id >= rows:
             found = f"the {name} rows hold token id {part.largest_id}, the model has {rows}"
