@@ -2226,7 +2226,7 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
 @contextlib.contextmanager
 def generating(model: Any) -> Iterator[None]:
     """The model in evaluation mode, its own sampling defaults out of the way, for a while."""
-    training, own = model.training, model.generation_config
+    training, own = model.training, getattr(model, "generation_config", None)  # an encoder may have none
     model.eval()
     model.generation_config = GenerationConfig()  # generate() mixes its values into those it is given
     try:
