@@ -84,6 +84,7 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -104,6 +105,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import speed_metrics
@@ -239,6 +241,11 @@ class DataArguments:
     on_bad_rows: Literal["stop", "skip"] = flag("stop", "At a row of no use: stop, or write it to rejected.jsonl.")
     packing: bool = flag(False, "Fill rows up to the length limit with several examples, each attending to itself.")
     train_on_source: bool = flag(False, "Learn the input tokens too.")
+    objective: Literal["auto", "clm", "mlm"] = flag("auto", "Learn the next token (clm) or masked tokens (mlm); "
+        "auto: mlm where the model's config names a masked language model.")
+    mask_prob: float = flag(0.15, "mlm: share of the tokens that is chosen to be predicted, above 0.")
+    mask_replace_prob: float = flag(0.8, "mlm: share of the chosen that become the mask token.")
+    random_replace_prob: float = flag(0.1, "mlm: share of the chosen that become a random token; the rest stay.")
 
 
 @dataclass
@@ -367,6 +374,11 @@ class Config:
     flags: dict[str, Any]  # every flag by its own name, as resolved
     given: frozenset[str]  # those that the user set
 
+    @property
+    def masked(self) -> bool:
+        """Whether masked tokens are learnt; `auto` is settled once the model's config is known."""
+        return self.data.objective == "mlm"
+
 
 GROUPS: tuple[Any, ...] = tuple(get_type_hints(Config)[f.name] for f in dataclasses.fields(Config))[:-2]
 
@@ -393,6 +405,7 @@ RENAMED_FLAGS: dict[str, Renamed] = {
     "evaluation_strategy": Renamed("eval_strategy"),
     "warmup_ratio": Renamed("warmup_steps"),
     "group_by_length": Renamed("train_sampling_strategy", {"True": "group_by_length", "False": "random"}),
+    "mlm_probability": Renamed("mask_prob"),
     "no_cuda": Renamed("use_cpu"),
     "use_auth": Renamed("use_auth_token"),
     "push_to_hub_token": Renamed("hub_token"),
@@ -582,12 +595,22 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
     return derived
 
 
+MASK_FLAGS = frozenset({"mask_prob", "mask_replace_prob", "random_replace_prob"})
+# What a masked language model has no use for: it has no output of its own, and generates nothing.
+CAUSAL_FLAGS = frozenset({"target_max_len", "train_on_source", "do_mmlu_eval", "predict_with_generate",
+    "generation_max_length", "generation_num_beams", "generation_config",
+    *(f.name for f in dataclasses.fields(GenerationArguments))})  # fmt: skip
+
+
 def check_config(config: Config) -> None:
     """Every rule between flags, each with the way out; the first that is broken is a ConfigError."""
     model, data, quant, lora, train = config.model, config.data, config.quant, config.lora, config.training
     given, full, size = config.given, config.quant.full_finetune, config.data.eval_dataset_size
     metric = train.metric_for_best_model
     freeze, strategies = lora.layer_freeze_ratio, ("group_by_length", "random", "sequential")
+    causal, masked = data.objective == "clm", config.masked  # neither is known yet where it is auto
+    idle = ", ".join(f"--{name}" for name in sorted(given & CAUSAL_FLAGS) if config.flags[name] is not False)
+    best = ("loss", "perplexity", *(() if causal else ("masked_accuracy",)))
     at_least_one = (
         "max_train_samples", "max_eval_samples", "source_max_len", "target_max_len", "model_max_len",
         "max_mmlu_samples", "mmlu_source_max_len", "max_new_tokens", "per_device_train_batch_size",
@@ -600,7 +623,17 @@ def check_config(config: Config) -> None:
         (full and quant.bits < 16, f"--full_finetune trains the weights: --bits {quant.bits} can't, give 16 or 32"),
         (full and model.adapter_name_or_path is not None, "--full_finetune: drop --adapter_name_or_path"),
         (train.adam8bit and "optim" in given, "--adam8bit and --optim: give one of them"),
-        (train.do_predict and not train.predict_with_generate, "--do_predict needs --predict_with_generate"),
+        (causal and train.do_predict and not train.predict_with_generate,
+         "--do_predict needs --predict_with_generate"),
+        (masked and bool(idle), f"{idle}: of no use with a masked language model (--objective mlm)"),
+        (causal and bool(given & MASK_FLAGS),
+         f"--{', --'.join(sorted(given & MASK_FLAGS))}: nothing is masked, the objective is clm; add --objective mlm"),
+        (masked and model.padding_side == "left", "--padding_side left: a masked language model pads on the right"),
+        (not 0 < data.mask_prob <= 1, f"--mask_prob {data.mask_prob:g}: expected above 0 and at most 1"),
+        (not min(data.mask_replace_prob, data.random_replace_prob) >= 0
+         or not data.mask_replace_prob + data.random_replace_prob <= 1,
+         f"--mask_replace_prob {data.mask_replace_prob:g} and --random_replace_prob {data.random_replace_prob:g}: "
+         "expected two shares whose sum is at most 1"),
         (config.mmlu.do_mmlu_eval and not train.do_eval, "--do_mmlu_eval answers at each evaluation: add --do_eval"),
         (data.model_max_len is not None and bool(given & {"source_max_len", "target_max_len"}),
          "--model_max_len replaces --source_max_len and --target_max_len: give one or the others"),
@@ -626,8 +659,8 @@ def check_config(config: Config) -> None:
         (not 0 < lora.lora_alpha < math.inf, f"--lora_alpha {lora.lora_alpha:g}: expected more than 0"),
         *((not 0 <= config.flags[name] < math.inf, f"--{name} {config.flags[name]:g}: expected 0 or more")
           for name in ("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "num_train_epochs")),
-        (metric is not None and not (metric.removeprefix("eval_") in ("loss", "perplexity") or "mmlu_" in metric),
-         f"--metric_for_best_model {metric}: expected loss, perplexity or an MMLU metric"),
+        (metric is not None and not (metric.removeprefix("eval_") in best or "mmlu_" in metric),
+         f"--metric_for_best_model {metric}: expected {', '.join(best)} or an MMLU metric"),
         (metric is not None and "mmlu_" in metric and not config.mmlu.do_mmlu_eval,
          f"--metric_for_best_model {metric} needs --do_mmlu_eval"),
         (config.generation.num_beam_groups > 1 or config.generation.penalty_alpha is not None,
@@ -648,6 +681,8 @@ def check_config(config: Config) -> None:
           for name in train.report_to or ()),
         *((name not in (*get_available_reporting_integrations(), "azure_ml", "flyte"),  # which that list may leave out
            f"--report_to {name}: its Python package is not installed here") for name in train.report_to or ()),
+        (masked and data.dataset_format not in (None, *MASKED_FORMATS),
+         f"--dataset_format {data.dataset_format}: expected {' or '.join(MASKED_FORMATS)} with --objective mlm"),
     ]
     # fmt: on
     for broken, message in rules:
@@ -763,7 +798,9 @@ FORMATS: dict[str, DatasetFormat] = {
     "longform": plain("input", "output", inferred=False),
     "chip2": DatasetFormat(("text",), _chip2_to_pair, inferred=False),
     "oasst1": plain("text", inferred=False),
+    "input": plain("input", inferred=False),
 }
+MASKED_FORMATS = ("input", "text")  # the columns that a masked language model reads, in this order of preference
 
 
 class NamedDataset(NamedTuple):
@@ -788,13 +825,14 @@ DATASETS: dict[str, NamedDataset] = {
 }
 
 
-def infer_format(columns: Iterable[str], where: str) -> str:
+def infer_format(columns: Iterable[str], where: str, masked: bool = False) -> str:
     """The first format whose columns are all there."""
     found = set(columns)
-    for name, candidate in FORMATS.items():
-        if candidate.inferred and found.issuperset(candidate.columns):
+    among = MASKED_FORMATS if masked else tuple(name for name, candidate in FORMATS.items() if candidate.inferred)
+    for name in among:
+        if found.issuperset(FORMATS[name].columns):
             return name
-    needs = "; ".join(f"{name}: {', '.join(f.columns)}" for name, f in FORMATS.items() if f.inferred)
+    needs = "; ".join(f"{name}: {', '.join(FORMATS[name].columns)}" for name in among)
     names = ", ".join(sorted(found)) or "(none)"
     raise DataError(f"{where}: no format fits the columns {names}. Needed are, for {needs}")
 
@@ -1062,10 +1100,10 @@ def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> st
         raise DataError(f"{where}: {row if isinstance(row, RowError) else 'not an object with fields'}")
     if config.data.dataset_format:
         chosen, why = config.data.dataset_format, "--dataset_format"
-    elif name in DATASETS:
+    elif name in DATASETS and not config.masked:
         chosen, why = DATASETS[name].format, "the preset's"
     else:
-        chosen, why = infer_format(columns, name), "inferred from the columns"
+        chosen, why = infer_format(columns, name, config.masked), "inferred from the columns"
     missing = sorted(set(FORMATS[chosen].columns) - set(columns))
     if missing:
         raise DataError(
@@ -1241,7 +1279,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
     """The tokenizer of a model (`folder` is the model's folder or hub id) with the overrides of the flags.
 
     Raises:
-        ConfigError: no such tokenizer, a token that is not in its vocabulary, no end-of-sequence token.
+        ConfigError: no such tokenizer, a token that is not in its vocabulary, no end-of-sequence or mask token.
     """
     model = config.model
     options = hub_options(config) | {"trust_remote_code": model.trust_remote_code}
@@ -1276,14 +1314,16 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
             raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
         if token is not None:
             setattr(tokenizer, name, token)
-    if tokenizer.eos_token_id is None:
+    if config.masked and tokenizer.mask_token_id is None:
+        raise ConfigError("--objective mlm: the tokenizer has no mask token, so its model is no masked language model")
+    if tokenizer.eos_token_id is None and not config.masked:
         raise ConfigError("the tokenizer has no end-of-sequence token: name one of its tokens with --eos_token")
     if not tokenizer.pad_token or vocabulary.get(str(tokenizer.pad_token), rows) >= rows:
         spare = [token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows]
         spare.sort(key=lambda token: ("pad" not in token.lower(), vocabulary[token]))
         tokenizer.pad_token = spare[0] if spare else tokenizer.unk_token or tokenizer.eos_token
         log.info("pad token: %s (the tokenizer has none that the model knows)", tokenizer.pad_token)
-    for name in ("eos_token_id", "bos_token_id"):
+    for name in ("eos_token_id", "bos_token_id", *(("mask_token_id",) if config.masked else ())):
         number = getattr(tokenizer, name) or 0
         if number >= rows:
             raise ConfigError(f"the tokenizer's {name} {number} lies outside the model's {rows} tokens")
@@ -1303,7 +1343,8 @@ class Limits(NamedTuple):
     total: int | None = None  # both together; replaces the two above
 
     def __str__(self) -> str:
-        return f"model_max_len {self.total}" if self.total else f"source {self.source}, target {self.target}"
+        apart = f"source {self.source}" + (f", target {self.target}" if self.target else "")
+        return f"model_max_len {self.total}" if self.total else apart
 
 
 class Encoded(NamedTuple):
@@ -1375,8 +1416,34 @@ def encode_batch(
     batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool
 ) -> dict[str, list[Any]]:
     """Columns of pairs -> columns of encoded rows, for datasets.map."""
-    rows = encode_pairs(batch, tokenizer, limits, train_on_source)
-    problems = ["" if any(i != IGNORE for i in row.labels[1:]) else "no token left to learn" for row in rows]
+    return encoded_columns(encode_pairs(batch, tokenizer, limits, train_on_source), 1)
+
+
+def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
+    """A text with the special tokens that the tokenizer puts around it; the labels are what may be masked.
+
+    A mask token in the text is one, for prediction to fill. Other special tokens in it stay text, but not with the
+    tokenizers written in Python: ESM's finds its letters by the same rule as special tokens.
+    """
+    split, limit = tokenizer.is_fast and str(tokenizer.mask_token) not in text, limits.total or limits.source
+    row = tokenizer(text, return_special_tokens_mask=True, split_special_tokens=split, verbose=False)
+    ids, special = row["input_ids"], row["special_tokens_mask"]
+    end = sum(1 for _ in itertools.takewhile(bool, reversed(special)))  # the closing special tokens are never cut
+    kept = [i for i in range(len(ids)) if i < limit - end or i >= len(ids) - end]
+    labels = [IGNORE if special[i] or ids[i] == tokenizer.mask_token_id else ids[i] for i in kept]
+    return Encoded([ids[i] for i in kept], labels, len(kept) < len(ids))
+
+
+def encode_masked_batch(
+    batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool
+) -> dict[str, list[Any]]:
+    """Columns of pairs, whose outputs are the texts to mask, as encode_batch."""
+    return encoded_columns([encode_masked(text, tokenizer, limits) for text in batch["output"]], 0)
+
+
+def encoded_columns(rows: list[Encoded], first: int) -> dict[str, list[Any]]:
+    """Encoded rows as columns; `first` is the first token that can be learnt."""
+    problems = ["" if any(i != IGNORE for i in row.labels[first:]) else "no token left to learn" for row in rows]
     return {
         "input_ids": [row.input_ids for row in rows],
         "labels": [row.labels for row in rows],
@@ -1386,21 +1453,37 @@ def encode_batch(
     }
 
 
+class Objective(NamedTuple):
+    """What differs with what is learnt, beside its loss (PARTS in the Trainer's room)."""
+
+    encode: Callable[..., dict[str, list[Any]]]
+    auto_model: Any
+    task_type: str | None  # peft's; CAUSAL_LM wants methods of generation, which an encoder lacks
+    pipeline_tag: str  # the hub's
+
+
+OBJECTIVES = {
+    False: Objective(encode_batch, AutoModelForCausalLM, "CAUSAL_LM", "text-generation"),
+    True: Objective(encode_masked_batch, AutoModelForMaskedLM, None, "fill-mask"),
+}  # by Config.masked
+
+
 def limits_of(config: Config) -> Limits:
     """The limits that the flags set."""
     data = config.data
-    return Limits(data.source_max_len, data.target_max_len, data.model_max_len)
+    return Limits(data.source_max_len, 0 if config.masked else data.target_max_len, data.model_max_len)
 
 
 def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Config, name: str) -> Any:
     """Every pair encoded, in parallel, from the cache where the same rows were encoded before."""
     limits, on_source = limits_of(config), config.data.train_on_source
-    ids = (tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    ids = (words, tokenizer.bos_token_id, tokenizer.eos_token_id, config.masked)
     workers = min(os.cpu_count() or 1, len(pairs) // 20_000)  # below that, starting processes takes longer
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
     return pairs.map(
-        encode_batch,
+        OBJECTIVES[config.masked].encode,
         batched=True,
         fn_kwargs={"tokenizer": tokenizer, "limits": limits, "train_on_source": on_source},
         remove_columns=["input", "output", "category"],
@@ -1515,9 +1598,10 @@ class Window:
     """The rows of one optimizer step of one process (or of one evaluation batch), before they are micro-batches."""
 
     input_ids: list[torch.Tensor]
-    labels: list[torch.Tensor]  # the first of a row is IGNORE: nothing predicts it
+    labels: list[torch.Tensor]  # the first of a row is IGNORE, as nothing predicts it, unless tokens are masked
     rows: list[int]  # how many of the above each row of the dataset holds: 1, or more where rows are packed
     where: list[str]
+    masked: bool = False  # whether a label is predicted at its own place, and not at the one before
 
     @property
     def lengths(self) -> list[int]:
@@ -1525,14 +1609,16 @@ class Window:
         return [len(ids) for ids in self.input_ids]
 
 
-def collate_window(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def collate_window(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> dict[str, Any]:
     """Rows of a dataset, packed or not -> {lengths (rows,), labels (tokens,), window}; the labels are for counting."""
     packs = [row.get("pack", [row]) for row in rows]
     members = [member for pack in packs for member in pack]
     ids = [torch.tensor(member["input_ids"]) for member in members]
-    labels = [torch.tensor([IGNORE, *member["labels"][1:]]) for member in members]
+    labels = [torch.tensor(member["labels"]) for member in members]
+    for row in labels if not masked else ():
+        row[0] = IGNORE
     where = [member.get("where", "") for member in members]
-    window = Window(ids, labels, [len(pack) for pack in packs], where)
+    window = Window(ids, labels, [len(pack) for pack in packs], where, masked)
     return {"lengths": torch.tensor([sum(map(len, ids))] * len(rows)), "labels": torch.cat(labels), "window": window}
 
 
@@ -1572,7 +1658,8 @@ def padded_batch(window: Window, members: list[int], pad_id: int, side: str) -> 
     """Members of a window in rows of one length, and which positions predict what."""
     ids, labels = ([part[i] for i in members] for part in (window.input_ids, window.labels))
     mask = pad([torch.ones_like(row) for row in ids], 0, side)
-    return {"input_ids": pad(ids, pad_id, side), "attention_mask": mask, **learnt(pad(labels, IGNORE, side).flatten())}
+    places = learnt(pad(labels, IGNORE, side).flatten(), 0 if window.masked else 1)
+    return {"input_ids": pad(ids, pad_id, side), "attention_mask": mask, **places}
 
 
 def end_to_end_batch(window: Window, members: list[int]) -> dict[str, Any]:
@@ -1589,10 +1676,47 @@ def end_to_end_batch(window: Window, members: list[int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def learnt(labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Flat labels -> the positions that predict a labelled token, and those tokens."""
-    positions = (labels[1:] != IGNORE).nonzero().squeeze(1)
-    return {"positions": positions, "targets": labels[positions + 1]}
+def learnt(labels: torch.Tensor, ahead: int = 1) -> dict[str, torch.Tensor]:
+    """Flat labels -> the positions that predict a labelled token, `ahead` of it, and those tokens."""
+    positions = (labels[ahead:] != IGNORE).nonzero().squeeze(1)
+    return {"positions": positions, "targets": labels[positions + ahead]}
+
+
+class Masking(NamedTuple):
+    """How tokens are masked (BERT, Devlin et al. 2019, https://arxiv.org/abs/1810.04805)."""
+
+    chosen: float  # share of the tokens
+    replaced: float  # share of the chosen that become the mask token
+    random: float  # share of the chosen that become a random one
+    mask_id: int
+    words: torch.Tensor  # the ids that a random token may be
+
+    def draw(self, ids: torch.Tensor, labels: torch.Tensor, *seed: Any, least: int = 0) -> list[torch.Tensor]:
+        """Ids with masks and the labels of what was chosen, `least` tokens at least, by the seed alone."""
+        generator = torch.Generator().manual_seed(int(digest(*seed), 16))
+        # drawn on the CPU: the same masks on every device
+        choice, fate = torch.rand((2, *ids.shape), generator=generator).to(ids.device)
+        words = self.words[torch.randint(len(self.words), ids.shape, generator=generator)].to(ids.device)
+        choice[labels == IGNORE] = 2.0
+        chosen = choice < self.chosen
+        chosen |= (choice < 2.0) & (choice <= (choice.min() if least else -1))
+        masked = ids.masked_fill(chosen & (fate < self.replaced), self.mask_id)
+        return [masked.where(~chosen | (fate < 1 - self.random), words), labels.masked_fill(~chosen, IGNORE)]
+
+    def draw_row(self, ids: list[int], labels: list[int]) -> dict[str, list[int]]:
+        """A row to evaluate on: its masks, one at least, follow from its tokens and are the same each time."""
+        masked, chosen = self.draw(torch.tensor(ids), torch.tensor(labels), "eval", ids, least=1)
+        return {"input_ids": masked.tolist(), "labels": chosen.tolist()}
+
+
+def build_masking(tokenizer: PreTrainedTokenizerBase, rows: int, data: DataArguments) -> Masking:
+    """What the flags say, for a model whose embedding has this many rows.
+
+    A random token is no special one: RoBERTa and ESM count positions by where the padding token stands.
+    """
+    words = sorted(i for i in set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids) if i < rows)
+    shares = data.mask_prob, data.mask_replace_prob, data.random_replace_prob
+    return Masking(*shares, mask_id=tokenizer.mask_token_id, words=torch.tensor(words))
 
 
 # ------------------------------------------------------------------------------------
@@ -1632,8 +1756,11 @@ def device_map(config: Config) -> Any:
     return "auto"
 
 
-def quantisation_config(config: Config) -> Any | None:
-    """What bitsandbytes is told. For bits 4 and 8 only: with both switches off it quantises to 4 bit all the same."""
+def quantisation_config(config: Config, whole: list[str] | None = None) -> Any | None:
+    """What bitsandbytes is told. For bits 4 and 8 only: with both switches off it quantises to 4 bit all the same.
+
+    `whole` names the layers that stay as they are; None leaves it to transformers, which finds the output embedding.
+    """
     quant = config.quant
     if quant.bits not in (4, 8):
         return None
@@ -1641,6 +1768,7 @@ def quantisation_config(config: Config) -> Any | None:
         load_in_4bit=quant.bits == 4,
         load_in_8bit=quant.bits == 8,
         llm_int8_threshold=6.0,
+        llm_int8_skip_modules=whole,
         llm_int8_has_fp16_weight=False,
         bnb_4bit_compute_dtype=compute_dtype(config),
         bnb_4bit_use_double_quant=quant.double_quant,
@@ -1659,10 +1787,10 @@ def gguf_file(name: str) -> Path | None:
     return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
 
-def load_whole(name: str, folder: str | Path, **options: Any) -> Any:
+def load_whole(name: str, folder: str | Path, auto_model: Any = AutoModelForCausalLM, **options: Any) -> Any:
     """A model, refused where its checkpoint lacks weights: transformers draws them at random and only warns."""
     with mendable(f"--model_name_or_path {name}"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        loaded: Any = auto_model.from_pretrained(folder, output_loading_info=True, **options)
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -1736,6 +1864,26 @@ def load_model_config(config: Config, folder: str) -> PretrainedConfig:
     return model_config
 
 
+def names_masked_lm(model_config: PretrainedConfig) -> bool:
+    """Whether a config is a masked language model's: by its architectures or, where it names none, by its kind."""
+    names = getattr(model_config, "architectures", None) or []
+    if names:
+        return any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
+    kind = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_config.model_type, "")
+    return kind.endswith("ForMaskedLM") and not getattr(model_config, "is_decoder", False)
+
+
+def settle_objective(config: Config, model_config: PretrainedConfig) -> Config:
+    """The Config with the objective that `auto` stands for, and the rules checked that depend on it."""
+    wanted = config.data.objective
+    chosen = wanted if wanted != "auto" else "mlm" if names_masked_lm(model_config) else "clm"
+    log.info("objective: %s (%s)", chosen, "--objective" if wanted != "auto" else "by the model's config")
+    data = dataclasses.replace(config.data, objective=chosen)  # type: ignore[arg-type]
+    settled = dataclasses.replace(config, data=data, flags=config.flags | {"objective": chosen})
+    check_config(settled)
+    return settled
+
+
 def attention_kernel(config: Config) -> str | None:
     """The attention implementation asked for; sdpa where flash-attn is missing."""
     from transformers.utils import is_flash_attn_2_available
@@ -1747,11 +1895,29 @@ def attention_kernel(config: Config) -> str | None:
     return wanted
 
 
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Full names of every linear layer except the output head."""
-    kinds = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
+LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
+
+
+def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
+    """Full names of every linear layer except the output head; of a masked model, those of its encoder."""
     head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
+    layers = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]
+    if not masked:
+        return layers
+    inside = set(model.base_model.modules())  # what transforms and predicts lies beside the encoder;
+    # ESM's predictor of contacts lies in it, but a masked language model does not run it
+    return [name for name in layers if model.get_submodule(name) in inside and "contact_head" not in name.split(".")]
+
+
+def layers_left_whole(config: Config, model_config: PretrainedConfig) -> list[str] | None:
+    """The prediction head of a masked model, found on a copy without weights; None leaves it to transformers."""
+    if not config.masked:
+        return None
+    with torch.device("meta"), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
+        auto_model, code = OBJECTIVES[True].auto_model, config.model.trust_remote_code
+        empty = auto_model.from_config(model_config, trust_remote_code=code)
+    linear = (name for name, module in empty.named_modules() if isinstance(module, LINEAR))
+    return sorted(set(linear) - set(linear_layers(empty, masked=True)))
 
 
 class Quirk(NamedTuple):
@@ -1793,19 +1959,20 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
     if prequantised:
         log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
     else:
-        options["quantization_config"] = quantisation_config(config)
+        options["quantization_config"] = quantisation_config(config, layers_left_whole(config, model_config))
     if options["device_map"] == "auto":
         limit = f"{config.quant.max_memory_MB}MB"
         options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), limit)
     options = {name: value for name, value in options.items() if value is not None}
     for quirk in (quirk for quirk in QUIRKS if quirk.applies(model_config)):
         quirk.mend()
-    model = load_whole(config.model.model_name_or_path, folder, **options)
+    model = load_whole(config.model.model_name_or_path, folder, OBJECTIVES[config.masked].auto_model, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # or the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with others
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    whole = [name for name in linear_layers(model) if type(model.get_submodule(name)).__module__.startswith("torch")]
+    layers = linear_layers(model, config.masked)
+    whole = [name for name in layers if type(model.get_submodule(name)).__module__.startswith("torch")]
     if whole and not prequantised and config.quant.bits < 16:
         log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
     # keeps the Trainer from wrapping the one model in DataParallel where this process sees several GPUs
@@ -1869,9 +2036,9 @@ def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
     return frozen
 
 
-def lora_targets(model: PreTrainedModel, lora: LoraArguments) -> list[str]:
+def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> list[str]:
     """Names for peft: leaf names where they say the same, which reads better in adapter_config.json, else full ones."""
-    layers, frozen = linear_layers(model), layers_to_freeze(model, lora)
+    layers, frozen = linear_layers(model, masked), layers_to_freeze(model, lora)
     wanted = [name for name in layers if is_trained_layer(name, frozen)]
     names = {name.strip() for name in lora.lora_modules.split(",")}
     if names != {"all"}:
@@ -1895,7 +2062,7 @@ def whole_modules(model: PreTrainedModel, names: str | None) -> list[str] | None
     return wanted
 
 
-def lora_config(model: PreTrainedModel, lora: LoraArguments) -> Any:
+def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> Any:
     """The flags as peft's configuration."""
     booleans = {"true": True, "false": False}
     init: Any = booleans.get(lora.init_lora_weights.lower(), lora.init_lora_weights)
@@ -1904,13 +2071,13 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments) -> Any:
         r=lora.lora_r,
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=lora.lora_dropout,
-        target_modules=lora_targets(model, lora),
+        target_modules=lora_targets(model, lora, masked),
         bias=lora.lora_bias,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         init_lora_weights=init,
         modules_to_save=whole_modules(model, lora.modules_to_save),
-        task_type="CAUSAL_LM",
+        task_type=OBJECTIVES[masked].task_type,
     )
 
 
@@ -1921,7 +2088,8 @@ def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None)
     what = f"adapter {adapter}" if adapter else "LoRA flags"
     with mendable(f"{what} on {config.model.model_name_or_path}", ConfigError, RuntimeError):  # shapes that differ
         if adapter is None:
-            adapted = get_peft_model(model, lora_config(model, config.lora), autocast_adapter_dtype=upcast)
+            settings = lora_config(model, config.lora, config.masked)
+            adapted = get_peft_model(model, settings, autocast_adapter_dtype=upcast)
         else:
             adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=upcast)
     for name, parameter in adapted.named_parameters() if not upcast else ():
@@ -2578,12 +2746,12 @@ def summed_loss(model: Any, fast: FastPath, batch: Mapping[str, Any], smoothing:
     inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
     positions, targets = batch["positions"], batch["targets"]
     if fast.head is None:
-        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+        logits = model(**inputs).logits.flatten(0, 1)
         # only these rows of the logits become float32: a quarter of them where the prompt is three quarters
         chosen, on = logits[positions.to(logits.device)].float(), targets.to(logits.device)
         return F.cross_entropy(chosen, on, reduction="sum", label_smoothing=smoothing)
     with without_head(fast.head) as caught:
-        model(**inputs, use_cache=False)
+        model(**inputs)
     hidden = caught[0].flatten(0, 1)
     hidden = hidden[positions.to(hidden.device)].to(matmul_dtype(hidden))
     weight, bias = fast.head.weight, fast.head.bias
@@ -2652,9 +2820,9 @@ def logits_at(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Ten
     """Logits of the labelled tokens of a batch, (learnt, vocabulary), in float32, by the ways that `fast` names."""
     inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
     if fast.head is None:
-        return model(**inputs, use_cache=False).logits.flatten(0, 1)[batch["positions"]].float()
+        return model(**inputs).logits.flatten(0, 1)[batch["positions"]].float()
     with without_head(fast.head) as caught:
-        model(**inputs, use_cache=False)
+        model(**inputs)
     hidden = caught[0].flatten(0, 1)[batch["positions"]]
     logits = F.linear(hidden.to(fast.head.weight.dtype), fast.head.weight, fast.head.bias).float()
     return logits if fast.post is None else fast.post(logits)
@@ -2734,8 +2902,8 @@ def speed_up(model: Any, base: Any, config: Config) -> FastPath:
         others = fuse_adapters(model)
         if others:
             log.info("%d adapted layers stay with peft's own functions, first %s", len(others), others[0])
-    if is_sharded(config):
-        return FastPath()  # TODO
+    if is_sharded(config) or config.masked:
+        return FastPath()
     return choose_fast_path(model, base, config)
 
 
@@ -2858,10 +3026,10 @@ def estimate(model: Any, config: Config) -> Costs:
     train, lora, full = config.training, config.lora, config.quant.full_finetune
     text, plain = model.config.get_text_config(), load_dtype(config).itemsize
     width = min(compute_dtype(config).itemsize, plain)
-    linear = {name: model.get_submodule(name) for name in linear_layers(model)}
+    linear = {name: model.get_submodule(name) for name in linear_layers(model, config.masked)}
     shapes = {name: tuple(module.weight.shape) for name, module in linear.items()}
     held = sum(math.prod(shape) for shape in shapes.values())
-    targets = lora_targets(model, lora) if not full else []
+    targets = lora_targets(model, lora, config.masked) if not full else []
     adapted = [name for name in shapes if name in targets or leaf_name(name) in targets]
     thin = sum(lora.lora_r * sum(shapes[name]) for name in adapted)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -3036,7 +3204,7 @@ def make_plan(costs: Costs, gpu: Gpu, longest: int, window: int, config: Config)
 def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
     """The costs of the base model, from its shapes alone."""
     with torch.device("meta"), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
-        model = AutoModelForCausalLM.from_config(
+        model = OBJECTIVES[config.masked].auto_model.from_config(
             model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
         )
     return estimate(model, config)
@@ -3132,7 +3300,7 @@ class Start(NamedTuple):
 
 def identity(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
     """What a checkpoint belongs to: it can't be continued with another."""
-    names = ["model_name_or_path", "bits", "full_finetune"]
+    names = ["model_name_or_path", "bits", "full_finetune", "objective"]
     names += ["quant_type", "double_quant"] if config.quant.bits == 4 else []
     if not config.quant.full_finetune:
         names += [f.name for f in dataclasses.fields(LoraArguments)]
@@ -3392,7 +3560,7 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
 @contextlib.contextmanager
 def generating(model: Any) -> Iterator[None]:
     """The model in evaluation mode, its own sampling defaults out of the way, for a while."""
-    training, own = model.training, model.generation_config
+    training, own = model.training, getattr(model, "generation_config", None)  # an encoder may have none
     model.eval()
     model.generation_config = GenerationConfig()  # generate() mixes its values into those it is given
     try:
@@ -3431,6 +3599,46 @@ def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConf
                 row["prediction_with_input"] = str(tokenizer.decode(prompt + answer, skip_special_tokens=True))
                 results.append(row)
     return list(gather_object(results))
+
+
+def fill_masks(runtime: Runtime, rows: Any, masking: Masking) -> list[dict[str, Any]]:
+    """One dictionary for each row, of filled_row.
+
+    Filled are the masks that a row's text has. Where it has none, the places chosen for evaluation become masks.
+    """
+    model, tokenizer, accelerator = runtime.model, runtime.tokenizer, runtime.accelerator
+    device, masking = model.get_input_embeddings().weight.device, masking._replace(replaced=1.0, random=0.0)
+    results: list[dict[str, Any]] = []
+    with generating(model), accelerator.autocast():
+        for numbers in tqdm(dealt_batches(len(rows), runtime), "Predicting", disable=not accelerator.is_main_process):
+            texts = rows[numbers]["output"]
+            plain = [encode_masked(text, tokenizer, runtime.limits) for text in texts]
+            drawn = [ids if masking.mask_id in ids else masking.draw_row(ids, labels)["input_ids"]
+                     for ids, labels, _ in plain]  # fmt: skip
+            batch = padded_prompts(drawn, tokenizer.pad_token_id, "right")
+            logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
+            for text, row, ids, scores in zip(texts, plain, drawn, logits, strict=True):
+                results.append(filled_row(text, row.labels, ids, scores, tokenizer))
+    return list(gather_object(results))
+
+
+def filled_row(
+    text: str, truth: list[int], ids: list[int], scores: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """`input` with its masks, `output` as the text was, `prediction`, and for each of the `masks` what fills it."""
+    places = [i for i, token in enumerate(ids) if token == tokenizer.mask_token_id]
+    chances, found = scores[places].float().softmax(-1).max(-1)
+    shown = [i for i, label in enumerate(truth) if label != IGNORE or i in places]  # without [CLS] and [SEP]
+    after = dict(enumerate(ids)) | dict(zip(places, found.tolist(), strict=True))
+    before, prediction = (str(tokenizer.decode([line[i] for i in shown])) for line in (dict(enumerate(ids)), after))
+    if " " not in text.strip():  # a protein: ESM's tokenizer puts a space between its letters
+        before, prediction = before.replace(" ", ""), prediction.replace(" ", "")
+    masks = []
+    for i, chance in zip(places, chances.tolist(), strict=True):
+        known, token = truth[i] != IGNORE, tokenizer.convert_ids_to_tokens(after[i])
+        right = tokenizer.convert_ids_to_tokens(truth[i]) if known else None
+        masks.append({"position": i, "token": token, "probability": round(chance, 4), "truth": right})
+    return {"input": before, "output": text, "prediction": prediction, "masks": masks}
 
 
 class Question(NamedTuple):
@@ -3580,6 +3788,12 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
+def masked_accuracy(found: Any) -> dict[str, float]:
+    """The share of the masked tokens that the likeliest token is right at."""
+    masked = found.label_ids != IGNORE
+    return {"masked_accuracy": float((found.predictions == found.label_ids)[masked].mean())}
+
+
 class Stop(TrainerCallback):
     """The signal that asked this run to stop, if one did: save and stop after the step in which it came."""
 
@@ -3627,10 +3841,10 @@ class QLoRATrainer(Trainer):
 
     def __init__(
         self, *, run: dict[str, Any], questions: list[Question] | None, fast: FastPath, sizes: Sizes, config: Config,
-        **kwargs: Any,
+        masking: Masking | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(**kwargs)
-        self.run, self.questions, self.config, self.fast = run, questions, config, fast
+        self.run, self.questions, self.config, self.fast, self.masking = run, questions, config, fast, masking
         self.sizes = sizes
         self.model_accepts_loss_kwargs = True  # our loss is divided by the labelled tokens of the window
         self.parameter_count = self.runtime().model.num_parameters(exclude_embeddings=True)
@@ -3663,9 +3877,22 @@ class QLoRATrainer(Trainer):
         lengths = list(every["length"]) if strategy == "group_by_length" else None
         return EpochSampler(len(rows), seed, lengths, args.train_batch_size * args.gradient_accumulation_steps)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+    def masked(self, windows: Iterator[dict[str, Any]], masking: Masking) -> Iterator[dict[str, Any]]:
+        """Windows with fresh masks, which follow from the step alone: a resume draws them again."""
+        for number, batch in enumerate(windows):
+            window, seed = batch["window"], ("train", self.args.seed, self.state.global_step, self.args.process_index)
+            rows = zip(window.input_ids, window.labels, strict=True)
+            drawn = [masking.draw(ids, labels, *seed, number, row) for row, (ids, labels) in enumerate(rows)]
+            ids, labels = ([row[part] for row in drawn] for part in (0, 1))
+            yield batch | {
+                "window": dataclasses.replace(window, input_ids=ids, labels=labels),
+                "labels": torch.cat(labels),
+            }
+
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         """The batches of one optimizer step; notes their rows and counts their tokens."""
-        batches, items = super().get_batch_samples(*args, **kwargs)
+        source = self.masked(epoch_iterator, self.masking) if self.masking else epoch_iterator
+        batches, items = super().get_batch_samples(source, *args, **kwargs)
         self.window_loss, self.window = 0.0, []
         for batch in batches:
             self.window += batch["window"].where
@@ -3753,15 +3980,23 @@ class QLoRATrainer(Trainer):
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Any, None, None]:
-        """The mean loss of an evaluation batch; no logits are kept."""
+    ) -> tuple[Any, Any, Any]:
+        """The mean loss of an evaluation batch; of logits nothing is kept but the likeliest of masked tokens."""
         window, total = inputs["window"], torch.zeros((), device=self.args.device)
+        smoothing, found, places = self.args.label_smoothing_factor, None, None
         with torch.no_grad(), attention_of(self.runtime().model, self.fast.attention):
-            for members in self._parts(window):
+            for members in self._parts(window) if not self.masking else [list(range(len(window.rows)))]:
                 batch = on_device(self._batch(window, members), self.args.device)
                 with self.compute_loss_context_manager():
-                    total += summed_loss(model, self.fast, batch, self.args.label_smoothing_factor).to(total.device)
-        return total / max(1, int((inputs["labels"] != IGNORE).sum())), None, None
+                    if self.masking:
+                        logits = logits_at(model, self.fast, batch)
+                        places = torch.full_like(batch["input_ids"].flatten(), IGNORE)
+                        found = places.scatter(0, batch["positions"], logits.argmax(-1)).view_as(batch["input_ids"])
+                        places = places.scatter(0, batch["positions"], batch["targets"]).view_as(batch["input_ids"])
+                        total += F.cross_entropy(logits, batch["targets"], reduction="sum", label_smoothing=smoothing)
+                    else:
+                        total += summed_loss(model, self.fast, batch, smoothing).to(total.device)
+        return total / max(1, int((inputs["labels"] != IGNORE).sum())), found, places
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Six for each parameter and token, as the Trainer counts."""
@@ -3896,6 +4131,29 @@ def _no_wait(tensor: torch.Tensor) -> None:
     """In place of bitsandbytes' wait for the GPU."""
 
 
+def causal_lm_parts(model: Any, tokenizer: Any, rows: Any | None, config: Config) -> dict[str, Any]:
+    """What the Trainer is given to learn the next token."""
+    return {"data_collator": collate_window, "eval_dataset": rows}
+
+
+def masked_lm_parts(model: Any, tokenizer: Any, rows: Any | None, config: Config) -> dict[str, Any]:
+    """What the Trainer is given to learn masked tokens. The rows to evaluate on are masked here, once."""
+    masking = build_masking(tokenizer, model.get_input_embeddings().num_embeddings, config.data)
+    if rows is not None:
+        name = digest(CODE_VERSION, rows._fingerprint, *masking[:-1], masking.words.tolist())
+        columns = ["input_ids", "labels"]
+        rows = rows.map(masking.draw_row, input_columns=columns, desc="Masking eval rows", new_fingerprint=name)
+    return {
+        "data_collator": partial(collate_window, masked=True),
+        "eval_dataset": rows,
+        "compute_metrics": masked_accuracy,
+        "masking": masking,
+    }
+
+
+PARTS = {False: causal_lm_parts, True: masked_lm_parts}  # by Config.masked
+
+
 def build_trainer(
     model: Any, fast: FastPath, sizes: Sizes, tokenizer: Any, splits: Splits, questions: Any, run: dict[str, Any],
     stop: Stop, config: Config,
@@ -3904,12 +4162,12 @@ def build_trainer(
     # It waits for the GPU after the update of every single parameter: 448 times a step at 7B, a tenth of the step. The
     # updates are in one stream, which keeps their order.
     bitsandbytes.optim.optimizer.sync_gpu = _no_wait
+    rows = splits.eval.remove_columns("where") if splits.eval is not None else None
     return QLoRATrainer(
+        **PARTS[config.masked](model, tokenizer, rows, config),
         model=model,
         args=window_arguments(config.training),
         train_dataset=splits.train,
-        eval_dataset=splits.eval.remove_columns("where") if splits.eval is not None else None,
-        data_collator=collate_window,
         processing_class=tokenizer,
         callbacks=build_callbacks(stop),
         run=run,
@@ -4009,11 +4267,16 @@ def evaluate(trainer: QLoRATrainer) -> dict[str, Any]:
 
 
 def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]:
-    """Generate an answer for every held-out row, into predictions.jsonl."""
+    """Generate an answer for every held-out row, or fill its masks, into predictions.jsonl."""
     runtime = trainer.runtime()
     began = time.time()
-    rows = generate_predictions(runtime, pairs, generation_config(config, runtime.model, runtime.tokenizer))
+    if trainer.masking:
+        rows = fill_masks(runtime, pairs, trainer.masking)
+    else:
+        rows = generate_predictions(runtime, pairs, generation_config(config, runtime.model, runtime.tokenizer))
     metrics = {"predict_samples": len(rows), **speed_metrics("predict", began, num_samples=len(rows))}
+    right = [mask["token"] == mask["truth"] for row in rows for mask in row.get("masks", ()) if mask["truth"]]
+    metrics |= {"predict_masked_accuracy": sum(right) / len(right)} if right else {}
     if trainer.args.should_save:
         file = Path(config.training.output_dir, "predictions.jsonl")
         write_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -4058,7 +4321,7 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     kind, library = ("full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {library}\n"
-        f"pipeline_tag: text-generation\n---\n\n"
+        f"pipeline_tag: {OBJECTIVES[config.masked].pipeline_tag}\n---\n\n"
         f"# {kind.capitalize()} for {base}\n\n"
         f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
         f"dataset `{config.data.dataset}`.\n\n"
@@ -4118,13 +4381,14 @@ def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Split
         kind += f" {quant.quant_type}{', double quantisation' if quant.double_quant else ''}"
     train_rows, eval_rows = (len(part) if part is not None else 0 for part in splits)
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    names = ("bos", "eos", "pad")
+    names = ("bos", "eos", "pad", *(("mask",) if config.masked else ()))
     special = [(name, getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")) for name in names]
     fresh = "fresh, from the seed" if args.do_train else "the base itself"
     adapter = f"adapter {start.checkpoint or start.weights or fresh}"
     trained = "all weights but the embeddings" if quant.full_finetune else adapter
     return {
         "model": config.model.model_name_or_path,
+        "objective": config.data.objective,
         "weights": kind,
         "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
         "effective batch": f"{effective} rows = {rows} at once x {accumulated} accumulated x {processes} processes",
@@ -4170,14 +4434,26 @@ def hints(config: Config) -> None:
 # ------------------------------------------------------------------------------------
 # 16. Main
 # ------------------------------------------------------------------------------------
+def learnt_positions(model: Any) -> int | None:
+    """How many tokens the position embeddings of an encoder have room for; RoBERTa and ESM begin after the pad's."""
+    for name, table in model.named_modules():
+        if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
+            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return None
+
+
 def check_fit(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
-    """Rows against the model: an id outside the embedding would only show as a crash on the GPU."""
+    """Rows against the model: an id outside an embedding would only show as a crash on the GPU."""
     rows = model.get_input_embeddings().num_embeddings
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    learnt = learnt_positions(model)
     for name, part in parts.items():
         if part.largest_id >= rows:
             found = f"the {name} rows hold token id {part.largest_id}, the model has {rows}"
             raise ConfigError(f"{found}: its tokenizer is another's")
+        if learnt is not None and part.longest > learnt:
+            found = f"the longest {name} row has {part.longest} tokens, the model has positions for {learnt}"
+            raise ConfigError(f"{found}: lower the limit with --source_max_len {learnt}")
         if positions and part.longest > positions:
             found = f"the longest {name} row has {part.longest} tokens, the model was made for {positions}"
             log.warning("%s: lower the limits or give --rope_scaling", found)
@@ -4209,6 +4485,7 @@ def assemble(
     fast = speed_up(model, base, config)
     sizes, plan = choose_sizes(costs, model, base, fast, rows, config)
     start_recomputing(base, fast, sizes, compute_dtype(config))
+    model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
     parts = {"rows end to end": fast.attention, "logits in chunks": fast.head is not None, "steps": sizes}
     log_block("Fast path", parts | (plan.lines() if plan else {}))
     return model, fast, sizes, plan
@@ -4233,12 +4510,13 @@ def run(config: Config, stop: Stop) -> int:
     with args.main_process_first(desc="converting the model"):
         folder = model_folder(config)
     model_config = load_model_config(config, folder)
+    config = settle_objective(config, model_config)
     costs = costs_from_config(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
     with args.main_process_first(desc="reading and encoding the dataset"):
         pairs = load_splits(config)
         splits = encode_splits(pairs, tokenizer, config)
-    if args.do_predict:
+    if args.do_predict and not config.masked:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
     statistics = {name: token_statistics(part) for name, part in splits._asdict().items() if part is not None}
@@ -4286,7 +4564,8 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     file = Path(config.training.output_dir, "metrics.json")
     earlier = read_json(file) if file.is_file() else {}
     write_file(file, json.dumps({"run_name": config.training.run_name, **earlier, **metrics}, indent=1) + "\n")
-    shown = ("train_tokens_per_second", "train_peak_memory_gib", "train_loss", "eval_loss", "eval_perplexity")
+    shown = ("train_tokens_per_second", "train_peak_memory_gib", "train_loss", "eval_loss", "eval_perplexity",
+             "eval_masked_accuracy", "predict_masked_accuracy")  # fmt: skip
     lines = {name.replace("_", " "): metrics[name] for name in shown if name in metrics}
     lines |= {name: value for name, value in metrics.items() if re.fullmatch(r"mmlu_\w+_accuracy|mmlu_loss", name)}
     log_block("Done", lines | {"seconds": round(seconds), "files": config.training.output_dir})

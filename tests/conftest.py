@@ -42,6 +42,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]  # `impo
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
+import tiny_encoders  # noqa: E402
 import torch  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
@@ -108,7 +109,8 @@ def _cached(root: Path, build: Callable[..., Path], named: dict[str, Callable[..
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`models("llama", **options of tiny.write_model)` -> folder.
 
-    Also "remote_code"; "gguf" (options of tiny.write_gguf); "prequantised" (`base`: llama).
+    Also "remote_code"; "gguf" (options of tiny.write_gguf); "prequantised" (`base`: llama); "encoder" (options of
+    tiny_encoders.write_encoder).
     """
 
     def prequantised(path: Path, base: Path | None = None) -> Path:
@@ -118,6 +120,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         "remote_code": tiny.write_remote_code_model,
         "gguf": tiny.write_gguf,
         "prequantised": prequantised,
+        "encoder": tiny_encoders.write_encoder,
     }
     get = _cached(tmp_path_factory.mktemp("models"), tiny.write_model, named)
     return get

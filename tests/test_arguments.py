@@ -71,6 +71,10 @@ DATA = {
     "skip_excess_length": True,
     "on_bad_rows": "stop",
     "train_on_source": False,
+    "objective": "auto",
+    "mask_prob": 0.15,
+    "mask_replace_prob": 0.8,
+    "random_replace_prob": 0.1,
 }
 QUANTISATION = {
     "bits": 4,
@@ -156,11 +160,6 @@ LATER = {
     "expand_conversations": "airoboros_chat",
     "include_sources": "filtering by source",
     "packing": "packing",
-    "objective": "masked language modelling",
-    "mask_prob": "masked language modelling",
-    "mlm_probability": "masked language modelling",
-    "mask_replace_prob": "masked language modelling",
-    "random_replace_prob": "masked language modelling",
     "preview": "preview",
     "working_dir": "separate working folder",
     "final_output_dir": "separate working folder",
@@ -488,6 +487,7 @@ OLD = [
     ("no_group_by_length", "", {"train_sampling_strategy": "random"}),
     ("no_cuda", "", {"use_cpu": True}),
     ("no_cuda", "True", {"use_cpu": True}),
+    ("mlm_probability", "0.3", {"mask_prob": 0.3}),
     ("use_auth", "", {"use_auth_token": True}),
     ("use_auth", "False", {"use_auth_token": False}),
     ("push_to_hub_token", "abc", {"hub_token": "abc"}),
@@ -531,7 +531,7 @@ def test_an_old_name_works_with_one_warning(old, value, effect, warnings):
     (warning,) = warnings()
     assert f"--{old}" in warning
     for name, expected in effect.items():
-        holder = next(h for h in (training.training, training.model) if hasattr(h, name))
+        holder = next(h for h in (training.training, training.model, training.data) if hasattr(h, name))
         assert getattr(holder, name) == expected
     default = parse()
     changed = {name for name in default.flags if training.flags[name] != default.flags[name]}
@@ -622,7 +622,23 @@ RULES = [
     ("--full_finetune --bits 8", "full_finetune bits 16 32"),
     ("--full_finetune --bits 16 --adapter_name_or_path a", "full_finetune adapter_name_or_path"),
     ("--adam8bit --optim adamw_torch", "adam8bit optim"),
-    ("--do_predict", "do_predict predict_with_generate"),
+    ("--do_predict --objective clm", "do_predict predict_with_generate"),
+    ("--objective clm --mask_prob 0.2", "mask_prob clm objective"),
+    ("--objective clm --random_replace_prob 0", "random_replace_prob clm objective"),
+    ("--objective mlm --target_max_len 9", "target_max_len mlm"),
+    ("--objective mlm --train_on_source", "train_on_source mlm"),
+    ("--objective mlm --do_predict --predict_with_generate", "predict_with_generate mlm"),
+    ("--objective mlm --do_sample --top_p 0.9", "do_sample top_p mlm"),
+    ("--objective mlm --do_eval --do_mmlu_eval", "do_mmlu_eval mlm"),
+    ("--objective mlm --padding_side left", "padding_side left"),
+    ("--objective mlm --dataset_format alpaca", "dataset_format alpaca input text"),
+    ("--objective clm --metric_for_best_model masked_accuracy", "masked_accuracy loss perplexity"),
+    ("--mask_prob 0", "mask_prob 0"),
+    ("--mask_prob 1.1", "mask_prob 1.1"),
+    ("--mask_prob nan", "mask_prob nan"),
+    ("--mask_replace_prob 1", "mask_replace_prob random_replace_prob 1 0.1"),  # 1.1 with the default of the other
+    ("--random_replace_prob -0.1", "random_replace_prob -0.1"),
+    ("--random_replace_prob nan", "random_replace_prob nan"),
     ("--do_mmlu_eval", "do_mmlu_eval do_eval"),
     ("--model_max_len 9 --source_max_len 4", "model_max_len source_max_len"),
     ("--model_max_len 9 --target_max_len 4", "model_max_len target_max_len"),
@@ -681,6 +697,10 @@ def test_a_broken_rule_is_a_config_error_in_one_line(argv, named):
         "--train_sampling_strategy sequential",
         '--rope_scaling {"type":"linear","factor":2.0}',
         "--max_train_samples 1",
+        "--do_predict",  # needs no generation where the model turns out to be a masked one
+        "--objective mlm --do_predict --mask_prob 1 --mask_replace_prob 1 --random_replace_prob 0",
+        "--objective mlm --model_max_len 64 --train_on_source False --metric_for_best_model eval_masked_accuracy",
+        "--objective mlm --dataset_format text",
     ],
 )
 def test_what_the_rules_allow(argv):

@@ -725,3 +725,26 @@ def test_two_processes_train_as_one(models, data_dir, tmp_path):
     assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
     answers = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two")]
     assert answers[0].count("\n") == answers[1].count("\n") > 1
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_masked_run_resumes_with_the_masks_that_it_would_have_drawn(run_qlora, stopped, models, tmp_path, bits):
+    """In the second epoch, in the middle of it, with dropout in model and adapters."""
+    rows = [{"text": "MKTAYIAKQRGAVLIPFMW"[: 5 + i]} for i in range(10)]
+    flags = {
+        "model_name_or_path": models("encoder", family="esm"),
+        "dataset": tiny.rows_to_jsonl(tmp_path / "proteins.jsonl", rows),
+        "target_max_len": None,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 8,
+        "save_steps": 100,
+        "lora_dropout": 0.1,
+        "learning_rate": 1e-2,
+        "mask_prob": 0.3,
+        "bits": bits,
+    }
+    stopped(5, **flags)
+    resumed = run_qlora(**flags)
+    reference = run_qlora(**flags, output_dir=tmp_path / "reference")
+    assert_equal_runs(resumed, reference)
+    assert len({loss for loss, *_ in trained(reference)}) == 8

@@ -172,6 +172,24 @@ GENERATE = {
     "do_sample": True,
     "top_p": 0.9,
 }
+ESM = {  # the defaults, with the order of the rows left to chance
+    "objective": "mlm",
+    "mask_prob": 0.15,
+    "train_sampling_strategy": "random",
+    "bits": 4,
+    "quant_type": "nf4",
+    "double_quant": True,
+    "lora_r": 64,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "learning_rate": 2e-4,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 16,
+    "max_steps": 10000,
+    "source_max_len": 1024,
+    "optim": "paged_adamw_32bit",
+    "max_grad_norm": 0.3,
+}
 PUBLISHED = {
     "finetune_guanaco_7b.sh": (GUANACO, SMALL, {"lora_dropout": 0.1}, "huggyllama/llama-7b"),
     "finetune_guanaco_13b.sh": (GUANACO, SMALL, {"lora_dropout": 0.05}, "huggyllama/llama-13b"),
@@ -180,6 +198,7 @@ PUBLISHED = {
     "finetune_llama2_guanaco_7b.sh": (GUANACO, SMALL, {"lora_dropout": 0.1}, "meta-llama/Llama-2-7b-hf"),
     "finetune.sh": (FINETUNE, {}, {}, "EleutherAI/pythia-12b"),
     "generate.sh": (GENERATE, {}, {}, "EleutherAI/pythia-12b"),
+    "finetune_esm1b_mlm.sh": (ESM, {}, {}, "facebook/esm1b_t33_650M_UR50S"),
 }
 
 
@@ -239,3 +258,15 @@ def test_guanaco(tiny_environment, tmp_path, script):
     words = ["--dataset_format", "oasst1", "--gradient_accumulation_steps", "2"]
     finish(run_script(script, tmp_path / "out", tiny_environment, *words))
     assert (tmp_path / "out/completed").exists()
+
+
+def test_masked_proteins(models, tmp_path):
+    rows = [{"input": "MKTAYIAKQRGAVLIPFMW"[i:] + "STCYNQDEKRH"} for i in range(12)]
+    environment = {
+        "PYTHON": sys.executable,
+        "MODEL": str(models("encoder", family="esm")),
+        "DATASET": str(tiny.rows_to_csv(tmp_path / "rows.csv", rows)),
+        "MAX_STEPS": "2",
+    }
+    finish(run_script("finetune_esm1b_mlm.sh", tmp_path / "out", environment))
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"completed", "eval_results.json"}

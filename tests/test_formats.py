@@ -58,6 +58,7 @@ GOLDEN = {
     "self-instruct": [({"prompt": "Q: a\n\nA:", "completion": " b"}, "Q: a\n\nA:", " b")],
     "hh-rlhf": [({"chosen": DIALOGUE, "rejected": "no"}, "", DIALOGUE)],
     "oasst1": [({"text": GUANACO}, "", GUANACO)],
+    "input": [({"input": "MKV\n", "output": "not read"}, "", "MKV\n")],
     "text": [({"text": " a\nb\n"}, "", " a\nb\n")],
     "input-output": [
         ({"input": "a ", "output": " b", "source": None}, "a ", " b"),

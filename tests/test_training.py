@@ -122,6 +122,7 @@ OWN_FLAGS = """
     use_fast_tokenizer pad_token eos_token bos_token unk_token padding_side tokenizer_patch
     rope_scaling dataset dataset_format eval_dataset_size max_train_samples max_eval_samples source_max_len
     target_max_len model_max_len skip_excess_length on_bad_rows train_on_source
+    objective mask_prob mask_replace_prob random_replace_prob
     bits quant_type double_quant full_finetune max_memory_MB adam8bit
     lora_r lora_alpha lora_dropout lora_modules lora_bias lora_dtype use_dora use_rslora
     init_lora_weights modules_to_save layers_to_freeze layer_freeze_ratio
