@@ -70,33 +70,43 @@ ROWS = [(name, *golden) for name, goldens in GOLDEN.items() for golden in golden
 ROWS_IDS = [f"{name}-{number}" for name, goldens in GOLDEN.items() for number in range(len(goldens))]
 
 
+def encode(name, row, tokenizer, limits):
+    """A row of a format, encoded."""
+    rows = {"segments": [qlora.FORMATS[name].to_row(row)], "rendered": [False]}
+    columns = qlora.encode_batch(rows, tokenizer, limits)
+    return columns["input_ids"][0], columns["labels"][0]
+
+
 @pytest.mark.parametrize(("name", "row", "source", "target"), ROWS, ids=ROWS_IDS)
 def test_golden_pair(name, row, source, target):
-    assert qlora.FORMATS[name].to_pair(row) == {"input": source, "output": target}
+    assert qlora.FORMATS[name].to_row(row) == [
+        {"text": source, "learnt": False},
+        {"text": target, "learnt": True},
+    ]
 
 
 @pytest.mark.parametrize(("name", "row", "source", "target"), ROWS, ids=ROWS_IDS)
 def test_golden_ids(byte_tokenizer, name, row, source, target):
     """A byte is its own id, so the golden texts spell the ids."""
     limits = qlora.Limits(1024, 1024)
-    encoded = qlora.encode_pair(qlora.FORMATS[name].to_pair(row), byte_tokenizer, limits)
-    assert encoded.input_ids == [BOS, *source.encode(), *target.encode(), EOS]
-    assert encoded.labels == [-100] * (1 + len(source.encode())) + [*target.encode(), EOS]
+    ids, labels = encode(name, row, byte_tokenizer, limits)
+    assert ids == [BOS, *source.encode(), *target.encode(), EOS]
+    assert labels == [-100] * (1 + len(source.encode())) + [*target.encode(), EOS]
 
 
 def test_the_end_of_the_alpaca_prompt_in_ids(byte_tokenizer):
     """`\\n\\n### Response: ` ends in one space, and no line break follows."""
     row = {"instruction": "A", "output": "b"}
-    ids = qlora.encode_pair(qlora.FORMATS["alpaca"].to_pair(row), byte_tokenizer, qlora.Limits(999, 9)).input_ids
+    ids, _ = encode("alpaca", row, byte_tokenizer, qlora.Limits(999, 9))
     response = [82, 101, 115, 112, 111, 110, 115, 101]
     assert ids[:7] == [256, 66, 101, 108, 111, 119, 32]  # BOS, "Below "
     assert ids[-19:] == [65, 10, 10, 35, 35, 35, 32, *response, 58, 32, 98, 257]
 
 
 def test_a_whole_dialogue_is_learnt_in_ids(byte_tokenizer):
-    encoded = qlora.encode_pair(qlora.FORMATS["oasst1"].to_pair({"text": "### é"}), byte_tokenizer, qlora.Limits(16, 9))
-    assert encoded.input_ids == [256, 35, 35, 35, 32, 195, 169, 257]
-    assert encoded.labels == [-100, 35, 35, 35, 32, 195, 169, 257]
+    ids, labels = encode("oasst1", {"text": "### é"}, byte_tokenizer, qlora.Limits(16, 9))
+    assert ids == [256, 35, 35, 35, 32, 195, 169, 257]
+    assert labels == [-100, 35, 35, 35, 32, 195, 169, 257]
 
 
 def test_every_format_has_golden_rows():
@@ -106,7 +116,7 @@ def test_every_format_has_golden_rows():
 @pytest.mark.parametrize("text", ["no answer", "<human>: A <bot>: B", "<human>: A\n<bot>:B", "\n<bot>:"])
 def test_chip2_without_an_answer_is_a_bad_row(text):
     with pytest.raises(qlora.RowError, match=r"'text'.*<bot>: "):
-        qlora.FORMATS["chip2"].to_pair({"text": text})
+        qlora.FORMATS["chip2"].to_row({"text": text})
 
 
 # ------------------------------------------------------------------------------------
@@ -154,7 +164,7 @@ def load(*argv):
 
 
 def pairs_of(rows):
-    return [(row["input"], row["output"]) for row in rows]
+    return [tuple(segment["text"] for segment in row["segments"]) for row in rows]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -229,8 +239,8 @@ def test_the_format_is_inferred_from_the_columns(tmp_path, caplog, columns, name
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [row])
     learnt = {"alpaca": "<output>", "self-instruct": "<completion>", "input-output": "<output>"}
     learnt |= {"hh-rlhf": "<chosen>", "text": "<text>"}
-    (pair,) = load("--dataset", str(file)).train
-    assert pair["output"] == learnt[name]
+    ((_, output),) = pairs_of(load("--dataset", str(file)).train)
+    assert output == learnt[name]
     assert any(str(file) in m and f"format {name}," in m and "inferred" in m for m in caplog.messages)
 
 
