@@ -893,7 +893,7 @@ def guarded(value: Any, special: re.Pattern[str]) -> Any:
 def apply_template(
     messages: list[Any], tools: list[Any] | None, tokenizer: PreTrainedTokenizerBase, prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]] | None]:
-    """A conversation's text, with a prompt for an answer if asked for; where the answers are if the template says so."""
+    """A conversation's text, a prompt for an answer after it or not; where the answers are, if the template says so."""
     try:
         template = tokenizer.get_chat_template(tools=tools)
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
@@ -1178,9 +1178,11 @@ def normal_rows(
 ) -> Iterator[dict[str, Any]]:
     """Every row in its normal form. One that can't be used has a `problem`, and as its text what stood there."""
     to_row, wanted = format_named(format_name).to_row, {name.strip() for name in data.include_sources.split(",")}
+    found = False  # a row of the sources asked for
     for where, row in source.rows():
         if data.include_sources != "ALL" and isinstance(row, Mapping) and str(row.get("source")) not in wanted:
             continue
+        found = True
         made: list[list[Segment]] = []
         category, problem, rendered = "", "", False
         try:
@@ -1201,6 +1203,8 @@ def normal_rows(
         for segments in made:
             kept = [{**segment, "text": storable(segment["text"])} for segment in segments]
             yield {"segments": kept, "rendered": rendered, **{name: storable(text) for name, text in texts.items()}}
+    if not found:
+        raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
 
 
 def storable(text: str) -> str:
@@ -1361,9 +1365,7 @@ def reject_bad_rows(rows: Any | None, config: Config) -> Any | None:
         log.warning("%d of %d rows left out, the first: %s; all in %s", len(bad), len(rows), first, rejected)
         rows = without(rows, bad)
     if len(rows) == 0:
-        among = config.data.include_sources
-        which = f" from --include_sources {among}" if among != "ALL" else ""
-        raise DataError(f"--dataset {config.data.dataset}: no row in it{which} that can be used")
+        raise DataError(f"--dataset {config.data.dataset}: no row in it that can be used")
     return rows
 
 
@@ -2355,8 +2357,8 @@ def prompt_ids(batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBas
 def shown_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """A row's input and output as text, the output without a template's special tokens."""
     last, own = last_learnt(segments), (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), "")
-    output = "".join(segment["text"] for segment in segments[last:])
-    output = special_texts(tokenizer).sub("", output) if rendered else output
+    answer = segments[last]["text"]
+    output = special_texts(tokenizer).sub("", answer) if rendered else answer
     texts = {"input": "".join(segment["text"] for segment in segments[:last]), "output": output}
     table = str.maketrans(dict(zip(MARKS, own, strict=True)))
     return {name: text.translate(table) for name, text in texts.items()}

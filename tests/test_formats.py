@@ -49,6 +49,24 @@ CHIP2 = [
     ("Context <human>: A<human>:B <bot>: x\n<bot>: C ", "Context A<human>:B <bot>: x", "C "),
     ("<human>: A\n<bot>: B <human>: C", "A", "B <human>: C"),  # taken out of the question only
 ]
+# Instruction, response, what else the row has, input, output.
+AIROBOROS = [
+    ("Hi", "Hello", {}, "A chat.\nUSER: Hi\nASSISTANT: ", "Hello\n"),
+    (" Hi \n", "\n Hello\n\n", {}, "A chat.\nUSER: Hi\nASSISTANT: ", "Hello\n"),
+    ("Hi", "Hello", {"system": " Be brief.\n"}, "Be brief.\nUSER: Hi\nASSISTANT: ", "Hello\n"),
+    *(("Hi", "Ho", {"system": none}, "A chat.\nUSER: Hi\nASSISTANT: ", "Ho\n") for none in (None, "", " ")),
+    ("a\n  PLAINFORMAT", "b", {}, "A chat.\nUSER: a PLAINFORMAT\nASSISTANT: ", "b\n"),
+    ("a\n\nPLAINFORMAT \n", "b", {"system": "S"}, "S\nUSER: a PLAINFORMAT\nASSISTANT: ", "b\n"),
+    ("PLAINFORMAT", "b", {}, "A chat.\nUSER: PLAINFORMAT\nASSISTANT: ", "b\n"),
+    ("PLAINFORMAT\na", "b", {}, "A chat.\nUSER: PLAINFORMAT\na\nASSISTANT: ", "b\n"),
+    *((" a\n", "b ", {"skip_prompt_formatting": yes, "system": "S"}, "a\n", "b\n") for yes in (True, "true", "True")),
+    ("a\n PLAINFORMAT", "b", {"skip_prompt_formatting": True}, "a\n PLAINFORMAT\n", "b\n"),
+    *(
+        ("a", "b", {"skip_prompt_formatting": no}, "A chat.\nUSER: a\nASSISTANT: ", "b\n")
+        for no in (False, None, "", "false")
+    ),
+    ("{system}", 7, {"system": "{instruction}"}, "{instruction}\nUSER: {system}\nASSISTANT: ", "7\n"),
+]
 DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant: Bye!"
 GUANACO = "### Human: Hi### Assistant: Hello### Human: Bye### Assistant: Bye!"
 GOLDEN = {
@@ -65,7 +83,11 @@ GOLDEN = {
         ({"input": 7, "output": True}, "7", "true"),
     ],
     "longform": [({"input": "a ", "output": " b", "source": "wiki"}, "a ", " b")],
+    "airoboros": [
+        ({"instruction": i, "response": r, **more}, source, target) for i, r, more, source, target in AIROBOROS
+    ],
 }
+CHATS = {"airoboros_chat", "messages", "sharegpt"}  # of several turns: tests/test_chat.py
 ROWS = [(name, *golden) for name, goldens in GOLDEN.items() for golden in goldens]
 ROWS_IDS = [f"{name}-{number}" for name, goldens in GOLDEN.items() for number in range(len(goldens))]
 
@@ -110,7 +132,22 @@ def test_a_whole_dialogue_is_learnt_in_ids(byte_tokenizer):
 
 
 def test_every_format_has_golden_rows():
-    assert set(GOLDEN) == set(qlora.FORMATS)
+    assert set(GOLDEN) | CHATS == set(qlora.FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"instruction": "a", "response": "b", "skip_prompt_formatting": "perhaps"}, "skip_prompt_formatting"),
+        ({"instruction": "a", "response": None}, "response"),
+        ({"instruction": "a", "response": " \n"}, "empty"),
+        ({"instruction": "a", "response": "b", "system": ["S"]}, "system"),
+    ],
+)
+def test_a_bad_airoboros_row(tmp_path, row, named):
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"instruction": "a", "response": "b"}, row])
+    with pytest.raises(qlora.DataError, match=rf"a\.jsonl:2: .*{named}"):
+        load("--dataset", str(file))
 
 
 @pytest.mark.parametrize("text", ["no answer", "<human>: A <bot>: B", "<human>: A\n<bot>:B", "\n<bot>:"])
@@ -214,6 +251,8 @@ def test_vicuna_is_refused_before_the_hub_is_asked(hub, capsys):
 @pytest.mark.parametrize(
     ("columns", "name"),
     [
+        ("instruction response", "airoboros"),
+        ("instruction response system category output prompt completion", "airoboros"),
         ("instruction output", "alpaca"),
         ("instruction input output", "alpaca"),
         ("instruction output prompt completion input chosen text", "alpaca"),
@@ -237,7 +276,12 @@ def test_the_format_is_inferred_from_the_columns(tmp_path, caplog, columns, name
     caplog.set_level(logging.INFO, "qlora")
     row = {column: f"<{column}>" for column in columns.split()}
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [row])
-    learnt = {"alpaca": "<output>", "self-instruct": "<completion>", "input-output": "<output>"}
+    learnt = {
+        "airoboros": "<response>\n",
+        "alpaca": "<output>",
+        "self-instruct": "<completion>",
+        "input-output": "<output>",
+    }
     learnt |= {"hh-rlhf": "<chosen>", "text": "<text>"}
     ((_, output),) = pairs_of(load("--dataset", str(file)).train)
     assert output == learnt[name]
@@ -251,7 +295,21 @@ def test_columns_that_only_some_rows_have_count(tmp_path):
     assert pairs_of(load("--dataset", str(file)).train) == expected
 
 
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        (["messages", "conversations", "instruction", "response", "text"], "messages"),
+        (["conversations", "instruction", "response", "output"], "sharegpt"),
+    ],
+)
+def test_chats_are_inferred_first(columns, name):
+    assert qlora.infer_format(columns, "here") == name
+
+
 NEEDS = {
+    "messages": ["messages"],
+    "sharegpt": ["conversations"],
+    "airoboros": ["instruction", "response"],
     "alpaca": ["instruction", "output"],
     "self-instruct": ["prompt", "completion"],
     "input-output": ["input", "output"],
