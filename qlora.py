@@ -1220,7 +1220,9 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
     features = {"segments": [{"text": text, "learnt": switch}], "rendered": switch}
     features |= dict.fromkeys(("where", "category", "problem"), text)
     own, flags = OWN_FORMAT.fullmatch(format_name), (data.expand_conversations, data.include_sources)
-    template = (tokenizer.chat_template, tokenizer.special_tokens_map, special_texts(tokenizer)) if tokenizer else ()
+    template = (
+        (tokenizer.chat_template, tokenizer.special_tokens_map, special_texts(tokenizer).pattern) if tokenizer else ()
+    )
     depends = (source.name, source.fingerprint(), format_name, own and file_digest(Path(own[1])), *flags, *template)
     try:
         return datasets.Dataset.from_generator(
@@ -1541,13 +1543,16 @@ def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list
 def tokens_apart(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
     """The tokens of each segment, BOS before the first and EOS after the last; a tokenizer without BOS adds none."""
     own = {BOS_MARK: [tokenizer.bos_token_id][: tokenizer.bos_token_id is not None], EOS_MARK: [tokenizer.eos_token_id]}
-    split = [[re.split(f"([{BOS_MARK}{EOS_MARK}])", segment["text"]) for segment in row] for row in rows]
-    for row in split:
-        row[0], row[-1][len(row[-1]) :] = ["", BOS_MARK, *row[0]], [EOS_MARK, ""]
+    split: list[list[list[str]]] = []  # a segment's texts and, between them, marks
+    for row in rows:
+        texts = [segment["text"] for segment in row]
+        texts[0] = BOS_MARK + texts[0]
+        texts[-1] += EOS_MARK
+        split.append([re.split(f"([{BOS_MARK}{EOS_MARK}])", text) for text in texts])
     found = iter(token_ids([text for row in split for pieces in row for text in pieces[::2]], tokenizer))
-    for row, segments in zip(split, rows, strict=True):
-        ids = [[i for p in pieces for i in (own[p] if p in own else next(found))] for pieces in row]
-        yield [[(i, i if s["learnt"] else IGNORE) for i in part] for part, s in zip(ids, segments, strict=True)]
+    for row, segments in zip(rows, split, strict=True):
+        ids = [[i for piece in s for i in (own[piece] if piece in own else next(found))] for s in segments]
+        yield [[(i, i if s["learnt"] else IGNORE) for i in part] for s, part in zip(row, ids, strict=True)]
 
 
 def tokens_of_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:

@@ -535,6 +535,7 @@ def test_segments_of_ones_own_and_their_cuts(byte_tokenizer):
     assert encode(row, byte_tokenizer) == ([BOS, *b"abcdef", EOS], [BOS, 97, 98, NO, 100, 101, NO, NO])
     assert encode(row, byte_tokenizer, 2, 3) == ([BOS, *b"adef"], [BOS, 97, 100, 101, NO])
     assert encode(row, byte_tokenizer, 1, 1, 6) == ([BOS, *b"cdef", EOS], [BOS, NO, 100, 101, NO, NO])
+    assert encode([{"text": "ab", "learnt": True}], byte_tokenizer) == ([BOS, *b"ab", EOS],) * 2
 
 
 # ------------------------------------------------------------------------------------
