@@ -5,8 +5,8 @@
     python qlora.py run.yaml --learning_rate 1e-4                            flags from a file
     python qlora.py … --do_train False --do_predict --predict_with_generate  use what was trained
 
-A base model is loaded in 4, 8, 16 or 32 bit, LoRA adapters go on every linear layer, the dataset is brought to
-what is read and what is learnt, and the Hugging Face Trainer trains the adapters with a paged optimizer. The method is
+A base model is loaded in 4, 8, 16 or 32 bit, LoRA adapters go on every linear layer, every row of the dataset becomes
+text that is learnt or not, and the Hugging Face Trainer trains the adapters with a paged optimizer. The method is
 QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314); flags, defaults, prompts, labels and files are those of
 its original script (https://github.com/artidoro/qlora), except where the README's list of differences says otherwise.
 

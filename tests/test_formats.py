@@ -59,6 +59,7 @@ AIROBOROS = [
     ("a\n\nPLAINFORMAT \n", "b", {"system": "S"}, "S\nUSER: a PLAINFORMAT\nASSISTANT: ", "b\n"),
     ("PLAINFORMAT", "b", {}, "A chat.\nUSER: PLAINFORMAT\nASSISTANT: ", "b\n"),
     ("PLAINFORMAT\na", "b", {}, "A chat.\nUSER: PLAINFORMAT\na\nASSISTANT: ", "b\n"),
+    ("a  PLAINFORMAT b", "c", {}, "A chat.\nUSER: a  PLAINFORMAT b\nASSISTANT: ", "c\n"),
     *((" a\n", "b ", {"skip_prompt_formatting": yes, "system": "S"}, "a\n", "b\n") for yes in (True, "true", "True")),
     ("a\n PLAINFORMAT", "b", {"skip_prompt_formatting": True}, "a\n PLAINFORMAT\n", "b\n"),
     *(
