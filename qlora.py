@@ -5,8 +5,8 @@
     python qlora.py run.yaml --learning_rate 1e-4                            flags from a file
     python qlora.py … --do_train False --do_predict --predict_with_generate  use what was trained
 
-A base model is loaded in 4, 8, 16 or 32 bit, LoRA adapters go on every linear layer, the dataset is brought to
-{input, output} pairs, and the Hugging Face Trainer trains the adapters with a paged optimizer. The method is
+A base model is loaded in 4, 8, 16 or 32 bit, LoRA adapters go on every linear layer, every row of the dataset becomes
+text that is learnt or not, and the Hugging Face Trainer trains the adapters with a paged optimizer. The method is
 QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314); flags, defaults, prompts, labels and files are those of
 its original script (https://github.com/artidoro/qlora), except where the README's list of differences says otherwise.
 
@@ -36,6 +36,7 @@ import gzip
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import io
 import itertools
@@ -59,7 +60,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
 
@@ -75,6 +76,7 @@ import yaml
 from accelerate.utils import gather_object
 from bitsandbytes.functional import dequantize_4bit
 from huggingface_hub import snapshot_download
+from jinja2 import TemplateError, TemplateSyntaxError
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
@@ -109,6 +111,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import speed_metrics
+from transformers.utils.chat_template_utils import render_jinja_template
 
 try:
     import triton
@@ -152,8 +155,8 @@ class RowError(ValueError):
         self.raw = raw  # what stood there, where it could not become a row
 
 
-def one_line(error: BaseException) -> str:
-    """The first lines of a library's message, joined, short enough to read."""
+def one_line(error: object) -> str:
+    """The first lines of a library's message or of a value, joined, short enough to read."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 400 else text[:397] + "..."
 
@@ -172,7 +175,7 @@ def log_block(title: str, lines: Mapping[str, Any]) -> None:
 # What libraries raise over a user's files and flags; not RuntimeError, which is as often our bug.
 LIBRARY_ERRORS: tuple[type[Exception], ...] = (
     OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError,
-    RecursionError, yaml.YAMLError, zlib.error, SafetensorError,
+    RecursionError, yaml.YAMLError, zlib.error, SafetensorError, TemplateError,
 )  # fmt: skip
 
 
@@ -217,6 +220,7 @@ class ModelArguments:
     padding_side: Literal["right", "left"] = flag("right", "Padding of training batches; generation pads left.")
     tokenizer_patch: str | None = flag(None, "Folder whose tokenizer_config.json and special_tokens_map.json are laid "
         "over the model's (examples/llama1_tokenizer: for early LLaMA conversions).")
+    chat_template: str | None = flag(None, "Jinja file with the chat template, for a tokenizer that has none.")
     rope_scaling: str | None = flag(None, "JSON laid over the model's rotary embedding, for longer contexts: "
         '{"rope_type": "linear", "factor": 2.0}')
     cache_dir: str | None = flag(None, "Folder for downloads, converted models and encoded datasets.")
@@ -229,7 +233,10 @@ class DataArguments:
     _argument_group_name: ClassVar[str] = "data"
 
     dataset: str = flag("alpaca", "Preset, local file or folder, or hub id; a comma-separated list is concatenated.")
-    dataset_format: str | None = flag(None, "Format of the rows; default: the preset's own, else by the columns.")
+    dataset_format: str | None = flag(None, "Format of the rows, or path.py:function for one of your own; default: the "
+        "preset's, else by the columns.")
+    expand_conversations: bool = flag(False, "airoboros_chat: one row for each answer of a conversation, not the last.")
+    include_sources: str = flag("ALL", "Keep the rows whose column `source` is in this comma-separated list.")
     eval_dataset_size: float = flag(1024, "Rows held out where the dataset has no split for it: a number, or below 1 a "
         "share. The default takes a tenth of a set of fewer than 4096 rows.")
     max_train_samples: int | None = flag(None, "Train on the first N rows, counted after the split.")
@@ -611,6 +618,7 @@ def check_config(config: Config) -> None:
     causal, masked = data.objective == "clm", config.masked  # neither is known yet where it is auto
     idle = ", ".join(f"--{name}" for name in sorted(given & CAUSAL_FLAGS) if config.flags[name] is not False)
     best = ("loss", "perplexity", *(() if causal else ("masked_accuracy",)))
+    own_format = OWN_FORMAT.fullmatch(data.dataset_format or "")
     at_least_one = (
         "max_train_samples", "max_eval_samples", "source_max_len", "target_max_len", "model_max_len",
         "max_mmlu_samples", "mmlu_source_max_len", "max_new_tokens", "per_device_train_batch_size",
@@ -674,8 +682,13 @@ def check_config(config: Config) -> None:
         (not data.dataset.strip(" ,"), "--dataset is empty"),
         ("vicuna" in data.dataset.replace(" ", "").split(","),
          f"--dataset vicuna: its data was never released; a file of your own, or one of {', '.join(DATASETS)}"),
-        (data.dataset_format is not None and data.dataset_format not in FORMATS,
-         f"--dataset_format {data.dataset_format}: expected one of {', '.join(FORMATS)}"),
+        (data.dataset_format is not None and data.dataset_format not in FORMATS and own_format is None,
+         f"--dataset_format {data.dataset_format}: expected one of {', '.join(FORMATS)}, or path.py:function"),
+        (own_format is not None and not Path(own_format[1]).is_file(),
+         f"--dataset_format {data.dataset_format}: no such file"),
+        (data.expand_conversations and data.dataset_format != "airoboros_chat",
+         "--expand_conversations needs --dataset_format airoboros_chat"),
+        (not data.include_sources.strip(" ,"), "--include_sources is empty: a comma-separated list, or ALL"),
         *((name not in INTEGRATION_TO_CALLBACK,
            f"--report_to {name}: expected none, all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}")
           for name in train.report_to or ()),
@@ -707,25 +720,46 @@ def hub_options(config: Config) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------
-# 4. Dataset formats: one row of a raw dataset -> Pair
+# 4. Dataset formats: one row of a raw dataset -> segments
 #
-# Every format ends here in {input, output}; no later room knows where a row came from.
+# Every format ends here in a short list of segments, each learnt or not; {input, output} is the case of two. A chat is
+# a Conversation first, which the tokenizer's template renders. No later room knows where a row came from.
 # To add one: write `_name_to_pair` (or take `plain`), add a row to FORMATS, add a row to tests/test_formats.py. The
 # order of FORMATS is the order in which a format is inferred from the columns. A named dataset is a row of DATASETS.
 # ------------------------------------------------------------------------------------
-class Pair(TypedDict):
-    """The normal form of a row."""
+class Segment(TypedDict):
+    """A stretch of a row's text."""
 
-    input: str  # the prompt; empty for plain language modelling
-    output: str  # what is learnt
+    text: str
+    learnt: bool
+
+
+class Conversation(NamedTuple):
+    """A chat that no template has rendered yet."""
+
+    messages: list[dict[str, Any]]  # the last is an answer
+    tools: list[Any] | None
+
+
+Row = list[Segment] | Conversation
 
 
 class DatasetFormat(NamedTuple):
-    """How rows with these columns become pairs."""
+    """How rows with these columns become segments."""
 
     columns: tuple[str, ...]  # that a row must have
-    to_pair: Callable[[Mapping[str, Any]], Pair]
+    to_row: Callable[[Mapping[str, Any]], Row]
     inferred: bool = True  # from the columns alone
+
+
+# Noncharacters, which Unicode leaves to a program's own use and no text may hold. The first two stand for the
+# tokenizer's own ids; the third, inside the text of a special token that a user wrote, keeps it text.
+BOS_MARK, EOS_MARK, GUARD = MARKS = "\ufdd0\ufdd1\ufdd2"
+
+
+def pair(source: str, target: str) -> list[Segment]:
+    """The normal form of input and output; the input is empty for plain language modelling."""
+    return [{"text": source, "learnt": False}, {"text": target, "learnt": True}]
 
 
 def text_of(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
@@ -748,6 +782,8 @@ def text_of(row: Mapping[str, Any], name: str, default: str | None = None) -> st
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError(f"field {name!r} is not valid UTF-8 at character {error.start}, expected text") from error
+    if any(mark in value for mark in MARKS):
+        raise RowError(f"field {name!r} holds a noncharacter, U+FDD0 to U+FDD2, expected text")
     return value
 
 
@@ -763,24 +799,116 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 
-def _alpaca_to_pair(row: Mapping[str, Any]) -> Pair:
+def _alpaca_to_pair(row: Mapping[str, Any]) -> Row:
     """The Alpaca prompt (https://github.com/tatsu-lab/stanford_alpaca), with the original's single trailing space."""
     fields = {"instruction": text_of(row, "instruction"), "input": text_of(row, "input", "")}
     prompt = ALPACA_WITH_INPUT if fields["input"] else ALPACA_WITHOUT_INPUT
-    return {"input": prompt.format(**fields), "output": text_of(row, "output")}
+    return pair(prompt.format(**fields), text_of(row, "output"))
 
 
-def _chip2_to_pair(row: Mapping[str, Any]) -> Pair:
+def _chip2_to_pair(row: Mapping[str, Any]) -> Row:
     """Question and answer share one string, marked `<human>: ` and `<bot>: `; the first answer is learnt."""
     parts = text_of(row, "text").split("\n<bot>: ")
     if len(parts) < 2:
         raise RowError(r"field 'text' has no '\n<bot>: ', expected a question and an answer")
-    return {"input": parts[0].replace("<human>: ", ""), "output": parts[1]}
+    return pair(parts[0].replace("<human>: ", ""), parts[1])
 
 
-def _plain_to_pair(columns: Sequence[str], row: Mapping[str, Any]) -> Pair:
+def _airoboros_to_pair(row: Mapping[str, Any]) -> Row:
+    """Up to airoboros 2.2.1 (https://github.com/jondurbin/airoboros)."""
+    instruction = text_of(row, "instruction").strip()
+    skip = text_of(row, "skip_prompt_formatting", "") or "false"
+    if skip.lower() not in BOOLEANS:
+        raise RowError(f"field 'skip_prompt_formatting' is {skip!r}, expected true or false")
+    if BOOLEANS[skip.lower()] == "True":
+        prompt = f"{instruction}\n"
+    else:
+        instruction = re.sub(r"\s+PLAINFORMAT$", " PLAINFORMAT", instruction)
+        prompt = f"{text_of(row, 'system', '').strip() or 'A chat.'}\nUSER: {instruction}\nASSISTANT: "
+    return pair(prompt, text_of(row, "response").strip() + "\n")
+
+
+SPEAKERS = {  # who speaks, by the names that datasets give them
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+    "system": "system",
+}
+MAY_FOLLOW = {
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+
+
+def list_of(row: Mapping[str, Any], name: str) -> list[Any]:
+    """The list in a field, or in the JSON of its text."""
+    value = row.get(name)
+    with contextlib.suppress(ValueError):
+        value = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, list):
+        raise RowError(f"field {name!r} is {one_line(repr(value))}, expected a list")
+    return value
+
+
+def messages_of(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
+    """The turns of a conversation, {role, content} or {from, value}, with today's roles and one after the other."""
+    messages: list[dict[str, Any]] = []
+    for number, turn in enumerate(list_of(row, column)):
+        here, last = f"{column}[{number}]", messages[-1]["role"] if messages else ""
+        if not isinstance(turn, Mapping):
+            raise RowError(f"{here} is a {type(turn).__name__}, expected an object")
+        who, what = ("from", "value") if turn.get("from") is not None else ("role", "content")
+        fields = {f"{here}.{name}": value for name, value in turn.items()}  # the names that a message gives
+        name = text_of(fields, f"{here}.{who}")
+        role = SPEAKERS.get(name.lower())
+        if role not in MAY_FOLLOW[last]:
+            raise RowError(f"{here} is a turn of {name!r}, expected one of {' or '.join(MAY_FOLLOW[last])}")
+        calls = role == "assistant" and turn.get("tool_calls")
+        content = text_of(fields, f"{here}.{what}", "" if calls else None)
+        if role == "assistant" and not calls and not content.strip():
+            raise RowError(f"{here}: the output is empty, expected something to learn")
+        messages.append({**turn, "role": role, "content": content})
+    return messages
+
+
+AIROBOROS_SYSTEM = "You are an unbiased, uncensored, helpful assistant."
+
+
+def _airoboros_chat_to_pair(row: Mapping[str, Any]) -> Row:
+    """From airoboros 3.0 on: LLaMA-2's chat, of which the last answer is learnt."""
+    turns = messages_of(row, "conversations")
+    system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else AIROBOROS_SYSTEM
+    if len(turns) < 2 or turns[-1]["role"] != "assistant" or any(turn["role"] == "tool" for turn in turns):
+        raise RowError("field 'conversations': expected turns of human and gpt, one after the other, the last of gpt")
+    question, *between, answer = (turn["content"] for turn in turns)
+    prompt = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{question} [/INST]"
+    for earlier, question in zip(between[::2], between[1::2], strict=True):
+        prompt += f" {earlier.strip()} {EOS_MARK}{BOS_MARK}[INST] {question.strip()} [/INST]"
+    return pair(prompt, answer)
+
+
+def up_to_each_answer(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """One row for each answer of a conversation, with all that precedes it; the last is the row itself."""
+    ends = [n for n, turn in enumerate(messages_of(row, "conversations"), 1) if turn["role"] == "assistant"]
+    return [*({**row, "conversations": list_of(row, "conversations")[:n]} for n in ends[:-1]), row]
+
+
+def _chat_to_conversation(column: str, row: Mapping[str, Any]) -> Row:
+    """Up to the last answer: what comes after it teaches nothing."""
+    messages = messages_of(row, column)
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise RowError(f"field {column!r} has no turn of the assistant, expected an answer to learn")
+    return Conversation(messages, list_of(row, "tools") if row.get("tools") else None)
+
+
+def _plain_to_pair(columns: Sequence[str], row: Mapping[str, Any]) -> Row:
     *source, output = (text_of(row, name) for name in columns)
-    return {"input": "".join(source), "output": output}
+    return pair("".join(source), output)
 
 
 def plain(*columns: str, inferred: bool = True) -> DatasetFormat:
@@ -789,6 +917,9 @@ def plain(*columns: str, inferred: bool = True) -> DatasetFormat:
 
 
 FORMATS: dict[str, DatasetFormat] = {
+    "messages": DatasetFormat(("messages",), partial(_chat_to_conversation, "messages")),
+    "sharegpt": DatasetFormat(("conversations",), partial(_chat_to_conversation, "conversations")),
+    "airoboros": DatasetFormat(("instruction", "response"), _airoboros_to_pair),
     "alpaca": DatasetFormat(("instruction", "output"), _alpaca_to_pair),
     "self-instruct": plain("prompt", "completion"),
     "input-output": plain("input", "output"),
@@ -799,8 +930,98 @@ FORMATS: dict[str, DatasetFormat] = {
     "chip2": DatasetFormat(("text",), _chip2_to_pair, inferred=False),
     "oasst1": plain("text", inferred=False),
     "input": plain("input", inferred=False),
+    "airoboros_chat": DatasetFormat(("conversations",), _airoboros_chat_to_pair, inferred=False),
 }
 MASKED_FORMATS = ("input", "text")  # the columns that a masked language model reads, in this order of preference
+OWN_FORMAT = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # of --dataset_format: a user's file and its function
+
+
+def format_named(name: str) -> DatasetFormat:
+    """A row of FORMATS, or the function that path.py:function names.
+
+    Raises:
+        ConfigError: the file does not run, or has no such function.
+    """
+    own = OWN_FORMAT.fullmatch(name)
+    if own is None:
+        return FORMATS[name]
+    spec: Any = importlib.util.spec_from_file_location("dataset_format", own[1])
+    module: Any = importlib.util.module_from_spec(spec)
+    with mendable(f"--dataset_format {name}", ConfigError, Exception):  # whatever a user's code raises
+        spec.loader.exec_module(module)
+        return DatasetFormat((), partial(_own_to_row, name, getattr(module, own[2])))
+
+
+def _own_to_row(name: str, function: Callable[[dict[str, Any]], Any], row: Mapping[str, Any]) -> Row:
+    """What a user's function makes of a row."""
+    try:
+        made = function(dict(row))
+        if isinstance(made, Mapping):
+            chat = "messages" in made
+            return _chat_to_conversation("messages", made) if chat else _plain_to_pair(("input", "output"), made)
+        return [{"text": text_of(segment, "text"), "learnt": bool(segment["learnt"])} for segment in made]
+    except Exception as error:  # of a user's code, which may raise anything: it is about this row
+        expected = "it returns {input, output}, {messages} or a list of {text, learnt}"
+        raise RowError(f"{name}: {type(error).__name__}: {one_line(error)}; expected: {expected}") from error
+
+
+@lru_cache(maxsize=1)
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches the text of any token that the tokenizer parses as special."""
+    texts = sorted((str(token) for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
+    return re.compile("|".join(map(re.escape, reversed(texts))) or "(?!)")
+
+
+def guarded(value: Any, special: re.Pattern[str]) -> Any:
+    """What a template sees of a user's values: no nulls, which Arrow adds, and no text that a tokenizer would parse."""
+    if isinstance(value, str):
+        return special.sub(lambda found: found[0][0] + GUARD + found[0][1:], value)
+    if isinstance(value, Mapping):
+        return {key: guarded(item, special) for key, item in value.items() if item is not None}
+    return [guarded(item, special) for item in value] if isinstance(value, list) else value
+
+
+def apply_template(
+    messages: list[Any], tools: list[Any] | None, tokenizer: PreTrainedTokenizerBase, prompt: bool = False
+) -> tuple[str, list[tuple[int, int]] | None]:
+    """A conversation's text, a prompt for an answer after it or not; where the answers are, if the template says so."""
+    try:
+        template = tokenizer.get_chat_template(tools=tools)
+        marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        options: dict[str, Any] = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked}
+        options |= {"tools": tools, "chat_template": template, **tokenizer.special_tokens_map}
+        made: Any = render_jinja_template([messages], **options)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"the chat template, line {error.lineno}: {one_line(error)}") from error
+    except LIBRARY_ERRORS as error:
+        raise RowError(f"the chat template refuses it: {one_line(error)}") from error
+    return made[0][0], made[1][0] if marked else None
+
+
+def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[Segment]:
+    """A conversation by the tokenizer's chat template: every answer with its stop token is learnt, nothing else.
+
+    Where the template does not mark the answers with {% generation %}, one is what the conversation up to it has more
+    than the one before it with the generation prompt; white space after the stop token is the template's.
+    """
+    if tokenizer is None or not tokenizer.chat_template:
+        raise ConfigError("the tokenizer has no chat template, which rows of a chat need: give a --chat_template FILE")
+    special = special_texts(tokenizer)
+    messages, tools = guarded(conversation.messages, special), guarded(conversation.tools, special)
+    whole, spans = apply_template(messages, tools, tokenizer)
+    for n in [n for n, message in enumerate(messages) if message["role"] == "assistant"] if spans is None else []:
+        before, _ = apply_template(messages[:n], tools, tokenizer, prompt=True)
+        after, _ = apply_template(messages[: n + 1], tools, tokenizer)
+        if before == after or not (after.startswith(before) and whole.startswith(after)):
+            raise RowError(
+                f"turn {n + 1}: what the chat template makes of it does not stand like that in the whole conversation; "
+                "give a --chat_template with {% generation %} and {% endgeneration %} around the answers"
+            )
+        stops = [found.end() for found in special.finditer(after, len(before)) if not after[found.end() :].strip()]
+        spans = [*(spans or []), (len(before), [*stops, len(after)][0])]
+    bounds = [0, *itertools.chain(*(spans or [])), len(whole)]
+    pieces = [whole[start:end] for start, end in itertools.pairwise(bounds)]
+    return [{"text": text, "learnt": n % 2 == 1} for n, text in enumerate(pieces) if text]
 
 
 class NamedDataset(NamedTuple):
@@ -838,9 +1059,9 @@ def infer_format(columns: Iterable[str], where: str, masked: bool = False) -> st
 
 
 # ------------------------------------------------------------------------------------
-# 5. Loading: Config -> Splits of pairs
+# 5. Loading: Config -> Splits of rows in normal form
 #
-# Every row of every file becomes PAIR_COLUMNS, written once to an Arrow cache. A row that can't be
+# Every row of every file becomes its segments, written once to an Arrow cache. A row that can't be
 # used travels with its problem, so that the count survives the cache, and reject_bad_rows stops or skips.
 # To read another kind of file: one function that yields (line, row or RowError), one row in READERS.
 # ------------------------------------------------------------------------------------
@@ -852,7 +1073,7 @@ EVAL_SPLIT_SEED = 42  # the original's: the same rows are held out
 
 
 class Splits(NamedTuple):
-    """What a run reads; pairs at first, encoded rows later."""
+    """What a run reads; segments at first, encoded rows later."""
 
     train: Any | None
     eval: Any | None
@@ -950,7 +1171,7 @@ def read_file(path: Path) -> Numbered:
 
 
 class RowSource(NamedTuple):
-    """Rows before they are pairs: local files, or a dataset that the datasets library has loaded."""
+    """Rows before they have a normal form: local files, or a dataset that the datasets library has loaded."""
 
     name: str  # for messages
     files: tuple[Path, ...]
@@ -1044,43 +1265,64 @@ def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
     return {split: RowSource(f"{name}[{split}]", (), dataset) for split, dataset in splits.items()}
 
 
-PAIR_COLUMNS = ("input", "output", "where", "category", "problem")
-
-
-def pair_rows(source: RowSource, format_name: str) -> Iterator[dict[str, str]]:
-    """Every row as PAIR_COLUMNS. One that can't be used has a `problem`, and in `input` what stood there."""
-    to_pair = FORMATS[format_name].to_pair
+def normal_rows(
+    source: RowSource, format_name: str, data: DataArguments, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[dict[str, Any]]:
+    """Every row in its normal form. One that can't be used has a `problem`, and as its text what stood there."""
+    to_row, wanted = format_named(format_name).to_row, {name.strip() for name in data.include_sources.split(",")}
+    found = False  # a row of the sources asked for
     for where, row in source.rows():
-        pair, category, problem = Pair(input="", output=""), "", ""
+        if data.include_sources != "ALL" and isinstance(row, Mapping) and str(row.get("source")) not in wanted:
+            continue
+        found = True
+        made: list[list[Segment]] = []
+        category, problem, rendered = "", "", False
         try:
             if isinstance(row, RowError):
                 raise row
             if not isinstance(row, Mapping):
                 raise RowError(f"the row is a {type(row).__name__}, expected an object with fields")
-            pair = to_pair(row)
             category = next((row[c] for c in ("category", "source") if isinstance(row.get(c), str)), "")
-            if not pair["output"].strip():
-                raise RowError("the output is empty, expected something to learn")
+            for part in map(to_row, up_to_each_answer(row) if data.expand_conversations else [row]):
+                rendered = isinstance(part, Conversation)
+                made.append(render(part, tokenizer) if isinstance(part, Conversation) else part)
+                if not any(segment["learnt"] and segment["text"].strip() for segment in made[-1]):
+                    raise RowError("the output is empty, expected something to learn")
         except RowError as error:
             raw = error.raw if isinstance(row, RowError) else row
-            pair, problem = Pair(input=json.dumps(raw, default=str), output=""), str(error)
-        values = (pair["input"], pair["output"], where, category, problem)
-        texts = [value.encode("utf-8", "replace").decode() for value in values]
-        yield dict(zip(PAIR_COLUMNS, texts, strict=True))
+            made, problem = [[{"text": json.dumps(raw, default=str), "learnt": False}]], str(error)
+        texts = {"where": where, "category": category, "problem": problem}
+        for segments in made:
+            kept = [{**segment, "text": storable(segment["text"])} for segment in segments]
+            yield {"segments": kept, "rendered": rendered, **{name: storable(text) for name, text in texts.items()}}
+    if not found:
+        raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
 
 
-def load_pairs(source: RowSource, format_name: str, cache_dir: str | None) -> Any:
-    """One split as an Arrow dataset of pairs, from the cache if the same content was read before."""
+def storable(text: str) -> str:
+    """Text without the lone surrogates that Arrow refuses."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """One split as an Arrow dataset of rows in normal form, from the cache if the same content was read before."""
     import datasets
 
-    features = datasets.Features(dict.fromkeys(PAIR_COLUMNS, datasets.Value("string")))
+    text, switch, data = datasets.Value("string"), datasets.Value("bool"), config.data
+    features = {"segments": [{"text": text, "learnt": switch}], "rendered": switch}
+    features |= dict.fromkeys(("where", "category", "problem"), text)
+    own, flags = OWN_FORMAT.fullmatch(format_name), (data.expand_conversations, data.include_sources)
+    template = (
+        (tokenizer.chat_template, tokenizer.special_tokens_map, special_texts(tokenizer).pattern) if tokenizer else ()
+    )
+    depends = (source.name, source.fingerprint(), format_name, own and file_digest(Path(own[1])), *flags, *template)
     try:
         return datasets.Dataset.from_generator(
-            pair_rows,
-            features=features,
-            gen_kwargs={"source": source, "format_name": format_name},
-            cache_dir=cache_dir,
-            fingerprint=digest("pairs", CODE_VERSION, source.name, source.fingerprint(), format_name),
+            normal_rows,
+            features=datasets.Features(features),
+            gen_kwargs={"source": source, "format_name": format_name, "data": data, "tokenizer": tokenizer},
+            cache_dir=config.model.cache_dir,
+            fingerprint=digest("rows", CODE_VERSION, *depends),
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, QLoRAError):
@@ -1104,7 +1346,9 @@ def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> st
         chosen, why = DATASETS[name].format, "the preset's"
     else:
         chosen, why = infer_format(columns, name, config.masked), "inferred from the columns"
-    missing = sorted(set(FORMATS[chosen].columns) - set(columns))
+    missing = sorted(set(format_named(chosen).columns) - set(columns))
+    if config.data.include_sources != "ALL" and "source" not in columns:
+        raise DataError(f"{name}: --include_sources needs a column source, found {', '.join(columns)}")
     if missing:
         raise DataError(
             f"{name}: no column {', '.join(missing)}, found {', '.join(columns)}. "
@@ -1114,8 +1358,8 @@ def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> st
     return chosen
 
 
-def load_splits(config: Config) -> Splits:
-    """Every dataset named, as pairs: rows to train on and rows to evaluate on."""
+def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
+    """Every dataset named, in normal form: rows to train on and rows to evaluate on. Chats need the tokenizer."""
     if config.training.process_index == 0:
         Path(config.training.output_dir, REJECTED).unlink(missing_ok=True)
     parts: dict[str, list[Any]] = {"train": [], "eval": []}
@@ -1131,7 +1375,7 @@ def load_splits(config: Config) -> Splits:
             raise DataError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
         for part, split in (("train", "train"), ("eval", held_out)):
             if split in sources:
-                rows = load_pairs(sources[split], chosen, config.model.cache_dir)
+                rows = load_rows(sources[split], chosen, config, tokenizer)
                 log.info("%s: %d rows in split %s", name, len(rows), split)
                 parts[part].append(rows)
     splits = Splits(*(reject_bad_rows(joined(part), config) for part in parts.values()))
@@ -1210,7 +1454,7 @@ def reject_bad_rows(rows: Any | None, config: Config) -> Any | None:
             rejected.parent.mkdir(parents=True, exist_ok=True)
             with rejected.open("a", encoding="utf-8") as file:
                 for row in rows.select(bad):
-                    raw = json.loads(row.get("input", "null"))
+                    raw = json.loads(row["segments"][0]["text"]) if "segments" in row else None
                     file.write(json.dumps({"where": row["where"], "reason": row["problem"], "row": raw}) + "\n")
         log.warning("%d of %d rows left out, the first: %s; all in %s", len(bad), len(rows), first, rejected)
         rows = without(rows, bad)
@@ -1297,6 +1541,9 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
     if "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
         raise ConfigError(EMPTY_SPECIALS.format(model.model_name_or_path))
     tokenizer.name_or_path = model.model_name_or_path
+    if model.chat_template:
+        with mendable(f"--chat_template {model.chat_template}"):
+            tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
     set_special_tokens(tokenizer, config, model_config)
     return tokenizer
 
@@ -1330,10 +1577,11 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
 
 
 # ------------------------------------------------------------------------------------
-# 7. Encoding: Pair -> ids and labels -> batch
+# 7. Encoding: segments -> ids and labels -> batch
 #
 # A row is tokenised once, before training, into {input_ids, labels, length, cut, where, problem}, in parallel and
-# cached. BOS and EOS are added as ids; text is tokenised without special tokens, so `</s>` in a row stays text.
+# cached. BOS and EOS are added as ids, and segments are tokenised apart; what a chat template rendered is tokenised as
+# one text, with the template's own special tokens. A `</s>` that a user wrote stays text in both.
 # ------------------------------------------------------------------------------------
 class Limits(NamedTuple):
     """How long a row may be, in tokens."""
@@ -1355,28 +1603,30 @@ class Encoded(NamedTuple):
     cut: bool  # whether a limit took something away
 
 
-def join_ids(
-    source: list[int], target: list[int], limits: Limits, train_on_source: bool = False, bos: int = 1
-) -> Encoded:
-    """Input ids (with BOS) and output ids (with EOS), cut to the limits, joined and labelled.
+Token = tuple[int, int]  # its id, and its label: the id where it is learnt, IGNORE elsewhere
 
-    `bos` is the number of ids at the beginning that no cut takes away: 1, or 0 for a tokenizer without BOS.
+
+def join_tokens(
+    source: list[Token], target: list[Token], limits: Limits, train_on_source: bool = False, bos: int | None = None
+) -> Encoded:
+    """The last answer and all that precedes it, cut to the limits and joined.
+
     Two limits cut each side on the right, so a cut output has no EOS. One limit for both cuts the input from the left,
     after BOS, down to a quarter of the limit, so that the answer's marker stays, and then the output on the right.
     """
     if limits.total is None:
-        kept_source, kept_target = source[: limits.source], target[: limits.target]
+        kept = source[: limits.source] + target[: limits.target]
     else:
-        kept_source = cut_left(source, max(limits.total - len(target), limits.total // 4), bos)
-        kept_target = target[: limits.total - len(kept_source)]
-    labels = kept_source + kept_target if train_on_source else [IGNORE] * len(kept_source) + kept_target
-    cut = len(kept_source) + len(kept_target) < len(source) + len(target)
-    return Encoded(kept_source + kept_target, labels, cut)
+        kept = cut_left(source, max(limits.total - len(target), limits.total // 4), bos)
+        kept = kept + target[: limits.total - len(kept)]
+    ids = [number for number, _ in kept]
+    return Encoded(ids, ids if train_on_source else [label for _, label in kept], len(kept) < len(source) + len(target))
 
 
-def cut_left(ids: list[int], limit: int, bos: int) -> list[int]:
-    """The first `bos` ids and the last ones."""
-    return ids if len(ids) <= limit else ids[: min(bos, limit)] + ids[len(ids) - max(limit - bos, 0) :]
+def cut_left(tokens: list[Token], limit: int, bos: int | None) -> list[Token]:
+    """BOS, if they begin with it, and the last ones."""
+    first = min(limit, 1) if tokens and tokens[0][0] == bos else 0
+    return tokens if len(tokens) <= limit else tokens[:first] + tokens[len(tokens) - max(limit - first, 0) :]
 
 
 def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -1385,38 +1635,62 @@ def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list
     return encoded["input_ids"]
 
 
-def source_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Inputs as ids, with BOS where the tokenizer has one."""
-    return [bos_ids(tokenizer) + ids for ids in token_ids(texts, tokenizer)]
+def tokens_apart(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
+    """The tokens of each segment, BOS before the first and EOS after the last; a tokenizer without BOS adds none."""
+    own = {BOS_MARK: [tokenizer.bos_token_id][: tokenizer.bos_token_id is not None], EOS_MARK: [tokenizer.eos_token_id]}
+    split: list[list[list[str]]] = []  # a segment's texts and, between them, marks
+    for row in rows:
+        texts = [segment["text"] for segment in row]
+        texts[0] = BOS_MARK + texts[0]
+        texts[-1] += EOS_MARK
+        split.append([re.split(f"([{BOS_MARK}{EOS_MARK}])", text) for text in texts])
+    found = iter(token_ids([text for row in split for pieces in row for text in pieces[::2]], tokenizer))
+    for row, segments in zip(rows, split, strict=True):
+        ids = [[i for piece in s for i in (own[piece] if piece in own else next(found))] for s in segments]
+        yield [[(i, i if s["learnt"] else IGNORE) for i in part] for s, part in zip(row, ids, strict=True)]
 
 
-def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """BOS as a list, empty for a tokenizer without it."""
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+def tokens_of_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
+    """The tokens of each segment where all of a row is tokenised as one text; one that spans two goes to the second."""
+    texts = ["".join(segment["text"] for segment in row) for row in rows]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
+    for row, text, ids, offsets in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        owner = [number for number, segment in enumerate(row) for _ in segment["text"]]  # of each character
+        parts: list[list[Token]] = [[] for _ in row]
+        for i, (start, end) in zip(ids, offsets, strict=True):
+            if text[start:end] != GUARD:
+                first, last = owner[min(start, len(text) - 1)], owner[max(end, start + 1, 1) - 1]
+                learnt = row[first]["learnt"] or row[last]["learnt"]
+                parts[last].append((i, i if learnt else IGNORE))
+        yield parts
 
 
-def encode_pairs(
-    pairs: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool = False
-) -> list[Encoded]:
-    """Pairs, given as columns, as ids and labels."""
-    sources = source_ids(pairs["input"], tokenizer)
-    targets = [[*ids, tokenizer.eos_token_id] for ids in token_ids(pairs["output"], tokenizer)]
-    bos = len(bos_ids(tokenizer))
-    return [join_ids(s, t, limits, train_on_source, bos) for s, t in zip(sources, targets, strict=True)]
+def last_learnt(segments: Sequence[Segment]) -> int:
+    """The number of the segment with which the output begins."""
+    return max(number for number, segment in enumerate(segments) if segment["learnt"])
 
 
-def encode_pair(
-    pair: Pair, tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool = False
-) -> Encoded:
-    """One pair as ids and labels."""
-    return encode_pairs({"input": [pair["input"]], "output": [pair["output"]]}, tokenizer, limits, train_on_source)[0]
+def sources_and_targets(
+    batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[Token], list[Token]]]:
+    """Of every row the tokens of the output, which begins with the last learnt segment, and of what precedes it."""
+    rows = list(zip(batch["segments"], batch["rendered"], strict=True))
+    parts_of = {
+        False: tokens_apart([segments for segments, rendered in rows if not rendered], tokenizer),
+        True: tokens_of_rendered([segments for segments, rendered in rows if rendered], tokenizer),
+    }
+    for segments, rendered in rows:
+        parts, last = next(parts_of[rendered]), last_learnt(segments)
+        yield list(itertools.chain(*parts[:last])), list(itertools.chain(*parts[last:]))
 
 
 def encode_batch(
-    batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool
+    batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool = False
 ) -> dict[str, list[Any]]:
-    """Columns of pairs -> columns of encoded rows, for datasets.map."""
-    return encoded_columns(encode_pairs(batch, tokenizer, limits, train_on_source), 1)
+    """Columns of rows in normal form -> columns of encoded rows, for datasets.map."""
+    bos = tokenizer.bos_token_id
+    rows = [join_tokens(s, t, limits, train_on_source, bos) for s, t in sources_and_targets(batch, tokenizer)]
+    return encoded_columns(rows, 1)
 
 
 def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
@@ -1434,11 +1708,16 @@ def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits)
     return Encoded([ids[i] for i in kept], labels, len(kept) < len(ids))
 
 
+def last_texts(batch: Mapping[str, list[Any]]) -> list[str]:
+    """The last segment of each row."""
+    return [segments[-1]["text"] for segments in batch["segments"]]
+
+
 def encode_masked_batch(
-    batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool
+    batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool
 ) -> dict[str, list[Any]]:
-    """Columns of pairs, whose outputs are the texts to mask, as encode_batch."""
-    return encoded_columns([encode_masked(text, tokenizer, limits) for text in batch["output"]], 0)
+    """Columns of rows in normal form, whose last segments are the texts to mask, as encode_batch."""
+    return encoded_columns([encode_masked(text, tokenizer, limits) for text in last_texts(batch)], 0)
 
 
 def encoded_columns(rows: list[Encoded], first: int) -> dict[str, list[Any]]:
@@ -1475,7 +1754,7 @@ def limits_of(config: Config) -> Limits:
 
 
 def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Config, name: str) -> Any:
-    """Every pair encoded, in parallel, from the cache where the same rows were encoded before."""
+    """Every row encoded, in parallel, from the cache where the same rows were encoded before."""
     limits, on_source = limits_of(config), config.data.train_on_source
     words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     ids = (words, tokenizer.bos_token_id, tokenizer.eos_token_id, config.masked)
@@ -1486,7 +1765,7 @@ def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Confi
         OBJECTIVES[config.masked].encode,
         batched=True,
         fn_kwargs={"tokenizer": tokenizer, "limits": limits, "train_on_source": on_source},
-        remove_columns=["input", "output", "category"],
+        remove_columns=["segments", "rendered", "category"],
         num_proc=workers if workers > 1 else None,
         desc=f"Encoding {name} rows",
         new_fingerprint=digest(CODE_VERSION, pairs._fingerprint, *ids, limits, on_source),
@@ -1535,6 +1814,19 @@ def packed(rows: Any, config: Config) -> PackedRows:
     return packs
 
 
+def warn_without_stop(pairs: Any, rows: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say so where the chat template puts the end-of-sequence token after none of the first answers."""
+    first = rows.select([n for n, rendered in enumerate(pairs[:100]["rendered"]) if rendered])
+    last = {[i for i in row["labels"] if i != IGNORE][-1] for row in first if not (row["cut"] or row["problem"])}
+    if last and tokenizer.eos_token_id not in last:
+        special = [i for i in last if special_texts(tokenizer).fullmatch(str(tokenizer.decode([i])))]
+        then = "generation stops there only if --eos_token or the model's generation_config names it"
+        log.warning(
+            "the chat template ends an answer with %r, not with the end-of-sequence token %r: %s",
+            tokenizer.decode([min(last)]), tokenizer.eos_token, then if special else "the model won't learn to stop",
+        )  # fmt: skip
+
+
 def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
     """Both splits encoded; too long rows dropped from training where the flags say so; what was cut is logged."""
     limits = limits_of(config)
@@ -1544,6 +1836,7 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
             parts.append(None)
             continue
         rows = encode_dataset(pairs, tokenizer, config, name)
+        warn_without_stop(pairs, rows, tokenizer)
         cut = [i for i, was_cut in enumerate(rows["cut"]) if was_cut]
         if cut and name == "train" and limits.total is not None and config.data.skip_excess_length:
             log.info("%d of %d training rows are longer than %s: left out", len(cut), len(rows), limits)
@@ -3571,11 +3864,21 @@ def generating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def prompt_ids(inputs: list[str], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[list[int]]:
+def prompt_ids(batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[list[int]]:
     """Prompts, cut as in training; one that is empty begins with EOS, since something must stand there."""
-    bos, ids_of = len(bos_ids(tokenizer)), source_ids(inputs, tokenizer)
-    cut = [ids[: limits.source] if limits.total is None else cut_left(ids, limits.total, bos) for ids in ids_of]
-    return [ids or [tokenizer.eos_token_id] for ids in cut]
+    bos, sources = tokenizer.bos_token_id, [source for source, _ in sources_and_targets(batch, tokenizer)]
+    cut = [s[: limits.source] if limits.total is None else cut_left(s, limits.total, bos) for s in sources]
+    return [[number for number, _ in source] or [tokenizer.eos_token_id] for source in cut]
+
+
+def shown_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """A row's input and output as text, the output without a template's special tokens."""
+    last, own = last_learnt(segments), (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), "")
+    answer = segments[last]["text"]
+    output = special_texts(tokenizer).sub("", answer) if rendered else answer
+    texts = {"input": "".join(segment["text"] for segment in segments[:last]), "output": output}
+    table = str.maketrans(dict(zip(MARKS, own, strict=True)))
+    return {name: text.translate(table) for name, text in texts.items()}
 
 
 def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConfig) -> list[dict[str, str]]:
@@ -3587,14 +3890,14 @@ def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConf
     with generating(model), runtime.accelerator.autocast():
         for numbers in tqdm(batches, "Predicting", disable=quiet):
             batch = rows[numbers]
-            prompts = prompt_ids(batch["input"], tokenizer, runtime.limits)
+            prompts = prompt_ids(batch, tokenizer, runtime.limits)
+            shown = map(shown_pair, batch["segments"], batch["rendered"], itertools.repeat(tokenizer))
             tensors = {n: t.to(device) for n, t in padded_prompts(prompts, tokenizer.pad_token_id, "left").items()}
             with mendable("generation flags"):
                 output = model.generate(**tensors, generation_config=generation)
             width = tensors["input_ids"].shape[1]  # the prompt is taken off by its tokens, never by its text
             answers = output[:, width:].tolist()
-            for source, target, prompt, answer in zip(batch["input"], batch["output"], prompts, answers, strict=True):
-                row = {"input": source, "output": target}
+            for row, prompt, answer in zip(shown, prompts, answers, strict=True):
                 row["prediction"] = str(tokenizer.decode(answer, skip_special_tokens=True))
                 row["prediction_with_input"] = str(tokenizer.decode(prompt + answer, skip_special_tokens=True))
                 results.append(row)
@@ -3611,7 +3914,7 @@ def fill_masks(runtime: Runtime, rows: Any, masking: Masking) -> list[dict[str, 
     results: list[dict[str, Any]] = []
     with generating(model), accelerator.autocast():
         for numbers in tqdm(dealt_batches(len(rows), runtime), "Predicting", disable=not accelerator.is_main_process):
-            texts = rows[numbers]["output"]
+            texts = last_texts(rows[numbers])
             plain = [encode_masked(text, tokenizer, runtime.limits) for text in texts]
             drawn = [ids if masking.mask_id in ids else masking.draw_row(ids, labels)["input_ids"]
                      for ids, labels, _ in plain]  # fmt: skip
@@ -3721,8 +4024,11 @@ def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longes
     prefix, letters = letter_ids(tokenizer)
     firsts = [ids[0] for ids in letters]
     one_pass = len(set(firsts)) == len(LETTERS)
-    texts = [question.prompt for question in questions]
-    prompts = [ids + prefix for ids in prompt_ids(texts, tokenizer, Limits(longest, 0, total=longest))]
+    rows: dict[str, list[Any]] = {
+        "segments": [pair(question.prompt, "") for question in questions],
+        "rendered": [False] * len(questions),
+    }
+    prompts = [ids + prefix for ids in prompt_ids(rows, tokenizer, Limits(longest, 0, total=longest))]
     results: list[tuple[str, bool, float]] = []
     with generating(model), runtime.accelerator.autocast():
         for numbers in dealt_batches(len(questions), runtime):
@@ -4514,7 +4820,7 @@ def run(config: Config, stop: Stop) -> int:
     costs = costs_from_config(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
     with args.main_process_first(desc="reading and encoding the dataset"):
-        pairs = load_splits(config)
+        pairs = load_splits(config, tokenizer)
         splits = encode_splits(pairs, tokenizer, config)
     if args.do_predict and not config.masked:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training

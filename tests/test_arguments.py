@@ -56,12 +56,15 @@ MODEL = {
     "unk_token": None,
     "padding_side": "right",
     "tokenizer_patch": None,
+    "chat_template": None,
     "rope_scaling": None,
     "cache_dir": None,
 }
 DATA = {
     "dataset": "alpaca",
     "dataset_format": None,
+    "expand_conversations": False,
+    "include_sources": "ALL",
     "eval_dataset_size": 1024,
     "max_train_samples": None,
     "max_eval_samples": None,
@@ -157,8 +160,6 @@ OURS = {name for table in GROUPS.values() for name in table}
 HELPERS = {"show_traceback"}
 # Not there yet, each with the feature that it belongs to. Move a row up when the feature arrives.
 LATER = {
-    "expand_conversations": "airoboros_chat",
-    "include_sources": "filtering by source",
     "packing": "packing",
     "preview": "preview",
     "working_dir": "separate working folder",
@@ -652,7 +653,12 @@ RULES = [
     ("--layer_freeze_ratio 1", "layer_freeze_ratio 1"),
     ("--layer_freeze_ratio -0.5", "layer_freeze_ratio -0.5"),
     ("--train_sampling_strategy sorted", "train_sampling_strategy sorted random"),
-    ("--dataset_format alpacca", "dataset_format alpacca alpaca input-output"),
+    ("--dataset_format alpacca", "dataset_format alpacca alpaca input-output path.py:function"),
+    ("--dataset_format none.py:f", "dataset_format none.py:f"),
+    ("--dataset_format qlora.py", "dataset_format qlora.py path.py:function"),
+    ("--expand_conversations", "expand_conversations airoboros_chat"),
+    ("--expand_conversations --dataset_format sharegpt", "expand_conversations airoboros_chat"),
+    ("--include_sources=,", "include_sources ALL"),
     ("--dataset vicuna", "vicuna released"),
     ("--dataset alpaca,vicuna", "vicuna released"),
     ("--dataset=", "dataset"),
@@ -694,6 +700,8 @@ def test_a_broken_rule_is_a_config_error_in_one_line(argv, named):
         "--lora_r 1",
         "--layers_to_freeze 1",
         "--dataset_format chip2",
+        "--dataset_format airoboros_chat --expand_conversations",
+        f"--dataset_format {__file__}:f",
         "--train_sampling_strategy sequential",
         '--rope_scaling {"type":"linear","factor":2.0}',
         "--max_train_samples 1",

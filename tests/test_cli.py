@@ -1,10 +1,12 @@
 """The program as a process, and every command that is printed somewhere."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -92,7 +94,7 @@ for word in "$@"; do printf '%s\\n' "$word" >> "$RECORD"; done
 SCRIPTS = [
     path.name
     for path in sorted((ROOT / "scripts").glob("*.sh"))
-    if re.search(r'^[^#\n]*"\$\{PYTHON:-python\}" qlora\.py', path.read_text(), flags=re.M)
+    if re.search(r'^[^#\n]*"\$\{PYTHON:-python\}" (-m .*)?qlora\.py', path.read_text(), flags=re.M)
 ]
 
 
@@ -102,13 +104,18 @@ def words_of(script: str, tmp_path: Path, **environment: str) -> list[str]:
     stub.write_text(STUB)
     stub.chmod(0o755)
     record.unlink(missing_ok=True)
-    unset = {"MODEL", "DATASET", "OUTPUT_DIR", "MAX_STEPS", "MMLU"}
+    unset = {"MODEL", "DATASET", "OUTPUT_DIR", "WORKING_DIR", "MAX_STEPS", "MMLU", "GPUS"}
     clean = {name: value for name, value in os.environ.items() if name not in unset}
     clean |= {"PYTHON": str(stub), "RECORD": str(record)} | environment
     subprocess.run(["bash", str(ROOT / "scripts" / script)], check=True, env=clean, cwd=tmp_path, timeout=30)
     words = record.read_text().splitlines()
-    assert words[0] == "qlora.py"
-    return words[1:]
+    launcher, words = words[: words.index("qlora.py")], words[words.index("qlora.py") + 1 :]
+    assert launcher == LAUNCHERS.get(script, [])
+    if "--deepspeed" in words and find_spec("deepspeed") is None:  # the Trainer's arguments refuse it there
+        at = words.index("--deepspeed")
+        assert json.loads((ROOT / words[at + 1]).read_text())["zero_optimization"]["stage"] == 2
+        del words[at : at + 2]
+    return words
 
 
 GUANACO = {
@@ -190,7 +197,57 @@ ESM = {  # the defaults, with the order of the rows left to chance
     "optim": "paged_adamw_32bit",
     "max_grad_norm": 0.3,
 }
+AIROBOROS = {
+    "dataset_format": "airoboros",
+    "model_max_len": 4096,
+    "num_train_epochs": 5,
+    "max_steps": -1,
+    "bf16": True,
+    "attn_implementation": "flash_attention_2",
+    "max_grad_norm": 0.3,
+    "weight_decay": 0.0,
+    "seed": 11422,
+    "data_seed": 11422,
+    "do_train": True,
+    "do_eval": True,
+    "eval_strategy": "steps",
+    "gradient_checkpointing": True,
+}
+AIROBOROS_70B = {
+    "bits": 4,
+    "quant_type": "nf4",
+    "double_quant": True,
+    "full_finetune": False,
+    "lora_r": 64,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "lora_modules": "all",
+    "per_device_train_batch_size": 2,
+    "learning_rate": 8e-5,
+    "lr_scheduler_type": "constant",
+    "eval_dataset_size": 0.01,
+    "eval_steps": 75,
+    "save_steps": 75,
+    "save_total_limit": 3,
+}
+AIROBOROS_7B_FULL = {
+    "bits": 16,
+    "full_finetune": True,
+    "per_device_train_batch_size": 12,
+    "learning_rate": 2e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.005,
+    "optim": "adamw_torch",
+    "eval_dataset_size": 0.02,
+    "eval_steps": 5,
+}
+LAUNCHERS = {
+    "finetune_airoboros_70b.sh": ["-m", "accelerate.commands.launch"],  # accelerate launch
+    "finetune_airoboros_7b_full.sh": ["-m", "torch.distributed.run", "--nproc_per_node", "7"],  # torchrun
+}
 PUBLISHED = {
+    "finetune_airoboros_70b.sh": (AIROBOROS, AIROBOROS_70B, {}, "meta-llama/Llama-2-70b-hf"),
+    "finetune_airoboros_7b_full.sh": (AIROBOROS, AIROBOROS_7B_FULL, {}, "meta-llama/Llama-2-7b-hf"),
     "finetune_guanaco_7b.sh": (GUANACO, SMALL, {"lora_dropout": 0.1}, "huggyllama/llama-7b"),
     "finetune_guanaco_13b.sh": (GUANACO, SMALL, {"lora_dropout": 0.05}, "huggyllama/llama-13b"),
     "finetune_guanaco_33b.sh": (GUANACO, LARGE, {"lora_dropout": 0.05}, "huggyllama/llama-30b"),

@@ -49,6 +49,25 @@ CHIP2 = [
     ("Context <human>: A<human>:B <bot>: x\n<bot>: C ", "Context A<human>:B <bot>: x", "C "),
     ("<human>: A\n<bot>: B <human>: C", "A", "B <human>: C"),  # taken out of the question only
 ]
+# Instruction, response, what else the row has, input, output.
+AIROBOROS = [
+    ("Hi", "Hello", {}, "A chat.\nUSER: Hi\nASSISTANT: ", "Hello\n"),
+    (" Hi \n", "\n Hello\n\n", {}, "A chat.\nUSER: Hi\nASSISTANT: ", "Hello\n"),
+    ("Hi", "Hello", {"system": " Be brief.\n"}, "Be brief.\nUSER: Hi\nASSISTANT: ", "Hello\n"),
+    *(("Hi", "Ho", {"system": none}, "A chat.\nUSER: Hi\nASSISTANT: ", "Ho\n") for none in (None, "", " ")),
+    ("a\n  PLAINFORMAT", "b", {}, "A chat.\nUSER: a PLAINFORMAT\nASSISTANT: ", "b\n"),
+    ("a\n\nPLAINFORMAT \n", "b", {"system": "S"}, "S\nUSER: a PLAINFORMAT\nASSISTANT: ", "b\n"),
+    ("PLAINFORMAT", "b", {}, "A chat.\nUSER: PLAINFORMAT\nASSISTANT: ", "b\n"),
+    ("PLAINFORMAT\na", "b", {}, "A chat.\nUSER: PLAINFORMAT\na\nASSISTANT: ", "b\n"),
+    ("a  PLAINFORMAT b", "c", {}, "A chat.\nUSER: a  PLAINFORMAT b\nASSISTANT: ", "c\n"),
+    *((" a\n", "b ", {"skip_prompt_formatting": yes, "system": "S"}, "a\n", "b\n") for yes in (True, "true", "True")),
+    ("a\n PLAINFORMAT", "b", {"skip_prompt_formatting": True}, "a\n PLAINFORMAT\n", "b\n"),
+    *(
+        ("a", "b", {"skip_prompt_formatting": no}, "A chat.\nUSER: a\nASSISTANT: ", "b\n")
+        for no in (False, None, "", "false")
+    ),
+    ("{system}", 7, {"system": "{instruction}"}, "{instruction}\nUSER: {system}\nASSISTANT: ", "7\n"),
+]
 DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant: Bye!"
 GUANACO = "### Human: Hi### Assistant: Hello### Human: Bye### Assistant: Bye!"
 GOLDEN = {
@@ -66,48 +85,77 @@ GOLDEN = {
         ({"input": 7, "output": True}, "7", "true"),
     ],
     "longform": [({"input": "a ", "output": " b", "source": "wiki"}, "a ", " b")],
+    "airoboros": [
+        ({"instruction": i, "response": r, **more}, source, target) for i, r, more, source, target in AIROBOROS
+    ],
 }
+CHATS = {"airoboros_chat", "messages", "sharegpt"}  # of several turns: tests/test_chat.py
 ROWS = [(name, *golden) for name, goldens in GOLDEN.items() for golden in goldens]
 ROWS_IDS = [f"{name}-{number}" for name, goldens in GOLDEN.items() for number in range(len(goldens))]
 
 
+def encode(name, row, tokenizer, limits):
+    """A row of a format, encoded."""
+    rows = {"segments": [qlora.FORMATS[name].to_row(row)], "rendered": [False]}
+    columns = qlora.encode_batch(rows, tokenizer, limits)
+    return columns["input_ids"][0], columns["labels"][0]
+
+
 @pytest.mark.parametrize(("name", "row", "source", "target"), ROWS, ids=ROWS_IDS)
 def test_golden_pair(name, row, source, target):
-    assert qlora.FORMATS[name].to_pair(row) == {"input": source, "output": target}
+    assert qlora.FORMATS[name].to_row(row) == [
+        {"text": source, "learnt": False},
+        {"text": target, "learnt": True},
+    ]
 
 
 @pytest.mark.parametrize(("name", "row", "source", "target"), ROWS, ids=ROWS_IDS)
 def test_golden_ids(byte_tokenizer, name, row, source, target):
     """A byte is its own id, so the golden texts spell the ids."""
     limits = qlora.Limits(1024, 1024)
-    encoded = qlora.encode_pair(qlora.FORMATS[name].to_pair(row), byte_tokenizer, limits)
-    assert encoded.input_ids == [BOS, *source.encode(), *target.encode(), EOS]
-    assert encoded.labels == [-100] * (1 + len(source.encode())) + [*target.encode(), EOS]
+    ids, labels = encode(name, row, byte_tokenizer, limits)
+    assert ids == [BOS, *source.encode(), *target.encode(), EOS]
+    assert labels == [-100] * (1 + len(source.encode())) + [*target.encode(), EOS]
 
 
 def test_the_end_of_the_alpaca_prompt_in_ids(byte_tokenizer):
     """`\\n\\n### Response: ` ends in one space, and no line break follows."""
     row = {"instruction": "A", "output": "b"}
-    ids = qlora.encode_pair(qlora.FORMATS["alpaca"].to_pair(row), byte_tokenizer, qlora.Limits(999, 9)).input_ids
+    ids, _ = encode("alpaca", row, byte_tokenizer, qlora.Limits(999, 9))
     response = [82, 101, 115, 112, 111, 110, 115, 101]
     assert ids[:7] == [256, 66, 101, 108, 111, 119, 32]  # BOS, "Below "
     assert ids[-19:] == [65, 10, 10, 35, 35, 35, 32, *response, 58, 32, 98, 257]
 
 
 def test_a_whole_dialogue_is_learnt_in_ids(byte_tokenizer):
-    encoded = qlora.encode_pair(qlora.FORMATS["oasst1"].to_pair({"text": "### é"}), byte_tokenizer, qlora.Limits(16, 9))
-    assert encoded.input_ids == [256, 35, 35, 35, 32, 195, 169, 257]
-    assert encoded.labels == [-100, 35, 35, 35, 32, 195, 169, 257]
+    ids, labels = encode("oasst1", {"text": "### é"}, byte_tokenizer, qlora.Limits(16, 9))
+    assert ids == [256, 35, 35, 35, 32, 195, 169, 257]
+    assert labels == [-100, 35, 35, 35, 32, 195, 169, 257]
 
 
 def test_every_format_has_golden_rows():
-    assert set(GOLDEN) == set(qlora.FORMATS)
+    assert set(GOLDEN) | CHATS == set(qlora.FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"instruction": "a", "response": "b", "skip_prompt_formatting": "perhaps"}, "skip_prompt_formatting"),
+        ({"instruction": "a", "response": None}, "response"),
+        ({"instruction": "a", "response": " \n"}, "empty"),
+        ({"instruction": "a", "response": "b", "system": ["S"]}, "system"),
+    ],
+)
+def test_a_bad_airoboros_row(tmp_path, row, named):
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"instruction": "a", "response": "b"}, row])
+    with pytest.raises(qlora.DataError, match=rf"a\.jsonl:2: .*{named}"):
+        load("--dataset", str(file))
 
 
 @pytest.mark.parametrize("text", ["no answer", "<human>: A <bot>: B", "<human>: A\n<bot>:B", "\n<bot>:"])
 def test_chip2_without_an_answer_is_a_bad_row(text):
     with pytest.raises(qlora.RowError, match=r"'text'.*<bot>: "):
-        qlora.FORMATS["chip2"].to_pair({"text": text})
+        qlora.FORMATS["chip2"].to_row({"text": text})
 
 
 # ------------------------------------------------------------------------------------
@@ -155,7 +203,7 @@ def load(*argv):
 
 
 def pairs_of(rows):
-    return [(row["input"], row["output"]) for row in rows]
+    return [tuple(segment["text"] for segment in row["segments"]) for row in rows]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -205,6 +253,8 @@ def test_vicuna_is_refused_before_the_hub_is_asked(hub, capsys):
 @pytest.mark.parametrize(
     ("columns", "name"),
     [
+        ("instruction response", "airoboros"),
+        ("instruction response system category output prompt completion", "airoboros"),
         ("instruction output", "alpaca"),
         ("instruction input output", "alpaca"),
         ("instruction output prompt completion input chosen text", "alpaca"),
@@ -228,10 +278,15 @@ def test_the_format_is_inferred_from_the_columns(tmp_path, caplog, columns, name
     caplog.set_level(logging.INFO, "qlora")
     row = {column: f"<{column}>" for column in columns.split()}
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [row])
-    learnt = {"alpaca": "<output>", "self-instruct": "<completion>", "input-output": "<output>"}
+    learnt = {
+        "airoboros": "<response>\n",
+        "alpaca": "<output>",
+        "self-instruct": "<completion>",
+        "input-output": "<output>",
+    }
     learnt |= {"hh-rlhf": "<chosen>", "text": "<text>"}
-    (pair,) = load("--dataset", str(file)).train
-    assert pair["output"] == learnt[name]
+    ((_, output),) = pairs_of(load("--dataset", str(file)).train)
+    assert output == learnt[name]
     assert any(str(file) in m and f"format {name}," in m and "inferred" in m for m in caplog.messages)
 
 
@@ -242,7 +297,21 @@ def test_columns_that_only_some_rows_have_count(tmp_path):
     assert pairs_of(load("--dataset", str(file)).train) == expected
 
 
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        (["messages", "conversations", "instruction", "response", "text"], "messages"),
+        (["conversations", "instruction", "response", "output"], "sharegpt"),
+    ],
+)
+def test_chats_are_inferred_first(columns, name):
+    assert qlora.infer_format(columns, "here") == name
+
+
 NEEDS = {
+    "messages": ["messages"],
+    "sharegpt": ["conversations"],
+    "airoboros": ["instruction", "response"],
     "alpaca": ["instruction", "output"],
     "self-instruct": ["prompt", "completion"],
     "input-output": ["input", "output"],

@@ -28,11 +28,15 @@ def load(*argv):
 
 
 def pairs_of(rows):
-    return [{"input": row["input"], "output": row["output"]} for row in rows]
+    return [{"input": source, "output": output} for source, output in zip(inputs(rows), outputs(rows), strict=True)]
 
 
 def outputs(rows):
-    return None if rows is None else rows["output"][:]
+    return None if rows is None else [segments[-1]["text"] for segments in rows["segments"]]
+
+
+def inputs(rows):
+    return [segments[0]["text"] for segments in rows["segments"]]
 
 
 def numbered(count, prefix=""):
@@ -180,9 +184,9 @@ def test_csv_cells_are_their_text(tmp_path):
     cells = ["", "NA", "null", "nan", "None", "007", "1.50", "1e5", "True", " x ", "-", "#N/A", "1,000"]
     text = "input,output\n" + "".join(f'"{cell}",out\n' if "," in cell else f"{cell},out\n" for cell in cells)
     (tmp_path / "rows.csv").write_text(text)
-    assert load("--dataset", tmp_path / "rows.csv").train["input"][:] == cells
+    assert inputs(load("--dataset", tmp_path / "rows.csv").train) == cells
     (tmp_path / "rows.tsv").write_text(text.replace(",out", "\tout").replace("input,", "input\t"))
-    assert load("--dataset", tmp_path / "rows.tsv").train["input"][:] == cells
+    assert inputs(load("--dataset", tmp_path / "rows.tsv").train) == cells
 
 
 def test_csv_quotes_and_line_breaks_in_cells(tmp_path):
@@ -302,7 +306,7 @@ def test_bad_rows_may_be_skipped(tmp_path, case, info):
     out = tmp_path / "out"
     options = ("--dataset_format", "input-output", "--on_bad_rows", "skip", "--output_dir", out)
     splits = load("--dataset", tmp_path / name, *options)
-    assert len(splits.train) > 0 and all(row["output"] for row in splits.train)
+    assert len(splits.train) > 0 and all(outputs(splits.train))
 
     rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rejected) == 1 + more
@@ -505,7 +509,7 @@ def test_datasets_with_different_formats_are_concatenated(tmp_path):
     names = f"{tmp_path / 'a.jsonl'}, {tmp_path / 'c.csv'},{tmp_path / 'e.parquet'}"
     rows = load("--dataset", names).train
     assert outputs(rows) == ["b", "d", "e", "f"]
-    assert rows[0]["input"].endswith("### Instruction:\nA\n\n### Response: ") and rows[1]["input"] == "c"
+    assert inputs(rows)[0].endswith("### Instruction:\nA\n\n### Response: ") and inputs(rows)[1] == "c"
 
 
 def test_a_file_with_a_comma_in_its_name(tmp_path):
@@ -522,13 +526,13 @@ def test_a_file_is_read_again_only_when_it_has_changed(tmp_path, monkeypatch):
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", numbered(3))
     cache = ("--cache_dir", tmp_path / "cache")
     formatted = []
-    make_pair = qlora.FORMATS["input-output"].to_pair
+    make_pair = qlora.FORMATS["input-output"].to_row
 
-    def to_pair(row):
+    def to_row(row):
         formatted.append(row)
         return make_pair(row)
 
-    spied = qlora.FORMATS["input-output"]._replace(to_pair=to_pair)
+    spied = qlora.FORMATS["input-output"]._replace(to_row=to_row)
     monkeypatch.setitem(qlora.FORMATS, "input-output", spied)
     for _ in range(2):
         assert outputs(load("--dataset", file, *cache).train) == ["0", "1", "2"]

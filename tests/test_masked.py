@@ -382,7 +382,9 @@ def test_training_masks_are_fresh_in_every_batch_and_evaluation_masks_the_same(r
     evaluations = [(e["eval_loss"], e["eval_masked_accuracy"]) for e in log if "eval_loss" in e]
     assert len(set(losses)) == 4 and len(evaluations) >= 4 and len(set(evaluations)) == 1
     steps = [seen[i : i + len(seen) // 4] for i in range(0, len(seen), len(seen) // 4)]
-    assert len(steps) == 4 and all([ids for ids, _ in s] == [ids for ids, _ in steps[0]] for s in steps), "the same rows"
+    assert len(steps) == 4 and all([ids for ids, _ in s] == [ids for ids, _ in steps[0]] for s in steps), (
+        "the same rows"
+    )
     assert len({str([masked for _, masked in step]) for step in steps}) == 4, "other masks"
 
 

@@ -37,7 +37,8 @@ def folder_with(models, **options) -> Path:
 
 def encoded(tokenizer, source: str, target: str) -> list[int]:
     limits = qlora.Limits(source=10_000, target=10_000, total=None)
-    return qlora.encode_pair({"input": source, "output": target}, tokenizer, limits).input_ids
+    rows = {"segments": [qlora.pair(source, target)], "rendered": [False]}
+    return qlora.encode_batch(rows, tokenizer, limits)["input_ids"][0]
 
 
 def ids_of(tokenizer) -> tuple[int | None, ...]:

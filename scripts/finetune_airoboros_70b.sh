@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# airoboros-l2-70b: LLaMA-2-70B on airoboros' instructions in 4 bits, as its fork of QLoRA published it.
+#
+# GPU memory: about 61 GiB on each GPU, an estimate: weights 32.9 + embedding and head 1.0 + adapters,
+#   gradients and optimizer 12.3 + checkpointed inputs of 2 x 4096 tokens 10.0 + one layer 3 + logits 2.
+#   (nf4 with double quantisation: 4.127 bits a parameter; the optimizer's two states, 6.2 GiB of it,
+#   are paged and may move to CPU memory; the CUDA context and temporary buffers, about 1 GiB, come on
+#   top.) Every GPU holds a whole model.
+# Time: about 51 h of one H200 for every 20 million tokens, an estimate at 109 tokens/s, which is what 7B
+#   gave one row of at most 528 tokens at a time (1 150), divided by the ratio of the parameters; two rows
+#   of 4096 tokens at a time are faster. Evaluation is not in it.
+#
+# To edit: MODEL, DATASET, OUTPUT_DIR and WORKING_DIR by environment, anything else after the name:
+#   DATASET=instructions.jsonl bash scripts/finetune_airoboros_70b.sh --num_train_epochs 3
+# DATASET has rows {instruction, response} and perhaps system, category and skip_prompt_formatting. From
+# airoboros 3.0 on they are conversations: add --dataset_format airoboros_chat. The adapter goes to
+# OUTPUT_DIR, checkpoints and metrics to WORKING_DIR. `constant` ignores the warm-up, as in the original.
+# Where flash-attn is missing, sdpa is used. `accelerate launch` takes every GPU there is.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+"${PYTHON:-python}" -m accelerate.commands.launch qlora.py \
+    --model_name_or_path "${MODEL:-meta-llama/Llama-2-70b-hf}" \
+    --working_dir "${WORKING_DIR:-./output/airoboros-70b-working}" \
+    --output_dir "${OUTPUT_DIR:-./output/airoboros-70b}" \
+    --dataset "${DATASET:-instructions.jsonl}" \
+    --dataset_format airoboros \
+    --model_max_len 4096 \
+    --do_train \
+    --num_train_epochs 5 \
+    --bits 4 \
+    --quant_type nf4 \
+    --double_quant \
+    --bf16 \
+    --attn_implementation flash_attention_2 \
+    --lora_r 64 \
+    --lora_alpha 16 \
+    --lora_modules all \
+    --lora_dropout 0.0 \
+    --per_device_train_batch_size 2 \
+    --learning_rate 0.00008 \
+    --lr_scheduler_type constant \
+    --warmup_steps 0.03 \
+    --adam_beta2 0.999 \
+    --max_grad_norm 0.3 \
+    --weight_decay 0.0 \
+    --gradient_checkpointing \
+    --remove_unused_columns False \
+    --dataloader_num_workers 3 \
+    --seed 11422 \
+    --data_seed 11422 \
+    --logging_strategy steps \
+    --logging_steps 1 \
+    --save_strategy steps \
+    --save_steps 75 \
+    --save_total_limit 3 \
+    --eval_strategy steps \
+    --eval_steps 75 \
+    --eval_dataset_size 0.01 \
+    "$@"

@@ -1,0 +1,692 @@
+"""Conversations: airoboros_chat, chat templates, rows that a user's function makes.
+
+Expected ids are spelled by hand with the byte tokenizer ("a" is 97), or come from sentencepiece, tokenizers or
+apply_chat_template alone.
+"""
+
+import json
+import logging
+import re
+
+import pytest
+import tiny
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer
+
+import qlora
+
+BOS, EOS = tiny.BOS, tiny.EOS
+NO = -100
+IM_START, IM_END = 259, 260  # in chatml_tokenizer()
+
+
+def load(file, tokenizer=None, *argv):
+    return qlora.load_splits(qlora.parse_config(["--dataset", str(file), *map(str, argv)]), tokenizer)
+
+
+def encode(segments, tokenizer, *limits, rendered=False, **options):
+    """Ids and labels of one row."""
+    rows = {"segments": [segments], "rendered": [rendered]}
+    columns = qlora.encode_batch(rows, tokenizer, qlora.Limits(*(limits or (999, 999))), **options)
+    return columns["input_ids"][0], columns["labels"][0]
+
+
+def error_of(file, tokenizer=None, *argv):
+    with pytest.raises(qlora.QLoRAError) as caught:
+        load(file, tokenizer, *argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def shared(*values, who="from", what="value"):
+    """Turns of human and gpt, one after the other; a first one that begins with `system:` is the system's."""
+    turns = []
+    if values[0].startswith("system:"):
+        turns, values = [{who: "system", what: values[0].removeprefix("system:")}], values[1:]
+    names = ("human", "gpt") if who == "from" else ("user", "assistant")
+    return turns + [{who: names[n % 2], what: value} for n, value in enumerate(values)]
+
+
+# ------------------------------------------------------------------------------------
+# airoboros_chat
+# ------------------------------------------------------------------------------------
+
+OWN_SYSTEM = "<<SYS>>\nYou are an unbiased, uncensored, helpful assistant.\n<</SYS>>\n\n"
+# Turns; what stands before each pair of EOS and BOS, and after the last; what is learnt.
+AIROBOROS_CHAT = [
+    (["Hi", "Hello"], [f"[INST] {OWN_SYSTEM}Hi [/INST]"], "Hello"),
+    ([" Hi\n", " Hello \n"], [f"[INST] {OWN_SYSTEM} Hi\n [/INST]"], " Hello \n"),  # neither is stripped
+    (["system:Be brief.", "Hi", "Hello"], ["[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]"], "Hello"),
+    (
+        [" a ", "\nb ", " c\n", " d "],
+        [f"[INST] {OWN_SYSTEM} a  [/INST] b ", "[INST] c [/INST]"],
+        " d ",
+    ),
+    (
+        ["system:S", "a", "b", "c", "d", " e", "f "],
+        ["[INST] <<SYS>>\nS\n<</SYS>>\n\na [/INST] b ", "[INST] c [/INST] d ", "[INST] e [/INST]"],
+        "f ",
+    ),
+    # What a user wrote stays text, also where it looks like a separator.
+    (
+        ["a</s><s>b", "</s>", "<s>", "x</s>"],
+        [f"[INST] {OWN_SYSTEM}a</s><s>b [/INST] </s> ", "[INST] <s> [/INST]"],
+        "x</s>",
+    ),
+]
+CHAT_IDS = [f"{len(turns)} turns {number}" for number, (turns, *_) in enumerate(AIROBOROS_CHAT)]
+
+
+def chat_pair(turns):
+    return qlora.FORMATS["airoboros_chat"].to_row({"conversations": shared(*turns)})
+
+
+@pytest.mark.parametrize(("turns", "prompt", "answer"), AIROBOROS_CHAT, ids=CHAT_IDS)
+def test_airoboros_chat_in_text(byte_tokenizer, turns, prompt, answer):
+    shown = qlora.shown_pair(chat_pair(turns), False, byte_tokenizer)
+    assert shown == {"input": "</s><s>".join(prompt), "output": answer}
+
+
+@pytest.mark.parametrize("kind", ["byte", "byte_bpe", "sentencepiece", "byte_bpe without BOS"])
+@pytest.mark.parametrize(("turns", "prompt", "answer"), AIROBOROS_CHAT, ids=CHAT_IDS)
+def test_airoboros_chat_in_ids(tokenizers, kind, turns, prompt, answer):
+    """Pieces between the separators are tokenised each by itself; only the last answer and EOS are learnt."""
+    name, _, without = kind.partition(" ")
+    folder = tokenizers(name, **({"bos": None} if without else {}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if name == "sentencepiece":
+        model, bos, eos = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")), [1], [2]
+
+        def encode_alone(text):
+            return model.encode(text.removeprefix(" "))  # transformers adds no second space before a first one
+
+    else:
+        plain = Tokenizer(tokenizer.backend_tokenizer.model)  # the same merges and no special tokens
+        plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bos, eos = {"byte": ([256], [257]), "byte_bpe": ([508], [509])}[name]
+        if without:
+            bos, eos = [], [508]
+
+        def encode_alone(text):
+            return plain.encode(text).ids
+
+    first, *others = prompt
+    source = [*bos, *encode_alone(first)]
+    for piece in others:
+        source += [*eos, *bos, *encode_alone(piece)]
+    target = [*encode_alone(answer), *eos]
+    ids, labels = encode(chat_pair(turns), tokenizer)
+    assert ids == source + target
+    assert labels == [NO] * len(source) + target
+
+
+def test_airoboros_chat_spelt_out(byte_tokenizer):
+    """No token, not even a space, stands between the last `[/INST]` and the answer."""
+    ids, labels = encode(chat_pair(["system:s", "a", "b", "c", "d"]), byte_tokenizer)
+    first = b"[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST] b "
+    assert ids == [256, *first, 257, 256, *b"[INST] c [/INST]", 100, 257]
+    assert labels == [NO] * (len(ids) - 2) + [100, 257]
+
+
+BAD_CHATS = {
+    "gpt first": shared("a", "b")[::-1],
+    "human twice": [*shared("a"), *shared("a", "b")],
+    "gpt twice": [*shared("a", "b"), {"from": "gpt", "value": "c"}],
+    "no gpt turn": shared("a"),
+    "no final gpt turn": shared("a", "b", "c"),
+    "system alone": shared("system:s"),
+    "system late": [*shared("a", "b"), {"from": "system", "value": "s"}, *shared("a", "b")],
+    "unknown name": [{"from": "cat", "value": "a"}, {"from": "gpt", "value": "b"}],
+    "no turns": [],
+    "no list": "a",
+    "no object": ["a", "b"],
+    "no value": [{"from": "human"}, {"from": "gpt", "value": "b"}],
+    "null": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}],
+    "empty": shared("a", " \n"),
+    "empty between": shared("a", "", "c", "d"),
+    "a list": [*shared("a"), {"from": "gpt", "value": ["b"]}],
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHATS)
+@pytest.mark.parametrize("expand", [False, True])
+def test_a_conversation_that_is_wrong_is_one_bad_row(tmp_path, name, expand):
+    good, bad = {"conversations": shared("a", "b", "c", "d")}, {"conversations": BAD_CHATS[name]}
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [good, bad])
+    flags = ("--dataset_format", "airoboros_chat", "--expand_conversations", expand, "--output_dir", tmp_path / "out")
+    message = error_of(file, None, *flags)
+    assert message.startswith(f"{file}:2: ") and "expected" in message and "more such" not in message
+    rows = load(file, None, *flags, "--on_bad_rows", "skip").train
+    assert len(rows) == (2 if expand else 1)
+    (rejected,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(rejected)["row"] == bad
+
+
+def test_expand_conversations(tmp_path, byte_tokenizer):
+    """One row for each answer, with all that precedes it; a single exchange stays one row."""
+    turns = ["system:s", "a", "b", "c", "d", "e", "f"]
+    rows = [{"conversations": shared(*turns)}, {"conversations": shared("x", "y")}]
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", rows)
+    loaded = load(file, None, "--dataset_format", "airoboros_chat", "--expand_conversations").train
+    expected = [chat_pair(turns[:3]), chat_pair(turns[:5]), chat_pair(turns), chat_pair(["x", "y"])]
+    assert loaded["segments"][:] == expected
+    assert [where.rpartition(":")[2] for where in loaded["where"]] == ["1", "1", "1", "2"]
+    encoded = qlora.encode_splits(
+        qlora.Splits(loaded, None), byte_tokenizer, qlora.parse_config(["--source_max_len", "999"])
+    ).train
+    learnt = [bytes(i for i in labels if 0 <= i < 256) for labels in encoded["labels"]]
+    assert learnt == [b"b", b"d", b"f", b"y"]
+    without = load(file, None, "--dataset_format", "airoboros_chat").train  # not the rows of the cache
+    assert without["segments"][:] == [expected[2], expected[3]]
+
+
+def test_model_max_len_drops_or_cuts_a_conversation(tmp_path, byte_tokenizer):
+    """Cut from the left, after BOS; the answer's marker stays, and longer rows are dropped unless told otherwise."""
+    turns = ["system:s", "a", "b", "c", "d"]
+    whole, _ = encode(chat_pair(turns), byte_tokenizer)
+    assert encode(chat_pair(turns), byte_tokenizer, 1, 1, len(whole))[0] == whole  # exactly that length fits
+    ids, labels = encode(chat_pair(turns), byte_tokenizer, 1, 1, 24)
+    assert ids == [256, *whole[-23:]] and bytes(ids[-18:-2]) == b"[INST] c [/INST]"
+    assert labels[-2:] == [100, 257] and set(labels[:-2]) == {NO}
+
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"conversations": shared(*t)} for t in (turns, turns[:3], turns)])
+    total, short = len(whole), 1 + len(b"[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST]b") + 1
+    for limit, skip, lengths in (
+        (total, True, [total, short, total]),
+        (total - 1, True, [short]),
+        (total - 1, False, [total - 1, short, total - 1]),
+    ):
+        flags = ["--dataset_format", "airoboros_chat", "--model_max_len", limit, "--skip_excess_length", skip]
+        config = qlora.parse_config(["--dataset", str(file), *map(str, flags)])
+        encoded = qlora.encode_splits(qlora.load_splits(config), byte_tokenizer, config).train
+        assert encoded["length"][:] == lengths
+
+
+# ------------------------------------------------------------------------------------
+# include_sources, category
+# ------------------------------------------------------------------------------------
+
+
+def test_include_sources(tmp_path):
+    names = ["orca", "gsm8k", "orca ", None, "other", 7]
+    rows = [{"input": "q", "output": str(number), "source": name} for number, name in enumerate(names)]
+    rows.append({"input": "q", "output": "no source"})
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", rows)
+
+    def outputs(*argv):
+        return [segments[-1]["text"] for segments in load(file, None, *argv).train["segments"]]
+
+    assert len(outputs()) == len(outputs("--include_sources", "ALL")) == 7
+    assert outputs("--include_sources", "orca") == ["0"]
+    assert outputs("--include_sources", "gsm8k, orca,7") == ["0", "1", "5"]
+    message = error_of(file, None, "--include_sources", "orc")
+    assert "--include_sources orc" in message and str(file) in message
+
+
+def test_a_row_that_is_left_out_by_its_source_may_be_bad(tmp_path):
+    rows = [{"input": "q", "output": "a", "source": "x"}, {"input": "q", "output": None, "source": "y"}]
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", rows)
+    assert len(load(file, None, "--include_sources", "x").train) == 1
+    assert f"{file}:2" in error_of(file, None, "--include_sources", "x,y")
+
+
+def test_include_sources_needs_the_column(tmp_path):
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"input": "q", "output": "a"}])
+    message = error_of(file, None, "--include_sources", "x")
+    assert "--include_sources" in message and "source" in message and "input, output" in message
+
+
+def test_category_stratifies_airoboros_rows(tmp_path):
+    """Of 40 rows of two categories and one row of a third, a quarter of each is held out; one row breaks nothing."""
+    rows = [{"instruction": f"{n}", "response": c, "category": c} for c, k in (("x", 28), ("y", 12)) for n in range(k)]
+    rows.append({"instruction": "q", "response": "z", "category": "z"})
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", rows)
+    splits = load(file, None, "--do_eval", "--eval_dataset_size", "10")
+    held_out = [row[-1]["text"].strip() for row in splits.eval["segments"]]
+    assert (held_out.count("x"), held_out.count("y"), len(held_out)) == (7, 3, 10)
+    assert len(splits.train) == 31
+
+
+# ------------------------------------------------------------------------------------
+# Chat templates
+# ------------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content | trim }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content | trim }} {{ eos_token }}"
+    "{% else %}{{ raise_exception('no ' + m.role) }}{% endif %}{% endfor %}"
+)
+VICUNA = (
+    "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% else %}ASSISTANT: {{ m.content }}"
+    "{{ eos_token }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+STOPLESS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+# As Qwen3's does with reasoning: what stands before an answer goes once another turn follows.
+CHANGING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think></think>"
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content %}{{ m.content }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }})"
+    "{% if c.id is defined %}#{{ c.id }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LONG = shared("system:Be kind.", "Hi", "Hello", "Where is the ship?", "In the harbour.", who="role", what="content")
+
+
+def chatml_tokenizer(template=CHATML, **options):
+    tokenizer = tiny.byte_tokenizer(extra=("<|im_start|>", "<|im_end|>"), **options)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def render(messages, tokenizer, **columns):
+    return qlora.render(qlora.FORMATS["messages"].to_row({"messages": messages, **columns}), tokenizer)
+
+
+def texts(segments, learnt=True):
+    return [segment["text"] for segment in segments if segment["learnt"] == learnt]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefixes", "marks"])
+def test_every_answer_is_learnt_and_nothing_else(template):
+    """Two ways to find the answers, the same ids and labels, spelt by hand."""
+    tokenizer = chatml_tokenizer(template)
+    messages = shared("system:s", "a", "b", "c", "de", who="role", what="content")
+    ids, labels = encode(render(messages, tokenizer), tokenizer, rendered=True)
+    expected, learnt = [], []
+    for role, content in ((b"system", b"s"), (b"user", b"a"), (b"assistant", b"b"), (b"user", b"c")):
+        piece = [IM_START, *role, 10, *content, IM_END]
+        expected += [*piece, 10]
+        learnt += [NO] * (len(piece) - 2) + ([98, IM_END] if content == b"b" else [NO, NO]) + [NO]
+    expected += [IM_START, *b"assistant", 10, 100, 101, IM_END, 10]
+    learnt += [NO] * 11 + [100, 101, IM_END, NO]
+    assert ids == expected
+    assert labels == learnt
+
+
+@pytest.mark.parametrize(
+    ("template", "learnt"),
+    [
+        (CHATML, ["Hello<|im_end|>", "In the harbour.<|im_end|>"]),
+        (LLAMA2, [" Hello </s>", " In the harbour. </s>"]),
+        (VICUNA, [" Hello</s>", " In the harbour.</s>"]),
+        (STOPLESS, ["assistant: Hello\n", "assistant: In the harbour.\n"]),  # without a prompt it writes its name
+    ],
+    ids=["chatml", "llama-2", "vicuna", "stopless"],
+)
+@pytest.mark.parametrize("name", ["byte", "byte_bpe", "sentencepiece"])
+def test_ids_are_the_templates_and_the_learnt_ones_spell_the_answers(tokenizers, name, template, learnt):
+    """The ids are apply_chat_template's; decoded in runs, the labels are what is learnt."""
+    extra = {} if name == "sentencepiece" else {"extra": ("<|im_start|>", "<|im_end|>")}
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers(name, **extra))
+    tokenizer.chat_template = template
+    messages = LONG[1:]
+    segments = render(messages, tokenizer)
+    if not extra and template == CHATML:  # whose stop is plain text there
+        learnt = [text + "\n" for text in learnt]
+    assert texts(segments) == learnt
+    assert "".join(segment["text"] for segment in segments) == tokenizer.apply_chat_template(messages, tokenize=False)
+    ids, labels = encode(segments, tokenizer, rendered=True)
+    assert ids == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    runs, before = [], NO
+    for label in labels:
+        if label != NO:
+            runs = [*runs, []] if before == NO else runs
+            runs[-1].append(label)
+        before = label
+    assert [tokenizer.decode(run).strip() for run in runs] == [text.strip() for text in learnt]
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    assert "".join(segment["text"] for segment in segments[: qlora.last_learnt(segments)]) == prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [("byte", CHATML), ("byte", LLAMA2), ("byte_bpe", CHATML), ("byte_bpe", LLAMA2), ("sentencepiece", LLAMA2)],
+)
+def test_special_tokens_in_a_message_stay_text(tokenizers, name, template):
+    extra = {} if name == "sentencepiece" else {"extra": ("<|im_start|>", "<|im_end|>")}
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers(name, **extra))
+    tokenizer.chat_template = template
+    special = set(tokenizer.added_tokens_decoder)
+
+    def specials(question, answer):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        segments = render(messages, tokenizer)
+        ids, labels = encode(segments, tokenizer, rendered=True)
+        shown = qlora.shown_pair(segments, True, tokenizer)
+        assert question in shown["input"] and shown["output"].strip() == answer.strip()
+        assert question in tokenizer.decode(ids) and answer in tokenizer.decode([i for i in labels if i != NO])
+        return [i for i in ids if i in special]
+
+    plain = specials("Hi there", "The lamp")
+    assert plain and specials("a </s> b <s>", "The </s> lamp<|im_end|> <|im_start|>") == plain
+
+
+def test_tools_roles_and_nulls_as_parquet_has_them(tmp_path):
+    """A tool call without content, a tool's turn, null keys that Arrow adds, tools as a list or as JSON."""
+    tokenizer = chatml_tokenizer(TOOLS)
+    call = {"type": "function", "function": {"name": "ask", "arguments": {"city": "Oslo"}}, "id": None}
+    messages = [
+        {"role": "system", "content": "s", "tool_calls": None},
+        {"role": "user", "content": "Weather?", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "cold", "tool_calls": None},
+        {"role": "assistant", "content": "It is cold.", "tool_calls": None},
+    ]
+    tools = [{"type": "function", "function": {"name": "ask", "description": None}}]
+    told = '<|im_start|>tools\n[{"type": "function", "function": {"name": "ask"}}]<|im_end|>\n<|im_start|>system\ns'
+    for column in (tools, json.dumps(tools)):
+        file = tiny.rows_to_parquet(tmp_path / "a.parquet", [{"messages": messages, "tools": column}])
+        (segments,) = load(file, tokenizer).train["segments"]
+        assert texts(segments) == ['ask({"city": "Oslo"})<|im_end|>', "It is cold.<|im_end|>"]
+        assert segments[0]["text"].startswith(told)
+    assert texts(render(messages, tokenizer), False)[0].startswith("<|im_start|>system")
+    with pytest.raises(qlora.RowError, match=r"'tools'.*expected a list"):
+        render(messages, tokenizer, tools="none")
+    with pytest.raises(qlora.RowError, match=r"messages\[1\].*'tool'.*assistant"):
+        render([messages[1], messages[3]], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("human", "user"),
+        ("user", "user"),
+        ("Human", "user"),
+        *((name, "assistant") for name in ("gpt", "assistant", "chatgpt", "bing", "bard", "GPT")),
+        *((name, "tool") for name in ("tool", "function")),
+        ("system", "system"),
+    ],
+)
+def test_the_speakers_of_sharegpt(name, role):
+    before = {"user": "", "system": "", "assistant": "a", "tool": "ab"}[role]
+    turns = [*shared(*before)] if before else []
+    after = {"user": "gpt", "system": "", "assistant": "", "tool": "gpt"}[role]
+    turns.append({"from": name, "value": "x"})
+    turns += [{"from": after, "value": "y"}] if after else shared("z", "y") if role == "system" else []
+    messages, tools = qlora.FORMATS["sharegpt"].to_row({"conversations": turns})
+    assert [m["role"] for m in messages if m["content"] == "x"] == [role] and tools is None
+
+
+def test_messages_and_sharegpt_give_the_same_rows(tmp_path):
+    """Either spelling of the turns, in either column, in a column or as JSON in a CSV cell."""
+    tokenizer, expected = chatml_tokenizer(), render(LONG, chatml_tokenizer())
+    said = ("system:Be kind.", "Hi", "Hello", "Where is the ship?", "In the harbour.")
+    files = [
+        tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG}]),
+        tiny.rows_to_jsonl(tmp_path / "b.jsonl", [{"conversations": shared(*said)}]),
+        tiny.rows_to_jsonl(tmp_path / "c.jsonl", [{"conversations": LONG}]),
+        tiny.rows_to_csv(tmp_path / "d.csv", [{"messages": json.dumps(LONG)}]),
+    ]
+    for file in files:
+        rows = load(file, tokenizer).train
+        assert rows["segments"][:] == [expected] and rows["rendered"][:] == [True]
+
+
+def test_what_follows_the_last_answer_is_left_out():
+    tokenizer = chatml_tokenizer()
+    question = {"role": "user", "content": "And then?"}
+    assert render([*LONG, question], tokenizer) == render(LONG, tokenizer)
+
+
+BAD_MESSAGES = {
+    "assistant first": (LONG[2:], "messages[0]"),
+    "user twice": ([LONG[1], *LONG[1:]], "messages[1]"),
+    "assistant twice": ([*LONG, LONG[-1]], "messages[5]"),
+    "system late": ([*LONG, LONG[0]], "messages[5]"),
+    "no assistant": (LONG[:2], "assistant"),
+    "no messages": ([], "assistant"),
+    "unknown role": ([{"role": "cat", "content": "a"}], "'cat'"),
+    "no role": ([{"content": "a"}], "messages[0].role"),
+    "no content": ([LONG[1], {"role": "assistant"}], "messages[1].content"),
+    "empty answer": ([LONG[1], {"role": "assistant", "content": " "}], "messages[1]"),
+    "parts": ([LONG[1], {"role": "assistant", "content": [{"type": "text"}]}], "messages[1].content"),
+    "noncharacter": ([LONG[1], {"role": "assistant", "content": "a\ufdd0"}], "messages[1].content"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MESSAGES)
+def test_messages_that_are_wrong_are_a_bad_row(tmp_path, name):
+    messages, named = BAD_MESSAGES[name]
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG}, {"messages": messages}])
+    message = error_of(file, chatml_tokenizer())
+    assert message.startswith(f"{file}:2: ") and named in message and "expected" in message
+    flags = ("--on_bad_rows", "skip", "--output_dir", tmp_path / "out")
+    assert len(load(file, chatml_tokenizer(), *flags).train) == 1
+
+
+def test_a_template_that_changes_earlier_turns(tmp_path):
+    """One exchange is fine, two do not join: a bad row that names the way out, which is a template with marks."""
+    tokenizer = chatml_tokenizer(CHANGING)
+    assert texts(render(LONG[:3], tokenizer)) == ["<think></think>Hello<|im_end|>"]
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG[:3]}, {"messages": LONG}])
+    message = error_of(file, tokenizer)
+    assert message.startswith(f"{file}:2: ") and "--chat_template" in message and "{% generation %}" in message
+    marked = MARKED.replace("{% generation %}", "{% generation %}{% if loop.last %}<think></think>{% endif %}")
+    learnt = texts(render(LONG, chatml_tokenizer(marked)))
+    assert learnt == ["Hello<|im_end|>", "<think></think>In the harbour.<|im_end|>"]
+
+
+def test_a_template_that_refuses_a_row(tmp_path):
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG}])
+    message = error_of(file, chatml_tokenizer(LLAMA2))
+    assert message.startswith(f"{file}:1: ") and "template" in message and "no system" in message
+
+
+def test_no_template_or_a_broken_one(tmp_path):
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG}])
+    assert "--chat_template" in error_of(file, tiny.byte_tokenizer())
+    message = error_of(file, chatml_tokenizer("{% for m in messages %}\n{% endif %}"))
+    assert "template" in message and "line 2" in message
+
+
+def test_the_template_is_part_of_what_the_cache_depends_on(tmp_path):
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG[1:3]}])
+    for template, learnt in ((CHATML, "Hello<|im_end|>"), (VICUNA, " Hello</s>"), (CHATML, "Hello<|im_end|>")):
+        assert texts(load(file, chatml_tokenizer(template)).train["segments"][0]) == [learnt]
+
+
+# ------------------------------------------------------------------------------------
+# Limits
+# ------------------------------------------------------------------------------------
+
+
+def test_two_limits_cut_what_precedes_the_last_answer_and_the_answer():
+    """On the right both; earlier answers that stay are learnt."""
+    tokenizer = chatml_tokenizer()
+    segments = render(shared("a", "bcd", "e", "fgh", who="role", what="content"), tokenizer)
+    user, prompt = [IM_START, *b"user\na", IM_END, 10], [IM_START, *b"assistant\n"]
+    source = len(user) + len(prompt) + 2
+    ids, labels = encode(segments, tokenizer, source, 3, rendered=True)
+    assert ids == [*user, *prompt, *b"bc", *b"fgh"]
+    assert labels == [NO] * (source - 2) + [*b"bc", *b"fgh"]
+    assert encode(segments, tokenizer, source, 3, rendered=True, train_on_source=True)[1] == ids
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_one_limit_cuts_from_the_left_and_keeps_bos_where_the_template_has_it(bos):
+    tokenizer = chatml_tokenizer(("{{ bos_token }}" if bos else "") + CHATML)
+    segments = render(LONG, tokenizer)
+    whole, learnt = encode(segments, tokenizer, rendered=True)
+    assert (whole[0] == BOS) == bos
+    ids, labels = encode(segments, tokenizer, 1, 1, 80, rendered=True)
+    kept = 79 if bos else 80
+    assert ids == whole[: 80 - kept] + whole[-kept:]
+    assert labels == learnt[: 80 - kept] + learnt[-kept:]
+
+
+def test_segments_of_ones_own_and_their_cuts(byte_tokenizer):
+    """Learnt, not learnt, learnt, not learnt: the output begins with the last that is learnt; EOS goes with the end."""
+    row = [{"text": text, "learnt": learnt} for text, learnt in (("ab", 1), ("c", 0), ("de", 1), ("f", 0))]
+    assert encode(row, byte_tokenizer) == ([BOS, *b"abcdef", EOS], [BOS, 97, 98, NO, 100, 101, NO, NO])
+    assert encode(row, byte_tokenizer, 2, 3) == ([BOS, *b"adef"], [BOS, 97, 100, 101, NO])
+    assert encode(row, byte_tokenizer, 1, 1, 6) == ([BOS, *b"cdef", EOS], [BOS, NO, 100, 101, NO, NO])
+    assert encode([{"text": "ab", "learnt": True}], byte_tokenizer) == ([BOS, *b"ab", EOS],) * 2
+
+
+# ------------------------------------------------------------------------------------
+# The stop token
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "said"),
+    [
+        (VICUNA, {}, None),
+        (CHATML, {"eos": "<|im_end|>"}, None),
+        (CHATML, {}, "--eos_token"),  # a stop token, but not the one that generation stops at
+        (STOPLESS, {}, "won't learn to stop"),
+    ],
+    ids=["eos", "its own eos", "another token", "none"],
+)
+def test_a_template_without_a_stop_token_is_a_warning(tmp_path, caplog, template, options, said):
+    tokenizer = chatml_tokenizer(template, **options)
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG[1:3]}] * 3)
+    config = qlora.parse_config(["--dataset", str(file)])
+    with caplog.at_level(logging.WARNING, "qlora"):
+        qlora.encode_splits(qlora.load_splits(config, tokenizer), tokenizer, config)
+    assert [said in message and "chat template" in message for message in caplog.messages] == [True] * (
+        said is not None
+    )
+
+
+# ------------------------------------------------------------------------------------
+# A format of one's own
+# ------------------------------------------------------------------------------------
+
+OWN = """
+import re
+
+def as_pair(row):
+    return {"input": row["q"].upper() + "=", "output": row["a"]}
+
+def as_segments(row):
+    return [{"text": row["q"], "learnt": False}, {"text": row["a"], "learnt": True}, {"text": "!", "learnt": False}]
+
+def as_messages(row):
+    return {"messages": [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]}
+
+def breaks(row):
+    return {"input": row["q"], "output": 1 / row["n"]}
+
+def nothing(row):
+    return None
+
+def half(row):
+    return {"output": row["a"]}
+
+def silent(row):
+    return [{"text": row["q"], "learnt": False}]
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """`own(function, *argv)`: rows {q, a, n} read with a function of OWN."""
+    (tmp_path / "own.py").write_text(OWN)
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"q": "x", "a": "y", "n": 1}, {"q": "x", "a": "y", "n": 0}])
+    return lambda name, tokenizer=None: (file, tokenizer, "--dataset_format", f"{tmp_path / 'own.py'}:{name}")
+
+
+def test_a_function_of_ones_own(own):
+    assert load(*own("as_pair")).train["segments"][0] == qlora.pair("X=", "y")
+    expected = [("x", False), ("y", True), ("!", False)]
+    assert [tuple(segment.values()) for segment in load(*own("as_segments")).train["segments"][1]] == expected
+    rows = load(*own("as_messages", chatml_tokenizer())).train
+    assert texts(rows["segments"][0]) == ["y<|im_end|>"] and rows["rendered"][:] == [True] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("breaks", 2, "ZeroDivisionError"),
+        ("nothing", 1, "{input, output}"),
+        ("half", 1, "'input'"),
+        ("silent", 1, "empty"),
+    ],
+)
+def test_an_error_of_a_function_names_file_and_row(own, name, line, said):
+    file, _, flag, spec = own(name)
+    message = error_of(file, None, flag, spec)
+    assert message.startswith(f"{file}:{line}: ") and said in message
+    assert name == "silent" or spec in message
+
+
+def test_a_function_that_changes_is_read_anew(own, tmp_path):
+    assert load(*own("as_pair")).train["segments"][0][0]["text"] == "X="
+    (tmp_path / "own.py").write_text(OWN.replace('"="', '"?"'))
+    assert load(*own("as_pair")).train["segments"][0][0]["text"] == "X?"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"), [("def f(:", "own.py"), ("1 / 0", "division"), ("x = 1", "no attribute 'f'")]
+)
+def test_a_file_that_does_not_run(tmp_path, content, named):
+    (tmp_path / "own.py").write_text(content)
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"q": "x"}])
+    message = error_of(file, None, "--dataset_format", f"{tmp_path / 'own.py'}:f")
+    assert "--dataset_format" in message and named in message
+
+
+# ------------------------------------------------------------------------------------
+# Whole runs
+# ------------------------------------------------------------------------------------
+
+
+def test_a_run_on_messages_with_a_template_from_a_file(run_qlora, models, tmp_path):
+    """Trained until it answers, with the template for the base model; predicted from the prompt up to the answer."""
+    model = models("llama", tokenizer=write_chat_tokenizer)
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    messages = shared("a", "first", "b", "second", who="role", what="content")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "eval"):
+        tiny.rows_to_jsonl(tmp_path / f"data/{split}.jsonl", [{"messages": messages}] * 2)
+    flags = {"model_name_or_path": model, "dataset": tmp_path / "data", "source_max_len": 90, "max_new_tokens": 12}
+    refused = run_qlora(**flags)
+    assert refused.code == 2 and "--chat_template" in refused.stderr.splitlines()[-1]
+    flags |= {"chat_template": tmp_path / "chat.jinja", "eos_token": "<|im_end|>"}
+    run = run_qlora(
+        **flags, bits=16, learning_rate=2e-2, max_steps=40, save_steps=40, do_predict=True, predict_with_generate=True
+    )
+    assert run.code == 0
+    prompt = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nfirst<|im_end|>\n<|im_start|>user\nb<|im_end|>\n"
+    (row, _) = [json.loads(line) for line in (run.output_dir / "predictions.jsonl").read_text().splitlines()]
+    assert row["input"] == prompt + "<|im_start|>assistant\n" and row["output"] == row["prediction"] == "second"
+    saved = AutoTokenizer.from_pretrained(run.output_dir)
+    assert saved.chat_template == CHATML and saved.eos_token == "<|im_end|>"
+
+
+def write_chat_tokenizer(path):
+    return tiny.write_byte(path, extra=("<|im_start|>", "<|im_end|>"))
+
+
+def test_a_run_on_airoboros_chat(run_qlora, tmp_path):
+    rows = [{"conversations": shared(f"a{n}", "b", "c", "d"), "category": "x", "source": "s"} for n in range(6)]
+    file = tiny.rows_to_jsonl(tmp_path / "a.json", rows)
+    flags = {"dataset_format": "airoboros_chat", "model_max_len": 200, "expand_conversations": True}
+    flags |= {"include_sources": "s", "eval_dataset_size": 0.25, "do_eval": True, "max_steps": 2}
+    run = run_qlora(dataset=file, source_max_len=None, target_max_len=None, **flags)
+    assert run.code == 0 and (run.output_dir / "completed").exists()
+    assert run.json("run.json")["derived"]["eval rows"] == 3  # a quarter of twice six
+    assert run.json("metrics.json")["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("name", ["missing.jinja", "latin.jinja"])
+def test_a_template_file_that_can_not_be_read(run_qlora, tmp_path, name):
+    (tmp_path / "latin.jinja").write_bytes(b"\xff\xfe")
+    run = run_qlora(chat_template=tmp_path / name)
+    assert run.code == 2 and re.search(rf"--chat_template .*{name}", run.stderr.splitlines()[-1])
