@@ -32,6 +32,7 @@ import csv
 import dataclasses
 import difflib
 import errno
+import gc
 import gzip
 import hashlib
 import importlib.metadata
@@ -71,8 +72,18 @@ import torch.nn.functional as F
 import yaml
 from accelerate.utils import gather_object
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    EvaConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    initialize_lora_eva_weights,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import (
@@ -241,7 +252,8 @@ class LoraArguments:
     lora_dtype: Literal["float32", "bfloat16"] = flag("float32", "Data type that the adapters are kept in.")
     use_dora: bool = flag(False, "Weight-decomposed adapters (DoRA).")
     use_rslora: bool = flag(False, "Scale by lora_alpha / sqrt(lora_r).")
-    init_lora_weights: str = flag("True", "How adapters start: True, gaussian, or a name that peft knows.")
+    init_lora_weights: str = flag("True", "How adapters start: True (B is zero), False, gaussian, eva; with bits 16 or "
+        "32 also orthogonal, pissa, pissa_niter_N, olora.")
     modules_to_save: str | None = flag(None, "Comma list of modules to train whole, e.g. embed_tokens,lm_head.")
     layers_to_freeze: int = flag(0, "Leave the first N layers alone: no adapters, no training.")
     layer_freeze_ratio: float = flag(0.0, "As layers_to_freeze, as a share of the layers, below 1.")
@@ -273,6 +285,12 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     save_steps: float = flag(250, "Steps between checkpoints, or below 1 a share of all.")
     save_total_limit: int | None = flag(40, "Checkpoints to keep.")
     overwrite_output_dir: bool = flag(False, "Start anew although output_dir holds a run; its checkpoints go.")
+    working_dir: str | None = flag(None, "Folder for all but the final weights, their tokenizer and card.")
+    final_output_dir: str | None = flag(None, "Folder for those; default: output_dir.")
+    merged_output_dir: str | None = flag(None, "Folder for the base with the adapter merged into it, in 16 bit.")
+    merge_base: Literal["original", "dequantized"] = flag("original", "Merge into the base as published, or into the "
+        "values that its quantised weights stand for.")
+    max_shard_size: str = flag("5GB", "Largest file of a merged or fully fine-tuned model.")
     adam8bit: bool = flag(False, "Short for --optim paged_adamw_8bit.")
     show_traceback: bool = flag(False, "Show an error's traceback; --debug without a value does the same.")
 
@@ -513,7 +531,10 @@ def parse_config(argv: Sequence[str]) -> Config:
         raise ConfigError("--warmup_ratio and --warmup_steps: give one of them")
     flags |= derived_defaults(flags, given)
     with mendable("flags"):
-        groups = parser.parse_dict(flags, allow_extra_keys=True)
+        work = {
+            "output_dir": flags["working_dir"] or flags["output_dir"]
+        }  # where the Trainer, and all but final_folder, is
+        groups = parser.parse_dict(flags | work, allow_extra_keys=True)
     config = Config(*groups, flags, given)  # type: ignore[call-arg]
     check_config(config)
     return config
@@ -545,6 +566,11 @@ def check_config(config: Config) -> None:
     given, full, size = config.given, config.quant.full_finetune, config.data.eval_dataset_size
     metric = train.metric_for_best_model
     freeze, strategies = lora.layer_freeze_ratio, ("group_by_length", "random", "sequential")
+    merged, final, start = (
+        train.merged_output_dir,
+        final_folder(config),
+        lora_start_problem(lora.init_lora_weights, quant.bits < 16),
+    )
     at_least_one = (
         "max_train_samples", "max_eval_samples", "source_max_len", "target_max_len", "model_max_len",
         "max_mmlu_samples", "mmlu_source_max_len", "max_new_tokens", "per_device_train_batch_size",
@@ -552,8 +578,14 @@ def check_config(config: Config) -> None:
     )  # fmt: skip
     # fmt: off
     rules: list[tuple[bool, str]] = [
-        (not (train.do_train or train.do_eval or train.do_predict),
-         "nothing to do: --do_train, --do_eval, --do_predict are off"),
+        (not (train.do_train or train.do_eval or train.do_predict or merged),
+         "nothing to do: --do_train, --do_eval, --do_predict are off, and there is no --merged_output_dir"),
+        (bool(merged) and full, "--merged_output_dir: --full_finetune leaves a whole model, there is nothing to merge"),
+        ("merge_base" in given and not merged, "--merge_base needs --merged_output_dir"),
+        (bool(merged) and Path(merged or "").resolve() in {p.resolve() for p in (Path(train.output_dir), final)},
+         f"--merged_output_dir {merged}: the run's own folder, name another"),
+        (re.fullmatch(r"\d+[KMGT]B", train.max_shard_size) is None,
+         f"--max_shard_size {train.max_shard_size}: expected a whole number and KB, MB, GB or TB, as in 5GB"),
         (full and quant.bits < 16, f"--full_finetune trains the weights: --bits {quant.bits} can't, give 16 or 32"),
         (full and model.adapter_name_or_path is not None, "--full_finetune: drop --adapter_name_or_path"),
         (train.adam8bit and "optim" in given, "--adam8bit and --optim: give one of them"),
@@ -568,8 +600,7 @@ def check_config(config: Config) -> None:
         (lora.layers_to_freeze > 0 and freeze > 0, "--layers_to_freeze and --layer_freeze_ratio: give one of them"),
         (lora.layers_to_freeze < 0, f"--layers_to_freeze {lora.layers_to_freeze}: expected 0 or more"),
         (not 0 <= freeze < 1, f"--layer_freeze_ratio {freeze:g}: expected from 0 up to below 1"),
-        (lora.init_lora_weights.lower() in ("eva", "loftq", "corda"),
-         f"--init_lora_weights {lora.init_lora_weights} is not supported: try gaussian or pissa"),
+        (start is not None, f"--init_lora_weights {lora.init_lora_weights}: {start}"),
         (train.max_steps == 0, "--max_steps 0: expected a number of steps, or -1 and --num_train_epochs"),
         (not 0 <= train.seed < 2**32, f"--seed {train.seed}: expected from 0 up to 2**32 - 1"),
         (not 0 <= train.label_smoothing_factor < 1,
@@ -600,6 +631,44 @@ def check_config(config: Config) -> None:
         if broken:
             raise ConfigError(message)
     rope_parameters(model.rope_scaling)
+
+
+# How adapters may start. Those of the second table need weights that are not quantised, those of the last are refused.
+LORA_STARTS = ("true", "false", "gaussian", "eva")
+_ROUNDED_TWICE = (
+    "it takes a part out of the weights, and rounding the rest again would leave an adapter for another base"
+)
+FLOAT_LORA_STARTS = {
+    "orthogonal": "peft draws it in the data type of the weights",
+    "pissa": _ROUNDED_TWICE,
+    r"pissa_niter_\d+": _ROUNDED_TWICE,
+    "olora": _ROUNDED_TWICE,
+}
+REFUSED_LORA_STARTS = {
+    "loftq": "its adapters make up for the rounding of 4-bit weights and would be wrong on the base as published",
+    "corda": "it needs statistics of the data from the full-precision base first",
+    "lora_ga": "it needs gradients of the full-precision base first",
+}
+
+
+def lora_start_problem(name: str, quantised: bool) -> str | None:
+    """Why adapters can't start in a way, or None."""
+    name = name.lower()
+    why = next((why for pattern, why in FLOAT_LORA_STARTS.items() if re.fullmatch(pattern, name)), None)
+    if why is not None:
+        return f"not on quantised weights, give --bits 16 or 32: {why}" if quantised else None
+    if name in REFUSED_LORA_STARTS:
+        return f"not supported: {REFUSED_LORA_STARTS[name]}"
+    return (
+        None
+        if name in LORA_STARTS
+        else "expected True, False, gaussian, eva, orthogonal, pissa, pissa_niter_4 or olora"
+    )
+
+
+def final_folder(config: Config) -> Path:
+    """Where the final adapter or model goes, with its tokenizer and card; all else goes to training.output_dir."""
+    return Path(config.flags["final_output_dir"] or config.flags["output_dir"])
 
 
 def rope_parameters(text: str | None) -> dict[str, Any] | None:
@@ -1046,9 +1115,15 @@ def load_splits(config: Config) -> Splits:
     if evaluating and splits.eval is None and splits.train is not None:
         splits = split_off(splits.train, config)
     return Splits(
-        first_rows(splits.train, config.data.max_train_samples) if config.training.do_train else None,
+        first_rows(splits.train, config.data.max_train_samples) if needs_train_rows(config) else None,
         first_rows(splits.eval, config.data.max_eval_samples),
     )
+
+
+def needs_train_rows(config: Config) -> bool:
+    """To train, or to compare a merged model on where no rows are held out."""
+    args = config.training
+    return args.do_train or (args.merged_output_dir is not None and not (args.do_eval or args.do_predict))
 
 
 def joined(parts: list[Any]) -> Any | None:
@@ -1462,6 +1537,11 @@ def device_map(config: Config) -> Any:
     return "auto"
 
 
+def is_prequantised(model_config: PretrainedConfig) -> bool:
+    """Whether the checkpoint itself is quantised."""
+    return getattr(model_config, "quantization_config", None) is not None
+
+
 def quantisation_config(config: Config) -> Any | None:
     """What bitsandbytes is told. For bits 4 and 8 only: with both switches off it quantises to 4 bit all the same."""
     quant = config.quant
@@ -1497,6 +1577,9 @@ def load_whole(name: str, folder: str | Path, **options: Any) -> Any:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(f"--model_name_or_path {name}: {len(missing)} weights are not in it, first {missing[0]}")
+    own = getattr(model, "generation_config", None)
+    if own is not None and not own.do_sample and any(getattr(own, name, None) for name in ("temperature", "top_p")):
+        own.do_sample = True  # as published LLaMA-2 has it: values without their switch, which can't be saved today
     return model
 
 
@@ -1521,10 +1604,7 @@ def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
         if isinstance(model.config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
         # transformers refuses to save what came from a gguf file unless it forgets that
-        model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer = None
-        for name in ("is_quantized", "quantization_method"):
-            model.__dict__.pop(name, None)
+        model.hf_quantizer.remove_quantization_config(model)
         model.to(torch.bfloat16)
         model.config.dtype = torch.bfloat16
         part = Path(scratch) / "model"
@@ -1607,19 +1687,27 @@ QUIRKS = (
 )
 
 
+def load_base(config: Config, model_config: PretrainedConfig, folder: str, **options: Any) -> Any:
+    """The base model as these options have it."""
+    for quirk in (quirk for quirk in QUIRKS if quirk.applies(model_config)):
+        quirk.mend()
+    shared = {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
+    options = {name: value for name, value in (shared | options).items() if value is not None}
+    return load_whole(config.model.model_name_or_path, folder, **options)
+
+
 def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
-    """The base model, quantised and placed."""
+    """The base model to train or use, quantised and placed."""
     options: dict[str, Any] = {
-        "config": model_config,
         "dtype": load_dtype(config),
         "device_map": device_map(config),
-        "trust_remote_code": config.model.trust_remote_code,
         "attn_implementation": attention_kernel(config),
-        **hub_options(config),
     }
-    prequantised = getattr(model_config, "quantization_config", None) is not None
-    if prequantised and config.quant.full_finetune:
-        raise ConfigError(f"--full_finetune: the weights of {config.model.model_name_or_path} are quantised already")
+    prequantised = is_prequantised(model_config)
+    start = lora_start_problem(config.lora.init_lora_weights, prequantised)
+    if prequantised and (config.quant.full_finetune or start):
+        what = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {start}"
+        raise ConfigError(f"{what}: the weights of {config.model.model_name_or_path} are quantised already")
     if prequantised:
         log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
     else:
@@ -1627,10 +1715,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
     if options["device_map"] == "auto":
         limit = f"{config.quant.max_memory_MB}MB"
         options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), limit)
-    options = {name: value for name, value in options.items() if value is not None}
-    for quirk in (quirk for quirk in QUIRKS if quirk.applies(model_config)):
-        quirk.mend()
-    model = load_whole(config.model.model_name_or_path, folder, **options)
+    model = load_base(config, model_config, folder, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # or the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with others
@@ -1640,9 +1725,6 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
     # keeps the Trainer from wrapping the one model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
-    own = getattr(model, "generation_config", None)
-    if own is not None and not own.do_sample and any(getattr(own, name, None) for name in ("temperature", "top_p")):
-        own.do_sample = True  # as published LLaMA-2 has it: values without their switch, which can't be saved today
     model.config.use_cache = False  # of no use in training; generation turns it on
     return model
 
@@ -1728,7 +1810,7 @@ def whole_modules(model: PreTrainedModel, names: str | None) -> list[str] | None
 def lora_config(model: PreTrainedModel, lora: LoraArguments) -> Any:
     """The flags as peft's configuration."""
     booleans = {"true": True, "false": False}
-    init: Any = booleans.get(lora.init_lora_weights.lower(), lora.init_lora_weights)
+    init: Any = booleans.get(lora.init_lora_weights.lower(), lora.init_lora_weights.lower())
     alpha = int(lora.lora_alpha) if lora.lora_alpha == int(lora.lora_alpha) else lora.lora_alpha
     return LoraConfig(
         r=lora.lora_r,
@@ -1739,6 +1821,8 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments) -> Any:
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         init_lora_weights=init,
+        # the same rank everywhere: EVA's own choice of ranks would change with the batches it happened to see
+        eva_config=EvaConfig(rho=1.0) if init == "eva" else None,
         modules_to_save=whole_modules(model, lora.modules_to_save),
         task_type="CAUSAL_LM",
     )
@@ -1757,7 +1841,60 @@ def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None)
     for name, parameter in adapted.named_parameters() if not upcast else ():
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
+    if adapter is None and takes_from_base(adapted.peft_config["default"].init_lora_weights):
+        # what peft took out of the base's weights; see fit_to_base
+        adapted.lora_start = {name: p.detach().cpu().clone() for name, p in get_peft_model_state_dict(adapted).items()}
     return adapted
+
+
+def takes_from_base(start: Any) -> bool:
+    """Whether adapters that start so change the base: W becomes W - s B A."""
+    return isinstance(start, str) and start.startswith(("pissa", "olora", "corda"))
+
+
+def fit_to_base(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
+    """Turn a saved adapter on a base changed by its start, B' A', into one on the base as published.
+
+    (W - s B' A') + s B A = W + s [B, -B'] [A; A']: twice the rank, at the same scale s.
+    """
+    file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    weights, config = load_file(file), read_json(config_file)
+    for name in (name for name in weights if ".lora_A." in name or ".lora_B." in name):
+        b = ".lora_B." in name
+        first = start[name].to(weights[name].dtype)
+        weights[name] = torch.cat([weights[name], -first if b else first], dim=int(b))
+    save_file(weights, file, metadata={"format": "pt"})
+    alpha = config["lora_alpha"] * (math.sqrt(2) if config["use_rslora"] else 2)
+    changed = {"r": 2 * config["r"], "lora_alpha": alpha, "init_lora_weights": True}
+    config_file.write_text(json.dumps(config | changed, indent=2), encoding="utf-8")
+
+
+@dataclass
+class EvaBatches:
+    """For EVA's running decomposition of the layers' inputs: batches of several times as many tokens as its rank."""
+
+    rows: list[list[int]]
+    pad_id: int
+    rank: int
+
+    def __len__(self) -> int:
+        return 1000  # after which it is not going to settle; peft would go on for ever
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        source, collate = itertools.cycle(self.rows), CausalLMCollator(self.pad_id)
+        for _ in range(len(self)):
+            batch = [{"input_ids": next(source)}]
+            while sum(len(row["input_ids"]) for row in batch) < 8 * self.rank:
+                batch.append({"input_ids": next(source)})
+            yield collate(batch)
+        raise ConfigError(f"--init_lora_weights eva: not settled after {len(self)} batches; lower --lora_r")
+
+
+def start_from_inputs(model: Any, rows: Any, pad_id: int, config: Config) -> None:
+    """EVA (https://arxiv.org/abs/2410.07170): A starts as the main directions of each layer's inputs."""
+    batches: Any = EvaBatches(rows["input_ids"], pad_id, config.lora.lora_r)
+    with mendable("--init_lora_weights eva", ConfigError, RuntimeError):
+        initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
 
 
 def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
@@ -1887,7 +2024,7 @@ def find_start(config: Config) -> Start:
     Raises:
         ConfigError: --resume_from_checkpoint names nothing whole; more steps are asked of a run without checkpoints.
     """
-    train, output = config.training, Path(config.training.output_dir)
+    train, output, final = config.training, Path(config.training.output_dir), final_folder(config)
     given, full = config.model.adapter_name_or_path, config.quant.full_finetune
     picked = train.resume_from_checkpoint
     if picked and str(picked).lower() not in ("true", "false"):
@@ -1899,18 +2036,19 @@ def find_start(config: Config) -> Start:
         last = None if train.overwrite_output_dir else find_last_checkpoint(output)
     completed = read_completed(output)
     if not train.do_train:
-        places = (output if completed is not None else None, last, output)  # the newest weights first
+        places = (final if completed is not None else None, last, final)  # the newest weights first
         place = None if given else next((place for place in places if place and has_weights(place, full)), None)
-        return Start(False, weights=str(adapter_folder(place) or place) if place else given, found=place)
-    if completed is not None and not train.overwrite_output_dir and has_weights(output, full):
+        weights = str(adapter_folder(place) or place) if place else given
+        return Start(False, weights=weights, found=output if place == final else place)
+    if completed is not None and not train.overwrite_output_dir and has_weights(final, full):
         if not asks_for_more(config, completed):
             steps = completed.get("step", "?")
             note = f"{output} holds a completed run of {steps} steps: it is used, not trained again"
-            return Start(False, weights=str(adapter_folder(output) or output), found=output, note=note)
+            return Start(False, weights=str(adapter_folder(final) or final), found=output, note=note)
         if last is None:
             raise ConfigError(
                 f"{output} holds a completed run but no checkpoint to go on from; begin another from its adapter with "
-                f"--adapter_name_or_path {output} and another --output_dir"
+                f"--adapter_name_or_path {final} and another --output_dir"
             )
     if last is not None and not (last / "optimizer.pt").is_file() and not any(last.glob("global_step*")):
         log.warning("%s holds no optimizer state: the resumed run will differ from an uninterrupted one", last)
@@ -1976,18 +2114,17 @@ RUN_FILES = (
 )  # fmt: skip
 
 
-def clear_output(output: Path, everything: bool, resumed: Path | None) -> None:
+def clear_output(output: Path, final: Path, everything: bool, resumed: Path | None) -> None:
     """Before training: away with `completed` and half written folders and, to start anew, with all that a run left.
 
     Checkpoints newer than the one that --resume_from_checkpoint picked belong to a branch that is left: they are set
     aside under another name, or the next rerun would take them up.
     """
-    for file in itertools.chain.from_iterable(
-        output.glob(name) for name in (RUN_FILES if everything else (COMPLETED,))
-    ):
-        file.unlink()
-    for folder in output.glob(f"{STAGING}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for place in {output, final}:
+        for file in itertools.chain.from_iterable(map(place.glob, RUN_FILES if everything else (COMPLETED,))):
+            file.unlink()
+        for folder in place.glob(f"{STAGING}*"):
+            shutil.rmtree(folder, ignore_errors=True)
     for folder in checkpoints_in(output):
         if everything:
             shutil.rmtree(folder)
@@ -2490,7 +2627,7 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
     """Train, save what was trained, mark the run completed. After a signal only the checkpoint is there."""
     output = Path(config.training.output_dir)
     if trainer.args.should_save:
-        clear_output(output, config.training.overwrite_output_dir, start.checkpoint)
+        clear_output(output, final_folder(config), config.training.overwrite_output_dir, start.checkpoint)
     state = read_json(start.checkpoint / "trainer_state.json") if start.checkpoint else {"global_step": 0}
     metrics: dict[str, Any] = {}
     if start.checkpoint and not asks_for_more(config, {"step": state["global_step"], "epoch": state["epoch"]}):
@@ -2503,7 +2640,7 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
             trainer.log_metrics("train", metrics)
             trainer.save_metrics("train", metrics)
         trainer.save_state()
-        save_final(trainer, output, config)
+        save_final(trainer, final_folder(config), config)
     return metrics
 
 
@@ -2527,22 +2664,30 @@ def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: i
     }
 
 
-def save_final(trainer: QLoRATrainer, output: Path, config: Config) -> None:
+def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     """The adapter (or, after a full fine-tune, the model) and its tokenizer, each file whole; then `completed`."""
     model, tokenizer, *_ = trainer.runtime()
     if trainer.args.should_save:
-        aside = output / f"{STAGING}final"
-        with mendable(f"{output}: the trained weights are not saved", TrainingError):
-            model.save_pretrained(aside)
+        output, aside = Path(config.training.output_dir), final / f"{STAGING}final"
+        with mendable(f"{final}: the trained weights are not saved", TrainingError):
+            model.config.use_cache = True  # for whoever loads it: load_model turned it off
+            model.save_pretrained(aside, max_shard_size=config.training.max_shard_size)
+            model.config.use_cache = False
             tokenizer.save_pretrained(aside)
+            if getattr(model, "lora_start", None):
+                fit_to_base(aside, model.lora_start)
         name_base(aside, config.model.model_name_or_path)
-        for path in sorted(aside.iterdir()):
-            flush(path)
-            path.replace(output / path.name)
+        written = {path.name for path in aside.iterdir()}
+        for name in sorted(written):
+            flush(aside / name)
+            (aside / name).replace(final / name)
         aside.rmdir()
+        for stale in {*final.glob("model*.safetensors"), *final.glob("model.safetensors.index.json")}:
+            if stale.name not in written:  # of an earlier save in other shards, which would be loaded instead
+                stale.unlink()
         state = {"step": trainer.state.global_step, "epoch": trainer.state.epoch, "run": trainer.run}
         write_loss_chart(output / "loss.png", trainer.state.log_history)
-        write_file(output / "README.md", model_card(trainer, config))
+        write_file(final / "README.md", model_card(trainer, config))
         write_file(output / COMPLETED, json.dumps(state, indent=1))
     trainer.accelerator.wait_for_everyone()
 
@@ -2567,6 +2712,131 @@ def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]
     trainer.log_metrics("predict", metrics)
     trainer.save_metrics("predict", metrics)
     return metrics
+
+
+def check_merge(start: Start, config: Config) -> None:
+    """Before anything is trained: can a merged model be written, and is there something to merge?"""
+    if config.training.merged_output_dir is None:
+        return
+    target = Path(config.training.merged_output_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"--merged_output_dir {target}: is there already and not empty; name another, or remove it")
+    if not start.train and start.weights is None:
+        raise ConfigError(f"--merged_output_dir {target}: no adapter to merge: nothing was trained in --output_dir")
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+
+def load_merge_base(config: Config, folder: str) -> Any:
+    """The base in 16 bit on the CPU: as published, or with the values that its quantised weights stand for."""
+    model_config = load_model_config(config, folder)
+    own = model_config.dtype if model_config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    options: dict[str, Any] = {"dtype": own, "device_map": {"": "cpu"}}
+    quantised = is_prequantised(model_config)
+    if quantised:
+        log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
+    elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
+        options |= {"dtype": load_dtype(config), "quantization_config": quantisation_config(config)}
+        quantised = True
+    model = load_base(config, model_config, folder, **options)
+    with mendable(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
+        return (model.dequantize(dtype=own) if quantised else model).to(own)
+
+
+@torch.no_grad()
+def logits_on(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Of every token of the rows: (tokens, vocabulary)."""
+    return torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in rows])
+
+
+MERGE_ROWS, MERGE_TOKENS = 8, 128  # of the dataset, on which a merged model is compared
+
+
+def merge(adapter: str, splits: Splits, tokenizer: Any, folder: str, config: Config) -> dict[str, Any]:
+    """Base and adapter as one model in 16 bit, written aside, loaded again, compared, and only then named.
+
+    Raises:
+        QLoRAError: the merged model answers as the base does, or otherwise than base and adapter.
+    """
+    if config.training.merged_output_dir is None or config.training.process_index != 0:
+        return {}
+    target = Path(config.training.merged_output_dir)
+    aside = target.with_name(f".merging-{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    rows = splits.eval if splits.eval is not None else splits.train
+    assert rows is not None
+    sample = [ids[:MERGE_TOKENS] for ids in rows[:MERGE_ROWS]["input_ids"]]
+    gc.collect()  # what was trained in this process refers to itself in circles
+    log.info("merging %s into %s", adapter, target)
+    try:
+        with mendable(f"--merged_output_dir {target}", TrainingError):
+            adapted, plain, layers = write_merged(adapter, aside, tokenizer, sample, folder, config)
+            model = load_whole(str(aside), aside, trust_remote_code=config.model.trust_remote_code)
+        metrics = compare_merged(logits_on(model, sample), adapted, plain, layers, target)
+        del model
+        for path in [*aside.iterdir(), aside]:
+            flush(path)
+        if target.exists():
+            target.rmdir()  # empty, as check_merge saw
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return metrics
+
+
+def write_merged(
+    adapter: str, aside: Path, tokenizer: Any, sample: list[list[int]], folder: str, config: Config
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Write a merged model. Returns the logits of base with adapter and of the base alone, and the number of layers."""
+    model: Any = load_merge_base(config, folder)
+    embedding, dtype = model.get_input_embeddings().num_embeddings, model.dtype
+    tied = model.config.get_text_config().tie_word_embeddings
+    plain = logits_on(model, sample)
+    with mendable(f"adapter {adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
+        peft_model = PeftModel.from_pretrained(model, adapter)
+    start = getattr(peft_model.peft_config["default"], "init_lora_weights", None)
+    if takes_from_base(start):
+        raise ConfigError(f"{adapter} fits a base changed by {start}: finish its training, whose result fits any base")
+    adapted = logits_on(peft_model, sample)
+    model = peft_model.merge_and_unload().to(dtype)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if tied and head is not None and head.weight is not embeddings.weight:  # --modules_to_save trained one of them
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+    model.config.dtype = dtype
+    special_ids_into_model(model, tokenizer)
+    model.save_pretrained(aside, max_shard_size=config.training.max_shard_size)
+    tokenizer.save_pretrained(aside)
+    if (Path(folder) / "tokenizer.model").is_file():  # which llama.cpp's converter prefers
+        shutil.copyfile(Path(folder) / "tokenizer.model", aside / "tokenizer.model")
+    if len(tokenizer) > embedding:
+        log.warning(
+            "the tokenizer has %d tokens, the model %d: llama.cpp will not convert it", len(tokenizer), embedding
+        )
+    return adapted, plain, model.config.get_text_config().num_hidden_layers
+
+
+def compare_merged(
+    merged: torch.Tensor, adapted: torch.Tensor, plain: torch.Tensor, layers: int, target: Path
+) -> dict[str, float]:
+    """Logits of a merged model against those of base with adapter.
+
+    Allowed is one rounding a layer: eps of what the logits vary by, adding up as the root of the number of layers.
+    """
+    error, effect = ((other.float() - adapted.float()) for other in (merged, plain))
+    largest = error.abs().max().item()
+    found, allowed = (
+        error.std().item(),
+        torch.finfo(adapted.dtype).eps * math.sqrt(layers) * adapted.float().std().item(),
+    )
+    log.info("merged: logits differ from base + adapter by at most %.3g (the adapter moves them by up to %.3g)",
+             largest, effect.abs().max().item())  # fmt: skip
+    if torch.equal(merged, plain):
+        raise QLoRAError(f"--merged_output_dir {target}: not written, the merge changed nothing: the adapter is zero, "
+                         "or smaller than 16 bit can hold")  # fmt: skip
+    if not found <= allowed:
+        raise QLoRAError(f"--merged_output_dir {target}: not written, the merged model differs from base + adapter by "
+                         f"{found:.3g} (of logits, root mean square), rounding explains {allowed:.3g}")  # fmt: skip
+    return {"merge_largest_difference": largest, "merge_difference": found, "merge_allowed_difference": allowed}
 
 
 def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
@@ -2602,6 +2872,7 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     flags = shown_flags(config)
     settings = "\n".join(f"| {name} | `{flags[name]}` |" for name in sorted(config.given))
     base = config.model.model_name_or_path
+    beside = "" if Path(config.training.output_dir) == final_folder(config) else f"{config.training.output_dir}/"
     kind, library = ("full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {library}\n"
@@ -2610,8 +2881,8 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
         f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
         f"dataset `{config.data.dataset}`.\n\n"
         f"## Settings given\n\n| flag | value |\n|---|---|\n{settings}\n\n"
-        f"All flags, resolved, and library versions are in `run.json`.\n\n"
-        f"## Losses\n\n| step | training loss | evaluation loss |\n|---|---|---|\n{rows}\n\n![loss](loss.png)\n"
+        f"All flags, resolved, and library versions are in `{beside}run.json`.\n\n"
+        f"## Losses\n\n| step | training loss | evaluation loss |\n|---|---|---|\n{rows}\n\n![loss]({beside}loss.png)\n"
     )
 
 
@@ -2738,7 +3009,7 @@ def check_fit(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
 def use(trainer: QLoRATrainer, start: Start, pairs: Splits, config: Config) -> dict[str, Any]:
     """Evaluate and predict with what was trained or found."""
     metrics: dict[str, Any] = {}
-    output = config.training.output_dir
+    output = final_folder(config)
     if config.training.do_eval:
         metrics |= evaluate(trainer)
     if config.training.do_predict:
@@ -2761,6 +3032,7 @@ def run(config: Config, stop: Stop) -> int:
     start = find_start(config)
     if start.note:
         log.info("%s", start.note)
+    check_merge(start, config)
 
     with args.main_process_first(desc="converting the model"):
         folder = model_folder(config)
@@ -2778,14 +3050,18 @@ def run(config: Config, stop: Stop) -> int:
         check_identity(start.found, this_run, args.do_train)
 
     output.mkdir(parents=True, exist_ok=True)  # a folder that can't be written shows before the model is loaded
+    final_folder(config).mkdir(parents=True, exist_ok=True)
     derived = derived_settings(config, start, tokenizer, splits)
     log_block("This run", derived)
-    if config.quant.full_finetune and start.weights:
-        folder = start.weights
-    model = load_model(config, model_config, folder)
+    if not (start.train or args.do_eval or args.do_predict):
+        finish(config, merge(str(start.weights), splits, tokenizer, folder, config), time.perf_counter() - began)
+        return 0
+    model = load_model(config, model_config, start.weights or folder if config.quant.full_finetune else folder)
     special_ids_into_model(model, tokenizer)
     check_fit(model, statistics)
     model = make_trainable(model, config, start.weights)
+    if config.lora.init_lora_weights.lower() == "eva" and start == Start(train=True) and not config.quant.full_finetune:
+        start_from_inputs(model, splits.train, tokenizer.pad_token_id, config)
     for line in parameter_report(model):
         log.info("%s", line)
     with mendable("flags", ConfigError, RuntimeError):
@@ -2805,6 +3081,9 @@ def run(config: Config, stop: Stop) -> int:
             log.warning("stopped by %s at step %d, saved; the same command goes on from there", name, step)
             return 128 + stop.signal
     metrics |= use(trainer, start, pairs, config)
+    del model, trainer  # memory for a merged model
+    weights = final_folder(config) if start.train else start.weights
+    metrics |= merge(str(weights), splits, tokenizer, folder, config)
     finish(config, metrics, time.perf_counter() - began)
     return 0
 
@@ -2819,7 +3098,8 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     shown = ("train_tokens_per_second", "train_peak_memory_gib", "train_loss", "eval_loss", "eval_perplexity")
     lines = {name.replace("_", " "): metrics[name] for name in shown if name in metrics}
     lines |= {name: value for name, value in metrics.items() if re.fullmatch(r"mmlu_\w+_accuracy|mmlu_loss", name)}
-    log_block("Done", lines | {"seconds": round(seconds), "files": config.training.output_dir})
+    files = {str(final_folder(config)): 1, config.training.output_dir: 1, config.training.merged_output_dir: 1}
+    log_block("Done", lines | {"seconds": round(seconds), "files": ", ".join(filter(None, files))})
 
 
 DISK_ERRORS = {"ENOENT", "ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "ENAMETOOLONG"}
