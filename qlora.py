@@ -2738,8 +2738,19 @@ def load_merge_base(config: Config, folder: str) -> Any:
         options |= {"dtype": load_dtype(config), "quantization_config": quantisation_config(config)}
         quantised = True
     model = load_base(config, model_config, folder, **options)
-    with mendable(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
-        return (model.dequantize(dtype=own) if quantised else model).to(own)
+    if quantised:
+        with mendable(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
+            model = model.dequantize(dtype=own)
+        model._weight_conversions = None  # or saving would try to quantise again
+    return cast(model, own)
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """The parameters in another dtype; not the buffers, whose rotary frequencies must stay float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
 
 
 @torch.no_grad()
@@ -2769,9 +2780,9 @@ def merge(adapter: str, splits: Splits, tokenizer: Any, folder: str, config: Con
     log.info("merging %s into %s", adapter, target)
     try:
         with mendable(f"--merged_output_dir {target}", TrainingError):
-            adapted, plain, layers = write_merged(adapter, aside, tokenizer, sample, folder, config)
+            adapted, plain = write_merged(adapter, aside, tokenizer, sample, folder, config)
             model = load_whole(str(aside), aside, trust_remote_code=config.model.trust_remote_code)
-        metrics = compare_merged(logits_on(model, sample), adapted, plain, layers, target)
+        metrics = compare_merged(model, adapted, plain, sample, target)
         del model
         for path in [*aside.iterdir(), aside]:
             flush(path)
@@ -2785,8 +2796,8 @@ def merge(adapter: str, splits: Splits, tokenizer: Any, folder: str, config: Con
 
 def write_merged(
     adapter: str, aside: Path, tokenizer: Any, sample: list[list[int]], folder: str, config: Config
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Write a merged model. Returns the logits of base with adapter and of the base alone, and the number of layers."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write a merged model. Returns the logits of base with adapter, and of the base alone."""
     model: Any = load_merge_base(config, folder)
     embedding, dtype = model.get_input_embeddings().num_embeddings, model.dtype
     tied = model.config.get_text_config().tie_word_embeddings
@@ -2797,12 +2808,11 @@ def write_merged(
     if takes_from_base(start):
         raise ConfigError(f"{adapter} fits a base changed by {start}: finish its training, whose result fits any base")
     adapted = logits_on(peft_model, sample)
-    model = peft_model.merge_and_unload().to(dtype)
+    model = cast(peft_model.merge_and_unload(), dtype)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if tied and head is not None and head.weight is not embeddings.weight:  # --modules_to_save trained one of them
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
-    model.config.dtype = dtype
     special_ids_into_model(model, tokenizer)
     model.save_pretrained(aside, max_shard_size=config.training.max_shard_size)
     tokenizer.save_pretrained(aside)
@@ -2812,31 +2822,34 @@ def write_merged(
         log.warning(
             "the tokenizer has %d tokens, the model %d: llama.cpp will not convert it", len(tokenizer), embedding
         )
-    return adapted, plain, model.config.get_text_config().num_hidden_layers
+    return adapted, plain
 
 
-def compare_merged(
-    merged: torch.Tensor, adapted: torch.Tensor, plain: torch.Tensor, layers: int, target: Path
-) -> dict[str, float]:
-    """Logits of a merged model against those of base with adapter.
+def compare_merged(model: Any, adapted: torch.Tensor, plain: torch.Tensor, sample: Any, target: Path) -> dict[str, Any]:
+    """Compare a merged model's logits with those of base and adapter.
 
-    Allowed is one rounding a layer: eps of what the logits vary by, adding up as the root of the number of layers.
+    They may differ as much as they do when every weight of the merged model moves by a unit in its last place, which is
+    tried out: the model is of no use afterwards.
     """
-    error, effect = ((other.float() - adapted.float()) for other in (merged, plain))
-    largest = error.abs().max().item()
-    found, allowed = (
-        error.std().item(),
-        torch.finfo(adapted.dtype).eps * math.sqrt(layers) * adapted.float().std().item(),
+    merged = logits_on(model, sample)
+    generator = torch.Generator().manual_seed(0)
+    for weight in (p.data for p in model.parameters() if p.dim() == 2):
+        signs = [torch.randint(2, (n, 1), generator=generator).mul_(2).sub_(1).to(weight.dtype) for n in weight.shape]
+        weight.addcmul_(weight, signs[0] @ signs[1].T, value=torch.finfo(weight.dtype).eps)
+    error, effect, moved = (
+        x.float() - y.float() for x, y in ((merged, adapted), (plain, adapted), (merged, logits_on(model, sample)))
     )
-    log.info("merged: logits differ from base + adapter by at most %.3g (the adapter moves them by up to %.3g)",
-             largest, effect.abs().max().item())  # fmt: skip
+    largest, found, allowed = error.abs().max().item(), error.std().item(), moved.std().item()
+    log.info("merged: its logits differ from those of base + adapter by at most %.3g", largest)
+    log.info("the adapter moves them by up to %.3g", effect.abs().max().item())
     if torch.equal(merged, plain):
-        raise QLoRAError(f"--merged_output_dir {target}: not written, the merge changed nothing: the adapter is zero, "
-                         "or smaller than 16 bit can hold")  # fmt: skip
+        raise QLoRAError(f"{target}: not written, the merge changed nothing: the adapter is zero, or lost in 16 bit")
     if not found <= allowed:
-        raise QLoRAError(f"--merged_output_dir {target}: not written, the merged model differs from base + adapter by "
-                         f"{found:.3g} (of logits, root mean square), rounding explains {allowed:.3g}")  # fmt: skip
-    return {"merge_largest_difference": largest, "merge_difference": found, "merge_allowed_difference": allowed}
+        raise QLoRAError(
+            f"{target}: not written, the merged model's logits differ from those of base + adapter by {found:.3g} "
+            f"(root mean square), of which rounding explains {allowed:.3g}"
+        )
+    return {"merge_largest_difference": largest, "merge_difference": found, "merge_rounding": allowed}
 
 
 def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
