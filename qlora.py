@@ -82,6 +82,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
@@ -584,7 +585,7 @@ def check_config(config: Config) -> None:
         ("merge_base" in given and not merged, "--merge_base needs --merged_output_dir"),
         (bool(merged) and Path(merged or "").resolve() in {p.resolve() for p in (Path(train.output_dir), final)},
          f"--merged_output_dir {merged}: the run's own folder, name another"),
-        (re.fullmatch(r"\d+[KMGT]B", train.max_shard_size) is None,
+        (re.fullmatch(r"[1-9]\d*[KMGT]B", train.max_shard_size) is None,
          f"--max_shard_size {train.max_shard_size}: expected a whole number and KB, MB, GB or TB, as in 5GB"),
         (full and quant.bits < 16, f"--full_finetune trains the weights: --bits {quant.bits} can't, give 16 or 32"),
         (full and model.adapter_name_or_path is not None, "--full_finetune: drop --adapter_name_or_path"),
@@ -601,6 +602,8 @@ def check_config(config: Config) -> None:
         (lora.layers_to_freeze < 0, f"--layers_to_freeze {lora.layers_to_freeze}: expected 0 or more"),
         (not 0 <= freeze < 1, f"--layer_freeze_ratio {freeze:g}: expected from 0 up to below 1"),
         (start is not None, f"--init_lora_weights {lora.init_lora_weights}: {start}"),
+        (lora.init_lora_weights.lower() == "orthogonal" and lora.lora_r % 2 == 1,
+         f"--init_lora_weights orthogonal: --lora_r {lora.lora_r} is odd, it must be even"),
         (train.max_steps == 0, "--max_steps 0: expected a number of steps, or -1 and --num_train_epochs"),
         (not 0 <= train.seed < 2**32, f"--seed {train.seed}: expected from 0 up to 2**32 - 1"),
         (not 0 <= train.label_smoothing_factor < 1,
@@ -633,16 +636,13 @@ def check_config(config: Config) -> None:
     rope_parameters(model.rope_scaling)
 
 
-# How adapters may start. Those of the second table need weights that are not quantised, those of the last are refused.
-LORA_STARTS = ("true", "false", "gaussian", "eva")
+# How adapters may start, and why some can't on quantised weights. What peft knows besides is refused for its reason.
 _ROUNDED_TWICE = (
     "it takes a part out of the weights, and rounding the rest again would leave an adapter for another base"
 )
-FLOAT_LORA_STARTS = {
+LORA_STARTS = dict.fromkeys(("true", "false", "gaussian", "eva"), "") | {
     "orthogonal": "peft draws it in the data type of the weights",
-    "pissa": _ROUNDED_TWICE,
-    r"pissa_niter_\d+": _ROUNDED_TWICE,
-    "olora": _ROUNDED_TWICE,
+    **dict.fromkeys(("pissa", r"pissa_niter_\d+", "olora"), _ROUNDED_TWICE),
 }
 REFUSED_LORA_STARTS = {
     "loftq": "its adapters make up for the rounding of 4-bit weights and would be wrong on the base as published",
@@ -653,17 +653,10 @@ REFUSED_LORA_STARTS = {
 
 def lora_start_problem(name: str, quantised: bool) -> str | None:
     """Why adapters can't start in a way, or None."""
-    name = name.lower()
-    why = next((why for pattern, why in FLOAT_LORA_STARTS.items() if re.fullmatch(pattern, name)), None)
-    if why is not None:
-        return f"not on quantised weights, give --bits 16 or 32: {why}" if quantised else None
-    if name in REFUSED_LORA_STARTS:
-        return f"not supported: {REFUSED_LORA_STARTS[name]}"
-    return (
-        None
-        if name in LORA_STARTS
-        else "expected True, False, gaussian, eva, orthogonal, pissa, pissa_niter_4 or olora"
-    )
+    why = next((why for pattern, why in LORA_STARTS.items() if re.fullmatch(pattern, name.lower())), None)
+    if why is None:
+        return REFUSED_LORA_STARTS.get(name.lower(), f"expected one of {', '.join(LORA_STARTS)}")
+    return f"not on quantised weights, give --bits 16 or 32: {why}" if why and quantised else None
 
 
 def final_folder(config: Config) -> Path:
@@ -2742,7 +2735,7 @@ def load_merge_base(config: Config, folder: str) -> Any:
         with mendable(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
             model = model.dequantize(dtype=own)
         model._weight_conversions = None  # or saving would try to quantise again
-    return cast(model, own)
+    return computing_in_float32(cast(model, own))
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:
@@ -2753,13 +2746,32 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
+def _widen(module: torch.nn.Module, inputs: Any) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.kept, parameter.data = parameter.data, parameter.data.float()  # type: ignore[attr-defined]
+
+
+def _narrow(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.kept  # type: ignore[attr-defined]
+        del parameter.kept  # type: ignore[attr-defined]
+
+
+def computing_in_float32(model: Any) -> Any:
+    """The model, which now widens one module's weights at a time: exact sums, in the memory of 16 bit."""
+    for module in model.modules():
+        module.register_forward_pre_hook(_widen)
+        module.register_forward_hook(_narrow)
+    return model
+
+
 @torch.no_grad()
-def logits_on(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Of every token of the rows: (tokens, vocabulary)."""
-    return torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in rows])
+def logits_on(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Of every token that is not padding: (tokens, vocabulary)."""
+    return model(**batch).logits[batch["attention_mask"].bool()]
 
 
-MERGE_ROWS, MERGE_TOKENS = 8, 128  # of the dataset, on which a merged model is compared
+MERGE_ROWS, MERGE_TOKENS = 4, 64  # of the dataset, on which a merged model is compared
 
 
 def merge(adapter: str, splits: Splits, tokenizer: Any, folder: str, config: Config) -> dict[str, Any]:
@@ -2775,14 +2787,15 @@ def merge(adapter: str, splits: Splits, tokenizer: Any, folder: str, config: Con
     shutil.rmtree(aside, ignore_errors=True)
     rows = splits.eval if splits.eval is not None else splits.train
     assert rows is not None
-    sample = [ids[:MERGE_TOKENS] for ids in rows[:MERGE_ROWS]["input_ids"]]
+    collate = CausalLMCollator(tokenizer.pad_token_id)
+    sample = collate([{"input_ids": ids[:MERGE_TOKENS]} for ids in rows[:MERGE_ROWS]["input_ids"]])
     gc.collect()  # what was trained in this process refers to itself in circles
     log.info("merging %s into %s", adapter, target)
     try:
         with mendable(f"--merged_output_dir {target}", TrainingError):
-            adapted, plain = write_merged(adapter, aside, tokenizer, sample, folder, config)
+            before = write_merged(adapter, aside, tokenizer, sample, folder, config)
             model = load_whole(str(aside), aside, trust_remote_code=config.model.trust_remote_code)
-        metrics = compare_merged(model, adapted, plain, sample, target)
+        metrics = compare_merged(computing_in_float32(model), before, sample, target)
         del model
         for path in [*aside.iterdir(), aside]:
             flush(path)
@@ -2794,13 +2807,35 @@ def merge(adapter: str, splits: Splits, tokenizer: Any, folder: str, config: Con
     return metrics
 
 
+class Before(NamedTuple):
+    """What a merged model is compared with."""
+
+    adapted: torch.Tensor  # logits of base with adapter
+    plain: torch.Tensor  # logits of the base
+    lost: float  # the share of the adapter that 16 bit can't hold
+
+
+def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
+    """Merge every layer in float32 and round it once. Returns the share of the change that this rounds away."""
+    wanted = kept = 0.0
+    for layer in peft_model.modules():
+        if isinstance(layer, LoraLayer):
+            weight: Any = layer.get_base_layer().weight
+            weight.data = weight.data.float()
+            before = weight.data.clone()
+            layer.merge()  # type: ignore[operator]
+            change, weight.data = weight.data - before, weight.data.to(dtype)
+            wanted += change.square().sum().item()
+            kept += (change * (weight.data.float() - before)).sum().item()
+    return 1 - kept / wanted if wanted else 0.0
+
+
 def write_merged(
-    adapter: str, aside: Path, tokenizer: Any, sample: list[list[int]], folder: str, config: Config
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write a merged model. Returns the logits of base with adapter, and of the base alone."""
+    adapter: str, aside: Path, tokenizer: Any, sample: Mapping[str, torch.Tensor], folder: str, config: Config
+) -> Before:
+    """Write a merged model."""
     model: Any = load_merge_base(config, folder)
     embedding, dtype = model.get_input_embeddings().num_embeddings, model.dtype
-    tied = model.config.get_text_config().tie_word_embeddings
     plain = logits_on(model, sample)
     with mendable(f"adapter {adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
         peft_model = PeftModel.from_pretrained(model, adapter)
@@ -2808,11 +2843,8 @@ def write_merged(
     if takes_from_base(start):
         raise ConfigError(f"{adapter} fits a base changed by {start}: finish its training, whose result fits any base")
     adapted = logits_on(peft_model, sample)
-    model = cast(peft_model.merge_and_unload(), dtype)
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if tied and head is not None and head.weight is not embeddings.weight:  # --modules_to_save trained one of them
-        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {}
+    lost = merge_layers(peft_model, dtype)
+    model = cast(peft_model.merge_and_unload(), dtype)  # the layers are, what was trained whole is not
     special_ids_into_model(model, tokenizer)
     model.save_pretrained(aside, max_shard_size=config.training.max_shard_size)
     tokenizer.save_pretrained(aside)
@@ -2822,27 +2854,28 @@ def write_merged(
         log.warning(
             "the tokenizer has %d tokens, the model %d: llama.cpp will not convert it", len(tokenizer), embedding
         )
-    return adapted, plain
+    return Before(adapted, plain, lost)
 
 
-def compare_merged(model: Any, adapted: torch.Tensor, plain: torch.Tensor, sample: Any, target: Path) -> dict[str, Any]:
+def compare_merged(model: Any, before: Before, sample: Any, target: Path) -> dict[str, float]:
     """Compare a merged model's logits with those of base and adapter.
 
     They may differ as much as they do when every weight of the merged model moves by a unit in its last place, which is
-    tried out: the model is of no use afterwards.
+    tried out (the model is of no use afterwards), and twice the share of the adapter's effect that was rounded away.
     """
     merged = logits_on(model, sample)
     generator = torch.Generator().manual_seed(0)
     for weight in (p.data for p in model.parameters() if p.dim() == 2):
         signs = [torch.randint(2, (n, 1), generator=generator).mul_(2).sub_(1).to(weight.dtype) for n in weight.shape]
         weight.addcmul_(weight, signs[0] @ signs[1].T, value=torch.finfo(weight.dtype).eps)
-    error, effect, moved = (
-        x.float() - y.float() for x, y in ((merged, adapted), (plain, adapted), (merged, logits_on(model, sample)))
-    )
-    largest, found, allowed = error.abs().max().item(), error.std().item(), moved.std().item()
+    error, effect, moved = merged - before.adapted, before.plain - before.adapted, merged - logits_on(model, sample)
+    largest, found = error.abs().max().item(), error.std().item()
+    allowed = moved.std().item() + 2 * before.lost * effect.std().item()
     log.info("merged: its logits differ from those of base + adapter by at most %.3g", largest)
     log.info("the adapter moves them by up to %.3g", effect.abs().max().item())
-    if torch.equal(merged, plain):
+    if before.lost > 0.05:
+        log.warning("%.0f %% of the adapter's change is too small for a 16-bit weight and is lost", 100 * before.lost)
+    if torch.equal(merged, before.plain):
         raise QLoRAError(f"{target}: not written, the merge changed nothing: the adapter is zero, or lost in 16 bit")
     if not found <= allowed:
         raise QLoRAError(
@@ -3135,7 +3168,10 @@ def exit_status(error: BaseException) -> tuple[int, str] | None:
 
 
 # Of one library about another's code: nothing that a user could do about it.
-QUIET_WARNING = ".*(gradient_checkpointing|is_gradient_checkpointing).* is deprecated"
+QUIET_WARNING = (
+    ".*(gradient_checkpointing|is_gradient_checkpointing).* is deprecated|All adapters are already merged|"
+    "Model has `tie_word_embeddings=True` and a tied|Input and output embeddings are no longer tied after merging"
+)
 
 
 def set_up_logging() -> None:
