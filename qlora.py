@@ -587,7 +587,8 @@ def check_config(config: Config) -> None:
          f"--merged_output_dir {merged}: the run's own folder, name another"),
         (re.fullmatch(r"[1-9]\d*[KMGT]B", train.max_shard_size) is None,
          f"--max_shard_size {train.max_shard_size}: expected a whole number and KB, MB, GB or TB, as in 5GB"),
-        (full and quant.bits < 16, f"--full_finetune trains the weights: --bits {quant.bits} can't, give 16 or 32"),
+        (full and quant.bits < 16,
+         f"--full_finetune: weights rounded to --bits {quant.bits} take no small steps of training, give 16 or 32"),
         (full and model.adapter_name_or_path is not None, "--full_finetune: drop --adapter_name_or_path"),
         (train.adam8bit and "optim" in given, "--adam8bit and --optim: give one of them"),
         (train.do_predict and not train.predict_with_generate, "--do_predict needs --predict_with_generate"),
@@ -1697,9 +1698,9 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         "attn_implementation": attention_kernel(config),
     }
     prequantised = is_prequantised(model_config)
-    start = lora_start_problem(config.lora.init_lora_weights, prequantised)
-    if prequantised and (config.quant.full_finetune or start):
-        what = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {start}"
+    init = config.lora.init_lora_weights
+    if prequantised and (config.quant.full_finetune or lora_start_problem(init, quantised=True)):
+        what = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {init}"
         raise ConfigError(f"{what}: the weights of {config.model.model_name_or_path} are quantised already")
     if prequantised:
         log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
