@@ -2869,11 +2869,12 @@ def compare_merged(model: Any, before: Before, sample: Any, target: Path) -> dic
     for weight in (p.data for p in model.parameters() if p.dim() == 2):
         signs = [torch.randint(2, (n, 1), generator=generator).mul_(2).sub_(1).to(weight.dtype) for n in weight.shape]
         weight.addcmul_(weight, signs[0] @ signs[1].T, value=torch.finfo(weight.dtype).eps)
-    error, effect, moved = merged - before.adapted, before.plain - before.adapted, merged - logits_on(model, sample)
-    largest, found = error.abs().max().item(), error.std().item()
-    allowed = moved.std().item() + 2 * before.lost * effect.std().item()
+    differences = merged - before.adapted, before.plain - before.adapted, merged - logits_on(model, sample)
+    found, effect, moved = (x.norm().item() / math.sqrt(x.numel()) for x in differences)
+    largest, furthest, _ = (x.abs().max().item() for x in differences)
+    allowed = moved + 2 * before.lost * effect
     log.info("merged: its logits differ from those of base + adapter by at most %.3g", largest)
-    log.info("the adapter moves them by up to %.3g", effect.abs().max().item())
+    log.info("the adapter moves them by up to %.3g", furthest)
     if before.lost > 0.05:
         log.warning("%.0f %% of the adapter's change is too small for a 16-bit weight and is lost", 100 * before.lost)
     if torch.equal(merged, before.plain):
