@@ -73,6 +73,7 @@ DATA = {
     "model_max_len": None,
     "skip_excess_length": True,
     "on_bad_rows": "stop",
+    "packing": False,
     "train_on_source": False,
     "objective": "auto",
     "mask_prob": 0.15,
@@ -121,7 +122,18 @@ TRAINING = {
     "save_total_limit": 40,
     "report_to": "none",
 }
-OWN_TRAINING = {"adam8bit": False, "overwrite_output_dir": False}  # not the Trainer's
+OWN_TRAINING = {  # not the Trainer's
+    "adam8bit": False,
+    "overwrite_output_dir": False,
+    "recompute_layers": "auto",
+    "auto_batch": None,  # the machine decides
+    "padding_free": True,
+    "fused_lora": True,
+    "chunked_head": True,
+    "liger": True,
+    "plan": False,
+    "plan_gpu": None,
+}
 MMLU = {
     "do_mmlu_eval": False,
     "mmlu_split": "eval",
@@ -160,16 +172,12 @@ OURS = {name for table in GROUPS.values() for name in table}
 HELPERS = {"show_traceback"}
 # Not there yet, each with the feature that it belongs to. Move a row up when the feature arrives.
 LATER = {
-    "packing": "packing",
     "preview": "preview",
     "working_dir": "separate working folder",
     "final_output_dir": "separate working folder",
     "merged_output_dir": "merging",
     "merge_base": "merging",
     "max_shard_size": "merging",
-    "recompute_layers": "selective recomputation",
-    "auto_batch": "plan",
-    "plan": "plan",
 }
 
 
