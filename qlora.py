@@ -3067,9 +3067,9 @@ def set_unpacked(model: Any, count: int, dtype: torch.dtype) -> None:
 
 def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
     """Recompute the first `count` layers: the backward pass reaches them last, when the others' memory is free."""
-    layers = decoder_layers(model)
-    anchor = torch.zeros(1, requires_grad=True)
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(decoder_layers(model)):
+        # where neither a layer nor anything below it trains, no gradient arrives, and there is nothing to compute again
+        anchor = torch.zeros(1, requires_grad=any(parameter.requires_grad for parameter in layer.parameters()))
         layer.gradient_checkpointing = i < count
         layer._gradient_checkpointing_func = partial(recompute, fast.skips_last, anchor)
 
