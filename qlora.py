@@ -3544,7 +3544,7 @@ def choose_sizes(
     costs: Costs, model: Any, base: Any, fast: FastPath, rows: Any | None, config: Config
 ) -> tuple[Sizes, Plan | None]:
     """Micro-batches and recomputed layers for the memory that is free, and the plan, to compare with what comes."""
-    train, layers = config.training, len(decoder_layers(base))
+    train, layers = config.training, len(decoder_layers(base)) or costs.layers
     if rows is None or not torch.cuda.is_available() or train.use_cpu or is_sharded(config):
         wanted = wanted_recompute(config, layers)
         at_once = None if train.auto_batch else train.per_device_train_batch_size
