@@ -4415,6 +4415,8 @@ def window_arguments(args: TrainingArguments) -> TrainingArguments:
     changed["logging_nan_inf_filter"] = (
         False  # it reads the loss, and so waits for the GPU; our own check stops at both
     )
+    if args.ddp_find_unused_parameters is None:  # the Trainer's True stops at layers that are recomputed as ours are
+        changed["ddp_find_unused_parameters"] = False
     if not args.deepspeed:  # which accumulates by itself
         changed["per_device_train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
         changed["gradient_accumulation_steps"] = 1
