@@ -4221,7 +4221,7 @@ class QLoRATrainer(Trainer):
             except torch.OutOfMemoryError as error:
                 if self.args.world_size > 1:
                     raise
-                reason = error
+                reason = error.with_traceback(None)  # whose frames hold all that the failed pass has made
             model.zero_grad(set_to_none=True)
             self._make_room(window, reason)
             set_random_state(device, start)
