@@ -1929,7 +1929,7 @@ def micro_batches(window: Window, rows: int | None, tokens: int, padded: bool) -
         if padded:
             numbers.sort(key=lambda i: -lengths[i])
         else:  # even shares
-            tokens = math.ceil(sum(lengths) / max(1, math.ceil(sum(lengths) / tokens)) * 1.02)
+            tokens = min(tokens, math.ceil(sum(lengths) / max(1, math.ceil(sum(lengths) / tokens)) * 1.02))
         groups = [numbers]
     else:
         ends = [0, *itertools.accumulate(window.rows)]
