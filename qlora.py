@@ -3097,6 +3097,9 @@ def end_to_end_kernel(model: Any, config: Config) -> str | None:
     wanted = attention_kernel(config)
     if not config.training.padding_free:
         return None
+    if config.training.neftune_noise_alpha:
+        log.info("rows are padded: --neftune_noise_alpha divides its noise by the root of a row's length")
+        return None
     if wanted == "flash_attention_2":
         return wanted
     takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
