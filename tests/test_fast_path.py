@@ -493,7 +493,9 @@ def test_attention_end_to_end(shape, window, grouped):
     assert weights is None and got.shape == right.shape == (1, sum(lengths), 4, 8)
     assert torch.allclose(got, right, rtol=1e-12, atol=1e-12)
     grad = torch.randn(got.shape, generator=generator, dtype=torch.float64)
-    for a, b in zip(torch.autograd.grad(got, (q, k, v), grad), torch.autograd.grad(right, (q, k, v), grad), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(got, (q, k, v), grad), torch.autograd.grad(right, (q, k, v), grad), strict=True
+    ):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
@@ -608,7 +610,7 @@ def test_fifty_steps_fast_and_slow_are_one_curve(run_qlora, tmp_path, trained, m
     assert all(calls[name] >= 50 for name in (*twins.FUNCTIONS, "again", "end_to_end_attention"))
     with twins.counted() as calls:
         slow = run_qlora(output_dir=tmp_path / "slow", **flags, **SLOW)
-    assert not calls
+    assert calls == {"Recompute": 2, "again": 2}  # in the try before training
     assert fast.code == slow.code == 0 and len(losses(fast)) == 50
     assert losses(fast)[-1] < losses(fast)[0] - 1  # it learns
     assert losses(fast) == pytest.approx(losses(slow), rel=1e-4)
@@ -697,7 +699,7 @@ def test_out_of_memory_repeats_the_window_in_smaller_micro_batches(
     run = run_qlora(output_dir=tmp_path / "short", **flags)
     assert run.code == 0 and seen[0] > 70 and max(seen[2:]) <= 70
     lines = complaints(run)
-    assert len(lines) == len(ends) >= 1 and lines[0].startswith("step 1: ") and str(ends[0]) in lines[0]
+    assert len(lines) == len(ends) >= 1 and "step 1: " in lines[0] and str(ends[0]) in lines[0]
 
     choose = qlora.choose_sizes
     monkeypatch.setattr(qlora, "choose_sizes", lambda *args: (ends[-1], choose(*args)[1]))
@@ -713,7 +715,7 @@ def test_out_of_memory_in_a_later_micro_batch_takes_back_the_gradients_of_the_ea
     expected = run_qlora(output_dir=tmp_path / "enough", **flags)
     seen = memory.set_up(lambda tokens, call: call == 5)  # the second of the second step
     run = run_qlora(output_dir=tmp_path / "short", **flags)
-    assert len(complaints(run)) == 1 and complaints(run)[0].startswith("step 2: ")
+    assert len(complaints(run)) == 1 and "step 2: " in complaints(run)[0]
     assert len(seen) == 3 + 2 + 6 + 6  # of three windows of six rows
     assert losses(run) == pytest.approx(losses(expected), rel=1e-6)
     assert losses(run, "grad_norm") == pytest.approx(losses(expected, "grad_norm"), rel=1e-5)
