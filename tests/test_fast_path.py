@@ -15,7 +15,6 @@ import torch.nn.functional as F
 import twins
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import qlora
 
@@ -619,11 +618,8 @@ def test_fifty_steps_fast_and_slow_are_one_curve(run_qlora, tmp_path, trained, m
     assert fast.json("train_results.json")["train_tokens"] == slow.json("train_results.json")["train_tokens"]
 
     ids = torch.tensor([[tiny.BOS, *b"Order 3: where is my coffee? It should be here by now."]])
-    ours = trained[0][0].eval()
-    quantised = ours.config.quantization_config
-    base = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantised, device_map="cpu", dtype=torch.float32
-    )
+    ours, config = trained[0][0].eval(), twins.parse(folder)
+    base = qlora.load_model(config, qlora.load_model_config(config, str(folder)), str(folder))
     with torch.no_grad(), twins.counted() as calls:
         expected = ours(input_ids=ids).logits
         before = base(input_ids=ids).logits
