@@ -1999,7 +1999,7 @@ def micro_batches(window: Window, rows: int | None, tokens: int, padded: bool) -
         if padded:
             numbers.sort(key=lambda i: -lengths[i])
         else:  # even shares
-            tokens = math.ceil(sum(lengths) / max(1, math.ceil(sum(lengths) / tokens)) * 1.02)
+            tokens = min(tokens, math.ceil(sum(lengths) / max(1, math.ceil(sum(lengths) / tokens)) * 1.02))
         groups = [numbers]
     else:
         ends = [0, *itertools.accumulate(window.rows)]
@@ -3199,9 +3199,9 @@ def set_unpacked(model: Any, count: int, dtype: torch.dtype) -> None:
 
 def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
     """Recompute the first `count` layers: the backward pass reaches them last, when the others' memory is free."""
-    layers = decoder_layers(model)
-    anchor = torch.zeros(1, requires_grad=True)
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(decoder_layers(model)):
+        # where neither a layer nor anything below it trains, no gradient arrives, and there is nothing to compute again
+        anchor = torch.zeros(1, requires_grad=any(parameter.requires_grad for parameter in layer.parameters()))
         layer.gradient_checkpointing = i < count
         layer._gradient_checkpointing_func = partial(recompute, fast.skips_last, anchor)
 
@@ -3228,6 +3228,9 @@ def end_to_end_kernel(model: Any, config: Config) -> str | None:
     """The attention kernel for rows that lie end to end, or None, with a line that says why they are padded."""
     wanted = attention_kernel(config)
     if not config.training.padding_free:
+        return None
+    if config.training.neftune_noise_alpha:
+        log.info("rows are padded: --neftune_noise_alpha divides its noise by the root of a row's length")
         return None
     if wanted == "flash_attention_2":
         return wanted
@@ -3676,7 +3679,7 @@ def choose_sizes(
     costs: Costs, model: Any, base: Any, fast: FastPath, rows: Any | None, config: Config
 ) -> tuple[Sizes, Plan | None]:
     """Micro-batches and recomputed layers for the memory that is free, and the plan, to compare with what comes."""
-    train, layers = config.training, len(decoder_layers(base))
+    train, layers = config.training, len(decoder_layers(base)) or costs.layers
     if not train.do_train or rows is None or not torch.cuda.is_available() or train.use_cpu or is_sharded(config):
         wanted = wanted_recompute(config, layers)
         at_once = None if train.auto_batch else train.per_device_train_batch_size
@@ -4353,7 +4356,7 @@ class QLoRATrainer(Trainer):
             except torch.OutOfMemoryError as error:
                 if self.args.world_size > 1:
                     raise
-                reason = error
+                reason = error.with_traceback(None)  # whose frames hold all that the failed pass has made
             model.zero_grad(set_to_none=True)
             self._make_room(window, reason)
             set_random_state(device, start)
@@ -4547,6 +4550,8 @@ def window_arguments(args: TrainingArguments) -> TrainingArguments:
     changed["logging_nan_inf_filter"] = (
         False  # it reads the loss, and so waits for the GPU; our own check stops at both
     )
+    if args.ddp_find_unused_parameters is None:  # the Trainer's True stops at layers that are recomputed as ours are
+        changed["ddp_find_unused_parameters"] = False
     if not args.deepspeed:  # which accumulates by itself
         changed["per_device_train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
         changed["gradient_accumulation_steps"] = 1

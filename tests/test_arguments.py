@@ -73,6 +73,7 @@ DATA = {
     "model_max_len": None,
     "skip_excess_length": True,
     "on_bad_rows": "stop",
+    "packing": False,
     "train_on_source": False,
     "objective": "auto",
     "mask_prob": 0.15,
@@ -129,6 +130,15 @@ OWN_TRAINING = {  # not the Trainer's
     "merged_output_dir": None,
     "merge_base": "original",
     "max_shard_size": "5GB",
+    "recompute_layers": "auto",
+    "auto_batch": None,  # the machine decides
+    "padding_free": True,
+    "fused_lora": True,
+    "chunked_head": True,
+    "liger": True,
+    "plan": False,
+    "plan_gpu": None,
+    "unpacked_layers": "auto",
 }
 MMLU = {
     "do_mmlu_eval": False,
@@ -168,11 +178,7 @@ OURS = {name for table in GROUPS.values() for name in table}
 HELPERS = {"show_traceback"}
 # Not there yet, each with the feature that it belongs to. Move a row up when the feature arrives.
 LATER = {
-    "packing": "packing",
     "preview": "preview",
-    "recompute_layers": "selective recomputation",
-    "auto_batch": "plan",
-    "plan": "plan",
 }
 
 

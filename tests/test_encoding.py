@@ -496,28 +496,47 @@ BATCH = [
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding(side, pad):
     """The mask comes from the lengths: where pad is EOS, the EOS of a row is attended to and learnt."""
-    batch = qlora.CausalLMCollator(pad, side)(BATCH)
-    short, mask, labels = [BOS, Y, EOS], [1, 1, 1], [NO, Y, EOS]
+    batch = qlora.padded_batch(window_of(BATCH), [0, 1], pad, side)
+    short, mask = [BOS, Y, EOS], [1, 1, 1]
     right = side == "right"
     assert batch["input_ids"].tolist() == [
         [BOS, A, B, X, EOS],
         [*short, pad, pad] if right else [pad, pad, *short],
     ]
     assert batch["attention_mask"].tolist() == [[1] * 5, [*mask, 0, 0] if right else [0, 0, *mask]]
-    assert batch["labels"].tolist() == [
-        [NO, NO, NO, X, EOS],
-        [*labels, NO, NO] if right else [NO, NO, *labels],
-    ]
+    # Of the two rows of five, laid flat: which position predicts which learnt token.
+    assert batch["positions"].tolist() == [2, 3, *([5, 6] if right else [7, 8])]
+    assert batch["targets"].tolist() == [X, EOS, Y, EOS]
+
+
+def window_of(rows):
+    return qlora.collate_window(rows)["window"]
 
 
 def test_ids_that_equal_the_pad_are_attended_to():
     rows = [{"input_ids": [EOS, EOS, X], "labels": [NO, EOS, X]}, {"input_ids": [BOS], "labels": [NO]}]
-    batch = qlora.CausalLMCollator(EOS)(rows)
+    batch = qlora.padded_batch(window_of(rows), [0, 1], EOS, "right")
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[NO, EOS, X], [NO, NO, NO]]
+    assert (batch["positions"].tolist(), batch["targets"].tolist()) == ([0, 1], [EOS, X])
 
 
-def test_a_batch_without_labels():
-    batch = qlora.CausalLMCollator(PAD, "left")([{"input_ids": [BOS, A]}, {"input_ids": [BOS]}])
-    assert "labels" not in batch
+def test_prompts_have_no_labels():
+    batch = qlora.padded_prompts([[BOS, A], [BOS]], PAD, "left")
+    assert batch.keys() == {"input_ids", "attention_mask"}
     assert batch["input_ids"].tolist() == [[BOS, A], [PAD, BOS]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [0, 1]]
+
+
+def test_the_first_token_of_a_row_is_not_learnt():
+    """Nothing predicts it: not the last token of the row before, where rows lie end to end."""
+    rows = [{"input_ids": [A, B], "labels": [A, B]}, {"input_ids": [X, Y, EOS], "labels": [X, Y, EOS]}]
+    collated = qlora.collate_window(rows)
+    assert collated["labels"].tolist() == [NO, B, NO, Y, EOS]  # what the Trainer counts
+    flat = qlora.end_to_end_batch(collated["window"], [0, 1])
+    assert flat["input_ids"].tolist() == [[A, B, X, Y, EOS]]
+    assert flat["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
+    assert flat["cu_seq_lens_q"].tolist() == flat["cu_seq_lens_k"].tolist() == [0, 2, 5]
+    assert (flat["max_length_q"], flat["max_length_k"]) == (3, 3)
+    assert (flat["positions"].tolist(), flat["targets"].tolist()) == ([0, 2, 3], [B, Y, EOS])
+    turned = qlora.end_to_end_batch(collated["window"], [1, 0])
+    assert turned["input_ids"].tolist() == [[X, Y, EOS, A, B]] and turned["targets"].tolist() == [Y, EOS, B]

@@ -232,9 +232,16 @@ def test_dtypes(models, bits, flags, load_dtype, compute_dtype):
     assert set(kept.values()) == {load_dtype}, kept
 
 
-@pytest.mark.parametrize("tie", [True, False])
-def test_bf16_run_keeps_the_base_in_bf16_and_computes_adapters_in_it(models, run_qlora, trained, monkeypatch, tie):
-    seen, training_step = set(), qlora.QLoRATrainer.training_step
+@pytest.mark.parametrize(("tie", "fused"), [(True, False), (False, False), (False, True)])
+def test_bf16_run_keeps_the_base_in_bf16_and_computes_adapters_in_it(
+    models, run_qlora, trained, monkeypatch, tie, fused
+):
+    seen, training_step, products = set(), qlora.QLoRATrainer.training_step, qlora.forward_products
+
+    def watched_products(*args, **kwargs):
+        made = products(*args, **kwargs)
+        seen.update({made.thin.dtype, *(output.dtype for output in made.outputs)})
+        return made
 
     def watched_step(self, model, *args, **kwargs):
         hooks = [
@@ -249,8 +256,10 @@ def test_bf16_run_keeps_the_base_in_bf16_and_computes_adapters_in_it(models, run
             for hook in hooks:
                 hook.remove()
 
+    if fused:  # then the adapters' own modules are not called
+        monkeypatch.setattr(qlora, "forward_products", watched_products)
     monkeypatch.setattr(qlora.QLoRATrainer, "training_step", watched_step)
-    run = run_qlora(model_name_or_path=models("llama", tie=tie), bf16=True, max_steps=1)
+    run = run_qlora(model_name_or_path=models("llama", tie=tie), bf16=True, max_steps=1, fused_lora=fused)
     assert {tensor.dtype for tensor in adapter_of(run).values()} == {torch.float32}
     assert seen == {torch.bfloat16}
     head, embeddings = trained[0].get_output_embeddings(), trained[0].get_input_embeddings()
@@ -571,21 +580,37 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(models, 
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-6), name
 
 
-def test_gradient_checkpointing_in_a_run(run_qlora, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradient_checkpointing_in_a_run(run_qlora, tmp_path, monkeypatch, fused):
     """With SGD the adapter's change is its gradient."""
-    from transformers.models.llama.modeling_llama import LlamaMLP
+    from transformers.models.llama.modeling_llama import LlamaAttention
 
-    calls, forward = [], LlamaMLP.forward
-    monkeypatch.setattr(LlamaMLP, "forward", lambda *args: calls.append(1) or forward(*args))
-    adapters = []
-    for recompute in (None, False):  # recomputing is the default
+    calls, forward, step = [], LlamaAttention.forward, qlora.QLoRATrainer._window_step
+    monkeypatch.setattr(LlamaAttention, "forward", lambda *a, **k: calls.append(a[0].layer_idx) or forward(*a, **k))
+
+    def counted_step(*args):
         calls.clear()
-        flags = {"optim": "sgd", "learning_rate": 1, "max_steps": 2, "save_strategy": "no"}
-        run = run_qlora(output_dir=tmp_path / str(recompute), gradient_checkpointing=recompute, **flags)
-        adapters.append(adapter_of(run))
-        assert len(calls) == 2 * 2 * (2 if recompute is None else 1)  # steps times layers
-    for name, tensor in adapters[0].items():
-        assert torch.allclose(tensor, adapters[1][name], rtol=1e-4, atol=1e-6), name
+        loss = step(*args)
+        counts.append([calls.count(0), calls.count(1)])
+        return loss
+
+    monkeypatch.setattr(qlora.QLoRATrainer, "_window_step", counted_step)
+    expected = {  # how often the first and the second layer are computed in a step
+        "default": ({}, [2, 2]),
+        "off": ({"gradient_checkpointing": False}, [1, 1]),
+        "none": ({"recompute_layers": "none"}, [1, 1]),
+        "one": ({"recompute_layers": 1}, [2, 1]),
+        "all": ({"recompute_layers": "all"}, [2, 2]),
+    }
+    adapters = []
+    for name, (given, computed) in expected.items():
+        counts: list[list[int]] = []
+        flags = {"optim": "sgd", "learning_rate": 1, "max_steps": 2, "save_strategy": "no", "fused_lora": fused}
+        adapters.append(adapter_of(run_qlora(output_dir=tmp_path / name, **flags, **given)))
+        assert counts == [computed] * 2, name
+    for other in adapters[1:]:
+        for name, tensor in adapters[0].items():
+            assert torch.allclose(tensor, other[name], rtol=1e-4, atol=1e-6), name
 
 
 def test_parameter_report_counts_true_parameters(models, run_qlora):
@@ -810,6 +835,19 @@ def test_full_finetune_of_a_prequantised_checkpoint_is_an_error(models, run_qlor
 
 
 def test_a_model_without_gradient_checkpointing_trains_and_says_so(run_qlora, models, monkeypatch):
+    """Its layers are not of transformers' kind that can be recomputed one by one."""
     monkeypatch.setattr("transformers.LlamaPreTrainedModel.supports_gradient_checkpointing", False)
+    monkeypatch.setattr(qlora, "decoder_layers", lambda model: [])
     run = run_qlora(model_name_or_path=models("llama"), max_steps=1)
     assert run.code == 0 and "nothing is recomputed" in run.stderr
+
+
+def test_frozen_layers_are_not_recomputed(run_qlora, tmp_path, monkeypatch):
+    """No gradient goes through them: to recompute them would be work for nothing."""
+    backward, computed = qlora.Recompute.backward, []
+    monkeypatch.setattr(qlora.Recompute, "backward", lambda *args: computed.append(1) or backward(*args))
+    for i, flags in enumerate([{}, {"full_finetune": True, "bits": 32}]):
+        computed.clear()
+        run = run_qlora(output_dir=tmp_path / str(i), layers_to_freeze=1, max_steps=1, recompute_layers="all", **flags)
+        assert run.code == 0
+        assert computed == [1] * 2  # the second layer, in the try before training and in the step

@@ -30,14 +30,15 @@ def rows_file(tmp_path):
 
 @pytest.fixture
 def batches(monkeypatch) -> list[list[tuple[int, ...]]]:
-    """The rows of every batch that is collated, as tuples of ids."""
-    seen, collate = [], qlora.CausalLMCollator.__call__
+    """The training rows of every window that is collated, as tuples of ids."""
+    seen, collate = [], qlora.collate_window
 
-    def spy(self, rows):
-        seen.append([tuple(row["input_ids"]) for row in rows])
-        return collate(self, rows)
+    def spy(rows):
+        if "length" in rows[0]:  # not one of those that the fast path is tried on
+            seen.append([tuple(row["input_ids"]) for row in rows])
+        return collate(rows)
 
-    monkeypatch.setattr(qlora.CausalLMCollator, "__call__", spy)
+    monkeypatch.setattr(qlora, "collate_window", spy)
     return seen
 
 
@@ -121,12 +122,13 @@ OWN_FLAGS = """
     model_name_or_path trust_remote_code use_auth_token adapter_name_or_path attn_implementation
     use_fast_tokenizer pad_token eos_token bos_token unk_token padding_side tokenizer_patch
     rope_scaling dataset dataset_format eval_dataset_size max_train_samples max_eval_samples source_max_len
-    target_max_len model_max_len skip_excess_length on_bad_rows train_on_source
+    target_max_len model_max_len skip_excess_length on_bad_rows packing train_on_source
     objective mask_prob mask_replace_prob random_replace_prob
     bits quant_type double_quant full_finetune max_memory_MB adam8bit
     lora_r lora_alpha lora_dropout lora_modules lora_bias lora_dtype use_dora use_rslora
     init_lora_weights modules_to_save layers_to_freeze layer_freeze_ratio
     cache_dir overwrite_output_dir
+    recompute_layers auto_batch padding_free fused_lora chunked_head liger plan plan_gpu
     do_mmlu_eval mmlu_split mmlu_dataset max_mmlu_samples mmlu_source_max_len mmlu_dir
     max_new_tokens min_new_tokens do_sample num_beams temperature top_k top_p typical_p
     repetition_penalty length_penalty no_repeat_ngram_size num_beam_groups penalty_alpha
@@ -352,32 +354,24 @@ def test_sequential_order_is_the_files(run_qlora, tmp_path, batches):
 
 
 @pytest.mark.parametrize(
-    ("side", "ids", "mask", "labels"),
+    ("side", "ids", "mask", "positions"),
     [
-        (
-            "right",
-            [[256, 97, 257], [256, 98, 99], [98, 257, 257]],
-            [[1, 1, 1], [1, 1, 1], [1, 1, 0]],
-            [[-100, 97, 257], [-100, -100, 99], [-100, 257, -100]],
-        ),
-        (
-            "left",
-            [[256, 97, 257], [256, 98, 99], [257, 98, 257]],
-            [[1, 1, 1], [1, 1, 1], [0, 1, 1]],
-            [[-100, 97, 257], [-100, -100, 99], [-100, -100, 257]],
-        ),
+        ("right", [[256, 97, 257], [256, 98, 99], [98, 257, 257]], [[1, 1, 1], [1, 1, 1], [1, 1, 0]], [0, 1, 4, 6]),
+        ("left", [[256, 97, 257], [256, 98, 99], [257, 98, 257]], [[1, 1, 1], [1, 1, 1], [0, 1, 1]], [0, 1, 4, 7]),
     ],
 )
-def test_padding_with_eos_hides_the_padding_and_not_the_eos(side, ids, mask, labels):
+def test_padding_with_eos_hides_the_padding_and_not_the_eos(side, ids, mask, positions):
     rows = [
         {"input_ids": [256, 97, 257], "labels": [-100, 97, 257]},
         {"input_ids": [256, 98, 99], "labels": [-100, -100, 99]},
         {"input_ids": [98, 257], "labels": [98, 257]},  # nothing predicts the first token
     ]
-    batch = qlora.CausalLMCollator(tiny.EOS, side)(rows)
+    window = qlora.collate_window(rows)["window"]
+    batch = qlora.padded_batch(window, [0, 1, 2], tiny.EOS, side)
     assert batch["input_ids"].tolist() == ids
     assert batch["attention_mask"].tolist() == mask
-    assert batch["labels"].tolist() == labels
+    assert batch["positions"].tolist() == positions  # of the nine, which predict a learnt token
+    assert batch["targets"].tolist() == [97, 257, 99, 257]
 
 
 @pytest.mark.parametrize(

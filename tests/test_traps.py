@@ -56,6 +56,8 @@ def test_predictions_use_the_cache_that_training_turned_off(run_qlora, monkeypat
             widths.append(input_ids.shape[1])
         return forward(self, input_ids=input_ids, **kwargs)
 
+    plain = qlora.predict
+    monkeypatch.setattr(qlora, "predict", lambda *args: widths.clear() or plain(*args))  # what came before: other tries
     monkeypatch.setattr(LlamaModel, "forward", spy)
     run = run_qlora(
         do_predict=True,

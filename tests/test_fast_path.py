@@ -1,0 +1,765 @@
+"""Correct before fast: every part of the fast path, alone and together, computes what the libraries do.
+
+In float64, so that agreement is to the last digits: a relative error of 1e-9 in the loss and in every
+gradient. Angles of left-padded positions are float32 whatever the model is, and agree as far.
+"""
+
+import random
+import weakref
+from functools import partial
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+import twins
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+import qlora
+
+LENGTHS = (23, 5, 40, 17, 17, 2)  # of one window; several are longer than the sliding windows below
+DOUBLE, SINGLE = 1e-9, 1e-5
+
+NO_DROPOUT = {
+    "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    "opt": {"dropout": 0.0},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_a_cpu_in_float64():
+    """Also where there is a GPU, and where transformers asks for a softmax in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(F, "softmax", twins.wide_softmax)
+        yield
+
+
+@pytest.fixture
+def log_lines(caplog):
+    """What the program logs."""
+    qlora.log.addHandler(caplog.handler)
+    qlora.log.setLevel("INFO")
+    yield caplog
+    qlora.log.removeHandler(caplog.handler)
+
+
+# ------------------------------------------------------------------------------------
+# Families: each part alone, and all together
+# ------------------------------------------------------------------------------------
+
+# Family -> its config, and whether rows lie end to end, the head is chunked, a recomputed layer leaves out its last
+# product. None: whatever the try on the model finds; the numbers must agree all the same.
+FAMILIES = {
+    "llama": ("llama", {}, (True, True, True)),
+    "llama tied": ("llama", {"tie": True}, (True, True, True)),
+    "llama_gqa": ("llama_gqa", {}, (True, True, True)),
+    "mistral": ("mistral", {"sliding_window": 8}, (True, True, True)),
+    "qwen2": ("qwen2", {}, (True, True, True)),
+    "qwen3": ("qwen3", {}, (True, True, True)),
+    "gemma": ("gemma", {}, (True, True, True)),
+    "gemma2": ("gemma2", {"sliding_window": 8}, (None, True, False)),  # a norm after the MLP; its logits are capped
+    "gemma3": ("gemma3", {"sliding_window": 8}, (True, True, False)),
+    "gpt2": ("gpt2", NO_DROPOUT["gpt2"], (None, True, None)),
+    "gpt_neox": ("gpt_neox", {}, (None, True, None)),
+    "opt": ("opt", NO_DROPOUT["opt"], (None, True, None)),
+    "falcon": ("falcon", {}, (None, True, None)),
+    "mpt": ("mpt", {}, (False, True, None)),
+}
+GATED = ("llama", "mistral", "qwen", "gemma")  # q, k, v apart and a gated MLP: two fused calls a layer and one
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, models):
+    """(name, twins, rows, what is expected of them)."""
+    model, options, _ = FAMILIES[request.param]
+    both = twins.make(models(model, **options), bits=16)
+    rows = twins.rows_of(LENGTHS)
+    return request.param, both, rows, twins.stock(both.stock, rows)
+
+
+def test_what_is_found_out_about_a_family(family):
+    name, both, _, _ = family
+    for wanted, got in zip(FAMILIES[name][2], (both.fast.attention, both.fast.head, both.fast.skips_last), strict=True):
+        assert wanted is None or wanted == bool(got)
+
+
+def test_fused_functions_are_pefts_layers(family):
+    name, both, rows, expected = family
+    with twins.counted() as calls:
+        got = twins.quick(both.quick, qlora.FastPath(), twins.window_of(rows))
+    twins.assert_equal(got, expected, tolerance(name))
+    if name.startswith(GATED):
+        assert calls == {"FusedLoRA": 2 * 2, "FusedMLP": 2}  # of two layers
+    elif name != "gpt2":  # its layers are no nn.Linear
+        assert calls["FusedLoRA"] > 0
+
+
+def test_rows_end_to_end_are_rows_alone(family):
+    name, both, rows, expected = family
+    if both.fast.attention is None:
+        pytest.skip("rows of this family are padded")
+    with twins.counted() as calls:
+        got = twins.quick(both.stock, qlora.FastPath(attention=both.fast.attention), twins.window_of(rows))
+    twins.assert_equal(got, expected, tolerance(name))
+    assert calls == {"end_to_end_attention": 2}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padded_rows_are_rows_alone(family, side):
+    name, both, rows, expected = family
+    if side == "left" and name in ("gpt2", "mpt"):
+        pytest.skip("its positions count the padding")
+    got = twins.quick(both.stock, qlora.FastPath(), twins.window_of(rows), side=side)
+    twins.assert_equal(got, expected, SINGLE if side == "left" else tolerance(name))
+
+
+def test_a_head_in_chunks_is_all_logits(family):
+    name, both, rows, expected = family
+    with twins.counted() as calls:
+        got = twins.quick(both.stock, both.fast._replace(attention=None), twins.window_of(rows))
+    twins.assert_equal(got, expected, tolerance(name))
+    assert calls == {"ChunkedCrossEntropy": 1}
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_recomputed_layers_are_kept_layers(family, layers):
+    name, both, rows, expected = family
+    with twins.counted() as calls:
+        got = twins.quick(both.stock, qlora.FastPath(), twins.window_of(rows), recomputed=layers)
+    twins.assert_equal(got, expected, tolerance(name))
+    assert calls == {"Recompute": layers, "again": layers}
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_fused_layers_recomputed_with_or_without_their_last_product(family, layers):
+    name, both, rows, expected = family
+    fast = qlora.FastPath(skips_last=both.fast.skips_last)
+    with twins.counted() as calls:
+        got = twins.quick(both.quick, fast, twins.window_of(rows), recomputed=layers)
+    twins.assert_equal(got, expected, tolerance(name))
+    assert calls["again"] == layers
+    if name.startswith(GATED):
+        assert calls["FusedMLP"] == 2 + layers
+
+
+def test_leaving_out_the_last_product_where_it_is_needed_would_show(family):
+    """What is not a number reaches the gradients: the try before training can't overlook it."""
+    name, both, rows, _ = family
+    if both.fast.skips_last or not name.startswith(GATED):
+        pytest.skip("safe here")
+    got = twins.quick(both.quick, qlora.FastPath(skips_last=True), twins.window_of(rows), recomputed=2)
+    assert not all(gradient.isfinite().all() for gradient in got.gradients.values())
+
+
+CUTS = {  # of six members with 104 tokens
+    "one by one": lambda window, padded: qlora.micro_batches(window, 1, qlora.NO_LIMIT, padded),
+    "accumulated": lambda window, padded: qlora.micro_batches(window, 2, qlora.NO_LIMIT, padded),
+    "accumulated, at most 30 tokens": lambda window, padded: qlora.micro_batches(window, 4, 30, padded),
+    "regrouped, at most 60 tokens": lambda window, padded: qlora.micro_batches(window, None, 60, padded),
+    "regrouped, all": lambda window, padded: qlora.micro_batches(window, None, qlora.NO_LIMIT, padded),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_everything_together_in_every_way_of_cutting_a_window(family, cut):
+    name, both, rows, expected = family
+    window = twins.window_of(rows)
+    parts = CUTS[cut](window, both.fast.attention is None)
+    with twins.counted() as calls:
+        got = twins.quick(both.quick, both.fast, window, parts, recomputed=2)
+    twins.assert_equal(got, expected, tolerance(name))
+    assert calls["ChunkedCrossEntropy"] == len(parts) and calls["again"] == 2 * len(parts)
+
+
+def test_packs_are_their_rows(family):
+    """A pack is rows of a dataset that travel together; the model sees them as rows."""
+    name, both, rows, expected = family
+    packs = [{"pack": rows[:2]}, {"pack": rows[2:5]}, {"pack": rows[5:]}]
+    window = twins.window_of(packs)
+    assert window.rows == [2, 3, 1] and window.lengths == list(LENGTHS)
+    parts = qlora.micro_batches(window, 2, qlora.NO_LIMIT, both.fast.attention is None)
+    assert parts == [[0, 1, 2, 3, 4], [5]]
+    twins.assert_equal(twins.quick(both.quick, both.fast, window, parts, recomputed=1), expected, tolerance(name))
+
+
+def tolerance(name: str) -> float:
+    """Of a family: MPT makes its attention scores float32 by name."""
+    return SINGLE if name == "mpt" else DOUBLE
+
+
+# ------------------------------------------------------------------------------------
+# Flags that change what the layers compute
+# ------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "nf4": ("llama_gqa", {"bits": 4}),
+    "nf4, constants whole": ("llama_gqa", {"bits": 4, "double_quant": False}),
+    "fp4": ("llama_gqa", {"bits": 4, "quant_type": "fp4"}),
+    "fp4, constants whole": ("llama_gqa", {"bits": 4, "quant_type": "fp4", "double_quant": False}),
+    "nf4 qwen2": ("qwen2", {"bits": 4}),
+    "nf4 gemma": ("gemma", {"bits": 4}),
+    "nf4 gpt_neox": ("gpt_neox", {"bits": 4}),
+    "8 bit": ("llama_gqa", {"bits": 8}),
+    "8 bit qwen2": ("qwen2", {"bits": 8}),
+    "16 bit": ("llama_gqa", {}),
+    "rslora": ("llama_gqa", {"use_rslora": True, "lora_alpha": 7.5}),
+    "every bias": ("qwen2", {"lora_bias": "all"}),
+    "adapted layers' bias": ("qwen2", {"lora_bias": "lora_only"}),
+    "bias of norms too": ("gpt_neox", {"lora_bias": "all"}),
+    "nf4, bias": ("qwen2", {"bits": 4, "lora_bias": "all"}),
+    "attn": ("llama_gqa", {"lora_modules": "attn"}),
+    "mlp": ("llama_gqa", {"lora_modules": "mlp"}),
+    "q_proj": ("llama_gqa", {"lora_modules": "q_proj"}),
+    "q and v": ("llama_gqa", {"lora_modules": "q_proj,v_proj"}),
+    "gate and down": ("llama_gqa", {"lora_modules": "gate_proj,down_proj"}),
+    "frozen layer": ("llama_gqa", {"layers_to_freeze": 1}),
+    "large rank": ("llama_gqa", {"lora_r": 96}),  # more than the layers are wide
+}
+FUSED_CALLS = {  # FusedLoRA and FusedMLP in each of two layers, where it is not two and one
+    "nf4 gpt_neox": (4, 0), "bias of norms too": (4, 0), "attn": (2, 0), "mlp": (0, 1), "q_proj": (1, 0),
+    "q and v": (1, 0), "gate and down": (2, 0), "frozen layer": (1, 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fused_functions_under_every_flag(models, variant, dropout):
+    """The same rows, end to end, with the same masks: without and with the fused functions and recomputation."""
+    name, flags = VARIANTS[variant]
+    both = twins.make(models(name), **{"bits": 16, "lora_dropout": dropout, **flags})
+    if dropout:
+        twins.draw_alike(both.stock)
+    window = twins.window_of(twins.rows_of(LENGTHS))
+    torch.manual_seed(1)
+    expected = twins.quick(both.stock, both.fast, window)
+    fused, mlp = FUSED_CALLS.get(variant, (2, 1))
+    for recomputed in (0, 1, 2):
+        torch.manual_seed(1)
+        with twins.counted() as calls:
+            got = twins.quick(both.quick, both.fast, window, recomputed=recomputed)
+        twins.assert_equal(got, expected, DOUBLE)
+        if not recomputed:
+            assert (calls["FusedLoRA"], calls["FusedMLP"]) == (2 * fused, 2 * mlp)
+    if dropout:  # what the masks are good for
+        torch.manual_seed(2)
+        other = twins.quick(both.quick, both.fast, window)
+        assert min(twins.errors(other, expected).values()) > 1e-3
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_layers_of_different_rank_and_scaling_share_an_input(models, dropout):
+    """As an adapter from elsewhere may have them."""
+    folder = models("llama_gqa")
+    model = twins.load(folder, bits=16).unload()
+    ranks, alphas = {"q_proj": 2, "v_proj": 8}, {"k_proj": 32, "up_proj": 1}
+    config = LoraConfig(
+        r=4, rank_pattern=ranks, alpha_pattern=alphas, lora_dropout=dropout, target_modules="all-linear",
+        init_lora_weights=False,
+    )  # fmt: skip
+    both = twins.make(folder, get_peft_model(model, config), bits=16)
+    twins.draw_alike(both.stock) if dropout else None
+    window = twins.window_of(twins.rows_of(LENGTHS))
+    torch.manual_seed(1)
+    expected = twins.quick(both.stock, both.fast, window)
+    torch.manual_seed(1)
+    with twins.counted() as calls:
+        got = twins.quick(both.quick, both.fast, window, recomputed=2)
+    twins.assert_equal(got, expected, DOUBLE)
+    assert calls["FusedLoRA"] == 2 * 2 * 2
+
+
+def test_dora_stays_with_peft_and_a_line_says_so(models, log_lines):
+    both = twins.make(models("llama"), bits=16, use_dora=True)
+    assert "14 adapted layers stay with peft's own functions" in log_lines.text
+    rows = twins.rows_of(LENGTHS)
+    with twins.counted() as calls:
+        got = twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=2)
+    twins.assert_equal(got, twins.stock(both.stock, rows), DOUBLE)
+    assert not calls["FusedLoRA"] and not calls["FusedMLP"] and calls["again"] == calls["end_to_end_attention"] // 2
+
+
+def test_a_bias_in_lora_b_stays_with_peft(models, log_lines):
+    folder = models("llama")
+    config = LoraConfig(r=4, lora_bias=True, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    both = twins.make(folder, get_peft_model(twins.load(folder, bits=16).unload(), config), bits=16)
+    assert "4 adapted layers stay with peft's own functions" in log_lines.text
+    rows = twins.rows_of(LENGTHS)
+    with twins.counted() as calls:
+        got = twins.quick(both.quick, both.fast, twins.window_of(rows))
+    twins.assert_equal(got, twins.stock(both.stock, rows), DOUBLE)
+    assert not calls["FusedLoRA"]
+
+
+def test_a_few_tokens_go_through_pefts_layers(models):
+    both = twins.make(models("llama"), bits=16)
+    rows = twins.rows_of((4, 7))
+    with twins.counted() as calls:
+        got = twins.quick(both.quick, both.fast, twins.window_of(rows))
+    twins.assert_equal(got, twins.stock(both.stock, rows), DOUBLE)
+    assert not calls["FusedLoRA"] and not calls["FusedMLP"]
+
+
+def test_adapters_switched_off_are_the_base(models):
+    both = twins.make(models("llama"), bits=16)
+    ids = torch.arange(40)[None]
+    with torch.no_grad(), both.quick.disable_adapter(), both.stock.disable_adapter():
+        expected = both.stock(input_ids=ids).logits
+        assert torch.equal(both.quick(input_ids=ids).logits, expected)
+    with torch.no_grad():
+        assert (both.quick(input_ids=ids).logits - expected).abs().max() > 0.1
+
+
+def test_a_shared_input_is_computed_once_and_never_mistaken_for_another(models):
+    both = twins.make(models("llama_gqa"), bits=16)
+    quick, stock = (twins.base_of(model).model.layers[0].self_attn for model in (both.quick.eval(), both.stock.eval()))
+    x, y = torch.randn(2, 1, 20, 64, dtype=torch.float64)
+    with twins.counted() as calls, torch.no_grad():
+        for name, value in [("v", x), ("q", x), ("k", x), ("q", y), ("q", y), ("k", x), ("k", y), ("v", x.clone())]:
+            layers = getattr(quick, f"{name}_proj"), getattr(stock, f"{name}_proj")
+            assert torch.allclose(layers[0](value), layers[1](value), rtol=1e-12, atol=1e-12)
+    assert calls["FusedLoRA"] == 6  # the first three calls are one
+
+
+# ------------------------------------------------------------------------------------
+# The head
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_cross_entropy_in_chunks(monkeypatch, bias, cap, smoothing):
+    """70 tokens, 2**18 words: 64 tokens at a time. With a head that trains, as in a full fine-tune."""
+    generator = torch.Generator().manual_seed(0)
+    words, width, tokens = 2**18, 4, 70
+    hidden = torch.randn(tokens, width, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(words, width, generator=generator, dtype=torch.float64).requires_grad_()
+    offset = torch.randn(words, generator=generator, dtype=torch.float64).requires_grad_() if bias else None
+    targets = torch.randint(words, (tokens,), generator=generator)
+    post = None if cap is None else partial(qlora._apply_rules, [(qlora.LOGIT_RULES["final_logit_softcapping"], cap)])
+    leaves = [hidden, weight] + ([offset] if bias else [])
+
+    chunks, linear = [], F.linear
+    with monkeypatch.context() as patch:
+        patch.setattr(qlora.F, "linear", lambda part, *args: chunks.append(len(part)) or linear(part, *args))
+        loss = qlora.ChunkedCrossEntropy.apply(hidden, weight, offset, targets, post, smoothing)
+    assert chunks == [64, 6]
+    got = torch.autograd.grad(loss / 7, leaves)
+    logits = F.linear(hidden, weight, offset)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    right = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    assert loss.dtype == torch.float64 and torch.allclose(loss, right, rtol=1e-12)
+    for a, b in zip(got, torch.autograd.grad(right / 7, leaves), strict=True):
+        assert (a - b).norm() <= 1e-10 * b.norm() and b.norm() > 0
+
+
+def test_no_token_to_learn_is_a_loss_of_zero_with_gradients(models):
+    both = twins.make(models("llama"), bits=16)
+    rows = [{"input_ids": list(range(20)), "labels": [qlora.IGNORE] * 20}]
+    got = twins.quick(both.quick, both.fast, twins.window_of(rows))
+    assert got.loss == 0 and not any(gradient.any() for gradient in got.gradients.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("granite", {"logits_scaling": 3.0}),
+        ("llama", {}),
+    ],
+)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_what_a_model_does_to_its_logits(models, family, options, smoothing):
+    both = twins.make(models(family, **options), bits=16)
+    assert both.fast.head is not None
+    rows = twins.rows_of(LENGTHS)
+    fast = both.fast._replace(attention=None)
+    got = twins.quick(both.stock, fast, twins.window_of(rows), smoothing=smoothing)
+    batch = qlora.padded_batch(twins.window_of(rows), list(range(len(rows))), 0, "right")
+    whole = qlora.summed_loss(both.stock, qlora.FastPath(), batch, smoothing)
+    whole.backward()
+    twins.assert_equal(got, twins.found(both.stock, whole), 1e-6)  # the whole logits are taken as float32
+
+
+def test_logits_that_a_model_changes_in_a_way_of_its_own_are_computed_whole(models, monkeypatch, log_lines):
+    monkeypatch.setattr(qlora, "LOGIT_RULES", {})
+    both = twins.make(models("gemma2", final_logit_softcapping=2.0), bits=16)
+    assert both.fast.head is None and "logits are computed whole" in log_lines.text
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_full_finetune_trains_the_head_in_chunks(models, tie):
+    """Not where it is tied to the embedding, which does not train."""
+    both = twins.make(models("llama", tie=tie), bits=16, full_finetune=True)
+    rows = twins.rows_of(LENGTHS)
+    with twins.counted() as calls:
+        got = twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=2)
+    twins.assert_equal(got, twins.stock(both.stock, rows), DOUBLE)
+    assert calls["ChunkedCrossEntropy"] == 1 and calls["again"] == 2
+    assert ("lm_head.weight" in got.gradients) == (not tie)
+    assert "model.norm.weight" in got.gradients and "model.embed_tokens.weight" not in got.gradients
+
+
+def test_a_head_that_peft_trains_whole(models):
+    both = twins.make(models("llama"), bits=16, modules_to_save="lm_head")
+    rows = twins.rows_of(LENGTHS)
+    got = twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=2)
+    twins.assert_equal(got, twins.stock(both.stock, rows), DOUBLE)
+    assert any("lm_head" in name for name in got.gradients)
+
+
+def test_an_embedding_that_peft_trains_whole(models):
+    both = twins.make(models("llama"), bits=16, modules_to_save="embed_tokens")
+    rows = twins.rows_of(LENGTHS)
+    got = twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=2)
+    twins.assert_equal(got, twins.stock(both.stock, rows), DOUBLE)
+    assert any("embed_tokens" in name for name in got.gradients)
+
+
+# ------------------------------------------------------------------------------------
+# bf16
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "qwen2", "gemma"])
+def test_the_error_in_bf16_is_no_larger_than_pefts(models, family):
+    """Of every kind of adapter, over six windows, against the same weights in float64."""
+    both = twins.make(models(family), dtype=None, bits=4, bf16=True, lora_r=16)
+    exact = twins.widen(twins.unpack(twins.load(models(family), bits=4, bf16=True, lora_r=16))).train()
+    squares: dict[str, list[float]] = {}
+    for seed in range(6):
+        rows = twins.rows_of((64, 40, 40, 17), seed)
+        right = twins.stock(exact, rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = twins.quick(both.stock, qlora.FastPath(), twins.window_of(rows), dtype=torch.float32)
+            with twins.counted() as calls:
+                fast = twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=2)
+        assert all(calls[name] for name in (*twins.FUNCTIONS, "end_to_end_attention"))
+        ours, theirs = twins.errors(fast, right), twins.errors(plain, right)
+        for name in ours:
+            kind = name.split(".layers.")[1].split(".", 1)[1]
+            sums = squares.setdefault(kind, [0.0, 0.0])
+            sums[0] += ours[name] ** 2
+            sums[1] += theirs[name] ** 2
+    ratios = {kind: (a / b) ** 0.5 for kind, (a, b) in squares.items()}
+    assert len(ratios) == 14
+    assert max(ratios.values()) <= 1.1, ratios
+
+
+# ------------------------------------------------------------------------------------
+# Attention of rows that lie end to end
+# ------------------------------------------------------------------------------------
+
+
+def attention_row_by_row(q, k, v, lengths, window, scale):
+    """Softmax over what each token may see, written out; q, k, v: (1, heads, tokens, dim)."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    row = torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)])
+    place = torch.tensor([i for length in lengths for i in range(length)])
+    back = place[:, None] - place[None, :]
+    seen = (row[:, None] == row[None, :]) & (back >= 0) & (back < (window or 10**9))
+    scores = (q @ k.transpose(2, 3)) * scale
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+
+
+SHAPES = {
+    "one row": (19,),
+    "one token": (1,),
+    "rows of one token": (1, 1, 1),
+    "rows of one length": (8, 8, 8),
+    "rows of any length": (5, 1, 13, 8),
+    "a longer row among rows of one length": (8, 8, 9),
+}
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 8, 100])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("grouped", [1, 2])
+def test_attention_end_to_end(shape, window, grouped):
+    lengths = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+    heads = (4, 4 // grouped, 4 // grouped)
+    tensors = [torch.randn(1, n, sum(lengths), 8, generator=generator, dtype=torch.float64) for n in heads]
+    q, k, v = (t.requires_grad_() for t in tensors)
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    got, weights = qlora.end_to_end_attention(
+        None, q, k, v, None, scaling=0.3, sliding_window=window, cu_seq_lens_q=starts, max_length_q=max(lengths)
+    )
+    right = attention_row_by_row(q, k, v, lengths, window, 0.3)
+    assert weights is None and got.shape == right.shape == (1, sum(lengths), 4, 8)
+    assert torch.allclose(got, right, rtol=1e-12, atol=1e-12)
+    grad = torch.randn(got.shape, generator=generator, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad(got, (q, k, v), grad), torch.autograd.grad(right, (q, k, v), grad), strict=True
+    ):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_rows_of_one_length_are_a_batch_to_the_kernel(monkeypatch):
+    """Where no window cuts them; others go one by one."""
+    shapes, plain = [], F.scaled_dot_product_attention
+
+    def spy(q, *args, **kwargs):
+        shapes.append(tuple(q.shape))
+        return plain(q, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    q = torch.randn(1, 4, 24, 8)
+    for window, expected in [(None, [(3, 4, 8, 8)]), (8, [(3, 4, 8, 8)]), (7, [(1, 4, 8, 8)] * 3)]:
+        shapes.clear()
+        qlora.end_to_end_attention(
+            None, q, q, q, None, sliding_window=window, cu_seq_lens_q=torch.tensor([0, 8, 16, 24]), max_length_q=8
+        )
+        assert shapes == expected
+
+
+# ------------------------------------------------------------------------------------
+# Windows and micro-batches
+# ------------------------------------------------------------------------------------
+
+
+def random_window(generator: random.Random) -> qlora.Window:
+    """Up to 12 rows of the dataset, of one member each or packed."""
+    packed = generator.random() < 0.5
+    counts = [generator.randint(1, 4) if packed else 1 for _ in range(generator.randint(1, 12))]
+    tokens = [torch.zeros(generator.choice((1, 2, 7, 30, 64)), dtype=torch.long) for _ in range(sum(counts))]
+    return qlora.Window(tokens, tokens, counts, [""] * len(tokens))
+
+
+def size(lengths: list[int], padded: bool) -> int:
+    return max(lengths) * len(lengths) if padded else sum(lengths)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_micro_batches_hold_every_member_once_and_keep_the_limits(rows, padded):
+    generator = random.Random(0)
+    for _ in range(500):
+        window, limit = random_window(generator), generator.choice((1, 10, 64, 100, 256, qlora.NO_LIMIT))
+        parts, lengths = qlora.micro_batches(window, rows, limit, padded), window.lengths
+        assert sorted(i for part in parts for i in part) == list(range(len(lengths))) and all(parts)
+        assert all(len(part) == 1 or size([lengths[i] for i in part], padded) <= limit for part in parts)
+        if rows is not None or not padded:
+            assert [i for part in parts for i in part] == list(range(len(lengths)))
+        if rows is not None:  # of the dataset, in their order: a part never holds members of more
+            row_of = [i for i, count in enumerate(window.rows) for _ in range(count)]
+            assert all(len({row_of[i] // rows for i in part}) == 1 for part in parts)
+        if limit == qlora.NO_LIMIT:
+            assert len(parts) == (1 if rows is None else -(-len(window.rows) // rows))
+
+
+def test_micro_batches_by_example():
+    tokens = [torch.zeros(n) for n in (30, 10, 20, 40)]
+    cut = partial(qlora.micro_batches, qlora.Window(tokens, tokens, [1, 2, 1], [""] * 4))
+    assert cut(1, 1000, False) == [[0], [1, 2], [3]]  # rows of the dataset, of which the second is a pack
+    assert cut(2, 1000, True) == [[0, 1, 2], [3]]
+    assert cut(2, 50, False) == [[0, 1], [2], [3]]
+    assert cut(2, 5, False) == [[0], [1], [2], [3]]  # no row is cut
+    assert cut(None, 1000, False) == [[0, 1, 2, 3]]
+    assert cut(None, 60, False) == [[0, 1], [2], [3]]  # shares of a half, and a fiftieth
+    assert cut(None, 60, True) == [[3], [0, 2], [1]]  # the longest first, so that little is padded
+
+
+def test_a_window_is_cut_into_even_shares():
+    """One micro-batch nearly full and one nearly empty would take the time of two full ones."""
+    tokens = [torch.zeros(10)] * 24
+    window = qlora.Window(tokens, tokens, [1] * 24, [""] * 24)
+    assert [len(part) for part in qlora.micro_batches(window, None, 200, False)] == [12, 12]
+
+
+# ------------------------------------------------------------------------------------
+# Runs
+# ------------------------------------------------------------------------------------
+
+SLOW = {"padding_free": False, "fused_lora": False, "chunked_head": False, "recompute_layers": "none"}
+
+
+def losses(run, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in run.json("trainer_state.json")["log_history"] if name in entry]
+
+
+def adapter(run) -> dict[str, torch.Tensor]:
+    return load_file(run.output_dir / "adapter_model.safetensors")
+
+
+def assert_adapters_equal(run, expected, rtol: float, atol: float) -> None:
+    got = adapter(run)
+    for name, tensor in adapter(expected).items():
+        assert torch.allclose(got[name], tensor, rtol=rtol, atol=atol), name
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What qlora.assemble gave the runs of this test."""
+    made, assemble = [], qlora.assemble
+    monkeypatch.setattr(qlora, "assemble", lambda *args: made.append(assemble(*args)) or made[-1])
+    return made
+
+
+def test_fifty_steps_fast_and_slow_are_one_curve(run_qlora, tmp_path, trained, models):
+    """And the adapter of the fast run gives the same logits in plain peft."""
+    folder = models("llama_gqa")
+    flags = {"model_name_or_path": folder, "max_steps": 50, "save_steps": 50, "gradient_accumulation_steps": 2}
+    flags |= {"learning_rate": 1e-3, "max_grad_norm": 1.0, "do_eval": True}
+    with twins.counted() as calls:
+        fast = run_qlora(output_dir=tmp_path / "fast", auto_batch=True, **flags)
+    assert all(calls[name] >= 50 for name in (*twins.FUNCTIONS, "again", "end_to_end_attention"))
+    with twins.counted() as calls:
+        slow = run_qlora(output_dir=tmp_path / "slow", **flags, **SLOW)
+    assert calls == {"Recompute": 2, "again": 2}  # in the try before training
+    assert fast.code == slow.code == 0 and len(losses(fast)) == 50
+    assert losses(fast)[-1] < losses(fast)[0] - 1  # it learns
+    assert losses(fast) == pytest.approx(losses(slow), rel=1e-4)
+    assert losses(fast, "grad_norm") == pytest.approx(losses(slow, "grad_norm"), rel=1e-3)
+    assert losses(fast, "eval_loss") == pytest.approx(losses(slow, "eval_loss"), rel=1e-4)
+    assert fast.json("train_results.json")["train_tokens"] == slow.json("train_results.json")["train_tokens"]
+
+    ids = torch.tensor([[tiny.BOS, *b"Order 3: where is my coffee? It should be here by now."]])
+    ours, config = trained[0][0].eval(), twins.parse(folder)
+    base = qlora.load_model(config, qlora.load_model_config(config, str(folder)), str(folder))
+    with torch.no_grad(), twins.counted() as calls:
+        expected = ours(input_ids=ids).logits
+        before = base(input_ids=ids).logits
+        alone = PeftModel.from_pretrained(base, fast.output_dir).eval()(input_ids=ids).logits
+    assert calls == {"FusedLoRA": 4, "FusedMLP": 2} and (alone - before).abs().max() > 0.1
+    assert torch.allclose(alone, expected, rtol=1e-4, atol=1e-4)
+
+
+class Memory:
+    """In training, `fails(tokens of the micro-batch, number of the call)` is an out-of-memory error.
+
+    It comes after the forward pass, when random numbers are drawn and a tape is there. What lived in a pass that
+    failed must be gone when the next one begins, or there would be as little memory as before.
+    """
+
+    def __init__(self, monkeypatch):
+        self.plain, self.step = qlora.summed_loss, qlora.QLoRATrainer.training_step
+        self.training = False
+        self.set_up(lambda tokens, call: False)
+        monkeypatch.setattr(qlora, "summed_loss", self.summed_loss)
+        monkeypatch.setattr(qlora.QLoRATrainer, "training_step", lambda *args, **kwargs: self.watched(*args, **kwargs))
+
+    def set_up(self, fails) -> list[int]:
+        """Returns the list that fills with the tokens of the micro-batches."""
+        self.fails, self.seen, self.alive = fails, [], []
+        return self.seen
+
+    def watched(self, *args, **kwargs):
+        self.training = True
+        try:
+            return self.step(*args, **kwargs)
+        finally:
+            self.training = False
+
+    def summed_loss(self, model, fast, batch, smoothing=0.0):
+        if not self.training:
+            return self.plain(model, fast, batch, smoothing)
+        assert not [tensor for tensor in self.alive if tensor() is not None]
+        self.seen.append(batch["input_ids"].numel())
+        loss = self.plain(model, fast, batch, smoothing)
+        if self.fails(self.seen[-1], len(self.seen)):
+            activations = torch.zeros(8)
+            self.alive.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    return Memory(monkeypatch)
+
+
+SMALL = {"source_max_len": 16, "target_max_len": 16, "optim": "sgd", "learning_rate": 0.5, "max_steps": 3}
+SMALL |= {"per_device_train_batch_size": 4, "bits": 16, "lora_dropout": 0.1, "max_grad_norm": 1.0}
+
+
+def complaints(run) -> list[str]:
+    return [line for line in run.stderr.splitlines() if "memory ran out" in line]
+
+
+@pytest.mark.parametrize("auto_batch", [True, False])
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_out_of_memory_repeats_the_window_in_smaller_micro_batches(
+    run_qlora, tmp_path, monkeypatch, memory, padding_free, auto_batch
+):
+    """The run is the one that had small micro-batches from the start, dropout included."""
+    ends, make_room = [], qlora.QLoRATrainer._make_room
+    monkeypatch.setattr(
+        qlora.QLoRATrainer, "_make_room", lambda self, *args: [make_room(self, *args), ends.append(self.sizes)]
+    )
+    flags = {**SMALL, "padding_free": padding_free, "auto_batch": auto_batch}
+    seen = memory.set_up(lambda tokens, call: tokens > 70)
+    run = run_qlora(output_dir=tmp_path / "short", **flags)
+    assert run.code == 0 and seen[0] > 70 and max(seen[2:]) <= 70
+    lines = complaints(run)
+    assert len(lines) == len(ends) >= 1 and "step 1: " in lines[0] and str(ends[0]) in lines[0]
+
+    choose = qlora.choose_sizes
+    monkeypatch.setattr(qlora, "choose_sizes", lambda *args: (ends[-1], choose(*args)[1]))
+    memory.set_up(lambda tokens, call: False)
+    small = run_qlora(output_dir=tmp_path / "small", **flags)
+    assert not complaints(small)
+    assert losses(run) == pytest.approx(losses(small), rel=1e-6)
+    assert_adapters_equal(run, small, rtol=1e-6, atol=1e-7)
+
+
+def test_out_of_memory_in_a_later_micro_batch_takes_back_the_gradients_of_the_earlier(run_qlora, tmp_path, memory):
+    flags = {**SMALL, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "lora_dropout": 0.0}
+    expected = run_qlora(output_dir=tmp_path / "enough", **flags)
+    seen = memory.set_up(lambda tokens, call: call == 5)  # the second of the second step
+    run = run_qlora(output_dir=tmp_path / "short", **flags)
+    assert len(complaints(run)) == 1 and "step 2: " in complaints(run)[0]
+    assert len(seen) == 3 + 2 + 6 + 6  # of three windows of six rows
+    assert losses(run) == pytest.approx(losses(expected), rel=1e-6)
+    assert losses(run, "grad_norm") == pytest.approx(losses(expected, "grad_norm"), rel=1e-5)
+    assert_adapters_equal(run, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_out_of_memory_recomputes_more_layers_before_rows_are_parted(run_qlora, tmp_path, memory):
+    flags = {**SMALL, "recompute_layers": "none"}
+    expected = run_qlora(output_dir=tmp_path / "enough", **flags)
+    seen = memory.set_up(lambda tokens, call: call <= 2)
+    with twins.counted() as calls:
+        run = run_qlora(output_dir=tmp_path / "short", **flags)
+    assert ["0 of 2 layers" in complaints(run)[0], "1 of 2 layers" in complaints(run)[1]] == [True, True]
+    assert len(complaints(run)) == 2 and len(seen) == 2 + 3
+    assert calls["again"] == 2 + 2 * 3  # in the try before training and in three steps
+    assert losses(run) == pytest.approx(losses(expected), rel=1e-6)
+    assert_adapters_equal(run, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_out_of_memory_with_nothing_left_to_make_smaller_is_one_line(run_qlora, memory):
+    seen = memory.set_up(lambda tokens, call: True)
+    run = run_qlora(**SMALL)
+    lines = run.stderr.splitlines()
+    assert run.code == 2 and "Traceback" not in run.stderr
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert "memory" in lines[-1] and "--source_max_len" in lines[-1]
+    assert len(seen) > 2 and seen[-1] <= 32  # down to a single row
+    assert not (run.output_dir / "completed").exists()
+
+
+def test_noise_on_embeddings_depends_on_a_rows_own_length(run_qlora):
+    """NEFTune divides it by the root of the row's length: rows that lie end to end would be one long row."""
+    with twins.counted() as calls:
+        run = run_qlora(neftune_noise_alpha=5, max_steps=1)
+    assert run.code == 0 and "rows are padded: " in run.stderr and not calls["end_to_end_attention"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "off"),
+    [
+        ({"padding_free": False}, "end_to_end_attention"),
+        ({"attn_implementation": "eager"}, "end_to_end_attention"),
+        ({"fused_lora": False}, "FusedLoRA"),
+        ({"chunked_head": False}, "ChunkedCrossEntropy"),
+    ],
+)
+def test_each_part_has_its_switch(run_qlora, flags, off):
+    with twins.counted() as calls:
+        assert run_qlora(max_steps=1, **flags).code == 0
+    parts = {"end_to_end_attention", "FusedLoRA", "ChunkedCrossEntropy", "Recompute"}
+    assert not calls[off] and all(calls[name] for name in parts - {off})
