@@ -5148,7 +5148,6 @@ def run(config: Config, stop: Stop) -> int:
         folder = model_folder(config)
     model_config = load_model_config(config, folder)
     config = settle_objective(config, model_config)
-    costs = costs_from_config(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
     with args.main_process_first(desc="reading and encoding the dataset"):
         pairs = load_splits(config, tokenizer)
@@ -5172,6 +5171,7 @@ def run(config: Config, stop: Stop) -> int:
     special_ids_into_model(base, tokenizer)
     check_fit(base, statistics)
     rows = packed(splits.train, config) if config.data.packing and start.train else splits.train
+    costs = costs_from_config(config, model_config)
     model, fast, sizes, plan = assemble(base, costs, start, rows, tokenizer.pad_token_id, config)
     with mendable("flags", ConfigError, RuntimeError):
         trainer = build_trainer(

@@ -27,9 +27,15 @@ Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content":
 # ------------------------------------------------------------------------------------
 # Prompts: messages -> token ids. To add a form: one function, one row in FORMS.
 # ------------------------------------------------------------------------------------
+def input_ids(text: str, tokenizer: Any) -> list[int]:
+    """A text as `input` is trained: BOS and its tokens."""
+    row = {"segments": [qlora.pair(text, "")], "rendered": [False]}
+    return qlora.prompt_ids(row, tokenizer, qlora.Limits(source=sys.maxsize, target=0))[0]
+
+
 def plain_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
-    """The text as it stands, as `input` is trained: BOS and its tokens."""
-    return qlora.source_ids(["".join(message["content"] for message in messages)], tokenizer)[0]
+    """The text as it stands."""
+    return input_ids("".join(message["content"] for message in messages), tokenizer)
 
 
 GUANACO_SYSTEM = (
@@ -44,7 +50,7 @@ def guanaco_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     turns = [GUANACO_MARKS[message["role"]] + message["content"] for message in messages]
     if messages[0]["role"] == "system":
         turns[0] += " "
-    return qlora.source_ids(["".join(turns) + "### Assistant:"], tokenizer)[0]
+    return input_ids("".join(turns) + "### Assistant:", tokenizer)
 
 
 def template_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
