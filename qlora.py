@@ -32,6 +32,7 @@ import csv
 import dataclasses
 import difflib
 import errno
+import gc
 import gzip
 import hashlib
 import importlib
@@ -77,9 +78,19 @@ from accelerate.utils import gather_object
 from bitsandbytes.functional import dequantize_4bit
 from huggingface_hub import snapshot_download
 from jinja2 import TemplateError, TemplateSyntaxError
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    EvaConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    initialize_lora_eva_weights,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -282,7 +293,8 @@ class LoraArguments:
     lora_dtype: Literal["float32", "bfloat16"] = flag("float32", "Data type that the adapters are kept in.")
     use_dora: bool = flag(False, "Weight-decomposed adapters (DoRA).")
     use_rslora: bool = flag(False, "Scale by lora_alpha / sqrt(lora_r).")
-    init_lora_weights: str = flag("True", "How adapters start: True, gaussian, or a name that peft knows.")
+    init_lora_weights: str = flag("True", "How adapters start: True (B is zero), False, gaussian, eva; with bits 16 or "
+        "32 also orthogonal, pissa, pissa_niter_N, olora.")
     modules_to_save: str | None = flag(None, "Comma list of modules to train whole, e.g. embed_tokens,lm_head.")
     layers_to_freeze: int = flag(0, "Leave the first N layers alone: no adapters, no training.")
     layer_freeze_ratio: float = flag(0.0, "As layers_to_freeze, as a share of the layers, below 1.")
@@ -326,6 +338,12 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     save_steps: float = flag(250, "Steps between checkpoints, or below 1 a share of all.")
     save_total_limit: int | None = flag(40, "Checkpoints to keep.")
     overwrite_output_dir: bool = flag(False, "Start anew although output_dir holds a run; its checkpoints go.")
+    working_dir: str | None = flag(None, "Folder for all but the final weights, their tokenizer and card.")
+    final_output_dir: str | None = flag(None, "Folder for those; default: output_dir.")
+    merged_output_dir: str | None = flag(None, "Folder for the base with the adapter merged into it, in 16 bit.")
+    merge_base: Literal["original", "dequantized"] = flag("original", "Merge into the base as published, or into the "
+        "values that its quantised weights stand for.")
+    max_shard_size: str = flag("5GB", "Largest file of a merged or fully fine-tuned model.")
     adam8bit: bool = flag(False, "Short for --optim paged_adamw_8bit.")
     show_traceback: bool = flag(False, "Show an error's traceback; --debug without a value does the same.")
 
@@ -572,7 +590,10 @@ def parse_config(argv: Sequence[str]) -> Config:
         raise ConfigError("--warmup_ratio and --warmup_steps: give one of them")
     flags |= derived_defaults(flags, given)
     with mendable("flags"):
-        groups = parser.parse_dict(flags, allow_extra_keys=True)
+        work = {
+            "output_dir": flags["working_dir"] or flags["output_dir"]
+        }  # where the Trainer, and all but final_folder, is
+        groups = parser.parse_dict(flags | work, allow_extra_keys=True)
     config = Config(*groups, flags, given)  # type: ignore[call-arg]
     check_config(config)
     return config
@@ -619,6 +640,11 @@ def check_config(config: Config) -> None:
     idle = ", ".join(f"--{name}" for name in sorted(given & CAUSAL_FLAGS) if config.flags[name] is not False)
     best = ("loss", "perplexity", *(() if causal else ("masked_accuracy",)))
     own_format = OWN_FORMAT.fullmatch(data.dataset_format or "")
+    merged, final, start = (
+        train.merged_output_dir,
+        final_folder(config),
+        lora_start_problem(lora.init_lora_weights, quant.bits < 16),
+    )
     at_least_one = (
         "max_train_samples", "max_eval_samples", "source_max_len", "target_max_len", "model_max_len",
         "max_mmlu_samples", "mmlu_source_max_len", "max_new_tokens", "per_device_train_batch_size",
@@ -626,9 +652,16 @@ def check_config(config: Config) -> None:
     )  # fmt: skip
     # fmt: off
     rules: list[tuple[bool, str]] = [
-        (not (train.do_train or train.do_eval or train.do_predict),
-         "nothing to do: --do_train, --do_eval, --do_predict are off"),
-        (full and quant.bits < 16, f"--full_finetune trains the weights: --bits {quant.bits} can't, give 16 or 32"),
+        (not (train.do_train or train.do_eval or train.do_predict or merged),
+         "nothing to do: --do_train, --do_eval, --do_predict are off, and there is no --merged_output_dir"),
+        (bool(merged) and full, "--merged_output_dir: --full_finetune leaves a whole model, there is nothing to merge"),
+        ("merge_base" in given and not merged, "--merge_base needs --merged_output_dir"),
+        (bool(merged) and Path(merged or "").resolve() in {p.resolve() for p in (Path(train.output_dir), final)},
+         f"--merged_output_dir {merged}: the run's own folder, name another"),
+        (re.fullmatch(r"[1-9]\d*[KMGT]B", train.max_shard_size) is None,
+         f"--max_shard_size {train.max_shard_size}: expected a whole number and KB, MB, GB or TB, as in 5GB"),
+        (full and quant.bits < 16,
+         f"--full_finetune: weights rounded to --bits {quant.bits} take no small steps of training, give 16 or 32"),
         (full and model.adapter_name_or_path is not None, "--full_finetune: drop --adapter_name_or_path"),
         (train.adam8bit and "optim" in given, "--adam8bit and --optim: give one of them"),
         (causal and train.do_predict and not train.predict_with_generate,
@@ -658,8 +691,9 @@ def check_config(config: Config) -> None:
         (train.plan_gpu is not None and not train.plan, "--plan_gpu names the GPU of a plan: add --plan"),
         (lora.layers_to_freeze < 0, f"--layers_to_freeze {lora.layers_to_freeze}: expected 0 or more"),
         (not 0 <= freeze < 1, f"--layer_freeze_ratio {freeze:g}: expected from 0 up to below 1"),
-        (lora.init_lora_weights.lower() in ("eva", "loftq", "corda"),
-         f"--init_lora_weights {lora.init_lora_weights} is not supported: try gaussian or pissa"),
+        (start is not None, f"--init_lora_weights {lora.init_lora_weights}: {start}"),
+        (lora.init_lora_weights.lower() == "orthogonal" and lora.lora_r % 2 == 1,
+         f"--init_lora_weights orthogonal: --lora_r {lora.lora_r} is odd, it must be even"),
         (train.max_steps == 0, "--max_steps 0: expected a number of steps, or -1 and --num_train_epochs"),
         (not 0 <= train.seed < 2**32, f"--seed {train.seed}: expected from 0 up to 2**32 - 1"),
         (not 0 <= train.label_smoothing_factor < 1,
@@ -702,6 +736,34 @@ def check_config(config: Config) -> None:
         if broken:
             raise ConfigError(message)
     rope_parameters(model.rope_scaling)
+
+
+# How adapters may start, and why some can't on quantised weights. What peft knows besides is refused for its reason.
+_ROUNDED_TWICE = (
+    "it takes a part out of the weights, and rounding the rest again would leave an adapter for another base"
+)
+LORA_STARTS = dict.fromkeys(("true", "false", "gaussian", "eva"), "") | {
+    "orthogonal": "peft draws it in the data type of the weights",
+    **dict.fromkeys(("pissa", r"pissa_niter_\d+", "olora"), _ROUNDED_TWICE),
+}
+REFUSED_LORA_STARTS = {
+    "loftq": "its adapters make up for the rounding of 4-bit weights and would be wrong on the base as published",
+    "corda": "it needs statistics of the data from the full-precision base first",
+    "lora_ga": "it needs gradients of the full-precision base first",
+}
+
+
+def lora_start_problem(name: str, quantised: bool) -> str | None:
+    """Why adapters can't start in a way, or None."""
+    why = next((why for pattern, why in LORA_STARTS.items() if re.fullmatch(pattern, name.lower())), None)
+    if why is None:
+        return REFUSED_LORA_STARTS.get(name.lower(), f"expected one of {', '.join(LORA_STARTS)}")
+    return f"not on quantised weights, give --bits 16 or 32: {why}" if why and quantised else None
+
+
+def final_folder(config: Config) -> Path:
+    """Where the final adapter or model goes, with its tokenizer and card; all else goes to training.output_dir."""
+    return Path(config.flags["final_output_dir"] or config.flags["output_dir"])
 
 
 def rope_parameters(text: str | None) -> dict[str, Any] | None:
@@ -1382,9 +1444,15 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     if evaluating and splits.eval is None and splits.train is not None:
         splits = split_off(splits.train, config)
     return Splits(
-        first_rows(splits.train, config.data.max_train_samples) if config.training.do_train else None,
+        first_rows(splits.train, config.data.max_train_samples) if needs_train_rows(config) else None,
         first_rows(splits.eval, config.data.max_eval_samples),
     )
+
+
+def needs_train_rows(config: Config) -> bool:
+    """To train, or to compare a merged model on where no rows are held out."""
+    args = config.training
+    return args.do_train or (args.merged_output_dir is not None and not (args.do_eval or args.do_predict))
 
 
 def joined(parts: list[Any]) -> Any | None:
@@ -1800,8 +1868,10 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.packs)
 
     def __getitem__(self, key: Any) -> Any:
-        """One pack; by `length`, the tokens of every one."""
-        return self.lengths if key == "length" else {"pack": [self.rows[i] for i in self.packs[key]]}
+        """One pack; by name a column of the rows, but by `length` the tokens of every pack."""
+        if isinstance(key, str):
+            return self.lengths if key == "length" else self.rows[key]
+        return {"pack": [self.rows[i] for i in self.packs[key]]}
 
 
 def packed(rows: Any, config: Config) -> PackedRows:
@@ -2049,6 +2119,11 @@ def device_map(config: Config) -> Any:
     return "auto"
 
 
+def is_prequantised(model_config: PretrainedConfig) -> bool:
+    """Whether the checkpoint itself is quantised."""
+    return getattr(model_config, "quantization_config", None) is not None
+
+
 def quantisation_config(config: Config, whole: list[str] | None = None) -> Any | None:
     """What bitsandbytes is told. For bits 4 and 8 only: with both switches off it quantises to 4 bit all the same.
 
@@ -2088,6 +2163,9 @@ def load_whole(name: str, folder: str | Path, auto_model: Any = AutoModelForCaus
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(f"--model_name_or_path {name}: {len(missing)} weights are not in it, first {missing[0]}")
+    own = getattr(model, "generation_config", None)
+    if own is not None and not own.do_sample and any(getattr(own, name, None) for name in ("temperature", "top_p")):
+        own.do_sample = True  # as published LLaMA-2 has it: values without their switch, which can't be saved today
     return model
 
 
@@ -2112,10 +2190,7 @@ def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
         if isinstance(model.config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
         # transformers refuses to save what came from a gguf file unless it forgets that
-        model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer = None
-        for name in ("is_quantized", "quantization_method"):
-            model.__dict__.pop(name, None)
+        model.hf_quantizer.remove_quantization_config(model)
         model.to(torch.bfloat16)
         model.config.dtype = torch.bfloat16
         part = Path(scratch) / "model"
@@ -2236,19 +2311,27 @@ QUIRKS = (
 )
 
 
+def load_base(config: Config, model_config: PretrainedConfig, folder: str, **options: Any) -> Any:
+    """The base model as these options have it."""
+    for quirk in (quirk for quirk in QUIRKS if quirk.applies(model_config)):
+        quirk.mend()
+    shared = {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
+    options = {name: value for name, value in (shared | options).items() if value is not None}
+    return load_whole(config.model.model_name_or_path, folder, OBJECTIVES[config.masked].auto_model, **options)
+
+
 def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
-    """The base model, quantised and placed."""
+    """The base model to train or use, quantised and placed."""
     options: dict[str, Any] = {
-        "config": model_config,
         "dtype": load_dtype(config),
         "device_map": device_map(config),
-        "trust_remote_code": config.model.trust_remote_code,
         "attn_implementation": attention_kernel(config),
-        **hub_options(config),
     }
-    prequantised = getattr(model_config, "quantization_config", None) is not None
-    if prequantised and config.quant.full_finetune:
-        raise ConfigError(f"--full_finetune: the weights of {config.model.model_name_or_path} are quantised already")
+    prequantised = is_prequantised(model_config)
+    init = config.lora.init_lora_weights
+    if prequantised and (config.quant.full_finetune or lora_start_problem(init, quantised=True)):
+        what = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {init}"
+        raise ConfigError(f"{what}: the weights of {config.model.model_name_or_path} are quantised already")
     if prequantised:
         log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
     else:
@@ -2256,10 +2339,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
     if options["device_map"] == "auto":
         limit = f"{config.quant.max_memory_MB}MB"
         options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), limit)
-    options = {name: value for name, value in options.items() if value is not None}
-    for quirk in (quirk for quirk in QUIRKS if quirk.applies(model_config)):
-        quirk.mend()
-    model = load_whole(config.model.model_name_or_path, folder, OBJECTIVES[config.masked].auto_model, **options)
+    model = load_base(config, model_config, folder, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # or the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with others
@@ -2270,9 +2350,6 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
     # keeps the Trainer from wrapping the one model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
-    own = getattr(model, "generation_config", None)
-    if own is not None and not own.do_sample and any(getattr(own, name, None) for name in ("temperature", "top_p")):
-        own.do_sample = True  # as published LLaMA-2 has it: values without their switch, which can't be saved today
     model.config.use_cache = False  # of no use in training; generation turns it on
     return model
 
@@ -2358,7 +2435,7 @@ def whole_modules(model: PreTrainedModel, names: str | None) -> list[str] | None
 def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> Any:
     """The flags as peft's configuration."""
     booleans = {"true": True, "false": False}
-    init: Any = booleans.get(lora.init_lora_weights.lower(), lora.init_lora_weights)
+    init: Any = booleans.get(lora.init_lora_weights.lower(), lora.init_lora_weights.lower())
     alpha = int(lora.lora_alpha) if lora.lora_alpha == int(lora.lora_alpha) else lora.lora_alpha
     return LoraConfig(
         r=lora.lora_r,
@@ -2369,6 +2446,8 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         init_lora_weights=init,
+        # the same rank everywhere: EVA's own choice of ranks would change with the batches it happened to see
+        eva_config=EvaConfig(rho=1.0) if init == "eva" else None,
         modules_to_save=whole_modules(model, lora.modules_to_save),
         task_type=OBJECTIVES[masked].task_type,
     )
@@ -2388,7 +2467,60 @@ def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None)
     for name, parameter in adapted.named_parameters() if not upcast else ():
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
+    if adapter is None and takes_from_base(adapted.peft_config["default"].init_lora_weights):
+        # what peft took out of the base's weights; see fit_to_base
+        adapted.lora_start = {name: p.detach().cpu().clone() for name, p in get_peft_model_state_dict(adapted).items()}
     return adapted
+
+
+def takes_from_base(start: Any) -> bool:
+    """Whether adapters that start so change the base: W becomes W - s B A."""
+    return isinstance(start, str) and start.startswith(("pissa", "olora", "corda"))
+
+
+def fit_to_base(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
+    """Turn a saved adapter on a base changed by its start, B' A', into one on the base as published.
+
+    (W - s B' A') + s B A = W + s [B, -B'] [A; A']: twice the rank, at the same scale s.
+    """
+    file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    weights, config = load_file(file), read_json(config_file)
+    for name in (name for name in weights if ".lora_A." in name or ".lora_B." in name):
+        b = ".lora_B." in name
+        first = start[name].to(weights[name].dtype)
+        weights[name] = torch.cat([weights[name], -first if b else first], dim=int(b))
+    save_file(weights, file, metadata={"format": "pt"})
+    alpha = config["lora_alpha"] * (math.sqrt(2) if config["use_rslora"] else 2)
+    changed = {"r": 2 * config["r"], "lora_alpha": alpha, "init_lora_weights": True}
+    config_file.write_text(json.dumps(config | changed, indent=2), encoding="utf-8")
+
+
+@dataclass
+class EvaBatches:
+    """For EVA's running decomposition of the layers' inputs: batches of several times as many tokens as its rank."""
+
+    rows: list[list[int]]
+    pad_id: int
+    rank: int
+
+    def __len__(self) -> int:
+        return 1000  # after which it is not going to settle; peft would go on for ever
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        source = itertools.cycle(self.rows)
+        for _ in range(len(self)):
+            batch = [next(source)]
+            while sum(map(len, batch)) < 8 * self.rank:
+                batch.append(next(source))
+            yield padded_prompts(batch, self.pad_id, "right")
+        raise ConfigError(f"--init_lora_weights eva: not settled after {len(self)} batches; lower --lora_r")
+
+
+def start_from_inputs(model: Any, rows: Any, pad_id: int, config: Config) -> None:
+    """EVA (https://arxiv.org/abs/2410.07170): A starts as the main directions of each layer's inputs."""
+    batches: Any = EvaBatches(rows["input_ids"], pad_id, config.lora.lora_r)
+    with mendable("--init_lora_weights eva", ConfigError, RuntimeError):
+        initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
 
 
 def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
@@ -3548,7 +3680,7 @@ def choose_sizes(
 ) -> tuple[Sizes, Plan | None]:
     """Micro-batches and recomputed layers for the memory that is free, and the plan, to compare with what comes."""
     train, layers = config.training, len(decoder_layers(base)) or costs.layers
-    if rows is None or not torch.cuda.is_available() or train.use_cpu or is_sharded(config):
+    if not train.do_train or rows is None or not torch.cuda.is_available() or train.use_cpu or is_sharded(config):
         wanted = wanted_recompute(config, layers)
         at_once = None if train.auto_batch else train.per_device_train_batch_size
         sizes = Sizes(at_once, 4096 if train.auto_batch else NO_LIMIT, layers if wanted is None else wanted)
@@ -3689,7 +3821,7 @@ def find_start(config: Config) -> Start:
     Raises:
         ConfigError: --resume_from_checkpoint names nothing whole; more steps are asked of a run without checkpoints.
     """
-    train, output = config.training, Path(config.training.output_dir)
+    train, output, final = config.training, Path(config.training.output_dir), final_folder(config)
     given, full = config.model.adapter_name_or_path, config.quant.full_finetune
     picked = train.resume_from_checkpoint
     if picked and str(picked).lower() not in ("true", "false"):
@@ -3701,18 +3833,19 @@ def find_start(config: Config) -> Start:
         last = None if train.overwrite_output_dir else find_last_checkpoint(output)
     completed = read_completed(output)
     if not train.do_train:
-        places = (output if completed is not None else None, last, output)  # the newest weights first
+        places = (final if completed is not None else None, last, final)  # the newest weights first
         place = None if given else next((place for place in places if place and has_weights(place, full)), None)
-        return Start(False, weights=str(adapter_folder(place) or place) if place else given, found=place)
-    if completed is not None and not train.overwrite_output_dir and has_weights(output, full):
+        weights = str(adapter_folder(place) or place) if place else given
+        return Start(False, weights=weights, found=output if place == final else place)
+    if completed is not None and not train.overwrite_output_dir and has_weights(final, full):
         if not asks_for_more(config, completed):
             steps = completed.get("step", "?")
             note = f"{output} holds a completed run of {steps} steps: it is used, not trained again"
-            return Start(False, weights=str(adapter_folder(output) or output), found=output, note=note)
+            return Start(False, weights=str(adapter_folder(final) or final), found=output, note=note)
         if last is None:
             raise ConfigError(
                 f"{output} holds a completed run but no checkpoint to go on from; begin another from its adapter with "
-                f"--adapter_name_or_path {output} and another --output_dir"
+                f"--adapter_name_or_path {final} and another --output_dir"
             )
     if last is not None and not (last / "optimizer.pt").is_file() and not any(last.glob("global_step*")):
         log.warning("%s holds no optimizer state: the resumed run will differ from an uninterrupted one", last)
@@ -3778,18 +3911,17 @@ RUN_FILES = (
 )  # fmt: skip
 
 
-def clear_output(output: Path, everything: bool, resumed: Path | None) -> None:
+def clear_output(output: Path, final: Path, everything: bool, resumed: Path | None) -> None:
     """Before training: away with `completed` and half written folders and, to start anew, with all that a run left.
 
     Checkpoints newer than the one that --resume_from_checkpoint picked belong to a branch that is left: they are set
     aside under another name, or the next rerun would take them up.
     """
-    for file in itertools.chain.from_iterable(
-        output.glob(name) for name in (RUN_FILES if everything else (COMPLETED,))
-    ):
-        file.unlink()
-    for folder in output.glob(f"{STAGING}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for place in {output, final}:
+        for file in itertools.chain.from_iterable(map(place.glob, RUN_FILES if everything else (COMPLETED,))):
+            file.unlink()
+        for folder in place.glob(f"{STAGING}*"):
+            shutil.rmtree(folder, ignore_errors=True)
     for folder in checkpoints_in(output):
         if everything:
             shutil.rmtree(folder)
@@ -4510,7 +4642,7 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
     """Train, save what was trained, mark the run completed. After a signal only the checkpoint is there."""
     output = Path(config.training.output_dir)
     if trainer.args.should_save:
-        clear_output(output, config.training.overwrite_output_dir, start.checkpoint)
+        clear_output(output, final_folder(config), config.training.overwrite_output_dir, start.checkpoint)
     state = read_json(start.checkpoint / "trainer_state.json") if start.checkpoint else {"global_step": 0}
     metrics: dict[str, Any] = {}
     if start.checkpoint and not asks_for_more(config, {"step": state["global_step"], "epoch": state["epoch"]}):
@@ -4523,7 +4655,7 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
             trainer.log_metrics("train", metrics)
             trainer.save_metrics("train", metrics)
         trainer.save_state()
-        save_final(trainer, output, config)
+        save_final(trainer, final_folder(config), config)
     return metrics
 
 
@@ -4549,22 +4681,30 @@ def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: i
     }
 
 
-def save_final(trainer: QLoRATrainer, output: Path, config: Config) -> None:
+def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     """The adapter (or, after a full fine-tune, the model) and its tokenizer, each file whole; then `completed`."""
     model, tokenizer, *_ = trainer.runtime()
     if trainer.args.should_save:
-        aside = output / f"{STAGING}final"
-        with mendable(f"{output}: the trained weights are not saved", TrainingError):
-            model.save_pretrained(aside)
+        output, aside = Path(config.training.output_dir), final / f"{STAGING}final"
+        with mendable(f"{final}: the trained weights are not saved", TrainingError):
+            model.config.use_cache = True  # for whoever loads it: load_model turned it off
+            model.save_pretrained(aside, max_shard_size=config.training.max_shard_size)
+            model.config.use_cache = False
             tokenizer.save_pretrained(aside)
+            if getattr(model, "lora_start", None):
+                fit_to_base(aside, model.lora_start)
         name_base(aside, config.model.model_name_or_path)
-        for path in sorted(aside.iterdir()):
-            flush(path)
-            path.replace(output / path.name)
+        written = {path.name for path in aside.iterdir()}
+        for name in sorted(written):
+            flush(aside / name)
+            (aside / name).replace(final / name)
         aside.rmdir()
+        for stale in {*final.glob("model*.safetensors"), *final.glob("model.safetensors.index.json")}:
+            if stale.name not in written:  # of an earlier save in other shards, which would be loaded instead
+                stale.unlink()
         state = {"step": trainer.state.global_step, "epoch": trainer.state.epoch, "run": trainer.run}
         write_loss_chart(output / "loss.png", trainer.state.log_history)
-        write_file(output / "README.md", model_card(trainer, config))
+        write_file(final / "README.md", model_card(trainer, config))
         write_file(output / COMPLETED, json.dumps(state, indent=1))
     trainer.accelerator.wait_for_everyone()
 
@@ -4594,6 +4734,188 @@ def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]
     trainer.log_metrics("predict", metrics)
     trainer.save_metrics("predict", metrics)
     return metrics
+
+
+def check_merge(start: Start, config: Config) -> None:
+    """Before anything is trained: can a merged model be written, and is there something to merge?"""
+    if config.training.merged_output_dir is None:
+        return
+    target = Path(config.training.merged_output_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"--merged_output_dir {target}: is there already and not empty; name another, or remove it")
+    if not start.train and start.weights is None:
+        raise ConfigError(f"--merged_output_dir {target}: no adapter to merge: nothing was trained in --output_dir")
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+
+def load_merge_base(config: Config, folder: str) -> Any:
+    """The base in 16 bit on the CPU: as published, or with the values that its quantised weights stand for."""
+    model_config = load_model_config(config, folder)
+    own = model_config.dtype if model_config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    options: dict[str, Any] = {"dtype": own, "device_map": {"": "cpu"}}
+    quantised = is_prequantised(model_config)
+    if quantised:
+        log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
+    elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
+        options |= {"dtype": load_dtype(config), "quantization_config": quantisation_config(config)}
+        quantised = True
+    model = load_base(config, model_config, folder, **options)
+    if quantised:
+        with mendable(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
+            model = model.dequantize(dtype=own)
+        model._weight_conversions = None  # or saving would try to quantise again
+    return computing_in_float32(cast(model, own))
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """The parameters in another dtype; not the buffers, whose rotary frequencies must stay float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def _widen(module: torch.nn.Module, inputs: Any) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.kept, parameter.data = parameter.data, parameter.data.float()  # type: ignore[attr-defined]
+
+
+def _narrow(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.kept  # type: ignore[attr-defined]
+        del parameter.kept  # type: ignore[attr-defined]
+
+
+def computing_in_float32(model: Any) -> Any:
+    """The model, which now widens one module's weights at a time: exact sums, in the memory of 16 bit."""
+    for module in model.modules():
+        module.register_forward_pre_hook(_widen)
+        module.register_forward_hook(_narrow)
+    return model
+
+
+@torch.no_grad()
+def logits_on(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Of every token that is not padding: (tokens, vocabulary)."""
+    return model(**batch).logits[batch["attention_mask"].bool()]
+
+
+MERGE_ROWS, MERGE_TOKENS = 4, 64  # of the dataset, on which a merged model is compared
+
+
+def merge(adapter: str, splits: Splits, tokenizer: Any, folder: str, config: Config) -> dict[str, Any]:
+    """Base and adapter as one model in 16 bit, written aside, loaded again, compared, and only then named.
+
+    Raises:
+        QLoRAError: the merged model answers as the base does, or otherwise than base and adapter.
+    """
+    if config.training.merged_output_dir is None or config.training.process_index != 0:
+        return {}
+    target = Path(config.training.merged_output_dir)
+    aside = target.with_name(f".merging-{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    rows = splits.eval if splits.eval is not None else splits.train
+    assert rows is not None
+    cut = [ids[:MERGE_TOKENS] for ids in rows[:MERGE_ROWS]["input_ids"]]
+    sample = padded_prompts(cut, tokenizer.pad_token_id, "right")
+    gc.collect()  # what was trained in this process refers to itself in circles
+    log.info("merging %s into %s", adapter, target)
+    try:
+        with mendable(f"--merged_output_dir {target}", TrainingError):
+            before = write_merged(adapter, aside, tokenizer, sample, folder, config)
+            model = load_whole(
+                str(aside), aside, OBJECTIVES[config.masked].auto_model,
+                trust_remote_code=config.model.trust_remote_code,
+            )  # fmt: skip
+        metrics = compare_merged(computing_in_float32(model), before, sample, target)
+        del model
+        for path in [*aside.iterdir(), aside]:
+            flush(path)
+        if target.exists():
+            target.rmdir()  # empty, as check_merge saw
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return metrics
+
+
+class Before(NamedTuple):
+    """What a merged model is compared with."""
+
+    adapted: torch.Tensor  # logits of base with adapter
+    plain: torch.Tensor  # logits of the base
+    lost: float  # the share of the adapter that 16 bit can't hold
+
+
+def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
+    """Merge every layer in float32 and round it once. Returns the share of the change that this rounds away."""
+    wanted = kept = 0.0
+    for layer in peft_model.modules():
+        if isinstance(layer, LoraLayer):
+            weight: Any = layer.get_base_layer().weight
+            weight.data = weight.data.float()
+            before = weight.data.clone()
+            layer.merge()  # type: ignore[operator]
+            change, weight.data = weight.data - before, weight.data.to(dtype)
+            wanted += change.square().sum().item()
+            kept += (change * (weight.data.float() - before)).sum().item()
+    return 1 - kept / wanted if wanted else 0.0
+
+
+def write_merged(
+    adapter: str, aside: Path, tokenizer: Any, sample: Mapping[str, torch.Tensor], folder: str, config: Config
+) -> Before:
+    """Write a merged model."""
+    model: Any = load_merge_base(config, folder)
+    embedding, dtype = model.get_input_embeddings().num_embeddings, model.dtype
+    plain = logits_on(model, sample)
+    with mendable(f"adapter {adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
+        peft_model = PeftModel.from_pretrained(model, adapter)
+    start = getattr(peft_model.peft_config["default"], "init_lora_weights", None)
+    if takes_from_base(start):
+        raise ConfigError(f"{adapter} fits a base changed by {start}: finish its training, whose result fits any base")
+    adapted = logits_on(peft_model, sample)
+    lost = merge_layers(peft_model, dtype)
+    model = cast(peft_model.merge_and_unload(), dtype)  # the layers are, what was trained whole is not
+    special_ids_into_model(model, tokenizer)
+    model.save_pretrained(aside, max_shard_size=config.training.max_shard_size)
+    tokenizer.save_pretrained(aside)
+    if (Path(folder) / "tokenizer.model").is_file():  # which llama.cpp's converter prefers
+        shutil.copyfile(Path(folder) / "tokenizer.model", aside / "tokenizer.model")
+    if len(tokenizer) > embedding:
+        log.warning(
+            "the tokenizer has %d tokens, the model %d: llama.cpp will not convert it", len(tokenizer), embedding
+        )
+    return Before(adapted, plain, lost)
+
+
+def compare_merged(model: Any, before: Before, sample: Any, target: Path) -> dict[str, float]:
+    """Compare a merged model's logits with those of base and adapter.
+
+    They may differ as much as they do when every weight of the merged model moves by a unit in its last place, which is
+    tried out (the model is of no use afterwards), and twice the share of the adapter's effect that was rounded away.
+    """
+    merged = logits_on(model, sample)
+    generator = torch.Generator().manual_seed(0)
+    for weight in (p.data for p in model.parameters() if p.dim() == 2):
+        signs = [torch.randint(2, (n, 1), generator=generator).mul_(2).sub_(1).to(weight.dtype) for n in weight.shape]
+        weight.addcmul_(weight, signs[0] @ signs[1].T, value=torch.finfo(weight.dtype).eps)
+    differences = merged - before.adapted, before.plain - before.adapted, merged - logits_on(model, sample)
+    found, effect, moved = (x.norm().item() / math.sqrt(x.numel()) for x in differences)
+    largest, furthest, _ = (x.abs().max().item() for x in differences)
+    allowed = moved + 2 * before.lost * effect
+    log.info("merged: its logits differ from those of base + adapter by at most %.3g", largest)
+    log.info("the adapter moves them by up to %.3g", furthest)
+    if before.lost > 0.05:
+        log.warning("%.0f %% of the adapter's change is too small for a 16-bit weight and is lost", 100 * before.lost)
+    if torch.equal(merged, before.plain):
+        raise QLoRAError(f"{target}: not written, the merge changed nothing: the adapter is zero, or lost in 16 bit")
+    if not found <= allowed:
+        raise QLoRAError(
+            f"{target}: not written, the merged model's logits differ from those of base + adapter by {found:.3g} "
+            f"(root mean square), of which rounding explains {allowed:.3g}"
+        )
+    return {"merge_largest_difference": largest, "merge_difference": found, "merge_rounding": allowed}
 
 
 def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
@@ -4629,6 +4951,7 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     flags = shown_flags(config)
     settings = "\n".join(f"| {name} | `{flags[name]}` |" for name in sorted(config.given))
     base = config.model.model_name_or_path
+    beside = "" if Path(config.training.output_dir) == final_folder(config) else f"{config.training.output_dir}/"
     kind, library = ("full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {library}\n"
@@ -4637,8 +4960,8 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
         f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
         f"dataset `{config.data.dataset}`.\n\n"
         f"## Settings given\n\n| flag | value |\n|---|---|\n{settings}\n\n"
-        f"All flags, resolved, and library versions are in `run.json`.\n\n"
-        f"## Losses\n\n| step | training loss | evaluation loss |\n|---|---|---|\n{rows}\n\n![loss](loss.png)\n"
+        f"All flags, resolved, and library versions are in `{beside}run.json`.\n\n"
+        f"## Losses\n\n| step | training loss | evaluation loss |\n|---|---|---|\n{rows}\n\n![loss]({beside}loss.png)\n"
     )
 
 
@@ -4773,7 +5096,7 @@ def check_fit(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
 def use(trainer: QLoRATrainer, start: Start, pairs: Splits, config: Config) -> dict[str, Any]:
     """Evaluate and predict with what was trained or found."""
     metrics: dict[str, Any] = {}
-    output = config.training.output_dir
+    output = final_folder(config)
     if config.training.do_eval:
         metrics |= evaluate(trainer)
     if config.training.do_predict:
@@ -4786,11 +5109,13 @@ def use(trainer: QLoRATrainer, start: Start, pairs: Splits, config: Config) -> d
 
 
 def assemble(
-    base: Any, costs: Costs, weights: str | None, rows: Any | None, config: Config
+    base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: int, config: Config
 ) -> tuple[Any, FastPath, Sizes, Plan | None]:
     """A loaded base -> what trains, on the fast path, its steps cut to the memory there is."""
     apply_liger(base, config)
-    model = make_trainable(base, config, weights)
+    model = make_trainable(base, config, start.weights)
+    if config.lora.init_lora_weights.lower() == "eva" and start == Start(train=True) and not config.quant.full_finetune:
+        start_from_inputs(model, rows, pad_id, config)
     for line in parameter_report(model):
         log.info("%s", line)
     fast = speed_up(model, base, config)
@@ -4817,6 +5142,7 @@ def run(config: Config, stop: Stop) -> int:
     start = find_start(config)
     if start.note:
         log.info("%s", start.note)
+    check_merge(start, config)
 
     with args.main_process_first(desc="converting the model"):
         folder = model_folder(config)
@@ -4831,23 +5157,26 @@ def run(config: Config, stop: Stop) -> int:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
     statistics = {name: token_statistics(part) for name, part in splits._asdict().items() if part is not None}
-    if config.data.packing and splits.train is not None:
-        splits = splits._replace(train=packed(splits.train, config))
     this_run = identity(config, statistics.get("train") if args.do_train else None)
     if start.found:
         check_identity(start.found, this_run, args.do_train)
 
     output.mkdir(parents=True, exist_ok=True)  # a folder that can't be written shows before the model is loaded
+    final_folder(config).mkdir(parents=True, exist_ok=True)
     derived = derived_settings(config, start, tokenizer, splits)
     log_block("This run", derived)
-    if config.quant.full_finetune and start.weights:
-        folder = start.weights
-    base = load_model(config, model_config, folder)
+    if not (start.train or args.do_eval or args.do_predict):
+        finish(config, merge(str(start.weights), splits, tokenizer, folder, config), time.perf_counter() - began)
+        return 0
+    base = load_model(config, model_config, start.weights or folder if config.quant.full_finetune else folder)
     special_ids_into_model(base, tokenizer)
     check_fit(base, statistics)
-    model, fast, sizes, plan = assemble(base, costs, start.weights, splits.train if start.train else None, config)
+    rows = packed(splits.train, config) if config.data.packing and start.train else splits.train
+    model, fast, sizes, plan = assemble(base, costs, start, rows, tokenizer.pad_token_id, config)
     with mendable("flags", ConfigError, RuntimeError):
-        trainer = build_trainer(model, fast, sizes, tokenizer, splits, questions, this_run, stop, config)
+        trainer = build_trainer(
+            model, fast, sizes, tokenizer, splits._replace(train=rows), questions, this_run, stop, config
+        )
         if start.train and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those make their own
             trainer.create_optimizer_and_scheduler(num_training_steps=max(args.max_steps, 1))  # a try of their flags
 
@@ -4864,6 +5193,9 @@ def run(config: Config, stop: Stop) -> int:
             log.warning("stopped by %s at step %d, saved; the same command goes on from there", name, step)
             return 128 + stop.signal
     metrics |= use(trainer, start, pairs, config)
+    del model, trainer  # memory for a merged model
+    weights = final_folder(config) if start.train else start.weights
+    metrics |= merge(str(weights), splits, tokenizer, folder, config)
     finish(config, metrics, time.perf_counter() - began)
     return 0
 
@@ -4879,7 +5211,8 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
              "eval_masked_accuracy", "predict_masked_accuracy")  # fmt: skip
     lines = {name.replace("_", " "): metrics[name] for name in shown if name in metrics}
     lines |= {name: value for name, value in metrics.items() if re.fullmatch(r"mmlu_\w+_accuracy|mmlu_loss", name)}
-    log_block("Done", lines | {"seconds": round(seconds), "files": config.training.output_dir})
+    files = {str(final_folder(config)): 1, config.training.output_dir: 1, config.training.merged_output_dir: 1}
+    log_block("Done", lines | {"seconds": round(seconds), "files": ", ".join(filter(None, files))})
 
 
 DISK_ERRORS = {"ENOENT", "ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "ENAMETOOLONG"}
@@ -4905,7 +5238,10 @@ def exit_status(error: BaseException) -> tuple[int, str] | None:
 
 
 # Of one library about another's code: nothing that a user could do about it.
-QUIET_WARNING = ".*(gradient_checkpointing|is_gradient_checkpointing).* is deprecated"
+QUIET_WARNING = (
+    ".*(gradient_checkpointing|is_gradient_checkpointing).* is deprecated|All adapters are already merged|"
+    "Model has `tie_word_embeddings=True` and a tied|Input and output embeddings are no longer tied after merging"
+)
 
 
 def set_up_logging() -> None:

@@ -96,7 +96,7 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
     tokenizer = qlora.load_tokenizer(config, model_config, model)
     base = qlora.load_model(config, model_config, model)
     costs = qlora.costs_from_config(config, model_config)
-    trained, fast, sizes, plan = qlora.assemble(base, costs, None, data, config)
+    trained, fast, sizes, plan = qlora.assemble(base, costs, qlora.Start(True), data, 0, config)
     trainer = qlora.build_trainer(
         trained, fast, sizes, tokenizer, qlora.Splits(data, None), None, {}, qlora.Stop(), config
     )

@@ -98,7 +98,7 @@ def train(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     base = random_base(model_config, config, device)
     costs = qlora.costs_from_config(config, model_config)
-    trained, fast, sizes, _ = qlora.assemble(base, costs, None, rows, config)
+    trained, fast, sizes, _ = qlora.assemble(base, costs, qlora.Start(True), rows, 0, config)
     gpu = qlora.find_gpu(None) or qlora.GPUS[0]
     plan = qlora.make_plan(costs, gpu, arguments.tokens, arguments.tokens, config)
     trainer = qlora.build_trainer(trained, fast, sizes, None, qlora.Splits(rows, None), None, {}, qlora.Stop(), config)

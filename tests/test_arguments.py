@@ -125,6 +125,11 @@ TRAINING = {
 OWN_TRAINING = {  # not the Trainer's
     "adam8bit": False,
     "overwrite_output_dir": False,
+    "working_dir": None,
+    "final_output_dir": None,
+    "merged_output_dir": None,
+    "merge_base": "original",
+    "max_shard_size": "5GB",
     "recompute_layers": "auto",
     "unpacked_layers": "auto",
     "auto_batch": None,  # the machine decides
@@ -134,6 +139,7 @@ OWN_TRAINING = {  # not the Trainer's
     "liger": True,
     "plan": False,
     "plan_gpu": None,
+    "unpacked_layers": "auto",
 }
 MMLU = {
     "do_mmlu_eval": False,
@@ -174,11 +180,6 @@ HELPERS = {"show_traceback"}
 # Not there yet, each with the feature that it belongs to. Move a row up when the feature arrives.
 LATER = {
     "preview": "preview",
-    "working_dir": "separate working folder",
-    "final_output_dir": "separate working folder",
-    "merged_output_dir": "merging",
-    "merge_base": "merging",
-    "max_shard_size": "merging",
 }
 
 
@@ -459,6 +460,21 @@ def test_adam8bit():
     assert parse("--adam8bit", "False").training.optim == "paged_adamw_32bit"
 
 
+@pytest.mark.parametrize(
+    ("argv", "work", "final"),
+    [
+        ("--output_dir o", "o", "o"),
+        ("--output_dir o --working_dir w", "w", "o"),
+        ("--output_dir o --final_output_dir f", "o", "f"),
+        ("--output_dir o --working_dir w --final_output_dir f", "w", "f"),
+    ],
+)
+def test_folders(argv, work, final):
+    config = parse(*argv.split())
+    assert (config.training.output_dir, str(qlora.final_folder(config))) == (work, final)
+    assert config.flags["output_dir"] == "o"
+
+
 def test_flags_and_given_are_recorded():
     config = parse("--lora-r", "8", "--no_double_quant", "--warmup_ratio", "0.1")
     assert config.given == {"lora_r", "double_quant", "warmup_steps"}
@@ -627,7 +643,7 @@ def test_no_flag_that_is_parsed_is_one_that_the_trainer_ignores():
 # ------------------------------------------------------------------------------------
 
 RULES = [
-    ("--do_train False", "do_train do_eval do_predict"),
+    ("--do_train False", "do_train do_eval do_predict merged_output_dir"),
     ("--full_finetune", "full_finetune bits 16 32"),
     ("--full_finetune --bits 8", "full_finetune bits 16 32"),
     ("--full_finetune --bits 16 --adapter_name_or_path a", "full_finetune adapter_name_or_path"),
@@ -702,6 +718,11 @@ def test_a_broken_rule_is_a_config_error_in_one_line(argv, named):
     "argv",
     [
         "--do_train False --do_eval",
+        "--do_train False --merged_output_dir m --merge_base dequantized --max_shard_size 100KB",
+        "--init_lora_weights eva",
+        "--init_lora_weights FALSE --bits 8",
+        "--init_lora_weights pissa_niter_16 --bits 16",
+        "--init_lora_weights orthogonal --bits 32",
         "--do_train False --do_predict --predict_with_generate",
         "--full_finetune --bits 16",
         "--full_finetune --bits 32",
@@ -778,7 +799,23 @@ def test_help_shows_our_flags_before_the_trainers(capsys, flag):
         ("--num_beam_groups 2", "--num_beam_groups"),
         ("--penalty_alpha 0.6", "--penalty_alpha"),
         ("--temperature -1", "--temperature"),
-        ("--init_lora_weights eva", "--init_lora_weights"),
+        ("--init_lora_weights loftq", "--init_lora_weights loftq: .*rounding"),
+        ("--init_lora_weights corda --bits 16", "--init_lora_weights corda: .*statistics"),
+        ("--init_lora_weights lora_ga --bits 16", "--init_lora_weights lora_ga: .*gradients"),
+        ("--init_lora_weights xavier --bits 16", "--init_lora_weights xavier: expected .*gaussian"),
+        ("--init_lora_weights pissa", "--init_lora_weights pissa: .*--bits 16"),
+        ("--init_lora_weights pissa_niter_4 --bits 8", "--init_lora_weights pissa_niter_4: .*--bits 16"),
+        ("--init_lora_weights olora", "--init_lora_weights olora: .*--bits 16"),
+        ("--init_lora_weights orthogonal --bits 8", "--init_lora_weights orthogonal: .*--bits 16"),
+        ("--init_lora_weights orthogonal --bits 16 --lora_r 3", "orthogonal.*--lora_r 3.*even"),
+        ("--max_shard_size 5", "--max_shard_size 5"),
+        ("--max_shard_size 1.5GB", "--max_shard_size 1.5GB"),
+        ("--max_shard_size 0GB", "--max_shard_size 0GB"),
+        ("--merge_base dequantized", "--merge_base .*--merged_output_dir"),
+        ("--merged_output_dir m --full_finetune --bits 16", "--merged_output_dir.*--full_finetune"),
+        ("--merged_output_dir o --output_dir ./o", "--merged_output_dir o"),
+        ("--merged_output_dir w --working_dir w", "--merged_output_dir w"),
+        ("--merged_output_dir f --final_output_dir f", "--merged_output_dir f"),
     ],
 )
 def test_values_that_can_not_work_are_refused_at_once(flags, named):

@@ -1,0 +1,183 @@
+"""Where a run writes: working_dir, output_dir, final_output_dir; and the folder that a full fine-tune leaves."""
+
+import json
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+import qlora
+
+FINAL = {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"}
+PREDICT = {"do_predict": True, "predict_with_generate": True, "max_new_tokens": 2, "max_eval_samples": 2}
+FULL = {"full_finetune": True, "bits": 16, "lora_r": None, "learning_rate": 1e-2, "max_shard_size": "100KB"}
+
+
+class StopAt(TrainerCallback):
+    """SIGTERM in the middle of a run."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Before step `step` begins."""
+        if state.global_step == self.step - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.fixture
+def stopped(run_qlora, monkeypatch):
+    """`stopped(3, **flags)`: a run that SIGTERM stopped after step 3."""
+
+    def run(step, **flags):
+        with monkeypatch.context() as patch:
+            patch.setattr(qlora, "build_callbacks", lambda stop: [stop, StopAt(step)])
+            result = run_qlora(**flags)
+        assert result.code == 143
+        return result
+
+    return run
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(one, other) -> bool:
+    a, b = weights(one), weights(other)
+    return bool(a) and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("final_flag", ["output_dir", "final_output_dir"])
+def test_the_work_and_its_result_have_folders_of_their_own(run_qlora, tmp_path, final_flag):
+    work, final = tmp_path / "work", tmp_path / "final"
+    flags = (
+        {"output_dir": final, "working_dir": work}
+        if final_flag == "output_dir"
+        else {
+            "output_dir": work,
+            "final_output_dir": final,
+        }
+    )
+    run = run_qlora(**flags, **PREDICT, do_eval=True)
+    assert run.code == 0
+    assert names(final) == FINAL
+    assert names(work) == {
+        *("checkpoint-2", "checkpoint-4", "trainer_state.json", "run.json", "metrics.json", "all_results.json"),
+        *("train_results.json", "eval_results.json", "predict_results.json", "predictions.jsonl", "loss.png"),
+        "completed",
+    }
+    flags = json.loads((work / "run.json").read_text())["flags"]
+    assert flags["output_dir"] == str(final if final_flag == "output_dir" else work)
+    assert f"{work}/loss.png" in (final / "README.md").read_text()
+
+
+def test_resume_completed_and_prediction_with_a_working_dir(run_qlora, stopped, tmp_path, data_dir):
+    straight = run_qlora(output_dir=tmp_path / "straight", learning_rate=1e-2)
+    flags = {"working_dir": tmp_path / "work", "learning_rate": 1e-2}
+    stopped(3, **flags)
+    assert not list((tmp_path / "out").iterdir()) and (tmp_path / "work" / "checkpoint-3").is_dir()
+    resumed = run_qlora(**flags)
+    assert f"resuming from {tmp_path / 'work' / 'checkpoint-3'}" in resumed.stderr
+    assert same(tmp_path / "out", straight.output_dir)
+    assert "used, not trained again" in run_qlora(**flags).stderr
+    again = run_qlora(**flags, **PREDICT, do_train=False)
+    assert f"predicting with {tmp_path / 'out'}" in again.stderr
+    assert len((tmp_path / "work" / "predictions.jsonl").read_text().splitlines()) == 2
+    other = run_qlora(**flags, dataset=data_dir / "alpaca.jsonl")
+    assert other.code == 2 and "belongs to another run" in other.stderr
+    more = run_qlora(**{**flags, "max_steps": 5})
+    assert more.code == 0 and not same(tmp_path / "out", straight.output_dir)
+
+
+def test_overwriting_clears_both_folders(run_qlora, tmp_path):
+    flags = {"working_dir": tmp_path / "work", "max_steps": 2}
+    run_qlora(**flags)
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    run = run_qlora(**flags, full_finetune=True, bits=16, overwrite_output_dir=True)
+    assert run.code == 0
+    assert not {"adapter_model.safetensors", "adapter_config.json"} & names(tmp_path / "out")
+    assert {"model.safetensors", "mine.txt"} <= names(tmp_path / "out")
+
+
+@pytest.mark.parametrize("flag", ["working_dir", "final_output_dir"])
+def test_a_folder_that_can_not_be_made_is_one_line_before_the_model_is_loaded(run_qlora, tmp_path, monkeypatch, flag):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(qlora, "load_model", None)
+    run = run_qlora(**{flag: tmp_path / "file" / "folder"})
+    assert run.code == 2 and run.stderr.splitlines()[-1].startswith("error: ") and "file" in run.stderr
+
+
+# ------------------------------------------------------------------------------------
+# Full fine-tune
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"layers_to_freeze": 1, "bf16": True}, {"bits": 32, "layer_freeze_ratio": 0.5}, {"working_dir": True}],
+    ids=str,
+)
+def test_a_full_fine_tune_with_frozen_layers_in_shards_resumes_completes_and_predicts(
+    run_qlora, stopped, models, tmp_path, flags
+):
+    if "working_dir" in flags:
+        flags = {"working_dir": tmp_path / "work"}
+    base = models("llama", tie=True)
+    flags = {**FULL, **flags, "model_name_or_path": base}
+    straight = run_qlora(**{**flags, "output_dir": tmp_path / "straight"} | ({"working_dir": None}))
+    stopped(3, **flags)
+    run = run_qlora(**flags)
+    out = tmp_path / "out"
+    assert run.code == 0 and same(out, straight.output_dir)  # bit for bit
+
+    assert {"config.json", "generation_config.json", "model.safetensors.index.json"} <= names(out)
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert len(shards) > 1 and all(file.stat().st_size <= 110_000 for file in shards)
+    config = json.loads((out / "config.json").read_text())
+    assert config["use_cache"] is True and config["tie_word_embeddings"] is True
+    assert config["dtype"] == ("bfloat16" if flags.get("bf16") else "float32")
+    before = load_file(base / "model.safetensors")
+    frozen = 1 if {"layers_to_freeze", "layer_freeze_ratio"} & set(flags) else 0
+    for name, tensor in weights(out).items():
+        still = "embed_tokens" in name or (frozen and ".layers.0." in name)
+        assert torch.equal(tensor, before[name].to(tensor.dtype)) == bool(still), name
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    tokenizer = AutoTokenizer.from_pretrained(out)
+
+    predicted = run_qlora(**{**flags, **PREDICT, "do_train": False})
+    assert f"predicting with {out}" in predicted.stderr
+    folder = flags.get("working_dir", out)
+    row = json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])
+    prompt = torch.tensor([[256, *row["input"].encode()][:32]])
+    answer = model.generate(prompt, max_new_tokens=2, do_sample=False, pad_token_id=258)[0, prompt.shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == row["prediction"]
+    rerun = run_qlora(**flags)
+    assert "used, not trained again" in rerun.stderr and same(out, straight.output_dir)
+
+
+def test_shards_of_an_earlier_save_do_not_stay(run_qlora, tmp_path):
+    """A lone model.safetensors beside new shards would be loaded instead of them."""
+    run_qlora(**{**FULL, "max_shard_size": "5GB", "max_steps": 2})
+    assert "model.safetensors" in names(tmp_path / "out")
+    run_qlora(**{**FULL, "max_steps": 4})
+    assert "model.safetensors" not in names(tmp_path / "out")
+    straight = run_qlora(**{**FULL, "output_dir": tmp_path / "straight"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in weights(straight.output_dir).items())
+    run_qlora(**{**FULL, "max_shard_size": "5GB", "max_steps": 6})
+    assert not [name for name in names(tmp_path / "out") if "-of-" in name or name.endswith("index.json")]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_full_fine_tune_of_quantised_weights_says_why_not(run_qlora, tmp_path, bits):
+    run = run_qlora(full_finetune=True, bits=bits)
+    (error,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert run.code == 2 and not (tmp_path / "out").exists()
+    assert all(word in error for word in ("--full_finetune", f"--bits {bits}", "rounded", "16 or 32"))

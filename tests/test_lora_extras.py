@@ -1,0 +1,277 @@
+"""Every way of adapting, on a quantised base: its effect in the adapter that a run leaves."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import qlora
+
+IDS = torch.tensor([[tiny.BOS, *b"Order 3: where is my coffee?"]])
+ATTN, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture
+def adapt(run_qlora, tmp_path):
+    """`adapt(**flags)` -> (weights of the adapter, its config): one step of training on a 4-bit base."""
+
+    def run(**flags):
+        done = run_qlora(**{"max_steps": 1, "learning_rate": 1e-2, "save_strategy": "no", **flags})
+        assert done.code == 0
+        weights = load_file(done.output_dir / "adapter_model.safetensors")
+        return {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}, done.json(
+            "adapter_config.json"
+        )
+
+    return run
+
+
+def base_of(folder, bits=32):
+    """The base as transformers alone loads it."""
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    options = {"quantization_config": four} if bits == 4 else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "cpu"}, **options).eval()
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits[0]
+
+
+def error_of(run) -> str:
+    lines = run.stderr.splitlines()
+    assert run.code == 2 and "Traceback" not in run.stderr
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    return lines[-1]
+
+
+def layers_of(weights) -> set[tuple[int, str]]:
+    parts = [name.split(".lora_")[0].split(".") for name in weights if ".lora_A" in name]
+    return {(int(part[2]), part[-1]) for part in parts}
+
+
+# ------------------------------------------------------------------------------------
+# Where, what else, and how large
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lora_modules", "leaves"),
+    [
+        ("attn", ATTN),
+        ("mlp", MLP),
+        ("v_proj,up_proj", ("v_proj", "up_proj")),
+        ("attn, down_proj", (*ATTN, "down_proj")),
+    ],
+)
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_lora_modules_and_layers_to_freeze(adapt, lora_modules, leaves, frozen):
+    weights, _ = adapt(lora_modules=lora_modules, layers_to_freeze=frozen)
+    assert layers_of(weights) == {(layer, leaf) for layer in range(frozen, 2) for leaf in leaves}
+    assert all(tensor.any() for tensor in weights.values())  # every B has moved from zero
+
+
+def test_use_rslora_scales_by_the_root_of_the_rank(adapt, models, tmp_path):
+    weights, config = adapt(use_rslora=True, lora_alpha=8)
+    assert config["use_rslora"] is True and (config["r"], config["lora_alpha"]) == (4, 8)
+    adapted = PeftModel.from_pretrained(base_of(models("llama")), tmp_path / "out")
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    name = "model.layers.0.self_attn.q_proj.lora_{}.weight"
+    change = x @ weights[name.format("A")].T @ weights[name.format("B")].T * 8 / math.sqrt(4)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), layer.base_layer(x) + change, atol=1e-5)
+
+
+def test_dora_trains_the_magnitudes_of_a_4_bit_base(adapt, models):
+    """A magnitude starts as the length of a row of the quantised weight."""
+    weights, config = adapt(use_dora=True)
+    assert config["use_dora"] is True
+    for name, module in base_of(models("llama"), bits=4).named_modules():
+        if type(module).__name__ == "Linear4bit":
+            from bitsandbytes.functional import dequantize_4bit
+
+            start = dequantize_4bit(module.weight.data, module.weight.quant_state).norm(dim=1)
+            change = (weights[f"{name}.lora_magnitude_vector"] - start).abs()
+            assert 0.001 < change.max() < 0.0101, name  # Adam's first step is the learning rate
+
+
+@pytest.mark.parametrize("lora_bias", ["lora_only", "all"])
+def test_lora_bias_on_a_4_bit_base(adapt, models, lora_bias):
+    folder = models("gpt_neox")
+    weights, config = adapt(model_name_or_path=folder, lora_bias=lora_bias, lora_modules="mlp")
+    before = {name.replace(".base_layer", ""): p for name, p in base_of(folder).named_parameters()}
+    biases = {name.replace(".base_layer", ""): t for name, t in weights.items() if name.endswith("bias")}
+    wanted = [name for name in before if name.endswith("bias") and (lora_bias == "all" or ".mlp." in name)]
+    assert config["bias"] == lora_bias and biases.keys() == set(wanted)
+    assert all(0.001 < (tensor - before[name]).abs().max() < 0.0101 for name, tensor in biases.items())
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_modules_to_save_are_trained_whole_beside_a_4_bit_base(adapt, models, tie):
+    folder = models("llama", tie=tie)
+    weights, config = adapt(model_name_or_path=folder, modules_to_save="lm_head")
+    assert config["modules_to_save"] == ["lm_head"] and len(layers_of(weights)) == 14
+    before = base_of(folder).lm_head.weight
+    assert weights["lm_head.weight"].shape == (320, 64)
+    assert 0.001 < (weights["lm_head.weight"] - before).abs().max() < 0.0101
+    assert not any("embed_tokens" in name for name in weights)
+
+
+def test_an_adapter_to_start_from_keeps_its_shape_and_goes_on(adapt, tmp_path):
+    first, _ = adapt(output_dir=tmp_path / "first", lora_modules="attn", lora_r=2)
+    adapter = tmp_path / "first"
+    same, config = adapt(output_dir=tmp_path / "same", adapter_name_or_path=adapter, learning_rate=0, lora_r=8)
+    assert config["r"] == 2 and layers_of(same) == {(layer, leaf) for layer in (0, 1) for leaf in ATTN}
+    assert all(torch.equal(tensor, same[name]) for name, tensor in first.items())
+    more, _ = adapt(output_dir=tmp_path / "more", adapter_name_or_path=adapter, learning_rate=1e-3)
+    assert all(0 < (more[name] - tensor).abs().max() < 1.01e-3 for name, tensor in first.items())
+
+
+def test_neftune_noise_is_in_the_adapter(adapt, tmp_path):
+    """alpha / sqrt(tokens x hidden) of uniform noise: none gives another adapter, and so does another amount."""
+    runs = [adapt(output_dir=tmp_path / str(n), neftune_noise_alpha=n, max_steps=2)[0] for n in (None, 5, 10)]
+    again = adapt(output_dir=tmp_path / "again", neftune_noise_alpha=5, max_steps=2)[0]
+    assert all(torch.equal(tensor, again[name]) for name, tensor in runs[1].items())
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        assert any(not torch.equal(tensor, runs[other][name]) for name, tensor in runs[one].items())
+
+
+# ------------------------------------------------------------------------------------
+# How adapters start
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["False", "gaussian", "true"])
+def test_starts_on_a_4_bit_base(adapt, start):
+    weights, config = adapt(init_lora_weights=start, learning_rate=0, lora_r=16)
+    assert config["init_lora_weights"] == {"False": False, "true": True}.get(start, start)
+    a = torch.cat([tensor.flatten() for name, tensor in weights.items() if "lora_A" in name])
+    b = torch.cat([tensor.flatten() for name, tensor in weights.items() if "lora_B" in name])
+    assert bool(b.any()) == (start == "False")
+    # gaussian: a standard deviation of 1 / r, which no bound limits. Else uniform within 1 / sqrt(inputs).
+    assert (a.abs().max() > 0.2) == (start == "gaussian")
+    if start == "gaussian":
+        assert a.std().item() == pytest.approx(1 / 16, rel=0.02)
+
+
+def test_eva_starts_with_the_main_directions_of_the_inputs(adapt, models, data_dir):
+    """Of the first layer's inputs, computed here; B stays zero, so the 4-bit base is as it was."""
+    flags = {"init_lora_weights": "eva", "learning_rate": 0, "source_max_len": 16, "target_max_len": 16}
+    weights, config = adapt(**flags)
+    assert config["init_lora_weights"] == "eva" and not config["rank_pattern"] and len(layers_of(weights)) == 14
+    assert not any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+    model, inputs = base_of(models("llama"), bits=4), []
+    hook = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, x: inputs.append(x[0][0]))
+    rows = [json.loads(line) for line in (data_dir / "support.jsonl").read_text().splitlines()]
+    for row in rows:
+        ids = [256, *row["input"].encode()][:16] + [*row["output"].encode(), 257][:16]
+        with torch.no_grad():
+            model(input_ids=torch.tensor([ids]))
+    hook.remove()
+    x = torch.cat(inputs)
+    main = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:4]
+    a = weights["model.layers.0.self_attn.q_proj.lora_A.weight"]
+    assert torch.allclose(a @ a.T, torch.eye(4), atol=1e-3)
+    caught = (x - x.mean(0)) @ a.T
+    best = (x - x.mean(0)) @ main.T
+    assert caught.square().sum() > 0.97 * best.square().sum()
+    # and another than that by far
+    random = torch.linalg.qr(torch.randn(64, 4, generator=torch.Generator().manual_seed(0))).Q
+    assert ((x - x.mean(0)) @ random).square().sum() < 0.5 * best.square().sum()
+
+
+def test_eva_trains_resumes_and_predicts(run_qlora, tmp_path):
+    flags = {"init_lora_weights": "eva", "learning_rate": 1e-2}
+    straight = run_qlora(output_dir=tmp_path / "straight", **flags)
+    assert run_qlora(max_steps=2, **flags).code == 0
+    resumed = run_qlora(**flags)
+    assert resumed.code == 0 and "resuming" in resumed.stderr
+    predict = {"do_predict": True, "predict_with_generate": True, "max_new_tokens": 2, "max_eval_samples": 1}
+    assert run_qlora(**flags, **predict, do_train=False).code == 0
+    one, other = (load_file(run.output_dir / "adapter_model.safetensors") for run in (straight, resumed))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_eva_of_a_rank_that_the_inputs_do_not_have_is_one_line(run_qlora):
+    assert "--init_lora_weights eva" in error_of(run_qlora(init_lora_weights="eva", lora_r=200))
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list:
+    """The models that the runs of this test train."""
+    found, make_trainable = [], qlora.make_trainable
+
+    def spy(*args, **kwargs):
+        found.append(make_trainable(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(qlora, "make_trainable", spy)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("start", "flags"),
+    [
+        ("pissa", {}),
+        ("pissa_niter_4", {"use_rslora": True}),
+        ("olora", {"bf16": True}),
+        ("pissa", {"use_dora": True, "lora_modules": "attn", "modules_to_save": "lm_head"}),
+        ("orthogonal", {}),
+    ],
+)
+def test_the_saved_adapter_fits_the_base_as_published(run_qlora, models, trained, tmp_path, start, flags):
+    """pissa and olora change the base while they train; the adapter that is left must not need that."""
+    run = run_qlora(bits=16, init_lora_weights=start, learning_rate=1e-2, **flags)
+    assert run.code == 0
+    base = base_of(models("llama"))
+    before = logits(base)
+    adapted = PeftModel.from_pretrained(base, run.output_dir).eval()
+    (model,) = trained
+    wanted, got = logits(model.eval()), logits(adapted)
+    changed = not torch.allclose(
+        model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.float(),
+        load_file(models("llama") / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"],
+        atol=1e-2,
+    )
+    assert changed == (start != "orthogonal")
+    assert run.json("adapter_config.json")["r"] == (8 if changed else 4)
+    # bf16: the base that training saw was rounded twice
+    assert (got - wanted).abs().max() < (0.2 if flags.get("bf16") else 2e-4)
+    assert (got - before).abs().max() > 1
+
+
+def test_a_resume_of_pissa_is_exact_and_its_checkpoints_serve_but_do_not_merge(run_qlora, models, trained, tmp_path):
+    flags = {"bits": 16, "init_lora_weights": "pissa_niter_4", "learning_rate": 1e-3}
+    straight = run_qlora(output_dir=tmp_path / "straight", **flags)
+    run_qlora(**flags)
+    (tmp_path / "out" / "completed").unlink()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / "out" / name).unlink()
+    predict = {"do_train": False, "do_predict": True, "predict_with_generate": True, "max_new_tokens": 2}
+    assert run_qlora(**flags, **predict, max_eval_samples=1).code == 0
+    assert torch.allclose(logits(trained[-1].eval()), logits(trained[0].eval()), atol=1e-4)  # from checkpoint-4
+    merged = run_qlora(**flags, do_train=False, merged_output_dir=tmp_path / "merged")
+    assert "changed by pissa" in error_of(merged) and not (tmp_path / "merged").exists()
+    (tmp_path / "out" / "checkpoint-4").rename(tmp_path / "out" / "aside")
+    resumed = run_qlora(**flags)
+    assert "checkpoint-2" in resumed.stderr
+    one, other = (load_file(run.output_dir / "adapter_model.safetensors") for run in (straight, resumed))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "orthogonal", "loftq", "corda"])
+def test_starts_that_a_quantised_base_refuses_are_named_before_it_is_loaded(run_qlora, monkeypatch, start):
+    monkeypatch.setattr(qlora, "load_model", None)
+    error = error_of(run_qlora(init_lora_weights=start))
+    assert f"--init_lora_weights {start}: " in error and len(error) > 60
+
+
+def test_a_checkpoint_that_is_quantised_already_refuses_them_too(run_qlora, models):
+    run = run_qlora(model_name_or_path=models("prequantised"), bits=16, init_lora_weights="olora")
+    assert "--init_lora_weights olora" in error_of(run) and "quantised already" in error_of(run)

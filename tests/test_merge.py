@@ -1,0 +1,371 @@
+"""Merging: the weights by hand, what the folder loads as, and when nothing is written."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+import qlora
+
+ROOT = Path(__file__).resolve().parent.parent
+IDS = torch.tensor([[tiny.BOS, *b"Order 3: where is my coffee?"]])
+SCALE = 16 / 4  # lora_alpha / lora_r
+
+
+@pytest.fixture
+def merged_run(run_qlora, tmp_path):
+    """`merged_run(**flags)` -> (run, folder of the merged model), after four steps with a large learning rate."""
+
+    def run(**flags):
+        flags = {"merged_output_dir": tmp_path / "merged", "learning_rate": 1e-2, "save_strategy": "no", **flags}
+        return run_qlora(**flags), flags["merged_output_dir"]
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def plain(folder: Path, **options):
+    """As transformers alone loads it."""
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits[0].float()
+
+
+def deltas(adapter: Path) -> dict[str, torch.Tensor]:
+    """s B A of every layer, by the name of its weight."""
+    parts = load_file(adapter / "adapter_model.safetensors")
+    names = [name.removesuffix(".lora_A.weight") for name in parts if name.endswith(".lora_A.weight")]
+    return {
+        f"{name.removeprefix('base_model.model.')}.weight": SCALE
+        * parts[f"{name}.lora_B.weight"]
+        @ parts[f"{name}.lora_A.weight"]
+        for name in names
+    }
+
+
+def error_of(run) -> str:
+    lines = run.stderr.splitlines()
+    assert run.code == 2 and "Traceback" not in run.stderr
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    return lines[-1]
+
+
+# ------------------------------------------------------------------------------------
+# What is written
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [("float32", torch.bfloat16), ("bfloat16", torch.bfloat16), ("float16", torch.float16)],
+)
+def test_the_weights_are_base_plus_adapter_in_16_bit(merged_run, models, stored, expected):
+    base = models("llama", dtype=stored)
+    run, folder = merged_run(model_name_or_path=base, max_shard_size="100KB")
+    assert run.code == 0
+    before, after, change = weights(base), weights(folder), deltas(run.output_dir)
+    assert after.keys() == before.keys() and len(change) == 14
+    for name, tensor in after.items():
+        assert tensor.dtype == expected
+        wanted = before[name].float() + change.get(name, 0)
+        # the base is rounded, the change is rounded, and so is their sum
+        rounding = torch.finfo(expected).eps
+        assert torch.allclose(tensor.float(), wanted, rtol=rounding, atol=rounding * wanted.abs().max()), name
+        assert torch.equal(tensor, before[name].to(expected)) == (name not in change), name
+    assert max(change[name].abs().max() for name in change) > 0.05  # far above what is tolerated
+
+
+def test_the_folder_is_a_model_for_plain_transformers(merged_run, models, tmp_path):
+    run, folder = merged_run(max_shard_size="100KB", bf16=True)
+    names = {path.name for path in folder.iterdir()}
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 1 and all(path.stat().st_size < 100_000 for path in shards)
+    assert names - {path.name for path in shards} == {
+        *("config.json", "generation_config.json", "model.safetensors.index.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    assert not list(tmp_path.glob(".*"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and config["use_cache"] is True and "quantization_config" not in config
+    adapted = PeftModel.from_pretrained(plain(models("llama"), dtype=torch.float32), run.output_dir)
+    got, wanted, base = logits(plain(folder)), logits(adapted), logits(plain(models("llama")))
+    assert (got - wanted).abs().max() < 0.1 < 1 < (wanted - base).abs().max()
+    text = "A sea without ships </s>, he said: café"
+    assert AutoTokenizer.from_pretrained(folder)(text) == AutoTokenizer.from_pretrained(models("llama"))(text)
+    metrics = run.json("metrics.json")
+    assert 0 < metrics["merge_difference"] < metrics["merge_rounding"]
+    assert f"at most {metrics['merge_largest_difference']:.3g}" in run.stderr
+
+
+def test_merging_is_a_command_of_its_own_on_a_finished_run(merged_run, run_qlora, tmp_path, monkeypatch):
+    first, folder = merged_run()
+    monkeypatch.setattr(qlora, "load_model", None)  # no quantised model is loaded for it
+    monkeypatch.setattr(qlora, "build_trainer", None)
+    again, alone = merged_run(merged_output_dir=tmp_path / "alone", do_train=False)
+    rerun, third = merged_run(merged_output_dir=tmp_path / "third")  # what is completed is used
+    assert (first.code, again.code, rerun.code) == (0, 0, 0)
+    for other in (alone, third):
+        assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(folder).items())
+
+
+def test_any_adapter_can_be_merged_by_its_path(merged_run, run_qlora, tmp_path, data_dir):
+    adapter = run_qlora(output_dir=tmp_path / "adapter", learning_rate=1e-2, bits=16).output_dir
+    run, folder = merged_run(do_train=False, adapter_name_or_path=adapter, do_eval=True)
+    assert run.code == 0 and run.json("metrics.json")["eval_loss"] > 0
+    assert plain(folder)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_dequantised_base_is_the_one_that_training_saw(merged_run, models, tmp_path, bits):
+    flags = {"quant_type": "fp4", "double_quant": False} if bits == 4 else {}
+    run, folder = merged_run(bits=bits, merge_base="dequantized", **flags)
+    original = merged_run(bits=bits, do_train=False, merged_output_dir=tmp_path / "original", **flags)[1]
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    options = {"device_map": {"": "cpu"}, "dtype": torch.float32}
+    base = plain(models("llama"), quantization_config=four if bits == 4 else eight, **options)
+    seen = {
+        f"{name}.weight": module
+        for name, module in base.named_modules()
+        if type(module).__module__.startswith("bitsandbytes")
+    }
+    change, after = deltas(run.output_dir), weights(folder)
+    assert seen.keys() == change.keys()
+    for name, module in seen.items():
+        if bits == 4:
+            from bitsandbytes.functional import dequantize_4bit
+
+            value = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        else:
+            value = module.weight.data.float() * module.weight.SCB.reshape(-1, 1) / 127
+        wanted = value.float() + change[name]
+        assert torch.allclose(after[name].float(), wanted, rtol=2**-7, atol=2**-7 * wanted.abs().max()), name
+    trained = logits(PeftModel.from_pretrained(base, run.output_dir))
+    near, far = ((logits(plain(path, dtype=torch.float32)) - trained).std() for path in (folder, original))
+    assert near < far * (0.2 if bits == 4 else 0.8)
+
+
+@pytest.mark.parametrize(
+    ("modules_to_save", "tied"),
+    [(None, True), ("embed_tokens", False), ("lm_head", False), ("embed_tokens,lm_head", False)],
+)
+def test_tied_heads_stay_tied_unless_one_was_trained(merged_run, models, modules_to_save, tied):
+    base = models("llama", tie=True)
+    run, folder = merged_run(model_name_or_path=base, modules_to_save=modules_to_save)
+    assert run.code == 0
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] == tied
+    after, stored = weights(folder), load_file(run.output_dir / "adapter_model.safetensors")
+    assert ("lm_head.weight" in after) == (not tied)
+    start = weights(base)["model.embed_tokens.weight"]
+    for name in ("model.embed_tokens", "lm_head"):
+        if f"{name}.weight" in after:
+            wanted = stored.get(f"base_model.model.{name}.weight", start).bfloat16()
+            assert torch.equal(after[f"{name}.weight"], wanted)
+    model = plain(folder)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_dora_scales_every_row_to_its_magnitude(merged_run, models):
+    run, folder = merged_run(use_dora=True)
+    before, after, change = weights(models("llama")), weights(folder), deltas(run.output_dir)
+    parts = load_file(run.output_dir / "adapter_model.safetensors")
+    for name, delta in change.items():
+        whole = before[name].bfloat16().float() + delta
+        magnitude = parts[f"base_model.model.{name.removesuffix('weight')}lora_magnitude_vector"]
+        wanted = whole * (magnitude / whole.norm(dim=1))[:, None]
+        assert torch.allclose(after[name].float(), wanted, rtol=2**-6, atol=2**-7 * wanted.abs().max()), name
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("gpt2", {}),  # Conv1D
+        ("falcon", {"merge_base": "dequantized", "do_train": None}),
+        ("gpt_neox", {"lora_bias": "all"}),
+        ("qwen2", {"lora_bias": "lora_only", "lora_modules": "attn", "layers_to_freeze": 1}),
+        ("gemma2", {"use_rslora": True}),
+    ],
+)
+def test_families(merged_run, models, family, flags):
+    run, folder = merged_run(model_name_or_path=models(family), **flags)
+    assert run.code == 0
+    config = parse_base(models(family), **flags)
+    adapted = PeftModel.from_pretrained(config, run.output_dir).eval()
+    assert (logits(plain(folder)) - logits(adapted)).abs().max() < 0.15
+
+
+def parse_base(folder: Path, **flags):
+    """The base that the adapter was merged into, in float32."""
+    options = {"dtype": torch.float32, "device_map": {"": "cpu"}}
+    if flags.get("merge_base") == "dequantized":
+        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        qlora.QUIRKS[0].mend()
+        options["quantization_config"] = four
+    return plain(folder, **options)
+
+
+def test_a_gguf_base(merged_run, models, tmp_path):
+    base = models("llama", tokenizer="sentencepiece")
+    file = models("gguf", base=base) / tiny.GGUF_FILE
+    run, folder = merged_run(model_name_or_path=file, cache_dir=tmp_path / "cache")
+    assert run.code == 0
+    before, after, change = weights(base), weights(folder), deltas(run.output_dir)
+    for name, delta in change.items():
+        wanted = before[name] + delta
+        assert torch.allclose(after[name].float(), wanted, rtol=2**-7, atol=2**-7 * wanted.abs().max()), name
+
+
+def test_a_base_that_is_quantised_already_is_dequantised(merged_run, models):
+    run, folder = merged_run(model_name_or_path=models("prequantised"))
+    assert run.code == 0 and "quantised already" in run.stderr
+    assert {tensor.dtype for tensor in weights(folder).values()} == {torch.bfloat16}
+    adapted = PeftModel.from_pretrained(plain(models("prequantised"), dtype=torch.float32), run.output_dir)
+    assert (logits(plain(folder)) - logits(adapted)).abs().max() < 0.1
+
+
+def test_llama_cpp_finds_every_tensor_and_a_row_for_every_token(merged_run, models):
+    """Its converter names tensors by gguf's table, and wants no token beyond the embedding."""
+    base = models("llama", tokenizer="sentencepiece")
+    run, folder = merged_run(model_name_or_path=base)
+    assert run.code == 0
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    assert all(names.get_name(name, (".weight",)) for name in weights(folder))
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    assert weights(folder)["model.embed_tokens.weight"].shape[0] == rows == 512
+    assert max(AutoTokenizer.from_pretrained(folder).get_vocab().values()) < rows
+    assert (folder / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+    assert "llama.cpp" not in run.stderr
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_named(merged_run, models):
+    run, _ = merged_run(model_name_or_path=models("llama", vocab_size=258))  # the byte tokenizer has 259
+    assert run.code == 0 and "the tokenizer has 259 tokens, the model 258" in run.stderr
+
+
+# ------------------------------------------------------------------------------------
+# What is refused
+# ------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_changes_nothing_is_not_merged(merged_run, tmp_path):
+    run, folder = merged_run(learning_rate=0)  # B stays zero
+    assert "changed nothing" in error_of(run) and str(folder) in error_of(run)
+    assert not folder.exists() and not list(tmp_path.glob(".*"))
+    assert (run.output_dir / "completed").exists()
+
+
+@pytest.mark.parametrize("wrong", ["another adapter", "a weight on disk"])
+def test_a_merge_that_went_wrong_is_not_written(merged_run, tmp_path, monkeypatch, wrong):
+    if wrong == "another adapter":
+        merge = PeftModel.merge_and_unload if hasattr(PeftModel, "merge_and_unload") else None
+        assert merge is None  # peft hands it on to the tuner
+        from peft.tuners.lora import Linear
+
+        delta = Linear.get_delta_weight
+        monkeypatch.setattr(Linear, "get_delta_weight", lambda *a: 1.5 * delta(*a))
+    else:
+        save = safetensors.torch.save_file
+
+        def damaged(tensors, path, *args, **kwargs):
+            name = "model.layers.1.mlp.down_proj.weight"
+            return save({**tensors, name: -tensors[name]} if name in tensors else tensors, path, *args, **kwargs)
+
+        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", damaged)
+    run, folder = merged_run()
+    assert "rounding explains" in error_of(run)
+    assert not folder.exists() and not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
+    run, folder = merged_run()  # the trained adapter is there, and is merged now
+    assert run.code == 0 and "used, not trained again" in run.stderr and folder.exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(merged_run, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    run, folder = merged_run()
+    assert str(folder) in error_of(run) and os.strerror(errno.ENOSPC) in error_of(run)
+    assert not folder.exists() and not list(tmp_path.glob(".*"))
+    assert (run.output_dir / "completed").exists()
+
+
+def test_a_folder_that_is_not_empty_is_refused_before_anything_is_trained(merged_run, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "mine.txt").write_text("mine")
+    run, folder = merged_run()
+    assert str(folder) in error_of(run) and "not empty" in error_of(run)
+    assert not run.output_dir.exists() and (folder / "mine.txt").read_text() == "mine"
+
+
+def test_an_empty_folder_is_filled(merged_run, tmp_path):
+    (tmp_path / "merged").mkdir()
+    run, folder = merged_run(max_steps=1)
+    assert run.code == 0 and plain(folder)
+
+
+def test_without_an_adapter_there_is_nothing_to_merge(merged_run):
+    assert "no adapter" in error_of(merged_run(do_train=False)[0])
+
+
+def test_an_adapter_of_another_model_is_one_line(merged_run, run_qlora, models, tmp_path):
+    adapter = run_qlora(output_dir=tmp_path / "adapter", bits=16, max_steps=1).output_dir
+    base = models("llama_gqa")
+    run, folder = merged_run(do_train=False, adapter_name_or_path=adapter, model_name_or_path=base)
+    assert str(adapter) in error_of(run) and str(base) in error_of(run) and not folder.exists()
+
+
+# ------------------------------------------------------------------------------------
+# Memory
+# ------------------------------------------------------------------------------------
+
+PEAK = """
+import resource, sys
+sys.path.insert(0, sys.argv.pop(1))
+import qlora, torch
+torch.set_num_threads(1)
+from transformers import LlamaForCausalLM
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+code = qlora.main(sys.argv[1:])
+print(code, before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_the_peak_memory_is_that_of_one_model(models, run_qlora, data_dir, tmp_path):
+    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 8}
+    base = tiny.write_model(tmp_path / "base", "llama", dtype="bfloat16", **size)
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    config = qlora.parse_config(["--model_name_or_path", str(base), "--bits", "16", "--bf16"])
+    model = qlora.load_model(config, qlora.load_model_config(config, str(base)), str(base))
+    adapted = qlora.make_trainable(model, config, None)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    adapted.save_pretrained(tmp_path / "adapter")
+    del model, adapted
+    flags = ["--model_name_or_path", base, "--adapter_name_or_path", tmp_path / "adapter", "--do_train", "False"]
+    flags += ["--dataset", data_dir / "support.jsonl", "--output_dir", tmp_path / "out"]
+    flags += ["--merged_output_dir", tmp_path / "merged", "--max_shard_size", "50MB"]
+    words = [sys.executable, "-c", PEAK, ROOT, *flags]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+    code, before, after = map(int, done.stdout.split())
+    assert code == 0, done.stderr
+    assert size > 380e6
+    assert (after - before) / size < 1.6
