@@ -301,6 +301,40 @@ def test_a_few_tokens_go_through_pefts_layers(models):
     assert not calls["FusedLoRA"] and not calls["FusedMLP"]
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_kept_unpacked_are_the_packed_ones(models, monkeypatch, bits):
+    both = twins.make(models("llama_gqa"), bits=bits)
+    base, window = twins.base_of(both.quick), twins.window_of(twins.rows_of(LENGTHS))
+    expected = twins.quick(both.quick, both.fast, window)
+    unpacked, plain = [], qlora.dequantize_4bit
+    monkeypatch.setattr(qlora, "dequantize_4bit", lambda *args: unpacked.append(1) or plain(*args))
+    # seven weights a layer, forward and backward; the first three need no gradient of their input
+    for layers, count in {1: 14, 2: 0, 0: 25}.items():
+        qlora.set_unpacked(base, layers, torch.float64)
+        unpacked.clear()
+        got = twins.quick(both.quick, both.fast, window)
+        twins.assert_equal(got, expected, 0.0)
+        assert len(unpacked) == (count if bits == 4 else 0)
+    held = [module for module in base.modules() if getattr(module, "unpacked", None) is not None]
+    assert not held
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta-v2", "esm"])
+def test_encoders_are_fused_and_recomputed(models, name):
+    """Masked language models: padded rows, all logits; each layer for itself, as its names are not the usual ones."""
+    dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    both = twins.make(models("encoder", family=name, **dropout), bits=16, objective="mlm")
+    assert both.fast == qlora.FastPath()
+    window = qlora.collate_window(twins.rows_of((23, 5, 17), vocabulary=30), masked=True)["window"]
+    expected = twins.quick(both.stock, both.fast, window)
+    for recomputed in (0, 2):
+        with twins.counted() as calls:
+            got = twins.quick(both.quick, both.fast, window, recomputed=recomputed)
+        twins.assert_equal(got, expected, DOUBLE)
+        per_layer = 8 if name == "deberta-v2" else 6  # which projects relative positions too
+        assert calls["FusedLoRA"] == (2 + recomputed) * per_layer and calls["again"] == recomputed
+
+
 def test_adapters_switched_off_are_the_base(models):
     both = twins.make(models("llama"), bits=16)
     ids = torch.arange(40)[None]
@@ -727,6 +761,17 @@ def test_out_of_memory_recomputes_more_layers_before_rows_are_parted(run_qlora, 
     assert ["0 of 2 layers" in complaints(run)[0], "1 of 2 layers" in complaints(run)[1]] == [True, True]
     assert len(complaints(run)) == 2 and len(seen) == 2 + 3
     assert calls["again"] == 2 + 2 * 3  # in the try before training and in three steps
+    assert losses(run) == pytest.approx(losses(expected), rel=1e-6)
+    assert_adapters_equal(run, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_out_of_memory_drops_weights_kept_unpacked_first(run_qlora, tmp_path, memory):
+    flags = {**SMALL, "bits": 4, "unpacked_layers": "all"}
+    expected = run_qlora(output_dir=tmp_path / "enough", **flags)
+    memory.set_up(lambda tokens, call: call == 1)
+    run = run_qlora(output_dir=tmp_path / "short", **flags)
+    (line,) = complaints(run)
+    assert "2 kept unpacked; repeating it with" in line and line.endswith("0 kept unpacked")
     assert losses(run) == pytest.approx(losses(expected), rel=1e-6)
     assert_adapters_equal(run, expected, rtol=1e-5, atol=1e-6)
 

@@ -128,7 +128,7 @@ OWN_FLAGS = """
     lora_r lora_alpha lora_dropout lora_modules lora_bias lora_dtype use_dora use_rslora
     init_lora_weights modules_to_save layers_to_freeze layer_freeze_ratio
     cache_dir overwrite_output_dir
-    recompute_layers auto_batch padding_free fused_lora chunked_head liger plan plan_gpu
+    recompute_layers unpacked_layers auto_batch padding_free fused_lora chunked_head liger plan plan_gpu
     do_mmlu_eval mmlu_split mmlu_dataset max_mmlu_samples mmlu_source_max_len mmlu_dir
     max_new_tokens min_new_tokens do_sample num_beams temperature top_k top_p typical_p
     repetition_penalty length_penalty no_repeat_ngram_size num_beam_groups penalty_alpha
