@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-TIED = {"mpt", "falcon", "gemma", "gemma2", "gpt2"}  # unless told otherwise
+TIED = {"mpt", "falcon", "gemma", "gemma2", "gemma3", "gpt2", "cohere", "opt"}  # unless told otherwise
 
 
 def load(folder: Path, **options) -> PreTrainedModel:
@@ -53,7 +53,7 @@ def test_a_model_of_each_family_learns(models, family, tie):
     ids = torch.tensor([[tiny.BOS, *b"Hello world", tiny.EOS]])
     output = model(input_ids=ids, labels=ids)
     output.loss.backward()
-    assert output.logits.std() > 0.3  # spread enough for a difference to show
+    assert output.logits.std() > 0.2  # spread enough for a difference to show
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
