@@ -3100,8 +3100,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        """What the forward pass found, times the gradient of the sum."""
-        return *(None if kept is None else kept * grads[0].to(kept.dtype) for kept in ctx.kept), None, None, None
+        """What the forward pass found, times the gradient of the sum: in bf16 that alone would be off by up to 0.4 %."""
+        factor = grads[0]
+        return *(None if g is None else (g.to(factor.dtype) * factor).to(g.dtype) for g in ctx.kept), None, None, None
 
 
 # What models do to the logits that their head returns, by the entry of their config that says so.

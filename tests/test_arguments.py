@@ -139,7 +139,6 @@ OWN_TRAINING = {  # not the Trainer's
     "liger": True,
     "plan": False,
     "plan_gpu": None,
-    "unpacked_layers": "auto",
 }
 MMLU = {
     "do_mmlu_eval": False,

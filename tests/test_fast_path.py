@@ -389,6 +389,19 @@ def test_cross_entropy_in_chunks(monkeypatch, bias, cap, smoothing):
         assert (a - b).norm() <= 1e-10 * b.norm() and b.norm() > 0
 
 
+def test_the_mean_over_a_window_is_not_rounded_to_bf16():
+    """1 / 1013 in bf16 is 0.3 % less: every gradient would be."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1013, 16, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(50, 16, generator=generator).bfloat16()
+    targets = torch.randint(50, (1013,), generator=generator)
+    loss = qlora.ChunkedCrossEntropy.apply(hidden, weight, None, targets, None, 0.0) * (1 / 1013)
+    got = torch.autograd.grad(loss, hidden)[0].double().flatten()
+    wide = hidden.detach().double().requires_grad_()
+    right = torch.autograd.grad(F.cross_entropy(F.linear(wide, weight.double()), targets), wide)[0].flatten()
+    assert got @ right / (right @ right) == pytest.approx(1.0, abs=5e-4)
+
+
 def test_no_token_to_learn_is_a_loss_of_zero_with_gradients(models):
     both = twins.make(models("llama"), bits=16)
     rows = [{"input_ids": list(range(20)), "labels": [qlora.IGNORE] * 20}]
@@ -413,7 +426,7 @@ def test_what_a_model_does_to_its_logits(models, family, options, smoothing):
     fast = both.fast._replace(attention=None)
     got = twins.quick(both.stock, fast, twins.window_of(rows), smoothing=smoothing)
     batch = qlora.padded_batch(twins.window_of(rows), list(range(len(rows))), 0, "right")
-    whole = qlora.summed_loss(both.stock, qlora.FastPath(), batch, smoothing)
+    whole = qlora.summed_loss(both.stock, qlora.FastPath(), batch, smoothing) / twins.learnt(twins.window_of(rows))
     whole.backward()
     twins.assert_equal(got, twins.found(both.stock, whole), 1e-6)  # the whole logits are taken as float32
 
@@ -467,10 +480,9 @@ def test_the_error_in_bf16_is_no_larger_than_pefts(models, family):
     for seed in range(6):
         rows = twins.rows_of((64, 40, 40, 17), seed)
         right = twins.stock(exact, rows)
-        with torch.autocast("cpu", torch.bfloat16):
-            plain = twins.quick(both.stock, qlora.FastPath(), twins.window_of(rows), dtype=torch.float32)
-            with twins.counted() as calls:
-                fast = twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=2)
+        plain = twins.quick(both.stock, qlora.FastPath(), twins.window_of(rows), bf16=True)
+        with twins.counted() as calls:
+            fast = twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=2, bf16=True)
         assert all(calls[name] for name in (*twins.FUNCTIONS, "end_to_end_attention"))
         ours, theirs = twins.errors(fast, right), twins.errors(plain, right)
         for name in ours:
@@ -479,6 +491,7 @@ def test_the_error_in_bf16_is_no_larger_than_pefts(models, family):
             sums[0] += ours[name] ** 2
             sums[1] += theirs[name] ** 2
     ratios = {kind: (a / b) ** 0.5 for kind, (a, b) in squares.items()}
+    print(ratios)
     assert len(ratios) == 14
     assert max(ratios.values()) <= 1.1, ratios
 
@@ -648,8 +661,9 @@ def test_fifty_steps_fast_and_slow_are_one_curve(run_qlora, tmp_path, trained, m
     assert losses(fast)[-1] < losses(fast)[0] - 1  # it learns
     assert losses(fast) == pytest.approx(losses(slow), rel=1e-4)
     assert losses(fast, "grad_norm") == pytest.approx(losses(slow, "grad_norm"), rel=1e-3)
-    assert losses(fast, "eval_loss") == pytest.approx(losses(slow, "eval_loss"), rel=1e-4)
-    assert fast.json("train_results.json")["train_tokens"] == slow.json("train_results.json")["train_tokens"]
+    ours, theirs = (run.json("all_results.json") for run in (fast, slow))
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)
+    assert ours["train_tokens"] == theirs["train_tokens"]
 
     ids = torch.tensor([[tiny.BOS, *b"Order 3: where is my coffee? It should be here by now."]])
     ours, config = trained[0][0].eval(), twins.parse(folder)

@@ -155,16 +155,17 @@ def window_of(rows: Sequence[dict[str, Any]]) -> qlora.Window:
 # ------------------------------------------------------------------------------------
 
 
-def stock(model: Any, rows: Sequence[dict[str, Any]], dtype: torch.dtype = torch.float64) -> Found:
-    """Row by row and without padding: nothing can see a neighbour. Of the logits the loss is taken in `dtype`."""
+def stock(model: Any, rows: Sequence[dict[str, Any]]) -> Found:
+    """Row by row and without padding: nothing can see a neighbour. The mean over all learnt tokens, in float64."""
     total: Any = 0.0
     device = base_of(model).get_input_embeddings().weight.device
     for row in rows:
         ids, labels = (torch.tensor(row[name], device=device) for name in ("input_ids", "labels"))
         if len(ids) == 1:
             continue
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].to(dtype)
+        logits = model(input_ids=ids[None]).logits[0, :-1].double()
         total = total + F.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=IGNORE)
+    total = total / learnt(window_of(rows))
     total.backward()
     return found(model, total)
 
@@ -176,11 +177,14 @@ def quick(
     parts: Sequence[Sequence[int]] | None = None,
     recomputed: int = 0,
     side: str = "right",
-    dtype: torch.dtype = torch.float64,
     smoothing: float = 0.0,
+    bf16: bool = False,
 ) -> Found:
-    """A window through the parts that `fast` names, in the micro-batches `parts`; one of all members if None."""
-    base, total = base_of(model), 0.0
+    """A window through the parts that `fast` names, in the micro-batches `parts`; one of all members if None.
+
+    The loss is the mean over the window's learnt tokens, as in training; with `bf16` the products are in bf16.
+    """
+    base, total, items = base_of(model), 0.0, learnt(window)
     device = base.get_input_embeddings().weight.device
     if fast.head is not None:
         fast = fast._replace(head=base.get_output_embeddings())  # of this twin
@@ -192,18 +196,28 @@ def quick(
             else:
                 batch = qlora.padded_batch(window, list(members), 0, side)
             batch = qlora.on_device(batch, device)
-            loss = qlora.summed_loss(model, fast, batch, smoothing) if fast.head else all_logits(model, batch, dtype)
+            with torch.autocast(device.type, torch.bfloat16, bf16):
+                total_of_batch = (
+                    all_logits(model, batch) if fast.head is None else qlora.summed_loss(model, fast, batch, smoothing)
+                )
+            loss = total_of_batch * (1 / items)
             loss.backward()
             total = total + loss.detach()
     qlora.set_recomputed(base, 0, fast)
     return found(model, total)
 
 
-def all_logits(model: Any, batch: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
-    """What summed_loss does without a head, with no rounding to float32."""
+def all_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """What summed_loss does without a head, but logits in float64 stay that."""
     inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
-    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-    return F.cross_entropy(logits[batch["positions"]].to(dtype), batch["targets"], reduction="sum")
+    logits = model(**inputs).logits.flatten(0, 1)[batch["positions"]]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, batch["targets"], reduction="sum")
+
+
+def learnt(window: qlora.Window) -> int:
+    """Tokens that the window's loss is the mean of."""
+    return max(1, sum(int((labels != IGNORE).sum()) for labels in window.labels))
 
 
 def found(model: Any, loss: torch.Tensor) -> Found:
