@@ -96,10 +96,8 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
     tokenizer = qlora.load_tokenizer(config, model_config, model)
     base = qlora.load_model(config, model_config, model)
     costs = qlora.costs_from_config(config, model_config)
-    trained, fast, sizes, plan = qlora.assemble(base, costs, qlora.Start(True), data, 0, config)
-    trainer = qlora.build_trainer(
-        trained, fast, sizes, tokenizer, qlora.Splits(data, None), None, {}, qlora.Stop(), config
-    )
+    ready = qlora.assemble(base, costs, qlora.Start(True), data, 0, config)
+    trainer = qlora.build_trainer(ready, tokenizer, qlora.Splits(data, None), None, {}, qlora.Stop(), config)
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()
@@ -113,8 +111,8 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
         "grad_norm": first["grad_norm"],
         "ready_s": clock.times[1] - began,
         "sizes": str(trainer.sizes),
-        "predicted_gib": round(plan.gib()["predicted peak"], 2) if plan else None,
-        "predicted_tokens_per_s": round(plan.tokens_per_second()) if plan else None,
+        "predicted_gib": round(ready.plan.gib()["predicted peak"], 2) if ready.plan else None,
+        "predicted_tokens_per_s": round(ready.plan.tokens_per_second()) if ready.plan else None,
     }
 
 

@@ -21,7 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bitsandbytes as bnb
 import datasets
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qlora
 
@@ -98,10 +99,12 @@ def train(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     base = random_base(model_config, config, device)
     costs = qlora.costs_from_config(config, model_config)
-    trained, fast, sizes, _ = qlora.assemble(base, costs, qlora.Start(True), rows, 0, config)
+    ready = qlora.assemble(base, costs, qlora.Start(True), rows, 0, config)
     gpu = qlora.find_gpu(None) or qlora.GPUS[0]
     plan = qlora.make_plan(costs, gpu, arguments.tokens, arguments.tokens, config)
-    trainer = qlora.build_trainer(trained, fast, sizes, None, qlora.Splits(rows, None), None, {}, qlora.Stop(), config)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, "<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    trainer = qlora.build_trainer(ready, tokenizer, qlora.Splits(rows, None), None, {}, qlora.Stop(), config)
     made = time.perf_counter() - began
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
