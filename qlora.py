@@ -3281,7 +3281,8 @@ def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
         head = None
     embedding = base.get_input_embeddings()
     device, generator = embedding.weight.device, torch.Generator().manual_seed(0)
-    ids = [torch.randint(embedding.num_embeddings, (n,), generator=generator).tolist() for n in (13, 19, 13)]
+    # more than 15 tokens each: fewer go through the libraries' own functions
+    ids = [torch.randint(embedding.num_embeddings, (n,), generator=generator).tolist() for n in (17, 23, 17)]
     a, b, c = ({"input_ids": row, "labels": row} for row in ids)
     windows = [collate_window(rows)["window"] for rows in ([a, b], [c, b])]
     fast, name, training, dtype = FastPath(), type(base).__name__, model.training, compute_dtype(config)
@@ -3300,7 +3301,7 @@ def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
         with attention_of(base, kernel):
             flat = [on_device(end_to_end_batch(window, [0, 1]), device) for window in windows]
             found = [logits_at(model, fast, batch) for batch in flat] if kernel else []
-        if kernel and same(known, found[0], noise) and torch.equal(found[0][12:], found[1][12:]):
+        if kernel and same(known, found[0], noise) and torch.equal(found[0][16:], found[1][16:]):
             fast = fast._replace(attention=kernel)
         elif kernel:
             log.info("rows are padded: in %s rows that lie end to end would see each other", name)
