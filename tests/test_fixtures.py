@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-TIED = {"mpt", "falcon", "gemma", "gemma2", "gemma3", "gpt2", "cohere", "opt"}  # unless told otherwise
+TIED = {"mpt", "falcon", "gemma", "gemma2", "gemma3", "gpt2", "lfm2", "cohere", "opt"}  # unless told otherwise
 
 
 def load(folder: Path, **options) -> PreTrainedModel:

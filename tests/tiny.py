@@ -333,6 +333,7 @@ _GEMMA = {**_SHAPE, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": No
 _MPT = {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 512}
 _FALCON = {k: v for k, v in _SHAPE.items() if k != "intermediate_size"} | {"ffn_hidden_size": 128}
 _OPT = {k: v for k, v in _SHAPE.items() if k != "intermediate_size"} | {"ffn_dim": 128, "word_embed_proj_dim": 64}
+_LFM2 = {**_SHAPE, "num_key_value_heads": 2, "block_auto_adjust_ff_dim": False}
 _GPT2 = {"n_embd": 64, "n_inner": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}
 
 # Family -> (model type, config values). The comments say where a program may trip.
@@ -347,6 +348,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 64}),  # and norms on q and k
     "granite": ("granite", {**_SHAPE, "logits_scaling": 3.0}),  # factors on embeddings, residuals and logits
     "cohere": ("cohere", {**_SHAPE, "logit_scale": 0.3}),  # tied; one norm a layer
+    "lfm2": ("lfm2", {**_LFM2, "layer_types": ["conv", "full_attention"]}),  # tied; a convolution over the last tokens
     "opt": ("opt", _OPT),  # learnt positions from the mask; biases; the MLP's layers stand in the block
     "gpt_neox": ("gpt_neox", _SHAPE),  # biases; the head is embed_out on disk, lm_head in memory
     "mpt": ("mpt", _MPT),  # ALiBi; no biases anywhere; tied

@@ -241,7 +241,7 @@ def assert_equal(got: Found, expected: Found, tolerance: float) -> None:
     """Loss and every gradient within a relative error."""
     assert abs(got.loss.double() - expected.loss.double()) <= tolerance * abs(expected.loss.double())
     wrong = {name: error for name, error in errors(got, expected).items() if not error <= tolerance}
-    assert not wrong
+    assert not wrong, wrong
 
 
 # ------------------------------------------------------------------------------------
