@@ -88,9 +88,9 @@ def test_a_mixed_precision_run_leaves_no_float32_copy_of_embeddings_and_head(run
     seen = {}
     plain = qlora.build_trainer
 
-    def spy(model, *args, **kwargs):
-        seen.update({name: p.dtype for name, p in model.named_parameters() if p.dtype.is_floating_point})
-        return plain(model, *args, **kwargs)
+    def spy(ready, *args, **kwargs):
+        seen.update({name: p.dtype for name, p in ready.model.named_parameters() if p.dtype.is_floating_point})
+        return plain(ready, *args, **kwargs)
 
     monkeypatch.setattr(qlora, "build_trainer", spy)
     assert run_qlora(bf16=True, max_steps=1).code == 0
