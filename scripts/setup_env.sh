@@ -68,7 +68,10 @@ _qlora_install() {
     local -a quiet=(--quiet)
     [ -t 1 ] && quiet=()  # somebody is watching: show the progress bars
     "$1/bin/python" -m pip install "${quiet[@]+"${quiet[@]}"}" --disable-pip-version-check \
-        -r "$2/requirements.txt"
+        -r "$2/requirements.txt" || return 1
+    command -v nvidia-smi >/dev/null || return 0
+    # kernels for norms and rotary embedding; it needs triton, which comes with torch for CUDA
+    "$1/bin/python" -m pip install "${quiet[@]+"${quiet[@]}"}" --disable-pip-version-check "liger-kernel>=0.8,<0.9"
 }
 
 if ! _qlora_setup_env; then
