@@ -3397,19 +3397,20 @@ def find_gpu(text: str | None) -> Gpu | None:
         here = torch.cuda.get_device_properties(0)
         known = next((gpu for gpu in reversed(GPUS) if gpu.name in here.name), None)
         return Gpu(here.name, here.total_memory / GIB, known.tflops if known else 0.0, torch.cuda.device_count())
-    count, _, what = text.rpartition("x")
+    parts = re.fullmatch(r"(?:([1-9]\d*)\s*x\s*)?(\w.*?)", text.strip(), re.IGNORECASE)
+    number, what = (int(parts[1] or 1), parts[2]) if parts else (0, "")
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GiB|GB|G)", what, re.IGNORECASE)
-    named = [gpu for gpu in GPUS if what.strip().lower() in (gpu.name.lower(), gpu.name.lower().replace(" ", ""))]
-    if not (size or named) or not (count or "1").strip().isdigit() or (count or "1").strip("0 ") == "":
-        raise ConfigError(
-            f"--plan_gpu {text}: expected a size or a name, with a number before it for several: 24GiB, 8x80GiB, "
-            f"{', '.join(gpu.name for gpu in GPUS)}"
-        )
-    if named:
-        return named[0]._replace(number=int(count or 1))
-    gib = float(size[1]) if size else 0.0
-    like = min(GPUS, key=lambda gpu: abs(gpu.gib - gib))
-    return Gpu(f"{gib:g} GiB, as fast as {like.name}", gib, like.tflops, int(count or 1))
+    if size:
+        gib = float(size[1])
+        like = min(GPUS, key=lambda gpu: abs(gpu.gib - gib))
+        return Gpu(f"{gib:g} GiB, as fast as {like.name}", gib, like.tflops, number)
+    for gpu in GPUS:
+        if what.lower().replace(" ", "") == gpu.name.lower().replace(" ", ""):
+            return gpu._replace(number=number)
+    names = ", ".join(gpu.name for gpu in GPUS)
+    raise ConfigError(
+        f"--plan_gpu {text}: expected a size or a name, with a number before it for several: 24GiB, 8x80GiB, {names}"
+    )
 
 
 class Costs(NamedTuple):
