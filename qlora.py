@@ -625,7 +625,7 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
 
 MASK_FLAGS = frozenset({"mask_prob", "mask_replace_prob", "random_replace_prob"})
 # What a masked language model has no use for: it has no output of its own, and generates nothing.
-CAUSAL_FLAGS = frozenset({"target_max_len", "train_on_source", "do_mmlu_eval", "predict_with_generate",
+CAUSAL_FLAGS = frozenset({"target_max_len", "train_on_source", "chat_template", "do_mmlu_eval", "predict_with_generate",
     "generation_max_length", "generation_num_beams", "generation_config",
     *(f.name for f in dataclasses.fields(GenerationArguments))})  # fmt: skip
 
@@ -2382,7 +2382,10 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
 # ------------------------------------------------------------------------------------
 LAYER_GROUPS = {  # of --lora_modules, by what the families call the blocks that hold the layers
     "attn": re.compile(r"(.*\.)?(self_|cross_)?(attn|attention|attn_attention)\..*"),
-    "mlp": re.compile(r"(.*\.)?(mlp|ffn|ff|feed_forward|block_sparse_moe)\..*|(.*\.)?fc\d"),
+    "mlp": re.compile(
+        r"(.*\.)?(mlp|ffn|ff|feed_forward|block_sparse_moe)\..*|(.*\.)?fc\d|"
+        r"(.*\.)?layer\.\d+\.(intermediate|output)\.dense"  # of BERT's kind, whose attention has an `output` too
+    ),
 }
 
 
@@ -4810,15 +4813,17 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _widen(module: torch.nn.Module, inputs: Any) -> None:
-    for parameter in module.parameters(recurse=False):
-        parameter.kept, parameter.data = parameter.data, parameter.data.float()  # type: ignore[attr-defined]
+def _widen(module: torch.nn.Module, inputs: Any) -> Any:
+    for parameter in module.parameters(recurse=False):  # one may be in two modules: the bias of an encoder's head
+        parameter.kept = [*getattr(parameter, "kept", ()), parameter.data]  # type: ignore[attr-defined]
+        parameter.data = parameter.data.float()
+    # DeBERTa reads its relative positions without a call of their module
+    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def _narrow(module: torch.nn.Module, inputs: Any, output: Any) -> None:
     for parameter in module.parameters(recurse=False):
-        parameter.data = parameter.kept  # type: ignore[attr-defined]
-        del parameter.kept  # type: ignore[attr-defined]
+        parameter.data = parameter.kept.pop()  # type: ignore[attr-defined]
 
 
 def computing_in_float32(model: Any) -> Any:
@@ -5073,7 +5078,8 @@ def hints(config: Config) -> None:
     """What a user may not expect of the flags given, said once."""
     args, quant, given = config.training, config.quant, config.given
     gpu, half = torch.cuda.is_available(), args.bf16 or args.fp16
-    lora = {f.name for f in dataclasses.fields(LoraArguments)} - {"layers_to_freeze", "layer_freeze_ratio"}
+    freezing = {"layers_to_freeze", "layer_freeze_ratio"}  # which a full fine-tune obeys, and a given adapter does not
+    lora = {f.name for f in dataclasses.fields(LoraArguments)} - freezing
     idle = [name for name in SAMPLING if name in given and not config.generation.do_sample]
     held = "in bf16, with --bf16" if args.bf16 else "in float32, without --bf16"
     # fmt: off
@@ -5087,7 +5093,7 @@ def hints(config: Config) -> None:
         (quant.bits != 4 and bool(given & {"quant_type", "double_quant"}),
          f"quant_type and double_quant: without effect, bits is {quant.bits}"),
         (quant.full_finetune and bool(given & lora), "the LoRA flags: without effect in a full fine-tune"),
-        (config.model.adapter_name_or_path is not None and bool(given & lora),
+        (config.model.adapter_name_or_path is not None and bool(given & (lora | freezing)),
          "the LoRA flags: an adapter given by adapter_name_or_path keeps its own rank, alpha and layers"),
         (args.do_predict and bool(idle),
          f"{', '.join(idle)}: without effect on predictions unless --do_sample is given"),
@@ -5170,6 +5176,7 @@ def run(config: Config, stop: Stop) -> int:
     hints(config)
     if args.plan:
         model_config = load_model_config(config, model_folder(config))
+        config = settle_objective(config, model_config)
         print(table(plan_from_flags(config, costs_from_config(config, model_config)).lines()))
         return 0
     start = find_start(config)
