@@ -1055,7 +1055,7 @@ def apply_template(
         made: Any = render_jinja_template([messages], **options)
     except TemplateSyntaxError as error:
         raise ConfigError(f"the chat template, line {error.lineno}: {one_line(error)}") from error
-    except LIBRARY_ERRORS as error:
+    except (*LIBRARY_ERRORS, ArithmeticError) as error:
         raise RowError(f"the chat template refuses it: {one_line(error)}") from error
     return made[0][0], made[1][0] if marked else None
 
@@ -1887,7 +1887,9 @@ def packed(rows: Any, config: Config) -> PackedRows:
 def warn_without_stop(pairs: Any, rows: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Say so where the chat template puts the end-of-sequence token after none of the first answers."""
     first = rows.select([n for n, rendered in enumerate(pairs[:100]["rendered"]) if rendered])
-    last = {[i for i in row["labels"] if i != IGNORE][-1] for row in first if not (row["cut"] or row["problem"])}
+    learnt = [[i for i in row["labels"] if i != IGNORE] for row in first if not (row["cut"] or row["problem"])]
+    # with --train_on_source also the template's white space after the answer
+    last = {next((i for i in reversed(ids) if str(tokenizer.decode([i])).strip()), ids[-1]) for ids in learnt}
     if last and tokenizer.eos_token_id not in last:
         special = [i for i in last if special_texts(tokenizer).fullmatch(str(tokenizer.decode([i])))]
         then = "generation stops there only if --eos_token or the model's generation_config names it"
