@@ -1043,6 +1043,9 @@ def guarded(value: Any, special: re.Pattern[str]) -> Any:
     return [guarded(item, special) for item in value] if isinstance(value, list) else value
 
 
+TEMPLATE_ERRORS: tuple[type[Exception], ...] = (*LIBRARY_ERRORS, ArithmeticError)  # a template may compute
+
+
 def apply_template(
     messages: list[Any], tools: list[Any] | None, tokenizer: PreTrainedTokenizerBase, prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]] | None]:
@@ -1055,7 +1058,7 @@ def apply_template(
         made: Any = render_jinja_template([messages], **options)
     except TemplateSyntaxError as error:
         raise ConfigError(f"the chat template, line {error.lineno}: {one_line(error)}") from error
-    except (*LIBRARY_ERRORS, ArithmeticError) as error:
+    except TEMPLATE_ERRORS as error:
         raise RowError(f"the chat template refuses it: {one_line(error)}") from error
     return made[0][0], made[1][0] if marked else None
 
@@ -4904,6 +4907,16 @@ def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
     return 1 - kept / wanted if wanted else 0.0
 
 
+def untie(model: Any) -> None:
+    """A parameter of its own for every module: a head trained whole still holds its bias twice, and saves it once."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                setattr(module, name, torch.nn.Parameter(parameter.detach().clone()))
+            seen.add(id(parameter))
+
+
 def write_merged(
     adapter: str, aside: Path, tokenizer: Any, sample: Mapping[str, torch.Tensor], folder: str, config: Config
 ) -> Before:
@@ -4919,6 +4932,8 @@ def write_merged(
     adapted = logits_on(peft_model, sample)
     lost = merge_layers(peft_model, dtype)
     model = cast(peft_model.merge_and_unload(), dtype)  # the layers are, what was trained whole is not
+    if not model.config.get_text_config().tie_word_embeddings:
+        untie(model)
     special_ids_into_model(model, tokenizer)
     model.save_pretrained(aside, max_shard_size=config.training.max_shard_size)
     tokenizer.save_pretrained(aside)

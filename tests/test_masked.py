@@ -284,7 +284,14 @@ def test_the_groups_of_layers(models, family, attention, group):
 
 @pytest.mark.parametrize(
     ("family", "flags"),
-    [("bert", {}), ("roberta", {"lora_bias": "all"}), ("deberta-v2", {"merge_base": "dequantized"}), ("esm", {})],
+    [
+        ("bert", {}),
+        ("bert", {"modules_to_save": "cls"}),
+        ("roberta", {"lora_bias": "all"}),
+        ("roberta", {"modules_to_save": "lm_head"}),
+        ("deberta-v2", {"merge_base": "dequantized"}),
+        ("esm", {}),
+    ],
 )
 def test_a_merged_model_answers_as_base_and_adapter(run_masked, models, tmp_path, family, flags):
     """Their heads hold one bias twice, and DeBERTa reads its relative positions past their module."""
