@@ -625,7 +625,7 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
 
 MASK_FLAGS = frozenset({"mask_prob", "mask_replace_prob", "random_replace_prob"})
 # What a masked language model has no use for: it has no output of its own, and generates nothing.
-CAUSAL_FLAGS = frozenset({"target_max_len", "train_on_source", "do_mmlu_eval", "predict_with_generate",
+CAUSAL_FLAGS = frozenset({"target_max_len", "train_on_source", "chat_template", "do_mmlu_eval", "predict_with_generate",
     "generation_max_length", "generation_num_beams", "generation_config",
     *(f.name for f in dataclasses.fields(GenerationArguments))})  # fmt: skip
 
@@ -1043,6 +1043,9 @@ def guarded(value: Any, special: re.Pattern[str]) -> Any:
     return [guarded(item, special) for item in value] if isinstance(value, list) else value
 
 
+TEMPLATE_ERRORS: tuple[type[Exception], ...] = (*LIBRARY_ERRORS, ArithmeticError)  # a template may compute
+
+
 def apply_template(
     messages: list[Any], tools: list[Any] | None, tokenizer: PreTrainedTokenizerBase, prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]] | None]:
@@ -1055,7 +1058,7 @@ def apply_template(
         made: Any = render_jinja_template([messages], **options)
     except TemplateSyntaxError as error:
         raise ConfigError(f"the chat template, line {error.lineno}: {one_line(error)}") from error
-    except LIBRARY_ERRORS as error:
+    except TEMPLATE_ERRORS as error:
         raise RowError(f"the chat template refuses it: {one_line(error)}") from error
     return made[0][0], made[1][0] if marked else None
 
@@ -1887,7 +1890,9 @@ def packed(rows: Any, config: Config) -> PackedRows:
 def warn_without_stop(pairs: Any, rows: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Say so where the chat template puts the end-of-sequence token after none of the first answers."""
     first = rows.select([n for n, rendered in enumerate(pairs[:100]["rendered"]) if rendered])
-    last = {[i for i in row["labels"] if i != IGNORE][-1] for row in first if not (row["cut"] or row["problem"])}
+    learnt = [[i for i in row["labels"] if i != IGNORE] for row in first if not (row["cut"] or row["problem"])]
+    # with --train_on_source also the template's white space after the answer
+    last = {next((i for i in reversed(ids) if str(tokenizer.decode([i])).strip()), ids[-1]) for ids in learnt}
     if last and tokenizer.eos_token_id not in last:
         special = [i for i in last if special_texts(tokenizer).fullmatch(str(tokenizer.decode([i])))]
         then = "generation stops there only if --eos_token or the model's generation_config names it"
@@ -2382,7 +2387,10 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
 # ------------------------------------------------------------------------------------
 LAYER_GROUPS = {  # of --lora_modules, by what the families call the blocks that hold the layers
     "attn": re.compile(r"(.*\.)?(self_|cross_)?(attn|attention|attn_attention)\..*"),
-    "mlp": re.compile(r"(.*\.)?(mlp|ffn|ff|feed_forward|block_sparse_moe)\..*|(.*\.)?fc\d"),
+    "mlp": re.compile(
+        r"(.*\.)?(mlp|ffn|ff|feed_forward|block_sparse_moe)\..*|(.*\.)?fc\d|"
+        r"(.*\.)?layer\.\d+\.(intermediate|output)\.dense"  # of BERT's kind, whose attention has an `output` too
+    ),
 }
 
 
@@ -4812,15 +4820,17 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _widen(module: torch.nn.Module, inputs: Any) -> None:
-    for parameter in module.parameters(recurse=False):
-        parameter.kept, parameter.data = parameter.data, parameter.data.float()  # type: ignore[attr-defined]
+def _widen(module: torch.nn.Module, inputs: Any) -> Any:
+    for parameter in module.parameters(recurse=False):  # one may be in two modules: the bias of an encoder's head
+        parameter.kept = [*getattr(parameter, "kept", ()), parameter.data]  # type: ignore[attr-defined]
+        parameter.data = parameter.data.float()
+    # DeBERTa reads its relative positions without a call of their module
+    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def _narrow(module: torch.nn.Module, inputs: Any, output: Any) -> None:
     for parameter in module.parameters(recurse=False):
-        parameter.data = parameter.kept  # type: ignore[attr-defined]
-        del parameter.kept  # type: ignore[attr-defined]
+        parameter.data = parameter.kept.pop()  # type: ignore[attr-defined]
 
 
 def computing_in_float32(model: Any) -> Any:
@@ -4899,6 +4909,16 @@ def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
     return 1 - kept / wanted if wanted else 0.0
 
 
+def untie(model: Any) -> None:
+    """A parameter of its own for every module: a head trained whole still holds its bias twice, and saves it once."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                setattr(module, name, torch.nn.Parameter(parameter.detach().clone()))
+            seen.add(id(parameter))
+
+
 def write_merged(
     adapter: str, aside: Path, tokenizer: Any, sample: Mapping[str, torch.Tensor], folder: str, config: Config
 ) -> Before:
@@ -4914,6 +4934,8 @@ def write_merged(
     adapted = logits_on(peft_model, sample)
     lost = merge_layers(peft_model, dtype)
     model = cast(peft_model.merge_and_unload(), dtype)  # the layers are, what was trained whole is not
+    if not model.config.get_text_config().tie_word_embeddings:
+        untie(model)
     special_ids_into_model(model, tokenizer)
     model.save_pretrained(aside, max_shard_size=config.training.max_shard_size)
     tokenizer.save_pretrained(aside)
@@ -5075,7 +5097,8 @@ def hints(config: Config) -> None:
     """What a user may not expect of the flags given, said once."""
     args, quant, given = config.training, config.quant, config.given
     gpu, half = torch.cuda.is_available(), args.bf16 or args.fp16
-    lora = {f.name for f in dataclasses.fields(LoraArguments)} - {"layers_to_freeze", "layer_freeze_ratio"}
+    freezing = {"layers_to_freeze", "layer_freeze_ratio"}  # which a full fine-tune obeys, and a given adapter does not
+    lora = {f.name for f in dataclasses.fields(LoraArguments)} - freezing
     idle = [name for name in SAMPLING if name in given and not config.generation.do_sample]
     held = "in bf16, with --bf16" if args.bf16 else "in float32, without --bf16"
     # fmt: off
@@ -5089,7 +5112,7 @@ def hints(config: Config) -> None:
         (quant.bits != 4 and bool(given & {"quant_type", "double_quant"}),
          f"quant_type and double_quant: without effect, bits is {quant.bits}"),
         (quant.full_finetune and bool(given & lora), "the LoRA flags: without effect in a full fine-tune"),
-        (config.model.adapter_name_or_path is not None and bool(given & lora),
+        (config.model.adapter_name_or_path is not None and bool(given & (lora | freezing)),
          "the LoRA flags: an adapter given by adapter_name_or_path keeps its own rank, alpha and layers"),
         (args.do_predict and bool(idle),
          f"{', '.join(idle)}: without effect on predictions unless --do_sample is given"),
@@ -5172,6 +5195,7 @@ def run(config: Config, stop: Stop) -> int:
     hints(config)
     if args.plan:
         model_config = load_model_config(config, model_folder(config))
+        config = settle_objective(config, model_config)
         print(table(plan_from_flags(config, costs_from_config(config, model_config)).lines()))
         return 0
     start = find_start(config)

@@ -7,6 +7,7 @@ bits; or a base model or a merged one: a folder, a hub id or a .gguf file, held 
 import argparse
 import contextlib
 import dataclasses
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,10 +55,12 @@ def guanaco_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
 
 
 def template_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
-    """Through the model's own chat template, which writes BOS and the marks of the turns itself."""
+    """Through the model's own chat template, which writes BOS and the marks of the turns itself; as in training."""
+    typed = qlora.guarded(list(messages), qlora.special_texts(tokenizer))
     with qlora.mendable("the model's chat template", qlora.ConfigError, jinja2.TemplateError):
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = tokenizer.apply_chat_template(typed, tokenize=False, add_generation_prompt=True)
+    ((tokens,),) = qlora.tokens_of_rendered([[{"text": text, "learnt": False}]], tokenizer)
+    return [number for number, _ in tokens]
 
 
 class Form(NamedTuple):
@@ -175,8 +178,10 @@ KEPT_FLAGS = {
 
 
 def flags_of(folder: Path, adapter: Path | None) -> dict[str, Any] | None:
-    """The flags that a run was trained with, if the folder is a run's or a checkpoint of one."""
-    for place in (folder, folder.parent):
+    """The flags that a run was trained with, if the folder is a run's, a checkpoint of one, or what one ended in."""
+    card = folder / "README.md"  # which names the --working_dir, where there is one
+    named = re.search(r"are in `(.+)/run\.json`", card.read_text(encoding="utf-8")) if card.is_file() else None
+    for place in (folder, *([Path(named[1])] if named else ()), folder.parent):
         if (place / "run.json").is_file():
             flags = qlora.read_json(place / "run.json").get("flags", {})
             if adapter or flags.get("full_finetune"):  # a merged model may lie inside its run's folder
@@ -195,6 +200,8 @@ def config_of(name: str, given: Sequence[str]) -> tuple[qlora.Config, Path | Non
             raise qlora.ConfigError(f"{name}: neither a trained adapter nor a model in it")
     own = flags_of(folder, adapter)
     flags = {key: value for key, value in (own or {}).items() if key in KEPT_FLAGS and value is not None}
+    if ((adapter or folder) / "tokenizer_config.json").is_file():  # in which both are
+        flags = {key: value for key, value in flags.items() if key not in ("chat_template", "tokenizer_patch")}
     if adapter is None:
         flags = {"bits": 16} | flags | {"model_name_or_path": name}
     elif own is None:

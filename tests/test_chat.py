@@ -485,6 +485,7 @@ def test_a_template_that_refuses_a_row(tmp_path):
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG}])
     message = error_of(file, chatml_tokenizer(LLAMA2))
     assert message.startswith(f"{file}:1: ") and "template" in message and "no system" in message
+    assert "refuses it: division" in error_of(file, chatml_tokenizer("{{ 1 / 0 }}"))
 
 
 def test_no_template_or_a_broken_one(tmp_path):
@@ -553,10 +554,11 @@ def test_segments_of_ones_own_and_their_cuts(byte_tokenizer):
     ],
     ids=["eos", "its own eos", "another token", "none"],
 )
-def test_a_template_without_a_stop_token_is_a_warning(tmp_path, caplog, template, options, said):
+@pytest.mark.parametrize("on_source", ["False", "True"])
+def test_a_template_without_a_stop_token_is_a_warning(tmp_path, caplog, template, options, said, on_source):
     tokenizer = chatml_tokenizer(template, **options)
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG[1:3]}] * 3)
-    config = qlora.parse_config(["--dataset", str(file)])
+    config = qlora.parse_config(["--dataset", str(file), "--train_on_source", on_source])
     with caplog.at_level(logging.WARNING, "qlora"):
         qlora.encode_splits(qlora.load_splits(config, tokenizer), tokenizer, config)
     assert [said in message and "chat template" in message for message in caplog.messages] == [True] * (

@@ -133,6 +133,14 @@ def test_an_adapter_to_start_from_keeps_its_shape_and_goes_on(adapt, tmp_path):
     assert all(0 < (more[name] - tensor).abs().max() < 1.01e-3 for name, tensor in first.items())
 
 
+@pytest.mark.parametrize("flag", [{"lora_r": 8}, {"layers_to_freeze": 1}, {"layer_freeze_ratio": 0.5}])
+def test_flags_that_an_adapter_to_start_from_overrules_are_named(flag, caplog):
+    words = [word for name, value in flag.items() for word in (f"--{name}", str(value))]
+    with caplog.at_level("INFO", "qlora"):
+        qlora.hints(qlora.parse_config(["--adapter_name_or_path", "first", *words]))
+    assert any("keeps its own rank" in message for message in caplog.messages)
+
+
 def test_neftune_noise_is_in_the_adapter(adapt, tmp_path):
     """alpha / sqrt(tokens x hidden) of uniform noise: none gives another adapter, and so does another amount."""
     runs = [adapt(output_dir=tmp_path / str(n), neftune_noise_alpha=n, max_steps=2)[0] for n in (None, 5, 10)]

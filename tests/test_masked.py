@@ -261,6 +261,61 @@ def test_the_adapter_is_one_that_peft_loads_alone(run_masked, models):
     assert "pipeline_tag: fill-mask" in (run.output_dir / "README.md").read_text()
 
 
+MLP = ("intermediate.dense", "output.dense")
+ATTENTION = ("attention.output.dense", "self.query", "self.key", "self.value")
+OF_DEBERTA = ("attention.output.dense", "self.query_proj", "self.key_proj", "self.value_proj")
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("bert", ATTENTION), ("roberta", ATTENTION), ("deberta-v2", OF_DEBERTA), ("esm", ATTENTION)],
+)
+@pytest.mark.parametrize("group", ["attn", "mlp"])
+def test_the_groups_of_layers(models, family, attention, group):
+    config = qlora.parse_config(["--lora_modules", group])
+    model = AutoModelForMaskedLM.from_pretrained(models("encoder", family=family))
+    adapted = qlora.get_peft_model(model, qlora.lora_config(model, config.lora, masked=True))
+    found = {
+        name.split(".lora_A")[0].partition("layer.")[2] for name, _ in adapted.named_parameters() if "lora_A" in name
+    }
+    leaves = MLP if group == "mlp" else tuple(f"attention.{n}" if n.startswith("self") else n for n in attention)
+    assert found == {f"{layer}.{leaf}" for layer in range(2) for leaf in leaves}
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("bert", {}),
+        ("bert", {"modules_to_save": "cls"}),
+        ("roberta", {"lora_bias": "all"}),
+        ("roberta", {"modules_to_save": "lm_head"}),
+        ("deberta-v2", {"merge_base": "dequantized"}),
+        ("esm", {}),
+    ],
+)
+def test_a_merged_model_answers_as_base_and_adapter(run_masked, models, tmp_path, family, flags):
+    """Their heads hold one bias twice, and DeBERTa reads its relative positions past their module."""
+    merged = tmp_path / "merged"
+    run = run_masked(family, learning_rate=1e-2, merged_output_dir=merged, **flags)
+    assert run.code == 0
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    plain, base = (
+        AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (merged, models("encoder", family=family))
+    )
+    with torch.no_grad():
+        before = base(ids).logits
+        wanted, found = PeftModel.from_pretrained(base, run.output_dir).eval()(ids).logits, plain(ids).logits
+    # a bf16 weight is off by up to 2**-9 of itself; one that dequantises is off by what 4 bits round as well
+    assert (found - wanted).abs().mean() < (0.7 if flags.get("merge_base") else 0.1) * (before - wanted).abs().mean()
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "esm"])
+def test_a_plan_is_that_of_the_model_with_its_masked_head(run_masked, family):
+    run = run_masked(family, plan=True, plan_gpu="24GiB")
+    assert run.code == 0 and "objective: mlm" in run.stderr and "GiB" in run.stdout
+
+
 def test_a_full_fine_tune_leaves_a_model_that_transformers_loads(run_masked, models):
     run = run_masked("esm", bits=32, full_finetune=True, learning_rate=1e-2, do_predict=True)
     assert run.code == 0
@@ -464,8 +519,9 @@ def test_a_causal_model_with_flags_of_a_masked_one(run_qlora, flags, words):
         ({"target_max_len": 9}, "--target_max_len mlm"),
         ({"do_predict": True, "predict_with_generate": True}, "--predict_with_generate mlm"),
         ({"dataset_format": "alpaca"}, "--dataset_format alpaca input text"),
+        ({"chat_template": "chat.jinja"}, "--chat_template mlm"),
     ],
-    ids=["target", "generate", "format"],
+    ids=["target", "generate", "format", "template"],
 )
 def test_a_masked_model_with_flags_of_a_causal_one(run_masked, flags, words):
     error = error_of(run_masked("bert", **flags))

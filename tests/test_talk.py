@@ -155,6 +155,17 @@ def test_a_full_fine_tune_is_a_model_in_its_own_bits(run_qlora):
     assert torch.equal(bot.model.lm_head.weight, trained)
 
 
+def test_a_run_with_a_working_dir_and_a_template_whose_file_is_gone(run_qlora, tmp_path):
+    """The adapter's folder holds the template, and its card names the folder with the run's flags."""
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    folders = {"working_dir": tmp_path / "work", "output_dir": tmp_path / "final"}
+    assert run_qlora(bits=16, chat_template=tmp_path / "chat.jinja", **folders).code == 0
+    (tmp_path / "chat.jinja").unlink()
+    for folder in folders.values():
+        bot = talk.load(str(folder), FEW)
+        assert kinds(bot.model) == {"Linear"} and bot.tokenizer.chat_template == TEMPLATE
+
+
 def test_flags_given_rule_over_the_runs(trained, base, tmp_path):
     moved = shutil.copytree(base, tmp_path / "moved")
     bot = talk.load(str(trained), "--model_name_or_path", str(moved), "--bits", "8", FEW)
@@ -208,6 +219,9 @@ def test_prompts(name, byte_tokenizer):
 def test_what_is_typed_stays_text(byte_tokenizer):
     ids = talk.plain_ids([{"role": "user", "content": "</s>"}], byte_tokenizer)
     assert ids == [tiny.BOS, *b"</s>"]
+    byte_tokenizer.chat_template = TEMPLATE
+    ids = talk.template_ids([{"role": "user", "content": "a</s>"}], byte_tokenizer)
+    assert ids == [tiny.BOS, *b"[user]a</s>[assistant]"]  # BOS is the template's
 
 
 def test_the_guanaco_form_stops_where_the_human_would_speak(trained):
