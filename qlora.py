@@ -3451,9 +3451,10 @@ class Costs(NamedTuple):
     def seconds(self, sizes: Sizes, tokens: int, gpu: Gpu) -> float:
         """A micro-batch's time."""
         work = self.flops + self.repeated * sizes.recomputed / max(1, self.layers)
+        tflops = gpu.tflops or 100.0  # of a GPU that is not known: only for weighing one way against another
         # what does not grow with the tokens: unpacking each weight twice or three times, at 3 TB/s, as much as 220
         # tokens' products; and 70 launches of 5 us a layer
-        return (tokens + 220) * work / (gpu.tflops * 1e12 * REACHED) + self.layers * 70 * 5e-6
+        return (tokens + 220) * work / (tflops * 1e12 * REACHED) + self.layers * 70 * 5e-6
 
 
 def parameter_bytes(count: int, rows: int, config: Config) -> int:
@@ -3585,6 +3586,7 @@ class Plan(NamedTuple):
     costs: Costs
     sizes: Sizes
     tokens: int  # of the largest micro-batch
+    pages: int = 0  # bytes of a paged optimizer's state that stay on the GPU: all of it, or where memory is short none
 
     def gib(self) -> dict[str, float]:
         """GiB by part, and their sum as torch's allocator counts it."""
@@ -3603,7 +3605,7 @@ class Plan(NamedTuple):
 
     def needed(self) -> float:
         """GiB of everything, what lies beside torch's allocator too."""
-        return self.gib()["predicted peak"] + CONTEXT + (self.costs.optimizer / GIB if self.costs.paged else 0)
+        return self.gib()["predicted peak"] + CONTEXT + self.pages / GIB
 
     def fits(self) -> bool:
         """Into the GPU's memory."""
@@ -3616,13 +3618,16 @@ class Plan(NamedTuple):
     def lines(self) -> dict[str, str]:
         """The table."""
         total = {name: f"{size:6.2f} GiB" for name, size in self.gib().items()}
-        beside = self.needed() - self.gib()["predicted peak"]
+        beside, state = self.needed() - self.gib()["predicted peak"], self.costs.optimizer
+        paged = (
+            f"; the optimizer's pages {'stay' if self.pages else 'are moved out'}" if self.costs.paged and state else ""
+        )
         fits = "fits" if self.fits() else f"does not fit into {self.gpu.gib:.0f} GiB"
         speed = f"{self.tokens_per_second():.0f}" if self.gpu.tflops else "not known for this GPU"
         return {
             "GPU": f"{f'{self.gpu.number} x ' if self.gpu.number > 1 else ''}{self.gpu.name}, {self.gpu.gib:.0f} GiB",
             **total,
-            "beside it": f"{beside:6.2f} GiB: CUDA{', the optimizer state, paged' if self.costs.paged else ''}",
+            "beside it": f"{beside:6.2f} GiB: CUDA{paged}",
             "in all": f"{self.needed():6.2f} GiB: {fits}",
             "micro-batch": f"{self.tokens} tokens",
             "recomputed": f"{self.sizes.recomputed} of {self.costs.layers} layers",
@@ -3645,14 +3650,20 @@ class Plan(NamedTuple):
         return {"plan_peak_memory_gib": round(peak, 3), "plan_tokens_per_second": round(speed, 1)}
 
 
-def make_plan(costs: Costs, gpu: Gpu, longest: int, window: int, config: Config) -> Plan:
-    """The plan for a GPU with nothing else on it."""
-    room = (gpu.gib - CONTEXT) * 0.95 * GIB - costs.beside() - (costs.optimizer if costs.paged else 0)
-    sizes = fit(costs, room, longest, window, gpu if gpu.tflops else gpu._replace(tflops=100.0), config)
-    if sizes.rows is not None:
-        return Plan(gpu, costs, sizes, min(sizes.rows * longest, window, max(sizes.tokens, longest)))
-    batches = math.ceil(window / sizes.tokens)
-    return Plan(gpu, costs, sizes, max(longest, math.ceil(window / batches)))
+def make_plan(costs: Costs, gpu: Gpu, longest: int, window: int, config: Config, free: float | None = None) -> Plan:
+    """The plan for a GPU with nothing else on it, or for the bytes that are free beside what is there already.
+
+    A paged optimizer's state stays on the GPU if that leaves room for a step, else its pages are moved out.
+    """
+    own = free if free is not None else (gpu.gib - CONTEXT) * 0.95 * GIB - costs.beside()
+    for pages in (costs.optimizer, 0) if costs.paged else (0,):
+        sizes = fit(costs, own - pages, longest, window, gpu, config)
+        largest = window if sizes.rows is None else min(window, sizes.rows * longest)
+        tokens = math.ceil(largest / math.ceil(largest / sizes.tokens))
+        plan = Plan(gpu, costs, sizes, max(longest, tokens), pages)
+        if plan.fits():
+            break
+    return plan
 
 
 def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
@@ -3717,11 +3728,9 @@ def choose_sizes(
     longest, window = largest_window(rows["length"], count)
     measured = calibrated(costs, model, base, fast, config)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    sizes = fit(measured, 0.95 * free - costs.gradients - costs.optimizer, longest, window, gpu, config)
-    plan = make_plan(costs, gpu, longest, window, config)
-    largest = window if sizes.rows is None else min(window, sizes.rows * longest)
-    batches = math.ceil(largest / sizes.tokens)
-    return sizes, plan._replace(sizes=sizes, tokens=max(longest, math.ceil(largest / batches)))
+    own = 0.95 * free - costs.gradients - (0 if costs.paged else costs.optimizer)
+    plan = make_plan(measured, gpu, longest, window, config, own)
+    return plan.sizes, plan._replace(costs=costs)
 
 
 def largest_window(lengths: Sequence[int], rows: int) -> tuple[int, int]:
@@ -4337,7 +4346,7 @@ class QLoRATrainer(Trainer):
         Asking is what takes the longest: 22 of 33 ms of a step's updates at 7B.
         """
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.plan is not None and self.plan.fits() and hasattr(optimizer, "prefetch_state"):
+        if self.plan is not None and self.plan.pages and self.plan.fits() and hasattr(optimizer, "prefetch_state"):
             optimizer.prefetch_state = _no_wait
         return optimizer
 

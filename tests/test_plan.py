@@ -137,3 +137,20 @@ def test_packs_hold_every_row_once_and_keep_the_limit():
     assert all(length <= 10 or pack == [10] for length, pack in zip(packs.lengths, packs.packs, strict=True))
     assert len(packs) == 6, "50 tokens in packs of 10, and the row that is longer than the limit alone"
     assert [row["length"] for row in packs[0]["pack"]] == [30]
+
+
+def test_where_memory_is_short_the_optimizers_pages_are_moved_out(folder):
+    model, flags = folder("7b"), ("--recompute_layers", "all", "--lora_dtype", "float32")
+    plans = [plan_of(model, gpu, *flags) for gpu in ("H200", "6.3GiB", "5GiB")]
+    assert [bool(plan.pages) for plan in plans] == [True, False, False]
+    assert [plan.fits() for plan in plans] == [True, True, False]
+    assert "pages are moved out" in plans[1].lines()["beside it"] and "does not fit" in plans[2].lines()["in all"]
+    assert not plan_of(model, "H200", *flags, "--optim", "adamw_torch").pages
+
+
+def test_a_gpu_that_nobody_knows_is_planned_for(folder):
+    model = folder("1b")
+    config = qlora.parse_config(["--model_name_or_path", model, *COMMON])
+    costs = qlora.costs_from_config(config, qlora.load_model_config(config, model))
+    plan = qlora.make_plan(costs, qlora.Gpu("Some GPU", 16.0, 0.0), 528, 8448, config)
+    assert plan.fits() and plan.lines()["tokens per second"] == "not known for this GPU"
