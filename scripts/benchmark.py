@@ -223,7 +223,12 @@ def measure(side: str, model: str, cases: list[str], steps: int, flags: list[str
     ready = time.perf_counter() - began
     import torch
 
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad] if trained else []
+    fresh = [parameter.detach().clone().cpu() for parameter in parameters]
     for case in cases:
+        with torch.no_grad():  # every case begins with the same adapters
+            for parameter, value in zip(parameters, fresh, strict=True):
+                parameter.copy_(value)
         torch.cuda.empty_cache()
         made = measure_ours(model, case, steps, flags) if side == "ours" else measure_peer(side, trained, case, steps)
         seconds, tokens = made.pop("seconds"), made.pop("tokens")

@@ -568,7 +568,7 @@ def test_the_example_learns_the_planted_rule(run_qlora, tmp_path, monkeypatch):
     run = run_qlora(**{**off, **flags, "max_steps": 100, "do_eval": True})
     assert run.code == 0
     metrics = run.json("metrics.json")
-    # ten seeds gave from 0.63 to 0.89
+    # six seeds gave from 0.63 to 0.89
     assert metrics["predict_masked_accuracy"] > 0.5 and metrics["eval_masked_accuracy"] > 0.5
     base = run_qlora(**{**off, **flags, "output_dir": tmp_path / "base", "do_train": False})
     assert base.json("metrics.json")["predict_masked_accuracy"] < 0.1
