@@ -590,9 +590,8 @@ def parse_config(argv: Sequence[str]) -> Config:
         raise ConfigError("--warmup_ratio and --warmup_steps: give one of them")
     flags |= derived_defaults(flags, given)
     with mendable("flags"):
-        work = {
-            "output_dir": flags["working_dir"] or flags["output_dir"]
-        }  # where the Trainer, and all but final_folder, is
+        # where the Trainer, and all but final_folder, is
+        work = {"output_dir": flags["working_dir"] or flags["output_dir"]}
         groups = parser.parse_dict(flags | work, allow_extra_keys=True)
     config = Config(*groups, flags, given)  # type: ignore[call-arg]
     check_config(config)
@@ -3180,21 +3179,29 @@ def attention_of(model: Any, kernel: str | None) -> Iterator[None]:
         config._attn_implementation = own
 
 
+def states_at(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Tensor:
+    """What predicts the labelled tokens of a batch: hidden states where `fast` has the head, else logits; a row each.
+
+    Only these rows go on: a quarter of all where the prompt is three quarters.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
+    if fast.head is None:
+        whole = model(**inputs).logits
+    else:
+        with without_head(fast.head) as caught:
+            model(**inputs)
+        whole = caught[0]
+    return whole.flatten(0, 1)[batch["positions"].to(whole.device)]
+
+
 def summed_loss(model: Any, fast: FastPath, batch: Mapping[str, Any], smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy of the labelled tokens of a batch, summed, in float32."""
-    inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
-    positions, targets = batch["positions"], batch["targets"]
+    states = states_at(model, fast, batch)
+    targets = batch["targets"].to(states.device)
     if fast.head is None:
-        logits = model(**inputs).logits.flatten(0, 1)
-        # only these rows of the logits become float32: a quarter of them where the prompt is three quarters
-        chosen, on = logits[positions.to(logits.device)].float(), targets.to(logits.device)
-        return F.cross_entropy(chosen, on, reduction="sum", label_smoothing=smoothing)
-    with without_head(fast.head) as caught:
-        model(**inputs)
-    hidden = caught[0].flatten(0, 1)
-    hidden = hidden[positions.to(hidden.device)].to(matmul_dtype(hidden))
-    weight, bias = fast.head.weight, fast.head.bias
-    return ChunkedCrossEntropy.apply(hidden, weight, bias, targets.to(hidden.device), fast.post, smoothing)
+        return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
+    states, (weight, bias) = states.to(matmul_dtype(states)), (fast.head.weight, fast.head.bias)
+    return ChunkedCrossEntropy.apply(states, weight, bias, targets, fast.post, smoothing)
 
 
 def decoder_layers(model: Any) -> list[Any]:
@@ -3260,13 +3267,10 @@ def end_to_end_kernel(model: Any, config: Config) -> str | None:
 
 def logits_at(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Tensor:
     """Logits of the labelled tokens of a batch, (learnt, vocabulary), in float32, by the ways that `fast` names."""
-    inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
+    states = states_at(model, fast, batch)
     if fast.head is None:
-        return model(**inputs).logits.flatten(0, 1)[batch["positions"]].float()
-    with without_head(fast.head) as caught:
-        model(**inputs)
-    hidden = caught[0].flatten(0, 1)[batch["positions"]]
-    logits = F.linear(hidden.to(fast.head.weight.dtype), fast.head.weight, fast.head.bias).float()
+        return states.float()
+    logits = F.linear(states.to(fast.head.weight.dtype), fast.head.weight, fast.head.bias).float()
     return logits if fast.post is None else fast.post(logits)
 
 
@@ -3326,15 +3330,20 @@ def on_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
     return {name: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
 
 
-def skipping_is_safe(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any], dtype: torch.dtype) -> bool:
-    """Whether a recomputed layer may leave out its last product: it puts NaN there, which must not reach a gradient."""
+def try_step(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Forward and backward of a few tokens as in training; gradients stay, the random numbers are as before."""
     device = batch["input_ids"].device
-    set_recomputed(base, len(decoder_layers(base)), fast._replace(skips_last=True))
     model.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), attention_of(base, fast.attention):
         with torch.autocast(device.type, dtype, dtype != torch.float32):
             loss = summed_loss(model, fast, batch)
         loss.backward()
+
+
+def skipping_is_safe(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any], dtype: torch.dtype) -> bool:
+    """Whether a recomputed layer may leave out its last product: it puts NaN there, which must not reach a gradient."""
+    set_recomputed(base, len(decoder_layers(base)), fast._replace(skips_last=True))
+    try_step(model, base, fast, batch, dtype)
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     safe = all(bool(grad.isfinite().all()) for grad in grads)
     model.zero_grad(set_to_none=True)
@@ -3694,14 +3703,11 @@ def calibrated(costs: Costs, model: Any, base: Any, fast: FastPath, config: Conf
     window = collate_window([row])["window"]
     batch = end_to_end_batch(window, [0]) if fast.attention else padded_batch(window, [0], 0, "right")
     set_recomputed(base, 0, fast)
-    dtype, before = compute_dtype(config), torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    model.train()
     try:
-        with torch.random.fork_rng([torch.cuda.current_device()]), attention_of(base, fast.attention):
-            with torch.autocast("cuda", dtype, dtype != torch.float32):
-                loss = summed_loss(model, fast, on_device(batch, base.get_input_embeddings().weight.device))
-            loss.backward()
+        batch = on_device(batch, base.get_input_embeddings().weight.device)
+        try_step(model, base, fast, batch, compute_dtype(config))
     except torch.OutOfMemoryError:
         log.info("plan: a try of %d tokens did not fit; its prediction stands", count)
         return costs
@@ -4325,18 +4331,18 @@ class QLoRATrainer(Trainer):
     """The Trainer with our order of rows, checkpoints and checks."""
 
     def __init__(
-        self, *, run: dict[str, Any], questions: list[Question] | None, fast: FastPath, sizes: Sizes,
-        plan: Plan | None, config: Config, masking: Masking | None = None, **kwargs: Any,
+        self, *, ready: Ready, run: dict[str, Any], questions: list[Question] | None, config: Config,
+        masking: Masking | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        super().__init__(**kwargs)
-        self.run, self.questions, self.config, self.fast, self.masking = run, questions, config, fast, masking
-        self.sizes, self.plan = sizes, plan
+        super().__init__(model=ready.model, **kwargs)
+        self.run, self.questions, self.config, self.masking = run, questions, config, masking
+        self.fast, self.sizes, self.plan = ready.fast, ready.sizes, ready.plan
         self.model_accepts_loss_kwargs = True  # our loss is divided by the labelled tokens of the window
         self.parameter_count = self.runtime().model.num_parameters(exclude_embeddings=True)
         self.window: list[str] = []  # where the rows of the current step come from
         self.unread: list[tuple[int, Any, Any, list[str]]] = []  # steps whose numbers nobody has looked at
         self.window_loss: torch.Tensor | float = 0.0
-        self.tokens_seen: torch.Tensor | int = 0  # without padding, by this process
+        self.tokens_seen = 0  # without padding, by this process
         self.seconds_aside = 0.0  # spent on evaluating and saving while training
         self.staging: Path | None = None
 
@@ -4601,9 +4607,8 @@ class QLoRATrainer(Trainer):
 def window_arguments(args: TrainingArguments) -> TrainingArguments:
     """The Trainer's own arguments: it hands out whole windows, which training_step cuts up; we recompute ourselves."""
     changed: dict[str, Any] = {name: False for name in CHECKPOINTING if hasattr(args, name)}
-    changed["logging_nan_inf_filter"] = (
-        False  # it reads the loss, and so waits for the GPU; our own check stops at both
-    )
+    # it reads the loss, and so waits for the GPU; our own check stops at both
+    changed["logging_nan_inf_filter"] = False
     if args.ddp_find_unused_parameters is None:  # the Trainer's True stops at layers that are recomputed as ours are
         changed["ddp_find_unused_parameters"] = False
     if not args.deepspeed:  # which accumulates by itself
@@ -4661,16 +4666,13 @@ def build_trainer(
     rows = splits.eval.remove_columns("where") if splits.eval is not None else None
     return QLoRATrainer(
         **PARTS[config.masked](ready.model, tokenizer, rows, config),
-        model=ready.model,
+        ready=ready,
         args=window_arguments(config.training),
         train_dataset=splits.train,
         processing_class=tokenizer,
         callbacks=build_callbacks(stop),
         run=run,
         questions=questions,
-        fast=ready.fast,
-        sizes=ready.sizes,
-        plan=ready.plan,
         config=config,
     )
 
@@ -4721,7 +4723,7 @@ def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: i
     with stopping_on_signals(stop):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = max(time.perf_counter() - began - trainer.seconds_aside, 1e-9)
-    tokens = trainer.accelerator.reduce(torch.as_tensor(int(trainer.tokens_seen), device=trainer.args.device)).item()
+    tokens = trainer.accelerator.reduce(torch.as_tensor(trainer.tokens_seen, device=trainer.args.device)).item()
     steps = max(trainer.state.global_step - first_step, 1)
     saved = Path(trainer.config.training.output_dir, f"checkpoint-{trainer.state.global_step}")
     if stop.signal is not None and not saved.is_dir():
