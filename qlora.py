@@ -2719,8 +2719,9 @@ def forward_products(
         if only_thin:  # nobody reads this output; if somebody did, the loss would not be finite
             outputs.append(x.new_full((x.shape[0], b.shape[0]), math.nan))
             continue
-        out = F.linear(x, dense_weight(layer.base, dtype), None if bias is None else bias.to(dtype))
-        outputs.append(out.addmm_(thin[:, column], b.to(dtype).t()))
+        # the adapter's share first: the large product adds to it on its way out, which costs no pass of its own
+        out = F.linear(thin[:, column], b.to(dtype), None if bias is None else bias.to(dtype))
+        outputs.append(out.addmm_(x, dense_weight(layer.base, dtype).t()))
     return Products(outputs, thin, masks)
 
 
@@ -2740,14 +2741,12 @@ def input_gradient(
 ) -> torch.Tensor:  # fmt: skip
     """Gradient of the layers' one input, summed in place over them."""
     dtype = d_thin.dtype
-    d_x = grads[0] @ dense_weight(layers[0].base, dtype)
-    for layer, grad in zip(layers[1:], grads[1:], strict=True):
+    downs = [a.to(dtype) for a in params[::3] if a is not None]
+    d_x = d_thin.new_zeros(d_thin.shape[0], downs[0].shape[1]) if masks else d_thin @ torch.cat(downs)
+    for layer, mask, down, column in zip(layers, masks, downs, ranks(params), strict=False):  # none without dropout
+        d_x += (d_thin[:, column] @ down).mul_(mask).div_(1 - layer.dropout)
+    for layer, grad in zip(layers, grads, strict=True):
         d_x.addmm_(grad, dense_weight(layer.base, dtype))
-    if not masks:
-        return d_x.addmm_(d_thin, torch.cat([a for a in params[::3] if a is not None]).to(dtype))
-    for layer, mask, a, column in zip(layers, masks, params[::3], ranks(params), strict=True):
-        assert a is not None
-        d_x += (d_thin[:, column] @ a.to(dtype)).mul_(mask).div_(1 - layer.dropout)
     return d_x
 
 
@@ -3326,8 +3325,14 @@ def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
 
 
 def on_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
-    """A batch with its tensors there."""
-    return {name: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+    """A batch with its tensors there, without a wait for what the GPU has still to do: that takes pinned memory."""
+    pinned = torch.device(device).type == "cuda"
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    there = {
+        name: (value.pin_memory() if pinned and not value.is_cuda else value).to(device, non_blocking=True)
+        for name, value in tensors.items()
+    }
+    return {**batch, **there}
 
 
 def try_step(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -4340,7 +4345,7 @@ class QLoRATrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # our loss is divided by the labelled tokens of the window
         self.parameter_count = self.runtime().model.num_parameters(exclude_embeddings=True)
         self.window: list[str] = []  # where the rows of the current step come from
-        self.unread: list[tuple[int, Any, Any, list[str]]] = []  # steps whose numbers nobody has looked at
+        self.unread: list[tuple[int, Any, list[str]]] = []  # steps whose numbers nobody has looked at
         self.window_loss: torch.Tensor | float = 0.0
         self.tokens_seen = 0  # without padding, by this process
         self.seconds_aside = 0.0  # spent on evaluating and saving while training
@@ -4508,17 +4513,18 @@ class QLoRATrainer(Trainer):
 
         Reading them at once would leave the GPU idle until the next step is launched.
         """
-        self.unread.append((self.state.global_step, self.window_loss, grad_norm, self.window))
+        self.unread.append((self.state.global_step, sent(self.window_loss, grad_norm), self.window))
         control = self.control
         due = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
         while len(self.unread) > (0 if due or control.should_epoch_stop else 1):
             self._check_finite(*self.unread.pop(0))
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
-    def _check_finite(self, step: int, loss: Any, grad_norm: Any, where: list[str]) -> None:
+    def _check_finite(self, step: int, numbers: Any, where: list[str]) -> None:
+        loss, grad_norm = received(*numbers)
         scaled = self.args.fp16 and self.accelerator.scaler is not None  # its scaler skips such steps by itself
-        bad = "loss" if not math.isfinite(float(loss)) else "gradient norm"
-        if bad == "loss" or not (scaled or grad_norm is None or math.isfinite(float(grad_norm))):
+        bad = "loss" if not math.isfinite(loss) else "gradient norm"
+        if bad == "loss" or not (scaled or math.isfinite(grad_norm)):
             rows = ", ".join(where[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
             raise TrainingError(
                 f"step {step}: the {bad} is not finite, on rows {rows}. The last good checkpoint "
@@ -4609,6 +4615,8 @@ def window_arguments(args: TrainingArguments) -> TrainingArguments:
     changed: dict[str, Any] = {name: False for name in CHECKPOINTING if hasattr(args, name)}
     # it reads the loss, and so waits for the GPU; our own check stops at both
     changed["logging_nan_inf_filter"] = False
+    # pinned batches reach the GPU without a wait for what it has still to do
+    changed["accelerator_config"] = dataclasses.replace(args.accelerator_config, non_blocking=True)
     if args.ddp_find_unused_parameters is None:  # the Trainer's True stops at layers that are recomputed as ours are
         changed["ddp_find_unused_parameters"] = False
     if not args.deepspeed:  # which accumulates by itself
@@ -4627,6 +4635,24 @@ def start_recomputing(base: Any, fast: FastPath, sizes: Sizes, dtype: torch.dtyp
         base.enable_input_require_grads()
     elif sizes.recomputed:
         log.warning("gradient_checkpointing: %s does not support it, nothing is recomputed", type(base).__name__)
+
+
+def sent(*numbers: Any) -> tuple[list[Any], Any]:
+    """Numbers on their way from the GPU, and what says that they are there. Nobody waits for what is launched later."""
+    tensors = [number for number in numbers if isinstance(number, torch.Tensor) and number.is_cuda]
+    there = [n.detach().to("cpu", non_blocking=True) if isinstance(n, torch.Tensor) else n or 0.0 for n in numbers]
+    if not tensors:
+        return there, None
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(tensors[0].device))
+    return there, arrived
+
+
+def received(numbers: list[Any], arrived: Any) -> list[float]:
+    """What was sent."""
+    if arrived is not None:
+        arrived.synchronize()
+    return [float(number) for number in numbers]
 
 
 def _no_wait(tensor: torch.Tensor) -> None:
