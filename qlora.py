@@ -324,6 +324,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     padding_free: bool = flag(True, "Lay rows end to end instead of padding them, where the model allows it.")
     fused_lora: bool = flag(True, "Compute base and adapters in fused functions, where they know the layer.")
     chunked_head: bool = flag(True, "Compute logits only for tokens that are learnt, a few hundred at a time.")
+    fp8_compute: bool = flag(False, "Products of the frozen base in float8, scaled row by row: faster, other numbers.")
     unpacked_layers: str = flag("auto", "Of how many layers to keep the 4- or 8-bit weights unpacked too: auto (what "
         "fits beside everything else; none on a CPU), all, none or a number.")
     plan: bool = flag(False, "Print what the run will take (GiB by part, tokens per second), and exit.")
@@ -687,6 +688,8 @@ def check_config(config: Config) -> None:
           for name in ("recompute_layers", "unpacked_layers")),
         (not train.gradient_checkpointing and train.recompute_layers not in ("auto", "none", "0"),
          f"--recompute_layers {train.recompute_layers} and --gradient_checkpointing False: give one of them"),
+        (train.fp8_compute and (full or not train.fused_lora),
+         f"--fp8_compute needs the fused functions: drop {'--full_finetune' if full else '--fused_lora False'}"),
         (train.plan_gpu is not None and not train.plan, "--plan_gpu names the GPU of a plan: add --plan"),
         (lora.layers_to_freeze < 0, f"--layers_to_freeze {lora.layers_to_freeze}: expected 0 or more"),
         (not 0 <= freeze < 1, f"--layer_freeze_ratio {freeze:g}: expected from 0 up to below 1"),
@@ -2620,11 +2623,23 @@ if triton is not None:
                 gradient = tl.exp(x - logsumexp) - tl.where(column == target, 1.0, 0.0)
                 tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < columns)
 
+    @triton.jit
+    def _float8_rows_kernel(  # type: ignore[no-untyped-def]
+        x, values, scales, stride, columns, BLOCK: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        there = column < columns
+        part = tl.load(x + row * stride + column, mask=there, other=0.0).to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(part)), 1e-12) / 448.0
+        tl.store(scales + row, scale)
+        tl.store(values + row * columns + column, (part / scale).to(values.dtype.element_ty), mask=there)
+
 
 def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
     """A linear layer's weight, (out, in), from 4, 8 or 16 bits."""
     weight, state, unpacked = base.weight, getattr(base.weight, "quant_state", None), getattr(base, "unpacked", None)
-    if unpacked is not None and unpacked.dtype == dtype:
+    if isinstance(unpacked, torch.Tensor) and unpacked.dtype == dtype:
         return unpacked
     if state is None:
         if weight.dtype != torch.int8:
@@ -2646,6 +2661,48 @@ def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
+class Float8(NamedTuple):
+    """A matrix in float8 (e4m3) with a scale for each row, whose largest value becomes 448."""
+
+    values: torch.Tensor  # (rows, columns)
+    scales: torch.Tensor  # (rows, 1), float32
+
+
+def float8_rows(x: torch.Tensor) -> Float8:
+    """A matrix rounded to float8 row by row."""
+    kind = torch.float8_e4m3fn
+    if triton is None or not x.is_cuda:
+        scales = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448
+        return Float8((x / scales).to(kind), scales)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    values, scales = torch.empty(x.shape, dtype=kind, device=x.device), torch.empty(len(x), 1, device=x.device)
+    block = triton.next_power_of_2(x.shape[1])
+    _float8_rows_kernel[(len(x),)](x, values, scales, x.stride(0), x.shape[1], BLOCK=block, num_warps=8)
+    return Float8(values, scales)
+
+
+def float8_weight(base: Any, dtype: torch.dtype, backward: bool) -> Float8:
+    """A linear layer's weight (out, in), or its transpose, which the backward pass multiplies with."""
+    kept = getattr(base, "unpacked", None)
+    if isinstance(kept, tuple):
+        return kept[backward]
+    weight = dense_weight(base, dtype)
+    return float8_rows(weight.t().contiguous() if backward else weight)
+
+
+def float8_product(x: Float8, base: Any, dtype: torch.dtype, backward: bool) -> torch.Tensor:
+    """Multiply x by W^T, or in the backward pass by W; the sums are float32 (Micikevicius et al. 2022, 2209.05433).
+
+    On a CPU the same from float32 factors, to test with.
+    """
+    weight = float8_weight(base, dtype, backward)
+    if x.values.is_cuda:
+        scales = {"scale_a": x.scales, "scale_b": weight.scales.t()}
+        return torch._scaled_mm(x.values, weight.values.t(), **scales, out_dtype=dtype, use_fast_accum=True)
+    a, b = (part.values.float() * part.scales for part in (x, weight))
+    return (a @ b.t()).to(dtype)
+
+
 class FusedLinear(NamedTuple):
     """A linear layer and its one adapter, as the functions below use them."""
 
@@ -2657,9 +2714,19 @@ class FusedLinear(NamedTuple):
     dropout: float
     stock: Callable[..., torch.Tensor]  # peft's own forward
 
+    @property
+    def float8(self) -> bool:
+        """Whether the products of the base are in float8."""
+        return getattr(self.base, "float8", False)
+
     def parameters(self) -> tuple[Any, Any, Any]:
         """What may train: lora_A, lora_B and the base's bias."""
         return self.down.weight, self.up.weight, self.base.bias
+
+    @property
+    def drops(self) -> bool:
+        """Whether some of its input is dropped now."""
+        return bool(self.dropout and self.module.training)
 
     def applies(self, x: torch.Tensor) -> bool:
         """Not for a few tokens, where bitsandbytes multiplies without unpacking, nor with the adapter switched off."""
@@ -2700,7 +2767,7 @@ def forward_products(
 ) -> Products:
     """W x + bias + scaling * B A dropout(x) of every layer, x of shape (tokens, in)."""
     dtype, columns, masks = x.dtype, ranks(params), []
-    drops = any(layer.dropout and layer.module.training for layer in layers)
+    drops = any(layer.drops for layer in layers)
     thin = x.new_empty(x.shape[0], columns[-1].stop)
     if not drops and len({layer.scaling for layer in layers}) == 1:
         down = torch.cat([a for a in params[::3] if a is not None]).to(dtype)
@@ -2714,10 +2781,15 @@ def forward_products(
                 masks.append(mask)
             scaled_mm(dropped, a.to(dtype).t(), layer.scaling, thin[:, column])
     outputs = []
+    rounded = float8_rows(x) if any(layer.float8 for layer in layers) and not only_thin else None
     for layer, b, bias, column in zip(layers, params[1::3], params[2::3], columns, strict=True):
         assert b is not None
         if only_thin:  # nobody reads this output; if somebody did, the loss would not be finite
             outputs.append(x.new_full((x.shape[0], b.shape[0]), math.nan))
+            continue
+        if layer.float8 and rounded is not None:
+            out = float8_product(rounded, layer.base, dtype, backward=False).addmm_(thin[:, column], b.to(dtype).t())
+            outputs.append(out if bias is None else out.add_(bias.to(dtype)))
             continue
         # the adapter's share first: the large product adds to it on its way out, which costs no pass of its own
         out = F.linear(thin[:, column], b.to(dtype), None if bias is None else bias.to(dtype))
@@ -2746,22 +2818,26 @@ def input_gradient(
     for layer, mask, down, column in zip(layers, masks, downs, ranks(params), strict=False):  # none without dropout
         d_x += (d_thin[:, column] @ down).mul_(mask).div_(1 - layer.dropout)
     for layer, grad in zip(layers, grads, strict=True):
-        d_x.addmm_(grad, dense_weight(layer.base, dtype))
+        if layer.float8:
+            d_x += float8_product(float8_rows(grad), layer.base, dtype, backward=True)
+        else:
+            d_x.addmm_(grad, dense_weight(layer.base, dtype))
     return d_x
 
 
 def parameter_gradients(
     grads: Sequence[torch.Tensor], d_thin: torch.Tensor, x: torch.Tensor, made: Products, layers: Sequence[FusedLinear],
-    params: Parameters,
+    params: Parameters, wide: bool = False,
 ) -> list[torch.Tensor | None]:  # fmt: skip
-    """Gradients of lora_A, lora_B and a bias that trains, one layer after the other."""
+    """Gradients of lora_A, lora_B and a bias that trains, one layer after the other; `wide` in at least float32."""
     found: list[torch.Tensor | None] = []
     for i, (layer, grad, column) in enumerate(zip(layers, grads, ranks(params), strict=True)):
         a, b, bias = params[3 * i : 3 * i + 3]
         assert a is not None and b is not None
+        of_a, of_b = (torch.promote_types(p.dtype, torch.float32) if wide else p.dtype for p in (a, b))
         dropped = x * made.masks[i] / (1 - layer.dropout) if made.masks else x
-        found.append(gradient_mm(d_thin[:, column].t(), dropped, a.dtype))
-        found.append(gradient_mm(grad.t(), made.thin[:, column], b.dtype))
+        found.append(gradient_mm(d_thin[:, column].t(), dropped, of_a))
+        found.append(gradient_mm(grad.t(), made.thin[:, column], of_b))
         found.append(grad.sum(0).to(bias.dtype) if bias is not None and bias.requires_grad else None)
     return found
 
@@ -2829,36 +2905,73 @@ def gated_act(act: Any) -> GatedAct:
     return GatedAct(act, kinds.get(type(act).__name__) if triton is not None else None)
 
 
+def mlp_gradients(
+    grad: torch.Tensor, x: torch.Tensor, act: GatedAct, layers: Sequence[FusedLinear], params: Parameters,
+    outputs: list[torch.Tensor], first: Products, last: Products | None, needs_x: bool, wide: bool = False,
+) -> list[torch.Tensor | None]:  # fmt: skip
+    """Gradients of a gated MLP's x and parameters. `outputs` are gate and up, which are used up."""
+    pair, down = layers[:2], layers[2:]
+    d_thin = thin_gradient([grad], down, params[6:])
+    d_product = input_gradient([grad], d_thin, last.masks if last else [], down, params[6:])
+    product, *d_pair = act.gradients(d_product, *outputs)
+    outputs.clear()
+    last = last or forward_products(product, down, params[6:], only_thin=True)
+    of_last = parameter_gradients([grad], d_thin, product, last, down, params[6:], wide)
+    del product, d_product
+    d_thin = thin_gradient(d_pair, pair, params[:6])
+    d_x = input_gradient(d_pair, d_thin, first.masks, pair, params[:6]) if needs_x else None
+    return [d_x, *parameter_gradients(d_pair, d_thin, x, first, pair, params[:6], wide), *of_last]
+
+
 class FusedMLP(torch.autograd.Function):
-    """A gated MLP, down(act(gate(x)) * up(x)), that keeps x, gate and up and computes the middle again."""
+    """A gated MLP, down(act(gate(x)) * up(x)), that keeps x, gate and up and computes the middle again.
+
+    While its layer is recomputed it keeps x alone and leaves everything to the backward pass, which then takes the
+    tokens in pieces: three tensors as wide as the MLP are the largest that a recomputed step holds.
+    """
+
+    PIECE = 2**26  # bytes of a piece's gate
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, act: GatedAct, layers: Sequence[FusedLinear], *params: torch.Tensor | None
     ) -> torch.Tensor:
         """Takes x (tokens, hidden) -> (tokens, hidden). While a layer is recomputed nobody reads the result."""
+        ctx.layers, ctx.act, ctx.masks = layers, act, None
+        again = Recompute.skips_last
+        if again and not any(layer.drops for layer in layers):  # dropout has its place in the order of random numbers
+            ctx.save_for_backward(x, *params)
+            return x.new_full((1, 1), math.nan).expand(len(x), layers[2].base.out_features)
         first = forward_products(x, layers[:2], params[:6])
         gate, up = first.outputs
-        last = forward_products(act.product(gate, up), layers[2:], params[6:], only_thin=Recompute.skips_last)
-        ctx.layers, ctx.act, ctx.masks = layers, act, len(first.masks)
+        last = forward_products(act.product(gate, up), layers[2:], params[6:], only_thin=again)
+        ctx.masks = len(first.masks)
         ctx.save_for_backward(x, gate, up, first.thin, last.thin, *params, *first.masks, *last.masks)
         return last.outputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """Gradients of x and of every parameter."""
-        x, gate, up, thin, last_thin, *rest = ctx.saved_tensors
-        pair, down, params, masks = ctx.layers[:2], ctx.layers[2:], rest[:9], rest[9:]
-        made, made_last = Products([], thin, masks[: ctx.masks]), Products([], last_thin, masks[ctx.masks :])
-        d_thin = thin_gradient(grads, down, params[6:])
-        d_product = input_gradient(grads, d_thin, made_last.masks, down, params[6:])
-        product, *d_pair = ctx.act.gradients(d_product, gate, up)
-        of_last = parameter_gradients(grads, d_thin, product, made_last, down, params[6:])
-        del product, d_product
-        d_thin = thin_gradient(d_pair, pair, params[:6])
-        d_x = input_gradient(d_pair, d_thin, made.masks, pair, params[:6]) if ctx.needs_input_grad[0] else None
-        of_first = parameter_gradients(d_pair, d_thin, x, made, pair, params[:6])
-        return d_x, None, None, *of_first, *of_last
+        needs_x, layers, (grad,) = ctx.needs_input_grad[0], ctx.layers, grads
+        if ctx.masks is not None:
+            x, gate, up, thin, last_thin, *rest = ctx.saved_tensors
+            params, masks = rest[:9], rest[9:]
+            first, last = Products([], thin, masks[: ctx.masks]), Products([], last_thin, masks[ctx.masks :])
+            found = mlp_gradients(grad, x, ctx.act, layers, params, [gate, up], first, last, needs_x)
+            return found[0], None, None, *found[1:]
+        x, *params = ctx.saved_tensors
+        pieces = math.ceil(len(x) * layers[0].base.out_features * x.element_size() / FusedMLP.PIECE)
+        d_x, sums = torch.empty_like(x) if needs_x else None, [None] * 9
+        for where in torch.arange(len(x)).chunk(pieces):
+            part = slice(int(where[0]), int(where[-1]) + 1)
+            first = forward_products(x[part], layers[:2], params[:6])
+            d_part, *found = mlp_gradients(
+                grad[part], x[part], ctx.act, layers, params, first.outputs, first, None, needs_x, wide=pieces > 1
+            )
+            if d_x is not None:
+                d_x[part] = d_part
+            sums = [b if a is None else a.add_(b) for a, b in zip(sums, found, strict=True)]
+        return d_x, None, None, *sums
 
 
 class FusedGroup:
@@ -2904,7 +3017,7 @@ GATED_MLP = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 SHARED_INPUT = ("q_proj", "k_proj", "v_proj")  # as most families call them
 
 
-def fusible(module: Any) -> FusedLinear | None:
+def fusible(module: Any, float8: bool = False) -> FusedLinear | None:
     """An adapted layer as the functions above take it; None for what they do not know (DoRA, a bias in lora_B, ...)."""
     name = next(iter(module.active_adapters), "")
     base = module.get_base_layer()
@@ -2915,12 +3028,13 @@ def fusible(module: Any) -> FusedLinear | None:
     if up.bias is not None:
         return None
     dropout = getattr(module.lora_dropout[name], "p", 0.0)
+    base.float8 = float8 and base.in_features % 16 == base.out_features % 16 == 0  # what the hardware multiplies
     return FusedLinear(module, base, down, up, module.scaling[name], dropout, module.forward)
 
 
-def fuse_adapters(model: Any) -> list[str]:
+def fuse_adapters(model: Any, float8: bool = False) -> list[str]:
     """Give every adapted layer that is known the functions above; returns the names of the others."""
-    found = {name: fusible(m) for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    found = {name: fusible(m, float8) for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     known = {name: layer for name, layer in found.items() if layer is not None}
     for name, module in model.named_modules():
         wanted = [f"{name}.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
@@ -3213,8 +3327,12 @@ def set_unpacked(model: Any, count: int, dtype: torch.dtype) -> None:
     for i, layer in enumerate(decoder_layers(model)):
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear:
-                module.unpacked = None  # type: ignore[assignment]
-                module.unpacked = dense_weight(module, dtype) if i < count else None  # type: ignore[assignment]
+                base: Any = module
+                base.unpacked = None
+                if i < count and getattr(base, "float8", False):
+                    base.unpacked = tuple(float8_weight(base, dtype, backward) for backward in (False, True))
+                elif i < count:
+                    base.unpacked = dense_weight(base, dtype)
 
 
 def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
@@ -3359,7 +3477,7 @@ def skipping_is_safe(model: Any, base: Any, fast: FastPath, batch: Mapping[str, 
 def speed_up(model: Any, base: Any, config: Config) -> FastPath:
     """Put the model's adapters on the fast path and find out what else of it the model takes."""
     if config.training.fused_lora and not config.quant.full_finetune:
-        others = fuse_adapters(model)
+        others = fuse_adapters(model, config.training.fp8_compute)
         if others:
             log.info("%d adapted layers stay with peft's own functions, first %s", len(others), others[0])
     if is_sharded(config) or config.masked:

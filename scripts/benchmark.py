@@ -9,13 +9,15 @@ REAL:FILE:ROWS takes the lengths of a JSON-lines file's texts, ROWS to an optimi
 
 Every side is a process of its own: nf4 with double quantisation, bf16, LoRA r 64 on all linear layers without
 dropout, adapters in bf16, paged 32-bit AdamW, the same random token ids; 2 steps to warm up, then the median of
---steps. Padding is not counted. Loss and gradient norm of the first step stand beside each speed: they must agree.
+--steps, by the GPU's own clock and without a wait between them. Padding is not counted. The side ours+fp8 is ours
+with --fp8_compute. Loss and gradient norm of the first step stand beside each speed: they must agree.
 Writes benchmark.json and benchmark.png to --out.
 """
 
 import argparse
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -27,6 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, ALPHA, WARM_UP = 64, 16, 2
+VARIANTS = {"fp8": ["--fp8_compute"]}  # ours with other flags, as a side: ours+fp8
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -53,6 +56,21 @@ def token_rows(lengths: list[int], step: int) -> list[Any]:
     return [torch.randint(5, 31999, (n,), generator=generator) for n in lengths]
 
 
+def mark() -> Any:
+    """A point in the GPU's work. Nobody waits for it, so that the next step is prepared meanwhile, as in a real run."""
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(marks: list[Any]) -> list[float]:
+    """From each mark to the next."""
+    marks[-1].synchronize()
+    return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
+
+
 def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[str, Any]:
     """qlora.py's own Trainer over rows of these lengths, started as a user starts it."""
     sys.path.insert(0, str(ROOT))
@@ -63,15 +81,18 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
     import qlora
 
     class Clock(TrainerCallback):
-        """The time of every optimizer step."""
+        """When the GPU was done with every optimizer step."""
 
         def __init__(self) -> None:
-            self.times = [0.0]
+            self.ends: list[Any] = []
+            self.first_step = 0.0
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            torch.cuda.synchronize()
-            self.times.append(time.perf_counter())
-            if len(self.times) == WARM_UP + 1:
+            self.ends.append(mark())
+            if len(self.ends) == 1:
+                torch.cuda.synchronize()
+                self.first_step = time.perf_counter()
+            if len(self.ends) == WARM_UP:
                 torch.cuda.reset_peak_memory_stats()
 
     windows, at_once, recompute = lengths_of(case)
@@ -80,8 +101,17 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
         [
             *("--model_name_or_path", model, "--bf16", "--lora_dtype", "bfloat16", "--max_grad_norm", "0"),
             *("--per_device_train_batch_size", str(at_once), "--gradient_accumulation_steps", str(count // at_once)),
-            *("--max_steps", str(total), "--save_strategy", "no", "--logging_steps", "1", "--output_dir", "/tmp/bench"),
-            *("--train_sampling_strategy", "sequential", "--disable_tqdm", "True"),
+            *(
+                "--max_steps",
+                str(total),
+                "--save_strategy",
+                "no",
+                "--logging_steps",
+                "1000",
+                "--output_dir",
+                "/tmp/bench",
+            ),
+            *("--train_sampling_strategy", "sequential", "--disable_tqdm", "True", "--logging_first_step", "True"),
             *([] if case.startswith("REAL:") or "*" in case else ["--recompute_layers", recompute]),
             *flags,
         ]
@@ -101,15 +131,13 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()
-    torch.cuda.synchronize()
     first = trainer.state.log_history[0]
-    took = [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)][WARM_UP - 1 :]
     return {
-        "seconds": took,
+        "seconds": seconds_between(clock.ends[WARM_UP - 1 :]),
         "tokens": [sum(windows[step % len(windows)]) for step in range(WARM_UP, total)],
         "loss": first["loss"],
         "grad_norm": first["grad_norm"],
-        "ready_s": clock.times[1] - began,
+        "ready_s": clock.first_step - began,
         "sizes": str(trainer.sizes),
         "predicted_gib": round(ready.plan.gib()["predicted peak"], 2) if ready.plan else None,
         "predicted_tokens_per_s": round(ready.plan.tokens_per_second()) if ready.plan else None,
@@ -163,7 +191,7 @@ def padded(rows: list[Any]) -> dict[str, Any]:
     batch = {"input_ids": ids, "labels": labels}
     if not bool(mask.all()):
         batch["attention_mask"] = mask
-    return {name: tensor.cuda() for name, tensor in batch.items()}
+    return {name: tensor.pin_memory().cuda(non_blocking=True) for name, tensor in batch.items()}
 
 
 def end_to_end(rows: list[Any]) -> dict[str, Any]:
@@ -177,7 +205,7 @@ def end_to_end(rows: list[Any]) -> dict[str, Any]:
         "position_ids": torch.cat([torch.arange(len(row)) for row in rows]).unsqueeze(0),
         "packed_seq_lengths": torch.tensor([len(row) for row in rows], dtype=torch.int32),
     }
-    return {name: tensor.cuda() for name, tensor in batch.items()}
+    return {name: tensor.pin_memory().cuda(non_blocking=True) for name, tensor in batch.items()}
 
 
 def measure_peer(side: str, trained: Any, case: str, steps: int) -> dict[str, Any]:
@@ -190,13 +218,11 @@ def measure_peer(side: str, trained: Any, case: str, steps: int) -> dict[str, An
     trained.train()
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = bitsandbytes.optim.PagedAdamW32bit(parameters, lr=2e-4)
-    took, first = [], {}
+    ends, first = [], {}
     for step in range(steps + WARM_UP):
         if step == WARM_UP:
             torch.cuda.reset_peak_memory_stats()
-        rows = token_rows(windows[step % len(windows)], step)
-        torch.cuda.synchronize()
-        start, total = time.perf_counter(), 0.0
+        rows, total = token_rows(windows[step % len(windows)], step), 0.0
         for i in range(0, len(rows), at_once):
             with torch.autocast("cuda", torch.bfloat16):
                 loss = trained(**collate(rows[i : i + at_once])).loss / (len(rows) / at_once)
@@ -207,10 +233,9 @@ def measure_peer(side: str, trained: Any, case: str, steps: int) -> dict[str, An
             first = {"loss": float(total), "grad_norm": float(torch.stack(norms).norm())}
         optimizer.step()
         optimizer.zero_grad()
-        torch.cuda.synchronize()
-        took.append(time.perf_counter() - start)
+        ends.append(mark())
     tokens = [sum(windows[step % len(windows)]) for step in range(WARM_UP, steps + WARM_UP)]
-    return {"seconds": took[WARM_UP:], "tokens": tokens, **first}
+    return {"seconds": seconds_between(ends[WARM_UP - 1 :]), "tokens": tokens, **first}
 
 
 def measure(side: str, model: str, cases: list[str], steps: int, flags: list[str]) -> None:
@@ -218,7 +243,10 @@ def measure(side: str, model: str, cases: list[str], steps: int, flags: list[str
     import gc
 
     began, trained = time.perf_counter(), None
-    if side != "ours":
+    ours, _, variant = side.partition("+")
+    if variant:
+        flags = [*flags, *VARIANTS[variant]]
+    if ours != "ours":
         trained = load_peer(side, model, lengths_of(cases[0])[2])
     ready = time.perf_counter() - began
     import torch
@@ -230,7 +258,7 @@ def measure(side: str, model: str, cases: list[str], steps: int, flags: list[str
             for parameter, value in zip(parameters, fresh, strict=True):
                 parameter.copy_(value)
         torch.cuda.empty_cache()
-        made = measure_ours(model, case, steps, flags) if side == "ours" else measure_peer(side, trained, case, steps)
+        made = measure_ours(model, case, steps, flags) if ours == "ours" else measure_peer(side, trained, case, steps)
         seconds, tokens = made.pop("seconds"), made.pop("tokens")
         rates = [count / second for count, second in zip(tokens, seconds, strict=True)]
         peak = torch.cuda.max_memory_allocated() / 2**30
@@ -271,7 +299,7 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = ["| case | side | tokens/s | ratio | peak GiB | loss | gradient norm | ready s |", "|" + "---|" * 8]
     for case in dict.fromkeys(result["case"] for result in results):
         of_case = [result for result in results if result["case"] == case]
-        others = {r["side"]: r["tokens_per_s"] for r in of_case if r["side"] != "ours" and "failed" not in r}
+        others = {r["side"]: r["tokens_per_s"] for r in of_case if r["side"][:4] != "ours" and "failed" not in r}
         against = others.get("unsloth") or max(others.values(), default=0)
         for r in of_case:
             if "failed" in r:

@@ -134,8 +134,10 @@ def test_recomputed_layers_are_kept_layers(family, layers):
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_fused_layers_recomputed_with_or_without_their_last_product(family, layers):
+@pytest.mark.parametrize("piece", [2**26, 10_000], ids=["whole", "in pieces of tokens"])
+def test_fused_layers_recomputed_with_or_without_their_last_product(family, layers, piece, monkeypatch):
     name, both, rows, expected = family
+    monkeypatch.setattr(qlora.FusedMLP, "PIECE", piece)
     fast = qlora.FastPath(skips_last=both.fast.skips_last)
     with twins.counted() as calls:
         got = twins.quick(both.quick, fast, twins.window_of(rows), recomputed=layers)
