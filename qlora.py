@@ -324,6 +324,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     padding_free: bool = flag(True, "Lay rows end to end instead of padding them, where the model allows it.")
     fused_lora: bool = flag(True, "Compute base and adapters in fused functions, where they know the layer.")
     chunked_head: bool = flag(True, "Compute logits only for tokens that are learnt, a few hundred at a time.")
+    offload_activations: bool = flag(False, "Keep the inputs of recomputed layers in the CPU's memory.")
     fp8_compute: bool = flag(False, "Products of the frozen base in float8, scaled row by row: faster, other numbers.")
     unpacked_layers: str = flag("auto", "Of how many layers to keep the 4- or 8-bit weights unpacked too: auto (what "
         "fits beside everything else; none on a CPU), all, none or a number.")
@@ -688,6 +689,8 @@ def check_config(config: Config) -> None:
           for name in ("recompute_layers", "unpacked_layers")),
         (not train.gradient_checkpointing and train.recompute_layers not in ("auto", "none", "0"),
          f"--recompute_layers {train.recompute_layers} and --gradient_checkpointing False: give one of them"),
+        (train.offload_activations and (not train.gradient_checkpointing or train.recompute_layers in ("none", "0")),
+         "--offload_activations needs recomputed layers: drop --recompute_layers none, --gradient_checkpointing False"),
         (train.fp8_compute and (full or not train.fused_lora),
          f"--fp8_compute needs the fused functions: drop {'--full_finetune' if full else '--fused_lora False'}"),
         (train.plan_gpu is not None and not train.plan, "--plan_gpu names the GPU of a plan: add --plan"),
@@ -2930,7 +2933,7 @@ class FusedMLP(torch.autograd.Function):
     tokens in pieces: three tensors as wide as the MLP are the largest that a recomputed step holds.
     """
 
-    PIECE = 2**26  # bytes of a piece's gate
+    PIECE = 2**28  # bytes of a piece's gate: 12 000 tokens at 7B. Each piece unpacks the weights anew
 
     @staticmethod
     def forward(
@@ -2961,16 +2964,17 @@ class FusedMLP(torch.autograd.Function):
             return found[0], None, None, *found[1:]
         x, *params = ctx.saved_tensors
         pieces = math.ceil(len(x) * layers[0].base.out_features * x.element_size() / FusedMLP.PIECE)
-        d_x, sums = torch.empty_like(x) if needs_x else None, [None] * 9
+        d_x = torch.empty_like(x) if needs_x else None
+        sums: list[torch.Tensor | None] = [None] * 9
         for where in torch.arange(len(x)).chunk(pieces):
             part = slice(int(where[0]), int(where[-1]) + 1)
             first = forward_products(x[part], layers[:2], params[:6])
             d_part, *found = mlp_gradients(
                 grad[part], x[part], ctx.act, layers, params, first.outputs, first, None, needs_x, wide=pieces > 1
             )
-            if d_x is not None:
+            if d_x is not None and d_part is not None:
                 d_x[part] = d_part
-            sums = [b if a is None else a.add_(b) for a, b in zip(sums, found, strict=True)]
+            sums = [b if a is None or b is None else a.add_(b) for a, b in zip(sums, found, strict=True)]
         return d_x, None, None, *sums
 
 
@@ -3052,6 +3056,36 @@ def fuse_adapters(model: Any, float8: bool = False) -> list[str]:
     return sorted(found.keys() - known.keys())
 
 
+class Offloaded:
+    """A tensor on its way to the CPU's memory, and back when it is asked for; the GPU computes on meanwhile."""
+
+    streams: ClassVar[dict[torch.device, Any]] = {}
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.stream = self.streams.setdefault(x.device, torch.cuda.Stream(x.device))
+        self.device = x.device
+        self.here: torch.Tensor | None = None
+        self.stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(self.stream):
+            self.there = x.to("cpu", non_blocking=True)  # pinned
+        x.record_stream(self.stream)
+
+    def fetch(self) -> None:
+        """Begin to bring it back, into memory that the computing stream owns."""
+        self.here = torch.empty_like(self.there, device=self.device)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            self.here.copy_(self.there, non_blocking=True)
+
+    def take(self) -> torch.Tensor:
+        """The tensor, on the GPU again."""
+        if self.here is None:
+            self.fetch()
+        assert self.here is not None
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        return self.here
+
+
 class Recompute(torch.autograd.Function):
     """Keep a layer's input alone and compute the layer again in the backward pass (Chen et al. 2016, 1604.06174).
 
@@ -3060,21 +3094,31 @@ class Recompute(torch.autograd.Function):
     """
 
     skips_last = False  # while a layer is computed again
+    away: ClassVar[list[Offloaded]] = []  # inputs in the CPU's memory, of one layer after the other
 
     @staticmethod
-    def forward(ctx: Any, run: Any, skip: bool, anchor: torch.Tensor, hidden: torch.Tensor, *args: Any) -> Any:
+    def forward(
+        ctx: Any, run: Any, how: tuple[bool, bool], anchor: torch.Tensor, hidden: torch.Tensor, *args: Any
+    ) -> Any:
         """`anchor` requires a gradient, so that this is on the tape even where `hidden` does not need one."""
-        ctx.run, ctx.skip, ctx.args = run, skip, args
+        ctx.run, ctx.args = run, args
+        ctx.skip, offloads = how
         kind = hidden.device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.rng = random_state(hidden.device)
-        ctx.save_for_backward(hidden)
+        if offloads and hidden.is_cuda:
+            Recompute.away.append(Offloaded(hidden))
+            ctx.save_for_backward()
+        else:
+            ctx.save_for_backward(hidden)
         return run(hidden, *args)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """Compute again, with a tape, from the same random numbers."""
-        (saved,) = ctx.saved_tensors
+        saved = ctx.saved_tensors[0] if ctx.saved_tensors else Recompute.away.pop().take()
+        if Recompute.away:
+            Recompute.away[-1].fetch()  # while this layer is computed again
         hidden = saved.detach().requires_grad_(ctx.needs_input_grad[3])
         kind, dtype, enabled = ctx.autocast
         now = random_state(hidden.device)
@@ -3105,9 +3149,9 @@ def set_random_state(device: torch.device, state: torch.Tensor) -> None:
         torch.set_rng_state(state)
 
 
-def recompute(skip: bool, anchor: torch.Tensor, run: Any, hidden: torch.Tensor, *args: Any) -> Any:
-    """What a decoder layer of transformers calls in place of itself."""
-    return Recompute.apply(run, skip, anchor, hidden, *args)
+def recompute(how: tuple[bool, bool], anchor: torch.Tensor, run: Any, hidden: torch.Tensor, *args: Any) -> Any:
+    """What a decoder layer calls instead of itself. `how`: whether it skips the last product and offloads its input."""
+    return Recompute.apply(run, how, anchor, hidden, *args)
 
 
 GROUPED_BY_FLAG = (
@@ -3247,6 +3291,7 @@ class FastPath(NamedTuple):
     head: Any | None = None  # the output head, where its logits are computed in chunks
     post: Callable[[torch.Tensor], torch.Tensor] | None = None  # what the model does to its logits
     skips_last: bool = False  # whether a recomputed layer may leave out its last product
+    offloads: bool = False  # whether the inputs of recomputed layers wait in the CPU's memory
 
 
 def head_rule(model: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -3341,7 +3386,7 @@ def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
         # where neither a layer nor anything below it trains, no gradient arrives, and there is nothing to compute again
         anchor = torch.zeros(1, requires_grad=any(parameter.requires_grad for parameter in layer.parameters()))
         layer.gradient_checkpointing = i < count
-        layer._gradient_checkpointing_func = partial(recompute, fast.skips_last, anchor)
+        layer._gradient_checkpointing_func = partial(recompute, (fast.skips_last, fast.offloads), anchor)
 
 
 def apply_liger(model: Any, config: Config) -> None:
@@ -3414,7 +3459,8 @@ def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
     ids = [torch.randint(embedding.num_embeddings, (n,), generator=generator).tolist() for n in (17, 23, 17)]
     a, b, c = ({"input_ids": row, "labels": row} for row in ids)
     windows = [collate_window(rows)["window"] for rows in ([a, b], [c, b])]
-    fast, name, training, dtype = FastPath(), type(base).__name__, model.training, compute_dtype(config)
+    fast = FastPath(offloads=config.training.offload_activations)
+    name, training, dtype = type(base).__name__, model.training, compute_dtype(config)
     model.eval()
     with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
         batch = on_device(padded_batch(windows[0], [0, 1], 0, "right"), device)
@@ -3476,12 +3522,15 @@ def skipping_is_safe(model: Any, base: Any, fast: FastPath, batch: Mapping[str, 
 
 def speed_up(model: Any, base: Any, config: Config) -> FastPath:
     """Put the model's adapters on the fast path and find out what else of it the model takes."""
+    if config.training.fp8_compute and torch.cuda.is_available():
+        if torch.cuda.get_device_capability() < (8, 9) or compute_dtype(config) != torch.bfloat16:
+            raise ConfigError("--fp8_compute needs a GPU of the Ada or Hopper generation or newer, and --bf16")
     if config.training.fused_lora and not config.quant.full_finetune:
         others = fuse_adapters(model, config.training.fp8_compute)
         if others:
             log.info("%d adapted layers stay with peft's own functions, first %s", len(others), others[0])
     if is_sharded(config) or config.masked:
-        return FastPath()
+        return FastPath(offloads=config.training.offload_activations)
     return choose_fast_path(model, base, config)
 
 
@@ -3565,7 +3614,7 @@ class Costs(NamedTuple):
     fixed: int  # transients that do not grow with the tokens: a whole weight, a chunk of logits
     token: int  # transients of a token
     layer: int  # what a layer keeps of a token
-    kept: int  # what a recomputed layer keeps of a token: its input
+    kept: int  # what a recomputed layer keeps of a token: its input; of those in the CPU's memory two are here
     layers: int
     unpacked: int  # a layer's weights in the compute dtype
     flops: float  # of a token, without recomputation
@@ -3644,7 +3693,7 @@ def estimate(model: Any, config: Config) -> Costs:
         fixed=(largest * width if config.quant.bits < 16 else 0) + 2**27,
         token=width * (inner + 3 * hidden) + (0 if train.chunked_head else vocabulary * (width + 12)),
         layer=layer,
-        kept=width * hidden,
+        kept=math.ceil(2 * width * hidden / layers) if train.offload_activations else width * hidden,
         layers=layers,
         unpacked=width * per_layer if config.quant.bits < 16 and train.fused_lora and not full else 0,
         flops=(6.0 if full else 4.0) * held + 6.0 * thin + 4.0 * hidden * vocabulary,
@@ -4541,6 +4590,7 @@ class QLoRATrainer(Trainer):
                     raise
                 reason = error.with_traceback(None)  # whose frames hold all that the failed pass has made
             model.zero_grad(set_to_none=True)
+            Recompute.away.clear()
             self._make_room(window, reason)
             set_random_state(device, start)
         self.window_loss = self.window_loss + loss
@@ -4734,7 +4784,8 @@ def window_arguments(args: TrainingArguments) -> TrainingArguments:
     # it reads the loss, and so waits for the GPU; our own check stops at both
     changed["logging_nan_inf_filter"] = False
     # pinned batches reach the GPU without a wait for what it has still to do
-    changed["accelerator_config"] = dataclasses.replace(args.accelerator_config, non_blocking=True)
+    config: Any = args.accelerator_config
+    changed["accelerator_config"] = dataclasses.replace(config, non_blocking=True)
     if args.ddp_find_unused_parameters is None:  # the Trainer's True stops at layers that are recomputed as ours are
         changed["ddp_find_unused_parameters"] = False
     if not args.deepspeed:  # which accumulates by itself
