@@ -3522,9 +3522,11 @@ def skipping_is_safe(model: Any, base: Any, fast: FastPath, batch: Mapping[str, 
 
 def speed_up(model: Any, base: Any, config: Config) -> FastPath:
     """Put the model's adapters on the fast path and find out what else of it the model takes."""
-    if config.training.fp8_compute and torch.cuda.is_available():
-        if torch.cuda.get_device_capability() < (8, 9) or compute_dtype(config) != torch.bfloat16:
-            raise ConfigError("--fp8_compute needs a GPU of the Ada or Hopper generation or newer, and --bf16")
+    known = not torch.cuda.is_available() or (
+        torch.cuda.get_device_capability() >= (8, 9) and compute_dtype(config) == torch.bfloat16
+    )
+    if config.training.fp8_compute and not known:
+        raise ConfigError("--fp8_compute needs a GPU of the Ada or Hopper generation or newer, and --bf16")
     if config.training.fused_lora and not config.quant.full_finetune:
         others = fuse_adapters(model, config.training.fp8_compute)
         if others:
