@@ -3823,15 +3823,20 @@ def contents(folder: Path) -> dict[str, list[Any]]:
 
 def manifest_problem(folder: Path) -> str | None:
     """The first file that is not as it was written, or None. The list itself has a seal."""
-    manifest = read_json(folder / MANIFEST)
-    if manifest.pop("seal") != digest(json.dumps(manifest)):
-        return f"{MANIFEST} is not as it was written"
+    changed = "{} is not as it was written".format
+    try:
+        manifest = read_json(folder / MANIFEST)
+        if manifest.pop("seal") != digest(json.dumps(manifest)):
+            return changed(MANIFEST)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return changed(MANIFEST)
     found = contents(folder)
-    for name, (size, _) in ((n, entry) for n, entry in manifest["files"].items() if found.get(n) != entry):
-        if name not in found:
-            return f"{name} is missing"
-        same_size = found[name][0] == size
-        return f"{name} {'is not as it was written' if same_size else f'has {found[name][0]} bytes instead of {size}'}"
+    for name, (size, hashed) in manifest["files"].items():
+        is_size, is_hashed = found.get(name, (None, None))
+        if is_size != size:
+            return f"{name} is missing" if is_size is None else f"{name} has {is_size} bytes instead of {size}"
+        if is_hashed != hashed:
+            return changed(name)
     return None
 
 

@@ -14,6 +14,7 @@ import importlib
 import itertools
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -91,7 +92,12 @@ class Forks:
                     self.processes[pid].ended(status)
 
     def start(
-        self, argv: list[str], log: Path, environment: dict[str, str] | None = None, die_at: tuple | None = None
+        self,
+        argv: list[str],
+        log: Path,
+        environment: dict[str, str] | None = None,
+        die_at: tuple | None = None,
+        full_at: tuple | None = None,
     ) -> Process:
         """A run.
 
@@ -100,8 +106,11 @@ class Forks:
             log: Where standard output and error go.
             environment: Beside the one there is.
             die_at: (module, name, n): the process kills itself with SIGKILL where it calls that function the n-th time.
+            full_at: (module, name): from its first call of that function on no file that it writes may be longer than
+                1000 bytes.
         """
-        order = {"argv": argv, "log": str(log), "environment": environment or {}, "die_at": die_at}
+        order = {"argv": argv, "log": str(log), "environment": environment or {}}
+        order |= {"die_at": die_at, "full_at": full_at}
         self.server.stdin.write(json.dumps(order).encode() + b"\n")
         self.server.stdin.flush()
         with self.changed:
@@ -123,20 +132,35 @@ def _dying(function: Any, times: int) -> Any:
     return called
 
 
+def _limited(function: Any) -> Any:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        return function(*args, **kwargs)
+
+    return called
+
+
+def _replace(module: str, path: str, wrap: Any, *args: Any) -> None:
+    *owners, name = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    setattr(owner, name, wrap(getattr(owner, name), *args))
+
+
 def _run(order: dict[str, Any]) -> int:
     """In the forked process: everything that `python qlora.py` would do after its imports."""
     import qlora
 
     os.setsid()
     with open(order["log"], "ab", buffering=0) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+        pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)  # no file, whose length may be limited
+    os.dup2(pipe.stdin.fileno(), 1)
+    os.dup2(pipe.stdin.fileno(), 2)
     os.environ.update(order["environment"])
     if order["die_at"]:
         module, name, times = order["die_at"]
-        *path, name = name.split(".")
-        owner = functools.reduce(getattr, path, importlib.import_module(module))
-        setattr(owner, name, _dying(getattr(owner, name), times))
+        _replace(module, name, _dying, times)
+    if order["full_at"]:
+        _replace(*order["full_at"], _limited)
     try:
         code = qlora.main(order["argv"])
     except Exception:
@@ -144,12 +168,16 @@ def _run(order: dict[str, Any]) -> int:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    for descriptor in (1, 2, pipe.stdin.fileno()):
+        os.close(descriptor)
+    pipe.wait()  # all is in the log
     return code
 
 
 def _serve() -> None:
-    import qlora  # noqa: F401
     import torch
+
+    import qlora  # noqa: F401
 
     torch.set_num_threads(1)
     running: set[int] = set()
