@@ -3813,31 +3813,22 @@ def has_weights(folder: Path, full_finetune: bool) -> bool:
     return adapter_folder(folder) is not None
 
 
-def contents(folder: Path) -> dict[str, list[Any]]:
-    """Size and hash of every file in a folder but its list of them; in parallel, for a full fine-tune holds 80 GB."""
+def contents(folder: Path) -> dict[str, str]:
+    """Every file in a folder but its list of them; hashed in parallel, for a full fine-tune holds 80 GB."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(file_digest, files)
-        return {p.relative_to(folder).as_posix(): [p.stat().st_size, h] for p, h in zip(files, hashes, strict=True)}
+        hashed = zip(files, pool.map(file_digest, files), strict=True)
+        return {p.relative_to(folder).as_posix(): f"{p.stat().st_size} bytes, {found}" for p, found in hashed}
 
 
 def manifest_problem(folder: Path) -> str | None:
     """The first file that is not as it was written, or None. The list itself has a seal."""
-    changed = "{} is not as it was written".format
-    try:
-        manifest = read_json(folder / MANIFEST)
-        if manifest.pop("seal") != digest(json.dumps(manifest)):
-            return changed(MANIFEST)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return changed(MANIFEST)
-    found = contents(folder)
-    for name, (size, hashed) in manifest["files"].items():
-        is_size, is_hashed = found.get(name, (None, None))
-        if is_size != size:
-            return f"{name} is missing" if is_size is None else f"{name} has {is_size} bytes instead of {size}"
-        if is_hashed != hashed:
-            return changed(name)
-    return None
+    manifest = read_json(folder / MANIFEST)
+    if manifest.pop("seal", None) != digest(json.dumps(manifest)):
+        return f"{MANIFEST} is not as it was written"
+    found, files = contents(folder), manifest["files"]
+    wrong = next((name for name in files if found.get(name) != files[name]), None)
+    return wrong and f"{wrong}: {found.get(wrong, 'missing')}, instead of {files[wrong]}"
 
 
 def checkpoint_problem(folder: Path) -> str | None:
@@ -3845,13 +3836,13 @@ def checkpoint_problem(folder: Path) -> str | None:
     try:
         if (folder / MANIFEST).is_file():
             return manifest_problem(folder)
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # another program's, or the original's
+        read_json(folder / "trainer_state.json")  # another program's, or the original's
         for file in folder.rglob("*.safetensors"):
             safe_open(file, "pt")
         broken = [file.name for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
         if broken:
             return f"{broken[0]} breaks off"
-    except LIBRARY_ERRORS as error:
+    except (*LIBRARY_ERRORS, QLoRAError) as error:
         return one_line(error)
     return None if adapter_folder(folder) or (folder / "config.json").is_file() else "no weights in it"
 
@@ -3921,13 +3912,11 @@ def find_start(config: Config) -> Start:
 
 def read_completed(output: Path) -> dict[str, Any] | None:
     """What `completed` says, or None without it; the original's is an empty file."""
-    try:
-        text = (output / COMPLETED).read_text(encoding="utf-8")
-        return dict(json.loads(text)) if text.strip() else {}
-    except FileNotFoundError:
+    if not (output / COMPLETED).is_file():
         return None
-    except (ValueError, TypeError):
-        return {}
+    with contextlib.suppress(ValueError, TypeError):
+        return dict(json.loads((output / COMPLETED).read_text(encoding="utf-8")))
+    return {}
 
 
 def flush(path: Path) -> None:
@@ -3958,9 +3947,9 @@ def name_base(folder: Path, name: str) -> None:
 
 def publish(staging: Path, final: Path, run: Mapping[str, Any]) -> None:
     """Turn a written folder into a checkpoint: its list of files, flushed to disk, then its name."""
-    manifest = {"run": run, "files": contents(staging)}
-    sealed = manifest | {"seal": digest(json.dumps(manifest))}
-    (staging / MANIFEST).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
+    manifest: dict[str, Any] = {"run": run, "files": contents(staging)}
+    manifest["seal"] = digest(json.dumps(manifest))
+    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*staging.rglob("*"), staging]:
         flush(path)
     if final.exists():  # a torn one of that name: it leaves at once, and goes with the hidden folder
@@ -4767,11 +4756,10 @@ def peak_memory_gib() -> float:
 def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> None:
     """Log and save, as the Trainer does, but each file whole: the next run reads all_results.json."""
     trainer.log_metrics(split, metrics)
-    output = Path(trainer.config.training.output_dir)
     if trainer.args.should_save:
-        together = output / "all_results.json"
+        own, together = (Path(trainer.args.output_dir, f"{name}_results.json") for name in (split, "all"))
         earlier = read_json(together) if together.is_file() else {}
-        for file, values in ((output / f"{split}_results.json", metrics), (together, earlier | metrics)):
+        for file, values in ((own, metrics), (together, earlier | metrics)):
             write_file(file, json.dumps(values, indent=4, sort_keys=True))
 
 
@@ -5359,10 +5347,8 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     log_block("Done", lines | {"seconds": round(seconds), "files": ", ".join(filter(None, files))})
 
 
-DISK_ERRORS = {
-    "ENOENT", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST",
-    "ENAMETOOLONG",
-}  # fmt: skip
+DISK_ERRORS = {"ENOENT", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST"}
+DISK_ERRORS |= {"ENAMETOOLONG", "ESTALE"}
 MEMORY_ADVICE = (
     "lower --per_device_train_batch_size or --source_max_len and --target_max_len, or keep --gradient_checkpointing on"
 )

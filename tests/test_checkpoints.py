@@ -243,7 +243,7 @@ def test_one_bit_of_any_file_is_enough_for_a_checkpoint_to_be_passed_over(broken
             torn[place] ^= 1 << chance.randrange(8)
             file.write_bytes(torn)
             assert qlora.find_last_checkpoint(out) == out / "checkpoint-4", (file, place)
-            assert qlora.checkpoint_problem(out / "checkpoint-5") == f"{file.name} is not as it was written"
+            assert file.name in qlora.checkpoint_problem(out / "checkpoint-5")
             file.write_bytes(whole)
     assert qlora.find_last_checkpoint(out) == out / "checkpoint-5"
 
