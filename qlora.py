@@ -60,6 +60,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -3923,7 +3924,7 @@ def largest_window(lengths: Sequence[int], rows: int) -> tuple[int, int]:
 # 12. Checkpoints: whole or absent
 #
 # A checkpoint is written into a hidden folder, flushed to disk and renamed. Its checkpoint.json says whose it is
-# and lists its files with their sizes; a folder that differs is passed over. `completed` comes last.
+# and lists its files with size and hash; a folder that differs by a bit is passed over. `completed` comes last.
 # ------------------------------------------------------------------------------------
 MANIFEST = "checkpoint.json"
 COMPLETED = "completed"
@@ -3986,22 +3987,36 @@ def has_weights(folder: Path, full_finetune: bool) -> bool:
     return adapter_folder(folder) is not None
 
 
+def contents(folder: Path) -> dict[str, str]:
+    """Every file in a folder but its list of them; hashed in parallel, for a full fine-tune holds 80 GB."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    with ThreadPoolExecutor() as pool:
+        hashed = zip(files, pool.map(file_digest, files), strict=True)
+        return {p.relative_to(folder).as_posix(): f"{p.stat().st_size} bytes, {found}" for p, found in hashed}
+
+
+def manifest_problem(folder: Path) -> str | None:
+    """The first file that is not as it was written, or None. The list itself has a seal."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest.pop("seal", None) != digest(json.dumps(manifest)):
+        return f"{MANIFEST} is not as it was written"
+    found, files = contents(folder), manifest["files"]
+    wrong = next((name for name in files if found.get(name) != files[name]), None)
+    return wrong and f"{wrong}: {found.get(wrong, 'missing')}, instead of {files[wrong]}"
+
+
 def checkpoint_problem(folder: Path) -> str | None:
     """Why a checkpoint can't be used, or None if it is whole."""
-    manifest = folder / MANIFEST
     try:
-        if manifest.is_file():
-            for name, size in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
-                if (folder / name).stat().st_size != size:
-                    return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
-            return None
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # another program's, or the original's
+        if (folder / MANIFEST).is_file():
+            return manifest_problem(folder)
+        read_json(folder / "trainer_state.json")  # another program's, or the original's
         for file in folder.rglob("*.safetensors"):
             safe_open(file, "pt")
         broken = [file.name for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
         if broken:
             return f"{broken[0]} breaks off"
-    except LIBRARY_ERRORS as error:
+    except (*LIBRARY_ERRORS, QLoRAError) as error:
         return one_line(error)
     return None if adapter_folder(folder) or (folder / "config.json").is_file() else "no weights in it"
 
@@ -4071,13 +4086,11 @@ def find_start(config: Config) -> Start:
 
 def read_completed(output: Path) -> dict[str, Any] | None:
     """What `completed` says, or None without it; the original's is an empty file."""
-    try:
-        text = (output / COMPLETED).read_text(encoding="utf-8")
-        return dict(json.loads(text)) if text.strip() else {}
-    except FileNotFoundError:
+    if not (output / COMPLETED).is_file():
         return None
-    except (ValueError, TypeError):
-        return {}
+    with contextlib.suppress(ValueError, TypeError):
+        return dict(json.loads((output / COMPLETED).read_text(encoding="utf-8")))
+    return {}
 
 
 def flush(path: Path) -> None:
@@ -4108,14 +4121,30 @@ def name_base(folder: Path, name: str) -> None:
 
 def publish(staging: Path, final: Path, run: Mapping[str, Any]) -> None:
     """Turn a written folder into a checkpoint: its list of files, flushed to disk, then its name."""
-    files = {str(p.relative_to(staging)): p.stat().st_size for p in sorted(staging.rglob("*")) if p.is_file()}
-    (staging / MANIFEST).write_text(json.dumps({"run": run, "files": files}, indent=1), encoding="utf-8")
+    manifest: dict[str, Any] = {"run": run, "files": contents(staging)}
+    manifest["seal"] = digest(json.dumps(manifest))
+    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*staging.rglob("*"), staging]:
         flush(path)
-    if final.exists():
-        shutil.rmtree(final)  # the same step saved twice, or a torn one of that name
+    if final.exists():  # a torn one of that name: it leaves at once, and goes with the hidden folder
+        final.rename(staging.parent / "old")
     staging.rename(final)
     flush(final.parent)
+
+
+@contextlib.contextmanager
+def written_aside(aside: Path, what: Path) -> Iterator[None]:
+    """A full disk, a quota or a folder that can't be written takes the half written folder away, and is one line.
+
+    It shows as an OSError, as torch's RuntimeError, as safetensors' own error or as the plain Exception of tokenizers.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+        raise TrainingError(f"{what}: not saved: {one_line(error)}. What was saved before stays") from error
 
 
 # What a run leaves at the top of its folder, and --overwrite_output_dir takes away.
@@ -4126,11 +4155,11 @@ RUN_FILES = (
 )  # fmt: skip
 
 
-def clear_output(output: Path, final: Path, everything: bool, resumed: Path | None) -> None:
+def clear_output(output: Path, final: Path, everything: bool, step: int) -> None:
     """Before training: away with `completed` and half written folders and, to start anew, with all that a run left.
 
-    Checkpoints newer than the one that --resume_from_checkpoint picked belong to a branch that is left: they are set
-    aside under another name, or the next rerun would take them up.
+    Checkpoints beyond the step that a run begins at are not whole, or of a branch that --resume_from_checkpoint left:
+    they are set aside under another name, or --save_total_limit would keep them rather than those to come.
     """
     for place in {output, final}:
         for file in itertools.chain.from_iterable(map(place.glob, RUN_FILES if everything else (COMPLETED,))):
@@ -4140,7 +4169,7 @@ def clear_output(output: Path, final: Path, everything: bool, resumed: Path | No
     for folder in checkpoints_in(output):
         if everything:
             shutil.rmtree(folder)
-        elif resumed and resumed.resolve().parent == output.resolve() and step_of(folder) > step_of(resumed):
+        elif step_of(folder) > step:
             folder.rename(output / f"left-{folder.name}-{time.time_ns()}")
 
 
@@ -4450,41 +4479,68 @@ def masked_accuracy(found: Any) -> dict[str, float]:
     return {"masked_accuracy": float((found.predictions == found.label_ids)[masked].mean())}
 
 
+# What asks a run to stop, and its exit status then. Batch systems send SIGUSR1 before the time is up: the same command
+# will be started again, so it is no failure.
+STOP_SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 0}
+STOP_NUMBERS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]  # Windows has no SIGUSR1
+
+
 class Stop(TrainerCallback):
     """The signal that asked this run to stop, if one did: save and stop after the step in which it came."""
 
-    signal: int | None = None
+    signal = 0
+    training = False  # a step can be finished and saved; at other times a signal ends the run at once
+    broken_off = False  # it stopped before its last step
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+
+    def note(self, number: int, frame: Any) -> None:
+        """The handler. Only Ctrl-C counts twice: launchers and batch systems repeat the others."""
+        if os.getpid() != self.process:  # one that maps a dataset, whose pool ends it so
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.training or (self.signal and number == signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # for once more, where a library does not let go
+            raise KeyboardInterrupt(number)
+        elif not self.signal:
+            self.signal = number
+            with contextlib.suppress(RuntimeError):  # it came while a line was being written
+                log.warning("%s: finishing the step, then saving", signal.Signals(number).name)
+
+    def agreed(self, args: Any) -> int:
+        """The signal, on every process if it reached one."""
+        if args.world_size == 1:
+            return self.signal
+        flag = torch.tensor(self.signal, device=args.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return int(flag)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the Trainer for both, on every process if the signal reached one."""
-        if args.world_size > 1:
-            flag = torch.tensor(self.signal or 0, device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.signal = int(flag) or None
-        if self.signal is not None:
+        """Ask the Trainer for both."""
+        if self.agreed(args):
             control.should_save = control.should_training_stop = True
+            self.broken_off = state.global_step < state.max_steps
 
 
 @contextlib.contextmanager
-def stopping_on_signals(stop: Stop) -> Iterator[None]:
-    """Note SIGINT and SIGTERM for the end of the step; a second one ends the run at once."""
-
-    def note(number: int, frame: Any) -> None:
-        stop.signal = number
-        signal.signal(number, saved[number])
-        log.warning("%s: finishing the step, then saving", signal.Signals(number).name)
-
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
-        yield
-        return
-    saved: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def signals_noted(stop: Stop) -> Iterator[None]:
+    """Signals go to `stop` for a while."""
+    ours = threading.current_thread() is threading.main_thread()  # Python allows handlers there only
+    saved = {number: signal.signal(number, stop.note) for number in STOP_NUMBERS if ours}
     try:
-        for number in saved:
-            signal.signal(number, note)
         yield
     finally:
         for number, handler in saved.items():
             signal.signal(number, handler)
+
+
+def begin_worker(number: int, seeded: Callable[[int], None] | None) -> None:
+    """A data loader's process leaves signals, which terminals and torchrun send to it too, to the one that trains."""
+    for stopping in STOP_NUMBERS:
+        signal.signal(stopping, signal.SIG_IGN)
+    if seeded:
+        seeded(number)
 
 
 class Ready(NamedTuple):
@@ -4551,6 +4607,12 @@ class QLoRATrainer(Trainer):
         every: Any = self.train_dataset  # `rows` may have lost its columns to --remove_unused_columns
         lengths = list(every["length"]) if strategy == "group_by_length" else None
         return EpochSampler(len(rows), seed, lengths, args.train_batch_size * args.gradient_accumulation_steps)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's holds another
+        inner.worker_init_fn = partial(begin_worker, seeded=inner.worker_init_fn)
+        return loader
 
     def masked(self, windows: Iterator[dict[str, Any]], masking: Masking) -> Iterator[dict[str, Any]]:
         """Windows with fresh masks, which follow from the step alone: a resume draws them again."""
@@ -4723,25 +4785,22 @@ class QLoRATrainer(Trainer):
         """The Trainer's checkpoint, written aside, flushed and renamed."""
         began, output = time.perf_counter(), Path(self.config.training.output_dir)
         name = f"checkpoint-{self.state.global_step}"
-        self.staging = output / f"{STAGING}{self.state.global_step}"
+        self.staging = staging = output / f"{STAGING}{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
-            best = f"checkpoint-{self.state.best_global_step}"
-            if self.state.best_global_step and ((output / best).is_dir() or best == name):
-                self.state.best_model_checkpoint = str(output / best)  # the Trainer looked for it in the hidden folder
-                self.state.save_to_json(str(self.staging / name / "trainer_state.json"))
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                (self.staging / name / "training_args.bin").unlink(missing_ok=True)  # a pickle, with tokens in it
-                name_base(self.staging / name, self.config.model.model_name_or_path)
-                publish(self.staging / name, output / name, self.run)
-                shutil.rmtree(self.staging)
-                self._drop_old_checkpoints(output)
-            self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError, SafetensorError) as error:  # the last two are what a full disk may lead to
-            shutil.rmtree(self.staging, ignore_errors=True)
-            reason = f"{output / name}: not saved: {one_line(error)}. The checkpoints before it stay"
-            raise TrainingError(reason) from error
+            with written_aside(staging, output / name):
+                super()._save_checkpoint(model, trial)
+                best = f"checkpoint-{self.state.best_global_step}"
+                if self.state.best_global_step and ((output / best).is_dir() or best == name):
+                    self.state.best_model_checkpoint = str(output / best)  # the Trainer looked in the hidden folder
+                    self.state.save_to_json(str(staging / name / "trainer_state.json"))
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    (staging / name / "training_args.bin").unlink(missing_ok=True)  # a pickle, with tokens in it
+                    name_base(staging / name, self.config.model.model_name_or_path)
+                    publish(staging / name, output / name, self.run)
+                    shutil.rmtree(staging)
+                    self._drop_old_checkpoints(output)
+                self.accelerator.wait_for_everyone()
         finally:
             self.staging = None
             self.seconds_aside += time.perf_counter() - began
@@ -4891,40 +4950,45 @@ def peak_memory_gib() -> float:
     return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB
 
 
+def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> None:
+    """Log and save, as the Trainer does, but each file whole: the next run reads all_results.json."""
+    trainer.log_metrics(split, metrics)
+    if trainer.args.should_save:
+        own, together = (Path(trainer.args.output_dir, f"{name}_results.json") for name in (split, "all"))
+        earlier = read_json(together) if together.is_file() else {}
+        for file, values in ((own, metrics), (together, earlier | metrics)):
+            write_file(file, json.dumps(values, indent=4, sort_keys=True))
+
+
 def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> dict[str, Any]:
     """Train, save what was trained, mark the run completed. After a signal only the checkpoint is there."""
     output = Path(config.training.output_dir)
-    if trainer.args.should_save:
-        clear_output(output, final_folder(config), config.training.overwrite_output_dir, start.checkpoint)
     state = read_json(start.checkpoint / "trainer_state.json") if start.checkpoint else {"global_step": 0}
+    if trainer.args.should_save:
+        clear_output(output, final_folder(config), config.training.overwrite_output_dir, state["global_step"])
     metrics: dict[str, Any] = {}
     if start.checkpoint and not asks_for_more(config, {"step": state["global_step"], "epoch": state["epoch"]}):
         log.info("%s holds the last step: nothing is left to train", start.checkpoint)  # the Trainer would do one more
         trainer.take_over(start.checkpoint)
     else:
-        metrics = timed_training(trainer, start.checkpoint, state["global_step"], stop)
-    if stop.signal is None:
+        metrics = timed_training(trainer, start.checkpoint, state["global_step"])
+    if not stop.broken_off:
         if metrics:
-            trainer.log_metrics("train", metrics)
-            trainer.save_metrics("train", metrics)
+            save_metrics(trainer, "train", metrics)
         trainer.save_state()
         save_final(trainer, final_folder(config), config)
     return metrics
 
 
-def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: int, stop: Stop) -> dict[str, Any]:
+def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: int) -> dict[str, Any]:
     """Train and measure: tokens without padding over the seconds that were not spent on evaluating and saving."""
     began = time.perf_counter()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with stopping_on_signals(stop):
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = max(time.perf_counter() - began - trainer.seconds_aside, 1e-9)
     tokens = trainer.accelerator.reduce(torch.as_tensor(trainer.tokens_seen, device=trainer.args.device)).item()
     steps = max(trainer.state.global_step - first_step, 1)
-    saved = Path(trainer.config.training.output_dir, f"checkpoint-{trainer.state.global_step}")
-    if stop.signal is not None and not saved.is_dir():
-        trainer._save_checkpoint(trainer.model, None)  # it came after the last step had asked what to save
     return {
         **result.metrics,
         "train_loss": trainer._total_loss_scalar / steps,  # transformers 5.17 divides by the steps before a resume too
@@ -4939,7 +5003,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     model, tokenizer, *_ = trainer.runtime()
     if trainer.args.should_save:
         output, aside = Path(config.training.output_dir), final / f"{STAGING}final"
-        with mendable(f"{final}: the trained weights are not saved", TrainingError):
+        with written_aside(aside, final):
             model.config.use_cache = True  # for whoever loads it: load_model turned it off
             model.save_pretrained(aside, max_shard_size=config.training.max_shard_size)
             model.config.use_cache = False
@@ -4965,8 +5029,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
 def evaluate(trainer: QLoRATrainer) -> dict[str, Any]:
     """Loss, perplexity and MMLU on the held-out rows."""
     metrics = trainer.evaluate(metric_key_prefix="eval")
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
+    save_metrics(trainer, "eval", metrics)
     return metrics
 
 
@@ -4984,8 +5047,7 @@ def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]
     if trainer.args.should_save:
         file = Path(config.training.output_dir, "predictions.jsonl")
         write_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    trainer.log_metrics("predict", metrics)
-    trainer.save_metrics("predict", metrics)
+    save_metrics(trainer, "predict", metrics)
     return metrics
 
 
@@ -5451,12 +5513,14 @@ def run(config: Config, stop: Stop) -> int:
     metrics: dict[str, Any] = {}
     log.info("ready after %.0f s", time.perf_counter() - began)
     if start.train:
+        stop.training = True
         metrics |= train(trainer, start, stop, config)
+        stop.training = False
         metrics |= ready.plan.beside(metrics) if ready.plan else {}
-        if stop.signal is not None:
-            name, step = signal.Signals(stop.signal).name, trainer.state.global_step
+        if number := stop.agreed(args):
+            name, step = signal.Signals(number).name, trainer.state.global_step
             log.warning("stopped by %s at step %d, saved; the same command goes on from there", name, step)
-            return 128 + stop.signal
+            return STOP_SIGNALS[name]
     metrics |= use(trainer, start, pairs, config)
     del base, ready, trainer  # memory for a merged model
     weights = final_folder(config) if start.train else start.weights
@@ -5480,7 +5544,8 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     log_block("Done", lines | {"seconds": round(seconds), "files": ", ".join(filter(None, files))})
 
 
-DISK_ERRORS = {"ENOENT", "ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "ENAMETOOLONG"}
+DISK_ERRORS = {"ENOENT", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST"}
+DISK_ERRORS |= {"ENAMETOOLONG", "ESTALE"}
 MEMORY_ADVICE = (
     "lower --per_device_train_batch_size or --source_max_len and --target_max_len, or keep --gradient_checkpointing on"
 )
@@ -5491,7 +5556,8 @@ def exit_status(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, QLoRAError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; the same command goes on from what is saved"
+        name = signal.Signals(error.args[0] if error.args else signal.SIGINT).name
+        return STOP_SIGNALS[name], f"interrupted by {name}; the same command goes on from what is saved"
     if isinstance(error, torch.OutOfMemoryError):
         return 2, f"not enough GPU memory: {MEMORY_ADVICE}"
     if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in DISK_ERRORS:
@@ -5521,12 +5587,14 @@ def set_up_logging() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0 done, 2 mend something, 130 or 143 stopped and saved."""
+    """The command line. Returns the exit status: 0 done, 2 mend something; STOP_SIGNALS: stopped and saved."""
     argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
     debug = any(re.fullmatch(r"--show[_-]traceback|--debug", token) for token in argv)
+    stop = Stop()
     try:
-        return run(parse_config(argv), Stop())
+        with signals_noted(stop):
+            return run(parse_config(argv), stop)
     except (Exception, KeyboardInterrupt) as error:
         known = exit_status(error)
         if known is None:
@@ -5535,7 +5603,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # or the message would stand behind a progress bar
-        print(f"error: {known[1]}", file=sys.stderr)
+        print(f"{'error: ' if known[0] else ''}{known[1]}", file=sys.stderr)
         return known[0]
 
 

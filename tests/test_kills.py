@@ -1,0 +1,422 @@
+"""SIGKILL at any moment, real signals to real processes, several processes that must agree: see forks.py."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import conftest
+import pytest
+import tiny
+import torch
+from forks import Forks, Process
+from safetensors.torch import load_file
+
+import qlora
+
+TIMED = ("runtime", "per_second")  # what of a logged entry differs between two equal runs
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks() as started:
+        yield started
+
+
+@pytest.fixture
+def command(models: Callable[..., Path], tmp_path: Path) -> Callable[..., list[str]]:
+    """`command(name, **flags)`: the words of a run into tmp_path / name.
+
+    Adapters of rank 64 on a width of 64: 4096 numbers, from which on bitsandbytes keeps its state in 8 bit.
+    """
+    rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", tiny.support_rows(45))
+
+    def words(name: str, **flags: Any) -> list[str]:
+        plain = {
+            "model_name_or_path": models("llama"),
+            "dataset": rows,
+            "output_dir": tmp_path / name,
+            "source_max_len": 16,
+            "target_max_len": 48,
+            "lora_r": 64,
+            "lora_dropout": 0.1,
+            "optim": "paged_adamw_8bit",
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "group_by_length": True,
+            "learning_rate": 5e-3,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "save_total_limit": 3,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "disable_tqdm": True,
+        }
+        return conftest._to_argv(plain | flags)
+
+    return words
+
+
+def logged(output: Path) -> list[dict[str, float]]:
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    entries = [entry for entry in log if "train_runtime" not in entry]
+    return [{name: value for name, value in entry.items() if not name.endswith(TIMED)} for entry in entries]
+
+
+def adapter(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter_model.safetensors")
+
+
+def assert_same(output: Path, reference: Path) -> None:
+    """Every logged number and every weight, bit for bit; and no litter."""
+    assert logged(output) == logged(reference)
+    one, other = adapter(output), adapter(reference)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    left = {path.name for path in output.iterdir() if not path.name.startswith("left-")}
+    assert left == {path.name for path in reference.iterdir()}
+
+
+def states(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every `state1` and `state2` of an optimizer's state, however deep."""
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        if name in ("state1", "state2"):
+            yield name, inner
+        else:
+            yield from states(inner)
+
+
+def steps_kept(output: Path) -> set[int]:
+    return {qlora.step_of(folder) for folder in qlora.checkpoints_in(output)}
+
+
+def until(condition: Callable[[], Any], process: Process, seconds: float = 120) -> None:
+    """Wait for it, or for the end of the process."""
+    deadline = time.monotonic() + seconds
+    while process.running and not condition():
+        assert time.monotonic() < deadline, process.text()
+        time.sleep(0.001)
+
+
+# ------------------------------------------------------------------------------------
+# SIGKILL
+# ------------------------------------------------------------------------------------
+
+# Functions at whose n-th call a process kills itself, and the largest n: the moments between which a save is torn.
+CALLS = [
+    ("qlora", "flush", 60),
+    ("qlora", "file_digest", 60),
+    ("torch", "save", 15),
+    ("pathlib", "Path.rename", 6),
+    ("shutil", "rmtree", 6),
+    ("peft.peft_model", "safe_save_file", 6),
+    ("qlora", "write_file", 1),
+]
+
+
+def files_being_saved(output: Path, after: int) -> int:
+    """How many files the checkpoint that is being written has, of a step beyond `after`."""
+    folders = [folder for folder in output.glob(".saving-[0-9]*") if int(folder.name.rpartition("-")[2]) > after]
+    return max((len(files) for folder in folders for _, _, files in os.walk(folder)), default=0)
+
+
+def start_and_kill(kind: str, start: Callable[..., Process], output: Path, chance: random.Random) -> str:
+    """One run that is killed. Returns at what it was."""
+    begun = max((int(folder.name.rpartition("-")[2]) for folder in output.glob(".saving-[0-9]*")), default=0)
+    if kind == "call":
+        module, name, most = chance.choice(CALLS)
+        times = chance.randint(1, most)
+        process = start(die_at=(module, name, times))
+        what = f"call {times} of {module}.{name}"
+    else:
+        process = start()
+        if kind == "start":
+            what = delay = chance.uniform(0, 2)
+        elif kind == "step":
+            steps, delay = chance.randint(0, 4), chance.uniform(0, 0.2)
+            what = f"{delay:.3f} s after {steps} steps"
+            until(lambda: process.text().count("'loss'") >= steps, process)
+        else:  # between two looks at the hidden folder lie a few files
+            files, delay = chance.randint(0, 7), chance.uniform(0, 0.01)
+            after = max([begun, *steps_kept(output)]) + 2 * chance.randint(0, 2)
+            what = f"a save after step {after}, {files} files written"
+            until(lambda: files_being_saved(output, after) > files, process)
+        time.sleep(delay)
+        process.kill(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, f"ended before the kill: more steps are needed\n{process.text()}"
+    return str(what)
+
+
+def kill_and_compare(
+    forks: Forks, words: Callable[..., list[str]], folder: Path, kinds: list[str], seed: int, **flags: Any
+) -> None:
+    """The same command until it is done, killed once for each of `kinds`, against the run that nothing disturbs."""
+    began, chance = time.monotonic(), random.Random(seed)
+    reference = forks.start(words("reference", **flags), folder / "reference.log")
+    assert reference.wait(600) == 0, reference.text()
+    output, last = folder / "out", 0
+    for number, kind in enumerate(kinds):
+
+        def start(number: int = number, **options: Any) -> Process:
+            return forks.start(words("out", **flags), folder / f"{number}.log", **options)
+
+        what = start_and_kill(kind, start, output, chance)
+        newest = qlora.find_last_checkpoint(output) if output.exists() else None
+        step = qlora.step_of(newest) if newest else 0
+        print(f"kill {number + 1}, {kind}: {what}; the newest whole checkpoint is of step {step}")
+        assert step >= last, "a checkpoint that was whole is lost"
+        last = step
+    final = forks.start(words("out", **flags), folder / "final.log")
+    assert final.wait(600) == 0, final.text()
+    assert_same(output, folder / "reference")
+    print(f"{len(kinds)} kills, seed {seed}, {time.monotonic() - began:.0f} s, {len(logged(output))} entries equal")
+    newest = qlora.find_last_checkpoint(output)
+    found = list(states(torch.load(newest / "optimizer.pt", weights_only=True)))
+    matrices = len(adapter(output))
+    assert len(found) == 2 * matrices and {tensor.dtype for _, tensor in found} == {torch.uint8}
+    assert any("eval_loss" in entry for entry in logged(output))
+
+
+def test_killed_four_times(forks, command, tmp_path):
+    """At the start, between steps, in the middle of a save, and at one of the calls that a save is made of."""
+    kinds = ["step", "save", "start", "call"]
+    kill_and_compare(forks, command, tmp_path, kinds, seed=random.randrange(10**6), max_steps=30, packing=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "by-length"])
+def test_killed_at_any_number_of_moments(forks, command, tmp_path, packing):
+    """QLORA_KILLS, 24 without it, in an order that QLORA_SEED repeats."""
+    kills = int(os.environ.get("QLORA_KILLS", 24))
+    seed = int(os.environ.get("QLORA_SEED", random.randrange(10**6)))
+    kinds = random.Random(seed).choices(["start", "step", "save", "call"], (1, 2, 3, 3), k=kills)
+    kill_and_compare(forks, command, tmp_path, kinds, seed, max_steps=8 * kills, packing=packing)
+
+
+# ------------------------------------------------------------------------------------
+# Signals that ask
+# ------------------------------------------------------------------------------------
+
+ENDLESS = {"max_steps": 100_000, "save_steps": 100_000, "eval_strategy": "no"}
+
+
+def under_way(process: Process, steps: int = 1) -> None:
+    until(lambda: process.text().count("'loss'") >= steps, process)
+    assert process.running, process.text()
+
+
+@pytest.mark.parametrize("name", qlora.STOP_SIGNALS)
+def test_a_signal_to_all_of_a_run_finishes_the_step_and_saves(forks, command, tmp_path, name):
+    """As a terminal and torchrun send it: to the workers that read data, too; SIGTERM and SIGUSR1 twice."""
+    number = getattr(signal, name)
+    process = forks.start(command("out", **ENDLESS, dataloader_num_workers=2), tmp_path / "log")
+    under_way(process)
+    os.killpg(process.pid, number)
+    until(lambda: "finishing the step" in process.text(), process)
+    if name != "SIGINT" and process.running:
+        process.kill(number)
+    assert process.wait() == qlora.STOP_SIGNALS[name], process.text()
+    (step,) = steps_kept(tmp_path / "out")
+    assert process.text().count("finishing the step") == 1
+    last = process.text().strip().splitlines()[-1]
+    assert last == f"stopped by {name} at step {step}, saved; the same command goes on from there"
+    assert not (tmp_path / "out/completed").exists() and not list((tmp_path / "out").glob(".*"))
+    assert qlora.checkpoint_problem(tmp_path / f"out/checkpoint-{step}") is None
+
+
+def test_a_second_ctrl_c_stops_at_once(forks, command, tmp_path):
+    """In the middle of a step that takes for ever: of so many rows that none ends in the time of this test."""
+    flags = ENDLESS | {"gradient_accumulation_steps": 20_000, "auto_batch": False}
+    process = forks.start(command("out", **flags), tmp_path / "log")
+    until(lambda: "ready after" in process.text(), process)
+    time.sleep(0.5)
+    process.kill(signal.SIGINT)
+    until(lambda: "finishing the step" in process.text(), process)
+    time.sleep(0.5)
+    assert process.running
+    process.kill(signal.SIGINT)
+    assert process.wait(20) == 130, process.text()
+    assert "interrupted by SIGINT; the same command goes on" in process.text() and "Traceback" not in process.text()
+    assert not steps_kept(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_before_training_ends_the_run_at_once(forks, command, tmp_path, name):
+    process = forks.start(command("out", **ENDLESS), tmp_path / "log")
+    until(lambda: "objective:" in process.text(), process)  # the first line; the model is not loaded yet
+    process.kill(getattr(signal, name))
+    assert process.wait() == qlora.STOP_SIGNALS[name], process.text()
+    assert f"interrupted by {name}" in process.text() and "Traceback" not in process.text()
+
+
+def test_processes_agree_on_the_step_at_which_a_signal_stops_them(forks, command, tmp_path):
+    """gloo on a CPU, the ranks started one by one as srun does. The signal reaches one of them, and not the first."""
+    rank = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20_000, 30_000))}
+    words = command("out", **ENDLESS)
+    ranks = [forks.start(words, tmp_path / f"log{i}", rank | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(2)]
+    under_way(ranks[0], 2)
+    ranks[1].kill(signal.SIGUSR1)
+    assert [process.wait() for process in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
+    (step,) = steps_kept(tmp_path / "out")
+    folder = tmp_path / f"out/checkpoint-{step}"
+    assert f"stopped by SIGUSR1 at step {step}" in ranks[0].text()
+    assert qlora.checkpoint_problem(folder) is None
+    assert {path.name for path in folder.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+# ------------------------------------------------------------------------------------
+# scripts/slurm.sbatch
+# ------------------------------------------------------------------------------------
+
+# srun starts every task with its rank and, as Slurm without `B:`, hands the signal to the tasks and not to the shell.
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & echo $! >> "$TASKS"
+done
+failed=0; for task in $(cat "$TASKS"); do wait "$task" || failed=$?; done; exit $failed
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = requeue ]; then echo "$2" >> "$REQUEUED"; else echo 127.0.0.1; fi
+"""
+
+
+@pytest.fixture
+def slurm(command: Any, tmp_path: Path, models: Callable[..., Path]) -> Callable[..., subprocess.Popen]:
+    """`slurm(*words, tasks=1)`: the script as a job, with stand-ins for Slurm's commands."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def start(*words: str, tasks: int = 1, **environment: str) -> subprocess.Popen:
+        (tmp_path / "tasks").unlink(missing_ok=True)
+        environment = {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "TASKS": str(tmp_path / "tasks"),
+            "REQUEUED": str(tmp_path / "requeued"),
+            "PYTHON": sys.executable,
+            "MODEL": str(models("llama")),
+            "DATASET": str(tmp_path / "rows.jsonl"),
+            "OUTPUT_DIR": str(tmp_path / "out"),
+            "BF16": "False",
+            "SLURM_JOB_ID": str(random.randrange(10**6)),
+            "SLURM_JOB_NODELIST": "here",
+            "SLURM_NTASKS": str(tasks),
+            "SLURM_SUBMIT_DIR": str(conftest.ROOT),
+            **environment,
+        }
+        command = ["bash", str(conftest.ROOT / "scripts/slurm.sbatch"), *words]
+        with (tmp_path / "job").open("a") as log:
+            return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log)
+
+    tiny.rows_to_jsonl(tmp_path / "rows.jsonl", tiny.support_rows(24))
+    return start
+
+
+SMALL = ["--lora_r", "4", "--logging_steps", "1", "--gradient_accumulation_steps", "1", "--source_max_len", "16"]
+
+
+@pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_slurm_job_saves_before_its_time_is_up_goes_back_into_the_queue_and_ends(slurm, tmp_path, tasks):
+    job = slurm(*SMALL, "--max_steps", "100000", tasks=tasks)
+    deadline = time.monotonic() + 180
+    while "'loss'" not in (tmp_path / "job").read_text():
+        assert time.monotonic() < deadline and job.poll() is None, (tmp_path / "job").read_text()
+        time.sleep(0.05)
+    for pid in (tmp_path / "tasks").read_text().split():
+        os.kill(int(pid), signal.SIGUSR1)  # a task's own process must be the program
+    assert job.wait(120) == 0, (tmp_path / "job").read_text()
+    (step,) = steps_kept(tmp_path / "out")
+    assert len((tmp_path / "requeued").read_text().split()) == 1
+    assert slurm(*SMALL, "--max_steps", str(step + 2), tasks=tasks).wait(180) == 0
+    assert f"resuming from {tmp_path / 'out'}/checkpoint-{step}" in (tmp_path / "job").read_text()
+    assert (tmp_path / "out/metrics.json").exists() and (tmp_path / "out/completed").exists()
+    assert len((tmp_path / "requeued").read_text().split()) == 1, "a job that is done is not requeued"
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_needs_mending_is_not_requeued(slurm, tmp_path):
+    job = slurm("--lora_rank", "3")
+    assert job.wait(120) == 2 and not (tmp_path / "requeued").exists()
+
+
+# ------------------------------------------------------------------------------------
+# A disk that is full
+# ------------------------------------------------------------------------------------
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("room", [0.3, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.05, 0.7, 0.9, 0.97))])
+def test_a_real_disk_fills_up_during_a_save(forks, command, tmp_path, room):
+    """A file system with room for one checkpoint and a part of the next: the first stays, and the line says so.
+
+    Then there is room again, and the same command ends as if nothing had been.
+    """
+    flags = {"max_steps": 4, "eval_strategy": "no"}
+    assert forks.start(command("reference", **flags), tmp_path / "straight").wait() == 0
+    size = sum(path.stat().st_size for path in (tmp_path / "reference/checkpoint-2").iterdir())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(size * (1 + room)) + 80_000}", "none", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount; the limit on a file's size is tested all the same")
+    try:
+        full = forks.start(command("disk/out", **flags), tmp_path / "full")
+        assert full.wait() == 2, full.text()
+        (line,) = [line for line in full.text().splitlines() if line.startswith("error: ")]
+        assert "checkpoint-4: not saved: " in line and "Traceback" not in full.text()
+        assert steps_kept(disk / "out") == {2} and not list((disk / "out").glob(".saving-*"))
+        assert qlora.checkpoint_problem(disk / "out/checkpoint-2") is None
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        assert forks.start(command("disk/out", **flags), tmp_path / "again").wait() == 0
+        assert_same(disk / "out", tmp_path / "reference")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    "full_at",
+    [
+        ("peft.peft_model", "safe_save_file"),
+        ("transformers", "PreTrainedTokenizerBase.save_pretrained"),
+        ("torch", "save"),
+        ("transformers", "TrainerState.save_to_json"),
+        ("qlora", "publish"),
+    ],
+    ids=lambda place: place[1],
+)
+def test_a_limit_on_the_size_of_files_is_told_by_each_library_that_writes(forks, command, tmp_path, full_at):
+    """RLIMIT_FSIZE, for a quota: the kernel refuses what is written beyond it. Then the limit is gone."""
+    flags = {"eval_strategy": "no", "max_steps": 4}
+    first = forks.start(command("out", **flags | {"max_steps": 2}), tmp_path / "first")
+    assert first.wait() == 0, first.text()
+    before = snapshot(tmp_path / "out/checkpoint-2")
+    limited = forks.start(command("out", **flags), tmp_path / "limited", full_at=full_at)
+    assert limited.wait() == 2, limited.text()
+    (line,) = [line for line in limited.text().splitlines() if line.startswith("error: ")]
+    assert f"{tmp_path / 'out'}/checkpoint-4: not saved: " in line and "Traceback" not in limited.text()
+    assert snapshot(tmp_path / "out/checkpoint-2") == before and steps_kept(tmp_path / "out") == {2}
+    assert not list((tmp_path / "out").glob(".saving-*"))
+
+
+def test_a_folder_that_can_no_longer_be_written(forks, command, tmp_path):
+    """A file stands where the folder of the run was: so even root can't write there. The folder itself is whole."""
+    flags = {"max_steps": 100_000, "save_steps": 2, "save_total_limit": 1, "eval_strategy": "no"}
+    process = forks.start(command("out", **flags), tmp_path / "log")
+    until(lambda: steps_kept(tmp_path / "out"), process)
+    (tmp_path / "out").rename(tmp_path / "away")
+    (tmp_path / "out").write_text("")
+    assert process.wait() == 2, process.text()
+    (line,) = [line for line in process.text().splitlines() if line.startswith("error: ")]
+    assert f"{tmp_path / 'out'}" in line and "not saved: " in line and "Traceback" not in process.text()
+    assert qlora.find_last_checkpoint(tmp_path / "away") is not None
