@@ -102,7 +102,7 @@ def test_one_poisoned_row_is_told_from_the_others(run_qlora, models, tmp_path, s
 
 def test_a_row_that_overflows_is_named_alone(run_qlora, models, tmp_path):
     """All weights are finite, but the model divides by zero at one letter."""
-    model = tmp_path / "model"
+    model = tmp_path / "that_divides"  # a name of its own: transformers caches remote code by it
     shutil.copytree(models("remote_code"), model)
     code, begin = (model / "modeling_toy.py").read_text(), "x = self.embed_tokens(input_ids)"
     assert begin in code
@@ -131,9 +131,9 @@ def test_numbers_are_read_one_step_late_unless_something_is_due(run_qlora, monke
     """To read them at once is to wait for the GPU at every step."""
     read, plain = [], qlora.QLoRATrainer._check_numbers
 
-    def spy(self, numbers):
-        read.append((self.state.global_step, numbers.step))
-        plain(self, numbers)
+    def spy(self, step, *numbers):
+        read.append((self.state.global_step, step))
+        plain(self, step, *numbers)
 
     monkeypatch.setattr(qlora.QLoRATrainer, "_check_numbers", spy)
     assert run_qlora(max_steps=6, save_steps=4, logging_steps=100).code == 0
@@ -193,7 +193,7 @@ def test_a_rate_of_zero_that_was_asked_for_stops_nothing(run_qlora, flags):
 
 def test_a_parameter_that_no_gradient_reaches(run_qlora, models, tmp_path):
     """A linear layer that the model's forward never calls gets adapters like all others."""
-    model = tmp_path / "model"
+    model = tmp_path / "with_a_spare_layer"  # a name of its own: transformers caches remote code by it
     shutil.copytree(models("remote_code"), model)
     code = (model / "modeling_toy.py").read_text()
     made = re.search(r"( +)self\.(wqkv) = nn\.Linear.*\n", code)
