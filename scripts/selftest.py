@@ -78,7 +78,7 @@ class Bench:
             "model_name_or_path": self.folder / "model", "dataset": self.folder / "rows.jsonl",
             "output_dir": self.folder / name, "cache_dir": self.folder / "cache", "bf16": self.device == "cuda",
             "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "lora_r": 16, "learning_rate": 3e-3,
-            "max_steps": 10, "logging_steps": 1, "save_steps": 100, "disable_tqdm": True, **flags,
+            "max_steps": 6, "logging_steps": 1, "save_steps": 100, "disable_tqdm": True, **flags,
         }  # fmt: skip
         return [f"--{flag}={value}" for flag, value in flags.items()]
 
@@ -138,7 +138,7 @@ def quantise(bench: Bench, bits: int, bound: float) -> str:
 
 
 def train(bench: Bench, bits: int) -> str:
-    """Ten steps of the defaults: nf4 or LLM.int8, paged optimizer, recomputed layers."""
+    """Six steps of the defaults: nf4 or LLM.int8, paged optimizer, recomputed layers."""
     bench.run(f"{bits}bit", bits=bits)
     first, *_, last = bench.losses(f"{bits}bit")
     expect(last < first - 0.2, f"the loss went from {first:.3f} to {last:.3f}, expected it to fall")
@@ -178,10 +178,10 @@ def merge(bench: Bench) -> str:
 
 
 def resume(bench: Bench) -> str:
-    """Stopped after three steps of six and begun again: the same adapter, bit for bit."""
+    """Ended after two steps of four and continued: the same adapter, bit for bit."""
     flags = {"lora_dropout": 0.1, "full_determinism": True}
-    bench.run("straight", max_steps=6, **flags)
-    for steps in (3, 6):
+    bench.run("straight", max_steps=4, **flags)
+    for steps in (2, 4):
         bench.run("resumed", max_steps=steps, **flags)
     straight, resumed = bench.adapter("straight"), bench.adapter("resumed")
     expect(bench.losses("straight") == bench.losses("resumed"), "the losses of an uninterrupted run are others")

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,9 +136,8 @@ def test_the_self_test_passes_here_without_a_network(selftest):
     assert done.returncode == 0, done.stdout + done.stderr
     first, *lines, last = done.stdout.splitlines()
     assert torch.__version__ in first and last == "all is well"
-    assert [re.match(r"cpu  ✓ ([a-z0-9 -]*[a-z]) ", line).group(1).split("  ")[0] for line in lines] == list(
-        selftest.CHECKS
-    )
+    for line, name in zip(lines, selftest.CHECKS, strict=True):
+        assert line.startswith(f"cpu  ✓ {name}")
 
 
 @pytest.mark.parametrize(
@@ -147,16 +145,14 @@ def test_the_self_test_passes_here_without_a_network(selftest):
     [
         ("parameter_gradients", "fast path against stock path", "gradients differ by"),
         ("quantisation_config", "quantise to 4 bit", "0 layers are quantised"),
-        ("adapter_folder", "resume", "uninterrupted"),
     ],
 )
 def test_the_self_test_fails_where_something_is_broken(selftest, monkeypatch, capsys, broken, check, reason):
-    """Gradients a tenth too large; nothing quantised; a resume that finds no adapter in its checkpoint."""
+    """Gradients a tenth too large; nothing quantised."""
     plain = getattr(qlora, broken)
     wrong = {
         "parameter_gradients": lambda *a: [g if g is None else 1.1 * g for g in plain(*a)],
         "quantisation_config": lambda *a: None,
-        "adapter_folder": lambda folder: None if "checkpoint" in folder.name else plain(folder),
     }
     monkeypatch.setattr(qlora, broken, wrong[broken])
     monkeypatch.setattr(selftest, "CHECKS", {check: selftest.CHECKS[check]})
