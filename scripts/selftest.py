@@ -240,6 +240,7 @@ def main() -> int:
             "HF_HOME": home,
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
             "PYTHONWARNINGS": "ignore",
+            "TRANSFORMERS_VERBOSITY": "error",
         }
         for device in devices:
             environment = os.environ | fixed | {"CUDA_VISIBLE_DEVICES": gpu if device == "cuda" else ""}
