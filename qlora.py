@@ -3,6 +3,7 @@
 
     python qlora.py --model_name_or_path M --dataset D --output_dir OUT      train
     python qlora.py run.yaml --learning_rate 1e-4                            flags from a file
+    python qlora.py OLD/run.json --output_dir NEW                            repeat a run, say what differs
     python qlora.py … --do_train False --do_predict --predict_with_generate  use what was trained
 
 A base model is loaded in 4, 8, 16 or 32 bit, LoRA adapters go on every linear layer, every row of the dataset becomes
@@ -401,6 +402,7 @@ class Config:
     generation: GenerationArguments
     flags: dict[str, Any]  # every flag by its own name, as resolved
     given: frozenset[str]  # those that the user set
+    record: dict[str, Any]  # run.json of the run to repeat, or nothing
 
     @property
     def masked(self) -> bool:
@@ -408,7 +410,7 @@ class Config:
         return self.data.objective == "mlm"
 
 
-GROUPS: tuple[Any, ...] = tuple(get_type_hints(Config)[f.name] for f in dataclasses.fields(Config))[:-2]
+GROUPS: tuple[Any, ...] = tuple(get_type_hints(Config)[f.name] for f in dataclasses.fields(Config))[:-3]
 
 
 class Given(NamedTuple):
@@ -508,6 +510,20 @@ def read_config_file(path: Path) -> list[Given]:
     return given
 
 
+# What a run's repetition does not take over: its places, what may destroy or publish, what depends on the machine.
+NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
+    "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "show_traceback"})  # fmt: skip
+
+
+def read_record(argv: Sequence[str]) -> dict[str, Any]:
+    """The run.json that stands first on a command line, if one does."""
+    with contextlib.suppress(IndexError, OSError, ValueError):  # read_config_file says what is wrong with a file
+        content = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+        if isinstance(content, dict) and {"flags", "derived", "versions", "data", "device"} <= content.keys():
+            return content
+    return {}
+
+
 def split_argv(argv: Sequence[str]) -> list[Given]:
     """The command line as flags with their values, after those of a config file that stands first."""
     given: list[Given] = []
@@ -585,10 +601,15 @@ def parse_config(argv: Sequence[str]) -> Config:
     if any(token in ("-h", "--help") for token in argv):
         parser.print_help()
         raise SystemExit(0)
-    known = parser.flag_names()
-    items = [item for old in split_argv(argv) if (item := current_name(old, known))]
+    known, record = parser.flag_names(), read_record(argv)
+    repeated = {name: value for name, value in record.get("flags", {}).items() if name in known - NOT_REPEATED}
+    parser.set_defaults(**repeated)
+    items = [item for old in split_argv(argv[1:] if record else argv) if (item := current_name(old, known))]
     flags = vars(parser.parse_args([token for item in items for token in parser.tokens(item)]))
     given = frozenset(item.name if item.name in flags else item.name.removeprefix("no_") for item in items)
+    if record and "output_dir" not in given:
+        raise ConfigError(f"{argv[0]}: to repeat this run, name another folder with --output_dir")
+    given |= repeated.keys() & set(record.get("derived", {}).get("given", ()))
     if {"--warmup_ratio", "--warmup_steps"} <= {item.where for item in items}:
         raise ConfigError("--warmup_ratio and --warmup_steps: give one of them")
     flags |= derived_defaults(flags, given)
@@ -596,7 +617,7 @@ def parse_config(argv: Sequence[str]) -> Config:
         # where the Trainer, and all but final_folder, is
         work = {"output_dir": flags["working_dir"] or flags["output_dir"]}
         groups = parser.parse_dict(flags | work, allow_extra_keys=True)
-    config = Config(*groups, flags, given)  # type: ignore[call-arg]
+    config = Config(*groups, flags, given, record)  # type: ignore[call-arg]
     check_config(config)
     return config
 
@@ -4552,6 +4573,22 @@ class Ready(NamedTuple):
     plan: Plan | None
 
 
+PATIENCE = 3  # steps in which something may look wrong before it is taken for wrong
+SKIPS = 20  # steps in a row that fp16's scaler may skip: its scale, 65536 at first, is below 1 by then
+
+
+def without_gradient(base: Any) -> set[str]:
+    """Parameters that train and got nothing from the backward pass; those that text never passes through don't count.
+
+    These are a tower for images beside the decoder and, in a full fine-tune, poolers and the like beside the layers.
+    """
+    text = base.get_decoder() if hasattr(base, "get_decoder") else base
+    adapted = any(isinstance(module, LoraLayer) for module in text.modules())
+    parts = [text] if adapted else decoder_layers(text) or [text]
+    named = (item for part in parts for item in part.named_parameters())
+    return {name for name, parameter in named if parameter.requires_grad and parameter.grad is None}
+
+
 def build_callbacks(stop: Stop) -> list[TrainerCallback]:
     """Every callback of a run."""
     return [stop]
@@ -4569,9 +4606,14 @@ class QLoRATrainer(Trainer):
         self.fast, self.sizes, self.plan = ready.fast, ready.sizes, ready.plan
         self.model_accepts_loss_kwargs = True  # our loss is divided by the labelled tokens of the window
         self.parameter_count = self.runtime().model.num_parameters(exclude_embeddings=True)
-        self.window: list[str] = []  # where the rows of the current step come from
-        self.unread: list[tuple[int, Any, list[str]]] = []  # steps whose numbers nobody has looked at
-        self.window_loss: torch.Tensor | float = 0.0
+        self.window: Window | None = None  # the last one
+        self.parts: list[tuple[list[str], torch.Tensor]] = []  # rows and loss of the current step's micro-batches
+        self.learnt = False
+        self.unread: list[tuple[int, Any, Any, bool]] = []  # steps whose numbers nobody has looked at
+        self.zeros = self.skips = 0  # the latest steps whose gradient is zero, or which fp16's scaler skipped
+        self.idle: set[str] | None = None  # parameters that no step has given a gradient
+        self.values: torch.Tensor | None = None  # sums of what is trained
+        self.first = self.moved = 0  # the step before this process's first; the last that changed them, or need not
         self.tokens_seen = 0  # without padding, by this process
         self.seconds_aside = 0.0  # spent on evaluating and saving while training
         self.staging: Path | None = None
@@ -4630,11 +4672,12 @@ class QLoRATrainer(Trainer):
         """The batches of one optimizer step; notes their rows and counts their tokens."""
         source = self.masked(epoch_iterator, self.masking) if self.masking else epoch_iterator
         batches, items = super().get_batch_samples(source, *args, **kwargs)
-        self.window_loss, self.window = 0.0, []
-        for batch in batches:
-            self.window += batch["window"].where
-            self.tokens_seen += sum(batch["window"].lengths)
-        return batches, items
+        if self.window is None:
+            self.first = self.moved = self.state.global_step
+        self.parts = []
+        self.learnt = any(bool((row != IGNORE).any()) for batch in batches for row in batch["window"].labels)
+        self.tokens_seen += sum(sum(batch["window"].lengths) for batch in batches)
+        return batches, torch.as_tensor(items).clamp(min=1)  # 0 where no token happens to be masked
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a window, in as many micro-batches as memory asks for.
@@ -4647,7 +4690,7 @@ class QLoRATrainer(Trainer):
             model.train()
         while True:
             try:
-                loss = self._window_step(model, window, num_items_in_batch)
+                parts = self._window_step(model, window, num_items_in_batch)
                 break
             except torch.OutOfMemoryError as error:
                 if self.args.world_size > 1:
@@ -4657,12 +4700,15 @@ class QLoRATrainer(Trainer):
             Recompute.away.clear()
             self._make_room(window, reason)
             set_random_state(device, start)
-        self.window_loss = self.window_loss + loss
-        return loss
+        self.window = window
+        self.parts += parts
+        if self.idle != set() and not is_sharded(self.config):
+            idle = without_gradient(self.runtime().model)
+            self.idle = idle if self.idle is None else self.idle & idle
+        return torch.stack([loss for _, loss in parts]).sum()
 
-    def _window_step(self, model: Any, window: Window, items: Any) -> torch.Tensor:
-        loss = torch.zeros((), device=self.args.device)
-        parts = self._parts(window)
+    def _window_step(self, model: Any, window: Window, items: Any) -> list[tuple[list[str], torch.Tensor]]:
+        done, parts = [], self._parts(window)
         with attention_of(self.runtime().model, self.fast.attention):
             for i, members in enumerate(parts):
                 last = i == len(parts) - 1
@@ -4671,8 +4717,8 @@ class QLoRATrainer(Trainer):
                     with self.compute_loss_context_manager():
                         part = self.compute_loss(model, batch, num_items_in_batch=items)
                     self.accelerator.backward(part)
-                    loss += part.detach()
-        return loss
+                    done.append(([window.where[i] for i in members], part.detach().to(self.args.device)))
+        return done
 
     def _parts(self, window: Window) -> list[list[int]]:
         return micro_batches(window, self.sizes.rows, self.sizes.tokens, padded=self.fast.attention is None)
@@ -4740,28 +4786,95 @@ class QLoRATrainer(Trainer):
         """Six for each parameter and token, as the Trainer counts."""
         return 6 * sum(inputs["window"].lengths) * self.parameter_count
 
-    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        """After a step: are its numbers finite? Read before anything is logged or saved, else one step later.
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        """After a step: did it go wrong? Its numbers are read before anything is logged or saved, else one step later.
 
         Reading them at once would leave the GPU idle until the next step is launched.
         """
-        self.unread.append((self.state.global_step, sent(self.window_loss, grad_norm), self.window))
-        control = self.control
-        due = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
-        while len(self.unread) > (0 if due or control.should_epoch_stop else 1):
-            self._check_finite(*self.unread.pop(0))
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        control, step = self.control, self.state.global_step
+        saving = control.should_save or control.should_evaluate or control.should_training_stop
+        if self.parts:  # not the second call, at an epoch's end
+            rows, losses = zip(*self.parts, strict=True)
+            self.unread.append((step, sent(1.0 if grad_norm is None else grad_norm, *losses), rows, self.learnt))
+            self._check_at_once(step, kwargs.get("learning_rate") or 0, saving)
+            self.parts = []
+        while len(self.unread) > (0 if saving or control.should_log or control.should_epoch_stop else 1):
+            self._check_numbers(*self.unread.pop(0))
+        if (saving or control.should_log) and not is_sharded(self.config):
+            self._check_values(step)
+        if saving and self.window is not None:
+            self._check_update(model, self.window)
+        control.should_save = control.should_save and not self.zeros
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
 
-    def _check_finite(self, step: int, numbers: Any, where: list[str]) -> None:
-        loss, grad_norm = received(*numbers)
-        scaled = self.args.fp16 and self.accelerator.scaler is not None  # its scaler skips such steps by itself
-        bad = "loss" if not math.isfinite(loss) else "gradient norm"
-        if bad == "loss" or not (scaled or math.isfinite(grad_norm)):
-            rows = ", ".join(where[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
-            raise TrainingError(
-                f"step {step}: the {bad} is not finite, on rows {rows}. The last good checkpoint "
-                "stays; look at these rows, lower --learning_rate, or train in --bf16 instead of --fp16"
+    def _check_at_once(self, step: int, rate: float, saving: bool) -> None:
+        """What is known of a step without waiting for the GPU."""
+        skipped = self.accelerator.scaler is not None and self.accelerator.optimizer_step_was_skipped
+        self.skips = self.skips + 1 if skipped else 0
+        if self.skips >= SKIPS:
+            self._stop(step, f"fp16 overflowed in {self.skips} steps, one after the other", "train with --bf16")
+        if skipped or not self.learnt or not rate >= self.args.learning_rate / 10 > 0:
+            self.moved = step  # nothing need have changed: warm-up, a schedule's end, --learning_rate 0
+        # several processes would wait for each other's gradients in the next step
+        if self.idle and (saving or self.args.world_size > 1 or step - self.first >= PATIENCE):
+            why = "the model does not use it, leave it out with --lora_modules or --layers_to_freeze"
+            self._stop(step, f"no gradient reaches {min(self.idle)} ({len(self.idle)} such tensors)", why)
+
+    def _check_numbers(self, step: int, numbers: Any, rows: Sequence[list[str]], learnt: bool) -> None:
+        """Gradient norm and losses of a step."""
+        norm, *losses = received(*numbers)
+        model: Any = self.model
+        bad = [part for part, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
+        if bad or (self.accelerator.scaler is None and not math.isfinite(norm)):  # a scaler skips those by itself
+            frozen = ((n, p) for n, p in model.named_parameters() if p.is_floating_point() and not p.requires_grad)
+            broken = next((name for name, parameter in frozen if not parameter.isfinite().all()), None)
+            why = (
+                f"the base's {broken} is not finite, its files are damaged" if broken
+                else "fp16 ends at 65504, train with --bf16" if self.args.fp16
+                else "the step's other rows are fine, look at these" if 0 < len(bad) < len(losses)
+                else f"lower --learning_rate {self.args.learning_rate:g}, or look at these rows"
+            )  # fmt: skip
+            self._stop(step, f"the {'loss' if bad else 'gradient norm'} is not finite", why, bad or rows)
+        self.zeros = (self.zeros + learnt) * (norm == 0)
+        if self.zeros >= PATIENCE:
+            dead = not any(parameter.any() for parameter in model.parameters() if parameter.requires_grad)
+            why = (
+                "A and B are zero, and so is each one's gradient" if dead else "the loss does not depend on what trains"
             )
+            why += ": begin with another adapter" if dead else ", or is zero: look at --lora_modules and at these rows"
+            self._stop(step, f"the gradient norm is exactly zero, {self.zeros} times", why, rows)
+
+    def _check_values(self, step: int) -> None:
+        """Does what is trained still change? The sum of a tensor's bits, as whole numbers, does with any value."""
+        if self.values is not None and step - self.moved < PATIENCE:
+            return
+        model: Any = self.model
+        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        trained = (p.detach().view(whole[p.element_size()]) for p in model.parameters() if p.requires_grad)
+        values = torch.stack([bits.sum().to(self.args.device) for bits in trained])
+        if self.values is not None and torch.equal(values, self.values):
+            why = f"--learning_rate {self.args.learning_rate:g} is lost in rounding to {self.config.lora.lora_dtype}"
+            self._stop(step, f"no trained value has changed in {step - self.moved} steps", why)
+        self.values, self.moved = values, step
+
+    def _check_update(self, model: Any, window: Window) -> None:
+        """Before weights are saved: with them, is the loss of the rows that they were just trained on finite?"""
+        batch = on_device(self._batch(window, self._parts(window)[0]), self.args.device)
+        model.eval()  # draws no random numbers; training_step turns it back
+        kernel = attention_of(self.runtime().model, self.fast.attention)
+        with torch.no_grad(), kernel, self.compute_loss_context_manager():
+            finite = bool(summed_loss(model, self.fast, batch).isfinite())
+        if not finite:
+            why = f"lower --learning_rate {self.args.learning_rate:g}"
+            self._stop(self.state.global_step, "its update leaves weights with which the loss is not finite", why)
+
+    def _stop(self, step: int, what: str, why: str, rows: Sequence[Sequence[str]] = ()) -> NoReturn:
+        """End the run, before anything of the step is saved."""
+        named = [row for part in rows for row in part] or (self.window.where if self.window else [])
+        more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        kept = checkpoints_in(Path(self.config.training.output_dir))
+        stays = f"{kept[0]} stays, a rerun goes on from it" if kept else "no checkpoint was saved"
+        raise TrainingError(f"step {step}: {what}, on rows {', '.join(named[:8])}{more}: {why}. {stays}")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loop, with perplexity and, where asked for, MMLU beside the loss."""
@@ -5325,12 +5438,21 @@ def run_record(config: Config, derived: dict[str, Any], data: dict[str, Any]) ->
     """run.json: enough to repeat the run, and nothing secret."""
     record = {
         "flags": shown_flags(config),
-        "derived": derived,
+        "derived": derived | {"given": sorted(config.given)},
         "versions": versions() | {"qlora.py": git_commit() or CODE_VERSION},
         "data": data,
         "device": {"name": device_name(), "processes": config.training.world_size},
     }
     return json.dumps(record, indent=1, default=str) + "\n"
+
+
+def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """What differs in two records, each line with the path to it."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in (old | new).keys() - NOT_REPEATED - {"derived"}:
+            yield from differences(old.get(key), new.get(key), f"{name} {key}".strip())
+    elif old != new:
+        yield f"{name} was {old}, is {new}"
 
 
 def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Splits) -> dict[str, Any]:
@@ -5493,6 +5615,10 @@ def run(config: Config, stop: Stop) -> int:
     final_folder(config).mkdir(parents=True, exist_ok=True)
     derived = derived_settings(config, start, tokenizer, splits)
     log_block("This run", derived)
+    record = run_record(config, derived, {name: part._asdict() for name, part in statistics.items()})
+    if config.record:
+        found = sorted(differences(config.record, json.loads(record))) or ["nothing"]
+        log.warning("repeating a run, what differs from it:\n  %s", "\n  ".join(found))
     if not (start.train or args.do_eval or args.do_predict):
         finish(config, merge(str(start.weights), splits, tokenizer, folder, config), time.perf_counter() - began)
         return 0
@@ -5507,9 +5633,8 @@ def run(config: Config, stop: Stop) -> int:
         if start.train and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those make their own
             trainer.create_optimizer_and_scheduler(num_training_steps=max(args.max_steps, 1))  # a try of their flags
 
-    data = {name: part._asdict() for name, part in statistics.items()}
     if args.should_save and (start.train or not (output / "run.json").is_file()):
-        write_file(output / "run.json", run_record(config, derived, data))
+        write_file(output / "run.json", record)
     metrics: dict[str, Any] = {}
     log.info("ready after %.0f s", time.perf_counter() - began)
     if start.train:

@@ -368,27 +368,6 @@ def test_a_disk_that_is_full_after_training(run_qlora, monkeypatch, number):
         assert os.strerror(number) in error_of(run_qlora())
 
 
-def test_loss_that_is_not_finite_names_step_and_rows_and_keeps_the_last_good_checkpoint(run_qlora, data_dir):
-    run = run_qlora(learning_rate=1e30, save_steps=1, max_grad_norm=0)
-    message = error_of(run)
-    assert "step 2" in message and "not finite" in message
-    assert f"{data_dir / 'support.jsonl'}:" in message
-    assert steps_kept(run.output_dir) == {1}
-    assert not (run.output_dir / "completed").exists()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_poisoned_weight_stops_the_first_step(run_qlora, models, tmp_path, value):
-    shutil.copytree(models("llama"), tmp_path / "model")
-    file = tmp_path / "model/model.safetensors"
-    tensors = load_file(file)
-    tensors["model.norm.weight"][3] = value
-    save_file(tensors, file, metadata={"format": "pt"})
-    run = run_qlora(model_name_or_path=tmp_path / "model", save_steps=1)
-    assert "step 1" in error_of(run) and "not finite" in error_of(run)
-    assert not steps_kept(run.output_dir)
-
-
 def test_an_error_in_training_has_a_line_of_its_own_below_the_progress_bar(run_qlora):
     run = run_qlora(learning_rate=1e30, max_grad_norm=0)
     assert [line for line in run.stderr.splitlines() if line.startswith("error: ")]

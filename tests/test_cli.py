@@ -79,6 +79,7 @@ def test_every_command_of_the_pages_parses(page, words, tmp_path, monkeypatch):
     """A file of flags that a page only mentions is an empty one here."""
     if words and words[0].endswith((".yaml", ".yml", ".json")) and not (ROOT / words[0]).exists():
         monkeypatch.chdir(tmp_path)
+        Path(words[0]).parent.mkdir(parents=True, exist_ok=True)
         Path(words[0]).write_text("{}")
     if "--help" not in words:
         qlora.parse_config(words)
