@@ -435,7 +435,6 @@ class Renamed(NamedTuple):
     note: str = "it has no counterpart in today's Trainer"
 
 
-SECRET = ("hub_token",)  # never shown: not in a log, not in a file
 HUB_TOKEN = re.compile(r"\bhf_\w{8,}")  # somebody may give one to --use_auth_token
 BOOLEANS = {"": "True", "true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
 
@@ -677,7 +676,6 @@ def rope_parameters(text: str | None) -> dict[str, Any] | None:
     return value and {("rope_type" if key == "type" else key): item for key, item in value.items()}
 
 
-MASK_FLAGS = frozenset({"mask_prob", "mask_replace_prob", "random_replace_prob"})
 SAMPLING = ("temperature", "top_p", "top_k", "typical_p")  # what the library refuses unless it samples
 GENERATION = ("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config",
     *(f.name for f in dataclasses.fields(GenerationArguments)))  # fmt: skip
@@ -686,17 +684,6 @@ CAUSAL_FLAGS = frozenset({"target_max_len", "train_on_source", "chat_template", 
 LORA = frozenset(f.name for f in dataclasses.fields(LoraArguments))
 FREEZING = {"layers_to_freeze", "layer_freeze_ratio"}  # which a full fine-tune obeys, and a given adapter does not
 URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
-
-
-def idle(f: Any) -> str:
-    """The flags given that a masked language model has no use for."""
-    return ", ".join(f"--{name}" for name in sorted(f.given & CAUSAL_FLAGS) if getattr(f, name) is not False)
-
-
-def best_metrics(f: Any) -> tuple[str, ...]:
-    """What --metric_for_best_model may be."""
-    return ("loss", "perplexity", *(() if f.objective == "clm" else ("masked_accuracy",)))
-
 
 # What a flag may be, on its own: the flags, what is expected of them, and whether a value is that.
 BOUNDS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
@@ -722,87 +709,78 @@ BOUNDS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
 )  # fmt: skip
 
 
-class Rule(NamedTuple):
-    """A rule between flags."""
-
-    broken: Callable[[Any], Any]  # by the flags under their names, and those of `flags_of`
-    message: str  # with the way out; a {name} stands for the value of that flag
-
-
 def _out_of_bounds(name: str, holds: Callable[[Any], Any], f: Any) -> bool:
     value = getattr(f, name)
     return value is not None and not holds(value)
 
 
-# Every rule between flags; the first that is broken ends the run. To add one: a row here, one in its tests.
+# Every rule between flags: whether it is broken, by the flags and what `flags_of` adds to them, and a message with the
+# way out. The first that is broken ends the run. To add one: a row here, one in its tests.
 # fmt: off
-RULES: tuple[Rule, ...] = (
-    *(Rule(partial(_out_of_bounds, name, holds), f"--{name} {{{name}}}: expected {expected}")
+RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    *((partial(_out_of_bounds, name, holds), f"--{name} {{{name}}}: expected {expected}")
       for names, expected, holds in BOUNDS for name in names.split()),
-    Rule(lambda f: f.telling, "--{telling}: a URL with a password, which the run's files would show: log in instead"),
-    Rule(lambda f: not (f.do_train or f.do_eval or f.do_predict or f.merged_output_dir),
-         "nothing to do: --do_train, --do_eval, --do_predict are off, and there is no --merged_output_dir"),
-    Rule(lambda f: f.merged_output_dir and f.full_finetune,
-         "--merged_output_dir: --full_finetune leaves a whole model, there is nothing to merge"),
-    Rule(lambda f: "merge_base" in f.given and not f.merged_output_dir, "--merge_base needs --merged_output_dir"),
-    Rule(lambda f: f.merged_output_dir and Path(f.merged_output_dir).resolve() in f.folders,
-         "--merged_output_dir {merged_output_dir}: the run's own folder, name another"),
-    Rule(lambda f: f.full_finetune and f.bits < 16,
-         "--full_finetune: weights rounded to --bits {bits} take no small steps of training, give 16 or 32"),
-    Rule(lambda f: f.full_finetune and f.adapter_name_or_path is not None,
-         "--full_finetune: drop --adapter_name_or_path"),
-    Rule(lambda f: f.adam8bit and "optim" in f.given, "--adam8bit and --optim: give one of them"),
-    Rule(lambda f: f.objective == "clm" and f.do_predict and not f.predict_with_generate,
-         "--do_predict needs --predict_with_generate"),
-    Rule(lambda f: f.objective == "mlm" and idle(f),
-         "{idle}: of no use with a masked language model (--objective mlm)"),
-    Rule(lambda f: f.objective == "clm" and f.given & MASK_FLAGS,
-         "--mask_prob, --mask_replace_prob, --random_replace_prob: nothing is masked with --objective clm, give mlm"),
-    Rule(lambda f: f.objective == "mlm" and f.padding_side == "left",
-         "--padding_side left: a masked language model (--objective mlm) pads on the right"),
-    Rule(lambda f: f.objective == "mlm" and f.dataset_format not in (None, *MASKED_FORMATS),
-         "--dataset_format {dataset_format}: expected input or text with --objective mlm"),
-    Rule(lambda f: not min(f.mask_replace_prob, f.random_replace_prob) >= 0
-         or not f.mask_replace_prob + f.random_replace_prob <= 1,
-         "--mask_replace_prob {mask_replace_prob} and --random_replace_prob {random_replace_prob}: "
-         "expected two shares whose sum is at most 1"),
-    Rule(lambda f: f.do_mmlu_eval and not f.do_eval, "--do_mmlu_eval answers at each evaluation: add --do_eval"),
-    Rule(lambda f: f.model_max_len is not None and f.given & {"source_max_len", "target_max_len"},
-         "--model_max_len replaces --source_max_len and --target_max_len: give one or the others"),
-    Rule(lambda f: "skip_excess_length" in f.given and f.model_max_len is None,
-         "--skip_excess_length needs --model_max_len"),
-    Rule(lambda f: f.layers_to_freeze > 0 and f.layer_freeze_ratio > 0,
-         "--layers_to_freeze and --layer_freeze_ratio: give one of them"),
-    Rule(lambda f: not f.gradient_checkpointing and f.recompute_layers not in ("auto", "none", "0"),
-         "--recompute_layers {recompute_layers} and --gradient_checkpointing False: give one of them"),
-    Rule(lambda f: f.plan_gpu is not None and not f.plan, "--plan_gpu names the GPU of a plan: add --plan"),
-    Rule(lambda f: f.overwrite_output_dir and f.resume_from_checkpoint is not None,
-         "--overwrite_output_dir starts anew and --resume_from_checkpoint goes on: give one of them"),
-    Rule(lambda f: str(f.resume_from_checkpoint).lower() == "false",
-         "--resume_from_checkpoint False: a rerun resumes by itself, give --overwrite_output_dir to start anew"),
-    Rule(lambda f: f.start_problem, "--init_lora_weights {init_lora_weights}: {start_problem}"),
-    Rule(lambda f: f.init_lora_weights.lower() == "orthogonal" and f.lora_r % 2 == 1,
-         "--init_lora_weights orthogonal: --lora_r {lora_r} is odd, it must be even"),
-    Rule(lambda f: f.metric_for_best_model is not None and "mmlu_" not in f.metric_for_best_model
-         and f.metric_for_best_model.removeprefix("eval_") not in best_metrics(f),
-         "--metric_for_best_model {metric_for_best_model}: expected {best_metrics} or an MMLU metric"),
-    Rule(lambda f: "mmlu_" in (f.metric_for_best_model or "") and not f.do_mmlu_eval,
-         "--metric_for_best_model {metric_for_best_model} needs --do_mmlu_eval"),
-    Rule(lambda f: f.num_beam_groups > 1 or f.penalty_alpha is not None or f.diversity_penalty != 0,
-         "--num_beam_groups, --diversity_penalty and --penalty_alpha: transformers generates in these ways no more"),
-    Rule(lambda f: "vicuna" in f.dataset.replace(" ", "").split(","),
-         "--dataset vicuna: its data was never released; a file of your own, or one of {datasets}"),
-    Rule(lambda f: f.dataset_format not in (None, *FORMATS) and not OWN_FORMAT.fullmatch(f.dataset_format),
-         "--dataset_format {dataset_format}: expected one of {formats}, or path.py:function"),
-    Rule(lambda f: (own := OWN_FORMAT.fullmatch(f.dataset_format or "")) and not Path(own[1]).is_file(),
-         "--dataset_format {dataset_format}: no such file"),
-    Rule(lambda f: f.expand_conversations and f.dataset_format != "airoboros_chat",
-         "--expand_conversations needs --dataset_format airoboros_chat"),
-    Rule(lambda f: set(f.trackers) - set(INTEGRATION_TO_CALLBACK),
-         "--report_to {trackers}: expected none, all, or some of {known_trackers}"),
-    # azure_ml and flyte: which the list of what is available may leave out
-    Rule(lambda f: set(f.trackers) - {*get_available_reporting_integrations(), "azure_ml", "flyte"},
-         "--report_to {trackers}: its Python package is not installed here"),
+    (lambda f: f.telling, "--{telling}: a URL with a password, which the run's files would show: log in instead"),
+    (lambda f: not (f.do_train or f.do_eval or f.do_predict or f.merged_output_dir),
+     "nothing to do: --do_train, --do_eval, --do_predict are off, and there is no --merged_output_dir"),
+    (lambda f: f.merged_output_dir and f.full_finetune,
+     "--merged_output_dir: --full_finetune leaves a whole model, there is nothing to merge"),
+    (lambda f: "merge_base" in f.given and not f.merged_output_dir, "--merge_base needs --merged_output_dir"),
+    (lambda f: f.merged_output_dir and Path(f.merged_output_dir).resolve() in f.folders,
+     "--merged_output_dir {merged_output_dir}: the run's own folder, name another"),
+    (lambda f: f.full_finetune and f.bits < 16,
+     "--full_finetune: weights rounded to --bits {bits} take no small steps of training, give 16 or 32"),
+    (lambda f: f.full_finetune and f.adapter_name_or_path is not None,
+     "--full_finetune: drop --adapter_name_or_path"),
+    (lambda f: f.adam8bit and "optim" in f.given, "--adam8bit and --optim: give one of them"),
+    (lambda f: f.objective == "clm" and f.do_predict and not f.predict_with_generate,
+     "--do_predict needs --predict_with_generate"),
+    (lambda f: f.objective == "mlm" and f.causal_flags,
+     "{causal_flags}: of no use with a masked language model (--objective mlm)"),
+    (lambda f: f.objective == "clm" and f.given & {"mask_prob", "mask_replace_prob", "random_replace_prob"},
+     "--mask_prob, --mask_replace_prob, --random_replace_prob: nothing is masked with --objective clm, give mlm"),
+    (lambda f: f.objective == "mlm" and f.padding_side == "left",
+     "--padding_side left: a masked language model (--objective mlm) pads on the right"),
+    (lambda f: f.objective == "mlm" and f.dataset_format not in (None, *MASKED_FORMATS),
+     "--dataset_format {dataset_format}: expected input or text with --objective mlm"),
+    (lambda f: not min(f.mask_replace_prob, f.random_replace_prob) >= 0
+     or not f.mask_replace_prob + f.random_replace_prob <= 1,
+     "--mask_replace_prob {mask_replace_prob} and --random_replace_prob {random_replace_prob}: "
+     "expected two shares whose sum is at most 1"),
+    (lambda f: f.do_mmlu_eval and not f.do_eval, "--do_mmlu_eval answers at each evaluation: add --do_eval"),
+    (lambda f: f.model_max_len is not None and f.given & {"source_max_len", "target_max_len"},
+     "--model_max_len replaces --source_max_len and --target_max_len: give one or the others"),
+    (lambda f: "skip_excess_length" in f.given and f.model_max_len is None,
+     "--skip_excess_length needs --model_max_len"),
+    (lambda f: f.layers_to_freeze > 0 and f.layer_freeze_ratio > 0,
+     "--layers_to_freeze and --layer_freeze_ratio: give one of them"),
+    (lambda f: not f.gradient_checkpointing and f.recompute_layers not in ("auto", "none", "0"),
+     "--recompute_layers {recompute_layers} and --gradient_checkpointing False: give one of them"),
+    (lambda f: f.plan_gpu is not None and not f.plan, "--plan_gpu names the GPU of a plan: add --plan"),
+    (lambda f: f.overwrite_output_dir and f.resume_from_checkpoint is not None,
+     "--overwrite_output_dir starts anew and --resume_from_checkpoint goes on: give one of them"),
+    (lambda f: str(f.resume_from_checkpoint).lower() == "false",
+     "--resume_from_checkpoint False: a rerun resumes by itself, give --overwrite_output_dir to start anew"),
+    (lambda f: f.start_problem, "--init_lora_weights {init_lora_weights}: {start_problem}"),
+    (lambda f: f.init_lora_weights.lower() == "orthogonal" and f.lora_r % 2 == 1,
+     "--init_lora_weights orthogonal: --lora_r {lora_r} is odd, it must be even"),
+    (lambda f: f.metric_for_best_model is not None and "mmlu_" not in f.metric_for_best_model
+     and f.metric_for_best_model.removeprefix("eval_") not in f.metrics.split(", "),
+     "--metric_for_best_model {metric_for_best_model}: expected {metrics} or an MMLU metric"),
+    (lambda f: "mmlu_" in (f.metric_for_best_model or "") and not f.do_mmlu_eval,
+     "--metric_for_best_model {metric_for_best_model} needs --do_mmlu_eval"),
+    (lambda f: f.num_beam_groups > 1 or f.penalty_alpha is not None or f.diversity_penalty != 0,
+     "--num_beam_groups, --diversity_penalty and --penalty_alpha: transformers generates in these ways no more"),
+    (lambda f: "vicuna" in f.dataset.replace(" ", "").split(","),
+     "--dataset vicuna: its data was never released; a file of your own, or one of {datasets}"),
+    (lambda f: f.dataset_format not in (None, *FORMATS) and not OWN_FORMAT.fullmatch(f.dataset_format),
+     "--dataset_format {dataset_format}: expected one of {formats}, or path.py:function"),
+    (lambda f: (own := OWN_FORMAT.fullmatch(f.dataset_format or "")) and not Path(own[1]).is_file(),
+     "--dataset_format {dataset_format}: no such file"),
+    (lambda f: f.expand_conversations and f.dataset_format != "airoboros_chat",
+     "--expand_conversations needs --dataset_format airoboros_chat"),
+    (lambda f: f.unknown, "--report_to {unknown}: expected none, all, or some of {known}"),
+    (lambda f: f.missing, "--report_to {missing}: its Python package is not installed here"),
 )
 
 # Flags that do nothing beside others, though nothing is wrong with them: said once, by `hints`.
@@ -838,29 +816,33 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
 
 
 def flags_of(config: Config) -> argparse.Namespace:
-    """What rules are about: every flag by its name, and what follows from several or from the tables."""
-    flags, trackers = config.flags, config.training.report_to or ()
-    f = argparse.Namespace(**flags, given=config.given, trackers=trackers)
-    f.telling = next((name for name, value in flags.items() if URL_WITH_PASSWORD.search(str(value))), None)
-    f.folders = {path.resolve() for path in (Path(config.training.output_dir), final_folder(config))}
-    f.start_problem = lora_start_problem(config.lora.init_lora_weights, config.quant.bits < 16)
-    return f
-
-
-def shown(message: str, f: argparse.Namespace) -> str:
-    """A rule's message with the values of flags in it."""
-    lists = {"datasets": DATASETS, "formats": FORMATS, "known_trackers": INTEGRATION_TO_CALLBACK,
-             "trackers": f.trackers, "best_metrics": best_metrics(f)}  # fmt: skip
-    values = {name: f"{value:g}" if isinstance(value, float) else value for name, value in vars(f).items()}
-    return message.format(**values | {name: ", ".join(items) for name, items in lists.items()} | {"idle": idle(f)})
+    """What rules are about: every flag by its name, and what follows from several of them or from the tables."""
+    flags, given, trackers = config.flags, config.given, config.training.report_to or ()
+    causal = flags["objective"] == "clm"
+    installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"} if trackers else ()  # two not looked for
+    return argparse.Namespace(
+        **flags,
+        given=given,
+        causal_flags=", ".join(f"--{name}" for name in sorted(given & CAUSAL_FLAGS) if flags[name] is not False),
+        telling=next((name for name, value in flags.items() if URL_WITH_PASSWORD.search(str(value))), ""),
+        folders={path.resolve() for path in (Path(config.training.output_dir), final_folder(config))},
+        start_problem=lora_start_problem(config.lora.init_lora_weights, config.quant.bits < 16),
+        metrics="loss, perplexity" + ("" if causal else ", masked_accuracy"),
+        trackers=trackers,
+        unknown=", ".join(name for name in trackers if name not in INTEGRATION_TO_CALLBACK),
+        missing=", ".join(name for name in trackers if name not in installed),
+        known=", ".join(INTEGRATION_TO_CALLBACK),
+        datasets=", ".join(DATASETS),
+        formats=", ".join(FORMATS),
+    )
 
 
 def check_config(config: Config) -> None:
     """Every rule between flags, each with the way out; the first that is broken is a ConfigError."""
     f = flags_of(config)
-    for rule in RULES:
-        if rule.broken(f):
-            raise ConfigError(shown(rule.message, f))
+    for broken, message in RULES:
+        if broken(f):
+            raise ConfigError(message.format(**vars(f)))
     rope_parameters(config.model.rope_scaling)
 
 
@@ -4831,23 +4813,17 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
     return metrics
 
 
-@contextlib.contextmanager
-def readable(checkpoint: Path | None) -> Iterator[None]:
-    """The Trainer reads optimizer, schedule and random state as tensors and numbers alone: say whose state is more."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        way = "begin anew with --overwrite_output_dir, or name another with --resume_from_checkpoint"
-        raise ConfigError(f"{checkpoint}: its state holds more than tensors and is not read; {way}") from error
-
-
 def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: int, stop: Stop) -> dict[str, Any]:
     """Train and measure: tokens without padding over the seconds that were not spent on evaluating and saving."""
     began = time.perf_counter()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with stopping_on_signals(stop), readable(checkpoint):
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with stopping_on_signals(stop):
+        try:
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except pickle.UnpicklingError as error:
+            way = "begin anew with --overwrite_output_dir, or name another with --resume_from_checkpoint"
+            raise ConfigError(f"{checkpoint}: its state holds more than tensors and is not read; {way}") from error
     seconds = max(time.perf_counter() - began - trainer.seconds_aside, 1e-9)
     tokens = trainer.accelerator.reduce(torch.as_tensor(trainer.tokens_seen, device=trainer.args.device)).item()
     steps = max(trainer.state.global_step - first_step, 1)
@@ -5154,7 +5130,7 @@ def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
 
 def shown_flags(config: Config) -> dict[str, Any]:
     """Every flag with its value, but no token."""
-    return config.flags | {name: "(hidden)" for name in SECRET if config.flags[name]}
+    return config.flags | ({"hub_token": "(hidden)"} if config.flags["hub_token"] else {})
 
 
 def model_card(trainer: QLoRATrainer, config: Config) -> str:
@@ -5262,7 +5238,7 @@ def hints(config: Config) -> None:
          "hint: on a CPU float32 is about 2.5 times faster: leave --bf16 and --fp16 out"),
         (bits >= 16 and args.bf16 != (bits == 16), f"bits {bits}: the weights are held {held}, as in the original"),
         *((bool(f.given.intersection(names) and applies(f)),
-           f"{', '.join(sorted(f.given.intersection(names)))}: without effect: {shown(why, f)}")
+           f"{', '.join(sorted(f.given.intersection(names)))}: without effect: {why.format(**vars(f))}")
           for names, applies, why in IDLE),
     ]
     # fmt: on
