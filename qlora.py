@@ -46,6 +46,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -66,6 +67,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
+
+# Nothing goes over the network but what the user named. Before the libraries are imported: most read these once.
+os.environ |= {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+    "DISABLE_SAFETENSORS_CONVERSION": "1",  # transformers would ask a service of the hub to convert .bin weights
+} | os.environ
 
 # transformers imports bitsandbytes, which then says that it lacks a kernel no release has, and, in every 8-bit layer of
 # every step, that it casts its input. Both are as they should be.
@@ -188,15 +196,17 @@ def log_block(title: str, lines: Mapping[str, Any]) -> None:
 # What libraries raise over a user's files and flags; not RuntimeError, which is as often our bug.
 LIBRARY_ERRORS: tuple[type[Exception], ...] = (
     OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError,
-    RecursionError, yaml.YAMLError, zlib.error, SafetensorError, TemplateError,
+    RecursionError, yaml.YAMLError, zlib.error, SafetensorError, TemplateError, pickle.UnpicklingError,
 )  # fmt: skip
 
 
 @contextlib.contextmanager
-def mendable(what: str, kind: type[QLoRAError] = ConfigError, *also: type[Exception]) -> Iterator[None]:
+def mendable(what: str, kind: type[QLoRAError] = ConfigError, *also: type[BaseException]) -> Iterator[None]:
     """A library's complaint as one line of ours that begins with `what`: the flag or file that it is about."""
     try:
         yield
+    except pickle.UnpicklingError as error:  # torch advises to load it all the same
+        raise kind(f"{what}: a pickle with more than tensors in it, which is not read") from error
     except (*LIBRARY_ERRORS, *also) as error:
         raise kind(f"{what}: {one_line(error)}") from error
 
@@ -222,6 +232,7 @@ class ModelArguments:
 
     model_name_or_path: str = flag("EleutherAI/pythia-12b", "Base model: hub id, folder, or .gguf file.")
     trust_remote_code: bool = flag(False, "Run the Python code that comes with model and tokenizer.")
+    allow_pickle_weights: bool = flag(False, "Read .bin weights, which are pickles, too; only tensors are taken.")
     use_auth_token: bool = flag(False, "Use this machine's hub login, for gated models.")
     adapter_name_or_path: str | None = flag(None, "Adapter to start from, optimizer fresh. A resume is a rerun.")
     attn_implementation: str | None = flag(None, "Attention kernel: sdpa, eager, flash_attention_2, ...")
@@ -429,6 +440,7 @@ class Renamed(NamedTuple):
     note: str = "it has no counterpart in today's Trainer"
 
 
+HUB_TOKEN = re.compile(r"\bhf_\w{8,}")  # somebody may give one to --use_auth_token
 BOOLEANS = {"": "True", "true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
 
 RENAMED_FLAGS: dict[str, Renamed] = {
@@ -448,6 +460,14 @@ RENAMED_FLAGS: dict[str, Renamed] = {
     "sortish_sampler": Renamed(None, note="use --train_sampling_strategy"),
     "sharded_ddp": Renamed(None, note="use --fsdp"),
     "length_column_name": Renamed(None, note="lengths are counted here, in tokens"),
+    "auto_find_batch_size": Renamed(None, note="use --auto_batch, which leaves the optimizer's step as it is"),
+    "enable_jit_checkpoint": Renamed(None, note="a signal always saves a checkpoint"),
+    "logging_nan_inf_filter": Renamed(None, note="a loss that is not finite ends the run"),
+    **dict.fromkeys(
+        ("torch_empty_cache_steps", "label_names", "include_for_metrics", "batch_eval_metrics", "prediction_loss_only",
+         "eval_do_concat_batches", "eval_use_gather_object", "include_num_input_tokens_seen"),
+        Renamed(None, note="steps and evaluation are our own, see --help"),
+    ),
     **dict.fromkeys(
         ("use_mps_device", "half_precision_backend", "fp16_backend", "use_ipex", "jit_mode_eval", "past_index",
          "ray_scope", "tpu_num_cores", "fp16_opt_level", "xpu_backend", "include_inputs_for_metrics",
@@ -547,22 +567,21 @@ def split_argv(argv: Sequence[str]) -> list[Given]:
 
 def current_name(item: Given, known: set[str]) -> Given | None:
     """A flag under its name of today, an old one with a warning; None where it has no effect any more."""
-    negated = item.name.startswith("no_") and item.name not in RENAMED_FLAGS and item.name[3:] in RENAMED_FLAGS
-    old = item.name[3:] if negated else item.name
-    if old == "logging_dir":
+    positive = item.name.removeprefix("no_")  # argparse knows --no_flag for what is on by default
+    if positive != item.name and item.name not in RENAMED_FLAGS and (item.name in known or positive in RENAMED_FLAGS):
+        item = item._replace(name=positive, values=("False" if boolean(item) == "True" else "True",))
+    if item.name == "logging_dir":
         os.environ["TENSORBOARD_LOGGING_DIR"] = " ".join(item.values)
         log.warning("%s: old name, set as TENSORBOARD_LOGGING_DIR", item.where)
         return None
-    if old == "debug" and not item.values:  # with a value it is the Trainer's flag of that name
+    if item.name == "debug" and not item.values:  # with a value it is the Trainer's flag of that name
         return item._replace(name="show_traceback")
-    if old in RENAMED_FLAGS:
-        return renamed(item, RENAMED_FLAGS[old], negated)
+    if item.name in RENAMED_FLAGS:
+        return renamed(item, RENAMED_FLAGS[item.name])
     if item.name not in known:
         near = difflib.get_close_matches(item.name, sorted(known | set(RENAMED_FLAGS)), n=5, cutoff=0.5)
         near.sort(key=lambda name: -len(os.path.commonprefix([name, item.name])))  # noqa: RUF071
         raise ConfigError(f"{item.where}: unknown flag, {f'did you mean --{near[0]}?' if near else 'see --help'}")
-    if item.name.startswith("no_") and item.name[3:] in known and item.values:  # in a file, `no_double_quant: true`
-        return item._replace(name=item.name[3:], values=("False" if boolean(item) == "True" else "True",))
     return item
 
 
@@ -574,20 +593,17 @@ def boolean(item: Given) -> str:
     return value
 
 
-def renamed(item: Given, new: Renamed, negated: bool) -> Given | None:
+def renamed(item: Given, new: Renamed) -> Given | None:
     """A flag by its row in RENAMED_FLAGS."""
     if new.to is None:
         log.warning("%s: accepted, without effect: %s", item.where, new.note)
         return None
-    values = ("False",) if negated else item.values
-    if new.values is not None:
-        value = new.values["False" if negated else boolean(item)]
-        values = (value,) if value else ()
+    values = item.values if new.values is None else tuple(filter(None, [new.values[boolean(item)]]))
     if new.to == "warmup_steps":  # from 1 on, the Trainer would take a ratio for a number of steps
         with contextlib.suppress(ValueError):  # the parser names the flag and its type
             if not 0 <= float("".join(values)) < 1:
                 raise ConfigError(f"{item.where} {values[0]}: expected a share of the steps, from 0 up to below 1")
-    log.warning("%s: old name, read as --%s %s", item.where, new.to, " ".join(values))
+    log.warning("%s: old name, read as --%s %s", item.where, new.to, " ".join(values) if new.values else "")
     return Given(new.to, values, item.where) if values or new.values is None else None
 
 
@@ -606,7 +622,7 @@ def parse_config(argv: Sequence[str]) -> Config:
     parser.set_defaults(**repeated)
     items = [item for old in split_argv(argv[1:] if record else argv) if (item := current_name(old, known))]
     flags = vars(parser.parse_args([token for item in items for token in parser.tokens(item)]))
-    given = frozenset(item.name if item.name in flags else item.name.removeprefix("no_") for item in items)
+    given = frozenset(item.name for item in items)
     if record and "output_dir" not in given:
         raise ConfigError(f"{argv[0]}: to repeat this run, name another folder with --output_dir")
     given |= repeated.keys() & set(record.get("derived", {}).get("given", ()))
@@ -646,125 +662,6 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
     return derived
 
 
-MASK_FLAGS = frozenset({"mask_prob", "mask_replace_prob", "random_replace_prob"})
-# What a masked language model has no use for: it has no output of its own, and generates nothing.
-CAUSAL_FLAGS = frozenset({"target_max_len", "train_on_source", "chat_template", "do_mmlu_eval", "predict_with_generate",
-    "generation_max_length", "generation_num_beams", "generation_config",
-    *(f.name for f in dataclasses.fields(GenerationArguments))})  # fmt: skip
-
-
-def check_config(config: Config) -> None:
-    """Every rule between flags, each with the way out; the first that is broken is a ConfigError."""
-    model, data, quant, lora, train = config.model, config.data, config.quant, config.lora, config.training
-    given, full, size = config.given, config.quant.full_finetune, config.data.eval_dataset_size
-    metric = train.metric_for_best_model
-    freeze, strategies = lora.layer_freeze_ratio, ("group_by_length", "random", "sequential")
-    causal, masked = data.objective == "clm", config.masked  # neither is known yet where it is auto
-    idle = ", ".join(f"--{name}" for name in sorted(given & CAUSAL_FLAGS) if config.flags[name] is not False)
-    best = ("loss", "perplexity", *(() if causal else ("masked_accuracy",)))
-    own_format = OWN_FORMAT.fullmatch(data.dataset_format or "")
-    merged, final, start = (
-        train.merged_output_dir,
-        final_folder(config),
-        lora_start_problem(lora.init_lora_weights, quant.bits < 16),
-    )
-    at_least_one = (
-        "max_train_samples", "max_eval_samples", "source_max_len", "target_max_len", "model_max_len",
-        "max_mmlu_samples", "mmlu_source_max_len", "max_new_tokens", "per_device_train_batch_size",
-        "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_r", "max_memory_MB",
-    )  # fmt: skip
-    # fmt: off
-    rules: list[tuple[bool, str]] = [
-        (not (train.do_train or train.do_eval or train.do_predict or merged),
-         "nothing to do: --do_train, --do_eval, --do_predict are off, and there is no --merged_output_dir"),
-        (bool(merged) and full, "--merged_output_dir: --full_finetune leaves a whole model, there is nothing to merge"),
-        ("merge_base" in given and not merged, "--merge_base needs --merged_output_dir"),
-        (bool(merged) and Path(merged or "").resolve() in {p.resolve() for p in (Path(train.output_dir), final)},
-         f"--merged_output_dir {merged}: the run's own folder, name another"),
-        (re.fullmatch(r"[1-9]\d*[KMGT]B", train.max_shard_size) is None,
-         f"--max_shard_size {train.max_shard_size}: expected a whole number and KB, MB, GB or TB, as in 5GB"),
-        (full and quant.bits < 16,
-         f"--full_finetune: weights rounded to --bits {quant.bits} take no small steps of training, give 16 or 32"),
-        (full and model.adapter_name_or_path is not None, "--full_finetune: drop --adapter_name_or_path"),
-        (train.adam8bit and "optim" in given, "--adam8bit and --optim: give one of them"),
-        (causal and train.do_predict and not train.predict_with_generate,
-         "--do_predict needs --predict_with_generate"),
-        (masked and bool(idle), f"{idle}: of no use with a masked language model (--objective mlm)"),
-        (causal and bool(given & MASK_FLAGS),
-         f"--{', --'.join(sorted(given & MASK_FLAGS))}: nothing is masked, the objective is clm; add --objective mlm"),
-        (masked and model.padding_side == "left", "--padding_side left: a masked language model pads on the right"),
-        (not 0 < data.mask_prob <= 1, f"--mask_prob {data.mask_prob:g}: expected above 0 and at most 1"),
-        (not min(data.mask_replace_prob, data.random_replace_prob) >= 0
-         or not data.mask_replace_prob + data.random_replace_prob <= 1,
-         f"--mask_replace_prob {data.mask_replace_prob:g} and --random_replace_prob {data.random_replace_prob:g}: "
-         "expected two shares whose sum is at most 1"),
-        (config.mmlu.do_mmlu_eval and not train.do_eval, "--do_mmlu_eval answers at each evaluation: add --do_eval"),
-        (data.model_max_len is not None and bool(given & {"source_max_len", "target_max_len"}),
-         "--model_max_len replaces --source_max_len and --target_max_len: give one or the others"),
-        ("skip_excess_length" in given and data.model_max_len is None, "--skip_excess_length needs --model_max_len"),
-        (not 0 < size < math.inf or (size > 1 and size != int(size)),
-         f"--eval_dataset_size {size:g}: expected a number of rows, or a share below 1"),
-        (not 0 <= lora.lora_dropout < 1, f"--lora_dropout {lora.lora_dropout:g}: expected from 0 up to below 1"),
-        (lora.layers_to_freeze > 0 and freeze > 0, "--layers_to_freeze and --layer_freeze_ratio: give one of them"),
-        *((not re.fullmatch(r"auto|all|none|\d+", config.flags[name]),
-           f"--{name} {config.flags[name]}: expected auto, all, none or a number of layers")
-          for name in ("recompute_layers", "unpacked_layers")),
-        (not train.gradient_checkpointing and train.recompute_layers not in ("auto", "none", "0"),
-         f"--recompute_layers {train.recompute_layers} and --gradient_checkpointing False: give one of them"),
-        (train.offload_activations and (not train.gradient_checkpointing or train.recompute_layers in ("none", "0")),
-         "--offload_activations needs recomputed layers: drop --recompute_layers none, --gradient_checkpointing False"),
-        (train.fp8_compute and (full or not train.fused_lora),
-         f"--fp8_compute needs the fused functions: drop {'--full_finetune' if full else '--fused_lora False'}"),
-        (train.plan_gpu is not None and not train.plan, "--plan_gpu names the GPU of a plan: add --plan"),
-        (lora.layers_to_freeze < 0, f"--layers_to_freeze {lora.layers_to_freeze}: expected 0 or more"),
-        (not 0 <= freeze < 1, f"--layer_freeze_ratio {freeze:g}: expected from 0 up to below 1"),
-        (start is not None, f"--init_lora_weights {lora.init_lora_weights}: {start}"),
-        (lora.init_lora_weights.lower() == "orthogonal" and lora.lora_r % 2 == 1,
-         f"--init_lora_weights orthogonal: --lora_r {lora.lora_r} is odd, it must be even"),
-        (train.max_steps == 0, "--max_steps 0: expected a number of steps, or -1 and --num_train_epochs"),
-        (not 0 <= train.seed < 2**32, f"--seed {train.seed}: expected from 0 up to 2**32 - 1"),
-        (not 0 <= train.label_smoothing_factor < 1,
-         f"--label_smoothing_factor {train.label_smoothing_factor:g}: expected from 0 up to below 1"),
-        (not 0 < lora.lora_alpha < math.inf, f"--lora_alpha {lora.lora_alpha:g}: expected more than 0"),
-        *((not 0 <= config.flags[name] < math.inf, f"--{name} {config.flags[name]:g}: expected 0 or more")
-          for name in ("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "num_train_epochs")),
-        (metric is not None and not (metric.removeprefix("eval_") in best or "mmlu_" in metric),
-         f"--metric_for_best_model {metric}: expected {', '.join(best)} or an MMLU metric"),
-        (metric is not None and "mmlu_" in metric and not config.mmlu.do_mmlu_eval,
-         f"--metric_for_best_model {metric} needs --do_mmlu_eval"),
-        (config.generation.num_beam_groups > 1 or config.generation.penalty_alpha is not None,
-         "--num_beam_groups and --penalty_alpha: transformers has these two ways of generating no more"),
-        (not config.generation.temperature > 0,
-         f"--temperature {config.generation.temperature:g}: expected more than 0"),
-        (train.train_sampling_strategy not in strategies,
-         f"--train_sampling_strategy {train.train_sampling_strategy}: expected one of {', '.join(strategies)}"),
-        *((value is not None and value < 1, f"--{name} {value}: expected at least 1")
-          for name in at_least_one for value in [config.flags[name]]),
-        (not data.dataset.strip(" ,"), "--dataset is empty"),
-        ("vicuna" in data.dataset.replace(" ", "").split(","),
-         f"--dataset vicuna: its data was never released; a file of your own, or one of {', '.join(DATASETS)}"),
-        (data.dataset_format is not None and data.dataset_format not in FORMATS and own_format is None,
-         f"--dataset_format {data.dataset_format}: expected one of {', '.join(FORMATS)}, or path.py:function"),
-        (own_format is not None and not Path(own_format[1]).is_file(),
-         f"--dataset_format {data.dataset_format}: no such file"),
-        (data.expand_conversations and data.dataset_format != "airoboros_chat",
-         "--expand_conversations needs --dataset_format airoboros_chat"),
-        (not data.include_sources.strip(" ,"), "--include_sources is empty: a comma-separated list, or ALL"),
-        *((name not in INTEGRATION_TO_CALLBACK,
-           f"--report_to {name}: expected none, all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}")
-          for name in train.report_to or ()),
-        *((name not in (*get_available_reporting_integrations(), "azure_ml", "flyte"),  # which that list may leave out
-           f"--report_to {name}: its Python package is not installed here") for name in train.report_to or ()),
-        (masked and data.dataset_format not in (None, *MASKED_FORMATS),
-         f"--dataset_format {data.dataset_format}: expected {' or '.join(MASKED_FORMATS)} with --objective mlm"),
-    ]
-    # fmt: on
-    for broken, message in rules:
-        if broken:
-            raise ConfigError(message)
-    rope_parameters(model.rope_scaling)
-
-
 # How adapters may start, and why some can't on quantised weights. What peft knows besides is refused for its reason.
 _ROUNDED_TWICE = (
     "it takes a part out of the weights, and rounding the rest again would leave an adapter for another base"
@@ -801,6 +698,180 @@ def rope_parameters(text: str | None) -> dict[str, Any] | None:
         example = '{"rope_type": "linear", "factor": 2.0}'
         raise ConfigError(f"--rope_scaling: expected an object such as {example}, found {text}")
     return value and {("rope_type" if key == "type" else key): item for key, item in value.items()}
+
+
+SAMPLING = ("temperature", "top_p", "top_k", "typical_p")  # what the library refuses unless it samples
+GENERATION = ("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config",
+    *(f.name for f in dataclasses.fields(GenerationArguments)))  # fmt: skip
+# What a masked language model has no use for: it has no output of its own, and generates nothing.
+CAUSAL_FLAGS = frozenset({"target_max_len", "train_on_source", "chat_template", "do_mmlu_eval", *GENERATION})
+LORA = frozenset(f.name for f in dataclasses.fields(LoraArguments))
+FREEZING = {"layers_to_freeze", "layer_freeze_ratio"}  # which a full fine-tune obeys, and a given adapter does not
+URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+
+# What a flag may be, on its own: the flags, what is expected of them, and whether a value is that.
+BOUNDS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
+    ("max_train_samples max_eval_samples source_max_len target_max_len model_max_len max_mmlu_samples "
+     "mmlu_source_max_len max_new_tokens per_device_train_batch_size per_device_eval_batch_size "
+     "gradient_accumulation_steps lora_r max_memory_MB", "at least 1", lambda x: x >= 1),
+    ("learning_rate weight_decay max_grad_norm dataloader_num_workers num_train_epochs layers_to_freeze",
+     "0 or more", lambda x: 0 <= x < math.inf),
+    ("lora_alpha temperature", "more than 0", lambda x: 0 < x < math.inf),
+    ("lora_dropout layer_freeze_ratio label_smoothing_factor", "from 0 up to below 1", lambda x: 0 <= x < 1),
+    ("mask_prob", "above 0 and at most 1", lambda x: 0 < x <= 1),
+    ("seed", "from 0 up to 2**32 - 1", lambda x: 0 <= x < 2**32),
+    ("eval_dataset_size", "a number of rows, or a share below 1",
+     lambda x: 0 < x < math.inf and (x < 1 or x == int(x))),
+    ("max_steps", "a number of steps, or -1 and --num_train_epochs", lambda x: x != 0),
+    ("recompute_layers unpacked_layers", "auto, all, none or a number of layers",
+     lambda x: re.fullmatch(r"auto|all|none|\d+", x)),
+    ("max_shard_size", "a whole number and KB, MB, GB or TB, as in 5GB", lambda x: re.fullmatch(r"[1-9]\d*[KMGT]B", x)),
+    ("train_sampling_strategy", "one of group_by_length, random, sequential",
+     lambda x: x in ("group_by_length", "random", "sequential")),
+    ("include_sources", "a comma-separated list, or ALL", lambda x: x.strip(" ,")),
+    ("dataset", "a preset, a file, a folder or a hub id", lambda x: x.strip(" ,")),
+)  # fmt: skip
+
+
+def _out_of_bounds(name: str, holds: Callable[[Any], Any], f: Any) -> bool:
+    value = getattr(f, name)
+    return value is not None and not holds(value)
+
+
+# Every rule between flags: whether it is broken, by the flags and what `flags_of` adds to them, and a message with the
+# way out. The first that is broken ends the run. To add one: a row here, one in its tests.
+# fmt: off
+RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    *((partial(_out_of_bounds, name, holds), f"--{name} {{{name}}}: expected {expected}")
+      for names, expected, holds in BOUNDS for name in names.split()),
+    (lambda f: f.telling, "--{telling}: a URL with a password, which the run's files would show: log in instead"),
+    (lambda f: not (f.do_train or f.do_eval or f.do_predict or f.merged_output_dir),
+     "nothing to do: --do_train, --do_eval, --do_predict are off, and there is no --merged_output_dir"),
+    (lambda f: f.merged_output_dir and f.full_finetune,
+     "--merged_output_dir: --full_finetune leaves a whole model, there is nothing to merge"),
+    (lambda f: "merge_base" in f.given and not f.merged_output_dir, "--merge_base needs --merged_output_dir"),
+    (lambda f: f.merged_output_dir and Path(f.merged_output_dir).resolve() in f.folders,
+     "--merged_output_dir {merged_output_dir}: the run's own folder, name another"),
+    (lambda f: f.full_finetune and f.bits < 16,
+     "--full_finetune: weights rounded to --bits {bits} take no small steps of training, give 16 or 32"),
+    (lambda f: f.full_finetune and f.adapter_name_or_path is not None,
+     "--full_finetune: drop --adapter_name_or_path"),
+    (lambda f: f.adam8bit and "optim" in f.given, "--adam8bit and --optim: give one of them"),
+    (lambda f: f.objective == "clm" and f.do_predict and not f.predict_with_generate,
+     "--do_predict needs --predict_with_generate"),
+    (lambda f: f.objective == "mlm" and f.causal_flags,
+     "{causal_flags}: of no use with a masked language model (--objective mlm)"),
+    (lambda f: f.objective == "clm" and f.given & {"mask_prob", "mask_replace_prob", "random_replace_prob"},
+     "--mask_prob, --mask_replace_prob, --random_replace_prob: nothing is masked with --objective clm, give mlm"),
+    (lambda f: f.objective == "mlm" and f.padding_side == "left",
+     "--padding_side left: a masked language model (--objective mlm) pads on the right"),
+    (lambda f: f.objective == "mlm" and f.dataset_format not in (None, *MASKED_FORMATS),
+     "--dataset_format {dataset_format}: expected input or text with --objective mlm"),
+    (lambda f: not min(f.mask_replace_prob, f.random_replace_prob) >= 0
+     or not f.mask_replace_prob + f.random_replace_prob <= 1,
+     "--mask_replace_prob {mask_replace_prob} and --random_replace_prob {random_replace_prob}: "
+     "expected two shares whose sum is at most 1"),
+    (lambda f: f.do_mmlu_eval and not f.do_eval, "--do_mmlu_eval answers at each evaluation: add --do_eval"),
+    (lambda f: f.model_max_len is not None and f.given & {"source_max_len", "target_max_len"},
+     "--model_max_len replaces --source_max_len and --target_max_len: give one or the others"),
+    (lambda f: "skip_excess_length" in f.given and f.model_max_len is None,
+     "--skip_excess_length needs --model_max_len"),
+    (lambda f: f.layers_to_freeze > 0 and f.layer_freeze_ratio > 0,
+     "--layers_to_freeze and --layer_freeze_ratio: give one of them"),
+    (lambda f: not f.gradient_checkpointing and f.recompute_layers not in ("auto", "none", "0"),
+     "--recompute_layers {recompute_layers} and --gradient_checkpointing False: give one of them"),
+    (lambda f: f.offload_activations and (not f.gradient_checkpointing or f.recompute_layers in ("none", "0")),
+     "--offload_activations needs recomputed layers: drop --recompute_layers none, --gradient_checkpointing False"),
+    (lambda f: f.fp8_compute and (f.full_finetune or not f.fused_lora),
+     "--fp8_compute needs adapters and the fused functions: drop --full_finetune, --fused_lora False"),
+    (lambda f: f.plan_gpu is not None and not f.plan, "--plan_gpu names the GPU of a plan: add --plan"),
+    (lambda f: f.overwrite_output_dir and f.resume_from_checkpoint is not None,
+     "--overwrite_output_dir starts anew and --resume_from_checkpoint goes on: give one of them"),
+    (lambda f: str(f.resume_from_checkpoint).lower() == "false",
+     "--resume_from_checkpoint False: a rerun resumes by itself, give --overwrite_output_dir to start anew"),
+    (lambda f: f.start_problem, "--init_lora_weights {init_lora_weights}: {start_problem}"),
+    (lambda f: f.init_lora_weights.lower() == "orthogonal" and f.lora_r % 2 == 1,
+     "--init_lora_weights orthogonal: --lora_r {lora_r} is odd, it must be even"),
+    (lambda f: f.metric_for_best_model is not None and "mmlu_" not in f.metric_for_best_model
+     and f.metric_for_best_model.removeprefix("eval_") not in f.metrics.split(", "),
+     "--metric_for_best_model {metric_for_best_model}: expected {metrics} or an MMLU metric"),
+    (lambda f: "mmlu_" in (f.metric_for_best_model or "") and not f.do_mmlu_eval,
+     "--metric_for_best_model {metric_for_best_model} needs --do_mmlu_eval"),
+    (lambda f: f.num_beam_groups > 1 or f.penalty_alpha is not None or f.diversity_penalty != 0,
+     "--num_beam_groups, --diversity_penalty and --penalty_alpha: transformers generates in these ways no more"),
+    (lambda f: "vicuna" in f.dataset.replace(" ", "").split(","),
+     "--dataset vicuna: its data was never released; a file of your own, or one of {datasets}"),
+    (lambda f: f.dataset_format not in (None, *FORMATS) and not OWN_FORMAT.fullmatch(f.dataset_format),
+     "--dataset_format {dataset_format}: expected one of {formats}, or path.py:function"),
+    (lambda f: (own := OWN_FORMAT.fullmatch(f.dataset_format or "")) and not Path(own[1]).is_file(),
+     "--dataset_format {dataset_format}: no such file"),
+    (lambda f: f.expand_conversations and f.dataset_format != "airoboros_chat",
+     "--expand_conversations needs --dataset_format airoboros_chat"),
+    (lambda f: f.unknown, "--report_to {unknown}: expected none, all, or some of {known}"),
+    (lambda f: f.missing, "--report_to {missing}: its Python package is not installed here"),
+)
+
+# Flags that do nothing beside others, though nothing is wrong with them: said once, by `hints`.
+IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
+    (("quant_type", "double_quant"), lambda f: f.bits != 4, "bits is {bits}"),
+    (("unpacked_layers",), lambda f: f.bits >= 16, "bits is {bits}"),
+    (("merge_base",), lambda f: f.bits >= 16, "bits is {bits}, so a base is merged into as it was published"),
+    (("max_shard_size",), lambda f: not (f.merged_output_dir or f.full_finetune),
+     "only a merged model (--merged_output_dir) and one of --full_finetune are written in shards"),
+    (LORA - FREEZING, lambda f: f.full_finetune, "a full fine-tune has no adapters"),
+    (LORA, lambda f: f.adapter_name_or_path is not None,
+     "an adapter given by adapter_name_or_path keeps its own rank, alpha and layers"),
+    (GENERATION, lambda f: not f.do_predict, "nothing is generated without --do_predict"),
+    (SAMPLING, lambda f: f.do_predict and not f.do_sample, "predictions are not sampled unless --do_sample is given"),
+    (("length_penalty",), lambda f: f.do_predict and f.num_beams == 1 and f.generation_num_beams in (None, 1),
+     "it weighs beams: --num_beams is 1"),
+    (("mmlu_split", "mmlu_dataset", "max_mmlu_samples", "mmlu_source_max_len", "mmlu_dir"),
+     lambda f: not f.do_mmlu_eval, "no question is asked without --do_mmlu_eval"),
+    (("eval_dataset_size", "max_eval_samples", "per_device_eval_batch_size"),
+     lambda f: not (f.do_eval or f.do_predict), "no row is held out without --do_eval or --do_predict"),
+    (("eval_steps", "eval_delay"), lambda f: f.eval_strategy == "no", "eval_strategy is no"),
+    (("save_steps",), lambda f: f.save_strategy != "steps", "save_strategy is {save_strategy}"),
+    (("num_train_epochs",), lambda f: f.max_steps > 0, "max_steps {max_steps} rules"),
+    (("overwrite_output_dir",), lambda f: not f.do_train, "nothing is trained"),
+    (("warmup_steps",), lambda f: f.lr_scheduler_type == "constant",
+     "lr_scheduler_type constant ignores warm-up; constant_with_warmup honours it"),
+    (("max_memory_MB",), lambda f: f.use_cpu or "LOCAL_RANK" in os.environ, "it is for one process with many GPUs"),
+    (("hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision"),
+     lambda f: not f.push_to_hub, "nothing is pushed without --push_to_hub; --use_auth_token is for gated downloads"),
+    (("project", "trackio_space_id"), lambda f: "trackio" not in f.trackers, "they are for --report_to trackio"),
+)
+# fmt: on
+
+
+def flags_of(config: Config) -> argparse.Namespace:
+    """What rules are about: every flag by its name, and what follows from several of them or from the tables."""
+    flags, given, trackers = config.flags, config.given, config.training.report_to or ()
+    causal = flags["objective"] == "clm"
+    installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"} if trackers else ()  # two not looked for
+    return argparse.Namespace(
+        **flags,
+        given=given,
+        causal_flags=", ".join(f"--{name}" for name in sorted(given & CAUSAL_FLAGS) if flags[name] is not False),
+        telling=next((name for name, value in flags.items() if URL_WITH_PASSWORD.search(str(value))), ""),
+        folders={path.resolve() for path in (Path(config.training.output_dir), final_folder(config))},
+        start_problem=lora_start_problem(config.lora.init_lora_weights, config.quant.bits < 16),
+        metrics="loss, perplexity" + ("" if causal else ", masked_accuracy"),
+        trackers=trackers,
+        unknown=", ".join(name for name in trackers if name not in INTEGRATION_TO_CALLBACK),
+        missing=", ".join(name for name in trackers if name not in installed),
+        known=", ".join(INTEGRATION_TO_CALLBACK),
+        datasets=", ".join(DATASETS),
+        formats=", ".join(FORMATS),
+    )
+
+
+def check_config(config: Config) -> None:
+    """Every rule between flags, each with the way out; the first that is broken is a ConfigError."""
+    f = flags_of(config)
+    for broken, message in RULES:
+        if broken(f):
+            raise ConfigError(message.format(**vars(f)))
+    rope_parameters(config.model.rope_scaling)
 
 
 def hub_options(config: Config) -> dict[str, Any]:
@@ -1021,8 +1092,13 @@ FORMATS: dict[str, DatasetFormat] = {
     "input": plain("input", inferred=False),
     "airoboros_chat": DatasetFormat(("conversations",), _airoboros_chat_to_pair, inferred=False),
 }
-MASKED_FORMATS = ("input", "text")  # the columns that a masked language model reads, in this order of preference
-OWN_FORMAT = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # of --dataset_format: a user's file and its function
+MASKED_FORMATS: tuple[str, ...] = (
+    "input",
+    "text",
+)  # the columns that a masked language model reads, in this order of preference
+OWN_FORMAT: re.Pattern[str] = re.compile(
+    r"(.+\.py):([A-Za-z_]\w*)"
+)  # of --dataset_format: a user's file and its function
 
 
 def format_named(name: str) -> DatasetFormat:
@@ -1036,7 +1112,7 @@ def format_named(name: str) -> DatasetFormat:
         return FORMATS[name]
     spec: Any = importlib.util.spec_from_file_location("dataset_format", own[1])
     module: Any = importlib.util.module_from_spec(spec)
-    with mendable(f"--dataset_format {name}", ConfigError, Exception):  # whatever a user's code raises
+    with mendable(f"--dataset_format {name}", ConfigError, Exception, SystemExit):  # whatever a user's code raises
         spec.loader.exec_module(module)
         return DatasetFormat((), partial(_own_to_row, name, getattr(module, own[2])))
 
@@ -1049,7 +1125,7 @@ def _own_to_row(name: str, function: Callable[[dict[str, Any]], Any], row: Mappi
             chat = "messages" in made
             return _chat_to_conversation("messages", made) if chat else _plain_to_pair(("input", "output"), made)
         return [{"text": text_of(segment, "text"), "learnt": bool(segment["learnt"])} for segment in made]
-    except Exception as error:  # of a user's code, which may raise anything: it is about this row
+    except (Exception, SystemExit) as error:  # of a user's code, which may raise anything: it is about this row
         expected = "it returns {input, output}, {messages} or a list of {text, learnt}"
         raise RowError(f"{name}: {type(error).__name__}: {one_line(error)}; expected: {expected}") from error
 
@@ -1578,19 +1654,20 @@ SPARE_TOKENS = re.compile(
 )
 
 
-def tokenizer_files(name: str, config: Config) -> Path:
-    """The folder that holds a model's tokenizer files, fetched if need be."""
-    if Path(name).is_dir():
-        return Path(name)
-    patterns = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges*", "added_tokens.json", "config.json"]
-    return Path(snapshot_download(name, allow_patterns=patterns, **hub_options(config)))
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges*", "added_tokens.json", "config.json"]
+
+
+def fetched(name: str, patterns: list[str], config: Config) -> Path:
+    """The folder that a name stands for; for a hub id, these files of it are fetched."""
+    folder = Path(name)
+    return folder if folder.is_dir() else Path(snapshot_download(name, allow_patterns=patterns, **hub_options(config)))
 
 
 def patched_tokenizer_folder(name: str, patch: str, into: Path, config: Config) -> Path:
     """The model's tokenizer files with those of the patch laid over them, key by key."""
     if not any((Path(patch) / file).is_file() for file in PATCHED_FILES):
         raise ConfigError(f"--tokenizer_patch {patch}: expected a folder with {' or '.join(PATCHED_FILES)}")
-    for file in tokenizer_files(name, config).iterdir():
+    for file in fetched(name, TOKENIZER_FILES, config).iterdir():
         if file.is_file() and file.suffix in (".json", ".model", ".txt"):
             shutil.copyfile(file, into / file.name)
     for file_name in PATCHED_FILES:
@@ -2187,6 +2264,15 @@ def gguf_file(name: str) -> Path | None:
     return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
 
+def check_weights(folder: str | Path, config: Config) -> None:
+    """Refuse a folder whose weights are a pickle, which can hold code, unless the flag says to take its tensors."""
+    for pickled, safe in (("adapter_model.bin", "adapter_model.safetensors"), ("pytorch_model*.bin", "*.safetensors")):
+        found = sorted(Path(folder).glob(pickled))
+        if found and not (config.model.allow_pickle_weights or any(Path(folder).glob(safe))):
+            way = "convert it to safetensors, or give --allow_pickle_weights, which takes nothing but tensors from it"
+            raise ConfigError(f"{found[0]}: weights in a pickle, which can hold code: {way}")
+
+
 def load_whole(name: str, folder: str | Path, auto_model: Any = AutoModelForCausalLM, **options: Any) -> Any:
     """A model, refused where its checkpoint lacks weights: transformers draws them at random and only warns."""
     with mendable(f"--model_name_or_path {name}"):
@@ -2347,9 +2433,12 @@ def load_base(config: Config, model_config: PretrainedConfig, folder: str, **opt
     """The base model as these options have it."""
     for quirk in (quirk for quirk in QUIRKS if quirk.applies(model_config)):
         quirk.mend()
+    pickles, name = config.model.allow_pickle_weights, config.model.model_name_or_path
     shared = {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
+    shared |= {"use_safetensors": None if pickles else True}
     options = {name: value for name, value in (shared | options).items() if value is not None}
-    return load_whole(config.model.model_name_or_path, folder, OBJECTIVES[config.masked].auto_model, **options)
+    name += "" if pickles or Path(folder).is_dir() else " (read as safetensors; --allow_pickle_weights reads .bin too)"
+    return load_whole(name, folder, OBJECTIVES[config.masked].auto_model, **options)
 
 
 def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
@@ -2488,6 +2577,14 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     )
 
 
+def adapter_files(adapter: str, config: Config) -> str:
+    """The folder of an adapter, fetched if need be, whose weights may be read."""
+    with mendable(f"--adapter_name_or_path {adapter}"):
+        folder = fetched(adapter, ["adapter_config.json", "adapter_model.*"], config)
+    check_weights(folder, config)
+    return str(folder)
+
+
 def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
     """The model with exactly one adapter: a fresh one, drawn from the seed, or the one found at `adapter`."""
     set_seed(config.training.seed)  # loading draws random numbers; a seed gives one initialisation
@@ -2498,7 +2595,8 @@ def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None)
             settings = lora_config(model, config.lora, config.masked)
             adapted = get_peft_model(model, settings, autocast_adapter_dtype=upcast)
         else:
-            adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=upcast)
+            folder = adapter_files(adapter, config)
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=upcast)
     for name, parameter in adapted.named_parameters() if not upcast else ():
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -4115,7 +4213,10 @@ def read_completed(output: Path) -> dict[str, Any] | None:
 
 
 def flush(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk."""
+    """Bring a file, or a folder's list of names, to the disk; safetensors writes files for their owner's eyes alone."""
+    if path.is_file():
+        os.umask(mask := os.umask(0o077))
+        path.chmod(0o666 & ~mask)
     if os.name == "nt":
         return  # Windows opens no folder, and flushes no file that is open for reading
     descriptor = os.open(path, os.O_RDONLY)
@@ -4218,9 +4319,6 @@ def dealt_batches(count: int, runtime: Runtime) -> list[list[int]]:
     """This process's row numbers, in batches; gather_object puts the processes' results one after the other."""
     with runtime.accelerator.split_between_processes(list(range(count))) as mine:
         return [mine[i : i + runtime.batch_size] for i in range(0, len(mine), runtime.batch_size)]
-
-
-SAMPLING = ("temperature", "top_p", "top_k", "typical_p")  # what the library refuses unless it samples
 
 
 def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -5098,7 +5196,11 @@ def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: i
     began = time.perf_counter()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except pickle.UnpicklingError as error:
+        way = "begin anew with --overwrite_output_dir, or name another with --resume_from_checkpoint"
+        raise ConfigError(f"{checkpoint}: its state holds more than tensors and is not read; {way}") from error
     seconds = max(time.perf_counter() - began - trainer.seconds_aside, 1e-9)
     tokens = trainer.accelerator.reduce(torch.as_tensor(trainer.tokens_seen, device=trainer.args.device)).item()
     steps = max(trainer.state.global_step - first_step, 1)
@@ -5164,12 +5266,30 @@ def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]
     return metrics
 
 
+MERGED = "merged.json"  # of which adapter a folder is the merge
+
+
+def merge_record(adapter: str, config: Config) -> dict[str, Any]:
+    """What a merged model is made of."""
+    names = ("model_name_or_path", "merge_base", "max_shard_size")
+    weights = sorted(Path(adapter_files(adapter, config)).glob("adapter_model.*"))
+    return {name: config.flags[name] for name in names} | {file.name: file_digest(file) for file in weights}
+
+
+def is_merged(adapter: str, config: Config) -> bool:
+    """Whether --merged_output_dir holds this adapter's merge already."""
+    file = Path(config.flags["merged_output_dir"], MERGED)
+    return file.is_file() and read_json(file) == merge_record(adapter, config)
+
+
 def check_merge(start: Start, config: Config) -> None:
     """Before anything is trained: can a merged model be written, and is there something to merge?"""
     if config.training.merged_output_dir is None:
         return
     target = Path(config.training.merged_output_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not start.train and start.weights and is_merged(start.weights, config):
+        log.info("%s holds this adapter merged already", target)
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--merged_output_dir {target}: is there already and not empty; name another, or remove it")
     if not start.train and start.weights is None:
         raise ConfigError(f"--merged_output_dir {target}: no adapter to merge: nothing was trained in --output_dir")
@@ -5239,7 +5359,7 @@ def merge(adapter: str, splits: Splits, tokenizer: Any, folder: str, config: Con
     Raises:
         QLoRAError: the merged model answers as the base does, or otherwise than base and adapter.
     """
-    if config.training.merged_output_dir is None or config.training.process_index != 0:
+    if config.training.merged_output_dir is None or config.training.process_index != 0 or is_merged(adapter, config):
         return {}
     target = Path(config.training.merged_output_dir)
     aside = target.with_name(f".merging-{target.name}")
@@ -5259,6 +5379,7 @@ def merge(adapter: str, splits: Splits, tokenizer: Any, folder: str, config: Con
             )  # fmt: skip
         metrics = compare_merged(computing_in_float32(model), before, sample, target)
         del model
+        write_file(aside / MERGED, json.dumps(merge_record(adapter, config), indent=1))
         for path in [*aside.iterdir(), aside]:
             flush(path)
         if target.exists():
@@ -5310,7 +5431,7 @@ def write_merged(
     embedding, dtype = model.get_input_embeddings().num_embeddings, model.dtype
     plain = logits_on(model, sample)
     with mendable(f"adapter {adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
-        peft_model = PeftModel.from_pretrained(model, adapter)
+        peft_model = PeftModel.from_pretrained(model, adapter_files(adapter, config))
     start = getattr(peft_model.peft_config["default"], "init_lora_weights", None)
     if takes_from_base(start):
         raise ConfigError(f"{adapter} fits a base changed by {start}: finish its training, whose result fits any base")
@@ -5487,11 +5608,8 @@ def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Split
 
 def hints(config: Config) -> None:
     """What a user may not expect of the flags given, said once."""
-    args, quant, given = config.training, config.quant, config.given
+    args, bits, f = config.training, config.quant.bits, flags_of(config)
     gpu, half = torch.cuda.is_available(), args.bf16 or args.fp16
-    freezing = {"layers_to_freeze", "layer_freeze_ratio"}  # which a full fine-tune obeys, and a given adapter does not
-    lora = {f.name for f in dataclasses.fields(LoraArguments)} - freezing
-    idle = [name for name in SAMPLING if name in given and not config.generation.do_sample]
     held = "in bf16, with --bf16" if args.bf16 else "in float32, without --bf16"
     # fmt: off
     notes: list[tuple[bool, str]] = [
@@ -5499,17 +5617,10 @@ def hints(config: Config) -> None:
          "hint: this GPU computes in bf16; without --bf16 everything is in float32, which is slower"),
         (not gpu and half and not args.plan,
          "hint: on a CPU float32 is about 2.5 times faster: leave --bf16 and --fp16 out"),
-        (quant.bits >= 16 and args.bf16 != (quant.bits == 16),
-         f"bits {quant.bits}: the weights are held {held}, as in the original"),
-        (quant.bits != 4 and bool(given & {"quant_type", "double_quant"}),
-         f"quant_type and double_quant: without effect, bits is {quant.bits}"),
-        (quant.full_finetune and bool(given & lora), "the LoRA flags: without effect in a full fine-tune"),
-        (config.model.adapter_name_or_path is not None and bool(given & (lora | freezing)),
-         "the LoRA flags: an adapter given by adapter_name_or_path keeps its own rank, alpha and layers"),
-        (args.do_predict and bool(idle),
-         f"{', '.join(idle)}: without effect on predictions unless --do_sample is given"),
-        (args.lr_scheduler_type == "constant" and "warmup_steps" in given,
-         "lr_scheduler_type constant ignores warm-up; constant_with_warmup honours it"),
+        (bits >= 16 and args.bf16 != (bits == 16), f"bits {bits}: the weights are held {held}, as in the original"),
+        *((bool(f.given.intersection(names) and applies(f)),
+           f"{', '.join(sorted(f.given.intersection(names)))}: without effect: {why.format(**vars(f))}")
+          for names, applies, why in IDLE),
     ]
     # fmt: on
     for applies, note in notes:
@@ -5597,6 +5708,8 @@ def run(config: Config, stop: Stop) -> int:
 
     with args.main_process_first(desc="converting the model"):
         folder = model_folder(config)
+    for place in (folder, start.weights, start.checkpoint and (adapter_folder(start.checkpoint) or start.checkpoint)):
+        check_weights(place or folder, config)
     model_config = load_model_config(config, folder)
     config = settle_objective(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
@@ -5728,7 +5841,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # or the message would stand behind a progress bar
-        print(f"{'error: ' if known[0] else ''}{known[1]}", file=sys.stderr)
+        message = HUB_TOKEN.sub("(a token)", known[1])
+        print(f"{'error: ' if known[0] else ''}{message}", file=sys.stderr)
         return known[0]
 
 

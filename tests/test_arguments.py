@@ -46,6 +46,7 @@ def warnings(caplog):
 MODEL = {
     "model_name_or_path": "EleutherAI/pythia-12b",
     "trust_remote_code": False,
+    "allow_pickle_weights": False,
     "use_auth_token": False,
     "adapter_name_or_path": None,
     "attn_implementation": None,
@@ -132,6 +133,8 @@ OWN_TRAINING = {  # not the Trainer's
     "max_shard_size": "5GB",
     "recompute_layers": "auto",
     "unpacked_layers": "auto",
+    "fp8_compute": False,
+    "offload_activations": False,
     "auto_batch": None,  # the machine decides
     "padding_free": True,
     "fused_lora": True,
@@ -547,6 +550,18 @@ OLD = [
     ("push_to_hub_model_id", "mine", {}),
     ("push_to_hub_organization", "ours", {}),
     ("length_column_name", "size", {}),
+    ("auto_find_batch_size", "", {}),
+    ("no_auto_find_batch_size", "", {}),
+    ("enable_jit_checkpoint", "", {}),
+    ("logging_nan_inf_filter", "False", {}),
+    ("torch_empty_cache_steps", "4", {}),
+    ("label_names", "labels", {}),
+    ("include_for_metrics", "loss", {}),
+    ("batch_eval_metrics", "True", {}),
+    ("prediction_loss_only", "", {}),
+    ("eval_do_concat_batches", "False", {}),
+    ("eval_use_gather_object", "", {}),
+    ("include_num_input_tokens_seen", "all", {}),
 ]
 
 
@@ -577,13 +592,11 @@ def test_evaluation_strategy_is_recorded_as_evaluating():
 
 
 def test_a_negated_old_name_does_not_mean_yes():
-    """An error or False: both will do."""
-    try:
-        value = parse("--no_use_auth").model.use_auth_token
-    except qlora.ConfigError as error:
-        assert "--no_use_auth" in str(error)
-    else:
-        assert value is False
+    assert parse("--no_use_auth").model.use_auth_token is False
+    assert parse("--no_use_auth", "False").model.use_auth_token is True
+    assert parse("--no_group_by_length=False").training.train_sampling_strategy == "group_by_length"
+    with pytest.raises(qlora.ConfigError, match="--no_use_auth maybe"):
+        parse("--no_use_auth", "maybe")
 
 
 def test_logging_dir_becomes_its_environment_variable(warnings, monkeypatch):
@@ -679,7 +692,18 @@ RULES = [
     ("--recompute_layers -1", "recompute_layers -1"),
     ("--unpacked_layers some", "unpacked_layers some auto all none"),
     ("--gradient_checkpointing False --recompute_layers all", "gradient_checkpointing recompute_layers"),
+    ("--offload_activations --recompute_layers none", "offload_activations recompute_layers"),
+    ("--offload_activations --gradient_checkpointing False", "offload_activations gradient_checkpointing"),
+    ("--fp8_compute --full_finetune --bits 16", "fp8_compute full_finetune"),
+    ("--fp8_compute --fused_lora False", "fp8_compute fused_lora"),
     ("--plan_gpu 24GiB", "plan_gpu --plan"),
+    ("--overwrite_output_dir --resume_from_checkpoint c", "--overwrite_output_dir --resume_from_checkpoint"),
+    ("--resume_from_checkpoint False", "--resume_from_checkpoint --overwrite_output_dir"),
+    ("--dataset https://me:pw@example.org/x", "--dataset password log"),
+    ("--diversity_penalty 0.5", "--diversity_penalty"),
+    ("--report_to pigeon", "--report_to pigeon tensorboard"),
+    ("--report_to tensorboard,pigeon", "--report_to pigeon tensorboard"),
+    ("--report_to comet_ml", "--report_to comet_ml installed"),
     ("--layer_freeze_ratio -0.5", "layer_freeze_ratio -0.5"),
     ("--train_sampling_strategy sorted", "train_sampling_strategy sorted random"),
     ("--dataset_format alpacca", "dataset_format alpacca alpaca input-output path.py:function"),
@@ -705,12 +729,131 @@ RULES = [
 ]
 
 
+IMPOSSIBLE = [
+    ("--max_steps 0", "--max_steps"),
+    ("--seed -1", "--seed"),
+    ("--seed 99999999999", "--seed"),
+    ("--label_smoothing_factor 2", "--label_smoothing_factor"),
+    ("--lora_alpha 0", "--lora_alpha"),
+    ("--lora_alpha inf", "--lora_alpha"),
+    ("--learning_rate -1", "--learning_rate"),
+    ("--weight_decay nan", "--weight_decay"),
+    ("--dataloader_num_workers -1", "--dataloader_num_workers"),
+    ("--eval_dataset_size nan", "--eval_dataset_size"),
+    ("--eval_dataset_size inf", "--eval_dataset_size"),
+    ("--metric_for_best_model foo", "--metric_for_best_model"),
+    ("--metric_for_best_model mmlu_eval_accuracy", "--do_mmlu_eval"),
+    ("--num_beam_groups 2", "--num_beam_groups"),
+    ("--penalty_alpha 0.6", "--penalty_alpha"),
+    ("--temperature -1", "--temperature"),
+    ("--init_lora_weights loftq", "--init_lora_weights loftq: .*rounding"),
+    ("--init_lora_weights corda --bits 16", "--init_lora_weights corda: .*statistics"),
+    ("--init_lora_weights lora_ga --bits 16", "--init_lora_weights lora_ga: .*gradients"),
+    ("--init_lora_weights xavier --bits 16", "--init_lora_weights xavier: expected .*gaussian"),
+    ("--init_lora_weights pissa", "--init_lora_weights pissa: .*--bits 16"),
+    ("--init_lora_weights pissa_niter_4 --bits 8", "--init_lora_weights pissa_niter_4: .*--bits 16"),
+    ("--init_lora_weights olora", "--init_lora_weights olora: .*--bits 16"),
+    ("--init_lora_weights orthogonal --bits 8", "--init_lora_weights orthogonal: .*--bits 16"),
+    ("--init_lora_weights orthogonal --bits 16 --lora_r 3", "orthogonal.*--lora_r 3.*even"),
+    ("--max_shard_size 5", "--max_shard_size 5"),
+    ("--max_shard_size 1.5GB", "--max_shard_size 1.5GB"),
+    ("--max_shard_size 0GB", "--max_shard_size 0GB"),
+    ("--merge_base dequantized", "--merge_base .*--merged_output_dir"),
+    ("--merged_output_dir m --full_finetune --bits 16", "--merged_output_dir.*--full_finetune"),
+    ("--merged_output_dir o --output_dir ./o", "--merged_output_dir o"),
+    ("--merged_output_dir w --working_dir w", "--merged_output_dir w"),
+    ("--merged_output_dir f --final_output_dir f", "--merged_output_dir f"),
+    ("--mmlu_source_max_len 0", "--mmlu_source_max_len"),
+    ("--max_memory_MB 0", "--max_memory_MB"),
+    ("--max_grad_norm -1", "--max_grad_norm"),
+    ("--num_train_epochs -1", "--num_train_epochs"),
+    ("--layers_to_freeze -1", "--layers_to_freeze"),
+]
+
+
 @pytest.mark.parametrize(("argv", "named"), RULES, ids=[argv for argv, _ in RULES])
 def test_a_broken_rule_is_a_config_error_in_one_line(argv, named):
     with pytest.raises(qlora.ConfigError) as caught:
         parse(*argv.split())
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in named.split())
+    assert not re.search(r"\{\w*\}", message), "a value is not filled in"
+
+
+def test_every_rule_is_tested(monkeypatch):
+    """Those that the tables of this file break are all that there are."""
+    broken = set()
+
+    def noting(number, rule, message):
+        return lambda f: rule(f) and (broken.add(number), True)[1], message
+
+    monkeypatch.setattr(qlora, "RULES", [noting(n, *row) for n, row in enumerate(qlora.RULES)])
+    for argv, _ in [*RULES, *IMPOSSIBLE]:
+        with pytest.raises(qlora.ConfigError):
+            parse(*argv.split())
+    assert [message for n, (_, message) in enumerate(qlora.RULES) if n not in broken] == []
+
+
+def test_messages_name_flags_that_there_are():
+    messages = [message for _, message in qlora.RULES] + [why for *_, why in qlora.IDLE]
+    names = {name for message in messages for name in re.findall(r"--(\w+)", message)}
+    assert names <= set(parse().flags) and all("--" in message for _, message in qlora.RULES)
+
+
+# Flags that do nothing beside others: every row of qlora.IDLE, by a command line, and one where they do something.
+IDLE = [
+    ("--bits 8 --quant_type fp4 --no_double_quant", "double_quant, quant_type: without effect: bits is 8", "--bits 4"),
+    ("--unpacked_layers all --bits 16", "unpacked_layers: without effect: bits is 16", "--bits 8"),
+    ("--merged_output_dir m --merge_base dequantized --bits 16", "merge_base: without effect: bits is 16", "--bits 8"),
+    ("--max_shard_size 1GB", "max_shard_size: without effect: .*--merged_output_dir.*--full_finetune",
+     "--merged_output_dir m"),
+    ("--full_finetune --bits 16 --lora_r 8", "lora_r: without effect: a full fine-tune", "--full_finetune False"),
+    ("--adapter_name_or_path a --lora_r 8 --layers_to_freeze 1", "layers_to_freeze, lora_r: .*keeps its own", None),
+    ("--max_new_tokens 9 --predict_with_generate", "max_new_tokens, predict_with_generate: .*--do_predict",
+     "--do_predict"),
+    ("--do_predict --predict_with_generate --top_p 0.9", "top_p: without effect: .*--do_sample", "--do_sample"),
+    ("--do_predict --length_penalty 2", "length_penalty: .*--num_beams", "--generation_num_beams 2"),
+    ("--mmlu_split test --max_mmlu_samples 9", "max_mmlu_samples, mmlu_split: .*--do_mmlu_eval",
+     "--do_eval --do_mmlu_eval"),
+    ("--eval_dataset_size 9 --max_eval_samples 3", "eval_dataset_size, max_eval_samples: .*--do_eval", "--do_eval"),
+    ("--eval_steps 9", "eval_steps: without effect: eval_strategy is no", "--eval_strategy steps"),
+    ("--save_steps 9 --save_strategy epoch", "save_steps: without effect: save_strategy is epoch",
+     "--save_strategy steps"),
+    ("--num_train_epochs 2 --max_steps 9", "num_train_epochs: without effect: max_steps 9 rules", "--max_steps -1"),
+    ("--overwrite_output_dir --do_train False --do_eval", "overwrite_output_dir: without effect: nothing is trained",
+     "--do_train"),
+    ("--warmup_ratio 0.1", "warmup_steps: without effect: lr_scheduler_type constant",
+     "--lr_scheduler_type constant_with_warmup"),
+    ("--max_memory_MB 9 --use_cpu", "max_memory_MB: without effect", None),
+    ("--hub_token t --hub_model_id x", "hub_model_id, hub_token: .*--push_to_hub", "--push_to_hub"),
+    ("--project p", "project: without effect: .*trackio", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argv", "expected", "way"), IDLE, ids=[argv for argv, *_ in IDLE])
+def test_a_flag_that_does_nothing_is_named(caplog, argv, expected, way):
+    with caplog.at_level("INFO", "qlora"):
+        qlora.hints(parse(*argv.split()))
+        assert any(re.match(expected, message) for message in caplog.messages)
+        caplog.clear()
+        if way:
+            qlora.hints(parse(*argv.split(), *way.split()))
+            assert not any(re.match(expected.partition(":")[0], message) for message in caplog.messages)
+
+
+def test_every_idle_flag_is_tested(caplog):
+    with caplog.at_level("INFO", "qlora"):
+        for argv, *_ in IDLE:
+            qlora.hints(parse(*argv.split()))
+    reasons = [why.partition("{")[0].partition(": ")[0] for *_, why in qlora.IDLE]
+    assert len(IDLE) >= len(reasons)
+    assert [reason for reason in reasons if not any(reason in message for message in caplog.messages)] == []
+
+
+def test_a_plain_command_has_no_idle_flag(caplog):
+    with caplog.at_level("INFO", "qlora"):
+        qlora.hints(parse())
+    assert "without effect" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -779,44 +922,7 @@ def test_help_shows_our_flags_before_the_trainers(capsys, flag):
     assert "%%" not in text and "%(" not in text
 
 
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        ("--max_steps 0", "--max_steps"),
-        ("--seed -1", "--seed"),
-        ("--seed 99999999999", "--seed"),
-        ("--label_smoothing_factor 2", "--label_smoothing_factor"),
-        ("--lora_alpha 0", "--lora_alpha"),
-        ("--lora_alpha inf", "--lora_alpha"),
-        ("--learning_rate -1", "--learning_rate"),
-        ("--weight_decay nan", "--weight_decay"),
-        ("--dataloader_num_workers -1", "--dataloader_num_workers"),
-        ("--eval_dataset_size nan", "--eval_dataset_size"),
-        ("--eval_dataset_size inf", "--eval_dataset_size"),
-        ("--metric_for_best_model foo", "--metric_for_best_model"),
-        ("--metric_for_best_model mmlu_eval_accuracy", "--do_mmlu_eval"),
-        ("--num_beam_groups 2", "--num_beam_groups"),
-        ("--penalty_alpha 0.6", "--penalty_alpha"),
-        ("--temperature -1", "--temperature"),
-        ("--init_lora_weights loftq", "--init_lora_weights loftq: .*rounding"),
-        ("--init_lora_weights corda --bits 16", "--init_lora_weights corda: .*statistics"),
-        ("--init_lora_weights lora_ga --bits 16", "--init_lora_weights lora_ga: .*gradients"),
-        ("--init_lora_weights xavier --bits 16", "--init_lora_weights xavier: expected .*gaussian"),
-        ("--init_lora_weights pissa", "--init_lora_weights pissa: .*--bits 16"),
-        ("--init_lora_weights pissa_niter_4 --bits 8", "--init_lora_weights pissa_niter_4: .*--bits 16"),
-        ("--init_lora_weights olora", "--init_lora_weights olora: .*--bits 16"),
-        ("--init_lora_weights orthogonal --bits 8", "--init_lora_weights orthogonal: .*--bits 16"),
-        ("--init_lora_weights orthogonal --bits 16 --lora_r 3", "orthogonal.*--lora_r 3.*even"),
-        ("--max_shard_size 5", "--max_shard_size 5"),
-        ("--max_shard_size 1.5GB", "--max_shard_size 1.5GB"),
-        ("--max_shard_size 0GB", "--max_shard_size 0GB"),
-        ("--merge_base dequantized", "--merge_base .*--merged_output_dir"),
-        ("--merged_output_dir m --full_finetune --bits 16", "--merged_output_dir.*--full_finetune"),
-        ("--merged_output_dir o --output_dir ./o", "--merged_output_dir o"),
-        ("--merged_output_dir w --working_dir w", "--merged_output_dir w"),
-        ("--merged_output_dir f --final_output_dir f", "--merged_output_dir f"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "named"), IMPOSSIBLE)
 def test_values_that_can_not_work_are_refused_at_once(flags, named):
     with pytest.raises(qlora.ConfigError, match=named):
         parse(*flags.split())

@@ -572,6 +572,7 @@ def test_a_template_without_a_stop_token_is_a_warning(tmp_path, caplog, template
 
 OWN = """
 import re
+import sys
 
 def as_pair(row):
     return {"input": row["q"].upper() + "=", "output": row["a"]}
@@ -584,6 +585,10 @@ def as_messages(row):
 
 def breaks(row):
     return {"input": row["q"], "output": 1 / row["n"]}
+
+def leaves(row):
+    sys.exit("enough") if row["n"] == 0 else None
+    return {"input": row["q"], "output": row["a"]}
 
 def nothing(row):
     return None
@@ -616,6 +621,7 @@ def test_a_function_of_ones_own(own):
     ("name", "line", "said"),
     [
         ("breaks", 2, "ZeroDivisionError"),
+        ("leaves", 2, "SystemExit: enough"),
         ("nothing", 1, "{input, output}"),
         ("half", 1, "'input'"),
         ("silent", 1, "empty"),
@@ -635,7 +641,13 @@ def test_a_function_that_changes_is_read_anew(own, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "named"), [("def f(:", "own.py"), ("1 / 0", "division"), ("x = 1", "no attribute 'f'")]
+    ("content", "named"),
+    [
+        ("def f(:", "own.py"),
+        ("1 / 0", "division"),
+        ("x = 1", "no attribute 'f'"),
+        ("raise SystemExit('enough')", "enough"),
+    ],
 )
 def test_a_file_that_does_not_run(tmp_path, content, named):
     (tmp_path / "own.py").write_text(content)

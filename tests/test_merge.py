@@ -98,7 +98,7 @@ def test_the_folder_is_a_model_for_plain_transformers(merged_run, models, tmp_pa
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
     assert len(shards) > 1 and all(path.stat().st_size < 100_000 for path in shards)
     assert names - {path.name for path in shards} == {
-        *("config.json", "generation_config.json", "model.safetensors.index.json"),
+        *("config.json", "generation_config.json", "merged.json", "model.safetensors.index.json"),
         *("tokenizer.json", "tokenizer_config.json"),
     }
     assert not list(tmp_path.glob(".*"))
@@ -313,6 +313,22 @@ def test_a_folder_that_is_not_empty_is_refused_before_anything_is_trained(merged
     run, folder = merged_run()
     assert str(folder) in error_of(run) and "not empty" in error_of(run)
     assert not run.output_dir.exists() and (folder / "mine.txt").read_text() == "mine"
+
+
+def test_the_same_command_again_finds_the_merged_model(merged_run, tmp_path):
+    """Another adapter, or another way of merging, does not."""
+    first, folder = merged_run()
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again, _ = merged_run()
+    alone, _ = merged_run(do_train=False)
+    assert (first.code, again.code, alone.code) == (0, 0, 0)
+    assert f"{folder} holds this adapter merged already" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert again.json("metrics.json")["merge_difference"] == first.json("metrics.json")["merge_difference"]
+    for flags in ({"merge_base": "dequantized"}, {"output_dir": tmp_path / "other"}, {"max_shard_size": "1MB"}):
+        assert "not empty" in error_of(merged_run(**flags)[0])
+    (folder / "merged.json").unlink()  # by whom or of what is not known
+    assert "not empty" in error_of(merged_run()[0])
 
 
 def test_an_empty_folder_is_filled(merged_run, tmp_path):
