@@ -1145,17 +1145,13 @@ class Splits(NamedTuple):
 
 def read_json_lines(stream: Any) -> Numbered:
     """JSON lines, or one JSON array."""
-    head = stream.read(1)
+    head, line = stream.read(1), 1
     while head.isspace():
-        head = stream.read(1)
-    stream.seek(0)
+        head, line = stream.read(1), line + (head == "\n")
     if head == "[":
-        try:
-            yield from enumerate(json.load(stream), start=1)
-        except (ValueError, RecursionError) as error:
-            reason = f"not valid JSON: {one_line(error)}, expected one array of rows"
-            yield getattr(error, "lineno", 1), RowError(reason)
+        yield from read_json_array(stream, line)
         return
+    stream.seek(0)
     for number, line in enumerate(stream, start=1):
         if line.strip():
             try:
@@ -1165,13 +1161,55 @@ def read_json_lines(stream: Any) -> Numbered:
                 yield number, RowError(reason, line)
 
 
+CHUNK = 2**20  # characters of a JSON array that are read at once
+LONGEST_ROW = 2**27  # characters: what is longer is a quote or a bracket that was left open
+
+
+def read_json_array(stream: Any, line: int) -> Numbered:
+    """The rows of one JSON array whose `[`, in this line, has been read; no more of it in memory than a row asks for."""
+    blank, decoder = re.compile(r"\s*"), json.JSONDecoder()
+    text, at, number = "[", 0, 0  # text[at] stands before a row: `[` or `,`
+    while True:
+        begin = end = blank.match(text, at + 1).end()  # type: ignore[union-attr]
+        try:
+            if number or not text.startswith("]", begin):
+                row, end = decoder.raw_decode(text, begin)
+                end = blank.match(text, end).end()  # type: ignore[union-attr]
+            if not text.startswith((",", "]"), end):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        except (ValueError, RecursionError) as error:
+            place = getattr(error, "pos", at)
+            # what breaks off at the end of the text may go on; of a string, json tells only where it began
+            cut = (place > len(text) - 16 or "Unterminated" in str(error)) and len(text) - at < LONGEST_ROW
+            more = stream.read(max(CHUNK, len(text) - at)) if cut else ""
+            if not more:
+                reason = f"not valid JSON: {one_line(getattr(error, 'msg', error))}, expected one array of rows"
+                yield line + text.count("\n", 0, place), RowError(reason)
+                return
+            line, text, at = line + text.count("\n", 0, at), text[at:] + more, 0
+            continue
+        if end > begin:
+            number += 1
+            yield number, row
+        at = end
+        if text[end] == "]":
+            break
+    rest = text[at + 1 :] + stream.read(CHUNK)
+    if after := rest.lstrip():
+        line += text.count("\n", 0, at) + rest.removesuffix(after).count("\n")
+        yield line, RowError("not valid JSON: something stands after the array, expected one array of rows")
+
+
 def read_delimited(stream: Any, delimiter: str) -> Numbered:
     """CSV or TSV with a header; every cell is text: an empty one is an empty string, and NA is NA."""
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than many documents
+    csv.field_size_limit(LONGEST_ROW)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
-    header = next(reader, None)
-    if header is None:
+    try:
+        header = next(reader)
+    except StopIteration:
         return
+    except csv.Error as error:
+        raise DataError(f"{stream.name}:1: not valid CSV: {error}, expected a header") from error
     if len(set(header)) < len(header):
         doubled = [name for name, count in Counter(header).items() if count > 1]
         raise DataError(f"{stream.name}: the column {doubled[0]!r} stands twice in the header")
@@ -1221,9 +1259,11 @@ def read_file(path: Path) -> Numbered:
     suffix = data_suffix(path)
     try:
         raw = gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # noqa: SIM115
-        with raw:
+        with raw, tempfile.TemporaryFile() as unpacked:
             if suffix == ".parquet":
-                yield from READERS[suffix](io.BytesIO(raw.read()) if isinstance(raw, gzip.GzipFile) else raw)
+                if isinstance(raw, gzip.GzipFile):  # which Parquet, read from its end, can't seek in
+                    shutil.copyfileobj(raw, unpacked)
+                yield from READERS[suffix](unpacked if isinstance(raw, gzip.GzipFile) else raw)
             else:
                 # bytes that are not UTF-8 become lone surrogates, which text_of finds in the row they belong to
                 text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -1352,15 +1392,23 @@ def normal_rows(
                 made.append(render(part, tokenizer) if isinstance(part, Conversation) else part)
                 if not any(segment["learnt"] and segment["text"].strip() for segment in made[-1]):
                     raise RowError("the output is empty, expected something to learn")
-        except RowError as error:
-            raw = error.raw if isinstance(row, RowError) else row
-            made, problem = [[{"text": json.dumps(raw, default=str), "learnt": False}]], str(error)
+        except (RowError, RecursionError) as error:
+            problem = str(error) if isinstance(error, RowError) else "nested too deeply to be read"
+            made = [[{"text": as_json(error.raw if error is row else row), "learnt": False}]]
         texts = {"where": where, "category": category, "problem": problem}
         for segments in made:
             kept = [{**segment, "text": storable(segment["text"])} for segment in segments]
             yield {"segments": kept, "rendered": rendered, **{name: storable(text) for name, text in texts.items()}}
     if not found:
         raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
+
+
+def as_json(value: Any) -> str:
+    """A row as one line of JSON; null for one that is nested too deeply."""
+    try:
+        return json.dumps(value, default=str)
+    except RecursionError:
+        return "null"
 
 
 def storable(text: str) -> str:
@@ -1524,8 +1572,9 @@ def reject_bad_rows(rows: Any | None, config: Config) -> Any | None:
             rejected.parent.mkdir(parents=True, exist_ok=True)
             with rejected.open("a", encoding="utf-8") as file:
                 for row in rows.select(bad):
-                    raw = json.loads(row["segments"][0]["text"]) if "segments" in row else None
-                    file.write(json.dumps({"where": row["where"], "reason": row["problem"], "row": raw}) + "\n")
+                    raw = row["segments"][0]["text"] if "segments" in row else "null"  # JSON already
+                    said = json.dumps({"where": row["where"], "reason": row["problem"]})
+                    file.write(f'{said[:-1]}, "row": {raw}}}\n')
         log.warning("%d of %d rows left out, the first: %s; all in %s", len(bad), len(rows), first, rejected)
         rows = without(rows, bad)
     if len(rows) == 0:
