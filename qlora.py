@@ -2087,6 +2087,8 @@ def encoded_blocks(
             useful = False
         made = list(normal_rows(block, stream.format_name, config.data, tokenizer))
         pairs = reject_bad_rows(datasets.Dataset.from_list(made, features=row_features()), config, whole=False)
+        if len(pairs) == 0:
+            continue
         rows = usable_rows(encode_dataset(pairs, tokenizer, config, "train"), "train", config, whole=False)
         if not before:
             warn_without_stop(pairs, rows, tokenizer)
@@ -5519,8 +5521,8 @@ MEMORY_ADVICE = (
 
 def exit_status(error: BaseException) -> tuple[int, str] | None:
     """Exit status and message for what a user can mend; None for our bugs."""
-    if isinstance(error, QLoRAError):
-        return 2, str(error)
+    if isinstance(error, QLoRAError):  # names and values of a user's data may hold line breaks and terminal codes
+        return 2, "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; the same command goes on from what is saved"
     if isinstance(error, torch.OutOfMemoryError):
