@@ -1188,7 +1188,7 @@ def read_json_array(stream: Any, line: int) -> Numbered:
                 row, end = decoder.raw_decode(text, begin)
                 end = blank.match(text, end).end()  # type: ignore[union-attr]
             if not text.startswith((",", "]"), end):
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+                raise json.JSONDecodeError("expected a comma", text, end)
         except (ValueError, RecursionError) as error:
             place = getattr(error, "pos", at)
             # what breaks off at the end of the text may go on; of a string, json tells only where it began
@@ -1216,12 +1216,10 @@ def read_delimited(stream: Any, delimiter: str) -> Numbered:
     """CSV or TSV with a header; every cell is text: an empty one is an empty string, and NA is NA."""
     csv.field_size_limit(LONGEST_ROW)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
-    try:
-        header = next(reader)
-    except StopIteration:
+    with mendable(f"{stream.name}:1: the header is not valid CSV", DataError, csv.Error):
+        header = next(reader, None)
+    if header is None:
         return
-    except csv.Error as error:
-        raise DataError(f"{stream.name}:1: not valid CSV: {error}, expected a header") from error
     if len(set(header)) < len(header):
         doubled = [name for name, count in Counter(header).items() if count > 1]
         raise DataError(f"{stream.name}: the column {doubled[0]!r} stands twice in the header")
@@ -1306,8 +1304,7 @@ class RowSource:
             for number, row in read_file(path):
                 yield f"{path}:{number}", row
         if self.loaded is not None:
-            number = self.behind
-            with library_data(f"{self.name}, after some rows"):
+            with library_data(self.name):
                 for number, row in enumerate(self.loaded, start=self.behind + 1):
                     yield f"{self.name}:{number}", row
 
@@ -1332,30 +1329,13 @@ class RowStream(NamedTuple):
 
 
 class Place(TypedDict, total=False):
-    """Where in a stream a window ends: what a resume goes on from. It goes through JSON."""
+    """Where in a stream a window ends, as JSON: what a resume goes on from."""
 
     block: int  # blocks before this one, in all passes
     row: int  # rows of the source before it, in this pass
     state: Any  # the datasets library's own, of a stream of its kind
     taken: int  # rows, or packs, of this block that were trained on
     windows: int  # in all
-
-
-def read_blocks(source: RowSource, place: Place, size: int) -> Iterator[tuple[Place, list[tuple[str, Any]]]]:
-    """From a place on, without end: up to `size` rows of the source and the place before them."""
-    while True:
-        loaded, state, row = copy.deepcopy(source.loaded), place.get("state"), place.get("row", source.first)
-        if loaded is not None and state:
-            loaded.load_state_dict(state)
-        rows = iter(dataclasses.replace(source, loaded=loaded, first=row, behind=row if state else 0))
-        while block := list(itertools.islice(rows, size)):
-            yield place, block
-            row += len(block)
-            state = loaded.state_dict() if hasattr(loaded, "state_dict") else None  # type: ignore[union-attr]
-            place = {"block": place.get("block", 0) + 1, "row": row, "state": state}
-        if row == source.first:
-            raise DataError(f"{source.name}: no row in it to train on")
-        place = {"block": place.get("block", 0)}
 
 
 def digest(*parts: Any) -> str:
@@ -2079,22 +2059,29 @@ def encoded_blocks(
     """From a place on, without end: the encoded rows of each block that has any, and the place before it."""
     import datasets
 
-    useful = bool(place)  # a row in this pass; before a resume there was one
-    for before, block in read_blocks(stream.source, place, config.data.stream_buffer):
-        if "row" not in before:  # a pass begins
-            if before and not useful:
-                raise DataError(f"--dataset {config.data.dataset}: no row in it that can be used")
-            useful = False
-        made = list(normal_rows(block, stream.format_name, config.data, tokenizer))
-        pairs = reject_bad_rows(datasets.Dataset.from_list(made, features=row_features()), config, whole=False)
-        if len(pairs) == 0:
-            continue
-        rows = usable_rows(encode_dataset(pairs, tokenizer, config, "train"), "train", config, whole=False)
-        if not before:
-            warn_without_stop(pairs, rows, tokenizer)
-        if len(rows):
-            useful = True
-            yield before, rows
+    source, useful = stream.source, True
+    while useful:
+        useful, loaded, row = False, copy.deepcopy(source.loaded), place.get("row", source.first)
+        if state := place.get("state"):
+            loaded.load_state_dict(state)  # type: ignore[union-attr]
+        rest = iter(dataclasses.replace(source, loaded=loaded, first=row, behind=row if state else 0))
+        while block := list(itertools.islice(rest, config.data.stream_buffer)):
+            made = list(normal_rows(block, stream.format_name, config.data, tokenizer))
+            pairs: Any = reject_bad_rows(datasets.Dataset.from_list(made, features=row_features()), config, whole=False)
+            rows = pairs
+            if len(pairs):
+                rows = encode_dataset(pairs, tokenizer, config, "train")
+                if not place:
+                    warn_without_stop(pairs, rows, tokenizer)
+                rows = usable_rows(rows, "train", config, whole=False)
+            if len(rows):
+                useful = True
+                yield place, rows
+            row += len(block)
+            state = loaded.state_dict() if hasattr(loaded, "state_dict") else None  # type: ignore[union-attr]
+            place = {"block": place.get("block", 0) + 1, "row": row, "state": state}
+        place = {"block": place.get("block", 0)}  # the next pass
+    raise DataError(f"{source.name}: no row in it that can be used to train")
 
 
 class TokenStatistics(NamedTuple):

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-from conftest import extra
 
 import qlora
 
-extra("hypothesis")
+if not os.environ.get("QLORA_ALL_TESTS"):  # in CI the import below fails instead
+    pytest.importorskip("hypothesis", reason="hypothesis is not installed: pip install -r tests/requirements.txt")
 from hypothesis import HealthCheck, example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
@@ -325,5 +325,5 @@ def test_the_size_of_a_quote_left_open_is_bounded(monkeypatch, tmp_path, tokeniz
     assert rows[1]["where"].endswith(":3") and "field limit" in rows[1]["problem"]
     assert len(list(itertools.filterfalse(lambda row: row["problem"], rows))) > 50
     (tmp_path / "a.json").write_text('[{"input": "q", "output": "a' + rest)
-    (row,) = outcome(tmp_path / "a.json", tokenizer)
-    assert "JSON" in row["problem"]
+    ((line, error),) = qlora.read_file(tmp_path / "a.json")
+    assert line == 1 and "JSON" in str(error)

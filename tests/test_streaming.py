@@ -175,7 +175,11 @@ def test_bad_rows_of_a_stream(tmp_path, file):
     ("content", "flags", "said"),
     [
         ('{"input": "x", "output": ""}\n' * 7, (), "no row in it that can be used"),
-        ('{"input": "x", "output": "y"}\n' * 7, ("--do_eval", "--eval_dataset_size", 7), "no row in it to train on"),
+        (
+            '{"input": "x", "output": "y"}\n' * 7,
+            ("--do_eval", "--eval_dataset_size", 7),
+            "no row in it that can be used",
+        ),
         ('{"input": "x", "output": "y"}\n', ("--model_max_len", 2), "no row in it that can be used"),
     ],
     ids=["bad", "held out", "too long"],
