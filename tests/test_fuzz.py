@@ -19,8 +19,8 @@ import qlora
 
 if not os.environ.get("QLORA_ALL_TESTS"):  # in CI the import below fails instead
     pytest.importorskip("hypothesis", reason="hypothesis is not installed: pip install -r tests/requirements.txt")
-from hypothesis import HealthCheck, example, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 
