@@ -236,6 +236,7 @@ def test_cells_come_back_as_they_were_written(cells, delimiter):
     text = io.StringIO(newline="")
     csv.writer(text, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows([("a", "b"), *cells])
     text.seek(0)
+    text.name = "a.csv"
     assert [row for _, row in qlora.read_delimited(text, delimiter)] == [{"a": a, "b": b} for a, b in cells]
 
 
