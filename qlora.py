@@ -29,6 +29,7 @@ The file reads from top to bottom, and a room uses only rooms above it:
 
 import argparse
 import contextlib
+import copy
 import csv
 import dataclasses
 import difflib
@@ -263,6 +264,9 @@ class DataArguments:
     include_sources: str = flag("ALL", "Keep the rows whose column `source` is in this comma-separated list.")
     eval_dataset_size: float = flag(1024, "Rows held out where the dataset has no split for it: a number, or below 1 a "
         "share. The default takes a tenth of a set of fewer than 4096 rows.")
+    streaming: bool = flag(False, "Read, encode and shuffle the rows while training, a block at a time; nothing is "
+        "downloaded or cached beforehand. Needs --max_steps.")
+    stream_buffer: int = flag(10_000, "Rows of a block of --streaming, which are shuffled and packed together.")
     max_train_samples: int | None = flag(None, "Train on the first N rows, counted after the split.")
     max_eval_samples: int | None = flag(None, "Evaluate and predict on the first N rows.")
     source_max_len: int = flag(1024, "Longest input, in tokens with BOS; cut on the right.")
@@ -713,7 +717,7 @@ URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 BOUNDS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("max_train_samples max_eval_samples source_max_len target_max_len model_max_len max_mmlu_samples "
      "mmlu_source_max_len max_new_tokens per_device_train_batch_size per_device_eval_batch_size "
-     "gradient_accumulation_steps lora_r max_memory_MB", "at least 1", lambda x: x >= 1),
+     "gradient_accumulation_steps lora_r max_memory_MB stream_buffer", "at least 1", lambda x: x >= 1),
     ("learning_rate weight_decay max_grad_norm dataloader_num_workers num_train_epochs layers_to_freeze",
      "0 or more", lambda x: 0 <= x < math.inf),
     ("lora_alpha temperature", "more than 0", lambda x: 0 < x < math.inf),
@@ -741,6 +745,10 @@ def _out_of_bounds(name: str, holds: Callable[[Any], Any], f: Any) -> bool:
 # Every rule between flags: whether it is broken, by the flags and what `flags_of` adds to them, and a message with the
 # way out. The first that is broken ends the run. To add one: a row here, one in its tests.
 # fmt: off
+def _has_no_epochs(name: str, f: Any) -> bool:
+    return f.streaming and f.do_train and getattr(f, name) == "epoch"
+
+
 RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
     *((partial(_out_of_bounds, name, holds), f"--{name} {{{name}}}: expected {expected}")
       for names, expected, holds in BOUNDS for name in names.split()),
@@ -799,6 +807,17 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--metric_for_best_model {metric_for_best_model} needs --do_mmlu_eval"),
     (lambda f: f.num_beam_groups > 1 or f.penalty_alpha is not None or f.diversity_penalty != 0,
      "--num_beam_groups, --diversity_penalty and --penalty_alpha: transformers generates in these ways no more"),
+    (lambda f: "stream_buffer" in f.given and not f.streaming, "--stream_buffer needs --streaming"),
+    (lambda f: f.streaming and f.do_train and f.max_steps < 1,
+     "--streaming: how long it is nobody knows: give --max_steps, not epochs"),
+    (lambda f: f.streaming and "," in f.dataset and not Path(f.dataset).exists(),
+     "--streaming: --dataset names several: give one, or a folder"),
+    (lambda f: f.streaming and f.eval_dataset_size < 1,
+     "--streaming: --eval_dataset_size {eval_dataset_size:g} is a share of what nobody has counted, give rows"),
+    (lambda f: f.streaming and f.dataloader_num_workers > 0,
+     "--streaming: its blocks are read in order: give --dataloader_num_workers 0"),
+    *((partial(_has_no_epochs, name), f"--streaming: it has no epochs: give --{name} steps")
+      for name in ("save_strategy", "eval_strategy", "logging_strategy")),
     (lambda f: "vicuna" in f.dataset.replace(" ", "").split(","),
      "--dataset vicuna: its data was never released; a file of your own, or one of {datasets}"),
     (lambda f: f.dataset_format not in (None, *FORMATS) and not OWN_FORMAT.fullmatch(f.dataset_format),
@@ -1249,17 +1268,13 @@ class Splits(NamedTuple):
 
 def read_json_lines(stream: Any) -> Numbered:
     """JSON lines, or one JSON array."""
-    head = stream.read(1)
+    head, line = stream.read(1), 1
     while head.isspace():
-        head = stream.read(1)
-    stream.seek(0)
+        head, line = stream.read(1), line + (head == "\n")
     if head == "[":
-        try:
-            yield from enumerate(json.load(stream), start=1)
-        except (ValueError, RecursionError) as error:
-            reason = f"not valid JSON: {one_line(error)}, expected one array of rows"
-            yield getattr(error, "lineno", 1), RowError(reason)
+        yield from read_json_array(stream, line)
         return
+    stream.seek(0)
     for number, line in enumerate(stream, start=1):
         if line.strip():
             try:
@@ -1269,11 +1284,51 @@ def read_json_lines(stream: Any) -> Numbered:
                 yield number, RowError(reason, line)
 
 
+CHUNK = 2**20  # characters of a JSON array that are read at once
+LONGEST_ROW = 2**27  # characters: what is longer is a quote or a bracket that was left open
+
+
+def read_json_array(stream: Any, line: int) -> Numbered:
+    """The rows of one JSON array, whose `[` in this line has been read, in the memory of the longest."""
+    blank, decoder = re.compile(r"\s*"), json.JSONDecoder()
+    text, at, number = "[", 0, 0  # text[at] stands before a row: `[` or `,`
+    while True:
+        begin = end = blank.match(text, at + 1).end()  # type: ignore[union-attr]
+        try:
+            if number or not text.startswith("]", begin):
+                row, end = decoder.raw_decode(text, begin)
+                end = blank.match(text, end).end()  # type: ignore[union-attr]
+            if not text.startswith((",", "]"), end):
+                raise json.JSONDecodeError("expected a comma", text, end)
+        except (ValueError, RecursionError) as error:
+            place = getattr(error, "pos", at)
+            # what breaks off at the end of the text may go on; of a string, json tells only where it began
+            cut = (place > len(text) - 16 or "Unterminated" in str(error)) and len(text) - at < LONGEST_ROW
+            more = stream.read(max(CHUNK, len(text) - at)) if cut else ""
+            if not more:
+                reason = f"not valid JSON: {one_line(getattr(error, 'msg', error))}, expected one array of rows"
+                yield line + text.count("\n", 0, place), RowError(reason)
+                return
+            line, text, at = line + text.count("\n", 0, at), text[at:] + more, 0
+            continue
+        if end > begin:
+            number += 1
+            yield number, row
+        at = end
+        if text[end] == "]":
+            break
+    rest = text[at + 1 :] + stream.read(CHUNK)
+    if after := rest.lstrip():
+        line += text.count("\n", 0, at) + rest.removesuffix(after).count("\n")
+        yield line, RowError("not valid JSON: something stands after the array, expected one array of rows")
+
+
 def read_delimited(stream: Any, delimiter: str) -> Numbered:
     """CSV or TSV with a header; every cell is text: an empty one is an empty string, and NA is NA."""
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than many documents
+    csv.field_size_limit(LONGEST_ROW)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
-    header = next(reader, None)
+    with mendable(f"{stream.name}:1: the header is not valid CSV", DataError, csv.Error):
+        header = next(reader, None)
     if header is None:
         return
     if len(set(header)) < len(header):
@@ -1325,9 +1380,11 @@ def read_file(path: Path) -> Numbered:
     suffix = data_suffix(path)
     try:
         raw = gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # noqa: SIM115
-        with raw:
+        with raw, tempfile.TemporaryFile() as unpacked:
             if suffix == ".parquet":
-                yield from READERS[suffix](io.BytesIO(raw.read()) if isinstance(raw, gzip.GzipFile) else raw)
+                if isinstance(raw, gzip.GzipFile):  # which Parquet, read from its end, can't seek in
+                    shutil.copyfileobj(raw, unpacked)
+                yield from READERS[suffix](unpacked if isinstance(raw, gzip.GzipFile) else raw)
             else:
                 # bytes that are not UTF-8 become lone surrogates, which text_of finds in the row they belong to
                 text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -1338,32 +1395,58 @@ def read_file(path: Path) -> Numbered:
         raise DataError(f"{path}: not a {suffix} file: {one_line(error)}") from error
 
 
-class RowSource(NamedTuple):
-    """Rows before they have a normal form: local files, or a dataset that the datasets library has loaded."""
+@dataclass(frozen=True)
+class RowSource:
+    """Rows before they have a normal form, of local files or the datasets library: pairs (where, row or RowError)."""
 
     name: str  # for messages
     files: tuple[Path, ...]
     loaded: Any | None = None
+    first: int = 0  # how many rows to pass over,
+    last: int | None = None  # and up to which to read
+    behind: int = 0  # rows that `loaded` begins after
 
-    def rows(self) -> Iterator[tuple[str, Any]]:
-        """(where, row or RowError) of every row."""
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        end = None if self.last is None else self.last - self.behind
+        return itertools.islice(self._rows(), self.first - self.behind, end)
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
         for path in self.files:
             for number, row in read_file(path):
                 yield f"{path}:{number}", row
         if self.loaded is not None:
-            for number, row in enumerate(self.loaded, start=1):
-                yield f"{self.name}:{number}", row
+            with library_data(self.name):
+                for number, row in enumerate(self.loaded, start=self.behind + 1):
+                    yield f"{self.name}:{number}", row
 
     def fingerprint(self) -> str:
-        """Changes with the content of the files."""
-        return digest(*(f"{path}:{file_digest(path)}" for path in self.files), getattr(self.loaded, "_fingerprint", ""))
+        """Changes with the content of the files; of a stream, with its first rows."""
+        own = getattr(self.loaded, "_fingerprint", "") or ("" if self.files else list(itertools.islice(self, 100)))
+        return digest(*(f"{path}:{file_digest(path)}" for path in self.files), own, self.first, self.last)
 
     def columns(self) -> list[str]:
         """The columns of the first rows; a JSON line may lack those that it leaves empty."""
-        if self.loaded is not None:
+        if self.loaded is not None and self.loaded.column_names:
             return list(self.loaded.column_names)
-        rows = (row for _, row in self.rows() if isinstance(row, Mapping))
+        rows = (row for _, row in self if isinstance(row, Mapping))
         return sorted({name for row in itertools.islice(rows, 100) for name in row})
+
+
+class RowStream(NamedTuple):
+    """Rows to train on that are read when their turn comes, and from the start again after the last."""
+
+    source: RowSource
+    format_name: str
+
+
+class Place(TypedDict, total=False):
+    """Where in a stream a window ends, as JSON: what a resume goes on from."""
+
+    block: int  # blocks before this one, in all passes
+    row: int  # rows of the source before it, in this pass
+    state: Any  # the datasets library's own, of a stream of its kind
+    taken: int  # rows, or packs, of this block that were trained on
+    windows: int  # in all
 
 
 def digest(*parts: Any) -> str:
@@ -1419,12 +1502,19 @@ def load_from_hub(path: str, config: Config, **options: Any) -> dict[str, RowSou
     """A dataset of the hub, all its splits."""
     import datasets
 
-    own = (RuntimeError, datasets.exceptions.DatasetsError)
     with (
-        mendable(f"--dataset {path}", DataError, *own),
+        library_data(f"--dataset {path}"),
         mendable(f"--dataset {path}: no local file of that name, and the hub does not give it", DataError),
     ):
+        options |= {"streaming": True} if config.data.streaming else {}
         return as_sources(path, datasets.load_dataset(path, **hub_options(config), **options))
+
+
+def library_data(what: str) -> contextlib.AbstractContextManager[None]:
+    """What the datasets library complains of, as one line of ours."""
+    import datasets
+
+    return mendable(what, DataError, RuntimeError, datasets.exceptions.DatasetsError)
 
 
 def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
@@ -1434,15 +1524,13 @@ def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
 
 
 def normal_rows(
-    source: RowSource, format_name: str, data: DataArguments, tokenizer: PreTrainedTokenizerBase | None
+    source: Iterable[tuple[str, Any]], format_name: str, data: DataArguments, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[dict[str, Any]]:
     """Every row in its normal form. One that can't be used has a `problem`, and as its text what stood there."""
     to_row, wanted = format_named(format_name).to_row, {name.strip() for name in data.include_sources.split(",")}
-    found = False  # a row of the sources asked for
-    for where, row in source.rows():
+    for where, row in source:
         if data.include_sources != "ALL" and isinstance(row, Mapping) and str(row.get("source")) not in wanted:
             continue
-        found = True
         made: list[list[Segment]] = []
         category, problem, rendered = "", "", False
         try:
@@ -1456,15 +1544,21 @@ def normal_rows(
                 made.append(render(part, tokenizer) if isinstance(part, Conversation) else part)
                 if not any(segment["learnt"] and segment["text"].strip() for segment in made[-1]):
                     raise RowError("the output is empty, expected something to learn")
-        except RowError as error:
-            raw = error.raw if isinstance(row, RowError) else row
-            made, problem = [[{"text": json.dumps(raw, default=str), "learnt": False}]], str(error)
+        except (RowError, RecursionError) as error:
+            problem = str(error) if isinstance(error, RowError) else "nested too deeply to be read"
+            made = [[{"text": as_json(error.raw if error is row else row), "learnt": False}]]
         texts = {"where": where, "category": category, "problem": problem}
         for segments in made:
             kept = [{**segment, "text": storable(segment["text"])} for segment in segments]
             yield {"segments": kept, "rendered": rendered, **{name: storable(text) for name, text in texts.items()}}
-    if not found:
-        raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
+
+
+def as_json(value: Any) -> str:
+    """A row as one line of JSON; null for one that is nested too deeply."""
+    try:
+        return json.dumps(value, default=str)
+    except RecursionError:
+        return "null"
 
 
 def storable(text: str) -> str:
@@ -1476,18 +1570,16 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
     """One split as an Arrow dataset of rows in normal form, from the cache if the same content was read before."""
     import datasets
 
-    text, switch, data = datasets.Value("string"), datasets.Value("bool"), config.data
-    features = {"segments": [{"text": text, "learnt": switch}], "rendered": switch}
-    features |= dict.fromkeys(("where", "category", "problem"), text)
+    data = config.data
     own, flags = OWN_FORMAT.fullmatch(format_name), (data.expand_conversations, data.include_sources)
     template = (
         (tokenizer.chat_template, tokenizer.special_tokens_map, special_texts(tokenizer).pattern) if tokenizer else ()
     )
     depends = (source.name, source.fingerprint(), format_name, own and file_digest(Path(own[1])), *flags, *template)
     try:
-        return datasets.Dataset.from_generator(
+        rows = datasets.Dataset.from_generator(
             normal_rows,
-            features=datasets.Features(features),
+            features=row_features(),
             gen_kwargs={"source": source, "format_name": format_name, "data": data, "tokenizer": tokenizer},
             cache_dir=config.model.cache_dir,
             fingerprint=digest("rows", CODE_VERSION, *depends),
@@ -1496,6 +1588,18 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
         if isinstance(error.__cause__, QLoRAError):
             raise error.__cause__ from error
         raise
+    if len(rows) == 0:
+        raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
+    return rows
+
+
+def row_features() -> Any:
+    """The columns of rows in normal form."""
+    import datasets
+
+    text, switch = datasets.Value("string"), datasets.Value("bool")
+    features = {"segments": [{"text": text, "learnt": switch}], "rendered": switch}
+    return datasets.Features(features | dict.fromkeys(("where", "category", "problem"), text))
 
 
 CODE_VERSION = file_digest(Path(__file__))  # rows that another version of this file encoded are encoded again
@@ -1506,8 +1610,11 @@ def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> st
     source = next(iter(sources.values()))
     columns = source.columns()
     if not columns:
-        where, row = next(source.rows(), (name, RowError("no row in it")))
-        raise DataError(f"{where}: {row if isinstance(row, RowError) else 'not an object with fields'}")
+        where, row = next(iter(source), (name, RowError("no row in it")))
+        found = (
+            row if isinstance(row, RowError) else f"the row is a {type(row).__name__}, expected an object with fields"
+        )
+        raise DataError(f"{where}: {found}")
     if config.data.dataset_format:
         chosen, why = config.data.dataset_format, "--dataset_format"
     elif name in DATASETS and not config.masked:
@@ -1528,7 +1635,7 @@ def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> st
 
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
     """Every dataset named, in normal form: rows to train on and rows to evaluate on. Chats need the tokenizer."""
-    if config.training.process_index == 0:
+    if config.training.process_index == 0 and not config.data.streaming:  # of which a resume reads no row again
         Path(config.training.output_dir, REJECTED).unlink(missing_ok=True)
     parts: dict[str, list[Any]] = {"train": [], "eval": []}
     evaluating = config.training.do_eval or config.training.do_predict
@@ -1541,6 +1648,8 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
         held_out = next((split for split in SPLIT_NAMES if split in sources), None) if evaluating else None
         if "train" not in sources and (config.training.do_train or held_out is None):
             raise DataError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
+        if config.data.streaming:
+            return stream_splits(sources["train"], sources.get(held_out or ""), chosen, config, tokenizer)
         for part, split in (("train", "train"), ("eval", held_out)):
             if split in sources:
                 rows = load_rows(sources[split], chosen, config, tokenizer)
@@ -1553,6 +1662,22 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
         first_rows(splits.train, config.data.max_train_samples) if needs_train_rows(config) else None,
         first_rows(splits.eval, config.data.max_eval_samples),
     )
+
+
+def stream_splits(
+    train: RowSource, held_out: RowSource | None, format_name: str, config: Config, tokenizer: Any
+) -> Splits:
+    """A stream to train on; the rows to evaluate on, if not of a split of their own, are its first."""
+    data, rows = config.data, None
+    if config.training.do_eval or config.training.do_predict:
+        count = None if held_out else int(data.eval_dataset_size)
+        limits = [limit for limit in (count, data.max_eval_samples) if limit is not None]
+        part = dataclasses.replace(held_out or train, last=min(limits, default=None))
+        rows = reject_bad_rows(load_rows(part, format_name, config, tokenizer), config)
+        train = dataclasses.replace(train, first=count or 0)
+    last = None if data.max_train_samples is None else train.first + data.max_train_samples
+    stream = RowStream(dataclasses.replace(train, last=last), format_name)
+    return Splits(stream if needs_train_rows(config) else None, rows)
 
 
 def needs_train_rows(config: Config) -> bool:
@@ -1613,7 +1738,7 @@ def without(rows: Any, left_out: list[int]) -> Any:
     return rows.select(sorted(set(range(len(rows))) - set(left_out)))
 
 
-def reject_bad_rows(rows: Any | None, config: Config) -> Any | None:
+def reject_bad_rows(rows: Any | None, config: Config, whole: bool = True) -> Any | None:
     """Rows without a problem. The others stop the run, by a DataError that counts them, or go to rejected.jsonl."""
     if rows is None:
         return None
@@ -1626,13 +1751,17 @@ def reject_bad_rows(rows: Any | None, config: Config) -> Any | None:
         rejected = Path(config.training.output_dir, REJECTED)
         if config.training.process_index == 0:
             rejected.parent.mkdir(parents=True, exist_ok=True)
-            with rejected.open("a", encoding="utf-8") as file:
+            with rejected.open("a+", encoding="utf-8") as file:
+                file.seek(0)
+                known = set(file) if config.data.streaming else set()  # from an earlier pass, or before a resume
                 for row in rows.select(bad):
-                    raw = json.loads(row["segments"][0]["text"]) if "segments" in row else None
-                    file.write(json.dumps({"where": row["where"], "reason": row["problem"], "row": raw}) + "\n")
+                    raw = row["segments"][0]["text"] if "segments" in row else "null"  # JSON already
+                    said = json.dumps({"where": row["where"], "reason": row["problem"]})
+                    line = f'{said[:-1]}, "row": {raw}}}\n'
+                    file.write("" if line in known else line)
         log.warning("%d of %d rows left out, the first: %s; all in %s", len(bad), len(rows), first, rejected)
         rows = without(rows, bad)
-    if len(rows) == 0:
+    if whole and len(rows) == 0:
         raise DataError(f"--dataset {config.data.dataset}: no row in it that can be used")
     return rows
 
@@ -2007,26 +2136,64 @@ def warn_without_stop(pairs: Any, rows: Any, tokenizer: PreTrainedTokenizerBase)
 
 
 def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
-    """Both splits encoded; too long rows dropped from training where the flags say so; what was cut is logged."""
-    limits = limits_of(config)
+    """Both splits encoded; of a stream the first block, which stands for it until training."""
     parts: list[Any] = []
     for name, pairs in zip(Splits._fields, splits, strict=True):
-        if pairs is None:
+        if isinstance(pairs, RowStream):
+            parts.append(next(encoded_blocks(pairs, {}, tokenizer, config))[1])
+        elif pairs is not None:
+            rows = encode_dataset(pairs, tokenizer, config, name)
+            warn_without_stop(pairs, rows, tokenizer)
+            parts.append(usable_rows(rows, name, config))
+        else:
             parts.append(None)
-            continue
-        rows = encode_dataset(pairs, tokenizer, config, name)
-        warn_without_stop(pairs, rows, tokenizer)
-        cut = [i for i, was_cut in enumerate(rows["cut"]) if was_cut]
-        if cut and name == "train" and limits.total is not None and config.data.skip_excess_length:
-            log.info("%d of %d training rows are longer than %s: left out", len(cut), len(rows), limits)
-            rows = without(rows, cut)
-            if len(rows) == 0:
-                raise DataError(f"--{limits}: every row is longer; raise it or give --skip_excess_length False")
-        elif cut:
-            share = 100 * len(cut) / len(rows)
-            log.info("%s: %.1f %% of %d rows were cut to the limits %s", name, share, len(rows), limits)
-        parts.append(reject_bad_rows(rows, config))
     return Splits(*parts)
+
+
+def usable_rows(rows: Any, name: str, config: Config, whole: bool = True) -> Any:
+    """Encoded rows that something can be learnt of; too long ones go where the flags say so, what was cut is logged."""
+    limits = limits_of(config)
+    cut = [i for i, was_cut in enumerate(rows["cut"]) if was_cut]
+    if cut and name == "train" and limits.total is not None and config.data.skip_excess_length:
+        log.info("%d of %d training rows are longer than %s: left out", len(cut), len(rows), limits)
+        rows = without(rows, cut)
+        if whole and len(rows) == 0:
+            raise DataError(f"--{limits}: every row is longer; raise it or give --skip_excess_length False")
+    elif cut:
+        share = 100 * len(cut) / len(rows)
+        log.info("%s: %.1f %% of %d rows were cut to the limits %s", name, share, len(rows), limits)
+    return reject_bad_rows(rows, config, whole)
+
+
+def encoded_blocks(
+    stream: RowStream, place: Place, tokenizer: PreTrainedTokenizerBase, config: Config
+) -> Iterator[tuple[Place, Any]]:
+    """From a place on, without end: the encoded rows of each block that has any, and the place before it."""
+    import datasets
+
+    source, useful = stream.source, True
+    while useful:
+        useful, loaded, row = False, copy.deepcopy(source.loaded), place.get("row", source.first)
+        if state := place.get("state"):
+            loaded.load_state_dict(state)  # type: ignore[union-attr]
+        rest = iter(dataclasses.replace(source, loaded=loaded, first=row, behind=row if state else 0))
+        while block := list(itertools.islice(rest, config.data.stream_buffer)):
+            made = list(normal_rows(block, stream.format_name, config.data, tokenizer))
+            pairs: Any = reject_bad_rows(datasets.Dataset.from_list(made, features=row_features()), config, whole=False)
+            rows = pairs
+            if len(pairs):
+                rows = encode_dataset(pairs, tokenizer, config, "train")
+                if not place:
+                    warn_without_stop(pairs, rows, tokenizer)
+                rows = usable_rows(rows, "train", config, whole=False)
+            if len(rows):
+                useful = True
+                yield place, rows
+            row += len(block)
+            state = loaded.state_dict() if hasattr(loaded, "state_dict") else None  # type: ignore[union-attr]
+            place = {"block": place.get("block", 0) + 1, "row": row, "state": state}
+        place = {"block": place.get("block", 0)}  # the next pass
+    raise DataError(f"{source.name}: no row in it that can be used to train")
 
 
 class TokenStatistics(NamedTuple):
@@ -4047,6 +4214,7 @@ def largest_window(lengths: Sequence[int], rows: int) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------
 MANIFEST = "checkpoint.json"
 COMPLETED = "completed"
+STREAM = "stream.json"  # in a checkpoint: the Place
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -4065,6 +4233,7 @@ def identity(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
     """What a checkpoint belongs to: it can't be continued with another."""
     names = ["model_name_or_path", "bits", "full_finetune", "objective"]
     names += ["quant_type", "double_quant"] if config.quant.bits == 4 else []
+    names += ["streaming", "stream_buffer"] if config.data.streaming else ["streaming"]
     if not config.quant.full_finetune:
         names += [f.name for f in dataclasses.fields(LoraArguments)]
     values = {name: config.flags[name] for name in names}
@@ -4592,6 +4761,50 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
+def row_order(rows: Any, lengths: Any, args: Any, batch_size: int) -> Any:
+    """The sampler that --train_sampling_strategy names. `rows` may have lost its column of lengths."""
+    if args.train_sampling_strategy == "sequential":
+        return torch.utils.data.SequentialSampler(rows)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    grouped = args.train_sampling_strategy == "group_by_length"
+    return EpochSampler(len(rows), seed, list(lengths["length"]) if grouped else None, batch_size)
+
+
+@dataclass
+class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """A stream as this process's windows, each with the place behind it. A block is ordered as a dataset's epoch is.
+
+    The place travels with the window: whoever reads ahead of the training step does not move it.
+    """
+
+    stream: RowStream
+    tokenizer: Any
+    config: Config
+    args: Any  # the Trainer's own
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+    place: Place = field(default_factory=lambda: Place())  # where to begin
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        done, size = self.place.get("windows", 0), self.args.train_batch_size
+        yield from itertools.repeat({}, done)  # for the Trainer, which counts off the windows before a resume
+        rows, mine = self._rows(), self.args.process_index * size
+        while group := list(itertools.islice(rows, size * self.args.world_size)):
+            done += 1
+            members = [block[i] for _, block, i in group[mine : mine + size]]
+            yield self.collate(members) | {"place": group[-1][0] | {"windows": done}}
+
+    def _rows(self) -> Iterator[tuple[Place, Any, int]]:
+        taken = self.place.get("taken", 0)
+        for before, block in encoded_blocks(self.stream, self.place, self.tokenizer, self.config):
+            rows = packed(block, self.config) if self.config.data.packing else block
+            order = row_order(rows, rows, self.args, self.args.train_batch_size * self.args.world_size)
+            if isinstance(order, EpochSampler):
+                order.set_epoch(before.get("block", 0))
+            for number, i in itertools.islice(enumerate(order, start=1), taken, None):
+                yield before | {"taken": number}, rows, i  # type: ignore[misc]
+            taken = 0
+
+
 def masked_accuracy(found: Any) -> dict[str, float]:
     """The share of the masked tokens that the likeliest token is right at."""
     masked = found.label_ids != IGNORE
@@ -4712,6 +4925,7 @@ class QLoRATrainer(Trainer):
         self.idle: set[str] | None = None  # parameters that no step has given a gradient
         self.values: torch.Tensor | None = None  # sums of what is trained
         self.first = self.moved = 0  # the step before this process's first; the last that changed them, or need not
+        self.place: Place | None = None  # in a stream, behind the current step
         self.tokens_seen = 0  # without padding, by this process
         self.seconds_aside = 0.0  # spent on evaluating and saving while training
         self.staging: Path | None = None
@@ -4738,15 +4952,14 @@ class QLoRATrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Ours: the Trainer's grouped sampler draws from the global generator, and a resume in epoch 2 differs."""
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
-        strategy = args.train_sampling_strategy
-        if strategy == "sequential":
-            return torch.utils.data.SequentialSampler(rows)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        every: Any = self.train_dataset  # `rows` may have lost its columns to --remove_unused_columns
-        lengths = list(every["length"]) if strategy == "group_by_length" else None
-        return EpochSampler(len(rows), seed, lengths, args.train_batch_size * args.gradient_accumulation_steps)
+        rows, batch = train_dataset, self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return row_order(self.train_dataset if rows is None else rows, self.train_dataset, self.args, batch)
+
+    def get_train_dataloader(self) -> Any:
+        """A stream hands out whole windows, to each process its own."""
+        if isinstance(self.train_dataset, StreamedWindows):
+            return torch.utils.data.DataLoader(self.train_dataset, batch_size=None)
+        return super().get_train_dataloader()
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, **kwargs)
@@ -4773,6 +4986,8 @@ class QLoRATrainer(Trainer):
         if self.window is None:
             self.first = self.moved = self.state.global_step
         self.parts = []
+        for batch in batches:
+            self.place = batch.pop("place", None)
         self.learnt = any(bool((row != IGNORE).any()) for batch in batches for row in batch["window"].labels)
         self.tokens_seen += sum(sum(batch["window"].lengths) for batch in batches)
         return batches, torch.as_tensor(items).clamp(min=1)  # 0 where no token happens to be masked
@@ -5008,6 +5223,8 @@ class QLoRATrainer(Trainer):
                 if self.args.should_save:
                     (staging / name / "training_args.bin").unlink(missing_ok=True)  # a pickle, with tokens in it
                     name_base(staging / name, self.config.model.model_name_or_path)
+                    if self.place:
+                        (staging / name / STREAM).write_text(json.dumps(self.place), encoding="utf-8")
                     publish(staging / name, output / name, self.run)
                     shutil.rmtree(staging)
                     self._drop_old_checkpoints(output)
@@ -5131,11 +5348,15 @@ def build_trainer(
     # updates are in one stream, which keeps their order.
     bitsandbytes.optim.optimizer.sync_gpu = _no_wait  # type: ignore[assignment]
     rows = splits.eval.remove_columns("where") if splits.eval is not None else None
+    parts, args = PARTS[config.masked](ready.model, tokenizer, rows, config), window_arguments(config.training)
+    train_rows = splits.train
+    if isinstance(train_rows, RowStream):
+        train_rows = StreamedWindows(train_rows, tokenizer, config, args, parts["data_collator"])
     return QLoRATrainer(
-        **PARTS[config.masked](ready.model, tokenizer, rows, config),
+        **parts,
         ready=ready,
-        args=window_arguments(config.training),
-        train_dataset=splits.train,
+        args=args,
+        train_dataset=train_rows,
         processing_class=tokenizer,
         callbacks=build_callbacks(stop),
         run=run,
@@ -5182,6 +5403,8 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
         log.info("%s holds the last step: nothing is left to train", start.checkpoint)  # the Trainer would do one more
         trainer.take_over(start.checkpoint)
     else:
+        if start.checkpoint and config.data.streaming:
+            trainer.train_dataset.place = read_json(start.checkpoint / STREAM)  # type: ignore[union-attr]
         metrics = timed_training(trainer, start.checkpoint, state["global_step"])
     if not stop.broken_off:
         if metrics:
@@ -5587,6 +5810,7 @@ def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Split
         kind += f" {quant.quant_type}{', double quantisation' if quant.double_quant else ''}"
     train_rows, eval_rows = (len(part) if part is not None else 0 for part in splits)
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    length += "" if config.data.streaming else f"; {math.ceil(train_rows / effective)} steps are an epoch"
     names = ("bos", "eos", "pad", *(("mask",) if config.masked else ()))
     special = [(name, getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")) for name in names]
     fresh = "fresh, from the seed" if args.do_train else "the base itself"
@@ -5598,10 +5822,10 @@ def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Split
         "weights": kind,
         "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
         "effective batch": f"{effective} rows = {rows} at once x {accumulated} accumulated x {processes} processes",
-        "length": f"{length}; {math.ceil(train_rows / effective)} steps are an epoch",
+        "length": length,
         "special tokens": ", ".join(f"{name} {token!r} = {number}" for name, token, number in special),
         "trained part": trained,
-        "train rows": train_rows,
+        "train rows": f"a stream, {train_rows} in its first block" if config.data.streaming else train_rows,
         "eval rows": eval_rows,
     }
 
@@ -5739,10 +5963,11 @@ def run(config: Config, stop: Stop) -> int:
     special_ids_into_model(base, tokenizer)
     check_fit(base, statistics)
     rows = packed(splits.train, config) if config.data.packing and start.train else splits.train
+    train_rows = pairs.train if config.data.streaming else rows
     costs = costs_from_config(config, model_config)
     ready = assemble(base, costs, start, rows, tokenizer.pad_token_id, config)
     with mendable("flags", ConfigError, RuntimeError):
-        trainer = build_trainer(ready, tokenizer, splits._replace(train=rows), questions, this_run, stop, config)
+        trainer = build_trainer(ready, tokenizer, splits._replace(train=train_rows), questions, this_run, stop, config)
         if start.train and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those make their own
             trainer.create_optimizer_and_scheduler(num_training_steps=max(args.max_steps, 1))  # a try of their flags
 
@@ -5791,8 +6016,8 @@ MEMORY_ADVICE = (
 
 def exit_status(error: BaseException) -> tuple[int, str] | None:
     """Exit status and message for what a user can mend; None for our bugs."""
-    if isinstance(error, QLoRAError):
-        return 2, str(error)
+    if isinstance(error, QLoRAError):  # names and values of a user's data may hold line breaks and terminal codes
+        return 2, "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
     if isinstance(error, KeyboardInterrupt):
         name = signal.Signals(error.args[0] if error.args else signal.SIGINT).name
         return STOP_SIGNALS[name], f"interrupted by {name}; the same command goes on from what is saved"
