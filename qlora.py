@@ -27,6 +27,7 @@ The file reads from top to bottom, and a room uses only rooms above it:
 # ruff: noqa: E402
 
 import argparse
+import bisect
 import contextlib
 import csv
 import dataclasses
@@ -71,6 +72,7 @@ for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._function
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 import bitsandbytes.optim.optimizer
+import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -166,9 +168,14 @@ class RowError(ValueError):
         self.raw = raw  # what stood there, where it could not become a row
 
 
+def visible(text: str) -> str:
+    """Text in which nothing hides or commands a terminal: what is not printable stands as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def one_line(error: object) -> str:
     """The first lines of a library's message or of a value, joined, short enough to read."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = visible(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 400 else text[:397] + "..."
 
 
@@ -264,6 +271,7 @@ class DataArguments:
     mask_prob: float = flag(0.15, "mlm: share of the tokens that is chosen to be predicted, above 0.")
     mask_replace_prob: float = flag(0.8, "mlm: share of the chosen that become the mask token.")
     random_replace_prob: float = flag(0.1, "mlm: share of the chosen that become a random token; the rest stay.")
+    preview: int = flag(0, "Print the first N rows as they will be trained and statistics of all of them, and exit.")
 
 
 @dataclass
@@ -687,6 +695,8 @@ def check_config(config: Config) -> None:
           for name in ("recompute_layers", "unpacked_layers")),
         (not train.gradient_checkpointing and train.recompute_layers not in ("auto", "none", "0"),
          f"--recompute_layers {train.recompute_layers} and --gradient_checkpointing False: give one of them"),
+        (data.preview < 0, f"--preview {data.preview}: expected a number of rows to print, 1 or more"),
+        (data.preview > 0 and train.plan, "--preview and --plan: give one of them"),
         (train.plan_gpu is not None and not train.plan, "--plan_gpu names the GPU of a plan: add --plan"),
         (lora.layers_to_freeze < 0, f"--layers_to_freeze {lora.layers_to_freeze}: expected 0 or more"),
         (not 0 <= freeze < 1, f"--layer_freeze_ratio {freeze:g}: expected from 0 up to below 1"),
@@ -902,6 +912,15 @@ MAY_FOLLOW = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
+
+
+def label_of(row: Mapping[str, Any], *columns: str) -> str:
+    """The text in the first of these optional columns that has one; a list or an object there is no label."""
+    for name in columns:
+        with contextlib.suppress(RowError):
+            if text := text_of(row, name, ""):
+                return text
+    return ""
 
 
 def list_of(row: Mapping[str, Any], name: str) -> list[Any]:
@@ -1187,7 +1206,7 @@ def read_delimited(stream: Any, delimiter: str) -> Numbered:
         if len(cells) == len(header):
             yield number, dict(zip(header, cells, strict=True))
         elif cells:  # no cells: an empty line
-            yield number, RowError(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}")
+            yield number, RowError(one_line(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"), cells)
 
 
 def read_parquet(stream: Any) -> Numbered:
@@ -1333,10 +1352,11 @@ def normal_rows(
     source: RowSource, format_name: str, data: DataArguments, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[dict[str, Any]]:
     """Every row in its normal form. One that can't be used has a `problem`, and as its text what stood there."""
-    to_row, wanted = format_named(format_name).to_row, {name.strip() for name in data.include_sources.split(",")}
+    columns, to_row, _ = format_named(format_name)
+    wanted, learnt = {name.strip() for name in data.include_sources.split(",")}, "".join(columns[-1:]) or "output"
     found = False  # a row of the sources asked for
     for where, row in source.rows():
-        if data.include_sources != "ALL" and isinstance(row, Mapping) and str(row.get("source")) not in wanted:
+        if data.include_sources != "ALL" and isinstance(row, Mapping) and label_of(row, "source") not in wanted:
             continue
         found = True
         made: list[list[Segment]] = []
@@ -1346,12 +1366,12 @@ def normal_rows(
                 raise row
             if not isinstance(row, Mapping):
                 raise RowError(f"the row is a {type(row).__name__}, expected an object with fields")
-            category = next((row[c] for c in ("category", "source") if isinstance(row.get(c), str)), "")
+            category = label_of(row, "category", "source")
             for part in map(to_row, up_to_each_answer(row) if data.expand_conversations else [row]):
                 rendered = isinstance(part, Conversation)
                 made.append(render(part, tokenizer) if isinstance(part, Conversation) else part)
                 if not any(segment["learnt"] and segment["text"].strip() for segment in made[-1]):
-                    raise RowError("the output is empty, expected something to learn")
+                    raise RowError(f"field {learnt!r}: the output is empty, expected something to learn")
         except RowError as error:
             raw = error.raw if isinstance(row, RowError) else row
             made, problem = [[{"text": json.dumps(raw, default=str), "learnt": False}]], str(error)
@@ -1760,7 +1780,7 @@ def encode_batch(
     """Columns of rows in normal form -> columns of encoded rows, for datasets.map."""
     bos = tokenizer.bos_token_id
     rows = [join_tokens(s, t, limits, train_on_source, bos) for s, t in sources_and_targets(batch, tokenizer)]
-    return encoded_columns(rows, 1)
+    return encoded_columns(rows, 1, limits)
 
 
 def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
@@ -1787,12 +1807,13 @@ def encode_masked_batch(
     batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool
 ) -> dict[str, list[Any]]:
     """Columns of rows in normal form, whose last segments are the texts to mask, as encode_batch."""
-    return encoded_columns([encode_masked(text, tokenizer, limits) for text in last_texts(batch)], 0)
+    return encoded_columns([encode_masked(text, tokenizer, limits) for text in last_texts(batch)], 0, limits)
 
 
-def encoded_columns(rows: list[Encoded], first: int) -> dict[str, list[Any]]:
+def encoded_columns(rows: list[Encoded], first: int, limits: Limits) -> dict[str, list[Any]]:
     """Encoded rows as columns; `first` is the first token that can be learnt."""
-    problems = ["" if any(i != IGNORE for i in row.labels[first:]) else "no token left to learn" for row in rows]
+    nothing = f"no token left to learn within {limits}, expected one at least"
+    problems = ["" if any(i != IGNORE for i in row.labels[first:]) else nothing for row in rows]
     return {
         "input_ids": [row.input_ids for row in rows],
         "labels": [row.labels for row in rows],
@@ -1849,21 +1870,27 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
     """
 
     def __init__(self, rows: Any, limit: int) -> None:
-        self.rows, lengths = rows, rows["length"]
+        self.rows, self.limit, lengths = rows, limit, rows["length"][:]
         self.packs: list[list[int]] = []
         self.lengths: list[int] = []
         open_packs: dict[int, list[int]] = defaultdict(list)  # by the tokens that are free
+        frees: list[int] = []  # of which there are packs, in order
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            free = next((free for free in range(lengths[i], limit + 1) if open_packs[free]), None)
-            if free is None:
-                pack, free = len(self.packs), limit
+            at = bisect.bisect_left(frees, lengths[i])
+            if at == len(frees):
+                open_packs[limit].append(len(self.packs))
+                frees.append(limit)
                 self.packs.append([])
                 self.lengths.append(0)
-            else:
-                pack = open_packs[free].pop()
+            free = frees[at]
+            pack, left = open_packs[free].pop(), max(free - lengths[i], 0)
+            if not open_packs[free]:
+                del frees[at]
             self.packs[pack].append(i)
             self.lengths[pack] += lengths[i]
-            open_packs[max(free - lengths[i], 0)].append(pack)
+            if not open_packs[left]:
+                bisect.insort(frees, left)
+            open_packs[left].append(pack)
         self.column_names = list(rows.column_names)
 
     def __len__(self) -> int:
@@ -1876,14 +1903,37 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
         return {"pack": [self.rows[i] for i in self.packs[key]]}
 
 
-def packed(rows: Any, config: Config) -> PackedRows:
-    """Training rows packed up to the length limit, with a line on how full the packs are."""
-    limits = limits_of(config)
-    limit = limits.total or limits.source + limits.target
-    packs = PackedRows(rows, limit)
-    full = 100 * sum(packs.lengths) / (limit * len(packs))
-    log.info("packing: %d rows in %d packs of up to %d tokens, %.1f %% full", len(rows), len(packs), limit, full)
-    return packs
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """Row numbers in an order that follows from seed and epoch alone, so that a resume in any epoch finds it again.
+
+    With lengths, rows of like length stand together (in windows of 50 batches, the longest first): less padding.
+    """
+
+    def __init__(self, rows: int, seed: int, lengths: list[int] | None = None, batch_size: int = 1) -> None:
+        self.rows, self.seed, self.lengths, self.batch_size = rows, seed, lengths, batch_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.lengths is None:
+            return iter(torch.randperm(self.rows, generator=generator).tolist())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+def row_order(rows: int, lengths: list[int], args: TrainingArguments) -> Any:
+    """The sampler of training rows that the flags ask for; the Trainer's own grouped one differs after a resume."""
+    if args.train_sampling_strategy == "sequential":
+        return torch.utils.data.SequentialSampler(range(rows))
+    seed = args.seed if args.data_seed is None else args.data_seed
+    grouped = lengths if args.train_sampling_strategy == "group_by_length" else None
+    return EpochSampler(rows, seed, grouped, args.train_batch_size * args.gradient_accumulation_steps)
 
 
 def warn_without_stop(pairs: Any, rows: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -1902,7 +1952,7 @@ def warn_without_stop(pairs: Any, rows: Any, tokenizer: PreTrainedTokenizerBase)
 
 
 def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
-    """Both splits encoded; too long rows dropped from training where the flags say so; what was cut is logged."""
+    """Both splits encoded; too long rows dropped from training where the flags say so."""
     limits = limits_of(config)
     parts: list[Any] = []
     for name, pairs in zip(Splits._fields, splits, strict=True):
@@ -1917,36 +1967,108 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
             rows = without(rows, cut)
             if len(rows) == 0:
                 raise DataError(f"--{limits}: every row is longer; raise it or give --skip_excess_length False")
-        elif cut:
-            share = 100 * len(cut) / len(rows)
-            log.info("%s: %.1f %% of %d rows were cut to the limits %s", name, share, len(rows), limits)
         parts.append(reject_bad_rows(rows, config))
     return Splits(*parts)
 
 
 class TokenStatistics(NamedTuple):
-    """What a run needs to know about its encoded rows."""
+    """Encoded rows in numbers."""
 
     fingerprint: str  # of every id and label, in order
+    rows: int
     tokens: int
-    learnt: int
+    learnt: int  # tokens; of a masked model, those that may be masked
     largest_id: int
     longest: int
+    cut: int  # rows, as in the next three
+    without_eos: int | None  # which do not learn to stop; a masked model has no such
+    doubled_bos: int
+    duplicates: int
+    batch: int  # rows
+    padding: float  # share of the batches, were they padded
+    packing: float | None  # share of the packs that is filled, were the rows to train on packed
+    lengths: dict[str, int]  # rows by their tokens
+
+    def lines(self) -> dict[str, str]:
+        """Names and values, for a table."""
+        part = "{} ({:.1%})".format
+        return {
+            "rows": str(self.rows),
+            "tokens": str(self.tokens),
+            "may be masked" if self.without_eos is None else "learnt": part(self.learnt, self.learnt / self.tokens),
+            "cut": part(self.cut, self.cut / self.rows),
+            **(
+                {}
+                if self.without_eos is None
+                else {"without EOS": part(self.without_eos, self.without_eos / self.rows)}
+            ),
+            "with doubled BOS": part(self.doubled_bos, self.doubled_bos / self.rows),
+            "duplicates": part(self.duplicates, self.duplicates / self.rows),
+            f"padding at batch {self.batch}": f"{self.padding:.1%}",
+            **({} if self.packing is None else {"filled if packed": f"{self.packing:.1%}"}),
+        }
+
+    def __str__(self) -> str:
+        """One line, for the log: without what does not occur."""
+        return ", ".join(f"{value} {name}" for name, value in self.lines().items() if value[:2] != "0 ")
 
 
-def token_statistics(rows: Any) -> TokenStatistics:
-    """One pass over the encoded rows, in bounded memory."""
-    hasher, tokens, learnt, largest = hashlib.sha256(), 0, 0, 0
-    for batch in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=10_000):
-        for column in ("input_ids", "labels"):
-            values = batch[column].combine_chunks()
-            lengths, flat = values.value_lengths().to_numpy(), values.flatten().to_numpy()
-            hasher.update(lengths.tobytes() + flat.tobytes())
-            if column == "input_ids":
-                tokens, largest = tokens + len(flat), max(largest, int(flat.max(initial=0)))
-            else:
-                learnt += int((flat != IGNORE).sum())
-    return TokenStatistics(hasher.hexdigest()[:16], tokens, learnt, largest, max(rows["length"]))
+def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRows | None = None) -> TokenStatistics:
+    """One pass over encoded rows, keeping a length and a hash of each; those to train on come with their packs."""
+    begins_with = tokenizer.cls_token_id if config.masked else tokenizer.bos_token_id
+    hasher, found, largest, parts = hashlib.sha256(), Counter[str](), 0, []
+    for batch in rows.select_columns(["input_ids", "labels", "cut"]).with_format("arrow").iter(batch_size=10_000):
+        (ids, sizes), (labels, _) = flat(batch["input_ids"]), flat(batch["labels"])
+        for values in (ids, labels):
+            hasher.update(sizes.tobytes() + values.tobytes())
+        ends = sizes.cumsum()
+        starts = ends - sizes
+        learnt = labels != IGNORE
+        learnt[starts] &= config.masked  # else nothing predicts it
+        last = np.maximum.reduceat(np.where(learnt, np.arange(len(ids)), 0), starts)
+        # with --train_on_source, the line end that a template puts after EOS is learnt too
+        stops = (labels[last] == tokenizer.eos_token_id) | (labels[np.maximum(last - 1, 0)] == tokenizer.eos_token_id)
+        doubled = (
+            (sizes > 1) & (ids[starts] == begins_with) & (ids[np.minimum(starts + 1, len(ids) - 1)] == begins_with)
+        )
+        for name, where in {"learnt": learnt, "without_eos": ~stops, "doubled_bos": doubled}.items():
+            found[name] += int(where.sum())
+        found["cut"] += int(batch["cut"].to_numpy().sum())
+        largest = max(largest, int(ids.max(initial=0)))
+        hashes = [hash(ids[start:end].tobytes()) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        parts.append(np.stack([sizes, hashes]))
+    lengths, hashes = np.concatenate(parts, axis=1)
+    train, every = config.training, np.asarray(packs.lengths if packs and config.data.packing else lengths)
+    order = row_order(len(every), every.tolist(), train) if packs else range(len(every))
+    batch = train.per_device_train_batch_size if packs else train.per_device_eval_batch_size
+    return TokenStatistics(
+        hasher.hexdigest()[:16], len(lengths), int(lengths.sum()), found["learnt"], largest, int(lengths.max()),
+        found["cut"], None if config.masked else found["without_eos"], found["doubled_bos"],
+        len(hashes) - len(np.unique(hashes)), batch, padding_share(every, order, batch),
+        sum(packs.lengths) / (packs.limit * len(packs)) if packs else None, histogram(lengths),
+    )  # fmt: skip
+
+
+def flat(column: Any) -> tuple[Any, Any]:
+    """An Arrow column of lists as its values and their numbers in each."""
+    lists = column.combine_chunks()
+    return lists.flatten().to_numpy(), lists.value_lengths().to_numpy()
+
+
+def padding_share(lengths: Any, order: Iterable[int], at_once: int) -> float:
+    """What is padding in batches of so many rows, taken in this order."""
+    ordered = lengths[np.fromiter(order, int)]
+    starts = np.arange(0, len(ordered), at_once)
+    sizes = np.diff(starts, append=len(ordered))
+    return float(1 - ordered.sum() / (np.maximum.reduceat(ordered, starts) * sizes).sum())
+
+
+def histogram(lengths: Any) -> dict[str, int]:
+    """How many there are in each of at most a dozen round steps."""
+    step = next(n * 10**power for power in itertools.count() for n in (1, 2, 5) if 12 * n * 10**power >= lengths.max())
+    return {
+        f"{n * step + 1}-{(n + 1) * step}": int(count) for n, count in enumerate(np.bincount((lengths - 1) // step))
+    }
 
 
 def pad(rows: Sequence[Sequence[int] | torch.Tensor], value: int, side: str) -> torch.Tensor:
@@ -2086,6 +2208,68 @@ def build_masking(tokenizer: PreTrainedTokenizerBase, rows: int, data: DataArgum
     return Masking(*shares, mask_id=tokenizer.mask_token_id, words=torch.tensor(words))
 
 
+class Piece(NamedTuple):
+    """A stretch of a row as --preview shows it."""
+
+    text: str
+    learnt: bool
+    special: bool  # a special token, and not text that looks like one
+
+
+def pieces_of(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
+    """A row's text where it is learnt and where not; a token that stands for another one with an arrow to that."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    apart = [i in special or label not in (IGNORE, i) for i, label in zip(ids, labels, strict=True)]
+    kinds = [(label != IGNORE, n if apart[n] else -1) for n, label in enumerate(labels)]
+    for (learnt, _), group in itertools.groupby(range(len(ids)), kinds.__getitem__):
+        numbers = list(group)
+        first, last = numbers[0], numbers[-1]
+        # decoded by itself a piece could lose its leading space, or half of a letter
+        before, text = (str(decode(ids[:end])) for end in (first, last + 1))
+        text = text[len(before) :] if text.startswith(before) else str(decode(ids[first : last + 1]))
+        name = str(tokenizer.convert_ids_to_tokens(ids[first])) if ids[first] in special else text
+        yield Piece("↵\n".join(map(visible, name.split("\n"))), learnt, ids[first] in special)
+        if learnt and labels[first] != ids[first]:
+            yield Piece(f"→{visible(str(decode(labels[first : first + 1])))}", True, False)
+
+
+def shown_rows(rows: Any, tokenizer: Any, masking: Masking | None, config: Config) -> Iterator[tuple[str, list[Piece]]]:
+    """Title and pieces of the first rows, or of those in the first packs, as a first step would have them."""
+    for number in range(min(config.data.preview, len(rows))):
+        members = rows[number].get("pack", [rows[number]])
+        window = collate_window(members, config.masked)["window"]
+        for part, row in enumerate(zip(window.input_ids, window.labels, strict=True)):
+            ids, labels = masking.draw(*row, "train", config.training.seed, 0, 0, number, part) if masking else row
+            title = f"row {number + 1}" + f", part {part + 1} of {len(members)}" * (len(members) > 1)
+            title += f": {visible(window.where[part])}, {len(ids)} tokens, {int((labels != IGNORE).sum())} learnt"
+            yield title + ", cut" * members[part]["cut"], list(pieces_of(ids.tolist(), labels.tolist(), tokenizer))
+
+
+# What stands around learnt text and around special tokens: green and reversed in a terminal, brackets elsewhere.
+TERMINAL_MARKS, PLAIN_MARKS = ("\x1b[32m", "\x1b[39m", "\x1b[7m", "\x1b[27m"), tuple("⟪⟫⟦⟧")
+
+
+def preview_text(
+    rows: Iterable[tuple[str, list[Piece]]], statistics: Mapping[str, TokenStatistics], terminal: bool
+) -> str:
+    """The rows, then the statistics of each split."""
+    on, off, open_, close = TERMINAL_MARKS if terminal else PLAIN_MARKS
+    own = {} if terminal else {ord(mark): f"\\u{ord(mark):x}" for mark in PLAIN_MARKS}  # in the data
+    lines = [f"{on}learnt{off}, {open_}special token{close}, ↵ end of a line\n"]
+    for title, pieces in rows:
+        text = ""
+        for learnt, group in itertools.groupby(pieces, lambda piece: piece.learnt):
+            inner = "".join(f"{open_}{p.text}{close}" if p.special else p.text.translate(own) for p in group)
+            text += f"{on}{inner}{off}" if learnt else inner
+        lines += [title, text + "\n"]
+    for name, part in statistics.items():
+        most = max(part.lengths.values())
+        bars = {f"{size} tokens": f"{'█' * math.ceil(30 * n / most)} {n}".strip() for size, n in part.lengths.items()}
+        lines += [f"{name} rows", table(part.lines() | bars) + "\n"]
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------
 # 8. Model: data types, quantisation, devices
 #
@@ -2173,8 +2357,8 @@ def load_whole(name: str, folder: str | Path, auto_model: Any = AutoModelForCaus
     return model
 
 
-def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
-    """A folder in bf16 with the weights and the tokenizer of a .gguf file, made once and kept in the cache.
+def dequantised_gguf(path: Path, cache_dir: str | None, weights: bool = True) -> Path:
+    """A folder in bf16 with the weights (or config alone) and the tokenizer of a .gguf file, made once and cached.
 
     bf16 keeps 8 bits of mantissa, more than the at most 8 bits that such a file stores for a weight.
     """
@@ -2185,20 +2369,27 @@ def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
     folder = root / f"{path.stem}-{digest(path.resolve(), stat.st_size, stat.st_mtime_ns)}"
     if folder.is_dir():
         return folder
-    log.info("%s: dequantising into %s, once", path, folder)
+    folder = folder if weights else folder.with_name(f"{folder.name}-without-weights")
+    if folder.is_dir():
+        return folder
+    log.info("%s: %s into %s, once", path, "dequantising" if weights else "its tokenizer", folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as scratch:
         with mendable(f"--model_name_or_path {path}"):
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = load_whole(str(path), path.parent, gguf_file=path.name, dtype=torch.float32)
-        if isinstance(model.config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-        # transformers refuses to save what came from a gguf file unless it forgets that
-        model.hf_quantizer.remove_quantization_config(model)
-        model.to(torch.bfloat16)
-        model.config.dtype = torch.bfloat16
+            model_config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         part = Path(scratch) / "model"
-        model.save_pretrained(part)
+        if isinstance(model_config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model_config.eos_token_id)
+        if weights:
+            model = load_whole(str(path), path.parent, gguf_file=path.name, dtype=torch.float32)
+            # transformers refuses to save what came from a gguf file unless it forgets that
+            model.hf_quantizer.remove_quantization_config(model)
+            model.to(torch.bfloat16)
+            model.config.dtype = torch.bfloat16
+            model.save_pretrained(part)
+        else:
+            model_config.save_pretrained(part)
         tokenizer.save_pretrained(part)
         try:
             part.rename(folder)
@@ -2208,11 +2399,11 @@ def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
     return folder
 
 
-def model_folder(config: Config) -> str:
+def model_folder(config: Config, weights: bool = True) -> str:
     """Where transformers loads the base from: the folder or hub id given, or the folder made from a .gguf file."""
     name = config.model.model_name_or_path
     gguf = gguf_file(name)
-    return str(dequantised_gguf(gguf, config.model.cache_dir)) if gguf else name
+    return str(dequantised_gguf(gguf, config.model.cache_dir, weights)) if gguf else name
 
 
 def load_model_config(config: Config, folder: str) -> PretrainedConfig:
@@ -4246,30 +4437,6 @@ def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longes
 # tokens only, checkpoints that are whole or absent, a stop on numbers that are not finite, MMLU beside the evaluation.
 # To add a callback: one class, one line in build_callbacks.
 # ------------------------------------------------------------------------------------
-class EpochSampler(torch.utils.data.Sampler[int]):
-    """Row numbers in an order that follows from seed and epoch alone, so that a resume in any epoch finds it again.
-
-    With lengths, rows of like length stand together (in windows of 50 batches, the longest first): less padding.
-    """
-
-    def __init__(self, rows: int, seed: int, lengths: list[int] | None = None, batch_size: int = 1) -> None:
-        self.rows, self.seed, self.lengths, self.batch_size = rows, seed, lengths, batch_size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        if self.lengths is None:
-            return iter(torch.randperm(self.rows, generator=generator).tolist())
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
 def masked_accuracy(found: Any) -> dict[str, float]:
     """The share of the masked tokens that the likeliest token is right at."""
     masked = found.label_ids != IGNORE
@@ -4368,15 +4535,8 @@ class QLoRATrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Ours: the Trainer's grouped sampler draws from the global generator, and a resume in epoch 2 differs."""
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
-        strategy = args.train_sampling_strategy
-        if strategy == "sequential":
-            return torch.utils.data.SequentialSampler(rows)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        every: Any = self.train_dataset  # `rows` may have lost its columns to --remove_unused_columns
-        lengths = list(every["length"]) if strategy == "group_by_length" else None
-        return EpochSampler(len(rows), seed, lengths, args.train_batch_size * args.gradient_accumulation_steps)
+        every: Any = self.train_dataset  # the one given may have lost its columns to --remove_unused_columns
+        return row_order(len(every), every["length"][:], self.args)  # type: ignore[arg-type]
 
     def masked(self, windows: Iterator[dict[str, Any]], masking: Masking) -> Iterator[dict[str, Any]]:
         """Windows with fresh masks, which follow from the step alone: a resume draws them again."""
@@ -5074,7 +5234,9 @@ def run_record(config: Config, derived: dict[str, Any], data: dict[str, Any]) ->
     return json.dumps(record, indent=1, default=str) + "\n"
 
 
-def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Splits) -> dict[str, Any]:
+def derived_settings(
+    config: Config, start: Start, tokenizer: Any, statistics: Mapping[str, TokenStatistics]
+) -> dict[str, Any]:
     """What follows from the flags: the block at the start of a run, and `derived` in run.json."""
     args, quant = config.training, config.quant
     rows, accumulated, processes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
@@ -5083,7 +5245,7 @@ def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Split
     kind = f"{quant.bits} bit"
     if quant.bits == 4:
         kind += f" {quant.quant_type}{', double quantisation' if quant.double_quant else ''}"
-    train_rows, eval_rows = (len(part) if part is not None else 0 for part in splits)
+    train_rows = statistics["train"].rows if "train" in statistics else 0
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     names = ("bos", "eos", "pad", *(("mask",) if config.masked else ()))
     special = [(name, getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")) for name in names]
@@ -5099,8 +5261,7 @@ def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Split
         "length": f"{length}; {math.ceil(train_rows / effective)} steps are an epoch",
         "special tokens": ", ".join(f"{name} {token!r} = {number}" for name, token, number in special),
         "trained part": trained,
-        "train rows": train_rows,
-        "eval rows": eval_rows,
+        **{f"{name} data": str(part) for name, part in statistics.items()},
     }
 
 
@@ -5191,9 +5352,45 @@ def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: in
     sizes, plan = choose_sizes(costs, model, base, fast, rows, config)
     start_recomputing(base, fast, sizes, compute_dtype(config))
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
-    parts = {"rows end to end": fast.attention, "logits in chunks": fast.head is not None, "steps": sizes}
-    log_block("Fast path", parts | (plan.lines() if plan else {}))
+    parts = {"rows end to end": fast.attention, "logits in chunks": fast.head}
+    found = {name: "no" if part is None else "yes" for name, part in parts.items()} | {"steps": sizes}
+    log_block("Fast path", found | (plan.lines() if plan else {}))
     return Ready(model, fast, sizes, plan)
+
+
+def read_data(config: Config, folder: str) -> tuple[Config, Any, Any, Splits, Splits, Any, dict[str, TokenStatistics]]:
+    """What is known before any weight of the base in `folder` is loaded.
+
+    Returns:
+        The Config with its objective settled, the model's config, the tokenizer, the rows in normal form, the encoded
+        ones, those to train on (packed if the flags say so), statistics of both splits.
+    """
+    model_config = load_model_config(config, folder)
+    config = settle_objective(config, model_config)
+    tokenizer = load_tokenizer(config, model_config, folder)
+    with config.training.main_process_first(desc="reading and encoding the dataset"):
+        pairs = load_splits(config, tokenizer)
+        splits = encode_splits(pairs, tokenizer, config)
+    limits, packs = limits_of(config), None
+    if splits.train is not None:
+        packs = PackedRows(splits.train, limits.total or limits.source + limits.target)
+        if config.data.packing:
+            log.info("packing: %d rows in %d packs of up to %d tokens", len(splits.train), len(packs), packs.limit)
+    parts = {"train": (splits.train, packs), "eval": (splits.eval, None)}
+    statistics = {
+        name: token_statistics(p[0], tokenizer, config, p[1]) for name, p in parts.items() if p[0] is not None
+    }
+    return config, model_config, tokenizer, pairs, splits, packs if config.data.packing else splits.train, statistics
+
+
+def load_preview(config: Config) -> tuple[list[tuple[str, list[Piece]]], dict[str, TokenStatistics]]:
+    """What --preview shows: rows to train on or, where nothing is trained, to evaluate on; and statistics."""
+    config, model_config, tokenizer, _, splits, rows, statistics = read_data(
+        config, model_folder(config, weights=False)
+    )
+    vocabulary = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    masking = build_masking(tokenizer, vocabulary, config.data) if config.masked else None
+    return list(shown_rows(splits.eval if rows is None else rows, tokenizer, masking, config)), statistics
 
 
 def run(config: Config, stop: Stop) -> int:
@@ -5205,9 +5402,14 @@ def run(config: Config, stop: Stop) -> int:
     set_seed(args.seed)
     hints(config)
     if args.plan:
-        model_config = load_model_config(config, model_folder(config))
+        model_config = load_model_config(config, model_folder(config, weights=False))
         config = settle_objective(config, model_config)
         print(table(plan_from_flags(config, costs_from_config(config, model_config)).lines()))
+        return 0
+    if config.data.preview:
+        terminal = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        encoding = sys.stdout.encoding or "utf-8"
+        print(preview_text(*load_preview(config), terminal).encode(encoding, "backslashreplace").decode(encoding))
         return 0
     start = find_start(config)
     if start.note:
@@ -5216,23 +5418,17 @@ def run(config: Config, stop: Stop) -> int:
 
     with args.main_process_first(desc="converting the model"):
         folder = model_folder(config)
-    model_config = load_model_config(config, folder)
-    config = settle_objective(config, model_config)
-    tokenizer = load_tokenizer(config, model_config, folder)
-    with args.main_process_first(desc="reading and encoding the dataset"):
-        pairs = load_splits(config, tokenizer)
-        splits = encode_splits(pairs, tokenizer, config)
+    config, model_config, tokenizer, pairs, splits, rows, statistics = read_data(config, folder)
     if args.do_predict and not config.masked:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
-    statistics = {name: token_statistics(part) for name, part in splits._asdict().items() if part is not None}
     this_run = identity(config, statistics.get("train") if args.do_train else None)
     if start.found:
         check_identity(start.found, this_run, args.do_train)
 
     output.mkdir(parents=True, exist_ok=True)  # a folder that can't be written shows before the model is loaded
     final_folder(config).mkdir(parents=True, exist_ok=True)
-    derived = derived_settings(config, start, tokenizer, splits)
+    derived = derived_settings(config, start, tokenizer, statistics)
     log_block("This run", derived)
     if not (start.train or args.do_eval or args.do_predict):
         finish(config, merge(str(start.weights), splits, tokenizer, folder, config), time.perf_counter() - began)
@@ -5240,7 +5436,6 @@ def run(config: Config, stop: Stop) -> int:
     base = load_model(config, model_config, start.weights or folder if config.quant.full_finetune else folder)
     special_ids_into_model(base, tokenizer)
     check_fit(base, statistics)
-    rows = packed(splits.train, config) if config.data.packing and start.train else splits.train
     costs = costs_from_config(config, model_config)
     ready = assemble(base, costs, start, rows, tokenizer.pad_token_id, config)
     with mendable("flags", ConfigError, RuntimeError):
@@ -5323,13 +5518,13 @@ def set_up_logging() -> None:
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, action: Callable[[Config, Stop], int] = run) -> int:
     """The command line. Returns the exit status: 0 done, 2 mend something, 130 or 143 stopped and saved."""
     argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
     debug = any(re.fullmatch(r"--show[_-]traceback|--debug", token) for token in argv)
     try:
-        return run(parse_config(argv), Stop())
+        return action(parse_config(argv), Stop())
     except (Exception, KeyboardInterrupt) as error:
         known = exit_status(error)
         if known is None:
@@ -5338,7 +5533,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # or the message would stand behind a progress bar
-        print(f"error: {known[1]}", file=sys.stderr)
+        print(f"error: {visible(known[1])}", file=sys.stderr)
         return known[0]
 
 
