@@ -914,13 +914,10 @@ MAY_FOLLOW = {
 }
 
 
-def label_of(row: Mapping[str, Any], *columns: str) -> str:
-    """The text in the first of these optional columns that has one; a list or an object there is no label."""
-    for name in columns:
-        with contextlib.suppress(RowError):
-            if text := text_of(row, name, ""):
-                return text
-    return ""
+def label_of(row: Mapping[str, Any], column: str) -> str:
+    """The text in an optional column, whatever it holds; a null means that it is missing."""
+    value = row.get(column)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
 
 
 def list_of(row: Mapping[str, Any], name: str) -> list[Any]:
@@ -1366,7 +1363,7 @@ def normal_rows(
                 raise row
             if not isinstance(row, Mapping):
                 raise RowError(f"the row is a {type(row).__name__}, expected an object with fields")
-            category = label_of(row, "category", "source")
+            category = label_of(row, "category") or label_of(row, "source")
             for part in map(to_row, up_to_each_answer(row) if data.expand_conversations else [row]):
                 rendered = isinstance(part, Conversation)
                 made.append(render(part, tokenizer) if isinstance(part, Conversation) else part)
@@ -1504,8 +1501,9 @@ def split_off(rows: Any, config: Config) -> Splits:
         raise DataError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {len(rows)} rows")
     if count >= len(rows):
         return Splits(None, rows)
-    if any(rows["category"]):
-        return Splits(*(rows.select(part) for part in stratified(rows["category"], count)))
+    categories = rows["category"][:]
+    if any(categories):
+        return Splits(*(rows.select(part) for part in stratified(categories, count)))
     parts = rows.train_test_split(test_size=count, shuffle=True, seed=EVAL_SPLIT_SEED)
     return Splits(parts["train"], parts["test"])
 
@@ -1533,7 +1531,7 @@ def reject_bad_rows(rows: Any | None, config: Config) -> Any | None:
     """Rows without a problem. The others stop the run, by a DataError that counts them, or go to rejected.jsonl."""
     if rows is None:
         return None
-    bad = [i for i, problem in enumerate(rows["problem"]) if problem]
+    bad = [i for i, problem in enumerate(rows["problem"][:]) if problem]
     if bad:
         first = "{where}: {problem}".format(**rows[bad[0]])
         if config.data.on_bad_rows == "stop":
@@ -1638,13 +1636,18 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
     return tokenizer
 
 
+def vocabulary_of(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the model knows."""
+    return getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
+
+
 def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model_config: PretrainedConfig) -> None:
     """Overrides, then a pad where there is none, then the checks.
 
     The embedding matrix is never resized: a resized one would be written into every adapter.
     """
     vocabulary = tokenizer.get_vocab()
-    rows = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    rows = vocabulary_of(model_config, tokenizer)
     for name in ("pad_token", "eos_token", "bos_token", "unk_token"):
         token = getattr(config.model, name)
         if token is not None and vocabulary.get(token, rows) >= rows:
@@ -1679,6 +1682,11 @@ class Limits(NamedTuple):
     source: int  # input with BOS
     target: int  # output with EOS
     total: int | None = None  # both together; replaces the two above
+
+    @property
+    def row(self) -> int:
+        """The longest row."""
+        return self.total or self.source + self.target
 
     def __str__(self) -> str:
         apart = f"source {self.source}" + (f", target {self.target}" if self.target else "")
@@ -1961,7 +1969,7 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
             continue
         rows = encode_dataset(pairs, tokenizer, config, name)
         warn_without_stop(pairs, rows, tokenizer)
-        cut = [i for i, was_cut in enumerate(rows["cut"]) if was_cut]
+        cut = [i for i, was_cut in enumerate(rows["cut"][:]) if was_cut]
         if cut and name == "train" and limits.total is not None and config.data.skip_excess_length:
             log.info("%d of %d training rows are longer than %s: left out", len(cut), len(rows), limits)
             rows = without(rows, cut)
@@ -1991,19 +1999,14 @@ class TokenStatistics(NamedTuple):
 
     def lines(self) -> dict[str, str]:
         """Names and values, for a table."""
-        part = "{} ({:.1%})".format
+        rows = {"cut": self.cut, "without EOS": self.without_eos, "with doubled BOS": self.doubled_bos,
+                "duplicates": self.duplicates}  # fmt: skip
+        learnt = "may be masked" if self.without_eos is None else "learnt"
         return {
             "rows": str(self.rows),
             "tokens": str(self.tokens),
-            "may be masked" if self.without_eos is None else "learnt": part(self.learnt, self.learnt / self.tokens),
-            "cut": part(self.cut, self.cut / self.rows),
-            **(
-                {}
-                if self.without_eos is None
-                else {"without EOS": part(self.without_eos, self.without_eos / self.rows)}
-            ),
-            "with doubled BOS": part(self.doubled_bos, self.doubled_bos / self.rows),
-            "duplicates": part(self.duplicates, self.duplicates / self.rows),
+            learnt: f"{self.learnt} ({self.learnt / self.tokens:.1%})",
+            **{name: f"{count} ({count / self.rows:.1%})" for name, count in rows.items() if count is not None},
             f"padding at batch {self.batch}": f"{self.padding:.1%}",
             **({} if self.packing is None else {"filled if packed": f"{self.packing:.1%}"}),
         }
@@ -2047,6 +2050,16 @@ def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRow
         len(hashes) - len(np.unique(hashes)), batch, padding_share(every, order, batch),
         sum(packs.lengths) / (packs.limit * len(packs)) if packs else None, histogram(lengths),
     )  # fmt: skip
+
+
+def measured(splits: Splits, tokenizer: Any, config: Config) -> tuple[Any, dict[str, TokenStatistics]]:
+    """The rows to train on, packed if the flags say so, and statistics of both splits."""
+    packs = PackedRows(splits.train, limits_of(config).row) if splits.train is not None else None
+    if packs and config.data.packing:
+        log.info("packing: %d rows in %d packs of up to %d tokens", len(splits.train), len(packs), packs.limit)
+    parts = {"train": (splits.train, packs), "eval": (splits.eval, None)}.items()
+    statistics = {name: token_statistics(rows, tokenizer, config, p) for name, (rows, p) in parts if rows is not None}
+    return packs if config.data.packing else splits.train, statistics
 
 
 def flat(column: Any) -> tuple[Any, Any]:
@@ -2208,6 +2221,9 @@ def build_masking(tokenizer: PreTrainedTokenizerBase, rows: int, data: DataArgum
     return Masking(*shares, mask_id=tokenizer.mask_token_id, words=torch.tensor(words))
 
 
+Titled = tuple[str, list["Piece"]]  # a row, with what it is
+
+
 class Piece(NamedTuple):
     """A stretch of a row as --preview shows it."""
 
@@ -2234,8 +2250,10 @@ def pieces_of(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerB
             yield Piece(f"→{visible(str(decode(labels[first : first + 1])))}", True, False)
 
 
-def shown_rows(rows: Any, tokenizer: Any, masking: Masking | None, config: Config) -> Iterator[tuple[str, list[Piece]]]:
+def shown_rows(rows: Any, tokenizer: Any, model_config: PretrainedConfig, config: Config) -> Iterator[Titled]:
     """Title and pieces of the first rows, or of those in the first packs, as a first step would have them."""
+    known = vocabulary_of(model_config, tokenizer)
+    masking = build_masking(tokenizer, known, config.data) if config.masked else None
     for number in range(min(config.data.preview, len(rows))):
         members = rows[number].get("pack", [rows[number]])
         window = collate_window(members, config.masked)["window"]
@@ -2250,9 +2268,7 @@ def shown_rows(rows: Any, tokenizer: Any, masking: Masking | None, config: Confi
 TERMINAL_MARKS, PLAIN_MARKS = ("\x1b[32m", "\x1b[39m", "\x1b[7m", "\x1b[27m"), tuple("⟪⟫⟦⟧")
 
 
-def preview_text(
-    rows: Iterable[tuple[str, list[Piece]]], statistics: Mapping[str, TokenStatistics], terminal: bool
-) -> str:
+def preview_text(rows: Iterable[Titled], statistics: Mapping[str, TokenStatistics], terminal: bool) -> str:
     """The rows, then the statistics of each split."""
     on, off, open_, close = TERMINAL_MARKS if terminal else PLAIN_MARKS
     own = {} if terminal else {ord(mark): f"\\u{ord(mark):x}" for mark in PLAIN_MARKS}  # in the data
@@ -3881,7 +3897,7 @@ def plan_from_flags(config: Config, costs: Costs) -> Plan:
     if gpu is None:
         raise ConfigError("--plan: there is no GPU here, name one with --plan_gpu, e.g. --plan_gpu 24GiB")
     limits, train = limits_of(config), config.training
-    longest = limits.total or limits.source + limits.target
+    longest = limits.row
     window = longest * train.per_device_train_batch_size * train.gradient_accumulation_steps
     return make_plan(costs, gpu, longest, window, config)
 
@@ -3922,7 +3938,7 @@ def choose_sizes(
     gpu = find_gpu(None)
     assert gpu is not None
     count = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    longest, window = largest_window(rows["length"], count)
+    longest, window = largest_window(rows["length"][:], count)
     measured = calibrated(costs, model, base, fast, config)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     own = 0.95 * free - costs.gradients - (0 if costs.paged else costs.optimizer)
@@ -5235,7 +5251,7 @@ def run_record(config: Config, derived: dict[str, Any], data: dict[str, Any]) ->
 
 
 def derived_settings(
-    config: Config, start: Start, tokenizer: Any, statistics: Mapping[str, TokenStatistics]
+    config: Config, start: Start, tokenizer: Any, train_rows: int, statistics: Mapping[str, TokenStatistics]
 ) -> dict[str, Any]:
     """What follows from the flags: the block at the start of a run, and `derived` in run.json."""
     args, quant = config.training, config.quant
@@ -5245,7 +5261,6 @@ def derived_settings(
     kind = f"{quant.bits} bit"
     if quant.bits == 4:
         kind += f" {quant.quant_type}{', double quantisation' if quant.double_quant else ''}"
-    train_rows = statistics["train"].rows if "train" in statistics else 0
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     names = ("bos", "eos", "pad", *(("mask",) if config.masked else ()))
     special = [(name, getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")) for name in names]
@@ -5358,43 +5373,27 @@ def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: in
     return Ready(model, fast, sizes, plan)
 
 
-def read_data(config: Config, folder: str) -> tuple[Config, Any, Any, Splits, Splits, Any, dict[str, TokenStatistics]]:
-    """What is known before any weight of the base in `folder` is loaded.
-
-    Returns:
-        The Config with its objective settled, the model's config, the tokenizer, the rows in normal form, the encoded
-        ones, those to train on (packed if the flags say so), statistics of both splits.
-    """
-    model_config = load_model_config(config, folder)
-    config = settle_objective(config, model_config)
-    tokenizer = load_tokenizer(config, model_config, folder)
-    with config.training.main_process_first(desc="reading and encoding the dataset"):
-        pairs = load_splits(config, tokenizer)
-        splits = encode_splits(pairs, tokenizer, config)
-    limits, packs = limits_of(config), None
-    if splits.train is not None:
-        packs = PackedRows(splits.train, limits.total or limits.source + limits.target)
-        if config.data.packing:
-            log.info("packing: %d rows in %d packs of up to %d tokens", len(splits.train), len(packs), packs.limit)
-    parts = {"train": (splits.train, packs), "eval": (splits.eval, None)}
-    statistics = {
-        name: token_statistics(p[0], tokenizer, config, p[1]) for name, p in parts.items() if p[0] is not None
-    }
-    return config, model_config, tokenizer, pairs, splits, packs if config.data.packing else splits.train, statistics
+def print_preview(rows: Iterable[Titled], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
+    """To standard output, coloured where that is a terminal."""
+    coloured, encoding = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), sys.stdout.encoding or "utf-8"
+    text = preview_text(rows, statistics, coloured).encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # of `| head`; nothing may be left for Python to write at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def load_preview(config: Config) -> tuple[list[tuple[str, list[Piece]]], dict[str, TokenStatistics]]:
-    """What --preview shows: rows to train on or, where nothing is trained, to evaluate on; and statistics."""
-    config, model_config, tokenizer, _, splits, rows, statistics = read_data(
-        config, model_folder(config, weights=False)
-    )
-    vocabulary = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
-    masking = build_masking(tokenizer, vocabulary, config.data) if config.masked else None
-    return list(shown_rows(splits.eval if rows is None else rows, tokenizer, masking, config)), statistics
+def begin(config: Config) -> Start:
+    """Where the run begins, with a line on it."""
+    start = find_start(config)
+    if start.note:
+        log.info("%s", start.note)
+    check_merge(start, config)
+    return start
 
 
-def run(config: Config, stop: Stop) -> int:
-    """One run, from checked flags to files. Returns the exit status."""
+def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -> int:
+    """One run, from checked flags to files, or --preview shown. Returns the exit status."""
     args, output = config.training, Path(config.training.output_dir)
     began = time.perf_counter()
     if args.full_determinism:
@@ -5406,19 +5405,19 @@ def run(config: Config, stop: Stop) -> int:
         config = settle_objective(config, model_config)
         print(table(plan_from_flags(config, costs_from_config(config, model_config)).lines()))
         return 0
-    if config.data.preview:
-        terminal = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        encoding = sys.stdout.encoding or "utf-8"
-        print(preview_text(*load_preview(config), terminal).encode(encoding, "backslashreplace").decode(encoding))
-        return 0
-    start = find_start(config)
-    if start.note:
-        log.info("%s", start.note)
-    check_merge(start, config)
-
+    start = Start(train=True) if config.data.preview else begin(config)
     with args.main_process_first(desc="converting the model"):
-        folder = model_folder(config)
-    config, model_config, tokenizer, pairs, splits, rows, statistics = read_data(config, folder)
+        folder = model_folder(config, weights=not config.data.preview)
+    model_config = load_model_config(config, folder)
+    config = settle_objective(config, model_config)
+    tokenizer = load_tokenizer(config, model_config, folder)
+    with args.main_process_first(desc="reading and encoding the dataset"):
+        pairs = load_splits(config, tokenizer)
+        splits = encode_splits(pairs, tokenizer, config)
+    rows, statistics = measured(splits, tokenizer, config)
+    if config.data.preview:
+        show(shown_rows(rows or splits.eval, tokenizer, model_config, config), statistics, config)
+        return 0
     if args.do_predict and not config.masked:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
@@ -5428,7 +5427,7 @@ def run(config: Config, stop: Stop) -> int:
 
     output.mkdir(parents=True, exist_ok=True)  # a folder that can't be written shows before the model is loaded
     final_folder(config).mkdir(parents=True, exist_ok=True)
-    derived = derived_settings(config, start, tokenizer, statistics)
+    derived = derived_settings(config, start, tokenizer, len(rows or ()), statistics)
     log_block("This run", derived)
     if not (start.train or args.do_eval or args.do_predict):
         finish(config, merge(str(start.weights), splits, tokenizer, folder, config), time.perf_counter() - began)

@@ -453,8 +453,8 @@ def test_the_cache_knows_what_it_depends_on(encode_file):
 
 def statistics(*rows):
     """Of rows given as (ids, labels)."""
-    rows = [{"input_ids": ids, "labels": labels, "length": len(ids)} for ids, labels in rows]
-    return qlora.token_statistics(datasets.Dataset.from_list(rows))
+    rows = [{"input_ids": ids, "labels": labels, "cut": False} for ids, labels in rows]
+    return qlora.token_statistics(datasets.Dataset.from_list(rows), tiny.byte_tokenizer(), qlora.parse_config([]))
 
 
 FIRST, SECOND = ([BOS, A, B, EOS], [NO, NO, B, EOS]), ([BOS, X, Y, Z, EOS], [NO, X, Y, Z, EOS])
