@@ -1636,18 +1636,13 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
     return tokenizer
 
 
-def vocabulary_of(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens the model knows."""
-    return getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
-
-
 def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model_config: PretrainedConfig) -> None:
     """Overrides, then a pad where there is none, then the checks.
 
     The embedding matrix is never resized: a resized one would be written into every adapter.
     """
     vocabulary = tokenizer.get_vocab()
-    rows = vocabulary_of(model_config, tokenizer)
+    rows = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
     for name in ("pad_token", "eos_token", "bos_token", "unk_token"):
         token = getattr(config.model, name)
         if token is not None and vocabulary.get(token, rows) >= rows:
@@ -1682,11 +1677,6 @@ class Limits(NamedTuple):
     source: int  # input with BOS
     target: int  # output with EOS
     total: int | None = None  # both together; replaces the two above
-
-    @property
-    def row(self) -> int:
-        """The longest row."""
-        return self.total or self.source + self.target
 
     def __str__(self) -> str:
         apart = f"source {self.source}" + (f", target {self.target}" if self.target else "")
@@ -2031,9 +2021,8 @@ def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRow
         last = np.maximum.reduceat(np.where(learnt, np.arange(len(ids)), 0), starts)
         # with --train_on_source, the line end that a template puts after EOS is learnt too
         stops = (labels[last] == tokenizer.eos_token_id) | (labels[np.maximum(last - 1, 0)] == tokenizer.eos_token_id)
-        doubled = (
-            (sizes > 1) & (ids[starts] == begins_with) & (ids[np.minimum(starts + 1, len(ids) - 1)] == begins_with)
-        )
+        second = ids[np.minimum(starts + 1, ends - 1)]
+        doubled = (sizes > 1) & (ids[starts] == begins_with) & (second == begins_with)
         for name, where in {"learnt": learnt, "without_eos": ~stops, "doubled_bos": doubled}.items():
             found[name] += int(where.sum())
         found["cut"] += int(batch["cut"].to_numpy().sum())
@@ -2054,9 +2043,11 @@ def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRow
 
 def measured(splits: Splits, tokenizer: Any, config: Config) -> tuple[Any, dict[str, TokenStatistics]]:
     """The rows to train on, packed if the flags say so, and statistics of both splits."""
-    packs = PackedRows(splits.train, limits_of(config).row) if splits.train is not None else None
+    limits = limits_of(config)
+    longest = limits.total or limits.source + limits.target
+    packs = None if splits.train is None else PackedRows(splits.train, longest)
     if packs and config.data.packing:
-        log.info("packing: %d rows in %d packs of up to %d tokens", len(splits.train), len(packs), packs.limit)
+        log.info("packing: %d rows in %d packs of up to %d tokens", len(packs.rows), len(packs), longest)
     parts = {"train": (splits.train, packs), "eval": (splits.eval, None)}.items()
     statistics = {name: token_statistics(rows, tokenizer, config, p) for name, (rows, p) in parts if rows is not None}
     return packs if config.data.packing else splits.train, statistics
@@ -2079,9 +2070,8 @@ def padding_share(lengths: Any, order: Iterable[int], at_once: int) -> float:
 def histogram(lengths: Any) -> dict[str, int]:
     """How many there are in each of at most a dozen round steps."""
     step = next(n * 10**power for power in itertools.count() for n in (1, 2, 5) if 12 * n * 10**power >= lengths.max())
-    return {
-        f"{n * step + 1}-{(n + 1) * step}": int(count) for n, count in enumerate(np.bincount((lengths - 1) // step))
-    }
+    counts = np.bincount((lengths - 1) // step).tolist()
+    return {f"{n * step + 1}-{(n + 1) * step}": count for n, count in enumerate(counts)}
 
 
 def pad(rows: Sequence[Sequence[int] | torch.Tensor], value: int, side: str) -> torch.Tensor:
@@ -2252,7 +2242,7 @@ def pieces_of(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerB
 
 def shown_rows(rows: Any, tokenizer: Any, model_config: PretrainedConfig, config: Config) -> Iterator[Titled]:
     """Title and pieces of the first rows, or of those in the first packs, as a first step would have them."""
-    known = vocabulary_of(model_config, tokenizer)
+    known = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
     masking = build_masking(tokenizer, known, config.data) if config.masked else None
     for number in range(min(config.data.preview, len(rows))):
         members = rows[number].get("pack", [rows[number]])
@@ -2415,9 +2405,9 @@ def dequantised_gguf(path: Path, cache_dir: str | None, weights: bool = True) ->
     return folder
 
 
-def model_folder(config: Config, weights: bool = True) -> str:
+def model_folder(config: Config) -> str:
     """Where transformers loads the base from: the folder or hub id given, or the folder made from a .gguf file."""
-    name = config.model.model_name_or_path
+    name, weights = config.model.model_name_or_path, not (config.training.plan or config.data.preview)
     gguf = gguf_file(name)
     return str(dequantised_gguf(gguf, config.model.cache_dir, weights)) if gguf else name
 
@@ -3897,7 +3887,7 @@ def plan_from_flags(config: Config, costs: Costs) -> Plan:
     if gpu is None:
         raise ConfigError("--plan: there is no GPU here, name one with --plan_gpu, e.g. --plan_gpu 24GiB")
     limits, train = limits_of(config), config.training
-    longest = limits.row
+    longest = limits.total or limits.source + limits.target
     window = longest * train.per_device_train_batch_size * train.gradient_accumulation_steps
     return make_plan(costs, gpu, longest, window, config)
 
@@ -4970,7 +4960,7 @@ def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]
 
 def check_merge(start: Start, config: Config) -> None:
     """Before anything is trained: can a merged model be written, and is there something to merge?"""
-    if config.training.merged_output_dir is None:
+    if config.training.merged_output_dir is None or config.data.preview:
         return
     target = Path(config.training.merged_output_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -5383,15 +5373,6 @@ def print_preview(rows: Iterable[Titled], statistics: Mapping[str, TokenStatisti
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def begin(config: Config) -> Start:
-    """Where the run begins, with a line on it."""
-    start = find_start(config)
-    if start.note:
-        log.info("%s", start.note)
-    check_merge(start, config)
-    return start
-
-
 def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -> int:
     """One run, from checked flags to files, or --preview shown. Returns the exit status."""
     args, output = config.training, Path(config.training.output_dir)
@@ -5401,13 +5382,17 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
     set_seed(args.seed)
     hints(config)
     if args.plan:
-        model_config = load_model_config(config, model_folder(config, weights=False))
+        model_config = load_model_config(config, model_folder(config))
         config = settle_objective(config, model_config)
         print(table(plan_from_flags(config, costs_from_config(config, model_config)).lines()))
         return 0
-    start = Start(train=True) if config.data.preview else begin(config)
+    start = Start(train=True) if config.data.preview else find_start(config)
+    if start.note:
+        log.info("%s", start.note)
+    check_merge(start, config)
+
     with args.main_process_first(desc="converting the model"):
-        folder = model_folder(config, weights=not config.data.preview)
+        folder = model_folder(config)
     model_config = load_model_config(config, folder)
     config = settle_objective(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
