@@ -679,6 +679,8 @@ RULES = [
     ("--unpacked_layers some", "unpacked_layers some auto all none"),
     ("--gradient_checkpointing False --recompute_layers all", "gradient_checkpointing recompute_layers"),
     ("--plan_gpu 24GiB", "plan_gpu --plan"),
+    ("--preview -1", "preview -1"),
+    ("--preview 3 --plan", "preview plan"),
     ("--layer_freeze_ratio -0.5", "layer_freeze_ratio -0.5"),
     ("--train_sampling_strategy sorted", "train_sampling_strategy sorted random"),
     ("--dataset_format alpacca", "dataset_format alpacca alpaca input-output path.py:function"),
