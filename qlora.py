@@ -28,6 +28,7 @@ The file reads from top to bottom, and a room uses only rooms above it:
 # ruff: noqa: E402
 
 import argparse
+import bisect
 import contextlib
 import copy
 import csv
@@ -82,6 +83,7 @@ for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._function
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 import bitsandbytes.optim.optimizer
+import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -177,9 +179,14 @@ class RowError(ValueError):
         self.raw = raw  # what stood there, where it could not become a row
 
 
+def visible(text: str) -> str:
+    """Text in which nothing hides or commands a terminal: what is not printable stands as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def one_line(error: object) -> str:
     """The first lines of a library's message or of a value, joined, short enough to read."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = visible(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 400 else text[:397] + "..."
 
 
@@ -281,6 +288,7 @@ class DataArguments:
     mask_prob: float = flag(0.15, "mlm: share of the tokens that is chosen to be predicted, above 0.")
     mask_replace_prob: float = flag(0.8, "mlm: share of the chosen that become the mask token.")
     random_replace_prob: float = flag(0.1, "mlm: share of the chosen that become a random token; the rest stay.")
+    preview: int = flag(0, "Print the first N rows as they will be trained and statistics of all of them, and exit.")
 
 
 @dataclass
@@ -718,7 +726,7 @@ BOUNDS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("max_train_samples max_eval_samples source_max_len target_max_len model_max_len max_mmlu_samples "
      "mmlu_source_max_len max_new_tokens per_device_train_batch_size per_device_eval_batch_size "
      "gradient_accumulation_steps lora_r max_memory_MB stream_buffer", "at least 1", lambda x: x >= 1),
-    ("learning_rate weight_decay max_grad_norm dataloader_num_workers num_train_epochs layers_to_freeze",
+    ("learning_rate weight_decay max_grad_norm dataloader_num_workers num_train_epochs layers_to_freeze preview",
      "0 or more", lambda x: 0 <= x < math.inf),
     ("lora_alpha temperature", "more than 0", lambda x: 0 < x < math.inf),
     ("lora_dropout layer_freeze_ratio label_smoothing_factor", "from 0 up to below 1", lambda x: 0 <= x < 1),
@@ -792,6 +800,7 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--offload_activations needs recomputed layers: drop --recompute_layers none, --gradient_checkpointing False"),
     (lambda f: f.fp8_compute and (f.full_finetune or not f.fused_lora),
      "--fp8_compute needs adapters and the fused functions: drop --full_finetune, --fused_lora False"),
+    (lambda f: f.preview > 0 and f.plan, "--preview and --plan: give one of them"),
     (lambda f: f.plan_gpu is not None and not f.plan, "--plan_gpu names the GPU of a plan: add --plan"),
     (lambda f: f.overwrite_output_dir and f.resume_from_checkpoint is not None,
      "--overwrite_output_dir starts anew and --resume_from_checkpoint goes on: give one of them"),
@@ -1020,6 +1029,12 @@ MAY_FOLLOW = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
+
+
+def label_of(row: Mapping[str, Any], column: str) -> str:
+    """The text in an optional column, whatever it holds; a null means that it is missing."""
+    value = row.get(column)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
 
 
 def list_of(row: Mapping[str, Any], name: str) -> list[Any]:
@@ -1346,7 +1361,7 @@ def read_delimited(stream: Any, delimiter: str) -> Numbered:
         if len(cells) == len(header):
             yield number, dict(zip(header, cells, strict=True))
         elif cells:  # no cells: an empty line
-            yield number, RowError(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}")
+            yield number, RowError(one_line(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"), cells)
 
 
 def read_parquet(stream: Any) -> Numbered:
@@ -1527,9 +1542,10 @@ def normal_rows(
     source: Iterable[tuple[str, Any]], format_name: str, data: DataArguments, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[dict[str, Any]]:
     """Every row in its normal form. One that can't be used has a `problem`, and as its text what stood there."""
-    to_row, wanted = format_named(format_name).to_row, {name.strip() for name in data.include_sources.split(",")}
+    columns, to_row, _ = format_named(format_name)
+    wanted, learnt = {name.strip() for name in data.include_sources.split(",")}, "".join(columns[-1:]) or "output"
     for where, row in source:
-        if data.include_sources != "ALL" and isinstance(row, Mapping) and str(row.get("source")) not in wanted:
+        if data.include_sources != "ALL" and isinstance(row, Mapping) and label_of(row, "source") not in wanted:
             continue
         made: list[list[Segment]] = []
         category, problem, rendered = "", "", False
@@ -1538,15 +1554,16 @@ def normal_rows(
                 raise row
             if not isinstance(row, Mapping):
                 raise RowError(f"the row is a {type(row).__name__}, expected an object with fields")
-            category = next((row[c] for c in ("category", "source") if isinstance(row.get(c), str)), "")
+            category = label_of(row, "category") or label_of(row, "source")
             for part in map(to_row, up_to_each_answer(row) if data.expand_conversations else [row]):
                 rendered = isinstance(part, Conversation)
                 made.append(render(part, tokenizer) if isinstance(part, Conversation) else part)
                 if not any(segment["learnt"] and segment["text"].strip() for segment in made[-1]):
-                    raise RowError("the output is empty, expected something to learn")
+                    raise RowError(f"field {learnt!r}: the output is empty, expected something to learn")
         except (RowError, RecursionError) as error:
             problem = str(error) if isinstance(error, RowError) else "nested too deeply to be read"
-            made = [[{"text": as_json(error.raw if error is row else row), "learnt": False}]]
+            raw = error.raw if isinstance(row, RowError) else row  # type: ignore[union-attr]
+            made = [[{"text": as_json(raw), "learnt": False}]]
         texts = {"where": where, "category": category, "problem": problem}
         for segments in made:
             kept = [{**segment, "text": storable(segment["text"])} for segment in segments]
@@ -1713,8 +1730,9 @@ def split_off(rows: Any, config: Config) -> Splits:
         raise DataError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {len(rows)} rows")
     if count >= len(rows):
         return Splits(None, rows)
-    if any(rows["category"]):
-        return Splits(*(rows.select(part) for part in stratified(rows["category"], count)))
+    categories = rows["category"][:]
+    if any(categories):
+        return Splits(*(rows.select(part) for part in stratified(categories, count)))
     parts = rows.train_test_split(test_size=count, shuffle=True, seed=EVAL_SPLIT_SEED)
     return Splits(parts["train"], parts["test"])
 
@@ -1742,7 +1760,7 @@ def reject_bad_rows(rows: Any | None, config: Config, whole: bool = True) -> Any
     """Rows without a problem. The others stop the run, by a DataError that counts them, or go to rejected.jsonl."""
     if rows is None:
         return None
-    bad = [i for i, problem in enumerate(rows["problem"]) if problem]
+    bad = [i for i, problem in enumerate(rows["problem"][:]) if problem]
     if bad:
         first = "{where}: {problem}".format(**rows[bad[0]])
         if config.data.on_bad_rows == "stop":
@@ -1894,6 +1912,11 @@ class Limits(NamedTuple):
     target: int  # output with EOS
     total: int | None = None  # both together; replaces the two above
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row there may be, and of a pack."""
+        return self.total or self.source + self.target
+
     def __str__(self) -> str:
         apart = f"source {self.source}" + (f", target {self.target}" if self.target else "")
         return f"model_max_len {self.total}" if self.total else apart
@@ -1994,7 +2017,7 @@ def encode_batch(
     """Columns of rows in normal form -> columns of encoded rows, for datasets.map."""
     bos = tokenizer.bos_token_id
     rows = [join_tokens(s, t, limits, train_on_source, bos) for s, t in sources_and_targets(batch, tokenizer)]
-    return encoded_columns(rows, 1)
+    return encoded_columns(rows, 1, limits)
 
 
 def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
@@ -2021,12 +2044,13 @@ def encode_masked_batch(
     batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool
 ) -> dict[str, list[Any]]:
     """Columns of rows in normal form, whose last segments are the texts to mask, as encode_batch."""
-    return encoded_columns([encode_masked(text, tokenizer, limits) for text in last_texts(batch)], 0)
+    return encoded_columns([encode_masked(text, tokenizer, limits) for text in last_texts(batch)], 0, limits)
 
 
-def encoded_columns(rows: list[Encoded], first: int) -> dict[str, list[Any]]:
+def encoded_columns(rows: list[Encoded], first: int, limits: Limits) -> dict[str, list[Any]]:
     """Encoded rows as columns; `first` is the first token that can be learnt."""
-    problems = ["" if any(i != IGNORE for i in row.labels[first:]) else "no token left to learn" for row in rows]
+    nothing = f"no token left to learn within {limits}, expected one at least"
+    problems = ["" if any(i != IGNORE for i in row.labels[first:]) else nothing for row in rows]
     return {
         "input_ids": [row.input_ids for row in rows],
         "labels": [row.labels for row in rows],
@@ -2083,21 +2107,27 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
     """
 
     def __init__(self, rows: Any, limit: int) -> None:
-        self.rows, lengths = rows, rows["length"]
+        self.rows, self.limit, lengths = rows, limit, rows["length"][:]
         self.packs: list[list[int]] = []
         self.lengths: list[int] = []
         open_packs: dict[int, list[int]] = defaultdict(list)  # by the tokens that are free
+        frees: list[int] = []  # of which there are packs, in order
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            free = next((free for free in range(lengths[i], limit + 1) if open_packs[free]), None)
-            if free is None:
-                pack, free = len(self.packs), limit
+            at = bisect.bisect_left(frees, lengths[i])
+            if at == len(frees):
+                open_packs[limit].append(len(self.packs))
+                frees.append(limit)
                 self.packs.append([])
                 self.lengths.append(0)
-            else:
-                pack = open_packs[free].pop()
+            free = frees[at]
+            pack, left = open_packs[free].pop(), max(free - lengths[i], 0)
+            if not open_packs[free]:
+                del frees[at]
             self.packs[pack].append(i)
             self.lengths[pack] += lengths[i]
-            open_packs[max(free - lengths[i], 0)].append(pack)
+            if not open_packs[left]:
+                bisect.insort(frees, left)
+            open_packs[left].append(pack)
         self.column_names = list(rows.column_names)
 
     def __len__(self) -> int:
@@ -2110,14 +2140,37 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
         return {"pack": [self.rows[i] for i in self.packs[key]]}
 
 
-def packed(rows: Any, config: Config) -> PackedRows:
-    """Training rows packed up to the length limit, with a line on how full the packs are."""
-    limits = limits_of(config)
-    limit = limits.total or limits.source + limits.target
-    packs = PackedRows(rows, limit)
-    full = 100 * sum(packs.lengths) / (limit * len(packs))
-    log.info("packing: %d rows in %d packs of up to %d tokens, %.1f %% full", len(rows), len(packs), limit, full)
-    return packs
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """Row numbers in an order that follows from seed and epoch alone, so that a resume in any epoch finds it again.
+
+    With lengths, rows of like length stand together (in windows of 50 batches, the longest first): less padding.
+    """
+
+    def __init__(self, rows: int, seed: int, lengths: list[int] | None = None, batch_size: int = 1) -> None:
+        self.rows, self.seed, self.lengths, self.batch_size = rows, seed, lengths, batch_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.lengths is None:
+            return iter(torch.randperm(self.rows, generator=generator).tolist())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+def row_order(rows: int, lengths: list[int], args: TrainingArguments) -> Any:
+    """The sampler of training rows that the flags ask for; the Trainer's own grouped one differs after a resume."""
+    if args.train_sampling_strategy == "sequential":
+        return torch.utils.data.SequentialSampler(range(rows))
+    seed = args.seed if args.data_seed is None else args.data_seed
+    grouped = lengths if args.train_sampling_strategy == "group_by_length" else None
+    return EpochSampler(rows, seed, grouped, args.train_batch_size * args.gradient_accumulation_steps)
 
 
 def warn_without_stop(pairs: Any, rows: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -2159,9 +2212,6 @@ def usable_rows(rows: Any, name: str, config: Config, whole: bool = True) -> Any
         rows = without(rows, cut)
         if whole and len(rows) == 0:
             raise DataError(f"--{limits}: every row is longer; raise it or give --skip_excess_length False")
-    elif cut:
-        share = 100 * len(cut) / len(rows)
-        log.info("%s: %.1f %% of %d rows were cut to the limits %s", name, share, len(rows), limits)
     return reject_bad_rows(rows, config, whole)
 
 
@@ -2197,28 +2247,108 @@ def encoded_blocks(
 
 
 class TokenStatistics(NamedTuple):
-    """What a run needs to know about its encoded rows."""
+    """Encoded rows in numbers."""
 
     fingerprint: str  # of every id and label, in order
+    rows: int
     tokens: int
-    learnt: int
+    learnt: int  # tokens; of a masked model, those that may be masked
     largest_id: int
     longest: int
+    cut: int  # rows, as in the next three
+    without_eos: int | None  # which do not learn to stop; a masked model has no such
+    doubled_bos: int
+    duplicates: int
+    batch: int  # rows
+    padding: float  # share of the batches, were they padded
+    packing: float | None  # share of the packs that is filled, were the rows to train on packed
+    lengths: dict[str, int]  # rows by their tokens
+
+    def lines(self) -> dict[str, str]:
+        """Names and values, for a table."""
+        rows = {"cut": self.cut, "without EOS": self.without_eos, "with doubled BOS": self.doubled_bos,
+                "duplicates": self.duplicates}  # fmt: skip
+        learnt = "may be masked" if self.without_eos is None else "learnt"
+        return {
+            "rows": str(self.rows),
+            "tokens": str(self.tokens),
+            learnt: f"{self.learnt} ({self.learnt / self.tokens:.1%})",
+            **{name: f"{count} ({count / self.rows:.1%})" for name, count in rows.items() if count is not None},
+            f"padding at batch {self.batch}": f"{self.padding:.1%}",
+            **({} if self.packing is None else {"filled if packed": f"{self.packing:.1%}"}),
+        }
+
+    def __str__(self) -> str:
+        """One line, for the log: without what does not occur."""
+        return ", ".join(f"{value} {name}" for name, value in self.lines().items() if value[:2] != "0 ")
 
 
-def token_statistics(rows: Any) -> TokenStatistics:
-    """One pass over the encoded rows, in bounded memory."""
-    hasher, tokens, learnt, largest = hashlib.sha256(), 0, 0, 0
-    for batch in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=10_000):
-        for column in ("input_ids", "labels"):
-            values = batch[column].combine_chunks()
-            lengths, flat = values.value_lengths().to_numpy(), values.flatten().to_numpy()
-            hasher.update(lengths.tobytes() + flat.tobytes())
-            if column == "input_ids":
-                tokens, largest = tokens + len(flat), max(largest, int(flat.max(initial=0)))
-            else:
-                learnt += int((flat != IGNORE).sum())
-    return TokenStatistics(hasher.hexdigest()[:16], tokens, learnt, largest, max(rows["length"]))
+def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRows | None = None) -> TokenStatistics:
+    """One pass over encoded rows, keeping a length and a hash of each; those to train on come with their packs."""
+    begins_with = tokenizer.cls_token_id if config.masked else tokenizer.bos_token_id
+    hasher, found, largest, parts = hashlib.sha256(), Counter[str](), 0, []
+    for batch in rows.select_columns(["input_ids", "labels", "cut"]).with_format("arrow").iter(batch_size=10_000):
+        (ids, sizes), (labels, _) = flat(batch["input_ids"]), flat(batch["labels"])
+        for values in (ids, labels):
+            hasher.update(sizes.tobytes() + values.tobytes())
+        ends = sizes.cumsum()
+        starts = ends - sizes
+        learnt = labels != IGNORE
+        learnt[starts] &= config.masked  # else nothing predicts it
+        last = np.maximum.reduceat(np.where(learnt, np.arange(len(ids)), 0), starts)
+        # with --train_on_source, the line end that a template puts after EOS is learnt too
+        stops = (labels[last] == tokenizer.eos_token_id) | (labels[np.maximum(last - 1, 0)] == tokenizer.eos_token_id)
+        second = ids[np.minimum(starts + 1, ends - 1)]
+        doubled = (sizes > 1) & (ids[starts] == begins_with) & (second == begins_with)
+        for name, where in {"learnt": learnt, "without_eos": ~stops, "doubled_bos": doubled}.items():
+            found[name] += int(where.sum())
+        found["cut"] += int(batch["cut"].to_numpy().sum())
+        largest = max(largest, int(ids.max(initial=0)))
+        hashes = [hash(ids[start:end].tobytes()) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        parts.append(np.stack([sizes, hashes]))
+    lengths, hashes = np.concatenate(parts, axis=1)
+    train, every = config.training, np.asarray(packs.lengths if packs and config.data.packing else lengths)
+    order = row_order(len(every), every.tolist(), train) if packs else range(len(every))
+    batch = train.per_device_train_batch_size if packs else train.per_device_eval_batch_size
+    return TokenStatistics(
+        hasher.hexdigest()[:16], len(lengths), int(lengths.sum()), found["learnt"], largest, int(lengths.max()),
+        found["cut"], None if config.masked else found["without_eos"], found["doubled_bos"],
+        len(hashes) - len(np.unique(hashes)), batch, padding_share(every, order, batch),
+        sum(packs.lengths) / (packs.limit * len(packs)) if packs else None, histogram(lengths),
+    )  # fmt: skip
+
+
+def measured(splits: Splits, tokenizer: Any, config: Config) -> tuple[Any, dict[str, TokenStatistics]]:
+    """The rows to train on, packed if the flags say so, and statistics of both splits."""
+    limits = limits_of(config)
+    longest = limits.longest
+    packs = None if splits.train is None else PackedRows(splits.train, longest)
+    if packs and config.data.packing:
+        log.info("packing: %d rows in %d packs of up to %d tokens", len(packs.rows), len(packs), longest)
+    parts = {"train": (splits.train, packs), "eval": (splits.eval, None)}.items()
+    statistics = {name: token_statistics(rows, tokenizer, config, p) for name, (rows, p) in parts if rows is not None}
+    return packs if config.data.packing else splits.train, statistics
+
+
+def flat(column: Any) -> tuple[Any, Any]:
+    """An Arrow column of lists as its values and their numbers in each."""
+    lists = column.combine_chunks()
+    return lists.flatten().to_numpy(), lists.value_lengths().to_numpy()
+
+
+def padding_share(lengths: Any, order: Iterable[int], at_once: int) -> float:
+    """What is padding in batches of so many rows, taken in this order."""
+    ordered = lengths[np.fromiter(order, int)]
+    starts = np.arange(0, len(ordered), at_once)
+    sizes = np.diff(starts, append=len(ordered))
+    return float(1 - ordered.sum() / (np.maximum.reduceat(ordered, starts) * sizes).sum())
+
+
+def histogram(lengths: Any) -> dict[str, int]:
+    """How many there are in each of at most a dozen round steps."""
+    step = next(n * 10**power for power in itertools.count() for n in (1, 2, 5) if 12 * n * 10**power >= lengths.max())
+    counts = np.bincount((lengths - 1) // step).tolist()
+    return {f"{n * step + 1}-{(n + 1) * step}": count for n, count in enumerate(counts)}
 
 
 def pad(rows: Sequence[Sequence[int] | torch.Tensor], value: int, side: str) -> torch.Tensor:
@@ -2358,6 +2488,71 @@ def build_masking(tokenizer: PreTrainedTokenizerBase, rows: int, data: DataArgum
     return Masking(*shares, mask_id=tokenizer.mask_token_id, words=torch.tensor(words))
 
 
+Titled = tuple[str, list["Piece"]]  # a row, with what it is
+
+
+class Piece(NamedTuple):
+    """A stretch of a row as --preview shows it."""
+
+    text: str
+    learnt: bool
+    special: bool  # a special token, and not text that looks like one
+
+
+def pieces_of(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
+    """A row's text where it is learnt and where not; a token that stands for another one with an arrow to that."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    apart = [i in special or label not in (IGNORE, i) for i, label in zip(ids, labels, strict=True)]
+    kinds = [(label != IGNORE, n if apart[n] else -1) for n, label in enumerate(labels)]
+    for (learnt, _), group in itertools.groupby(range(len(ids)), kinds.__getitem__):
+        numbers = list(group)
+        first, last = numbers[0], numbers[-1]
+        # decoded by itself a piece could lose its leading space, or half of a letter
+        before, text = (str(decode(ids[:end])) for end in (first, last + 1))
+        text = text[len(before) :] if text.startswith(before) else str(decode(ids[first : last + 1]))
+        name = str(tokenizer.convert_ids_to_tokens(ids[first])) if ids[first] in special else text
+        yield Piece("↵\n".join(map(visible, name.split("\n"))), learnt, ids[first] in special)
+        if learnt and labels[first] != ids[first]:
+            yield Piece(f"→{visible(str(decode(labels[first : first + 1])))}", True, False)
+
+
+def shown_rows(rows: Any, tokenizer: Any, model_config: PretrainedConfig, config: Config) -> Iterator[Titled]:
+    """Title and pieces of the first rows, or of those in the first packs, as a first step would have them."""
+    known = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    masking = build_masking(tokenizer, known, config.data) if config.masked else None
+    for number in range(min(config.data.preview, len(rows))):
+        members = rows[number].get("pack", [rows[number]])
+        window = collate_window(members, config.masked)["window"]
+        for part, row in enumerate(zip(window.input_ids, window.labels, strict=True)):
+            ids, labels = masking.draw(*row, "train", config.training.seed, 0, 0, number, part) if masking else row
+            title = f"row {number + 1}" + f", part {part + 1} of {len(members)}" * (len(members) > 1)
+            title += f": {visible(window.where[part])}, {len(ids)} tokens, {int((labels != IGNORE).sum())} learnt"
+            yield title + ", cut" * members[part]["cut"], list(pieces_of(ids.tolist(), labels.tolist(), tokenizer))
+
+
+# What stands around learnt text and around special tokens: green and reversed in a terminal, brackets elsewhere.
+TERMINAL_MARKS, PLAIN_MARKS = ("\x1b[32m", "\x1b[39m", "\x1b[7m", "\x1b[27m"), tuple("⟪⟫⟦⟧")
+
+
+def preview_text(rows: Iterable[Titled], statistics: Mapping[str, TokenStatistics], terminal: bool) -> str:
+    """The rows, then the statistics of each split."""
+    on, off, open_, close = TERMINAL_MARKS if terminal else PLAIN_MARKS
+    own = {} if terminal else {ord(mark): f"\\u{ord(mark):x}" for mark in PLAIN_MARKS}  # in the data
+    lines = [f"{on}learnt{off}, {open_}special token{close}, ↵ end of a line\n"]
+    for title, pieces in rows:
+        text = ""
+        for learnt, group in itertools.groupby(pieces, lambda piece: piece.learnt):
+            inner = "".join(f"{open_}{p.text}{close}" if p.special else p.text.translate(own) for p in group)
+            text += f"{on}{inner}{off}" if learnt else inner
+        lines += [title, text + "\n"]
+    for name, part in statistics.items():
+        most = max(part.lengths.values())
+        bars = {f"{size} tokens": f"{'█' * math.ceil(30 * n / most)} {n}".strip() for size, n in part.lengths.items()}
+        lines += [f"{name} rows", table(part.lines() | bars) + "\n"]
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------
 # 8. Model: data types, quantisation, devices
 #
@@ -2454,8 +2649,8 @@ def load_whole(name: str, folder: str | Path, auto_model: Any = AutoModelForCaus
     return model
 
 
-def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
-    """A folder in bf16 with the weights and the tokenizer of a .gguf file, made once and kept in the cache.
+def dequantised_gguf(path: Path, cache_dir: str | None, weights: bool = True) -> Path:
+    """A folder in bf16 with the weights (or config alone) and the tokenizer of a .gguf file, made once and cached.
 
     bf16 keeps 8 bits of mantissa, more than the at most 8 bits that such a file stores for a weight.
     """
@@ -2466,20 +2661,27 @@ def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
     folder = root / f"{path.stem}-{digest(path.resolve(), stat.st_size, stat.st_mtime_ns)}"
     if folder.is_dir():
         return folder
-    log.info("%s: dequantising into %s, once", path, folder)
+    folder = folder if weights else folder.with_name(f"{folder.name}-without-weights")
+    if folder.is_dir():
+        return folder
+    log.info("%s: %s into %s, once", path, "dequantising" if weights else "its tokenizer", folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as scratch:
         with mendable(f"--model_name_or_path {path}"):
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = load_whole(str(path), path.parent, gguf_file=path.name, dtype=torch.float32)
-        if isinstance(model.config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-        # transformers refuses to save what came from a gguf file unless it forgets that
-        model.hf_quantizer.remove_quantization_config(model)
-        model.to(torch.bfloat16)
-        model.config.dtype = torch.bfloat16
+            model_config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         part = Path(scratch) / "model"
-        model.save_pretrained(part)
+        if isinstance(model_config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model_config.eos_token_id)
+        if weights:
+            model = load_whole(str(path), path.parent, gguf_file=path.name, dtype=torch.float32)
+            # transformers refuses to save what came from a gguf file unless it forgets that
+            model.hf_quantizer.remove_quantization_config(model)
+            model.to(torch.bfloat16)
+            model.config.dtype = torch.bfloat16
+            model.save_pretrained(part)
+        else:
+            model_config.save_pretrained(part)
         tokenizer.save_pretrained(part)
         try:
             part.rename(folder)
@@ -2491,9 +2693,9 @@ def dequantised_gguf(path: Path, cache_dir: str | None) -> Path:
 
 def model_folder(config: Config) -> str:
     """Where transformers loads the base from: the folder or hub id given, or the folder made from a .gguf file."""
-    name = config.model.model_name_or_path
+    name, weights = config.model.model_name_or_path, not (config.training.plan or config.data.preview)
     gguf = gguf_file(name)
-    return str(dequantised_gguf(gguf, config.model.cache_dir)) if gguf else name
+    return str(dequantised_gguf(gguf, config.model.cache_dir, weights)) if gguf else name
 
 
 def load_model_config(config: Config, folder: str) -> PretrainedConfig:
@@ -4151,7 +4353,7 @@ def plan_from_flags(config: Config, costs: Costs) -> Plan:
     if gpu is None:
         raise ConfigError("--plan: there is no GPU here, name one with --plan_gpu, e.g. --plan_gpu 24GiB")
     limits, train = limits_of(config), config.training
-    longest = limits.total or limits.source + limits.target
+    longest = limits.longest
     window = longest * train.per_device_train_batch_size * train.gradient_accumulation_steps
     return make_plan(costs, gpu, longest, window, config)
 
@@ -4192,7 +4394,7 @@ def choose_sizes(
     gpu = find_gpu(None)
     assert gpu is not None
     count = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    longest, window = largest_window(rows["length"], count)
+    longest, window = largest_window(rows["length"][:], count)
     measured = calibrated(costs, model, base, fast, config)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     own = 0.95 * free - costs.gradients - (0 if costs.paged else costs.optimizer)
@@ -4737,39 +4939,6 @@ def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longes
 # tokens only, checkpoints that are whole or absent, a stop on numbers that are not finite, MMLU beside the evaluation.
 # To add a callback: one class, one line in build_callbacks.
 # ------------------------------------------------------------------------------------
-class EpochSampler(torch.utils.data.Sampler[int]):
-    """Row numbers in an order that follows from seed and epoch alone, so that a resume in any epoch finds it again.
-
-    With lengths, rows of like length stand together (in windows of 50 batches, the longest first): less padding.
-    """
-
-    def __init__(self, rows: int, seed: int, lengths: list[int] | None = None, batch_size: int = 1) -> None:
-        self.rows, self.seed, self.lengths, self.batch_size = rows, seed, lengths, batch_size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        if self.lengths is None:
-            return iter(torch.randperm(self.rows, generator=generator).tolist())
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
-def row_order(rows: Any, lengths: Any, args: Any, batch_size: int) -> Any:
-    """The sampler that --train_sampling_strategy names. `rows` may have lost its column of lengths."""
-    if args.train_sampling_strategy == "sequential":
-        return torch.utils.data.SequentialSampler(rows)
-    seed = args.seed if args.data_seed is None else args.data_seed
-    grouped = args.train_sampling_strategy == "group_by_length"
-    return EpochSampler(len(rows), seed, list(lengths["length"]) if grouped else None, batch_size)
-
-
 @dataclass
 class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
     """A stream as this process's windows, each with the place behind it. A block is ordered as a dataset's epoch is.
@@ -4796,8 +4965,8 @@ class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
     def _rows(self) -> Iterator[tuple[Place, Any, int]]:
         taken = self.place.get("taken", 0)
         for before, block in encoded_blocks(self.stream, self.place, self.tokenizer, self.config):
-            rows = packed(block, self.config) if self.config.data.packing else block
-            order = row_order(rows, rows, self.args, self.args.train_batch_size * self.args.world_size)
+            rows = PackedRows(block, limits_of(self.config).longest) if self.config.data.packing else block
+            order = row_order(len(rows), rows["length"][:], self.args)
             if isinstance(order, EpochSampler):
                 order.set_epoch(before.get("block", 0))
             for number, i in itertools.islice(enumerate(order, start=1), taken, None):
@@ -4952,8 +5121,8 @@ class QLoRATrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Ours: the Trainer's grouped sampler draws from the global generator, and a resume in epoch 2 differs."""
-        rows, batch = train_dataset, self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return row_order(self.train_dataset if rows is None else rows, self.train_dataset, self.args, batch)
+        every: Any = self.train_dataset  # the one given may have lost its columns to --remove_unused_columns
+        return row_order(len(every), every["length"][:], self.args)
 
     def get_train_dataloader(self) -> Any:
         """A stream hands out whole windows, to each process its own."""
@@ -5507,7 +5676,7 @@ def is_merged(adapter: str, config: Config) -> bool:
 
 def check_merge(start: Start, config: Config) -> None:
     """Before anything is trained: can a merged model be written, and is there something to merge?"""
-    if config.training.merged_output_dir is None:
+    if config.training.merged_output_dir is None or config.data.preview:
         return
     target = Path(config.training.merged_output_dir)
     if not start.train and start.weights and is_merged(start.weights, config):
@@ -5799,7 +5968,9 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
         yield f"{name} was {old}, is {new}"
 
 
-def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Splits) -> dict[str, Any]:
+def derived_settings(
+    config: Config, start: Start, tokenizer: Any, train_rows: int, statistics: Mapping[str, TokenStatistics]
+) -> dict[str, Any]:
     """What follows from the flags: the block at the start of a run, and `derived` in run.json."""
     args, quant = config.training, config.quant
     rows, accumulated, processes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
@@ -5808,8 +5979,8 @@ def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Split
     kind = f"{quant.bits} bit"
     if quant.bits == 4:
         kind += f" {quant.quant_type}{', double quantisation' if quant.double_quant else ''}"
-    train_rows, eval_rows = (len(part) if part is not None else 0 for part in splits)
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    first = "of a stream's first block: " if config.data.streaming else ""
     length += "" if config.data.streaming else f"; {math.ceil(train_rows / effective)} steps are an epoch"
     names = ("bos", "eos", "pad", *(("mask",) if config.masked else ()))
     special = [(name, getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")) for name in names]
@@ -5825,8 +5996,7 @@ def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Split
         "length": length,
         "special tokens": ", ".join(f"{name} {token!r} = {number}" for name, token, number in special),
         "trained part": trained,
-        "train rows": f"a stream, {train_rows} in its first block" if config.data.streaming else train_rows,
-        "eval rows": eval_rows,
+        **{f"{name} data": f"{first if name == 'train' else ''}{part}" for name, part in statistics.items()},
     }
 
 
@@ -5907,13 +6077,24 @@ def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: in
     sizes, plan = choose_sizes(costs, model, base, fast, rows, config)
     start_recomputing(base, fast, sizes, compute_dtype(config))
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
-    parts = {"rows end to end": fast.attention, "logits in chunks": fast.head is not None, "steps": sizes}
-    log_block("Fast path", parts | (plan.lines() if plan else {}))
+    parts = {"rows end to end": fast.attention, "logits in chunks": fast.head}
+    found = {name: "no" if part is None else "yes" for name, part in parts.items()} | {"steps": sizes}
+    log_block("Fast path", found | (plan.lines() if plan else {}))
     return Ready(model, fast, sizes, plan)
 
 
-def run(config: Config, stop: Stop) -> int:
-    """One run, from checked flags to files. Returns the exit status."""
+def print_preview(rows: Iterable[Titled], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
+    """To standard output, coloured where that is a terminal."""
+    coloured, encoding = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), sys.stdout.encoding or "utf-8"
+    text = preview_text(rows, statistics, coloured).encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # of `| head`; nothing may be left for Python to write at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -> int:
+    """One run, from checked flags to files, or --preview shown. Returns the exit status."""
     args, output = config.training, Path(config.training.output_dir)
     began = time.perf_counter()
     if args.full_determinism:
@@ -5925,7 +6106,7 @@ def run(config: Config, stop: Stop) -> int:
         config = settle_objective(config, model_config)
         print(table(plan_from_flags(config, costs_from_config(config, model_config)).lines()))
         return 0
-    start = find_start(config)
+    start = Start(train=True) if config.data.preview else find_start(config)
     if start.note:
         log.info("%s", start.note)
     check_merge(start, config)
@@ -5940,17 +6121,20 @@ def run(config: Config, stop: Stop) -> int:
     with args.main_process_first(desc="reading and encoding the dataset"):
         pairs = load_splits(config, tokenizer)
         splits = encode_splits(pairs, tokenizer, config)
+    rows, statistics = measured(splits, tokenizer, config)
+    if config.data.preview:
+        show(shown_rows(rows or splits.eval, tokenizer, model_config, config), statistics, config)
+        return 0
     if args.do_predict and not config.masked:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
-    statistics = {name: token_statistics(part) for name, part in splits._asdict().items() if part is not None}
     this_run = identity(config, statistics.get("train") if args.do_train else None)
     if start.found:
         check_identity(start.found, this_run, args.do_train)
 
     output.mkdir(parents=True, exist_ok=True)  # a folder that can't be written shows before the model is loaded
     final_folder(config).mkdir(parents=True, exist_ok=True)
-    derived = derived_settings(config, start, tokenizer, splits)
+    derived = derived_settings(config, start, tokenizer, len(rows or ()), statistics)
     log_block("This run", derived)
     record = run_record(config, derived, {name: part._asdict() for name, part in statistics.items()})
     if config.record:
@@ -5962,7 +6146,6 @@ def run(config: Config, stop: Stop) -> int:
     base = load_model(config, model_config, start.weights or folder if config.quant.full_finetune else folder)
     special_ids_into_model(base, tokenizer)
     check_fit(base, statistics)
-    rows = packed(splits.train, config) if config.data.packing and start.train else splits.train
     train_rows = pairs.train if config.data.streaming else rows
     costs = costs_from_config(config, model_config)
     ready = assemble(base, costs, start, rows, tokenizer.pad_token_id, config)
@@ -6016,8 +6199,8 @@ MEMORY_ADVICE = (
 
 def exit_status(error: BaseException) -> tuple[int, str] | None:
     """Exit status and message for what a user can mend; None for our bugs."""
-    if isinstance(error, QLoRAError):  # names and values of a user's data may hold line breaks and terminal codes
-        return 2, "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+    if isinstance(error, QLoRAError):
+        return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
         name = signal.Signals(error.args[0] if error.args else signal.SIGINT).name
         return STOP_SIGNALS[name], f"interrupted by {name}; the same command goes on from what is saved"
@@ -6049,7 +6232,7 @@ def set_up_logging() -> None:
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, action: Callable[[Config, Stop], int] = run) -> int:
     """The command line. Returns the exit status: 0 done, 2 mend something; STOP_SIGNALS: stopped and saved."""
     argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
@@ -6057,7 +6240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = Stop()
     try:
         with signals_noted(stop):
-            return run(parse_config(argv), stop)
+            return action(parse_config(argv), stop)
     except (Exception, KeyboardInterrupt) as error:
         known = exit_status(error)
         if known is None:
@@ -6066,7 +6249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # or the message would stand behind a progress bar
-        message = HUB_TOKEN.sub("(a token)", known[1])
+        message = visible(HUB_TOKEN.sub("(a token)", known[1]))
         print(f"{'error: ' if known[0] else ''}{message}", file=sys.stderr)
         return known[0]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Chromium from Debian's packages, for the test of the chat page: bash .ci/browser.sh
+# Chromium from Debian's packages, for the tests of the pages: bash .ci/browser.sh
 # Does nothing where it is there already. Needs root, or sudo without a password.
 set -euo pipefail
 command -v chromium >/dev/null && exit 0

@@ -82,6 +82,7 @@ DATA = {
     "mask_prob": 0.15,
     "mask_replace_prob": 0.8,
     "random_replace_prob": 0.1,
+    "preview": 0,
 }
 QUANTISATION = {
     "bits": 4,
@@ -182,9 +183,7 @@ OURS = {name for table in GROUPS.values() for name in table}
 # Flags of ours that the original did not have and that no table of defaults names.
 HELPERS = {"show_traceback"}
 # Not there yet, each with the feature that it belongs to. Move a row up when the feature arrives.
-LATER = {
-    "preview": "preview",
-}
+LATER: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -706,6 +705,8 @@ RULES = [
     ("--report_to pigeon", "--report_to pigeon tensorboard"),
     ("--report_to tensorboard,pigeon", "--report_to pigeon tensorboard"),
     ("--report_to comet_ml", "--report_to comet_ml installed"),
+    ("--preview -1", "preview -1"),
+    ("--preview 3 --plan", "preview plan"),
     ("--layer_freeze_ratio -0.5", "layer_freeze_ratio -0.5"),
     ("--train_sampling_strategy sorted", "train_sampling_strategy sorted random"),
     ("--dataset_format alpacca", "dataset_format alpacca alpaca input-output path.py:function"),

@@ -695,7 +695,7 @@ def test_a_run_on_airoboros_chat(run_qlora, tmp_path):
     flags |= {"include_sources": "s", "eval_dataset_size": 0.25, "do_eval": True, "max_steps": 2}
     run = run_qlora(dataset=file, source_max_len=None, target_max_len=None, **flags)
     assert run.code == 0 and (run.output_dir / "completed").exists()
-    assert run.json("run.json")["derived"]["eval rows"] == 3  # a quarter of twice six
+    assert run.json("run.json")["data"]["eval"]["rows"] == 3  # a quarter of twice six
     assert run.json("metrics.json")["eval_loss"] > 0
 
 

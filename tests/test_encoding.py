@@ -354,14 +354,12 @@ def test_the_flags_reach_the_limits(encode_file):
 
 
 @pytest.mark.parametrize("longer", [0, 1, 3])
-def test_the_share_of_cut_rows_is_printed(encode_file, info, longer):
+def test_the_share_of_cut_rows_is_part_of_the_statistics(encode_file, longer):
     rows = [{"input": "a", "output": "x" * (4 if n < longer else 3)} for n in range(4)]
-    encode_file(rows, "--target_max_len", "4")
-    said = [message for message in info.messages if " %" in message]
-    assert len(said) == (longer > 0)
-    assert not said or (
-        "cut" in said[0] and f"{25 * longer}.0 %" in said[0] and "train" in said[0] and "4 rows" in said[0]
-    )
+    encoded = encode_file(rows, "--target_max_len", "4").train
+    found = qlora.token_statistics(encoded, tiny.byte_tokenizer(), qlora.parse_config([]))
+    assert (found.rows, found.cut, found.without_eos) == (4, longer, longer)
+    assert (f"{longer} ({25 * longer}.0%) cut" in str(found)) == (longer > 0) and "4 rows" in str(found)
 
 
 @pytest.fixture
@@ -453,8 +451,8 @@ def test_the_cache_knows_what_it_depends_on(encode_file):
 
 def statistics(*rows):
     """Of rows given as (ids, labels)."""
-    rows = [{"input_ids": ids, "labels": labels, "length": len(ids)} for ids, labels in rows]
-    return qlora.token_statistics(datasets.Dataset.from_list(rows))
+    rows = [{"input_ids": ids, "labels": labels, "cut": False} for ids, labels in rows]
+    return qlora.token_statistics(datasets.Dataset.from_list(rows), tiny.byte_tokenizer(), qlora.parse_config([]))
 
 
 FIRST, SECOND = ([BOS, A, B, EOS], [NO, NO, B, EOS]), ([BOS, X, Y, Z, EOS], [NO, X, Y, Z, EOS])
@@ -464,6 +462,32 @@ def test_token_statistics():
     found = statistics(FIRST, SECOND)
     assert (found.tokens, found.learnt, found.largest_id, found.longest) == (9, 6, 257, 5)
     assert statistics(FIRST) == statistics(FIRST)
+
+
+@pytest.mark.parametrize(
+    ("row", "without_eos", "doubled_bos"),
+    [
+        (([BOS, A, X, EOS], [NO, NO, X, EOS]), 0, 0),
+        (([BOS, BOS, A, X], [NO, NO, NO, X]), 1, 1),
+        (([A, BOS, BOS, X, EOS], [NO, NO, NO, X, EOS]), 0, 0),  # only at the beginning
+        (([BOS, A, EOS, X, A], [NO, A, EOS, NO, A]), 1, 0),  # an earlier answer's
+        (([BOS, A, X, EOS], [NO, NO, X, NO]), 1, 0),  # it stands there, and is not learnt
+        (([BOS, A, EOS, Y], [BOS, A, EOS, Y]), 0, 0),  # --train_on_source, and a line end of the template's
+        (([A, A], [NO, A]), 1, 0),
+    ],
+)
+def test_rows_that_look_like_a_mistake(row, without_eos, doubled_bos):
+    """Each alone, and before and after another row, whose tokens must not be taken for its own."""
+    for rows, more in (([row], 0), ([SECOND, row, FIRST], 0), ([FIRST, row], 0), ([row, row], 1)):
+        found = statistics(*rows)
+        assert found.without_eos == without_eos * (1 + more) and found.doubled_bos == doubled_bos * (1 + more)
+        assert found.duplicates == more
+
+
+def test_duplicates_are_whole_rows():
+    ones, twos = ([A] * 4, [NO, A, A, A]), ([A, A], [NO, A])
+    assert statistics(ones, twos, twos).duplicates == 1  # not 4 tokens that are the same in both
+    assert statistics(FIRST, SECOND, FIRST, FIRST, SECOND).duplicates == 3
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,51 @@ def test_a_rejected_row_can_be_mended_from_the_file(tmp_path):
     assert "find me" in line
 
 
+def test_the_cells_of_a_rejected_csv_line_are_kept(tmp_path):
+    (tmp_path / "a.csv").write_text("input,output\na,b\nfind,me,too\n")
+    load("--dataset", tmp_path / "a.csv", "--on_bad_rows", "skip", "--output_dir", tmp_path / "out")
+    (line,) = (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["row"] == ["find", "me", "too"]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "field"),
+    [
+        ("alpaca", {"instruction": "a", "output": " "}, "output"),
+        ("self-instruct", {"prompt": "a", "completion": ""}, "completion"),
+        ("airoboros", {"instruction": "a", "response": "\n"}, "response"),
+        ("text", {"text": ""}, "text"),
+        ("hh-rlhf", {"chosen": ""}, "chosen"),
+        ("chip2", {"text": "<human>: a\n<bot>: "}, "text"),
+    ],
+)
+def test_an_empty_output_names_its_field(tmp_path, name, row, field):
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [row])
+    message = data_error("--dataset", file, "--dataset_format", name)
+    assert message.startswith(f"{file}:1: field {field!r}: the output is empty, expected something to learn")
+
+
+def test_a_row_that_the_limits_leave_nothing_of_names_them(run_qlora, tmp_path, models):
+    """One token, which nothing predicts: a tokenizer without BOS, an empty input and an output cut to one token."""
+    model = tiny.write_model(tmp_path / "model", "llama", tokenizer=tiny_without_bos)
+    rows = [{"input": "ab", "output": "cd"}, {"input": "", "output": "x"}]
+    flags = {
+        "model_name_or_path": model,
+        "dataset": tiny.rows_to_jsonl(tmp_path / "a.jsonl", rows),
+        "target_max_len": 1,
+    }
+    run = run_qlora(**flags)
+    found = f"{tmp_path}/a.jsonl:2: no token left to learn within source 32, target 1, expected one at least"
+    assert run.code == 2 and run.stderr.splitlines()[-1].startswith(f"error: {found}; --on_bad_rows skip")
+    assert run_qlora(**flags, on_bad_rows="skip", max_steps=1).code == 0
+    (line,) = (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["where"].endswith("a.jsonl:2") and "source 32" in json.loads(line)["reason"]
+
+
+def tiny_without_bos(path):
+    return tiny.write_tokenizer(path, "byte", bos=None)
+
+
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_a_set_without_a_good_row_always_stops(tmp_path, policy):
     (tmp_path / "a.jsonl").write_text('{"input": "a", "output": ""}\n' * 3)
@@ -487,6 +532,15 @@ def test_a_category_stratifies_the_split(tmp_path, column):
     assert len(splits.eval) == 10 and len(splits.train) == 40
     first_letters = "".join(sorted(output[0] for output in outputs(splits.eval)))
     assert first_letters.replace("c", "") in ("a" * 8 + "bb", "a" * 8 + "b")
+
+
+@pytest.mark.parametrize("values", [(7, 8), (True, False), (["a"], ["b"]), (None, "b")], ids=str)
+def test_a_category_may_be_a_number_or_missing(tmp_path, values):
+    """Ten rows of one and thirty of the other: the held-out ones have a quarter of the first."""
+    rows = [{"input": "q", "output": f"{n % 4 == 0}", "category": values[n % 4 != 0]} for n in range(40)]
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
+    splits = load("--dataset", file, "--do_eval", "--eval_dataset_size", "8")
+    assert sorted(outputs(splits.eval)) == ["False"] * 6 + ["True"] * 2
 
 
 def test_limits_count_after_the_split(rows_file):

@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""What `qlora.py --preview N` prints, as one HTML page to look at: the rows as they are trained, then statistics.
+
+    python scripts/preview_html.py --model_name_or_path M --dataset my.jsonl --output_dir output/mine [--preview 20]
+
+Takes every flag of qlora.py, loads no weights, and writes preview.html into --output_dir. The page asks for nothing
+outside itself, so it can be sent on as it is; it holds rows of the dataset.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import qlora
+
+ROWS = 20  # where --preview does not say how many
+OPEN = 5  # rows that are unfolded to begin with
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fafaf7; --card: #fff; --ink: #1c2024; --soft: #596270; --line: #d9dce1;
+  --learnt: #d2f0dc; --learnt-ink: #08381c; --learnt-line: #1f8a4c; --token: #e9ebf0; --bar: #3f7cc4; --note: #b45309; }
+@media (prefers-color-scheme: dark) { :root { --page: #14171b; --card: #1c2026; --ink: #dde2e9; --soft: #9aa5b4;
+  --line: #343b45; --learnt: #123b25; --learnt-ink: #c9f4d9; --learnt-line: #3fb872; --token: #2d333d; --bar: #5b9be6;
+  --note: #f0a742; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 1rem 1rem 4rem; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.4rem; line-height: 1.25; margin: .5rem 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .75rem; }
+header p, .legend { margin: 0; color: var(--soft); overflow-wrap: anywhere; }
+header span, .legend span { display: inline-block; margin-right: .9rem; }
+:focus-visible { outline: 3px solid var(--bar); outline-offset: 2px; border-radius: 4px; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.75rem, 1fr)); gap: .5rem; margin: 0; }
+dl div, details { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+dl div { padding: .5rem .75rem; }
+dt { color: var(--soft); font-size: .85rem; }
+dd { margin: 0; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+dd small { font-weight: 400; color: var(--soft); }
+.note { border-color: var(--note); border-left-width: 4px; }
+table { width: 100%; border-collapse: collapse; margin-top: 1rem; font-size: .9rem;
+  font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--soft); padding-bottom: .25rem; }
+th, td { padding: 1px 0; font-weight: 400; }
+th { text-align: right; white-space: nowrap; padding-right: .75rem; width: 1%; color: var(--soft); }
+td { display: flex; align-items: center; gap: .5rem; }
+td span { height: .8rem; background: var(--bar); border-radius: 0 3px 3px 0; }
+details { margin: .5rem 0; }
+summary { cursor: pointer; padding: .6rem .75rem; font-size: .9rem; overflow-wrap: anywhere; }
+.row { margin: 0; padding: .6rem .75rem .8rem; border-top: 1px solid var(--line); white-space: pre-wrap;
+  overflow-wrap: anywhere; unicode-bidi: plaintext; font: .88rem/1.6 ui-monospace, Menlo, Consolas, monospace; }
+mark { background: var(--learnt); color: var(--learnt-ink); border-bottom: 2px solid var(--learnt-line);
+  box-decoration-break: clone; -webkit-box-decoration-break: clone; }
+code { font: inherit; font-size: .9em; background: var(--token); border: 1px solid var(--soft); border-radius: 4px;
+  padding: 0 .25em; }
+mark code { background: transparent; border-color: var(--learnt-line); }
+i { color: var(--soft); font-style: normal; user-select: none; }
+mark i { color: inherit; opacity: .75; }
+@media print { details { break-inside: avoid; } }
+"""
+
+
+LEGEND = ("<mark>learnt</mark>", "not learnt", "<code>special token</code>", "<i>↵</i> end of a line")
+
+
+def spans(parts: Iterable[str]) -> str:
+    """Each in one piece where the line is long enough."""
+    return " ".join(f"<span>{part}</span>" for part in parts)
+
+
+def piece_html(piece: qlora.Piece) -> str:
+    """A stretch of a row: learnt is <mark>, a special token is <code>."""
+    text = escape(piece.text).replace("↵\n", "<i>↵</i>\n")
+    text = f"<code>{text}</code>" if piece.special else text
+    return f"<mark>{text}</mark>" if piece.learnt else text
+
+
+def rows_html(rows: Iterable[qlora.Titled]) -> str:
+    """The rows, each to be folded; the first are open."""
+    return "\n".join(
+        f"<details{' open' * (number < OPEN)}><summary>{escape(title)}</summary>"
+        f'<p class="row" dir="auto">{"".join(map(piece_html, pieces))}</p></details>'
+        for number, (title, pieces) in enumerate(rows)
+    )
+
+
+def statistics_html(name: str, part: qlora.TokenStatistics) -> str:
+    """One split: a card for each number, then the lengths as bars. What may be a mistake stands out."""
+    doubtful = {"cut": part.cut, "without EOS": part.without_eos, "with doubled BOS": part.doubled_bos,
+                "duplicates": part.duplicates}  # fmt: skip
+    cards = ""
+    for label, value in part.lines().items():
+        number, _, share = value.partition(" ")
+        small = f" <small>{escape(share)}</small>" if share else ""
+        note = ' class="note"' if doubtful.get(label) else ""
+        cards += f"<div{note}><dt>{escape(label)}</dt><dd>{escape(number)}{small}</dd></div>\n"
+    most = max(part.lengths.values())
+    bars = "\n".join(
+        f'<tr><th scope="row">{size}</th><td><span style="width: {85 * count / most:.1f}%"></span>{count}</td></tr>'
+        for size, count in part.lengths.items()
+    )
+    return (
+        f"<section><h2>Statistics of the {name} rows</h2>\n<dl>\n{cards}</dl>\n"
+        f"<table><caption>Rows by their length in tokens</caption><tbody>\n{bars}\n</tbody></table></section>"
+    )
+
+
+def page(config: qlora.Config, rows: list[qlora.Titled], statistics: dict[str, qlora.TokenStatistics]) -> str:
+    """The whole document."""
+    title = f"Preview of {qlora.visible(config.data.dataset)}"
+    flags = qlora.shown_flags(config)
+    given = [f"--{name} {qlora.visible(str(flags[name]))}" for name in sorted(config.given - {"dataset"})]
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header><h1>{escape(title)}</h1><p>{spans(map(escape, given))}</p></header>
+<main>
+{"".join(statistics_html(name, part) for name, part in statistics.items())}
+<section><h2>The first {len(rows)} rows, as they are trained</h2>
+<p class="legend">{spans(LEGEND)}</p>
+{rows_html(rows)}
+</section>
+</main>
+</body>
+</html>
+"""
+
+
+def write_page(
+    rows: Iterable[qlora.Titled], statistics: dict[str, qlora.TokenStatistics], config: qlora.Config
+) -> None:
+    """Write preview.html, and print where it is."""
+    file = Path(config.training.output_dir, "preview.html")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    qlora.write_file(file, page(config, list(rows), statistics))
+    print(file)
+
+
+def preview(config: qlora.Config, stop: qlora.Stop) -> int:
+    """A run that ends with the page."""
+    data = dataclasses.replace(config.data, preview=config.data.preview or ROWS)
+    return qlora.run(dataclasses.replace(config, data=data), stop, show=write_page)
+
+
+if __name__ == "__main__":
+    sys.exit(qlora.main(action=preview))
