@@ -18,7 +18,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import shlex
 import statistics
 import subprocess
@@ -163,7 +162,8 @@ class Pool:
             except (qlora.QLoRAError, torch.OutOfMemoryError) as error:
                 found.append({"name": job.name, "seed": job.seed, "flags": job.flags, "failed": str(error)})
             last = found[-1]
-            print(f"{job.name}, seed {job.seed}: {last.get('failed') or last['metrics']}", flush=True)
+            ends = [round(last["eval"][i]["eval_loss"], 4) for i in (0, -1)] if last.get("eval") else "done"
+            print(f"{job.name}, seed {job.seed}: {last.get('failed') or ends}, {last.get('seconds')} s", flush=True)
         return found
 
 
@@ -196,7 +196,7 @@ def in_lines(value: Any) -> str:
     return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "]" if runs else json.dumps(value)
 
 
-def write(arguments: argparse.Namespace, name: str, content: dict[str, Any]) -> None:
+def write(arguments: argparse.Namespace, name: str, content: dict[str, Any], show: bool = True) -> None:
     """Results with what it takes to judge them, then their table and chart."""
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -208,7 +208,8 @@ def write(arguments: argparse.Namespace, name: str, content: dict[str, Any]) -> 
     }
     lines = [f"{json.dumps(key)}: {in_lines(value)}" for key, value in (about | content).items()]
     (out / f"{name}.json").write_text("{" + ",\n ".join(lines) + "}\n", encoding="utf-8")
-    present(out, name)
+    if show:
+        present(out, name)
 
 
 # ------------------------------------------------------------------------------------
@@ -338,18 +339,18 @@ def bits(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     storage: dict[str, Any] = {}
     for double in (True, False):
-        layer = bitsandbytes.nn.Linear4bit(4096, 11008, bias=False, quant_type="nf4", compress_statistics=double)
+        layer = bitsandbytes.nn.Linear4bit(4096, 4096, bias=False, quant_type="nf4", compress_statistics=double)
         name = "nf4 + double quant" if double else "nf4"
         own = linear_of(arguments.model, arguments.work, *NF4, "--double_quant", str(double))
         layer.to("cuda" if GPU else "cpu")
-        storage[name] = {"model": stored_bits(own), "4096 x 11008": stored_bits([layer])}
+        storage[name] = {"model": stored_bits(own), "4096 x 4096": stored_bits([layer])}
         del own
         free_memory()
     weights = [
         layer.weight.detach().float().cpu() for layer in linear_of(arguments.model, arguments.work, *("--bits", "32"))
     ]
     count = sum(weight.numel() for weight in weights)
-    errors = {"model": error_of(weights), "normal": error_of([torch.randn(2048, 2048)])}
+    errors = {"model": error_of(weights), "normal": error_of([torch.randn(1024, 1024)])}
     write(
         arguments,
         "bits",
@@ -366,7 +367,7 @@ def bits_table(content: dict[str, Any]) -> str:
     ]
     for kind in KINDS:
         stored = content["storage"].get(kind)
-        held = f"{stored['4096 x 11008']['bits']:.3f} | {stored['model']['with_tables']:.3f}" if stored else " | "
+        held = f"{stored['4096 x 4096']['bits']:.3f} | {stored['model']['with_tables']:.3f}" if stored else " | "
         own, normal = (content["errors"][of][kind] for of in ("model", "normal"))
         lines.append(
             f"| {kind} | {held} | {own['relative_rms']:.4f} | {own['worst_layer']:.4f} | {normal['relative_rms']:.4f} |"
@@ -405,6 +406,9 @@ def plain_model(folder: str, adapter: str | None) -> Any:
     )
     where = {"": 0 if GPU else "cpu"}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=where, quantization_config=nf4)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # such a CPU would round in bf16 once no gradient is wanted
     return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
 
 
@@ -647,12 +651,51 @@ def fast_slow_chart(content: dict[str, Any], pyplot: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------
+# memory: what scripts/memory.py measured
+# ------------------------------------------------------------------------------------
+def memory_table(content: dict[str, Any]) -> str:
+    """By shape, and by the memory that a run was allowed."""
+    lines = [
+        "| shape | limit, GiB | plan, GiB | measured peak, GiB | optimizer's pages, GiB | loss, first and last step "
+        "| gradient norm |",
+        "|" + "---|" * 7,
+    ]
+    for run in content["results"]:
+        shape = f"| {run['shape']} | {run['cap'] or ''} | {run['predicted_gib']:.2f} "
+        if "failed" in run:
+            lines.append(f"{shape}| fails: {run['failed']} | {run['pages_gib']:.2f} | | |")
+        else:
+            ends = f"{run['losses'][0]:.2f}, {run['losses'][-1]:.2f} | {run['grad_norms'][-1]:.2f}"
+            lines.append(f"{shape}| {run['peak_gib']:.2f} | {run['pages_gib']:.2f} | {ends} |")
+    return "\n".join(lines)
+
+
+def memory_chart(content: dict[str, Any], pyplot: Any) -> Any:
+    """Plan and peak side by side."""
+    runs = [run for run in content["results"] if "failed" not in run]
+    figure, axes = pyplot.subplots(figsize=(1.5 + 0.9 * len(runs), 4), layout="constrained")
+    for shift, key, label in ((-0.2, "predicted_gib", "plan"), (0.2, "peak_gib", "measured")):
+        bars = axes.bar([i + shift for i in range(len(runs))], [run[key] for run in runs], 0.4, label=label)
+        axes.bar_label(bars, fmt="%.1f", fontsize=7)
+    names = [f"{run['shape']}\nof {run['cap']:g}" if run["cap"] else run["shape"] for run in runs]
+    axes.set(xticks=range(len(runs)), xticklabels=names, ylabel="peak, GiB")
+    axes.legend()
+    return figure
+
+
+# ------------------------------------------------------------------------------------
 # Tables and charts
 # ------------------------------------------------------------------------------------
 TABLES: dict[str, Any] = {
     "precision": precision_table, "bits": bits_table, "learning": learning_table, "fast_slow": fast_slow_table,
+    "memory": memory_table,
 }  # fmt: skip
-CHARTS: dict[str, Any] = {"precision": precision_chart, "learning": learning_chart, "fast_slow": fast_slow_chart}
+CHARTS: dict[str, Any] = {
+    "precision": precision_chart,
+    "learning": learning_chart,
+    "fast_slow": fast_slow_chart,
+    "memory": memory_chart,
+}
 
 
 def present(out: Path, name: str) -> None:
@@ -680,6 +723,15 @@ def chart(arguments: argparse.Namespace) -> None:
             present(Path(arguments.out), name)
 
 
+def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The command line; what follows -- is for qlora.py."""
+    words = sys.argv[1:] if argv is None else argv
+    end = words.index("--") if "--" in words else len(words)
+    arguments = parser.parse_args(words[:end])
+    arguments.flags = words[end + 1 :]
+    return arguments
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -698,7 +750,6 @@ def main(argv: list[str] | None = None) -> None:
             one.add_argument("--held_out", type=int, default=100, help="rows to hold out")
             one.add_argument("--jobs", type=int, default=6 if GPU else 1, help="processes at a time; 0: this one")
             one.add_argument("--steps", type=int, default=300, help="optimizer steps (not of precision)")
-            one.add_argument("flags", nargs="*", help="flags of qlora.py, after --")
         if name == "precision":
             one.add_argument("--seeds", default="0,1,2")
             one.add_argument("--epochs", type=float, default=3)
@@ -706,9 +757,8 @@ def main(argv: list[str] | None = None) -> None:
         if name == "learning":
             one.add_argument("--mmlu", help="folder with zero_shot_mmlu_val.json")
             one.add_argument("--max_mmlu_samples", type=int)
-    arguments = parser.parse_args(argv)
-    random.seed(0)
     qlora.set_up_logging()
+    arguments = parsed(parser, argv)
     arguments.function(arguments)
 
 
