@@ -100,6 +100,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def shown(words: Iterable[str]) -> list[str]:
+    """A command without this machine's folders."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in words]
+
+
 def free_memory() -> None:
     """Give back what a run has left on the GPU."""
     gc.collect()
@@ -118,7 +123,7 @@ def run_job(job: Job, work: Path) -> dict[str, Any]:
     return {
         "name": job.name,
         "seed": job.seed,
-        "flags": job.flags,
+        "flags": shown(job.flags),
         "loss": [round(entry["loss"], 6) for entry in history if "loss" in entry],  # of every step
         "eval": [{"step": e["step"]} | {k: e[k] for k in EVALUATED if k in e} for e in history if "eval_loss" in e],
         "metrics": {name: v for name, v in read_json(out / "metrics.json").items() if "accuracy_" not in name},
@@ -159,8 +164,9 @@ class Pool:
         for job, future in waiting:
             try:
                 found.append(future.result())
-            except (qlora.QLoRAError, torch.OutOfMemoryError) as error:
-                found.append({"name": job.name, "seed": job.seed, "flags": job.flags, "failed": str(error)})
+            except Exception as error:  # whatever it is, the other runs' numbers stay
+                reason = f"{type(error).__name__}: {error}"
+                found.append({"name": job.name, "seed": job.seed, "flags": shown(job.flags), "failed": reason})
             last = found[-1]
             ends = [round(last["eval"][i]["eval_loss"], 4) for i in (0, -1)] if last.get("eval") else "done"
             print(f"{job.name}, seed {job.seed}: {last.get('failed') or ends}, {last.get('seconds')} s", flush=True)
@@ -201,7 +207,7 @@ def write(arguments: argparse.Namespace, name: str, content: dict[str, Any], sho
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     about = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *shown(sys.argv)]),
         "commit": qlora.git_commit(),
         "device": qlora.device_name(),
         "versions": qlora.versions(),
@@ -602,7 +608,7 @@ def fast_slow(arguments: argparse.Namespace) -> None:
 
 def curves(content: dict[str, Any]) -> dict[str, list[float]]:
     """Loss by step, of the runs with the first seed."""
-    found = {run["name"]: run["loss"] for run in content["runs"] if run["seed"] == 0}
+    found = {run["name"]: run["loss"] for run in content["runs"] if run["seed"] == 0 and "failed" not in run}
     return found | {"plain loop": content["plain"]}
 
 
@@ -619,7 +625,7 @@ def fast_slow_table(content: dict[str, Any]) -> str:
         "| | difference of the loss of a step: mean size | largest | mean | last 50 steps, mean size |",
         "|" + "---|" * 5,
     ]
-    for a, b in PAIRS:
+    for a, b in (pair for pair in PAIRS if set(pair) <= set(losses)):
         apart = [x - y for x, y in zip(losses[a], losses[b], strict=True)]
         sizes = [abs(x) for x in apart]
         lines.append(
@@ -627,7 +633,7 @@ def fast_slow_table(content: dict[str, Any]) -> str:
             f"| {statistics.mean(sizes[-50:]):.5f} |"
         )
     lines += ["", "| | held-out loss before | after | tokens/s |", "|---|---|---|---|"]
-    for run in content["runs"]:
+    for run in (run for run in content["runs"] if "failed" not in run):
         ends = [f"{run['eval'][i]['eval_loss']:.4f}" for i in (0, -1)]
         speed = run["metrics"]["train_tokens_per_second"]
         lines.append(f"| {run['name']}, seed {run['seed']} | {ends[0]} | {ends[1]} | {speed:.0f} |")
@@ -640,7 +646,7 @@ def fast_slow_chart(content: dict[str, Any], pyplot: Any) -> Any:
     figure, (top, low) = pyplot.subplots(2, 1, figsize=(8, 6.5), sharex=True, layout="constrained")
     for name, style in (("plain loop", "C2-"), ("stock", "C1-"), ("fast", "C0--")):
         top.plot(range(1, len(losses[name]) + 1), losses[name], style, label=name, linewidth=0.9)
-    for place, (a, b) in enumerate(PAIRS):
+    for place, (a, b) in enumerate(pair for pair in PAIRS if set(pair) <= set(losses)):
         apart = [max(abs(x - y), 1e-6) for x, y in zip(losses[a], losses[b], strict=True)]
         low.semilogy(range(1, len(apart) + 1), apart, color=f"C{place}", label=f"{a} − {b}", linewidth=0.7)
     top.set(ylabel="training loss (nats per token)")
