@@ -1,16 +1,14 @@
 #!/usr/bin/env python3
 """Does a model of this size train in so much memory? Peak memory against the plan, on random weights.
 
-    python scripts/memory.py [--shapes 7b,8b,70b] [--cap 48] [--tokens 512] [--steps 5] [-- FLAGS OF qlora.py]
+    python scripts/memory.py [--shapes 1b,7b,8b,70b@48] [--tokens 512] [--steps 5] [-- FLAGS OF qlora.py]
 
 A LLaMA of each shape is made on the GPU, quantised layer by layer, so that no disk and no second copy is needed, and
-trained for a few steps on random tokens, one row at a time with every layer recomputed. --cap limits torch's allocator
-to so many GiB. One row of a table for each shape, and memory.json in --out.
+trained for a few steps on random tokens, one row at a time with every layer recomputed. 70b@48: on a card of 48 GiB,
+of which torch's allocator gets what CUDA leaves. memory.json, its table and its chart go to --out.
 """
 
 import argparse
-import gc
-import json
 import sys
 import time
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bitsandbytes as bnb
 import datasets
+import proof
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -72,8 +71,9 @@ def random_base(model_config: LlamaConfig, config: qlora.Config, device: torch.d
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             owner, leaf = model.get_submodule(name.rpartition(".")[0]), qlora.leaf_name(name)
-            value = torch.ones(parameter.shape) if parameter.ndim == 1 else torch.randn(parameter.shape) * 0.02
-            setattr(owner, leaf, torch.nn.Parameter(value.to(device, dtype), requires_grad=False))
+            value = torch.empty(parameter.shape, dtype=dtype, device=device)
+            value = value.fill_(1.0) if parameter.ndim == 1 else value.normal_(0, 0.02)
+            setattr(owner, leaf, torch.nn.Parameter(value, requires_grad=False))
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(model_config).to(device)
     model.is_loaded_in_4bit = True  # as peft asks
@@ -81,8 +81,8 @@ def random_base(model_config: LlamaConfig, config: qlora.Config, device: torch.d
     return model
 
 
-def train(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A few steps of one shape."""
+def train(name: str, cap: float | None, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A few steps of one shape; where memory does not suffice, the reason."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model_config = shape_config(name)
     config = qlora.parse_config(
@@ -93,71 +93,65 @@ def train(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             *arguments.flags,
         ]
     )
-    ids = torch.randint(5, model_config.vocab_size, (arguments.steps, arguments.tokens)).tolist()
-    columns = {"input_ids": ids, "labels": ids, "length": [arguments.tokens] * len(ids), "where": [""] * len(ids)}
-    rows = datasets.Dataset.from_dict(columns)
-    began = time.perf_counter()
-    base = random_base(model_config, config, device)
     costs = qlora.costs_from_config(config, model_config)
-    ready = qlora.assemble(base, costs, qlora.Start(True), rows, 0, config)
-    gpu = qlora.find_gpu(None) or qlora.GPUS[0]
-    plan = qlora.make_plan(costs, gpu, arguments.tokens, arguments.tokens, config)
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, "<pad>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    trainer = qlora.build_trainer(ready, tokenizer, qlora.Splits(rows, None), None, {}, qlora.Stop(), config)
-    made = time.perf_counter() - began
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    trainer.train()
+    plan = qlora.make_plan(costs, qlora.find_gpu("H200"), arguments.tokens, arguments.tokens, config)
+    found = {
+        "shape": name, "cap": cap, "predicted_gib": round(plan.gib()["predicted peak"], 3),
+        "pages_gib": round(costs.optimizer / qlora.GIB if costs.paged else 0.0, 3),
+    }  # fmt: skip
+    began = time.perf_counter()
+    try:
+        trainer = make_trainer(model_config, costs, device, config, arguments)
+        found["ready_s"] = round(time.perf_counter() - began, 1)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        return found | {"failed": str(error).split(". ")[0]}
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {
-        "shape": name,
-        "predicted_gib": round(plan.gib()["predicted peak"], 2),
-        "peak_gib": round(qlora.peak_memory_gib(), 2),
+    return found | {
+        "peak_gib": round(qlora.peak_memory_gib(), 3),
         "losses": [entry["loss"] for entry in history],
         "grad_norms": [entry["grad_norm"] for entry in history],
-        "made_s": round(made),
+        "seconds": round(time.perf_counter() - began, 1),
         "sizes": str(trainer.sizes),
     }
 
 
-def main() -> None:
-    """Every shape in turn."""
+def make_trainer(
+    model_config: LlamaConfig, costs: Any, device: torch.device, config: qlora.Config, arguments: argparse.Namespace
+) -> Any:
+    """A model of random weights with adapters, and random rows, as a run would have them."""
+    ids = torch.randint(5, model_config.vocab_size, (arguments.steps, arguments.tokens)).tolist()
+    columns = {"input_ids": ids, "labels": ids, "length": [arguments.tokens] * len(ids), "where": [""] * len(ids)}
+    rows = datasets.Dataset.from_dict(columns)
+    base = random_base(model_config, config, device)
+    ready = qlora.assemble(base, costs, qlora.Start(True), rows, 0, config)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, "<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return qlora.build_trainer(ready, tokenizer, qlora.Splits(rows, None), None, {}, qlora.Stop(), config)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Every shape in turn; what is measured is written as it comes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="1b,7b,8b,13b,34b,70b")
-    parser.add_argument("--cap", type=float, help="GiB that torch's allocator may take")
+    parser.add_argument("--shapes", default="1b,7b,8b,13b,34b,70b,65b@48,70b@48,33b@24,7b@6")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--out", default="memory")
-    parser.add_argument("flags", nargs="*", help="flags of qlora.py, after --")
-    arguments = parser.parse_args()
-    if arguments.cap and torch.cuda.is_available():
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap * 2**30 / whole))
+    parser.add_argument("--out", default=str(proof.ROOT / "scripts/results"))
     qlora.set_up_logging()
+    arguments = proof.parsed(parser, argv)
     results = []
-    print(
-        "| shape | predicted GiB | measured GiB | loss, first and last | gradient norm | ready s |\n" + "|---" * 6 + "|"
-    )
-    for name in arguments.shapes.split(","):
-        try:
-            found = train(name, arguments)
-        except torch.OutOfMemoryError as error:
-            found = {"shape": name, "failed": str(error).split(".")[0]}
-            print(f"| {name} | does not fit: {found['failed']} | | | | |", flush=True)
-        else:
-            print(
-                f"| {name} | {found['predicted_gib']} | {found['peak_gib']} | {found['losses'][0]:.2f}, "
-                f"{found['losses'][-1]:.2f} | {found['grad_norms'][-1]:.2f} | {found['made_s']} |",
-                flush=True,
-            )
-        results.append(found)
-        gc.collect()
+    for shape in arguments.shapes.split(","):
+        name, _, limit = shape.partition("@")
+        cap = float(limit) if limit else None
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "memory.json").write_text(json.dumps({"command": sys.argv, "results": results}, indent=1), encoding="utf-8")
+            whole = torch.cuda.get_device_properties(0).total_memory / qlora.GIB
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (cap - qlora.CONTEXT) / whole) if cap else 1.0)
+        results.append(train(name, cap, arguments))
+        print(results[-1], flush=True)
+        proof.free_memory()
+        proof.write(arguments, "memory", {"results": results}, show=shape == arguments.shapes.split(",")[-1])
 
 
 if __name__ == "__main__":
