@@ -44,11 +44,13 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -61,6 +63,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
@@ -74,6 +77,7 @@ import bitsandbytes.optim.optimizer
 import torch
 import torch.nn.functional as F
 import yaml
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from bitsandbytes.functional import dequantize_4bit
 from huggingface_hub import snapshot_download
@@ -158,6 +162,10 @@ class TrainingError(QLoRAError):
     """Training that can't go on: a loss that is not finite, no memory."""
 
 
+class PeerLost(QLoRAError):
+    """Another process of this run is there no more."""
+
+
 class RowError(ValueError):
     """What is wrong with one row; becomes a DataError that also names file and line, or a line of rejected.jsonl."""
 
@@ -197,6 +205,95 @@ def mendable(what: str, kind: type[QLoRAError] = ConfigError, *also: type[Except
         yield
     except (*LIBRARY_ERRORS, *also) as error:
         raise kind(f"{what}: {one_line(error)}") from error
+
+
+# Several processes speak through the CPU's network, beside the GPUs' own: nobody times out while rank 0 encodes, a step
+# need not wait for the GPU to learn of a signal, and a process that ends is noticed at once.
+@lru_cache(maxsize=1)
+def _cpu_group() -> Any:
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
+
+
+def agree(value: int = 0) -> int:
+    """The largest of what the processes bring, once all are here."""
+    if torch.distributed.is_initialized():
+        found = torch.tensor(value)
+        with mendable("another process is gone", PeerLost, RuntimeError):
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=_cpu_group())
+        value = int(found)
+    return value
+
+
+@contextlib.contextmanager
+def first_one_first() -> Iterator[None]:
+    """For what is made once on each machine: its first process goes first, the others find it made."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        agree()
+    yield
+    if first:
+        agree()
+
+
+def compare(what: Mapping[str, Any]) -> None:
+    """Refuse to go on where processes were started with different flags, or read different data."""
+    if not torch.distributed.is_initialized():
+        return
+    mine = {name: json.dumps(value, default=str) for name, value in what.items()}
+    every: list[Any] = [None] * world()[1]
+    with mendable("another process is gone", PeerLost, RuntimeError):
+        torch.distributed.all_gather_object(every, (socket.gethostname(), mine), group=_cpu_group())
+    for rank, (host, its) in enumerate(every):
+        differing = [
+            f"{name} is {its[name]}, on rank 0 {value}" for name, value in every[0][1].items() if its[name] != value
+        ]
+        if differing:
+            raise ConfigError(f"rank {rank} ({host}): {'; '.join(differing)}. Every process needs the same")
+
+
+def world() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    here = torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if here else (0, 1)
+
+
+# How torch's collectives say that another process is there no more.
+PEER_GONE = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|remote process|nccl.*(abort|timeout|remote)", re.I
+)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error, or what led to it, is that another process is gone."""
+    gone = isinstance(error, RuntimeError) and world()[1] > 1 and PEER_GONE.search(str(error)) is not None
+    return gone or isinstance(error, PeerLost) or (error.__cause__ is not None and is_lost(error.__cause__))
+
+
+def said_once(message: str, lost: bool) -> str | None:
+    """What this process prints of an error: the lowest rank of those that met it, once; None for the others.
+
+    Each leaves its message where they all met; who leaves none was lost. Of that nobody speaks who has heard why.
+    """
+    rank, processes = world()
+    if processes == 1:  # or not connected yet: each machine's first process speaks for it
+        return message if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    others, until = set(range(processes)) - {rank}, time.monotonic() + (8 if lost else 2)
+    heard: dict[int, str] = {}
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        store.set(f"qlora/{rank}", "" if lost else message)
+        while others - set(heard) and time.monotonic() < until:
+            heard |= {r: store.get(f"qlora/{r}").decode() for r in others - set(heard) if store.check([f"qlora/{r}"])}
+            time.sleep(0.1)
+    except RuntimeError:  # whoever held the store is gone as well
+        heard.setdefault(0, "") if rank and not lost else None
+    if not lost:
+        known = [text for r, text in heard.items() if r < rank]
+        return None if message in known else f"rank {rank}: {message}" if rank else message
+    gone = sorted(others - set(heard))
+    if any(heard.values()) or not gone or any(r < rank for r in heard):
+        return None
+    return f"rank {', '.join(map(str, gone))} of {processes} was lost. {message}"
 
 
 # ------------------------------------------------------------------------------------
@@ -1979,7 +2076,8 @@ class Window:
 def collate_window(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> dict[str, Any]:
     """Rows of a dataset, packed or not -> {lengths (rows,), labels (tokens,), window}; the labels are for counting."""
     packs = [row.get("pack", [row]) for row in rows]
-    members = [member for pack in packs for member in pack]
+    # without rows: a token that nobody learns, for a process that has no share but must take part
+    members = [member for pack in packs for member in pack] or [{"input_ids": [0], "labels": [IGNORE]}]
     ids = [torch.tensor(member["input_ids"]) for member in members]
     labels = [torch.tensor(member["labels"]) for member in members]
     for row in labels if not masked else ():
@@ -3780,6 +3878,15 @@ def identity(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
     return values | of_data
 
 
+def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[str, Any]:
+    """Rows of an optimizer step. A run that goes on with the same flags on more or fewer processes keeps it."""
+    flags = [args.per_device_train_batch_size, args.gradient_accumulation_steps]
+    here = {"rows": math.prod(flags) * args.world_size, "flags": flags}
+    found = checkpoint and (checkpoint / MANIFEST).is_file() and read_json(checkpoint / MANIFEST)["run"]
+    before = found.get("effective batch", here) if found else here
+    return before if before["flags"] == flags else here
+
+
 def check_identity(folder: Path, wanted: Mapping[str, Any], training: bool) -> None:
     """Refuse to go on with what belongs to another run, by a ConfigError that names what differs."""
     file = folder / (COMPLETED if (folder / COMPLETED).is_file() else MANIFEST)
@@ -3978,7 +4085,7 @@ def step_of(checkpoint: Path) -> int:
 # ------------------------------------------------------------------------------------
 # 13. Evaluation: generated predictions, MMLU
 #
-# Each process takes a run of the rows; results are gathered in the order of the rows, so none is lost or doubled.
+# Each process takes some of the batches; results are gathered by the number of the row, so none is lost or doubled.
 # ------------------------------------------------------------------------------------
 class Runtime(NamedTuple):
     """What it takes to run a model outside the Trainer's loops."""
@@ -3990,10 +4097,21 @@ class Runtime(NamedTuple):
     limits: Limits
 
 
-def dealt_batches(count: int, runtime: Runtime) -> list[list[int]]:
-    """This process's row numbers, in batches; gather_object puts the processes' results one after the other."""
-    with runtime.accelerator.split_between_processes(list(range(count))) as mine:
-        return [mine[i : i + runtime.batch_size] for i in range(0, len(mine), runtime.batch_size)]
+def dealt_batches(count: int, size: int) -> list[list[int]]:
+    """This process's row numbers, in batches as one process would cut them.
+
+    Every process has as many, since an engine that shards the model needs all of them for each: the last may be one
+    that another process has too.
+    """
+    rank, processes = world()
+    batches = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
+    return [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / processes) * processes, processes)]
+
+
+def gathered(results: Mapping[int, Any]) -> list[Any]:
+    """Every process's results by row number, each once and in order."""
+    every = {number: result for part in gather_object([results]) for number, result in part.items()}
+    return [every[number] for number in sorted(every)]
 
 
 SAMPLING = ("temperature", "top_p", "top_k", "typical_p")  # what the library refuses unless it samples
@@ -4061,8 +4179,8 @@ def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConf
     """One dictionary for each row: its fields, `prediction`, `prediction_with_input`."""
     model, tokenizer = runtime.model, runtime.tokenizer
     device = model.get_input_embeddings().weight.device
-    results: list[dict[str, str]] = []
-    batches, quiet = dealt_batches(len(rows), runtime), not runtime.accelerator.is_main_process
+    results: dict[int, dict[str, str]] = {}
+    batches, quiet = dealt_batches(len(rows), runtime.batch_size), not runtime.accelerator.is_main_process
     with generating(model), runtime.accelerator.autocast():
         for numbers in tqdm(batches, "Predicting", disable=quiet):
             batch = rows[numbers]
@@ -4073,11 +4191,11 @@ def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConf
                 output = model.generate(**tensors, generation_config=generation)
             width = tensors["input_ids"].shape[1]  # the prompt is taken off by its tokens, never by its text
             answers = output[:, width:].tolist()
-            for row, prompt, answer in zip(shown, prompts, answers, strict=True):
+            for number, row, prompt, answer in zip(numbers, shown, prompts, answers, strict=True):
                 row["prediction"] = str(tokenizer.decode(answer, skip_special_tokens=True))
                 row["prediction_with_input"] = str(tokenizer.decode(prompt + answer, skip_special_tokens=True))
-                results.append(row)
-    return list(gather_object(results))
+                results[number] = row
+    return gathered(results)
 
 
 def fill_masks(runtime: Runtime, rows: Any, masking: Masking) -> list[dict[str, Any]]:
@@ -4087,18 +4205,19 @@ def fill_masks(runtime: Runtime, rows: Any, masking: Masking) -> list[dict[str, 
     """
     model, tokenizer, accelerator = runtime.model, runtime.tokenizer, runtime.accelerator
     device, masking = model.get_input_embeddings().weight.device, masking._replace(replaced=1.0, random=0.0)
-    results: list[dict[str, Any]] = []
+    results: dict[int, dict[str, Any]] = {}
+    batches = dealt_batches(len(rows), runtime.batch_size)
     with generating(model), accelerator.autocast():
-        for numbers in tqdm(dealt_batches(len(rows), runtime), "Predicting", disable=not accelerator.is_main_process):
+        for numbers in tqdm(batches, "Predicting", disable=not accelerator.is_main_process):
             texts = last_texts(rows[numbers])
             plain = [encode_masked(text, tokenizer, runtime.limits) for text in texts]
             drawn = [ids if masking.mask_id in ids else masking.draw_row(ids, labels)["input_ids"]
                      for ids, labels, _ in plain]  # fmt: skip
             batch = padded_prompts(drawn, tokenizer.pad_token_id, "right")
             logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
-            for text, row, ids, scores in zip(texts, plain, drawn, logits, strict=True):
-                results.append(filled_row(text, row.labels, ids, scores, tokenizer))
-    return list(gather_object(results))
+            for number, text, row, ids, scores in zip(numbers, texts, plain, drawn, logits, strict=True):
+                results[number] = filled_row(text, row.labels, ids, scores, tokenizer)
+    return gathered(results)
 
 
 def filled_row(
@@ -4205,9 +4324,9 @@ def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longes
         "rendered": [False] * len(questions),
     }
     prompts = [ids + prefix for ids in prompt_ids(rows, tokenizer, Limits(longest, 0, total=longest))]
-    results: list[tuple[str, bool, float]] = []
+    results: dict[int, tuple[str, bool, float]] = {}
     with generating(model), runtime.accelerator.autocast():
-        for numbers in dealt_batches(len(questions), runtime):
+        for numbers in dealt_batches(len(questions), runtime.batch_size):
             asked = [(i, c) for i in numbers for c in ([questions[i].answer] if one_pass else range(len(LETTERS)))]
             answers = [[*letters[c], tokenizer.eos_token_id] for _, c in asked]
             whole = [prompts[i] + ids for (i, _), ids in zip(asked, answers, strict=True)]
@@ -4226,8 +4345,8 @@ def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longes
                 else:
                     scores[i][c] = chosen[:-1].sum()
             for i in numbers:
-                results.append((questions[i].subject, int(scores[i].argmax()) == questions[i].answer, losses[i]))
-    scored = gather_object(results)
+                results[i] = questions[i].subject, int(scores[i].argmax()) == questions[i].answer, losses[i]
+    scored = gathered(results)
     by_subject: dict[str, list[bool]] = defaultdict(list)
     for subject, right, _ in scored:
         by_subject[subject].append(right)
@@ -4270,10 +4389,35 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-def masked_accuracy(found: Any) -> dict[str, float]:
-    """The share of the masked tokens that the likeliest token is right at."""
-    masked = found.label_ids != IGNORE
-    return {"masked_accuracy": float((found.predictions == found.label_ids)[masked].mean())}
+class Shares(torch.utils.data.Sampler[list[int]]):
+    """This process's rows of each window. A window has the same rows however many processes share it.
+
+    Nothing is doubled: in the last window of an epoch a share is smaller, or empty. Rows are dealt out by length, back
+    and forth, so that the processes have as many tokens as each other, and none waits for the rest.
+    """
+
+    def __init__(self, order: Any, size: int, lengths: list[int], drop_last: bool) -> None:
+        self.windows = torch.utils.data.BatchSampler(order, size, drop_last)
+        self.lengths, (self.rank, self.processes) = lengths, world()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch."""
+        if isinstance(self.windows.sampler, EpochSampler):
+            self.windows.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for window in self.windows:
+            if self.processes > 1:
+                window.sort(key=lambda row: -self.lengths[row])
+            turns = [place % (2 * self.processes) for place in range(len(window))]
+            yield [
+                row
+                for row, turn in zip(window, turns, strict=True)
+                if self.rank in (turn, 2 * self.processes - 1 - turn)
+            ]
 
 
 class Stop(TrainerCallback):
@@ -4283,10 +4427,7 @@ class Stop(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the Trainer for both, on every process if the signal reached one."""
-        if args.world_size > 1:
-            flag = torch.tensor(self.signal or 0, device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.signal = int(flag) or None
+        self.signal = agree(self.signal or 0) or None
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
 
@@ -4345,6 +4486,7 @@ class QLoRATrainer(Trainer):
         self.tokens_seen = 0  # without padding, by this process
         self.seconds_aside = 0.0  # spent on evaluating and saving while training
         self.staging: Path | None = None
+        self.judged: list[tuple[int, float, int, int]] = []  # the batches of an evaluation
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; where the plan fits, a paged one does not ask for its pages: none of them is ever away.
@@ -4366,24 +4508,40 @@ class QLoRATrainer(Trainer):
             limits_of(self.config),
         )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Ours: the Trainer's grouped sampler draws from the global generator, and a resume in epoch 2 differs."""
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
-        strategy = args.train_sampling_strategy
-        if strategy == "sequential":
-            return torch.utils.data.SequentialSampler(rows)
+    def get_train_dataloader(self) -> Any:
+        """Ours: the Trainer's grouped sampler draws from the global generator, and a resume in epoch 2 differs.
+
+        Accelerate's share of each process would double rows where they don't come out even.
+        """
+        rows, args = self.train_dataset, self.args
+        lengths: list[int] = list(rows["length"])  # type: ignore[index, call-overload]
+        size = self.run.get("effective batch", {}).get("rows", args.train_batch_size * args.world_size)
         seed = args.seed if args.data_seed is None else args.data_seed
-        every: Any = self.train_dataset  # `rows` may have lost its columns to --remove_unused_columns
-        lengths = list(every["length"]) if strategy == "group_by_length" else None
-        return EpochSampler(len(rows), seed, lengths, args.train_batch_size * args.gradient_accumulation_steps)
+        order: Any = EpochSampler(
+            len(lengths), seed, lengths if args.train_sampling_strategy == "group_by_length" else None, size
+        )
+        if args.train_sampling_strategy == "sequential":
+            order = torch.utils.data.SequentialSampler(lengths)
+        return self._loader(rows, Shares(order, size, lengths, args.dataloader_drop_last))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """This process's batches."""
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._loader(rows, dealt_batches(len(rows), self.args.per_device_eval_batch_size))
+
+    def _loader(self, rows: Any, batches: Any) -> Any:
+        args = self.args
+        names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
+        options: dict[str, Any] = {name: getattr(args, f"dataloader_{name}") for name in names}
+        loader = torch.utils.data.DataLoader(rows, batch_sampler=batches, collate_fn=self.data_collator, **options)
+        return prepare_data_loader(loader, num_processes=1, process_index=0)  # of one process: the shares are dealt
 
     def masked(self, windows: Iterator[dict[str, Any]], masking: Masking) -> Iterator[dict[str, Any]]:
-        """Windows with fresh masks, which follow from the step alone: a resume draws them again."""
-        for number, batch in enumerate(windows):
-            window, seed = batch["window"], ("train", self.args.seed, self.state.global_step, self.args.process_index)
+        """Windows with fresh masks, which follow from step and row alone: a resume draws them again."""
+        for batch in windows:
+            window, seed = batch["window"], ("train", self.args.seed, self.state.global_step)
             rows = zip(window.input_ids, window.labels, strict=True)
-            drawn = [masking.draw(ids, labels, *seed, number, row) for row, (ids, labels) in enumerate(rows)]
+            drawn = [masking.draw(ids, labels, *seed, ids.tolist()) for ids, labels in rows]
             ids, labels = ([row[part] for row in drawn] for part in (0, 1))
             yield batch | {
                 "window": dataclasses.replace(window, input_ids=ids, labels=labels),
@@ -4414,22 +4572,27 @@ class QLoRATrainer(Trainer):
                 loss = self._window_step(model, window, num_items_in_batch)
                 break
             except torch.OutOfMemoryError as error:
-                if self.args.world_size > 1:
+                if is_sharded(self.config):  # others wait for this process in the middle of a layer
                     raise
                 reason = error.with_traceback(None)  # whose frames hold all that the failed pass has made
             model.zero_grad(set_to_none=True)
             self._make_room(window, reason)
             set_random_state(device, start)
+        if self.args.world_size > 1 and not is_sharded(self.config):
+            average_gradients(model)
         self.window_loss = self.window_loss + loss
         return loss
 
     def _window_step(self, model: Any, window: Window, items: Any) -> torch.Tensor:
-        loss = torch.zeros((), device=self.args.device)
-        parts = self._parts(window)
+        loss, parts = torch.zeros((), device=self.args.device), self._parts(window)
+        sharded = is_sharded(self.config)
+        if sharded:  # every micro-batch gathers the weights of all processes, which so need as many of them
+            parts += [[]] * (agree(len(parts)) - len(parts))
         with attention_of(self.runtime().model, self.fast.attention):
             for i, members in enumerate(parts):
                 last = i == len(parts) - 1
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed takes its step by it
+                with contextlib.nullcontext() if sharded and last else self.accelerator.no_sync(model):
                     batch = on_device(self._batch(window, members), self.args.device)
                     with self.compute_loss_context_manager():
                         part = self.compute_loss(model, batch, num_items_in_batch=items)
@@ -4441,6 +4604,8 @@ class QLoRATrainer(Trainer):
         return micro_batches(window, self.sizes.rows, self.sizes.tokens, padded=self.fast.attention is None)
 
     def _batch(self, window: Window, members: list[int]) -> dict[str, Any]:
+        if not members:
+            window, members = collate_window([])["window"], [0]
         if self.fast.attention is not None:
             return end_to_end_batch(window, members)
         tokenizer: Any = self.processing_class
@@ -4482,22 +4647,21 @@ class QLoRATrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
-        """The mean loss of an evaluation batch; of logits nothing is kept but the likeliest of masked tokens."""
-        window, total = inputs["window"], torch.zeros((), device=self.args.device)
-        smoothing, found, places = self.args.label_smoothing_factor, None, None
+        """Rows, mean loss, and of masked tokens how many are found; kept here: the Trainer gathers nothing uneven."""
+        window, total, right = inputs["window"], torch.zeros((), device=self.args.device), 0
+        smoothing, count = self.args.label_smoothing_factor, max(1, int((inputs["labels"] != IGNORE).sum()))
         with torch.no_grad(), attention_of(self.runtime().model, self.fast.attention):
             for members in self._parts(window) if not self.masking else [list(range(len(window.rows)))]:
                 batch = on_device(self._batch(window, members), self.args.device)
                 with self.compute_loss_context_manager():
                     if self.masking:
                         logits = logits_at(model, self.fast, batch)
-                        places = torch.full_like(batch["input_ids"].flatten(), IGNORE)
-                        found = places.scatter(0, batch["positions"], logits.argmax(-1)).view_as(batch["input_ids"])
-                        places = places.scatter(0, batch["positions"], batch["targets"]).view_as(batch["input_ids"])
+                        right += int((logits.argmax(-1) == batch["targets"]).sum())
                         total += F.cross_entropy(logits, batch["targets"], reduction="sum", label_smoothing=smoothing)
                     else:
                         total += summed_loss(model, self.fast, batch, smoothing).to(total.device)
-        return total / max(1, int((inputs["labels"] != IGNORE).sum())), found, places
+        self.judged.append((len(window.rows), float(total) / count, right, count))
+        return None, None, None
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Six for each parameter and token, as the Trainer counts."""
@@ -4527,12 +4691,15 @@ class QLoRATrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loop, with perplexity and, where asked for, MMLU beside the loss."""
-        began = time.perf_counter()
+        began, self.judged = time.perf_counter(), []
         output = super().evaluation_loop(*args, **kwargs)
         assert output.metrics is not None
-        for name, loss in list(output.metrics.items()):
-            if name.endswith("_loss"):
-                output.metrics[name.removesuffix("loss") + "perplexity"] = math.exp(min(loss, 700.0))
+        numbers = [batch[0] for batch in dealt_batches(output.num_samples or 0, self.args.per_device_eval_batch_size)]
+        rows, losses, right, masked = zip(*gathered(dict(zip(numbers, self.judged, strict=True))), strict=True)
+        loss = sum(map(operator.mul, rows, losses)) / sum(rows)  # the mean over rows of their batches' means
+        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        found |= {"masked_accuracy": sum(right) / sum(masked)} if self.masking else {}
+        output.metrics.update({f"{kwargs['metric_key_prefix']}_{name}": value for name, value in found.items()})
         if self.questions:
             split, longest = self.config.mmlu.mmlu_split, self.config.mmlu.mmlu_source_max_len
             output.metrics.update(mmlu_metrics(self.runtime(), self.questions, split, longest))
@@ -4611,10 +4778,24 @@ def window_arguments(args: TrainingArguments) -> TrainingArguments:
     changed["logging_nan_inf_filter"] = False
     if args.ddp_find_unused_parameters is None:  # the Trainer's True stops at layers that are recomputed as ours are
         changed["ddp_find_unused_parameters"] = False
-    if not args.deepspeed:  # which accumulates by itself
-        changed["per_device_train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        changed["gradient_accumulation_steps"] = 1
+    changed["per_device_train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    changed["gradient_accumulation_steps"] = 1
     return dataclasses.replace(args, **changed)
+
+
+def average_gradients(model: Any) -> None:
+    """Over the processes, once a step: in a backward pass they would wait for one whose memory ran out."""
+    kinds: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            kinds[parameter.dtype].append(parameter.grad)
+    for gradients in kinds.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message; the activations have made room
+        torch.distributed.all_reduce(flat)
+        parts = flat.div_(world()[1]).split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(old) for part, old in zip(parts, gradients, strict=True)])
 
 
 def start_recomputing(base: Any, fast: FastPath, sizes: Sizes, dtype: torch.dtype) -> None:
@@ -4648,7 +4829,6 @@ def masked_lm_parts(model: Any, tokenizer: Any, rows: Any | None, config: Config
     return {
         "data_collator": partial(collate_window, masked=True),
         "eval_dataset": rows,
-        "compute_metrics": masked_accuracy,
         "masking": masking,
     }
 
@@ -5074,11 +5254,11 @@ def run_record(config: Config, derived: dict[str, Any], data: dict[str, Any]) ->
     return json.dumps(record, indent=1, default=str) + "\n"
 
 
-def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Splits) -> dict[str, Any]:
+def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Splits, effective: int) -> dict[str, Any]:
     """What follows from the flags: the block at the start of a run, and `derived` in run.json."""
     args, quant = config.training, config.quant
     rows, accumulated, processes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-    effective = rows * accumulated * processes
+    kept = effective != rows * accumulated * processes
     why = "--bf16" if args.bf16 else "--fp16" if args.fp16 else "neither --bf16 nor --fp16"
     kind = f"{quant.bits} bit"
     if quant.bits == 4:
@@ -5095,7 +5275,9 @@ def derived_settings(config: Config, start: Start, tokenizer: Any, splits: Split
         "objective": config.data.objective,
         "weights": kind,
         "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
-        "effective batch": f"{effective} rows = {rows} at once x {accumulated} accumulated x {processes} processes",
+        "effective batch": f"{effective} rows, as in the checkpoint, shared by {processes} processes"
+        if kept
+        else f"{effective} rows = {rows} at once x {accumulated} accumulated x {processes} processes",
         "length": f"{length}; {math.ceil(train_rows / effective)} steps are an epoch",
         "special tokens": ", ".join(f"{name} {token!r} = {number}" for name, token, number in special),
         "trained part": trained,
@@ -5214,25 +5396,28 @@ def run(config: Config, stop: Stop) -> int:
         log.info("%s", start.note)
     check_merge(start, config)
 
-    with args.main_process_first(desc="converting the model"):
+    compare(config.flags | {"checkpoint": start.checkpoint})
+    with first_one_first():  # converting the model
         folder = model_folder(config)
     model_config = load_model_config(config, folder)
     config = settle_objective(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
-    with args.main_process_first(desc="reading and encoding the dataset"):
+    with first_one_first():  # reading and encoding the dataset
         pairs = load_splits(config, tokenizer)
         splits = encode_splits(pairs, tokenizer, config)
     if args.do_predict and not config.masked:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
     statistics = {name: token_statistics(part) for name, part in splits._asdict().items() if part is not None}
+    compare({f"the encoded {name} rows": part.fingerprint for name, part in statistics.items()})
     this_run = identity(config, statistics.get("train") if args.do_train else None)
     if start.found:
         check_identity(start.found, this_run, args.do_train)
+    this_run["effective batch"] = effective_batch(start.checkpoint, args)
 
     output.mkdir(parents=True, exist_ok=True)  # a folder that can't be written shows before the model is loaded
     final_folder(config).mkdir(parents=True, exist_ok=True)
-    derived = derived_settings(config, start, tokenizer, splits)
+    derived = derived_settings(config, start, tokenizer, splits, this_run["effective batch"]["rows"])
     log_block("This run", derived)
     if not (start.train or args.do_eval or args.do_predict):
         finish(config, merge(str(start.weights), splits, tokenizer, folder, config), time.perf_counter() - began)
@@ -5291,6 +5476,8 @@ MEMORY_ADVICE = (
 
 def exit_status(error: BaseException) -> tuple[int, str] | None:
     """Exit status and message for what a user can mend; None for our bugs."""
+    if is_lost(error):
+        return 2, "The same command goes on from {}, on as many processes as there are, with the same effective batch"
     if isinstance(error, QLoRAError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -5328,17 +5515,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
     debug = any(re.fullmatch(r"--show[_-]traceback|--debug", token) for token in argv)
+    config = None
     try:
-        return run(parse_config(argv), Stop())
+        config = parse_config(argv)
+        return run(config, Stop())
     except (Exception, KeyboardInterrupt) as error:
-        known = exit_status(error)
+        known, lost = exit_status(error), is_lost(error)
         if known is None:
+            said_once(type(error).__name__, lost)
             raise
         if debug:
             traceback.print_exc()
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # or the message would stand behind a progress bar
-        print(f"error: {known[1]}", file=sys.stderr)
+        last = find_last_checkpoint(Path(config.training.output_dir)) if lost and config else None
+        message = said_once(known[1].format(last or "the beginning"), lost) if lost else said_once(known[1], lost)
+        if message:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        if world()[1] > 1:  # what waits on a GPU for a process that is gone would keep this one from ending
+            os._exit(known[0])
         return known[0]
 
 
