@@ -686,6 +686,8 @@ def parse_config(argv: Sequence[str]) -> Config:
     if {"--warmup_ratio", "--warmup_steps"} <= {item.where for item in items}:
         raise ConfigError("--warmup_ratio and --warmup_steps: give one of them")
     flags |= derived_defaults(flags, given)
+    if flags["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed")
     with mendable("flags"):
         # where the Trainer, and all but final_folder, is
         work = {"output_dir": flags["working_dir"] or flags["output_dir"]}
@@ -702,6 +704,8 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
         derived["max_steps"] = -1
     if flags["eval_strategy"] != "no":
         derived["do_eval"] = True
+    if flags["fsdp"] and "optim" not in given:
+        derived["optim"] = "adamw_torch"  # bitsandbytes' can't step on shards
     if flags["adam8bit"]:
         derived["optim"] = "paged_adamw_8bit"
     if "," in flags["report_to"]:
@@ -759,6 +763,9 @@ def check_config(config: Config) -> None:
         (full and quant.bits < 16,
          f"--full_finetune: weights rounded to --bits {quant.bits} take no small steps of training, give 16 or 32"),
         (full and model.adapter_name_or_path is not None, "--full_finetune: drop --adapter_name_or_path"),
+        (bool(train.fsdp) and re.search(r"8bit|paged|lion|ademamix", train.optim) is not None,
+         f"--fsdp: bitsandbytes' --optim {train.optim} can't step on shards, give adamw_torch"),
+        (bool(train.fsdp) and quant.bits == 8, "--fsdp: it can't shard --bits 8, give 4 or 16"),
         (train.adam8bit and "optim" in given, "--adam8bit and --optim: give one of them"),
         (causal and train.do_predict and not train.predict_with_generate,
          "--do_predict needs --predict_with_generate"),
@@ -2210,6 +2217,11 @@ def is_sharded(config: Config) -> bool:
     return bool(config.training.deepspeed or config.training.fsdp or "true" in map(os.environ.get, ENGINES))
 
 
+def is_fsdp(config: Config) -> bool:
+    """Whether it is FSDP."""
+    return bool(config.training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 def device_map(config: Config) -> Any:
     """Where the layers go: all on this process's GPU, over all GPUs of a lone process, or the CPU."""
     if is_sharded(config):
@@ -2243,6 +2255,8 @@ def quantisation_config(config: Config, whole: list[str] | None = None) -> Any |
         bnb_4bit_compute_dtype=compute_dtype(config),
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_quant_type=quant.quant_type,
+        # FSDP shards what is of a floating dtype, and must not cast it: the one that it computes in
+        bnb_4bit_quant_storage=compute_dtype(config) if is_fsdp(config) else None,
     )
 
 
@@ -2430,6 +2444,15 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         "attn_implementation": attention_kernel(config),
     }
     prequantised = is_prequantised(model_config)
+    if prequantised and is_fsdp(config):
+        stored = model_config.quantization_config.get("bnb_4bit_quant_storage", "uint8")
+        if stored != str(compute_dtype(config)).removeprefix("torch."):
+            raise ConfigError(
+                f"--fsdp: {config.model.model_name_or_path} is quantised already and stored as {stored}, which FSDP "
+                f"can't shard (it takes {compute_dtype(config)} here): give the base as published"
+            )
+    if config.training.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
+        importlib.import_module("deepspeed").init_distributed()
     init = config.lora.init_lora_weights
     if prequantised and (config.quant.full_finetune or lora_start_problem(init, quantised=True)):
         what = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {init}"
@@ -2721,7 +2744,8 @@ if triton is not None:
 
 def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
     """A linear layer's weight, (out, in), from 4, 8 or 16 bits."""
-    weight, state, unpacked = base.weight, getattr(base.weight, "quant_state", None), getattr(base, "unpacked", None)
+    weight, unpacked = base.weight, getattr(base, "unpacked", None)
+    state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)  # FSDP's weight has lost its own
     if unpacked is not None and unpacked.dtype == dtype:
         return unpacked
     if state is None:
@@ -2729,13 +2753,14 @@ def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
             return weight.to(dtype)
         whole = base.state if base.state.CB is not None else weight  # where bitsandbytes keeps it before and after use
         return torch.mul(whole.CB, (whole.SCB / 127.0)[:, None], out=torch.empty_like(whole.CB, dtype=dtype))
-    if triton is None or not weight.is_cuda or weight.numel() * 2 % state.blocksize:
-        return dequantize_4bit(weight.data, state).to(dtype)
+    packed = weight.data.view(torch.uint8)  # FSDP has it stored as a floating dtype
+    if triton is None or not weight.is_cuda or packed.numel() * 2 % state.blocksize:
+        return dequantize_4bit(packed, state).to(dtype)
     out = torch.empty(state.shape, dtype=dtype, device=weight.device)
     nested = state.state2 if state.nested else None
     blocks, rows = out.numel() // state.blocksize, 32
     _dequantise_4bit_kernel[(triton.cdiv(blocks, rows),)](
-        weight.data, state.absmax, state.code,
+        packed, state.absmax, state.code,
         nested.code if nested else state.code, nested.absmax if nested else state.absmax,
         state.offset if nested else state.code, out, blocks,
         BLOCK=state.blocksize, NESTED_BLOCK=nested.blocksize if nested else 1, NESTED=nested is not None, ROWS=rows,
@@ -3455,6 +3480,10 @@ def speed_up(model: Any, base: Any, config: Config) -> FastPath:
         others = fuse_adapters(model)
         if others:
             log.info("%d adapted layers stay with peft's own functions, first %s", len(others), others[0])
+    if is_sharded(config):
+        log.info(
+            "FSDP or DeepSpeed holds the weights: rows are padded, logits are not in chunks, all layers recomputed or none"
+        )
     if is_sharded(config) or config.masked:
         return FastPath()
     return choose_fast_path(model, base, config)
@@ -4798,10 +4827,10 @@ def average_gradients(model: Any) -> None:
         torch._foreach_copy_(gradients, [part.view_as(old) for part, old in zip(parts, gradients, strict=True)])
 
 
-def start_recomputing(base: Any, fast: FastPath, sizes: Sizes, dtype: torch.dtype) -> None:
+def start_recomputing(base: Any, fast: FastPath, sizes: Sizes, dtype: torch.dtype, sharded: bool = False) -> None:
     """Recompute layers as decided; a model without layers of transformers' own kind recomputes all or none."""
     set_unpacked(base, sizes.unpacked, dtype)
-    if decoder_layers(base):
+    if decoder_layers(base) and not sharded:  # whose hooks know torch's own checkpoints
         set_recomputed(base, sizes.recomputed, fast)
     elif sizes.recomputed and getattr(base, "supports_gradient_checkpointing", True):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -4917,14 +4946,26 @@ def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: i
     }
 
 
+def whole_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
+    """What is saved, gathered from the processes that share it. Every one of them has to take part."""
+    if trainer.is_deepspeed_enabled:
+        return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped) or {})
+    full, found = trainer.config.quant.full_finetune, {}
+    for name, parameter in trainer.runtime().model.named_parameters():
+        if full or parameter.requires_grad:  # one after the other: a whole base may not fit
+            found[name] = (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().cpu()
+    return found
+
+
 def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     """The adapter (or, after a full fine-tune, the model) and its tokenizer, each file whole; then `completed`."""
     model, tokenizer, *_ = trainer.runtime()
+    gathered_weights = {"state_dict": whole_weights(trainer)} if is_sharded(config) else {}
     if trainer.args.should_save:
         output, aside = Path(config.training.output_dir), final / f"{STAGING}final"
         with mendable(f"{final}: the trained weights are not saved", TrainingError):
             model.config.use_cache = True  # for whoever loads it: load_model turned it off
-            model.save_pretrained(aside, max_shard_size=config.training.max_shard_size)
+            model.save_pretrained(aside, max_shard_size=config.training.max_shard_size, **gathered_weights)
             model.config.use_cache = False
             tokenizer.save_pretrained(aside)
             if getattr(model, "lora_start", None):
@@ -5371,7 +5412,7 @@ def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: in
         log.info("%s", line)
     fast = speed_up(model, base, config)
     sizes, plan = choose_sizes(costs, model, base, fast, rows, config)
-    start_recomputing(base, fast, sizes, compute_dtype(config))
+    start_recomputing(base, fast, sizes, compute_dtype(config), is_sharded(config))
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
     parts = {"rows end to end": fast.attention, "logits in chunks": fast.head is not None, "steps": sizes}
     log_block("Fast path", parts | (plan.lines() if plan else {}))
