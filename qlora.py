@@ -118,6 +118,7 @@ from transformers import (
     enable_full_determinism,
     set_seed,
 )
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -2491,7 +2492,7 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
     trainable = 0
     for parameter in model.parameters():
         packed = getattr(parameter, "quant_state", None)  # of a 4-bit weight, which counts as what it stands for
-        size = math.prod(packed.shape) if packed else parameter.numel()
+        size = math.prod(packed.shape) if packed else getattr(parameter, "ds_numel", parameter.numel())  # of ZeRO-3
         trainable += size if parameter.requires_grad else 0
         by_dtype[f"{packed.quant_type} (packed)" if packed else str(parameter.dtype).removeprefix("torch.")] += size
     total = sum(by_dtype.values())
@@ -3482,7 +3483,7 @@ def speed_up(model: Any, base: Any, config: Config) -> FastPath:
             log.info("%d adapted layers stay with peft's own functions, first %s", len(others), others[0])
     if is_sharded(config):
         log.info(
-            "FSDP or DeepSpeed holds the weights: rows are padded, logits are not in chunks, all layers recomputed or none"
+            "FSDP or DeepSpeed holds the weights: rows are padded, logits not in chunks, all layers recomputed or none"
         )
     if is_sharded(config) or config.masked:
         return FastPath()
@@ -3802,9 +3803,19 @@ def make_plan(costs: Costs, gpu: Gpu, longest: int, window: int, config: Config,
     return plan
 
 
+@contextlib.contextmanager
+def nothing_sharded() -> Iterator[None]:
+    """Make a model as it is for a while: under ZeRO-3 transformers would draw and share out its weights."""
+    saved, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = saved
+
+
 def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
     """The costs of the base model, from its shapes alone."""
-    with torch.device("meta"), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
+    with torch.device("meta"), nothing_sharded(), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
         model = OBJECTIVES[config.masked].auto_model.from_config(
             model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
         )
