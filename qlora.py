@@ -4035,7 +4035,7 @@ def find_start(config: Config) -> Start:
                 f"{output} holds a completed run but no checkpoint to go on from; begin another from its adapter with "
                 f"--adapter_name_or_path {final} and another --output_dir"
             )
-    if last is not None and not (last / "optimizer.pt").is_file() and not any(last.glob("global_step*")):
+    if last is not None and not any(itertools.chain(last.glob("optimizer*"), last.glob("global_step*"))):
         log.warning("%s holds no optimizer state: the resumed run will differ from an uninterrupted one", last)
     if last is not None:
         return Start(True, checkpoint=last, weights=given, found=last, note=f"resuming from {last}")
