@@ -47,12 +47,14 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pickle
 import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -66,6 +68,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
@@ -87,6 +90,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from bitsandbytes.functional import dequantize_4bit
 from huggingface_hub import snapshot_download
@@ -127,6 +131,7 @@ from transformers import (
     enable_full_determinism,
     set_seed,
 )
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -169,6 +174,10 @@ class DataError(QLoRAError):
 
 class TrainingError(QLoRAError):
     """Training that can't go on: a loss that is not finite, no memory."""
+
+
+class PeerLost(QLoRAError):
+    """Another process of this run is there no more."""
 
 
 class RowError(ValueError):
@@ -217,6 +226,95 @@ def mendable(what: str, kind: type[QLoRAError] = ConfigError, *also: type[BaseEx
         raise kind(f"{what}: a pickle with more than tensors in it, which is not read") from error
     except (*LIBRARY_ERRORS, *also) as error:
         raise kind(f"{what}: {one_line(error)}") from error
+
+
+# Several processes speak through the CPU's network, beside the GPUs' own: nobody times out while rank 0 encodes, a step
+# need not wait for the GPU to learn of a signal, and a process that ends is noticed at once.
+@lru_cache(maxsize=1)
+def _cpu_group() -> Any:
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
+
+
+def agree(value: int = 0) -> int:
+    """The largest of what the processes bring, once all are here."""
+    if torch.distributed.is_initialized():
+        found = torch.tensor(value)
+        with mendable("another process is gone", PeerLost, RuntimeError):
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=_cpu_group())
+        value = int(found)
+    return value
+
+
+@contextlib.contextmanager
+def first_one_first() -> Iterator[None]:
+    """For what is made once on each machine: its first process goes first, the others find it made."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        agree()
+    yield
+    if first:
+        agree()
+
+
+def compare(what: Mapping[str, Any]) -> None:
+    """Refuse to go on where processes were started with different flags, or read different data."""
+    if not torch.distributed.is_initialized():
+        return
+    mine = {name: json.dumps(value, default=str) for name, value in what.items()}
+    every: list[Any] = [None] * world()[1]
+    with mendable("another process is gone", PeerLost, RuntimeError):
+        torch.distributed.all_gather_object(every, (socket.gethostname(), mine), group=_cpu_group())
+    for rank, (host, its) in enumerate(every):
+        differing = [
+            f"{name} is {its[name]}, on rank 0 {value}" for name, value in every[0][1].items() if its[name] != value
+        ]
+        if differing:
+            raise ConfigError(f"rank {rank} ({host}): {'; '.join(differing)}. Every process needs the same")
+
+
+def world() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    here = torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if here else (0, 1)
+
+
+# How torch's collectives say that another process is there no more.
+PEER_GONE = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|remote process|nccl.*(abort|timeout|remote)", re.I
+)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error, or what led to it, is that another process is gone."""
+    gone = isinstance(error, RuntimeError) and world()[1] > 1 and PEER_GONE.search(str(error)) is not None
+    return gone or isinstance(error, PeerLost) or (error.__cause__ is not None and is_lost(error.__cause__))
+
+
+def said_once(message: str, lost: bool) -> str | None:
+    """What this process prints of an error: the lowest rank of those that met it, once; None for the others.
+
+    Each leaves its message where they all met; who leaves none was lost. Of that nobody speaks who has heard why.
+    """
+    rank, processes = world()
+    if processes == 1:  # or not connected yet: each machine's first process speaks for it
+        return message if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    others, until = set(range(processes)) - {rank}, time.monotonic() + (8 if lost else 2)
+    heard: dict[int, str] = {}
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        store.set(f"qlora/{rank}", "" if lost else message)
+        while others - set(heard) and time.monotonic() < until:
+            heard |= {r: store.get(f"qlora/{r}").decode() for r in others - set(heard) if store.check([f"qlora/{r}"])}
+            time.sleep(0.1)
+    except RuntimeError:  # whoever held the store is gone as well
+        heard.setdefault(0, "") if rank and not lost else None
+    if not lost:
+        known = [text for r, text in heard.items() if r < rank]
+        return None if message in known else f"rank {rank}: {message}" if rank else message
+    gone = sorted(others - set(heard))
+    if any(heard.values()) or not gone or any(r < rank for r in heard):
+        return None
+    return f"rank {', '.join(map(str, gone))} of {processes} was lost. {message}"
 
 
 # ------------------------------------------------------------------------------------
@@ -641,6 +739,8 @@ def parse_config(argv: Sequence[str]) -> Config:
     if {"--warmup_ratio", "--warmup_steps"} <= {item.where for item in items}:
         raise ConfigError("--warmup_ratio and --warmup_steps: give one of them")
     flags |= derived_defaults(flags, given)
+    if flags["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed")
     with mendable("flags"):
         # where the Trainer, and all but final_folder, is
         work = {"output_dir": flags["working_dir"] or flags["output_dir"]}
@@ -657,6 +757,8 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
         derived["max_steps"] = -1
     if flags["eval_strategy"] != "no":
         derived["do_eval"] = True
+    if flags["fsdp"] and "optim" not in given:
+        derived["optim"] = "adamw_torch"  # bitsandbytes' can't step on shards
     if flags["adam8bit"]:
         derived["optim"] = "paged_adamw_8bit"
     if "," in flags["report_to"]:
@@ -772,6 +874,9 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--full_finetune: weights rounded to --bits {bits} take no small steps of training, give 16 or 32"),
     (lambda f: f.full_finetune and f.adapter_name_or_path is not None,
      "--full_finetune: drop --adapter_name_or_path"),
+    (lambda f: f.fsdp and re.search(r"8bit|paged|lion|ademamix", f.optim),
+     "--fsdp: bitsandbytes' --optim {optim} can't step on shards, give adamw_torch"),
+    (lambda f: f.fsdp and f.bits == 8, "--fsdp: it can't shard --bits 8, give 4 or 16"),
     (lambda f: f.adam8bit and "optim" in f.given, "--adam8bit and --optim: give one of them"),
     (lambda f: f.objective == "clm" and f.do_predict and not f.predict_with_generate,
      "--do_predict needs --predict_with_generate"),
@@ -2164,13 +2269,13 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-def row_order(rows: int, lengths: list[int], args: TrainingArguments) -> Any:
+def row_order(lengths: list[int], at_once: int, args: TrainingArguments) -> Any:
     """The sampler of training rows that the flags ask for; the Trainer's own grouped one differs after a resume."""
     if args.train_sampling_strategy == "sequential":
-        return torch.utils.data.SequentialSampler(range(rows))
+        return torch.utils.data.SequentialSampler(lengths)
     seed = args.seed if args.data_seed is None else args.data_seed
     grouped = lengths if args.train_sampling_strategy == "group_by_length" else None
-    return EpochSampler(rows, seed, grouped, args.train_batch_size * args.gradient_accumulation_steps)
+    return EpochSampler(len(lengths), seed, grouped, at_once)
 
 
 def warn_without_stop(pairs: Any, rows: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -2308,7 +2413,8 @@ def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRow
         parts.append(np.stack([sizes, hashes]))
     lengths, hashes = np.concatenate(parts, axis=1)
     train, every = config.training, np.asarray(packs.lengths if packs and config.data.packing else lengths)
-    order = row_order(len(every), every.tolist(), train) if packs else range(len(every))
+    window = train.train_batch_size * train.gradient_accumulation_steps * train.world_size
+    order = row_order(every.tolist(), window, train) if packs else range(len(every))
     batch = train.per_device_train_batch_size if packs else train.per_device_eval_batch_size
     return TokenStatistics(
         hasher.hexdigest()[:16], len(lengths), int(lengths.sum()), found["learnt"], largest, int(lengths.max()),
@@ -2381,7 +2487,8 @@ class Window:
 def collate_window(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> dict[str, Any]:
     """Rows of a dataset, packed or not -> {lengths (rows,), labels (tokens,), window}; the labels are for counting."""
     packs = [row.get("pack", [row]) for row in rows]
-    members = [member for pack in packs for member in pack]
+    # without rows: a token that nobody learns, for a process that has no share but must take part
+    members = [member for pack in packs for member in pack] or [{"input_ids": [0], "labels": [IGNORE]}]
     ids = [torch.tensor(member["input_ids"]) for member in members]
     labels = [torch.tensor(member["labels"]) for member in members]
     for row in labels if not masked else ():
@@ -2579,6 +2686,11 @@ def is_sharded(config: Config) -> bool:
     return bool(config.training.deepspeed or config.training.fsdp or "true" in map(os.environ.get, ENGINES))
 
 
+def is_fsdp(config: Config) -> bool:
+    """Whether it is FSDP."""
+    return bool(config.training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 def device_map(config: Config) -> Any:
     """Where the layers go: all on this process's GPU, over all GPUs of a lone process, or the CPU."""
     if is_sharded(config):
@@ -2612,6 +2724,8 @@ def quantisation_config(config: Config, whole: list[str] | None = None) -> Any |
         bnb_4bit_compute_dtype=compute_dtype(config),
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_quant_type=quant.quant_type,
+        # FSDP shards what is of a floating dtype, and must not cast it: the one that it computes in
+        bnb_4bit_quant_storage=compute_dtype(config) if is_fsdp(config) else None,
     )
 
 
@@ -2818,6 +2932,15 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         "attn_implementation": attention_kernel(config),
     }
     prequantised = is_prequantised(model_config)
+    if prequantised and is_fsdp(config):
+        stored = model_config.quantization_config.get("bnb_4bit_quant_storage", "uint8")
+        if stored != str(compute_dtype(config)).removeprefix("torch."):
+            raise ConfigError(
+                f"--fsdp: {config.model.model_name_or_path} is quantised already and stored as {stored}, which FSDP "
+                f"can't shard (it takes {compute_dtype(config)} here): give the base as published"
+            )
+    if config.training.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
+        importlib.import_module("deepspeed").init_distributed()
     init = config.lora.init_lora_weights
     if prequantised and (config.quant.full_finetune or lora_start_problem(init, quantised=True)):
         what = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {init}"
@@ -2856,7 +2979,7 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
     trainable = 0
     for parameter in model.parameters():
         packed = getattr(parameter, "quant_state", None)  # of a 4-bit weight, which counts as what it stands for
-        size = math.prod(packed.shape) if packed else parameter.numel()
+        size = math.prod(packed.shape) if packed else getattr(parameter, "ds_numel", parameter.numel())  # of ZeRO-3
         trainable += size if parameter.requires_grad else 0
         by_dtype[f"{packed.quant_type} (packed)" if packed else str(parameter.dtype).removeprefix("torch.")] += size
     total = sum(by_dtype.values())
@@ -3130,7 +3253,8 @@ if triton is not None:
 
 def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
     """A linear layer's weight, (out, in), from 4, 8 or 16 bits."""
-    weight, state, unpacked = base.weight, getattr(base.weight, "quant_state", None), getattr(base, "unpacked", None)
+    weight, unpacked = base.weight, getattr(base, "unpacked", None)
+    state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)  # FSDP's weight has lost its own
     if isinstance(unpacked, torch.Tensor) and unpacked.dtype == dtype:
         return unpacked
     if state is None:
@@ -3138,13 +3262,14 @@ def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
             return weight.to(dtype)
         whole = base.state if base.state.CB is not None else weight  # where bitsandbytes keeps it before and after use
         return torch.mul(whole.CB, (whole.SCB / 127.0)[:, None], out=torch.empty_like(whole.CB, dtype=dtype))
-    if triton is None or not weight.is_cuda or weight.numel() * 2 % state.blocksize:
-        return dequantize_4bit(weight.data, state).to(dtype)
+    packed = weight.data.view(torch.uint8)  # FSDP has it stored as a floating dtype
+    if triton is None or not weight.is_cuda or packed.numel() * 2 % state.blocksize:
+        return dequantize_4bit(packed, state).to(dtype)
     out = torch.empty(state.shape, dtype=dtype, device=weight.device)
     nested = state.state2 if state.nested else None
     blocks, rows = out.numel() // state.blocksize, 32
     _dequantise_4bit_kernel[(triton.cdiv(blocks, rows),)](
-        weight.data, state.absmax, state.code,
+        packed, state.absmax, state.code,
         nested.code if nested else state.code, nested.absmax if nested else state.absmax,
         state.offset if nested else state.code, out, blocks,
         BLOCK=state.blocksize, NESTED_BLOCK=nested.blocksize if nested else 1, NESTED=nested is not None, ROWS=rows,
@@ -4020,6 +4145,10 @@ def speed_up(model: Any, base: Any, config: Config) -> FastPath:
         others = fuse_adapters(model, config.training.fp8_compute)
         if others:
             log.info("%d adapted layers stay with peft's own functions, first %s", len(others), others[0])
+    if is_sharded(config):
+        log.info(
+            "FSDP or DeepSpeed holds the weights: rows are padded, logits not in chunks, all layers recomputed or none"
+        )
     if is_sharded(config) or config.masked:
         return FastPath(offloads=config.training.offload_activations)
     return choose_fast_path(model, base, config)
@@ -4338,9 +4467,19 @@ def make_plan(costs: Costs, gpu: Gpu, longest: int, window: int, config: Config,
     return plan
 
 
+@contextlib.contextmanager
+def nothing_sharded() -> Iterator[None]:
+    """Make a model as it is for a while: under ZeRO-3 transformers would draw and share out its weights."""
+    saved, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = saved
+
+
 def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
     """The costs of the base model, from its shapes alone."""
-    with torch.device("meta"), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
+    with torch.device("meta"), nothing_sharded(), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
         model = OBJECTIVES[config.masked].auto_model.from_config(
             model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
         )
@@ -4443,6 +4582,15 @@ def identity(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
     values["model_name_or_path"] = str(base.resolve()) if base.exists() else config.model.model_name_or_path
     of_data = {"packing": config.data.packing, "dataset (the encoded training rows)": data.fingerprint} if data else {}
     return values | of_data
+
+
+def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[str, Any]:
+    """Rows of an optimizer step. A run that goes on with the same flags on more or fewer processes keeps it."""
+    flags = [args.per_device_train_batch_size, args.gradient_accumulation_steps]
+    here = {"rows": math.prod(flags) * args.world_size, "flags": flags}
+    found = checkpoint and (checkpoint / MANIFEST).is_file() and read_json(checkpoint / MANIFEST)["run"]
+    before = found.get("effective batch", here) if found else here
+    return before if before["flags"] == flags else here
 
 
 def check_identity(folder: Path, wanted: Mapping[str, Any], training: bool) -> None:
@@ -4567,7 +4715,7 @@ def find_start(config: Config) -> Start:
                 f"{output} holds a completed run but no checkpoint to go on from; begin another from its adapter with "
                 f"--adapter_name_or_path {final} and another --output_dir"
             )
-    if last is not None and not (last / "optimizer.pt").is_file() and not any(last.glob("global_step*")):
+    if last is not None and not any(itertools.chain(last.glob("optimizer*"), last.glob("global_step*"))):
         log.warning("%s holds no optimizer state: the resumed run will differ from an uninterrupted one", last)
     if last is not None:
         return Start(True, checkpoint=last, weights=given, found=last, note=f"resuming from {last}")
@@ -4674,7 +4822,7 @@ def step_of(checkpoint: Path) -> int:
 # ------------------------------------------------------------------------------------
 # 13. Evaluation: generated predictions, MMLU
 #
-# Each process takes a run of the rows; results are gathered in the order of the rows, so none is lost or doubled.
+# Each process takes some of the batches; results are gathered by the number of the row, so none is lost or doubled.
 # ------------------------------------------------------------------------------------
 class Runtime(NamedTuple):
     """What it takes to run a model outside the Trainer's loops."""
@@ -4686,10 +4834,21 @@ class Runtime(NamedTuple):
     limits: Limits
 
 
-def dealt_batches(count: int, runtime: Runtime) -> list[list[int]]:
-    """This process's row numbers, in batches; gather_object puts the processes' results one after the other."""
-    with runtime.accelerator.split_between_processes(list(range(count))) as mine:
-        return [mine[i : i + runtime.batch_size] for i in range(0, len(mine), runtime.batch_size)]
+def dealt_batches(count: int, size: int) -> list[list[int]]:
+    """This process's row numbers, in batches as one process would cut them.
+
+    Every process has as many, since an engine that shards the model needs all of them for each: the last may be one
+    that another process has too.
+    """
+    rank, processes = world()
+    batches = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
+    return [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / processes) * processes, processes)]
+
+
+def gathered(results: Mapping[int, Any]) -> list[Any]:
+    """Every process's results by row number, each once and in order."""
+    every = {number: result for part in gather_object([results]) for number, result in part.items()}
+    return [every[number] for number in sorted(every)]
 
 
 def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -4754,8 +4913,8 @@ def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConf
     """One dictionary for each row: its fields, `prediction`, `prediction_with_input`."""
     model, tokenizer = runtime.model, runtime.tokenizer
     device = model.get_input_embeddings().weight.device
-    results: list[dict[str, str]] = []
-    batches, quiet = dealt_batches(len(rows), runtime), not runtime.accelerator.is_main_process
+    results: dict[int, dict[str, str]] = {}
+    batches, quiet = dealt_batches(len(rows), runtime.batch_size), not runtime.accelerator.is_main_process
     with generating(model), runtime.accelerator.autocast():
         for numbers in tqdm(batches, "Predicting", disable=quiet):
             batch = rows[numbers]
@@ -4766,11 +4925,11 @@ def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConf
                 output = model.generate(**tensors, generation_config=generation)
             width = tensors["input_ids"].shape[1]  # the prompt is taken off by its tokens, never by its text
             answers = output[:, width:].tolist()
-            for row, prompt, answer in zip(shown, prompts, answers, strict=True):
+            for number, row, prompt, answer in zip(numbers, shown, prompts, answers, strict=True):
                 row["prediction"] = str(tokenizer.decode(answer, skip_special_tokens=True))
                 row["prediction_with_input"] = str(tokenizer.decode(prompt + answer, skip_special_tokens=True))
-                results.append(row)
-    return list(gather_object(results))
+                results[number] = row
+    return gathered(results)
 
 
 def fill_masks(runtime: Runtime, rows: Any, masking: Masking) -> list[dict[str, Any]]:
@@ -4780,18 +4939,19 @@ def fill_masks(runtime: Runtime, rows: Any, masking: Masking) -> list[dict[str, 
     """
     model, tokenizer, accelerator = runtime.model, runtime.tokenizer, runtime.accelerator
     device, masking = model.get_input_embeddings().weight.device, masking._replace(replaced=1.0, random=0.0)
-    results: list[dict[str, Any]] = []
+    results: dict[int, dict[str, Any]] = {}
+    batches = dealt_batches(len(rows), runtime.batch_size)
     with generating(model), accelerator.autocast():
-        for numbers in tqdm(dealt_batches(len(rows), runtime), "Predicting", disable=not accelerator.is_main_process):
+        for numbers in tqdm(batches, "Predicting", disable=not accelerator.is_main_process):
             texts = last_texts(rows[numbers])
             plain = [encode_masked(text, tokenizer, runtime.limits) for text in texts]
             drawn = [ids if masking.mask_id in ids else masking.draw_row(ids, labels)["input_ids"]
                      for ids, labels, _ in plain]  # fmt: skip
             batch = padded_prompts(drawn, tokenizer.pad_token_id, "right")
             logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
-            for text, row, ids, scores in zip(texts, plain, drawn, logits, strict=True):
-                results.append(filled_row(text, row.labels, ids, scores, tokenizer))
-    return list(gather_object(results))
+            for number, text, row, ids, scores in zip(numbers, texts, plain, drawn, logits, strict=True):
+                results[number] = filled_row(text, row.labels, ids, scores, tokenizer)
+    return gathered(results)
 
 
 def filled_row(
@@ -4898,9 +5058,9 @@ def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longes
         "rendered": [False] * len(questions),
     }
     prompts = [ids + prefix for ids in prompt_ids(rows, tokenizer, Limits(longest, 0, total=longest))]
-    results: list[tuple[str, bool, float]] = []
+    results: dict[int, tuple[str, bool, float]] = {}
     with generating(model), runtime.accelerator.autocast():
-        for numbers in dealt_batches(len(questions), runtime):
+        for numbers in dealt_batches(len(questions), runtime.batch_size):
             asked = [(i, c) for i in numbers for c in ([questions[i].answer] if one_pass else range(len(LETTERS)))]
             answers = [[*letters[c], tokenizer.eos_token_id] for _, c in asked]
             whole = [prompts[i] + ids for (i, _), ids in zip(asked, answers, strict=True)]
@@ -4919,8 +5079,8 @@ def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longes
                 else:
                     scores[i][c] = chosen[:-1].sum()
             for i in numbers:
-                results.append((questions[i].subject, int(scores[i].argmax()) == questions[i].answer, losses[i]))
-    scored = gather_object(results)
+                results[i] = questions[i].subject, int(scores[i].argmax()) == questions[i].answer, losses[i]
+    scored = gathered(results)
     by_subject: dict[str, list[bool]] = defaultdict(list)
     for subject, right, _ in scored:
         by_subject[subject].append(right)
@@ -4966,7 +5126,7 @@ class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
         taken = self.place.get("taken", 0)
         for before, block in encoded_blocks(self.stream, self.place, self.tokenizer, self.config):
             rows = PackedRows(block, limits_of(self.config).longest) if self.config.data.packing else block
-            order = row_order(len(rows), rows["length"][:], self.args)
+            order = row_order(rows["length"][:], self.args.train_batch_size * self.args.world_size, self.args)
             if isinstance(order, EpochSampler):
                 order.set_epoch(before.get("block", 0))
             for number, i in itertools.islice(enumerate(order, start=1), taken, None):
@@ -4974,10 +5134,35 @@ class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
             taken = 0
 
 
-def masked_accuracy(found: Any) -> dict[str, float]:
-    """The share of the masked tokens that the likeliest token is right at."""
-    masked = found.label_ids != IGNORE
-    return {"masked_accuracy": float((found.predictions == found.label_ids)[masked].mean())}
+class Shares(torch.utils.data.Sampler[list[int]]):
+    """This process's rows of each window. A window has the same rows however many processes share it.
+
+    Nothing is doubled: in the last window of an epoch a share is smaller, or empty. Rows are dealt out by length, back
+    and forth, so that the processes have as many tokens as each other, and none waits for the rest.
+    """
+
+    def __init__(self, order: Any, size: int, lengths: list[int], drop_last: bool) -> None:
+        self.windows = torch.utils.data.BatchSampler(order, size, drop_last)
+        self.lengths, (self.rank, self.processes) = lengths, world()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch."""
+        if isinstance(self.windows.sampler, EpochSampler):
+            self.windows.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for window in self.windows:
+            if self.processes > 1:
+                window.sort(key=lambda row: -self.lengths[row])
+            turns = [place % (2 * self.processes) for place in range(len(window))]
+            yield [
+                row
+                for row, turn in zip(window, turns, strict=True)
+                if self.rank in (turn, 2 * self.processes - 1 - turn)
+            ]
 
 
 # What asks a run to stop, and its exit status then. Batch systems send SIGUSR1 before the time is up: the same command
@@ -5009,17 +5194,13 @@ class Stop(TrainerCallback):
             with contextlib.suppress(RuntimeError):  # it came while a line was being written
                 log.warning("%s: finishing the step, then saving", signal.Signals(number).name)
 
-    def agreed(self, args: Any) -> int:
+    def agreed(self) -> int:
         """The signal, on every process if it reached one."""
-        if args.world_size == 1:
-            return self.signal
-        flag = torch.tensor(self.signal, device=args.device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return int(flag)
+        return agree(self.signal)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the Trainer for both."""
-        if self.agreed(args):
+        if self.agreed():
             control.should_save = control.should_training_stop = True
             self.broken_off = state.global_step < state.max_steps
 
@@ -5036,12 +5217,10 @@ def signals_noted(stop: Stop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def begin_worker(number: int, seeded: Callable[[int], None] | None) -> None:
+def begin_worker(number: int) -> None:
     """A data loader's process leaves signals, which terminals and torchrun send to it too, to the one that trains."""
     for stopping in STOP_NUMBERS:
         signal.signal(stopping, signal.SIG_IGN)
-    if seeded:
-        seeded(number)
 
 
 class Ready(NamedTuple):
@@ -5098,6 +5277,7 @@ class QLoRATrainer(Trainer):
         self.tokens_seen = 0  # without padding, by this process
         self.seconds_aside = 0.0  # spent on evaluating and saving while training
         self.staging: Path | None = None
+        self.judged: list[tuple[int, float, int, int]] = []  # the batches of an evaluation
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; where the plan fits, a paged one does not ask for its pages: none of them is ever away.
@@ -5119,29 +5299,39 @@ class QLoRATrainer(Trainer):
             limits_of(self.config),
         )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Ours: the Trainer's grouped sampler draws from the global generator, and a resume in epoch 2 differs."""
-        every: Any = self.train_dataset  # the one given may have lost its columns to --remove_unused_columns
-        return row_order(len(every), every["length"][:], self.args)
-
     def get_train_dataloader(self) -> Any:
-        """A stream hands out whole windows, to each process its own."""
-        if isinstance(self.train_dataset, StreamedWindows):
-            return torch.utils.data.DataLoader(self.train_dataset, batch_size=None)
-        return super().get_train_dataloader()
+        """Ours: the Trainer's grouped sampler draws from the global generator, and a resume in epoch 2 differs.
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        loader = super()._get_dataloader(*args, **kwargs)
-        inner = getattr(loader, "base_dataloader", loader)  # accelerate's holds another
-        inner.worker_init_fn = partial(begin_worker, seeded=inner.worker_init_fn)
-        return loader
+        Accelerate's share of each process would double rows where they don't come out even. A stream hands out whole
+        windows, to each process its own.
+        """
+        rows, args = self.train_dataset, self.args
+        if isinstance(rows, StreamedWindows):
+            return torch.utils.data.DataLoader(rows, batch_size=None)
+        lengths: list[int] = list(rows["length"])  # type: ignore[index, call-overload]
+        size = self.run.get("effective batch", {}).get("rows", args.train_batch_size * args.world_size)
+        return self._loader(rows, Shares(row_order(lengths, size, args), size, lengths, args.dataloader_drop_last))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """This process's batches."""
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._loader(rows, dealt_batches(len(rows), self.args.per_device_eval_batch_size))
+
+    def _loader(self, rows: Any, batches: Any) -> Any:
+        args = self.args
+        names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
+        options: dict[str, Any] = {name: getattr(args, f"dataloader_{name}") for name in names}
+        loader = torch.utils.data.DataLoader(
+            rows, batch_sampler=batches, collate_fn=self.data_collator, worker_init_fn=begin_worker, **options
+        )
+        return prepare_data_loader(loader, num_processes=1, process_index=0)  # of one process: the shares are dealt
 
     def masked(self, windows: Iterator[dict[str, Any]], masking: Masking) -> Iterator[dict[str, Any]]:
-        """Windows with fresh masks, which follow from the step alone: a resume draws them again."""
-        for number, batch in enumerate(windows):
-            window, seed = batch["window"], ("train", self.args.seed, self.state.global_step, self.args.process_index)
+        """Windows with fresh masks, which follow from step and row alone: a resume draws them again."""
+        for batch in windows:
+            window, seed = batch["window"], ("train", self.args.seed, self.state.global_step)
             rows = zip(window.input_ids, window.labels, strict=True)
-            drawn = [masking.draw(ids, labels, *seed, number, row) for row, (ids, labels) in enumerate(rows)]
+            drawn = [masking.draw(ids, labels, *seed, ids.tolist()) for ids, labels in rows]
             ids, labels = ([row[part] for row in drawn] for part in (0, 1))
             yield batch | {
                 "window": dataclasses.replace(window, input_ids=ids, labels=labels),
@@ -5175,7 +5365,7 @@ class QLoRATrainer(Trainer):
                 parts = self._window_step(model, window, num_items_in_batch)
                 break
             except torch.OutOfMemoryError as error:
-                if self.args.world_size > 1:
+                if is_sharded(self.config):  # others wait for this process in the middle of a layer
                     raise
                 reason = error.with_traceback(None)  # whose frames hold all that the failed pass has made
             model.zero_grad(set_to_none=True)
@@ -5187,14 +5377,20 @@ class QLoRATrainer(Trainer):
         if self.idle != set() and not is_sharded(self.config):
             idle = without_gradient(self.runtime().model)
             self.idle = idle if self.idle is None else self.idle & idle
+        if self.args.world_size > 1 and not is_sharded(self.config):
+            average_gradients(model)
         return torch.stack([loss for _, loss in parts]).sum()
 
     def _window_step(self, model: Any, window: Window, items: Any) -> list[tuple[list[str], torch.Tensor]]:
         done, parts = [], self._parts(window)
+        sharded = is_sharded(self.config)
+        if sharded:  # every micro-batch gathers the weights of all processes, which so need as many of them
+            parts += [[]] * (agree(len(parts)) - len(parts))
         with attention_of(self.runtime().model, self.fast.attention):
             for i, members in enumerate(parts):
                 last = i == len(parts) - 1
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed takes its step by it
+                with contextlib.nullcontext() if sharded and last else self.accelerator.no_sync(model):
                     batch = on_device(self._batch(window, members), self.args.device)
                     with self.compute_loss_context_manager():
                         part = self.compute_loss(model, batch, num_items_in_batch=items)
@@ -5206,6 +5402,8 @@ class QLoRATrainer(Trainer):
         return micro_batches(window, self.sizes.rows, self.sizes.tokens, padded=self.fast.attention is None)
 
     def _batch(self, window: Window, members: list[int]) -> dict[str, Any]:
+        if not members:
+            window, members = collate_window([])["window"], [0]
         if self.fast.attention is not None:
             return end_to_end_batch(window, members)
         tokenizer: Any = self.processing_class
@@ -5247,22 +5445,21 @@ class QLoRATrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
-        """The mean loss of an evaluation batch; of logits nothing is kept but the likeliest of masked tokens."""
-        window, total = inputs["window"], torch.zeros((), device=self.args.device)
-        smoothing, found, places = self.args.label_smoothing_factor, None, None
+        """Rows, mean loss, and of masked tokens how many are found; kept here: the Trainer gathers nothing uneven."""
+        window, total, right = inputs["window"], torch.zeros((), device=self.args.device), 0
+        smoothing, count = self.args.label_smoothing_factor, max(1, int((inputs["labels"] != IGNORE).sum()))
         with torch.no_grad(), attention_of(self.runtime().model, self.fast.attention):
             for members in self._parts(window) if not self.masking else [list(range(len(window.rows)))]:
                 batch = on_device(self._batch(window, members), self.args.device)
                 with self.compute_loss_context_manager():
                     if self.masking:
                         logits = logits_at(model, self.fast, batch)
-                        places = torch.full_like(batch["input_ids"].flatten(), IGNORE)
-                        found = places.scatter(0, batch["positions"], logits.argmax(-1)).view_as(batch["input_ids"])
-                        places = places.scatter(0, batch["positions"], batch["targets"]).view_as(batch["input_ids"])
+                        right += int((logits.argmax(-1) == batch["targets"]).sum())
                         total += F.cross_entropy(logits, batch["targets"], reduction="sum", label_smoothing=smoothing)
                     else:
                         total += summed_loss(model, self.fast, batch, smoothing).to(total.device)
-        return total / max(1, int((inputs["labels"] != IGNORE).sum())), found, places
+        self.judged.append((len(window.rows), float(total) / count, right, count))
+        return None, None, None
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Six for each parameter and token, as the Trainer counts."""
@@ -5360,12 +5557,15 @@ class QLoRATrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loop, with perplexity and, where asked for, MMLU beside the loss."""
-        began = time.perf_counter()
+        began, self.judged = time.perf_counter(), []
         output = super().evaluation_loop(*args, **kwargs)
         assert output.metrics is not None
-        for name, loss in list(output.metrics.items()):
-            if name.endswith("_loss"):
-                output.metrics[name.removesuffix("loss") + "perplexity"] = math.exp(min(loss, 700.0))
+        numbers = [batch[0] for batch in dealt_batches(output.num_samples or 0, self.args.per_device_eval_batch_size)]
+        rows, losses, right, masked = zip(*gathered(dict(zip(numbers, self.judged, strict=True))), strict=True)
+        loss = sum(map(operator.mul, rows, losses)) / sum(rows)  # the mean over rows of their batches' means
+        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        found |= {"masked_accuracy": sum(right) / sum(masked)} if self.masking else {}
+        output.metrics.update({f"{kwargs['metric_key_prefix']}_{name}": value for name, value in found.items()})
         if self.questions:
             split, longest = self.config.mmlu.mmlu_split, self.config.mmlu.mmlu_source_max_len
             output.metrics.update(mmlu_metrics(self.runtime(), self.questions, split, longest))
@@ -5443,19 +5643,33 @@ def window_arguments(args: TrainingArguments) -> TrainingArguments:
     changed["logging_nan_inf_filter"] = False
     # pinned batches reach the GPU without a wait for what it has still to do
     config: Any = args.accelerator_config
-    changed["accelerator_config"] = dataclasses.replace(config, non_blocking=True)
+    changed["accelerator_config"] = dataclasses.replace(config, non_blocking=torch.cuda.is_available())
     if args.ddp_find_unused_parameters is None:  # the Trainer's True stops at layers that are recomputed as ours are
         changed["ddp_find_unused_parameters"] = False
-    if not args.deepspeed:  # which accumulates by itself
-        changed["per_device_train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        changed["gradient_accumulation_steps"] = 1
+    changed["per_device_train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    changed["gradient_accumulation_steps"] = 1
     return dataclasses.replace(args, **changed)
 
 
-def start_recomputing(base: Any, fast: FastPath, sizes: Sizes, dtype: torch.dtype) -> None:
+def average_gradients(model: Any) -> None:
+    """Over the processes, once a step: in a backward pass they would wait for one whose memory ran out."""
+    kinds: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            kinds[parameter.dtype].append(parameter.grad)
+    for gradients in kinds.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message; the activations have made room
+        torch.distributed.all_reduce(flat)
+        parts = flat.div_(world()[1]).split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(old) for part, old in zip(parts, gradients, strict=True)])
+
+
+def start_recomputing(base: Any, fast: FastPath, sizes: Sizes, dtype: torch.dtype, sharded: bool = False) -> None:
     """Recompute layers as decided; a model without layers of transformers' own kind recomputes all or none."""
     set_unpacked(base, sizes.unpacked, dtype)
-    if decoder_layers(base):
+    if decoder_layers(base) and not sharded:  # whose hooks know torch's own checkpoints
         set_recomputed(base, sizes.recomputed, fast)
     elif sizes.recomputed and getattr(base, "supports_gradient_checkpointing", True):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -5501,7 +5715,6 @@ def masked_lm_parts(model: Any, tokenizer: Any, rows: Any | None, config: Config
     return {
         "data_collator": partial(collate_window, masked=True),
         "eval_dataset": rows,
-        "compute_metrics": masked_accuracy,
         "masking": masking,
     }
 
@@ -5605,14 +5818,26 @@ def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: i
     }
 
 
+def whole_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
+    """What is saved, gathered from the processes that share it. Every one of them has to take part."""
+    if trainer.is_deepspeed_enabled:
+        return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped) or {})
+    full, found = trainer.config.quant.full_finetune, {}
+    for name, parameter in trainer.runtime().model.named_parameters():
+        if full or parameter.requires_grad:  # one after the other: a whole base may not fit
+            found[name] = (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().cpu()
+    return found
+
+
 def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     """The adapter (or, after a full fine-tune, the model) and its tokenizer, each file whole; then `completed`."""
     model, tokenizer, *_ = trainer.runtime()
+    gathered_weights = {"state_dict": whole_weights(trainer)} if is_sharded(config) else {}
     if trainer.args.should_save:
         output, aside = Path(config.training.output_dir), final / f"{STAGING}final"
         with written_aside(aside, final):
             model.config.use_cache = True  # for whoever loads it: load_model turned it off
-            model.save_pretrained(aside, max_shard_size=config.training.max_shard_size)
+            model.save_pretrained(aside, max_shard_size=config.training.max_shard_size, **gathered_weights)
             model.config.use_cache = False
             tokenizer.save_pretrained(aside)
             if getattr(model, "lora_start", None):
@@ -5969,12 +6194,17 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
 
 
 def derived_settings(
-    config: Config, start: Start, tokenizer: Any, train_rows: int, statistics: Mapping[str, TokenStatistics]
+    config: Config,
+    start: Start,
+    tokenizer: Any,
+    train_rows: int,
+    statistics: Mapping[str, TokenStatistics],
+    effective: int,
 ) -> dict[str, Any]:
     """What follows from the flags: the block at the start of a run, and `derived` in run.json."""
     args, quant = config.training, config.quant
     rows, accumulated, processes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-    effective = rows * accumulated * processes
+    kept = effective != rows * accumulated * processes
     why = "--bf16" if args.bf16 else "--fp16" if args.fp16 else "neither --bf16 nor --fp16"
     kind = f"{quant.bits} bit"
     if quant.bits == 4:
@@ -5992,7 +6222,9 @@ def derived_settings(
         "objective": config.data.objective,
         "weights": kind,
         "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
-        "effective batch": f"{effective} rows = {rows} at once x {accumulated} accumulated x {processes} processes",
+        "effective batch": f"{effective} rows, as in the checkpoint, shared by {processes} processes"
+        if kept
+        else f"{effective} rows = {rows} at once x {accumulated} accumulated x {processes} processes",
         "length": length,
         "special tokens": ", ".join(f"{name} {token!r} = {number}" for name, token, number in special),
         "trained part": trained,
@@ -6075,7 +6307,7 @@ def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: in
         log.info("%s", line)
     fast = speed_up(model, base, config)
     sizes, plan = choose_sizes(costs, model, base, fast, rows, config)
-    start_recomputing(base, fast, sizes, compute_dtype(config))
+    start_recomputing(base, fast, sizes, compute_dtype(config), is_sharded(config))
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
     parts = {"rows end to end": fast.attention, "logits in chunks": fast.head}
     found = {name: "no" if part is None else "yes" for name, part in parts.items()} | {"steps": sizes}
@@ -6093,10 +6325,52 @@ def print_preview(rows: Iterable[Titled], statistics: Mapping[str, TokenStatisti
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class Inputs(NamedTuple):
+    """What a run has read before any weight."""
+
+    config: Config  # with the objective settled
+    folder: str  # of the model
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    pairs: Splits  # rows as text
+    splits: Splits  # encoded
+    rows: Any  # to train on, packed if the flags say so
+    statistics: dict[str, TokenStatistics]
+
+
+def read_inputs(start: Start, config: Config) -> Inputs:
+    """Model config, tokenizer and rows, made once on each machine and the same in every process."""
+    compare(config.flags | {"checkpoint": start.checkpoint})
+    with first_one_first():  # converting the model
+        folder = model_folder(config)
+    for place in (folder, start.weights, start.checkpoint and (adapter_folder(start.checkpoint) or start.checkpoint)):
+        check_weights(place or folder, config)
+    model_config = load_model_config(config, folder)
+    config = settle_objective(config, model_config)
+    tokenizer = load_tokenizer(config, model_config, folder)
+    with first_one_first():  # reading and encoding the dataset
+        pairs = load_splits(config, tokenizer)
+        splits = encode_splits(pairs, tokenizer, config)
+    rows, statistics = measured(splits, tokenizer, config)
+    compare({f"the encoded {name} rows": part.fingerprint for name, part in statistics.items()})
+    return Inputs(config, folder, model_config, tokenizer, pairs, splits, rows, statistics)
+
+
+def describe(start: Start, this_run: dict[str, Any], inputs: Inputs) -> str:
+    """Log what this run is, and how it differs from one that it repeats; returns run.json."""
+    config, effective = inputs.config, this_run["effective batch"]["rows"]
+    derived = derived_settings(config, start, inputs.tokenizer, len(inputs.rows or ()), inputs.statistics, effective)
+    log_block("This run", derived)
+    record = run_record(config, derived, {name: part._asdict() for name, part in inputs.statistics.items()})
+    if config.record:
+        found = sorted(differences(config.record, json.loads(record))) or ["nothing"]
+        log.warning("repeating a run, what differs from it:\n  %s", "\n  ".join(found))
+    return record
+
+
 def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -> int:
     """One run, from checked flags to files, or --preview shown. Returns the exit status."""
-    args, output = config.training, Path(config.training.output_dir)
-    began = time.perf_counter()
+    args, output, began = config.training, Path(config.training.output_dir), time.perf_counter()
     if args.full_determinism:
         enable_full_determinism(args.seed)
     set_seed(args.seed)
@@ -6110,18 +6384,8 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
     if start.note:
         log.info("%s", start.note)
     check_merge(start, config)
-
-    with args.main_process_first(desc="converting the model"):
-        folder = model_folder(config)
-    for place in (folder, start.weights, start.checkpoint and (adapter_folder(start.checkpoint) or start.checkpoint)):
-        check_weights(place or folder, config)
-    model_config = load_model_config(config, folder)
-    config = settle_objective(config, model_config)
-    tokenizer = load_tokenizer(config, model_config, folder)
-    with args.main_process_first(desc="reading and encoding the dataset"):
-        pairs = load_splits(config, tokenizer)
-        splits = encode_splits(pairs, tokenizer, config)
-    rows, statistics = measured(splits, tokenizer, config)
+    inputs = read_inputs(start, config)
+    config, folder, model_config, tokenizer, pairs, splits, rows, statistics = inputs
     if config.data.preview:
         show(shown_rows(rows or splits.eval, tokenizer, model_config, config), statistics, config)
         return 0
@@ -6131,15 +6395,11 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
     this_run = identity(config, statistics.get("train") if args.do_train else None)
     if start.found:
         check_identity(start.found, this_run, args.do_train)
+    this_run["effective batch"] = effective_batch(start.checkpoint, args)
 
     output.mkdir(parents=True, exist_ok=True)  # a folder that can't be written shows before the model is loaded
     final_folder(config).mkdir(parents=True, exist_ok=True)
-    derived = derived_settings(config, start, tokenizer, len(rows or ()), statistics)
-    log_block("This run", derived)
-    record = run_record(config, derived, {name: part._asdict() for name, part in statistics.items()})
-    if config.record:
-        found = sorted(differences(config.record, json.loads(record))) or ["nothing"]
-        log.warning("repeating a run, what differs from it:\n  %s", "\n  ".join(found))
+    record = describe(start, this_run, inputs)
     if not (start.train or args.do_eval or args.do_predict):
         finish(config, merge(str(start.weights), splits, tokenizer, folder, config), time.perf_counter() - began)
         return 0
@@ -6163,7 +6423,7 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
         metrics |= train(trainer, start, stop, config)
         stop.training = False
         metrics |= ready.plan.beside(metrics) if ready.plan else {}
-        if number := stop.agreed(args):
+        if number := stop.agreed():
             name, step = signal.Signals(number).name, trainer.state.global_step
             log.warning("stopped by %s at step %d, saved; the same command goes on from there", name, step)
             return STOP_SIGNALS[name]
@@ -6199,6 +6459,8 @@ MEMORY_ADVICE = (
 
 def exit_status(error: BaseException) -> tuple[int, str] | None:
     """Exit status and message for what a user can mend; None for our bugs."""
+    if is_lost(error):
+        return 2, "The same command goes on from {}, on as many processes as there are, with the same effective batch"
     if isinstance(error, QLoRAError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -6237,20 +6499,27 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, Stop], int
     argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
     debug = any(re.fullmatch(r"--show[_-]traceback|--debug", token) for token in argv)
-    stop = Stop()
+    stop, config = Stop(), None
     try:
         with signals_noted(stop):
-            return action(parse_config(argv), stop)
+            config = parse_config(argv)
+            return action(config, stop)
     except (Exception, KeyboardInterrupt) as error:
-        known = exit_status(error)
+        known, lost = exit_status(error), is_lost(error)
         if known is None:
+            said_once(type(error).__name__, lost)
             raise
         if debug:
             traceback.print_exc()
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # or the message would stand behind a progress bar
-        message = visible(HUB_TOKEN.sub("(a token)", known[1]))
-        print(f"{'error: ' if known[0] else ''}{message}", file=sys.stderr)
+        last = find_last_checkpoint(Path(config.training.output_dir)) if lost and config else None
+        text = visible(HUB_TOKEN.sub("(a token)", known[1]))
+        message = said_once(text.format(last or "the beginning") if lost else text, lost)
+        if message:
+            print(f"{'error: ' if known[0] else ''}{message}", file=sys.stderr, flush=True)
+        if world()[1] > 1:  # what waits on a GPU for a process that is gone would keep this one from ending
+            os._exit(known[0])
         return known[0]
 
 

@@ -401,13 +401,6 @@ def test_evaluation_gives_loss_perplexity_and_accuracy_of_the_masks(run_masked, 
     assert run.json("metrics.json")["eval_masked_accuracy"] == metrics["eval_masked_accuracy"]
 
 
-def test_masked_accuracy_counts_masked_places_only():
-    found = type("Found", (), {})()
-    found.label_ids = torch.tensor([[IGNORE, 3, 5], [4, IGNORE, 6]]).numpy()
-    found.predictions = torch.tensor([[9, 3, 9], [4, IGNORE, 6]]).numpy()
-    assert qlora.masked_accuracy(found) == {"masked_accuracy": 0.75}
-
-
 def test_training_masks_are_fresh_in_every_batch_and_evaluation_masks_the_same(run_masked, monkeypatch):
     """Four epochs over the same rows with a learning rate of 0: training losses differ, evaluation losses do not."""
     seen = []

@@ -1,0 +1,263 @@
+"""Several processes, as torchrun starts them, on a CPU with gloo: the same run as one process makes.
+
+Runs are started all at once where they do not depend on each other: importing the libraries takes most of their time.
+"""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from conftest import ROOT, _to_argv
+from safetensors.torch import load_file
+
+import qlora
+
+ROWS = 23  # 19 to train: windows of 8, 8 and 3 rows, and 4 to evaluate: 2 batches of 3 and 1
+# What two processes run instead of qlora.py where a machine without GPUs is to shard as GPUs do: accelerate is told
+# that its CPU processes are GPUs.
+AS_GPUS = """
+import sys, accelerate.state as state
+plain = state.PartialState.__init__
+def init(self, *args, **options):
+    plain(self, *args, **options)
+    if self.distributed_type == state.DistributedType.MULTI_CPU:
+        self.distributed_type = state.DistributedType.MULTI_GPU
+state.PartialState.__init__ = init
+sys.path.insert(0, {root!r})
+import qlora
+sys.exit(qlora.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def start(models, tmp_path_factory):
+    """`start(processes, folder, **flags)` -> Popen of one machine's torchrun (of plain python for one process)."""
+    here = tmp_path_factory.mktemp("processes")
+    data = tiny.rows_to_jsonl(here / "rows.jsonl", tiny.support_rows(ROWS))
+    as_gpus = here / "as_gpus.py"
+    as_gpus.write_text(AS_GPUS.format(root=str(ROOT)))
+    base = {
+        "model_name_or_path": models("llama"), "dataset": data, "max_steps": 6, "source_max_len": 32,
+        "target_max_len": 32, "lora_r": 4, "logging_steps": 1, "save_steps": 2, "disable_tqdm": True,
+        "learning_rate": 1e-3, "gradient_accumulation_steps": 4, "lora_dropout": 0.0, "do_eval": True,
+        "eval_dataset_size": 4, "per_device_eval_batch_size": 3,
+    }  # fmt: skip
+    started = []
+
+    def begin(processes, folder, *, launcher=("--standalone",), program=ROOT / "qlora.py", **flags):
+        torchrun = ["-m", "torch.distributed.run", *launcher, "--nproc_per_node", str(processes)]
+        program = as_gpus if program == "as_gpus" else program
+        argv = [sys.executable, *(torchrun if processes > 1 or launcher != ("--standalone",) else []), str(program)]
+        argv += _to_argv({**base, "output_dir": folder, **flags})
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(argv, env=env, cwd=ROOT, **pipe))
+        return started[-1]
+
+    begin.folder = here
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+
+
+def finish(process, code=0):
+    """Its standard error."""
+    _, text = process.communicate(timeout=300)
+    print(text)
+    assert (process.returncode == 0) == (code == 0), text
+    return text
+
+
+def losses(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def same(found, wanted):
+    """Losses, adapter and evaluation, in float32."""
+    assert losses(found) == pytest.approx(losses(wanted), abs=2e-5)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (found, wanted))
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] - theirs[name]).abs().max() < 5e-6 for name in ours)
+    evaluations = [json.loads((folder / "eval_results.json").read_text())["eval_loss"] for folder in (found, wanted)]
+    assert evaluations[0] == pytest.approx(evaluations[1], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def runs(start):
+    """One process and two, to the end; two that are stopped half way, and go on as one, two and three."""
+    here = start.folder
+    questions = [
+        {"subject": f"topic{i % 3}", "input": f"{i} is?\nA. 0\nB. {i}\nC. 7\nD. 9\nAnswer:", "output": "ABCD"[i % 4]}
+        for i in range(7)
+    ]
+    (here / "mmlu").mkdir()
+    tiny.rows_to_jsonl(here / "mmlu" / "zero_shot_mmlu_val.json", questions)
+    after = {
+        "do_predict": True, "predict_with_generate": True, "max_new_tokens": 4, "do_mmlu_eval": True,
+        "mmlu_dataset": "mmlu-zs", "mmlu_dir": here / "mmlu",
+    }  # fmt: skip
+    one = start(1, here / "one", gradient_accumulation_steps=8, **after)
+    two = start(2, here / "two", **after)
+    finish(one), finish(two)
+    # the run of two, as it was after 4 of its 6 steps, with its own flags
+    for processes in (1, 3):
+        folder = here / f"on{processes}"
+        folder.mkdir()
+        subprocess.run(["cp", "-r", str(here / "two" / "checkpoint-4"), str(folder)], check=True)
+    resumed = {n: start(n, here / f"on{n}") for n in (1, 3)}
+    return here, {n: finish(process) for n, process in resumed.items()}
+
+
+def test_two_processes_make_the_run_of_one(runs):
+    """Every window's rows are shared out, none doubled in the epoch's last one, which has three."""
+    here, _ = runs
+    same(here / "two", here / "one")
+    one, two = (json.loads((here / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert two["train_tokens"] == one["train_tokens"] > 0
+
+
+def test_what_is_evaluated_and_predicted_is_gathered_whole(runs):
+    here, _ = runs
+    one, two = ((here / name / "predictions.jsonl").read_text().splitlines() for name in ("one", "two"))
+    assert one == two and len(one) == 4
+    metrics = [json.loads((here / name / "metrics.json").read_text()) for name in ("one", "two")]
+    accuracies = [{k: v for k, v in m.items() if "mmlu_eval_accuracy" in k} for m in metrics]
+    assert accuracies[0] == accuracies[1] and len(accuracies[0]) == 4
+    assert metrics[0]["mmlu_loss"] == pytest.approx(metrics[1]["mmlu_loss"], abs=1e-5)
+
+
+def test_files_and_log_are_rank_0s(runs):
+    here, logs = runs
+    assert sorted(p.name for p in (here / "one").iterdir()) == sorted(p.name for p in (here / "two").iterdir())
+    assert all(log.count("This run\n") == 1 for log in logs.values())
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_run_goes_on_with_more_or_fewer_processes(runs, processes):
+    """The effective batch of 8 rows is the checkpoint's, whether or not they come out even."""
+    here, logs = runs
+    same(here / f"on{processes}", here / "one")
+    assert "resuming from" in logs[processes]
+    assert "8 rows, as in the checkpoint" in logs[processes]
+
+
+def test_fsdp_shards_a_base_of_4_bits(start, runs):
+    here, _ = runs
+    flags = {"program": "as_gpus", "fsdp": []}
+    log = finish(start(2, here / "fsdp", **flags))
+    same(here / "fsdp", here / "one")
+    assert "FSDP or DeepSpeed holds the weights" in log
+
+
+def test_errors_are_said_once_and_end_all(start, tmp_path):
+    rows = tiny.rows_to_jsonl(tmp_path / "bad.jsonl", [{"input": "a"}, {"input": "b", "output": None}])
+    differing = tmp_path / "differing.py"
+    differing.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport qlora\n"
+        "sys.exit(qlora.main([*sys.argv[1:], '--learning_rate', '1e-3' if os.environ['RANK'] == '0' else '2e-3']))\n"
+    )
+    began = {
+        "no column": start(2, tmp_path / "a", dataset=rows),
+        "--lora_r 0: expected at least 1": start(2, tmp_path / "b", lora_r=0),
+        "rank 1 (": start(2, tmp_path / "c", program=differing, learning_rate=None),
+        **({} if qlora.importlib.util.find_spec("deepspeed") else {
+            "--deepspeed: it is not installed": start(2, tmp_path / "d", deepspeed="examples/deepspeed_zero2.json")}),
+    }  # fmt: skip
+    for wanted, process in began.items():
+        lines = [line for line in finish(process, 2).splitlines() if line.startswith("error:")]
+        assert len(lines) == 1 and wanted in lines[0], lines
+    assert "learning_rate is 0.002, on rank 0 0.001" in lines[0] or len(began) == 4
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_a_machine_that_is_lost_is_named_and_the_run_goes_on_without_it(start, tmp_path):
+    """Two torchrun agents, as scripts/multinode.sh starts them on two machines; the second is killed whole."""
+    output = tmp_path / "out"
+    meet = ("--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}",
+            "--local_addr", "127.0.0.1")  # fmt: skip
+    flags = {"max_steps": 4000, "save_steps": 20, "do_eval": False}
+    first, second = (start(1, output, launcher=meet, **flags) for _ in range(2))
+    until = time.monotonic() + 120
+    while not (output / "checkpoint-20").is_dir() and time.monotonic() < until:
+        time.sleep(0.2)
+    children = subprocess.run(["pgrep", "-P", str(second.pid)], capture_output=True, text=True).stdout.split()
+    for process in (second.pid, *map(int, children)):
+        os.kill(process, signal.SIGKILL)
+    killed = time.monotonic()
+    log = finish(first, 2)
+    assert time.monotonic() - killed < 60
+    line = next(line for line in log.splitlines() if line.startswith("error:"))
+    assert " of 2 was lost. The same command goes on from " in line and "checkpoint-" in line
+    last = max(int(p.name.partition("-")[2]) for p in output.glob("checkpoint-*"))
+    log = finish(start(1, output, **{**flags, "max_steps": last + 2}))
+    assert f"resuming from {output}/checkpoint-{last}" in log and "8 rows, as in the checkpoint" in log
+
+
+# ------------------------------------------------------------------------------------
+# In one process
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_a_window_is_shared_out_whole(monkeypatch, processes):
+    lengths = [3, 50, 7, 7, 41, 9, 12, 30, 2, 8, 8]
+    shares = []
+    for rank in range(processes):
+        monkeypatch.setattr(qlora, "world", lambda rank=rank: (rank, processes))
+        shares.append(list(qlora.Shares(torch_order(11), 8, lengths, drop_last=False)))
+    assert [sorted(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == [list(range(8)), [8, 9, 10]]
+    if processes == 2:
+        tokens = [sum(lengths[row] for row in share[0]) for share in shares]
+        assert abs(tokens[0] - tokens[1]) <= 9 + 3, "no more than the longest differ from each other"
+
+
+def torch_order(rows):
+    import torch
+
+    return torch.utils.data.SequentialSampler(range(rows))
+
+
+@pytest.mark.parametrize(("count", "size", "processes"), [(4, 3, 2), (1, 8, 4), (17, 2, 3), (6, 2, 3)])
+def test_batches_are_dealt_evenly_and_gathered_once(monkeypatch, count, size, processes):
+    dealt = []
+    for rank in range(processes):
+        monkeypatch.setattr(qlora, "world", lambda rank=rank: (rank, processes))
+        dealt.append(qlora.dealt_batches(count, size))
+    assert len({len(batches) for batches in dealt}) == 1
+    cut = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
+    assert all(batch in cut for batches in dealt for batch in batches)
+    parts = [{number: f"row {number}" for batch in batches for number in batch} for batches in dealt]
+    monkeypatch.setattr(qlora, "gather_object", lambda mine: parts)
+    assert qlora.gathered({}) == [f"row {number}" for number in range(count)]
+
+
+def test_a_share_of_no_rows_is_one_token_that_nobody_learns():
+    batch = qlora.collate_window([])
+    assert (batch["labels"] == qlora.IGNORE).all() and batch["window"].lengths == [1] and batch["window"].rows == []
+
+
+def test_an_effective_batch_is_kept_only_with_the_same_flags(tmp_path):
+    folder = Path(tmp_path, "checkpoint-1")
+    folder.mkdir()
+    before = {"rows": 8, "flags": [1, 4]}
+    (folder / qlora.MANIFEST).write_text(json.dumps({"run": {"effective batch": before}, "files": {}}))
+    args = type("Args", (), {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "world_size": 1})
+    assert qlora.effective_batch(folder, args) == before
+    args.gradient_accumulation_steps = 2
+    assert qlora.effective_batch(folder, args) == {"rows": 2, "flags": [1, 2]}
+    assert qlora.effective_batch(None, args) == {"rows": 2, "flags": [1, 2]}
