@@ -321,7 +321,7 @@ def said_once(message: str, lost: bool) -> str | None:
 # 3. Arguments: the command line and a YAML or JSON file -> Config
 #
 # A flag is one field of the dataclass of its group: type, default, help and choices come from there. A flag that was
-# renamed is a row of RENAMED_FLAGS. A rule between flags is a line of check_config, which runs before anything heavy;
+# renamed is a row of RENAMED_FLAGS. A rule between flags is a row of RULES, checked before anything heavy;
 # nothing later edits a Config.
 # ------------------------------------------------------------------------------------
 def flag(default: Any, text: str) -> Any:
@@ -2918,8 +2918,8 @@ def load_base(config: Config, model_config: PretrainedConfig, folder: str, **opt
         quirk.mend()
     pickles, name = config.model.allow_pickle_weights, config.model.model_name_or_path
     shared = {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
-    shared |= {"use_safetensors": None if pickles else True}
-    options = {name: value for name, value in (shared | options).items() if value is not None}
+    options = {"use_safetensors": None if pickles else True} | shared | options
+    options = {name: value for name, value in options.items() if value is not None}
     name += "" if pickles or Path(folder).is_dir() else " (read as safetensors; --allow_pickle_weights reads .bin too)"
     return load_whole(name, folder, OBJECTIVES[config.masked].auto_model, **options)
 
@@ -5883,14 +5883,13 @@ def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]
     return metrics
 
 
-MERGED = "merged.json"  # of which adapter a folder is the merge
+MERGED = "merged.json"  # of what a folder is the merge
 
 
 def merge_record(adapter: str, config: Config) -> dict[str, Any]:
     """What a merged model is made of."""
-    names = ("model_name_or_path", "merge_base", "max_shard_size")
-    weights = sorted(Path(adapter_files(adapter, config)).glob("adapter_model.*"))
-    return {name: config.flags[name] for name in names} | {file.name: file_digest(file) for file in weights}
+    weights = {file.name: file_digest(file) for file in Path(adapter_files(adapter, config)).glob("adapter_model.*")}
+    return weights | {name: config.flags[name] for name in ("model_name_or_path", "merge_base", "max_shard_size")}
 
 
 def is_merged(adapter: str, config: Config) -> bool:

@@ -91,7 +91,7 @@ def watched(tmp_path: Path, runs: list[list[str]], more: str = "", cut: bool = T
 
 
 def test_a_run_on_local_files_asks_for_no_address_and_writes_only_where_it_was_told(models, tmp_path):
-    """Everything that a run can do: train, evaluate, ask, predict, merge; the same again; from a .gguf file."""
+    """Everything that a run can do: train, evaluate, ask, predict, merge; and from a .gguf file."""
     rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", EVIL_ROWS)
     question = {"subject": UP, "input": "1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", "output": "B"}
     (tmp_path / "mmlu").mkdir()
@@ -102,8 +102,8 @@ def test_a_run_on_local_files_asks_for_no_address_and_writes_only_where_it_was_t
     use |= {"do_mmlu_eval": True, "mmlu_dir": tmp_path / "mmlu", "on_bad_rows": "skip", "dataset": rows}
     whole = flags(model_name_or_path=models("llama"), output_dir=told[0], merged_output_dir=told[1], **use)
     gguf = flags(model_name_or_path=models("gguf"), output_dir=told[2], dataset=rows, on_bad_rows="skip")
-    codes, seen, control = watched(tmp_path, [whole, whole, gguf])
-    assert codes == [0, 0, 0]
+    codes, seen, control = watched(tmp_path, [whole, gguf])
+    assert codes == [0, 0]
     assert seen == []
     assert control > 0, "the watch itself sees nothing"
     rejected = [json.loads(line) for line in (told[0] / "rejected.jsonl").read_text().splitlines()]
