@@ -2269,7 +2269,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-def row_order(lengths: list[int], at_once: int, args: TrainingArguments) -> Any:
+def row_order(lengths: list[int], at_once: int, args: Any) -> Any:
     """The sampler of training rows that the flags ask for; the Trainer's own grouped one differs after a resume."""
     if args.train_sampling_strategy == "sequential":
         return torch.utils.data.SequentialSampler(lengths)
@@ -4645,6 +4645,7 @@ def manifest_problem(folder: Path) -> str | None:
 
 def checkpoint_problem(folder: Path) -> str | None:
     """Why a checkpoint can't be used, or None if it is whole."""
+    expected: tuple[type[Exception], ...] = (*LIBRARY_ERRORS, QLoRAError)
     try:
         if (folder / MANIFEST).is_file():
             return manifest_problem(folder)
@@ -4654,7 +4655,7 @@ def checkpoint_problem(folder: Path) -> str | None:
         broken = [file.name for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
         if broken:
             return f"{broken[0]} breaks off"
-    except (*LIBRARY_ERRORS, QLoRAError) as error:
+    except expected as error:
         return one_line(error)
     return None if adapter_folder(folder) or (folder / "config.json").is_file() else "no weights in it"
 
@@ -5768,7 +5769,8 @@ def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> 
     """Log and save, as the Trainer does, but each file whole: the next run reads all_results.json."""
     trainer.log_metrics(split, metrics)
     if trainer.args.should_save:
-        own, together = (Path(trainer.args.output_dir, f"{name}_results.json") for name in (split, "all"))
+        output = Path(trainer.config.training.output_dir)
+        own, together = (output / f"{name}_results.json" for name in (split, "all"))
         earlier = read_json(together) if together.is_file() else {}
         for file, values in ((own, metrics), (together, earlier | metrics)):
             write_file(file, json.dumps(values, indent=4, sort_keys=True))
