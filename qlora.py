@@ -3842,7 +3842,7 @@ def checkpoint_problem(folder: Path) -> str | None:
         broken = [file.name for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
         if broken:
             return f"{broken[0]} breaks off"
-    except (*LIBRARY_ERRORS, QLoRAError) as error:
+    except (QLoRAError, OSError, ValueError, KeyError, TypeError, EOFError, SafetensorError) as error:
         return one_line(error)
     return None if adapter_folder(folder) or (folder / "config.json").is_file() else "no weights in it"
 
@@ -4362,8 +4362,13 @@ def signals_noted(stop: Stop) -> Iterator[None]:
 
 
 def begin_worker(number: int, seeded: Callable[[int], None] | None) -> None:
-    """A data loader's process leaves signals, which terminals and torchrun send to it too, to the one that trains."""
-    for stopping in STOP_NUMBERS:
+    """A data loader's process leaves signals to the one that trains: terminals and torchrun send them to its group.
+
+    SIGTERM is not ignored: with it a run that ends takes its workers along.
+    """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    for stopping in {*STOP_NUMBERS} - {signal.SIGTERM}:
         signal.signal(stopping, signal.SIG_IGN)
     if seeded:
         seeded(number)
@@ -4757,7 +4762,7 @@ def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> 
     """Log and save, as the Trainer does, but each file whole: the next run reads all_results.json."""
     trainer.log_metrics(split, metrics)
     if trainer.args.should_save:
-        own, together = (Path(trainer.args.output_dir, f"{name}_results.json") for name in (split, "all"))
+        own, together = (Path(str(trainer.args.output_dir), f"{name}_results.json") for name in (split, "all"))
         earlier = read_json(together) if together.is_file() else {}
         for file, values in ((own, metrics), (together, earlier | metrics)):
             write_file(file, json.dumps(values, indent=4, sort_keys=True))
