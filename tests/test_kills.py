@@ -389,10 +389,10 @@ def test_a_real_disk_fills_up_during_a_save(forks, command, tmp_path, room):
 @pytest.mark.parametrize(
     "full_at",
     [
-        ("peft.peft_model", "safe_save_file"),
+        pytest.param(("peft.peft_model", "safe_save_file"), marks=pytest.mark.slow),
         ("transformers", "PreTrainedTokenizerBase.save_pretrained"),
         ("torch", "save"),
-        ("transformers", "TrainerState.save_to_json"),
+        pytest.param(("transformers", "TrainerState.save_to_json"), marks=pytest.mark.slow),
         ("qlora", "publish"),
     ],
     ids=lambda place: place[1],
