@@ -5219,8 +5219,13 @@ def signals_noted(stop: Stop) -> Iterator[None]:
 
 
 def begin_worker(number: int) -> None:
-    """A data loader's process leaves signals, which terminals and torchrun send to it too, to the one that trains."""
-    for stopping in STOP_NUMBERS:
+    """A data loader's process leaves signals to the one that trains: terminals and torchrun send them to its group.
+
+    SIGTERM is not ignored: with it a run that ends takes its workers along.
+    """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    for stopping in {*STOP_NUMBERS} - {signal.SIGTERM}:
         signal.signal(stopping, signal.SIG_IGN)
 
 

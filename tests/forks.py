@@ -8,6 +8,7 @@
 The process that forks has imported the libraries and done nothing with them, so no thread and no lock is inherited.
 """
 
+import atexit
 import contextlib
 import functools
 import importlib
@@ -62,7 +63,8 @@ class Forks:
     """The process that forks, seen from a test."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         command = [sys.executable, str(Path(__file__).resolve())]
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.processes: dict[int, Process] = {}
@@ -152,7 +154,8 @@ def _run(order: dict[str, Any]) -> int:
 
     os.setsid()
     with open(order["log"], "ab", buffering=0) as log:
-        pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)  # no file, whose length may be limited
+        # not the file itself, whose length may be limited; in a group that no signal is sent to
+        pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log, start_new_session=True)
     os.dup2(pipe.stdin.fileno(), 1)
     os.dup2(pipe.stdin.fileno(), 2)
     os.environ.update(order["environment"])
@@ -166,6 +169,7 @@ def _run(order: dict[str, Any]) -> int:
     except Exception:
         traceback.print_exc()
         code = 1
+    atexit._run_exitfuncs()  # which wait for processes of a data loader
     sys.stdout.flush()
     sys.stderr.flush()
     for descriptor in (1, 2, pipe.stdin.fileno()):
@@ -190,7 +194,10 @@ def _serve() -> None:
                     break
                 pid = os.fork()
                 if pid == 0:
-                    os._exit(_run(json.loads(line)))
+                    try:
+                        os._exit(_run(json.loads(line)))
+                    finally:
+                        os._exit(1)
                 running.add(pid)
                 answers.write(json.dumps([pid, None]).encode() + b"\n")
             for pid in list(running):

@@ -231,8 +231,9 @@ def test_a_signal_to_all_of_a_run_finishes_the_step_and_saves(forks, command, tm
 
 
 def test_a_second_ctrl_c_stops_at_once(forks, command, tmp_path):
-    """In the middle of a step that takes for ever: of so many rows that none ends in the time of this test."""
-    flags = ENDLESS | {"gradient_accumulation_steps": 20_000, "auto_batch": False}
+    """In the middle of a step of 4000 rows, which takes half a minute."""
+    rows = tiny.rows_to_jsonl(tmp_path / "many.jsonl", tiny.support_rows(24) * 167)
+    flags = ENDLESS | {"dataset": rows, "gradient_accumulation_steps": 2000, "dataloader_num_workers": 2}
     process = forks.start(command("out", **flags), tmp_path / "log")
     until(lambda: "ready after" in process.text(), process)
     time.sleep(0.5)
@@ -244,6 +245,7 @@ def test_a_second_ctrl_c_stops_at_once(forks, command, tmp_path):
     assert process.wait(20) == 130, process.text()
     assert "interrupted by SIGINT; the same command goes on" in process.text() and "Traceback" not in process.text()
     assert not steps_kept(tmp_path / "out")
+    assert not subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
@@ -387,10 +389,10 @@ def test_a_real_disk_fills_up_during_a_save(forks, command, tmp_path, room):
 @pytest.mark.parametrize(
     "full_at",
     [
-        ("peft.peft_model", "safe_save_file"),
+        pytest.param(("peft.peft_model", "safe_save_file"), marks=pytest.mark.slow),
         ("transformers", "PreTrainedTokenizerBase.save_pretrained"),
         ("torch", "save"),
-        ("transformers", "TrainerState.save_to_json"),
+        pytest.param(("transformers", "TrainerState.save_to_json"), marks=pytest.mark.slow),
         ("qlora", "publish"),
     ],
     ids=lambda place: place[1],
