@@ -14,14 +14,15 @@ import time
 from pathlib import Path
 
 import pytest
-import qlora
 import tiny
 from conftest import ROOT, _to_argv
 from safetensors.torch import load_file
 
+import qlora
+
 ROWS = 23  # 19 to train: windows of 8, 8 and 3 rows, and 4 to evaluate: 2 batches of 3 and 1
-# What two processes run instead of qlora.py where a machine without GPUs is to shard as GPUs do: accelerate is told that
-# its CPU processes are GPUs.
+# What two processes run instead of qlora.py where a machine without GPUs is to shard as GPUs do: accelerate is told
+# that its CPU processes are GPUs.
 AS_GPUS = """
 import sys, accelerate.state as state
 plain = state.PartialState.__init__
@@ -185,7 +186,7 @@ def free_port():
 
 
 def test_a_machine_that_is_lost_is_named_and_the_run_goes_on_without_it(start, tmp_path):
-    """Two torchrun agents, as scripts/multinode.sh starts them on two machines; the second is killed, and its process."""
+    """Two torchrun agents, as scripts/multinode.sh starts them on two machines; one is killed, and its process."""
     output = tmp_path / "out"
     meet = ("--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}",
             "--local_addr", "127.0.0.1")  # fmt: skip
