@@ -5,7 +5,9 @@
 
 A LLaMA of each shape is made on the GPU, quantised layer by layer, so that no disk and no second copy is needed, and
 trained for a few steps on random tokens, one row at a time with every layer recomputed. --cap limits torch's allocator
-to so many GiB. One row of a table for each shape, and memory.json in --out.
+to so many GiB. One row of a table for each shape, and memory.json in --out. With --write DIR nothing is trained: each
+model is written, quantised, into DIR/SHAPE with a tokenizer, for scripts/benchmark_many.py (-- --bf16 --fsdp: stored as
+FSDP needs it).
 """
 
 import argparse
@@ -21,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bitsandbytes as bnb
 import datasets
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qlora
@@ -52,7 +54,7 @@ def shape_config(name: str) -> LlamaConfig:
 
 def random_base(model_config: LlamaConfig, config: qlora.Config, device: torch.device) -> Any:
     """The model with random weights, its linear layers quantised one after the other."""
-    dtype = qlora.load_dtype(config)
+    dtype, storage = qlora.load_dtype(config), qlora.quantisation_config(config).bnb_4bit_quant_storage
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config)
     for name in qlora.linear_layers(model):
@@ -61,11 +63,12 @@ def random_base(model_config: LlamaConfig, config: qlora.Config, device: torch.d
         layer = bnb.nn.Linear4bit(
             old.in_features, old.out_features, bias=False, compute_dtype=qlora.compute_dtype(config),
             compress_statistics=config.quant.double_quant, quant_type=config.quant.quant_type, device="meta",
+            quant_storage=storage,
         )  # fmt: skip
         weight = torch.randn(old.out_features, old.in_features, dtype=dtype, device=device) * 0.02
         layer.weight = bnb.nn.Params4bit(
             weight, requires_grad=False, compress_statistics=config.quant.double_quant,
-            quant_type=config.quant.quant_type, module=layer,
+            quant_type=config.quant.quant_type, module=layer, quant_storage=storage,
         ).to(device)  # fmt: skip
         del weight
         setattr(owner, qlora.leaf_name(name), layer)
@@ -121,6 +124,19 @@ def train(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def write(name: str, arguments: argparse.Namespace) -> None:
+    """A shape with random weights, quantised, as a folder to load."""
+    config = qlora.parse_config(["--model_name_or_path", name, "--output_dir", "/tmp/memory", *arguments.flags])
+    model = random_base(shape_config(name), config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model.config.quantization_config = qlora.quantisation_config(config).to_dict()
+    model.save_pretrained(Path(arguments.write, name), max_shard_size="5GB")
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(words, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(Path(arguments.write, name))
+
+
 def main() -> None:
     """Every shape in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,12 +145,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--out", default="memory")
+    parser.add_argument("--write", metavar="DIR", help="write the models instead of training them")
     parser.add_argument("flags", nargs="*", help="flags of qlora.py, after --")
     arguments = parser.parse_args()
     if arguments.cap and torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap * 2**30 / whole))
     qlora.set_up_logging()
+    for name in arguments.shapes.split(",") if arguments.write else ():
+        write(name, arguments)
+    if arguments.write:
+        return
     results = []
     print(
         "| shape | predicted GiB | measured GiB | loss, first and last | gradient norm | ready s |\n" + "|---" * 6 + "|"
