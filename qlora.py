@@ -4486,6 +4486,41 @@ def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
     return estimate(model, config)
 
 
+def strategies(costs: Costs, config: Config) -> dict[str, Costs]:
+    """Each way to use several GPUs that takes this model: what one GPU then has of it."""
+    gpu = find_gpu(config.training.plan_gpu)
+    number = gpu.number if gpu else 1
+    parts = {
+        name: getattr(costs, name) // number for name in ("weights", "other", "adapters", "gradients", "optimizer")
+    }
+    two_layers = 2 * (costs.weights // max(1, costs.layers))  # whole, while they compute and the next one arrives
+    shard = costs._replace(**parts, paged=False, fixed=costs.fixed + two_layers, unpacked=0)
+    states = costs._replace(gradients=parts["gradients"], optimizer=parts["optimizer"], paged=False, unpacked=0)
+    ways = {"DDP": costs._replace(gradients=2 * costs.gradients)}  # and the buckets that they are sent in
+    ways |= {"ZeRO-2": states, "ZeRO-3": shard} if config.quant.bits >= 16 else {}
+    ways |= {"FSDP2": shard} if config.quant.bits != 8 else {}
+    return ways | {"one process": costs._replace(**parts)}
+
+
+def strategy_lines(config: Config, costs: Costs) -> dict[str, str]:
+    """GiB of a GPU for each, and the first that fits: the fewer weights travel, the faster."""
+    plans = {name: plan_from_flags(config, own) for name, own in strategies(costs, config).items()}
+    lines = {
+        name: f"{plan.needed():6.2f} GiB on each GPU{'' if plan.fits() else ': does not fit'}"
+        for name, plan in plans.items()
+    }
+    best = next((name for name, plan in plans.items() if plan.fits()), None)
+    how = {
+        "DDP": "torchrun --nproc_per_node {} qlora.py", "FSDP2": "the same with --fsdp",
+        "ZeRO-2": "with --deepspeed examples/deepspeed_zero2.json", "one process": "python qlora.py",
+        "ZeRO-3": "with --deepspeed examples/deepspeed_zero3.json",
+    }  # fmt: skip
+    number = next(iter(plans.values())).gpu.number
+    return lines | {
+        "recommended": f"{best}: {how[best].format(number)}" if best else "none fits: more GPUs, or fewer bits"
+    }
+
+
 def plan_from_flags(config: Config, costs: Costs) -> Plan:
     """The plan before any row or weight is read: every row as long as the limits allow."""
     gpu = find_gpu(config.training.plan_gpu)
@@ -5390,8 +5425,6 @@ class QLoRATrainer(Trainer):
     def _window_step(self, model: Any, window: Window, items: Any) -> list[tuple[list[str], torch.Tensor]]:
         done, parts = [], self._parts(window)
         sharded = is_sharded(self.config)
-        if sharded:  # every micro-batch gathers the weights of all processes, which so need as many of them
-            parts += [[]] * (agree(len(parts)) - len(parts))
         with attention_of(self.runtime().model, self.fast.attention):
             for i, members in enumerate(parts):
                 last = i == len(parts) - 1
@@ -5405,7 +5438,9 @@ class QLoRATrainer(Trainer):
         return done
 
     def _parts(self, window: Window) -> list[list[int]]:
-        return micro_batches(window, self.sizes.rows, self.sizes.tokens, padded=self.fast.attention is None)
+        parts = micro_batches(window, self.sizes.rows, self.sizes.tokens, padded=self.fast.attention is None)
+        # each gathers the weights that are spread over the processes, which so need as many of them as each other
+        return parts + [[]] * (agree(len(parts)) - len(parts)) if is_sharded(self.config) else parts
 
     def _batch(self, window: Window, members: list[int]) -> dict[str, Any]:
         if not members:
@@ -6384,7 +6419,9 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
     if args.plan:
         model_config = load_model_config(config, model_folder(config))
         config = settle_objective(config, model_config)
-        print(table(plan_from_flags(config, costs_from_config(config, model_config)).lines()))
+        costs = costs_from_config(config, model_config)
+        plan = plan_from_flags(config, costs)
+        print(table(plan.lines() | (strategy_lines(config, costs) if plan.gpu.number > 1 else {})))
         return 0
     start = Start(train=True) if config.data.preview else find_start(config)
     if start.note:

@@ -6,6 +6,8 @@
 A LLaMA of each shape is made on the GPU, quantised layer by layer, so that no disk and no second copy is needed, and
 trained for a few steps on random tokens, one row at a time with every layer recomputed. 70b@48: on a card of 48 GiB,
 of which torch's allocator gets what CUDA leaves. memory.json, its table and its chart go to --out.
+With --write DIR nothing is trained: each model is written, quantised, into DIR/SHAPE with a tokenizer, for
+scripts/benchmark_many.py (-- --bf16 --fsdp: stored as FSDP needs it).
 """
 
 import argparse
@@ -20,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bitsandbytes as bnb
 import datasets
 import proof
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qlora
@@ -51,7 +53,7 @@ def shape_config(name: str) -> LlamaConfig:
 
 def random_base(model_config: LlamaConfig, config: qlora.Config, device: torch.device) -> Any:
     """The model with random weights, its linear layers quantised one after the other."""
-    dtype = qlora.load_dtype(config)
+    dtype, storage = qlora.load_dtype(config), qlora.quantisation_config(config).bnb_4bit_quant_storage
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config)
     for name in qlora.linear_layers(model):
@@ -60,11 +62,12 @@ def random_base(model_config: LlamaConfig, config: qlora.Config, device: torch.d
         layer = bnb.nn.Linear4bit(
             old.in_features, old.out_features, bias=False, compute_dtype=qlora.compute_dtype(config),
             compress_statistics=config.quant.double_quant, quant_type=config.quant.quant_type, device="meta",
+            quant_storage=storage,
         )  # fmt: skip
         weight = torch.randn(old.out_features, old.in_features, dtype=dtype, device=device) * 0.02
         layer.weight = bnb.nn.Params4bit(
             weight, requires_grad=False, compress_statistics=config.quant.double_quant,
-            quant_type=config.quant.quant_type, module=layer,
+            quant_type=config.quant.quant_type, module=layer, quant_storage=storage,
         ).to(device)  # fmt: skip
         del weight
         setattr(owner, qlora.leaf_name(name), layer)
@@ -132,6 +135,19 @@ def make_trainer(
     return qlora.build_trainer(ready, tokenizer, qlora.Splits(rows, None), None, {}, qlora.Stop(), config)
 
 
+def write(name: str, arguments: argparse.Namespace) -> None:
+    """A shape with random weights, quantised, as a folder to load."""
+    config = qlora.parse_config(["--model_name_or_path", name, "--output_dir", "/tmp/memory", *arguments.flags])
+    model = random_base(shape_config(name), config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model.config.quantization_config = qlora.quantisation_config(config).to_dict()
+    model.save_pretrained(Path(arguments.write, name), max_shard_size="5GB")
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(words, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(Path(arguments.write, name))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Every shape in turn; what is measured is written as it comes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,8 +155,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--out", default=str(proof.ROOT / "scripts/results"))
+    parser.add_argument("--write", metavar="DIR", help="write the models instead of training them")
     qlora.set_up_logging()
     arguments = proof.parsed(parser, argv)
+    for name in arguments.shapes.split(",") if arguments.write else ():
+        write(name, arguments)
+    if arguments.write:
+        return
     results = []
     for shape in arguments.shapes.split(","):
         name, _, limit = shape.partition("@")

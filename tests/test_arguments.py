@@ -661,6 +661,8 @@ RULES = [
     ("--full_finetune --bits 8", "full_finetune bits 16 32"),
     ("--full_finetune --bits 16 --adapter_name_or_path a", "full_finetune adapter_name_or_path"),
     ("--adam8bit --optim adamw_torch", "adam8bit optim"),
+    ("--fsdp --optim paged_adamw_8bit", "fsdp paged_adamw_8bit adamw_torch"),
+    ("--fsdp --bits 8", "fsdp bits 8 4 16"),
     ("--do_predict --objective clm", "do_predict predict_with_generate"),
     ("--objective clm --mask_prob 0.2", "mask_prob clm objective"),
     ("--objective clm --random_replace_prob 0", "random_replace_prob clm objective"),

@@ -289,7 +289,7 @@ def test_the_groups_of_layers(models, family, attention, group):
         ("bert", {"modules_to_save": "cls"}),
         ("roberta", {"lora_bias": "all"}),
         ("roberta", {"modules_to_save": "lm_head"}),
-        ("deberta-v2", {"merge_base": "dequantized"}),
+        ("deberta-v2", {"merge_base": "dequantized", "max_steps": 12}),  # whose effect exceeds the rounding
         ("esm", {}),
     ],
 )
