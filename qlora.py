@@ -448,7 +448,6 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     fused_lora: bool = flag(True, "Compute base and adapters in fused functions, where they know the layer.")
     chunked_head: bool = flag(True, "Compute logits only for tokens that are learnt, a few hundred at a time.")
     offload_activations: bool = flag(False, "Keep the inputs of recomputed layers in the CPU's memory.")
-    fp8_compute: bool = flag(False, "Products of the frozen base in float8, scaled row by row: faster, other numbers.")
     unpacked_layers: str = flag("auto", "Of how many layers to keep the 4- or 8-bit weights unpacked too: auto (what "
         "fits beside everything else; none on a CPU), all, none or a number.")
     plan: bool = flag(False, "Print what the run will take (GiB by part, tokens per second), and exit.")
@@ -903,8 +902,6 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--recompute_layers {recompute_layers} and --gradient_checkpointing False: give one of them"),
     (lambda f: f.offload_activations and (not f.gradient_checkpointing or f.recompute_layers in ("none", "0")),
      "--offload_activations needs recomputed layers: drop --recompute_layers none, --gradient_checkpointing False"),
-    (lambda f: f.fp8_compute and (f.full_finetune or not f.fused_lora),
-     "--fp8_compute needs adapters and the fused functions: drop --full_finetune, --fused_lora False"),
     (lambda f: f.preview > 0 and f.plan, "--preview and --plan: give one of them"),
     (lambda f: f.plan_gpu is not None and not f.plan, "--plan_gpu names the GPU of a plan: add --plan"),
     (lambda f: f.overwrite_output_dir and f.resume_from_checkpoint is not None,
@@ -3238,24 +3235,12 @@ if triton is not None:
                 gradient = tl.exp(x - logsumexp) - tl.where(column == target, 1.0, 0.0)
                 tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < columns)
 
-    @triton.jit
-    def _float8_rows_kernel(  # type: ignore[no-untyped-def]
-        x, values, scales, stride, columns, BLOCK: tl.constexpr
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        there = column < columns
-        part = tl.load(x + row * stride + column, mask=there, other=0.0).to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(part)), 1e-12) / 448.0
-        tl.store(scales + row, scale)
-        tl.store(values + row * columns + column, (part / scale).to(values.dtype.element_ty), mask=there)
-
 
 def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
     """A linear layer's weight, (out, in), from 4, 8 or 16 bits."""
     weight, unpacked = base.weight, getattr(base, "unpacked", None)
     state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)  # FSDP's weight has lost its own
-    if isinstance(unpacked, torch.Tensor) and unpacked.dtype == dtype:
+    if unpacked is not None and unpacked.dtype == dtype:
         return unpacked
     if state is None:
         if weight.dtype != torch.int8:
@@ -3278,48 +3263,6 @@ def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-class Float8(NamedTuple):
-    """A matrix in float8 (e4m3) with a scale for each row, whose largest value becomes 448."""
-
-    values: torch.Tensor  # (rows, columns)
-    scales: torch.Tensor  # (rows, 1), float32
-
-
-def float8_rows(x: torch.Tensor) -> Float8:
-    """A matrix rounded to float8 row by row."""
-    kind = torch.float8_e4m3fn
-    if triton is None or not x.is_cuda:
-        scales = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448
-        return Float8((x / scales).to(kind), scales)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    values, scales = torch.empty(x.shape, dtype=kind, device=x.device), torch.empty(len(x), 1, device=x.device)
-    block = triton.next_power_of_2(x.shape[1])
-    _float8_rows_kernel[(len(x),)](x, values, scales, x.stride(0), x.shape[1], BLOCK=block, num_warps=8)
-    return Float8(values, scales)
-
-
-def float8_weight(base: Any, dtype: torch.dtype, backward: bool) -> Float8:
-    """A linear layer's weight (out, in), or its transpose, which the backward pass multiplies with."""
-    kept = getattr(base, "unpacked", None)
-    if isinstance(kept, tuple):
-        return kept[backward]
-    weight = dense_weight(base, dtype)
-    return float8_rows(weight.t().contiguous() if backward else weight)
-
-
-def float8_product(x: Float8, base: Any, dtype: torch.dtype, backward: bool) -> torch.Tensor:
-    """Multiply x by W^T, or in the backward pass by W; the sums are float32 (Micikevicius et al. 2022, 2209.05433).
-
-    On a CPU the same from float32 factors, to test with.
-    """
-    weight = float8_weight(base, dtype, backward)
-    if x.values.is_cuda:
-        scales = {"scale_a": x.scales, "scale_b": weight.scales.t()}
-        return torch._scaled_mm(x.values, weight.values.t(), **scales, out_dtype=dtype, use_fast_accum=True)
-    a, b = (part.values.float() * part.scales for part in (x, weight))
-    return (a @ b.t()).to(dtype)
-
-
 class FusedLinear(NamedTuple):
     """A linear layer and its one adapter, as the functions below use them."""
 
@@ -3330,11 +3273,6 @@ class FusedLinear(NamedTuple):
     scaling: float
     dropout: float
     stock: Callable[..., torch.Tensor]  # peft's own forward
-
-    @property
-    def float8(self) -> bool:
-        """Whether the products of the base are in float8."""
-        return getattr(self.base, "float8", False)
 
     def parameters(self) -> tuple[Any, Any, Any]:
         """What may train: lora_A, lora_B and the base's bias."""
@@ -3398,15 +3336,10 @@ def forward_products(
                 masks.append(mask)
             scaled_mm(dropped, a.to(dtype).t(), layer.scaling, thin[:, column])
     outputs = []
-    rounded = float8_rows(x) if any(layer.float8 for layer in layers) and not only_thin else None
     for layer, b, bias, column in zip(layers, params[1::3], params[2::3], columns, strict=True):
         assert b is not None
         if only_thin:  # nobody reads this output; if somebody did, the loss would not be finite
             outputs.append(x.new_full((x.shape[0], b.shape[0]), math.nan))
-            continue
-        if layer.float8 and rounded is not None:
-            out = float8_product(rounded, layer.base, dtype, backward=False).addmm_(thin[:, column], b.to(dtype).t())
-            outputs.append(out if bias is None else out.add_(bias.to(dtype)))
             continue
         # the adapter's share first: the large product adds to it on its way out, which costs no pass of its own
         out = F.linear(thin[:, column], b.to(dtype), None if bias is None else bias.to(dtype))
@@ -3435,10 +3368,7 @@ def input_gradient(
     for layer, mask, down, column in zip(layers, masks, downs, ranks(params), strict=False):  # none without dropout
         d_x += (d_thin[:, column] @ down).mul_(mask).div_(1 - layer.dropout)
     for layer, grad in zip(layers, grads, strict=True):
-        if layer.float8:
-            d_x += float8_product(float8_rows(grad), layer.base, dtype, backward=True)
-        else:
-            d_x.addmm_(grad, dense_weight(layer.base, dtype))
+        d_x.addmm_(grad, dense_weight(layer.base, dtype))
     return d_x
 
 
@@ -3635,7 +3565,7 @@ GATED_MLP = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 SHARED_INPUT = ("q_proj", "k_proj", "v_proj")  # as most families call them
 
 
-def fusible(module: Any, float8: bool = False) -> FusedLinear | None:
+def fusible(module: Any) -> FusedLinear | None:
     """An adapted layer as the functions above take it; None for what they do not know (DoRA, a bias in lora_B, ...)."""
     name = next(iter(module.active_adapters), "")
     base = module.get_base_layer()
@@ -3646,13 +3576,12 @@ def fusible(module: Any, float8: bool = False) -> FusedLinear | None:
     if up.bias is not None:
         return None
     dropout = getattr(module.lora_dropout[name], "p", 0.0)
-    base.float8 = float8 and base.in_features % 16 == base.out_features % 16 == 0  # what the hardware multiplies
     return FusedLinear(module, base, down, up, module.scaling[name], dropout, module.forward)
 
 
-def fuse_adapters(model: Any, float8: bool = False) -> list[str]:
+def fuse_adapters(model: Any) -> list[str]:
     """Give every adapted layer that is known the functions above; returns the names of the others."""
-    found = {name: fusible(m, float8) for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    found = {name: fusible(m) for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     known = {name: layer for name, layer in found.items() if layer is not None}
     for name, module in model.named_modules():
         wanted = [f"{name}.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
@@ -3988,10 +3917,7 @@ def set_unpacked(model: Any, count: int, dtype: torch.dtype) -> None:
             if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear:
                 base: Any = module
                 base.unpacked = None
-                if i < count and getattr(base, "float8", False):
-                    base.unpacked = tuple(float8_weight(base, dtype, backward) for backward in (False, True))
-                elif i < count:
-                    base.unpacked = dense_weight(base, dtype)
+                base.unpacked = dense_weight(base, dtype) if i < count else None
 
 
 def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
@@ -4018,7 +3944,17 @@ def apply_liger(model: Any, config: Config) -> None:
         return
     known = inspect.signature(patch).parameters
     parts = {name: name in ("rope", "rms_norm", "layer_norm") for name in known if known[name].annotation is bool}
+    family = vars(sys.modules[type(model).__module__])
+    own = dict(family)
     patch(model=model, **parts)
+    # it changes the family's module too, where a model on the CPU, as a merged one is, would run into Triton
+    for name, before in own.items():
+        if family[name] is not before:
+            family[name] = before if isinstance(before, type) else partial(_on_gpu, family[name], before)
+
+
+def _on_gpu(kernel: Any, plain: Any, q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return (kernel if q.is_cuda else plain)(q, *args, **kwargs)
 
 
 def end_to_end_kernel(model: Any, config: Config) -> str | None:
@@ -4136,13 +4072,8 @@ def skipping_is_safe(model: Any, base: Any, fast: FastPath, batch: Mapping[str, 
 
 def speed_up(model: Any, base: Any, config: Config) -> FastPath:
     """Put the model's adapters on the fast path and find out what else of it the model takes."""
-    known = not torch.cuda.is_available() or (
-        torch.cuda.get_device_capability() >= (8, 9) and compute_dtype(config) == torch.bfloat16
-    )
-    if config.training.fp8_compute and not known:
-        raise ConfigError("--fp8_compute needs a GPU of the Ada or Hopper generation or newer, and --bf16")
     if config.training.fused_lora and not config.quant.full_finetune:
-        others = fuse_adapters(model, config.training.fp8_compute)
+        others = fuse_adapters(model)
         if others:
             log.info("%d adapted layers stay with peft's own functions, first %s", len(others), others[0])
     if is_sharded(config):

@@ -52,7 +52,6 @@ SETTINGS = {
     "LoRA, int8": [*LORA, *BF16, "--bits", "8"],
     "LoRA, nf4": [*LORA, *BF16, *NF4, "--double_quant", "False"],
     "LoRA, nf4 + double quant": [*LORA, *BF16, *NF4],
-    "LoRA, nf4 + double quant, float8 products": [*LORA, *BF16, *NF4, "--fp8_compute"],
     "LoRA, fp4": [*LORA, *BF16, *FP4, "--double_quant", "False"],
     "full, float32 weights": [*FULL, "--bits", "32"],
     # as the original has it: of a step of 2e-5 a bf16 weight of 0.02 keeps nothing

@@ -136,7 +136,6 @@ OWN_TRAINING = {  # not the Trainer's
     "max_shard_size": "5GB",
     "recompute_layers": "auto",
     "unpacked_layers": "auto",
-    "fp8_compute": False,
     "offload_activations": False,
     "auto_batch": None,  # the machine decides
     "padding_free": True,
@@ -697,8 +696,6 @@ RULES = [
     ("--gradient_checkpointing False --recompute_layers all", "gradient_checkpointing recompute_layers"),
     ("--offload_activations --recompute_layers none", "offload_activations recompute_layers"),
     ("--offload_activations --gradient_checkpointing False", "offload_activations gradient_checkpointing"),
-    ("--fp8_compute --full_finetune --bits 16", "fp8_compute full_finetune"),
-    ("--fp8_compute --fused_lora False", "fp8_compute fused_lora"),
     ("--plan_gpu 24GiB", "plan_gpu --plan"),
     ("--overwrite_output_dir --resume_from_checkpoint c", "--overwrite_output_dir --resume_from_checkpoint"),
     ("--resume_from_checkpoint False", "--resume_from_checkpoint --overwrite_output_dir"),
