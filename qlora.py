@@ -310,7 +310,10 @@ def said_once(message: str, lost: bool) -> str | None:
         heard.setdefault(0, "") if rank and not lost else None
     if not lost:
         known = [text for r, text in heard.items() if r < rank]
-        return None if message in known else f"rank {rank}: {message}" if rank else message
+        if message in known:
+            time.sleep(1)  # torchrun ends all when the first has ended: after whoever speaks
+            return None
+        return f"rank {rank}: {message}" if rank else message
     gone = sorted(others - set(heard))
     if any(heard.values()) or not gone or any(r < rank for r in heard):
         return None
@@ -677,7 +680,7 @@ def split_argv(argv: Sequence[str]) -> list[Given]:
 def current_name(item: Given, known: set[str]) -> Given | None:
     """A flag under its name of today, an old one with a warning; None where it has no effect any more."""
     positive = item.name.removeprefix("no_")  # argparse knows --no_flag for what is on by default
-    if positive != item.name and item.name not in RENAMED_FLAGS and (item.name in known or positive in RENAMED_FLAGS):
+    if positive != item.name and ({item.name, positive} <= known or positive in RENAMED_FLAGS):
         item = item._replace(name=positive, values=("False" if boolean(item) == "True" else "True",))
     if item.name == "logging_dir":
         os.environ["TENSORBOARD_LOGGING_DIR"] = " ".join(item.values)
@@ -924,7 +927,8 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (lambda f: f.streaming and "," in f.dataset and not Path(f.dataset).exists(),
      "--streaming: --dataset names several: give one, or a folder"),
     (lambda f: f.streaming and f.eval_dataset_size < 1,
-     "--streaming: --eval_dataset_size {eval_dataset_size:g} is a share of what nobody has counted, give rows"),
+     "--streaming: --eval_dataset_size {eval_dataset_size:g} is a share of what nobody has counted: "
+     "give a number of rows"),
     (lambda f: f.streaming and f.dataloader_num_workers > 0,
      "--streaming: its blocks are read in order: give --dataloader_num_workers 0"),
     *((partial(_has_no_epochs, name), f"--streaming: it has no epochs: give --{name} steps")
@@ -1646,9 +1650,11 @@ def normal_rows(
     """Every row in its normal form. One that can't be used has a `problem`, and as its text what stood there."""
     columns, to_row, _ = format_named(format_name)
     wanted, learnt = {name.strip() for name in data.include_sources.split(",")}, "".join(columns[-1:]) or "output"
+    found = False  # a row of the sources asked for
     for where, row in source:
         if data.include_sources != "ALL" and isinstance(row, Mapping) and label_of(row, "source") not in wanted:
             continue
+        found = True
         made: list[list[Segment]] = []
         category, problem, rendered = "", "", False
         try:
@@ -1670,6 +1676,8 @@ def normal_rows(
         for segments in made:
             kept = [{**segment, "text": storable(segment["text"])} for segment in segments]
             yield {"segments": kept, "rendered": rendered, **{name: storable(text) for name, text in texts.items()}}
+    if isinstance(source, RowSource) and not found:  # a block of a stream may have none
+        raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
 
 
 def as_json(value: Any) -> str:
@@ -1705,10 +1713,8 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, QLoRAError):
-            raise error.__cause__ from error
+            raise error.__cause__ from None
         raise
-    if len(rows) == 0:
-        raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
     return rows
 
 
@@ -6436,7 +6442,7 @@ def exit_status(error: BaseException) -> tuple[int, str] | None:
     if is_lost(error):
         return 2, "The same command goes on from {}, on as many processes as there are, with the same effective batch"
     if isinstance(error, QLoRAError):
-        return 2, str(error)
+        return 2, visible(str(error))
     if isinstance(error, KeyboardInterrupt):
         name = signal.Signals(error.args[0] if error.args else signal.SIGINT).name
         return STOP_SIGNALS[name], f"interrupted by {name}; the same command goes on from what is saved"
