@@ -3649,7 +3649,7 @@ class Recompute(torch.autograd.Function):
         kind = hidden.device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.rng = random_state(hidden.device)
-        if offloads and hidden.is_cuda:
+        if offloads and hidden.is_cuda and any(ctx.needs_input_grad):  # else no backward pass fetches it
             Recompute.away.append(Offloaded(hidden))
             ctx.save_for_backward()
         else:
@@ -3833,6 +3833,7 @@ class FastPath(NamedTuple):
     attention: str | None = None  # the kernel for rows that lie end to end; None where they are padded
     head: Any | None = None  # the output head, where its logits are computed in chunks
     post: Callable[[torch.Tensor], torch.Tensor] | None = None  # what the model does to its logits
+    by_input: bool = True  # whether layers are recomputed from their input alone, and not in torch's own way
     skips_last: bool = False  # whether a recomputed layer may leave out its last product
     offloads: bool = False  # whether the inputs of recomputed layers wait in the CPU's memory
 
@@ -3926,7 +3927,9 @@ def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
         # where neither a layer nor anything below it trains, no gradient arrives, and there is nothing to compute again
         anchor = torch.zeros(1, requires_grad=any(parameter.requires_grad for parameter in layer.parameters()))
         layer.gradient_checkpointing = i < count
-        layer._gradient_checkpointing_func = partial(recompute, (fast.skips_last, fast.offloads), anchor)
+        ours = partial(recompute, (fast.skips_last, fast.offloads), anchor)
+        theirs = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = ours if fast.by_input else theirs
 
 
 def apply_liger(model: Any, config: Config) -> None:
@@ -3992,6 +3995,15 @@ def same(a: torch.Tensor, b: torch.Tensor, noise: torch.Tensor | float = 0.0) ->
     return bool((a - b).norm() <= 0.05 * a.norm() + 2 * noise)
 
 
+def trial_windows(base: Any) -> list[Window]:
+    """Two windows of two short rows each, of which the second is the same."""
+    words, generator = base.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
+    # more than 15 tokens each: fewer go through the libraries' own functions
+    ids = [torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17)]
+    a, b, c = ({"input_ids": row, "labels": row} for row in ids)
+    return [collate_window(rows)["window"] for rows in ([a, b], [c, b])]
+
+
 def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
     """What of the fast path a model takes: each part is tried on a few tokens and left out where the numbers differ.
 
@@ -4003,12 +4015,7 @@ def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
     kernel, head = end_to_end_kernel(base, config), base.get_output_embeddings()
     if not config.training.chunked_head or type(head) is not torch.nn.Linear:
         head = None
-    embedding = base.get_input_embeddings()
-    device, generator = embedding.weight.device, torch.Generator().manual_seed(0)
-    # more than 15 tokens each: fewer go through the libraries' own functions
-    ids = [torch.randint(embedding.num_embeddings, (n,), generator=generator).tolist() for n in (17, 23, 17)]
-    a, b, c = ({"input_ids": row, "labels": row} for row in ids)
-    windows = [collate_window(rows)["window"] for rows in ([a, b], [c, b])]
+    windows, device = trial_windows(base), base.get_input_embeddings().weight.device
     fast = FastPath(offloads=config.training.offload_activations)
     name, training, dtype = type(base).__name__, model.training, compute_dtype(config)
     model.eval()
@@ -4030,12 +4037,8 @@ def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
             fast = fast._replace(attention=kernel)
         elif kernel:
             log.info("rows are padded: in %s rows that lie end to end would see each other", name)
-    if decoder_layers(base) and config.training.do_train:
-        fast = fast._replace(
-            skips_last=skipping_is_safe(model, base, fast, flat[0] if fast.attention else batch, dtype)
-        )
     model.train(training)
-    return fast
+    return choose_recomputing(model, base, fast, flat[0] if fast.attention else batch, config)
 
 
 def on_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
@@ -4053,21 +4056,51 @@ def try_step(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any], dt
     """Forward and backward of a few tokens as in training; gradients stay, the random numbers are as before."""
     device = batch["input_ids"].device
     model.train()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), attention_of(base, fast.attention):
+    gpus = list({parameter.device for parameter in model.parameters() if parameter.is_cuda})
+    with torch.random.fork_rng(gpus), attention_of(base, fast.attention):
         with torch.autocast(device.type, dtype, dtype != torch.float32):
             loss = summed_loss(model, fast, batch)
         loss.backward()
 
 
-def skipping_is_safe(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any], dtype: torch.dtype) -> bool:
-    """Whether a recomputed layer may leave out its last product: it puts NaN there, which must not reach a gradient."""
-    set_recomputed(base, len(decoder_layers(base)), fast._replace(skips_last=True))
-    try_step(model, base, fast, batch, dtype)
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    safe = all(bool(grad.isfinite().all()) for grad in grads)
-    model.zero_grad(set_to_none=True)
-    set_recomputed(base, 0, fast)
-    return safe
+def tried_norms(
+    model: Any, base: Any, fast: FastPath, recomputed: int, batch: Mapping[str, Any], dtype: torch.dtype
+) -> list[float]:
+    """The norm of each gradient of a few tokens, -1 where there is none; empty where layers can't be recomputed so."""
+    set_recomputed(base, recomputed, fast)
+    try:
+        try_step(model, base, fast, batch, dtype)
+        return [-1.0 if p.grad is None else float(p.grad.norm()) for p in model.parameters() if p.requires_grad]
+    except RuntimeError as error:
+        if not recomputed or isinstance(error, torch.OutOfMemoryError):
+            raise
+        return []  # a tape that two layers share is used up by the first of them
+    finally:
+        Recompute.away.clear()
+        model.zero_grad(set_to_none=True)
+        set_recomputed(base, 0, fast)
+
+
+def choose_recomputing(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any], config: Config) -> FastPath:
+    """How layers are recomputed: in the first way that gives the gradients of layers that are not.
+
+    A layer that leaves out its last product puts NaN there, which must not reach a gradient. One that takes more from
+    other layers than its input (Gemma 4's keys and values of an earlier one) is left to torch's checkpoints.
+    """
+    layers, training, dtype = len(decoder_layers(base)), model.training, compute_dtype(config)
+    if not layers or not config.training.do_train:
+        return fast
+    expected = tried_norms(model, base, fast, 0, batch, dtype)
+    least = 1e-6 * max(expected, default=0.0)
+    for way in (fast._replace(skips_last=True), fast):
+        found = tried_norms(model, base, way, layers, batch, dtype)
+        if found and all(abs(a - b) <= 0.02 * abs(a) + least for a, b in zip(expected, found, strict=True)):
+            break
+    else:
+        log.info("layers of %s are recomputed in torch's own way: they take more than one input", type(base).__name__)
+        way = fast._replace(by_input=False)
+    model.train(training)
+    return way
 
 
 def speed_up(model: Any, base: Any, config: Config) -> FastPath:
@@ -4080,8 +4113,13 @@ def speed_up(model: Any, base: Any, config: Config) -> FastPath:
         log.info(
             "FSDP or DeepSpeed holds the weights: rows are padded, logits not in chunks, all layers recomputed or none"
         )
-    if is_sharded(config) or config.masked:
-        return FastPath(offloads=config.training.offload_activations)
+    fast = FastPath(offloads=config.training.offload_activations)
+    if is_sharded(config):
+        return fast
+    if config.masked:
+        batch = padded_batch(trial_windows(base)[0], [0, 1], 0, "right")
+        batch = on_device(batch, base.get_input_embeddings().weight.device)
+        return choose_recomputing(model, base, fast, batch, config)
     return choose_fast_path(model, base, config)
 
 
