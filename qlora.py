@@ -3525,24 +3525,31 @@ class FusedMLP(torch.autograd.Function):
 class FusedGroup:
     """The adapted layers that an attention block applies to one input: the first call computes for all of them."""
 
+    source: ClassVar[torch.Tensor | None] = None  # the input of the group that was called last
+    waiting: ClassVar[dict[Any, torch.Tensor]] = {}  # what its layers have not asked for yet
+
     def __init__(self, layers: list[FusedLinear]) -> None:
         self.layers = layers
-        self.source: torch.Tensor | None = None
-        self.waiting: dict[int, torch.Tensor] = {}
+
+    @staticmethod
+    def forget() -> None:
+        """Let go of what is waiting, and with it of a whole tape."""
+        FusedGroup.source, FusedGroup.waiting = None, {}
 
     def forward(self, index: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """In place of one layer's forward."""
         layer = self.layers[index]
         if args or kwargs or not layer.applies(x):
             return layer.stock(x, *args, **kwargs)
-        if self.source is not x or index not in self.waiting:
+        if FusedGroup.source is not x or layer.module not in FusedGroup.waiting:
             params = [parameter for one in self.layers for parameter in one.parameters()]
             flat = x.reshape(-1, x.shape[-1]).to(matmul_dtype(x))
             made = FusedLoRA.apply(flat, self.layers, *params)
-            self.source, self.waiting = x, dict(enumerate(made))
-        out = self.waiting.pop(index)
-        if not self.waiting:
-            self.source = None
+            modules = [one.module for one in self.layers]
+            FusedGroup.source, FusedGroup.waiting = x, dict(zip(modules, made, strict=True))
+        out = FusedGroup.waiting.pop(layer.module)
+        if not FusedGroup.waiting:
+            FusedGroup.forget()
         return out.view(*x.shape[:-1], -1)
 
 
@@ -4077,6 +4084,7 @@ def tried_norms(
         return []  # a tape that two layers share is used up by the first of them
     finally:
         Recompute.away.clear()
+        FusedGroup.forget()
         model.zero_grad(set_to_none=True)
         set_recomputed(base, 0, fast)
 
@@ -5380,6 +5388,7 @@ class QLoRATrainer(Trainer):
                 reason = error.with_traceback(None)  # whose frames hold all that the failed pass has made
             model.zero_grad(set_to_none=True)
             Recompute.away.clear()
+            FusedGroup.forget()
             self._make_room(window, reason)
             set_random_state(device, start)
         self.window = window
