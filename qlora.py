@@ -5356,10 +5356,12 @@ class QLoRATrainer(Trainer):
                 "labels": torch.cat(labels),
             }
 
-    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The batches of one optimizer step; notes their rows and counts their tokens."""
         source = self.masked(epoch_iterator, self.masking) if self.masking else epoch_iterator
-        batches, items = super().get_batch_samples(source, *args, **kwargs)
+        # to send the count to the GPU would wait for all that it has still to do, and no step be launched meanwhile
+        alone = self.args.world_size == 1
+        batches, items = super().get_batch_samples(source, num_batches, torch.device("cpu") if alone else device)
         if self.window is None:
             self.first = self.moved = self.state.global_step
         self.parts = []

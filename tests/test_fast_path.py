@@ -868,6 +868,19 @@ def test_memory_that_runs_out_between_layers_of_one_input_leaves_no_tape(run_qlo
     assert run.code == 0 and len(complaints(run)) == 1
 
 
+def test_the_number_of_tokens_stays_on_the_cpu(run_qlora, monkeypatch):
+    """To send it would wait for the GPU before each step. A device that holds nothing stands for one."""
+    kept, found = qlora.QLoRATrainer.get_batch_samples, []
+
+    def watched(self, iterator, number, device):
+        batches, items = kept(self, iterator, number, torch.device("meta"))
+        found.append(items.device.type)
+        return batches, items
+
+    monkeypatch.setattr(qlora.QLoRATrainer, "get_batch_samples", watched)
+    assert run_qlora(max_steps=1).code == 0 and set(found) == {"cpu"}
+
+
 def test_noise_on_embeddings_depends_on_a_rows_own_length(run_qlora):
     """NEFTune divides it by the root of the row's length: rows that lie end to end would be one long row."""
     with twins.counted() as calls:
