@@ -4182,7 +4182,9 @@ def find_gpu(text: str | None) -> Gpu | None:
             return None
         here = torch.cuda.get_device_properties(0)
         known = next((gpu for gpu in reversed(GPUS) if gpu.name in here.name), None)
-        return Gpu(here.name, here.total_memory / GIB, known.tflops if known else 0.0, torch.cuda.device_count())
+        gib = here.total_memory / GIB
+        share = torch.cuda.get_per_process_memory_fraction() * gib + CONTEXT  # of torch's allocator alone
+        return Gpu(here.name, min(gib, share), known.tflops if known else 0.0, torch.cuda.device_count())
     parts = re.fullmatch(r"(?:([1-9]\d*)\s*x\s*)?(\w.*?)", text.strip(), re.IGNORECASE)
     number, what = (int(parts[1] or 1), parts[2]) if parts else (0, "")
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GiB|GB|G)", what, re.IGNORECASE)
@@ -4269,11 +4271,11 @@ def estimate(model: Any, config: Config) -> Costs:
     size = int(getattr(text, "head_dim", None) or hidden // queries)
     grouped = int(getattr(text, "num_key_value_heads", None) or queries)
     inner = max((max(shape) for shape in of_layer.values()), default=4 * hidden)
-    gated = any(leaf_name(name) == "gate_proj" or "gate_up" in name for name in of_layer)
     ranks_kept = lora.lora_r * len(of_layer) if not full else 0
     attention = (2 * queries + 2 * grouped) * size
     drops = sum(shape[1] for shape in of_layer.values()) if lora.lora_dropout and not full else 0
-    layer = width * (4 * hidden + attention + (2 if gated else 1) * inner + ranks_kept) + drops + 4 * queries
+    # twice the MLP's width: gate and up, or what goes into the activation and what comes out of it
+    layer = width * (4 * hidden + attention + 2 * inner + ranks_kept) + drops + 4 * queries
     if not train.fused_lora and not full:  # peft's own: a copy of each output, the product in the middle
         layer += width * (sum(shape[0] for shape in of_layer.values()) // 2 + 2 * inner)
     largest = max((math.prod(shape) for shape in shapes.values()), default=0)
@@ -4532,6 +4534,13 @@ def calibrated(costs: Costs, model: Any, base: Any, fast: FastPath, config: Conf
     return costs._replace(token=int(costs.token * ratio), layer=int(costs.layer * ratio))
 
 
+def free_memory() -> float:
+    """Bytes that torch may still hand out on this GPU, within this process's share of it."""
+    (free, total), reserved = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
+    share = torch.cuda.get_per_process_memory_fraction() * total
+    return min(free, share - reserved) + reserved - torch.cuda.memory_allocated()
+
+
 def choose_sizes(
     costs: Costs, model: Any, base: Any, fast: FastPath, rows: Any | None, config: Config
 ) -> tuple[Sizes, Plan | None]:
@@ -4547,8 +4556,7 @@ def choose_sizes(
     count = train.per_device_train_batch_size * train.gradient_accumulation_steps
     longest, window = largest_window(rows["length"][:], count)
     measured = calibrated(costs, model, base, fast, config)
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    own = 0.95 * free - costs.gradients - (0 if costs.paged else costs.optimizer)
+    own = 0.95 * free_memory() - costs.gradients - (0 if costs.paged else costs.optimizer)
     plan = make_plan(measured, gpu, longest, window, config, own)
     return plan.sizes, plan._replace(costs=costs)
 
