@@ -4274,8 +4274,12 @@ def estimate(model: Any, config: Config) -> Costs:
     ranks_kept = lora.lora_r * len(of_layer) if not full else 0
     attention = (2 * queries + 2 * grouped) * size
     drops = sum(shape[1] for shape in of_layer.values()) if lora.lora_dropout and not full else 0
+    # experts stacked in one tensor, which stay frozen and whole: the values that a token meets
+    at_once = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
+    experts = at_once * sum(weight.numel() // len(weight) for weight in model.parameters() if weight.dim() == 3)
     # twice the MLP's width: gate and up, or what goes into the activation and what comes out of it
     layer = width * (4 * hidden + attention + 2 * inner + ranks_kept) + drops + 4 * queries
+    layer += width * experts // max(1, layers * hidden)  # of each expert gate, up and their product
     if not train.fused_lora and not full:  # peft's own: a copy of each output, the product in the middle
         layer += width * (sum(shape[0] for shape in of_layer.values()) // 2 + 2 * inner)
     largest = max((math.prod(shape) for shape in shapes.values()), default=0)
@@ -4295,8 +4299,8 @@ def estimate(model: Any, config: Config) -> Costs:
         kept=math.ceil(2 * width * hidden / layers) if train.offload_activations else width * hidden,
         layers=layers,
         unpacked=width * per_layer if config.quant.bits < 16 and train.fused_lora and not full else 0,
-        flops=(6.0 if full else 4.0) * held + 6.0 * thin + 4.0 * hidden * vocabulary,
-        repeated=2.0 * layers * (per_layer - last),
+        flops=(6.0 if full else 4.0) * (held + experts) + 6.0 * thin + 4.0 * hidden * vocabulary,
+        repeated=2.0 * layers * (per_layer - last) + 2.0 * experts,
     )
 
 
