@@ -3531,24 +3531,31 @@ class FusedMLP(torch.autograd.Function):
 class FusedGroup:
     """The adapted layers that an attention block applies to one input: the first call computes for all of them."""
 
+    source: ClassVar[torch.Tensor | None] = None  # the input of the group that was called last
+    waiting: ClassVar[dict[Any, torch.Tensor]] = {}  # what its layers have not asked for yet
+
     def __init__(self, layers: list[FusedLinear]) -> None:
         self.layers = layers
-        self.source: torch.Tensor | None = None
-        self.waiting: dict[int, torch.Tensor] = {}
+
+    @staticmethod
+    def forget() -> None:
+        """Let go of what is waiting, and with it of a whole tape."""
+        FusedGroup.source, FusedGroup.waiting = None, {}
 
     def forward(self, index: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """In place of one layer's forward."""
         layer = self.layers[index]
         if args or kwargs or not layer.applies(x):
             return layer.stock(x, *args, **kwargs)
-        if self.source is not x or index not in self.waiting:
+        if FusedGroup.source is not x or layer.module not in FusedGroup.waiting:
             params = [parameter for one in self.layers for parameter in one.parameters()]
             flat = x.reshape(-1, x.shape[-1]).to(matmul_dtype(x))
             made = FusedLoRA.apply(flat, self.layers, *params)
-            self.source, self.waiting = x, dict(enumerate(made))
-        out = self.waiting.pop(index)
-        if not self.waiting:
-            self.source = None
+            modules = [one.module for one in self.layers]
+            FusedGroup.source, FusedGroup.waiting = x, dict(zip(modules, made, strict=True))
+        out = FusedGroup.waiting.pop(layer.module)
+        if not FusedGroup.waiting:
+            FusedGroup.forget()
         return out.view(*x.shape[:-1], -1)
 
 
@@ -3655,7 +3662,7 @@ class Recompute(torch.autograd.Function):
         kind = hidden.device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.rng = random_state(hidden.device)
-        if offloads and hidden.is_cuda:
+        if offloads and hidden.is_cuda and any(ctx.needs_input_grad):  # else no backward pass fetches it
             Recompute.away.append(Offloaded(hidden))
             ctx.save_for_backward()
         else:
@@ -3839,6 +3846,7 @@ class FastPath(NamedTuple):
     attention: str | None = None  # the kernel for rows that lie end to end; None where they are padded
     head: Any | None = None  # the output head, where its logits are computed in chunks
     post: Callable[[torch.Tensor], torch.Tensor] | None = None  # what the model does to its logits
+    by_input: bool = True  # whether layers are recomputed from their input alone, and not in torch's own way
     skips_last: bool = False  # whether a recomputed layer may leave out its last product
     offloads: bool = False  # whether the inputs of recomputed layers wait in the CPU's memory
 
@@ -3932,7 +3940,9 @@ def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
         # where neither a layer nor anything below it trains, no gradient arrives, and there is nothing to compute again
         anchor = torch.zeros(1, requires_grad=any(parameter.requires_grad for parameter in layer.parameters()))
         layer.gradient_checkpointing = i < count
-        layer._gradient_checkpointing_func = partial(recompute, (fast.skips_last, fast.offloads), anchor)
+        ours = partial(recompute, (fast.skips_last, fast.offloads), anchor)
+        theirs = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = ours if fast.by_input else theirs
 
 
 def apply_liger(model: Any, config: Config) -> None:
@@ -3998,6 +4008,15 @@ def same(a: torch.Tensor, b: torch.Tensor, noise: torch.Tensor | float = 0.0) ->
     return bool((a - b).norm() <= 0.05 * a.norm() + 2 * noise)
 
 
+def trial_windows(base: Any) -> list[Window]:
+    """Two windows of two short rows each, of which the second is the same."""
+    words, generator = base.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
+    # more than 15 tokens each: fewer go through the libraries' own functions
+    ids = [torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17)]
+    a, b, c = ({"input_ids": row, "labels": row} for row in ids)
+    return [collate_window(rows)["window"] for rows in ([a, b], [c, b])]
+
+
 def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
     """What of the fast path a model takes: each part is tried on a few tokens and left out where the numbers differ.
 
@@ -4009,12 +4028,7 @@ def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
     kernel, head = end_to_end_kernel(base, config), base.get_output_embeddings()
     if not config.training.chunked_head or type(head) is not torch.nn.Linear:
         head = None
-    embedding = base.get_input_embeddings()
-    device, generator = embedding.weight.device, torch.Generator().manual_seed(0)
-    # more than 15 tokens each: fewer go through the libraries' own functions
-    ids = [torch.randint(embedding.num_embeddings, (n,), generator=generator).tolist() for n in (17, 23, 17)]
-    a, b, c = ({"input_ids": row, "labels": row} for row in ids)
-    windows = [collate_window(rows)["window"] for rows in ([a, b], [c, b])]
+    windows, device = trial_windows(base), base.get_input_embeddings().weight.device
     fast = FastPath(offloads=config.training.offload_activations)
     name, training, dtype = type(base).__name__, model.training, compute_dtype(config)
     model.eval()
@@ -4036,12 +4050,8 @@ def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
             fast = fast._replace(attention=kernel)
         elif kernel:
             log.info("rows are padded: in %s rows that lie end to end would see each other", name)
-    if decoder_layers(base) and config.training.do_train:
-        fast = fast._replace(
-            skips_last=skipping_is_safe(model, base, fast, flat[0] if fast.attention else batch, dtype)
-        )
     model.train(training)
-    return fast
+    return choose_recomputing(model, base, fast, flat[0] if fast.attention else batch, config)
 
 
 def on_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
@@ -4059,21 +4069,52 @@ def try_step(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any], dt
     """Forward and backward of a few tokens as in training; gradients stay, the random numbers are as before."""
     device = batch["input_ids"].device
     model.train()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), attention_of(base, fast.attention):
+    gpus = list({parameter.device for parameter in model.parameters() if parameter.is_cuda})
+    with torch.random.fork_rng(gpus), attention_of(base, fast.attention):
         with torch.autocast(device.type, dtype, dtype != torch.float32):
             loss = summed_loss(model, fast, batch)
         loss.backward()
 
 
-def skipping_is_safe(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any], dtype: torch.dtype) -> bool:
-    """Whether a recomputed layer may leave out its last product: it puts NaN there, which must not reach a gradient."""
-    set_recomputed(base, len(decoder_layers(base)), fast._replace(skips_last=True))
-    try_step(model, base, fast, batch, dtype)
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    safe = all(bool(grad.isfinite().all()) for grad in grads)
-    model.zero_grad(set_to_none=True)
-    set_recomputed(base, 0, fast)
-    return safe
+def tried_norms(
+    model: Any, base: Any, fast: FastPath, recomputed: int, batch: Mapping[str, Any], dtype: torch.dtype
+) -> list[float]:
+    """The norm of each gradient of a few tokens, -1 where there is none; empty where layers can't be recomputed so."""
+    set_recomputed(base, recomputed, fast)
+    try:
+        try_step(model, base, fast, batch, dtype)
+        return [-1.0 if p.grad is None else float(p.grad.norm()) for p in model.parameters() if p.requires_grad]
+    except RuntimeError as error:
+        if not recomputed or isinstance(error, torch.OutOfMemoryError):
+            raise
+        return []  # a tape that two layers share is used up by the first of them
+    finally:
+        Recompute.away.clear()
+        FusedGroup.forget()
+        model.zero_grad(set_to_none=True)
+        set_recomputed(base, 0, fast)
+
+
+def choose_recomputing(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any], config: Config) -> FastPath:
+    """How layers are recomputed: in the first way that gives the gradients of layers that are not.
+
+    A layer that leaves out its last product puts NaN there, which must not reach a gradient. One that takes more from
+    other layers than its input (Gemma 4's keys and values of an earlier one) is left to torch's checkpoints.
+    """
+    layers, training, dtype = len(decoder_layers(base)), model.training, compute_dtype(config)
+    if not layers or not config.training.do_train:
+        return fast
+    expected = tried_norms(model, base, fast, 0, batch, dtype)
+    least = 1e-6 * max(expected, default=0.0)
+    for way in (fast._replace(skips_last=True), fast):
+        found = tried_norms(model, base, way, layers, batch, dtype)
+        if found and all(abs(a - b) <= 0.02 * abs(a) + least for a, b in zip(expected, found, strict=True)):
+            break
+    else:
+        log.info("layers of %s are recomputed in torch's own way: they take more than one input", type(base).__name__)
+        way = fast._replace(by_input=False)
+    model.train(training)
+    return way
 
 
 def speed_up(model: Any, base: Any, config: Config) -> FastPath:
@@ -4086,8 +4127,13 @@ def speed_up(model: Any, base: Any, config: Config) -> FastPath:
         log.info(
             "FSDP or DeepSpeed holds the weights: rows are padded, logits not in chunks, all layers recomputed or none"
         )
-    if is_sharded(config) or config.masked:
-        return FastPath(offloads=config.training.offload_activations)
+    fast = FastPath(offloads=config.training.offload_activations)
+    if is_sharded(config):
+        return fast
+    if config.masked:
+        batch = padded_batch(trial_windows(base)[0], [0, 1], 0, "right")
+        batch = on_device(batch, base.get_input_embeddings().weight.device)
+        return choose_recomputing(model, base, fast, batch, config)
     return choose_fast_path(model, base, config)
 
 
@@ -4142,7 +4188,9 @@ def find_gpu(text: str | None) -> Gpu | None:
             return None
         here = torch.cuda.get_device_properties(0)
         known = next((gpu for gpu in reversed(GPUS) if gpu.name in here.name), None)
-        return Gpu(here.name, here.total_memory / GIB, known.tflops if known else 0.0, torch.cuda.device_count())
+        gib = here.total_memory / GIB
+        share = torch.cuda.get_per_process_memory_fraction() * gib + CONTEXT  # of torch's allocator alone
+        return Gpu(here.name, min(gib, share), known.tflops if known else 0.0, torch.cuda.device_count())
     parts = re.fullmatch(r"(?:([1-9]\d*)\s*x\s*)?(\w.*?)", text.strip(), re.IGNORECASE)
     number, what = (int(parts[1] or 1), parts[2]) if parts else (0, "")
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GiB|GB|G)", what, re.IGNORECASE)
@@ -4229,11 +4277,15 @@ def estimate(model: Any, config: Config) -> Costs:
     size = int(getattr(text, "head_dim", None) or hidden // queries)
     grouped = int(getattr(text, "num_key_value_heads", None) or queries)
     inner = max((max(shape) for shape in of_layer.values()), default=4 * hidden)
-    gated = any(leaf_name(name) == "gate_proj" or "gate_up" in name for name in of_layer)
     ranks_kept = lora.lora_r * len(of_layer) if not full else 0
     attention = (2 * queries + 2 * grouped) * size
     drops = sum(shape[1] for shape in of_layer.values()) if lora.lora_dropout and not full else 0
-    layer = width * (4 * hidden + attention + (2 if gated else 1) * inner + ranks_kept) + drops + 4 * queries
+    # experts stacked in one tensor, which stay frozen and whole: the values that a token meets
+    at_once = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
+    experts = at_once * sum(weight.numel() // len(weight) for weight in model.parameters() if weight.dim() == 3)
+    # twice the MLP's width: gate and up, or what goes into the activation and what comes out of it
+    layer = width * (4 * hidden + attention + 2 * inner + ranks_kept) + drops + 4 * queries
+    layer += width * experts // max(1, layers * hidden)  # of each expert gate, up and their product
     if not train.fused_lora and not full:  # peft's own: a copy of each output, the product in the middle
         layer += width * (sum(shape[0] for shape in of_layer.values()) // 2 + 2 * inner)
     largest = max((math.prod(shape) for shape in shapes.values()), default=0)
@@ -4253,8 +4305,8 @@ def estimate(model: Any, config: Config) -> Costs:
         kept=math.ceil(2 * width * hidden / layers) if train.offload_activations else width * hidden,
         layers=layers,
         unpacked=width * per_layer if config.quant.bits < 16 and train.fused_lora and not full else 0,
-        flops=(6.0 if full else 4.0) * held + 6.0 * thin + 4.0 * hidden * vocabulary,
-        repeated=2.0 * layers * (per_layer - last),
+        flops=(6.0 if full else 4.0) * (held + experts) + 6.0 * thin + 4.0 * hidden * vocabulary,
+        repeated=2.0 * layers * (per_layer - last) + 2.0 * experts,
     )
 
 
@@ -4492,6 +4544,13 @@ def calibrated(costs: Costs, model: Any, base: Any, fast: FastPath, config: Conf
     return costs._replace(token=int(costs.token * ratio), layer=int(costs.layer * ratio))
 
 
+def free_memory() -> float:
+    """Bytes that torch may still hand out on this GPU, within this process's share of it."""
+    (free, total), reserved = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
+    share = torch.cuda.get_per_process_memory_fraction() * total
+    return min(free, share - reserved) + reserved - torch.cuda.memory_allocated()
+
+
 def choose_sizes(
     costs: Costs, model: Any, base: Any, fast: FastPath, rows: Any | None, config: Config
 ) -> tuple[Sizes, Plan | None]:
@@ -4507,8 +4566,7 @@ def choose_sizes(
     count = train.per_device_train_batch_size * train.gradient_accumulation_steps
     longest, window = largest_window(rows["length"][:], count)
     measured = calibrated(costs, model, base, fast, config)
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    own = 0.95 * free - costs.gradients - (0 if costs.paged else costs.optimizer)
+    own = 0.95 * free_memory() - costs.gradients - (0 if costs.paged else costs.optimizer)
     plan = make_plan(measured, gpu, longest, window, config, own)
     return plan.sizes, plan._replace(costs=costs)
 
@@ -5316,10 +5374,12 @@ class QLoRATrainer(Trainer):
                 "labels": torch.cat(labels),
             }
 
-    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The batches of one optimizer step; notes their rows and counts their tokens."""
         source = self.masked(epoch_iterator, self.masking) if self.masking else epoch_iterator
-        batches, items = super().get_batch_samples(source, *args, **kwargs)
+        # to send the count to the GPU would wait for all that it has still to do, and no step be launched meanwhile
+        alone = self.args.world_size == 1
+        batches, items = super().get_batch_samples(source, num_batches, torch.device("cpu") if alone else device)
         if self.window is None:
             self.first = self.moved = self.state.global_step
         self.parts = []
@@ -5348,6 +5408,7 @@ class QLoRATrainer(Trainer):
                 reason = error.with_traceback(None)  # whose frames hold all that the failed pass has made
             model.zero_grad(set_to_none=True)
             Recompute.away.clear()
+            FusedGroup.forget()
             self._make_room(window, reason)
             set_random_state(device, start)
         self.window = window

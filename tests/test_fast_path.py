@@ -15,6 +15,8 @@ import torch.nn.functional as F
 import twins
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import qlora
 
@@ -154,6 +156,24 @@ def test_leaving_out_the_last_product_where_it_is_needed_would_show(family):
         pytest.skip("safe here")
     got = twins.quick(both.quick, qlora.FastPath(skips_last=True), twins.window_of(rows), recomputed=2)
     assert not all(gradient.isfinite().all() for gradient in got.gradients.values())
+
+
+def test_layers_that_take_more_than_their_input_are_recomputed_in_torchs_own_way(tmp_path, log_lines):
+    """Gemma 4's: keys and values of an earlier layer, and an input of each layer's own."""
+    if "gemma4_text" not in CONFIG_MAPPING:
+        pytest.skip("these transformers do not know Gemma 4")
+    shape = tiny.FAMILIES["gemma3"][1] | {"num_hidden_layers": 4, "global_head_dim": 16, "vocab_size": 260}
+    shape |= {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 260, "num_kv_shared_layers": 2}
+    shape |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    shape.pop("query_pre_attn_scalar")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **shape)).save_pretrained(tmp_path)
+    both, rows = twins.make(tmp_path, dtype=None, bits=16, objective="clm"), twins.rows_of(LENGTHS)
+    assert not both.fast.by_input and "recomputed in torch's own way" in log_lines.text
+    expected = twins.stock(both.stock, rows)
+    for layers in (0, 2, 4):
+        got = twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=layers)
+        twins.assert_equal(got, expected, 1e-4)
 
 
 def test_a_model_whose_rows_would_see_each_other_pads_them_and_says_so(models, log_lines):
@@ -343,7 +363,7 @@ def test_encoders_are_fused_and_recomputed(models, name):
     """Masked language models: padded rows, all logits; each layer for itself, as its names are not the usual ones."""
     dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
     both = twins.make(models("encoder", family=name, **dropout), bits=16, objective="mlm")
-    assert both.fast == qlora.FastPath()
+    assert both.fast == qlora.FastPath(skips_last=True)
     window = qlora.collate_window(twins.rows_of((23, 5, 17), vocabulary=30), masked=True)["window"]
     expected = twins.quick(both.stock, both.fast, window)
     for recomputed in (0, 2):
@@ -352,6 +372,12 @@ def test_encoders_are_fused_and_recomputed(models, name):
         twins.assert_equal(got, expected, DOUBLE)
         per_layer = 8 if name == "deberta-v2" else 6  # which projects relative positions too
         assert calls["FusedLoRA"] == (2 + recomputed) * per_layer and calls["again"] == recomputed
+
+
+def test_positions_that_all_layers_share_and_train_are_recomputed_in_torchs_own_way(models):
+    """DeBERTa's relative ones, in a full fine-tune."""
+    both = twins.make(models("encoder", family="deberta-v2"), bits=32, full_finetune=True, objective="mlm")
+    assert not both.fast.by_input
 
 
 def test_adapters_switched_off_are_the_base(models):
@@ -818,6 +844,41 @@ def test_out_of_memory_with_nothing_left_to_make_smaller_is_one_line(run_qlora, 
     assert "memory" in lines[-1] and "--source_max_len" in lines[-1]
     assert len(seen) > 2 and seen[-1] <= 32  # down to a single row
     assert not (run.output_dir / "completed").exists()
+
+
+def test_memory_that_runs_out_between_layers_of_one_input_leaves_no_tape(run_qlora, models, memory, monkeypatch):
+    """Qwen 3 takes a norm of q before it asks for k, which is there already and holds the whole tape."""
+    forward, norm, calls = qlora.FusedLoRA.forward, Qwen3RMSNorm.forward, []
+
+    def watched(ctx, *args):
+        memory.alive.append(weakref.ref(ctx))
+        return forward(ctx, *args)
+
+    def short(self, x):
+        calls.extend([x.shape] * (memory.training and x.ndim == 4))
+        if len(calls) == 3:  # q of the second layer
+            calls.append(x.shape)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return norm(self, x)
+
+    monkeypatch.setattr(qlora.FusedLoRA, "forward", staticmethod(watched))
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", short)
+    flags = SMALL | {"recompute_layers": "none", "model_name_or_path": models("qwen3")}
+    run = run_qlora(**flags)
+    assert run.code == 0 and len(complaints(run)) == 1
+
+
+def test_the_number_of_tokens_stays_on_the_cpu(run_qlora, monkeypatch):
+    """To send it would wait for the GPU before each step. A device that holds nothing stands for one."""
+    kept, found = qlora.QLoRATrainer.get_batch_samples, []
+
+    def watched(self, iterator, number, device):
+        batches, items = kept(self, iterator, number, torch.device("meta"))
+        found.append(items.device.type)
+        return batches, items
+
+    monkeypatch.setattr(qlora.QLoRATrainer, "get_batch_samples", watched)
+    assert run_qlora(max_steps=1).code == 0 and set(found) == {"cpu"}
 
 
 def test_noise_on_embeddings_depends_on_a_rows_own_length(run_qlora):

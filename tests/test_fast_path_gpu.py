@@ -402,6 +402,16 @@ def test_inputs_of_recomputed_layers_in_the_memory_of_the_cpu_are_the_same(model
     assert peaks[0] - peaks[1] > 4 * hidden, peaks
 
 
+def test_inputs_of_layers_below_all_that_trains_are_not_offloaded(models):
+    """No backward pass comes there to fetch them: they would pile up, step after step."""
+    folder = models("llama_gqa", initializer_range=0.05, **WIDE, num_hidden_layers=4)
+    flags = {"bits": 4, "bf16": True, "layers_to_freeze": 2}
+    config, model = twins.parse(folder, **flags), twins.load(folder, **flags).train()
+    fast = qlora.speed_up(model, twins.base_of(model), config)._replace(offloads=True)
+    twins.quick(model, fast, twins.window_of(twins.rows_of([200] * 8)), recomputed=4, bf16=True)
+    assert not qlora.Recompute.away
+
+
 def test_a_try_before_training_leaves_no_memory_behind(models):
     """Neither gradients nor a tape nor another state of the generator."""
     folder = models("llama_gqa", initializer_range=0.05, **WIDE)

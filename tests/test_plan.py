@@ -2,8 +2,11 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+import twins
 
 import qlora
 
@@ -154,6 +157,52 @@ def test_a_gpu_that_nobody_knows_is_planned_for(folder):
     costs = qlora.costs_from_config(config, qlora.load_model_config(config, model))
     plan = qlora.make_plan(costs, qlora.Gpu("Some GPU", 16.0, 0.0), 528, 8448, config)
     assert plan.fits() and plan.lines()["tokens per second"] == "not known for this GPU"
+
+
+def test_a_process_with_a_share_of_the_gpu_plans_for_that(monkeypatch):
+    """80 GiB, of which a quarter is this process's: it holds 6, reserved 8, and another process 30."""
+    gib, card = 2**30, SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30)
+    answers = {"is_available": True, "get_device_properties": card, "device_count": 1}
+    answers |= {"mem_get_info": (42 * gib, 80 * gib), "memory_reserved": 8 * gib, "memory_allocated": 6 * gib}
+    for name, answer in answers.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *args, answer=answer: answer)
+    for fraction, free, whole in ((1.0, 44, 80), (0.25, 14, 20 + qlora.CONTEXT)):
+        monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda fraction=fraction: fraction)
+        assert qlora.free_memory() == free * gib
+        assert qlora.find_gpu(None).gib == pytest.approx(whole)
+
+
+def test_a_layer_without_a_gate_keeps_as_many_bytes_of_a_token_as_is_planned(models):
+    """What autograd saves of a layer of Pythia's kind, counted, each tensor's memory once."""
+    kept = []
+    for layers in (1, 3):
+        folder = models("gpt_neox", num_hidden_layers=layers, hidden_size=256, intermediate_size=1024)
+        both = twins.make(folder, dtype=None, bits=16, bf16=True, use_cpu=True)
+        base, seen = twins.base_of(both.quick), {}
+        weights = {parameter.untyped_storage().data_ptr() for parameter in base.parameters()}
+
+        def save(tensor, seen=seen):
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, so that no address comes again
+            return tensor
+
+        batch = qlora.end_to_end_batch(twins.window_of(twins.rows_of([256])), [0])
+        hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
+        with qlora.attention_of(base, both.fast.attention), torch.autocast("cpu", torch.bfloat16), hooks:
+            qlora.summed_loss(both.quick, both.fast, batch)
+        kept.append(sum(size for address, (size, _) in seen.items() if address not in weights))
+    costs = qlora.costs_from_config(both.config, base.config)
+    assert (kept[1] - kept[0]) / 2 / 256 == pytest.approx(costs.layer, rel=0.15)  # attention on a CPU keeps more
+
+
+def test_of_stacked_experts_a_token_meets_a_few(tmp_path):
+    """Mixtral 8x7B: 12.7 of 46.7 billion values are multiplied with; the experts, of 90 GB, are held in 16 bits."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    costs = plan_of(str(tmp_path), "H200").costs
+    attention, expert = 32 * 2 * 4096 * (4096 + 1024), 3 * 4096 * 14336
+    thin = 64 * 32 * 2 * (2 * 4096 + 4096 + 1024)
+    assert costs.flops == pytest.approx(4 * (attention + 32 * 2 * expert + 32000 * 4096) + 6 * thin, rel=1e-3)
+    assert costs.other > 32 * 8 * expert * 2 and costs.layer > 2 * 2 * 3 * 14336
 
 
 def strategies_of(model, gpu, *flags):
