@@ -619,6 +619,16 @@ class Parser(HfArgumentParser):
             return [f"--{item.name}={','.join(item.values)}"]
         return [f"--{item.name}", *item.values]
 
+    def repeat(self, flags: Mapping[str, Any], argv: Sequence[str]) -> None:
+        """Make the flags of a run.json the defaults, which argparse itself does not check against the choices."""
+        for action in self._actions:
+            value, default, among = flags.get(action.dest), action.default, action.choices
+            number = isinstance(default, (int, float)) and not isinstance(value, (int, float, str))
+            if action.dest in flags and value != default and (value not in among if among else number):
+                expected = f"one of {', '.join(map(str, among))}" if among else f"such as {default}"
+                raise ConfigError(f"{argv[0]}: {action.dest} is {value!r}, expected {expected}")
+        self.set_defaults(**flags)
+
     def flag_names(self) -> set[str]:
         """Every name that may follow the dashes, with underscores."""
         return {s[2:].replace("-", "_") for s in self._option_string_actions if s.startswith("--")}
@@ -648,7 +658,8 @@ def read_record(argv: Sequence[str]) -> dict[str, Any]:
     """The run.json that stands first on a command line, if one does."""
     with contextlib.suppress(IndexError, OSError, ValueError):  # read_config_file says what is wrong with a file
         content = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
-        if isinstance(content, dict) and {"flags", "derived", "versions", "data", "device"} <= content.keys():
+        parts = ("flags", "derived", "versions", "data", "device")
+        if isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in parts):
             return content
     return {}
 
@@ -728,7 +739,7 @@ def parse_config(argv: Sequence[str]) -> Config:
         raise SystemExit(0)
     known, record = parser.flag_names(), read_record(argv)
     repeated = {name: value for name, value in record.get("flags", {}).items() if name in known - NOT_REPEATED}
-    parser.set_defaults(**repeated)
+    parser.repeat(repeated, argv)
     items = [item for old in split_argv(argv[1:] if record else argv) if (item := current_name(old, known))]
     flags = vars(parser.parse_args([token for item in items for token in parser.tokens(item)]))
     given = frozenset(item.name for item in items)
@@ -1696,8 +1707,8 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
     )
     depends = (source.name, source.fingerprint(), format_name, own and file_digest(Path(own[1])), *flags, *template)
     try:
-        rows = datasets.Dataset.from_generator(
-            normal_rows,
+        return datasets.Dataset.from_generator(
+            some_rows,
             features=row_features(),
             gen_kwargs={"source": source, "format_name": format_name, "data": data, "tokenizer": tokenizer},
             cache_dir=config.model.cache_dir,
@@ -1707,9 +1718,15 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
         if isinstance(error.__cause__, QLoRAError):
             raise error.__cause__ from error
         raise
-    if len(rows) == 0:
+
+
+def some_rows(source: RowSource, data: DataArguments, **options: Any) -> Iterator[dict[str, Any]]:
+    """The rows in normal form; a DataError where there are none, of which the datasets library makes no dataset."""
+    rows = normal_rows(source, data=data, **options)
+    if (first := next(rows, None)) is None:
         raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
-    return rows
+    yield first
+    yield from rows
 
 
 def row_features() -> Any:
@@ -2331,21 +2348,22 @@ def encoded_blocks(
         rest = iter(dataclasses.replace(source, loaded=loaded, first=row, behind=row if state else 0))
         while block := list(itertools.islice(rest, config.data.stream_buffer)):
             made = list(normal_rows(block, stream.format_name, config.data, tokenizer))
-            pairs: Any = reject_bad_rows(datasets.Dataset.from_list(made, features=row_features()), config, whole=False)
-            rows = pairs
-            if len(pairs):
+            pairs: Any = datasets.Dataset.from_list(made, features=row_features()) if made else None
+            rows = pairs = reject_bad_rows(pairs, config, whole=False)
+            if pairs:
                 rows = encode_dataset(pairs, tokenizer, config, "train")
                 if not place:
                     warn_without_stop(pairs, rows, tokenizer)
                 rows = usable_rows(rows, "train", config, whole=False)
-            if len(rows):
+            if rows:
                 useful = True
                 yield place, rows
             row += len(block)
             state = loaded.state_dict() if hasattr(loaded, "state_dict") else None  # type: ignore[union-attr]
             place = {"block": place.get("block", 0) + 1, "row": row, "state": state}
         place = {"block": place.get("block", 0)}  # the next pass
-    raise DataError(f"{source.name}: no row in it that can be used to train")
+    after = f" after the first {source.first}, which are held out (--eval_dataset_size)" if source.first else ""
+    raise DataError(f"{source.name}: no row in it that can be used to train{after}")
 
 
 class TokenStatistics(NamedTuple):
@@ -5066,6 +5084,31 @@ def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longes
 # tokens only, checkpoints that are whole or absent, a stop on numbers that are not finite, MMLU beside the evaluation.
 # To add a callback: one class, one line in build_callbacks.
 # ------------------------------------------------------------------------------------
+def learnt_positions(model: Any) -> int | None:
+    """How many tokens the position embeddings of an encoder have room for; RoBERTa and ESM begin after the pad's."""
+    for name, table in model.named_modules():
+        if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
+            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return None
+
+
+def check_fit(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
+    """Rows against the model: an id outside an embedding would only show as a crash on the GPU."""
+    rows = model.get_input_embeddings().num_embeddings
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    learnt = learnt_positions(model)
+    for name, part in parts.items():
+        if part.largest_id >= rows:
+            found = f"the {name} rows hold token id {part.largest_id}, the model has {rows}"
+            raise ConfigError(f"{found}: its tokenizer is another's")
+        if learnt is not None and part.longest > learnt:
+            found = f"the longest {name} row has {part.longest} tokens, the model has positions for {learnt}"
+            raise ConfigError(f"{found}: lower the limit with --source_max_len {learnt}")
+        if positions and part.longest > positions:
+            found = f"the longest {name} row has {part.longest} tokens, the model was made for {positions}"
+            log.warning("%s: lower the limits or give --rope_scaling", found)
+
+
 @dataclass
 class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
     """A stream as this process's windows, each with the place behind it. A block is ordered as a dataset's epoch is.
@@ -5078,7 +5121,9 @@ class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
     config: Config
     args: Any  # the Trainer's own
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+    model: Any
     place: Place = field(default_factory=lambda: Place())  # where to begin
+    seen: tuple[int, int] = (0, 0)  # the largest token id and the longest row of the blocks so far
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         done, size = self.place.get("windows", 0), self.args.train_batch_size
@@ -5092,6 +5137,11 @@ class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
     def _rows(self) -> Iterator[tuple[Place, Any, int]]:
         taken = self.place.get("taken", 0)
         for before, block in encoded_blocks(self.stream, self.place, self.tokenizer, self.config):
+            found = token_statistics(block, self.tokenizer, self.config)
+            seen = max(self.seen[0], found.largest_id), max(self.seen[1], found.longest)
+            if before and seen != self.seen:  # the first block is checked before training
+                check_fit(self.model, {"train": found})
+            self.seen = seen
             rows = PackedRows(block, limits_of(self.config).longest) if self.config.data.packing else block
             order = row_order(rows["length"][:], self.args.train_batch_size * self.args.world_size, self.args)
             if isinstance(order, EpochSampler):
@@ -5705,7 +5755,7 @@ def build_trainer(
     parts, args = PARTS[config.masked](ready.model, tokenizer, rows, config), window_arguments(config.training)
     train_rows = splits.train
     if isinstance(train_rows, RowStream):
-        train_rows = StreamedWindows(train_rows, tokenizer, config, args, parts["data_collator"])
+        train_rows = StreamedWindows(train_rows, tokenizer, config, args, parts["data_collator"], ready.model)
     return QLoRATrainer(
         **parts,
         ready=ready,
@@ -6229,31 +6279,6 @@ def hints(config: Config) -> None:
 # ------------------------------------------------------------------------------------
 # 16. Main
 # ------------------------------------------------------------------------------------
-def learnt_positions(model: Any) -> int | None:
-    """How many tokens the position embeddings of an encoder have room for; RoBERTa and ESM begin after the pad's."""
-    for name, table in model.named_modules():
-        if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
-            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-    return None
-
-
-def check_fit(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
-    """Rows against the model: an id outside an embedding would only show as a crash on the GPU."""
-    rows = model.get_input_embeddings().num_embeddings
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    learnt = learnt_positions(model)
-    for name, part in parts.items():
-        if part.largest_id >= rows:
-            found = f"the {name} rows hold token id {part.largest_id}, the model has {rows}"
-            raise ConfigError(f"{found}: its tokenizer is another's")
-        if learnt is not None and part.longest > learnt:
-            found = f"the longest {name} row has {part.longest} tokens, the model has positions for {learnt}"
-            raise ConfigError(f"{found}: lower the limit with --source_max_len {learnt}")
-        if positions and part.longest > positions:
-            found = f"the longest {name} row has {part.longest} tokens, the model was made for {positions}"
-            log.warning("%s: lower the limits or give --rope_scaling", found)
-
-
 def use(trainer: QLoRATrainer, start: Start, pairs: Splits, config: Config) -> dict[str, Any]:
     """Evaluate and predict with what was trained or found."""
     metrics: dict[str, Any] = {}
@@ -6361,7 +6386,10 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
     inputs = read_inputs(start, config)
     config, folder, model_config, tokenizer, pairs, splits, rows, statistics = inputs
     if config.data.preview:
-        show(shown_rows(rows or splits.eval, tokenizer, model_config, config), statistics, config)
+        if config.data.streaming:
+            log.info("of the stream's first block:")
+        if args.process_index == 0:
+            show(shown_rows(rows or splits.eval, tokenizer, model_config, config), statistics, config)
         return 0
     if args.do_predict and not config.masked:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
@@ -6425,7 +6453,7 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
 
 
 DISK_ERRORS = {"ENOENT", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST"}
-DISK_ERRORS |= {"ENAMETOOLONG", "ESTALE"}
+DISK_ERRORS |= {"ENAMETOOLONG", "ESTALE", "EISDIR", "ENOTEMPTY", "ELOOP"}
 MEMORY_ADVICE = (
     "lower --per_device_train_batch_size or --source_max_len and --target_max_len, or keep --gradient_checkpointing on"
 )
