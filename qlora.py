@@ -93,7 +93,7 @@ import yaml
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from bitsandbytes.functional import dequantize_4bit
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, upload_folder
 from jinja2 import TemplateError, TemplateSyntaxError
 from peft import (
     EvaConfig,
@@ -929,6 +929,8 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--metric_for_best_model {metric_for_best_model} needs --do_mmlu_eval"),
     (lambda f: f.num_beam_groups > 1 or f.penalty_alpha is not None or f.diversity_penalty != 0,
      "--num_beam_groups, --diversity_penalty and --penalty_alpha: transformers generates in these ways no more"),
+    (lambda f: f.push_to_hub and "hub_strategy" in f.given and f.hub_strategy != "end",
+     "--push_to_hub pushes what is final, no checkpoints: give --hub_strategy end, not {hub_strategy}"),
     (lambda f: "stream_buffer" in f.given and not f.streaming, "--stream_buffer needs --streaming"),
     (lambda f: f.streaming and f.do_train and f.max_steps < 1,
      "--streaming: how long it is nobody knows: give --max_steps, not epochs"),
@@ -5631,6 +5633,9 @@ class QLoRATrainer(Trainer):
             if str(folder) != self.state.best_model_checkpoint:
                 shutil.rmtree(folder)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: save_final pushes. The Trainer would upload all of output_dir, and its arguments with the token."""
+
     def take_over(self, checkpoint: Path) -> None:
         """Weights and state of a checkpoint, without training on."""
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -5878,6 +5883,12 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
         write_loss_chart(output / "loss.png", trainer.state.log_history)
         write_file(final / "README.md", model_card(trainer, config))
         write_file(output / COMPLETED, json.dumps(state, indent=1))
+        if trainer.args.push_to_hub:
+            where = {"repo_id": str(trainer.hub_model_id), "revision": trainer.args.hub_revision}
+            with mendable("--push_to_hub: all is saved here, but the hub does not take it"):
+                token = trainer.args.hub_token
+                upload_folder(**where, folder_path=final, allow_patterns=[*sorted(written), "README.md"], token=token)
+            log.info("pushed to %s", trainer.hub_model_id)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -6314,6 +6325,10 @@ def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: in
 
 def print_preview(rows: Iterable[Titled], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
     """To standard output, coloured where that is a terminal."""
+    if config.training.process_index != 0:
+        return
+    if config.data.streaming:
+        log.info("rows and statistics are of the stream's first block")
     coloured, encoding = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), sys.stdout.encoding or "utf-8"
     text = preview_text(rows, statistics, coloured).encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -6386,10 +6401,7 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
     inputs = read_inputs(start, config)
     config, folder, model_config, tokenizer, pairs, splits, rows, statistics = inputs
     if config.data.preview:
-        if config.data.streaming:
-            log.info("of the stream's first block:")
-        if args.process_index == 0:
-            show(shown_rows(rows or splits.eval, tokenizer, model_config, config), statistics, config)
+        show(shown_rows(rows or splits.eval, tokenizer, model_config, config), statistics, config)
         return 0
     if args.do_predict and not config.masked:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training

@@ -119,14 +119,12 @@ def test_a_file_of_flags_is_no_record(tmp_path):
 )
 def test_a_record_that_was_changed_by_hand_is_checked(tmp_path, change, said):
     """Argparse takes defaults as they are; bits 5 would be a run in 32 bits."""
-    record = dict.fromkeys(("flags", "derived", "versions", "data", "device"), {}) | {
-        "flags": {"dataset": "a", **change}
-    }
+    record = {part: {} for part in ("derived", "versions", "data", "device")} | {"flags": {"dataset": "a", **change}}
     (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(qlora.ConfigError, match=re.escape(said)):
         qlora.parse_config([str(tmp_path / "run.json"), "--output_dir", "x"])
     (tmp_path / "run.json").write_text(json.dumps(record | {"flags": [1]}))
-    with pytest.raises(qlora.ConfigError, match=r"run.json: flags: unknown flag"):
+    with pytest.raises(qlora.ConfigError, match=r"run.json: \w+: unknown flag"):
         qlora.parse_config([str(tmp_path / "run.json"), "--output_dir", "x"])
 
 
