@@ -5124,16 +5124,17 @@ class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
     args: Any  # the Trainer's own
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
     model: Any
+    size: int  # rows of a window, however many processes share it
     place: Place = field(default_factory=lambda: Place())  # where to begin
     seen: tuple[int, int] = (0, 0)  # the largest token id and the longest row of the blocks so far
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        done, size = self.place.get("windows", 0), self.args.train_batch_size
+        done, (rank, processes) = self.place.get("windows", 0), (self.args.process_index, self.args.world_size)
         yield from itertools.repeat({}, done)  # for the Trainer, which counts off the windows before a resume
-        rows, mine = self._rows(), self.args.process_index * size
-        while group := list(itertools.islice(rows, size * self.args.world_size)):
+        rows = self._rows()
+        while group := list(itertools.islice(rows, self.size)):
             done += 1
-            members = [block[i] for _, block, i in group[mine : mine + size]]
+            members = [block[i] for _, block, i in group[rank::processes]]
             yield self.collate(members) | {"place": group[-1][0] | {"windows": done}}
 
     def _rows(self) -> Iterator[tuple[Place, Any, int]]:
@@ -5145,7 +5146,7 @@ class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
                 check_fit(self.model, {"train": found})
             self.seen = seen
             rows = PackedRows(block, limits_of(self.config).longest) if self.config.data.packing else block
-            order = row_order(rows["length"][:], self.args.train_batch_size * self.args.world_size, self.args)
+            order = row_order(rows["length"][:], self.size, self.args)
             if isinstance(order, EpochSampler):
                 order.set_epoch(before.get("block", 0))
             for number, i in itertools.islice(enumerate(order, start=1), taken, None):
@@ -5760,7 +5761,8 @@ def build_trainer(
     parts, args = PARTS[config.masked](ready.model, tokenizer, rows, config), window_arguments(config.training)
     train_rows = splits.train
     if isinstance(train_rows, RowStream):
-        train_rows = StreamedWindows(train_rows, tokenizer, config, args, parts["data_collator"], ready.model)
+        size, collate = run["effective batch"]["rows"], parts["data_collator"]
+        train_rows = StreamedWindows(train_rows, tokenizer, config, args, collate, ready.model, size)
     return QLoRATrainer(
         **parts,
         ready=ready,

@@ -99,12 +99,12 @@ def stream_of(*argv):
     tokenizer = tiny.byte_tokenizer()
     splits = qlora.load_splits(config, tokenizer)
 
-    def windows(count, processes=1, rank=0, place=None):
+    def windows(count, processes=1, rank=0, place=None, size=None):
         args = qlora.dataclasses.replace(qlora.window_arguments(config.training))
         shared = {"world_size": processes, "process_index": rank, "train_batch_size": args.train_batch_size}
         shared |= {name: getattr(args, name) for name in ("seed", "data_seed", "train_sampling_strategy")}
         shown = type("Args", (), shared)
-        more = qlora.collate_window, MODEL, place or {}
+        more = qlora.collate_window, MODEL, size or args.train_batch_size * processes, place or {}
         stream = qlora.StreamedWindows(splits.train, tokenizer, config, shown, *more)
         return list(itertools.islice(iter(stream), count))
 
@@ -144,6 +144,10 @@ def test_processes_share_the_windows(file):
     assert [window["place"] for window in shares[0]] == [window["place"] for window in shares[1]]
     later = windows(3, processes=2, rank=1, place=shares[1][1]["place"])
     assert later[:2] == [{}, {}] and numbers(later[2:]) == numbers(shares[1][2:])
+    alone = windows(3, size=4, place=shares[1][1]["place"])  # goes on with as many rows to a step
+    assert sorted(numbers(alone[2:])) == sorted(numbers(shares[0][2:]) + numbers(shares[1][2:]))
+    three = [windows(3, processes=3, rank=rank, size=4) for rank in range(3)]
+    assert sorted(map(len, (share[0]["window"].rows for share in three))) == [1, 1, 2]
 
 
 def test_rows_to_evaluate_on_are_the_first_and_not_trained_on(file):
