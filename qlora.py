@@ -93,7 +93,7 @@ import yaml
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from bitsandbytes.functional import dequantize_4bit
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, upload_folder
 from jinja2 import TemplateError, TemplateSyntaxError
 from peft import (
     EvaConfig,
@@ -622,6 +622,16 @@ class Parser(HfArgumentParser):
             return [f"--{item.name}={','.join(item.values)}"]
         return [f"--{item.name}", *item.values]
 
+    def repeat(self, flags: Mapping[str, Any], argv: Sequence[str]) -> None:
+        """Make the flags of a run.json the defaults, which argparse itself does not check against the choices."""
+        for action in self._actions:
+            value, default, among = flags.get(action.dest), action.default, action.choices
+            number = isinstance(default, (int, float)) and not isinstance(value, (int, float, str))
+            if action.dest in flags and value != default and (value not in among if among else number):
+                expected = f"one of {', '.join(map(str, among))}" if among else f"such as {default}"
+                raise ConfigError(f"{argv[0]}: {action.dest} is {value!r}, expected {expected}")
+        self.set_defaults(**flags)
+
     def flag_names(self) -> set[str]:
         """Every name that may follow the dashes, with underscores."""
         return {s[2:].replace("-", "_") for s in self._option_string_actions if s.startswith("--")}
@@ -651,7 +661,8 @@ def read_record(argv: Sequence[str]) -> dict[str, Any]:
     """The run.json that stands first on a command line, if one does."""
     with contextlib.suppress(IndexError, OSError, ValueError):  # read_config_file says what is wrong with a file
         content = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
-        if isinstance(content, dict) and {"flags", "derived", "versions", "data", "device"} <= content.keys():
+        parts = ("flags", "derived", "versions", "data", "device")
+        if isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in parts):
             return content
     return {}
 
@@ -731,7 +742,7 @@ def parse_config(argv: Sequence[str]) -> Config:
         raise SystemExit(0)
     known, record = parser.flag_names(), read_record(argv)
     repeated = {name: value for name, value in record.get("flags", {}).items() if name in known - NOT_REPEATED}
-    parser.set_defaults(**repeated)
+    parser.repeat(repeated, argv)
     items = [item for old in split_argv(argv[1:] if record else argv) if (item := current_name(old, known))]
     flags = vars(parser.parse_args([token for item in items for token in parser.tokens(item)]))
     given = frozenset(item.name for item in items)
@@ -921,6 +932,8 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--metric_for_best_model {metric_for_best_model} needs --do_mmlu_eval"),
     (lambda f: f.num_beam_groups > 1 or f.penalty_alpha is not None or f.diversity_penalty != 0,
      "--num_beam_groups, --diversity_penalty and --penalty_alpha: transformers generates in these ways no more"),
+    (lambda f: f.push_to_hub and "hub_strategy" in f.given and f.hub_strategy != "end",
+     "--push_to_hub pushes what is final, no checkpoints: give --hub_strategy end, not {hub_strategy}"),
     (lambda f: "stream_buffer" in f.given and not f.streaming, "--stream_buffer needs --streaming"),
     (lambda f: f.streaming and f.do_train and f.max_steps < 1,
      "--streaming: how long it is nobody knows: give --max_steps, not epochs"),
@@ -1650,11 +1663,9 @@ def normal_rows(
     """Every row in its normal form. One that can't be used has a `problem`, and as its text what stood there."""
     columns, to_row, _ = format_named(format_name)
     wanted, learnt = {name.strip() for name in data.include_sources.split(",")}, "".join(columns[-1:]) or "output"
-    found = False  # a row of the sources asked for
     for where, row in source:
         if data.include_sources != "ALL" and isinstance(row, Mapping) and label_of(row, "source") not in wanted:
             continue
-        found = True
         made: list[list[Segment]] = []
         category, problem, rendered = "", "", False
         try:
@@ -1676,8 +1687,6 @@ def normal_rows(
         for segments in made:
             kept = [{**segment, "text": storable(segment["text"])} for segment in segments]
             yield {"segments": kept, "rendered": rendered, **{name: storable(text) for name, text in texts.items()}}
-    if isinstance(source, RowSource) and not found:  # a block of a stream may have none
-        raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
 
 
 def as_json(value: Any) -> str:
@@ -1704,8 +1713,8 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
     )
     depends = (source.name, source.fingerprint(), format_name, own and file_digest(Path(own[1])), *flags, *template)
     try:
-        rows = datasets.Dataset.from_generator(
-            normal_rows,
+        return datasets.Dataset.from_generator(
+            some_rows,
             features=row_features(),
             gen_kwargs={"source": source, "format_name": format_name, "data": data, "tokenizer": tokenizer},
             cache_dir=config.model.cache_dir,
@@ -1716,6 +1725,15 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
             raise error.__cause__ from None
         raise
     return rows
+
+
+def some_rows(source: RowSource, data: DataArguments, **options: Any) -> Iterator[dict[str, Any]]:
+    """The rows in normal form; a DataError where there are none, of which the datasets library makes no dataset."""
+    rows = normal_rows(source, data=data, **options)
+    if (first := next(rows, None)) is None:
+        raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
+    yield first
+    yield from rows
 
 
 def row_features() -> Any:
@@ -2337,21 +2355,22 @@ def encoded_blocks(
         rest = iter(dataclasses.replace(source, loaded=loaded, first=row, behind=row if state else 0))
         while block := list(itertools.islice(rest, config.data.stream_buffer)):
             made = list(normal_rows(block, stream.format_name, config.data, tokenizer))
-            pairs: Any = reject_bad_rows(datasets.Dataset.from_list(made, features=row_features()), config, whole=False)
-            rows = pairs
-            if len(pairs):
+            pairs: Any = datasets.Dataset.from_list(made, features=row_features()) if made else None
+            rows = pairs = reject_bad_rows(pairs, config, whole=False)
+            if pairs:
                 rows = encode_dataset(pairs, tokenizer, config, "train")
                 if not place:
                     warn_without_stop(pairs, rows, tokenizer)
                 rows = usable_rows(rows, "train", config, whole=False)
-            if len(rows):
+            if rows:
                 useful = True
                 yield place, rows
             row += len(block)
             state = loaded.state_dict() if hasattr(loaded, "state_dict") else None  # type: ignore[union-attr]
             place = {"block": place.get("block", 0) + 1, "row": row, "state": state}
         place = {"block": place.get("block", 0)}  # the next pass
-    raise DataError(f"{source.name}: no row in it that can be used to train")
+    after = f" after the first {source.first}, which are held out (--eval_dataset_size)" if source.first else ""
+    raise DataError(f"{source.name}: no row in it that can be used to train{after}")
 
 
 class TokenStatistics(NamedTuple):
@@ -5130,6 +5149,31 @@ def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longes
 # tokens only, checkpoints that are whole or absent, a stop on numbers that are not finite, MMLU beside the evaluation.
 # To add a callback: one class, one line in build_callbacks.
 # ------------------------------------------------------------------------------------
+def learnt_positions(model: Any) -> int | None:
+    """How many tokens the position embeddings of an encoder have room for; RoBERTa and ESM begin after the pad's."""
+    for name, table in model.named_modules():
+        if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
+            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return None
+
+
+def check_fit(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
+    """Rows against the model: an id outside an embedding would only show as a crash on the GPU."""
+    rows = model.get_input_embeddings().num_embeddings
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    learnt = learnt_positions(model)
+    for name, part in parts.items():
+        if part.largest_id >= rows:
+            found = f"the {name} rows hold token id {part.largest_id}, the model has {rows}"
+            raise ConfigError(f"{found}: its tokenizer is another's")
+        if learnt is not None and part.longest > learnt:
+            found = f"the longest {name} row has {part.longest} tokens, the model has positions for {learnt}"
+            raise ConfigError(f"{found}: lower the limit with --source_max_len {learnt}")
+        if positions and part.longest > positions:
+            found = f"the longest {name} row has {part.longest} tokens, the model was made for {positions}"
+            log.warning("%s: lower the limits or give --rope_scaling", found)
+
+
 @dataclass
 class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
     """A stream as this process's windows, each with the place behind it. A block is ordered as a dataset's epoch is.
@@ -5142,22 +5186,30 @@ class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
     config: Config
     args: Any  # the Trainer's own
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+    model: Any
+    size: int  # rows of a window, however many processes share it
     place: Place = field(default_factory=lambda: Place())  # where to begin
+    seen: tuple[int, int] = (0, 0)  # the largest token id and the longest row of the blocks so far
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        done, size = self.place.get("windows", 0), self.args.train_batch_size
+        done, (rank, processes) = self.place.get("windows", 0), (self.args.process_index, self.args.world_size)
         yield from itertools.repeat({}, done)  # for the Trainer, which counts off the windows before a resume
-        rows, mine = self._rows(), self.args.process_index * size
-        while group := list(itertools.islice(rows, size * self.args.world_size)):
+        rows = self._rows()
+        while group := list(itertools.islice(rows, self.size)):
             done += 1
-            members = [block[i] for _, block, i in group[mine : mine + size]]
+            members = [block[i] for _, block, i in group[rank::processes]]
             yield self.collate(members) | {"place": group[-1][0] | {"windows": done}}
 
     def _rows(self) -> Iterator[tuple[Place, Any, int]]:
         taken = self.place.get("taken", 0)
         for before, block in encoded_blocks(self.stream, self.place, self.tokenizer, self.config):
+            found = token_statistics(block, self.tokenizer, self.config)
+            seen = max(self.seen[0], found.largest_id), max(self.seen[1], found.longest)
+            if before and seen != self.seen:  # the first block is checked before training
+                check_fit(self.model, {"train": found})
+            self.seen = seen
             rows = PackedRows(block, limits_of(self.config).longest) if self.config.data.packing else block
-            order = row_order(rows["length"][:], self.args.train_batch_size * self.args.world_size, self.args)
+            order = row_order(rows["length"][:], self.size, self.args)
             if isinstance(order, EpochSampler):
                 order.set_epoch(before.get("block", 0))
             for number, i in itertools.islice(enumerate(order, start=1), taken, None):
@@ -5648,6 +5700,9 @@ class QLoRATrainer(Trainer):
             if str(folder) != self.state.best_model_checkpoint:
                 shutil.rmtree(folder)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: save_final pushes. The Trainer would upload all of output_dir, and its arguments with the token."""
+
     def take_over(self, checkpoint: Path) -> None:
         """Weights and state of a checkpoint, without training on."""
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -5772,7 +5827,8 @@ def build_trainer(
     parts, args = PARTS[config.masked](ready.model, tokenizer, rows, config), window_arguments(config.training)
     train_rows = splits.train
     if isinstance(train_rows, RowStream):
-        train_rows = StreamedWindows(train_rows, tokenizer, config, args, parts["data_collator"])
+        size, collate = run["effective batch"]["rows"], parts["data_collator"]
+        train_rows = StreamedWindows(train_rows, tokenizer, config, args, collate, ready.model, size)
     return QLoRATrainer(
         **parts,
         ready=ready,
@@ -5895,6 +5951,12 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
         write_loss_chart(output / "loss.png", trainer.state.log_history)
         write_file(final / "README.md", model_card(trainer, config))
         write_file(output / COMPLETED, json.dumps(state, indent=1))
+        if trainer.args.push_to_hub:
+            where = {"repo_id": str(trainer.hub_model_id), "revision": trainer.args.hub_revision}
+            with mendable("--push_to_hub: all is saved here, but the hub does not take it"):
+                token = trainer.args.hub_token
+                upload_folder(**where, folder_path=final, allow_patterns=[*sorted(written), "README.md"], token=token)
+            log.info("pushed to %s", trainer.hub_model_id)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -6296,31 +6358,6 @@ def hints(config: Config) -> None:
 # ------------------------------------------------------------------------------------
 # 16. Main
 # ------------------------------------------------------------------------------------
-def learnt_positions(model: Any) -> int | None:
-    """How many tokens the position embeddings of an encoder have room for; RoBERTa and ESM begin after the pad's."""
-    for name, table in model.named_modules():
-        if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
-            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-    return None
-
-
-def check_fit(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
-    """Rows against the model: an id outside an embedding would only show as a crash on the GPU."""
-    rows = model.get_input_embeddings().num_embeddings
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    learnt = learnt_positions(model)
-    for name, part in parts.items():
-        if part.largest_id >= rows:
-            found = f"the {name} rows hold token id {part.largest_id}, the model has {rows}"
-            raise ConfigError(f"{found}: its tokenizer is another's")
-        if learnt is not None and part.longest > learnt:
-            found = f"the longest {name} row has {part.longest} tokens, the model has positions for {learnt}"
-            raise ConfigError(f"{found}: lower the limit with --source_max_len {learnt}")
-        if positions and part.longest > positions:
-            found = f"the longest {name} row has {part.longest} tokens, the model was made for {positions}"
-            log.warning("%s: lower the limits or give --rope_scaling", found)
-
-
 def use(trainer: QLoRATrainer, start: Start, pairs: Splits, config: Config) -> dict[str, Any]:
     """Evaluate and predict with what was trained or found."""
     metrics: dict[str, Any] = {}
@@ -6356,6 +6393,10 @@ def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: in
 
 def print_preview(rows: Iterable[Titled], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
     """To standard output, coloured where that is a terminal."""
+    if config.training.process_index != 0:
+        return
+    if config.data.streaming:
+        log.info("rows and statistics are of the stream's first block")
     coloured, encoding = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), sys.stdout.encoding or "utf-8"
     text = preview_text(rows, statistics, coloured).encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -6492,7 +6533,7 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
 
 
 DISK_ERRORS = {"ENOENT", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST"}
-DISK_ERRORS |= {"ENAMETOOLONG", "ESTALE"}
+DISK_ERRORS |= {"ENAMETOOLONG", "ESTALE", "EISDIR", "ENOTEMPTY", "ELOOP"}
 MEMORY_ADVICE = (
     "lower --per_device_train_batch_size or --source_max_len and --target_max_len, or keep --gradient_checkpointing on"
 )

@@ -717,6 +717,7 @@ RULES = [
     ("--dataset vicuna", "vicuna released"),
     ("--dataset alpaca,vicuna", "vicuna released"),
     ("--dataset=", "dataset"),
+    ("--push_to_hub --hub_strategy checkpoint", "push_to_hub hub_strategy checkpoint end"),
     ("--stream_buffer 9", "stream_buffer streaming"),
     ("--streaming --stream_buffer 0", "stream_buffer 0 1"),
     ("--streaming --num_train_epochs 2", "streaming max_steps epochs"),

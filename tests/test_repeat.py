@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,27 @@ def test_a_file_of_flags_is_no_record(tmp_path):
     (tmp_path / "run.json").write_text('{"bits": 8, "device": "x"}')
     with pytest.raises(qlora.ConfigError, match="device: unknown flag"):
         qlora.parse_config([str(tmp_path / "run.json")])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"bits": 5}, "bits is 5, expected one of 4, 8, 16, 32"),
+        ({"bits": "five"}, "bits is 'five', expected one of 4, 8, 16, 32"),
+        ({"max_steps": None}, "max_steps is None, expected such as 10000"),
+        ({"lora_bias": "some"}, "lora_bias is 'some', expected one of none"),
+        ({"seed": "x"}, "--seed"),
+    ],
+)
+def test_a_record_that_was_changed_by_hand_is_checked(tmp_path, change, said):
+    """Argparse takes defaults as they are; bits 5 would be a run in 32 bits."""
+    record = {part: {} for part in ("derived", "versions", "data", "device")} | {"flags": {"dataset": "a", **change}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(qlora.ConfigError, match=re.escape(said)):
+        qlora.parse_config([str(tmp_path / "run.json"), "--output_dir", "x"])
+    (tmp_path / "run.json").write_text(json.dumps(record | {"flags": [1]}))
+    with pytest.raises(qlora.ConfigError, match=r"run.json: \w+: unknown flag"):
+        qlora.parse_config([str(tmp_path / "run.json"), "--output_dir", "x"])
 
 
 def test_another_process_that_hashes_differently_gives_the_same_adapter(run_qlora, models, data_dir, tmp_path):

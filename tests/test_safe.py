@@ -324,6 +324,37 @@ def test_no_token_of_flags_or_environment_is_in_a_file_or_the_log(run_qlora, tmp
     assert holders(tmp_path, "paged_adamw_32bit"), "the search finds nothing"
 
 
+def repository_made(trainer, **options):
+    """Instead of asking the hub for one."""
+    trainer.hub_model_id, trainer.push_in_progress = "a/b", None
+
+
+def test_what_is_pushed_is_the_final_adapter_and_no_token(run_qlora, tmp_path, monkeypatch):
+    """The Trainer would upload the whole folder, with its arguments as a pickle, the token in them."""
+    import qlora
+
+    pushed = []
+    monkeypatch.setattr(qlora.QLoRATrainer, "init_hf_repo", repository_made)
+    monkeypatch.setattr(qlora, "upload_folder", lambda **how: pushed.append(how), raising=False)
+    out = tmp_path / "out"
+    run = run_qlora(push_to_hub=True, hub_token=TOKEN, report_to="none")
+    assert run.code == 0 and holders(tmp_path, TOKEN) == [] and TOKEN not in run.stderr
+    (how,) = pushed
+    assert (how["repo_id"], how["folder_path"], how["token"]) == ("a/b", out, TOKEN)
+    files = {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json", "tokenizer_config.json"}
+    assert files <= set(how["allow_patterns"]) and all((out / name).is_file() for name in how["allow_patterns"])
+    assert not {"run.json", "trainer_state.json", "completed"} & set(how["allow_patterns"])
+
+
+def test_a_push_that_fails_leaves_a_completed_run(run_qlora, tmp_path, monkeypatch):
+    import qlora
+
+    monkeypatch.setattr(qlora.QLoRATrainer, "init_hf_repo", repository_made)
+    run = run_qlora(push_to_hub=True, max_steps=1)  # there is no network
+    assert run.code == 2 and run.stderr.splitlines()[-1].startswith("error: --push_to_hub: all is saved here")
+    assert (tmp_path / "out/completed").is_file() and "Traceback" not in run.stderr
+
+
 @pytest.mark.parametrize("argv", ["--use_auth_token {}", "--use_auth {}", "--hub_token a {}", "--hub_tokn {}", "{}"])
 def test_a_token_in_the_wrong_place_is_not_repeated(capsys, argv):
     import qlora

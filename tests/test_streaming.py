@@ -8,6 +8,7 @@ import datasets
 import pytest
 import tiny
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import qlora
 
@@ -88,18 +89,23 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(run_qlora, data_dir, tmp_p
 # ------------------------------------------------------------------------------------
 
 
+SHAPE = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+MODEL = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=tiny.PAD + 1, max_position_embeddings=64))
+
+
 def stream_of(*argv):
     """The splits of these flags, and the windows that each of so many processes gets to train on."""
     config = qlora.parse_config(["--streaming", *map(str, argv)])
     tokenizer = tiny.byte_tokenizer()
     splits = qlora.load_splits(config, tokenizer)
 
-    def windows(count, processes=1, rank=0, place=None):
+    def windows(count, processes=1, rank=0, place=None, size=None):
         args = qlora.dataclasses.replace(qlora.window_arguments(config.training))
         shared = {"world_size": processes, "process_index": rank, "train_batch_size": args.train_batch_size}
         shared |= {name: getattr(args, name) for name in ("seed", "data_seed", "train_sampling_strategy")}
         shown = type("Args", (), shared)
-        stream = qlora.StreamedWindows(splits.train, tokenizer, config, shown, qlora.collate_window, place or {})
+        more = qlora.collate_window, MODEL, size or args.train_batch_size * processes, place or {}
+        stream = qlora.StreamedWindows(splits.train, tokenizer, config, shown, *more)
         return list(itertools.islice(iter(stream), count))
 
     return splits, windows
@@ -138,6 +144,10 @@ def test_processes_share_the_windows(file):
     assert [window["place"] for window in shares[0]] == [window["place"] for window in shares[1]]
     later = windows(3, processes=2, rank=1, place=shares[1][1]["place"])
     assert later[:2] == [{}, {}] and numbers(later[2:]) == numbers(shares[1][2:])
+    alone = windows(3, size=4, place=shares[1][1]["place"])  # goes on with as many rows to a step
+    assert sorted(numbers(alone[2:])) == sorted(numbers(shares[0][2:]) + numbers(shares[1][2:]))
+    three = [windows(3, processes=3, rank=rank, size=4) for rank in range(3)]
+    assert sorted(map(len, (share[0]["window"].rows for share in three))) == [1, 1, 2]
 
 
 def test_rows_to_evaluate_on_are_the_first_and_not_trained_on(file):
@@ -178,7 +188,7 @@ def test_bad_rows_of_a_stream(tmp_path, file):
         (
             '{"input": "x", "output": "y"}\n' * 7,
             ("--do_eval", "--eval_dataset_size", 7),
-            "no row in it that can be used",
+            "no row in it that can be used to train after the first 7, which are held out",
         ),
         ('{"input": "x", "output": "y"}\n', ("--model_max_len", 2), "no row in it that can be used"),
     ],
@@ -198,6 +208,31 @@ def test_a_stream_without_a_row_to_train_on_ends(tmp_path, content, flags, said)
     )
     with pytest.raises(qlora.DataError, match=said):
         stream_of(*flags)[1](1)
+
+
+def test_a_block_of_which_no_row_is_of_the_sources_is_passed_over(tmp_path):
+    rows = [{"input": "q", "output": "a", "source": "other" if 5 < n < 11 else "mine"} for n in range(1, 16)]
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", rows)
+    _, windows = stream_of("--dataset", file, *SMALL, "--include_sources", "mine")
+    assert Counter(numbers(windows(10))) == Counter({n: 2 for n in (*range(1, 6), *range(11, 16))})
+
+
+def test_every_block_is_held_against_the_model(tmp_path, caplog, monkeypatch):
+    """An id that its embedding lacks would only show as a crash on the GPU."""
+    rows = [{"input": "q", "output": "a" * (90 if n in (7, 12) else 9)} for n in range(1, 16)]
+    flags = ("--dataset", tiny.rows_to_jsonl(tmp_path / "a.jsonl", rows), *SMALL, "--max_train_samples")
+    monkeypatch.setattr(qlora.log, "propagate", True)
+    stream_of(*flags, 5)[1](12)
+    assert "the model was made for" not in caplog.text
+    stream_of(*flags, 15)[1](30)  # two passes
+    assert caplog.text.count("the longest train row has 93 tokens, the model was made for 64") == 1
+    monkeypatch.setattr(MODEL.get_input_embeddings(), "num_embeddings", tiny.EOS)
+    rows[6]["output"] = "a"  # the only row that is not cut, and so the only one with EOS
+    cut = ("--target_max_len", 5, *flags)
+    tiny.rows_to_jsonl(tmp_path / "a.jsonl", rows)
+    assert len(stream_of(*cut, 5)[1](2)) == 2
+    with pytest.raises(qlora.ConfigError, match=f"hold token id {tiny.EOS}, the model has {tiny.EOS}"):
+        stream_of(*cut, 15)[1](4)
 
 
 def test_a_checkpoint_without_streaming_is_not_streamed_on(run_qlora):
