@@ -4533,7 +4533,6 @@ class Start(NamedTuple):
     checkpoint: Path | None = None  # resume from it
     weights: str | None = None  # an adapter, or for a full fine-tune a model, to begin from or to use
     found: Path | None = None  # what was found of an earlier run, and must belong to this one
-    note: str = ""
 
 
 def identity(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
@@ -4652,11 +4651,7 @@ def asks_for_more(config: Config, completed: Mapping[str, Any]) -> bool:
 
 
 def find_start(config: Config) -> Start:
-    """Resume, begin anew, or use what is finished.
-
-    Raises:
-        ConfigError: --resume_from_checkpoint names nothing whole; more steps are asked of a run without checkpoints.
-    """
+    """Resume, begin anew, or use what is finished."""
     train, output, final = config.training, Path(config.training.output_dir), final_folder(config)
     given, full, picked = config.model.adapter_name_or_path, config.quant.full_finetune, train.resume_from_checkpoint
     if picked and str(picked).lower() not in ("true", "false"):
@@ -4675,8 +4670,8 @@ def find_start(config: Config) -> Start:
     finished = weights_in(final, full) if completed and not train.overwrite_output_dir else None
     if finished and not asks_for_more(config, record_of(output)):
         steps = record_of(output).get("step", "?")  # the original's is an empty file
-        note = f"{output} holds a completed run of {steps} steps: it is used, not trained again"
-        return Start(False, weights=finished, found=output, note=note)
+        log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
+        return Start(False, weights=finished, found=output)
     if finished and last is None:
         raise ConfigError(
             f"{output} holds a completed run but no checkpoint to go on from; begin another from its adapter with "
@@ -4686,7 +4681,8 @@ def find_start(config: Config) -> Start:
         return Start(True, weights=given)
     if not any(itertools.chain(last.glob("optimizer*"), last.glob("global_step*"))):
         log.warning("%s holds no optimizer state: the resumed run will differ from an uninterrupted one", last)
-    return Start(True, checkpoint=last, weights=given, found=last, note=f"resuming from {last}")
+    log.info("resuming from %s", last)
+    return Start(True, checkpoint=last, weights=given, found=last)
 
 
 def flush(path: Path) -> None:
@@ -4946,18 +4942,11 @@ LETTERS = "ABCD"
 
 
 def load_questions(config: Config) -> list[Question]:
-    """MMLU (Hendrycks et al. 2021, https://arxiv.org/abs/2009.03300) from the original's files, or from the hub.
-
-    Raises:
-        DataError: the file is not there, or a question is not one.
-    """
-    mmlu = config.mmlu
-    five_shot = mmlu.mmlu_dataset != "mmlu-zs"
-    if Path(mmlu.mmlu_dir).is_dir():
-        name = f"{'five' if five_shot else 'zero'}_shot_mmlu_{'val' if mmlu.mmlu_split == 'eval' else 'test'}.json"
-        questions = list(questions_in_file(Path(mmlu.mmlu_dir, name)))
-    else:
-        questions = list(questions_of_hub(config, five_shot))
+    """MMLU (Hendrycks et al. 2021, https://arxiv.org/abs/2009.03300) from the original's files, or from the hub."""
+    mmlu, five_shot = config.mmlu, config.mmlu.mmlu_dataset != "mmlu-zs"
+    name = f"{'five' if five_shot else 'zero'}_shot_mmlu_{'val' if mmlu.mmlu_split == 'eval' else 'test'}.json"
+    here = Path(mmlu.mmlu_dir).is_dir()
+    questions = list(questions_in_file(Path(mmlu.mmlu_dir, name)) if here else questions_of_hub(config, five_shot))
     if not questions:
         raise DataError(f"--mmlu_dir {mmlu.mmlu_dir}: no question in it")
     return questions[: mmlu.max_mmlu_samples]
@@ -4992,8 +4981,8 @@ def questions_of_hub(config: Config, five_shot: bool) -> Iterator[Question]:
 
 def question_text(row: Mapping[str, Any]) -> str:
     """Question and choices, up to `Answer:`."""
-    choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True))
-    return f"{row['question']}{choices}\nAnswer:"
+    choices = map("{}. {}".format, LETTERS, row["choices"])
+    return "\n".join([row["question"], *choices, "Answer:"])
 
 
 def letter_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list[int]]]:
@@ -5012,8 +5001,8 @@ def answer_questions(runtime: Runtime, questions: list[Question], longest: int) 
     prefix, letters = letter_ids(runtime.tokenizer)
     firsts, eos = [ids[0] for ids in letters], runtime.tokenizer.eos_token_id
     one_pass = len(set(firsts)) == len(LETTERS)
-    segments: list[Any] = [pair(question.prompt, "") for question in questions]
-    rows = {"segments": segments, "rendered": [False] * len(questions)}
+    rows: dict[str, list[Any]] = {"segments": [pair(question.prompt, "") for question in questions]}
+    rows["rendered"] = [False] * len(questions)
     prompts = [ids + prefix for ids in prompt_ids(rows, runtime.tokenizer, Limits(longest, 0, total=longest))]
     tried = [[question.answer] if one_pass else range(len(LETTERS)) for question in questions]
     asked = [(i, c) for i, choices in enumerate(tried) for c in choices]
@@ -5165,13 +5154,10 @@ def signals_noted(stop: Stop) -> Iterator[None]:
 
 
 def begin_worker(number: int) -> None:
-    """A data loader's process leaves signals to the one that trains: terminals and torchrun send them to its group.
-
-    SIGTERM is not ignored: with it a run that ends takes its workers along.
-    """
+    """A data loader's process leaves signals to the one that trains: terminals and torchrun send them to its group."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-    for stopping in {*STOP_NUMBERS} - {signal.SIGTERM}:
+    for stopping in {*STOP_NUMBERS} - {signal.SIGTERM}:  # with which a run that ends takes its workers along
         signal.signal(stopping, signal.SIG_IGN)
 
 
@@ -5288,13 +5274,12 @@ class QLoRATrainer(Trainer):
         """The batches of one optimizer step; notes their rows and counts their tokens."""
         source = self.masked(epoch_iterator, self.masking) if self.masking else epoch_iterator
         batches, items = super().get_batch_samples(source, *args, **kwargs)
+        for batch in batches:  # one, or at an epoch's end none
+            self.place = batch.pop("place", None)
+            self.learnt = bool((batch["labels"] != IGNORE).any())
+            self.tokens_seen += sum(batch["window"].lengths)
         if self.window is None:
             self.first = self.moved = self.state.global_step
-        self.parts = []
-        for batch in batches:
-            self.place = batch.pop("place", None)
-        self.learnt = any(bool((row != IGNORE).any()) for batch in batches for row in batch["window"].labels)
-        self.tokens_seen += sum(sum(batch["window"].lengths) for batch in batches)
         return batches, torch.as_tensor(items).clamp(min=1)  # 0 where no token happens to be masked
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -5318,8 +5303,7 @@ class QLoRATrainer(Trainer):
             Recompute.away.clear()
             self._make_room(window, reason)
             set_random_state(device, start)
-        self.window = window
-        self.parts += parts
+        self.window, self.parts = window, parts
         if self.idle != set() and not is_sharded(self.config):
             idle = without_gradient(self.runtime().model)
             self.idle = idle if self.idle is None else self.idle & idle
@@ -5372,11 +5356,8 @@ class QLoRATrainer(Trainer):
         else:
             raise reason
         torch.cuda.empty_cache()
-        log.warning(
-            "step %d: GPU memory ran out with %d tokens at once, %d of %d layers recomputed and %d kept unpacked; "
-            "repeating it with %s", self.state.global_step + 1, tokens, sizes.recomputed, layers, sizes.unpacked,
-            self.sizes,
-        )  # fmt: skip
+        step, tried = self.state.global_step + 1, sizes._replace(tokens=tokens)
+        log.warning("step %d: GPU memory ran out with %s; repeating it with %s", step, tried, self.sizes)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -5395,7 +5376,7 @@ class QLoRATrainer(Trainer):
         window, total, right = inputs["window"], torch.zeros((), device=self.args.device), 0
         smoothing, count = self.args.label_smoothing_factor, max(1, int((inputs["labels"] != IGNORE).sum()))
         with torch.no_grad(), attention_of(self.runtime().model, self.fast.attention):
-            for members in self._parts(window) if not self.masking else [list(range(len(window.rows)))]:
+            for members in self._parts(window):
                 batch = on_device(self._batch(window, members), self.args.device)
                 with self.compute_loss_context_manager():
                     if self.masking:
@@ -5465,11 +5446,9 @@ class QLoRATrainer(Trainer):
             self._stop(step, f"the {'loss' if bad else 'gradient norm'} is not finite", why, bad or rows)
         self.zeros = (self.zeros + learnt) * (norm == 0)
         if self.zeros >= PATIENCE:
-            dead = not any(parameter.any() for parameter in model.parameters() if parameter.requires_grad)
-            why = (
-                "A and B are zero, and so is each one's gradient" if dead else "the loss does not depend on what trains"
-            )
-            why += ": begin with another adapter" if dead else ", or is zero: look at --lora_modules and at these rows"
+            why = "A and B are zero, and so is each one's gradient: begin with another adapter"
+            if any(parameter.any() for parameter in model.parameters() if parameter.requires_grad):
+                why = "the loss does not depend on what trains, or is zero: look at --lora_modules and at these rows"
             self._stop(step, f"the gradient norm is exactly zero, {self.zeros} times", why, rows)
 
     def _check_values(self, step: int) -> None:
@@ -5767,7 +5746,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             for name in written:
                 flush(aside / name)
                 (aside / name).replace(final / name)
-        for stale in {*final.glob("model*.safetensors"), *final.glob("model.safetensors.index.json")}:
+        for stale in final.glob("model*.safetensors*"):
             if stale.name not in written:  # of an earlier save in other shards, which would be loaded instead
                 stale.unlink()
         state = {"step": trainer.state.global_step, "epoch": trainer.state.epoch, "run": trainer.run}
@@ -5881,11 +5860,7 @@ MERGE_ROWS, MERGE_TOKENS = 4, 64  # of the dataset, on which a merged model is c
 
 
 def merge(adapter: str, inputs: Inputs) -> dict[str, Any]:
-    """Base and adapter as one model in 16 bit, written aside, loaded again, compared, and only then named.
-
-    Raises:
-        QLoRAError: the merged model answers as the base does, or otherwise than base and adapter.
-    """
+    """Base and adapter as one model in 16 bit, written aside, loaded again, compared, and only then named."""
     config = inputs.config
     if config.training.merged_output_dir is None or config.training.process_index != 0 or is_merged(adapter, config):
         return {}
@@ -5993,12 +5968,10 @@ def compare_merged(
 
 def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
     """Training and evaluation loss over steps."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot no window system is asked for
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for key, label, marker in (("loss", "training", None), ("eval_loss", "evaluation", "o")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
@@ -6007,7 +5980,6 @@ def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
     if axes.lines:
         axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def shown_flags(config: Config) -> dict[str, Any]:
@@ -6056,9 +6028,8 @@ def git_commit() -> str | None:
 
 def device_name() -> str:
     """What computes."""
-    if not torch.cuda.is_available():
-        return f"CPU, {os.cpu_count()} cores"
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    gpus = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
+    return ", ".join(gpus) or f"CPU, {os.cpu_count()} cores"
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
@@ -6143,15 +6114,15 @@ def check_fit(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
 def use(trainer: QLoRATrainer, start: Start, pairs: Splits, config: Config) -> dict[str, Any]:
     """Evaluate and predict with what was trained or found."""
     metrics: dict[str, Any] = {}
-    output = final_folder(config)
     if config.training.do_eval:
         metrics |= trainer.evaluate()
         save_metrics(trainer, "eval", metrics)
     if config.training.do_predict:
-        if not start.train and start.weights is None:
-            log.warning("no trained adapter in %s: these are the predictions of the base model", output)
-        else:
+        output = final_folder(config)
+        if start.train or start.weights:
             log.info("predicting with %s", f"the adapter just trained, {output}" if start.train else start.weights)
+        else:
+            log.warning("no trained adapter in %s: these are the predictions of the base model", output)
         metrics |= predict(trainer, pairs.eval, config)
     return metrics
 
@@ -6203,10 +6174,7 @@ def read_inputs(start: Start, config: Config) -> Inputs:
 
 
 def describe(start: Start, this_run: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
-    """Log what this run is, and how it differs from one that it repeats.
-
-    Returns run.json: enough to repeat the run, and nothing secret.
-    """
+    """Log what this run is, and how it differs from one that it repeats. Returns run.json, which holds no secret."""
     config, derived = inputs.config, derived_settings(start, this_run["effective batch"]["rows"], inputs)
     log_block("This run", derived)
     record = {
@@ -6250,16 +6218,13 @@ def prepare(start: Start, inputs: Inputs, this_run: dict[str, Any], questions: A
 def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -> int:
     """One run, from checked flags to files, or --plan or --preview shown. Returns the exit status."""
     args, output, began = config.training, Path(config.training.output_dir), time.perf_counter()
-    if args.full_determinism:
-        enable_full_determinism(args.seed)
-    set_seed(args.seed)
+    seed = enable_full_determinism if args.full_determinism else set_seed
+    seed(args.seed)
     hints(config)
     if args.plan:
         show_plan(config)
         return 0
     start = Start(train=True) if config.data.preview else find_start(config)
-    if start.note:
-        log.info("%s", start.note)
     check_merge(start, config)
     inputs = read_inputs(start, config)
     config, statistics = inputs.config, inputs.statistics
@@ -6315,10 +6280,12 @@ DISK_ERRORS = {"ENOENT", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EACCES", "EPERM", 
 DISK_ERRORS |= {"ENAMETOOLONG", "ESTALE"}
 
 
-def exit_status(error: BaseException) -> tuple[int, str] | None:
+def exit_status(error: BaseException, output: Path | None = None) -> tuple[int, str] | None:
     """Exit status and message for what a user can mend; None for our bugs."""
     if is_lost(error):
-        return 2, "The same command goes on from {}, on as many processes as there are, with the same effective batch"
+        last = (find_last_checkpoint(output) if output else None) or "the beginning"
+        way = "on as many processes as there are, with the same effective batch"
+        return 2, f"The same command goes on from {last}, {way}"
     if isinstance(error, QLoRAError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -6358,13 +6325,14 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, Stop], int
     argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
     debug = any(re.fullmatch(r"--show[_-]traceback|--debug", token) for token in argv)
-    stop, config = Stop(), None
+    stop, output = Stop(), None
     try:
         with signals_noted(stop):
             config = parse_config(argv)
+            output = Path(config.training.output_dir)
             return action(config, stop)
     except (Exception, KeyboardInterrupt) as error:
-        known, lost = exit_status(error), is_lost(error)
+        known, lost = exit_status(error, output), is_lost(error)
         if known is None:
             said_once(type(error).__name__, lost)
             raise
@@ -6372,9 +6340,7 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, Stop], int
             traceback.print_exc()
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # or the message would stand behind a progress bar
-        last = find_last_checkpoint(Path(config.training.output_dir)) if lost and config else None
-        text = visible(HUB_TOKEN.sub("(a token)", known[1]))
-        message = said_once(text.format(last or "the beginning") if lost else text, lost)
+        message = said_once(visible(HUB_TOKEN.sub("(a token)", known[1])), lost)
         if message:
             print(f"{'error: ' if known[0] else ''}{message}", file=sys.stderr, flush=True)
         if world()[1] > 1:  # what waits on a GPU for a process that is gone would keep this one from ending
