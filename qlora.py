@@ -4709,7 +4709,7 @@ def write_file(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """The same of a value, as JSON."""
-    write_file(path, json.dumps(value, indent=1, default=str) + "\n")
+    write_file(path, json.dumps(value, indent=1) + "\n")
 
 
 def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
@@ -5872,7 +5872,7 @@ def merge(adapter: str, inputs: Inputs) -> dict[str, Any]:
     sample = padded_prompts(cut, inputs.tokenizer.pad_token_id, "right")
     gc.collect()  # what was trained in this process refers to itself in circles
     log.info("merging %s into %s", adapter, target)
-    with written_aside(aside, target):
+    with written_aside(aside, target), mendable(f"--merged_output_dir {target}", TrainingError):
         plain, adapted, lost = write_merged(adapter, aside, sample, inputs)
         kind, options = OBJECTIVES[config.masked].auto_model, {"trust_remote_code": config.model.trust_remote_code}
         model = computing_in_float32(load_whole(str(aside), aside, kind, **options))
@@ -6018,8 +6018,7 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of this file's checkout, marked if it has changes."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -6177,15 +6176,16 @@ def describe(start: Start, this_run: dict[str, Any], inputs: Inputs) -> dict[str
     """Log what this run is, and how it differs from one that it repeats. Returns run.json, which holds no secret."""
     config, derived = inputs.config, derived_settings(start, this_run["effective batch"]["rows"], inputs)
     log_block("This run", derived)
-    record = {
+    said = {
         "flags": shown_flags(config),
         "derived": derived | {"given": sorted(config.given)},
         "versions": versions() | {"qlora.py": git_commit() or CODE_VERSION},
         "data": {name: part._asdict() for name, part in inputs.statistics.items()},
         "device": {"name": device_name(), "processes": config.training.world_size},
     }
+    record: dict[str, Any] = json.loads(json.dumps(said, default=str))
     if config.record:
-        found = sorted(differences(config.record, json.loads(json.dumps(record, default=str)))) or ["nothing"]
+        found = sorted(differences(config.record, record)) or ["nothing"]
         log.warning("repeating a run, what differs from it:\n  %s", "\n  ".join(found))
     return record
 
