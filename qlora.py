@@ -1724,7 +1724,6 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
         if isinstance(error.__cause__, QLoRAError):
             raise error.__cause__ from None
         raise
-    return rows
 
 
 def some_rows(source: RowSource, data: DataArguments, **options: Any) -> Iterator[dict[str, Any]]:
@@ -4616,7 +4615,6 @@ class Start(NamedTuple):
     checkpoint: Path | None = None  # resume from it
     weights: str | None = None  # an adapter, or for a full fine-tune a model, to begin from or to use
     found: Path | None = None  # what was found of an earlier run, and must belong to this one
-    note: str = ""
 
 
 def identity(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
@@ -4637,17 +4635,22 @@ def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[st
     """Rows of an optimizer step. A run that goes on with the same flags on more or fewer processes keeps it."""
     flags = [args.per_device_train_batch_size, args.gradient_accumulation_steps]
     here = {"rows": math.prod(flags) * args.world_size, "flags": flags}
-    found = checkpoint and (checkpoint / MANIFEST).is_file() and read_json(checkpoint / MANIFEST)["run"]
-    before = found.get("effective batch", here) if found else here
+    before = record_of(checkpoint).get("run", {}).get("effective batch", here) if checkpoint else here
     return before if before["flags"] == flags else here
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """What a completed run or a checkpoint says of itself; nothing, if another program wrote it."""
+    file = folder / (COMPLETED if (folder / COMPLETED).is_file() else MANIFEST)
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    return {}
 
 
 def check_identity(folder: Path, wanted: Mapping[str, Any], training: bool) -> None:
     """Refuse to go on with what belongs to another run, by a ConfigError that names what differs."""
-    file = folder / (COMPLETED if (folder / COMPLETED).is_file() else MANIFEST)
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))["run"]
-    except (OSError, ValueError, KeyError, TypeError):
+    found = record_of(folder).get("run")
+    if found is None:
         log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
         return
     differing = [f"{name} was {found[name]}, is {new}" for name, new in wanted.items() if found.get(name, new) != new]
@@ -4667,11 +4670,11 @@ def adapter_folder(folder: Path) -> Path | None:
     return None
 
 
-def has_weights(folder: Path, full_finetune: bool) -> bool:
-    """Whether a trained adapter, or for a full fine-tune a trained model, lies in a folder."""
-    if full_finetune:
-        return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
-    return adapter_folder(folder) is not None
+def weights_in(folder: Path, full_finetune: bool) -> str | None:
+    """Where in a folder the trained adapter lies, or for a full fine-tune the trained model; None if it does not."""
+    whole = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    place = (folder if whole else None) if full_finetune else adapter_folder(folder)
+    return str(place) if place else None
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -4682,31 +4685,27 @@ def contents(folder: Path) -> dict[str, str]:
         return {p.relative_to(folder).as_posix(): f"{p.stat().st_size} bytes, {found}" for p, found in hashed}
 
 
-def manifest_problem(folder: Path) -> str | None:
-    """The first file that is not as it was written, or None. The list itself has a seal."""
-    manifest = read_json(folder / MANIFEST)
-    if manifest.pop("seal", None) != digest(json.dumps(manifest)):
-        return f"{MANIFEST} is not as it was written"
-    found, files = contents(folder), manifest["files"]
-    wrong = next((name for name in files if found.get(name) != files[name]), None)
-    return wrong and f"{wrong}: {found.get(wrong, 'missing')}, instead of {files[wrong]}"
-
-
 def checkpoint_problem(folder: Path) -> str | None:
-    """Why a checkpoint can't be used, or None if it is whole."""
+    """The first thing that is not as it was written in a checkpoint, or None if it is whole."""
     expected: tuple[type[Exception], ...] = (*LIBRARY_ERRORS, QLoRAError)
+    problems = []
     try:
         if (folder / MANIFEST).is_file():
-            return manifest_problem(folder)
-        read_json(folder / "trainer_state.json")  # another program's, or the original's
-        for file in folder.rglob("*.safetensors"):
-            safe_open(file, "pt")
-        broken = [file.name for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
-        if broken:
-            return f"{broken[0]} breaks off"
+            manifest, found = read_json(folder / MANIFEST), contents(folder)
+            if manifest.pop("seal", None) != digest(json.dumps(manifest)):
+                return f"{MANIFEST} is not as it was written"
+            changed = [item for item in manifest["files"].items() if found.get(item[0]) != item[1]]
+            problems = [f"{name}: {found.get(name, 'missing')}, instead of {was}" for name, was in changed]
+        else:  # another program's, or the original's
+            read_json(folder / "trainer_state.json")
+            for file in folder.rglob("*.safetensors"):
+                safe_open(file, "pt")
+            problems = [f"{file.name} breaks off" for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
+            if not adapter_folder(folder) and not (folder / "config.json").is_file():
+                problems += ["no weights in it"]
     except expected as error:
         return one_line(error)
-    return None if adapter_folder(folder) or (folder / "config.json").is_file() else "no weights in it"
+    return problems[0] if problems else None
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
@@ -4734,51 +4733,38 @@ def asks_for_more(config: Config, completed: Mapping[str, Any]) -> bool:
 
 
 def find_start(config: Config) -> Start:
-    """Resume, begin anew, or use what is finished.
-
-    Raises:
-        ConfigError: --resume_from_checkpoint names nothing whole; more steps are asked of a run without checkpoints.
-    """
+    """Resume, begin anew, or use what is finished."""
     train, output, final = config.training, Path(config.training.output_dir), final_folder(config)
-    given, full = config.model.adapter_name_or_path, config.quant.full_finetune
-    picked = train.resume_from_checkpoint
+    given, full, picked = config.model.adapter_name_or_path, config.quant.full_finetune, train.resume_from_checkpoint
     if picked and str(picked).lower() not in ("true", "false"):
-        problem = checkpoint_problem(Path(picked))
-        if problem:
-            raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
         last: Path | None = Path(picked)
+        if problem := checkpoint_problem(Path(picked)):
+            raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
     else:
         last = None if train.overwrite_output_dir else find_last_checkpoint(output)
-    completed = read_completed(output)
+    completed = (output / COMPLETED).is_file()
     if not train.do_train:
-        places = (final if completed is not None else None, last, final)  # the newest weights first
-        place = None if given else next((place for place in places if place and has_weights(place, full)), None)
-        weights = str(adapter_folder(place) or place) if place else given
-        return Start(False, weights=weights, found=output if place == final else place)
-    if completed is not None and not train.overwrite_output_dir and has_weights(final, full):
-        if not asks_for_more(config, completed):
-            steps = completed.get("step", "?")
-            note = f"{output} holds a completed run of {steps} steps: it is used, not trained again"
-            return Start(False, weights=str(adapter_folder(final) or final), found=output, note=note)
-        if last is None:
-            raise ConfigError(
-                f"{output} holds a completed run but no checkpoint to go on from; begin another from its adapter with "
-                f"--adapter_name_or_path {final} and another --output_dir"
-            )
-    if last is not None and not any(itertools.chain(last.glob("optimizer*"), last.glob("global_step*"))):
+        for place in (final if completed else None, last, final):  # the newest weights first
+            weights = weights_in(place, full) if place and not given else None
+            if weights:
+                return Start(False, weights=weights, found=output if place == final else place)
+        return Start(False, weights=given)
+    finished = weights_in(final, full) if completed and not train.overwrite_output_dir else None
+    if finished and not asks_for_more(config, record_of(output)):
+        steps = record_of(output).get("step", "?")  # the original's is an empty file
+        log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
+        return Start(False, weights=finished, found=output)
+    if finished and last is None:
+        raise ConfigError(
+            f"{output} holds a completed run but no checkpoint to go on from; begin another from its adapter with "
+            f"--adapter_name_or_path {final} and another --output_dir"
+        )
+    if last is None:
+        return Start(True, weights=given)
+    if not any(itertools.chain(last.glob("optimizer*"), last.glob("global_step*"))):
         log.warning("%s holds no optimizer state: the resumed run will differ from an uninterrupted one", last)
-    if last is not None:
-        return Start(True, checkpoint=last, weights=given, found=last, note=f"resuming from {last}")
-    return Start(True, weights=given)
-
-
-def read_completed(output: Path) -> dict[str, Any] | None:
-    """What `completed` says, or None without it; the original's is an empty file."""
-    if not (output / COMPLETED).is_file():
-        return None
-    with contextlib.suppress(ValueError, TypeError):
-        return dict(json.loads((output / COMPLETED).read_text(encoding="utf-8")))
-    return {}
+    log.info("resuming from %s", last)
+    return Start(True, checkpoint=last, weights=given, found=last)
 
 
 def flush(path: Path) -> None:
@@ -4803,18 +4789,24 @@ def write_file(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """The same of a value, as JSON."""
+    write_file(path, json.dumps(value, indent=1) + "\n")
+
+
+def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
+    """Add values to those that a JSON file holds already."""
+    write_json(path, {**first, **(read_json(path) if path.is_file() else {}), **values})
+
+
 def name_base(folder: Path, name: str) -> None:
     """Write the base as the user named it, not the folder that a .gguf file was converted into, into an adapter."""
-    file = folder / "adapter_config.json"
-    if file.is_file():
-        file.write_text(json.dumps(read_json(file) | {"base_model_name_or_path": name}, indent=2), encoding="utf-8")
+    if (folder / "adapter_config.json").is_file():
+        add_json(folder / "adapter_config.json", {"base_model_name_or_path": name})
 
 
-def publish(staging: Path, final: Path, run: Mapping[str, Any]) -> None:
-    """Turn a written folder into a checkpoint: its list of files, flushed to disk, then its name."""
-    manifest: dict[str, Any] = {"run": run, "files": contents(staging)}
-    manifest["seal"] = digest(json.dumps(manifest))
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+def publish(staging: Path, final: Path) -> None:
+    """Flush a written folder to disk and give it its name."""
     for path in [*staging.rglob("*"), staging]:
         flush(path)
     if final.exists():  # a torn one of that name: it leaves at once, and goes with the hidden folder
@@ -4825,7 +4817,7 @@ def publish(staging: Path, final: Path, run: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def written_aside(aside: Path, what: Path) -> Iterator[None]:
-    """A full disk, a quota or a folder that can't be written takes the half written folder away, and is one line.
+    """A folder that is gone afterwards, whatever happens; a full disk, a quota or a lack of rights is one line.
 
     It shows as an OSError, as torch's RuntimeError, as safetensors' own error or as the plain Exception of tokenizers.
     """
@@ -4834,8 +4826,9 @@ def written_aside(aside: Path, what: Path) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
             raise
-        shutil.rmtree(aside, ignore_errors=True)
         raise TrainingError(f"{what}: not saved: {one_line(error)}. What was saved before stays") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 # What a run leaves at the top of its folder, and --overwrite_output_dir takes away.
@@ -4883,6 +4876,21 @@ class Runtime(NamedTuple):
     batch_size: int
     limits: Limits
 
+    def padded(self, rows: Sequence[Sequence[int]], side: str = "right") -> dict[str, torch.Tensor]:
+        """Rows of ids as the model takes them."""
+        device = self.model.get_input_embeddings().weight.device
+        batch = padded_prompts(rows, self.tokenizer.pad_token_id, side)
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def collect(self, count: int, results_of: Callable[[list[int]], Iterable[Any]], title: str) -> list[Any]:
+        """What `results_of` says of each of so many rows, whose numbers it gets batch by batch."""
+        results: dict[int, Any] = {}
+        with generating(self.model), self.accelerator.autocast():
+            quiet = not self.accelerator.is_main_process
+            for numbers in tqdm(dealt_batches(count, self.batch_size), title, disable=quiet):
+                results |= zip(numbers, results_of(numbers), strict=True)
+        return gathered(results)
+
 
 def dealt_batches(count: int, size: int) -> list[list[int]]:
     """This process's row numbers, in batches as one process would cut them.
@@ -4918,14 +4926,12 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
         values = {name: value for name, value in values.items() if name not in SAMPLING}
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     eos = sorted({tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])})
-    bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
     with mendable("generation flags"):
-        file = config.training.generation_config
-        if file is not None:
-            values = GenerationConfig.from_pretrained(str(file)).to_diff_dict() | values
-            for name in ("transformers_version", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"):
-                values.pop(name, None)
-        return GenerationConfig(**values, use_cache=True, bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
+        if config.training.generation_config is not None:
+            values = GenerationConfig.from_pretrained(str(config.training.generation_config)).to_diff_dict() | values
+            values.pop("transformers_version", None)
+        return GenerationConfig(**values | ids | {"use_cache": True})
 
 
 @contextlib.contextmanager
@@ -4959,49 +4965,32 @@ def shown_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedTok
     return {name: text.translate(table) for name, text in texts.items()}
 
 
-def generate_predictions(runtime: Runtime, rows: Any, generation: GenerationConfig) -> list[dict[str, str]]:
+def generate_predictions(runtime: Runtime, generation: GenerationConfig, batch: Any) -> Iterator[dict[str, str]]:
     """One dictionary for each row: its fields, `prediction`, `prediction_with_input`."""
-    model, tokenizer = runtime.model, runtime.tokenizer
-    device = model.get_input_embeddings().weight.device
-    results: dict[int, dict[str, str]] = {}
-    batches, quiet = dealt_batches(len(rows), runtime.batch_size), not runtime.accelerator.is_main_process
-    with generating(model), runtime.accelerator.autocast():
-        for numbers in tqdm(batches, "Predicting", disable=quiet):
-            batch = rows[numbers]
-            prompts = prompt_ids(batch, tokenizer, runtime.limits)
-            shown = map(shown_pair, batch["segments"], batch["rendered"], itertools.repeat(tokenizer))
-            tensors = {n: t.to(device) for n, t in padded_prompts(prompts, tokenizer.pad_token_id, "left").items()}
-            with mendable("generation flags"):
-                output = model.generate(**tensors, generation_config=generation)
-            width = tensors["input_ids"].shape[1]  # the prompt is taken off by its tokens, never by its text
-            answers = output[:, width:].tolist()
-            for number, row, prompt, answer in zip(numbers, shown, prompts, answers, strict=True):
-                row["prediction"] = str(tokenizer.decode(answer, skip_special_tokens=True))
-                row["prediction_with_input"] = str(tokenizer.decode(prompt + answer, skip_special_tokens=True))
-                results[number] = row
-    return gathered(results)
+    tokenizer = runtime.tokenizer
+    prompts = prompt_ids(batch, tokenizer, runtime.limits)
+    tensors = runtime.padded(prompts, "left")
+    with mendable("generation flags"):
+        output = runtime.model.generate(**tensors, generation_config=generation)
+    width = tensors["input_ids"].shape[1]  # the prompt is taken off by its tokens, never by its text
+    for i, (prompt, answer) in enumerate(zip(prompts, output[:, width:].tolist(), strict=True)):
+        yield shown_pair(batch["segments"][i], batch["rendered"][i], tokenizer) | {
+            "prediction": str(tokenizer.decode(answer, skip_special_tokens=True)),
+            "prediction_with_input": str(tokenizer.decode(prompt + answer, skip_special_tokens=True)),
+        }
 
 
-def fill_masks(runtime: Runtime, rows: Any, masking: Masking) -> list[dict[str, Any]]:
+def fill_masks(runtime: Runtime, masking: Masking, batch: Any) -> Iterator[dict[str, Any]]:
     """One dictionary for each row, of filled_row.
 
     Filled are the masks that a row's text has. Where it has none, the places chosen for evaluation become masks.
     """
-    model, tokenizer, accelerator = runtime.model, runtime.tokenizer, runtime.accelerator
-    device, masking = model.get_input_embeddings().weight.device, masking._replace(replaced=1.0, random=0.0)
-    results: dict[int, dict[str, Any]] = {}
-    batches = dealt_batches(len(rows), runtime.batch_size)
-    with generating(model), accelerator.autocast():
-        for numbers in tqdm(batches, "Predicting", disable=not accelerator.is_main_process):
-            texts = last_texts(rows[numbers])
-            plain = [encode_masked(text, tokenizer, runtime.limits) for text in texts]
-            drawn = [ids if masking.mask_id in ids else masking.draw_row(ids, labels)["input_ids"]
-                     for ids, labels, _ in plain]  # fmt: skip
-            batch = padded_prompts(drawn, tokenizer.pad_token_id, "right")
-            logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
-            for number, text, row, ids, scores in zip(numbers, texts, plain, drawn, logits, strict=True):
-                results[number] = filled_row(text, row.labels, ids, scores, tokenizer)
-    return gathered(results)
+    masking, texts = masking._replace(replaced=1.0, random=0.0), last_texts(batch)
+    plain = [encode_masked(text, runtime.tokenizer, runtime.limits) for text in texts]
+    drawn = [ids if masking.mask_id in ids else masking.draw_row(ids, labels)["input_ids"] for ids, labels, _ in plain]
+    logits = runtime.model(**runtime.padded(drawn)).logits
+    for text, row, ids, scores in zip(texts, plain, drawn, logits, strict=True):
+        yield filled_row(text, row.labels, ids, scores, runtime.tokenizer)
 
 
 def filled_row(
@@ -5035,18 +5024,11 @@ LETTERS = "ABCD"
 
 
 def load_questions(config: Config) -> list[Question]:
-    """MMLU (Hendrycks et al. 2021, https://arxiv.org/abs/2009.03300) from the original's files, or from the hub.
-
-    Raises:
-        DataError: the file is not there, or a question is not one.
-    """
-    mmlu = config.mmlu
-    five_shot = mmlu.mmlu_dataset != "mmlu-zs"
-    if Path(mmlu.mmlu_dir).is_dir():
-        name = f"{'five' if five_shot else 'zero'}_shot_mmlu_{'val' if mmlu.mmlu_split == 'eval' else 'test'}.json"
-        questions = list(questions_in_file(Path(mmlu.mmlu_dir, name)))
-    else:
-        questions = list(questions_of_hub(config, five_shot))
+    """MMLU (Hendrycks et al. 2021, https://arxiv.org/abs/2009.03300) from the original's files, or from the hub."""
+    mmlu, five_shot = config.mmlu, config.mmlu.mmlu_dataset != "mmlu-zs"
+    name = f"{'five' if five_shot else 'zero'}_shot_mmlu_{'val' if mmlu.mmlu_split == 'eval' else 'test'}.json"
+    here = Path(mmlu.mmlu_dir).is_dir()
+    questions = list(questions_in_file(Path(mmlu.mmlu_dir, name)) if here else questions_of_hub(config, five_shot))
     if not questions:
         raise DataError(f"--mmlu_dir {mmlu.mmlu_dir}: no question in it")
     return questions[: mmlu.max_mmlu_samples]
@@ -5081,8 +5063,8 @@ def questions_of_hub(config: Config, five_shot: bool) -> Iterator[Question]:
 
 def question_text(row: Mapping[str, Any]) -> str:
     """Question and choices, up to `Answer:`."""
-    choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True))
-    return f"{row['question']}{choices}\nAnswer:"
+    choices = map("{}. {}".format, LETTERS, row["choices"])
+    return "\n".join([row["question"], *choices, "Answer:"])
 
 
 def letter_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list[int]]]:
@@ -5092,54 +5074,48 @@ def letter_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list
     return ids[0][:shared], [letter[shared:] for letter in ids]
 
 
-def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longest: int) -> dict[str, float]:
-    """Accuracy by subject, their unweighted mean, and the loss on the right letter and EOS.
+def answer_questions(runtime: Runtime, questions: list[Question], longest: int) -> list[tuple[bool, float]]:
+    """Of each question: is it answered rightly, and the loss on the right letter and EOS.
 
     The letters' first tokens are compared in one pass. Where those are not four different ones, each letter is put
     after the prompt in turn, and what is compared is the probability of all its tokens.
     """
-    tokenizer, model = runtime.tokenizer, runtime.model
-    device = model.get_input_embeddings().weight.device
-    prefix, letters = letter_ids(tokenizer)
-    firsts = [ids[0] for ids in letters]
+    prefix, letters = letter_ids(runtime.tokenizer)
+    firsts, eos = [ids[0] for ids in letters], runtime.tokenizer.eos_token_id
     one_pass = len(set(firsts)) == len(LETTERS)
-    rows: dict[str, list[Any]] = {
-        "segments": [pair(question.prompt, "") for question in questions],
-        "rendered": [False] * len(questions),
-    }
-    prompts = [ids + prefix for ids in prompt_ids(rows, tokenizer, Limits(longest, 0, total=longest))]
-    results: dict[int, tuple[str, bool, float]] = {}
-    with generating(model), runtime.accelerator.autocast():
-        for numbers in dealt_batches(len(questions), runtime.batch_size):
-            asked = [(i, c) for i in numbers for c in ([questions[i].answer] if one_pass else range(len(LETTERS)))]
-            answers = [[*letters[c], tokenizer.eos_token_id] for _, c in asked]
-            whole = [prompts[i] + ids for (i, _), ids in zip(asked, answers, strict=True)]
-            batch = padded_prompts(whole, tokenizer.pad_token_id, "right")
-            logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
-            scores: dict[int, torch.Tensor] = {i: torch.zeros(len(LETTERS)) for i in numbers}
-            losses: dict[int, float] = {}
-            for row, ((i, c), ids) in enumerate(zip(asked, answers, strict=True)):
-                at = len(prompts[i]) - 1  # the position that predicts the letter
-                predicted = logits[row, at : at + len(ids)].float().log_softmax(-1).cpu()
-                chosen = predicted[range(len(ids)), ids]
-                if c == questions[i].answer:
-                    losses[i] = -chosen.mean().item()
-                if one_pass:
-                    scores[i] = predicted[0, firsts]
-                else:
-                    scores[i][c] = chosen[:-1].sum()
-            for i in numbers:
-                results[i] = questions[i].subject, int(scores[i].argmax()) == questions[i].answer, losses[i]
-    scored = gathered(results)
+    rows: dict[str, list[Any]] = {"segments": [pair(question.prompt, "") for question in questions]}
+    rows["rendered"] = [False] * len(questions)
+    prompts = [ids + prefix for ids in prompt_ids(rows, runtime.tokenizer, Limits(longest, 0, total=longest))]
+    tried = [[question.answer] if one_pass else range(len(LETTERS)) for question in questions]
+    asked = [(i, c) for i, choices in enumerate(tried) for c in choices]
+    logits = runtime.model(**runtime.padded([[*prompts[i], *letters[c], eos] for i, c in asked])).logits
+    scores, losses = torch.zeros(len(questions), len(LETTERS)), [0.0] * len(questions)
+    for (i, c), row in zip(asked, logits, strict=True):
+        ids = [*letters[c], eos]
+        predicted = row[len(prompts[i]) - 1 :][: len(ids)].float().log_softmax(-1).cpu()
+        chosen = predicted[range(len(ids)), ids]
+        if c == questions[i].answer:
+            losses[i] = -chosen.mean().item()
+        if one_pass:
+            scores[i] = predicted[0, firsts]
+        else:
+            scores[i, c] = chosen[:-1].sum()
+    right = [choice == question.answer for choice, question in zip(scores.argmax(-1).tolist(), questions, strict=True)]
+    return list(zip(right, losses, strict=True))
+
+
+def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longest: int) -> dict[str, float]:
+    """Accuracy by subject, their unweighted mean, and the loss."""
+    answered = runtime.collect(
+        len(questions), lambda numbers: answer_questions(runtime, [questions[i] for i in numbers], longest), "MMLU"
+    )
     by_subject: dict[str, list[bool]] = defaultdict(list)
-    for subject, right, _ in scored:
-        by_subject[subject].append(right)
-    accuracy = {subject: sum(marks) / len(marks) for subject, marks in by_subject.items()}
-    return {
-        "mmlu_loss": sum(loss for _, _, loss in scored) / len(scored),
-        **{f"mmlu_{split}_accuracy_{subject}": value for subject, value in accuracy.items()},
-        f"mmlu_{split}_accuracy": sum(accuracy.values()) / len(accuracy),
-    }
+    for question, (right, _) in zip(questions, answered, strict=True):
+        by_subject[question.subject].append(right)
+    accuracy = {f"mmlu_{split}_accuracy_{name}": sum(right) / len(right) for name, right in by_subject.items()}
+    mean = sum(accuracy.values()) / len(accuracy)
+    loss = sum(loss for _, loss in answered) / len(answered)
+    return {"mmlu_loss": loss, **accuracy, f"mmlu_{split}_accuracy": mean}
 
 
 # ------------------------------------------------------------------------------------
@@ -5240,12 +5216,8 @@ class Shares(torch.utils.data.Sampler[list[int]]):
         for window in self.windows:
             if self.processes > 1:
                 window.sort(key=lambda row: -self.lengths[row])
-            turns = [place % (2 * self.processes) for place in range(len(window))]
-            yield [
-                row
-                for row, turn in zip(window, turns, strict=True)
-                if self.rank in (turn, 2 * self.processes - 1 - turn)
-            ]
+            turns = self.rank, 2 * self.processes - 1 - self.rank
+            yield [row for place, row in enumerate(window) if place % (2 * self.processes) in turns]
 
 
 # What asks a run to stop, and its exit status then. Batch systems send SIGUSR1 before the time is up: the same command
@@ -5277,13 +5249,9 @@ class Stop(TrainerCallback):
             with contextlib.suppress(RuntimeError):  # it came while a line was being written
                 log.warning("%s: finishing the step, then saving", signal.Signals(number).name)
 
-    def agreed(self) -> int:
-        """The signal, on every process if it reached one."""
-        return agree(self.signal)
-
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the Trainer for both."""
-        if self.agreed():
+        """Ask the Trainer for both, on every process if the signal reached one."""
+        if agree(self.signal):
             control.should_save = control.should_training_stop = True
             self.broken_off = state.global_step < state.max_steps
 
@@ -5301,13 +5269,10 @@ def signals_noted(stop: Stop) -> Iterator[None]:
 
 
 def begin_worker(number: int) -> None:
-    """A data loader's process leaves signals to the one that trains: terminals and torchrun send them to its group.
-
-    SIGTERM is not ignored: with it a run that ends takes its workers along.
-    """
+    """A data loader's process leaves signals to the one that trains: terminals and torchrun send them to its group."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-    for stopping in {*STOP_NUMBERS} - {signal.SIGTERM}:
+    for stopping in {*STOP_NUMBERS} - {signal.SIGTERM}:  # with which a run that ends takes its workers along
         signal.signal(stopping, signal.SIG_IGN)
 
 
@@ -5346,7 +5311,7 @@ class QLoRATrainer(Trainer):
 
     def __init__(
         self, *, ready: Ready, run: dict[str, Any], questions: list[Question] | None, config: Config,
-        masking: Masking | None = None, **kwargs: Any,
+        masking: Masking | None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(model=ready.model, **kwargs)
         self.run, self.questions, self.config, self.masking = run, questions, config, masking
@@ -5379,13 +5344,9 @@ class QLoRATrainer(Trainer):
 
     def runtime(self) -> Runtime:
         """The model as the Trainer holds it, for loops of ours."""
-        return Runtime(
-            self.accelerator.unwrap_model(self.model),
-            self.processing_class,  # type: ignore[arg-type]
-            self.accelerator,
-            self.args.per_device_eval_batch_size,
-            limits_of(self.config),
-        )
+        model, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
+        size, limits = self.args.per_device_eval_batch_size, limits_of(self.config)
+        return Runtime(model, tokenizer, self.accelerator, size, limits)  # type: ignore[arg-type]
 
     def get_train_dataloader(self) -> Any:
         """Ours: the Trainer's grouped sampler draws from the global generator, and a resume in epoch 2 differs.
@@ -5421,10 +5382,8 @@ class QLoRATrainer(Trainer):
             rows = zip(window.input_ids, window.labels, strict=True)
             drawn = [masking.draw(ids, labels, *seed, ids.tolist()) for ids, labels in rows]
             ids, labels = ([row[part] for row in drawn] for part in (0, 1))
-            yield batch | {
-                "window": dataclasses.replace(window, input_ids=ids, labels=labels),
-                "labels": torch.cat(labels),
-            }
+            window = dataclasses.replace(window, input_ids=ids, labels=labels)
+            yield batch | {"window": window, "labels": torch.cat(labels)}
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The batches of one optimizer step; notes their rows and counts their tokens."""
@@ -5432,13 +5391,12 @@ class QLoRATrainer(Trainer):
         # to send the count to the GPU would wait for all that it has still to do, and no step be launched meanwhile
         alone = self.args.world_size == 1
         batches, items = super().get_batch_samples(source, num_batches, torch.device("cpu") if alone else device)
+        for batch in batches:  # one, or at an epoch's end none
+            self.place = batch.pop("place", None)
+            self.learnt = bool((batch["labels"] != IGNORE).any())
+            self.tokens_seen += sum(batch["window"].lengths)
         if self.window is None:
             self.first = self.moved = self.state.global_step
-        self.parts = []
-        for batch in batches:
-            self.place = batch.pop("place", None)
-        self.learnt = any(bool((row != IGNORE).any()) for batch in batches for row in batch["window"].labels)
-        self.tokens_seen += sum(sum(batch["window"].lengths) for batch in batches)
         return batches, torch.as_tensor(items).clamp(min=1)  # 0 where no token happens to be masked
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -5463,8 +5421,7 @@ class QLoRATrainer(Trainer):
             FusedGroup.forget()
             self._make_room(window, reason)
             set_random_state(device, start)
-        self.window = window
-        self.parts += parts
+        self.window, self.parts = window, parts
         if self.idle != set() and not is_sharded(self.config):
             idle = without_gradient(self.runtime().model)
             self.idle = idle if self.idle is None else self.idle & idle
@@ -5517,11 +5474,8 @@ class QLoRATrainer(Trainer):
         else:
             raise reason
         torch.cuda.empty_cache()
-        log.warning(
-            "step %d: GPU memory ran out with %d tokens at once, %d of %d layers recomputed and %d kept unpacked; "
-            "repeating it with %s", self.state.global_step + 1, tokens, sizes.recomputed, layers, sizes.unpacked,
-            self.sizes,
-        )  # fmt: skip
+        step, tried = self.state.global_step + 1, sizes._replace(tokens=tokens)
+        log.warning("step %d: GPU memory ran out with %s; repeating it with %s", step, tried, self.sizes)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -5540,7 +5494,7 @@ class QLoRATrainer(Trainer):
         window, total, right = inputs["window"], torch.zeros((), device=self.args.device), 0
         smoothing, count = self.args.label_smoothing_factor, max(1, int((inputs["labels"] != IGNORE).sum()))
         with torch.no_grad(), attention_of(self.runtime().model, self.fast.attention):
-            for members in self._parts(window) if not self.masking else [list(range(len(window.rows)))]:
+            for members in self._parts(window):
                 batch = on_device(self._batch(window, members), self.args.device)
                 with self.compute_loss_context_manager():
                     if self.masking:
@@ -5592,7 +5546,10 @@ class QLoRATrainer(Trainer):
 
     def _check_numbers(self, step: int, numbers: Any, rows: Sequence[list[str]], learnt: bool) -> None:
         """Gradient norm and losses of a step."""
-        norm, *losses = received(*numbers)
+        values, arrived = numbers
+        if arrived is not None:
+            arrived.synchronize()
+        norm, *losses = map(float, values)
         model: Any = self.model
         bad = [part for part, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
         if bad or (self.accelerator.scaler is None and not math.isfinite(norm)):  # a scaler skips those by itself
@@ -5607,11 +5564,9 @@ class QLoRATrainer(Trainer):
             self._stop(step, f"the {'loss' if bad else 'gradient norm'} is not finite", why, bad or rows)
         self.zeros = (self.zeros + learnt) * (norm == 0)
         if self.zeros >= PATIENCE:
-            dead = not any(parameter.any() for parameter in model.parameters() if parameter.requires_grad)
-            why = (
-                "A and B are zero, and so is each one's gradient" if dead else "the loss does not depend on what trains"
-            )
-            why += ": begin with another adapter" if dead else ", or is zero: look at --lora_modules and at these rows"
+            why = "A and B are zero, and so is each one's gradient: begin with another adapter"
+            if any(parameter.any() for parameter in model.parameters() if parameter.requires_grad):
+                why = "the loss does not depend on what trains, or is zero: look at --lora_modules and at these rows"
             self._stop(step, f"the gradient norm is exactly zero, {self.zeros} times", why, rows)
 
     def _check_values(self, step: int) -> None:
@@ -5670,44 +5625,34 @@ class QLoRATrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's checkpoint, written aside, flushed and renamed."""
         began, output = time.perf_counter(), Path(self.config.training.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        self.staging = staging = output / f"{STAGING}{self.state.global_step}"
-        try:
-            with written_aside(staging, output / name):
-                super()._save_checkpoint(model, trial)
-                best = f"checkpoint-{self.state.best_global_step}"
-                if self.state.best_global_step and ((output / best).is_dir() or best == name):
-                    self.state.best_model_checkpoint = str(output / best)  # the Trainer looked in the hidden folder
-                    self.state.save_to_json(str(staging / name / "trainer_state.json"))
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    (staging / name / "training_args.bin").unlink(missing_ok=True)  # a pickle, with tokens in it
-                    name_base(staging / name, self.config.model.model_name_or_path)
-                    if self.place:
-                        (staging / name / STREAM).write_text(json.dumps(self.place), encoding="utf-8")
-                    publish(staging / name, output / name, self.run)
-                    shutil.rmtree(staging)
-                    self._drop_old_checkpoints(output)
-                self.accelerator.wait_for_everyone()
-        finally:
+        final = output / f"checkpoint-{self.state.global_step}"
+        self.staging = output / f"{STAGING}{self.state.global_step}"
+        folder = self.staging / final.name
+        with written_aside(self.staging, final):
+            super()._save_checkpoint(model, trial)
             self.staging = None
-            self.seconds_aside += time.perf_counter() - began
-
-    def _drop_old_checkpoints(self, output: Path) -> None:
-        """Keep the newest save_total_limit checkpoints, and the best one."""
-        limit = self.args.save_total_limit
-        for folder in checkpoints_in(output)[max(limit, 1) :] if limit else []:
-            if str(folder) != self.state.best_model_checkpoint:
-                shutil.rmtree(folder)
+            best = output / f"checkpoint-{self.state.best_global_step}"
+            if self.state.best_global_step and (best.is_dir() or best == final):
+                self.state.best_model_checkpoint = str(best)  # the Trainer looked in the hidden folder
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, with tokens in it
+                name_base(folder, self.config.model.model_name_or_path)
+                if self.place:
+                    write_json(folder / STREAM, self.place)
+                manifest: dict[str, Any] = {"run": self.run, "files": contents(folder)}
+                write_json(folder / MANIFEST, manifest | {"seal": digest(json.dumps(manifest))})
+                publish(folder, final)
+                limit = self.args.save_total_limit or sys.maxsize
+                for old in checkpoints_in(output)[max(limit, 1) :]:
+                    if str(old) != self.state.best_model_checkpoint:
+                        shutil.rmtree(old)
+            self.accelerator.wait_for_everyone()
+        self.seconds_aside += time.perf_counter() - began
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: save_final pushes. The Trainer would upload all of output_dir, and its arguments with the token."""
-
-    def take_over(self, checkpoint: Path) -> None:
-        """Weights and state of a checkpoint, without training on."""
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        self._load_from_checkpoint(best if best and Path(best).is_dir() else str(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Into the one adapter there is, in its dtype; the Trainer's own way may add a second, and makes it float32."""
@@ -5774,46 +5719,13 @@ def start_recomputing(base: Any, fast: FastPath, sizes: Sizes, dtype: torch.dtyp
 
 def sent(*numbers: Any) -> tuple[list[Any], Any]:
     """Numbers on their way from the GPU, and what says that they are there. Nobody waits for what is launched later."""
-    tensors = [number for number in numbers if isinstance(number, torch.Tensor) and number.is_cuda]
     there = [n.detach().to("cpu", non_blocking=True) if isinstance(n, torch.Tensor) else n or 0.0 for n in numbers]
-    if not tensors:
-        return there, None
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(tensors[0].device))
-    return there, arrived
-
-
-def received(numbers: list[Any], arrived: Any) -> list[float]:
-    """What was sent."""
-    if arrived is not None:
-        arrived.synchronize()
-    return [float(number) for number in numbers]
+    device = next((n.device for n in numbers if isinstance(n, torch.Tensor) and n.is_cuda), None)
+    return there, torch.cuda.current_stream(device).record_event() if device else None
 
 
 def _no_wait(tensor: torch.Tensor) -> None:
     """In place of bitsandbytes' wait for the GPU."""
-
-
-def causal_lm_parts(model: Any, tokenizer: Any, rows: Any | None, config: Config) -> dict[str, Any]:
-    """What the Trainer is given to learn the next token."""
-    return {"data_collator": collate_window, "eval_dataset": rows}
-
-
-def masked_lm_parts(model: Any, tokenizer: Any, rows: Any | None, config: Config) -> dict[str, Any]:
-    """What the Trainer is given to learn masked tokens. The rows to evaluate on are masked here, once."""
-    masking = build_masking(tokenizer, model.get_input_embeddings().num_embeddings, config.data)
-    if rows is not None:
-        name = digest(CODE_VERSION, rows._fingerprint, *masking[:-1], masking.words.tolist())
-        columns = ["input_ids", "labels"]
-        rows = rows.map(masking.draw_row, input_columns=columns, desc="Masking eval rows", new_fingerprint=name)
-    return {
-        "data_collator": partial(collate_window, masked=True),
-        "eval_dataset": rows,
-        "masking": masking,
-    }
-
-
-PARTS = {False: causal_lm_parts, True: masked_lm_parts}  # by Config.masked
 
 
 def build_trainer(
@@ -5823,23 +5735,22 @@ def build_trainer(
     # It waits for the GPU after the update of every single parameter: 448 times a step at 7B, a tenth of the step. The
     # updates are in one stream, which keeps their order.
     bitsandbytes.optim.optimizer.sync_gpu = _no_wait  # type: ignore[assignment]
-    rows = splits.eval.remove_columns("where") if splits.eval is not None else None
-    parts, args = PARTS[config.masked](ready.model, tokenizer, rows, config), window_arguments(config.training)
-    train_rows = splits.train
+    train_rows, eval_rows = splits.train, splits.eval and splits.eval.remove_columns("where")
+    masking, args = None, window_arguments(config.training)
+    collate = partial(collate_window, masked=config.masked)
+    if config.masked:
+        masking = build_masking(tokenizer, ready.model.get_input_embeddings().num_embeddings, config.data)
+    if masking and eval_rows is not None:  # masked here, once
+        name = digest(CODE_VERSION, eval_rows._fingerprint, *masking[:-1], masking.words.tolist())
+        options = {"input_columns": ["input_ids", "labels"], "desc": "Masking eval rows", "new_fingerprint": name}
+        eval_rows = eval_rows.map(masking.draw_row, **options)
     if isinstance(train_rows, RowStream):
-        size, collate = run["effective batch"]["rows"], parts["data_collator"]
+        size = run["effective batch"]["rows"]
         train_rows = StreamedWindows(train_rows, tokenizer, config, args, collate, ready.model, size)
     return QLoRATrainer(
-        **parts,
-        ready=ready,
-        args=args,
-        train_dataset=train_rows,
-        processing_class=tokenizer,
-        callbacks=build_callbacks(stop),
-        run=run,
-        questions=questions,
-        config=config,
-    )
+        ready=ready, run=run, questions=questions, config=config, masking=masking, args=args, data_collator=collate,
+        train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer, callbacks=build_callbacks(stop),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------
@@ -5847,6 +5758,19 @@ def build_trainer(
 #
 # Each stage takes the trainer, writes its files and returns its metrics.
 # ------------------------------------------------------------------------------------
+class Inputs(NamedTuple):
+    """What a run has read before any weight."""
+
+    config: Config  # with the objective settled
+    folder: str  # of the model
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    pairs: Splits  # rows as text
+    splits: Splits  # encoded
+    rows: Any  # to train on, packed if the flags say so
+    statistics: dict[str, TokenStatistics]
+
+
 def peak_memory_gib() -> float:
     """Peak memory of this process: of all its GPUs, or of the process itself where it has none."""
     if torch.cuda.is_available():
@@ -5864,22 +5788,22 @@ def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> 
     trainer.log_metrics(split, metrics)
     if trainer.args.should_save:
         output = Path(trainer.config.training.output_dir)
-        own, together = (output / f"{name}_results.json" for name in (split, "all"))
-        earlier = read_json(together) if together.is_file() else {}
-        for file, values in ((own, metrics), (together, earlier | metrics)):
-            write_file(file, json.dumps(values, indent=4, sort_keys=True))
+        write_json(output / f"{split}_results.json", metrics)
+        add_json(output / "all_results.json", metrics)
 
 
 def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> dict[str, Any]:
     """Train, save what was trained, mark the run completed. After a signal only the checkpoint is there."""
-    output = Path(config.training.output_dir)
+    output, stop.training = Path(config.training.output_dir), True
     state = read_json(start.checkpoint / "trainer_state.json") if start.checkpoint else {"global_step": 0}
     if trainer.args.should_save:
         clear_output(output, final_folder(config), config.training.overwrite_output_dir, state["global_step"])
     metrics: dict[str, Any] = {}
     if start.checkpoint and not asks_for_more(config, {"step": state["global_step"], "epoch": state["epoch"]}):
         log.info("%s holds the last step: nothing is left to train", start.checkpoint)  # the Trainer would do one more
-        trainer.take_over(start.checkpoint)
+        trainer.state = TrainerState.load_from_json(str(start.checkpoint / "trainer_state.json"))
+        best = trainer.state.best_model_checkpoint if config.training.load_best_model_at_end else None
+        trainer._load_from_checkpoint(best if best and Path(best).is_dir() else str(start.checkpoint))
     else:
         if start.checkpoint and config.data.streaming:
             trainer.train_dataset.place = read_json(start.checkpoint / STREAM)  # type: ignore[union-attr]
@@ -5889,7 +5813,8 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
             save_metrics(trainer, "train", metrics)
         trainer.save_state()
         save_final(trainer, final_folder(config), config)
-    return metrics
+    stop.training = False
+    return metrics | (trainer.plan.beside(metrics) if trainer.plan else {})
 
 
 def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: int) -> dict[str, Any]:
@@ -5938,19 +5863,18 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             tokenizer.save_pretrained(aside)
             if getattr(model, "lora_start", None):
                 fit_to_base(aside, model.lora_start)
-        name_base(aside, config.model.model_name_or_path)
-        written = {path.name for path in aside.iterdir()}
-        for name in sorted(written):
-            flush(aside / name)
-            (aside / name).replace(final / name)
-        aside.rmdir()
-        for stale in {*final.glob("model*.safetensors"), *final.glob("model.safetensors.index.json")}:
+            name_base(aside, config.model.model_name_or_path)
+            written = sorted(path.name for path in aside.iterdir())
+            for name in written:
+                flush(aside / name)
+                (aside / name).replace(final / name)
+        for stale in final.glob("model*.safetensors*"):
             if stale.name not in written:  # of an earlier save in other shards, which would be loaded instead
                 stale.unlink()
         state = {"step": trainer.state.global_step, "epoch": trainer.state.epoch, "run": trainer.run}
         write_loss_chart(output / "loss.png", trainer.state.log_history)
         write_file(final / "README.md", model_card(trainer, config))
-        write_file(output / COMPLETED, json.dumps(state, indent=1))
+        write_json(output / COMPLETED, state)
         if trainer.args.push_to_hub:
             where = {"repo_id": str(trainer.hub_model_id), "revision": trainer.args.hub_revision}
             with mendable("--push_to_hub: all is saved here, but the hub does not take it"):
@@ -5960,21 +5884,15 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def evaluate(trainer: QLoRATrainer) -> dict[str, Any]:
-    """Loss, perplexity and MMLU on the held-out rows."""
-    metrics = trainer.evaluate(metric_key_prefix="eval")
-    save_metrics(trainer, "eval", metrics)
-    return metrics
-
-
 def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]:
     """Generate an answer for every held-out row, or fill its masks, into predictions.jsonl."""
     runtime = trainer.runtime()
     began = time.time()
     if trainer.masking:
-        rows = fill_masks(runtime, pairs, trainer.masking)
+        answers = partial(fill_masks, runtime, trainer.masking)
     else:
-        rows = generate_predictions(runtime, pairs, generation_config(config, runtime.model, runtime.tokenizer))
+        answers = partial(generate_predictions, runtime, generation_config(config, runtime.model, runtime.tokenizer))
+    rows = runtime.collect(len(pairs), lambda numbers: answers(pairs[numbers]), "Predicting")
     metrics = {"predict_samples": len(rows), **speed_metrics("predict", began, num_samples=len(rows))}
     right = [mask["token"] == mask["truth"] for row in rows for mask in row.get("masks", ()) if mask["truth"]]
     metrics |= {"predict_masked_accuracy": sum(right) / len(right)} if right else {}
@@ -6005,12 +5923,12 @@ def check_merge(start: Start, config: Config) -> None:
     if config.training.merged_output_dir is None or config.data.preview:
         return
     target = Path(config.training.merged_output_dir)
-    if not start.train and start.weights and is_merged(start.weights, config):
+    if not start.train and start.weights is None:
+        raise ConfigError(f"--merged_output_dir {target}: no adapter to merge: nothing was trained in --output_dir")
+    if not start.train and is_merged(str(start.weights), config):
         log.info("%s holds this adapter merged already", target)
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--merged_output_dir {target}: is there already and not empty; name another, or remove it")
-    if not start.train and start.weights is None:
-        raise ConfigError(f"--merged_output_dir {target}: no adapter to merge: nothing was trained in --output_dir")
     target.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -6019,14 +5937,12 @@ def load_merge_base(config: Config, folder: str) -> Any:
     model_config = load_model_config(config, folder)
     own = model_config.dtype if model_config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     options: dict[str, Any] = {"dtype": own, "device_map": {"": "cpu"}}
-    quantised = is_prequantised(model_config)
-    if quantised:
+    if is_prequantised(model_config):
         log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
         options |= {"dtype": load_dtype(config), "quantization_config": quantisation_config(config)}
-        quantised = True
     model = load_base(config, model_config, folder, **options)
-    if quantised:
+    if is_prequantised(model.config):
         with mendable(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
             model = model.dequantize(dtype=own)
         model._weight_conversions = None  # or saving would try to quantise again
@@ -6071,49 +5987,29 @@ def logits_on(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 MERGE_ROWS, MERGE_TOKENS = 4, 64  # of the dataset, on which a merged model is compared
 
 
-def merge(adapter: str, splits: Splits, tokenizer: Any, folder: str, config: Config) -> dict[str, Any]:
-    """Base and adapter as one model in 16 bit, written aside, loaded again, compared, and only then named.
-
-    Raises:
-        QLoRAError: the merged model answers as the base does, or otherwise than base and adapter.
-    """
+def merge(adapter: str, inputs: Inputs) -> dict[str, Any]:
+    """Base and adapter as one model in 16 bit, written aside, loaded again, compared, and only then named."""
+    config = inputs.config
     if config.training.merged_output_dir is None or config.training.process_index != 0 or is_merged(adapter, config):
         return {}
     target = Path(config.training.merged_output_dir)
     aside = target.with_name(f".merging-{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    rows = splits.eval if splits.eval is not None else splits.train
-    assert rows is not None
+    rows: Any = inputs.splits.eval or inputs.splits.train
     cut = [ids[:MERGE_TOKENS] for ids in rows[:MERGE_ROWS]["input_ids"]]
-    sample = padded_prompts(cut, tokenizer.pad_token_id, "right")
+    sample = padded_prompts(cut, inputs.tokenizer.pad_token_id, "right")
     gc.collect()  # what was trained in this process refers to itself in circles
     log.info("merging %s into %s", adapter, target)
-    try:
-        with mendable(f"--merged_output_dir {target}", TrainingError):
-            before = write_merged(adapter, aside, tokenizer, sample, folder, config)
-            model = load_whole(
-                str(aside), aside, OBJECTIVES[config.masked].auto_model,
-                trust_remote_code=config.model.trust_remote_code,
-            )  # fmt: skip
-        metrics = compare_merged(computing_in_float32(model), before, sample, target)
-        del model
-        write_file(aside / MERGED, json.dumps(merge_record(adapter, config), indent=1))
-        for path in [*aside.iterdir(), aside]:
-            flush(path)
+    with written_aside(aside, target), mendable(f"--merged_output_dir {target}", TrainingError):
+        plain, adapted, lost = write_merged(adapter, aside, sample, inputs)
+        kind, options = OBJECTIVES[config.masked].auto_model, {"trust_remote_code": config.model.trust_remote_code}
+        model = computing_in_float32(load_whole(str(aside), aside, kind, **options))
+        metrics = compare_merged(model, plain, adapted, lost, sample, target)
+        write_json(aside / MERGED, merge_record(adapter, config))
         if target.exists():
             target.rmdir()  # empty, as check_merge saw
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        publish(aside, target)
     return metrics
-
-
-class Before(NamedTuple):
-    """What a merged model is compared with."""
-
-    adapted: torch.Tensor  # logits of base with adapter
-    plain: torch.Tensor  # logits of the base
-    lost: float  # the share of the adapter that 16 bit can't hold
 
 
 def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
@@ -6141,10 +6037,9 @@ def untie(model: Any) -> None:
             seen.add(id(parameter))
 
 
-def write_merged(
-    adapter: str, aside: Path, tokenizer: Any, sample: Mapping[str, torch.Tensor], folder: str, config: Config
-) -> Before:
-    """Write a merged model."""
+def write_merged(adapter: str, aside: Path, sample: Any, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Write a merged model. Returns logits of the base, then with adapter, and what share of that 16 bit can't hold."""
+    config, folder, tokenizer = inputs.config, inputs.folder, inputs.tokenizer
     model: Any = load_merge_base(config, folder)
     embedding, dtype = model.get_input_embeddings().num_embeddings, model.dtype
     plain = logits_on(model, sample)
@@ -6164,13 +6059,13 @@ def write_merged(
     if (Path(folder) / "tokenizer.model").is_file():  # which llama.cpp's converter prefers
         shutil.copyfile(Path(folder) / "tokenizer.model", aside / "tokenizer.model")
     if len(tokenizer) > embedding:
-        log.warning(
-            "the tokenizer has %d tokens, the model %d: llama.cpp will not convert it", len(tokenizer), embedding
-        )
-    return Before(adapted, plain, lost)
+        log.warning("the tokenizer has %d tokens, the model %d: llama.cpp won't convert it", len(tokenizer), embedding)
+    return plain, adapted, lost
 
 
-def compare_merged(model: Any, before: Before, sample: Any, target: Path) -> dict[str, float]:
+def compare_merged(
+    model: Any, plain: torch.Tensor, adapted: torch.Tensor, lost: float, sample: Any, target: Path
+) -> dict[str, float]:
     """Compare a merged model's logits with those of base and adapter.
 
     They may differ as much as they do when every weight of the merged model moves by a unit in its last place, which is
@@ -6181,15 +6076,15 @@ def compare_merged(model: Any, before: Before, sample: Any, target: Path) -> dic
     for weight in (p.data for p in model.parameters() if p.dim() == 2):
         signs = [torch.randint(2, (n, 1), generator=generator).mul_(2).sub_(1).to(weight.dtype) for n in weight.shape]
         weight.addcmul_(weight, signs[0] @ signs[1].T, value=torch.finfo(weight.dtype).eps)
-    differences = merged - before.adapted, before.plain - before.adapted, merged - logits_on(model, sample)
-    found, effect, moved = (x.norm().item() / math.sqrt(x.numel()) for x in differences)
+    differences = merged - adapted, plain - adapted, merged - logits_on(model, sample)
+    found, effect, moved = (x.square().mean().sqrt().item() for x in differences)
     largest, furthest, _ = (x.abs().max().item() for x in differences)
-    allowed = moved + 2 * before.lost * effect
+    allowed = moved + 2 * lost * effect
     log.info("merged: its logits differ from those of base + adapter by at most %.3g", largest)
     log.info("the adapter moves them by up to %.3g", furthest)
-    if before.lost > 0.05:
-        log.warning("%.0f %% of the adapter's change is too small for a 16-bit weight and is lost", 100 * before.lost)
-    if torch.equal(merged, before.plain):
+    if lost > 0.05:
+        log.warning("%.0f %% of the adapter's change is too small for a 16-bit weight and is lost", 100 * lost)
+    if torch.equal(merged, plain):
         raise QLoRAError(f"{target}: not written, the merge changed nothing: the adapter is zero, or lost in 16 bit")
     if not found <= allowed:
         raise QLoRAError(
@@ -6201,12 +6096,10 @@ def compare_merged(model: Any, before: Before, sample: Any, target: Path) -> dic
 
 def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
     """Training and evaluation loss over steps."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot no window system is asked for
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for key, label, marker in (("loss", "training", None), ("eval_loss", "evaluation", "o")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
@@ -6215,7 +6108,6 @@ def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
     if axes.lines:
         axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def shown_flags(config: Config) -> dict[str, Any]:
@@ -6249,17 +6141,12 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
 def versions() -> dict[str, str]:
     """Of Python and the libraries that a result depends on."""
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
-    found = {"python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 
 def git_commit() -> str | None:
     """The commit of this file's checkout, marked if it has changes."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -6268,21 +6155,8 @@ def git_commit() -> str | None:
 
 def device_name() -> str:
     """What computes."""
-    if not torch.cuda.is_available():
-        return f"CPU, {os.cpu_count()} cores"
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-
-
-def run_record(config: Config, derived: dict[str, Any], data: dict[str, Any]) -> str:
-    """run.json: enough to repeat the run, and nothing secret."""
-    record = {
-        "flags": shown_flags(config),
-        "derived": derived | {"given": sorted(config.given)},
-        "versions": versions() | {"qlora.py": git_commit() or CODE_VERSION},
-        "data": data,
-        "device": {"name": device_name(), "processes": config.training.world_size},
-    }
-    return json.dumps(record, indent=1, default=str) + "\n"
+    gpus = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
+    return ", ".join(gpus) or f"CPU, {os.cpu_count()} cores"
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
@@ -6294,65 +6168,52 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
         yield f"{name} was {old}, is {new}"
 
 
-def derived_settings(
-    config: Config,
-    start: Start,
-    tokenizer: Any,
-    train_rows: int,
-    statistics: Mapping[str, TokenStatistics],
-    effective: int,
-) -> dict[str, Any]:
+def derived_settings(start: Start, effective: int, inputs: Inputs) -> dict[str, Any]:
     """What follows from the flags: the block at the start of a run, and `derived` in run.json."""
-    args, quant = config.training, config.quant
-    rows, accumulated, processes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-    kept = effective != rows * accumulated * processes
+    config, args, quant, processes = inputs.config, inputs.config.training, inputs.config.quant, world()[1]
+    flags = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    batch = f" = {flags[0]} at once x {flags[1]} accumulated x {processes} processes"
+    if effective != math.prod(flags) * processes:
+        batch = f", as in the checkpoint, shared by {processes} processes"
+    kind = f" {quant.quant_type}{', double quantisation' if quant.double_quant else ''}" if quant.bits == 4 else ""
     why = "--bf16" if args.bf16 else "--fp16" if args.fp16 else "neither --bf16 nor --fp16"
-    kind = f"{quant.bits} bit"
-    if quant.bits == 4:
-        kind += f" {quant.quant_type}{', double quantisation' if quant.double_quant else ''}"
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    first = "of a stream's first block: " if config.data.streaming else ""
-    length += "" if config.data.streaming else f"; {math.ceil(train_rows / effective)} steps are an epoch"
+    if not config.data.streaming:
+        length += f"; {math.ceil(len(inputs.rows or ()) / effective)} steps are an epoch"
     names = ("bos", "eos", "pad", *(("mask",) if config.masked else ()))
-    special = [(name, getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")) for name in names]
+    ids = {name: getattr(inputs.tokenizer, f"{name}_token_id") for name in names}
+    special = (f"{name} {getattr(inputs.tokenizer, f'{name}_token')!r} = {number}" for name, number in ids.items())
     fresh = "fresh, from the seed" if args.do_train else "the base itself"
     adapter = f"adapter {start.checkpoint or start.weights or fresh}"
-    trained = "all weights but the embeddings" if quant.full_finetune else adapter
+    first = "of a stream's first block: " if config.data.streaming else ""
     return {
         "model": config.model.model_name_or_path,
         "objective": config.data.objective,
-        "weights": kind,
+        "weights": f"{quant.bits} bit{kind}",
         "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
-        "effective batch": f"{effective} rows, as in the checkpoint, shared by {processes} processes"
-        if kept
-        else f"{effective} rows = {rows} at once x {accumulated} accumulated x {processes} processes",
+        "effective batch": f"{effective} rows{batch}",
         "length": length,
-        "special tokens": ", ".join(f"{name} {token!r} = {number}" for name, token, number in special),
-        "trained part": trained,
-        **{f"{name} data": f"{first if name == 'train' else ''}{part}" for name, part in statistics.items()},
+        "special tokens": ", ".join(special),
+        "trained part": "all weights but the embeddings" if quant.full_finetune else adapter,
+        **{f"{name} data": f"{first * (name == 'train')}{part}" for name, part in inputs.statistics.items()},
     }
 
 
 def hints(config: Config) -> None:
     """What a user may not expect of the flags given, said once."""
-    args, bits, f = config.training, config.quant.bits, flags_of(config)
+    args, bits, flags = config.training, config.quant.bits, flags_of(config)
     gpu, half = torch.cuda.is_available(), args.bf16 or args.fp16
-    held = "in bf16, with --bf16" if args.bf16 else "in float32, without --bf16"
-    # fmt: off
-    notes: list[tuple[bool, str]] = [
-        (gpu and torch.cuda.is_bf16_supported() and not half,
-         "hint: this GPU computes in bf16; without --bf16 everything is in float32, which is slower"),
-        (not gpu and half and not args.plan,
-         "hint: on a CPU float32 is about 2.5 times faster: leave --bf16 and --fp16 out"),
-        (bits >= 16 and args.bf16 != (bits == 16), f"bits {bits}: the weights are held {held}, as in the original"),
-        *((bool(f.given.intersection(names) and applies(f)),
-           f"{', '.join(sorted(f.given.intersection(names)))}: without effect: {why.format(**vars(f))}")
-          for names, applies, why in IDLE),
-    ]
-    # fmt: on
-    for applies, note in notes:
-        if applies:
-            log.info("%s", note)
+    if gpu and torch.cuda.is_bf16_supported() and not half:
+        log.info("hint: this GPU computes in bf16; without --bf16 everything is in float32, which is slower")
+    if not gpu and half and not args.plan:
+        log.info("hint: on a CPU float32 is about 2.5 times faster: leave --bf16 and --fp16 out")
+    if bits >= 16 and args.bf16 != (bits == 16):
+        held = "in bf16, with --bf16" if args.bf16 else "in float32, without --bf16"
+        log.info("bits %d: the weights are held %s, as in the original", bits, held)
+    for names, applies, why in IDLE:
+        given = sorted(flags.given.intersection(names))
+        if given and applies(flags):
+            log.info("%s: without effect: %s", ", ".join(given), why.format(**vars(flags)))
 
 
 # ------------------------------------------------------------------------------------
@@ -6361,14 +6222,15 @@ def hints(config: Config) -> None:
 def use(trainer: QLoRATrainer, start: Start, pairs: Splits, config: Config) -> dict[str, Any]:
     """Evaluate and predict with what was trained or found."""
     metrics: dict[str, Any] = {}
-    output = final_folder(config)
     if config.training.do_eval:
-        metrics |= evaluate(trainer)
+        metrics |= trainer.evaluate()
+        save_metrics(trainer, "eval", metrics)
     if config.training.do_predict:
-        if not start.train and start.weights is None:
-            log.warning("no trained adapter in %s: these are the predictions of the base model", output)
-        else:
+        output = final_folder(config)
+        if start.train or start.weights:
             log.info("predicting with %s", f"the adapter just trained, {output}" if start.train else start.weights)
+        else:
+            log.warning("no trained adapter in %s: these are the predictions of the base model", output)
         metrics |= predict(trainer, pairs.eval, config)
     return metrics
 
@@ -6405,19 +6267,6 @@ def print_preview(rows: Iterable[Titled], statistics: Mapping[str, TokenStatisti
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class Inputs(NamedTuple):
-    """What a run has read before any weight."""
-
-    config: Config  # with the objective settled
-    folder: str  # of the model
-    model_config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    pairs: Splits  # rows as text
-    splits: Splits  # encoded
-    rows: Any  # to train on, packed if the flags say so
-    statistics: dict[str, TokenStatistics]
-
-
 def read_inputs(start: Start, config: Config) -> Inputs:
     """Model config, tokenizer and rows, made once on each machine and the same in every process."""
     compare(config.flags | {"checkpoint": start.checkpoint})
@@ -6436,83 +6285,93 @@ def read_inputs(start: Start, config: Config) -> Inputs:
     return Inputs(config, folder, model_config, tokenizer, pairs, splits, rows, statistics)
 
 
-def describe(start: Start, this_run: dict[str, Any], inputs: Inputs) -> str:
-    """Log what this run is, and how it differs from one that it repeats; returns run.json."""
-    config, effective = inputs.config, this_run["effective batch"]["rows"]
-    derived = derived_settings(config, start, inputs.tokenizer, len(inputs.rows or ()), inputs.statistics, effective)
+def describe(start: Start, this_run: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """Log what this run is, and how it differs from one that it repeats. Returns run.json, which holds no secret."""
+    config, derived = inputs.config, derived_settings(start, this_run["effective batch"]["rows"], inputs)
     log_block("This run", derived)
-    record = run_record(config, derived, {name: part._asdict() for name, part in inputs.statistics.items()})
+    said = {
+        "flags": shown_flags(config),
+        "derived": derived | {"given": sorted(config.given)},
+        "versions": versions() | {"qlora.py": git_commit() or CODE_VERSION},
+        "data": {name: part._asdict() for name, part in inputs.statistics.items()},
+        "device": {"name": device_name(), "processes": config.training.world_size},
+    }
+    record: dict[str, Any] = json.loads(json.dumps(said, default=str))
     if config.record:
-        found = sorted(differences(config.record, json.loads(record))) or ["nothing"]
+        found = sorted(differences(config.record, record)) or ["nothing"]
         log.warning("repeating a run, what differs from it:\n  %s", "\n  ".join(found))
     return record
 
 
+def show_plan(config: Config) -> None:
+    """What a run with these flags would take, from the model's config alone."""
+    model_config = load_model_config(config, model_folder(config))
+    config = settle_objective(config, model_config)
+    costs = costs_from_config(config, model_config)
+    plan = plan_from_flags(config, costs)
+    print(table(plan.lines() | (strategy_lines(config, costs) if plan.gpu.number > 1 else {})))
+
+
+def prepare(start: Start, inputs: Inputs, this_run: dict[str, Any], questions: Any, stop: Stop) -> QLoRATrainer:
+    """Load the model and make it ready to train."""
+    config, pad_id = inputs.config, inputs.tokenizer.pad_token_id
+    found = start.weights if config.quant.full_finetune else None
+    base = load_model(config, inputs.model_config, found or inputs.folder)
+    special_ids_into_model(base, inputs.tokenizer)
+    check_fit(base, inputs.statistics)
+    ready = assemble(base, costs_from_config(config, inputs.model_config), start, inputs.rows, pad_id, config)
+    splits = inputs.splits._replace(train=inputs.pairs.train if config.data.streaming else inputs.rows)
+    with mendable("flags", ConfigError, RuntimeError):
+        trainer = build_trainer(ready, inputs.tokenizer, splits, questions, this_run, stop, config)
+        if start.train and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those make their own
+            trainer.create_optimizer_and_scheduler(max(config.training.max_steps, 1))  # a try of their flags
+    return trainer
+
+
 def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -> int:
-    """One run, from checked flags to files, or --preview shown. Returns the exit status."""
+    """One run, from checked flags to files, or --plan or --preview shown. Returns the exit status."""
     args, output, began = config.training, Path(config.training.output_dir), time.perf_counter()
-    if args.full_determinism:
-        enable_full_determinism(args.seed)
-    set_seed(args.seed)
+    seed = enable_full_determinism if args.full_determinism else set_seed
+    seed(args.seed)
     hints(config)
     if args.plan:
-        model_config = load_model_config(config, model_folder(config))
-        config = settle_objective(config, model_config)
-        costs = costs_from_config(config, model_config)
-        plan = plan_from_flags(config, costs)
-        print(table(plan.lines() | (strategy_lines(config, costs) if plan.gpu.number > 1 else {})))
+        show_plan(config)
         return 0
     start = Start(train=True) if config.data.preview else find_start(config)
-    if start.note:
-        log.info("%s", start.note)
     check_merge(start, config)
     inputs = read_inputs(start, config)
-    config, folder, model_config, tokenizer, pairs, splits, rows, statistics = inputs
+    config, statistics = inputs.config, inputs.statistics
     if config.data.preview:
-        show(shown_rows(rows or splits.eval, tokenizer, model_config, config), statistics, config)
+        rows = shown_rows(inputs.rows or inputs.splits.eval, inputs.tokenizer, inputs.model_config, config)
+        show(rows, statistics, config)
         return 0
     if args.do_predict and not config.masked:
-        generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
+        generation_config(config, None, inputs.tokenizer)  # a wrong flag shows now and not after training
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
     this_run = identity(config, statistics.get("train") if args.do_train else None)
     if start.found:
         check_identity(start.found, this_run, args.do_train)
     this_run["effective batch"] = effective_batch(start.checkpoint, args)
-
-    output.mkdir(parents=True, exist_ok=True)  # a folder that can't be written shows before the model is loaded
-    final_folder(config).mkdir(parents=True, exist_ok=True)
+    for folder in (output, final_folder(config)):  # one that can't be written shows before the model is loaded
+        folder.mkdir(parents=True, exist_ok=True)
     record = describe(start, this_run, inputs)
-    if not (start.train or args.do_eval or args.do_predict):
-        finish(config, merge(str(start.weights), splits, tokenizer, folder, config), time.perf_counter() - began)
-        return 0
-    base = load_model(config, model_config, start.weights or folder if config.quant.full_finetune else folder)
-    special_ids_into_model(base, tokenizer)
-    check_fit(base, statistics)
-    train_rows = pairs.train if config.data.streaming else rows
-    costs = costs_from_config(config, model_config)
-    ready = assemble(base, costs, start, rows, tokenizer.pad_token_id, config)
-    with mendable("flags", ConfigError, RuntimeError):
-        trainer = build_trainer(ready, tokenizer, splits._replace(train=train_rows), questions, this_run, stop, config)
-        if start.train and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those make their own
-            trainer.create_optimizer_and_scheduler(num_training_steps=max(args.max_steps, 1))  # a try of their flags
 
-    if args.should_save and (start.train or not (output / "run.json").is_file()):
-        write_file(output / "run.json", record)
     metrics: dict[str, Any] = {}
-    log.info("ready after %.0f s", time.perf_counter() - began)
-    if start.train:
-        stop.training = True
-        metrics |= train(trainer, start, stop, config)
-        stop.training = False
-        metrics |= ready.plan.beside(metrics) if ready.plan else {}
-        if number := stop.agreed():
-            name, step = signal.Signals(number).name, trainer.state.global_step
-            log.warning("stopped by %s at step %d, saved; the same command goes on from there", name, step)
-            return STOP_SIGNALS[name]
-    metrics |= use(trainer, start, pairs, config)
-    del base, ready, trainer  # memory for a merged model
+    if start.train or args.do_eval or args.do_predict:
+        trainer = prepare(start, inputs, this_run, questions, stop)
+        if args.should_save and (start.train or not (output / "run.json").is_file()):
+            write_json(output / "run.json", record)
+        log.info("ready after %.0f s", time.perf_counter() - began)
+        if start.train:
+            metrics |= train(trainer, start, stop, config)
+            if number := agree(stop.signal):
+                name, step = signal.Signals(number).name, trainer.state.global_step
+                log.warning("stopped by %s at step %d, saved; the same command goes on from there", name, step)
+                return STOP_SIGNALS[name]
+        metrics |= use(trainer, start, inputs.pairs, config)
+        del trainer  # memory for a merged model
     weights = final_folder(config) if start.train else start.weights
-    metrics |= merge(str(weights), splits, tokenizer, folder, config)
+    metrics |= merge(str(weights), inputs)
     finish(config, metrics, time.perf_counter() - began)
     return 0
 
@@ -6521,9 +6380,7 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     """metrics.json, and the block at the end of a run."""
     if config.training.process_index != 0:
         return
-    file = Path(config.training.output_dir, "metrics.json")
-    earlier = read_json(file) if file.is_file() else {}
-    write_file(file, json.dumps({"run_name": config.training.run_name, **earlier, **metrics}, indent=1) + "\n")
+    add_json(Path(config.training.output_dir, "metrics.json"), metrics, run_name=config.training.run_name)
     shown = ("train_tokens_per_second", "train_peak_memory_gib", "train_loss", "eval_loss", "eval_perplexity",
              "eval_masked_accuracy", "predict_masked_accuracy")  # fmt: skip
     lines = {name.replace("_", " "): metrics[name] for name in shown if name in metrics}
@@ -6534,22 +6391,22 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
 
 DISK_ERRORS = {"ENOENT", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST"}
 DISK_ERRORS |= {"ENAMETOOLONG", "ESTALE", "EISDIR", "ENOTEMPTY", "ELOOP"}
-MEMORY_ADVICE = (
-    "lower --per_device_train_batch_size or --source_max_len and --target_max_len, or keep --gradient_checkpointing on"
-)
 
 
-def exit_status(error: BaseException) -> tuple[int, str] | None:
+def exit_status(error: BaseException, output: Path | None = None) -> tuple[int, str] | None:
     """Exit status and message for what a user can mend; None for our bugs."""
     if is_lost(error):
-        return 2, "The same command goes on from {}, on as many processes as there are, with the same effective batch"
+        last = (find_last_checkpoint(output) if output else None) or "the beginning"
+        way = "on as many processes as there are, with the same effective batch"
+        return 2, f"The same command goes on from {last}, {way}"
     if isinstance(error, QLoRAError):
         return 2, visible(str(error))
     if isinstance(error, KeyboardInterrupt):
         name = signal.Signals(error.args[0] if error.args else signal.SIGINT).name
         return STOP_SIGNALS[name], f"interrupted by {name}; the same command goes on from what is saved"
     if isinstance(error, torch.OutOfMemoryError):
-        return 2, f"not enough GPU memory: {MEMORY_ADVICE}"
+        lower = "lower --per_device_train_batch_size or --source_max_len and --target_max_len"
+        return 2, f"not enough GPU memory: {lower}, or keep --gradient_checkpointing on"
     if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in DISK_ERRORS:
         return 2, f"{error.filename or 'a file'}: {error.strerror}"
     library = type(error).__module__.partition(".")[0]
@@ -6581,13 +6438,14 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, Stop], int
     argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
     debug = any(re.fullmatch(r"--show[_-]traceback|--debug", token) for token in argv)
-    stop, config = Stop(), None
+    stop, output = Stop(), None
     try:
         with signals_noted(stop):
             config = parse_config(argv)
+            output = Path(config.training.output_dir)
             return action(config, stop)
     except (Exception, KeyboardInterrupt) as error:
-        known, lost = exit_status(error), is_lost(error)
+        known, lost = exit_status(error, output), is_lost(error)
         if known is None:
             said_once(type(error).__name__, lost)
             raise
@@ -6595,9 +6453,7 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, Stop], int
             traceback.print_exc()
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # or the message would stand behind a progress bar
-        last = find_last_checkpoint(Path(config.training.output_dir)) if lost and config else None
-        text = visible(HUB_TOKEN.sub("(a token)", known[1]))
-        message = said_once(text.format(last or "the beginning") if lost else text, lost)
+        message = said_once(visible(HUB_TOKEN.sub("(a token)", known[1])), lost)
         if message:
             print(f"{'error: ' if known[0] else ''}{message}", file=sys.stderr, flush=True)
         if world()[1] > 1:  # what waits on a GPU for a process that is gone would keep this one from ending

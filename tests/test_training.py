@@ -33,10 +33,10 @@ def batches(monkeypatch) -> list[list[tuple[int, ...]]]:
     """The training rows of every window that is collated, as tuples of ids."""
     seen, collate = [], qlora.collate_window
 
-    def spy(rows):
+    def spy(rows, masked=False):
         if "length" in rows[0]:  # not one of those that the fast path is tried on
             seen.append([tuple(row["input_ids"]) for row in rows])
-        return collate(rows)
+        return collate(rows, masked)
 
     monkeypatch.setattr(qlora, "collate_window", spy)
     return seen
