@@ -2875,15 +2875,25 @@ def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
     return [name for name in layers if model.get_submodule(name) in inside and "contact_head" not in name.split(".")]
 
 
+def without_weights(config: Config, model_config: PretrainedConfig) -> Any:
+    """The base model on the meta device. Under ZeRO-3 transformers, if it knew, would draw and share out weights."""
+    saved, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        with torch.device("meta"), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
+            return OBJECTIVES[config.masked].auto_model.from_config(
+                model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
+            )
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = saved
+
+
 def layers_left_whole(config: Config, model_config: PretrainedConfig) -> list[str] | None:
     """The prediction head of a masked model, found on a copy without weights; None leaves it to transformers."""
     if not config.masked:
         return None
-    with torch.device("meta"), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
-        auto_model, code = OBJECTIVES[True].auto_model, config.model.trust_remote_code
-        empty = auto_model.from_config(model_config, trust_remote_code=code)
-    linear = (name for name, module in empty.named_modules() if isinstance(module, LINEAR))
-    return sorted(set(linear) - set(linear_layers(empty, masked=True)))
+    empty = without_weights(config, model_config)
+    linear = {name for name, module in empty.named_modules() if isinstance(module, LINEAR)}
+    return sorted(linear - set(linear_layers(empty, masked=True)))
 
 
 class Quirk(NamedTuple):
@@ -3004,10 +3014,9 @@ def leaf_name(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def is_trained_layer(name: str, frozen: int) -> bool:
-    """Whether what has this name lies outside the first `frozen` layers; its first number is the layer."""
-    index = next((int(part) for part in name.split(".") if part.isdigit()), None)
-    return index is None or index >= frozen
+def layer_number(name: str) -> float:
+    """The layer in which what has this name lies, which is its first number; infinity for what lies in none."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), math.inf)
 
 
 def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
@@ -3022,7 +3031,7 @@ def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
 def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> list[str]:
     """Names for peft: leaf names where they say the same, which reads better in adapter_config.json, else full ones."""
     layers, frozen = linear_layers(model, masked), layers_to_freeze(model, lora)
-    wanted = [name for name in layers if is_trained_layer(name, frozen)]
+    wanted = [name for name in layers if layer_number(name) >= frozen]
     names = {name.strip() for name in lora.lora_modules.split(",")}
     if names != {"all"}:
         tests = {name: LAYER_GROUPS.get(name, re.compile(rf"(.*\.)?{re.escape(name)}")) for name in names}
@@ -3151,7 +3160,7 @@ def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) 
         return attach_adapters(model, config, adapter)
     frozen = layers_to_freeze(model, config.lora)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_trained_layer(name, frozen))
+        parameter.requires_grad_(layer_number(name) >= frozen)
     model.get_input_embeddings().requires_grad_(False)
     return model
 
@@ -4129,23 +4138,22 @@ REACHED = 0.55
 CONTEXT = 0.6  # GiB that CUDA takes beside torch's allocator
 
 
-def find_gpu(text: str | None) -> Gpu | None:
-    """--plan_gpu, as 24GiB, 8x80GiB, H100 or 2xH100; else the GPU that is here; None on a machine without."""
+def find_gpu(text: str | None) -> Gpu:
+    """--plan_gpu, as 24GiB, 8x80GiB, H100 or 2xH100; else the GPU that is here."""
     if text is None:
         if not torch.cuda.is_available():
-            return None
+            raise ConfigError("--plan: there is no GPU here, name one with --plan_gpu, e.g. --plan_gpu 24GiB")
         here = torch.cuda.get_device_properties(0)
         known = next((gpu for gpu in reversed(GPUS) if gpu.name in here.name), None)
         return Gpu(here.name, here.total_memory / GIB, known.tflops if known else 0.0, torch.cuda.device_count())
-    parts = re.fullmatch(r"(?:([1-9]\d*)\s*x\s*)?(\w.*?)", text.strip(), re.IGNORECASE)
-    number, what = (int(parts[1] or 1), parts[2]) if parts else (0, "")
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GiB|GB|G)", what, re.IGNORECASE)
+    parts = re.fullmatch(r"(?:([1-9]\d*)x)?(?:(\d+(?:\.\d+)?)(?:gib|gb|g)|(.*))", "".join(text.lower().split()))
+    assert parts is not None
+    number, size, name = int(parts[1] or 1), parts[2], parts[3]
     if size:
-        gib = float(size[1])
-        like = min(GPUS, key=lambda gpu: abs(gpu.gib - gib))
-        return Gpu(f"{gib:g} GiB, as fast as {like.name}", gib, like.tflops, number)
+        like = min(GPUS, key=lambda gpu: abs(gpu.gib - float(size)))
+        return Gpu(f"{float(size):g} GiB, as fast as {like.name}", float(size), like.tflops, number)
     for gpu in GPUS:
-        if what.lower().replace(" ", "") == gpu.name.lower().replace(" ", ""):
+        if name == gpu.name.lower().replace(" ", ""):
             return gpu._replace(number=number)
     names = ", ".join(gpu.name for gpu in GPUS)
     raise ConfigError(
@@ -4171,10 +4179,10 @@ class Costs(NamedTuple):
     flops: float  # of a token, without recomputation
     repeated: float  # of a token, in all layers computed again
 
-    def activations(self, sizes: Sizes, tokens: int) -> int:
-        """Bytes that wait for the backward pass; one recomputed layer is there as a whole."""
-        whole = self.layers - sizes.recomputed
-        return tokens * (whole * self.layer + sizes.recomputed * self.kept + (self.layer if sizes.recomputed else 0))
+    def activations(self, sizes: Sizes) -> int:
+        """Bytes of a token that wait for the backward pass; one recomputed layer is there as a whole."""
+        whole = self.layers - sizes.recomputed + (sizes.recomputed > 0)
+        return whole * self.layer + sizes.recomputed * self.kept
 
     def beside(self) -> int:
         """Bytes that are there whatever the micro-batch."""
@@ -4206,42 +4214,40 @@ def estimate(model: Any, config: Config) -> Costs:
     train, lora, full = config.training, config.lora, config.quant.full_finetune
     text, plain = model.config.get_text_config(), load_dtype(config).itemsize
     width = min(compute_dtype(config).itemsize, plain)
-    linear = {name: model.get_submodule(name) for name in linear_layers(model, config.masked)}
-    shapes = {name: tuple(module.weight.shape) for name, module in linear.items()}
-    held = sum(math.prod(shape) for shape in shapes.values())
-    targets = lora_targets(model, lora, config.masked) if not full else []
-    adapted = [name for name in shapes if name in targets or leaf_name(name) in targets]
-    thin = sum(lora.lora_r * sum(shapes[name]) for name in adapted)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    every = sum(parameter.numel() for parameter in model.parameters())
-    trained = every - embedding.weight.numel() if full else thin
-    trained_width = plain if full else 4 if lora.lora_dtype == "float32" else 2
-    state = next((size for name, size in OPTIMIZER_BYTES.items() if name in train.optim), 8)
     layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
-    of_layer = {name: shape for name, shape in shapes.items() if layers and is_first_layer(name)}
-    queries = int(getattr(text, "num_attention_heads", 0) or 1)
-    size = int(getattr(text, "head_dim", None) or hidden // queries)
-    grouped = int(getattr(text, "num_key_value_heads", None) or queries)
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in linear_layers(model, config.masked)}
+    counts = {name: math.prod(shape) for name, shape in shapes.items()}
+    every, held = sum(parameter.numel() for parameter in model.parameters()), sum(counts.values())
+    targets = [] if full else lora_targets(model, lora, config.masked)
+    adapted = [shape for name, shape in shapes.items() if name in targets or leaf_name(name) in targets]
+    thin = sum(lora.lora_r * sum(shape) for shape in adapted)
+    trained = every - model.get_input_embeddings().weight.numel() if full else thin
+    trained_width = plain if full else 4 if lora.lora_dtype == "float32" else 2
+    head = model.get_output_embeddings()
+    vocabulary = 0 if head is None else head.weight.shape[0]
+
+    of_layer = {name: shape for name, shape in shapes.items() if layer_number(name) == 0}
+    per_layer = sum(counts[name] for name in of_layer)
+    last = max((counts[name] for name in of_layer if "down" in leaf_name(name)), default=0)  # recomputing skips it
     inner = max((max(shape) for shape in of_layer.values()), default=4 * hidden)
     gated = any(leaf_name(name) == "gate_proj" or "gate_up" in name for name in of_layer)
-    ranks_kept = lora.lora_r * len(of_layer) if not full else 0
-    attention = (2 * queries + 2 * grouped) * size
-    drops = sum(shape[1] for shape in of_layer.values()) if lora.lora_dropout and not full else 0
-    layer = width * (4 * hidden + attention + (2 if gated else 1) * inner + ranks_kept) + drops + 4 * queries
-    if not train.fused_lora and not full:  # peft's own: a copy of each output, the product in the middle
-        layer += width * (sum(shape[0] for shape in of_layer.values()) // 2 + 2 * inner)
-    largest = max((math.prod(shape) for shape in shapes.values()), default=0)
-    vocabulary = head.weight.shape[0] if head is not None else 0
-    last = max((math.prod(shape) for name, shape in of_layer.items() if "down" in leaf_name(name)), default=0)
-    per_layer = sum(math.prod(shape) for shape in of_layer.values())
+    queries = int(getattr(text, "num_attention_heads", 0) or 1)
+    grouped = int(getattr(text, "num_key_value_heads", None) or queries)
+    heads = 2 * (queries + grouped) * int(getattr(text, "head_dim", None) or hidden // queries)
+    layer = width * (4 * hidden + heads + (2 if gated else 1) * inner) + 4 * queries
+    if not full:
+        layer += width * lora.lora_r * len(of_layer)
+        layer += sum(shape[1] for shape in of_layer.values()) if lora.lora_dropout else 0
+        if not train.fused_lora:  # peft's own: a copy of each output, the product in the middle
+            layer += width * (sum(shape[0] for shape in of_layer.values()) // 2 + 2 * inner)
     return Costs(
-        weights=sum(parameter_bytes(math.prod(shape), shape[0], config) for shape in shapes.values()),
+        weights=sum(parameter_bytes(counts[name], shape[0], config) for name, shape in shapes.items()),
         other=(every - held) * plain,
-        adapters=0 if full else thin * trained_width,
+        adapters=thin * trained_width,
         gradients=trained * trained_width,
-        optimizer=trained * state,
+        optimizer=trained * next((size for name, size in OPTIMIZER_BYTES.items() if name in train.optim), 8),
         paged="paged" in train.optim,
-        fixed=(largest * width if config.quant.bits < 16 else 0) + 2**27,
+        fixed=(max(counts.values(), default=0) * width if config.quant.bits < 16 else 0) + 2**27,
         token=width * (inner + 3 * hidden) + (0 if train.chunked_head else vocabulary * (width + 12)),
         layer=layer,
         kept=math.ceil(2 * width * hidden / layers) if train.offload_activations else width * hidden,
@@ -4255,20 +4261,16 @@ def estimate(model: Any, config: Config) -> Costs:
 OPTIMIZER_BYTES = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4}  # of state for each trained value; AdamW: 8
 
 
-def is_first_layer(name: str) -> bool:
-    """Whether a linear layer stands in the first of the decoder's layers."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), -1) == 0
+def asked_layers(flag: str, layers: int) -> int | None:
+    """What --recompute_layers or --unpacked_layers says: a number of layers; None leaves it to the memory there is."""
+    named = {"auto": None, "all": layers, "none": 0}
+    return named[flag] if flag in named else min(int(flag), layers)
 
 
 def wanted_recompute(config: Config, layers: int) -> int | None:
     """How many layers the flags ask to recompute; None leaves it to the memory there is."""
     train = config.training
-    if not train.gradient_checkpointing:
-        return 0
-    named = {"auto": None, "all": layers, "none": 0}
-    return (
-        named[train.recompute_layers] if train.recompute_layers in named else min(int(train.recompute_layers), layers)
-    )
+    return asked_layers(train.recompute_layers, layers) if train.gradient_checkpointing else 0
 
 
 def fit(costs: Costs, room: float, longest: int, window: int, gpu: Gpu, config: Config) -> Sizes:
@@ -4288,27 +4290,25 @@ def fit(costs: Costs, room: float, longest: int, window: int, gpu: Gpu, config: 
     found: list[tuple[float, Sizes]] = []
     for recomputed in range(costs.layers + 1) if wanted is None else [wanted]:
         sizes = Sizes(rows, 0, recomputed)
-        each = costs.token + costs.activations(sizes, 1)
-        tokens = min(window, int((room - costs.fixed) / each))
+        tokens = min(window, int((room - costs.fixed) / (costs.token + costs.activations(sizes))))
         if tokens >= at_least:
             batches = math.ceil(window / tokens)
-            time_ = batches * costs.seconds(sizes, math.ceil(window / batches), gpu)
-            found.append((time_, sizes._replace(tokens=tokens)))
-    if found:
-        best = min(found, key=lambda pair: pair[0])[1]
-        left = 0.9 * (room - costs.fixed) - best.tokens * (costs.token + costs.activations(best, 1))
-        return best._replace(unpacked=unpacked_layers(left, best, costs, config))
-    return Sizes(rows, longest, costs.layers if wanted is None else wanted)
+            seconds = batches * costs.seconds(sizes, math.ceil(window / batches), gpu)
+            found.append((seconds, sizes._replace(tokens=tokens)))
+    if not found:
+        return Sizes(rows, longest, costs.layers if wanted is None else wanted)
+    best = min(found, key=lambda pair: pair[0])[1]
+    left = 0.9 * (room - costs.fixed) - best.tokens * (costs.token + costs.activations(best))
+    return best._replace(unpacked=unpacked_layers(left, best, costs, config))
 
 
 def unpacked_layers(left: float, sizes: Sizes, costs: Costs, config: Config) -> int:
     """How many layers' weights to keep unpacked in the bytes that are left; none where memory is short or asked for."""
-    asked = config.training.unpacked_layers
-    if not costs.unpacked or asked == "none":
+    if not costs.unpacked:
         return 0
-    if asked != "auto":
-        return costs.layers if asked == "all" else min(int(asked), costs.layers)
-    return 0 if sizes.recomputed else max(0, min(costs.layers, int(left / costs.unpacked)))
+    asked = asked_layers(config.training.unpacked_layers, costs.layers)
+    fitting = 0 if sizes.recomputed else max(0, min(costs.layers, int(left / costs.unpacked)))
+    return fitting if asked is None else asked
 
 
 class Plan(NamedTuple):
@@ -4330,7 +4330,7 @@ class Plan(NamedTuple):
             "adapters": costs.adapters,
             "gradients": costs.gradients,
             "optimizer": 0 if costs.paged else costs.optimizer,
-            "activations": costs.activations(self.sizes, self.tokens),
+            "activations": costs.activations(self.sizes) * self.tokens,
             "transients and head": costs.fixed + costs.token * self.tokens,
         }
         return {name: size / GIB for name, size in parts.items()} | {"predicted peak": sum(parts.values()) / GIB}
@@ -4340,31 +4340,26 @@ class Plan(NamedTuple):
         return self.gib()["predicted peak"] + CONTEXT + self.pages / GIB
 
     def fits(self) -> bool:
-        """Into the GPU's memory."""
         return self.needed() <= self.gpu.gib
 
     def tokens_per_second(self) -> float:
-        """On all GPUs."""
         return self.gpu.number * self.tokens / self.costs.seconds(self.sizes, self.tokens, self.gpu)
 
     def lines(self) -> dict[str, str]:
-        """The table."""
-        total = {name: f"{size:6.2f} GiB" for name, size in self.gib().items()}
-        beside, state = self.needed() - self.gib()["predicted peak"], self.costs.optimizer
-        paged = (
-            f"; the optimizer's pages {'stay' if self.pages else 'are moved out'}" if self.costs.paged and state else ""
-        )
+        parts, beside = self.gib(), f"{self.needed() - self.gib()['predicted peak']:6.2f} GiB: CUDA"
+        if self.costs.paged and self.costs.optimizer:
+            beside += f"; the optimizer's pages {'stay' if self.pages else 'are moved out'}"
         fits = "fits" if self.fits() else f"does not fit into {self.gpu.gib:.0f} GiB"
-        speed = f"{self.tokens_per_second():.0f}" if self.gpu.tflops else "not known for this GPU"
+        number = f"{self.gpu.number} x " if self.gpu.number > 1 else ""
         return {
-            "GPU": f"{f'{self.gpu.number} x ' if self.gpu.number > 1 else ''}{self.gpu.name}, {self.gpu.gib:.0f} GiB",
-            **total,
-            "beside it": f"{beside:6.2f} GiB: CUDA{paged}",
+            "GPU": f"{number}{self.gpu.name}, {self.gpu.gib:.0f} GiB",
+            **{name: f"{size:6.2f} GiB" for name, size in parts.items()},
+            "beside it": beside,
             "in all": f"{self.needed():6.2f} GiB: {fits}",
             "micro-batch": f"{self.tokens} tokens",
             "recomputed": f"{self.sizes.recomputed} of {self.costs.layers} layers",
             "kept unpacked": f"{self.sizes.unpacked} of {self.costs.layers} layers",
-            "tokens per second": speed,
+            "tokens per second": f"{self.tokens_per_second():.0f}" if self.gpu.tflops else "not known for this GPU",
         }
 
     def beside(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -4372,13 +4367,11 @@ class Plan(NamedTuple):
         if "train_peak_memory_gib" not in metrics:
             return {}
         peak, speed = self.gib()["predicted peak"], self.tokens_per_second()
-        log_block(
-            "Plan and result",
-            {
-                "peak memory": f"{peak:.2f} GiB predicted, {metrics['train_peak_memory_gib']:.2f} GiB measured",
-                "tokens per second": f"{speed:.0f} predicted, {metrics['train_tokens_per_second']:.0f} measured",
-            },
-        )
+        lines = {
+            "peak memory": f"{peak:.2f} GiB predicted, {metrics['train_peak_memory_gib']:.2f} GiB measured",
+            "tokens per second": f"{speed:.0f} predicted, {metrics['train_tokens_per_second']:.0f} measured",
+        }
+        log_block("Plan and result", lines)
         return {"plan_peak_memory_gib": round(peak, 3), "plan_tokens_per_second": round(speed, 1)}
 
 
@@ -4398,77 +4391,57 @@ def make_plan(costs: Costs, gpu: Gpu, longest: int, window: int, config: Config,
     return plan
 
 
-@contextlib.contextmanager
-def nothing_sharded() -> Iterator[None]:
-    """Make a model as it is for a while: under ZeRO-3 transformers would draw and share out its weights."""
-    saved, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = saved
-
-
 def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
     """The costs of the base model, from its shapes alone."""
-    with torch.device("meta"), nothing_sharded(), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
-        model = OBJECTIVES[config.masked].auto_model.from_config(
-            model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
-        )
-    return estimate(model, config)
+    return estimate(without_weights(config, model_config), config)
+
+
+LAUNCH = {  # how each way to use several GPUs is asked for
+    "DDP": "torchrun --nproc_per_node {} qlora.py",
+    "ZeRO-2": "with --deepspeed examples/deepspeed_zero2.json",
+    "ZeRO-3": "with --deepspeed examples/deepspeed_zero3.json",
+    "FSDP2": "the same with --fsdp",
+    "one process": "python qlora.py",
+}
 
 
 def strategies(costs: Costs, config: Config) -> dict[str, Costs]:
-    """Each way to use several GPUs that takes this model: what one GPU then has of it."""
-    gpu = find_gpu(config.training.plan_gpu)
-    number = gpu.number if gpu else 1
-    parts = {
-        name: getattr(costs, name) // number for name in ("weights", "other", "adapters", "gradients", "optimizer")
-    }
+    """What one GPU has of this model in each way that takes it, from the fastest: the fewer weights travel."""
+    bits, number = config.quant.bits, find_gpu(config.training.plan_gpu).number
+    names = ("weights", "other", "adapters", "gradients", "optimizer")
+    shared = costs._replace(**{name: getattr(costs, name) // number for name in names})
     two_layers = 2 * (costs.weights // max(1, costs.layers))  # whole, while they compute and the next one arrives
-    shard = costs._replace(**parts, paged=False, fixed=costs.fixed + two_layers, unpacked=0)
-    states = costs._replace(gradients=parts["gradients"], optimizer=parts["optimizer"], paged=False, unpacked=0)
+    shard = shared._replace(paged=False, fixed=costs.fixed + two_layers, unpacked=0)
+    states = costs._replace(gradients=shared.gradients, optimizer=shared.optimizer, paged=False, unpacked=0)
     ways = {"DDP": costs._replace(gradients=2 * costs.gradients)}  # and the buckets that they are sent in
-    ways |= {"ZeRO-2": states, "ZeRO-3": shard} if config.quant.bits >= 16 else {}
-    ways |= {"FSDP2": shard} if config.quant.bits != 8 else {}
-    return ways | {"one process": costs._replace(**parts)}
+    ways |= {"ZeRO-2": states, "ZeRO-3": shard} if bits >= 16 else {}
+    ways |= {"FSDP2": shard} if bits != 8 else {}
+    return ways | {"one process": shared}
 
 
 def strategy_lines(config: Config, costs: Costs) -> dict[str, str]:
-    """GiB of a GPU for each, and the first that fits: the fewer weights travel, the faster."""
+    """GiB of a GPU for each, and the first that fits."""
     plans = {name: plan_from_flags(config, own) for name, own in strategies(costs, config).items()}
     lines = {
         name: f"{plan.needed():6.2f} GiB on each GPU{'' if plan.fits() else ': does not fit'}"
         for name, plan in plans.items()
     }
     best = next((name for name, plan in plans.items() if plan.fits()), None)
-    how = {
-        "DDP": "torchrun --nproc_per_node {} qlora.py", "FSDP2": "the same with --fsdp",
-        "ZeRO-2": "with --deepspeed examples/deepspeed_zero2.json", "one process": "python qlora.py",
-        "ZeRO-3": "with --deepspeed examples/deepspeed_zero3.json",
-    }  # fmt: skip
-    number = next(iter(plans.values())).gpu.number
-    return lines | {
-        "recommended": f"{best}: {how[best].format(number)}" if best else "none fits: more GPUs, or fewer bits"
-    }
+    how = f"{best}: {LAUNCH[best].format(plans[best].gpu.number)}" if best else "none fits: more GPUs, or fewer bits"
+    return lines | {"recommended": how}
 
 
 def plan_from_flags(config: Config, costs: Costs) -> Plan:
     """The plan before any row or weight is read: every row as long as the limits allow."""
-    gpu = find_gpu(config.training.plan_gpu)
-    if gpu is None:
-        raise ConfigError("--plan: there is no GPU here, name one with --plan_gpu, e.g. --plan_gpu 24GiB")
-    limits, train = limits_of(config), config.training
-    longest = limits.longest
+    train, longest = config.training, limits_of(config).longest
     window = longest * train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return make_plan(costs, gpu, longest, window, config)
+    return make_plan(costs, find_gpu(train.plan_gpu), longest, window, config)
 
 
 def calibrated(costs: Costs, model: Any, base: Any, fast: FastPath, config: Config) -> Costs:
     """The costs with what one small step, forward and backward, took of the GPU's memory."""
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 512
-    count = min(512, positions)
-    row = {"input_ids": [1] * count, "labels": [1] * count}
-    window = collate_window([row])["window"]
+    count = min(512, getattr(base.config.get_text_config(), "max_position_embeddings", None) or 512)
+    window = collate_window([{"input_ids": [1] * count, "labels": [1] * count}])["window"]
     batch = end_to_end_batch(window, [0]) if fast.attention else padded_batch(window, [0], 0, "right")
     set_recomputed(base, 0, fast)
     before = torch.cuda.memory_allocated()
@@ -4496,21 +4469,13 @@ def choose_sizes(
         at_once = None if train.auto_batch else train.per_device_train_batch_size
         sizes = Sizes(at_once, 4096 if train.auto_batch else NO_LIMIT, layers if wanted is None else wanted)
         return sizes._replace(unpacked=unpacked_layers(0, sizes, costs, config)), None
-    gpu = find_gpu(None)
-    assert gpu is not None
-    count = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    longest, window = largest_window(rows["length"][:], count)
+    lengths = sorted(rows["length"][:], reverse=True)
+    window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
     measured = calibrated(costs, model, base, fast, config)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     own = 0.95 * free - costs.gradients - (0 if costs.paged else costs.optimizer)
-    plan = make_plan(measured, gpu, longest, window, config, own)
+    plan = make_plan(measured, find_gpu(None), lengths[0], window, config, own)
     return plan.sizes, plan._replace(costs=costs)
-
-
-def largest_window(lengths: Sequence[int], rows: int) -> tuple[int, int]:
-    """Tokens of the longest row, and of the `rows` longest ones."""
-    ordered = sorted(lengths, reverse=True)
-    return ordered[0], sum(ordered[:rows])
 
 
 # ------------------------------------------------------------------------------------
