@@ -2113,15 +2113,6 @@ def sources_and_targets(
         yield list(itertools.chain(*parts[:last])), list(itertools.chain(*parts[last:]))
 
 
-def encode_batch(
-    batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool = False
-) -> dict[str, list[Any]]:
-    """Columns of rows in normal form -> columns of encoded rows, for datasets.map."""
-    bos = tokenizer.bos_token_id
-    rows = [join_tokens(s, t, limits, train_on_source, bos) for s, t in sources_and_targets(batch, tokenizer)]
-    return encoded_columns(rows, 1, limits)
-
-
 def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
     """A text with the special tokens that the tokenizer puts around it; the labels are what may be masked.
 
@@ -2142,39 +2133,28 @@ def last_texts(batch: Mapping[str, list[Any]]) -> list[str]:
     return [segments[-1]["text"] for segments in batch["segments"]]
 
 
-def encode_masked_batch(
-    batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool
+def encode_batch(
+    batch: Mapping[str, list[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    train_on_source: bool = False,
+    masked: bool = False,
 ) -> dict[str, list[Any]]:
-    """Columns of rows in normal form, whose last segments are the texts to mask, as encode_batch."""
-    return encoded_columns([encode_masked(text, tokenizer, limits) for text in last_texts(batch)], 0, limits)
-
-
-def encoded_columns(rows: list[Encoded], first: int, limits: Limits) -> dict[str, list[Any]]:
-    """Encoded rows as columns; `first` is the first token that can be learnt."""
+    """Columns of rows in normal form -> columns of encoded rows, for datasets.map."""
+    if masked:
+        rows = [encode_masked(text, tokenizer, limits) for text in last_texts(batch)]
+    else:
+        bos = tokenizer.bos_token_id
+        rows = [join_tokens(s, t, limits, train_on_source, bos) for s, t in sources_and_targets(batch, tokenizer)]
+    first = 0 if masked else 1  # which can be learnt: the very first token is predicted by none
     nothing = f"no token left to learn within {limits}, expected one at least"
-    problems = ["" if any(i != IGNORE for i in row.labels[first:]) else nothing for row in rows]
     return {
         "input_ids": [row.input_ids for row in rows],
         "labels": [row.labels for row in rows],
         "length": [len(row.input_ids) for row in rows],
         "cut": [row.cut for row in rows],
-        "problem": problems,
+        "problem": ["" if any(i != IGNORE for i in row.labels[first:]) else nothing for row in rows],
     }
-
-
-class Objective(NamedTuple):
-    """What differs with what is learnt, beside its loss (PARTS in the Trainer's room)."""
-
-    encode: Callable[..., dict[str, list[Any]]]
-    auto_model: Any
-    task_type: str | None  # peft's; CAUSAL_LM wants methods of generation, which an encoder lacks
-    pipeline_tag: str  # the hub's
-
-
-OBJECTIVES = {
-    False: Objective(encode_batch, AutoModelForCausalLM, "CAUSAL_LM", "text-generation"),
-    True: Objective(encode_masked_batch, AutoModelForMaskedLM, None, "fill-mask"),
-}  # by Config.masked
 
 
 def limits_of(config: Config) -> Limits:
@@ -2185,16 +2165,16 @@ def limits_of(config: Config) -> Limits:
 
 def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Config, name: str) -> Any:
     """Every row encoded, in parallel, from the cache where the same rows were encoded before."""
-    limits, on_source = limits_of(config), config.data.train_on_source
+    limits, on_source, masked = limits_of(config), config.data.train_on_source, config.masked
     words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    ids = (words, tokenizer.bos_token_id, tokenizer.eos_token_id, config.masked)
+    ids = (words, tokenizer.bos_token_id, tokenizer.eos_token_id, masked)
     workers = min(os.cpu_count() or 1, len(pairs) // 20_000)  # below that, starting processes takes longer
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
     return pairs.map(
-        OBJECTIVES[config.masked].encode,
+        encode_batch,
         batched=True,
-        fn_kwargs={"tokenizer": tokenizer, "limits": limits, "train_on_source": on_source},
+        fn_kwargs={"tokenizer": tokenizer, "limits": limits, "train_on_source": on_source, "masked": masked},
         remove_columns=["segments", "rendered", "category"],
         num_proc=workers if workers > 1 else None,
         desc=f"Encoding {name} rows",
@@ -2216,21 +2196,20 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
         frees: list[int] = []  # of which there are packs, in order
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             at = bisect.bisect_left(frees, lengths[i])
-            if at == len(frees):
-                open_packs[limit].append(len(self.packs))
-                frees.append(limit)
+            if at < len(frees):
+                pack = open_packs[frees[at]].pop()
+                if not open_packs[frees[at]]:
+                    del frees[at]
+            else:
+                pack = len(self.packs)
                 self.packs.append([])
                 self.lengths.append(0)
-            free = frees[at]
-            pack, left = open_packs[free].pop(), max(free - lengths[i], 0)
-            if not open_packs[free]:
-                del frees[at]
             self.packs[pack].append(i)
             self.lengths[pack] += lengths[i]
+            left = max(limit - self.lengths[pack], 0)
             if not open_packs[left]:
                 bisect.insort(frees, left)
             open_packs[left].append(pack)
-        self.column_names = list(rows.column_names)
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -2252,8 +2231,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         self.rows, self.seed, self.lengths, self.batch_size = rows, seed, lengths, batch_size
         self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader before each epoch."""
+    def set_epoch(self, epoch: int) -> None:  # the data loader calls it
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -2292,29 +2270,30 @@ def warn_without_stop(pairs: Any, rows: Any, tokenizer: PreTrainedTokenizerBase)
 
 def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
     """Both splits encoded; of a stream the first block, which stands for it until training."""
-    parts: list[Any] = []
-    for name, pairs in zip(Splits._fields, splits, strict=True):
-        if isinstance(pairs, RowStream):
-            parts.append(next(encoded_blocks(pairs, {}, tokenizer, config))[1])
-        elif pairs is not None:
-            rows = encode_dataset(pairs, tokenizer, config, name)
-            warn_without_stop(pairs, rows, tokenizer)
-            parts.append(usable_rows(rows, name, config))
-        else:
-            parts.append(None)
-    return Splits(*parts)
+    return Splits(*(usable_rows(pairs, name, tokenizer, config) for name, pairs in splits._asdict().items()))
 
 
-def usable_rows(rows: Any, name: str, config: Config, whole: bool = True) -> Any:
-    """Encoded rows that something can be learnt of; too long ones go where the flags say so, what was cut is logged."""
-    limits = limits_of(config)
+def usable_rows(
+    pairs: Any, name: str, tokenizer: PreTrainedTokenizerBase, config: Config, place: Place | None = None
+) -> Any:
+    """Rows encoded, without those that nothing can be learnt of and, if the flags say so, without too long ones.
+
+    With a place they are a block of a stream, of which nothing need remain.
+    """
+    if isinstance(pairs, RowStream):
+        return next(encoded_blocks(pairs, {}, tokenizer, config))[1]
+    if not pairs:
+        return pairs
+    rows, limits = encode_dataset(pairs, tokenizer, config, name), limits_of(config)
+    if not place:
+        warn_without_stop(pairs, rows, tokenizer)
     cut = [i for i, was_cut in enumerate(rows["cut"]) if was_cut]
     if cut and name == "train" and limits.total is not None and config.data.skip_excess_length:
         log.info("%d of %d training rows are longer than %s: left out", len(cut), len(rows), limits)
         rows = without(rows, cut)
-        if whole and len(rows) == 0:
+        if place is None and len(rows) == 0:
             raise DataError(f"--{limits}: every row is longer; raise it or give --skip_excess_length False")
-    return reject_bad_rows(rows, config, whole)
+    return reject_bad_rows(rows, config, whole=place is None)
 
 
 def encoded_blocks(
@@ -2331,13 +2310,8 @@ def encoded_blocks(
         rest = iter(dataclasses.replace(source, loaded=loaded, first=row, behind=row if state else 0))
         while block := list(itertools.islice(rest, config.data.stream_buffer)):
             made = list(normal_rows(block, stream.format_name, config.data, tokenizer))
-            pairs: Any = reject_bad_rows(datasets.Dataset.from_list(made, features=row_features()), config, whole=False)
-            rows = pairs
-            if len(pairs):
-                rows = encode_dataset(pairs, tokenizer, config, "train")
-                if not place:
-                    warn_without_stop(pairs, rows, tokenizer)
-                rows = usable_rows(rows, "train", config, whole=False)
+            pairs = reject_bad_rows(datasets.Dataset.from_list(made, features=row_features()), config, whole=False)
+            rows = usable_rows(pairs, "train", tokenizer, config, place)
             if len(rows):
                 useful = True
                 yield place, rows
@@ -2402,9 +2376,8 @@ def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRow
         stops = (labels[last] == tokenizer.eos_token_id) | (labels[np.maximum(last - 1, 0)] == tokenizer.eos_token_id)
         second = ids[np.minimum(starts + 1, ends - 1)]
         doubled = (sizes > 1) & (ids[starts] == begins_with) & (second == begins_with)
-        for name, where in {"learnt": learnt, "without_eos": ~stops, "doubled_bos": doubled}.items():
-            found[name] += int(where.sum())
-        found["cut"] += int(batch["cut"].to_numpy().sum())
+        where = {"learnt": learnt, "without_eos": ~stops, "doubled_bos": doubled, "cut": batch["cut"].to_numpy()}
+        found.update({name: int(part.sum()) for name, part in where.items()})
         largest = max(largest, int(ids.max(initial=0)))
         hashes = [hash(ids[start:end].tobytes()) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
         parts.append(np.stack([sizes, hashes]))
@@ -2423,13 +2396,13 @@ def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRow
 
 def measured(splits: Splits, tokenizer: Any, config: Config) -> tuple[Any, dict[str, TokenStatistics]]:
     """The rows to train on, packed if the flags say so, and statistics of both splits."""
-    limits = limits_of(config)
-    longest = limits.longest
+    longest = limits_of(config).longest
     packs = None if splits.train is None else PackedRows(splits.train, longest)
     if packs and config.data.packing:
         log.info("packing: %d rows in %d packs of up to %d tokens", len(packs.rows), len(packs), longest)
-    parts = {"train": (splits.train, packs), "eval": (splits.eval, None)}.items()
-    statistics = {name: token_statistics(rows, tokenizer, config, p) for name, (rows, p) in parts if rows is not None}
+    statistics = {} if packs is None else {"train": token_statistics(splits.train, tokenizer, config, packs)}
+    if splits.eval is not None:
+        statistics["eval"] = token_statistics(splits.eval, tokenizer, config)
     return packs if config.data.packing else splits.train, statistics
 
 
@@ -2460,8 +2433,8 @@ def pad(rows: Sequence[Sequence[int] | torch.Tensor], value: int, side: str) -> 
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
-def padded_prompts(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> dict[str, torch.Tensor]:
-    """Prompts as input_ids and attention_mask, (rows, longest). The mask comes from lengths: pad is often EOS."""
+def padded_prompts(rows: Sequence[Sequence[int] | torch.Tensor], pad_id: int, side: str) -> dict[str, torch.Tensor]:
+    """Rows of ids as input_ids and attention_mask, (rows, longest). The mask comes from lengths: pad is often EOS."""
     return {"input_ids": pad(rows, pad_id, side), "attention_mask": pad([[1] * len(row) for row in rows], 0, side)}
 
 
@@ -2477,7 +2450,6 @@ class Window:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each."""
         return [len(ids) for ids in self.input_ids]
 
 
@@ -2499,40 +2471,33 @@ def micro_batches(window: Window, rows: int | None, tokens: int, padded: bool) -
     """Which members of a window go through the model together.
 
     Args:
-        window: the members.
         rows: at most so many rows of the dataset together, in their order; None for as many as fit.
         tokens: at most so many, padding included, unless one member alone has more.
-        padded: whether members are padded to the longest.
     """
-    lengths, numbers = window.lengths, list(range(len(window.input_ids)))
-    if rows is None:
-        if padded:
-            numbers.sort(key=lambda i: -lengths[i])
-        else:  # even shares
-            tokens = min(tokens, math.ceil(sum(lengths) / max(1, math.ceil(sum(lengths) / tokens)) * 1.02))
-        groups = [numbers]
-    else:
+    lengths, groups = window.lengths, [list(range(len(window.input_ids)))]
+    if rows is not None:
         ends = [0, *itertools.accumulate(window.rows)]
-        groups = [numbers[ends[i] : ends[min(i + rows, len(window.rows))]] for i in range(0, len(window.rows), rows)]
-    made = []
+        groups = [groups[0][start:end] for start, end in itertools.pairwise([*ends[:-1:rows], ends[-1]])]
+    elif padded:
+        groups[0].sort(key=lambda i: -lengths[i])
+    else:  # even shares
+        tokens = min(tokens, math.ceil(sum(lengths) / max(1, math.ceil(sum(lengths) / tokens)) * 1.02))
+    made: list[list[int]] = []
     for group in groups:
-        batch: list[int] = []
+        made.append([])
         for i in group:
-            both = [lengths[j] for j in (*batch, i)]
-            if batch and (max(both) * len(both) if padded else sum(both)) > tokens:
-                made.append(batch)
-                batch = []
-            batch.append(i)
-        made.append(batch)
+            both = [lengths[j] for j in (*made[-1], i)]
+            if made[-1] and (max(both) * len(both) if padded else sum(both)) > tokens:
+                made.append([])
+            made[-1].append(i)
     return made
 
 
 def padded_batch(window: Window, members: list[int], pad_id: int, side: str) -> dict[str, Any]:
     """Members of a window in rows of one length, and which positions predict what."""
     ids, labels = ([part[i] for i in members] for part in (window.input_ids, window.labels))
-    mask = pad([torch.ones_like(row) for row in ids], 0, side)
     places = learnt(pad(labels, IGNORE, side).flatten(), 0 if window.masked else 1)
-    return {"input_ids": pad(ids, pad_id, side), "attention_mask": mask, **places}
+    return padded_prompts(ids, pad_id, side) | places
 
 
 def end_to_end_batch(window: Window, members: list[int]) -> dict[str, Any]:
@@ -2663,6 +2628,20 @@ def preview_text(rows: Iterable[Titled], statistics: Mapping[str, TokenStatistic
 # What leaves is the frozen base. Linear layers but the head are in 4 or 8 bits; embeddings, norms and head are in the
 # load dtype. No module is cast up: RMSNorm and LayerNorm compute in float32 inside, whatever their weights are.
 # ------------------------------------------------------------------------------------
+class Objective(NamedTuple):
+    """What differs with what is learnt, beside its loss (PARTS in the Trainer's room)."""
+
+    auto_model: Any
+    task_type: str | None  # peft's; CAUSAL_LM wants methods of generation, which an encoder lacks
+    pipeline_tag: str  # the hub's
+
+
+OBJECTIVES = {
+    False: Objective(AutoModelForCausalLM, "CAUSAL_LM", "text-generation"),
+    True: Objective(AutoModelForMaskedLM, None, "fill-mask"),
+}  # by Config.masked
+
+
 def compute_dtype(config: Config) -> torch.dtype:
     """The dtype of matrix products."""
     train = config.training
@@ -2697,11 +2676,6 @@ def device_map(config: Config) -> Any:
     if "LOCAL_RANK" in os.environ:  # device_map="auto" is refused by accelerate there
         return {"": int(os.environ["LOCAL_RANK"])}
     return "auto"
-
-
-def is_prequantised(model_config: PretrainedConfig) -> bool:
-    """Whether the checkpoint itself is quantised."""
-    return getattr(model_config, "quantization_config", None) is not None
 
 
 def quantisation_config(config: Config, whole: list[str] | None = None) -> Any | None:
@@ -2770,9 +2744,8 @@ def dequantised_gguf(path: Path, cache_dir: str | None, weights: bool = True) ->
     stat = path.stat()
     root = Path(cache_dir or HF_HOME) / "qlora-gguf"
     folder = root / f"{path.stem}-{digest(path.resolve(), stat.st_size, stat.st_mtime_ns)}"
-    if folder.is_dir():
-        return folder
-    folder = folder if weights else folder.with_name(f"{folder.name}-without-weights")
+    if not weights and not folder.is_dir():
+        folder = folder.with_name(f"{folder.name}-without-weights")
     if folder.is_dir():
         return folder
     log.info("%s: %s into %s, once", path, "dequantising" if weights else "its tokenizer", folder)
@@ -2896,39 +2869,40 @@ def layers_left_whole(config: Config, model_config: PretrainedConfig) -> list[st
     return sorted(linear - set(linear_layers(empty, masked=True)))
 
 
-class Quirk(NamedTuple):
-    """What a family of models needs before it is loaded."""
-
-    applies: Callable[[PretrainedConfig], bool]
-    mend: Callable[[], None]
-    why: str
-
-
-def _plain_falcon_linear() -> None:
+def quantisable_falcon() -> None:
+    """What is exactly nn.Linear is quantised by transformers: Falcon's subclass computes the same and would stay."""
     from transformers.models.falcon import modeling_falcon
 
     modeling_falcon.FalconLinear = torch.nn.Linear  # type: ignore[assignment, misc]
 
 
-QUIRKS = (
-    Quirk(
-        lambda config: config.model_type == "falcon",
-        _plain_falcon_linear,
-        "transformers quantises what is exactly nn.Linear; Falcon's subclass of it computes the same and stays whole",
-    ),
-)
+QUIRKS = {"falcon": quantisable_falcon}  # by model_type: what a family needs before it is loaded
 
 
 def load_base(config: Config, model_config: PretrainedConfig, folder: str, **options: Any) -> Any:
     """The base model as these options have it."""
-    for quirk in (quirk for quirk in QUIRKS if quirk.applies(model_config)):
-        quirk.mend()
+    if model_config.model_type in QUIRKS:
+        QUIRKS[model_config.model_type]()
     pickles, name = config.model.allow_pickle_weights, config.model.model_name_or_path
     shared = {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
     options = {"use_safetensors": None if pickles else True} | shared | options
     options = {name: value for name, value in options.items() if value is not None}
     name += "" if pickles or Path(folder).is_dir() else " (read as safetensors; --allow_pickle_weights reads .bin too)"
     return load_whole(name, folder, OBJECTIVES[config.masked].auto_model, **options)
+
+
+def check_prequantised(config: Config, own: Mapping[str, Any]) -> None:
+    """Refuse flags that ask for more than weights that are quantised already can give."""
+    name, init, dtype = config.model.model_name_or_path, config.lora.init_lora_weights, compute_dtype(config)
+    stored = own.get("bnb_4bit_quant_storage", "uint8")
+    if is_fsdp(config) and stored != str(dtype).removeprefix("torch."):
+        raise ConfigError(
+            f"--fsdp: {name} is quantised already and stored as {stored}, which FSDP can't shard (it takes {dtype} "
+            "here): give the base as published"
+        )
+    if config.quant.full_finetune or lora_start_problem(init, quantised=True):
+        what = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {init}"
+        raise ConfigError(f"{what}: the weights of {name} are quantised already")
 
 
 def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
@@ -2938,27 +2912,17 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         "device_map": device_map(config),
         "attn_implementation": attention_kernel(config),
     }
-    prequantised = is_prequantised(model_config)
-    if prequantised and is_fsdp(config):
-        stored = model_config.quantization_config.get("bnb_4bit_quant_storage", "uint8")
-        if stored != str(compute_dtype(config)).removeprefix("torch."):
-            raise ConfigError(
-                f"--fsdp: {config.model.model_name_or_path} is quantised already and stored as {stored}, which FSDP "
-                f"can't shard (it takes {compute_dtype(config)} here): give the base as published"
-            )
-    if config.training.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
-        importlib.import_module("deepspeed").init_distributed()
-    init = config.lora.init_lora_weights
-    if prequantised and (config.quant.full_finetune or lora_start_problem(init, quantised=True)):
-        what = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {init}"
-        raise ConfigError(f"{what}: the weights of {config.model.model_name_or_path} are quantised already")
-    if prequantised:
-        log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
-    else:
-        options["quantization_config"] = quantisation_config(config, layers_left_whole(config, model_config))
     if options["device_map"] == "auto":
         limit = f"{config.quant.max_memory_MB}MB"
         options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), limit)
+    own = getattr(model_config, "quantization_config", None)
+    if own:
+        check_prequantised(config, own)
+        log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
+    else:
+        options["quantization_config"] = quantisation_config(config, layers_left_whole(config, model_config))
+    if config.training.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
+        importlib.import_module("deepspeed").init_distributed()
     model = load_base(config, model_config, folder, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -2966,7 +2930,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     layers = linear_layers(model, config.masked)
     whole = [name for name in layers if type(model.get_submodule(name)).__module__.startswith("torch")]
-    if whole and not prequantised and config.quant.bits < 16:
+    if whole and not own and config.quant.bits < 16:
         log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
     # keeps the Trainer from wrapping the one model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
@@ -3126,30 +3090,22 @@ def fit_to_base(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
     config_file.write_text(json.dumps(config | changed, indent=2), encoding="utf-8")
 
 
-@dataclass
-class EvaBatches:
-    """For EVA's running decomposition of the layers' inputs: batches of several times as many tokens as its rank."""
-
-    rows: list[list[int]]
-    pad_id: int
-    rank: int
-
-    def __len__(self) -> int:
-        return 1000  # after which it is not going to settle; peft would go on for ever
+class EndingBatches(list[dict[str, torch.Tensor]]):
+    """Batches for EVA's running decomposition of the layers' inputs: peft would go round them for ever."""
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        source = itertools.cycle(self.rows)
-        for _ in range(len(self)):
-            batch = [next(source)]
-            while sum(map(len, batch)) < 8 * self.rank:
-                batch.append(next(source))
-            yield padded_prompts(batch, self.pad_id, "right")
+        yield from super().__iter__()
         raise ConfigError(f"--init_lora_weights eva: not settled after {len(self)} batches; lower --lora_r")
 
 
 def start_from_inputs(model: Any, rows: Any, pad_id: int, config: Config) -> None:
     """EVA (https://arxiv.org/abs/2410.07170): A starts as the main directions of each layer's inputs."""
-    batches: Any = EvaBatches(rows["input_ids"], pad_id, config.lora.lora_r)
+    source, batches = itertools.cycle(rows["input_ids"]), EndingBatches()
+    while len(batches) < 1000:  # after which it is not going to settle
+        batch = [next(source)]
+        while sum(map(len, batch)) < 8 * config.lora.lora_r:
+            batch.append(next(source))
+        batches.append(padded_prompts(batch, pad_id, "right"))
     with mendable("--init_lora_weights eva", ConfigError, RuntimeError):
         initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
 
@@ -4205,13 +4161,14 @@ def parameter_bytes(count: int, rows: int, config: Config) -> int:
     return count + 4 * rows if bits == 8 else count * plain
 
 
-def estimate(model: Any, config: Config) -> Costs:
-    """The costs of a model that has no weights yet (it is on the meta device).
+def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
+    """The costs of the base model, from its shapes alone.
 
     What a layer keeps of a token is what the fast path keeps: the inputs of the two norms, those of each group of
     linear layers, what attention takes and gives, gate and up, and the thin products.
     """
-    train, lora, full = config.training, config.lora, config.quant.full_finetune
+    model, train, lora = without_weights(config, model_config), config.training, config.lora
+    full = config.quant.full_finetune
     text, plain = model.config.get_text_config(), load_dtype(config).itemsize
     width = min(compute_dtype(config).itemsize, plain)
     layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
@@ -4277,12 +4234,9 @@ def fit(costs: Costs, room: float, longest: int, window: int, gpu: Gpu, config: 
     """The fastest way to cut a window that fits into `room` bytes; where nothing does, the smallest.
 
     Args:
-        costs: of the model.
         room: bytes for activations and transients.
         longest: tokens of the longest row (or pack), which is not cut.
         window: tokens of the largest window.
-        gpu: for the time that recomputation and small micro-batches take.
-        config: the flags, which may have decided some of it.
     """
     train, wanted = config.training, wanted_recompute(config, costs.layers)
     rows = train.per_device_train_batch_size if train.auto_batch is False else None
@@ -4362,16 +4316,9 @@ class Plan(NamedTuple):
             "tokens per second": f"{self.tokens_per_second():.0f}" if self.gpu.tflops else "not known for this GPU",
         }
 
-    def beside(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The prediction as metrics, logged beside what came."""
-        if "train_peak_memory_gib" not in metrics:
-            return {}
+    def metrics(self) -> dict[str, float]:
+        """The prediction, for the table of what came."""
         peak, speed = self.gib()["predicted peak"], self.tokens_per_second()
-        lines = {
-            "peak memory": f"{peak:.2f} GiB predicted, {metrics['train_peak_memory_gib']:.2f} GiB measured",
-            "tokens per second": f"{speed:.0f} predicted, {metrics['train_tokens_per_second']:.0f} measured",
-        }
-        log_block("Plan and result", lines)
         return {"plan_peak_memory_gib": round(peak, 3), "plan_tokens_per_second": round(speed, 1)}
 
 
@@ -4389,11 +4336,6 @@ def make_plan(costs: Costs, gpu: Gpu, longest: int, window: int, config: Config,
         if plan.fits():
             break
     return plan
-
-
-def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
-    """The costs of the base model, from its shapes alone."""
-    return estimate(without_weights(config, model_config), config)
 
 
 LAUNCH = {  # how each way to use several GPUs is asked for
@@ -5855,7 +5797,7 @@ def load_merge_base(config: Config, folder: str) -> Any:
     model_config = load_model_config(config, folder)
     own = model_config.dtype if model_config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     options: dict[str, Any] = {"dtype": own, "device_map": {"": "cpu"}}
-    quantised = is_prequantised(model_config)
+    quantised = bool(getattr(model_config, "quantization_config", None))
     if quantised:
         log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
@@ -6361,7 +6303,7 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
         stop.training = True
         metrics |= train(trainer, start, stop, config)
         stop.training = False
-        metrics |= ready.plan.beside(metrics) if ready.plan else {}
+        metrics |= ready.plan.metrics() if ready.plan else {}
         if number := stop.agreed():
             name, step = signal.Signals(number).name, trainer.state.global_step
             log.warning("stopped by %s at step %d, saved; the same command goes on from there", name, step)
@@ -6381,8 +6323,9 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     file = Path(config.training.output_dir, "metrics.json")
     earlier = read_json(file) if file.is_file() else {}
     write_file(file, json.dumps({"run_name": config.training.run_name, **earlier, **metrics}, indent=1) + "\n")
-    shown = ("train_tokens_per_second", "train_peak_memory_gib", "train_loss", "eval_loss", "eval_perplexity",
-             "eval_masked_accuracy", "predict_masked_accuracy")  # fmt: skip
+    shown = ("plan_tokens_per_second", "train_tokens_per_second", "plan_peak_memory_gib", "train_peak_memory_gib",
+             "train_loss", "eval_loss", "eval_perplexity", "eval_masked_accuracy",
+             "predict_masked_accuracy")  # fmt: skip
     lines = {name.replace("_", " "): metrics[name] for name in shown if name in metrics}
     lines |= {name: value for name, value in metrics.items() if re.fullmatch(r"mmlu_\w+_accuracy|mmlu_loss", name)}
     files = {str(final_folder(config)): 1, config.training.output_dir: 1, config.training.merged_output_dir: 1}
