@@ -2628,18 +2628,7 @@ def preview_text(rows: Iterable[Titled], statistics: Mapping[str, TokenStatistic
 # What leaves is the frozen base. Linear layers but the head are in 4 or 8 bits; embeddings, norms and head are in the
 # load dtype. No module is cast up: RMSNorm and LayerNorm compute in float32 inside, whatever their weights are.
 # ------------------------------------------------------------------------------------
-class Objective(NamedTuple):
-    """What differs with what is learnt, beside its loss (PARTS in the Trainer's room)."""
-
-    auto_model: Any
-    task_type: str | None  # peft's; CAUSAL_LM wants methods of generation, which an encoder lacks
-    pipeline_tag: str  # the hub's
-
-
-OBJECTIVES = {
-    False: Objective(AutoModelForCausalLM, "CAUSAL_LM", "text-generation"),
-    True: Objective(AutoModelForMaskedLM, None, "fill-mask"),
-}  # by Config.masked
+AUTO_MODELS = {False: AutoModelForCausalLM, True: AutoModelForMaskedLM}  # by Config.masked
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -2853,7 +2842,7 @@ def without_weights(config: Config, model_config: PretrainedConfig) -> Any:
     saved, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
     try:
         with torch.device("meta"), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
-            return OBJECTIVES[config.masked].auto_model.from_config(
+            return AUTO_MODELS[config.masked].from_config(
                 model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
             )
     finally:
@@ -2888,7 +2877,7 @@ def load_base(config: Config, model_config: PretrainedConfig, folder: str, **opt
     options = {"use_safetensors": None if pickles else True} | shared | options
     options = {name: value for name, value in options.items() if value is not None}
     name += "" if pickles or Path(folder).is_dir() else " (read as safetensors; --allow_pickle_weights reads .bin too)"
-    return load_whole(name, folder, OBJECTIVES[config.masked].auto_model, **options)
+    return load_whole(name, folder, AUTO_MODELS[config.masked], **options)
 
 
 def check_prequantised(config: Config, own: Mapping[str, Any]) -> None:
@@ -3035,7 +3024,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         # the same rank everywhere: EVA's own choice of ranks would change with the batches it happened to see
         eva_config=EvaConfig(rho=1.0) if init == "eva" else None,
         modules_to_save=whole_modules(model, lora.modules_to_save),
-        task_type=OBJECTIVES[masked].task_type,
+        task_type=None if masked else "CAUSAL_LM",  # which wants methods of generation, and an encoder has none
     )
 
 
@@ -4054,7 +4043,7 @@ def speed_up(model: Any, base: Any, config: Config) -> FastPath:
 # 11. Plan: what a run will take, and how its steps are cut to fit
 #
 # From the model's shapes alone, before a weight is read: GiB for each part, and tokens per second. On the model that is
-# loaded, a try of two small steps says what a token and a layer really take.
+# loaded, a try of one small step says what a token and a layer really take.
 # ------------------------------------------------------------------------------------
 class Sizes(NamedTuple):
     """How a window goes through the model; changes when memory runs out."""
@@ -5801,7 +5790,8 @@ def load_merge_base(config: Config, folder: str) -> Any:
     if quantised:
         log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
-        options |= {"dtype": load_dtype(config), "quantization_config": quantisation_config(config)}
+        whole = layers_left_whole(config, model_config)
+        options |= {"dtype": load_dtype(config), "quantization_config": quantisation_config(config, whole)}
         quantised = True
     model = load_base(config, model_config, folder, **options)
     if quantised:
@@ -5870,7 +5860,7 @@ def merge(adapter: str, splits: Splits, tokenizer: Any, folder: str, config: Con
         with mendable(f"--merged_output_dir {target}", TrainingError):
             before = write_merged(adapter, aside, tokenizer, sample, folder, config)
             model = load_whole(
-                str(aside), aside, OBJECTIVES[config.masked].auto_model,
+                str(aside), aside, AUTO_MODELS[config.masked],
                 trust_remote_code=config.model.trust_remote_code,
             )  # fmt: skip
         metrics = compare_merged(computing_in_float32(model), before, sample, target)
@@ -6014,7 +6004,7 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     kind, library = ("full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {library}\n"
-        f"pipeline_tag: {OBJECTIVES[config.masked].pipeline_tag}\n---\n\n"
+        f"pipeline_tag: {'fill-mask' if config.masked else 'text-generation'}\n---\n\n"
         f"# {kind.capitalize()} for {base}\n\n"
         f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
         f"dataset `{config.data.dataset}`.\n\n"
