@@ -2643,17 +2643,17 @@ def load_dtype(config: Config) -> torch.dtype:
 
 
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the later name, where there is one, rules
-ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # what `accelerate launch` sets
-
-
-def is_sharded(config: Config) -> bool:
-    """Whether an engine, FSDP or DeepSpeed, spreads the model's weights."""
-    return bool(config.training.deepspeed or config.training.fsdp or "true" in map(os.environ.get, ENGINES))
 
 
 def is_fsdp(config: Config) -> bool:
-    """Whether it is FSDP."""
+    """Whether FSDP spreads the model's weights, by the flags or by `accelerate launch`."""
     return bool(config.training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def is_sharded(config: Config) -> bool:
+    """Whether an engine, FSDP or DeepSpeed, spreads them."""
+    deepspeed = config.training.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return is_fsdp(config) or bool(deepspeed)
 
 
 def device_map(config: Config) -> Any:
@@ -2747,11 +2747,9 @@ def dequantised_gguf(path: Path, cache_dir: str | None, weights: bool = True) ->
         if isinstance(model_config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model_config.eos_token_id)
         if weights:
-            model = load_whole(str(path), path.parent, gguf_file=path.name, dtype=torch.float32)
+            model = load_whole(str(path), path.parent, gguf_file=path.name, dtype=torch.bfloat16)
             # transformers refuses to save what came from a gguf file unless it forgets that
             model.hf_quantizer.remove_quantization_config(model)
-            model.to(torch.bfloat16)
-            model.config.dtype = torch.bfloat16
             model.save_pretrained(part)
         else:
             model_config.save_pretrained(part)
@@ -2832,8 +2830,8 @@ def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
     layers = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]
     if not masked:
         return layers
-    inside = set(model.base_model.modules())  # what transforms and predicts lies beside the encoder;
-    # ESM's predictor of contacts lies in it, but a masked language model does not run it
+    # what transforms and predicts lies beside the encoder; in it ESM's predictor of contacts, which never runs here
+    inside = set(model.base_model.modules())
     return [name for name in layers if model.get_submodule(name) in inside and "contact_head" not in name.split(".")]
 
 
