@@ -2136,15 +2136,6 @@ def sources_and_targets(
         yield list(itertools.chain(*parts[:last])), list(itertools.chain(*parts[last:]))
 
 
-def encode_batch(
-    batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool = False
-) -> dict[str, list[Any]]:
-    """Columns of rows in normal form -> columns of encoded rows, for datasets.map."""
-    bos = tokenizer.bos_token_id
-    rows = [join_tokens(s, t, limits, train_on_source, bos) for s, t in sources_and_targets(batch, tokenizer)]
-    return encoded_columns(rows, 1, limits)
-
-
 def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
     """A text with the special tokens that the tokenizer puts around it; the labels are what may be masked.
 
@@ -2165,39 +2156,28 @@ def last_texts(batch: Mapping[str, list[Any]]) -> list[str]:
     return [segments[-1]["text"] for segments in batch["segments"]]
 
 
-def encode_masked_batch(
-    batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, limits: Limits, train_on_source: bool
+def encode_batch(
+    batch: Mapping[str, list[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    train_on_source: bool = False,
+    masked: bool = False,
 ) -> dict[str, list[Any]]:
-    """Columns of rows in normal form, whose last segments are the texts to mask, as encode_batch."""
-    return encoded_columns([encode_masked(text, tokenizer, limits) for text in last_texts(batch)], 0, limits)
-
-
-def encoded_columns(rows: list[Encoded], first: int, limits: Limits) -> dict[str, list[Any]]:
-    """Encoded rows as columns; `first` is the first token that can be learnt."""
+    """Columns of rows in normal form -> columns of encoded rows, for datasets.map."""
+    if masked:
+        rows = [encode_masked(text, tokenizer, limits) for text in last_texts(batch)]
+    else:
+        bos = tokenizer.bos_token_id
+        rows = [join_tokens(s, t, limits, train_on_source, bos) for s, t in sources_and_targets(batch, tokenizer)]
+    first = 0 if masked else 1  # which can be learnt: the very first token is predicted by none
     nothing = f"no token left to learn within {limits}, expected one at least"
-    problems = ["" if any(i != IGNORE for i in row.labels[first:]) else nothing for row in rows]
     return {
         "input_ids": [row.input_ids for row in rows],
         "labels": [row.labels for row in rows],
         "length": [len(row.input_ids) for row in rows],
         "cut": [row.cut for row in rows],
-        "problem": problems,
+        "problem": ["" if any(i != IGNORE for i in row.labels[first:]) else nothing for row in rows],
     }
-
-
-class Objective(NamedTuple):
-    """What differs with what is learnt, beside its loss (PARTS in the Trainer's room)."""
-
-    encode: Callable[..., dict[str, list[Any]]]
-    auto_model: Any
-    task_type: str | None  # peft's; CAUSAL_LM wants methods of generation, which an encoder lacks
-    pipeline_tag: str  # the hub's
-
-
-OBJECTIVES = {
-    False: Objective(encode_batch, AutoModelForCausalLM, "CAUSAL_LM", "text-generation"),
-    True: Objective(encode_masked_batch, AutoModelForMaskedLM, None, "fill-mask"),
-}  # by Config.masked
 
 
 def limits_of(config: Config) -> Limits:
@@ -2208,16 +2188,16 @@ def limits_of(config: Config) -> Limits:
 
 def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Config, name: str) -> Any:
     """Every row encoded, in parallel, from the cache where the same rows were encoded before."""
-    limits, on_source = limits_of(config), config.data.train_on_source
+    limits, on_source, masked = limits_of(config), config.data.train_on_source, config.masked
     words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    ids = (words, tokenizer.bos_token_id, tokenizer.eos_token_id, config.masked)
+    ids = (words, tokenizer.bos_token_id, tokenizer.eos_token_id, masked)
     workers = min(os.cpu_count() or 1, len(pairs) // 20_000)  # below that, starting processes takes longer
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
     return pairs.map(
-        OBJECTIVES[config.masked].encode,
+        encode_batch,
         batched=True,
-        fn_kwargs={"tokenizer": tokenizer, "limits": limits, "train_on_source": on_source},
+        fn_kwargs={"tokenizer": tokenizer, "limits": limits, "train_on_source": on_source, "masked": masked},
         remove_columns=["segments", "rendered", "category"],
         num_proc=workers if workers > 1 else None,
         desc=f"Encoding {name} rows",
@@ -2239,21 +2219,20 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
         frees: list[int] = []  # of which there are packs, in order
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             at = bisect.bisect_left(frees, lengths[i])
-            if at == len(frees):
-                open_packs[limit].append(len(self.packs))
-                frees.append(limit)
+            if at < len(frees):
+                pack = open_packs[frees[at]].pop()
+                if not open_packs[frees[at]]:
+                    del frees[at]
+            else:
+                pack = len(self.packs)
                 self.packs.append([])
                 self.lengths.append(0)
-            free = frees[at]
-            pack, left = open_packs[free].pop(), max(free - lengths[i], 0)
-            if not open_packs[free]:
-                del frees[at]
             self.packs[pack].append(i)
             self.lengths[pack] += lengths[i]
+            left = max(limit - self.lengths[pack], 0)
             if not open_packs[left]:
                 bisect.insort(frees, left)
             open_packs[left].append(pack)
-        self.column_names = list(rows.column_names)
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -2275,8 +2254,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         self.rows, self.seed, self.lengths, self.batch_size = rows, seed, lengths, batch_size
         self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader before each epoch."""
+    def set_epoch(self, epoch: int) -> None:  # the data loader calls it
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -2315,29 +2293,30 @@ def warn_without_stop(pairs: Any, rows: Any, tokenizer: PreTrainedTokenizerBase)
 
 def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
     """Both splits encoded; of a stream the first block, which stands for it until training."""
-    parts: list[Any] = []
-    for name, pairs in zip(Splits._fields, splits, strict=True):
-        if isinstance(pairs, RowStream):
-            parts.append(next(encoded_blocks(pairs, {}, tokenizer, config))[1])
-        elif pairs is not None:
-            rows = encode_dataset(pairs, tokenizer, config, name)
-            warn_without_stop(pairs, rows, tokenizer)
-            parts.append(usable_rows(rows, name, config))
-        else:
-            parts.append(None)
-    return Splits(*parts)
+    return Splits(*(usable_rows(pairs, name, tokenizer, config) for name, pairs in splits._asdict().items()))
 
 
-def usable_rows(rows: Any, name: str, config: Config, whole: bool = True) -> Any:
-    """Encoded rows that something can be learnt of; too long ones go where the flags say so, what was cut is logged."""
-    limits = limits_of(config)
+def usable_rows(
+    pairs: Any, name: str, tokenizer: PreTrainedTokenizerBase, config: Config, place: Place | None = None
+) -> Any:
+    """Rows encoded, without those that nothing can be learnt of and, if the flags say so, without too long ones.
+
+    With a place they are a block of a stream, of which nothing need remain.
+    """
+    if isinstance(pairs, RowStream):
+        return next(encoded_blocks(pairs, {}, tokenizer, config))[1]
+    if not pairs:
+        return pairs
+    rows, limits = encode_dataset(pairs, tokenizer, config, name), limits_of(config)
+    if not place:
+        warn_without_stop(pairs, rows, tokenizer)
     cut = [i for i, was_cut in enumerate(rows["cut"]) if was_cut]
     if cut and name == "train" and limits.total is not None and config.data.skip_excess_length:
         log.info("%d of %d training rows are longer than %s: left out", len(cut), len(rows), limits)
         rows = without(rows, cut)
-        if whole and len(rows) == 0:
+        if place is None and len(rows) == 0:
             raise DataError(f"--{limits}: every row is longer; raise it or give --skip_excess_length False")
-    return reject_bad_rows(rows, config, whole)
+    return reject_bad_rows(rows, config, whole=place is None)
 
 
 def encoded_blocks(
@@ -2355,12 +2334,7 @@ def encoded_blocks(
         while block := list(itertools.islice(rest, config.data.stream_buffer)):
             made = list(normal_rows(block, stream.format_name, config.data, tokenizer))
             pairs: Any = datasets.Dataset.from_list(made, features=row_features()) if made else None
-            rows = pairs = reject_bad_rows(pairs, config, whole=False)
-            if pairs:
-                rows = encode_dataset(pairs, tokenizer, config, "train")
-                if not place:
-                    warn_without_stop(pairs, rows, tokenizer)
-                rows = usable_rows(rows, "train", config, whole=False)
+            rows = usable_rows(reject_bad_rows(pairs, config, whole=False), "train", tokenizer, config, place)
             if rows:
                 useful = True
                 yield place, rows
@@ -2426,9 +2400,8 @@ def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRow
         stops = (labels[last] == tokenizer.eos_token_id) | (labels[np.maximum(last - 1, 0)] == tokenizer.eos_token_id)
         second = ids[np.minimum(starts + 1, ends - 1)]
         doubled = (sizes > 1) & (ids[starts] == begins_with) & (second == begins_with)
-        for name, where in {"learnt": learnt, "without_eos": ~stops, "doubled_bos": doubled}.items():
-            found[name] += int(where.sum())
-        found["cut"] += int(batch["cut"].to_numpy().sum())
+        where = {"learnt": learnt, "without_eos": ~stops, "doubled_bos": doubled, "cut": batch["cut"].to_numpy()}
+        found.update({name: int(part.sum()) for name, part in where.items()})
         largest = max(largest, int(ids.max(initial=0)))
         hashes = [hash(ids[start:end].tobytes()) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
         parts.append(np.stack([sizes, hashes]))
@@ -2447,13 +2420,13 @@ def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRow
 
 def measured(splits: Splits, tokenizer: Any, config: Config) -> tuple[Any, dict[str, TokenStatistics]]:
     """The rows to train on, packed if the flags say so, and statistics of both splits."""
-    limits = limits_of(config)
-    longest = limits.longest
+    longest = limits_of(config).longest
     packs = None if splits.train is None else PackedRows(splits.train, longest)
     if packs and config.data.packing:
         log.info("packing: %d rows in %d packs of up to %d tokens", len(packs.rows), len(packs), longest)
-    parts = {"train": (splits.train, packs), "eval": (splits.eval, None)}.items()
-    statistics = {name: token_statistics(rows, tokenizer, config, p) for name, (rows, p) in parts if rows is not None}
+    statistics = {} if packs is None else {"train": token_statistics(splits.train, tokenizer, config, packs)}
+    if splits.eval is not None:
+        statistics["eval"] = token_statistics(splits.eval, tokenizer, config)
     return packs if config.data.packing else splits.train, statistics
 
 
@@ -2484,8 +2457,8 @@ def pad(rows: Sequence[Sequence[int] | torch.Tensor], value: int, side: str) -> 
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
-def padded_prompts(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> dict[str, torch.Tensor]:
-    """Prompts as input_ids and attention_mask, (rows, longest). The mask comes from lengths: pad is often EOS."""
+def padded_prompts(rows: Sequence[Sequence[int] | torch.Tensor], pad_id: int, side: str) -> dict[str, torch.Tensor]:
+    """Rows of ids as input_ids and attention_mask, (rows, longest). The mask comes from lengths: pad is often EOS."""
     return {"input_ids": pad(rows, pad_id, side), "attention_mask": pad([[1] * len(row) for row in rows], 0, side)}
 
 
@@ -2501,7 +2474,6 @@ class Window:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each."""
         return [len(ids) for ids in self.input_ids]
 
 
@@ -2523,40 +2495,33 @@ def micro_batches(window: Window, rows: int | None, tokens: int, padded: bool) -
     """Which members of a window go through the model together.
 
     Args:
-        window: the members.
         rows: at most so many rows of the dataset together, in their order; None for as many as fit.
         tokens: at most so many, padding included, unless one member alone has more.
-        padded: whether members are padded to the longest.
     """
-    lengths, numbers = window.lengths, list(range(len(window.input_ids)))
-    if rows is None:
-        if padded:
-            numbers.sort(key=lambda i: -lengths[i])
-        else:  # even shares
-            tokens = min(tokens, math.ceil(sum(lengths) / max(1, math.ceil(sum(lengths) / tokens)) * 1.02))
-        groups = [numbers]
-    else:
+    lengths, groups = window.lengths, [list(range(len(window.input_ids)))]
+    if rows is not None:
         ends = [0, *itertools.accumulate(window.rows)]
-        groups = [numbers[ends[i] : ends[min(i + rows, len(window.rows))]] for i in range(0, len(window.rows), rows)]
-    made = []
+        groups = [groups[0][start:end] for start, end in itertools.pairwise([*ends[:-1:rows], ends[-1]])]
+    elif padded:
+        groups[0].sort(key=lambda i: -lengths[i])
+    else:  # even shares
+        tokens = min(tokens, math.ceil(sum(lengths) / max(1, math.ceil(sum(lengths) / tokens)) * 1.02))
+    made: list[list[int]] = []
     for group in groups:
-        batch: list[int] = []
+        made.append([])
         for i in group:
-            both = [lengths[j] for j in (*batch, i)]
-            if batch and (max(both) * len(both) if padded else sum(both)) > tokens:
-                made.append(batch)
-                batch = []
-            batch.append(i)
-        made.append(batch)
+            both = [lengths[j] for j in (*made[-1], i)]
+            if made[-1] and (max(both) * len(both) if padded else sum(both)) > tokens:
+                made.append([])
+            made[-1].append(i)
     return made
 
 
 def padded_batch(window: Window, members: list[int], pad_id: int, side: str) -> dict[str, Any]:
     """Members of a window in rows of one length, and which positions predict what."""
     ids, labels = ([part[i] for i in members] for part in (window.input_ids, window.labels))
-    mask = pad([torch.ones_like(row) for row in ids], 0, side)
     places = learnt(pad(labels, IGNORE, side).flatten(), 0 if window.masked else 1)
-    return {"input_ids": pad(ids, pad_id, side), "attention_mask": mask, **places}
+    return padded_prompts(ids, pad_id, side) | places
 
 
 def end_to_end_batch(window: Window, members: list[int]) -> dict[str, Any]:
@@ -2687,6 +2652,9 @@ def preview_text(rows: Iterable[Titled], statistics: Mapping[str, TokenStatistic
 # What leaves is the frozen base. Linear layers but the head are in 4 or 8 bits; embeddings, norms and head are in the
 # load dtype. No module is cast up: RMSNorm and LayerNorm compute in float32 inside, whatever their weights are.
 # ------------------------------------------------------------------------------------
+AUTO_MODELS = {False: AutoModelForCausalLM, True: AutoModelForMaskedLM}  # by Config.masked
+
+
 def compute_dtype(config: Config) -> torch.dtype:
     """The dtype of matrix products."""
     train = config.training
@@ -2699,17 +2667,17 @@ def load_dtype(config: Config) -> torch.dtype:
 
 
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the later name, where there is one, rules
-ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # what `accelerate launch` sets
-
-
-def is_sharded(config: Config) -> bool:
-    """Whether an engine, FSDP or DeepSpeed, spreads the model's weights."""
-    return bool(config.training.deepspeed or config.training.fsdp or "true" in map(os.environ.get, ENGINES))
 
 
 def is_fsdp(config: Config) -> bool:
-    """Whether it is FSDP."""
+    """Whether FSDP spreads the model's weights, by the flags or by `accelerate launch`."""
     return bool(config.training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def is_sharded(config: Config) -> bool:
+    """Whether an engine, FSDP or DeepSpeed, spreads them."""
+    deepspeed = config.training.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return is_fsdp(config) or bool(deepspeed)
 
 
 def device_map(config: Config) -> Any:
@@ -2721,11 +2689,6 @@ def device_map(config: Config) -> Any:
     if "LOCAL_RANK" in os.environ:  # device_map="auto" is refused by accelerate there
         return {"": int(os.environ["LOCAL_RANK"])}
     return "auto"
-
-
-def is_prequantised(model_config: PretrainedConfig) -> bool:
-    """Whether the checkpoint itself is quantised."""
-    return getattr(model_config, "quantization_config", None) is not None
 
 
 def quantisation_config(config: Config, whole: list[str] | None = None) -> Any | None:
@@ -2794,9 +2757,8 @@ def dequantised_gguf(path: Path, cache_dir: str | None, weights: bool = True) ->
     stat = path.stat()
     root = Path(cache_dir or HF_HOME) / "qlora-gguf"
     folder = root / f"{path.stem}-{digest(path.resolve(), stat.st_size, stat.st_mtime_ns)}"
-    if folder.is_dir():
-        return folder
-    folder = folder if weights else folder.with_name(f"{folder.name}-without-weights")
+    if not weights and not folder.is_dir():
+        folder = folder.with_name(f"{folder.name}-without-weights")
     if folder.is_dir():
         return folder
     log.info("%s: %s into %s, once", path, "dequantising" if weights else "its tokenizer", folder)
@@ -2809,11 +2771,9 @@ def dequantised_gguf(path: Path, cache_dir: str | None, weights: bool = True) ->
         if isinstance(model_config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model_config.eos_token_id)
         if weights:
-            model = load_whole(str(path), path.parent, gguf_file=path.name, dtype=torch.float32)
+            model = load_whole(str(path), path.parent, gguf_file=path.name, dtype=torch.bfloat16)
             # transformers refuses to save what came from a gguf file unless it forgets that
             model.hf_quantizer.remove_quantization_config(model)
-            model.to(torch.bfloat16)
-            model.config.dtype = torch.bfloat16
             model.save_pretrained(part)
         else:
             model_config.save_pretrained(part)
@@ -2894,55 +2854,66 @@ def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
     layers = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]
     if not masked:
         return layers
-    inside = set(model.base_model.modules())  # what transforms and predicts lies beside the encoder;
-    # ESM's predictor of contacts lies in it, but a masked language model does not run it
+    # what transforms and predicts lies beside the encoder; in it ESM's predictor of contacts, which never runs here
+    inside = set(model.base_model.modules())
     return [name for name in layers if model.get_submodule(name) in inside and "contact_head" not in name.split(".")]
+
+
+def without_weights(config: Config, model_config: PretrainedConfig) -> Any:
+    """The base model on the meta device. Under ZeRO-3 transformers, if it knew, would draw and share out weights."""
+    saved, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        with torch.device("meta"), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
+            return AUTO_MODELS[config.masked].from_config(
+                model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
+            )
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = saved
 
 
 def layers_left_whole(config: Config, model_config: PretrainedConfig) -> list[str] | None:
     """The prediction head of a masked model, found on a copy without weights; None leaves it to transformers."""
     if not config.masked:
         return None
-    with torch.device("meta"), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
-        auto_model, code = OBJECTIVES[True].auto_model, config.model.trust_remote_code
-        empty = auto_model.from_config(model_config, trust_remote_code=code)
-    linear = (name for name, module in empty.named_modules() if isinstance(module, LINEAR))
-    return sorted(set(linear) - set(linear_layers(empty, masked=True)))
+    empty = without_weights(config, model_config)
+    linear = {name for name, module in empty.named_modules() if isinstance(module, LINEAR)}
+    return sorted(linear - set(linear_layers(empty, masked=True)))
 
 
-class Quirk(NamedTuple):
-    """What a family of models needs before it is loaded."""
-
-    applies: Callable[[PretrainedConfig], bool]
-    mend: Callable[[], None]
-    why: str
-
-
-def _plain_falcon_linear() -> None:
+def quantisable_falcon() -> None:
+    """What is exactly nn.Linear is quantised by transformers: Falcon's subclass computes the same and would stay."""
     from transformers.models.falcon import modeling_falcon
 
     modeling_falcon.FalconLinear = torch.nn.Linear  # type: ignore[assignment, misc]
 
 
-QUIRKS = (
-    Quirk(
-        lambda config: config.model_type == "falcon",
-        _plain_falcon_linear,
-        "transformers quantises what is exactly nn.Linear; Falcon's subclass of it computes the same and stays whole",
-    ),
-)
+QUIRKS = {"falcon": quantisable_falcon}  # by model_type: what a family needs before it is loaded
 
 
 def load_base(config: Config, model_config: PretrainedConfig, folder: str, **options: Any) -> Any:
     """The base model as these options have it."""
-    for quirk in (quirk for quirk in QUIRKS if quirk.applies(model_config)):
-        quirk.mend()
+    if model_config.model_type in QUIRKS:
+        QUIRKS[model_config.model_type]()
     pickles, name = config.model.allow_pickle_weights, config.model.model_name_or_path
     shared = {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
     options = {"use_safetensors": None if pickles else True} | shared | options
     options = {name: value for name, value in options.items() if value is not None}
     name += "" if pickles or Path(folder).is_dir() else " (read as safetensors; --allow_pickle_weights reads .bin too)"
-    return load_whole(name, folder, OBJECTIVES[config.masked].auto_model, **options)
+    return load_whole(name, folder, AUTO_MODELS[config.masked], **options)
+
+
+def check_prequantised(config: Config, own: Mapping[str, Any]) -> None:
+    """Refuse flags that ask for more than weights that are quantised already can give."""
+    name, init, dtype = config.model.model_name_or_path, config.lora.init_lora_weights, compute_dtype(config)
+    stored = own.get("bnb_4bit_quant_storage", "uint8")
+    if is_fsdp(config) and stored != str(dtype).removeprefix("torch."):
+        raise ConfigError(
+            f"--fsdp: {name} is quantised already and stored as {stored}, which FSDP can't shard (it takes {dtype} "
+            "here): give the base as published"
+        )
+    if config.quant.full_finetune or lora_start_problem(init, quantised=True):
+        what = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {init}"
+        raise ConfigError(f"{what}: the weights of {name} are quantised already")
 
 
 def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
@@ -2952,27 +2923,17 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         "device_map": device_map(config),
         "attn_implementation": attention_kernel(config),
     }
-    prequantised = is_prequantised(model_config)
-    if prequantised and is_fsdp(config):
-        stored = model_config.quantization_config.get("bnb_4bit_quant_storage", "uint8")
-        if stored != str(compute_dtype(config)).removeprefix("torch."):
-            raise ConfigError(
-                f"--fsdp: {config.model.model_name_or_path} is quantised already and stored as {stored}, which FSDP "
-                f"can't shard (it takes {compute_dtype(config)} here): give the base as published"
-            )
-    if config.training.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
-        importlib.import_module("deepspeed").init_distributed()
-    init = config.lora.init_lora_weights
-    if prequantised and (config.quant.full_finetune or lora_start_problem(init, quantised=True)):
-        what = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {init}"
-        raise ConfigError(f"{what}: the weights of {config.model.model_name_or_path} are quantised already")
-    if prequantised:
-        log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
-    else:
-        options["quantization_config"] = quantisation_config(config, layers_left_whole(config, model_config))
     if options["device_map"] == "auto":
         limit = f"{config.quant.max_memory_MB}MB"
         options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), limit)
+    own = getattr(model_config, "quantization_config", None)
+    if own:
+        check_prequantised(config, own)
+        log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
+    else:
+        options["quantization_config"] = quantisation_config(config, layers_left_whole(config, model_config))
+    if config.training.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
+        importlib.import_module("deepspeed").init_distributed()
     model = load_base(config, model_config, folder, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -2980,7 +2941,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     layers = linear_layers(model, config.masked)
     whole = [name for name in layers if type(model.get_submodule(name)).__module__.startswith("torch")]
-    if whole and not prequantised and config.quant.bits < 16:
+    if whole and not own and config.quant.bits < 16:
         log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
     # keeps the Trainer from wrapping the one model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
@@ -3028,10 +2989,9 @@ def leaf_name(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def is_trained_layer(name: str, frozen: int) -> bool:
-    """Whether what has this name lies outside the first `frozen` layers; its first number is the layer."""
-    index = next((int(part) for part in name.split(".") if part.isdigit()), None)
-    return index is None or index >= frozen
+def layer_number(name: str) -> float:
+    """The layer in which what has this name lies, which is its first number; infinity for what lies in none."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), math.inf)
 
 
 def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
@@ -3046,7 +3006,7 @@ def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
 def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> list[str]:
     """Names for peft: leaf names where they say the same, which reads better in adapter_config.json, else full ones."""
     layers, frozen = linear_layers(model, masked), layers_to_freeze(model, lora)
-    wanted = [name for name in layers if is_trained_layer(name, frozen)]
+    wanted = [name for name in layers if layer_number(name) >= frozen]
     names = {name.strip() for name in lora.lora_modules.split(",")}
     if names != {"all"}:
         tests = {name: LAYER_GROUPS.get(name, re.compile(rf"(.*\.)?{re.escape(name)}")) for name in names}
@@ -3086,7 +3046,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         # the same rank everywhere: EVA's own choice of ranks would change with the batches it happened to see
         eva_config=EvaConfig(rho=1.0) if init == "eva" else None,
         modules_to_save=whole_modules(model, lora.modules_to_save),
-        task_type=OBJECTIVES[masked].task_type,
+        task_type=None if masked else "CAUSAL_LM",  # which wants methods of generation, and an encoder has none
     )
 
 
@@ -3141,30 +3101,22 @@ def fit_to_base(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
     config_file.write_text(json.dumps(config | changed, indent=2), encoding="utf-8")
 
 
-@dataclass
-class EvaBatches:
-    """For EVA's running decomposition of the layers' inputs: batches of several times as many tokens as its rank."""
-
-    rows: list[list[int]]
-    pad_id: int
-    rank: int
-
-    def __len__(self) -> int:
-        return 1000  # after which it is not going to settle; peft would go on for ever
+class EndingBatches(list[dict[str, torch.Tensor]]):
+    """Batches for EVA's running decomposition of the layers' inputs: peft would go round them for ever."""
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        source = itertools.cycle(self.rows)
-        for _ in range(len(self)):
-            batch = [next(source)]
-            while sum(map(len, batch)) < 8 * self.rank:
-                batch.append(next(source))
-            yield padded_prompts(batch, self.pad_id, "right")
+        yield from super().__iter__()
         raise ConfigError(f"--init_lora_weights eva: not settled after {len(self)} batches; lower --lora_r")
 
 
 def start_from_inputs(model: Any, rows: Any, pad_id: int, config: Config) -> None:
     """EVA (https://arxiv.org/abs/2410.07170): A starts as the main directions of each layer's inputs."""
-    batches: Any = EvaBatches(rows["input_ids"], pad_id, config.lora.lora_r)
+    source, batches = itertools.cycle(rows["input_ids"]), EndingBatches()
+    while len(batches) < 1000:  # after which it is not going to settle
+        batch = [next(source)]
+        while sum(map(len, batch)) < 8 * config.lora.lora_r:
+            batch.append(next(source))
+        batches.append(padded_prompts(batch, pad_id, "right"))
     with mendable("--init_lora_weights eva", ConfigError, RuntimeError):
         initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
 
@@ -3175,7 +3127,7 @@ def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) 
         return attach_adapters(model, config, adapter)
     frozen = layers_to_freeze(model, config.lora)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_trained_layer(name, frozen))
+        parameter.requires_grad_(layer_number(name) >= frozen)
     model.get_input_embeddings().requires_grad_(False)
     return model
 
@@ -4159,7 +4111,7 @@ def speed_up(model: Any, base: Any, config: Config) -> FastPath:
 # 11. Plan: what a run will take, and how its steps are cut to fit
 #
 # From the model's shapes alone, before a weight is read: GiB for each part, and tokens per second. On the model that is
-# loaded, a try of two small steps says what a token and a layer really take.
+# loaded, a try of one small step says what a token and a layer really take.
 # ------------------------------------------------------------------------------------
 class Sizes(NamedTuple):
     """How a window goes through the model; changes when memory runs out."""
@@ -4199,25 +4151,24 @@ REACHED = 0.55
 CONTEXT = 0.6  # GiB that CUDA takes beside torch's allocator
 
 
-def find_gpu(text: str | None) -> Gpu | None:
-    """--plan_gpu, as 24GiB, 8x80GiB, H100 or 2xH100; else the GPU that is here; None on a machine without."""
+def find_gpu(text: str | None) -> Gpu:
+    """--plan_gpu, as 24GiB, 8x80GiB, H100 or 2xH100; else the GPU that is here."""
     if text is None:
         if not torch.cuda.is_available():
-            return None
+            raise ConfigError("--plan: there is no GPU here, name one with --plan_gpu, e.g. --plan_gpu 24GiB")
         here = torch.cuda.get_device_properties(0)
         known = next((gpu for gpu in reversed(GPUS) if gpu.name in here.name), None)
         gib = here.total_memory / GIB
         share = torch.cuda.get_per_process_memory_fraction() * gib + CONTEXT  # of torch's allocator alone
         return Gpu(here.name, min(gib, share), known.tflops if known else 0.0, torch.cuda.device_count())
-    parts = re.fullmatch(r"(?:([1-9]\d*)\s*x\s*)?(\w.*?)", text.strip(), re.IGNORECASE)
-    number, what = (int(parts[1] or 1), parts[2]) if parts else (0, "")
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GiB|GB|G)", what, re.IGNORECASE)
+    parts = re.fullmatch(r"(?:([1-9]\d*)x)?(?:(\d+(?:\.\d+)?)(?:gib|gb|g)|(.*))", "".join(text.lower().split()))
+    assert parts is not None
+    number, size, name = int(parts[1] or 1), parts[2], parts[3]
     if size:
-        gib = float(size[1])
-        like = min(GPUS, key=lambda gpu: abs(gpu.gib - gib))
-        return Gpu(f"{gib:g} GiB, as fast as {like.name}", gib, like.tflops, number)
+        like = min(GPUS, key=lambda gpu: abs(gpu.gib - float(size)))
+        return Gpu(f"{float(size):g} GiB, as fast as {like.name}", float(size), like.tflops, number)
     for gpu in GPUS:
-        if what.lower().replace(" ", "") == gpu.name.lower().replace(" ", ""):
+        if name == gpu.name.lower().replace(" ", ""):
             return gpu._replace(number=number)
     names = ", ".join(gpu.name for gpu in GPUS)
     raise ConfigError(
@@ -4243,10 +4194,10 @@ class Costs(NamedTuple):
     flops: float  # of a token, without recomputation
     repeated: float  # of a token, in all layers computed again
 
-    def activations(self, sizes: Sizes, tokens: int) -> int:
-        """Bytes that wait for the backward pass; one recomputed layer is there as a whole."""
-        whole = self.layers - sizes.recomputed
-        return tokens * (whole * self.layer + sizes.recomputed * self.kept + (self.layer if sizes.recomputed else 0))
+    def activations(self, sizes: Sizes) -> int:
+        """Bytes of a token that wait for the backward pass; one recomputed layer is there as a whole."""
+        whole = self.layers - sizes.recomputed + (sizes.recomputed > 0)
+        return whole * self.layer + sizes.recomputed * self.kept
 
     def beside(self) -> int:
         """Bytes that are there whatever the micro-batch."""
@@ -4269,55 +4220,54 @@ def parameter_bytes(count: int, rows: int, config: Config) -> int:
     return count + 4 * rows if bits == 8 else count * plain
 
 
-def estimate(model: Any, config: Config) -> Costs:
-    """The costs of a model that has no weights yet (it is on the meta device).
+def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
+    """The costs of the base model, from its shapes alone.
 
     What a layer keeps of a token is what the fast path keeps: the inputs of the two norms, those of each group of
     linear layers, what attention takes and gives, gate and up, and the thin products.
     """
-    train, lora, full = config.training, config.lora, config.quant.full_finetune
+    model, train, lora = without_weights(config, model_config), config.training, config.lora
+    full = config.quant.full_finetune
     text, plain = model.config.get_text_config(), load_dtype(config).itemsize
     width = min(compute_dtype(config).itemsize, plain)
-    linear = {name: model.get_submodule(name) for name in linear_layers(model, config.masked)}
-    shapes = {name: tuple(module.weight.shape) for name, module in linear.items()}
-    held = sum(math.prod(shape) for shape in shapes.values())
-    targets = lora_targets(model, lora, config.masked) if not full else []
-    adapted = [name for name in shapes if name in targets or leaf_name(name) in targets]
-    thin = sum(lora.lora_r * sum(shapes[name]) for name in adapted)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    every = sum(parameter.numel() for parameter in model.parameters())
-    trained = every - embedding.weight.numel() if full else thin
-    trained_width = plain if full else 4 if lora.lora_dtype == "float32" else 2
-    state = next((size for name, size in OPTIMIZER_BYTES.items() if name in train.optim), 8)
     layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
-    of_layer = {name: shape for name, shape in shapes.items() if layers and is_first_layer(name)}
-    queries = int(getattr(text, "num_attention_heads", 0) or 1)
-    size = int(getattr(text, "head_dim", None) or hidden // queries)
-    grouped = int(getattr(text, "num_key_value_heads", None) or queries)
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in linear_layers(model, config.masked)}
+    counts = {name: math.prod(shape) for name, shape in shapes.items()}
+    every, held = sum(parameter.numel() for parameter in model.parameters()), sum(counts.values())
+    targets = [] if full else lora_targets(model, lora, config.masked)
+    adapted = [shape for name, shape in shapes.items() if name in targets or leaf_name(name) in targets]
+    thin = sum(lora.lora_r * sum(shape) for shape in adapted)
+    trained = every - model.get_input_embeddings().weight.numel() if full else thin
+    trained_width = plain if full else 4 if lora.lora_dtype == "float32" else 2
+    head = model.get_output_embeddings()
+    vocabulary = 0 if head is None else head.weight.shape[0]
+
+    of_layer = {name: shape for name, shape in shapes.items() if layer_number(name) == 0}
+    per_layer = sum(counts[name] for name in of_layer)
+    last = max((counts[name] for name in of_layer if "down" in leaf_name(name)), default=0)  # recomputing skips it
     inner = max((max(shape) for shape in of_layer.values()), default=4 * hidden)
-    ranks_kept = lora.lora_r * len(of_layer) if not full else 0
-    attention = (2 * queries + 2 * grouped) * size
-    drops = sum(shape[1] for shape in of_layer.values()) if lora.lora_dropout and not full else 0
     # experts stacked in one tensor, which stay frozen and whole: the values that a token meets
     at_once = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
     experts = at_once * sum(weight.numel() // len(weight) for weight in model.parameters() if weight.dim() == 3)
+    queries = int(getattr(text, "num_attention_heads", 0) or 1)
+    grouped = int(getattr(text, "num_key_value_heads", None) or queries)
+    heads = 2 * (queries + grouped) * int(getattr(text, "head_dim", None) or hidden // queries)
     # twice the MLP's width: gate and up, or what goes into the activation and what comes out of it
-    layer = width * (4 * hidden + attention + 2 * inner + ranks_kept) + drops + 4 * queries
+    layer = width * (4 * hidden + heads + 2 * inner) + 4 * queries
     layer += width * experts // max(1, layers * hidden)  # of each expert gate, up and their product
-    if not train.fused_lora and not full:  # peft's own: a copy of each output, the product in the middle
-        layer += width * (sum(shape[0] for shape in of_layer.values()) // 2 + 2 * inner)
-    largest = max((math.prod(shape) for shape in shapes.values()), default=0)
-    vocabulary = head.weight.shape[0] if head is not None else 0
-    last = max((math.prod(shape) for name, shape in of_layer.items() if "down" in leaf_name(name)), default=0)
-    per_layer = sum(math.prod(shape) for shape in of_layer.values())
+    if not full:
+        layer += width * lora.lora_r * len(of_layer)
+        layer += sum(shape[1] for shape in of_layer.values()) if lora.lora_dropout else 0
+        if not train.fused_lora:  # peft's own: a copy of each output, the product in the middle
+            layer += width * (sum(shape[0] for shape in of_layer.values()) // 2 + 2 * inner)
     return Costs(
-        weights=sum(parameter_bytes(math.prod(shape), shape[0], config) for shape in shapes.values()),
+        weights=sum(parameter_bytes(counts[name], shape[0], config) for name, shape in shapes.items()),
         other=(every - held) * plain,
-        adapters=0 if full else thin * trained_width,
+        adapters=thin * trained_width,
         gradients=trained * trained_width,
-        optimizer=trained * state,
+        optimizer=trained * next((size for name, size in OPTIMIZER_BYTES.items() if name in train.optim), 8),
         paged="paged" in train.optim,
-        fixed=(largest * width if config.quant.bits < 16 else 0) + 2**27,
+        fixed=(max(counts.values(), default=0) * width if config.quant.bits < 16 else 0) + 2**27,
         token=width * (inner + 3 * hidden) + (0 if train.chunked_head else vocabulary * (width + 12)),
         layer=layer,
         kept=math.ceil(2 * width * hidden / layers) if train.offload_activations else width * hidden,
@@ -4331,32 +4281,25 @@ def estimate(model: Any, config: Config) -> Costs:
 OPTIMIZER_BYTES = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4}  # of state for each trained value; AdamW: 8
 
 
-def is_first_layer(name: str) -> bool:
-    """Whether a linear layer stands in the first of the decoder's layers."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), -1) == 0
+def asked_layers(flag: str, layers: int) -> int | None:
+    """What --recompute_layers or --unpacked_layers says: a number of layers; None leaves it to the memory there is."""
+    named = {"auto": None, "all": layers, "none": 0}
+    return named[flag] if flag in named else min(int(flag), layers)
 
 
 def wanted_recompute(config: Config, layers: int) -> int | None:
     """How many layers the flags ask to recompute; None leaves it to the memory there is."""
     train = config.training
-    if not train.gradient_checkpointing:
-        return 0
-    named = {"auto": None, "all": layers, "none": 0}
-    return (
-        named[train.recompute_layers] if train.recompute_layers in named else min(int(train.recompute_layers), layers)
-    )
+    return asked_layers(train.recompute_layers, layers) if train.gradient_checkpointing else 0
 
 
 def fit(costs: Costs, room: float, longest: int, window: int, gpu: Gpu, config: Config) -> Sizes:
     """The fastest way to cut a window that fits into `room` bytes; where nothing does, the smallest.
 
     Args:
-        costs: of the model.
         room: bytes for activations and transients.
         longest: tokens of the longest row (or pack), which is not cut.
         window: tokens of the largest window.
-        gpu: for the time that recomputation and small micro-batches take.
-        config: the flags, which may have decided some of it.
     """
     train, wanted = config.training, wanted_recompute(config, costs.layers)
     rows = train.per_device_train_batch_size if train.auto_batch is False else None
@@ -4364,27 +4307,25 @@ def fit(costs: Costs, room: float, longest: int, window: int, gpu: Gpu, config: 
     found: list[tuple[float, Sizes]] = []
     for recomputed in range(costs.layers + 1) if wanted is None else [wanted]:
         sizes = Sizes(rows, 0, recomputed)
-        each = costs.token + costs.activations(sizes, 1)
-        tokens = min(window, int((room - costs.fixed) / each))
+        tokens = min(window, int((room - costs.fixed) / (costs.token + costs.activations(sizes))))
         if tokens >= at_least:
             batches = math.ceil(window / tokens)
-            time_ = batches * costs.seconds(sizes, math.ceil(window / batches), gpu)
-            found.append((time_, sizes._replace(tokens=tokens)))
-    if found:
-        best = min(found, key=lambda pair: pair[0])[1]
-        left = 0.9 * (room - costs.fixed) - best.tokens * (costs.token + costs.activations(best, 1))
-        return best._replace(unpacked=unpacked_layers(left, best, costs, config))
-    return Sizes(rows, longest, costs.layers if wanted is None else wanted)
+            seconds = batches * costs.seconds(sizes, math.ceil(window / batches), gpu)
+            found.append((seconds, sizes._replace(tokens=tokens)))
+    if not found:
+        return Sizes(rows, longest, costs.layers if wanted is None else wanted)
+    best = min(found, key=lambda pair: pair[0])[1]
+    left = 0.9 * (room - costs.fixed) - best.tokens * (costs.token + costs.activations(best))
+    return best._replace(unpacked=unpacked_layers(left, best, costs, config))
 
 
 def unpacked_layers(left: float, sizes: Sizes, costs: Costs, config: Config) -> int:
     """How many layers' weights to keep unpacked in the bytes that are left; none where memory is short or asked for."""
-    asked = config.training.unpacked_layers
-    if not costs.unpacked or asked == "none":
+    if not costs.unpacked:
         return 0
-    if asked != "auto":
-        return costs.layers if asked == "all" else min(int(asked), costs.layers)
-    return 0 if sizes.recomputed else max(0, min(costs.layers, int(left / costs.unpacked)))
+    asked = asked_layers(config.training.unpacked_layers, costs.layers)
+    fitting = 0 if sizes.recomputed else max(0, min(costs.layers, int(left / costs.unpacked)))
+    return fitting if asked is None else asked
 
 
 class Plan(NamedTuple):
@@ -4406,7 +4347,7 @@ class Plan(NamedTuple):
             "adapters": costs.adapters,
             "gradients": costs.gradients,
             "optimizer": 0 if costs.paged else costs.optimizer,
-            "activations": costs.activations(self.sizes, self.tokens),
+            "activations": costs.activations(self.sizes) * self.tokens,
             "transients and head": costs.fixed + costs.token * self.tokens,
         }
         return {name: size / GIB for name, size in parts.items()} | {"predicted peak": sum(parts.values()) / GIB}
@@ -4416,45 +4357,31 @@ class Plan(NamedTuple):
         return self.gib()["predicted peak"] + CONTEXT + self.pages / GIB
 
     def fits(self) -> bool:
-        """Into the GPU's memory."""
         return self.needed() <= self.gpu.gib
 
     def tokens_per_second(self) -> float:
-        """On all GPUs."""
         return self.gpu.number * self.tokens / self.costs.seconds(self.sizes, self.tokens, self.gpu)
 
     def lines(self) -> dict[str, str]:
-        """The table."""
-        total = {name: f"{size:6.2f} GiB" for name, size in self.gib().items()}
-        beside, state = self.needed() - self.gib()["predicted peak"], self.costs.optimizer
-        paged = (
-            f"; the optimizer's pages {'stay' if self.pages else 'are moved out'}" if self.costs.paged and state else ""
-        )
+        parts, beside = self.gib(), f"{self.needed() - self.gib()['predicted peak']:6.2f} GiB: CUDA"
+        if self.costs.paged and self.costs.optimizer:
+            beside += f"; the optimizer's pages {'stay' if self.pages else 'are moved out'}"
         fits = "fits" if self.fits() else f"does not fit into {self.gpu.gib:.0f} GiB"
-        speed = f"{self.tokens_per_second():.0f}" if self.gpu.tflops else "not known for this GPU"
+        number = f"{self.gpu.number} x " if self.gpu.number > 1 else ""
         return {
-            "GPU": f"{f'{self.gpu.number} x ' if self.gpu.number > 1 else ''}{self.gpu.name}, {self.gpu.gib:.0f} GiB",
-            **total,
-            "beside it": f"{beside:6.2f} GiB: CUDA{paged}",
+            "GPU": f"{number}{self.gpu.name}, {self.gpu.gib:.0f} GiB",
+            **{name: f"{size:6.2f} GiB" for name, size in parts.items()},
+            "beside it": beside,
             "in all": f"{self.needed():6.2f} GiB: {fits}",
             "micro-batch": f"{self.tokens} tokens",
             "recomputed": f"{self.sizes.recomputed} of {self.costs.layers} layers",
             "kept unpacked": f"{self.sizes.unpacked} of {self.costs.layers} layers",
-            "tokens per second": speed,
+            "tokens per second": f"{self.tokens_per_second():.0f}" if self.gpu.tflops else "not known for this GPU",
         }
 
-    def beside(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The prediction as metrics, logged beside what came."""
-        if "train_peak_memory_gib" not in metrics:
-            return {}
+    def metrics(self) -> dict[str, float]:
+        """The prediction, for the table of what came."""
         peak, speed = self.gib()["predicted peak"], self.tokens_per_second()
-        log_block(
-            "Plan and result",
-            {
-                "peak memory": f"{peak:.2f} GiB predicted, {metrics['train_peak_memory_gib']:.2f} GiB measured",
-                "tokens per second": f"{speed:.0f} predicted, {metrics['train_tokens_per_second']:.0f} measured",
-            },
-        )
         return {"plan_peak_memory_gib": round(peak, 3), "plan_tokens_per_second": round(speed, 1)}
 
 
@@ -4474,77 +4401,52 @@ def make_plan(costs: Costs, gpu: Gpu, longest: int, window: int, config: Config,
     return plan
 
 
-@contextlib.contextmanager
-def nothing_sharded() -> Iterator[None]:
-    """Make a model as it is for a while: under ZeRO-3 transformers would draw and share out its weights."""
-    saved, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = saved
-
-
-def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
-    """The costs of the base model, from its shapes alone."""
-    with torch.device("meta"), nothing_sharded(), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
-        model = OBJECTIVES[config.masked].auto_model.from_config(
-            model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
-        )
-    return estimate(model, config)
+LAUNCH = {  # how each way to use several GPUs is asked for
+    "DDP": "torchrun --nproc_per_node {} qlora.py",
+    "ZeRO-2": "with --deepspeed examples/deepspeed_zero2.json",
+    "ZeRO-3": "with --deepspeed examples/deepspeed_zero3.json",
+    "FSDP2": "the same with --fsdp",
+    "one process": "python qlora.py",
+}
 
 
 def strategies(costs: Costs, config: Config) -> dict[str, Costs]:
-    """Each way to use several GPUs that takes this model: what one GPU then has of it."""
-    gpu = find_gpu(config.training.plan_gpu)
-    number = gpu.number if gpu else 1
-    parts = {
-        name: getattr(costs, name) // number for name in ("weights", "other", "adapters", "gradients", "optimizer")
-    }
+    """What one GPU has of this model in each way that takes it, from the fastest: the fewer weights travel."""
+    bits, number = config.quant.bits, find_gpu(config.training.plan_gpu).number
+    names = ("weights", "other", "adapters", "gradients", "optimizer")
+    shared = costs._replace(**{name: getattr(costs, name) // number for name in names})
     two_layers = 2 * (costs.weights // max(1, costs.layers))  # whole, while they compute and the next one arrives
-    shard = costs._replace(**parts, paged=False, fixed=costs.fixed + two_layers, unpacked=0)
-    states = costs._replace(gradients=parts["gradients"], optimizer=parts["optimizer"], paged=False, unpacked=0)
+    shard = shared._replace(paged=False, fixed=costs.fixed + two_layers, unpacked=0)
+    states = costs._replace(gradients=shared.gradients, optimizer=shared.optimizer, paged=False, unpacked=0)
     ways = {"DDP": costs._replace(gradients=2 * costs.gradients)}  # and the buckets that they are sent in
-    ways |= {"ZeRO-2": states, "ZeRO-3": shard} if config.quant.bits >= 16 else {}
-    ways |= {"FSDP2": shard} if config.quant.bits != 8 else {}
-    return ways | {"one process": costs._replace(**parts)}
+    ways |= {"ZeRO-2": states, "ZeRO-3": shard} if bits >= 16 else {}
+    ways |= {"FSDP2": shard} if bits != 8 else {}
+    return ways | {"one process": shared}
 
 
 def strategy_lines(config: Config, costs: Costs) -> dict[str, str]:
-    """GiB of a GPU for each, and the first that fits: the fewer weights travel, the faster."""
+    """GiB of a GPU for each, and the first that fits."""
     plans = {name: plan_from_flags(config, own) for name, own in strategies(costs, config).items()}
     lines = {
         name: f"{plan.needed():6.2f} GiB on each GPU{'' if plan.fits() else ': does not fit'}"
         for name, plan in plans.items()
     }
     best = next((name for name, plan in plans.items() if plan.fits()), None)
-    how = {
-        "DDP": "torchrun --nproc_per_node {} qlora.py", "FSDP2": "the same with --fsdp",
-        "ZeRO-2": "with --deepspeed examples/deepspeed_zero2.json", "one process": "python qlora.py",
-        "ZeRO-3": "with --deepspeed examples/deepspeed_zero3.json",
-    }  # fmt: skip
-    number = next(iter(plans.values())).gpu.number
-    return lines | {
-        "recommended": f"{best}: {how[best].format(number)}" if best else "none fits: more GPUs, or fewer bits"
-    }
+    how = f"{best}: {LAUNCH[best].format(plans[best].gpu.number)}" if best else "none fits: more GPUs, or fewer bits"
+    return lines | {"recommended": how}
 
 
 def plan_from_flags(config: Config, costs: Costs) -> Plan:
     """The plan before any row or weight is read: every row as long as the limits allow."""
-    gpu = find_gpu(config.training.plan_gpu)
-    if gpu is None:
-        raise ConfigError("--plan: there is no GPU here, name one with --plan_gpu, e.g. --plan_gpu 24GiB")
-    limits, train = limits_of(config), config.training
-    longest = limits.longest
+    train, longest = config.training, limits_of(config).longest
     window = longest * train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return make_plan(costs, gpu, longest, window, config)
+    return make_plan(costs, find_gpu(train.plan_gpu), longest, window, config)
 
 
 def calibrated(costs: Costs, model: Any, base: Any, fast: FastPath, config: Config) -> Costs:
     """The costs with what one small step, forward and backward, took of the GPU's memory."""
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 512
-    count = min(512, positions)
-    row = {"input_ids": [1] * count, "labels": [1] * count}
-    window = collate_window([row])["window"]
+    count = min(512, getattr(base.config.get_text_config(), "max_position_embeddings", None) or 512)
+    window = collate_window([{"input_ids": [1] * count, "labels": [1] * count}])["window"]
     batch = end_to_end_batch(window, [0]) if fast.attention else padded_batch(window, [0], 0, "right")
     set_recomputed(base, 0, fast)
     before = torch.cuda.memory_allocated()
@@ -4579,20 +4481,12 @@ def choose_sizes(
         at_once = None if train.auto_batch else train.per_device_train_batch_size
         sizes = Sizes(at_once, 4096 if train.auto_batch else NO_LIMIT, layers if wanted is None else wanted)
         return sizes._replace(unpacked=unpacked_layers(0, sizes, costs, config)), None
-    gpu = find_gpu(None)
-    assert gpu is not None
-    count = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    longest, window = largest_window(rows["length"][:], count)
+    lengths = sorted(rows["length"][:], reverse=True)
+    window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
     measured = calibrated(costs, model, base, fast, config)
     own = 0.95 * free_memory() - costs.gradients - (0 if costs.paged else costs.optimizer)
-    plan = make_plan(measured, gpu, longest, window, config, own)
+    plan = make_plan(measured, find_gpu(None), lengths[0], window, config, own)
     return plan.sizes, plan._replace(costs=costs)
-
-
-def largest_window(lengths: Sequence[int], rows: int) -> tuple[int, int]:
-    """Tokens of the longest row, and of the `rows` longest ones."""
-    ordered = sorted(lengths, reverse=True)
-    return ordered[0], sum(ordered[:rows])
 
 
 # ------------------------------------------------------------------------------------
@@ -5814,7 +5708,7 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
         trainer.save_state()
         save_final(trainer, final_folder(config), config)
     stop.training = False
-    return metrics | (trainer.plan.beside(metrics) if trainer.plan else {})
+    return metrics | (trainer.plan.metrics() if trainer.plan and metrics else {})
 
 
 def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: int) -> dict[str, Any]:
@@ -5876,7 +5770,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
         write_file(final / "README.md", model_card(trainer, config))
         write_json(output / COMPLETED, state)
         if trainer.args.push_to_hub:
-            where = {"repo_id": str(trainer.hub_model_id), "revision": trainer.args.hub_revision}
+            where: dict[str, Any] = {"repo_id": str(trainer.hub_model_id), "revision": trainer.args.hub_revision}
             with mendable("--push_to_hub: all is saved here, but the hub does not take it"):
                 token = trainer.args.hub_token
                 upload_folder(**where, folder_path=final, allow_patterns=[*sorted(written), "README.md"], token=token)
@@ -5937,12 +5831,15 @@ def load_merge_base(config: Config, folder: str) -> Any:
     model_config = load_model_config(config, folder)
     own = model_config.dtype if model_config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     options: dict[str, Any] = {"dtype": own, "device_map": {"": "cpu"}}
-    if is_prequantised(model_config):
+    if getattr(model_config, "quantization_config", None):
         log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
-        options |= {"dtype": load_dtype(config), "quantization_config": quantisation_config(config)}
+        options |= {
+            "dtype": load_dtype(config),
+            "quantization_config": quantisation_config(config, layers_left_whole(config, model_config)),
+        }
     model = load_base(config, model_config, folder, **options)
-    if is_prequantised(model.config):
+    if getattr(model.config, "quantization_config", None):
         with mendable(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
             model = model.dequantize(dtype=own)
         model._weight_conversions = None  # or saving would try to quantise again
@@ -6002,7 +5899,7 @@ def merge(adapter: str, inputs: Inputs) -> dict[str, Any]:
     log.info("merging %s into %s", adapter, target)
     with written_aside(aside, target), mendable(f"--merged_output_dir {target}", TrainingError):
         plain, adapted, lost = write_merged(adapter, aside, sample, inputs)
-        kind, options = OBJECTIVES[config.masked].auto_model, {"trust_remote_code": config.model.trust_remote_code}
+        kind, options = AUTO_MODELS[config.masked], {"trust_remote_code": config.model.trust_remote_code}
         model = computing_in_float32(load_whole(str(aside), aside, kind, **options))
         metrics = compare_merged(model, plain, adapted, lost, sample, target)
         write_json(aside / MERGED, merge_record(adapter, config))
@@ -6128,7 +6025,7 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     kind, library = ("full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {library}\n"
-        f"pipeline_tag: {OBJECTIVES[config.masked].pipeline_tag}\n---\n\n"
+        f"pipeline_tag: {'fill-mask' if config.masked else 'text-generation'}\n---\n\n"
         f"# {kind.capitalize()} for {base}\n\n"
         f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
         f"dataset `{config.data.dataset}`.\n\n"
@@ -6381,8 +6278,9 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     if config.training.process_index != 0:
         return
     add_json(Path(config.training.output_dir, "metrics.json"), metrics, run_name=config.training.run_name)
-    shown = ("train_tokens_per_second", "train_peak_memory_gib", "train_loss", "eval_loss", "eval_perplexity",
-             "eval_masked_accuracy", "predict_masked_accuracy")  # fmt: skip
+    shown = ("plan_tokens_per_second", "train_tokens_per_second", "plan_peak_memory_gib", "train_peak_memory_gib",
+             "train_loss", "eval_loss", "eval_perplexity", "eval_masked_accuracy",
+             "predict_masked_accuracy")  # fmt: skip
     lines = {name.replace("_", " "): metrics[name] for name in shown if name in metrics}
     lines |= {name: value for name, value in metrics.items() if re.fullmatch(r"mmlu_\w+_accuracy|mmlu_loss", name)}
     files = {str(final_folder(config)): 1, config.training.output_dir: 1, config.training.merged_output_dir: 1}

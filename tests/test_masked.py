@@ -282,6 +282,20 @@ def test_the_groups_of_layers(models, family, attention, group):
     assert found == {f"{layer}.{leaf}" for layer in range(2) for leaf in leaves}
 
 
+def test_a_merge_onto_what_training_saw_leaves_the_head_as_published(models, tmp_path):
+    """Training quantises the encoder alone."""
+    folder = models("encoder", family="deberta-v2")
+    flags = ["--objective", "mlm", "--merge_base", "dequantized", "--merged_output_dir", str(tmp_path / "merged")]
+    config = qlora.parse_config(["--model_name_or_path", str(folder), *flags])
+    base, published = qlora.load_merge_base(config, str(folder)), AutoModelForMaskedLM.from_pretrained(folder)
+    same = {
+        name: torch.equal(weight, published.get_parameter(name).to(torch.bfloat16))
+        for name, weight in base.named_parameters()
+    }
+    assert same["cls.predictions.transform.dense.weight"]
+    assert not same["deberta.encoder.layer.0.output.dense.weight"]
+
+
 @pytest.mark.parametrize(
     ("family", "flags"),
     [

@@ -216,7 +216,7 @@ def parse_base(folder: Path, **flags):
     options = {"dtype": torch.float32, "device_map": {"": "cpu"}}
     if flags.get("merge_base") == "dequantized":
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        qlora.QUIRKS[0].mend()
+        qlora.QUIRKS["falcon"]()
         options["quantization_config"] = four
     return plain(folder, **options)
 

@@ -125,8 +125,6 @@ def test_a_plan_without_a_gpu_names_the_way_out(folder, capsys, monkeypatch):
 class Rows(dict):
     """Columns of rows, by name or number, as a dataset has them."""
 
-    column_names = ("input_ids", "length")
-
     def __getitem__(self, key):
         return super().__getitem__(key) if isinstance(key, str) else {n: column[key] for n, column in self.items()}
 
