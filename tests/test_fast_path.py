@@ -192,7 +192,6 @@ def test_a_model_that_does_not_hand_on_lengths_or_makes_its_own_mask_pads_its_ro
         twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=2),
         twins.stock(both.stock, rows),
     )
-    assert got.loss == pytest.approx(float(expected.loss), rel=1e-5)
     if name == "nemotron":  # Doge's mask hides nothing in rows as short as these: the layer behind it has no gradient
         twins.assert_equal(got, expected, 1e-4)
 
