@@ -5708,7 +5708,8 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
         trainer._load_from_checkpoint(best if best and Path(best).is_dir() else str(start.checkpoint))
     else:
         if start.checkpoint and config.data.streaming:
-            trainer.train_dataset.place = read_json(start.checkpoint / STREAM)  # type: ignore[union-attr]
+            with mendable(f"{start.checkpoint}: no place in a stream to go on from"):
+                trainer.train_dataset.place = Place(**read_json(start.checkpoint / STREAM))  # type: ignore[union-attr]
         metrics = timed_training(trainer, start.checkpoint, state["global_step"])
     if not stop.broken_off:
         if metrics:

@@ -351,6 +351,14 @@ def test_a_kill_while_saving_leaves_no_checkpoint_and_no_litter(run_qlora, broke
     assert not hidden(run.output_dir)
 
 
+@pytest.mark.parametrize("name", ["rejected.jsonl", "completed", "metrics.json"])
+def test_a_folder_where_a_file_belongs(run_qlora, tmp_path, name):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    run = run_qlora(max_steps=1)
+    assert run.code == 2 and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: ") and f"{name}" in run.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_is_full_after_training(run_qlora, monkeypatch, number):
     """The final adapter is not written, what was there before stays; on a real disk: test_kills.py."""

@@ -241,6 +241,18 @@ def test_a_checkpoint_without_streaming_is_not_streamed_on(run_qlora):
     assert run.code == 2 and "streaming was False, is True" in run.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("content", [None, "[1]", '{"row": '])
+def test_a_checkpoint_without_a_place_is_one_line(run_qlora, tmp_path, content):
+    checkpoint = run_qlora(**FLAGS | {"max_steps": 3}).output_dir / "checkpoint-3"
+    for name in ("checkpoint.json", "stream.json"):  # another program's
+        (checkpoint / name).unlink()
+    if content is not None:
+        (checkpoint / "stream.json").write_text(content)
+    run = run_qlora(**FLAGS, resume_from_checkpoint=checkpoint, output_dir=tmp_path / "next")
+    assert run.code == 2 and "Traceback" not in run.stderr
+    assert str(checkpoint) in run.stderr.splitlines()[-1] and "stream" in run.stderr.splitlines()[-1]
+
+
 def test_a_stream_is_read_as_far_as_it_is_trained_on(run_qlora, tmp_path):
     """A row that is wrong far behind the last step is never met, and nothing of the file is cached."""
     lines = [json.dumps(row) for row in ROWS] + ["{"]
