@@ -5376,8 +5376,11 @@ class QLoRATrainer(Trainer):
         else:
             raise reason
         torch.cuda.empty_cache()
-        step, tried = self.state.global_step + 1, sizes._replace(tokens=tokens)
-        log.warning("step %d: GPU memory ran out with %s; repeating it with %s", step, tried, self.sizes)
+        log.warning(
+            "step %d: GPU memory ran out with %d tokens at once, %d of %d layers recomputed and %d kept unpacked; "
+            "repeating it with %s", self.state.global_step + 1, tokens, sizes.recomputed, layers, sizes.unpacked,
+            self.sizes,
+        )  # fmt: skip
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
