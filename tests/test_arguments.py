@@ -838,6 +838,7 @@ IDLE = [
      "--lr_scheduler_type constant_with_warmup"),
     ("--max_memory_MB 9 --use_cpu", "max_memory_MB: without effect", None),
     ("--hub_token t --hub_model_id x", "hub_model_id, hub_token: .*--push_to_hub", "--push_to_hub"),
+    ("--use_fast_tokenizer False", "use_fast_tokenizer: without effect", "--use_fast_tokenizer True"),
     ("--project p", "project: without effect: .*trackio", None),
 ]  # fmt: skip
 
