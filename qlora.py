@@ -516,50 +516,45 @@ class Given(NamedTuple):
     where: str  # how to name it in a message
 
 
-class Renamed(NamedTuple):
-    """What an old flag is called today."""
-
-    to: str | None  # None: accepted, without effect
-    values: Mapping[str, str] | None = None  # of a boolean: what True and False became; empty: nothing
-    note: str = "it has no counterpart in today's Trainer"
-
-
 HUB_TOKEN = re.compile(r"\bhf_\w{8,}")  # somebody may give one to --use_auth_token
-BOOLEANS = {"": "True", "true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
+BOOLEANS = {"": True, "true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
-RENAMED_FLAGS: dict[str, Renamed] = {
-    "evaluation_strategy": Renamed("eval_strategy"),
-    "warmup_ratio": Renamed("warmup_steps"),
-    "group_by_length": Renamed("train_sampling_strategy", {"True": "group_by_length", "False": "random"}),
-    "mlm_probability": Renamed("mask_prob"),
-    "no_cuda": Renamed("use_cpu"),
-    "use_auth": Renamed("use_auth_token"),
-    "push_to_hub_token": Renamed("hub_token"),
-    "use_flash_attention_2": Renamed("attn_implementation", {"True": "flash_attention_2", "False": ""}),
-    "adafactor": Renamed("optim", {"True": "adafactor", "False": ""}),
-    "per_gpu_train_batch_size": Renamed("per_device_train_batch_size"),
-    "per_gpu_eval_batch_size": Renamed("per_device_eval_batch_size"),
-    "torchdynamo": Renamed("torch_compile_backend"),
-    "save_safetensors": Renamed(None, note="weights are always saved as safetensors"),
-    "sortish_sampler": Renamed(None, note="use --train_sampling_strategy"),
-    "sharded_ddp": Renamed(None, note="use --fsdp"),
-    "length_column_name": Renamed(None, note="lengths are counted here, in tokens"),
-    "auto_find_batch_size": Renamed(None, note="use --auto_batch, which leaves the optimizer's step as it is"),
-    "enable_jit_checkpoint": Renamed(None, note="a signal always saves a checkpoint"),
-    "logging_nan_inf_filter": Renamed(None, note="a loss that is not finite ends the run"),
+# The names of today; of a boolean also what True and False became, where that is not today's default.
+RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
+    "evaluation_strategy": ("eval_strategy",),
+    "warmup_ratio": ("warmup_steps",),
+    "group_by_length": ("train_sampling_strategy", "group_by_length", "random"),
+    "mlm_probability": ("mask_prob",),
+    "no_cuda": ("use_cpu",),
+    "use_auth": ("use_auth_token",),
+    "push_to_hub_token": ("hub_token",),
+    "use_flash_attention_2": ("attn_implementation", "flash_attention_2", ""),
+    "adafactor": ("optim", "adafactor", ""),
+    "per_gpu_train_batch_size": ("per_device_train_batch_size",),
+    "per_gpu_eval_batch_size": ("per_device_eval_batch_size",),
+    "torchdynamo": ("torch_compile_backend",),
+}
+# Accepted without effect, and why.
+IGNORED_FLAGS: dict[str, str] = {
+    "save_safetensors": "weights are always saved as safetensors",
+    "sortish_sampler": "use --train_sampling_strategy",
+    "sharded_ddp": "use --fsdp",
+    "length_column_name": "lengths are counted here, in tokens",
+    "auto_find_batch_size": "use --auto_batch, which leaves the optimizer's step as it is",
+    "enable_jit_checkpoint": "a signal always saves a checkpoint",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run",
     **dict.fromkeys(
         ("torch_empty_cache_steps", "label_names", "include_for_metrics", "batch_eval_metrics", "prediction_loss_only",
          "eval_do_concat_batches", "eval_use_gather_object", "include_num_input_tokens_seen"),
-        Renamed(None, note="steps and evaluation are our own, see --help"),
-    ),
+        "steps and evaluation are our own, see --help"),
     **dict.fromkeys(
         ("use_mps_device", "half_precision_backend", "fp16_backend", "use_ipex", "jit_mode_eval", "past_index",
          "ray_scope", "tpu_num_cores", "fp16_opt_level", "xpu_backend", "include_inputs_for_metrics",
          "include_tokens_per_second", "dispatch_batches", "split_batches", "fsdp_min_num_params",
          "push_to_hub_model_id", "push_to_hub_organization"),
-        Renamed(None),
-    ),
+        "it has no counterpart in today's Trainer"),
 }  # fmt: skip
+OLD_FLAGS = RENAMED_FLAGS.keys() | IGNORED_FLAGS.keys()
 
 
 class Parser(HfArgumentParser):
@@ -573,24 +568,13 @@ class Parser(HfArgumentParser):
             others = self.add_argument_group("The Trainer's other flags, with its own defaults")
         hints = get_type_hints(dtype)
         for item in dataclasses.fields(dtype):
-            if item.init and item.name not in RENAMED_FLAGS:
+            if item.init and item.name not in OLD_FLAGS:
                 item.type = hints[item.name]
                 self._parse_dataclass_field(own if item.name in dtype.__annotations__ else others, item)
 
     def error(self, message: str) -> NoReturn:
         """Argparse's own complaints, as ours."""
         raise ConfigError(message.replace("argument ", ""))
-
-    def tokens(self, item: Given) -> list[str]:
-        """What argparse reads; a list that a file gives for a flag of one value is joined by commas."""
-        one = self._option_string_actions[f"--{item.name}"].nargs is None
-        if one and item.values:
-            return [f"--{item.name}={','.join(item.values)}"]
-        return [f"--{item.name}", *item.values]
-
-    def flag_names(self) -> set[str]:
-        """Every name that may follow the dashes, with underscores."""
-        return {s[2:].replace("-", "_") for s in self._option_string_actions if s.startswith("--")}
 
 
 def read_config_file(path: Path) -> list[Given]:
@@ -646,24 +630,27 @@ def split_argv(argv: Sequence[str]) -> list[Given]:
 def current_name(item: Given, known: set[str]) -> Given | None:
     """A flag under its name of today, an old one with a warning; None where it has no effect any more."""
     positive = item.name.removeprefix("no_")  # argparse knows --no_flag for what is on by default
-    if positive != item.name and item.name not in RENAMED_FLAGS and (item.name in known or positive in RENAMED_FLAGS):
-        item = item._replace(name=positive, values=("False" if boolean(item) == "True" else "True",))
+    if positive != item.name and item.name not in OLD_FLAGS and (item.name in known or positive in OLD_FLAGS):
+        item = item._replace(name=positive, values=(str(not boolean(item)),))
     if item.name == "logging_dir":
         os.environ["TENSORBOARD_LOGGING_DIR"] = " ".join(item.values)
         log.warning("%s: old name, set as TENSORBOARD_LOGGING_DIR", item.where)
         return None
     if item.name == "debug" and not item.values:  # with a value it is the Trainer's flag of that name
         return item._replace(name="show_traceback")
+    if item.name in IGNORED_FLAGS:
+        log.warning("%s: accepted, without effect: %s", item.where, IGNORED_FLAGS[item.name])
+        return None
     if item.name in RENAMED_FLAGS:
-        return renamed(item, RENAMED_FLAGS[item.name])
+        return renamed(item, *RENAMED_FLAGS[item.name])
     if item.name not in known:
-        near = difflib.get_close_matches(item.name, sorted(known | set(RENAMED_FLAGS)), n=5, cutoff=0.5)
+        near = difflib.get_close_matches(item.name, sorted(known | OLD_FLAGS), n=5, cutoff=0.5)
         near.sort(key=lambda name: -len(os.path.commonprefix([name, item.name])))  # noqa: RUF071
         raise ConfigError(f"{item.where}: unknown flag, {f'did you mean --{near[0]}?' if near else 'see --help'}")
     return item
 
 
-def boolean(item: Given) -> str:
+def boolean(item: Given) -> bool:
     """The value of a flag that is on or off; on where it has none."""
     value = BOOLEANS.get("".join(item.values).lower())
     if value is None:
@@ -671,36 +658,31 @@ def boolean(item: Given) -> str:
     return value
 
 
-def renamed(item: Given, new: Renamed) -> Given | None:
+def renamed(item: Given, new: str, on: str | None = None, off: str = "") -> Given | None:
     """A flag by its row in RENAMED_FLAGS."""
-    if new.to is None:
-        log.warning("%s: accepted, without effect: %s", item.where, new.note)
-        return None
-    values = item.values if new.values is None else tuple(filter(None, [new.values[boolean(item)]]))
-    if new.to == "warmup_steps":  # from 1 on, the Trainer would take a ratio for a number of steps
+    values = item.values if on is None else ((on if boolean(item) else off),)
+    if new == "warmup_steps":  # from 1 on, the Trainer would take a ratio for a number of steps
         with contextlib.suppress(ValueError):  # the parser names the flag and its type
             if not 0 <= float("".join(values)) < 1:
                 raise ConfigError(f"{item.where} {values[0]}: expected a share of the steps, from 0 up to below 1")
-    log.warning("%s: old name, read as --%s %s", item.where, new.to, " ".join(values) if new.values else "")
-    return Given(new.to, values, item.where) if values or new.values is None else None
+    log.warning("%s: old name, read as --%s %s", item.where, new, " ".join(values) if on else "")
+    return None if on and values == ("",) else Given(new, values, item.where)
 
 
 def parse_config(argv: Sequence[str]) -> Config:
-    """The command line -> a checked Config.
-
-    Raises:
-        ConfigError: an unknown flag, a value of the wrong type, flags that do not go together.
-    """
+    """The command line -> a checked Config. A ConfigError names what is unknown, wrong or does not go together."""
     epilog = "A YAML or JSON file with flags may stand first: python qlora.py run.yaml --learning_rate 1e-4"
     parser = Parser(GROUPS, prog="qlora.py", allow_abbrev=False, epilog=epilog)
     if any(token in ("-h", "--help") for token in argv):
         parser.print_help()
         raise SystemExit(0)
-    known, record = parser.flag_names(), read_record(argv)
+    known = {word[2:].replace("-", "_") for word in parser._option_string_actions if word.startswith("--")}
+    record = read_record(argv)
     repeated = {name: value for name, value in record.get("flags", {}).items() if name in known - NOT_REPEATED}
     parser.set_defaults(**repeated)
     items = [item for old in split_argv(argv[1:] if record else argv) if (item := current_name(old, known))]
-    flags = vars(parser.parse_args([token for item in items for token in parser.tokens(item)]))
+    words = [f"--{name}" + (f"={','.join(values)}" if values else "") for name, values, _ in items]
+    flags = vars(parser.parse_args(words))
     given = frozenset(item.name for item in items)
     if record and "output_dir" not in given:
         raise ConfigError(f"{argv[0]}: to repeat this run, name another folder with --output_dir")
@@ -710,10 +692,8 @@ def parse_config(argv: Sequence[str]) -> Config:
     flags |= derived_defaults(flags, given)
     if flags["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed")
-    with mendable("flags"):
-        # where the Trainer, and all but final_folder, is
-        work = {"output_dir": flags["working_dir"] or flags["output_dir"]}
-        groups = parser.parse_dict(flags | work, allow_extra_keys=True)
+    with mendable("flags"):  # output_dir is where the Trainer writes, and all but final_folder
+        groups = parser.parse_dict(flags | {"output_dir": flags["working_dir"] or flags["output_dir"]}, True)
     config = Config(*groups, flags, given, record)  # type: ignore[call-arg]
     check_config(config)
     return config
@@ -1003,12 +983,13 @@ def pair(source: str, target: str) -> list[Segment]:
     return [{"text": source, "learnt": False}, {"text": target, "learnt": True}]
 
 
-def text_of(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
-    """The text in a field; a number or boolean is its JSON text, a null means that the field is missing.
+def storable(text: str) -> str:
+    """Text without the lone surrogates that Arrow refuses, which stand for what is not UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
-    Raises:
-        RowError: nothing there and no default, or a value that is no text.
-    """
+
+def text_of(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    """The text in a field; a number or boolean is its JSON text, a null means that the field is missing."""
     value = row.get(name)
     if value is None and default is not None:
         return default
@@ -1019,10 +1000,8 @@ def text_of(row: Mapping[str, Any], name: str, default: str | None = None) -> st
     if not isinstance(value, str):
         found = {"dict": "an object", "float": repr(value)}.get(type(value).__name__, f"a {type(value).__name__}")
         raise RowError(f"field {name!r} is {found}, expected text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(f"field {name!r} is not valid UTF-8 at character {error.start}, expected text") from error
+    if value != storable(value):
+        raise RowError(f"field {name!r} is not valid UTF-8, expected text")
     if any(mark in value for mark in MARKS):
         raise RowError(f"field {name!r} holds a noncharacter, U+FDD0 to U+FDD2, expected text")
     return value
@@ -1061,7 +1040,7 @@ def _airoboros_to_pair(row: Mapping[str, Any]) -> Row:
     skip = text_of(row, "skip_prompt_formatting", "") or "false"
     if skip.lower() not in BOOLEANS:
         raise RowError(f"field 'skip_prompt_formatting' is {skip!r}, expected true or false")
-    if BOOLEANS[skip.lower()] == "True":
+    if BOOLEANS[skip.lower()]:
         prompt = f"{instruction}\n"
     else:
         instruction = re.sub(r"\s+PLAINFORMAT$", " PLAINFORMAT", instruction)
@@ -1076,11 +1055,11 @@ SPEAKERS = {  # who speaks, by the names that datasets give them
     "system": "system",
 }
 MAY_FOLLOW = {
-    "": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
+    "": "system user",
+    "system": "user",
+    "user": "assistant",
+    "assistant": "user tool",
+    "tool": "tool assistant",
 }
 
 
@@ -1111,8 +1090,8 @@ def messages_of(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
         fields = {f"{here}.{name}": value for name, value in turn.items()}  # the names that a message gives
         name = text_of(fields, f"{here}.{who}")
         role = SPEAKERS.get(name.lower())
-        if role not in MAY_FOLLOW[last]:
-            raise RowError(f"{here} is a turn of {name!r}, expected one of {' or '.join(MAY_FOLLOW[last])}")
+        if role not in MAY_FOLLOW[last].split():
+            raise RowError(f"{here} is a turn of {name!r}, expected one of {MAY_FOLLOW[last].replace(' ', ' or ')}")
         calls = role == "assistant" and turn.get("tool_calls")
         content = text_of(fields, f"{here}.{what}", "" if calls else None)
         if role == "assistant" and not calls and not content.strip():
@@ -1184,11 +1163,7 @@ OWN_FORMAT: re.Pattern[str] = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # a user's
 
 
 def format_named(name: str) -> DatasetFormat:
-    """A row of FORMATS, or the function that path.py:function names.
-
-    Raises:
-        ConfigError: the file does not run, or has no such function.
-    """
+    """A row of FORMATS, or the function that path.py:function names."""
     own = OWN_FORMAT.fullmatch(name)
     if own is None:
         return FORMATS[name]
@@ -1378,8 +1353,7 @@ def read_delimited(stream: Any, delimiter: str) -> Numbered:
         header = next(reader, None)
     if header is None:
         return
-    if len(set(header)) < len(header):
-        doubled = [name for name, count in Counter(header).items() if count > 1]
+    if doubled := [name for name in header if header.count(name) > 1]:
         raise DataError(f"{stream.name}: the column {doubled[0]!r} stands twice in the header")
     while True:
         number = reader.line_num + 1
@@ -1598,21 +1572,15 @@ def as_json(value: Any) -> str:
         return "null"
 
 
-def storable(text: str) -> str:
-    """Text without the lone surrogates that Arrow refuses."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     """One split as an Arrow dataset of rows in normal form, from the cache if the same content was read before."""
     import datasets
 
-    data = config.data
-    own, flags = OWN_FORMAT.fullmatch(format_name), (data.expand_conversations, data.include_sources)
-    template = (
-        (tokenizer.chat_template, tokenizer.special_tokens_map, special_texts(tokenizer).pattern) if tokenizer else ()
-    )
-    depends = (source.name, source.fingerprint(), format_name, own and file_digest(Path(own[1])), *flags, *template)
+    data, own = config.data, OWN_FORMAT.fullmatch(format_name)
+    depends: list[Any] = [source.name, source.fingerprint(), format_name, own and file_digest(Path(own[1]))]
+    depends += [data.expand_conversations, data.include_sources]
+    if tokenizer:
+        depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_texts(tokenizer).pattern]
     try:
         rows = datasets.Dataset.from_generator(
             normal_rows,
@@ -1674,10 +1642,8 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
         Path(config.training.output_dir, REJECTED).unlink(missing_ok=True)
     parts: dict[str, list[Any]] = {"train": [], "eval": []}
     evaluating = config.training.do_eval or config.training.do_predict
-    names = [config.data.dataset]
-    if not Path(names[0]).exists():
-        names = [name.strip() for name in names[0].split(",") if name.strip()]
-    for name in names:
+    given = config.data.dataset
+    for name in [given] if Path(given).exists() else filter(None, re.split(r"\s*,\s*", given.strip())):
         sources = find_splits(name, config)
         chosen = format_of(name, sources, config)
         held_out = next((split for split in SPLIT_NAMES if split in sources), None) if evaluating else None
@@ -1844,11 +1810,7 @@ def read_json(path: Path) -> Any:
 
 
 def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model (`folder` is the model's folder or hub id) with the overrides of the flags.
-
-    Raises:
-        ConfigError: no such tokenizer, a token that is not in its vocabulary, no end-of-sequence or mask token.
-    """
+    """The tokenizer of a model, whose folder or hub id is `folder`, with the overrides of the flags."""
     model = config.model
     options = hub_options(config) | {"trust_remote_code": model.trust_remote_code}
     what = f"--model_name_or_path {model.model_name_or_path}: its tokenizer does not load"
