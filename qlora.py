@@ -300,19 +300,17 @@ def said_once(message: str, lost: bool) -> str | None:
         return message if os.environ.get("LOCAL_RANK", "0") == "0" else None
     others, until = set(range(processes)) - {rank}, time.monotonic() + (8 if lost else 2)
     heard: dict[int, str] = {}
-    try:
+    with contextlib.suppress(RuntimeError):  # whoever held the store is gone as well
         store = torch.distributed.distributed_c10d._get_default_store()
         store.set(f"qlora/{rank}", "" if lost else message)
-        while others - set(heard) and time.monotonic() < until:
-            heard |= {r: store.get(f"qlora/{r}").decode() for r in others - set(heard) if store.check([f"qlora/{r}"])}
+        while (silent := others - heard.keys()) and time.monotonic() < until:
+            heard |= {r: store.get(f"qlora/{r}").decode() for r in silent if store.check([f"qlora/{r}"])}
             time.sleep(0.1)
-    except RuntimeError:  # whoever held the store is gone as well
-        heard.setdefault(0, "") if rank and not lost else None
     if not lost:
         known = [text for r, text in heard.items() if r < rank]
         return None if message in known else f"rank {rank}: {message}" if rank else message
-    gone = sorted(others - set(heard))
-    if any(heard.values()) or not gone or any(r < rank for r in heard):
+    gone = sorted(others - heard.keys())
+    if any(heard.values()) or not gone or min(heard, default=rank) < rank:
         return None
     return f"rank {', '.join(map(str, gone))} of {processes} was lost. {message}"
 
@@ -756,8 +754,7 @@ def rope_parameters(text: str | None) -> dict[str, Any] | None:
     with mendable("--rope_scaling: not JSON"):
         value = None if text is None else json.loads(text)
     if not isinstance(value, dict | None):
-        example = '{"rope_type": "linear", "factor": 2.0}'
-        raise ConfigError(f"--rope_scaling: expected an object such as {example}, found {text}")
+        raise ConfigError(f'--rope_scaling {text}: expected an object such as {{"rope_type": "linear", "factor": 2.0}}')
     return value and {("rope_type" if key == "type" else key): item for key, item in value.items()}
 
 
@@ -907,7 +904,6 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
 def flags_of(config: Config) -> argparse.Namespace:
     """What rules are about: every flag by its name, and what follows from several of them or from the tables."""
     flags, given, trackers = config.flags, config.given, config.training.report_to or ()
-    causal = flags["objective"] == "clm"
     installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"} if trackers else ()  # two not looked for
     return argparse.Namespace(
         **flags,
@@ -916,7 +912,7 @@ def flags_of(config: Config) -> argparse.Namespace:
         telling=next((name for name, value in flags.items() if URL_WITH_PASSWORD.search(str(value))), ""),
         folders={path.resolve() for path in (Path(config.training.output_dir), final_folder(config))},
         start_problem=lora_start_problem(config.lora.init_lora_weights, config.quant.bits < 16),
-        metrics="loss, perplexity" + ("" if causal else ", masked_accuracy"),
+        metrics="loss, perplexity" + (", masked_accuracy" if flags["objective"] != "clm" else ""),
         trackers=trackers,
         unknown=", ".join(name for name in trackers if name not in INTEGRATION_TO_CALLBACK),
         missing=", ".join(name for name in trackers if name not in installed),
@@ -949,8 +945,6 @@ def hub_options(config: Config) -> dict[str, Any]:
 # order of FORMATS is the order in which a format is inferred from the columns. A named dataset is a row of DATASETS.
 # ------------------------------------------------------------------------------------
 class Segment(TypedDict):
-    """A stretch of a row's text."""
-
     text: str
     learnt: bool
 
@@ -966,8 +960,6 @@ Row = list[Segment] | Conversation
 
 
 class DatasetFormat(NamedTuple):
-    """How rows with these columns become segments."""
-
     columns: tuple[str, ...]  # that a row must have
     to_row: Callable[[Mapping[str, Any]], Row]
     inferred: bool = True  # from the columns alone
@@ -1492,16 +1484,14 @@ def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
     files = sorted(p for p in folder.iterdir() if p.is_file() and data_suffix(p) in READERS and p.name[0] != ".")
     if not files:
         raise DataError(f"{folder}: no data file in it, expected {', '.join(READERS)}, or what save_to_disk writes")
-    splits: dict[str, list[Path]] = defaultdict(list)
+    splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
     for file in files:
         match = re.match(rf"(train|{'|'.join(SPLIT_NAMES)})(?![A-Za-z0-9])", file.name)
-        splits[match.group(1) if match else ""].append(file)
-    if list(splits) == [""]:
-        return {"train": RowSource(str(folder), tuple(files))}
-    if "" in splits:
+        splits[match[1] if match else ""] += (file,)
+    if "" in splits and len(splits) > 1:
         stray = ", ".join(file.name for file in splits[""])
         raise DataError(f"{folder}: {stray} beside files named after splits: name all train, eval, ..., or none")
-    return {split: RowSource(str(folder), tuple(paths)) for split, paths in splits.items()}
+    return {split or "train": RowSource(str(folder), paths) for split, paths in splits.items()}
 
 
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
@@ -1767,18 +1757,12 @@ def reject_bad_rows(rows: Any | None, config: Config, whole: bool = True) -> Any
 #
 # What leaves is a fast tokenizer with BOS (where it has one), EOS and pad ids that lie within the model's embedding.
 # ------------------------------------------------------------------------------------
-EMPTY_SPECIALS = (
-    "--model_name_or_path {}: the tokenizer's special tokens are empty strings, as in early LLaMA conversions: "
-    "give --tokenizer_patch examples/llama1_tokenizer"
-)
 PATCHED_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 # Tokens that models keep unused: they make a pad that no text contains. In order of preference.
 SPARE_TOKENS = re.compile(
     r"<\|finetune_right_pad_id\|>|<\|?pad(ding)?\|?>|\[PAD\]|<\|reserved_special_token_\d+\|>|<unused\d+>|<\|unused\d+\|>|<\|reserved_\d+\|>",
     re.IGNORECASE,
 )
-
-
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges*", "added_tokens.json", "config.json"]
 
 
@@ -1797,9 +1781,8 @@ def patched_tokenizer_folder(name: str, patch: str, into: Path, config: Config) 
             shutil.copyfile(file, into / file.name)
     for file_name in PATCHED_FILES:
         own, over = into / file_name, Path(patch) / file_name
-        merged = read_json(own) if own.is_file() else {}
-        merged |= read_json(over) if over.is_file() else {}
-        own.write_text(json.dumps(merged), encoding="utf-8")
+        layers = [read_json(file) for file in (own, over) if file.is_file()]
+        own.write_text(json.dumps(dict(itertools.chain(*(layer.items() for layer in layers)))), encoding="utf-8")
     return into
 
 
@@ -1820,12 +1803,14 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
         bare = Path(folder, "tokenizer.model").is_file() and not Path(folder, "tokenizer.json").is_file()
         # SentencePiece's file alone: AutoTokenizer may read it as a generic tokenizer with other ids, silently
         llama = bare and model_config.model_type in ("llama", "mistral", "mixtral")
-        try:
+        tokenizer: Any = None
+        with contextlib.suppress(RecursionError):  # what an empty unk_token leads to
             tokenizer = (LlamaTokenizer if llama else AutoTokenizer).from_pretrained(folder, **options)
-        except RecursionError as error:  # what an empty unk_token leads to
-            raise ConfigError(EMPTY_SPECIALS.format(model.model_name_or_path)) from error
-    if "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
-        raise ConfigError(EMPTY_SPECIALS.format(model.model_name_or_path))
+    if tokenizer is None or "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
+        raise ConfigError(
+            f"--model_name_or_path {model.model_name_or_path}: the tokenizer's special tokens are empty strings, as in "
+            "early LLaMA conversions: give --tokenizer_patch examples/llama1_tokenizer"
+        )
     tokenizer.name_or_path = model.model_name_or_path
     if model.chat_template:
         with mendable(f"--chat_template {model.chat_template}"):
