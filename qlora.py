@@ -308,7 +308,10 @@ def said_once(message: str, lost: bool) -> str | None:
             time.sleep(0.1)
     if not lost:
         known = [text for r, text in heard.items() if r < rank]
-        return None if message in known else f"rank {rank}: {message}" if rank else message
+        if message in known:
+            time.sleep(1)  # torchrun ends all when the first has ended: after whoever speaks
+            return None
+        return f"rank {rank}: {message}" if rank else message
     gone = sorted(others - heard.keys())
     if any(heard.values()) or not gone or min(heard, default=rank) < rank:
         return None
@@ -628,7 +631,7 @@ def split_argv(argv: Sequence[str]) -> list[Given]:
 def current_name(item: Given, known: set[str]) -> Given | None:
     """A flag under its name of today, an old one with a warning; None where it has no effect any more."""
     positive = item.name.removeprefix("no_")  # argparse knows --no_flag for what is on by default
-    if positive != item.name and item.name not in OLD_FLAGS and (item.name in known or positive in OLD_FLAGS):
+    if positive != item.name and ({item.name, positive} <= known or positive in OLD_FLAGS):
         item = item._replace(name=positive, values=(str(not boolean(item)),))
     if item.name == "logging_dir":
         os.environ["TENSORBOARD_LOGGING_DIR"] = " ".join(item.values)
@@ -1532,9 +1535,11 @@ def normal_rows(
     """Every row in its normal form. One that can't be used has a `problem`, and as its text what stood there."""
     columns, to_row, _ = format_named(format_name)
     wanted, learnt = {name.strip() for name in data.include_sources.split(",")}, "".join(columns[-1:]) or "output"
+    found = False  # a row of the sources asked for
     for where, row in source:
         if data.include_sources != "ALL" and isinstance(row, Mapping) and label_of(row, "source") not in wanted:
             continue
+        found = True
         made: list[list[Segment]] = []
         category, problem, rendered = "", "", False
         try:
@@ -1552,6 +1557,8 @@ def normal_rows(
         for segments in made:
             kept = [{**segment, "text": storable(segment["text"])} for segment in segments]
             yield {"segments": kept, "rendered": rendered, **{name: storable(text) for name, text in texts.items()}}
+    if isinstance(source, RowSource) and not found:  # a block of a stream may have none
+        raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
 
 
 def as_json(value: Any) -> str:
@@ -1572,7 +1579,7 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
     if tokenizer:
         depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_texts(tokenizer).pattern]
     try:
-        rows = datasets.Dataset.from_generator(
+        return datasets.Dataset.from_generator(
             normal_rows,
             features=row_features(),
             gen_kwargs={"source": source, "format_name": format_name, "data": data, "tokenizer": tokenizer},
@@ -1581,11 +1588,8 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, QLoRAError):
-            raise error.__cause__ from error
+            raise error.__cause__ from None
         raise
-    if len(rows) == 0:
-        raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
-    return rows
 
 
 def row_features() -> Any:
