@@ -213,7 +213,7 @@ def log_block(title: str, lines: Mapping[str, Any]) -> None:
 # What libraries raise over a user's files and flags; not RuntimeError, which is as often our bug.
 LIBRARY_ERRORS: tuple[type[Exception], ...] = (
     OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError,
-    RecursionError, yaml.YAMLError, zlib.error, SafetensorError, TemplateError, pickle.UnpicklingError,
+    ArithmeticError, RecursionError, yaml.YAMLError, zlib.error, SafetensorError, TemplateError, pickle.UnpicklingError,
 )  # fmt: skip
 
 
@@ -300,22 +300,20 @@ def said_once(message: str, lost: bool) -> str | None:
         return message if os.environ.get("LOCAL_RANK", "0") == "0" else None
     others, until = set(range(processes)) - {rank}, time.monotonic() + (8 if lost else 2)
     heard: dict[int, str] = {}
-    try:
+    with contextlib.suppress(RuntimeError):  # whoever held the store is gone as well
         store = torch.distributed.distributed_c10d._get_default_store()
         store.set(f"qlora/{rank}", "" if lost else message)
-        while others - set(heard) and time.monotonic() < until:
-            heard |= {r: store.get(f"qlora/{r}").decode() for r in others - set(heard) if store.check([f"qlora/{r}"])}
+        while (silent := others - heard.keys()) and time.monotonic() < until:
+            heard |= {r: store.get(f"qlora/{r}").decode() for r in silent if store.check([f"qlora/{r}"])}
             time.sleep(0.1)
-    except RuntimeError:  # whoever held the store is gone as well
-        heard.setdefault(0, "") if rank and not lost else None
     if not lost:
         known = [text for r, text in heard.items() if r < rank]
         if message in known:
             time.sleep(1)  # torchrun ends all when the first has ended: after whoever speaks
             return None
         return f"rank {rank}: {message}" if rank else message
-    gone = sorted(others - set(heard))
-    if any(heard.values()) or not gone or any(r < rank for r in heard):
+    gone = sorted(others - heard.keys())
+    if any(heard.values()) or not gone or min(heard, default=rank) < rank:
         return None
     return f"rank {', '.join(map(str, gone))} of {processes} was lost. {message}"
 
@@ -335,9 +333,7 @@ def flag(default: Any, text: str) -> Any:
 # fmt: off
 @dataclass
 class ModelArguments:
-    """Which base model and tokenizer."""
-
-    _argument_group_name: ClassVar[str] = "model"
+    """Model and tokenizer."""
 
     model_name_or_path: str = flag("EleutherAI/pythia-12b", "Base model: hub id, folder, or .gguf file.")
     trust_remote_code: bool = flag(False, "Run the Python code that comes with model and tokenizer.")
@@ -351,29 +347,22 @@ class ModelArguments:
     bos_token: str | None = flag(None, "Token of the vocabulary that begins a sequence.")
     unk_token: str | None = flag(None, "Token of the vocabulary for what is unknown.")
     padding_side: Literal["right", "left"] = flag("right", "Padding of training batches; generation pads left.")
-    tokenizer_patch: str | None = flag(None, "Folder whose tokenizer_config.json and special_tokens_map.json are laid "
-        "over the model's (examples/llama1_tokenizer: for early LLaMA conversions).")
+    tokenizer_patch: str | None = flag(None, "Folder with files to lay over the tokenizer's, for early LLaMA.")
     chat_template: str | None = flag(None, "Jinja file with the chat template, for a tokenizer that has none.")
-    rope_scaling: str | None = flag(None, "JSON laid over the model's rotary embedding, for longer contexts: "
-        '{"rope_type": "linear", "factor": 2.0}')
+    rope_scaling: str | None = flag(None, 'For longer contexts, JSON as {"rope_type": "linear", "factor": 2.0}.')
     cache_dir: str | None = flag(None, "Folder for downloads, converted models and encoded datasets.")
 
 
 @dataclass
 class DataArguments:
-    """Which rows, how they are read, how they are cut."""
-
-    _argument_group_name: ClassVar[str] = "data"
+    """Data: which rows, how they are read, how they are cut."""
 
     dataset: str = flag("alpaca", "Preset, local file or folder, or hub id; a comma-separated list is concatenated.")
-    dataset_format: str | None = flag(None, "Format of the rows, or path.py:function for one of your own; default: the "
-        "preset's, else by the columns.")
+    dataset_format: str | None = flag(None, "Format, or path.py:function; default: the preset's, else by the columns.")
     expand_conversations: bool = flag(False, "airoboros_chat: one row for each answer of a conversation, not the last.")
     include_sources: str = flag("ALL", "Keep the rows whose column `source` is in this comma-separated list.")
-    eval_dataset_size: float = flag(1024, "Rows held out where the dataset has no split for it: a number, or below 1 a "
-        "share. The default takes a tenth of a set of fewer than 4096 rows.")
-    streaming: bool = flag(False, "Read, encode and shuffle the rows while training, a block at a time; nothing is "
-        "downloaded or cached beforehand. Needs --max_steps.")
+    eval_dataset_size: float = flag(1024, "Rows to hold out, or below 1 a share; by default of few rows a tenth.")
+    streaming: bool = flag(False, "Read and encode the rows while training, a block at a time. Needs --max_steps.")
     stream_buffer: int = flag(10_000, "Rows of a block of --streaming, which are shuffled and packed together.")
     max_train_samples: int | None = flag(None, "Train on the first N rows, counted after the split.")
     max_eval_samples: int | None = flag(None, "Evaluate and predict on the first N rows.")
@@ -384,8 +373,7 @@ class DataArguments:
     on_bad_rows: Literal["stop", "skip"] = flag("stop", "At a row of no use: stop, or write it to rejected.jsonl.")
     packing: bool = flag(False, "Fill rows up to the length limit with several examples, each attending to itself.")
     train_on_source: bool = flag(False, "Learn the input tokens too.")
-    objective: Literal["auto", "clm", "mlm"] = flag("auto", "Learn the next token (clm) or masked tokens (mlm); "
-        "auto: mlm where the model's config names a masked language model.")
+    objective: Literal["auto", "clm", "mlm"] = flag("auto", "Learn the next or masked tokens; auto: as the model does.")
     mask_prob: float = flag(0.15, "mlm: share of the tokens that is chosen to be predicted, above 0.")
     mask_replace_prob: float = flag(0.8, "mlm: share of the chosen that become the mask token.")
     random_replace_prob: float = flag(0.1, "mlm: share of the chosen that become a random token; the rest stay.")
@@ -394,9 +382,7 @@ class DataArguments:
 
 @dataclass
 class QuantisationArguments:
-    """How the frozen weights are held."""
-
-    _argument_group_name: ClassVar[str] = "quantisation"
+    """Quantisation of the frozen weights."""
 
     bits: Literal[4, 8, 16, 32] = flag(4, "Bits of a base weight.")
     quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit data type.")
@@ -407,9 +393,7 @@ class QuantisationArguments:
 
 @dataclass
 class LoraArguments:
-    """The adapters."""
-
-    _argument_group_name: ClassVar[str] = "LoRA"
+    """LoRA."""
 
     lora_r: int = flag(64, "Rank of the adapters.")
     lora_alpha: float = flag(16, "Adapters are scaled by lora_alpha / lora_r.")
@@ -419,8 +403,7 @@ class LoraArguments:
     lora_dtype: Literal["float32", "bfloat16"] = flag("float32", "Data type that the adapters are kept in.")
     use_dora: bool = flag(False, "Weight-decomposed adapters (DoRA).")
     use_rslora: bool = flag(False, "Scale by lora_alpha / sqrt(lora_r).")
-    init_lora_weights: str = flag("True", "How adapters start: True (B is zero), False, gaussian, eva; with bits 16 or "
-        "32 also orthogonal, pissa, pissa_niter_N, olora.")
+    init_lora_weights: str = flag("True", "Start of the adapters: True (B is zero), gaussian, eva, pissa, olora, ...")
     modules_to_save: str | None = flag(None, "Comma list of modules to train whole, e.g. embed_tokens,lm_head.")
     layers_to_freeze: int = flag(0, "Leave the first N layers alone: no adapters, no training.")
     layer_freeze_ratio: float = flag(0.0, "As layers_to_freeze, as a share of the layers, below 1.")
@@ -428,9 +411,7 @@ class LoraArguments:
 
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
-    """The Trainer's arguments with the original's defaults."""
-
-    _argument_group_name: ClassVar[str] = "training: flags of ours, and defaults that differ from the Trainer's"
+    """Training: flags of ours, and defaults that differ from the Trainer's."""
 
     report_to: str | None = flag("none", "Trackers: none, all, or some of tensorboard, wandb, trackio, ...")
     output_dir: str = flag("./output", "Folder for adapter, checkpoints, metrics and predictions.")
@@ -443,16 +424,13 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     remove_unused_columns: bool = flag(False, "Drop columns that the model does not name.")
     max_grad_norm: float = flag(0.3, "Clip the gradient to this norm.")
     gradient_checkpointing: bool = flag(True, "Recompute activations in the backward pass, as far as memory asks.")
-    recompute_layers: str = flag("auto", "How many layers to recompute: auto (what the GPU's memory asks for; all on a "
-        "CPU), all, none or a number.")
-    auto_batch: bool | None = flag(None, "Regroup the rows of an optimizer step into the largest micro-batches that "
-        "fit; the step stays the same. On by default on a GPU.")
+    recompute_layers: str = flag("auto", "Layers to recompute: auto (as memory asks), all, none or a number.")
+    auto_batch: bool | None = flag(None, "Regroup a step's rows into the largest micro-batches; default on a GPU.")
     padding_free: bool = flag(True, "Lay rows end to end instead of padding them, where the model allows it.")
     fused_lora: bool = flag(True, "Compute base and adapters in fused functions, where they know the layer.")
     chunked_head: bool = flag(True, "Compute logits only for tokens that are learnt, a few hundred at a time.")
     offload_activations: bool = flag(False, "Keep the inputs of recomputed layers in the CPU's memory.")
-    unpacked_layers: str = flag("auto", "Of how many layers to keep the 4- or 8-bit weights unpacked too: auto (what "
-        "fits beside everything else; none on a CPU), all, none or a number.")
+    unpacked_layers: str = flag("auto", "Layers whose weights to keep unpacked too: auto, all, none or a number.")
     plan: bool = flag(False, "Print what the run will take (GiB by part, tokens per second), and exit.")
     plan_gpu: str | None = flag(None, "GPU to plan for, by size or name: 24GiB, 8x80GiB, H100. Default: the one here.")
     liger: bool = flag(True, "Use liger-kernel's norms, activations and rotary embedding, where it has the model.")
@@ -468,8 +446,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     working_dir: str | None = flag(None, "Folder for all but the final weights, their tokenizer and card.")
     final_output_dir: str | None = flag(None, "Folder for those; default: output_dir.")
     merged_output_dir: str | None = flag(None, "Folder for the base with the adapter merged into it, in 16 bit.")
-    merge_base: Literal["original", "dequantized"] = flag("original", "Merge into the base as published, or into the "
-        "values that its quantised weights stand for.")
+    merge_base: Literal["original", "dequantized"] = flag("original", "Merge into the base as published or as trained.")
     max_shard_size: str = flag("5GB", "Largest file of a merged or fully fine-tuned model.")
     adam8bit: bool = flag(False, "Short for --optim paged_adamw_8bit.")
     show_traceback: bool = flag(False, "Show an error's traceback; --debug without a value does the same.")
@@ -477,9 +454,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
 
 @dataclass
 class MMLUArguments:
-    """Multiple-choice questions at each evaluation."""
-
-    _argument_group_name: ClassVar[str] = "MMLU"
+    """MMLU: multiple-choice questions at each evaluation."""
 
     do_mmlu_eval: bool = flag(False, "Answer MMLU questions at each evaluation.")
     mmlu_split: Literal["eval", "test"] = flag("eval", "Which questions.")
@@ -491,9 +466,7 @@ class MMLUArguments:
 
 @dataclass
 class GenerationArguments:
-    """How predictions are generated. Only the values given reach the model's generate."""
-
-    _argument_group_name: ClassVar[str] = "generation"
+    """Generation of predictions; only the values given reach the model's generate."""
 
     max_new_tokens: int = flag(256, "Longest prediction, in tokens.")
     min_new_tokens: int | None = flag(None, "Shortest prediction, in tokens.")
@@ -520,9 +493,9 @@ class Config:
     data: DataArguments
     quant: QuantisationArguments
     lora: LoraArguments
-    training: TrainingArguments
     mmlu: MMLUArguments
     generation: GenerationArguments
+    training: TrainingArguments  # last, for its class has the Trainer's own flags too, which end --help
     flags: dict[str, Any]  # every flag by its own name, as resolved
     given: frozenset[str]  # those that the user set
     record: dict[str, Any]  # run.json of the run to repeat, or nothing
@@ -544,83 +517,65 @@ class Given(NamedTuple):
     where: str  # how to name it in a message
 
 
-class Renamed(NamedTuple):
-    """What an old flag is called today."""
-
-    to: str | None  # None: accepted, without effect
-    values: Mapping[str, str] | None = None  # of a boolean: what True and False became; empty: nothing
-    note: str = "it has no counterpart in today's Trainer"
-
-
 HUB_TOKEN = re.compile(r"\bhf_\w{8,}")  # somebody may give one to --use_auth_token
-BOOLEANS = {"": "True", "true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
+BOOLEANS = {"": True, "true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
-RENAMED_FLAGS: dict[str, Renamed] = {
-    "evaluation_strategy": Renamed("eval_strategy"),
-    "warmup_ratio": Renamed("warmup_steps"),
-    "group_by_length": Renamed("train_sampling_strategy", {"True": "group_by_length", "False": "random"}),
-    "mlm_probability": Renamed("mask_prob"),
-    "no_cuda": Renamed("use_cpu"),
-    "use_auth": Renamed("use_auth_token"),
-    "push_to_hub_token": Renamed("hub_token"),
-    "use_flash_attention_2": Renamed("attn_implementation", {"True": "flash_attention_2", "False": ""}),
-    "adafactor": Renamed("optim", {"True": "adafactor", "False": ""}),
-    "per_gpu_train_batch_size": Renamed("per_device_train_batch_size"),
-    "per_gpu_eval_batch_size": Renamed("per_device_eval_batch_size"),
-    "torchdynamo": Renamed("torch_compile_backend"),
-    "save_safetensors": Renamed(None, note="weights are always saved as safetensors"),
-    "sortish_sampler": Renamed(None, note="use --train_sampling_strategy"),
-    "sharded_ddp": Renamed(None, note="use --fsdp"),
-    "length_column_name": Renamed(None, note="lengths are counted here, in tokens"),
-    "auto_find_batch_size": Renamed(None, note="use --auto_batch, which leaves the optimizer's step as it is"),
-    "enable_jit_checkpoint": Renamed(None, note="a signal always saves a checkpoint"),
-    "logging_nan_inf_filter": Renamed(None, note="a loss that is not finite ends the run"),
+# The names of today; of a boolean also what True and False became, where that is not today's default.
+RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
+    "evaluation_strategy": ("eval_strategy",),
+    "warmup_ratio": ("warmup_steps",),
+    "group_by_length": ("train_sampling_strategy", "group_by_length", "random"),
+    "mlm_probability": ("mask_prob",),
+    "no_cuda": ("use_cpu",),
+    "use_auth": ("use_auth_token",),
+    "push_to_hub_token": ("hub_token",),
+    "use_flash_attention_2": ("attn_implementation", "flash_attention_2", ""),
+    "adafactor": ("optim", "adafactor", ""),
+    "per_gpu_train_batch_size": ("per_device_train_batch_size",),
+    "per_gpu_eval_batch_size": ("per_device_eval_batch_size",),
+    "torchdynamo": ("torch_compile_backend",),
+}
+# Accepted without effect, and why.
+IGNORED_FLAGS: dict[str, str] = {
+    "save_safetensors": "weights are always saved as safetensors",
+    "sortish_sampler": "use --train_sampling_strategy",
+    "sharded_ddp": "use --fsdp",
+    "length_column_name": "lengths are counted here, in tokens",
+    "auto_find_batch_size": "use --auto_batch, which leaves the optimizer's step as it is",
+    "enable_jit_checkpoint": "a signal always saves a checkpoint",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run",
     **dict.fromkeys(
         ("torch_empty_cache_steps", "label_names", "include_for_metrics", "batch_eval_metrics", "prediction_loss_only",
          "eval_do_concat_batches", "eval_use_gather_object", "include_num_input_tokens_seen"),
-        Renamed(None, note="steps and evaluation are our own, see --help"),
-    ),
+        "steps and evaluation are our own, see --help"),
     **dict.fromkeys(
         ("use_mps_device", "half_precision_backend", "fp16_backend", "use_ipex", "jit_mode_eval", "past_index",
          "ray_scope", "tpu_num_cores", "fp16_opt_level", "xpu_backend", "include_inputs_for_metrics",
          "include_tokens_per_second", "dispatch_batches", "split_batches", "fsdp_min_num_params",
          "push_to_hub_model_id", "push_to_hub_organization"),
-        Renamed(None),
-    ),
+        "it has no counterpart in today's Trainer"),
 }  # fmt: skip
+OLD_FLAGS = RENAMED_FLAGS.keys() | IGNORED_FLAGS.keys()
 
 
 class Parser(HfArgumentParser):
-    """HfArgumentParser with the Trainer's own flags last, no abbreviations, and errors of ours."""
-
-    def __init__(self) -> None:
-        self.trainer_group: Any = None
-        epilog = "A YAML or JSON file with flags may stand first: python qlora.py run.yaml --learning_rate 1e-4"
-        super().__init__(GROUPS, prog="qlora.py", allow_abbrev=False, epilog=epilog)
+    """HfArgumentParser with the Trainer's own flags apart, and errors of ours."""
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        """One group for what a class declares itself; what it inherits goes into a group below all of ours."""
-        own: Any = self.add_argument_group(dtype._argument_group_name)
+        """One group for what a class declares itself, one for what it inherits."""
+        own: Any = self.add_argument_group(dtype.__doc__.rstrip("."))
+        others: Any = own
         if dtype is TrainingArguments:
-            self.trainer_group = argparse._ArgumentGroup(self, "the Trainer's other flags, with its own defaults")
+            others = self.add_argument_group("The Trainer's other flags, with its own defaults")
         hints = get_type_hints(dtype)
         for item in dataclasses.fields(dtype):
-            if item.init and item.name not in RENAMED_FLAGS:
+            if item.init and item.name not in OLD_FLAGS:
                 item.type = hints[item.name]
-                self._parse_dataclass_field(own if item.name in dtype.__annotations__ else self.trainer_group, item)
-        if dtype is GROUPS[-1]:  # argparse prints the groups in this order
-            self._action_groups.append(self.trainer_group)
+                self._parse_dataclass_field(own if item.name in dtype.__annotations__ else others, item)
 
     def error(self, message: str) -> NoReturn:
         """Argparse's own complaints, as ours."""
         raise ConfigError(message.replace("argument ", ""))
-
-    def tokens(self, item: Given) -> list[str]:
-        """What argparse reads; a list that a file gives for a flag of one value is joined by commas."""
-        one = self._option_string_actions[f"--{item.name}"].nargs is None
-        if one and item.values:
-            return [f"--{item.name}={','.join(item.values)}"]
-        return [f"--{item.name}", *item.values]
 
     def repeat(self, flags: Mapping[str, Any], argv: Sequence[str]) -> None:
         """Make the flags of a run.json the defaults, which argparse itself does not check against the choices."""
@@ -631,10 +586,6 @@ class Parser(HfArgumentParser):
                 expected = f"one of {', '.join(map(str, among))}" if among else f"such as {default}"
                 raise ConfigError(f"{argv[0]}: {action.dest} is {value!r}, expected {expected}")
         self.set_defaults(**flags)
-
-    def flag_names(self) -> set[str]:
-        """Every name that may follow the dashes, with underscores."""
-        return {s[2:].replace("-", "_") for s in self._option_string_actions if s.startswith("--")}
 
 
 def read_config_file(path: Path) -> list[Given]:
@@ -691,24 +642,27 @@ def split_argv(argv: Sequence[str]) -> list[Given]:
 def current_name(item: Given, known: set[str]) -> Given | None:
     """A flag under its name of today, an old one with a warning; None where it has no effect any more."""
     positive = item.name.removeprefix("no_")  # argparse knows --no_flag for what is on by default
-    if positive != item.name and ({item.name, positive} <= known or positive in RENAMED_FLAGS):
-        item = item._replace(name=positive, values=("False" if boolean(item) == "True" else "True",))
+    if positive != item.name and ({item.name, positive} <= known or positive in OLD_FLAGS):
+        item = item._replace(name=positive, values=(str(not boolean(item)),))
     if item.name == "logging_dir":
         os.environ["TENSORBOARD_LOGGING_DIR"] = " ".join(item.values)
         log.warning("%s: old name, set as TENSORBOARD_LOGGING_DIR", item.where)
         return None
     if item.name == "debug" and not item.values:  # with a value it is the Trainer's flag of that name
         return item._replace(name="show_traceback")
+    if item.name in IGNORED_FLAGS:
+        log.warning("%s: accepted, without effect: %s", item.where, IGNORED_FLAGS[item.name])
+        return None
     if item.name in RENAMED_FLAGS:
-        return renamed(item, RENAMED_FLAGS[item.name])
+        return renamed(item, *RENAMED_FLAGS[item.name])
     if item.name not in known:
-        near = difflib.get_close_matches(item.name, sorted(known | set(RENAMED_FLAGS)), n=5, cutoff=0.5)
+        near = difflib.get_close_matches(item.name, sorted(known | OLD_FLAGS), n=5, cutoff=0.5)
         near.sort(key=lambda name: -len(os.path.commonprefix([name, item.name])))  # noqa: RUF071
         raise ConfigError(f"{item.where}: unknown flag, {f'did you mean --{near[0]}?' if near else 'see --help'}")
     return item
 
 
-def boolean(item: Given) -> str:
+def boolean(item: Given) -> bool:
     """The value of a flag that is on or off; on where it has none."""
     value = BOOLEANS.get("".join(item.values).lower())
     if value is None:
@@ -716,35 +670,31 @@ def boolean(item: Given) -> str:
     return value
 
 
-def renamed(item: Given, new: Renamed) -> Given | None:
+def renamed(item: Given, new: str, on: str | None = None, off: str = "") -> Given | None:
     """A flag by its row in RENAMED_FLAGS."""
-    if new.to is None:
-        log.warning("%s: accepted, without effect: %s", item.where, new.note)
-        return None
-    values = item.values if new.values is None else tuple(filter(None, [new.values[boolean(item)]]))
-    if new.to == "warmup_steps":  # from 1 on, the Trainer would take a ratio for a number of steps
+    values = item.values if on is None else ((on if boolean(item) else off),)
+    if new == "warmup_steps":  # from 1 on, the Trainer would take a ratio for a number of steps
         with contextlib.suppress(ValueError):  # the parser names the flag and its type
             if not 0 <= float("".join(values)) < 1:
                 raise ConfigError(f"{item.where} {values[0]}: expected a share of the steps, from 0 up to below 1")
-    log.warning("%s: old name, read as --%s %s", item.where, new.to, " ".join(values) if new.values else "")
-    return Given(new.to, values, item.where) if values or new.values is None else None
+    log.warning("%s: old name, read as --%s %s", item.where, new, " ".join(values) if on else "")
+    return None if on and values == ("",) else Given(new, values, item.where)
 
 
 def parse_config(argv: Sequence[str]) -> Config:
-    """The command line -> a checked Config.
-
-    Raises:
-        ConfigError: an unknown flag, a value of the wrong type, flags that do not go together.
-    """
-    parser = Parser()
+    """The command line -> a checked Config. A ConfigError names what is unknown, wrong or does not go together."""
+    epilog = "A YAML or JSON file with flags may stand first: python qlora.py run.yaml --learning_rate 1e-4"
+    parser = Parser(GROUPS, prog="qlora.py", allow_abbrev=False, epilog=epilog)
     if any(token in ("-h", "--help") for token in argv):
         parser.print_help()
         raise SystemExit(0)
-    known, record = parser.flag_names(), read_record(argv)
+    known = {word[2:].replace("-", "_") for word in parser._option_string_actions if word.startswith("--")}
+    record = read_record(argv)
     repeated = {name: value for name, value in record.get("flags", {}).items() if name in known - NOT_REPEATED}
     parser.repeat(repeated, argv)
     items = [item for old in split_argv(argv[1:] if record else argv) if (item := current_name(old, known))]
-    flags = vars(parser.parse_args([token for item in items for token in parser.tokens(item)]))
+    words = [f"--{name}" + (f"={','.join(values)}" if values else "") for name, values, _ in items]
+    flags = vars(parser.parse_args(words))
     given = frozenset(item.name for item in items)
     if record and "output_dir" not in given:
         raise ConfigError(f"{argv[0]}: to repeat this run, name another folder with --output_dir")
@@ -754,10 +704,8 @@ def parse_config(argv: Sequence[str]) -> Config:
     flags |= derived_defaults(flags, given)
     if flags["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed")
-    with mendable("flags"):
-        # where the Trainer, and all but final_folder, is
-        work = {"output_dir": flags["working_dir"] or flags["output_dir"]}
-        groups = parser.parse_dict(flags | work, allow_extra_keys=True)
+    with mendable("flags"):  # output_dir is where the Trainer writes, and all but final_folder
+        groups = parser.parse_dict(flags | {"output_dir": flags["working_dir"] or flags["output_dir"]}, True)
     config = Config(*groups, flags, given, record)  # type: ignore[call-arg]
     check_config(config)
     return config
@@ -790,12 +738,10 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
 
 
 # How adapters may start, and why some can't on quantised weights. What peft knows besides is refused for its reason.
-_ROUNDED_TWICE = (
-    "it takes a part out of the weights, and rounding the rest again would leave an adapter for another base"
-)
-LORA_STARTS = dict.fromkeys(("true", "false", "gaussian", "eva"), "") | {
+LORA_STARTS = {
+    "true|false|gaussian|eva": "",
     "orthogonal": "peft draws it in the data type of the weights",
-    **dict.fromkeys(("pissa", r"pissa_niter_\d+", "olora"), _ROUNDED_TWICE),
+    r"pissa(_niter_\d+)?|olora": "rounding the weights again, less a part, leaves an adapter for another base",
 }
 REFUSED_LORA_STARTS = {
     "loftq": "its adapters make up for the rounding of 4-bit weights and would be wrong on the base as published",
@@ -822,8 +768,7 @@ def rope_parameters(text: str | None) -> dict[str, Any] | None:
     with mendable("--rope_scaling: not JSON"):
         value = None if text is None else json.loads(text)
     if not isinstance(value, dict | None):
-        example = '{"rope_type": "linear", "factor": 2.0}'
-        raise ConfigError(f"--rope_scaling: expected an object such as {example}, found {text}")
+        raise ConfigError(f'--rope_scaling {text}: expected an object such as {{"rope_type": "linear", "factor": 2.0}}')
     return value and {("rope_type" if key == "type" else key): item for key, item in value.items()}
 
 
@@ -836,6 +781,7 @@ LORA = frozenset(f.name for f in dataclasses.fields(LoraArguments))
 FREEZING = {"layers_to_freeze", "layer_freeze_ratio"}  # which a full fine-tune obeys, and a given adapter does not
 URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 
+# fmt: off
 # What a flag may be, on its own: the flags, what is expected of them, and whether a value is that.
 BOUNDS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("max_train_samples max_eval_samples source_max_len target_max_len model_max_len max_mmlu_samples "
@@ -847,50 +793,44 @@ BOUNDS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("lora_dropout layer_freeze_ratio label_smoothing_factor", "from 0 up to below 1", lambda x: 0 <= x < 1),
     ("mask_prob", "above 0 and at most 1", lambda x: 0 < x <= 1),
     ("seed", "from 0 up to 2**32 - 1", lambda x: 0 <= x < 2**32),
-    ("eval_dataset_size", "a number of rows, or a share below 1",
-     lambda x: 0 < x < math.inf and (x < 1 or x == int(x))),
+    ("eval_dataset_size", "a number of rows, or a share below 1", lambda x: 0 < x < 1 or (x > 0 and x % 1 == 0)),
     ("max_steps", "a number of steps, or -1 and --num_train_epochs", lambda x: x != 0),
-    ("recompute_layers unpacked_layers", "auto, all, none or a number of layers",
+    ("recompute_layers unpacked_layers", "auto, all, none or a number",
      lambda x: re.fullmatch(r"auto|all|none|\d+", x)),
     ("max_shard_size", "a whole number and KB, MB, GB or TB, as in 5GB", lambda x: re.fullmatch(r"[1-9]\d*[KMGT]B", x)),
-    ("train_sampling_strategy", "one of group_by_length, random, sequential",
+    ("train_sampling_strategy", "group_by_length, random or sequential",
      lambda x: x in ("group_by_length", "random", "sequential")),
     ("include_sources", "a comma-separated list, or ALL", lambda x: x.strip(" ,")),
     ("dataset", "a preset, a file, a folder or a hub id", lambda x: x.strip(" ,")),
-)  # fmt: skip
-
-
-def _out_of_bounds(name: str, holds: Callable[[Any], Any], f: Any) -> bool:
-    value = getattr(f, name)
-    return value is not None and not holds(value)
-
+)
+# A flag, and another without which it means nothing.
+NEEDS = (("merge_base", "merged_output_dir"), ("skip_excess_length", "model_max_len"), ("stream_buffer", "streaming"),
+         ("plan_gpu", "plan"), ("do_mmlu_eval", "do_eval"))
+# Flags of which one leaves the other without a meaning.
+ONE_OF = (("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
+          ("model_max_len", "source_max_len"), ("model_max_len", "target_max_len"), ("adam8bit", "optim"),
+          ("layers_to_freeze", "layer_freeze_ratio"), ("overwrite_output_dir", "resume_from_checkpoint"))
 
 # Every rule between flags: whether it is broken, by the flags and what `flags_of` adds to them, and a message with the
 # way out. The first that is broken ends the run. To add one: a row here, one in its tests.
-# fmt: off
-def _has_no_epochs(name: str, f: Any) -> bool:
-    return f.streaming and f.do_train and getattr(f, name) == "epoch"
-
-
 RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
-    *((partial(_out_of_bounds, name, holds), f"--{name} {{{name}}}: expected {expected}")
+    *((lambda f, name=name, holds=holds: (value := getattr(f, name)) is not None and not holds(value),
+       f"--{name} {{{name}}}: expected {expected}")
       for names, expected, holds in BOUNDS for name in names.split()),
+    *((lambda f, a=a, b=b: a in f.given and getattr(f, a) and not getattr(f, b), f"--{a} needs --{b}")
+      for a, b in NEEDS),
+    *((lambda f, a=a, b=b: {a, b} <= f.given and getattr(f, a) and getattr(f, b),
+       f"--{a} and --{b}: give one of them") for a, b in ONE_OF),
     (lambda f: f.telling, "--{telling}: a URL with a password, which the run's files would show: log in instead"),
     (lambda f: not (f.do_train or f.do_eval or f.do_predict or f.merged_output_dir),
      "nothing to do: --do_train, --do_eval, --do_predict are off, and there is no --merged_output_dir"),
-    (lambda f: f.merged_output_dir and f.full_finetune,
-     "--merged_output_dir: --full_finetune leaves a whole model, there is nothing to merge"),
-    (lambda f: "merge_base" in f.given and not f.merged_output_dir, "--merge_base needs --merged_output_dir"),
     (lambda f: f.merged_output_dir and Path(f.merged_output_dir).resolve() in f.folders,
      "--merged_output_dir {merged_output_dir}: the run's own folder, name another"),
     (lambda f: f.full_finetune and f.bits < 16,
      "--full_finetune: weights rounded to --bits {bits} take no small steps of training, give 16 or 32"),
-    (lambda f: f.full_finetune and f.adapter_name_or_path is not None,
-     "--full_finetune: drop --adapter_name_or_path"),
     (lambda f: f.fsdp and re.search(r"8bit|paged|lion|ademamix", f.optim),
      "--fsdp: bitsandbytes' --optim {optim} can't step on shards, give adamw_torch"),
     (lambda f: f.fsdp and f.bits == 8, "--fsdp: it can't shard --bits 8, give 4 or 16"),
-    (lambda f: f.adam8bit and "optim" in f.given, "--adam8bit and --optim: give one of them"),
     (lambda f: f.objective == "clm" and f.do_predict and not f.predict_with_generate,
      "--do_predict needs --predict_with_generate"),
     (lambda f: f.objective == "mlm" and f.causal_flags,
@@ -901,25 +841,13 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--padding_side left: a masked language model (--objective mlm) pads on the right"),
     (lambda f: f.objective == "mlm" and f.dataset_format not in (None, *MASKED_FORMATS),
      "--dataset_format {dataset_format}: expected input or text with --objective mlm"),
-    (lambda f: not min(f.mask_replace_prob, f.random_replace_prob) >= 0
-     or not f.mask_replace_prob + f.random_replace_prob <= 1,
-     "--mask_replace_prob {mask_replace_prob} and --random_replace_prob {random_replace_prob}: "
-     "expected two shares whose sum is at most 1"),
-    (lambda f: f.do_mmlu_eval and not f.do_eval, "--do_mmlu_eval answers at each evaluation: add --do_eval"),
-    (lambda f: f.model_max_len is not None and f.given & {"source_max_len", "target_max_len"},
-     "--model_max_len replaces --source_max_len and --target_max_len: give one or the others"),
-    (lambda f: "skip_excess_length" in f.given and f.model_max_len is None,
-     "--skip_excess_length needs --model_max_len"),
-    (lambda f: f.layers_to_freeze > 0 and f.layer_freeze_ratio > 0,
-     "--layers_to_freeze and --layer_freeze_ratio: give one of them"),
+    (lambda f: not (min(f.mask_replace_prob, f.random_replace_prob) >= 0
+                    and f.mask_replace_prob + f.random_replace_prob <= 1),
+     "--mask_replace_prob {mask_replace_prob}, --random_replace_prob {random_replace_prob}: expected a sum up to 1"),
     (lambda f: not f.gradient_checkpointing and f.recompute_layers not in ("auto", "none", "0"),
      "--recompute_layers {recompute_layers} and --gradient_checkpointing False: give one of them"),
     (lambda f: f.offload_activations and (not f.gradient_checkpointing or f.recompute_layers in ("none", "0")),
      "--offload_activations needs recomputed layers: drop --recompute_layers none, --gradient_checkpointing False"),
-    (lambda f: f.preview > 0 and f.plan, "--preview and --plan: give one of them"),
-    (lambda f: f.plan_gpu is not None and not f.plan, "--plan_gpu names the GPU of a plan: add --plan"),
-    (lambda f: f.overwrite_output_dir and f.resume_from_checkpoint is not None,
-     "--overwrite_output_dir starts anew and --resume_from_checkpoint goes on: give one of them"),
     (lambda f: str(f.resume_from_checkpoint).lower() == "false",
      "--resume_from_checkpoint False: a rerun resumes by itself, give --overwrite_output_dir to start anew"),
     (lambda f: f.start_problem, "--init_lora_weights {init_lora_weights}: {start_problem}"),
@@ -934,18 +862,16 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--num_beam_groups, --diversity_penalty and --penalty_alpha: transformers generates in these ways no more"),
     (lambda f: f.push_to_hub and "hub_strategy" in f.given and f.hub_strategy != "end",
      "--push_to_hub pushes what is final, no checkpoints: give --hub_strategy end, not {hub_strategy}"),
-    (lambda f: "stream_buffer" in f.given and not f.streaming, "--stream_buffer needs --streaming"),
     (lambda f: f.streaming and f.do_train and f.max_steps < 1,
      "--streaming: how long it is nobody knows: give --max_steps, not epochs"),
     (lambda f: f.streaming and "," in f.dataset and not Path(f.dataset).exists(),
      "--streaming: --dataset names several: give one, or a folder"),
     (lambda f: f.streaming and f.eval_dataset_size < 1,
-     "--streaming: --eval_dataset_size {eval_dataset_size:g} is a share of what nobody has counted: "
-     "give a number of rows"),
+     "--streaming: --eval_dataset_size {eval_dataset_size:g}: expected a number of rows, nobody knows a share"),
     (lambda f: f.streaming and f.dataloader_num_workers > 0,
      "--streaming: its blocks are read in order: give --dataloader_num_workers 0"),
-    *((partial(_has_no_epochs, name), f"--streaming: it has no epochs: give --{name} steps")
-      for name in ("save_strategy", "eval_strategy", "logging_strategy")),
+    (lambda f: f.streaming and f.do_train and "epoch" in (f.save_strategy, f.eval_strategy, f.logging_strategy),
+     "--streaming: it has no epochs: give --save_strategy, --eval_strategy and --logging_strategy steps"),
     (lambda f: "vicuna" in f.dataset.replace(" ", "").split(","),
      "--dataset vicuna: its data was never released; a file of your own, or one of {datasets}"),
     (lambda f: f.dataset_format not in (None, *FORMATS) and not OWN_FORMAT.fullmatch(f.dataset_format),
@@ -982,6 +908,7 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
     (("overwrite_output_dir",), lambda f: not f.do_train, "nothing is trained"),
     (("warmup_steps",), lambda f: f.lr_scheduler_type == "constant",
      "lr_scheduler_type constant ignores warm-up; constant_with_warmup honours it"),
+    (("use_fast_tokenizer",), lambda f: not f.use_fast_tokenizer, "every tokenizer is a fast one today"),
     (("max_memory_MB",), lambda f: f.use_cpu or "LOCAL_RANK" in os.environ, "it is for one process with many GPUs"),
     (("hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision"),
      lambda f: not f.push_to_hub, "nothing is pushed without --push_to_hub; --use_auth_token is for gated downloads"),
@@ -993,7 +920,6 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
 def flags_of(config: Config) -> argparse.Namespace:
     """What rules are about: every flag by its name, and what follows from several of them or from the tables."""
     flags, given, trackers = config.flags, config.given, config.training.report_to or ()
-    causal = flags["objective"] == "clm"
     installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"} if trackers else ()  # two not looked for
     return argparse.Namespace(
         **flags,
@@ -1002,7 +928,7 @@ def flags_of(config: Config) -> argparse.Namespace:
         telling=next((name for name, value in flags.items() if URL_WITH_PASSWORD.search(str(value))), ""),
         folders={path.resolve() for path in (Path(config.training.output_dir), final_folder(config))},
         start_problem=lora_start_problem(config.lora.init_lora_weights, config.quant.bits < 16),
-        metrics="loss, perplexity" + ("" if causal else ", masked_accuracy"),
+        metrics="loss, perplexity" + (", masked_accuracy" if flags["objective"] != "clm" else ""),
         trackers=trackers,
         unknown=", ".join(name for name in trackers if name not in INTEGRATION_TO_CALLBACK),
         missing=", ".join(name for name in trackers if name not in installed),
@@ -1035,8 +961,6 @@ def hub_options(config: Config) -> dict[str, Any]:
 # order of FORMATS is the order in which a format is inferred from the columns. A named dataset is a row of DATASETS.
 # ------------------------------------------------------------------------------------
 class Segment(TypedDict):
-    """A stretch of a row's text."""
-
     text: str
     learnt: bool
 
@@ -1052,8 +976,6 @@ Row = list[Segment] | Conversation
 
 
 class DatasetFormat(NamedTuple):
-    """How rows with these columns become segments."""
-
     columns: tuple[str, ...]  # that a row must have
     to_row: Callable[[Mapping[str, Any]], Row]
     inferred: bool = True  # from the columns alone
@@ -1069,26 +991,25 @@ def pair(source: str, target: str) -> list[Segment]:
     return [{"text": source, "learnt": False}, {"text": target, "learnt": True}]
 
 
-def text_of(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
-    """The text in a field; a number or boolean is its JSON text, a null means that the field is missing.
+def storable(text: str) -> str:
+    """Text without the lone surrogates that Arrow refuses, which stand for what is not UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
-    Raises:
-        RowError: nothing there and no default, or a value that is no text.
-    """
+
+def text_of(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    """The text in a field; a number or boolean is its JSON text, a null means that the field is missing."""
     value = row.get(name)
-    if value is None:
-        if default is None:
-            raise RowError(f"field {name!r} is {'null' if name in row else 'missing'}, expected text")
+    if value is None and default is not None:
         return default
+    if value is None:
+        raise RowError(f"field {name!r} is {'null' if name in row else 'missing'}, expected text")
     if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
     if not isinstance(value, str):
         found = {"dict": "an object", "float": repr(value)}.get(type(value).__name__, f"a {type(value).__name__}")
         raise RowError(f"field {name!r} is {found}, expected text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(f"field {name!r} is not valid UTF-8 at character {error.start}, expected text") from error
+    if value != storable(value):
+        raise RowError(f"field {name!r} is not valid UTF-8, expected text")
     if any(mark in value for mark in MARKS):
         raise RowError(f"field {name!r} holds a noncharacter, U+FDD0 to U+FDD2, expected text")
     return value
@@ -1127,7 +1048,7 @@ def _airoboros_to_pair(row: Mapping[str, Any]) -> Row:
     skip = text_of(row, "skip_prompt_formatting", "") or "false"
     if skip.lower() not in BOOLEANS:
         raise RowError(f"field 'skip_prompt_formatting' is {skip!r}, expected true or false")
-    if BOOLEANS[skip.lower()] == "True":
+    if BOOLEANS[skip.lower()]:
         prompt = f"{instruction}\n"
     else:
         instruction = re.sub(r"\s+PLAINFORMAT$", " PLAINFORMAT", instruction)
@@ -1142,11 +1063,11 @@ SPEAKERS = {  # who speaks, by the names that datasets give them
     "system": "system",
 }
 MAY_FOLLOW = {
-    "": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
+    "": "system user",
+    "system": "user",
+    "user": "assistant",
+    "assistant": "user tool",
+    "tool": "tool assistant",
 }
 
 
@@ -1177,8 +1098,8 @@ def messages_of(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
         fields = {f"{here}.{name}": value for name, value in turn.items()}  # the names that a message gives
         name = text_of(fields, f"{here}.{who}")
         role = SPEAKERS.get(name.lower())
-        if role not in MAY_FOLLOW[last]:
-            raise RowError(f"{here} is a turn of {name!r}, expected one of {' or '.join(MAY_FOLLOW[last])}")
+        if role not in MAY_FOLLOW[last].split():
+            raise RowError(f"{here} is a turn of {name!r}, expected one of {MAY_FOLLOW[last].replace(' ', ' or ')}")
         calls = role == "assistant" and turn.get("tool_calls")
         content = text_of(fields, f"{here}.{what}", "" if calls else None)
         if role == "assistant" and not calls and not content.strip():
@@ -1245,21 +1166,12 @@ FORMATS: dict[str, DatasetFormat] = {
     "input": plain("input", inferred=False),
     "airoboros_chat": DatasetFormat(("conversations",), _airoboros_chat_to_pair, inferred=False),
 }
-MASKED_FORMATS: tuple[str, ...] = (
-    "input",
-    "text",
-)  # the columns that a masked language model reads, in this order of preference
-OWN_FORMAT: re.Pattern[str] = re.compile(
-    r"(.+\.py):([A-Za-z_]\w*)"
-)  # of --dataset_format: a user's file and its function
+MASKED_FORMATS: tuple[str, ...] = ("input", "text")  # what a masked language model reads, in this order of preference
+OWN_FORMAT: re.Pattern[str] = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # a user's file and its function
 
 
 def format_named(name: str) -> DatasetFormat:
-    """A row of FORMATS, or the function that path.py:function names.
-
-    Raises:
-        ConfigError: the file does not run, or has no such function.
-    """
+    """A row of FORMATS, or the function that path.py:function names."""
     own = OWN_FORMAT.fullmatch(name)
     if own is None:
         return FORMATS[name]
@@ -1299,9 +1211,6 @@ def guarded(value: Any, special: re.Pattern[str]) -> Any:
     return [guarded(item, special) for item in value] if isinstance(value, list) else value
 
 
-TEMPLATE_ERRORS: tuple[type[Exception], ...] = (*LIBRARY_ERRORS, ArithmeticError)  # a template may compute
-
-
 def apply_template(
     messages: list[Any], tools: list[Any] | None, tokenizer: PreTrainedTokenizerBase, prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]] | None]:
@@ -1314,7 +1223,7 @@ def apply_template(
         made: Any = render_jinja_template([messages], **options)
     except TemplateSyntaxError as error:
         raise ConfigError(f"the chat template, line {error.lineno}: {one_line(error)}") from error
-    except TEMPLATE_ERRORS as error:
+    except LIBRARY_ERRORS as error:
         raise RowError(f"the chat template refuses it: {one_line(error)}") from error
     return made[0][0], made[1][0] if marked else None
 
@@ -1345,26 +1254,19 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None
     return [{"text": text, "learnt": n % 2 == 1} for n, text in enumerate(pieces) if text]
 
 
-class NamedDataset(NamedTuple):
-    """A preset: where it is, and the format of its rows."""
-
-    path: str
-    format: str
-    options: Mapping[str, str] = {}  # for datasets.load_dataset
-
-
-DATASETS: dict[str, NamedDataset] = {
-    "alpaca": NamedDataset("tatsu-lab/alpaca", "alpaca"),
-    "alpaca-clean": NamedDataset("yahma/alpaca-cleaned", "alpaca-clean"),
-    "chip2": NamedDataset("laion/OIG", "chip2", {"data_files": "unified_chip2.jsonl"}),
+# Presets by their format: where they are, for datasets.load_dataset.
+DATASETS: dict[str, dict[str, str]] = {
+    "alpaca": {"path": "tatsu-lab/alpaca"},
+    "alpaca-clean": {"path": "yahma/alpaca-cleaned"},
+    "chip2": {"path": "laion/OIG", "data_files": "unified_chip2.jsonl"},
     # a script dataset, which datasets >= 4 does not run: its parquet conversion
-    "self-instruct": NamedDataset(
-        "yizhongw/self_instruct", "self-instruct", {"revision": "refs/convert/parquet", "data_dir": "self_instruct"}
-    ),
-    "hh-rlhf": NamedDataset("Anthropic/hh-rlhf", "hh-rlhf"),
-    "longform": NamedDataset("akoksal/LongForm", "longform"),
-    "oasst1": NamedDataset("timdettmers/openassistant-guanaco", "oasst1"),
-}
+    "self-instruct": {
+        "path": "yizhongw/self_instruct", "revision": "refs/convert/parquet", "data_dir": "self_instruct"
+    },
+    "hh-rlhf": {"path": "Anthropic/hh-rlhf"},
+    "longform": {"path": "akoksal/LongForm"},
+    "oasst1": {"path": "timdettmers/openassistant-guanaco"},
+}  # fmt: skip
 
 
 def infer_format(columns: Iterable[str], where: str, masked: bool = False) -> str:
@@ -1424,37 +1326,31 @@ LONGEST_ROW = 2**27  # characters: what is longer is a quote or a bracket that w
 
 def read_json_array(stream: Any, line: int) -> Numbered:
     """The rows of one JSON array, whose `[` in this line has been read, in the memory of the longest."""
-    blank, decoder = re.compile(r"\s*"), json.JSONDecoder()
-    text, at, number = "[", 0, 0  # text[at] stands before a row: `[` or `,`
-    while True:
-        begin = end = blank.match(text, at + 1).end()  # type: ignore[union-attr]
+    blank, delimiter, decoder = re.compile(r"\s*"), re.compile(r"\s*([],])\s*"), json.JSONDecoder()
+    text, at, number, after = "", 0, 0, None
+    while after is None or after[1] == ",":
         try:
+            begin = end = blank.match(text, at).end()  # type: ignore[union-attr]
             if number or not text.startswith("]", begin):
                 row, end = decoder.raw_decode(text, begin)
-                end = blank.match(text, end).end()  # type: ignore[union-attr]
-            if not text.startswith((",", "]"), end):
+            after = delimiter.match(text, end)
+            if after is None:
                 raise json.JSONDecodeError("expected a comma", text, end)
-        except (ValueError, RecursionError) as error:
-            place = getattr(error, "pos", at)
-            # what breaks off at the end of the text may go on; of a string, json tells only where it began
-            cut = (place > len(text) - 16 or "Unterminated" in str(error)) and len(text) - at < LONGEST_ROW
-            more = stream.read(max(CHUNK, len(text) - at)) if cut else ""
+        except (ValueError, RecursionError) as error:  # what breaks off at the end of the text may go on
+            more = stream.read(max(CHUNK, len(text) - at)) if len(text) - at < LONGEST_ROW else ""
             if not more:
                 reason = f"not valid JSON: {one_line(getattr(error, 'msg', error))}, expected one array of rows"
-                yield line + text.count("\n", 0, place), RowError(reason)
+                yield line + text.count("\n", 0, getattr(error, "pos", at)), RowError(reason)
                 return
-            line, text, at = line + text.count("\n", 0, at), text[at:] + more, 0
+            line, text, at, after = line + text.count("\n", 0, at), text[at:] + more, 0, None
             continue
         if end > begin:
             number += 1
             yield number, row
-        at = end
-        if text[end] == "]":
-            break
-    rest = text[at + 1 :] + stream.read(CHUNK)
-    if after := rest.lstrip():
-        line += text.count("\n", 0, at) + rest.removesuffix(after).count("\n")
-        yield line, RowError("not valid JSON: something stands after the array, expected one array of rows")
+        at = after.end()
+    if (text[at:] + stream.read(CHUNK)).strip():
+        reason = "not valid JSON: something stands after the array, expected one array of rows"
+        yield line + text.count("\n", 0, at), RowError(reason)
 
 
 def read_delimited(stream: Any, delimiter: str) -> Numbered:
@@ -1465,8 +1361,7 @@ def read_delimited(stream: Any, delimiter: str) -> Numbered:
         header = next(reader, None)
     if header is None:
         return
-    if len(set(header)) < len(header):
-        doubled = [name for name, count in Counter(header).items() if count > 1]
+    if doubled := [name for name in header if header.count(name) > 1]:
         raise DataError(f"{stream.name}: the column {doubled[0]!r} stands twice in the header")
     while True:
         number = reader.line_num + 1
@@ -1487,7 +1382,7 @@ def read_parquet(stream: Any) -> Numbered:
     """Parquet, a few thousand rows at a time."""
     import pyarrow.parquet
 
-    batches = pyarrow.parquet.ParquetFile(stream).iter_batches(4096)
+    batches = pyarrow.parquet.ParquetFile(stream.buffer).iter_batches(4096)  # the bytes below the text
     yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
 
 
@@ -1506,27 +1401,12 @@ def data_suffix(path: Path) -> str:
 
 
 def read_file(path: Path) -> Numbered:
-    """The rows of one local file.
-
-    Raises:
-        DataError: a file that can't be opened, or that breaks off.
-    """
-    suffix = data_suffix(path)
-    try:
-        raw = gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # noqa: SIM115
-        with raw, tempfile.TemporaryFile() as unpacked:
-            if suffix == ".parquet":
-                if isinstance(raw, gzip.GzipFile):  # which Parquet, read from its end, can't seek in
-                    shutil.copyfileobj(raw, unpacked)
-                yield from READERS[suffix](unpacked if isinstance(raw, gzip.GzipFile) else raw)
-            else:
-                # bytes that are not UTF-8 become lone surrogates, which text_of finds in the row they belong to
-                text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-                yield from READERS[suffix](text)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: {one_line(error)}") from error
-    except ValueError as error:  # pyarrow's ArrowInvalid is one
-        raise DataError(f"{path}: not a {suffix} file: {one_line(error)}") from error
+    """The rows of one local file; a DataError where it can't be opened, or breaks off."""
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    with mendable(str(path), DataError), opened(path, "rb") as raw:
+        # bytes that are not UTF-8 become lone surrogates, which text_of finds in the row they belong to
+        text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        yield from READERS[data_suffix(path)](text)
 
 
 @dataclass(frozen=True)
@@ -1598,7 +1478,7 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
     """A dataset's splits by name, before any row is read."""
     path = Path(name).expanduser()
     if name in DATASETS:
-        return load_from_hub(DATASETS[name].path, config, **DATASETS[name].options)
+        return load_from_hub(config, **DATASETS[name])
     if path.is_file():
         if data_suffix(path) not in READERS:
             raise DataError(f"{path}: unknown kind of file, expected {', '.join(READERS)}, or one of them with .gz")
@@ -1607,7 +1487,7 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
         return find_splits_in_folder(path)
     if path.suffix and data_suffix(path) in READERS:
         raise DataError(f"--dataset {name}: no such file")
-    return load_from_hub(name, config)
+    return load_from_hub(config, name)
 
 
 def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
@@ -1620,26 +1500,22 @@ def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
     files = sorted(p for p in folder.iterdir() if p.is_file() and data_suffix(p) in READERS and p.name[0] != ".")
     if not files:
         raise DataError(f"{folder}: no data file in it, expected {', '.join(READERS)}, or what save_to_disk writes")
-    splits: dict[str, list[Path]] = defaultdict(list)
+    splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
     for file in files:
         match = re.match(rf"(train|{'|'.join(SPLIT_NAMES)})(?![A-Za-z0-9])", file.name)
-        splits[match.group(1) if match else ""].append(file)
-    if list(splits) == [""]:
-        return {"train": RowSource(str(folder), tuple(files))}
-    if "" in splits:
+        splits[match[1] if match else ""] += (file,)
+    if "" in splits and len(splits) > 1:
         stray = ", ".join(file.name for file in splits[""])
         raise DataError(f"{folder}: {stray} beside files named after splits: name all train, eval, ..., or none")
-    return {split: RowSource(str(folder), tuple(paths)) for split, paths in splits.items()}
+    return {split or "train": RowSource(str(folder), paths) for split, paths in splits.items()}
 
 
-def load_from_hub(path: str, config: Config, **options: Any) -> dict[str, RowSource]:
+def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
     """A dataset of the hub, all its splits."""
     import datasets
 
-    with (
-        library_data(f"--dataset {path}"),
-        mendable(f"--dataset {path}: no local file of that name, and the hub does not give it", DataError),
-    ):
+    what = f"--dataset {path}: no local file of that name, and the hub does not give it"
+    with library_data(what):
         options |= {"streaming": True} if config.data.streaming else {}
         return as_sources(path, datasets.load_dataset(path, **hub_options(config), **options))
 
@@ -1657,22 +1533,30 @@ def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
     return {split: RowSource(f"{name}[{split}]", (), dataset) for split, dataset in splits.items()}
 
 
+def fields_of(row: Any) -> Mapping[str, Any]:
+    """What was read, if it is a row at all."""
+    if isinstance(row, RowError):
+        raise row
+    if not isinstance(row, Mapping):
+        raise RowError(f"the row is a {type(row).__name__}, expected an object with fields")
+    return row
+
+
 def normal_rows(
     source: Iterable[tuple[str, Any]], format_name: str, data: DataArguments, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[dict[str, Any]]:
     """Every row in its normal form. One that can't be used has a `problem`, and as its text what stood there."""
     columns, to_row, _ = format_named(format_name)
     wanted, learnt = {name.strip() for name in data.include_sources.split(",")}, "".join(columns[-1:]) or "output"
+    found = False  # a row of the sources asked for
     for where, row in source:
         if data.include_sources != "ALL" and isinstance(row, Mapping) and label_of(row, "source") not in wanted:
             continue
+        found = True
         made: list[list[Segment]] = []
         category, problem, rendered = "", "", False
         try:
-            if isinstance(row, RowError):
-                raise row
-            if not isinstance(row, Mapping):
-                raise RowError(f"the row is a {type(row).__name__}, expected an object with fields")
+            row = fields_of(row)
             category = label_of(row, "category") or label_of(row, "source")
             for part in map(to_row, up_to_each_answer(row) if data.expand_conversations else [row]):
                 rendered = isinstance(part, Conversation)
@@ -1681,12 +1565,13 @@ def normal_rows(
                     raise RowError(f"field {learnt!r}: the output is empty, expected something to learn")
         except (RowError, RecursionError) as error:
             problem = str(error) if isinstance(error, RowError) else "nested too deeply to be read"
-            raw = error.raw if isinstance(row, RowError) else row  # type: ignore[union-attr]
-            made = [[{"text": as_json(raw), "learnt": False}]]
+            made = [[{"text": as_json(row.raw if isinstance(row, RowError) else row), "learnt": False}]]
         texts = {"where": where, "category": category, "problem": problem}
         for segments in made:
             kept = [{**segment, "text": storable(segment["text"])} for segment in segments]
             yield {"segments": kept, "rendered": rendered, **{name: storable(text) for name, text in texts.items()}}
+    if isinstance(source, RowSource) and not found:  # a block of a stream may have none
+        raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
 
 
 def as_json(value: Any) -> str:
@@ -1697,24 +1582,18 @@ def as_json(value: Any) -> str:
         return "null"
 
 
-def storable(text: str) -> str:
-    """Text without the lone surrogates that Arrow refuses."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     """One split as an Arrow dataset of rows in normal form, from the cache if the same content was read before."""
     import datasets
 
-    data = config.data
-    own, flags = OWN_FORMAT.fullmatch(format_name), (data.expand_conversations, data.include_sources)
-    template = (
-        (tokenizer.chat_template, tokenizer.special_tokens_map, special_texts(tokenizer).pattern) if tokenizer else ()
-    )
-    depends = (source.name, source.fingerprint(), format_name, own and file_digest(Path(own[1])), *flags, *template)
+    data, own = config.data, OWN_FORMAT.fullmatch(format_name)
+    depends: list[Any] = [source.name, source.fingerprint(), format_name, own and file_digest(Path(own[1]))]
+    depends += [data.expand_conversations, data.include_sources]
+    if tokenizer:
+        depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_texts(tokenizer).pattern]
     try:
         return datasets.Dataset.from_generator(
-            some_rows,
+            normal_rows,
             features=row_features(),
             gen_kwargs={"source": source, "format_name": format_name, "data": data, "tokenizer": tokenizer},
             cache_dir=config.model.cache_dir,
@@ -1724,15 +1603,6 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
         if isinstance(error.__cause__, QLoRAError):
             raise error.__cause__ from None
         raise
-
-
-def some_rows(source: RowSource, data: DataArguments, **options: Any) -> Iterator[dict[str, Any]]:
-    """The rows in normal form; a DataError where there are none, of which the datasets library makes no dataset."""
-    rows = normal_rows(source, data=data, **options)
-    if (first := next(rows, None)) is None:
-        raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
-    yield first
-    yield from rows
 
 
 def row_features() -> Any:
@@ -1753,14 +1623,12 @@ def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> st
     columns = source.columns()
     if not columns:
         where, row = next(iter(source), (name, RowError("no row in it")))
-        found = (
-            row if isinstance(row, RowError) else f"the row is a {type(row).__name__}, expected an object with fields"
-        )
-        raise DataError(f"{where}: {found}")
+        with mendable(where, DataError):  # a RowError is a ValueError
+            fields_of(row)
     if config.data.dataset_format:
         chosen, why = config.data.dataset_format, "--dataset_format"
     elif name in DATASETS and not config.masked:
-        chosen, why = DATASETS[name].format, "the preset's"
+        chosen, why = name, "the preset's"
     else:
         chosen, why = infer_format(columns, name, config.masked), "inferred from the columns"
     missing = sorted(set(format_named(chosen).columns) - set(columns))
@@ -1781,10 +1649,8 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
         Path(config.training.output_dir, REJECTED).unlink(missing_ok=True)
     parts: dict[str, list[Any]] = {"train": [], "eval": []}
     evaluating = config.training.do_eval or config.training.do_predict
-    names = [config.data.dataset]
-    if not Path(names[0]).exists():
-        names = [name.strip() for name in names[0].split(",") if name.strip()]
-    for name in names:
+    given = config.data.dataset
+    for name in [given] if Path(given).exists() else filter(None, re.split(r"\s*,\s*", given.strip())):
         sources = find_splits(name, config)
         chosen = format_of(name, sources, config)
         held_out = next((split for split in SPLIT_NAMES if split in sources), None) if evaluating else None
@@ -1865,14 +1731,8 @@ def split_off(rows: Any, config: Config) -> Splits:
 def stratified(categories: Sequence[str], count: int) -> tuple[list[int], list[int]]:
     """Row numbers to train on and `count` to hold out, every category by its share; one with one row breaks nothing."""
     order = torch.randperm(len(categories), generator=torch.Generator().manual_seed(EVAL_SPLIT_SEED)).tolist()
-    members: dict[str, list[int]] = defaultdict(list)
-    for row in order:
-        members[categories[row]].append(row)
-    shares = {name: len(rows) * count / len(categories) for name, rows in members.items()}
-    taken = {name: int(share) for name, share in shares.items()}
-    for name in sorted(shares, key=lambda name: taken[name] - shares[name])[: count - sum(taken.values())]:
-        taken[name] += 1  # largest remainders first
-    held_out = {row for name, rows in members.items() for row in rows[: taken[name]]}
+    grouped = sorted(order, key=categories.__getitem__)
+    held_out = {grouped[(2 * n + 1) * len(order) // (2 * count)] for n in range(count)}  # evenly spaced
     return [row for row in order if row not in held_out], [row for row in order if row in held_out]
 
 
@@ -1914,18 +1774,12 @@ def reject_bad_rows(rows: Any | None, config: Config, whole: bool = True) -> Any
 #
 # What leaves is a fast tokenizer with BOS (where it has one), EOS and pad ids that lie within the model's embedding.
 # ------------------------------------------------------------------------------------
-EMPTY_SPECIALS = (
-    "--model_name_or_path {}: the tokenizer's special tokens are empty strings, as in early LLaMA conversions: "
-    "give --tokenizer_patch examples/llama1_tokenizer"
-)
 PATCHED_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 # Tokens that models keep unused: they make a pad that no text contains. In order of preference.
 SPARE_TOKENS = re.compile(
     r"<\|finetune_right_pad_id\|>|<\|?pad(ding)?\|?>|\[PAD\]|<\|reserved_special_token_\d+\|>|<unused\d+>|<\|unused\d+\|>|<\|reserved_\d+\|>",
     re.IGNORECASE,
 )
-
-
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges*", "added_tokens.json", "config.json"]
 
 
@@ -1944,9 +1798,8 @@ def patched_tokenizer_folder(name: str, patch: str, into: Path, config: Config) 
             shutil.copyfile(file, into / file.name)
     for file_name in PATCHED_FILES:
         own, over = into / file_name, Path(patch) / file_name
-        merged = read_json(own) if own.is_file() else {}
-        merged |= read_json(over) if over.is_file() else {}
-        own.write_text(json.dumps(merged), encoding="utf-8")
+        layers = [read_json(file) for file in (own, over) if file.is_file()]
+        own.write_text(json.dumps(dict(itertools.chain(*(layer.items() for layer in layers)))), encoding="utf-8")
     return into
 
 
@@ -1956,37 +1809,25 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-def is_bare_llama(folder: Path, model_type: str) -> bool:
-    """Whether SentencePiece's tokenizer.model is all that a folder has of its tokens.
-
-    AutoTokenizer reads that as a generic tokenizer with other ids, silently, unless the folder's tokenizer_config.json
-    names the right class; LlamaTokenizer reads it rightly in any case.
-    """
-    bare = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
-    return bare and model_type in ("llama", "mistral", "mixtral")
-
-
 def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model (`folder` is the model's folder or hub id) with the overrides of the flags.
-
-    Raises:
-        ConfigError: no such tokenizer, a token that is not in its vocabulary, no end-of-sequence or mask token.
-    """
+    """The tokenizer of a model, whose folder or hub id is `folder`, with the overrides of the flags."""
     model = config.model
     options = hub_options(config) | {"trust_remote_code": model.trust_remote_code}
-    if not model.use_fast_tokenizer:
-        log.info("use_fast_tokenizer False: every tokenizer is a fast one today")
     what = f"--model_name_or_path {model.model_name_or_path}: its tokenizer does not load"
     with tempfile.TemporaryDirectory() as scratch, mendable(what):
         if model.tokenizer_patch:
             folder = str(patched_tokenizer_folder(folder, model.tokenizer_patch, Path(scratch), config))
-        bare = is_bare_llama(Path(folder), model_config.model_type)
-        try:
-            tokenizer = (LlamaTokenizer if bare else AutoTokenizer).from_pretrained(folder, **options)
-        except RecursionError as error:  # what an empty unk_token leads to
-            raise ConfigError(EMPTY_SPECIALS.format(model.model_name_or_path)) from error
-    if "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
-        raise ConfigError(EMPTY_SPECIALS.format(model.model_name_or_path))
+        bare = Path(folder, "tokenizer.model").is_file() and not Path(folder, "tokenizer.json").is_file()
+        # SentencePiece's file alone: AutoTokenizer may read it as a generic tokenizer with other ids, silently
+        llama = bare and model_config.model_type in ("llama", "mistral", "mixtral")
+        tokenizer: Any = None
+        with contextlib.suppress(RecursionError):  # what an empty unk_token leads to
+            tokenizer = (LlamaTokenizer if llama else AutoTokenizer).from_pretrained(folder, **options)
+    if tokenizer is None or "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
+        raise ConfigError(
+            f"--model_name_or_path {model.model_name_or_path}: the tokenizer's special tokens are empty strings, as in "
+            "early LLaMA conversions: give --tokenizer_patch examples/llama1_tokenizer"
+        )
     tokenizer.name_or_path = model.model_name_or_path
     if model.chat_template:
         with mendable(f"--chat_template {model.chat_template}"):
@@ -4952,7 +4793,7 @@ def questions_in_file(path: Path) -> Iterator[Question]:
 
 def questions_of_hub(config: Config, five_shot: bool) -> Iterator[Question]:
     """The same prompts built from `cais/mmlu`, whose `dev` rows are the worked examples."""
-    sources = load_from_hub("cais/mmlu", config, name="all")
+    sources = load_from_hub(config, "cais/mmlu", name="all")
     splits: dict[str, Any] = {name: source.loaded for name, source in sources.items()}
     shots: dict[str, str] = defaultdict(str)
     for row in splits["dev"] if five_shot else []:

@@ -579,7 +579,7 @@ def test_an_old_name_works_with_one_warning(old, value, effect, warnings):
 
 
 def test_every_old_name_is_tested():
-    assert {old.removeprefix("no_") for old, *_ in OLD} | {"no_cuda"} >= set(qlora.RENAMED_FLAGS)
+    assert {old.removeprefix("no_") for old, *_ in OLD} | {"no_cuda"} >= qlora.OLD_FLAGS
 
 
 def test_a_compiler_backend_turns_compilation_on():
@@ -839,6 +839,7 @@ IDLE = [
      "--lr_scheduler_type constant_with_warmup"),
     ("--max_memory_MB 9 --use_cpu", "max_memory_MB: without effect", None),
     ("--hub_token t --hub_model_id x", "hub_model_id, hub_token: .*--push_to_hub", "--push_to_hub"),
+    ("--use_fast_tokenizer False", "use_fast_tokenizer: without effect", "--use_fast_tokenizer True"),
     ("--project p", "project: without effect: .*trackio", None),
 ]  # fmt: skip
 

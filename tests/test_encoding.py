@@ -302,14 +302,6 @@ def test_a_patch_leaves_the_models_folder_alone(tokenizers, monkeypatch, request
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_use_fast_tokenizer_false_says_one_line(tokenizers, info):
-    load_tokenizer(tokenizers("byte"), "--use_fast_tokenizer", "False")
-    assert sum("use_fast_tokenizer" in message for message in info.messages) == 1
-    info.clear()
-    load_tokenizer(tokenizers("byte"))
-    assert not any("use_fast_tokenizer" in message for message in info.messages)
-
-
 # ------------------------------------------------------------------------------------
 # Whole splits
 # ------------------------------------------------------------------------------------
