@@ -5888,7 +5888,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
         write_file(final / "README.md", model_card(trainer, config))
         write_file(output / COMPLETED, json.dumps(state, indent=1))
         if trainer.args.push_to_hub:
-            where = {"repo_id": str(trainer.hub_model_id), "revision": trainer.args.hub_revision}
+            where: dict[str, Any] = {"repo_id": str(trainer.hub_model_id), "revision": trainer.args.hub_revision}
             with mendable("--push_to_hub: all is saved here, but the hub does not take it"):
                 token = trainer.args.hub_token
                 upload_folder(**where, folder_path=final, allow_patterns=[*sorted(written), "README.md"], token=token)
