@@ -1645,7 +1645,8 @@ def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> st
 
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
     """Every dataset named, in normal form: rows to train on and rows to evaluate on. Chats need the tokenizer."""
-    if config.training.process_index == 0 and not config.data.streaming:  # of which a resume reads no row again
+    data = config.data  # a stream's resume reads no row again, and a preview leaves a run as it is
+    if config.training.process_index == 0 and not (data.streaming or data.preview):
         Path(config.training.output_dir, REJECTED).unlink(missing_ok=True)
     parts: dict[str, list[Any]] = {"train": [], "eval": []}
     evaluating = config.training.do_eval or config.training.do_predict
@@ -1756,7 +1757,7 @@ def reject_bad_rows(rows: Any | None, config: Config, whole: bool = True) -> Any
             rejected.parent.mkdir(parents=True, exist_ok=True)
             with rejected.open("a+", encoding="utf-8") as file:
                 file.seek(0)
-                known = set(file) if config.data.streaming else set()  # from an earlier pass, or before a resume
+                known = set(file)  # from an earlier pass, before a resume, or of the run that is looked at
                 for row in rows.select(bad):
                     raw = row["segments"][0]["text"] if "segments" in row else "null"  # JSON already
                     said = json.dumps({"where": row["where"], "reason": row["problem"]})
