@@ -2667,6 +2667,11 @@ def device_map(config: Config) -> Any:
     return "auto"
 
 
+def is_prequantised(model_config: PretrainedConfig) -> bool:
+    """Whether the checkpoint itself is quantised."""
+    return getattr(model_config, "quantization_config", None) is not None
+
+
 def quantisation_config(config: Config, whole: list[str] | None = None) -> Any | None:
     """What bitsandbytes is told. For bits 4 and 8 only: with both switches off it quantises to 4 bit all the same.
 
@@ -2902,9 +2907,9 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
     if options["device_map"] == "auto":
         limit = f"{config.quant.max_memory_MB}MB"
         options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), limit)
-    own = getattr(model_config, "quantization_config", None)
-    if own:
-        check_prequantised(config, own)
+    prequantised = is_prequantised(model_config)
+    if prequantised:
+        check_prequantised(config, model_config.quantization_config)
         log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
     else:
         options["quantization_config"] = quantisation_config(config, layers_left_whole(config, model_config))
@@ -2917,7 +2922,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     layers = linear_layers(model, config.masked)
     whole = [name for name in layers if type(model.get_submodule(name)).__module__.startswith("torch")]
-    if whole and not own and config.quant.bits < 16:
+    if whole and not prequantised and config.quant.bits < 16:
         log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
     # keeps the Trainer from wrapping the one model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
@@ -5784,7 +5789,7 @@ def load_merge_base(config: Config, folder: str) -> Any:
     model_config = load_model_config(config, folder)
     own = model_config.dtype if model_config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     options: dict[str, Any] = {"dtype": own, "device_map": {"": "cpu"}}
-    quantised = bool(getattr(model_config, "quantization_config", None))
+    quantised = is_prequantised(model_config)
     if quantised:
         log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
