@@ -284,10 +284,16 @@ PEER_GONE = re.compile(
 )
 
 
-def is_lost(error: BaseException) -> bool:
+def is_lost(error: BaseException | None) -> bool:
     """Whether an error, or what led to it, is that another process is gone."""
-    gone = isinstance(error, RuntimeError) and world()[1] > 1 and PEER_GONE.search(str(error)) is not None
-    return gone or isinstance(error, PeerLost) or (error.__cause__ is not None and is_lost(error.__cause__))
+    met: set[int] = set()
+    while error is not None and id(error) not in met:  # errors may name each other as their causes
+        gone = isinstance(error, RuntimeError) and world()[1] > 1 and PEER_GONE.search(str(error)) is not None
+        if gone or isinstance(error, PeerLost):
+            return True
+        met.add(id(error))
+        error = error.__cause__
+    return False
 
 
 def said_once(message: str, lost: bool) -> str | None:
