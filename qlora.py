@@ -4546,7 +4546,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
     """Add values to those that a JSON file holds already."""
-    write_json(path, {**first, **(read_json(path) if path.is_file() else {}), **values})
+    earlier = read_json(path) if path.is_file() else {}
+    if not isinstance(earlier, dict):
+        raise ConfigError(f"{path}: expected a JSON object; it is not this program's, move it away")
+    write_json(path, {**first, **earlier, **values})
 
 
 def name_base(folder: Path, name: str) -> None:

@@ -113,7 +113,7 @@ def test_the_command_prints_the_plan_and_reads_nothing_else(folder, capsys, tmp_
     assert all(word in shown for word in ("predicted peak", "recomputed", "tokens per second", "fits"))
     assert not (tmp_path / "out").exists()
     assert qlora.main(["--model_name_or_path", folder("1b"), "--plan_gpu", "24GiB"]) == 2
-    assert "--plan_gpu names the GPU of a plan: add --plan" in capsys.readouterr().err
+    assert "--plan_gpu needs --plan" in capsys.readouterr().err
 
 
 def test_a_plan_without_a_gpu_names_the_way_out(folder, capsys, monkeypatch):
