@@ -3332,10 +3332,11 @@ class FusedMLP(torch.autograd.Function):
             return found[0], None, None, *found[1:]
         x, *params = ctx.saved_tensors
         pieces = math.ceil(len(x) * layers[0].base.out_features * x.element_size() / FusedMLP.PIECE)
+        rows = math.ceil(len(x) / pieces)
         d_x = torch.empty_like(x) if needs_x else None
         sums: list[torch.Tensor | None] = [None] * 9
-        for where in torch.arange(len(x)).chunk(pieces):
-            part = slice(int(where[0]), int(where[-1]) + 1)
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
             first = forward_products(x[part], layers[:2], params[:6])
             d_part, *found = mlp_gradients(
                 grad[part], x[part], ctx.act, layers, params, first.outputs, first, None, needs_x, wide=pieces > 1
@@ -3949,12 +3950,11 @@ def speed_up(model: Any, base: Any, config: Config) -> FastPath:
         others = fuse_adapters(model)
         if others:
             log.info("%d adapted layers stay with peft's own functions, first %s", len(others), others[0])
+    fast = FastPath(offloads=config.training.offload_activations)
     if is_sharded(config):
         log.info(
             "FSDP or DeepSpeed holds the weights: rows are padded, logits not in chunks, all layers recomputed or none"
         )
-    fast = FastPath(offloads=config.training.offload_activations)
-    if is_sharded(config):
         return fast
     if config.masked:
         batch = padded_batch(trial_windows(base)[0], [0, 1], 0, "right")
@@ -5185,7 +5185,7 @@ class QLoRATrainer(Trainer):
     def _window_step(self, model: Any, window: Window, items: Any) -> list[tuple[list[str], torch.Tensor]]:
         done, parts = [], self._parts(window)
         sharded = is_sharded(self.config)
-        with attention_of(self.runtime().model, self.fast.attention):
+        with attention_of(self.model, self.fast.attention):
             for i, members in enumerate(parts):
                 last = i == len(parts) - 1
                 self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed takes its step by it
@@ -5249,7 +5249,7 @@ class QLoRATrainer(Trainer):
         """Rows, mean loss, and of masked tokens how many are found; kept here: the Trainer gathers nothing uneven."""
         window, total, right = inputs["window"], torch.zeros((), device=self.args.device), 0
         smoothing, count = self.args.label_smoothing_factor, max(1, int((inputs["labels"] != IGNORE).sum()))
-        with torch.no_grad(), attention_of(self.runtime().model, self.fast.attention):
+        with torch.no_grad(), attention_of(self.model, self.fast.attention):
             for members in self._parts(window):
                 batch = on_device(self._batch(window, members), self.args.device)
                 with self.compute_loss_context_manager():
@@ -5342,7 +5342,7 @@ class QLoRATrainer(Trainer):
         """Before weights are saved: with them, is the loss of the rows that they were just trained on finite?"""
         batch = on_device(self._batch(window, self._parts(window)[0]), self.args.device)
         model.eval()  # draws no random numbers; training_step turns it back
-        kernel = attention_of(self.runtime().model, self.fast.attention)
+        kernel = attention_of(self.model, self.fast.attention)
         with torch.no_grad(), kernel, self.compute_loss_context_manager():
             finite = bool(summed_loss(model, self.fast, batch).isfinite())
         if not finite:
@@ -5436,9 +5436,6 @@ def window_arguments(args: TrainingArguments) -> TrainingArguments:
     changed: dict[str, Any] = {name: False for name in CHECKPOINTING if hasattr(args, name)}
     # it reads the loss, and so waits for the GPU; our own check stops at both
     changed["logging_nan_inf_filter"] = False
-    # pinned batches reach the GPU without a wait for what it has still to do
-    config: Any = args.accelerator_config
-    changed["accelerator_config"] = dataclasses.replace(config, non_blocking=torch.cuda.is_available())
     if args.ddp_find_unused_parameters is None:  # the Trainer's True stops at layers that are recomputed as ours are
         changed["ddp_find_unused_parameters"] = False
     changed["per_device_train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -5636,7 +5633,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             where: dict[str, Any] = {"repo_id": str(trainer.hub_model_id), "revision": trainer.args.hub_revision}
             with mendable("--push_to_hub: all is saved here, but the hub does not take it"):
                 token = trainer.args.hub_token
-                upload_folder(**where, folder_path=final, allow_patterns=[*sorted(written), "README.md"], token=token)
+                upload_folder(**where, folder_path=final, allow_patterns=[*written, "README.md"], token=token)
             log.info("pushed to %s", trainer.hub_model_id)
     trainer.accelerator.wait_for_everyone()
 
