@@ -69,7 +69,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache, partial, partialmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
 
@@ -235,12 +235,12 @@ def _cpu_group() -> Any:
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
 
 
-def agree(value: int = 0) -> int:
-    """The largest of what the processes bring, once all are here."""
+def agree(value: int = 0, way: str = "MAX") -> int:
+    """The largest of what the processes bring, or their SUM, once all are here."""
     if torch.distributed.is_initialized():
         found = torch.tensor(value)
         with mendable("another process is gone", PeerLost, RuntimeError):
-            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=_cpu_group())
+            torch.distributed.all_reduce(found, getattr(torch.distributed.ReduceOp, way), group=_cpu_group())
         value = int(found)
     return value
 
@@ -2764,6 +2764,26 @@ def check_prequantised(config: Config, own: Mapping[str, Any]) -> None:
         raise ConfigError(f"{what}: the weights of {name} are quantised already")
 
 
+@contextlib.contextmanager
+def quantised_on_gpu() -> Iterator[None]:
+    """FSDP's base, which waits in the CPU's memory to be shared out: the CPU would take 200 s for 7B, the GPU takes 2.
+
+    The scales of the 4-bit blocks, which FSDP does not know of, stay on the GPU.
+    """
+    own = bitsandbytes.nn.Params4bit._quantize
+    bitsandbytes.nn.Params4bit._quantize = partialmethod(_quantise_on_gpu, own)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        bitsandbytes.nn.Params4bit._quantize = own  # type: ignore[method-assign]
+
+
+def _quantise_on_gpu(weight: Any, own: Any, device: Any) -> Any:
+    own(weight, torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+    weight.data = weight.data.to(device)
+    return weight
+
+
 def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
     """The base model to train or use, quantised and placed."""
     options: dict[str, Any] = {
@@ -2782,11 +2802,15 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         options["quantization_config"] = quantisation_config(config, layers_left_whole(config, model_config))
     if config.training.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
         importlib.import_module("deepspeed").init_distributed()
-    model = load_base(config, model_config, folder, **options)
+    with quantised_on_gpu() if is_fsdp(config) and torch.cuda.is_available() else contextlib.nullcontext():
+        model = load_base(config, model_config, folder, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # or the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with others
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        scales: Any = getattr(getattr(module, "weight", None), "quant_state", None)
+        if scales is not None and is_fsdp(config) and torch.cuda.is_available():
+            scales.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
     layers = linear_layers(model, config.masked)
     whole = [name for name in layers if type(model.get_submodule(name)).__module__.startswith("torch")]
     if whole and not own and config.quant.bits < 16:
@@ -3673,6 +3697,11 @@ class FastPath(NamedTuple):
     by_input: bool = True  # whether layers are recomputed from their input alone, and not in torch's own way
     skips_last: bool = False  # whether a recomputed layer may leave out its last product
     offloads: bool = False  # whether the inputs of recomputed layers wait in the CPU's memory
+    spread: bool = False  # whether an engine spreads the weights over several processes
+
+    def lines(self) -> dict[str, str]:
+        parts = {"rows end to end": self.attention, "logits in chunks": self.head}
+        return {name: "no" if part is None else "yes" for name, part in parts.items()}
 
 
 def head_rule(model: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -3689,20 +3718,17 @@ def _apply_rules(rules: Any, logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _catch(caught: list[torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-    caught.append(hidden)
-    return hidden[..., :1]
-
-
 @contextlib.contextmanager
-def without_head(head: Any) -> Iterator[list[torch.Tensor]]:
-    """The model without its output head for a while; what would have gone into the head is put into the list."""
-    caught: list[torch.Tensor] = []
-    head.forward = partial(_catch, caught)
+def head_as(head: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """The model with another function in its output head's place for a while."""
+    own = vars(head).get("forward")  # accelerate's, where layers lie on several GPUs
+    head.forward = function
     try:
-        yield caught
+        yield
     finally:
         del head.forward
+        if own:
+            head.forward = own
 
 
 @contextlib.contextmanager
@@ -3718,29 +3744,45 @@ def attention_of(model: Any, kernel: str | None) -> Iterator[None]:
         config._attn_implementation = own
 
 
-def states_at(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Tensor:
-    """What predicts the labelled tokens of a batch: hidden states where `fast` has the head, else logits; a row each.
+def model_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """What the model makes of a batch."""
+    return model(**{name: value for name, value in batch.items() if name not in ("positions", "targets")}).logits
 
-    Only these rows go on: a quarter of all where the prompt is three quarters.
-    """
-    inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
-    if fast.head is None:
-        whole = model(**inputs).logits
-    else:
-        with without_head(fast.head) as caught:
-            model(**inputs)
-        whole = caught[0]
-    return whole.flatten(0, 1)[batch["positions"].to(whole.device)]
+
+def labelled(states: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """What predicts the labelled tokens, a row each; only these go on: a quarter where the prompt is three quarters."""
+    return states.flatten(0, 1)[batch["positions"].to(states.device)]
+
+
+def _into(found: list[torch.Tensor], function: Any, batch: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:
+    found.append(function(labelled(hidden, batch)))
+    return hidden[..., :1]
+
+
+def at_head(model: Any, fast: FastPath, batch: Mapping[str, Any], function: Any) -> torch.Tensor:
+    """What a function makes of the labelled hidden states, while the model is at its head: spread weights are here."""
+    found: list[torch.Tensor] = []
+    with head_as(fast.head, partial(_into, found, function, batch)):
+        out = model_logits(model, batch)
+    # FSDP and ZeRO-3 gather weights for the backward pass when it comes to what the model gave back
+    return found[0] + 0 * out.sum() if fast.spread and out.requires_grad else found[0]
 
 
 def summed_loss(model: Any, fast: FastPath, batch: Mapping[str, Any], smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy of the labelled tokens of a batch, summed, in float32."""
-    states = states_at(model, fast, batch)
+    if fast.head is not None:
+        return at_head(model, fast, batch, partial(_chunked, fast, batch["targets"], smoothing))
+    states = labelled(model_logits(model, batch), batch)
     targets = batch["targets"].to(states.device)
-    if fast.head is None:
-        return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
-    states, (weight, bias) = states.to(matmul_dtype(states)), (fast.head.weight, fast.head.bias)
-    return ChunkedCrossEntropy.apply(states, weight, bias, targets, fast.post, smoothing)
+    return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
+
+
+def _chunked(fast: FastPath, targets: torch.Tensor, smoothing: float, states: torch.Tensor) -> torch.Tensor:
+    head, states = fast.head, states.to(matmul_dtype(states))
+    assert head is not None
+    with torch.cuda.device_of(states):
+        there = targets.to(states.device)
+        return ChunkedCrossEntropy.apply(states, head.weight, head.bias, there, fast.post, smoothing)
 
 
 def decoder_layers(model: Any) -> list[Any]:
@@ -3755,7 +3797,8 @@ def set_unpacked(model: Any, count: int, dtype: torch.dtype) -> None:
             if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear:
                 base: Any = module
                 base.unpacked = None
-                base.unpacked = dense_weight(base, dtype) if i < count else None
+                with torch.cuda.device_of(base.weight):
+                    base.unpacked = dense_weight(base, dtype) if i < count else None
 
 
 def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
@@ -3793,6 +3836,20 @@ def apply_liger(model: Any, config: Config) -> None:
             family[name] = before if isinstance(before, type) else partial(_on_gpu, family[name], before)
 
 
+def stay_on_device(model: Any) -> None:
+    """Let each part of a model that lies on several GPUs run with its own as the current one: Triton launches there."""
+    places = getattr(model, "hf_device_map", {})
+    for name, place in places.items() if len({*places.values()}) > 1 else ():
+        module = model.get_submodule(name)
+        if isinstance(place, int):
+            module.forward = partial(_run_on, place, module.forward)
+
+
+def _run_on(gpu: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch.cuda.device(gpu):
+        return forward(*args, **kwargs)
+
+
 def _on_gpu(kernel: Any, plain: Any, q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     return (kernel if q.is_cuda else plain)(q, *args, **kwargs)
 
@@ -3819,16 +3876,20 @@ def end_to_end_kernel(model: Any, config: Config) -> str | None:
 
 def logits_at(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Tensor:
     """Logits of the labelled tokens of a batch, (learnt, vocabulary), in float32, by the ways that `fast` names."""
-    states = states_at(model, fast, batch)
-    if fast.head is None:
-        return states.float()
-    logits = F.linear(states.to(fast.head.weight.dtype), fast.head.weight, fast.head.bias).float()
+    if fast.head is not None:
+        return at_head(model, fast, batch, partial(_logits, fast))
+    return labelled(model_logits(model, batch), batch).float()
+
+
+def _logits(fast: FastPath, states: torch.Tensor) -> torch.Tensor:
+    head: Any = fast.head
+    logits = F.linear(states.to(head.weight.dtype), head.weight, head.bias).float()
     return logits if fast.post is None else fast.post(logits)
 
 
 def same(a: torch.Tensor, b: torch.Tensor, noise: torch.Tensor | float = 0.0) -> bool:
     """Whether two ways of computing logits agree within bf16's rounding: about a hundredth, and twice the noise."""
-    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
+    a, b = (x.cpu() - x.cpu().mean(-1, keepdim=True) for x in (a, b))  # of two ways that may end on two GPUs
     return bool((a - b).norm() <= 0.05 * a.norm() + 2 * noise)
 
 
@@ -3841,19 +3902,21 @@ def trial_windows(base: Any) -> list[Window]:
     return [collate_window(rows)["window"] for rows in ([a, b], [c, b])]
 
 
-def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
+def choose_fast_path(model: Any, base: Any, config: Config, device: Any = None) -> FastPath:
     """What of the fast path a model takes: each part is tried on a few tokens and left out where the numbers differ.
 
     Args:
-        model: with adapters, or for a full fine-tune as it is.
+        model: with adapters, or for a full fine-tune as it is; wrapped in the engine that spreads it.
         base: the model inside.
         config: the flags.
+        device: where its input goes; None for where its embedding is.
     """
     kernel, head = end_to_end_kernel(base, config), base.get_output_embeddings()
-    if not config.training.chunked_head or type(head) is not torch.nn.Linear:
+    plain = isinstance(head, torch.nn.Linear) and type(head).__module__.startswith("torch")  # FSDP's or as it was
+    if not config.training.chunked_head or not plain:
         head = None
-    windows, device = trial_windows(base), base.get_input_embeddings().weight.device
-    fast = FastPath(offloads=config.training.offload_activations)
+    windows, device = trial_windows(base), device or base.get_input_embeddings().weight.device
+    fast = FastPath(offloads=config.training.offload_activations, spread=is_sharded(config))
     name, training, dtype = type(base).__name__, model.training, compute_dtype(config)
     model.eval()
     with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
@@ -3866,7 +3929,8 @@ def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
             log.info("logits are computed whole: %s changes them in a way of its own", name)
         # the rows one by one: what another kernel alone changes, which grows with the layers that round
         alone = [on_device(padded_batch(windows[0], [row], 0, "right"), device) for row in (0, 1)] if kernel else []
-        noise = (known - torch.cat([logits_at(model, fast, row) for row in alone])).norm() if kernel else 0.0
+        known = known.cpu()
+        noise = (known - torch.cat([logits_at(model, fast, row).cpu() for row in alone])).norm() if kernel else 0.0
         with attention_of(base, kernel):
             flat = [on_device(end_to_end_batch(window, [0, 1]), device) for window in windows]
             try:
@@ -3878,6 +3942,8 @@ def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
         elif kernel:
             log.info("rows are padded: in %s rows that lie end to end would see each other", name)
     model.train(training)
+    if fast.spread:  # it recomputes as the engine's hooks know it
+        return fast._replace(by_input=False)
     return choose_recomputing(model, base, fast, flat[0] if fast.attention else batch, config)
 
 
@@ -3952,10 +4018,8 @@ def speed_up(model: Any, base: Any, config: Config) -> FastPath:
             log.info("%d adapted layers stay with peft's own functions, first %s", len(others), others[0])
     fast = FastPath(offloads=config.training.offload_activations)
     if is_sharded(config):
-        log.info(
-            "FSDP or DeepSpeed holds the weights: rows are padded, logits not in chunks, all layers recomputed or none"
-        )
-        return fast
+        log.info("FSDP or DeepSpeed holds the weights: all layers are recomputed or none, and none is kept unpacked")
+        return fast  # the rest is tried once they are spread
     if config.masked:
         batch = padded_batch(trial_windows(base)[0], [0, 1], 0, "right")
         batch = on_device(batch, base.get_input_embeddings().weight.device)
@@ -4161,7 +4225,8 @@ def fit(costs: Costs, room: float, longest: int, window: int, gpu: Gpu, config: 
     rows = train.per_device_train_batch_size if train.auto_batch is False else None
     at_least = longest if rows is None else min(window, longest * rows)
     found: list[tuple[float, Sizes]] = []
-    for recomputed in range(costs.layers + 1) if wanted is None else [wanted]:
+    numbers = range(0, costs.layers + 1, max(1, costs.layers) if is_sharded(config) else 1)  # engines: all or none
+    for recomputed in numbers if wanted is None else [wanted]:
         sizes = Sizes(rows, 0, recomputed)
         tokens = min(window, int((room - costs.fixed) / (costs.token + costs.activations(sizes))))
         if tokens >= at_least:
@@ -4266,23 +4331,32 @@ LAUNCH = {  # how each way to use several GPUs is asked for
 }
 
 
-def strategies(costs: Costs, config: Config) -> dict[str, Costs]:
-    """What one GPU has of this model in each way that takes it, from the fastest: the fewer weights travel."""
-    bits, number = config.quant.bits, find_gpu(config.training.plan_gpu).number
+def strategies(costs: Costs, config: Config, number: int) -> dict[str, Costs]:
+    """What one of so many GPUs has of this model in each way that takes it, from the fastest: fewer weights travel."""
     names = ("weights", "other", "adapters", "gradients", "optimizer")
     shared = costs._replace(**{name: getattr(costs, name) // number for name in names})
     two_layers = 2 * (costs.weights // max(1, costs.layers))  # whole, while they compute and the next one arrives
     shard = shared._replace(paged=False, fixed=costs.fixed + two_layers, unpacked=0)
-    states = costs._replace(gradients=shared.gradients, optimizer=shared.optimizer, paged=False, unpacked=0)
-    ways = {"DDP": costs._replace(gradients=2 * costs.gradients)}  # and the buckets that they are sent in
-    ways |= {"ZeRO-2": states, "ZeRO-3": shard} if bits >= 16 else {}
-    ways |= {"FSDP2": shard} if bits != 8 else {}
-    return ways | {"one process": shared}
+    # DeepSpeed steps on a float32 copy of bf16 weights
+    copied = 2 * costs.gradients if config.quant.full_finetune and load_dtype(config) != torch.float32 else 0
+    state = (costs.optimizer + copied) // number
+    return {
+        "DDP": costs._replace(gradients=2 * costs.gradients),  # and the buckets that they are sent in
+        "ZeRO-2": costs._replace(gradients=shared.gradients, optimizer=state, paged=False, unpacked=0),
+        "ZeRO-3": shard._replace(optimizer=state),
+        "FSDP2": shard,
+        "one process": shared,
+    }
+
+
+STRATEGY_BITS = {"ZeRO-2": (16, 32), "ZeRO-3": (16, 32), "FSDP2": (4, 16, 32)}  # the others take any
 
 
 def strategy_lines(config: Config, costs: Costs) -> dict[str, str]:
     """GiB of a GPU for each, and the first that fits."""
-    plans = {name: plan_from_flags(config, own) for name, own in strategies(costs, config).items()}
+    bits, ways = config.quant.bits, strategies(costs, config, find_gpu(config.training.plan_gpu).number)
+    taken = {name: own for name, own in ways.items() if bits in STRATEGY_BITS.get(name, (bits,))}
+    plans = {name: plan_from_flags(config, own) for name, own in taken.items()}
     lines = {
         name: f"{plan.needed():6.2f} GiB on each GPU{'' if plan.fits() else ': does not fit'}"
         for name, plan in plans.items()
@@ -4332,13 +4406,18 @@ def choose_sizes(
 ) -> tuple[Sizes, Plan | None]:
     """Micro-batches and recomputed layers for the memory that is free, and the plan, to compare with what comes."""
     train, layers = config.training, len(decoder_layers(base)) or costs.layers
-    if not train.do_train or rows is None or not torch.cuda.is_available() or train.use_cpu or is_sharded(config):
+    if not train.do_train or rows is None or not torch.cuda.is_available() or train.use_cpu:
         wanted = wanted_recompute(config, layers)
         at_once = None if train.auto_batch else train.per_device_train_batch_size
         sizes = Sizes(at_once, 4096 if train.auto_batch else NO_LIMIT, layers if wanted is None else wanted)
         return sizes._replace(unpacked=unpacked_layers(0, sizes, costs, config)), None
     lengths = sorted(rows["length"][:], reverse=True)
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
+    if is_sharded(config):  # nothing can be measured before, nor repeated after memory ran out
+        way = "FSDP2" if is_fsdp(config) else "ZeRO-3" if hf_deepspeed.is_deepspeed_zero3_enabled() else "ZeRO-2"
+        gpu, costs = find_gpu(None)._replace(number=world()[1]), strategies(costs, config, world()[1])[way]
+        plan = make_plan(costs, gpu, lengths[0], window, config, 0.85 * (gpu.gib - CONTEXT) * GIB - costs.beside())
+        return plan.sizes, plan
     measured = calibrated(costs, model, base, fast, config)
     own = 0.95 * free_memory() - costs.gradients - (0 if costs.paged else costs.optimizer)
     plan = make_plan(measured, find_gpu(None), lengths[0], window, config, own)
@@ -5141,16 +5220,18 @@ class QLoRATrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The batches of one optimizer step; notes their rows and counts their tokens."""
         source = self.masked(epoch_iterator, self.masking) if self.masking else epoch_iterator
-        # to send the count to the GPU would wait for all that it has still to do, and no step be launched meanwhile
-        alone = self.args.world_size == 1
-        batches, items = super().get_batch_samples(source, num_batches, torch.device("cpu") if alone else device)
+        batches, learnt = list(itertools.islice(source, num_batches)), 0
         for batch in batches:  # one, or at an epoch's end none
             self.place = batch.pop("place", None)
-            self.learnt = bool((batch["labels"] != IGNORE).any())
+            learnt = int((batch["labels"] != IGNORE).sum())
             self.tokens_seen += sum(batch["window"].lengths)
+        self.learnt = learnt > 0
         if self.window is None:
             self.first = self.moved = self.state.global_step
-        return batches, torch.as_tensor(items).clamp(min=1)  # 0 where no token happens to be masked
+        # added up by the CPUs: a GPU would be waited for until it is done with all that it has still to do, and
+        # no step be launched meanwhile
+        everywhere = agree(learnt, "SUM") if batches and self.args.average_tokens_across_devices else learnt
+        return batches, torch.tensor(max(1, everywhere))  # 0 where no token happens to be masked
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a window, in as many micro-batches as memory asks for.
@@ -5158,6 +5239,7 @@ class QLoRATrainer(Trainer):
         Where memory runs out, the same window is repeated in smaller ones, from the same random numbers.
         """
         window, device = inputs["window"], self.args.device
+        self._try_fast_path(model)
         start = random_state(device)
         if not model.training:  # setting it walks all modules: 5 ms at 7B
             model.train()
@@ -5181,6 +5263,17 @@ class QLoRATrainer(Trainer):
         if self.args.world_size > 1 and not is_sharded(self.config):
             average_gradients(model)
         return torch.stack([loss for _, loss in parts]).sum()
+
+    def _try_fast_path(self, model: Any) -> None:
+        """Once an engine has spread the weights; every process takes part."""
+        if self.fast.spread or self.config.masked or not is_sharded(self.config):
+            return
+        inside = self.runtime().model
+        base = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
+        self.fast = choose_fast_path(model, base, self.config, self.args.device)
+        log_block("Fast path", self.fast.lines())
+        if self.config.training.chunked_head and self.fast.head is None:  # micro-batches were cut for that
+            self.sizes = self.sizes._replace(rows=self.config.training.per_device_train_batch_size)
 
     def _window_step(self, model: Any, window: Window, items: Any) -> list[tuple[list[str], torch.Tensor]]:
         done, parts = [], self._parts(window)
@@ -5247,6 +5340,7 @@ class QLoRATrainer(Trainer):
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
         """Rows, mean loss, and of masked tokens how many are found; kept here: the Trainer gathers nothing uneven."""
+        self._try_fast_path(model)
         window, total, right = inputs["window"], torch.zeros((), device=self.args.device), 0
         smoothing, count = self.args.label_smoothing_factor, max(1, int((inputs["labels"] != IGNORE).sum()))
         with torch.no_grad(), attention_of(self.model, self.fast.attention):
@@ -5995,6 +6089,7 @@ def use(trainer: QLoRATrainer, start: Start, pairs: Splits, config: Config) -> d
 def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: int, config: Config) -> Ready:
     """A loaded base -> what trains, on the fast path, its steps cut to the memory there is."""
     apply_liger(base, config)
+    stay_on_device(base)
     model = make_trainable(base, config, start.weights)
     if config.lora.init_lora_weights.lower() == "eva" and start == Start(train=True) and not config.quant.full_finetune:
         start_from_inputs(model, rows, pad_id, config)
@@ -6004,9 +6099,8 @@ def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: in
     sizes, plan = choose_sizes(costs, model, base, fast, rows, config)
     start_recomputing(base, fast, sizes, compute_dtype(config), is_sharded(config))
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
-    parts = {"rows end to end": fast.attention, "logits in chunks": fast.head}
-    found = {name: "no" if part is None else "yes" for name, part in parts.items()} | {"steps": sizes}
-    log_block("Fast path", found | (plan.lines() if plan else {}))
+    said = {} if is_sharded(config) else fast.lines()  # what an engine spreads is tried when it is
+    log_block("Fast path", said | {"steps": sizes} | (plan.lines() if plan else {}))
     return Ready(model, fast, sizes, plan)
 
 
