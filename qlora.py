@@ -3108,8 +3108,12 @@ class FusedLinear(NamedTuple):
         return bool(self.dropout and self.module.training)
 
     def applies(self, x: torch.Tensor) -> bool:
-        """Not for a few tokens, where bitsandbytes multiplies without unpacking, nor with the adapter switched off."""
-        return x.numel() >= 16 * x.shape[-1] and not (self.module.disable_adapters or self.module.merged)
+        """Not for a few tokens, where bitsandbytes multiplies without unpacking, nor with the adapter switched off.
+
+        In training always: ZeRO-2 adds up gradients in the order in which each process has them.
+        """
+        many = self.module.training or x.numel() >= 16 * x.shape[-1]
+        return many and not (self.module.disable_adapters or self.module.merged)
 
 
 class Products(NamedTuple):
@@ -5159,7 +5163,7 @@ class QLoRATrainer(Trainer):
         """
         window, device = inputs["window"], self.args.device
         start = random_state(device)
-        if not model.training:  # setting it walks all modules: 5 ms at 7B
+        if not self.model.training:  # DeepSpeed's wrapper does not know; setting it walks all modules: 5 ms at 7B
             model.train()
         while True:
             try:
