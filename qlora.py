@@ -834,6 +834,9 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--merged_output_dir {merged_output_dir}: the run's own folder, name another"),
     (lambda f: f.full_finetune and f.bits < 16,
      "--full_finetune: weights rounded to --bits {bits} take no small steps of training, give 16 or 32"),
+    (lambda f: f.deepspeed and not f.plan and "LOCAL_RANK" not in os.environ,
+     "--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes"),
+    (lambda f: f.mismatches, '--deepspeed {deepspeed}: {mismatches}: give "auto" there'),
     (lambda f: f.fsdp and re.search(r"8bit|paged|lion|ademamix", f.optim),
      "--fsdp: bitsandbytes' --optim {optim} can't step on shards, give adamw_torch"),
     (lambda f: f.fsdp and f.bits == 8, "--fsdp: it can't shard --bits 8, give 4 or 16"),
@@ -926,6 +929,7 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
 def flags_of(config: Config) -> argparse.Namespace:
     """What rules are about: every flag by its name, and what follows from several of them or from the tables."""
     flags, given, trackers = config.flags, config.given, config.training.report_to or ()
+    engine = getattr(config.training, "hf_deepspeed_config", None)
     installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"} if trackers else ()  # two not looked for
     return argparse.Namespace(
         **flags,
@@ -935,6 +939,7 @@ def flags_of(config: Config) -> argparse.Namespace:
         folders={path.resolve() for path in (Path(config.training.output_dir), final_folder(config))},
         start_problem=lora_start_problem(config.lora.init_lora_weights, config.quant.bits < 16),
         metrics="loss, perplexity" + (", masked_accuracy" if flags["objective"] != "clm" else ""),
+        mismatches=", ".join(re.sub("^- ds | hf", "", line) for line in getattr(engine, "mismatches", ())),
         trackers=trackers,
         unknown=", ".join(name for name in trackers if name not in INTEGRATION_TO_CALLBACK),
         missing=", ".join(name for name in trackers if name not in installed),
@@ -4416,6 +4421,22 @@ def check_identity(folder: Path, wanted: Mapping[str, Any], training: bool) -> N
         )
 
 
+# Whose state of a run is in a checkpoint, by files that it leaves.
+ENGINES = {"DeepSpeed": "global_step*", "FSDP": "pytorch_model_fsdp*", "one process or DDP": "optimizer.pt"}
+
+
+def check_engine(checkpoint: Path, config: Config) -> None:
+    """Refuse to go on with the state that another engine saved, or DeepSpeed on another number of processes."""
+    deepspeed, fsdp, plain = ENGINES
+    here = fsdp if is_fsdp(config) else deepspeed if is_sharded(config) else plain
+    its = next((engine for engine, files in ENGINES.items() if any(checkpoint.glob(files))), plain)
+    if its != here:
+        raise ConfigError(f"{checkpoint} was saved under {its}, this run is under {here}: start it as it was")
+    before, processes = len([*checkpoint.glob("global_step*/*optim_states.pt")]), config.training.world_size
+    if its == deepspeed and before != processes:
+        raise ConfigError(f"{checkpoint}: DeepSpeed goes on only with the {before} processes of before, not {processes}")
+
+
 def adapter_folder(folder: Path) -> Path | None:
     """Where a folder keeps its adapter: at its top or, as the original did, in adapter_model/."""
     for place in (folder, folder / "adapter_model"):
@@ -5444,6 +5465,9 @@ def window_arguments(args: TrainingArguments) -> TrainingArguments:
         changed["ddp_find_unused_parameters"] = False
     changed["per_device_train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
     changed["gradient_accumulation_steps"] = 1
+    if args.deepspeed:  # a batch that its file fixes is that of the flags, which check_config compared
+        batch = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+        changed["deepspeed"] = args.hf_deepspeed_config.config | dict.fromkeys(batch, "auto")
     return dataclasses.replace(args, **changed)
 
 
@@ -6112,6 +6136,8 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
     this_run = identity(config, statistics.get("train") if args.do_train else None)
     if start.found:
         check_identity(start.found, this_run, args.do_train)
+    if start.checkpoint:
+        check_engine(start.checkpoint, config)
     this_run["effective batch"] = effective_batch(start.checkpoint, args)
     for folder in (output, final_folder(config)):  # one that can't be written shows before the model is loaded
         folder.mkdir(parents=True, exist_ok=True)
