@@ -232,7 +232,20 @@ def mendable(what: str, kind: type[QLoRAError] = ConfigError, *also: type[BaseEx
 # need not wait for the GPU to learn of a signal, and a process that ends is noticed at once.
 @lru_cache(maxsize=1)
 def _cpu_group() -> Any:
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
+    for number in map(int, os.listdir("/proc/self/fd") if sys.platform == "linux" else ()):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:  # most are no sockets
+            for level, option, value in LIVELY:
+                connection.setsockopt(level, option, value)
+    return group
+
+
+# A machine without power or cable says nothing; the system would take 15 minutes to call the connection lost, now 30 s.
+LIVELY = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *((socket.IPPROTO_TCP, getattr(socket, name, 0), value)
+      for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000))),
+)  # fmt: skip
 
 
 def agree(value: int = 0, way: str = "MAX") -> int:
@@ -280,7 +293,7 @@ def world() -> tuple[int, int]:
 
 # How torch's collectives say that another process is there no more.
 PEER_GONE = re.compile(
-    r"connection (was )?(closed|reset|refused)|broken pipe|remote process|nccl.*(abort|timeout|remote)", re.I
+    r"connection (was )?(closed|reset|refused|timed out)|broken pipe|remote process|nccl.*(abort|timeout|remote)", re.I
 )
 
 
@@ -306,18 +319,25 @@ def said_once(message: str, lost: bool) -> str | None:
         return message if os.environ.get("LOCAL_RANK", "0") == "0" else None
     others, until = set(range(processes)) - {rank}, time.monotonic() + (8 if lost else 2)
     heard: dict[int, str] = {}
+    met = False
     with contextlib.suppress(RuntimeError):  # whoever held the store is gone as well
         store = torch.distributed.distributed_c10d._get_default_store()
         store.set(f"qlora/{rank}", "" if lost else message)
         while (silent := others - heard.keys()) and time.monotonic() < until:
             heard |= {r: store.get(f"qlora/{r}").decode() for r in silent if store.check([f"qlora/{r}"])}
             time.sleep(0.1)
+        met = True
     if not lost:
         known = [text for r, text in heard.items() if r < rank]
         if message in known:
             time.sleep(1)  # torchrun ends all when the first has ended: after whoever speaks
             return None
         return f"rank {rank}: {message}" if rank else message
+    if not met:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(2)
+            return None
+        return f"rank {rank} of {processes} lost {os.environ.get('MASTER_ADDR')}, where all of them met. {message}"
     gone = sorted(others - heard.keys())
     if any(heard.values()) or not gone or min(heard, default=rank) < rank:
         return None
@@ -834,6 +854,9 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--merged_output_dir {merged_output_dir}: the run's own folder, name another"),
     (lambda f: f.full_finetune and f.bits < 16,
      "--full_finetune: weights rounded to --bits {bits} take no small steps of training, give 16 or 32"),
+    (lambda f: f.deepspeed and not f.plan and "LOCAL_RANK" not in os.environ,
+     "--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes"),
+    (lambda f: f.mismatches, '--deepspeed {deepspeed}: {mismatches}: give "auto" there'),
     (lambda f: f.fsdp and re.search(r"8bit|paged|lion|ademamix", f.optim),
      "--fsdp: bitsandbytes' --optim {optim} can't step on shards, give adamw_torch"),
     (lambda f: f.fsdp and f.bits == 8, "--fsdp: it can't shard --bits 8, give 4 or 16"),
@@ -926,6 +949,7 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
 def flags_of(config: Config) -> argparse.Namespace:
     """What rules are about: every flag by its name, and what follows from several of them or from the tables."""
     flags, given, trackers = config.flags, config.given, config.training.report_to or ()
+    engine = getattr(config.training, "hf_deepspeed_config", None)
     installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"} if trackers else ()  # two not looked for
     return argparse.Namespace(
         **flags,
@@ -935,6 +959,7 @@ def flags_of(config: Config) -> argparse.Namespace:
         folders={path.resolve() for path in (Path(config.training.output_dir), final_folder(config))},
         start_problem=lora_start_problem(config.lora.init_lora_weights, config.quant.bits < 16),
         metrics="loss, perplexity" + (", masked_accuracy" if flags["objective"] != "clm" else ""),
+        mismatches=", ".join(re.sub("^- ds | hf", "", line) for line in getattr(engine, "mismatches", ())),
         trackers=trackers,
         unknown=", ".join(name for name in trackers if name not in INTEGRATION_TO_CALLBACK),
         missing=", ".join(name for name in trackers if name not in installed),
@@ -3132,8 +3157,12 @@ class FusedLinear(NamedTuple):
         return bool(self.dropout and self.module.training)
 
     def applies(self, x: torch.Tensor) -> bool:
-        """Not for a few tokens, where bitsandbytes multiplies without unpacking, nor with the adapter switched off."""
-        return x.numel() >= 16 * x.shape[-1] and not (self.module.disable_adapters or self.module.merged)
+        """Not for a few tokens, where bitsandbytes multiplies without unpacking, nor with the adapter switched off.
+
+        In training always: ZeRO-2 adds up gradients in the order in which each process has them.
+        """
+        many = self.module.training or x.numel() >= 16 * x.shape[-1]
+        return many and not (self.module.disable_adapters or self.module.merged)
 
 
 class Products(NamedTuple):
@@ -4491,6 +4520,22 @@ def check_identity(folder: Path, wanted: Mapping[str, Any], training: bool) -> N
         )
 
 
+# Whose state of a run is in a checkpoint, by files that it leaves.
+ENGINES = {"DeepSpeed": "global_step*", "FSDP": "pytorch_model_fsdp*", "one process or DDP": "optimizer.pt"}
+
+
+def check_engine(checkpoint: Path, config: Config) -> None:
+    """Refuse to go on with the state that another engine saved, or DeepSpeed on another number of processes."""
+    deepspeed, fsdp, plain = ENGINES
+    here = fsdp if is_fsdp(config) else deepspeed if is_sharded(config) else plain
+    its = next((engine for engine, files in ENGINES.items() if any(checkpoint.glob(files))), plain)
+    if its != here:
+        raise ConfigError(f"{checkpoint} was saved under {its}, this run is under {here}: start it as it was")
+    before, processes = len([*checkpoint.glob("global_step*/*optim_states.pt")]), config.training.world_size
+    if its == deepspeed and before != processes:
+        raise ConfigError(f"{checkpoint}: DeepSpeed goes on only with the {before} processes of before, not {processes}")
+
+
 def adapter_folder(folder: Path) -> Path | None:
     """Where a folder keeps its adapter: at its top or, as the original did, in adapter_model/."""
     for place in (folder, folder / "adapter_model"):
@@ -5241,7 +5286,7 @@ class QLoRATrainer(Trainer):
         window, device = inputs["window"], self.args.device
         self._try_fast_path(model)
         start = random_state(device)
-        if not model.training:  # setting it walks all modules: 5 ms at 7B
+        if not self.model.training:  # DeepSpeed's wrapper does not know; setting it walks all modules: 5 ms at 7B
             model.train()
         while True:
             try:
@@ -5534,6 +5579,9 @@ def window_arguments(args: TrainingArguments) -> TrainingArguments:
         changed["ddp_find_unused_parameters"] = False
     changed["per_device_train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
     changed["gradient_accumulation_steps"] = 1
+    if args.deepspeed:  # a batch that its file fixes is that of the flags, which check_config compared
+        batch = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+        changed["deepspeed"] = args.hf_deepspeed_config.config | dict.fromkeys(batch, "auto")
     return dataclasses.replace(args, **changed)
 
 
@@ -6202,6 +6250,8 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
     this_run = identity(config, statistics.get("train") if args.do_train else None)
     if start.found:
         check_identity(start.found, this_run, args.do_train)
+    if start.checkpoint:
+        check_engine(start.checkpoint, config)
     this_run["effective batch"] = effective_batch(start.checkpoint, args)
     for folder in (output, final_folder(config)):  # one that can't be written shows before the model is loaded
         folder.mkdir(parents=True, exist_ok=True)
