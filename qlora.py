@@ -4533,7 +4533,9 @@ def check_engine(checkpoint: Path, config: Config) -> None:
         raise ConfigError(f"{checkpoint} was saved under {its}, this run is under {here}: start it as it was")
     before, processes = len([*checkpoint.glob("global_step*/*optim_states.pt")]), config.training.world_size
     if its == deepspeed and before != processes:
-        raise ConfigError(f"{checkpoint}: DeepSpeed goes on only with the {before} processes of before, not {processes}")
+        raise ConfigError(
+            f"{checkpoint}: DeepSpeed goes on only with the {before} processes of before, not {processes}"
+        )
 
 
 def adapter_folder(folder: Path) -> Path | None:
@@ -5286,7 +5288,9 @@ class QLoRATrainer(Trainer):
         window, device = inputs["window"], self.args.device
         self._try_fast_path(model)
         start = random_state(device)
-        if not self.model.training:  # DeepSpeed's wrapper does not know; setting it walks all modules: 5 ms at 7B
+        if (
+            self.model is not None and not self.model.training
+        ):  # DeepSpeed's wrapper does not know; setting it walks all modules: 5 ms at 7B
             model.train()
         while True:
             try:
