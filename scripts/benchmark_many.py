@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -99,12 +100,15 @@ def run(name: str, processes: int, own: list[str], arguments: argparse.Namespace
         "--save_strategy", "no", "--disable_tqdm", "True", *own, *arguments.flags,
     ]  # fmt: skip
     if arguments.full:
-        command += ["--full_finetune", "--bits", "16", "--optim", "adamw_torch"]
+        command += ["--full_finetune", "--bits", "16", "--optim", "adamw_torch", "--learning_rate", "1e-5"]
     began = time.perf_counter()
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=arguments.timeout)
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=arguments.timeout)
+    except subprocess.TimeoutExpired:
+        return {"strategy": name, "failed": f"took longer than {arguments.timeout} s"}
     (arguments.out / f"{output.name}.log").write_text(done.stdout + done.stderr)
     if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        lines = [line for line in done.stderr.splitlines() if re.search(r"^(\[rank\d+\]: )?\w*[eE]rror: ", line)]
         return {"strategy": name, "failed": lines[0] if lines else done.stderr[-300:]}
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     metrics = json.loads((output / "metrics.json").read_text())
