@@ -7,7 +7,11 @@ everything but the kernels: sharding, gathering, saving and resuming are the eng
 import importlib.util
 import itertools
 import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from conftest import ROOT, _to_argv, missing
 from forks import Forks, Process
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_processes import AS_GPUS, losses, same
+from test_processes import AS_GPUS, losses, same, until
 from transformers import AutoModelForCausalLM
 
 import qlora
@@ -76,14 +80,16 @@ def start(forks, models, tmp_path_factory) -> Callable[..., list[Process]]:
         "per_device_eval_batch_size": 3,
     }  # fmt: skip
 
+    def words_of(processes: int, folder: Path, **flags: Any) -> list[str]:
+        return _to_argv(plain | {"gradient_accumulation_steps": 8 // processes, "output_dir": folder} | flags)
+
     def begin(processes: int, folder: Path, before: str = "", **flags: Any) -> list[Process]:
-        words = _to_argv(plain | {"gradient_accumulation_steps": 8 // processes, "output_dir": folder} | flags)
-        log = folder.with_name(f"{folder.name}.log")
+        words, log = words_of(processes, folder, **flags), folder.with_name(f"{folder.name}.log")
         if processes == 1:
             return [forks.start(words, log, before=before)]
         return forks.start_ranks(processes, words, log, before=before)
 
-    begin.folder = here
+    begin.folder, begin.words_of = here, words_of
     return begin
 
 
@@ -277,3 +283,42 @@ def test_one_mask_for_equal_rows_of_a_step():
     row = torch.arange(10, 50)
     drawn = [masking.draw(row, row, "train", 0, step, row.tolist())[0] for step in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+
+
+def test_a_signal_to_torchrun_or_to_one_process_saves_and_the_rerun_is_exact(start, tmp_path):
+    """torchrun hands it on and ends with 1, as the README says. What comes then is as if nothing had happened.
+
+    The effective batch and with it the losses stay where one process goes on with what two began.
+    """
+    flags = {
+        "max_steps": 40,
+        "save_steps": 5,
+        "save_total_limit": 2,
+        "do_eval": False,
+        "gradient_accumulation_steps": 4,
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "qlora.py"]
+    words = [*launch, *start.words_of(2, tmp_path / "launcher", **flags)]
+    launcher = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    ranks = start(2, tmp_path / "rank", **flags)
+    until((tmp_path / "rank" / "checkpoint-5").is_dir)
+    ranks[1].kill(signal.SIGTERM)
+    until((tmp_path / "launcher" / "checkpoint-5").is_dir)
+    launcher.terminate()
+    logs = {"launcher": launcher.communicate(timeout=120)[1], "rank": finish(ranks, 143)}
+    assert launcher.returncode == 1
+    for name, log in logs.items():
+        (last,) = re.findall(r"stopped by SIGTERM at step (\d+), saved; the same command goes on from there", log)
+        newest = qlora.find_last_checkpoint(tmp_path / name)
+        assert qlora.step_of(newest) == int(last) < 40 and not errors(log)
+        assert {path.name for path in newest.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+        assert not (tmp_path / name / "completed").exists()
+    again = [start(2, tmp_path / "rank", **flags), start(1, tmp_path / "launcher", **flags)]
+    again += [start(1, tmp_path / "whole", **flags | {"gradient_accumulation_steps": 8})]
+    for processes in again:
+        finish(processes)
+    for name in logs:
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "whole"), abs=2e-5)
+        ours, theirs = whole(tmp_path / name), whole(tmp_path / "whole")
+        assert all((ours[key] - theirs[key]).abs().max() < 1e-5 for key in theirs)
+    assert len(losses(tmp_path / "whole")) == 40
