@@ -298,7 +298,9 @@ def world() -> tuple[int, int]:
 
 # How torch's collectives say that another process is there no more.
 PEER_GONE = re.compile(
-    r"connection (was )?(closed|reset|refused|timed out)|broken pipe|remote process|nccl.*(abort|timeout|remote)", re.I
+    r"connection (was )?(closed|reset|refused|timed out)|broken pipe|no route to host|(network|host) is (down|unreachable)"
+    r"|remote process|nccl.*(abort|timeout|remote)",
+    re.I,
 )
 
 

@@ -53,11 +53,11 @@ def start(models, tmp_path_factory):
     }  # fmt: skip
     started = []
 
-    def begin(processes, folder, *, launcher=("--standalone",), program=ROOT / "qlora.py", **flags):
+    def begin(processes, folder, *, launcher=("--standalone",), program=ROOT / "qlora.py", inside=(), **flags):
         torchrun = ["-m", "torch.distributed.run", *launcher, "--nproc_per_node", str(processes)]
         program = as_gpus if program == "as_gpus" else program
         argv = [sys.executable, *(torchrun if processes > 1 or launcher != ("--standalone",) else []), str(program)]
-        argv += _to_argv({**base, "output_dir": folder, **flags})
+        argv = [*inside, *argv, *_to_argv({**base, "output_dir": folder, **flags})]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(argv, env=env, cwd=ROOT, **pipe))
@@ -205,6 +205,43 @@ def until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_machine_that_falls_silent_is_given_up_within_a_minute(start, tmp_path):
+    """Two machines as two network namespaces; the cable between them is pulled: no connection ends by itself."""
+    pair = []
+    for number in (1, 2):
+        done = subprocess.run(["ip", "netns", "add", f"qlora{number}"], capture_output=True)
+        if done.returncode:
+            pytest.skip("network namespaces need root")
+    try:
+        for number in (1, 2):
+            inside = f"ip -n qlora{number}"
+            words = [f"{inside} link set lo up", f"{inside} addr add 10.77.0.{number}/24 dev qveth{number}",
+                     f"{inside} link set qveth{number} up"]  # fmt: skip
+            words[:0] = ["ip link add qveth1 netns qlora1 type veth peer name qveth2 netns qlora2"] * (number == 1)
+            for line in words:
+                subprocess.run(line.split(), check=True)
+        for number in (1, 2):
+            meet = ("--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29500",
+                    "--local_addr", f"10.77.0.{number}", "--rdzv_conf", f"is_host={2 - number}")  # fmt: skip
+            inside = ("ip", "netns", "exec", f"qlora{number}", "env", f"GLOO_SOCKET_IFNAME=qveth{number}")
+            flags = {"max_steps": 40000, "save_steps": 20, "save_total_limit": 2, "do_eval": False}
+            pair.append(start(1, tmp_path / "out", launcher=meet, inside=inside, **flags))
+        until((tmp_path / "out" / "checkpoint-20").is_dir)
+        subprocess.run(["ip", "-n", "qlora2", "link", "set", "qveth2", "down"], check=True)
+        pulled = time.monotonic()
+        for process, said in zip(pair, ("rank 1 of 2 was lost", "rank 1 of 2 lost 10.77.0.1, where"), strict=True):
+            line = next(line for line in process.stderr if line.startswith("error:"))
+            assert said in line and "The same command goes on from" in line
+            assert time.monotonic() - pulled < 60
+    finally:
+        for process in pair:
+            for number in (*children(process), process.pid):
+                os.kill(number, signal.SIGKILL)
+        for number in (1, 2):
+            subprocess.run(["ip", "netns", "del", f"qlora{number}"])
 
 
 # ------------------------------------------------------------------------------------
