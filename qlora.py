@@ -230,22 +230,27 @@ def mendable(what: str, kind: type[QLoRAError] = ConfigError, *also: type[BaseEx
 
 # Several processes speak through the CPU's network, beside the GPUs' own: nobody times out while rank 0 encodes, a step
 # need not wait for the GPU to learn of a signal, and a process that ends is noticed at once.
+#
+# A machine without power or cable says nothing; the system would take 15 minutes to call the connection lost, now 30 s.
+LIVELY = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
+
+
+def hasten_losses() -> None:
+    """Set LIVELY on every connection of this process, gloo's and the store's among them."""
+    for link in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):  # closed since, or a socket of another kind
+            if os.readlink(link).startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(link.name))) as connection:
+                    for name, value in LIVELY.items():
+                        level = socket.IPPROTO_TCP if name.startswith("TCP") else socket.SOL_SOCKET
+                        connection.setsockopt(level, getattr(socket, name), value)
+
+
 @lru_cache(maxsize=1)
 def _cpu_group() -> Any:
     group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
-    for number in map(int, os.listdir("/proc/self/fd") if sys.platform == "linux" else ()):
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:  # most are no sockets
-            for level, option, value in LIVELY:
-                connection.setsockopt(level, option, value)
+    hasten_losses()
     return group
-
-
-# A machine without power or cable says nothing; the system would take 15 minutes to call the connection lost, now 30 s.
-LIVELY = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    *((socket.IPPROTO_TCP, getattr(socket, name, 0), value)
-      for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000))),
-)  # fmt: skip
 
 
 def agree(value: int = 0, way: str = "MAX") -> int:
@@ -293,7 +298,9 @@ def world() -> tuple[int, int]:
 
 # How torch's collectives say that another process is there no more.
 PEER_GONE = re.compile(
-    r"connection (was )?(closed|reset|refused|timed out)|broken pipe|remote process|nccl.*(abort|timeout|remote)", re.I
+    r"connection (was )?(closed|reset|refused|timed out)|broken pipe|no route to host|(network|host) is (down|unreachable)"
+    r"|remote process|nccl.*(abort|timeout|remote)",
+    re.I,
 )
 
 
@@ -730,6 +737,8 @@ def parse_config(argv: Sequence[str]) -> Config:
     flags |= derived_defaults(flags, given)
     if flags["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed")
+    if flags["deepspeed"] and not flags["plan"] and "LOCAL_RANK" not in os.environ:
+        raise ConfigError("--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes")
     with mendable("flags"):  # output_dir is where the Trainer writes, and all but final_folder
         groups = parser.parse_dict(flags | {"output_dir": flags["working_dir"] or flags["output_dir"]}, True)
     config = Config(*groups, flags, given, record)  # type: ignore[call-arg]
@@ -854,9 +863,6 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--merged_output_dir {merged_output_dir}: the run's own folder, name another"),
     (lambda f: f.full_finetune and f.bits < 16,
      "--full_finetune: weights rounded to --bits {bits} take no small steps of training, give 16 or 32"),
-    (lambda f: f.deepspeed and not f.plan and "LOCAL_RANK" not in os.environ,
-     "--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes"),
-    (lambda f: f.mismatches, '--deepspeed {deepspeed}: {mismatches}: give "auto" there'),
     (lambda f: f.fsdp and re.search(r"8bit|paged|lion|ademamix", f.optim),
      "--fsdp: bitsandbytes' --optim {optim} can't step on shards, give adamw_torch"),
     (lambda f: f.fsdp and f.bits == 8, "--fsdp: it can't shard --bits 8, give 4 or 16"),
@@ -949,7 +955,6 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
 def flags_of(config: Config) -> argparse.Namespace:
     """What rules are about: every flag by its name, and what follows from several of them or from the tables."""
     flags, given, trackers = config.flags, config.given, config.training.report_to or ()
-    engine = getattr(config.training, "hf_deepspeed_config", None)
     installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"} if trackers else ()  # two not looked for
     return argparse.Namespace(
         **flags,
@@ -959,7 +964,6 @@ def flags_of(config: Config) -> argparse.Namespace:
         folders={path.resolve() for path in (Path(config.training.output_dir), final_folder(config))},
         start_problem=lora_start_problem(config.lora.init_lora_weights, config.quant.bits < 16),
         metrics="loss, perplexity" + (", masked_accuracy" if flags["objective"] != "clm" else ""),
-        mismatches=", ".join(re.sub("^- ds | hf", "", line) for line in getattr(engine, "mismatches", ())),
         trackers=trackers,
         unknown=", ".join(name for name in trackers if name not in INTEGRATION_TO_CALLBACK),
         missing=", ".join(name for name in trackers if name not in installed),
@@ -976,6 +980,10 @@ def check_config(config: Config) -> None:
         if broken(f):
             raise ConfigError(message.format(**vars(f)))
     rope_parameters(config.model.rope_scaling)
+    differing = getattr(getattr(config.training, "hf_deepspeed_config", None), "mismatches", ())
+    if differing:
+        values = ", ".join(re.sub("^- ds | hf", "", line) for line in differing)
+        raise ConfigError(f'--deepspeed {f.deepspeed}: {values}: give "auto" there')
 
 
 def hub_options(config: Config) -> dict[str, Any]:
@@ -2372,7 +2380,7 @@ def micro_batches(window: Window, rows: int | None, tokens: int, padded: bool) -
         tokens: at most so many, padding included, unless one member alone has more.
     """
     lengths, groups = window.lengths, [list(range(len(window.input_ids)))]
-    if rows is not None:
+    if rows is not None and window.rows:  # a share may be empty
         ends = [0, *itertools.accumulate(window.rows)]
         groups = [groups[0][start:end] for start, end in itertools.pairwise([*ends[:-1:rows], ends[-1]])]
     elif padded:
@@ -5288,9 +5296,8 @@ class QLoRATrainer(Trainer):
         window, device = inputs["window"], self.args.device
         self._try_fast_path(model)
         start = random_state(device)
-        if (
-            self.model is not None and not self.model.training
-        ):  # DeepSpeed's wrapper does not know; setting it walks all modules: 5 ms at 7B
+        inner: Any = self.model
+        if not inner.training:  # DeepSpeed's wrapper does not know; setting it walks all modules: 5 ms at 7B
             model.train()
         while True:
             try:

@@ -18,6 +18,7 @@ import os
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -100,6 +101,7 @@ class Forks:
         environment: dict[str, str] | None = None,
         die_at: tuple | None = None,
         full_at: tuple | None = None,
+        before: str | None = None,
     ) -> Process:
         """A run.
 
@@ -110,9 +112,10 @@ class Forks:
             die_at: (module, name, n): the process kills itself with SIGKILL where it calls that function the n-th time.
             full_at: (module, name): from its first call of that function on no file that it writes may be longer than
                 1000 bytes.
+            before: Python to run first.
         """
         order = {"argv": argv, "log": str(log), "environment": environment or {}}
-        order |= {"die_at": die_at, "full_at": full_at}
+        order |= {"die_at": die_at, "full_at": full_at, "before": before}
         self.server.stdin.write(json.dumps(order).encode() + b"\n")
         self.server.stdin.flush()
         with self.changed:
@@ -121,6 +124,15 @@ class Forks:
             self.processes[process.pid] = process
             self.changed.notify_all()
         return process
+
+    def start_ranks(self, number: int, argv: list[str], log: Path, **options: Any) -> list[Process]:
+        """A run of several processes, as srun starts them; each has a log of its own, log.0 and so on."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        found = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+        return [self.start(argv, Path(f"{log}.{place['RANK']}"), found | place, **options) for place in places]
 
 
 def _dying(function: Any, times: int) -> Any:
@@ -159,6 +171,7 @@ def _run(order: dict[str, Any]) -> int:
     os.dup2(pipe.stdin.fileno(), 1)
     os.dup2(pipe.stdin.fileno(), 2)
     os.environ.update(order["environment"])
+    exec(order["before"] or "", {})
     if order["die_at"]:
         module, name, times = order["die_at"]
         _replace(module, name, _dying, times)

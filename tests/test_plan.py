@@ -13,6 +13,7 @@ import qlora
 LLAMA = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_key_value_heads": 32},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_key_value_heads": 8},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_key_value_heads": 8},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_key_value_heads": 8},
 }
 COMMON = ("--bf16", "--lora_dtype", "bfloat16", "--source_max_len", "16", "--target_max_len", "512")
@@ -25,7 +26,8 @@ def folder(tmp_path_factory):
     def make(size):
         path = tmp_path_factory.mktemp(size)
         vocabulary = 128256 if size == "8b" else 32000
-        config = {"model_type": "llama", "num_attention_heads": 32, "vocab_size": vocabulary, **LLAMA[size]}
+        heads = 64 if size == "70b" else 32
+        config = {"model_type": "llama", "num_attention_heads": heads, "vocab_size": vocabulary, **LLAMA[size]}
         (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
         return str(path)
 
@@ -229,3 +231,26 @@ def test_a_full_fine_tune_shares_as_much_as_it_must(folder, gpu, wanted):
     assert "does not fit" in lines["DDP"]
     assert parts["ZeRO-2"].weights == costs.weights
     assert parts["ZeRO-2"].optimizer == parts["ZeRO-3"].optimizer == costs.optimizer * 3 // 2 // int(gpu[0])
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+@pytest.mark.parametrize("size", ["7b", "8b", "1b", "70b"])
+def test_a_replica_is_recommended_for_every_shape_that_fits_and_for_no_other(folder, size, bits):
+    """By the bytes of the base alone: with a third of the GPU beside it there is room, without any there is none."""
+    shape = LLAMA[size]
+    wide, heads = shape["hidden_size"], 64 if size == "70b" else 32
+    rows = 2 * wide + 2 * shape["num_key_value_heads"] * wide // heads + 3 * shape["intermediate_size"]
+    vocabulary = 128256 if size == "8b" else 32000
+    base = (shape["num_hidden_layers"] * rows * wide * int(bits) / 8 + 2 * vocabulary * wide * 2) / 2**30
+    found = set()
+    for number, gib in itertools.product((2, 8), (2, 4, 8, 16, 24, 48, 80, 141)):
+        lines, parts, _ = strategies_of(folder(size), f"{number}x{gib}GiB", "--bits", bits)
+        assert set(lines) == {*parts, "recommended"} - {"ZeRO-2", "ZeRO-3"} - ({"FSDP2"} if bits == "8" else set()), (
+            "a line for each way, and the choice"
+        )
+        ddp = lines["recommended"] == f"DDP: torchrun --nproc_per_node {number} qlora.py"
+        assert ddp == ("does not fit" not in lines["DDP"])
+        assert ddp or base > gib / 1.5 - 2, (gib, base, lines)
+        assert not ddp or base < gib, (gib, base, lines)
+        found.add(lines["recommended"].partition(":")[0])
+    assert {"DDP", "none fits"} <= found or size == "1b"

@@ -1,0 +1,324 @@
+"""Several processes with gloo on a CPU under each engine, started one by one as srun does: the same run as one makes.
+
+The processes are forked (forks.py), so that the libraries are imported once. Of an accelerator without GPUs torch takes
+everything but the kernels: sharding, gathering, saving and resuming are the engines' own.
+"""
+
+import importlib.util
+import itertools
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT, _to_argv, missing
+from forks import Forks, Process
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_processes import AS_GPUS, losses, same, until
+from transformers import AutoModelForCausalLM
+
+import qlora
+
+BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+# FSDP keeps what it moves to the CPU in pinned memory, which only a GPU's driver can give.
+SHARDING = (
+    AS_GPUS.partition("sys.path")[0]
+    + """
+import torch.distributed.fsdp as fsdp
+class Unpinned(fsdp.CPUOffloadPolicy):
+    def __init__(self):
+        super().__init__(pin_memory=False)
+fsdp.CPUOffloadPolicy = Unpinned
+"""
+)
+# What a process trained, bit for bit, before rank 0 writes its own.
+LEAVE = """
+import torch, qlora
+from pathlib import Path
+save = qlora.save_final
+def left(trainer, final, config):
+    trained = {n: p.detach() for n, p in trainer.runtime().model.named_parameters() if p.requires_grad}
+    torch.save(trained, Path(f"{final}.trained.{trainer.args.process_index}"))
+    save(trainer, final, config)
+qlora.save_final = left
+"""
+
+
+def zero(stage: int) -> Path:
+    return ROOT / f"examples/deepspeed_zero{stage}.json"
+
+
+def deepspeed() -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        missing("deepspeed is not installed: DS_BUILD_OPS=0 pip install deepspeed")
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def start(forks, models, tmp_path_factory) -> Callable[..., list[Process]]:
+    """`start(processes, folder, before="", **flags)`: 6 steps, the last of an epoch with 3 rows for 8 places."""
+    here = tmp_path_factory.mktemp("ranks")
+    data = tiny.rows_to_jsonl(here / "rows.jsonl", tiny.support_rows(23))
+    plain = {
+        "model_name_or_path": models("llama"), "dataset": data, "bits": 16, "optim": "adamw_torch", "max_steps": 6,
+        "source_max_len": 32, "target_max_len": 32, "lora_r": 4, "lora_dropout": 0.0, "logging_steps": 1,
+        "save_steps": 2, "disable_tqdm": True, "learning_rate": 1e-3, "do_eval": True, "eval_dataset_size": 4,
+        "per_device_eval_batch_size": 3,
+    }  # fmt: skip
+
+    def words_of(processes: int, folder: Path, **flags: Any) -> list[str]:
+        return _to_argv(plain | {"gradient_accumulation_steps": 8 // processes, "output_dir": folder} | flags)
+
+    def begin(processes: int, folder: Path, before: str = "", **flags: Any) -> list[Process]:
+        words, log = words_of(processes, folder, **flags), folder.with_name(f"{folder.name}.log")
+        if processes == 1:
+            return [forks.start(words, log, before=before)]
+        return forks.start_ranks(processes, words, log, before=before)
+
+    begin.folder, begin.words_of = here, words_of
+    return begin
+
+
+def finish(processes: list[Process], code: int = 0) -> str:
+    """What they wrote, each having ended with that status."""
+    codes = [process.wait() for process in processes]
+    text = "".join(process.text() for process in processes)
+    assert codes == [code] * len(processes), text
+    return text
+
+
+def errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error:")]
+
+
+FULL = {"full_finetune": True}
+PREDICT = {"do_predict": True, "predict_with_generate": True, "max_new_tokens": 4}
+# Each engine's run, the run of one process that it must repeat, and its flags.
+RUNS = {
+    "one": (None, {}),
+    "all": (None, FULL),
+    "zero2": ("one", {"deepspeed": zero(2)}),
+    "zero2-all": ("all", {"deepspeed": zero(2), **FULL}),
+    "zero3-all": ("all", {"deepspeed": "fixed", **FULL}),
+    "fsdp-all": ("all", {"fsdp": [], "fsdp_config": {"cpu_offload": True}, "before": SHARDING, **FULL}),
+}
+ENGINES = [name for name, (like, _) in RUNS.items() if like]
+
+
+@pytest.fixture(scope="module")
+def runs(start) -> Callable[[str], Path]:
+    """`runs("zero2")`: its folder, and that of the run that it must repeat, made when first asked for."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            like, flags = RUNS[name]
+            folder = start.folder / name
+            finish(start(2 if like else 1, folder, **PREDICT, **as_given(start.folder, flags)))
+            made[name] = folder
+        return made[name]
+
+    return get
+
+
+def as_given(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags of a run; the batch of a "fixed" DeepSpeed file is in numbers, which are those of the flags."""
+    if flags.get("deepspeed") == "fixed":
+        content = json.loads(zero(3).read_text()) | dict(zip(BATCH, (1, 4, 8), strict=True))
+        (folder / "fixed.json").write_text(json.dumps(content))
+        flags = flags | {"deepspeed": folder / "fixed.json"}
+    return flags
+
+
+def whole(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = [*folder.glob("adapter_model.safetensors"), *folder.glob("model.safetensors")]
+    return load_file(file)
+
+
+def assert_same(found: Path, wanted: Path) -> None:
+    """Losses, weights, evaluation and, word for word, predictions; in float32."""
+    assert losses(found) == pytest.approx(losses(wanted), abs=2e-5) and len(losses(found)) == 6
+    ours, theirs = whole(found), whole(wanted)
+    assert ours.keys() == theirs.keys() and all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in ours)
+    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (found, wanted))
+    assert one["eval_loss"] == pytest.approx(two["eval_loss"], abs=1e-5)
+    assert one["predict_samples"] == 4
+    assert (found / "predictions.jsonl").read_text() == (wanted / "predictions.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_makes_the_run_of_one_process_and_goes_on_from_its_checkpoints(start, runs, name):
+    """The batches of 2 processes: 4 rows and 4, and at an epoch's end 2 rows and 1; to evaluate, 3 rows and 1."""
+    if "zero" in name:
+        deepspeed()
+    like, flags = RUNS[name]
+    assert_same(runs(name), runs(like))
+    resumed = start.folder / f"{name}-resumed"
+    shutil.copytree(runs(name) / "checkpoint-4", resumed / "checkpoint-4")
+    log = finish(start(2, resumed, **PREDICT, **as_given(start.folder, flags)))
+    assert "resuming from" in log
+    assert_same(resumed, runs(like))
+
+
+def test_an_adapter_of_zero2_is_one_that_peft_loads_alone(runs, models):
+    deepspeed()
+    base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
+    model, ids = PeftModel.from_pretrained(base, runs("zero2")), torch.arange(1, 9).unsqueeze(0)
+    with model.disable_adapter():
+        without = model(ids).logits
+    assert not torch.allclose(model(ids).logits, without, atol=1e-3)
+
+
+def test_what_another_engine_saved_is_refused(start, runs, tmp_path):
+    """Without its optimizer a run would go on, and be another."""
+    deepspeed()
+    stage2 = {"deepspeed": zero(2)}
+    cases = [
+        (("zero2", 1, {}), "saved under DeepSpeed, this run is under one process or DDP"),
+        (("one", 2, stage2), "saved under one process or DDP, this run is under DeepSpeed"),
+        (("fsdp-all", 1, FULL), "saved under FSDP, this run is under one process or DDP"),
+        (("zero2", 3, stage2), "DeepSpeed goes on only with the 2 processes of before, not 3"),
+    ]
+    begun = []
+    for number, ((name, processes, flags), _) in enumerate(cases):
+        shutil.copytree(runs(name) / "checkpoint-4", tmp_path / f"{number}" / "checkpoint-4")
+        begun.append(start(processes, tmp_path / f"{number}", **flags))
+    for processes, (_, wanted) in zip(begun, cases, strict=True):
+        (line,) = errors(finish(processes, 2))
+        assert wanted in line and "checkpoint-4" in line
+
+
+def test_a_deepspeed_file_that_the_flags_contradict(start, tmp_path):
+    """One line, which names every value that differs, and all processes end; the same without torchrun."""
+    deepspeed()
+    content = json.loads(zero(2).read_text()) | dict(zip(BATCH, (2, 16, 64), strict=True)) | {"gradient_clipping": 5.0}
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    both = start(2, tmp_path / "a", deepspeed=tmp_path / "other.json"), start(1, tmp_path / "b", deepspeed=zero(2))
+    (line,) = errors(finish(both[0], 2))
+    for part in ("micro_batch_size_per_gpu=2 vs per_device_train_batch_size=1", "accumulation_steps=16 vs", "=64 vs",
+                 "gradient_clipping=5.0 vs max_grad_norm=0.3", "other.json", '"auto"'):  # fmt: skip
+        assert part in line
+    assert errors(finish(both[1], 2)) == [
+        "error: --deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes"
+    ]
+
+
+def test_deepspeed_that_is_not_there_is_said_once(start, tmp_path):
+    hidden = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *package: None if name == "deepspeed" else find(name, *package)
+"""
+    (line,) = errors(finish(start(2, tmp_path / "out", before=hidden, deepspeed=zero(2)), 2))
+    assert "--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_read_different_data_end_with_one_line(start, tmp_path):
+    """Each machine has a file of that name, and one of them another row in it."""
+    for rank in range(2):
+        rows = tiny.support_rows(23)
+        rows[20] |= {"output": "Well. " * rank + rows[20]["output"]}
+        (tmp_path / str(rank)).mkdir()
+        tiny.rows_to_jsonl(tmp_path / str(rank) / "rows.jsonl", rows)
+    before = f"import os; os.chdir(os.path.join({str(tmp_path)!r}, os.environ['RANK']))"
+    (line,) = errors(finish(start(2, tmp_path / "out", before=before, dataset="rows.jsonl"), 2))
+    assert "rank 1 (" in line and "the encoded train rows is" in line and "on rank 0" in line
+    assert not (tmp_path / "out" / "checkpoint-2").exists()
+
+
+def test_three_processes_that_divide_nothing(start, tmp_path):
+    """19 rows in windows of 9: the last has one, so that two processes have none; 4 rows to evaluate in 2 batches.
+
+    What each process trained is the same to the last bit.
+    """
+    flags = {**PREDICT, "lora_dropout": 0.0}
+    begun = [
+        start(3, tmp_path / "three", gradient_accumulation_steps=3, before=LEAVE, **flags),
+        start(1, tmp_path / "one", gradient_accumulation_steps=9, **flags),
+    ]
+    for processes in begun:
+        finish(processes)
+    assert_same(tmp_path / "three", tmp_path / "one")
+    one, *others = (torch.load(tmp_path / f"three.trained.{rank}") for rank in range(3))
+    assert len(one) == 28 and any(tensor.any() for name, tensor in one.items() if "lora_B" in name)
+    for other in others:
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_rows_are_masked_alike_however_many_processes_share_them(start, models, tmp_path):
+    """Equal rows among them: in a step they have one mask, and in the next another."""
+    texts = [line for line in tiny.TEXT.splitlines() if line][:8]
+    rows = [{"text": text} for text in itertools.islice(itertools.cycle(texts), 23)]
+    data = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
+    model = shutil.copytree(models("encoder", family="bert"), tmp_path / "bert")
+    config = json.loads((model / "config.json").read_text())
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # drawn in each process by itself
+    (model / "config.json").write_text(json.dumps(config | still))
+    flags = {"model_name_or_path": model, "dataset": data, "target_max_len": None}
+    begun = [start(number, tmp_path / str(number), **flags) for number in (2, 1)]
+    for processes in begun:
+        finish(processes)
+    same(tmp_path / "2", tmp_path / "1")
+    metrics = [json.loads((tmp_path / str(number) / "metrics.json").read_text()) for number in (1, 2)]
+    assert metrics[0]["eval_masked_accuracy"] == metrics[1]["eval_masked_accuracy"]
+
+
+def test_one_mask_for_equal_rows_of_a_step():
+    masking = qlora.Masking(chosen=0.5, replaced=0.8, random=0.1, mask_id=4, words=torch.arange(10, 60))
+    row = torch.arange(10, 50)
+    drawn = [masking.draw(row, row, "train", 0, step, row.tolist())[0] for step in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+
+
+def test_a_signal_to_torchrun_or_to_one_process_saves_and_the_rerun_is_exact(start, tmp_path):
+    """torchrun hands it on and ends with 1, as the README says. What comes then is as if nothing had happened.
+
+    The effective batch and with it the losses stay where one process goes on with what two began.
+    """
+    flags = {
+        "max_steps": 40,
+        "save_steps": 5,
+        "save_total_limit": 2,
+        "do_eval": False,
+        "gradient_accumulation_steps": 4,
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "qlora.py"]
+    words = [*launch, *start.words_of(2, tmp_path / "launcher", **flags)]
+    launcher = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    ranks = start(2, tmp_path / "rank", **flags)
+    until((tmp_path / "rank" / "checkpoint-5").is_dir)
+    ranks[1].kill(signal.SIGTERM)
+    until((tmp_path / "launcher" / "checkpoint-5").is_dir)
+    launcher.terminate()
+    logs = {"launcher": launcher.communicate(timeout=120)[1], "rank": finish(ranks, 143)}
+    assert launcher.returncode == 1
+    for name, log in logs.items():
+        (last,) = re.findall(r"stopped by SIGTERM at step (\d+), saved; the same command goes on from there", log)
+        newest = qlora.find_last_checkpoint(tmp_path / name)
+        assert qlora.step_of(newest) == int(last) < 40 and not errors(log)
+        assert {path.name for path in newest.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+        assert not (tmp_path / name / "completed").exists()
+    again = [start(2, tmp_path / "rank", **flags), start(1, tmp_path / "launcher", **flags)]
+    again += [start(1, tmp_path / "whole", **flags | {"gradient_accumulation_steps": 8})]
+    for processes in again:
+        finish(processes)
+    for name in logs:
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "whole"), abs=2e-5)
+        ours, theirs = whole(tmp_path / name), whole(tmp_path / "whole")
+        assert all((ours[key] - theirs[key]).abs().max() < 1e-5 for key in theirs)
+    assert len(losses(tmp_path / "whole")) == 40
