@@ -2694,17 +2694,32 @@ def attention_kernel(config: Config) -> str | None:
 
 
 LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
+# What derives from it and gives more than a product: routers of Llama 4 and PhiMoE, groups of DeepSeek V4.
+NO_PRODUCT = ("Router", "GroupedLinear")
 
 
 def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
     """Full names of every linear layer except the output head; of a masked model, those of its encoder."""
     head = model.get_output_embeddings()
-    layers = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]
+    layers = [
+        name for name, module in model.named_modules()
+        if isinstance(module, LINEAR) and module is not head and not type(module).__name__.endswith(NO_PRODUCT)
+    ]  # fmt: skip
     if not masked:
         return layers
     # what transforms and predicts lies beside the encoder; in it ESM's predictor of contacts, which never runs here
     inside = set(model.base_model.modules())
     return [name for name in layers if model.get_submodule(name) in inside and "contact_head" not in name.split(".")]
+
+
+def stacked_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Weights of many experts in one tensor, which bitsandbytes does not know and leaves as they are."""
+    owners = [(name, module) for name, module in model.named_modules() if not hasattr(module, "kernel_size")]
+    return {
+        f"{name}.{leaf}": weight
+        for name, module in owners for leaf, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3 and len(weight) > 1
+    }  # fmt: skip
 
 
 def without_weights(config: Config, model_config: PretrainedConfig) -> Any:
@@ -2791,6 +2806,13 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
     whole = [name for name in layers if type(model.get_submodule(name)).__module__.startswith("torch")]
     if whole and not own and config.quant.bits < 16:
         log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
+    stacked = stacked_experts(model) if config.quant.bits < 16 else {}
+    if stacked:
+        gib, kind = sum(weight.nbytes for weight in stacked.values()) / GIB, next(iter(stacked.values())).dtype
+        log.warning(
+            "%d tensors of stacked experts stay in %s and take %.2f GiB, bitsandbytes quantises none such: %s, ...",
+            len(stacked), str(kind).removeprefix("torch."), gib, min(stacked),
+        )  # fmt: skip
     # keeps the Trainer from wrapping the one model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
     model.config.use_cache = False  # of no use in training; generation turns it on
@@ -3392,6 +3414,7 @@ def fused_mlp(module: Any, act: GatedAct, layers: Sequence[FusedLinear], x: torc
     return FusedMLP.apply(flat, act, layers, *params).view(*x.shape[:-1], -1)
 
 
+NO_LIMIT = 2**30  # tokens: more than any window has
 GATED_MLP = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 SHARED_INPUT = ("q_proj", "k_proj", "v_proj")  # as most families call them
 
@@ -3521,6 +3544,17 @@ def set_random_state(device: torch.device, state: torch.Tensor) -> None:
         torch.cuda.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)
+
+
+def all_random_states() -> list[torch.Tensor]:
+    """Of every generator that a step may draw from: the CPU's and each GPU's, where layers lie on several."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def set_all_random_states(states: list[torch.Tensor]) -> None:
+    """The counterpart of all_random_states."""
+    torch.set_rng_state(states[0])
+    torch.cuda.set_rng_state_all(states[1:])
 
 
 def recompute(how: tuple[bool, bool], anchor: torch.Tensor, run: Any, hidden: torch.Tensor, *args: Any) -> Any:
@@ -3840,6 +3874,32 @@ def trial_windows(base: Any) -> list[Window]:
     return [collate_window(rows)["window"] for rows in ([a, b], [c, b])]
 
 
+# By what name a config and its modules say how far attention reaches, and from how many tokens on it is scaled.
+SPANS = ("sliding_window", "attention_chunk_size", "floor_scale")
+
+
+@contextlib.contextmanager
+def short_spans(model: Any, longest: int) -> Iterator[None]:
+    """For a while attention that reaches less far than the longest row reaches a few tokens back.
+
+    Our kernel is told how far that is; where the model only puts it into its mask (PhiMoE, Llama 4's chunks), short
+    rows would not show it. Llama 4 also scales by the place in a micro-batch, which may have any length.
+    """
+    owners = [model.config.get_text_config(), *model.modules()]
+    found = [(owner, name, getattr(owner, name, None)) for owner in owners for name in SPANS]
+    saved = [
+        (owner, name, value) for owner, name, value in found
+        if isinstance(value, int | float) and 8 < value < (longest if name != "floor_scale" else NO_LIMIT)
+    ]  # fmt: skip
+    try:
+        for owner, name, _ in saved:
+            setattr(owner, name, 1 if name == "floor_scale" else 8)
+        yield
+    finally:
+        for owner, name, value in saved:
+            setattr(owner, name, value)
+
+
 def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
     """What of the fast path a model takes: each part is tried on a few tokens and left out where the numbers differ.
 
@@ -3855,7 +3915,8 @@ def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
     fast = FastPath(offloads=config.training.offload_activations)
     name, training, dtype = type(base).__name__, model.training, compute_dtype(config)
     model.eval()
-    with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
+    spans = short_spans(base, limits_of(config).longest if kernel == END_TO_END else 0)
+    with torch.no_grad(), spans, torch.autocast(device.type, dtype, dtype != torch.float32):
         batch = on_device(padded_batch(windows[0], [0, 1], 0, "right"), device)
         known = logits_at(model, fast, batch)
         with_head = fast._replace(head=head, post=head_rule(base))
@@ -3872,10 +3933,12 @@ def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
                 found = [logits_at(model, fast, batch) for batch in flat] if kernel else []
             except NotImplementedError:
                 found = []
-        if found and same(known, found[0], noise) and torch.equal(found[0][16:], found[1][16:]):
+        # a neighbour changes nothing; but an expert multiplies the tokens of all rows at once, which rounds otherwise
+        near = 2 * noise + 1e-5 * known.norm() if stacked_experts(base) else 0.0
+        if found and same(known, found[0], noise) and (found[0][16:] - found[1][16:]).norm() <= near:
             fast = fast._replace(attention=kernel)
         elif kernel:
-            log.info("rows are padded: in %s rows that lie end to end would see each other", name)
+            log.info("rows are padded: in %s rows that lie end to end would see each other, or too far back", name)
     model.train(training)
     return choose_recomputing(model, base, fast, flat[0] if fast.attention else batch, config)
 
@@ -3981,9 +4044,6 @@ class Sizes(NamedTuple):
         rows = "" if self.rows is None else f"{self.rows} rows and "
         tokens = f"{self.tokens} tokens" if self.tokens < NO_LIMIT else "any number of tokens"
         return f"{rows}{tokens} at once, {self.recomputed} layers recomputed, {self.unpacked} kept unpacked"
-
-
-NO_LIMIT = 2**30  # tokens: more than any window has
 
 
 class Gpu(NamedTuple):
@@ -4283,8 +4343,11 @@ def strategies(costs: Costs, config: Config) -> dict[str, Costs]:
 def strategy_lines(config: Config, costs: Costs) -> dict[str, str]:
     """GiB of a GPU for each, and the first that fits."""
     plans = {name: plan_from_flags(config, own) for name, own in strategies(costs, config).items()}
+    alone = plans["one process"]  # whose GPUs hold layers and wait for each other
+    plans["one process"] = alone._replace(gpu=alone.gpu._replace(number=1))
     lines = {
         name: f"{plan.needed():6.2f} GiB on each GPU{'' if plan.fits() else ': does not fit'}"
+        + (f", {plan.tokens_per_second():.0f} tokens per second" if plan.fits() and plan.gpu.tflops else "")
         for name, plan in plans.items()
     }
     best = next((name for name, plan in plans.items() if plan.fits()), None)
@@ -4341,7 +4404,8 @@ def choose_sizes(
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
     measured = calibrated(costs, model, base, fast, config)
     own = 0.95 * free_memory() - costs.gradients - (0 if costs.paged else costs.optimizer)
-    plan = make_plan(measured, find_gpu(None), lengths[0], window, config, own)
+    # of this process: where its layers lie on several GPUs, one waits for the other
+    plan = make_plan(measured, find_gpu(None)._replace(number=world()[1]), lengths[0], window, config, own)
     return plan.sizes, plan._replace(costs=costs)
 
 
@@ -5157,8 +5221,8 @@ class QLoRATrainer(Trainer):
 
         Where memory runs out, the same window is repeated in smaller ones, from the same random numbers.
         """
-        window, device = inputs["window"], self.args.device
-        start = random_state(device)
+        window = inputs["window"]
+        start = all_random_states()
         if not model.training:  # setting it walks all modules: 5 ms at 7B
             model.train()
         while True:
@@ -5173,7 +5237,7 @@ class QLoRATrainer(Trainer):
             Recompute.away.clear()
             FusedGroup.forget()
             self._make_room(window, reason)
-            set_random_state(device, start)
+            set_all_random_states(start)
         self.window, self.parts = window, parts
         if self.idle != set() and not is_sharded(self.config):
             idle = without_gradient(self.runtime().model)
