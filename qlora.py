@@ -3414,7 +3414,6 @@ def fused_mlp(module: Any, act: GatedAct, layers: Sequence[FusedLinear], x: torc
     return FusedMLP.apply(flat, act, layers, *params).view(*x.shape[:-1], -1)
 
 
-NO_LIMIT = 2**30  # tokens: more than any window has
 GATED_MLP = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 SHARED_INPUT = ("q_proj", "k_proj", "v_proj")  # as most families call them
 
@@ -3838,6 +3837,9 @@ def end_to_end_kernel(model: Any, config: Config) -> str | None:
     if config.training.neftune_noise_alpha:
         log.info("rows are padded: --neftune_noise_alpha divides its noise by the root of a row's length")
         return None
+    if getattr(model.config.get_text_config(), "attn_temperature_tuning", None):
+        log.info("rows are padded: %s scales attention by the place in a micro-batch", type(model).__name__)
+        return None
     if wanted == "flash_attention_2":
         return wanted
     takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
@@ -3874,8 +3876,7 @@ def trial_windows(base: Any) -> list[Window]:
     return [collate_window(rows)["window"] for rows in ([a, b], [c, b])]
 
 
-# By what name a config and its modules say how far attention reaches, and from how many tokens on it is scaled.
-SPANS = ("sliding_window", "attention_chunk_size", "floor_scale")
+SPANS = ("sliding_window", "attention_chunk_size")  # how far attention reaches, as configs and modules call it
 
 
 @contextlib.contextmanager
@@ -3883,17 +3884,17 @@ def short_spans(model: Any, longest: int) -> Iterator[None]:
     """For a while attention that reaches less far than the longest row reaches a few tokens back.
 
     Our kernel is told how far that is; where the model only puts it into its mask (PhiMoE, Llama 4's chunks), short
-    rows would not show it. Llama 4 also scales by the place in a micro-batch, which may have any length.
+    rows would not show it.
     """
     owners = [model.config.get_text_config(), *model.modules()]
     found = [(owner, name, getattr(owner, name, None)) for owner in owners for name in SPANS]
     saved = [
         (owner, name, value) for owner, name, value in found
-        if isinstance(value, int | float) and 8 < value < (longest if name != "floor_scale" else NO_LIMIT)
+        if isinstance(value, int) and 8 < value < longest
     ]  # fmt: skip
     try:
         for owner, name, _ in saved:
-            setattr(owner, name, 1 if name == "floor_scale" else 8)
+            setattr(owner, name, 8)
         yield
     finally:
         for owner, name, value in saved:
@@ -4044,6 +4045,9 @@ class Sizes(NamedTuple):
         rows = "" if self.rows is None else f"{self.rows} rows and "
         tokens = f"{self.tokens} tokens" if self.tokens < NO_LIMIT else "any number of tokens"
         return f"{rows}{tokens} at once, {self.recomputed} layers recomputed, {self.unpacked} kept unpacked"
+
+
+NO_LIMIT = 2**30  # tokens: more than any window has
 
 
 class Gpu(NamedTuple):

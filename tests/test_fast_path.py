@@ -7,6 +7,7 @@ gradient. Angles of left-padded positions are float32 whatever the model is, and
 import random
 import weakref
 from functools import partial
+from typing import Any
 
 import pytest
 import tiny
@@ -194,6 +195,118 @@ def test_a_model_that_does_not_hand_on_lengths_or_makes_its_own_mask_pads_its_ro
     )
     if name == "nemotron":  # Doge's mask hides nothing in rows as short as these: the layer behind it has no gradient
         twins.assert_equal(got, expected, 1e-4)
+
+
+# Every family of transformers 5.23 whose attention reaches back over a window or a chunk only and that may take rows
+# end to end: what its config needs beside SPANNED, and whether it does where rows are longer than the window.
+SPANNED = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 260,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.1,
+    "pad_token_id": 0, "bos_token_id": 256, "eos_token_id": 257, "num_local_experts": 4, "num_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "sliding_window": 32, "use_sliding_window": True,
+    "max_window_layers": 0, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+_OWN = {"layer_types": None}  # all layers are of one kind, or the family says which are not
+_CHUNKS = {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 32, "sliding_window": None}
+_CHUNKS |= {"no_rope_layers": [1, 0], "intermediate_size_mlp": 128, "attn_temperature_tuning": False}
+_GEMMA4 = {"global_head_dim": 16, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 260}
+SPANNED_FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
+    "afmoe": ({}, True),
+    "beam": ({}, True),
+    "cohere2": ({}, True),
+    "cohere2_moe": ({}, True),
+    "cwm": ({}, True),
+    "dots1": ({"n_shared_experts": 1, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}, True),
+    "exaone4": ({}, True),
+    "exaone_moe": ({}, True),
+    "gemma3_text": ({}, True),
+    "gemma4_text": (_GEMMA4 | {"num_kv_shared_layers": 0}, True),
+    "kolibri1": ({}, True),
+    "laguna": ({}, True),
+    "mellum": ({}, True),
+    "ministral": ({}, True),
+    "ministral3": (_OWN, True),
+    "mistral": (_OWN, True),
+    "mixtral": (_OWN, True),
+    "modernbert-decoder": ({}, True),
+    "olmo3": ({}, True),
+    "phi3": (_OWN, True),
+    "qwen2": ({}, True),
+    "qwen3": ({}, True),
+    "qwen3_moe": (_OWN, True),
+    "smollm3": ({}, True),
+    "starcoder2": (_OWN, True),
+    "llama4_text": (_CHUNKS, False),  # these have it in the mask alone
+    "olmoe": (_OWN, False),
+    "phimoe": (_OWN | {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0}, False),
+    "qwen2_moe": ({}, False),
+}
+
+
+def spanned(name: str, longest: int, **options: Any) -> twins.Twins:
+    """A tiny model of the family, its rows of at most so many tokens."""
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"these transformers do not know {name}")
+    shape = {key: value for key, value in (SPANNED | options).items() if value is not None}
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape)).float()
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    flags = {"bits": 16, "model_max_len": longest, "objective": "clm"}
+    model = qlora.make_trainable(base, twins.parse("none", **flags), None)
+    return twins.make("none", model, dtype=None, **flags)
+
+
+SPANNED_ROWS = (70, 45, 40, 17, 33)
+
+
+def assert_spanned(both: twins.Twins) -> None:
+    """As rows, and as packs of them, what transformers' own model computes of padded rows."""
+    rows = twins.rows_of(SPANNED_ROWS)
+    expected = twins.quick(both.stock, qlora.FastPath(), twins.window_of(rows))
+    packs = twins.window_of([{"pack": rows[:3]}, {"pack": rows[3:]}])
+    for window, parts in ((twins.window_of(rows), None), (packs, [[0, 1, 2], [3, 4]])):
+        twins.assert_equal(twins.quick(both.quick, both.fast, window, parts, recomputed=1), expected, 1e-3)
+
+
+@pytest.mark.parametrize("name", SPANNED_FAMILIES)
+def test_rows_longer_than_the_window_see_no_further_back(name, log_lines):
+    """Rows of the try before training are shorter than the window, as a real one's always are."""
+    options, end_to_end = SPANNED_FAMILIES[name]
+    both = spanned(name, longest=70, **options)
+    assert bool(both.fast.attention) == end_to_end
+    assert ("rows are padded: " in log_lines.text) == (not end_to_end)
+    assert_spanned(both)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "phimoe", "qwen2_moe"])
+def test_a_window_as_long_as_any_row_needs_no_mask(name):
+    options, _ = SPANNED_FAMILIES[name]
+    both = spanned(name, longest=70, **{**options, "sliding_window": 70})
+    assert both.fast.attention == qlora.END_TO_END
+    assert_spanned(both)
+
+
+def test_a_scale_by_the_place_in_the_micro_batch_is_noticed(log_lines):
+    """That of Llama 4's layers without rotary embedding, in steps of 8192 tokens; here of 30."""
+    scaled = {"attn_temperature_tuning": True, "floor_scale": 30, "attention_chunk_size": 512}
+    both = spanned("llama4_text", longest=70, **_CHUNKS | scaled)
+    assert both.fast.attention is None and "by the place in a micro-batch" in log_lines.text
+    assert_spanned(both)
+    both = spanned("llama4_text", longest=70, **_CHUNKS | {"attention_chunk_size": 512})
+    assert both.fast.attention == qlora.END_TO_END
+    assert_spanned(both)
+
+
+def test_the_try_leaves_the_windows_as_they_were():
+    both = spanned("mistral", longest=70, **_OWN)
+    found = [
+        module.sliding_window
+        for module in both.quick.modules()
+        if isinstance(getattr(module, "sliding_window", None), int)
+    ]
+    assert twins.base_of(both.quick).config.sliding_window == 32 and set(found) <= {32}
 
 
 CUTS = {  # of six members with 104 tokens
