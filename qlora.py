@@ -3418,6 +3418,11 @@ GATED_MLP = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 SHARED_INPUT = ("q_proj", "k_proj", "v_proj")  # as most families call them
 
 
+def is_gated_mlp(module: Any) -> bool:
+    """Whether a block computes what fused_mlp does."""
+    return GATED_MLP in inspect.getsource(type(module).forward)
+
+
 def fusible(module: Any) -> FusedLinear | None:
     """An adapted layer as the functions above take it; None for what they do not know (DoRA, a bias in lora_B, ...)."""
     name = next(iter(module.active_adapters), "")
@@ -3439,7 +3444,7 @@ def fuse_adapters(model: Any) -> list[str]:
     for name, module in model.named_modules():
         wanted = [f"{name}.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
         parts = [known[leaf] for leaf in wanted if leaf in known]
-        if len(parts) == 3 and GATED_MLP in inspect.getsource(type(module).forward):
+        if len(parts) == 3 and is_gated_mlp(module):
             module.forward = partial(fused_mlp, module, gated_act(module.act_fn), parts)
     groups: dict[str, list[FusedLinear]] = defaultdict(list)
     for name, layer in known.items():
@@ -3801,13 +3806,21 @@ def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
         layer._gradient_checkpointing_func = ours if fast.by_input else theirs
 
 
+def liger_patches() -> Mapping[str, Any] | None:
+    """By model_type, the function of liger-kernel that changes such a model; None where it is not installed."""
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as patches
+    except ImportError:
+        return None
+    return patches
+
+
 def apply_liger(model: Any, config: Config) -> None:
     """Take norms and rotary embedding from liger-kernel, where it is wanted, installed and has the model."""
     if not config.training.liger or triton is None or not torch.cuda.is_available():
         return
-    try:
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as patches
-    except ImportError:
+    patches = liger_patches()
+    if patches is None:
         log.info("liger-kernel is not installed: norms and rotary embedding are torch's, which takes a tenth longer")
         return
     patch = patches.get(model.config.model_type)
@@ -4140,23 +4153,99 @@ def parameter_bytes(count: int, rows: int, config: Config) -> int:
     return count + 4 * rows if bits == 8 else count * plain
 
 
-def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
-    """The costs of the base model, from its shapes alone.
+def saved_by(act: Any) -> int:
+    """How many tensors beside its output an activation keeps for its backward pass: GPT-2's, in Python, four."""
+    kept: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+        out = act(torch.ones(1, requires_grad=True))
+    return len(kept.keys() - {out.data_ptr()})
 
-    What a layer keeps of a token is what the fast path keeps: the inputs of the two norms, those of each group of
-    linear layers, what attention takes and gives, gate and up, and the thin products.
+
+ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where their classes are
+ONE_INPUT = (*SHARED_INPUT, "query", "key", "value", "gate_proj", "up_proj")  # those of one block share theirs
+
+
+def kept_by_layer(model: Any, shapes: Mapping[str, tuple[int, ...]], adapted: set[str], config: Config) -> int:
+    """Bytes that a layer keeps of a token for its backward pass, counted over the modules of the first one.
+
+    The inputs of what trains (of layers that share one once, but peft's own functions cast each its copy), what
+    attention takes and gives, what the MLP's activation needs, the inputs of norms, and the thin products.
+
+    Args:
+        model: without weights.
+        shapes: inputs and outputs of each linear layer.
+        adapted: those with adapters; none in a full fine-tune.
+        config: the flags.
     """
+    text, train, lora, full = model.config.get_text_config(), config.training, config.lora, config.quant.full_finetune
+    width = min(compute_dtype(config).itemsize, load_dtype(config).itemsize)
+    inside = set((model.get_decoder() if hasattr(model, "get_decoder") else model).modules())  # no tower for images
+    parts = {name: part for name, part in model.named_modules() if layer_number(name) == 0 and part in inside}
+    linear = {name: shape for name, shape in shapes.items() if name in parts}
+    hidden, queries = int(text.hidden_size), int(getattr(text, "num_attention_heads", 0) or 1)
+    grouped = int(getattr(text, "num_key_value_heads", None) or queries)
+    size = int(getattr(text, "head_dim", None) or hidden // queries)
+
+    mlp = {name: shape for name, shape in linear.items() if LAYER_GROUPS["mlp"].fullmatch(name)}
+    inner = max((taken for taken, given in mlp.values() if given == hidden), default=0)
+    wide = sum(given for taken, given in mlp.values() if taken == hidden and given in (inner, 2 * inner))
+    acts = [module for module in parts.values() if type(module).__module__ in ACTIVATIONS]
+    alone = max(map(saved_by, acts), default=1)  # of an MLP without a gate
+    fused = full or (train.fused_lora and not lora.use_dora)
+    blocks = (parts[name] for name in parts if f"{name}.gate_proj" in mlp and f"{name}.down_proj" in mlp)
+    whole = fused and (full or adapted >= {*mlp}) and any(map(is_gated_mlp, blocks))
+    values = 2 * inner if whole else (alone + 2) * inner if wide >= 2 * inner else alone * inner
+
+    values += 2 * (queries + grouped) * size  # q, k, v, and what attention gives
+    if (hidden, (queries + 2 * grouped) * size) in linear.values() and getattr(text, "rope_parameters", None):
+        values += (queries + grouped) * size  # v is a part of what one layer gave, which stays as a whole
+    inputs: dict[str, int] = {}
+    for name in linear.keys() & (linear.keys() if full else adapted):
+        owner, _, leaf = name.rpartition(".")
+        taken, given = linear[name]
+        own = not fused or isinstance(parts[name], Conv1D)
+        if own and lora.lora_dtype == "float32" and width < 4:
+            inputs[name] = taken
+        elif leaf in ONE_INPUT:
+            inputs[owner] = taken
+        elif not (whole and name in mlp) and not (name not in mlp and (taken, given) == (queries * size, hidden)):
+            inputs[name] = taken  # that of the output projection is what attention gave
+    kept = width * (values + sum(inputs.values())) + 4 * queries
+    if adapted:
+        kept += width * lora.lora_r * len(adapted & linear.keys())
+        kept += sum(linear[name][0] for name in adapted & linear.keys()) if lora.lora_dropout else 0
+
+    # liger-kernel's norms keep their input as it is, others and autocast's LayerNorm in float32
+    here = torch.cuda.is_available() and not train.plan_gpu  # else it is taken to be installed
+    liger = train.liger and (not here or model.config.model_type in (liger_patches() or {}))
+    for name, module in parts.items():
+        if "Norm" in type(module).__name__:
+            weight = getattr(module, "weight", None)
+            channels = hidden if weight is None else weight.numel()
+            if channels == size != hidden:  # a norm of each head
+                channels *= grouped if leaf_name(name).startswith("k") else queries
+            over_heads = leaf_name(name) in ("q_norm", "k_norm") and weight is not None and weight.numel() != size
+            kept += channels * (width if liger and "RMS" in type(module).__name__ and not over_heads else 4)
+    return kept
+
+
+def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
+    """The costs of the base model, from its shapes alone."""
     model, train, lora = without_weights(config, model_config), config.training, config.lora
     full = config.quant.full_finetune
     text, plain = model.config.get_text_config(), load_dtype(config).itemsize
     width = min(compute_dtype(config).itemsize, plain)
     layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
-    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in linear_layers(model, config.masked)}
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in linear_layers(model, config.masked)}
+    shapes = {  # inputs and outputs
+        name: tuple(module.weight.shape) if isinstance(module, Conv1D) else tuple(module.weight.shape)[::-1]
+        for name, module in modules.items()
+    }
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     every, held = sum(parameter.numel() for parameter in model.parameters()), sum(counts.values())
     targets = [] if full else lora_targets(model, lora, config.masked)
-    adapted = [shape for name, shape in shapes.items() if name in targets or leaf_name(name) in targets]
-    thin = sum(lora.lora_r * sum(shape) for shape in adapted)
+    adapted = {name for name in shapes if name in targets or leaf_name(name) in targets}
+    thin = sum(lora.lora_r * sum(shapes[name]) for name in adapted)
     trained = every - model.get_input_embeddings().weight.numel() if full else thin
     trained_width = plain if full else 4 if lora.lora_dtype == "float32" else 2
     head = model.get_output_embeddings()
@@ -4168,20 +4257,11 @@ def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
     inner = max((max(shape) for shape in of_layer.values()), default=4 * hidden)
     # experts stacked in one tensor, which stay frozen and whole: the values that a token meets
     at_once = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
-    experts = at_once * sum(weight.numel() // len(weight) for weight in model.parameters() if weight.dim() == 3)
-    queries = int(getattr(text, "num_attention_heads", 0) or 1)
-    grouped = int(getattr(text, "num_key_value_heads", None) or queries)
-    heads = 2 * (queries + grouped) * int(getattr(text, "head_dim", None) or hidden // queries)
-    # twice the MLP's width: gate and up, or what goes into the activation and what comes out of it
-    layer = width * (4 * hidden + heads + 2 * inner) + 4 * queries
+    experts = at_once * sum(weight.numel() // len(weight) for weight in stacked_experts(model).values())
+    layer = kept_by_layer(model, shapes, adapted, config)
     layer += width * experts // max(1, layers * hidden)  # of each expert gate, up and their product
-    if not full:
-        layer += width * lora.lora_r * len(of_layer)
-        layer += sum(shape[1] for shape in of_layer.values()) if lora.lora_dropout else 0
-        if not train.fused_lora:  # peft's own: a copy of each output, the product in the middle
-            layer += width * (sum(shape[0] for shape in of_layer.values()) // 2 + 2 * inner)
     return Costs(
-        weights=sum(parameter_bytes(counts[name], shape[0], config) for name, shape in shapes.items()),
+        weights=sum(parameter_bytes(counts[name], shape[1], config) for name, shape in shapes.items()),
         other=(every - held) * plain,
         adapters=thin * trained_width,
         gradients=trained * trained_width,

@@ -346,6 +346,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", _GEMMA),  # tied; norms are 1 + weight; embeddings times sqrt(hidden)
     "gemma2": ("gemma2", {**_GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 64}),
     "gemma3": ("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 64}),  # and norms on q and k
+    "olmo2": ("olmo2", {**_SHAPE, "num_key_value_heads": 2}),  # norms after the blocks, and on all of q and of k
     "granite": ("granite", {**_SHAPE, "logits_scaling": 3.0}),  # factors on embeddings, residuals and logits
     "cohere": ("cohere", {**_SHAPE, "logit_scale": 0.3}),  # tied; one norm a layer
     "lfm2": ("lfm2", {**_LFM2, "layer_types": ["conv", "full_attention"]}),  # tied; a convolution over the last tokens
