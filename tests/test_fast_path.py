@@ -963,6 +963,28 @@ def test_out_of_memory_drops_weights_kept_unpacked_first(run_qlora, tmp_path, me
     assert_adapters_equal(run, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_out_of_memory_takes_back_the_random_numbers_of_every_gpu(run_qlora, tmp_path, memory, monkeypatch):
+    """Layers of one process may lie on several: a generator of our own stands for a second GPU's."""
+    second, taken = torch.Generator().manual_seed(7), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [second.get_state()])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: taken.append(second.set_state(*states)))
+
+    def dropped(x, p, train):
+        """A mask of the second GPU's generator."""
+        mask = torch.rand(x.shape, generator=second) >= p
+        return x * mask / (1 - p), mask
+
+    monkeypatch.setattr(torch, "native_dropout", dropped)
+    flags = {**SMALL, "bits": 4, "unpacked_layers": "all", "recompute_layers": "none"}
+    expected = run_qlora(output_dir=tmp_path / "enough", **flags)
+    second.manual_seed(7)
+    memory.set_up(lambda tokens, call: call == 2)  # the second step, after its forward pass
+    run = run_qlora(output_dir=tmp_path / "short", **flags)
+    assert len(complaints(run)) == len(taken) == 1
+    assert losses(run) == pytest.approx(losses(expected), rel=1e-6)
+    assert_adapters_equal(run, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_out_of_memory_with_nothing_left_to_make_smaller_is_one_line(run_qlora, memory):
     seen = memory.set_up(lambda tokens, call: True)
     run = run_qlora(**SMALL)

@@ -238,6 +238,48 @@ def test_of_stacked_experts_a_token_meets_a_few(tmp_path):
     assert costs.other > 32 * 8 * expert * 2 and costs.layer > 2 * 2 * 3 * 14336
 
 
+@pytest.mark.parametrize(("bits", "said"), [(4, True), (8, True), (16, False)])
+def test_experts_that_stay_whole_are_named_before_training(models, caplog, bits, said):
+    """In GiB: two layers with four experts of three matrices, in float32 on a CPU. Attention is quantised."""
+    caplog.set_level("WARNING", "qlora")
+    model = twins.load(models("mixtral", intermediate_size=8192), bits=bits)
+    lines = [record.getMessage() for record in caplog.records if "experts" in record.getMessage()]
+    assert len(lines) == said
+    if said:
+        assert "4 tensors of stacked experts" in lines[0] and "float32" in lines[0]
+        assert f"{2 * 4 * 3 * 64 * 8192 * 4 / 2**30:.2f} GiB" in lines[0]
+    kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith("q_proj.base_layer")}
+    assert kinds == {{4: "Linear4bit", 8: "Linear8bitLt", 16: "Linear"}[bits]}
+
+
+def test_layers_on_several_gpus_of_one_process_have_the_speed_of_one(folder, monkeypatch):
+    """One waits for the other; with torchrun each process has a GPU of its own, and all train at once."""
+    model, gib = folder("1b"), 2**30
+    answers = {"is_available": True, "device_count": 2, "mem_get_info": (79 * gib, 79 * gib), "memory_reserved": 0}
+    answers |= {"memory_allocated": 0, "get_per_process_memory_fraction": 1.0}
+    answers["get_device_properties"] = SimpleNamespace(name="NVIDIA H100", total_memory=79 * gib)
+    config = qlora.parse_config(["--model_name_or_path", model, *COMMON, "--plan"])
+    costs = qlora.costs_from_config(config, qlora.load_model_config(config, model))
+    for name, answer in answers.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *args, answer=answer: answer)
+    monkeypatch.setattr(config.training, "use_cpu", False)
+    monkeypatch.setattr(qlora, "calibrated", lambda costs, *args: costs)
+    speeds = []
+    for processes in (1, 2):
+        monkeypatch.setattr(qlora, "world", lambda processes=processes: (0, processes))
+        base = torch.nn.Module()
+        _, plan = qlora.choose_sizes(costs, base, base, qlora.FastPath(), Rows(length=[528] * 16), config)
+        speeds.append(plan.tokens_per_second())
+    assert qlora.find_gpu(None).number == 2 and speeds[1] == 2 * speeds[0] > 0
+
+
+def test_each_strategy_has_its_speed(folder):
+    lines, _, _ = strategies_of(folder("7b"), "2xH200")
+    speeds = {name: int(line.split(", ")[1].split()[0]) for name, line in lines.items() if "tokens per second" in line}
+    assert set(speeds) == {"DDP", "FSDP2", "one process"}
+    assert speeds["DDP"] == pytest.approx(2 * speeds["one process"], rel=0.02)
+
+
 def strategies_of(model, gpu, *flags):
     """The table of `--plan` for several GPUs, and the costs behind it."""
     config = qlora.parse_config(["--model_name_or_path", model, *COMMON, "--plan", "--plan_gpu", gpu, *flags])
