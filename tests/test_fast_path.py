@@ -5,6 +5,7 @@ gradient. Angles of left-padded positions are float32 whatever the model is, and
 """
 
 import random
+import shutil
 import weakref
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import twins
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -345,6 +346,64 @@ def tolerance(name: str) -> float:
     return SINGLE if name == "mpt" else DOUBLE
 
 
+class PlacedDropout:
+    """Stands for torch.native_dropout: a token's mask depends on its row and place in it, however the rows lie."""
+
+    def __init__(self, monkeypatch) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.drawn = torch.rand(len(LENGTHS), max(LENGTHS), 512, generator=generator)
+        for name in ("padded_batch", "end_to_end_batch"):
+            monkeypatch.setattr(qlora, name, partial(self.noted, getattr(qlora, name), name == "padded_batch"))
+        monkeypatch.setattr(torch, "native_dropout", self.dropped)
+
+    def noted(self, make, padded, window, members, *args):
+        longest = max(window.lengths[i] for i in members)
+        places = [self.drawn[i, : longest if padded else window.lengths[i]] for i in members]
+        self.drawn_of_batch = torch.cat(places)
+        return make(window, members, *args)
+
+    def dropped(self, x, p, train):
+        if not train:
+            return x, None
+        mask = (self.drawn_of_batch[:, : x.shape[-1]] >= p).view(x.shape)
+        return x * mask / (1 - p), mask
+
+
+WAYS = {  # of computing one window: how it is cut, layers recomputed, and what of the fast path is left out
+    "padding-free": ("regrouped, all", 0, {}),
+    "padded": ("regrouped, all", 0, {"attention": None}),
+    "accumulated": ("accumulated", 0, {}),
+    "regrouped": ("regrouped, at most 60 tokens", 0, {}),
+    "recomputed": ("regrouped, all", 2, {}),
+    "all logits": ("regrouped, all", 0, {"head": None, "post": None}),
+    "everything": ("regrouped, at most 60 tokens", 2, {}),
+}
+
+
+@pytest.mark.parametrize(("bits", "dropout"), [(4, 0.0), (4, 0.1), (8, 0.1), (16, 0.1)])
+@pytest.mark.parametrize("name", ["llama", "llama_gqa", "qwen2", "gemma", "mistral"])
+def test_every_way_gives_one_loss_and_one_gradient(models, monkeypatch, name, bits, dropout):
+    """In every precision of the base, with and without dropout of the same masks: as peft's layers on padded rows."""
+    model, options, _ = FAMILIES[name]
+    both = twins.make(models(model, **options), bits=bits, lora_dropout=dropout)
+    if dropout:
+        twins.draw_alike(both.stock)
+        PlacedDropout(monkeypatch)
+    rows = twins.rows_of(LENGTHS)
+    window = twins.window_of(rows)
+    packs = twins.window_of([{"pack": rows[:2]}, {"pack": rows[2:4]}, {"pack": rows[4:]}])
+    expected = twins.quick(both.stock, qlora.FastPath(), window)
+    for cut, recomputed, left_out in WAYS.values():
+        fast = both.fast._replace(**left_out)
+        parts = CUTS[cut](window, fast.attention is None)
+        twins.assert_equal(twins.quick(both.quick, fast, window, parts, recomputed), expected, DOUBLE)
+    parts = qlora.micro_batches(packs, 1, qlora.NO_LIMIT, False)
+    twins.assert_equal(twins.quick(both.quick, both.fast, packs, parts), expected, DOUBLE)
+    if dropout:  # what the masks are good for
+        both.stock.eval()
+        assert min(twins.errors(twins.quick(both.stock, qlora.FastPath(), window), expected).values()) > 1e-3
+
+
 # ------------------------------------------------------------------------------------
 # Flags that change what the layers compute
 # ------------------------------------------------------------------------------------
@@ -359,7 +418,13 @@ VARIANTS = {
     "nf4 gpt_neox": ("gpt_neox", {"bits": 4}),
     "8 bit": ("llama_gqa", {"bits": 8}),
     "8 bit qwen2": ("qwen2", {"bits": 8}),
+    "nf4 qwen3": ("qwen3", {"bits": 4}),
+    "nf4 mistral": ("mistral", {"bits": 4}),
+    "8 bit gemma": ("gemma", {"bits": 8}),
+    "8 bit mistral": ("mistral", {"bits": 8}),
     "16 bit": ("llama_gqa", {}),
+    "rslora, bias, nf4": ("qwen2", {"use_rslora": True, "lora_bias": "all", "bits": 4, "lora_alpha": 7.5}),
+    "rslora, bias, 8 bit": ("qwen2", {"use_rslora": True, "lora_bias": "lora_only", "bits": 8}),
     "rslora": ("llama_gqa", {"use_rslora": True, "lora_alpha": 7.5}),
     "every bias": ("qwen2", {"lora_bias": "all"}),
     "adapted layers' bias": ("qwen2", {"lora_bias": "lora_only"}),
@@ -847,6 +912,66 @@ def test_fifty_steps_fast_and_slow_are_one_curve(run_qlora, tmp_path, trained, m
         alone = PeftModel.from_pretrained(base, fast.output_dir).eval()(input_ids=ids).logits
     assert calls == {"FusedLoRA": 4, "FusedMLP": 2} and (alone - before).abs().max() > 0.1
     assert torch.allclose(alone, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_run_is_the_unpacked_one(run_qlora, tmp_path):
+    """All 24 rows in each window, however many packs that is."""
+    flags = {"per_device_train_batch_size": 24, "bits": 16, "optim": "sgd", "learning_rate": 0.5, "max_steps": 3}
+    flags |= {"source_max_len": 64, "target_max_len": 64, "max_grad_norm": 1.0}
+    plain = run_qlora(output_dir=tmp_path / "plain", **flags)
+    with twins.counted() as calls:
+        packed = run_qlora(output_dir=tmp_path / "packed", packing=True, auto_batch=True, **flags)
+    assert "packing: 24 rows in " in packed.stderr and calls["end_to_end_attention"]
+    assert losses(packed) == pytest.approx(losses(plain), rel=1e-5)
+    assert losses(packed, "grad_norm") == pytest.approx(losses(plain, "grad_norm"), rel=1e-4)
+    assert_adapters_equal(packed, plain, rtol=1e-4, atol=1e-6)
+
+
+def unknown_model(path, source):
+    """A model that the fast path knows nothing of: layers of another class, blocks and a head of its own."""
+    shutil.copytree(source, path)
+    code, weights = (path / "modeling_toy.py").read_text(), load_file(path / "model.safetensors")
+    changes = {
+        "class ToyBlock(GradientCheckpointingLayer)": "class ToyBlock(nn.Module)",
+        "supports_gradient_checkpointing = True": "supports_gradient_checkpointing = False",
+        "nn.Linear(size, 3 * size, bias=False)": "Conv1D(3 * size, size)",
+        "nn.Linear(size, size, bias=False)": "Conv1D(size, size)",
+        "nn.Linear(size, 2 * size)": "Conv1D(2 * size, size)",
+        "nn.Linear(2 * size, size)": "Conv1D(size, 2 * size)",
+        "self.lm_head(x)": "3 * torch.tanh(self.lm_head(x))",
+        "from torch import nn\n": "from torch import nn\nfrom transformers.pytorch_utils import Conv1D\n",
+    }
+    for old, new in changes.items():
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    (path / "modeling_toy.py").write_text(code)
+    for name in [name for name in weights if name.startswith("blocks.") and "norm" not in name]:
+        if name.endswith(".weight"):
+            weights[name] = weights[name].t().contiguous()
+            weights.setdefault(name.replace(".weight", ".bias"), torch.zeros(weights[name].shape[1]))
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("unknown", [False, True], ids=["known in part", "unknown"])
+def test_a_model_that_the_fast_path_does_not_know_trains_on_the_stock_path(run_qlora, models, tmp_path, unknown):
+    folder = models("remote_code")
+    folder = unknown_model(tmp_path / "all_its_own", folder) if unknown else folder
+    flags = {"model_name_or_path": folder, "trust_remote_code": True, "bits": 16, "learning_rate": 1e-2}
+    with twins.counted() as calls:
+        fast = run_qlora(output_dir=tmp_path / "fast", auto_batch=True, **flags)
+    slow = run_qlora(output_dir=tmp_path / "slow", **flags, **SLOW)
+    assert fast.code == slow.code == 0 and (fast.output_dir / "completed").exists()
+    assert "rows are padded: ToyForCausalLM does not take rows that lie end to end" in fast.stderr
+    if unknown:
+        assert not calls, calls
+        assert "8 adapted layers stay with peft's own functions" in fast.stderr
+        assert "logits are computed whole: ToyForCausalLM" in fast.stderr
+    else:  # its layers and its head are ordinary
+        assert calls["FusedLoRA"] and calls["ChunkedCrossEntropy"] and calls["again"]
+    assert losses(fast)[-1] < losses(fast)[0]
+    assert losses(fast) == pytest.approx(losses(slow), rel=1e-5)
+    assert_adapters_equal(fast, slow, rtol=1e-3, atol=1e-5)
 
 
 class Memory:
