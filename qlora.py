@@ -4203,7 +4203,7 @@ def kept_by_layer(model: Any, shapes: Mapping[str, tuple[int, ...]], adapted: se
     for name in linear.keys() & (linear.keys() if full else adapted):
         owner, _, leaf = name.rpartition(".")
         taken, given = linear[name]
-        own = not fused or isinstance(parts[name], Conv1D)
+        own = name in adapted and (not fused or isinstance(parts[name], Conv1D))
         if own and lora.lora_dtype == "float32" and width < 4:
             inputs[name] = taken
         elif leaf in ONE_INPUT:
@@ -4214,19 +4214,31 @@ def kept_by_layer(model: Any, shapes: Mapping[str, tuple[int, ...]], adapted: se
     if adapted:
         kept += width * lora.lora_r * len(adapted & linear.keys())
         kept += sum(linear[name][0] for name in adapted & linear.keys()) if lora.lora_dropout else 0
-
-    # liger-kernel's norms keep their input as it is, others and autocast's LayerNorm in float32
-    here = torch.cuda.is_available() and not train.plan_gpu  # else it is taken to be installed
+    here = torch.cuda.is_available() and not train.plan_gpu  # else liger-kernel is taken to be installed
     liger = train.liger and (not here or model.config.model_type in (liger_patches() or {}))
-    for name, module in parts.items():
-        if "Norm" in type(module).__name__:
-            weight = getattr(module, "weight", None)
-            channels = hidden if weight is None else weight.numel()
-            if channels == size != hidden:  # a norm of each head
-                channels *= grouped if leaf_name(name).startswith("k") else queries
-            over_heads = leaf_name(name) in ("q_norm", "k_norm") and weight is not None and weight.numel() != size
-            kept += channels * (width if liger and "RMS" in type(module).__name__ and not over_heads else 4)
-    return kept
+    return kept + sum(
+        kept_by_norm(leaf_name(name), module, hidden, (queries, grouped, size), width if liger else 4)
+        for name, module in parts.items()
+        if "Norm" in type(module).__name__
+    )
+
+
+def kept_by_norm(leaf: str, norm: Any, hidden: int, heads: tuple[int, int, int], width: int) -> int:
+    """Bytes of a token: a norm's input. Autocast's LayerNorms keep it in float32, and RMSNorms but liger-kernel's.
+
+    Args:
+        leaf: its name.
+        norm: the module.
+        hidden: channels of a token.
+        heads: of queries, of keys, and the channels of one.
+        width: bytes of a value where liger-kernel has the norm; those over all heads (OLMo) it leaves alone.
+    """
+    queries, grouped, size = heads
+    channels = norm.weight.numel() if getattr(norm, "weight", None) is not None else hidden
+    each_head, of_heads = channels == size != hidden, leaf in ("q_norm", "k_norm")
+    if each_head:
+        channels *= grouped if leaf.startswith("k") else queries
+    return channels * (4 if "RMS" not in type(norm).__name__ or (of_heads and not each_head) else width)
 
 
 def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
