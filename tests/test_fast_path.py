@@ -914,14 +914,18 @@ def test_fifty_steps_fast_and_slow_are_one_curve(run_qlora, tmp_path, trained, m
     assert torch.allclose(alone, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_packed_run_is_the_unpacked_one(run_qlora, tmp_path):
-    """All 24 rows in each window, however many packs that is."""
-    flags = {"per_device_train_batch_size": 24, "bits": 16, "optim": "sgd", "learning_rate": 0.5, "max_steps": 3}
-    flags |= {"source_max_len": 64, "target_max_len": 64, "max_grad_norm": 1.0}
-    plain = run_qlora(output_dir=tmp_path / "plain", **flags)
+@pytest.mark.parametrize("family", ["llama", "olmoe"])
+def test_a_packed_run_is_the_unpacked_one(run_qlora, models, tmp_path, family):
+    """All 24 rows in each window, however many packs that is; OLMoE's own one of 16 tokens is in its mask alone."""
+    flags = {"per_device_train_batch_size": 24, "bits": 16, "optim": "sgd", "learning_rate": 0.5, "max_steps": 2}
+    flags |= {"source_max_len": 64, "target_max_len": 64, "max_grad_norm": 1.0, "save_strategy": "no"}
+    flags["model_name_or_path"] = models(family, **({"sliding_window": 16} if family == "olmoe" else {}))
+    plain = run_qlora(output_dir=tmp_path / "plain", **flags, **SLOW)
     with twins.counted() as calls:
         packed = run_qlora(output_dir=tmp_path / "packed", packing=True, auto_batch=True, **flags)
-    assert "packing: 24 rows in " in packed.stderr and calls["end_to_end_attention"]
+    assert "packing: 24 rows in " in packed.stderr
+    assert (family == "olmoe") == ("rows are padded: in OlmoeForCausalLM" in packed.stderr)
+    assert bool(calls["end_to_end_attention"] > 4) == (family == "llama")  # more than the try before training
     assert losses(packed) == pytest.approx(losses(plain), rel=1e-5)
     assert losses(packed, "grad_norm") == pytest.approx(losses(plain, "grad_norm"), rel=1e-4)
     assert_adapters_equal(packed, plain, rtol=1e-4, atol=1e-6)

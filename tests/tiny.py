@@ -351,6 +351,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("cohere", {**_SHAPE, "logit_scale": 0.3}),  # tied; one norm a layer
     "lfm2": ("lfm2", {**_LFM2, "layer_types": ["conv", "full_attention"]}),  # tied; a convolution over the last tokens
     "mixtral": ("mixtral", {**_SHAPE, "num_key_value_heads": 2, "num_local_experts": 4}),  # experts stacked, 3-D
+    "olmoe": ("olmoe", {**_SHAPE, "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}),
     "opt": ("opt", _OPT),  # learnt positions from the mask; biases; the MLP's layers stand in the block
     "gpt_neox": ("gpt_neox", _SHAPE),  # biases; the head is embed_out on disk, lm_head in memory
     "mpt": ("mpt", _MPT),  # ALiBi; no biases anywhere; tied
