@@ -69,7 +69,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache, partial, partialmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
 
@@ -232,15 +232,28 @@ def mendable(what: str, kind: type[QLoRAError] = ConfigError, *also: type[BaseEx
 # need not wait for the GPU to learn of a signal, and a process that ends is noticed at once.
 @lru_cache(maxsize=1)
 def _cpu_group() -> Any:
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
+    for number in map(int, os.listdir("/proc/self/fd") if sys.platform == "linux" else ()):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:  # most are no sockets
+            for level, option, value in LIVELY:
+                connection.setsockopt(level, option, value)
+    return group
 
 
-def agree(value: int = 0) -> int:
-    """The largest of what the processes bring, once all are here."""
+# A machine without power or cable says nothing; the system would take 15 minutes to call the connection lost, now 30 s.
+LIVELY = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *((socket.IPPROTO_TCP, getattr(socket, name, 0), value)
+      for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000))),
+)  # fmt: skip
+
+
+def agree(value: int = 0, way: str = "MAX") -> int:
+    """The largest of what the processes bring, or their SUM, once all are here."""
     if torch.distributed.is_initialized():
         found = torch.tensor(value)
         with mendable("another process is gone", PeerLost, RuntimeError):
-            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=_cpu_group())
+            torch.distributed.all_reduce(found, getattr(torch.distributed.ReduceOp, way), group=_cpu_group())
         value = int(found)
     return value
 
@@ -280,7 +293,7 @@ def world() -> tuple[int, int]:
 
 # How torch's collectives say that another process is there no more.
 PEER_GONE = re.compile(
-    r"connection (was )?(closed|reset|refused)|broken pipe|remote process|nccl.*(abort|timeout|remote)", re.I
+    r"connection (was )?(closed|reset|refused|timed out)|broken pipe|remote process|nccl.*(abort|timeout|remote)", re.I
 )
 
 
@@ -306,18 +319,25 @@ def said_once(message: str, lost: bool) -> str | None:
         return message if os.environ.get("LOCAL_RANK", "0") == "0" else None
     others, until = set(range(processes)) - {rank}, time.monotonic() + (8 if lost else 2)
     heard: dict[int, str] = {}
+    met = False
     with contextlib.suppress(RuntimeError):  # whoever held the store is gone as well
         store = torch.distributed.distributed_c10d._get_default_store()
         store.set(f"qlora/{rank}", "" if lost else message)
         while (silent := others - heard.keys()) and time.monotonic() < until:
             heard |= {r: store.get(f"qlora/{r}").decode() for r in silent if store.check([f"qlora/{r}"])}
             time.sleep(0.1)
+        met = True
     if not lost:
         known = [text for r, text in heard.items() if r < rank]
         if message in known:
             time.sleep(1)  # torchrun ends all when the first has ended: after whoever speaks
             return None
         return f"rank {rank}: {message}" if rank else message
+    if not met:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(2)
+            return None
+        return f"rank {rank} of {processes} lost {os.environ.get('MASTER_ADDR')}, where all of them met. {message}"
     gone = sorted(others - heard.keys())
     if any(heard.values()) or not gone or min(heard, default=rank) < rank:
         return None
@@ -834,6 +854,9 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--merged_output_dir {merged_output_dir}: the run's own folder, name another"),
     (lambda f: f.full_finetune and f.bits < 16,
      "--full_finetune: weights rounded to --bits {bits} take no small steps of training, give 16 or 32"),
+    (lambda f: f.deepspeed and not f.plan and "LOCAL_RANK" not in os.environ,
+     "--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes"),
+    (lambda f: f.mismatches, '--deepspeed {deepspeed}: {mismatches}: give "auto" there'),
     (lambda f: f.fsdp and re.search(r"8bit|paged|lion|ademamix", f.optim),
      "--fsdp: bitsandbytes' --optim {optim} can't step on shards, give adamw_torch"),
     (lambda f: f.fsdp and f.bits == 8, "--fsdp: it can't shard --bits 8, give 4 or 16"),
@@ -926,6 +949,7 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
 def flags_of(config: Config) -> argparse.Namespace:
     """What rules are about: every flag by its name, and what follows from several of them or from the tables."""
     flags, given, trackers = config.flags, config.given, config.training.report_to or ()
+    engine = getattr(config.training, "hf_deepspeed_config", None)
     installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"} if trackers else ()  # two not looked for
     return argparse.Namespace(
         **flags,
@@ -935,6 +959,7 @@ def flags_of(config: Config) -> argparse.Namespace:
         folders={path.resolve() for path in (Path(config.training.output_dir), final_folder(config))},
         start_problem=lora_start_problem(config.lora.init_lora_weights, config.quant.bits < 16),
         metrics="loss, perplexity" + (", masked_accuracy" if flags["objective"] != "clm" else ""),
+        mismatches=", ".join(re.sub("^- ds | hf", "", line) for line in getattr(engine, "mismatches", ())),
         trackers=trackers,
         unknown=", ".join(name for name in trackers if name not in INTEGRATION_TO_CALLBACK),
         missing=", ".join(name for name in trackers if name not in installed),
@@ -2779,6 +2804,26 @@ def check_prequantised(config: Config, own: Mapping[str, Any]) -> None:
         raise ConfigError(f"{what}: the weights of {name} are quantised already")
 
 
+@contextlib.contextmanager
+def quantised_on_gpu() -> Iterator[None]:
+    """FSDP's base, which waits in the CPU's memory to be shared out: the CPU would take 200 s for 7B, the GPU takes 2.
+
+    The scales of the 4-bit blocks, which FSDP does not know of, stay on the GPU.
+    """
+    own = bitsandbytes.nn.Params4bit._quantize
+    bitsandbytes.nn.Params4bit._quantize = partialmethod(_quantise_on_gpu, own)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        bitsandbytes.nn.Params4bit._quantize = own  # type: ignore[method-assign]
+
+
+def _quantise_on_gpu(weight: Any, own: Any, device: Any) -> Any:
+    own(weight, torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+    weight.data = weight.data.to(device)
+    return weight
+
+
 def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
     """The base model to train or use, quantised and placed."""
     options: dict[str, Any] = {
@@ -2797,11 +2842,15 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         options["quantization_config"] = quantisation_config(config, layers_left_whole(config, model_config))
     if config.training.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
         importlib.import_module("deepspeed").init_distributed()
-    model = load_base(config, model_config, folder, **options)
+    with quantised_on_gpu() if is_fsdp(config) and torch.cuda.is_available() else contextlib.nullcontext():
+        model = load_base(config, model_config, folder, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # or the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with others
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        scales: Any = getattr(getattr(module, "weight", None), "quant_state", None)
+        if scales is not None and is_fsdp(config) and torch.cuda.is_available():
+            scales.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
     layers = linear_layers(model, config.masked)
     whole = [name for name in layers if type(model.get_submodule(name)).__module__.startswith("torch")]
     if whole and not own and config.quant.bits < 16:
@@ -3130,8 +3179,12 @@ class FusedLinear(NamedTuple):
         return bool(self.dropout and self.module.training)
 
     def applies(self, x: torch.Tensor) -> bool:
-        """Not for a few tokens, where bitsandbytes multiplies without unpacking, nor with the adapter switched off."""
-        return x.numel() >= 16 * x.shape[-1] and not (self.module.disable_adapters or self.module.merged)
+        """Not for a few tokens, where bitsandbytes multiplies without unpacking, nor with the adapter switched off.
+
+        In training always: ZeRO-2 adds up gradients in the order in which each process has them.
+        """
+        many = self.module.training or x.numel() >= 16 * x.shape[-1]
+        return many and not (self.module.disable_adapters or self.module.merged)
 
 
 class Products(NamedTuple):
@@ -3354,10 +3407,11 @@ class FusedMLP(torch.autograd.Function):
             return found[0], None, None, *found[1:]
         x, *params = ctx.saved_tensors
         pieces = math.ceil(len(x) * layers[0].base.out_features * x.element_size() / FusedMLP.PIECE)
+        rows = math.ceil(len(x) / pieces)
         d_x = torch.empty_like(x) if needs_x else None
         sums: list[torch.Tensor | None] = [None] * 9
-        for where in torch.arange(len(x)).chunk(pieces):
-            part = slice(int(where[0]), int(where[-1]) + 1)
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
             first = forward_products(x[part], layers[:2], params[:6])
             d_part, *found = mlp_gradients(
                 grad[part], x[part], ctx.act, layers, params, first.outputs, first, None, needs_x, wide=pieces > 1
@@ -3710,6 +3764,11 @@ class FastPath(NamedTuple):
     by_input: bool = True  # whether layers are recomputed from their input alone, and not in torch's own way
     skips_last: bool = False  # whether a recomputed layer may leave out its last product
     offloads: bool = False  # whether the inputs of recomputed layers wait in the CPU's memory
+    spread: bool = False  # whether an engine spreads the weights over several processes
+
+    def lines(self) -> dict[str, str]:
+        parts = {"rows end to end": self.attention, "logits in chunks": self.head}
+        return {name: "no" if part is None else "yes" for name, part in parts.items()}
 
 
 def head_rule(model: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -3726,20 +3785,17 @@ def _apply_rules(rules: Any, logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _catch(caught: list[torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-    caught.append(hidden)
-    return hidden[..., :1]
-
-
 @contextlib.contextmanager
-def without_head(head: Any) -> Iterator[list[torch.Tensor]]:
-    """The model without its output head for a while; what would have gone into the head is put into the list."""
-    caught: list[torch.Tensor] = []
-    head.forward = partial(_catch, caught)
+def head_as(head: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """The model with another function in its output head's place for a while."""
+    own = vars(head).get("forward")  # accelerate's, where layers lie on several GPUs
+    head.forward = function
     try:
-        yield caught
+        yield
     finally:
         del head.forward
+        if own:
+            head.forward = own
 
 
 @contextlib.contextmanager
@@ -3755,29 +3811,45 @@ def attention_of(model: Any, kernel: str | None) -> Iterator[None]:
         config._attn_implementation = own
 
 
-def states_at(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Tensor:
-    """What predicts the labelled tokens of a batch: hidden states where `fast` has the head, else logits; a row each.
+def model_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """What the model makes of a batch."""
+    return model(**{name: value for name, value in batch.items() if name not in ("positions", "targets")}).logits
 
-    Only these rows go on: a quarter of all where the prompt is three quarters.
-    """
-    inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
-    if fast.head is None:
-        whole = model(**inputs).logits
-    else:
-        with without_head(fast.head) as caught:
-            model(**inputs)
-        whole = caught[0]
-    return whole.flatten(0, 1)[batch["positions"].to(whole.device)]
+
+def labelled(states: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """What predicts the labelled tokens, a row each; only these go on: a quarter where the prompt is three quarters."""
+    return states.flatten(0, 1)[batch["positions"].to(states.device)]
+
+
+def _into(found: list[torch.Tensor], function: Any, batch: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:
+    found.append(function(labelled(hidden, batch)))
+    return hidden[..., :1]
+
+
+def at_head(model: Any, fast: FastPath, batch: Mapping[str, Any], function: Any) -> torch.Tensor:
+    """What a function makes of the labelled hidden states, while the model is at its head: spread weights are here."""
+    found: list[torch.Tensor] = []
+    with head_as(fast.head, partial(_into, found, function, batch)):
+        out = model_logits(model, batch)
+    # FSDP and ZeRO-3 gather weights for the backward pass when it comes to what the model gave back
+    return found[0] + 0 * out.sum() if fast.spread and out.requires_grad else found[0]
 
 
 def summed_loss(model: Any, fast: FastPath, batch: Mapping[str, Any], smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy of the labelled tokens of a batch, summed, in float32."""
-    states = states_at(model, fast, batch)
+    if fast.head is not None:
+        return at_head(model, fast, batch, partial(_chunked, fast, batch["targets"], smoothing))
+    states = labelled(model_logits(model, batch), batch)
     targets = batch["targets"].to(states.device)
-    if fast.head is None:
-        return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
-    states, (weight, bias) = states.to(matmul_dtype(states)), (fast.head.weight, fast.head.bias)
-    return ChunkedCrossEntropy.apply(states, weight, bias, targets, fast.post, smoothing)
+    return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
+
+
+def _chunked(fast: FastPath, targets: torch.Tensor, smoothing: float, states: torch.Tensor) -> torch.Tensor:
+    head, states = fast.head, states.to(matmul_dtype(states))
+    assert head is not None
+    with torch.cuda.device_of(states):
+        there = targets.to(states.device)
+        return ChunkedCrossEntropy.apply(states, head.weight, head.bias, there, fast.post, smoothing)
 
 
 def decoder_layers(model: Any) -> list[Any]:
@@ -3792,7 +3864,8 @@ def set_unpacked(model: Any, count: int, dtype: torch.dtype) -> None:
             if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear:
                 base: Any = module
                 base.unpacked = None
-                base.unpacked = dense_weight(base, dtype) if i < count else None
+                with torch.cuda.device_of(base.weight):
+                    base.unpacked = dense_weight(base, dtype) if i < count else None
 
 
 def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
@@ -3838,6 +3911,20 @@ def apply_liger(model: Any, config: Config) -> None:
             family[name] = before if isinstance(before, type) else partial(_on_gpu, family[name], before)
 
 
+def stay_on_device(model: Any) -> None:
+    """Let each part of a model that lies on several GPUs run with its own as the current one: Triton launches there."""
+    places = getattr(model, "hf_device_map", {})
+    for name, place in places.items() if len({*places.values()}) > 1 else ():
+        module = model.get_submodule(name)
+        if isinstance(place, int):
+            module.forward = partial(_run_on, place, module.forward)
+
+
+def _run_on(gpu: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch.cuda.device(gpu):
+        return forward(*args, **kwargs)
+
+
 def _on_gpu(kernel: Any, plain: Any, q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     return (kernel if q.is_cuda else plain)(q, *args, **kwargs)
 
@@ -3867,16 +3954,20 @@ def end_to_end_kernel(model: Any, config: Config) -> str | None:
 
 def logits_at(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Tensor:
     """Logits of the labelled tokens of a batch, (learnt, vocabulary), in float32, by the ways that `fast` names."""
-    states = states_at(model, fast, batch)
-    if fast.head is None:
-        return states.float()
-    logits = F.linear(states.to(fast.head.weight.dtype), fast.head.weight, fast.head.bias).float()
+    if fast.head is not None:
+        return at_head(model, fast, batch, partial(_logits, fast))
+    return labelled(model_logits(model, batch), batch).float()
+
+
+def _logits(fast: FastPath, states: torch.Tensor) -> torch.Tensor:
+    head: Any = fast.head
+    logits = F.linear(states.to(head.weight.dtype), head.weight, head.bias).float()
     return logits if fast.post is None else fast.post(logits)
 
 
 def same(a: torch.Tensor, b: torch.Tensor, noise: torch.Tensor | float = 0.0) -> bool:
     """Whether two ways of computing logits agree within bf16's rounding: about a hundredth, and twice the noise."""
-    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
+    a, b = (x.cpu() - x.cpu().mean(-1, keepdim=True) for x in (a, b))  # of two ways that may end on two GPUs
     return bool((a - b).norm() <= 0.05 * a.norm() + 2 * noise)
 
 
@@ -3914,19 +4005,21 @@ def short_spans(model: Any, longest: int) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
+def choose_fast_path(model: Any, base: Any, config: Config, device: Any = None) -> FastPath:
     """What of the fast path a model takes: each part is tried on a few tokens and left out where the numbers differ.
 
     Args:
-        model: with adapters, or for a full fine-tune as it is.
+        model: with adapters, or for a full fine-tune as it is; wrapped in the engine that spreads it.
         base: the model inside.
         config: the flags.
+        device: where its input goes; None for where its embedding is.
     """
     kernel, head = end_to_end_kernel(base, config), base.get_output_embeddings()
-    if not config.training.chunked_head or type(head) is not torch.nn.Linear:
+    plain = isinstance(head, torch.nn.Linear) and type(head).__module__.startswith("torch")  # FSDP's or as it was
+    if not config.training.chunked_head or not plain:
         head = None
-    windows, device = trial_windows(base), base.get_input_embeddings().weight.device
-    fast = FastPath(offloads=config.training.offload_activations)
+    windows, device = trial_windows(base), device or base.get_input_embeddings().weight.device
+    fast = FastPath(offloads=config.training.offload_activations, spread=is_sharded(config))
     name, training, dtype = type(base).__name__, model.training, compute_dtype(config)
     model.eval()
     spans = short_spans(base, limits_of(config).longest if kernel == END_TO_END else 0)
@@ -3940,7 +4033,8 @@ def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
             log.info("logits are computed whole: %s changes them in a way of its own", name)
         # the rows one by one: what another kernel alone changes, which grows with the layers that round
         alone = [on_device(padded_batch(windows[0], [row], 0, "right"), device) for row in (0, 1)] if kernel else []
-        noise = (known - torch.cat([logits_at(model, fast, row) for row in alone])).norm() if kernel else 0.0
+        known = known.cpu()
+        noise = (known - torch.cat([logits_at(model, fast, row).cpu() for row in alone])).norm() if kernel else 0.0
         with attention_of(base, kernel):
             flat = [on_device(end_to_end_batch(window, [0, 1]), device) for window in windows]
             try:
@@ -3949,11 +4043,13 @@ def choose_fast_path(model: Any, base: Any, config: Config) -> FastPath:
                 found = []
         # a neighbour changes nothing; but an expert multiplies the tokens of all rows at once, which rounds otherwise
         near = 2 * noise + 1e-5 * known.norm() if stacked_experts(base) else 0.0
-        if found and same(known, found[0], noise) and (found[0][16:] - found[1][16:]).norm() <= near:
+        if found and same(known, found[0], noise) and float((found[0] - found[1])[16:].norm()) <= near:
             fast = fast._replace(attention=kernel)
         elif kernel:
             log.info("rows are padded: in %s rows that lie end to end would see each other, or too far back", name)
     model.train(training)
+    if fast.spread:  # it recomputes as the engine's hooks know it
+        return fast._replace(by_input=False)
     return choose_recomputing(model, base, fast, flat[0] if fast.attention else batch, config)
 
 
@@ -4026,13 +4122,10 @@ def speed_up(model: Any, base: Any, config: Config) -> FastPath:
         others = fuse_adapters(model)
         if others:
             log.info("%d adapted layers stay with peft's own functions, first %s", len(others), others[0])
-    if is_sharded(config):
-        log.info(
-            "FSDP or DeepSpeed holds the weights: rows are padded, logits not in chunks, all layers recomputed or none"
-        )
     fast = FastPath(offloads=config.training.offload_activations)
     if is_sharded(config):
-        return fast
+        log.info("FSDP or DeepSpeed holds the weights: all layers are recomputed or none, and none is kept unpacked")
+        return fast  # the rest is tried once they are spread
     if config.masked:
         batch = padded_batch(trial_windows(base)[0], [0, 1], 0, "right")
         batch = on_device(batch, base.get_input_embeddings().weight.device)
@@ -4317,7 +4410,8 @@ def fit(costs: Costs, room: float, longest: int, window: int, gpu: Gpu, config: 
     rows = train.per_device_train_batch_size if train.auto_batch is False else None
     at_least = longest if rows is None else min(window, longest * rows)
     found: list[tuple[float, Sizes]] = []
-    for recomputed in range(costs.layers + 1) if wanted is None else [wanted]:
+    numbers = range(0, costs.layers + 1, max(1, costs.layers) if is_sharded(config) else 1)  # engines: all or none
+    for recomputed in numbers if wanted is None else [wanted]:
         sizes = Sizes(rows, 0, recomputed)
         tokens = min(window, int((room - costs.fixed) / (costs.token + costs.activations(sizes))))
         if tokens >= at_least:
@@ -4422,23 +4516,32 @@ LAUNCH = {  # how each way to use several GPUs is asked for
 }
 
 
-def strategies(costs: Costs, config: Config) -> dict[str, Costs]:
-    """What one GPU has of this model in each way that takes it, from the fastest: the fewer weights travel."""
-    bits, number = config.quant.bits, find_gpu(config.training.plan_gpu).number
+def strategies(costs: Costs, config: Config, number: int) -> dict[str, Costs]:
+    """What one of so many GPUs has of this model in each way that takes it, from the fastest: fewer weights travel."""
     names = ("weights", "other", "adapters", "gradients", "optimizer")
     shared = costs._replace(**{name: getattr(costs, name) // number for name in names})
     two_layers = 2 * (costs.weights // max(1, costs.layers))  # whole, while they compute and the next one arrives
     shard = shared._replace(paged=False, fixed=costs.fixed + two_layers, unpacked=0)
-    states = costs._replace(gradients=shared.gradients, optimizer=shared.optimizer, paged=False, unpacked=0)
-    ways = {"DDP": costs._replace(gradients=2 * costs.gradients)}  # and the buckets that they are sent in
-    ways |= {"ZeRO-2": states, "ZeRO-3": shard} if bits >= 16 else {}
-    ways |= {"FSDP2": shard} if bits != 8 else {}
-    return ways | {"one process": shared}
+    # DeepSpeed steps on a float32 copy of bf16 weights
+    copied = 2 * costs.gradients if config.quant.full_finetune and load_dtype(config) != torch.float32 else 0
+    state = (costs.optimizer + copied) // number
+    return {
+        "DDP": costs._replace(gradients=2 * costs.gradients),  # and the buckets that they are sent in
+        "ZeRO-2": costs._replace(gradients=shared.gradients, optimizer=state, paged=False, unpacked=0),
+        "ZeRO-3": shard._replace(optimizer=state),
+        "FSDP2": shard,
+        "one process": shared,
+    }
+
+
+STRATEGY_BITS = {"ZeRO-2": (16, 32), "ZeRO-3": (16, 32), "FSDP2": (4, 16, 32)}  # the others take any
 
 
 def strategy_lines(config: Config, costs: Costs) -> dict[str, str]:
     """GiB of a GPU for each, and the first that fits."""
-    plans = {name: plan_from_flags(config, own) for name, own in strategies(costs, config).items()}
+    bits, ways = config.quant.bits, strategies(costs, config, find_gpu(config.training.plan_gpu).number)
+    taken = {name: own for name, own in ways.items() if bits in STRATEGY_BITS.get(name, (bits,))}
+    plans = {name: plan_from_flags(config, own) for name, own in taken.items()}
     alone = plans["one process"]  # whose GPUs hold layers and wait for each other
     plans["one process"] = alone._replace(gpu=alone.gpu._replace(number=1))
     lines = {
@@ -4491,13 +4594,18 @@ def choose_sizes(
 ) -> tuple[Sizes, Plan | None]:
     """Micro-batches and recomputed layers for the memory that is free, and the plan, to compare with what comes."""
     train, layers = config.training, len(decoder_layers(base)) or costs.layers
-    if not train.do_train or rows is None or not torch.cuda.is_available() or train.use_cpu or is_sharded(config):
+    if not train.do_train or rows is None or not torch.cuda.is_available() or train.use_cpu:
         wanted = wanted_recompute(config, layers)
         at_once = None if train.auto_batch else train.per_device_train_batch_size
         sizes = Sizes(at_once, 4096 if train.auto_batch else NO_LIMIT, layers if wanted is None else wanted)
         return sizes._replace(unpacked=unpacked_layers(0, sizes, costs, config)), None
     lengths = sorted(rows["length"][:], reverse=True)
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
+    if is_sharded(config):  # nothing can be measured before, nor repeated after memory ran out
+        way = "FSDP2" if is_fsdp(config) else "ZeRO-3" if hf_deepspeed.is_deepspeed_zero3_enabled() else "ZeRO-2"
+        gpu, costs = find_gpu(None)._replace(number=world()[1]), strategies(costs, config, world()[1])[way]
+        plan = make_plan(costs, gpu, lengths[0], window, config, 0.85 * (gpu.gib - CONTEXT) * GIB - costs.beside())
+        return plan.sizes, plan
     measured = calibrated(costs, model, base, fast, config)
     own = 0.95 * free_memory() - costs.gradients - (0 if costs.paged else costs.optimizer)
     # of this process: where its layers lie on several GPUs, one waits for the other
@@ -4569,6 +4677,24 @@ def check_identity(folder: Path, wanted: Mapping[str, Any], training: bool) -> N
             f"{folder} belongs to another run: {'; '.join(differing)}. "
             "Give the same flags, another --output_dir, or --overwrite_output_dir to start anew"
             + (", or --do_train False to evaluate or predict with what was trained" if training else "")
+        )
+
+
+# Whose state of a run is in a checkpoint, by files that it leaves.
+ENGINES = {"DeepSpeed": "global_step*", "FSDP": "pytorch_model_fsdp*", "one process or DDP": "optimizer.pt"}
+
+
+def check_engine(checkpoint: Path, config: Config) -> None:
+    """Refuse to go on with the state that another engine saved, or DeepSpeed on another number of processes."""
+    deepspeed, fsdp, plain = ENGINES
+    here = fsdp if is_fsdp(config) else deepspeed if is_sharded(config) else plain
+    its = next((engine for engine, files in ENGINES.items() if any(checkpoint.glob(files))), plain)
+    if its != here:
+        raise ConfigError(f"{checkpoint} was saved under {its}, this run is under {here}: start it as it was")
+    before, processes = len([*checkpoint.glob("global_step*/*optim_states.pt")]), config.training.world_size
+    if its == deepspeed and before != processes:
+        raise ConfigError(
+            f"{checkpoint}: DeepSpeed goes on only with the {before} processes of before, not {processes}"
         )
 
 
@@ -5301,16 +5427,18 @@ class QLoRATrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The batches of one optimizer step; notes their rows and counts their tokens."""
         source = self.masked(epoch_iterator, self.masking) if self.masking else epoch_iterator
-        # to send the count to the GPU would wait for all that it has still to do, and no step be launched meanwhile
-        alone = self.args.world_size == 1
-        batches, items = super().get_batch_samples(source, num_batches, torch.device("cpu") if alone else device)
+        batches, learnt = list(itertools.islice(source, num_batches)), 0
         for batch in batches:  # one, or at an epoch's end none
             self.place = batch.pop("place", None)
-            self.learnt = bool((batch["labels"] != IGNORE).any())
+            learnt = int((batch["labels"] != IGNORE).sum())
             self.tokens_seen += sum(batch["window"].lengths)
+        self.learnt = learnt > 0
         if self.window is None:
             self.first = self.moved = self.state.global_step
-        return batches, torch.as_tensor(items).clamp(min=1)  # 0 where no token happens to be masked
+        # added up by the CPUs: a GPU would be waited for until it is done with all that it has still to do, and
+        # no step be launched meanwhile
+        everywhere = agree(learnt, "SUM") if batches and self.args.average_tokens_across_devices else learnt
+        return batches, torch.tensor(max(1, everywhere))  # 0 where no token happens to be masked
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a window, in as many micro-batches as memory asks for.
@@ -5318,8 +5446,11 @@ class QLoRATrainer(Trainer):
         Where memory runs out, the same window is repeated in smaller ones, from the same random numbers.
         """
         window = inputs["window"]
+        self._try_fast_path(model)
         start = all_random_states()
-        if not model.training:  # setting it walks all modules: 5 ms at 7B
+        if (
+            self.model is not None and not self.model.training
+        ):  # DeepSpeed's wrapper does not know; setting it walks all modules: 5 ms at 7B
             model.train()
         while True:
             try:
@@ -5342,10 +5473,21 @@ class QLoRATrainer(Trainer):
             average_gradients(model)
         return torch.stack([loss for _, loss in parts]).sum()
 
+    def _try_fast_path(self, model: Any) -> None:
+        """Once an engine has spread the weights; every process takes part."""
+        if self.fast.spread or self.config.masked or not is_sharded(self.config):
+            return
+        inside = self.runtime().model
+        base = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
+        self.fast = choose_fast_path(model, base, self.config, self.args.device)
+        log_block("Fast path", self.fast.lines())
+        if self.config.training.chunked_head and self.fast.head is None:  # micro-batches were cut for that
+            self.sizes = self.sizes._replace(rows=self.config.training.per_device_train_batch_size)
+
     def _window_step(self, model: Any, window: Window, items: Any) -> list[tuple[list[str], torch.Tensor]]:
         done, parts = [], self._parts(window)
         sharded = is_sharded(self.config)
-        with attention_of(self.runtime().model, self.fast.attention):
+        with attention_of(self.model, self.fast.attention):
             for i, members in enumerate(parts):
                 last = i == len(parts) - 1
                 self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed takes its step by it
@@ -5407,9 +5549,10 @@ class QLoRATrainer(Trainer):
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
         """Rows, mean loss, and of masked tokens how many are found; kept here: the Trainer gathers nothing uneven."""
+        self._try_fast_path(model)
         window, total, right = inputs["window"], torch.zeros((), device=self.args.device), 0
         smoothing, count = self.args.label_smoothing_factor, max(1, int((inputs["labels"] != IGNORE).sum()))
-        with torch.no_grad(), attention_of(self.runtime().model, self.fast.attention):
+        with torch.no_grad(), attention_of(self.model, self.fast.attention):
             for members in self._parts(window):
                 batch = on_device(self._batch(window, members), self.args.device)
                 with self.compute_loss_context_manager():
@@ -5502,7 +5645,7 @@ class QLoRATrainer(Trainer):
         """Before weights are saved: with them, is the loss of the rows that they were just trained on finite?"""
         batch = on_device(self._batch(window, self._parts(window)[0]), self.args.device)
         model.eval()  # draws no random numbers; training_step turns it back
-        kernel = attention_of(self.runtime().model, self.fast.attention)
+        kernel = attention_of(self.model, self.fast.attention)
         with torch.no_grad(), kernel, self.compute_loss_context_manager():
             finite = bool(summed_loss(model, self.fast, batch).isfinite())
         if not finite:
@@ -5596,13 +5739,13 @@ def window_arguments(args: TrainingArguments) -> TrainingArguments:
     changed: dict[str, Any] = {name: False for name in CHECKPOINTING if hasattr(args, name)}
     # it reads the loss, and so waits for the GPU; our own check stops at both
     changed["logging_nan_inf_filter"] = False
-    # pinned batches reach the GPU without a wait for what it has still to do
-    config: Any = args.accelerator_config
-    changed["accelerator_config"] = dataclasses.replace(config, non_blocking=torch.cuda.is_available())
     if args.ddp_find_unused_parameters is None:  # the Trainer's True stops at layers that are recomputed as ours are
         changed["ddp_find_unused_parameters"] = False
     changed["per_device_train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
     changed["gradient_accumulation_steps"] = 1
+    if args.deepspeed:  # a batch that its file fixes is that of the flags, which check_config compared
+        batch = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+        changed["deepspeed"] = args.hf_deepspeed_config.config | dict.fromkeys(batch, "auto")
     return dataclasses.replace(args, **changed)
 
 
@@ -5796,7 +5939,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             where: dict[str, Any] = {"repo_id": str(trainer.hub_model_id), "revision": trainer.args.hub_revision}
             with mendable("--push_to_hub: all is saved here, but the hub does not take it"):
                 token = trainer.args.hub_token
-                upload_folder(**where, folder_path=final, allow_patterns=[*sorted(written), "README.md"], token=token)
+                upload_folder(**where, folder_path=final, allow_patterns=[*written, "README.md"], token=token)
             log.info("pushed to %s", trainer.hub_model_id)
     trainer.accelerator.wait_for_everyone()
 
@@ -6158,6 +6301,7 @@ def use(trainer: QLoRATrainer, start: Start, pairs: Splits, config: Config) -> d
 def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: int, config: Config) -> Ready:
     """A loaded base -> what trains, on the fast path, its steps cut to the memory there is."""
     apply_liger(base, config)
+    stay_on_device(base)
     model = make_trainable(base, config, start.weights)
     if config.lora.init_lora_weights.lower() == "eva" and start == Start(train=True) and not config.quant.full_finetune:
         start_from_inputs(model, rows, pad_id, config)
@@ -6167,9 +6311,8 @@ def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: in
     sizes, plan = choose_sizes(costs, model, base, fast, rows, config)
     start_recomputing(base, fast, sizes, compute_dtype(config), is_sharded(config))
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
-    parts = {"rows end to end": fast.attention, "logits in chunks": fast.head}
-    found = {name: "no" if part is None else "yes" for name, part in parts.items()} | {"steps": sizes}
-    log_block("Fast path", found | (plan.lines() if plan else {}))
+    said = {} if is_sharded(config) else fast.lines()  # what an engine spreads is tried when it is
+    log_block("Fast path", said | {"steps": sizes} | (plan.lines() if plan else {}))
     return Ready(model, fast, sizes, plan)
 
 
@@ -6271,6 +6414,8 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
     this_run = identity(config, statistics.get("train") if args.do_train else None)
     if start.found:
         check_identity(start.found, this_run, args.do_train)
+    if start.checkpoint:
+        check_engine(start.checkpoint, config)
     this_run["effective batch"] = effective_batch(start.checkpoint, args)
     for folder in (output, final_folder(config)):  # one that can't be written shows before the model is loaded
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ Runs are started all at once where they do not depend on each other: importing t
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -150,6 +151,8 @@ def test_fsdp_shards_a_base_of_4_bits(start, runs):
     log = finish(start(2, here / "fsdp", **flags))
     same(here / "fsdp", here / "one")
     assert "FSDP or DeepSpeed holds the weights" in log
+    # tried on the weights as they are spread
+    assert re.search(r"rows end to end +yes", log) and re.search(r"logits in chunks +yes", log)
 
 
 def test_errors_are_said_once_and_end_all(start, tmp_path):
