@@ -298,8 +298,8 @@ def world() -> tuple[int, int]:
 
 # How torch's collectives say that another process is there no more.
 PEER_GONE = re.compile(
-    r"connection (was )?(closed|reset|refused|timed out)|broken pipe|no route to host|(network|host) is (down|unreachable)"
-    r"|remote process|nccl.*(abort|timeout|remote)",
+    r"connection (was )?(closed|reset|refused|timed out)|broken pipe|no route to host"
+    r"|(network|host) is (down|unreachable)|remote process|nccl.*(abort|timeout|remote)",
     re.I,
 )
 
@@ -2727,17 +2727,32 @@ def attention_kernel(config: Config) -> str | None:
 
 
 LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
+# What derives from it and gives more than a product: routers of Llama 4 and PhiMoE, groups of DeepSeek V4.
+NO_PRODUCT = ("Router", "GroupedLinear")
 
 
 def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
     """Full names of every linear layer except the output head; of a masked model, those of its encoder."""
     head = model.get_output_embeddings()
-    layers = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]
+    layers = [
+        name for name, module in model.named_modules()
+        if isinstance(module, LINEAR) and module is not head and not type(module).__name__.endswith(NO_PRODUCT)
+    ]  # fmt: skip
     if not masked:
         return layers
     # what transforms and predicts lies beside the encoder; in it ESM's predictor of contacts, which never runs here
     inside = set(model.base_model.modules())
     return [name for name in layers if model.get_submodule(name) in inside and "contact_head" not in name.split(".")]
+
+
+def stacked_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Weights of many experts in one tensor, which bitsandbytes does not know and leaves as they are."""
+    owners = [(name, module) for name, module in model.named_modules() if not hasattr(module, "kernel_size")]
+    return {
+        f"{name}.{leaf}": weight
+        for name, module in owners for leaf, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3 and len(weight) > 1
+    }  # fmt: skip
 
 
 def without_weights(config: Config, model_config: PretrainedConfig) -> Any:
@@ -2848,6 +2863,13 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
     whole = [name for name in layers if type(model.get_submodule(name)).__module__.startswith("torch")]
     if whole and not own and config.quant.bits < 16:
         log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
+    stacked = stacked_experts(model) if config.quant.bits < 16 else {}
+    if stacked:
+        gib, kind = sum(weight.nbytes for weight in stacked.values()) / GIB, next(iter(stacked.values())).dtype
+        log.warning(
+            "%d tensors of stacked experts stay in %s and take %.2f GiB, bitsandbytes quantises none such: %s, ...",
+            len(stacked), str(kind).removeprefix("torch."), gib, min(stacked),
+        )  # fmt: skip
     # keeps the Trainer from wrapping the one model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
     model.config.use_cache = False  # of no use in training; generation turns it on
@@ -3458,6 +3480,11 @@ GATED_MLP = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 SHARED_INPUT = ("q_proj", "k_proj", "v_proj")  # as most families call them
 
 
+def is_gated_mlp(module: Any) -> bool:
+    """Whether a block computes what fused_mlp does."""
+    return GATED_MLP in inspect.getsource(type(module).forward)
+
+
 def fusible(module: Any) -> FusedLinear | None:
     """An adapted layer as the functions above take it; None for what they do not know (DoRA, a bias in lora_B, ...)."""
     name = next(iter(module.active_adapters), "")
@@ -3479,7 +3506,7 @@ def fuse_adapters(model: Any) -> list[str]:
     for name, module in model.named_modules():
         wanted = [f"{name}.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
         parts = [known[leaf] for leaf in wanted if leaf in known]
-        if len(parts) == 3 and GATED_MLP in inspect.getsource(type(module).forward):
+        if len(parts) == 3 and is_gated_mlp(module):
             module.forward = partial(fused_mlp, module, gated_act(module.act_fn), parts)
     groups: dict[str, list[FusedLinear]] = defaultdict(list)
     for name, layer in known.items():
@@ -3583,6 +3610,17 @@ def set_random_state(device: torch.device, state: torch.Tensor) -> None:
         torch.cuda.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)
+
+
+def all_random_states() -> list[torch.Tensor]:
+    """Of every generator that a step may draw from: the CPU's and each GPU's, where layers lie on several."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def set_all_random_states(states: list[torch.Tensor]) -> None:
+    """The counterpart of all_random_states."""
+    torch.set_rng_state(states[0])
+    torch.cuda.set_rng_state_all(states[1:])
 
 
 def recompute(how: tuple[bool, bool], anchor: torch.Tensor, run: Any, hidden: torch.Tensor, *args: Any) -> Any:
@@ -3849,13 +3887,21 @@ def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
         layer._gradient_checkpointing_func = ours if fast.by_input else theirs
 
 
+def liger_patches() -> Mapping[str, Any] | None:
+    """By model_type, the function of liger-kernel that changes such a model; None where it is not installed."""
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as patches
+    except ImportError:
+        return None
+    return patches
+
+
 def apply_liger(model: Any, config: Config) -> None:
     """Take norms and rotary embedding from liger-kernel, where it is wanted, installed and has the model."""
     if not config.training.liger or triton is None or not torch.cuda.is_available():
         return
-    try:
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as patches
-    except ImportError:
+    patches = liger_patches()
+    if patches is None:
         log.info("liger-kernel is not installed: norms and rotary embedding are torch's, which takes a tenth longer")
         return
     patch = patches.get(model.config.model_type)
@@ -3899,6 +3945,9 @@ def end_to_end_kernel(model: Any, config: Config) -> str | None:
     if config.training.neftune_noise_alpha:
         log.info("rows are padded: --neftune_noise_alpha divides its noise by the root of a row's length")
         return None
+    if getattr(model.config.get_text_config(), "attn_temperature_tuning", None):
+        log.info("rows are padded: %s scales attention by the place in a micro-batch", type(model).__name__)
+        return None
     if wanted == "flash_attention_2":
         return wanted
     takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
@@ -3939,6 +3988,31 @@ def trial_windows(base: Any) -> list[Window]:
     return [collate_window(rows)["window"] for rows in ([a, b], [c, b])]
 
 
+SPANS = ("sliding_window", "attention_chunk_size")  # how far attention reaches, as configs and modules call it
+
+
+@contextlib.contextmanager
+def short_spans(model: Any, longest: int) -> Iterator[None]:
+    """For a while attention that reaches less far than the longest row reaches a few tokens back.
+
+    Our kernel is told how far that is; where the model only puts it into its mask (PhiMoE, Llama 4's chunks), short
+    rows would not show it.
+    """
+    owners = [model.config.get_text_config(), *model.modules()]
+    found = [(owner, name, getattr(owner, name, None)) for owner in owners for name in SPANS]
+    saved = [
+        (owner, name, value) for owner, name, value in found
+        if isinstance(value, int) and 8 < value < longest
+    ]  # fmt: skip
+    try:
+        for owner, name, _ in saved:
+            setattr(owner, name, 8)
+        yield
+    finally:
+        for owner, name, value in saved:
+            setattr(owner, name, value)
+
+
 def choose_fast_path(model: Any, base: Any, config: Config, device: Any = None) -> FastPath:
     """What of the fast path a model takes: each part is tried on a few tokens and left out where the numbers differ.
 
@@ -3956,7 +4030,8 @@ def choose_fast_path(model: Any, base: Any, config: Config, device: Any = None) 
     fast = FastPath(offloads=config.training.offload_activations, spread=is_sharded(config))
     name, training, dtype = type(base).__name__, model.training, compute_dtype(config)
     model.eval()
-    with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
+    spans = short_spans(base, limits_of(config).longest if kernel == END_TO_END else 0)
+    with torch.no_grad(), spans, torch.autocast(device.type, dtype, dtype != torch.float32):
         batch = on_device(padded_batch(windows[0], [0, 1], 0, "right"), device)
         known = logits_at(model, fast, batch)
         with_head = fast._replace(head=head, post=head_rule(base))
@@ -3974,10 +4049,12 @@ def choose_fast_path(model: Any, base: Any, config: Config, device: Any = None) 
                 found = [logits_at(model, fast, batch) for batch in flat] if kernel else []
             except NotImplementedError:
                 found = []
-        if found and same(known, found[0], noise) and torch.equal(found[0][16:], found[1][16:]):
+        # a neighbour changes nothing; but an expert multiplies the tokens of all rows at once, which rounds otherwise
+        near = 2 * noise + 1e-5 * known.norm() if stacked_experts(base) else 0.0
+        if found and same(known, found[0], noise) and float((found[0] - found[1])[16:].norm()) <= near:
             fast = fast._replace(attention=kernel)
         elif kernel:
-            log.info("rows are padded: in %s rows that lie end to end would see each other", name)
+            log.info("rows are padded: in %s rows that lie end to end would see each other, or too far back", name)
     model.train(training)
     if fast.spread:  # it recomputes as the engine's hooks know it
         return fast._replace(by_input=False)
@@ -4177,23 +4254,111 @@ def parameter_bytes(count: int, rows: int, config: Config) -> int:
     return count + 4 * rows if bits == 8 else count * plain
 
 
-def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
-    """The costs of the base model, from its shapes alone.
+def saved_by(act: Any) -> int:
+    """How many tensors beside its output an activation keeps for its backward pass: GPT-2's, in Python, four."""
+    kept: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+        out = act(torch.ones(1, requires_grad=True))
+    return len(kept.keys() - {out.data_ptr()})
 
-    What a layer keeps of a token is what the fast path keeps: the inputs of the two norms, those of each group of
-    linear layers, what attention takes and gives, gate and up, and the thin products.
+
+ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where their classes are
+ONE_INPUT = (*SHARED_INPUT, "query", "key", "value", "gate_proj", "up_proj")  # those of one block share theirs
+
+
+def kept_by_layer(model: Any, shapes: Mapping[str, tuple[int, ...]], adapted: set[str], config: Config) -> int:
+    """Bytes that a layer keeps of a token for its backward pass, counted over the modules of the first one.
+
+    The inputs of what trains (of layers that share one once, but peft's own functions cast each its copy), what
+    attention takes and gives, what the MLP's activation needs, the inputs of norms, and the thin products.
+
+    Args:
+        model: without weights.
+        shapes: inputs and outputs of each linear layer.
+        adapted: those with adapters; none in a full fine-tune.
+        config: the flags.
     """
+    text, train, lora, full = model.config.get_text_config(), config.training, config.lora, config.quant.full_finetune
+    width = min(compute_dtype(config).itemsize, load_dtype(config).itemsize)
+    inside = set((model.get_decoder() if hasattr(model, "get_decoder") else model).modules())  # no tower for images
+    parts = {name: part for name, part in model.named_modules() if layer_number(name) == 0 and part in inside}
+    linear = {name: shape for name, shape in shapes.items() if name in parts}
+    hidden, queries = int(text.hidden_size), int(getattr(text, "num_attention_heads", 0) or 1)
+    grouped = int(getattr(text, "num_key_value_heads", None) or queries)
+    size = int(getattr(text, "head_dim", None) or hidden // queries)
+
+    mlp = {name: shape for name, shape in linear.items() if LAYER_GROUPS["mlp"].fullmatch(name)}
+    inner = max((taken for taken, given in mlp.values() if given == hidden), default=0)
+    wide = sum(given for taken, given in mlp.values() if taken == hidden and given in (inner, 2 * inner))
+    acts = [module for module in parts.values() if type(module).__module__ in ACTIVATIONS]
+    alone = max(map(saved_by, acts), default=1)  # of an MLP without a gate
+    fused = full or (train.fused_lora and not lora.use_dora)
+    blocks = (parts[name] for name in parts if f"{name}.gate_proj" in mlp and f"{name}.down_proj" in mlp)
+    whole = fused and (full or adapted >= {*mlp}) and any(map(is_gated_mlp, blocks))
+    values = 2 * inner if whole else (alone + 2) * inner if wide >= 2 * inner else alone * inner
+
+    values += 2 * (queries + grouped) * size  # q, k, v, and what attention gives
+    if (hidden, (queries + 2 * grouped) * size) in linear.values() and getattr(text, "rope_parameters", None):
+        values += (queries + grouped) * size  # v is a part of what one layer gave, which stays as a whole
+    inputs: dict[str, int] = {}
+    for name in linear.keys() & (linear.keys() if full else adapted):
+        owner, _, leaf = name.rpartition(".")
+        taken, given = linear[name]
+        own = name in adapted and (not fused or isinstance(parts[name], Conv1D))
+        if own and lora.lora_dtype == "float32" and width < 4:
+            inputs[name] = taken
+        elif leaf in ONE_INPUT:
+            inputs[owner] = taken
+        elif not (whole and name in mlp) and not (name not in mlp and (taken, given) == (queries * size, hidden)):
+            inputs[name] = taken  # that of the output projection is what attention gave
+    kept = width * (values + sum(inputs.values())) + 4 * queries
+    if adapted:
+        kept += width * lora.lora_r * len(adapted & linear.keys())
+        kept += sum(linear[name][0] for name in adapted & linear.keys()) if lora.lora_dropout else 0
+    here = torch.cuda.is_available() and not train.plan_gpu  # else liger-kernel is taken to be installed
+    liger = train.liger and (not here or model.config.model_type in (liger_patches() or {}))
+    return kept + sum(
+        kept_by_norm(leaf_name(name), module, hidden, (queries, grouped, size), width if liger else 4)
+        for name, module in parts.items()
+        if "Norm" in type(module).__name__
+    )
+
+
+def kept_by_norm(leaf: str, norm: Any, hidden: int, heads: tuple[int, int, int], width: int) -> int:
+    """Bytes of a token: a norm's input. Autocast's LayerNorms keep it in float32, and RMSNorms but liger-kernel's.
+
+    Args:
+        leaf: its name.
+        norm: the module.
+        hidden: channels of a token.
+        heads: of queries, of keys, and the channels of one.
+        width: bytes of a value where liger-kernel has the norm; those over all heads (OLMo) it leaves alone.
+    """
+    queries, grouped, size = heads
+    channels = norm.weight.numel() if getattr(norm, "weight", None) is not None else hidden
+    each_head, of_heads = channels == size != hidden, leaf in ("q_norm", "k_norm")
+    if each_head:
+        channels *= grouped if leaf.startswith("k") else queries
+    return channels * (4 if "RMS" not in type(norm).__name__ or (of_heads and not each_head) else width)
+
+
+def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
+    """The costs of the base model, from its shapes alone."""
     model, train, lora = without_weights(config, model_config), config.training, config.lora
     full = config.quant.full_finetune
     text, plain = model.config.get_text_config(), load_dtype(config).itemsize
     width = min(compute_dtype(config).itemsize, plain)
     layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
-    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in linear_layers(model, config.masked)}
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in linear_layers(model, config.masked)}
+    shapes = {  # inputs and outputs
+        name: tuple(module.weight.shape) if isinstance(module, Conv1D) else tuple(module.weight.shape)[::-1]
+        for name, module in modules.items()
+    }
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     every, held = sum(parameter.numel() for parameter in model.parameters()), sum(counts.values())
     targets = [] if full else lora_targets(model, lora, config.masked)
-    adapted = [shape for name, shape in shapes.items() if name in targets or leaf_name(name) in targets]
-    thin = sum(lora.lora_r * sum(shape) for shape in adapted)
+    adapted = {name for name in shapes if name in targets or leaf_name(name) in targets}
+    thin = sum(lora.lora_r * sum(shapes[name]) for name in adapted)
     trained = every - model.get_input_embeddings().weight.numel() if full else thin
     trained_width = plain if full else 4 if lora.lora_dtype == "float32" else 2
     head = model.get_output_embeddings()
@@ -4205,20 +4370,11 @@ def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
     inner = max((max(shape) for shape in of_layer.values()), default=4 * hidden)
     # experts stacked in one tensor, which stay frozen and whole: the values that a token meets
     at_once = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
-    experts = at_once * sum(weight.numel() // len(weight) for weight in model.parameters() if weight.dim() == 3)
-    queries = int(getattr(text, "num_attention_heads", 0) or 1)
-    grouped = int(getattr(text, "num_key_value_heads", None) or queries)
-    heads = 2 * (queries + grouped) * int(getattr(text, "head_dim", None) or hidden // queries)
-    # twice the MLP's width: gate and up, or what goes into the activation and what comes out of it
-    layer = width * (4 * hidden + heads + 2 * inner) + 4 * queries
+    experts = at_once * sum(weight.numel() // len(weight) for weight in stacked_experts(model).values())
+    layer = kept_by_layer(model, shapes, adapted, config)
     layer += width * experts // max(1, layers * hidden)  # of each expert gate, up and their product
-    if not full:
-        layer += width * lora.lora_r * len(of_layer)
-        layer += sum(shape[1] for shape in of_layer.values()) if lora.lora_dropout else 0
-        if not train.fused_lora:  # peft's own: a copy of each output, the product in the middle
-            layer += width * (sum(shape[0] for shape in of_layer.values()) // 2 + 2 * inner)
     return Costs(
-        weights=sum(parameter_bytes(counts[name], shape[0], config) for name, shape in shapes.items()),
+        weights=sum(parameter_bytes(counts[name], shape[1], config) for name, shape in shapes.items()),
         other=(every - held) * plain,
         adapters=thin * trained_width,
         gradients=trained * trained_width,
@@ -4394,8 +4550,11 @@ def strategy_lines(config: Config, costs: Costs) -> dict[str, str]:
     bits, ways = config.quant.bits, strategies(costs, config, find_gpu(config.training.plan_gpu).number)
     taken = {name: own for name, own in ways.items() if bits in STRATEGY_BITS.get(name, (bits,))}
     plans = {name: plan_from_flags(config, own) for name, own in taken.items()}
+    alone = plans["one process"]  # whose GPUs hold layers and wait for each other
+    plans["one process"] = alone._replace(gpu=alone.gpu._replace(number=1))
     lines = {
         name: f"{plan.needed():6.2f} GiB on each GPU{'' if plan.fits() else ': does not fit'}"
+        + (f", {plan.tokens_per_second():.0f} tokens per second" if plan.fits() and plan.gpu.tflops else "")
         for name, plan in plans.items()
     }
     best = next((name for name, plan in plans.items() if plan.fits()), None)
@@ -4457,7 +4616,8 @@ def choose_sizes(
         return plan.sizes, plan
     measured = calibrated(costs, model, base, fast, config)
     own = 0.95 * free_memory() - costs.gradients - (0 if costs.paged else costs.optimizer)
-    plan = make_plan(measured, find_gpu(None), lengths[0], window, config, own)
+    # of this process: where its layers lie on several GPUs, one waits for the other
+    plan = make_plan(measured, find_gpu(None)._replace(number=world()[1]), lengths[0], window, config, own)
     return plan.sizes, plan._replace(costs=costs)
 
 
@@ -5293,9 +5453,9 @@ class QLoRATrainer(Trainer):
 
         Where memory runs out, the same window is repeated in smaller ones, from the same random numbers.
         """
-        window, device = inputs["window"], self.args.device
+        window = inputs["window"]
         self._try_fast_path(model)
-        start = random_state(device)
+        start = all_random_states()
         inner: Any = self.model
         if not inner.training:  # DeepSpeed's wrapper does not know; setting it walks all modules: 5 ms at 7B
             model.train()
@@ -5311,7 +5471,7 @@ class QLoRATrainer(Trainer):
             Recompute.away.clear()
             FusedGroup.forget()
             self._make_room(window, reason)
-            set_random_state(device, start)
+            set_all_random_states(start)
         self.window, self.parts = window, parts
         if self.idle != set() and not is_sharded(self.config):
             idle = without_gradient(self.runtime().model)

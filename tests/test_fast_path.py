@@ -5,8 +5,10 @@ gradient. Angles of left-padded positions are float32 whatever the model is, and
 """
 
 import random
+import shutil
 import weakref
 from functools import partial
+from typing import Any
 
 import pytest
 import tiny
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import twins
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -196,6 +198,118 @@ def test_a_model_that_does_not_hand_on_lengths_or_makes_its_own_mask_pads_its_ro
         twins.assert_equal(got, expected, 1e-4)
 
 
+# Every family of transformers 5.23 whose attention reaches back over a window or a chunk only and that may take rows
+# end to end: what its config needs beside SPANNED, and whether it does where rows are longer than the window.
+SPANNED = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 260,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.1,
+    "pad_token_id": 0, "bos_token_id": 256, "eos_token_id": 257, "num_local_experts": 4, "num_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "sliding_window": 32, "use_sliding_window": True,
+    "max_window_layers": 0, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+_OWN = {"layer_types": None}  # all layers are of one kind, or the family says which are not
+_CHUNKS = {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 32, "sliding_window": None}
+_CHUNKS |= {"no_rope_layers": [1, 0], "intermediate_size_mlp": 128, "attn_temperature_tuning": False}
+_GEMMA4 = {"global_head_dim": 16, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 260}
+SPANNED_FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
+    "afmoe": ({}, True),
+    "beam": ({}, True),
+    "cohere2": ({}, True),
+    "cohere2_moe": ({}, True),
+    "cwm": ({}, True),
+    "dots1": ({"n_shared_experts": 1, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}, True),
+    "exaone4": ({}, True),
+    "exaone_moe": ({}, True),
+    "gemma3_text": ({}, True),
+    "gemma4_text": (_GEMMA4 | {"num_kv_shared_layers": 0}, True),
+    "kolibri1": ({}, True),
+    "laguna": ({}, True),
+    "mellum": ({}, True),
+    "ministral": ({}, True),
+    "ministral3": (_OWN, True),
+    "mistral": (_OWN, True),
+    "mixtral": (_OWN, True),
+    "modernbert-decoder": ({}, True),
+    "olmo3": ({}, True),
+    "phi3": (_OWN, True),
+    "qwen2": ({}, True),
+    "qwen3": ({}, True),
+    "qwen3_moe": (_OWN, True),
+    "smollm3": ({}, True),
+    "starcoder2": (_OWN, True),
+    "llama4_text": (_CHUNKS, False),  # these have it in the mask alone
+    "olmoe": (_OWN, False),
+    "phimoe": (_OWN | {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0}, False),
+    "qwen2_moe": ({}, False),
+}
+
+
+def spanned(name: str, longest: int, **options: Any) -> twins.Twins:
+    """A tiny model of the family, its rows of at most so many tokens."""
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"these transformers do not know {name}")
+    shape = {key: value for key, value in (SPANNED | options).items() if value is not None}
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape)).float()
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    flags = {"bits": 16, "model_max_len": longest, "objective": "clm"}
+    model = qlora.make_trainable(base, twins.parse("none", **flags), None)
+    return twins.make("none", model, dtype=None, **flags)
+
+
+SPANNED_ROWS = (70, 45, 40, 17, 33)
+
+
+def assert_spanned(both: twins.Twins) -> None:
+    """As rows, and as packs of them, what transformers' own model computes of padded rows."""
+    rows = twins.rows_of(SPANNED_ROWS)
+    expected = twins.quick(both.stock, qlora.FastPath(), twins.window_of(rows))
+    packs = twins.window_of([{"pack": rows[:3]}, {"pack": rows[3:]}])
+    for window, parts in ((twins.window_of(rows), None), (packs, [[0, 1, 2], [3, 4]])):
+        twins.assert_equal(twins.quick(both.quick, both.fast, window, parts, recomputed=1), expected, 1e-3)
+
+
+@pytest.mark.parametrize("name", SPANNED_FAMILIES)
+def test_rows_longer_than_the_window_see_no_further_back(name, log_lines):
+    """Rows of the try before training are shorter than the window, as a real one's always are."""
+    options, end_to_end = SPANNED_FAMILIES[name]
+    both = spanned(name, longest=70, **options)
+    assert bool(both.fast.attention) == end_to_end
+    assert ("rows are padded: " in log_lines.text) == (not end_to_end)
+    assert_spanned(both)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "phimoe", "qwen2_moe"])
+def test_a_window_as_long_as_any_row_needs_no_mask(name):
+    options, _ = SPANNED_FAMILIES[name]
+    both = spanned(name, longest=70, **{**options, "sliding_window": 70})
+    assert both.fast.attention == qlora.END_TO_END
+    assert_spanned(both)
+
+
+def test_a_scale_by_the_place_in_the_micro_batch_is_noticed(log_lines):
+    """That of Llama 4's layers without rotary embedding, in steps of 8192 tokens; here of 30."""
+    scaled = {"attn_temperature_tuning": True, "floor_scale": 30, "attention_chunk_size": 512}
+    both = spanned("llama4_text", longest=70, **_CHUNKS | scaled)
+    assert both.fast.attention is None and "by the place in a micro-batch" in log_lines.text
+    assert_spanned(both)
+    both = spanned("llama4_text", longest=70, **_CHUNKS | {"attention_chunk_size": 512})
+    assert both.fast.attention == qlora.END_TO_END
+    assert_spanned(both)
+
+
+def test_the_try_leaves_the_windows_as_they_were():
+    both = spanned("mistral", longest=70, **_OWN)
+    found = [
+        module.sliding_window
+        for module in both.quick.modules()
+        if isinstance(getattr(module, "sliding_window", None), int)
+    ]
+    assert twins.base_of(both.quick).config.sliding_window == 32 and set(found) <= {32}
+
+
 CUTS = {  # of six members with 104 tokens
     "one by one": lambda window, padded: qlora.micro_batches(window, 1, qlora.NO_LIMIT, padded),
     "accumulated": lambda window, padded: qlora.micro_batches(window, 2, qlora.NO_LIMIT, padded),
@@ -232,6 +346,64 @@ def tolerance(name: str) -> float:
     return SINGLE if name == "mpt" else DOUBLE
 
 
+class PlacedDropout:
+    """Stands for torch.native_dropout: a token's mask depends on its row and place in it, however the rows lie."""
+
+    def __init__(self, monkeypatch) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.drawn = torch.rand(len(LENGTHS), max(LENGTHS), 512, generator=generator)
+        for name in ("padded_batch", "end_to_end_batch"):
+            monkeypatch.setattr(qlora, name, partial(self.noted, getattr(qlora, name), name == "padded_batch"))
+        monkeypatch.setattr(torch, "native_dropout", self.dropped)
+
+    def noted(self, make, padded, window, members, *args):
+        longest = max(window.lengths[i] for i in members)
+        places = [self.drawn[i, : longest if padded else window.lengths[i]] for i in members]
+        self.drawn_of_batch = torch.cat(places)
+        return make(window, members, *args)
+
+    def dropped(self, x, p, train):
+        if not train:
+            return x, None
+        mask = (self.drawn_of_batch[:, : x.shape[-1]] >= p).view(x.shape)
+        return x * mask / (1 - p), mask
+
+
+WAYS = {  # of computing one window: how it is cut, layers recomputed, and what of the fast path is left out
+    "padding-free": ("regrouped, all", 0, {}),
+    "padded": ("regrouped, all", 0, {"attention": None}),
+    "accumulated": ("accumulated", 0, {}),
+    "regrouped": ("regrouped, at most 60 tokens", 0, {}),
+    "recomputed": ("regrouped, all", 2, {}),
+    "all logits": ("regrouped, all", 0, {"head": None, "post": None}),
+    "everything": ("regrouped, at most 60 tokens", 2, {}),
+}
+
+
+@pytest.mark.parametrize(("bits", "dropout"), [(4, 0.0), (4, 0.1), (8, 0.1), (16, 0.1)])
+@pytest.mark.parametrize("name", ["llama", "llama_gqa", "qwen2", "gemma", "mistral"])
+def test_every_way_gives_one_loss_and_one_gradient(models, monkeypatch, name, bits, dropout):
+    """In every precision of the base, with and without dropout of the same masks: as peft's layers on padded rows."""
+    model, options, _ = FAMILIES[name]
+    both = twins.make(models(model, **options), bits=bits, lora_dropout=dropout)
+    if dropout:
+        twins.draw_alike(both.stock)
+        PlacedDropout(monkeypatch)
+    rows = twins.rows_of(LENGTHS)
+    window = twins.window_of(rows)
+    packs = twins.window_of([{"pack": rows[:2]}, {"pack": rows[2:4]}, {"pack": rows[4:]}])
+    expected = twins.quick(both.stock, qlora.FastPath(), window)
+    for cut, recomputed, left_out in WAYS.values():
+        fast = both.fast._replace(**left_out)
+        parts = CUTS[cut](window, fast.attention is None)
+        twins.assert_equal(twins.quick(both.quick, fast, window, parts, recomputed), expected, DOUBLE)
+    parts = qlora.micro_batches(packs, 1, qlora.NO_LIMIT, False)
+    twins.assert_equal(twins.quick(both.quick, both.fast, packs, parts), expected, DOUBLE)
+    if dropout:  # what the masks are good for
+        both.stock.eval()
+        assert min(twins.errors(twins.quick(both.stock, qlora.FastPath(), window), expected).values()) > 1e-3
+
+
 # ------------------------------------------------------------------------------------
 # Flags that change what the layers compute
 # ------------------------------------------------------------------------------------
@@ -246,7 +418,13 @@ VARIANTS = {
     "nf4 gpt_neox": ("gpt_neox", {"bits": 4}),
     "8 bit": ("llama_gqa", {"bits": 8}),
     "8 bit qwen2": ("qwen2", {"bits": 8}),
+    "nf4 qwen3": ("qwen3", {"bits": 4}),
+    "nf4 mistral": ("mistral", {"bits": 4}),
+    "8 bit gemma": ("gemma", {"bits": 8}),
+    "8 bit mistral": ("mistral", {"bits": 8}),
     "16 bit": ("llama_gqa", {}),
+    "rslora, bias, nf4": ("qwen2", {"use_rslora": True, "lora_bias": "all", "bits": 4, "lora_alpha": 7.5}),
+    "rslora, bias, 8 bit": ("qwen2", {"use_rslora": True, "lora_bias": "lora_only", "bits": 8}),
     "rslora": ("llama_gqa", {"use_rslora": True, "lora_alpha": 7.5}),
     "every bias": ("qwen2", {"lora_bias": "all"}),
     "adapted layers' bias": ("qwen2", {"lora_bias": "lora_only"}),
@@ -736,6 +914,70 @@ def test_fifty_steps_fast_and_slow_are_one_curve(run_qlora, tmp_path, trained, m
     assert torch.allclose(alone, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "olmoe"])
+def test_a_packed_run_is_the_unpacked_one(run_qlora, models, tmp_path, family):
+    """All 24 rows in each window, however many packs that is; OLMoE's own one of 16 tokens is in its mask alone."""
+    flags = {"per_device_train_batch_size": 24, "bits": 16, "optim": "sgd", "learning_rate": 0.5, "max_steps": 2}
+    flags |= {"source_max_len": 64, "target_max_len": 64, "max_grad_norm": 1.0, "save_strategy": "no"}
+    flags["model_name_or_path"] = models(family, **({"sliding_window": 16} if family == "olmoe" else {}))
+    plain = run_qlora(output_dir=tmp_path / "plain", **flags, **SLOW)
+    with twins.counted() as calls:
+        packed = run_qlora(output_dir=tmp_path / "packed", packing=True, auto_batch=True, **flags)
+    assert "packing: 24 rows in " in packed.stderr
+    assert (family == "olmoe") == ("rows are padded: in OlmoeForCausalLM" in packed.stderr)
+    assert bool(calls["end_to_end_attention"] > 4) == (family == "llama")  # more than the try before training
+    assert losses(packed) == pytest.approx(losses(plain), rel=1e-5)
+    assert losses(packed, "grad_norm") == pytest.approx(losses(plain, "grad_norm"), rel=1e-4)
+    assert_adapters_equal(packed, plain, rtol=1e-4, atol=1e-6)
+
+
+def unknown_model(path, source):
+    """A model that the fast path knows nothing of: layers of another class, blocks and a head of its own."""
+    shutil.copytree(source, path)
+    code, weights = (path / "modeling_toy.py").read_text(), load_file(path / "model.safetensors")
+    changes = {
+        "class ToyBlock(GradientCheckpointingLayer)": "class ToyBlock(nn.Module)",
+        "supports_gradient_checkpointing = True": "supports_gradient_checkpointing = False",
+        "nn.Linear(size, 3 * size, bias=False)": "Conv1D(3 * size, size)",
+        "nn.Linear(size, size, bias=False)": "Conv1D(size, size)",
+        "nn.Linear(size, 2 * size)": "Conv1D(2 * size, size)",
+        "nn.Linear(2 * size, size)": "Conv1D(size, 2 * size)",
+        "self.lm_head(x)": "3 * torch.tanh(self.lm_head(x))",
+        "from torch import nn\n": "from torch import nn\nfrom transformers.pytorch_utils import Conv1D\n",
+    }
+    for old, new in changes.items():
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    (path / "modeling_toy.py").write_text(code)
+    for name in [name for name in weights if name.startswith("blocks.") and "norm" not in name]:
+        if name.endswith(".weight"):
+            weights[name] = weights[name].t().contiguous()
+            weights.setdefault(name.replace(".weight", ".bias"), torch.zeros(weights[name].shape[1]))
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("unknown", [False, True], ids=["known in part", "unknown"])
+def test_a_model_that_the_fast_path_does_not_know_trains_on_the_stock_path(run_qlora, models, tmp_path, unknown):
+    folder = models("remote_code")
+    folder = unknown_model(tmp_path / "all_its_own", folder) if unknown else folder
+    flags = {"model_name_or_path": folder, "trust_remote_code": True, "bits": 16, "learning_rate": 1e-2}
+    with twins.counted() as calls:
+        fast = run_qlora(output_dir=tmp_path / "fast", auto_batch=True, **flags)
+    slow = run_qlora(output_dir=tmp_path / "slow", **flags, **SLOW)
+    assert fast.code == slow.code == 0 and (fast.output_dir / "completed").exists()
+    assert "rows are padded: ToyForCausalLM does not take rows that lie end to end" in fast.stderr
+    if unknown:
+        assert not calls, calls
+        assert "8 adapted layers stay with peft's own functions" in fast.stderr
+        assert "logits are computed whole: ToyForCausalLM" in fast.stderr
+    else:  # its layers and its head are ordinary
+        assert calls["FusedLoRA"] and calls["ChunkedCrossEntropy"] and calls["again"]
+    assert losses(fast)[-1] < losses(fast)[0]
+    assert losses(fast) == pytest.approx(losses(slow), rel=1e-5)
+    assert_adapters_equal(fast, slow, rtol=1e-3, atol=1e-5)
+
+
 class Memory:
     """In training, `fails(tokens of the micro-batch, number of the call)` is an out-of-memory error.
 
@@ -846,6 +1088,28 @@ def test_out_of_memory_drops_weights_kept_unpacked_first(run_qlora, tmp_path, me
     run = run_qlora(output_dir=tmp_path / "short", **flags)
     (line,) = complaints(run)
     assert "2 kept unpacked; repeating it with" in line and line.endswith("0 kept unpacked")
+    assert losses(run) == pytest.approx(losses(expected), rel=1e-6)
+    assert_adapters_equal(run, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_out_of_memory_takes_back_the_random_numbers_of_every_gpu(run_qlora, tmp_path, memory, monkeypatch):
+    """Layers of one process may lie on several: a generator of our own stands for a second GPU's."""
+    second, taken = torch.Generator().manual_seed(7), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [second.get_state()])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: taken.append(second.set_state(*states)))
+
+    def dropped(x, p, train):
+        """A mask of the second GPU's generator."""
+        mask = torch.rand(x.shape, generator=second) >= p
+        return x * mask / (1 - p), mask
+
+    monkeypatch.setattr(torch, "native_dropout", dropped)
+    flags = {**SMALL, "bits": 4, "unpacked_layers": "all", "recompute_layers": "none"}
+    expected = run_qlora(output_dir=tmp_path / "enough", **flags)
+    second.manual_seed(7)
+    memory.set_up(lambda tokens, call: call == 2)  # the second step, after its forward pass
+    run = run_qlora(output_dir=tmp_path / "short", **flags)
+    assert len(complaints(run)) == len(taken) == 1
     assert losses(run) == pytest.approx(losses(expected), rel=1e-6)
     assert_adapters_equal(run, expected, rtol=1e-5, atol=1e-6)
 

@@ -346,9 +346,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", _GEMMA),  # tied; norms are 1 + weight; embeddings times sqrt(hidden)
     "gemma2": ("gemma2", {**_GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 64}),
     "gemma3": ("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 64}),  # and norms on q and k
+    "olmo2": ("olmo2", {**_SHAPE, "num_key_value_heads": 2}),  # norms after the blocks, and on all of q and of k
     "granite": ("granite", {**_SHAPE, "logits_scaling": 3.0}),  # factors on embeddings, residuals and logits
     "cohere": ("cohere", {**_SHAPE, "logit_scale": 0.3}),  # tied; one norm a layer
     "lfm2": ("lfm2", {**_LFM2, "layer_types": ["conv", "full_attention"]}),  # tied; a convolution over the last tokens
+    "mixtral": ("mixtral", {**_SHAPE, "num_key_value_heads": 2, "num_local_experts": 4}),  # experts stacked, 3-D
+    "olmoe": ("olmoe", {**_SHAPE, "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}),
     "opt": ("opt", _OPT),  # learnt positions from the mask; biases; the MLP's layers stand in the block
     "gpt_neox": ("gpt_neox", _SHAPE),  # biases; the head is embed_out on disk, lm_head in memory
     "mpt": ("mpt", _MPT),  # ALiBi; no biases anywhere; tied
