@@ -755,6 +755,10 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
         derived["do_eval"] = True
     if flags["fsdp"] and "optim" not in given:
         derived["optim"] = "adamw_torch"  # bitsandbytes' can't step on shards
+    if flags["fsdp"] and torch.cuda.is_available() and "ddp_backend" not in given:
+        derived["ddp_backend"] = (
+            "cuda:nccl,cpu:gloo"  # the gradients' norm is taken where they are, with cpu_offload too
+        )
     if flags["adam8bit"]:
         derived["optim"] = "paged_adamw_8bit"
     if "," in flags["report_to"]:
@@ -2550,6 +2554,11 @@ def load_dtype(config: Config) -> torch.dtype:
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the later name, where there is one, rules
 
 
+# FSDP shards what is of a floating dtype. In bf16 it ruins a thousandth of the packed values: its copies on a GPU make
+# one NaN of all, and such bits are common there (https://github.com/pytorch/pytorch/issues/159333).
+FSDP_STORAGE = torch.float32
+
+
 def is_fsdp(config: Config) -> bool:
     """Whether FSDP spreads the model's weights, by the flags or by `accelerate launch`."""
     return bool(config.training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
@@ -2589,8 +2598,7 @@ def quantisation_config(config: Config, whole: list[str] | None = None) -> Any |
         bnb_4bit_compute_dtype=compute_dtype(config),
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_quant_type=quant.quant_type,
-        # FSDP shards what is of a floating dtype, and must not cast it: the one that it computes in
-        bnb_4bit_quant_storage=compute_dtype(config) if is_fsdp(config) else None,
+        bnb_4bit_quant_storage=FSDP_STORAGE if is_fsdp(config) else None,
     )
 
 
@@ -2767,6 +2775,47 @@ def without_weights(config: Config, model_config: PretrainedConfig) -> Any:
         hf_deepspeed._hf_deepspeed_config_weak_ref = saved
 
 
+def decoder_layers(model: Any) -> list[Any]:
+    """The layers that can be recomputed one by one."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _parts_of(model: Any, layers: list[Any], name: str = "") -> Iterator[str]:
+    """Names of a model's largest parts that hold no more than one layer."""
+    yield from (name + own for own, _ in [*model.named_parameters(recurse=False), *model.named_buffers(recurse=False)])
+    for own, child in model.named_children():
+        if child not in layers and any(module in layers for module in child.modules()):
+            yield from _parts_of(child, layers, f"{name}{own}.")
+        else:
+            yield name + own
+
+
+def even_map(gpus: int, config: Config, model_config: PretrainedConfig) -> dict[str, int] | None:
+    """Which GPU each part of the model goes to, so that all hold as much; None where that can't be had.
+
+    accelerate's own map gives the first of two GPUs 7 of an 8B model's 32 layers, and 36 of 80 of a 70B one's.
+    """
+    model, sizes = without_weights(config, model_config), Counter[str]()
+    packed = {f"{name}.weight" for name in linear_layers(model, config.masked)}
+    parts = list(_parts_of(model, decoder_layers(model)))
+    for name, parameter in model.named_parameters():
+        part = next(part for part in parts if f"{name}.".startswith(f"{part}."))
+        sizes[part] += parameter.numel() * (config.quant.bits if name in packed else 8 * parameter.itemsize)
+    places, gpu, held, left = dict[str, int](), 0, 0, sizes.total()
+    for part in parts:
+        if (
+            gpu < gpus - 1 and held and held + sizes[part] / 2 > left / (gpus - gpu)
+        ):  # this one has its share of the rest
+            gpu, left, held = gpu + 1, left - held, 0
+        places[part] = gpu
+        held += sizes[part]
+    head, names = model.get_output_embeddings(), {module: name for name, module in model.named_modules()}
+    if head is not None and head.weight is model.get_input_embeddings().weight:  # on one GPU
+        places[names[head]] = places[names[model.get_input_embeddings()]]
+    shares = [sum(sizes[part] for part in parts if places[part] == gpu) for gpu in range(gpus)]
+    return places if min(shares) > 0 and max(shares) / 8e6 <= config.quant.max_memory_MB else None
+
+
 def layers_left_whole(config: Config, model_config: PretrainedConfig) -> list[str] | None:
     """The prediction head of a masked model, found on a copy without weights; None leaves it to transformers."""
     if not config.masked:
@@ -2800,12 +2849,12 @@ def load_base(config: Config, model_config: PretrainedConfig, folder: str, **opt
 
 def check_prequantised(config: Config, own: Mapping[str, Any]) -> None:
     """Refuse flags that ask for more than weights that are quantised already can give."""
-    name, init, dtype = config.model.model_name_or_path, config.lora.init_lora_weights, compute_dtype(config)
+    name, init = config.model.model_name_or_path, config.lora.init_lora_weights
     stored = own.get("bnb_4bit_quant_storage", "uint8")
-    if is_fsdp(config) and stored != str(dtype).removeprefix("torch."):
+    if is_fsdp(config) and "float" not in stored:
         raise ConfigError(
-            f"--fsdp: {name} is quantised already and stored as {stored}, which FSDP can't shard (it takes {dtype} "
-            "here): give the base as published"
+            f"--fsdp: {name} is quantised already and stored as {stored}, which FSDP can't shard, it takes a floating "
+            "dtype: give the base as published"
         )
     if config.quant.full_finetune or lora_start_problem(init, quantised=True):
         what = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {init}"
@@ -2840,8 +2889,9 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         "attn_implementation": attention_kernel(config),
     }
     if options["device_map"] == "auto":
-        limit = f"{config.quant.max_memory_MB}MB"
-        options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), limit)
+        gpus, limit = torch.cuda.device_count(), f"{config.quant.max_memory_MB}MB"
+        options["max_memory"] = dict.fromkeys(range(gpus), limit)
+        options["device_map"] = (even_map(gpus, config, model_config) if gpus > 1 else None) or "auto"
     own = getattr(model_config, "quantization_config", None)
     if own:
         check_prequantised(config, own)
@@ -2856,9 +2906,11 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # or the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with others
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        scales: Any = getattr(getattr(module, "weight", None), "quant_state", None)
-        if scales is not None and is_fsdp(config) and torch.cuda.is_available():
-            scales.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+        weight: Any = getattr(module, "weight", None)
+        if is_fsdp(config) and hasattr(weight, "quant_state"):
+            weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)
+            if torch.cuda.is_available():
+                weight.quant_state.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
     layers = linear_layers(model, config.masked)
     whole = [name for name in layers if type(model.get_submodule(name)).__module__.startswith("torch")]
     if whole and not own and config.quant.bits < 16:
@@ -3858,11 +3910,6 @@ def _chunked(fast: FastPath, targets: torch.Tensor, smoothing: float, states: to
     with torch.cuda.device_of(states):
         there = targets.to(states.device)
         return ChunkedCrossEntropy.apply(states, head.weight, head.bias, there, fast.post, smoothing)
-
-
-def decoder_layers(model: Any) -> list[Any]:
-    """The layers that can be recomputed one by one."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def set_unpacked(model: Any, count: int, dtype: torch.dtype) -> None:
@@ -5361,6 +5408,8 @@ class QLoRATrainer(Trainer):
         masking: Masking | None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(model=ready.model, **kwargs)
+        if is_fsdp(config) and not config.quant.full_finetune:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None  # it would cast what is packed
         self.run, self.questions, self.config, self.masking = run, questions, config, masking
         self.fast, self.sizes, self.plan = ready.fast, ready.sizes, ready.plan
         self.model_accepts_loss_kwargs = True  # our loss is divided by the labelled tokens of the window
@@ -5551,6 +5600,12 @@ class QLoRATrainer(Trainer):
             return total / max(1, len(inputs["targets"]))
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return total * (scale / num_items_in_batch)
+
+    def compute_loss_context_manager(self) -> Any:
+        """Autocast for adapters under FSDP, which casts weights instead."""
+        dtype = compute_dtype(self.config)
+        ours = is_fsdp(self.config) and not self.config.quant.full_finetune and dtype != torch.float32
+        return torch.autocast(self.args.device.type, dtype) if ours else super().compute_loss_context_manager()
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 import qlora
 
@@ -424,8 +425,49 @@ def test_max_memory_is_set_for_each_gpu(models, monkeypatch):
         folder = str(models("llama"))
         qlora.load_model(config, qlora.load_model_config(config, folder), folder)
     (options,) = stop.value.args
-    assert options["device_map"] == "auto"
     assert options["max_memory"] == {0: "1234MB", 1: "1234MB"}
+    places = options["device_map"]  # the tiny base has two layers
+    assert places["model.embed_tokens"] == places["model.layers.0"] == 0
+    assert places["model.layers.1"] == places["model.norm"] == places["lm_head"] == 1
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 8])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_layers_lie_evenly_on_several_gpus(models, family, tied, gpus):
+    """By the shapes alone: 32 layers of 4-bit weights, between an embedding and a head of as many bytes as 9 layers."""
+    if family == "llama":
+        shape = LlamaConfig(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=32, num_attention_heads=8, vocab_size=32000,
+            tie_word_embeddings=tied,
+        )  # fmt: skip
+        layer = 4 * 1024**2 // 2 + 3 * 1024 * 4096 // 2
+    else:
+        shape = GPT2Config(n_embd=1024, n_layer=32, n_head=8, vocab_size=32000, tie_word_embeddings=tied)
+        layer = 12 * 1024**2 // 2
+    config = parse(models("llama"), bf16=True)
+    places = qlora.even_map(gpus, config, shape)
+    layers = [place for name, place in places.items() if re.search(r"\.(layers|h)\.\d+$", name)]
+    assert len(layers) == 32 and layers == sorted(layers) and set(places.values()) == set(range(gpus))
+    head = 32000 * 1024 * 2
+    held = [layer * layers.count(gpu) for gpu in range(gpus)]
+    held[0] += head
+    held[-1] += 0 if tied else head
+    assert max(held) <= max(sum(held) / gpus, head) + layer, held  # an embedding may be more than a share
+    assert min(held) >= min(sum(held) / gpus, (sum(held) - 2 * head) / gpus) - layer, held
+    names = [name for name in places if name.endswith(("embed_tokens", "wte", "lm_head"))]
+    assert len({places[name] for name in names}) == (1 if tied else 2), "a weight that two share is on one GPU"
+
+
+def test_what_is_too_large_for_the_limit_is_left_to_accelerate(models):
+    """The tiny base takes 82,000 packed values, of 0.5 byte, and 41,000 others of 4 bytes: 0.2 MB in all."""
+    folder = models("llama")
+    config = parse(folder, max_memory_MB=1)
+    shape = qlora.load_model_config(config, str(folder))
+    assert qlora.even_map(2, config, shape) is not None
+    assert qlora.even_map(2, parse(folder, max_memory_MB=1, bits=32), shape) is not None
+    object.__setattr__(config.quant, "max_memory_MB", 0)
+    assert qlora.even_map(2, config, shape) is None
 
 
 @pytest.mark.parametrize("key", ["rope_type", "type"])
