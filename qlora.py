@@ -324,9 +324,11 @@ def said_once(message: str, lost: bool) -> str | None:
     rank, processes = world()
     if processes == 1:  # or not connected yet: each machine's first process speaks for it
         return message if os.environ.get("LOCAL_RANK", "0") == "0" else None
-    others, until = set(range(processes)) - {rank}, time.monotonic() + (8 if lost else 2)
+    first = rank == 0 and not lost  # waits only to be heard: where no launcher keeps the store, it goes with rank 0
+    others = set(range(processes if lost or first else rank)) - {rank}
+    until = time.monotonic() + (2 if first else 8)
     heard: dict[int, str] = {}
-    met = False
+    met = False  # the store, to the end
     with contextlib.suppress(RuntimeError):  # whoever held the store is gone as well
         store = torch.distributed.distributed_c10d._get_default_store()
         store.set(f"qlora/{rank}", "" if lost else message)
@@ -335,8 +337,7 @@ def said_once(message: str, lost: bool) -> str | None:
             time.sleep(0.1)
         met = True
     if not lost:
-        known = [text for r, text in heard.items() if r < rank]
-        if message in known:
+        if (rank and not met) or message in [text for r, text in heard.items() if r < rank]:
             time.sleep(1)  # torchrun ends all when the first has ended: after whoever speaks
             return None
         return f"rank {rank}: {message}" if rank else message

@@ -7,8 +7,8 @@
 #   GPUS   processes on this machine; default: as many as it has GPUs
 #   PORT   29500
 #   NODES  how many machines, or a range as in 1:2: the run starts once no more than that come within 30 s
-# A machine or process that is lost ends the run on all others within a minute; a line says which (of HEAD itself,
-# torchrun says that its store is gone). The same command goes on from the last checkpoint, on as many machines as there are: the effective batch stays what it was.
+# A machine or process that is lost ends the run on all others within a minute; a line says which (of HEAD itself, its
+# address). The same command goes on from the last checkpoint, on as many machines as there are: the effective batch stays what it was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
