@@ -454,7 +454,6 @@ def test_layers_lie_evenly_on_several_gpus(models, family, tied, gpus):
     held[0] += head
     held[-1] += 0 if tied else head
     assert max(held) <= max(sum(held) / gpus, head) + layer, held  # an embedding may be more than a share
-    assert min(held) >= min(sum(held) / gpus, (sum(held) - 2 * head) / gpus) - layer, held
     names = [name for name in places if name.endswith(("embed_tokens", "wte", "lm_head"))]
     assert len({places[name] for name in names}) == (1 if tied else 2), "a weight that two share is on one GPU"
 
