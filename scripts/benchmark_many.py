@@ -122,7 +122,7 @@ def run(name: str, processes: int, own: list[str], arguments: argparse.Namespace
         "peak_gib": clock["peak_gib"],
         "step_seconds": clock["seconds"],
         "seconds": round(time.perf_counter() - began),
-        "command": " ".join(command),
+        "command": " ".join(["qlora.py", *command[command.index("--model_name_or_path") :]]),
     }
 
 
