@@ -26,6 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,16 +162,24 @@ class Pool:
     def results(self, jobs: Iterable[Job]) -> list[dict[str, Any]]:
         """Every job's measurements; of one that fails its reason, and the others go on."""
         found, waiting = [], [(job, self.submit(run_job, job, self.work)) for job in jobs]
+        began = time.perf_counter()
+        for job, future in waiting:
+            future.add_done_callback(partial(_say_done, job, began))
         for job, future in waiting:
             try:
                 found.append(future.result())
             except Exception as error:  # whatever it is, the other runs' numbers stay
                 reason = f"{type(error).__name__}: {error}"
                 found.append({"name": job.name, "seed": job.seed, "flags": shown(job.flags), "failed": reason})
-            last = found[-1]
-            ends = [round(last["eval"][i]["eval_loss"], 4) for i in (0, -1)] if last.get("eval") else "done"
-            print(f"{job.name}, seed {job.seed}: {last.get('failed') or ends}, {last.get('seconds')} s", flush=True)
         return found
+
+
+def _say_done(job: Job, began: float, future: Future[Any]) -> None:
+    error, taken = future.exception(), time.perf_counter() - began
+    ends = (
+        [] if error else [round(future.result()["eval"][i]["eval_loss"], 4) for i in (0, -1) if future.result()["eval"]]
+    )
+    print(f"{job.name}, seed {job.seed}: {error or ends or 'done'}, after {taken:.0f} s", flush=True)
 
 
 def base_folder(arguments: argparse.Namespace) -> str:
@@ -434,11 +443,16 @@ def plain_numbers(folder: str, adapter: str | None, texts: list[str], mmlu: str 
             total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
             tokens += ids.shape[1] - 1
         letters = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "ABCD"]
+        asked: dict[int, list[Any]] = defaultdict(list)  # questions of as many tokens go together, without padding
         for line in Path(mmlu).read_text(encoding="utf-8").splitlines()[:count] if mmlu else []:
             question = json.loads(line)
             ids = first + tokenizer(question["input"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            scores = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1, letters]
-            marks[question["subject"]].append("ABCD"[int(scores.argmax())] == question["output"])
+            asked[len(ids)].append((ids, question))
+        for group in asked.values():
+            prompts, questions = zip(*group, strict=True)
+            scores = model(input_ids=torch.tensor(prompts, device=model.device)).logits[:, -1, letters]
+            for choice, question in zip(scores.argmax(-1).tolist(), questions, strict=True):
+                marks[question["subject"]].append("ABCD"[choice] == question["output"])
     found = {"eval_loss": total / tokens}
     if marks:
         found["mmlu_eval_accuracy"] = statistics.mean(sum(own) / len(own) for own in marks.values())
