@@ -6596,8 +6596,8 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, Stop], int
             traceback.print_exc()
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # or the message would stand behind a progress bar
-        message = visible(HUB_TOKEN.sub("(a token)", known[1]))
-        message = said_once(message, lost, isinstance(error, KeyboardInterrupt))
+        own = visible(HUB_TOKEN.sub("(a token)", known[1]))
+        message = said_once(own, lost, isinstance(error, KeyboardInterrupt))
         if message:
             print(f"{'error: ' if known[0] else ''}{message}", file=sys.stderr, flush=True)
         if world()[1] > 1:  # what waits on a GPU for a process that is gone would keep this one from ending
