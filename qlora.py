@@ -316,10 +316,11 @@ def is_lost(error: BaseException | None) -> bool:
     return False
 
 
-def said_once(message: str, lost: bool) -> str | None:
+def said_once(message: str, lost: bool, stopped: bool = False) -> str | None:
     """What this process prints of an error: the lowest rank of those that met it, once; None for the others.
 
-    Each leaves its message where they all met; who leaves none was lost. Of that nobody speaks who has heard why.
+    Each leaves its message where they all met; who leaves none was lost. Of that nobody speaks who has heard why, nor
+    of a signal: torchrun sends one to all when the first has ended.
     """
     rank, processes = world()
     if processes == 1:  # or not connected yet: each machine's first process speaks for it
@@ -337,7 +338,8 @@ def said_once(message: str, lost: bool) -> str | None:
             time.sleep(0.1)
         met = True
     if not lost:
-        if (rank and not met) or message in [text for r, text in heard.items() if r < rank]:
+        why = stopped and any(text not in ("", message) for text in heard.values())
+        if why or (rank and not met) or message in [text for r, text in heard.items() if r < rank]:
             time.sleep(1)  # torchrun ends all when the first has ended: after whoever speaks
             return None
         return f"rank {rank}: {message}" if rank else message
@@ -484,6 +486,12 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     max_shard_size: str = flag("5GB", "Largest file of a merged or fully fine-tuned model.")
     adam8bit: bool = flag(False, "Short for --optim paged_adamw_8bit.")
     show_traceback: bool = flag(False, "Show an error's traceback; --debug without a value does the same.")
+
+    @property
+    def device(self) -> torch.device:
+        """Without the number that a CPU has among several processes: transformers 5.17 loads no optimizer onto that."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
 
 @dataclass
@@ -6588,7 +6596,8 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, Stop], int
             traceback.print_exc()
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # or the message would stand behind a progress bar
-        message = said_once(visible(HUB_TOKEN.sub("(a token)", known[1])), lost)
+        own = visible(HUB_TOKEN.sub("(a token)", known[1]))
+        message = said_once(own, lost, isinstance(error, KeyboardInterrupt))
         if message:
             print(f"{'error: ' if known[0] else ''}{message}", file=sys.stderr, flush=True)
         if world()[1] > 1:  # what waits on a GPU for a process that is gone would keep this one from ending

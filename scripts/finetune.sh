@@ -1,15 +1,9 @@
 #!/usr/bin/env bash
 # Pythia-12B on Alpaca: the original's first example.
 #
-# GPU memory: about 13 GiB at four rows of 512 tokens = weights 5.4 + embedding and head 1.9 (float32)
-#   + adapters, gradients and optimizer 2.8 + checkpointed inputs 1.4 + one layer 1.0 + logits 0.4.
-#   (nf4 with double quantisation: 4.127 bits a parameter; the optimizer's two states, 1.4 GiB of it,
-#   are paged and may move to CPU memory; the CUDA context and temporary buffers, about 1 GiB, come on
-#   top.) With --bf16: about 11 GiB.
-# Time: about 35 h on an H200, an estimate: 10000 x 16 rows of at most 512 tokens at 657 tokens/s, which
-#   is what a 7B LLaMA gave in bf16, one row at a time, (1 150), divided
-#   by the ratio of the parameters. Alpaca's rows are mostly far shorter, which makes it much less;
-#   float32 was not measured; evaluation and MMLU are not in it.
+# GPU memory: at least 11.9 GiB, with --bf16 10.5; on a larger GPU it takes more and recomputes less (`--plan`).
+# Time: about 2 hours on an H200 with --bf16, by `--plan --plan_gpu H200`, for 10000 x 16 rows of 512 tokens. Alpaca's
+#   are mostly far shorter; float32 was not measured; evaluation and MMLU are not in it.
 #
 # The original computes in float32 here, and so does this. On a GPU that can do bf16 add it:
 #   bash scripts/finetune.sh --bf16

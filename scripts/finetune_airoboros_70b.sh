@@ -1,14 +1,9 @@
 #!/usr/bin/env bash
 # airoboros-l2-70b: LLaMA-2-70B on airoboros' instructions in 4 bits, as its fork of QLoRA published it.
 #
-# GPU memory: about 61 GiB on each GPU, an estimate: weights 32.9 + embedding and head 1.0 + adapters,
-#   gradients and optimizer 12.3 + checkpointed inputs of 2 x 4096 tokens 10.0 + one layer 3 + logits 2.
-#   (nf4 with double quantisation: 4.127 bits a parameter; the optimizer's two states, 6.2 GiB of it,
-#   are paged and may move to CPU memory; the CUDA context and temporary buffers, about 1 GiB, come on
-#   top.) Every GPU holds a whole model.
-# Time: about 51 h of one H200 for every 20 million tokens, an estimate at 109 tokens/s, which is what 7B
-#   gave one row of at most 528 tokens at a time (1 150), divided by the ratio of the parameters; two rows
-#   of 4096 tokens at a time are faster. Evaluation is not in it.
+# GPU memory: at least 54 GiB on each GPU, 48 with the optimizer in the CPU's memory; on a larger one it takes more and
+#   recomputes less (`--plan`). Every GPU holds a whole model.
+# Time: about 3 hours of one H200 for every 20 million tokens, by `--plan --plan_gpu H200`. Evaluation is not in it.
 #
 # To edit: MODEL, DATASET, OUTPUT_DIR and WORKING_DIR by environment, anything else after the name:
 #   DATASET=instructions.jsonl bash scripts/finetune_airoboros_70b.sh --num_train_epochs 3

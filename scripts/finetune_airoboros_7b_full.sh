@@ -2,15 +2,14 @@
 # airoboros 7B, all weights: LLaMA-2-7B on airoboros' instructions in bf16, as its fork of QLoRA
 # published it: DeepSpeed ZeRO-2 on 7 GPUs.
 #
-# GPU memory: about 60 GiB on each of 7, an estimate: weights 12.6 + a seventh of the gradients 1.8 and of
-#   the optimizer's float32 copy and two states 10.8 + checkpointed inputs of 12 x 4096 tokens 12.0
-#   + one layer 6.3 + logits 15; the CUDA context and temporary buffers come on top.
-# Time: about half an hour for 5 epochs of 20 million tokens, an estimate: 54 GFLOP a token (recomputation
-#   included) at 40 % of an H200's 990 TFLOP/s on each of 7. Evaluation is not in it.
+# GPU memory: about 76 GiB on each of 7 GPUs of 80 GiB, which recompute every layer; larger ones recompute less
+#   (`--plan --plan_gpu 7x80GiB`).
+# Time: about an hour for 5 epochs of 20 million tokens on 7 A100, 18 minutes on 7 H200, by `--plan`. Evaluation is not
+#   in it.
 #
 # To edit: MODEL, DATASET, OUTPUT_DIR, WORKING_DIR and GPUS by environment, anything else after the name:
 #   GPUS=4 DATASET=instructions.jsonl bash scripts/finetune_airoboros_7b_full.sh --seed 1
-# Needs deepspeed (pip install deepspeed). DATASET is as in finetune_airoboros_70b.sh. The model goes to
+# Needs deepspeed (DS_BUILD_OPS=0 pip install deepspeed). DATASET is as in finetune_airoboros_70b.sh. The model goes to
 # OUTPUT_DIR, checkpoints and metrics to WORKING_DIR; embeddings are not trained. When to save is ours: a
 # checkpoint holds the optimizer too, about 80 GB. Where flash-attn is missing, sdpa is used.
 set -euo pipefail

@@ -1,10 +1,7 @@
 #!/usr/bin/env bash
 # ESM-1b on proteins of your own: masked language modelling with QLoRA's defaults, as QLoRA-for-MLM has it.
 #
-# GPU memory: about 1.5 GiB at one row of 1024 tokens = weights 0.3 + adapters, gradients and optimizer 0.7
-#   + checkpointed inputs 0.2 + one layer 0.2. (nf4 with double quantisation: 4.127 bits a parameter; the
-#   optimizer's two states, 0.4 GiB of it, are paged and may move to CPU memory; the CUDA context and
-#   temporary buffers, about 1 GiB, come on top.) Computed, not measured.
+# GPU memory: at least 2.3 GiB; on a larger GPU it takes more and recomputes less (`--plan`).
 # Time: not measured; 10000 x 16 rows of at most 1024 tokens, or what MAX_STEPS says.
 #
 # DATASET is a file (.json, .jsonl, .csv, .tsv, .parquet) with a column `input` or `text`, one protein in a row;

@@ -1,14 +1,9 @@
 #!/usr/bin/env bash
 # Guanaco 13B: LLaMA-13B on OpenAssistant, as published with QLoRA.
 #
-# GPU memory: 10.8 GiB at one row of 528 tokens in flight = weights 6.1 + embedding and head 0.6
-#   + adapters, gradients and optimizer 3.7 + checkpointed inputs 0.2 + one layer 0.1 + logits 0.1.
-#   (nf4 with double quantisation: 4.127 bits a parameter; the optimizer's two states, 1.9 GiB of it,
-#   are paged and may move to CPU memory; the CUDA context and temporary buffers, about 1 GiB, come on
-#   top.)
-# Time: about 7.4 h on an H200, an estimate: 1875 x 16 rows of at most 528 tokens at 596 tokens/s, which
-#   is what 7B gave one row at a time (1 150), divided by the ratio of
-#   the parameters. Shorter rows make it less; evaluation and MMLU are not in it.
+# GPU memory: at least 11.6 GiB; on a larger GPU it takes more and recomputes less (`--plan`).
+# Time: about half an hour on an H200, by `--plan --plan_gpu H200`, for 1875 x 16 rows of 528 tokens. Most are shorter;
+#   evaluation and MMLU are not in it.
 #
 # To edit: MODEL, DATASET, OUTPUT_DIR and MAX_STEPS by environment, anything else after the name:
 #   MODEL=/path/to/model OUTPUT_DIR=output/mine bash scripts/finetune_guanaco_13b.sh --seed 1

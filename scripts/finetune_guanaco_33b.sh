@@ -1,14 +1,10 @@
 #!/usr/bin/env bash
 # Guanaco 33B: LLaMA-33B (named 30b on the hub) on OpenAssistant, as published with QLoRA.
 #
-# GPU memory: about 24 GiB at one row of 528 tokens in flight = weights 15.4 + embedding and head 0.8
-#   + adapters, gradients and optimizer 7.3 + checkpointed inputs 0.4 + one layer 0.2 + logits 0.1.
-#   (nf4 with double quantisation: 4.127 bits a parameter; the optimizer's two states, 3.6 GiB of it,
-#   are paged and may move to CPU memory; the CUDA context and temporary buffers, about 1 GiB, come on
-#   top.)
-# Time: about 18 h on an H200, an estimate: 1875 x 16 rows of at most 528 tokens at 239 tokens/s, which
-#   is what 7B gave one row at a time (1 150), divided by the ratio of
-#   the parameters. Shorter rows make it less; evaluation and MMLU are not in it.
+# GPU memory: at least 24.9 GiB, 21.3 with the optimizer in the CPU's memory; on a larger GPU it takes more and
+#   recomputes less (`--plan`).
+# Time: about an hour on an H200, by `--plan --plan_gpu H200`, for 1875 x 16 rows of 528 tokens. Most are shorter;
+#   evaluation and MMLU are not in it.
 #
 # To edit: MODEL, DATASET, OUTPUT_DIR and MAX_STEPS by environment, anything else after the name:
 #   MODEL=/path/to/model OUTPUT_DIR=output/mine bash scripts/finetune_guanaco_33b.sh --seed 1

@@ -1,13 +1,9 @@
 #!/usr/bin/env bash
 # Guanaco 7B: LLaMA-7B on OpenAssistant, as published with QLoRA.
 #
-# GPU memory: 6.3 GiB at one row of 528 tokens in flight = weights 3.1 + embedding and head 0.5
-#   + adapters, gradients and optimizer 2.4 + checkpointed inputs 0.1 + one layer 0.1 + logits 0.1.
-#   (nf4 with double quantisation: 4.127 bits a parameter; the optimizer's two states, 1.2 GiB of it,
-#   are paged and may move to CPU memory; the CUDA context and temporary buffers, about 1 GiB, come on
-#   top.)
-# Time: about 3.8 h on an H200, an estimate: 1875 x 16 rows of at most 528 tokens at the 1 150 tokens/s
-#   that one row at a time gave there. Shorter rows make it less; evaluation and MMLU are not in it.
+# GPU memory: at least 7.0 GiB; on a larger GPU it takes more and recomputes less (`--plan`).
+# Time: about 15 minutes on an H200, by `--plan --plan_gpu H200`, for 1875 x 16 rows of 528 tokens. Most are shorter;
+#   evaluation and MMLU are not in it.
 #
 # To edit: MODEL, DATASET, OUTPUT_DIR and MAX_STEPS by environment, anything else after the name:
 #   MODEL=/path/to/model OUTPUT_DIR=output/mine bash scripts/finetune_guanaco_7b.sh --seed 1

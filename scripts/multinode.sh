@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # One run over several machines: start the same line on each of them, HEAD being the first one's address.
 #
-#   HEAD=10.0.0.1 NODES=2 bash scripts/multinode.sh --model_name_or_path M --dataset my.jsonl --bf16 --output_dir /shared/out
+#   HEAD=10.0.0.1 NODES=2 bash scripts/multinode.sh \
+#       --model_name_or_path M --dataset my.jsonl --bf16 --output_dir /shared/out
 #
 # torchrun meets at HEAD:PORT and gives out the ranks. --output_dir must lie on a disk that all machines share.
 #   GPUS   processes on this machine; default: as many as it has GPUs
 #   PORT   29500
 #   NODES  how many machines, or a range as in 1:2: the run starts once no more than that come within 30 s
 # A machine or process that is lost ends the run on all others within a minute; a line says which (of HEAD itself, its
-# address). The same command goes on from the last checkpoint, on as many machines as there are: the effective batch stays what it was.
+# address). The same command goes on from the last checkpoint, on as many machines as there are: the effective batch
+# stays what it was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from conftest import ROOT, _to_argv
 from safetensors.torch import load_file
 
@@ -251,6 +252,29 @@ def test_a_machine_that_falls_silent_is_given_up_within_a_minute(start, tmp_path
 # ------------------------------------------------------------------------------------
 
 
+SIGNAL = "interrupted by SIGTERM"
+WORDS = {  # what one rank hears of the others when a signal ends it, and whether it speaks
+    "the first has ended, and torchrun ends the second": (1, {0: "no such file"}, False),
+    "the second has, and it ends the first": (0, {1: "no such file"}, False),
+    "the first lost the third, which says why": (0, {1: "", 2: "no such file"}, False),
+    "somebody stops all": (0, {1: SIGNAL}, True),
+    "somebody stops all, and the first speaks": (1, {0: SIGNAL}, False),
+}
+
+
+@pytest.mark.parametrize(("rank", "heard", "speaks"), WORDS.values(), ids=WORDS)
+def test_of_a_signal_nobody_speaks_who_has_heard_why(monkeypatch, rank, heard, speaks):
+    store = torch.distributed.HashStore()
+    for other, message in heard.items():
+        store.set(f"qlora/{other}", message)
+    monkeypatch.setattr(qlora, "world", lambda: (rank, len(heard) + 1))
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert qlora.said_once(SIGNAL, lost=False, stopped=True) == (SIGNAL if speaks else None)
+    assert store.get(f"qlora/{rank}").decode() == SIGNAL
+    assert qlora.said_once("no memory", lost=False) == (f"rank {rank}: no memory" if rank else "no memory")
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
 def test_a_window_is_shared_out_whole(monkeypatch, processes):
     lengths = [3, 50, 7, 7, 41, 9, 12, 30, 2, 8, 8]
@@ -265,8 +289,6 @@ def test_a_window_is_shared_out_whole(monkeypatch, processes):
 
 
 def torch_order(rows):
-    import torch
-
     return torch.utils.data.SequentialSampler(range(rows))
 
 
