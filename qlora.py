@@ -2921,6 +2921,11 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         weight: Any = getattr(module, "weight", None)
         if is_fsdp(config) and hasattr(weight, "quant_state"):
+            if weight.nbytes % FSDP_STORAGE.itemsize:
+                shape = " x ".join(map(str, weight.quant_state.shape))
+                raise ConfigError(
+                    f"--fsdp: a packed weight of {shape} does not fill whole float32 values: leave it out"
+                )
             weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)
             if torch.cuda.is_available():
                 weight.quant_state.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))

@@ -336,6 +336,15 @@ def test_prequantised_checkpoint_stays_quantised_at_16_bits(models):
     assert weight.dtype == torch.uint8 and weight.quant_state.quant_type == "nf4"
 
 
+def test_packed_weights_that_fsdp_cannot_hold_are_one_line(models, tmp_path, monkeypatch):
+    """20 values in 10 bytes: five of bfloat16, and two and a half of float32."""
+    shape = {"hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 5}
+    odd = tiny.write_prequantised(tmp_path, models("llama", **shape), bnb_4bit_quant_storage=torch.bfloat16)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(qlora.ConfigError, match="a packed weight of (5 x 4|4 x 5) does not fill whole float32"):
+        load(odd)
+
+
 # ------------------------------------------------------------------------------------
 # Loading
 # ------------------------------------------------------------------------------------
