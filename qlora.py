@@ -757,9 +757,7 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
     if flags["fsdp"] and "optim" not in given:
         derived["optim"] = "adamw_torch"  # bitsandbytes' can't step on shards
     if flags["fsdp"] and torch.cuda.is_available() and "ddp_backend" not in given:
-        derived["ddp_backend"] = (
-            "cuda:nccl,cpu:gloo"  # the gradients' norm is taken where they are, with cpu_offload too
-        )
+        derived["ddp_backend"] = "cuda:nccl,cpu:gloo"  # the gradients' norm is taken where they are, offloaded too
     if flags["adam8bit"]:
         derived["optim"] = "paged_adamw_8bit"
     if "," in flags["report_to"]:
