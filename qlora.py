@@ -6510,6 +6510,8 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
     if start.found:
         check_identity(start.found, this_run, args.do_train)
     check_fsdp(config)
+    if args.deepspeed and args.do_eval and not start.train and not hf_deepspeed.is_deepspeed_zero3_enabled():
+        raise ConfigError("--deepspeed: ZeRO-2 shares out only what trains: leave it out to evaluate what was trained")
     if start.checkpoint:
         check_engine(start.checkpoint, config)
     this_run["effective batch"] = effective_batch(start.checkpoint, args)

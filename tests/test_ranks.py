@@ -184,6 +184,12 @@ def test_what_fsdp_trained_is_evaluated_without_training(start, runs, tmp_path):
     assert_same(folder, runs("all"))
 
 
+def test_zero2_without_training_is_one_line(start, tmp_path):
+    deepspeed()
+    (line,) = errors(finish(start(2, tmp_path / "out", deepspeed=zero(2), do_train=False), 2))
+    assert "ZeRO-2 shares out only what trains: leave it out" in line
+
+
 def test_fsdp_without_gpus_is_one_line(start, tmp_path):
     """accelerate would use DDP on two CPUs, and nothing for one process."""
     begun = [start(number, tmp_path / str(number), fsdp=[], **FULL) for number in (2, 1)]
