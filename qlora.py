@@ -91,7 +91,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from bitsandbytes.functional import dequantize_4bit
 from huggingface_hub import snapshot_download, upload_folder
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -765,9 +765,7 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
     if flags["fsdp"] and "optim" not in given:
         derived["optim"] = "adamw_torch"  # bitsandbytes' can't step on shards
     if flags["fsdp"] and torch.cuda.is_available() and "ddp_backend" not in given:
-        derived["ddp_backend"] = (
-            "cuda:nccl,cpu:gloo"  # the gradients' norm is taken where they are, with cpu_offload too
-        )
+        derived["ddp_backend"] = "cuda:nccl,cpu:gloo"  # the gradients' norm is taken where they are, offloaded too
     if flags["adam8bit"]:
         derived["optim"] = "paged_adamw_8bit"
     if "," in flags["report_to"]:
@@ -2579,6 +2577,16 @@ def is_sharded(config: Config) -> bool:
     return is_fsdp(config) or bool(deepspeed)
 
 
+def check_fsdp(config: Config) -> None:
+    """Refuse FSDP where accelerate, without a word, would use DDP or nothing at all."""
+    state: Any = config.training.distributed_state
+    if is_fsdp(config) and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ConfigError(
+            "--fsdp spreads the weights over GPUs, a process for each: start it with torchrun --nproc_per_node N "
+            "qlora.py on a machine with GPUs, or leave it out"
+        )
+
+
 def device_map(config: Config) -> Any:
     """Where the layers go: all on this process's GPU, over all GPUs of a lone process, or the CPU."""
     if is_sharded(config):
@@ -2807,20 +2815,22 @@ def even_map(gpus: int, config: Config, model_config: PretrainedConfig) -> dict[
     model, sizes = without_weights(config, model_config), Counter[str]()
     packed = {f"{name}.weight" for name in linear_layers(model, config.masked)}
     parts = list(_parts_of(model, decoder_layers(model)))
-    for name, parameter in model.named_parameters():
+    homes, tied = dict[Any, str](), dict[str, str]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         part = next(part for part in parts if f"{name}.".startswith(f"{part}."))
-        sizes[part] += parameter.numel() * (config.quant.bits if name in packed else 8 * parameter.itemsize)
+        if parameter not in homes:
+            sizes[part] += parameter.numel() * (config.quant.bits if name in packed else 8 * parameter.itemsize)
+        if homes.setdefault(parameter, part) != part:  # a weight that two parts share is on one GPU
+            tied[part] = homes[parameter]
     places, gpu, held, left = dict[str, int](), 0, 0, sizes.total()
     for part in parts:
-        if (
-            gpu < gpus - 1 and held and held + sizes[part] / 2 > left / (gpus - gpu)
-        ):  # this one has its share of the rest
+        share = left / (gpus - gpu)
+        if gpu < gpus - 1 and held and held + sizes[part] / 2 > share:
             gpu, left, held = gpu + 1, left - held, 0
         places[part] = gpu
         held += sizes[part]
-    head, names = model.get_output_embeddings(), {module: name for name, module in model.named_modules()}
-    if head is not None and head.weight is model.get_input_embeddings().weight:  # on one GPU
-        places[names[head]] = places[names[model.get_input_embeddings()]]
+    for part, home in tied.items():
+        places[part] = places[home]
     shares = [sum(sizes[part] for part in parts if places[part] == gpu) for gpu in range(gpus)]
     return places if min(shares) > 0 and max(shares) / 8e6 <= config.quant.max_memory_MB else None
 
@@ -2917,6 +2927,11 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         weight: Any = getattr(module, "weight", None)
         if is_fsdp(config) and hasattr(weight, "quant_state"):
+            if weight.nbytes % FSDP_STORAGE.itemsize:
+                shape = " x ".join(map(str, weight.quant_state.shape))
+                raise ConfigError(
+                    f"--fsdp: a packed weight of {shape} does not fill whole float32 values: leave it out"
+                )
             weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)
             if torch.cuda.is_available():
                 weight.quant_state.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
@@ -3901,7 +3916,7 @@ def at_head(model: Any, fast: FastPath, batch: Mapping[str, Any], function: Any)
     with head_as(fast.head, partial(_into, found, function, batch)):
         out = model_logits(model, batch)
     # FSDP and ZeRO-3 gather weights for the backward pass when it comes to what the model gave back
-    return found[0] + 0 * out.sum() if fast.spread and out.requires_grad else found[0]
+    return found[0] + out[:0].sum() if fast.spread and out.requires_grad else found[0]
 
 
 def summed_loss(model: Any, fast: FastPath, batch: Mapping[str, Any], smoothing: float = 0.0) -> torch.Tensor:
@@ -3978,10 +3993,10 @@ def apply_liger(model: Any, config: Config) -> None:
 def stay_on_device(model: Any) -> None:
     """Let each part of a model that lies on several GPUs run with its own as the current one: Triton launches there."""
     places = getattr(model, "hf_device_map", {})
-    for name, place in places.items() if len({*places.values()}) > 1 else ():
-        module = model.get_submodule(name)
-        if isinstance(place, int):
-            module.forward = partial(_run_on, place, module.forward)
+    modules = dict(model.named_modules())  # a part may also be a weight or a buffer
+    for name in places.keys() & modules.keys() if len({*places.values()}) > 1 else ():
+        if isinstance(places[name], int):
+            modules[name].forward = partial(_run_on, places[name], modules[name].forward)
 
 
 def _run_on(gpu: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -4084,7 +4099,8 @@ def choose_fast_path(model: Any, base: Any, config: Config, device: Any = None) 
         head = None
     windows, device = trial_windows(base), device or base.get_input_embeddings().weight.device
     fast = FastPath(offloads=config.training.offload_activations, spread=is_sharded(config))
-    name, training, dtype = type(base).__name__, model.training, compute_dtype(config)
+    # DeepSpeed's wrapper says that it trains while the model inside does not
+    name, training, dtype = type(base).__name__, base.training, compute_dtype(config)
     model.eval()
     spans = short_spans(base, limits_of(config).longest if kernel == END_TO_END else 0)
     with torch.no_grad(), spans, torch.autocast(device.type, dtype, dtype != torch.float32):
@@ -4312,10 +4328,11 @@ def parameter_bytes(count: int, rows: int, config: Config) -> int:
 
 def saved_by(act: Any) -> int:
     """How many tensors beside its output an activation keeps for its backward pass: GPT-2's, in Python, four."""
-    kept: dict[int, torch.Tensor] = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
-        out = act(torch.ones(1, requires_grad=True))
-    return len(kept.keys() - {out.data_ptr()})
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        out = act(torch.ones(1, 1, 2, requires_grad=True, device="meta"))  # where its weights are, if it has some
+    wide = [x for x in kept if x.shape == out.shape]  # and not its weights
+    return len({x.untyped_storage()._cdata for x in wide} - {out.untyped_storage()._cdata})
 
 
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where their classes are
@@ -4346,7 +4363,7 @@ def kept_by_layer(model: Any, shapes: Mapping[str, tuple[int, ...]], adapted: se
     mlp = {name: shape for name, shape in linear.items() if LAYER_GROUPS["mlp"].fullmatch(name)}
     inner = max((taken for taken, given in mlp.values() if given == hidden), default=0)
     wide = sum(given for taken, given in mlp.values() if taken == hidden and given in (inner, 2 * inner))
-    acts = [module for module in parts.values() if type(module).__module__ in ACTIVATIONS]
+    acts = [module for module in parts.values() if type(module).__module__ in ACTIVATIONS and not [*module.children()]]
     alone = max(map(saved_by, acts), default=1)  # of an MLP without a gate
     fused = full or (train.fused_lora and not lora.use_dora)
     blocks = (parts[name] for name in parts if f"{name}.gate_proj" in mlp and f"{name}.down_proj" in mlp)
@@ -5453,6 +5470,13 @@ class QLoRATrainer(Trainer):
             optimizer.prefetch_state = _no_wait
         return optimizer
 
+    def spread(self) -> None:
+        """Share the model out without training: accelerate takes one for FSDP only beside an optimizer."""
+        optimizer = torch.optim.SGD(self.model.parameters())  # type: ignore[union-attr]
+        self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.model_wrapped = self.model
+        torch.distributed.fsdp.register_fsdp_forward_method(self.model, "generate")
+
     def runtime(self) -> Runtime:
         """The model as the Trainer holds it, for loops of ours."""
         model, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
@@ -6465,6 +6489,8 @@ def prepare(start: Start, inputs: Inputs, this_run: dict[str, Any], questions: A
         trainer = build_trainer(ready, inputs.tokenizer, splits, questions, this_run, stop, config)
         if start.train and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those make their own
             trainer.create_optimizer_and_scheduler(max(config.training.max_steps, 1))  # a try of their flags
+    if trainer.is_fsdp_enabled and not start.train:
+        trainer.spread()
     return trainer
 
 
@@ -6491,6 +6517,9 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
     this_run = identity(config, statistics.get("train") if args.do_train else None)
     if start.found:
         check_identity(start.found, this_run, args.do_train)
+    check_fsdp(config)
+    if args.deepspeed and args.do_eval and not start.train and not hf_deepspeed.is_deepspeed_zero3_enabled():
+        raise ConfigError("--deepspeed: ZeRO-2 shares out only what trains: leave it out to evaluate what was trained")
     if start.checkpoint:
         check_engine(start.checkpoint, config)
     this_run["effective batch"] = effective_batch(start.checkpoint, args)

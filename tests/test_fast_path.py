@@ -300,6 +300,48 @@ def test_a_scale_by_the_place_in_the_micro_batch_is_noticed(log_lines):
     assert_spanned(both)
 
 
+class Engine(torch.nn.Module):
+    """As DeepSpeed's wrapper, which always says that it trains."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.module = model
+
+    def train(self, mode=True):
+        self.module.train(mode)
+        return self
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_try_before_an_evaluation_leaves_dropout_off(models, monkeypatch, training):
+    both = twins.make(models("llama"), bits=16)
+    monkeypatch.setattr(qlora, "is_sharded", lambda config: True)
+    model = Engine(both.quick).train(training)
+    fast = qlora.choose_fast_path(model, twins.base_of(both.quick), both.config)
+    assert fast.spread and fast.head is not None
+    assert {module.training for module in both.quick.modules()} == {training}
+
+
+def test_where_an_engine_spreads_the_weights_only_labelled_tokens_count(models):
+    """Its backward pass begins at what the model gives back of all tokens, which may overflow in float16."""
+    both = twins.make(models("llama"), bits=16)
+    batch = qlora.end_to_end_batch(twins.window_of(twins.rows_of([20])), [0])
+    unlabelled = min({*range(20)} - {*batch["positions"].tolist()})
+    base = twins.base_of(both.quick)
+
+    def overflow(module, args, output):
+        return output.index_fill(1, torch.tensor([unlabelled]), torch.inf)
+
+    with qlora.attention_of(base, both.fast.attention):
+        expected = qlora.summed_loss(both.quick, both.fast, batch)
+        base.model.norm.register_forward_hook(overflow)
+        loss = qlora.summed_loss(both.quick, both.fast._replace(spread=True), batch)
+    assert loss.isfinite() and torch.equal(loss, expected) and loss.requires_grad
+
+
 def test_the_try_leaves_the_windows_as_they_were():
     both = spanned("mistral", longest=70, **_OWN)
     found = [

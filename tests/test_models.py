@@ -5,6 +5,8 @@ import math
 import os
 import re
 import shutil
+from collections import defaultdict
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 import qlora
 
@@ -334,6 +336,15 @@ def test_prequantised_checkpoint_stays_quantised_at_16_bits(models):
     assert weight.dtype == torch.uint8 and weight.quant_state.quant_type == "nf4"
 
 
+def test_packed_weights_that_fsdp_cannot_hold_are_one_line(models, tmp_path, monkeypatch):
+    """20 values in 10 bytes: five of bfloat16, and two and a half of float32."""
+    shape = {"hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 5}
+    odd = tiny.write_prequantised(tmp_path, models("llama", **shape), bnb_4bit_quant_storage=torch.bfloat16)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(qlora.ConfigError, match=r"a packed weight of (5 x 4|4 x 5) does not fill whole float32"):
+        load(odd)
+
+
 # ------------------------------------------------------------------------------------
 # Loading
 # ------------------------------------------------------------------------------------
@@ -456,6 +467,37 @@ def test_layers_lie_evenly_on_several_gpus(models, family, tied, gpus):
     assert max(held) <= max(sum(held) / gpus, head) + layer, held  # an embedding may be more than a share
     names = [name for name in places if name.endswith(("embed_tokens", "wte", "lm_head"))]
     assert len({places[name] for name in names}) == (1 if tied else 2), "a weight that two share is on one GPU"
+
+
+TINY_SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("family", ["modernbert-decoder", "bert", "roberta"])
+def test_an_embedding_inside_a_part_lies_with_the_head_that_shares_it(models, family):
+    """BERT's head lies in a part as well, with a bias that it shares with itself."""
+    flags = {} if family == "modernbert-decoder" else {"objective": "mlm"}
+    config, shape = parse(models("llama"), bits=16, **flags), AutoConfig.for_model(family, **TINY_SHAPE)
+    places, model = qlora.even_map(2, config, shape), qlora.without_weights(config, shape)
+    assert set(places.values()) == {0, 1}
+    found = defaultdict(set)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        (place,) = [places[part] for part in places if f"{name}.".startswith(f"{part}.")]
+        found[parameter].add(place)
+    assert model.get_output_embeddings().weight in found and all(len(gpus) == 1 for gpus in found.values())
+
+
+def test_each_part_runs_on_its_own_gpu(models, monkeypatch):
+    """One of GPTBigCode's parts is a buffer."""
+    config, seen = parse(models("llama"), bits=16), []
+    shape = AutoConfig.for_model("gpt_bigcode", n_embd=64, n_head=4, n_layer=4, vocab_size=260)
+    model = AutoModelForCausalLM.from_config(shape)
+    model.hf_device_map = qlora.even_map(2, config, shape)
+    assert "transformer.bias" in model.hf_device_map
+    qlora.stay_on_device(model)
+    monkeypatch.setattr(torch.cuda, "device", lambda gpu: seen.append(gpu) or nullcontext())
+    model(input_ids=torch.arange(8)[None])
+    # both embeddings, dropout, four layers, the last norm, and the head, which is an embedding as well
+    assert seen[:3] == [0] * 3 and seen[-1] == 0 and seen[3:-1] == sorted(seen[3:-1]) and 1 in seen[3:7]
 
 
 def test_what_is_too_large_for_the_limit_is_left_to_accelerate(models):

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import twins
+from transformers import AutoConfig
+from transformers.activations import ACT2FN
 
 import qlora
 
@@ -218,6 +220,23 @@ def test_a_layer_keeps_as_many_bytes_of_a_token_as_is_planned(models, monkeypatc
     costs = qlora.costs_from_config(both.config, base.config)
     # a few tensors that do not grow with the tokens, and attention's output, which is copied once on a CPU
     assert (kept[1] - kept[0]) / 2 / 256 == pytest.approx(costs.layer, rel=0.03 if family != "gpt_neox" else 0.08)
+
+
+@pytest.mark.parametrize("name", ["silu", "relu", "gelu_new", "gelu", "xielu", "relu2"])
+def test_what_an_activation_keeps_is_counted_without_its_weights(name):
+    """Apertus' xIELU has some, and they are nowhere yet when a run is planned."""
+    act, x, seen = ACT2FN[name], torch.randn(64, requires_grad=True), {}
+    save = lambda tensor: seen.setdefault(tensor.untyped_storage().data_ptr(), tensor)  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        out = act(x)
+    wide = {address for address, tensor in seen.items() if tensor.numel() == 64} - {out.untyped_storage().data_ptr()}
+    assert qlora.saved_by(act.to("meta")) == len(wide)
+
+
+def test_a_model_whose_activation_has_weights_is_planned():
+    shape = AutoConfig.for_model("apertus", hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+    costs = qlora.costs_from_config(twins.parse("none", bits=16), shape)
+    assert costs.layer > 4 * 128 * qlora.saved_by(ACT2FN["xielu"].to("meta"))
 
 
 def test_liger_kernels_norms_keep_their_input_in_its_own_width(models):

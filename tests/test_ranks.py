@@ -174,6 +174,30 @@ def test_an_engine_makes_the_run_of_one_process_and_goes_on_from_its_checkpoints
     assert_same(resumed, runs(like))
 
 
+def test_what_fsdp_trained_is_evaluated_without_training(start, runs, tmp_path):
+    """Of the finished run, as of one process."""
+    folder = tmp_path / "out"
+    shutil.copytree(runs("fsdp-all"), folder)
+    for name in ("metrics.json", "eval_results.json", "predictions.jsonl"):
+        (folder / name).unlink()
+    finish(start(2, folder, do_train=False, **PREDICT, **RUNS["fsdp-all"][1]))
+    assert_same(folder, runs("all"))
+
+
+def test_zero2_without_training_is_one_line(start, tmp_path):
+    deepspeed()
+    (line,) = errors(finish(start(2, tmp_path / "out", deepspeed=zero(2), do_train=False), 2))
+    assert "ZeRO-2 shares out only what trains: leave it out" in line
+
+
+def test_fsdp_without_gpus_is_one_line(start, tmp_path):
+    """accelerate would use DDP on two CPUs, and nothing for one process."""
+    begun = [start(number, tmp_path / str(number), fsdp=[], **FULL) for number in (2, 1)]
+    for processes in begun:
+        (line,) = errors(finish(processes, 2))
+        assert line.startswith("error: --fsdp spreads the weights over GPUs") and "leave it out" in line
+
+
 def test_an_adapter_of_zero2_is_one_that_peft_loads_alone(runs, models):
     deepspeed()
     base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)

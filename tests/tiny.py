@@ -408,11 +408,11 @@ def _perturb(model: PreTrainedModel) -> None:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
-def write_prequantised(path: Path, base: Path) -> Path:
+def write_prequantised(path: Path, base: Path, **options: Any) -> Path:
     """`base` quantised to 4 bit nf4 by bitsandbytes, saved as such, with its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(
         base,
-        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **options),
         device_map="cpu",
         dtype=torch.float32,
     )
