@@ -185,8 +185,11 @@ def _run(order: dict[str, Any]) -> int:
     atexit._run_exitfuncs()  # which wait for processes of a data loader
     sys.stdout.flush()
     sys.stderr.flush()
-    for descriptor in (1, 2, pipe.stdin.fileno()):
-        os.close(descriptor)
+    end = os.readlink(f"/proc/self/fd/{pipe.stdin.fileno()}")
+    for descriptor in list(map(int, os.listdir("/proc/self/fd"))):  # DeepSpeed keeps a copy of standard output
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{descriptor}") == end:
+                os.close(descriptor)
     pipe.wait()  # all is in the log
     return code
 
