@@ -381,7 +381,7 @@ def test_the_peak_memory_is_that_of_one_model(models, run_qlora, data_dir, tmp_p
     flags += ["--merged_output_dir", tmp_path / "merged", "--max_shard_size", "50MB"]
     words = [sys.executable, "-c", PEAK, ROOT, *flags]
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
-    code, before, after = map(int, done.stdout.split())
+    code, before, after = map(int, done.stdout.split()[-3:])  # DeepSpeed, where it is installed, greets there first
     assert code == 0, done.stderr
     assert size > 380e6
     assert (after - before) / size < 1.6

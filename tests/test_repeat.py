@@ -156,7 +156,8 @@ def test_the_self_test_passes_here_without_a_network(selftest):
     command = [sys.executable, str(ROOT / "scripts/selftest.py"), "--device", "cpu"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
-    first, *lines, last = done.stdout.splitlines()
+    # but for DeepSpeed's greeting where it is installed
+    first, *lines, last = (line for line in done.stdout.splitlines() if "real_accelerator" not in line)
     assert torch.__version__ in first and last == "all is well"
     for line, name in zip(lines, selftest.CHECKS, strict=True):
         assert line.startswith(f"cpu  ✓ {name}")
