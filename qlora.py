@@ -2881,22 +2881,22 @@ def check_prequantised(config: Config, own: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def quantised_on_gpu() -> Iterator[None]:
+def quantised_on(device: torch.device) -> Iterator[None]:
     """FSDP's base, which waits in the CPU's memory to be shared out: the CPU would take 200 s for 7B, the GPU takes 2.
 
     The scales of the 4-bit blocks, which FSDP does not know of, stay on the GPU.
     """
     own = bitsandbytes.nn.Params4bit._quantize
-    bitsandbytes.nn.Params4bit._quantize = partialmethod(_quantise_on_gpu, own)  # type: ignore[assignment]
+    bitsandbytes.nn.Params4bit._quantize = partialmethod(_quantise_on, own, device)  # type: ignore[assignment]
     try:
         yield
     finally:
         bitsandbytes.nn.Params4bit._quantize = own  # type: ignore[method-assign]
 
 
-def _quantise_on_gpu(weight: Any, own: Any, device: Any) -> Any:
-    own(weight, torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
-    weight.data = weight.data.to(device)
+def _quantise_on(weight: Any, own: Any, device: torch.device, place: Any) -> Any:
+    own(weight, device)
+    weight.data = weight.data.to(place)
     return weight
 
 
@@ -2919,7 +2919,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         options["quantization_config"] = quantisation_config(config, layers_left_whole(config, model_config))
     if config.training.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
         importlib.import_module("deepspeed").init_distributed()
-    with quantised_on_gpu() if is_fsdp(config) and torch.cuda.is_available() else contextlib.nullcontext():
+    with quantised_on(config.training.device) if is_fsdp(config) else contextlib.nullcontext():
         model = load_base(config, model_config, folder, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -2933,8 +2933,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
                     f"--fsdp: a packed weight of {shape} does not fill whole float32 values: leave it out"
                 )
             weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)
-            if torch.cuda.is_available():
-                weight.quant_state.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+            weight.quant_state.to(config.training.device)
     layers = linear_layers(model, config.masked)
     whole = [name for name in layers if type(model.get_submodule(name)).__module__.startswith("torch")]
     if whole and not own and config.quant.bits < 16:
@@ -4682,15 +4681,16 @@ def choose_sizes(
         return sizes._replace(unpacked=unpacked_layers(0, sizes, costs, config)), None
     lengths = sorted(rows["length"][:], reverse=True)
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
+    # of this process: where its layers lie on several GPUs, one waits for the other
+    gpu = find_gpu(None)._replace(number=world()[1])
     if is_sharded(config):  # nothing can be measured before, nor repeated after memory ran out
         way = "FSDP2" if is_fsdp(config) else "ZeRO-3" if hf_deepspeed.is_deepspeed_zero3_enabled() else "ZeRO-2"
-        gpu, costs = find_gpu(None)._replace(number=world()[1]), strategies(costs, config, world()[1])[way]
+        costs = strategies(costs, config, gpu.number)[way]
         plan = make_plan(costs, gpu, lengths[0], window, config, 0.85 * (gpu.gib - CONTEXT) * GIB - costs.beside())
         return plan.sizes, plan
     measured = calibrated(costs, model, base, fast, config)
     own = 0.95 * free_memory() - costs.gradients - (0 if costs.paged else costs.optimizer)
-    # of this process: where its layers lie on several GPUs, one waits for the other
-    plan = make_plan(measured, find_gpu(None)._replace(number=world()[1]), lengths[0], window, config, own)
+    plan = make_plan(measured, gpu, lengths[0], window, config, own)
     return plan.sizes, plan._replace(costs=costs)
 
 

@@ -176,9 +176,8 @@ class Pool:
 
 def _say_done(job: Job, began: float, future: Future[Any]) -> None:
     error, taken = future.exception(), time.perf_counter() - began
-    ends = (
-        [] if error else [round(future.result()["eval"][i]["eval_loss"], 4) for i in (0, -1) if future.result()["eval"]]
-    )
+    losses = [] if error else [round(entry["eval_loss"], 4) for entry in future.result()["eval"]]
+    ends = [losses[0], losses[-1]] if losses else []
     print(f"{job.name}, seed {job.seed}: {error or ends or 'done'}, after {taken:.0f} s", flush=True)
 
 
