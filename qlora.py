@@ -110,6 +110,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -465,6 +466,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     padding_free: bool = flag(True, "Lay rows end to end instead of padding them, where the model allows it.")
     fused_lora: bool = flag(True, "Compute base and adapters in fused functions, where they know the layer.")
     chunked_head: bool = flag(True, "Compute logits only for tokens that are learnt, a few hundred at a time.")
+    cuda_graphs: bool = flag(True, "Launch whole layers at once where micro-batches are so small that the GPU waits.")
     offload_activations: bool = flag(False, "Keep the inputs of recomputed layers in the CPU's memory.")
     unpacked_layers: str = flag("auto", "Layers whose weights to keep unpacked too: auto, all, none or a number.")
     plan: bool = flag(False, "Print what the run will take (GiB by part, tokens per second), and exit.")
@@ -2416,15 +2418,24 @@ def padded_batch(window: Window, members: list[int], pad_id: int, side: str) -> 
     return padded_prompts(ids, pad_id, side) | places
 
 
-def end_to_end_batch(window: Window, members: list[int]) -> dict[str, Any]:
-    """Members of a window as one row without padding; positions begin anew in each."""
+def end_to_end_batch(window: Window, members: list[int], filled: bool = False) -> dict[str, Any]:
+    """Members of a window as one row without padding; positions begin anew in each.
+
+    `filled` up to one of few shapes, for CUDA graphs: one more row of at most an eighth of the tokens, and empty ones.
+    """
     ids, labels = ([part[i] for i in members] for part in (window.input_ids, window.labels))
-    lengths = torch.tensor([len(row) for row in ids])
-    starts = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    longest = int(lengths.max())
+    lengths = [len(row) for row in ids]
+    longest, tokens = max(lengths), sum(lengths)
+    if filled:
+        step = max(16, 2 ** (tokens.bit_length() - 4))
+        more, rows = -tokens % step, 2 ** (len(ids) - 1).bit_length()
+        ids, labels = [*ids, ids[0].new_zeros(more)], [*labels, labels[0].new_full((more,), IGNORE)]
+        lengths += [more, *[0] * (rows - len(lengths))]
+        longest = tokens + more
+    starts = F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0))
     return {
         "input_ids": torch.cat(ids).unsqueeze(0),
-        "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()]).unsqueeze(0),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
         "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest,
         **learnt(torch.cat(labels)),
     }  # fmt: skip
@@ -3703,6 +3714,157 @@ def recompute(how: tuple[bool, bool], anchor: torch.Tensor, run: Any, hidden: to
     return Recompute.apply(run, how, anchor, hidden, *args)
 
 
+class Passes(NamedTuple):
+    """A layer's two passes over one shape as CUDA graphs, and where those read and write."""
+
+    forward: Any
+    backward: Any
+    hidden: torch.Tensor  # what enters, and after the forward pass what leaves
+    grad: torch.Tensor  # the gradient of what leaves, and after the backward pass of what enters
+    others: list[list[Any]]  # each a tensor that is read, and what was last copied into it
+
+    def fill(self, hidden: torch.Tensor, others: Sequence[torch.Tensor]) -> None:
+        """Copy what the forward pass reads, once for all layers where they share it."""
+        self.hidden.copy_(hidden)
+        for slot, value in zip(self.others, others, strict=True):
+            if slot[1] is not value:
+                slot[0].copy_(value)
+                slot[1] = value
+
+
+class Graphed(torch.autograd.Function):
+    """Recompute for micro-batches so small that the GPU waits for the next kernel: two launches a layer, not 150.
+
+    A graph (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs) is of one shape. The first batch of each
+    shape is computed plainly, which compiles the kernels; the second records, and from then on graphs are replayed.
+    They add the gradients of parameters up where they stay from step to step.
+    """
+
+    made: ClassVar[dict[Any, Passes | None]] = {}  # by layer and shapes
+    buffers: ClassVar[dict[Any, tuple[torch.Tensor, torch.Tensor]]] = {}  # by shape, of all layers
+    slots: ClassVar[list[list[Any]]] = []
+    sums: ClassVar[dict[torch.Tensor, torch.Tensor]] = {}  # by parameter, its gradient
+    pool: ClassVar[Any] = None
+    stream: ClassVar[Any] = None
+    able: ClassVar[bool] = True  # until a layer can't be recorded
+
+    @staticmethod
+    def forward(ctx: Any, passes: Passes, others: Any, anchor: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Keeps `hidden`, and what else the layer reads where it was copied to: the next micro-batch comes later."""
+        ctx.passes, ctx.rng = passes, random_state(hidden.device)
+        ctx.save_for_backward(hidden)
+        passes.fill(hidden, others)
+        passes.forward.replay()
+        return passes.hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """Computes the layer again, too, from the same random numbers."""
+        passes: Passes = ctx.passes
+        passes.hidden.copy_(ctx.saved_tensors[0])
+        passes.grad.copy_(grads[0])
+        device = passes.hidden.device
+        now = random_state(device)
+        set_random_state(device, ctx.rng)
+        passes.backward.replay()
+        set_random_state(device, now)
+        return None, None, None, passes.grad.clone()
+
+    @staticmethod
+    def record(layer: Any, run: Any, skips_last: bool, hidden: torch.Tensor, rest: Any) -> Passes:
+        """Both passes of a layer, without running them."""
+        kind = hidden.device.type
+        autocast = torch.autocast(
+            kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
+        )  # what it has cast before would be gone by the next replay
+        if Graphed.pool is None:
+            Graphed.pool, Graphed.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(hidden.device)
+        key = hidden.shape, hidden.dtype
+        if key not in Graphed.buffers:
+            Graphed.buffers[key] = torch.empty_like(hidden), torch.empty_like(hidden)
+        static, grad = Graphed.buffers[key]
+        others: list[list[Any]] = []
+        args, keywords = tree_map_only(torch.Tensor, partial(_slot, others), rest)
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            Graphed.sums[parameter] = parameter.grad
+        graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        Graphed.stream.wait_stream(torch.cuda.current_stream(hidden.device))
+        with torch.cuda.stream(Graphed.stream), autocast:
+            with recorded(graphs[0]), torch.no_grad():
+                static.copy_(run.func(*run.args, static, *args, **keywords))
+            with recorded(graphs[1]), torch.enable_grad():
+                again = static.detach().requires_grad_()
+                Recompute.skips_last = skips_last
+                try:
+                    out = run.func(*run.args, again, *args, **keywords)
+                finally:
+                    Recompute.skips_last = False
+                of_hidden, *found = torch.autograd.grad(out, [again, *trained], grad)
+                if trained:
+                    torch._foreach_add_([Graphed.sums[parameter] for parameter in trained], found)
+                grad.copy_(of_hidden)
+        torch.cuda.current_stream(hidden.device).wait_stream(Graphed.stream)
+        return Passes(*graphs, static, grad, others)
+
+    @staticmethod
+    def begin() -> None:
+        """A new step: gradients from zero, in the memory that the graphs know."""
+        for parameter, total in Graphed.sums.items():
+            parameter.grad = total
+        if Graphed.sums:
+            torch._foreach_zero_(list(Graphed.sums.values()))
+
+    @staticmethod
+    def forget() -> None:
+        """Let go of all graphs and their memory."""
+        Graphed.made, Graphed.buffers, Graphed.slots, Graphed.sums = {}, {}, [], {}
+        Graphed.pool, Graphed.able = None, True
+
+
+def _slot(slots: list[list[Any]], value: torch.Tensor) -> torch.Tensor:
+    """Where a graph reads what this layer, and in this micro-batch perhaps another one, was given."""
+    slot = next((slot for slot in Graphed.slots if slot[1] is value), None)
+    if slot is None:
+        slot = [value.clone(), value]
+        Graphed.slots.append(slot)
+    slots.append(slot)
+    return slot[0]
+
+
+@contextlib.contextmanager
+def recorded(graph: Any) -> Iterator[None]:
+    """What is launched on the current stream goes into a graph; other threads, as the one that pins, go on."""
+    graph.capture_begin(pool=Graphed.pool, capture_error_mode="thread_local")
+    try:
+        yield
+    finally:
+        graph.capture_end()
+
+
+def graphed(
+    how: tuple[bool, bool], anchor: torch.Tensor, layer: Any, run: Any, hidden: torch.Tensor, *args: Any
+) -> Any:
+    """In place of recompute, where small micro-batches are graphs."""
+    rest = args, run.keywords
+    leaves = tree_leaves(rest)
+    shapes = [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    key = (layer, hidden.shape, hidden.dtype, *shapes)
+    first = key not in Graphed.made
+    passes = Graphed.made.setdefault(key, None)
+    if passes is None and not first and Graphed.able:
+        try:
+            passes = Graphed.made[key] = Graphed.record(layer, run, how[0], hidden, rest)
+        except RuntimeError as error:
+            Graphed.able = False
+            log.warning("no CUDA graphs: %s can't be recorded: %s", type(layer).__name__, one_line(error))
+    if passes is None:
+        return recompute(how, anchor, run, hidden, *args)
+    return Graphed.apply(passes, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], anchor, hidden)
+
+
 GROUPED_BY_FLAG = (
     "enable_gqa" in inspect.signature(varlen_attn).parameters
 )  # torch 2.11 has no such flag, and needs none
@@ -3848,6 +4010,7 @@ class FastPath(NamedTuple):
     skips_last: bool = False  # whether a recomputed layer may leave out its last product
     offloads: bool = False  # whether the inputs of recomputed layers wait in the CPU's memory
     spread: bool = False  # whether an engine spreads the weights over several processes
+    graphs: bool = False  # whether layers may be CUDA graphs
 
     def lines(self) -> dict[str, str]:
         parts = {"rows end to end": self.attention, "logits in chunks": self.head}
@@ -3946,13 +4109,15 @@ def set_unpacked(model: Any, count: int, dtype: torch.dtype) -> None:
                     base.unpacked = dense_weight(base, dtype) if i < count else None
 
 
-def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
+def set_recomputed(model: Any, count: int, fast: FastPath, graphs: bool = False) -> None:
     """Recompute the first `count` layers: the backward pass reaches them last, when the others' memory is free."""
+    Graphed.forget()
     for i, layer in enumerate(decoder_layers(model)):
         # where neither a layer nor anything below it trains, no gradient arrives, and there is nothing to compute again
         anchor = torch.zeros(1, requires_grad=any(parameter.requires_grad for parameter in layer.parameters()))
         layer.gradient_checkpointing = i < count
-        ours = partial(recompute, (fast.skips_last, fast.offloads), anchor)
+        how = fast.skips_last, fast.offloads
+        ours = partial(graphed, how, anchor, layer) if graphs else partial(recompute, how, anchor)
         theirs = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
         layer._gradient_checkpointing_func = ours if fast.by_input else theirs
 
@@ -4192,7 +4357,16 @@ def choose_recomputing(model: Any, base: Any, fast: FastPath, batch: Mapping[str
         log.info("layers of %s are recomputed in torch's own way: they take more than one input", type(base).__name__)
         way = fast._replace(by_input=False)
     model.train(training)
-    return way
+    return way._replace(graphs=graphable(base, way, config))
+
+
+def graphable(base: Any, fast: FastPath, config: Config) -> bool:
+    """Whether layers launch the same on each batch of a shape, whatever they compute."""
+    dropout = getattr(base.config.get_text_config(), "attention_dropout", 0)  # whose rows are taken one by one
+    devices = {parameter.device for parameter in base.parameters()}
+    ours = fast.by_input and fast.attention == END_TO_END and not fast.offloads and not config.quant.full_finetune
+    on_gpu = len(devices) == 1 and devices.pop().type == "cuda"
+    return config.training.cuda_graphs and ours and on_gpu and not dropout and not stacked_experts(base)
 
 
 def speed_up(model: Any, base: Any, config: Config) -> FastPath:
@@ -4225,13 +4399,17 @@ class Sizes(NamedTuple):
     tokens: int  # of a micro-batch, at most
     recomputed: int  # layers, from the first on
     unpacked: int = 0  # layers whose weights are kept unpacked too, from the first on
+    graphs: bool = False  # whether layers are CUDA graphs
 
     def __str__(self) -> str:
         rows = "" if self.rows is None else f"{self.rows} rows and "
         tokens = f"{self.tokens} tokens" if self.tokens < NO_LIMIT else "any number of tokens"
-        return f"{rows}{tokens} at once, {self.recomputed} layers recomputed, {self.unpacked} kept unpacked"
+        graphs = " in CUDA graphs" if self.graphs else ""
+        return f"{rows}{tokens} at once, {self.recomputed} layers recomputed{graphs}, {self.unpacked} kept unpacked"
 
 
+# Seconds: where the GPU takes less for a recomputed layer, launching it takes longer, 4 to 8 ms on an H200's host.
+GRAPHED = 4e-3
 NO_LIMIT = 2**30  # tokens: more than any window has
 
 
@@ -4691,6 +4869,10 @@ def choose_sizes(
     measured = calibrated(costs, model, base, fast, config)
     own = 0.95 * free_memory() - costs.gradients - (0 if costs.paged else costs.optimizer)
     plan = make_plan(measured, gpu, lengths[0], window, config, own)
+    all_again = plan.sizes._replace(recomputed=layers, graphs=True)
+    may = fast.graphs and train.gradient_checkpointing and train.recompute_layers in ("auto", "all")
+    if may and costs.seconds(all_again, plan.tokens, gpu) < GRAPHED * layers:
+        plan = plan._replace(sizes=all_again)
     return plan.sizes, plan._replace(costs=costs)
 
 
@@ -5548,6 +5730,7 @@ class QLoRATrainer(Trainer):
         if not inner.training:  # DeepSpeed's wrapper does not know; setting it walks all modules: 5 ms at 7B
             model.train()
         while True:
+            Graphed.begin()
             try:
                 parts = self._window_step(model, window, num_items_in_batch)
                 break
@@ -5603,7 +5786,7 @@ class QLoRATrainer(Trainer):
         if not members:
             window, members = collate_window([])["window"], [0]
         if self.fast.attention is not None:
-            return end_to_end_batch(window, members)
+            return end_to_end_batch(window, members, filled=self.sizes.graphs and torch.is_grad_enabled())
         tokenizer: Any = self.processing_class
         return padded_batch(window, members, tokenizer.pad_token_id, self.config.model.padding_side)
 
@@ -5616,11 +5799,12 @@ class QLoRATrainer(Trainer):
         if sizes.unpacked:
             self.sizes = sizes._replace(unpacked=0)
             set_unpacked(base, 0, compute_dtype(self.config))
+            set_recomputed(base, sizes.recomputed, self.fast, sizes.graphs)
         elif len(largest) > 1 and (tokens > 4096 or sizes.recomputed >= layers):
             self.sizes = sizes._replace(tokens=tokens // 2)
         elif sizes.recomputed < layers:
             self.sizes = sizes._replace(recomputed=min(layers, sizes.recomputed + max(1, layers // 4)))
-            set_recomputed(base, self.sizes.recomputed, self.fast)
+            set_recomputed(base, self.sizes.recomputed, self.fast, sizes.graphs)
         else:
             raise reason
         torch.cuda.empty_cache()
@@ -5869,7 +6053,7 @@ def start_recomputing(base: Any, fast: FastPath, sizes: Sizes, dtype: torch.dtyp
     """Recompute layers as decided; a model without layers of transformers' own kind recomputes all or none."""
     set_unpacked(base, sizes.unpacked, dtype)
     if decoder_layers(base) and not sharded:  # whose hooks know torch's own checkpoints
-        set_recomputed(base, sizes.recomputed, fast)
+        set_recomputed(base, sizes.recomputed, fast, sizes.graphs)
     elif sizes.recomputed and getattr(base, "supports_gradient_checkpointing", True):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
@@ -5985,6 +6169,7 @@ def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: i
         torch.cuda.reset_peak_memory_stats()
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        Graphed.forget()
     except pickle.UnpicklingError as error:
         way = "begin anew with --overwrite_output_dir, or name another with --resume_from_checkpoint"
         raise ConfigError(f"{checkpoint}: its state holds more than tensors and is not read; {way}") from error

@@ -111,6 +111,14 @@ def test_rows_end_to_end_are_rows_alone(family):
     assert calls == {"end_to_end_attention": 2}
 
 
+def test_rows_filled_up_to_a_shape_are_rows_alone(family):
+    name, both, rows, expected = family
+    if both.fast.attention is None:
+        pytest.skip("rows of this family are padded")
+    got = twins.quick(both.stock, qlora.FastPath(attention=both.fast.attention), twins.window_of(rows), filled=True)
+    twins.assert_equal(got, expected, tolerance(name))
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padded_rows_are_rows_alone(family, side):
     name, both, rows, expected = family

@@ -179,6 +179,7 @@ def quick(
     side: str = "right",
     smoothing: float = 0.0,
     bf16: bool = False,
+    filled: bool = False,
 ) -> Found:
     """A window through the parts that `fast` names, in the micro-batches `parts`; one of all members if None.
 
@@ -192,7 +193,7 @@ def quick(
     with qlora.attention_of(base, fast.attention):
         for members in [range(len(window.input_ids))] if parts is None else parts:
             if fast.attention:
-                batch = qlora.end_to_end_batch(window, list(members))
+                batch = qlora.end_to_end_batch(window, list(members), filled)
             else:
                 batch = qlora.padded_batch(window, list(members), 0, side)
             batch = qlora.on_device(batch, device)
