@@ -3773,41 +3773,21 @@ class Graphed(torch.autograd.Function):
     @staticmethod
     def record(layer: Any, run: Any, skips_last: bool, hidden: torch.Tensor, rest: Any) -> Passes:
         """Both passes of a layer, without running them."""
-        kind = hidden.device.type
-        autocast = torch.autocast(
-            kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
-        )  # what it has cast before would be gone by the next replay
-        if Graphed.pool is None:
-            Graphed.pool, Graphed.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(hidden.device)
         key = hidden.shape, hidden.dtype
         if key not in Graphed.buffers:
             Graphed.buffers[key] = torch.empty_like(hidden), torch.empty_like(hidden)
         static, grad = Graphed.buffers[key]
         others: list[list[Any]] = []
         args, keywords = tree_map_only(torch.Tensor, partial(_slot, others), rest)
+        compute = partial(_on_first, run, args, keywords)
         trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             Graphed.sums[parameter] = parameter.grad
-        graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        Graphed.stream.wait_stream(torch.cuda.current_stream(hidden.device))
-        with torch.cuda.stream(Graphed.stream), autocast:
-            with recorded(graphs[0]), torch.no_grad():
-                static.copy_(run.func(*run.args, static, *args, **keywords))
-            with recorded(graphs[1]), torch.enable_grad():
-                again = static.detach().requires_grad_()
-                Recompute.skips_last = skips_last
-                try:
-                    out = run.func(*run.args, again, *args, **keywords)
-                finally:
-                    Recompute.skips_last = False
-                of_hidden, *found = torch.autograd.grad(out, [again, *trained], grad)
-                if trained:
-                    torch._foreach_add_([Graphed.sums[parameter] for parameter in trained], found)
-                grad.copy_(of_hidden)
-        torch.cuda.current_stream(hidden.device).wait_stream(Graphed.stream)
-        return Passes(*graphs, static, grad, others)
+        forward = recorded(partial(_forward_pass, compute, static), hidden.device)
+        backward = recorded(partial(_backward_pass, compute, static, grad, trained, skips_last), hidden.device)
+        return Passes(forward, backward, static, grad, others)
 
     @staticmethod
     def begin() -> None:
@@ -3834,14 +3814,45 @@ def _slot(slots: list[list[Any]], value: torch.Tensor) -> torch.Tensor:
     return slot[0]
 
 
-@contextlib.contextmanager
-def recorded(graph: Any) -> Iterator[None]:
-    """What is launched on the current stream goes into a graph; other threads, as the one that pins, go on."""
-    graph.capture_begin(pool=Graphed.pool, capture_error_mode="thread_local")
+def _on_first(run: Any, args: Any, keywords: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return run.func(*run.args, hidden, *args, **keywords)
+
+
+def _forward_pass(compute: Any, hidden: torch.Tensor) -> None:
+    with torch.no_grad():
+        hidden.copy_(compute(hidden))
+
+
+def _backward_pass(compute: Any, hidden: torch.Tensor, grad: torch.Tensor, trained: Any, skips_last: bool) -> None:
+    again = hidden.detach().requires_grad_()
+    Recompute.skips_last = skips_last
     try:
-        yield
+        with torch.enable_grad():
+            out = compute(again)
     finally:
-        graph.capture_end()
+        Recompute.skips_last = False
+    of_hidden, *found = torch.autograd.grad(out, [again, *trained], grad)
+    if trained:
+        torch._foreach_add_([Graphed.sums[parameter] for parameter in trained], found)
+    grad.copy_(of_hidden)
+
+
+def recorded(function: Callable[[], None], device: torch.device) -> Any:
+    """A CUDA graph of what a function launches. Other threads, as the one that pins memory, go on meanwhile."""
+    if Graphed.pool is None:
+        Graphed.pool, Graphed.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    Graphed.stream.wait_stream(here)
+    # what autocast has cast before would be gone by the next replay
+    dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+    with torch.cuda.stream(Graphed.stream), torch.autocast(device.type, dtype, enabled, cache_enabled=False):
+        graph.capture_begin(pool=Graphed.pool, capture_error_mode="thread_local")
+        try:
+            function()
+        finally:
+            graph.capture_end()
+    here.wait_stream(Graphed.stream)
+    return graph
 
 
 def graphed(

@@ -8,6 +8,7 @@ import random
 import shutil
 import weakref
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -1136,6 +1137,28 @@ def test_out_of_memory_recomputes_more_layers_before_rows_are_parted(run_qlora, 
     assert calls["again"] == 2 + 2 * 3  # in the try before training and in three steps
     assert losses(run) == pytest.approx(losses(expected), rel=1e-6)
     assert_adapters_equal(run, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_as_graphs_train_as_layers_that_are_recomputed(run_qlora, tmp_path, models, monkeypatch):
+    """What keeps a graph's inputs and gradients, over windows of many shapes; here a graph calls what it recorded."""
+    questions = [tiny.TEXT[31 * i : 31 * i + 10 + 3 * (i % 9)] for i in range(40)]
+    rows = [{"input": text, "output": tiny.TEXT[7 * i : 7 * i + 20 + 2 * (i % 13)]} for i, text in enumerate(questions)]
+    flags = {
+        "model_name_or_path": models("llama_gqa"), "bits": 4, "dataset": tiny.rows_to_jsonl(tmp_path / "r.jsonl", rows),
+        "max_steps": 30, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3,
+        "recompute_layers": "all", "logging_steps": 1, "save_strategy": "no", "auto_batch": True,
+    }  # fmt: skip
+    choose, made = qlora.choose_sizes, []
+    plain = run_qlora(output_dir=tmp_path / "plain", **flags)
+    monkeypatch.setattr(qlora, "recorded", lambda function, device: made.append(1) or SimpleNamespace(replay=function))
+    monkeypatch.setattr(
+        qlora, "choose_sizes", lambda *args: (choose(*args)[0]._replace(graphs=True, tokens=100), choose(*args)[1])
+    )
+    graphs = run_qlora(output_dir=tmp_path / "graphs", **flags)
+    assert len(made) > 8 and "in CUDA graphs" in graphs.stderr and "can't be recorded" not in graphs.stderr
+    assert losses(graphs) == pytest.approx(losses(plain), rel=1e-5)
+    assert losses(graphs, "grad_norm") == pytest.approx(losses(plain, "grad_norm"), rel=1e-4)
+    assert_adapters_equal(graphs, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_out_of_memory_drops_weights_kept_unpacked_first(run_qlora, tmp_path, memory):
