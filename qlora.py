@@ -466,7 +466,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     padding_free: bool = flag(True, "Lay rows end to end instead of padding them, where the model allows it.")
     fused_lora: bool = flag(True, "Compute base and adapters in fused functions, where they know the layer.")
     chunked_head: bool = flag(True, "Compute logits only for tokens that are learnt, a few hundred at a time.")
-    cuda_graphs: bool = flag(True, "Launch whole layers at once where micro-batches are so small that the GPU waits.")
+    cuda_graphs: bool = flag(False, "Launch whole layers at once where micro-batches are so small that the GPU waits.")
     offload_activations: bool = flag(False, "Keep the inputs of recomputed layers in the CPU's memory.")
     unpacked_layers: str = flag("auto", "Layers whose weights to keep unpacked too: auto, all, none or a number.")
     plan: bool = flag(False, "Print what the run will take (GiB by part, tokens per second), and exit.")
@@ -896,6 +896,11 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--recompute_layers {recompute_layers} and --gradient_checkpointing False: give one of them"),
     (lambda f: f.offload_activations and (not f.gradient_checkpointing or f.recompute_layers in ("none", "0")),
      "--offload_activations needs recomputed layers: drop --recompute_layers none, --gradient_checkpointing False"),
+    (lambda f: f.cuda_graphs and (not f.gradient_checkpointing or f.recompute_layers not in ("auto", "all")),
+     "--cuda_graphs recompute all layers: give --recompute_layers all"),
+    (lambda f: f.cuda_graphs and (f.offload_activations or f.full_finetune or not f.padding_free or f.fsdp
+                                  or f.deepspeed),
+     "--cuda_graphs: not with --offload_activations, --full_finetune, --padding_free False, --fsdp or --deepspeed"),
     (lambda f: str(f.resume_from_checkpoint).lower() == "false",
      "--resume_from_checkpoint False: a rerun resumes by itself, give --overwrite_output_dir to start anew"),
     (lambda f: f.start_problem, "--init_lora_weights {init_lora_weights}: {start_problem}"),
@@ -3746,7 +3751,6 @@ class Graphed(torch.autograd.Function):
     sums: ClassVar[dict[torch.Tensor, torch.Tensor]] = {}  # by parameter, its gradient
     pool: ClassVar[Any] = None
     stream: ClassVar[Any] = None
-    able: ClassVar[bool] = True  # until a layer can't be recorded
 
     @staticmethod
     def forward(ctx: Any, passes: Passes, others: Any, anchor: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -3800,8 +3804,7 @@ class Graphed(torch.autograd.Function):
     @staticmethod
     def forget() -> None:
         """Let go of all graphs and their memory."""
-        Graphed.made, Graphed.buffers, Graphed.slots, Graphed.sums = {}, {}, [], {}
-        Graphed.pool, Graphed.able = None, True
+        Graphed.made, Graphed.buffers, Graphed.slots, Graphed.sums, Graphed.pool = {}, {}, [], {}, None
 
 
 def _slot(slots: list[list[Any]], value: torch.Tensor) -> torch.Tensor:
@@ -3863,16 +3866,14 @@ def graphed(
     leaves = tree_leaves(rest)
     shapes = [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     key = (layer, hidden.shape, hidden.dtype, *shapes)
-    first = key not in Graphed.made
-    passes = Graphed.made.setdefault(key, None)
-    if passes is None and not first and Graphed.able:
-        try:
-            passes = Graphed.made[key] = Graphed.record(layer, run, how[0], hidden, rest)
-        except RuntimeError as error:
-            Graphed.able = False
-            log.warning("no CUDA graphs: %s can't be recorded: %s", type(layer).__name__, one_line(error))
-    if passes is None:
+    if key not in Graphed.made:
+        Graphed.made[key] = None
         return recompute(how, anchor, run, hidden, *args)
+    passes = Graphed.made[key]
+    if passes is None:
+        what = f"--cuda_graphs: {type(layer).__name__} can't be recorded, leave the flag out"
+        with mendable(what, TrainingError, RuntimeError):  # and torch not be used after a recording that failed
+            passes = Graphed.made[key] = Graphed.record(layer, run, how[0], hidden, rest)
     return Graphed.apply(passes, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], anchor, hidden)
 
 
@@ -4368,16 +4369,18 @@ def choose_recomputing(model: Any, base: Any, fast: FastPath, batch: Mapping[str
         log.info("layers of %s are recomputed in torch's own way: they take more than one input", type(base).__name__)
         way = fast._replace(by_input=False)
     model.train(training)
-    return way._replace(graphs=graphable(base, way, config))
+    return way._replace(graphs=config.training.cuda_graphs and graphable(base, way))
 
 
-def graphable(base: Any, fast: FastPath, config: Config) -> bool:
+def graphable(base: Any, fast: FastPath) -> bool:
     """Whether layers launch the same on each batch of a shape, whatever they compute."""
     dropout = getattr(base.config.get_text_config(), "attention_dropout", 0)  # whose rows are taken one by one
     devices = {parameter.device for parameter in base.parameters()}
-    ours = fast.by_input and fast.attention == END_TO_END and not fast.offloads and not config.quant.full_finetune
     on_gpu = len(devices) == 1 and devices.pop().type == "cuda"
-    return config.training.cuda_graphs and ours and on_gpu and not dropout and not stacked_experts(base)
+    able = fast.by_input and fast.attention == END_TO_END and on_gpu and not dropout and not stacked_experts(base)
+    if not able:
+        log.info("--cuda_graphs: without effect, for %s on these devices layers are launched", type(base).__name__)
+    return able
 
 
 def speed_up(model: Any, base: Any, config: Config) -> FastPath:
@@ -4880,10 +4883,12 @@ def choose_sizes(
     measured = calibrated(costs, model, base, fast, config)
     own = 0.95 * free_memory() - costs.gradients - (0 if costs.paged else costs.optimizer)
     plan = make_plan(measured, gpu, lengths[0], window, config, own)
-    all_again = plan.sizes._replace(recomputed=layers, graphs=True)
-    may = fast.graphs and train.gradient_checkpointing and train.recompute_layers in ("auto", "all")
-    if may and costs.seconds(all_again, plan.tokens, gpu) < GRAPHED * layers:
-        plan = plan._replace(sizes=all_again)
+    if fast.graphs:
+        recorded = plan.sizes._replace(recomputed=layers, graphs=True)
+        if costs.seconds(recorded, plan.tokens, gpu) < GRAPHED * layers:
+            plan = plan._replace(sizes=recorded)
+        else:
+            log.info("--cuda_graphs: without effect, micro-batches of %d tokens keep the GPU busy", plan.tokens)
     return plan.sizes, plan._replace(costs=costs)
 
 

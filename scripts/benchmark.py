@@ -10,7 +10,7 @@ REAL:FILE:ROWS takes the lengths of a JSON-lines file's texts, ROWS to an optimi
 Every side is a process of its own: nf4 with double quantisation, bf16, LoRA r 64 on all linear layers without
 dropout, adapters in bf16, paged 32-bit AdamW, the same random token ids; 2 steps to warm up, then the median of
 --steps, by the GPU's own clock and without a wait between them. Padding is not counted. The side ours+offload is
-ours with --offload_activations, ours+launched with --cuda_graphs False. Loss and gradient norm of the first step stand
+ours with --offload_activations, ours+graphs with --cuda_graphs. Loss and gradient norm of the first step stand
 beside each speed: they must agree. Writes benchmark.json and benchmark.png to --out.
 """
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANK, ALPHA, WARM_UP = 64, 16, 2
 VARIANTS = {  # ours with other flags, as a side: ours+offload
     "offload": ["--offload_activations"],
-    "launched": ["--cuda_graphs", "False"],
+    "graphs": ["--cuda_graphs"],
 }
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -137,6 +137,7 @@ OWN_TRAINING = {  # not the Trainer's
     "recompute_layers": "auto",
     "unpacked_layers": "auto",
     "offload_activations": False,
+    "cuda_graphs": False,
     "auto_batch": None,  # the machine decides
     "padding_free": True,
     "fused_lora": True,
@@ -695,6 +696,9 @@ RULES = [
     ("--unpacked_layers some", "unpacked_layers some auto all none"),
     ("--gradient_checkpointing False --recompute_layers all", "gradient_checkpointing recompute_layers"),
     ("--offload_activations --recompute_layers none", "offload_activations recompute_layers"),
+    ("--cuda_graphs --recompute_layers 3", "cuda_graphs recompute_layers"),
+    ("--cuda_graphs --offload_activations", "cuda_graphs offload_activations"),
+    ("--cuda_graphs --full_finetune --bits 16", "cuda_graphs full_finetune"),
     ("--offload_activations --gradient_checkpointing False", "offload_activations gradient_checkpointing"),
     ("--plan_gpu 24GiB", "plan_gpu --plan"),
     ("--overwrite_output_dir --resume_from_checkpoint c", "--overwrite_output_dir --resume_from_checkpoint"),
