@@ -22,8 +22,8 @@ The file reads from top to bottom, and a room uses only rooms above it:
 # ------------------------------------------------------------------------------------
 # 1. Imports
 #
-# torch, transformers, peft and bitsandbytes come with the Trainer's arguments in any case. datasets and matplotlib are
-# imported where they are used.
+# torch, transformers, peft, bitsandbytes and datasets come with the Trainer in any case. matplotlib is imported where
+# it is used.
 # ------------------------------------------------------------------------------------
 # ruff: noqa: E402
 
@@ -86,6 +86,7 @@ for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._function
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 import bitsandbytes.optim.optimizer
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -106,6 +107,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention.varlen import varlen_attn
@@ -555,7 +557,7 @@ class Given(NamedTuple):
     """One flag as it was given: on the command line or in a file."""
 
     name: str  # with underscores, without dashes
-    values: tuple[str, ...]
+    value: str | None  # several joined by commas
     where: str  # how to name it in a message
 
 
@@ -640,8 +642,9 @@ def read_config_file(path: Path) -> list[Given]:
     given = []
     for (name, value), word in zip(content.items(), words.values(), strict=True):
         if value is not None:  # the words as they stand there: YAML takes `no` for False and 1_0 for 10
-            values = [json.dumps(value)] if isinstance(value, dict) else word if isinstance(word, list) else [word]
-            given.append(Given(str(name).replace("-", "_"), tuple(map(str, values)), f"{path}: {name}"))
+            word = json.dumps(value) if isinstance(value, dict) else word
+            text = ",".join(map(str, word)) if isinstance(word, list) else word
+            given.append(Given(str(name).replace("-", "_"), text, f"{path}: {name}"))
     return given
 
 
@@ -673,9 +676,10 @@ def split_argv(argv: Sequence[str]) -> list[Given]:
             name, equals, value = token[dashes.end() :].partition("=")
             if dashes.group() != "--":
                 log.warning("%s: read as --%s (its dash is not a hyphen)", token, name)
-            given.append(Given(name.replace("-", "_"), (value,) if equals else (), f"--{name}"))
+            given.append(Given(name.replace("-", "_"), value if equals else None, f"--{name}"))
         elif len(given) > from_file:
-            given[-1] = given[-1]._replace(values=(*given[-1].values, token))
+            before = given[-1].value
+            given[-1] = given[-1]._replace(value=token if before is None else f"{before},{token}")
         else:
             raise ConfigError(f"{token}: expected a flag, which begins with --, or a .yaml or .json file first")
     return given
@@ -685,18 +689,25 @@ def current_name(item: Given, known: set[str]) -> Given | None:
     """A flag under its name of today, an old one with a warning; None where it has no effect any more."""
     positive = item.name.removeprefix("no_")  # argparse knows --no_flag for what is on by default
     if positive != item.name and ({item.name, positive} <= known or positive in OLD_FLAGS):
-        item = item._replace(name=positive, values=(str(not boolean(item)),))
+        item = item._replace(name=positive, value=str(not boolean(item)))
     if item.name == "logging_dir":
-        os.environ["TENSORBOARD_LOGGING_DIR"] = " ".join(item.values)
+        os.environ["TENSORBOARD_LOGGING_DIR"] = item.value or ""
         log.warning("%s: old name, set as TENSORBOARD_LOGGING_DIR", item.where)
         return None
-    if item.name == "debug" and not item.values:  # with a value it is the Trainer's flag of that name
+    if item.name == "debug" and item.value is None:  # with a value it is the Trainer's flag of that name
         return item._replace(name="show_traceback")
     if item.name in IGNORED_FLAGS:
         log.warning("%s: accepted, without effect: %s", item.where, IGNORED_FLAGS[item.name])
         return None
     if item.name in RENAMED_FLAGS:
-        return renamed(item, *RENAMED_FLAGS[item.name])
+        new, *meanings = RENAMED_FLAGS[item.name]
+        value = meanings[not boolean(item)] if meanings else item.value
+        if new == "warmup_steps":  # from 1 on, the Trainer would take a ratio for a number of steps
+            with contextlib.suppress(ValueError):  # the parser names the flag and its type
+                if not 0 <= float(value or "") < 1:
+                    raise ConfigError(f"{item.where} {value}: expected a share of the steps, from 0 up to below 1")
+        log.warning("%s: old name, read as --%s %s", item.where, new, value if meanings else "")
+        return None if value == "" and meanings else Given(new, value, item.where)
     if item.name not in known:
         near = difflib.get_close_matches(item.name, sorted(known | OLD_FLAGS), n=5, cutoff=0.5)
         near.sort(key=lambda name: -len(os.path.commonprefix([name, item.name])))  # noqa: RUF071
@@ -706,21 +717,10 @@ def current_name(item: Given, known: set[str]) -> Given | None:
 
 def boolean(item: Given) -> bool:
     """The value of a flag that is on or off; on where it has none."""
-    value = BOOLEANS.get("".join(item.values).lower())
+    value = BOOLEANS.get((item.value or "").lower())
     if value is None:
-        raise ConfigError(f"{item.where} {' '.join(item.values)}: expected True or False")
+        raise ConfigError(f"{item.where} {item.value}: expected True or False")
     return value
-
-
-def renamed(item: Given, new: str, on: str | None = None, off: str = "") -> Given | None:
-    """A flag by its row in RENAMED_FLAGS."""
-    values = item.values if on is None else ((on if boolean(item) else off),)
-    if new == "warmup_steps":  # from 1 on, the Trainer would take a ratio for a number of steps
-        with contextlib.suppress(ValueError):  # the parser names the flag and its type
-            if not 0 <= float("".join(values)) < 1:
-                raise ConfigError(f"{item.where} {values[0]}: expected a share of the steps, from 0 up to below 1")
-    log.warning("%s: old name, read as --%s %s", item.where, new, " ".join(values) if on else "")
-    return None if on and values == ("",) else Given(new, values, item.where)
 
 
 def parse_config(argv: Sequence[str]) -> Config:
@@ -735,8 +735,7 @@ def parse_config(argv: Sequence[str]) -> Config:
     repeated = {name: value for name, value in record.get("flags", {}).items() if name in known - NOT_REPEATED}
     parser.repeat(repeated, argv)
     items = [item for old in split_argv(argv[1:] if record else argv) if (item := current_name(old, known))]
-    words = [f"--{name}" + (f"={','.join(values)}" if values else "") for name, values, _ in items]
-    flags = vars(parser.parse_args(words))
+    flags = vars(parser.parse_args([f"--{name}" + ("" if value is None else f"={value}") for name, value, _ in items]))
     given = frozenset(item.name for item in items)
     if record and "output_dir" not in given:
         raise ConfigError(f"{argv[0]}: to repeat this run, name another folder with --output_dir")
@@ -1343,6 +1342,12 @@ Numbered = Iterator[tuple[int, Any]]  # (line or row number from 1, the row or a
 SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in this order of preference
 REJECTED = "rejected.jsonl"
 EVAL_SPLIT_SEED = 42  # the original's: the same rows are held out
+DATASETS_ERRORS = (RuntimeError, datasets.exceptions.DatasetsError)  # beside LIBRARY_ERRORS
+ROW_FEATURES = datasets.Features(  # of rows in normal form
+    {"segments": [{"text": datasets.Value("string"), "learnt": datasets.Value("bool")}]}
+    | {"rendered": datasets.Value("bool")}
+    | dict.fromkeys(("where", "category", "problem"), datasets.Value("string"))
+)
 
 
 class Splits(NamedTuple):
@@ -1430,10 +1435,8 @@ def read_delimited(stream: Any, delimiter: str) -> Numbered:
 
 def read_parquet(stream: Any) -> Numbered:
     """Parquet, a few thousand rows at a time."""
-    import pyarrow.parquet
-
-    batches = pyarrow.parquet.ParquetFile(stream.buffer).iter_batches(4096)  # the bytes below the text
-    yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    batches = ParquetFile(stream.buffer).iter_batches(4096)  # the bytes below the text
+    return enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
 
 
 READERS: dict[str, Callable[[Any], Numbered]] = {
@@ -1479,7 +1482,7 @@ class RowSource:
             for number, row in read_file(path):
                 yield f"{path}:{number}", row
         if self.loaded is not None:
-            with library_data(self.name):
+            with mendable(self.name, DataError, *DATASETS_ERRORS):
                 for number, row in enumerate(self.loaded, start=self.behind + 1):
                     yield f"{self.name}:{number}", row
 
@@ -1542,8 +1545,6 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
 
 def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
     """A folder of data files, or one written by `save_to_disk`."""
-    import datasets
-
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         with mendable(str(folder), DataError):
             return as_sources(str(folder), datasets.load_from_disk(str(folder)))
@@ -1562,19 +1563,10 @@ def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
 
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
     """A dataset of the hub, all its splits."""
-    import datasets
-
     what = f"--dataset {path}: no local file of that name, and the hub does not give it"
-    with library_data(what):
-        options |= {"streaming": True} if config.data.streaming else {}
-        return as_sources(path, datasets.load_dataset(path, **hub_options(config), **options))
-
-
-def library_data(what: str) -> contextlib.AbstractContextManager[None]:
-    """What the datasets library complains of, as one line of ours."""
-    import datasets
-
-    return mendable(what, DataError, RuntimeError, datasets.exceptions.DatasetsError)
+    options |= hub_options(config) | {"streaming": config.data.streaming}
+    with mendable(what, DataError, *DATASETS_ERRORS):
+        return as_sources(path, datasets.load_dataset(path, **options))
 
 
 def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
@@ -1615,7 +1607,10 @@ def normal_rows(
                     raise RowError(f"field {learnt!r}: the output is empty, expected something to learn")
         except (RowError, RecursionError) as error:
             problem = str(error) if isinstance(error, RowError) else "nested too deeply to be read"
-            made = [[{"text": as_json(row.raw if isinstance(row, RowError) else row), "learnt": False}]]
+            found = "null"
+            with contextlib.suppress(RecursionError):
+                found = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
+            made = [[{"text": found, "learnt": False}]]
         texts = {"where": where, "category": category, "problem": problem}
         for segments in made:
             kept = [{**segment, "text": storable(segment["text"])} for segment in segments]
@@ -1624,18 +1619,8 @@ def normal_rows(
         raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
 
 
-def as_json(value: Any) -> str:
-    """A row as one line of JSON; null for one that is nested too deeply."""
-    try:
-        return json.dumps(value, default=str)
-    except RecursionError:
-        return "null"
-
-
 def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     """One split as an Arrow dataset of rows in normal form, from the cache if the same content was read before."""
-    import datasets
-
     data, own = config.data, OWN_FORMAT.fullmatch(format_name)
     depends: list[Any] = [source.name, source.fingerprint(), format_name, own and file_digest(Path(own[1]))]
     depends += [data.expand_conversations, data.include_sources]
@@ -1644,7 +1629,7 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
     try:
         return datasets.Dataset.from_generator(
             normal_rows,
-            features=row_features(),
+            features=ROW_FEATURES,
             gen_kwargs={"source": source, "format_name": format_name, "data": data, "tokenizer": tokenizer},
             cache_dir=config.model.cache_dir,
             fingerprint=digest("rows", CODE_VERSION, *depends),
@@ -1653,15 +1638,6 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
         if isinstance(error.__cause__, QLoRAError):
             raise error.__cause__ from None
         raise
-
-
-def row_features() -> Any:
-    """The columns of rows in normal form."""
-    import datasets
-
-    text, switch = datasets.Value("string"), datasets.Value("bool")
-    features = {"segments": [{"text": text, "learnt": switch}], "rendered": switch}
-    return datasets.Features(features | dict.fromkeys(("where", "category", "problem"), text))
 
 
 CODE_VERSION = file_digest(Path(__file__))  # rows that another version of this file encoded are encoded again
@@ -1747,8 +1723,6 @@ def needs_train_rows(config: Config) -> bool:
 
 def joined(parts: list[Any]) -> Any | None:
     """Datasets one after the other, under a fingerprint that a second run finds again."""
-    import datasets
-
     if len(parts) < 2:
         return parts[0] if parts else None
     whole = datasets.concatenate_datasets(parts)
@@ -1773,30 +1747,22 @@ def split_off(rows: Any, config: Config) -> Splits:
     if count >= len(rows):
         return Splits(None, rows)
     categories = rows["category"][:]
-    if any(categories):
-        return Splits(*(rows.select(part) for part in stratified(categories, count)))
-    parts = rows.train_test_split(test_size=count, shuffle=True, seed=EVAL_SPLIT_SEED)
-    return Splits(parts["train"], parts["test"])
-
-
-def stratified(categories: Sequence[str], count: int) -> tuple[list[int], list[int]]:
-    """Row numbers to train on and `count` to hold out, every category by its share; one with one row breaks nothing."""
-    order = torch.randperm(len(categories), generator=torch.Generator().manual_seed(EVAL_SPLIT_SEED)).tolist()
+    if not any(categories):
+        parts = rows.train_test_split(test_size=count, shuffle=True, seed=EVAL_SPLIT_SEED)
+        return Splits(parts["train"], parts["test"])
+    # of every category its share: evenly spaced where they stand one after the other; one with one row breaks nothing
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(EVAL_SPLIT_SEED)).tolist()
     grouped = sorted(order, key=categories.__getitem__)
-    held_out = {grouped[(2 * n + 1) * len(order) // (2 * count)] for n in range(count)}  # evenly spaced
-    return [row for row in order if row not in held_out], [row for row in order if row in held_out]
-
-
-def without(rows: Any, left_out: list[int]) -> Any:
-    """The rows that do not have these numbers, in their order."""
-    return rows.select(sorted(set(range(len(rows))) - set(left_out)))
+    held_out = {grouped[(2 * n + 1) * len(order) // (2 * count)] for n in range(count)}
+    return Splits(*(rows.select([i for i in order if (i in held_out) == held]) for held in (False, True)))
 
 
 def reject_bad_rows(rows: Any | None, config: Config, whole: bool = True) -> Any | None:
     """Rows without a problem. The others stop the run, by a DataError that counts them, or go to rejected.jsonl."""
     if rows is None:
         return None
-    bad = [i for i, problem in enumerate(rows["problem"][:]) if problem]
+    problems = rows["problem"][:]
+    bad = [i for i, problem in enumerate(problems) if problem]
     if bad:
         first = "{where}: {problem}".format(**rows[bad[0]])
         if config.data.on_bad_rows == "stop":
@@ -1814,7 +1780,7 @@ def reject_bad_rows(rows: Any | None, config: Config, whole: bool = True) -> Any
                     line = f'{said[:-1]}, "row": {raw}}}\n'
                     file.write("" if line in known else line)
         log.warning("%d of %d rows left out, the first: %s; all in %s", len(bad), len(rows), first, rejected)
-        rows = without(rows, bad)
+        rows = rows.select([i for i, problem in enumerate(problems) if not problem])
     if whole and len(rows) == 0:
         raise DataError(f"--dataset {config.data.dataset}: no row in it that can be used")
     return rows
@@ -2202,12 +2168,11 @@ def usable_rows(
     rows, limits = encode_dataset(pairs, tokenizer, config, name), limits_of(config)
     if not place:
         warn_without_stop(pairs, rows, tokenizer)
-    cut = [i for i, was_cut in enumerate(rows["cut"]) if was_cut]
-    if cut and name == "train" and limits.total is not None and config.data.skip_excess_length:
-        log.info("%d of %d training rows are longer than %s: left out", len(cut), len(rows), limits)
-        rows = without(rows, cut)
-        if place is None and len(rows) == 0:
+    if name == "train" and limits.total is not None and config.data.skip_excess_length and any(cut := rows["cut"][:]):
+        log.info("%d of %d training rows are longer than %s: left out", sum(cut), len(rows), limits)
+        if place is None and all(cut):
             raise DataError(f"--{limits}: every row is longer; raise it or give --skip_excess_length False")
+        rows = rows.select([i for i, was_cut in enumerate(cut) if not was_cut])
     return reject_bad_rows(rows, config, whole=place is None)
 
 
@@ -2215,8 +2180,6 @@ def encoded_blocks(
     stream: RowStream, place: Place, tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> Iterator[tuple[Place, Any]]:
     """From a place on, without end: the encoded rows of each block that has any, and the place before it."""
-    import datasets
-
     source, useful = stream.source, True
     while useful:
         useful, loaded, row = False, copy.deepcopy(source.loaded), place.get("row", source.first)
@@ -2225,7 +2188,7 @@ def encoded_blocks(
         rest = iter(dataclasses.replace(source, loaded=loaded, first=row, behind=row if state else 0))
         while block := list(itertools.islice(rest, config.data.stream_buffer)):
             made = list(normal_rows(block, stream.format_name, config.data, tokenizer))
-            pairs: Any = datasets.Dataset.from_list(made, features=row_features()) if made else None
+            pairs: Any = datasets.Dataset.from_list(made, features=ROW_FEATURES) if made else None
             rows = usable_rows(reject_bad_rows(pairs, config, whole=False), "train", tokenizer, config, place)
             if rows:
                 useful = True
