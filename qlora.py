@@ -606,11 +606,9 @@ class Parser(HfArgumentParser):
     """HfArgumentParser with the Trainer's own flags apart, and errors of ours."""
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        """One group for what a class declares itself, one for what it inherits."""
+        """One group for what a class declares itself, one for what it inherits; --help leaves out an empty one."""
         own: Any = self.add_argument_group(dtype.__doc__.rstrip("."))
-        others: Any = own
-        if dtype is TrainingArguments:
-            others = self.add_argument_group("The Trainer's other flags, with its own defaults")
+        others: Any = self.add_argument_group("The Trainer's other flags, with its own defaults")
         hints = get_type_hints(dtype)
         for item in dataclasses.fields(dtype):
             if item.init and item.name not in OLD_FLAGS:
@@ -727,9 +725,8 @@ def parse_config(argv: Sequence[str]) -> Config:
     """The command line -> a checked Config. A ConfigError names what is unknown, wrong or does not go together."""
     epilog = "A YAML or JSON file with flags may stand first: python qlora.py run.yaml --learning_rate 1e-4"
     parser = Parser(GROUPS, prog="qlora.py", allow_abbrev=False, epilog=epilog)
-    if any(token in ("-h", "--help") for token in argv):
-        parser.print_help()
-        raise SystemExit(0)
+    if {"-h", "--help"} & set(argv):
+        parser.parse_args(["--help"])  # ends here
     known = {word[2:].replace("-", "_") for word in parser._option_string_actions if word.startswith("--")}
     record = read_record(argv)
     repeated = {name: value for name, value in record.get("flags", {}).items() if name in known - NOT_REPEATED}
@@ -823,7 +820,6 @@ GENERATION = ("predict_with_generate", "generation_max_length", "generation_num_
 # What a masked language model has no use for: it has no output of its own, and generates nothing.
 CAUSAL_FLAGS = frozenset({"target_max_len", "train_on_source", "chat_template", "do_mmlu_eval", *GENERATION})
 LORA = frozenset(f.name for f in dataclasses.fields(LoraArguments))
-FREEZING = {"layers_to_freeze", "layer_freeze_ratio"}  # which a full fine-tune obeys, and a given adapter does not
 URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 
 # fmt: off
@@ -936,7 +932,7 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
     (("merge_base",), lambda f: f.bits >= 16, "bits is {bits}, so a base is merged into as it was published"),
     (("max_shard_size",), lambda f: not (f.merged_output_dir or f.full_finetune),
      "only a merged model (--merged_output_dir) and one of --full_finetune are written in shards"),
-    (LORA - FREEZING, lambda f: f.full_finetune, "a full fine-tune has no adapters"),
+    (LORA - {"layers_to_freeze", "layer_freeze_ratio"}, lambda f: f.full_finetune, "a full fine-tune has no adapters"),
     (LORA, lambda f: f.adapter_name_or_path is not None,
      "an adapter given by adapter_name_or_path keeps its own rank, alpha and layers"),
     (GENERATION, lambda f: not f.do_predict, "nothing is generated without --do_predict"),
@@ -1074,6 +1070,7 @@ ALPACA_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response: "
 )
+AIROBOROS_SYSTEM = "You are an unbiased, uncensored, helpful assistant."
 
 
 def _alpaca_to_pair(row: Mapping[str, Any]) -> Row:
@@ -1155,9 +1152,6 @@ def messages_of(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
             raise RowError(f"{here}: the output is empty, expected something to learn")
         messages.append({**turn, "role": role, "content": content})
     return messages
-
-
-AIROBOROS_SYSTEM = "You are an unbiased, uncensored, helpful assistant."
 
 
 def _airoboros_chat_to_pair(row: Mapping[str, Any]) -> Row:
@@ -1339,6 +1333,8 @@ def infer_format(columns: Iterable[str], where: str, masked: bool = False) -> st
 # ------------------------------------------------------------------------------------
 Numbered = Iterator[tuple[int, Any]]  # (line or row number from 1, the row or a RowError)
 
+CHUNK = 2**20  # characters of a JSON array that are read at once
+LONGEST_ROW = 2**27  # characters: what is longer is a quote or a bracket that was left open
 SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in this order of preference
 REJECTED = "rejected.jsonl"
 EVAL_SPLIT_SEED = 42  # the original's: the same rows are held out
@@ -1375,10 +1371,6 @@ def read_json_lines(stream: Any) -> Numbered:
                 yield number, RowError(reason, line)
 
 
-CHUNK = 2**20  # characters of a JSON array that are read at once
-LONGEST_ROW = 2**27  # characters: what is longer is a quote or a bracket that was left open
-
-
 def read_json_array(stream: Any, line: int) -> Numbered:
     """The rows of one JSON array, whose `[` in this line has been read, in the memory of the longest."""
     blank, delimiter, decoder = re.compile(r"\s*"), re.compile(r"\s*([],])\s*"), json.JSONDecoder()
@@ -1413,9 +1405,7 @@ def read_delimited(stream: Any, delimiter: str) -> Numbered:
     csv.field_size_limit(LONGEST_ROW)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     with mendable(f"{stream.name}:1: the header is not valid CSV", DataError, csv.Error):
-        header = next(reader, None)
-    if header is None:
-        return
+        header = next(reader, [])
     if doubled := [name for name in header if header.count(name) > 1]:
         raise DataError(f"{stream.name}: the column {doubled[0]!r} stands twice in the header")
     while True:
@@ -1564,9 +1554,9 @@ def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
     """A dataset of the hub, all its splits."""
     what = f"--dataset {path}: no local file of that name, and the hub does not give it"
-    options |= hub_options(config) | {"streaming": config.data.streaming}
+    options |= {"streaming": True} if config.data.streaming else {}
     with mendable(what, DataError, *DATASETS_ERRORS):
-        return as_sources(path, datasets.load_dataset(path, **options))
+        return as_sources(path, datasets.load_dataset(path, **hub_options(config), **options))
 
 
 def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
@@ -1607,10 +1597,10 @@ def normal_rows(
                     raise RowError(f"field {learnt!r}: the output is empty, expected something to learn")
         except (RowError, RecursionError) as error:
             problem = str(error) if isinstance(error, RowError) else "nested too deeply to be read"
-            found = "null"
+            raw = "null"
             with contextlib.suppress(RecursionError):
-                found = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
-            made = [[{"text": found, "learnt": False}]]
+                raw = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
+            made = [[{"text": raw, "learnt": False}]]
         texts = {"where": where, "category": category, "problem": problem}
         for segments in made:
             kept = [{**segment, "text": storable(segment["text"])} for segment in segments]
@@ -1906,8 +1896,6 @@ class Limits(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A row as it is trained."""
-
     input_ids: list[int]
     labels: list[int]  # the ids that are learnt, IGNORE elsewhere
     cut: bool  # whether a limit took something away
@@ -2046,20 +2034,20 @@ def limits_of(config: Config) -> Limits:
 
 def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Config, name: str) -> Any:
     """Every row encoded, in parallel, from the cache where the same rows were encoded before."""
-    limits, on_source, masked = limits_of(config), config.data.train_on_source, config.masked
+    options = {"limits": limits_of(config), "train_on_source": config.data.train_on_source, "masked": config.masked}
     words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    ids = (words, tokenizer.bos_token_id, tokenizer.eos_token_id, masked)
+    depends = (pairs._fingerprint, words, tokenizer.bos_token_id, tokenizer.eos_token_id, options)
     workers = min(os.cpu_count() or 1, len(pairs) // 20_000)  # below that, starting processes takes longer
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
     return pairs.map(
         encode_batch,
         batched=True,
-        fn_kwargs={"tokenizer": tokenizer, "limits": limits, "train_on_source": on_source, "masked": masked},
+        fn_kwargs={"tokenizer": tokenizer, **options},
         remove_columns=["segments", "rendered", "category"],
         num_proc=workers if workers > 1 else None,
         desc=f"Encoding {name} rows",
-        new_fingerprint=digest(CODE_VERSION, pairs._fingerprint, *ids, limits, on_source),
+        new_fingerprint=digest(CODE_VERSION, *depends),
     )
 
 
@@ -2202,8 +2190,6 @@ def encoded_blocks(
 
 
 class TokenStatistics(NamedTuple):
-    """Encoded rows in numbers."""
-
     fingerprint: str  # of every id and label, in order
     rows: int
     tokens: int
@@ -2243,7 +2229,8 @@ def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRow
     begins_with = tokenizer.cls_token_id if config.masked else tokenizer.bos_token_id
     hasher, found, largest, parts = hashlib.sha256(), Counter[str](), 0, []
     for batch in rows.select_columns(["input_ids", "labels", "cut"]).with_format("arrow").iter(batch_size=10_000):
-        (ids, sizes), (labels, _) = flat(batch["input_ids"]), flat(batch["labels"])
+        lists = [batch[name].combine_chunks() for name in ("input_ids", "labels")]
+        sizes, (ids, labels) = lists[0].value_lengths().to_numpy(), (part.flatten().to_numpy() for part in lists)
         for values in (ids, labels):
             hasher.update(sizes.tobytes() + values.tobytes())
         ends = sizes.cumsum()
@@ -2283,12 +2270,6 @@ def measured(splits: Splits, tokenizer: Any, config: Config) -> tuple[Any, dict[
     if splits.eval is not None:
         statistics["eval"] = token_statistics(splits.eval, tokenizer, config)
     return packs if config.data.packing else splits.train, statistics
-
-
-def flat(column: Any) -> tuple[Any, Any]:
-    """An Arrow column of lists as its values and their numbers in each."""
-    lists = column.combine_chunks()
-    return lists.flatten().to_numpy(), lists.value_lengths().to_numpy()
 
 
 def padding_share(lengths: Any, order: Iterable[int], at_once: int) -> float:
@@ -2347,11 +2328,9 @@ def collate_window(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> d
 
 
 def micro_batches(window: Window, rows: int | None, tokens: int, padded: bool) -> list[list[int]]:
-    """Which members of a window go through the model together.
+    """Which members of a window go through the model together: at most `rows` of the dataset, in their order.
 
-    Args:
-        rows: at most so many rows of the dataset together, in their order; None for as many as fit.
-        tokens: at most so many, padding included, unless one member alone has more.
+    And at most so many tokens, padding included, unless one member alone has more; `rows` None for as many as fit.
     """
     lengths, groups = window.lengths, [list(range(len(window.input_ids)))]
     if rows is not None and window.rows:  # a share may be empty
