@@ -1367,8 +1367,7 @@ def read_json_lines(stream: Any) -> Numbered:
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                reason = f"not valid JSON: {one_line(error)}, expected one object in a line"
-                yield number, RowError(reason, line)
+                yield number, RowError(f"not valid JSON: {one_line(error)}, expected one object in a line", line)
 
 
 def read_json_array(stream: Any, line: int) -> Numbered:
@@ -1936,16 +1935,14 @@ def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list
 def tokens_apart(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
     """The tokens of each segment, BOS before the first and EOS after the last; a tokenizer without BOS adds none."""
     own = {BOS_MARK: [tokenizer.bos_token_id][: tokenizer.bos_token_id is not None], EOS_MARK: [tokenizer.eos_token_id]}
-    split: list[list[list[str]]] = []  # a segment's texts and, between them, marks
+    texts = [
+        BOS_MARK * (n == 0) + s["text"] + EOS_MARK * (n == len(row) - 1) for row in rows for n, s in enumerate(row)
+    ]
+    split = [re.split(f"([{BOS_MARK}{EOS_MARK}])", text) for text in texts]  # into texts and, between them, marks
+    found = iter(token_ids([text for pieces in split for text in pieces[::2]], tokenizer))
+    ids = ([i for piece in pieces for i in (own[piece] if piece in own else next(found))] for pieces in split)
     for row in rows:
-        texts = [segment["text"] for segment in row]
-        texts[0] = BOS_MARK + texts[0]
-        texts[-1] += EOS_MARK
-        split.append([re.split(f"([{BOS_MARK}{EOS_MARK}])", text) for text in texts])
-    found = iter(token_ids([text for row in split for pieces in row for text in pieces[::2]], tokenizer))
-    for row, segments in zip(rows, split, strict=True):
-        ids = [[i for piece in s for i in (own[piece] if piece in own else next(found))] for s in segments]
-        yield [[(i, i if s["learnt"] else IGNORE) for i in part] for s, part in zip(row, ids, strict=True)]
+        yield [[(i, i if segment["learnt"] else IGNORE) for i in next(ids)] for segment in row]
 
 
 def tokens_of_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
@@ -2052,9 +2049,9 @@ def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Confi
 
 
 class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows of a dataset, several to a row: each pack is at most `limit` tokens, filled first-fit from the longest on.
+    """Rows of a dataset, several to a row of at most `limit` tokens: the longest first, into the fullest that has room.
 
-    First-fit decreasing (Johnson 1973) needs at most 11/9 of the fewest packs. The packs follow from the rows alone.
+    Best-fit decreasing (Johnson 1973) needs at most 11/9 of the fewest packs. The packs follow from the rows alone.
     """
 
     def __init__(self, rows: Any, limit: int) -> None:
@@ -2231,8 +2228,7 @@ def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRow
     for batch in rows.select_columns(["input_ids", "labels", "cut"]).with_format("arrow").iter(batch_size=10_000):
         lists = [batch[name].combine_chunks() for name in ("input_ids", "labels")]
         sizes, (ids, labels) = lists[0].value_lengths().to_numpy(), (part.flatten().to_numpy() for part in lists)
-        for values in (ids, labels):
-            hasher.update(sizes.tobytes() + values.tobytes())
+        hasher.update(b"".join(part.tobytes() for part in (sizes, ids, sizes, labels)))
         ends = sizes.cumsum()
         starts = ends - sizes
         learnt = labels != IGNORE
