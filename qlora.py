@@ -22,8 +22,8 @@ The file reads from top to bottom, and a room uses only rooms above it:
 # ------------------------------------------------------------------------------------
 # 1. Imports
 #
-# torch, transformers, peft and bitsandbytes come with the Trainer's arguments in any case. datasets and matplotlib are
-# imported where they are used.
+# torch, transformers, peft, bitsandbytes and datasets come with the Trainer in any case. matplotlib is imported where
+# it is used.
 # ------------------------------------------------------------------------------------
 # ruff: noqa: E402
 
@@ -86,6 +86,7 @@ for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._function
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 import bitsandbytes.optim.optimizer
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -106,6 +107,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention.varlen import varlen_attn
@@ -557,7 +559,7 @@ class Given(NamedTuple):
     """One flag as it was given: on the command line or in a file."""
 
     name: str  # with underscores, without dashes
-    values: tuple[str, ...]
+    value: str | None  # several joined by commas
     where: str  # how to name it in a message
 
 
@@ -606,11 +608,9 @@ class Parser(HfArgumentParser):
     """HfArgumentParser with the Trainer's own flags apart, and errors of ours."""
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        """One group for what a class declares itself, one for what it inherits."""
+        """One group for what a class declares itself, one for what it inherits; --help leaves out an empty one."""
         own: Any = self.add_argument_group(dtype.__doc__.rstrip("."))
-        others: Any = own
-        if dtype is TrainingArguments:
-            others = self.add_argument_group("The Trainer's other flags, with its own defaults")
+        others: Any = self.add_argument_group("The Trainer's other flags, with its own defaults")
         hints = get_type_hints(dtype)
         for item in dataclasses.fields(dtype):
             if item.init and item.name not in OLD_FLAGS:
@@ -642,8 +642,9 @@ def read_config_file(path: Path) -> list[Given]:
     given = []
     for (name, value), word in zip(content.items(), words.values(), strict=True):
         if value is not None:  # the words as they stand there: YAML takes `no` for False and 1_0 for 10
-            values = [json.dumps(value)] if isinstance(value, dict) else word if isinstance(word, list) else [word]
-            given.append(Given(str(name).replace("-", "_"), tuple(map(str, values)), f"{path}: {name}"))
+            word = json.dumps(value) if isinstance(value, dict) else word
+            text = ",".join(map(str, word)) if isinstance(word, list) else word
+            given.append(Given(str(name).replace("-", "_"), text, f"{path}: {name}"))
     return given
 
 
@@ -675,9 +676,10 @@ def split_argv(argv: Sequence[str]) -> list[Given]:
             name, equals, value = token[dashes.end() :].partition("=")
             if dashes.group() != "--":
                 log.warning("%s: read as --%s (its dash is not a hyphen)", token, name)
-            given.append(Given(name.replace("-", "_"), (value,) if equals else (), f"--{name}"))
+            given.append(Given(name.replace("-", "_"), value if equals else None, f"--{name}"))
         elif len(given) > from_file:
-            given[-1] = given[-1]._replace(values=(*given[-1].values, token))
+            before = given[-1].value
+            given[-1] = given[-1]._replace(value=token if before is None else f"{before},{token}")
         else:
             raise ConfigError(f"{token}: expected a flag, which begins with --, or a .yaml or .json file first")
     return given
@@ -687,18 +689,25 @@ def current_name(item: Given, known: set[str]) -> Given | None:
     """A flag under its name of today, an old one with a warning; None where it has no effect any more."""
     positive = item.name.removeprefix("no_")  # argparse knows --no_flag for what is on by default
     if positive != item.name and ({item.name, positive} <= known or positive in OLD_FLAGS):
-        item = item._replace(name=positive, values=(str(not boolean(item)),))
+        item = item._replace(name=positive, value=str(not boolean(item)))
     if item.name == "logging_dir":
-        os.environ["TENSORBOARD_LOGGING_DIR"] = " ".join(item.values)
+        os.environ["TENSORBOARD_LOGGING_DIR"] = item.value or ""
         log.warning("%s: old name, set as TENSORBOARD_LOGGING_DIR", item.where)
         return None
-    if item.name == "debug" and not item.values:  # with a value it is the Trainer's flag of that name
+    if item.name == "debug" and item.value is None:  # with a value it is the Trainer's flag of that name
         return item._replace(name="show_traceback")
     if item.name in IGNORED_FLAGS:
         log.warning("%s: accepted, without effect: %s", item.where, IGNORED_FLAGS[item.name])
         return None
     if item.name in RENAMED_FLAGS:
-        return renamed(item, *RENAMED_FLAGS[item.name])
+        new, *meanings = RENAMED_FLAGS[item.name]
+        value = meanings[not boolean(item)] if meanings else item.value
+        if new == "warmup_steps":  # from 1 on, the Trainer would take a ratio for a number of steps
+            with contextlib.suppress(ValueError):  # the parser names the flag and its type
+                if not 0 <= float(value or "") < 1:
+                    raise ConfigError(f"{item.where} {value}: expected a share of the steps, from 0 up to below 1")
+        log.warning("%s: old name, read as --%s %s", item.where, new, value if meanings else "")
+        return None if value == "" and meanings else Given(new, value, item.where)
     if item.name not in known:
         near = difflib.get_close_matches(item.name, sorted(known | OLD_FLAGS), n=5, cutoff=0.5)
         near.sort(key=lambda name: -len(os.path.commonprefix([name, item.name])))  # noqa: RUF071
@@ -708,37 +717,24 @@ def current_name(item: Given, known: set[str]) -> Given | None:
 
 def boolean(item: Given) -> bool:
     """The value of a flag that is on or off; on where it has none."""
-    value = BOOLEANS.get("".join(item.values).lower())
+    value = BOOLEANS.get((item.value or "").lower())
     if value is None:
-        raise ConfigError(f"{item.where} {' '.join(item.values)}: expected True or False")
+        raise ConfigError(f"{item.where} {item.value}: expected True or False")
     return value
-
-
-def renamed(item: Given, new: str, on: str | None = None, off: str = "") -> Given | None:
-    """A flag by its row in RENAMED_FLAGS."""
-    values = item.values if on is None else ((on if boolean(item) else off),)
-    if new == "warmup_steps":  # from 1 on, the Trainer would take a ratio for a number of steps
-        with contextlib.suppress(ValueError):  # the parser names the flag and its type
-            if not 0 <= float("".join(values)) < 1:
-                raise ConfigError(f"{item.where} {values[0]}: expected a share of the steps, from 0 up to below 1")
-    log.warning("%s: old name, read as --%s %s", item.where, new, " ".join(values) if on else "")
-    return None if on and values == ("",) else Given(new, values, item.where)
 
 
 def parse_config(argv: Sequence[str]) -> Config:
     """The command line -> a checked Config. A ConfigError names what is unknown, wrong or does not go together."""
     epilog = "A YAML or JSON file with flags may stand first: python qlora.py run.yaml --learning_rate 1e-4"
     parser = Parser(GROUPS, prog="qlora.py", allow_abbrev=False, epilog=epilog)
-    if any(token in ("-h", "--help") for token in argv):
-        parser.print_help()
-        raise SystemExit(0)
+    if {"-h", "--help"} & set(argv):
+        parser.parse_args(["--help"])  # ends here
     known = {word[2:].replace("-", "_") for word in parser._option_string_actions if word.startswith("--")}
     record = read_record(argv)
     repeated = {name: value for name, value in record.get("flags", {}).items() if name in known - NOT_REPEATED}
     parser.repeat(repeated, argv)
     items = [item for old in split_argv(argv[1:] if record else argv) if (item := current_name(old, known))]
-    words = [f"--{name}" + (f"={','.join(values)}" if values else "") for name, values, _ in items]
-    flags = vars(parser.parse_args(words))
+    flags = vars(parser.parse_args([f"--{name}" + ("" if value is None else f"={value}") for name, value, _ in items]))
     given = frozenset(item.name for item in items)
     if record and "output_dir" not in given:
         raise ConfigError(f"{argv[0]}: to repeat this run, name another folder with --output_dir")
@@ -826,7 +822,6 @@ GENERATION = ("predict_with_generate", "generation_max_length", "generation_num_
 # What a masked language model has no use for: it has no output of its own, and generates nothing.
 CAUSAL_FLAGS = frozenset({"target_max_len", "train_on_source", "chat_template", "do_mmlu_eval", *GENERATION})
 LORA = frozenset(f.name for f in dataclasses.fields(LoraArguments))
-FREEZING = {"layers_to_freeze", "layer_freeze_ratio"}  # which a full fine-tune obeys, and a given adapter does not
 URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 
 # fmt: off
@@ -944,7 +939,7 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
     (("merge_base",), lambda f: f.bits >= 16, "bits is {bits}, so a base is merged into as it was published"),
     (("max_shard_size",), lambda f: not (f.merged_output_dir or f.full_finetune),
      "only a merged model (--merged_output_dir) and one of --full_finetune are written in shards"),
-    (LORA - FREEZING, lambda f: f.full_finetune, "a full fine-tune has no adapters"),
+    (LORA - {"layers_to_freeze", "layer_freeze_ratio"}, lambda f: f.full_finetune, "a full fine-tune has no adapters"),
     (LORA, lambda f: f.adapter_name_or_path is not None,
      "an adapter given by adapter_name_or_path keeps its own rank, alpha and layers"),
     (GENERATION, lambda f: not f.do_predict, "nothing is generated without --do_predict"),
@@ -1082,6 +1077,7 @@ ALPACA_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response: "
 )
+AIROBOROS_SYSTEM = "You are an unbiased, uncensored, helpful assistant."
 
 
 def _alpaca_to_pair(row: Mapping[str, Any]) -> Row:
@@ -1163,9 +1159,6 @@ def messages_of(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
             raise RowError(f"{here}: the output is empty, expected something to learn")
         messages.append({**turn, "role": role, "content": content})
     return messages
-
-
-AIROBOROS_SYSTEM = "You are an unbiased, uncensored, helpful assistant."
 
 
 def _airoboros_chat_to_pair(row: Mapping[str, Any]) -> Row:
@@ -1347,9 +1340,17 @@ def infer_format(columns: Iterable[str], where: str, masked: bool = False) -> st
 # ------------------------------------------------------------------------------------
 Numbered = Iterator[tuple[int, Any]]  # (line or row number from 1, the row or a RowError)
 
+CHUNK = 2**20  # characters of a JSON array that are read at once
+LONGEST_ROW = 2**27  # characters: what is longer is a quote or a bracket that was left open
 SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in this order of preference
 REJECTED = "rejected.jsonl"
 EVAL_SPLIT_SEED = 42  # the original's: the same rows are held out
+DATASETS_ERRORS = (RuntimeError, datasets.exceptions.DatasetsError)  # beside LIBRARY_ERRORS
+ROW_FEATURES = datasets.Features(  # of rows in normal form
+    {"segments": [{"text": datasets.Value("string"), "learnt": datasets.Value("bool")}]}
+    | {"rendered": datasets.Value("bool")}
+    | dict.fromkeys(("where", "category", "problem"), datasets.Value("string"))
+)
 
 
 class Splits(NamedTuple):
@@ -1373,12 +1374,7 @@ def read_json_lines(stream: Any) -> Numbered:
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                reason = f"not valid JSON: {one_line(error)}, expected one object in a line"
-                yield number, RowError(reason, line)
-
-
-CHUNK = 2**20  # characters of a JSON array that are read at once
-LONGEST_ROW = 2**27  # characters: what is longer is a quote or a bracket that was left open
+                yield number, RowError(f"not valid JSON: {one_line(error)}, expected one object in a line", line)
 
 
 def read_json_array(stream: Any, line: int) -> Numbered:
@@ -1415,9 +1411,7 @@ def read_delimited(stream: Any, delimiter: str) -> Numbered:
     csv.field_size_limit(LONGEST_ROW)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     with mendable(f"{stream.name}:1: the header is not valid CSV", DataError, csv.Error):
-        header = next(reader, None)
-    if header is None:
-        return
+        header = next(reader, [])
     if doubled := [name for name in header if header.count(name) > 1]:
         raise DataError(f"{stream.name}: the column {doubled[0]!r} stands twice in the header")
     while True:
@@ -1437,10 +1431,8 @@ def read_delimited(stream: Any, delimiter: str) -> Numbered:
 
 def read_parquet(stream: Any) -> Numbered:
     """Parquet, a few thousand rows at a time."""
-    import pyarrow.parquet
-
-    batches = pyarrow.parquet.ParquetFile(stream.buffer).iter_batches(4096)  # the bytes below the text
-    yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    batches = ParquetFile(stream.buffer).iter_batches(4096)  # the bytes below the text
+    return enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
 
 
 READERS: dict[str, Callable[[Any], Numbered]] = {
@@ -1486,7 +1478,7 @@ class RowSource:
             for number, row in read_file(path):
                 yield f"{path}:{number}", row
         if self.loaded is not None:
-            with library_data(self.name):
+            with mendable(self.name, DataError, *DATASETS_ERRORS):
                 for number, row in enumerate(self.loaded, start=self.behind + 1):
                     yield f"{self.name}:{number}", row
 
@@ -1549,8 +1541,6 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
 
 def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
     """A folder of data files, or one written by `save_to_disk`."""
-    import datasets
-
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         with mendable(str(folder), DataError):
             return as_sources(str(folder), datasets.load_from_disk(str(folder)))
@@ -1569,19 +1559,10 @@ def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
 
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
     """A dataset of the hub, all its splits."""
-    import datasets
-
     what = f"--dataset {path}: no local file of that name, and the hub does not give it"
-    with library_data(what):
-        options |= {"streaming": True} if config.data.streaming else {}
+    options |= {"streaming": True} if config.data.streaming else {}
+    with mendable(what, DataError, *DATASETS_ERRORS):
         return as_sources(path, datasets.load_dataset(path, **hub_options(config), **options))
-
-
-def library_data(what: str) -> contextlib.AbstractContextManager[None]:
-    """What the datasets library complains of, as one line of ours."""
-    import datasets
-
-    return mendable(what, DataError, RuntimeError, datasets.exceptions.DatasetsError)
 
 
 def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
@@ -1622,7 +1603,10 @@ def normal_rows(
                     raise RowError(f"field {learnt!r}: the output is empty, expected something to learn")
         except (RowError, RecursionError) as error:
             problem = str(error) if isinstance(error, RowError) else "nested too deeply to be read"
-            made = [[{"text": as_json(row.raw if isinstance(row, RowError) else row), "learnt": False}]]
+            raw = "null"
+            with contextlib.suppress(RecursionError):
+                raw = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
+            made = [[{"text": raw, "learnt": False}]]
         texts = {"where": where, "category": category, "problem": problem}
         for segments in made:
             kept = [{**segment, "text": storable(segment["text"])} for segment in segments]
@@ -1631,18 +1615,8 @@ def normal_rows(
         raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
 
 
-def as_json(value: Any) -> str:
-    """A row as one line of JSON; null for one that is nested too deeply."""
-    try:
-        return json.dumps(value, default=str)
-    except RecursionError:
-        return "null"
-
-
 def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     """One split as an Arrow dataset of rows in normal form, from the cache if the same content was read before."""
-    import datasets
-
     data, own = config.data, OWN_FORMAT.fullmatch(format_name)
     depends: list[Any] = [source.name, source.fingerprint(), format_name, own and file_digest(Path(own[1]))]
     depends += [data.expand_conversations, data.include_sources]
@@ -1651,7 +1625,7 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
     try:
         return datasets.Dataset.from_generator(
             normal_rows,
-            features=row_features(),
+            features=ROW_FEATURES,
             gen_kwargs={"source": source, "format_name": format_name, "data": data, "tokenizer": tokenizer},
             cache_dir=config.model.cache_dir,
             fingerprint=digest("rows", CODE_VERSION, *depends),
@@ -1660,15 +1634,6 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
         if isinstance(error.__cause__, QLoRAError):
             raise error.__cause__ from None
         raise
-
-
-def row_features() -> Any:
-    """The columns of rows in normal form."""
-    import datasets
-
-    text, switch = datasets.Value("string"), datasets.Value("bool")
-    features = {"segments": [{"text": text, "learnt": switch}], "rendered": switch}
-    return datasets.Features(features | dict.fromkeys(("where", "category", "problem"), text))
 
 
 CODE_VERSION = file_digest(Path(__file__))  # rows that another version of this file encoded are encoded again
@@ -1754,8 +1719,6 @@ def needs_train_rows(config: Config) -> bool:
 
 def joined(parts: list[Any]) -> Any | None:
     """Datasets one after the other, under a fingerprint that a second run finds again."""
-    import datasets
-
     if len(parts) < 2:
         return parts[0] if parts else None
     whole = datasets.concatenate_datasets(parts)
@@ -1780,30 +1743,22 @@ def split_off(rows: Any, config: Config) -> Splits:
     if count >= len(rows):
         return Splits(None, rows)
     categories = rows["category"][:]
-    if any(categories):
-        return Splits(*(rows.select(part) for part in stratified(categories, count)))
-    parts = rows.train_test_split(test_size=count, shuffle=True, seed=EVAL_SPLIT_SEED)
-    return Splits(parts["train"], parts["test"])
-
-
-def stratified(categories: Sequence[str], count: int) -> tuple[list[int], list[int]]:
-    """Row numbers to train on and `count` to hold out, every category by its share; one with one row breaks nothing."""
-    order = torch.randperm(len(categories), generator=torch.Generator().manual_seed(EVAL_SPLIT_SEED)).tolist()
+    if not any(categories):
+        parts = rows.train_test_split(test_size=count, shuffle=True, seed=EVAL_SPLIT_SEED)
+        return Splits(parts["train"], parts["test"])
+    # of every category its share: evenly spaced where they stand one after the other; one with one row breaks nothing
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(EVAL_SPLIT_SEED)).tolist()
     grouped = sorted(order, key=categories.__getitem__)
-    held_out = {grouped[(2 * n + 1) * len(order) // (2 * count)] for n in range(count)}  # evenly spaced
-    return [row for row in order if row not in held_out], [row for row in order if row in held_out]
-
-
-def without(rows: Any, left_out: list[int]) -> Any:
-    """The rows that do not have these numbers, in their order."""
-    return rows.select(sorted(set(range(len(rows))) - set(left_out)))
+    held_out = {grouped[(2 * n + 1) * len(order) // (2 * count)] for n in range(count)}
+    return Splits(*(rows.select([i for i in order if (i in held_out) == held]) for held in (False, True)))
 
 
 def reject_bad_rows(rows: Any | None, config: Config, whole: bool = True) -> Any | None:
     """Rows without a problem. The others stop the run, by a DataError that counts them, or go to rejected.jsonl."""
     if rows is None:
         return None
-    bad = [i for i, problem in enumerate(rows["problem"][:]) if problem]
+    problems = rows["problem"][:]
+    bad = [i for i, problem in enumerate(problems) if problem]
     if bad:
         first = "{where}: {problem}".format(**rows[bad[0]])
         if config.data.on_bad_rows == "stop":
@@ -1821,7 +1776,7 @@ def reject_bad_rows(rows: Any | None, config: Config, whole: bool = True) -> Any
                     line = f'{said[:-1]}, "row": {raw}}}\n'
                     file.write("" if line in known else line)
         log.warning("%d of %d rows left out, the first: %s; all in %s", len(bad), len(rows), first, rejected)
-        rows = without(rows, bad)
+        rows = rows.select([i for i, problem in enumerate(problems) if not problem])
     if whole and len(rows) == 0:
         raise DataError(f"--dataset {config.data.dataset}: no row in it that can be used")
     return rows
@@ -1947,8 +1902,6 @@ class Limits(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A row as it is trained."""
-
     input_ids: list[int]
     labels: list[int]  # the ids that are learnt, IGNORE elsewhere
     cut: bool  # whether a limit took something away
@@ -1989,16 +1942,14 @@ def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list
 def tokens_apart(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
     """The tokens of each segment, BOS before the first and EOS after the last; a tokenizer without BOS adds none."""
     own = {BOS_MARK: [tokenizer.bos_token_id][: tokenizer.bos_token_id is not None], EOS_MARK: [tokenizer.eos_token_id]}
-    split: list[list[list[str]]] = []  # a segment's texts and, between them, marks
+    texts = [
+        BOS_MARK * (n == 0) + s["text"] + EOS_MARK * (n == len(row) - 1) for row in rows for n, s in enumerate(row)
+    ]
+    split = [re.split(f"([{BOS_MARK}{EOS_MARK}])", text) for text in texts]  # into texts and, between them, marks
+    found = iter(token_ids([text for pieces in split for text in pieces[::2]], tokenizer))
+    ids = ([i for piece in pieces for i in (own[piece] if piece in own else next(found))] for pieces in split)
     for row in rows:
-        texts = [segment["text"] for segment in row]
-        texts[0] = BOS_MARK + texts[0]
-        texts[-1] += EOS_MARK
-        split.append([re.split(f"([{BOS_MARK}{EOS_MARK}])", text) for text in texts])
-    found = iter(token_ids([text for row in split for pieces in row for text in pieces[::2]], tokenizer))
-    for row, segments in zip(rows, split, strict=True):
-        ids = [[i for piece in s for i in (own[piece] if piece in own else next(found))] for s in segments]
-        yield [[(i, i if s["learnt"] else IGNORE) for i in part] for s, part in zip(row, ids, strict=True)]
+        yield [[(i, i if segment["learnt"] else IGNORE) for i in next(ids)] for segment in row]
 
 
 def tokens_of_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
@@ -2087,27 +2038,27 @@ def limits_of(config: Config) -> Limits:
 
 def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Config, name: str) -> Any:
     """Every row encoded, in parallel, from the cache where the same rows were encoded before."""
-    limits, on_source, masked = limits_of(config), config.data.train_on_source, config.masked
+    options = {"limits": limits_of(config), "train_on_source": config.data.train_on_source, "masked": config.masked}
     words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    ids = (words, tokenizer.bos_token_id, tokenizer.eos_token_id, masked)
+    depends = (pairs._fingerprint, words, tokenizer.bos_token_id, tokenizer.eos_token_id, options)
     workers = min(os.cpu_count() or 1, len(pairs) // 20_000)  # below that, starting processes takes longer
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
     return pairs.map(
         encode_batch,
         batched=True,
-        fn_kwargs={"tokenizer": tokenizer, "limits": limits, "train_on_source": on_source, "masked": masked},
+        fn_kwargs={"tokenizer": tokenizer, **options},
         remove_columns=["segments", "rendered", "category"],
         num_proc=workers if workers > 1 else None,
         desc=f"Encoding {name} rows",
-        new_fingerprint=digest(CODE_VERSION, pairs._fingerprint, *ids, limits, on_source),
+        new_fingerprint=digest(CODE_VERSION, *depends),
     )
 
 
 class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows of a dataset, several to a row: each pack is at most `limit` tokens, filled first-fit from the longest on.
+    """Rows of a dataset, several to a row of at most `limit` tokens: the longest first, into the fullest that has room.
 
-    First-fit decreasing (Johnson 1973) needs at most 11/9 of the fewest packs. The packs follow from the rows alone.
+    Best-fit decreasing (Johnson 1973) needs at most 11/9 of the fewest packs. The packs follow from the rows alone.
     """
 
     def __init__(self, rows: Any, limit: int) -> None:
@@ -2209,12 +2160,11 @@ def usable_rows(
     rows, limits = encode_dataset(pairs, tokenizer, config, name), limits_of(config)
     if not place:
         warn_without_stop(pairs, rows, tokenizer)
-    cut = [i for i, was_cut in enumerate(rows["cut"]) if was_cut]
-    if cut and name == "train" and limits.total is not None and config.data.skip_excess_length:
-        log.info("%d of %d training rows are longer than %s: left out", len(cut), len(rows), limits)
-        rows = without(rows, cut)
-        if place is None and len(rows) == 0:
+    if name == "train" and limits.total is not None and config.data.skip_excess_length and any(cut := rows["cut"][:]):
+        log.info("%d of %d training rows are longer than %s: left out", sum(cut), len(rows), limits)
+        if place is None and all(cut):
             raise DataError(f"--{limits}: every row is longer; raise it or give --skip_excess_length False")
+        rows = rows.select([i for i, was_cut in enumerate(cut) if not was_cut])
     return reject_bad_rows(rows, config, whole=place is None)
 
 
@@ -2222,8 +2172,6 @@ def encoded_blocks(
     stream: RowStream, place: Place, tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> Iterator[tuple[Place, Any]]:
     """From a place on, without end: the encoded rows of each block that has any, and the place before it."""
-    import datasets
-
     source, useful = stream.source, True
     while useful:
         useful, loaded, row = False, copy.deepcopy(source.loaded), place.get("row", source.first)
@@ -2232,7 +2180,7 @@ def encoded_blocks(
         rest = iter(dataclasses.replace(source, loaded=loaded, first=row, behind=row if state else 0))
         while block := list(itertools.islice(rest, config.data.stream_buffer)):
             made = list(normal_rows(block, stream.format_name, config.data, tokenizer))
-            pairs: Any = datasets.Dataset.from_list(made, features=row_features()) if made else None
+            pairs: Any = datasets.Dataset.from_list(made, features=ROW_FEATURES) if made else None
             rows = usable_rows(reject_bad_rows(pairs, config, whole=False), "train", tokenizer, config, place)
             if rows:
                 useful = True
@@ -2246,8 +2194,6 @@ def encoded_blocks(
 
 
 class TokenStatistics(NamedTuple):
-    """Encoded rows in numbers."""
-
     fingerprint: str  # of every id and label, in order
     rows: int
     tokens: int
@@ -2287,9 +2233,9 @@ def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRow
     begins_with = tokenizer.cls_token_id if config.masked else tokenizer.bos_token_id
     hasher, found, largest, parts = hashlib.sha256(), Counter[str](), 0, []
     for batch in rows.select_columns(["input_ids", "labels", "cut"]).with_format("arrow").iter(batch_size=10_000):
-        (ids, sizes), (labels, _) = flat(batch["input_ids"]), flat(batch["labels"])
-        for values in (ids, labels):
-            hasher.update(sizes.tobytes() + values.tobytes())
+        lists = [batch[name].combine_chunks() for name in ("input_ids", "labels")]
+        sizes, (ids, labels) = lists[0].value_lengths().to_numpy(), (part.flatten().to_numpy() for part in lists)
+        hasher.update(b"".join(part.tobytes() for part in (sizes, ids, sizes, labels)))
         ends = sizes.cumsum()
         starts = ends - sizes
         learnt = labels != IGNORE
@@ -2327,12 +2273,6 @@ def measured(splits: Splits, tokenizer: Any, config: Config) -> tuple[Any, dict[
     if splits.eval is not None:
         statistics["eval"] = token_statistics(splits.eval, tokenizer, config)
     return packs if config.data.packing else splits.train, statistics
-
-
-def flat(column: Any) -> tuple[Any, Any]:
-    """An Arrow column of lists as its values and their numbers in each."""
-    lists = column.combine_chunks()
-    return lists.flatten().to_numpy(), lists.value_lengths().to_numpy()
 
 
 def padding_share(lengths: Any, order: Iterable[int], at_once: int) -> float:
@@ -2391,11 +2331,9 @@ def collate_window(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> d
 
 
 def micro_batches(window: Window, rows: int | None, tokens: int, padded: bool) -> list[list[int]]:
-    """Which members of a window go through the model together.
+    """Which members of a window go through the model together: at most `rows` of the dataset, in their order.
 
-    Args:
-        rows: at most so many rows of the dataset together, in their order; None for as many as fit.
-        tokens: at most so many, padding included, unless one member alone has more.
+    And at most so many tokens, padding included, unless one member alone has more; `rows` None for as many as fit.
     """
     lengths, groups = window.lengths, [list(range(len(window.input_ids)))]
     if rows is not None and window.rows:  # a share may be empty
