@@ -22,6 +22,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -133,8 +134,15 @@ def run_job(job: Job, work: Path) -> dict[str, Any]:
     }
 
 
+def leave_after(parent: Any) -> None:
+    """End this process as soon as that one is gone, killed too."""
+    parent.join()
+    os._exit(1)
+
+
 def start_worker(logs: Path, threads: int) -> None:
-    """A process of the pool: its output into a file of its own."""
+    """A process of the pool: its output into a file of its own. It ends with the process that asked for it."""
+    threading.Thread(target=leave_after, args=(multiprocessing.parent_process(),), daemon=True).start()
     sys.stdout = sys.stderr = (logs / f"worker-{os.getpid()}.log").open("w", encoding="utf-8", buffering=1)
     torch.set_num_threads(threads)
     qlora.set_up_logging()
