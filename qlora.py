@@ -201,11 +201,6 @@ def table(lines: Mapping[str, Any]) -> str:
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in lines.items())
 
 
-def log_block(title: str, lines: Mapping[str, Any]) -> None:
-    """A titled block of `name: value` lines."""
-    log.info("%s\n%s", title, table(lines))
-
-
 # What libraries raise over a user's files and flags; not RuntimeError, which is as often our bug.
 LIBRARY_ERRORS: tuple[type[Exception], ...] = (
     OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError,
@@ -5030,7 +5025,7 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
     with mendable("generation flags"):
         if trainers.generation_config is not None:
             values = GenerationConfig.from_pretrained(str(trainers.generation_config)).to_diff_dict() | values
-            values.pop("transformers_version", None)
+
         return GenerationConfig(**values | ids | {"use_cache": True})
 
 
@@ -5534,7 +5529,7 @@ class QLoRATrainer(Trainer):
         inside = self.runtime().model
         base = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
         self.fast = choose_fast_path(model, base, self.config, self.args.device)
-        log_block("Fast path", self.fast.lines())
+        log.info("Fast path\n%s", table(self.fast.lines()))
         if self.config.training.chunked_head and self.fast.head is None:  # micro-batches were cut for that
             self.sizes = self.sizes._replace(rows=self.config.training.per_device_train_batch_size)
 
@@ -5894,12 +5889,11 @@ def peak_memory_gib() -> float:
     """Peak memory of this process: of all its GPUs, or of the process itself where it has none."""
     if torch.cuda.is_available():
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / GIB
-    try:
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:  # Windows
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
+    return math.nan  # on Windows
 
 
 def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -6249,10 +6243,9 @@ def versions() -> dict[str, str]:
 def git_commit() -> str | None:
     """The commit of this file's checkout, marked if it has changes."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return None
 
 
 def device_name() -> str:
@@ -6299,7 +6292,7 @@ def describe(start: Start, this_run: dict[str, Any], inputs: Inputs) -> dict[str
         "trained part": "all weights but the embeddings" if quant.full_finetune else adapter,
         **{f"{name} data": f"{first * (name == 'train')}{part}" for name, part in inputs.statistics.items()},
     }
-    log_block("This run", derived)
+    log.info("This run\n%s", table(derived))
     said = {
         "flags": config.flags,
         "derived": derived | {"given": sorted(config.given)},
@@ -6350,7 +6343,7 @@ def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: in
     start_recomputing(base, fast, sizes, compute_dtype(config), is_sharded(config))
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
     said = {} if is_sharded(config) else fast.lines()  # what an engine spreads is tried when it is
-    log_block("Fast path", said | {"steps": sizes} | (plan.lines() if plan else {}))
+    log.info("Fast path\n%s", table(said | {"steps": sizes} | (plan.lines() if plan else {})))
     return Ready(model, fast, sizes, plan)
 
 
@@ -6457,8 +6450,7 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
         if args.do_predict:
             metrics |= predict(trainer, start, inputs.pairs.eval, config)
         del trainer  # memory for a merged model
-    weights = final_folder(config) if start.train else start.weights
-    metrics |= merge(str(weights), inputs)
+    metrics |= merge(str(final_folder(config) if start.train else start.weights), inputs)
     finish(config, metrics, time.perf_counter() - began)
     return 0
 
@@ -6474,7 +6466,8 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     lines = {name.replace("_", " "): metrics[name] for name in shown if name in metrics}
     lines |= {name: value for name, value in metrics.items() if re.fullmatch(r"mmlu_\w+_accuracy|mmlu_loss", name)}
     files = {str(final_folder(config)): 1, config.training.output_dir: 1, config.training.merged_output_dir: 1}
-    log_block("Done", lines | {"seconds": round(seconds), "files": ", ".join(filter(None, files))})
+    lines |= {"seconds": round(seconds), "files": ", ".join(filter(None, files))}
+    log.info("Done\n%s", table(lines))
 
 
 def exit_status(error: BaseException, output: Path | None = None) -> tuple[int, str] | None:
