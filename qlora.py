@@ -4907,6 +4907,12 @@ def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
     write_json(path, {**first, **earlier, **values})
 
 
+def seal(folder: Path, run: Mapping[str, Any]) -> None:
+    """List a checkpoint's files and say whose they are."""
+    manifest = {"run": run, "files": contents(folder)}
+    write_json(folder / MANIFEST, manifest | {"seal": digest(json.dumps(manifest))})
+
+
 def publish(staging: Path, final: Path) -> None:
     """Flush a written folder to disk and give it its name."""
     for path in [*staging.rglob("*"), staging]:
@@ -5755,8 +5761,7 @@ class QLoRATrainer(Trainer):
 
                 if self.place:
                     write_json(folder / STREAM, self.place)
-                manifest: dict[str, Any] = {"run": self.run, "files": contents(folder)}
-                write_json(folder / MANIFEST, manifest | {"seal": digest(json.dumps(manifest))})
+                seal(folder, self.run)
                 publish(folder, final)
                 limit = self.args.save_total_limit or sys.maxsize
                 for old in checkpoints_in(output)[max(limit, 1) :]:
