@@ -4983,8 +4983,7 @@ class Runtime(NamedTuple):
     def padded(self, rows: Sequence[Sequence[int]], side: str = "right") -> dict[str, torch.Tensor]:
         """Rows of ids as the model takes them."""
         device = self.model.get_input_embeddings().weight.device
-        batch = padded_prompts(rows, self.tokenizer.pad_token_id, side)
-        return {name: tensor.to(device) for name, tensor in batch.items()}
+        return on_device(padded_prompts(rows, self.tokenizer.pad_token_id, side), device)
 
     def collect(self, count: int, results_of: Callable[[list[int]], Iterable[Any]], title: str) -> list[Any]:
         """What `results_of` says of each of so many rows, whose numbers it gets batch by batch."""
@@ -5031,7 +5030,6 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
     with mendable("generation flags"):
         if trainers.generation_config is not None:
             values = GenerationConfig.from_pretrained(str(trainers.generation_config)).to_diff_dict() | values
-
         return GenerationConfig(**values | ids | {"use_cache": True})
 
 
