@@ -4825,8 +4825,7 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
 def find_last_checkpoint(output_dir: Path) -> Path | None:
     """The newest whole checkpoint; a torn one is passed over with a warning."""
     for folder in checkpoints_in(output_dir):
-        problem = checkpoint_problem(folder)
-        if problem is None:
+        if not (problem := checkpoint_problem(folder)):
             return folder
         log.warning("%s is not whole (%s): passed over", folder, problem)
     return None
@@ -6101,8 +6100,7 @@ def merge(adapter: str, inputs: Inputs) -> dict[str, Any]:
     aside = target.with_name(f".merging-{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
     rows: Any = inputs.splits.eval or inputs.splits.train
-    some = [ids[:64] for ids in rows[:4]["input_ids"]]
-    sample = padded_prompts(some, inputs.tokenizer.pad_token_id, "right")
+    sample = padded_prompts([ids[:64] for ids in rows[:4]["input_ids"]], inputs.tokenizer.pad_token_id, "right")
     gc.collect()  # what was trained in this process refers to itself in circles
     log.info("merging %s into %s", adapter, target)
     with written_aside(aside, target), mendable(f"--merged_output_dir {target}"):
@@ -6206,8 +6204,7 @@ def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label, marker in (("loss", "training", None), ("eval_loss", "evaluation", "o")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
+        if points := [(entry["step"], entry[key]) for entry in history if key in entry]:
             axes.plot(*zip(*points, strict=True), label=label, marker=marker)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     if axes.lines:
@@ -6322,8 +6319,7 @@ def hints(config: Config) -> None:
         held = "in bf16, with --bf16" if args.bf16 else "in float32, without --bf16"
         log.info("bits %d: the weights are held %s, as in the original", bits, held)
     for names, applies, why in IDLE:
-        given = sorted(flags.given.intersection(names))
-        if given and applies(flags):
+        if (given := sorted(flags.given.intersection(names))) and applies(flags):
             log.info("%s: without effect: %s", ", ".join(given), why.format(**vars(flags)))
 
 
@@ -6531,8 +6527,7 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, Stop], int
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # or the message would stand behind a progress bar
         own = visible(HUB_TOKEN.sub("(a token)", known[1]))
-        message = said_once(own, lost, isinstance(error, KeyboardInterrupt))
-        if message:
+        if message := said_once(own, lost, isinstance(error, KeyboardInterrupt)):
             print(f"{'error: ' if known[0] else ''}{message}", file=sys.stderr, flush=True)
         if world()[1] > 1:  # what waits on a GPU for a process that is gone would keep this one from ending
             os._exit(known[0])
