@@ -34,7 +34,6 @@ import copy
 import csv
 import dataclasses
 import difflib
-import errno
 import gc
 import gzip
 import hashlib
@@ -111,6 +110,7 @@ from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
@@ -175,10 +175,6 @@ class DataError(QLoRAError):
     """A dataset, a file of it, or a row."""
 
 
-class TrainingError(QLoRAError):
-    """Training that can't go on: a loss that is not finite, no memory."""
-
-
 class PeerLost(QLoRAError):
     """Another process of this run is there no more."""
 
@@ -206,11 +202,6 @@ def table(lines: Mapping[str, Any]) -> str:
     """Names and values in two columns."""
     width = max(map(len, lines))
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in lines.items())
-
-
-def log_block(title: str, lines: Mapping[str, Any]) -> None:
-    """A titled block of `name: value` lines."""
-    log.info("%s\n%s", title, table(lines))
 
 
 # What libraries raise over a user's files and flags; not RuntimeError, which is as often our bug.
@@ -542,7 +533,7 @@ class Config:
     mmlu: MMLUArguments
     generation: GenerationArguments
     training: TrainingArguments  # last, for its class has the Trainer's own flags too, which end --help
-    flags: dict[str, Any]  # every flag by its own name, as resolved
+    flags: dict[str, Any]  # every flag by its own name, as resolved; but no token
     given: frozenset[str]  # those that the user set
     record: dict[str, Any]  # run.json of the run to repeat, or nothing
 
@@ -748,6 +739,7 @@ def parse_config(argv: Sequence[str]) -> Config:
         raise ConfigError("--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes")
     with mendable("flags"):  # output_dir is where the Trainer writes, and all but final_folder
         groups = parser.parse_dict(flags | {"output_dir": flags["working_dir"] or flags["output_dir"]}, True)
+    flags["hub_token"] = flags["hub_token"] and "(hidden)"  # which no file is to hold
     config = Config(*groups, flags, given, record)  # type: ignore[call-arg]
     check_config(config)
     return config
@@ -4840,7 +4832,6 @@ MANIFEST = "checkpoint.json"
 COMPLETED = "completed"
 STREAM = "stream.json"  # in a checkpoint: the Place
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class Start(NamedTuple):
@@ -4857,8 +4848,7 @@ def identity(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
     names = ["model_name_or_path", "bits", "full_finetune", "objective"]
     names += ["quant_type", "double_quant"] if config.quant.bits == 4 else []
     names += ["streaming", "stream_buffer"] if config.data.streaming else ["streaming"]
-    if not config.quant.full_finetune:
-        names += [f.name for f in dataclasses.fields(LoraArguments)]
+    names += [] if config.quant.full_finetune else sorted(LORA)
     values = {name: config.flags[name] for name in names}
     base = Path(config.model.model_name_or_path).expanduser()
     values["model_name_or_path"] = str(base.resolve()) if base.exists() else config.model.model_name_or_path
@@ -4918,7 +4908,7 @@ def check_engine(checkpoint: Path, config: Config) -> None:
 def adapter_folder(folder: Path) -> Path | None:
     """Where a folder keeps its adapter: at its top or, as the original did, in adapter_model/."""
     for place in (folder, folder / "adapter_model"):
-        if (place / "adapter_config.json").is_file() and any((place / name).is_file() for name in ADAPTER_FILES):
+        if (place / "adapter_config.json").is_file() and any(place.glob("adapter_model.*")):
             return place
     return None
 
@@ -4940,25 +4930,26 @@ def contents(folder: Path) -> dict[str, str]:
 
 def checkpoint_problem(folder: Path) -> str | None:
     """The first thing that is not as it was written in a checkpoint, or None if it is whole."""
-    expected: tuple[type[Exception], ...] = (*LIBRARY_ERRORS, QLoRAError)
-    problems = []
     try:
         if (folder / MANIFEST).is_file():
             manifest, found = read_json(folder / MANIFEST), contents(folder)
             if manifest.pop("seal", None) != digest(json.dumps(manifest)):
                 return f"{MANIFEST} is not as it was written"
             changed = [item for item in manifest["files"].items() if found.get(item[0]) != item[1]]
-            problems = [f"{name}: {found.get(name, 'missing')}, instead of {was}" for name, was in changed]
-        else:  # another program's, or the original's
-            read_json(folder / "trainer_state.json")
-            for file in folder.rglob("*.safetensors"):
-                safe_open(file, "pt")
-            problems = [f"{file.name} breaks off" for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
-            if not adapter_folder(folder) and not (folder / "config.json").is_file():
-                problems += ["no weights in it"]
-    except expected as error:
+            return next((f"{name}: {found.get(name, 'missing')}, instead of {was}" for name, was in changed), None)
+        read_json(folder / "trainer_state.json")  # another program's, or the original's
+        for file in folder.rglob("*.safetensors"):
+            safe_open(file, "pt")
+        torn = [f"{file.name} breaks off" for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
+        empty = not adapter_folder(folder) and not (folder / "config.json").is_file()
+        return next(iter(torn), "no weights in it" if empty else None)
+    except (*LIBRARY_ERRORS, QLoRAError) as error:  # type: ignore[misc]
         return one_line(error)
-    return problems[0] if problems else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number in a checkpoint's name."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
@@ -4970,8 +4961,7 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
 def find_last_checkpoint(output_dir: Path) -> Path | None:
     """The newest whole checkpoint; a torn one is passed over with a warning."""
     for folder in checkpoints_in(output_dir):
-        problem = checkpoint_problem(folder)
-        if problem is None:
+        if not (problem := checkpoint_problem(folder)):
             return folder
         log.warning("%s is not whole (%s): passed over", folder, problem)
     return None
@@ -4979,17 +4969,16 @@ def find_last_checkpoint(output_dir: Path) -> Path | None:
 
 def asks_for_more(config: Config, completed: Mapping[str, Any]) -> bool:
     """Whether a run wants more steps or epochs than a completed one had."""
-    train = config.training
-    if train.max_steps > 0:
-        return train.max_steps > completed.get("step", math.inf)
-    return train.num_train_epochs > completed.get("epoch", math.inf) + 1e-6
+    args = config.training
+    wanted, had = (args.max_steps, "step") if args.max_steps > 0 else (args.num_train_epochs - 1e-6, "epoch")
+    return wanted > completed.get(had, math.inf)
 
 
 def find_start(config: Config) -> Start:
     """Resume, begin anew, or use what is finished."""
     train, output, final = config.training, Path(config.training.output_dir), final_folder(config)
     given, full, picked = config.model.adapter_name_or_path, config.quant.full_finetune, train.resume_from_checkpoint
-    if picked and str(picked).lower() not in ("true", "false"):
+    if picked and str(picked).lower() != "true":
         last: Path | None = Path(picked)
         if problem := checkpoint_problem(Path(picked)):
             raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
@@ -4997,21 +4986,19 @@ def find_start(config: Config) -> Start:
         last = None if train.overwrite_output_dir else find_last_checkpoint(output)
     completed = (output / COMPLETED).is_file()
     if not train.do_train:
-        for place in (final if completed else None, last, final):  # the newest weights first
-            weights = weights_in(place, full) if place and not given else None
-            if weights:
+        for place in () if given else (final if completed else None, last, final):  # the newest weights first
+            if place and (weights := weights_in(place, full)):
                 return Start(False, weights=weights, found=output if place == final else place)
         return Start(False, weights=given)
-    finished = weights_in(final, full) if completed and not train.overwrite_output_dir else None
-    if finished and not asks_for_more(config, record_of(output)):
-        steps = record_of(output).get("step", "?")  # the original's is an empty file
-        log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
-        return Start(False, weights=finished, found=output)
-    if finished and last is None:
-        raise ConfigError(
-            f"{output} holds a completed run but no checkpoint to go on from; begin another from its adapter with "
-            f"--adapter_name_or_path {final} and another --output_dir"
-        )
+    if completed and not train.overwrite_output_dir and (finished := weights_in(final, full)):
+        record = record_of(output)
+        if not asks_for_more(config, record):
+            steps = record.get("step", "?")  # the original's is an empty file
+            log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
+            return Start(False, weights=finished, found=output)
+        if last is None:
+            way = f"begin another from its adapter with --adapter_name_or_path {final} and another --output_dir"
+            raise ConfigError(f"{output} holds a completed run but no checkpoint to go on from; {way}")
     if last is None:
         return Start(True, weights=given)
     if not any(itertools.chain(last.glob("optimizer*"), last.glob("global_step*"))):
@@ -5055,10 +5042,10 @@ def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
     write_json(path, {**first, **earlier, **values})
 
 
-def name_base(folder: Path, name: str) -> None:
-    """Write the base as the user named it, not the folder that a .gguf file was converted into, into an adapter."""
-    if (folder / "adapter_config.json").is_file():
-        add_json(folder / "adapter_config.json", {"base_model_name_or_path": name})
+def seal(folder: Path, run: Mapping[str, Any]) -> None:
+    """List a checkpoint's files and say whose they are."""
+    manifest = {"run": run, "files": contents(folder)}
+    write_json(folder / MANIFEST, manifest | {"seal": digest(json.dumps(manifest))})
 
 
 def publish(staging: Path, final: Path) -> None:
@@ -5082,40 +5069,35 @@ def written_aside(aside: Path, what: Path) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
             raise
-        raise TrainingError(f"{what}: not saved: {one_line(error)}. What was saved before stays") from error
+        raise QLoRAError(f"{what}: not saved: {one_line(error)}. What was saved before stays") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 # What a run leaves at the top of its folder, and --overwrite_output_dir takes away.
 RUN_FILES = (
-    COMPLETED, "adapter_model.*", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json",
-    "config.json", "generation_config.json", "*_results.json", "metrics.json", "predictions.jsonl",
-    "trainer_state.json", "loss.png",
+    COMPLETED, "adapter_model.*", "adapter_config.json", "model*.safetensors*", "config.json", "generation_config.json",
+    "*_results.json", "metrics.json", "predictions.jsonl", "trainer_state.json", "loss.png",
 )  # fmt: skip
 
 
-def clear_output(output: Path, final: Path, everything: bool, step: int) -> None:
+def clear_output(config: Config, step: int) -> None:
     """Before training: away with `completed` and half written folders and, to start anew, with all that a run left.
 
     Checkpoints beyond the step that a run begins at are not whole, or of a branch that --resume_from_checkpoint left:
     they are set aside under another name, or --save_total_limit would keep them rather than those to come.
     """
-    for place in {output, final}:
-        for file in itertools.chain.from_iterable(map(place.glob, RUN_FILES if everything else (COMPLETED,))):
+    output, anew = Path(config.training.output_dir), config.training.overwrite_output_dir
+    for place in {output, final_folder(config)}:
+        for file in itertools.chain.from_iterable(map(place.glob, RUN_FILES if anew else (COMPLETED,))):
             file.unlink()
         for folder in place.glob(f"{STAGING}*"):
             shutil.rmtree(folder, ignore_errors=True)
     for folder in checkpoints_in(output):
-        if everything:
+        if anew:
             shutil.rmtree(folder)
         elif step_of(folder) > step:
             folder.rename(output / f"left-{folder.name}-{time.time_ns()}")
-
-
-def step_of(checkpoint: Path) -> int:
-    """The number in a checkpoint's name."""
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 # ------------------------------------------------------------------------------------
@@ -5136,8 +5118,7 @@ class Runtime(NamedTuple):
     def padded(self, rows: Sequence[Sequence[int]], side: str = "right") -> dict[str, torch.Tensor]:
         """Rows of ids as the model takes them."""
         device = self.model.get_input_embeddings().weight.device
-        batch = padded_prompts(rows, self.tokenizer.pad_token_id, side)
-        return {name: tensor.to(device) for name, tensor in batch.items()}
+        return on_device(padded_prompts(rows, self.tokenizer.pad_token_id, side), device)
 
     def collect(self, count: int, results_of: Callable[[list[int]], Iterable[Any]], title: str) -> list[Any]:
         """What `results_of` says of each of so many rows, whose numbers it gets batch by batch."""
@@ -5171,23 +5152,19 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
 
     The model's own generation_config only adds its further stop tokens: its sampling values are not the user's.
     """
-    chosen = config.generation
-    values = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen) if f.name in config.given}
-    if config.training.generation_num_beams is not None:
-        values.setdefault("num_beams", config.training.generation_num_beams)
-    if config.training.generation_max_length is not None and "max_new_tokens" not in values:
-        values["max_length"] = config.training.generation_max_length
-    else:
-        values.setdefault("max_new_tokens", chosen.max_new_tokens)
-    if not chosen.do_sample:
-        values = {name: value for name, value in values.items() if name not in SAMPLING}
+    chosen, trainers = config.generation, config.training
+    asked = {"num_beams": trainers.generation_num_beams, "max_length": trainers.generation_max_length}
+    if "max_new_tokens" in config.given or trainers.generation_max_length is None:
+        asked |= {"max_new_tokens": chosen.max_new_tokens, "max_length": None}
+    asked |= {name: value for name, value in vars(chosen).items() if name in config.given}
+    unused = () if chosen.do_sample else SAMPLING
+    values = {name: value for name, value in asked.items() if value is not None and name not in unused}
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     eos = sorted({tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])})
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
     with mendable("generation flags"):
-        if config.training.generation_config is not None:
-            values = GenerationConfig.from_pretrained(str(config.training.generation_config)).to_diff_dict() | values
-            values.pop("transformers_version", None)
+        if trainers.generation_config is not None:
+            values = GenerationConfig.from_pretrained(str(trainers.generation_config)).to_diff_dict() | values
         return GenerationConfig(**values | ids | {"use_cache": True})
 
 
@@ -5238,35 +5215,29 @@ def generate_predictions(runtime: Runtime, generation: GenerationConfig, batch: 
 
 
 def fill_masks(runtime: Runtime, masking: Masking, batch: Any) -> Iterator[dict[str, Any]]:
-    """One dictionary for each row, of filled_row.
+    """One dictionary for each row: `input` with its masks, `output` as it was, `prediction`, what fills the `masks`.
 
     Filled are the masks that a row's text has. Where it has none, the places chosen for evaluation become masks.
     """
+    tokenizer: Any = runtime.tokenizer
     masking, texts = masking._replace(replaced=1.0, random=0.0), last_texts(batch)
-    plain = [encode_masked(text, runtime.tokenizer, runtime.limits) for text in texts]
+    plain = [encode_masked(text, tokenizer, runtime.limits) for text in texts]
     drawn = [ids if masking.mask_id in ids else masking.draw_row(ids, labels)["input_ids"] for ids, labels, _ in plain]
     logits = runtime.model(**runtime.padded(drawn)).logits
-    for text, row, ids, scores in zip(texts, plain, drawn, logits, strict=True):
-        yield filled_row(text, row.labels, ids, scores, runtime.tokenizer)
-
-
-def filled_row(
-    text: str, truth: list[int], ids: list[int], scores: torch.Tensor, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    """`input` with its masks, `output` as the text was, `prediction`, and for each of the `masks` what fills it."""
-    places = [i for i, token in enumerate(ids) if token == tokenizer.mask_token_id]
-    chances, found = scores[places].float().softmax(-1).max(-1)
-    shown = [i for i, label in enumerate(truth) if label != IGNORE or i in places]  # without [CLS] and [SEP]
-    after = dict(enumerate(ids)) | dict(zip(places, found.tolist(), strict=True))
-    before, prediction = (str(tokenizer.decode([line[i] for i in shown])) for line in (dict(enumerate(ids)), after))
-    if " " not in text.strip():  # a protein: ESM's tokenizer puts a space between its letters
-        before, prediction = before.replace(" ", ""), prediction.replace(" ", "")
-    masks = []
-    for i, chance in zip(places, chances.tolist(), strict=True):
-        known, token = truth[i] != IGNORE, tokenizer.convert_ids_to_tokens(after[i])
-        right = tokenizer.convert_ids_to_tokens(truth[i]) if known else None
-        masks.append({"position": i, "token": token, "probability": round(chance, 4), "truth": right})
-    return {"input": before, "output": text, "prediction": prediction, "masks": masks}
+    for text, (_, truth, _), ids, scores in zip(texts, plain, drawn, logits, strict=True):
+        places = [i for i, token in enumerate(ids) if token == masking.mask_id]
+        chances, found = scores[places].float().softmax(-1).max(-1)
+        filled = dict(zip(places, found.tolist(), strict=True))
+        shown = [i for i, label in enumerate(truth) if label != IGNORE or i in filled]  # without [CLS] and [SEP]
+        before = tokenizer.decode([ids[i] for i in shown])
+        after = tokenizer.decode([filled.get(i, ids[i]) for i in shown])
+        if " " not in text.strip():  # a protein: ESM's tokenizer puts a space between its letters
+            before, after = before.replace(" ", ""), after.replace(" ", "")
+        masks = []
+        for (i, token), chance in zip(filled.items(), chances.tolist(), strict=True):
+            best, right = (None if n == IGNORE else tokenizer.convert_ids_to_tokens(n) for n in (token, truth[i]))
+            masks.append({"position": i, "token": best, "probability": round(chance, 4), "truth": right})
+        yield {"input": before, "output": text, "prediction": after, "masks": masks}
 
 
 class Question(NamedTuple):
@@ -5294,41 +5265,28 @@ def load_questions(config: Config) -> list[Question]:
 def questions_in_file(path: Path) -> Iterator[Question]:
     """The original's format: one {subject, input, output} in a line, the output a letter."""
     for number, row in read_file(path):
-        try:
-            if isinstance(row, RowError):
-                raise row
+        with mendable(f"{path}:{number}", DataError):  # a RowError is a ValueError
+            row = fields_of(row)
             letter = text_of(row, "output").strip()
             if letter not in tuple(LETTERS):
                 raise RowError(f"field 'output' is {letter!r}, expected A, B, C or D")
             yield Question(text_of(row, "subject"), text_of(row, "input"), LETTERS.index(letter))
-        except RowError as error:
-            raise DataError(f"{path}:{number}: {error}") from error
 
 
 def questions_of_hub(config: Config, five_shot: bool) -> Iterator[Question]:
     """The same prompts built from `cais/mmlu`, whose `dev` rows are the worked examples."""
-    sources = load_from_hub(config, "cais/mmlu", name="all")
-    splits: dict[str, Any] = {name: source.loaded for name, source in sources.items()}
-    shots: dict[str, str] = defaultdict(str)
-    for row in splits["dev"] if five_shot else []:
-        shots[row["subject"]] += f"{question_text(row)} {LETTERS[row['answer']]}\n\n"
-    for row in splits["validation" if config.mmlu.mmlu_split == "eval" else "test"]:
-        topic = row["subject"].replace("_", " ")
-        head = f"The following are multiple choice questions (with answers) about  {topic}.\n\n"  # as published
-        yield Question(row["subject"], head + shots[row["subject"]] + question_text(row), row["answer"])
-
-
-def question_text(row: Mapping[str, Any]) -> str:
-    """Question and choices, up to `Answer:`."""
-    choices = map("{}. {}".format, LETTERS, row["choices"])
-    return "\n".join([row["question"], *choices, "Answer:"])
-
-
-def letter_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list[int]]]:
-    """What A to D begin with alike (some tokenizers: a space of its own), and what follows in each."""
-    ids = token_ids(list(LETTERS), tokenizer)
-    shared = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ids, strict=False)))
-    return ids[0][:shared], [letter[shared:] for letter in ids]
+    splits, shots = load_from_hub(config, "cais/mmlu", name="all"), defaultdict[str, str](str)
+    asked = "validation" if config.mmlu.mmlu_split == "eval" else "test"
+    for part in ("dev", asked) if five_shot else (asked,):
+        for _, row in splits[part]:
+            subject, choices = row["subject"], map("{}. {}".format, LETTERS, row["choices"])
+            text = "\n".join([row["question"], *choices, "Answer:"])
+            if part == "dev":
+                shots[subject] += f"{text} {LETTERS[row['answer']]}\n\n"
+            else:
+                topic = subject.replace("_", " ")  # with two spaces before it, as published
+                head = f"The following are multiple choice questions (with answers) about  {topic}.\n\n"
+                yield Question(subject, head + shots[subject] + text, row["answer"])
 
 
 def answer_questions(runtime: Runtime, questions: list[Question], longest: int) -> list[tuple[bool, float]]:
@@ -5337,31 +5295,30 @@ def answer_questions(runtime: Runtime, questions: list[Question], longest: int) 
     The letters' first tokens are compared in one pass. Where those are not four different ones, each letter is put
     after the prompt in turn, and what is compared is the probability of all its tokens.
     """
-    prefix, letters = letter_ids(runtime.tokenizer)
-    firsts, eos = [ids[0] for ids in letters], runtime.tokenizer.eos_token_id
+    letters = token_ids(list(LETTERS), runtime.tokenizer)
+    alike = os.path.commonprefix(letters)  # noqa: RUF071  # with some tokenizers, a space
+    answers = [[*ids[len(alike) :], runtime.tokenizer.eos_token_id] for ids in letters]
+    firsts = [ids[0] for ids in answers]
     one_pass = len(set(firsts)) == len(LETTERS)
-    rows: dict[str, list[Any]] = {"segments": [pair(question.prompt, "") for question in questions]}
-    rows["rendered"] = [False] * len(questions)
-    prompts = [ids + prefix for ids in prompt_ids(rows, runtime.tokenizer, Limits(longest, 0, total=longest))]
-    tried = [[question.answer] if one_pass else range(len(LETTERS)) for question in questions]
-    asked = [(i, c) for i, choices in enumerate(tried) for c in choices]
-    batch = runtime.padded([[*prompts[i], *letters[c], eos] for i, c in asked])
+    rows: Any = {"segments": [pair(q.prompt, "") for q in questions], "rendered": [False] * len(questions)}
+    prompts = [[*ids, *alike] for ids in prompt_ids(rows, runtime.tokenizer, Limits(longest, 0, total=longest))]
+    asked = [(i, c) for i, q in enumerate(questions) for c in ([q.answer] if one_pass else range(len(LETTERS)))]
+    batch = runtime.padded([prompts[i] + answers[c] for i, c in asked])
     # of all that a batch predicts, 8 GB of logits for 100 prompts of 400 tokens, only what is asked for
-    counts, width = [len(letters[c]) + 1 for _, c in asked], batch["input_ids"].shape[1]
+    counts, width = [len(answers[c]) for _, c in asked], batch["input_ids"].shape[1]
     starts = [row * width + len(prompts[i]) - 1 for row, (i, _) in enumerate(asked)]
     batch["positions"] = torch.cat([torch.arange(n) + start for n, start in zip(counts, starts, strict=True)])
     logits = logits_at(runtime.model, runtime.fast, batch).log_softmax(-1).cpu().split(counts)
     scores, losses = torch.zeros(len(questions), len(LETTERS)), [0.0] * len(questions)
     for (i, c), predicted in zip(asked, logits, strict=True):
-        ids = [*letters[c], eos]
-        chosen = predicted[range(len(ids)), ids]
+        chosen = predicted[range(len(answers[c])), answers[c]]
         if c == questions[i].answer:
             losses[i] = -chosen.mean().item()
         if one_pass:
             scores[i] = predicted[0, firsts]
         else:
             scores[i, c] = chosen[:-1].sum()
-    right = [choice == question.answer for choice, question in zip(scores.argmax(-1).tolist(), questions, strict=True)]
+    right = scores.argmax(-1).eq(torch.tensor([question.answer for question in questions])).tolist()
     return list(zip(right, losses, strict=True))
 
 
@@ -5712,7 +5669,7 @@ class QLoRATrainer(Trainer):
         inside = self.runtime().model
         base = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
         self.fast = choose_fast_path(model, base, self.config, self.args.device)
-        log_block("Fast path", self.fast.lines())
+        log.info("Fast path\n%s", table(self.fast.lines()))
         if self.config.training.chunked_head and self.fast.head is None:  # micro-batches were cut for that
             self.sizes = self.sizes._replace(rows=self.config.training.per_device_train_batch_size)
 
@@ -5897,7 +5854,7 @@ class QLoRATrainer(Trainer):
         more = f" and {len(named) - 8} more" if len(named) > 8 else ""
         kept = checkpoints_in(Path(self.config.training.output_dir))
         stays = f"{kept[0]} stays, a rerun goes on from it" if kept else "no checkpoint was saved"
-        raise TrainingError(f"step {step}: {what}, on rows {', '.join(named[:8])}{more}: {why}. {stays}")
+        raise QLoRAError(f"step {step}: {what}, on rows {', '.join(named[:8])}{more}: {why}. {stays}")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loop, with perplexity and, where asked for, MMLU beside the loss."""
@@ -5936,11 +5893,10 @@ class QLoRATrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, with tokens in it
-                name_base(folder, self.config.model.model_name_or_path)
+
                 if self.place:
                     write_json(folder / STREAM, self.place)
-                manifest: dict[str, Any] = {"run": self.run, "files": contents(folder)}
-                write_json(folder / MANIFEST, manifest | {"seal": digest(json.dumps(manifest))})
+                seal(folder, self.run)
                 publish(folder, final)
                 limit = self.args.save_total_limit or sys.maxsize
                 for old in checkpoints_in(output)[max(limit, 1) :]:
@@ -6073,40 +6029,40 @@ def peak_memory_gib() -> float:
     """Peak memory of this process: of all its GPUs, or of the process itself where it has none."""
     if torch.cuda.is_available():
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / GIB
-    try:
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:  # Windows
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
+    return math.nan  # on Windows
 
 
-def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> None:
-    """Log and save, as the Trainer does, but each file whole: the next run reads all_results.json."""
+def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Log and save them, as the Trainer does, but each file whole: the next run reads all_results.json."""
     trainer.log_metrics(split, metrics)
     if trainer.args.should_save:
         output = Path(trainer.config.training.output_dir)
         write_json(output / f"{split}_results.json", metrics)
         add_json(output / "all_results.json", metrics)
+    return metrics
 
 
 def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> dict[str, Any]:
     """Train, save what was trained, mark the run completed. After a signal only the checkpoint is there."""
-    output, stop.training = Path(config.training.output_dir), True
-    state = read_json(start.checkpoint / "trainer_state.json") if start.checkpoint else {"global_step": 0}
-    if trainer.args.should_save:
-        clear_output(output, final_folder(config), config.training.overwrite_output_dir, state["global_step"])
+    last, stop.training = start.checkpoint, True
+    state = TrainerState.load_from_json(str(last / "trainer_state.json")) if last else TrainerState()
     metrics: dict[str, Any] = {}
-    if start.checkpoint and not asks_for_more(config, {"step": state["global_step"], "epoch": state["epoch"]}):
-        log.info("%s holds the last step: nothing is left to train", start.checkpoint)  # the Trainer would do one more
-        trainer.state = TrainerState.load_from_json(str(start.checkpoint / "trainer_state.json"))
-        best = trainer.state.best_model_checkpoint if config.training.load_best_model_at_end else None
-        trainer._load_from_checkpoint(best if best and Path(best).is_dir() else str(start.checkpoint))
+    if trainer.args.should_save:
+        clear_output(config, state.global_step)
+    if last and not asks_for_more(config, {"step": state.global_step, "epoch": state.epoch}):
+        log.info("%s holds the last step: nothing is left to train", last)  # the Trainer would do one more
+        trainer.state = state
+        best = state.best_model_checkpoint if config.training.load_best_model_at_end else None
+        trainer._load_from_checkpoint(best if best and Path(best).is_dir() else str(last))
     else:
-        if start.checkpoint and config.data.streaming:
-            with mendable(f"{start.checkpoint}: no place in a stream to go on from"):
-                trainer.train_dataset.place = Place(**read_json(start.checkpoint / STREAM))  # type: ignore[union-attr]
-        metrics = timed_training(trainer, start.checkpoint, state["global_step"])
+        if last and config.data.streaming:
+            with mendable(f"{last}: no place in a stream to go on from"):
+                trainer.train_dataset.place = Place(**read_json(last / STREAM))  # type: ignore[union-attr]
+        metrics = timed_training(trainer, last, state.global_step)
     if not stop.broken_off:
         if metrics:
             save_metrics(trainer, "train", metrics)
@@ -6128,7 +6084,7 @@ def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: i
         way = "begin anew with --overwrite_output_dir, or name another with --resume_from_checkpoint"
         raise ConfigError(f"{checkpoint}: its state holds more than tensors and is not read; {way}") from error
     seconds = max(time.perf_counter() - began - trainer.seconds_aside, 1e-9)
-    tokens = trainer.accelerator.reduce(torch.as_tensor(trainer.tokens_seen, device=trainer.args.device)).item()
+    tokens = agree(trainer.tokens_seen, "SUM")
     steps = max(trainer.state.global_step - first_step, 1)
     return {
         **result.metrics,
@@ -6153,8 +6109,8 @@ def whole_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
 def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     """The adapter (or, after a full fine-tune, the model) and its tokenizer, each file whole; then `completed`."""
     model, tokenizer, *_ = trainer.runtime()
-    gathered_weights = {"state_dict": whole_weights(trainer)} if is_sharded(config) else {}
-    if trainer.args.should_save:
+    gathered_weights, args = {"state_dict": whole_weights(trainer)} if is_sharded(config) else {}, trainer.args
+    if args.should_save:
         output, aside = Path(config.training.output_dir), final / f"{STAGING}final"
         with written_aside(aside, final):
             model.config.use_cache = True  # for whoever loads it: load_model turned it off
@@ -6163,7 +6119,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             tokenizer.save_pretrained(aside)
             if getattr(model, "lora_start", None):
                 fit_to_base(aside, model.lora_start)
-            name_base(aside, config.model.model_name_or_path)
+
             written = sorted(path.name for path in aside.iterdir())
             for name in written:
                 flush(aside / name)
@@ -6175,19 +6131,21 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
         write_loss_chart(output / "loss.png", trainer.state.log_history)
         write_file(final / "README.md", model_card(trainer, config))
         write_json(output / COMPLETED, state)
-        if trainer.args.push_to_hub:
-            where: dict[str, Any] = {"repo_id": str(trainer.hub_model_id), "revision": trainer.args.hub_revision}
+        if args.push_to_hub:
+            hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
             with mendable("--push_to_hub: all is saved here, but the hub does not take it"):
-                token = trainer.args.hub_token
-                upload_folder(**where, folder_path=final, allow_patterns=[*written, "README.md"], token=token)
+                upload_folder(folder_path=final, allow_patterns=[*written, "README.md"], **hub)
             log.info("pushed to %s", trainer.hub_model_id)
     trainer.accelerator.wait_for_everyone()
 
 
-def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]:
+def predict(trainer: QLoRATrainer, start: Start, pairs: Any, config: Config) -> dict[str, Any]:
     """Generate an answer for every held-out row, or fill its masks, into predictions.jsonl."""
-    runtime = trainer.runtime()
-    began = time.time()
+    runtime, began, output = trainer.runtime(), time.time(), final_folder(config)
+    if start.train or start.weights:
+        log.info("predicting with %s", f"the adapter just trained, {output}" if start.train else start.weights)
+    else:
+        log.warning("no trained adapter in %s: these are the predictions of the base model", output)
     if trainer.masking:
         answers = partial(fill_masks, runtime, trainer.masking)
     else:
@@ -6199,8 +6157,7 @@ def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]
     if trainer.args.should_save:
         file = Path(config.training.output_dir, "predictions.jsonl")
         write_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    save_metrics(trainer, "predict", metrics)
-    return metrics
+    return save_metrics(trainer, "predict", metrics)
 
 
 MERGED = "merged.json"  # of what a folder is the merge
@@ -6212,12 +6169,6 @@ def merge_record(adapter: str, config: Config) -> dict[str, Any]:
     return weights | {name: config.flags[name] for name in ("model_name_or_path", "merge_base", "max_shard_size")}
 
 
-def is_merged(adapter: str, config: Config) -> bool:
-    """Whether --merged_output_dir holds this adapter's merge already."""
-    file = Path(config.flags["merged_output_dir"], MERGED)
-    return file.is_file() and read_json(file) == merge_record(adapter, config)
-
-
 def check_merge(start: Start, config: Config) -> None:
     """Before anything is trained: can a merged model be written, and is there something to merge?"""
     if config.training.merged_output_dir is None or config.data.preview:
@@ -6225,7 +6176,8 @@ def check_merge(start: Start, config: Config) -> None:
     target = Path(config.training.merged_output_dir)
     if not start.train and start.weights is None:
         raise ConfigError(f"--merged_output_dir {target}: no adapter to merge: nothing was trained in --output_dir")
-    if not start.train and is_merged(str(start.weights), config):
+    made = read_json(target / MERGED) if (target / MERGED).is_file() else None
+    if made and not start.train and made == merge_record(str(start.weights), config):
         log.info("%s holds this adapter merged already", target)
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--merged_output_dir {target}: is there already and not empty; name another, or remove it")
@@ -6240,16 +6192,14 @@ def load_merge_base(config: Config, folder: str) -> Any:
     if getattr(model_config, "quantization_config", None):
         log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
-        options |= {
-            "dtype": load_dtype(config),
-            "quantization_config": quantisation_config(config, layers_left_whole(config, model_config)),
-        }
+        as_trained = quantisation_config(config, layers_left_whole(config, model_config))
+        options |= {"dtype": load_dtype(config), "quantization_config": as_trained}
     model = load_base(config, model_config, folder, **options)
     if getattr(model.config, "quantization_config", None):
         with mendable(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
             model = model.dequantize(dtype=own)
         model._weight_conversions = None  # or saving would try to quantise again
-    return computing_in_float32(cast(model, own))
+    return cast(model, own)
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:
@@ -6273,40 +6223,29 @@ def _narrow(module: torch.nn.Module, inputs: Any, output: Any) -> None:
         parameter.data = parameter.kept.pop()  # type: ignore[attr-defined]
 
 
-def computing_in_float32(model: Any) -> Any:
-    """The model, which now widens one module's weights at a time: exact sums, in the memory of 16 bit."""
-    for module in model.modules():
-        module.register_forward_pre_hook(_widen)
-        module.register_forward_hook(_narrow)
-    return model
-
-
 @torch.no_grad()
 def logits_on(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Of every token that is not padding: (tokens, vocabulary)."""
-    return model(**batch).logits[batch["attention_mask"].bool()]
-
-
-MERGE_ROWS, MERGE_TOKENS = 4, 64  # of the dataset, on which a merged model is compared
+    """Of every token that is not padding, (tokens, vocabulary); in float32, where modules are widened one at a time."""
+    with register_module_forward_pre_hook(_widen), register_module_forward_hook(_narrow):
+        return model(**batch).logits[batch["attention_mask"].bool()]
 
 
 def merge(adapter: str, inputs: Inputs) -> dict[str, Any]:
     """Base and adapter as one model in 16 bit, written aside, loaded again, compared, and only then named."""
-    config = inputs.config
-    if config.training.merged_output_dir is None or config.training.process_index != 0 or is_merged(adapter, config):
+    config, named = inputs.config, inputs.config.training.merged_output_dir
+    if named is None or config.training.process_index != 0 or Path(named, MERGED).is_file():  # as check_merge saw
         return {}
-    target = Path(config.training.merged_output_dir)
+    target = Path(named)
     aside = target.with_name(f".merging-{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
     rows: Any = inputs.splits.eval or inputs.splits.train
-    cut = [ids[:MERGE_TOKENS] for ids in rows[:MERGE_ROWS]["input_ids"]]
-    sample = padded_prompts(cut, inputs.tokenizer.pad_token_id, "right")
+    sample = padded_prompts([ids[:64] for ids in rows[:4]["input_ids"]], inputs.tokenizer.pad_token_id, "right")
     gc.collect()  # what was trained in this process refers to itself in circles
     log.info("merging %s into %s", adapter, target)
-    with written_aside(aside, target), mendable(f"--merged_output_dir {target}", TrainingError):
+    with written_aside(aside, target), mendable(f"--merged_output_dir {target}"):
         plain, adapted, lost = write_merged(adapter, aside, sample, inputs)
         kind, options = AUTO_MODELS[config.masked], {"trust_remote_code": config.model.trust_remote_code}
-        model = computing_in_float32(load_whole(str(aside), aside, kind, **options))
+        model = load_whole(str(aside), aside, kind, **options)
         metrics = compare_merged(model, plain, adapted, lost, sample, target)
         write_json(aside / MERGED, merge_record(adapter, config))
         if target.exists():
@@ -6404,18 +6343,12 @@ def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label, marker in (("loss", "training", None), ("eval_loss", "evaluation", "o")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
+        if points := [(entry["step"], entry[key]) for entry in history if key in entry]:
             axes.plot(*zip(*points, strict=True), label=label, marker=marker)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     if axes.lines:
         axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def shown_flags(config: Config) -> dict[str, Any]:
-    """Every flag with its value, but no token."""
-    return config.flags | ({"hub_token": "(hidden)"} if config.flags["hub_token"] else {})
 
 
 def model_card(trainer: QLoRATrainer, config: Config) -> str:
@@ -6424,8 +6357,7 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     every = max(1, math.ceil(len(losses) / 20))  # at most 20 rows, the last among them
     losses = losses[(len(losses) - 1) % every :: every]
     rows = "\n".join(f"| {e['step']} | {e.get('loss', '')} | {e.get('eval_loss', '')} |" for e in losses)
-    flags = shown_flags(config)
-    settings = "\n".join(f"| {name} | `{flags[name]}` |" for name in sorted(config.given))
+    settings = "\n".join(f"| {name} | `{config.flags[name]}` |" for name in sorted(config.given))
     base = config.model.model_name_or_path
     beside = "" if Path(config.training.output_dir) == final_folder(config) else f"{config.training.output_dir}/"
     kind, library = ("full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
@@ -6450,10 +6382,9 @@ def versions() -> dict[str, str]:
 def git_commit() -> str | None:
     """The commit of this file's checkout, marked if it has changes."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return None
 
 
 def device_name() -> str:
@@ -6471,9 +6402,10 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
         yield f"{name} was {old}, is {new}"
 
 
-def derived_settings(start: Start, effective: int, inputs: Inputs) -> dict[str, Any]:
-    """What follows from the flags: the block at the start of a run, and `derived` in run.json."""
-    config, args, quant, processes = inputs.config, inputs.config.training, inputs.config.quant, world()[1]
+def describe(start: Start, this_run: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """Log what this run is, and how it differs from one that it repeats. Returns run.json, which holds no secret."""
+    config, args, quant, tokenizer = inputs.config, inputs.config.training, inputs.config.quant, inputs.tokenizer
+    effective, processes = this_run["effective batch"]["rows"], args.world_size
     flags = args.per_device_train_batch_size, args.gradient_accumulation_steps
     batch = f" = {flags[0]} at once x {flags[1]} accumulated x {processes} processes"
     if effective != math.prod(flags) * processes:
@@ -6483,13 +6415,12 @@ def derived_settings(start: Start, effective: int, inputs: Inputs) -> dict[str, 
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     if not config.data.streaming:
         length += f"; {math.ceil(len(inputs.rows or ()) / effective)} steps are an epoch"
-    names = ("bos", "eos", "pad", *(("mask",) if config.masked else ()))
-    ids = {name: getattr(inputs.tokenizer, f"{name}_token_id") for name in names}
-    special = (f"{name} {getattr(inputs.tokenizer, f'{name}_token')!r} = {number}" for name, number in ids.items())
+    names = ("bos", "eos", "pad", *(["mask"] if config.masked else []))
+    special = (f"{n} {getattr(tokenizer, f'{n}_token')!r} = {getattr(tokenizer, f'{n}_token_id')}" for n in names)
     fresh = "fresh, from the seed" if args.do_train else "the base itself"
     adapter = f"adapter {start.checkpoint or start.weights or fresh}"
     first = "of a stream's first block: " if config.data.streaming else ""
-    return {
+    derived = {
         "model": config.model.model_name_or_path,
         "objective": config.data.objective,
         "weights": f"{quant.bits} bit{kind}",
@@ -6500,6 +6431,19 @@ def derived_settings(start: Start, effective: int, inputs: Inputs) -> dict[str, 
         "trained part": "all weights but the embeddings" if quant.full_finetune else adapter,
         **{f"{name} data": f"{first * (name == 'train')}{part}" for name, part in inputs.statistics.items()},
     }
+    log.info("This run\n%s", table(derived))
+    said = {
+        "flags": config.flags,
+        "derived": derived | {"given": sorted(config.given)},
+        "versions": versions() | {"qlora.py": git_commit() or CODE_VERSION},
+        "data": {name: part._asdict() for name, part in inputs.statistics.items()},
+        "device": {"name": device_name(), "processes": processes},
+    }
+    record: dict[str, Any] = json.loads(json.dumps(said, default=str))
+    if config.record:
+        found = sorted(differences(config.record, record)) or ["nothing"]
+        log.warning("repeating a run, what differs from it:\n  %s", "\n  ".join(found))
+    return record
 
 
 def hints(config: Config) -> None:
@@ -6514,35 +6458,20 @@ def hints(config: Config) -> None:
         held = "in bf16, with --bf16" if args.bf16 else "in float32, without --bf16"
         log.info("bits %d: the weights are held %s, as in the original", bits, held)
     for names, applies, why in IDLE:
-        given = sorted(flags.given.intersection(names))
-        if given and applies(flags):
+        if (given := sorted(flags.given.intersection(names))) and applies(flags):
             log.info("%s: without effect: %s", ", ".join(given), why.format(**vars(flags)))
 
 
 # ------------------------------------------------------------------------------------
 # 16. Main
 # ------------------------------------------------------------------------------------
-def use(trainer: QLoRATrainer, start: Start, pairs: Splits, config: Config) -> dict[str, Any]:
-    """Evaluate and predict with what was trained or found."""
-    metrics: dict[str, Any] = {}
-    if config.training.do_eval:
-        metrics |= trainer.evaluate()
-        save_metrics(trainer, "eval", metrics)
-    if config.training.do_predict:
-        output = final_folder(config)
-        if start.train or start.weights:
-            log.info("predicting with %s", f"the adapter just trained, {output}" if start.train else start.weights)
-        else:
-            log.warning("no trained adapter in %s: these are the predictions of the base model", output)
-        metrics |= predict(trainer, pairs.eval, config)
-    return metrics
-
-
 def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: int, config: Config) -> Ready:
     """A loaded base -> what trains, on the fast path, its steps cut to the memory there is."""
     apply_liger(base, config)
     stay_on_device(base)
     model = make_trainable(base, config, start.weights)
+    for adapter in getattr(model, "peft_config", {}).values():  # saved as given, not the folder made of a .gguf file
+        adapter.base_model_name_or_path = config.model.model_name_or_path
     if config.lora.init_lora_weights.lower() == "eva" and start == Start(train=True) and not config.quant.full_finetune:
         start_from_inputs(model, rows, pad_id, config)
     for line in parameter_report(model):
@@ -6552,7 +6481,7 @@ def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: in
     start_recomputing(base, fast, sizes, compute_dtype(config), is_sharded(config))
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
     said = {} if is_sharded(config) else fast.lines()  # what an engine spreads is tried when it is
-    log_block("Fast path", said | {"steps": sizes} | (plan.lines() if plan else {}))
+    log.info("Fast path\n%s", table(said | {"steps": sizes} | (plan.lines() if plan else {})))
     return Ready(model, fast, sizes, plan)
 
 
@@ -6580,39 +6509,14 @@ def read_inputs(start: Start, config: Config) -> Inputs:
     model_config = load_model_config(config, folder)
     config = settle_objective(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
+    if config.training.do_predict and not config.masked:
+        generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     with first_one_first():  # reading and encoding the dataset
         pairs = load_splits(config, tokenizer)
         splits = encode_splits(pairs, tokenizer, config)
     rows, statistics = measured(splits, tokenizer, config)
     compare({f"the encoded {name} rows": part.fingerprint for name, part in statistics.items()})
     return Inputs(config, folder, model_config, tokenizer, pairs, splits, rows, statistics)
-
-
-def describe(start: Start, this_run: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
-    """Log what this run is, and how it differs from one that it repeats. Returns run.json, which holds no secret."""
-    config, derived = inputs.config, derived_settings(start, this_run["effective batch"]["rows"], inputs)
-    log_block("This run", derived)
-    said = {
-        "flags": shown_flags(config),
-        "derived": derived | {"given": sorted(config.given)},
-        "versions": versions() | {"qlora.py": git_commit() or CODE_VERSION},
-        "data": {name: part._asdict() for name, part in inputs.statistics.items()},
-        "device": {"name": device_name(), "processes": config.training.world_size},
-    }
-    record: dict[str, Any] = json.loads(json.dumps(said, default=str))
-    if config.record:
-        found = sorted(differences(config.record, record)) or ["nothing"]
-        log.warning("repeating a run, what differs from it:\n  %s", "\n  ".join(found))
-    return record
-
-
-def show_plan(config: Config) -> None:
-    """What a run with these flags would take, from the model's config alone."""
-    model_config = load_model_config(config, model_folder(config))
-    config = settle_objective(config, model_config)
-    costs = costs_from_config(config, model_config)
-    plan = plan_from_flags(config, costs)
-    print(table(plan.lines() | (strategy_lines(config, costs) if plan.gpu.number > 1 else {})))
 
 
 def prepare(start: Start, inputs: Inputs, this_run: dict[str, Any], questions: Any, stop: Stop) -> QLoRATrainer:
@@ -6636,11 +6540,14 @@ def prepare(start: Start, inputs: Inputs, this_run: dict[str, Any], questions: A
 def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -> int:
     """One run, from checked flags to files, or --plan or --preview shown. Returns the exit status."""
     args, output, began = config.training, Path(config.training.output_dir), time.perf_counter()
-    seed = enable_full_determinism if args.full_determinism else set_seed
-    seed(args.seed)
+    (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
     hints(config)
     if args.plan:
-        show_plan(config)
+        model_config = load_model_config(config, model_folder(config))
+        config = settle_objective(config, model_config)
+        costs = costs_from_config(config, model_config)
+        plan = plan_from_flags(config, costs)
+        print(table(plan.lines() | (strategy_lines(config, costs) if plan.gpu.number > 1 else {})))
         return 0
     start = Start(train=True) if config.data.preview else find_start(config)
     check_merge(start, config)
@@ -6650,8 +6557,6 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
         rows = shown_rows(inputs.rows or inputs.splits.eval, inputs.tokenizer, inputs.model_config, config)
         show(rows, statistics, config)
         return 0
-    if args.do_predict and not config.masked:
-        generation_config(config, None, inputs.tokenizer)  # a wrong flag shows now and not after training
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
     this_run = identity(config, statistics.get("train") if args.do_train else None)
     if start.found:
@@ -6662,8 +6567,8 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
     if start.checkpoint:
         check_engine(start.checkpoint, config)
     this_run["effective batch"] = effective_batch(start.checkpoint, args)
-    for folder in (output, final_folder(config)):  # one that can't be written shows before the model is loaded
-        folder.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)  # one that can't be written shows before the model is loaded
+    final_folder(config).mkdir(parents=True, exist_ok=True)
     record = describe(start, this_run, inputs)
 
     metrics: dict[str, Any] = {}
@@ -6678,10 +6583,12 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
                 name, step = signal.Signals(number).name, trainer.state.global_step
                 log.warning("stopped by %s at step %d, saved; the same command goes on from there", name, step)
                 return STOP_SIGNALS[name]
-        metrics |= use(trainer, start, inputs.pairs, config)
+        if args.do_eval:
+            metrics |= save_metrics(trainer, "eval", trainer.evaluate())
+        if args.do_predict:
+            metrics |= predict(trainer, start, inputs.pairs.eval, config)
         del trainer  # memory for a merged model
-    weights = final_folder(config) if start.train else start.weights
-    metrics |= merge(str(weights), inputs)
+    metrics |= merge(str(final_folder(config) if start.train else start.weights), inputs)
     finish(config, metrics, time.perf_counter() - began)
     return 0
 
@@ -6697,11 +6604,8 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     lines = {name.replace("_", " "): metrics[name] for name in shown if name in metrics}
     lines |= {name: value for name, value in metrics.items() if re.fullmatch(r"mmlu_\w+_accuracy|mmlu_loss", name)}
     files = {str(final_folder(config)): 1, config.training.output_dir: 1, config.training.merged_output_dir: 1}
-    log_block("Done", lines | {"seconds": round(seconds), "files": ", ".join(filter(None, files))})
-
-
-DISK_ERRORS = {"ENOENT", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST"}
-DISK_ERRORS |= {"ENAMETOOLONG", "ESTALE", "EISDIR", "ENOTEMPTY", "ELOOP"}
+    lines |= {"seconds": round(seconds), "files": ", ".join(filter(None, files))}
+    log.info("Done\n%s", table(lines))
 
 
 def exit_status(error: BaseException, output: Path | None = None) -> tuple[int, str] | None:
@@ -6718,7 +6622,7 @@ def exit_status(error: BaseException, output: Path | None = None) -> tuple[int, 
     if isinstance(error, torch.OutOfMemoryError):
         lower = "lower --per_device_train_batch_size or --source_max_len and --target_max_len"
         return 2, f"not enough GPU memory: {lower}, or keep --gradient_checkpointing on"
-    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in DISK_ERRORS:
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):  # a disk's, mostly
         return 2, f"{error.filename or 'a file'}: {error.strerror}"
     library = type(error).__module__.partition(".")[0]
     if library in INTEGRATION_TO_CALLBACK:  # no login, no connection, ...
@@ -6726,16 +6630,13 @@ def exit_status(error: BaseException, output: Path | None = None) -> tuple[int, 
     return None
 
 
-# Of one library about another's code: nothing that a user could do about it.
-QUIET_WARNING = (
-    ".*(gradient_checkpointing|is_gradient_checkpointing).* is deprecated|All adapters are already merged|"
-    "Model has `tie_word_embeddings=True` and a tied|Input and output embeddings are no longer tied after merging"
-)
-
-
 def set_up_logging() -> None:
     """INFO to standard error on rank 0, only errors elsewhere."""
-    warnings.filterwarnings("ignore", QUIET_WARNING)
+    for message in (  # of one library about another's code: nothing that a user could do about it
+        ".*gradient_checkpointing.* is deprecated", "All adapters are already merged",
+        "Model has `tie_word_embeddings=True` and", "Input and output embeddings are no longer tied after merging",
+    ):  # fmt: skip
+        warnings.filterwarnings("ignore", message)
     if not log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -6765,8 +6666,7 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, Stop], int
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # or the message would stand behind a progress bar
         own = visible(HUB_TOKEN.sub("(a token)", known[1]))
-        message = said_once(own, lost, isinstance(error, KeyboardInterrupt))
-        if message:
+        if message := said_once(own, lost, isinstance(error, KeyboardInterrupt)):
             print(f"{'error: ' if known[0] else ''}{message}", file=sys.stderr, flush=True)
         if world()[1] > 1:  # what waits on a GPU for a process that is gone would keep this one from ending
             os._exit(known[0])

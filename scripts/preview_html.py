@@ -110,8 +110,7 @@ def statistics_html(name: str, part: qlora.TokenStatistics) -> str:
 def page(config: qlora.Config, rows: list[qlora.Titled], statistics: dict[str, qlora.TokenStatistics]) -> str:
     """The whole document."""
     title = f"Preview of {qlora.visible(config.data.dataset)}"
-    flags = qlora.shown_flags(config)
-    given = [f"--{name} {qlora.visible(str(flags[name]))}" for name in sorted(config.given - {"dataset"})]
+    given = [f"--{name} {qlora.visible(str(config.flags[name]))}" for name in sorted(config.given - {"dataset"})]
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

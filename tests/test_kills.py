@@ -393,7 +393,7 @@ def test_a_real_disk_fills_up_during_a_save(forks, command, tmp_path, room):
         ("transformers", "PreTrainedTokenizerBase.save_pretrained"),
         ("torch", "save"),
         pytest.param(("transformers", "TrainerState.save_to_json"), marks=pytest.mark.slow),
-        ("qlora", "name_base"),
+        ("qlora", "seal"),
     ],
     ids=lambda place: place[1],
 )
