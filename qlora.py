@@ -3802,7 +3802,7 @@ def graphed(
     passes = Graphed.made[key]
     if passes is None:
         what = f"--cuda_graphs: {type(layer).__name__} can't be recorded, leave the flag out"
-        with mendable(what, TrainingError, RuntimeError):  # and torch not be used after a recording that failed
+        with mendable(what, QLoRAError, RuntimeError):  # and torch not be used after a recording that failed
             passes = Graphed.made[key] = Graphed.record(layer, run, how[0], hidden, rest)
     return Graphed.apply(passes, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], anchor, hidden)
 
