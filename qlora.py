@@ -4352,8 +4352,6 @@ class Sizes(NamedTuple):
         return f"{rows}{tokens} at once, {self.recomputed} layers recomputed{graphs}, {self.unpacked} kept unpacked"
 
 
-# Seconds: where the GPU takes less for a recomputed layer, launching it takes longer, 4 to 8 ms on an H200's host.
-GRAPHED = 4e-3
 NO_LIMIT = 2**30  # tokens: more than any window has
 
 
@@ -4375,6 +4373,8 @@ GPUS = (
 )  # fmt: skip
 # Of the data sheet's TFLOP/s, what a step reaches in its products and in all it does: measured on an H200.
 REACHED = 0.55
+# Seconds in which Python launches a layer forward and backward, and once more: measured there, 8 to 9 ms in all.
+LAUNCHING, LAUNCHING_AGAIN = 5e-3, 3e-3
 CONTEXT = 0.6  # GiB that CUDA takes beside torch's allocator
 
 
@@ -4431,12 +4431,14 @@ class Costs(NamedTuple):
         return self.weights + self.other + self.adapters + self.gradients + (0 if self.paged else self.optimizer)
 
     def seconds(self, sizes: Sizes, tokens: int, gpu: Gpu) -> float:
-        """A micro-batch's time."""
+        """A micro-batch's time: the GPU's, or where that is longer what launching its kernels takes."""
         work = self.flops + self.repeated * sizes.recomputed / max(1, self.layers)
         tflops = gpu.tflops or 100.0  # of a GPU that is not known: only for weighing one way against another
         # what does not grow with the tokens: unpacking each weight twice or three times, at 3 TB/s, as much as 220
-        # tokens' products; and 70 launches of 5 us a layer
-        return (tokens + 220) * work / (tflops * 1e12 * REACHED) + self.layers * 70 * 5e-6
+        # tokens' products; and 70 kernels of 5 us a layer
+        busy = (tokens + 220) * work / (tflops * 1e12 * REACHED) + self.layers * 70 * 5e-6
+        launching = 0.0 if sizes.graphs else self.layers * LAUNCHING + sizes.recomputed * LAUNCHING_AGAIN
+        return max(busy, launching)
 
 
 def parameter_bytes(count: int, rows: int, config: Config) -> int:
@@ -4814,9 +4816,9 @@ def choose_sizes(
     own = 0.95 * free_memory() - costs.gradients - (0 if costs.paged else costs.optimizer)
     plan = make_plan(measured, gpu, lengths[0], window, config, own)
     if fast.graphs:
-        recorded = plan.sizes._replace(recomputed=layers, graphs=True)
-        if costs.seconds(recorded, plan.tokens, gpu) < GRAPHED * layers:
-            plan = plan._replace(sizes=recorded)
+        replayed = plan.sizes._replace(recomputed=layers, graphs=True)
+        if costs.seconds(replayed, plan.tokens, gpu) < costs.seconds(plan.sizes, plan.tokens, gpu):
+            plan = plan._replace(sizes=replayed)
         else:
             log.info("--cuda_graphs: without effect, micro-batches of %d tokens keep the GPU busy", plan.tokens)
     return plan.sizes, plan._replace(costs=costs)
