@@ -2900,6 +2900,14 @@ def _quantise_on(weight: Any, own: Any, device: torch.device, place: Any) -> Any
     return weight
 
 
+def keep_one_bias(model: Any) -> None:
+    """Of a bias that BERT's head has twice FSDP, which refuses that, gets the one that is added."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if module is not head and head.bias is not None and getattr(module, "bias", None) is head.bias:
+            module.bias = None
+
+
 def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
     """The base model to train or use, quantised and placed."""
     options: dict[str, Any] = {
@@ -2934,6 +2942,8 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
                 )
             weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)
             weight.quant_state.to(config.training.device)
+    if is_fsdp(config):
+        keep_one_bias(model)
     layers = linear_layers(model, config.masked)
     whole = [name for name in layers if type(model.get_submodule(name)).__module__.startswith("torch")]
     if whole and not own and config.quant.bits < 16:
@@ -5440,8 +5450,12 @@ class QLoRATrainer(Trainer):
         masking: Masking | None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(model=ready.model, **kwargs)
-        if is_fsdp(config) and not config.quant.full_finetune:
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None  # it would cast what is packed
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin and not config.quant.full_finetune:
+            plugin.mixed_precision_policy = None  # it would cast what is packed
+        if plugin and plugin.transformer_cls_names_to_wrap is None:  # BERT's own list has its embeddings, a tied head's
+            names = {type(layer).__name__ for layer in decoder_layers(ready.model)}
+            plugin.transformer_cls_names_to_wrap = sorted(names) or None
         self.run, self.questions, self.config, self.masking = run, questions, config, masking
         self.fast, self.sizes, self.plan = ready.fast, ready.sizes, ready.plan
         self.model_accepts_loss_kwargs = True  # our loss is divided by the labelled tokens of the window
@@ -6004,10 +6018,13 @@ def whole_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
     """What is saved, gathered from the processes that share it. Every one of them has to take part."""
     if trainer.is_deepspeed_enabled:
         return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped) or {})
-    full, found = trainer.config.quant.full_finetune, {}
-    for name, parameter in trainer.runtime().model.named_parameters():
+    model, full, found = trainer.runtime().model, trainer.config.quant.full_finetune, {}
+    names = model.all_tied_weights_keys  # of a bias that a head has twice the name that files have
+    for name, parameter in model.named_parameters():
         if full or parameter.requires_grad:  # one after the other: a whole base may not fit
-            found[name] = (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().cpu()
+            found[names.get(name, name)] = (
+                (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().cpu()
+            )
     return found
 
 
@@ -6590,7 +6607,8 @@ def exit_status(error: BaseException, output: Path | None = None) -> tuple[int, 
 # Of one library about another's code: nothing that a user could do about it.
 QUIET_WARNING = (
     ".*(gradient_checkpointing|is_gradient_checkpointing).* is deprecated|All adapters are already merged|"
-    "Model has `tie_word_embeddings=True` and a tied|Input and output embeddings are no longer tied after merging"
+    "Model has `tie_word_embeddings=True` and a tied|Input and output embeddings are no longer tied after merging|"
+    "FSDP2-wrapped module .* returned a view"
 )
 
 
