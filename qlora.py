@@ -3957,11 +3957,17 @@ def set_unpacked(model: Any, count: int, dtype: torch.dtype) -> None:
 
 
 def set_recomputed(model: Any, count: int, fast: FastPath) -> None:
-    """Recompute the first `count` layers: the backward pass reaches them last, when the others' memory is free."""
-    for i, layer in enumerate(decoder_layers(model)):
+    """Recompute the first `count` layers: the backward pass reaches them last, when the others' memory is free.
+
+    Where a process's layers are on several GPUs, of each its first.
+    """
+    layers = decoder_layers(model)
+    places = [next(layer.parameters()).device for layer in layers]
+    chosen = sorted(range(len(layers)), key=lambda i: places[:i].count(places[i]))[:count]
+    for i, layer in enumerate(layers):
         # where neither a layer nor anything below it trains, no gradient arrives, and there is nothing to compute again
         anchor = torch.zeros(1, requires_grad=any(parameter.requires_grad for parameter in layer.parameters()))
-        layer.gradient_checkpointing = i < count
+        layer.gradient_checkpointing = i in chosen
         ours = partial(recompute, (fast.skips_last, fast.offloads), anchor)
         theirs = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
         layer._gradient_checkpointing_func = ours if fast.by_input else theirs
@@ -4252,6 +4258,7 @@ class Gpu(NamedTuple):
     gib: float
     tflops: float  # dense bf16 with float32 sums, by its data sheet
     number: int = 1  # of them
+    across: int = 1  # over which a process's layers are spread
 
 
 # By data sheet; memory as the driver reports it. The first of a size stands for it where only that is given.
@@ -4563,9 +4570,10 @@ class Plan(NamedTuple):
         if self.costs.paged and self.costs.optimizer:
             beside += f"; the optimizer's pages {'stay' if self.pages else 'are moved out'}"
         fits = "fits" if self.fits() else f"does not fit into {self.gpu.gib:.0f} GiB"
-        number = f"{self.gpu.number} x " if self.gpu.number > 1 else ""
+        gpus, share = self.gpu.number * self.gpu.across, "; on each" if self.gpu.across > 1 else ""
+        number = f"{gpus} x " if gpus > 1 else ""
         return {
-            "GPU": f"{number}{self.gpu.name}, {self.gpu.gib:.0f} GiB",
+            "GPU": f"{number}{self.gpu.name}, {self.gpu.gib:.0f} GiB{share}",
             **{name: f"{size:6.2f} GiB" for name, size in parts.items()},
             "beside it": beside,
             "in all": f"{self.needed():6.2f} GiB: {fits}",
@@ -4615,12 +4623,14 @@ def strategies(costs: Costs, config: Config, number: int) -> dict[str, Costs]:
     # DeepSpeed steps on a float32 copy of bf16 weights
     copied = 2 * costs.gradients if config.quant.full_finetune and load_dtype(config) != torch.float32 else 0
     state = (costs.optimizer + copied) // number
+    parts = {name: getattr(costs, name) // number for name in ("layer", "kept", "unpacked")}
+    parts["token"] = costs.token + costs.layer - parts["layer"]  # the recomputed layer that is there is whole
     return {
         "DDP": costs._replace(gradients=2 * costs.gradients),  # and the buckets that they are sent in
         "ZeRO-2": costs._replace(gradients=shared.gradients, optimizer=state, paged=False, unpacked=0),
         "ZeRO-3": shard._replace(optimizer=state),
         "FSDP2": shard,
-        "one process": shared,
+        "one process": shared._replace(**parts),
     }
 
 
@@ -4672,11 +4682,11 @@ def calibrated(costs: Costs, model: Any, base: Any, fast: FastPath, config: Conf
     return costs._replace(token=int(costs.token * ratio), layer=int(costs.layer * ratio))
 
 
-def free_memory() -> float:
+def free_memory(gpu: Any = None) -> float:
     """Bytes that torch may still hand out on this GPU, within this process's share of it."""
-    (free, total), reserved = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
-    share = torch.cuda.get_per_process_memory_fraction() * total
-    return min(free, share - reserved) + reserved - torch.cuda.memory_allocated()
+    (free, total), reserved = torch.cuda.mem_get_info(gpu), torch.cuda.memory_reserved(gpu)
+    share = torch.cuda.get_per_process_memory_fraction(gpu) * total
+    return min(free, share - reserved) + reserved - torch.cuda.memory_allocated(gpu)
 
 
 def choose_sizes(
@@ -4691,15 +4701,17 @@ def choose_sizes(
         return sizes._replace(unpacked=unpacked_layers(0, sizes, costs, config)), None
     lengths = sorted(rows["length"][:], reverse=True)
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
-    # of this process: where its layers lie on several GPUs, one waits for the other
     gpu = find_gpu(None)._replace(number=world()[1])
     if is_sharded(config):  # nothing can be measured before, nor repeated after memory ran out
         way = "FSDP2" if is_fsdp(config) else "ZeRO-3" if hf_deepspeed.is_deepspeed_zero3_enabled() else "ZeRO-2"
         costs = strategies(costs, config, gpu.number)[way]
         plan = make_plan(costs, gpu, lengths[0], window, config, 0.85 * (gpu.gib - CONTEXT) * GIB - costs.beside())
         return plan.sizes, plan
+    places = {parameter.device for parameter in base.parameters() if parameter.device.type == "cuda"}
+    if len(places) > 1:  # of one process, whose GPUs wait for each other
+        costs, gpu = strategies(costs, config, len(places))["one process"], gpu._replace(across=len(places))
     measured = calibrated(costs, model, base, fast, config)
-    own = 0.95 * free_memory() - costs.gradients - (0 if costs.paged else costs.optimizer)
+    own = 0.95 * min(map(free_memory, places or [None])) - costs.gradients - (0 if costs.paged else costs.optimizer)
     plan = make_plan(measured, gpu, lengths[0], window, config, own)
     return plan.sizes, plan._replace(costs=costs)
 
@@ -5946,9 +5958,9 @@ class Inputs(NamedTuple):
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process: of all its GPUs, or of the process itself where it has none."""
+    """Peak memory of this process: of the fullest of its GPUs, or of the process itself where it has none."""
     if torch.cuda.is_available():
-        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / GIB
+        return max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / GIB
     try:
         import resource
     except ImportError:  # Windows
