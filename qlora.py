@@ -755,6 +755,11 @@ def parse_config(argv: Sequence[str]) -> Config:
     return config
 
 
+def uses_fsdp(flag: Any) -> bool:
+    """Whether FSDP spreads the model's weights, by the flags or by `accelerate launch`."""
+    return bool(flag) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
     """Defaults that depend on other flags or on the machine."""
     derived: dict[str, Any] = {}
@@ -762,9 +767,9 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
         derived["max_steps"] = -1
     if flags["eval_strategy"] != "no":
         derived["do_eval"] = True
-    if flags["fsdp"] and "optim" not in given:
+    if uses_fsdp(flags["fsdp"]) and "optim" not in given:
         derived["optim"] = "adamw_torch"  # bitsandbytes' can't step on shards
-    if flags["fsdp"] and torch.cuda.is_available() and "ddp_backend" not in given:
+    if uses_fsdp(flags["fsdp"]) and torch.cuda.is_available() and "ddp_backend" not in given:
         derived["ddp_backend"] = "cuda:nccl,cpu:gloo"  # the gradients' norm is taken where they are, offloaded too
     if flags["adam8bit"]:
         derived["optim"] = "paged_adamw_8bit"
@@ -874,9 +879,15 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--merged_output_dir {merged_output_dir}: the run's own folder, name another"),
     (lambda f: f.full_finetune and f.bits < 16,
      "--full_finetune: weights rounded to --bits {bits} take no small steps of training, give 16 or 32"),
-    (lambda f: f.fsdp and re.search(r"8bit|paged|lion|ademamix", f.optim),
+    (lambda f: f.by_fsdp and re.search(r"8bit|paged|lion|ademamix", f.optim),
      "--fsdp: bitsandbytes' --optim {optim} can't step on shards, give adamw_torch"),
-    (lambda f: f.fsdp and f.bits == 8, "--fsdp: it can't shard --bits 8, give 4 or 16"),
+    (lambda f: f.by_fsdp and f.bits == 8, "--fsdp: it can't shard --bits 8, give 4 or 16"),
+    (lambda f: f.by_fsdp and str(f.spread.get("version", 2)) != "2",
+     "--fsdp: version {spread[version]} has its end in transformers, give version 2 in --fsdp_config (in the file of "
+     "accelerate launch fsdp_version)"),
+    (lambda f: f.by_fsdp and "SIZE" in str(f.spread.get("auto_wrap_policy")).upper(),
+     "--fsdp_config: auto_wrap_policy {spread[auto_wrap_policy]} would shard what is no layer, leave it out"),
+    (lambda f: f.fsdp and f.unheard, "--fsdp_config: {unheard}: expected some of {heard}"),
     (lambda f: f.objective == "clm" and f.do_predict and not f.predict_with_generate,
      "--do_predict needs --predict_with_generate"),
     (lambda f: f.objective == "mlm" and f.causal_flags,
@@ -955,6 +966,7 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
     (("warmup_steps",), lambda f: f.lr_scheduler_type == "constant",
      "lr_scheduler_type constant ignores warm-up; constant_with_warmup honours it"),
     (("use_fast_tokenizer",), lambda f: not f.use_fast_tokenizer, "every tokenizer is a fast one today"),
+    (("fsdp_config",), lambda f: not f.fsdp, "it is for --fsdp; accelerate launch has a file of its own"),
     (("max_memory_MB",), lambda f: f.use_cpu or "LOCAL_RANK" in os.environ, "it is for one process with many GPUs"),
     (("hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision"),
      lambda f: not f.push_to_hub, "nothing is pushed without --push_to_hub; --use_auth_token is for gated downloads"),
@@ -963,12 +975,24 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
 # fmt: on
 
 
+# What FSDP2 hears of --fsdp_config.
+FSDP_CONFIG = {"version", "cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
+               "state_dict_type", "cpu_ram_efficient_loading", "activation_checkpointing"}  # fmt: skip
+
+
 def flags_of(config: Config) -> argparse.Namespace:
     """What rules are about: every flag by its name, and what follows from several of them or from the tables."""
     flags, given, trackers = config.flags, config.given, config.training.report_to or ()
     installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"} if trackers else ()  # two not looked for
+    launched = {name: os.environ.get(f"FSDP_{name.upper()}") for name in ("version", "auto_wrap_policy")}
+    spread: Any = {"version": 1} | {name: value for name, value in launched.items() if value}
+    spread = config.training.fsdp_config if flags["fsdp"] else spread
     return argparse.Namespace(
         **flags,
+        by_fsdp=uses_fsdp(flags["fsdp"]),
+        spread=spread,
+        unheard=", ".join(name for name in sorted(spread or ()) if spread[name] and name not in FSDP_CONFIG),
+        heard=", ".join(sorted(FSDP_CONFIG)),
         given=given,
         causal_flags=", ".join(f"--{name}" for name in sorted(given & CAUSAL_FLAGS) if flags[name] is not False),
         telling=next((name for name, value in flags.items() if URL_WITH_PASSWORD.search(str(value))), ""),
@@ -2567,8 +2591,8 @@ FSDP_STORAGE = torch.float32
 
 
 def is_fsdp(config: Config) -> bool:
-    """Whether FSDP spreads the model's weights, by the flags or by `accelerate launch`."""
-    return bool(config.training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    """Whether FSDP spreads the model's weights."""
+    return uses_fsdp(config.training.fsdp)
 
 
 def is_sharded(config: Config) -> bool:
@@ -5465,9 +5489,12 @@ class QLoRATrainer(Trainer):
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin and not config.quant.full_finetune:
             plugin.mixed_precision_policy = None  # it would cast what is packed
-        if plugin and plugin.transformer_cls_names_to_wrap is None:  # BERT's own list has its embeddings, a tied head's
-            names = {type(layer).__name__ for layer in decoder_layers(ready.model)}
-            plugin.transformer_cls_names_to_wrap = sorted(names) or None
+        if plugin:  # BERT's own list has its embeddings, to which its head is tied
+            names = sorted({type(layer).__name__ for layer in decoder_layers(ready.model)})
+            given = plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or names
+            if set(given) - {type(module).__name__ for module in ready.model.modules()}:
+                classes = "transformer_layer_cls_to_wrap " + ", ".join(given)
+                raise ConfigError(f"--fsdp_config: {classes}: not in the model, whose layers are {', '.join(names)}")
         self.run, self.questions, self.config, self.masking = run, questions, config, masking
         self.fast, self.sizes, self.plan = ready.fast, ready.sizes, ready.plan
         self.model_accepts_loss_kwargs = True  # our loss is divided by the labelled tokens of the window
@@ -5848,6 +5875,15 @@ class QLoRATrainer(Trainer):
             return
         with mendable(f"{place} does not fit the LoRA flags", ConfigError, RuntimeError):
             set_peft_model_state_dict(self.model, load_peft_weights(str(place), device="cpu"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        """The Trainer's; of the step on nothing, which makes room for what FSDP loads, fp16's scaler must not know."""
+        optimizer: Any = self.optimizer
+        scaler, optimizer.scaler = getattr(optimizer, "scaler", None), None
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        finally:
+            optimizer.scaler = scaler
 
     def _load_best_model(self) -> None:
         """The same way."""

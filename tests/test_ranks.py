@@ -186,6 +186,44 @@ def test_what_fsdp_trained_is_evaluated_without_training(start, runs, tmp_path):
     assert_same(folder, runs("all"))
 
 
+# The scaler that accelerate has for fp16 on GPUs alone.
+SCALER = """
+import accelerate.accelerator, torch
+accelerator = accelerate.accelerator.Accelerator
+begin = accelerator.__init__
+def scaled(self, *args, **options):
+    begin(self, *args, **options)
+    self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**22)
+accelerator.__init__ = scaled
+"""
+
+
+def test_fp16_under_fsdp_is_scaled_and_goes_on_with_its_scale(start, tmp_path):
+    """As DDP is; by `accelerate launch`, in whose checkpoints each process has its shards."""
+    launch = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+              "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}  # fmt: skip
+    before = SHARDING + SCALER + f"import os; os.environ |= {launch}"
+    flags = {"fp16": True, "max_steps": 12, "save_steps": 8, "do_eval": False, "optim": None}
+    begun = start(2, tmp_path / "ddp", before=SCALER, **flags | {"optim": "adamw_torch"})
+    log = finish(start(2, tmp_path / "fsdp", before=before, **flags))
+    finish(begun)
+    assert "FSDP or DeepSpeed holds the weights" in log
+    same(tmp_path / "fsdp", tmp_path / "ddp", evaluated=False)
+    places = [tmp_path / name / "checkpoint-8" / "scaler.pt" for name in ("fsdp", "ddp")]
+    scales = [torch.load(place)["scale"] for place in places]
+    assert scales[0] == scales[1] < 2.0**22, "the first steps overflow"
+    resumed = tmp_path / "resumed"
+    shutil.copytree(places[0].parent, resumed / "checkpoint-8")
+    finish(start(2, resumed, before=before, **flags))
+    same(resumed, tmp_path / "fsdp", evaluated=False)
+
+
+def test_a_layer_that_fsdp_does_not_find_is_one_line(start, tmp_path):
+    wrong = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
+    (line,) = errors(finish(start(2, tmp_path / "out", fsdp=[], fsdp_config=wrong, before=SHARDING), 2))
+    assert "transformer_layer_cls_to_wrap BertLayer: not in the model" in line and "LlamaDecoderLayer" in line
+
+
 def test_zero2_without_training_is_one_line(start, tmp_path):
     deepspeed()
     (line,) = errors(finish(start(2, tmp_path / "out", deepspeed=zero(2), do_train=False), 2))
