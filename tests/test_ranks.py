@@ -75,11 +75,17 @@ def start(forks, models, tmp_path_factory) -> Callable[..., list[Process]]:
     """`start(processes, folder, before="", **flags)`: 6 steps, the last of an epoch with 3 rows for 8 places."""
     here = tmp_path_factory.mktemp("ranks")
     data = tiny.rows_to_jsonl(here / "rows.jsonl", tiny.support_rows(23))
+    (here / "mmlu").mkdir()
+    questions = [
+        {"subject": f"topic{i % 3}", "input": f"{i} is?\nA. 0\nB. {i}\nC. 7\nD. 9\nAnswer:", "output": "ABCD"[i % 4]}
+        for i in range(7)
+    ]
+    tiny.rows_to_jsonl(here / "mmlu" / "zero_shot_mmlu_val.json", questions)
     plain = {
         "model_name_or_path": models("llama"), "dataset": data, "bits": 16, "optim": "adamw_torch", "max_steps": 6,
         "source_max_len": 32, "target_max_len": 32, "lora_r": 4, "lora_dropout": 0.0, "logging_steps": 1,
         "save_steps": 2, "disable_tqdm": True, "learning_rate": 1e-3, "do_eval": True, "eval_dataset_size": 4,
-        "per_device_eval_batch_size": 3,
+        "per_device_eval_batch_size": 3, "mmlu_dataset": "mmlu-zs", "mmlu_dir": here / "mmlu",
     }  # fmt: skip
 
     def words_of(processes: int, folder: Path, **flags: Any) -> list[str]:
@@ -108,7 +114,7 @@ def errors(text: str) -> list[str]:
 
 
 FULL = {"full_finetune": True}
-PREDICT = {"do_predict": True, "predict_with_generate": True, "max_new_tokens": 4}
+PREDICT = {"do_predict": True, "predict_with_generate": True, "max_new_tokens": 4, "do_mmlu_eval": True}
 # Each engine's run, the run of one process that it must repeat, and its flags.
 RUNS = {
     "one": (None, {}),
@@ -152,13 +158,16 @@ def whole(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(found: Path, wanted: Path) -> None:
-    """Losses, weights, evaluation and, word for word, predictions; in float32."""
+    """Losses, weights, evaluation, MMLU and, word for word, predictions; in float32."""
     assert losses(found) == pytest.approx(losses(wanted), abs=2e-5) and len(losses(found)) == 6
     ours, theirs = whole(found), whole(wanted)
     assert ours.keys() == theirs.keys() and all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in ours)
     one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (found, wanted))
     assert one["eval_loss"] == pytest.approx(two["eval_loss"], abs=1e-5)
     assert one["predict_samples"] == 4
+    accuracies = [{k: v for k, v in metrics.items() if "mmlu_eval_accuracy" in k} for metrics in (one, two)]
+    assert accuracies[0] == accuracies[1] and len(accuracies[0]) == 4, "of three subjects and of all"
+    assert one["mmlu_loss"] == pytest.approx(two["mmlu_loss"], abs=1e-5)
     assert (found / "predictions.jsonl").read_text() == (wanted / "predictions.jsonl").read_text()
 
 
