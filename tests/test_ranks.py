@@ -7,6 +7,7 @@ everything but the kernels: sharding, gathering, saving and resuming are the eng
 import importlib.util
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -23,7 +24,7 @@ from conftest import ROOT, _to_argv, missing
 from forks import Forks, Process
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_processes import AS_GPUS, losses, same, until
+from test_processes import AS_GPUS, children, losses, same, until
 from transformers import AutoModelForCausalLM
 
 import qlora
@@ -370,7 +371,9 @@ def test_one_mask_for_equal_rows_of_a_step():
 
 
 def test_a_signal_to_torchrun_or_to_one_process_saves_and_the_rerun_is_exact(start, tmp_path):
-    """torchrun hands it on and ends with 1, as the README says. What comes then is as if nothing had happened.
+    """torchrun hands it on and ends with 1, as the README says, also where one of its processes alone is sent it.
+
+    What comes then is as if nothing had happened.
 
     The effective batch and with it the losses stay where one process goes on with what two began.
     """
@@ -382,22 +385,31 @@ def test_a_signal_to_torchrun_or_to_one_process_saves_and_the_rerun_is_exact(sta
         "gradient_accumulation_steps": 4,
     }
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "qlora.py"]
-    words = [*launch, *start.words_of(2, tmp_path / "launcher", **flags)]
-    launcher = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pipes = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    launchers = {
+        name: subprocess.Popen([*launch, *start.words_of(2, tmp_path / name, **flags)], **pipes)
+        for name in ("launcher", "launched")
+    }
     ranks = start(2, tmp_path / "rank", **flags)
     until((tmp_path / "rank" / "checkpoint-5").is_dir)
     ranks[1].kill(signal.SIGTERM)
     until((tmp_path / "launcher" / "checkpoint-5").is_dir)
-    launcher.terminate()
-    logs = {"launcher": launcher.communicate(timeout=120)[1], "rank": finish(ranks, 143)}
-    assert launcher.returncode == 1
+    launchers["launcher"].terminate()
+    until((tmp_path / "launched" / "checkpoint-5").is_dir)
+    places = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children(launchers["launched"])}
+    os.kill(next(pid for pid, place in places.items() if b"RANK=1" in place), signal.SIGTERM)
+    logs = {name: launcher.communicate(timeout=120)[1] for name, launcher in launchers.items()}
+    logs["rank"] = finish(ranks, 143)
+    assert [launcher.returncode for launcher in launchers.values()] == [1, 1]
     for name, log in logs.items():
         (last,) = re.findall(r"stopped by SIGTERM at step (\d+), saved; the same command goes on from there", log)
         newest = qlora.find_last_checkpoint(tmp_path / name)
         assert qlora.step_of(newest) == int(last) < 40 and not errors(log)
         assert {path.name for path in newest.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
         assert not (tmp_path / name / "completed").exists()
-    again = [start(2, tmp_path / "rank", **flags), start(1, tmp_path / "launcher", **flags)]
+    again = [
+        start(number, tmp_path / name, **flags) for number, name in ((2, "rank"), (1, "launcher"), (2, "launched"))
+    ]
     again += [start(1, tmp_path / "whole", **flags | {"gradient_accumulation_steps": 8})]
     for processes in again:
         finish(processes)
