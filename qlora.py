@@ -3298,9 +3298,10 @@ class FusedLinear(NamedTuple):
     def applies(self, x: torch.Tensor) -> bool:
         """Not for a few tokens, where bitsandbytes multiplies without unpacking, nor with the adapter switched off.
 
-        In training always: ZeRO-2 adds up gradients in the order in which each process has them.
+        In training always: ZeRO-2 adds up gradients in the order in which each process has them. Under ZeRO-3 always:
+        weights are gathered in the order in which they are used, alike for a process that has few tokens.
         """
-        many = self.module.training or x.numel() >= 16 * x.shape[-1]
+        many = self.module.training or x.numel() >= 16 * x.shape[-1] or hasattr(self.down.weight, "ds_id")
         return many and not (self.module.disable_adapters or self.module.merged)
 
 

@@ -121,6 +121,7 @@ RUNS = {
     "one": (None, {}),
     "all": (None, FULL),
     "zero2": ("one", {"deepspeed": zero(2)}),
+    "zero3": ("one", {"deepspeed": zero(3)}),
     "zero2-all": ("all", {"deepspeed": zero(2), **FULL}),
     "zero3-all": ("all", {"deepspeed": "fixed", **FULL}),
     "fsdp-all": ("all", {"fsdp": [], "fsdp_config": {"cpu_offload": True}, "before": SHARDING, **FULL}),
@@ -232,6 +233,18 @@ def test_a_layer_that_fsdp_does_not_find_is_one_line(start, tmp_path):
     wrong = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
     (line,) = errors(finish(start(2, tmp_path / "out", fsdp=[], fsdp_config=wrong, before=SHARDING), 2))
     assert "transformer_layer_cls_to_wrap BertLayer: not in the model" in line and "LlamaDecoderLayer" in line
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_under_deepspeed_trains_as_in_one_process(start, tmp_path, bits):
+    deepspeed()
+    flags = {"bits": bits, "max_steps": 2}
+    begun = [start(1, tmp_path / "one", **flags)]
+    begun += [start(2, tmp_path / f"{stage}", deepspeed=zero(stage), **flags) for stage in (2, 3)]
+    for processes in begun:
+        finish(processes)
+    for stage in ("2", "3"):
+        same(tmp_path / stage, tmp_path / "one")
 
 
 def test_zero2_without_training_is_one_line(start, tmp_path):
