@@ -745,6 +745,11 @@ def parse_config(argv: Sequence[str]) -> Config:
     return config
 
 
+def uses_fsdp(flag: Any) -> bool:
+    """Whether FSDP spreads the model's weights, by the flags or by `accelerate launch`."""
+    return bool(flag) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
     """Defaults that depend on other flags or on the machine."""
     derived: dict[str, Any] = {}
@@ -752,9 +757,9 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
         derived["max_steps"] = -1
     if flags["eval_strategy"] != "no":
         derived["do_eval"] = True
-    if flags["fsdp"] and "optim" not in given:
+    if uses_fsdp(flags["fsdp"]) and "optim" not in given:
         derived["optim"] = "adamw_torch"  # bitsandbytes' can't step on shards
-    if flags["fsdp"] and torch.cuda.is_available() and "ddp_backend" not in given:
+    if uses_fsdp(flags["fsdp"]) and torch.cuda.is_available() and "ddp_backend" not in given:
         derived["ddp_backend"] = "cuda:nccl,cpu:gloo"  # the gradients' norm is taken where they are, offloaded too
     if flags["adam8bit"]:
         derived["optim"] = "paged_adamw_8bit"
@@ -863,9 +868,15 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--merged_output_dir {merged_output_dir}: the run's own folder, name another"),
     (lambda f: f.full_finetune and f.bits < 16,
      "--full_finetune: weights rounded to --bits {bits} take no small steps of training, give 16 or 32"),
-    (lambda f: f.fsdp and re.search(r"8bit|paged|lion|ademamix", f.optim),
+    (lambda f: f.by_fsdp and re.search(r"8bit|paged|lion|ademamix", f.optim),
      "--fsdp: bitsandbytes' --optim {optim} can't step on shards, give adamw_torch"),
-    (lambda f: f.fsdp and f.bits == 8, "--fsdp: it can't shard --bits 8, give 4 or 16"),
+    (lambda f: f.by_fsdp and f.bits == 8, "--fsdp: it can't shard --bits 8, give 4 or 16"),
+    (lambda f: f.by_fsdp and str(f.spread.get("version", 2)) != "2",
+     "--fsdp: version {spread[version]} has its end in transformers, give version 2 in --fsdp_config (in the file of "
+     "accelerate launch fsdp_version)"),
+    (lambda f: f.by_fsdp and "SIZE" in str(f.spread.get("auto_wrap_policy")).upper(),
+     "--fsdp_config: auto_wrap_policy {spread[auto_wrap_policy]} would shard what is no layer, leave it out"),
+    (lambda f: f.fsdp and f.unheard, "--fsdp_config: {unheard}: expected some of {heard}"),
     (lambda f: f.objective == "clm" and f.do_predict and not f.predict_with_generate,
      "--do_predict needs --predict_with_generate"),
     (lambda f: f.objective == "mlm" and f.causal_flags,
@@ -949,6 +960,7 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
     (("warmup_steps",), lambda f: f.lr_scheduler_type == "constant",
      "lr_scheduler_type constant ignores warm-up; constant_with_warmup honours it"),
     (("use_fast_tokenizer",), lambda f: not f.use_fast_tokenizer, "every tokenizer is a fast one today"),
+    (("fsdp_config",), lambda f: not f.fsdp, "it is for --fsdp; accelerate launch has a file of its own"),
     (("max_memory_MB",), lambda f: f.use_cpu or "LOCAL_RANK" in os.environ, "it is for one process with many GPUs"),
     (("hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision"),
      lambda f: not f.push_to_hub, "nothing is pushed without --push_to_hub; --use_auth_token is for gated downloads"),
@@ -957,12 +969,24 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
 # fmt: on
 
 
+# What FSDP2 hears of --fsdp_config.
+FSDP_CONFIG = {"version", "cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
+               "state_dict_type", "cpu_ram_efficient_loading", "activation_checkpointing"}  # fmt: skip
+
+
 def flags_of(config: Config) -> argparse.Namespace:
     """What rules are about: every flag by its name, and what follows from several of them or from the tables."""
     flags, given, trackers = config.flags, config.given, config.training.report_to or ()
     installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"} if trackers else ()  # two not looked for
+    launched = {name: os.environ.get(f"FSDP_{name.upper()}") for name in ("version", "auto_wrap_policy")}
+    spread: Any = {"version": 1} | {name: value for name, value in launched.items() if value}
+    spread = config.training.fsdp_config if flags["fsdp"] else spread
     return argparse.Namespace(
         **flags,
+        by_fsdp=uses_fsdp(flags["fsdp"]),
+        spread=spread,
+        unheard=", ".join(name for name in sorted(spread or ()) if spread[name] and name not in FSDP_CONFIG),
+        heard=", ".join(sorted(FSDP_CONFIG)),
         given=given,
         causal_flags=", ".join(f"--{name}" for name in sorted(given & CAUSAL_FLAGS) if flags[name] is not False),
         telling=next((name for name, value in flags.items() if URL_WITH_PASSWORD.search(str(value))), ""),
@@ -2513,8 +2537,8 @@ FSDP_STORAGE = torch.float32
 
 
 def is_fsdp(config: Config) -> bool:
-    """Whether FSDP spreads the model's weights, by the flags or by `accelerate launch`."""
-    return bool(config.training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    """Whether FSDP spreads the model's weights."""
+    return uses_fsdp(config.training.fsdp)
 
 
 def is_sharded(config: Config) -> bool:
@@ -2846,6 +2870,14 @@ def _quantise_on(weight: Any, own: Any, device: torch.device, place: Any) -> Any
     return weight
 
 
+def keep_one_bias(model: Any) -> None:
+    """Of a bias that BERT's head has twice FSDP, which refuses that, gets the one that is added."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if module is not head and head.bias is not None and getattr(module, "bias", None) is head.bias:
+            module.bias = None
+
+
 def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
     """The base model to train or use, quantised and placed."""
     options: dict[str, Any] = {
@@ -2880,6 +2912,8 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
                 )
             weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)
             weight.quant_state.to(config.training.device)
+    if is_fsdp(config):
+        keep_one_bias(model)
     layers = linear_layers(model, config.masked)
     whole = [name for name in layers if type(model.get_submodule(name)).__module__.startswith("torch")]
     if whole and not own and config.quant.bits < 16:
@@ -3210,9 +3244,10 @@ class FusedLinear(NamedTuple):
     def applies(self, x: torch.Tensor) -> bool:
         """Not for a few tokens, where bitsandbytes multiplies without unpacking, nor with the adapter switched off.
 
-        In training always: ZeRO-2 adds up gradients in the order in which each process has them.
+        In training always: ZeRO-2 adds up gradients in the order in which each process has them. Under ZeRO-3 always:
+        weights are gathered in the order in which they are used, alike for a process that has few tokens.
         """
-        many = self.module.training or x.numel() >= 16 * x.shape[-1]
+        many = self.module.training or x.numel() >= 16 * x.shape[-1] or hasattr(self.down.weight, "ds_id")
         return many and not (self.module.disable_adapters or self.module.merged)
 
 
@@ -4052,13 +4087,18 @@ def set_unpacked(model: Any, count: int, dtype: torch.dtype) -> None:
 
 
 def set_recomputed(model: Any, count: int, fast: FastPath, graphs: bool = False) -> None:
-    """Recompute the first `count` layers: the backward pass reaches them last, when the others' memory is free."""
+    """Recompute the first `count` layers: the backward pass reaches them last, when the others' memory is free.
+
+    Where a process's layers are on several GPUs, of each its first.
+    """
     Graphed.forget()
-    for i, layer in enumerate(decoder_layers(model)):
+    layers, how = decoder_layers(model), (fast.skips_last, fast.offloads)
+    places = [next(layer.parameters()).device for layer in layers]
+    chosen = sorted(range(len(layers)), key=lambda i: places[:i].count(places[i]))[:count]
+    for i, layer in enumerate(layers):
         # where neither a layer nor anything below it trains, no gradient arrives, and there is nothing to compute again
         anchor = torch.zeros(1, requires_grad=any(parameter.requires_grad for parameter in layer.parameters()))
-        layer.gradient_checkpointing = i < count
-        how = fast.skips_last, fast.offloads
+        layer.gradient_checkpointing = i in chosen
         ours = partial(graphed, how, anchor, layer) if graphs else partial(recompute, how, anchor)
         theirs = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
         layer._gradient_checkpointing_func = ours if fast.by_input else theirs
@@ -4362,6 +4402,7 @@ class Gpu(NamedTuple):
     gib: float
     tflops: float  # dense bf16 with float32 sums, by its data sheet
     number: int = 1  # of them
+    across: int = 1  # over which a process's layers are spread
 
 
 # By data sheet; memory as the driver reports it. The first of a size stands for it where only that is given.
@@ -4677,9 +4718,10 @@ class Plan(NamedTuple):
         if self.costs.paged and self.costs.optimizer:
             beside += f"; the optimizer's pages {'stay' if self.pages else 'are moved out'}"
         fits = "fits" if self.fits() else f"does not fit into {self.gpu.gib:.0f} GiB"
-        number = f"{self.gpu.number} x " if self.gpu.number > 1 else ""
+        gpus, share = self.gpu.number * self.gpu.across, "; on each" if self.gpu.across > 1 else ""
+        number = f"{gpus} x " if gpus > 1 else ""
         return {
-            "GPU": f"{number}{self.gpu.name}, {self.gpu.gib:.0f} GiB",
+            "GPU": f"{number}{self.gpu.name}, {self.gpu.gib:.0f} GiB{share}",
             **{name: f"{size:6.2f} GiB" for name, size in parts.items()},
             "beside it": beside,
             "in all": f"{self.needed():6.2f} GiB: {fits}",
@@ -4729,12 +4771,14 @@ def strategies(costs: Costs, config: Config, number: int) -> dict[str, Costs]:
     # DeepSpeed steps on a float32 copy of bf16 weights
     copied = 2 * costs.gradients if config.quant.full_finetune and load_dtype(config) != torch.float32 else 0
     state = (costs.optimizer + copied) // number
+    parts = {name: getattr(costs, name) // number for name in ("layer", "kept", "unpacked")}
+    parts["token"] = costs.token + costs.layer - parts["layer"]  # the recomputed layer that is there is whole
     return {
         "DDP": costs._replace(gradients=2 * costs.gradients),  # and the buckets that they are sent in
         "ZeRO-2": costs._replace(gradients=shared.gradients, optimizer=state, paged=False, unpacked=0),
         "ZeRO-3": shard._replace(optimizer=state),
         "FSDP2": shard,
-        "one process": shared,
+        "one process": shared._replace(**parts),
     }
 
 
@@ -4786,11 +4830,11 @@ def calibrated(costs: Costs, model: Any, base: Any, fast: FastPath, config: Conf
     return costs._replace(token=int(costs.token * ratio), layer=int(costs.layer * ratio))
 
 
-def free_memory() -> float:
+def free_memory(gpu: Any = None) -> float:
     """Bytes that torch may still hand out on this GPU, within this process's share of it."""
-    (free, total), reserved = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
-    share = torch.cuda.get_per_process_memory_fraction() * total
-    return min(free, share - reserved) + reserved - torch.cuda.memory_allocated()
+    (free, total), reserved = torch.cuda.mem_get_info(gpu), torch.cuda.memory_reserved(gpu)
+    share = torch.cuda.get_per_process_memory_fraction(gpu) * total
+    return min(free, share - reserved) + reserved - torch.cuda.memory_allocated(gpu)
 
 
 def choose_sizes(
@@ -4805,15 +4849,17 @@ def choose_sizes(
         return sizes._replace(unpacked=unpacked_layers(0, sizes, costs, config)), None
     lengths = sorted(rows["length"][:], reverse=True)
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
-    # of this process: where its layers lie on several GPUs, one waits for the other
     gpu = find_gpu(None)._replace(number=world()[1])
     if is_sharded(config):  # nothing can be measured before, nor repeated after memory ran out
         way = "FSDP2" if is_fsdp(config) else "ZeRO-3" if hf_deepspeed.is_deepspeed_zero3_enabled() else "ZeRO-2"
         costs = strategies(costs, config, gpu.number)[way]
         plan = make_plan(costs, gpu, lengths[0], window, config, 0.85 * (gpu.gib - CONTEXT) * GIB - costs.beside())
         return plan.sizes, plan
+    places = {parameter.device for parameter in base.parameters() if parameter.device.type == "cuda"}
+    if len(places) > 1:  # of one process, whose GPUs wait for each other
+        costs, gpu = strategies(costs, config, len(places))["one process"], gpu._replace(across=len(places))
     measured = calibrated(costs, model, base, fast, config)
-    own = 0.95 * free_memory() - costs.gradients - (0 if costs.paged else costs.optimizer)
+    own = 0.95 * min(map(free_memory, places or [None])) - costs.gradients - (0 if costs.paged else costs.optimizer)
     plan = make_plan(measured, gpu, lengths[0], window, config, own)
     if fast.graphs:
         replayed = plan.sizes._replace(recomputed=layers, graphs=True)
@@ -5535,8 +5581,15 @@ class QLoRATrainer(Trainer):
         masking: Masking | None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(model=ready.model, **kwargs)
-        if is_fsdp(config) and not config.quant.full_finetune:
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None  # it would cast what is packed
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin and not config.quant.full_finetune:
+            plugin.mixed_precision_policy = None  # it would cast what is packed
+        if plugin:  # BERT's own list has its embeddings, to which its head is tied
+            names = sorted({type(layer).__name__ for layer in decoder_layers(ready.model)})
+            given = plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or names
+            if set(given) - {type(module).__name__ for module in ready.model.modules()}:
+                classes = "transformer_layer_cls_to_wrap " + ", ".join(given)
+                raise ConfigError(f"--fsdp_config: {classes}: not in the model, whose layers are {', '.join(names)}")
         self.run, self.questions, self.config, self.masking = run, questions, config, masking
         self.fast, self.sizes, self.plan = ready.fast, ready.sizes, ready.plan
         self.model_accepts_loss_kwargs = True  # our loss is divided by the labelled tokens of the window
@@ -5919,6 +5972,15 @@ class QLoRATrainer(Trainer):
         with mendable(f"{place} does not fit the LoRA flags", ConfigError, RuntimeError):
             set_peft_model_state_dict(self.model, load_peft_weights(str(place), device="cpu"))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        """The Trainer's; of the step on nothing, which makes room for what FSDP loads, fp16's scaler must not know."""
+        optimizer: Any = self.optimizer
+        scaler, optimizer.scaler = getattr(optimizer, "scaler", None), None
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        finally:
+            optimizer.scaler = scaler
+
     def _load_best_model(self) -> None:
         """The same way."""
         if self.state.best_model_checkpoint:
@@ -6028,9 +6090,9 @@ class Inputs(NamedTuple):
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process: of all its GPUs, or of the process itself where it has none."""
+    """Peak memory of this process: of the fullest of its GPUs, or of the process itself where it has none."""
     if torch.cuda.is_available():
-        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / GIB
+        return max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / GIB
     with contextlib.suppress(ImportError):
         import resource
 
@@ -6101,10 +6163,13 @@ def whole_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
     """What is saved, gathered from the processes that share it. Every one of them has to take part."""
     if trainer.is_deepspeed_enabled:
         return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped) or {})
-    full, found = trainer.config.quant.full_finetune, {}
-    for name, parameter in trainer.runtime().model.named_parameters():
+    model, full, found = trainer.runtime().model, trainer.config.quant.full_finetune, {}
+    names = model.all_tied_weights_keys  # of a bias that a head has twice the name that files have
+    for name, parameter in model.named_parameters():
         if full or parameter.requires_grad:  # one after the other: a whole base may not fit
-            found[name] = (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().cpu()
+            found[names.get(name, name)] = (
+                (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().cpu()
+            )
     return found
 
 
@@ -6637,6 +6702,7 @@ def set_up_logging() -> None:
     for message in (  # of one library about another's code: nothing that a user could do about it
         ".*gradient_checkpointing.* is deprecated", "All adapters are already merged",
         "Model has `tie_word_embeddings=True` and", "Input and output embeddings are no longer tied after merging",
+        "FSDP2-wrapped module .* returned a view",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message)
     if not log.handlers:

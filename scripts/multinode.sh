@@ -13,6 +13,7 @@
 # stays what it was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+here=" $(hostname -I 2>/dev/null || true) " # torchrun itself knows HEAD only where the machine's name leads to it
 
 "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "${NODES:-2}" \
@@ -20,5 +21,19 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
     --rdzv_backend c10d \
     --rdzv_endpoint "${HEAD:?the address of the first machine}:${PORT:-29500}" \
     --rdzv_id "${RUN_ID:-qlora}" \
+    $([[ $here == *" $HEAD "* ]] && echo --rdzv_conf is_host=1) \
     ${LOCAL_ADDR:+--local_addr "$LOCAL_ADDR"} \
-    qlora.py "$@"
+    qlora.py "$@" &
+torchrun=$!
+trap 'kill -TERM $torchrun' TERM HUP
+trap : INT # which a terminal sends to torchrun as well
+
+# Where HEAD falls silent torchrun goes on reading from it, and does not see that the processes it started have ended.
+ended() { [ "$(ps -o stat= --ppid $torchrun | cut -c1 | sort -u)" = Z ]; }
+while sleep 10 && kill -0 $torchrun; do
+    ended && sleep 10 && ended && kill -KILL $torchrun
+done &> /dev/null &
+
+code=0
+until wait $torchrun 2> /dev/null && code=0 || code=$?; ! kill -0 $torchrun 2> /dev/null; do :; done
+exit $((code == 137 ? 1 : code)) # torchrun's own status where a process failed

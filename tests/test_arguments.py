@@ -663,6 +663,12 @@ RULES = [
     ("--adam8bit --optim adamw_torch", "adam8bit optim"),
     ("--fsdp --optim paged_adamw_8bit", "fsdp paged_adamw_8bit adamw_torch"),
     ("--fsdp --bits 8", "fsdp bits 8 4 16"),
+    ('--fsdp --fsdp_config {"version":1}', "fsdp version 1 2 fsdp_config"),
+    (
+        '--fsdp --fsdp_config {"fsdp_auto_wrap_policy":"SIZE_BASED_WRAP"}',
+        "fsdp_config auto_wrap_policy SIZE_BASED_WRAP",
+    ),
+    ('--fsdp --fsdp_config {"cpu_ofload":true}', "fsdp_config cpu_ofload cpu_offload"),
     ("--do_predict --objective clm", "do_predict predict_with_generate"),
     ("--objective clm --mask_prob 0.2", "mask_prob clm objective"),
     ("--objective clm --random_replace_prob 0", "random_replace_prob clm objective"),
@@ -797,6 +803,23 @@ def test_a_broken_rule_is_a_config_error_in_one_line(argv, named):
     assert not re.search(r"\{\w*\}", message), "a value is not filled in"
 
 
+def test_fsdp_of_accelerate_launch_has_the_rules_of_the_flag(monkeypatch):
+    """What it tells in the environment, where no version means the first."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for _ in range(2):
+        with pytest.raises(qlora.ConfigError, match=r"version 1 .*fsdp_version"):
+            parse()
+        monkeypatch.setenv("FSDP_VERSION", "1")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert parse().training.optim == "adamw_torch" and not parse().training.fsdp
+    for argv, named in (("--bits 8", "--bits 8"), ("--optim paged_adamw_8bit", "adamw_torch")):
+        with pytest.raises(qlora.ConfigError, match=f"--fsdp: .*{named}"):
+            parse(*argv.split())
+    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP")
+    with pytest.raises(qlora.ConfigError, match="auto_wrap_policy SIZE_BASED_WRAP"):
+        parse()
+
+
 def test_every_rule_is_tested(monkeypatch):
     """Those that the tables of this file break are all that there are."""
     broken = set()
@@ -820,6 +843,7 @@ def test_messages_name_flags_that_there_are():
 # Flags that do nothing beside others: every row of qlora.IDLE, by a command line, and one where they do something.
 IDLE = [
     ("--bits 8 --quant_type fp4 --no_double_quant", "double_quant, quant_type: without effect: bits is 8", "--bits 4"),
+    ('--fsdp_config {"cpu_offload":true}', "fsdp_config: without effect: it is for --fsdp", "--fsdp"),
     ("--unpacked_layers all --bits 16", "unpacked_layers: without effect: bits is 16", "--bits 8"),
     ("--merged_output_dir m --merge_base dequantized --bits 16", "merge_base: without effect: bits is 16", "--bits 8"),
     ("--max_shard_size 1GB", "max_shard_size: without effect: .*--merged_output_dir.*--full_finetune",

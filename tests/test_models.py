@@ -341,6 +341,7 @@ def test_packed_weights_that_fsdp_cannot_hold_are_one_line(models, tmp_path, mon
     shape = {"hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 5}
     odd = tiny.write_prequantised(tmp_path, models("llama", **shape), bnb_4bit_quant_storage=torch.bfloat16)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(qlora.ConfigError, match=r"a packed weight of (5 x 4|4 x 5) does not fill whole float32"):
         load(odd)
 

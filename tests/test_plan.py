@@ -170,7 +170,7 @@ def test_a_process_with_a_share_of_the_gpu_plans_for_that(monkeypatch):
     for name, answer in answers.items():
         monkeypatch.setattr(f"torch.cuda.{name}", lambda *args, answer=answer: answer)
     for fraction, free, whole in ((1.0, 44, 80), (0.25, 14, 20 + qlora.CONTEXT)):
-        monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda fraction=fraction: fraction)
+        monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda *gpu, fraction=fraction: fraction)
         assert qlora.free_memory() == free * gib
         assert qlora.find_gpu(None).gib == pytest.approx(whole)
 
@@ -292,6 +292,46 @@ def test_layers_on_several_gpus_of_one_process_have_the_speed_of_one(folder, mon
         _, plan = qlora.choose_sizes(costs, base, base, qlora.FastPath(), Rows(length=[528] * 16), config)
         speeds.append(plan.tokens_per_second())
     assert qlora.find_gpu(None).number == 2 and speeds[1] == 2 * speeds[0] > 0
+
+
+def test_layers_on_several_gpus_of_one_process_have_the_memory_of_all(folder, monkeypatch):
+    """70B in 4 bits, 35 GiB of layers and head: on two GPUs whose share for this process is 24 GiB each."""
+    model, gib = folder("70b"), 2**30
+    answers = {"is_available": True, "device_count": 2, "mem_get_info": (130 * gib, 140 * gib), "memory_reserved": 0}
+    answers |= {"memory_allocated": 17.5 * gib, "get_per_process_memory_fraction": 24 / 140}
+    answers["get_device_properties"] = SimpleNamespace(name="NVIDIA H200", total_memory=140 * gib)
+    config = qlora.parse_config(["--model_name_or_path", model, *COMMON, "--plan"])
+    costs = qlora.costs_from_config(config, qlora.load_model_config(config, model))
+    for name, answer in answers.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *args, answer=answer: answer)
+    monkeypatch.setattr(config.training, "use_cpu", False)
+    monkeypatch.setattr(qlora, "calibrated", lambda costs, *args: costs)
+    plans = []
+    for gpus in (1, 2):
+        base = torch.nn.Module()
+        places = [SimpleNamespace(device=torch.device("cuda", gpu)) for gpu in range(gpus)]
+        base.parameters = lambda places=places, **options: iter(places)
+        _, plan = qlora.choose_sizes(costs, base, base, qlora.FastPath(), Rows(length=[528] * 4), config)
+        plans.append(plan)
+    alone, both = (plan.lines() for plan in plans)
+    assert alone["GPU"] == "NVIDIA H200, 25 GiB" and alone["in all"].endswith("does not fit into 25 GiB")
+    assert both["GPU"] == "2 x NVIDIA H200, 25 GiB; on each" and both["in all"].endswith("GiB: fits")
+    assert float(both["weights of the linear layers"].split()[0]) == pytest.approx(
+        float(alone["weights of the linear layers"].split()[0]) / 2, abs=0.01
+    )
+    assert plans[1].sizes.recomputed > 0 and both["recomputed"].endswith("of 80 layers")
+
+
+def test_of_each_gpu_the_first_layers_are_recomputed(models):
+    """Of five layers three are on the first."""
+    model = twins.load(models("llama", num_hidden_layers=5), bits=16)
+    layers = qlora.decoder_layers(model)
+    for count, wanted in ((0, ""), (1, "0"), (2, "03"), (3, "013"), (4, "0134"), (5, "01234")):
+        for i, layer in enumerate(layers):
+            place = [SimpleNamespace(device=torch.device("cuda", i // 3), requires_grad=True)]
+            layer.parameters = lambda place=place: iter(place)
+        qlora.set_recomputed(model, count, qlora.FastPath())
+        assert [i for i, layer in enumerate(layers) if layer.gradient_checkpointing] == [*map(int, wanted)]
 
 
 def test_each_strategy_has_its_speed(folder):

@@ -54,11 +54,11 @@ def start(models, tmp_path_factory):
     }  # fmt: skip
     started = []
 
-    def begin(processes, folder, *, launcher=("--standalone",), program=ROOT / "qlora.py", inside=(), **flags):
+    def begin(processes, folder, *, launcher=("--standalone",), program=ROOT / "qlora.py", command=(), **flags):
         torchrun = ["-m", "torch.distributed.run", *launcher, "--nproc_per_node", str(processes)]
         program = as_gpus if program == "as_gpus" else program
         argv = [sys.executable, *(torchrun if processes > 1 or launcher != ("--standalone",) else []), str(program)]
-        argv = [*inside, *argv, *_to_argv({**base, "output_dir": folder, **flags})]
+        argv = [*(command or argv), *_to_argv({**base, "output_dir": folder, **flags})]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(argv, env=env, cwd=ROOT, **pipe))
@@ -89,7 +89,7 @@ def same(found, wanted, evaluated=True):
     assert losses(found) == pytest.approx(losses(wanted), abs=2e-5)
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (found, wanted))
     assert ours.keys() == theirs.keys()
-    assert all((ours[name] - theirs[name]).abs().max() < 5e-6 for name in ours)
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in ours)
     if evaluated:
         both = [json.loads((folder / "eval_results.json").read_text())["eval_loss"] for folder in (found, wanted)]
         assert both[0] == pytest.approx(both[1], abs=1e-5)
@@ -227,24 +227,24 @@ def test_a_machine_that_falls_silent_is_given_up_within_a_minute(start, tmp_path
             for line in words:
                 subprocess.run(line.split(), check=True)
         for number in (1, 2):
-            meet = ("--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29500",
-                    "--local_addr", f"10.77.0.{number}", "--rdzv_conf", f"is_host={2 - number}")  # fmt: skip
-            inside = ("ip", "netns", "exec", f"qlora{number}", "env", f"GLOO_SOCKET_IFNAME=qveth{number}")
+            place = (f"GLOO_SOCKET_IFNAME=qveth{number}", f"LOCAL_ADDR=10.77.0.{number}", "HEAD=10.77.0.1", "GPUS=1",
+                     f"PYTHON={sys.executable}")  # fmt: skip
+            command = ("ip", "netns", "exec", f"qlora{number}", "env", *place, "bash", ROOT / "scripts/multinode.sh")
             flags = {"max_steps": 40000, "save_steps": 20, "save_total_limit": 2, "do_eval": False}
-            pair.append(start(1, tmp_path / "out", launcher=meet, inside=inside, **flags))
+            pair.append(start(1, tmp_path / "out", command=command, **flags))
         until((tmp_path / "out" / "checkpoint-20").is_dir)
         subprocess.run(["ip", "-n", "qlora2", "link", "set", "qveth2", "down"], check=True)
         pulled = time.monotonic()
         for process, said in zip(pair, ("rank 1 of 2 was lost", "rank 1 of 2 lost 10.77.0.1, where"), strict=True):
             line = next(line for line in process.stderr if line.startswith("error:"))
             assert said in line and "The same command goes on from" in line
-            assert time.monotonic() - pulled < 60
+        codes = [process.wait(60 - (time.monotonic() - pulled)) for process in pair]
+        assert codes == [1, 1], "torchrun's, which on the second machine waits for the first without end"
     finally:
-        for process in pair:
-            for number in (*children(process), process.pid):
-                os.kill(number, signal.SIGKILL)
-        for number in (1, 2):
-            subprocess.run(["ip", "netns", "del", f"qlora{number}"])
+        for name in ("qlora1", "qlora2"):
+            left = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
+            subprocess.run(["kill", "-KILL", *left], stderr=subprocess.DEVNULL)
+            subprocess.run(["ip", "netns", "del", name])
 
 
 # ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ everything but the kernels: sharding, gathering, saving and resuming are the eng
 import importlib.util
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -23,7 +24,7 @@ from conftest import ROOT, _to_argv, missing
 from forks import Forks, Process
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_processes import AS_GPUS, losses, same, until
+from test_processes import AS_GPUS, children, losses, same, until
 from transformers import AutoModelForCausalLM
 
 import qlora
@@ -75,11 +76,17 @@ def start(forks, models, tmp_path_factory) -> Callable[..., list[Process]]:
     """`start(processes, folder, before="", **flags)`: 6 steps, the last of an epoch with 3 rows for 8 places."""
     here = tmp_path_factory.mktemp("ranks")
     data = tiny.rows_to_jsonl(here / "rows.jsonl", tiny.support_rows(23))
+    (here / "mmlu").mkdir()
+    questions = [
+        {"subject": f"topic{i % 3}", "input": f"{i} is?\nA. 0\nB. {i}\nC. 7\nD. 9\nAnswer:", "output": "ABCD"[i % 4]}
+        for i in range(7)
+    ]
+    tiny.rows_to_jsonl(here / "mmlu" / "zero_shot_mmlu_val.json", questions)
     plain = {
         "model_name_or_path": models("llama"), "dataset": data, "bits": 16, "optim": "adamw_torch", "max_steps": 6,
         "source_max_len": 32, "target_max_len": 32, "lora_r": 4, "lora_dropout": 0.0, "logging_steps": 1,
         "save_steps": 2, "disable_tqdm": True, "learning_rate": 1e-3, "do_eval": True, "eval_dataset_size": 4,
-        "per_device_eval_batch_size": 3,
+        "per_device_eval_batch_size": 3, "mmlu_dataset": "mmlu-zs", "mmlu_dir": here / "mmlu",
     }  # fmt: skip
 
     def words_of(processes: int, folder: Path, **flags: Any) -> list[str]:
@@ -108,12 +115,13 @@ def errors(text: str) -> list[str]:
 
 
 FULL = {"full_finetune": True}
-PREDICT = {"do_predict": True, "predict_with_generate": True, "max_new_tokens": 4}
+PREDICT = {"do_predict": True, "predict_with_generate": True, "max_new_tokens": 4, "do_mmlu_eval": True}
 # Each engine's run, the run of one process that it must repeat, and its flags.
 RUNS = {
     "one": (None, {}),
     "all": (None, FULL),
     "zero2": ("one", {"deepspeed": zero(2)}),
+    "zero3": ("one", {"deepspeed": zero(3)}),
     "zero2-all": ("all", {"deepspeed": zero(2), **FULL}),
     "zero3-all": ("all", {"deepspeed": "fixed", **FULL}),
     "fsdp-all": ("all", {"fsdp": [], "fsdp_config": {"cpu_offload": True}, "before": SHARDING, **FULL}),
@@ -152,13 +160,16 @@ def whole(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(found: Path, wanted: Path) -> None:
-    """Losses, weights, evaluation and, word for word, predictions; in float32."""
+    """Losses, weights, evaluation, MMLU and, word for word, predictions; in float32."""
     assert losses(found) == pytest.approx(losses(wanted), abs=2e-5) and len(losses(found)) == 6
     ours, theirs = whole(found), whole(wanted)
     assert ours.keys() == theirs.keys() and all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in ours)
     one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (found, wanted))
     assert one["eval_loss"] == pytest.approx(two["eval_loss"], abs=1e-5)
     assert one["predict_samples"] == 4
+    accuracies = [{k: v for k, v in metrics.items() if "mmlu_eval_accuracy" in k} for metrics in (one, two)]
+    assert accuracies[0] == accuracies[1] and len(accuracies[0]) == 4, "of three subjects and of all"
+    assert one["mmlu_loss"] == pytest.approx(two["mmlu_loss"], abs=1e-5)
     assert (found / "predictions.jsonl").read_text() == (wanted / "predictions.jsonl").read_text()
 
 
@@ -184,6 +195,56 @@ def test_what_fsdp_trained_is_evaluated_without_training(start, runs, tmp_path):
         (folder / name).unlink()
     finish(start(2, folder, do_train=False, **PREDICT, **RUNS["fsdp-all"][1]))
     assert_same(folder, runs("all"))
+
+
+# The scaler that accelerate has for fp16 on GPUs alone.
+SCALER = """
+import accelerate.accelerator, torch
+accelerator = accelerate.accelerator.Accelerator
+begin = accelerator.__init__
+def scaled(self, *args, **options):
+    begin(self, *args, **options)
+    self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**22)
+accelerator.__init__ = scaled
+"""
+
+
+def test_fp16_under_fsdp_is_scaled_and_goes_on_with_its_scale(start, tmp_path):
+    """As DDP is; by `accelerate launch`, in whose checkpoints each process has its shards."""
+    launch = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+              "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}  # fmt: skip
+    before = SHARDING + SCALER + f"import os; os.environ |= {launch}"
+    flags = {"fp16": True, "max_steps": 12, "save_steps": 8, "do_eval": False, "optim": None}
+    begun = start(2, tmp_path / "ddp", before=SCALER, **flags | {"optim": "adamw_torch"})
+    log = finish(start(2, tmp_path / "fsdp", before=before, **flags))
+    finish(begun)
+    assert "FSDP or DeepSpeed holds the weights" in log
+    same(tmp_path / "fsdp", tmp_path / "ddp", evaluated=False)
+    places = [tmp_path / name / "checkpoint-8" / "scaler.pt" for name in ("fsdp", "ddp")]
+    scales = [torch.load(place)["scale"] for place in places]
+    assert scales[0] == scales[1] < 2.0**22, "the first steps overflow"
+    resumed = tmp_path / "resumed"
+    shutil.copytree(places[0].parent, resumed / "checkpoint-8")
+    finish(start(2, resumed, before=before, **flags))
+    same(resumed, tmp_path / "fsdp", evaluated=False)
+
+
+def test_a_layer_that_fsdp_does_not_find_is_one_line(start, tmp_path):
+    wrong = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
+    (line,) = errors(finish(start(2, tmp_path / "out", fsdp=[], fsdp_config=wrong, before=SHARDING), 2))
+    assert "transformer_layer_cls_to_wrap BertLayer: not in the model" in line and "LlamaDecoderLayer" in line
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_under_deepspeed_trains_as_in_one_process(start, tmp_path, bits):
+    deepspeed()
+    flags = {"bits": bits, "max_steps": 2}
+    begun = [start(1, tmp_path / "one", **flags)]
+    begun += [start(2, tmp_path / f"{stage}", deepspeed=zero(stage), **flags) for stage in (2, 3)]
+    for processes in begun:
+        finish(processes)
+    for stage in ("2", "3"):
+        same(tmp_path / stage, tmp_path / "one")
 
 
 def test_zero2_without_training_is_one_line(start, tmp_path):
@@ -287,7 +348,10 @@ def test_three_processes_that_divide_nothing(start, tmp_path):
 
 
 def test_rows_are_masked_alike_however_many_processes_share_them(start, models, tmp_path):
-    """Equal rows among them: in a step they have one mask, and in the next another."""
+    """Equal rows among them: in a step they have one mask, and in the next another.
+
+    FSDP spreads a head that is tied to the embeddings and has its bias twice.
+    """
     texts = [line for line in tiny.TEXT.splitlines() if line][:8]
     rows = [{"text": text} for text in itertools.islice(itertools.cycle(texts), 23)]
     data = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
@@ -296,12 +360,20 @@ def test_rows_are_masked_alike_however_many_processes_share_them(start, models, 
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # drawn in each process by itself
     (model / "config.json").write_text(json.dumps(config | still))
     flags = {"model_name_or_path": model, "dataset": data, "target_max_len": None}
-    begun = [start(number, tmp_path / str(number), **flags) for number in (2, 1)]
+    fsdp = {"fsdp": [], "before": SHARDING}
+    runs = {"one": (1, {}), "two": (2, {}), "fsdp": (2, fsdp), "one-all": (1, FULL), "fsdp-all": (2, fsdp | FULL)}
+    begun = [start(number, tmp_path / name, **flags, **own) for name, (number, own) in runs.items()]
     for processes in begun:
         finish(processes)
-    same(tmp_path / "2", tmp_path / "1")
-    metrics = [json.loads((tmp_path / str(number) / "metrics.json").read_text()) for number in (1, 2)]
-    assert metrics[0]["eval_masked_accuracy"] == metrics[1]["eval_masked_accuracy"]
+    metrics = {name: json.loads((tmp_path / name / "metrics.json").read_text()) for name in runs}
+    for name, like in ("two", "one"), ("fsdp", "one"):
+        same(tmp_path / name, tmp_path / like)
+        assert metrics[name]["eval_masked_accuracy"] == metrics[like]["eval_masked_accuracy"]
+    assert losses(tmp_path / "fsdp-all") == pytest.approx(losses(tmp_path / "one-all"), abs=2e-5)
+    ours, theirs = whole(tmp_path / "fsdp-all"), whole(tmp_path / "one-all")
+    assert ours.keys() == theirs.keys()
+    # a key's bias moves no attention: its gradient is noise, which Adam makes large
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in ours if "key.bias" not in name)
 
 
 def test_one_mask_for_equal_rows_of_a_step():
@@ -312,7 +384,9 @@ def test_one_mask_for_equal_rows_of_a_step():
 
 
 def test_a_signal_to_torchrun_or_to_one_process_saves_and_the_rerun_is_exact(start, tmp_path):
-    """torchrun hands it on and ends with 1, as the README says. What comes then is as if nothing had happened.
+    """torchrun hands it on and ends with 1, as the README says, also where one of its processes alone is sent it.
+
+    What comes then is as if nothing had happened.
 
     The effective batch and with it the losses stay where one process goes on with what two began.
     """
@@ -324,22 +398,31 @@ def test_a_signal_to_torchrun_or_to_one_process_saves_and_the_rerun_is_exact(sta
         "gradient_accumulation_steps": 4,
     }
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "qlora.py"]
-    words = [*launch, *start.words_of(2, tmp_path / "launcher", **flags)]
-    launcher = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pipes = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    launchers = {
+        name: subprocess.Popen([*launch, *start.words_of(2, tmp_path / name, **flags)], **pipes)
+        for name in ("launcher", "launched")
+    }
     ranks = start(2, tmp_path / "rank", **flags)
     until((tmp_path / "rank" / "checkpoint-5").is_dir)
     ranks[1].kill(signal.SIGTERM)
     until((tmp_path / "launcher" / "checkpoint-5").is_dir)
-    launcher.terminate()
-    logs = {"launcher": launcher.communicate(timeout=120)[1], "rank": finish(ranks, 143)}
-    assert launcher.returncode == 1
+    launchers["launcher"].terminate()
+    until((tmp_path / "launched" / "checkpoint-5").is_dir)
+    places = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children(launchers["launched"])}
+    os.kill(next(pid for pid, place in places.items() if b"RANK=1" in place), signal.SIGTERM)
+    logs = {name: launcher.communicate(timeout=120)[1] for name, launcher in launchers.items()}
+    logs["rank"] = finish(ranks, 143)
+    assert [launcher.returncode for launcher in launchers.values()] == [1, 1]
     for name, log in logs.items():
         (last,) = re.findall(r"stopped by SIGTERM at step (\d+), saved; the same command goes on from there", log)
         newest = qlora.find_last_checkpoint(tmp_path / name)
         assert qlora.step_of(newest) == int(last) < 40 and not errors(log)
         assert {path.name for path in newest.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
         assert not (tmp_path / name / "completed").exists()
-    again = [start(2, tmp_path / "rank", **flags), start(1, tmp_path / "launcher", **flags)]
+    again = [
+        start(number, tmp_path / name, **flags) for number, name in ((2, "rank"), (1, "launcher"), (2, "launched"))
+    ]
     again += [start(1, tmp_path / "whole", **flags | {"gradient_accumulation_steps": 8})]
     for processes in again:
         finish(processes)
