@@ -4327,30 +4327,16 @@ def parameter_bytes(count: int, rows: int, config: Config) -> int:
     return count + 4 * rows if bits == 8 else count * plain
 
 
-def optimizer_bytes(count: int, width: int, config: Config) -> int:
-    """Of state for so many trained values; torch's AdamW keeps its two averages in their width, others in float32."""
-    sizes = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "torch": 2 * width}
-    return count * next((size for name, size in sizes.items() if name in config.training.optim), 8)
-
-
-def _kept_norm(precise: bool, x: torch.Tensor) -> torch.Tensor:
-    """Keeps what a GPU's norm does: autocast's LayerNorms its input in float32, liger-kernel's RMSNorms as it comes."""
-    return (x.float() if precise else x).square()
-
-
-def _storage(x: torch.Tensor) -> tuple[int, int]:
-    return x.untyped_storage()._cdata, x.untyped_storage().nbytes()
-
-
 def _noted(kept: dict[str, int], ran: list[tuple[str, Any]], alike: str, run: Any, *args: Any) -> Any:
     """What a decoder layer calls instead of itself: of those alike the first one runs and notes what it keeps."""
     made = ran[-1][1] if ran else None
     if alike not in kept:
-        saved: list[torch.Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
+        saved: list[Any] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.untyped_storage()), lambda x: x):
             made = run(*args)
-        shared = {_storage(x)[0] for x in tree_leaves((args[1:], run.keywords)) if isinstance(x, torch.Tensor)}
-        kept[alike] = sum(size for place, size in dict(map(_storage, saved)).items() if place not in shared)
+        given = tree_leaves((args[1:], run.keywords))  # as the rotary embedding, which all layers share
+        shared = {x.untyped_storage()._cdata for x in given if isinstance(x, torch.Tensor)}
+        kept[alike] = sum({one._cdata: one.nbytes() for one in saved if one._cdata not in shared}.values())
     ran.append((alike, made))
     return made
 
@@ -4369,26 +4355,27 @@ def kept_by_layer(model: Any, base: Any, config: Config) -> int:
         fuse_adapters(model)
     for name, module in model.train().named_modules():
         kind, of_heads = type(module).__name__, leaf_name(name) in ("q_norm", "k_norm")
-        if kind.endswith("RMSNorm") and liger and not (of_heads and module.weight.numel() >= text.hidden_size):
-            module.forward = partial(_kept_norm, False)  # norms over all heads (OLMo) it leaves alone
-        elif kind.endswith("LayerNorm"):
-            module.forward = partial(_kept_norm, True)
+        if kind.endswith("LayerNorm"):  # under autocast it keeps its input in float32
+            module.forward = lambda x: x.float().square()
+        elif kind.endswith("RMSNorm") and liger and not (of_heads and module.weight.numel() >= text.hidden_size):
+            module.forward = torch.square  # keeps its input as it is; norms over all heads (OLMo) have no such kernel
         elif "Attention" in kind:
             module.training = False  # with dropout a CPU's attention keeps all scores
     base.get_input_embeddings().weight.requires_grad_(True)  # the first layer as all others
-    kept: dict[str, int] = {}
-    ran: list[tuple[str, Any]] = []
-    for layer in decoder_layers(base):
-        alike = str([(name, parameter.shape) for name, parameter in layer.named_parameters()])
-        layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, partial(_noted, kept, ran, alike)
     kernel = END_TO_END if train.padding_free and base._supports_attention_backend else None
     length, found = min(256, (getattr(text, "max_position_embeddings", None) or 512) // 2), list[int]()
     autocast = torch.autocast("cpu", dtype, dtype != torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True), autocast, attention_of(base, kernel):
         model.to_empty(device="cpu")
         for rows in (1, 2):
-            kept.clear()
-            ran.clear()
+            kept: dict[str, int] = {}
+            ran: list[tuple[str, Any]] = []
+            for layer in decoder_layers(base):
+                alike = str([(name, parameter.shape) for name, parameter in layer.named_parameters()])
+                layer.gradient_checkpointing, layer._gradient_checkpointing_func = (
+                    True,
+                    partial(_noted, kept, ran, alike),
+                )
             shape = (1, rows * length) if kernel else (rows, length)
             ends = {"cu_seq_lens_q": torch.arange(shape[1] + 1), "max_length_q": 1} if kernel else {}
             base.base_model(input_ids=torch.zeros(shape, dtype=torch.long), **ends)
@@ -4423,18 +4410,20 @@ def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
         trainable = make_trainable(model, fresh, None)
     trained = [parameter for parameter in trainable.parameters() if parameter.requires_grad]
     count, size = sum(parameter.numel() for parameter in trained), sum(parameter.nbytes for parameter in trained)
+    layer = width * (sum(map(sum, of_layer.values())) + 2 * experts // (layers * hidden) + 4 * hidden)
     try:
-        layer = kept_by_layer(trainable, model, config)
-    except (*LIBRARY_ERRORS, RuntimeError, AssertionError) as error:  # of models that need a value or a GPU
-        log.info("plan: a layer keeps no more than all that its products take and give: %s", one_line(error))
-        layer = 0
-    layer = layer or width * (sum(map(sum, of_layer.values())) + 2 * experts // (layers * hidden) + 4 * hidden)
+        with mendable("not every model runs without values", ConfigError, RuntimeError, AssertionError):
+            layer = kept_by_layer(trainable, model, config) or layer
+    except ConfigError as error:
+        log.info("plan: a layer is taken to keep all that its products take and give: %s", error)
+    # torch's AdamW keeps its averages in the width of the weights, others in float32
+    states = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "torch": 2 * size // count}
     return Costs(
         weights=sum(parameter_bytes(counts[name], shape[0], config) for name, shape in shapes.items()),
         other=(every - held) * plain,
         adapters=0 if full else size,
         gradients=size,
-        optimizer=optimizer_bytes(count, size // count, config),
+        optimizer=count * next((each for name, each in states.items() if name in train.optim), 8),
         paged="paged" in train.optim,
         fixed=(max(counts.values(), default=0) * width if config.quant.bits < 16 else 0) + 2**27,
         token=width * (inner + 3 * hidden) + (0 if train.chunked_head else vocabulary * (width + 12)),

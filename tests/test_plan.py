@@ -232,6 +232,18 @@ def test_a_model_whose_activation_has_weights_is_planned():
     assert costs.layer > 4 * 128 * 4
 
 
+@pytest.mark.parametrize(("family", "said"), [("gpt_oss", 1), ("gemma4_text", 0), ("bert", 0), ("albert", 0)])
+def test_a_layer_that_cannot_run_without_values_is_estimated_and_named(caplog, family, said):
+    """gpt-oss sends each token to experts by their scores; ALBERT runs its one layer twelve times."""
+    caplog.set_level("INFO", "qlora")
+    flags = {"objective": "mlm"} if "bert" in family else {}
+    shape = AutoConfig.for_model(family)
+    costs = qlora.costs_from_config(twins.parse("none", bits=16, **flags), shape)
+    assert sum("a layer is taken to keep" in record.getMessage() for record in caplog.records) == said
+    wide = 4 * shape.hidden_size
+    assert 8 * wide < costs.layer < 80 * wide
+
+
 def test_liger_kernels_norms_keep_their_input_in_its_own_width(models):
     """Of its RMSNorms all four of Gemma 3's layer and those on its heads, 2 bytes a value in place of 4."""
     folder = models("gemma3", num_hidden_layers=1)
