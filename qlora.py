@@ -4359,8 +4359,10 @@ def kept_by_layer(model: Any, base: Any, config: Config) -> int:
             module.forward = lambda x: x.float().square()
         elif kind.endswith("RMSNorm") and liger and not (of_heads and module.weight.numel() >= text.hidden_size):
             module.forward = torch.square  # keeps its input as it is; norms over all heads (OLMo) have no such kernel
-        elif "Attention" in kind:
-            module.training = False  # with dropout a CPU's attention keeps all scores
+        elif "Attention" in kind or kind.endswith("Decoder"):
+            module.training = (
+                False  # with dropout a CPU's attention keeps all scores; OPT would draw layers to leave out
+            )
     base.get_input_embeddings().weight.requires_grad_(True)  # the first layer as all others
     kernel = END_TO_END if train.padding_free and base._supports_attention_backend else None
     length, found = min(256, (getattr(text, "max_position_embeddings", None) or 512) // 2), list[int]()
