@@ -109,6 +109,7 @@ from peft.tuners.lora import LoraLayer
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils.rnn import pad_sequence
@@ -4490,114 +4491,75 @@ def parameter_bytes(count: int, rows: int, config: Config) -> int:
     return count + 4 * rows if bits == 8 else count * plain
 
 
-def saved_by(act: Any) -> int:
-    """How many tensors beside its output an activation keeps for its backward pass: GPT-2's, in Python, four."""
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
-        out = act(torch.ones(1, 1, 2, requires_grad=True, device="meta"))  # where its weights are, if it has some
-    wide = [x for x in kept if x.shape == out.shape]  # and not its weights
-    return len({x.untyped_storage()._cdata for x in wide} - {out.untyped_storage()._cdata})
+def _noted(kept: dict[str, int], ran: list[tuple[str, Any]], alike: str, run: Any, *args: Any) -> Any:
+    """What a decoder layer calls instead of itself: of those alike the first one runs and notes what it keeps."""
+    made = ran[-1][1] if ran else None
+    if alike not in kept:
+        saved: list[Any] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.untyped_storage()), lambda x: x):
+            made = run(*args)
+        given = tree_leaves((args[1:], run.keywords))  # as the rotary embedding, which all layers share
+        shared = {x.untyped_storage()._cdata for x in given if isinstance(x, torch.Tensor)}
+        kept[alike] = sum({one._cdata: one.nbytes() for one in saved if one._cdata not in shared}.values())
+    ran.append((alike, made))
+    return made
 
 
-ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where their classes are
-ONE_INPUT = (*SHARED_INPUT, "query", "key", "value", "gate_proj", "up_proj")  # those of one block share theirs
+def kept_by_layer(model: Any, base: Any, config: Config) -> int:
+    """Bytes that a layer keeps of a token for its backward pass; 0 where it is not known what is a layer.
 
-
-def kept_by_layer(model: Any, shapes: Mapping[str, tuple[int, ...]], adapted: set[str], config: Config) -> int:
-    """Bytes that a layer keeps of a token for its backward pass, counted over the modules of the first one.
-
-    The inputs of what trains (of layers that share one once, but peft's own functions cast each its copy), what
-    attention takes and gives, what the MLP's activation needs, the inputs of norms, and the thin products.
-
-    Args:
-        model: without weights.
-        shapes: inputs and outputs of each linear layer.
-        adapted: those with adapters; none in a full fine-tune.
-        config: the flags.
+    Each tensor's memory is counted once, in forward passes of some tokens and of twice as many: the difference leaves
+    out what does not grow, as weights that are cast. Tensors have shapes and no values. This uses up the model, and
+    the `base` inside.
     """
-    text, train, lora, full = model.config.get_text_config(), config.training, config.lora, config.quant.full_finetune
-    width = min(compute_dtype(config).itemsize, load_dtype(config).itemsize)
-    inside = set((model.get_decoder() if hasattr(model, "get_decoder") else model).modules())  # no tower for images
-    parts = {name: part for name, part in model.named_modules() if layer_number(name) == 0 and part in inside}
-    linear = {name: shape for name, shape in shapes.items() if name in parts}
-    hidden, queries = int(text.hidden_size), int(getattr(text, "num_attention_heads", 0) or 1)
-    grouped = int(getattr(text, "num_key_value_heads", None) or queries)
-    size = int(getattr(text, "head_dim", None) or hidden // queries)
-
-    mlp = {name: shape for name, shape in linear.items() if LAYER_GROUPS["mlp"].fullmatch(name)}
-    inner = max((taken for taken, given in mlp.values() if given == hidden), default=0)
-    wide = sum(given for taken, given in mlp.values() if taken == hidden and given in (inner, 2 * inner))
-    acts = [module for module in parts.values() if type(module).__module__ in ACTIVATIONS and not [*module.children()]]
-    alone = max(map(saved_by, acts), default=1)  # of an MLP without a gate
-    fused = full or (train.fused_lora and not lora.use_dora)
-    blocks = (parts[name] for name in parts if f"{name}.gate_proj" in mlp and f"{name}.down_proj" in mlp)
-    whole = fused and (full or adapted >= {*mlp}) and any(map(is_gated_mlp, blocks))
-    values = 2 * inner if whole else (alone + 2) * inner if wide >= 2 * inner else alone * inner
-
-    values += 2 * (queries + grouped) * size  # q, k, v, and what attention gives
-    if (hidden, (queries + 2 * grouped) * size) in linear.values() and getattr(text, "rope_parameters", None):
-        values += (queries + grouped) * size  # v is a part of what one layer gave, which stays as a whole
-    inputs: dict[str, int] = {}
-    for name in linear.keys() & (linear.keys() if full else adapted):
-        owner, _, leaf = name.rpartition(".")
-        taken, given = linear[name]
-        own = name in adapted and (not fused or isinstance(parts[name], Conv1D))
-        if own and lora.lora_dtype == "float32" and width < 4:
-            inputs[name] = taken
-        elif leaf in ONE_INPUT:
-            inputs[owner] = taken
-        elif not (whole and name in mlp) and not (name not in mlp and (taken, given) == (queries * size, hidden)):
-            inputs[name] = taken  # that of the output projection is what attention gave
-    kept = width * (values + sum(inputs.values())) + 4 * queries
-    if adapted:
-        kept += width * lora.lora_r * len(adapted & linear.keys())
-        kept += sum(linear[name][0] for name in adapted & linear.keys()) if lora.lora_dropout else 0
+    train, dtype, text = config.training, compute_dtype(config), base.config.get_text_config()
     here = torch.cuda.is_available() and not train.plan_gpu  # else liger-kernel is taken to be installed
-    liger = train.liger and (not here or model.config.model_type in (liger_patches() or {}))
-    return kept + sum(
-        kept_by_norm(leaf_name(name), module, hidden, (queries, grouped, size), width if liger else 4)
-        for name, module in parts.items()
-        if "Norm" in type(module).__name__
-    )
-
-
-def kept_by_norm(leaf: str, norm: Any, hidden: int, heads: tuple[int, int, int], width: int) -> int:
-    """Bytes of a token: a norm's input. Autocast's LayerNorms keep it in float32, and RMSNorms but liger-kernel's.
-
-    Args:
-        leaf: its name.
-        norm: the module.
-        hidden: channels of a token.
-        heads: of queries, of keys, and the channels of one.
-        width: bytes of a value where liger-kernel has the norm; those over all heads (OLMo) it leaves alone.
-    """
-    queries, grouped, size = heads
-    channels = norm.weight.numel() if getattr(norm, "weight", None) is not None else hidden
-    each_head, of_heads = channels == size != hidden, leaf in ("q_norm", "k_norm")
-    if each_head:
-        channels *= grouped if leaf.startswith("k") else queries
-    return channels * (4 if "RMS" not in type(norm).__name__ or (of_heads and not each_head) else width)
+    liger = train.liger and (not here or base.config.model_type in (liger_patches() or {}))
+    if train.fused_lora and not config.quant.full_finetune:
+        fuse_adapters(model)
+    for name, module in model.train().named_modules():
+        kind, of_heads = type(module).__name__, leaf_name(name) in ("q_norm", "k_norm")
+        if kind.endswith("LayerNorm"):  # under autocast it keeps its input in float32
+            module.forward = lambda x: x.float().square()
+        elif kind.endswith("RMSNorm") and liger and not (of_heads and module.weight.numel() >= text.hidden_size):
+            module.forward = torch.square  # keeps its input as it is; norms over all heads (OLMo) have no such kernel
+        elif "Attention" in kind or kind.endswith("Decoder"):
+            module.training = (
+                False  # with dropout a CPU's attention keeps all scores; OPT would draw layers to leave out
+            )
+    base.get_input_embeddings().weight.requires_grad_(True)  # the first layer as all others
+    kernel = END_TO_END if train.padding_free and base._supports_attention_backend else None
+    length, found = min(256, (getattr(text, "max_position_embeddings", None) or 512) // 2), list[int]()
+    autocast = torch.autocast("cpu", dtype, dtype != torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True), autocast, attention_of(base, kernel):
+        model.to_empty(device="cpu")
+        for rows in (1, 2):
+            kept: dict[str, int] = {}
+            ran: list[tuple[str, Any]] = []
+            for layer in decoder_layers(base):
+                alike = str([(name, parameter.shape) for name, parameter in layer.named_parameters()])
+                layer.gradient_checkpointing, layer._gradient_checkpointing_func = (
+                    True,
+                    partial(_noted, kept, ran, alike),
+                )
+            shape = (1, rows * length) if kernel else (rows, length)
+            ends = {"cu_seq_lens_q": torch.arange(shape[1] + 1), "max_length_q": 1} if kernel else {}
+            base.base_model(input_ids=torch.zeros(shape, dtype=torch.long), **ends)
+            found.append(sum(kept[alike] for alike, _ in ran))
+    return (found[1] - found[0]) // length // int(text.num_hidden_layers)
 
 
 def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
     """The costs of the base model, from its shapes alone."""
-    model, train, lora = without_weights(config, model_config), config.training, config.lora
-    full = config.quant.full_finetune
+    train, full = config.training, config.quant.full_finetune
+    model = without_weights(config, copy.deepcopy(model_config))
     text, plain = model.config.get_text_config(), load_dtype(config).itemsize
+    text.use_cache = False
     width = min(compute_dtype(config).itemsize, plain)
     layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
-    modules: dict[str, Any] = {name: model.get_submodule(name) for name in linear_layers(model, config.masked)}
-    shapes = {  # inputs and outputs
-        name: tuple(module.weight.shape) if isinstance(module, Conv1D) else tuple(module.weight.shape)[::-1]
-        for name, module in modules.items()
-    }
+    shapes = {name: model.get_parameter(f"{name}.weight").shape for name in linear_layers(model, config.masked)}
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     every, held = sum(parameter.numel() for parameter in model.parameters()), sum(counts.values())
-    targets = [] if full else lora_targets(model, lora, config.masked)
-    adapted = {name for name in shapes if name in targets or leaf_name(name) in targets}
-    thin = sum(lora.lora_r * sum(shapes[name]) for name in adapted)
-    trained = every - model.get_input_embeddings().weight.numel() if full else thin
-    trained_width = plain if full else 4 if lora.lora_dtype == "float32" else 2
     head = model.get_output_embeddings()
     vocabulary = 0 if head is None else head.weight.shape[0]
 
@@ -4608,14 +4570,26 @@ def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
     # experts stacked in one tensor, which stay frozen and whole: the values that a token meets
     at_once = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
     experts = at_once * sum(weight.numel() // len(weight) for weight in stacked_experts(model).values())
-    layer = kept_by_layer(model, shapes, adapted, config)
-    layer += width * experts // max(1, layers * hidden)  # of each expert gate, up and their product
+    # a start that is computed from the base's weights would be computed from none
+    fresh = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init_lora_weights="true"))
+    with torch.device("meta"):
+        trainable = make_trainable(model, fresh, None)
+    trained = [parameter for parameter in trainable.parameters() if parameter.requires_grad]
+    count, size = sum(parameter.numel() for parameter in trained), sum(parameter.nbytes for parameter in trained)
+    layer = width * (sum(map(sum, of_layer.values())) + 2 * experts // (layers * hidden) + 4 * hidden)
+    try:
+        with mendable("not every model runs without values", ConfigError, RuntimeError, AssertionError):
+            layer = kept_by_layer(trainable, model, config) or layer
+    except ConfigError as error:
+        log.info("plan: a layer is taken to keep all that its products take and give: %s", error)
+    # torch's AdamW keeps its averages in the width of the weights, others in float32
+    states = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "torch": 2 * size // count}
     return Costs(
-        weights=sum(parameter_bytes(counts[name], shape[1], config) for name, shape in shapes.items()),
+        weights=sum(parameter_bytes(counts[name], shape[0], config) for name, shape in shapes.items()),
         other=(every - held) * plain,
-        adapters=thin * trained_width,
-        gradients=trained * trained_width,
-        optimizer=trained * next((size for name, size in OPTIMIZER_BYTES.items() if name in train.optim), 8),
+        adapters=0 if full else size,
+        gradients=size,
+        optimizer=count * next((each for name, each in states.items() if name in train.optim), 8),
         paged="paged" in train.optim,
         fixed=(max(counts.values(), default=0) * width if config.quant.bits < 16 else 0) + 2**27,
         token=width * (inner + 3 * hidden) + (0 if train.chunked_head else vocabulary * (width + 12)),
@@ -4623,12 +4597,9 @@ def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
         kept=math.ceil(2 * width * hidden / layers) if train.offload_activations else width * hidden,
         layers=layers,
         unpacked=width * per_layer if config.quant.bits < 16 and train.fused_lora and not full else 0,
-        flops=(6.0 if full else 4.0) * (held + experts) + 6.0 * thin + 4.0 * hidden * vocabulary,
+        flops=(6.0 if full else 4.0) * (held + experts) + 6.0 * (0 if full else count) + 4.0 * hidden * vocabulary,
         repeated=2.0 * layers * (per_layer - last) + 2.0 * experts,
     )
-
-
-OPTIMIZER_BYTES = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4}  # of state for each trained value; AdamW: 8
 
 
 def asked_layers(flag: str, layers: int) -> int | None:
@@ -4687,18 +4658,20 @@ class Plan(NamedTuple):
     sizes: Sizes
     tokens: int  # of the largest micro-batch
     pages: int = 0  # bytes of a paged optimizer's state that stay on the GPU: all of it, or where memory is short none
+    whole: bool = False  # whether a window is one micro-batch: its gradients come as its activations go
 
     def gib(self) -> dict[str, float]:
         """GiB by part, and their sum as torch's allocator counts it."""
-        costs = self.costs
+        costs, activations = self.costs, self.costs.activations(self.sizes) * self.tokens
+        beside = activations - costs.layer * self.tokens if self.whole else 0  # gone when the last gradient comes
         parts = {
             "weights of the linear layers": costs.weights,
             "weights kept unpacked": costs.unpacked * self.sizes.unpacked,
             "embedding, head, norms": costs.other,
             "adapters": costs.adapters,
-            "gradients": costs.gradients,
+            "gradients": max(0, costs.gradients - beside),
             "optimizer": 0 if costs.paged else costs.optimizer,
-            "activations": costs.activations(self.sizes) * self.tokens,
+            "activations": activations,
             "transients and head": costs.fixed + costs.token * self.tokens,
         }
         return {name: size / GIB for name, size in parts.items()} | {"predicted peak": sum(parts.values()) / GIB}
@@ -4747,7 +4720,7 @@ def make_plan(costs: Costs, gpu: Gpu, longest: int, window: int, config: Config,
         sizes = fit(costs, own - pages, longest, window, gpu, config)
         largest = window if sizes.rows is None else min(window, sizes.rows * longest)
         tokens = math.ceil(largest / math.ceil(largest / sizes.tokens))
-        plan = Plan(gpu, costs, sizes, max(longest, tokens), pages)
+        plan = Plan(gpu, costs, sizes, max(longest, tokens), pages, max(longest, tokens) >= window)
         if plan.fits():
             break
     return plan
@@ -4767,16 +4740,16 @@ def strategies(costs: Costs, config: Config, number: int) -> dict[str, Costs]:
     names = ("weights", "other", "adapters", "gradients", "optimizer")
     shared = costs._replace(**{name: getattr(costs, name) // number for name in names})
     two_layers = 2 * (costs.weights // max(1, costs.layers))  # whole, while they compute and the next one arrives
-    shard = shared._replace(paged=False, fixed=costs.fixed + two_layers, unpacked=0)
-    # DeepSpeed steps on a float32 copy of bf16 weights
-    copied = 2 * costs.gradients if config.quant.full_finetune and load_dtype(config) != torch.float32 else 0
-    state = (costs.optimizer + copied) // number
+    # DeepSpeed and FSDP step on a float32 copy of bf16 weights, with averages of that width
+    copied = config.quant.full_finetune and load_dtype(config) != torch.float32
+    state = (2 * (costs.optimizer + costs.gradients) if copied else costs.optimizer) // number
+    shard = shared._replace(optimizer=state, paged=False, fixed=costs.fixed + two_layers, unpacked=0)
     parts = {name: getattr(costs, name) // number for name in ("layer", "kept", "unpacked")}
     parts["token"] = costs.token + costs.layer - parts["layer"]  # the recomputed layer that is there is whole
     return {
         "DDP": costs._replace(gradients=2 * costs.gradients),  # and the buckets that they are sent in
         "ZeRO-2": costs._replace(gradients=shared.gradients, optimizer=state, paged=False, unpacked=0),
-        "ZeRO-3": shard._replace(optimizer=state),
+        "ZeRO-3": shard,
         "FSDP2": shard,
         "one process": shared._replace(**parts),
     }

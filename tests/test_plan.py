@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 import twins
 from transformers import AutoConfig
-from transformers.activations import ACT2FN
 
 import qlora
 
@@ -48,7 +47,10 @@ def test_weights_are_counted_from_the_shapes(folder):
     assert parts["weights of the linear layers"] == pytest.approx(linear * 4.126953125 / 8 / 2**30, rel=1e-6)
     assert parts["embedding, head, norms"] == pytest.approx((2 * 32000 * 4096 + 65 * 4096) * 2 / 2**30, rel=1e-6)
     adapters = 64 * 32 * (4 * 8192 + 3 * (4096 + 11008))
-    assert parts["adapters"] == parts["gradients"] == pytest.approx(adapters * 2 / 2**30, rel=1e-6)
+    assert parts["adapters"] == pytest.approx(adapters * 2 / 2**30, rel=1e-6)
+    assert parts["gradients"] == 0, "they come as the activations of the one micro-batch go"
+    several = plan_of(folder("7b"), "H200", "--auto_batch", "False").gib()
+    assert several["gradients"] == several["adapters"] == parts["adapters"]
     assert parts["predicted peak"] == pytest.approx(sum(size for name, size in parts.items() if "peak" not in name))
     without = plan_of(folder("7b"), "H200", "--double_quant", "False").gib()["weights of the linear layers"]
     assert without == pytest.approx(linear * 4.5 / 8 / 2**30, rel=1e-6)
@@ -217,26 +219,29 @@ def test_a_layer_keeps_as_many_bytes_of_a_token_as_is_planned(models, monkeypatc
         with qlora.attention_of(base, both.fast.attention), torch.autocast("cpu", torch.bfloat16), hooks:
             qlora.summed_loss(both.quick, both.fast, batch)
         kept.append(sum(size for address, (size, _) in seen.items() if address not in weights))
+    monkeypatch.undo()
     costs = qlora.costs_from_config(both.config, base.config)
     # a few tensors that do not grow with the tokens, and attention's output, which is copied once on a CPU
     assert (kept[1] - kept[0]) / 2 / 256 == pytest.approx(costs.layer, rel=0.03 if family != "gpt_neox" else 0.08)
 
 
-@pytest.mark.parametrize("name", ["silu", "relu", "gelu_new", "gelu", "xielu", "relu2"])
-def test_what_an_activation_keeps_is_counted_without_its_weights(name):
-    """Apertus' xIELU has some, and they are nowhere yet when a run is planned."""
-    act, x, seen = ACT2FN[name], torch.randn(64, requires_grad=True), {}
-    save = lambda tensor: seen.setdefault(tensor.untyped_storage().data_ptr(), tensor)  # noqa: E731
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        out = act(x)
-    wide = {address for address, tensor in seen.items() if tensor.numel() == 64} - {out.untyped_storage().data_ptr()}
-    assert qlora.saved_by(act.to("meta")) == len(wide)
-
-
 def test_a_model_whose_activation_has_weights_is_planned():
+    """Apertus' xIELU has some, and keeps more than a gate would: beside its input and output at least two tensors."""
     shape = AutoConfig.for_model("apertus", hidden_size=64, intermediate_size=128, num_hidden_layers=1)
     costs = qlora.costs_from_config(twins.parse("none", bits=16), shape)
-    assert costs.layer > 4 * 128 * qlora.saved_by(ACT2FN["xielu"].to("meta"))
+    assert costs.layer > 4 * 128 * 4
+
+
+@pytest.mark.parametrize(("family", "said"), [("gpt_oss", 1), ("gemma4_text", 0), ("bert", 0), ("albert", 0)])
+def test_a_layer_that_cannot_run_without_values_is_estimated_and_named(caplog, family, said):
+    """gpt-oss sends each token to experts by their scores; ALBERT runs its one layer twelve times."""
+    caplog.set_level("INFO", "qlora")
+    flags = {"objective": "mlm"} if "bert" in family else {}
+    shape = AutoConfig.for_model(family)
+    costs = qlora.costs_from_config(twins.parse("none", bits=16, **flags), shape)
+    assert sum("a layer is taken to keep" in record.getMessage() for record in caplog.records) == said
+    wide = 4 * shape.hidden_size
+    assert 8 * wide < costs.layer < 80 * wide
 
 
 def test_liger_kernels_norms_keep_their_input_in_its_own_width(models):
@@ -246,7 +251,8 @@ def test_liger_kernels_norms_keep_their_input_in_its_own_width(models):
         qlora.costs_from_config(config, qlora.load_model_config(config, str(folder)))
         for config in (twins.parse(folder, bf16=True, use_cpu=True, bits=16, liger=liger) for liger in (True, False))
     ]
-    assert costs[1].layer - costs[0].layer == 2 * (4 * 64 + 4 * 16 + 2 * 16)
+    roots = 4 * (4 + 4 + 2)  # what a norm divides by: liger-kernel keeps it too, and it is not counted there
+    assert costs[1].layer - costs[0].layer == 2 * (4 * 64 + 4 * 16 + 2 * 16) + roots
 
 
 def test_of_stacked_experts_a_token_meets_a_few(tmp_path):
@@ -356,17 +362,17 @@ def test_a_replica_on_each_gpu_is_recommended_where_the_quantised_base_fits(fold
     assert parts["FSDP2"].fixed > costs.fixed, "two layers are there whole"
 
 
-@pytest.mark.parametrize(("gpu", "wanted"), [("8x80GiB", "ZeRO-2"), ("8x16GiB", "ZeRO-3"), ("2x16GiB", "none fits")])
+@pytest.mark.parametrize(("gpu", "wanted"), [("8x48GiB", "ZeRO-2"), ("8x16GiB", "ZeRO-3"), ("2x16GiB", "none fits")])
 def test_a_full_fine_tune_shares_as_much_as_it_must(folder, gpu, wanted):
-    """7B in bf16: 12.6 GiB of weights, as much of gradients, four times as much of float32 averages in the optimizer.
+    """7B in bf16: 12.6 GiB of weights, as much of gradients, twice as much of the optimizer's averages, also in bf16.
 
-    DeepSpeed steps on a float32 copy of the weights, half as much again as the averages.
+    DeepSpeed steps on a float32 copy of the weights, with float32 averages: three times as much as those.
     """
     lines, parts, costs = strategies_of(folder("7b"), gpu, "--full_finetune", "--bits", "16", "--optim", "adamw_torch")
     assert lines["recommended"].startswith(wanted)
     assert "does not fit" in lines["DDP"]
     assert parts["ZeRO-2"].weights == costs.weights
-    assert parts["ZeRO-2"].optimizer == parts["ZeRO-3"].optimizer == costs.optimizer * 3 // 2 // int(gpu[0])
+    assert parts["ZeRO-2"].optimizer == parts["ZeRO-3"].optimizer == costs.optimizer * 3 // int(gpu[0])
 
 
 @pytest.mark.parametrize("bits", ["4", "8"])
