@@ -4524,9 +4524,8 @@ def kept_by_layer(model: Any, base: Any, config: Config) -> int:
         elif kind.endswith("RMSNorm") and liger and not (of_heads and module.weight.numel() >= text.hidden_size):
             module.forward = torch.square  # keeps its input as it is; norms over all heads (OLMo) have no such kernel
         elif "Attention" in kind or kind.endswith("Decoder"):
-            module.training = (
-                False  # with dropout a CPU's attention keeps all scores; OPT would draw layers to leave out
-            )
+            # with dropout a CPU's attention keeps all scores; OPT would draw layers to leave out
+            module.training = False
     base.get_input_embeddings().weight.requires_grad_(True)  # the first layer as all others
     kernel = END_TO_END if train.padding_free and base._supports_attention_backend else None
     length, found = min(256, (getattr(text, "max_position_embeddings", None) or 512) // 2), list[int]()
@@ -4538,10 +4537,8 @@ def kept_by_layer(model: Any, base: Any, config: Config) -> int:
             ran: list[tuple[str, Any]] = []
             for layer in decoder_layers(base):
                 alike = str([(name, parameter.shape) for name, parameter in layer.named_parameters()])
-                layer.gradient_checkpointing, layer._gradient_checkpointing_func = (
-                    True,
-                    partial(_noted, kept, ran, alike),
-                )
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = partial(_noted, kept, ran, alike)
             shape = (1, rows * length) if kernel else (rows, length)
             ends = {"cu_seq_lens_q": torch.arange(shape[1] + 1), "max_length_q": 1} if kernel else {}
             base.base_model(input_ids=torch.zeros(shape, dtype=torch.long), **ends)
