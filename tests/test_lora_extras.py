@@ -213,13 +213,13 @@ def test_eva_of_a_rank_that_the_inputs_do_not_have_is_one_line(run_qlora):
 @pytest.fixture
 def trained(monkeypatch) -> list:
     """The models that the runs of this test train."""
-    found, make_trainable = [], qlora.make_trainable
+    found, speed_up = [], qlora.speed_up
 
-    def spy(*args, **kwargs):
-        found.append(make_trainable(*args, **kwargs))
-        return found[-1]
+    def spy(model, *args):
+        found.append(model)
+        return speed_up(model, *args)
 
-    monkeypatch.setattr(qlora, "make_trainable", spy)
+    monkeypatch.setattr(qlora, "speed_up", spy)
     return found
 
 

@@ -231,6 +231,8 @@ def test_the_encoder_is_quantised_and_adapted_and_the_head_is_neither(run_masked
     plain = qlora.make_trainable
 
     def spy(model, *args):
+        if model.device.type == "meta":  # of which the plan counts what a layer keeps
+            return plain(model, *args)
         linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         kinds.update({name: type(module).__name__ for name, module in linear.items()})
         shared.append(model.get_output_embeddings().weight is model.get_input_embeddings().weight)

@@ -105,13 +105,13 @@ def error_of(run) -> str:
 @pytest.fixture
 def trained(monkeypatch) -> list:
     """The models that the runs of this test train."""
-    models, make_trainable = [], qlora.make_trainable
+    models, speed_up = [], qlora.speed_up
 
-    def spy(*args, **kwargs):
-        models.append(make_trainable(*args, **kwargs))
-        return models[-1]
+    def spy(model, *args):
+        models.append(model)
+        return speed_up(model, *args)
 
-    monkeypatch.setattr(qlora, "make_trainable", spy)
+    monkeypatch.setattr(qlora, "speed_up", spy)
     return models
 
 

@@ -191,13 +191,13 @@ def test_an_override_must_be_in_the_vocabulary(run_qlora, flag):
 
 
 def test_overrides_reach_tokenizer_model_and_files(models, run_qlora, monkeypatch):
-    trained, make_trainable = [], qlora.make_trainable
+    trained, speed_up = [], qlora.speed_up
 
-    def spy(*args, **kwargs):
-        trained.append(make_trainable(*args, **kwargs))
-        return trained[-1]
+    def spy(model, *args):
+        trained.append(model)
+        return speed_up(model, *args)
 
-    monkeypatch.setattr(qlora, "make_trainable", spy)
+    monkeypatch.setattr(qlora, "speed_up", spy)
     # <s> 256, </s> 257, <pad> 258, <unk> 259, <end> 260, <fill> 261, <begin> 262
     folder = folder_with(models, unk="<unk>", extra=("<end>", "<fill>", "<begin>"))
     run = run_qlora(
