@@ -519,7 +519,7 @@ def learning(arguments: argparse.Namespace) -> None:
         "runs": runs,
         "plain": {"before": before.result(), "after": after.result()},
         "prompts": [
-            {"input": b["input"], "reference": b["output"], "before": b["prediction"], "after": a["prediction"]}
+            {"input": b["input"], "before": b["prediction"], "after": a["prediction"]}
             for b, a in zip(asked["before"], asked["after"], strict=True)
         ],
         "support": {name: {"exact": exact(rows), "of": len(rows)} for name, rows in answered.items()},

