@@ -31,7 +31,8 @@ def run_proof(models, tmp_path, monkeypatch):
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", ROWS)
 
     def run(part, *words):
-        where = [str(base), *([] if part == "bits" else [str(file), "--jobs", "0", "--held_out", "6"])]
+        where = [str(base), *([] if part == "bits" else [str(file), "--held_out", "6"])]
+        where += ["--jobs", "0"] if part in ("precision", "learning", "fast_slow") else []
         proof.main([part, *where, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *words])
         assert (tmp_path / f"out/{part}.md").is_file()
         assert (tmp_path / f"out/{part}.png").is_file() == (part in proof.CHARTS)
@@ -108,6 +109,16 @@ def test_bits_are_counted_from_the_bytes(run_proof):
     # of normal values: nf4 is made for them, fp4 and int4 are not
     errors = {kind: of["relative_rms"] for kind, of in found["errors"]["normal"].items()}
     assert 0.08 < errors["nf4"] < errors["int4"] < errors["fp4"] < 0.14
+
+
+def test_noise(run_proof):
+    """Noise has the size of the error in every block, and no other shape of it."""
+    losses = run_proof("noise", "--first", "2")["eval_loss"]
+    assert len(losses) == 9 == len(set(losses.values()))
+    weight = torch.randn(8, 128)
+    error, drawn = proof.rounded(weight, "nf4") - weight, proof.blurred(weight, "nf4", 0) - weight
+    assert float(drawn.square().mean()) == pytest.approx(float(error.square().mean()), rel=0.2)
+    assert abs(float((drawn * error).mean() / error.square().mean())) < 0.2
 
 
 def test_int4_by_hand():
