@@ -2,6 +2,7 @@
 """What QLoRA promises, shown on real weights by runs of qlora.py itself.
 
     python scripts/proof.py bits MODEL                          bits a parameter as stored, error of quantisation
+    python scripts/proof.py noise MODEL ROWS                    is it the rounding, or any error of its size?
     python scripts/proof.py precision MODEL ROWS                held-out loss by precision of the frozen weights
     python scripts/proof.py learning MODEL ROWS --mmlu FOLDER   the Guanaco recipe, MMLU, the quick start's questions
     python scripts/proof.py fast_slow MODEL ROWS                the fast path against the libraries' own, step by step
@@ -398,6 +399,50 @@ def bits_table(content: dict[str, Any]) -> str:
 
 
 # ------------------------------------------------------------------------------------
+# noise: what an error of the weights costs before training, whatever its shape
+# ------------------------------------------------------------------------------------
+def blurred(weight: torch.Tensor, kind: str, seed: int) -> torch.Tensor:
+    """A weight with normal noise in place of the error of rounding, as large as that in each block of 64."""
+    error = (rounded(weight, kind) - weight).reshape(-1, 64)
+    drawn = torch.randn(error.shape, generator=torch.Generator().manual_seed(seed)).to(weight.device)
+    return weight + (drawn * error.square().mean(1, keepdim=True).sqrt()).view_as(weight)
+
+
+def noise(arguments: argparse.Namespace) -> None:
+    """Held-out loss of the base: as it is, rounded, and with noise of that size in place of rounding."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = base_folder(arguments)
+    texts = [row[-1]["text"] for row in encoded(row_flags(arguments, base))[1].eval["segments"]][: arguments.first]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to("cuda" if GPU else "cpu").eval()
+    layers = [model.get_submodule(name) for name in qlora.linear_layers(model)]
+    own = [layer.weight.detach().clone() for layer in layers]
+    changes: dict[str, Any] = {"as it is": lambda weight, _: weight}
+    for kind in ("nf4", "fp4"):
+        changes[kind] = lambda weight, _, kind=kind: rounded(weight, kind)
+        for seed in (0, 1, 2):
+            changes[f"noise as large as {kind}'s error, seed {seed}"] = lambda weight, place, kind=kind, seed=seed: (
+                blurred(weight, kind, 1000 * seed + place)
+            )
+    losses = {}
+    for name, change in changes.items():
+        with torch.no_grad():
+            for place, (layer, weight) in enumerate(zip(layers, own, strict=True)):
+                layer.weight.copy_(change(weight, place))
+        losses[name] = plain_loss(model, tokenizer, texts)
+        print(f"{name}: {losses[name]:.4f}", flush=True)
+    write(arguments, "noise", {"model": Path(arguments.model).name, "rows": len(texts), "eval_loss": losses})
+
+
+def noise_table(content: dict[str, Any]) -> str:
+    """By what was done to the weights."""
+    lines = [f"| weights | loss on {content['rows']} held-out rows | minus the base's |", "|---|---|---|"]
+    losses = content["eval_loss"]
+    return "\n".join(lines + [f"| {n} | {v:.4f} | {v - losses['as it is']:.4f} |" for n, v in losses.items()])
+
+
+# ------------------------------------------------------------------------------------
 # learning: the Guanaco recipe at this model's size, MMLU, and the quick start's questions
 # ------------------------------------------------------------------------------------
 def guanaco_flags(**environment: str) -> list[str]:
@@ -434,13 +479,9 @@ def plain_model(folder: str, adapter: str | None) -> Any:
     return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
 
 
-def plain_numbers(folder: str, adapter: str | None, texts: list[str], mmlu: str | None, count: int | None) -> Any:
-    """Held-out loss and MMLU by loops over one row at a time, with nothing of qlora.py: what its numbers must equal."""
-    from transformers import AutoTokenizer
-
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), plain_model(folder, adapter)
+def plain_loss(model: Any, tokenizer: Any, texts: list[str]) -> float:
+    """The mean over the tokens of all texts, one row at a time, with nothing of qlora.py."""
     first, last = [tokenizer.bos_token_id] * (tokenizer.bos_token_id is not None), [tokenizer.eos_token_id]
-    marks: dict[str, list[bool]] = defaultdict(list)
     total, tokens = 0.0, 0
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, GPU):
         for text in texts:
@@ -449,6 +490,18 @@ def plain_numbers(folder: str, adapter: str | None, texts: list[str], mmlu: str 
             logits = model(input_ids=ids).logits[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
             tokens += ids.shape[1] - 1
+    return total / tokens
+
+
+def plain_numbers(folder: str, adapter: str | None, texts: list[str], mmlu: str | None, count: int | None) -> Any:
+    """Held-out loss and MMLU by loops over one row at a time, with nothing of qlora.py: what its numbers must equal."""
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), plain_model(folder, adapter)
+    first = [tokenizer.bos_token_id] * (tokenizer.bos_token_id is not None)
+    marks: dict[str, list[bool]] = defaultdict(list)
+    found: dict[str, Any] = {"eval_loss": plain_loss(model, tokenizer, texts)}
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, GPU):
         letters = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "ABCD"]
         asked: dict[int, list[Any]] = defaultdict(list)  # questions of as many tokens go together, without padding
         for line in Path(mmlu).read_text(encoding="utf-8").splitlines()[:count] if mmlu else []:
@@ -460,7 +513,6 @@ def plain_numbers(folder: str, adapter: str | None, texts: list[str], mmlu: str 
             scores = model(input_ids=torch.tensor(prompts, device=model.device)).logits[:, -1, letters]
             for choice, question in zip(scores.argmax(-1).tolist(), questions, strict=True):
                 marks[question["subject"]].append("ABCD"[choice] == question["output"])
-    found = {"eval_loss": total / tokens}
     if marks:
         found["mmlu_eval_accuracy"] = statistics.mean(sum(own) / len(own) for own in marks.values())
         found["mmlu_questions"] = sum(len(own) for own in marks.values())
@@ -519,7 +571,7 @@ def learning(arguments: argparse.Namespace) -> None:
         "runs": runs,
         "plain": {"before": before.result(), "after": after.result()},
         "prompts": [
-            {"input": b["input"], "reference": b["output"], "before": b["prediction"], "after": a["prediction"]}
+            {"input": b["input"], "before": b["prediction"], "after": a["prediction"]}
             for b, a in zip(asked["before"], asked["after"], strict=True)
         ],
         "support": {name: {"exact": exact(rows), "of": len(rows)} for name, rows in answered.items()},
@@ -714,8 +766,8 @@ def memory_chart(content: dict[str, Any], pyplot: Any) -> Any:
 # Tables and charts
 # ------------------------------------------------------------------------------------
 TABLES: dict[str, Any] = {
-    "precision": precision_table, "bits": bits_table, "learning": learning_table, "fast_slow": fast_slow_table,
-    "memory": memory_table,
+    "precision": precision_table, "bits": bits_table, "noise": noise_table, "learning": learning_table,
+    "fast_slow": fast_slow_table, "memory": memory_table,
 }  # fmt: skip
 CHARTS: dict[str, Any] = {
     "precision": precision_chart,
@@ -766,15 +818,19 @@ def main(argv: list[str] | None = None) -> None:
     shared.add_argument("--out", default=str(ROOT / "scripts/results"), help="folder for JSON, tables and charts")
     shared.add_argument("--work", default=str(ROOT / "output/proof"), help="folder for models, adapters and logs")
     commands = parser.add_subparsers(required=True)
-    parts = {"bits": bits, "precision": precision, "learning": learning, "fast_slow": fast_slow, "chart": chart}
+    parts = {"bits": bits, "noise": noise, "precision": precision, "learning": learning, "fast_slow": fast_slow,
+             "chart": chart}  # fmt: skip
     for name, function in parts.items():
         one = commands.add_parser(name, parents=[shared], help=function.__doc__)
         one.set_defaults(function=function)
         if name != "chart":
             one.add_argument("model", help="folder, .gguf file or folder with one")
-        if name in ("precision", "learning", "fast_slow"):
+        if name in ("noise", "precision", "learning", "fast_slow"):
             one.add_argument("rows", help="file of rows")
             one.add_argument("--held_out", type=int, default=100, help="rows to hold out")
+        if name == "noise":
+            one.add_argument("--first", type=int, help="only so many of the held-out rows")
+        if name in ("precision", "learning", "fast_slow"):
             one.add_argument("--jobs", type=int, default=6 if GPU else 1, help="processes at a time; 0: this one")
             one.add_argument("--steps", type=int, default=300, help="optimizer steps (not of precision)")
         if name == "precision":
