@@ -80,9 +80,9 @@ os.environ |= {
 } | os.environ
 
 # transformers imports bitsandbytes, which then says that it lacks a kernel no release has, and, in every 8-bit layer of
-# every step, that it casts its input. Both are as they should be.
-for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
-    logging.getLogger(_noisy).setLevel(logging.ERROR)
+# every step, that it casts its input. Both are as they should be. What can't run without values the plan says itself.
+for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torch._subclasses.fake_tensor"):
+    logging.getLogger(_noisy).setLevel(logging.CRITICAL)
 
 import bitsandbytes.optim.optimizer
 import datasets
