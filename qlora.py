@@ -217,6 +217,8 @@ def mendable(what: str, kind: type[QLoRAError] = ConfigError, *also: type[BaseEx
     """A library's complaint as one line of ours that begins with `what`: the flag or file that it is about."""
     try:
         yield
+    except torch.OutOfMemoryError:  # says what it is by itself, and training makes room
+        raise
     except pickle.UnpicklingError as error:  # torch advises to load it all the same
         raise kind(f"{what}: a pickle with more than tensors in it, which is not read") from error
     except (*LIBRARY_ERRORS, *also) as error:
@@ -4340,17 +4342,21 @@ def choose_recomputing(model: Any, base: Any, fast: FastPath, batch: Mapping[str
         log.info("layers of %s are recomputed in torch's own way: they take more than one input", type(base).__name__)
         way = fast._replace(by_input=False)
     model.train(training)
-    return way._replace(graphs=config.training.cuda_graphs and graphable(base, way))
+    return way._replace(graphs=config.training.cuda_graphs and graphable(base, way, dtype))
 
 
-def graphable(base: Any, fast: FastPath) -> bool:
+def graphable(base: Any, fast: FastPath, dtype: torch.dtype) -> bool:
     """Whether layers launch the same on each batch of a shape, whatever they compute."""
-    dropout = getattr(base.config.get_text_config(), "attention_dropout", 0)  # whose rows are taken one by one
+    text = base.config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // (getattr(text, "num_attention_heads", None) or 1)
+    # else attention takes rows one by one, by lengths that the CPU would have to know
+    kernel = dtype != torch.float32 and size in range(8, 257, 8) and not getattr(text, "attention_dropout", 0)
     devices = {parameter.device for parameter in base.parameters()}
     on_gpu = len(devices) == 1 and devices.pop().type == "cuda"
-    able = fast.by_input and fast.attention == END_TO_END and on_gpu and not dropout and not stacked_experts(base)
+    able = fast.by_input and fast.attention == END_TO_END and on_gpu and kernel and not stacked_experts(base)
     if not able:
-        log.info("--cuda_graphs: without effect, for %s on these devices layers are launched", type(base).__name__)
+        name, kind = type(base).__name__, str(dtype).removeprefix("torch.")
+        log.info("--cuda_graphs: without effect, for %s in %s on these devices layers are launched", name, kind)
     return able
 
 
@@ -4680,6 +4686,12 @@ class Plan(NamedTuple):
     def fits(self) -> bool:
         return self.needed() <= self.gpu.gib
 
+    def in_graphs(self, layers: int) -> "Plan":
+        """All layers as CUDA graphs, if that is faster."""
+        sizes = self.sizes._replace(recomputed=layers, graphs=True)
+        launched, replayed = (self.costs.seconds(each, self.tokens, self.gpu) for each in (self.sizes, sizes))
+        return self._replace(sizes=sizes) if replayed < launched else self
+
     def tokens_per_second(self) -> float:
         return self.gpu.number * self.tokens / self.costs.seconds(self.sizes, self.tokens, self.gpu)
 
@@ -4689,14 +4701,14 @@ class Plan(NamedTuple):
             beside += f"; the optimizer's pages {'stay' if self.pages else 'are moved out'}"
         fits = "fits" if self.fits() else f"does not fit into {self.gpu.gib:.0f} GiB"
         gpus, share = self.gpu.number * self.gpu.across, "; on each" if self.gpu.across > 1 else ""
-        number = f"{gpus} x " if gpus > 1 else ""
+        number, graphs = f"{gpus} x " if gpus > 1 else "", " in CUDA graphs" if self.sizes.graphs else ""
         return {
             "GPU": f"{number}{self.gpu.name}, {self.gpu.gib:.0f} GiB{share}",
             **{name: f"{size:6.2f} GiB" for name, size in parts.items()},
             "beside it": beside,
             "in all": f"{self.needed():6.2f} GiB: {fits}",
             "micro-batch": f"{self.tokens} tokens",
-            "recomputed": f"{self.sizes.recomputed} of {self.costs.layers} layers",
+            "recomputed": f"{self.sizes.recomputed} of {self.costs.layers} layers{graphs}",
             "kept unpacked": f"{self.sizes.unpacked} of {self.costs.layers} layers",
             "tokens per second": f"{self.tokens_per_second():.0f}" if self.gpu.tflops else "not known for this GPU",
         }
@@ -4759,7 +4771,7 @@ def strategy_lines(config: Config, costs: Costs) -> dict[str, str]:
     """GiB of a GPU for each, and the first that fits."""
     bits, ways = config.quant.bits, strategies(costs, config, find_gpu(config.training.plan_gpu).number)
     taken = {name: own for name, own in ways.items() if bits in STRATEGY_BITS.get(name, (bits,))}
-    plans = {name: plan_from_flags(config, own) for name, own in taken.items()}
+    plans = {name: plan_from_flags(config, own, name == "DDP") for name, own in taken.items()}
     alone = plans["one process"]  # whose GPUs hold layers and wait for each other
     plans["one process"] = alone._replace(gpu=alone.gpu._replace(number=1))
     lines = {
@@ -4772,11 +4784,15 @@ def strategy_lines(config: Config, costs: Costs) -> dict[str, str]:
     return lines | {"recommended": how}
 
 
-def plan_from_flags(config: Config, costs: Costs) -> Plan:
-    """The plan before any row or weight is read: every row as long as the limits allow."""
+def plan_from_flags(config: Config, costs: Costs, graphs: bool = True) -> Plan:
+    """The plan before any row or weight is read: every row as long as the limits allow.
+
+    `graphs` says whether this way to use several GPUs takes CUDA graphs.
+    """
     train, longest = config.training, limits_of(config).longest
     window = longest * train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return make_plan(costs, find_gpu(train.plan_gpu), longest, window, config)
+    plan = make_plan(costs, find_gpu(train.plan_gpu), longest, window, config)
+    return plan.in_graphs(costs.layers) if train.cuda_graphs and graphs else plan
 
 
 def calibrated(costs: Costs, model: Any, base: Any, fast: FastPath, config: Config) -> Costs:
@@ -4832,10 +4848,8 @@ def choose_sizes(
     own = 0.95 * min(map(free_memory, places or [None])) - costs.gradients - (0 if costs.paged else costs.optimizer)
     plan = make_plan(measured, gpu, lengths[0], window, config, own)
     if fast.graphs:
-        replayed = plan.sizes._replace(recomputed=layers, graphs=True)
-        if costs.seconds(replayed, plan.tokens, gpu) < costs.seconds(plan.sizes, plan.tokens, gpu):
-            plan = plan._replace(sizes=replayed)
-        else:
+        plan = plan.in_graphs(layers)
+        if not plan.sizes.graphs:
             log.info("--cuda_graphs: without effect, micro-batches of %d tokens keep the GPU busy", plan.tokens)
     return plan.sizes, plan._replace(costs=costs)
 
@@ -5727,20 +5741,22 @@ class QLoRATrainer(Trainer):
         return padded_batch(window, members, tokenizer.pad_token_id, self.config.model.padding_side)
 
     def _make_room(self, window: Window, reason: torch.OutOfMemoryError) -> None:
-        """Smaller micro-batches, or where they are small already, more recomputed layers."""
+        """No CUDA graphs, no unpacked weights, smaller micro-batches; where those are small, more recomputed layers."""
         base, sizes = self.runtime().model, self.sizes
         largest = max(self._parts(window), key=lambda part: sum(window.lengths[i] for i in part))
         tokens = sum(window.lengths[i] for i in largest)
         layers = len(decoder_layers(base))
-        if sizes.unpacked:
+        if sizes.graphs:  # they keep memory of their own
+            self.sizes = sizes._replace(graphs=False)
+            set_recomputed(base, sizes.recomputed, self.fast)
+        elif sizes.unpacked:
             self.sizes = sizes._replace(unpacked=0)
             set_unpacked(base, 0, compute_dtype(self.config))
-            set_recomputed(base, sizes.recomputed, self.fast, sizes.graphs)
         elif len(largest) > 1 and (tokens > 4096 or sizes.recomputed >= layers):
             self.sizes = sizes._replace(tokens=tokens // 2)
         elif sizes.recomputed < layers:
             self.sizes = sizes._replace(recomputed=min(layers, sizes.recomputed + max(1, layers // 4)))
-            set_recomputed(base, self.sizes.recomputed, self.fast, sizes.graphs)
+            set_recomputed(base, self.sizes.recomputed, self.fast)
         else:
             raise reason
         torch.cuda.empty_cache()

@@ -1139,37 +1139,87 @@ def test_out_of_memory_recomputes_more_layers_before_rows_are_parted(run_qlora, 
     assert_adapters_equal(run, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_layers_as_graphs_train_as_layers_that_are_recomputed(run_qlora, tmp_path, models, monkeypatch):
-    """What keeps a graph's inputs and gradients, over windows of many shapes; here a graph calls what it recorded."""
+@pytest.fixture
+def many_shapes(models, tmp_path):
+    """Flags of a run whose micro-batches have many shapes, each of them several times."""
     questions = [tiny.TEXT[31 * i : 31 * i + 10 + 3 * (i % 9)] for i in range(40)]
     rows = [{"input": text, "output": tiny.TEXT[7 * i : 7 * i + 20 + 2 * (i % 13)]} for i, text in enumerate(questions)]
-    flags = {
+    return {
         "model_name_or_path": models("llama_gqa"), "bits": 4, "dataset": tiny.rows_to_jsonl(tmp_path / "r.jsonl", rows),
         "max_steps": 24, "learning_rate": 0.2, "optim": "sgd", "per_device_train_batch_size": 2, "save_strategy": "no",
         "gradient_accumulation_steps": 3, "recompute_layers": "all", "auto_batch": True, "max_grad_norm": 1.0,
     }  # fmt: skip
-    choose, made, replayed = qlora.choose_sizes, [], []
+
+
+@pytest.fixture
+def graphs_chosen(monkeypatch):
+    """Call it for runs whose layers are graphs, on a CPU too, with what stands for a recording."""
+    choose = qlora.choose_sizes
+
+    def choose_graphs(*args):
+        sizes, plan = choose(*args)
+        return sizes._replace(graphs=True, tokens=100), plan
+
+    def patch(recorded):
+        monkeypatch.setattr(qlora, "recorded", recorded)
+        monkeypatch.setattr(qlora, "choose_sizes", choose_graphs)
+
+    return patch
+
+
+def test_layers_as_graphs_train_as_layers_that_are_recomputed(run_qlora, tmp_path, many_shapes, graphs_chosen):
+    """What keeps a graph's inputs and gradients, over windows of many shapes; here a graph calls what it recorded."""
+    flags, made, replayed = many_shapes, [], []
     plain = run_qlora(output_dir=tmp_path / "plain", **flags)
 
     def recorded(function, device):
         made.append(function)
         return SimpleNamespace(replay=lambda: replayed.append(1) or function())
 
-    monkeypatch.setattr(qlora, "recorded", recorded)
-    monkeypatch.setattr(
-        qlora, "choose_sizes", lambda *args: (choose(*args)[0]._replace(graphs=True, tokens=100), choose(*args)[1])
-    )
+    graphs_chosen(recorded)
     graphs = run_qlora(output_dir=tmp_path / "graphs", **flags)
     assert len(made) >= 12 and len(replayed) > 40 and "in CUDA graphs" in graphs.stderr
 
     def cannot(function, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(qlora, "recorded", cannot)
+    graphs_chosen(cannot)
     failed = run_qlora(output_dir=tmp_path / "failed", **flags)
     assert failed.code == 2 and "error: --cuda_graphs: LlamaDecoderLayer can't be recorded" in failed.stderr
     assert losses(graphs) == pytest.approx(losses(plain), rel=1e-4)
     assert losses(graphs, "grad_norm") == pytest.approx(losses(plain, "grad_norm"), rel=1e-3)
+
+
+def test_out_of_memory_in_a_recording_repeats_the_step_without_graphs(run_qlora, tmp_path, many_shapes, graphs_chosen):
+    flags, made = {**many_shapes, "max_steps": 8}, []
+
+    def short(function, device):
+        made.append(function)
+        if len(made) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return SimpleNamespace(replay=function)
+
+    plain = run_qlora(output_dir=tmp_path / "plain", **flags)
+    graphs_chosen(short)
+    run = run_qlora(output_dir=tmp_path / "short", **flags)
+    (line,) = complaints(run)
+    assert run.code == 0 and len(made) == 6 and "in CUDA graphs" not in line
+    assert losses(run) == pytest.approx(losses(plain), rel=1e-4)
+    assert losses(run, "grad_norm") == pytest.approx(losses(plain, "grad_norm"), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changed", "able"),
+    [("bfloat16", {}, True), ("float16", {}, True), ("float32", {}, False), ("bfloat16", {"head_dim": 12}, False),
+     ("bfloat16", {"attention_dropout": 0.1}, False)],
+)  # fmt: skip
+def test_layers_are_graphs_only_where_attention_is_one_kernel(models, monkeypatch, dtype, changed, able):
+    """In others a recording would come to lengths that only the GPU knows, and end the run."""
+    base = twins.base_of(twins.load(models("llama_gqa"), bits=4))
+    monkeypatch.setattr(base, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    for name, value in {"head_dim": 16, **changed}.items():
+        monkeypatch.setattr(base.config, name, value)
+    assert qlora.graphable(base, qlora.FastPath(attention=qlora.END_TO_END), getattr(torch, dtype)) is able
 
 
 def test_out_of_memory_drops_weights_kept_unpacked_first(run_qlora, tmp_path, memory):

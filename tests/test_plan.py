@@ -70,6 +70,21 @@ def test_the_prediction_is_within_a_tenth_of_what_an_h200_measured(folder, flags
     assert plan_of(folder("7b"), "H200", *flags).gib()["predicted peak"] == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize(("graphs", "measured"), [((), 1856), (("--cuda_graphs",), 7640)])
+def test_the_speed_of_one_row_is_planned_launched_and_in_graphs(folder, graphs, measured):
+    """Tokens per second that an H200 measured, both in one run."""
+    row = ("--recompute_layers", "all", "--gradient_accumulation_steps", "1", *graphs)
+    plan = plan_of(folder("7b"), "H200", *row)
+    assert plan.tokens_per_second() == pytest.approx(measured, rel=0.15)
+    assert plan.lines()["recomputed"] == "32 of 32 layers" + (" in CUDA graphs" if graphs else "")
+    many = plan_of(folder("7b"), "H200", *graphs)
+    assert not many.sizes.graphs and many.sizes.recomputed == 0, "8448 tokens keep the GPU busy"
+    two = strategies_of(folder("7b"), "2xH200", *row)[0]
+    speeds = {name: int(line.split(", ")[1].split()[0]) for name, line in two.items() if "tokens per second" in line}
+    assert speeds["DDP"] == pytest.approx(2 * measured, rel=0.15)
+    assert speeds["one process"] == pytest.approx(1856, rel=0.15), "which takes no graphs"
+
+
 def test_a_full_finetune_is_planned_too(folder):
     """1.1B in bf16 with AdamW's two states in bf16's width: 18.0 GiB were measured, 16 x 528 tokens at once."""
     flags = ("--full_finetune", "--bits", "16", "--optim", "adamw_torch", "--recompute_layers", "none")
