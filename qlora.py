@@ -5586,6 +5586,7 @@ class QLoRATrainer(Trainer):
         self.idle: set[str] | None = None  # parameters that no step has given a gradient
         self.values: torch.Tensor | None = None  # sums of what is trained
         self.first = self.moved = 0  # the step before this process's first; the last that changed them, or need not
+        self.began = 0.0  # when that step did
         self.place: Place | None = None  # in a stream, behind the current step
         self.tokens_seen = 0  # without padding, by this process
         self.seconds_aside = 0.0  # spent on evaluating and saving while training
@@ -5663,6 +5664,7 @@ class QLoRATrainer(Trainer):
         self.learnt = learnt > 0
         if self.window is None:
             self.first = self.moved = self.state.global_step
+            self.began = time.perf_counter()
         # added up by the CPUs: a GPU would be waited for until it is done with all that it has still to do, and
         # no step be launched meanwhile
         everywhere = agree(learnt, "SUM") if batches and self.args.average_tokens_across_devices else learnt
@@ -5814,6 +5816,8 @@ class QLoRATrainer(Trainer):
         control, step = self.control, self.state.global_step
         saving = control.should_save or control.should_evaluate or control.should_training_stop
         if self.parts:  # not the second call, at an epoch's end
+            if step == self.first + 1:
+                log.info("first step: %.1f s, in which kernels are compiled", time.perf_counter() - self.began)
             rows, losses = zip(*self.parts, strict=True)
             self.unread.append((step, sent(1.0 if grad_norm is None else grad_norm, *losses), rows, self.learnt))
             self._check_at_once(step, kwargs.get("learning_rate") or 0, saving)
