@@ -5817,7 +5817,8 @@ class QLoRATrainer(Trainer):
         saving = control.should_save or control.should_evaluate or control.should_training_stop
         if self.parts:  # not the second call, at an epoch's end
             if step == self.first + 1:
-                log.info("first step: %.1f s, in which kernels are compiled", time.perf_counter() - self.began)
+                compiled = ", kernels are compiled" if self.args.device.type == "cuda" else ""
+                log.info("first step: %.1f s%s", time.perf_counter() - self.began, compiled)
             rows, losses = zip(*self.parts, strict=True)
             self.unread.append((step, sent(1.0 if grad_norm is None else grad_norm, *losses), rows, self.learnt))
             self._check_at_once(step, kwargs.get("learning_rate") or 0, saving)
