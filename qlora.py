@@ -734,6 +734,11 @@ def parse_config(argv: Sequence[str]) -> Config:
     if {"--warmup_ratio", "--warmup_steps"} <= {item.where for item in items}:
         raise ConfigError("--warmup_ratio and --warmup_steps: give one of them")
     flags |= derived_defaults(flags, given)
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no" and not flags.get(precision):  # the Trainer would compute so, whatever is said of it
+        raise ConfigError(f"mixed_precision {precision} of accelerate launch: say it with --bf16 or --fp16 too, or no")
+    if flags["deepspeed"] == "":
+        raise ConfigError("--deepspeed: name a file, also where accelerate launch asks for it (deepspeed_config_file)")
     if flags["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed")
     if flags["deepspeed"] and not flags["plan"] and "LOCAL_RANK" not in os.environ:
@@ -752,8 +757,9 @@ def uses_fsdp(flag: Any) -> bool:
 
 
 def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
-    """Defaults that depend on other flags or on the machine."""
-    derived: dict[str, Any] = {}
+    """Defaults that depend on other flags, on `accelerate launch` or on the machine."""
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and "deepspeed" not in given
+    derived: dict[str, Any] = {"deepspeed": os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")} if launched else {}
     if "num_train_epochs" in given and "max_steps" not in given:
         derived["max_steps"] = -1
     if flags["eval_strategy"] != "no":
@@ -877,6 +883,8 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "accelerate launch fsdp_version)"),
     (lambda f: f.by_fsdp and "SIZE" in str(f.spread.get("auto_wrap_policy")).upper(),
      "--fsdp_config: auto_wrap_policy {spread[auto_wrap_policy]} would shard what is no layer, leave it out"),
+    (lambda f: f.by_fsdp and str(f.spread.get("activation_checkpointing")).lower() == "true",
+     "--fsdp_config: activation_checkpointing would save weights under other names, give --recompute_layers all"),
     (lambda f: f.fsdp and f.unheard, "--fsdp_config: {unheard}: expected some of {heard}"),
     (lambda f: f.objective == "clm" and f.do_predict and not f.predict_with_generate,
      "--do_predict needs --predict_with_generate"),
@@ -972,14 +980,16 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
 
 # What FSDP2 hears of --fsdp_config.
 FSDP_CONFIG = {"version", "cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
-               "state_dict_type", "cpu_ram_efficient_loading", "activation_checkpointing"}  # fmt: skip
+               "state_dict_type", "cpu_ram_efficient_loading"}  # fmt: skip
+
+FSDP_LAUNCH = ("version", "auto_wrap_policy", "activation_checkpointing")  # of accelerate launch, what has a rule
 
 
 def flags_of(config: Config) -> argparse.Namespace:
     """What rules are about: every flag by its name, and what follows from several of them or from the tables."""
     flags, given, trackers = config.flags, config.given, config.training.report_to or ()
     installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"} if trackers else ()  # two not looked for
-    launched = {name: os.environ.get(f"FSDP_{name.upper()}") for name in ("version", "auto_wrap_policy")}
+    launched = {name: os.environ.get(f"FSDP_{name.upper()}") for name in FSDP_LAUNCH}
     spread: Any = {"version": 1} | {name: value for name, value in launched.items() if value}
     spread = config.training.fsdp_config if flags["fsdp"] else spread
     return argparse.Namespace(
@@ -2544,8 +2554,7 @@ def is_fsdp(config: Config) -> bool:
 
 def is_sharded(config: Config) -> bool:
     """Whether an engine, FSDP or DeepSpeed, spreads them."""
-    deepspeed = config.training.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    return is_fsdp(config) or bool(deepspeed)
+    return is_fsdp(config) or bool(config.training.deepspeed)
 
 
 def check_fsdp(config: Config) -> None:

@@ -116,13 +116,18 @@ def errors(text: str) -> list[str]:
 
 FULL = {"full_finetune": True}
 PREDICT = {"do_predict": True, "predict_with_generate": True, "max_new_tokens": 4, "do_mmlu_eval": True}
+# What `accelerate launch` tells of DeepSpeed.
+LAUNCHED = f"""
+import os
+os.environ |= {{"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": {str(zero(2))!r}}}
+"""
 # Each engine's run, the run of one process that it must repeat, and its flags.
 RUNS = {
     "one": (None, {}),
     "all": (None, FULL),
     "zero2": ("one", {"deepspeed": zero(2)}),
     "zero3": ("one", {"deepspeed": zero(3)}),
-    "zero2-all": ("all", {"deepspeed": zero(2), **FULL}),
+    "zero2-all": ("all", {"before": LAUNCHED, **FULL}),
     "zero3-all": ("all", {"deepspeed": "fixed", **FULL}),
     "fsdp-all": ("all", {"fsdp": [], "fsdp_config": {"cpu_offload": True}, "before": SHARDING, **FULL}),
 }
@@ -180,6 +185,7 @@ def test_an_engine_makes_the_run_of_one_process_and_goes_on_from_its_checkpoints
         deepspeed()
     like, flags = RUNS[name]
     assert_same(runs(name), runs(like))
+    assert any((runs(name) / "checkpoint-4").glob("global_step*")) == ("zero" in name)
     resumed = start.folder / f"{name}-resumed"
     shutil.copytree(runs(name) / "checkpoint-4", resumed / "checkpoint-4")
     log = finish(start(2, resumed, **PREDICT, **as_given(start.folder, flags)))
