@@ -5961,8 +5961,13 @@ class QLoRATrainer(Trainer):
             optimizer.scaler = scaler
 
     def _load_best_model(self) -> None:
-        """The same way."""
-        if self.state.best_model_checkpoint:
+        """The same way; an engine's by its own."""
+        for module in self.model.modules() if self.is_fsdp_enabled else ():  # type: ignore[union-attr]
+            if hasattr(module, "reshard"):  # what an evaluation has left whole would not be loaded
+                module.reshard()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

@@ -203,6 +203,29 @@ def test_what_fsdp_trained_is_evaluated_without_training(start, runs, tmp_path):
     assert_same(folder, runs("all"))
 
 
+def test_the_best_checkpoint_is_what_an_engine_ends_with(start, tmp_path):
+    """The first one, where more loss is called better."""
+    deepspeed()
+    flags = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    flags |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    engines = {
+        "fsdp": {"fsdp": [], "before": SHARDING},
+        "zero2": {"deepspeed": zero(2)},
+        "zero3": {"deepspeed": zero(3)},
+    }
+    begun = [start(1, tmp_path / "one", **flags)]
+    begun += [start(2, tmp_path / name, **flags, **own) for name, own in engines.items()]
+    for processes in begun:
+        finish(processes)
+    wanted = whole(tmp_path / "one")
+    last, first = (whole(tmp_path / "one" / f"checkpoint-{step}") for step in (4, 2))
+    assert all(torch.equal(wanted[name], first[name]) for name in wanted)
+    assert any((wanted[name] - last[name]).abs().max() > 1e-4 for name in wanted)
+    for name in engines:
+        ours = whole(tmp_path / name)
+        assert ours.keys() == wanted.keys() and all((ours[k] - wanted[k]).abs().max() < 1e-5 for k in ours), name
+
+
 # The scaler that accelerate has for fp16 on GPUs alone.
 SCALER = """
 import accelerate.accelerator, torch
