@@ -5970,6 +5970,16 @@ class QLoRATrainer(Trainer):
         elif self.state.best_model_checkpoint:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    def load_end(self, checkpoint: str) -> None:
+        """What was trained up to the last step, where all is saved but the final weights."""
+        best, by_engine = self.state.best_model_checkpoint, self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if by_engine:  # loads into what it has spread
+            self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), checkpoint)
+        if self.args.load_best_model_at_end and best and Path(best).is_dir():
+            self._load_best_model()
+        elif not by_engine:
+            self._load_from_checkpoint(checkpoint)
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """MMLU's numbers too, under the prefix that the Trainer asks for."""
         return super()._determine_best_metric(
@@ -6104,8 +6114,7 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
     if last and not asks_for_more(config, {"step": state.global_step, "epoch": state.epoch}):
         log.info("%s holds the last step: nothing is left to train", last)  # the Trainer would do one more
         trainer.state = state
-        best = state.best_model_checkpoint if config.training.load_best_model_at_end else None
-        trainer._load_from_checkpoint(best if best and Path(best).is_dir() else str(last))
+        trainer.load_end(str(last))
     else:
         if last and config.data.streaming:
             with mendable(f"{last}: no place in a stream to go on from"):

@@ -186,11 +186,14 @@ def test_an_engine_makes_the_run_of_one_process_and_goes_on_from_its_checkpoints
     like, flags = RUNS[name]
     assert_same(runs(name), runs(like))
     assert any((runs(name) / "checkpoint-4").glob("global_step*")) == ("zero" in name)
-    resumed = start.folder / f"{name}-resumed"
-    shutil.copytree(runs(name) / "checkpoint-4", resumed / "checkpoint-4")
-    log = finish(start(2, resumed, **PREDICT, **as_given(start.folder, flags)))
-    assert "resuming from" in log
-    assert_same(resumed, runs(like))
+    begun = {}
+    for step in (4, 6):  # of 6: after the last one all is saved but the final weights
+        resumed = start.folder / f"{name}-resumed-{step}"
+        shutil.copytree(runs(name) / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
+        begun[resumed] = start(2, resumed, **PREDICT, **as_given(start.folder, flags))
+    for resumed, processes in begun.items():
+        assert "resuming from" in finish(processes)
+        assert_same(resumed, runs(like))
 
 
 def test_what_fsdp_trained_is_evaluated_without_training(start, runs, tmp_path):
