@@ -4471,6 +4471,7 @@ class Costs(NamedTuple):
     unpacked: int  # a layer's weights in the compute dtype
     flops: float  # of a token, without recomputation
     repeated: float  # of a token, in all layers computed again
+    whole: bool = False  # whether an engine's hooks have all layers recomputed or none
 
     def activations(self, sizes: Sizes) -> int:
         """Bytes of a token that wait for the backward pass; one recomputed layer is there as a whole."""
@@ -4632,7 +4633,7 @@ def fit(costs: Costs, room: float, longest: int, window: int, gpu: Gpu, config: 
     rows = train.per_device_train_batch_size if train.auto_batch is False else None
     at_least = longest if rows is None else min(window, longest * rows)
     found: list[tuple[float, Sizes]] = []
-    numbers = range(0, costs.layers + 1, max(1, costs.layers) if is_sharded(config) else 1)  # engines: all or none
+    numbers = range(0, costs.layers + 1, max(1, costs.layers) if costs.whole or is_sharded(config) else 1)
     for recomputed in numbers if wanted is None else [wanted]:
         sizes = Sizes(rows, 0, recomputed)
         tokens = min(window, int((room - costs.fixed) / (costs.token + costs.activations(sizes))))
@@ -4749,12 +4750,12 @@ def strategies(costs: Costs, config: Config, number: int) -> dict[str, Costs]:
     # DeepSpeed and FSDP step on a float32 copy of bf16 weights, with averages of that width
     copied = config.quant.full_finetune and load_dtype(config) != torch.float32
     state = (2 * (costs.optimizer + costs.gradients) if copied else costs.optimizer) // number
-    shard = shared._replace(optimizer=state, paged=False, fixed=costs.fixed + two_layers, unpacked=0)
+    shard = shared._replace(optimizer=state, paged=False, fixed=costs.fixed + two_layers, unpacked=0, whole=True)
     parts = {name: getattr(costs, name) // number for name in ("layer", "kept", "unpacked")}
     parts["token"] = costs.token + costs.layer - parts["layer"]  # the recomputed layer that is there is whole
     return {
         "DDP": costs._replace(gradients=2 * costs.gradients),  # and the buckets that they are sent in
-        "ZeRO-2": costs._replace(gradients=shared.gradients, optimizer=state, paged=False, unpacked=0),
+        "ZeRO-2": shard._replace(weights=costs.weights, other=costs.other, adapters=costs.adapters, fixed=costs.fixed),
         "ZeRO-3": shard,
         "FSDP2": shard,
         "one process": shared._replace(**parts),

@@ -180,7 +180,10 @@ def assert_same(found: Path, wanted: Path) -> None:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_makes_the_run_of_one_process_and_goes_on_from_its_checkpoints(start, runs, name):
-    """The batches of 2 processes: 4 rows and 4, and at an epoch's end 2 rows and 1; to evaluate, 3 rows and 1."""
+    """The batches of 2 processes: 4 rows and 4, and at an epoch's end 2 rows and 1; to evaluate, 3 rows and 1.
+
+    FSDP goes on with 3 of them, too.
+    """
     if "zero" in name:
         deepspeed()
     like, flags = RUNS[name]
@@ -190,7 +193,9 @@ def test_an_engine_makes_the_run_of_one_process_and_goes_on_from_its_checkpoints
     for step in (4, 6):  # of 6: after the last one all is saved but the final weights
         resumed = start.folder / f"{name}-resumed-{step}"
         shutil.copytree(runs(name) / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
-        begun[resumed] = start(2, resumed, **PREDICT, **as_given(start.folder, flags))
+        more = 3 if "fsdp" in name and step == 4 else 2  # with the effective batch of before
+        own = {"gradient_accumulation_steps": 4} | as_given(start.folder, flags)
+        begun[resumed] = start(more, resumed, **PREDICT, **own)
     for resumed, processes in begun.items():
         assert "resuming from" in finish(processes)
         assert_same(resumed, runs(like))
