@@ -5963,7 +5963,8 @@ class QLoRATrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """The same way; an engine's by its own."""
-        for module in self.model.modules() if self.is_fsdp_enabled else ():  # type: ignore[union-attr]
+        model: Any = self.model
+        for module in model.modules() if self.is_fsdp_enabled else ():
             if hasattr(module, "reshard"):  # what an evaluation has left whole would not be loaded
                 module.reshard()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
