@@ -829,6 +829,16 @@ def test_fsdp_of_accelerate_launch_has_the_rules_of_the_flag(monkeypatch):
         parse()
 
 
+def test_fsdp_takes_a_base_that_is_quantised_only_where_its_storage_is_a_float():
+    """bitsandbytes' default, also where the file does not say it, is uint8; sharding needs a floating dtype."""
+    config = parse("--fsdp", "--model_name_or_path", "some/base")
+    for own in ({}, {"bnb_4bit_quant_storage": "uint8"}):
+        with pytest.raises(qlora.ConfigError, match=r"^--fsdp: some/base .* stored as uint8, .* give the base as pub"):
+            qlora.check_prequantised(config, own)
+    qlora.check_prequantised(config, {"bnb_4bit_quant_storage": "float32"})
+    qlora.check_prequantised(parse(), {"bnb_4bit_quant_storage": "uint8"})
+
+
 def test_what_accelerate_launch_says_beside_the_flags_is_not_done_in_silence(monkeypatch):
     """Its precision would be computed in whatever the run says of itself; DeepSpeed takes its own file alone."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
