@@ -736,6 +736,11 @@ def parse_config(argv: Sequence[str]) -> Config:
     if {"--warmup_ratio", "--warmup_steps"} <= {item.where for item in items}:
         raise ConfigError("--warmup_ratio and --warmup_steps: give one of them")
     flags |= derived_defaults(flags, given)
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no" and not flags.get(precision):  # the Trainer would compute so, whatever is said of it
+        raise ConfigError(f"mixed_precision {precision} of accelerate launch: say it with --bf16 or --fp16 too, or no")
+    if flags["deepspeed"] == "":
+        raise ConfigError("--deepspeed: name a file, also where accelerate launch asks for it (deepspeed_config_file)")
     if flags["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed")
     if flags["deepspeed"] and not flags["plan"] and "LOCAL_RANK" not in os.environ:
@@ -754,8 +759,9 @@ def uses_fsdp(flag: Any) -> bool:
 
 
 def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
-    """Defaults that depend on other flags or on the machine."""
-    derived: dict[str, Any] = {}
+    """Defaults that depend on other flags, on `accelerate launch` or on the machine."""
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and "deepspeed" not in given
+    derived: dict[str, Any] = {"deepspeed": os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")} if launched else {}
     if "num_train_epochs" in given and "max_steps" not in given:
         derived["max_steps"] = -1
     if flags["eval_strategy"] != "no":
@@ -879,6 +885,8 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "accelerate launch fsdp_version)"),
     (lambda f: f.by_fsdp and "SIZE" in str(f.spread.get("auto_wrap_policy")).upper(),
      "--fsdp_config: auto_wrap_policy {spread[auto_wrap_policy]} would shard what is no layer, leave it out"),
+    (lambda f: f.by_fsdp and str(f.spread.get("activation_checkpointing")).lower() == "true",
+     "--fsdp_config: activation_checkpointing would save weights under other names, give --recompute_layers all"),
     (lambda f: f.fsdp and f.unheard, "--fsdp_config: {unheard}: expected some of {heard}"),
     (lambda f: f.objective == "clm" and f.do_predict and not f.predict_with_generate,
      "--do_predict needs --predict_with_generate"),
@@ -974,14 +982,16 @@ IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
 
 # What FSDP2 hears of --fsdp_config.
 FSDP_CONFIG = {"version", "cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
-               "state_dict_type", "cpu_ram_efficient_loading", "activation_checkpointing"}  # fmt: skip
+               "state_dict_type", "cpu_ram_efficient_loading"}  # fmt: skip
+
+FSDP_LAUNCH = ("version", "auto_wrap_policy", "activation_checkpointing")  # of accelerate launch, what has a rule
 
 
 def flags_of(config: Config) -> argparse.Namespace:
     """What rules are about: every flag by its name, and what follows from several of them or from the tables."""
     flags, given, trackers = config.flags, config.given, config.training.report_to or ()
     installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"} if trackers else ()  # two not looked for
-    launched = {name: os.environ.get(f"FSDP_{name.upper()}") for name in ("version", "auto_wrap_policy")}
+    launched = {name: os.environ.get(f"FSDP_{name.upper()}") for name in FSDP_LAUNCH}
     spread: Any = {"version": 1} | {name: value for name, value in launched.items() if value}
     spread = config.training.fsdp_config if flags["fsdp"] else spread
     return argparse.Namespace(
@@ -2546,8 +2556,7 @@ def is_fsdp(config: Config) -> bool:
 
 def is_sharded(config: Config) -> bool:
     """Whether an engine, FSDP or DeepSpeed, spreads them."""
-    deepspeed = config.training.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    return is_fsdp(config) or bool(deepspeed)
+    return is_fsdp(config) or bool(config.training.deepspeed)
 
 
 def check_fsdp(config: Config) -> None:
@@ -4468,6 +4477,7 @@ class Costs(NamedTuple):
     unpacked: int  # a layer's weights in the compute dtype
     flops: float  # of a token, without recomputation
     repeated: float  # of a token, in all layers computed again
+    whole: bool = False  # whether an engine's hooks have all layers recomputed or none
 
     def activations(self, sizes: Sizes) -> int:
         """Bytes of a token that wait for the backward pass; one recomputed layer is there as a whole."""
@@ -4629,7 +4639,7 @@ def fit(costs: Costs, room: float, longest: int, window: int, gpu: Gpu, config: 
     rows = train.per_device_train_batch_size if train.auto_batch is False else None
     at_least = longest if rows is None else min(window, longest * rows)
     found: list[tuple[float, Sizes]] = []
-    numbers = range(0, costs.layers + 1, max(1, costs.layers) if is_sharded(config) else 1)  # engines: all or none
+    numbers = range(0, costs.layers + 1, max(1, costs.layers) if costs.whole or is_sharded(config) else 1)
     for recomputed in numbers if wanted is None else [wanted]:
         sizes = Sizes(rows, 0, recomputed)
         tokens = min(window, int((room - costs.fixed) / (costs.token + costs.activations(sizes))))
@@ -4752,12 +4762,12 @@ def strategies(costs: Costs, config: Config, number: int) -> dict[str, Costs]:
     # DeepSpeed and FSDP step on a float32 copy of bf16 weights, with averages of that width
     copied = config.quant.full_finetune and load_dtype(config) != torch.float32
     state = (2 * (costs.optimizer + costs.gradients) if copied else costs.optimizer) // number
-    shard = shared._replace(optimizer=state, paged=False, fixed=costs.fixed + two_layers, unpacked=0)
+    shard = shared._replace(optimizer=state, paged=False, fixed=costs.fixed + two_layers, unpacked=0, whole=True)
     parts = {name: getattr(costs, name) // number for name in ("layer", "kept", "unpacked")}
     parts["token"] = costs.token + costs.layer - parts["layer"]  # the recomputed layer that is there is whole
     return {
         "DDP": costs._replace(gradients=2 * costs.gradients),  # and the buckets that they are sent in
-        "ZeRO-2": costs._replace(gradients=shared.gradients, optimizer=state, paged=False, unpacked=0),
+        "ZeRO-2": shard._replace(weights=costs.weights, other=costs.other, adapters=costs.adapters, fixed=costs.fixed),
         "ZeRO-3": shard,
         "FSDP2": shard,
         "one process": shared._replace(**parts),
@@ -5973,9 +5983,25 @@ class QLoRATrainer(Trainer):
             optimizer.scaler = scaler
 
     def _load_best_model(self) -> None:
-        """The same way."""
-        if self.state.best_model_checkpoint:
+        """The same way; an engine's by its own."""
+        model: Any = self.model
+        for module in model.modules() if self.is_fsdp_enabled else ():
+            if hasattr(module, "reshard"):  # what an evaluation has left whole would not be loaded
+                module.reshard()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def load_end(self, checkpoint: str) -> None:
+        """What was trained up to the last step, where all is saved but the final weights."""
+        best, by_engine = self.state.best_model_checkpoint, self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if by_engine:  # loads into what it has spread
+            self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), checkpoint)
+        if self.args.load_best_model_at_end and best and Path(best).is_dir():
+            self._load_best_model()
+        elif not by_engine:
+            self._load_from_checkpoint(checkpoint)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """MMLU's numbers too, under the prefix that the Trainer asks for."""
@@ -6111,8 +6137,7 @@ def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> di
     if last and not asks_for_more(config, {"step": state.global_step, "epoch": state.epoch}):
         log.info("%s holds the last step: nothing is left to train", last)  # the Trainer would do one more
         trainer.state = state
-        best = state.best_model_checkpoint if config.training.load_best_model_at_end else None
-        trainer._load_from_checkpoint(best if best and Path(best).is_dir() else str(last))
+        trainer.load_end(str(last))
     else:
         if last and config.data.streaming:
             with mendable(f"{last}: no place in a stream to go on from"):

@@ -13,6 +13,7 @@
 # stays what it was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+set -m # or bash has what it starts with & ignore Ctrl-C, as torchrun then does while it waits for the other machines
 here=" $(hostname -I 2>/dev/null || true) " # torchrun itself knows HEAD only where the machine's name leads to it
 
 "${PYTHON:-python}" -m torch.distributed.run \
@@ -26,7 +27,7 @@ here=" $(hostname -I 2>/dev/null || true) " # torchrun itself knows HEAD only wh
     qlora.py "$@" &
 torchrun=$!
 trap 'kill -TERM $torchrun' TERM HUP
-trap : INT # which a terminal sends to torchrun as well
+trap 'kill -INT $torchrun' INT # in a process group of its own, it hears no terminal's
 
 # Where HEAD falls silent torchrun goes on reading from it, and does not see that the processes it started have ended.
 ended() { [ "$(ps -o stat= --ppid $torchrun | cut -c1 | sort -u)" = Z ]; }

@@ -668,6 +668,10 @@ RULES = [
         '--fsdp --fsdp_config {"fsdp_auto_wrap_policy":"SIZE_BASED_WRAP"}',
         "fsdp_config auto_wrap_policy SIZE_BASED_WRAP",
     ),
+    (
+        '--fsdp --fsdp_config {"activation_checkpointing":true}',
+        "fsdp_config activation_checkpointing --recompute_layers all",
+    ),
     ('--fsdp --fsdp_config {"cpu_ofload":true}', "fsdp_config cpu_ofload cpu_offload"),
     ("--do_predict --objective clm", "do_predict predict_with_generate"),
     ("--objective clm --mask_prob 0.2", "mask_prob clm objective"),
@@ -815,8 +819,36 @@ def test_fsdp_of_accelerate_launch_has_the_rules_of_the_flag(monkeypatch):
     for argv, named in (("--bits 8", "--bits 8"), ("--optim paged_adamw_8bit", "adamw_torch")):
         with pytest.raises(qlora.ConfigError, match=f"--fsdp: .*{named}"):
             parse(*argv.split())
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "false")
+    assert parse().training.optim == "adamw_torch"
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    with pytest.raises(qlora.ConfigError, match="--recompute_layers all"):
+        parse()
     monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP")
     with pytest.raises(qlora.ConfigError, match="auto_wrap_policy SIZE_BASED_WRAP"):
+        parse()
+
+
+def test_fsdp_takes_a_base_that_is_quantised_only_where_its_storage_is_a_float():
+    """bitsandbytes' default, also where the file does not say it, is uint8; sharding needs a floating dtype."""
+    config = parse("--fsdp", "--model_name_or_path", "some/base")
+    for own in ({}, {"bnb_4bit_quant_storage": "uint8"}):
+        with pytest.raises(qlora.ConfigError, match=r"^--fsdp: some/base .* stored as uint8, .* give the base as pub"):
+            qlora.check_prequantised(config, own)
+    qlora.check_prequantised(config, {"bnb_4bit_quant_storage": "float32"})
+    qlora.check_prequantised(parse(), {"bnb_4bit_quant_storage": "uint8"})
+
+
+def test_what_accelerate_launch_says_beside_the_flags_is_not_done_in_silence(monkeypatch):
+    """Its precision would be computed in whatever the run says of itself; DeepSpeed takes its own file alone."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for words in ((), ("--fp16",)):
+        with pytest.raises(qlora.ConfigError, match=r"mixed_precision bf16 of accelerate launch.* --bf16"):
+            parse(*words)
+    assert parse("--bf16").training.bf16
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(qlora.ConfigError, match=r"^--deepspeed: name a file.*deepspeed_config_file"):
         parse()
 
 

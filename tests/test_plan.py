@@ -377,6 +377,19 @@ def test_a_replica_on_each_gpu_is_recommended_where_the_quantised_base_fits(fold
     assert parts["FSDP2"].fixed > costs.fixed, "two layers are there whole"
 
 
+def test_engines_recompute_all_layers_or_none_in_the_table_too(folder):
+    """As in their runs; a replica on each GPU recomputes as many as it must."""
+    found = {name: set() for name in ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")}
+    model, costs = folder("7b"), None
+    flags = [*COMMON, "--per_device_train_batch_size", "16", "--auto_batch", "False", "--plan"]
+    for gib in (16, 24, 32, 40, 48):
+        config = qlora.parse_config(["--model_name_or_path", model, *flags, "--plan_gpu", f"2x{gib}GiB"])
+        costs = costs or qlora.costs_from_config(config, qlora.load_model_config(config, model))
+        for name, own in qlora.strategies(costs, config, 2).items():
+            found.get(name, set()).add(qlora.plan_from_flags(config, own).sizes.recomputed)
+    assert found["DDP"] - {0, 32} and all(found[name] <= {0, 32} for name in found if name != "DDP")
+
+
 @pytest.mark.parametrize(("gpu", "wanted"), [("8x48GiB", "ZeRO-2"), ("8x16GiB", "ZeRO-3"), ("2x16GiB", "none fits")])
 def test_a_full_fine_tune_shares_as_much_as_it_must(folder, gpu, wanted):
     """7B in bf16: 12.6 GiB of weights, as much of gradients, twice as much of the optimizer's averages, also in bf16.

@@ -210,6 +210,22 @@ def until(condition, seconds=120):
         time.sleep(0.02)
 
 
+def test_ctrl_c_ends_multinode_while_it_waits_for_other_machines(tmp_path):
+    """bash has its background commands ignore SIGINT, and so would torchrun, which handles it only while it trains."""
+    waiting = tmp_path / "torchrun"
+    waiting.write_text(f"#!{sys.executable}\nimport time\nprint('waiting', flush=True)\ntime.sleep(60)\n")
+    waiting.chmod(0o755)
+    command, env = ["bash", ROOT / "scripts/multinode.sh"], os.environ | {"HEAD": "10.0.0.1", "PYTHON": str(waiting)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as process:
+        try:
+            assert process.stdout.readline() == "waiting\n"
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(30) == 130
+        finally:
+            process.terminate()
+
+
 @pytest.mark.slow
 def test_a_machine_that_falls_silent_is_given_up_within_a_minute(start, tmp_path):
     """Two machines as two network namespaces; the cable between them is pulled: no connection ends by itself."""

@@ -116,13 +116,18 @@ def errors(text: str) -> list[str]:
 
 FULL = {"full_finetune": True}
 PREDICT = {"do_predict": True, "predict_with_generate": True, "max_new_tokens": 4, "do_mmlu_eval": True}
+# What `accelerate launch` tells of DeepSpeed.
+LAUNCHED = f"""
+import os
+os.environ |= {{"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": {str(zero(2))!r}}}
+"""
 # Each engine's run, the run of one process that it must repeat, and its flags.
 RUNS = {
     "one": (None, {}),
     "all": (None, FULL),
     "zero2": ("one", {"deepspeed": zero(2)}),
     "zero3": ("one", {"deepspeed": zero(3)}),
-    "zero2-all": ("all", {"deepspeed": zero(2), **FULL}),
+    "zero2-all": ("all", {"before": LAUNCHED, **FULL}),
     "zero3-all": ("all", {"deepspeed": "fixed", **FULL}),
     "fsdp-all": ("all", {"fsdp": [], "fsdp_config": {"cpu_offload": True}, "before": SHARDING, **FULL}),
 }
@@ -175,16 +180,25 @@ def assert_same(found: Path, wanted: Path) -> None:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_makes_the_run_of_one_process_and_goes_on_from_its_checkpoints(start, runs, name):
-    """The batches of 2 processes: 4 rows and 4, and at an epoch's end 2 rows and 1; to evaluate, 3 rows and 1."""
+    """The batches of 2 processes: 4 rows and 4, and at an epoch's end 2 rows and 1; to evaluate, 3 rows and 1.
+
+    FSDP goes on with 3 of them, too.
+    """
     if "zero" in name:
         deepspeed()
     like, flags = RUNS[name]
     assert_same(runs(name), runs(like))
-    resumed = start.folder / f"{name}-resumed"
-    shutil.copytree(runs(name) / "checkpoint-4", resumed / "checkpoint-4")
-    log = finish(start(2, resumed, **PREDICT, **as_given(start.folder, flags)))
-    assert "resuming from" in log
-    assert_same(resumed, runs(like))
+    assert any((runs(name) / "checkpoint-4").glob("global_step*")) == ("zero" in name)
+    begun = {}
+    for step in (4, 6):  # of 6: after the last one all is saved but the final weights
+        resumed = start.folder / f"{name}-resumed-{step}"
+        shutil.copytree(runs(name) / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
+        more = 3 if "fsdp" in name and step == 4 else 2  # with the effective batch of before
+        own = {"gradient_accumulation_steps": 4} | as_given(start.folder, flags)
+        begun[resumed] = start(more, resumed, **PREDICT, **own)
+    for resumed, processes in begun.items():
+        assert "resuming from" in finish(processes)
+        assert_same(resumed, runs(like))
 
 
 def test_what_fsdp_trained_is_evaluated_without_training(start, runs, tmp_path):
@@ -195,6 +209,29 @@ def test_what_fsdp_trained_is_evaluated_without_training(start, runs, tmp_path):
         (folder / name).unlink()
     finish(start(2, folder, do_train=False, **PREDICT, **RUNS["fsdp-all"][1]))
     assert_same(folder, runs("all"))
+
+
+def test_the_best_checkpoint_is_what_an_engine_ends_with(start, tmp_path):
+    """The first one, where more loss is called better."""
+    deepspeed()
+    flags = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    flags |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    engines = {
+        "fsdp": {"fsdp": [], "before": SHARDING},
+        "zero2": {"deepspeed": zero(2)},
+        "zero3": {"deepspeed": zero(3)},
+    }
+    begun = [start(1, tmp_path / "one", **flags)]
+    begun += [start(2, tmp_path / name, **flags, **own) for name, own in engines.items()]
+    for processes in begun:
+        finish(processes)
+    wanted = whole(tmp_path / "one")
+    last, first = (whole(tmp_path / "one" / f"checkpoint-{step}") for step in (4, 2))
+    assert all(torch.equal(wanted[name], first[name]) for name in wanted)
+    assert any((wanted[name] - last[name]).abs().max() > 1e-4 for name in wanted)
+    for name in engines:
+        ours = whole(tmp_path / name)
+        assert ours.keys() == wanted.keys() and all((ours[k] - wanted[k]).abs().max() < 1e-5 for k in ours), name
 
 
 # The scaler that accelerate has for fp16 on GPUs alone.
