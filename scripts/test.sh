@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests, in an environment that it makes itself: about 20 minutes on two CPU cores.
+# Runs the tests, in an environment that it makes itself: about 22 minutes on two CPU cores.
 #
 #   bash scripts/test.sh                            # all but those marked slow or network
 #   bash scripts/test.sh -k formats -x              # arguments go to pytest
