@@ -34,6 +34,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import errno
 import gc
 import gzip
 import hashlib
@@ -991,9 +992,8 @@ def flags_of(config: Config) -> argparse.Namespace:
     """What rules are about: every flag by its name, and what follows from several of them or from the tables."""
     flags, given, trackers = config.flags, config.given, config.training.report_to or ()
     installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"} if trackers else ()  # two not looked for
-    launched = {name: os.environ.get(f"FSDP_{name.upper()}") for name in FSDP_LAUNCH}
-    spread: Any = {"version": 1} | {name: value for name, value in launched.items() if value}
-    spread = config.training.fsdp_config if flags["fsdp"] else spread
+    launched = {name: value for name in FSDP_LAUNCH if (value := os.environ.get(f"FSDP_{name.upper()}"))}
+    spread: Any = config.training.fsdp_config if flags["fsdp"] else {"version": 1} | launched
     return argparse.Namespace(
         **flags,
         by_fsdp=uses_fsdp(flags["fsdp"]),
@@ -3651,16 +3651,8 @@ class Recompute(torch.autograd.Function):
         if Recompute.away:
             Recompute.away[-1].fetch()  # while this layer is computed again
         hidden = saved.detach().requires_grad_(ctx.needs_input_grad[3])
-        kind, dtype, enabled = ctx.autocast
-        now = random_state(hidden.device)
-        set_random_state(hidden.device, ctx.rng)
-        Recompute.skips_last = ctx.skip
-        try:
-            with torch.enable_grad(), torch.autocast(kind, dtype, enabled):
-                made = ctx.run(hidden, *ctx.args)
-        finally:
-            Recompute.skips_last = False
-            set_random_state(hidden.device, now)
+        with drawn_again(hidden.device, ctx.rng), computed_again(ctx.skip), torch.autocast(*ctx.autocast):
+            made = ctx.run(hidden, *ctx.args)
         outputs = made if isinstance(made, tuple) else (made,)
         pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
         torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
@@ -3678,6 +3670,28 @@ def set_random_state(device: torch.device, state: torch.Tensor) -> None:
         torch.cuda.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def drawn_again(device: torch.device, state: torch.Tensor) -> Iterator[None]:
+    """For a while the random numbers that followed a state of this device's generator."""
+    now = random_state(device)
+    set_random_state(device, state)
+    try:
+        yield
+    finally:
+        set_random_state(device, now)
+
+
+@contextlib.contextmanager
+def computed_again(skips_last: bool) -> Iterator[None]:
+    """A layer is computed a second time, with a tape; whether it leaves out its last product."""
+    Recompute.skips_last = skips_last
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        Recompute.skips_last = False
 
 
 def all_random_states() -> list[torch.Tensor]:
@@ -3744,11 +3758,8 @@ class Graphed(torch.autograd.Function):
         passes: Passes = ctx.passes
         passes.hidden.copy_(ctx.saved_tensors[0])
         passes.grad.copy_(grads[0])
-        device = passes.hidden.device
-        now = random_state(device)
-        set_random_state(device, ctx.rng)
-        passes.backward.replay()
-        set_random_state(device, now)
+        with drawn_again(passes.hidden.device, ctx.rng):
+            passes.backward.replay()
         return None, None, None, passes.grad.clone()
 
     @staticmethod
@@ -3805,12 +3816,8 @@ def _forward_pass(compute: Any, hidden: torch.Tensor) -> None:
 
 def _backward_pass(compute: Any, hidden: torch.Tensor, grad: torch.Tensor, trained: Any, skips_last: bool) -> None:
     again = hidden.detach().requires_grad_()
-    Recompute.skips_last = skips_last
-    try:
-        with torch.enable_grad():
-            out = compute(again)
-    finally:
-        Recompute.skips_last = False
+    with computed_again(skips_last):
+        out = compute(again)
     of_hidden, *found = torch.autograd.grad(out, [again, *trained], grad)
     if trained:
         torch._foreach_add_([Graphed.sums[parameter] for parameter in trained], found)
@@ -3860,6 +3867,11 @@ GROUPED_BY_FLAG = (
 END_TO_END = "end_to_end"  # the name of our attention among transformers'
 
 
+def has_kernel(dtype: torch.dtype, size: int, dropout: float | None) -> bool:
+    """Whether attention of rows of any length, with heads of this size, is one kernel on a GPU; else row by row."""
+    return dtype in (torch.bfloat16, torch.float16) and size in range(8, 257, 8) and not dropout
+
+
 def end_to_end_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, cu_seq_lens_q: Any = None,
@@ -3896,8 +3908,7 @@ def end_to_end_attention(
         )
         return out.transpose(1, 2).reshape(1, tokens, query.shape[1], -1), None
     q, k, v = (tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value))  # (tokens, heads, dim)
-    kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] in range(8, 257, 8)
-    if kernel and not dropout:
+    if q.is_cuda and has_kernel(q.dtype, q.shape[-1], dropout):
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         grouped: dict[str, Any] = {"enable_gqa": True} if k.shape[1] != q.shape[1] and GROUPED_BY_FLAG else {}
         found: Any = varlen_attn(
@@ -4358,8 +4369,7 @@ def graphable(base: Any, fast: FastPath, dtype: torch.dtype) -> bool:
     """Whether layers launch the same on each batch of a shape, whatever they compute."""
     text = base.config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // (getattr(text, "num_attention_heads", None) or 1)
-    # else attention takes rows one by one, by lengths that the CPU would have to know
-    kernel = dtype != torch.float32 and size in range(8, 257, 8) and not getattr(text, "attention_dropout", 0)
+    kernel = has_kernel(dtype, size, getattr(text, "attention_dropout", 0))  # row by row, the CPU must know lengths
     devices = {parameter.device for parameter in base.parameters()}
     on_gpu = len(devices) == 1 and devices.pop().type == "cuda"
     able = fast.by_input and fast.attention == END_TO_END and on_gpu and kernel and not stacked_experts(base)
@@ -4477,7 +4487,7 @@ class Costs(NamedTuple):
     unpacked: int  # a layer's weights in the compute dtype
     flops: float  # of a token, without recomputation
     repeated: float  # of a token, in all layers computed again
-    whole: bool = False  # whether an engine's hooks have all layers recomputed or none
+    all_or_none: bool = False  # whether an engine's hooks have all layers recomputed or none
 
     def activations(self, sizes: Sizes) -> int:
         """Bytes of a token that wait for the backward pass; one recomputed layer is there as a whole."""
@@ -4562,8 +4572,8 @@ def kept_by_layer(model: Any, base: Any, config: Config) -> int:
     return (found[1] - found[0]) // length // int(text.num_hidden_layers)
 
 
-def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
-    """The costs of the base model, from its shapes alone."""
+def costs_from_config(config: Config, model_config: PretrainedConfig, exact: bool = True) -> Costs:
+    """The costs of the base model, from its shapes alone; `exact` in what a layer keeps, which takes 1 s at 7B."""
     train, full = config.training, config.quant.full_finetune
     model = without_weights(config, copy.deepcopy(model_config))
     text, plain = model.config.get_text_config(), load_dtype(config).itemsize
@@ -4592,7 +4602,7 @@ def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
     layer = width * (sum(map(sum, of_layer.values())) + 2 * experts // (layers * hidden) + 4 * hidden)
     try:
         with mendable("not every model runs without values", ConfigError, RuntimeError, AssertionError):
-            layer = kept_by_layer(trainable, model, config) or layer
+            layer = (kept_by_layer(trainable, model, config) if exact else 0) or layer
     except ConfigError as error:
         log.info("plan: a layer is taken to keep all that its products take and give: %s", error)
     # torch's AdamW keeps its averages in the width of the weights, others in float32
@@ -4612,6 +4622,7 @@ def costs_from_config(config: Config, model_config: PretrainedConfig) -> Costs:
         unpacked=width * per_layer if config.quant.bits < 16 and train.fused_lora and not full else 0,
         flops=(6.0 if full else 4.0) * (held + experts) + 6.0 * (0 if full else count) + 4.0 * hidden * vocabulary,
         repeated=2.0 * layers * (per_layer - last) + 2.0 * experts,
+        all_or_none=is_sharded(config),
     )
 
 
@@ -4639,7 +4650,7 @@ def fit(costs: Costs, room: float, longest: int, window: int, gpu: Gpu, config: 
     rows = train.per_device_train_batch_size if train.auto_batch is False else None
     at_least = longest if rows is None else min(window, longest * rows)
     found: list[tuple[float, Sizes]] = []
-    numbers = range(0, costs.layers + 1, max(1, costs.layers) if costs.whole or is_sharded(config) else 1)
+    numbers = range(0, costs.layers + 1, max(1, costs.layers) if costs.all_or_none else 1)
     for recomputed in numbers if wanted is None else [wanted]:
         sizes = Sizes(rows, 0, recomputed)
         tokens = min(window, int((room - costs.fixed) / (costs.token + costs.activations(sizes))))
@@ -4762,7 +4773,8 @@ def strategies(costs: Costs, config: Config, number: int) -> dict[str, Costs]:
     # DeepSpeed and FSDP step on a float32 copy of bf16 weights, with averages of that width
     copied = config.quant.full_finetune and load_dtype(config) != torch.float32
     state = (2 * (costs.optimizer + costs.gradients) if copied else costs.optimizer) // number
-    shard = shared._replace(optimizer=state, paged=False, fixed=costs.fixed + two_layers, unpacked=0, whole=True)
+    shard = shared._replace(optimizer=state, paged=False, fixed=costs.fixed + two_layers, unpacked=0)
+    shard = shard._replace(all_or_none=True)
     parts = {name: getattr(costs, name) // number for name in ("layer", "kept", "unpacked")}
     parts["token"] = costs.token + costs.layer - parts["layer"]  # the recomputed layer that is there is whole
     return {
@@ -4833,12 +4845,18 @@ def free_memory(gpu: Any = None) -> float:
     return min(free, share - reserved) + reserved - torch.cuda.memory_allocated(gpu)
 
 
+def is_planned(rows: Any | None, config: Config) -> bool:
+    """Whether a run's steps are cut to a GPU's memory."""
+    train = config.training
+    return train.do_train and rows is not None and torch.cuda.is_available() and not train.use_cpu
+
+
 def choose_sizes(
     costs: Costs, model: Any, base: Any, fast: FastPath, rows: Any | None, config: Config
 ) -> tuple[Sizes, Plan | None]:
     """Micro-batches and recomputed layers for the memory that is free, and the plan, to compare with what comes."""
     train, layers = config.training, len(decoder_layers(base)) or costs.layers
-    if not train.do_train or rows is None or not torch.cuda.is_available() or train.use_cpu:
+    if rows is None or not is_planned(rows, config):
         wanted = wanted_recompute(config, layers)
         at_once = None if train.auto_batch else train.per_device_train_batch_size
         sizes = Sizes(at_once, 4096 if train.auto_batch else NO_LIMIT, layers if wanted is None else wanted)
@@ -4873,6 +4891,7 @@ def choose_sizes(
 MANIFEST = "checkpoint.json"
 COMPLETED = "completed"
 STREAM = "stream.json"  # in a checkpoint: the Place
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
 
 
@@ -4950,7 +4969,7 @@ def check_engine(checkpoint: Path, config: Config) -> None:
 def adapter_folder(folder: Path) -> Path | None:
     """Where a folder keeps its adapter: at its top or, as the original did, in adapter_model/."""
     for place in (folder, folder / "adapter_model"):
-        if (place / "adapter_config.json").is_file() and any(place.glob("adapter_model.*")):
+        if (place / "adapter_config.json").is_file() and any((place / name).is_file() for name in ADAPTER_FILES):
             return place
     return None
 
@@ -5118,8 +5137,9 @@ def written_aside(aside: Path, what: Path) -> Iterator[None]:
 
 # What a run leaves at the top of its folder, and --overwrite_output_dir takes away.
 RUN_FILES = (
-    COMPLETED, "adapter_model.*", "adapter_config.json", "model*.safetensors*", "config.json", "generation_config.json",
-    "*_results.json", "metrics.json", "predictions.jsonl", "trainer_state.json", "loss.png",
+    COMPLETED, "adapter_model.*", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "config.json", "generation_config.json", "*_results.json", "metrics.json", "predictions.jsonl",
+    "trainer_state.json", "loss.png",
 )  # fmt: skip
 
 
@@ -5949,7 +5969,6 @@ class QLoRATrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, with tokens in it
-
                 if self.place:
                     write_json(folder / STREAM, self.place)
                 seal(folder, self.run)
@@ -6183,9 +6202,8 @@ def whole_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
     names = model.all_tied_weights_keys  # of a bias that a head has twice the name that files have
     for name, parameter in model.named_parameters():
         if full or parameter.requires_grad:  # one after the other: a whole base may not fit
-            found[names.get(name, name)] = (
-                (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().cpu()
-            )
+            gathered = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            found[names.get(name, name)] = gathered.detach().cpu()
     return found
 
 
@@ -6202,7 +6220,6 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             tokenizer.save_pretrained(aside)
             if getattr(model, "lora_start", None):
                 fit_to_base(aside, model.lora_start)
-
             written = sorted(path.name for path in aside.iterdir())
             for name in written:
                 flush(aside / name)
@@ -6609,7 +6626,8 @@ def prepare(start: Start, inputs: Inputs, this_run: dict[str, Any], questions: A
     base = load_model(config, inputs.model_config, found or inputs.folder)
     special_ids_into_model(base, inputs.tokenizer)
     check_fit(base, inputs.statistics)
-    ready = assemble(base, costs_from_config(config, inputs.model_config), start, inputs.rows, pad_id, config)
+    costs = costs_from_config(config, inputs.model_config, exact=is_planned(inputs.rows, config))
+    ready = assemble(base, costs, start, inputs.rows, pad_id, config)
     splits = inputs.splits._replace(train=inputs.pairs.train if config.data.streaming else inputs.rows)
     with mendable("flags", ConfigError, RuntimeError):
         trainer = build_trainer(ready, inputs.tokenizer, splits, questions, this_run, stop, config)
@@ -6691,6 +6709,11 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     log.info("Done\n%s", table(lines))
 
 
+# A disk's, which the user can mend; another error of the system may be ours.
+DISK_ERRORS = {"ENOENT", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST"}
+DISK_ERRORS |= {"ENAMETOOLONG", "ESTALE", "EISDIR", "ENOTEMPTY", "ELOOP"}
+
+
 def exit_status(error: BaseException, output: Path | None = None) -> tuple[int, str] | None:
     """Exit status and message for what a user can mend; None for our bugs."""
     if is_lost(error):
@@ -6705,7 +6728,7 @@ def exit_status(error: BaseException, output: Path | None = None) -> tuple[int, 
     if isinstance(error, torch.OutOfMemoryError):
         lower = "lower --per_device_train_batch_size or --source_max_len and --target_max_len"
         return 2, f"not enough GPU memory: {lower}, or keep --gradient_checkpointing on"
-    if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):  # a disk's, mostly
+    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in DISK_ERRORS:
         return 2, f"{error.filename or 'a file'}: {error.strerror}"
     library = type(error).__module__.partition(".")[0]
     if library in INTEGRATION_TO_CALLBACK:  # no login, no connection, ...

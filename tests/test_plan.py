@@ -294,18 +294,29 @@ def test_experts_that_stay_whole_are_named_before_training(models, caplog, bits,
     assert kinds == {{4: "Linear4bit", 8: "Linear8bitLt", 16: "Linear"}[bits]}
 
 
-def test_layers_on_several_gpus_of_one_process_have_the_speed_of_one(folder, monkeypatch):
+@pytest.fixture
+def on_two_gpus(folder, monkeypatch):
+    """`on_two_gpus(shape, name, size, free, used, share)`, in GiB of each -> config and costs of a model there."""
+
+    def pretend(shape, name, size, free, used=0.0, share=1.0):
+        model, gib = folder(shape), 2**30
+        config = qlora.parse_config(["--model_name_or_path", model, *COMMON, "--plan"])
+        costs = qlora.costs_from_config(config, qlora.load_model_config(config, model))
+        answers = {"is_available": True, "device_count": 2, "mem_get_info": (free * gib, size * gib)}
+        answers |= {"memory_reserved": 0, "memory_allocated": used * gib, "get_per_process_memory_fraction": share}
+        answers["get_device_properties"] = SimpleNamespace(name=name, total_memory=size * gib)
+        for function, answer in answers.items():
+            monkeypatch.setattr(f"torch.cuda.{function}", lambda *args, answer=answer: answer)
+        monkeypatch.setattr(config.training, "use_cpu", False)
+        monkeypatch.setattr(qlora, "calibrated", lambda costs, *args: costs)
+        return config, costs
+
+    return pretend
+
+
+def test_layers_on_several_gpus_of_one_process_have_the_speed_of_one(on_two_gpus, monkeypatch):
     """One waits for the other; with torchrun each process has a GPU of its own, and all train at once."""
-    model, gib = folder("1b"), 2**30
-    answers = {"is_available": True, "device_count": 2, "mem_get_info": (79 * gib, 79 * gib), "memory_reserved": 0}
-    answers |= {"memory_allocated": 0, "get_per_process_memory_fraction": 1.0}
-    answers["get_device_properties"] = SimpleNamespace(name="NVIDIA H100", total_memory=79 * gib)
-    config = qlora.parse_config(["--model_name_or_path", model, *COMMON, "--plan"])
-    costs = qlora.costs_from_config(config, qlora.load_model_config(config, model))
-    for name, answer in answers.items():
-        monkeypatch.setattr(f"torch.cuda.{name}", lambda *args, answer=answer: answer)
-    monkeypatch.setattr(config.training, "use_cpu", False)
-    monkeypatch.setattr(qlora, "calibrated", lambda costs, *args: costs)
+    config, costs = on_two_gpus("1b", "NVIDIA H100", 79, free=79)
     speeds = []
     for processes in (1, 2):
         monkeypatch.setattr(qlora, "world", lambda processes=processes: (0, processes))
@@ -315,18 +326,9 @@ def test_layers_on_several_gpus_of_one_process_have_the_speed_of_one(folder, mon
     assert qlora.find_gpu(None).number == 2 and speeds[1] == 2 * speeds[0] > 0
 
 
-def test_layers_on_several_gpus_of_one_process_have_the_memory_of_all(folder, monkeypatch):
+def test_layers_on_several_gpus_of_one_process_have_the_memory_of_all(on_two_gpus):
     """70B in 4 bits, 35 GiB of layers and head: on two GPUs whose share for this process is 24 GiB each."""
-    model, gib = folder("70b"), 2**30
-    answers = {"is_available": True, "device_count": 2, "mem_get_info": (130 * gib, 140 * gib), "memory_reserved": 0}
-    answers |= {"memory_allocated": 17.5 * gib, "get_per_process_memory_fraction": 24 / 140}
-    answers["get_device_properties"] = SimpleNamespace(name="NVIDIA H200", total_memory=140 * gib)
-    config = qlora.parse_config(["--model_name_or_path", model, *COMMON, "--plan"])
-    costs = qlora.costs_from_config(config, qlora.load_model_config(config, model))
-    for name, answer in answers.items():
-        monkeypatch.setattr(f"torch.cuda.{name}", lambda *args, answer=answer: answer)
-    monkeypatch.setattr(config.training, "use_cpu", False)
-    monkeypatch.setattr(qlora, "calibrated", lambda costs, *args: costs)
+    config, costs = on_two_gpus("70b", "NVIDIA H200", 140, free=130, used=17.5, share=24 / 140)
     plans = []
     for gpus in (1, 2):
         base = torch.nn.Module()
