@@ -261,6 +261,19 @@ def agree(value: int = 0, way: str = "MAX") -> int:
     return value
 
 
+def part() -> None:
+    """Take the processes' connections down once all are done with them.
+
+    Left to Python's end, a thread of gloo's may free a tensor when Python is no more, which aborts a process that did
+    all its work (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    if torch.distributed.is_initialized():
+        agree()
+        _cpu_group.cache_clear()
+        torch.distributed.destroy_process_group()
+        gc.collect()  # a group ends its threads when nothing holds it, such as a trainer in a cycle
+
+
 @contextlib.contextmanager
 def first_one_first() -> Iterator[None]:
     """For what is made once on each machine: its first process goes first, the others find it made."""
@@ -6762,7 +6775,9 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, Stop], int
         with signals_noted(stop):
             config = parse_config(argv)
             output = Path(config.training.output_dir)
-            return action(config, stop)
+            status = action(config, stop)
+            part()
+            return status
     except (Exception, KeyboardInterrupt) as error:
         known, lost = exit_status(error, output), is_lost(error)
         if known is None:

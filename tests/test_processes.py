@@ -38,6 +38,18 @@ import qlora
 sys.exit(qlora.main())
 """
 
+# What says after a run which of gloo's threads are left: they may abort a process as Python ends.
+PARTED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import qlora
+code = qlora.main()
+names = [Path(thread, "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
+print(f"rank {{os.environ['RANK']}} ends with {{sorted(n for n in names if 'gloo' in n)}}", file=sys.stderr, flush=True)
+sys.exit(code)
+"""
+
 
 @pytest.fixture(scope="module")
 def start(models, tmp_path_factory):
@@ -109,9 +121,12 @@ def runs(start):
         "do_predict": True, "predict_with_generate": True, "max_new_tokens": 4, "do_mmlu_eval": True,
         "mmlu_dataset": "mmlu-zs", "mmlu_dir": here / "mmlu",
     }  # fmt: skip
+    parted = here / "parted.py"
+    parted.write_text(PARTED.format(root=str(ROOT)))
     one = start(1, here / "one", gradient_accumulation_steps=8, **after)
-    two = start(2, here / "two", **after)
-    finish(one), finish(two)
+    two = start(2, here / "two", program=parted, **after)
+    finish(one)
+    assert sorted(re.findall(r"rank \d ends with \[.*\]", finish(two))) == [f"rank {n} ends with []" for n in (0, 1)]
     subprocess.run(["mkdir", here / "fewer"], check=True)
     subprocess.run(["cp", "-r", here / "two" / "checkpoint-4", here / "fewer"], check=True)
     return here, finish(start(1, here / "fewer"))  # the run of two as it was after 4 of its 6 steps, with its flags
