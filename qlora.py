@@ -3749,6 +3749,10 @@ class Graphed(torch.autograd.Function):
     They add the gradients of parameters up where they stay from step to step.
     """
 
+    most: ClassVar[int] = (
+        32  # shapes that are recorded: of rows up to 512 long there may be 512, each some MB of graphs
+    )
+    shapes: ClassVar[set[Any]] = set()
     made: ClassVar[dict[Any, Passes | None]] = {}  # by layer and shapes
     buffers: ClassVar[dict[Any, tuple[torch.Tensor, torch.Tensor]]] = {}  # by shape, of all layers
     slots: ClassVar[list[list[Any]]] = []
@@ -3806,6 +3810,7 @@ class Graphed(torch.autograd.Function):
     def forget() -> None:
         """Let go of all graphs and their memory."""
         Graphed.made, Graphed.buffers, Graphed.slots, Graphed.sums, Graphed.pool = {}, {}, [], {}, None
+        Graphed.shapes = set()
 
 
 def _slot(slots: list[list[Any]], value: torch.Tensor) -> torch.Tensor:
@@ -3863,11 +3868,12 @@ def graphed(
     leaves = tree_leaves(rest)
     shapes = [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     key = (layer, hidden.shape, hidden.dtype, *shapes)
-    if key not in Graphed.made:
-        Graphed.made[key] = None
+    if key not in Graphed.made or (key[1:] not in Graphed.shapes and len(Graphed.shapes) == Graphed.most):
+        Graphed.made.setdefault(key)
         return recompute(how, anchor, run, hidden, *args)
     passes = Graphed.made[key]
     if passes is None:
+        Graphed.shapes.add(key[1:])
         what = f"--cuda_graphs: {type(layer).__name__} can't be recorded, leave the flag out"
         with mendable(what, QLoRAError, RuntimeError):  # and torch not be used after a recording that failed
             passes = Graphed.made[key] = Graphed.record(layer, run, how[0], hidden, rest)

@@ -1167,7 +1167,9 @@ def graphs_chosen(monkeypatch):
     return patch
 
 
-def test_layers_as_graphs_train_as_layers_that_are_recomputed(run_qlora, tmp_path, many_shapes, graphs_chosen):
+def test_layers_as_graphs_train_as_layers_that_are_recomputed(
+    run_qlora, tmp_path, many_shapes, graphs_chosen, monkeypatch
+):
     """What keeps a graph's inputs and gradients, over windows of many shapes; here a graph calls what it recorded."""
     flags, made, replayed = many_shapes, [], []
     plain = run_qlora(output_dir=tmp_path / "plain", **flags)
@@ -1179,6 +1181,11 @@ def test_layers_as_graphs_train_as_layers_that_are_recomputed(run_qlora, tmp_pat
     graphs_chosen(recorded)
     graphs = run_qlora(output_dir=tmp_path / "graphs", **flags)
     assert len(made) >= 12 and len(replayed) > 40 and "in CUDA graphs" in graphs.stderr
+    monkeypatch.setattr(qlora.Graphed, "most", 2)
+    made.clear()
+    few = run_qlora(output_dir=tmp_path / "few", **flags)
+    assert len(made) == 2 * 2 * 2, "shapes, layers, passes; other shapes are launched"
+    assert losses(few) == pytest.approx(losses(plain), rel=1e-4)
 
     def cannot(function, device):
         raise RuntimeError("operation not permitted when stream is capturing")

@@ -115,6 +115,7 @@ def errors(text: str) -> list[str]:
 
 
 FULL = {"full_finetune": True}
+SHARDS = {**FULL, "max_shard_size": "200KB"}  # of 520 KB
 PREDICT = {"do_predict": True, "predict_with_generate": True, "max_new_tokens": 4, "do_mmlu_eval": True}
 # What `accelerate launch` tells of DeepSpeed.
 LAUNCHED = f"""
@@ -127,9 +128,9 @@ RUNS = {
     "all": (None, FULL),
     "zero2": ("one", {"deepspeed": zero(2)}),
     "zero3": ("one", {"deepspeed": zero(3)}),
-    "zero2-all": ("all", {"before": LAUNCHED, **FULL}),
-    "zero3-all": ("all", {"deepspeed": "fixed", **FULL}),
-    "fsdp-all": ("all", {"fsdp": [], "fsdp_config": {"cpu_offload": True}, "before": SHARDING, **FULL}),
+    "zero2-all": ("all", {"before": LAUNCHED, **SHARDS}),
+    "zero3-all": ("all", {"deepspeed": "fixed", **SHARDS}),
+    "fsdp-all": ("all", {"fsdp": [], "fsdp_config": {"cpu_offload": True}, "before": SHARDING, **SHARDS}),
 }
 ENGINES = [name for name, (like, _) in RUNS.items() if like]
 
@@ -160,8 +161,9 @@ def as_given(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def whole(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = [*folder.glob("adapter_model.safetensors"), *folder.glob("model.safetensors")]
-    return load_file(file)
+    """All weights, of one file or of shards."""
+    files = [*folder.glob("adapter_model.safetensors"), *folder.glob("model*.safetensors")]
+    return {name: weight for file in files for name, weight in load_file(file).items()}
 
 
 def assert_same(found: Path, wanted: Path) -> None:
@@ -189,6 +191,7 @@ def test_an_engine_makes_the_run_of_one_process_and_goes_on_from_its_checkpoints
     like, flags = RUNS[name]
     assert_same(runs(name), runs(like))
     assert any((runs(name) / "checkpoint-4").glob("global_step*")) == ("zero" in name)
+    assert (len([*runs(name).glob("model-*-of-*.safetensors")]) > 2) == ("all" in name)
     begun = {}
     for step in (4, 6):  # of 6: after the last one all is saved but the final weights
         resumed = start.folder / f"{name}-resumed-{step}"
