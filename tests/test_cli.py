@@ -63,7 +63,7 @@ def commands_in(text: str) -> list[list[str]]:
     return found
 
 
-PAGES = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("examples/**/*.md"))) if path.exists()]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("examples/**/*.md")), ROOT / "scripts/results/README.md"]
 IN_PAGES = [(page.name, words) for page in PAGES for words in commands_in(page.read_text(encoding="utf-8"))]
 
 

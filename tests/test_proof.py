@@ -152,7 +152,8 @@ def test_memory(tmp_path, capsys):
     assert "| tiny | 48.0 |" in (tmp_path / "memory.md").read_text() and (tmp_path / "memory.png").is_file()
 
 
-COMMANDS = re.findall(r"python (scripts/\w+)\.py([^`\n]*)", (ROOT / "README.md").read_text(encoding="utf-8"))
+RESULTS = [(ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in ("", "scripts/results")]
+COMMANDS = re.findall(r"python (scripts/\w+)\.py([^`\n]*)", "".join(RESULTS))
 MEASURE = [(Path(script).name, words) for script, words in COMMANDS if re.search("proof|memory|benchmark", script)]
 
 
