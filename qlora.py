@@ -264,14 +264,15 @@ def agree(value: int = 0, way: str = "MAX") -> int:
 def part() -> None:
     """Take the processes' connections down once all are done with them.
 
-    Left to Python's end, a thread of gloo's may free a tensor when Python is no more, which aborts a process that did
-    all its work (https://github.com/pytorch/pytorch/issues/190489).
+    Left to Python's end, a thread of gloo's may let go of the last tensor it sent when Python is no more, which aborts
+    a process that did all its work (https://github.com/pytorch/pytorch/issues/190489). A group ends its threads when
+    nothing holds it any longer. Ours, which speaks last, does so here; torch's own is held by some modules.
     """
     if torch.distributed.is_initialized():
         agree()
         _cpu_group.cache_clear()
         torch.distributed.destroy_process_group()
-        gc.collect()  # a group ends its threads when nothing holds it, such as a trainer in a cycle
+        gc.collect()
 
 
 @contextlib.contextmanager
