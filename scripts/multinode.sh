@@ -13,10 +13,15 @@
 # stays what it was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-set -m # or bash has what it starts with & ignore Ctrl-C, as torchrun then does while it waits for the other machines
 here=" $(hostname -I 2>/dev/null || true) " # torchrun itself knows HEAD only where the machine's name leads to it
 
-"${PYTHON:-python}" -m torch.distributed.run \
+# Where HEAD falls silent torchrun ($$, below) goes on reading from it, and does not see that its processes have ended.
+ended() { [ "$(ps -o stat= --ppid $$ | cut -c1 | sort -u)" = Z ]; }
+(while sleep 10 && kill -0 $$; do
+    ended && sleep 10 && ended && kill -KILL $$
+done &> /dev/null &)
+
+exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "${NODES:-2}" \
     --nproc_per_node "${GPUS:-gpu}" \
     --rdzv_backend c10d \
@@ -24,17 +29,4 @@ here=" $(hostname -I 2>/dev/null || true) " # torchrun itself knows HEAD only wh
     --rdzv_id "${RUN_ID:-qlora}" \
     $([[ $here == *" $HEAD "* ]] && echo --rdzv_conf is_host=1) \
     ${LOCAL_ADDR:+--local_addr "$LOCAL_ADDR"} \
-    qlora.py "$@" &
-torchrun=$!
-trap 'kill -TERM $torchrun' TERM HUP
-trap 'kill -INT $torchrun' INT # in a process group of its own, it hears no terminal's
-
-# Where HEAD falls silent torchrun goes on reading from it, and does not see that the processes it started have ended.
-ended() { [ "$(ps -o stat= --ppid $torchrun | cut -c1 | sort -u)" = Z ]; }
-while sleep 10 && kill -0 $torchrun; do
-    ended && sleep 10 && ended && kill -KILL $torchrun
-done &> /dev/null &
-
-code=0
-until wait $torchrun 2> /dev/null && code=0 || code=$?; ! kill -0 $torchrun 2> /dev/null; do :; done
-exit $((code == 137 ? 1 : code)) # torchrun's own status where a process failed
+    qlora.py "$@"
