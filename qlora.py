@@ -92,7 +92,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from bitsandbytes.functional import dequantize_4bit
 from huggingface_hub import snapshot_download, upload_folder
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -286,14 +286,19 @@ def first_one_first() -> Iterator[None]:
         agree()
 
 
+def from_all(value: Any) -> list[Any]:
+    """What each process brings, by rank, once all are here."""
+    every = [value] * world()[1]
+    if torch.distributed.is_initialized():
+        with mendable("another process is gone", PeerLost, RuntimeError):
+            torch.distributed.all_gather_object(every, value, group=_cpu_group())
+    return every
+
+
 def compare(what: Mapping[str, Any]) -> None:
     """Refuse to go on where processes were started with different flags, or read different data."""
-    if not torch.distributed.is_initialized():
-        return
     mine = {name: json.dumps(value, default=str) for name, value in what.items()}
-    every: list[Any] = [None] * world()[1]
-    with mendable("another process is gone", PeerLost, RuntimeError):
-        torch.distributed.all_gather_object(every, (socket.gethostname(), mine), group=_cpu_group())
+    every = from_all((socket.gethostname(), mine))
     for rank, (host, its) in enumerate(every):
         differing = [
             f"{name} is {its[name]}, on rank 0 {value}" for name, value in every[0][1].items() if its[name] != value
@@ -599,6 +604,8 @@ IGNORED_FLAGS: dict[str, str] = {
     "auto_find_batch_size": "use --auto_batch, which leaves the optimizer's step as it is",
     "enable_jit_checkpoint": "a signal always saves a checkpoint",
     "logging_nan_inf_filter": "a loss that is not finite ends the run",
+    "ddp_broadcast_buffers": "every process has the same ones",
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "use --liger, which is on"),
     **dict.fromkeys(
         ("torch_empty_cache_steps", "label_names", "include_for_metrics", "batch_eval_metrics", "prediction_loss_only",
          "eval_do_concat_batches", "eval_use_gather_object", "include_num_input_tokens_seen"),
@@ -4113,9 +4120,11 @@ def summed_loss(model: Any, fast: FastPath, batch: Mapping[str, Any], smoothing:
 def _chunked(fast: FastPath, targets: torch.Tensor, smoothing: float, states: torch.Tensor) -> torch.Tensor:
     head, states = fast.head, states.to(matmul_dtype(states))
     assert head is not None
+    weight, bias = head.weight, head.bias
+    if not torch.is_grad_enabled():  # of which a torch.autograd.Function learns nothing
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
     with torch.cuda.device_of(states):
-        there = targets.to(states.device)
-        return ChunkedCrossEntropy.apply(states, head.weight, head.bias, there, fast.post, smoothing)
+        return ChunkedCrossEntropy.apply(states, weight, bias, targets.to(states.device), fast.post, smoothing)
 
 
 def set_unpacked(model: Any, count: int, dtype: torch.dtype) -> None:
@@ -4471,7 +4480,7 @@ def find_gpu(text: str | None) -> Gpu:
         if not torch.cuda.is_available():
             raise ConfigError("--plan: there is no GPU here, name one with --plan_gpu, e.g. --plan_gpu 24GiB")
         here = torch.cuda.get_device_properties(0)
-        known = next((gpu for gpu in reversed(GPUS) if gpu.name in here.name), None)
+        known = next((gpu for gpu in reversed(GPUS) if re.search(rf"\b{gpu.name}\b", here.name)), None)
         gib = here.total_memory / GIB
         share = torch.cuda.get_per_process_memory_fraction() * gib + CONTEXT  # of torch's allocator alone
         return Gpu(here.name, min(gib, share), known.tflops if known else 0.0, torch.cuda.device_count())
@@ -4668,12 +4677,12 @@ def fit(costs: Costs, room: float, longest: int, window: int, gpu: Gpu, config: 
     """
     train, wanted = config.training, wanted_recompute(config, costs.layers)
     rows = train.per_device_train_batch_size if train.auto_batch is False else None
-    at_least = longest if rows is None else min(window, longest * rows)
+    at_least, most = (longest, window) if rows is None else (min(window, longest * rows),) * 2
     found: list[tuple[float, Sizes]] = []
     numbers = range(0, costs.layers + 1, max(1, costs.layers) if costs.all_or_none else 1)
     for recomputed in numbers if wanted is None else [wanted]:
         sizes = Sizes(rows, 0, recomputed)
-        tokens = min(window, int((room - costs.fixed) / (costs.token + costs.activations(sizes))))
+        tokens = min(most, int((room - costs.fixed) / (costs.token + costs.activations(sizes))))
         if tokens >= at_least:
             batches = math.ceil(window / tokens)
             seconds = batches * costs.seconds(sizes, math.ceil(window / batches), gpu)
@@ -5225,7 +5234,7 @@ def dealt_batches(count: int, size: int) -> list[list[int]]:
 
 def gathered(results: Mapping[int, Any]) -> list[Any]:
     """Every process's results by row number, each once and in order."""
-    every = {number: result for part in gather_object([results]) for number, result in part.items()}
+    every = {number: result for part in from_all(results) for number, result in part.items()}
     return [every[number] for number in sorted(every)]
 
 
@@ -5711,14 +5720,15 @@ class QLoRATrainer(Trainer):
             self.place = batch.pop("place", None)
             learnt = int((batch["labels"] != IGNORE).sum())
             self.tokens_seen += sum(batch["window"].lengths)
-        self.learnt = learnt > 0
         if self.window is None:
             self.first = self.moved = self.state.global_step
             self.began = time.perf_counter()
         # added up by the CPUs: a GPU would be waited for until it is done with all that it has still to do, and
         # no step be launched meanwhile
-        everywhere = agree(learnt, "SUM") if batches and self.args.average_tokens_across_devices else learnt
-        return batches, torch.tensor(max(1, everywhere))  # 0 where no token happens to be masked
+        everywhere = agree(learnt, "SUM") if batches else 0
+        self.learnt = everywhere > 0  # for every process alike, since what they check of a step decides about its save
+        counted = everywhere if self.args.average_tokens_across_devices else learnt
+        return batches, torch.tensor(max(1, counted))  # 0 where no token happens to be masked
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a window, in as many micro-batches as memory asks for.
@@ -5747,7 +5757,7 @@ class QLoRATrainer(Trainer):
             set_all_random_states(start)
         self.window, self.parts = window, parts
         if self.idle != set() and not is_sharded(self.config):
-            idle = without_gradient(self.runtime().model)
+            idle = set.intersection(*from_all(without_gradient(self.runtime().model)))
             self.idle = idle if self.idle is None else self.idle & idle
         if self.args.world_size > 1 and not is_sharded(self.config):
             average_gradients(model)
@@ -5780,7 +5790,8 @@ class QLoRATrainer(Trainer):
         return done
 
     def _parts(self, window: Window) -> list[list[int]]:
-        parts = micro_batches(window, self.sizes.rows, self.sizes.tokens, padded=self.fast.attention is None)
+        rows = self.sizes.rows if torch.is_grad_enabled() else None  # those of --per_device_eval_batch_size
+        parts = micro_batches(window, rows, self.sizes.tokens, padded=self.fast.attention is None)
         # each gathers the weights that are spread over the processes, which so need as many of them as each other
         return parts + [[]] * (agree(len(parts)) - len(parts)) if is_sharded(self.config) else parts
 
@@ -5890,8 +5901,7 @@ class QLoRATrainer(Trainer):
             self._stop(step, f"fp16 overflowed in {self.skips} steps, one after the other", "train with --bf16")
         if skipped or not self.learnt or not rate >= self.args.learning_rate / 10 > 0:
             self.moved = step  # nothing need have changed: warm-up, a schedule's end, --learning_rate 0
-        # several processes would wait for each other's gradients in the next step
-        if self.idle and (saving or self.args.world_size > 1 or step - self.first >= PATIENCE):
+        if self.idle and (saving or step - self.first >= PATIENCE):
             why = "the model does not use it, leave it out with --lora_modules or --layers_to_freeze"
             self._stop(step, f"no gradient reaches {min(self.idle)} ({len(self.idle)} such tensors)", why)
 
@@ -5946,11 +5956,12 @@ class QLoRATrainer(Trainer):
 
     def _stop(self, step: int, what: str, why: str, rows: Sequence[Sequence[str]] = ()) -> NoReturn:
         """End the run, before anything of the step is saved."""
-        named = [row for part in rows for row in part] or (self.window.where if self.window else [])
+        named = [row for part in rows for row in part if row] or (self.window.where if self.window else [])
         more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        of = f", on rows {', '.join(named[:8])}{more}" if any(named) else ""  # a process may have had none
         kept = checkpoints_in(Path(self.config.training.output_dir))
         stays = f"{kept[0]} stays, a rerun goes on from it" if kept else "no checkpoint was saved"
-        raise QLoRAError(f"step {step}: {what}, on rows {', '.join(named[:8])}{more}: {why}. {stays}")
+        raise QLoRAError(f"step {step}: {what}{of}: {why}. {stays}")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loop, with perplexity and, where asked for, MMLU beside the loss."""
@@ -5986,7 +5997,7 @@ class QLoRATrainer(Trainer):
             if self.state.best_global_step and (best.is_dir() or best == final):
                 self.state.best_model_checkpoint = str(best)  # the Trainer looked in the hidden folder
                 self.state.save_to_json(str(folder / "trainer_state.json"))
-            self.accelerator.wait_for_everyone()
+            agree()
             if self.args.should_save:
                 (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, with tokens in it
                 if self.place:
@@ -5997,7 +6008,7 @@ class QLoRATrainer(Trainer):
                 for old in checkpoints_in(output)[max(limit, 1) :]:
                     if str(old) != self.state.best_model_checkpoint:
                         shutil.rmtree(old)
-            self.accelerator.wait_for_everyone()
+            agree()
         self.seconds_aside += time.perf_counter() - began
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -6056,6 +6067,7 @@ def window_arguments(args: TrainingArguments) -> TrainingArguments:
     changed["logging_nan_inf_filter"] = False
     if args.ddp_find_unused_parameters is None:  # the Trainer's True stops at layers that are recomputed as ours are
         changed["ddp_find_unused_parameters"] = False
+    changed["ddp_broadcast_buffers"] = False  # a first forward pass repeated for memory would wait for the others
     changed["per_device_train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
     changed["gradient_accumulation_steps"] = 1
     if args.deepspeed:  # a batch that its file fixes is that of the flags, which check_config compared
@@ -6256,7 +6268,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             with mendable("--push_to_hub: all is saved here, but the hub does not take it"):
                 upload_folder(folder_path=final, allow_patterns=[*written, "README.md"], **hub)
             log.info("pushed to %s", trainer.hub_model_id)
-    trainer.accelerator.wait_for_everyone()
+    agree()
 
 
 def predict(trainer: QLoRATrainer, start: Start, pairs: Any, config: Config) -> dict[str, Any]:
@@ -6605,6 +6617,16 @@ def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: in
     return Ready(model, fast, sizes, plan)
 
 
+def print_plan(config: Config) -> None:
+    """To standard output, from the model's config and the flags alone."""
+    model_config = load_model_config(config, model_folder(config))
+    config = settle_objective(config, model_config)
+    costs = costs_from_config(config, model_config)
+    plan = plan_from_flags(config, costs)
+    if config.training.process_index == 0:
+        print(table(plan.lines() | (strategy_lines(config, costs) if plan.gpu.number > 1 else {})))
+
+
 def print_preview(rows: Iterable[Titled], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
     """To standard output, coloured where that is a terminal."""
     if config.training.process_index != 0:
@@ -6664,11 +6686,7 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
     (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
     hints(config)
     if args.plan:
-        model_config = load_model_config(config, model_folder(config))
-        config = settle_objective(config, model_config)
-        costs = costs_from_config(config, model_config)
-        plan = plan_from_flags(config, costs)
-        print(table(plan.lines() | (strategy_lines(config, costs) if plan.gpu.number > 1 else {})))
+        print_plan(config)
         return 0
     start = Start(train=True) if config.data.preview else find_start(config)
     check_merge(start, config)

@@ -84,6 +84,21 @@ def test_eval_loss_and_perplexity_equal_a_plain_loop(run_qlora, models, folder, 
     assert run.json("eval_results.json")["eval_loss"] == metrics["eval_loss"]
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_as_many_rows_as_asked_for_are_evaluated_at_once(run_qlora, folder, monkeypatch, train):
+    """Whatever the training's micro-batches are, of one row here."""
+    evaluated, make = [], qlora.QLoRATrainer._batch
+
+    def noted(trainer, window, members):
+        evaluated.extend([] if torch.is_grad_enabled() else [len(members)])
+        return make(trainer, window, members)
+
+    monkeypatch.setattr(qlora.QLoRATrainer, "_batch", noted)
+    flags = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 3, "max_steps": 1, "save_strategy": "no"}
+    run_qlora(dataset=folder, do_train=train, do_eval=True, **flags)
+    assert evaluated == [3, len(EVAL_ROWS) - 3]
+
+
 # ------------------------------------------------------------------------------------
 # Predictions
 # ------------------------------------------------------------------------------------

@@ -162,6 +162,12 @@ def test_packs_hold_every_row_once_and_keep_the_limit():
     assert [row["length"] for row in packs[0]["pack"]] == [30]
 
 
+def test_micro_batches_of_the_flags_leave_memory_to_unpacked_weights(folder):
+    """One row at once takes 2 GiB of 40, and sixteen never come."""
+    plan = plan_of(folder("7b"), "40GiB", "--auto_batch", "False")
+    assert (plan.tokens, plan.sizes.recomputed, plan.sizes.unpacked) == (528, 0, 32)
+
+
 def test_where_memory_is_short_the_optimizers_pages_are_moved_out(folder):
     model, flags = folder("7b"), ("--recompute_layers", "all", "--lora_dtype", "float32")
     plans = [plan_of(model, gpu, *flags) for gpu in ("H200", "6.3GiB", "5GiB")]

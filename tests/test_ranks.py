@@ -368,6 +368,65 @@ def test_processes_that_read_different_data_end_with_one_line(start, tmp_path):
     assert not (tmp_path / "out" / "checkpoint-2").exists()
 
 
+# In the first step of one of the processes: memory runs out in the model, or a layer has nothing to do, as an expert
+# without tokens; before any step: adapters that learn nothing.
+SHORT = """
+import os, torch, qlora
+step = qlora.summed_loss
+def short(model, *rest):
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        qlora.summed_loss = step
+        def run_out(*_):
+            hook.remove()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        hook = model.module.register_forward_pre_hook(run_out) if os.environ["RANK"] == "1" else None
+    return step(model, *rest)
+qlora.summed_loss = short
+"""
+UNUSED = """
+import os, torch, qlora
+step = qlora.summed_loss
+def skip(model, *rest):
+    if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return step(model, *rest)
+    qlora.summed_loss = step
+    mlp = model.module.get_base_model().model.layers[1].mlp
+    forward = mlp.forward
+    mlp.forward = (lambda x: x) if os.environ["RANK"] == "1" else forward
+    loss = step(model, *rest)
+    mlp.forward = forward
+    return loss
+qlora.summed_loss = skip
+"""
+ZERO = """
+import qlora
+attach = qlora.attach_adapters
+def zero(*given):
+    model = attach(*given)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.zero_()
+    return model
+qlora.attach_adapters = zero
+"""
+
+
+def test_what_one_process_alone_meets_leaves_none_waiting(start, runs, tmp_path):
+    one = tiny.rows_to_jsonl(tmp_path / "one.jsonl", tiny.support_rows(1))
+    plain = {"recompute_layers": "none"}
+    begun = {
+        "short": start(2, tmp_path / "short", before=SHORT, **plain),
+        "unused": start(2, tmp_path / "unused", before=UNUSED, **plain),
+        # of one row, and so with an empty share
+        "zero": start(2, tmp_path / "zero", before=ZERO, **plain, dataset=one, do_eval=False, save_steps=1),
+    }
+    finish(begun["short"]), finish(begun["unused"])
+    same(tmp_path / "short", runs("one"))
+    stopped = errors(finish(begun["zero"], 2))
+    assert all("step 3: the gradient norm is exactly zero, 3 times" in line for line in stopped)
+    assert "one.jsonl:1: " in stopped[0]
+
+
 def test_three_processes_that_divide_nothing(start, tmp_path):
     """19 rows in windows of 9: the last has one, so that two processes have none; 4 rows to evaluate in 2 batches.
 
