@@ -4818,13 +4818,17 @@ def strategies(costs: Costs, config: Config, number: int) -> dict[str, Costs]:
 STRATEGY_BITS = {"ZeRO-2": (16, 32), "ZeRO-3": (16, 32), "FSDP2": (4, 16, 32)}  # the others take any
 
 
-def strategy_lines(config: Config, costs: Costs) -> dict[str, str]:
-    """GiB of a GPU for each, and the first that fits."""
+def strategy_plans(config: Config, costs: Costs) -> dict[str, Plan]:
+    """The plan for each way to use several GPUs that takes these bits, from the fastest."""
     bits, ways = config.quant.bits, strategies(costs, config, find_gpu(config.training.plan_gpu).number)
     taken = {name: own for name, own in ways.items() if bits in STRATEGY_BITS.get(name, (bits,))}
     plans = {name: plan_from_flags(config, own, name == "DDP") for name, own in taken.items()}
     alone = plans["one process"]  # whose GPUs hold layers and wait for each other
-    plans["one process"] = alone._replace(gpu=alone.gpu._replace(number=1))
+    return plans | {"one process": alone._replace(gpu=alone.gpu._replace(number=1, across=alone.gpu.number))}
+
+
+def strategy_lines(plans: Mapping[str, Plan]) -> dict[str, str]:
+    """GiB of a GPU for each, and the first that fits."""
     lines = {
         name: f"{plan.needed():6.2f} GiB on each GPU{'' if plan.fits() else ': does not fit'}"
         + (f", {plan.tokens_per_second():.0f} tokens per second" if plan.fits() and plan.gpu.tflops else "")
@@ -6622,9 +6626,14 @@ def print_plan(config: Config) -> None:
     model_config = load_model_config(config, model_folder(config))
     config = settle_objective(config, model_config)
     costs = costs_from_config(config, model_config)
-    plan = plan_from_flags(config, costs)
+    if find_gpu(config.training.plan_gpu).number == 1:
+        text = table(plan_from_flags(config, costs).lines())
+    else:
+        plans = strategy_plans(config, costs)
+        parts = {name: plan.lines() for name, plan in plans.items()} | {"Of these": strategy_lines(plans)}
+        text = "\n".join(f"{name}\n{table(lines)}" for name, lines in parts.items())
     if config.training.process_index == 0:
-        print(table(plan.lines() | (strategy_lines(config, costs) if plan.gpu.number > 1 else {})))
+        print(text)
 
 
 def print_preview(rows: Iterable[Titled], statistics: Mapping[str, TokenStatistics], config: Config) -> None:

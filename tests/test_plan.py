@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -374,7 +375,20 @@ def strategies_of(model, gpu, *flags):
     """The table of `--plan` for several GPUs, and the costs behind it."""
     config = qlora.parse_config(["--model_name_or_path", model, *COMMON, "--plan", "--plan_gpu", gpu, *flags])
     costs = qlora.costs_from_config(config, qlora.load_model_config(config, model))
-    return qlora.strategy_lines(config, costs), qlora.strategies(costs, config, qlora.find_gpu(gpu).number), costs
+    lines = qlora.strategy_lines(qlora.strategy_plans(config, costs))
+    return lines, qlora.strategies(costs, config, qlora.find_gpu(gpu).number), costs
+
+
+def test_each_way_to_use_several_gpus_has_its_table(folder, capsys):
+    assert qlora.main(["--model_name_or_path", folder("70b"), *COMMON, "--plan", "--plan_gpu", "8x80GiB"]) == 0
+    parts = re.split(r"^(?=\S)", capsys.readouterr().out, flags=re.M)[1:]
+    weights = [re.findall(r"weights of the linear layers +(\S+) GiB\n", part) for part in parts]
+    assert [part.partition("\n")[0] for part in parts] == ["DDP", "FSDP2", "one process", "Of these"]
+    shared = f"{80 * (2 * 8192**2 + 2 * 1024 * 8192 + 3 * 28672 * 8192) * 4.126953125 / 8 / 2**30 / 8:.2f}"
+    assert weights[1:] == [[shared], [shared], []] and float(weights[0][0]) == pytest.approx(
+        8 * float(shared), abs=0.04
+    )
+    assert "recommended  DDP" in parts[-1]
 
 
 def test_a_replica_on_each_gpu_is_recommended_where_the_quantised_base_fits(folder):
