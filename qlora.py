@@ -5917,17 +5917,20 @@ class QLoRATrainer(Trainer):
         norm, *losses = map(float, values)
         model: Any = self.model
         bad = [part for part, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
-        if bad or (self.accelerator.scaler is None and not math.isfinite(norm)):  # a scaler skips those by itself
+        broke = self.accelerator.scaler is None and not math.isfinite(norm)  # a scaler skips those by itself
+        self.zeros = (self.zeros + learnt) * (norm == 0)
+        if broke or self.zeros >= PATIENCE:  # for all processes alike, whose message is then the same
+            rows, bad = (list(itertools.chain(*parts)) for parts in zip(*from_all((rows, bad)), strict=True))
+        if bad or broke:
             frozen = ((n, p) for n, p in model.named_parameters() if p.is_floating_point() and not p.requires_grad)
             broken = next((name for name, parameter in frozen if not parameter.isfinite().all()), None)
             why = (
                 f"the base's {broken} is not finite, its files are damaged" if broken
                 else "fp16 ends at 65504, train with --bf16" if self.args.fp16
-                else "the step's other rows are fine, look at these" if 0 < len(bad) < len(losses)
+                else "the step's other rows are fine, look at these" if 0 < len(bad) < len(rows)
                 else f"lower --learning_rate {self.args.learning_rate:g}, or look at these rows"
             )  # fmt: skip
             self._stop(step, f"the {'loss' if bad else 'gradient norm'} is not finite", why, bad or rows)
-        self.zeros = (self.zeros + learnt) * (norm == 0)
         if self.zeros >= PATIENCE:
             why = "A and B are zero, and so is each one's gradient: begin with another adapter"
             if any(parameter.any() for parameter in model.parameters() if parameter.requires_grad):
@@ -5956,13 +5959,15 @@ class QLoRATrainer(Trainer):
             finite = bool(summed_loss(model, self.fast, batch).isfinite())
         if not finite:
             why = f"lower --learning_rate {self.args.learning_rate:g}"
-            self._stop(self.state.global_step, "its update leaves weights with which the loss is not finite", why)
+            what = "its update leaves weights with which the loss is not finite"
+            self._stop(self.state.global_step, what, why, [window.where])
 
     def _stop(self, step: int, what: str, why: str, rows: Sequence[Sequence[str]] = ()) -> NoReturn:
-        """End the run, before anything of the step is saved."""
-        named = [row for part in rows for row in part if row] or (self.window.where if self.window else [])
+        """End the run, before anything of the step is saved; of several processes each says the same, if it can."""
+        own = self.window.where if self.window and self.args.world_size == 1 else []
+        named = [row for part in rows for row in part if row] or own
         more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-        of = f", on rows {', '.join(named[:8])}{more}" if any(named) else ""  # a process may have had none
+        of = f", on rows {', '.join(named[:8])}{more}" if named else ""
         kept = checkpoints_in(Path(self.config.training.output_dir))
         stays = f"{kept[0]} stays, a rerun goes on from it" if kept else "no checkpoint was saved"
         raise QLoRAError(f"step {step}: {what}{of}: {why}. {stays}")

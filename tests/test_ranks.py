@@ -368,8 +368,8 @@ def test_processes_that_read_different_data_end_with_one_line(start, tmp_path):
     assert not (tmp_path / "out" / "checkpoint-2").exists()
 
 
-# In the first step of one of the processes: memory runs out in the model, or a layer has nothing to do, as an expert
-# without tokens; before any step: adapters that learn nothing.
+# In the first step of one of the processes: memory runs out in the model, a layer has nothing to do, as an expert
+# without tokens, or a row's loss is not finite; before any step: adapters that learn nothing.
 SHORT = """
 import os, torch, qlora
 step = qlora.summed_loss
@@ -398,6 +398,16 @@ def skip(model, *rest):
     return loss
 qlora.summed_loss = skip
 """
+NAN = """
+import os, torch, qlora
+step = qlora.summed_loss
+def spoilt(model, *rest):
+    if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return step(model, *rest)
+    qlora.summed_loss = step
+    return step(model, *rest) * (float("nan") if os.environ["RANK"] == "1" else 1)
+qlora.summed_loss = spoilt
+"""
 ZERO = """
 import qlora
 attach = qlora.attach_adapters
@@ -417,14 +427,16 @@ def test_what_one_process_alone_meets_leaves_none_waiting(start, runs, tmp_path)
     begun = {
         "short": start(2, tmp_path / "short", before=SHORT, **plain),
         "unused": start(2, tmp_path / "unused", before=UNUSED, **plain),
+        "nan": start(2, tmp_path / "nan", before=NAN, **plain),
         # of one row, and so with an empty share
         "zero": start(2, tmp_path / "zero", before=ZERO, **plain, dataset=one, do_eval=False, save_steps=1),
     }
     finish(begun["short"]), finish(begun["unused"])
     same(tmp_path / "short", runs("one"))
-    stopped = errors(finish(begun["zero"], 2))
-    assert all("step 3: the gradient norm is exactly zero, 3 times" in line for line in stopped)
-    assert "one.jsonl:1: " in stopped[0]
+    (line,) = errors(finish(begun["nan"], 2))
+    assert re.search(r"step 1: the loss is not finite, on rows \S+rows.jsonl:\d+: the step's other rows are fine", line)
+    (line,) = errors(finish(begun["zero"], 2))
+    assert "step 3: the gradient norm is exactly zero, 3 times, on rows " in line and "one.jsonl:1: " in line
 
 
 def test_three_processes_that_divide_nothing(start, tmp_path):
