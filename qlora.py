@@ -261,7 +261,7 @@ def agree(value: int = 0, way: str = "MAX") -> int:
     return value
 
 
-def part() -> None:
+def disconnect() -> None:
     """Take the processes' connections down once all are done with them.
 
     Left to Python's end, a thread of gloo's may let go of the last tensor it sent when Python is no more, which aborts
@@ -3757,9 +3757,7 @@ class Graphed(torch.autograd.Function):
     They add the gradients of parameters up where they stay from step to step.
     """
 
-    most: ClassVar[int] = (
-        32  # shapes that are recorded: of rows up to 512 long there may be 512, each some MB of graphs
-    )
+    most: ClassVar[int] = 32  # shapes that are recorded; of rows up to 512 tokens long there may be 512
     shapes: ClassVar[set[Any]] = set()
     made: ClassVar[dict[Any, Passes | None]] = {}  # by layer and shapes
     buffers: ClassVar[dict[Any, tuple[torch.Tensor, torch.Tensor]]] = {}  # by shape, of all layers
@@ -3888,9 +3886,7 @@ def graphed(
     return Graphed.apply(passes, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], anchor, hidden)
 
 
-GROUPED_BY_FLAG = (
-    "enable_gqa" in inspect.signature(varlen_attn).parameters
-)  # torch 2.11 has no such flag, and needs none
+GROUPED_BY_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 has none, and needs none
 END_TO_END = "end_to_end"  # the name of our attention among transformers'
 
 
@@ -6815,7 +6811,7 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, Stop], int
             config = parse_config(argv)
             output = Path(config.training.output_dir)
             status = action(config, stop)
-            part()
+            disconnect()
             return status
     except (Exception, KeyboardInterrupt) as error:
         known, lost = exit_status(error, output), is_lost(error)

@@ -40,7 +40,7 @@ sys.exit(qlora.main())
 
 # What says after a run how many groups of gloo have threads left, which may abort a process as Python ends: the group
 # in which all wait for the last has none, torch's own may be held by modules that libraries import late.
-PARTED = """
+LEFT = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
@@ -122,10 +122,10 @@ def runs(start):
         "do_predict": True, "predict_with_generate": True, "max_new_tokens": 4, "do_mmlu_eval": True,
         "mmlu_dataset": "mmlu-zs", "mmlu_dir": here / "mmlu",
     }  # fmt: skip
-    parted = here / "parted.py"
-    parted.write_text(PARTED.format(root=str(ROOT)))
+    left = here / "left.py"
+    left.write_text(LEFT.format(root=str(ROOT)))
     one = start(1, here / "one", gradient_accumulation_steps=8, **after)
-    two = start(2, here / "two", program=parted, **after)
+    two = start(2, here / "two", program=left, **after)
     finish(one)
     assert sorted(re.findall(r"rank (\d) has [01] of 2 groups", finish(two))) == ["0", "1"]
     subprocess.run(["mkdir", here / "fewer"], check=True)
