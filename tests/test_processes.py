@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -232,8 +233,9 @@ def test_ctrl_c_ends_multinode_while_it_waits_for_other_machines(tmp_path):
     waiting.write_text(f"#!{sys.executable}\nimport time\nprint('waiting', flush=True)\ntime.sleep(60)\n")
     waiting.chmod(0o755)
     command, env = ["bash", ROOT / "scripts/multinode.sh"], os.environ | {"HEAD": "10.0.0.1", "PYTHON": str(waiting)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as process:
+    flags = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "start_new_session": True}
+    flags["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores it
+    with subprocess.Popen(command, env=env, **flags) as process:
         try:
             assert process.stdout.readline() == "waiting\n"
             os.killpg(process.pid, signal.SIGINT)
@@ -334,7 +336,7 @@ def test_batches_are_dealt_evenly_and_gathered_once(monkeypatch, count, size, pr
     cut = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
     assert all(batch in cut for batches in dealt for batch in batches)
     parts = [{number: f"row {number}" for batch in batches for number in batch} for batches in dealt]
-    monkeypatch.setattr(qlora, "gather_object", lambda mine: parts)
+    monkeypatch.setattr(qlora, "from_all", lambda mine: parts)
     assert qlora.gathered({}) == [f"row {number}" for number in range(count)]
 
 
