@@ -368,46 +368,39 @@ def test_processes_that_read_different_data_end_with_one_line(start, tmp_path):
     assert not (tmp_path / "out" / "checkpoint-2").exists()
 
 
-# In the first step of one of the processes: memory runs out in the model, a layer has nothing to do, as an expert
-# without tokens, or a row's loss is not finite; before any step: adapters that learn nothing.
-SHORT = """
+# What the second process alone meets in its first micro-batch: memory runs out in the model, a layer has nothing to do,
+# as an expert without tokens, or the loss is not finite.
+ALONE = """
 import os, torch, qlora
 step = qlora.summed_loss
-def short(model, *rest):
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        qlora.summed_loss = step
-        def run_out(*_):
-            hook.remove()
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        hook = model.module.register_forward_pre_hook(run_out) if os.environ["RANK"] == "1" else None
-    return step(model, *rest)
-qlora.summed_loss = short
-"""
-UNUSED = """
-import os, torch, qlora
-step = qlora.summed_loss
-def skip(model, *rest):
+def first(model, *rest):
     if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
         return step(model, *rest)
     qlora.summed_loss = step
+    return (alone if os.environ["RANK"] == "1" else step)(model, *rest)
+qlora.summed_loss = first
+"""
+SHORT = f"""{ALONE}
+def alone(model, *rest):
+    def run_out(*_):
+        hook.remove()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    hook = model.module.register_forward_pre_hook(run_out)
+    return step(model, *rest)
+"""
+UNUSED = f"""{ALONE}
+def alone(model, *rest):
     mlp = model.module.get_base_model().model.layers[1].mlp
-    forward = mlp.forward
-    mlp.forward = (lambda x: x) if os.environ["RANK"] == "1" else forward
+    forward, mlp.forward = mlp.forward, lambda x: x
     loss = step(model, *rest)
     mlp.forward = forward
     return loss
-qlora.summed_loss = skip
 """
-NAN = """
-import os, torch, qlora
-step = qlora.summed_loss
-def spoilt(model, *rest):
-    if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        return step(model, *rest)
-    qlora.summed_loss = step
-    return step(model, *rest) * (float("nan") if os.environ["RANK"] == "1" else 1)
-qlora.summed_loss = spoilt
+NAN = f"""{ALONE}
+def alone(model, *rest):
+    return step(model, *rest) * float("nan")
 """
+# Adapters that learn nothing.
 ZERO = """
 import qlora
 attach = qlora.attach_adapters
