@@ -772,6 +772,7 @@ def parse_config(argv: Sequence[str]) -> Config:
     flags["hub_token"] = flags["hub_token"] and "(hidden)"  # which no file is to hold
     config = Config(*groups, flags, given, record)  # type: ignore[call-arg]
     check_config(config)
+    check_folders(config)
     return config
 
 
@@ -828,6 +829,26 @@ def lora_start_problem(name: str, quantised: bool) -> str | None:
     if why is None:
         return REFUSED_LORA_STARTS.get(name.lower(), f"expected one of {', '.join(LORA_STARTS)}")
     return f"not on quantised weights, give --bits 16 or 32: {why}" if why and quantised else None
+
+
+# Flags that name what a run reads, and folders that it writes to.
+READS = ("model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "mmlu_dir", "deepspeed")
+WRITES = ("output_dir", "working_dir", "final_output_dir", "merged_output_dir")
+
+
+def check_folders(config: Config) -> None:
+    """Refuse output folders that are, or lie above, what the run reads: its files could be overwritten or removed."""
+    sources = {f"--{name} {config.flags[name]}": config.flags[name] for name in READS}
+    sources |= {f"--dataset {name}": name for name in (config.data.dataset, *config.data.dataset.split(","))}
+    for flag in (flag for flag in WRITES if config.flags[flag]):
+        folder = Path(config.flags[flag]).expanduser().resolve()
+        for what, name in sources.items():
+            source = Path(str(name or "").strip()).expanduser().resolve()
+            read = source if source.is_dir() else source.parent
+            if name and source.exists() and folder in (read, *read.parents):
+                raise ConfigError(
+                    f"--{flag} {folder}: the run reads {what} from there; name another folder to write to"
+                )
 
 
 def final_folder(config: Config) -> Path:
@@ -5164,30 +5185,43 @@ def written_aside(aside: Path, what: Path) -> Iterator[None]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-# What a run leaves at the top of its folder, and --overwrite_output_dir takes away.
-RUN_FILES = (
-    COMPLETED, "adapter_model.*", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json",
-    "config.json", "generation_config.json", "*_results.json", "metrics.json", "predictions.jsonl",
-    "trainer_state.json", "loss.png",
-)  # fmt: skip
+# What a run leaves in output_dir beside weights and checkpoints; --overwrite_output_dir removes them.
+RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
+             "predictions.jsonl", "trainer_state.json", "loss.png")  # fmt: skip
+PREVIOUS = ".completed-before"  # the record of an earlier completed run, until this one is
+
+
+def final_files(output: Path) -> list[str]:
+    """The files of the final folder that the records of the last completed run name. No others are ever removed."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        record = output / (COMPLETED if (output / COMPLETED).is_file() else PREVIOUS)
+        names = json.loads(record.read_text(encoding="utf-8"))["files"]
+        return [name for name in names if isinstance(name, str) and Path(name).name == name]
+    return []
 
 
 def clear_output(config: Config, step: int) -> None:
-    """Before training: away with `completed` and half written folders and, to start anew, with all that a run left.
+    """Before training: set `completed` aside and, to start over, remove what the records of an earlier run name.
 
-    Checkpoints beyond the step that a run begins at are not whole, or of a branch that --resume_from_checkpoint left:
-    they are set aside under another name, or --save_total_limit would keep them rather than those to come.
+    Checkpoints beyond the step that a run begins at are incomplete, or of a branch that --resume_from_checkpoint left:
+    they are renamed, or --save_total_limit would keep them rather than those to come.
     """
     output, anew = Path(config.training.output_dir), config.training.overwrite_output_dir
+    names = final_files(output)
+    if (output / COMPLETED).is_file():
+        (output / COMPLETED).replace(output / PREVIOUS)
+    if anew:
+        for file in [final_folder(config) / name for name in names] + [
+            output / name for name in (*RUN_FILES, PREVIOUS) if (output / "run.json").is_file()
+        ]:
+            file.unlink(missing_ok=True)
     for place in {output, final_folder(config)}:
-        for file in itertools.chain.from_iterable(map(place.glob, RUN_FILES if anew else (COMPLETED,))):
-            file.unlink()
         for folder in place.glob(f"{STAGING}*"):
             shutil.rmtree(folder, ignore_errors=True)
     for folder in checkpoints_in(output):
-        if anew:
+        if anew and (folder / MANIFEST).is_file():
             shutil.rmtree(folder)
-        elif step_of(folder) > step:
+        elif anew or step_of(folder) > step:
             folder.rename(output / f"left-{folder.name}-{time.time_ns()}")
 
 
@@ -6261,13 +6295,13 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             for name in written:
                 flush(aside / name)
                 (aside / name).replace(final / name)
-        for stale in final.glob("model*.safetensors*"):
-            if stale.name not in written:  # of an earlier save in other shards, which would be loaded instead
-                stale.unlink()
-        state = {"step": trainer.state.global_step, "epoch": trainer.state.epoch, "run": trainer.run}
+        for name in {*final_files(output)} - {*written}:  # an earlier save's shards would be loaded instead
+            (final / name).unlink(missing_ok=True)
+        state = {"step": trainer.state.global_step, "epoch": trainer.state.epoch, "run": trainer.run, "files": written}
         write_loss_chart(output / "loss.png", trainer.state.log_history)
         write_file(final / "README.md", model_card(trainer, config))
         write_json(output / COMPLETED, state)
+        (output / PREVIOUS).unlink(missing_ok=True)
         if args.push_to_hub:
             hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
             with mendable("--push_to_hub: all is saved here, but the hub does not take it"):

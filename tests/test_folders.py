@@ -1,6 +1,7 @@
 """Where a run writes: working_dir, output_dir, final_output_dir; and the folder that a full fine-tune leaves."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -181,3 +182,72 @@ def test_a_full_fine_tune_of_quantised_weights_says_why_not(run_qlora, tmp_path,
     (error,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     assert run.code == 2 and not (tmp_path / "out").exists()
     assert all(word in error for word in ("--full_finetune", f"--bits {bits}", "rounded", "16 or 32"))
+
+
+# ------------------------------------------------------------------------------------
+# Nothing that a run reads is ever written over or removed.
+# ------------------------------------------------------------------------------------
+
+
+def contents_of(folder) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def own_model(models, tmp_path):
+    """A base model that a test may lose."""
+    return shutil.copytree(models("llama"), tmp_path / "home" / "base")
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "final_output_dir", "working_dir", "merged_output_dir"])
+@pytest.mark.parametrize("way", ["same", "symlink", "above", "dot"])
+def test_no_output_folder_is_one_that_the_run_reads(run_qlora, own_model, tmp_path, monkeypatch, flag, way):
+    before, link = contents_of(own_model), tmp_path / "link"
+    link.symlink_to(own_model)
+    monkeypatch.chdir(own_model)
+    folder = {"same": own_model, "symlink": link, "above": own_model.parent, "dot": "."}[way]
+    base = "." if way == "dot" else own_model
+    run = run_qlora(model_name_or_path=base, **{flag: folder}, overwrite_output_dir=True)
+    assert run.code == 2
+    assert f"--{flag}" in run.stderr and "name another folder" in run.stderr
+    assert contents_of(own_model) == before
+
+
+@pytest.mark.parametrize("name", ["adapter_name_or_path", "dataset", "tokenizer_patch", "chat_template"])
+def test_adapters_data_and_patches_are_guarded_too(run_qlora, data_dir, tmp_path, name):
+    folder = tmp_path / "read"
+    folder.mkdir()
+    shutil.copy(data_dir / "support.jsonl", folder / "rejected.jsonl")
+    source = folder / "rejected.jsonl" if name in ("dataset", "chat_template") else folder
+    run = run_qlora(**{name: source}, output_dir=folder)
+    assert run.code == 2 and f"--{name}" in run.stderr
+    assert names(folder) == {"rejected.jsonl"}
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_only_files_that_a_record_names_are_removed(run_qlora, tmp_path, anew):
+    """Two full fine-tunes into one folder: the first one's shards go, somebody else's files stay."""
+    flags = FULL | {"output_dir": tmp_path / "work", "final_output_dir": tmp_path / "final"}
+    assert run_qlora(**flags).code == 0
+    first = names(tmp_path / "final")
+    assert len(list((tmp_path / "final").glob("model-*"))) > 1
+    others = [tmp_path / place / name for place in ("work", "final") for name in (
+        "model-00001-of-00099.safetensors", "adapter_model.bin", "config.json.bak", "my_results.json")]  # fmt: skip
+    for file in others:
+        file.write_text("mine")
+    (tmp_path / "work" / "checkpoint-99").mkdir()
+    (tmp_path / "work" / "checkpoint-99" / "mine.txt").write_text("mine")
+    run = run_qlora(**flags | {"max_steps": 6, "max_shard_size": "1GB"}, overwrite_output_dir=anew)
+    assert run.code == 0
+    assert all(file.read_text() == "mine" for file in others)
+    assert len(list((tmp_path / "work").glob("*checkpoint-99*/mine.txt"))) == 1
+    gone = {name for name in first if name.startswith("model-") or name.endswith(".index.json")}
+    assert not gone & names(tmp_path / "final") and (tmp_path / "final" / "model.safetensors").is_file()
+    assert ".completed-before" not in names(tmp_path / "work")
+
+
+def test_a_folder_without_records_keeps_its_weights(run_qlora, own_model, tmp_path):
+    """A model lies where a LoRA run writes, but is not read: its files are not the run's to remove."""
+    weights_before = {name: data for name, data in contents_of(own_model).items() if name.startswith("model")}
+    assert run_qlora(output_dir=own_model, overwrite_output_dir=True).code == 0
+    assert weights_before and weights_before.items() <= contents_of(own_model).items()
