@@ -7,16 +7,17 @@
     python qlora.py … --do_train False --do_predict --predict_with_generate  use what was trained
 
 A base model is loaded in 4, 8, 16 or 32 bit, LoRA adapters go on every linear layer, every row of the dataset becomes
-text that is learnt or not, and the Hugging Face Trainer trains the adapters with a paged optimizer. The method is
+text that is supervised or not, and the Hugging Face Trainer trains the adapters with a paged optimizer. The method is
 QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314); flags, defaults, prompts, labels and files are those of
 its original script (https://github.com/artidoro/qlora), except where the README's list of differences says otherwise.
 
 The file reads from top to bottom, and a room uses only rooms above it:
 
-     1 Imports          5 Loading      9 LoRA            13 Evaluation
-     2 Errors           6 Tokenizer   10 Fast path       14 Trainer
-     3 Arguments        7 Encoding    11 Plan            15 Stages
-     4 Dataset formats  8 Model       12 Checkpoints     16 Main
+     1 Imports           6 Tokenizer   11 Plan           16 Stages
+     2 Errors            7 Encoding    12 Checkpoints    17 Main
+     3 Dataset formats   8 Model       13 Processes
+     4 Arguments         9 LoRA        14 Evaluation
+     5 Loading          10 Fast path   15 Trainer
 """
 
 # ------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ class DataError(QLoRAError):
     """A dataset, a file of it, or a row."""
 
 
-class PeerLost(QLoRAError):
+class PeerFailure(QLoRAError):
     """Another process of this run is there no more."""
 
 
@@ -189,18 +190,18 @@ class RowError(ValueError):
         self.raw = raw  # what stood there, where it could not become a row
 
 
-def visible(text: str) -> str:
+def escape_control_chars(text: str) -> str:
     """Text in which nothing hides or commands a terminal: what is not printable stands as its escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def one_line(error: object) -> str:
+def shorten(error: object) -> str:
     """The first lines of a library's message or of a value, joined, short enough to read."""
-    text = visible(" ".join(str(error).split())) or type(error).__name__
+    text = escape_control_chars(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 400 else text[:397] + "..."
 
 
-def table(lines: Mapping[str, Any]) -> str:
+def format_table(lines: Mapping[str, Any]) -> str:
     """Names and values in two columns."""
     width = max(map(len, lines))
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in lines.items())
@@ -214,7 +215,9 @@ LIBRARY_ERRORS: tuple[type[Exception], ...] = (
 
 
 @contextlib.contextmanager
-def mendable(what: str, kind: type[QLoRAError] = ConfigError, *also: type[BaseException]) -> Iterator[None]:
+def reraise_as_user_error(
+    what: str, kind: type[QLoRAError] = ConfigError, *also: type[BaseException]
+) -> Iterator[None]:
     """A library's complaint as one line of ours that begins with `what`: the flag or file that it is about."""
     try:
         yield
@@ -223,162 +226,353 @@ def mendable(what: str, kind: type[QLoRAError] = ConfigError, *also: type[BaseEx
     except pickle.UnpicklingError as error:  # torch advises to load it all the same
         raise kind(f"{what}: a pickle with more than tensors in it, which is not read") from error
     except (*LIBRARY_ERRORS, *also) as error:
-        raise kind(f"{what}: {one_line(error)}") from error
-
-
-# Several processes speak through the CPU's network, beside the GPUs' own: nobody times out while rank 0 encodes, a step
-# need not wait for the GPU to learn of a signal, and a process that ends is noticed at once.
-#
-# A machine without power or cable says nothing; the system would take 15 minutes to call the connection lost, now 30 s.
-LIVELY = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
-
-
-def hasten_losses() -> None:
-    """Set LIVELY on every connection of this process, gloo's and the store's among them."""
-    for link in Path("/proc/self/fd").glob("*"):
-        with contextlib.suppress(OSError):  # closed since, or a socket of another kind
-            if os.readlink(link).startswith("socket:"):
-                with socket.socket(fileno=os.dup(int(link.name))) as connection:
-                    for name, value in LIVELY.items():
-                        level = socket.IPPROTO_TCP if name.startswith("TCP") else socket.SOL_SOCKET
-                        connection.setsockopt(level, getattr(socket, name), value)
-
-
-@lru_cache(maxsize=1)
-def _cpu_group() -> Any:
-    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
-    hasten_losses()
-    return group
-
-
-def agree(value: int = 0, way: str = "MAX") -> int:
-    """The largest of what the processes bring, or their SUM, once all are here."""
-    if torch.distributed.is_initialized():
-        found = torch.tensor(value)
-        with mendable("another process is gone", PeerLost, RuntimeError):
-            torch.distributed.all_reduce(found, getattr(torch.distributed.ReduceOp, way), group=_cpu_group())
-        value = int(found)
-    return value
-
-
-def disconnect() -> None:
-    """Take the processes' connections down once all are done with them.
-
-    Left to Python's end, a thread of gloo's may let go of the last tensor it sent when Python is no more, which aborts
-    a process that did all its work (https://github.com/pytorch/pytorch/issues/190489). A group ends its threads when
-    nothing holds it any longer. Ours, which speaks last, does so here; torch's own is held by some modules.
-    """
-    if torch.distributed.is_initialized():
-        agree()
-        _cpu_group.cache_clear()
-        torch.distributed.destroy_process_group()
-        gc.collect()
-
-
-@contextlib.contextmanager
-def first_one_first() -> Iterator[None]:
-    """For what is made once on each machine: its first process goes first, the others find it made."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not first:
-        agree()
-    yield
-    if first:
-        agree()
-
-
-def from_all(value: Any) -> list[Any]:
-    """What each process brings, by rank, once all are here."""
-    every = [value] * world()[1]
-    if torch.distributed.is_initialized():
-        with mendable("another process is gone", PeerLost, RuntimeError):
-            torch.distributed.all_gather_object(every, value, group=_cpu_group())
-    return every
-
-
-def compare(what: Mapping[str, Any]) -> None:
-    """Refuse to go on where processes were started with different flags, or read different data."""
-    mine = {name: json.dumps(value, default=str) for name, value in what.items()}
-    every = from_all((socket.gethostname(), mine))
-    for rank, (host, its) in enumerate(every):
-        differing = [
-            f"{name} is {its[name]}, on rank 0 {value}" for name, value in every[0][1].items() if its[name] != value
-        ]
-        if differing:
-            raise ConfigError(f"rank {rank} ({host}): {'; '.join(differing)}. Every process needs the same")
-
-
-def world() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
-    here = torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if here else (0, 1)
-
-
-# How torch's collectives say that another process is there no more.
-PEER_GONE = re.compile(
-    r"connection (was )?(closed|reset|refused|timed out)|broken pipe|no route to host"
-    r"|(network|host) is (down|unreachable)|remote process|nccl.*(abort|timeout|remote)",
-    re.I,
-)
-
-
-def is_lost(error: BaseException | None) -> bool:
-    """Whether an error, or what led to it, is that another process is gone."""
-    met: set[int] = set()
-    while error is not None and id(error) not in met:  # errors may name each other as their causes
-        gone = isinstance(error, RuntimeError) and world()[1] > 1 and PEER_GONE.search(str(error)) is not None
-        if gone or isinstance(error, PeerLost):
-            return True
-        met.add(id(error))
-        error = error.__cause__
-    return False
-
-
-def said_once(message: str, lost: bool, stopped: bool = False) -> str | None:
-    """What this process prints of an error: the lowest rank of those that met it, once; None for the others.
-
-    Each leaves its message where they all met; who leaves none was lost. Of that nobody speaks who has heard why, nor
-    of a signal: torchrun sends one to all when the first has ended.
-    """
-    rank, processes = world()
-    if processes == 1:  # or not connected yet: each machine's first process speaks for it
-        return message if os.environ.get("LOCAL_RANK", "0") == "0" else None
-    first = rank == 0 and not lost  # waits only to be heard: where no launcher keeps the store, it goes with rank 0
-    others = set(range(processes if lost or first else rank)) - {rank}
-    until = time.monotonic() + (2 if first else 8)
-    heard: dict[int, str] = {}
-    met = False  # the store, to the end
-    with contextlib.suppress(RuntimeError):  # whoever held the store is gone as well
-        store = torch.distributed.distributed_c10d._get_default_store()
-        store.set(f"qlora/{rank}", "" if lost else message)
-        while (silent := others - heard.keys()) and time.monotonic() < until:
-            heard |= {r: store.get(f"qlora/{r}").decode() for r in silent if store.check([f"qlora/{r}"])}
-            time.sleep(0.1)
-        met = True
-    if not lost:
-        why = stopped and any(text not in ("", message) for text in heard.values())
-        if why or (rank and not met) or message in [text for r, text in heard.items() if r < rank]:
-            time.sleep(1)  # torchrun ends all when the first has ended: after whoever speaks
-            return None
-        return f"rank {rank}: {message}" if rank else message
-    if not met:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(2)
-            return None
-        return f"rank {rank} of {processes} lost {os.environ.get('MASTER_ADDR')}, where all of them met. {message}"
-    gone = sorted(others - heard.keys())
-    if any(heard.values()) or not gone or min(heard, default=rank) < rank:
-        return None
-    return f"rank {', '.join(map(str, gone))} of {processes} was lost. {message}"
+        raise kind(f"{what}: {shorten(error)}") from error
 
 
 # ------------------------------------------------------------------------------------
-# 3. Arguments: the command line and a YAML or JSON file -> Config
+# 3. Dataset formats: one row of a raw dataset -> segments
+#
+# Every format ends here in a short list of segments, each supervised or not; {input, output} is the case of two. A
+# chat is a Conversation first, which the tokenizer's template renders. No later room knows where a row came from.
+# To add one: write `_name_to_pair` (or take `plain`), add a row to FORMATS, add a row to tests/test_formats.py. The
+# order of FORMATS is the order in which a format is inferred from the columns. A named dataset is a row of DATASETS.
+# ------------------------------------------------------------------------------------
+BOOLEANS = {"": True, "true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+class Segment(TypedDict):
+    text: str
+    supervised: bool
+
+
+class Conversation(NamedTuple):
+    """A chat that no template has rendered yet."""
+
+    messages: list[dict[str, Any]]  # the last is an answer
+    tools: list[Any] | None
+
+
+Row = list[Segment] | Conversation
+
+
+class DatasetFormat(NamedTuple):
+    columns: tuple[str, ...]  # that a row must have
+    to_row: Callable[[Mapping[str, Any]], Row]
+    inferred: bool = True  # from the columns alone
+
+
+# Noncharacters, which Unicode leaves to a program's own use and no text may hold. The first two stand for the
+# tokenizer's own ids; the third, inside the text of a special token that a user wrote, keeps it text.
+BOS_MARK, EOS_MARK, ESCAPE_MARK = MARKS = "\ufdd0\ufdd1\ufdd2"
+
+
+def prompt_completion(source: str, target: str) -> list[Segment]:
+    """The normal form of input and output; the input is empty for plain language modelling."""
+    return [{"text": source, "supervised": False}, {"text": target, "supervised": True}]
+
+
+def to_valid_utf8(text: str) -> str:
+    """Text without the lone surrogates that Arrow refuses, which stand for what is not UTF-8."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def get_text(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    """The text in a field; a number or boolean is its JSON text, a null means that the field is missing."""
+    value = row.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise RowError(f"field {name!r} is {'null' if name in row else 'missing'}, expected text")
+    if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        found = {"dict": "an object", "float": repr(value)}.get(type(value).__name__, f"a {type(value).__name__}")
+        raise RowError(f"field {name!r} is {found}, expected text")
+    if value != to_valid_utf8(value):
+        raise RowError(f"field {name!r} is not valid UTF-8, expected text")
+    if any(mark in value for mark in MARKS):
+        raise RowError(f"field {name!r} holds a noncharacter, U+FDD0 to U+FDD2, expected text")
+    return value
+
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: "
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response: "
+)
+AIROBOROS_SYSTEM = "You are an unbiased, uncensored, helpful assistant."
+
+
+def _alpaca_to_pair(row: Mapping[str, Any]) -> Row:
+    """The Alpaca prompt (https://github.com/tatsu-lab/stanford_alpaca), with the original's single trailing space."""
+    fields = {"instruction": get_text(row, "instruction"), "input": get_text(row, "input", "")}
+    prompt = ALPACA_WITH_INPUT if fields["input"] else ALPACA_WITHOUT_INPUT
+    return prompt_completion(prompt.format(**fields), get_text(row, "output"))
+
+
+def _chip2_to_pair(row: Mapping[str, Any]) -> Row:
+    """Question and answer share one string, marked `<human>: ` and `<bot>: `; the first answer is supervised."""
+    parts = get_text(row, "text").split("\n<bot>: ")
+    if len(parts) < 2:
+        raise RowError(r"field 'text' has no '\n<bot>: ', expected a question and an answer")
+    return prompt_completion(parts[0].replace("<human>: ", ""), parts[1])
+
+
+def _airoboros_to_pair(row: Mapping[str, Any]) -> Row:
+    """Up to airoboros 2.2.1 (https://github.com/jondurbin/airoboros)."""
+    instruction = get_text(row, "instruction").strip()
+    skip = get_text(row, "skip_prompt_formatting", "") or "false"
+    if skip.lower() not in BOOLEANS:
+        raise RowError(f"field 'skip_prompt_formatting' is {skip!r}, expected true or false")
+    if BOOLEANS[skip.lower()]:
+        prompt = f"{instruction}\n"
+    else:
+        instruction = re.sub(r"\s+PLAINFORMAT$", " PLAINFORMAT", instruction)
+        prompt = f"{get_text(row, 'system', '').strip() or 'A chat.'}\nUSER: {instruction}\nASSISTANT: "
+    return prompt_completion(prompt, get_text(row, "response").strip() + "\n")
+
+
+ROLES = {  # who speaks, by the names that datasets give them
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+    "system": "system",
+}
+NEXT_ROLES = {
+    "": "system user",
+    "system": "user",
+    "user": "assistant",
+    "assistant": "user tool",
+    "tool": "tool assistant",
+}
+
+
+def get_optional_text(row: Mapping[str, Any], column: str) -> str:
+    """The text in an optional column, whatever it holds; a null means that it is missing."""
+    value = row.get(column)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
+
+
+def get_list(row: Mapping[str, Any], name: str) -> list[Any]:
+    """The list in a field, or in the JSON of its text."""
+    value = row.get(name)
+    with contextlib.suppress(ValueError):
+        value = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, list):
+        raise RowError(f"field {name!r} is {shorten(repr(value))}, expected a list")
+    return value
+
+
+def get_messages(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
+    """The turns of a conversation, {role, content} or {from, value}, with today's roles and one after the other."""
+    messages: list[dict[str, Any]] = []
+    for number, turn in enumerate(get_list(row, column)):
+        here, last = f"{column}[{number}]", messages[-1]["role"] if messages else ""
+        if not isinstance(turn, Mapping):
+            raise RowError(f"{here} is a {type(turn).__name__}, expected an object")
+        who, what = ("from", "value") if turn.get("from") is not None else ("role", "content")
+        fields = {f"{here}.{name}": value for name, value in turn.items()}  # the names that a message gives
+        name = get_text(fields, f"{here}.{who}")
+        role = ROLES.get(name.lower())
+        if role not in NEXT_ROLES[last].split():
+            raise RowError(f"{here} is a turn of {name!r}, expected one of {NEXT_ROLES[last].replace(' ', ' or ')}")
+        calls = role == "assistant" and turn.get("tool_calls")
+        content = get_text(fields, f"{here}.{what}", "" if calls else None)
+        if role == "assistant" and not calls and not content.strip():
+            raise RowError(f"{here}: the output is empty, expected something to learn")
+        messages.append({**turn, "role": role, "content": content})
+    return messages
+
+
+def _airoboros_chat_to_pair(row: Mapping[str, Any]) -> Row:
+    """From airoboros 3.0 on: LLaMA-2's chat, of which the last answer is supervised."""
+    turns = get_messages(row, "conversations")
+    system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else AIROBOROS_SYSTEM
+    if len(turns) < 2 or turns[-1]["role"] != "assistant" or any(turn["role"] == "tool" for turn in turns):
+        raise RowError("field 'conversations': expected turns of human and gpt, one after the other, the last of gpt")
+    question, *between, answer = (turn["content"] for turn in turns)
+    prompt = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{question} [/INST]"
+    for earlier, question in zip(between[::2], between[1::2], strict=True):
+        prompt += f" {earlier.strip()} {EOS_MARK}{BOS_MARK}[INST] {question.strip()} [/INST]"
+    return prompt_completion(prompt, answer)
+
+
+def expand_turns(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """One row for each answer of a conversation, with all that precedes it; the last is the row itself."""
+    ends = [n for n, turn in enumerate(get_messages(row, "conversations"), 1) if turn["role"] == "assistant"]
+    return [*({**row, "conversations": get_list(row, "conversations")[:n]} for n in ends[:-1]), row]
+
+
+def _chat_to_conversation(column: str, row: Mapping[str, Any]) -> Row:
+    """Up to the last answer: what comes after it teaches nothing."""
+    messages = get_messages(row, column)
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise RowError(f"field {column!r} has no turn of the assistant, expected an answer to learn")
+    return Conversation(messages, get_list(row, "tools") if row.get("tools") else None)
+
+
+def _plain_to_pair(columns: Sequence[str], row: Mapping[str, Any]) -> Row:
+    *source, output = (get_text(row, name) for name in columns)
+    return prompt_completion("".join(source), output)
+
+
+def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
+    """A format whose columns stand as they are: input and output, or for plain language modelling output alone."""
+    return DatasetFormat(columns, partial(_plain_to_pair, columns), inferred)
+
+
+FORMATS: dict[str, DatasetFormat] = {
+    "messages": DatasetFormat(("messages",), partial(_chat_to_conversation, "messages")),
+    "sharegpt": DatasetFormat(("conversations",), partial(_chat_to_conversation, "conversations")),
+    "airoboros": DatasetFormat(("instruction", "response"), _airoboros_to_pair),
+    "alpaca": DatasetFormat(("instruction", "output"), _alpaca_to_pair),
+    "self-instruct": column_format("prompt", "completion"),
+    "input-output": column_format("input", "output"),
+    "hh-rlhf": column_format("chosen"),
+    "text": column_format("text"),
+    "alpaca-clean": DatasetFormat(("instruction", "output"), _alpaca_to_pair, inferred=False),
+    "longform": column_format("input", "output", inferred=False),
+    "chip2": DatasetFormat(("text",), _chip2_to_pair, inferred=False),
+    "oasst1": column_format("text", inferred=False),
+    "input": column_format("input", inferred=False),
+    "airoboros_chat": DatasetFormat(("conversations",), _airoboros_chat_to_pair, inferred=False),
+}
+MASKED_FORMATS: tuple[str, ...] = ("input", "text")  # what a masked language model reads, in this order of preference
+CUSTOM_FORMAT: re.Pattern[str] = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # a user's file and its function
+
+
+def get_format(name: str) -> DatasetFormat:
+    """A row of FORMATS, or the function that path.py:function names."""
+    own = CUSTOM_FORMAT.fullmatch(name)
+    if own is None:
+        return FORMATS[name]
+    spec: Any = importlib.util.spec_from_file_location("dataset_format", own[1])
+    module: Any = importlib.util.module_from_spec(spec)
+    with reraise_as_user_error(
+        f"--dataset_format {name}", ConfigError, Exception, SystemExit
+    ):  # whatever a user's code raises
+        spec.loader.exec_module(module)
+        return DatasetFormat((), partial(_own_to_row, name, getattr(module, own[2])))
+
+
+def _own_to_row(name: str, function: Callable[[dict[str, Any]], Any], row: Mapping[str, Any]) -> Row:
+    """What a user's function makes of a row."""
+    try:
+        made = function(dict(row))
+        if isinstance(made, Mapping):
+            chat = "messages" in made
+            return _chat_to_conversation("messages", made) if chat else _plain_to_pair(("input", "output"), made)
+        # `learnt` is the key's earlier name
+        return [{"text": get_text(s, "text"), "supervised": bool(s.get("supervised", s.get("learnt")))} for s in made]
+    except (Exception, SystemExit) as error:  # of a user's code, which may raise anything: it is about this row
+        expected = "it returns {input, output}, {messages} or a list of {text, supervised}"
+        raise RowError(f"{name}: {type(error).__name__}: {shorten(error)}; expected: {expected}") from error
+
+
+@lru_cache(maxsize=1)
+def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches the text of any token that the tokenizer parses as special."""
+    texts = sorted((str(token) for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
+    return re.compile("|".join(map(re.escape, reversed(texts))) or "(?!)")
+
+
+def escape_special_tokens(value: Any, special: re.Pattern[str]) -> Any:
+    """What a template sees of a user's values: no nulls, which Arrow adds, and no text that a tokenizer would parse."""
+    if isinstance(value, str):
+        return special.sub(lambda found: found[0][0] + ESCAPE_MARK + found[0][1:], value)
+    if isinstance(value, Mapping):
+        return {key: escape_special_tokens(item, special) for key, item in value.items() if item is not None}
+    return [escape_special_tokens(item, special) for item in value] if isinstance(value, list) else value
+
+
+def apply_template(
+    messages: list[Any], tools: list[Any] | None, tokenizer: PreTrainedTokenizerBase, prompt: bool = False
+) -> tuple[str, list[tuple[int, int]] | None]:
+    """A conversation's text, a prompt for an answer after it or not; where the answers are, if the template says so."""
+    try:
+        template = tokenizer.get_chat_template(tools=tools)
+        marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        options: dict[str, Any] = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked}
+        options |= {"tools": tools, "chat_template": template, **tokenizer.special_tokens_map}
+        made: Any = render_jinja_template([messages], **options)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"the chat template, line {error.lineno}: {shorten(error)}") from error
+    except LIBRARY_ERRORS as error:
+        raise RowError(f"the chat template refuses it: {shorten(error)}") from error
+    return made[0][0], made[1][0] if marked else None
+
+
+def render_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[Segment]:
+    """A conversation by the tokenizer's chat template: every answer with its stop token is supervised, nothing else.
+
+    Where the template does not mark the answers with {% generation %}, one is what the conversation up to it has more
+    than the one before it with the generation prompt; white space after the stop token is the template's.
+    """
+    if tokenizer is None or not tokenizer.chat_template:
+        raise ConfigError("the tokenizer has no chat template, which rows of a chat need: give a --chat_template FILE")
+    special = special_token_pattern(tokenizer)
+    messages, tools = (
+        escape_special_tokens(conversation.messages, special),
+        escape_special_tokens(conversation.tools, special),
+    )
+    whole, spans = apply_template(messages, tools, tokenizer)
+    for n in [n for n, message in enumerate(messages) if message["role"] == "assistant"] if spans is None else []:
+        before, _ = apply_template(messages[:n], tools, tokenizer, prompt=True)
+        after, _ = apply_template(messages[: n + 1], tools, tokenizer)
+        if before == after or not (after.startswith(before) and whole.startswith(after)):
+            raise RowError(
+                f"turn {n + 1}: what the chat template makes of it does not stand like that in the whole conversation; "
+                "give a --chat_template with {% generation %} and {% endgeneration %} around the answers"
+            )
+        stops = [found.end() for found in special.finditer(after, len(before)) if not after[found.end() :].strip()]
+        spans = [*(spans or []), (len(before), [*stops, len(after)][0])]
+    bounds = [0, *itertools.chain(*(spans or [])), len(whole)]
+    pieces = [whole[start:end] for start, end in itertools.pairwise(bounds)]
+    return [{"text": text, "supervised": n % 2 == 1} for n, text in enumerate(pieces) if text]
+
+
+# Presets by their format: where they are, for datasets.load_dataset.
+DATASETS: dict[str, dict[str, str]] = {
+    "alpaca": {"path": "tatsu-lab/alpaca"},
+    "alpaca-clean": {"path": "yahma/alpaca-cleaned"},
+    "chip2": {"path": "laion/OIG", "data_files": "unified_chip2.jsonl"},
+    # a script dataset, which datasets >= 4 does not run: its parquet conversion
+    "self-instruct": {
+        "path": "yizhongw/self_instruct", "revision": "refs/convert/parquet", "data_dir": "self_instruct"
+    },
+    "hh-rlhf": {"path": "Anthropic/hh-rlhf"},
+    "longform": {"path": "akoksal/LongForm"},
+    "oasst1": {"path": "timdettmers/openassistant-guanaco"},
+}  # fmt: skip
+
+
+def infer_format(columns: Iterable[str], where: str, masked: bool = False) -> str:
+    """The first format whose columns are all there."""
+    found = set(columns)
+    among = MASKED_FORMATS if masked else tuple(name for name, candidate in FORMATS.items() if candidate.inferred)
+    for name in among:
+        if found.issuperset(FORMATS[name].columns):
+            return name
+    needs = "; ".join(f"{name}: {', '.join(FORMATS[name].columns)}" for name in among)
+    names = ", ".join(sorted(found)) or "(none)"
+    raise DataError(f"{where}: no format fits the columns {names}. Needed are, for {needs}")
+
+
+# ------------------------------------------------------------------------------------
+# 4. Arguments: the command line and a YAML or JSON file -> Config
 #
 # A flag is one field of the dataclass of its group: type, default, help and choices come from there. A flag that was
 # renamed is a row of RENAMED_FLAGS. A rule between flags is a row of RULES, checked before anything heavy;
 # nothing later edits a Config.
 # ------------------------------------------------------------------------------------
-def flag(default: Any, text: str) -> Any:
+def arg(default: Any, text: str) -> Any:
     """A dataclass field with its help text, in which %% stands for a percent sign."""
     return field(default=default, metadata={"help": text})
 
@@ -388,122 +582,122 @@ def flag(default: Any, text: str) -> Any:
 class ModelArguments:
     """Model and tokenizer."""
 
-    model_name_or_path: str = flag("EleutherAI/pythia-12b", "Base model: hub id, folder, or .gguf file.")
-    trust_remote_code: bool = flag(False, "Run the Python code that comes with model and tokenizer.")
-    allow_pickle_weights: bool = flag(False, "Read .bin weights, which are pickles, too; only tensors are taken.")
-    use_auth_token: bool = flag(False, "Use this machine's hub login, for gated models.")
-    adapter_name_or_path: str | None = flag(None, "Adapter to start from, optimizer fresh. A resume is a rerun.")
-    attn_implementation: str | None = flag(None, "Attention kernel: sdpa, eager, flash_attention_2, ...")
-    use_fast_tokenizer: bool = flag(True, "Accepted for old command lines: every tokenizer is a fast one today.")
-    pad_token: str | None = flag(None, "Token of the vocabulary to pad with.")
-    eos_token: str | None = flag(None, "Token of the vocabulary that ends a sequence.")
-    bos_token: str | None = flag(None, "Token of the vocabulary that begins a sequence.")
-    unk_token: str | None = flag(None, "Token of the vocabulary for what is unknown.")
-    padding_side: Literal["right", "left"] = flag("right", "Padding of training batches; generation pads left.")
-    tokenizer_patch: str | None = flag(None, "Folder with files to lay over the tokenizer's, for early LLaMA.")
-    chat_template: str | None = flag(None, "Jinja file with the chat template, for a tokenizer that has none.")
-    rope_scaling: str | None = flag(None, 'For longer contexts, JSON as {"rope_type": "linear", "factor": 2.0}.')
-    cache_dir: str | None = flag(None, "Folder for downloads, converted models and encoded datasets.")
+    model_name_or_path: str = arg("EleutherAI/pythia-12b", "Base model: hub id, folder, or .gguf file.")
+    trust_remote_code: bool = arg(False, "Run the Python code that comes with model and tokenizer.")
+    allow_pickle_weights: bool = arg(False, "Read .bin weights, which are pickles, too; only tensors are taken.")
+    use_auth_token: bool = arg(False, "Use this machine's hub login, for gated models.")
+    adapter_name_or_path: str | None = arg(None, "Adapter to start from, optimizer fresh. A resume is a rerun.")
+    attn_implementation: str | None = arg(None, "Attention kernel: sdpa, eager, flash_attention_2, ...")
+    use_fast_tokenizer: bool = arg(True, "Accepted for old command lines: every tokenizer is a fast one today.")
+    pad_token: str | None = arg(None, "Token of the vocabulary to pad with.")
+    eos_token: str | None = arg(None, "Token of the vocabulary that ends a sequence.")
+    bos_token: str | None = arg(None, "Token of the vocabulary that begins a sequence.")
+    unk_token: str | None = arg(None, "Token of the vocabulary for what is unknown.")
+    padding_side: Literal["right", "left"] = arg("right", "Padding of training batches; generation pads left.")
+    tokenizer_patch: str | None = arg(None, "Folder with files to lay over the tokenizer's, for early LLaMA.")
+    chat_template: str | None = arg(None, "Jinja file with the chat template, for a tokenizer that has none.")
+    rope_scaling: str | None = arg(None, 'For longer contexts, JSON as {"rope_type": "linear", "factor": 2.0}.')
+    cache_dir: str | None = arg(None, "Folder for downloads, converted models and encoded datasets.")
 
 
 @dataclass
 class DataArguments:
     """Data: which rows, how they are read, how they are cut."""
 
-    dataset: str = flag("alpaca", "Preset, local file or folder, or hub id; a comma-separated list is concatenated.")
-    dataset_format: str | None = flag(None, "Format, or path.py:function; default: the preset's, else by the columns.")
-    expand_conversations: bool = flag(False, "airoboros_chat: one row for each answer of a conversation, not the last.")
-    include_sources: str = flag("ALL", "Keep the rows whose column `source` is in this comma-separated list.")
-    eval_dataset_size: float = flag(1024, "Rows to hold out, or below 1 a share; by default of few rows a tenth.")
-    streaming: bool = flag(False, "Read and encode the rows while training, a block at a time. Needs --max_steps.")
-    stream_buffer: int = flag(10_000, "Rows of a block of --streaming, which are shuffled and packed together.")
-    max_train_samples: int | None = flag(None, "Train on the first N rows, counted after the split.")
-    max_eval_samples: int | None = flag(None, "Evaluate and predict on the first N rows.")
-    source_max_len: int = flag(1024, "Longest input, in tokens with BOS; cut on the right.")
-    target_max_len: int = flag(256, "Longest output, in tokens with EOS; cut on the right.")
-    model_max_len: int | None = flag(None, "One limit, in tokens, for input and output together; replaces those two.")
-    skip_excess_length: bool = flag(True, "With model_max_len: drop longer training rows instead of cutting them.")
-    on_bad_rows: Literal["stop", "skip"] = flag("stop", "At a row of no use: stop, or write it to rejected.jsonl.")
-    packing: bool = flag(False, "Fill rows up to the length limit with several examples, each attending to itself.")
-    train_on_source: bool = flag(False, "Learn the input tokens too.")
-    objective: Literal["auto", "clm", "mlm"] = flag("auto", "Learn the next or masked tokens; auto: as the model does.")
-    mask_prob: float = flag(0.15, "mlm: share of the tokens that is chosen to be predicted, above 0.")
-    mask_replace_prob: float = flag(0.8, "mlm: share of the chosen that become the mask token.")
-    random_replace_prob: float = flag(0.1, "mlm: share of the chosen that become a random token; the rest stay.")
-    preview: int = flag(0, "Print the first N rows as they will be trained and statistics of all of them, and exit.")
+    dataset: str = arg("alpaca", "Preset, local file or folder, or hub id; a comma-separated list is concatenated.")
+    dataset_format: str | None = arg(None, "Format, or path.py:function; default: the preset's, else by the columns.")
+    expand_conversations: bool = arg(False, "airoboros_chat: one row for each answer of a conversation, not the last.")
+    include_sources: str = arg("ALL", "Keep the rows whose column `source` is in this comma-separated list.")
+    eval_dataset_size: float = arg(1024, "Rows to hold out, or below 1 a share; by default of few rows a tenth.")
+    streaming: bool = arg(False, "Read and encode the rows while training, a block at a time. Needs --max_steps.")
+    stream_buffer: int = arg(10_000, "Rows of a block of --streaming, which are shuffled and packed together.")
+    max_train_samples: int | None = arg(None, "Train on the first N rows, counted after the split.")
+    max_eval_samples: int | None = arg(None, "Evaluate and predict on the first N rows.")
+    source_max_len: int = arg(1024, "Longest input, in tokens with BOS; cut on the right.")
+    target_max_len: int = arg(256, "Longest output, in tokens with EOS; cut on the right.")
+    model_max_len: int | None = arg(None, "One limit, in tokens, for input and output together; replaces those two.")
+    skip_excess_length: bool = arg(True, "With model_max_len: drop longer training rows instead of cutting them.")
+    on_bad_rows: Literal["stop", "skip"] = arg("stop", "At a row of no use: stop, or write it to rejected.jsonl.")
+    packing: bool = arg(False, "Fill rows up to the length limit with several examples, each attending to itself.")
+    train_on_source: bool = arg(False, "Learn the input tokens too.")
+    objective: Literal["auto", "clm", "mlm"] = arg("auto", "Learn the next or masked tokens; auto: as the model does.")
+    mask_prob: float = arg(0.15, "mlm: share of the tokens that is chosen to be predicted, above 0.")
+    mask_replace_prob: float = arg(0.8, "mlm: share of the chosen that become the mask token.")
+    random_replace_prob: float = arg(0.1, "mlm: share of the chosen that become a random token; the rest stay.")
+    preview: int = arg(0, "Print the first N rows as they will be trained and statistics of all of them, and exit.")
 
 
 @dataclass
 class QuantisationArguments:
     """Quantisation of the frozen weights."""
 
-    bits: Literal[4, 8, 16, 32] = flag(4, "Bits of a base weight.")
-    quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit data type.")
-    double_quant: bool = flag(True, "Quantise the quantisation constants too: 0.37 bits a parameter less.")
-    full_finetune: bool = flag(False, "No adapters: train all weights but the embeddings. Needs bits 16 or 32.")
-    max_memory_MB: int = flag(80000, "Memory to use on each GPU, in MB, where one process drives them all.")
+    bits: Literal[4, 8, 16, 32] = arg(4, "Bits of a base weight.")
+    quant_type: Literal["nf4", "fp4"] = arg("nf4", "4-bit data type.")
+    double_quant: bool = arg(True, "Quantise the quantisation constants too: 0.37 bits a parameter less.")
+    full_finetune: bool = arg(False, "No adapters: train all weights but the embeddings. Needs bits 16 or 32.")
+    max_memory_MB: int = arg(80000, "Memory to use on each GPU, in MB, where one process drives them all.")
 
 
 @dataclass
 class LoraArguments:
     """LoRA."""
 
-    lora_r: int = flag(64, "Rank of the adapters.")
-    lora_alpha: float = flag(16, "Adapters are scaled by lora_alpha / lora_r.")
-    lora_dropout: float = flag(0.0, "Dropout probability on the adapters' input.")
-    lora_modules: str = flag("all", "Adapted: all (linear layers but the head), attn, mlp, or leaf names.")
-    lora_bias: Literal["none", "all", "lora_only"] = flag("none", "Which bias vectors train too.")
-    lora_dtype: Literal["float32", "bfloat16"] = flag("float32", "Data type that the adapters are kept in.")
-    use_dora: bool = flag(False, "Weight-decomposed adapters (DoRA).")
-    use_rslora: bool = flag(False, "Scale by lora_alpha / sqrt(lora_r).")
-    init_lora_weights: str = flag("True", "Start of the adapters: True (B is zero), gaussian, eva, pissa, olora, ...")
-    modules_to_save: str | None = flag(None, "Comma list of modules to train whole, e.g. embed_tokens,lm_head.")
-    layers_to_freeze: int = flag(0, "Leave the first N layers alone: no adapters, no training.")
-    layer_freeze_ratio: float = flag(0.0, "As layers_to_freeze, as a share of the layers, below 1.")
+    lora_r: int = arg(64, "Rank of the adapters.")
+    lora_alpha: float = arg(16, "Adapters are scaled by lora_alpha / lora_r.")
+    lora_dropout: float = arg(0.0, "Dropout probability on the adapters' input.")
+    lora_modules: str = arg("all", "Adapted: all (linear layers but the head), attn, mlp, or leaf names.")
+    lora_bias: Literal["none", "all", "lora_only"] = arg("none", "Which bias vectors train too.")
+    lora_dtype: Literal["float32", "bfloat16"] = arg("float32", "Data type that the adapters are kept in.")
+    use_dora: bool = arg(False, "Weight-decomposed adapters (DoRA).")
+    use_rslora: bool = arg(False, "Scale by lora_alpha / sqrt(lora_r).")
+    init_lora_weights: str = arg("True", "Start of the adapters: True (B is zero), gaussian, eva, pissa, olora, ...")
+    modules_to_save: str | None = arg(None, "Comma list of modules to train whole, e.g. embed_tokens,lm_head.")
+    layers_to_freeze: int = arg(0, "Leave the first N layers alone: no adapters, no training.")
+    layer_freeze_ratio: float = arg(0.0, "As layers_to_freeze, as a share of the layers, below 1.")
 
 
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
     """Training: flags of ours, and defaults that differ from the Trainer's."""
 
-    report_to: str | None = flag("none", "Trackers: none, all, or some of tensorboard, wandb, trackio, ...")
-    output_dir: str = flag("./output", "Folder for adapter, checkpoints, metrics and predictions.")
-    optim: str = flag("paged_adamw_32bit", "Optimizer, by the Trainer's names.")
-    per_device_train_batch_size: int = flag(1, "Rows of a micro-batch on each GPU.")
-    gradient_accumulation_steps: int = flag(16, "Micro-batches of one optimizer step.")
-    max_steps: int = flag(10000, "Optimizer steps; epochs rule if -1, or if num_train_epochs is given without it.")
-    weight_decay: float = flag(0.0, "AdamW's weight decay.")
-    learning_rate: float = flag(2e-4, "Highest learning rate.")
-    remove_unused_columns: bool = flag(False, "Drop columns that the model does not name.")
-    max_grad_norm: float = flag(0.3, "Clip the gradient to this norm.")
-    gradient_checkpointing: bool = flag(True, "Recompute activations in the backward pass, as far as memory asks.")
-    recompute_layers: str = flag("auto", "Layers to recompute: auto (as memory asks), all, none or a number.")
-    auto_batch: bool | None = flag(None, "Regroup a step's rows into the largest micro-batches; default on a GPU.")
-    padding_free: bool = flag(True, "Lay rows end to end instead of padding them, where the model allows it.")
-    fused_lora: bool = flag(True, "Compute base and adapters in fused functions, where they know the layer.")
-    chunked_head: bool = flag(True, "Compute logits only for tokens that are learnt, a few hundred at a time.")
-    cuda_graphs: bool = flag(False, "Launch whole layers at once where micro-batches are so small that the GPU waits.")
-    offload_activations: bool = flag(False, "Keep the inputs of recomputed layers in the CPU's memory.")
-    unpacked_layers: str = flag("auto", "Layers whose weights to keep unpacked too: auto, all, none or a number.")
-    plan: bool = flag(False, "Print what the run will take (GiB by part, tokens per second), and exit.")
-    plan_gpu: str | None = flag(None, "GPU to plan for, by size or name: 24GiB, 8x80GiB, H100. Default: the one here.")
-    liger: bool = flag(True, "Use liger-kernel's norms, activations and rotary embedding, where it has the model.")
-    do_train: bool = flag(True, "Train.")
-    lr_scheduler_type: str = flag("constant", "Schedule of the learning rate. constant ignores warm-up.")
-    warmup_steps: float = flag(0.03, "Warm-up: steps, or below 1 a share of them.")
-    logging_steps: float = flag(10, "Steps between lines of the log, or below 1 a share of all.")
-    train_sampling_strategy: str = flag("group_by_length", "Order of the rows: group_by_length, random or sequential.")
-    save_strategy: str = flag("steps", "When to save: no, steps, epoch or best.")
-    save_steps: float = flag(250, "Steps between checkpoints, or below 1 a share of all.")
-    save_total_limit: int | None = flag(40, "Checkpoints to keep.")
-    overwrite_output_dir: bool = flag(False, "Start anew although output_dir holds a run; its checkpoints go.")
-    working_dir: str | None = flag(None, "Folder for all but the final weights, their tokenizer and card.")
-    final_output_dir: str | None = flag(None, "Folder for those; default: output_dir.")
-    merged_output_dir: str | None = flag(None, "Folder for the base with the adapter merged into it, in 16 bit.")
-    merge_base: Literal["original", "dequantized"] = flag("original", "Merge into the base as published or as trained.")
-    max_shard_size: str = flag("5GB", "Largest file of a merged or fully fine-tuned model.")
-    adam8bit: bool = flag(False, "Short for --optim paged_adamw_8bit.")
-    show_traceback: bool = flag(False, "Show an error's traceback; --debug without a value does the same.")
+    report_to: str | None = arg("none", "Trackers: none, all, or some of tensorboard, wandb, trackio, ...")
+    output_dir: str = arg("./output", "Folder for adapter, checkpoints, metrics and predictions.")
+    optim: str = arg("paged_adamw_32bit", "Optimizer, by the Trainer's names.")
+    per_device_train_batch_size: int = arg(1, "Rows of a micro-batch on each GPU.")
+    gradient_accumulation_steps: int = arg(16, "Micro-batches of one optimizer step.")
+    max_steps: int = arg(10000, "Optimizer steps; epochs rule if -1, or if num_train_epochs is given without it.")
+    weight_decay: float = arg(0.0, "AdamW's weight decay.")
+    learning_rate: float = arg(2e-4, "Highest learning rate.")
+    remove_unused_columns: bool = arg(False, "Drop columns that the model does not name.")
+    max_grad_norm: float = arg(0.3, "Clip the gradient to this norm.")
+    gradient_checkpointing: bool = arg(True, "Recompute activations in the backward pass, as far as memory asks.")
+    recompute_layers: str = arg("auto", "Layers to recompute: auto (as memory asks), all, none or a number.")
+    auto_batch: bool | None = arg(None, "Regroup a step's rows into the largest micro-batches; default on a GPU.")
+    padding_free: bool = arg(True, "Lay rows end to end instead of padding them, where the model allows it.")
+    fused_lora: bool = arg(True, "Compute base and adapters in fused functions, where they know the layer.")
+    chunked_head: bool = arg(True, "Compute logits only for tokens that are supervised, a few hundred at a time.")
+    cuda_graphs: bool = arg(False, "Launch whole layers at once where micro-batches are so small that the GPU waits.")
+    offload_activations: bool = arg(False, "Keep the inputs of recomputed layers in the CPU's memory.")
+    unpacked_layers: str = arg("auto", "Layers whose weights to keep unpacked too: auto, all, none or a number.")
+    plan: bool = arg(False, "Print what the run will take (GiB by part, tokens per second), and exit.")
+    plan_gpu: str | None = arg(None, "GPU to plan for, by size or name: 24GiB, 8x80GiB, H100. Default: the one here.")
+    liger: bool = arg(True, "Use liger-kernel's norms, activations and rotary embedding, where it has the model.")
+    do_train: bool = arg(True, "Train.")
+    lr_scheduler_type: str = arg("constant", "Schedule of the learning rate. constant ignores warm-up.")
+    warmup_steps: float = arg(0.03, "Warm-up: steps, or below 1 a share of them.")
+    logging_steps: float = arg(10, "Steps between lines of the log, or below 1 a share of all.")
+    train_sampling_strategy: str = arg("group_by_length", "Order of the rows: group_by_length, random or sequential.")
+    save_strategy: str = arg("steps", "When to save: no, steps, epoch or best.")
+    save_steps: float = arg(250, "Steps between checkpoints, or below 1 a share of all.")
+    save_total_limit: int | None = arg(40, "Checkpoints to keep.")
+    overwrite_output_dir: bool = arg(False, "Start anew although output_dir holds a run; its checkpoints go.")
+    working_dir: str | None = arg(None, "Folder for all but the final weights, their tokenizer and card.")
+    final_output_dir: str | None = arg(None, "Folder for those; default: output_dir.")
+    merged_output_dir: str | None = arg(None, "Folder for the base with the adapter merged into it, in 16 bit.")
+    merge_base: Literal["original", "dequantized"] = arg("original", "Merge into the base as published or as trained.")
+    max_shard_size: str = arg("5GB", "Largest file of a merged or fully fine-tuned model.")
+    adam8bit: bool = arg(False, "Short for --optim paged_adamw_8bit.")
+    show_traceback: bool = arg(False, "Show an error's traceback; --debug without a value does the same.")
 
     @property
     def device(self) -> torch.device:
@@ -516,32 +710,32 @@ class TrainingArguments(Seq2SeqTrainingArguments):
 class MMLUArguments:
     """MMLU: multiple-choice questions at each evaluation."""
 
-    do_mmlu_eval: bool = flag(False, "Answer MMLU questions at each evaluation.")
-    mmlu_split: Literal["eval", "test"] = flag("eval", "Which questions.")
-    mmlu_dataset: Literal["mmlu-zs", "mmlu-fs", "mmlu"] = flag("mmlu-fs", "Zero-shot or five-shot (mmlu-fs, mmlu).")
-    max_mmlu_samples: int | None = flag(None, "Answer the first N questions.")
-    mmlu_source_max_len: int = flag(2048, "Longest prompt, in tokens; cut on the left.")
-    mmlu_dir: str = flag("data/mmlu", "Folder of the original's question files; without it cais/mmlu of the hub.")
+    do_mmlu_eval: bool = arg(False, "Answer MMLU questions at each evaluation.")
+    mmlu_split: Literal["eval", "test"] = arg("eval", "Which questions.")
+    mmlu_dataset: Literal["mmlu-zs", "mmlu-fs", "mmlu"] = arg("mmlu-fs", "Zero-shot or five-shot (mmlu-fs, mmlu).")
+    max_mmlu_samples: int | None = arg(None, "Answer the first N questions.")
+    mmlu_source_max_len: int = arg(2048, "Longest prompt, in tokens; cut on the left.")
+    mmlu_dir: str = arg("data/mmlu", "Folder of the original's question files; without it cais/mmlu of the hub.")
 
 
 @dataclass
 class GenerationArguments:
     """Generation of predictions; only the values given reach the model's generate."""
 
-    max_new_tokens: int = flag(256, "Longest prediction, in tokens.")
-    min_new_tokens: int | None = flag(None, "Shortest prediction, in tokens.")
-    do_sample: bool = flag(False, "Sample instead of taking the likeliest token.")
-    num_beams: int = flag(1, "Beams of the beam search.")
-    num_beam_groups: int = flag(1, "Groups of beams.")
-    penalty_alpha: float | None = flag(None, "Degeneration penalty of contrastive search.")
-    temperature: float = flag(1.0, "Sampling temperature.")
-    top_k: int = flag(50, "Sample among the k likeliest tokens.")
-    top_p: float = flag(1.0, "Sample among the likeliest tokens of this total probability.")
-    typical_p: float = flag(1.0, "Sample among the most typical tokens of this total probability.")
-    diversity_penalty: float = flag(0.0, "Penalty for a token that another beam group chose.")
-    repetition_penalty: float = flag(1.0, "Above 1: penalty for tokens that occurred.")
-    length_penalty: float = flag(1.0, "Exponent of the length in beam scores.")
-    no_repeat_ngram_size: int = flag(0, "No run of this many tokens occurs twice.")
+    max_new_tokens: int = arg(256, "Longest prediction, in tokens.")
+    min_new_tokens: int | None = arg(None, "Shortest prediction, in tokens.")
+    do_sample: bool = arg(False, "Sample instead of taking the likeliest token.")
+    num_beams: int = arg(1, "Beams of the beam search.")
+    num_beam_groups: int = arg(1, "Groups of beams.")
+    penalty_alpha: float | None = arg(None, "Degeneration penalty of contrastive search.")
+    temperature: float = arg(1.0, "Sampling temperature.")
+    top_k: int = arg(50, "Sample among the k likeliest tokens.")
+    top_p: float = arg(1.0, "Sample among the likeliest tokens of this total probability.")
+    typical_p: float = arg(1.0, "Sample among the most typical tokens of this total probability.")
+    diversity_penalty: float = arg(0.0, "Penalty for a token that another beam group chose.")
+    repetition_penalty: float = arg(1.0, "Above 1: penalty for tokens that occurred.")
+    length_penalty: float = arg(1.0, "Exponent of the length in beam scores.")
+    no_repeat_ngram_size: int = arg(0, "No run of this many tokens occurs twice.")
 # fmt: on
 
 
@@ -557,19 +751,19 @@ class Config:
     generation: GenerationArguments
     training: TrainingArguments  # last, for its class has the Trainer's own flags too, which end --help
     flags: dict[str, Any]  # every flag by its own name, as resolved; but no token
-    given: frozenset[str]  # those that the user set
+    explicitly_set: frozenset[str]  # those that the user set
     record: dict[str, Any]  # run.json of the run to repeat, or nothing
 
     @property
     def masked(self) -> bool:
-        """Whether masked tokens are learnt; `auto` is settled once the model's config is known."""
+        """Whether masked tokens are supervised; `auto` is settled once the model's config is known."""
         return self.data.objective == "mlm"
 
 
-GROUPS: tuple[Any, ...] = tuple(get_type_hints(Config)[f.name] for f in dataclasses.fields(Config))[:-3]
+ARGUMENT_GROUPS: tuple[Any, ...] = tuple(get_type_hints(Config)[f.name] for f in dataclasses.fields(Config))[:-3]
 
 
-class Given(NamedTuple):
+class CliArg(NamedTuple):
     """One flag as it was given: on the command line or in a file."""
 
     name: str  # with underscores, without dashes
@@ -578,7 +772,6 @@ class Given(NamedTuple):
 
 
 HUB_TOKEN = re.compile(r"\bhf_\w{8,}")  # somebody may give one to --use_auth_token
-BOOLEANS = {"": True, "true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 # The names of today; of a boolean also what True and False became, where that is not today's default.
 RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
@@ -648,9 +841,9 @@ class Parser(HfArgumentParser):
         self.set_defaults(**flags)
 
 
-def read_config_file(path: Path) -> list[Given]:
+def read_config_file(path: Path) -> list[CliArg]:
     """The flags of a YAML or JSON file: a mapping of names to values."""
-    with mendable(str(path)):
+    with reraise_as_user_error(str(path)):
         text = path.read_text(encoding="utf-8")
         content, words = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)  # JSON is YAML
     if not isinstance(content, dict):
@@ -660,7 +853,7 @@ def read_config_file(path: Path) -> list[Given]:
         if value is not None:  # the words as they stand there: YAML takes `no` for False and 1_0 for 10
             word = json.dumps(value) if isinstance(value, dict) else word
             text = ",".join(map(str, word)) if isinstance(word, list) else word
-            given.append(Given(str(name).replace("-", "_"), text, f"{path}: {name}"))
+            given.append(CliArg(str(name).replace("-", "_"), text, f"{path}: {name}"))
     return given
 
 
@@ -669,7 +862,7 @@ NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merg
     "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "show_traceback"})  # fmt: skip
 
 
-def read_record(argv: Sequence[str]) -> dict[str, Any]:
+def read_run_record(argv: Sequence[str]) -> dict[str, Any]:
     """The run.json that stands first on a command line, if one does."""
     with contextlib.suppress(IndexError, OSError, ValueError):  # read_config_file says what is wrong with a file
         content = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
@@ -679,9 +872,9 @@ def read_record(argv: Sequence[str]) -> dict[str, Any]:
     return {}
 
 
-def split_argv(argv: Sequence[str]) -> list[Given]:
+def split_argv(argv: Sequence[str]) -> list[CliArg]:
     """The command line as flags with their values, after those of a config file that stands first."""
-    given: list[Given] = []
+    given: list[CliArg] = []
     if argv and Path(argv[0]).suffix.lower() in (".yaml", ".yml", ".json"):
         given = read_config_file(Path(argv[0]))
         argv = argv[1:]
@@ -692,7 +885,7 @@ def split_argv(argv: Sequence[str]) -> list[Given]:
             name, equals, value = token[dashes.end() :].partition("=")
             if dashes.group() != "--":
                 log.warning("%s: read as --%s (its dash is not a hyphen)", token, name)
-            given.append(Given(name.replace("-", "_"), value if equals else None, f"--{name}"))
+            given.append(CliArg(name.replace("-", "_"), value if equals else None, f"--{name}"))
         elif len(given) > from_file:
             before = given[-1].value
             given[-1] = given[-1]._replace(value=token if before is None else f"{before},{token}")
@@ -701,11 +894,11 @@ def split_argv(argv: Sequence[str]) -> list[Given]:
     return given
 
 
-def current_name(item: Given, known: set[str]) -> Given | None:
+def current_name(item: CliArg, known: set[str]) -> CliArg | None:
     """A flag under its name of today, an old one with a warning; None where it has no effect any more."""
     positive = item.name.removeprefix("no_")  # argparse knows --no_flag for what is on by default
     if positive != item.name and ({item.name, positive} <= known or positive in OLD_FLAGS):
-        item = item._replace(name=positive, value=str(not boolean(item)))
+        item = item._replace(name=positive, value=str(not parse_bool(item)))
     if item.name == "logging_dir":
         os.environ["TENSORBOARD_LOGGING_DIR"] = item.value or ""
         log.warning("%s: old name, set as TENSORBOARD_LOGGING_DIR", item.where)
@@ -717,13 +910,13 @@ def current_name(item: Given, known: set[str]) -> Given | None:
         return None
     if item.name in RENAMED_FLAGS:
         new, *meanings = RENAMED_FLAGS[item.name]
-        value = meanings[not boolean(item)] if meanings else item.value
+        value = meanings[not parse_bool(item)] if meanings else item.value
         if new == "warmup_steps":  # from 1 on, the Trainer would take a ratio for a number of steps
             with contextlib.suppress(ValueError):  # the parser names the flag and its type
                 if not 0 <= float(value or "") < 1:
                     raise ConfigError(f"{item.where} {value}: expected a share of the steps, from 0 up to below 1")
         log.warning("%s: old name, read as --%s %s", item.where, new, value if meanings else "")
-        return None if value == "" and meanings else Given(new, value, item.where)
+        return None if value == "" and meanings else CliArg(new, value, item.where)
     if item.name not in known:
         near = difflib.get_close_matches(item.name, sorted(known | OLD_FLAGS), n=5, cutoff=0.5)
         near.sort(key=lambda name: -len(os.path.commonprefix([name, item.name])))  # noqa: RUF071
@@ -731,7 +924,7 @@ def current_name(item: Given, known: set[str]) -> Given | None:
     return item
 
 
-def boolean(item: Given) -> bool:
+def parse_bool(item: CliArg) -> bool:
     """The value of a flag that is on or off; on where it has none."""
     value = BOOLEANS.get((item.value or "").lower())
     if value is None:
@@ -742,11 +935,11 @@ def boolean(item: Given) -> bool:
 def parse_config(argv: Sequence[str]) -> Config:
     """The command line -> a checked Config. A ConfigError names what is unknown, wrong or does not go together."""
     epilog = "A YAML or JSON file with flags may stand first: python qlora.py run.yaml --learning_rate 1e-4"
-    parser = Parser(GROUPS, prog="qlora.py", allow_abbrev=False, epilog=epilog)
+    parser = Parser(ARGUMENT_GROUPS, prog="qlora.py", allow_abbrev=False, epilog=epilog)
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])  # ends here
     known = {word[2:].replace("-", "_") for word in parser._option_string_actions if word.startswith("--")}
-    record = read_record(argv)
+    record = read_run_record(argv)
     repeated = {name: value for name, value in record.get("flags", {}).items() if name in known - NOT_REPEATED}
     parser.repeat(repeated, argv)
     items = [item for old in split_argv(argv[1:] if record else argv) if (item := current_name(old, known))]
@@ -757,7 +950,7 @@ def parse_config(argv: Sequence[str]) -> Config:
     given |= repeated.keys() & set(record.get("derived", {}).get("given", ()))
     if {"--warmup_ratio", "--warmup_steps"} <= {item.where for item in items}:
         raise ConfigError("--warmup_ratio and --warmup_steps: give one of them")
-    flags |= derived_defaults(flags, given)
+    flags |= resolve_defaults(flags, given)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no" and not flags.get(precision):  # the Trainer would compute so, whatever is said of it
         raise ConfigError(f"mixed_precision {precision} of accelerate launch: say it with --bf16 or --fp16 too, or no")
@@ -767,7 +960,7 @@ def parse_config(argv: Sequence[str]) -> Config:
         raise ConfigError("--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed")
     if flags["deepspeed"] and not flags["plan"] and "LOCAL_RANK" not in os.environ:
         raise ConfigError("--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes")
-    with mendable("flags"):  # output_dir is where the Trainer writes, and all but final_folder
+    with reraise_as_user_error("flags"):  # output_dir is where the Trainer writes, and all but final_folder
         groups = parser.parse_dict(flags | {"output_dir": flags["working_dir"] or flags["output_dir"]}, True)
     flags["hub_token"] = flags["hub_token"] and "(hidden)"  # which no file is to hold
     config = Config(*groups, flags, given, record)  # type: ignore[call-arg]
@@ -781,7 +974,7 @@ def uses_fsdp(flag: Any) -> bool:
     return bool(flag) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
-def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
+def resolve_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
     """Defaults that depend on other flags, on `accelerate launch` or on the machine."""
     launched = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and "deepspeed" not in given
     derived: dict[str, Any] = {"deepspeed": os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")} if launched else {}
@@ -811,23 +1004,23 @@ def derived_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[st
 
 
 # How adapters may start, and why some can't on quantised weights. What peft knows besides is refused for its reason.
-LORA_STARTS = {
+LORA_INITS = {
     "true|false|gaussian|eva": "",
     "orthogonal": "peft draws it in the data type of the weights",
     r"pissa(_niter_\d+)?|olora": "rounding the weights again, less a part, leaves an adapter for another base",
 }
-REFUSED_LORA_STARTS = {
+UNSUPPORTED_LORA_INITS = {
     "loftq": "its adapters make up for the rounding of 4-bit weights and would be wrong on the base as published",
     "corda": "it needs statistics of the data from the full-precision base first",
     "lora_ga": "it needs gradients of the full-precision base first",
 }
 
 
-def lora_start_problem(name: str, quantised: bool) -> str | None:
+def lora_init_problem(name: str, quantised: bool) -> str | None:
     """Why adapters can't start in a way, or None."""
-    why = next((why for pattern, why in LORA_STARTS.items() if re.fullmatch(pattern, name.lower())), None)
+    why = next((why for pattern, why in LORA_INITS.items() if re.fullmatch(pattern, name.lower())), None)
     if why is None:
-        return REFUSED_LORA_STARTS.get(name.lower(), f"expected one of {', '.join(LORA_STARTS)}")
+        return UNSUPPORTED_LORA_INITS.get(name.lower(), f"expected one of {', '.join(LORA_INITS)}")
     return f"not on quantised weights, give --bits 16 or 32: {why}" if why and quantised else None
 
 
@@ -858,24 +1051,24 @@ def final_folder(config: Config) -> Path:
 
 def rope_parameters(text: str | None) -> dict[str, Any] | None:
     """--rope_scaling as a dictionary; the key `type` of old configs is today's `rope_type`."""
-    with mendable("--rope_scaling: not JSON"):
+    with reraise_as_user_error("--rope_scaling: not JSON"):
         value = None if text is None else json.loads(text)
     if not isinstance(value, dict | None):
         raise ConfigError(f'--rope_scaling {text}: expected an object such as {{"rope_type": "linear", "factor": 2.0}}')
     return value and {("rope_type" if key == "type" else key): item for key, item in value.items()}
 
 
-SAMPLING = ("temperature", "top_p", "top_k", "typical_p")  # what the library refuses unless it samples
-GENERATION = ("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config",
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "typical_p")  # what the library refuses unless it samples
+GENERATION_FLAGS = ("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config",
     *(f.name for f in dataclasses.fields(GenerationArguments)))  # fmt: skip
 # What a masked language model has no use for: it has no output of its own, and generates nothing.
-CAUSAL_FLAGS = frozenset({"target_max_len", "train_on_source", "chat_template", "do_mmlu_eval", *GENERATION})
-LORA = frozenset(f.name for f in dataclasses.fields(LoraArguments))
+CAUSAL_ONLY_FLAGS = frozenset({"target_max_len", "train_on_source", "chat_template", "do_mmlu_eval", *GENERATION_FLAGS})
+LORA_FLAGS = frozenset(f.name for f in dataclasses.fields(LoraArguments))
 URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 
 # fmt: off
 # What a flag may be, on its own: the flags, what is expected of them, and whether a value is that.
-BOUNDS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
+VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("max_train_samples max_eval_samples source_max_len target_max_len model_max_len max_mmlu_samples "
      "mmlu_source_max_len max_new_tokens per_device_train_batch_size per_device_eval_batch_size "
      "gradient_accumulation_steps lora_r max_memory_MB stream_buffer", "at least 1", lambda x: x >= 1),
@@ -896,10 +1089,11 @@ BOUNDS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("dataset", "a preset, a file, a folder or a hub id", lambda x: x.strip(" ,")),
 )
 # A flag, and another without which it means nothing.
-NEEDS = (("merge_base", "merged_output_dir"), ("skip_excess_length", "model_max_len"), ("stream_buffer", "streaming"),
-         ("plan_gpu", "plan"), ("do_mmlu_eval", "do_eval"))
+REQUIRES = (("merge_base", "merged_output_dir"), ("skip_excess_length", "model_max_len"),
+            ("stream_buffer", "streaming"), ("plan_gpu", "plan"), ("do_mmlu_eval", "do_eval"))
 # Flags of which one leaves the other without a meaning.
-ONE_OF = (("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
+MUTUALLY_EXCLUSIVE = (("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"),
+          ("preview", "plan"),
           ("model_max_len", "source_max_len"), ("model_max_len", "target_max_len"), ("adam8bit", "optim"),
           ("layers_to_freeze", "layer_freeze_ratio"), ("overwrite_output_dir", "resume_from_checkpoint"))
 
@@ -908,11 +1102,11 @@ ONE_OF = (("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full
 RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
     *((lambda f, name=name, holds=holds: (value := getattr(f, name)) is not None and not holds(value),
        f"--{name} {{{name}}}: expected {expected}")
-      for names, expected, holds in BOUNDS for name in names.split()),
-    *((lambda f, a=a, b=b: a in f.given and getattr(f, a) and not getattr(f, b), f"--{a} needs --{b}")
-      for a, b in NEEDS),
-    *((lambda f, a=a, b=b: {a, b} <= f.given and getattr(f, a) and getattr(f, b),
-       f"--{a} and --{b}: give one of them") for a, b in ONE_OF),
+      for names, expected, holds in VALUE_CHECKS for name in names.split()),
+    *((lambda f, a=a, b=b: a in f.explicitly_set and getattr(f, a) and not getattr(f, b), f"--{a} needs --{b}")
+      for a, b in REQUIRES),
+    *((lambda f, a=a, b=b: {a, b} <= f.explicitly_set and getattr(f, a) and getattr(f, b),
+       f"--{a} and --{b}: give one of them") for a, b in MUTUALLY_EXCLUSIVE),
     (lambda f: f.telling, "--{telling}: a URL with a password, which the run's files would show: log in instead"),
     (lambda f: not (f.do_train or f.do_eval or f.do_predict or f.merged_output_dir),
      "nothing to do: --do_train, --do_eval, --do_predict are off, and there is no --merged_output_dir"),
@@ -935,7 +1129,7 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--do_predict needs --predict_with_generate"),
     (lambda f: f.objective == "mlm" and f.causal_flags,
      "{causal_flags}: of no use with a masked language model (--objective mlm)"),
-    (lambda f: f.objective == "clm" and f.given & {"mask_prob", "mask_replace_prob", "random_replace_prob"},
+    (lambda f: f.objective == "clm" and f.explicitly_set & {"mask_prob", "mask_replace_prob", "random_replace_prob"},
      "--mask_prob, --mask_replace_prob, --random_replace_prob: nothing is masked with --objective clm, give mlm"),
     (lambda f: f.objective == "mlm" and f.padding_side == "left",
      "--padding_side left: a masked language model (--objective mlm) pads on the right"),
@@ -965,7 +1159,7 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--metric_for_best_model {metric_for_best_model} needs --do_mmlu_eval"),
     (lambda f: f.num_beam_groups > 1 or f.penalty_alpha is not None or f.diversity_penalty != 0,
      "--num_beam_groups, --diversity_penalty and --penalty_alpha: transformers generates in these ways no more"),
-    (lambda f: f.push_to_hub and "hub_strategy" in f.given and f.hub_strategy != "end",
+    (lambda f: f.push_to_hub and "hub_strategy" in f.explicitly_set and f.hub_strategy != "end",
      "--push_to_hub pushes what is final, no checkpoints: give --hub_strategy end, not {hub_strategy}"),
     (lambda f: f.streaming and f.do_train and f.max_steps < 1,
      "--streaming: how long it is nobody knows: give --max_steps, not epochs"),
@@ -979,9 +1173,9 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
      "--streaming: it has no epochs: give --save_strategy, --eval_strategy and --logging_strategy steps"),
     (lambda f: "vicuna" in f.dataset.replace(" ", "").split(","),
      "--dataset vicuna: its data was never released; a file of your own, or one of {datasets}"),
-    (lambda f: f.dataset_format not in (None, *FORMATS) and not OWN_FORMAT.fullmatch(f.dataset_format),
+    (lambda f: f.dataset_format not in (None, *FORMATS) and not CUSTOM_FORMAT.fullmatch(f.dataset_format),
      "--dataset_format {dataset_format}: expected one of {formats}, or path.py:function"),
-    (lambda f: (own := OWN_FORMAT.fullmatch(f.dataset_format or "")) and not Path(own[1]).is_file(),
+    (lambda f: (own := CUSTOM_FORMAT.fullmatch(f.dataset_format or "")) and not Path(own[1]).is_file(),
      "--dataset_format {dataset_format}: no such file"),
     (lambda f: f.expand_conversations and f.dataset_format != "airoboros_chat",
      "--expand_conversations needs --dataset_format airoboros_chat"),
@@ -990,17 +1184,19 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
 )
 
 # Flags that do nothing beside others, though nothing is wrong with them: said once, by `hints`.
-IDLE: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
+INEFFECTIVE_FLAGS: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
     (("quant_type", "double_quant"), lambda f: f.bits != 4, "bits is {bits}"),
     (("unpacked_layers",), lambda f: f.bits >= 16, "bits is {bits}"),
     (("merge_base",), lambda f: f.bits >= 16, "bits is {bits}, so a base is merged into as it was published"),
     (("max_shard_size",), lambda f: not (f.merged_output_dir or f.full_finetune),
      "only a merged model (--merged_output_dir) and one of --full_finetune are written in shards"),
-    (LORA - {"layers_to_freeze", "layer_freeze_ratio"}, lambda f: f.full_finetune, "a full fine-tune has no adapters"),
-    (LORA, lambda f: f.adapter_name_or_path is not None,
+    (LORA_FLAGS - {"layers_to_freeze", "layer_freeze_ratio"}, lambda f: f.full_finetune,
+     "a full fine-tune has no adapters"),
+    (LORA_FLAGS, lambda f: f.adapter_name_or_path is not None,
      "an adapter given by adapter_name_or_path keeps its own rank, alpha and layers"),
-    (GENERATION, lambda f: not f.do_predict, "nothing is generated without --do_predict"),
-    (SAMPLING, lambda f: f.do_predict and not f.do_sample, "predictions are not sampled unless --do_sample is given"),
+    (GENERATION_FLAGS, lambda f: not f.do_predict, "nothing is generated without --do_predict"),
+    (SAMPLING_FLAGS, lambda f: f.do_predict and not f.do_sample,
+     "predictions are not sampled unless --do_sample is given"),
     (("length_penalty",), lambda f: f.do_predict and f.num_beams == 1 and f.generation_num_beams in (None, 1),
      "it weighs beams: --num_beams is 1"),
     (("mmlu_split", "mmlu_dataset", "max_mmlu_samples", "mmlu_source_max_len", "mmlu_dir"),
@@ -1032,7 +1228,7 @@ FSDP_LAUNCH = ("version", "auto_wrap_policy", "activation_checkpointing")  # of 
 
 def flags_of(config: Config) -> argparse.Namespace:
     """What rules are about: every flag by its name, and what follows from several of them or from the tables."""
-    flags, given, trackers = config.flags, config.given, config.training.report_to or ()
+    flags, given, trackers = config.flags, config.explicitly_set, config.training.report_to or ()
     installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"} if trackers else ()  # two not looked for
     launched = {name: value for name in FSDP_LAUNCH if (value := os.environ.get(f"FSDP_{name.upper()}"))}
     spread: Any = config.training.fsdp_config if flags["fsdp"] else {"version": 1} | launched
@@ -1042,11 +1238,11 @@ def flags_of(config: Config) -> argparse.Namespace:
         spread=spread,
         unheard=", ".join(name for name in sorted(spread or ()) if spread[name] and name not in FSDP_CONFIG),
         heard=", ".join(sorted(FSDP_CONFIG)),
-        given=given,
-        causal_flags=", ".join(f"--{name}" for name in sorted(given & CAUSAL_FLAGS) if flags[name] is not False),
+        explicitly_set=given,
+        causal_flags=", ".join(f"--{name}" for name in sorted(given & CAUSAL_ONLY_FLAGS) if flags[name] is not False),
         telling=next((name for name, value in flags.items() if URL_WITH_PASSWORD.search(str(value))), ""),
         folders={path.resolve() for path in (Path(config.training.output_dir), final_folder(config))},
-        start_problem=lora_start_problem(config.lora.init_lora_weights, config.quant.bits < 16),
+        start_problem=lora_init_problem(config.lora.init_lora_weights, config.quant.bits < 16),
         metrics="loss, perplexity" + (", masked_accuracy" if flags["objective"] != "clm" else ""),
         trackers=trackers,
         unknown=", ".join(name for name in trackers if name not in INTEGRATION_TO_CALLBACK),
@@ -1076,333 +1272,6 @@ def hub_options(config: Config) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------
-# 4. Dataset formats: one row of a raw dataset -> segments
-#
-# Every format ends here in a short list of segments, each learnt or not; {input, output} is the case of two. A chat is
-# a Conversation first, which the tokenizer's template renders. No later room knows where a row came from.
-# To add one: write `_name_to_pair` (or take `plain`), add a row to FORMATS, add a row to tests/test_formats.py. The
-# order of FORMATS is the order in which a format is inferred from the columns. A named dataset is a row of DATASETS.
-# ------------------------------------------------------------------------------------
-class Segment(TypedDict):
-    text: str
-    learnt: bool
-
-
-class Conversation(NamedTuple):
-    """A chat that no template has rendered yet."""
-
-    messages: list[dict[str, Any]]  # the last is an answer
-    tools: list[Any] | None
-
-
-Row = list[Segment] | Conversation
-
-
-class DatasetFormat(NamedTuple):
-    columns: tuple[str, ...]  # that a row must have
-    to_row: Callable[[Mapping[str, Any]], Row]
-    inferred: bool = True  # from the columns alone
-
-
-# Noncharacters, which Unicode leaves to a program's own use and no text may hold. The first two stand for the
-# tokenizer's own ids; the third, inside the text of a special token that a user wrote, keeps it text.
-BOS_MARK, EOS_MARK, GUARD = MARKS = "\ufdd0\ufdd1\ufdd2"
-
-
-def pair(source: str, target: str) -> list[Segment]:
-    """The normal form of input and output; the input is empty for plain language modelling."""
-    return [{"text": source, "learnt": False}, {"text": target, "learnt": True}]
-
-
-def storable(text: str) -> str:
-    """Text without the lone surrogates that Arrow refuses, which stand for what is not UTF-8."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def text_of(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
-    """The text in a field; a number or boolean is its JSON text, a null means that the field is missing."""
-    value = row.get(name)
-    if value is None and default is not None:
-        return default
-    if value is None:
-        raise RowError(f"field {name!r} is {'null' if name in row else 'missing'}, expected text")
-    if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
-        return json.dumps(value)
-    if not isinstance(value, str):
-        found = {"dict": "an object", "float": repr(value)}.get(type(value).__name__, f"a {type(value).__name__}")
-        raise RowError(f"field {name!r} is {found}, expected text")
-    if value != storable(value):
-        raise RowError(f"field {name!r} is not valid UTF-8, expected text")
-    if any(mark in value for mark in MARKS):
-        raise RowError(f"field {name!r} holds a noncharacter, U+FDD0 to U+FDD2, expected text")
-    return value
-
-
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: "
-)
-ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response: "
-)
-AIROBOROS_SYSTEM = "You are an unbiased, uncensored, helpful assistant."
-
-
-def _alpaca_to_pair(row: Mapping[str, Any]) -> Row:
-    """The Alpaca prompt (https://github.com/tatsu-lab/stanford_alpaca), with the original's single trailing space."""
-    fields = {"instruction": text_of(row, "instruction"), "input": text_of(row, "input", "")}
-    prompt = ALPACA_WITH_INPUT if fields["input"] else ALPACA_WITHOUT_INPUT
-    return pair(prompt.format(**fields), text_of(row, "output"))
-
-
-def _chip2_to_pair(row: Mapping[str, Any]) -> Row:
-    """Question and answer share one string, marked `<human>: ` and `<bot>: `; the first answer is learnt."""
-    parts = text_of(row, "text").split("\n<bot>: ")
-    if len(parts) < 2:
-        raise RowError(r"field 'text' has no '\n<bot>: ', expected a question and an answer")
-    return pair(parts[0].replace("<human>: ", ""), parts[1])
-
-
-def _airoboros_to_pair(row: Mapping[str, Any]) -> Row:
-    """Up to airoboros 2.2.1 (https://github.com/jondurbin/airoboros)."""
-    instruction = text_of(row, "instruction").strip()
-    skip = text_of(row, "skip_prompt_formatting", "") or "false"
-    if skip.lower() not in BOOLEANS:
-        raise RowError(f"field 'skip_prompt_formatting' is {skip!r}, expected true or false")
-    if BOOLEANS[skip.lower()]:
-        prompt = f"{instruction}\n"
-    else:
-        instruction = re.sub(r"\s+PLAINFORMAT$", " PLAINFORMAT", instruction)
-        prompt = f"{text_of(row, 'system', '').strip() or 'A chat.'}\nUSER: {instruction}\nASSISTANT: "
-    return pair(prompt, text_of(row, "response").strip() + "\n")
-
-
-SPEAKERS = {  # who speaks, by the names that datasets give them
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation"), "tool"),
-    "system": "system",
-}
-MAY_FOLLOW = {
-    "": "system user",
-    "system": "user",
-    "user": "assistant",
-    "assistant": "user tool",
-    "tool": "tool assistant",
-}
-
-
-def label_of(row: Mapping[str, Any], column: str) -> str:
-    """The text in an optional column, whatever it holds; a null means that it is missing."""
-    value = row.get(column)
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
-
-
-def list_of(row: Mapping[str, Any], name: str) -> list[Any]:
-    """The list in a field, or in the JSON of its text."""
-    value = row.get(name)
-    with contextlib.suppress(ValueError):
-        value = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(value, list):
-        raise RowError(f"field {name!r} is {one_line(repr(value))}, expected a list")
-    return value
-
-
-def messages_of(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
-    """The turns of a conversation, {role, content} or {from, value}, with today's roles and one after the other."""
-    messages: list[dict[str, Any]] = []
-    for number, turn in enumerate(list_of(row, column)):
-        here, last = f"{column}[{number}]", messages[-1]["role"] if messages else ""
-        if not isinstance(turn, Mapping):
-            raise RowError(f"{here} is a {type(turn).__name__}, expected an object")
-        who, what = ("from", "value") if turn.get("from") is not None else ("role", "content")
-        fields = {f"{here}.{name}": value for name, value in turn.items()}  # the names that a message gives
-        name = text_of(fields, f"{here}.{who}")
-        role = SPEAKERS.get(name.lower())
-        if role not in MAY_FOLLOW[last].split():
-            raise RowError(f"{here} is a turn of {name!r}, expected one of {MAY_FOLLOW[last].replace(' ', ' or ')}")
-        calls = role == "assistant" and turn.get("tool_calls")
-        content = text_of(fields, f"{here}.{what}", "" if calls else None)
-        if role == "assistant" and not calls and not content.strip():
-            raise RowError(f"{here}: the output is empty, expected something to learn")
-        messages.append({**turn, "role": role, "content": content})
-    return messages
-
-
-def _airoboros_chat_to_pair(row: Mapping[str, Any]) -> Row:
-    """From airoboros 3.0 on: LLaMA-2's chat, of which the last answer is learnt."""
-    turns = messages_of(row, "conversations")
-    system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else AIROBOROS_SYSTEM
-    if len(turns) < 2 or turns[-1]["role"] != "assistant" or any(turn["role"] == "tool" for turn in turns):
-        raise RowError("field 'conversations': expected turns of human and gpt, one after the other, the last of gpt")
-    question, *between, answer = (turn["content"] for turn in turns)
-    prompt = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{question} [/INST]"
-    for earlier, question in zip(between[::2], between[1::2], strict=True):
-        prompt += f" {earlier.strip()} {EOS_MARK}{BOS_MARK}[INST] {question.strip()} [/INST]"
-    return pair(prompt, answer)
-
-
-def up_to_each_answer(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """One row for each answer of a conversation, with all that precedes it; the last is the row itself."""
-    ends = [n for n, turn in enumerate(messages_of(row, "conversations"), 1) if turn["role"] == "assistant"]
-    return [*({**row, "conversations": list_of(row, "conversations")[:n]} for n in ends[:-1]), row]
-
-
-def _chat_to_conversation(column: str, row: Mapping[str, Any]) -> Row:
-    """Up to the last answer: what comes after it teaches nothing."""
-    messages = messages_of(row, column)
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if not messages:
-        raise RowError(f"field {column!r} has no turn of the assistant, expected an answer to learn")
-    return Conversation(messages, list_of(row, "tools") if row.get("tools") else None)
-
-
-def _plain_to_pair(columns: Sequence[str], row: Mapping[str, Any]) -> Row:
-    *source, output = (text_of(row, name) for name in columns)
-    return pair("".join(source), output)
-
-
-def plain(*columns: str, inferred: bool = True) -> DatasetFormat:
-    """A format whose columns stand as they are: input and output, or for plain language modelling output alone."""
-    return DatasetFormat(columns, partial(_plain_to_pair, columns), inferred)
-
-
-FORMATS: dict[str, DatasetFormat] = {
-    "messages": DatasetFormat(("messages",), partial(_chat_to_conversation, "messages")),
-    "sharegpt": DatasetFormat(("conversations",), partial(_chat_to_conversation, "conversations")),
-    "airoboros": DatasetFormat(("instruction", "response"), _airoboros_to_pair),
-    "alpaca": DatasetFormat(("instruction", "output"), _alpaca_to_pair),
-    "self-instruct": plain("prompt", "completion"),
-    "input-output": plain("input", "output"),
-    "hh-rlhf": plain("chosen"),
-    "text": plain("text"),
-    "alpaca-clean": DatasetFormat(("instruction", "output"), _alpaca_to_pair, inferred=False),
-    "longform": plain("input", "output", inferred=False),
-    "chip2": DatasetFormat(("text",), _chip2_to_pair, inferred=False),
-    "oasst1": plain("text", inferred=False),
-    "input": plain("input", inferred=False),
-    "airoboros_chat": DatasetFormat(("conversations",), _airoboros_chat_to_pair, inferred=False),
-}
-MASKED_FORMATS: tuple[str, ...] = ("input", "text")  # what a masked language model reads, in this order of preference
-OWN_FORMAT: re.Pattern[str] = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # a user's file and its function
-
-
-def format_named(name: str) -> DatasetFormat:
-    """A row of FORMATS, or the function that path.py:function names."""
-    own = OWN_FORMAT.fullmatch(name)
-    if own is None:
-        return FORMATS[name]
-    spec: Any = importlib.util.spec_from_file_location("dataset_format", own[1])
-    module: Any = importlib.util.module_from_spec(spec)
-    with mendable(f"--dataset_format {name}", ConfigError, Exception, SystemExit):  # whatever a user's code raises
-        spec.loader.exec_module(module)
-        return DatasetFormat((), partial(_own_to_row, name, getattr(module, own[2])))
-
-
-def _own_to_row(name: str, function: Callable[[dict[str, Any]], Any], row: Mapping[str, Any]) -> Row:
-    """What a user's function makes of a row."""
-    try:
-        made = function(dict(row))
-        if isinstance(made, Mapping):
-            chat = "messages" in made
-            return _chat_to_conversation("messages", made) if chat else _plain_to_pair(("input", "output"), made)
-        return [{"text": text_of(segment, "text"), "learnt": bool(segment["learnt"])} for segment in made]
-    except (Exception, SystemExit) as error:  # of a user's code, which may raise anything: it is about this row
-        expected = "it returns {input, output}, {messages} or a list of {text, learnt}"
-        raise RowError(f"{name}: {type(error).__name__}: {one_line(error)}; expected: {expected}") from error
-
-
-@lru_cache(maxsize=1)
-def special_texts(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches the text of any token that the tokenizer parses as special."""
-    texts = sorted((str(token) for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
-    return re.compile("|".join(map(re.escape, reversed(texts))) or "(?!)")
-
-
-def guarded(value: Any, special: re.Pattern[str]) -> Any:
-    """What a template sees of a user's values: no nulls, which Arrow adds, and no text that a tokenizer would parse."""
-    if isinstance(value, str):
-        return special.sub(lambda found: found[0][0] + GUARD + found[0][1:], value)
-    if isinstance(value, Mapping):
-        return {key: guarded(item, special) for key, item in value.items() if item is not None}
-    return [guarded(item, special) for item in value] if isinstance(value, list) else value
-
-
-def apply_template(
-    messages: list[Any], tools: list[Any] | None, tokenizer: PreTrainedTokenizerBase, prompt: bool = False
-) -> tuple[str, list[tuple[int, int]] | None]:
-    """A conversation's text, a prompt for an answer after it or not; where the answers are, if the template says so."""
-    try:
-        template = tokenizer.get_chat_template(tools=tools)
-        marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-        options: dict[str, Any] = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked}
-        options |= {"tools": tools, "chat_template": template, **tokenizer.special_tokens_map}
-        made: Any = render_jinja_template([messages], **options)
-    except TemplateSyntaxError as error:
-        raise ConfigError(f"the chat template, line {error.lineno}: {one_line(error)}") from error
-    except LIBRARY_ERRORS as error:
-        raise RowError(f"the chat template refuses it: {one_line(error)}") from error
-    return made[0][0], made[1][0] if marked else None
-
-
-def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[Segment]:
-    """A conversation by the tokenizer's chat template: every answer with its stop token is learnt, nothing else.
-
-    Where the template does not mark the answers with {% generation %}, one is what the conversation up to it has more
-    than the one before it with the generation prompt; white space after the stop token is the template's.
-    """
-    if tokenizer is None or not tokenizer.chat_template:
-        raise ConfigError("the tokenizer has no chat template, which rows of a chat need: give a --chat_template FILE")
-    special = special_texts(tokenizer)
-    messages, tools = guarded(conversation.messages, special), guarded(conversation.tools, special)
-    whole, spans = apply_template(messages, tools, tokenizer)
-    for n in [n for n, message in enumerate(messages) if message["role"] == "assistant"] if spans is None else []:
-        before, _ = apply_template(messages[:n], tools, tokenizer, prompt=True)
-        after, _ = apply_template(messages[: n + 1], tools, tokenizer)
-        if before == after or not (after.startswith(before) and whole.startswith(after)):
-            raise RowError(
-                f"turn {n + 1}: what the chat template makes of it does not stand like that in the whole conversation; "
-                "give a --chat_template with {% generation %} and {% endgeneration %} around the answers"
-            )
-        stops = [found.end() for found in special.finditer(after, len(before)) if not after[found.end() :].strip()]
-        spans = [*(spans or []), (len(before), [*stops, len(after)][0])]
-    bounds = [0, *itertools.chain(*(spans or [])), len(whole)]
-    pieces = [whole[start:end] for start, end in itertools.pairwise(bounds)]
-    return [{"text": text, "learnt": n % 2 == 1} for n, text in enumerate(pieces) if text]
-
-
-# Presets by their format: where they are, for datasets.load_dataset.
-DATASETS: dict[str, dict[str, str]] = {
-    "alpaca": {"path": "tatsu-lab/alpaca"},
-    "alpaca-clean": {"path": "yahma/alpaca-cleaned"},
-    "chip2": {"path": "laion/OIG", "data_files": "unified_chip2.jsonl"},
-    # a script dataset, which datasets >= 4 does not run: its parquet conversion
-    "self-instruct": {
-        "path": "yizhongw/self_instruct", "revision": "refs/convert/parquet", "data_dir": "self_instruct"
-    },
-    "hh-rlhf": {"path": "Anthropic/hh-rlhf"},
-    "longform": {"path": "akoksal/LongForm"},
-    "oasst1": {"path": "timdettmers/openassistant-guanaco"},
-}  # fmt: skip
-
-
-def infer_format(columns: Iterable[str], where: str, masked: bool = False) -> str:
-    """The first format whose columns are all there."""
-    found = set(columns)
-    among = MASKED_FORMATS if masked else tuple(name for name, candidate in FORMATS.items() if candidate.inferred)
-    for name in among:
-        if found.issuperset(FORMATS[name].columns):
-            return name
-    needs = "; ".join(f"{name}: {', '.join(FORMATS[name].columns)}" for name in among)
-    names = ", ".join(sorted(found)) or "(none)"
-    raise DataError(f"{where}: no format fits the columns {names}. Needed are, for {needs}")
-
-
-# ------------------------------------------------------------------------------------
 # 5. Loading: Config -> Splits of rows in normal form
 #
 # Every row of every file becomes its segments, written once to an Arrow cache. A row that can't be
@@ -1418,7 +1287,7 @@ REJECTED = "rejected.jsonl"
 EVAL_SPLIT_SEED = 42  # the original's: the same rows are held out
 DATASETS_ERRORS = (RuntimeError, datasets.exceptions.DatasetsError)  # beside LIBRARY_ERRORS
 ROW_FEATURES = datasets.Features(  # of rows in normal form
-    {"segments": [{"text": datasets.Value("string"), "learnt": datasets.Value("bool")}]}
+    {"segments": [{"text": datasets.Value("string"), "supervised": datasets.Value("bool")}]}
     | {"rendered": datasets.Value("bool")}
     | dict.fromkeys(("where", "category", "problem"), datasets.Value("string"))
 )
@@ -1445,7 +1314,7 @@ def read_json_lines(stream: Any) -> Numbered:
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield number, RowError(f"not valid JSON: {one_line(error)}, expected one object in a line", line)
+                yield number, RowError(f"not valid JSON: {shorten(error)}, expected one object in a line", line)
 
 
 def read_json_array(stream: Any, line: int) -> Numbered:
@@ -1463,7 +1332,7 @@ def read_json_array(stream: Any, line: int) -> Numbered:
         except (ValueError, RecursionError) as error:  # what breaks off at the end of the text may go on
             more = stream.read(max(CHUNK, len(text) - at)) if len(text) - at < LONGEST_ROW else ""
             if not more:
-                reason = f"not valid JSON: {one_line(getattr(error, 'msg', error))}, expected one array of rows"
+                reason = f"not valid JSON: {shorten(getattr(error, 'msg', error))}, expected one array of rows"
                 yield line + text.count("\n", 0, getattr(error, "pos", at)), RowError(reason)
                 return
             line, text, at, after = line + text.count("\n", 0, at), text[at:] + more, 0, None
@@ -1481,7 +1350,7 @@ def read_delimited(stream: Any, delimiter: str) -> Numbered:
     """CSV or TSV with a header; every cell is text: an empty one is an empty string, and NA is NA."""
     csv.field_size_limit(LONGEST_ROW)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
-    with mendable(f"{stream.name}:1: the header is not valid CSV", DataError, csv.Error):
+    with reraise_as_user_error(f"{stream.name}:1: the header is not valid CSV", DataError, csv.Error):
         header = next(reader, [])
     if doubled := [name for name in header if header.count(name) > 1]:
         raise DataError(f"{stream.name}: the column {doubled[0]!r} stands twice in the header")
@@ -1497,7 +1366,7 @@ def read_delimited(stream: Any, delimiter: str) -> Numbered:
         if len(cells) == len(header):
             yield number, dict(zip(header, cells, strict=True))
         elif cells:  # no cells: an empty line
-            yield number, RowError(one_line(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"), cells)
+            yield number, RowError(shorten(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"), cells)
 
 
 def read_parquet(stream: Any) -> Numbered:
@@ -1523,7 +1392,7 @@ def data_suffix(path: Path) -> str:
 def read_file(path: Path) -> Numbered:
     """The rows of one local file; a DataError where it can't be opened, or breaks off."""
     opened = gzip.open if path.suffix.lower() == ".gz" else open
-    with mendable(str(path), DataError), opened(path, "rb") as raw:
+    with reraise_as_user_error(str(path), DataError), opened(path, "rb") as raw:
         # bytes that are not UTF-8 become lone surrogates, which text_of finds in the row they belong to
         text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
         yield from READERS[data_suffix(path)](text)
@@ -1549,7 +1418,7 @@ class RowSource:
             for number, row in read_file(path):
                 yield f"{path}:{number}", row
         if self.loaded is not None:
-            with mendable(self.name, DataError, *DATASETS_ERRORS):
+            with reraise_as_user_error(self.name, DataError, *DATASETS_ERRORS):
                 for number, row in enumerate(self.loaded, start=self.behind + 1):
                     yield f"{self.name}:{number}", row
 
@@ -1613,7 +1482,7 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
 def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
     """A folder of data files, or one written by `save_to_disk`."""
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        with mendable(str(folder), DataError):
+        with reraise_as_user_error(str(folder), DataError):
             return as_sources(str(folder), datasets.load_from_disk(str(folder)))
     files = sorted(p for p in folder.iterdir() if p.is_file() and data_suffix(p) in READERS and p.name[0] != ".")
     if not files:
@@ -1632,7 +1501,7 @@ def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSou
     """A dataset of the hub, all its splits."""
     what = f"--dataset {path}: no local file of that name, and the hub does not give it"
     options |= {"streaming": True} if config.data.streaming else {}
-    with mendable(what, DataError, *DATASETS_ERRORS):
+    with reraise_as_user_error(what, DataError, *DATASETS_ERRORS):
         return as_sources(path, datasets.load_dataset(path, **hub_options(config), **options))
 
 
@@ -1642,7 +1511,7 @@ def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
     return {split: RowSource(f"{name}[{split}]", (), dataset) for split, dataset in splits.items()}
 
 
-def fields_of(row: Any) -> Mapping[str, Any]:
+def check_row(row: Any) -> Mapping[str, Any]:
     """What was read, if it is a row at all."""
     if isinstance(row, RowError):
         raise row
@@ -1651,51 +1520,59 @@ def fields_of(row: Any) -> Mapping[str, Any]:
     return row
 
 
-def normal_rows(
+def normalize_rows(
     source: Iterable[tuple[str, Any]], format_name: str, data: DataArguments, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[dict[str, Any]]:
     """Every row in its normal form. One that can't be used has a `problem`, and as its text what stood there."""
-    columns, to_row, _ = format_named(format_name)
-    wanted, learnt = {name.strip() for name in data.include_sources.split(",")}, "".join(columns[-1:]) or "output"
+    columns, to_row, _ = get_format(format_name)
+    wanted, supervised = {name.strip() for name in data.include_sources.split(",")}, "".join(columns[-1:]) or "output"
     found = False  # a row of the sources asked for
     for where, row in source:
-        if data.include_sources != "ALL" and isinstance(row, Mapping) and label_of(row, "source") not in wanted:
+        if (
+            data.include_sources != "ALL"
+            and isinstance(row, Mapping)
+            and get_optional_text(row, "source") not in wanted
+        ):
             continue
         found = True
         made: list[list[Segment]] = []
         category, problem, rendered = "", "", False
         try:
-            row = fields_of(row)
-            category = label_of(row, "category") or label_of(row, "source")
-            for part in map(to_row, up_to_each_answer(row) if data.expand_conversations else [row]):
+            row = check_row(row)
+            category = get_optional_text(row, "category") or get_optional_text(row, "source")
+            for part in map(to_row, expand_turns(row) if data.expand_conversations else [row]):
                 rendered = isinstance(part, Conversation)
-                made.append(render(part, tokenizer) if isinstance(part, Conversation) else part)
-                if not any(segment["learnt"] and segment["text"].strip() for segment in made[-1]):
-                    raise RowError(f"field {learnt!r}: the output is empty, expected something to learn")
+                made.append(render_chat(part, tokenizer) if isinstance(part, Conversation) else part)
+                if not any(segment["supervised"] and segment["text"].strip() for segment in made[-1]):
+                    raise RowError(f"field {supervised!r}: the output is empty, expected something to learn")
         except (RowError, RecursionError) as error:
             problem = str(error) if isinstance(error, RowError) else "nested too deeply to be read"
             raw = "null"
             with contextlib.suppress(RecursionError):
                 raw = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
-            made = [[{"text": raw, "learnt": False}]]
+            made = [[{"text": raw, "supervised": False}]]
         texts = {"where": where, "category": category, "problem": problem}
         for segments in made:
-            kept = [{**segment, "text": storable(segment["text"])} for segment in segments]
-            yield {"segments": kept, "rendered": rendered, **{name: storable(text) for name, text in texts.items()}}
+            kept = [{**segment, "text": to_valid_utf8(segment["text"])} for segment in segments]
+            yield {
+                "segments": kept,
+                "rendered": rendered,
+                **{name: to_valid_utf8(text) for name, text in texts.items()},
+            }
     if isinstance(source, RowSource) and not found:  # a block of a stream may have none
         raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
 
 
 def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     """One split as an Arrow dataset of rows in normal form, from the cache if the same content was read before."""
-    data, own = config.data, OWN_FORMAT.fullmatch(format_name)
+    data, own = config.data, CUSTOM_FORMAT.fullmatch(format_name)
     depends: list[Any] = [source.name, source.fingerprint(), format_name, own and file_digest(Path(own[1]))]
     depends += [data.expand_conversations, data.include_sources]
     if tokenizer:
-        depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_texts(tokenizer).pattern]
+        depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_token_pattern(tokenizer).pattern]
     try:
         return datasets.Dataset.from_generator(
-            normal_rows,
+            normalize_rows,
             features=ROW_FEATURES,
             gen_kwargs={"source": source, "format_name": format_name, "data": data, "tokenizer": tokenizer},
             cache_dir=config.model.cache_dir,
@@ -1710,21 +1587,21 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
 CODE_VERSION = file_digest(Path(__file__))  # rows that another version of this file encoded are encoded again
 
 
-def format_of(name: str, sources: Mapping[str, RowSource], config: Config) -> str:
+def choose_format(name: str, sources: Mapping[str, RowSource], config: Config) -> str:
     """The format of a dataset's rows: the flag, the preset's own, or what the columns tell."""
     source = next(iter(sources.values()))
     columns = source.columns()
     if not columns:
         where, row = next(iter(source), (name, RowError("no row in it")))
-        with mendable(where, DataError):  # a RowError is a ValueError
-            fields_of(row)
+        with reraise_as_user_error(where, DataError):  # a RowError is a ValueError
+            check_row(row)
     if config.data.dataset_format:
         chosen, why = config.data.dataset_format, "--dataset_format"
     elif name in DATASETS and not config.masked:
         chosen, why = name, "the preset's"
     else:
         chosen, why = infer_format(columns, name, config.masked), "inferred from the columns"
-    missing = sorted(set(format_named(chosen).columns) - set(columns))
+    missing = sorted(set(get_format(chosen).columns) - set(columns))
     if config.data.include_sources != "ALL" and "source" not in columns:
         raise DataError(f"{name}: --include_sources needs a column source, found {', '.join(columns)}")
     if missing:
@@ -1746,7 +1623,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     given = config.data.dataset
     for name in [given] if Path(given).exists() else filter(None, re.split(r"\s*,\s*", given.strip())):
         sources = find_splits(name, config)
-        chosen = format_of(name, sources, config)
+        chosen = choose_format(name, sources, config)
         held_out = next((split for split in SPLIT_NAMES if split in sources), None) if evaluating else None
         if "train" not in sources and (config.training.do_train or held_out is None):
             raise DataError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
@@ -1757,12 +1634,12 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
                 rows = load_rows(sources[split], chosen, config, tokenizer)
                 log.info("%s: %d rows in split %s", name, len(rows), split)
                 parts[part].append(rows)
-    splits = Splits(*(reject_bad_rows(joined(part), config) for part in parts.values()))
+    splits = Splits(*(reject_bad_rows(concatenate(part), config) for part in parts.values()))
     if evaluating and splits.eval is None and splits.train is not None:
-        splits = split_off(splits.train, config)
+        splits = train_eval_split(splits.train, config)
     return Splits(
-        first_rows(splits.train, config.data.max_train_samples) if needs_train_rows(config) else None,
-        first_rows(splits.eval, config.data.max_eval_samples),
+        take_rows(splits.train, config.data.max_train_samples) if needs_train_rows(config) else None,
+        take_rows(splits.eval, config.data.max_eval_samples),
     )
 
 
@@ -1788,7 +1665,7 @@ def needs_train_rows(config: Config) -> bool:
     return args.do_train or (args.merged_output_dir is not None and not (args.do_eval or args.do_predict))
 
 
-def joined(parts: list[Any]) -> Any | None:
+def concatenate(parts: list[Any]) -> Any | None:
     """Datasets one after the other, under a fingerprint that a second run finds again."""
     if len(parts) < 2:
         return parts[0] if parts else None
@@ -1797,15 +1674,15 @@ def joined(parts: list[Any]) -> Any | None:
     return whole
 
 
-def first_rows(rows: Any | None, limit: int | None) -> Any | None:
+def take_rows(rows: Any | None, limit: int | None) -> Any | None:
     """The first rows, or all of them."""
     return rows if rows is None or limit is None or limit >= len(rows) else rows.select(range(limit))
 
 
-def split_off(rows: Any, config: Config) -> Splits:
+def train_eval_split(rows: Any, config: Config) -> Splits:
     """Hold rows out for evaluation, shuffled with the original's seed."""
     size = config.data.eval_dataset_size
-    if "eval_dataset_size" not in config.given and len(rows) < 4 * size:
+    if "eval_dataset_size" not in config.explicitly_set and len(rows) < 4 * size:
         size = max(1, len(rows) // 10)
         log.info("a tenth of %d rows, %d, is held out; --eval_dataset_size sets another number", len(rows), size)
     count = math.ceil(size if size >= 1 else size * len(rows))
@@ -1867,7 +1744,7 @@ SPARE_TOKENS = re.compile(
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges*", "added_tokens.json", "config.json"]
 
 
-def fetched(name: str, patterns: list[str], config: Config) -> Path:
+def download(name: str, patterns: list[str], config: Config) -> Path:
     """The folder that a name stands for; for a hub id, these files of it are fetched."""
     folder = Path(name)
     return folder if folder.is_dir() else Path(snapshot_download(name, allow_patterns=patterns, **hub_options(config)))
@@ -1877,7 +1754,7 @@ def patched_tokenizer_folder(name: str, patch: str, into: Path, config: Config) 
     """The model's tokenizer files with those of the patch laid over them, key by key."""
     if not any((Path(patch) / file).is_file() for file in PATCHED_FILES):
         raise ConfigError(f"--tokenizer_patch {patch}: expected a folder with {' or '.join(PATCHED_FILES)}")
-    for file in fetched(name, TOKENIZER_FILES, config).iterdir():
+    for file in download(name, TOKENIZER_FILES, config).iterdir():
         if file.is_file() and file.suffix in (".json", ".model", ".txt"):
             shutil.copyfile(file, into / file.name)
     for file_name in PATCHED_FILES:
@@ -1889,7 +1766,7 @@ def patched_tokenizer_folder(name: str, patch: str, into: Path, config: Config) 
 
 def read_json(path: Path) -> Any:
     """A JSON file's content; a ConfigError where it can't be read."""
-    with mendable(str(path)):
+    with reraise_as_user_error(str(path)):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -1898,7 +1775,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
     model = config.model
     options = hub_options(config) | {"trust_remote_code": model.trust_remote_code}
     what = f"--model_name_or_path {model.model_name_or_path}: its tokenizer does not load"
-    with tempfile.TemporaryDirectory() as scratch, mendable(what):
+    with tempfile.TemporaryDirectory() as scratch, reraise_as_user_error(what):
         if model.tokenizer_patch:
             folder = str(patched_tokenizer_folder(folder, model.tokenizer_patch, Path(scratch), config))
         bare = Path(folder, "tokenizer.model").is_file() and not Path(folder, "tokenizer.json").is_file()
@@ -1914,7 +1791,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
         )
     tokenizer.name_or_path = model.model_name_or_path
     if model.chat_template:
-        with mendable(f"--chat_template {model.chat_template}"):
+        with reraise_as_user_error(f"--chat_template {model.chat_template}"):
             tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
     set_special_tokens(tokenizer, config, model_config)
     return tokenizer
@@ -1974,14 +1851,14 @@ class Limits(NamedTuple):
 
 class Encoded(NamedTuple):
     input_ids: list[int]
-    labels: list[int]  # the ids that are learnt, IGNORE elsewhere
+    labels: list[int]  # the ids that are supervised, IGNORE elsewhere
     cut: bool  # whether a limit took something away
 
 
-Token = tuple[int, int]  # its id, and its label: the id where it is learnt, IGNORE elsewhere
+Token = tuple[int, int]  # its id, and its label: the id where it is supervised, IGNORE elsewhere
 
 
-def join_tokens(
+def truncate_and_concat(
     source: list[Token], target: list[Token], limits: Limits, train_on_source: bool = False, bos: int | None = None
 ) -> Encoded:
     """The last answer and all that precedes it, cut to the limits and joined.
@@ -2004,26 +1881,26 @@ def cut_left(tokens: list[Token], limit: int, bos: int | None) -> list[Token]:
     return tokens if len(tokens) <= limit else tokens[:first] + tokens[len(tokens) - max(limit - first, 0) :]
 
 
-def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Texts as ids, without special tokens around them or parsed in them."""
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
     return encoded["input_ids"]
 
 
-def tokens_apart(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
+def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
     """The tokens of each segment, BOS before the first and EOS after the last; a tokenizer without BOS adds none."""
     own = {BOS_MARK: [tokenizer.bos_token_id][: tokenizer.bos_token_id is not None], EOS_MARK: [tokenizer.eos_token_id]}
     texts = [
         BOS_MARK * (n == 0) + s["text"] + EOS_MARK * (n == len(row) - 1) for row in rows for n, s in enumerate(row)
     ]
     split = [re.split(f"([{BOS_MARK}{EOS_MARK}])", text) for text in texts]  # into texts and, between them, marks
-    found = iter(token_ids([text for pieces in split for text in pieces[::2]], tokenizer))
+    found = iter(tokenize([text for pieces in split for text in pieces[::2]], tokenizer))
     ids = ([i for piece in pieces for i in (own[piece] if piece in own else next(found))] for pieces in split)
     for row in rows:
-        yield [[(i, i if segment["learnt"] else IGNORE) for i in next(ids)] for segment in row]
+        yield [[(i, i if segment["supervised"] else IGNORE) for i in next(ids)] for segment in row]
 
 
-def tokens_of_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
+def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
     """The tokens of each segment where all of a row is tokenised as one text; one that spans two goes to the second."""
     texts = ["".join(segment["text"] for segment in row) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
@@ -2031,29 +1908,29 @@ def tokens_of_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizer
         owner = [number for number, segment in enumerate(row) for _ in segment["text"]]  # of each character
         parts: list[list[Token]] = [[] for _ in row]
         for i, (start, end) in zip(ids, offsets, strict=True):
-            if text[start:end] != GUARD:
+            if text[start:end] != ESCAPE_MARK:
                 first, last = owner[min(start, len(text) - 1)], owner[max(end, start + 1, 1) - 1]
-                learnt = row[first]["learnt"] or row[last]["learnt"]
-                parts[last].append((i, i if learnt else IGNORE))
+                supervised = row[first]["supervised"] or row[last]["supervised"]
+                parts[last].append((i, i if supervised else IGNORE))
         yield parts
 
 
-def last_learnt(segments: Sequence[Segment]) -> int:
+def last_supervised(segments: Sequence[Segment]) -> int:
     """The number of the segment with which the output begins."""
-    return max(number for number, segment in enumerate(segments) if segment["learnt"])
+    return max(number for number, segment in enumerate(segments) if segment["supervised"])
 
 
-def sources_and_targets(
+def prompts_and_completions(
     batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[Token], list[Token]]]:
-    """Of every row the tokens of the output, which begins with the last learnt segment, and of what precedes it."""
+    """Of every row the tokens of the output, which begins with the last supervised segment, and of what precedes it."""
     rows = list(zip(batch["segments"], batch["rendered"], strict=True))
     parts_of = {
-        False: tokens_apart([segments for segments, rendered in rows if not rendered], tokenizer),
-        True: tokens_of_rendered([segments for segments, rendered in rows if rendered], tokenizer),
+        False: tokenize_segments([segments for segments, rendered in rows if not rendered], tokenizer),
+        True: tokenize_rendered([segments for segments, rendered in rows if rendered], tokenizer),
     }
     for segments, rendered in rows:
-        parts, last = next(parts_of[rendered]), last_learnt(segments)
+        parts, last = next(parts_of[rendered]), last_supervised(segments)
         yield list(itertools.chain(*parts[:last])), list(itertools.chain(*parts[last:]))
 
 
@@ -2089,8 +1966,11 @@ def encode_batch(
         rows = [encode_masked(text, tokenizer, limits) for text in last_texts(batch)]
     else:
         bos = tokenizer.bos_token_id
-        rows = [join_tokens(s, t, limits, train_on_source, bos) for s, t in sources_and_targets(batch, tokenizer)]
-    first = 0 if masked else 1  # which can be learnt: the very first token is predicted by none
+        rows = [
+            truncate_and_concat(s, t, limits, train_on_source, bos)
+            for s, t in prompts_and_completions(batch, tokenizer)
+        ]
+    first = 0 if masked else 1  # which can be supervised: the very first token is predicted by none
     nothing = f"no token left to learn within {limits}, expected one at least"
     return {
         "input_ids": [row.input_ids for row in rows],
@@ -2101,7 +1981,7 @@ def encode_batch(
     }
 
 
-def limits_of(config: Config) -> Limits:
+def length_limits(config: Config) -> Limits:
     """The limits that the flags set."""
     data = config.data
     return Limits(data.source_max_len, 0 if config.masked else data.target_max_len, data.model_max_len)
@@ -2109,7 +1989,7 @@ def limits_of(config: Config) -> Limits:
 
 def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Config, name: str) -> Any:
     """Every row encoded, in parallel, from the cache where the same rows were encoded before."""
-    options = {"limits": limits_of(config), "train_on_source": config.data.train_on_source, "masked": config.masked}
+    options = {"limits": length_limits(config), "train_on_source": config.data.train_on_source, "masked": config.masked}
     words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     depends = (pairs._fingerprint, words, tokenizer.bos_token_id, tokenizer.eos_token_id, options)
     workers = min(os.cpu_count() or 1, len(pairs) // 20_000)  # below that, starting processes takes longer
@@ -2188,7 +2068,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-def row_order(lengths: list[int], at_once: int, args: Any) -> Any:
+def build_sampler(lengths: list[int], at_once: int, args: Any) -> Any:
     """The sampler of training rows that the flags ask for; the Trainer's own grouped one differs after a resume."""
     if args.train_sampling_strategy == "sequential":
         return torch.utils.data.SequentialSampler(lengths)
@@ -2197,14 +2077,14 @@ def row_order(lengths: list[int], at_once: int, args: Any) -> Any:
     return EpochSampler(len(lengths), seed, grouped, at_once)
 
 
-def warn_without_stop(pairs: Any, rows: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def warn_missing_eos(pairs: Any, rows: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Say so where the chat template puts the end-of-sequence token after none of the first answers."""
     first = rows.select([n for n, rendered in enumerate(pairs[:100]["rendered"]) if rendered])
-    learnt = [[i for i in row["labels"] if i != IGNORE] for row in first if not (row["cut"] or row["problem"])]
+    supervised = [[i for i in row["labels"] if i != IGNORE] for row in first if not (row["cut"] or row["problem"])]
     # with --train_on_source also the template's white space after the answer
-    last = {next((i for i in reversed(ids) if str(tokenizer.decode([i])).strip()), ids[-1]) for ids in learnt}
+    last = {next((i for i in reversed(ids) if str(tokenizer.decode([i])).strip()), ids[-1]) for ids in supervised}
     if last and tokenizer.eos_token_id not in last:
-        special = [i for i in last if special_texts(tokenizer).fullmatch(str(tokenizer.decode([i])))]
+        special = [i for i in last if special_token_pattern(tokenizer).fullmatch(str(tokenizer.decode([i])))]
         then = "generation stops there only if --eos_token or the model's generation_config names it"
         log.warning(
             "the chat template ends an answer with %r, not with the end-of-sequence token %r: %s",
@@ -2214,13 +2094,13 @@ def warn_without_stop(pairs: Any, rows: Any, tokenizer: PreTrainedTokenizerBase)
 
 def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
     """Both splits encoded; of a stream the first block, which stands for it until training."""
-    return Splits(*(usable_rows(pairs, name, tokenizer, config) for name, pairs in splits._asdict().items()))
+    return Splits(*(encode_split(pairs, name, tokenizer, config) for name, pairs in splits._asdict().items()))
 
 
-def usable_rows(
+def encode_split(
     pairs: Any, name: str, tokenizer: PreTrainedTokenizerBase, config: Config, place: Place | None = None
 ) -> Any:
-    """Rows encoded, without those that nothing can be learnt of and, if the flags say so, without too long ones.
+    """Rows encoded, without those that nothing can be supervised of and, if the flags say so, without too long ones.
 
     With a place they are a block of a stream, of which nothing need remain.
     """
@@ -2228,9 +2108,9 @@ def usable_rows(
         return next(encoded_blocks(pairs, {}, tokenizer, config))[1]
     if not pairs:
         return pairs
-    rows, limits = encode_dataset(pairs, tokenizer, config, name), limits_of(config)
+    rows, limits = encode_dataset(pairs, tokenizer, config, name), length_limits(config)
     if not place:
-        warn_without_stop(pairs, rows, tokenizer)
+        warn_missing_eos(pairs, rows, tokenizer)
     if name == "train" and limits.total is not None and config.data.skip_excess_length and any(cut := rows["cut"][:]):
         log.info("%d of %d training rows are longer than %s: left out", sum(cut), len(rows), limits)
         if place is None and all(cut):
@@ -2250,9 +2130,9 @@ def encoded_blocks(
             loaded.load_state_dict(state)  # type: ignore[union-attr]
         rest = iter(dataclasses.replace(source, loaded=loaded, first=row, behind=row if state else 0))
         while block := list(itertools.islice(rest, config.data.stream_buffer)):
-            made = list(normal_rows(block, stream.format_name, config.data, tokenizer))
+            made = list(normalize_rows(block, stream.format_name, config.data, tokenizer))
             pairs: Any = datasets.Dataset.from_list(made, features=ROW_FEATURES) if made else None
-            rows = usable_rows(reject_bad_rows(pairs, config, whole=False), "train", tokenizer, config, place)
+            rows = encode_split(reject_bad_rows(pairs, config, whole=False), "train", tokenizer, config, place)
             if rows:
                 useful = True
                 yield place, rows
@@ -2268,7 +2148,7 @@ class TokenStatistics(NamedTuple):
     fingerprint: str  # of every id and label, in order
     rows: int
     tokens: int
-    learnt: int  # tokens; of a masked model, those that may be masked
+    supervised: int  # tokens; of a masked model, those that may be masked
     largest_id: int
     longest: int
     cut: int  # rows, as in the next three
@@ -2284,11 +2164,11 @@ class TokenStatistics(NamedTuple):
         """Names and values, for a table."""
         rows = {"cut": self.cut, "without EOS": self.without_eos, "with doubled BOS": self.doubled_bos,
                 "duplicates": self.duplicates}  # fmt: skip
-        learnt = "may be masked" if self.without_eos is None else "learnt"
+        supervised = "may be masked" if self.without_eos is None else "supervised"
         return {
             "rows": str(self.rows),
             "tokens": str(self.tokens),
-            learnt: f"{self.learnt} ({self.learnt / self.tokens:.1%})",
+            supervised: f"{self.supervised} ({self.supervised / self.tokens:.1%})",
             **{name: f"{count} ({count / self.rows:.1%})" for name, count in rows.items() if count is not None},
             f"padding at batch {self.batch}": f"{self.padding:.1%}",
             **({} if self.packing is None else {"filled if packed": f"{self.packing:.1%}"}),
@@ -2309,14 +2189,19 @@ def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRow
         hasher.update(b"".join(part.tobytes() for part in (sizes, ids, sizes, labels)))
         ends = sizes.cumsum()
         starts = ends - sizes
-        learnt = labels != IGNORE
-        learnt[starts] &= config.masked  # else nothing predicts it
-        last = np.maximum.reduceat(np.where(learnt, np.arange(len(ids)), 0), starts)
-        # with --train_on_source, the line end that a template puts after EOS is learnt too
+        supervised = labels != IGNORE
+        supervised[starts] &= config.masked  # else nothing predicts it
+        last = np.maximum.reduceat(np.where(supervised, np.arange(len(ids)), 0), starts)
+        # with --train_on_source, the line end that a template puts after EOS is supervised too
         stops = (labels[last] == tokenizer.eos_token_id) | (labels[np.maximum(last - 1, 0)] == tokenizer.eos_token_id)
         second = ids[np.minimum(starts + 1, ends - 1)]
         doubled = (sizes > 1) & (ids[starts] == begins_with) & (second == begins_with)
-        where = {"learnt": learnt, "without_eos": ~stops, "doubled_bos": doubled, "cut": batch["cut"].to_numpy()}
+        where = {
+            "supervised": supervised,
+            "without_eos": ~stops,
+            "doubled_bos": doubled,
+            "cut": batch["cut"].to_numpy(),
+        }
         found.update({name: int(part.sum()) for name, part in where.items()})
         largest = max(largest, int(ids.max(initial=0)))
         hashes = [hash(ids[start:end].tobytes()) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
@@ -2324,19 +2209,19 @@ def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRow
     lengths, hashes = np.concatenate(parts, axis=1)
     train, every = config.training, np.asarray(packs.lengths if packs and config.data.packing else lengths)
     window = train.train_batch_size * train.gradient_accumulation_steps * train.world_size
-    order = row_order(every.tolist(), window, train) if packs else range(len(every))
+    order = build_sampler(every.tolist(), window, train) if packs else range(len(every))
     batch = train.per_device_train_batch_size if packs else train.per_device_eval_batch_size
     return TokenStatistics(
-        hasher.hexdigest()[:16], len(lengths), int(lengths.sum()), found["learnt"], largest, int(lengths.max()),
+        hasher.hexdigest()[:16], len(lengths), int(lengths.sum()), found["supervised"], largest, int(lengths.max()),
         found["cut"], None if config.masked else found["without_eos"], found["doubled_bos"],
         len(hashes) - len(np.unique(hashes)), batch, padding_share(every, order, batch),
         sum(packs.lengths) / (packs.limit * len(packs)) if packs else None, histogram(lengths),
     )  # fmt: skip
 
 
-def measured(splits: Splits, tokenizer: Any, config: Config) -> tuple[Any, dict[str, TokenStatistics]]:
+def pack_and_summarize(splits: Splits, tokenizer: Any, config: Config) -> tuple[Any, dict[str, TokenStatistics]]:
     """The rows to train on, packed if the flags say so, and statistics of both splits."""
-    longest = limits_of(config).longest
+    longest = length_limits(config).longest
     packs = None if splits.train is None else PackedRows(splits.train, longest)
     if packs and config.data.packing:
         log.info("packing: %d rows in %d packs of up to %d tokens", len(packs.rows), len(packs), longest)
@@ -2373,7 +2258,7 @@ def padded_prompts(rows: Sequence[Sequence[int] | torch.Tensor], pad_id: int, si
 
 
 @dataclass(frozen=True)
-class Window:
+class StepBatch:
     """The rows of one optimizer step of one process (or of one evaluation batch), before they are micro-batches."""
 
     input_ids: list[torch.Tensor]
@@ -2387,7 +2272,7 @@ class Window:
         return [len(ids) for ids in self.input_ids]
 
 
-def collate_window(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> dict[str, Any]:
+def collate_step(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> dict[str, Any]:
     """Rows of a dataset, packed or not -> {lengths (rows,), labels (tokens,), window}; the labels are for counting."""
     packs = [row.get("pack", [row]) for row in rows]
     # without rows: a token that nobody learns, for a process that has no share but must take part
@@ -2397,11 +2282,11 @@ def collate_window(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> d
     for row in labels if not masked else ():
         row[0] = IGNORE
     where = [member.get("where", "") for member in members]
-    window = Window(ids, labels, [len(pack) for pack in packs], where, masked)
+    window = StepBatch(ids, labels, [len(pack) for pack in packs], where, masked)
     return {"lengths": torch.tensor([sum(map(len, ids))] * len(rows)), "labels": torch.cat(labels), "window": window}
 
 
-def micro_batches(window: Window, rows: int | None, tokens: int, padded: bool) -> list[list[int]]:
+def micro_batches(window: StepBatch, rows: int | None, tokens: int, padded: bool) -> list[list[int]]:
     """Which members of a window go through the model together: at most `rows` of the dataset, in their order.
 
     And at most so many tokens, padding included, unless one member alone has more; `rows` None for as many as fit.
@@ -2425,14 +2310,14 @@ def micro_batches(window: Window, rows: int | None, tokens: int, padded: bool) -
     return made
 
 
-def padded_batch(window: Window, members: list[int], pad_id: int, side: str) -> dict[str, Any]:
+def padded_batch(window: StepBatch, members: list[int], pad_id: int, side: str) -> dict[str, Any]:
     """Members of a window in rows of one length, and which positions predict what."""
     ids, labels = ([part[i] for i in members] for part in (window.input_ids, window.labels))
-    places = learnt(pad(labels, IGNORE, side).flatten(), 0 if window.masked else 1)
+    places = supervised_targets(pad(labels, IGNORE, side).flatten(), 0 if window.masked else 1)
     return padded_prompts(ids, pad_id, side) | places
 
 
-def end_to_end_batch(window: Window, members: list[int], filled: bool = False) -> dict[str, Any]:
+def padding_free_batch(window: StepBatch, members: list[int], filled: bool = False) -> dict[str, Any]:
     """Members of a window as one row without padding; positions begin anew in each.
 
     `filled` up to one of few shapes, for CUDA graphs: one more row of at most an eighth of the tokens, and empty ones.
@@ -2451,11 +2336,11 @@ def end_to_end_batch(window: Window, members: list[int], filled: bool = False) -
         "input_ids": torch.cat(ids).unsqueeze(0),
         "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
         "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest,
-        **learnt(torch.cat(labels)),
+        **supervised_targets(torch.cat(labels)),
     }  # fmt: skip
 
 
-def learnt(labels: torch.Tensor, ahead: int = 1) -> dict[str, torch.Tensor]:
+def supervised_targets(labels: torch.Tensor, ahead: int = 1) -> dict[str, torch.Tensor]:
     """Flat labels -> the positions that predict a labelled token, `ahead` of it, and those tokens."""
     positions = (labels[ahead:] != IGNORE).nonzero().squeeze(1)
     return {"positions": positions, "targets": labels[positions + ahead]}
@@ -2498,68 +2383,69 @@ def build_masking(tokenizer: PreTrainedTokenizerBase, rows: int, data: DataArgum
     return Masking(*shares, mask_id=tokenizer.mask_token_id, words=torch.tensor(words))
 
 
-Titled = tuple[str, list["Piece"]]  # a row, with what it is
+TitledSpans = tuple[str, list["Span"]]  # a row, with what it is
 
 
-class Piece(NamedTuple):
+class Span(NamedTuple):
     """A stretch of a row as --preview shows it."""
 
     text: str
-    learnt: bool
+    supervised: bool
     special: bool  # a special token, and not text that looks like one
 
 
-def pieces_of(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
-    """A row's text where it is learnt and where not; a token that stands for another one with an arrow to that."""
+def row_spans(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Span]:
+    """A row's text where it is supervised and where not; a token that stands for another one with an arrow to that."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
     decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     apart = [i in special or label not in (IGNORE, i) for i, label in zip(ids, labels, strict=True)]
     kinds = [(label != IGNORE, n if apart[n] else -1) for n, label in enumerate(labels)]
-    for (learnt, _), group in itertools.groupby(range(len(ids)), kinds.__getitem__):
+    for (supervised, _), group in itertools.groupby(range(len(ids)), kinds.__getitem__):
         numbers = list(group)
         first, last = numbers[0], numbers[-1]
         # decoded by itself a piece could lose its leading space, or half of a letter
         before, text = (str(decode(ids[:end])) for end in (first, last + 1))
         text = text[len(before) :] if text.startswith(before) else str(decode(ids[first : last + 1]))
         name = str(tokenizer.convert_ids_to_tokens(ids[first])) if ids[first] in special else text
-        yield Piece("↵\n".join(map(visible, name.split("\n"))), learnt, ids[first] in special)
-        if learnt and labels[first] != ids[first]:
-            yield Piece(f"→{visible(str(decode(labels[first : first + 1])))}", True, False)
+        yield Span("↵\n".join(map(escape_control_chars, name.split("\n"))), supervised, ids[first] in special)
+        if supervised and labels[first] != ids[first]:
+            yield Span(f"→{escape_control_chars(str(decode(labels[first : first + 1])))}", True, False)
 
 
-def shown_rows(rows: Any, tokenizer: Any, model_config: PretrainedConfig, config: Config) -> Iterator[Titled]:
+def preview_rows(rows: Any, tokenizer: Any, model_config: PretrainedConfig, config: Config) -> Iterator[TitledSpans]:
     """Title and pieces of the first rows, or of those in the first packs, as a first step would have them."""
     known = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
     masking = build_masking(tokenizer, known, config.data) if config.masked else None
     for number in range(min(config.data.preview, len(rows))):
         members = rows[number].get("pack", [rows[number]])
-        window = collate_window(members, config.masked)["window"]
+        window = collate_step(members, config.masked)["window"]
         for part, row in enumerate(zip(window.input_ids, window.labels, strict=True)):
             ids, labels = masking.draw(*row, "train", config.training.seed, 0, 0, number, part) if masking else row
             title = f"row {number + 1}" + f", part {part + 1} of {len(members)}" * (len(members) > 1)
-            title += f": {visible(window.where[part])}, {len(ids)} tokens, {int((labels != IGNORE).sum())} learnt"
-            yield title + ", cut" * members[part]["cut"], list(pieces_of(ids.tolist(), labels.tolist(), tokenizer))
+            supervised = int((labels != IGNORE).sum())
+            title += f": {escape_control_chars(window.where[part])}, {len(ids)} tokens, {supervised} supervised"
+            yield title + ", cut" * members[part]["cut"], list(row_spans(ids.tolist(), labels.tolist(), tokenizer))
 
 
-# What stands around learnt text and around special tokens: green and reversed in a terminal, brackets elsewhere.
+# What stands around supervised text and around special tokens: green and reversed in a terminal, brackets elsewhere.
 TERMINAL_MARKS, PLAIN_MARKS = ("\x1b[32m", "\x1b[39m", "\x1b[7m", "\x1b[27m"), tuple("⟪⟫⟦⟧")
 
 
-def preview_text(rows: Iterable[Titled], statistics: Mapping[str, TokenStatistics], terminal: bool) -> str:
+def format_preview(rows: Iterable[TitledSpans], statistics: Mapping[str, TokenStatistics], terminal: bool) -> str:
     """The rows, then the statistics of each split."""
     on, off, open_, close = TERMINAL_MARKS if terminal else PLAIN_MARKS
     own = {} if terminal else {ord(mark): f"\\u{ord(mark):x}" for mark in PLAIN_MARKS}  # in the data
-    lines = [f"{on}learnt{off}, {open_}special token{close}, ↵ end of a line\n"]
+    lines = [f"{on}supervised{off}, {open_}special token{close}, ↵ end of a line\n"]
     for title, pieces in rows:
         text = ""
-        for learnt, group in itertools.groupby(pieces, lambda piece: piece.learnt):
+        for supervised, group in itertools.groupby(pieces, lambda piece: piece.supervised):
             inner = "".join(f"{open_}{p.text}{close}" if p.special else p.text.translate(own) for p in group)
-            text += f"{on}{inner}{off}" if learnt else inner
+            text += f"{on}{inner}{off}" if supervised else inner
         lines += [title, text + "\n"]
     for name, part in statistics.items():
         most = max(part.lengths.values())
         bars = {f"{size} tokens": f"{'█' * math.ceil(30 * n / most)} {n}".strip() for size, n in part.lengths.items()}
-        lines += [f"{name} rows", table(part.lines() | bars) + "\n"]
+        lines += [f"{name} rows", format_table(part.lines() | bars) + "\n"]
     return "\n".join(lines)
 
 
@@ -2663,9 +2549,9 @@ def check_weights(folder: str | Path, config: Config) -> None:
             raise ConfigError(f"{found[0]}: weights in a pickle, which can hold code: {way}")
 
 
-def load_whole(name: str, folder: str | Path, auto_model: Any = AutoModelForCausalLM, **options: Any) -> Any:
+def load_strict(name: str, folder: str | Path, auto_model: Any = AutoModelForCausalLM, **options: Any) -> Any:
     """A model, refused where its checkpoint lacks weights: transformers draws them at random and only warns."""
-    with mendable(f"--model_name_or_path {name}"):
+    with reraise_as_user_error(f"--model_name_or_path {name}"):
         loaded: Any = auto_model.from_pretrained(folder, output_loading_info=True, **options)
     model, info = loaded
     missing = sorted(info["missing_keys"])
@@ -2677,7 +2563,7 @@ def load_whole(name: str, folder: str | Path, auto_model: Any = AutoModelForCaus
     return model
 
 
-def dequantised_gguf(path: Path, cache_dir: str | None, weights: bool = True) -> Path:
+def convert_gguf(path: Path, cache_dir: str | None, weights: bool = True) -> Path:
     """A folder in bf16 with the weights (or config alone) and the tokenizer of a .gguf file, made once and cached.
 
     bf16 keeps 8 bits of mantissa, more than the at most 8 bits that such a file stores for a weight.
@@ -2694,14 +2580,14 @@ def dequantised_gguf(path: Path, cache_dir: str | None, weights: bool = True) ->
     log.info("%s: %s into %s, once", path, "dequantising" if weights else "its tokenizer", folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as scratch:
-        with mendable(f"--model_name_or_path {path}"):
+        with reraise_as_user_error(f"--model_name_or_path {path}"):
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             model_config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         part = Path(scratch) / "model"
         if isinstance(model_config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model_config.eos_token_id)
         if weights:
-            model = load_whole(str(path), path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+            model = load_strict(str(path), path.parent, gguf_file=path.name, dtype=torch.bfloat16)
             # transformers refuses to save what came from a gguf file unless it forgets that
             model.hf_quantizer.remove_quantization_config(model)
             model.save_pretrained(part)
@@ -2720,13 +2606,13 @@ def model_folder(config: Config) -> str:
     """Where transformers loads the base from: the folder or hub id given, or the folder made from a .gguf file."""
     name, weights = config.model.model_name_or_path, not (config.training.plan or config.data.preview)
     gguf = gguf_file(name)
-    return str(dequantised_gguf(gguf, config.model.cache_dir, weights)) if gguf else name
+    return str(convert_gguf(gguf, config.model.cache_dir, weights)) if gguf else name
 
 
 def load_model_config(config: Config, folder: str) -> PretrainedConfig:
     """The base model's configuration, with --rope_scaling in it."""
     model = config.model
-    with mendable(f"--model_name_or_path {model.model_name_or_path}"):
+    with reraise_as_user_error(f"--model_name_or_path {model.model_name_or_path}"):
         code = model.trust_remote_code
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=code, **hub_options(config))
     rope = rope_parameters(model.rope_scaling)
@@ -2744,7 +2630,7 @@ def load_model_config(config: Config, folder: str) -> PretrainedConfig:
     return model_config
 
 
-def names_masked_lm(model_config: PretrainedConfig) -> bool:
+def is_masked_lm(model_config: PretrainedConfig) -> bool:
     """Whether a config is a masked language model's: by its architectures or, where it names none, by its kind."""
     names = getattr(model_config, "architectures", None) or []
     if names:
@@ -2753,10 +2639,10 @@ def names_masked_lm(model_config: PretrainedConfig) -> bool:
     return kind.endswith("ForMaskedLM") and not getattr(model_config, "is_decoder", False)
 
 
-def settle_objective(config: Config, model_config: PretrainedConfig) -> Config:
+def resolve_objective(config: Config, model_config: PretrainedConfig) -> Config:
     """The Config with the objective that `auto` stands for, and the rules checked that depend on it."""
     wanted = config.data.objective
-    chosen = wanted if wanted != "auto" else "mlm" if names_masked_lm(model_config) else "clm"
+    chosen = wanted if wanted != "auto" else "mlm" if is_masked_lm(model_config) else "clm"
     log.info("objective: %s (%s)", chosen, "--objective" if wanted != "auto" else "by the model's config")
     data = dataclasses.replace(config.data, objective=chosen)  # type: ignore[arg-type]
     settled = dataclasses.replace(config, data=data, flags=config.flags | {"objective": chosen})
@@ -2764,7 +2650,7 @@ def settle_objective(config: Config, model_config: PretrainedConfig) -> Config:
     return settled
 
 
-def attention_kernel(config: Config) -> str | None:
+def resolve_attention(config: Config) -> str | None:
     """The attention implementation asked for; sdpa where flash-attn is missing."""
     from transformers.utils import is_flash_attn_2_available
 
@@ -2775,9 +2661,9 @@ def attention_kernel(config: Config) -> str | None:
     return wanted
 
 
-LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
+LINEAR_CLASSES = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
 # What derives from it and gives more than a product: routers of Llama 4 and PhiMoE, groups of DeepSeek V4.
-NO_PRODUCT = ("Router", "GroupedLinear")
+NOT_LINEAR = ("Router", "GroupedLinear")
 
 
 def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
@@ -2785,7 +2671,7 @@ def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
     head = model.get_output_embeddings()
     layers = [
         name for name, module in model.named_modules()
-        if isinstance(module, LINEAR) and module is not head and not type(module).__name__.endswith(NO_PRODUCT)
+        if isinstance(module, LINEAR_CLASSES) and module is not head and not type(module).__name__.endswith(NOT_LINEAR)
     ]  # fmt: skip
     if not masked:
         return layers
@@ -2804,11 +2690,11 @@ def stacked_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     }  # fmt: skip
 
 
-def without_weights(config: Config, model_config: PretrainedConfig) -> Any:
+def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
     """The base model on the meta device. Under ZeRO-3 transformers, if it knew, would draw and share out weights."""
     saved, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
     try:
-        with torch.device("meta"), mendable(f"--model_name_or_path {config.model.model_name_or_path}"):
+        with torch.device("meta"), reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
             return AUTO_MODELS[config.masked].from_config(
                 model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
             )
@@ -2836,7 +2722,7 @@ def even_map(gpus: int, config: Config, model_config: PretrainedConfig) -> dict[
 
     accelerate's own map gives the first of two GPUs 7 of an 8B model's 32 layers, and 36 of 80 of a 70B one's.
     """
-    model, sizes = without_weights(config, model_config), Counter[str]()
+    model, sizes = meta_model(config, model_config), Counter[str]()
     packed = {f"{name}.weight" for name in linear_layers(model, config.masked)}
     parts = list(_parts_of(model, decoder_layers(model)))
     homes, tied = dict[Any, str](), dict[str, str]()
@@ -2859,23 +2745,23 @@ def even_map(gpus: int, config: Config, model_config: PretrainedConfig) -> dict[
     return places if min(shares) > 0 and max(shares) / 8e6 <= config.quant.max_memory_MB else None
 
 
-def layers_left_whole(config: Config, model_config: PretrainedConfig) -> list[str] | None:
+def skip_modules(config: Config, model_config: PretrainedConfig) -> list[str] | None:
     """The prediction head of a masked model, found on a copy without weights; None leaves it to transformers."""
     if not config.masked:
         return None
-    empty = without_weights(config, model_config)
-    linear = {name for name, module in empty.named_modules() if isinstance(module, LINEAR)}
+    empty = meta_model(config, model_config)
+    linear = {name for name, module in empty.named_modules() if isinstance(module, LINEAR_CLASSES)}
     return sorted(linear - set(linear_layers(empty, masked=True)))
 
 
-def quantisable_falcon() -> None:
+def patch_falcon_linear() -> None:
     """What is exactly nn.Linear is quantised by transformers: Falcon's subclass computes the same and would stay."""
     from transformers.models.falcon import modeling_falcon
 
     modeling_falcon.FalconLinear = torch.nn.Linear  # type: ignore[assignment, misc]
 
 
-QUIRKS = {"falcon": quantisable_falcon}  # by model_type: what a family needs before it is loaded
+QUIRKS = {"falcon": patch_falcon_linear}  # by model_type: what a family needs before it is loaded
 
 
 def load_base(config: Config, model_config: PretrainedConfig, folder: str, **options: Any) -> Any:
@@ -2887,7 +2773,7 @@ def load_base(config: Config, model_config: PretrainedConfig, folder: str, **opt
     options = {"use_safetensors": None if pickles else True} | shared | options
     options = {name: value for name, value in options.items() if value is not None}
     name += "" if pickles or Path(folder).is_dir() else " (read as safetensors; --allow_pickle_weights reads .bin too)"
-    return load_whole(name, folder, AUTO_MODELS[config.masked], **options)
+    return load_strict(name, folder, AUTO_MODELS[config.masked], **options)
 
 
 def check_prequantised(config: Config, own: Mapping[str, Any]) -> None:
@@ -2899,13 +2785,13 @@ def check_prequantised(config: Config, own: Mapping[str, Any]) -> None:
             f"--fsdp: {name} is quantised already and stored as {stored}, which FSDP can't shard, it takes a floating "
             "dtype: give the base as published"
         )
-    if config.quant.full_finetune or lora_start_problem(init, quantised=True):
+    if config.quant.full_finetune or lora_init_problem(init, quantised=True):
         what = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {init}"
         raise ConfigError(f"{what}: the weights of {name} are quantised already")
 
 
 @contextlib.contextmanager
-def quantised_on(device: torch.device) -> Iterator[None]:
+def quantise_on_device(device: torch.device) -> Iterator[None]:
     """FSDP's base, which waits in the CPU's memory to be shared out: the CPU would take 200 s for 7B, the GPU takes 2.
 
     The scales of the 4-bit blocks, which FSDP does not know of, stay on the GPU.
@@ -2937,7 +2823,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
     options: dict[str, Any] = {
         "dtype": load_dtype(config),
         "device_map": device_map(config),
-        "attn_implementation": attention_kernel(config),
+        "attn_implementation": resolve_attention(config),
     }
     if options["device_map"] == "auto":
         gpus, limit = torch.cuda.device_count(), f"{config.quant.max_memory_MB}MB"
@@ -2948,10 +2834,10 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         check_prequantised(config, own)
         log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
     else:
-        options["quantization_config"] = quantisation_config(config, layers_left_whole(config, model_config))
+        options["quantization_config"] = quantisation_config(config, skip_modules(config, model_config))
     if config.training.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
         importlib.import_module("deepspeed").init_distributed()
-    with quantised_on(config.training.device) if is_fsdp(config) else contextlib.nullcontext():
+    with quantise_on_device(config.training.device) if is_fsdp(config) else contextlib.nullcontext():
         model = load_base(config, model_config, folder, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -2985,7 +2871,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
     return model
 
 
-def special_ids_into_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def sync_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """The tokenizer's BOS, EOS and pad ids, also in the model's config."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.config, name, getattr(tokenizer, name))
@@ -3056,7 +2942,7 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fal
     return sorted(leaves) if named == set(wanted) else wanted
 
 
-def whole_modules(model: PreTrainedModel, names: str | None) -> list[str] | None:
+def resolve_modules_to_save(model: PreTrainedModel, names: str | None) -> list[str] | None:
     """--modules_to_save as a list; a name that no module has is a ConfigError."""
     wanted = [name.strip() for name in names.split(",")] if names else None
     for name in wanted or []:
@@ -3081,15 +2967,15 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         init_lora_weights=init,
         # the same rank everywhere: EVA's own choice of ranks would change with the batches it happened to see
         eva_config=EvaConfig(rho=1.0) if init == "eva" else None,
-        modules_to_save=whole_modules(model, lora.modules_to_save),
+        modules_to_save=resolve_modules_to_save(model, lora.modules_to_save),
         task_type=None if masked else "CAUSAL_LM",  # which wants methods of generation, and an encoder has none
     )
 
 
 def adapter_files(adapter: str, config: Config) -> str:
     """The folder of an adapter, fetched if need be, whose weights may be read."""
-    with mendable(f"--adapter_name_or_path {adapter}"):
-        folder = fetched(adapter, ["adapter_config.json", "adapter_model.*"], config)
+    with reraise_as_user_error(f"--adapter_name_or_path {adapter}"):
+        folder = download(adapter, ["adapter_config.json", "adapter_model.*"], config)
     check_weights(folder, config)
     return str(folder)
 
@@ -3099,7 +2985,9 @@ def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None)
     set_seed(config.training.seed)  # loading draws random numbers; a seed gives one initialisation
     upcast = config.lora.lora_dtype == "float32"
     what = f"adapter {adapter}" if adapter else "LoRA flags"
-    with mendable(f"{what} on {config.model.model_name_or_path}", ConfigError, RuntimeError):  # shapes that differ
+    with reraise_as_user_error(
+        f"{what} on {config.model.model_name_or_path}", ConfigError, RuntimeError
+    ):  # shapes that differ
         if adapter is None:
             settings = lora_config(model, config.lora, config.masked)
             adapted = get_peft_model(model, settings, autocast_adapter_dtype=upcast)
@@ -3109,18 +2997,18 @@ def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None)
     for name, parameter in adapted.named_parameters() if not upcast else ():
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
-    if adapter is None and takes_from_base(adapted.peft_config["default"].init_lora_weights):
+    if adapter is None and mutates_base(adapted.peft_config["default"].init_lora_weights):
         # what peft took out of the base's weights; see fit_to_base
         adapted.lora_start = {name: p.detach().cpu().clone() for name, p in get_peft_model_state_dict(adapted).items()}
     return adapted
 
 
-def takes_from_base(start: Any) -> bool:
+def mutates_base(start: Any) -> bool:
     """Whether adapters that start so change the base: W becomes W - s B A."""
     return isinstance(start, str) and start.startswith(("pissa", "olora", "corda"))
 
 
-def fit_to_base(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
+def convert_to_published_base(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
     """Turn a saved adapter on a base changed by its start, B' A', into one on the base as published.
 
     (W - s B' A') + s B A = W + s [B, -B'] [A; A']: twice the rank, at the same scale s.
@@ -3153,7 +3041,7 @@ def start_from_inputs(model: Any, rows: Any, pad_id: int, config: Config) -> Non
         while sum(map(len, batch)) < 8 * config.lora.lora_r:
             batch.append(next(source))
         batches.append(padded_prompts(batch, pad_id, "right"))
-    with mendable("--init_lora_weights eva", ConfigError, RuntimeError):
+    with reraise_as_user_error("--init_lora_weights eva", ConfigError, RuntimeError):
         initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
 
 
@@ -3432,7 +3320,7 @@ class FusedLoRA(torch.autograd.Function):
         return d_x, None, *parameter_gradients(grads, d_thin, x, made, layers, params)
 
 
-class GatedAct(NamedTuple):
+class GatedActivation(NamedTuple):
     """The product act(gate) * up of a gated MLP."""
 
     module: Any  # the activation
@@ -3463,14 +3351,14 @@ class GatedAct(NamedTuple):
         return grad, gate, up
 
 
-def gated_act(act: Any) -> GatedAct:
+def gated_act(act: Any) -> GatedActivation:
     """An activation with the kernel that computes it, if there is one."""
     kinds = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1}
-    return GatedAct(act, kinds.get(type(act).__name__) if triton is not None else None)
+    return GatedActivation(act, kinds.get(type(act).__name__) if triton is not None else None)
 
 
 def mlp_gradients(
-    grad: torch.Tensor, x: torch.Tensor, act: GatedAct, layers: Sequence[FusedLinear], params: Parameters,
+    grad: torch.Tensor, x: torch.Tensor, act: GatedActivation, layers: Sequence[FusedLinear], params: Parameters,
     outputs: list[torch.Tensor], first: Products, last: Products | None, needs_x: bool, wide: bool = False,
 ) -> list[torch.Tensor | None]:  # fmt: skip
     """Gradients of a gated MLP's x and parameters. `outputs` are gate and up, which are used up."""
@@ -3498,7 +3386,7 @@ class FusedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, act: GatedAct, layers: Sequence[FusedLinear], *params: torch.Tensor | None
+        ctx: Any, x: torch.Tensor, act: GatedActivation, layers: Sequence[FusedLinear], *params: torch.Tensor | None
     ) -> torch.Tensor:
         """Takes x (tokens, hidden) -> (tokens, hidden). While a layer is recomputed nobody reads the result."""
         ctx.layers, ctx.act, ctx.masks = layers, act, None
@@ -3577,7 +3465,7 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def fused_mlp(module: Any, act: GatedAct, layers: Sequence[FusedLinear], x: torch.Tensor) -> torch.Tensor:
+def fused_mlp(module: Any, act: GatedActivation, layers: Sequence[FusedLinear], x: torch.Tensor) -> torch.Tensor:
     """In place of a gated MLP's forward."""
     if not layers[0].applies(x):
         return type(module).forward(module, x)
@@ -3595,7 +3483,7 @@ def is_gated_mlp(module: Any) -> bool:
     return GATED_MLP in inspect.getsource(type(module).forward)
 
 
-def fusible(module: Any) -> FusedLinear | None:
+def as_fused_linear(module: Any) -> FusedLinear | None:
     """An adapted layer as the functions above take it; None for what they do not know (DoRA, a bias in lora_B, ...)."""
     name = next(iter(module.active_adapters), "")
     base = module.get_base_layer()
@@ -3609,9 +3497,9 @@ def fusible(module: Any) -> FusedLinear | None:
     return FusedLinear(module, base, down, up, module.scaling[name], dropout, module.forward)
 
 
-def fuse_adapters(model: Any) -> list[str]:
+def patch_lora_layers(model: Any) -> list[str]:
     """Give every adapted layer that is known the functions above; returns the names of the others."""
-    found = {name: fusible(m) for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    found = {name: as_fused_linear(m) for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     known = {name: layer for name, layer in found.items() if layer is not None}
     for name, module in model.named_modules():
         wanted = [f"{name}.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
@@ -3902,13 +3790,15 @@ def graphed(
     if passes is None:
         Graphed.shapes.add(key[1:])
         what = f"--cuda_graphs: {type(layer).__name__} can't be recorded, leave the flag out"
-        with mendable(what, QLoRAError, RuntimeError):  # and torch not be used after a recording that failed
+        with reraise_as_user_error(
+            what, QLoRAError, RuntimeError
+        ):  # and torch not be used after a recording that failed
             passes = Graphed.made[key] = Graphed.record(layer, run, how[0], hidden, rest)
     return Graphed.apply(passes, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], anchor, hidden)
 
 
 GROUPED_BY_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 has none, and needs none
-END_TO_END = "end_to_end"  # the name of our attention among transformers'
+VARLEN_ATTENTION = "end_to_end"  # the name of our attention among transformers'
 
 
 def has_kernel(dtype: torch.dtype, size: int, dropout: float | None) -> bool:
@@ -3916,7 +3806,7 @@ def has_kernel(dtype: torch.dtype, size: int, dropout: float | None) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and size in range(8, 257, 8) and not dropout
 
 
-def end_to_end_attention(
+def varlen_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, cu_seq_lens_q: Any = None,
     max_length_q: int = 0, **kwargs: Any,
@@ -3974,7 +3864,7 @@ def end_to_end_attention(
     return torch.cat(pieces).unsqueeze(0), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(END_TO_END, end_to_end_attention)  # and no mask under that name: none is made
+ALL_ATTENTION_FUNCTIONS.register(VARLEN_ATTENTION, varlen_attention)  # and no mask under that name: none is made
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -4089,7 +3979,7 @@ def head_as(head: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Iter
 
 
 @contextlib.contextmanager
-def attention_of(model: Any, kernel: str | None) -> Iterator[None]:
+def attention_implementation(model: Any, kernel: str | None) -> Iterator[None]:
     """Another attention kernel for a while."""
     config = model.config.get_text_config()
     own = config._attn_implementation
@@ -4106,13 +3996,13 @@ def model_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     return model(**{name: value for name, value in batch.items() if name not in ("positions", "targets")}).logits
 
 
-def labelled(states: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+def select_supervised(states: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
     """What predicts the labelled tokens, a row each; only these go on: a quarter where the prompt is three quarters."""
     return states.flatten(0, 1)[batch["positions"].to(states.device)]
 
 
 def _into(found: list[torch.Tensor], function: Any, batch: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:
-    found.append(function(labelled(hidden, batch)))
+    found.append(function(select_supervised(hidden, batch)))
     return hidden[..., :1]
 
 
@@ -4129,7 +4019,7 @@ def summed_loss(model: Any, fast: FastPath, batch: Mapping[str, Any], smoothing:
     """Cross-entropy of the labelled tokens of a batch, summed, in float32."""
     if fast.head is not None:
         return at_head(model, fast, batch, partial(_chunked, fast, batch["targets"], smoothing))
-    states = labelled(model_logits(model, batch), batch)
+    states = select_supervised(model_logits(model, batch), batch)
     targets = batch["targets"].to(states.device)
     return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
 
@@ -4144,7 +4034,7 @@ def _chunked(fast: FastPath, targets: torch.Tensor, smoothing: float, states: to
         return ChunkedCrossEntropy.apply(states, weight, bias, targets.to(states.device), fast.post, smoothing)
 
 
-def set_unpacked(model: Any, count: int, dtype: torch.dtype) -> None:
+def set_unpacked_layers(model: Any, count: int, dtype: torch.dtype) -> None:
     """Keep the weights of the first `count` layers unpacked beside the packed ones: for memory that is free anyway."""
     for i, layer in enumerate(decoder_layers(model)):
         for module in layer.modules():
@@ -4155,7 +4045,7 @@ def set_unpacked(model: Any, count: int, dtype: torch.dtype) -> None:
                     base.unpacked = dense_weight(base, dtype) if i < count else None
 
 
-def set_recomputed(model: Any, count: int, fast: FastPath, graphs: bool = False) -> None:
+def set_recomputed_layers(model: Any, count: int, fast: FastPath, graphs: bool = False) -> None:
     """Recompute the first `count` layers: the backward pass reaches them last, when the others' memory is free.
 
     Where a process's layers are on several GPUs, of each its first.
@@ -4225,7 +4115,7 @@ def _on_gpu(kernel: Any, plain: Any, q: torch.Tensor, *args: Any, **kwargs: Any)
 
 def end_to_end_kernel(model: Any, config: Config) -> str | None:
     """The attention kernel for rows that lie end to end, or None, with a line that says why they are padded."""
-    wanted = attention_kernel(config)
+    wanted = resolve_attention(config)
     if not config.training.padding_free:
         return None
     if config.training.neftune_noise_alpha:
@@ -4238,7 +4128,7 @@ def end_to_end_kernel(model: Any, config: Config) -> str | None:
         return wanted
     takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
     if wanted is None and model._supports_sdpa and model._supports_attention_backend and takes_positions:
-        return END_TO_END
+        return VARLEN_ATTENTION
     why = (
         f"attn_implementation {wanted}" if wanted else f"{type(model).__name__} does not take rows that lie end to end"
     )
@@ -4246,11 +4136,11 @@ def end_to_end_kernel(model: Any, config: Config) -> str | None:
     return None
 
 
-def logits_at(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Logits of the labelled tokens of a batch, (learnt, vocabulary), in float32, by the ways that `fast` names."""
+def supervised_logits(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Logits of the labelled tokens of a batch, (supervised, vocabulary), in float32, by the ways that `fast` names."""
     if fast.head is not None:
         return at_head(model, fast, batch, partial(_logits, fast))
-    return labelled(model_logits(model, batch), batch).float()
+    return select_supervised(model_logits(model, batch), batch).float()
 
 
 def _logits(fast: FastPath, states: torch.Tensor) -> torch.Tensor:
@@ -4259,19 +4149,19 @@ def _logits(fast: FastPath, states: torch.Tensor) -> torch.Tensor:
     return logits if fast.post is None else fast.post(logits)
 
 
-def same(a: torch.Tensor, b: torch.Tensor, noise: torch.Tensor | float = 0.0) -> bool:
+def logits_close(a: torch.Tensor, b: torch.Tensor, noise: torch.Tensor | float = 0.0) -> bool:
     """Whether two ways of computing logits agree within bf16's rounding: about a hundredth, and twice the noise."""
     a, b = (x.cpu() - x.cpu().mean(-1, keepdim=True) for x in (a, b))  # of two ways that may end on two GPUs
     return bool((a - b).norm() <= 0.05 * a.norm() + 2 * noise)
 
 
-def trial_windows(base: Any) -> list[Window]:
+def trial_windows(base: Any) -> list[StepBatch]:
     """Two windows of two short rows each, of which the second is the same."""
     words, generator = base.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
     # more than 15 tokens each: fewer go through the libraries' own functions
     ids = [torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17)]
     a, b, c = ({"input_ids": row, "labels": row} for row in ids)
-    return [collate_window(rows)["window"] for rows in ([a, b], [c, b])]
+    return [collate_step(rows)["window"] for rows in ([a, b], [c, b])]
 
 
 SPANS = ("sliding_window", "attention_chunk_size")  # how far attention reaches, as configs and modules call it
@@ -4317,28 +4207,30 @@ def choose_fast_path(model: Any, base: Any, config: Config, device: Any = None) 
     # DeepSpeed's wrapper says that it trains while the model inside does not
     name, training, dtype = type(base).__name__, base.training, compute_dtype(config)
     model.eval()
-    spans = short_spans(base, limits_of(config).longest if kernel == END_TO_END else 0)
+    spans = short_spans(base, length_limits(config).longest if kernel == VARLEN_ATTENTION else 0)
     with torch.no_grad(), spans, torch.autocast(device.type, dtype, dtype != torch.float32):
-        batch = on_device(padded_batch(windows[0], [0, 1], 0, "right"), device)
-        known = logits_at(model, fast, batch)
+        batch = to_device(padded_batch(windows[0], [0, 1], 0, "right"), device)
+        known = supervised_logits(model, fast, batch)
         with_head = fast._replace(head=head, post=head_rule(base))
-        if head is not None and same(known, logits_at(model, with_head, batch)):
+        if head is not None and logits_close(known, supervised_logits(model, with_head, batch)):
             fast = with_head
         elif head is not None:
             log.info("logits are computed whole: %s changes them in a way of its own", name)
         # the rows one by one: what another kernel alone changes, which grows with the layers that round
-        alone = [on_device(padded_batch(windows[0], [row], 0, "right"), device) for row in (0, 1)] if kernel else []
+        alone = [to_device(padded_batch(windows[0], [row], 0, "right"), device) for row in (0, 1)] if kernel else []
         known = known.cpu()
-        noise = (known - torch.cat([logits_at(model, fast, row).cpu() for row in alone])).norm() if kernel else 0.0
-        with attention_of(base, kernel):
-            flat = [on_device(end_to_end_batch(window, [0, 1]), device) for window in windows]
+        noise = (
+            (known - torch.cat([supervised_logits(model, fast, row).cpu() for row in alone])).norm() if kernel else 0.0
+        )
+        with attention_implementation(base, kernel):
+            flat = [to_device(padding_free_batch(window, [0, 1]), device) for window in windows]
             try:
-                found = [logits_at(model, fast, batch) for batch in flat] if kernel else []
+                found = [supervised_logits(model, fast, batch) for batch in flat] if kernel else []
             except NotImplementedError:
                 found = []
         # a neighbour changes nothing; but an expert multiplies the tokens of all rows at once, which rounds otherwise
         near = 2 * noise + 1e-5 * known.norm() if stacked_experts(base) else 0.0
-        if found and same(known, found[0], noise) and float((found[0] - found[1])[16:].norm()) <= near:
+        if found and logits_close(known, found[0], noise) and float((found[0] - found[1])[16:].norm()) <= near:
             fast = fast._replace(attention=kernel)
         elif kernel:
             log.info("rows are padded: in %s rows that lie end to end would see each other, or too far back", name)
@@ -4348,7 +4240,7 @@ def choose_fast_path(model: Any, base: Any, config: Config, device: Any = None) 
     return choose_recomputing(model, base, fast, flat[0] if fast.attention else batch, config)
 
 
-def on_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
+def to_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
     """A batch with its tensors there, without a wait for what the GPU has still to do: that takes pinned memory."""
     pinned = torch.device(device).type == "cuda"
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -4364,7 +4256,7 @@ def try_step(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any], dt
     device = batch["input_ids"].device
     model.train()
     gpus = list({parameter.device for parameter in model.parameters() if parameter.is_cuda})
-    with torch.random.fork_rng(gpus), attention_of(base, fast.attention):
+    with torch.random.fork_rng(gpus), attention_implementation(base, fast.attention):
         with torch.autocast(device.type, dtype, dtype != torch.float32):
             loss = summed_loss(model, fast, batch)
         loss.backward()
@@ -4374,7 +4266,7 @@ def tried_norms(
     model: Any, base: Any, fast: FastPath, recomputed: int, batch: Mapping[str, Any], dtype: torch.dtype
 ) -> list[float]:
     """The norm of each gradient of a few tokens, -1 where there is none; empty where layers can't be recomputed so."""
-    set_recomputed(base, recomputed, fast)
+    set_recomputed_layers(base, recomputed, fast)
     try:
         try_step(model, base, fast, batch, dtype)
         return [-1.0 if p.grad is None else float(p.grad.norm()) for p in model.parameters() if p.requires_grad]
@@ -4386,7 +4278,7 @@ def tried_norms(
         Recompute.away.clear()
         FusedGroup.forget()
         model.zero_grad(set_to_none=True)
-        set_recomputed(base, 0, fast)
+        set_recomputed_layers(base, 0, fast)
 
 
 def choose_recomputing(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any], config: Config) -> FastPath:
@@ -4418,17 +4310,17 @@ def graphable(base: Any, fast: FastPath, dtype: torch.dtype) -> bool:
     kernel = has_kernel(dtype, size, getattr(text, "attention_dropout", 0))  # row by row, the CPU must know lengths
     devices = {parameter.device for parameter in base.parameters()}
     on_gpu = len(devices) == 1 and devices.pop().type == "cuda"
-    able = fast.by_input and fast.attention == END_TO_END and on_gpu and kernel and not stacked_experts(base)
+    able = fast.by_input and fast.attention == VARLEN_ATTENTION and on_gpu and kernel and not stacked_experts(base)
     if not able:
         name, kind = type(base).__name__, str(dtype).removeprefix("torch.")
         log.info("--cuda_graphs: without effect, for %s in %s on these devices layers are launched", name, kind)
     return able
 
 
-def speed_up(model: Any, base: Any, config: Config) -> FastPath:
+def enable_fast_path(model: Any, base: Any, config: Config) -> FastPath:
     """Put the model's adapters on the fast path and find out what else of it the model takes."""
     if config.training.fused_lora and not config.quant.full_finetune:
-        others = fuse_adapters(model)
+        others = patch_lora_layers(model)
         if others:
             log.info("%d adapted layers stay with peft's own functions, first %s", len(others), others[0])
     fast = FastPath(offloads=config.training.offload_activations)
@@ -4437,7 +4329,7 @@ def speed_up(model: Any, base: Any, config: Config) -> FastPath:
         return fast  # the rest is tried once they are spread
     if config.masked:
         batch = padded_batch(trial_windows(base)[0], [0, 1], 0, "right")
-        batch = on_device(batch, base.get_input_embeddings().weight.device)
+        batch = to_device(batch, base.get_input_embeddings().weight.device)
         return choose_recomputing(model, base, fast, batch, config)
     return choose_fast_path(model, base, config)
 
@@ -4448,7 +4340,7 @@ def speed_up(model: Any, base: Any, config: Config) -> FastPath:
 # From the model's shapes alone, before a weight is read: GiB for each part, and tokens per second. On the model that is
 # loaded, a try of one small step says what a token and a layer really take.
 # ------------------------------------------------------------------------------------
-class Sizes(NamedTuple):
+class StepPlan(NamedTuple):
     """How a window goes through the model; changes when memory runs out."""
 
     rows: int | None  # of a micro-batch, as the flags say; None for as many as fit
@@ -4516,7 +4408,7 @@ def find_gpu(text: str | None) -> Gpu:
     )
 
 
-class Costs(NamedTuple):
+class MemoryModel(NamedTuple):
     """Bytes on one GPU, and work, of a model with these flags."""
 
     weights: int  # linear layers as they are held
@@ -4535,7 +4427,7 @@ class Costs(NamedTuple):
     repeated: float  # of a token, in all layers computed again
     all_or_none: bool = False  # whether an engine's hooks have all layers recomputed or none
 
-    def activations(self, sizes: Sizes) -> int:
+    def activations(self, sizes: StepPlan) -> int:
         """Bytes of a token that wait for the backward pass; one recomputed layer is there as a whole."""
         whole = self.layers - sizes.recomputed + (sizes.recomputed > 0)
         return whole * self.layer + sizes.recomputed * self.kept
@@ -4544,7 +4436,7 @@ class Costs(NamedTuple):
         """Bytes that are there whatever the micro-batch."""
         return self.weights + self.other + self.adapters + self.gradients + (0 if self.paged else self.optimizer)
 
-    def seconds(self, sizes: Sizes, tokens: int, gpu: Gpu) -> float:
+    def seconds(self, sizes: StepPlan, tokens: int, gpu: Gpu) -> float:
         """A micro-batch's time: the GPU's, or where that is longer what launching its kernels takes."""
         work = self.flops + self.repeated * sizes.recomputed / max(1, self.layers)
         tflops = gpu.tflops or 100.0  # of a GPU that is not known: only for weighing one way against another
@@ -4588,7 +4480,7 @@ def kept_by_layer(model: Any, base: Any, config: Config) -> int:
     here = torch.cuda.is_available() and not train.plan_gpu  # else liger-kernel is taken to be installed
     liger = train.liger and (not here or base.config.model_type in (liger_patches() or {}))
     if train.fused_lora and not config.quant.full_finetune:
-        fuse_adapters(model)
+        patch_lora_layers(model)
     for name, module in model.train().named_modules():
         kind, of_heads = type(module).__name__, leaf_name(name) in ("q_norm", "k_norm")
         if kind.endswith("LayerNorm"):  # under autocast it keeps its input in float32
@@ -4599,10 +4491,10 @@ def kept_by_layer(model: Any, base: Any, config: Config) -> int:
             # with dropout a CPU's attention keeps all scores; OPT would draw layers to leave out
             module.training = False
     base.get_input_embeddings().weight.requires_grad_(True)  # the first layer as all others
-    kernel = END_TO_END if train.padding_free and base._supports_attention_backend else None
+    kernel = VARLEN_ATTENTION if train.padding_free and base._supports_attention_backend else None
     length, found = min(256, (getattr(text, "max_position_embeddings", None) or 512) // 2), list[int]()
     autocast = torch.autocast("cpu", dtype, dtype != torch.float32)
-    with FakeTensorMode(allow_non_fake_inputs=True), autocast, attention_of(base, kernel):
+    with FakeTensorMode(allow_non_fake_inputs=True), autocast, attention_implementation(base, kernel):
         model.to_empty(device="cpu")
         for rows in (1, 2):
             kept: dict[str, int] = {}
@@ -4618,10 +4510,10 @@ def kept_by_layer(model: Any, base: Any, config: Config) -> int:
     return (found[1] - found[0]) // length // int(text.num_hidden_layers)
 
 
-def costs_from_config(config: Config, model_config: PretrainedConfig, exact: bool = True) -> Costs:
+def memory_from_config(config: Config, model_config: PretrainedConfig, exact: bool = True) -> MemoryModel:
     """The costs of the base model, from its shapes alone; `exact` in what a layer keeps, which takes 1 s at 7B."""
     train, full = config.training, config.quant.full_finetune
-    model = without_weights(config, copy.deepcopy(model_config))
+    model = meta_model(config, copy.deepcopy(model_config))
     text, plain = model.config.get_text_config(), load_dtype(config).itemsize
     text.use_cache = False
     width = min(compute_dtype(config).itemsize, plain)
@@ -4647,13 +4539,13 @@ def costs_from_config(config: Config, model_config: PretrainedConfig, exact: boo
     count, size = sum(parameter.numel() for parameter in trained), sum(parameter.nbytes for parameter in trained)
     layer = width * (sum(map(sum, of_layer.values())) + 2 * experts // (layers * hidden) + 4 * hidden)
     try:
-        with mendable("not every model runs without values", ConfigError, RuntimeError, AssertionError):
+        with reraise_as_user_error("not every model runs without values", ConfigError, RuntimeError, AssertionError):
             layer = (kept_by_layer(trainable, model, config) if exact else 0) or layer
     except ConfigError as error:
         log.info("plan: a layer is taken to keep all that its products take and give: %s", error)
     # torch's AdamW keeps its averages in the width of the weights, others in float32
     states = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "torch": 2 * size // count}
-    return Costs(
+    return MemoryModel(
         weights=sum(parameter_bytes(counts[name], shape[0], config) for name, shape in shapes.items()),
         other=(every - held) * plain,
         adapters=0 if full else size,
@@ -4672,19 +4564,19 @@ def costs_from_config(config: Config, model_config: PretrainedConfig, exact: boo
     )
 
 
-def asked_layers(flag: str, layers: int) -> int | None:
+def requested_layers(flag: str, layers: int) -> int | None:
     """What --recompute_layers or --unpacked_layers says: a number of layers; None leaves it to the memory there is."""
     named = {"auto": None, "all": layers, "none": 0}
     return named[flag] if flag in named else min(int(flag), layers)
 
 
-def wanted_recompute(config: Config, layers: int) -> int | None:
+def requested_recompute(config: Config, layers: int) -> int | None:
     """How many layers the flags ask to recompute; None leaves it to the memory there is."""
     train = config.training
-    return asked_layers(train.recompute_layers, layers) if train.gradient_checkpointing else 0
+    return requested_layers(train.recompute_layers, layers) if train.gradient_checkpointing else 0
 
 
-def fit(costs: Costs, room: float, longest: int, window: int, gpu: Gpu, config: Config) -> Sizes:
+def search_step_plan(costs: MemoryModel, room: float, longest: int, window: int, gpu: Gpu, config: Config) -> StepPlan:
     """The fastest way to cut a window that fits into `room` bytes; where nothing does, the smallest.
 
     Args:
@@ -4692,30 +4584,30 @@ def fit(costs: Costs, room: float, longest: int, window: int, gpu: Gpu, config: 
         longest: tokens of the longest row (or pack), which is not cut.
         window: tokens of the largest window.
     """
-    train, wanted = config.training, wanted_recompute(config, costs.layers)
+    train, wanted = config.training, requested_recompute(config, costs.layers)
     rows = train.per_device_train_batch_size if train.auto_batch is False else None
     at_least, most = (longest, window) if rows is None else (min(window, longest * rows),) * 2
-    found: list[tuple[float, Sizes]] = []
+    found: list[tuple[float, StepPlan]] = []
     numbers = range(0, costs.layers + 1, max(1, costs.layers) if costs.all_or_none else 1)
     for recomputed in numbers if wanted is None else [wanted]:
-        sizes = Sizes(rows, 0, recomputed)
+        sizes = StepPlan(rows, 0, recomputed)
         tokens = min(most, int((room - costs.fixed) / (costs.token + costs.activations(sizes))))
         if tokens >= at_least:
             batches = math.ceil(window / tokens)
             seconds = batches * costs.seconds(sizes, math.ceil(window / batches), gpu)
             found.append((seconds, sizes._replace(tokens=tokens)))
     if not found:
-        return Sizes(rows, longest, costs.layers if wanted is None else wanted)
+        return StepPlan(rows, longest, costs.layers if wanted is None else wanted)
     best = min(found, key=lambda pair: pair[0])[1]
     left = 0.9 * (room - costs.fixed) - best.tokens * (costs.token + costs.activations(best))
     return best._replace(unpacked=unpacked_layers(left, best, costs, config))
 
 
-def unpacked_layers(left: float, sizes: Sizes, costs: Costs, config: Config) -> int:
+def unpacked_layers(left: float, sizes: StepPlan, costs: MemoryModel, config: Config) -> int:
     """How many layers' weights to keep unpacked in the bytes that are left; none where memory is short or asked for."""
     if not costs.unpacked:
         return 0
-    asked = asked_layers(config.training.unpacked_layers, costs.layers)
+    asked = requested_layers(config.training.unpacked_layers, costs.layers)
     fitting = 0 if sizes.recomputed else max(0, min(costs.layers, int(left / costs.unpacked)))
     return fitting if asked is None else asked
 
@@ -4724,8 +4616,8 @@ class Plan(NamedTuple):
     """What a run is predicted to take on each GPU."""
 
     gpu: Gpu
-    costs: Costs
-    sizes: Sizes
+    costs: MemoryModel
+    sizes: StepPlan
     tokens: int  # of the largest micro-batch
     pages: int = 0  # bytes of a paged optimizer's state that stay on the GPU: all of it, or where memory is short none
     whole: bool = False  # whether a window is one micro-batch: its gradients come as its activations go
@@ -4786,14 +4678,16 @@ class Plan(NamedTuple):
         return {"plan_peak_memory_gib": round(peak, 3), "plan_tokens_per_second": round(speed, 1)}
 
 
-def make_plan(costs: Costs, gpu: Gpu, longest: int, window: int, config: Config, free: float | None = None) -> Plan:
+def make_plan(
+    costs: MemoryModel, gpu: Gpu, longest: int, window: int, config: Config, free: float | None = None
+) -> Plan:
     """The plan for a GPU with nothing else on it, or for the bytes that are free beside what is there already.
 
     A paged optimizer's state stays on the GPU if that leaves room for a step, else its pages are moved out.
     """
     own = free if free is not None else (gpu.gib - CONTEXT) * 0.95 * GIB - costs.beside()
     for pages in (costs.optimizer, 0) if costs.paged else (0,):
-        sizes = fit(costs, own - pages, longest, window, gpu, config)
+        sizes = search_step_plan(costs, own - pages, longest, window, gpu, config)
         largest = window if sizes.rows is None else min(window, sizes.rows * longest)
         tokens = math.ceil(largest / math.ceil(largest / sizes.tokens))
         plan = Plan(gpu, costs, sizes, max(longest, tokens), pages, max(longest, tokens) >= window)
@@ -4811,7 +4705,7 @@ LAUNCH = {  # how each way to use several GPUs is asked for
 }
 
 
-def strategies(costs: Costs, config: Config, number: int) -> dict[str, Costs]:
+def strategies(costs: MemoryModel, config: Config, number: int) -> dict[str, MemoryModel]:
     """What one of so many GPUs has of this model in each way that takes it, from the fastest: fewer weights travel."""
     names = ("weights", "other", "adapters", "gradients", "optimizer")
     shared = costs._replace(**{name: getattr(costs, name) // number for name in names})
@@ -4835,7 +4729,7 @@ def strategies(costs: Costs, config: Config, number: int) -> dict[str, Costs]:
 STRATEGY_BITS = {"ZeRO-2": (16, 32), "ZeRO-3": (16, 32), "FSDP2": (4, 16, 32)}  # the others take any
 
 
-def strategy_plans(config: Config, costs: Costs) -> dict[str, Plan]:
+def strategy_plans(config: Config, costs: MemoryModel) -> dict[str, Plan]:
     """The plan for each way to use several GPUs that takes these bits, from the fastest."""
     bits, ways = config.quant.bits, strategies(costs, config, find_gpu(config.training.plan_gpu).number)
     taken = {name: own for name, own in ways.items() if bits in STRATEGY_BITS.get(name, (bits,))}
@@ -4856,27 +4750,27 @@ def strategy_lines(plans: Mapping[str, Plan]) -> dict[str, str]:
     return lines | {"recommended": how}
 
 
-def plan_from_flags(config: Config, costs: Costs, graphs: bool = True) -> Plan:
+def plan_from_flags(config: Config, costs: MemoryModel, graphs: bool = True) -> Plan:
     """The plan before any row or weight is read: every row as long as the limits allow.
 
     `graphs` says whether this way to use several GPUs takes CUDA graphs.
     """
-    train, longest = config.training, limits_of(config).longest
+    train, longest = config.training, length_limits(config).longest
     window = longest * train.per_device_train_batch_size * train.gradient_accumulation_steps
     plan = make_plan(costs, find_gpu(train.plan_gpu), longest, window, config)
     return plan.in_graphs(costs.layers) if train.cuda_graphs and graphs else plan
 
 
-def calibrated(costs: Costs, model: Any, base: Any, fast: FastPath, config: Config) -> Costs:
+def calibrated(costs: MemoryModel, model: Any, base: Any, fast: FastPath, config: Config) -> MemoryModel:
     """The costs with what one small step, forward and backward, took of the GPU's memory."""
     count = min(512, getattr(base.config.get_text_config(), "max_position_embeddings", None) or 512)
-    window = collate_window([{"input_ids": [1] * count, "labels": [1] * count}])["window"]
-    batch = end_to_end_batch(window, [0]) if fast.attention else padded_batch(window, [0], 0, "right")
-    set_recomputed(base, 0, fast)
+    window = collate_step([{"input_ids": [1] * count, "labels": [1] * count}])["window"]
+    batch = padding_free_batch(window, [0]) if fast.attention else padded_batch(window, [0], 0, "right")
+    set_recomputed_layers(base, 0, fast)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     try:
-        batch = on_device(batch, base.get_input_embeddings().weight.device)
+        batch = to_device(batch, base.get_input_embeddings().weight.device)
         try_step(model, base, fast, batch, compute_dtype(config))
     except torch.OutOfMemoryError:
         log.info("plan: a try of %d tokens did not fit; its prediction stands", count)
@@ -4901,19 +4795,19 @@ def is_planned(rows: Any | None, config: Config) -> bool:
     return train.do_train and rows is not None and torch.cuda.is_available() and not train.use_cpu
 
 
-def choose_sizes(
-    costs: Costs, model: Any, base: Any, fast: FastPath, rows: Any | None, config: Config
-) -> tuple[Sizes, Plan | None]:
+def choose_step_plan(
+    costs: MemoryModel, model: Any, base: Any, fast: FastPath, rows: Any | None, config: Config
+) -> tuple[StepPlan, Plan | None]:
     """Micro-batches and recomputed layers for the memory that is free, and the plan, to compare with what comes."""
     train, layers = config.training, len(decoder_layers(base)) or costs.layers
     if rows is None or not is_planned(rows, config):
-        wanted = wanted_recompute(config, layers)
+        wanted = requested_recompute(config, layers)
         at_once = None if train.auto_batch else train.per_device_train_batch_size
-        sizes = Sizes(at_once, 4096 if train.auto_batch else NO_LIMIT, layers if wanted is None else wanted)
+        sizes = StepPlan(at_once, 4096 if train.auto_batch else NO_LIMIT, layers if wanted is None else wanted)
         return sizes._replace(unpacked=unpacked_layers(0, sizes, costs, config)), None
     lengths = sorted(rows["length"][:], reverse=True)
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
-    gpu = find_gpu(None)._replace(number=world()[1])
+    gpu = find_gpu(None)._replace(number=rank_and_world_size()[1])
     if is_sharded(config):  # nothing can be measured before, nor repeated after memory ran out
         way = "FSDP2" if is_fsdp(config) else "ZeRO-3" if hf_deepspeed.is_deepspeed_zero3_enabled() else "ZeRO-2"
         costs = strategies(costs, config, gpu.number)[way]
@@ -4945,7 +4839,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
 
 
-class Start(NamedTuple):
+class ResumePoint(NamedTuple):
     """Where a run begins."""
 
     train: bool
@@ -4954,12 +4848,12 @@ class Start(NamedTuple):
     found: Path | None = None  # what was found of an earlier run, and must belong to this one
 
 
-def identity(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
+def run_fingerprint(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
     """What a checkpoint belongs to: it can't be continued with another."""
     names = ["model_name_or_path", "bits", "full_finetune", "objective"]
     names += ["quant_type", "double_quant"] if config.quant.bits == 4 else []
     names += ["streaming", "stream_buffer"] if config.data.streaming else ["streaming"]
-    names += [] if config.quant.full_finetune else sorted(LORA)
+    names += [] if config.quant.full_finetune else sorted(LORA_FLAGS)
     values = {name: config.flags[name] for name in names}
     base = Path(config.model.model_name_or_path).expanduser()
     values["model_name_or_path"] = str(base.resolve()) if base.exists() else config.model.model_name_or_path
@@ -4971,11 +4865,11 @@ def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[st
     """Rows of an optimizer step. A run that goes on with the same flags on more or fewer processes keeps it."""
     flags = [args.per_device_train_batch_size, args.gradient_accumulation_steps]
     here = {"rows": math.prod(flags) * args.world_size, "flags": flags}
-    before = record_of(checkpoint).get("run", {}).get("effective batch", here) if checkpoint else here
+    before = read_record(checkpoint).get("run", {}).get("effective batch", here) if checkpoint else here
     return before if before["flags"] == flags else here
 
 
-def record_of(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     """What a completed run or a checkpoint says of itself; nothing, if another program wrote it."""
     file = folder / (COMPLETED if (folder / COMPLETED).is_file() else MANIFEST)
     with contextlib.suppress(OSError, ValueError, TypeError):
@@ -4983,9 +4877,9 @@ def record_of(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def check_identity(folder: Path, wanted: Mapping[str, Any], training: bool) -> None:
+def check_same_run(folder: Path, wanted: Mapping[str, Any], training: bool) -> None:
     """Refuse to go on with what belongs to another run, by a ConfigError that names what differs."""
-    found = record_of(folder).get("run")
+    found = read_record(folder).get("run")
     if found is None:
         log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
         return
@@ -5031,7 +4925,7 @@ def weights_in(folder: Path, full_finetune: bool) -> str | None:
     return str(place) if place else None
 
 
-def contents(folder: Path) -> dict[str, str]:
+def file_digests(folder: Path) -> dict[str, str]:
     """Every file in a folder but its list of them; hashed in parallel, for a full fine-tune holds 80 GB."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     with ThreadPoolExecutor() as pool:
@@ -5043,7 +4937,7 @@ def checkpoint_problem(folder: Path) -> str | None:
     """The first thing that is not as it was written in a checkpoint, or None if it is whole."""
     try:
         if (folder / MANIFEST).is_file():
-            manifest, found = read_json(folder / MANIFEST), contents(folder)
+            manifest, found = read_json(folder / MANIFEST), file_digests(folder)
             if manifest.pop("seal", None) != digest(json.dumps(manifest)):
                 return f"{MANIFEST} is not as it was written"
             changed = [item for item in manifest["files"].items() if found.get(item[0]) != item[1]]
@@ -5055,10 +4949,10 @@ def checkpoint_problem(folder: Path) -> str | None:
         empty = not adapter_folder(folder) and not (folder / "config.json").is_file()
         return next(iter(torn), "no weights in it" if empty else None)
     except (*LIBRARY_ERRORS, QLoRAError) as error:  # type: ignore[misc]
-        return one_line(error)
+        return shorten(error)
 
 
-def step_of(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Path) -> int:
     """The number in a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
 
@@ -5066,7 +4960,7 @@ def step_of(checkpoint: Path) -> int:
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """Checkpoint folders, the newest (by number) first."""
     found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
+    return sorted(found, key=checkpoint_step, reverse=True)
 
 
 def find_last_checkpoint(output_dir: Path) -> Path | None:
@@ -5078,14 +4972,14 @@ def find_last_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
-def asks_for_more(config: Config, completed: Mapping[str, Any]) -> bool:
+def needs_more_steps(config: Config, completed: Mapping[str, Any]) -> bool:
     """Whether a run wants more steps or epochs than a completed one had."""
     args = config.training
     wanted, had = (args.max_steps, "step") if args.max_steps > 0 else (args.num_train_epochs - 1e-6, "epoch")
     return wanted > completed.get(had, math.inf)
 
 
-def find_start(config: Config) -> Start:
+def find_resume_point(config: Config) -> ResumePoint:
     """Resume, begin anew, or use what is finished."""
     train, output, final = config.training, Path(config.training.output_dir), final_folder(config)
     given, full, picked = config.model.adapter_name_or_path, config.quant.full_finetune, train.resume_from_checkpoint
@@ -5099,26 +4993,26 @@ def find_start(config: Config) -> Start:
     if not train.do_train:
         for place in () if given else (final if completed else None, last, final):  # the newest weights first
             if place and (weights := weights_in(place, full)):
-                return Start(False, weights=weights, found=output if place == final else place)
-        return Start(False, weights=given)
+                return ResumePoint(False, weights=weights, found=output if place == final else place)
+        return ResumePoint(False, weights=given)
     if completed and not train.overwrite_output_dir and (finished := weights_in(final, full)):
-        record = record_of(output)
-        if not asks_for_more(config, record):
+        record = read_record(output)
+        if not needs_more_steps(config, record):
             steps = record.get("step", "?")  # the original's is an empty file
             log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
-            return Start(False, weights=finished, found=output)
+            return ResumePoint(False, weights=finished, found=output)
         if last is None:
             way = f"begin another from its adapter with --adapter_name_or_path {final} and another --output_dir"
             raise ConfigError(f"{output} holds a completed run but no checkpoint to go on from; {way}")
     if last is None:
-        return Start(True, weights=given)
+        return ResumePoint(True, weights=given)
     if not any(itertools.chain(last.glob("optimizer*"), last.glob("global_step*"))):
         log.warning("%s holds no optimizer state: the resumed run will differ from an uninterrupted one", last)
     log.info("resuming from %s", last)
-    return Start(True, checkpoint=last, weights=given, found=last)
+    return ResumePoint(True, checkpoint=last, weights=given, found=last)
 
 
-def flush(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Bring a file, or a folder's list of names, to the disk; safetensors writes files for their owner's eyes alone."""
     if path.is_file():
         os.umask(mask := os.umask(0o077))
@@ -5136,7 +5030,7 @@ def write_file(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     aside = path.with_name(f".{path.name}.part")
     aside.write_text(text, encoding="utf-8")
-    flush(aside)
+    fsync_path(aside)
     aside.replace(path)
 
 
@@ -5153,24 +5047,24 @@ def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
     write_json(path, {**first, **earlier, **values})
 
 
-def seal(folder: Path, run: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
     """List a checkpoint's files and say whose they are."""
-    manifest = {"run": run, "files": contents(folder)}
+    manifest = {"run": run, "files": file_digests(folder)}
     write_json(folder / MANIFEST, manifest | {"seal": digest(json.dumps(manifest))})
 
 
-def publish(staging: Path, final: Path) -> None:
+def commit_checkpoint(staging: Path, final: Path) -> None:
     """Flush a written folder to disk and give it its name."""
     for path in [*staging.rglob("*"), staging]:
-        flush(path)
+        fsync_path(path)
     if final.exists():  # a torn one of that name: it leaves at once, and goes with the hidden folder
         final.rename(staging.parent / "old")
     staging.rename(final)
-    flush(final.parent)
+    fsync_path(final.parent)
 
 
 @contextlib.contextmanager
-def written_aside(aside: Path, what: Path) -> Iterator[None]:
+def atomic_save(aside: Path, what: Path) -> Iterator[None]:
     """A folder that is gone afterwards, whatever happens; a full disk, a quota or a lack of rights is one line.
 
     It shows as an OSError, as torch's RuntimeError, as safetensors' own error or as the plain Exception of tokenizers.
@@ -5180,7 +5074,7 @@ def written_aside(aside: Path, what: Path) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
             raise
-        raise QLoRAError(f"{what}: not saved: {one_line(error)}. What was saved before stays") from error
+        raise QLoRAError(f"{what}: not saved: {shorten(error)}. What was saved before stays") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -5221,16 +5115,170 @@ def clear_output(config: Config, step: int) -> None:
     for folder in checkpoints_in(output):
         if anew and (folder / MANIFEST).is_file():
             shutil.rmtree(folder)
-        elif anew or step_of(folder) > step:
+        elif anew or checkpoint_step(folder) > step:
             folder.rename(output / f"left-{folder.name}-{time.time_ns()}")
 
 
 # ------------------------------------------------------------------------------------
-# 13. Evaluation: generated predictions, MMLU
+# 13. Processes
+#
+# What the ranks of one run say to each other.
+# ------------------------------------------------------------------------------------
+# Several processes speak through the CPU's network, beside the GPUs' own: nobody times out while rank 0 encodes, a step
+# need not wait for the GPU to learn of a signal, and a process that ends is noticed at once.
+#
+# A machine without power or cable says nothing; the system would take 15 minutes to call the connection lost, now 30 s.
+LIVELY = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
+
+
+def hasten_losses() -> None:
+    """Set LIVELY on every connection of this process, gloo's and the store's among them."""
+    for link in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):  # closed since, or a socket of another kind
+            if os.readlink(link).startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(link.name))) as connection:
+                    for name, value in LIVELY.items():
+                        level = socket.IPPROTO_TCP if name.startswith("TCP") else socket.SOL_SOCKET
+                        connection.setsockopt(level, getattr(socket, name), value)
+
+
+@lru_cache(maxsize=1)
+def _cpu_group() -> Any:
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
+    hasten_losses()
+    return group
+
+
+def all_reduce_int(value: int = 0, way: str = "MAX") -> int:
+    """The largest of what the processes bring, or their SUM, once all are here."""
+    if torch.distributed.is_initialized():
+        found = torch.tensor(value)
+        with reraise_as_user_error("another process is gone", PeerFailure, RuntimeError):
+            torch.distributed.all_reduce(found, getattr(torch.distributed.ReduceOp, way), group=_cpu_group())
+        value = int(found)
+    return value
+
+
+def shutdown_distributed() -> None:
+    """Take the processes' connections down once all are done with them.
+
+    Left to Python's end, a thread of gloo's may let go of the last tensor it sent when Python is no more, which aborts
+    a process that did all its work (https://github.com/pytorch/pytorch/issues/190489). A group ends its threads when
+    nothing holds it any longer. Ours, which speaks last, does so here; torch's own is held by some modules.
+    """
+    if torch.distributed.is_initialized():
+        all_reduce_int()
+        _cpu_group.cache_clear()
+        torch.distributed.destroy_process_group()
+        gc.collect()
+
+
+@contextlib.contextmanager
+def local_main_process_first() -> Iterator[None]:
+    """For what is made once on each machine: its first process goes first, the others find it made."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        all_reduce_int()
+    yield
+    if first:
+        all_reduce_int()
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """What each process brings, by rank, once all are here."""
+    every = [value] * rank_and_world_size()[1]
+    if torch.distributed.is_initialized():
+        with reraise_as_user_error("another process is gone", PeerFailure, RuntimeError):
+            torch.distributed.all_gather_object(every, value, group=_cpu_group())
+    return every
+
+
+def check_ranks_agree(what: Mapping[str, Any]) -> None:
+    """Refuse to go on where processes were started with different flags, or read different data."""
+    mine = {name: json.dumps(value, default=str) for name, value in what.items()}
+    every = all_gather_object((socket.gethostname(), mine))
+    for rank, (host, its) in enumerate(every):
+        differing = [
+            f"{name} is {its[name]}, on rank 0 {value}" for name, value in every[0][1].items() if its[name] != value
+        ]
+        if differing:
+            raise ConfigError(f"rank {rank} ({host}): {'; '.join(differing)}. Every process needs the same")
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    here = torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if here else (0, 1)
+
+
+# How torch's collectives say that another process is there no more.
+PEER_GONE = re.compile(
+    r"connection (was )?(closed|reset|refused|timed out)|broken pipe|no route to host"
+    r"|(network|host) is (down|unreachable)|remote process|nccl.*(abort|timeout|remote)",
+    re.I,
+)
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is that another process is gone."""
+    met: set[int] = set()
+    while error is not None and id(error) not in met:  # errors may name each other as their causes
+        gone = (
+            isinstance(error, RuntimeError)
+            and rank_and_world_size()[1] > 1
+            and PEER_GONE.search(str(error)) is not None
+        )
+        if gone or isinstance(error, PeerFailure):
+            return True
+        met.add(id(error))
+        error = error.__cause__
+    return False
+
+
+def said_once(message: str, lost: bool, stopped: bool = False) -> str | None:
+    """What this process prints of an error: the lowest rank of those that met it, once; None for the others.
+
+    Each leaves its message where they all met; who leaves none was lost. Of that nobody speaks who has heard why, nor
+    of a signal: torchrun sends one to all when the first has ended.
+    """
+    rank, processes = rank_and_world_size()
+    if processes == 1:  # or not connected yet: each machine's first process speaks for it
+        return message if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    first = rank == 0 and not lost  # waits only to be heard: where no launcher keeps the store, it goes with rank 0
+    others = set(range(processes if lost or first else rank)) - {rank}
+    until = time.monotonic() + (2 if first else 8)
+    heard: dict[int, str] = {}
+    met = False  # the store, to the end
+    with contextlib.suppress(RuntimeError):  # whoever held the store is gone as well
+        store = torch.distributed.distributed_c10d._get_default_store()
+        store.set(f"qlora/{rank}", "" if lost else message)
+        while (silent := others - heard.keys()) and time.monotonic() < until:
+            heard |= {r: store.get(f"qlora/{r}").decode() for r in silent if store.check([f"qlora/{r}"])}
+            time.sleep(0.1)
+        met = True
+    if not lost:
+        why = stopped and any(text not in ("", message) for text in heard.values())
+        if why or (rank and not met) or message in [text for r, text in heard.items() if r < rank]:
+            time.sleep(1)  # torchrun ends all when the first has ended: after whoever speaks
+            return None
+        return f"rank {rank}: {message}" if rank else message
+    if not met:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(2)
+            return None
+        return f"rank {rank} of {processes} lost {os.environ.get('MASTER_ADDR')}, where all of them met. {message}"
+    gone = sorted(others - heard.keys())
+    if any(heard.values()) or not gone or min(heard, default=rank) < rank:
+        return None
+    return f"rank {', '.join(map(str, gone))} of {processes} was lost. {message}"
+
+
+# ------------------------------------------------------------------------------------
+# 14. Evaluation: generated predictions, MMLU
 #
 # Each process takes some of the batches; results are gathered by the number of the row, so none is lost or doubled.
 # ------------------------------------------------------------------------------------
-class Runtime(NamedTuple):
+class InferenceContext(NamedTuple):
     """What it takes to run a model outside the Trainer's loops."""
 
     model: Any
@@ -5243,32 +5291,32 @@ class Runtime(NamedTuple):
     def padded(self, rows: Sequence[Sequence[int]], side: str = "right") -> dict[str, torch.Tensor]:
         """Rows of ids as the model takes them."""
         device = self.model.get_input_embeddings().weight.device
-        return on_device(padded_prompts(rows, self.tokenizer.pad_token_id, side), device)
+        return to_device(padded_prompts(rows, self.tokenizer.pad_token_id, side), device)
 
     def collect(self, count: int, results_of: Callable[[list[int]], Iterable[Any]], title: str) -> list[Any]:
         """What `results_of` says of each of so many rows, whose numbers it gets batch by batch."""
         results: dict[int, Any] = {}
         with generating(self.model), self.accelerator.autocast():
             quiet = not self.accelerator.is_main_process
-            for numbers in tqdm(dealt_batches(count, self.batch_size), title, disable=quiet):
+            for numbers in tqdm(rank_batches(count, self.batch_size), title, disable=quiet):
                 results |= zip(numbers, results_of(numbers), strict=True)
-        return gathered(results)
+        return gather_results(results)
 
 
-def dealt_batches(count: int, size: int) -> list[list[int]]:
+def rank_batches(count: int, size: int) -> list[list[int]]:
     """This process's row numbers, in batches as one process would cut them.
 
     Every process has as many, since an engine that shards the model needs all of them for each: the last may be one
     that another process has too.
     """
-    rank, processes = world()
+    rank, processes = rank_and_world_size()
     batches = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
     return [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / processes) * processes, processes)]
 
 
-def gathered(results: Mapping[int, Any]) -> list[Any]:
+def gather_results(results: Mapping[int, Any]) -> list[Any]:
     """Every process's results by row number, each once and in order."""
-    every = {number: result for part in from_all(results) for number, result in part.items()}
+    every = {number: result for part in all_gather_object(results) for number, result in part.items()}
     return [every[number] for number in sorted(every)]
 
 
@@ -5279,15 +5327,15 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
     """
     chosen, trainers = config.generation, config.training
     asked = {"num_beams": trainers.generation_num_beams, "max_length": trainers.generation_max_length}
-    if "max_new_tokens" in config.given or trainers.generation_max_length is None:
+    if "max_new_tokens" in config.explicitly_set or trainers.generation_max_length is None:
         asked |= {"max_new_tokens": chosen.max_new_tokens, "max_length": None}
-    asked |= {name: value for name, value in vars(chosen).items() if name in config.given}
-    unused = () if chosen.do_sample else SAMPLING
+    asked |= {name: value for name, value in vars(chosen).items() if name in config.explicitly_set}
+    unused = () if chosen.do_sample else SAMPLING_FLAGS
     values = {name: value for name, value in asked.items() if value is not None and name not in unused}
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     eos = sorted({tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])})
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
-    with mendable("generation flags"):
+    with reraise_as_user_error("generation flags"):
         if trainers.generation_config is not None:
             values = GenerationConfig.from_pretrained(str(trainers.generation_config)).to_diff_dict() | values
         return GenerationConfig(**values | ids | {"use_cache": True})
@@ -5309,37 +5357,39 @@ def generating(model: Any) -> Iterator[None]:
 
 def prompt_ids(batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[list[int]]:
     """Prompts, cut as in training; one that is empty begins with EOS, since something must stand there."""
-    bos, sources = tokenizer.bos_token_id, [source for source, _ in sources_and_targets(batch, tokenizer)]
+    bos, sources = tokenizer.bos_token_id, [source for source, _ in prompts_and_completions(batch, tokenizer)]
     cut = [s[: limits.source] if limits.total is None else cut_left(s, limits.total, bos) for s in sources]
     return [[number for number, _ in source] or [tokenizer.eos_token_id] for source in cut]
 
 
-def shown_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """A row's input and output as text, the output without a template's special tokens."""
-    last, own = last_learnt(segments), (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), "")
+    last, own = last_supervised(segments), (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), "")
     answer = segments[last]["text"]
-    output = special_texts(tokenizer).sub("", answer) if rendered else answer
+    output = special_token_pattern(tokenizer).sub("", answer) if rendered else answer
     texts = {"input": "".join(segment["text"] for segment in segments[:last]), "output": output}
     table = str.maketrans(dict(zip(MARKS, own, strict=True)))
     return {name: text.translate(table) for name, text in texts.items()}
 
 
-def generate_predictions(runtime: Runtime, generation: GenerationConfig, batch: Any) -> Iterator[dict[str, str]]:
+def generate_predictions(
+    runtime: InferenceContext, generation: GenerationConfig, batch: Any
+) -> Iterator[dict[str, str]]:
     """One dictionary for each row: its fields, `prediction`, `prediction_with_input`."""
     tokenizer = runtime.tokenizer
     prompts = prompt_ids(batch, tokenizer, runtime.limits)
     tensors = runtime.padded(prompts, "left")
-    with mendable("generation flags"):
+    with reraise_as_user_error("generation flags"):
         output = runtime.model.generate(**tensors, generation_config=generation)
     width = tensors["input_ids"].shape[1]  # the prompt is taken off by its tokens, never by its text
     for i, (prompt, answer) in enumerate(zip(prompts, output[:, width:].tolist(), strict=True)):
-        yield shown_pair(batch["segments"][i], batch["rendered"][i], tokenizer) | {
+        yield decoded_pair(batch["segments"][i], batch["rendered"][i], tokenizer) | {
             "prediction": str(tokenizer.decode(answer, skip_special_tokens=True)),
             "prediction_with_input": str(tokenizer.decode(prompt + answer, skip_special_tokens=True)),
         }
 
 
-def fill_masks(runtime: Runtime, masking: Masking, batch: Any) -> Iterator[dict[str, Any]]:
+def fill_masks(runtime: InferenceContext, masking: Masking, batch: Any) -> Iterator[dict[str, Any]]:
     """One dictionary for each row: `input` with its masks, `output` as it was, `prediction`, what fills the `masks`.
 
     Filled are the masks that a row's text has. Where it has none, the places chosen for evaluation become masks.
@@ -5390,12 +5440,12 @@ def load_questions(config: Config) -> list[Question]:
 def questions_in_file(path: Path) -> Iterator[Question]:
     """The original's format: one {subject, input, output} in a line, the output a letter."""
     for number, row in read_file(path):
-        with mendable(f"{path}:{number}", DataError):  # a RowError is a ValueError
-            row = fields_of(row)
-            letter = text_of(row, "output").strip()
+        with reraise_as_user_error(f"{path}:{number}", DataError):  # a RowError is a ValueError
+            row = check_row(row)
+            letter = get_text(row, "output").strip()
             if letter not in tuple(LETTERS):
                 raise RowError(f"field 'output' is {letter!r}, expected A, B, C or D")
-            yield Question(text_of(row, "subject"), text_of(row, "input"), LETTERS.index(letter))
+            yield Question(get_text(row, "subject"), get_text(row, "input"), LETTERS.index(letter))
 
 
 def questions_of_hub(config: Config, five_shot: bool) -> Iterator[Question]:
@@ -5414,18 +5464,18 @@ def questions_of_hub(config: Config, five_shot: bool) -> Iterator[Question]:
                 yield Question(subject, head + shots[subject] + text, row["answer"])
 
 
-def answer_questions(runtime: Runtime, questions: list[Question], longest: int) -> list[tuple[bool, float]]:
+def answer_questions(runtime: InferenceContext, questions: list[Question], longest: int) -> list[tuple[bool, float]]:
     """Of each question: is it answered rightly, and the loss on the right letter and EOS.
 
     The letters' first tokens are compared in one pass. Where those are not four different ones, each letter is put
     after the prompt in turn, and what is compared is the probability of all its tokens.
     """
-    letters = token_ids(list(LETTERS), runtime.tokenizer)
+    letters = tokenize(list(LETTERS), runtime.tokenizer)
     alike = os.path.commonprefix(letters)  # noqa: RUF071  # with some tokenizers, a space
     answers = [[*ids[len(alike) :], runtime.tokenizer.eos_token_id] for ids in letters]
     firsts = [ids[0] for ids in answers]
     one_pass = len(set(firsts)) == len(LETTERS)
-    rows: Any = {"segments": [pair(q.prompt, "") for q in questions], "rendered": [False] * len(questions)}
+    rows: Any = {"segments": [prompt_completion(q.prompt, "") for q in questions], "rendered": [False] * len(questions)}
     prompts = [[*ids, *alike] for ids in prompt_ids(rows, runtime.tokenizer, Limits(longest, 0, total=longest))]
     asked = [(i, c) for i, q in enumerate(questions) for c in ([q.answer] if one_pass else range(len(LETTERS)))]
     batch = runtime.padded([prompts[i] + answers[c] for i, c in asked])
@@ -5433,7 +5483,7 @@ def answer_questions(runtime: Runtime, questions: list[Question], longest: int) 
     counts, width = [len(answers[c]) for _, c in asked], batch["input_ids"].shape[1]
     starts = [row * width + len(prompts[i]) - 1 for row, (i, _) in enumerate(asked)]
     batch["positions"] = torch.cat([torch.arange(n) + start for n, start in zip(counts, starts, strict=True)])
-    logits = logits_at(runtime.model, runtime.fast, batch).log_softmax(-1).cpu().split(counts)
+    logits = supervised_logits(runtime.model, runtime.fast, batch).log_softmax(-1).cpu().split(counts)
     scores, losses = torch.zeros(len(questions), len(LETTERS)), [0.0] * len(questions)
     for (i, c), predicted in zip(asked, logits, strict=True):
         chosen = predicted[range(len(answers[c])), answers[c]]
@@ -5447,7 +5497,7 @@ def answer_questions(runtime: Runtime, questions: list[Question], longest: int) 
     return list(zip(right, losses, strict=True))
 
 
-def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longest: int) -> dict[str, float]:
+def mmlu_metrics(runtime: InferenceContext, questions: list[Question], split: str, longest: int) -> dict[str, float]:
     """Accuracy by subject, their unweighted mean, and the loss."""
     by_subject: dict[str, list[bool]] = {question.subject: [] for question in questions}
     questions = sorted(questions, key=lambda question: len(question.prompt))  # two thirds of a batch were padding
@@ -5463,13 +5513,13 @@ def mmlu_metrics(runtime: Runtime, questions: list[Question], split: str, longes
 
 
 # ------------------------------------------------------------------------------------
-# 14. Trainer: order of rows, loss, whole checkpoints, signals
+# 15. Trainer: order of rows, loss, whole checkpoints, signals
 #
 # The Hugging Face Trainer with five things of ours: an order of rows that a resume finds again, the loss on labelled
 # tokens only, checkpoints that are whole or absent, a stop on numbers that are not finite, MMLU beside the evaluation.
 # To add a callback: one class, one line in build_callbacks.
 # ------------------------------------------------------------------------------------
-def learnt_positions(model: Any) -> int | None:
+def max_positions(model: Any) -> int | None:
     """How many tokens the position embeddings of an encoder have room for; RoBERTa and ESM begin after the pad's."""
     for name, table in model.named_modules():
         if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
@@ -5477,18 +5527,18 @@ def learnt_positions(model: Any) -> int | None:
     return None
 
 
-def check_fit(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
+def check_rows_fit_model(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
     """Rows against the model: an id outside an embedding would only show as a crash on the GPU."""
     rows = model.get_input_embeddings().num_embeddings
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    learnt = learnt_positions(model)
+    supervised = max_positions(model)
     for name, part in parts.items():
         if part.largest_id >= rows:
             found = f"the {name} rows hold token id {part.largest_id}, the model has {rows}"
             raise ConfigError(f"{found}: its tokenizer is another's")
-        if learnt is not None and part.longest > learnt:
-            found = f"the longest {name} row has {part.longest} tokens, the model has positions for {learnt}"
-            raise ConfigError(f"{found}: lower the limit with --source_max_len {learnt}")
+        if supervised is not None and part.longest > supervised:
+            found = f"the longest {name} row has {part.longest} tokens, the model has positions for {supervised}"
+            raise ConfigError(f"{found}: lower the limit with --source_max_len {supervised}")
         if positions and part.longest > positions:
             found = f"the longest {name} row has {part.longest} tokens, the model was made for {positions}"
             log.warning("%s: lower the limits or give --rope_scaling", found)
@@ -5526,10 +5576,10 @@ class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
             found = token_statistics(block, self.tokenizer, self.config)
             seen = max(self.seen[0], found.largest_id), max(self.seen[1], found.longest)
             if before and seen != self.seen:  # the first block is checked before training
-                check_fit(self.model, {"train": found})
+                check_rows_fit_model(self.model, {"train": found})
             self.seen = seen
-            rows = PackedRows(block, limits_of(self.config).longest) if self.config.data.packing else block
-            order = row_order(rows["length"][:], self.size, self.args)
+            rows = PackedRows(block, length_limits(self.config).longest) if self.config.data.packing else block
+            order = build_sampler(rows["length"][:], self.size, self.args)
             if isinstance(order, EpochSampler):
                 order.set_epoch(before.get("block", 0))
             for number, i in itertools.islice(enumerate(order, start=1), taken, None):
@@ -5537,7 +5587,7 @@ class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
             taken = 0
 
 
-class Shares(torch.utils.data.Sampler[list[int]]):
+class DistributedWindowSampler(torch.utils.data.Sampler[list[int]]):
     """This process's rows of each window. A window has the same rows however many processes share it.
 
     Nothing is doubled: in the last window of an epoch a share is smaller, or empty. Rows are dealt out by length, back
@@ -5546,7 +5596,7 @@ class Shares(torch.utils.data.Sampler[list[int]]):
 
     def __init__(self, order: Any, size: int, lengths: list[int], drop_last: bool) -> None:
         self.windows = torch.utils.data.BatchSampler(order, size, drop_last)
-        self.lengths, (self.rank, self.processes) = lengths, world()
+        self.lengths, (self.rank, self.processes) = lengths, rank_and_world_size()
 
     def set_epoch(self, epoch: int) -> None:
         """Called before each epoch."""
@@ -5570,7 +5620,7 @@ STOP_SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 0}
 STOP_NUMBERS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]  # Windows has no SIGUSR1
 
 
-class Stop(TrainerCallback):
+class GracefulStop(TrainerCallback):
     """The signal that asked this run to stop, if one did: save and stop after the step in which it came."""
 
     signal = 0
@@ -5595,13 +5645,13 @@ class Stop(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the Trainer for both, on every process if the signal reached one."""
-        if agree(self.signal):
+        if all_reduce_int(self.signal):
             control.should_save = control.should_training_stop = True
             self.broken_off = state.global_step < state.max_steps
 
 
 @contextlib.contextmanager
-def signals_noted(stop: Stop) -> Iterator[None]:
+def handle_signals(stop: GracefulStop) -> Iterator[None]:
     """Signals go to `stop` for a while."""
     ours = threading.current_thread() is threading.main_thread()  # Python allows handlers there only
     saved = {number: signal.signal(number, stop.note) for number in STOP_NUMBERS if ours}
@@ -5612,7 +5662,7 @@ def signals_noted(stop: Stop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def begin_worker(number: int) -> None:
+def init_worker(number: int) -> None:
     """A data loader's process leaves signals to the one that trains: terminals and torchrun send them to its group."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
@@ -5620,12 +5670,12 @@ def begin_worker(number: int) -> None:
         signal.signal(stopping, signal.SIG_IGN)
 
 
-class Ready(NamedTuple):
+class PreparedModel(NamedTuple):
     """A model as it trains."""
 
     model: Any  # with adapters, or for a full fine-tune as it is
     fast: FastPath
-    sizes: Sizes
+    sizes: StepPlan
     plan: Plan | None
 
 
@@ -5645,7 +5695,7 @@ def without_gradient(base: Any) -> set[str]:
     return {name for name, parameter in named if parameter.requires_grad and parameter.grad is None}
 
 
-def build_callbacks(stop: Stop) -> list[TrainerCallback]:
+def build_callbacks(stop: GracefulStop) -> list[TrainerCallback]:
     """Every callback of a run."""
     return [stop]
 
@@ -5654,7 +5704,7 @@ class QLoRATrainer(Trainer):
     """The Trainer with our order of rows, checkpoints and checks."""
 
     def __init__(
-        self, *, ready: Ready, run: dict[str, Any], questions: list[Question] | None, config: Config,
+        self, *, ready: PreparedModel, run: dict[str, Any], questions: list[Question] | None, config: Config,
         masking: Masking | None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(model=ready.model, **kwargs)
@@ -5671,9 +5721,9 @@ class QLoRATrainer(Trainer):
         self.fast, self.sizes, self.plan = ready.fast, ready.sizes, ready.plan
         self.model_accepts_loss_kwargs = True  # our loss is divided by the labelled tokens of the window
         self.parameter_count = self.runtime().model.num_parameters(exclude_embeddings=True)
-        self.window: Window | None = None  # the last one
+        self.window: StepBatch | None = None  # the last one
         self.parts: list[tuple[list[str], torch.Tensor]] = []  # rows and loss of the current step's micro-batches
-        self.learnt = False
+        self.supervised = False
         self.unread: list[tuple[int, Any, Any, bool]] = []  # steps whose numbers nobody has looked at
         self.zeros = self.skips = 0  # the latest steps whose gradient is zero, or which fp16's scaler skipped
         self.idle: set[str] | None = None  # parameters that no step has given a gradient
@@ -5703,11 +5753,11 @@ class QLoRATrainer(Trainer):
         self.model_wrapped = self.model
         torch.distributed.fsdp.register_fsdp_forward_method(self.model, "generate")
 
-    def runtime(self) -> Runtime:
+    def runtime(self) -> InferenceContext:
         """The model as the Trainer holds it, for loops of ours."""
         model, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
-        size, limits = self.args.per_device_eval_batch_size, limits_of(self.config)
-        return Runtime(model, tokenizer, self.accelerator, size, limits, self.fast)  # type: ignore[arg-type]
+        size, limits = self.args.per_device_eval_batch_size, length_limits(self.config)
+        return InferenceContext(model, tokenizer, self.accelerator, size, limits, self.fast)  # type: ignore[arg-type]
 
     def get_train_dataloader(self) -> Any:
         """Ours: the Trainer's grouped sampler draws from the global generator, and a resume in epoch 2 differs.
@@ -5720,19 +5770,21 @@ class QLoRATrainer(Trainer):
             return torch.utils.data.DataLoader(rows, batch_size=None)
         lengths: list[int] = list(rows["length"])  # type: ignore[index, call-overload]
         size = self.run.get("effective batch", {}).get("rows", args.train_batch_size * args.world_size)
-        return self._loader(rows, Shares(row_order(lengths, size, args), size, lengths, args.dataloader_drop_last))
+        return self._loader(
+            rows, DistributedWindowSampler(build_sampler(lengths, size, args), size, lengths, args.dataloader_drop_last)
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """This process's batches."""
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._loader(rows, dealt_batches(len(rows), self.args.per_device_eval_batch_size))
+        return self._loader(rows, rank_batches(len(rows), self.args.per_device_eval_batch_size))
 
     def _loader(self, rows: Any, batches: Any) -> Any:
         args = self.args
         names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
         options: dict[str, Any] = {name: getattr(args, f"dataloader_{name}") for name in names}
         loader = torch.utils.data.DataLoader(
-            rows, batch_sampler=batches, collate_fn=self.data_collator, worker_init_fn=begin_worker, **options
+            rows, batch_sampler=batches, collate_fn=self.data_collator, worker_init_fn=init_worker, **options
         )
         return prepare_data_loader(loader, num_processes=1, process_index=0)  # of one process: the shares are dealt
 
@@ -5749,19 +5801,21 @@ class QLoRATrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The batches of one optimizer step; notes their rows and counts their tokens."""
         source = self.masked(epoch_iterator, self.masking) if self.masking else epoch_iterator
-        batches, learnt = list(itertools.islice(source, num_batches)), 0
+        batches, supervised = list(itertools.islice(source, num_batches)), 0
         for batch in batches:  # one, or at an epoch's end none
             self.place = batch.pop("place", None)
-            learnt = int((batch["labels"] != IGNORE).sum())
+            supervised = int((batch["labels"] != IGNORE).sum())
             self.tokens_seen += sum(batch["window"].lengths)
         if self.window is None:
             self.first = self.moved = self.state.global_step
             self.began = time.perf_counter()
         # added up by the CPUs: a GPU would be waited for until it is done with all that it has still to do, and
         # no step be launched meanwhile
-        everywhere = agree(learnt, "SUM") if batches else 0
-        self.learnt = everywhere > 0  # for every process alike, since what they check of a step decides about its save
-        counted = everywhere if self.args.average_tokens_across_devices else learnt
+        everywhere = all_reduce_int(supervised, "SUM") if batches else 0
+        self.supervised = (
+            everywhere > 0
+        )  # for every process alike, since what they check of a step decides about its save
+        counted = everywhere if self.args.average_tokens_across_devices else supervised
         return batches, torch.tensor(max(1, counted))  # 0 where no token happens to be masked
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -5791,7 +5845,7 @@ class QLoRATrainer(Trainer):
             set_all_random_states(start)
         self.window, self.parts = window, parts
         if self.idle != set() and not is_sharded(self.config):
-            idle = set.intersection(*from_all(without_gradient(self.runtime().model)))
+            idle = set.intersection(*all_gather_object(without_gradient(self.runtime().model)))
             self.idle = idle if self.idle is None else self.idle & idle
         if self.args.world_size > 1 and not is_sharded(self.config):
             average_gradients(model)
@@ -5804,40 +5858,40 @@ class QLoRATrainer(Trainer):
         inside = self.runtime().model
         base = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
         self.fast = choose_fast_path(model, base, self.config, self.args.device)
-        log.info("Fast path\n%s", table(self.fast.lines()))
+        log.info("Fast path\n%s", format_table(self.fast.lines()))
         if self.config.training.chunked_head and self.fast.head is None:  # micro-batches were cut for that
             self.sizes = self.sizes._replace(rows=self.config.training.per_device_train_batch_size)
 
-    def _window_step(self, model: Any, window: Window, items: Any) -> list[tuple[list[str], torch.Tensor]]:
+    def _window_step(self, model: Any, window: StepBatch, items: Any) -> list[tuple[list[str], torch.Tensor]]:
         done, parts = [], self._parts(window)
         sharded = is_sharded(self.config)
-        with attention_of(self.model, self.fast.attention):
+        with attention_implementation(self.model, self.fast.attention):
             for i, members in enumerate(parts):
                 last = i == len(parts) - 1
                 self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed takes its step by it
                 with contextlib.nullcontext() if sharded and last else self.accelerator.no_sync(model):
-                    batch = on_device(self._batch(window, members), self.args.device)
+                    batch = to_device(self._batch(window, members), self.args.device)
                     with self.compute_loss_context_manager():
                         part = self.compute_loss(model, batch, num_items_in_batch=items)
                     self.accelerator.backward(part)
                     done.append(([window.where[i] for i in members], part.detach().to(self.args.device)))
         return done
 
-    def _parts(self, window: Window) -> list[list[int]]:
+    def _parts(self, window: StepBatch) -> list[list[int]]:
         rows = self.sizes.rows if torch.is_grad_enabled() else None  # those of --per_device_eval_batch_size
         parts = micro_batches(window, rows, self.sizes.tokens, padded=self.fast.attention is None)
         # each gathers the weights that are spread over the processes, which so need as many of them as each other
-        return parts + [[]] * (agree(len(parts)) - len(parts)) if is_sharded(self.config) else parts
+        return parts + [[]] * (all_reduce_int(len(parts)) - len(parts)) if is_sharded(self.config) else parts
 
-    def _batch(self, window: Window, members: list[int]) -> dict[str, Any]:
+    def _batch(self, window: StepBatch, members: list[int]) -> dict[str, Any]:
         if not members:
-            window, members = collate_window([])["window"], [0]
+            window, members = collate_step([])["window"], [0]
         if self.fast.attention is not None:
-            return end_to_end_batch(window, members, filled=self.sizes.graphs and torch.is_grad_enabled())
+            return padding_free_batch(window, members, filled=self.sizes.graphs and torch.is_grad_enabled())
         tokenizer: Any = self.processing_class
         return padded_batch(window, members, tokenizer.pad_token_id, self.config.model.padding_side)
 
-    def _make_room(self, window: Window, reason: torch.OutOfMemoryError) -> None:
+    def _make_room(self, window: StepBatch, reason: torch.OutOfMemoryError) -> None:
         """No CUDA graphs, no unpacked weights, smaller micro-batches; where those are small, more recomputed layers."""
         base, sizes = self.runtime().model, self.sizes
         largest = max(self._parts(window), key=lambda part: sum(window.lengths[i] for i in part))
@@ -5845,15 +5899,15 @@ class QLoRATrainer(Trainer):
         layers = len(decoder_layers(base))
         if sizes.graphs:  # they keep memory of their own
             self.sizes = sizes._replace(graphs=False)
-            set_recomputed(base, sizes.recomputed, self.fast)
+            set_recomputed_layers(base, sizes.recomputed, self.fast)
         elif sizes.unpacked:
             self.sizes = sizes._replace(unpacked=0)
-            set_unpacked(base, 0, compute_dtype(self.config))
+            set_unpacked_layers(base, 0, compute_dtype(self.config))
         elif len(largest) > 1 and (tokens > 4096 or sizes.recomputed >= layers):
             self.sizes = sizes._replace(tokens=tokens // 2)
         elif sizes.recomputed < layers:
             self.sizes = sizes._replace(recomputed=min(layers, sizes.recomputed + max(1, layers // 4)))
-            set_recomputed(base, self.sizes.recomputed, self.fast)
+            set_recomputed_layers(base, self.sizes.recomputed, self.fast)
         else:
             raise reason
         torch.cuda.empty_cache()
@@ -5886,12 +5940,12 @@ class QLoRATrainer(Trainer):
         self._try_fast_path(model)
         window, total, right = inputs["window"], torch.zeros((), device=self.args.device), 0
         smoothing, count = self.args.label_smoothing_factor, max(1, int((inputs["labels"] != IGNORE).sum()))
-        with torch.no_grad(), attention_of(self.model, self.fast.attention):
+        with torch.no_grad(), attention_implementation(self.model, self.fast.attention):
             for members in self._parts(window):
-                batch = on_device(self._batch(window, members), self.args.device)
+                batch = to_device(self._batch(window, members), self.args.device)
                 with self.compute_loss_context_manager():
                     if self.masking:
-                        logits = logits_at(model, self.fast, batch)
+                        logits = supervised_logits(model, self.fast, batch)
                         right += int((logits.argmax(-1) == batch["targets"]).sum())
                         total += F.cross_entropy(logits, batch["targets"], reduction="sum", label_smoothing=smoothing)
                     else:
@@ -5915,7 +5969,9 @@ class QLoRATrainer(Trainer):
                 compiled = ", kernels are compiled" if self.args.device.type == "cuda" else ""
                 log.info("first step: %.1f s%s", time.perf_counter() - self.began, compiled)
             rows, losses = zip(*self.parts, strict=True)
-            self.unread.append((step, sent(1.0 if grad_norm is None else grad_norm, *losses), rows, self.learnt))
+            self.unread.append(
+                (step, copy_to_cpu_async(1.0 if grad_norm is None else grad_norm, *losses), rows, self.supervised)
+            )
             self._check_at_once(step, kwargs.get("learning_rate") or 0, saving)
             self.parts = []
         while len(self.unread) > (0 if saving or control.should_log or control.should_epoch_stop else 1):
@@ -5933,13 +5989,13 @@ class QLoRATrainer(Trainer):
         self.skips = self.skips + 1 if skipped else 0
         if self.skips >= SKIPS:
             self._stop(step, f"fp16 overflowed in {self.skips} steps, one after the other", "train with --bf16")
-        if skipped or not self.learnt or not rate >= self.args.learning_rate / 10 > 0:
+        if skipped or not self.supervised or not rate >= self.args.learning_rate / 10 > 0:
             self.moved = step  # nothing need have changed: warm-up, a schedule's end, --learning_rate 0
         if self.idle and (saving or step - self.first >= PATIENCE):
             why = "the model does not use it, leave it out with --lora_modules or --layers_to_freeze"
             self._stop(step, f"no gradient reaches {min(self.idle)} ({len(self.idle)} such tensors)", why)
 
-    def _check_numbers(self, step: int, numbers: Any, rows: Sequence[list[str]], learnt: bool) -> None:
+    def _check_numbers(self, step: int, numbers: Any, rows: Sequence[list[str]], supervised: bool) -> None:
         """Gradient norm and losses of a step."""
         values, arrived = numbers
         if arrived is not None:
@@ -5948,9 +6004,9 @@ class QLoRATrainer(Trainer):
         model: Any = self.model
         bad = [part for part, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
         broke = self.accelerator.scaler is None and not math.isfinite(norm)  # a scaler skips those by itself
-        self.zeros = (self.zeros + learnt) * (norm == 0)
+        self.zeros = (self.zeros + supervised) * (norm == 0)
         if broke or self.zeros >= PATIENCE:  # for all processes alike, whose message is then the same
-            rows, bad = (list(itertools.chain(*parts)) for parts in zip(*from_all((rows, bad)), strict=True))
+            rows, bad = (list(itertools.chain(*parts)) for parts in zip(*all_gather_object((rows, bad)), strict=True))
         if bad or broke:
             frozen = ((n, p) for n, p in model.named_parameters() if p.is_floating_point() and not p.requires_grad)
             broken = next((name for name, parameter in frozen if not parameter.isfinite().all()), None)
@@ -5980,11 +6036,11 @@ class QLoRATrainer(Trainer):
             self._stop(step, f"no trained value has changed in {step - self.moved} steps", why)
         self.values, self.moved = values, step
 
-    def _check_update(self, model: Any, window: Window) -> None:
+    def _check_update(self, model: Any, window: StepBatch) -> None:
         """Before weights are saved: with them, is the loss of the rows that they were just trained on finite?"""
-        batch = on_device(self._batch(window, self._parts(window)[0]), self.args.device)
+        batch = to_device(self._batch(window, self._parts(window)[0]), self.args.device)
         model.eval()  # draws no random numbers; training_step turns it back
-        kernel = attention_of(self.model, self.fast.attention)
+        kernel = attention_implementation(self.model, self.fast.attention)
         with torch.no_grad(), kernel, self.compute_loss_context_manager():
             finite = bool(summed_loss(model, self.fast, batch).isfinite())
         if not finite:
@@ -6007,8 +6063,8 @@ class QLoRATrainer(Trainer):
         began, self.judged = time.perf_counter(), []
         output = super().evaluation_loop(*args, **kwargs)
         assert output.metrics is not None
-        numbers = [batch[0] for batch in dealt_batches(output.num_samples or 0, self.args.per_device_eval_batch_size)]
-        rows, losses, right, masked = zip(*gathered(dict(zip(numbers, self.judged, strict=True))), strict=True)
+        numbers = [batch[0] for batch in rank_batches(output.num_samples or 0, self.args.per_device_eval_batch_size)]
+        rows, losses, right, masked = zip(*gather_results(dict(zip(numbers, self.judged, strict=True))), strict=True)
         loss = sum(map(operator.mul, rows, losses)) / sum(rows)  # the mean over rows of their batches' means
         found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         found |= {"masked_accuracy": sum(right) / sum(masked)} if self.masking else {}
@@ -6029,25 +6085,25 @@ class QLoRATrainer(Trainer):
         final = output / f"checkpoint-{self.state.global_step}"
         self.staging = output / f"{STAGING}{self.state.global_step}"
         folder = self.staging / final.name
-        with written_aside(self.staging, final):
+        with atomic_save(self.staging, final):
             super()._save_checkpoint(model, trial)
             self.staging = None
             best = output / f"checkpoint-{self.state.best_global_step}"
             if self.state.best_global_step and (best.is_dir() or best == final):
                 self.state.best_model_checkpoint = str(best)  # the Trainer looked in the hidden folder
                 self.state.save_to_json(str(folder / "trainer_state.json"))
-            agree()
+            all_reduce_int()
             if self.args.should_save:
                 (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, with tokens in it
                 if self.place:
                     write_json(folder / STREAM, self.place)
-                seal(folder, self.run)
-                publish(folder, final)
+                write_manifest(folder, self.run)
+                commit_checkpoint(folder, final)
                 limit = self.args.save_total_limit or sys.maxsize
                 for old in checkpoints_in(output)[max(limit, 1) :]:
                     if str(old) != self.state.best_model_checkpoint:
                         shutil.rmtree(old)
-            agree()
+            all_reduce_int()
         self.seconds_aside += time.perf_counter() - began
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -6059,7 +6115,7 @@ class QLoRATrainer(Trainer):
         if place is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        with mendable(f"{place} does not fit the LoRA flags", ConfigError, RuntimeError):
+        with reraise_as_user_error(f"{place} does not fit the LoRA flags", ConfigError, RuntimeError):
             set_peft_model_state_dict(self.model, load_peft_weights(str(place), device="cpu"))
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
@@ -6099,7 +6155,7 @@ class QLoRATrainer(Trainer):
         )
 
 
-def window_arguments(args: TrainingArguments) -> TrainingArguments:
+def trainer_arguments(args: TrainingArguments) -> TrainingArguments:
     """The Trainer's own arguments: it hands out whole windows, which training_step cuts up; we recompute ourselves."""
     changed: dict[str, Any] = {name: False for name in CHECKPOINTING if hasattr(args, name)}
     # it reads the loss, and so waits for the GPU; our own check stops at both
@@ -6126,15 +6182,15 @@ def average_gradients(model: Any) -> None:
     for gradients in kinds.values():
         flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message; the activations have made room
         torch.distributed.all_reduce(flat)
-        parts = flat.div_(world()[1]).split([gradient.numel() for gradient in gradients])
+        parts = flat.div_(rank_and_world_size()[1]).split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [part.view_as(old) for part, old in zip(parts, gradients, strict=True)])
 
 
-def start_recomputing(base: Any, fast: FastPath, sizes: Sizes, dtype: torch.dtype, sharded: bool = False) -> None:
+def apply_step_plan(base: Any, fast: FastPath, sizes: StepPlan, dtype: torch.dtype, sharded: bool = False) -> None:
     """Recompute layers as decided; a model without layers of transformers' own kind recomputes all or none."""
-    set_unpacked(base, sizes.unpacked, dtype)
+    set_unpacked_layers(base, sizes.unpacked, dtype)
     if decoder_layers(base) and not sharded:  # whose hooks know torch's own checkpoints
-        set_recomputed(base, sizes.recomputed, fast, sizes.graphs)
+        set_recomputed_layers(base, sizes.recomputed, fast, sizes.graphs)
     elif sizes.recomputed and getattr(base, "supports_gradient_checkpointing", True):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
@@ -6142,7 +6198,7 @@ def start_recomputing(base: Any, fast: FastPath, sizes: Sizes, dtype: torch.dtyp
         log.warning("gradient_checkpointing: %s does not support it, nothing is recomputed", type(base).__name__)
 
 
-def sent(*numbers: Any) -> tuple[list[Any], Any]:
+def copy_to_cpu_async(*numbers: Any) -> tuple[list[Any], Any]:
     """Numbers on their way from the GPU, and what says that they are there. Nobody waits for what is launched later."""
     there = [n.detach().to("cpu", non_blocking=True) if isinstance(n, torch.Tensor) else n or 0.0 for n in numbers]
     device = next((n.device for n in numbers if isinstance(n, torch.Tensor) and n.is_cuda), None)
@@ -6154,15 +6210,21 @@ def _no_wait(tensor: torch.Tensor) -> None:
 
 
 def build_trainer(
-    ready: Ready, tokenizer: Any, splits: Splits, questions: Any, run: dict[str, Any], stop: Stop, config: Config
+    ready: PreparedModel,
+    tokenizer: Any,
+    splits: Splits,
+    questions: Any,
+    run: dict[str, Any],
+    stop: GracefulStop,
+    config: Config,
 ) -> QLoRATrainer:
     """Everything that training and evaluation need."""
     # It waits for the GPU after the update of every single parameter: 448 times a step at 7B, a tenth of the step. The
     # updates are in one stream, which keeps their order.
     bitsandbytes.optim.optimizer.sync_gpu = _no_wait  # type: ignore[assignment]
     train_rows, eval_rows = splits.train, splits.eval and splits.eval.remove_columns("where")
-    masking, args = None, window_arguments(config.training)
-    collate = partial(collate_window, masked=config.masked)
+    masking, args = None, trainer_arguments(config.training)
+    collate = partial(collate_step, masked=config.masked)
     if config.masked:
         masking = build_masking(tokenizer, ready.model.get_input_embeddings().num_embeddings, config.data)
     if masking and eval_rows is not None:  # masked here, once
@@ -6179,7 +6241,7 @@ def build_trainer(
 
 
 # ------------------------------------------------------------------------------------
-# 15. Stages: train, evaluate, predict, and the files that a run leaves
+# 16. Stages: train, evaluate, predict, and the files that a run leaves
 #
 # Each stage takes the trainer, writes its files and returns its metrics.
 # ------------------------------------------------------------------------------------
@@ -6217,20 +6279,20 @@ def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> 
     return metrics
 
 
-def train(trainer: QLoRATrainer, start: Start, stop: Stop, config: Config) -> dict[str, Any]:
+def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config: Config) -> dict[str, Any]:
     """Train, save what was trained, mark the run completed. After a signal only the checkpoint is there."""
     last, stop.training = start.checkpoint, True
     state = TrainerState.load_from_json(str(last / "trainer_state.json")) if last else TrainerState()
     metrics: dict[str, Any] = {}
     if trainer.args.should_save:
         clear_output(config, state.global_step)
-    if last and not asks_for_more(config, {"step": state.global_step, "epoch": state.epoch}):
+    if last and not needs_more_steps(config, {"step": state.global_step, "epoch": state.epoch}):
         log.info("%s holds the last step: nothing is left to train", last)  # the Trainer would do one more
         trainer.state = state
         trainer.load_end(str(last))
     else:
         if last and config.data.streaming:
-            with mendable(f"{last}: no place in a stream to go on from"):
+            with reraise_as_user_error(f"{last}: no place in a stream to go on from"):
                 trainer.train_dataset.place = Place(**read_json(last / STREAM))  # type: ignore[union-attr]
         metrics = timed_training(trainer, last, state.global_step)
     if not stop.broken_off:
@@ -6254,7 +6316,7 @@ def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: i
         way = "begin anew with --overwrite_output_dir, or name another with --resume_from_checkpoint"
         raise ConfigError(f"{checkpoint}: its state holds more than tensors and is not read; {way}") from error
     seconds = max(time.perf_counter() - began - trainer.seconds_aside, 1e-9)
-    tokens = agree(trainer.tokens_seen, "SUM")
+    tokens = all_reduce_int(trainer.tokens_seen, "SUM")
     steps = max(trainer.state.global_step - first_step, 1)
     return {
         **result.metrics,
@@ -6284,16 +6346,16 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     gathered_weights, args = {"state_dict": whole_weights(trainer)} if is_sharded(config) else {}, trainer.args
     if args.should_save:
         output, aside = Path(config.training.output_dir), final / f"{STAGING}final"
-        with written_aside(aside, final):
+        with atomic_save(aside, final):
             model.config.use_cache = True  # for whoever loads it: load_model turned it off
             model.save_pretrained(aside, max_shard_size=config.training.max_shard_size, **gathered_weights)
             model.config.use_cache = False
             tokenizer.save_pretrained(aside)
             if getattr(model, "lora_start", None):
-                fit_to_base(aside, model.lora_start)
+                convert_to_published_base(aside, model.lora_start)
             written = sorted(path.name for path in aside.iterdir())
             for name in written:
-                flush(aside / name)
+                fsync_path(aside / name)
                 (aside / name).replace(final / name)
         for name in {*final_files(output)} - {*written}:  # an earlier save's shards would be loaded instead
             (final / name).unlink(missing_ok=True)
@@ -6304,13 +6366,13 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
         (output / PREVIOUS).unlink(missing_ok=True)
         if args.push_to_hub:
             hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
-            with mendable("--push_to_hub: all is saved here, but the hub does not take it"):
+            with reraise_as_user_error("--push_to_hub: all is saved here, but the hub does not take it"):
                 upload_folder(folder_path=final, allow_patterns=[*written, "README.md"], **hub)
             log.info("pushed to %s", trainer.hub_model_id)
-    agree()
+    all_reduce_int()
 
 
-def predict(trainer: QLoRATrainer, start: Start, pairs: Any, config: Config) -> dict[str, Any]:
+def predict(trainer: QLoRATrainer, start: ResumePoint, pairs: Any, config: Config) -> dict[str, Any]:
     """Generate an answer for every held-out row, or fill its masks, into predictions.jsonl."""
     runtime, began, output = trainer.runtime(), time.time(), final_folder(config)
     if start.train or start.weights:
@@ -6340,7 +6402,7 @@ def merge_record(adapter: str, config: Config) -> dict[str, Any]:
     return weights | {name: config.flags[name] for name in ("model_name_or_path", "merge_base", "max_shard_size")}
 
 
-def check_merge(start: Start, config: Config) -> None:
+def check_merge(start: ResumePoint, config: Config) -> None:
     """Before anything is trained: can a merged model be written, and is there something to merge?"""
     if config.training.merged_output_dir is None or config.data.preview:
         return
@@ -6363,11 +6425,11 @@ def load_merge_base(config: Config, folder: str) -> Any:
     if getattr(model_config, "quantization_config", None):
         log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
-        as_trained = quantisation_config(config, layers_left_whole(config, model_config))
+        as_trained = quantisation_config(config, skip_modules(config, model_config))
         options |= {"dtype": load_dtype(config), "quantization_config": as_trained}
     model = load_base(config, model_config, folder, **options)
     if getattr(model.config, "quantization_config", None):
-        with mendable(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
+        with reraise_as_user_error(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
             model = model.dequantize(dtype=own)
         model._weight_conversions = None  # or saving would try to quantise again
     return cast(model, own)
@@ -6413,15 +6475,15 @@ def merge(adapter: str, inputs: Inputs) -> dict[str, Any]:
     sample = padded_prompts([ids[:64] for ids in rows[:4]["input_ids"]], inputs.tokenizer.pad_token_id, "right")
     gc.collect()  # what was trained in this process refers to itself in circles
     log.info("merging %s into %s", adapter, target)
-    with written_aside(aside, target), mendable(f"--merged_output_dir {target}"):
+    with atomic_save(aside, target), reraise_as_user_error(f"--merged_output_dir {target}"):
         plain, adapted, lost = write_merged(adapter, aside, sample, inputs)
         kind, options = AUTO_MODELS[config.masked], {"trust_remote_code": config.model.trust_remote_code}
-        model = load_whole(str(aside), aside, kind, **options)
+        model = load_strict(str(aside), aside, kind, **options)
         metrics = compare_merged(model, plain, adapted, lost, sample, target)
         write_json(aside / MERGED, merge_record(adapter, config))
         if target.exists():
             target.rmdir()  # empty, as check_merge saw
-        publish(aside, target)
+        commit_checkpoint(aside, target)
     return metrics
 
 
@@ -6456,17 +6518,17 @@ def write_merged(adapter: str, aside: Path, sample: Any, inputs: Inputs) -> tupl
     model: Any = load_merge_base(config, folder)
     embedding, dtype = model.get_input_embeddings().num_embeddings, model.dtype
     plain = logits_on(model, sample)
-    with mendable(f"adapter {adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
+    with reraise_as_user_error(f"adapter {adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
         peft_model = PeftModel.from_pretrained(model, adapter_files(adapter, config))
     start = getattr(peft_model.peft_config["default"], "init_lora_weights", None)
-    if takes_from_base(start):
+    if mutates_base(start):
         raise ConfigError(f"{adapter} fits a base changed by {start}: finish its training, whose result fits any base")
     adapted = logits_on(peft_model, sample)
     lost = merge_layers(peft_model, dtype)
     model = cast(peft_model.merge_and_unload(), dtype)  # the layers are, what was trained whole is not
     if not model.config.get_text_config().tie_word_embeddings:
         untie(model)
-    special_ids_into_model(model, tokenizer)
+    sync_special_tokens(model, tokenizer)
     model.save_pretrained(aside, max_shard_size=config.training.max_shard_size)
     tokenizer.save_pretrained(aside)
     if (Path(folder) / "tokenizer.model").is_file():  # which llama.cpp's converter prefers
@@ -6528,7 +6590,7 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     every = max(1, math.ceil(len(losses) / 20))  # at most 20 rows, the last among them
     losses = losses[(len(losses) - 1) % every :: every]
     rows = "\n".join(f"| {e['step']} | {e.get('loss', '')} | {e.get('eval_loss', '')} |" for e in losses)
-    settings = "\n".join(f"| {name} | `{config.flags[name]}` |" for name in sorted(config.given))
+    settings = "\n".join(f"| {name} | `{config.flags[name]}` |" for name in sorted(config.explicitly_set))
     base = config.model.model_name_or_path
     beside = "" if Path(config.training.output_dir) == final_folder(config) else f"{config.training.output_dir}/"
     kind, library = ("full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
@@ -6573,7 +6635,7 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
         yield f"{name} was {old}, is {new}"
 
 
-def describe(start: Start, this_run: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
+def describe_run(start: ResumePoint, this_run: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
     """Log what this run is, and how it differs from one that it repeats. Returns run.json, which holds no secret."""
     config, args, quant, tokenizer = inputs.config, inputs.config.training, inputs.config.quant, inputs.tokenizer
     effective, processes = this_run["effective batch"]["rows"], args.world_size
@@ -6602,10 +6664,10 @@ def describe(start: Start, this_run: dict[str, Any], inputs: Inputs) -> dict[str
         "trained part": "all weights but the embeddings" if quant.full_finetune else adapter,
         **{f"{name} data": f"{first * (name == 'train')}{part}" for name, part in inputs.statistics.items()},
     }
-    log.info("This run\n%s", table(derived))
+    log.info("This run\n%s", format_table(derived))
     said = {
         "flags": config.flags,
-        "derived": derived | {"given": sorted(config.given)},
+        "derived": derived | {"given": sorted(config.explicitly_set)},
         "versions": versions() | {"qlora.py": git_commit() or CODE_VERSION},
         "data": {name: part._asdict() for name, part in inputs.statistics.items()},
         "device": {"name": device_name(), "processes": processes},
@@ -6617,7 +6679,7 @@ def describe(start: Start, this_run: dict[str, Any], inputs: Inputs) -> dict[str
     return record
 
 
-def hints(config: Config) -> None:
+def log_hints(config: Config) -> None:
     """What a user may not expect of the flags given, said once."""
     args, bits, flags = config.training, config.quant.bits, flags_of(config)
     gpu, half = torch.cuda.is_available(), args.bf16 or args.fp16
@@ -6628,94 +6690,102 @@ def hints(config: Config) -> None:
     if bits >= 16 and args.bf16 != (bits == 16):
         held = "in bf16, with --bf16" if args.bf16 else "in float32, without --bf16"
         log.info("bits %d: the weights are held %s, as in the original", bits, held)
-    for names, applies, why in IDLE:
-        if (given := sorted(flags.given.intersection(names))) and applies(flags):
+    for names, applies, why in INEFFECTIVE_FLAGS:
+        if (given := sorted(flags.explicitly_set.intersection(names))) and applies(flags):
             log.info("%s: without effect: %s", ", ".join(given), why.format(**vars(flags)))
 
 
 # ------------------------------------------------------------------------------------
-# 16. Main
+# 17. Main
 # ------------------------------------------------------------------------------------
-def assemble(base: Any, costs: Costs, start: Start, rows: Any | None, pad_id: int, config: Config) -> Ready:
+def assemble(
+    base: Any, costs: MemoryModel, start: ResumePoint, rows: Any | None, pad_id: int, config: Config
+) -> PreparedModel:
     """A loaded base -> what trains, on the fast path, its steps cut to the memory there is."""
     apply_liger(base, config)
     stay_on_device(base)
     model = make_trainable(base, config, start.weights)
     for adapter in getattr(model, "peft_config", {}).values():  # saved as given, not the folder made of a .gguf file
         adapter.base_model_name_or_path = config.model.model_name_or_path
-    if config.lora.init_lora_weights.lower() == "eva" and start == Start(train=True) and not config.quant.full_finetune:
+    if (
+        config.lora.init_lora_weights.lower() == "eva"
+        and start == ResumePoint(train=True)
+        and not config.quant.full_finetune
+    ):
         start_from_inputs(model, rows, pad_id, config)
     for line in parameter_report(model):
         log.info("%s", line)
-    fast = speed_up(model, base, config)
-    sizes, plan = choose_sizes(costs, model, base, fast, rows, config)
-    start_recomputing(base, fast, sizes, compute_dtype(config), is_sharded(config))
+    fast = enable_fast_path(model, base, config)
+    sizes, plan = choose_step_plan(costs, model, base, fast, rows, config)
+    apply_step_plan(base, fast, sizes, compute_dtype(config), is_sharded(config))
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
     said = {} if is_sharded(config) else fast.lines()  # what an engine spreads is tried when it is
-    log.info("Fast path\n%s", table(said | {"steps": sizes} | (plan.lines() if plan else {})))
-    return Ready(model, fast, sizes, plan)
+    log.info("Fast path\n%s", format_table(said | {"steps": sizes} | (plan.lines() if plan else {})))
+    return PreparedModel(model, fast, sizes, plan)
 
 
 def print_plan(config: Config) -> None:
     """To standard output, from the model's config and the flags alone."""
     model_config = load_model_config(config, model_folder(config))
-    config = settle_objective(config, model_config)
-    costs = costs_from_config(config, model_config)
+    config = resolve_objective(config, model_config)
+    costs = memory_from_config(config, model_config)
     if find_gpu(config.training.plan_gpu).number == 1:
-        text = table(plan_from_flags(config, costs).lines())
+        text = format_table(plan_from_flags(config, costs).lines())
     else:
         plans = strategy_plans(config, costs)
         parts = {name: plan.lines() for name, plan in plans.items()} | {"Of these": strategy_lines(plans)}
-        text = "\n".join(f"{name}\n{table(lines)}" for name, lines in parts.items())
+        text = "\n".join(f"{name}\n{format_table(lines)}" for name, lines in parts.items())
     if config.training.process_index == 0:
         print(text)
 
 
-def print_preview(rows: Iterable[Titled], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
+def print_preview(rows: Iterable[TitledSpans], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
     """To standard output, coloured where that is a terminal."""
     if config.training.process_index != 0:
         return
     if config.data.streaming:
         log.info("rows and statistics are of the stream's first block")
     coloured, encoding = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), sys.stdout.encoding or "utf-8"
-    text = preview_text(rows, statistics, coloured).encode(encoding, "backslashreplace").decode(encoding)
+    text = format_preview(rows, statistics, coloured).encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(text, flush=True)
     except BrokenPipeError:  # of `| head`; nothing may be left for Python to write at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def read_inputs(start: Start, config: Config) -> Inputs:
+def read_inputs(start: ResumePoint, config: Config) -> Inputs:
     """Model config, tokenizer and rows, made once on each machine and the same in every process."""
-    compare(config.flags | {"checkpoint": start.checkpoint})
-    with first_one_first():  # converting the model
+    check_ranks_agree(config.flags | {"checkpoint": start.checkpoint})
+    with local_main_process_first():  # converting the model
         folder = model_folder(config)
     for place in (folder, start.weights, start.checkpoint and (adapter_folder(start.checkpoint) or start.checkpoint)):
         check_weights(place or folder, config)
     model_config = load_model_config(config, folder)
-    config = settle_objective(config, model_config)
+    config = resolve_objective(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
     if config.training.do_predict and not config.masked:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
-    with first_one_first():  # reading and encoding the dataset
+    with local_main_process_first():  # reading and encoding the dataset
         pairs = load_splits(config, tokenizer)
         splits = encode_splits(pairs, tokenizer, config)
-    rows, statistics = measured(splits, tokenizer, config)
-    compare({f"the encoded {name} rows": part.fingerprint for name, part in statistics.items()})
+    rows, statistics = pack_and_summarize(splits, tokenizer, config)
+    check_ranks_agree({f"the encoded {name} rows": part.fingerprint for name, part in statistics.items()})
     return Inputs(config, folder, model_config, tokenizer, pairs, splits, rows, statistics)
 
 
-def prepare(start: Start, inputs: Inputs, this_run: dict[str, Any], questions: Any, stop: Stop) -> QLoRATrainer:
+def prepare(
+    start: ResumePoint, inputs: Inputs, this_run: dict[str, Any], questions: Any, stop: GracefulStop
+) -> QLoRATrainer:
     """Load the model and make it ready to train."""
     config, pad_id = inputs.config, inputs.tokenizer.pad_token_id
     found = start.weights if config.quant.full_finetune else None
     base = load_model(config, inputs.model_config, found or inputs.folder)
-    special_ids_into_model(base, inputs.tokenizer)
-    check_fit(base, inputs.statistics)
-    costs = costs_from_config(config, inputs.model_config, exact=is_planned(inputs.rows, config))
+    sync_special_tokens(base, inputs.tokenizer)
+    check_rows_fit_model(base, inputs.statistics)
+    costs = memory_from_config(config, inputs.model_config, exact=is_planned(inputs.rows, config))
     ready = assemble(base, costs, start, inputs.rows, pad_id, config)
     splits = inputs.splits._replace(train=inputs.pairs.train if config.data.streaming else inputs.rows)
-    with mendable("flags", ConfigError, RuntimeError):
+    with reraise_as_user_error("flags", ConfigError, RuntimeError):
         trainer = build_trainer(ready, inputs.tokenizer, splits, questions, this_run, stop, config)
         if start.train and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those make their own
             trainer.create_optimizer_and_scheduler(max(config.training.max_steps, 1))  # a try of their flags
@@ -6724,26 +6794,26 @@ def prepare(start: Start, inputs: Inputs, this_run: dict[str, Any], questions: A
     return trainer
 
 
-def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -> int:
+def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_preview) -> int:
     """One run, from checked flags to files, or --plan or --preview shown. Returns the exit status."""
     args, output, began = config.training, Path(config.training.output_dir), time.perf_counter()
     (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
-    hints(config)
+    log_hints(config)
     if args.plan:
         print_plan(config)
         return 0
-    start = Start(train=True) if config.data.preview else find_start(config)
+    start = ResumePoint(train=True) if config.data.preview else find_resume_point(config)
     check_merge(start, config)
     inputs = read_inputs(start, config)
     config, statistics = inputs.config, inputs.statistics
     if config.data.preview:
-        rows = shown_rows(inputs.rows or inputs.splits.eval, inputs.tokenizer, inputs.model_config, config)
+        rows = preview_rows(inputs.rows or inputs.splits.eval, inputs.tokenizer, inputs.model_config, config)
         show(rows, statistics, config)
         return 0
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
-    this_run = identity(config, statistics.get("train") if args.do_train else None)
+    this_run = run_fingerprint(config, statistics.get("train") if args.do_train else None)
     if start.found:
-        check_identity(start.found, this_run, args.do_train)
+        check_same_run(start.found, this_run, args.do_train)
     check_fsdp(config)
     if args.deepspeed and args.do_eval and not start.train and not hf_deepspeed.is_deepspeed_zero3_enabled():
         raise ConfigError("--deepspeed: ZeRO-2 shares out only what trains: leave it out to evaluate what was trained")
@@ -6752,7 +6822,7 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
     this_run["effective batch"] = effective_batch(start.checkpoint, args)
     output.mkdir(parents=True, exist_ok=True)  # one that can't be written shows before the model is loaded
     final_folder(config).mkdir(parents=True, exist_ok=True)
-    record = describe(start, this_run, inputs)
+    record = describe_run(start, this_run, inputs)
 
     metrics: dict[str, Any] = {}
     if start.train or args.do_eval or args.do_predict:
@@ -6762,7 +6832,7 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
         log.info("ready after %.0f s", time.perf_counter() - began)
         if start.train:
             metrics |= train(trainer, start, stop, config)
-            if number := agree(stop.signal):
+            if number := all_reduce_int(stop.signal):
                 name, step = signal.Signals(number).name, trainer.state.global_step
                 log.warning("stopped by %s at step %d, saved; the same command goes on from there", name, step)
                 return STOP_SIGNALS[name]
@@ -6772,11 +6842,11 @@ def run(config: Config, stop: Stop, show: Callable[..., None] = print_preview) -
             metrics |= predict(trainer, start, inputs.pairs.eval, config)
         del trainer  # memory for a merged model
     metrics |= merge(str(final_folder(config) if start.train else start.weights), inputs)
-    finish(config, metrics, time.perf_counter() - began)
+    report_done(config, metrics, time.perf_counter() - began)
     return 0
 
 
-def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
+def report_done(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     """metrics.json, and the block at the end of a run."""
     if config.training.process_index != 0:
         return
@@ -6788,7 +6858,7 @@ def finish(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     lines |= {name: value for name, value in metrics.items() if re.fullmatch(r"mmlu_\w+_accuracy|mmlu_loss", name)}
     files = {str(final_folder(config)): 1, config.training.output_dir: 1, config.training.merged_output_dir: 1}
     lines |= {"seconds": round(seconds), "files": ", ".join(filter(None, files))}
-    log.info("Done\n%s", table(lines))
+    log.info("Done\n%s", format_table(lines))
 
 
 # A disk's, which the user can mend; another error of the system may be ours.
@@ -6803,7 +6873,7 @@ def exit_status(error: BaseException, output: Path | None = None) -> tuple[int, 
         way = "on as many processes as there are, with the same effective batch"
         return 2, f"The same command goes on from {last}, {way}"
     if isinstance(error, QLoRAError):
-        return 2, visible(str(error))
+        return 2, escape_control_chars(str(error))
     if isinstance(error, KeyboardInterrupt):
         name = signal.Signals(error.args[0] if error.args else signal.SIGINT).name
         return STOP_SIGNALS[name], f"interrupted by {name}; the same command goes on from what is saved"
@@ -6814,7 +6884,7 @@ def exit_status(error: BaseException, output: Path | None = None) -> tuple[int, 
         return 2, f"{error.filename or 'a file'}: {error.strerror}"
     library = type(error).__module__.partition(".")[0]
     if library in INTEGRATION_TO_CALLBACK:  # no login, no connection, ...
-        return 2, f"--report_to {library}: {one_line(error)}"
+        return 2, f"--report_to {library}: {shorten(error)}"
     return None
 
 
@@ -6834,18 +6904,18 @@ def set_up_logging() -> None:
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
-def main(argv: Sequence[str] | None = None, action: Callable[[Config, Stop], int] = run) -> int:
+def main(argv: Sequence[str] | None = None, action: Callable[[Config, GracefulStop], int] = run) -> int:
     """The command line. Returns the exit status: 0 done, 2 mend something; STOP_SIGNALS: stopped and saved."""
     argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
     debug = any(re.fullmatch(r"--show[_-]traceback|--debug", token) for token in argv)
-    stop, output = Stop(), None
+    stop, output = GracefulStop(), None
     try:
-        with signals_noted(stop):
+        with handle_signals(stop):
             config = parse_config(argv)
             output = Path(config.training.output_dir)
             status = action(config, stop)
-            disconnect()
+            shutdown_distributed()
             return status
     except (Exception, KeyboardInterrupt) as error:
         known, lost = exit_status(error, output), is_lost(error)
@@ -6856,10 +6926,12 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, Stop], int
             traceback.print_exc()
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # or the message would stand behind a progress bar
-        own = visible(HUB_TOKEN.sub("(a token)", known[1]))
+        own = escape_control_chars(HUB_TOKEN.sub("(a token)", known[1]))
         if message := said_once(own, lost, isinstance(error, KeyboardInterrupt)):
             print(f"{'error: ' if known[0] else ''}{message}", file=sys.stderr, flush=True)
-        if world()[1] > 1:  # what waits on a GPU for a process that is gone would keep this one from ending
+        if (
+            rank_and_world_size()[1] > 1
+        ):  # what waits on a GPU for a process that is gone would keep this one from ending
             os._exit(known[0])
         return known[0]
 

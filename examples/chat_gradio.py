@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # no button that shares it with the hub
     page = gradio.ChatInterface(partial(reply, bot), chatbot=shown, title=options.model)
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from elsewhere
-    with qlora.mendable(f"--port {options.port}"):
+    with qlora.reraise_as_user_error(f"--port {options.port}"):
         page.launch(server_name="127.0.0.1", server_port=options.port, share=False, theme=theme)
 
 

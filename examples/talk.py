@@ -30,7 +30,7 @@ Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content":
 # ------------------------------------------------------------------------------------
 def input_ids(text: str, tokenizer: Any) -> list[int]:
     """A text as `input` is trained: BOS and its tokens."""
-    row = {"segments": [qlora.pair(text, "")], "rendered": [False]}
+    row = {"segments": [qlora.prompt_completion(text, "")], "rendered": [False]}
     return qlora.prompt_ids(row, tokenizer, qlora.Limits(source=sys.maxsize, target=0))[0]
 
 
@@ -56,10 +56,10 @@ def guanaco_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
 
 def template_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     """Through the model's own chat template, which writes BOS and the marks of the turns itself; as in training."""
-    typed = qlora.guarded(list(messages), qlora.special_texts(tokenizer))
-    with qlora.mendable("the model's chat template", qlora.ConfigError, jinja2.TemplateError):
+    typed = qlora.escape_special_tokens(list(messages), qlora.special_token_pattern(tokenizer))
+    with qlora.reraise_as_user_error("the model's chat template", qlora.ConfigError, jinja2.TemplateError):
         text = tokenizer.apply_chat_template(typed, tokenize=False, add_generation_prompt=True)
-    ((tokens,),) = qlora.tokens_of_rendered([[{"text": text, "learnt": False}]], tokenizer)
+    ((tokens,),) = qlora.tokenize_rendered([[{"text": text, "supervised": False}]], tokenizer)
     return [number for number, _ in tokens]
 
 
@@ -142,7 +142,7 @@ def generate(bot: Bot, ids: list[int], streamer: TextIteratorStreamer, stop: thr
     dtype = qlora.compute_dtype(bot.config)
     half = torch.autocast(prompt.device.type, dtype, enabled=dtype != torch.float32)  # as in training
     try:
-        with qlora.mendable("generation flags"), qlora.generating(bot.model), half:
+        with qlora.reraise_as_user_error("generation flags"), qlora.generating(bot.model), half:
             bot.model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -234,7 +234,7 @@ def load(name: str, *given: str, template: str = "auto", system: str | None = No
     if template == "chat" and not tokenizer.chat_template:
         raise qlora.ConfigError(f"{name} has no chat template: give --template guanaco or plain")
     model: Any = qlora.load_model(config, model_config, folder)
-    qlora.special_ids_into_model(model, tokenizer)
+    qlora.sync_special_tokens(model, tokenizer)
     if adapter:
         model = qlora.attach_adapters(model, config, str(adapter))
     qlora.set_seed(config.training.seed)  # with --do_sample, one --seed gives one conversation

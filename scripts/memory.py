@@ -96,7 +96,7 @@ def train(name: str, cap: float | None, arguments: argparse.Namespace) -> dict[s
             *arguments.flags,
         ]
     )
-    costs = qlora.costs_from_config(config, model_config)
+    costs = qlora.memory_from_config(config, model_config)
     plan = qlora.make_plan(costs, qlora.find_gpu("H200"), arguments.tokens, arguments.tokens, config)
     found = {
         "shape": name, "cap": cap, "predicted_gib": round(plan.gib()["predicted peak"], 3),
@@ -129,10 +129,10 @@ def make_trainer(
     columns = {"input_ids": ids, "labels": ids, "length": [arguments.tokens] * len(ids), "where": [""] * len(ids)}
     rows = datasets.Dataset.from_dict(columns)
     base = random_base(model_config, config, device)
-    ready = qlora.assemble(base, costs, qlora.Start(True), rows, 0, config)
+    ready = qlora.assemble(base, costs, qlora.ResumePoint(True), rows, 0, config)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, "<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    return qlora.build_trainer(ready, tokenizer, qlora.Splits(rows, None), None, {}, qlora.Stop(), config)
+    return qlora.build_trainer(ready, tokenizer, qlora.Splits(rows, None), None, {}, qlora.GracefulStop(), config)
 
 
 def write(name: str, arguments: argparse.Namespace) -> None:

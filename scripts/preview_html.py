@@ -21,9 +21,9 @@ OPEN = 5  # rows that are unfolded to begin with
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fafaf7; --card: #fff; --ink: #1c2024; --soft: #596270; --line: #d9dce1;
-  --learnt: #d2f0dc; --learnt-ink: #08381c; --learnt-line: #1f8a4c; --token: #e9ebf0; --bar: #3f7cc4; --note: #b45309; }
+  --sup: #d2f0dc; --sup-ink: #08381c; --sup-line: #1f8a4c; --token: #e9ebf0; --bar: #3f7cc4; --note: #b45309; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171b; --card: #1c2026; --ink: #dde2e9; --soft: #9aa5b4;
-  --line: #343b45; --learnt: #123b25; --learnt-ink: #c9f4d9; --learnt-line: #3fb872; --token: #2d333d; --bar: #5b9be6;
+  --line: #343b45; --sup: #123b25; --sup-ink: #c9f4d9; --sup-line: #3fb872; --token: #2d333d; --bar: #5b9be6;
   --note: #f0a742; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 62rem; padding: 1rem 1rem 4rem; background: var(--page); color: var(--ink);
@@ -51,18 +51,18 @@ details { margin: .5rem 0; }
 summary { cursor: pointer; padding: .6rem .75rem; font-size: .9rem; overflow-wrap: anywhere; }
 .row { margin: 0; padding: .6rem .75rem .8rem; border-top: 1px solid var(--line); white-space: pre-wrap;
   overflow-wrap: anywhere; unicode-bidi: plaintext; font: .88rem/1.6 ui-monospace, Menlo, Consolas, monospace; }
-mark { background: var(--learnt); color: var(--learnt-ink); border-bottom: 2px solid var(--learnt-line);
+mark { background: var(--sup); color: var(--sup-ink); border-bottom: 2px solid var(--sup-line);
   box-decoration-break: clone; -webkit-box-decoration-break: clone; }
 code { font: inherit; font-size: .9em; background: var(--token); border: 1px solid var(--soft); border-radius: 4px;
   padding: 0 .25em; }
-mark code { background: transparent; border-color: var(--learnt-line); }
+mark code { background: transparent; border-color: var(--sup-line); }
 i { color: var(--soft); font-style: normal; user-select: none; }
 mark i { color: inherit; opacity: .75; }
 @media print { details { break-inside: avoid; } }
 """
 
 
-LEGEND = ("<mark>learnt</mark>", "not learnt", "<code>special token</code>", "<i>↵</i> end of a line")
+LEGEND = ("<mark>supervised</mark>", "not supervised", "<code>special token</code>", "<i>↵</i> end of a line")
 
 
 def spans(parts: Iterable[str]) -> str:
@@ -70,14 +70,14 @@ def spans(parts: Iterable[str]) -> str:
     return " ".join(f"<span>{part}</span>" for part in parts)
 
 
-def piece_html(piece: qlora.Piece) -> str:
-    """A stretch of a row: learnt is <mark>, a special token is <code>."""
+def piece_html(piece: qlora.Span) -> str:
+    """A stretch of a row: supervised is <mark>, a special token is <code>."""
     text = escape(piece.text).replace("↵\n", "<i>↵</i>\n")
     text = f"<code>{text}</code>" if piece.special else text
-    return f"<mark>{text}</mark>" if piece.learnt else text
+    return f"<mark>{text}</mark>" if piece.supervised else text
 
 
-def rows_html(rows: Iterable[qlora.Titled]) -> str:
+def rows_html(rows: Iterable[qlora.TitledSpans]) -> str:
     """The rows, each to be folded; the first are open."""
     return "\n".join(
         f"<details{' open' * (number < OPEN)}><summary>{escape(title)}</summary>"
@@ -107,10 +107,13 @@ def statistics_html(name: str, part: qlora.TokenStatistics) -> str:
     )
 
 
-def page(config: qlora.Config, rows: list[qlora.Titled], statistics: dict[str, qlora.TokenStatistics]) -> str:
+def page(config: qlora.Config, rows: list[qlora.TitledSpans], statistics: dict[str, qlora.TokenStatistics]) -> str:
     """The whole document."""
-    title = f"Preview of {qlora.visible(config.data.dataset)}"
-    given = [f"--{name} {qlora.visible(str(config.flags[name]))}" for name in sorted(config.given - {"dataset"})]
+    title = f"Preview of {qlora.escape_control_chars(config.data.dataset)}"
+    given = [
+        f"--{name} {qlora.escape_control_chars(str(config.flags[name]))}"
+        for name in sorted(config.explicitly_set - {"dataset"})
+    ]
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -135,7 +138,7 @@ def page(config: qlora.Config, rows: list[qlora.Titled], statistics: dict[str, q
 
 
 def write_page(
-    rows: Iterable[qlora.Titled], statistics: dict[str, qlora.TokenStatistics], config: qlora.Config
+    rows: Iterable[qlora.TitledSpans], statistics: dict[str, qlora.TokenStatistics], config: qlora.Config
 ) -> None:
     """Write preview.html, and print where it is."""
     file = Path(config.training.output_dir, "preview.html")
@@ -144,7 +147,7 @@ def write_page(
     print(file)
 
 
-def preview(config: qlora.Config, stop: qlora.Stop) -> int:
+def preview(config: qlora.Config, stop: qlora.GracefulStop) -> int:
     """A run that ends with the page."""
     data = dataclasses.replace(config.data, preview=config.data.preview or ROWS)
     return qlora.run(dataclasses.replace(config, data=data), stop, show=write_page)

@@ -119,7 +119,7 @@ def run_job(job: Job, work: Path) -> dict[str, Any]:
     """Run it in this process; what it measured."""
     began, out = time.perf_counter(), job.folder(work)
     try:
-        qlora.run(qlora.parse_config([*job.flags, "--output_dir", str(out)]), qlora.Stop())
+        qlora.run(qlora.parse_config([*job.flags, "--output_dir", str(out)]), qlora.GracefulStop())
     finally:
         free_memory()
     history = read_json(out / "trainer_state.json").get("log_history", [])
@@ -207,7 +207,7 @@ def encoded(flags: list[str]) -> tuple[Any, qlora.Splits, qlora.Splits]:
     """Tokenizer and the rows as every run will find them in the cache: as text, and encoded."""
     config = qlora.parse_config([*flags, "--do_eval"])
     model_config = qlora.load_model_config(config, config.model.model_name_or_path)
-    config = qlora.settle_objective(config, model_config)
+    config = qlora.resolve_objective(config, model_config)
     tokenizer = qlora.load_tokenizer(config, model_config, config.model.model_name_or_path)
     texts = qlora.load_splits(config, tokenizer)
     return tokenizer, texts, qlora.encode_splits(texts, tokenizer, config)
@@ -350,7 +350,7 @@ def linear_of(model: str, work: str, *flags: str) -> list[Any]:
     config = qlora.parse_config(["--model_name_or_path", model, "--cache_dir", f"{work}/cache", *flags])
     folder = qlora.model_folder(config)
     model_config = qlora.load_model_config(config, folder)
-    config = qlora.settle_objective(config, model_config)
+    config = qlora.resolve_objective(config, model_config)
     loaded = qlora.load_model(config, model_config, folder)
     return [loaded.get_submodule(name) for name in qlora.linear_layers(loaded, config.masked)]
 

@@ -215,7 +215,7 @@ def check_all(device: str) -> int:
                 with contextlib.redirect_stderr(io.StringIO()):
                     tick, found = "✓", check(bench)
             except Exception as error:  # whatever is wrong with this machine is what we want to hear
-                tick, found, failed = "✗", f"{type(error).__name__}: {qlora.one_line(error)}", 1
+                tick, found, failed = "✗", f"{type(error).__name__}: {qlora.shorten(error)}", 1
             print(f"{device:<4} {tick} {name:<28} {found} ({time.perf_counter() - began:.0f} s)", flush=True)
     return failed
 

@@ -480,7 +480,7 @@ def test_folders(argv, work, final):
 
 def test_flags_and_given_are_recorded():
     config = parse("--lora-r", "8", "--no_double_quant", "--warmup_ratio", "0.1")
-    assert config.given == {"lora_r", "double_quant", "warmup_steps"}
+    assert config.explicitly_set == {"lora_r", "double_quant", "warmup_steps"}
     assert config.flags["lora_r"] == 8 and config.flags["double_quant"] is False
 
 
@@ -497,7 +497,7 @@ def test_a_warm_up_ratio_outside_its_range(value):
 
 def test_generation_values_that_the_user_set_are_known():
     config = parse("--top_p", "0.9", "--max_new_tokens", "256")
-    assert config.given == {"top_p", "max_new_tokens"}
+    assert config.explicitly_set == {"top_p", "max_new_tokens"}
     assert config.generation.top_p == 0.9
 
 
@@ -627,12 +627,12 @@ def test_flash_attention_falls_back_to_sdpa_with_a_warning(warnings, monkeypatch
     monkeypatch.setattr(utils, "is_flash_attn_2_available", lambda: False)
     config = parse("--use_flash_attention_2")
     before = len(warnings())
-    assert qlora.attention_kernel(config) == "sdpa"
+    assert qlora.resolve_attention(config) == "sdpa"
     assert len(warnings()) == before + 1 and "flash" in warnings()[-1]
     monkeypatch.setattr(utils, "is_flash_attn_2_available", lambda: True)
-    assert qlora.attention_kernel(config) == "flash_attention_2"
-    assert qlora.attention_kernel(parse()) is None
-    assert qlora.attention_kernel(parse("--attn_implementation", "eager")) == "eager"
+    assert qlora.resolve_attention(config) == "flash_attention_2"
+    assert qlora.resolve_attention(parse()) is None
+    assert qlora.resolve_attention(parse("--attn_implementation", "eager")) == "eager"
 
 
 # What the original's Trainer had and today's has not. Declared on a subclass of its arguments such
@@ -870,12 +870,12 @@ def test_every_rule_is_tested(monkeypatch):
 
 
 def test_messages_name_flags_that_there_are():
-    messages = [message for _, message in qlora.RULES] + [why for *_, why in qlora.IDLE]
+    messages = [message for _, message in qlora.RULES] + [why for *_, why in qlora.INEFFECTIVE_FLAGS]
     names = {name for message in messages for name in re.findall(r"--(\w+)", message)}
     assert names <= set(parse().flags) and all("--" in message for _, message in qlora.RULES)
 
 
-# Flags that do nothing beside others: every row of qlora.IDLE, by a command line, and one where they do something.
+# Flags that do nothing beside others: every row of qlora.INEFFECTIVE_FLAGS, by a command line, and one where they do something.
 IDLE = [
     ("--bits 8 --quant_type fp4 --no_double_quant", "double_quant, quant_type: without effect: bits is 8", "--bits 4"),
     ('--fsdp_config {"cpu_offload":true}', "fsdp_config: without effect: it is for --fsdp", "--fsdp"),
@@ -910,26 +910,26 @@ IDLE = [
 @pytest.mark.parametrize(("argv", "expected", "way"), IDLE, ids=[argv for argv, *_ in IDLE])
 def test_a_flag_that_does_nothing_is_named(caplog, argv, expected, way):
     with caplog.at_level("INFO", "qlora"):
-        qlora.hints(parse(*argv.split()))
+        qlora.log_hints(parse(*argv.split()))
         assert any(re.match(expected, message) for message in caplog.messages)
         caplog.clear()
         if way:
-            qlora.hints(parse(*argv.split(), *way.split()))
+            qlora.log_hints(parse(*argv.split(), *way.split()))
             assert not any(re.match(expected.partition(":")[0], message) for message in caplog.messages)
 
 
 def test_every_idle_flag_is_tested(caplog):
     with caplog.at_level("INFO", "qlora"):
         for argv, *_ in IDLE:
-            qlora.hints(parse(*argv.split()))
-    reasons = [why.partition("{")[0].partition(": ")[0] for *_, why in qlora.IDLE]
+            qlora.log_hints(parse(*argv.split()))
+    reasons = [why.partition("{")[0].partition(": ")[0] for *_, why in qlora.INEFFECTIVE_FLAGS]
     assert len(IDLE) >= len(reasons)
     assert [reason for reason in reasons if not any(reason in message for message in caplog.messages)] == []
 
 
 def test_a_plain_command_has_no_idle_flag(caplog):
     with caplog.at_level("INFO", "qlora"):
-        qlora.hints(parse())
+        qlora.log_hints(parse())
     assert "without effect" not in caplog.text
 
 

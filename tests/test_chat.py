@@ -53,7 +53,7 @@ def shared(*values, who="from", what="value"):
 # ------------------------------------------------------------------------------------
 
 OWN_SYSTEM = "<<SYS>>\nYou are an unbiased, uncensored, helpful assistant.\n<</SYS>>\n\n"
-# Turns; what stands before each pair of EOS and BOS, and after the last; what is learnt.
+# Turns; what stands before each pair of EOS and BOS, and after the last; what is supervised.
 AIROBOROS_CHAT = [
     (["Hi", "Hello"], [f"[INST] {OWN_SYSTEM}Hi [/INST]"], "Hello"),
     ([" Hi\n", " Hello \n"], [f"[INST] {OWN_SYSTEM} Hi\n [/INST]"], " Hello \n"),  # neither is stripped
@@ -84,14 +84,14 @@ def chat_pair(turns):
 
 @pytest.mark.parametrize(("turns", "prompt", "answer"), AIROBOROS_CHAT, ids=CHAT_IDS)
 def test_airoboros_chat_in_text(byte_tokenizer, turns, prompt, answer):
-    shown = qlora.shown_pair(chat_pair(turns), False, byte_tokenizer)
+    shown = qlora.decoded_pair(chat_pair(turns), False, byte_tokenizer)
     assert shown == {"input": "</s><s>".join(prompt), "output": answer}
 
 
 @pytest.mark.parametrize("kind", ["byte", "byte_bpe", "sentencepiece", "byte_bpe without BOS"])
 @pytest.mark.parametrize(("turns", "prompt", "answer"), AIROBOROS_CHAT, ids=CHAT_IDS)
 def test_airoboros_chat_in_ids(tokenizers, kind, turns, prompt, answer):
-    """Pieces between the separators are tokenised each by itself; only the last answer and EOS are learnt."""
+    """Pieces between the separators are tokenised each by itself; only the last answer and EOS are supervised."""
     name, _, without = kind.partition(" ")
     folder = tokenizers(name, **({"bos": None} if without else {}))
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -175,8 +175,8 @@ def test_expand_conversations(tmp_path, byte_tokenizer):
     encoded = qlora.encode_splits(
         qlora.Splits(loaded, None), byte_tokenizer, qlora.parse_config(["--source_max_len", "999"])
     ).train
-    learnt = [bytes(i for i in labels if 0 <= i < 256) for labels in encoded["labels"]]
-    assert learnt == [b"b", b"d", b"f", b"y"]
+    supervised = [bytes(i for i in labels if 0 <= i < 256) for labels in encoded["labels"]]
+    assert supervised == [b"b", b"d", b"f", b"y"]
     without = load(file, None, "--dataset_format", "airoboros_chat").train  # not the rows of the cache
     assert without["segments"][:] == [expected[2], expected[3]]
 
@@ -294,11 +294,11 @@ def chatml_tokenizer(template=CHATML, **options):
 
 
 def render(messages, tokenizer, **columns):
-    return qlora.render(qlora.FORMATS["messages"].to_row({"messages": messages, **columns}), tokenizer)
+    return qlora.render_chat(qlora.FORMATS["messages"].to_row({"messages": messages, **columns}), tokenizer)
 
 
-def texts(segments, learnt=True):
-    return [segment["text"] for segment in segments if segment["learnt"] == learnt]
+def texts(segments, supervised=True):
+    return [segment["text"] for segment in segments if segment["supervised"] == supervised]
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefixes", "marks"])
@@ -307,19 +307,19 @@ def test_every_answer_is_learnt_and_nothing_else(template):
     tokenizer = chatml_tokenizer(template)
     messages = shared("system:s", "a", "b", "c", "de", who="role", what="content")
     ids, labels = encode(render(messages, tokenizer), tokenizer, rendered=True)
-    expected, learnt = [], []
+    expected, supervised = [], []
     for role, content in ((b"system", b"s"), (b"user", b"a"), (b"assistant", b"b"), (b"user", b"c")):
         piece = [IM_START, *role, 10, *content, IM_END]
         expected += [*piece, 10]
-        learnt += [NO] * (len(piece) - 2) + ([98, IM_END] if content == b"b" else [NO, NO]) + [NO]
+        supervised += [NO] * (len(piece) - 2) + ([98, IM_END] if content == b"b" else [NO, NO]) + [NO]
     expected += [IM_START, *b"assistant", 10, 100, 101, IM_END, 10]
-    learnt += [NO] * 11 + [100, 101, IM_END, NO]
+    supervised += [NO] * 11 + [100, 101, IM_END, NO]
     assert ids == expected
-    assert labels == learnt
+    assert labels == supervised
 
 
 @pytest.mark.parametrize(
-    ("template", "learnt"),
+    ("template", "supervised"),
     [
         (CHATML, ["Hello<|im_end|>", "In the harbour.<|im_end|>"]),
         (LLAMA2, [" Hello </s>", " In the harbour. </s>"]),
@@ -329,16 +329,16 @@ def test_every_answer_is_learnt_and_nothing_else(template):
     ids=["chatml", "llama-2", "vicuna", "stopless"],
 )
 @pytest.mark.parametrize("name", ["byte", "byte_bpe", "sentencepiece"])
-def test_ids_are_the_templates_and_the_learnt_ones_spell_the_answers(tokenizers, name, template, learnt):
-    """The ids are apply_chat_template's; decoded in runs, the labels are what is learnt."""
+def test_ids_are_the_templates_and_the_learnt_ones_spell_the_answers(tokenizers, name, template, supervised):
+    """The ids are apply_chat_template's; decoded in runs, the labels are what is supervised."""
     extra = {} if name == "sentencepiece" else {"extra": ("<|im_start|>", "<|im_end|>")}
     tokenizer = AutoTokenizer.from_pretrained(tokenizers(name, **extra))
     tokenizer.chat_template = template
     messages = LONG[1:]
     segments = render(messages, tokenizer)
     if not extra and template == CHATML:  # whose stop is plain text there
-        learnt = [text + "\n" for text in learnt]
-    assert texts(segments) == learnt
+        supervised = [text + "\n" for text in supervised]
+    assert texts(segments) == supervised
     assert "".join(segment["text"] for segment in segments) == tokenizer.apply_chat_template(messages, tokenize=False)
     ids, labels = encode(segments, tokenizer, rendered=True)
     assert ids == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
@@ -348,9 +348,9 @@ def test_ids_are_the_templates_and_the_learnt_ones_spell_the_answers(tokenizers,
             runs = [*runs, []] if before == NO else runs
             runs[-1].append(label)
         before = label
-    assert [tokenizer.decode(run).strip() for run in runs] == [text.strip() for text in learnt]
+    assert [tokenizer.decode(run).strip() for run in runs] == [text.strip() for text in supervised]
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    assert "".join(segment["text"] for segment in segments[: qlora.last_learnt(segments)]) == prompt
+    assert "".join(segment["text"] for segment in segments[: qlora.last_supervised(segments)]) == prompt
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_special_tokens_in_a_message_stay_text(tokenizers, name, template):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         segments = render(messages, tokenizer)
         ids, labels = encode(segments, tokenizer, rendered=True)
-        shown = qlora.shown_pair(segments, True, tokenizer)
+        shown = qlora.decoded_pair(segments, True, tokenizer)
         assert question in shown["input"] and shown["output"].strip() == answer.strip()
         assert question in tokenizer.decode(ids) and answer in tokenizer.decode([i for i in labels if i != NO])
         return [i for i in ids if i in special]
@@ -477,8 +477,8 @@ def test_a_template_that_changes_earlier_turns(tmp_path):
     message = error_of(file, tokenizer)
     assert message.startswith(f"{file}:2: ") and "--chat_template" in message and "{% generation %}" in message
     marked = MARKED.replace("{% generation %}", "{% generation %}{% if loop.last %}<think></think>{% endif %}")
-    learnt = texts(render(LONG, chatml_tokenizer(marked)))
-    assert learnt == ["Hello<|im_end|>", "<think></think>In the harbour.<|im_end|>"]
+    supervised = texts(render(LONG, chatml_tokenizer(marked)))
+    assert supervised == ["Hello<|im_end|>", "<think></think>In the harbour.<|im_end|>"]
 
 
 def test_a_template_that_refuses_a_row(tmp_path):
@@ -497,8 +497,8 @@ def test_no_template_or_a_broken_one(tmp_path):
 
 def test_the_template_is_part_of_what_the_cache_depends_on(tmp_path):
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG[1:3]}])
-    for template, learnt in ((CHATML, "Hello<|im_end|>"), (VICUNA, " Hello</s>"), (CHATML, "Hello<|im_end|>")):
-        assert texts(load(file, chatml_tokenizer(template)).train["segments"][0]) == [learnt]
+    for template, supervised in ((CHATML, "Hello<|im_end|>"), (VICUNA, " Hello</s>"), (CHATML, "Hello<|im_end|>")):
+        assert texts(load(file, chatml_tokenizer(template)).train["segments"][0]) == [supervised]
 
 
 # ------------------------------------------------------------------------------------
@@ -507,7 +507,7 @@ def test_the_template_is_part_of_what_the_cache_depends_on(tmp_path):
 
 
 def test_two_limits_cut_what_precedes_the_last_answer_and_the_answer():
-    """On the right both; earlier answers that stay are learnt."""
+    """On the right both; earlier answers that stay are supervised."""
     tokenizer = chatml_tokenizer()
     segments = render(shared("a", "bcd", "e", "fgh", who="role", what="content"), tokenizer)
     user, prompt = [IM_START, *b"user\na", IM_END, 10], [IM_START, *b"assistant\n"]
@@ -522,21 +522,21 @@ def test_two_limits_cut_what_precedes_the_last_answer_and_the_answer():
 def test_one_limit_cuts_from_the_left_and_keeps_bos_where_the_template_has_it(bos):
     tokenizer = chatml_tokenizer(("{{ bos_token }}" if bos else "") + CHATML)
     segments = render(LONG, tokenizer)
-    whole, learnt = encode(segments, tokenizer, rendered=True)
+    whole, supervised = encode(segments, tokenizer, rendered=True)
     assert (whole[0] == BOS) == bos
     ids, labels = encode(segments, tokenizer, 1, 1, 80, rendered=True)
     kept = 79 if bos else 80
     assert ids == whole[: 80 - kept] + whole[-kept:]
-    assert labels == learnt[: 80 - kept] + learnt[-kept:]
+    assert labels == supervised[: 80 - kept] + supervised[-kept:]
 
 
 def test_segments_of_ones_own_and_their_cuts(byte_tokenizer):
-    """Learnt, not learnt, learnt, not learnt: the output begins with the last that is learnt; EOS goes with the end."""
-    row = [{"text": text, "learnt": learnt} for text, learnt in (("ab", 1), ("c", 0), ("de", 1), ("f", 0))]
+    """Learnt, not supervised, supervised, not supervised: the output begins with the last that is supervised; EOS goes with the end."""
+    row = [{"text": text, "supervised": supervised} for text, supervised in (("ab", 1), ("c", 0), ("de", 1), ("f", 0))]
     assert encode(row, byte_tokenizer) == ([BOS, *b"abcdef", EOS], [BOS, 97, 98, NO, 100, 101, NO, NO])
     assert encode(row, byte_tokenizer, 2, 3) == ([BOS, *b"adef"], [BOS, 97, 100, 101, NO])
     assert encode(row, byte_tokenizer, 1, 1, 6) == ([BOS, *b"cdef", EOS], [BOS, NO, 100, 101, NO, NO])
-    assert encode([{"text": "ab", "learnt": True}], byte_tokenizer) == ([BOS, *b"ab", EOS],) * 2
+    assert encode([{"text": "ab", "supervised": True}], byte_tokenizer) == ([BOS, *b"ab", EOS],) * 2
 
 
 # ------------------------------------------------------------------------------------
@@ -578,7 +578,7 @@ def as_pair(row):
     return {"input": row["q"].upper() + "=", "output": row["a"]}
 
 def as_segments(row):
-    return [{"text": row["q"], "learnt": False}, {"text": row["a"], "learnt": True}, {"text": "!", "learnt": False}]
+    return [{"text": row["q"], "supervised": False}, {"text": row["a"], "supervised": True}, {"text": "!", "supervised": False}]
 
 def as_messages(row):
     return {"messages": [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]}
@@ -597,7 +597,7 @@ def half(row):
     return {"output": row["a"]}
 
 def silent(row):
-    return [{"text": row["q"], "learnt": False}]
+    return [{"text": row["q"], "supervised": False}]
 """
 
 
@@ -610,7 +610,7 @@ def own(tmp_path):
 
 
 def test_a_function_of_ones_own(own):
-    assert load(*own("as_pair")).train["segments"][0] == qlora.pair("X=", "y")
+    assert load(*own("as_pair")).train["segments"][0] == qlora.prompt_completion("X=", "y")
     expected = [("x", False), ("y", True), ("!", False)]
     assert [tuple(segment.values()) for segment in load(*own("as_segments")).train["segments"][1]] == expected
     rows = load(*own("as_messages", chatml_tokenizer())).train

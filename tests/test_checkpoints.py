@@ -361,7 +361,7 @@ def test_a_folder_where_a_file_belongs(run_qlora, tmp_path, name):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_is_full_after_training(run_qlora, monkeypatch, number):
-    """The final adapter is not written, what was there before stays; on a real disk: test_kills.py."""
+    """The final adapter is not written, what was there before stays; on a real disk: test_crash_safety.py."""
 
     def full(*args, **kwargs):
         raise OSError(number, os.strerror(number))

@@ -85,7 +85,7 @@ def test_every_command_of_the_pages_parses(page, words, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------
-# Scripts (slurm.sbatch: test_kills.py)
+# Scripts (slurm.sbatch: test_crash_safety.py)
 # ------------------------------------------------------------------------------------
 
 STUB = """#!/bin/sh

@@ -20,11 +20,11 @@ import qlora
 BOS, EOS, PAD = tiny.BOS, tiny.EOS, tiny.PAD
 A, B, C, D, E, F = b"abcdef"
 X, Y, Z = b"xyz"
-NO = -100  # a label that is not learnt
+NO = -100  # a label that is not supervised
 
 
 def encode(source, target, tokenizer, *limits, **options):
-    rows = {"segments": [qlora.pair(source, target)], "rendered": [False]}
+    rows = {"segments": [qlora.prompt_completion(source, target)], "rendered": [False]}
     columns = qlora.encode_batch(rows, tokenizer, qlora.Limits(*limits), **options)
     return tuple(columns[name][0] for name in ("input_ids", "labels", "cut"))
 
@@ -55,8 +55,8 @@ def info(caplog):
 )
 def test_two_limits_cut_on_the_right(byte_tokenizer, source, target, limits, ids, labels, cut):
     assert encode(source, target, byte_tokenizer, *limits) == (ids, labels, cut)
-    learnt = encode(source, target, byte_tokenizer, *limits, train_on_source=True)
-    assert learnt == (ids, ids, cut)
+    supervised = encode(source, target, byte_tokenizer, *limits, train_on_source=True)
+    assert supervised == (ids, ids, cut)
 
 
 def test_a_tokenizer_without_bos():
@@ -88,7 +88,7 @@ def test_bos_is_added_once_whatever_the_tokenizer_does_itself(tokenizers, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "total", "ids", "learnt", "cut"),
+    ("source", "target", "total", "ids", "supervised", "cut"),
     [
         ("abc", "xyz", 8, [BOS, A, B, C, X, Y, Z, EOS], 4, False),  # fits exactly
         ("abc", "xyz", 99, [BOS, A, B, C, X, Y, Z, EOS], 4, False),
@@ -104,8 +104,8 @@ def test_bos_is_added_once_whatever_the_tokenizer_does_itself(tokenizers, tmp_pa
         ("", "xyzxyz", 4, [BOS, X, Y, Z], 3, True),
     ],
 )
-def test_one_limit(byte_tokenizer, source, target, total, ids, learnt, cut):
-    labels = [NO] * (len(ids) - learnt) + ids[len(ids) - learnt :]
+def test_one_limit(byte_tokenizer, source, target, total, ids, supervised, cut):
+    labels = [NO] * (len(ids) - supervised) + ids[len(ids) - supervised :]
     assert encode(source, target, byte_tokenizer, 1, 1, total) == (ids, labels, cut)  # 1 and 1 are replaced
 
 
@@ -214,7 +214,7 @@ def test_flags_override_special_tokens_and_the_models_ids(argv, ids):
 
     config = LlamaConfig(vocab_size=261, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model = LlamaForCausalLM(config)
-    qlora.special_ids_into_model(model, tokenizer)
+    qlora.sync_special_tokens(model, tokenizer)
     named = {name: getattr(model.config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     assert named == {name: ids[name] for name in named}
     assert model.get_input_embeddings().num_embeddings == 261
@@ -452,7 +452,7 @@ FIRST, SECOND = ([BOS, A, B, EOS], [NO, NO, B, EOS]), ([BOS, X, Y, Z, EOS], [NO,
 
 def test_token_statistics():
     found = statistics(FIRST, SECOND)
-    assert (found.tokens, found.learnt, found.largest_id, found.longest) == (9, 6, 257, 5)
+    assert (found.tokens, found.supervised, found.largest_id, found.longest) == (9, 6, 257, 5)
     assert statistics(FIRST) == statistics(FIRST)
 
 
@@ -463,7 +463,7 @@ def test_token_statistics():
         (([BOS, BOS, A, X], [NO, NO, NO, X]), 1, 1),
         (([A, BOS, BOS, X, EOS], [NO, NO, NO, X, EOS]), 0, 0),  # only at the beginning
         (([BOS, A, EOS, X, A], [NO, A, EOS, NO, A]), 1, 0),  # an earlier answer's
-        (([BOS, A, X, EOS], [NO, NO, X, NO]), 1, 0),  # it stands there, and is not learnt
+        (([BOS, A, X, EOS], [NO, NO, X, NO]), 1, 0),  # it stands there, and is not supervised
         (([BOS, A, EOS, Y], [BOS, A, EOS, Y]), 0, 0),  # --train_on_source, and a line end of the template's
         (([A, A], [NO, A]), 1, 0),
     ],
@@ -511,7 +511,7 @@ BATCH = [
 @pytest.mark.parametrize("pad", [PAD, EOS, 0], ids=["pad", "pad is EOS", "0"])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding(side, pad):
-    """The mask comes from the lengths: where pad is EOS, the EOS of a row is attended to and learnt."""
+    """The mask comes from the lengths: where pad is EOS, the EOS of a row is attended to and supervised."""
     batch = qlora.padded_batch(window_of(BATCH), [0, 1], pad, side)
     short, mask = [BOS, Y, EOS], [1, 1, 1]
     right = side == "right"
@@ -520,13 +520,13 @@ def test_padding(side, pad):
         [*short, pad, pad] if right else [pad, pad, *short],
     ]
     assert batch["attention_mask"].tolist() == [[1] * 5, [*mask, 0, 0] if right else [0, 0, *mask]]
-    # Of the two rows of five, laid flat: which position predicts which learnt token.
+    # Of the two rows of five, laid flat: which position predicts which supervised token.
     assert batch["positions"].tolist() == [2, 3, *([5, 6] if right else [7, 8])]
     assert batch["targets"].tolist() == [X, EOS, Y, EOS]
 
 
 def window_of(rows):
-    return qlora.collate_window(rows)["window"]
+    return qlora.collate_step(rows)["window"]
 
 
 def test_ids_that_equal_the_pad_are_attended_to():
@@ -546,13 +546,13 @@ def test_prompts_have_no_labels():
 def test_the_first_token_of_a_row_is_not_learnt():
     """Nothing predicts it: not the last token of the row before, where rows lie end to end."""
     rows = [{"input_ids": [A, B], "labels": [A, B]}, {"input_ids": [X, Y, EOS], "labels": [X, Y, EOS]}]
-    collated = qlora.collate_window(rows)
+    collated = qlora.collate_step(rows)
     assert collated["labels"].tolist() == [NO, B, NO, Y, EOS]  # what the Trainer counts
-    flat = qlora.end_to_end_batch(collated["window"], [0, 1])
+    flat = qlora.padding_free_batch(collated["window"], [0, 1])
     assert flat["input_ids"].tolist() == [[A, B, X, Y, EOS]]
     assert flat["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
     assert flat["cu_seq_lens_q"].tolist() == flat["cu_seq_lens_k"].tolist() == [0, 2, 5]
     assert (flat["max_length_q"], flat["max_length_k"]) == (3, 3)
     assert (flat["positions"].tolist(), flat["targets"].tolist()) == ([0, 2, 3], [B, Y, EOS])
-    turned = qlora.end_to_end_batch(collated["window"], [1, 0])
+    turned = qlora.padding_free_batch(collated["window"], [1, 0])
     assert turned["input_ids"].tolist() == [[X, Y, EOS, A, B]] and turned["targets"].tolist() == [Y, EOS, B]

@@ -67,7 +67,7 @@ def text_of(ids: list[int]) -> str:
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
 def test_eval_loss_and_perplexity_equal_a_plain_loop(run_qlora, models, folder, batch):
-    """16 learnt tokens in each row, so that every way to take the mean gives one number."""
+    """16 supervised tokens in each row, so that every way to take the mean gives one number."""
     flags = {"bits": 16, "source_max_len": 60, "target_max_len": 16, "learning_rate": 1e-2}
     run = run_qlora(dataset=folder, do_eval=True, per_device_eval_batch_size=batch, **flags)
     model = plain_model(models("llama"), run.output_dir)

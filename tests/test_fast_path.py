@@ -12,10 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import reference
 import tiny
 import torch
 import torch.nn.functional as F
-import twins
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -37,7 +37,7 @@ def _on_a_cpu_in_float64():
     """Also where there is a GPU, and where transformers asks for a softmax in float32."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(F, "softmax", twins.wide_softmax)
+        patch.setattr(F, "softmax", reference.wide_softmax)
         yield
 
 
@@ -78,11 +78,11 @@ GATED = ("llama", "mistral", "qwen", "gemma")  # q, k, v apart and a gated MLP: 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, models):
-    """(name, twins, rows, what is expected of them)."""
+    """(name, reference, rows, what is expected of them)."""
     model, options, _ = FAMILIES[request.param]
-    both = twins.make(models(model, **options), bits=16)
-    rows = twins.rows_of(LENGTHS)
-    return request.param, both, rows, twins.stock(both.stock, rows)
+    both = reference.make(models(model, **options), bits=16)
+    rows = reference.rows_of(LENGTHS)
+    return request.param, both, rows, reference.stock(both.stock, rows)
 
 
 def test_what_is_found_out_about_a_family(family):
@@ -93,9 +93,9 @@ def test_what_is_found_out_about_a_family(family):
 
 def test_fused_functions_are_pefts_layers(family):
     name, both, rows, expected = family
-    with twins.counted() as calls:
-        got = twins.quick(both.quick, qlora.FastPath(), twins.window_of(rows))
-    twins.assert_equal(got, expected, tolerance(name))
+    with reference.counted() as calls:
+        got = reference.quick(both.quick, qlora.FastPath(), reference.window_of(rows))
+    reference.assert_equal(got, expected, tolerance(name))
     if name.startswith(GATED):
         assert calls == {"FusedLoRA": 2 * 2, "FusedMLP": 2}  # of two layers
     elif name != "gpt2":  # its layers are no nn.Linear
@@ -106,9 +106,9 @@ def test_rows_end_to_end_are_rows_alone(family):
     name, both, rows, expected = family
     if both.fast.attention is None:
         pytest.skip("rows of this family are padded")
-    with twins.counted() as calls:
-        got = twins.quick(both.stock, qlora.FastPath(attention=both.fast.attention), twins.window_of(rows))
-    twins.assert_equal(got, expected, tolerance(name))
+    with reference.counted() as calls:
+        got = reference.quick(both.stock, qlora.FastPath(attention=both.fast.attention), reference.window_of(rows))
+    reference.assert_equal(got, expected, tolerance(name))
     assert calls == {"end_to_end_attention": 2}
 
 
@@ -116,8 +116,10 @@ def test_rows_filled_up_to_a_shape_are_rows_alone(family):
     name, both, rows, expected = family
     if both.fast.attention is None:
         pytest.skip("rows of this family are padded")
-    got = twins.quick(both.stock, qlora.FastPath(attention=both.fast.attention), twins.window_of(rows), filled=True)
-    twins.assert_equal(got, expected, tolerance(name))
+    got = reference.quick(
+        both.stock, qlora.FastPath(attention=both.fast.attention), reference.window_of(rows), filled=True
+    )
+    reference.assert_equal(got, expected, tolerance(name))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -125,24 +127,24 @@ def test_padded_rows_are_rows_alone(family, side):
     name, both, rows, expected = family
     if side == "left" and name in ("gpt2", "mpt"):
         pytest.skip("its positions count the padding")
-    got = twins.quick(both.stock, qlora.FastPath(), twins.window_of(rows), side=side)
-    twins.assert_equal(got, expected, SINGLE if side == "left" else tolerance(name))
+    got = reference.quick(both.stock, qlora.FastPath(), reference.window_of(rows), side=side)
+    reference.assert_equal(got, expected, SINGLE if side == "left" else tolerance(name))
 
 
 def test_a_head_in_chunks_is_all_logits(family):
     name, both, rows, expected = family
-    with twins.counted() as calls:
-        got = twins.quick(both.stock, both.fast._replace(attention=None), twins.window_of(rows))
-    twins.assert_equal(got, expected, tolerance(name))
+    with reference.counted() as calls:
+        got = reference.quick(both.stock, both.fast._replace(attention=None), reference.window_of(rows))
+    reference.assert_equal(got, expected, tolerance(name))
     assert calls == {"ChunkedCrossEntropy": 1}
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_recomputed_layers_are_kept_layers(family, layers):
     name, both, rows, expected = family
-    with twins.counted() as calls:
-        got = twins.quick(both.stock, qlora.FastPath(), twins.window_of(rows), recomputed=layers)
-    twins.assert_equal(got, expected, tolerance(name))
+    with reference.counted() as calls:
+        got = reference.quick(both.stock, qlora.FastPath(), reference.window_of(rows), recomputed=layers)
+    reference.assert_equal(got, expected, tolerance(name))
     assert calls == {"Recompute": layers, "again": layers}
 
 
@@ -152,9 +154,9 @@ def test_fused_layers_recomputed_with_or_without_their_last_product(family, laye
     name, both, rows, expected = family
     monkeypatch.setattr(qlora.FusedMLP, "PIECE", piece)
     fast = qlora.FastPath(skips_last=both.fast.skips_last)
-    with twins.counted() as calls:
-        got = twins.quick(both.quick, fast, twins.window_of(rows), recomputed=layers)
-    twins.assert_equal(got, expected, tolerance(name))
+    with reference.counted() as calls:
+        got = reference.quick(both.quick, fast, reference.window_of(rows), recomputed=layers)
+    reference.assert_equal(got, expected, tolerance(name))
     assert calls["again"] == layers
     if name.startswith(GATED):
         assert calls["FusedMLP"] == 2 + layers
@@ -165,7 +167,7 @@ def test_leaving_out_the_last_product_where_it_is_needed_would_show(family):
     name, both, rows, _ = family
     if both.fast.skips_last or not name.startswith(GATED):
         pytest.skip("safe here")
-    got = twins.quick(both.quick, qlora.FastPath(skips_last=True), twins.window_of(rows), recomputed=2)
+    got = reference.quick(both.quick, qlora.FastPath(skips_last=True), reference.window_of(rows), recomputed=2)
     assert not all(gradient.isfinite().all() for gradient in got.gradients.values())
 
 
@@ -179,16 +181,16 @@ def test_layers_that_take_more_than_their_input_are_recomputed_in_torchs_own_way
     shape.pop("query_pre_attn_scalar")
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **shape)).save_pretrained(tmp_path)
-    both, rows = twins.make(tmp_path, dtype=None, bits=16, objective="clm"), twins.rows_of(LENGTHS)
+    both, rows = reference.make(tmp_path, dtype=None, bits=16, objective="clm"), reference.rows_of(LENGTHS)
     assert not both.fast.by_input and "recomputed in torch's own way" in log_lines.text
-    expected = twins.stock(both.stock, rows)
+    expected = reference.stock(both.stock, rows)
     for layers in (0, 2, 4):
-        got = twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=layers)
-        twins.assert_equal(got, expected, 1e-4)
+        got = reference.quick(both.quick, both.fast, reference.window_of(rows), recomputed=layers)
+        reference.assert_equal(got, expected, 1e-4)
 
 
 def test_a_model_whose_rows_would_see_each_other_pads_them_and_says_so(models, log_lines):
-    both = twins.make(models("lfm2"), bits=16)
+    both = reference.make(models("lfm2"), bits=16)
     assert both.fast.attention is None and "rows that lie end to end would see each other" in log_lines.text
 
 
@@ -197,14 +199,14 @@ def test_a_model_that_does_not_hand_on_lengths_or_makes_its_own_mask_pads_its_ro
     torch.manual_seed(0)
     shape = tiny.FAMILIES["llama"][1] | {"vocab_size": 260, "num_key_value_heads": 4, "head_dim": 16}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape)).save_pretrained(tmp_path)
-    both, rows = twins.make(tmp_path, dtype=None, bits=16, objective="clm"), twins.rows_of(LENGTHS)
+    both, rows = reference.make(tmp_path, dtype=None, bits=16, objective="clm"), reference.rows_of(LENGTHS)
     assert both.fast.attention is None and "rows are padded: " in log_lines.text
     got, expected = (
-        twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=2),
-        twins.stock(both.stock, rows),
+        reference.quick(both.quick, both.fast, reference.window_of(rows), recomputed=2),
+        reference.stock(both.stock, rows),
     )
     if name == "nemotron":  # Doge's mask hides nothing in rows as short as these: the layer behind it has no gradient
-        twins.assert_equal(got, expected, 1e-4)
+        reference.assert_equal(got, expected, 1e-4)
 
 
 # Every family of transformers 5.23 whose attention reaches back over a window or a chunk only and that may take rows
@@ -253,7 +255,7 @@ SPANNED_FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
-def spanned(name: str, longest: int, **options: Any) -> twins.Twins:
+def spanned(name: str, longest: int, **options: Any) -> reference.Twins:
     """A tiny model of the family, its rows of at most so many tokens."""
     if name not in CONFIG_MAPPING:
         pytest.skip(f"these transformers do not know {name}")
@@ -264,20 +266,20 @@ def spanned(name: str, longest: int, **options: Any) -> twins.Twins:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     flags = {"bits": 16, "model_max_len": longest, "objective": "clm"}
-    model = qlora.make_trainable(base, twins.parse("none", **flags), None)
-    return twins.make("none", model, dtype=None, **flags)
+    model = qlora.make_trainable(base, reference.parse("none", **flags), None)
+    return reference.make("none", model, dtype=None, **flags)
 
 
 SPANNED_ROWS = (70, 45, 40, 17, 33)
 
 
-def assert_spanned(both: twins.Twins) -> None:
+def assert_spanned(both: reference.Twins) -> None:
     """As rows, and as packs of them, what transformers' own model computes of padded rows."""
-    rows = twins.rows_of(SPANNED_ROWS)
-    expected = twins.quick(both.stock, qlora.FastPath(), twins.window_of(rows))
-    packs = twins.window_of([{"pack": rows[:3]}, {"pack": rows[3:]}])
-    for window, parts in ((twins.window_of(rows), None), (packs, [[0, 1, 2], [3, 4]])):
-        twins.assert_equal(twins.quick(both.quick, both.fast, window, parts, recomputed=1), expected, 1e-3)
+    rows = reference.rows_of(SPANNED_ROWS)
+    expected = reference.quick(both.stock, qlora.FastPath(), reference.window_of(rows))
+    packs = reference.window_of([{"pack": rows[:3]}, {"pack": rows[3:]}])
+    for window, parts in ((reference.window_of(rows), None), (packs, [[0, 1, 2], [3, 4]])):
+        reference.assert_equal(reference.quick(both.quick, both.fast, window, parts, recomputed=1), expected, 1e-3)
 
 
 @pytest.mark.parametrize("name", SPANNED_FAMILIES)
@@ -294,7 +296,7 @@ def test_rows_longer_than_the_window_see_no_further_back(name, log_lines):
 def test_a_window_as_long_as_any_row_needs_no_mask(name):
     options, _ = SPANNED_FAMILIES[name]
     both = spanned(name, longest=70, **{**options, "sliding_window": 70})
-    assert both.fast.attention == qlora.END_TO_END
+    assert both.fast.attention == qlora.VARLEN_ATTENTION
     assert_spanned(both)
 
 
@@ -305,7 +307,7 @@ def test_a_scale_by_the_place_in_the_micro_batch_is_noticed(log_lines):
     assert both.fast.attention is None and "by the place in a micro-batch" in log_lines.text
     assert_spanned(both)
     both = spanned("llama4_text", longest=70, **_CHUNKS | {"attention_chunk_size": 512})
-    assert both.fast.attention == qlora.END_TO_END
+    assert both.fast.attention == qlora.VARLEN_ATTENTION
     assert_spanned(both)
 
 
@@ -326,25 +328,25 @@ class Engine(torch.nn.Module):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_try_before_an_evaluation_leaves_dropout_off(models, monkeypatch, training):
-    both = twins.make(models("llama"), bits=16)
+    both = reference.make(models("llama"), bits=16)
     monkeypatch.setattr(qlora, "is_sharded", lambda config: True)
     model = Engine(both.quick).train(training)
-    fast = qlora.choose_fast_path(model, twins.base_of(both.quick), both.config)
+    fast = qlora.choose_fast_path(model, reference.base_of(both.quick), both.config)
     assert fast.spread and fast.head is not None
     assert {module.training for module in both.quick.modules()} == {training}
 
 
 def test_where_an_engine_spreads_the_weights_only_labelled_tokens_count(models):
     """Its backward pass begins at what the model gives back of all tokens, which may overflow in float16."""
-    both = twins.make(models("llama"), bits=16)
-    batch = qlora.end_to_end_batch(twins.window_of(twins.rows_of([20])), [0])
+    both = reference.make(models("llama"), bits=16)
+    batch = qlora.padding_free_batch(reference.window_of(reference.rows_of([20])), [0])
     unlabelled = min({*range(20)} - {*batch["positions"].tolist()})
-    base = twins.base_of(both.quick)
+    base = reference.base_of(both.quick)
 
     def overflow(module, args, output):
         return output.index_fill(1, torch.tensor([unlabelled]), torch.inf)
 
-    with qlora.attention_of(base, both.fast.attention):
+    with qlora.attention_implementation(base, both.fast.attention):
         expected = qlora.summed_loss(both.quick, both.fast, batch)
         base.model.norm.register_forward_hook(overflow)
         loss = qlora.summed_loss(both.quick, both.fast._replace(spread=True), batch)
@@ -358,7 +360,7 @@ def test_the_try_leaves_the_windows_as_they_were():
         for module in both.quick.modules()
         if isinstance(getattr(module, "sliding_window", None), int)
     ]
-    assert twins.base_of(both.quick).config.sliding_window == 32 and set(found) <= {32}
+    assert reference.base_of(both.quick).config.sliding_window == 32 and set(found) <= {32}
 
 
 CUTS = {  # of six members with 104 tokens
@@ -373,11 +375,11 @@ CUTS = {  # of six members with 104 tokens
 @pytest.mark.parametrize("cut", CUTS)
 def test_everything_together_in_every_way_of_cutting_a_window(family, cut):
     name, both, rows, expected = family
-    window = twins.window_of(rows)
+    window = reference.window_of(rows)
     parts = CUTS[cut](window, both.fast.attention is None)
-    with twins.counted() as calls:
-        got = twins.quick(both.quick, both.fast, window, parts, recomputed=2)
-    twins.assert_equal(got, expected, tolerance(name))
+    with reference.counted() as calls:
+        got = reference.quick(both.quick, both.fast, window, parts, recomputed=2)
+    reference.assert_equal(got, expected, tolerance(name))
     assert calls["ChunkedCrossEntropy"] == len(parts) and calls["again"] == 2 * len(parts)
 
 
@@ -385,11 +387,13 @@ def test_packs_are_their_rows(family):
     """A pack is rows of a dataset that travel together; the model sees them as rows."""
     name, both, rows, expected = family
     packs = [{"pack": rows[:2]}, {"pack": rows[2:5]}, {"pack": rows[5:]}]
-    window = twins.window_of(packs)
+    window = reference.window_of(packs)
     assert window.rows == [2, 3, 1] and window.lengths == list(LENGTHS)
     parts = qlora.micro_batches(window, 2, qlora.NO_LIMIT, both.fast.attention is None)
     assert parts == [[0, 1, 2, 3, 4], [5]]
-    twins.assert_equal(twins.quick(both.quick, both.fast, window, parts, recomputed=1), expected, tolerance(name))
+    reference.assert_equal(
+        reference.quick(both.quick, both.fast, window, parts, recomputed=1), expected, tolerance(name)
+    )
 
 
 def tolerance(name: str) -> float:
@@ -436,23 +440,23 @@ WAYS = {  # of computing one window: how it is cut, layers recomputed, and what 
 def test_every_way_gives_one_loss_and_one_gradient(models, monkeypatch, name, bits, dropout):
     """In every precision of the base, with and without dropout of the same masks: as peft's layers on padded rows."""
     model, options, _ = FAMILIES[name]
-    both = twins.make(models(model, **options), bits=bits, lora_dropout=dropout)
+    both = reference.make(models(model, **options), bits=bits, lora_dropout=dropout)
     if dropout:
-        twins.draw_alike(both.stock)
+        reference.draw_alike(both.stock)
         PlacedDropout(monkeypatch)
-    rows = twins.rows_of(LENGTHS)
-    window = twins.window_of(rows)
-    packs = twins.window_of([{"pack": rows[:2]}, {"pack": rows[2:4]}, {"pack": rows[4:]}])
-    expected = twins.quick(both.stock, qlora.FastPath(), window)
+    rows = reference.rows_of(LENGTHS)
+    window = reference.window_of(rows)
+    packs = reference.window_of([{"pack": rows[:2]}, {"pack": rows[2:4]}, {"pack": rows[4:]}])
+    expected = reference.quick(both.stock, qlora.FastPath(), window)
     for cut, recomputed, left_out in WAYS.values():
         fast = both.fast._replace(**left_out)
         parts = CUTS[cut](window, fast.attention is None)
-        twins.assert_equal(twins.quick(both.quick, fast, window, parts, recomputed), expected, DOUBLE)
+        reference.assert_equal(reference.quick(both.quick, fast, window, parts, recomputed), expected, DOUBLE)
     parts = qlora.micro_batches(packs, 1, qlora.NO_LIMIT, False)
-    twins.assert_equal(twins.quick(both.quick, both.fast, packs, parts), expected, DOUBLE)
+    reference.assert_equal(reference.quick(both.quick, both.fast, packs, parts), expected, DOUBLE)
     if dropout:  # what the masks are good for
         both.stock.eval()
-        assert min(twins.errors(twins.quick(both.stock, qlora.FastPath(), window), expected).values()) > 1e-3
+        assert min(reference.errors(reference.quick(both.stock, qlora.FastPath(), window), expected).values()) > 1e-3
 
 
 # ------------------------------------------------------------------------------------
@@ -500,110 +504,112 @@ FUSED_CALLS = {  # FusedLoRA and FusedMLP in each of two layers, where it is not
 def test_fused_functions_under_every_flag(models, variant, dropout):
     """The same rows, end to end, with the same masks: without and with the fused functions and recomputation."""
     name, flags = VARIANTS[variant]
-    both = twins.make(models(name), **{"bits": 16, "lora_dropout": dropout, **flags})
+    both = reference.make(models(name), **{"bits": 16, "lora_dropout": dropout, **flags})
     if dropout:
-        twins.draw_alike(both.stock)
-    window = twins.window_of(twins.rows_of(LENGTHS))
+        reference.draw_alike(both.stock)
+    window = reference.window_of(reference.rows_of(LENGTHS))
     torch.manual_seed(1)
-    expected = twins.quick(both.stock, both.fast, window)
+    expected = reference.quick(both.stock, both.fast, window)
     fused, mlp = FUSED_CALLS.get(variant, (2, 1))
     for recomputed in (0, 1, 2):
         torch.manual_seed(1)
-        with twins.counted() as calls:
-            got = twins.quick(both.quick, both.fast, window, recomputed=recomputed)
-        twins.assert_equal(got, expected, DOUBLE)
+        with reference.counted() as calls:
+            got = reference.quick(both.quick, both.fast, window, recomputed=recomputed)
+        reference.assert_equal(got, expected, DOUBLE)
         if not recomputed:
             assert (calls["FusedLoRA"], calls["FusedMLP"]) == (2 * fused, 2 * mlp)
     if dropout:  # what the masks are good for
         torch.manual_seed(2)
-        other = twins.quick(both.quick, both.fast, window)
-        assert min(twins.errors(other, expected).values()) > 1e-3
+        other = reference.quick(both.quick, both.fast, window)
+        assert min(reference.errors(other, expected).values()) > 1e-3
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_layers_of_different_rank_and_scaling_share_an_input(models, dropout):
     """As an adapter from elsewhere may have them."""
     folder = models("llama_gqa")
-    model = twins.load(folder, bits=16).unload()
+    model = reference.load(folder, bits=16).unload()
     ranks, alphas = {"q_proj": 2, "v_proj": 8}, {"k_proj": 32, "up_proj": 1}
     config = LoraConfig(
         r=4, rank_pattern=ranks, alpha_pattern=alphas, lora_dropout=dropout, target_modules="all-linear",
         init_lora_weights=False,
     )  # fmt: skip
-    both = twins.make(folder, get_peft_model(model, config), bits=16)
-    twins.draw_alike(both.stock) if dropout else None
-    window = twins.window_of(twins.rows_of(LENGTHS))
+    both = reference.make(folder, get_peft_model(model, config), bits=16)
+    reference.draw_alike(both.stock) if dropout else None
+    window = reference.window_of(reference.rows_of(LENGTHS))
     torch.manual_seed(1)
-    expected = twins.quick(both.stock, both.fast, window)
+    expected = reference.quick(both.stock, both.fast, window)
     torch.manual_seed(1)
-    with twins.counted() as calls:
-        got = twins.quick(both.quick, both.fast, window, recomputed=2)
-    twins.assert_equal(got, expected, DOUBLE)
+    with reference.counted() as calls:
+        got = reference.quick(both.quick, both.fast, window, recomputed=2)
+    reference.assert_equal(got, expected, DOUBLE)
     assert calls["FusedLoRA"] == 2 * 2 * 2
 
 
 def test_dora_stays_with_peft_and_a_line_says_so(models, log_lines):
-    both = twins.make(models("llama"), bits=16, use_dora=True)
+    both = reference.make(models("llama"), bits=16, use_dora=True)
     assert "14 adapted layers stay with peft's own functions" in log_lines.text
-    rows = twins.rows_of(LENGTHS)
-    with twins.counted() as calls:
-        got = twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=2)
-    twins.assert_equal(got, twins.stock(both.stock, rows), DOUBLE)
+    rows = reference.rows_of(LENGTHS)
+    with reference.counted() as calls:
+        got = reference.quick(both.quick, both.fast, reference.window_of(rows), recomputed=2)
+    reference.assert_equal(got, reference.stock(both.stock, rows), DOUBLE)
     assert not calls["FusedLoRA"] and not calls["FusedMLP"] and calls["again"] == calls["end_to_end_attention"] // 2
 
 
 def test_a_bias_in_lora_b_stays_with_peft(models, log_lines):
     folder = models("llama")
     config = LoraConfig(r=4, lora_bias=True, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    both = twins.make(folder, get_peft_model(twins.load(folder, bits=16).unload(), config), bits=16)
+    both = reference.make(folder, get_peft_model(reference.load(folder, bits=16).unload(), config), bits=16)
     assert "4 adapted layers stay with peft's own functions" in log_lines.text
-    rows = twins.rows_of(LENGTHS)
-    with twins.counted() as calls:
-        got = twins.quick(both.quick, both.fast, twins.window_of(rows))
-    twins.assert_equal(got, twins.stock(both.stock, rows), DOUBLE)
+    rows = reference.rows_of(LENGTHS)
+    with reference.counted() as calls:
+        got = reference.quick(both.quick, both.fast, reference.window_of(rows))
+    reference.assert_equal(got, reference.stock(both.stock, rows), DOUBLE)
     assert not calls["FusedLoRA"]
 
 
 def test_a_layer_is_recomputed_in_the_precision_that_it_was_computed_in(models):
     """Weights in float32 and products in bf16, as --fp16 has it with its own kind: autocast is off by then."""
-    both = twins.make(models("llama_gqa"), dtype=None, bits=16)
-    window = twins.window_of(twins.rows_of(LENGTHS))
+    both = reference.make(models("llama_gqa"), dtype=None, bits=16)
+    window = reference.window_of(reference.rows_of(LENGTHS))
     for model, fast in ((both.quick, both.fast), (both.stock, both.fast)):
-        expected = twins.quick(model, fast, window, bf16=True)
-        got = twins.quick(model, fast, window, recomputed=2, bf16=True)
-        twins.assert_equal(got, expected, 1e-6)
-        assert max(twins.errors(twins.quick(model, fast, window), expected).values()) > 1e-3  # what bf16 changes
+        expected = reference.quick(model, fast, window, bf16=True)
+        got = reference.quick(model, fast, window, recomputed=2, bf16=True)
+        reference.assert_equal(got, expected, 1e-6)
+        assert (
+            max(reference.errors(reference.quick(model, fast, window), expected).values()) > 1e-3
+        )  # what bf16 changes
 
 
 def test_a_few_tokens_go_through_pefts_layers_unless_they_are_trained_on(models):
     """In training each process must add up gradients in one order, however few rows it has."""
-    both = twins.make(models("llama"), bits=16)
-    rows = twins.rows_of((4, 7))
+    both = reference.make(models("llama"), bits=16)
+    rows = reference.rows_of((4, 7))
     ids = torch.tensor([rows[0]["input_ids"]])
-    with twins.counted() as calls, torch.no_grad():
+    with reference.counted() as calls, torch.no_grad():
         got = both.quick.eval()(input_ids=ids).logits
         assert torch.allclose(got, both.stock.eval()(input_ids=ids).logits)
         assert not calls["FusedLoRA"] and not calls["FusedMLP"]
     both.quick.train(), both.stock.train()
-    with twins.counted() as calls:
-        got = twins.quick(both.quick, both.fast, twins.window_of(rows))
-    twins.assert_equal(got, twins.stock(both.stock, rows), DOUBLE)
+    with reference.counted() as calls:
+        got = reference.quick(both.quick, both.fast, reference.window_of(rows))
+    reference.assert_equal(got, reference.stock(both.stock, rows), DOUBLE)
     assert calls["FusedLoRA"] and calls["FusedMLP"]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_weights_kept_unpacked_are_the_packed_ones(models, monkeypatch, bits):
-    both = twins.make(models("llama_gqa"), bits=bits)
-    base, window = twins.base_of(both.quick), twins.window_of(twins.rows_of(LENGTHS))
-    expected = twins.quick(both.quick, both.fast, window)
+    both = reference.make(models("llama_gqa"), bits=bits)
+    base, window = reference.base_of(both.quick), reference.window_of(reference.rows_of(LENGTHS))
+    expected = reference.quick(both.quick, both.fast, window)
     unpacked, plain = [], qlora.dequantize_4bit
     monkeypatch.setattr(qlora, "dequantize_4bit", lambda *args: unpacked.append(1) or plain(*args))
     # seven weights a layer, forward and backward; the first three need no gradient of their input
     for layers, count in {1: 14, 2: 0, 0: 25}.items():
-        qlora.set_unpacked(base, layers, torch.float64)
+        qlora.set_unpacked_layers(base, layers, torch.float64)
         unpacked.clear()
-        got = twins.quick(both.quick, both.fast, window)
-        twins.assert_equal(got, expected, 0.0)
+        got = reference.quick(both.quick, both.fast, window)
+        reference.assert_equal(got, expected, 0.0)
         assert len(unpacked) == (count if bits == 4 else 0)
     held = [module for module in base.modules() if getattr(module, "unpacked", None) is not None]
     assert not held
@@ -613,26 +619,26 @@ def test_weights_kept_unpacked_are_the_packed_ones(models, monkeypatch, bits):
 def test_encoders_are_fused_and_recomputed(models, name):
     """Masked language models: padded rows, all logits; each layer for itself, as its names are not the usual ones."""
     dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
-    both = twins.make(models("encoder", family=name, **dropout), bits=16, objective="mlm")
+    both = reference.make(models("encoder", family=name, **dropout), bits=16, objective="mlm")
     assert both.fast == qlora.FastPath(skips_last=True)
-    window = qlora.collate_window(twins.rows_of((23, 5, 17), vocabulary=30), masked=True)["window"]
-    expected = twins.quick(both.stock, both.fast, window)
+    window = qlora.collate_step(reference.rows_of((23, 5, 17), vocabulary=30), masked=True)["window"]
+    expected = reference.quick(both.stock, both.fast, window)
     for recomputed in (0, 2):
-        with twins.counted() as calls:
-            got = twins.quick(both.quick, both.fast, window, recomputed=recomputed)
-        twins.assert_equal(got, expected, DOUBLE)
+        with reference.counted() as calls:
+            got = reference.quick(both.quick, both.fast, window, recomputed=recomputed)
+        reference.assert_equal(got, expected, DOUBLE)
         per_layer = 8 if name == "deberta-v2" else 6  # which projects relative positions too
         assert calls["FusedLoRA"] == (2 + recomputed) * per_layer and calls["again"] == recomputed
 
 
 def test_positions_that_all_layers_share_and_train_are_recomputed_in_torchs_own_way(models):
     """DeBERTa's relative ones, in a full fine-tune."""
-    both = twins.make(models("encoder", family="deberta-v2"), bits=32, full_finetune=True, objective="mlm")
+    both = reference.make(models("encoder", family="deberta-v2"), bits=32, full_finetune=True, objective="mlm")
     assert not both.fast.by_input
 
 
 def test_adapters_switched_off_are_the_base(models):
-    both = twins.make(models("llama"), bits=16)
+    both = reference.make(models("llama"), bits=16)
     ids = torch.arange(40)[None]
     with torch.no_grad(), both.quick.disable_adapter(), both.stock.disable_adapter():
         expected = both.stock(input_ids=ids).logits
@@ -642,10 +648,12 @@ def test_adapters_switched_off_are_the_base(models):
 
 
 def test_a_shared_input_is_computed_once_and_never_mistaken_for_another(models):
-    both = twins.make(models("llama_gqa"), bits=16)
-    quick, stock = (twins.base_of(model).model.layers[0].self_attn for model in (both.quick.eval(), both.stock.eval()))
+    both = reference.make(models("llama_gqa"), bits=16)
+    quick, stock = (
+        reference.base_of(model).model.layers[0].self_attn for model in (both.quick.eval(), both.stock.eval())
+    )
     x, y = torch.randn(2, 1, 20, 64, dtype=torch.float64)
-    with twins.counted() as calls, torch.no_grad():
+    with reference.counted() as calls, torch.no_grad():
         for name, value in [("v", x), ("q", x), ("k", x), ("q", y), ("q", y), ("k", x), ("k", y), ("v", x.clone())]:
             layers = getattr(quick, f"{name}_proj"), getattr(stock, f"{name}_proj")
             assert torch.allclose(layers[0](value), layers[1](value), rtol=1e-12, atol=1e-12)
@@ -711,9 +719,9 @@ def test_the_mean_over_a_window_is_not_rounded_to_bf16():
 
 
 def test_no_token_to_learn_is_a_loss_of_zero_with_gradients(models):
-    both = twins.make(models("llama"), bits=16)
+    both = reference.make(models("llama"), bits=16)
     rows = [{"input_ids": list(range(20)), "labels": [qlora.IGNORE] * 20}]
-    got = twins.quick(both.quick, both.fast, twins.window_of(rows))
+    got = reference.quick(both.quick, both.fast, reference.window_of(rows))
     assert got.loss == 0 and not any(gradient.any() for gradient in got.gradients.values())
 
 
@@ -728,49 +736,51 @@ def test_no_token_to_learn_is_a_loss_of_zero_with_gradients(models):
 )
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_what_a_model_does_to_its_logits(models, family, options, smoothing):
-    both = twins.make(models(family, **options), bits=16)
+    both = reference.make(models(family, **options), bits=16)
     assert both.fast.head is not None
-    rows = twins.rows_of(LENGTHS)
+    rows = reference.rows_of(LENGTHS)
     fast = both.fast._replace(attention=None)
-    got = twins.quick(both.stock, fast, twins.window_of(rows), smoothing=smoothing)
-    batch = qlora.padded_batch(twins.window_of(rows), list(range(len(rows))), 0, "right")
-    whole = qlora.summed_loss(both.stock, qlora.FastPath(), batch, smoothing) / twins.learnt(twins.window_of(rows))
+    got = reference.quick(both.stock, fast, reference.window_of(rows), smoothing=smoothing)
+    batch = qlora.padded_batch(reference.window_of(rows), list(range(len(rows))), 0, "right")
+    whole = qlora.summed_loss(both.stock, qlora.FastPath(), batch, smoothing) / reference.supervised(
+        reference.window_of(rows)
+    )
     whole.backward()
-    twins.assert_equal(got, twins.found(both.stock, whole), 1e-6)  # the whole logits are taken as float32
+    reference.assert_equal(got, reference.found(both.stock, whole), 1e-6)  # the whole logits are taken as float32
 
 
 def test_logits_that_a_model_changes_in_a_way_of_its_own_are_computed_whole(models, monkeypatch, log_lines):
     monkeypatch.setattr(qlora, "LOGIT_RULES", {})
-    both = twins.make(models("gemma2", final_logit_softcapping=2.0), bits=16)
+    both = reference.make(models("gemma2", final_logit_softcapping=2.0), bits=16)
     assert both.fast.head is None and "logits are computed whole" in log_lines.text
 
 
 @pytest.mark.parametrize("tie", [False, True])
 def test_a_full_finetune_trains_the_head_in_chunks(models, tie):
     """Not where it is tied to the embedding, which does not train."""
-    both = twins.make(models("llama", tie=tie), bits=16, full_finetune=True)
-    rows = twins.rows_of(LENGTHS)
-    with twins.counted() as calls:
-        got = twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=2)
-    twins.assert_equal(got, twins.stock(both.stock, rows), DOUBLE)
+    both = reference.make(models("llama", tie=tie), bits=16, full_finetune=True)
+    rows = reference.rows_of(LENGTHS)
+    with reference.counted() as calls:
+        got = reference.quick(both.quick, both.fast, reference.window_of(rows), recomputed=2)
+    reference.assert_equal(got, reference.stock(both.stock, rows), DOUBLE)
     assert calls["ChunkedCrossEntropy"] == 1 and calls["again"] == 2
     assert ("lm_head.weight" in got.gradients) == (not tie)
     assert "model.norm.weight" in got.gradients and "model.embed_tokens.weight" not in got.gradients
 
 
 def test_a_head_that_peft_trains_whole(models):
-    both = twins.make(models("llama"), bits=16, modules_to_save="lm_head")
-    rows = twins.rows_of(LENGTHS)
-    got = twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=2)
-    twins.assert_equal(got, twins.stock(both.stock, rows), DOUBLE)
+    both = reference.make(models("llama"), bits=16, modules_to_save="lm_head")
+    rows = reference.rows_of(LENGTHS)
+    got = reference.quick(both.quick, both.fast, reference.window_of(rows), recomputed=2)
+    reference.assert_equal(got, reference.stock(both.stock, rows), DOUBLE)
     assert any("lm_head" in name for name in got.gradients)
 
 
 def test_an_embedding_that_peft_trains_whole(models):
-    both = twins.make(models("llama"), bits=16, modules_to_save="embed_tokens")
-    rows = twins.rows_of(LENGTHS)
-    got = twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=2)
-    twins.assert_equal(got, twins.stock(both.stock, rows), DOUBLE)
+    both = reference.make(models("llama"), bits=16, modules_to_save="embed_tokens")
+    rows = reference.rows_of(LENGTHS)
+    got = reference.quick(both.quick, both.fast, reference.window_of(rows), recomputed=2)
+    reference.assert_equal(got, reference.stock(both.stock, rows), DOUBLE)
     assert any("embed_tokens" in name for name in got.gradients)
 
 
@@ -782,17 +792,17 @@ def test_an_embedding_that_peft_trains_whole(models):
 @pytest.mark.parametrize("family", ["llama_gqa", "qwen2", "gemma"])
 def test_the_error_in_bf16_is_no_larger_than_pefts(models, family):
     """Of every kind of adapter, over six windows, against the same weights in float64."""
-    both = twins.make(models(family), dtype=None, bits=4, bf16=True, lora_r=16)
-    exact = twins.widen(twins.unpack(twins.load(models(family), bits=4, bf16=True, lora_r=16))).train()
+    both = reference.make(models(family), dtype=None, bits=4, bf16=True, lora_r=16)
+    exact = reference.widen(reference.unpack(reference.load(models(family), bits=4, bf16=True, lora_r=16))).train()
     squares: dict[str, list[float]] = {}
     for seed in range(6):
-        rows = twins.rows_of((64, 40, 40, 17), seed)
-        right = twins.stock(exact, rows)
-        plain = twins.quick(both.stock, qlora.FastPath(), twins.window_of(rows), bf16=True)
-        with twins.counted() as calls:
-            fast = twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=2, bf16=True)
-        assert all(calls[name] for name in (*twins.FUNCTIONS, "end_to_end_attention"))
-        ours, theirs = twins.errors(fast, right), twins.errors(plain, right)
+        rows = reference.rows_of((64, 40, 40, 17), seed)
+        right = reference.stock(exact, rows)
+        plain = reference.quick(both.stock, qlora.FastPath(), reference.window_of(rows), bf16=True)
+        with reference.counted() as calls:
+            fast = reference.quick(both.quick, both.fast, reference.window_of(rows), recomputed=2, bf16=True)
+        assert all(calls[name] for name in (*reference.FUNCTIONS, "end_to_end_attention"))
+        ours, theirs = reference.errors(fast, right), reference.errors(plain, right)
         for name in ours:
             kind = name.split(".layers.")[1].split(".", 1)[1]
             sums = squares.setdefault(kind, [0.0, 0.0])
@@ -840,7 +850,7 @@ def test_attention_end_to_end(shape, window, grouped):
     tensors = [torch.randn(1, n, sum(lengths), 8, generator=generator, dtype=torch.float64) for n in heads]
     q, k, v = (t.requires_grad_() for t in tensors)
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    got, weights = qlora.end_to_end_attention(
+    got, weights = qlora.varlen_attention(
         None, q, k, v, None, scaling=0.3, sliding_window=window, cu_seq_lens_q=starts, max_length_q=max(lengths)
     )
     right = attention_row_by_row(q, k, v, lengths, window, 0.3)
@@ -865,7 +875,7 @@ def test_rows_of_one_length_are_a_batch_to_the_kernel(monkeypatch):
     q = torch.randn(1, 4, 24, 8)
     for window, expected in [(None, [(3, 4, 8, 8)]), (8, [(3, 4, 8, 8)]), (7, [(1, 4, 8, 8)] * 3)]:
         shapes.clear()
-        qlora.end_to_end_attention(
+        qlora.varlen_attention(
             None, q, q, q, None, sliding_window=window, cu_seq_lens_q=torch.tensor([0, 8, 16, 24]), max_length_q=8
         )
         assert shapes == expected
@@ -876,12 +886,12 @@ def test_rows_of_one_length_are_a_batch_to_the_kernel(monkeypatch):
 # ------------------------------------------------------------------------------------
 
 
-def random_window(generator: random.Random) -> qlora.Window:
+def random_window(generator: random.Random) -> qlora.StepBatch:
     """Up to 12 rows of the dataset, of one member each or packed."""
     packed = generator.random() < 0.5
     counts = [generator.randint(1, 4) if packed else 1 for _ in range(generator.randint(1, 12))]
     tokens = [torch.zeros(generator.choice((1, 2, 7, 30, 64)), dtype=torch.long) for _ in range(sum(counts))]
-    return qlora.Window(tokens, tokens, counts, [""] * len(tokens))
+    return qlora.StepBatch(tokens, tokens, counts, [""] * len(tokens))
 
 
 def size(lengths: list[int], padded: bool) -> int:
@@ -908,7 +918,7 @@ def test_micro_batches_hold_every_member_once_and_keep_the_limits(rows, padded):
 
 def test_micro_batches_by_example():
     tokens = [torch.zeros(n) for n in (30, 10, 20, 40)]
-    cut = partial(qlora.micro_batches, qlora.Window(tokens, tokens, [1, 2, 1], [""] * 4))
+    cut = partial(qlora.micro_batches, qlora.StepBatch(tokens, tokens, [1, 2, 1], [""] * 4))
     assert cut(1, 1000, False) == [[0], [1, 2], [3]]  # rows of the dataset, of which the second is a pack
     assert cut(2, 1000, True) == [[0, 1, 2], [3]]
     assert cut(2, 50, False) == [[0, 1], [2], [3]]
@@ -921,7 +931,7 @@ def test_micro_batches_by_example():
 def test_a_window_is_cut_into_even_shares():
     """One micro-batch nearly full and one nearly empty would take the time of two full ones."""
     tokens = [torch.zeros(10)] * 24
-    window = qlora.Window(tokens, tokens, [1] * 24, [""] * 24)
+    window = qlora.StepBatch(tokens, tokens, [1] * 24, [""] * 24)
     assert [len(part) for part in qlora.micro_batches(window, None, 200, False)] == [12, 12]
 
 
@@ -959,10 +969,10 @@ def test_fifty_steps_fast_and_slow_are_one_curve(run_qlora, tmp_path, trained, m
     folder = models("llama_gqa")
     flags = {"model_name_or_path": folder, "max_steps": 50, "save_steps": 50, "gradient_accumulation_steps": 2}
     flags |= {"learning_rate": 1e-3, "max_grad_norm": 1.0, "do_eval": True}
-    with twins.counted() as calls:
+    with reference.counted() as calls:
         fast = run_qlora(output_dir=tmp_path / "fast", auto_batch=True, **flags)
-    assert all(calls[name] >= 50 for name in (*twins.FUNCTIONS, "again", "end_to_end_attention"))
-    with twins.counted() as calls:
+    assert all(calls[name] >= 50 for name in (*reference.FUNCTIONS, "again", "end_to_end_attention"))
+    with reference.counted() as calls:
         slow = run_qlora(output_dir=tmp_path / "slow", **flags, **SLOW)
     assert calls == {"Recompute": 2, "again": 2}  # in the try before training
     assert fast.code == slow.code == 0 and len(losses(fast)) == 50
@@ -974,9 +984,9 @@ def test_fifty_steps_fast_and_slow_are_one_curve(run_qlora, tmp_path, trained, m
     assert ours["train_tokens"] == theirs["train_tokens"]
 
     ids = torch.tensor([[tiny.BOS, *b"Order 3: where is my coffee? It should be here by now."]])
-    ours, config = trained[0][0].eval(), twins.parse(folder)
+    ours, config = trained[0][0].eval(), reference.parse(folder)
     base = qlora.load_model(config, qlora.load_model_config(config, str(folder)), str(folder))
-    with torch.no_grad(), twins.counted() as calls:
+    with torch.no_grad(), reference.counted() as calls:
         expected = ours(input_ids=ids).logits
         before = base(input_ids=ids).logits
         alone = PeftModel.from_pretrained(base, fast.output_dir).eval()(input_ids=ids).logits
@@ -991,7 +1001,7 @@ def test_a_packed_run_is_the_unpacked_one(run_qlora, models, tmp_path, family):
     flags |= {"source_max_len": 64, "target_max_len": 64, "max_grad_norm": 1.0, "save_strategy": "no"}
     flags["model_name_or_path"] = models(family, **({"sliding_window": 16} if family == "olmoe" else {}))
     plain = run_qlora(output_dir=tmp_path / "plain", **flags, **SLOW)
-    with twins.counted() as calls:
+    with reference.counted() as calls:
         packed = run_qlora(output_dir=tmp_path / "packed", packing=True, auto_batch=True, **flags)
     assert "packing: 24 rows in " in packed.stderr
     assert (family == "olmoe") == ("rows are padded: in OlmoeForCausalLM" in packed.stderr)
@@ -1032,7 +1042,7 @@ def test_a_model_that_the_fast_path_does_not_know_trains_on_the_stock_path(run_q
     folder = models("remote_code")
     folder = unknown_model(tmp_path / "all_its_own", folder) if unknown else folder
     flags = {"model_name_or_path": folder, "trust_remote_code": True, "bits": 16, "learning_rate": 1e-2}
-    with twins.counted() as calls:
+    with reference.counted() as calls:
         fast = run_qlora(output_dir=tmp_path / "fast", auto_batch=True, **flags)
     slow = run_qlora(output_dir=tmp_path / "slow", **flags, **SLOW)
     assert fast.code == slow.code == 0 and (fast.output_dir / "completed").exists()
@@ -1117,8 +1127,8 @@ def test_out_of_memory_repeats_the_window_in_smaller_micro_batches(
     lines = complaints(run)
     assert len(lines) == len(ends) == 1 and "step 1: " in lines[0] and str(ends[0]) in lines[0]
 
-    choose = qlora.choose_sizes
-    monkeypatch.setattr(qlora, "choose_sizes", lambda *args: (ends[-1], choose(*args)[1]))
+    choose = qlora.choose_step_plan
+    monkeypatch.setattr(qlora, "choose_step_plan", lambda *args: (ends[-1], choose(*args)[1]))
     memory.set_up(lambda tokens, call: False)
     small = run_qlora(output_dir=tmp_path / "small", **flags)
     assert not complaints(small)
@@ -1142,7 +1152,7 @@ def test_out_of_memory_recomputes_more_layers_before_rows_are_parted(run_qlora, 
     flags = {**SMALL, "recompute_layers": "none"}
     expected = run_qlora(output_dir=tmp_path / "enough", **flags)
     seen = memory.set_up(lambda tokens, call: call <= 2)
-    with twins.counted() as calls:
+    with reference.counted() as calls:
         run = run_qlora(output_dir=tmp_path / "short", **flags)
     assert ["0 of 2 layers" in complaints(run)[0], "1 of 2 layers" in complaints(run)[1]] == [True, True]
     assert len(complaints(run)) == 2 and len(seen) == 2 + 3
@@ -1166,7 +1176,7 @@ def many_shapes(models, tmp_path):
 @pytest.fixture
 def graphs_chosen(monkeypatch):
     """Call it for runs whose layers are graphs, on a CPU too, with what stands for a recording."""
-    choose = qlora.choose_sizes
+    choose = qlora.choose_step_plan
 
     def choose_graphs(*args):
         sizes, plan = choose(*args)
@@ -1174,7 +1184,7 @@ def graphs_chosen(monkeypatch):
 
     def patch(recorded):
         monkeypatch.setattr(qlora, "recorded", recorded)
-        monkeypatch.setattr(qlora, "choose_sizes", choose_graphs)
+        monkeypatch.setattr(qlora, "choose_step_plan", choose_graphs)
 
     return patch
 
@@ -1234,11 +1244,11 @@ def test_out_of_memory_in_a_recording_repeats_the_step_without_graphs(run_qlora,
 )  # fmt: skip
 def test_layers_are_graphs_only_where_attention_is_one_kernel(models, monkeypatch, dtype, changed, able):
     """In others a recording would come to lengths that only the GPU knows, and end the run."""
-    base = twins.base_of(twins.load(models("llama_gqa"), bits=4))
+    base = reference.base_of(reference.load(models("llama_gqa"), bits=4))
     monkeypatch.setattr(base, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
     for name, value in {"head_dim": 16, **changed}.items():
         monkeypatch.setattr(base.config, name, value)
-    assert qlora.graphable(base, qlora.FastPath(attention=qlora.END_TO_END), getattr(torch, dtype)) is able
+    assert qlora.graphable(base, qlora.FastPath(attention=qlora.VARLEN_ATTENTION), getattr(torch, dtype)) is able
 
 
 def test_out_of_memory_drops_weights_kept_unpacked_first(run_qlora, tmp_path, memory):
@@ -1322,7 +1332,7 @@ def test_the_number_of_tokens_stays_on_the_cpu(run_qlora, monkeypatch):
 
 def test_noise_on_embeddings_depends_on_a_rows_own_length(run_qlora):
     """NEFTune divides it by the root of the row's length: rows that lie end to end would be one long row."""
-    with twins.counted() as calls:
+    with reference.counted() as calls:
         run = run_qlora(neftune_noise_alpha=5, max_steps=1)
     assert run.code == 0 and "rows are padded: " in run.stderr and not calls["end_to_end_attention"]
 
@@ -1337,7 +1347,7 @@ def test_noise_on_embeddings_depends_on_a_rows_own_length(run_qlora):
     ],
 )
 def test_each_part_has_its_switch(run_qlora, flags, off):
-    with twins.counted() as calls:
+    with reference.counted() as calls:
         assert run_qlora(max_steps=1, **flags).code == 0
     parts = {"end_to_end_attention", "FusedLoRA", "ChunkedCrossEntropy", "Recompute"}
     assert not calls[off] and all(calls[name] for name in parts - {off})

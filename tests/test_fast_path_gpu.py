@@ -14,10 +14,10 @@ import re
 import sys
 
 import pytest
+import reference
 import tiny
 import torch
 import torch.nn.functional as F
-import twins
 from safetensors.torch import load_file
 
 import qlora
@@ -181,7 +181,7 @@ def test_attention_end_to_end(lengths, size, grouped, window):
         tensor.transpose(1, 2).requires_grad_() for tensor in made
     ]  # (1, heads, tokens, dim), as models have them
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
-    got, _ = qlora.end_to_end_attention(
+    got, _ = qlora.varlen_attention(
         None, *leaves, None, scaling=size**-0.5, sliding_window=window, cu_seq_lens_q=starts, max_length_q=max(lengths)
     )
     assert got.shape == (1, sum(lengths), 8, size) and got.dtype == BF16
@@ -232,28 +232,28 @@ def test_the_error_of_every_adapters_gradient_is_no_larger_than_pefts(models, va
     family, shape, flags, liger = VARIANTS[variant]
     flags = {"bf16": True, "lora_r": 16, "liger": liger, **flags}
     folder = models(family, initializer_range=0.05, **shape)
-    config, stock = twins.parse(folder, **flags), twins.load(folder, **flags).train()
-    exact = twins.widen(twins.unpack(copy.deepcopy(stock)))
-    windows = [twins.rows_of(LENGTHS, seed) for seed in range(8)]
-    right = [twins.stock(exact, rows) for rows in windows]
-    theirs = [twins.quick(stock, qlora.FastPath(), twins.window_of(rows), bf16=True) for rows in windows]
+    config, stock = reference.parse(folder, **flags), reference.load(folder, **flags).train()
+    exact = reference.widen(reference.unpack(copy.deepcopy(stock)))
+    windows = [reference.rows_of(LENGTHS, seed) for seed in range(8)]
+    right = [reference.stock(exact, rows) for rows in windows]
+    theirs = [reference.quick(stock, qlora.FastPath(), reference.window_of(rows), bf16=True) for rows in windows]
 
-    with unpatched(), twins.counted() as calls:
+    with unpatched(), reference.counted() as calls:
         base = qlora.load_model(config, qlora.load_model_config(config, str(folder)), str(folder))
         qlora.apply_liger(base, config)
         model = qlora.make_trainable(base, config, None).train()
-        fast = qlora.speed_up(model, base, config)
-        assert fast.attention == qlora.END_TO_END and fast.head is not None and fast.skips_last
+        fast = qlora.enable_fast_path(model, base, config)
+        assert fast.attention == qlora.VARLEN_ATTENTION and fast.head is not None and fast.skips_last
         calls.clear()
-        ours = [twins.quick(model, fast, twins.window_of(rows), bf16=True) for rows in windows]
+        ours = [reference.quick(model, fast, reference.window_of(rows), bf16=True) for rows in windows]
         assert calls["FusedLoRA"] == 2 * 2 * 8 and calls["FusedMLP"] == calls["end_to_end_attention"] == 2 * 8
         assert calls["ChunkedCrossEntropy"] == 8
-        again = twins.quick(model, fast, twins.window_of(windows[0]), recomputed=2, bf16=True)
+        again = reference.quick(model, fast, reference.window_of(windows[0]), recomputed=2, bf16=True)
         assert calls["again"] == 2
-    assert max(twins.errors(again, ours[0]).values()) < 1e-2  # sums in another order at most
+    assert max(reference.errors(again, ours[0]).values()) < 1e-2  # sums in another order at most
     assert all(abs(a.loss - b.loss) <= 2e-3 * b.loss for a, b in zip(ours, right, strict=True))
     ratios = {}
-    mine, peft = ([twins.errors(a, b) for a, b in zip(found, right, strict=True)] for found in (ours, theirs))
+    mine, peft = ([reference.errors(a, b) for a, b in zip(found, right, strict=True)] for found in (ours, theirs))
     for name in mine[0]:
         ratios[name] = math.hypot(*(errors[name] for errors in mine)) / math.hypot(*(errors[name] for errors in peft))
     print(f"{variant}: ratio of errors {min(ratios.values()):.2f} to {max(ratios.values()):.2f}")
@@ -275,21 +275,21 @@ def test_however_a_window_is_cut_the_error_is_no_larger_than_pefts(models, famil
     """Padding-free, packed, regrouped, accumulated and recomputed, over eight windows, against float64."""
     shape = WIDE | {"gemma": {"head_dim": 64}, "mistral": {"sliding_window": 40}}.get(family, {})
     folder, flags = models(family, initializer_range=0.05, **shape), {"bits": 4, "bf16": True, "lora_r": 16}
-    both = twins.make(folder, dtype=None, **flags)
-    exact = twins.widen(twins.unpack(copy.deepcopy(both.stock)))
+    both = reference.make(folder, dtype=None, **flags)
+    exact = reference.widen(reference.unpack(copy.deepcopy(both.stock)))
     squares: dict[str, float] = dict.fromkeys([*CUTS, "peft"], 0.0)
     for seed in range(8):
-        rows = twins.rows_of(LENGTHS, seed)
-        right = twins.stock(exact, rows)
-        found = {"peft": twins.quick(both.stock, qlora.FastPath(), twins.window_of(rows), bf16=True)}
+        rows = reference.rows_of(LENGTHS, seed)
+        right = reference.stock(exact, rows)
+        found = {"peft": reference.quick(both.stock, qlora.FastPath(), reference.window_of(rows), bf16=True)}
         for name, (at_once, tokens, padded, recomputed, packed) in CUTS.items():
-            window = twins.window_of([{"pack": rows[i : i + 2]} for i in (0, 2, 4)] if packed else rows)
+            window = reference.window_of([{"pack": rows[i : i + 2]} for i in (0, 2, 4)] if packed else rows)
             parts = qlora.micro_batches(window, at_once, tokens, padded)
             fast = both.fast._replace(attention=None if padded else both.fast.attention)
-            found[name] = twins.quick(both.quick, fast, window, parts, recomputed, bf16=True)
+            found[name] = reference.quick(both.quick, fast, window, parts, recomputed, bf16=True)
             assert abs(found[name].loss - right.loss) <= 2e-3 * right.loss
         for name, got in found.items():
-            squares[name] += sum(error**2 for error in twins.errors(got, right).values())
+            squares[name] += sum(error**2 for error in reference.errors(got, right).values())
     ratios = {name: math.sqrt(squares[name] / squares["peft"]) for name in CUTS}
     print(family, ratios)
     assert max(ratios.values()) <= 1.1, ratios
@@ -299,58 +299,58 @@ def test_the_error_in_8_bit_is_no_larger_than_pefts(models):
     """bitsandbytes rounds the layers' inputs to 8 bits too; ours does not."""
     folder = models("llama_gqa", initializer_range=0.05, **WIDE)
     flags = {"bits": 8, "bf16": True, "lora_r": 16}
-    both = twins.make(folder, dtype=None, **flags)
-    rows = twins.rows_of(LENGTHS)
-    right = twins.stock(twins.widen(twins.unpack(twins.load(folder, **flags))).train(), rows)
-    plain = twins.quick(both.stock, qlora.FastPath(), twins.window_of(rows), bf16=True)
-    with twins.counted() as calls:
-        fast = twins.quick(both.quick, both.fast, twins.window_of(rows), recomputed=2, bf16=True)
+    both = reference.make(folder, dtype=None, **flags)
+    rows = reference.rows_of(LENGTHS)
+    right = reference.stock(reference.widen(reference.unpack(reference.load(folder, **flags))).train(), rows)
+    plain = reference.quick(both.stock, qlora.FastPath(), reference.window_of(rows), bf16=True)
+    with reference.counted() as calls:
+        fast = reference.quick(both.quick, both.fast, reference.window_of(rows), recomputed=2, bf16=True)
     assert calls["FusedLoRA"] and calls["FusedMLP"]
-    ours, theirs = twins.errors(fast, right), twins.errors(plain, right)
+    ours, theirs = reference.errors(fast, right), reference.errors(plain, right)
     assert all(ours[name] <= 1.1 * theirs[name] for name in ours)
 
 
 def test_dropout_draws_the_same_masks_again_when_a_layer_is_recomputed(models):
     folder = models("llama_gqa", initializer_range=0.05, **WIDE)
-    both = twins.make(folder, dtype=None, bits=4, bf16=True, lora_dropout=0.1)
-    twins.draw_alike(both.stock)
-    window = twins.window_of(twins.rows_of(LENGTHS))
+    both = reference.make(folder, dtype=None, bits=4, bf16=True, lora_dropout=0.1)
+    reference.draw_alike(both.stock)
+    window = reference.window_of(reference.rows_of(LENGTHS))
     found = []
     for model, layers in ((both.stock, 0), (both.quick, 0), (both.quick, 2)):
         torch.manual_seed(1)
-        found.append(twins.quick(model, both.fast, window, recomputed=layers, bf16=True))
+        found.append(reference.quick(model, both.fast, window, recomputed=layers, bf16=True))
     torch.manual_seed(2)
-    other = twins.quick(both.quick, both.fast, window, bf16=True)
-    assert max(twins.errors(found[1], found[0]).values()) < 0.1
-    assert max(twins.errors(found[2], found[1]).values()) < 1e-2
-    assert min(twins.errors(other, found[0]).values()) > 0.1  # other masks
+    other = reference.quick(both.quick, both.fast, window, bf16=True)
+    assert max(reference.errors(found[1], found[0]).values()) < 0.1
+    assert max(reference.errors(found[2], found[1]).values()) < 1e-2
+    assert min(reference.errors(other, found[0]).values()) > 0.1  # other masks
 
 
 def test_weights_kept_unpacked_give_the_same_gradients(models):
     folder = models("llama_gqa", initializer_range=0.05, **WIDE)
-    both = twins.make(folder, dtype=None, bits=4, bf16=True)
-    window = twins.window_of(twins.rows_of(LENGTHS))
-    packed = twins.quick(both.quick, both.fast, window, bf16=True)
-    qlora.set_unpacked(twins.base_of(both.quick), 2, BF16)
-    unpacked = twins.quick(both.quick, both.fast, window, bf16=True)
+    both = reference.make(folder, dtype=None, bits=4, bf16=True)
+    window = reference.window_of(reference.rows_of(LENGTHS))
+    packed = reference.quick(both.quick, both.fast, window, bf16=True)
+    qlora.set_unpacked_layers(reference.base_of(both.quick), 2, BF16)
+    unpacked = reference.quick(both.quick, both.fast, window, bf16=True)
     assert abs(packed.loss - unpacked.loss) <= 1e-5 * packed.loss
-    assert max(twins.errors(unpacked, packed).values()) < 1e-2
+    assert max(reference.errors(unpacked, packed).values()) < 1e-2
 
 
-def graphed_step(both: twins.Twins, window: qlora.Window) -> twins.Found:
+def graphed_step(both: reference.Twins, window: qlora.StepBatch) -> reference.Found:
     """Loss and gradients as a training step has them whose layers are CUDA graphs."""
     base, batch = (
-        twins.base_of(both.quick),
-        qlora.end_to_end_batch(window, [*range(len(window.input_ids))], filled=True),
+        reference.base_of(both.quick),
+        qlora.padding_free_batch(window, [*range(len(window.input_ids))], filled=True),
     )
     qlora.Graphed.begin()
     torch.manual_seed(1)
-    with qlora.attention_of(base, both.fast.attention):
+    with qlora.attention_implementation(base, both.fast.attention):
         with torch.autocast(DEVICE, BF16):
-            batch = qlora.on_device(batch, torch.device(DEVICE))
-            loss = qlora.summed_loss(both.quick, both.fast, batch) / twins.learnt(window)
+            batch = qlora.to_device(batch, torch.device(DEVICE))
+            loss = qlora.summed_loss(both.quick, both.fast, batch) / reference.supervised(window)
         loss.backward()
-    got = twins.found(both.quick, loss)
+    got = reference.found(both.quick, loss)
     return got._replace(gradients={name: gradient.clone() for name, gradient in got.gradients.items()})
 
 
@@ -360,24 +360,26 @@ def test_layers_as_cuda_graphs_give_the_gradients_of_layers_that_are_recomputed(
     """Two micro-batches of one shape and one of another, several times over: plain, recorded, replayed."""
     shape = WIDE | {"mistral": {"sliding_window": 40}, "gemma3": {"head_dim": 64, "sliding_window": 40}}.get(family, {})
     flags = {"bits": 4, "bf16": True, "lora_r": 16, "lora_dropout": dropout, "cuda_graphs": True}
-    both = twins.make(models(family, initializer_range=0.05, **shape), dtype=None, **flags)
+    both = reference.make(models(family, initializer_range=0.05, **shape), dtype=None, **flags)
     assert both.fast.graphs
-    windows = [twins.window_of(twins.rows_of(lengths, seed=i)) for i, lengths in enumerate([LENGTHS, (31, 9), (40, 2)])]
-    qlora.set_recomputed(twins.base_of(both.quick), 2, both.fast)
+    windows = [
+        reference.window_of(reference.rows_of(lengths, seed=i)) for i, lengths in enumerate([LENGTHS, (31, 9), (40, 2)])
+    ]
+    qlora.set_recomputed_layers(reference.base_of(both.quick), 2, both.fast)
     expected = [graphed_step(both, window) for window in windows]
-    qlora.set_recomputed(twins.base_of(both.quick), 2, both.fast, graphs=True)
+    qlora.set_recomputed_layers(reference.base_of(both.quick), 2, both.fast, graphs=True)
     for turn in range(3):
         for window, right in zip(windows, expected, strict=True):
             got = graphed_step(both, window)
             assert abs(got.loss - right.loss) <= 1e-4 * right.loss, turn
-            assert max(twins.errors(got, right).values()) < 1e-2, turn
+            assert max(reference.errors(got, right).values()) < 1e-2, turn
     recorded = [passes for passes in qlora.Graphed.made.values() if passes]
     assert len(recorded) == 4  # two layers, two shapes
     if not dropout:
-        unfilled = [twins.quick(both.quick, both.fast, window, recomputed=2, bf16=True) for window in windows]
+        unfilled = [reference.quick(both.quick, both.fast, window, recomputed=2, bf16=True) for window in windows]
         for a, b in zip(unfilled, expected, strict=True):
-            assert max(twins.errors(a, b).values()) < 1e-2
-    qlora.set_recomputed(twins.base_of(both.quick), 0, both.fast)
+            assert max(reference.errors(a, b).values()) < 1e-2
+    qlora.set_recomputed_layers(reference.base_of(both.quick), 0, both.fast)
 
 
 # ------------------------------------------------------------------------------------
@@ -412,11 +414,11 @@ def gpu_flags(models, tmp_path):
 def test_fifty_steps_fast_and_stock_are_one_curve(run_qlora, tmp_path, gpu_flags, graphs):
     """As near to each other as two stock runs are whose sums alone come in another order, of other micro-batches."""
     flags = {**gpu_flags, "max_steps": 50, "learning_rate": 1e-3, "max_grad_norm": 1.0, "do_eval": True}
-    with unpatched(), twins.counted() as calls:
+    with unpatched(), reference.counted() as calls:
         fast = run_qlora(output_dir=tmp_path / "fast", recompute_layers="all", cuda_graphs=graphs, **flags)
     assert ("2 layers recomputed in CUDA graphs" in fast.stderr) == graphs
-    assert graphs or all(calls[name] >= 50 for name in (*twins.FUNCTIONS, "again", "end_to_end_attention"))
-    with twins.counted() as calls:
+    assert graphs or all(calls[name] >= 50 for name in (*reference.FUNCTIONS, "again", "end_to_end_attention"))
+    with reference.counted() as calls:
         slow = run_qlora(output_dir=tmp_path / "slow", **flags, **SLOW)
         other = run_qlora(output_dir=tmp_path / "other", **flags, **SLOW | {"auto_batch": True})
     assert set(calls) <= {"Recompute", "again"}
@@ -434,13 +436,13 @@ def test_memory_that_runs_out_is_not_the_end(run_qlora, tmp_path, gpu_flags, mon
     """Really: the allocator may use little more than the weights and a few rows take."""
     flags = {**gpu_flags, "max_steps": 2, "per_device_train_batch_size": 32, "optim": "sgd", "learning_rate": 0.1}
     flags |= {"gradient_accumulation_steps": 2, "eval_dataset_size": 4}
-    choose = qlora.choose_sizes
+    choose = qlora.choose_step_plan
 
     def too_large(*args):  # as if the plan had been wrong
         sizes, plan = choose(*args)
         return sizes._replace(rows=None, tokens=qlora.NO_LIMIT, recomputed=0, unpacked=0), plan
 
-    monkeypatch.setattr(qlora, "choose_sizes", too_large)
+    monkeypatch.setattr(qlora, "choose_step_plan", too_large)
     flags["liger"] = False
     enough = run_qlora(output_dir=tmp_path / "enough", **flags)
     assert enough.code == 0 and "memory ran out" not in enough.stderr
@@ -465,18 +467,18 @@ def test_memory_that_runs_out_is_not_the_end(run_qlora, tmp_path, gpu_flags, mon
 def test_inputs_of_recomputed_layers_in_the_memory_of_the_cpu_are_the_same(models):
     """Bit for bit, and the GPU holds two of them in place of eight."""
     folder = models("llama_gqa", initializer_range=0.05, **WIDE, num_hidden_layers=8)
-    config = twins.parse(folder, bits=4, bf16=True)
-    model = twins.load(folder, bits=4, bf16=True).train()
-    fast = qlora.speed_up(model, twins.base_of(model), config)
-    window, found, peaks = twins.window_of(twins.rows_of([2000] * 8)), [], []
+    config = reference.parse(folder, bits=4, bf16=True)
+    model = reference.load(folder, bits=4, bf16=True).train()
+    fast = qlora.enable_fast_path(model, reference.base_of(model), config)
+    window, found, peaks = reference.window_of(reference.rows_of([2000] * 8)), [], []
     for offloads in (False, True, False):
         torch.cuda.reset_peak_memory_stats()
-        found.append(twins.quick(model, fast._replace(offloads=offloads), window, recomputed=8, bf16=True))
+        found.append(reference.quick(model, fast._replace(offloads=offloads), window, recomputed=8, bf16=True))
         peaks.append(torch.cuda.max_memory_allocated())
     assert not qlora.Recompute.away and torch.equal(found[0].loss, found[1].loss)
     for name, gradient in found[0].gradients.items():
         assert torch.equal(gradient, found[2].gradients[name]) <= torch.equal(gradient, found[1].gradients[name]), name
-    hidden = 16_000 * twins.base_of(model).config.hidden_size * 2
+    hidden = 16_000 * reference.base_of(model).config.hidden_size * 2
     assert peaks[0] - peaks[1] > 4 * hidden, peaks
 
 
@@ -484,20 +486,20 @@ def test_inputs_of_layers_below_all_that_trains_are_not_offloaded(models):
     """No backward pass comes there to fetch them: they would pile up, step after step."""
     folder = models("llama_gqa", initializer_range=0.05, **WIDE, num_hidden_layers=4)
     flags = {"bits": 4, "bf16": True, "layers_to_freeze": 2}
-    config, model = twins.parse(folder, **flags), twins.load(folder, **flags).train()
-    fast = qlora.speed_up(model, twins.base_of(model), config)._replace(offloads=True)
-    twins.quick(model, fast, twins.window_of(twins.rows_of([200] * 8)), recomputed=4, bf16=True)
+    config, model = reference.parse(folder, **flags), reference.load(folder, **flags).train()
+    fast = qlora.enable_fast_path(model, reference.base_of(model), config)._replace(offloads=True)
+    reference.quick(model, fast, reference.window_of(reference.rows_of([200] * 8)), recomputed=4, bf16=True)
     assert not qlora.Recompute.away
 
 
 def test_a_try_before_training_leaves_no_memory_behind(models):
     """Neither gradients nor a tape nor another state of the generator."""
     folder = models("llama_gqa", initializer_range=0.05, **WIDE)
-    config = twins.parse(folder, bits=4, bf16=True)
-    model = twins.load(folder, bits=4, bf16=True)
+    config = reference.parse(folder, bits=4, bf16=True)
+    model = reference.load(folder, bits=4, bf16=True)
     state, before = torch.cuda.get_rng_state(), None
     for _ in range(2):
-        fast = qlora.choose_fast_path(model, twins.base_of(model), config)
+        fast = qlora.choose_fast_path(model, reference.base_of(model), config)
         gc.collect()
         now = torch.cuda.memory_allocated()
         assert before is None or now <= before

@@ -104,8 +104,8 @@ def encode(name, row, tokenizer, limits):
 @pytest.mark.parametrize(("name", "row", "source", "target"), ROWS, ids=ROWS_IDS)
 def test_golden_pair(name, row, source, target):
     assert qlora.FORMATS[name].to_row(row) == [
-        {"text": source, "learnt": False},
-        {"text": target, "learnt": True},
+        {"text": source, "supervised": False},
+        {"text": target, "supervised": True},
     ]
 
 
@@ -278,15 +278,15 @@ def test_the_format_is_inferred_from_the_columns(tmp_path, caplog, columns, name
     caplog.set_level(logging.INFO, "qlora")
     row = {column: f"<{column}>" for column in columns.split()}
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [row])
-    learnt = {
+    supervised = {
         "airoboros": "<response>\n",
         "alpaca": "<output>",
         "self-instruct": "<completion>",
         "input-output": "<output>",
     }
-    learnt |= {"hh-rlhf": "<chosen>", "text": "<text>"}
+    supervised |= {"hh-rlhf": "<chosen>", "text": "<text>"}
     ((_, output),) = pairs_of(load("--dataset", str(file)).train)
-    assert output == learnt[name]
+    assert output == supervised[name]
     assert any(str(file) in m and f"format {name}," in m and "inferred" in m for m in caplog.messages)
 
 

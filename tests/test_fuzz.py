@@ -46,7 +46,7 @@ SCALARS = st.one_of(
 )
 NAMES = sorted({name for form in qlora.FORMATS.values() for name in form.columns} | {"input", "system", "tools"})
 KEYS = st.sampled_from([*NAMES, "category", "source", "skip_prompt_formatting", "\ud83d", ""])
-ROLES = st.one_of(st.sampled_from([*qlora.SPEAKERS, "nobody"]), SCALARS)
+ROLES = st.one_of(st.sampled_from([*qlora.ROLES, "nobody"]), SCALARS)
 TURN = st.one_of(
     st.fixed_dictionaries({"role": ROLES, "content": SCALARS}, optional={"tool_calls": SCALARS, "from": SCALARS}),
     st.fixed_dictionaries({"from": ROLES, "value": SCALARS}),
@@ -78,7 +78,7 @@ def data_flags(**flags):
 
 def checked(source, form, tokenizer, **flags):
     """Rows in normal form, each of which can be trained on or says what is wrong with it."""
-    rows = list(qlora.normal_rows(source, form, data_flags(**flags), tokenizer))
+    rows = list(qlora.normalize_rows(source, form, data_flags(**flags), tokenizer))
     for row in rows:
         texts = [segment["text"] for segment in row["segments"]]
         for text in [*texts, row["problem"], row["category"], row["where"]]:
@@ -87,7 +87,7 @@ def checked(source, form, tokenizer, **flags):
         if row["problem"]:
             assert json.loads(texts[0]) is not ... and len(texts) == 1
         else:
-            assert any(segment["learnt"] and segment["text"].strip() for segment in row["segments"])
+            assert any(segment["supervised"] and segment["text"].strip() for segment in row["segments"])
             limits = qlora.Limits(9, 9, None if len(texts[0]) % 2 else 5)
             made = qlora.encode_batch({"segments": [row["segments"]], "rendered": [row["rendered"]]}, tokenizer, limits)
             assert len(made["input_ids"][0]) == len(made["labels"][0]) <= 18
@@ -150,7 +150,7 @@ def outcome(file, tokenizer):
     source = qlora.RowSource(str(file), (file,))
     try:
         config = SimpleNamespace(data=data_flags(dataset_format="input-output"), masked=False)
-        qlora.format_of(str(file), {"train": source}, config)
+        qlora.choose_format(str(file), {"train": source}, config)
         rows = checked(source, "input-output", tokenizer)
     except qlora.DataError as error:
         status, message = qlora.exit_status(error)

@@ -137,7 +137,7 @@ def test_an_adapter_to_start_from_keeps_its_shape_and_goes_on(adapt, tmp_path):
 def test_flags_that_an_adapter_to_start_from_overrules_are_named(flag, caplog):
     words = [word for name, value in flag.items() for word in (f"--{name}", str(value))]
     with caplog.at_level("INFO", "qlora"):
-        qlora.hints(qlora.parse_config(["--adapter_name_or_path", "first", *words]))
+        qlora.log_hints(qlora.parse_config(["--adapter_name_or_path", "first", *words]))
     assert any("keeps its own rank" in message for message in caplog.messages)
 
 
@@ -213,13 +213,13 @@ def test_eva_of_a_rank_that_the_inputs_do_not_have_is_one_line(run_qlora):
 @pytest.fixture
 def trained(monkeypatch) -> list:
     """The models that the runs of this test train."""
-    found, speed_up = [], qlora.speed_up
+    found, speed_up = [], qlora.enable_fast_path
 
     def spy(model, *args):
         found.append(model)
         return speed_up(model, *args)
 
-    monkeypatch.setattr(qlora, "speed_up", spy)
+    monkeypatch.setattr(qlora, "enable_fast_path", spy)
     return found
 
 

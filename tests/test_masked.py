@@ -1,4 +1,4 @@
-"""Masked language models: what is masked, what is learnt, what carries adapters, and what fills a mask."""
+"""Masked language models: what is masked, what is supervised, what carries adapters, and what fills a mask."""
 
 import importlib.util
 import json
@@ -100,7 +100,7 @@ def test_a_protein_is_one_token_for_each_letter(esm_tokenizer):
 
 def test_a_batch_is_padded_to_its_longest_row_and_keeps_every_label():
     rows = [{"input_ids": [7, 8, 9], "labels": [7, 8, 9]}, {"input_ids": [6], "labels": [6]}]
-    window = qlora.collate_window(rows, masked=True)["window"]
+    window = qlora.collate_step(rows, masked=True)["window"]
     batch = qlora.padded_batch(window, [0, 1], pad_id=0, side="right")
     assert batch["input_ids"].tolist() == [[7, 8, 9], [6, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -157,10 +157,10 @@ def test_the_shares_are_those_asked_for(chosen, replaced, random):
     ids = torch.full((100, 1000), 99)
     labels = ids.clone()
     labels[:, ::2] = IGNORE
-    masked, learnt = masking(chosen=chosen, replaced=replaced, random=random).draw(ids, labels, 1)
-    picked = learnt != IGNORE
-    assert (learnt[picked] == 99).all() and not picked[:, ::2].any()
-    assert (masked[~picked] == 99).all(), "only what is learnt is changed"
+    masked, supervised = masking(chosen=chosen, replaced=replaced, random=random).draw(ids, labels, 1)
+    picked = supervised != IGNORE
+    assert (supervised[picked] == 99).all() and not picked[:, ::2].any()
+    assert (masked[~picked] == 99).all(), "only what is supervised is changed"
     count = picked.sum().item()
     # 50 000 candidates: four standard deviations
     assert abs(count / 50_000 - chosen) <= 4 * math.sqrt(chosen * (1 - chosen) / 50_000)
@@ -248,7 +248,7 @@ def test_the_encoder_is_quantised_and_adapted_and_the_head_is_neither(run_masked
     adapter = load_file(run.output_dir / "adapter_model.safetensors")
     adapted = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in adapter}
     assert adapted == encoder_layers(family)
-    assert all(tensor.any() for tensor in adapter.values()), "every adapter has learnt"
+    assert all(tensor.any() for tensor in adapter.values()), "every adapter has supervised"
 
 
 def test_the_adapter_is_one_that_peft_loads_alone(run_masked, models):
@@ -358,7 +358,7 @@ def test_a_full_fine_tune_leaves_a_model_that_transformers_loads(run_masked, mod
     ids=lambda value: getattr(value, "model_type", ""),
 )
 def test_what_auto_stands_for(model_config, masked):
-    config = qlora.settle_objective(qlora.parse_config([]), model_config)
+    config = qlora.resolve_objective(qlora.parse_config([]), model_config)
     assert config.masked is masked
     assert config.flags["objective"] == config.data.objective == ("mlm" if masked else "clm")
 
@@ -366,7 +366,7 @@ def test_what_auto_stands_for(model_config, masked):
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_an_objective_that_is_given_is_kept(objective):
     for model_config in (LlamaConfig(), EsmConfig()):
-        config = qlora.settle_objective(qlora.parse_config(["--objective", objective]), model_config)
+        config = qlora.resolve_objective(qlora.parse_config(["--objective", objective]), model_config)
         assert config.data.objective == objective
 
 
@@ -382,9 +382,11 @@ def test_the_loss_is_that_of_the_masked_places_themselves():
     model = lambda **inputs: type("Outputs", (), {"logits": logits})  # noqa: E731
     log_probabilities = logits.double().log_softmax(-1)
     total = -(log_probabilities[0, 0, 3] + log_probabilities[0, 4, 6] + log_probabilities[1, 2, 1]).item()
-    assert qlora.summed_loss(model, qlora.FastPath(), qlora.learnt(labels.flatten(), 0)).item() == pytest.approx(total)
+    assert qlora.summed_loss(
+        model, qlora.FastPath(), qlora.supervised_targets(labels.flatten(), 0)
+    ).item() == pytest.approx(total)
     logits.requires_grad_()
-    nothing = qlora.summed_loss(model, qlora.FastPath(), qlora.learnt(torch.full((10,), IGNORE), 0))
+    nothing = qlora.summed_loss(model, qlora.FastPath(), qlora.supervised_targets(torch.full((10,), IGNORE), 0))
     nothing.backward()
     assert nothing.item() == 0 and not logits.grad.any()
 
@@ -423,10 +425,10 @@ def test_training_masks_are_fresh_in_every_batch_and_evaluation_masks_the_same(r
     plain = qlora.Masking.draw
 
     def spy(self, ids, labels, *seed, least=0):
-        masked, learnt = plain(self, ids, labels, *seed, least=least)
+        masked, supervised = plain(self, ids, labels, *seed, least=least)
         if seed[0] == "train":
             seen.append((ids.tolist(), masked.tolist()))
-        return [masked, learnt]
+        return [masked, supervised]
 
     monkeypatch.setattr(qlora.Masking, "draw", spy)
     run = run_masked(
@@ -570,7 +572,7 @@ def test_the_example_learns_the_planted_rule(run_qlora, tmp_path, monkeypatch):
                for row in rows[:50] for a, b in zip(row, row[4:], strict=False))  # fmt: skip
     assert max(letters.count(letter) for letter in set(letters)) / len(letters) < 0.06, "no letter is worth guessing"
     (words,) = commands_in((folder / "README.md").read_text())
-    flags = qlora.parse_config(words).given - {"max_steps", "do_eval", "eval_strategy", "eval_steps"}
+    flags = qlora.parse_config(words).explicitly_set - {"max_steps", "do_eval", "eval_strategy", "eval_steps"}
     given = dict(zip(words[::2], words[1::2], strict=False))
     flags = {name: given.get(f"--{name}", "True").replace("output/masked_lm", str(tmp_path)) for name in flags}
     off = dict.fromkeys(("source_max_len", "target_max_len"))

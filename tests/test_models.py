@@ -105,13 +105,13 @@ def error_of(run) -> str:
 @pytest.fixture
 def trained(monkeypatch) -> list:
     """The models that the runs of this test train."""
-    models, speed_up = [], qlora.speed_up
+    models, speed_up = [], qlora.enable_fast_path
 
     def spy(model, *args):
         models.append(model)
         return speed_up(model, *args)
 
-    monkeypatch.setattr(qlora, "speed_up", spy)
+    monkeypatch.setattr(qlora, "enable_fast_path", spy)
     return models
 
 
@@ -477,7 +477,7 @@ def test_an_embedding_inside_a_part_lies_with_the_head_that_shares_it(models, fa
     """BERT's head lies in a part as well, with a bias that it shares with itself."""
     flags = {} if family == "modernbert-decoder" else {"objective": "mlm"}
     config, shape = parse(models("llama"), bits=16, **flags), AutoConfig.for_model(family, **TINY_SHAPE)
-    places, model = qlora.even_map(2, config, shape), qlora.without_weights(config, shape)
+    places, model = qlora.even_map(2, config, shape), qlora.meta_model(config, shape)
     assert set(places.values()) == {0, 1}
     found = defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -537,7 +537,7 @@ def test_rope_scaling_stretches_the_positions(models, key):
         ("mpt", '{"rope_type": "linear", "factor": 2.0}'),
         ("gpt2", '{"rope_type": "linear", "factor": 2.0}'),
     ],
-    ids=["not JSON", "not an object", "unknown type", "no factor", "ALiBi", "learnt positions"],
+    ids=["not JSON", "not an object", "unknown type", "no factor", "ALiBi", "supervised positions"],
 )
 def test_rope_scaling_that_cannot_be_is_an_error(models, run_qlora, family, value):
     run = run_qlora(model_name_or_path=models(family), rope_scaling=value, max_steps=1)

@@ -6,9 +6,9 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
-import twins
 from transformers import AutoConfig
 
 import qlora
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 def plan_of(model, gpu, *flags):
     config = qlora.parse_config(["--model_name_or_path", model, *COMMON, "--plan", "--plan_gpu", gpu, *flags])
-    return qlora.plan_from_flags(config, qlora.costs_from_config(config, qlora.load_model_config(config, model)))
+    return qlora.plan_from_flags(config, qlora.memory_from_config(config, qlora.load_model_config(config, model)))
 
 
 def test_weights_are_counted_from_the_shapes(folder):
@@ -181,7 +181,7 @@ def test_where_memory_is_short_the_optimizers_pages_are_moved_out(folder):
 def test_a_gpu_that_nobody_knows_is_planned_for(folder):
     model = folder("1b")
     config = qlora.parse_config(["--model_name_or_path", model, *COMMON])
-    costs = qlora.costs_from_config(config, qlora.load_model_config(config, model))
+    costs = qlora.memory_from_config(config, qlora.load_model_config(config, model))
     plan = qlora.make_plan(costs, qlora.Gpu("Some GPU", 16.0, 0.0), 528, 8448, config)
     assert plan.fits() and plan.lines()["tokens per second"] == "not known for this GPU"
 
@@ -227,8 +227,8 @@ def test_a_layer_keeps_as_many_bytes_of_a_token_as_is_planned(models, monkeypatc
     monkeypatch.setattr(F, "layer_norm", lambda x, n, w, b, eps: norm(x.float(), n, w.float(), b.float(), eps))
     for layers in (1, 3):
         folder = models(family, **shape, **{"n_layer" if family == "gpt2" else "num_hidden_layers": layers})
-        both = twins.make(folder, dtype=None, bits=16, bf16=True, use_cpu=True, liger=False, **flags)
-        base, seen = twins.base_of(both.quick), {}
+        both = reference.make(folder, dtype=None, bits=16, bf16=True, use_cpu=True, liger=False, **flags)
+        base, seen = reference.base_of(both.quick), {}
         weights = {parameter.untyped_storage().data_ptr() for parameter in both.quick.parameters()}
 
         def save(tensor, seen=seen):
@@ -236,13 +236,13 @@ def test_a_layer_keeps_as_many_bytes_of_a_token_as_is_planned(models, monkeypatc
             seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, so that no address comes again
             return tensor
 
-        batch = qlora.end_to_end_batch(twins.window_of(twins.rows_of([256])), [0])
+        batch = qlora.padding_free_batch(reference.window_of(reference.rows_of([256])), [0])
         hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
-        with qlora.attention_of(base, both.fast.attention), torch.autocast("cpu", torch.bfloat16), hooks:
+        with qlora.attention_implementation(base, both.fast.attention), torch.autocast("cpu", torch.bfloat16), hooks:
             qlora.summed_loss(both.quick, both.fast, batch)
         kept.append(sum(size for address, (size, _) in seen.items() if address not in weights))
     monkeypatch.undo()
-    costs = qlora.costs_from_config(both.config, base.config)
+    costs = qlora.memory_from_config(both.config, base.config)
     # a few tensors that do not grow with the tokens, and attention's output, which is copied once on a CPU
     assert (kept[1] - kept[0]) / 2 / 256 == pytest.approx(costs.layer, rel=0.03 if family != "gpt_neox" else 0.08)
 
@@ -250,7 +250,7 @@ def test_a_layer_keeps_as_many_bytes_of_a_token_as_is_planned(models, monkeypatc
 def test_a_model_whose_activation_has_weights_is_planned():
     """Apertus' xIELU has some, and keeps more than a gate would: beside its input and output at least two tensors."""
     shape = AutoConfig.for_model("apertus", hidden_size=64, intermediate_size=128, num_hidden_layers=1)
-    costs = qlora.costs_from_config(twins.parse("none", bits=16), shape)
+    costs = qlora.memory_from_config(reference.parse("none", bits=16), shape)
     assert costs.layer > 4 * 128 * 4
 
 
@@ -260,7 +260,7 @@ def test_a_layer_that_cannot_run_without_values_is_estimated_and_named(caplog, f
     caplog.set_level("INFO", "qlora")
     flags = {"objective": "mlm"} if "bert" in family else {}
     shape = AutoConfig.for_model(family)
-    costs = qlora.costs_from_config(twins.parse("none", bits=16, **flags), shape)
+    costs = qlora.memory_from_config(reference.parse("none", bits=16, **flags), shape)
     assert sum("a layer is taken to keep" in record.getMessage() for record in caplog.records) == said
     wide = 4 * shape.hidden_size
     assert 8 * wide < costs.layer < 80 * wide
@@ -270,8 +270,10 @@ def test_liger_kernels_norms_keep_their_input_in_its_own_width(models):
     """Of its RMSNorms all four of Gemma 3's layer and those on its heads, 2 bytes a value in place of 4."""
     folder = models("gemma3", num_hidden_layers=1)
     costs = [
-        qlora.costs_from_config(config, qlora.load_model_config(config, str(folder)))
-        for config in (twins.parse(folder, bf16=True, use_cpu=True, bits=16, liger=liger) for liger in (True, False))
+        qlora.memory_from_config(config, qlora.load_model_config(config, str(folder)))
+        for config in (
+            reference.parse(folder, bf16=True, use_cpu=True, bits=16, liger=liger) for liger in (True, False)
+        )
     ]
     roots = 4 * (4 + 4 + 2)  # what a norm divides by: liger-kernel keeps it too, and it is not counted there
     assert costs[1].layer - costs[0].layer == 2 * (4 * 64 + 4 * 16 + 2 * 16) + roots
@@ -291,7 +293,7 @@ def test_of_stacked_experts_a_token_meets_a_few(tmp_path):
 def test_experts_that_stay_whole_are_named_before_training(models, caplog, bits, said):
     """In GiB: two layers with four experts of three matrices, in float32 on a CPU. Attention is quantised."""
     caplog.set_level("WARNING", "qlora")
-    model = twins.load(models("mixtral", intermediate_size=8192), bits=bits)
+    model = reference.load(models("mixtral", intermediate_size=8192), bits=bits)
     lines = [record.getMessage() for record in caplog.records if "experts" in record.getMessage()]
     assert len(lines) == said
     if said:
@@ -308,7 +310,7 @@ def on_two_gpus(folder, monkeypatch):
     def pretend(shape, name, size, free, used=0.0, share=1.0):
         model, gib = folder(shape), 2**30
         config = qlora.parse_config(["--model_name_or_path", model, *COMMON, "--plan"])
-        costs = qlora.costs_from_config(config, qlora.load_model_config(config, model))
+        costs = qlora.memory_from_config(config, qlora.load_model_config(config, model))
         answers = {"is_available": True, "device_count": 2, "mem_get_info": (free * gib, size * gib)}
         answers |= {"memory_reserved": 0, "memory_allocated": used * gib, "get_per_process_memory_fraction": share}
         answers["get_device_properties"] = SimpleNamespace(name=name, total_memory=size * gib)
@@ -326,9 +328,9 @@ def test_layers_on_several_gpus_of_one_process_have_the_speed_of_one(on_two_gpus
     config, costs = on_two_gpus("1b", "NVIDIA H100", 79, free=79)
     speeds = []
     for processes in (1, 2):
-        monkeypatch.setattr(qlora, "world", lambda processes=processes: (0, processes))
+        monkeypatch.setattr(qlora, "rank_and_world_size", lambda processes=processes: (0, processes))
         base = torch.nn.Module()
-        _, plan = qlora.choose_sizes(costs, base, base, qlora.FastPath(), Rows(length=[528] * 16), config)
+        _, plan = qlora.choose_step_plan(costs, base, base, qlora.FastPath(), Rows(length=[528] * 16), config)
         speeds.append(plan.tokens_per_second())
     assert qlora.find_gpu(None).number == 2 and speeds[1] == 2 * speeds[0] > 0
 
@@ -341,7 +343,7 @@ def test_layers_on_several_gpus_of_one_process_have_the_memory_of_all(on_two_gpu
         base = torch.nn.Module()
         places = [SimpleNamespace(device=torch.device("cuda", gpu)) for gpu in range(gpus)]
         base.parameters = lambda places=places, **options: iter(places)
-        _, plan = qlora.choose_sizes(costs, base, base, qlora.FastPath(), Rows(length=[528] * 4), config)
+        _, plan = qlora.choose_step_plan(costs, base, base, qlora.FastPath(), Rows(length=[528] * 4), config)
         plans.append(plan)
     alone, both = (plan.lines() for plan in plans)
     assert alone["GPU"] == "NVIDIA H200, 25 GiB" and alone["in all"].endswith("does not fit into 25 GiB")
@@ -354,13 +356,13 @@ def test_layers_on_several_gpus_of_one_process_have_the_memory_of_all(on_two_gpu
 
 def test_of_each_gpu_the_first_layers_are_recomputed(models):
     """Of five layers three are on the first."""
-    model = twins.load(models("llama", num_hidden_layers=5), bits=16)
+    model = reference.load(models("llama", num_hidden_layers=5), bits=16)
     layers = qlora.decoder_layers(model)
     for count, wanted in ((0, ""), (1, "0"), (2, "03"), (3, "013"), (4, "0134"), (5, "01234")):
         for i, layer in enumerate(layers):
             place = [SimpleNamespace(device=torch.device("cuda", i // 3), requires_grad=True)]
             layer.parameters = lambda place=place: iter(place)
-        qlora.set_recomputed(model, count, qlora.FastPath())
+        qlora.set_recomputed_layers(model, count, qlora.FastPath())
         assert [i for i, layer in enumerate(layers) if layer.gradient_checkpointing] == [*map(int, wanted)]
 
 
@@ -374,7 +376,7 @@ def test_each_strategy_has_its_speed(folder):
 def strategies_of(model, gpu, *flags):
     """The table of `--plan` for several GPUs, and the costs behind it."""
     config = qlora.parse_config(["--model_name_or_path", model, *COMMON, "--plan", "--plan_gpu", gpu, *flags])
-    costs = qlora.costs_from_config(config, qlora.load_model_config(config, model))
+    costs = qlora.memory_from_config(config, qlora.load_model_config(config, model))
     lines = qlora.strategy_lines(qlora.strategy_plans(config, costs))
     return lines, qlora.strategies(costs, config, qlora.find_gpu(gpu).number), costs
 
@@ -406,7 +408,7 @@ def test_engines_recompute_all_layers_or_none_in_the_table_too(folder):
     flags = [*COMMON, "--per_device_train_batch_size", "16", "--auto_batch", "False", "--plan"]
     for gib in (16, 24, 32, 40, 48):
         config = qlora.parse_config(["--model_name_or_path", model, *flags, "--plan_gpu", f"2x{gib}GiB"])
-        costs = costs or qlora.costs_from_config(config, qlora.load_model_config(config, model))
+        costs = costs or qlora.memory_from_config(config, qlora.load_model_config(config, model))
         for name, own in qlora.strategies(costs, config, 2).items():
             found.get(name, set()).add(qlora.plan_from_flags(config, own).sizes.recomputed)
     assert found["DDP"] - {0, 32} and all(found[name] <= {0, 32} for name in found if name != "DDP")

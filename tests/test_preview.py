@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import ROOT, extra, missing, preserved_state
-from test_talk import CHROMIUM
+from test_examples import CHROMIUM
 from transformers import AutoTokenizer
 
 import qlora
@@ -26,12 +26,12 @@ ROWS = [
 ]
 LIMITS = {"source_max_len": 32, "target_max_len": 8}
 SHOWN = """\
-⟪learnt⟫, ⟦special token⟧, ↵ end of a line
+⟪supervised⟫, ⟦special token⟧, ↵ end of a line
 
-row 1: {0}:1, 6 tokens, 3 learnt
+row 1: {0}:1, 6 tokens, 3 supervised
 ⟦<s>⟧ab⟪cd⟦</s>⟧⟫
 
-row 2: {0}:2, 20 tokens, 8 learnt, cut
+row 2: {0}:2, 20 tokens, 8 supervised, cut
 ⟦<s>⟧</s>\\x1b[1m\\u27ea⟪é🙂↵
 x⟫
 
@@ -40,7 +40,7 @@ STATISTICS = """\
 train rows
   rows                4
   tokens              66
-  learnt              16 (24.2%)
+  supervised              16 (24.2%)
   cut                 2 (50.0%)
   without EOS         1 (25.0%)
   with doubled BOS    0 (0.0%)
@@ -117,7 +117,7 @@ def test_a_terminal_gets_colours_and_no_command_of_the_data(run_qlora, rows_file
      ("é 日本 🙂", "é 日本 🙂"), ("\u2028\xa0", "\\u2028\\xa0")],
 )  # fmt: skip
 def test_visible(text, expected):
-    assert qlora.visible(text) == expected
+    assert qlora.escape_control_chars(text) == expected
 
 
 def test_an_escape_sequence_in_a_bad_row_stays_text(run_qlora, tmp_path):
@@ -145,8 +145,8 @@ def test_a_pipe_that_closes_early_is_no_error(rows_file, models):
 def test_packs_are_shown_part_by_part(preview, rows_file):
     """40 tokens at most: 34 with 6, then 20 with 6. Their padding is that of the packs."""
     run = preview(1, packing=True)
-    assert f"row 1, part 1 of 2: {rows_file}:4, 34 tokens, 2 learnt, cut\n⟦<s>⟧{'q' * 31}⟪r⟦</s>⟧⟫\n" in run.stdout
-    assert f"row 1, part 2 of 2: {rows_file}:1, 6 tokens, 3 learnt\n⟦<s>⟧ab⟪cd⟦</s>⟧⟫\n" in run.stdout
+    assert f"row 1, part 1 of 2: {rows_file}:4, 34 tokens, 2 supervised, cut\n⟦<s>⟧{'q' * 31}⟪r⟦</s>⟧⟫\n" in run.stdout
+    assert f"row 1, part 2 of 2: {rows_file}:1, 6 tokens, 3 supervised\n⟦<s>⟧ab⟪cd⟦</s>⟧⟫\n" in run.stdout
     assert "row 2" not in run.stdout and "packing: 4 rows in 2 packs of up to 40 tokens" in run.stderr
     assert "padding at batch 2  17.5%" in run.stdout  # 40 and 26 of twice 40
 
@@ -154,8 +154,8 @@ def test_packs_are_shown_part_by_part(preview, rows_file):
 def test_the_first_token_is_never_learnt(preview, models):
     """Nothing predicts it, even with --train_on_source and without BOS."""
     run = preview(1, train_on_source=True)
-    assert "6 tokens, 5 learnt\n⟦<s>⟧⟪abcd⟦</s>⟧⟫" in run.stdout
-    assert "learnt              62 (93.9%)" in run.stdout  # of 66, but for four first ones
+    assert "6 tokens, 5 supervised\n⟦<s>⟧⟪abcd⟦</s>⟧⟫" in run.stdout
+    assert "supervised              62 (93.9%)" in run.stdout  # of 66, but for four first ones
 
 
 def test_held_out_rows_have_statistics_of_their_own(preview):
@@ -174,7 +174,7 @@ def test_masked_tokens_are_shown_with_what_is_learnt(run_qlora, models, tmp_path
     all_masked = run_qlora(**flags, preview=1, mask_prob=1.0, mask_replace_prob=1.0, random_replace_prob=0.0)
     tokens = AutoTokenizer.from_pretrained(model).tokenize(text)
     drawn = "".join(f"⟦[MASK]⟧→{token}" for token in tokens)
-    assert f", {len(tokens) + 2} tokens, {len(tokens)} learnt\n⟦[CLS]⟧⟪{drawn}⟫⟦[SEP]⟧\n" in all_masked.stdout
+    assert f", {len(tokens) + 2} tokens, {len(tokens)} supervised\n⟦[CLS]⟧⟪{drawn}⟫⟦[SEP]⟧\n" in all_masked.stdout
     assert f"may be masked       {2 * len(tokens)} (" in all_masked.stdout and "EOS" not in all_masked.stdout
     kept = run_qlora(**flags, preview=1, mask_prob=1.0, mask_replace_prob=0.0, random_replace_prob=0.0)
     assert re.search(r"⟦\[CLS\]⟧⟪ ?the[^→]*⟫⟦\[SEP\]⟧\n", kept.stdout)
@@ -200,8 +200,8 @@ def test_pieces_join_to_the_text_that_was_encoded(tokenizers):
     words = "The lamp works. The lens is clean."
     ids = [tokenizer.bos_token_id, *tokenizer(words, add_special_tokens=False).input_ids]
     labels = [i if n % 3 == 0 else qlora.IGNORE for n, i in enumerate(ids)]
-    pieces = list(qlora.pieces_of(ids, labels, tokenizer))
-    assert pieces[0] == qlora.Piece("<s>", True, True) and len(pieces) == 8
+    pieces = list(qlora.row_spans(ids, labels, tokenizer))
+    assert pieces[0] == qlora.Span("<s>", True, True) and len(pieces) == 8
     assert "".join(piece.text for piece in pieces[1:]).strip() == words
 
 
@@ -246,11 +246,11 @@ def test_padding_follows_the_order_of_training(run_qlora, tmp_path):
 def test_every_run_logs_them_and_keeps_them(run_qlora, rows_file):
     run = run_qlora(dataset=rows_file, train_sampling_strategy="sequential", max_steps=1, **LIMITS)
     assert run.code == 0
-    line = "4 rows, 66 tokens, 16 (24.2%) learnt, 2 (50.0%) cut, 1 (25.0%) without EOS, 1 (25.0%) duplicates"
+    line = "4 rows, 66 tokens, 16 (24.2%) supervised, 2 (50.0%) cut, 1 (25.0%) without EOS, 1 (25.0%) duplicates"
     assert re.search(rf"train data +{re.escape(line)}, 38.9% padding at batch 2, 82.5% filled if packed\n", run.stderr)
     assert run.stderr.count("(50.0%)") == 1, "said once"
     data = run.json("run.json")["data"]["train"]
-    expected = {"rows": 4, "tokens": 66, "learnt": 16, "cut": 2, "without_eos": 1, "doubled_bos": 0, "duplicates": 1,
+    expected = {"rows": 4, "tokens": 66, "supervised": 16, "cut": 2, "without_eos": 1, "doubled_bos": 0, "duplicates": 1,
                 "largest_id": 257, "longest": 34, "batch": 2, "packing": 66 / 80}  # fmt: skip
     assert {name: data[name] for name in expected} == expected
     assert data["padding"] == pytest.approx(1 - 66 / 108) and data["lengths"]["6-10"] == 2
@@ -310,7 +310,7 @@ def test_the_page_in_a_browser(page, tmp_path):
         shown = tab.locator("details")
         assert shown.count() == 20 and tab.locator("details[open]").count() == 5
         first = shown.nth(0).locator(".row").inner_text()
-        assert first == "<s>" + qlora.visible(EVIL) + "x" * 256
+        assert first == "<s>" + qlora.escape_control_chars(EVIL) + "x" * 256
         second = shown.nth(1).locator(".row")
         assert second.locator("mark").all_inner_texts() == ["cd", "</s>"]
         assert second.locator("code").all_inner_texts() == ["<s>", "</s>"]

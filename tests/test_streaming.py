@@ -100,11 +100,11 @@ def stream_of(*argv):
     splits = qlora.load_splits(config, tokenizer)
 
     def windows(count, processes=1, rank=0, place=None, size=None):
-        args = qlora.dataclasses.replace(qlora.window_arguments(config.training))
+        args = qlora.dataclasses.replace(qlora.trainer_arguments(config.training))
         shared = {"world_size": processes, "process_index": rank, "train_batch_size": args.train_batch_size}
         shared |= {name: getattr(args, name) for name in ("seed", "data_seed", "train_sampling_strategy")}
         shown = type("Args", (), shared)
-        more = qlora.collate_window, MODEL, size or args.train_batch_size * processes, place or {}
+        more = qlora.collate_step, MODEL, size or args.train_batch_size * processes, place or {}
         stream = qlora.StreamedWindows(splits.train, tokenizer, config, shown, *more)
         return list(itertools.islice(iter(stream), count))
 

@@ -37,7 +37,7 @@ def folder_with(models, **options) -> Path:
 
 def encoded(tokenizer, source: str, target: str) -> list[int]:
     limits = qlora.Limits(source=10_000, target=10_000, total=None)
-    rows = {"segments": [qlora.pair(source, target)], "rendered": [False]}
+    rows = {"segments": [qlora.prompt_completion(source, target)], "rendered": [False]}
     return qlora.encode_batch(rows, tokenizer, limits)["input_ids"][0]
 
 
@@ -191,13 +191,13 @@ def test_an_override_must_be_in_the_vocabulary(run_qlora, flag):
 
 
 def test_overrides_reach_tokenizer_model_and_files(models, run_qlora, monkeypatch):
-    trained, speed_up = [], qlora.speed_up
+    trained, speed_up = [], qlora.enable_fast_path
 
     def spy(model, *args):
         trained.append(model)
         return speed_up(model, *args)
 
-    monkeypatch.setattr(qlora, "speed_up", spy)
+    monkeypatch.setattr(qlora, "enable_fast_path", spy)
     # <s> 256, </s> 257, <pad> 258, <unk> 259, <end> 260, <fill> 261, <begin> 262
     folder = folder_with(models, unk="<unk>", extra=("<end>", "<fill>", "<begin>"))
     run = run_qlora(

@@ -31,14 +31,14 @@ def rows_file(tmp_path):
 @pytest.fixture
 def batches(monkeypatch) -> list[list[tuple[int, ...]]]:
     """The training rows of every window that is collated, as tuples of ids."""
-    seen, collate = [], qlora.collate_window
+    seen, collate = [], qlora.collate_step
 
     def spy(rows, masked=False):
         if "length" in rows[0]:  # not one of those that the fast path is tried on
             seen.append([tuple(row["input_ids"]) for row in rows])
         return collate(rows, masked)
 
-    monkeypatch.setattr(qlora, "collate_window", spy)
+    monkeypatch.setattr(qlora, "collate_step", spy)
     return seen
 
 
@@ -48,7 +48,7 @@ def history(run, key: str) -> list[float]:
 
 @torch.no_grad()
 def negative_log_probabilities(model, row: dict) -> torch.Tensor:
-    """(learnt tokens, V): the output and EOS of one row, alone and unpadded."""
+    """(supervised tokens, V): the output and EOS of one row, alone and unpadded."""
     source, target = [tiny.BOS, *row["input"].encode()], [*row["output"].encode(), tiny.EOS]
     logits = model(input_ids=torch.tensor([source + target])).logits[0]
     return -F.log_softmax(logits[len(source) - 1 : -1].float(), dim=-1)
@@ -367,11 +367,11 @@ def test_padding_with_eos_hides_the_padding_and_not_the_eos(side, ids, mask, pos
         {"input_ids": [256, 98, 99], "labels": [-100, -100, 99]},
         {"input_ids": [98, 257], "labels": [98, 257]},  # nothing predicts the first token
     ]
-    window = qlora.collate_window(rows)["window"]
+    window = qlora.collate_step(rows)["window"]
     batch = qlora.padded_batch(window, [0, 1, 2], tiny.EOS, side)
     assert batch["input_ids"].tolist() == ids
     assert batch["attention_mask"].tolist() == mask
-    assert batch["positions"].tolist() == positions  # of the nine, which predict a learnt token
+    assert batch["positions"].tolist() == positions  # of the nine, which predict a supervised token
     assert batch["targets"].tolist() == [97, 257, 99, 257]
 
 

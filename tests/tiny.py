@@ -225,7 +225,7 @@ def write_byte_bpe(
     unk: str | None = "<unk>",
     extra: Sequence[str] = (),
 ) -> Path:
-    """A byte-level BPE of 508 learnt tokens; special tokens follow as in `byte_tokenizer`.
+    """A byte-level BPE of 508 supervised tokens; special tokens follow as in `byte_tokenizer`.
 
     Any special token may be None, and `pad` may equal `eos`. `extra` is for reserved tokens such as
     `<|reserved_special_token_0|>`: special in the backend, but with no role. Encoding adds no BOS.
@@ -246,7 +246,7 @@ def write_byte_bpe(
 def write_bare_sentencepiece(path: Path) -> Path:
     """Only `tokenizer.model`: a real SentencePiece BPE of 512 pieces, made as LLaMA's was.
 
-    `<unk>` 0, `<s>` 1, `</s>` 2, then 256 byte pieces, then what was learnt. Beside a config.json
+    `<unk>` 0, `<s>` 1, `</s>` 2, then 256 byte pieces, then what was supervised. Beside a config.json
     of model type llama, AutoTokenizer reads such a folder and gives wrong ids without a word.
     """
     import sentencepiece
@@ -352,7 +352,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("lfm2", {**_LFM2, "layer_types": ["conv", "full_attention"]}),  # tied; a convolution over the last tokens
     "mixtral": ("mixtral", {**_SHAPE, "num_key_value_heads": 2, "num_local_experts": 4}),  # experts stacked, 3-D
     "olmoe": ("olmoe", {**_SHAPE, "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}),
-    "opt": ("opt", _OPT),  # learnt positions from the mask; biases; the MLP's layers stand in the block
+    "opt": ("opt", _OPT),  # supervised positions from the mask; biases; the MLP's layers stand in the block
     "gpt_neox": ("gpt_neox", _SHAPE),  # biases; the head is embed_out on disk, lm_head in memory
     "mpt": ("mpt", _MPT),  # ALiBi; no biases anywhere; tied
     "falcon": ("falcon", _FALCON),  # tied; one key-value head; FalconLinear subclasses Linear

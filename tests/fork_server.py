@@ -1,7 +1,7 @@
-"""Runs of the program as processes of their own, which begin in milliseconds: one process imports, then forks for each.
+"""Runs of the program as processes of their own, which begin in milliseconds: one imports, then forks for each.
 
-    with Forks() as forks:
-        process = forks.start(["--max_steps", "4", ...], log=tmp_path / "log")
+    with Forks() as fork_server:
+        process = fork_server.start(["--max_steps", "4", ...], log=tmp_path / "log")
         process.kill(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
 
@@ -61,7 +61,7 @@ class Process:
 
 
 class Forks:
-    """The process that forks, seen from a test."""
+    """The process that fork_server, seen from a test."""
 
     def __init__(self) -> None:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, real signals to real processes, several processes that must agree: see forks.py."""
+"""SIGKILL at any moment, real signals to real processes, several processes that must agree: see fork_server.py."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import conftest
 import pytest
 import tiny
 import torch
-from forks import Forks, Process
+from fork_server import Forks, Process
 from safetensors.torch import load_file
 
 import qlora
@@ -25,7 +25,7 @@ TIMED = ("runtime", "per_second")  # what of a logged entry differs between two 
 
 
 @pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
+def fork_server() -> Iterator[Forks]:
     with Forks() as started:
         yield started
 
@@ -93,7 +93,7 @@ def states(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def steps_kept(output: Path) -> set[int]:
-    return {qlora.step_of(folder) for folder in qlora.checkpoints_in(output)}
+    return {qlora.checkpoint_step(folder) for folder in qlora.checkpoints_in(output)}
 
 
 def until(condition: Callable[[], Any], process: Process, seconds: float = 120) -> None:
@@ -154,25 +154,25 @@ def start_and_kill(kind: str, start: Callable[..., Process], output: Path, chanc
 
 
 def kill_and_compare(
-    forks: Forks, words: Callable[..., list[str]], folder: Path, kinds: list[str], seed: int, **flags: Any
+    fork_server: Forks, words: Callable[..., list[str]], folder: Path, kinds: list[str], seed: int, **flags: Any
 ) -> None:
     """The same command until it is done, killed once for each of `kinds`, against the run that nothing disturbs."""
     began, chance = time.monotonic(), random.Random(seed)
-    reference = forks.start(words("reference", **flags), folder / "reference.log")
+    reference = fork_server.start(words("reference", **flags), folder / "reference.log")
     assert reference.wait(600) == 0, reference.text()
     output, last = folder / "out", 0
     for number, kind in enumerate(kinds):
 
         def start(number: int = number, **options: Any) -> Process:
-            return forks.start(words("out", **flags), folder / f"{number}.log", **options)
+            return fork_server.start(words("out", **flags), folder / f"{number}.log", **options)
 
         what = start_and_kill(kind, start, output, chance)
         newest = qlora.find_last_checkpoint(output) if output.exists() else None
-        step = qlora.step_of(newest) if newest else 0
+        step = qlora.checkpoint_step(newest) if newest else 0
         print(f"kill {number + 1}, {kind}: {what}; the newest whole checkpoint is of step {step}")
         assert step >= last, "a checkpoint that was whole is lost"
         last = step
-    final = forks.start(words("out", **flags), folder / "final.log")
+    final = fork_server.start(words("out", **flags), folder / "final.log")
     assert final.wait(600) == 0, final.text()
     assert_same(output, folder / "reference")
     print(f"{len(kinds)} kills, seed {seed}, {time.monotonic() - began:.0f} s, {len(logged(output))} entries equal")
@@ -183,20 +183,20 @@ def kill_and_compare(
     assert any("eval_loss" in entry for entry in logged(output))
 
 
-def test_killed_four_times(forks, command, tmp_path):
+def test_killed_four_times(fork_server, command, tmp_path):
     """At the start, between steps, in the middle of a save, and at one of the calls that a save is made of."""
     kinds = ["step", "save", "start", "call"]
-    kill_and_compare(forks, command, tmp_path, kinds, seed=random.randrange(10**6), max_steps=30, packing=True)
+    kill_and_compare(fork_server, command, tmp_path, kinds, seed=random.randrange(10**6), max_steps=30, packing=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "by-length"])
-def test_killed_at_any_number_of_moments(forks, command, tmp_path, packing):
+def test_killed_at_any_number_of_moments(fork_server, command, tmp_path, packing):
     """QLORA_KILLS, 24 without it, in an order that QLORA_SEED repeats."""
     kills = int(os.environ.get("QLORA_KILLS", 24))
     seed = int(os.environ.get("QLORA_SEED", random.randrange(10**6)))
     kinds = random.Random(seed).choices(["start", "step", "save", "call"], (1, 2, 3, 3), k=kills)
-    kill_and_compare(forks, command, tmp_path, kinds, seed, max_steps=8 * kills, packing=packing)
+    kill_and_compare(fork_server, command, tmp_path, kinds, seed, max_steps=8 * kills, packing=packing)
 
 
 # ------------------------------------------------------------------------------------
@@ -212,10 +212,10 @@ def under_way(process: Process, steps: int = 1) -> None:
 
 
 @pytest.mark.parametrize("name", qlora.STOP_SIGNALS)
-def test_a_signal_to_all_of_a_run_finishes_the_step_and_saves(forks, command, tmp_path, name):
+def test_a_signal_to_all_of_a_run_finishes_the_step_and_saves(fork_server, command, tmp_path, name):
     """As a terminal and torchrun send it: to the workers that read data, too; SIGTERM and SIGUSR1 twice."""
     number = getattr(signal, name)
-    process = forks.start(command("out", **ENDLESS, dataloader_num_workers=2), tmp_path / "log")
+    process = fork_server.start(command("out", **ENDLESS, dataloader_num_workers=2), tmp_path / "log")
     under_way(process)
     os.killpg(process.pid, number)
     until(lambda: "finishing the step" in process.text(), process)
@@ -230,11 +230,11 @@ def test_a_signal_to_all_of_a_run_finishes_the_step_and_saves(forks, command, tm
     assert qlora.checkpoint_problem(tmp_path / f"out/checkpoint-{step}") is None
 
 
-def test_a_second_ctrl_c_stops_at_once(forks, command, tmp_path):
+def test_a_second_ctrl_c_stops_at_once(fork_server, command, tmp_path):
     """In the middle of a step of 4000 rows, which takes half a minute."""
     rows = tiny.rows_to_jsonl(tmp_path / "many.jsonl", tiny.support_rows(24) * 167)
     flags = ENDLESS | {"dataset": rows, "gradient_accumulation_steps": 2000, "dataloader_num_workers": 2}
-    process = forks.start(command("out", **flags), tmp_path / "log")
+    process = fork_server.start(command("out", **flags), tmp_path / "log")
     until(lambda: "ready after" in process.text(), process)
     time.sleep(0.5)
     process.kill(signal.SIGINT)
@@ -249,19 +249,21 @@ def test_a_second_ctrl_c_stops_at_once(forks, command, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_before_training_ends_the_run_at_once(forks, command, tmp_path, name):
-    process = forks.start(command("out", **ENDLESS), tmp_path / "log")
+def test_a_signal_before_training_ends_the_run_at_once(fork_server, command, tmp_path, name):
+    process = fork_server.start(command("out", **ENDLESS), tmp_path / "log")
     until(lambda: "objective:" in process.text(), process)  # the first line; the model is not loaded yet
     process.kill(getattr(signal, name))
     assert process.wait() == qlora.STOP_SIGNALS[name], process.text()
     assert f"interrupted by {name}" in process.text() and "Traceback" not in process.text()
 
 
-def test_processes_agree_on_the_step_at_which_a_signal_stops_them(forks, command, tmp_path):
+def test_processes_agree_on_the_step_at_which_a_signal_stops_them(fork_server, command, tmp_path):
     """gloo on a CPU, the ranks started one by one as srun does. The signal reaches one of them, and not the first."""
     rank = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20_000, 30_000))}
     words = command("out", **ENDLESS)
-    ranks = [forks.start(words, tmp_path / f"log{i}", rank | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(2)]
+    ranks = [
+        fork_server.start(words, tmp_path / f"log{i}", rank | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(2)
+    ]
     under_way(ranks[0], 2)
     ranks[1].kill(signal.SIGUSR1)
     assert [process.wait() for process in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
@@ -359,13 +361,13 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("room", [0.3, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.05, 0.7, 0.9, 0.97))])
-def test_a_real_disk_fills_up_during_a_save(forks, command, tmp_path, room):
+def test_a_real_disk_fills_up_during_a_save(fork_server, command, tmp_path, room):
     """A file system with room for one checkpoint and a part of the next: the first stays, and the line says so.
 
     Then there is room again, and the same command ends as if nothing had been.
     """
     flags = {"max_steps": 4, "eval_strategy": "no"}
-    assert forks.start(command("reference", **flags), tmp_path / "straight").wait() == 0
+    assert fork_server.start(command("reference", **flags), tmp_path / "straight").wait() == 0
     size = sum(path.stat().st_size for path in (tmp_path / "reference/checkpoint-2").iterdir())
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -373,14 +375,14 @@ def test_a_real_disk_fills_up_during_a_save(forks, command, tmp_path, room):
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this user may not mount; the limit on a file's size is tested all the same")
     try:
-        full = forks.start(command("disk/out", **flags), tmp_path / "full")
+        full = fork_server.start(command("disk/out", **flags), tmp_path / "full")
         assert full.wait() == 2, full.text()
         (line,) = [line for line in full.text().splitlines() if line.startswith("error: ")]
         assert "checkpoint-4: not saved: " in line and "Traceback" not in full.text()
         assert steps_kept(disk / "out") == {2} and not list((disk / "out").glob(".saving-*"))
         assert qlora.checkpoint_problem(disk / "out/checkpoint-2") is None
         subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
-        assert forks.start(command("disk/out", **flags), tmp_path / "again").wait() == 0
+        assert fork_server.start(command("disk/out", **flags), tmp_path / "again").wait() == 0
         assert_same(disk / "out", tmp_path / "reference")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -397,13 +399,13 @@ def test_a_real_disk_fills_up_during_a_save(forks, command, tmp_path, room):
     ],
     ids=lambda place: place[1],
 )
-def test_a_limit_on_the_size_of_files_is_told_by_each_library_that_writes(forks, command, tmp_path, full_at):
+def test_a_limit_on_the_size_of_files_is_told_by_each_library_that_writes(fork_server, command, tmp_path, full_at):
     """RLIMIT_FSIZE, for a quota: the kernel refuses what is written beyond it. Then the limit is gone."""
     flags = {"eval_strategy": "no", "max_steps": 4}
-    first = forks.start(command("out", **flags | {"max_steps": 2}), tmp_path / "first")
+    first = fork_server.start(command("out", **flags | {"max_steps": 2}), tmp_path / "first")
     assert first.wait() == 0, first.text()
     before = snapshot(tmp_path / "out/checkpoint-2")
-    limited = forks.start(command("out", **flags), tmp_path / "limited", full_at=full_at)
+    limited = fork_server.start(command("out", **flags), tmp_path / "limited", full_at=full_at)
     assert limited.wait() == 2, limited.text()
     (line,) = [line for line in limited.text().splitlines() if line.startswith("error: ")]
     assert f"{tmp_path / 'out'}/checkpoint-4: not saved: " in line and "Traceback" not in limited.text()
@@ -411,10 +413,10 @@ def test_a_limit_on_the_size_of_files_is_told_by_each_library_that_writes(forks,
     assert not list((tmp_path / "out").glob(".saving-*"))
 
 
-def test_a_folder_that_can_no_longer_be_written(forks, command, tmp_path):
+def test_a_folder_that_can_no_longer_be_written(fork_server, command, tmp_path):
     """A file stands where the folder of the run was: so even root can't write there. The folder itself is whole."""
     flags = {"max_steps": 100_000, "save_steps": 2, "save_total_limit": 1, "eval_strategy": "no"}
-    process = forks.start(command("out", **flags), tmp_path / "log")
+    process = fork_server.start(command("out", **flags), tmp_path / "log")
     until(lambda: steps_kept(tmp_path / "out"), process)
     (tmp_path / "out").rename(tmp_path / "away")
     (tmp_path / "out").write_text("")

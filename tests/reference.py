@@ -1,9 +1,9 @@
 """A model twice, as the libraries compute it and on the fast path, and what of the two must agree.
 
-    both = twins.make(models("llama"), bits=4)
-    expected = twins.stock(both.stock, rows)            # row by row, peft's layers, all logits
-    got = twins.quick(both, twins.window(rows))         # rows end to end, fused, in chunks, recomputed
-    twins.assert_equal(got, expected, 1e-9)
+    both = reference.make(models("llama"), bits=4)
+    expected = reference.stock(both.stock, rows)            # row by row, peft's layers, all logits
+    got = reference.quick(both, reference.window(rows))         # rows end to end, fused, in chunks, recomputed
+    reference.assert_equal(got, expected, 1e-9)
 
 Used by test_fast_path.py on a CPU in float64 and by test_fast_path_gpu.py in bf16.
 """
@@ -60,7 +60,7 @@ def make(folder: Path, model: Any = None, dtype: torch.dtype | None = torch.floa
     if dtype == torch.float64:
         widen(unpack(other))
         widen(model)
-    fast = qlora.speed_up(model, base_of(model), config)
+    fast = qlora.enable_fast_path(model, base_of(model), config)
     return Twins(other.train(), model.train(), fast, config)
 
 
@@ -137,7 +137,7 @@ def draw_alike(model: Any) -> Any:
 
 
 def rows_of(lengths: Sequence[int], seed: int = 0, vocabulary: int = 256) -> list[dict[str, list[int]]]:
-    """Rows of these lengths: a third is prompt, the rest is learnt."""
+    """Rows of these lengths: a third is prompt, the rest is supervised."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for length in lengths:
@@ -146,9 +146,9 @@ def rows_of(lengths: Sequence[int], seed: int = 0, vocabulary: int = 256) -> lis
     return rows
 
 
-def window_of(rows: Sequence[dict[str, Any]]) -> qlora.Window:
+def window_of(rows: Sequence[dict[str, Any]]) -> qlora.StepBatch:
     """The rows as the Trainer hands them out."""
-    return qlora.collate_window(rows)["window"]
+    return qlora.collate_step(rows)["window"]
 
 
 # ------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def window_of(rows: Sequence[dict[str, Any]]) -> qlora.Window:
 
 
 def stock(model: Any, rows: Sequence[dict[str, Any]]) -> Found:
-    """Row by row and without padding: nothing can see a neighbour. The mean over all learnt tokens, in float64."""
+    """Row by row and without padding: nothing can see a neighbour. The mean over all supervised tokens, in float64."""
     total: Any = 0.0
     device = base_of(model).get_input_embeddings().weight.device
     for row in rows:
@@ -166,7 +166,7 @@ def stock(model: Any, rows: Sequence[dict[str, Any]]) -> Found:
             continue
         logits = model(input_ids=ids[None]).logits[0, :-1].double()
         total = total + F.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=IGNORE)
-    total = total / learnt(window_of(rows))
+    total = total / supervised(window_of(rows))
     total.backward()
     return found(model, total)
 
@@ -174,7 +174,7 @@ def stock(model: Any, rows: Sequence[dict[str, Any]]) -> Found:
 def quick(
     model: Any,
     fast: qlora.FastPath,
-    window: qlora.Window,
+    window: qlora.StepBatch,
     parts: Sequence[Sequence[int]] | None = None,
     recomputed: int = 0,
     side: str = "right",
@@ -184,20 +184,20 @@ def quick(
 ) -> Found:
     """A window through the parts that `fast` names, in the micro-batches `parts`; one of all members if None.
 
-    The loss is the mean over the window's learnt tokens, as in training; with `bf16` the products are in bf16.
+    The loss is the mean over the window's supervised tokens, as in training; with `bf16` the products are in bf16.
     """
-    base, total, items = base_of(model), 0.0, learnt(window)
+    base, total, items = base_of(model), 0.0, supervised(window)
     device = base.get_input_embeddings().weight.device
     if fast.head is not None:
         fast = fast._replace(head=base.get_output_embeddings())  # of this twin
-    qlora.set_recomputed(base, recomputed, fast)
-    with qlora.attention_of(base, fast.attention):
+    qlora.set_recomputed_layers(base, recomputed, fast)
+    with qlora.attention_implementation(base, fast.attention):
         for members in [range(len(window.input_ids))] if parts is None else parts:
             if fast.attention:
-                batch = qlora.end_to_end_batch(window, list(members), filled)
+                batch = qlora.padding_free_batch(window, list(members), filled)
             else:
                 batch = qlora.padded_batch(window, list(members), 0, side)
-            batch = qlora.on_device(batch, device)
+            batch = qlora.to_device(batch, device)
             with torch.autocast(device.type, torch.bfloat16, bf16):
                 total_of_batch = (
                     all_logits(model, batch) if fast.head is None else qlora.summed_loss(model, fast, batch, smoothing)
@@ -205,7 +205,7 @@ def quick(
             loss = total_of_batch * (1 / items)
             loss.backward()
             total = total + loss.detach()
-    qlora.set_recomputed(base, 0, fast)
+    qlora.set_recomputed_layers(base, 0, fast)
     return found(model, total)
 
 
@@ -217,7 +217,7 @@ def all_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return F.cross_entropy(wide, batch["targets"], reduction="sum")
 
 
-def learnt(window: qlora.Window) -> int:
+def supervised(window: qlora.StepBatch) -> int:
     """Tokens that the window's loss is the mean of."""
     return max(1, sum(int((labels != IGNORE).sum()) for labels in window.labels))
 
@@ -263,14 +263,14 @@ def counted() -> Iterator[Counter[str]]:
         for name, forward in kept.items():
             getattr(qlora, name).forward = staticmethod(partial(_count, calls, name, forward))
         qlora.Recompute.backward = staticmethod(partial(_count, calls, "again", again))  # type: ignore[assignment]
-        attention = partial(_count, calls, "end_to_end_attention", qlora.end_to_end_attention)
-        ALL_ATTENTION_FUNCTIONS.register(qlora.END_TO_END, attention)
+        attention = partial(_count, calls, "end_to_end_attention", qlora.varlen_attention)
+        ALL_ATTENTION_FUNCTIONS.register(qlora.VARLEN_ATTENTION, attention)
         yield calls
     finally:
         for name, forward in kept.items():
             getattr(qlora, name).forward = staticmethod(forward)
         qlora.Recompute.backward = staticmethod(again)  # type: ignore[assignment]
-        ALL_ATTENTION_FUNCTIONS.register(qlora.END_TO_END, qlora.end_to_end_attention)
+        ALL_ATTENTION_FUNCTIONS.register(qlora.VARLEN_ATTENTION, qlora.varlen_attention)
 
 
 def _count(calls: Counter[str], name: str, function: Any, *args: Any, **kwargs: Any) -> Any:

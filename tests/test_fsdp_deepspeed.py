@@ -1,6 +1,6 @@
 """Several processes with gloo on a CPU under each engine, started one by one as srun does: the same run as one makes.
 
-The processes are forked (forks.py), so that the libraries are imported once. Of an accelerator without GPUs torch takes
+The processes are forked (fork_server.py), so that the libraries are imported once. Of an accelerator without GPUs torch takes
 everything but the kernels: sharding, gathering, saving and resuming are the engines' own.
 """
 
@@ -21,10 +21,10 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT, _to_argv, missing
-from forks import Forks, Process
+from fork_server import Forks, Process
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_processes import AS_GPUS, children, losses, same, until
+from test_ddp import AS_GPUS, children, losses, same, until
 from transformers import AutoModelForCausalLM
 
 import qlora
@@ -66,13 +66,13 @@ def deepspeed() -> None:
 
 
 @pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
+def fork_server() -> Iterator[Forks]:
     with Forks() as started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def start(forks, models, tmp_path_factory) -> Callable[..., list[Process]]:
+def start(fork_server, models, tmp_path_factory) -> Callable[..., list[Process]]:
     """`start(processes, folder, before="", **flags)`: 6 steps, the last of an epoch with 3 rows for 8 places."""
     here = tmp_path_factory.mktemp("ranks")
     data = tiny.rows_to_jsonl(here / "rows.jsonl", tiny.support_rows(23))
@@ -95,8 +95,8 @@ def start(forks, models, tmp_path_factory) -> Callable[..., list[Process]]:
     def begin(processes: int, folder: Path, before: str = "", **flags: Any) -> list[Process]:
         words, log = words_of(processes, folder, **flags), folder.with_name(f"{folder.name}.log")
         if processes == 1:
-            return [forks.start(words, log, before=before)]
-        return forks.start_ranks(processes, words, log, before=before)
+            return [fork_server.start(words, log, before=before)]
+        return fork_server.start_ranks(processes, words, log, before=before)
 
     begin.folder, begin.words_of = here, words_of
     return begin
@@ -521,7 +521,7 @@ def test_a_signal_to_torchrun_or_to_one_process_saves_and_the_rerun_is_exact(sta
     for name, log in logs.items():
         (last,) = re.findall(r"stopped by SIGTERM at step (\d+), saved; the same command goes on from there", log)
         newest = qlora.find_last_checkpoint(tmp_path / name)
-        assert qlora.step_of(newest) == int(last) < 40 and not errors(log)
+        assert qlora.checkpoint_step(newest) == int(last) < 40 and not errors(log)
         assert {path.name for path in newest.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
         assert not (tmp_path / name / "completed").exists()
     again = [

@@ -141,7 +141,7 @@ def test_numbers_are_read_one_step_late_unless_something_is_due(run_qlora, monke
 
 
 # ------------------------------------------------------------------------------------
-# Nothing is learnt
+# Nothing is supervised
 # ------------------------------------------------------------------------------------
 
 

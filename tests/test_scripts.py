@@ -50,7 +50,7 @@ def test_precision(run_proof, tmp_path):
     assert len({json.dumps(run["data"]) for run in runs.values()}) == 1  # the same rows held out
     for run in runs.values():
         assert len(run["loss"]) == 1 and [entry["step"] for entry in run["eval"]] == [0, 1]
-    # 16 rows are one step: before anything is learnt only the weights' precision tells the losses apart
+    # 16 rows are one step: before anything is supervised only the weights' precision tells the losses apart
     assert runs[names[0], 3]["loss"] == pytest.approx(runs[names[0], 4]["loss"], rel=1e-6)
     assert runs[names[0], 3]["loss"] != pytest.approx(runs[names[1], 3]["loss"], rel=1e-5)
     after = {key: run["eval"][1]["eval_loss"] for key, run in runs.items()}

@@ -301,7 +301,7 @@ def test_of_a_signal_nobody_speaks_who_has_heard_why(monkeypatch, rank, heard, s
     store = torch.distributed.HashStore()
     for other, message in heard.items():
         store.set(f"qlora/{other}", message)
-    monkeypatch.setattr(qlora, "world", lambda: (rank, len(heard) + 1))
+    monkeypatch.setattr(qlora, "rank_and_world_size", lambda: (rank, len(heard) + 1))
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     assert qlora.said_once(SIGNAL, lost=False, stopped=True) == (SIGNAL if speaks else None)
@@ -314,8 +314,8 @@ def test_a_window_is_shared_out_whole(monkeypatch, processes):
     lengths = [3, 50, 7, 7, 41, 9, 12, 30, 2, 8, 8]
     shares = []
     for rank in range(processes):
-        monkeypatch.setattr(qlora, "world", lambda rank=rank: (rank, processes))
-        shares.append(list(qlora.Shares(torch_order(11), 8, lengths, drop_last=False)))
+        monkeypatch.setattr(qlora, "rank_and_world_size", lambda rank=rank: (rank, processes))
+        shares.append(list(qlora.DistributedWindowSampler(torch_order(11), 8, lengths, drop_last=False)))
     assert [sorted(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == [list(range(8)), [8, 9, 10]]
     if processes == 2:
         tokens = [sum(lengths[row] for row in share[0]) for share in shares]
@@ -330,18 +330,18 @@ def torch_order(rows):
 def test_batches_are_dealt_evenly_and_gathered_once(monkeypatch, count, size, processes):
     dealt = []
     for rank in range(processes):
-        monkeypatch.setattr(qlora, "world", lambda rank=rank: (rank, processes))
-        dealt.append(qlora.dealt_batches(count, size))
+        monkeypatch.setattr(qlora, "rank_and_world_size", lambda rank=rank: (rank, processes))
+        dealt.append(qlora.rank_batches(count, size))
     assert len({len(batches) for batches in dealt}) == 1
     cut = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
     assert all(batch in cut for batches in dealt for batch in batches)
     parts = [{number: f"row {number}" for batch in batches for number in batch} for batches in dealt]
-    monkeypatch.setattr(qlora, "from_all", lambda mine: parts)
-    assert qlora.gathered({}) == [f"row {number}" for number in range(count)]
+    monkeypatch.setattr(qlora, "all_gather_object", lambda mine: parts)
+    assert qlora.gather_results({}) == [f"row {number}" for number in range(count)]
 
 
 def test_a_share_of_no_rows_is_one_token_that_nobody_learns():
-    batch = qlora.collate_window([])
+    batch = qlora.collate_step([])
     assert (batch["labels"] == qlora.IGNORE).all() and batch["window"].lengths == [1] and batch["window"].rows == []
 
 

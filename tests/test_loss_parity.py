@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 # ------------------------------------------------------------------------------------
-# What is documented: a row -> stretches of text, each learnt or not. BOS and EOS are added later, as ids.
+# What is documented: a row -> stretches of text, each supervised or not. BOS and EOS are added later, as ids.
 # ------------------------------------------------------------------------------------
 SEPARATOR = object()  # in a prompt: the tokenizer's own EOS, then its BOS
 
@@ -161,7 +161,7 @@ def load(folder, **options):
 
 
 def logged_losses(run_qlora, folder, file, **flags):
-    """The program's loss at every step, one row after the other, nothing learnt."""
+    """The program's loss at every step, one row after the other, nothing supervised."""
     run = run_qlora(
         **{
             "model_name_or_path": folder,
@@ -206,7 +206,7 @@ def test_the_loss_of_every_row(run_qlora, models, tmp_path, name):
 
 VARIANTS = {
     "cut on the right": ({"source_max_len": 9, "target_max_len": 6}, lambda s, t: cut(s, t, (9, 6))),
-    "the source learnt": ({"train_on_source": True}, lambda s, t: cut(s, t, (400, 100), True)),
+    "the source supervised": ({"train_on_source": True}, lambda s, t: cut(s, t, (400, 100), True)),
     "one limit, cut on the left": (
         {"model_max_len": 24, "skip_excess_length": False, "source_max_len": None, "target_max_len": None},
         lambda s, t: cut(s[:1] + s[1:][-(23 - len(t)) :] if len(s + t) > 24 else s, t, (400, 100)),
@@ -290,7 +290,7 @@ def write_chatml(path):
 
 @pytest.mark.parametrize("name", ["messages", "sharegpt"])
 def test_a_chat_by_the_template(run_qlora, models, tmp_path, name):
-    """Every answer is learnt with its stop token, nothing else; what follows the last answer is left out.
+    """Every answer is supervised with its stop token, nothing else; what follows the last answer is left out.
 
     A byte is its own id, so the template's text spells the ids, and its two special tokens are added by hand.
     """
@@ -321,8 +321,8 @@ def both(row):
 
 
 def stretches(row):
-    return [{"text": row["q"], "learnt": False}, {"text": row["a"], "learnt": True},
-            {"text": " so ", "learnt": False}, {"text": "end", "learnt": True}]
+    return [{"text": row["q"], "supervised": False}, {"text": row["a"], "supervised": True},
+            {"text": " so ", "supervised": False}, {"text": "end", "supervised": True}]
 """
 
 
@@ -336,9 +336,9 @@ def test_a_function_of_ones_own(run_qlora, models, tmp_path, function):
         pieces = {"both": [(row["q"] + "?", 0), (row["a"], 1)]}
         pieces["stretches"] = [(row["q"], 0), (row["a"], 1), (" so ", 0), ("end", 1)]
         ids, labels = [tiny.BOS], [-100]
-        for text, learnt in pieces[function]:
+        for text, supervised in pieces[function]:
             ids += text.encode()
-            labels += text.encode() if learnt else [-100] * len(text.encode())
+            labels += text.encode() if supervised else [-100] * len(text.encode())
         expected.append(loss_of(model, [([*ids, tiny.EOS], [*labels, tiny.EOS])]))
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
     losses = logged_losses(run_qlora, folder, file, dataset_format=f"{tmp_path / 'own.py'}:{function}")
