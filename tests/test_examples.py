@@ -4,6 +4,7 @@ One run is trained on a handful of conversations until it knows them by heart, s
 """
 
 import io
+import itertools
 import json
 import os
 import re
@@ -20,12 +21,14 @@ from unittest.mock import MagicMock
 import chat
 import chat_gradio
 import generate
+import loop
 import pytest
 import talk
 import tiny
 import torch
 from conftest import ROOT, extra, missing, preserved_state
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import qlora
@@ -427,6 +430,50 @@ def test_the_scripts_as_processes(trained):
     for process, expected in running:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0 and out.strip("\n") == expected.strip("\n"), err
+
+
+# ------------------------------------------------------------------------------------
+# The plain loop
+# ------------------------------------------------------------------------------------
+LOOP_ROWS = {
+    "alpaca": tiny.ALPACA_ROWS,
+    "input-output": tiny.support_rows(11),
+    "text": [{"text": f"{row['input']} {row['output']}</s>."} for row in tiny.support_rows(11)],
+}
+
+
+@pytest.mark.parametrize("name", LOOP_ROWS)
+def test_the_plain_loop_and_qlora_compute_the_same_losses(run_qlora, models, tmp_path, name):
+    """Two micro-batches a step and more than one epoch; the saved adapters have the same tensors."""
+    base = models("llama", tokenizer="byte_bpe")
+    rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", LOOP_ROWS[name])
+    words = "--steps 5 --batch_size 2 --accumulation_steps 2 --rank 4 --learning_rate 1e-2 --seed 3 --no-shuffle"
+    with preserved_state():
+        losses = loop.main([str(base), str(rows), str(tmp_path / "loop"), *words.split()])
+    run = run_qlora(
+        model_name_or_path=base, dataset=rows, dataset_format=name, max_steps=5, gradient_accumulation_steps=2,
+        bits=4, learning_rate=1e-2, seed=3, train_sampling_strategy="sequential", source_max_len=1024,
+        target_max_len=1024,
+    )  # fmt: skip
+    logged = [entry["loss"] for entry in run.json("trainer_state.json")["log_history"] if "loss" in entry]
+    assert logged == pytest.approx(losses, rel=1e-5)
+    assert losses[-1] < losses[0]
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "loop", run.output_dir)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for key, tensor in adapters[0].items():
+        assert torch.allclose(tensor, adapters[1][key], atol=1e-3), key
+
+
+def test_the_plain_loop_shuffles_by_the_seed():
+    rows = list(range(6))
+    first, again, other = (list(itertools.islice(loop.windows(rows, 4, True, seed), 4)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert sorted(first[0] + first[1]) == sorted(first[2] + first[3]) == rows and len(first[1]) == 2
+
+
+def test_the_plain_loop_cuts_long_rows_and_supervises_the_answer(byte_tokenizer):
+    row = loop.encode({"input": "ab", "output": "cd"}, byte_tokenizer, 5)
+    assert row == {"input_ids": [tiny.BOS, *b"abcd"], "labels": [-100, -100, -100, *b"cd"]}
 
 
 # ------------------------------------------------------------------------------------
