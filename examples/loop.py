@@ -115,7 +115,7 @@ def window_loss(model: Any, window: list[Any], batch_size: int) -> float:
     for start in range(0, len(window), batch_size):
         batch = collate(window[start : start + batch_size])
         labels = batch.pop("labels")[:, 1:]  # position t predicts token t + 1
-        with torch.autocast(DEVICE.type, DTYPE, enabled=DTYPE != torch.float32):
+        with torch.autocast(DEVICE.type, DTYPE, enabled=DTYPE is torch.bfloat16):
             logits = model(**batch).logits[:, :-1].float()  # (rows, tokens - 1, vocabulary)
         summed = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
         loss = summed / max(supervised, 1)
