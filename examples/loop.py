@@ -141,7 +141,7 @@ def fine_tune(args: argparse.Namespace) -> list[float]:
         norm = torch.nn.utils.clip_grad_norm_(parameters, 0.3)
         optimizer.step()  # at a constant rate
         optimizer.zero_grad()
-        print(f"step {step}: loss {losses[-1]:.4f}, gradient norm {float(norm):.3f}", flush=True)
+        print(f"step {step}: loss {losses[-1]:.6f}, gradient norm {float(norm):.3f}", flush=True)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     return losses
