@@ -1,30 +1,41 @@
 #!/usr/bin/env python3
-"""QLoRA in one file: fine-tune a language model whose frozen weights are held in 4 bits.
+"""QLoRA in one file: fine-tune a language model by training LoRA adapters on a frozen base in 4 bits.
 
-    python qlora.py --model_name_or_path M --dataset D --output_dir OUT      train
-    python qlora.py run.yaml --learning_rate 1e-4                            flags from a file
-    python qlora.py OLD/run.json --output_dir NEW                            repeat a run, say what differs
-    python qlora.py … --do_train False --do_predict --predict_with_generate  use what was trained
+    python qlora.py --model_name_or_path MODEL --dataset DATA --output_dir OUT    train
+    python qlora.py run.yaml --learning_rate 1e-4                                 read flags from a file
+    python qlora.py OLD/run.json --output_dir NEW                                 repeat a run and list what differs
+    python qlora.py ... --do_train False --do_predict --predict_with_generate     predict with a trained adapter
 
-A base model is loaded in 4, 8, 16 or 32 bit, LoRA adapters go on every linear layer, every row of the dataset becomes
-text that is supervised or not, and the Hugging Face Trainer trains the adapters with a paged optimizer. The method is
-QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314); flags, defaults, prompts, labels and files are those of
-its original script (https://github.com/artidoro/qlora), except where the README's list of differences says otherwise.
+The base is loaded in 4, 8, 16 or 32 bits, every linear layer gets a LoRA adapter, dataset rows become segments of text
+that are supervised or not, and the Hugging Face Trainer trains the adapters with a paged optimizer. The method is
+QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314). Flags, defaults, prompts, labels and output files are
+those of the original script (https://github.com/artidoro/qlora); the README lists the differences.
 
-The file reads from top to bottom, and a room uses only rooms above it:
+Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports           6 Tokenizer   11 Plan           16 Stages
-     2 Errors            7 Encoding    12 Checkpoints    17 Main
-     3 Dataset formats   8 Model       13 Processes
-     4 Arguments         9 LoRA        14 Evaluation
-     5 Loading          10 Fast path   15 Trainer
+     1 Imports             35-171
+     2 Errors             174-240
+     3 Dataset formats    243-576
+     4 Arguments         579-1323
+     5 Loading          1326-1782
+     6 Tokenizer        1785-1877
+     7 Encoding         1880-2501
+     8 Model            2504-2932
+     9 LoRA             2935-3096
+    10 Fast path        3099-4374
+    11 Plan             4377-4864
+    12 Checkpoints      4867-5157
+    13 Processes        5160-5311
+    14 Evaluation       5314-5550
+    15 Trainer          5553-6278
+    16 Stages           6281-6733
+    17 Main             6736-6976
 """
 
 # ------------------------------------------------------------------------------------
 # 1. Imports
 #
-# torch, transformers, peft, bitsandbytes and datasets come with the Trainer in any case. matplotlib is imported where
-# it is used.
+# transformers' Trainer needs torch, peft, bitsandbytes and datasets anyway; matplotlib is imported where it is used.
 # ------------------------------------------------------------------------------------
 # ruff: noqa: E402
 
@@ -74,15 +85,15 @@ from functools import lru_cache, partial, partialmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
 
-# Nothing goes over the network but what the user named. Before the libraries are imported: most read these once.
+# Send nothing over the network that the user did not ask for. Most libraries read these variables when imported.
 os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-    "DISABLE_SAFETENSORS_CONVERSION": "1",  # transformers would ask a service of the hub to convert .bin weights
+    "DISABLE_SAFETENSORS_CONVERSION": "1",  # else transformers asks a hub service to convert .bin weights
 } | os.environ
 
-# transformers imports bitsandbytes, which then says that it lacks a kernel no release has, and, in every 8-bit layer of
-# every step, that it casts its input. Both are as they should be. What can't run without values the plan says itself.
+# bitsandbytes warns of a CPU kernel that no release has and of casts in every 8-bit layer, both harmless; torch's fake
+# tensors warn of operations that the plan reports itself.
 for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torch._subclasses.fake_tensor"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)
 
@@ -151,63 +162,63 @@ from transformers.utils.chat_template_utils import render_jinja_template
 try:
     import triton
     import triton.language as tl
-except ImportError:  # without a GPU: the same is done in torch
+except ImportError:  # without a GPU, torch does the same
     triton = None
 
 log = logging.getLogger("qlora")
 
-IGNORE = -100  # a label that the loss leaves out
+IGNORE = -100  # label that the loss ignores
 GIB = 2**30
 
 
 # ------------------------------------------------------------------------------------
 # 2. Errors
 #
-# What a user can mend is a QLoRAError: main prints its message in one line and returns 2. A message says what was
-# found, what was expected, and the way out. Everything else is our bug and keeps its traceback.
+# A QLoRAError is something that the user can fix: main prints it as one line and returns 2. Its message says what was
+# found, what was expected and what to do. Every other exception is a bug and keeps its traceback.
 # ------------------------------------------------------------------------------------
 class QLoRAError(Exception):
-    """Something that the user can mend."""
+    """Something that the user can fix."""
 
 
 class ConfigError(QLoRAError):
-    """A flag, a combination of flags, or a model that does not fit them."""
+    """A wrong flag, flags that conflict, or a model that they do not fit."""
 
 
 class DataError(QLoRAError):
-    """A dataset, a file of it, or a row."""
+    """An unusable dataset, file or row."""
 
 
 class PeerFailure(QLoRAError):
-    """Another process of this run is there no more."""
+    """Another rank of this run has exited."""
 
 
 class RowError(ValueError):
-    """What is wrong with one row; becomes a DataError that also names file and line, or a line of rejected.jsonl."""
+    """What is wrong with one row, without its place: file and line are added by whoever reads the file."""
 
     def __init__(self, message: str, raw: Any = None) -> None:
         super().__init__(message)
-        self.raw = raw  # what stood there, where it could not become a row
+        self.raw = raw  # the text of a line that could not be parsed
 
 
 def escape_control_chars(text: str) -> str:
-    """Text in which nothing hides or commands a terminal: what is not printable stands as its escape."""
+    """Escape unprintable characters, so that text from a file can neither hide nor control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shorten(error: object) -> str:
-    """The first lines of a library's message or of a value, joined, short enough to read."""
+    """An error or a value as one line of at most 400 characters."""
     text = escape_control_chars(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 400 else text[:397] + "..."
 
 
-def format_table(lines: Mapping[str, Any]) -> str:
+def format_table(rows: Mapping[str, Any]) -> str:
     """Names and values in two columns."""
-    width = max(map(len, lines))
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in lines.items())
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
 
 
-# What libraries raise over a user's files and flags; not RuntimeError, which is as often our bug.
+# What libraries raise because of a user's files and flags. RuntimeError is just as often a bug of ours.
 LIBRARY_ERRORS: tuple[type[Exception], ...] = (
     OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError,
     ArithmeticError, RecursionError, yaml.YAMLError, zlib.error, SafetensorError, TemplateError, pickle.UnpicklingError,
@@ -218,13 +229,13 @@ LIBRARY_ERRORS: tuple[type[Exception], ...] = (
 def reraise_as_user_error(
     what: str, kind: type[QLoRAError] = ConfigError, *also: type[BaseException]
 ) -> Iterator[None]:
-    """A library's complaint as one line of ours that begins with `what`: the flag or file that it is about."""
+    """Re-raise library errors as one user-facing line prefixed with `what`, the flag or file at fault."""
     try:
         yield
-    except torch.OutOfMemoryError:  # says what it is by itself, and training makes room
+    except torch.OutOfMemoryError:  # handled by training, which retries with less
         raise
-    except pickle.UnpicklingError as error:  # torch advises to load it all the same
-        raise kind(f"{what}: a pickle with more than tensors in it, which is not read") from error
+    except pickle.UnpicklingError as error:  # torch's own message suggests to disable the protection
+        raise kind(f"{what}: a pickle that holds more than tensors, which is not loaded") from error
     except (*LIBRARY_ERRORS, *also) as error:
         raise kind(f"{what}: {shorten(error)}") from error
 

@@ -723,6 +723,7 @@ RULES = [
     ("--mask_prob 0", "mask_prob 0"),
     ("--mask_prob 1.1", "mask_prob 1.1"),
     ("--mask_prob nan", "mask_prob nan"),
+    ("--mask_replace_prob -0.1", "mask_replace_prob -0.1"),
     ("--mask_replace_prob 1", "mask_replace_prob random_replace_prob 1 0.1"),  # 1.1 with the default of the other
     ("--random_replace_prob -0.1", "random_replace_prob -0.1"),
     ("--random_replace_prob nan", "random_replace_prob nan"),
