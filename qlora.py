@@ -16,20 +16,20 @@ Read the file from top to bottom, along the path of the data: every room uses on
      1 Imports             35-171
      2 Errors             174-240
      3 Dataset formats    243-576
-     4 Arguments         579-1323
-     5 Loading          1326-1782
-     6 Tokenizer        1785-1877
-     7 Encoding         1880-2501
-     8 Model            2504-2932
-     9 LoRA             2935-3096
-    10 Fast path        3099-4374
-    11 Plan             4377-4864
-    12 Checkpoints      4867-5157
-    13 Processes        5160-5311
-    14 Evaluation       5314-5550
-    15 Trainer          5553-6278
-    16 Stages           6281-6733
-    17 Main             6736-6976
+     4 Arguments         579-1319
+     5 Loading          1322-1778
+     6 Tokenizer        1781-1873
+     7 Encoding         1876-2497
+     8 Model            2500-2928
+     9 LoRA             2931-3092
+    10 Fast path        3095-4370
+    11 Plan             4373-4860
+    12 Checkpoints      4863-5153
+    13 Processes        5156-5307
+    14 Evaluation       5310-5546
+    15 Trainer          5549-6274
+    16 Stages           6277-6729
+    17 Main             6732-6972
 """
 
 # ------------------------------------------------------------------------------------
@@ -1092,7 +1092,7 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("include_sources", "a comma-separated list, or ALL", lambda x: x.strip(" ,")),
     ("dataset", "a preset, a file, a folder or a hub id", lambda x: x.strip(" ,")),
     ("dataset", f"one of {', '.join(DATASETS)}, or data of your own; vicuna was never released",
-     lambda x: "vicuna" not in re.split("[ ,]+", x)),
+     lambda x: "vicuna" not in x.replace(" ", "").split(",")),
     ("dataset_format", f"one of {', '.join(FORMATS)}, or path.py:function with a file that exists",
      lambda x: x in FORMATS or ((custom := CUSTOM_FORMAT.fullmatch(x)) and Path(custom[1]).is_file())),
 )  # fmt: skip
@@ -1105,6 +1105,7 @@ MUTUALLY_EXCLUSIVE = (
     ("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
     ("model_max_len", "source_max_len"), ("model_max_len", "target_max_len"), ("adam8bit", "optim"),
     ("layers_to_freeze", "layer_freeze_ratio"), ("overwrite_output_dir", "resume_from_checkpoint"),
+    ("streaming", "packing"),
 )  # fmt: skip
 
 
@@ -1189,8 +1190,6 @@ def check_streaming(flags: Any, explicitly_set: frozenset[str]) -> None:
         raise ConfigError(f"--streaming: --eval_dataset_size {flags.eval_dataset_size:g} must be a number of rows")
     if "," in flags.dataset and not Path(flags.dataset).exists():
         raise ConfigError("--streaming reads one --dataset: name a single one, or a folder of files")
-    if flags.packing:
-        raise ConfigError("--streaming keeps the stream's order and does not pack rows: leave out --packing")
     if flags.train_sampling_strategy != "random" and "train_sampling_strategy" in explicitly_set:
         strategy = flags.train_sampling_strategy
         raise ConfigError(f"--streaming keeps the stream's order: leave out --train_sampling_strategy {strategy}")
@@ -1204,10 +1203,8 @@ def check_training(flags: Any) -> None:
     metrics = ["loss", "perplexity", *(["masked_accuracy"] if flags.objective != "clm" else [])]
     if not flags.gradient_checkpointing and layers not in ("auto", "none", "0"):
         raise ConfigError(f"--recompute_layers {layers} and --gradient_checkpointing False: pass only one of them")
-    if flags.offload_activations and not flags.gradient_checkpointing:
-        raise ConfigError("--offload_activations needs recomputed layers: drop --gradient_checkpointing False")
-    if flags.offload_activations and layers in ("none", "0"):
-        raise ConfigError(f"--offload_activations needs recomputed layers: drop --recompute_layers {layers}")
+    if flags.offload_activations and (not flags.gradient_checkpointing or layers in ("none", "0")):
+        raise ConfigError("--offload_activations needs --gradient_checkpointing and --recompute_layers auto or all")
     if "mmlu_" in metric and not flags.do_mmlu_eval:
         raise ConfigError(f"--metric_for_best_model {metric} needs --do_mmlu_eval")
     if "mmlu_" not in metric and metric.removeprefix("eval_") not in metrics:
@@ -1283,41 +1280,40 @@ def check_folders(config: Config) -> None:
                 raise ConfigError(f"--{flag} {folder}: the run reads {what} there; name another folder to write to")
 
 
-def ineffective_flags(config: Config) -> list[tuple[Iterable[str], bool, str]]:
-    """Flags that do nothing beside others, though nothing is wrong with them: names, whether so here, and why."""
+def ineffective_flags(config: Config) -> list[tuple[str, bool, str]]:
+    """Flags that other flags leave without effect, though nothing is wrong: names, whether that is so, and why."""
     flags = argparse.Namespace(**config.flags)
-    one_process = "it applies to one process with several GPUs"
-    evaluates, generates = flags.do_eval or flags.do_predict, flags.do_predict
-    one_beam = flags.num_beams == 1 and flags.generation_num_beams in (None, 1)
+    generates, evaluates = flags.do_predict, flags.do_eval or flags.do_predict
+    one_beam, sharded = flags.num_beams == 1, flags.merged_output_dir or flags.full_finetune
     # fmt: off
     return [
-        (("quant_type", "double_quant"), flags.bits != 4, f"bits is {flags.bits}"),
-        (("merge_base",), flags.bits >= 16, f"bits is {flags.bits}, so training saw the published base"),
-        (("max_shard_size",), not (flags.merged_output_dir or flags.full_finetune),
-         "only merged models (--merged_output_dir) and those of --full_finetune are sharded"),
-        (LORA_FLAGS - {"layers_to_freeze", "layer_freeze_ratio"}, flags.full_finetune,
+        ("quant_type double_quant", flags.bits != 4, f"bits is {flags.bits}"),
+        ("merge_base", flags.bits >= 16, f"bits is {flags.bits}, so training saw the published base"),
+        ("max_shard_size", not sharded, "only models of --merged_output_dir and --full_finetune are sharded"),
+        (" ".join(LORA_FLAGS - {"layers_to_freeze", "layer_freeze_ratio"}), flags.full_finetune,
          "a full fine-tune has no adapters"),
-        (LORA_FLAGS, flags.adapter_name_or_path is not None,
+        (" ".join(LORA_FLAGS), flags.adapter_name_or_path is not None,
          "an adapter from adapter_name_or_path keeps its own rank, alpha and layers"),
-        (GENERATION_FLAGS, not generates, "nothing is generated without --do_predict"),
-        (SAMPLING_FLAGS, generates and not flags.do_sample, "predictions are not sampled without --do_sample"),
-        (("length_penalty",), generates and one_beam, "it weighs beams, and --num_beams is 1"),
-        (("mmlu_split", "mmlu_dataset", "max_mmlu_samples", "mmlu_source_max_len", "mmlu_dir"),
-         not flags.do_mmlu_eval, "no questions are asked without --do_mmlu_eval"),
-        (("eval_dataset_size", "max_eval_samples", "per_device_eval_batch_size"), not evaluates,
+        (" ".join(GENERATION_FLAGS), not generates, "nothing is generated without --do_predict"),
+        (" ".join(SAMPLING_FLAGS), generates and not flags.do_sample, "nothing is sampled without --do_sample"),
+        ("length_penalty", generates and one_beam and flags.generation_num_beams in (None, 1),
+         "it weighs beams, and --num_beams is 1"),
+        ("mmlu_split mmlu_dataset max_mmlu_samples mmlu_source_max_len mmlu_dir", not flags.do_mmlu_eval,
+         "no questions are asked without --do_mmlu_eval"),
+        ("eval_dataset_size max_eval_samples per_device_eval_batch_size", not evaluates,
          "no rows are held out without --do_eval or --do_predict"),
-        (("eval_steps", "eval_delay"), flags.eval_strategy == "no", "eval_strategy is no"),
-        (("save_steps",), flags.save_strategy != "steps", f"save_strategy is {flags.save_strategy}"),
-        (("num_train_epochs",), flags.max_steps > 0, f"max_steps {flags.max_steps} takes precedence"),
-        (("overwrite_output_dir",), not flags.do_train, "nothing is trained"),
-        (("warmup_steps",), flags.lr_scheduler_type == "constant",
+        ("eval_steps eval_delay", flags.eval_strategy == "no", "eval_strategy is no"),
+        ("save_steps", flags.save_strategy != "steps", f"save_strategy is {flags.save_strategy}"),
+        ("num_train_epochs", flags.max_steps > 0, f"max_steps {flags.max_steps} takes precedence"),
+        ("overwrite_output_dir", not flags.do_train, "nothing is trained"),
+        ("warmup_steps", flags.lr_scheduler_type == "constant",
          "lr_scheduler_type constant ignores warm-up; constant_with_warmup honours it"),
-        (("use_fast_tokenizer",), not flags.use_fast_tokenizer, "every tokenizer is a fast one"),
-        (("fsdp_config",), not flags.fsdp, "it belongs to --fsdp; accelerate launch has a file of its own"),
-        (("max_memory_MB",), flags.use_cpu or "LOCAL_RANK" in os.environ, one_process),
-        (("hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision"),
-         not flags.push_to_hub, "nothing is uploaded without --push_to_hub; gated downloads take --use_auth_token"),
-        (("project", "trackio_space_id"), "trackio" not in (config.training.report_to or ()),
+        ("use_fast_tokenizer", not flags.use_fast_tokenizer, "every tokenizer is a fast one"),
+        ("fsdp_config", not flags.fsdp, "it belongs to --fsdp; accelerate launch has a file of its own"),
+        ("max_memory_MB", flags.use_cpu or "LOCAL_RANK" in os.environ, "it applies to one process with several GPUs"),
+        ("hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision", not flags.push_to_hub,
+         "nothing is uploaded without --push_to_hub; gated downloads take --use_auth_token"),
+        ("project trackio_space_id", "trackio" not in (config.training.report_to or ()),
          "it belongs to --report_to trackio"),
     ]
     # fmt: on
@@ -6729,7 +6725,7 @@ def log_hints(config: Config) -> None:
         dtype = "bf16, because of --bf16" if train.bf16 else "float32, without --bf16"
         log.info("bits %d: the weights are in %s, as in the original", bits, dtype)
     for names, applies, reason in ineffective_flags(config):
-        if applies and (passed := sorted(config.explicitly_set.intersection(names))):
+        if applies and (passed := sorted(config.explicitly_set.intersection(names.split()))):
             log.info("%s: without effect: %s", ", ".join(passed), reason)
 
 

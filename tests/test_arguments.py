@@ -773,7 +773,7 @@ RULES = [
     ("--streaming --dataset a,b", "streaming dataset folder"),
     ("--streaming --do_eval --eval_dataset_size 0.1", "streaming eval_dataset_size 0.1 number"),
     ("--streaming --dataloader_num_workers 2", "streaming dataloader_num_workers 0"),
-    ("--streaming --packing", "streaming packing order"),
+    ("--streaming --packing", "--streaming --packing"),
     ("--streaming --group_by_length", "streaming order train_sampling_strategy group_by_length"),
     ("--streaming --train_sampling_strategy sequential", "streaming order train_sampling_strategy sequential"),
     ("--streaming --save_strategy epoch", "streaming save_strategy steps"),
@@ -986,7 +986,9 @@ def test_every_ineffective_flag_is_tested():
     tables = [(config, qlora.ineffective_flags(config)) for config in configs]
     for row in range(len(tables[0][1])):
         rows = [(config, table[row]) for config, table in tables]
-        assert any(applies and config.explicitly_set & set(names) for config, (names, applies, _) in rows), rows[0][1]
+        assert any(applies and config.explicitly_set & set(names.split()) for config, (names, applies, _) in rows), (
+            rows[0][1]
+        )
 
 
 def test_the_defaults_have_no_ineffective_flag(caplog):
