@@ -1,30 +1,41 @@
 #!/usr/bin/env python3
-"""QLoRA in one file: fine-tune a language model whose frozen weights are held in 4 bits.
+"""QLoRA in one file: fine-tune a language model by training LoRA adapters on a frozen base in 4 bits.
 
-    python qlora.py --model_name_or_path M --dataset D --output_dir OUT      train
-    python qlora.py run.yaml --learning_rate 1e-4                            flags from a file
-    python qlora.py OLD/run.json --output_dir NEW                            repeat a run, say what differs
-    python qlora.py … --do_train False --do_predict --predict_with_generate  use what was trained
+    python qlora.py --model_name_or_path MODEL --dataset DATA --output_dir OUT    train
+    python qlora.py run.yaml --learning_rate 1e-4                                 read flags from a file
+    python qlora.py OLD/run.json --output_dir NEW                                 repeat a run and list what differs
+    python qlora.py ... --do_train False --do_predict --predict_with_generate     predict with a trained adapter
 
-A base model is loaded in 4, 8, 16 or 32 bit, LoRA adapters go on every linear layer, every row of the dataset becomes
-text that is supervised or not, and the Hugging Face Trainer trains the adapters with a paged optimizer. The method is
-QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314); flags, defaults, prompts, labels and files are those of
-its original script (https://github.com/artidoro/qlora), except where the README's list of differences says otherwise.
+The base is loaded in 4, 8, 16 or 32 bits, every linear layer gets a LoRA adapter, dataset rows become segments of text
+that are supervised or not, and the Hugging Face Trainer trains the adapters with a paged optimizer. The method is
+QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314). Flags, defaults, prompts, labels and output files are
+those of the original script (https://github.com/artidoro/qlora); the README lists the differences.
 
-The file reads from top to bottom, and a room uses only rooms above it:
+Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports           6 Tokenizer   11 Plan           16 Stages
-     2 Errors            7 Encoding    12 Checkpoints    17 Main
-     3 Dataset formats   8 Model       13 Processes
-     4 Arguments         9 LoRA        14 Evaluation
-     5 Loading          10 Fast path   15 Trainer
+     1 Imports             35-171
+     2 Errors             174-240
+     3 Dataset formats    243-576
+     4 Arguments         579-1319
+     5 Loading          1322-1778
+     6 Tokenizer        1781-1873
+     7 Encoding         1876-2497
+     8 Model            2500-2928
+     9 LoRA             2931-3092
+    10 Fast path        3095-4370
+    11 Plan             4373-4860
+    12 Checkpoints      4863-5153
+    13 Processes        5156-5307
+    14 Evaluation       5310-5546
+    15 Trainer          5549-6274
+    16 Stages           6277-6729
+    17 Main             6732-6972
 """
 
 # ------------------------------------------------------------------------------------
 # 1. Imports
 #
-# torch, transformers, peft, bitsandbytes and datasets come with the Trainer in any case. matplotlib is imported where
-# it is used.
+# transformers' Trainer needs torch, peft, bitsandbytes and datasets anyway; matplotlib is imported where it is used.
 # ------------------------------------------------------------------------------------
 # ruff: noqa: E402
 
@@ -74,15 +85,15 @@ from functools import lru_cache, partial, partialmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
 
-# Nothing goes over the network but what the user named. Before the libraries are imported: most read these once.
+# Send nothing over the network that the user did not ask for. Most libraries read these variables when imported.
 os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-    "DISABLE_SAFETENSORS_CONVERSION": "1",  # transformers would ask a service of the hub to convert .bin weights
+    "DISABLE_SAFETENSORS_CONVERSION": "1",  # else transformers asks a hub service to convert .bin weights
 } | os.environ
 
-# transformers imports bitsandbytes, which then says that it lacks a kernel no release has, and, in every 8-bit layer of
-# every step, that it casts its input. Both are as they should be. What can't run without values the plan says itself.
+# bitsandbytes warns of a CPU kernel that no release has and of casts in every 8-bit layer, both harmless; torch's fake
+# tensors warn of operations that the plan reports itself.
 for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torch._subclasses.fake_tensor"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)
 
@@ -151,63 +162,63 @@ from transformers.utils.chat_template_utils import render_jinja_template
 try:
     import triton
     import triton.language as tl
-except ImportError:  # without a GPU: the same is done in torch
+except ImportError:  # without a GPU, torch does the same
     triton = None
 
 log = logging.getLogger("qlora")
 
-IGNORE = -100  # a label that the loss leaves out
+IGNORE = -100  # label that the loss ignores
 GIB = 2**30
 
 
 # ------------------------------------------------------------------------------------
 # 2. Errors
 #
-# What a user can mend is a QLoRAError: main prints its message in one line and returns 2. A message says what was
-# found, what was expected, and the way out. Everything else is our bug and keeps its traceback.
+# A QLoRAError is something that the user can fix: main prints it as one line and returns 2. Its message says what was
+# found, what was expected and what to do. Every other exception is a bug and keeps its traceback.
 # ------------------------------------------------------------------------------------
 class QLoRAError(Exception):
-    """Something that the user can mend."""
+    """Something that the user can fix."""
 
 
 class ConfigError(QLoRAError):
-    """A flag, a combination of flags, or a model that does not fit them."""
+    """A wrong flag, flags that conflict, or a model that they do not fit."""
 
 
 class DataError(QLoRAError):
-    """A dataset, a file of it, or a row."""
+    """An unusable dataset, file or row."""
 
 
 class PeerFailure(QLoRAError):
-    """Another process of this run is there no more."""
+    """Another rank of this run has exited."""
 
 
 class RowError(ValueError):
-    """What is wrong with one row; becomes a DataError that also names file and line, or a line of rejected.jsonl."""
+    """What is wrong with one row, without its place: file and line are added by whoever reads the file."""
 
     def __init__(self, message: str, raw: Any = None) -> None:
         super().__init__(message)
-        self.raw = raw  # what stood there, where it could not become a row
+        self.raw = raw  # the text of a line that could not be parsed
 
 
 def escape_control_chars(text: str) -> str:
-    """Text in which nothing hides or commands a terminal: what is not printable stands as its escape."""
+    """Escape unprintable characters, so that text from a file can neither hide nor control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shorten(error: object) -> str:
-    """The first lines of a library's message or of a value, joined, short enough to read."""
+    """An error or a value as one line of at most 400 characters."""
     text = escape_control_chars(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 400 else text[:397] + "..."
 
 
-def format_table(lines: Mapping[str, Any]) -> str:
+def format_table(rows: Mapping[str, Any]) -> str:
     """Names and values in two columns."""
-    width = max(map(len, lines))
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in lines.items())
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
 
 
-# What libraries raise over a user's files and flags; not RuntimeError, which is as often our bug.
+# What libraries raise because of a user's files and flags. RuntimeError is just as often a bug of ours.
 LIBRARY_ERRORS: tuple[type[Exception], ...] = (
     OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError,
     ArithmeticError, RecursionError, yaml.YAMLError, zlib.error, SafetensorError, TemplateError, pickle.UnpicklingError,
@@ -218,13 +229,13 @@ LIBRARY_ERRORS: tuple[type[Exception], ...] = (
 def reraise_as_user_error(
     what: str, kind: type[QLoRAError] = ConfigError, *also: type[BaseException]
 ) -> Iterator[None]:
-    """A library's complaint as one line of ours that begins with `what`: the flag or file that it is about."""
+    """Re-raise library errors as one user-facing line prefixed with `what`, the flag or file at fault."""
     try:
         yield
-    except torch.OutOfMemoryError:  # says what it is by itself, and training makes room
+    except torch.OutOfMemoryError:  # handled by training, which retries with less
         raise
-    except pickle.UnpicklingError as error:  # torch advises to load it all the same
-        raise kind(f"{what}: a pickle with more than tensors in it, which is not read") from error
+    except pickle.UnpicklingError as error:  # torch's own message suggests to disable the protection
+        raise kind(f"{what}: a pickle that holds more than tensors, which is not loaded") from error
     except (*LIBRARY_ERRORS, *also) as error:
         raise kind(f"{what}: {shorten(error)}") from error
 
@@ -568,9 +579,9 @@ def infer_format(columns: Iterable[str], where: str, masked: bool = False) -> st
 # ------------------------------------------------------------------------------------
 # 4. Arguments: the command line and a YAML or JSON file -> Config
 #
-# A flag is one field of the dataclass of its group: type, default, help and choices come from there. A flag that was
-# renamed is a row of RENAMED_FLAGS. A rule between flags is a row of RULES, checked before anything heavy;
-# nothing later edits a Config.
+# A flag is one field of its group's dataclass: type, default, help and choices come from there. A renamed flag is a row
+# of RENAMED_FLAGS, a removed one a row of REMOVED_FLAGS. A rule between flags is one `if` in the check function of its
+# subject; all of them run before anything heavy. Nothing later edits a Config.
 # ------------------------------------------------------------------------------------
 def arg(default: Any, text: str) -> Any:
     """A dataclass field with its help text, in which %% stands for a percent sign."""
@@ -582,60 +593,59 @@ def arg(default: Any, text: str) -> Any:
 class ModelArguments:
     """Model and tokenizer."""
 
-    model_name_or_path: str = arg("EleutherAI/pythia-12b", "Base model: hub id, folder, or .gguf file.")
-    trust_remote_code: bool = arg(False, "Run the Python code that comes with model and tokenizer.")
-    allow_pickle_weights: bool = arg(False, "Read .bin weights, which are pickles, too; only tensors are taken.")
+    model_name_or_path: str = arg("EleutherAI/pythia-12b", "Base model: hub id, folder or .gguf file.")
+    trust_remote_code: bool = arg(False, "Run Python code that ships with the model or the tokenizer.")
     use_auth_token: bool = arg(False, "Use this machine's hub login, for gated models.")
-    adapter_name_or_path: str | None = arg(None, "Adapter to start from, optimizer fresh. A resume is a rerun.")
-    attn_implementation: str | None = arg(None, "Attention kernel: sdpa, eager, flash_attention_2, ...")
-    use_fast_tokenizer: bool = arg(True, "Accepted for old command lines: every tokenizer is a fast one today.")
-    pad_token: str | None = arg(None, "Token of the vocabulary to pad with.")
-    eos_token: str | None = arg(None, "Token of the vocabulary that ends a sequence.")
-    bos_token: str | None = arg(None, "Token of the vocabulary that begins a sequence.")
-    unk_token: str | None = arg(None, "Token of the vocabulary for what is unknown.")
-    padding_side: Literal["right", "left"] = arg("right", "Padding of training batches; generation pads left.")
-    tokenizer_patch: str | None = arg(None, "Folder with files to lay over the tokenizer's, for early LLaMA.")
-    chat_template: str | None = arg(None, "Jinja file with the chat template, for a tokenizer that has none.")
-    rope_scaling: str | None = arg(None, 'For longer contexts, JSON as {"rope_type": "linear", "factor": 2.0}.')
+    adapter_name_or_path: str | None = arg(None, "Adapter to start from, with a fresh optimizer. To resume, rerun.")
+    attn_implementation: str | None = arg(None, "Attention implementation: sdpa, eager, flash_attention_2, ...")
+    use_fast_tokenizer: bool = arg(True, "No effect: every tokenizer is a fast one. Kept for old command lines.")
+    pad_token: str | None = arg(None, "Padding token, from the vocabulary.")
+    eos_token: str | None = arg(None, "End-of-sequence token, from the vocabulary.")
+    bos_token: str | None = arg(None, "Beginning-of-sequence token, from the vocabulary.")
+    unk_token: str | None = arg(None, "Unknown token, from the vocabulary.")
+    padding_side: Literal["right", "left"] = arg("right", "Padding side for training; generation always pads left.")
+    tokenizer_patch: str | None = arg(None, "Folder of files that override the tokenizer's, for early LLaMA.")
+    chat_template: str | None = arg(None, "Jinja file with the chat template, for tokenizers without one.")
+    rope_scaling: str | None = arg(None, 'RoPE scaling as JSON, such as {"rope_type": "linear", "factor": 2.0}.')
     cache_dir: str | None = arg(None, "Folder for downloads, converted models and encoded datasets.")
 
 
 @dataclass
 class DataArguments:
-    """Data: which rows, how they are read, how they are cut."""
+    """Data: which rows to read, and how to encode them."""
 
-    dataset: str = arg("alpaca", "Preset, local file or folder, or hub id; a comma-separated list is concatenated.")
-    dataset_format: str | None = arg(None, "Format, or path.py:function; default: the preset's, else by the columns.")
-    expand_conversations: bool = arg(False, "airoboros_chat: one row for each answer of a conversation, not the last.")
-    include_sources: str = arg("ALL", "Keep the rows whose column `source` is in this comma-separated list.")
-    eval_dataset_size: float = arg(1024, "Rows to hold out, or below 1 a share; by default of few rows a tenth.")
-    streaming: bool = arg(False, "Read and encode the rows while training, a block at a time. Needs --max_steps.")
-    stream_buffer: int = arg(10_000, "Rows of a block of --streaming, which are shuffled and packed together.")
+    dataset: str = arg("alpaca", "Preset, file, folder or hub id; several, separated by commas, are concatenated.")
+    dataset_format: str | None = arg(None, "Format, or path.py:function; default: the preset's, else by columns.")
+    expand_conversations: bool = arg(False, "airoboros_chat: one row per assistant turn instead of the last only.")
+    include_sources: str = arg("ALL", "Keep rows whose `source` column is in this comma-separated list.")
+    eval_dataset_size: float = arg(1024, "Rows to hold out, or a fraction below 1; a tenth of small sets by default.")
+    streaming: bool = arg(False, "Read and encode rows during training instead of before it. Needs --max_steps.")
+    stream_buffer: int = arg(10_000, "Rows in the stream's shuffle buffer.")
     max_train_samples: int | None = arg(None, "Train on the first N rows, counted after the split.")
-    max_eval_samples: int | None = arg(None, "Evaluate and predict on the first N rows.")
-    source_max_len: int = arg(1024, "Longest input, in tokens with BOS; cut on the right.")
-    target_max_len: int = arg(256, "Longest output, in tokens with EOS; cut on the right.")
-    model_max_len: int | None = arg(None, "One limit, in tokens, for input and output together; replaces those two.")
-    skip_excess_length: bool = arg(True, "With model_max_len: drop longer training rows instead of cutting them.")
-    on_bad_rows: Literal["stop", "skip"] = arg("stop", "At a row of no use: stop, or write it to rejected.jsonl.")
-    packing: bool = arg(False, "Fill rows up to the length limit with several examples, each attending to itself.")
-    train_on_source: bool = arg(False, "Learn the input tokens too.")
-    objective: Literal["auto", "clm", "mlm"] = arg("auto", "Learn the next or masked tokens; auto: as the model does.")
-    mask_prob: float = arg(0.15, "mlm: share of the tokens that is chosen to be predicted, above 0.")
-    mask_replace_prob: float = arg(0.8, "mlm: share of the chosen that become the mask token.")
-    random_replace_prob: float = arg(0.1, "mlm: share of the chosen that become a random token; the rest stay.")
-    preview: int = arg(0, "Print the first N rows as they will be trained and statistics of all of them, and exit.")
+    max_eval_samples: int | None = arg(None, "Evaluate and predict on the first N held-out rows.")
+    source_max_len: int = arg(1024, "Longest input, in tokens including BOS; truncated on the right.")
+    target_max_len: int = arg(256, "Longest output, in tokens including EOS; truncated on the right.")
+    model_max_len: int | None = arg(None, "One limit for input and output together, in tokens; replaces those two.")
+    skip_excess_length: bool = arg(True, "With model_max_len: drop longer training rows instead of truncating them.")
+    on_bad_rows: Literal["stop", "skip"] = arg("stop", "Unusable rows: stop, or skip and list in rejected.jsonl.")
+    packing: bool = arg(False, "Pack several examples into rows of the longest length; each attends to itself only.")
+    train_on_source: bool = arg(False, "Compute the loss on input tokens too.")
+    objective: Literal["auto", "clm", "mlm"] = arg("auto", "Predict the next token or masked ones; auto: by model.")
+    mask_prob: float = arg(0.15, "mlm: fraction of tokens to predict, above 0.")
+    mask_replace_prob: float = arg(0.8, "mlm: fraction of those that become the mask token.")
+    random_replace_prob: float = arg(0.1, "mlm: fraction of those that become a random token; the rest stay.")
+    preview: int = arg(0, "Print the first N encoded rows and statistics of the dataset, and exit.")
 
 
 @dataclass
 class QuantisationArguments:
     """Quantisation of the frozen weights."""
 
-    bits: Literal[4, 8, 16, 32] = arg(4, "Bits of a base weight.")
+    bits: Literal[4, 8, 16, 32] = arg(4, "Bits per base weight.")
     quant_type: Literal["nf4", "fp4"] = arg("nf4", "4-bit data type.")
-    double_quant: bool = arg(True, "Quantise the quantisation constants too: 0.37 bits a parameter less.")
-    full_finetune: bool = arg(False, "No adapters: train all weights but the embeddings. Needs bits 16 or 32.")
-    max_memory_MB: int = arg(80000, "Memory to use on each GPU, in MB, where one process drives them all.")
+    double_quant: bool = arg(True, "Quantise the quantisation constants too; saves 0.37 bits per parameter.")
+    full_finetune: bool = arg(False, "Train all weights but the embeddings, no adapters. Needs --bits 16 or 32.")
+    max_memory_MB: int = arg(80000, "Memory to use on each GPU, in MB, when one process drives all of them.")
 
 
 @dataclass
@@ -645,63 +655,59 @@ class LoraArguments:
     lora_r: int = arg(64, "Rank of the adapters.")
     lora_alpha: float = arg(16, "Adapters are scaled by lora_alpha / lora_r.")
     lora_dropout: float = arg(0.0, "Dropout probability on the adapters' input.")
-    lora_modules: str = arg("all", "Adapted: all (linear layers but the head), attn, mlp, or leaf names.")
-    lora_bias: Literal["none", "all", "lora_only"] = arg("none", "Which bias vectors train too.")
-    lora_dtype: Literal["float32", "bfloat16"] = arg("float32", "Data type that the adapters are kept in.")
+    lora_modules: str = arg("all", "Layers to adapt: all (linear ones except the head), attn, mlp, or leaf names.")
+    lora_bias: Literal["none", "all", "lora_only"] = arg("none", "Bias vectors to train.")
+    lora_dtype: Literal["float32", "bfloat16"] = arg("float32", "Data type of the adapter weights.")
     use_dora: bool = arg(False, "Weight-decomposed adapters (DoRA).")
     use_rslora: bool = arg(False, "Scale by lora_alpha / sqrt(lora_r).")
-    init_lora_weights: str = arg("True", "Start of the adapters: True (B is zero), gaussian, eva, pissa, olora, ...")
-    modules_to_save: str | None = arg(None, "Comma list of modules to train whole, e.g. embed_tokens,lm_head.")
-    layers_to_freeze: int = arg(0, "Leave the first N layers alone: no adapters, no training.")
-    layer_freeze_ratio: float = arg(0.0, "As layers_to_freeze, as a share of the layers, below 1.")
+    init_lora_weights: str = arg("True", "Initialisation: True (B is zero), gaussian, pissa, olora, orthogonal.")
+    modules_to_save: str | None = arg(None, "Comma-separated modules to train in full, e.g. embed_tokens,lm_head.")
+    layers_to_freeze: int = arg(0, "Neither adapt nor train the first N layers.")
+    layer_freeze_ratio: float = arg(0.0, "layers_to_freeze as a fraction of all layers, below 1.")
 
 
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
-    """Training: flags of ours, and defaults that differ from the Trainer's."""
+    """Training: new flags, and flags whose default differs from the Trainer's."""
 
     report_to: str | None = arg("none", "Trackers: none, all, or some of tensorboard, wandb, trackio, ...")
     output_dir: str = arg("./output", "Folder for adapter, checkpoints, metrics and predictions.")
     optim: str = arg("paged_adamw_32bit", "Optimizer, by the Trainer's names.")
-    per_device_train_batch_size: int = arg(1, "Rows of a micro-batch on each GPU.")
-    gradient_accumulation_steps: int = arg(16, "Micro-batches of one optimizer step.")
-    max_steps: int = arg(10000, "Optimizer steps; epochs rule if -1, or if num_train_epochs is given without it.")
+    per_device_train_batch_size: int = arg(1, "Rows per micro-batch on each GPU.")
+    gradient_accumulation_steps: int = arg(16, "Micro-batches per optimizer step.")
+    max_steps: int = arg(10000, "Optimizer steps. With -1, or when only num_train_epochs is passed, train by epochs.")
     weight_decay: float = arg(0.0, "AdamW's weight decay.")
-    learning_rate: float = arg(2e-4, "Highest learning rate.")
+    learning_rate: float = arg(2e-4, "Peak learning rate.")
     remove_unused_columns: bool = arg(False, "Drop columns that the model does not name.")
     max_grad_norm: float = arg(0.3, "Clip the gradient to this norm.")
-    gradient_checkpointing: bool = arg(True, "Recompute activations in the backward pass, as far as memory asks.")
-    recompute_layers: str = arg("auto", "Layers to recompute: auto (as memory asks), all, none or a number.")
-    auto_batch: bool | None = arg(None, "Regroup a step's rows into the largest micro-batches; default on a GPU.")
-    padding_free: bool = arg(True, "Lay rows end to end instead of padding them, where the model allows it.")
-    fused_lora: bool = arg(True, "Compute base and adapters in fused functions, where they know the layer.")
-    chunked_head: bool = arg(True, "Compute logits only for tokens that are supervised, a few hundred at a time.")
-    cuda_graphs: bool = arg(False, "Launch whole layers at once where micro-batches are so small that the GPU waits.")
-    offload_activations: bool = arg(False, "Keep the inputs of recomputed layers in the CPU's memory.")
-    unpacked_layers: str = arg("auto", "Layers whose weights to keep unpacked too: auto, all, none or a number.")
-    plan: bool = arg(False, "Print what the run will take (GiB by part, tokens per second), and exit.")
-    plan_gpu: str | None = arg(None, "GPU to plan for, by size or name: 24GiB, 8x80GiB, H100. Default: the one here.")
-    liger: bool = arg(True, "Use liger-kernel's norms, activations and rotary embedding, where it has the model.")
+    gradient_checkpointing: bool = arg(True, "Recompute activations in the backward pass when memory requires it.")
+    recompute_layers: str = arg("auto", "Layers to recompute: auto (as memory requires), all, none or a number.")
+    auto_batch: bool | None = arg(None, "Regroup a step's rows into the largest micro-batches; default: on a GPU.")
+    fast_path: bool = arg(True, "Use fused LoRA functions, padding-free batches, the chunked head and liger-kernel "
+                                "where the model allows it.")
+    offload_activations: bool = arg(False, "Keep the inputs of recomputed layers in CPU memory.")
+    plan: bool = arg(False, "Print the memory that the run needs, in GiB by part, and exit.")
+    plan_gpu: str | None = arg(None, "Memory of the GPU to plan for, such as 24GiB; default: that of the GPU here.")
     do_train: bool = arg(True, "Train.")
-    lr_scheduler_type: str = arg("constant", "Schedule of the learning rate. constant ignores warm-up.")
-    warmup_steps: float = arg(0.03, "Warm-up: steps, or below 1 a share of them.")
-    logging_steps: float = arg(10, "Steps between lines of the log, or below 1 a share of all.")
-    train_sampling_strategy: str = arg("group_by_length", "Order of the rows: group_by_length, random or sequential.")
+    lr_scheduler_type: str = arg("constant", "Learning-rate schedule. constant ignores warm-up.")
+    warmup_steps: float = arg(0.03, "Warm-up steps, or a fraction of all steps below 1.")
+    logging_steps: float = arg(10, "Steps between log lines, or a fraction of all steps below 1.")
+    train_sampling_strategy: str = arg("group_by_length", "Order of rows: group_by_length, random or sequential.")
     save_strategy: str = arg("steps", "When to save: no, steps, epoch or best.")
-    save_steps: float = arg(250, "Steps between checkpoints, or below 1 a share of all.")
+    save_steps: float = arg(250, "Steps between checkpoints, or a fraction of all steps below 1.")
     save_total_limit: int | None = arg(40, "Checkpoints to keep.")
-    overwrite_output_dir: bool = arg(False, "Start anew although output_dir holds a run; its checkpoints go.")
-    working_dir: str | None = arg(None, "Folder for all but the final weights, their tokenizer and card.")
-    final_output_dir: str | None = arg(None, "Folder for those; default: output_dir.")
+    overwrite_output_dir: bool = arg(False, "Start over in an output_dir that holds a run; removes its checkpoints.")
+    working_dir: str | None = arg(None, "Folder for everything but the final weights, their tokenizer and card.")
+    final_output_dir: str | None = arg(None, "Folder for the final weights; default: output_dir.")
     merged_output_dir: str | None = arg(None, "Folder for the base with the adapter merged into it, in 16 bit.")
-    merge_base: Literal["original", "dequantized"] = arg("original", "Merge into the base as published or as trained.")
+    merge_base: Literal["original", "dequantized"] = arg("original", "Merge into the published or the quantised base.")
     max_shard_size: str = arg("5GB", "Largest file of a merged or fully fine-tuned model.")
-    adam8bit: bool = arg(False, "Short for --optim paged_adamw_8bit.")
-    show_traceback: bool = arg(False, "Show an error's traceback; --debug without a value does the same.")
+    adam8bit: bool = arg(False, "Same as --optim paged_adamw_8bit.")
+    show_traceback: bool = arg(False, "Show tracebacks of errors; --debug without a value does the same.")
 
     @property
     def device(self) -> torch.device:
-        """Without the number that a CPU has among several processes: transformers 5.17 loads no optimizer onto that."""
+        """Without the index that each rank's CPU gets: transformers 5.17 cannot load an optimizer onto cpu:1."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
 
@@ -711,31 +717,31 @@ class MMLUArguments:
     """MMLU: multiple-choice questions at each evaluation."""
 
     do_mmlu_eval: bool = arg(False, "Answer MMLU questions at each evaluation.")
-    mmlu_split: Literal["eval", "test"] = arg("eval", "Which questions.")
+    mmlu_split: Literal["eval", "test"] = arg("eval", "Split of the questions.")
     mmlu_dataset: Literal["mmlu-zs", "mmlu-fs", "mmlu"] = arg("mmlu-fs", "Zero-shot or five-shot (mmlu-fs, mmlu).")
     max_mmlu_samples: int | None = arg(None, "Answer the first N questions.")
-    mmlu_source_max_len: int = arg(2048, "Longest prompt, in tokens; cut on the left.")
-    mmlu_dir: str = arg("data/mmlu", "Folder of the original's question files; without it cais/mmlu of the hub.")
+    mmlu_source_max_len: int = arg(2048, "Longest prompt, in tokens; truncated on the left.")
+    mmlu_dir: str = arg("data/mmlu", "Folder of the original's question files; if absent, the hub's cais/mmlu.")
 
 
 @dataclass
 class GenerationArguments:
-    """Generation of predictions; only the values given reach the model's generate."""
+    """Generation of predictions; only the flags that are passed reach the model's generate."""
 
     max_new_tokens: int = arg(256, "Longest prediction, in tokens.")
     min_new_tokens: int | None = arg(None, "Shortest prediction, in tokens.")
     do_sample: bool = arg(False, "Sample instead of taking the likeliest token.")
-    num_beams: int = arg(1, "Beams of the beam search.")
-    num_beam_groups: int = arg(1, "Groups of beams.")
+    num_beams: int = arg(1, "Number of beams in beam search.")
+    num_beam_groups: int = arg(1, "Number of beam groups.")
     penalty_alpha: float | None = arg(None, "Degeneration penalty of contrastive search.")
     temperature: float = arg(1.0, "Sampling temperature.")
-    top_k: int = arg(50, "Sample among the k likeliest tokens.")
-    top_p: float = arg(1.0, "Sample among the likeliest tokens of this total probability.")
-    typical_p: float = arg(1.0, "Sample among the most typical tokens of this total probability.")
+    top_k: int = arg(50, "Sample from the k likeliest tokens.")
+    top_p: float = arg(1.0, "Sample from the likeliest tokens with this total probability.")
+    typical_p: float = arg(1.0, "Sample from the most typical tokens with this total probability.")
     diversity_penalty: float = arg(0.0, "Penalty for a token that another beam group chose.")
-    repetition_penalty: float = arg(1.0, "Above 1: penalty for tokens that occurred.")
+    repetition_penalty: float = arg(1.0, "Penalty for tokens that already occurred, above 1.")
     length_penalty: float = arg(1.0, "Exponent of the length in beam scores.")
-    no_repeat_ngram_size: int = arg(0, "No run of this many tokens occurs twice.")
+    no_repeat_ngram_size: int = arg(0, "Never repeat an n-gram of this many tokens.")
 # fmt: on
 
 
@@ -749,14 +755,14 @@ class Config:
     lora: LoraArguments
     mmlu: MMLUArguments
     generation: GenerationArguments
-    training: TrainingArguments  # last, for its class has the Trainer's own flags too, which end --help
-    flags: dict[str, Any]  # every flag by its own name, as resolved; but no token
-    explicitly_set: frozenset[str]  # those that the user set
-    record: dict[str, Any]  # run.json of the run to repeat, or nothing
+    training: TrainingArguments  # last: the Trainer's own flags end --help
+    flags: dict[str, Any]  # every flag by its own name, as resolved; tokens are hidden
+    explicitly_set: frozenset[str]  # flags that the user passed
+    record: dict[str, Any]  # run.json of the run to repeat, or empty
 
     @property
     def masked(self) -> bool:
-        """Whether masked tokens are supervised; `auto` is settled once the model's config is known."""
+        """Whether masked tokens are predicted; `auto` is resolved once the model's config is known."""
         return self.data.objective == "mlm"
 
 
@@ -764,16 +770,16 @@ ARGUMENT_GROUPS: tuple[Any, ...] = tuple(get_type_hints(Config)[f.name] for f in
 
 
 class CliArg(NamedTuple):
-    """One flag as it was given: on the command line or in a file."""
+    """One flag as the user wrote it, on the command line or in a file."""
 
     name: str  # with underscores, without dashes
-    value: str | None  # several joined by commas
-    where: str  # how to name it in a message
+    value: str | None  # several are joined by commas
+    where: str  # what an error message calls it
 
 
-HUB_TOKEN = re.compile(r"\bhf_\w{8,}")  # somebody may give one to --use_auth_token
+HUB_TOKEN = re.compile(r"\bhf_\w{8,}")  # some users pass one to --use_auth_token
 
-# The names of today; of a boolean also what True and False became, where that is not today's default.
+# Current name; for some booleans also the values that True and False stand for, "" being the default.
 RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "evaluation_strategy": ("eval_strategy",),
     "warmup_ratio": ("warmup_steps",),
@@ -789,55 +795,59 @@ RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "torchdynamo": ("torch_compile_backend",),
 }
 # Accepted without effect, and why.
-IGNORED_FLAGS: dict[str, str] = {
-    "save_safetensors": "weights are always saved as safetensors",
-    "sortish_sampler": "use --train_sampling_strategy",
-    "sharded_ddp": "use --fsdp",
-    "length_column_name": "lengths are counted here, in tokens",
-    "auto_find_batch_size": "use --auto_batch, which leaves the optimizer's step as it is",
-    "enable_jit_checkpoint": "a signal always saves a checkpoint",
-    "logging_nan_inf_filter": "a loss that is not finite ends the run",
-    "ddp_broadcast_buffers": "every process has the same ones",
-    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "use --liger, which is on"),
-    **dict.fromkeys(
-        ("torch_empty_cache_steps", "label_names", "include_for_metrics", "batch_eval_metrics", "prediction_loss_only",
-         "eval_do_concat_batches", "eval_use_gather_object", "include_num_input_tokens_seen"),
-        "steps and evaluation are our own, see --help"),
-    **dict.fromkeys(
-        ("use_mps_device", "half_precision_backend", "fp16_backend", "use_ipex", "jit_mode_eval", "past_index",
-         "ray_scope", "tpu_num_cores", "fp16_opt_level", "xpu_backend", "include_inputs_for_metrics",
-         "include_tokens_per_second", "dispatch_batches", "split_batches", "fsdp_min_num_params",
-         "push_to_hub_model_id", "push_to_hub_organization"),
-        "it has no counterpart in today's Trainer"),
-}  # fmt: skip
+IGNORED_FLAGS: dict[str, str] = {name: why for names, why in (
+    ("save_safetensors", "weights are always saved as safetensors"),
+    ("sortish_sampler", "use --train_sampling_strategy"),
+    ("sharded_ddp", "use --fsdp"),
+    ("length_column_name", "lengths are always counted, in tokens"),
+    ("auto_find_batch_size", "use --auto_batch, which keeps the effective batch"),
+    ("enable_jit_checkpoint", "a signal always saves a checkpoint"),
+    ("logging_nan_inf_filter", "a loss that is not finite ends the run"),
+    ("ddp_broadcast_buffers", "buffers are the same on every rank"),
+    ("use_liger_kernel liger_kernel_config", "use --fast_path"),
+    ("torch_empty_cache_steps label_names include_for_metrics batch_eval_metrics prediction_loss_only "
+     "eval_do_concat_batches eval_use_gather_object include_num_input_tokens_seen",
+     "qlora.py has its own training step and evaluation"),
+    ("use_mps_device half_precision_backend fp16_backend use_ipex jit_mode_eval past_index ray_scope tpu_num_cores "
+     "fp16_opt_level xpu_backend include_inputs_for_metrics include_tokens_per_second dispatch_batches split_batches "
+     "fsdp_min_num_params push_to_hub_model_id push_to_hub_organization", "the Trainer no longer has it"),
+) for name in names.split()}  # fmt: skip
 OLD_FLAGS = RENAMED_FLAGS.keys() | IGNORED_FLAGS.keys()
+# An error each, which says what to do instead.
+REMOVED_FLAGS: dict[str, str] = {
+    **dict.fromkeys(("fused_lora", "padding_free", "chunked_head", "liger"), "use --fast_path, on or off as a whole"),
+    "cuda_graphs": "leave it out; --auto_batch makes micro-batches large enough to keep the GPU busy",
+    "unpacked_layers": "leave it out; free memory decides which weights stay unpacked",
+    "allow_pickle_weights": "leave it out; .bin weights are always read, but only tensors from them",
+}
 
 
 class Parser(HfArgumentParser):
-    """HfArgumentParser with the Trainer's own flags apart, and errors of ours."""
+    """HfArgumentParser that lists the Trainer's own flags separately and raises ConfigErrors."""
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        """One group for what a class declares itself, one for what it inherits; --help leaves out an empty one."""
-        own: Any = self.add_argument_group(dtype.__doc__.rstrip("."))
-        others: Any = self.add_argument_group("The Trainer's other flags, with its own defaults")
+        """One group for the fields that a class declares, one for those it inherits."""
+        declared: Any = self.add_argument_group(dtype.__doc__.rstrip("."))
+        inherited: Any = self.add_argument_group("The Trainer's other flags, with its own defaults")
         hints = get_type_hints(dtype)
-        for item in dataclasses.fields(dtype):
-            if item.init and item.name not in OLD_FLAGS:
-                item.type = hints[item.name]
-                self._parse_dataclass_field(own if item.name in dtype.__annotations__ else others, item)
+        for argument in dataclasses.fields(dtype):
+            if argument.init and argument.name not in OLD_FLAGS:
+                argument.type = hints[argument.name]
+                group = declared if argument.name in dtype.__annotations__ else inherited
+                self._parse_dataclass_field(group, argument)
 
     def error(self, message: str) -> NoReturn:
-        """Argparse's own complaints, as ours."""
+        """Raise instead of printing the usage and exiting."""
         raise ConfigError(message.replace("argument ", ""))
 
-    def repeat(self, flags: Mapping[str, Any], argv: Sequence[str]) -> None:
-        """Make the flags of a run.json the defaults, which argparse itself does not check against the choices."""
+    def set_recorded_defaults(self, flags: Mapping[str, Any], path: str) -> None:
+        """Make the flags of a run.json the defaults; argparse itself does not check defaults against choices."""
         for action in self._actions:
-            value, default, among = flags.get(action.dest), action.default, action.choices
-            number = isinstance(default, (int, float)) and not isinstance(value, (int, float, str))
-            if action.dest in flags and value != default and (value not in among if among else number):
-                expected = f"one of {', '.join(map(str, among))}" if among else f"such as {default}"
-                raise ConfigError(f"{argv[0]}: {action.dest} is {value!r}, expected {expected}")
+            value, default, choices = flags.get(action.dest), action.default, action.choices
+            not_a_number = isinstance(default, (int, float)) and not isinstance(value, (int, float, str))
+            if action.dest in flags and value != default and (value not in choices if choices else not_a_number):
+                expected = f"one of {', '.join(map(str, choices))}" if choices else f"such as {default}"
+                raise ConfigError(f"{path}: {action.dest} is {value!r}, expected {expected}")
         self.set_defaults(**flags)
 
 
@@ -845,183 +855,411 @@ def read_config_file(path: Path) -> list[CliArg]:
     """The flags of a YAML or JSON file: a mapping of names to values."""
     with reraise_as_user_error(str(path)):
         text = path.read_text(encoding="utf-8")
-        content, words = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)  # JSON is YAML
+        content, literals = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)  # JSON is YAML
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected flags as `name: value` lines, found {type(content).__name__}")
-    given = []
-    for (name, value), word in zip(content.items(), words.values(), strict=True):
-        if value is not None:  # the words as they stand there: YAML takes `no` for False and 1_0 for 10
-            word = json.dumps(value) if isinstance(value, dict) else word
-            text = ",".join(map(str, word)) if isinstance(word, list) else word
-            given.append(CliArg(str(name).replace("-", "_"), text, f"{path}: {name}"))
-    return given
+    cli_args = []
+    for (name, value), literal in zip(content.items(), literals.values(), strict=True):
+        if value is not None:  # the text as it is written: YAML reads `no` as False and 1_0 as 10
+            literal = json.dumps(value) if isinstance(value, dict) else literal
+            literal = ",".join(map(str, literal)) if isinstance(literal, list) else literal
+            cli_args.append(CliArg(str(name).replace("-", "_"), literal, f"{path}: {name}"))
+    return cli_args
 
 
-# What a run's repetition does not take over: its places, what may destroy or publish, what depends on the machine.
+# Flags that repeating a run does not take over: its folders, what deletes or publishes, what depends on the machine.
 NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
     "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "show_traceback"})  # fmt: skip
 
 
 def read_run_record(argv: Sequence[str]) -> dict[str, Any]:
-    """The run.json that stands first on a command line, if one does."""
-    with contextlib.suppress(IndexError, OSError, ValueError):  # read_config_file says what is wrong with a file
-        content = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    """The run.json that comes first on a command line, if any, without the flags that no longer exist."""
+    with contextlib.suppress(IndexError, OSError, ValueError):  # read_config_file reports what is wrong with a file
+        record = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
         parts = ("flags", "derived", "versions", "data", "device")
-        if isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in parts):
-            return content
+        if isinstance(record, dict) and all(isinstance(record.get(part), dict) for part in parts):
+            removed = [name for name in record["flags"] if name in REMOVED_FLAGS]
+            if removed:
+                log.warning("%s: flags that no longer exist are left out: %s", argv[0], ", ".join(removed))
+            return record | {"flags": {k: v for k, v in record["flags"].items() if k not in REMOVED_FLAGS}}
     return {}
 
 
 def split_argv(argv: Sequence[str]) -> list[CliArg]:
-    """The command line as flags with their values, after those of a config file that stands first."""
-    given: list[CliArg] = []
+    """The flags of the command line with their values, preceded by those of a config file that comes first."""
+    cli_args: list[CliArg] = []
     if argv and Path(argv[0]).suffix.lower() in (".yaml", ".yml", ".json"):
-        given = read_config_file(Path(argv[0]))
+        cli_args = read_config_file(Path(argv[0]))
         argv = argv[1:]
-    from_file = len(given)
+    from_file = len(cli_args)
     for token in argv:
         dashes = re.match(r"(--|[–—]+)(?=[A-Za-z])", token)
         if dashes:
             name, equals, value = token[dashes.end() :].partition("=")
             if dashes.group() != "--":
                 log.warning("%s: read as --%s (its dash is not a hyphen)", token, name)
-            given.append(CliArg(name.replace("-", "_"), value if equals else None, f"--{name}"))
-        elif len(given) > from_file:
-            before = given[-1].value
-            given[-1] = given[-1]._replace(value=token if before is None else f"{before},{token}")
+            cli_args.append(CliArg(name.replace("-", "_"), value if equals else None, f"--{name}"))
+        elif len(cli_args) > from_file:
+            previous = cli_args[-1].value
+            cli_args[-1] = cli_args[-1]._replace(value=token if previous is None else f"{previous},{token}")
         else:
             raise ConfigError(f"{token}: expected a flag, which begins with --, or a .yaml or .json file first")
-    return given
+    return cli_args
 
 
-def current_name(item: CliArg, known: set[str]) -> CliArg | None:
-    """A flag under its name of today, an old one with a warning; None where it has no effect any more."""
-    positive = item.name.removeprefix("no_")  # argparse knows --no_flag for what is on by default
-    if positive != item.name and ({item.name, positive} <= known or positive in OLD_FLAGS):
-        item = item._replace(name=positive, value=str(not parse_bool(item)))
-    if item.name == "logging_dir":
-        os.environ["TENSORBOARD_LOGGING_DIR"] = item.value or ""
-        log.warning("%s: old name, set as TENSORBOARD_LOGGING_DIR", item.where)
-        return None
-    if item.name == "debug" and item.value is None:  # with a value it is the Trainer's flag of that name
-        return item._replace(name="show_traceback")
-    if item.name in IGNORED_FLAGS:
-        log.warning("%s: accepted, without effect: %s", item.where, IGNORED_FLAGS[item.name])
-        return None
-    if item.name in RENAMED_FLAGS:
-        new, *meanings = RENAMED_FLAGS[item.name]
-        value = meanings[not parse_bool(item)] if meanings else item.value
-        if new == "warmup_steps":  # from 1 on, the Trainer would take a ratio for a number of steps
-            with contextlib.suppress(ValueError):  # the parser names the flag and its type
-                if not 0 <= float(value or "") < 1:
-                    raise ConfigError(f"{item.where} {value}: expected a share of the steps, from 0 up to below 1")
-        log.warning("%s: old name, read as --%s %s", item.where, new, value if meanings else "")
-        return None if value == "" and meanings else CliArg(new, value, item.where)
-    if item.name not in known:
-        near = difflib.get_close_matches(item.name, sorted(known | OLD_FLAGS), n=5, cutoff=0.5)
-        near.sort(key=lambda name: -len(os.path.commonprefix([name, item.name])))  # noqa: RUF071
-        raise ConfigError(f"{item.where}: unknown flag, {f'did you mean --{near[0]}?' if near else 'see --help'}")
-    return item
-
-
-def parse_bool(item: CliArg) -> bool:
-    """The value of a flag that is on or off; on where it has none."""
-    value = BOOLEANS.get((item.value or "").lower())
+def parse_bool(cli_arg: CliArg) -> bool:
+    """The value of a boolean flag; True if it has none."""
+    value = BOOLEANS.get((cli_arg.value or "").lower())
     if value is None:
-        raise ConfigError(f"{item.where} {item.value}: expected True or False")
+        raise ConfigError(f"{cli_arg.where} {cli_arg.value}: expected True or False")
     return value
 
 
+def to_current_name(cli_arg: CliArg, known: set[str]) -> CliArg | None:
+    """The flag under its current name, with a warning if that changed; None if it has no effect."""
+    positive = cli_arg.name.removeprefix("no_")  # argparse itself knows --no_flag only for what defaults to True
+    if positive != cli_arg.name and ({cli_arg.name, positive} <= known or positive in OLD_FLAGS):
+        cli_arg = cli_arg._replace(name=positive, value=str(not parse_bool(cli_arg)))
+    name, value, where = cli_arg
+    if positive in REMOVED_FLAGS:
+        raise ConfigError(f"{where}: this flag no longer exists: {REMOVED_FLAGS[positive]}")
+    if name == "logging_dir":
+        os.environ["TENSORBOARD_LOGGING_DIR"] = value or ""
+        log.warning("%s: old name, set as TENSORBOARD_LOGGING_DIR", where)
+        return None
+    if name == "debug" and value is None:  # with a value it is the Trainer's flag of that name
+        return cli_arg._replace(name="show_traceback")
+    if name in IGNORED_FLAGS:
+        log.warning("%s: accepted, without effect: %s", where, IGNORED_FLAGS[name])
+        return None
+    if name in RENAMED_FLAGS:
+        return renamed(cli_arg)
+    if name not in known:
+        matches = difflib.get_close_matches(name, sorted(known | OLD_FLAGS), n=5, cutoff=0.5)
+        nearest = max(matches, key=lambda match: len(os.path.commonprefix([match, name])), default=None)  # noqa: RUF071
+        raise ConfigError(f"{where}: unknown flag, {f'did you mean --{nearest}?' if nearest else 'see --help'}")
+    return cli_arg
+
+
+def renamed(cli_arg: CliArg) -> CliArg | None:
+    """A flag of RENAMED_FLAGS as its current one; None if it asks for the default."""
+    name, *values = RENAMED_FLAGS[cli_arg.name]
+    value = values[not parse_bool(cli_arg)] if values else cli_arg.value
+    if name == "warmup_steps":  # from 1 on, the Trainer would take a ratio for a number of steps
+        with contextlib.suppress(ValueError):  # the parser reports what is not a number
+            if not 0 <= float(value or "") < 1:
+                raise ConfigError(f"{cli_arg.where} {value}: expected a fraction of the steps, at least 0 and below 1")
+    log.warning("%s: old name, read as --%s %s", cli_arg.where, name, value if values else "")
+    return None if values and not value else CliArg(name, value, cli_arg.where)
+
+
 def parse_config(argv: Sequence[str]) -> Config:
-    """The command line -> a checked Config. A ConfigError names what is unknown, wrong or does not go together."""
-    epilog = "A YAML or JSON file with flags may stand first: python qlora.py run.yaml --learning_rate 1e-4"
+    """The command line -> a checked Config. A ConfigError names the flag that is unknown, wrong or in conflict."""
+    epilog = "A YAML or JSON file with flags may come first: python qlora.py run.yaml --learning_rate 1e-4"
     parser = Parser(ARGUMENT_GROUPS, prog="qlora.py", allow_abbrev=False, epilog=epilog)
     if {"-h", "--help"} & set(argv):
-        parser.parse_args(["--help"])  # ends here
-    known = {word[2:].replace("-", "_") for word in parser._option_string_actions if word.startswith("--")}
+        parser.parse_args(["--help"])  # exits
+    known = {option[2:].replace("-", "_") for option in parser._option_string_actions if option.startswith("--")}
     record = read_run_record(argv)
     repeated = {name: value for name, value in record.get("flags", {}).items() if name in known - NOT_REPEATED}
-    parser.repeat(repeated, argv)
-    items = [item for old in split_argv(argv[1:] if record else argv) if (item := current_name(old, known))]
-    flags = vars(parser.parse_args([f"--{name}" + ("" if value is None else f"={value}") for name, value, _ in items]))
-    given = frozenset(item.name for item in items)
-    if record and "output_dir" not in given:
-        raise ConfigError(f"{argv[0]}: to repeat this run, name another folder with --output_dir")
-    given |= repeated.keys() & set(record.get("derived", {}).get("given", ()))
-    if {"--warmup_ratio", "--warmup_steps"} <= {item.where for item in items}:
-        raise ConfigError("--warmup_ratio and --warmup_steps: give one of them")
-    flags |= resolve_defaults(flags, given)
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != "no" and not flags.get(precision):  # the Trainer would compute so, whatever is said of it
-        raise ConfigError(f"mixed_precision {precision} of accelerate launch: say it with --bf16 or --fp16 too, or no")
-    if flags["deepspeed"] == "":
-        raise ConfigError("--deepspeed: name a file, also where accelerate launch asks for it (deepspeed_config_file)")
-    if flags["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError("--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed")
-    if flags["deepspeed"] and not flags["plan"] and "LOCAL_RANK" not in os.environ:
-        raise ConfigError("--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes")
-    with reraise_as_user_error("flags"):  # output_dir is where the Trainer writes, and all but final_folder
+    parser.set_recorded_defaults(repeated, argv[0] if argv else "")
+    written = split_argv(argv[1:] if record else argv)
+    cli_args = [current for cli_arg in written if (current := to_current_name(cli_arg, known))]
+    words = [f"--{name}" + ("" if value is None else f"={value}") for name, value, _ in cli_args]
+    flags = vars(parser.parse_args(words))
+    explicitly_set = frozenset(cli_arg.name for cli_arg in cli_args)
+    if record and "output_dir" not in explicitly_set:
+        raise ConfigError(f"{argv[0]}: to repeat this run, pass another folder as --output_dir")
+    if {"--warmup_ratio", "--warmup_steps"} <= {cli_arg.where for cli_arg in cli_args}:
+        raise ConfigError("--warmup_ratio and --warmup_steps: pass only one of them")
+    explicitly_set |= repeated.keys() & set(record.get("derived", {}).get("given", ()))
+    flags |= resolve_defaults(flags, explicitly_set)
+    check_launcher(flags)
+    with reraise_as_user_error("flags"):  # the Trainer writes to its output_dir; final_folder is ours
         groups = parser.parse_dict(flags | {"output_dir": flags["working_dir"] or flags["output_dir"]}, True)
-    flags["hub_token"] = flags["hub_token"] and "(hidden)"  # which no file is to hold
-    config = Config(*groups, flags, given, record)  # type: ignore[call-arg]
+    flags["hub_token"] = flags["hub_token"] and "(hidden)"  # never written to a file
+    config = Config(*groups, flags, explicitly_set, record)  # type: ignore[call-arg]
     check_config(config)
     check_folders(config)
     return config
 
 
 def uses_fsdp(flag: Any) -> bool:
-    """Whether FSDP spreads the model's weights, by the flags or by `accelerate launch`."""
+    """Whether FSDP shards the model's weights, by --fsdp or by `accelerate launch`."""
     return bool(flag) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
-def resolve_defaults(flags: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
+def resolve_defaults(flags: Mapping[str, Any], explicitly_set: frozenset[str]) -> dict[str, Any]:
     """Defaults that depend on other flags, on `accelerate launch` or on the machine."""
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and "deepspeed" not in given
-    derived: dict[str, Any] = {"deepspeed": os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")} if launched else {}
-    if "num_train_epochs" in given and "max_steps" not in given:
-        derived["max_steps"] = -1
+    fsdp, gpu, environment = uses_fsdp(flags["fsdp"]), torch.cuda.is_available(), os.environ
+    deepspeed, kwargs = environment.get("ACCELERATE_USE_DEEPSPEED") == "true", flags["gradient_checkpointing_kwargs"]
+    defaults = (
+        ("max_steps", "num_train_epochs" in explicitly_set, -1),
+        ("deepspeed", deepspeed, environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")),
+        ("optim", fsdp, "adamw_torch"),  # bitsandbytes' optimizers cannot update shards
+        ("ddp_backend", fsdp and gpu, "cuda:nccl,cpu:gloo"),  # the norm of offloaded gradients is reduced on the CPU
+        ("train_sampling_strategy", flags["streaming"], "random"),  # the order of the stream's shuffle buffer
+        ("project", "TRACKIO_PROJECT" in environment, environment.get("TRACKIO_PROJECT")),  # wandb reads its own
+    )
+    derived: dict[str, Any] = {name: v for name, applies, v in defaults if applies and name not in explicitly_set}
     if flags["eval_strategy"] != "no":
         derived["do_eval"] = True
-    if uses_fsdp(flags["fsdp"]) and "optim" not in given:
-        derived["optim"] = "adamw_torch"  # bitsandbytes' can't step on shards
-    if uses_fsdp(flags["fsdp"]) and torch.cuda.is_available() and "ddp_backend" not in given:
-        derived["ddp_backend"] = "cuda:nccl,cpu:gloo"  # the gradients' norm is taken where they are, offloaded too
     if flags["adam8bit"]:
         derived["optim"] = "paged_adamw_8bit"
     if "," in flags["report_to"]:
         derived["report_to"] = [name.strip() for name in flags["report_to"].split(",")]
-    if "project" not in given and "TRACKIO_PROJECT" in os.environ:  # wandb reads its own WANDB_PROJECT
-        derived["project"] = os.environ["TRACKIO_PROJECT"]
-    if not torch.cuda.is_available():
+    if not gpu:
         derived["use_cpu"] = True
-    if flags["gradient_checkpointing_kwargs"] is None:
-        derived["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    derived["gradient_checkpointing_kwargs"] = {"use_reentrant": False} if kwargs is None else kwargs
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        new = old.replace("gradient", "activation")  # transformers 5.23 warns of the old name, 5.17 knows no other
+        new = old.replace("gradient", "activation")  # transformers 5.23 deprecates the old name, 5.17 has only that
         if new in flags:
-            derived[old] = derived[new] = flags[new] if new in given else derived.get(old, flags[old])
+            derived[old] = derived[new] = flags[new] if new in explicitly_set else derived.get(old, flags[old])
     return derived
 
 
-# How adapters may start, and why some can't on quantised weights. What peft knows besides is refused for its reason.
+def final_folder(config: Config) -> Path:
+    """Folder of the final adapter or model, its tokenizer and card; the rest goes to training.output_dir."""
+    return Path(config.flags["final_output_dir"] or config.flags["output_dir"])
+
+
+def hub_options(config: Config) -> dict[str, Any]:
+    """Options for every function that may download."""
+    return {"cache_dir": config.model.cache_dir, "token": True if config.model.use_auth_token else None}
+
+
+def rope_parameters(text: str | None) -> dict[str, Any] | None:
+    """--rope_scaling as a dictionary; the key `type` of old configs is now `rope_type`."""
+    with reraise_as_user_error("--rope_scaling: not JSON"):
+        value = None if text is None else json.loads(text)
+    if not isinstance(value, dict | None):
+        raise ConfigError(f'--rope_scaling {text}: expected an object such as {{"rope_type": "linear", "factor": 2.0}}')
+    return value and {("rope_type" if key == "type" else key): item for key, item in value.items()}
+
+
+# Supported initialisations, and why some of them need weights that are not quantised.
 LORA_INITS = {
-    "true|false|gaussian|eva": "",
+    "true|false|gaussian": "",
     "orthogonal": "peft draws it in the data type of the weights",
-    r"pissa(_niter_\d+)?|olora": "rounding the weights again, less a part, leaves an adapter for another base",
+    r"pissa(_niter_\d+)?|olora": "rounding the changed weights again would fit the adapter to another base",
 }
 UNSUPPORTED_LORA_INITS = {
-    "loftq": "its adapters make up for the rounding of 4-bit weights and would be wrong on the base as published",
-    "corda": "it needs statistics of the data from the full-precision base first",
+    "eva": "it needs batches through the base first",
+    "loftq": "it corrects the rounding of 4-bit weights and would be wrong on the published base",
+    "corda": "it needs statistics from batches through the full-precision base first",
     "lora_ga": "it needs gradients of the full-precision base first",
 }
 
 
 def lora_init_problem(name: str, quantised: bool) -> str | None:
-    """Why adapters can't start in a way, or None."""
-    why = next((why for pattern, why in LORA_INITS.items() if re.fullmatch(pattern, name.lower())), None)
-    if why is None:
+    """Why adapters cannot be initialised this way, or None."""
+    reason = next((why for pattern, why in LORA_INITS.items() if re.fullmatch(pattern, name.lower())), None)
+    if reason is None:
         return UNSUPPORTED_LORA_INITS.get(name.lower(), f"expected one of {', '.join(LORA_INITS)}")
-    return f"not on quantised weights, give --bits 16 or 32: {why}" if why and quantised else None
+    return f"needs --bits 16 or 32: {reason}" if reason and quantised else None
+
+
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "typical_p")  # transformers refuses them without do_sample
+GENERATION_FLAGS = ("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config",
+    *(f.name for f in dataclasses.fields(GenerationArguments)))  # fmt: skip
+CAUSAL_ONLY_FLAGS = {"target_max_len", "train_on_source", "chat_template", "do_mmlu_eval", *GENERATION_FLAGS}
+LORA_FLAGS = frozenset(f.name for f in dataclasses.fields(LoraArguments))
+URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+
+# Flags, the values expected of each, and whether a value is one of them.
+VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
+    ("max_train_samples max_eval_samples source_max_len target_max_len model_max_len max_mmlu_samples "
+     "mmlu_source_max_len max_new_tokens per_device_train_batch_size per_device_eval_batch_size "
+     "gradient_accumulation_steps lora_r max_memory_MB stream_buffer", "at least 1", lambda x: x >= 1),
+    ("learning_rate weight_decay max_grad_norm dataloader_num_workers num_train_epochs layers_to_freeze preview",
+     "0 or more", lambda x: 0 <= x < math.inf),
+    ("lora_alpha temperature", "more than 0", lambda x: 0 < x < math.inf),
+    ("lora_dropout layer_freeze_ratio label_smoothing_factor", "at least 0 and below 1", lambda x: 0 <= x < 1),
+    ("mask_prob", "above 0 and at most 1", lambda x: 0 < x <= 1),
+    ("mask_replace_prob random_replace_prob", "0 to 1", lambda x: 0 <= x <= 1),
+    ("seed", "0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
+    ("eval_dataset_size", "a number of rows, or a fraction below 1", lambda x: 0 < x < 1 or (x > 0 and x % 1 == 0)),
+    ("max_steps", "a number of steps, or -1 with --num_train_epochs", lambda x: x != 0),
+    ("num_beam_groups", "1, transformers no longer supports beam groups", lambda x: x == 1),
+    ("diversity_penalty penalty_alpha", "0, transformers no longer supports it", lambda x: x == 0),
+    ("recompute_layers", "auto, all, none or a number", re.compile(r"auto|all|none|\d+").fullmatch),
+    ("plan_gpu", "a size such as 24GiB", re.compile(r"(?i)[1-9]\d*(\.\d+)? *(GiB|GB|G)?").fullmatch),
+    ("max_shard_size", "a whole number and KB, MB, GB or TB, as in 5GB", re.compile(r"[1-9]\d*[KMGT]B").fullmatch),
+    ("train_sampling_strategy", "group_by_length, random or sequential",
+     re.compile("group_by_length|random|sequential").fullmatch),
+    ("resume_from_checkpoint", "a checkpoint; a rerun resumes by itself, and --overwrite_output_dir starts over",
+     lambda x: x.lower() != "false"),
+    ("include_sources", "a comma-separated list, or ALL", lambda x: x.strip(" ,")),
+    ("dataset", "a preset, a file, a folder or a hub id", lambda x: x.strip(" ,")),
+    ("dataset", f"one of {', '.join(DATASETS)}, or data of your own; vicuna was never released",
+     lambda x: "vicuna" not in x.replace(" ", "").split(",")),
+    ("dataset_format", f"one of {', '.join(FORMATS)}, or path.py:function with a file that exists",
+     lambda x: x in FORMATS or ((custom := CUSTOM_FORMAT.fullmatch(x)) and Path(custom[1]).is_file())),
+)  # fmt: skip
+# The first flag has no meaning without the second.
+REQUIRES = (
+    ("merge_base", "merged_output_dir"), ("skip_excess_length", "model_max_len"), ("stream_buffer", "streaming"),
+    ("plan_gpu", "plan"), ("do_mmlu_eval", "do_eval"),
+)  # fmt: skip
+MUTUALLY_EXCLUSIVE = (
+    ("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
+    ("model_max_len", "source_max_len"), ("model_max_len", "target_max_len"), ("adam8bit", "optim"),
+    ("layers_to_freeze", "layer_freeze_ratio"), ("overwrite_output_dir", "resume_from_checkpoint"),
+    ("streaming", "packing"),
+)  # fmt: skip
+
+
+def check_launcher(flags: Mapping[str, Any]) -> None:
+    """Rules on accelerate launch and DeepSpeed, which the Trainer's arguments act on as soon as they are built."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no" and not flags.get(precision):
+        raise ConfigError(
+            f"mixed_precision {precision} of accelerate launch: pass --bf16 or --fp16 too, or set it to no"
+        )
+    if flags["deepspeed"] == "":
+        raise ConfigError("--deepspeed: name a file, here or as deepspeed_config_file of accelerate launch")
+    if flags["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed")
+    if flags["deepspeed"] and not flags["plan"] and "LOCAL_RANK" not in os.environ:
+        raise ConfigError("--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes")
+
+
+def check_config(config: Config) -> None:
+    """Check every flag and every rule between flags; the first broken one is a ConfigError with the way out."""
+    flags, explicitly_set = argparse.Namespace(**config.flags), config.explicitly_set
+    for names, expected, is_valid in VALUE_CHECKS:
+        for name in names.split():
+            if (value := config.flags[name]) is not None and not is_valid(value):
+                raise ConfigError(f"--{name} {value}: expected {expected}")
+    for name, other in REQUIRES:
+        if name in explicitly_set and config.flags[name] and not config.flags[other]:
+            raise ConfigError(f"--{name} needs --{other}")
+    for name, other in MUTUALLY_EXCLUSIVE:
+        if {name, other} <= explicitly_set and config.flags[name] and config.flags[other]:
+            raise ConfigError(f"--{name} and --{other}: pass only one of them")
+    check_model_and_lora(flags)
+    check_data(flags, explicitly_set)
+    check_training(flags)
+    check_distributed(flags, config.training)
+    check_outputs(flags, config)
+
+
+def check_model_and_lora(flags: Any) -> None:
+    """Rules on the base model and its adapters."""
+    rope_parameters(flags.rope_scaling)
+    init, rank = flags.init_lora_weights, flags.lora_r
+    if flags.full_finetune and flags.bits < 16:
+        raise ConfigError(f"--full_finetune: weights rounded to --bits {flags.bits} cannot be updated; pass 16 or 32")
+    if problem := lora_init_problem(init, flags.bits < 16):
+        raise ConfigError(f"--init_lora_weights {init}: {problem}")
+    if init.lower() == "orthogonal" and rank % 2 == 1:
+        raise ConfigError(f"--init_lora_weights orthogonal: --lora_r {rank} is odd, it must be even")
+
+
+def check_data(flags: Any, explicitly_set: frozenset[str]) -> None:
+    """Rules on datasets and on the tokens to predict: the next one (clm) or masked ones (mlm)."""
+    mask, swap = flags.mask_replace_prob, flags.random_replace_prob
+    masking = sorted(explicitly_set & {"mask_prob", "mask_replace_prob", "random_replace_prob"})
+    causal = sorted(name for name in explicitly_set & CAUSAL_ONLY_FLAGS if getattr(flags, name) is not False)
+    if flags.expand_conversations and flags.dataset_format != "airoboros_chat":
+        raise ConfigError("--expand_conversations needs --dataset_format airoboros_chat")
+    if mask + swap > 1:
+        raise ConfigError(f"--mask_replace_prob {mask} plus --random_replace_prob {swap}: expected at most 1")
+    if flags.objective == "clm" and masking:
+        raise ConfigError(f"--{', --'.join(masking)}: --objective clm masks nothing; pass --objective mlm")
+    if flags.objective == "clm" and flags.do_predict and not flags.predict_with_generate:
+        raise ConfigError("--do_predict needs --predict_with_generate")
+    if flags.objective == "mlm" and causal:
+        raise ConfigError(f"--{', --'.join(causal)}: no meaning for masked language models (--objective mlm)")
+    if flags.objective == "mlm" and flags.padding_side == "left":
+        raise ConfigError("--padding_side left: masked language models (--objective mlm) pad on the right")
+    if flags.objective == "mlm" and flags.dataset_format not in (None, *MASKED_FORMATS):
+        raise ConfigError(f"--dataset_format {flags.dataset_format}: expected input or text with --objective mlm")
+    if flags.streaming:
+        check_streaming(flags, explicitly_set)
+
+
+def check_streaming(flags: Any, explicitly_set: frozenset[str]) -> None:
+    """A stream has neither a length nor epochs, and its rows keep the order of its shuffle buffer."""
+    strategies = (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
+    if flags.do_train and flags.max_steps < 1:
+        raise ConfigError("--streaming: streamed datasets have no length: pass --max_steps, not epochs")
+    if flags.do_train and "epoch" in strategies:
+        raise ConfigError("--streaming has no epochs: pass --save_strategy, --eval_strategy, --logging_strategy steps")
+    if flags.eval_dataset_size < 1:
+        raise ConfigError(f"--streaming: --eval_dataset_size {flags.eval_dataset_size:g} must be a number of rows")
+    if "," in flags.dataset and not Path(flags.dataset).exists():
+        raise ConfigError("--streaming reads one --dataset: name a single one, or a folder of files")
+    if flags.train_sampling_strategy != "random" and "train_sampling_strategy" in explicitly_set:
+        strategy = flags.train_sampling_strategy
+        raise ConfigError(f"--streaming keeps the stream's order: leave out --train_sampling_strategy {strategy}")
+    if flags.dataloader_num_workers > 0:
+        raise ConfigError("--streaming reads rows in order: pass --dataloader_num_workers 0")
+
+
+def check_training(flags: Any) -> None:
+    """Rules on recomputed layers and the metric of the best checkpoint."""
+    metric, layers = flags.metric_for_best_model or "loss", flags.recompute_layers
+    metrics = ["loss", "perplexity", *(["masked_accuracy"] if flags.objective != "clm" else [])]
+    if not flags.gradient_checkpointing and layers not in ("auto", "none", "0"):
+        raise ConfigError(f"--recompute_layers {layers} and --gradient_checkpointing False: pass only one of them")
+    if flags.offload_activations and (not flags.gradient_checkpointing or layers in ("none", "0")):
+        raise ConfigError("--offload_activations needs --gradient_checkpointing and --recompute_layers auto or all")
+    if "mmlu_" in metric and not flags.do_mmlu_eval:
+        raise ConfigError(f"--metric_for_best_model {metric} needs --do_mmlu_eval")
+    if "mmlu_" not in metric and metric.removeprefix("eval_") not in metrics:
+        raise ConfigError(f"--metric_for_best_model {metric}: expected {', '.join(metrics)} or an MMLU metric")
+
+
+FSDP_CONFIG = {"version", "cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
+               "state_dict_type", "cpu_ram_efficient_loading"}  # fmt: skip
+FSDP_ENVIRONMENT = ("version", "auto_wrap_policy", "activation_checkpointing")  # settings of accelerate launch
+
+
+def check_distributed(flags: Any, training: TrainingArguments) -> None:
+    """Rules on DeepSpeed's file and on FSDP, by --fsdp or by accelerate launch."""
+    if mismatches := getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", ()):
+        values = ", ".join(re.sub("^- ds | hf", "", line) for line in mismatches)
+        raise ConfigError(f'--deepspeed {flags.deepspeed}: {values}: set these to "auto" in the file')
+    if not uses_fsdp(flags.fsdp):
+        return
+    launched = {name: value for name in FSDP_ENVIRONMENT if (value := os.environ.get(f"FSDP_{name.upper()}"))}
+    settings: Any = training.fsdp_config if flags.fsdp else {"version": 1} | launched
+    version, policy = settings.get("version", 2), settings.get("auto_wrap_policy")
+    unknown_keys = sorted(name for name, value in settings.items() if value and name not in FSDP_CONFIG)
+    if re.search(r"8bit|paged|lion|ademamix", flags.optim):
+        raise ConfigError(f"--fsdp: bitsandbytes' --optim {flags.optim} cannot update shards; pass adamw_torch")
+    if flags.bits == 8:
+        raise ConfigError("--fsdp: weights of --bits 8 cannot be sharded; pass 4 or 16")
+    if str(version) != "2":
+        where = "--fsdp_config (for accelerate launch: fsdp_version in its file)"
+        raise ConfigError(f"--fsdp: version {version} is being removed from transformers; set version 2 in {where}")
+    if "SIZE" in str(policy).upper():
+        raise ConfigError(f"--fsdp_config: auto_wrap_policy {policy} would shard more than layers; leave it out")
+    if str(settings.get("activation_checkpointing")).lower() == "true":
+        raise ConfigError("--fsdp_config: activation_checkpointing renames saved weights; use --recompute_layers all")
+    if flags.fsdp and unknown_keys:
+        known_keys = ", ".join(sorted(FSDP_CONFIG))
+        raise ConfigError(f"--fsdp_config: {', '.join(unknown_keys)}: unknown, expected some of {known_keys}")
+
+
+def check_outputs(flags: Any, config: Config) -> None:
+    """Rules on what a run leaves: merged models, uploads, trackers and run.json."""
+    if not (flags.do_train or flags.do_eval or flags.do_predict or flags.merged_output_dir):
+        raise ConfigError("nothing to do: pass --do_train, --do_eval, --do_predict or --merged_output_dir")
+    folders = {path.resolve() for path in (Path(config.training.output_dir), final_folder(config))}
+    if flags.merged_output_dir and Path(flags.merged_output_dir).resolve() in folders:
+        raise ConfigError(f"--merged_output_dir {flags.merged_output_dir}: the run's own folder; name another")
+    if flags.push_to_hub and "hub_strategy" in config.explicitly_set and flags.hub_strategy != "end":
+        raise ConfigError(f"--push_to_hub uploads no checkpoints: pass --hub_strategy end, not {flags.hub_strategy}")
+    trackers = set(config.training.report_to or ())
+    if unknown := trackers - INTEGRATION_TO_CALLBACK.keys():
+        known = ", ".join(INTEGRATION_TO_CALLBACK)
+        raise ConfigError(f"--report_to {', '.join(sorted(unknown))}: expected none, all, or some of {known}")
+    if missing := trackers and trackers - {*get_available_reporting_integrations(), "azure_ml", "flyte"}:
+        raise ConfigError(f"--report_to {', '.join(sorted(missing))}: the Python package is not installed here")
+    if url := next((name for name, value in config.flags.items() if URL_WITH_PASSWORD.search(str(value))), None):
+        raise ConfigError(f"--{url}: a URL with a password, which run.json would show; log in instead")
 
 
 # Flags that name what a run reads, and folders that it writes to.
@@ -1030,7 +1268,7 @@ WRITES = ("output_dir", "working_dir", "final_output_dir", "merged_output_dir")
 
 
 def check_folders(config: Config) -> None:
-    """Refuse output folders that are, or lie above, what the run reads: its files could be overwritten or removed."""
+    """Refuse output folders that are, or contain, something the run reads: it could be overwritten or removed."""
     sources = {f"--{name} {config.flags[name]}": config.flags[name] for name in READS}
     sources |= {f"--dataset {name}": name for name in (config.data.dataset, *config.data.dataset.split(","))}
     for flag in (flag for flag in WRITES if config.flags[flag]):
@@ -1039,236 +1277,46 @@ def check_folders(config: Config) -> None:
             source = Path(str(name or "").strip()).expanduser().resolve()
             read = source if source.is_dir() else source.parent
             if name and source.exists() and folder in (read, *read.parents):
-                raise ConfigError(
-                    f"--{flag} {folder}: the run reads {what} from there; name another folder to write to"
-                )
+                raise ConfigError(f"--{flag} {folder}: the run reads {what} there; name another folder to write to")
 
 
-def final_folder(config: Config) -> Path:
-    """Where the final adapter or model goes, with its tokenizer and card; all else goes to training.output_dir."""
-    return Path(config.flags["final_output_dir"] or config.flags["output_dir"])
-
-
-def rope_parameters(text: str | None) -> dict[str, Any] | None:
-    """--rope_scaling as a dictionary; the key `type` of old configs is today's `rope_type`."""
-    with reraise_as_user_error("--rope_scaling: not JSON"):
-        value = None if text is None else json.loads(text)
-    if not isinstance(value, dict | None):
-        raise ConfigError(f'--rope_scaling {text}: expected an object such as {{"rope_type": "linear", "factor": 2.0}}')
-    return value and {("rope_type" if key == "type" else key): item for key, item in value.items()}
-
-
-SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "typical_p")  # what the library refuses unless it samples
-GENERATION_FLAGS = ("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config",
-    *(f.name for f in dataclasses.fields(GenerationArguments)))  # fmt: skip
-# What a masked language model has no use for: it has no output of its own, and generates nothing.
-CAUSAL_ONLY_FLAGS = frozenset({"target_max_len", "train_on_source", "chat_template", "do_mmlu_eval", *GENERATION_FLAGS})
-LORA_FLAGS = frozenset(f.name for f in dataclasses.fields(LoraArguments))
-URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
-
-# fmt: off
-# What a flag may be, on its own: the flags, what is expected of them, and whether a value is that.
-VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
-    ("max_train_samples max_eval_samples source_max_len target_max_len model_max_len max_mmlu_samples "
-     "mmlu_source_max_len max_new_tokens per_device_train_batch_size per_device_eval_batch_size "
-     "gradient_accumulation_steps lora_r max_memory_MB stream_buffer", "at least 1", lambda x: x >= 1),
-    ("learning_rate weight_decay max_grad_norm dataloader_num_workers num_train_epochs layers_to_freeze preview",
-     "0 or more", lambda x: 0 <= x < math.inf),
-    ("lora_alpha temperature", "more than 0", lambda x: 0 < x < math.inf),
-    ("lora_dropout layer_freeze_ratio label_smoothing_factor", "from 0 up to below 1", lambda x: 0 <= x < 1),
-    ("mask_prob", "above 0 and at most 1", lambda x: 0 < x <= 1),
-    ("seed", "from 0 up to 2**32 - 1", lambda x: 0 <= x < 2**32),
-    ("eval_dataset_size", "a number of rows, or a share below 1", lambda x: 0 < x < 1 or (x > 0 and x % 1 == 0)),
-    ("max_steps", "a number of steps, or -1 and --num_train_epochs", lambda x: x != 0),
-    ("recompute_layers unpacked_layers", "auto, all, none or a number",
-     lambda x: re.fullmatch(r"auto|all|none|\d+", x)),
-    ("max_shard_size", "a whole number and KB, MB, GB or TB, as in 5GB", lambda x: re.fullmatch(r"[1-9]\d*[KMGT]B", x)),
-    ("train_sampling_strategy", "group_by_length, random or sequential",
-     lambda x: x in ("group_by_length", "random", "sequential")),
-    ("include_sources", "a comma-separated list, or ALL", lambda x: x.strip(" ,")),
-    ("dataset", "a preset, a file, a folder or a hub id", lambda x: x.strip(" ,")),
-)
-# A flag, and another without which it means nothing.
-REQUIRES = (("merge_base", "merged_output_dir"), ("skip_excess_length", "model_max_len"),
-            ("stream_buffer", "streaming"), ("plan_gpu", "plan"), ("do_mmlu_eval", "do_eval"))
-# Flags of which one leaves the other without a meaning.
-MUTUALLY_EXCLUSIVE = (("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"),
-          ("preview", "plan"),
-          ("model_max_len", "source_max_len"), ("model_max_len", "target_max_len"), ("adam8bit", "optim"),
-          ("layers_to_freeze", "layer_freeze_ratio"), ("overwrite_output_dir", "resume_from_checkpoint"))
-
-# Every rule between flags: whether it is broken, by the flags and what `flags_of` adds to them, and a message with the
-# way out. The first that is broken ends the run. To add one: a row here, one in its tests.
-RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
-    *((lambda f, name=name, holds=holds: (value := getattr(f, name)) is not None and not holds(value),
-       f"--{name} {{{name}}}: expected {expected}")
-      for names, expected, holds in VALUE_CHECKS for name in names.split()),
-    *((lambda f, a=a, b=b: a in f.explicitly_set and getattr(f, a) and not getattr(f, b), f"--{a} needs --{b}")
-      for a, b in REQUIRES),
-    *((lambda f, a=a, b=b: {a, b} <= f.explicitly_set and getattr(f, a) and getattr(f, b),
-       f"--{a} and --{b}: give one of them") for a, b in MUTUALLY_EXCLUSIVE),
-    (lambda f: f.telling, "--{telling}: a URL with a password, which the run's files would show: log in instead"),
-    (lambda f: not (f.do_train or f.do_eval or f.do_predict or f.merged_output_dir),
-     "nothing to do: --do_train, --do_eval, --do_predict are off, and there is no --merged_output_dir"),
-    (lambda f: f.merged_output_dir and Path(f.merged_output_dir).resolve() in f.folders,
-     "--merged_output_dir {merged_output_dir}: the run's own folder, name another"),
-    (lambda f: f.full_finetune and f.bits < 16,
-     "--full_finetune: weights rounded to --bits {bits} take no small steps of training, give 16 or 32"),
-    (lambda f: f.by_fsdp and re.search(r"8bit|paged|lion|ademamix", f.optim),
-     "--fsdp: bitsandbytes' --optim {optim} can't step on shards, give adamw_torch"),
-    (lambda f: f.by_fsdp and f.bits == 8, "--fsdp: it can't shard --bits 8, give 4 or 16"),
-    (lambda f: f.by_fsdp and str(f.spread.get("version", 2)) != "2",
-     "--fsdp: version {spread[version]} has its end in transformers, give version 2 in --fsdp_config (in the file of "
-     "accelerate launch fsdp_version)"),
-    (lambda f: f.by_fsdp and "SIZE" in str(f.spread.get("auto_wrap_policy")).upper(),
-     "--fsdp_config: auto_wrap_policy {spread[auto_wrap_policy]} would shard what is no layer, leave it out"),
-    (lambda f: f.by_fsdp and str(f.spread.get("activation_checkpointing")).lower() == "true",
-     "--fsdp_config: activation_checkpointing would save weights under other names, give --recompute_layers all"),
-    (lambda f: f.fsdp and f.unheard, "--fsdp_config: {unheard}: expected some of {heard}"),
-    (lambda f: f.objective == "clm" and f.do_predict and not f.predict_with_generate,
-     "--do_predict needs --predict_with_generate"),
-    (lambda f: f.objective == "mlm" and f.causal_flags,
-     "{causal_flags}: of no use with a masked language model (--objective mlm)"),
-    (lambda f: f.objective == "clm" and f.explicitly_set & {"mask_prob", "mask_replace_prob", "random_replace_prob"},
-     "--mask_prob, --mask_replace_prob, --random_replace_prob: nothing is masked with --objective clm, give mlm"),
-    (lambda f: f.objective == "mlm" and f.padding_side == "left",
-     "--padding_side left: a masked language model (--objective mlm) pads on the right"),
-    (lambda f: f.objective == "mlm" and f.dataset_format not in (None, *MASKED_FORMATS),
-     "--dataset_format {dataset_format}: expected input or text with --objective mlm"),
-    (lambda f: not (min(f.mask_replace_prob, f.random_replace_prob) >= 0
-                    and f.mask_replace_prob + f.random_replace_prob <= 1),
-     "--mask_replace_prob {mask_replace_prob}, --random_replace_prob {random_replace_prob}: expected a sum up to 1"),
-    (lambda f: not f.gradient_checkpointing and f.recompute_layers not in ("auto", "none", "0"),
-     "--recompute_layers {recompute_layers} and --gradient_checkpointing False: give one of them"),
-    (lambda f: f.offload_activations and (not f.gradient_checkpointing or f.recompute_layers in ("none", "0")),
-     "--offload_activations needs recomputed layers: drop --recompute_layers none, --gradient_checkpointing False"),
-    (lambda f: f.cuda_graphs and (not f.gradient_checkpointing or f.recompute_layers not in ("auto", "all")),
-     "--cuda_graphs recompute all layers: give --recompute_layers all"),
-    (lambda f: f.cuda_graphs and (f.offload_activations or f.full_finetune or not f.padding_free or f.fsdp
-                                  or f.deepspeed),
-     "--cuda_graphs: not with --offload_activations, --full_finetune, --padding_free False, --fsdp or --deepspeed"),
-    (lambda f: str(f.resume_from_checkpoint).lower() == "false",
-     "--resume_from_checkpoint False: a rerun resumes by itself, give --overwrite_output_dir to start anew"),
-    (lambda f: f.start_problem, "--init_lora_weights {init_lora_weights}: {start_problem}"),
-    (lambda f: f.init_lora_weights.lower() == "orthogonal" and f.lora_r % 2 == 1,
-     "--init_lora_weights orthogonal: --lora_r {lora_r} is odd, it must be even"),
-    (lambda f: f.metric_for_best_model is not None and "mmlu_" not in f.metric_for_best_model
-     and f.metric_for_best_model.removeprefix("eval_") not in f.metrics.split(", "),
-     "--metric_for_best_model {metric_for_best_model}: expected {metrics} or an MMLU metric"),
-    (lambda f: "mmlu_" in (f.metric_for_best_model or "") and not f.do_mmlu_eval,
-     "--metric_for_best_model {metric_for_best_model} needs --do_mmlu_eval"),
-    (lambda f: f.num_beam_groups > 1 or f.penalty_alpha is not None or f.diversity_penalty != 0,
-     "--num_beam_groups, --diversity_penalty and --penalty_alpha: transformers generates in these ways no more"),
-    (lambda f: f.push_to_hub and "hub_strategy" in f.explicitly_set and f.hub_strategy != "end",
-     "--push_to_hub pushes what is final, no checkpoints: give --hub_strategy end, not {hub_strategy}"),
-    (lambda f: f.streaming and f.do_train and f.max_steps < 1,
-     "--streaming: how long it is nobody knows: give --max_steps, not epochs"),
-    (lambda f: f.streaming and "," in f.dataset and not Path(f.dataset).exists(),
-     "--streaming: --dataset names several: give one, or a folder"),
-    (lambda f: f.streaming and f.eval_dataset_size < 1,
-     "--streaming: --eval_dataset_size {eval_dataset_size:g}: expected a number of rows, nobody knows a share"),
-    (lambda f: f.streaming and f.dataloader_num_workers > 0,
-     "--streaming: its blocks are read in order: give --dataloader_num_workers 0"),
-    (lambda f: f.streaming and f.do_train and "epoch" in (f.save_strategy, f.eval_strategy, f.logging_strategy),
-     "--streaming: it has no epochs: give --save_strategy, --eval_strategy and --logging_strategy steps"),
-    (lambda f: "vicuna" in f.dataset.replace(" ", "").split(","),
-     "--dataset vicuna: its data was never released; a file of your own, or one of {datasets}"),
-    (lambda f: f.dataset_format not in (None, *FORMATS) and not CUSTOM_FORMAT.fullmatch(f.dataset_format),
-     "--dataset_format {dataset_format}: expected one of {formats}, or path.py:function"),
-    (lambda f: (own := CUSTOM_FORMAT.fullmatch(f.dataset_format or "")) and not Path(own[1]).is_file(),
-     "--dataset_format {dataset_format}: no such file"),
-    (lambda f: f.expand_conversations and f.dataset_format != "airoboros_chat",
-     "--expand_conversations needs --dataset_format airoboros_chat"),
-    (lambda f: f.unknown, "--report_to {unknown}: expected none, all, or some of {known}"),
-    (lambda f: f.missing, "--report_to {missing}: its Python package is not installed here"),
-)
-
-# Flags that do nothing beside others, though nothing is wrong with them: said once, by `hints`.
-INEFFECTIVE_FLAGS: tuple[tuple[Iterable[str], Callable[[Any], Any], str], ...] = (
-    (("quant_type", "double_quant"), lambda f: f.bits != 4, "bits is {bits}"),
-    (("unpacked_layers",), lambda f: f.bits >= 16, "bits is {bits}"),
-    (("merge_base",), lambda f: f.bits >= 16, "bits is {bits}, so a base is merged into as it was published"),
-    (("max_shard_size",), lambda f: not (f.merged_output_dir or f.full_finetune),
-     "only a merged model (--merged_output_dir) and one of --full_finetune are written in shards"),
-    (LORA_FLAGS - {"layers_to_freeze", "layer_freeze_ratio"}, lambda f: f.full_finetune,
-     "a full fine-tune has no adapters"),
-    (LORA_FLAGS, lambda f: f.adapter_name_or_path is not None,
-     "an adapter given by adapter_name_or_path keeps its own rank, alpha and layers"),
-    (GENERATION_FLAGS, lambda f: not f.do_predict, "nothing is generated without --do_predict"),
-    (SAMPLING_FLAGS, lambda f: f.do_predict and not f.do_sample,
-     "predictions are not sampled unless --do_sample is given"),
-    (("length_penalty",), lambda f: f.do_predict and f.num_beams == 1 and f.generation_num_beams in (None, 1),
-     "it weighs beams: --num_beams is 1"),
-    (("mmlu_split", "mmlu_dataset", "max_mmlu_samples", "mmlu_source_max_len", "mmlu_dir"),
-     lambda f: not f.do_mmlu_eval, "no question is asked without --do_mmlu_eval"),
-    (("eval_dataset_size", "max_eval_samples", "per_device_eval_batch_size"),
-     lambda f: not (f.do_eval or f.do_predict), "no row is held out without --do_eval or --do_predict"),
-    (("eval_steps", "eval_delay"), lambda f: f.eval_strategy == "no", "eval_strategy is no"),
-    (("save_steps",), lambda f: f.save_strategy != "steps", "save_strategy is {save_strategy}"),
-    (("num_train_epochs",), lambda f: f.max_steps > 0, "max_steps {max_steps} rules"),
-    (("overwrite_output_dir",), lambda f: not f.do_train, "nothing is trained"),
-    (("warmup_steps",), lambda f: f.lr_scheduler_type == "constant",
-     "lr_scheduler_type constant ignores warm-up; constant_with_warmup honours it"),
-    (("use_fast_tokenizer",), lambda f: not f.use_fast_tokenizer, "every tokenizer is a fast one today"),
-    (("fsdp_config",), lambda f: not f.fsdp, "it is for --fsdp; accelerate launch has a file of its own"),
-    (("max_memory_MB",), lambda f: f.use_cpu or "LOCAL_RANK" in os.environ, "it is for one process with many GPUs"),
-    (("hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision"),
-     lambda f: not f.push_to_hub, "nothing is pushed without --push_to_hub; --use_auth_token is for gated downloads"),
-    (("project", "trackio_space_id"), lambda f: "trackio" not in f.trackers, "they are for --report_to trackio"),
-)
-# fmt: on
-
-
-# What FSDP2 hears of --fsdp_config.
-FSDP_CONFIG = {"version", "cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
-               "state_dict_type", "cpu_ram_efficient_loading"}  # fmt: skip
-
-FSDP_LAUNCH = ("version", "auto_wrap_policy", "activation_checkpointing")  # of accelerate launch, what has a rule
-
-
-def flags_of(config: Config) -> argparse.Namespace:
-    """What rules are about: every flag by its name, and what follows from several of them or from the tables."""
-    flags, given, trackers = config.flags, config.explicitly_set, config.training.report_to or ()
-    installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"} if trackers else ()  # two not looked for
-    launched = {name: value for name in FSDP_LAUNCH if (value := os.environ.get(f"FSDP_{name.upper()}"))}
-    spread: Any = config.training.fsdp_config if flags["fsdp"] else {"version": 1} | launched
-    return argparse.Namespace(
-        **flags,
-        by_fsdp=uses_fsdp(flags["fsdp"]),
-        spread=spread,
-        unheard=", ".join(name for name in sorted(spread or ()) if spread[name] and name not in FSDP_CONFIG),
-        heard=", ".join(sorted(FSDP_CONFIG)),
-        explicitly_set=given,
-        causal_flags=", ".join(f"--{name}" for name in sorted(given & CAUSAL_ONLY_FLAGS) if flags[name] is not False),
-        telling=next((name for name, value in flags.items() if URL_WITH_PASSWORD.search(str(value))), ""),
-        folders={path.resolve() for path in (Path(config.training.output_dir), final_folder(config))},
-        start_problem=lora_init_problem(config.lora.init_lora_weights, config.quant.bits < 16),
-        metrics="loss, perplexity" + (", masked_accuracy" if flags["objective"] != "clm" else ""),
-        trackers=trackers,
-        unknown=", ".join(name for name in trackers if name not in INTEGRATION_TO_CALLBACK),
-        missing=", ".join(name for name in trackers if name not in installed),
-        known=", ".join(INTEGRATION_TO_CALLBACK),
-        datasets=", ".join(DATASETS),
-        formats=", ".join(FORMATS),
-    )
-
-
-def check_config(config: Config) -> None:
-    """Every rule between flags, each with the way out; the first that is broken is a ConfigError."""
-    f = flags_of(config)
-    for broken, message in RULES:
-        if broken(f):
-            raise ConfigError(message.format(**vars(f)))
-    rope_parameters(config.model.rope_scaling)
-    differing = getattr(getattr(config.training, "hf_deepspeed_config", None), "mismatches", ())
-    if differing:
-        values = ", ".join(re.sub("^- ds | hf", "", line) for line in differing)
-        raise ConfigError(f'--deepspeed {f.deepspeed}: {values}: give "auto" there')
-
-
-def hub_options(config: Config) -> dict[str, Any]:
-    """What every function that may download takes."""
-    return {"cache_dir": config.model.cache_dir, "token": True if config.model.use_auth_token else None}
+def ineffective_flags(config: Config) -> list[tuple[str, bool, str]]:
+    """Flags that other flags leave without effect, though nothing is wrong: names, whether that is so, and why."""
+    flags = argparse.Namespace(**config.flags)
+    generates, evaluates = flags.do_predict, flags.do_eval or flags.do_predict
+    one_beam, sharded = flags.num_beams == 1, flags.merged_output_dir or flags.full_finetune
+    # fmt: off
+    return [
+        ("quant_type double_quant", flags.bits != 4, f"bits is {flags.bits}"),
+        ("merge_base", flags.bits >= 16, f"bits is {flags.bits}, so training saw the published base"),
+        ("max_shard_size", not sharded, "only models of --merged_output_dir and --full_finetune are sharded"),
+        (" ".join(LORA_FLAGS - {"layers_to_freeze", "layer_freeze_ratio"}), flags.full_finetune,
+         "a full fine-tune has no adapters"),
+        (" ".join(LORA_FLAGS), flags.adapter_name_or_path is not None,
+         "an adapter from adapter_name_or_path keeps its own rank, alpha and layers"),
+        (" ".join(GENERATION_FLAGS), not generates, "nothing is generated without --do_predict"),
+        (" ".join(SAMPLING_FLAGS), generates and not flags.do_sample, "nothing is sampled without --do_sample"),
+        ("length_penalty", generates and one_beam and flags.generation_num_beams in (None, 1),
+         "it weighs beams, and --num_beams is 1"),
+        ("mmlu_split mmlu_dataset max_mmlu_samples mmlu_source_max_len mmlu_dir", not flags.do_mmlu_eval,
+         "no questions are asked without --do_mmlu_eval"),
+        ("eval_dataset_size max_eval_samples per_device_eval_batch_size", not evaluates,
+         "no rows are held out without --do_eval or --do_predict"),
+        ("eval_steps eval_delay", flags.eval_strategy == "no", "eval_strategy is no"),
+        ("save_steps", flags.save_strategy != "steps", f"save_strategy is {flags.save_strategy}"),
+        ("num_train_epochs", flags.max_steps > 0, f"max_steps {flags.max_steps} takes precedence"),
+        ("overwrite_output_dir", not flags.do_train, "nothing is trained"),
+        ("warmup_steps", flags.lr_scheduler_type == "constant",
+         "lr_scheduler_type constant ignores warm-up; constant_with_warmup honours it"),
+        ("use_fast_tokenizer", not flags.use_fast_tokenizer, "every tokenizer is a fast one"),
+        ("fsdp_config", not flags.fsdp, "it belongs to --fsdp; accelerate launch has a file of its own"),
+        ("max_memory_MB", flags.use_cpu or "LOCAL_RANK" in os.environ, "it applies to one process with several GPUs"),
+        ("hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision", not flags.push_to_hub,
+         "nothing is uploaded without --push_to_hub; gated downloads take --use_auth_token"),
+        ("project trackio_space_id", "trackio" not in (config.training.report_to or ()),
+         "it belongs to --report_to trackio"),
+    ]
+    # fmt: on
 
 
 # ------------------------------------------------------------------------------------
@@ -2540,15 +2588,6 @@ def gguf_file(name: str) -> Path | None:
     return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
 
-def check_weights(folder: str | Path, config: Config) -> None:
-    """Refuse a folder whose weights are a pickle, which can hold code, unless the flag says to take its tensors."""
-    for pickled, safe in (("adapter_model.bin", "adapter_model.safetensors"), ("pytorch_model*.bin", "*.safetensors")):
-        found = sorted(Path(folder).glob(pickled))
-        if found and not (config.model.allow_pickle_weights or any(Path(folder).glob(safe))):
-            way = "convert it to safetensors, or give --allow_pickle_weights, which takes nothing but tensors from it"
-            raise ConfigError(f"{found[0]}: weights in a pickle, which can hold code: {way}")
-
-
 def load_strict(name: str, folder: str | Path, auto_model: Any = AutoModelForCausalLM, **options: Any) -> Any:
     """A model, refused where its checkpoint lacks weights: transformers draws them at random and only warns."""
     with reraise_as_user_error(f"--model_name_or_path {name}"):
@@ -2768,11 +2807,9 @@ def load_base(config: Config, model_config: PretrainedConfig, folder: str, **opt
     """The base model as these options have it."""
     if model_config.model_type in QUIRKS:
         QUIRKS[model_config.model_type]()
-    pickles, name = config.model.allow_pickle_weights, config.model.model_name_or_path
+    name = config.model.model_name_or_path
     shared = {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
-    options = {"use_safetensors": None if pickles else True} | shared | options
-    options = {name: value for name, value in options.items() if value is not None}
-    name += "" if pickles or Path(folder).is_dir() else " (read as safetensors; --allow_pickle_weights reads .bin too)"
+    options = {name: value for name, value in (shared | options).items() if value is not None}
     return load_strict(name, folder, AUTO_MODELS[config.masked], **options)
 
 
@@ -2976,7 +3013,6 @@ def adapter_files(adapter: str, config: Config) -> str:
     """The folder of an adapter, fetched if need be, whose weights may be read."""
     with reraise_as_user_error(f"--adapter_name_or_path {adapter}"):
         folder = download(adapter, ["adapter_config.json", "adapter_model.*"], config)
-    check_weights(folder, config)
     return str(folder)
 
 
@@ -4074,7 +4110,7 @@ def liger_patches() -> Mapping[str, Any] | None:
 
 def apply_liger(model: Any, config: Config) -> None:
     """Take norms and rotary embedding from liger-kernel, where it is wanted, installed and has the model."""
-    if not config.training.liger or triton is None or not torch.cuda.is_available():
+    if not config.training.fast_path or triton is None or not torch.cuda.is_available():
         return
     patches = liger_patches()
     if patches is None:
@@ -4116,7 +4152,7 @@ def _on_gpu(kernel: Any, plain: Any, q: torch.Tensor, *args: Any, **kwargs: Any)
 def end_to_end_kernel(model: Any, config: Config) -> str | None:
     """The attention kernel for rows that lie end to end, or None, with a line that says why they are padded."""
     wanted = resolve_attention(config)
-    if not config.training.padding_free:
+    if not config.training.fast_path:
         return None
     if config.training.neftune_noise_alpha:
         log.info("rows are padded: --neftune_noise_alpha divides its noise by the root of a row's length")
@@ -4200,7 +4236,7 @@ def choose_fast_path(model: Any, base: Any, config: Config, device: Any = None) 
     """
     kernel, head = end_to_end_kernel(base, config), base.get_output_embeddings()
     plain = isinstance(head, torch.nn.Linear) and type(head).__module__.startswith("torch")  # FSDP's or as it was
-    if not config.training.chunked_head or not plain:
+    if not config.training.fast_path or not plain:
         head = None
     windows, device = trial_windows(base), device or base.get_input_embeddings().weight.device
     fast = FastPath(offloads=config.training.offload_activations, spread=is_sharded(config))
@@ -4300,7 +4336,7 @@ def choose_recomputing(model: Any, base: Any, fast: FastPath, batch: Mapping[str
         log.info("layers of %s are recomputed in torch's own way: they take more than one input", type(base).__name__)
         way = fast._replace(by_input=False)
     model.train(training)
-    return way._replace(graphs=config.training.cuda_graphs and graphable(base, way, dtype))
+    return way
 
 
 def graphable(base: Any, fast: FastPath, dtype: torch.dtype) -> bool:
@@ -4319,7 +4355,7 @@ def graphable(base: Any, fast: FastPath, dtype: torch.dtype) -> bool:
 
 def enable_fast_path(model: Any, base: Any, config: Config) -> FastPath:
     """Put the model's adapters on the fast path and find out what else of it the model takes."""
-    if config.training.fused_lora and not config.quant.full_finetune:
+    if config.training.fast_path and not config.quant.full_finetune:
         others = patch_lora_layers(model)
         if others:
             log.info("%d adapted layers stay with peft's own functions, first %s", len(others), others[0])
@@ -4393,7 +4429,7 @@ def find_gpu(text: str | None) -> Gpu:
         gib = here.total_memory / GIB
         share = torch.cuda.get_per_process_memory_fraction() * gib + CONTEXT  # of torch's allocator alone
         return Gpu(here.name, min(gib, share), known.tflops if known else 0.0, torch.cuda.device_count())
-    parts = re.fullmatch(r"(?:([1-9]\d*)x)?(?:(\d+(?:\.\d+)?)(?:gib|gb|g)|(.*))", "".join(text.lower().split()))
+    parts = re.fullmatch(r"(?:([1-9]\d*)x)?(?:(\d+(?:\.\d+)?)(?:gib|gb|g)?|(.*))", "".join(text.lower().split()))
     assert parts is not None
     number, size, name = int(parts[1] or 1), parts[2], parts[3]
     if size:
@@ -4478,8 +4514,8 @@ def kept_by_layer(model: Any, base: Any, config: Config) -> int:
     """
     train, dtype, text = config.training, compute_dtype(config), base.config.get_text_config()
     here = torch.cuda.is_available() and not train.plan_gpu  # else liger-kernel is taken to be installed
-    liger = train.liger and (not here or base.config.model_type in (liger_patches() or {}))
-    if train.fused_lora and not config.quant.full_finetune:
+    liger = train.fast_path and (not here or base.config.model_type in (liger_patches() or {}))
+    if train.fast_path and not config.quant.full_finetune:
         patch_lora_layers(model)
     for name, module in model.train().named_modules():
         kind, of_heads = type(module).__name__, leaf_name(name) in ("q_norm", "k_norm")
@@ -4491,7 +4527,7 @@ def kept_by_layer(model: Any, base: Any, config: Config) -> int:
             # with dropout a CPU's attention keeps all scores; OPT would draw layers to leave out
             module.training = False
     base.get_input_embeddings().weight.requires_grad_(True)  # the first layer as all others
-    kernel = VARLEN_ATTENTION if train.padding_free and base._supports_attention_backend else None
+    kernel = VARLEN_ATTENTION if train.fast_path and base._supports_attention_backend else None
     length, found = min(256, (getattr(text, "max_position_embeddings", None) or 512) // 2), list[int]()
     autocast = torch.autocast("cpu", dtype, dtype != torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True), autocast, attention_implementation(base, kernel):
@@ -4553,11 +4589,11 @@ def memory_from_config(config: Config, model_config: PretrainedConfig, exact: bo
         optimizer=count * next((each for name, each in states.items() if name in train.optim), 8),
         paged="paged" in train.optim,
         fixed=(max(counts.values(), default=0) * width if config.quant.bits < 16 else 0) + 2**27,
-        token=width * (inner + 3 * hidden) + (0 if train.chunked_head else vocabulary * (width + 12)),
+        token=width * (inner + 3 * hidden) + (0 if train.fast_path else vocabulary * (width + 12)),
         layer=layer,
         kept=math.ceil(2 * width * hidden / layers) if train.offload_activations else width * hidden,
         layers=layers,
-        unpacked=width * per_layer if config.quant.bits < 16 and train.fused_lora and not full else 0,
+        unpacked=width * per_layer if config.quant.bits < 16 and train.fast_path and not full else 0,
         flops=(6.0 if full else 4.0) * (held + experts) + 6.0 * (0 if full else count) + 4.0 * hidden * vocabulary,
         repeated=2.0 * layers * (per_layer - last) + 2.0 * experts,
         all_or_none=is_sharded(config),
@@ -4607,9 +4643,7 @@ def unpacked_layers(left: float, sizes: StepPlan, costs: MemoryModel, config: Co
     """How many layers' weights to keep unpacked in the bytes that are left; none where memory is short or asked for."""
     if not costs.unpacked:
         return 0
-    asked = requested_layers(config.training.unpacked_layers, costs.layers)
-    fitting = 0 if sizes.recomputed else max(0, min(costs.layers, int(left / costs.unpacked)))
-    return fitting if asked is None else asked
+    return 0 if sizes.recomputed else max(0, min(costs.layers, int(left / costs.unpacked)))
 
 
 class Plan(NamedTuple):
@@ -4758,7 +4792,7 @@ def plan_from_flags(config: Config, costs: MemoryModel, graphs: bool = True) -> 
     train, longest = config.training, length_limits(config).longest
     window = longest * train.per_device_train_batch_size * train.gradient_accumulation_steps
     plan = make_plan(costs, find_gpu(train.plan_gpu), longest, window, config)
-    return plan.in_graphs(costs.layers) if train.cuda_graphs and graphs else plan
+    return plan
 
 
 def calibrated(costs: MemoryModel, model: Any, base: Any, fast: FastPath, config: Config) -> MemoryModel:
@@ -5859,7 +5893,7 @@ class QLoRATrainer(Trainer):
         base = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
         self.fast = choose_fast_path(model, base, self.config, self.args.device)
         log.info("Fast path\n%s", format_table(self.fast.lines()))
-        if self.config.training.chunked_head and self.fast.head is None:  # micro-batches were cut for that
+        if self.config.training.fast_path and self.fast.head is None:  # micro-batches were cut for that
             self.sizes = self.sizes._replace(rows=self.config.training.per_device_train_batch_size)
 
     def _window_step(self, model: Any, window: StepBatch, items: Any) -> list[tuple[list[str], torch.Tensor]]:
@@ -6680,19 +6714,19 @@ def describe_run(start: ResumePoint, this_run: dict[str, Any], inputs: Inputs) -
 
 
 def log_hints(config: Config) -> None:
-    """What a user may not expect of the flags given, said once."""
-    args, bits, flags = config.training, config.quant.bits, flags_of(config)
-    gpu, half = torch.cuda.is_available(), args.bf16 or args.fp16
+    """Log once what may surprise a user about the flags."""
+    train, bits = config.training, config.quant.bits
+    gpu, half = torch.cuda.is_available(), train.bf16 or train.fp16
     if gpu and torch.cuda.is_bf16_supported() and not half:
-        log.info("hint: this GPU computes in bf16; without --bf16 everything is in float32, which is slower")
-    if not gpu and half and not args.plan:
-        log.info("hint: on a CPU float32 is about 2.5 times faster: leave --bf16 and --fp16 out")
-    if bits >= 16 and args.bf16 != (bits == 16):
-        held = "in bf16, with --bf16" if args.bf16 else "in float32, without --bf16"
-        log.info("bits %d: the weights are held %s, as in the original", bits, held)
-    for names, applies, why in INEFFECTIVE_FLAGS:
-        if (given := sorted(flags.explicitly_set.intersection(names))) and applies(flags):
-            log.info("%s: without effect: %s", ", ".join(given), why.format(**vars(flags)))
+        log.info("hint: this GPU supports bf16; without --bf16 everything is computed in float32, which is slower")
+    if not gpu and half and not train.plan:
+        log.info("hint: on a CPU float32 is about 2.5 times faster: leave out --bf16 and --fp16")
+    if bits >= 16 and train.bf16 != (bits == 16):
+        dtype = "bf16, because of --bf16" if train.bf16 else "float32, without --bf16"
+        log.info("bits %d: the weights are in %s, as in the original", bits, dtype)
+    for names, applies, reason in ineffective_flags(config):
+        if applies and (passed := sorted(config.explicitly_set.intersection(names.split()))):
+            log.info("%s: without effect: %s", ", ".join(passed), reason)
 
 
 # ------------------------------------------------------------------------------------
@@ -6758,8 +6792,6 @@ def read_inputs(start: ResumePoint, config: Config) -> Inputs:
     check_ranks_agree(config.flags | {"checkpoint": start.checkpoint})
     with local_main_process_first():  # converting the model
         folder = model_folder(config)
-    for place in (folder, start.weights, start.checkpoint and (adapter_folder(start.checkpoint) or start.checkpoint)):
-        check_weights(place or folder, config)
     model_config = load_model_config(config, folder)
     config = resolve_objective(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
