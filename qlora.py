@@ -68,9 +68,10 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import lru_cache, partial, partialmethod
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
 
@@ -98,12 +99,10 @@ from bitsandbytes.functional import dequantize_4bit
 from huggingface_hub import snapshot_download, upload_folder
 from jinja2 import TemplateError, TemplateSyntaxError
 from peft import (
-    EvaConfig,
     LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
-    initialize_lora_eva_weights,
     load_peft_weights,
     set_peft_model_state_dict,
 )
@@ -2452,16 +2451,22 @@ def format_preview(rows: Iterable[TitledSpans], statistics: Mapping[str, TokenSt
 # ------------------------------------------------------------------------------------
 # 8. Model: data types, quantisation, devices
 #
-# What leaves is the frozen base. Linear layers but the head are in 4 or 8 bits; embeddings, norms and head are in the
-# load dtype. No module is cast up: RMSNorm and LayerNorm compute in float32 inside, whatever their weights are.
+# What leaves is the frozen base. Linear layers other than the head are in 4 or 8 bits; embeddings, norms and head are
+# in the load dtype. Nothing is cast up: RMSNorm and LayerNorm compute in float32 inside, whatever their weights are.
+# A model family that needs help while it is loaded is a row of QUIRKS.
 # ------------------------------------------------------------------------------------
 AUTO_MODELS = {False: AutoModelForCausalLM, True: AutoModelForMaskedLM}  # by Config.masked
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transformers 5.23 renamed it; 5.17 has the old
+
+# FSDP shards tensors of a floating dtype. bf16 storage damages a thousandth of the packed values: copies on a GPU turn
+# every NaN into the same one, and such bits are common here (https://github.com/pytorch/pytorch/issues/159333).
+FSDP_STORAGE = torch.float32
 
 
 def compute_dtype(config: Config) -> torch.dtype:
     """The dtype of matrix products."""
-    train = config.training
-    return torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else torch.float32
+    args = config.training
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def load_dtype(config: Config) -> torch.dtype:
@@ -2469,49 +2474,41 @@ def load_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.training.bf16 else torch.float32
 
 
-CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the later name, where there is one, rules
-
-
-# FSDP shards what is of a floating dtype. In bf16 it ruins a thousandth of the packed values: its copies on a GPU make
-# one NaN of all, and such bits are common there (https://github.com/pytorch/pytorch/issues/159333).
-FSDP_STORAGE = torch.float32
-
-
 def is_fsdp(config: Config) -> bool:
-    """Whether FSDP spreads the model's weights."""
+    """Whether FSDP shards the model's weights."""
     return uses_fsdp(config.training.fsdp)
 
 
 def is_sharded(config: Config) -> bool:
-    """Whether an engine, FSDP or DeepSpeed, spreads them."""
+    """Whether an engine, FSDP or DeepSpeed, shards them."""
     return is_fsdp(config) or bool(config.training.deepspeed)
 
 
 def check_fsdp(config: Config) -> None:
-    """Refuse FSDP where accelerate, without a word, would use DDP or nothing at all."""
+    """Refuse FSDP where accelerate would silently use DDP, or nothing."""
     state: Any = config.training.distributed_state
     if is_fsdp(config) and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ConfigError(
-            "--fsdp spreads the weights over GPUs, a process for each: start it with torchrun --nproc_per_node N "
-            "qlora.py on a machine with GPUs, or leave it out"
+            "--fsdp shards the weights over GPUs, one process each: start it with torchrun --nproc_per_node N qlora.py "
+            "on a machine with GPUs, or leave it out"
         )
 
 
 def device_map(config: Config) -> Any:
-    """Where the layers go: all on this process's GPU, over all GPUs of a lone process, or the CPU."""
+    """Where the layers go: all on this process's GPU, over all GPUs of a single process, or on the CPU."""
     if is_sharded(config):
         return None  # the engine places them
     if config.training.use_cpu or not torch.cuda.is_available():
         return {"": "cpu"}
-    if "LOCAL_RANK" in os.environ:  # device_map="auto" is refused by accelerate there
+    if "LOCAL_RANK" in os.environ:  # where accelerate refuses "auto"
         return {"": int(os.environ["LOCAL_RANK"])}
     return "auto"
 
 
-def quantisation_config(config: Config, whole: list[str] | None = None) -> Any | None:
-    """What bitsandbytes is told. For bits 4 and 8 only: with both switches off it quantises to 4 bit all the same.
+def quantisation_config(config: Config, skip: list[str] | None = None) -> Any | None:
+    """Settings of bitsandbytes, for bits 4 and 8 only: with both switches off it quantises to 4 bit all the same.
 
-    `whole` names the layers that stay as they are; None leaves it to transformers, which finds the output embedding.
+    `skip` names the layers that stay whole; None leaves it to transformers, which finds the output embedding.
     """
     quant = config.quant
     if quant.bits not in (4, 8):
@@ -2519,9 +2516,7 @@ def quantisation_config(config: Config, whole: list[str] | None = None) -> Any |
     return BitsAndBytesConfig(
         load_in_4bit=quant.bits == 4,
         load_in_8bit=quant.bits == 8,
-        llm_int8_threshold=6.0,
-        llm_int8_skip_modules=whole,
-        llm_int8_has_fp16_weight=False,
+        llm_int8_skip_modules=skip,
         bnb_4bit_compute_dtype=compute_dtype(config),
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_quant_type=quant.quant_type,
@@ -2530,7 +2525,7 @@ def quantisation_config(config: Config, whole: list[str] | None = None) -> Any |
 
 
 def gguf_file(name: str) -> Path | None:
-    """The .gguf file that a base model is, or that lies in its folder in place of a model."""
+    """The .gguf file that a base model is, or that its folder holds in place of a model."""
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         files = sorted(path.glob("*.gguf"))
@@ -2540,38 +2535,27 @@ def gguf_file(name: str) -> Path | None:
     return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
 
-def check_weights(folder: str | Path, config: Config) -> None:
-    """Refuse a folder whose weights are a pickle, which can hold code, unless the flag says to take its tensors."""
-    for pickled, safe in (("adapter_model.bin", "adapter_model.safetensors"), ("pytorch_model*.bin", "*.safetensors")):
-        found = sorted(Path(folder).glob(pickled))
-        if found and not (config.model.allow_pickle_weights or any(Path(folder).glob(safe))):
-            way = "convert it to safetensors, or give --allow_pickle_weights, which takes nothing but tensors from it"
-            raise ConfigError(f"{found[0]}: weights in a pickle, which can hold code: {way}")
-
-
 def load_strict(name: str, folder: str | Path, auto_model: Any = AutoModelForCausalLM, **options: Any) -> Any:
-    """A model, refused where its checkpoint lacks weights: transformers draws them at random and only warns."""
+    """Load a model, and refuse a checkpoint that lacks weights: transformers draws them at random and only warns."""
     with reraise_as_user_error(f"--model_name_or_path {name}"):
-        loaded: Any = auto_model.from_pretrained(folder, output_loading_info=True, **options)
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
+        model, loading_info = auto_model.from_pretrained(folder, output_loading_info=True, **options)
+    missing = sorted(loading_info["missing_keys"])
     if missing:
         raise ConfigError(f"--model_name_or_path {name}: {len(missing)} weights are not in it, first {missing[0]}")
-    own = getattr(model, "generation_config", None)
-    if own is not None and not own.do_sample and any(getattr(own, name, None) for name in ("temperature", "top_p")):
-        own.do_sample = True  # as published LLaMA-2 has it: values without their switch, which can't be saved today
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and (generation.temperature or generation.top_p):
+        generation.do_sample = True  # LLaMA-2 was published with sampling values alone, which can no longer be saved
     return model
 
 
 def convert_gguf(path: Path, cache_dir: str | None, weights: bool = True) -> Path:
-    """A folder in bf16 with the weights (or config alone) and the tokenizer of a .gguf file, made once and cached.
+    """A folder in bf16 with the weights (or config alone) and the tokenizer of a .gguf file, written once and cached.
 
-    bf16 keeps 8 bits of mantissa, more than the at most 8 bits that such a file stores for a weight.
+    bf16 keeps 8 bits of mantissa, and such a file stores at most 8 bits a weight.
     """
     from huggingface_hub.constants import HF_HOME
 
-    stat = path.stat()
-    root = Path(cache_dir or HF_HOME) / "qlora-gguf"
+    stat, root = path.stat(), Path(cache_dir or HF_HOME) / "qlora-gguf"
     folder = root / f"{path.stem}-{digest(path.resolve(), stat.st_size, stat.st_mtime_ns)}"
     if not weights and not folder.is_dir():
         folder = folder.with_name(f"{folder.name}-without-weights")
@@ -2580,25 +2564,21 @@ def convert_gguf(path: Path, cache_dir: str | None, weights: bool = True) -> Pat
     log.info("%s: %s into %s, once", path, "dequantising" if weights else "its tokenizer", folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as scratch:
+        staging = Path(scratch) / "model"
         with reraise_as_user_error(f"--model_name_or_path {path}"):
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             model_config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        part = Path(scratch) / "model"
         if isinstance(model_config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model_config.eos_token_id)
         if weights:
             model = load_strict(str(path), path.parent, gguf_file=path.name, dtype=torch.bfloat16)
-            # transformers refuses to save what came from a gguf file unless it forgets that
-            model.hf_quantizer.remove_quantization_config(model)
-            model.save_pretrained(part)
+            model.hf_quantizer.remove_quantization_config(model)  # transformers saves nothing that came from gguf
+            model.save_pretrained(staging)
         else:
-            model_config.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        try:
-            part.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # another process was first
-                raise
+            model_config.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        if not folder.is_dir():  # another run may have been first
+            staging.rename(folder)
     return folder
 
 
@@ -2610,59 +2590,59 @@ def model_folder(config: Config) -> str:
 
 
 def load_model_config(config: Config, folder: str) -> PretrainedConfig:
-    """The base model's configuration, with --rope_scaling in it."""
+    """The base model's configuration, with --rope_scaling applied."""
     model = config.model
     with reraise_as_user_error(f"--model_name_or_path {model.model_name_or_path}"):
         code = model.trust_remote_code
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=code, **hub_options(config))
     rope = rope_parameters(model.rope_scaling)
     if rope is not None:
-        text_config = model_config.get_text_config()
-        own, kinds = getattr(text_config, "rope_parameters", None), ("default", *ROPE_INIT_FUNCTIONS)
-        kind = rope.get("rope_type")
-        if not own:
+        text_config, rope_type = model_config.get_text_config(), rope.get("rope_type")
+        rope_types = ("default", *ROPE_INIT_FUNCTIONS)
+        if not getattr(text_config, "rope_parameters", None):
             raise ConfigError(f"--rope_scaling: a {model_config.model_type} model has no rotary embedding")
-        if kind not in kinds:
-            raise ConfigError(f"--rope_scaling: rope_type {kind!r}, expected one of {', '.join(kinds)}")
-        if kind != "default" and "factor" not in rope:
-            raise ConfigError(f"--rope_scaling: {kind} needs a factor, how much longer the context gets")
-        text_config.rope_parameters = {**own, **rope}
+        if rope_type not in rope_types:
+            raise ConfigError(f"--rope_scaling: rope_type {rope_type!r}, expected one of {', '.join(rope_types)}")
+        if rope_type != "default" and "factor" not in rope:
+            raise ConfigError(f"--rope_scaling: {rope_type} needs a factor, by which the context gets longer")
+        text_config.rope_parameters |= rope
     return model_config
 
 
 def is_masked_lm(model_config: PretrainedConfig) -> bool:
-    """Whether a config is a masked language model's: by its architectures or, where it names none, by its kind."""
+    """Whether this is a masked language model: by its architectures or, where it names none, by its model type."""
     names = getattr(model_config, "architectures", None) or []
     if names:
         return any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
-    kind = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_config.model_type, "")
-    return kind.endswith("ForMaskedLM") and not getattr(model_config, "is_decoder", False)
+    name = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_config.model_type, "")
+    return name.endswith("ForMaskedLM") and not getattr(model_config, "is_decoder", False)
 
 
 def resolve_objective(config: Config, model_config: PretrainedConfig) -> Config:
-    """The Config with the objective that `auto` stands for, and the rules checked that depend on it."""
-    wanted = config.data.objective
-    chosen = wanted if wanted != "auto" else "mlm" if is_masked_lm(model_config) else "clm"
-    log.info("objective: %s (%s)", chosen, "--objective" if wanted != "auto" else "by the model's config")
-    data = dataclasses.replace(config.data, objective=chosen)  # type: ignore[arg-type]
-    settled = dataclasses.replace(config, data=data, flags=config.flags | {"objective": chosen})
-    check_config(settled)
-    return settled
+    """The Config with the objective that `auto` stands for, checked against the rules that depend on it."""
+    objective, source = config.data.objective, "--objective"
+    if objective == "auto":
+        objective, source = ("mlm" if is_masked_lm(model_config) else "clm"), "by the model's config"
+    log.info("objective: %s (%s)", objective, source)
+    data = dataclasses.replace(config.data, objective=objective)
+    resolved = dataclasses.replace(config, data=data, flags=config.flags | {"objective": objective})
+    check_config(resolved)
+    return resolved
 
 
 def resolve_attention(config: Config) -> str | None:
-    """The attention implementation asked for; sdpa where flash-attn is missing."""
+    """The requested attention implementation; sdpa where flash-attn is missing."""
     from transformers.utils import is_flash_attn_2_available
 
-    wanted = config.model.attn_implementation
-    if wanted == "flash_attention_2" and not is_flash_attn_2_available():
+    implementation = config.model.attn_implementation
+    if implementation == "flash_attention_2" and not is_flash_attn_2_available():
         log.warning("attn_implementation flash_attention_2: flash-attn is not installed here, using sdpa")
         return "sdpa"
-    return wanted
+    return implementation
 
 
 LINEAR_CLASSES = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
-# What derives from it and gives more than a product: routers of Llama 4 and PhiMoE, groups of DeepSeek V4.
+# They derive from it but return more than a product: routers of Llama 4 and PhiMoE, groups of DeepSeek V4.
 NOT_LINEAR = ("Router", "GroupedLinear")
 
 
@@ -2675,31 +2655,18 @@ def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
     ]  # fmt: skip
     if not masked:
         return layers
-    # what transforms and predicts lies beside the encoder; in it ESM's predictor of contacts, which never runs here
-    inside = set(model.base_model.modules())
-    return [name for name in layers if model.get_submodule(name) in inside and "contact_head" not in name.split(".")]
+    # The prediction head lies beside the encoder. Inside it, ESM's contact predictor never runs here.
+    encoder = set(model.base_model.modules())
+    return [name for name in layers if model.get_submodule(name) in encoder and "contact_head" not in name.split(".")]
 
 
 def stacked_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Weights of many experts in one tensor, which bitsandbytes does not know and leaves as they are."""
-    owners = [(name, module) for name, module in model.named_modules() if not hasattr(module, "kernel_size")]
     return {
         f"{name}.{leaf}": weight
-        for name, module in owners for leaf, weight in module.named_parameters(recurse=False)
-        if weight.dim() == 3 and len(weight) > 1
+        for name, module in model.named_modules() if not hasattr(module, "kernel_size")  # convolutions
+        for leaf, weight in module.named_parameters(recurse=False) if weight.dim() == 3 and len(weight) > 1
     }  # fmt: skip
-
-
-def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
-    """The base model on the meta device. Under ZeRO-3 transformers, if it knew, would draw and share out weights."""
-    saved, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
-    try:
-        with torch.device("meta"), reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
-            return AUTO_MODELS[config.masked].from_config(
-                model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
-            )
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = saved
 
 
 def decoder_layers(model: Any) -> list[Any]:
@@ -2707,131 +2674,129 @@ def decoder_layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _parts_of(model: Any, layers: list[Any], name: str = "") -> Iterator[str]:
-    """Names of a model's largest parts that hold no more than one layer."""
-    yield from (name + own for own, _ in [*model.named_parameters(recurse=False), *model.named_buffers(recurse=False)])
-    for own, child in model.named_children():
-        if child not in layers and any(module in layers for module in child.modules()):
-            yield from _parts_of(child, layers, f"{name}{own}.")
-        else:
-            yield name + own
-
-
-def even_map(gpus: int, config: Config, model_config: PretrainedConfig) -> dict[str, int] | None:
-    """Which GPU each part of the model goes to, so that all hold as much; None where that can't be had.
-
-    accelerate's own map gives the first of two GPUs 7 of an 8B model's 32 layers, and 36 of 80 of a 70B one's.
-    """
-    model, sizes = meta_model(config, model_config), Counter[str]()
-    packed = {f"{name}.weight" for name in linear_layers(model, config.masked)}
-    parts = list(_parts_of(model, decoder_layers(model)))
-    homes, tied = dict[Any, str](), dict[str, str]()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        part = next(part for part in parts if f"{name}.".startswith(f"{part}."))
-        if parameter not in homes:
-            sizes[part] += parameter.numel() * (config.quant.bits if name in packed else 8 * parameter.itemsize)
-        if homes.setdefault(parameter, part) != part:  # a weight that two parts share is on one GPU
-            tied[part] = homes[parameter]
-    places, gpu, held, left = dict[str, int](), 0, 0, sizes.total()
-    for part in parts:
-        share = left / (gpus - gpu)
-        if gpu < gpus - 1 and held and held + sizes[part] / 2 > share:
-            gpu, left, held = gpu + 1, left - held, 0
-        places[part] = gpu
-        held += sizes[part]
-    for part, home in tied.items():
-        places[part] = places[home]
-    shares = [sum(sizes[part] for part in parts if places[part] == gpu) for gpu in range(gpus)]
-    return places if min(shares) > 0 and max(shares) / 8e6 <= config.quant.max_memory_MB else None
+def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
+    """The base model on the meta device, without weights."""
+    zero = getattr(config.training, "hf_deepspeed_config", None)
+    if zero:  # under ZeRO-3 transformers would draw and shard weights
+        hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        with torch.device("meta"), reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
+            return AUTO_MODELS[config.masked].from_config(
+                model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
+            )
+    finally:
+        if zero:
+            hf_deepspeed.set_hf_deepspeed_config(zero)
 
 
 def skip_modules(config: Config, model_config: PretrainedConfig) -> list[str] | None:
-    """The prediction head of a masked model, found on a copy without weights; None leaves it to transformers."""
+    """What of a masked model is not quantised, its prediction head; None leaves the choice to transformers."""
     if not config.masked:
         return None
-    empty = meta_model(config, model_config)
-    linear = {name for name, module in empty.named_modules() if isinstance(module, LINEAR_CLASSES)}
-    return sorted(linear - set(linear_layers(empty, masked=True)))
-
-
-def patch_falcon_linear() -> None:
-    """What is exactly nn.Linear is quantised by transformers: Falcon's subclass computes the same and would stay."""
-    from transformers.models.falcon import modeling_falcon
-
-    modeling_falcon.FalconLinear = torch.nn.Linear  # type: ignore[assignment, misc]
-
-
-QUIRKS = {"falcon": patch_falcon_linear}  # by model_type: what a family needs before it is loaded
-
-
-def load_base(config: Config, model_config: PretrainedConfig, folder: str, **options: Any) -> Any:
-    """The base model as these options have it."""
-    if model_config.model_type in QUIRKS:
-        QUIRKS[model_config.model_type]()
-    pickles, name = config.model.allow_pickle_weights, config.model.model_name_or_path
-    shared = {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
-    options = {"use_safetensors": None if pickles else True} | shared | options
-    options = {name: value for name, value in options.items() if value is not None}
-    name += "" if pickles or Path(folder).is_dir() else " (read as safetensors; --allow_pickle_weights reads .bin too)"
-    return load_strict(name, folder, AUTO_MODELS[config.masked], **options)
-
-
-def check_prequantised(config: Config, own: Mapping[str, Any]) -> None:
-    """Refuse flags that ask for more than weights that are quantised already can give."""
-    name, init = config.model.model_name_or_path, config.lora.init_lora_weights
-    stored = own.get("bnb_4bit_quant_storage", "uint8")
-    if is_fsdp(config) and "float" not in stored:
-        raise ConfigError(
-            f"--fsdp: {name} is quantised already and stored as {stored}, which FSDP can't shard, it takes a floating "
-            "dtype: give the base as published"
-        )
-    if config.quant.full_finetune or lora_init_problem(init, quantised=True):
-        what = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {init}"
-        raise ConfigError(f"{what}: the weights of {name} are quantised already")
+    model = meta_model(config, model_config)
+    linear = {name for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
+    return sorted(linear - set(linear_layers(model, masked=True)))
 
 
 @contextlib.contextmanager
-def quantise_on_device(device: torch.device) -> Iterator[None]:
-    """FSDP's base, which waits in the CPU's memory to be shared out: the CPU would take 200 s for 7B, the GPU takes 2.
-
-    The scales of the 4-bit blocks, which FSDP does not know of, stay on the GPU.
-    """
-    own = bitsandbytes.nn.Params4bit._quantize
-    bitsandbytes.nn.Params4bit._quantize = partialmethod(_quantise_on, own, device)  # type: ignore[assignment]
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute of a library's class or module, and put it back."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        bitsandbytes.nn.Params4bit._quantize = own  # type: ignore[method-assign]
+        setattr(owner, name, original)
 
 
-def _quantise_on(weight: Any, own: Any, device: torch.device, place: Any) -> Any:
-    own(weight, device)
-    weight.data = weight.data.to(place)
-    return weight
+def patch_falcon_linear() -> AbstractContextManager[None]:
+    """Let Falcon be quantised: transformers replaces only nn.Linear itself, and its subclass computes the same."""
+    from transformers.models.falcon import modeling_falcon
+
+    return patched(modeling_falcon, "FalconLinear", torch.nn.Linear)
 
 
-def keep_one_bias(model: Any) -> None:
-    """Of a bias that BERT's head has twice FSDP, which refuses that, gets the one that is added."""
-    head = model.get_output_embeddings()
+QUIRKS = {"falcon": patch_falcon_linear}  # by model_type: what holds while a family is loaded
+
+
+def load_base(config: Config, model_config: PretrainedConfig, folder: str, **options: Any) -> Any:
+    """The base model, loaded with these options. Pickled weights are read as tensors only (transformers' default)."""
+    options |= {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
+    options = {name: value for name, value in options.items() if value is not None}
+    with QUIRKS.get(model_config.model_type, contextlib.nullcontext)():
+        return load_strict(config.model.model_name_or_path, folder, AUTO_MODELS[config.masked], **options)
+
+
+def check_prequantised(config: Config, stored: Mapping[str, Any]) -> None:
+    """Refuse flags that need weights which are not quantised yet."""
+    name, init = config.model.model_name_or_path, config.lora.init_lora_weights
+    dtype = stored.get("bnb_4bit_quant_storage", "uint8")
+    if is_fsdp(config) and "float" not in dtype:
+        raise ConfigError(
+            f"--fsdp: {name} is quantised already and stored as {dtype}, and FSDP shards floating dtypes only: "
+            "pass the base as published"
+        )
+    if config.quant.full_finetune or lora_init_problem(init, quantised=True):
+        flag = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {init}"
+        raise ConfigError(f"{flag}: the weights of {name} are quantised already")
+
+
+def quantise_on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Quantise on this device weights that wait on the CPU for FSDP to shard them: 2 s for 7B on a GPU, else 200 s.
+
+    Through a private method of bitsandbytes 0.50: nothing public quantises on one device and stores on another.
+    The scales of the 4-bit blocks, which FSDP does not know of, stay on the GPU.
+    """
+    original = bitsandbytes.nn.Params4bit._quantize
+
+    def quantise(weight: Any, storage: Any) -> Any:
+        original(weight, device)
+        weight.data = weight.data.to(storage)
+        return weight
+
+    return patched(bitsandbytes.nn.Params4bit, "_quantize", quantise)
+
+
+def prepare_for_fsdp(model: Any, device: torch.device) -> None:
+    """Packed weights as float32, in rows that FSDP can shard, and each bias in one module only, as it demands."""
     for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        if hasattr(weight, "quant_state"):
+            if weight.nbytes % FSDP_STORAGE.itemsize:
+                shape = " x ".join(map(str, weight.quant_state.shape))
+                raise ConfigError(
+                    f"--fsdp: a packed weight of {shape} does not fill whole float32 values: leave it out"
+                )
+            weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)
+            weight.quant_state.to(device)
+    head = model.get_output_embeddings()
+    for module in model.modules():  # BERT's head holds its bias twice; the decoder's is the one that is added
         if module is not head and head.bias is not None and getattr(module, "bias", None) is head.bias:
             module.bias = None
 
 
+def warn_unquantised(model: Any, config: Config) -> None:
+    """Name what was to be quantised and is not."""
+    layers = {name: model.get_submodule(name) for name in linear_layers(model, config.masked)}
+    whole = [name for name, module in layers.items() if type(module).__module__.startswith("torch")]
+    if whole:
+        log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
+    if experts := stacked_experts(model):
+        gib, (name, weight) = sum(expert.nbytes for expert in experts.values()) / GIB, min(experts.items())
+        log.warning(
+            "%d tensors of stacked experts stay in %s and take %.2f GiB, bitsandbytes does not quantise them: %s, ...",
+            len(experts), str(weight.dtype).removeprefix("torch."), gib, name,
+        )  # fmt: skip
+
+
 def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
     """The base model to train or use, quantised and placed."""
-    options: dict[str, Any] = {
-        "dtype": load_dtype(config),
-        "device_map": device_map(config),
-        "attn_implementation": resolve_attention(config),
-    }
-    if options["device_map"] == "auto":
-        gpus, limit = torch.cuda.device_count(), f"{config.quant.max_memory_MB}MB"
-        options["max_memory"] = dict.fromkeys(range(gpus), limit)
-        options["device_map"] = (even_map(gpus, config, model_config) if gpus > 1 else None) or "auto"
-    own = getattr(model_config, "quantization_config", None)
-    if own:
-        check_prequantised(config, own)
+    placement, prequantised = device_map(config), getattr(model_config, "quantization_config", None)
+    options = {"dtype": load_dtype(config), "device_map": placement, "attn_implementation": resolve_attention(config)}
+    if placement == "auto":
+        options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), f"{config.quant.max_memory_MB}MB")
+    if prequantised:
+        check_prequantised(config, prequantised)
         log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
     else:
         options["quantization_config"] = quantisation_config(config, skip_modules(config, model_config))
@@ -2841,38 +2806,21 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         model = load_base(config, model_config, folder, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # or the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with others
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        weight: Any = getattr(module, "weight", None)
-        if is_fsdp(config) and hasattr(weight, "quant_state"):
-            if weight.nbytes % FSDP_STORAGE.itemsize:
-                shape = " x ".join(map(str, weight.quant_state.shape))
-                raise ConfigError(
-                    f"--fsdp: a packed weight of {shape} does not fill whole float32 values: leave it out"
-                )
-            weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)
-            weight.quant_state.to(config.training.device)
+            # Else the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with
+            # other values (bitsandbytes 0.50.2).
+            module.support_avx512bf16_for_cpu = False
     if is_fsdp(config):
-        keep_one_bias(model)
-    layers = linear_layers(model, config.masked)
-    whole = [name for name in layers if type(model.get_submodule(name)).__module__.startswith("torch")]
-    if whole and not own and config.quant.bits < 16:
-        log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
-    stacked = stacked_experts(model) if config.quant.bits < 16 else {}
-    if stacked:
-        gib, kind = sum(weight.nbytes for weight in stacked.values()) / GIB, next(iter(stacked.values())).dtype
-        log.warning(
-            "%d tensors of stacked experts stay in %s and take %.2f GiB, bitsandbytes quantises none such: %s, ...",
-            len(stacked), str(kind).removeprefix("torch."), gib, min(stacked),
-        )  # fmt: skip
-    # keeps the Trainer from wrapping the one model in DataParallel where this process sees several GPUs
+        prepare_for_fsdp(model, config.training.device)
+    if config.quant.bits < 16 and not prequantised:
+        warn_unquantised(model, config)
+    # keeps the Trainer from wrapping the model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
     model.config.use_cache = False  # of no use in training; generation turns it on
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def sync_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The tokenizer's BOS, EOS and pad ids, also in the model's config."""
+    """Copy the tokenizer's BOS, EOS and pad ids to the model's config."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.config, name, getattr(tokenizer, name))
 
@@ -2882,8 +2830,8 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
     by_dtype: Counter[str] = Counter()
     trainable = 0
     for parameter in model.parameters():
-        packed = getattr(parameter, "quant_state", None)  # of a 4-bit weight, which counts as what it stands for
-        size = math.prod(packed.shape) if packed else getattr(parameter, "ds_numel", parameter.numel())  # of ZeRO-3
+        packed = getattr(parameter, "quant_state", None)  # a 4-bit weight counts as the matrix that it packs,
+        size = math.prod(packed.shape) if packed else getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3's too
         trainable += size if parameter.requires_grad else 0
         by_dtype[f"{packed.quant_type} (packed)" if packed else str(parameter.dtype).removeprefix("torch.")] += size
     total = sum(by_dtype.values())
@@ -2897,11 +2845,11 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
 # Adapters go on every linear layer but the output head, which is found by identity and not by a name. They are kept in
 # float32 and computed in the compute dtype. A full fine-tune freezes the embeddings instead.
 # ------------------------------------------------------------------------------------
-LAYER_GROUPS = {  # of --lora_modules, by what the families call the blocks that hold the layers
+LAYER_GROUPS = {  # of --lora_modules, by the families' names for the blocks
     "attn": re.compile(r"(.*\.)?(self_|cross_)?(attn|attention|attn_attention)\..*"),
     "mlp": re.compile(
         r"(.*\.)?(mlp|ffn|ff|feed_forward|block_sparse_moe)\..*|(.*\.)?fc\d|"
-        r"(.*\.)?layer\.\d+\.(intermediate|output)\.dense"  # of BERT's kind, whose attention has an `output` too
+        r"(.*\.)?layer\.\d+\.(intermediate|output)\.dense"  # BERT and its kind, whose attention has an `output` too
     ),
 }
 
@@ -2912,12 +2860,12 @@ def leaf_name(name: str) -> str:
 
 
 def layer_number(name: str) -> float:
-    """The layer in which what has this name lies, which is its first number; infinity for what lies in none."""
+    """The number of the layer that a module lies in, the first in its name; infinity outside the layers."""
     return next((int(part) for part in name.split(".") if part.isdigit()), math.inf)
 
 
 def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
-    """How many layers from the bottom stay as they are; all of them is a ConfigError."""
+    """How many layers to freeze, counted from the bottom; all of them is a ConfigError."""
     layers: int = model.config.get_text_config().num_hidden_layers or 0
     frozen = lora.layers_to_freeze or int(lora.layer_freeze_ratio * layers)
     if frozen >= layers:
@@ -2926,68 +2874,61 @@ def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
 
 
 def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> list[str]:
-    """Names for peft: leaf names where they say the same, which reads better in adapter_config.json, else full ones."""
+    """Names for peft: leaf names where they select the same layers, for readable adapters, else full names."""
     layers, frozen = linear_layers(model, masked), layers_to_freeze(model, lora)
-    wanted = [name for name in layers if layer_number(name) >= frozen]
+    targets = [name for name in layers if layer_number(name) >= frozen]
     names = {name.strip() for name in lora.lora_modules.split(",")}
     if names != {"all"}:
-        tests = {name: LAYER_GROUPS.get(name, re.compile(rf"(.*\.)?{re.escape(name)}")) for name in names}
-        for name, test in tests.items():
-            if not any(test.fullmatch(full) for full in wanted):
-                found = ", ".join(sorted({leaf_name(full) for full in layers}))
-                raise ConfigError(f"--lora_modules: no linear layer is called {name!r}, the model has {found}")
-        wanted = [full for full in wanted if any(test.fullmatch(full) for test in tests.values())]
-    leaves = {leaf_name(full) for full in wanted}
-    named = {name for name, _ in model.named_modules() if leaf_name(name) in leaves}
-    return sorted(leaves) if named == set(wanted) else wanted
+        patterns = {name: LAYER_GROUPS.get(name, re.compile(rf"(.*\.)?{re.escape(name)}")) for name in names}
+        for name, pattern in patterns.items():
+            if not any(map(pattern.fullmatch, targets)):
+                known = ", ".join(sorted(set(map(leaf_name, layers))))
+                raise ConfigError(f"--lora_modules: no linear layer is called {name!r}, the model has {known}")
+        targets = [name for name in targets if any(pattern.fullmatch(name) for pattern in patterns.values())]
+    leaves = set(map(leaf_name, targets))
+    selected = {name for name, _ in model.named_modules() if leaf_name(name) in leaves}
+    return sorted(leaves) if selected == set(targets) else targets
 
 
 def resolve_modules_to_save(model: PreTrainedModel, names: str | None) -> list[str] | None:
     """--modules_to_save as a list; a name that no module has is a ConfigError."""
-    wanted = [name.strip() for name in names.split(",")] if names else None
-    for name in wanted or []:
+    modules = [name.strip() for name in names.split(",")] if names else None
+    for name in modules or []:
         if not any(f".{full}".endswith(f".{name}") for full, _ in model.named_modules()):
             raise ConfigError(f"--modules_to_save: the model has no module called {name!r}")
-    return wanted
+    return modules
 
 
 def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> Any:
     """The flags as peft's configuration."""
-    booleans = {"true": True, "false": False}
-    init: Any = booleans.get(lora.init_lora_weights.lower(), lora.init_lora_weights.lower())
-    alpha = int(lora.lora_alpha) if lora.lora_alpha == int(lora.lora_alpha) else lora.lora_alpha
+    init = lora.init_lora_weights.lower()
     return LoraConfig(
         r=lora.lora_r,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=int(lora.lora_alpha) if lora.lora_alpha % 1 == 0 else lora.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=lora.lora_dropout,
         target_modules=lora_targets(model, lora, masked),
         bias=lora.lora_bias,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
-        init_lora_weights=init,
-        # the same rank everywhere: EVA's own choice of ranks would change with the batches it happened to see
-        eva_config=EvaConfig(rho=1.0) if init == "eva" else None,
+        init_lora_weights={"true": True, "false": False}.get(init, init),  # type: ignore[arg-type]
         modules_to_save=resolve_modules_to_save(model, lora.modules_to_save),
-        task_type=None if masked else "CAUSAL_LM",  # which wants methods of generation, and an encoder has none
+        task_type=None if masked else "CAUSAL_LM",  # which needs methods for generation, and an encoder has none
     )
 
 
 def adapter_files(adapter: str, config: Config) -> str:
-    """The folder of an adapter, fetched if need be, whose weights may be read."""
+    """The folder of an adapter, downloaded if it is a hub id."""
     with reraise_as_user_error(f"--adapter_name_or_path {adapter}"):
-        folder = download(adapter, ["adapter_config.json", "adapter_model.*"], config)
-    check_weights(folder, config)
-    return str(folder)
+        return str(download(adapter, ["adapter_config.json", "adapter_model.*"], config))
 
 
 def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
-    """The model with exactly one adapter: a fresh one, drawn from the seed, or the one found at `adapter`."""
-    set_seed(config.training.seed)  # loading draws random numbers; a seed gives one initialisation
+    """The model with exactly one adapter: a fresh one drawn from the seed, or the one stored at `adapter`."""
+    set_seed(config.training.seed)  # loading draws random numbers too; a seed gives one initialisation
     upcast = config.lora.lora_dtype == "float32"
-    what = f"adapter {adapter}" if adapter else "LoRA flags"
-    with reraise_as_user_error(
-        f"{what} on {config.model.model_name_or_path}", ConfigError, RuntimeError
-    ):  # shapes that differ
+    source = f"adapter {adapter}" if adapter else "LoRA flags"
+    # RuntimeError: shapes that differ
+    with reraise_as_user_error(f"{source} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
         if adapter is None:
             settings = lora_config(model, config.lora, config.masked)
             adapted = get_peft_model(model, settings, autocast_adapter_dtype=upcast)
@@ -2998,55 +2939,35 @@ def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None)
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
     if adapter is None and mutates_base(adapted.peft_config["default"].init_lora_weights):
-        # what peft took out of the base's weights; see fit_to_base
-        adapted.lora_start = {name: p.detach().cpu().clone() for name, p in get_peft_model_state_dict(adapted).items()}
+        state = get_peft_model_state_dict(adapted)  # peft took it out of the base; see convert_to_published_base
+        adapted.initial_adapter = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
     return adapted
 
 
-def mutates_base(start: Any) -> bool:
-    """Whether adapters that start so change the base: W becomes W - s B A."""
-    return isinstance(start, str) and start.startswith(("pissa", "olora", "corda"))
+def mutates_base(init: Any) -> bool:
+    """Whether this initialisation takes the adapter out of the base: W becomes W - s B A."""
+    return isinstance(init, str) and init.startswith(("pissa", "olora", "corda"))
 
 
-def convert_to_published_base(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
-    """Turn a saved adapter on a base changed by its start, B' A', into one on the base as published.
+def convert_to_published_base(folder: Path, initial: Mapping[str, torch.Tensor]) -> None:
+    """Rewrite a saved adapter whose initial value B' A' was taken out of the base, to fit the base as published.
 
     (W - s B' A') + s B A = W + s [B, -B'] [A; A']: twice the rank, at the same scale s.
     """
     file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     weights, config = load_file(file), read_json(config_file)
     for name in (name for name in weights if ".lora_A." in name or ".lora_B." in name):
-        b = ".lora_B." in name
-        first = start[name].to(weights[name].dtype)
-        weights[name] = torch.cat([weights[name], -first if b else first], dim=int(b))
+        is_b = ".lora_B." in name
+        first = initial[name].to(weights[name].dtype)
+        weights[name] = torch.cat([weights[name], -first if is_b else first], dim=int(is_b))
     save_file(weights, file, metadata={"format": "pt"})
     alpha = config["lora_alpha"] * (math.sqrt(2) if config["use_rslora"] else 2)
-    changed = {"r": 2 * config["r"], "lora_alpha": alpha, "init_lora_weights": True}
-    config_file.write_text(json.dumps(config | changed, indent=2), encoding="utf-8")
-
-
-class EndingBatches(list[dict[str, torch.Tensor]]):
-    """Batches for EVA's running decomposition of the layers' inputs: peft would go round them for ever."""
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        yield from super().__iter__()
-        raise ConfigError(f"--init_lora_weights eva: not settled after {len(self)} batches; lower --lora_r")
-
-
-def start_from_inputs(model: Any, rows: Any, pad_id: int, config: Config) -> None:
-    """EVA (https://arxiv.org/abs/2410.07170): A starts as the main directions of each layer's inputs."""
-    source, batches = itertools.cycle(rows["input_ids"]), EndingBatches()
-    while len(batches) < 1000:  # after which it is not going to settle
-        batch = [next(source)]
-        while sum(map(len, batch)) < 8 * config.lora.lora_r:
-            batch.append(next(source))
-        batches.append(padded_prompts(batch, pad_id, "right"))
-    with reraise_as_user_error("--init_lora_weights eva", ConfigError, RuntimeError):
-        initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
+    doubled = {"r": 2 * config["r"], "lora_alpha": alpha, "init_lora_weights": True}
+    config_file.write_text(json.dumps(config | doubled, indent=2), encoding="utf-8")
 
 
 def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
-    """Adapters or, for a full fine-tune, all weights but embeddings, what is tied to them, and frozen layers."""
+    """Attach adapters; for a full fine-tune, train all but embeddings, what is tied to them, and frozen layers."""
     if not config.quant.full_finetune:
         return attach_adapters(model, config, adapter)
     frozen = layers_to_freeze(model, config.lora)
@@ -4829,85 +4750,87 @@ def choose_step_plan(
 # ------------------------------------------------------------------------------------
 # 12. Checkpoints: whole or absent
 #
-# A checkpoint is written into a hidden folder, flushed to disk and renamed. Its checkpoint.json says whose it is
-# and lists its files with size and hash; a folder that differs by a bit is passed over. `completed` comes last.
+# A checkpoint is written into a hidden folder, flushed to disk and renamed. Its checkpoint.json says which run it
+# belongs to and lists its files with size and hash; a folder that differs by a bit is skipped. `completed` comes last.
 # ------------------------------------------------------------------------------------
 MANIFEST = "checkpoint.json"
 COMPLETED = "completed"
+PREVIOUS = ".completed-before"  # the record of an earlier completed run, while another one trains
 STREAM = "stream.json"  # in a checkpoint: the Place
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# What a run leaves in output_dir beside weights and checkpoints; --overwrite_output_dir removes them.
+RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
+             "predictions.jsonl", "trainer_state.json", "loss.png")  # fmt: skip
+# Which engine saved a checkpoint, by files that it leaves.
+ENGINES = {"DeepSpeed": "global_step*", "FSDP": "pytorch_model_fsdp*", "one process or DDP": "optimizer.pt"}
 
 
 class ResumePoint(NamedTuple):
     """Where a run begins."""
 
     train: bool
-    checkpoint: Path | None = None  # resume from it
-    weights: str | None = None  # an adapter, or for a full fine-tune a model, to begin from or to use
-    found: Path | None = None  # what was found of an earlier run, and must belong to this one
+    checkpoint: Path | None = None  # to resume from
+    weights: str | None = None  # an adapter, or for a full fine-tune a model, to start from or to use
+    found: Path | None = None  # the checkpoint or folder of an earlier run, which must be the same run as this
 
 
 def run_fingerprint(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
-    """What a checkpoint belongs to: it can't be continued with another."""
-    names = ["model_name_or_path", "bits", "full_finetune", "objective"]
+    """What a checkpoint belongs to: no run with other values can resume it."""
+    names = ["model_name_or_path", "bits", "full_finetune", "objective", "streaming"]
     names += ["quant_type", "double_quant"] if config.quant.bits == 4 else []
-    names += ["streaming", "stream_buffer"] if config.data.streaming else ["streaming"]
+    names += ["stream_buffer"] if config.data.streaming else []
     names += [] if config.quant.full_finetune else sorted(LORA_FLAGS)
     values = {name: config.flags[name] for name in names}
     base = Path(config.model.model_name_or_path).expanduser()
-    values["model_name_or_path"] = str(base.resolve()) if base.exists() else config.model.model_name_or_path
-    of_data = {"packing": config.data.packing, "dataset (the encoded training rows)": data.fingerprint} if data else {}
-    return values | of_data
-
-
-def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[str, Any]:
-    """Rows of an optimizer step. A run that goes on with the same flags on more or fewer processes keeps it."""
-    flags = [args.per_device_train_batch_size, args.gradient_accumulation_steps]
-    here = {"rows": math.prod(flags) * args.world_size, "flags": flags}
-    before = read_record(checkpoint).get("run", {}).get("effective batch", here) if checkpoint else here
-    return before if before["flags"] == flags else here
+    if base.exists():
+        values["model_name_or_path"] = str(base.resolve())
+    if data:
+        values |= {"packing": config.data.packing, "dataset (the encoded training rows)": data.fingerprint}
+    return values
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a completed run or a checkpoint says of itself; nothing, if another program wrote it."""
-    file = folder / (COMPLETED if (folder / COMPLETED).is_file() else MANIFEST)
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+    """What a completed run or a checkpoint says about itself; nothing, if another program wrote it."""
+    for name in (COMPLETED, PREVIOUS, MANIFEST):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return dict(json.loads((folder / name).read_text(encoding="utf-8")))
     return {}
 
 
-def check_same_run(folder: Path, wanted: Mapping[str, Any], training: bool) -> None:
-    """Refuse to go on with what belongs to another run, by a ConfigError that names what differs."""
-    found = read_record(folder).get("run")
-    if found is None:
+def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[str, Any]:
+    """Rows of an optimizer step. A resume with the same flags on more or fewer processes keeps the earlier number."""
+    flags = [args.per_device_train_batch_size, args.gradient_accumulation_steps]
+    batch = {"rows": math.prod(flags) * args.world_size, "flags": flags}
+    before = read_record(checkpoint).get("run", {}).get("effective batch", batch) if checkpoint else batch
+    return before if before["flags"] == flags else batch
+
+
+def check_same_run(folder: Path, run: Mapping[str, Any], training: bool) -> None:
+    """Refuse to continue another run, naming what differs. A value that its version did not record is not compared."""
+    recorded = read_record(folder).get("run")
+    if recorded is None:
         log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
         return
-    differing = [f"{name} was {found[name]}, is {new}" for name, new in wanted.items() if found.get(name, new) != new]
-    if differing:
+    changed = [f"{name} was {recorded[name]}, is {new}" for name, new in run.items() if recorded.get(name, new) != new]
+    if changed:
         raise ConfigError(
-            f"{folder} belongs to another run: {'; '.join(differing)}. "
-            "Give the same flags, another --output_dir, or --overwrite_output_dir to start anew"
+            f"{folder} belongs to another run: {'; '.join(changed)}. "
+            "Pass the same flags, another --output_dir, or --overwrite_output_dir to start anew"
             + (", or --do_train False to evaluate or predict with what was trained" if training else "")
         )
 
 
-# Whose state of a run is in a checkpoint, by files that it leaves.
-ENGINES = {"DeepSpeed": "global_step*", "FSDP": "pytorch_model_fsdp*", "one process or DDP": "optimizer.pt"}
-
-
 def check_engine(checkpoint: Path, config: Config) -> None:
-    """Refuse to go on with the state that another engine saved, or DeepSpeed on another number of processes."""
-    deepspeed, fsdp, plain = ENGINES
-    here = fsdp if is_fsdp(config) else deepspeed if is_sharded(config) else plain
-    its = next((engine for engine, files in ENGINES.items() if any(checkpoint.glob(files))), plain)
-    if its != here:
-        raise ConfigError(f"{checkpoint} was saved under {its}, this run is under {here}: start it as it was")
-    before, processes = len([*checkpoint.glob("global_step*/*optim_states.pt")]), config.training.world_size
-    if its == deepspeed and before != processes:
-        raise ConfigError(
-            f"{checkpoint}: DeepSpeed goes on only with the {before} processes of before, not {processes}"
-        )
+    """Refuse the state that another engine saved, and DeepSpeed's of another number of processes."""
+    deepspeed, fsdp, single = ENGINES
+    engine = fsdp if is_fsdp(config) else deepspeed if is_sharded(config) else single
+    saved_by = next((name for name, files in ENGINES.items() if any(checkpoint.glob(files))), single)
+    if saved_by != engine:
+        raise ConfigError(f"{checkpoint} was saved under {saved_by}, this run is under {engine}: start it as before")
+    saved, processes = len([*checkpoint.glob("global_step*/*optim_states.pt")]), config.training.world_size
+    if engine == deepspeed and saved != processes:
+        raise ConfigError(f"{checkpoint}: DeepSpeed resumes only on the {saved} processes of before, not {processes}")
 
 
 def adapter_folder(folder: Path) -> Path | None:
@@ -4919,30 +4842,33 @@ def adapter_folder(folder: Path) -> Path | None:
 
 
 def weights_in(folder: Path, full_finetune: bool) -> str | None:
-    """Where in a folder the trained adapter lies, or for a full fine-tune the trained model; None if it does not."""
-    whole = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
-    place = (folder if whole else None) if full_finetune else adapter_folder(folder)
+    """Where a folder keeps the trained adapter, or for a full fine-tune the trained model; None if it has none."""
+    has_model = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    place = (folder if has_model else None) if full_finetune else adapter_folder(folder)
     return str(place) if place else None
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Every file in a folder but its list of them; hashed in parallel, for a full fine-tune holds 80 GB."""
+    """Size and hash of every file but the manifest; hashed in parallel, since a full fine-tune holds 80 GB."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     with ThreadPoolExecutor() as pool:
-        hashed = zip(files, pool.map(file_digest, files), strict=True)
-        return {p.relative_to(folder).as_posix(): f"{p.stat().st_size} bytes, {found}" for p, found in hashed}
+        digests = zip(files, pool.map(file_digest, files), strict=True)
+        return {p.relative_to(folder).as_posix(): f"{p.stat().st_size} bytes, {value}" for p, value in digests}
 
 
 def checkpoint_problem(folder: Path) -> str | None:
-    """The first thing that is not as it was written in a checkpoint, or None if it is whole."""
+    """The first thing in a checkpoint that is not as it was written, or None if it is whole."""
     try:
         if (folder / MANIFEST).is_file():
-            manifest, found = read_json(folder / MANIFEST), file_digests(folder)
+            manifest, digests = read_json(folder / MANIFEST), file_digests(folder)
             if manifest.pop("seal", None) != digest(json.dumps(manifest)):
                 return f"{MANIFEST} is not as it was written"
-            changed = [item for item in manifest["files"].items() if found.get(item[0]) != item[1]]
-            return next((f"{name}: {found.get(name, 'missing')}, instead of {was}" for name, was in changed), None)
-        read_json(folder / "trainer_state.json")  # another program's, or the original's
+            listed = manifest["files"].items()
+            changed = (
+                f"{n}: {digests.get(n, 'missing')}, instead of {old}" for n, old in listed if digests.get(n) != old
+            )
+            return next(changed, None)
+        read_json(folder / "trainer_state.json")  # another program's checkpoint, or the original's
         for file in folder.rglob("*.safetensors"):
             safe_open(file, "pt")
         torn = [f"{file.name} breaks off" for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
@@ -4958,62 +4884,65 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
-    """Checkpoint folders, the newest (by number) first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-    return sorted(found, key=checkpoint_step, reverse=True)
+    """Checkpoint folders, newest first; by number, for checkpoint-1000 is newer than checkpoint-250."""
+    folders = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+    return sorted(folders, key=checkpoint_step, reverse=True)
 
 
 def find_last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest whole checkpoint; a torn one is passed over with a warning."""
+    """The newest whole checkpoint; a torn one is skipped with a warning."""
     for folder in checkpoints_in(output_dir):
         if not (problem := checkpoint_problem(folder)):
             return folder
-        log.warning("%s is not whole (%s): passed over", folder, problem)
+        log.warning("%s is not whole (%s): skipped", folder, problem)
     return None
 
 
 def needs_more_steps(config: Config, completed: Mapping[str, Any]) -> bool:
-    """Whether a run wants more steps or epochs than a completed one had."""
+    """Whether the flags ask for more steps or epochs than a completed run had."""
     args = config.training
-    wanted, had = (args.max_steps, "step") if args.max_steps > 0 else (args.num_train_epochs - 1e-6, "epoch")
-    return wanted > completed.get(had, math.inf)
+    target, unit = (args.max_steps, "step") if args.max_steps > 0 else (args.num_train_epochs - 1e-6, "epoch")
+    return target > completed.get(unit, math.inf)
 
 
 def find_resume_point(config: Config) -> ResumePoint:
-    """Resume, begin anew, or use what is finished."""
-    train, output, final = config.training, Path(config.training.output_dir), final_folder(config)
-    given, full, picked = config.model.adapter_name_or_path, config.quant.full_finetune, train.resume_from_checkpoint
+    """Resume, start anew, or use what is finished."""
+    args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
+    adapter, full, picked = config.model.adapter_name_or_path, config.quant.full_finetune, args.resume_from_checkpoint
     if picked and str(picked).lower() != "true":
         last: Path | None = Path(picked)
         if problem := checkpoint_problem(Path(picked)):
             raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
     else:
-        last = None if train.overwrite_output_dir else find_last_checkpoint(output)
+        last = None if args.overwrite_output_dir else find_last_checkpoint(output)
     completed = (output / COMPLETED).is_file()
-    if not train.do_train:
-        for place in () if given else (final if completed else None, last, final):  # the newest weights first
-            if place and (weights := weights_in(place, full)):
-                return ResumePoint(False, weights=weights, found=output if place == final else place)
-        return ResumePoint(False, weights=given)
-    if completed and not train.overwrite_output_dir and (finished := weights_in(final, full)):
+    if not args.do_train:
+        newest_first = () if adapter else (final if completed else None, last, final)
+        for folder in filter(None, newest_first):
+            if weights := weights_in(folder, full):
+                return ResumePoint(False, weights=weights, found=output if folder == final else folder)
+        return ResumePoint(False, weights=adapter)
+    if completed and not args.overwrite_output_dir and (weights := weights_in(final, full)):
         record = read_record(output)
         if not needs_more_steps(config, record):
-            steps = record.get("step", "?")  # the original's is an empty file
+            steps = record.get("step", "?")  # the original's `completed` is an empty file
             log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
-            return ResumePoint(False, weights=finished, found=output)
+            return ResumePoint(False, weights=weights, found=output)
         if last is None:
-            way = f"begin another from its adapter with --adapter_name_or_path {final} and another --output_dir"
-            raise ConfigError(f"{output} holds a completed run but no checkpoint to go on from; {way}")
+            raise ConfigError(
+                f"{output} holds a completed run but no checkpoint to resume from; start another from its adapter "
+                f"with --adapter_name_or_path {final} and another --output_dir"
+            )
     if last is None:
-        return ResumePoint(True, weights=given)
+        return ResumePoint(True, weights=adapter)
     if not any(itertools.chain(last.glob("optimizer*"), last.glob("global_step*"))):
         log.warning("%s holds no optimizer state: the resumed run will differ from an uninterrupted one", last)
     log.info("resuming from %s", last)
-    return ResumePoint(True, checkpoint=last, weights=given, found=last)
+    return ResumePoint(True, checkpoint=last, weights=adapter, found=last)
 
 
 def fsync_path(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk; safetensors writes files for their owner's eyes alone."""
+    """Flush a file, or a folder's list of names, to disk. safetensors makes files that only their owner can read."""
     if path.is_file():
         os.umask(mask := os.umask(0o077))
         path.chmod(0o666 & ~mask)
@@ -5028,14 +4957,14 @@ def fsync_path(path: Path) -> None:
 
 def write_file(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    fsync_path(aside)
-    aside.replace(path)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    fsync_path(part)
+    part.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The same of a value, as JSON."""
+    """Write a value as JSON, whole or not at all."""
     write_file(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -5043,80 +4972,70 @@ def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
     """Add values to those that a JSON file holds already."""
     earlier = read_json(path) if path.is_file() else {}
     if not isinstance(earlier, dict):
-        raise ConfigError(f"{path}: expected a JSON object; it is not this program's, move it away")
+        raise ConfigError(f"{path}: expected a JSON object; another program wrote it, move it away")
     write_json(path, {**first, **earlier, **values})
 
 
 def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
-    """List a checkpoint's files and say whose they are."""
+    """List a checkpoint's files, and say which run it belongs to."""
     manifest = {"run": run, "files": file_digests(folder)}
     write_json(folder / MANIFEST, manifest | {"seal": digest(json.dumps(manifest))})
 
 
 def commit_checkpoint(staging: Path, final: Path) -> None:
-    """Flush a written folder to disk and give it its name."""
+    """Flush a written folder to disk and rename it."""
     for path in [*staging.rglob("*"), staging]:
         fsync_path(path)
-    if final.exists():  # a torn one of that name: it leaves at once, and goes with the hidden folder
+    if final.exists():  # a torn one of that name moves into the hidden folder, and is removed with it
         final.rename(staging.parent / "old")
     staging.rename(final)
     fsync_path(final.parent)
 
 
 @contextlib.contextmanager
-def atomic_save(aside: Path, what: Path) -> Iterator[None]:
-    """A folder that is gone afterwards, whatever happens; a full disk, a quota or a lack of rights is one line.
+def atomic_save(staging: Path, target: Path) -> Iterator[None]:
+    """Remove the staging folder afterwards, whatever happens; a full disk, a quota or missing rights are one line.
 
-    It shows as an OSError, as torch's RuntimeError, as safetensors' own error or as the plain Exception of tokenizers.
+    Libraries raise them as OSError, RuntimeError (torch), SafetensorError, or a plain Exception (tokenizers).
     """
     try:
         yield
     except Exception as error:
         if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
             raise
-        raise QLoRAError(f"{what}: not saved: {shorten(error)}. What was saved before stays") from error
+        raise QLoRAError(f"{target}: not saved: {shorten(error)}. What was saved before stays") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-# What a run leaves in output_dir beside weights and checkpoints; --overwrite_output_dir removes them.
-RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
-             "predictions.jsonl", "trainer_state.json", "loss.png")  # fmt: skip
-PREVIOUS = ".completed-before"  # the record of an earlier completed run, until this one is
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def final_files(output: Path) -> list[str]:
-    """The files of the final folder that the records of the last completed run name. No others are ever removed."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        record = output / (COMPLETED if (output / COMPLETED).is_file() else PREVIOUS)
-        names = json.loads(record.read_text(encoding="utf-8"))["files"]
-        return [name for name in names if isinstance(name, str) and Path(name).name == name]
-    return []
+    """The files of the final folder that the last completed run lists. No others are ever removed."""
+    names = read_record(output).get("files", [])
+    return [name for name in names if isinstance(name, str) and Path(name).name == name]
 
 
 def clear_output(config: Config, step: int) -> None:
-    """Before training: set `completed` aside and, to start over, remove what the records of an earlier run name.
+    """Before training: set `completed` aside and, to start anew, remove what the records of an earlier run name.
 
-    Checkpoints beyond the step that a run begins at are incomplete, or of a branch that --resume_from_checkpoint left:
-    they are renamed, or --save_total_limit would keep them rather than those to come.
+    Checkpoints beyond the first step are incomplete, or of a branch that --resume_from_checkpoint left. They are
+    renamed: --save_total_limit would keep them instead of those to come.
     """
-    output, anew = Path(config.training.output_dir), config.training.overwrite_output_dir
-    names = final_files(output)
+    output, final, anew = Path(config.training.output_dir), final_folder(config), config.training.overwrite_output_dir
+    old_files = [final / name for name in final_files(output)]
+    if (output / "run.json").is_file():
+        old_files += [output / name for name in (*RUN_FILES, PREVIOUS)]
     if (output / COMPLETED).is_file():
         (output / COMPLETED).replace(output / PREVIOUS)
-    if anew:
-        for file in [final_folder(config) / name for name in names] + [
-            output / name for name in (*RUN_FILES, PREVIOUS) if (output / "run.json").is_file()
-        ]:
-            file.unlink(missing_ok=True)
-    for place in {output, final_folder(config)}:
-        for folder in place.glob(f"{STAGING}*"):
-            shutil.rmtree(folder, ignore_errors=True)
-    for folder in checkpoints_in(output):
-        if anew and (folder / MANIFEST).is_file():
-            shutil.rmtree(folder)
-        elif anew or checkpoint_step(folder) > step:
-            folder.rename(output / f"left-{folder.name}-{time.time_ns()}")
+    for file in old_files if anew else ():
+        file.unlink(missing_ok=True)
+    for folder in {output, final}:
+        for staging in folder.glob(f"{STAGING}*"):
+            shutil.rmtree(staging, ignore_errors=True)
+    for checkpoint in checkpoints_in(output):
+        if anew and (checkpoint / MANIFEST).is_file():
+            shutil.rmtree(checkpoint)
+        elif anew or checkpoint_step(checkpoint) > step:
+            checkpoint.rename(output / f"left-{checkpoint.name}-{time.time_ns()}")
 
 
 # ------------------------------------------------------------------------------------
@@ -5276,7 +5195,7 @@ def said_once(message: str, lost: bool, stopped: bool = False) -> str | None:
 # ------------------------------------------------------------------------------------
 # 14. Evaluation: generated predictions, MMLU
 #
-# Each process takes some of the batches; results are gathered by the number of the row, so none is lost or doubled.
+# Each rank takes some of the batches; results are gathered by row number, so that none is lost or counted twice.
 # ------------------------------------------------------------------------------------
 class InferenceContext(NamedTuple):
     """What it takes to run a model outside the Trainer's loops."""
@@ -5289,100 +5208,99 @@ class InferenceContext(NamedTuple):
     fast: FastPath
 
     def padded(self, rows: Sequence[Sequence[int]], side: str = "right") -> dict[str, torch.Tensor]:
-        """Rows of ids as the model takes them."""
+        """Rows of ids as a batch on the model's device."""
         device = self.model.get_input_embeddings().weight.device
         return to_device(padded_prompts(rows, self.tokenizer.pad_token_id, side), device)
 
-    def collect(self, count: int, results_of: Callable[[list[int]], Iterable[Any]], title: str) -> list[Any]:
-        """What `results_of` says of each of so many rows, whose numbers it gets batch by batch."""
+    def collect(self, count: int, process_batch: Callable[[list[int]], Iterable[Any]], title: str) -> list[Any]:
+        """The results of `process_batch`, which takes the row numbers of a batch, for all rows of all ranks."""
         results: dict[int, Any] = {}
         with generating(self.model), self.accelerator.autocast():
             quiet = not self.accelerator.is_main_process
             for numbers in tqdm(rank_batches(count, self.batch_size), title, disable=quiet):
-                results |= zip(numbers, results_of(numbers), strict=True)
+                results |= zip(numbers, process_batch(numbers), strict=True)
         return gather_results(results)
 
 
 def rank_batches(count: int, size: int) -> list[list[int]]:
-    """This process's row numbers, in batches as one process would cut them.
+    """This rank's row numbers, in the batches that a single process would form.
 
-    Every process has as many, since an engine that shards the model needs all of them for each: the last may be one
-    that another process has too.
+    All ranks get as many, since an engine that shards the model needs every rank for each: the last may be a repeat.
     """
-    rank, processes = rank_and_world_size()
+    rank, ranks = rank_and_world_size()
     batches = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
-    return [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / processes) * processes, processes)]
+    return [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks)]
 
 
 def gather_results(results: Mapping[int, Any]) -> list[Any]:
-    """Every process's results by row number, each once and in order."""
-    every = {number: result for part in all_gather_object(results) for number, result in part.items()}
-    return [every[number] for number in sorted(every)]
+    """The results of all ranks by row number, each once and in order."""
+    gathered = {number: result for part in all_gather_object(results) for number, result in part.items()}
+    return [gathered[number] for number in sorted(gathered)]
 
 
 def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The values that the user gave, with BOS, EOS and pad ids filled in.
+    """The values that the user set, with BOS, EOS and pad ids filled in.
 
-    The model's own generation_config only adds its further stop tokens: its sampling values are not the user's.
+    The model's own generation_config only adds further stop tokens: its sampling values are not the user's.
     """
-    chosen, trainers = config.generation, config.training
-    asked = {"num_beams": trainers.generation_num_beams, "max_length": trainers.generation_max_length}
-    if "max_new_tokens" in config.explicitly_set or trainers.generation_max_length is None:
-        asked |= {"max_new_tokens": chosen.max_new_tokens, "max_length": None}
-    asked |= {name: value for name, value in vars(chosen).items() if name in config.explicitly_set}
-    unused = () if chosen.do_sample else SAMPLING_FLAGS
-    values = {name: value for name, value in asked.items() if value is not None and name not in unused}
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    eos = sorted({tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])})
+    flags, args = config.generation, config.training
+    values = {"num_beams": args.generation_num_beams, "max_length": args.generation_max_length}
+    if "max_new_tokens" in config.explicitly_set or args.generation_max_length is None:
+        values |= {"max_new_tokens": flags.max_new_tokens, "max_length": None}
+    values |= {name: value for name, value in vars(flags).items() if name in config.explicitly_set}
+    ignored = () if flags.do_sample else SAMPLING_FLAGS
+    values = {name: value for name, value in values.items() if value is not None and name not in ignored}
+    stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
+    eos = sorted({tokenizer.eos_token_id, *([stops] if isinstance(stops, int) else stops)})
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
     with reraise_as_user_error("generation flags"):
-        if trainers.generation_config is not None:
-            values = GenerationConfig.from_pretrained(str(trainers.generation_config)).to_diff_dict() | values
+        if args.generation_config is not None:
+            values = GenerationConfig.from_pretrained(str(args.generation_config)).to_diff_dict() | values
         return GenerationConfig(**values | ids | {"use_cache": True})
 
 
 @contextlib.contextmanager
 def generating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode, its own sampling defaults out of the way, for a while."""
-    training, own = model.training, getattr(model, "generation_config", None)  # an encoder may have none
+    """Put the model in evaluation mode, without its own sampling defaults, for a while."""
+    training, defaults = model.training, getattr(model, "generation_config", None)  # an encoder may have none
     model.eval()
-    model.generation_config = GenerationConfig()  # generate() mixes its values into those it is given
+    model.generation_config = GenerationConfig()  # generate() merges its values into those that it is given
     try:
         with torch.no_grad():
             yield
     finally:
-        model.generation_config = own
+        model.generation_config = defaults
         model.train(training)
 
 
 def prompt_ids(batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[list[int]]:
-    """Prompts, cut as in training; one that is empty begins with EOS, since something must stand there."""
-    bos, sources = tokenizer.bos_token_id, [source for source, _ in prompts_and_completions(batch, tokenizer)]
-    cut = [s[: limits.source] if limits.total is None else cut_left(s, limits.total, bos) for s in sources]
-    return [[number for number, _ in source] or [tokenizer.eos_token_id] for source in cut]
+    """Prompts, cut as in training; an empty one is EOS, since generation starts from at least one token."""
+    bos, prompts = tokenizer.bos_token_id, [source for source, _ in prompts_and_completions(batch, tokenizer)]
+    cut = [p[: limits.source] if limits.total is None else cut_left(p, limits.total, bos) for p in prompts]
+    return [[token for token, _ in prompt] or [tokenizer.eos_token_id] for prompt in cut]
 
 
 def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """A row's input and output as text, the output without a template's special tokens."""
-    last, own = last_supervised(segments), (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), "")
+    last = last_supervised(segments)
     answer = segments[last]["text"]
     output = special_token_pattern(tokenizer).sub("", answer) if rendered else answer
+    table = str.maketrans(dict(zip(MARKS, (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), ""), strict=True)))
     texts = {"input": "".join(segment["text"] for segment in segments[:last]), "output": output}
-    table = str.maketrans(dict(zip(MARKS, own, strict=True)))
     return {name: text.translate(table) for name, text in texts.items()}
 
 
 def generate_predictions(
     runtime: InferenceContext, generation: GenerationConfig, batch: Any
 ) -> Iterator[dict[str, str]]:
-    """One dictionary for each row: its fields, `prediction`, `prediction_with_input`."""
+    """One dictionary a row: its fields, `prediction`, `prediction_with_input`."""
     tokenizer = runtime.tokenizer
     prompts = prompt_ids(batch, tokenizer, runtime.limits)
     tensors = runtime.padded(prompts, "left")
     with reraise_as_user_error("generation flags"):
         output = runtime.model.generate(**tensors, generation_config=generation)
-    width = tensors["input_ids"].shape[1]  # the prompt is taken off by its tokens, never by its text
-    for i, (prompt, answer) in enumerate(zip(prompts, output[:, width:].tolist(), strict=True)):
+    answers = output[:, tensors["input_ids"].shape[1] :].tolist()  # the prompt ends by its tokens, never by its text
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         yield decoded_pair(batch["segments"][i], batch["rendered"][i], tokenizer) | {
             "prediction": str(tokenizer.decode(answer, skip_special_tokens=True)),
             "prediction_with_input": str(tokenizer.decode(prompt + answer, skip_special_tokens=True)),
@@ -5390,29 +5308,32 @@ def generate_predictions(
 
 
 def fill_masks(runtime: InferenceContext, masking: Masking, batch: Any) -> Iterator[dict[str, Any]]:
-    """One dictionary for each row: `input` with its masks, `output` as it was, `prediction`, what fills the `masks`.
+    """One dictionary a row: `input` with its masks, `output` as it was, `prediction`, what fills the `masks`.
 
-    Filled are the masks that a row's text has. Where it has none, the places chosen for evaluation become masks.
+    The masks are those in the row's text. Where it has none, the tokens chosen for evaluation become masks.
     """
     tokenizer: Any = runtime.tokenizer
     masking, texts = masking._replace(replaced=1.0, random=0.0), last_texts(batch)
     plain = [encode_masked(text, tokenizer, runtime.limits) for text in texts]
     drawn = [ids if masking.mask_id in ids else masking.draw_row(ids, labels)["input_ids"] for ids, labels, _ in plain]
     logits = runtime.model(**runtime.padded(drawn)).logits
-    for text, (_, truth, _), ids, scores in zip(texts, plain, drawn, logits, strict=True):
-        places = [i for i, token in enumerate(ids) if token == masking.mask_id]
-        chances, found = scores[places].float().softmax(-1).max(-1)
-        filled = dict(zip(places, found.tolist(), strict=True))
-        shown = [i for i, label in enumerate(truth) if label != IGNORE or i in filled]  # without [CLS] and [SEP]
+    for text, (_, labels, _), ids, scores in zip(texts, plain, drawn, logits, strict=True):
+        positions = [i for i, token in enumerate(ids) if token == masking.mask_id]
+        chances, tokens = scores[positions].float().softmax(-1).max(-1)
+        filled = dict(zip(positions, tokens.tolist(), strict=True))
+        shown = [i for i, label in enumerate(labels) if label != IGNORE or i in filled]  # without [CLS] and [SEP]
         before = tokenizer.decode([ids[i] for i in shown])
         after = tokenizer.decode([filled.get(i, ids[i]) for i in shown])
         if " " not in text.strip():  # a protein: ESM's tokenizer puts a space between its letters
             before, after = before.replace(" ", ""), after.replace(" ", "")
         masks = []
         for (i, token), chance in zip(filled.items(), chances.tolist(), strict=True):
-            best, right = (None if n == IGNORE else tokenizer.convert_ids_to_tokens(n) for n in (token, truth[i]))
-            masks.append({"position": i, "token": best, "probability": round(chance, 4), "truth": right})
+            best, truth = (None if n == IGNORE else tokenizer.convert_ids_to_tokens(n) for n in (token, labels[i]))
+            masks.append({"position": i, "token": best, "probability": round(chance, 4), "truth": truth})
         yield {"input": before, "output": text, "prediction": after, "masks": masks}
+
+
+LETTERS = "ABCD"
 
 
 class Question(NamedTuple):
@@ -5420,25 +5341,22 @@ class Question(NamedTuple):
 
     subject: str
     prompt: str  # ends with "Answer:"
-    answer: int  # 0 to 3 for A to D
-
-
-LETTERS = "ABCD"
+    answer: int  # into LETTERS
 
 
 def load_questions(config: Config) -> list[Question]:
     """MMLU (Hendrycks et al. 2021, https://arxiv.org/abs/2009.03300) from the original's files, or from the hub."""
     mmlu, five_shot = config.mmlu, config.mmlu.mmlu_dataset != "mmlu-zs"
     name = f"{'five' if five_shot else 'zero'}_shot_mmlu_{'val' if mmlu.mmlu_split == 'eval' else 'test'}.json"
-    here = Path(mmlu.mmlu_dir).is_dir()
-    questions = list(questions_in_file(Path(mmlu.mmlu_dir, name)) if here else questions_of_hub(config, five_shot))
+    local = Path(mmlu.mmlu_dir).is_dir()
+    questions = list(questions_in_file(Path(mmlu.mmlu_dir, name)) if local else questions_of_hub(config, five_shot))
     if not questions:
         raise DataError(f"--mmlu_dir {mmlu.mmlu_dir}: no question in it")
     return questions[: mmlu.max_mmlu_samples]
 
 
 def questions_in_file(path: Path) -> Iterator[Question]:
-    """The original's format: one {subject, input, output} in a line, the output a letter."""
+    """The original's format: one {subject, input, output} a line, the output a letter."""
     for number, row in read_file(path):
         with reraise_as_user_error(f"{path}:{number}", DataError):  # a RowError is a ValueError
             row = check_row(row)
@@ -5451,61 +5369,61 @@ def questions_in_file(path: Path) -> Iterator[Question]:
 def questions_of_hub(config: Config, five_shot: bool) -> Iterator[Question]:
     """The same prompts built from `cais/mmlu`, whose `dev` rows are the worked examples."""
     splits, shots = load_from_hub(config, "cais/mmlu", name="all"), defaultdict[str, str](str)
-    asked = "validation" if config.mmlu.mmlu_split == "eval" else "test"
-    for part in ("dev", asked) if five_shot else (asked,):
+    split = "validation" if config.mmlu.mmlu_split == "eval" else "test"
+    for part in ("dev", split) if five_shot else (split,):
         for _, row in splits[part]:
             subject, choices = row["subject"], map("{}. {}".format, LETTERS, row["choices"])
             text = "\n".join([row["question"], *choices, "Answer:"])
             if part == "dev":
                 shots[subject] += f"{text} {LETTERS[row['answer']]}\n\n"
             else:
-                topic = subject.replace("_", " ")  # with two spaces before it, as published
+                topic = subject.replace("_", " ")  # two spaces before it, as published
                 head = f"The following are multiple choice questions (with answers) about  {topic}.\n\n"
                 yield Question(subject, head + shots[subject] + text, row["answer"])
 
 
 def answer_questions(runtime: InferenceContext, questions: list[Question], longest: int) -> list[tuple[bool, float]]:
-    """Of each question: is it answered rightly, and the loss on the right letter and EOS.
+    """For each question: whether the answer is right, and the loss on the right letter and EOS.
 
-    The letters' first tokens are compared in one pass. Where those are not four different ones, each letter is put
-    after the prompt in turn, and what is compared is the probability of all its tokens.
+    One pass compares the letters' first tokens. Where those are not four different ones, each letter is put after the
+    prompt in turn, and the probabilities of all its tokens are compared.
     """
     letters = tokenize(list(LETTERS), runtime.tokenizer)
-    alike = os.path.commonprefix(letters)  # noqa: RUF071  # with some tokenizers, a space
-    answers = [[*ids[len(alike) :], runtime.tokenizer.eos_token_id] for ids in letters]
-    firsts = [ids[0] for ids in answers]
-    one_pass = len(set(firsts)) == len(LETTERS)
+    prefix = os.path.commonprefix(letters)  # noqa: RUF071  # with some tokenizers, a space
+    answers = [[*ids[len(prefix) :], runtime.tokenizer.eos_token_id] for ids in letters]
+    first_tokens = [ids[0] for ids in answers]
+    one_pass = len(set(first_tokens)) == len(LETTERS)
     rows: Any = {"segments": [prompt_completion(q.prompt, "") for q in questions], "rendered": [False] * len(questions)}
-    prompts = [[*ids, *alike] for ids in prompt_ids(rows, runtime.tokenizer, Limits(longest, 0, total=longest))]
-    asked = [(i, c) for i, q in enumerate(questions) for c in ([q.answer] if one_pass else range(len(LETTERS)))]
-    batch = runtime.padded([prompts[i] + answers[c] for i, c in asked])
-    # of all that a batch predicts, 8 GB of logits for 100 prompts of 400 tokens, only what is asked for
-    counts, width = [len(answers[c]) for _, c in asked], batch["input_ids"].shape[1]
-    starts = [row * width + len(prompts[i]) - 1 for row, (i, _) in enumerate(asked)]
+    prompts = [[*ids, *prefix] for ids in prompt_ids(rows, runtime.tokenizer, Limits(longest, 0, total=longest))]
+    pairs = [(i, c) for i, q in enumerate(questions) for c in ([q.answer] if one_pass else range(len(LETTERS)))]
+    batch = runtime.padded([prompts[i] + answers[c] for i, c in pairs])
+    # Only the logits of the answers: all those of 100 prompts of 400 tokens would take 8 GB.
+    counts, width = [len(answers[c]) for _, c in pairs], batch["input_ids"].shape[1]
+    starts = [row * width + len(prompts[i]) - 1 for row, (i, _) in enumerate(pairs)]
     batch["positions"] = torch.cat([torch.arange(n) + start for n, start in zip(counts, starts, strict=True)])
     logits = supervised_logits(runtime.model, runtime.fast, batch).log_softmax(-1).cpu().split(counts)
     scores, losses = torch.zeros(len(questions), len(LETTERS)), [0.0] * len(questions)
-    for (i, c), predicted in zip(asked, logits, strict=True):
-        chosen = predicted[range(len(answers[c])), answers[c]]
+    for (i, c), predicted in zip(pairs, logits, strict=True):
+        log_probs = predicted[range(len(answers[c])), answers[c]]
         if c == questions[i].answer:
-            losses[i] = -chosen.mean().item()
+            losses[i] = -log_probs.mean().item()
         if one_pass:
-            scores[i] = predicted[0, firsts]
+            scores[i] = predicted[0, first_tokens]
         else:
-            scores[i, c] = chosen[:-1].sum()
-    right = scores.argmax(-1).eq(torch.tensor([question.answer for question in questions])).tolist()
-    return list(zip(right, losses, strict=True))
+            scores[i, c] = log_probs[:-1].sum()
+    correct = scores.argmax(-1).eq(torch.tensor([question.answer for question in questions])).tolist()
+    return list(zip(correct, losses, strict=True))
 
 
 def mmlu_metrics(runtime: InferenceContext, questions: list[Question], split: str, longest: int) -> dict[str, float]:
     """Accuracy by subject, their unweighted mean, and the loss."""
     by_subject: dict[str, list[bool]] = {question.subject: [] for question in questions}
-    questions = sorted(questions, key=lambda question: len(question.prompt))  # two thirds of a batch were padding
+    questions = sorted(questions, key=lambda question: len(question.prompt))  # else two thirds of a batch are padding
     answered = runtime.collect(
         len(questions), lambda numbers: answer_questions(runtime, [questions[i] for i in numbers], longest), "MMLU"
     )
-    for question, (right, _) in zip(questions, answered, strict=True):
-        by_subject[question.subject].append(right)
+    for question, (correct, _) in zip(questions, answered, strict=True):
+        by_subject[question.subject].append(correct)
     accuracy = {f"mmlu_{split}_accuracy_{name}": sum(right) / len(right) for name, right in by_subject.items()}
     mean = sum(accuracy.values()) / len(accuracy)
     loss = sum(loss for _, loss in answered) / len(answered)
@@ -6241,14 +6159,14 @@ def build_trainer(
 
 
 # ------------------------------------------------------------------------------------
-# 16. Stages: train, evaluate, predict, and the files that a run leaves
+# 16. Stages: train, evaluate, predict, merge, and the files that a run leaves
 #
 # Each stage takes the trainer, writes its files and returns its metrics.
 # ------------------------------------------------------------------------------------
 class Inputs(NamedTuple):
-    """What a run has read before any weight."""
+    """Everything loaded before the model."""
 
-    config: Config  # with the objective settled
+    config: Config  # with the objective resolved
     folder: str  # of the model
     model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
@@ -6259,7 +6177,7 @@ class Inputs(NamedTuple):
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process: of the fullest of its GPUs, or of the process itself where it has none."""
+    """Peak memory: of the fullest GPU of this process, or of the process itself where it has none."""
     if torch.cuda.is_available():
         return max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / GIB
     with contextlib.suppress(ImportError):
@@ -6270,7 +6188,7 @@ def peak_memory_gib() -> float:
 
 
 def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Log and save them, as the Trainer does, but each file whole: the next run reads all_results.json."""
+    """Log and save metrics as the Trainer does, but each file whole: the next run reads all_results.json."""
     trainer.log_metrics(split, metrics)
     if trainer.args.should_save:
         output = Path(trainer.config.training.output_dir)
@@ -6280,21 +6198,21 @@ def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> 
 
 
 def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config: Config) -> dict[str, Any]:
-    """Train, save what was trained, mark the run completed. After a signal only the checkpoint is there."""
-    last, stop.training = start.checkpoint, True
-    state = TrainerState.load_from_json(str(last / "trainer_state.json")) if last else TrainerState()
+    """Train, save the result, mark the run completed. After a signal only the checkpoint is there."""
+    checkpoint, stop.training = start.checkpoint, True
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
     metrics: dict[str, Any] = {}
     if trainer.args.should_save:
         clear_output(config, state.global_step)
-    if last and not needs_more_steps(config, {"step": state.global_step, "epoch": state.epoch}):
-        log.info("%s holds the last step: nothing is left to train", last)  # the Trainer would do one more
+    if checkpoint and not needs_more_steps(config, {"step": state.global_step, "epoch": state.epoch}):
+        log.info("%s holds the last step: nothing is left to train", checkpoint)  # the Trainer would do one more
         trainer.state = state
-        trainer.load_end(str(last))
+        trainer.load_end(str(checkpoint))
     else:
-        if last and config.data.streaming:
-            with reraise_as_user_error(f"{last}: no place in a stream to go on from"):
-                trainer.train_dataset.place = Place(**read_json(last / STREAM))  # type: ignore[union-attr]
-        metrics = timed_training(trainer, last, state.global_step)
+        if checkpoint and config.data.streaming:
+            with reraise_as_user_error(f"{checkpoint}: no place in a stream to resume from"):
+                trainer.train_dataset.place = Place(**read_json(checkpoint / STREAM))  # type: ignore[union-attr]
+        metrics = timed_training(trainer, checkpoint, state.global_step)
     if not stop.broken_off:
         if metrics:
             save_metrics(trainer, "train", metrics)
@@ -6311,9 +6229,8 @@ def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: i
         torch.cuda.reset_peak_memory_stats()
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        Graphed.forget()
     except pickle.UnpicklingError as error:
-        way = "begin anew with --overwrite_output_dir, or name another with --resume_from_checkpoint"
+        way = "start anew with --overwrite_output_dir, or name another with --resume_from_checkpoint"
         raise ConfigError(f"{checkpoint}: its state holds more than tensors and is not read; {way}") from error
     seconds = max(time.perf_counter() - began - trainer.seconds_aside, 1e-9)
     tokens = all_reduce_int(trainer.tokens_seen, "SUM")
@@ -6327,47 +6244,48 @@ def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: i
     }
 
 
-def whole_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
-    """What is saved, gathered from the processes that share it. Every one of them has to take part."""
+def gather_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
+    """The weights to save, gathered from the ranks that shard them; every rank has to take part."""
     if trainer.is_deepspeed_enabled:
         return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped) or {})
-    model, full, found = trainer.runtime().model, trainer.config.quant.full_finetune, {}
-    names = model.all_tied_weights_keys  # of a bias that a head has twice the name that files have
+    model, full, weights = trainer.runtime().model, trainer.config.quant.full_finetune, {}
+    names = model.all_tied_weights_keys  # a bias that a head holds twice has one name in files
     for name, parameter in model.named_parameters():
-        if full or parameter.requires_grad:  # one after the other: a whole base may not fit
-            gathered = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-            found[names.get(name, name)] = gathered.detach().cpu()
-    return found
+        if full or parameter.requires_grad:  # one at a time: a whole base may not fit
+            tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            weights[names.get(name, name)] = tensor.detach().cpu()
+    return weights
 
 
 def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
-    """The adapter (or, after a full fine-tune, the model) and its tokenizer, each file whole; then `completed`."""
+    """Save the adapter (or, after a full fine-tune, the model) and its tokenizer, each file whole; then `completed`."""
     model, tokenizer, *_ = trainer.runtime()
-    gathered_weights, args = {"state_dict": whole_weights(trainer)} if is_sharded(config) else {}, trainer.args
+    sharded, args, state = is_sharded(config), trainer.args, trainer.state
+    weights = {"state_dict": gather_weights(trainer)} if sharded else {}
     if args.should_save:
-        output, aside = Path(config.training.output_dir), final / f"{STAGING}final"
-        with atomic_save(aside, final):
-            model.config.use_cache = True  # for whoever loads it: load_model turned it off
-            model.save_pretrained(aside, max_shard_size=config.training.max_shard_size, **gathered_weights)
+        output, staging = Path(config.training.output_dir), final / f"{STAGING}final"
+        with atomic_save(staging, final):
+            model.config.use_cache = True  # for its users: load_model turned it off
+            model.save_pretrained(staging, max_shard_size=config.training.max_shard_size, **weights)
             model.config.use_cache = False
-            tokenizer.save_pretrained(aside)
-            if getattr(model, "lora_start", None):
-                convert_to_published_base(aside, model.lora_start)
-            written = sorted(path.name for path in aside.iterdir())
-            for name in written:
-                fsync_path(aside / name)
-                (aside / name).replace(final / name)
-        for name in {*final_files(output)} - {*written}:  # an earlier save's shards would be loaded instead
+            tokenizer.save_pretrained(staging)
+            if getattr(model, "initial_adapter", None):
+                convert_to_published_base(staging, model.initial_adapter)
+            files = sorted(path.name for path in staging.iterdir())
+            for name in files:
+                fsync_path(staging / name)
+                (staging / name).replace(final / name)
+        for name in {*final_files(output)} - {*files}:  # an earlier save's shards would be loaded instead
             (final / name).unlink(missing_ok=True)
-        state = {"step": trainer.state.global_step, "epoch": trainer.state.epoch, "run": trainer.run, "files": written}
-        write_loss_chart(output / "loss.png", trainer.state.log_history)
+        write_loss_chart(output / "loss.png", state.log_history)
         write_file(final / "README.md", model_card(trainer, config))
-        write_json(output / COMPLETED, state)
+        record = {"step": state.global_step, "epoch": state.epoch, "run": trainer.run, "files": files}
+        write_json(output / COMPLETED, record)
         (output / PREVIOUS).unlink(missing_ok=True)
         if args.push_to_hub:
             hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
             with reraise_as_user_error("--push_to_hub: all is saved here, but the hub does not take it"):
-                upload_folder(folder_path=final, allow_patterns=[*written, "README.md"], **hub)
+                upload_folder(folder_path=final, allow_patterns=[*files, "README.md"], **hub)
             log.info("pushed to %s", trainer.hub_model_id)
     all_reduce_int()
 
@@ -6385,15 +6303,15 @@ def predict(trainer: QLoRATrainer, start: ResumePoint, pairs: Any, config: Confi
         answers = partial(generate_predictions, runtime, generation_config(config, runtime.model, runtime.tokenizer))
     rows = runtime.collect(len(pairs), lambda numbers: answers(pairs[numbers]), "Predicting")
     metrics = {"predict_samples": len(rows), **speed_metrics("predict", began, num_samples=len(rows))}
-    right = [mask["token"] == mask["truth"] for row in rows for mask in row.get("masks", ()) if mask["truth"]]
-    metrics |= {"predict_masked_accuracy": sum(right) / len(right)} if right else {}
+    correct = [mask["token"] == mask["truth"] for row in rows for mask in row.get("masks", ()) if mask["truth"]]
+    metrics |= {"predict_masked_accuracy": sum(correct) / len(correct)} if correct else {}
     if trainer.args.should_save:
         file = Path(config.training.output_dir, "predictions.jsonl")
         write_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return save_metrics(trainer, "predict", metrics)
 
 
-MERGED = "merged.json"  # of what a folder is the merge
+MERGED = "merged.json"  # in a merged model's folder: what it is the merge of
 
 
 def merge_record(adapter: str, config: Config) -> dict[str, Any]:
@@ -6403,40 +6321,40 @@ def merge_record(adapter: str, config: Config) -> dict[str, Any]:
 
 
 def check_merge(start: ResumePoint, config: Config) -> None:
-    """Before anything is trained: can a merged model be written, and is there something to merge?"""
+    """Before training: is there something to merge, and can the result be written?"""
     if config.training.merged_output_dir is None or config.data.preview:
         return
     target = Path(config.training.merged_output_dir)
     if not start.train and start.weights is None:
         raise ConfigError(f"--merged_output_dir {target}: no adapter to merge: nothing was trained in --output_dir")
-    made = read_json(target / MERGED) if (target / MERGED).is_file() else None
-    if made and not start.train and made == merge_record(str(start.weights), config):
+    record = read_json(target / MERGED) if (target / MERGED).is_file() else None
+    if record and not start.train and record == merge_record(str(start.weights), config):
         log.info("%s holds this adapter merged already", target)
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--merged_output_dir {target}: is there already and not empty; name another, or remove it")
+        raise ConfigError(f"--merged_output_dir {target}: exists and is not empty; name another folder, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
 
 
 def load_merge_base(config: Config, folder: str) -> Any:
     """The base in 16 bit on the CPU: as published, or with the values that its quantised weights stand for."""
     model_config = load_model_config(config, folder)
-    own = model_config.dtype if model_config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    options: dict[str, Any] = {"dtype": own, "device_map": {"": "cpu"}}
+    dtype = model_config.dtype if model_config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": "cpu"}}
     if getattr(model_config, "quantization_config", None):
         log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
-        as_trained = quantisation_config(config, skip_modules(config, model_config))
-        options |= {"dtype": load_dtype(config), "quantization_config": as_trained}
+        quantisation = quantisation_config(config, skip_modules(config, model_config))
+        options |= {"dtype": load_dtype(config), "quantization_config": quantisation}
     model = load_base(config, model_config, folder, **options)
     if getattr(model.config, "quantization_config", None):
         with reraise_as_user_error(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
-            model = model.dequantize(dtype=own)
-        model._weight_conversions = None  # or saving would try to quantise again
-    return cast(model, own)
+            model = model.dequantize(dtype=dtype)
+        model._weight_conversions = None  # or saving would quantise again (transformers 5.23)
+    return cast_parameters(model, dtype)
 
 
-def cast(model: Any, dtype: torch.dtype) -> Any:
-    """The parameters in another dtype; not the buffers, whose rotary frequencies must stay float32."""
+def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
+    """Cast the parameters, not the buffers: rotary frequencies must stay float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
@@ -6444,52 +6362,28 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _widen(module: torch.nn.Module, inputs: Any) -> Any:
-    for parameter in module.parameters(recurse=False):  # one may be in two modules: the bias of an encoder's head
-        parameter.kept = [*getattr(parameter, "kept", ()), parameter.data]  # type: ignore[attr-defined]
+    for parameter in module.parameters(recurse=False):  # a stack: the bias of an encoder's head is in two modules
+        parameter.narrow_data = [*getattr(parameter, "narrow_data", ()), parameter.data]  # type: ignore[attr-defined]
         parameter.data = parameter.data.float()
-    # DeBERTa reads its relative positions without a call of their module
+    # DeBERTa reads its relative positions without calling their module
     return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def _narrow(module: torch.nn.Module, inputs: Any, output: Any) -> None:
     for parameter in module.parameters(recurse=False):
-        parameter.data = parameter.kept.pop()  # type: ignore[attr-defined]
+        parameter.data = parameter.narrow_data.pop()  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
-def logits_on(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Of every token that is not padding, (tokens, vocabulary); in float32, where modules are widened one at a time."""
+def logits_in_float32(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of every token that is not padding, (tokens, vocabulary), widening one module at a time to save memory."""
     with register_module_forward_pre_hook(_widen), register_module_forward_hook(_narrow):
         return model(**batch).logits[batch["attention_mask"].bool()]
 
 
-def merge(adapter: str, inputs: Inputs) -> dict[str, Any]:
-    """Base and adapter as one model in 16 bit, written aside, loaded again, compared, and only then named."""
-    config, named = inputs.config, inputs.config.training.merged_output_dir
-    if named is None or config.training.process_index != 0 or Path(named, MERGED).is_file():  # as check_merge saw
-        return {}
-    target = Path(named)
-    aside = target.with_name(f".merging-{target.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    rows: Any = inputs.splits.eval or inputs.splits.train
-    sample = padded_prompts([ids[:64] for ids in rows[:4]["input_ids"]], inputs.tokenizer.pad_token_id, "right")
-    gc.collect()  # what was trained in this process refers to itself in circles
-    log.info("merging %s into %s", adapter, target)
-    with atomic_save(aside, target), reraise_as_user_error(f"--merged_output_dir {target}"):
-        plain, adapted, lost = write_merged(adapter, aside, sample, inputs)
-        kind, options = AUTO_MODELS[config.masked], {"trust_remote_code": config.model.trust_remote_code}
-        model = load_strict(str(aside), aside, kind, **options)
-        metrics = compare_merged(model, plain, adapted, lost, sample, target)
-        write_json(aside / MERGED, merge_record(adapter, config))
-        if target.exists():
-            target.rmdir()  # empty, as check_merge saw
-        commit_checkpoint(aside, target)
-    return metrics
-
-
 def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
     """Merge every layer in float32 and round it once. Returns the share of the change that this rounds away."""
-    wanted = kept = 0.0
+    total = kept = 0.0
     for layer in peft_model.modules():
         if isinstance(layer, LoraLayer):
             weight: Any = layer.get_base_layer().weight
@@ -6497,13 +6391,13 @@ def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
             before = weight.data.clone()
             layer.merge()  # type: ignore[operator]
             change, weight.data = weight.data - before, weight.data.to(dtype)
-            wanted += change.square().sum().item()
+            total += change.square().sum().item()
             kept += (change * (weight.data.float() - before)).sum().item()
-    return 1 - kept / wanted if wanted else 0.0
+    return 1 - kept / total if total else 0.0
 
 
 def untie(model: Any) -> None:
-    """A parameter of its own for every module: a head trained whole still holds its bias twice, and saves it once."""
+    """Give every module parameters of its own: a head trained whole would save a bias that it holds twice only once."""
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -6512,66 +6406,90 @@ def untie(model: Any) -> None:
             seen.add(id(parameter))
 
 
-def write_merged(adapter: str, aside: Path, sample: Any, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Write a merged model. Returns logits of the base, then with adapter, and what share of that 16 bit can't hold."""
+def merge(adapter: str, inputs: Inputs) -> dict[str, Any]:
+    """Write base and adapter as one model in 16 bit, load it again, compare, and only then give it its name."""
+    config, folder = inputs.config, inputs.config.training.merged_output_dir
+    if folder is None or config.training.process_index != 0 or Path(folder, MERGED).is_file():  # as check_merge saw
+        return {}
+    target = Path(folder)
+    rows: Any = inputs.splits.eval or inputs.splits.train
+    staging = target.with_name(f".merging-{target.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    sample = padded_prompts([ids[:64] for ids in rows[:4]["input_ids"]], inputs.tokenizer.pad_token_id, "right")
+    gc.collect()  # what was trained in this process refers to itself in circles
+    log.info("merging %s into %s", adapter, target)
+    with atomic_save(staging, target), reraise_as_user_error(f"--merged_output_dir {target}"):
+        base, adapted, lost = write_merged(adapter, staging, sample, inputs)
+        options = {"trust_remote_code": config.model.trust_remote_code}
+        merged = load_strict(str(staging), staging, AUTO_MODELS[config.masked], **options)
+        metrics = compare_merged(merged, base, adapted, lost, sample, target)
+        write_json(staging / MERGED, merge_record(adapter, config))
+        if target.exists():
+            target.rmdir()  # empty, as check_merge saw
+        commit_checkpoint(staging, target)
+    return metrics
+
+
+def write_merged(adapter: str, staging: Path, sample: Any, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Write a merged model. Returns logits of the base, then with adapter, and the share of it that 16 bit lose."""
     config, folder, tokenizer = inputs.config, inputs.folder, inputs.tokenizer
     model: Any = load_merge_base(config, folder)
-    embedding, dtype = model.get_input_embeddings().num_embeddings, model.dtype
-    plain = logits_on(model, sample)
+    tokens, dtype = model.get_input_embeddings().num_embeddings, model.dtype
+    base_logits = logits_in_float32(model, sample)
     with reraise_as_user_error(f"adapter {adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
         peft_model = PeftModel.from_pretrained(model, adapter_files(adapter, config))
-    start = getattr(peft_model.peft_config["default"], "init_lora_weights", None)
-    if mutates_base(start):
-        raise ConfigError(f"{adapter} fits a base changed by {start}: finish its training, whose result fits any base")
-    adapted = logits_on(peft_model, sample)
+    init = getattr(peft_model.peft_config["default"], "init_lora_weights", None)
+    if mutates_base(init):
+        raise ConfigError(f"{adapter} fits a base changed by {init}: finish its training, whose result fits any base")
+    adapted_logits = logits_in_float32(peft_model, sample)
     lost = merge_layers(peft_model, dtype)
-    model = cast(peft_model.merge_and_unload(), dtype)  # the layers are, what was trained whole is not
+    model = cast_parameters(peft_model.merge_and_unload(), dtype)  # what was trained whole is still in float32
     if not model.config.get_text_config().tie_word_embeddings:
         untie(model)
     sync_special_tokens(model, tokenizer)
-    model.save_pretrained(aside, max_shard_size=config.training.max_shard_size)
-    tokenizer.save_pretrained(aside)
-    if (Path(folder) / "tokenizer.model").is_file():  # which llama.cpp's converter prefers
-        shutil.copyfile(Path(folder) / "tokenizer.model", aside / "tokenizer.model")
-    if len(tokenizer) > embedding:
-        log.warning("the tokenizer has %d tokens, the model %d: llama.cpp won't convert it", len(tokenizer), embedding)
-    return plain, adapted, lost
+    model.save_pretrained(staging, max_shard_size=config.training.max_shard_size)
+    tokenizer.save_pretrained(staging)
+    if (Path(folder) / "tokenizer.model").is_file():  # llama.cpp's converter prefers it
+        shutil.copyfile(Path(folder) / "tokenizer.model", staging / "tokenizer.model")
+    if len(tokenizer) > tokens:
+        log.warning("the tokenizer has %d tokens, the model %d: llama.cpp won't convert it", len(tokenizer), tokens)
+    return base_logits, adapted_logits, lost
 
 
 def compare_merged(
-    model: Any, plain: torch.Tensor, adapted: torch.Tensor, lost: float, sample: Any, target: Path
+    model: Any, base: torch.Tensor, adapted: torch.Tensor, lost: float, sample: Any, target: Path
 ) -> dict[str, float]:
-    """Compare a merged model's logits with those of base and adapter.
+    """Compare a merged model's logits with those of base + adapter.
 
-    They may differ as much as they do when every weight of the merged model moves by a unit in its last place, which is
-    tried out (the model is of no use afterwards), and twice the share of the adapter's effect that was rounded away.
+    They may differ by as much as they do when every weight moves by a unit in its last place, which is tried (and
+    spoils the model), plus twice the share of the adapter's effect that was rounded away.
     """
-    merged = logits_on(model, sample)
+    merged = logits_in_float32(model, sample)
     generator = torch.Generator().manual_seed(0)
     for weight in (p.data for p in model.parameters() if p.dim() == 2):
         signs = [torch.randint(2, (n, 1), generator=generator).mul_(2).sub_(1).to(weight.dtype) for n in weight.shape]
         weight.addcmul_(weight, signs[0] @ signs[1].T, value=torch.finfo(weight.dtype).eps)
-    differences = merged - adapted, plain - adapted, merged - logits_on(model, sample)
-    found, effect, moved = (x.square().mean().sqrt().item() for x in differences)
+    differences = merged - adapted, base - adapted, merged - logits_in_float32(model, sample)
+    error, effect, rounding = (x.square().mean().sqrt().item() for x in differences)
     largest, furthest, _ = (x.abs().max().item() for x in differences)
-    allowed = moved + 2 * lost * effect
+    allowed = rounding + 2 * lost * effect
     log.info("merged: its logits differ from those of base + adapter by at most %.3g", largest)
     log.info("the adapter moves them by up to %.3g", furthest)
     if lost > 0.05:
         log.warning("%.0f %% of the adapter's change is too small for a 16-bit weight and is lost", 100 * lost)
-    if torch.equal(merged, plain):
+    if torch.equal(merged, base):
         raise QLoRAError(f"{target}: not written, the merge changed nothing: the adapter is zero, or lost in 16 bit")
-    if not found <= allowed:
+    if not error <= allowed:
         raise QLoRAError(
-            f"{target}: not written, the merged model's logits differ from those of base + adapter by {found:.3g} "
+            f"{target}: not written, the merged model's logits differ from those of base + adapter by {error:.3g} "
             f"(root mean square), of which rounding explains {allowed:.3g}"
         )
-    return {"merge_largest_difference": largest, "merge_difference": found, "merge_rounding": allowed}
+    return {"merge_largest_difference": largest, "merge_difference": error, "merge_rounding": allowed}
 
 
 def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
     """Training and evaluation loss over steps."""
-    from matplotlib.figure import Figure  # without pyplot no window system is asked for
+    from matplotlib.figure import Figure  # pyplot would ask for a window system
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -6591,19 +6509,36 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     losses = losses[(len(losses) - 1) % every :: every]
     rows = "\n".join(f"| {e['step']} | {e.get('loss', '')} | {e.get('eval_loss', '')} |" for e in losses)
     settings = "\n".join(f"| {name} | `{config.flags[name]}` |" for name in sorted(config.explicitly_set))
-    base = config.model.model_name_or_path
-    beside = "" if Path(config.training.output_dir) == final_folder(config) else f"{config.training.output_dir}/"
+    base, output = config.model.model_name_or_path, config.training.output_dir
+    prefix = "" if Path(output) == final_folder(config) else f"{output}/"
     kind, library = ("full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
-    return (
-        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {library}\n"
-        f"pipeline_tag: {'fill-mask' if config.masked else 'text-generation'}\n---\n\n"
-        f"# {kind.capitalize()} for {base}\n\n"
-        f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
-        f"dataset `{config.data.dataset}`.\n\n"
-        f"## Settings given\n\n| flag | value |\n|---|---|\n{settings}\n\n"
-        f"All flags, resolved, and library versions are in `{beside}run.json`.\n\n"
-        f"## Losses\n\n| step | training loss | evaluation loss |\n|---|---|---|\n{rows}\n\n![loss]({beside}loss.png)\n"
-    )
+    return f"""---
+base_model: {json.dumps(base)}
+library_name: {library}
+pipeline_tag: {"fill-mask" if config.masked else "text-generation"}
+---
+
+# {kind.capitalize()} for {base}
+
+Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, \
+dataset `{config.data.dataset}`.
+
+## Settings given
+
+| flag | value |
+|---|---|
+{settings}
+
+All flags, resolved, and library versions are in `{prefix}run.json`.
+
+## Losses
+
+| step | training loss | evaluation loss |
+|---|---|---|
+{rows}
+
+![loss]({prefix}loss.png)
+"""
 
 
 def versions() -> dict[str, str]:
@@ -6621,7 +6556,7 @@ def git_commit() -> str | None:
 
 
 def device_name() -> str:
-    """What computes."""
+    """The GPUs, or the CPU."""
     gpus = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
     return ", ".join(gpus) or f"CPU, {os.cpu_count()} cores"
 
@@ -6638,13 +6573,13 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
 def describe_run(start: ResumePoint, this_run: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
     """Log what this run is, and how it differs from one that it repeats. Returns run.json, which holds no secret."""
     config, args, quant, tokenizer = inputs.config, inputs.config.training, inputs.config.quant, inputs.tokenizer
-    effective, processes = this_run["effective batch"]["rows"], args.world_size
-    flags = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    batch = f" = {flags[0]} at once x {flags[1]} accumulated x {processes} processes"
-    if effective != math.prod(flags) * processes:
-        batch = f", as in the checkpoint, shared by {processes} processes"
+    effective, ranks = this_run["effective batch"]["rows"], args.world_size
+    rows, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    batch = f"{effective} rows = {rows} at once x {accumulated} accumulated x {ranks} processes"
+    if effective != rows * accumulated * ranks:
+        batch = f"{effective} rows, as in the checkpoint, shared by {ranks} processes"
     kind = f" {quant.quant_type}{', double quantisation' if quant.double_quant else ''}" if quant.bits == 4 else ""
-    why = "--bf16" if args.bf16 else "--fp16" if args.fp16 else "neither --bf16 nor --fp16"
+    reason = "--bf16" if args.bf16 else "--fp16" if args.fp16 else "neither --bf16 nor --fp16"
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     if not config.data.streaming:
         length += f"; {math.ceil(len(inputs.rows or ()) / effective)} steps are an epoch"
@@ -6657,25 +6592,25 @@ def describe_run(start: ResumePoint, this_run: dict[str, Any], inputs: Inputs) -
         "model": config.model.model_name_or_path,
         "objective": config.data.objective,
         "weights": f"{quant.bits} bit{kind}",
-        "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
-        "effective batch": f"{effective} rows{batch}",
+        "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({reason})",
+        "effective batch": batch,
         "length": length,
         "special tokens": ", ".join(special),
         "trained part": "all weights but the embeddings" if quant.full_finetune else adapter,
         **{f"{name} data": f"{first * (name == 'train')}{part}" for name, part in inputs.statistics.items()},
     }
     log.info("This run\n%s", format_table(derived))
-    said = {
+    record = {
         "flags": config.flags,
         "derived": derived | {"given": sorted(config.explicitly_set)},
         "versions": versions() | {"qlora.py": git_commit() or CODE_VERSION},
         "data": {name: part._asdict() for name, part in inputs.statistics.items()},
-        "device": {"name": device_name(), "processes": processes},
+        "device": {"name": device_name(), "processes": ranks},
     }
-    record: dict[str, Any] = json.loads(json.dumps(said, default=str))
+    record = json.loads(json.dumps(record, default=str))
     if config.record:
-        found = sorted(differences(config.record, record)) or ["nothing"]
-        log.warning("repeating a run, what differs from it:\n  %s", "\n  ".join(found))
+        changed = sorted(differences(config.record, record)) or ["nothing"]
+        log.warning("repeating a run, what differs from it:\n  %s", "\n  ".join(changed))
     return record
 
 
@@ -6707,12 +6642,6 @@ def assemble(
     model = make_trainable(base, config, start.weights)
     for adapter in getattr(model, "peft_config", {}).values():  # saved as given, not the folder made of a .gguf file
         adapter.base_model_name_or_path = config.model.model_name_or_path
-    if (
-        config.lora.init_lora_weights.lower() == "eva"
-        and start == ResumePoint(train=True)
-        and not config.quant.full_finetune
-    ):
-        start_from_inputs(model, rows, pad_id, config)
     for line in parameter_report(model):
         log.info("%s", line)
     fast = enable_fast_path(model, base, config)
@@ -6758,8 +6687,6 @@ def read_inputs(start: ResumePoint, config: Config) -> Inputs:
     check_ranks_agree(config.flags | {"checkpoint": start.checkpoint})
     with local_main_process_first():  # converting the model
         folder = model_folder(config)
-    for place in (folder, start.weights, start.checkpoint and (adapter_folder(start.checkpoint) or start.checkpoint)):
-        check_weights(place or folder, config)
     model_config = load_model_config(config, folder)
     config = resolve_objective(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)

@@ -1,6 +1,5 @@
 """Every way of adapting, on a quantised base: its effect in the adapter that a run leaves."""
 
-import json
 import math
 
 import pytest
@@ -168,59 +167,17 @@ def test_starts_on_a_4_bit_base(adapt, start):
         assert a.std().item() == pytest.approx(1 / 16, rel=0.02)
 
 
-def test_eva_starts_with_the_main_directions_of_the_inputs(adapt, models, data_dir):
-    """Of the first layer's inputs, computed here; B stays zero, so the 4-bit base is as it was."""
-    flags = {"init_lora_weights": "eva", "learning_rate": 0, "source_max_len": 16, "target_max_len": 16}
-    weights, config = adapt(**flags)
-    assert config["init_lora_weights"] == "eva" and not config["rank_pattern"] and len(layers_of(weights)) == 14
-    assert not any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
-    model, inputs = base_of(models("llama"), bits=4), []
-    hook = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, x: inputs.append(x[0][0]))
-    rows = [json.loads(line) for line in (data_dir / "support.jsonl").read_text().splitlines()]
-    for row in rows:
-        ids = [256, *row["input"].encode()][:16] + [*row["output"].encode(), 257][:16]
-        with torch.no_grad():
-            model(input_ids=torch.tensor([ids]))
-    hook.remove()
-    x = torch.cat(inputs)
-    main = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:4]
-    a = weights["model.layers.0.self_attn.q_proj.lora_A.weight"]
-    assert torch.allclose(a @ a.T, torch.eye(4), atol=1e-3)
-    caught = (x - x.mean(0)) @ a.T
-    best = (x - x.mean(0)) @ main.T
-    assert caught.square().sum() > 0.97 * best.square().sum()
-    # and another than that by far
-    random = torch.linalg.qr(torch.randn(64, 4, generator=torch.Generator().manual_seed(0))).Q
-    assert ((x - x.mean(0)) @ random).square().sum() < 0.5 * best.square().sum()
-
-
-def test_eva_trains_resumes_and_predicts(run_qlora, tmp_path):
-    flags = {"init_lora_weights": "eva", "learning_rate": 1e-2}
-    straight = run_qlora(output_dir=tmp_path / "straight", **flags)
-    assert run_qlora(max_steps=2, **flags).code == 0
-    resumed = run_qlora(**flags)
-    assert resumed.code == 0 and "resuming" in resumed.stderr
-    predict = {"do_predict": True, "predict_with_generate": True, "max_new_tokens": 2, "max_eval_samples": 1}
-    assert run_qlora(**flags, **predict, do_train=False).code == 0
-    one, other = (load_file(run.output_dir / "adapter_model.safetensors") for run in (straight, resumed))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_eva_of_a_rank_that_the_inputs_do_not_have_is_one_line(run_qlora):
-    assert "--init_lora_weights eva" in error_of(run_qlora(init_lora_weights="eva", lora_r=200))
-
-
 @pytest.fixture
 def trained(monkeypatch) -> list:
     """The models that the runs of this test train."""
-    found, speed_up = [], qlora.enable_fast_path
+    models, enable_fast_path = [], qlora.enable_fast_path
 
     def spy(model, *args):
-        found.append(model)
-        return speed_up(model, *args)
+        models.append(model)
+        return enable_fast_path(model, *args)
 
     monkeypatch.setattr(qlora, "enable_fast_path", spy)
-    return found
+    return models
 
 
 @pytest.mark.parametrize(

@@ -214,11 +214,11 @@ def test_families(merged_run, models, family, flags):
 def parse_base(folder: Path, **flags):
     """The base that the adapter was merged into, in float32."""
     options = {"dtype": torch.float32, "device_map": {"": "cpu"}}
-    if flags.get("merge_base") == "dequantized":
-        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        qlora.QUIRKS["falcon"]()
-        options["quantization_config"] = four
-    return plain(folder, **options)
+    if flags.get("merge_base") != "dequantized":
+        return plain(folder, **options)
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    with qlora.patch_falcon_linear():
+        return plain(folder, quantization_config=four, **options)
 
 
 def test_a_gguf_base(merged_run, models, tmp_path):
