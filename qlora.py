@@ -2488,10 +2488,8 @@ def check_fsdp(config: Config) -> None:
     """Refuse FSDP where accelerate would silently use DDP, or nothing."""
     state: Any = config.training.distributed_state
     if is_fsdp(config) and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
-        raise ConfigError(
-            "--fsdp shards the weights over GPUs, one process each: start it with torchrun --nproc_per_node N qlora.py "
-            "on a machine with GPUs, or leave it out"
-        )
+        way = "start it with torchrun --nproc_per_node N qlora.py on a machine with GPUs, or leave it out"
+        raise ConfigError(f"--fsdp shards the weights over GPUs, one process each: {way}")
 
 
 def device_map(config: Config) -> Any:
@@ -2620,10 +2618,10 @@ def is_masked_lm(model_config: PretrainedConfig) -> bool:
 
 def resolve_objective(config: Config, model_config: PretrainedConfig) -> Config:
     """The Config with the objective that `auto` stands for, checked against the rules that depend on it."""
-    objective, source = config.data.objective, "--objective"
+    objective, reason = config.data.objective, "--objective"
     if objective == "auto":
-        objective, source = ("mlm" if is_masked_lm(model_config) else "clm"), "by the model's config"
-    log.info("objective: %s (%s)", objective, source)
+        objective, reason = ("mlm" if is_masked_lm(model_config) else "clm"), "by the model's config"
+    log.info("objective: %s (%s)", objective, reason)
     data = dataclasses.replace(config.data, objective=objective)
     resolved = dataclasses.replace(config, data=data, flags=config.flags | {"objective": objective})
     check_config(resolved)
@@ -2759,16 +2757,9 @@ def quantise_on_device(device: torch.device) -> AbstractContextManager[None]:
 
 def prepare_for_fsdp(model: Any, device: torch.device) -> None:
     """Packed weights as float32, in rows that FSDP can shard, and each bias in one module only, as it demands."""
-    for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
-        if hasattr(weight, "quant_state"):
-            if weight.nbytes % FSDP_STORAGE.itemsize:
-                shape = " x ".join(map(str, weight.quant_state.shape))
-                raise ConfigError(
-                    f"--fsdp: a packed weight of {shape} does not fill whole float32 values: leave it out"
-                )
-            weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)
-            weight.quant_state.to(device)
+    for weight in (weight for weight in model.parameters() if hasattr(weight, "quant_state")):
+        weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)
+        weight.quant_state.to(device)
     head = model.get_output_embeddings()
     for module in model.modules():  # BERT's head holds its bias twice; the decoder's is the one that is added
         if module is not head and head.bias is not None and getattr(module, "bias", None) is head.bias:
@@ -2776,16 +2767,15 @@ def prepare_for_fsdp(model: Any, device: torch.device) -> None:
 
 
 def warn_unquantised(model: Any, config: Config) -> None:
-    """Name what was to be quantised and is not."""
+    """Name what bitsandbytes was to quantise and did not."""
     layers = {name: model.get_submodule(name) for name in linear_layers(model, config.masked)}
-    whole = [name for name, module in layers.items() if type(module).__module__.startswith("torch")]
-    if whole:
-        log.warning("%d linear layers are not quantised, their class is unknown: %s, ...", len(whole), whole[0])
-    if experts := stacked_experts(model):
-        gib, (name, weight) = sum(expert.nbytes for expert in experts.values()) / GIB, min(experts.items())
+    left = {name: layer.weight for name, layer in layers.items() if type(layer).__module__.startswith("torch")}
+    left |= stacked_experts(model)
+    if left:
+        gib, dtype = sum(weight.nbytes for weight in left.values()) / GIB, next(iter(left.values())).dtype
         log.warning(
-            "%d tensors of stacked experts stay in %s and take %.2f GiB, bitsandbytes does not quantise them: %s, ...",
-            len(experts), str(weight.dtype).removeprefix("torch."), gib, name,
+            "%d tensors of stacked experts or unknown layers stay in %s and take %.2f GiB, as bitsandbytes does not "
+            "quantise them: %s, ...", len(left), str(dtype).removeprefix("torch."), gib, min(left),
         )  # fmt: skip
 
 
@@ -6471,10 +6461,11 @@ def compare_merged(
         weight.addcmul_(weight, signs[0] @ signs[1].T, value=torch.finfo(weight.dtype).eps)
     differences = merged - adapted, base - adapted, merged - logits_in_float32(model, sample)
     error, effect, rounding = (x.square().mean().sqrt().item() for x in differences)
-    largest, furthest, _ = (x.abs().max().item() for x in differences)
+    largest, effect_max, _ = (x.abs().max().item() for x in differences)
     allowed = rounding + 2 * lost * effect
-    log.info("merged: its logits differ from those of base + adapter by at most %.3g", largest)
-    log.info("the adapter moves them by up to %.3g", furthest)
+    log.info(
+        "merged: logits differ from base + adapter by at most %.3g; the adapter moves them by %.3g", largest, effect_max
+    )
     if lost > 0.05:
         log.warning("%.0f %% of the adapter's change is too small for a 16-bit weight and is lost", 100 * lost)
     if torch.equal(merged, base):

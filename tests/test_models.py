@@ -485,7 +485,7 @@ def test_rope_scaling_stretches_the_positions(models, key):
     ],
     ids=["not JSON", "not an object", "unknown type", "no factor", "ALiBi", "supervised positions"],
 )
-def test_rope_scaling_that_cannot_be_is_an_error(models, run_qlora, family, value):
+def test_invalid_rope_scaling_is_an_error(models, run_qlora, family, value):
     run = run_qlora(model_name_or_path=models(family), rope_scaling=value, max_steps=1)
     assert "--rope_scaling" in error_of(run)
 
@@ -569,7 +569,7 @@ def test_every_adapter_learns_and_nothing_else(models, tmp_path, family, tie):
 
 @pytest.mark.parametrize(
     ("family", "tie", "bits"),
-    [("llama", False, 8), ("gemma", True, 4), ("gpt2", True, 16), ("falcon", None, 4)],
+    [("llama", False, 8), ("gpt2", True, 16), ("falcon", None, 4)],
 )
 def test_one_step_changes_every_adapter_and_saves_nothing_else(models, run_qlora, family, tie, bits):
     folder = models(family, tie=tie, tokenizer=partial(tiny.write_byte, pad=None))
@@ -679,14 +679,8 @@ def test_lora_modules_groups(models, family):
         assert got == linears(family, "all" if "," in part else part), part
 
 
-def test_lora_modules_list(models, run_qlora):
-    adapter = adapter_of(run_qlora(lora_modules="q_proj, down_proj", max_steps=1))
-    names = ("self_attn.q_proj", "mlp.down_proj")
-    assert adapted(adapter) == {f"model.layers.{i}.{name}" for i in (0, 1) for name in names}
-
-
 @pytest.mark.parametrize("value", ["query", "lm_head", "embed_tokens"])
-def test_lora_modules_that_are_not_there_are_an_error(run_qlora, value):
+def test_unknown_lora_modules_are_an_error(run_qlora, value):
     error = error_of(run_qlora(lora_modules=value))
     assert value in error and "q_proj" in error
 
@@ -703,62 +697,6 @@ def test_freezing_every_layer_is_an_error(run_qlora, flags):
     assert next(iter(flags)) in error_of(run_qlora(**flags))
 
 
-@pytest.mark.parametrize(
-    ("lora_bias", "biases"),
-    [
-        ("lora_only", {"attention.query_key_value", "attention.dense"}),
-        (
-            "all",
-            {
-                "input_layernorm",
-                "post_attention_layernorm",
-                "attention.query_key_value",
-                "attention.dense",
-                "mlp.dense_h_to_4h",
-                "mlp.dense_4h_to_h",
-                None,  # the norm after the layers
-            },
-        ),
-    ],
-)
-def test_lora_bias_trains_and_saves_biases(models, run_qlora, lora_bias, biases):
-    folder = models("gpt_neox")
-    run = run_qlora(
-        model_name_or_path=folder,
-        lora_bias=lora_bias,
-        lora_modules="attn",
-        max_steps=1,
-        learning_rate=0.01,
-    )
-    saved = {key: t for key, t in adapter_of(run).items() if key.endswith("bias")}
-    names = {f"gpt_neox.layers.{i}.{name}.bias" for i in (0, 1) for name in biases if name}
-    if None in biases:
-        names.add("gpt_neox.final_layer_norm.bias")
-    found = {key.removeprefix("base_model.model.").replace("base_layer.", ""): tensor for key, tensor in saved.items()}
-    assert found.keys() == names
-    base = original(folder)
-    assert all((tensor != base[name]).any() for name, tensor in found.items())
-
-
-def test_use_rslora_scales_by_the_root_of_the_rank(models):
-    for flags, scaling in [({}, 16 / 4), ({"use_rslora": True}, 16 / 2)]:
-        model = build(models("llama"), bits=16, lora_alpha=16, **flags)
-        layer = model.base_model.model.model.layers[0].self_attn.q_proj
-        assert layer.scaling == {"default": scaling}
-
-
-def test_use_dora_trains_magnitudes(models, run_qlora):
-    run = run_qlora(use_dora=True, use_rslora=True, bits=32, max_steps=1, learning_rate=0.01)
-    adapter, base = adapter_of(run), original(models("llama"))
-    for name in linears("llama"):
-        # what DoRA starts from: the length of each row
-        start = base[f"{name}.weight"].norm(dim=1)
-        change = adapter[f"base_model.model.{name}.lora_magnitude_vector"] - start
-        assert 0.001 < change.abs().max() < 0.02  # Adam's first step is the learning rate
-    settings = run.json("adapter_config.json")
-    assert settings["use_dora"] and settings["use_rslora"]
-
-
 @pytest.mark.parametrize(("init", "starts_at_zero"), [("gaussian", True), ("pissa", False)])
 def test_init_lora_weights_is_passed_on(models, init, starts_at_zero):
     model = build(models("llama"), bits=32, init_lora_weights=init)
@@ -767,36 +705,11 @@ def test_init_lora_weights_is_passed_on(models, init, starts_at_zero):
 
 
 @pytest.mark.parametrize(("init", "bits"), [("xavier", 16), ("pissa", 4)])
-def test_init_lora_weights_that_cannot_be_is_an_error(run_qlora, init, bits):
+def test_unsupported_init_lora_weights_are_an_error(run_qlora, init, bits):
     assert init in error_of(run_qlora(init_lora_weights=init, bits=bits)).lower()
 
 
-def test_modules_to_save_are_trained_whole_and_saved(models, run_qlora):
-    flags = {"modules_to_save": "embed_tokens, lm_head", "max_steps": 1, "learning_rate": 0.01}
-    run = run_qlora(bf16=True, **flags)
-    adapter, base = adapter_of(run), original(models("llama"))
-    for name in ("model.embed_tokens", "lm_head"):
-        tensor = adapter.pop(f"base_model.model.{name}.weight")
-        assert tensor.shape == (320, 64)
-        assert (tensor.float() - base[f"{name}.weight"]).abs().max() > 0.005
-    assert all(".lora_" in key for key in adapter)
-
-
-def test_adapter_name_or_path_starts_from_it_with_a_fresh_optimizer(models, run_qlora, tmp_path):
-    folder = tmp_path / "adapter"
-    build(models("llama"), bits=16, init_lora_weights="False").save_pretrained(folder)
-    start = load_file(folder / "adapter_model.safetensors")
-    flags = {"adapter_name_or_path": folder, "max_steps": 1, "lora_r": 8}
-    same = run_qlora(output_dir=tmp_path / "2", learning_rate=0, **flags)
-    changed = run_qlora(output_dir=tmp_path / "3", learning_rate=0.001, **flags)
-    assert adapter_of(same).keys() == adapter_of(changed).keys() == start.keys()
-    for key, tensor in start.items():
-        assert tensor.any() and torch.equal(tensor, adapter_of(same)[key]), key
-        # the first step of a fresh Adam is at most the learning rate
-        assert 0 < (adapter_of(changed)[key] - tensor).abs().max() < 0.00101, key
-
-
-def test_adapter_that_is_not_there_or_does_not_fit_is_an_error(models, run_qlora, tmp_path):
+def test_missing_or_unfitting_adapter_is_an_error(models, run_qlora, tmp_path):
     missing = tmp_path / "none"
     assert str(missing) in error_of(run_qlora(adapter_name_or_path=missing))
     build(models("llama"), bits=16).save_pretrained(tmp_path / "llama")
@@ -837,11 +750,6 @@ def test_full_finetune(models, run_qlora, tie, flags, dtype, frozen):
     assert run.json("config.json")["tie_word_embeddings"] == tie
     ids = a_batch()["input_ids"]
     assert reference(run.output_dir)(ids).logits.isfinite().all()
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_full_finetune_of_quantised_weights_is_an_error(run_qlora, bits):
-    assert "--full_finetune" in error_of(run_qlora(full_finetune=True, bits=bits))
 
 
 def test_full_finetune_of_a_prequantised_checkpoint_is_an_error(models, run_qlora):

@@ -90,7 +90,7 @@ def watched(tmp_path: Path, runs: list[list[str]], more: str = "", cut: bool = T
     return json.loads(done.stdout.rpartition("RESULT ")[2])
 
 
-def test_a_run_on_local_files_asks_for_no_address_and_writes_only_where_it_was_told(models, tmp_path):
+def test_local_run_uses_no_network_and_writes_only_to_its_folders(models, tmp_path):
     """Everything that a run can do: train, evaluate, ask, predict, merge; and from a .gguf file."""
     rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", EVIL_ROWS)
     question = {"subject": UP, "input": "1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", "output": "B"}
@@ -114,7 +114,7 @@ def test_a_run_on_local_files_asks_for_no_address_and_writes_only_where_it_was_t
     assert not list(tmp_path.parent.rglob("evil*"))
 
 
-def test_the_chat_page_asks_for_no_address(models, tmp_path):
+def test_chat_page_uses_no_network(models, tmp_path):
     extra("gradio")
     more = f"""
     import threading, gradio, chat_gradio
@@ -197,7 +197,7 @@ def test_code_in_a_checkpoints_state_does_not_run(run_qlora, payload, refused, t
     refused(run_qlora(max_steps=4, resume_from_checkpoint=checkpoint), str(checkpoint))
 
 
-def test_the_state_of_a_scaler_is_read_as_tensors(run_qlora, payload, refused, tmp_path, monkeypatch):
+def test_scaler_state_is_read_as_tensors(run_qlora, payload, refused, tmp_path, monkeypatch):
     """Only a GPU has one; here the Trainer is made to believe that it does."""
     import qlora
 
@@ -216,7 +216,7 @@ def test_the_state_of_a_scaler_is_read_as_tensors(run_qlora, payload, refused, t
     refused(run_qlora(max_steps=4, resume_from_checkpoint=checkpoint), str(checkpoint))
 
 
-def test_everything_that_a_resume_unpickles_is_read_as_tensors(run_qlora, tmp_path, monkeypatch):
+def test_resume_reads_every_pickle_as_tensors(run_qlora, tmp_path, monkeypatch):
     ways, load = [], torch.load
 
     def spy(*args, **options):
