@@ -4746,7 +4746,7 @@ def choose_step_plan(
 MANIFEST = "checkpoint.json"
 COMPLETED = "completed"
 PREVIOUS = ".completed-before"  # the record of an earlier completed run, while another one trains
-STREAM = "stream.json"  # in a checkpoint: the Place
+STREAM = "stream.json"  # in a checkpoint: how far a stream was read
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # What a run leaves in output_dir beside weights and checkpoints; --overwrite_output_dir removes them.
@@ -4817,7 +4817,7 @@ def check_engine(checkpoint: Path, config: Config) -> None:
     engine = fsdp if is_fsdp(config) else deepspeed if is_sharded(config) else single
     saved_by = next((name for name, files in ENGINES.items() if any(checkpoint.glob(files))), single)
     if saved_by != engine:
-        raise ConfigError(f"{checkpoint} was saved under {saved_by}, this run is under {engine}: start it as before")
+        raise ConfigError(f"{checkpoint} was saved under {saved_by}, this run is under {engine}: start it the same way")
     saved, processes = len([*checkpoint.glob("global_step*/*optim_states.pt")]), config.training.world_size
     if engine == deepspeed and saved != processes:
         raise ConfigError(f"{checkpoint}: DeepSpeed resumes only on the {saved} processes of before, not {processes}")
@@ -5000,7 +5000,9 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
 
 def final_files(output: Path) -> list[str]:
     """The files of the final folder that the last completed run lists. No others are ever removed."""
-    names = read_record(output).get("files", [])
+    names = read_record(output).get("files")
+    if not isinstance(names, list):  # a checkpoint's manifest has a dictionary there
+        return []
     return [name for name in names if isinstance(name, str) and Path(name).name == name]
 
 
@@ -6274,7 +6276,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
         (output / PREVIOUS).unlink(missing_ok=True)
         if args.push_to_hub:
             hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
-            with reraise_as_user_error("--push_to_hub: all is saved here, but the hub does not take it"):
+            with reraise_as_user_error("--push_to_hub: all is saved here, but the upload failed"):
                 upload_folder(folder_path=final, allow_patterns=[*files, "README.md"], **hub)
             log.info("pushed to %s", trainer.hub_model_id)
     all_reduce_int()
@@ -6399,14 +6401,14 @@ def untie(model: Any) -> None:
 def merge(adapter: str, inputs: Inputs) -> dict[str, Any]:
     """Write base and adapter as one model in 16 bit, load it again, compare, and only then give it its name."""
     config, folder = inputs.config, inputs.config.training.merged_output_dir
-    if folder is None or config.training.process_index != 0 or Path(folder, MERGED).is_file():  # as check_merge saw
+    if folder is None or config.training.process_index != 0 or Path(folder, MERGED).is_file():  # check_merge knows it
         return {}
     target = Path(folder)
     rows: Any = inputs.splits.eval or inputs.splits.train
     staging = target.with_name(f".merging-{target.name}")
     shutil.rmtree(staging, ignore_errors=True)
     sample = padded_prompts([ids[:64] for ids in rows[:4]["input_ids"]], inputs.tokenizer.pad_token_id, "right")
-    gc.collect()  # what was trained in this process refers to itself in circles
+    gc.collect()  # the trained model is held by reference cycles
     log.info("merging %s into %s", adapter, target)
     with atomic_save(staging, target), reraise_as_user_error(f"--merged_output_dir {target}"):
         base, adapted, lost = write_merged(adapter, staging, sample, inputs)
@@ -6415,7 +6417,7 @@ def merge(adapter: str, inputs: Inputs) -> dict[str, Any]:
         metrics = compare_merged(merged, base, adapted, lost, sample, target)
         write_json(staging / MERGED, merge_record(adapter, config))
         if target.exists():
-            target.rmdir()  # empty, as check_merge saw
+            target.rmdir()  # empty: check_merge refuses others
         commit_checkpoint(staging, target)
     return metrics
 
@@ -6503,33 +6505,16 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     base, output = config.model.model_name_or_path, config.training.output_dir
     prefix = "" if Path(output) == final_folder(config) else f"{output}/"
     kind, library = ("full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
-    return f"""---
-base_model: {json.dumps(base)}
-library_name: {library}
-pipeline_tag: {"fill-mask" if config.masked else "text-generation"}
----
-
-# {kind.capitalize()} for {base}
-
-Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, \
-dataset `{config.data.dataset}`.
-
-## Settings given
-
-| flag | value |
-|---|---|
-{settings}
-
-All flags, resolved, and library versions are in `{prefix}run.json`.
-
-## Losses
-
-| step | training loss | evaluation loss |
-|---|---|---|
-{rows}
-
-![loss]({prefix}loss.png)
-"""
+    return (
+        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {library}\n"
+        f"pipeline_tag: {'fill-mask' if config.masked else 'text-generation'}\n---\n\n"
+        f"# {kind.capitalize()} for {base}\n\n"
+        f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
+        f"dataset `{config.data.dataset}`.\n\n"
+        f"## Settings given\n\n| flag | value |\n|---|---|\n{settings}\n\n"
+        f"All flags, resolved, and library versions are in `{prefix}run.json`.\n\n"
+        f"## Losses\n\n| step | training loss | evaluation loss |\n|---|---|---|\n{rows}\n\n![loss]({prefix}loss.png)\n"
+    )
 
 
 def versions() -> dict[str, str]:
@@ -6578,7 +6563,6 @@ def describe_run(start: ResumePoint, this_run: dict[str, Any], inputs: Inputs) -
     special = (f"{n} {getattr(tokenizer, f'{n}_token')!r} = {getattr(tokenizer, f'{n}_token_id')}" for n in names)
     fresh = "fresh, from the seed" if args.do_train else "the base itself"
     adapter = f"adapter {start.checkpoint or start.weights or fresh}"
-    first = "of a stream's first block: " if config.data.streaming else ""
     derived = {
         "model": config.model.model_name_or_path,
         "objective": config.data.objective,
@@ -6588,7 +6572,7 @@ def describe_run(start: ResumePoint, this_run: dict[str, Any], inputs: Inputs) -
         "length": length,
         "special tokens": ", ".join(special),
         "trained part": "all weights but the embeddings" if quant.full_finetune else adapter,
-        **{f"{name} data": f"{first * (name == 'train')}{part}" for name, part in inputs.statistics.items()},
+        **{f"{name} data": str(part) for name, part in inputs.statistics.items()},
     }
     log.info("This run\n%s", format_table(derived))
     record = {
