@@ -293,14 +293,18 @@ def broken_off(run_qlora, stopped, tmp_path, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_checkpoint_is_skipped_with_a_warning(run_qlora, broken_off, tmp_path, kind):
+def test_damaged_checkpoint_is_skipped_with_a_warning(broken_off, tmp_path, caplog, kind):
     DAMAGE[kind](tmp_path / "out/checkpoint-5")
+    with caplog.at_level("WARNING", "qlora"):
+        assert qlora.find_last_checkpoint(tmp_path / "out") == tmp_path / "out/checkpoint-4"
+    assert [message for message in caplog.messages if "checkpoint-5" in message and "skipped" in message]
+
+
+def test_resume_from_the_checkpoint_before_a_damaged_one(run_qlora, broken_off, tmp_path):
+    DAMAGE["no manifest, half an optimizer"](tmp_path / "out/checkpoint-5")
     run = run_qlora(max_steps=6)
-    assert run.code == 0
-    assert same_weights(run.output_dir, broken_off)
-    warnings = [line for line in run.stderr.splitlines() if "checkpoint-5" in line]
-    assert warnings and "resuming" not in warnings[0]
-    assert any("checkpoint-4" in line for line in run.stderr.splitlines())
+    assert run.code == 0 and same_weights(run.output_dir, broken_off)
+    assert "checkpoint-5 is not whole" in run.stderr and "checkpoint-4" in run.stderr
 
 
 def test_run_starts_anew_when_every_checkpoint_is_damaged(run_qlora, broken_off, tmp_path):
