@@ -298,7 +298,7 @@ def test_fsdp_without_gpus_is_one_line(start, tmp_path):
     begun = [start(number, tmp_path / str(number), fsdp=[], **FULL) for number in (2, 1)]
     for processes in begun:
         (line,) = errors(finish(processes, 2))
-        assert line.startswith("error: --fsdp spreads the weights over GPUs") and "leave it out" in line
+        assert line.startswith("error: --fsdp shards the weights over GPUs") and "leave it out" in line
 
 
 def test_an_adapter_of_zero2_is_one_that_peft_loads_alone(runs, models):
@@ -318,7 +318,7 @@ def test_what_another_engine_saved_is_refused(start, runs, tmp_path):
         (("zero2", 1, {}), "saved under DeepSpeed, this run is under one process or DDP"),
         (("one", 2, stage2), "saved under one process or DDP, this run is under DeepSpeed"),
         (("fsdp-all", 1, FULL), "saved under FSDP, this run is under one process or DDP"),
-        (("zero2", 3, stage2), "DeepSpeed goes on only with the 2 processes of before, not 3"),
+        (("zero2", 3, stage2), "DeepSpeed resumes only on the 2 processes of before, not 3"),
     ]
     begun = []
     for number, ((name, processes, flags), _) in enumerate(cases):
