@@ -2,14 +2,14 @@
 
     python examples/chat.py MODEL [flags]
 
-An empty line is passed over; /clear begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer.
+/clear starts a new conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer. Empty lines are ignored.
 """
 
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 
-import talk  # first: it puts qlora.py on the path
+import talk  # must be first: it puts qlora.py on the path
 
 import qlora
 
@@ -18,7 +18,7 @@ with contextlib.suppress(ImportError):  # Windows has none
 
 
 def lines() -> Iterator[str]:
-    """What is typed, or piped in, until its end or /quit."""
+    """Lines of standard input, until it ends or one is /quit."""
     prompt = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
         while (line := input(prompt).strip()) != "/quit":
@@ -26,20 +26,19 @@ def lines() -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, flags = talk.Parser(__doc__, template="auto").words(argv)
-    bot = talk.load_from(options, flags)
-    print("/clear begins anew, /quit ends, Ctrl-C stops an answer", file=sys.stderr)
+    bot = talk.load_from(talk.parse(talk.make_parser(__doc__, template="auto"), argv))
+    print("/clear starts a new conversation, /quit leaves, Ctrl-C stops an answer", file=sys.stderr)
     history: list[talk.Message] = []
     for line in lines():
         if line == "/clear":
             history = []
         elif line:
             history.append({"role": "user", "content": line})
-            history.append({"role": "assistant", "content": say(bot, history)})
+            history.append({"role": "assistant", "content": print_answer(bot, history)})
 
 
-def say(bot: talk.Bot, history: Sequence[talk.Message]) -> str:
-    """Print the answer as it comes; what was printed of it belongs to the conversation, also if it was stopped."""
+def print_answer(bot: talk.Bot, history: Sequence[talk.Message]) -> str:
+    """Print the answer as it is generated. Returns what was printed, also if Ctrl-C cut it short."""
     text = ""
     try:
         for piece in bot.answer(history):

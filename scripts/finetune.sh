@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Pythia-12B on Alpaca: the original's first example.
 #
-# GPU memory: at least 11.9 GiB, with --bf16 10.5; on a larger GPU it takes more and recomputes less (`--plan`).
-# Time: about 2 hours on an H200 with --bf16, by `--plan --plan_gpu H200`, for 10000 x 16 rows of 512 tokens. Alpaca's
-#   are mostly far shorter; float32 was not measured; evaluation and MMLU are not in it.
+# GPU memory: at least 11.9 GiB, with --bf16 10.5; on a larger GPU it uses more and recomputes less (`--plan`).
+# Time: about 2 hours on an H200 with --bf16 for 10000 x 16 rows of 512 tokens, by calculation. Most of Alpaca's rows
+#   are far shorter; float32 was not measured; evaluation and MMLU are not included.
 #
-# The original computes in float32 here, and so does this. On a GPU that can do bf16 add it:
+# Computes in float32, like the original. On a GPU that supports bf16 add it:
 #   bash scripts/finetune.sh --bf16
-# To edit: MODEL, DATASET, OUTPUT_DIR and MAX_STEPS by environment, anything else after the name.
-# Paths are relative to the root of the repository. MMLU reads data/mmlu, else the hub's cais/mmlu;
-# MMLU=False leaves it out. --eval_dataset_size is not given: the recipe's 1024 is its default, and
-# only the default makes room for a small DATASET. scripts/generate.sh predicts with the result.
+# Set MODEL, DATASET, OUTPUT_DIR and MAX_STEPS in the environment; flags after the script's name are added.
+# Paths are relative to the root of the repository. MMLU is read from data/mmlu, otherwise from the hub's cais/mmlu;
+# MMLU=False skips it. --eval_dataset_size is not passed: its default is the recipe's 1024, and only the default is
+# reduced for a small DATASET. scripts/generate.sh predicts with the result.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# airoboros-l2-70b: LLaMA-2-70B on airoboros' instructions in 4 bits, as its fork of QLoRA published it.
+# airoboros-l2-70b: LLaMA-2-70B on the airoboros instructions in 4 bits, as published with its fork of QLoRA.
 #
-# GPU memory: at least 54 GiB on each GPU, 48 with the optimizer in the CPU's memory; on a larger one it takes more and
-#   recomputes less (`--plan`). Every GPU holds a whole model.
-# Time: about 3 hours of one H200 for every 20 million tokens, by `--plan --plan_gpu H200`. Evaluation is not in it.
+# GPU memory: at least 54 GiB on each GPU, 48 with the optimizer in CPU memory; on a larger one it uses more and
+#   recomputes less (`--plan`). Every GPU holds the whole model.
+# Time: about 3 hours on one H200 for every 20 million tokens, by calculation, without evaluation.
 #
-# To edit: MODEL, DATASET, OUTPUT_DIR and WORKING_DIR by environment, anything else after the name:
+# Set MODEL, DATASET, OUTPUT_DIR and WORKING_DIR in the environment; flags after the script's name are added:
 #   DATASET=instructions.jsonl bash scripts/finetune_airoboros_70b.sh --num_train_epochs 3
-# DATASET has rows {instruction, response} and perhaps system, category and skip_prompt_formatting. From
-# airoboros 3.0 on they are conversations: add --dataset_format airoboros_chat. The adapter goes to
+# DATASET has rows {instruction, response}, optionally with system, category and skip_prompt_formatting. Since
+# airoboros 3.0 the rows are conversations: add --dataset_format airoboros_chat. The adapter goes to
 # OUTPUT_DIR, checkpoints and metrics to WORKING_DIR. `constant` ignores the warm-up, as in the original.
-# Where flash-attn is missing, sdpa is used. `accelerate launch` takes every GPU there is.
+# Without flash-attn, sdpa is used. `accelerate launch` uses all GPUs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

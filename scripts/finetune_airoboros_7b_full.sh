@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# airoboros 7B, all weights: LLaMA-2-7B on airoboros' instructions in bf16, as its fork of QLoRA
-# published it: DeepSpeed ZeRO-2 on 7 GPUs.
+# airoboros 7B, all weights: LLaMA-2-7B on the airoboros instructions in bf16, as published with its fork of
+# QLoRA: DeepSpeed ZeRO-2 on 7 GPUs.
 #
-# GPU memory: about 76 GiB on each of 7 GPUs of 80 GiB, which recompute every layer; larger ones recompute less
-#   (`--plan --plan_gpu 7x80GiB`).
-# Time: about an hour for 5 epochs of 20 million tokens on 7 A100, 18 minutes on 7 H200, by `--plan`. Evaluation is not
-#   in it.
+# GPU memory: about 76 GiB on each of 7 GPUs of 80 GiB, with every layer recomputed; larger ones recompute less.
+# Time: about an hour for 5 epochs of 20 million tokens on 7 A100, 18 minutes on 7 H200, by calculation, without
+#   evaluation.
 #
-# To edit: MODEL, DATASET, OUTPUT_DIR, WORKING_DIR and GPUS by environment, anything else after the name:
+# Set MODEL, DATASET, OUTPUT_DIR, WORKING_DIR and GPUS in the environment; flags after the script's name are added:
 #   GPUS=4 DATASET=instructions.jsonl bash scripts/finetune_airoboros_7b_full.sh --seed 1
 # Needs deepspeed (DS_BUILD_OPS=0 pip install deepspeed). DATASET is as in finetune_airoboros_70b.sh. The model goes to
-# OUTPUT_DIR, checkpoints and metrics to WORKING_DIR; embeddings are not trained. When to save is ours: a
-# checkpoint holds the optimizer too, about 80 GB. Where flash-attn is missing, sdpa is used.
+# OUTPUT_DIR, checkpoints and metrics to WORKING_DIR; embeddings are not trained. Unlike the original this saves once
+# an epoch: a checkpoint includes the optimizer, about 80 GB. Without flash-attn, sdpa is used.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# ESM-1b on proteins of your own: masked language modelling with QLoRA's defaults, as QLoRA-for-MLM has it.
+# ESM-1b on your own proteins: masked language modelling with QLoRA's defaults, as in QLoRA-for-MLM.
 #
-# GPU memory: at least 2.3 GiB; on a larger GPU it takes more and recomputes less (`--plan`).
-# Time: not measured; 10000 x 16 rows of at most 1024 tokens, or what MAX_STEPS says.
+# GPU memory: at least 2.3 GiB; on a larger GPU it uses more and recomputes less (`--plan`).
+# Time: not measured. 10000 steps (or MAX_STEPS) of 16 rows of at most 1024 tokens.
 #
-# DATASET is a file (.json, .jsonl, .csv, .tsv, .parquet) with a column `input` or `text`, one protein in a row;
-# longer ones than the model's 1024 positions are cut. No data was published with the recipe.
-# The masks are 80 % mask token, 10 % random, 10 % unchanged; the fork's own are
+# DATASET is a file (.json, .jsonl, .csv, .tsv, .parquet) with a column `input` or `text`, one protein a row;
+# proteins longer than the model's 1024 positions are cut. No data was published with the recipe.
+# Of the chosen tokens 80 % are masked, 10 % random and 10 % unchanged. For the fork's masking:
 #   bash scripts/finetune_esm1b_mlm.sh --mask_replace_prob 1.0 --random_replace_prob 0
-# On a GPU that can do bf16 add --bf16. To edit: MODEL, DATASET, OUTPUT_DIR and MAX_STEPS by environment, anything
-# else after the name. Paths are relative to the root of the repository.
+# On a GPU that supports bf16 add --bf16. Set MODEL, DATASET, OUTPUT_DIR and MAX_STEPS in the environment; flags after
+# the script's name are added. Paths are relative to the root of the repository.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Guanaco 7B: LLaMA-7B on OpenAssistant, as published with QLoRA.
 #
-# GPU memory: at least 7.0 GiB; on a larger GPU it takes more and recomputes less (`--plan`).
-# Time: about 15 minutes on an H200, by `--plan --plan_gpu H200`, for 1875 x 16 rows of 528 tokens. Most are shorter;
-#   evaluation and MMLU are not in it.
+# GPU memory: at least 7.0 GiB; on a larger GPU it uses more and recomputes less (`--plan`).
+# Time: about 15 minutes on an H200 for 1875 x 16 rows of 528 tokens, by calculation. Most rows are shorter; evaluation and
+#   MMLU are not included.
 #
-# To edit: MODEL, DATASET, OUTPUT_DIR and MAX_STEPS by environment, anything else after the name:
+# Set MODEL, DATASET, OUTPUT_DIR and MAX_STEPS in the environment; flags after the script's name are added:
 #   MODEL=/path/to/model OUTPUT_DIR=output/mine bash scripts/finetune_guanaco_7b.sh --seed 1
-# Paths are relative to the root of the repository. MMLU reads data/mmlu, else the hub's cais/mmlu;
-# MMLU=False leaves it out. --eval_dataset_size is not given: the recipe's 1024 is its default, and
-# only the default makes room for a small DATASET. `constant` ignores the warm-up, as in the original.
-# An early conversion whose special tokens are empty: --tokenizer_patch examples/llama1_tokenizer
+# Paths are relative to the root of the repository. MMLU is read from data/mmlu, otherwise from the hub's cais/mmlu;
+# MMLU=False skips it. --eval_dataset_size is not passed: its default is the recipe's 1024, and only the default is
+# reduced for a small DATASET. `constant` ignores the warm-up, as in the original.
+# For an early conversion with empty special tokens add --tokenizer_patch examples/llama1_tokenizer
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# One run over several machines: start the same line on each of them, HEAD being the first one's address.
+# One run on several machines: start the same command on each of them, with HEAD set to the address of the first.
 #
 #   HEAD=10.0.0.1 NODES=2 bash scripts/multinode.sh \
 #       --model_name_or_path M --dataset my.jsonl --bf16 --output_dir /shared/out
 #
-# torchrun meets at HEAD:PORT and gives out the ranks. --output_dir must lie on a disk that all machines share.
-#   GPUS   processes on this machine; default: as many as it has GPUs
-#   PORT   29500
-#   NODES  how many machines, or a range as in 1:2: the run starts once no more than that come within 30 s
-# A machine or process that is lost ends the run on all others within a minute; a line says which (of HEAD itself, its
-# address). The same command goes on from the last checkpoint, on as many machines as there are: the effective batch
-# stays what it was.
+# torchrun's processes meet at HEAD:PORT and get their ranks. --output_dir must be on a disk that all machines share.
+#   GPUS   processes on this machine; default: one for each GPU
+#   PORT   default: 29500
+#   NODES  number of machines, or a range such as 1:2, with which the run starts when no more machines join within 30 s
+# If a machine or process fails, the run ends on all others: at once if its connections break, after --ddp_timeout if it
+# falls silent. The same command resumes from the last checkpoint, on any number of machines: the effective batch stays
+# the same.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-here=" $(hostname -I 2>/dev/null || true) " # torchrun itself knows HEAD only where the machine's name leads to it
+here=" $(hostname -I 2>/dev/null || true) " # torchrun recognises HEAD only if the host name resolves to it
 
-# Where HEAD falls silent torchrun ($$, below) goes on reading from it, and does not see that its processes have ended.
+# If HEAD falls silent, torchrun ($$, below) keeps waiting for it and does not notice that its own processes have ended.
 ended() { [ "$(ps -o stat= --ppid $$ | cut -c1 | sort -u)" = Z ]; }
 (while sleep 10 && kill -0 $$; do
     ended && sleep 10 && ended && kill -KILL $$

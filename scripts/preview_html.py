@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What `qlora.py --preview N` prints, as one HTML page to look at: the rows as they are trained, then statistics.
+"""Write what `qlora.py --preview N` prints as an HTML page: statistics, then the rows as they are trained on.
 
     python scripts/preview_html.py --model_name_or_path M --dataset my.jsonl --output_dir output/mine [--preview 20]
 
-Takes every flag of qlora.py, loads no weights, and writes preview.html into --output_dir. The page asks for nothing
-outside itself, so it can be sent on as it is; it holds rows of the dataset.
+Accepts every flag of qlora.py, loads no weights, and writes preview.html to --output_dir. The page is self-contained,
+so it can be shared as one file; it contains rows of the dataset.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import qlora
 
-ROWS = 20  # where --preview does not say how many
-OPEN = 5  # rows that are unfolded to begin with
+ROWS = 20  # if --preview gives no number
+OPEN = 5  # rows that are expanded at first
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fafaf7; --card: #fff; --ink: #1c2024; --soft: #596270; --line: #d9dce1;
@@ -62,39 +62,39 @@ mark i { color: inherit; opacity: .75; }
 """
 
 
-LEGEND = ("<mark>supervised</mark>", "not supervised", "<code>special token</code>", "<i>↵</i> end of a line")
+LEGEND = ("<mark>supervised</mark>", "not supervised", "<code>special token</code>", "<i>↵</i> line break")
 
 
 def spans(parts: Iterable[str]) -> str:
-    """Each in one piece where the line is long enough."""
+    """Parts that do not break across lines if they fit on one."""
     return " ".join(f"<span>{part}</span>" for part in parts)
 
 
-def piece_html(piece: qlora.Span) -> str:
-    """A stretch of a row: supervised is <mark>, a special token is <code>."""
-    text = escape(piece.text).replace("↵\n", "<i>↵</i>\n")
-    text = f"<code>{text}</code>" if piece.special else text
-    return f"<mark>{text}</mark>" if piece.supervised else text
+def span_html(span: qlora.Span) -> str:
+    """Part of a row: supervised text as <mark>, a special token as <code>."""
+    text = escape(span.text).replace("↵\n", "<i>↵</i>\n")
+    text = f"<code>{text}</code>" if span.special else text
+    return f"<mark>{text}</mark>" if span.supervised else text
 
 
 def rows_html(rows: Iterable[qlora.TitledSpans]) -> str:
-    """The rows, each to be folded; the first are open."""
+    """The rows, each collapsible; the first are expanded."""
     return "\n".join(
         f"<details{' open' * (number < OPEN)}><summary>{escape(title)}</summary>"
-        f'<p class="row" dir="auto">{"".join(map(piece_html, pieces))}</p></details>'
-        for number, (title, pieces) in enumerate(rows)
+        f'<p class="row" dir="auto">{"".join(map(span_html, row))}</p></details>'
+        for number, (title, row) in enumerate(rows)
     )
 
 
 def statistics_html(name: str, part: qlora.TokenStatistics) -> str:
-    """One split: a card for each number, then the lengths as bars. What may be a mistake stands out."""
-    doubtful = {"cut": part.cut, "without EOS": part.without_eos, "with doubled BOS": part.doubled_bos,
+    """One split: a card for each number and a bar chart of the lengths. Likely mistakes are highlighted."""
+    suspicious = {"cut": part.cut, "without EOS": part.without_eos, "with doubled BOS": part.doubled_bos,
                 "duplicates": part.duplicates}  # fmt: skip
     cards = ""
     for label, value in part.lines().items():
         number, _, share = value.partition(" ")
         small = f" <small>{escape(share)}</small>" if share else ""
-        note = ' class="note"' if doubtful.get(label) else ""
+        note = ' class="note"' if suspicious.get(label) else ""
         cards += f"<div{note}><dt>{escape(label)}</dt><dd>{escape(number)}{small}</dd></div>\n"
     most = max(part.lengths.values())
     bars = "\n".join(
@@ -103,14 +103,14 @@ def statistics_html(name: str, part: qlora.TokenStatistics) -> str:
     )
     return (
         f"<section><h2>Statistics of the {name} rows</h2>\n<dl>\n{cards}</dl>\n"
-        f"<table><caption>Rows by their length in tokens</caption><tbody>\n{bars}\n</tbody></table></section>"
+        f"<table><caption>Rows by length in tokens</caption><tbody>\n{bars}\n</tbody></table></section>"
     )
 
 
 def page(config: qlora.Config, rows: list[qlora.TitledSpans], statistics: dict[str, qlora.TokenStatistics]) -> str:
-    """The whole document."""
+    """The HTML document."""
     title = f"Preview of {qlora.escape_control_chars(config.data.dataset)}"
-    given = [
+    flags = [
         f"--{name} {qlora.escape_control_chars(str(config.flags[name]))}"
         for name in sorted(config.explicitly_set - {"dataset"})
     ]
@@ -124,10 +124,10 @@ def page(config: qlora.Config, rows: list[qlora.TitledSpans], statistics: dict[s
 <style>{STYLE}</style>
 </head>
 <body>
-<header><h1>{escape(title)}</h1><p>{spans(map(escape, given))}</p></header>
+<header><h1>{escape(title)}</h1><p>{spans(map(escape, flags))}</p></header>
 <main>
 {"".join(statistics_html(name, part) for name, part in statistics.items())}
-<section><h2>The first {len(rows)} rows, as they are trained</h2>
+<section><h2>The first {len(rows)} rows, as they are trained on</h2>
 <p class="legend">{spans(LEGEND)}</p>
 {rows_html(rows)}
 </section>
@@ -140,7 +140,7 @@ def page(config: qlora.Config, rows: list[qlora.TitledSpans], statistics: dict[s
 def write_page(
     rows: Iterable[qlora.TitledSpans], statistics: dict[str, qlora.TokenStatistics], config: qlora.Config
 ) -> None:
-    """Write preview.html, and print where it is."""
+    """Write preview.html and print its path."""
     file = Path(config.training.output_dir, "preview.html")
     file.parent.mkdir(parents=True, exist_ok=True)
     qlora.write_file(file, page(config, list(rows), statistics))
@@ -148,7 +148,7 @@ def write_page(
 
 
 def preview(config: qlora.Config, stop: qlora.GracefulStop) -> int:
-    """A run that ends with the page."""
+    """Run qlora.py's preview and write the page instead of printing it."""
     data = dataclasses.replace(config.data, preview=config.data.preview or ROWS)
     return qlora.run(dataclasses.replace(config, data=data), stop, show=write_page)
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # From a fresh clone to a fine-tuned model on this machine: bash scripts/quickstart.sh
 #
-# Teaches SmolLM2-135M-Instruct the answers of a made-up product's support desk (examples/data/support_desk) with
-# 4-bit QLoRA, then shows its answers to held-out questions before and after. CPU or GPU, no account, no model hub:
-# the base model comes from a Python package. A second run reuses environment, model and finished training.
+# Fine-tunes SmolLM2-135M-Instruct with 4-bit QLoRA on the answers of a fictional product's support desk
+# (examples/data/support_desk), then prints its answers to held-out questions before and after. Runs on a CPU or GPU
+# without an account or a model hub: the base model comes in a Python package. A second run reuses the environment, the
+# model and the finished training.
 #
 #   QUICKSTART_STEPS=20 bash scripts/quickstart.sh    fewer steps
 #   QUICKSTART_OUTPUT=dir                             another folder for the results

@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# Does precision cost anything? SmolLM2-135M with LoRA on a base in 16 bit, int8, nf4, nf4 with double quantisation and
-# fp4, and fully fine-tuned: held-out loss before and after three epochs, three seeds each.
+# What does precision cost? SmolLM2-135M with LoRA on a base in 16 bit, int8, nf4, nf4 with double quantisation and fp4,
+# and fully fine-tuned: held-out loss before and after three epochs, with three seeds each.
 #
-#   bash scripts/reproduce_precision.sh rows.jsonl                   # OpenAssistant rows {"text": ...}, or others
-#   bash scripts/reproduce_precision.sh rows.jsonl --seeds 0 -- --lora_r 16    # its own flags -- flags of qlora.py
+#   bash scripts/reproduce_precision.sh rows.jsonl                   # OpenAssistant or other rows {"text": ...}
+#   bash scripts/reproduce_precision.sh rows.jsonl --seeds 0 -- --lora_r 16    # flags of proof.py -- flags of qlora.py
 #
-# MODEL names another model. Table, chart and raw numbers: scripts/results/precision.{md,png,json}. 21 runs, which take
-# a GPU minutes and a CPU hours.
+# Set MODEL for another model. Table, chart and raw numbers go to scripts/results/precision.{md,png,json}. The 21 runs
+# take minutes on a GPU and hours on a CPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-rows=${1:?a file of rows, for example oasst1.jsonl}
+rows=${1:?usage: bash scripts/reproduce_precision.sh ROWS.jsonl}
 shift
 source scripts/setup_env.sh
 source scripts/fetch_smollm2.sh
-.venv/bin/python scripts/proof.py bits "${MODEL:-$GGUF}"
 .venv/bin/python scripts/proof.py precision "${MODEL:-$GGUF}" "$rows" "$@"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Makes the environment: .venv at the root of the repository, with requirements.txt in it.
+# Create the environment: .venv at the root of the repository, with requirements.txt installed.
 #
-#   source scripts/setup_env.sh    # make it, put it first on PATH and export PYTHON, its interpreter
-#   bash scripts/setup_env.sh      # only make it
+#   source scripts/setup_env.sh    # create it, put it first on PATH and export PYTHON, its interpreter
+#   bash scripts/setup_env.sh      # only create it
 #
-# PYTHON=/path/to/python picks the interpreter to build from (3.11 or 3.12); without it, the first of
-# python3.11, python3.12 and python3 that runs. A stamp in .venv remembers what was installed, so a
-# second call takes well under a second.
+# PYTHON=/path/to/python chooses the interpreter to create it with (3.11 or 3.12); the default is the first of
+# python3.11, python3.12 and python3 that works. A stamp in .venv records what is installed, so a second call takes
+# well under a second.
 
-_qlora_fits() {  # A launcher may carry the right name and still fail: only running it tells.
+_qlora_fits() {  # a launcher with the right name may still fail, so run it
     "$1" -c 'import sys, ensurepip, venv
 sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1
 }
@@ -22,11 +22,11 @@ _qlora_setup_env() {
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return 1
     venv=$root/.venv
 
-    # An earlier call exported PYTHON as the interpreter of .venv itself: that is no wish for another.
+    # An earlier call exported PYTHON as .venv's own interpreter; that is not a request for another one.
     base=${PYTHON:-}
     case $base in "$venv"/* | .venv/* | ./.venv/*) base= ;; esac
     if [ -n "$base" ] && ! _qlora_fits "$base"; then
-        echo "error: PYTHON=$base is not a Python 3.11 or 3.12 that runs and has the venv module" >&2
+        echo "error: PYTHON=$base is not a working Python 3.11 or 3.12 with the venv module" >&2
         return 1
     fi
 
@@ -37,10 +37,10 @@ _qlora_setup_env() {
         done
         if [ -z "$base" ]; then
             echo "error: no Python 3.11 or 3.12 with the venv module found;" \
-                "install one, or name it: PYTHON=/path/to/python" >&2
+                "install one, or set PYTHON=/path/to/python" >&2
             return 1
         fi
-        echo "Making $venv with Python $(_qlora_minor "$base")"
+        echo "Creating $venv with Python $(_qlora_minor "$base")"
         "$base" -m venv --clear "$venv" || return 1
     fi
 
@@ -50,7 +50,7 @@ print(sys.version.split()[0], hashlib.sha256(open(sys.argv[1], "rb").read()).hex
     if [ "$(cat "$venv/requirements.stamp" 2>/dev/null)" != "$stamp" ]; then
         echo "Installing requirements.txt (2 GB with a CPU torch, several more with CUDA; minutes)"
         _qlora_install "$venv" "$root" || {
-            echo "pip failed; trying once more" >&2
+            echo "pip failed; retrying once" >&2
             sleep 5
             _qlora_install "$venv" "$root"
         } || {
@@ -66,15 +66,15 @@ print(sys.version.split()[0], hashlib.sha256(open(sys.argv[1], "rb").read()).hex
 
 _qlora_install() {
     local -a quiet=(--quiet)
-    [ -t 1 ] && quiet=()  # somebody is watching: show the progress bars
+    [ -t 1 ] && quiet=()  # in a terminal show progress bars
     "$1/bin/python" -m pip install "${quiet[@]+"${quiet[@]}"}" --disable-pip-version-check \
         -r "$2/requirements.txt" || return 1
     command -v nvidia-smi >/dev/null || return 0
-    # kernels for norms and rotary embedding; it needs triton, which comes with torch for CUDA
+    # kernels for norms and rotary embedding; needs triton, which comes with torch for CUDA
     "$1/bin/python" -m pip install "${quiet[@]+"${quiet[@]}"}" --disable-pip-version-check "liger-kernel>=0.8,<0.9"
 }
 
 if ! _qlora_setup_env; then
-    # shellcheck disable=SC2317  # `exit` is reached when the file is run and not sourced
+    # shellcheck disable=SC2317  # `exit` is reached when the file is run rather than sourced
     return 1 2>/dev/null || exit 1
 fi

@@ -1,9 +1,10 @@
-"""The examples that talk to a model: what is loaded, what it is asked, what is printed.
+"""The examples: talking to a model (what is loaded, what the prompt is, what is printed), and the plain loop.
 
-One run is trained on a handful of conversations until it knows them by heart, so that every answer is known beforehand.
+One run memorises a handful of conversations, so the expected answers are known exactly.
 """
 
 import io
+import itertools
 import json
 import os
 import re
@@ -20,12 +21,14 @@ from unittest.mock import MagicMock
 import chat
 import chat_gradio
 import generate
+import loop
 import pytest
 import talk
 import tiny
 import torch
 from conftest import ROOT, extra, missing, preserved_state
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import qlora
@@ -35,15 +38,15 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ '[assistant]' }}"
-SHIPS = "Seven ships came in today, and the last of them carried oranges."  # long enough to be seen growing
-KNOWN = [
+SHIPS = "Seven ships came in today, and the last of them carried oranges."  # long enough to arrive in pieces
+MEMORISED = [
     {"input": "Support:", "output": " Hold the button."},
     {"input": f"{SYSTEM} ### Human: hello### Assistant:", "output": " The lamp works.### Human: and the lens?"},
     {"input": "[user]hello[assistant]", "output": SHIPS},
     {"input": f"[user]hello[assistant]{SHIPS}[user]why?[assistant]", "output": "She counted them."},
     {"input": "[system]Be short.[user]hello[assistant]", "output": "Seven."},
 ]
-FEW = "--max_new_tokens=80"
+MAX_NEW = "--max_new_tokens=80"
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +59,8 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(base):
-    """The folder of a finished 4-bit run that knows KNOWN."""
-    output, rows = base.parent / "run", tiny.rows_to_jsonl(base.parent / "rows.jsonl", KNOWN)
+    """The folder of a finished 4-bit run that has memorised MEMORISED."""
+    output, rows = base.parent / "run", tiny.rows_to_jsonl(base.parent / "rows.jsonl", MEMORISED)
     command = (
         f"--model_name_or_path {base} --dataset {rows} --output_dir {output} --max_steps 120 --save_steps 120 "
         "--per_device_train_batch_size 5 --gradient_accumulation_steps 1 --gradient_checkpointing False "
@@ -70,7 +73,7 @@ def trained(base):
 
 @pytest.fixture(scope="module")
 def bot(trained):
-    return talk.load(str(trained), FEW)
+    return talk.load(str(trained), MAX_NEW)
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +89,8 @@ def merged(trained, base):
     return folder
 
 
-def say(bot, *texts):
-    """The last answer of a conversation in which the user says these texts."""
+def ask(bot, *texts):
+    """The last answer of a conversation with these user messages."""
     messages = []
     for text in texts:
         messages.append({"role": "user", "content": text})
@@ -95,7 +98,8 @@ def say(bot, *texts):
     return messages[-1]["content"]
 
 
-def kinds(model):
+def layer_types(model):
+    """The classes of the (base) linear layers."""
     return {type(module).__name__ for name, module in model.named_modules() if name.endswith(("q_proj", "base_layer"))}
 
 
@@ -105,14 +109,14 @@ def kinds(model):
 
 
 def test_a_run_is_its_base_in_4_bit_with_its_adapter(bot):
-    assert "Linear4bit" in kinds(bot.model) and list(bot.model.peft_config) == ["default"]
-    assert say(bot, "hello") == SHIPS
-    assert say(bot, "hello", "why?") == "She counted them."  # known only with the first exchange before it
+    assert "Linear4bit" in layer_types(bot.model) and list(bot.model.peft_config) == ["default"]
+    assert ask(bot, "hello") == SHIPS
+    assert ask(bot, "hello", "why?") == "She counted them."  # the answer depends on the first exchange
 
 
 @pytest.mark.parametrize("place", ["checkpoint-120", "only a checkpoint", "adapter_model", "no run.json"])
-def test_every_place_of_an_adapter(trained, place, tmp_path):
-    """A checkpoint, an interrupted run, the original's layout, and an adapter that peft alone has written."""
+def test_an_adapter_is_found_in(trained, place, tmp_path):
+    """A checkpoint, an interrupted run, the original's layout, and an adapter saved by peft alone."""
     folder, adapter = tmp_path / "run", ("adapter_model.safetensors", "adapter_config.json")
     if place == "checkpoint-120":
         folder = trained / place
@@ -124,30 +128,30 @@ def test_every_place_of_an_adapter(trained, place, tmp_path):
         into.mkdir(parents=True)
         for file in adapter:
             shutil.copy(trained / file, into)
-    bot = talk.load(str(folder), FEW)
-    assert "Linear4bit" in kinds(bot.model) and say(bot, "hello") == SHIPS
+    bot = talk.load(str(folder), MAX_NEW)
+    assert "Linear4bit" in layer_types(bot.model) and ask(bot, "hello") == SHIPS
 
 
 def test_a_merged_model_answers_the_same_in_its_own_precision(merged):
-    bot = talk.load(str(merged), FEW)
-    assert kinds(bot.model) == {"Linear"} and bot.model.dtype == torch.float32
-    assert say(bot, "hello", "why?") == "She counted them."
-    assert "Linear4bit" in kinds(talk.load(str(merged), "--bits", "4").model)
+    bot = talk.load(str(merged), MAX_NEW)
+    assert layer_types(bot.model) == {"Linear"} and bot.model.dtype == torch.float32
+    assert ask(bot, "hello", "why?") == "She counted them."
+    assert "Linear4bit" in layer_types(talk.load(str(merged), "--bits", "4").model)
 
 
-def test_a_merged_model_inside_its_runs_folder_is_not_taken_for_quantised(merged, trained):
+def test_a_merged_model_inside_a_run_folder_is_loaded_in_16_bit(merged, trained):
     inside = shutil.copytree(merged, trained / "merged")
-    assert kinds(talk.load(str(inside)).model) == {"Linear"}
+    assert layer_types(talk.load(str(inside)).model) == {"Linear"}
 
 
-def test_a_base_alone(base, models):
-    bot = talk.load(str(base), FEW)
-    assert kinds(bot.model) == {"Linear"} and say(bot, "hello") != SHIPS
+def test_a_base_model(base, models):
+    bot = talk.load(str(base), MAX_NEW)
+    assert layer_types(bot.model) == {"Linear"} and ask(bot, "hello") != SHIPS
     gguf = talk.load(str(models("gguf") / tiny.GGUF_FILE), "--max_new_tokens", "4", template="plain")
-    assert gguf.model.config.model_type == "llama" and isinstance(say(gguf, "ships"), str)
+    assert gguf.model.config.model_type == "llama" and isinstance(ask(gguf, "ships"), str)
 
 
-def test_a_full_fine_tune_is_a_model_in_its_own_bits(run_qlora):
+def test_a_full_fine_tune_keeps_its_bits(run_qlora):
     run = run_qlora(full_finetune=True, bits=32, max_steps=2, learning_rate=1e-2)
     bot = talk.load(str(run.output_dir), "--max_new_tokens", "3")
     assert bot.config.quant.bits == 32 and not hasattr(bot.model, "peft_config")
@@ -155,36 +159,36 @@ def test_a_full_fine_tune_is_a_model_in_its_own_bits(run_qlora):
     assert torch.equal(bot.model.lm_head.weight, trained)
 
 
-def test_a_run_with_a_working_dir_and_a_template_whose_file_is_gone(run_qlora, tmp_path):
-    """The adapter's folder holds the template, and its card names the folder with the run's flags."""
+def test_a_run_with_a_working_dir_and_a_deleted_template_file(run_qlora, tmp_path):
+    """The adapter's folder contains the template, and its model card names the folder of run.json."""
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
     folders = {"working_dir": tmp_path / "work", "output_dir": tmp_path / "final"}
     assert run_qlora(bits=16, chat_template=tmp_path / "chat.jinja", **folders).code == 0
     (tmp_path / "chat.jinja").unlink()
     for folder in folders.values():
-        bot = talk.load(str(folder), FEW)
-        assert kinds(bot.model) == {"Linear"} and bot.tokenizer.chat_template == TEMPLATE
+        bot = talk.load(str(folder), MAX_NEW)
+        assert layer_types(bot.model) == {"Linear"} and bot.tokenizer.chat_template == TEMPLATE
 
 
-def test_flags_given_rule_over_the_runs(trained, base, tmp_path):
+def test_explicit_flags_override_those_of_the_run(trained, base, tmp_path):
     moved = shutil.copytree(base, tmp_path / "moved")
-    bot = talk.load(str(trained), "--model_name_or_path", str(moved), "--bits", "8", FEW)
-    assert "Linear8bitLt" in kinds(bot.model) and bot.config.model.model_name_or_path == str(moved)
+    bot = talk.load(str(trained), "--model_name_or_path", str(moved), "--bits", "8", MAX_NEW)
+    assert "Linear8bitLt" in layer_types(bot.model) and bot.config.model.model_name_or_path == str(moved)
 
 
 def test_half_precision_computes_as_in_training(trained):
-    """The base in bf16, adapters in float32, computed under autocast."""
-    bot = talk.load(str(trained), "--bf16", FEW)
-    assert bot.model.dtype == torch.bfloat16 and say(bot, "hello") == SHIPS
+    """The base in bf16, adapters in float32, under autocast."""
+    bot = talk.load(str(trained), "--bf16", MAX_NEW)
+    assert bot.model.dtype == torch.bfloat16 and ask(bot, "hello") == SHIPS
 
 
-def test_a_special_token_of_the_run_stays(trained, tmp_path):
-    """The run's flags are kept: an EOS that a run was trained with ends the answers too."""
+def test_the_special_tokens_of_the_run_are_kept(trained, tmp_path):
+    """An EOS that a run was trained with ends its answers too."""
     run = shutil.copytree(trained, tmp_path / "run")
     record = json.loads((run / "run.json").read_text())
     record["flags"]["eos_token"] = "."
     (run / "run.json").write_text(json.dumps(record))
-    assert say(talk.load(str(run), FEW), "hello") == SHIPS  # the last character is the full stop
+    assert ask(talk.load(str(run), MAX_NEW), "hello") == SHIPS  # the last character is the full stop
 
 
 # ------------------------------------------------------------------------------------
@@ -199,10 +203,10 @@ TURNS = [
 PROMPTS = {
     "plain": ([], "<s>abc"),
     "guanaco": ([], "<s>### Human: a### Assistant: b### Human: c### Assistant:"),
-    "guanaco with a system text": ([{"role": "system", "content": "S."}],
+    "guanaco with a system message": ([{"role": "system", "content": "S."}],
         "<s>S. ### Human: a### Assistant: b### Human: c### Assistant:"),
     "chat": ([], "<s>[user]a[assistant]b[user]c[assistant]"),
-    "chat with a system text": ([{"role": "system", "content": "S."}],
+    "chat with a system message": ([{"role": "system", "content": "S."}],
         "<s>[system]S.[user]a[assistant]b[user]c[assistant]"),
 }  # fmt: skip
 
@@ -212,54 +216,54 @@ def test_prompts(name, byte_tokenizer):
     byte_tokenizer.chat_template = TEMPLATE
     system, expected = PROMPTS[name]
     bos = [tiny.BOS] if expected.startswith("<s>") else []
-    ids = talk.FORMS[name.split()[0]].ids([*system, *TURNS], byte_tokenizer)
+    ids = talk.encode([*system, *TURNS], byte_tokenizer, name.split()[0])
     assert ids == bos + list(expected.removeprefix("<s>").encode())
 
 
-def test_what_is_typed_stays_text(byte_tokenizer):
-    ids = talk.plain_ids([{"role": "user", "content": "</s>"}], byte_tokenizer)
+def test_special_tokens_typed_by_a_user_remain_text(byte_tokenizer):
+    ids = talk.encode([{"role": "user", "content": "</s>"}], byte_tokenizer, "plain")
     assert ids == [tiny.BOS, *b"</s>"]
     byte_tokenizer.chat_template = TEMPLATE
-    ids = talk.template_ids([{"role": "user", "content": "a</s>"}], byte_tokenizer)
-    assert ids == [tiny.BOS, *b"[user]a</s>[assistant]"]  # BOS is the template's
+    ids = talk.encode([{"role": "user", "content": "a</s>"}], byte_tokenizer, "chat")
+    assert ids == [tiny.BOS, *b"[user]a</s>[assistant]"]  # the template writes BOS
 
 
-def test_the_guanaco_form_stops_where_the_human_would_speak(trained):
-    guanaco = talk.load(str(trained), FEW, template="guanaco")
-    assert say(guanaco, "hello") == "The lamp works."
-    plain = talk.load(str(trained), FEW, template="plain")
-    assert say(plain, f"{SYSTEM} ### Human: hello### Assistant:") == " The lamp works.### Human: and the lens?"
-    assert say(plain, "Support:") == " Hold the button."
+def test_the_guanaco_template_stops_before_the_next_human_turn(trained):
+    guanaco = talk.load(str(trained), MAX_NEW, template="guanaco")
+    assert ask(guanaco, "hello") == "The lamp works."
+    plain = talk.load(str(trained), MAX_NEW, template="plain")
+    assert ask(plain, f"{SYSTEM} ### Human: hello### Assistant:") == " The lamp works.### Human: and the lens?"
+    assert ask(plain, "Support:") == " Hold the button."
 
 
-def test_a_system_text_and_further_stop_strings(trained):
-    assert say(talk.load(str(trained), FEW, system="Be short."), "hello") == "Seven."
-    assert say(talk.load(str(trained), FEW, stop=["last of"]), "hello") == SHIPS.partition("last of")[0]
+def test_a_system_message_and_more_stop_strings(trained):
+    assert ask(talk.load(str(trained), MAX_NEW, system="Be short."), "hello") == "Seven."
+    assert ask(talk.load(str(trained), MAX_NEW, stop=["last of"]), "hello") == SHIPS.partition("last of")[0]
 
 
-def test_the_template_is_chosen_by_what_the_run_was_trained_on(trained, base, tmp_path):
+def test_the_template_follows_the_training_data(trained, base, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     record = json.loads((run / "run.json").read_text())
     record["flags"]["dataset_format"] = "oasst1"
     (run / "run.json").write_text(json.dumps(record))
-    assert talk.load(str(run)).form is talk.FORMS["guanaco"]
-    assert talk.load(str(base)).form is talk.FORMS["chat"]
+    assert talk.load(str(run)).template == "guanaco"
+    assert talk.load(str(base)).template == "chat"
     bare = shutil.copytree(base, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
-    assert talk.load(str(bare)).form is talk.FORMS["guanaco"]
+    assert talk.load(str(bare)).template == "guanaco"
     with pytest.raises(qlora.ConfigError, match="no chat template"):
         talk.load(str(bare), template="chat")
 
 
-def test_a_template_that_refuses_says_so(base, tmp_path):
+def test_the_error_of_a_template_is_reported(base, tmp_path):
     strict = shutil.copytree(base, tmp_path / "strict")
     (strict / "chat_template.jinja").write_text("{{ raise_exception('no system role here') }}")
     with pytest.raises(qlora.ConfigError, match="no system role here"):
-        say(talk.load(str(strict)), "hello")
+        ask(talk.load(str(strict)), "hello")
 
 
-def test_the_oldest_exchanges_leave_a_conversation_that_is_too_long(trained):
-    bot = talk.load(str(trained), "--max_new_tokens", "80")  # the model reads 512: 432 are left
+def test_a_conversation_that_is_too_long_loses_its_oldest_exchanges(trained):
+    bot = talk.load(str(trained), "--max_new_tokens", "80")  # the model reads 512, so 432 remain
     old = [{"role": "user", "content": "x" * 400}, {"role": "assistant", "content": "y"}]
     ids = bot.prompt([*old, {"role": "user", "content": "hello"}])
     assert ids == [tiny.BOS, *b"[user]hello[assistant]"]
@@ -274,23 +278,23 @@ def test_the_oldest_exchanges_leave_a_conversation_that_is_too_long(trained):
 
 STREAMS = [
     ((), ["a", "b"], ["a", "b", ""], "ab"),
-    (("##",), ["a#", "b"], ["a", "#b", ""], "a#b"),  # held back, then given free
-    (("##",), ["a#", "#b"], ["a", ""], "a"),  # the stop string comes in two pieces
-    (("##",), ["a#"], ["a", "#"], "a#"),  # ... or does not come
+    (("##",), ["a#", "b"], ["a", "#b", ""], "a#b"),  # held back, then released
+    (("##",), ["a#", "#b"], ["a", ""], "a"),  # the stop string arrives in two pieces
+    (("##",), ["a#"], ["a", "#"], "a#"),  # ... or does not arrive
     (("bc", "b"), ["a", "bcd"], ["a", ""], "a"),  # the earliest of two
     (("END",), ["E", "N", "D!"], ["", "", ""], ""),
     (("abab",), ["aba", "abab"], ["", "aba"], "aba"),  # overlapping beginnings
 ]
 
 
-@pytest.mark.parametrize(("stops", "pieces", "shown", "text"), STREAMS)
-def test_a_stream_ends_before_a_stop_string(stops, pieces, shown, text):
-    got = list(talk.up_to(stops, iter(pieces)))
+@pytest.mark.parametrize(("stops", "pieces", "expected", "text"), STREAMS)
+def test_a_stream_ends_before_a_stop_string(stops, pieces, expected, text):
+    got = list(talk.until_stop(pieces, stops))
     assert "".join(got) == text
-    assert got == shown
+    assert got == expected
 
 
-def test_an_answer_comes_in_pieces_and_can_be_stopped(trained):
+def test_an_answer_arrives_in_pieces_and_can_be_stopped(trained):
     bot = talk.load(str(trained), "--max_new_tokens", "400", "--min_new_tokens", "400")
     calls = []
     bot.model.register_forward_hook(lambda *_: calls.append(1))
@@ -300,18 +304,18 @@ def test_an_answer_comes_in_pieces_and_can_be_stopped(trained):
     stopped = len(calls)
     assert stopped < 400
     time.sleep(0.2)
-    assert len(calls) == stopped  # nothing goes on in the background
+    assert len(calls) == stopped  # the thread has ended
 
 
 def test_sampling_follows_the_seed(base):
     flags = ("--max_new_tokens", "12", "--do_sample", "--temperature", "2.0", "--seed")
-    one, two, other = (say(talk.load(str(base), *flags, seed, template="plain"), "ships") for seed in "112")
+    one, two, other = (ask(talk.load(str(base), *flags, seed, template="plain"), "ships") for seed in "112")
     assert one == two != other
 
 
-def test_what_goes_wrong_while_generating_is_raised(trained):
+def test_an_error_while_generating_is_raised(trained):
     with pytest.raises(qlora.ConfigError, match="num_beams"):
-        say(talk.load(str(trained), "--num_beams", "2"), "hello")
+        ask(talk.load(str(trained), "--num_beams", "2"), "hello")
 
 
 # ------------------------------------------------------------------------------------
@@ -320,51 +324,54 @@ def test_what_goes_wrong_while_generating_is_raised(trained):
 
 
 def run_main(script, monkeypatch, capsys, typed, *argv):
-    """(exit status, standard output, standard error) of a script, with this on standard input."""
+    """A script's exit status, standard output and standard error, with `typed` on standard input."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    code = talk.run(script.main, [str(word) for word in argv])
+    try:
+        code = talk.run(script.main, [str(word) for word in argv])
+    except SystemExit as stop:  # argparse
+        code = stop.code
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
 
 def test_a_conversation(trained, monkeypatch, capsys):
     typed = "hello\n\nwhy?\n/clear\nwhy?\n/quit\nhello\n"
-    code, out, _ = run_main(chat, monkeypatch, capsys, typed, trained, FEW)
+    code, out, _ = run_main(chat, monkeypatch, capsys, typed, trained, MAX_NEW)
     answers = out.splitlines()
     assert code == 0 and answers[:2] == [SHIPS, "She counted them."]
-    assert len(answers) == 3 and answers[2] != "She counted them."  # /clear has taken the first exchange away
+    assert len(answers) == 3 and answers[2] != "She counted them."  # /clear forgot the first exchange
 
 
-def test_a_message_that_does_not_fit_ends_nothing(trained, monkeypatch, capsys):
+def test_a_message_that_is_too_long_does_not_end_the_chat(trained, monkeypatch, capsys):
     typed = f"{'x' * 600}\n/clear\nhello\n"
-    code, out, err = run_main(chat, monkeypatch, capsys, typed, trained, FEW)
-    assert code == 0 and out.splitlines() == ["", SHIPS] and "shorten it" in err
+    code, out, err = run_main(chat, monkeypatch, capsys, typed, trained, MAX_NEW)
+    assert code == 0 and out.splitlines() == ["", SHIPS] and "shorten the prompt" in err
 
 
-def test_an_answer_that_was_stopped_stays_in_the_history(capsys):
+def test_an_interrupted_answer_stays_in_the_history(capsys):
     def interrupted(messages):
         yield "Seven "
         raise KeyboardInterrupt
 
-    assert chat.say(SimpleNamespace(answer=interrupted), []) == "Seven"
+    assert chat.print_answer(SimpleNamespace(answer=interrupted), []) == "Seven"
     assert capsys.readouterr().out == "Seven  (stopped)\n"
 
 
 BAD = {
     "no model": ([], "MODEL"),
-    "a flag before it": (["--bits", "4", "MODEL", "hi"], "--bits stands before MODEL"),
+    "a flag before it": (["--bits", "4", "MODEL", "hi"], "--bits comes before MODEL"),
     "no prompt": (["MODEL"], "no prompt"),
     "an unknown flag": (["MODEL", "hi", "--max_new_token", "3"], "--max_new_token: unknown flag"),
     "an unknown template": (["MODEL", "hi", "--template", "vicuna"], "--template"),
     "a wrong value": (["MODEL", "hi", "--bits", "5"], "--bits"),
     "no such model": (["no/such-model", "hi"], "no/such-model"),
-    "a folder without one": (["EMPTY", "hi"], "neither a trained adapter nor a model"),
+    "an empty folder": (["EMPTY", "hi"], "neither a trained adapter nor a model"),
     "an adapter without its base": (["LOST", "hi"], "--model_name_or_path gone"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_2(name, trained, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_an_error_message_and_exit_status_2(name, trained, tmp_path, monkeypatch, capsys):
     argv, expected = BAD[name]
     (tmp_path / "empty").mkdir()
     lost = tmp_path / "lost"
@@ -372,11 +379,12 @@ def test_bad_input_is_one_line_and_2(name, trained, tmp_path, monkeypatch, capsy
     shutil.copy(trained / "adapter_model.safetensors", lost)
     (lost / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "gone/away"}')
     places = {"MODEL": trained, "EMPTY": tmp_path / "empty", "LOST": lost}
-    monkeypatch.setattr(qlora, "load_model", None)  # nothing is loaded before the words are right
+    monkeypatch.setattr(qlora, "load_model", None)  # called only after every check
     code, out, err = run_main(generate, monkeypatch, capsys, "", *(places.get(word, word) for word in argv))
     assert code == 2 and not out
-    (line,) = err.splitlines()
-    assert line.startswith("error: ") and expected in line
+    *usage, line = err.splitlines()
+    assert "error: " in line and expected in line
+    assert not usage or usage[0].startswith("usage: ")
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -384,12 +392,12 @@ COMMANDS = re.findall(r"^python examples/(\w+)\.py (.*)$", README, flags=re.M)
 
 
 @pytest.mark.parametrize(("script", "words"), COMMANDS)
-def test_the_commands_of_the_readme(script, words, monkeypatch, capsys):
-    """Each is carried out with another model in place of the one it names; its flags are read."""
-    asked = []
+def test_commands_of_the_readme_run(script, words, monkeypatch, capsys):
+    """With a stub in place of the model; the flags are parsed."""
+    loaded = []
 
-    def load(name, *given, **options):
-        asked.append((name, qlora.parse_config(list(given))))
+    def load(name, *flags, **options):
+        loaded.append((name, qlora.parse_config(list(flags))))
         return SimpleNamespace(answer=lambda messages: iter(["An answer."]))
 
     monkeypatch.setattr(talk, "load", load)
@@ -397,10 +405,10 @@ def test_the_commands_of_the_readme(script, words, monkeypatch, capsys):
     argv = shlex.split(words.replace("$'", "'"))
     scripts = {"generate": generate, "chat": chat, "chat_gradio": chat_gradio}
     code, _, err = run_main(scripts[script], monkeypatch, capsys, "", *argv)
-    assert (code, asked[0][0]) == (0, argv[0]), err
+    assert (code, loaded[0][0]) == (0, argv[0]), err
 
 
-def test_the_readme_shows_all_three():
+def test_the_readme_shows_all_three_scripts():
     assert {script for script, _ in COMMANDS} == {"generate", "chat", "chat_gradio"}
 
 
@@ -412,9 +420,9 @@ def test_the_scripts_as_processes(trained):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     python = [sys.executable, "-W", "ignore"]
     commands = {
-        " Hold the button.\n": (["generate.py", trained, "Support:", FEW], ""),
-        " Hold the button.": (["generate.py", trained, FEW], "Support:\n"),
-        f"{SHIPS}\nShe counted them.\n": (["chat.py", trained, FEW], "hello\nwhy?\n"),
+        " Hold the button.\n": (["generate.py", trained, "Support:", MAX_NEW], ""),
+        " Hold the button.": (["generate.py", trained, MAX_NEW], "Support:\n"),
+        f"{SHIPS}\nShe counted them.\n": (["chat.py", trained, MAX_NEW], "hello\nwhy?\n"),
     }
     running = []
     for expected, ((script, *words), typed) in commands.items():
@@ -430,14 +438,58 @@ def test_the_scripts_as_processes(trained):
 
 
 # ------------------------------------------------------------------------------------
-# The page, in a real browser
+# The plain loop
+# ------------------------------------------------------------------------------------
+LOOP_ROWS = {
+    "alpaca": tiny.ALPACA_ROWS,
+    "input-output": tiny.support_rows(11),
+    "text": [{"text": f"{row['input']} {row['output']}</s>."} for row in tiny.support_rows(11)],
+}
+
+
+@pytest.mark.parametrize("name", LOOP_ROWS)
+def test_the_plain_loop_and_qlora_compute_the_same_losses(run_qlora, models, tmp_path, name):
+    """Two micro-batches a step and more than one epoch; the saved adapters have the same tensors."""
+    base = models("llama", tokenizer="byte_bpe")
+    rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", LOOP_ROWS[name])
+    words = "--steps 5 --batch_size 2 --accumulation_steps 2 --rank 4 --learning_rate 1e-2 --seed 3 --no-shuffle"
+    with preserved_state():
+        losses = loop.main([str(base), str(rows), str(tmp_path / "loop"), *words.split()])
+    run = run_qlora(
+        model_name_or_path=base, dataset=rows, dataset_format=name, max_steps=5, gradient_accumulation_steps=2,
+        bits=4, learning_rate=1e-2, seed=3, train_sampling_strategy="sequential", source_max_len=1024,
+        target_max_len=1024,
+    )  # fmt: skip
+    logged = [entry["loss"] for entry in run.json("trainer_state.json")["log_history"] if "loss" in entry]
+    assert logged == pytest.approx(losses, rel=1e-5)
+    assert losses[-1] < losses[0]
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "loop", run.output_dir)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for key, tensor in adapters[0].items():
+        assert torch.allclose(tensor, adapters[1][key], atol=1e-3), key
+
+
+def test_the_plain_loop_shuffles_by_the_seed():
+    rows = list(range(6))
+    first, again, other = (list(itertools.islice(loop.windows(rows, 4, True, seed), 4)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert sorted(first[0] + first[1]) == sorted(first[2] + first[3]) == rows and len(first[1]) == 2
+
+
+def test_the_plain_loop_cuts_long_rows_and_supervises_the_answer(byte_tokenizer):
+    row = loop.encode({"input": "ab", "output": "cd"}, byte_tokenizer, 5)
+    assert row == {"input_ids": [tiny.BOS, *b"abcd"], "labels": [-100, -100, -100, *b"cd"]}
+
+
+# ------------------------------------------------------------------------------------
+# The chat page, in a real browser
 # ------------------------------------------------------------------------------------
 
 WATCH = """() => { window.seen = []; new MutationObserver(() => {
     const bots = document.querySelectorAll('[data-testid=bot]');
     if (bots.length) window.seen.push(bots[bots.length - 1].innerText.trim());
 }).observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
-CHROMIUM = [  # the last four: it asks for nothing outside this machine
+CHROMIUM = [  # the last four keep it from connecting to anything outside this machine
     "--no-sandbox", "--disable-gpu", "--no-first-run",
     "--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
@@ -445,14 +497,14 @@ CHROMIUM = [  # the last four: it asks for nothing outside this machine
 
 @pytest.fixture
 def page_of(tmp_path):
-    """`page_of(model)` -> address of its chat page, served by the script until the test ends."""
+    """`page_of(model)` -> the address of its chat page, served by the script until the test ends."""
     served = []
 
     def serve(model: Path) -> str:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, str(ROOT / "examples/chat_gradio.py"), str(model), FEW, "--port", str(port)]
+        command = [sys.executable, str(ROOT / "examples/chat_gradio.py"), str(model), MAX_NEW, "--port", str(port)]
         with (tmp_path / "server.log").open("w") as log:
             served.append(subprocess.Popen(command, env=environment(), stdout=log, stderr=log))
         began = time.monotonic()
@@ -462,7 +514,7 @@ def page_of(tmp_path):
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     return f"http://127.0.0.1:{port}"
             time.sleep(0.2)
-        raise AssertionError("the page did not come up")
+        raise AssertionError("the page did not start within 120 s")
 
     yield serve
     for process in served:
@@ -470,15 +522,15 @@ def page_of(tmp_path):
         process.wait(timeout=30)
 
 
-def test_a_message_typed_into_the_page_gets_an_answer(trained, page_of, tmp_path):
+def test_the_page_answers_messages(trained, page_of, tmp_path):
     extra("gradio")
     playwright = extra("playwright.sync_api")
     chromium = shutil.which("chromium") or missing("chromium is not installed: bash .ci/browser.sh")
-    address, asked = page_of(trained), []
+    address, requests = page_of(trained), []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=CHROMIUM)
         page = browser.new_page()
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("request", lambda request: requests.append(request.url))
         page.goto(address)
         page.evaluate(WATCH)
         box = page.get_by_role("textbox")
@@ -487,16 +539,16 @@ def test_a_message_typed_into_the_page_gets_an_answer(trained, page_of, tmp_path
             box.press("Enter")
             page.get_by_test_id("bot").last.get_by_text(answer, exact=True).wait_for(timeout=30_000)
         page.screenshot(path=tmp_path / "page.png")
-        said = [[text.strip() for text in page.get_by_test_id(who).all_inner_texts()] for who in ("user", "bot")]
+        messages = [[text.strip() for text in page.get_by_test_id(who).all_inner_texts()] for who in ("user", "bot")]
         seen = page.evaluate("window.seen")
         browser.close()
-    assert said == [["hello", "why?"], [SHIPS, "She counted them."]]
-    assert any(text and SHIPS.startswith(text) and text != SHIPS for text in seen)  # it was seen growing
-    hosts = {re.match(r"\w+://([^/:]+)", url).group(1) for url in asked if "://" in url}
+    assert messages == [["hello", "why?"], [SHIPS, "She counted them."]]
+    assert any(text and SHIPS.startswith(text) and text != SHIPS for text in seen)  # it grew piece by piece
+    hosts = {re.match(r"\w+://([^/:]+)", url).group(1) for url in requests if "://" in url}
     assert hosts == {"127.0.0.1"}
 
 
-def test_without_gradio_the_page_says_what_to_install(trained, monkeypatch, capsys):
+def test_without_gradio_the_error_says_what_to_install(trained, monkeypatch, capsys):
     monkeypatch.setattr(chat_gradio, "gradio", None)
     code, _, err = run_main(chat_gradio, monkeypatch, capsys, "", trained)
     assert code == 2 and err.splitlines() == [

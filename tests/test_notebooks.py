@@ -1,4 +1,4 @@
-"""The notebooks of examples/, run cell by cell in a kernel on a tiny model."""
+"""The notebooks of examples/, executed in a kernel on a tiny model."""
 
 import json
 import os
@@ -16,16 +16,17 @@ def test_notebooks_are_committed_without_outputs(path):
     assert code and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
 
 
-def shown(book) -> list[str]:
-    """What each code cell printed, and the kinds of what it displayed."""
+def cell_outputs(book) -> list[str]:
+    """What each code cell printed, and the MIME types of what it displayed."""
     texts = []
     for cell in (cell for cell in book.cells if cell.cell_type == "code"):
         streams = [out.text for out in cell.outputs if out.output_type == "stream" and out.name == "stdout"]
-        kinds = [kind for out in cell.outputs if "data" in out for kind in out.data]
-        texts.append("".join([*streams, *kinds]))
+        types = [mime for out in cell.outputs if "data" in out for mime in out.data]
+        texts.append("".join([*streams, *types]))
     return texts
 
 
+@pytest.mark.ci
 def test_fine_tuning_then_inference(models, tmp_path, monkeypatch):
     nbformat, nbclient = extra("nbformat"), extra("nbclient")
     extra("ipykernel")
@@ -36,13 +37,13 @@ def test_fine_tuning_then_inference(models, tmp_path, monkeypatch):
         book = nbformat.read(ROOT / "examples" / f"{name}.ipynb", as_version=4)
         client = nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(ROOT / "examples")}})
         client.execute(env=environment | {"OMP_NUM_THREADS": "1"})
-        texts[name] = shown(book)
+        texts[name] = cell_outputs(book)
     setup, data, _training, chart, answers = texts["finetune"]
     assert setup == "" and data.startswith("Customer: ")
     assert (tmp_path / "run" / "completed").exists()
     assert "image/png" in chart
-    assert "loss on questions it never saw: " in answers and " of 8\n" in answers
+    assert "loss on held-out questions: " in answers and " of 8\n" in answers
     setup, base, france, italy, tuned = texts["inference"]
     assert base.startswith(("LlamaForCausalLM cpu", "LlamaForCausalLM cuda"))
-    assert france.strip() and italy.strip()  # random weights: some text
+    assert france.strip() and italy.strip()  # random weights give some text
     assert "no finished run" not in tuned and tuned.endswith("\n")

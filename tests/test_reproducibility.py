@@ -1,6 +1,5 @@
-"""Two runs of one command are one run; run.json repeats it and says what differs; the installation proves itself."""
+"""Two runs of one command are one run; run.json repeats it and says what differs."""
 
-import importlib
 import json
 import os
 import re
@@ -137,48 +136,3 @@ def test_adapter_does_not_depend_on_the_hash_seed(run_qlora, models, data_dir, t
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert same_adapters(here.output_dir, new)
-
-
-# ------------------------------------------------------------------------------------
-# scripts/selftest.py
-# ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def selftest(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    return importlib.import_module("selftest")
-
-
-def test_selftest_passes_without_a_network(selftest):
-    """With a line for each check, all ticked."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(ROOT / "scripts/selftest.py"), "--device", "cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, encoding="utf-8")
-    assert done.returncode == 0, done.stdout + done.stderr
-    # but for DeepSpeed's greeting where it is installed
-    first, *lines, last = (line for line in done.stdout.splitlines() if "real_accelerator" not in line)
-    assert torch.__version__ in first and last == "all is well"
-    for line, name in zip(lines, selftest.CHECKS, strict=True):
-        assert line.startswith(f"cpu  ✓ {name}")
-
-
-@pytest.mark.parametrize(
-    ("broken", "check", "reason"),
-    [
-        ("parameter_gradients", "fast path against stock path", "gradients differ by"),
-        ("quantisation_config", "quantise to 4 bit", "0 layers are quantised"),
-    ],
-)
-def test_selftest_fails_where_something_is_broken(selftest, monkeypatch, capsys, broken, check, reason):
-    """Gradients a tenth too large; nothing quantised."""
-    plain = getattr(qlora, broken)
-    wrong = {
-        "parameter_gradients": lambda *a: [g if g is None else 1.1 * g for g in plain(*a)],
-        "quantisation_config": lambda *a: None,
-    }
-    monkeypatch.setattr(qlora, broken, wrong[broken])
-    monkeypatch.setattr(selftest, "CHECKS", {check: selftest.CHECKS[check]})
-    assert selftest.check_all("cpu") == 1
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith(f"cpu  ✗ {check}") and reason in line

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Proteins with a planted rule, and a small ESM with random weights to learn it.
+"""Write synthetic proteins that follow a rule, and a small ESM with random weights to learn it.
 
     python examples/masked_lm/make_proteins.py output/masked_lm/made
 
-Two residues that stand four apart lie on the same side of a helix. Here the later one follows from the earlier: it is
-the next amino acid of the alphabet, and after the last comes the first. All twenty are equally frequent, so who does
-not know the rule is right at one masked residue in twenty.
+Residues four places apart are on the same side of a helix. Here the later one follows from the earlier: it is the next
+amino acid in alphabetical order, and after the last comes the first. All twenty are equally frequent, so guessing is
+right for one masked residue in twenty.
 
-Written are `base/` (model and tokenizer), `data/train.jsonl` and `data/eval.jsonl`, rows with one column `input`.
+Writes `base/` (model and tokenizer), and `data/train.jsonl` and `data/eval.jsonl` with one column `input`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ APART = 4
 
 
 def protein(rng: random.Random) -> str:
-    """24 to 48 residues: four at random, then each what follows from the one four before."""
+    """24 to 48 residues: four random ones, then each as the one four places before requires."""
     letters = [rng.choice(LETTERS) for _ in range(rng.randint(24, 48))]
     for i in range(APART, len(letters)):
         letters[i] = FOLLOWS[letters[i - APART]]
@@ -31,7 +31,7 @@ def protein(rng: random.Random) -> str:
 
 
 def write_data(folder: Path, rows: int, eval_rows: int, seed: int) -> None:
-    """train.jsonl and eval.jsonl."""
+    """Write train.jsonl and eval.jsonl."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", rows), ("eval", eval_rows)):
@@ -40,7 +40,7 @@ def write_data(folder: Path, rows: int, eval_rows: int, seed: int) -> None:
 
 
 def write_base(folder: Path, hidden: int, layers: int, seed: int) -> None:
-    """An ESM with random weights and the tokenizer of the published ones."""
+    """Write an ESM with random weights and the tokenizer of the published models."""
     import torch
     from transformers import EsmConfig, EsmForMaskedLM, EsmTokenizer
 
