@@ -16,18 +16,12 @@ import conftest
 import pytest
 import tiny
 import torch
-from fork_server import Forks, Process
+from fork_server import ForkServer, Process
 from safetensors.torch import load_file
 
 import qlora
 
 TIMED = ("runtime", "per_second")  # what of a logged entry differs between two equal runs
-
-
-@pytest.fixture(scope="module")
-def fork_server() -> Iterator[Forks]:
-    with Forks() as started:
-        yield started
 
 
 @pytest.fixture
@@ -110,7 +104,7 @@ def until(condition: Callable[[], Any], process: Process, seconds: float = 120) 
 
 # Functions at whose n-th call a process kills itself, and the largest n: the moments between which a save is torn.
 CALLS = [
-    ("qlora", "flush", 60),
+    ("qlora", "fsync_path", 60),
     ("qlora", "file_digest", 60),
     ("torch", "save", 15),
     ("pathlib", "Path.rename", 6),
@@ -154,7 +148,7 @@ def start_and_kill(kind: str, start: Callable[..., Process], output: Path, chanc
 
 
 def kill_and_compare(
-    fork_server: Forks, words: Callable[..., list[str]], folder: Path, kinds: list[str], seed: int, **flags: Any
+    fork_server: ForkServer, words: Callable[..., list[str]], folder: Path, kinds: list[str], seed: int, **flags: Any
 ) -> None:
     """The same command until it is done, killed once for each of `kinds`, against the run that nothing disturbs."""
     began, chance = time.monotonic(), random.Random(seed)
@@ -395,7 +389,7 @@ def test_a_real_disk_fills_up_during_a_save(fork_server, command, tmp_path, room
         ("transformers", "PreTrainedTokenizerBase.save_pretrained"),
         ("torch", "save"),
         pytest.param(("transformers", "TrainerState.save_to_json"), marks=pytest.mark.slow),
-        ("qlora", "seal"),
+        ("qlora", "write_manifest"),
     ],
     ids=lambda place: place[1],
 )

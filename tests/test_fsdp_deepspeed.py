@@ -21,7 +21,7 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT, _to_argv, missing
-from fork_server import Forks, Process
+from fork_server import ForkServer, Process
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_ddp import AS_GPUS, children, losses, same, until
@@ -63,12 +63,6 @@ def deepspeed() -> None:
         missing("deepspeed is not installed: DS_BUILD_OPS=0 pip install deepspeed")
     if shutil.which("c++") is None:
         pytest.skip("on CPUs DeepSpeed compiles its shared memory, and there is no compiler here")
-
-
-@pytest.fixture(scope="module")
-def fork_server() -> Iterator[Forks]:
-    with Forks() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
