@@ -63,8 +63,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Paged optimizers are not supported on CPU")
 
 
+# Files whose tests share fixtures that take seconds: one pytest-xdist worker runs all tests of such a file.
+ONE_WORKER_EACH = ("test_ddp", "test_examples", "test_fast_path", "test_fsdp_deepspeed")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` on a machine without one."""
+    """Group tests for pytest-xdist; skip tests marked `gpu` on a machine without one."""
+    for item in items:
+        if item.path.stem in ONE_WORKER_EACH:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if torch.cuda.is_available():
         return
     for item in items:
