@@ -301,12 +301,12 @@ def _reference_run(small_flags: dict[str, Any], tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture
-def trained(_reference_run: Run, tmp_path: Path) -> Run:
-    """A finished run with `small_flags` and --learning_rate 1e-2, copied to `tmp_path / "trained"`.
+def finished_run(_reference_run: Run, tmp_path: Path) -> Run:
+    """A finished run with `small_flags` and --learning_rate 1e-2, copied to `tmp_path / "finished"`.
 
     For tests that start from an adapter or a checkpoint and do not care how it was trained.
     """
-    output = tmp_path / "trained"
+    output = tmp_path / "finished"
     shutil.copytree(_reference_run.output_dir, output)
     return replace(_reference_run, output_dir=output)
 

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel, Trainer
 
 import qlora
 
@@ -934,3 +934,18 @@ def test_frozen_layers_are_not_recomputed(run_qlora, tmp_path, monkeypatch):
         run = run_qlora(output_dir=tmp_path / str(i), layers_to_freeze=1, max_steps=1, recompute_layers="all", **flags)
         assert run.code == 0
         assert computed == [1] * 2  # the second layer, in the try before training and in the step
+
+
+def test_mixed_precision_leaves_no_float32_copy_of_embeddings_and_head(run_qlora, monkeypatch):
+    """peft's prepare_model_for_kbit_training would make one. Only the adapters are float32."""
+    dtypes, train = defaultdict(set), Trainer.train
+
+    def spy(self, *args, **kwargs):
+        for name, parameter in self.model.named_parameters():
+            dtypes[parameter.dtype].add(name.split(".")[-2])
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train", spy)
+    assert run_qlora(bf16=True, max_steps=1).code == 0
+    assert dtypes[torch.float32] == {"default"}  # lora_A.default.weight, lora_B.default.weight
+    assert {"embed_tokens", "lm_head", "norm"} <= dtypes[torch.bfloat16]
