@@ -84,6 +84,8 @@ def test_four_steps_leave_exactly_these_files(run_qlora):
     run = run_qlora()
     assert run.code == 0
     assert run.files() == TOP | in_checkpoints(2, 4)
+    # scripts/slurm.sbatch goes by it: metrics.json is written last
+    assert (run.output_dir / "metrics.json").stat().st_mtime_ns > (run.output_dir / "completed").stat().st_mtime_ns
 
 
 def test_evaluation_and_prediction_add_exactly_these_files(run_qlora):
