@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LlamaModel
 
 import qlora
 
@@ -476,3 +476,29 @@ def test_questions_from_the_hub_are_written_as_published(hub, tmp_path):
 
     test = load(tmp_path, *absent, "--mmlu_split", "test", "--mmlu_dataset", "mmlu-zs")
     assert [(q.subject, q.answer) for q in test] == [("fog", 3)]
+
+
+def test_predictions_use_the_cache_that_training_turned_off(run_qlora, monkeypatch):
+    """With the cache every forward pass but the first sees one token."""
+    widths, forward, generate = [], LlamaModel.forward, GenerationMixin.generate
+
+    def spy(self, input_ids=None, **kwargs):
+        widths.append(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    def generate_alone(self, *args, **kwargs):
+        widths.clear()  # of training and its trial
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", spy)
+    monkeypatch.setattr(GenerationMixin, "generate", generate_alone)
+    run = run_qlora(
+        do_predict=True,
+        predict_with_generate=True,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        max_eval_samples=1,
+        use_cache=False,
+    )
+    assert run.code == 0
+    assert widths[0] > 1 and widths[1:4] == [1, 1, 1]

@@ -139,10 +139,10 @@ def test_an_unknown_kind_of_file(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("torn.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode() * 99)[:-20]),
+        ("torn.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode() * 99, mtime=0)[:-20]),
         ("no.jsonl.gz", b'{"input": "a", "output": "b"}\n'),
         ("no.parquet", b"PAR1 it is not"),
-        ("no.parquet.gz", gzip.compress(b"PAR1 it is not")),
+        ("no.parquet.gz", gzip.compress(b"PAR1 it is not", mtime=0)),
         ("empty.parquet", b""),
     ],
 )

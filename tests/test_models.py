@@ -13,7 +13,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import qlora
@@ -770,3 +770,18 @@ def test_frozen_layers_are_not_recomputed(run_qlora, computed, flags):
     """No gradient passes through them: recomputing them would be wasted work."""
     assert run_qlora(layers_to_freeze=1, max_steps=1, recompute_layers="all", **flags).code == 0
     assert computed == [[1, 2]]
+
+
+def test_mixed_precision_leaves_no_float32_copy_of_embeddings_and_head(run_qlora, monkeypatch):
+    """peft's prepare_model_for_kbit_training would make one. Only the adapters are float32."""
+    dtypes, train = defaultdict(set), Trainer.train
+
+    def spy(self, *args, **kwargs):
+        for name, parameter in self.model.named_parameters():
+            dtypes[parameter.dtype].add(name.split(".")[-2])
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train", spy)
+    assert run_qlora(bf16=True, max_steps=1).code == 0
+    assert dtypes[torch.float32] == {"default"}  # lora_A.default.weight, lora_B.default.weight
+    assert {"embed_tokens", "lm_head", "norm"} <= dtypes[torch.bfloat16]

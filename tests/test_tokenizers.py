@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
@@ -261,3 +262,12 @@ def test_a_run_with_each_kind_saves_a_tokenizer_that_loads(models, run_qlora, to
     saved = AutoTokenizer.from_pretrained(run.output_dir)
     assert saved("Hello ship", add_special_tokens=False)["input_ids"] == prompt
     assert ids_of(saved)[:2] == ids_of(load(folder, **flags))[:2]
+
+
+@pytest.mark.parametrize("tokenizer", [partial(tiny.write_byte, pad=None), "sentencepiece"], ids=["byte", "pieces"])
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_missing_pad_token_does_not_bring_the_embeddings_into_the_adapter(run_qlora, models, tokenizer, tie):
+    run = run_qlora(model_name_or_path=models("llama", tokenizer=tokenizer, tie=tie), max_steps=1)
+    assert run.code == 0
+    for folder in (run.output_dir, run.output_dir / "checkpoint-1"):
+        assert all(".lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
