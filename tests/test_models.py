@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from collections import defaultdict
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
