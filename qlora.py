@@ -232,10 +232,10 @@ def reraise_as_user_error(
 # ------------------------------------------------------------------------------------
 # 3. Dataset formats: one row of a raw dataset -> segments
 #
-# Every format ends here in a short list of segments, each supervised or not; {input, output} is the case of two. A
-# chat is a Conversation first, which the tokenizer's template renders. No later room knows where a row came from.
-# To add one: write `_name_to_pair` (or take `plain`), add a row to FORMATS, add a row to tests/test_formats.py. The
-# order of FORMATS is the order in which a format is inferred from the columns. A named dataset is a row of DATASETS.
+# A format parses a row into a short list of segments, each supervised or not; {input, output} is the case of two. A
+# chat is a Conversation first, which the tokenizer's template renders. Later rooms do not know the formats.
+# To add one: write `parse_name` (or use `column_format`), add a row to FORMATS and one to tests/test_formats.py. The
+# order of FORMATS is the order in which formats are inferred from columns. A named dataset is a row of DATASETS.
 # ------------------------------------------------------------------------------------
 BOOLEANS = {"": True, "true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -246,38 +246,39 @@ class Segment(TypedDict):
 
 
 class Conversation(NamedTuple):
-    """A chat that no template has rendered yet."""
+    """A chat before the tokenizer's template renders it."""
 
-    messages: list[dict[str, Any]]  # the last is an answer
+    messages: list[dict[str, Any]]  # ends with an answer
     tools: list[Any] | None
 
 
-Row = list[Segment] | Conversation
+ParsedRow = list[Segment] | Conversation
 
 
 class DatasetFormat(NamedTuple):
-    columns: tuple[str, ...]  # that a row must have
-    to_row: Callable[[Mapping[str, Any]], Row]
+    columns: tuple[str, ...]  # required
+    parse: Callable[[Mapping[str, Any]], ParsedRow]
     inferred: bool = True  # from the columns alone
 
 
-# Noncharacters, which Unicode leaves to a program's own use and no text may hold. The first two stand for the
-# tokenizer's own ids; the third, inside the text of a special token that a user wrote, keeps it text.
+# Unicode noncharacters, which no text may contain. The first two stand for the tokenizer's own ids. The third, inside
+# the text of a special token that a user wrote, keeps it text.
 BOS_MARK, EOS_MARK, ESCAPE_MARK = MARKS = "\ufdd0\ufdd1\ufdd2"
 
 
-def prompt_completion(source: str, target: str) -> list[Segment]:
-    """The normal form of input and output; the input is empty for plain language modelling."""
-    return [{"text": source, "supervised": False}, {"text": target, "supervised": True}]
+def prompt_completion(*texts: str) -> list[Segment]:
+    """The last text is supervised; one before it is the prompt, which plain language modelling does not have."""
+    *prompt, completion = texts
+    return [{"text": "".join(prompt), "supervised": False}, {"text": completion, "supervised": True}]
 
 
 def to_valid_utf8(text: str) -> str:
-    """Text without the lone surrogates that Arrow refuses, which stand for what is not UTF-8."""
+    """Replace lone surrogates, which stand for bytes that are not UTF-8 and which Arrow refuses."""
     return text.encode("utf-8", "replace").decode()
 
 
 def get_text(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
-    """The text in a field; a number or boolean is its JSON text, a null means that the field is missing."""
+    """The text in a field; a number or boolean becomes its JSON text, and null counts as missing."""
     value = row.get(name)
     if value is None and default is not None:
         return default
@@ -286,8 +287,8 @@ def get_text(row: Mapping[str, Any], name: str, default: str | None = None) -> s
     if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
     if not isinstance(value, str):
-        found = {"dict": "an object", "float": repr(value)}.get(type(value).__name__, f"a {type(value).__name__}")
-        raise RowError(f"field {name!r} is {found}, expected text")
+        kind = {"dict": "an object", "float": repr(value)}.get(type(value).__name__, f"a {type(value).__name__}")
+        raise RowError(f"field {name!r} is {kind}, expected text")
     if value != to_valid_utf8(value):
         raise RowError(f"field {name!r} is not valid UTF-8, expected text")
     if any(mark in value for mark in MARKS):
@@ -295,27 +296,39 @@ def get_text(row: Mapping[str, Any], name: str, default: str | None = None) -> s
     return value
 
 
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: "
-)
-ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response: "
+def get_optional_text(row: Mapping[str, Any], column: str) -> str:
+    """An optional column as text, whatever its type; null counts as missing."""
+    value = row.get(column)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
+
+
+def get_list(row: Mapping[str, Any], name: str) -> list[Any]:
+    """The list in a field, which may be JSON text."""
+    value = row.get(name)
+    with contextlib.suppress(ValueError):
+        value = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, list):
+        raise RowError(f"field {name!r} is {shorten(repr(value))}, expected a list")
+    return value
+
+
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n{context}### Response: "
 )
 AIROBOROS_SYSTEM = "You are an unbiased, uncensored, helpful assistant."
 
 
-def _alpaca_to_pair(row: Mapping[str, Any]) -> Row:
+def parse_alpaca(row: Mapping[str, Any]) -> ParsedRow:
     """The Alpaca prompt (https://github.com/tatsu-lab/stanford_alpaca), with the original's single trailing space."""
-    fields = {"instruction": get_text(row, "instruction"), "input": get_text(row, "input", "")}
-    prompt = ALPACA_WITH_INPUT if fields["input"] else ALPACA_WITHOUT_INPUT
-    return prompt_completion(prompt.format(**fields), get_text(row, "output"))
+    instruction, context = get_text(row, "instruction"), get_text(row, "input", "")
+    paired = ", paired with an input that provides further context" if context else ""
+    context = f"### Input:\n{context}\n\n" if context else ""
+    prompt = ALPACA_PROMPT.format(paired=paired, instruction=instruction, context=context)
+    return prompt_completion(prompt, get_text(row, "output"))
 
 
-def _chip2_to_pair(row: Mapping[str, Any]) -> Row:
+def parse_chip2(row: Mapping[str, Any]) -> ParsedRow:
     """Question and answer share one string, marked `<human>: ` and `<bot>: `; the first answer is supervised."""
     parts = get_text(row, "text").split("\n<bot>: ")
     if len(parts) < 2:
@@ -323,8 +336,8 @@ def _chip2_to_pair(row: Mapping[str, Any]) -> Row:
     return prompt_completion(parts[0].replace("<human>: ", ""), parts[1])
 
 
-def _airoboros_to_pair(row: Mapping[str, Any]) -> Row:
-    """Up to airoboros 2.2.1 (https://github.com/jondurbin/airoboros)."""
+def parse_airoboros(row: Mapping[str, Any]) -> ParsedRow:
+    """Airoboros up to 2.2.1 (https://github.com/jondurbin/airoboros)."""
     instruction = get_text(row, "instruction").strip()
     skip = get_text(row, "skip_prompt_formatting", "") or "false"
     if skip.lower() not in BOOLEANS:
@@ -337,60 +350,37 @@ def _airoboros_to_pair(row: Mapping[str, Any]) -> Row:
     return prompt_completion(prompt, get_text(row, "response").strip() + "\n")
 
 
-ROLES = {  # who speaks, by the names that datasets give them
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation"), "tool"),
-    "system": "system",
-}
-NEXT_ROLES = {
-    "": "system user",
-    "system": "user",
-    "user": "assistant",
-    "assistant": "user tool",
-    "tool": "tool assistant",
-}
-
-
-def get_optional_text(row: Mapping[str, Any], column: str) -> str:
-    """The text in an optional column, whatever it holds; a null means that it is missing."""
-    value = row.get(column)
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
-
-
-def get_list(row: Mapping[str, Any], name: str) -> list[Any]:
-    """The list in a field, or in the JSON of its text."""
-    value = row.get(name)
-    with contextlib.suppress(ValueError):
-        value = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(value, list):
-        raise RowError(f"field {name!r} is {shorten(repr(value))}, expected a list")
-    return value
+ROLES = {"system": "system"}  # the names that datasets give to each role
+ROLES |= dict.fromkeys(("user", "human"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
+NEXT_ROLES = {"": "system user", "system": "user", "user": "assistant", "assistant": "user tool"}
+NEXT_ROLES |= {"tool": "tool assistant"}
 
 
 def get_messages(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
-    """The turns of a conversation, {role, content} or {from, value}, with today's roles and one after the other."""
+    """The turns of a conversation, {role, content} or {from, value}, with standard roles in a valid order."""
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(get_list(row, column)):
-        here, last = f"{column}[{number}]", messages[-1]["role"] if messages else ""
+        place, expected = f"{column}[{number}]", NEXT_ROLES[messages[-1]["role"] if messages else ""]
         if not isinstance(turn, Mapping):
-            raise RowError(f"{here} is a {type(turn).__name__}, expected an object")
-        who, what = ("from", "value") if turn.get("from") is not None else ("role", "content")
-        fields = {f"{here}.{name}": value for name, value in turn.items()}  # the names that a message gives
-        name = get_text(fields, f"{here}.{who}")
+            raise RowError(f"{place} is a {type(turn).__name__}, expected an object")
+        role_key, content_key = ("from", "value") if turn.get("from") is not None else ("role", "content")
+        fields = {f"{place}.{name}": value for name, value in turn.items()}  # with the names that errors show
+        name = get_text(fields, f"{place}.{role_key}")
         role = ROLES.get(name.lower())
-        if role not in NEXT_ROLES[last].split():
-            raise RowError(f"{here} is a turn of {name!r}, expected one of {NEXT_ROLES[last].replace(' ', ' or ')}")
+        if role not in expected.split():
+            raise RowError(f"{place} is a turn of {name!r}, expected one of {expected.replace(' ', ' or ')}")
         calls = role == "assistant" and turn.get("tool_calls")
-        content = get_text(fields, f"{here}.{what}", "" if calls else None)
+        content = get_text(fields, f"{place}.{content_key}", "" if calls else None)
         if role == "assistant" and not calls and not content.strip():
-            raise RowError(f"{here}: the output is empty, expected something to learn")
+            raise RowError(f"{place}: the output is empty, expected something to learn")
         messages.append({**turn, "role": role, "content": content})
     return messages
 
 
-def _airoboros_chat_to_pair(row: Mapping[str, Any]) -> Row:
-    """From airoboros 3.0 on: LLaMA-2's chat, of which the last answer is supervised."""
+def parse_airoboros_chat(row: Mapping[str, Any]) -> ParsedRow:
+    """Airoboros from 3.0 on: LLaMA-2's chat, of which the last answer is supervised."""
     turns = get_messages(row, "conversations")
     system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else AIROBOROS_SYSTEM
     if len(turns) < 2 or turns[-1]["role"] != "assistant" or any(turn["role"] == "tool" for turn in turns):
@@ -403,13 +393,14 @@ def _airoboros_chat_to_pair(row: Mapping[str, Any]) -> Row:
 
 
 def expand_turns(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """One row for each answer of a conversation, with all that precedes it; the last is the row itself."""
+    """One row for each answer of a valid conversation, with everything before it; the last is the row itself."""
+    parse_airoboros_chat(row)
     ends = [n for n, turn in enumerate(get_messages(row, "conversations"), 1) if turn["role"] == "assistant"]
     return [*({**row, "conversations": get_list(row, "conversations")[:n]} for n in ends[:-1]), row]
 
 
-def _chat_to_conversation(column: str, row: Mapping[str, Any]) -> Row:
-    """Up to the last answer: what comes after it teaches nothing."""
+def parse_chat(column: str, row: Mapping[str, Any]) -> ParsedRow:
+    """Everything up to the last answer: nothing after it is supervised."""
     messages = get_messages(row, column)
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
@@ -418,75 +409,68 @@ def _chat_to_conversation(column: str, row: Mapping[str, Any]) -> Row:
     return Conversation(messages, get_list(row, "tools") if row.get("tools") else None)
 
 
-def _plain_to_pair(columns: Sequence[str], row: Mapping[str, Any]) -> Row:
-    *source, output = (get_text(row, name) for name in columns)
-    return prompt_completion("".join(source), output)
-
-
 def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
-    """A format whose columns stand as they are: input and output, or for plain language modelling output alone."""
-    return DatasetFormat(columns, partial(_plain_to_pair, columns), inferred)
+    """Columns used as they are: prompt and completion, or for plain language modelling the completion alone."""
+    return DatasetFormat(columns, lambda row: prompt_completion(*(get_text(row, name) for name in columns)), inferred)
 
 
 FORMATS: dict[str, DatasetFormat] = {
-    "messages": DatasetFormat(("messages",), partial(_chat_to_conversation, "messages")),
-    "sharegpt": DatasetFormat(("conversations",), partial(_chat_to_conversation, "conversations")),
-    "airoboros": DatasetFormat(("instruction", "response"), _airoboros_to_pair),
-    "alpaca": DatasetFormat(("instruction", "output"), _alpaca_to_pair),
+    "messages": DatasetFormat(("messages",), partial(parse_chat, "messages")),
+    "sharegpt": DatasetFormat(("conversations",), partial(parse_chat, "conversations")),
+    "airoboros": DatasetFormat(("instruction", "response"), parse_airoboros),
+    "alpaca": DatasetFormat(("instruction", "output"), parse_alpaca),
     "self-instruct": column_format("prompt", "completion"),
     "input-output": column_format("input", "output"),
     "hh-rlhf": column_format("chosen"),
     "text": column_format("text"),
-    "alpaca-clean": DatasetFormat(("instruction", "output"), _alpaca_to_pair, inferred=False),
+    "alpaca-clean": DatasetFormat(("instruction", "output"), parse_alpaca, inferred=False),
     "longform": column_format("input", "output", inferred=False),
-    "chip2": DatasetFormat(("text",), _chip2_to_pair, inferred=False),
+    "chip2": DatasetFormat(("text",), parse_chip2, inferred=False),
     "oasst1": column_format("text", inferred=False),
     "input": column_format("input", inferred=False),
-    "airoboros_chat": DatasetFormat(("conversations",), _airoboros_chat_to_pair, inferred=False),
+    "airoboros_chat": DatasetFormat(("conversations",), parse_airoboros_chat, inferred=False),
 }
-MASKED_FORMATS: tuple[str, ...] = ("input", "text")  # what a masked language model reads, in this order of preference
-CUSTOM_FORMAT: re.Pattern[str] = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # a user's file and its function
+MASKED_FORMATS: tuple[str, ...] = ("input", "text")  # for masked language models, in order of preference
+CUSTOM_FORMAT: re.Pattern[str] = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # a user's file and function
 
 
 def get_format(name: str) -> DatasetFormat:
     """A row of FORMATS, or the function that path.py:function names."""
-    own = CUSTOM_FORMAT.fullmatch(name)
-    if own is None:
+    custom = CUSTOM_FORMAT.fullmatch(name)
+    if custom is None:
         return FORMATS[name]
-    spec: Any = importlib.util.spec_from_file_location("dataset_format", own[1])
+    spec: Any = importlib.util.spec_from_file_location("dataset_format", custom[1])
     module: Any = importlib.util.module_from_spec(spec)
-    with reraise_as_user_error(
-        f"--dataset_format {name}", ConfigError, Exception, SystemExit
-    ):  # whatever a user's code raises
+    anything = Exception, SystemExit  # a user's code may raise it
+    with reraise_as_user_error(f"--dataset_format {name}", ConfigError, *anything):
         spec.loader.exec_module(module)
-        return DatasetFormat((), partial(_own_to_row, name, getattr(module, own[2])))
+        return DatasetFormat((), partial(parse_custom, name, getattr(module, custom[2])))
 
 
-def _own_to_row(name: str, function: Callable[[dict[str, Any]], Any], row: Mapping[str, Any]) -> Row:
-    """What a user's function makes of a row."""
+def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: Mapping[str, Any]) -> ParsedRow:
+    """Call a user's function on a row."""
     try:
-        made = function(dict(row))
-        if isinstance(made, Mapping):
-            chat = "messages" in made
-            return _chat_to_conversation("messages", made) if chat else _plain_to_pair(("input", "output"), made)
-        # `learnt` is the key's earlier name
-        return [{"text": get_text(s, "text"), "supervised": bool(s.get("supervised", s.get("learnt")))} for s in made]
-    except (Exception, SystemExit) as error:  # of a user's code, which may raise anything: it is about this row
+        result = function(dict(row))
+        if isinstance(result, Mapping):
+            return FORMATS["messages" if "messages" in result else "input-output"].parse(result)
+        flags = [bool(s.get("supervised", s.get("learnt"))) for s in result]  # `learnt` is the key's earlier name
+        return [{"text": get_text(s, "text"), "supervised": flag} for s, flag in zip(result, flags, strict=True)]
+    except (Exception, SystemExit) as error:  # whatever a user's code raises is an error of this row
         expected = "it returns {input, output}, {messages} or a list of {text, supervised}"
         raise RowError(f"{name}: {type(error).__name__}: {shorten(error)}; expected: {expected}") from error
 
 
 @lru_cache(maxsize=1)
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches the text of any token that the tokenizer parses as special."""
+    """Matches the text of any special token of the tokenizer."""
     texts = sorted((str(token) for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
     return re.compile("|".join(map(re.escape, reversed(texts))) or "(?!)")
 
 
 def escape_special_tokens(value: Any, special: re.Pattern[str]) -> Any:
-    """What a template sees of a user's values: no nulls, which Arrow adds, and no text that a tokenizer would parse."""
+    """A user's values for a template: without the nulls that Arrow adds, and special tokens in them stay text."""
     if isinstance(value, str):
-        return special.sub(lambda found: found[0][0] + ESCAPE_MARK + found[0][1:], value)
+        return special.sub(lambda match: match[0][0] + ESCAPE_MARK + match[0][1:], value)
     if isinstance(value, Mapping):
         return {key: escape_special_tokens(item, special) for key, item in value.items() if item is not None}
     return [escape_special_tokens(item, special) for item in value] if isinstance(value, list) else value
@@ -495,50 +479,47 @@ def escape_special_tokens(value: Any, special: re.Pattern[str]) -> Any:
 def apply_template(
     messages: list[Any], tools: list[Any] | None, tokenizer: PreTrainedTokenizerBase, prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]] | None]:
-    """A conversation's text, a prompt for an answer after it or not; where the answers are, if the template says so."""
+    """The text of a conversation, and the spans of its answers if the template marks them with {% generation %}."""
     try:
         template = tokenizer.get_chat_template(tools=tools)
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         options: dict[str, Any] = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked}
         options |= {"tools": tools, "chat_template": template, **tokenizer.special_tokens_map}
-        made: Any = render_jinja_template([messages], **options)
+        rendered: Any = render_jinja_template([messages], **options)
     except TemplateSyntaxError as error:
         raise ConfigError(f"the chat template, line {error.lineno}: {shorten(error)}") from error
     except LIBRARY_ERRORS as error:
         raise RowError(f"the chat template refuses it: {shorten(error)}") from error
-    return made[0][0], made[1][0] if marked else None
+    return rendered[0][0], rendered[1][0] if marked else None
 
 
 def render_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[Segment]:
-    """A conversation by the tokenizer's chat template: every answer with its stop token is supervised, nothing else.
+    """Apply the tokenizer's chat template: every answer with its stop token is supervised, nothing else.
 
-    Where the template does not mark the answers with {% generation %}, one is what the conversation up to it has more
-    than the one before it with the generation prompt; white space after the stop token is the template's.
+    If the template does not mark its answers, each begins where the text before it with the generation prompt ends, and
+    ends with its stop token: white space after that belongs to the template.
     """
     if tokenizer is None or not tokenizer.chat_template:
-        raise ConfigError("the tokenizer has no chat template, which rows of a chat need: give a --chat_template FILE")
+        raise ConfigError("the tokenizer has no chat template, which chat rows need: pass a --chat_template FILE")
     special = special_token_pattern(tokenizer)
-    messages, tools = (
-        escape_special_tokens(conversation.messages, special),
-        escape_special_tokens(conversation.tools, special),
-    )
-    whole, spans = apply_template(messages, tools, tokenizer)
+    messages, tools = (escape_special_tokens(part, special) for part in conversation)
+    text, spans = apply_template(messages, tools, tokenizer)
     for n in [n for n, message in enumerate(messages) if message["role"] == "assistant"] if spans is None else []:
         before, _ = apply_template(messages[:n], tools, tokenizer, prompt=True)
         after, _ = apply_template(messages[: n + 1], tools, tokenizer)
-        if before == after or not (after.startswith(before) and whole.startswith(after)):
+        if before == after or not (after.startswith(before) and text.startswith(after)):
             raise RowError(
-                f"turn {n + 1}: what the chat template makes of it does not stand like that in the whole conversation; "
-                "give a --chat_template with {% generation %} and {% endgeneration %} around the answers"
+                f"turn {n + 1}: the chat template renders it differently inside the whole conversation; "
+                "pass a --chat_template with {% generation %} and {% endgeneration %} around the answers"
             )
-        stops = [found.end() for found in special.finditer(after, len(before)) if not after[found.end() :].strip()]
-        spans = [*(spans or []), (len(before), [*stops, len(after)][0])]
-    bounds = [0, *itertools.chain(*(spans or [])), len(whole)]
-    pieces = [whole[start:end] for start, end in itertools.pairwise(bounds)]
-    return [{"text": text, "supervised": n % 2 == 1} for n, text in enumerate(pieces) if text]
+        stops = (token.end() for token in special.finditer(after, len(before)) if not after[token.end() :].strip())
+        spans = [*(spans or []), (len(before), next(stops, len(after)))]
+    bounds = [0, *itertools.chain(*(spans or [])), len(text)]
+    texts = [text[start:end] for start, end in itertools.pairwise(bounds)]
+    return [{"text": text, "supervised": n % 2 == 1} for n, text in enumerate(texts) if text]
 
 
-# Presets by their format: where they are, for datasets.load_dataset.
+# Presets: arguments of datasets.load_dataset. Each is in the format of its name.
 DATASETS: dict[str, dict[str, str]] = {
     "alpaca": {"path": "tatsu-lab/alpaca"},
     "alpaca-clean": {"path": "yahma/alpaca-cleaned"},
@@ -554,14 +535,14 @@ DATASETS: dict[str, dict[str, str]] = {
 
 
 def infer_format(columns: Iterable[str], where: str, masked: bool = False) -> str:
-    """The first format whose columns are all there."""
-    found = set(columns)
-    among = MASKED_FORMATS if masked else tuple(name for name, candidate in FORMATS.items() if candidate.inferred)
-    for name in among:
-        if found.issuperset(FORMATS[name].columns):
+    """The first format whose columns are all present."""
+    columns = set(columns)
+    candidates = MASKED_FORMATS if masked else tuple(name for name, f in FORMATS.items() if f.inferred)
+    for name in candidates:
+        if columns.issuperset(FORMATS[name].columns):
             return name
-    needs = "; ".join(f"{name}: {', '.join(FORMATS[name].columns)}" for name in among)
-    names = ", ".join(sorted(found)) or "(none)"
+    needs = "; ".join(f"{name}: {', '.join(FORMATS[name].columns)}" for name in candidates)
+    names = ", ".join(sorted(columns)) or "(none)"
     raise DataError(f"{where}: no format fits the columns {names}. Needed are, for {needs}")
 
 
@@ -1272,43 +1253,40 @@ def hub_options(config: Config) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------
-# 5. Loading: Config -> Splits of rows in normal form
+# 5. Loading: Config -> Splits of rows as segments
 #
-# Every row of every file becomes its segments, written once to an Arrow cache. A row that can't be
-# used travels with its problem, so that the count survives the cache, and reject_bad_rows stops or skips.
-# To read another kind of file: one function that yields (line, row or RowError), one row in READERS.
+# Every row of every file becomes segments, once, in an Arrow cache. A row that can't be used keeps its problem and what
+# was read, so that the cache knows it too; drop_bad_rows then stops the run or writes it to rejected.jsonl.
+# To read another kind of file: one function that yields (line, row or RowError), and one row of READERS.
 # ------------------------------------------------------------------------------------
-Numbered = Iterator[tuple[int, Any]]  # (line or row number from 1, the row or a RowError)
+NumberedRows = Iterator[tuple[int, Any]]  # (line or row number from 1, the row or a RowError)
 
-CHUNK = 2**20  # characters of a JSON array that are read at once
-LONGEST_ROW = 2**27  # characters: what is longer is a quote or a bracket that was left open
-SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in this order of preference
+LONGEST_CELL = 2**27  # characters: a longer one is a quote left open
+SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in order of preference
 REJECTED = "rejected.jsonl"
 EVAL_SPLIT_SEED = 42  # the original's: the same rows are held out
 DATASETS_ERRORS = (RuntimeError, datasets.exceptions.DatasetsError)  # beside LIBRARY_ERRORS
-ROW_FEATURES = datasets.Features(  # of rows in normal form
+ROW_FEATURES = datasets.Features(
     {"segments": [{"text": datasets.Value("string"), "supervised": datasets.Value("bool")}]}
-    | {"rendered": datasets.Value("bool")}
-    | dict.fromkeys(("where", "category", "problem"), datasets.Value("string"))
+    | {"rendered": datasets.Value("bool")}  # by a chat template, which adds the special tokens
+    | dict.fromkeys(("where", "category", "problem", "raw"), datasets.Value("string"))
 )
 
 
 class Splits(NamedTuple):
-    """What a run reads; segments at first, encoded rows later."""
+    """The rows of a run: segments at first, encoded later."""
 
     train: Any | None
     eval: Any | None
 
 
-def read_json_lines(stream: Any) -> Numbered:
-    """JSON lines, or one JSON array."""
-    head, line = stream.read(1), 1
-    while head.isspace():
-        head, line = stream.read(1), line + (head == "\n")
-    if head == "[":
-        yield from read_json_array(stream, line)
-        return
+def read_json_lines(stream: Any) -> NumberedRows:
+    """JSON lines, or one JSON array, which is read into memory whole."""
+    first = next((line for line in stream if line.strip()), "")
     stream.seek(0)
+    if first.lstrip().startswith("["):
+        yield from read_json_array(stream)
+        return
     for number, line in enumerate(stream, start=1):
         if line.strip():
             try:
@@ -1317,65 +1295,44 @@ def read_json_lines(stream: Any) -> Numbered:
                 yield number, RowError(f"not valid JSON: {shorten(error)}, expected one object in a line", line)
 
 
-def read_json_array(stream: Any, line: int) -> Numbered:
-    """The rows of one JSON array, whose `[` in this line has been read, in the memory of the longest."""
-    blank, delimiter, decoder = re.compile(r"\s*"), re.compile(r"\s*([],])\s*"), json.JSONDecoder()
-    text, at, number, after = "", 0, 0, None
-    while after is None or after[1] == ",":
-        try:
-            begin = end = blank.match(text, at).end()  # type: ignore[union-attr]
-            if number or not text.startswith("]", begin):
-                row, end = decoder.raw_decode(text, begin)
-            after = delimiter.match(text, end)
-            if after is None:
-                raise json.JSONDecodeError("expected a comma", text, end)
-        except (ValueError, RecursionError) as error:  # what breaks off at the end of the text may go on
-            more = stream.read(max(CHUNK, len(text) - at)) if len(text) - at < LONGEST_ROW else ""
-            if not more:
-                reason = f"not valid JSON: {shorten(getattr(error, 'msg', error))}, expected one array of rows"
-                yield line + text.count("\n", 0, getattr(error, "pos", at)), RowError(reason)
-                return
-            line, text, at, after = line + text.count("\n", 0, at), text[at:] + more, 0, None
-            continue
-        if end > begin:
-            number += 1
-            yield number, row
-        at = after.end()
-    if (text[at:] + stream.read(CHUNK)).strip():
-        reason = "not valid JSON: something stands after the array, expected one array of rows"
-        yield line + text.count("\n", 0, at), RowError(reason)
+def read_json_array(stream: Any) -> NumberedRows:
+    """The rows of one JSON array."""
+    try:
+        return enumerate(json.load(stream), start=1)
+    except (ValueError, RecursionError) as error:
+        reason = f"not valid JSON: {shorten(getattr(error, 'msg', error))}, expected one array of rows"
+        return iter([(getattr(error, "lineno", 1), RowError(reason))])
 
 
-def read_delimited(stream: Any, delimiter: str) -> Numbered:
+def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     """CSV or TSV with a header; every cell is text: an empty one is an empty string, and NA is NA."""
-    csv.field_size_limit(LONGEST_ROW)  # the default of 128 KiB is shorter than many documents
+    csv.field_size_limit(LONGEST_CELL)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     with reraise_as_user_error(f"{stream.name}:1: the header is not valid CSV", DataError, csv.Error):
         header = next(reader, [])
-    if doubled := [name for name in header if header.count(name) > 1]:
-        raise DataError(f"{stream.name}: the column {doubled[0]!r} stands twice in the header")
-    while True:
+    if repeated := [name for name in header if header.count(name) > 1]:
+        raise DataError(f"{stream.name}: the column {repeated[0]!r} appears twice in the header")
+    cells: list[str] | None = []
+    while cells is not None:
         number = reader.line_num + 1
         try:
-            cells = next(reader)
-        except StopIteration:
-            return
+            cells = next(reader, None)
         except csv.Error as error:
             yield number, RowError(f"not valid CSV: {error}")
             continue
-        if len(cells) == len(header):
+        if cells and len(cells) == len(header):
             yield number, dict(zip(header, cells, strict=True))
-        elif cells:  # no cells: an empty line
+        elif cells:  # an empty line has none
             yield number, RowError(shorten(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"), cells)
 
 
-def read_parquet(stream: Any) -> Numbered:
+def read_parquet(stream: Any) -> NumberedRows:
     """Parquet, a few thousand rows at a time."""
     batches = ParquetFile(stream.buffer).iter_batches(4096)  # the bytes below the text
     return enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
 
 
-READERS: dict[str, Callable[[Any], Numbered]] = {
+READERS: dict[str, Callable[[Any], NumberedRows]] = {
     ".json": read_json_lines,
     ".jsonl": read_json_lines,
     ".csv": lambda stream: read_delimited(stream, ","),
@@ -1385,50 +1342,48 @@ READERS: dict[str, Callable[[Any], Numbered]] = {
 
 
 def data_suffix(path: Path) -> str:
-    """The suffix that chooses the reader; .gz is looked through."""
+    """The suffix that selects the reader, ignoring .gz."""
     return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
 
 
-def read_file(path: Path) -> Numbered:
-    """The rows of one local file; a DataError where it can't be opened, or breaks off."""
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
-    with reraise_as_user_error(str(path), DataError), opened(path, "rb") as raw:
-        # bytes that are not UTF-8 become lone surrogates, which text_of finds in the row they belong to
-        text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+def read_file(path: Path) -> NumberedRows:
+    """The rows of one local file; a DataError if it can't be read to its end."""
+    open_file = gzip.open if path.suffix.lower() == ".gz" else open
+    with reraise_as_user_error(str(path), DataError), open_file(path, "rb") as file:
+        # bytes that are not UTF-8 become lone surrogates, which get_text reports with the row they are in
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         yield from READERS[data_suffix(path)](text)
 
 
 @dataclass(frozen=True)
 class RowSource:
-    """Rows before they have a normal form, of local files or the datasets library: pairs (where, row or RowError)."""
+    """Raw rows of local files or of the datasets library, as pairs (where, row or RowError)."""
 
     name: str  # for messages
-    files: tuple[Path, ...]
-    loaded: Any | None = None
-    first: int = 0  # how many rows to pass over,
-    last: int | None = None  # and up to which to read
-    behind: int = 0  # rows that `loaded` begins after
+    files: tuple[Path, ...] = ()
+    loaded: Any | None = None  # a Dataset, or an IterableDataset of the hub
+    first: int = 0  # rows to skip
+    last: int | None = None  # rows to read, the skipped ones included
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        end = None if self.last is None else self.last - self.behind
-        return itertools.islice(self._rows(), self.first - self.behind, end)
+        return itertools.islice(self._rows(), self.first, self.last)
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
         for path in self.files:
             for number, row in read_file(path):
                 yield f"{path}:{number}", row
-        if self.loaded is not None:
-            with reraise_as_user_error(self.name, DataError, *DATASETS_ERRORS):
-                for number, row in enumerate(self.loaded, start=self.behind + 1):
-                    yield f"{self.name}:{number}", row
+        with reraise_as_user_error(self.name, DataError, *DATASETS_ERRORS):
+            for number, row in enumerate(self.loaded or (), start=1):
+                yield f"{self.name}:{number}", row
 
     def fingerprint(self) -> str:
-        """Changes with the content of the files; of a stream, with its first rows."""
-        own = getattr(self.loaded, "_fingerprint", "") or ("" if self.files else list(itertools.islice(self, 100)))
-        return digest(*(f"{path}:{file_digest(path)}" for path in self.files), own, self.first, self.last)
+        """Changes with the content; that of a stream with its first rows."""
+        own = getattr(self.loaded, "_fingerprint", None)
+        content = [f"{path}:{file_digest(path)}" for path in self.files] or own or list(itertools.islice(self, 100))
+        return digest(content, self.first, self.last)
 
     def columns(self) -> list[str]:
-        """The columns of the first rows; a JSON line may lack those that it leaves empty."""
+        """The columns of the first rows; a JSON line may omit empty ones."""
         if self.loaded is not None and self.loaded.column_names:
             return list(self.loaded.column_names)
         rows = (row for _, row in self if isinstance(row, Mapping))
@@ -1436,31 +1391,24 @@ class RowSource:
 
 
 class RowStream(NamedTuple):
-    """Rows to train on that are read when their turn comes, and from the start again after the last."""
+    """Rows that are read, rendered and encoded while training (--streaming)."""
 
     source: RowSource
     format_name: str
 
 
-class Place(TypedDict, total=False):
-    """Where in a stream a window ends, as JSON: what a resume goes on from."""
-
-    block: int  # blocks before this one, in all passes
-    row: int  # rows of the source before it, in this pass
-    state: Any  # the datasets library's own, of a stream of its kind
-    taken: int  # rows, or packs, of this block that were trained on
-    windows: int  # in all
-
-
 def digest(*parts: Any) -> str:
-    """A short hash of what the parts print."""
+    """A short hash of the parts' text."""
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:
-    """A hash of a file's content."""
+    """A short hash of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+CODE_VERSION = file_digest(Path(__file__))  # rows that another version of this file encoded are encoded again
 
 
 def find_splits(name: str, config: Config) -> dict[str, RowSource]:
@@ -1468,12 +1416,12 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
     path = Path(name).expanduser()
     if name in DATASETS:
         return load_from_hub(config, **DATASETS[name])
+    if path.is_dir():
+        return find_splits_in_folder(path)
     if path.is_file():
         if data_suffix(path) not in READERS:
             raise DataError(f"{path}: unknown kind of file, expected {', '.join(READERS)}, or one of them with .gz")
         return {"train": RowSource(name, (path,))}
-    if path.is_dir():
-        return find_splits_in_folder(path)
     if path.suffix and data_suffix(path) in READERS:
         raise DataError(f"--dataset {name}: no such file")
     return load_from_hub(config, name)
@@ -1484,21 +1432,21 @@ def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         with reraise_as_user_error(str(folder), DataError):
             return as_sources(str(folder), datasets.load_from_disk(str(folder)))
-    files = sorted(p for p in folder.iterdir() if p.is_file() and data_suffix(p) in READERS and p.name[0] != ".")
-    if not files:
-        raise DataError(f"{folder}: no data file in it, expected {', '.join(READERS)}, or what save_to_disk writes")
     splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
-    for file in files:
-        match = re.match(rf"(train|{'|'.join(SPLIT_NAMES)})(?![A-Za-z0-9])", file.name)
-        splits[match[1] if match else ""] += (file,)
+    for file in sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "."):
+        if data_suffix(file) in READERS:
+            match = re.match(rf"(train|{'|'.join(SPLIT_NAMES)})(?![A-Za-z0-9])", file.name)
+            splits[match[1] if match else ""] += (file,)
+    if not splits:
+        raise DataError(f"{folder}: no data file in it, expected {', '.join(READERS)}, or what save_to_disk writes")
     if "" in splits and len(splits) > 1:
-        stray = ", ".join(file.name for file in splits[""])
-        raise DataError(f"{folder}: {stray} beside files named after splits: name all train, eval, ..., or none")
-    return {split or "train": RowSource(str(folder), paths) for split, paths in splits.items()}
+        others = ", ".join(file.name for file in splits[""])
+        raise DataError(f"{folder}: {others} beside files named after splits: name all train, eval, ..., or none")
+    return {split or "train": RowSource(str(folder), files) for split, files in splits.items()}
 
 
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
-    """A dataset of the hub, all its splits."""
+    """All splits of a dataset on the hub."""
     what = f"--dataset {path}: no local file of that name, and the hub does not give it"
     options |= {"streaming": True} if config.data.streaming else {}
     with reraise_as_user_error(what, DataError, *DATASETS_ERRORS):
@@ -1506,13 +1454,38 @@ def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSou
 
 
 def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
-    """What the datasets library loads is one dataset or a dictionary of splits."""
+    """The datasets library loads one dataset or a dictionary of splits."""
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    return {split: RowSource(f"{name}[{split}]", (), dataset) for split, dataset in splits.items()}
+    return {split: RowSource(f"{name}[{split}]", loaded=dataset) for split, dataset in splits.items()}
+
+
+def choose_format(name: str, sources: Mapping[str, RowSource], config: Config) -> str:
+    """The format of a dataset's rows: the flag, the preset's own, or inferred from the columns."""
+    source, data = next(iter(sources.values())), config.data
+    columns = source.columns()
+    if not columns:
+        where, row = next(iter(source), (name, RowError("no row in it")))
+        with reraise_as_user_error(where, DataError):  # a RowError is a ValueError
+            check_row(row)
+    if data.dataset_format:
+        chosen, why = data.dataset_format, "--dataset_format"
+    elif name in DATASETS and not config.masked:
+        chosen, why = name, "the preset's"
+    else:
+        chosen, why = infer_format(columns, name, config.masked), "inferred from the columns"
+    if data.include_sources != "ALL" and "source" not in columns:
+        raise DataError(f"{name}: --include_sources needs a column source, found {', '.join(columns)}")
+    if missing := sorted(set(get_format(chosen).columns) - set(columns)):
+        raise DataError(
+            f"{name}: no column {', '.join(missing)}, found {', '.join(columns)}. "
+            f"The format is {chosen} ({why}); others: {', '.join(FORMATS)}"
+        )
+    log.info("%s: format %s, %s", name, chosen, why)
+    return chosen
 
 
 def check_row(row: Any) -> Mapping[str, Any]:
-    """What was read, if it is a row at all."""
+    """Raise the reader's RowError, or one for what is not an object."""
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, Mapping):
@@ -1520,53 +1493,61 @@ def check_row(row: Any) -> Mapping[str, Any]:
     return row
 
 
-def normalize_rows(
-    source: Iterable[tuple[str, Any]], format_name: str, data: DataArguments, tokenizer: PreTrainedTokenizerBase | None
-) -> Iterator[dict[str, Any]]:
-    """Every row in its normal form. One that can't be used has a `problem`, and as its text what stood there."""
-    columns, to_row, _ = get_format(format_name)
-    wanted, supervised = {name.strip() for name in data.include_sources.split(",")}, "".join(columns[-1:]) or "output"
-    found = False  # a row of the sources asked for
+def select_rows(source: RowSource, data: DataArguments) -> Iterator[tuple[str, Any]]:
+    """The rows of --include_sources; with --expand_conversations a row for each answer of a conversation."""
+    sources = None if data.include_sources == "ALL" else {name.strip() for name in data.include_sources.split(",")}
+    found = False
     for where, row in source:
-        if (
-            data.include_sources != "ALL"
-            and isinstance(row, Mapping)
-            and get_optional_text(row, "source") not in wanted
-        ):
-            continue
-        found = True
-        made: list[list[Segment]] = []
-        category, problem, rendered = "", "", False
-        try:
-            row = check_row(row)
-            category = get_optional_text(row, "category") or get_optional_text(row, "source")
-            for part in map(to_row, expand_turns(row) if data.expand_conversations else [row]):
-                rendered = isinstance(part, Conversation)
-                made.append(render_chat(part, tokenizer) if isinstance(part, Conversation) else part)
-                if not any(segment["supervised"] and segment["text"].strip() for segment in made[-1]):
-                    raise RowError(f"field {supervised!r}: the output is empty, expected something to learn")
-        except (RowError, RecursionError) as error:
-            problem = str(error) if isinstance(error, RowError) else "nested too deeply to be read"
-            raw = "null"
-            with contextlib.suppress(RecursionError):
-                raw = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
-            made = [[{"text": raw, "supervised": False}]]
-        texts = {"where": where, "category": category, "problem": problem}
-        for segments in made:
-            kept = [{**segment, "text": to_valid_utf8(segment["text"])} for segment in segments]
-            yield {
-                "segments": kept,
-                "rendered": rendered,
-                **{name: to_valid_utf8(text) for name, text in texts.items()},
-            }
-    if isinstance(source, RowSource) and not found:  # a block of a stream may have none
+        if sources is None or not isinstance(row, Mapping) or get_optional_text(row, "source") in sources:
+            found, rows = True, [row]
+            with contextlib.suppress(RowError, RecursionError):  # to_segments reports it
+                rows = expand_turns(check_row(row)) if data.expand_conversations else [row]
+            yield from ((where, part) for part in rows)
+    if sources and not found:
         raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
 
 
+def to_segments(
+    row: Any, dataset_format: DatasetFormat, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[list[Segment], bool]:
+    """A raw row as segments, and whether a chat template rendered them; a RowError if it can't be used."""
+    parsed = dataset_format.parse(check_row(row))
+    rendered = isinstance(parsed, Conversation)
+    segments = render_chat(parsed, tokenizer) if isinstance(parsed, Conversation) else parsed
+    if not any(segment["supervised"] and segment["text"].strip() for segment in segments):
+        column = "".join(dataset_format.columns[-1:]) or "output"
+        raise RowError(f"field {column!r}: the output is empty, expected something to learn")
+    return [{**segment, "text": to_valid_utf8(segment["text"])} for segment in segments], rendered
+
+
+def normalize_row(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any) -> dict[str, Any]:
+    """A raw row as ROW_FEATURES; a bad one has no segments but a problem, and what was read as JSON."""
+    texts, rendered = {"where": where, "category": "", "problem": "", "raw": ""}, False
+    segments: list[Segment] = []
+    try:
+        texts["category"] = get_optional_text(check_row(row), "category") or get_optional_text(row, "source")
+        segments, rendered = to_segments(row, dataset_format, tokenizer)
+    except (RowError, RecursionError) as error:
+        texts |= {"problem": str(error) if isinstance(error, RowError) else "nested too deeply to be read"}
+        with contextlib.suppress(RecursionError):
+            texts["raw"] = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
+    texts = {name: to_valid_utf8(text) for name, text in texts.items()}
+    return {"segments": segments, "rendered": rendered, **texts}
+
+
+def normalize_rows(
+    source: RowSource, format_name: str, data: DataArguments, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[dict[str, Any]]:
+    """All rows of a source, for Dataset.from_generator."""
+    dataset_format = get_format(format_name)
+    for where, row in select_rows(source, data):
+        yield normalize_row(where, row, dataset_format, tokenizer)
+
+
 def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-    """One split as an Arrow dataset of rows in normal form, from the cache if the same content was read before."""
-    data, own = config.data, CUSTOM_FORMAT.fullmatch(format_name)
-    depends: list[Any] = [source.name, source.fingerprint(), format_name, own and file_digest(Path(own[1]))]
+    """One split as an Arrow dataset with ROW_FEATURES, from the cache if the same content was read before."""
+    data, custom = config.data, CUSTOM_FORMAT.fullmatch(format_name)
+    depends: list[Any] = [source.name, source.fingerprint(), format_name, custom and file_digest(Path(custom[1]))]
     depends += [data.expand_conversations, data.include_sources]
     if tokenizer:
         depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_token_pattern(tokenizer).pattern]
@@ -1584,94 +1565,64 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
         raise
 
 
-CODE_VERSION = file_digest(Path(__file__))  # rows that another version of this file encoded are encoded again
-
-
-def choose_format(name: str, sources: Mapping[str, RowSource], config: Config) -> str:
-    """The format of a dataset's rows: the flag, the preset's own, or what the columns tell."""
-    source = next(iter(sources.values()))
-    columns = source.columns()
-    if not columns:
-        where, row = next(iter(source), (name, RowError("no row in it")))
-        with reraise_as_user_error(where, DataError):  # a RowError is a ValueError
-            check_row(row)
-    if config.data.dataset_format:
-        chosen, why = config.data.dataset_format, "--dataset_format"
-    elif name in DATASETS and not config.masked:
-        chosen, why = name, "the preset's"
-    else:
-        chosen, why = infer_format(columns, name, config.masked), "inferred from the columns"
-    missing = sorted(set(get_format(chosen).columns) - set(columns))
-    if config.data.include_sources != "ALL" and "source" not in columns:
-        raise DataError(f"{name}: --include_sources needs a column source, found {', '.join(columns)}")
-    if missing:
-        raise DataError(
-            f"{name}: no column {', '.join(missing)}, found {', '.join(columns)}. "
-            f"The format is {chosen} ({why}); others: {', '.join(FORMATS)}"
-        )
-    log.info("%s: format %s, %s", name, chosen, why)
-    return chosen
-
-
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
-    """Every dataset named, in normal form: rows to train on and rows to evaluate on. Chats need the tokenizer."""
-    data = config.data  # a stream's resume reads no row again, and a preview leaves a run as it is
-    if config.training.process_index == 0 and not (data.streaming or data.preview):
-        Path(config.training.output_dir, REJECTED).unlink(missing_ok=True)
+    """Rows to train and to evaluate on, of every dataset named. Chats need the tokenizer."""
+    args, data = config.training, config.data
+    if args.process_index == 0 and not (data.streaming or data.preview):  # a stream's resume reads no row again
+        Path(args.output_dir, REJECTED).unlink(missing_ok=True)
     parts: dict[str, list[Any]] = {"train": [], "eval": []}
-    evaluating = config.training.do_eval or config.training.do_predict
-    given = config.data.dataset
-    for name in [given] if Path(given).exists() else filter(None, re.split(r"\s*,\s*", given.strip())):
+    evaluating = args.do_eval or args.do_predict
+    names = [data.dataset] if Path(data.dataset).exists() else re.split(r"\s*,\s*", data.dataset.strip())
+    for name in filter(None, names):
         sources = find_splits(name, config)
-        chosen = choose_format(name, sources, config)
-        held_out = next((split for split in SPLIT_NAMES if split in sources), None) if evaluating else None
-        if "train" not in sources and (config.training.do_train or held_out is None):
+        format_name = choose_format(name, sources, config)
+        held_out = next((split for split in SPLIT_NAMES if split in sources), "") if evaluating else ""
+        if "train" not in sources and (args.do_train or not held_out):
             raise DataError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
-        if config.data.streaming:
-            return stream_splits(sources["train"], sources.get(held_out or ""), chosen, config, tokenizer)
+        if data.streaming:
+            return stream_splits(sources["train"], sources.get(held_out), format_name, config, tokenizer)
         for part, split in (("train", "train"), ("eval", held_out)):
             if split in sources:
-                rows = load_rows(sources[split], chosen, config, tokenizer)
+                rows = load_rows(sources[split], format_name, config, tokenizer)
                 log.info("%s: %d rows in split %s", name, len(rows), split)
                 parts[part].append(rows)
-    splits = Splits(*(reject_bad_rows(concatenate(part), config) for part in parts.values()))
+    splits = Splits(*(drop_bad_rows(concatenate(part), config) for part in parts.values()))
     if evaluating and splits.eval is None and splits.train is not None:
         splits = train_eval_split(splits.train, config)
     return Splits(
-        take_rows(splits.train, config.data.max_train_samples) if needs_train_rows(config) else None,
-        take_rows(splits.eval, config.data.max_eval_samples),
+        take_rows(splits.train, data.max_train_samples) if needs_train_rows(config) else None,
+        take_rows(splits.eval, data.max_eval_samples),
     )
 
 
 def stream_splits(
     train: RowSource, held_out: RowSource | None, format_name: str, config: Config, tokenizer: Any
 ) -> Splits:
-    """A stream to train on; the rows to evaluate on, if not of a split of their own, are its first."""
+    """A stream to train on; its first rows are evaluated on, unless there is a split for that."""
     data, rows = config.data, None
     if config.training.do_eval or config.training.do_predict:
         count = None if held_out else int(data.eval_dataset_size)
-        limits = [limit for limit in (count, data.max_eval_samples) if limit is not None]
-        part = dataclasses.replace(held_out or train, last=min(limits, default=None))
-        rows = reject_bad_rows(load_rows(part, format_name, config, tokenizer), config)
+        last = min(limit for limit in (count, data.max_eval_samples, sys.maxsize) if limit is not None)
+        source = dataclasses.replace(held_out or train, last=last)
+        rows = drop_bad_rows(load_rows(source, format_name, config, tokenizer), config)
         train = dataclasses.replace(train, first=count or 0)
-    last = None if data.max_train_samples is None else train.first + data.max_train_samples
-    stream = RowStream(dataclasses.replace(train, last=last), format_name)
-    return Splits(stream if needs_train_rows(config) else None, rows)
+    if data.max_train_samples is not None:
+        train = dataclasses.replace(train, last=train.first + data.max_train_samples)
+    return Splits(RowStream(train, format_name) if needs_train_rows(config) else None, rows)
 
 
 def needs_train_rows(config: Config) -> bool:
-    """To train, or to compare a merged model on where no rows are held out."""
+    """To train, or to compare a merged model on if no rows are held out."""
     args = config.training
     return args.do_train or (args.merged_output_dir is not None and not (args.do_eval or args.do_predict))
 
 
 def concatenate(parts: list[Any]) -> Any | None:
-    """Datasets one after the other, under a fingerprint that a second run finds again."""
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    whole = datasets.concatenate_datasets(parts)
-    whole._fingerprint = digest(*(part._fingerprint for part in parts))
-    return whole
+    """Datasets one after the other; the library's own fingerprint differs each time."""
+    rows: Any = datasets.concatenate_datasets(parts) if parts else None
+    if parts:
+        rows._fingerprint = digest(*(part._fingerprint for part in parts))
+    return rows
 
 
 def take_rows(rows: Any | None, limit: int | None) -> Any | None:
@@ -1681,62 +1632,66 @@ def take_rows(rows: Any | None, limit: int | None) -> Any | None:
 
 def train_eval_split(rows: Any, config: Config) -> Splits:
     """Hold rows out for evaluation, shuffled with the original's seed."""
-    size = config.data.eval_dataset_size
-    if "eval_dataset_size" not in config.explicitly_set and len(rows) < 4 * size:
-        size = max(1, len(rows) // 10)
-        log.info("a tenth of %d rows, %d, is held out; --eval_dataset_size sets another number", len(rows), size)
-    count = math.ceil(size if size >= 1 else size * len(rows))
-    if config.training.do_train and count >= len(rows):
-        raise DataError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {len(rows)} rows")
-    if count >= len(rows):
+    size, total = config.data.eval_dataset_size, len(rows)
+    if "eval_dataset_size" not in config.explicitly_set and total < 4 * size:
+        size = max(1, total // 10)
+        log.info("a tenth of %d rows, %d, is held out; --eval_dataset_size sets another number", total, size)
+    count = math.ceil(size if size >= 1 else size * total)
+    if config.training.do_train and count >= total:
+        raise DataError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {total} rows")
+    if count >= total:
         return Splits(None, rows)
     categories = rows["category"][:]
     if not any(categories):
         parts = rows.train_test_split(test_size=count, shuffle=True, seed=EVAL_SPLIT_SEED)
         return Splits(parts["train"], parts["test"])
-    # of every category its share: evenly spaced where they stand one after the other; one with one row breaks nothing
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(EVAL_SPLIT_SEED)).tolist()
-    grouped = sorted(order, key=categories.__getitem__)
-    held_out = {grouped[(2 * n + 1) * len(order) // (2 * count)] for n in range(count)}
+    # sorted by category and evenly spaced: each category gives its share, and one with a single row breaks nothing
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(EVAL_SPLIT_SEED)).tolist()
+    by_category = sorted(order, key=categories.__getitem__)
+    held_out = {by_category[(2 * n + 1) * total // (2 * count)] for n in range(count)}
     return Splits(*(rows.select([i for i in order if (i in held_out) == held]) for held in (False, True)))
 
 
-def reject_bad_rows(rows: Any | None, config: Config, whole: bool = True) -> Any | None:
-    """Rows without a problem. The others stop the run, by a DataError that counts them, or go to rejected.jsonl."""
+def drop_bad_rows(rows: Any | None, config: Config) -> Any | None:
+    """The rows that can be used."""
     if rows is None:
         return None
     problems = rows["problem"][:]
-    bad = [i for i, problem in enumerate(problems) if problem]
-    if bad:
-        first = "{where}: {problem}".format(**rows[bad[0]])
-        if config.data.on_bad_rows == "stop":
-            more = f" (and {len(bad) - 1} more such rows)" if len(bad) > 1 else ""
-            raise DataError(f"{first}{more}; --on_bad_rows skip leaves them out")
-        rejected = Path(config.training.output_dir, REJECTED)
-        if config.training.process_index == 0:
-            rejected.parent.mkdir(parents=True, exist_ok=True)
-            with rejected.open("a+", encoding="utf-8") as file:
-                file.seek(0)
-                known = set(file)  # from an earlier pass, before a resume, or of the run that is looked at
-                for row in rows.select(bad):
-                    raw = row["segments"][0]["text"] if "segments" in row else "null"  # JSON already
-                    said = json.dumps({"where": row["where"], "reason": row["problem"]})
-                    line = f'{said[:-1]}, "row": {raw}}}\n'
-                    file.write("" if line in known else line)
-        log.warning("%d of %d rows left out, the first: %s; all in %s", len(bad), len(rows), first, rejected)
+    if bad := [i for i, problem in enumerate(problems) if problem]:
+        reject(list(rows.select(bad)), len(rows), config)
         rows = rows.select([i for i, problem in enumerate(problems) if not problem])
-    if whole and len(rows) == 0:
+    if len(rows) == 0:
         raise DataError(f"--dataset {config.data.dataset}: no row in it that can be used")
     return rows
+
+
+def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> None:
+    """Stop the run at bad rows, or write those that are not there yet to rejected.jsonl."""
+    first, file = "{where}: {problem}".format(**rows[0]), Path(config.training.output_dir, REJECTED)
+    if config.data.on_bad_rows == "stop":
+        more = f" (and {len(rows) - 1} more such rows)" if len(rows) > 1 else ""
+        raise DataError(f"{first}{more}; --on_bad_rows skip leaves them out")
+    if config.training.process_index != 0:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+", encoding="utf-8") as stream:
+        stream.seek(0)
+        written = set(stream)  # in an earlier pass over a stream, before a resume, or by the run that is previewed
+        records = [json.dumps({"where": row["where"], "reason": row["problem"]}) for row in rows]
+        raw = [row.get("raw") or "null" for row in rows]  # JSON already
+        lines = [f'{record[:-1]}, "row": {row}}}\n' for record, row in zip(records, raw, strict=True)]
+        stream.writelines(line for line in lines if line not in written)
+    if not written.issuperset(lines):
+        log.warning("%d of %d rows left out, the first: %s; all in %s", len(rows), total, first, file)
 
 
 # ------------------------------------------------------------------------------------
 # 6. Tokenizer: special tokens and padding
 #
-# What leaves is a fast tokenizer with BOS (where it has one), EOS and pad ids that lie within the model's embedding.
+# Returns a fast tokenizer with BOS (where it has one), EOS and pad ids inside the model's embedding.
 # ------------------------------------------------------------------------------------
 PATCHED_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-# Tokens that models keep unused: they make a pad that no text contains. In order of preference.
+# Tokens that models leave unused, and so a pad that no text contains. In order of preference.
 SPARE_TOKENS = re.compile(
     r"<\|finetune_right_pad_id\|>|<\|?pad(ding)?\|?>|\[PAD\]|<\|reserved_special_token_\d+\|>|<unused\d+>|<\|unused\d+\|>|<\|reserved_\d+\|>",
     re.IGNORECASE,
@@ -1745,49 +1700,49 @@ TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges*",
 
 
 def download(name: str, patterns: list[str], config: Config) -> Path:
-    """The folder that a name stands for; for a hub id, these files of it are fetched."""
+    """A model's folder; of a hub id, these files are downloaded."""
     folder = Path(name)
     return folder if folder.is_dir() else Path(snapshot_download(name, allow_patterns=patterns, **hub_options(config)))
 
 
-def patched_tokenizer_folder(name: str, patch: str, into: Path, config: Config) -> Path:
-    """The model's tokenizer files with those of the patch laid over them, key by key."""
-    if not any((Path(patch) / file).is_file() for file in PATCHED_FILES):
-        raise ConfigError(f"--tokenizer_patch {patch}: expected a folder with {' or '.join(PATCHED_FILES)}")
-    for file in download(name, TOKENIZER_FILES, config).iterdir():
-        if file.is_file() and file.suffix in (".json", ".model", ".txt"):
-            shutil.copyfile(file, into / file.name)
-    for file_name in PATCHED_FILES:
-        own, over = into / file_name, Path(patch) / file_name
-        layers = [read_json(file) for file in (own, over) if file.is_file()]
-        own.write_text(json.dumps(dict(itertools.chain(*(layer.items() for layer in layers)))), encoding="utf-8")
-    return into
-
-
 def read_json(path: Path) -> Any:
-    """A JSON file's content; a ConfigError where it can't be read."""
+    """A JSON file's content; a ConfigError if it can't be read."""
     with reraise_as_user_error(str(path)):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
+def patched_tokenizer_folder(name: str, patch: Path, target: Path, config: Config) -> Path:
+    """Copy the model's tokenizer files, with those of --tokenizer_patch laid over them key by key."""
+    if not any((patch / file).is_file() for file in PATCHED_FILES):
+        raise ConfigError(f"--tokenizer_patch {patch}: expected a folder with {' or '.join(PATCHED_FILES)}")
+    for file in download(name, TOKENIZER_FILES, config).iterdir():
+        if file.is_file() and file.suffix in (".json", ".model", ".txt"):
+            shutil.copyfile(file, target / file.name)
+    for file_name in PATCHED_FILES:
+        merged: dict[str, Any] = {}
+        for file in (target / file_name, patch / file_name):
+            merged |= read_json(file) if file.is_file() else {}
+        (target / file_name).write_text(json.dumps(merged), encoding="utf-8")
+    return target
+
+
 def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, whose folder or hub id is `folder`, with the overrides of the flags."""
-    model = config.model
+    """The tokenizer in `folder`, which may be a hub id, with the overrides of the flags."""
+    model, tokenizer = config.model, None
     options = hub_options(config) | {"trust_remote_code": model.trust_remote_code}
-    what = f"--model_name_or_path {model.model_name_or_path}: its tokenizer does not load"
-    with tempfile.TemporaryDirectory() as scratch, reraise_as_user_error(what):
+    what = f"--model_name_or_path {model.model_name_or_path}"
+    with tempfile.TemporaryDirectory() as scratch, reraise_as_user_error(f"{what}: its tokenizer does not load"):
         if model.tokenizer_patch:
-            folder = str(patched_tokenizer_folder(folder, model.tokenizer_patch, Path(scratch), config))
+            folder = str(patched_tokenizer_folder(folder, Path(model.tokenizer_patch), Path(scratch), config))
+        # of SentencePiece's file alone, AutoTokenizer may silently make a generic tokenizer with other ids
         bare = Path(folder, "tokenizer.model").is_file() and not Path(folder, "tokenizer.json").is_file()
-        # SentencePiece's file alone: AutoTokenizer may read it as a generic tokenizer with other ids, silently
         llama = bare and model_config.model_type in ("llama", "mistral", "mixtral")
-        tokenizer: Any = None
-        with contextlib.suppress(RecursionError):  # what an empty unk_token leads to
+        with contextlib.suppress(RecursionError):  # caused by an empty unk_token
             tokenizer = (LlamaTokenizer if llama else AutoTokenizer).from_pretrained(folder, **options)
     if tokenizer is None or "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
         raise ConfigError(
-            f"--model_name_or_path {model.model_name_or_path}: the tokenizer's special tokens are empty strings, as in "
-            "early LLaMA conversions: give --tokenizer_patch examples/llama1_tokenizer"
+            f"{what}: the tokenizer's special tokens are empty strings, as in early LLaMA conversions: "
+            "pass --tokenizer_patch examples/llama1_tokenizer"
         )
     tokenizer.name_or_path = model.model_name_or_path
     if model.chat_template:
@@ -1798,7 +1753,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
 
 
 def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model_config: PretrainedConfig) -> None:
-    """Overrides, then a pad where there is none, then the checks.
+    """Apply the flags, choose a pad token if there is none, and check the ids.
 
     The embedding matrix is never resized: a resized one would be written into every adapter.
     """
@@ -1820,165 +1775,43 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
         tokenizer.pad_token = spare[0] if spare else tokenizer.unk_token or tokenizer.eos_token
         log.info("pad token: %s (the tokenizer has none that the model knows)", tokenizer.pad_token)
     for name in ("eos_token_id", "bos_token_id", *(("mask_token_id",) if config.masked else ())):
-        number = getattr(tokenizer, name) or 0
-        if number >= rows:
-            raise ConfigError(f"the tokenizer's {name} {number} lies outside the model's {rows} tokens")
+        if (getattr(tokenizer, name) or 0) >= rows:
+            raise ConfigError(
+                f"the tokenizer's {name} {getattr(tokenizer, name)} lies outside the model's {rows} tokens"
+            )
 
 
 # ------------------------------------------------------------------------------------
-# 7. Encoding: segments -> ids and labels -> batch
+# 7. Encoding: segments -> ids and labels -> StepBatch -> micro-batch
 #
-# A row is tokenised once, before training, into {input_ids, labels, length, cut, where, problem}, in parallel and
-# cached. BOS and EOS are added as ids, and segments are tokenised apart; what a chat template rendered is tokenised as
-# one text, with the template's own special tokens. A `</s>` that a user wrote stays text in both.
+# A row is tokenised once, before training, in parallel and cached; a stream's rows when they are due. BOS and EOS are
+# added as ids, and segments are tokenised apart; text from a chat template is tokenised whole, with the template's own
+# special tokens. A `</s>` that a user wrote stays text in both.
 # ------------------------------------------------------------------------------------
 class Limits(NamedTuple):
-    """How long a row may be, in tokens."""
+    """The most tokens that a row may have."""
 
-    source: int  # input with BOS
-    target: int  # output with EOS
-    total: int | None = None  # both together; replaces the two above
+    source: int  # prompt with BOS
+    target: int  # completion with EOS
+    total: int | None = None  # both together; replaces the other two
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row there may be, and of a pack."""
+        """Tokens of the longest row, and of a pack."""
         return self.total or self.source + self.target
 
     def __str__(self) -> str:
-        apart = f"source {self.source}" + (f", target {self.target}" if self.target else "")
-        return f"model_max_len {self.total}" if self.total else apart
+        both = f"source {self.source}" + (f", target {self.target}" if self.target else "")
+        return f"model_max_len {self.total}" if self.total else both
 
 
 class Encoded(NamedTuple):
     input_ids: list[int]
     labels: list[int]  # the ids that are supervised, IGNORE elsewhere
-    cut: bool  # whether a limit took something away
+    cut: bool  # whether it was longer than a limit
 
 
-Token = tuple[int, int]  # its id, and its label: the id where it is supervised, IGNORE elsewhere
-
-
-def truncate_and_concat(
-    source: list[Token], target: list[Token], limits: Limits, train_on_source: bool = False, bos: int | None = None
-) -> Encoded:
-    """The last answer and all that precedes it, cut to the limits and joined.
-
-    Two limits cut each side on the right, so a cut output has no EOS. One limit for both cuts the input from the left,
-    after BOS, down to a quarter of the limit, so that the answer's marker stays, and then the output on the right.
-    """
-    if limits.total is None:
-        kept = source[: limits.source] + target[: limits.target]
-    else:
-        kept = cut_left(source, max(limits.total - len(target), limits.total // 4), bos)
-        kept = kept + target[: limits.total - len(kept)]
-    ids = [number for number, _ in kept]
-    return Encoded(ids, ids if train_on_source else [label for _, label in kept], len(kept) < len(source) + len(target))
-
-
-def cut_left(tokens: list[Token], limit: int, bos: int | None) -> list[Token]:
-    """BOS, if they begin with it, and the last ones."""
-    first = min(limit, 1) if tokens and tokens[0][0] == bos else 0
-    return tokens if len(tokens) <= limit else tokens[:first] + tokens[len(tokens) - max(limit - first, 0) :]
-
-
-def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Texts as ids, without special tokens around them or parsed in them."""
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
-    return encoded["input_ids"]
-
-
-def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
-    """The tokens of each segment, BOS before the first and EOS after the last; a tokenizer without BOS adds none."""
-    own = {BOS_MARK: [tokenizer.bos_token_id][: tokenizer.bos_token_id is not None], EOS_MARK: [tokenizer.eos_token_id]}
-    texts = [
-        BOS_MARK * (n == 0) + s["text"] + EOS_MARK * (n == len(row) - 1) for row in rows for n, s in enumerate(row)
-    ]
-    split = [re.split(f"([{BOS_MARK}{EOS_MARK}])", text) for text in texts]  # into texts and, between them, marks
-    found = iter(tokenize([text for pieces in split for text in pieces[::2]], tokenizer))
-    ids = ([i for piece in pieces for i in (own[piece] if piece in own else next(found))] for pieces in split)
-    for row in rows:
-        yield [[(i, i if segment["supervised"] else IGNORE) for i in next(ids)] for segment in row]
-
-
-def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
-    """The tokens of each segment where all of a row is tokenised as one text; one that spans two goes to the second."""
-    texts = ["".join(segment["text"] for segment in row) for row in rows]
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
-    for row, text, ids, offsets in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        owner = [number for number, segment in enumerate(row) for _ in segment["text"]]  # of each character
-        parts: list[list[Token]] = [[] for _ in row]
-        for i, (start, end) in zip(ids, offsets, strict=True):
-            if text[start:end] != ESCAPE_MARK:
-                first, last = owner[min(start, len(text) - 1)], owner[max(end, start + 1, 1) - 1]
-                supervised = row[first]["supervised"] or row[last]["supervised"]
-                parts[last].append((i, i if supervised else IGNORE))
-        yield parts
-
-
-def last_supervised(segments: Sequence[Segment]) -> int:
-    """The number of the segment with which the output begins."""
-    return max(number for number, segment in enumerate(segments) if segment["supervised"])
-
-
-def prompts_and_completions(
-    batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[Token], list[Token]]]:
-    """Of every row the tokens of the output, which begins with the last supervised segment, and of what precedes it."""
-    rows = list(zip(batch["segments"], batch["rendered"], strict=True))
-    parts_of = {
-        False: tokenize_segments([segments for segments, rendered in rows if not rendered], tokenizer),
-        True: tokenize_rendered([segments for segments, rendered in rows if rendered], tokenizer),
-    }
-    for segments, rendered in rows:
-        parts, last = next(parts_of[rendered]), last_supervised(segments)
-        yield list(itertools.chain(*parts[:last])), list(itertools.chain(*parts[last:]))
-
-
-def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
-    """A text with the special tokens that the tokenizer puts around it; the labels are what may be masked.
-
-    A mask token in the text is one, for prediction to fill. Other special tokens in it stay text, but not with the
-    tokenizers written in Python: ESM's finds its letters by the same rule as special tokens.
-    """
-    split, limit = tokenizer.is_fast and str(tokenizer.mask_token) not in text, limits.total or limits.source
-    row = tokenizer(text, return_special_tokens_mask=True, split_special_tokens=split, verbose=False)
-    ids, special = row["input_ids"], row["special_tokens_mask"]
-    end = sum(1 for _ in itertools.takewhile(bool, reversed(special)))  # the closing special tokens are never cut
-    kept = [i for i in range(len(ids)) if i < limit - end or i >= len(ids) - end]
-    labels = [IGNORE if special[i] or ids[i] == tokenizer.mask_token_id else ids[i] for i in kept]
-    return Encoded([ids[i] for i in kept], labels, len(kept) < len(ids))
-
-
-def last_texts(batch: Mapping[str, list[Any]]) -> list[str]:
-    """The last segment of each row."""
-    return [segments[-1]["text"] for segments in batch["segments"]]
-
-
-def encode_batch(
-    batch: Mapping[str, list[Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
-    train_on_source: bool = False,
-    masked: bool = False,
-) -> dict[str, list[Any]]:
-    """Columns of rows in normal form -> columns of encoded rows, for datasets.map."""
-    if masked:
-        rows = [encode_masked(text, tokenizer, limits) for text in last_texts(batch)]
-    else:
-        bos = tokenizer.bos_token_id
-        rows = [
-            truncate_and_concat(s, t, limits, train_on_source, bos)
-            for s, t in prompts_and_completions(batch, tokenizer)
-        ]
-    first = 0 if masked else 1  # which can be supervised: the very first token is predicted by none
-    nothing = f"no token left to learn within {limits}, expected one at least"
-    return {
-        "input_ids": [row.input_ids for row in rows],
-        "labels": [row.labels for row in rows],
-        "length": [len(row.input_ids) for row in rows],
-        "cut": [row.cut for row in rows],
-        "problem": ["" if any(i != IGNORE for i in row.labels[first:]) else nothing for row in rows],
-    }
+Token = tuple[int, int]  # id and label: the id where it is supervised, IGNORE elsewhere
 
 
 def length_limits(config: Config) -> Limits:
@@ -1987,75 +1820,299 @@ def length_limits(config: Config) -> Limits:
     return Limits(data.source_max_len, 0 if config.masked else data.target_max_len, data.model_max_len)
 
 
-def encode_dataset(pairs: Any, tokenizer: PreTrainedTokenizerBase, config: Config, name: str) -> Any:
-    """Every row encoded, in parallel, from the cache where the same rows were encoded before."""
-    options = {"limits": length_limits(config), "train_on_source": config.data.train_on_source, "masked": config.masked}
-    words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    depends = (pairs._fingerprint, words, tokenizer.bos_token_id, tokenizer.eos_token_id, options)
-    workers = min(os.cpu_count() or 1, len(pairs) // 20_000)  # below that, starting processes takes longer
+def truncate_and_concat(
+    source: list[Token], target: list[Token], limits: Limits, train_on_source: bool = False, bos: int | None = None
+) -> Encoded:
+    """Prompt and completion cut to the limits and joined.
+
+    Two limits cut each on the right, so a cut completion has no EOS. One limit for both cuts the prompt from the left,
+    after BOS, down to a quarter of the limit, which keeps the answer's marker; then the completion on the right.
+    """
+    if limits.total is None:
+        tokens = source[: limits.source] + target[: limits.target]
+    else:
+        tokens = cut_left(source, max(limits.total - len(target), limits.total // 4), bos)
+        tokens = tokens + target[: limits.total - len(tokens)]
+    ids, labels = [i for i, _ in tokens], [i if train_on_source else label for i, label in tokens]
+    return Encoded(ids, labels, cut=len(tokens) < len(source) + len(target))
+
+
+def cut_left(tokens: list[Token], limit: int, bos: int | None) -> list[Token]:
+    """The last tokens, after BOS if they begin with it."""
+    first = min(limit, 1) if tokens and tokens[0][0] == bos else 0
+    return tokens if len(tokens) <= limit else tokens[:first] + tokens[len(tokens) - max(limit - first, 0) :]
+
+
+def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Ids of texts, without special tokens around them or parsed in them."""
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+    return encoded["input_ids"]
+
+
+def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
+    """Tokens of each segment, BOS before the first and EOS after the last; without a BOS token none is added."""
+    bos, eos = tokenizer.bos_token_id, [tokenizer.eos_token_id]
+    marks = {BOS_MARK: [] if bos is None else [bos], EOS_MARK: eos}
+    split = [[re.split(f"([{BOS_MARK}{EOS_MARK}])", s["text"]) for s in row] for row in rows]  # texts between marks
+    ids_of_text = iter(tokenize([text for row in split for parts in row for text in parts[::2]], tokenizer))
+    for row, segments in zip(rows, split, strict=True):
+        ids = [[i for p in parts for i in (marks[p] if p in marks else next(ids_of_text))] for parts in segments]
+        ids[0] = marks[BOS_MARK] + ids[0]
+        ids[-1] = ids[-1] + eos
+        yield [[(i, i if s["supervised"] else IGNORE) for i in part] for s, part in zip(row, ids, strict=True)]
+
+
+def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
+    """Tokens of each segment of rows that are tokenised as one text; a token in two segments goes to the second."""
+    texts = ["".join(segment["text"] for segment in row) for row in rows]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
+    for row, text, ids, offsets in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        segment_of = [number for number, segment in enumerate(row) for _ in segment["text"]]  # by character
+        tokens: list[list[Token]] = [[] for _ in row]
+        for i, (start, end) in zip(ids, offsets, strict=True):
+            if text[start:end] != ESCAPE_MARK:
+                first, last = segment_of[min(start, len(text) - 1)], segment_of[max(end, start + 1, 1) - 1]
+                supervised = row[first]["supervised"] or row[last]["supervised"]
+                tokens[last].append((i, i if supervised else IGNORE))
+        yield tokens
+
+
+def last_supervised(segments: Sequence[Segment]) -> int:
+    """The segment with which the completion begins."""
+    return max(number for number, segment in enumerate(segments) if segment["supervised"])
+
+
+def prompts_and_completions(
+    batch: Mapping[str, list[Any]], tokenizer: Any
+) -> Iterator[tuple[list[Token], list[Token]]]:
+    """Tokens of each row's prompt and of its completion, which begins with the last supervised segment."""
+    rows = list(zip(batch["segments"], batch["rendered"], strict=True))
+    kinds = {False: tokenize_segments, True: tokenize_rendered}
+    tokens_of = {kind: kinds[kind]([row for row, rendered in rows if rendered == kind], tokenizer) for kind in kinds}
+    for segments, rendered in rows:
+        tokens, last = next(tokens_of[rendered]), last_supervised(segments)
+        yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:]))
+
+
+def last_texts(batch: Mapping[str, list[Any]]) -> list[str]:
+    """The last segment of each row."""
+    return [segments[-1]["text"] for segments in batch["segments"]]
+
+
+def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
+    """A text with the tokenizer's special tokens around it; the labels are the tokens that may be masked.
+
+    A mask token in the text is one, which prediction fills. Other special tokens in it stay text, except with slow
+    tokenizers: ESM's finds its letters by the same rule as special tokens.
+    """
+    split, limit = tokenizer.is_fast and str(tokenizer.mask_token) not in text, limits.total or limits.source
+    row = tokenizer(text, return_special_tokens_mask=True, split_special_tokens=split, verbose=False)
+    ids, special = row["input_ids"], row["special_tokens_mask"]
+    closing = sum(1 for _ in itertools.takewhile(bool, reversed(special)))  # the last special tokens are never cut
+    kept = [i for i in range(len(ids)) if i < limit - closing or i >= len(ids) - closing]
+    labels = [IGNORE if special[i] or ids[i] == tokenizer.mask_token_id else ids[i] for i in kept]
+    return Encoded([ids[i] for i in kept], labels, len(kept) < len(ids))
+
+
+def encode_batch(
+    batch: Mapping[str, list[Any]], tokenizer: Any, limits: Limits, train_on_source: bool = False, masked: bool = False
+) -> dict[str, list[Any]]:
+    """Columns of segments -> columns of encoded rows, for datasets.map."""
+    if masked:
+        encoded = [encode_masked(text, tokenizer, limits) for text in last_texts(batch)]
+    else:
+        pairs, bos = prompts_and_completions(batch, tokenizer), tokenizer.bos_token_id
+        encoded = [truncate_and_concat(source, target, limits, train_on_source, bos) for source, target in pairs]
+    problem = f"no token left to learn within {limits}, expected one at least"
+    rows = [row._asdict() | row_facts(row.input_ids, row.labels, tokenizer, masked) for row in encoded]
+    rows = [row | {"problem": "" if row["supervised"] else problem} for row in rows]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def row_facts(ids: list[int], labels: list[int], tokenizer: Any, masked: bool) -> dict[str, int]:
+    """What the statistics say of an encoded row."""
+    bos = tokenizer.cls_token_id if masked else tokenizer.bos_token_id
+    targets = [n for n, label in enumerate(labels) if label != IGNORE and (n or masked)]  # nothing predicts the first
+    last = targets[-1] if targets else 0
+    return {
+        "length": len(ids),
+        "supervised": len(targets),
+        # with --train_on_source, the line end that a template puts after EOS is supervised too
+        "without_eos": tokenizer.eos_token_id not in labels[max(last - 1, 0) : last + 1],
+        "doubled_bos": ids[:2] == [bos, bos],
+        "largest_id": max(ids, default=0),
+        "hash": hash((*ids, *labels)),  # of integers: the same in every process
+    }
+
+
+def encoding_options(config: Config) -> dict[str, Any]:
+    """The arguments of encode_batch that the flags set."""
+    return {"limits": length_limits(config), "train_on_source": config.data.train_on_source, "masked": config.masked}
+
+
+def encode_dataset(rows: Any, tokenizer: PreTrainedTokenizerBase, config: Config, name: str) -> Any:
+    """Encode every row, in parallel, or find them in the cache."""
+    options = encoding_options(config)
+    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    depends = (rows._fingerprint, vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id, options)
+    workers = min(os.cpu_count() or 1, len(rows) // 20_000)  # below that, starting processes takes longer
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
-    return pairs.map(
+    return rows.map(
         encode_batch,
         batched=True,
         fn_kwargs={"tokenizer": tokenizer, **options},
-        remove_columns=["segments", "rendered", "category"],
+        remove_columns=["segments", "category", "raw"],
         num_proc=workers if workers > 1 else None,
         desc=f"Encoding {name} rows",
         new_fingerprint=digest(CODE_VERSION, *depends),
     )
 
 
-class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows of a dataset, several to a row of at most `limit` tokens: the longest first, into the fullest that has room.
+def warn_missing_eos(rows: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn if the chat template puts the end-of-sequence token after none of the first answers."""
+    first = rows.select(range(min(len(rows), 100)))
+    whole = [row for row in first if row["rendered"] and not (row["cut"] or row["problem"])]
+    if whole and all(row["without_eos"] for row in whole):
+        tokens = (str(tokenizer.decode([i])) for i in reversed(whole[0]["labels"]) if i != IGNORE)
+        last = next((token for token in tokens if token.strip()), "")  # before the template's white space
+        special = special_token_pattern(tokenizer).fullmatch(last)
+        stops = "generation stops there only if --eos_token or the model's generation_config names it"
+        log.warning(
+            "the chat template ends an answer with %r, not with the end-of-sequence token %r: %s",
+            last, tokenizer.eos_token, stops if special else "the model won't learn to stop",
+        )  # fmt: skip
 
-    Best-fit decreasing (Johnson 1973) needs at most 11/9 of the fewest packs. The packs follow from the rows alone.
+
+def drops_long_rows(config: Config) -> bool:
+    """Whether training rows longer than --model_max_len are left out instead of cut."""
+    return config.data.model_max_len is not None and config.data.skip_excess_length
+
+
+def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
+    """Both splits encoded; the first rows of a stream stand for it."""
+    return Splits(*(rows and encode_split(rows, name, tokenizer, config) for name, rows in splits._asdict().items()))
+
+
+def encode_split(rows: Any, name: str, tokenizer: PreTrainedTokenizerBase, config: Config) -> Any:
+    """A split encoded, without the rows that can't be trained on."""
+    streamed = isinstance(rows, RowStream)
+    rows = first_rows(rows, tokenizer, config) if streamed else encode_dataset(rows, tokenizer, config, name)
+    warn_missing_eos(rows, tokenizer)
+    if name == "train" and drops_long_rows(config) and any(cut := rows["cut"][:]):
+        limits = length_limits(config)
+        log.info("%d of %d training rows are longer than %s: left out", sum(cut), len(rows), limits)
+        if all(cut):
+            raise DataError(f"--{limits}: every row is longer; raise it or pass --skip_excess_length False")
+        rows = rows.select([i for i, is_cut in enumerate(cut) if not is_cut])
+    return drop_bad_rows(rows, config)
+
+
+def encode_stream_row(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any, config: Config) -> Any:
+    """A raw row encoded, or None if it is left out: bad, or too long."""
+    normal = normalize_row(where, row, dataset_format, tokenizer)
+    if not normal["problem"]:
+        columns = encode_batch({name: [value] for name, value in normal.items()}, tokenizer, **encoding_options(config))
+        normal |= {name: values[0] for name, values in columns.items()}
+    if normal["problem"]:
+        reject([normal], 1, config)
+    too_long = drops_long_rows(config) and normal.get("cut")
+    return None if normal["problem"] or too_long else normal
+
+
+def first_rows(stream: RowStream, tokenizer: PreTrainedTokenizerBase, config: Config) -> Any:
+    """The first 1,000 encoded rows of a stream, unshuffled, for statistics and --preview."""
+    dataset_format, rows = get_format(stream.format_name), select_rows(stream.source, config.data)
+    encoded = (encode_stream_row(where, row, dataset_format, tokenizer, config) for where, row in rows)
+    first, held_out = list(itertools.islice(filter(None, encoded), 1000)), stream.source.first
+    if not first:
+        after = f" after the first {held_out}, which are held out (--eval_dataset_size)" if held_out else ""
+        raise DataError(f"{stream.source.name}: no row in it that can be used to train{after}")
+    return datasets.Dataset.from_list(first)
+
+
+def stream_examples(source: RowSource, data: DataArguments) -> Iterator[dict[str, Any]]:
+    """The raw rows of a stream, for IterableDataset.from_generator."""
+    return ({"where": where, "row": row} for where, row in select_rows(source, data))
+
+
+def encoded_stream(
+    stream: RowStream, tokenizer: PreTrainedTokenizerBase, config: Config, skip: int = 0
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Encoded rows to train on, pass after pass without end, each with the number of raw rows consumed so far.
+
+    The order of a pass follows from seed and pass alone. A resume gives that number as `skip`: raw rows up to it are
+    read but not encoded, and the rest is what it would have been. Resuming a shuffle buffer's state would not be exact.
     """
+    options: dict[str, Any] = {
+        "dataset_format": get_format(stream.format_name),
+        "tokenizer": tokenizer,
+        "config": config,
+    }
+    args, consumed, raw = config.training, 0, {"source": stream.source, "data": config.data}
+    seed = args.seed if args.data_seed is None else args.data_seed
+    for epoch in itertools.count():
+        rows = datasets.IterableDataset.from_generator(stream_examples, gen_kwargs=raw)
+        if args.train_sampling_strategy != "sequential":
+            rows = rows.shuffle(seed=seed + epoch, buffer_size=config.data.stream_buffer)
+        for raw_row in rows:
+            consumed += 1
+            if consumed > skip and (row := encode_stream_row(**raw_row, **options)):
+                yield consumed, row
+
+
+def pack_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Row numbers in packs of at most `limit` tokens: the longest first, each into the fullest pack that has room.
+
+    Best-fit decreasing (Johnson 1973) needs at most 11/9 of the fewest packs.
+    """
+    packs: list[list[int]] = []
+    by_room: dict[int, list[list[int]]] = defaultdict(list)  # open packs by their free tokens
+    rooms: list[int] = []  # the keys that have packs, in order
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect.bisect_left(rooms, lengths[i])
+        room, pack = (rooms[at], by_room[rooms[at]].pop()) if at < len(rooms) else (limit, [])
+        if not pack:
+            packs.append(pack)
+        elif not by_room[room]:
+            del rooms[at]
+        pack.append(i)
+        room = max(room - lengths[i], 0)
+        if not by_room[room]:
+            bisect.insort(rooms, room)
+        by_room[room].append(pack)
+    return packs
+
+
+class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
+    """Rows of a dataset, several to a pack. The packs follow from the rows alone."""
 
     def __init__(self, rows: Any, limit: int) -> None:
-        self.rows, self.limit, lengths = rows, limit, rows["length"][:]
-        self.packs: list[list[int]] = []
-        self.lengths: list[int] = []
-        open_packs: dict[int, list[int]] = defaultdict(list)  # by the tokens that are free
-        frees: list[int] = []  # of which there are packs, in order
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            at = bisect.bisect_left(frees, lengths[i])
-            if at < len(frees):
-                pack = open_packs[frees[at]].pop()
-                if not open_packs[frees[at]]:
-                    del frees[at]
-            else:
-                pack = len(self.packs)
-                self.packs.append([])
-                self.lengths.append(0)
-            self.packs[pack].append(i)
-            self.lengths[pack] += lengths[i]
-            left = max(limit - self.lengths[pack], 0)
-            if not open_packs[left]:
-                bisect.insort(frees, left)
-            open_packs[left].append(pack)
+        lengths = rows["length"][:]
+        self.rows, self.limit, self.packs = rows, limit, pack_rows(lengths, limit)
+        self.lengths = [sum(lengths[i] for i in pack) for pack in self.packs]
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def __getitem__(self, key: Any) -> Any:
-        """One pack; by name a column of the rows, but by `length` the tokens of every pack."""
+        """One pack; by name a column of the rows, but `length` is that of each pack."""
         if isinstance(key, str):
             return self.lengths if key == "length" else self.rows[key]
         return {"pack": [self.rows[i] for i in self.packs[key]]}
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):
-    """Row numbers in an order that follows from seed and epoch alone, so that a resume in any epoch finds it again.
+    """Row numbers in an order that follows from seed and epoch alone, so that a resume in any epoch repeats it.
 
-    With lengths, rows of like length stand together (in windows of 50 batches, the longest first): less padding.
+    With lengths, rows of similar length are together (in windows of 50 batches, the longest first): less padding.
     """
 
     def __init__(self, rows: int, seed: int, lengths: list[int] | None = None, batch_size: int = 1) -> None:
         self.rows, self.seed, self.lengths, self.batch_size = rows, seed, lengths, batch_size
         self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:  # the data loader calls it
+    def set_epoch(self, epoch: int) -> None:  # called by the data loader
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -2068,97 +2125,30 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-def build_sampler(lengths: list[int], at_once: int, args: Any) -> Any:
-    """The sampler of training rows that the flags ask for; the Trainer's own grouped one differs after a resume."""
+def build_sampler(lengths: list[int], batch_size: int, args: Any) -> Any:
+    """The order of training rows that the flags ask for; the Trainer's own grouped sampler changes after a resume."""
     if args.train_sampling_strategy == "sequential":
         return torch.utils.data.SequentialSampler(lengths)
     seed = args.seed if args.data_seed is None else args.data_seed
     grouped = lengths if args.train_sampling_strategy == "group_by_length" else None
-    return EpochSampler(len(lengths), seed, grouped, at_once)
-
-
-def warn_missing_eos(pairs: Any, rows: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say so where the chat template puts the end-of-sequence token after none of the first answers."""
-    first = rows.select([n for n, rendered in enumerate(pairs[:100]["rendered"]) if rendered])
-    supervised = [[i for i in row["labels"] if i != IGNORE] for row in first if not (row["cut"] or row["problem"])]
-    # with --train_on_source also the template's white space after the answer
-    last = {next((i for i in reversed(ids) if str(tokenizer.decode([i])).strip()), ids[-1]) for ids in supervised}
-    if last and tokenizer.eos_token_id not in last:
-        special = [i for i in last if special_token_pattern(tokenizer).fullmatch(str(tokenizer.decode([i])))]
-        then = "generation stops there only if --eos_token or the model's generation_config names it"
-        log.warning(
-            "the chat template ends an answer with %r, not with the end-of-sequence token %r: %s",
-            tokenizer.decode([min(last)]), tokenizer.eos_token, then if special else "the model won't learn to stop",
-        )  # fmt: skip
-
-
-def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
-    """Both splits encoded; of a stream the first block, which stands for it until training."""
-    return Splits(*(encode_split(pairs, name, tokenizer, config) for name, pairs in splits._asdict().items()))
-
-
-def encode_split(
-    pairs: Any, name: str, tokenizer: PreTrainedTokenizerBase, config: Config, place: Place | None = None
-) -> Any:
-    """Rows encoded, without those that nothing can be supervised of and, if the flags say so, without too long ones.
-
-    With a place they are a block of a stream, of which nothing need remain.
-    """
-    if isinstance(pairs, RowStream):
-        return next(encoded_blocks(pairs, {}, tokenizer, config))[1]
-    if not pairs:
-        return pairs
-    rows, limits = encode_dataset(pairs, tokenizer, config, name), length_limits(config)
-    if not place:
-        warn_missing_eos(pairs, rows, tokenizer)
-    if name == "train" and limits.total is not None and config.data.skip_excess_length and any(cut := rows["cut"][:]):
-        log.info("%d of %d training rows are longer than %s: left out", sum(cut), len(rows), limits)
-        if place is None and all(cut):
-            raise DataError(f"--{limits}: every row is longer; raise it or give --skip_excess_length False")
-        rows = rows.select([i for i, was_cut in enumerate(cut) if not was_cut])
-    return reject_bad_rows(rows, config, whole=place is None)
-
-
-def encoded_blocks(
-    stream: RowStream, place: Place, tokenizer: PreTrainedTokenizerBase, config: Config
-) -> Iterator[tuple[Place, Any]]:
-    """From a place on, without end: the encoded rows of each block that has any, and the place before it."""
-    source, useful = stream.source, True
-    while useful:
-        useful, loaded, row = False, copy.deepcopy(source.loaded), place.get("row", source.first)
-        if state := place.get("state"):
-            loaded.load_state_dict(state)  # type: ignore[union-attr]
-        rest = iter(dataclasses.replace(source, loaded=loaded, first=row, behind=row if state else 0))
-        while block := list(itertools.islice(rest, config.data.stream_buffer)):
-            made = list(normalize_rows(block, stream.format_name, config.data, tokenizer))
-            pairs: Any = datasets.Dataset.from_list(made, features=ROW_FEATURES) if made else None
-            rows = encode_split(reject_bad_rows(pairs, config, whole=False), "train", tokenizer, config, place)
-            if rows:
-                useful = True
-                yield place, rows
-            row += len(block)
-            state = loaded.state_dict() if hasattr(loaded, "state_dict") else None  # type: ignore[union-attr]
-            place = {"block": place.get("block", 0) + 1, "row": row, "state": state}
-        place = {"block": place.get("block", 0)}  # the next pass
-    after = f" after the first {source.first}, which are held out (--eval_dataset_size)" if source.first else ""
-    raise DataError(f"{source.name}: no row in it that can be used to train{after}")
+    return EpochSampler(len(lengths), seed, grouped, batch_size)
 
 
 class TokenStatistics(NamedTuple):
     fingerprint: str  # of every id and label, in order
     rows: int
     tokens: int
-    supervised: int  # tokens; of a masked model, those that may be masked
+    supervised: int  # tokens; with a masked model, those that may be masked
     largest_id: int
-    longest: int
-    cut: int  # rows, as in the next three
-    without_eos: int | None  # which do not learn to stop; a masked model has no such
+    longest: int  # tokens
+    cut: int  # rows, as the next three
+    without_eos: int | None  # which do not teach the model to stop; None with a masked model
     doubled_bos: int
     duplicates: int
     batch: int  # rows
-    padding: float  # share of the batches, were they padded
-    packing: float | None  # share of the packs that is filled, were the rows to train on packed
-    lengths: dict[str, int]  # rows by their tokens
+    padding: float  # share of the tokens of padded batches
+    packing: float | None  # share of the packs that is filled, if the training rows are packed
+    lengths: dict[str, int]  # rows by length in tokens
 
     def lines(self) -> dict[str, str]:
         """Names and values, for a table."""
@@ -2175,72 +2165,50 @@ class TokenStatistics(NamedTuple):
         }
 
     def __str__(self) -> str:
-        """One line, for the log: without what does not occur."""
+        """One line for the log, without zeros."""
         return ", ".join(f"{value} {name}" for name, value in self.lines().items() if value[:2] != "0 ")
 
 
-def token_statistics(rows: Any, tokenizer: Any, config: Config, packs: PackedRows | None = None) -> TokenStatistics:
-    """One pass over encoded rows, keeping a length and a hash of each; those to train on come with their packs."""
-    begins_with = tokenizer.cls_token_id if config.masked else tokenizer.bos_token_id
-    hasher, found, largest, parts = hashlib.sha256(), Counter[str](), 0, []
-    for batch in rows.select_columns(["input_ids", "labels", "cut"]).with_format("arrow").iter(batch_size=10_000):
-        lists = [batch[name].combine_chunks() for name in ("input_ids", "labels")]
-        sizes, (ids, labels) = lists[0].value_lengths().to_numpy(), (part.flatten().to_numpy() for part in lists)
-        hasher.update(b"".join(part.tobytes() for part in (sizes, ids, sizes, labels)))
-        ends = sizes.cumsum()
-        starts = ends - sizes
-        supervised = labels != IGNORE
-        supervised[starts] &= config.masked  # else nothing predicts it
-        last = np.maximum.reduceat(np.where(supervised, np.arange(len(ids)), 0), starts)
-        # with --train_on_source, the line end that a template puts after EOS is supervised too
-        stops = (labels[last] == tokenizer.eos_token_id) | (labels[np.maximum(last - 1, 0)] == tokenizer.eos_token_id)
-        second = ids[np.minimum(starts + 1, ends - 1)]
-        doubled = (sizes > 1) & (ids[starts] == begins_with) & (second == begins_with)
-        where = {
-            "supervised": supervised,
-            "without_eos": ~stops,
-            "doubled_bos": doubled,
-            "cut": batch["cut"].to_numpy(),
-        }
-        found.update({name: int(part.sum()) for name, part in where.items()})
-        largest = max(largest, int(ids.max(initial=0)))
-        hashes = [hash(ids[start:end].tobytes()) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-        parts.append(np.stack([sizes, hashes]))
-    lengths, hashes = np.concatenate(parts, axis=1)
-    train, every = config.training, np.asarray(packs.lengths if packs and config.data.packing else lengths)
-    window = train.train_batch_size * train.gradient_accumulation_steps * train.world_size
-    order = build_sampler(every.tolist(), window, train) if packs else range(len(every))
-    batch = train.per_device_train_batch_size if packs else train.per_device_eval_batch_size
-    return TokenStatistics(
-        hasher.hexdigest()[:16], len(lengths), int(lengths.sum()), found["supervised"], largest, int(lengths.max()),
-        found["cut"], None if config.masked else found["without_eos"], found["doubled_bos"],
-        len(hashes) - len(np.unique(hashes)), batch, padding_share(every, order, batch),
-        sum(packs.lengths) / (packs.limit * len(packs)) if packs else None, histogram(lengths),
+def token_statistics(rows: Any, config: Config, packs: PackedRows | None = None) -> TokenStatistics:
+    """Statistics of encoded rows; training rows come with their packs."""
+    args, lengths, hashes = config.training, np.asarray(rows["length"][:]), rows["hash"][:]
+    sizes = np.asarray(packs.lengths) if packs and config.data.packing else lengths
+    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    shuffled = packs and not config.data.streaming
+    order = build_sampler(sizes.tolist(), step, args) if shuffled else range(len(sizes))
+    batch = args.per_device_train_batch_size if packs else args.per_device_eval_batch_size
+    sums = {name: sum(rows[name]) for name in ("supervised", "cut", "without_eos", "doubled_bos")}
+    return TokenStatistics(**sums | ({"without_eos": None} if config.masked else {}),
+        fingerprint=digest(*hashes), rows=len(lengths), tokens=int(lengths.sum()), largest_id=max(rows["largest_id"]),
+        longest=int(lengths.max()), duplicates=len(hashes) - len(set(hashes)), lengths=histogram(lengths), batch=batch,
+        padding=padding_share(sizes, order, batch),
+        packing=sum(packs.lengths) / (packs.limit * len(packs)) if packs else None,
     )  # fmt: skip
 
 
-def pack_and_summarize(splits: Splits, tokenizer: Any, config: Config) -> tuple[Any, dict[str, TokenStatistics]]:
-    """The rows to train on, packed if the flags say so, and statistics of both splits."""
-    longest = length_limits(config).longest
-    packs = None if splits.train is None else PackedRows(splits.train, longest)
-    if packs and config.data.packing:
-        log.info("packing: %d rows in %d packs of up to %d tokens", len(packs.rows), len(packs), longest)
-    statistics = {} if packs is None else {"train": token_statistics(splits.train, tokenizer, config, packs)}
+def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, TokenStatistics]]:
+    """The training rows, packed if the flags say so, and statistics of both splits."""
+    statistics, packs = {}, None
+    if splits.train is not None:
+        packs = PackedRows(splits.train, length_limits(config).longest)
+        statistics["train"] = token_statistics(splits.train, config, packs)
     if splits.eval is not None:
-        statistics["eval"] = token_statistics(splits.eval, tokenizer, config)
-    return packs if config.data.packing else splits.train, statistics
+        statistics["eval"] = token_statistics(splits.eval, config)
+    if packs is None or not config.data.packing:
+        return splits.train, statistics
+    log.info("packing: %d rows in %d packs of up to %d tokens", len(packs.rows), len(packs), packs.limit)
+    return packs, statistics
 
 
-def padding_share(lengths: Any, order: Iterable[int], at_once: int) -> float:
-    """What is padding in batches of so many rows, taken in this order."""
+def padding_share(lengths: Any, order: Iterable[int], batch_size: int) -> float:
+    """The share of padding in batches taken in this order."""
     ordered = lengths[np.fromiter(order, int)]
-    starts = np.arange(0, len(ordered), at_once)
-    sizes = np.diff(starts, append=len(ordered))
-    return float(1 - ordered.sum() / (np.maximum.reduceat(ordered, starts) * sizes).sum())
+    batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+    return float(1 - ordered.sum() / sum(len(batch) * batch.max() for batch in batches))
 
 
 def histogram(lengths: Any) -> dict[str, int]:
-    """How many there are in each of at most a dozen round steps."""
+    """Counts in at most a dozen steps of a round size."""
     step = next(n * 10**power for power in itertools.count() for n in (1, 2, 5) if 12 * n * 10**power >= lengths.max())
     counts = np.bincount((lengths - 1) // step).tolist()
     return {f"{n * step + 1}-{(n + 1) * step}": count for n, count in enumerate(counts)}
@@ -2253,95 +2221,95 @@ def pad(rows: Sequence[Sequence[int] | torch.Tensor], value: int, side: str) -> 
 
 
 def padded_prompts(rows: Sequence[Sequence[int] | torch.Tensor], pad_id: int, side: str) -> dict[str, torch.Tensor]:
-    """Rows of ids as input_ids and attention_mask, (rows, longest). The mask comes from lengths: pad is often EOS."""
+    """input_ids and attention_mask, (rows, longest). The mask comes from the lengths: pad is often EOS."""
     return {"input_ids": pad(rows, pad_id, side), "attention_mask": pad([[1] * len(row) for row in rows], 0, side)}
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The rows of one optimizer step of one process (or of one evaluation batch), before they are micro-batches."""
+    """One process's rows of an optimizer step, or of an evaluation batch, before they are cut into micro-batches."""
 
-    input_ids: list[torch.Tensor]
-    labels: list[torch.Tensor]  # the first of a row is IGNORE, as nothing predicts it, unless tokens are masked
-    rows: list[int]  # how many of the above each row of the dataset holds: 1, or more where rows are packed
-    where: list[str]
-    masked: bool = False  # whether a label is predicted at its own place, and not at the one before
+    input_ids: torch.Tensor  # (tokens,) of all members, one after the other; a member is a row, or a row of a pack
+    labels: torch.Tensor  # (tokens,) the first of a member is IGNORE, as nothing predicts it, unless tokens are masked
+    lengths: torch.Tensor  # (members,)
+    rows: list[int]  # members of each dataset row: 1, or more if rows are packed
+    where: list[str]  # of each member
+    masked: bool = False  # whether a label is predicted at its own position, not at the one before
 
     @property
-    def lengths(self) -> list[int]:
-        return [len(ids) for ids in self.input_ids]
+    def supervised(self) -> int:
+        """The number of labels."""
+        return int((self.labels != IGNORE).sum())
+
+    def members(self, numbers: Iterable[int] | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Ids and labels of these members, or of all."""
+        lengths = self.lengths.tolist()
+        pairs = list(zip(self.input_ids.split(lengths), self.labels.split(lengths), strict=True))
+        return pairs if numbers is None else [pairs[i] for i in numbers]
 
 
 def collate_step(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> dict[str, Any]:
-    """Rows of a dataset, packed or not -> {lengths (rows,), labels (tokens,), window}; the labels are for counting."""
+    """Rows of a dataset, packed or not -> a StepBatch, and its tokens for each row, which the Trainer counts."""
     packs = [row.get("pack", [row]) for row in rows]
-    # without rows: a token that nobody learns, for a process that has no share but must take part
+    # a process without rows of its own still has to take part: one token without a label
     members = [member for pack in packs for member in pack] or [{"input_ids": [0], "labels": [IGNORE]}]
-    ids = [torch.tensor(member["input_ids"]) for member in members]
-    labels = [torch.tensor(member["labels"]) for member in members]
-    for row in labels if not masked else ():
-        row[0] = IGNORE
+    ids, labels = (torch.tensor([i for m in members for i in m[name]]) for name in ("input_ids", "labels"))
+    lengths = torch.tensor([len(member["input_ids"]) for member in members])
+    if not masked:
+        labels[lengths.cumsum(0) - lengths] = IGNORE
     where = [member.get("where", "") for member in members]
-    window = StepBatch(ids, labels, [len(pack) for pack in packs], where, masked)
-    return {"lengths": torch.tensor([sum(map(len, ids))] * len(rows)), "labels": torch.cat(labels), "window": window}
+    step = StepBatch(ids, labels, lengths, [len(pack) for pack in packs], where, masked)
+    return {"lengths": torch.tensor([len(ids)] * len(rows)), "step": step}
 
 
-def micro_batches(window: StepBatch, rows: int | None, tokens: int, padded: bool) -> list[list[int]]:
-    """Which members of a window go through the model together: at most `rows` of the dataset, in their order.
+def micro_batches(step: StepBatch, rows: int | None, tokens: int, padded: bool) -> list[list[int]]:
+    """The members that go through the model together: at most `rows` of the dataset, in their order.
 
-    And at most so many tokens, padding included, unless one member alone has more; `rows` None for as many as fit.
+    They have at most so many tokens, padding included, unless one member alone has more. `rows` None: as many as fit.
     """
-    lengths, groups = window.lengths, [list(range(len(window.input_ids)))]
-    if rows is not None and window.rows:  # a share may be empty
-        ends = [0, *itertools.accumulate(window.rows)]
+    lengths = step.lengths.tolist()
+    groups = [list(range(len(lengths)))]
+    if rows is not None and step.rows:  # a process may have none
+        ends = [0, *itertools.accumulate(step.rows)]
         groups = [groups[0][start:end] for start, end in itertools.pairwise([*ends[:-1:rows], ends[-1]])]
     elif padded:
         groups[0].sort(key=lambda i: -lengths[i])
     else:  # even shares
         tokens = min(tokens, math.ceil(sum(lengths) / max(1, math.ceil(sum(lengths) / tokens)) * 1.02))
-    made: list[list[int]] = []
+    batches: list[list[int]] = []
     for group in groups:
-        made.append([])
+        batches.append([])
         for i in group:
-            both = [lengths[j] for j in (*made[-1], i)]
-            if made[-1] and (max(both) * len(both) if padded else sum(both)) > tokens:
-                made.append([])
-            made[-1].append(i)
-    return made
+            together = [lengths[j] for j in (*batches[-1], i)]
+            if batches[-1] and (max(together) * len(together) if padded else sum(together)) > tokens:
+                batches.append([])
+            batches[-1].append(i)
+    return batches
 
 
-def padded_batch(window: StepBatch, members: list[int], pad_id: int, side: str) -> dict[str, Any]:
-    """Members of a window in rows of one length, and which positions predict what."""
-    ids, labels = ([part[i] for i in members] for part in (window.input_ids, window.labels))
-    places = supervised_targets(pad(labels, IGNORE, side).flatten(), 0 if window.masked else 1)
-    return padded_prompts(ids, pad_id, side) | places
+def padded_batch(step: StepBatch, members: list[int], pad_id: int, side: str) -> dict[str, Any]:
+    """Members in rows of one length, and which positions predict what."""
+    ids, labels = zip(*step.members(members), strict=True)
+    return padded_prompts(ids, pad_id, side) | supervised_targets(
+        pad(labels, IGNORE, side).flatten(), 0 if step.masked else 1
+    )
 
 
-def padding_free_batch(window: StepBatch, members: list[int], filled: bool = False) -> dict[str, Any]:
-    """Members of a window as one row without padding; positions begin anew in each.
-
-    `filled` up to one of few shapes, for CUDA graphs: one more row of at most an eighth of the tokens, and empty ones.
-    """
-    ids, labels = ([part[i] for i in members] for part in (window.input_ids, window.labels))
+def padding_free_batch(step: StepBatch, members: list[int]) -> dict[str, Any]:
+    """Members in one row without padding; positions restart in each."""
+    ids, labels = zip(*step.members(members), strict=True)
     lengths = [len(row) for row in ids]
-    longest, tokens = max(lengths), sum(lengths)
-    if filled:
-        step = max(16, 2 ** (tokens.bit_length() - 4))
-        more, rows = -tokens % step, 2 ** (len(ids) - 1).bit_length()
-        ids, labels = [*ids, ids[0].new_zeros(more)], [*labels, labels[0].new_full((more,), IGNORE)]
-        lengths += [more, *[0] * (rows - len(lengths))]
-        longest = tokens + more
     starts = F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0))
     return {
         "input_ids": torch.cat(ids).unsqueeze(0),
         "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
-        "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest,
+        "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": max(lengths), "max_length_k": max(lengths),
         **supervised_targets(torch.cat(labels)),
     }  # fmt: skip
 
 
 def supervised_targets(labels: torch.Tensor, ahead: int = 1) -> dict[str, torch.Tensor]:
-    """Flat labels -> the positions that predict a labelled token, `ahead` of it, and those tokens."""
+    """Flat labels -> the positions that predict a supervised token, `ahead` of it, and those tokens."""
     positions = (labels[ahead:] != IGNORE).nonzero().squeeze(1)
     return {"positions": positions, "targets": labels[positions + ahead]}
 
@@ -2351,12 +2319,12 @@ class Masking(NamedTuple):
 
     chosen: float  # share of the tokens
     replaced: float  # share of the chosen that become the mask token
-    random: float  # share of the chosen that become a random one
+    random: float  # share of the chosen that become a random token
     mask_id: int
     words: torch.Tensor  # the ids that a random token may be
 
-    def draw(self, ids: torch.Tensor, labels: torch.Tensor, *seed: Any, least: int = 0) -> list[torch.Tensor]:
-        """Ids with masks and the labels of what was chosen, `least` tokens at least, by the seed alone."""
+    def mask_tokens(self, ids: torch.Tensor, labels: torch.Tensor, *seed: Any, least: int = 0) -> list[torch.Tensor]:
+        """Masked ids, and the labels of the chosen tokens, at least `least`; both follow from the seed alone."""
         generator = torch.Generator().manual_seed(int(digest(*seed), 16))
         # drawn on the CPU: the same masks on every device
         choice, fate = torch.rand((2, *ids.shape), generator=generator).to(ids.device)
@@ -2367,43 +2335,42 @@ class Masking(NamedTuple):
         masked = ids.masked_fill(chosen & (fate < self.replaced), self.mask_id)
         return [masked.where(~chosen | (fate < 1 - self.random), words), labels.masked_fill(~chosen, IGNORE)]
 
-    def draw_row(self, ids: list[int], labels: list[int]) -> dict[str, list[int]]:
-        """A row to evaluate on: its masks, one at least, follow from its tokens and are the same each time."""
-        masked, chosen = self.draw(torch.tensor(ids), torch.tensor(labels), "eval", ids, least=1)
+    def mask_eval_row(self, ids: list[int], labels: list[int]) -> dict[str, list[int]]:
+        """A row to evaluate on: at least one mask, and the same ones each time."""
+        masked, chosen = self.mask_tokens(torch.tensor(ids), torch.tensor(labels), "eval", ids, least=1)
         return {"input_ids": masked.tolist(), "labels": chosen.tolist()}
 
 
 def build_masking(tokenizer: PreTrainedTokenizerBase, rows: int, data: DataArguments) -> Masking:
-    """What the flags say, for a model whose embedding has this many rows.
+    """The masking that the flags set, for a model whose embedding has this many rows.
 
-    A random token is no special one: RoBERTa and ESM count positions by where the padding token stands.
+    A random token is never a special one: RoBERTa and ESM count positions from the padding tokens.
     """
     words = sorted(i for i in set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids) if i < rows)
     shares = data.mask_prob, data.mask_replace_prob, data.random_replace_prob
     return Masking(*shares, mask_id=tokenizer.mask_token_id, words=torch.tensor(words))
 
 
-TitledSpans = tuple[str, list["Span"]]  # a row, with what it is
-
-
 class Span(NamedTuple):
-    """A stretch of a row as --preview shows it."""
+    """A part of a row, as --preview shows it."""
 
     text: str
     supervised: bool
-    special: bool  # a special token, and not text that looks like one
+    special: bool  # a special token, not text that looks like one
+
+
+TitledSpans = tuple[str, list[Span]]  # a row and its title
 
 
 def row_spans(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Span]:
-    """A row's text where it is supervised and where not; a token that stands for another one with an arrow to that."""
+    """A row's supervised and other text; after a token with another label, an arrow and that label."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
     decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    apart = [i in special or label not in (IGNORE, i) for i, label in zip(ids, labels, strict=True)]
-    kinds = [(label != IGNORE, n if apart[n] else -1) for n, label in enumerate(labels)]
+    alone = [i in special or label not in (IGNORE, i) for i, label in zip(ids, labels, strict=True)]
+    kinds = [(label != IGNORE, n if alone[n] else -1) for n, label in enumerate(labels)]
     for (supervised, _), group in itertools.groupby(range(len(ids)), kinds.__getitem__):
-        numbers = list(group)
-        first, last = numbers[0], numbers[-1]
-        # decoded by itself a piece could lose its leading space, or half of a letter
+        first, *_, last = numbers if len(numbers := list(group)) > 1 else numbers * 2
+        # decoded alone, it could lose its leading space or half of a letter
         before, text = (str(decode(ids[:end])) for end in (first, last + 1))
         text = text[len(before) :] if text.startswith(before) else str(decode(ids[first : last + 1]))
         name = str(tokenizer.convert_ids_to_tokens(ids[first])) if ids[first] in special else text
@@ -2413,33 +2380,33 @@ def row_spans(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerB
 
 
 def preview_rows(rows: Any, tokenizer: Any, model_config: PretrainedConfig, config: Config) -> Iterator[TitledSpans]:
-    """Title and pieces of the first rows, or of those in the first packs, as a first step would have them."""
-    known = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
-    masking = build_masking(tokenizer, known, config.data) if config.masked else None
+    """The first rows or packs as the first step would have them."""
+    vocabulary = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    masking = build_masking(tokenizer, vocabulary, config.data) if config.masked else None
     for number in range(min(config.data.preview, len(rows))):
         members = rows[number].get("pack", [rows[number]])
-        window = collate_step(members, config.masked)["window"]
-        for part, row in enumerate(zip(window.input_ids, window.labels, strict=True)):
-            ids, labels = masking.draw(*row, "train", config.training.seed, 0, 0, number, part) if masking else row
+        for part, (ids, labels) in enumerate(collate_step(members, config.masked)["step"].members()):
+            if masking:
+                ids, labels = masking.mask_tokens(ids, labels, "train", config.training.seed, 0, 0, number, part)
             title = f"row {number + 1}" + f", part {part + 1} of {len(members)}" * (len(members) > 1)
-            supervised = int((labels != IGNORE).sum())
-            title += f": {escape_control_chars(window.where[part])}, {len(ids)} tokens, {supervised} supervised"
-            yield title + ", cut" * members[part]["cut"], list(row_spans(ids.tolist(), labels.tolist(), tokenizer))
+            title += f": {escape_control_chars(members[part]['where'])}, {len(ids)} tokens"
+            title += f", {int((labels != IGNORE).sum())} supervised" + ", cut" * members[part]["cut"]
+            yield title, list(row_spans(ids.tolist(), labels.tolist(), tokenizer))
 
 
-# What stands around supervised text and around special tokens: green and reversed in a terminal, brackets elsewhere.
+# Around supervised text and around special tokens: green and reversed in a terminal, brackets elsewhere.
 TERMINAL_MARKS, PLAIN_MARKS = ("\x1b[32m", "\x1b[39m", "\x1b[7m", "\x1b[27m"), tuple("⟪⟫⟦⟧")
 
 
 def format_preview(rows: Iterable[TitledSpans], statistics: Mapping[str, TokenStatistics], terminal: bool) -> str:
     """The rows, then the statistics of each split."""
     on, off, open_, close = TERMINAL_MARKS if terminal else PLAIN_MARKS
-    own = {} if terminal else {ord(mark): f"\\u{ord(mark):x}" for mark in PLAIN_MARKS}  # in the data
+    escapes = {} if terminal else {ord(mark): f"\\u{ord(mark):x}" for mark in PLAIN_MARKS}  # in the data
     lines = [f"{on}supervised{off}, {open_}special token{close}, ↵ end of a line\n"]
-    for title, pieces in rows:
+    for title, spans in rows:
         text = ""
-        for supervised, group in itertools.groupby(pieces, lambda piece: piece.supervised):
-            inner = "".join(f"{open_}{p.text}{close}" if p.special else p.text.translate(own) for p in group)
+        for supervised, group in itertools.groupby(spans, lambda span: span.supervised):
+            inner = "".join(f"{open_}{s.text}{close}" if s.special else s.text.translate(escapes) for s in group)
             text += f"{on}{inner}{off}" if supervised else inner
         lines += [title, text + "\n"]
     for name, part in statistics.items():
@@ -4161,7 +4128,7 @@ def trial_windows(base: Any) -> list[StepBatch]:
     # more than 15 tokens each: fewer go through the libraries' own functions
     ids = [torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17)]
     a, b, c = ({"input_ids": row, "labels": row} for row in ids)
-    return [collate_step(rows)["window"] for rows in ([a, b], [c, b])]
+    return [collate_step(rows)["step"] for rows in ([a, b], [c, b])]
 
 
 SPANS = ("sliding_window", "attention_chunk_size")  # how far attention reaches, as configs and modules call it
@@ -4764,7 +4731,7 @@ def plan_from_flags(config: Config, costs: MemoryModel, graphs: bool = True) -> 
 def calibrated(costs: MemoryModel, model: Any, base: Any, fast: FastPath, config: Config) -> MemoryModel:
     """The costs with what one small step, forward and backward, took of the GPU's memory."""
     count = min(512, getattr(base.config.get_text_config(), "max_position_embeddings", None) or 512)
-    window = collate_step([{"input_ids": [1] * count, "labels": [1] * count}])["window"]
+    window = collate_step([{"input_ids": [1] * count, "labels": [1] * count}])["step"]
     batch = padding_free_batch(window, [0]) if fast.attention else padded_batch(window, [0], 0, "right")
     set_recomputed_layers(base, 0, fast)
     before = torch.cuda.memory_allocated()
@@ -4834,7 +4801,7 @@ def choose_step_plan(
 # ------------------------------------------------------------------------------------
 MANIFEST = "checkpoint.json"
 COMPLETED = "completed"
-STREAM = "stream.json"  # in a checkpoint: the Place
+STREAM = "stream.json"  # in a checkpoint: the place in a stream
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
 
@@ -5397,7 +5364,9 @@ def fill_masks(runtime: InferenceContext, masking: Masking, batch: Any) -> Itera
     tokenizer: Any = runtime.tokenizer
     masking, texts = masking._replace(replaced=1.0, random=0.0), last_texts(batch)
     plain = [encode_masked(text, tokenizer, runtime.limits) for text in texts]
-    drawn = [ids if masking.mask_id in ids else masking.draw_row(ids, labels)["input_ids"] for ids, labels, _ in plain]
+    drawn = [
+        ids if masking.mask_id in ids else masking.mask_eval_row(ids, labels)["input_ids"] for ids, labels, _ in plain
+    ]
     logits = runtime.model(**runtime.padded(drawn)).logits
     for text, (_, truth, _), ids, scores in zip(texts, plain, drawn, logits, strict=True):
         places = [i for i, token in enumerate(ids) if token == masking.mask_id]
@@ -5544,12 +5513,16 @@ def check_rows_fit_model(model: Any, parts: Mapping[str, TokenStatistics]) -> No
             log.warning("%s: lower the limits or give --rope_scaling", found)
 
 
+class Place(TypedDict, total=False):
+    """Where in a stream a step ends: what a resume goes on from."""
+
+    rows: int  # consumed
+    windows: int  # steps
+
+
 @dataclass
 class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """A stream as this process's windows, each with the place behind it. A block is ordered as a dataset's epoch is.
-
-    The place travels with the window: whoever reads ahead of the training step does not move it.
-    """
+    """A stream as this process's steps, each with the place behind it, which travels with the step."""
 
     stream: RowStream
     tokenizer: Any
@@ -5557,34 +5530,22 @@ class StreamedWindows(torch.utils.data.IterableDataset[dict[str, Any]]):
     args: Any  # the Trainer's own
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
     model: Any
-    size: int  # rows of a window, however many processes share it
+    size: int  # rows of a step, however many processes share it
     place: Place = field(default_factory=lambda: Place())  # where to begin
-    seen: tuple[int, int] = (0, 0)  # the largest token id and the longest row of the blocks so far
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         done, (rank, processes) = self.place.get("windows", 0), (self.args.process_index, self.args.world_size)
-        yield from itertools.repeat({}, done)  # for the Trainer, which counts off the windows before a resume
-        rows = self._rows()
+        yield from itertools.repeat({}, done)  # for the Trainer, which counts off the steps before a resume
+        rows = encoded_stream(self.stream, self.tokenizer, self.config, self.place.get("rows", 0))
+        known = self.model.get_input_embeddings().num_embeddings
         while group := list(itertools.islice(rows, self.size)):
             done += 1
-            members = [block[i] for _, block, i in group[rank::processes]]
-            yield self.collate(members) | {"place": group[-1][0] | {"windows": done}}
-
-    def _rows(self) -> Iterator[tuple[Place, Any, int]]:
-        taken = self.place.get("taken", 0)
-        for before, block in encoded_blocks(self.stream, self.place, self.tokenizer, self.config):
-            found = token_statistics(block, self.tokenizer, self.config)
-            seen = max(self.seen[0], found.largest_id), max(self.seen[1], found.longest)
-            if before and seen != self.seen:  # the first block is checked before training
-                check_rows_fit_model(self.model, {"train": found})
-            self.seen = seen
-            rows = PackedRows(block, length_limits(self.config).longest) if self.config.data.packing else block
-            order = build_sampler(rows["length"][:], self.size, self.args)
-            if isinstance(order, EpochSampler):
-                order.set_epoch(before.get("block", 0))
-            for number, i in itertools.islice(enumerate(order, start=1), taken, None):
-                yield before | {"taken": number}, rows, i  # type: ignore[misc]
-            taken = 0
+            for _, row in group:
+                if row["largest_id"] >= known:
+                    found = f"{row['where']}: the row holds token id {row['largest_id']}, the model has {known}"
+                    raise ConfigError(f"{found}: its tokenizer is another's")
+            members = [row for _, row in group[rank::processes]]
+            yield self.collate(members) | {"place": {"rows": group[-1][0], "windows": done}}
 
 
 class DistributedWindowSampler(torch.utils.data.Sampler[list[int]]):
@@ -5791,12 +5752,10 @@ class QLoRATrainer(Trainer):
     def masked(self, windows: Iterator[dict[str, Any]], masking: Masking) -> Iterator[dict[str, Any]]:
         """Windows with fresh masks, which follow from step and row alone: a resume draws them again."""
         for batch in windows:
-            window, seed = batch["window"], ("train", self.args.seed, self.state.global_step)
-            rows = zip(window.input_ids, window.labels, strict=True)
-            drawn = [masking.draw(ids, labels, *seed, ids.tolist()) for ids, labels in rows]
-            ids, labels = ([row[part] for row in drawn] for part in (0, 1))
-            window = dataclasses.replace(window, input_ids=ids, labels=labels)
-            yield batch | {"window": window, "labels": torch.cat(labels)}
+            step, seed = batch["step"], ("train", self.args.seed, self.state.global_step)
+            drawn = [masking.mask_tokens(ids, labels, *seed, ids.tolist()) for ids, labels in step.members()]
+            ids, labels = (torch.cat(part) for part in zip(*drawn, strict=True))
+            yield batch | {"step": dataclasses.replace(step, input_ids=ids, labels=labels)}
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The batches of one optimizer step; notes their rows and counts their tokens."""
@@ -5804,8 +5763,8 @@ class QLoRATrainer(Trainer):
         batches, supervised = list(itertools.islice(source, num_batches)), 0
         for batch in batches:  # one, or at an epoch's end none
             self.place = batch.pop("place", None)
-            supervised = int((batch["labels"] != IGNORE).sum())
-            self.tokens_seen += sum(batch["window"].lengths)
+            supervised = batch["step"].supervised
+            self.tokens_seen += len(batch["step"].input_ids)
         if self.window is None:
             self.first = self.moved = self.state.global_step
             self.began = time.perf_counter()
@@ -5823,7 +5782,7 @@ class QLoRATrainer(Trainer):
 
         Where memory runs out, the same window is repeated in smaller ones, from the same random numbers.
         """
-        window = inputs["window"]
+        window = inputs["step"]
         self._try_fast_path(model)
         start = all_random_states()
         inner: Any = self.model
@@ -5885,17 +5844,17 @@ class QLoRATrainer(Trainer):
 
     def _batch(self, window: StepBatch, members: list[int]) -> dict[str, Any]:
         if not members:
-            window, members = collate_step([])["window"], [0]
+            window, members = collate_step([])["step"], [0]
         if self.fast.attention is not None:
-            return padding_free_batch(window, members, filled=self.sizes.graphs and torch.is_grad_enabled())
+            return padding_free_batch(window, members)
         tokenizer: Any = self.processing_class
         return padded_batch(window, members, tokenizer.pad_token_id, self.config.model.padding_side)
 
     def _make_room(self, window: StepBatch, reason: torch.OutOfMemoryError) -> None:
         """No CUDA graphs, no unpacked weights, smaller micro-batches; where those are small, more recomputed layers."""
         base, sizes = self.runtime().model, self.sizes
-        largest = max(self._parts(window), key=lambda part: sum(window.lengths[i] for i in part))
-        tokens = sum(window.lengths[i] for i in largest)
+        largest = max(self._parts(window), key=lambda part: int(window.lengths[part].sum()))
+        tokens = int(window.lengths[largest].sum())
         layers = len(decoder_layers(base))
         if sizes.graphs:  # they keep memory of their own
             self.sizes = sizes._replace(graphs=False)
@@ -5938,8 +5897,8 @@ class QLoRATrainer(Trainer):
     ) -> tuple[Any, Any, Any]:
         """Rows, mean loss, and of masked tokens how many are found; kept here: the Trainer gathers nothing uneven."""
         self._try_fast_path(model)
-        window, total, right = inputs["window"], torch.zeros((), device=self.args.device), 0
-        smoothing, count = self.args.label_smoothing_factor, max(1, int((inputs["labels"] != IGNORE).sum()))
+        window, total, right = inputs["step"], torch.zeros((), device=self.args.device), 0
+        smoothing, count = self.args.label_smoothing_factor, max(1, window.supervised)
         with torch.no_grad(), attention_implementation(self.model, self.fast.attention):
             for members in self._parts(window):
                 batch = to_device(self._batch(window, members), self.args.device)
@@ -5955,7 +5914,7 @@ class QLoRATrainer(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Six for each parameter and token, as the Trainer counts."""
-        return 6 * sum(inputs["window"].lengths) * self.parameter_count
+        return 6 * len(inputs["step"].input_ids) * self.parameter_count
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         """After a step: did it go wrong? Its numbers are read before anything is logged or saved, else one step later.
@@ -6230,7 +6189,7 @@ def build_trainer(
     if masking and eval_rows is not None:  # masked here, once
         name = digest(CODE_VERSION, eval_rows._fingerprint, *masking[:-1], masking.words.tolist())
         options = {"input_columns": ["input_ids", "labels"], "desc": "Masking eval rows", "new_fingerprint": name}
-        eval_rows = eval_rows.map(masking.draw_row, **options)
+        eval_rows = eval_rows.map(masking.mask_eval_row, **options)
     if isinstance(train_rows, RowStream):
         size = run["effective batch"]["rows"]
         train_rows = StreamedWindows(train_rows, tokenizer, config, args, collate, ready.model, size)
@@ -6652,7 +6611,7 @@ def describe_run(start: ResumePoint, this_run: dict[str, Any], inputs: Inputs) -
     special = (f"{n} {getattr(tokenizer, f'{n}_token')!r} = {getattr(tokenizer, f'{n}_token_id')}" for n in names)
     fresh = "fresh, from the seed" if args.do_train else "the base itself"
     adapter = f"adapter {start.checkpoint or start.weights or fresh}"
-    first = "of a stream's first block: " if config.data.streaming else ""
+    first = "of a stream's first rows: " if config.data.streaming else ""
     derived = {
         "model": config.model.model_name_or_path,
         "objective": config.data.objective,
@@ -6744,7 +6703,7 @@ def print_preview(rows: Iterable[TitledSpans], statistics: Mapping[str, TokenSta
     if config.training.process_index != 0:
         return
     if config.data.streaming:
-        log.info("rows and statistics are of the stream's first block")
+        log.info("rows and statistics are of the stream's first 1,000 rows")
     coloured, encoding = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), sys.stdout.encoding or "utf-8"
     text = format_preview(rows, statistics, coloured).encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -6768,7 +6727,7 @@ def read_inputs(start: ResumePoint, config: Config) -> Inputs:
     with local_main_process_first():  # reading and encoding the dataset
         pairs = load_splits(config, tokenizer)
         splits = encode_splits(pairs, tokenizer, config)
-    rows, statistics = pack_and_summarize(splits, tokenizer, config)
+    rows, statistics = pack_and_summarize(splits, config)
     check_ranks_agree({f"the encoded {name} rows": part.fingerprint for name, part in statistics.items()})
     return Inputs(config, folder, model_config, tokenizer, pairs, splits, rows, statistics)
 

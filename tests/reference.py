@@ -148,7 +148,7 @@ def rows_of(lengths: Sequence[int], seed: int = 0, vocabulary: int = 256) -> lis
 
 def window_of(rows: Sequence[dict[str, Any]]) -> qlora.StepBatch:
     """The rows as the Trainer hands them out."""
-    return qlora.collate_step(rows)["window"]
+    return qlora.collate_step(rows)["step"]
 
 
 # ------------------------------------------------------------------------------------

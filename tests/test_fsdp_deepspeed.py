@@ -483,7 +483,7 @@ def test_rows_are_masked_alike_however_many_processes_share_them(start, models, 
 def test_one_mask_for_equal_rows_of_a_step():
     masking = qlora.Masking(chosen=0.5, replaced=0.8, random=0.1, mask_id=4, words=torch.arange(10, 60))
     row = torch.arange(10, 50)
-    drawn = [masking.draw(row, row, "train", 0, step, row.tolist())[0] for step in (1, 1, 2)]
+    drawn = [masking.mask_tokens(row, row, "train", 0, step, row.tolist())[0] for step in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
 
 

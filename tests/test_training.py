@@ -367,7 +367,7 @@ def test_padding_with_eos_hides_the_padding_and_not_the_eos(side, ids, mask, pos
         {"input_ids": [256, 98, 99], "labels": [-100, -100, 99]},
         {"input_ids": [98, 257], "labels": [98, 257]},  # nothing predicts the first token
     ]
-    window = qlora.collate_step(rows)["window"]
+    window = qlora.collate_step(rows)["step"]
     batch = qlora.padded_batch(window, [0, 1, 2], tiny.EOS, side)
     assert batch["input_ids"].tolist() == ids
     assert batch["attention_mask"].tolist() == mask
