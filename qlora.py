@@ -245,19 +245,18 @@ class Segment(TypedDict):
     supervised: bool
 
 
-class Conversation(NamedTuple):
-    """A chat before the tokenizer's template renders it."""
-
+class Conversation(NamedTuple):  # a chat before the tokenizer's template renders it
     messages: list[dict[str, Any]]  # ends with an answer
     tools: list[Any] | None
 
 
+RawRow = Mapping[str, Any]
 ParsedRow = list[Segment] | Conversation
 
 
 class DatasetFormat(NamedTuple):
     columns: tuple[str, ...]  # required
-    parse: Callable[[Mapping[str, Any]], ParsedRow]
+    parse: Callable[[RawRow], ParsedRow]
     inferred: bool = True  # from the columns alone
 
 
@@ -277,39 +276,37 @@ def to_valid_utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def get_text(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
+def get_text(row: RawRow, name: str, default: str | None = None) -> str:
     """The text in a field; a number or boolean becomes its JSON text, and null counts as missing."""
     value = row.get(name)
-    if value is None and default is not None:
-        return default
-    if value is None:
-        raise RowError(f"field {name!r} is {'null' if name in row else 'missing'}, expected text")
     if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
-    if not isinstance(value, str):
-        kind = {"dict": "an object", "float": repr(value)}.get(type(value).__name__, f"a {type(value).__name__}")
-        raise RowError(f"field {name!r} is {kind}, expected text")
-    if value != to_valid_utf8(value):
-        raise RowError(f"field {name!r} is not valid UTF-8, expected text")
-    if any(mark in value for mark in MARKS):
-        raise RowError(f"field {name!r} holds a noncharacter, U+FDD0 to U+FDD2, expected text")
-    return value
+    if isinstance(value, str):
+        if value != to_valid_utf8(value):
+            raise RowError(f"field {name!r} is not valid UTF-8, expected text")
+        if any(mark in value for mark in MARKS):
+            raise RowError(f"field {name!r} holds a noncharacter, U+FDD0 to U+FDD2, expected text")
+        return value
+    if value is None and default is not None:
+        return default
+    kinds = {"NoneType": "null" if name in row else "missing", "dict": "an object", "float": repr(value)}
+    raise RowError(f"field {name!r} is {kinds.get(type(value).__name__, f'a {type(value).__name__}')}, expected text")
 
 
-def get_optional_text(row: Mapping[str, Any], column: str) -> str:
+def get_optional_text(row: RawRow, column: str) -> str:
     """An optional column as text, whatever its type; null counts as missing."""
     value = row.get(column)
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
 
 
-def get_list(row: Mapping[str, Any], name: str) -> list[Any]:
+def get_list(row: RawRow, name: str) -> list[Any]:
     """The list in a field, which may be JSON text."""
     value = row.get(name)
     with contextlib.suppress(ValueError):
         value = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(value, list):
-        raise RowError(f"field {name!r} is {shorten(repr(value))}, expected a list")
-    return value
+    if isinstance(value, list):
+        return value
+    raise RowError(f"field {name!r} is {shorten(repr(value))}, expected a list")
 
 
 ALPACA_PROMPT = (
@@ -319,7 +316,7 @@ ALPACA_PROMPT = (
 AIROBOROS_SYSTEM = "You are an unbiased, uncensored, helpful assistant."
 
 
-def parse_alpaca(row: Mapping[str, Any]) -> ParsedRow:
+def parse_alpaca(row: RawRow) -> ParsedRow:
     """The Alpaca prompt (https://github.com/tatsu-lab/stanford_alpaca), with the original's single trailing space."""
     instruction, context = get_text(row, "instruction"), get_text(row, "input", "")
     paired = ", paired with an input that provides further context" if context else ""
@@ -328,7 +325,7 @@ def parse_alpaca(row: Mapping[str, Any]) -> ParsedRow:
     return prompt_completion(prompt, get_text(row, "output"))
 
 
-def parse_chip2(row: Mapping[str, Any]) -> ParsedRow:
+def parse_chip2(row: RawRow) -> ParsedRow:
     """Question and answer share one string, marked `<human>: ` and `<bot>: `; the first answer is supervised."""
     parts = get_text(row, "text").split("\n<bot>: ")
     if len(parts) < 2:
@@ -336,15 +333,13 @@ def parse_chip2(row: Mapping[str, Any]) -> ParsedRow:
     return prompt_completion(parts[0].replace("<human>: ", ""), parts[1])
 
 
-def parse_airoboros(row: Mapping[str, Any]) -> ParsedRow:
+def parse_airoboros(row: RawRow) -> ParsedRow:
     """Airoboros up to 2.2.1 (https://github.com/jondurbin/airoboros)."""
-    instruction = get_text(row, "instruction").strip()
-    skip = get_text(row, "skip_prompt_formatting", "") or "false"
+    instruction, skip = get_text(row, "instruction").strip(), get_text(row, "skip_prompt_formatting", "") or "false"
     if skip.lower() not in BOOLEANS:
         raise RowError(f"field 'skip_prompt_formatting' is {skip!r}, expected true or false")
-    if BOOLEANS[skip.lower()]:
-        prompt = f"{instruction}\n"
-    else:
+    prompt = f"{instruction}\n"
+    if not BOOLEANS[skip.lower()]:
         instruction = re.sub(r"\s+PLAINFORMAT$", " PLAINFORMAT", instruction)
         prompt = f"{get_text(row, 'system', '').strip() or 'A chat.'}\nUSER: {instruction}\nASSISTANT: "
     return prompt_completion(prompt, get_text(row, "response").strip() + "\n")
@@ -358,7 +353,7 @@ NEXT_ROLES = {"": "system user", "system": "user", "user": "assistant", "assista
 NEXT_ROLES |= {"tool": "tool assistant"}
 
 
-def get_messages(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
+def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
     """The turns of a conversation, {role, content} or {from, value}, with standard roles in a valid order."""
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(get_list(row, column)):
@@ -379,7 +374,7 @@ def get_messages(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
     return messages
 
 
-def parse_airoboros_chat(row: Mapping[str, Any]) -> ParsedRow:
+def parse_airoboros_chat(row: RawRow) -> ParsedRow:
     """Airoboros from 3.0 on: LLaMA-2's chat, of which the last answer is supervised."""
     turns = get_messages(row, "conversations")
     system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else AIROBOROS_SYSTEM
@@ -392,14 +387,14 @@ def parse_airoboros_chat(row: Mapping[str, Any]) -> ParsedRow:
     return prompt_completion(prompt, answer)
 
 
-def expand_turns(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def expand_turns(row: RawRow) -> list[RawRow]:
     """One row for each answer of a valid conversation, with everything before it; the last is the row itself."""
     parse_airoboros_chat(row)
     ends = [n for n, turn in enumerate(get_messages(row, "conversations"), 1) if turn["role"] == "assistant"]
     return [*({**row, "conversations": get_list(row, "conversations")[:n]} for n in ends[:-1]), row]
 
 
-def parse_chat(column: str, row: Mapping[str, Any]) -> ParsedRow:
+def parse_chat(column: str, row: RawRow) -> ParsedRow:
     """Everything up to the last answer: nothing after it is supervised."""
     messages = get_messages(row, column)
     while messages and messages[-1]["role"] != "assistant":
@@ -447,7 +442,7 @@ def get_format(name: str) -> DatasetFormat:
         return DatasetFormat((), partial(parse_custom, name, getattr(module, custom[2])))
 
 
-def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: Mapping[str, Any]) -> ParsedRow:
+def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawRow) -> ParsedRow:
     """Call a user's function on a row."""
     try:
         result = function(dict(row))
@@ -526,12 +521,14 @@ DATASETS: dict[str, dict[str, str]] = {
     "chip2": {"path": "laion/OIG", "data_files": "unified_chip2.jsonl"},
     # a script dataset, which datasets >= 4 does not run: its parquet conversion
     "self-instruct": {
-        "path": "yizhongw/self_instruct", "revision": "refs/convert/parquet", "data_dir": "self_instruct"
+        "path": "yizhongw/self_instruct",
+        "revision": "refs/convert/parquet",
+        "data_dir": "self_instruct",
     },
     "hh-rlhf": {"path": "Anthropic/hh-rlhf"},
     "longform": {"path": "akoksal/LongForm"},
     "oasst1": {"path": "timdettmers/openassistant-guanaco"},
-}  # fmt: skip
+}
 
 
 def infer_format(columns: Iterable[str], where: str, masked: bool = False) -> str:
@@ -1285,7 +1282,11 @@ def read_json_lines(stream: Any) -> NumberedRows:
     first = next((line for line in stream if line.strip()), "")
     stream.seek(0)
     if first.lstrip().startswith("["):
-        yield from read_json_array(stream)
+        try:
+            yield from enumerate(json.load(stream), start=1)
+        except (ValueError, RecursionError) as error:
+            reason = f"not valid JSON: {shorten(getattr(error, 'msg', error))}, expected one array of rows"
+            yield getattr(error, "lineno", 1), RowError(reason)
         return
     for number, line in enumerate(stream, start=1):
         if line.strip():
@@ -1295,23 +1296,14 @@ def read_json_lines(stream: Any) -> NumberedRows:
                 yield number, RowError(f"not valid JSON: {shorten(error)}, expected one object in a line", line)
 
 
-def read_json_array(stream: Any) -> NumberedRows:
-    """The rows of one JSON array."""
-    try:
-        return enumerate(json.load(stream), start=1)
-    except (ValueError, RecursionError) as error:
-        reason = f"not valid JSON: {shorten(getattr(error, 'msg', error))}, expected one array of rows"
-        return iter([(getattr(error, "lineno", 1), RowError(reason))])
-
-
 def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     """CSV or TSV with a header; every cell is text: an empty one is an empty string, and NA is NA."""
     csv.field_size_limit(LONGEST_CELL)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     with reraise_as_user_error(f"{stream.name}:1: the header is not valid CSV", DataError, csv.Error):
         header = next(reader, [])
-    if repeated := [name for name in header if header.count(name) > 1]:
-        raise DataError(f"{stream.name}: the column {repeated[0]!r} appears twice in the header")
+    if len(set(header)) < len(header):
+        raise DataError(f"{stream.name}: the column {max(header, key=header.count)!r} appears twice in the header")
     cells: list[str] | None = []
     while cells is not None:
         number = reader.line_num + 1
@@ -1493,23 +1485,21 @@ def check_row(row: Any) -> Mapping[str, Any]:
     return row
 
 
-def select_rows(source: RowSource, data: DataArguments) -> Iterator[tuple[str, Any]]:
+def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, Any]]:
     """The rows of --include_sources; with --expand_conversations a row for each answer of a conversation."""
     sources = None if data.include_sources == "ALL" else {name.strip() for name in data.include_sources.split(",")}
     found = False
     for where, row in source:
         if sources is None or not isinstance(row, Mapping) or get_optional_text(row, "source") in sources:
-            found, rows = True, [row]
+            found, turns = True, [row]
             with contextlib.suppress(RowError, RecursionError):  # to_segments reports it
-                rows = expand_turns(check_row(row)) if data.expand_conversations else [row]
-            yield from ((where, part) for part in rows)
+                turns = expand_turns(check_row(row)) if data.expand_conversations else turns
+            yield from ({"where": where, "row": turn} for turn in turns)
     if sources and not found:
         raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
 
 
-def to_segments(
-    row: Any, dataset_format: DatasetFormat, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[list[Segment], bool]:
+def to_segments(row: Any, dataset_format: DatasetFormat, tokenizer: Any) -> tuple[list[Segment], bool]:
     """A raw row as segments, and whether a chat template rendered them; a RowError if it can't be used."""
     parsed = dataset_format.parse(check_row(row))
     rendered = isinstance(parsed, Conversation)
@@ -1535,13 +1525,11 @@ def normalize_row(where: str, row: Any, dataset_format: DatasetFormat, tokenizer
     return {"segments": segments, "rendered": rendered, **texts}
 
 
-def normalize_rows(
-    source: RowSource, format_name: str, data: DataArguments, tokenizer: PreTrainedTokenizerBase | None
-) -> Iterator[dict[str, Any]]:
+def normalize_rows(source: RowSource, format_name: str, data: Any, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """All rows of a source, for Dataset.from_generator."""
     dataset_format = get_format(format_name)
-    for where, row in select_rows(source, data):
-        yield normalize_row(where, row, dataset_format, tokenizer)
+    for row in select_rows(source, data):
+        yield normalize_row(**row, dataset_format=dataset_format, tokenizer=tokenizer)
 
 
 def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Any:
@@ -1551,14 +1539,10 @@ def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: Pr
     depends += [data.expand_conversations, data.include_sources]
     if tokenizer:
         depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_token_pattern(tokenizer).pattern]
+    raw = {"source": source, "format_name": format_name, "data": data, "tokenizer": tokenizer}
+    options = {"cache_dir": config.model.cache_dir, "fingerprint": digest("rows", CODE_VERSION, *depends)}
     try:
-        return datasets.Dataset.from_generator(
-            normalize_rows,
-            features=ROW_FEATURES,
-            gen_kwargs={"source": source, "format_name": format_name, "data": data, "tokenizer": tokenizer},
-            cache_dir=config.model.cache_dir,
-            fingerprint=digest("rows", CODE_VERSION, *depends),
-        )
+        return datasets.Dataset.from_generator(normalize_rows, ROW_FEATURES, gen_kwargs=raw, **options)
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, QLoRAError):
             raise error.__cause__ from None
@@ -1589,10 +1573,8 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     splits = Splits(*(drop_bad_rows(concatenate(part), config) for part in parts.values()))
     if evaluating and splits.eval is None and splits.train is not None:
         splits = train_eval_split(splits.train, config)
-    return Splits(
-        take_rows(splits.train, data.max_train_samples) if needs_train_rows(config) else None,
-        take_rows(splits.eval, data.max_eval_samples),
-    )
+    train = take_rows(splits.train, data.max_train_samples) if needs_train_rows(config) else None
+    return Splits(train, take_rows(splits.eval, data.max_eval_samples))
 
 
 def stream_splits(
@@ -1601,11 +1583,10 @@ def stream_splits(
     """A stream to train on; its first rows are evaluated on, unless there is a split for that."""
     data, rows = config.data, None
     if config.training.do_eval or config.training.do_predict:
-        count = None if held_out else int(data.eval_dataset_size)
-        last = min(limit for limit in (count, data.max_eval_samples, sys.maxsize) if limit is not None)
-        source = dataclasses.replace(held_out or train, last=last)
+        count = sys.maxsize if held_out else int(data.eval_dataset_size)
+        source = dataclasses.replace(held_out or train, last=min(count, data.max_eval_samples or count))
         rows = drop_bad_rows(load_rows(source, format_name, config, tokenizer), config)
-        train = dataclasses.replace(train, first=count or 0)
+        train = train if held_out else dataclasses.replace(train, first=count)
     if data.max_train_samples is not None:
         train = dataclasses.replace(train, last=train.first + data.max_train_samples)
     return Splits(RowStream(train, format_name) if needs_train_rows(config) else None, rows)
@@ -1811,7 +1792,7 @@ class Encoded(NamedTuple):
     cut: bool  # whether it was longer than a limit
 
 
-Token = tuple[int, int]  # id and label: the id where it is supervised, IGNORE elsewhere
+Tokens = list[tuple[int, int]]  # ids and labels: the id where it is supervised, IGNORE elsewhere
 
 
 def length_limits(config: Config) -> Limits:
@@ -1821,7 +1802,7 @@ def length_limits(config: Config) -> Limits:
 
 
 def truncate_and_concat(
-    source: list[Token], target: list[Token], limits: Limits, train_on_source: bool = False, bos: int | None = None
+    source: Tokens, target: Tokens, limits: Limits, train_on_source: bool = False, bos: int | None = None
 ) -> Encoded:
     """Prompt and completion cut to the limits and joined.
 
@@ -1837,7 +1818,7 @@ def truncate_and_concat(
     return Encoded(ids, labels, cut=len(tokens) < len(source) + len(target))
 
 
-def cut_left(tokens: list[Token], limit: int, bos: int | None) -> list[Token]:
+def cut_left(tokens: Tokens, limit: int, bos: int | None) -> Tokens:
     """The last tokens, after BOS if they begin with it."""
     first = min(limit, 1) if tokens and tokens[0][0] == bos else 0
     return tokens if len(tokens) <= limit else tokens[:first] + tokens[len(tokens) - max(limit - first, 0) :]
@@ -1849,7 +1830,7 @@ def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
     return encoded["input_ids"]
 
 
-def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
+def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Tokens]]:
     """Tokens of each segment, BOS before the first and EOS after the last; without a BOS token none is added."""
     bos, eos = tokenizer.bos_token_id, [tokenizer.eos_token_id]
     marks = {BOS_MARK: [] if bos is None else [bos], EOS_MARK: eos}
@@ -1862,13 +1843,13 @@ def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
         yield [[(i, i if s["supervised"] else IGNORE) for i in part] for s, part in zip(row, ids, strict=True)]
 
 
-def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Token]]]:
+def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Tokens]]:
     """Tokens of each segment of rows that are tokenised as one text; a token in two segments goes to the second."""
     texts = ["".join(segment["text"] for segment in row) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
     for row, text, ids, offsets in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         segment_of = [number for number, segment in enumerate(row) for _ in segment["text"]]  # by character
-        tokens: list[list[Token]] = [[] for _ in row]
+        tokens: list[Tokens] = [[] for _ in row]
         for i, (start, end) in zip(ids, offsets, strict=True):
             if text[start:end] != ESCAPE_MARK:
                 first, last = segment_of[min(start, len(text) - 1)], segment_of[max(end, start + 1, 1) - 1]
@@ -1882,9 +1863,7 @@ def last_supervised(segments: Sequence[Segment]) -> int:
     return max(number for number, segment in enumerate(segments) if segment["supervised"])
 
 
-def prompts_and_completions(
-    batch: Mapping[str, list[Any]], tokenizer: Any
-) -> Iterator[tuple[list[Token], list[Token]]]:
+def prompts_and_completions(batch: Mapping[str, list[Any]], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens]]:
     """Tokens of each row's prompt and of its completion, which begins with the last supervised segment."""
     rows = list(zip(batch["segments"], batch["rendered"], strict=True))
     kinds = {False: tokenize_segments, True: tokenize_rendered}
@@ -1976,17 +1955,12 @@ def warn_missing_eos(rows: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     if whole and all(row["without_eos"] for row in whole):
         tokens = (str(tokenizer.decode([i])) for i in reversed(whole[0]["labels"]) if i != IGNORE)
         last = next((token for token in tokens if token.strip()), "")  # before the template's white space
-        special = special_token_pattern(tokenizer).fullmatch(last)
-        stops = "generation stops there only if --eos_token or the model's generation_config names it"
-        log.warning(
-            "the chat template ends an answer with %r, not with the end-of-sequence token %r: %s",
-            last, tokenizer.eos_token, stops if special else "the model won't learn to stop",
-        )  # fmt: skip
-
-
-def drops_long_rows(config: Config) -> bool:
-    """Whether training rows longer than --model_max_len are left out instead of cut."""
-    return config.data.model_max_len is not None and config.data.skip_excess_length
+        what = "the chat template ends an answer with %r, not with the end-of-sequence token %r"
+        if special_token_pattern(tokenizer).fullmatch(last):
+            what += ": generation stops there only if --eos_token or the model's generation_config names it"
+        else:
+            what += ": the model won't learn to stop"
+        log.warning(what, last, tokenizer.eos_token)
 
 
 def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
@@ -1999,8 +1973,8 @@ def encode_split(rows: Any, name: str, tokenizer: PreTrainedTokenizerBase, confi
     streamed = isinstance(rows, RowStream)
     rows = first_rows(rows, tokenizer, config) if streamed else encode_dataset(rows, tokenizer, config, name)
     warn_missing_eos(rows, tokenizer)
-    if name == "train" and drops_long_rows(config) and any(cut := rows["cut"][:]):
-        limits = length_limits(config)
+    limits = length_limits(config)
+    if name == "train" and limits.total and config.data.skip_excess_length and any(cut := rows["cut"][:]):
         log.info("%d of %d training rows are longer than %s: left out", sum(cut), len(rows), limits)
         if all(cut):
             raise DataError(f"--{limits}: every row is longer; raise it or pass --skip_excess_length False")
@@ -2016,48 +1990,42 @@ def encode_stream_row(where: str, row: Any, dataset_format: DatasetFormat, token
         normal |= {name: values[0] for name, values in columns.items()}
     if normal["problem"]:
         reject([normal], 1, config)
-    too_long = drops_long_rows(config) and normal.get("cut")
+    too_long = config.data.model_max_len and config.data.skip_excess_length and normal.get("cut")
     return None if normal["problem"] or too_long else normal
+
+
+def stream_encoder(stream: RowStream, tokenizer: PreTrainedTokenizerBase, config: Config) -> Callable[..., Any]:
+    """encode_stream_row for the raw rows of a stream."""
+    dataset_format = get_format(stream.format_name)
+    return partial(encode_stream_row, dataset_format=dataset_format, tokenizer=tokenizer, config=config)
 
 
 def first_rows(stream: RowStream, tokenizer: PreTrainedTokenizerBase, config: Config) -> Any:
     """The first 1,000 encoded rows of a stream, unshuffled, for statistics and --preview."""
-    dataset_format, rows = get_format(stream.format_name), select_rows(stream.source, config.data)
-    encoded = (encode_stream_row(where, row, dataset_format, tokenizer, config) for where, row in rows)
-    first, held_out = list(itertools.islice(filter(None, encoded), 1000)), stream.source.first
-    if not first:
-        after = f" after the first {held_out}, which are held out (--eval_dataset_size)" if held_out else ""
+    encode, rows = stream_encoder(stream, tokenizer, config), select_rows(stream.source, config.data)
+    encoded = list(itertools.islice(filter(None, (encode(**row) for row in rows)), 1000))
+    if not encoded:
+        count = stream.source.first
+        after = f" after the first {count}, which are held out (--eval_dataset_size)" if count else ""
         raise DataError(f"{stream.source.name}: no row in it that can be used to train{after}")
-    return datasets.Dataset.from_list(first)
+    return datasets.Dataset.from_list(encoded)
 
 
-def stream_examples(source: RowSource, data: DataArguments) -> Iterator[dict[str, Any]]:
-    """The raw rows of a stream, for IterableDataset.from_generator."""
-    return ({"where": where, "row": row} for where, row in select_rows(source, data))
-
-
-def encoded_stream(
-    stream: RowStream, tokenizer: PreTrainedTokenizerBase, config: Config, skip: int = 0
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def encoded_stream(stream: RowStream, tokenizer: Any, config: Config, skip: int = 0) -> Iterator[tuple[int, Any]]:
     """Encoded rows to train on, pass after pass without end, each with the number of raw rows consumed so far.
 
     The order of a pass follows from seed and pass alone. A resume gives that number as `skip`: raw rows up to it are
     read but not encoded, and the rest is what it would have been. Resuming a shuffle buffer's state would not be exact.
     """
-    options: dict[str, Any] = {
-        "dataset_format": get_format(stream.format_name),
-        "tokenizer": tokenizer,
-        "config": config,
-    }
-    args, consumed, raw = config.training, 0, {"source": stream.source, "data": config.data}
-    seed = args.seed if args.data_seed is None else args.data_seed
+    args, encode, consumed = config.training, stream_encoder(stream, tokenizer, config), 0
+    raw, seed = {"source": stream.source, "data": config.data}, args.seed if args.data_seed is None else args.data_seed
     for epoch in itertools.count():
-        rows = datasets.IterableDataset.from_generator(stream_examples, gen_kwargs=raw)
+        rows = datasets.IterableDataset.from_generator(select_rows, gen_kwargs=raw)
         if args.train_sampling_strategy != "sequential":
             rows = rows.shuffle(seed=seed + epoch, buffer_size=config.data.stream_buffer)
         for raw_row in rows:
             consumed += 1
-            if consumed > skip and (row := encode_stream_row(**raw_row, **options)):
+            if consumed > skip and (row := encode(**raw_row)):
                 yield consumed, row
 
 
@@ -2109,8 +2077,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
     """
 
     def __init__(self, rows: int, seed: int, lengths: list[int] | None = None, batch_size: int = 1) -> None:
-        self.rows, self.seed, self.lengths, self.batch_size = rows, seed, lengths, batch_size
-        self.epoch = 0
+        self.rows, self.seed, self.lengths, self.batch_size, self.epoch = rows, seed, lengths, batch_size, 0
 
     def set_epoch(self, epoch: int) -> None:  # called by the data loader
         self.epoch = epoch
@@ -2156,13 +2123,12 @@ class TokenStatistics(NamedTuple):
                 "duplicates": self.duplicates}  # fmt: skip
         supervised = "may be masked" if self.without_eos is None else "supervised"
         return {
-            "rows": str(self.rows),
-            "tokens": str(self.tokens),
+            "rows": str(self.rows), "tokens": str(self.tokens),
             supervised: f"{self.supervised} ({self.supervised / self.tokens:.1%})",
             **{name: f"{count} ({count / self.rows:.1%})" for name, count in rows.items() if count is not None},
             f"padding at batch {self.batch}": f"{self.padding:.1%}",
             **({} if self.packing is None else {"filled if packed": f"{self.packing:.1%}"}),
-        }
+        }  # fmt: skip
 
     def __str__(self) -> str:
         """One line for the log, without zeros."""
@@ -2177,23 +2143,21 @@ def token_statistics(rows: Any, config: Config, packs: PackedRows | None = None)
     shuffled = packs and not config.data.streaming
     order = build_sampler(sizes.tolist(), step, args) if shuffled else range(len(sizes))
     batch = args.per_device_train_batch_size if packs else args.per_device_eval_batch_size
-    sums = {name: sum(rows[name]) for name in ("supervised", "cut", "without_eos", "doubled_bos")}
-    return TokenStatistics(**sums | ({"without_eos": None} if config.masked else {}),
-        fingerprint=digest(*hashes), rows=len(lengths), tokens=int(lengths.sum()), largest_id=max(rows["largest_id"]),
-        longest=int(lengths.max()), duplicates=len(hashes) - len(set(hashes)), lengths=histogram(lengths), batch=batch,
-        padding=padding_share(sizes, order, batch),
+    sums = {name: sum(rows[name][:]) for name in ("supervised", "cut", "without_eos", "doubled_bos")}
+    sums |= {"without_eos": None} if config.masked else {}
+    return TokenStatistics(**sums,
+        fingerprint=digest(*hashes), rows=len(lengths), tokens=int(lengths.sum()), longest=int(lengths.max()),
+        largest_id=max(rows["largest_id"][:]), duplicates=len(hashes) - len(set(hashes)), lengths=histogram(lengths),
+        batch=batch, padding=padding_share(sizes, order, batch),
         packing=sum(packs.lengths) / (packs.limit * len(packs)) if packs else None,
     )  # fmt: skip
 
 
 def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, TokenStatistics]]:
     """The training rows, packed if the flags say so, and statistics of both splits."""
-    statistics, packs = {}, None
-    if splits.train is not None:
-        packs = PackedRows(splits.train, length_limits(config).longest)
-        statistics["train"] = token_statistics(splits.train, config, packs)
-    if splits.eval is not None:
-        statistics["eval"] = token_statistics(splits.eval, config)
+    packs = None if splits.train is None else PackedRows(splits.train, length_limits(config).longest)
+    statistics = {} if packs is None else {"train": token_statistics(splits.train, config, packs)}
+    statistics |= {} if splits.eval is None else {"eval": token_statistics(splits.eval, config)}
     if packs is None or not config.data.packing:
         return splits.train, statistics
     log.info("packing: %d rows in %d packs of up to %d tokens", len(packs.rows), len(packs), packs.limit)
@@ -2202,9 +2166,9 @@ def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, T
 
 def padding_share(lengths: Any, order: Iterable[int], batch_size: int) -> float:
     """The share of padding in batches taken in this order."""
-    ordered = lengths[np.fromiter(order, int)]
-    batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
-    return float(1 - ordered.sum() / sum(len(batch) * batch.max() for batch in batches))
+    ordered, starts = lengths[np.fromiter(order, int)], np.arange(0, len(lengths), batch_size)
+    padded = np.maximum.reduceat(ordered, starts) * np.diff(starts, append=len(ordered))
+    return float(1 - ordered.sum() / padded.sum())
 
 
 def histogram(lengths: Any) -> dict[str, int]:
@@ -2290,9 +2254,8 @@ def micro_batches(step: StepBatch, rows: int | None, tokens: int, padded: bool) 
 def padded_batch(step: StepBatch, members: list[int], pad_id: int, side: str) -> dict[str, Any]:
     """Members in rows of one length, and which positions predict what."""
     ids, labels = zip(*step.members(members), strict=True)
-    return padded_prompts(ids, pad_id, side) | supervised_targets(
-        pad(labels, IGNORE, side).flatten(), 0 if step.masked else 1
-    )
+    targets = supervised_targets(pad(labels, IGNORE, side).flatten(), 0 if step.masked else 1)
+    return padded_prompts(ids, pad_id, side) | targets
 
 
 def padding_free_batch(step: StepBatch, members: list[int]) -> dict[str, Any]:
@@ -2369,7 +2332,7 @@ def row_spans(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerB
     alone = [i in special or label not in (IGNORE, i) for i, label in zip(ids, labels, strict=True)]
     kinds = [(label != IGNORE, n if alone[n] else -1) for n, label in enumerate(labels)]
     for (supervised, _), group in itertools.groupby(range(len(ids)), kinds.__getitem__):
-        first, *_, last = numbers if len(numbers := list(group)) > 1 else numbers * 2
+        first, last = (numbers := list(group))[0], numbers[-1]
         # decoded alone, it could lose its leading space or half of a letter
         before, text = (str(decode(ids[:end])) for end in (first, last + 1))
         text = text[len(before) :] if text.startswith(before) else str(decode(ids[first : last + 1]))

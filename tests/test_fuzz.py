@@ -297,10 +297,10 @@ def test_rows_are_skipped_through_the_whole_way(tmp_path_factory, lines):
     lines = [re.sub(r"[\r\n]", " ", line) for line in lines]
     content = "\n".join(['{"input": "a", "output": "b"}', *lines]).encode("utf-8", "surrogatepass")
     (folder / "a.jsonl").write_bytes(content)
-    flags = ["--dataset", f"{folder / 'a.jsonl'}", "--dataset_format", "input-output", "--output_dir", f"{folder}"]
+    flags = ["--dataset", f"{folder / 'a.jsonl'}", "--dataset_format", "input-output", "--output_dir", f"{folder}/out"]
     flags += ["--cache_dir", f"{folder}/cache"]
     kept = qlora.load_splits(qlora.parse_config([*flags, "--on_bad_rows", "skip"])).train
-    rejected = folder / "rejected.jsonl"
+    rejected = folder / "out" / "rejected.jsonl"
     bad = [json.loads(line) for line in rejected.read_text().splitlines()] if rejected.exists() else []
     where = [row["where"] for row in bad] + list(kept["where"])
     expected = [n for n, line in enumerate(content.split(b"\n"), 1) if line.decode("utf-8", "surrogateescape").strip()]
