@@ -79,7 +79,7 @@ CHAT_IDS = [f"{len(turns)} turns {number}" for number, (turns, *_) in enumerate(
 
 
 def chat_pair(turns):
-    return qlora.FORMATS["airoboros_chat"].to_row({"conversations": shared(*turns)})
+    return qlora.FORMATS["airoboros_chat"].parse({"conversations": shared(*turns)})
 
 
 @pytest.mark.parametrize(("turns", "prompt", "answer"), AIROBOROS_CHAT, ids=CHAT_IDS)
@@ -294,7 +294,7 @@ def chatml_tokenizer(template=CHATML, **options):
 
 
 def render(messages, tokenizer, **columns):
-    return qlora.render_chat(qlora.FORMATS["messages"].to_row({"messages": messages, **columns}), tokenizer)
+    return qlora.render_chat(qlora.FORMATS["messages"].parse({"messages": messages, **columns}), tokenizer)
 
 
 def texts(segments, supervised=True):
@@ -418,7 +418,7 @@ def test_the_speakers_of_sharegpt(name, role):
     after = {"user": "gpt", "system": "", "assistant": "", "tool": "gpt"}[role]
     turns.append({"from": name, "value": "x"})
     turns += [{"from": after, "value": "y"}] if after else shared("z", "y") if role == "system" else []
-    messages, tools = qlora.FORMATS["sharegpt"].to_row({"conversations": turns})
+    messages, tools = qlora.FORMATS["sharegpt"].parse({"conversations": turns})
     assert [m["role"] for m in messages if m["content"] == "x"] == [role] and tools is None
 
 
@@ -531,7 +531,7 @@ def test_one_limit_cuts_from_the_left_and_keeps_bos_where_the_template_has_it(bo
 
 
 def test_segments_of_ones_own_and_their_cuts(byte_tokenizer):
-    """Learnt, not supervised, supervised, not supervised: the output begins with the last that is supervised; EOS goes with the end."""
+    """The completion begins with the last supervised segment, here the third; EOS is the last one's."""
     row = [{"text": text, "supervised": supervised} for text, supervised in (("ab", 1), ("c", 0), ("de", 1), ("f", 0))]
     assert encode(row, byte_tokenizer) == ([BOS, *b"abcdef", EOS], [BOS, 97, 98, NO, 100, 101, NO, NO])
     assert encode(row, byte_tokenizer, 2, 3) == ([BOS, *b"adef"], [BOS, 97, 100, 101, NO])
@@ -578,7 +578,8 @@ def as_pair(row):
     return {"input": row["q"].upper() + "=", "output": row["a"]}
 
 def as_segments(row):
-    return [{"text": row["q"], "supervised": False}, {"text": row["a"], "supervised": True}, {"text": "!", "supervised": False}]
+    answer = {"text": row["a"], "learnt": True}  # the key's earlier name
+    return [{"text": row["q"], "supervised": False}, answer, {"text": "!", "supervised": False}]
 
 def as_messages(row):
     return {"messages": [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]}

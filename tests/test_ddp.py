@@ -310,6 +310,12 @@ def test_evaluation_batches_are_dealt_evenly_and_gathered_once(monkeypatch, coun
     assert qlora.gather_results({}) == [f"row {number}" for number in range(count)]
 
 
+def test_a_share_of_no_rows_is_one_token_that_nobody_learns():
+    batch = qlora.collate_step([])
+    step = batch["step"]
+    assert step.supervised == 0 and step.lengths.tolist() == [1] and step.rows == []
+
+
 def test_the_effective_batch_is_the_checkpoints_only_with_the_same_flags(tmp_path):
     folder = Path(tmp_path, "checkpoint-1")
     folder.mkdir()

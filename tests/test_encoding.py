@@ -349,7 +349,7 @@ def test_the_flags_reach_the_limits(encode_file):
 def test_the_share_of_cut_rows_is_part_of_the_statistics(encode_file, longer):
     rows = [{"input": "a", "output": "x" * (4 if n < longer else 3)} for n in range(4)]
     encoded = encode_file(rows, "--target_max_len", "4").train
-    found = qlora.token_statistics(encoded, tiny.byte_tokenizer(), qlora.parse_config([]))
+    found = qlora.token_statistics(encoded, qlora.parse_config([]))
     assert (found.rows, found.cut, found.without_eos) == (4, longer, longer)
     assert (f"{longer} ({25 * longer}.0%) cut" in str(found)) == (longer > 0) and "4 rows" in str(found)
 
@@ -443,8 +443,8 @@ def test_the_cache_knows_what_it_depends_on(encode_file):
 
 def statistics(*rows):
     """Of rows given as (ids, labels)."""
-    rows = [{"input_ids": ids, "labels": labels, "cut": False} for ids, labels in rows]
-    return qlora.token_statistics(datasets.Dataset.from_list(rows), tiny.byte_tokenizer(), qlora.parse_config([]))
+    facts = [qlora.row_facts(ids, labels, tiny.byte_tokenizer(), masked=False) | {"cut": False} for ids, labels in rows]
+    return qlora.token_statistics(datasets.Dataset.from_list(facts), qlora.parse_config([]))
 
 
 FIRST, SECOND = ([BOS, A, B, EOS], [NO, NO, B, EOS]), ([BOS, X, Y, Z, EOS], [NO, X, Y, Z, EOS])
@@ -512,7 +512,7 @@ BATCH = [
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding(side, pad):
     """The mask comes from the lengths: where pad is EOS, the EOS of a row is attended to and supervised."""
-    batch = qlora.padded_batch(window_of(BATCH), [0, 1], pad, side)
+    batch = qlora.padded_batch(step_of(BATCH), [0, 1], pad, side)
     short, mask = [BOS, Y, EOS], [1, 1, 1]
     right = side == "right"
     assert batch["input_ids"].tolist() == [
@@ -525,13 +525,13 @@ def test_padding(side, pad):
     assert batch["targets"].tolist() == [X, EOS, Y, EOS]
 
 
-def window_of(rows):
-    return qlora.collate_step(rows)["window"]
+def step_of(rows):
+    return qlora.collate_step(rows)["step"]
 
 
 def test_ids_that_equal_the_pad_are_attended_to():
     rows = [{"input_ids": [EOS, EOS, X], "labels": [NO, EOS, X]}, {"input_ids": [BOS], "labels": [NO]}]
-    batch = qlora.padded_batch(window_of(rows), [0, 1], EOS, "right")
+    batch = qlora.padded_batch(step_of(rows), [0, 1], EOS, "right")
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert (batch["positions"].tolist(), batch["targets"].tolist()) == ([0, 1], [EOS, X])
 
@@ -546,13 +546,13 @@ def test_prompts_have_no_labels():
 def test_the_first_token_of_a_row_is_not_learnt():
     """Nothing predicts it: not the last token of the row before, where rows lie end to end."""
     rows = [{"input_ids": [A, B], "labels": [A, B]}, {"input_ids": [X, Y, EOS], "labels": [X, Y, EOS]}]
-    collated = qlora.collate_step(rows)
-    assert collated["labels"].tolist() == [NO, B, NO, Y, EOS]  # what the Trainer counts
-    flat = qlora.padding_free_batch(collated["window"], [0, 1])
+    step = step_of(rows)
+    assert step.labels.tolist() == [NO, B, NO, Y, EOS] and step.supervised == 3
+    flat = qlora.padding_free_batch(step, [0, 1])
     assert flat["input_ids"].tolist() == [[A, B, X, Y, EOS]]
     assert flat["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
     assert flat["cu_seq_lens_q"].tolist() == flat["cu_seq_lens_k"].tolist() == [0, 2, 5]
     assert (flat["max_length_q"], flat["max_length_k"]) == (3, 3)
     assert (flat["positions"].tolist(), flat["targets"].tolist()) == ([0, 2, 3], [B, Y, EOS])
-    turned = qlora.padding_free_batch(collated["window"], [1, 0])
+    turned = qlora.padding_free_batch(step, [1, 0])
     assert turned["input_ids"].tolist() == [[X, Y, EOS, A, B]] and turned["targets"].tolist() == [Y, EOS, B]

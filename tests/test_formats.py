@@ -96,14 +96,14 @@ ROWS_IDS = [f"{name}-{number}" for name, goldens in GOLDEN.items() for number in
 
 def encode(name, row, tokenizer, limits):
     """A row of a format, encoded."""
-    rows = {"segments": [qlora.FORMATS[name].to_row(row)], "rendered": [False]}
+    rows = {"segments": [qlora.FORMATS[name].parse(row)], "rendered": [False]}
     columns = qlora.encode_batch(rows, tokenizer, limits)
     return columns["input_ids"][0], columns["labels"][0]
 
 
 @pytest.mark.parametrize(("name", "row", "source", "target"), ROWS, ids=ROWS_IDS)
 def test_golden_pair(name, row, source, target):
-    assert qlora.FORMATS[name].to_row(row) == [
+    assert qlora.FORMATS[name].parse(row) == [
         {"text": source, "supervised": False},
         {"text": target, "supervised": True},
     ]
@@ -155,7 +155,7 @@ def test_a_bad_airoboros_row(tmp_path, row, named):
 @pytest.mark.parametrize("text", ["no answer", "<human>: A <bot>: B", "<human>: A\n<bot>:B", "\n<bot>:"])
 def test_chip2_without_an_answer_is_a_bad_row(text):
     with pytest.raises(qlora.RowError, match=r"'text'.*<bot>: "):
-        qlora.FORMATS["chip2"].to_row({"text": text})
+        qlora.FORMATS["chip2"].parse({"text": text})
 
 
 # ------------------------------------------------------------------------------------

@@ -580,13 +580,13 @@ def test_a_file_is_read_again_only_when_it_has_changed(tmp_path, monkeypatch):
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", numbered(3))
     cache = ("--cache_dir", tmp_path / "cache")
     formatted = []
-    make_pair = qlora.FORMATS["input-output"].to_row
+    original = qlora.FORMATS["input-output"]
 
-    def to_row(row):
+    def parse(row):
         formatted.append(row)
-        return make_pair(row)
+        return original.parse(row)
 
-    spied = qlora.FORMATS["input-output"]._replace(to_row=to_row)
+    spied = original._replace(parse=parse)
     monkeypatch.setitem(qlora.FORMATS, "input-output", spied)
     for _ in range(2):
         assert outputs(load("--dataset", file, *cache).train) == ["0", "1", "2"]

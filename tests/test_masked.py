@@ -100,7 +100,7 @@ def test_a_protein_is_one_token_for_each_letter(esm_tokenizer):
 
 def test_a_batch_is_padded_to_its_longest_row_and_keeps_every_label():
     rows = [{"input_ids": [7, 8, 9], "labels": [7, 8, 9]}, {"input_ids": [6], "labels": [6]}]
-    window = qlora.collate_step(rows, masked=True)["window"]
+    window = qlora.collate_step(rows, masked=True)["step"]
     batch = qlora.padded_batch(window, [0, 1], pad_id=0, side="right")
     assert batch["input_ids"].tolist() == [[7, 8, 9], [6, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -157,7 +157,7 @@ def test_the_shares_are_those_asked_for(chosen, replaced, random):
     ids = torch.full((100, 1000), 99)
     labels = ids.clone()
     labels[:, ::2] = IGNORE
-    masked, supervised = masking(chosen=chosen, replaced=replaced, random=random).draw(ids, labels, 1)
+    masked, supervised = masking(chosen=chosen, replaced=replaced, random=random).mask_tokens(ids, labels, 1)
     picked = supervised != IGNORE
     assert (supervised[picked] == 99).all() and not picked[:, ::2].any()
     assert (masked[~picked] == 99).all(), "only what is supervised is changed"
@@ -180,7 +180,7 @@ def test_masks_follow_from_the_seed_alone():
     draws = []
     for state, step in ((1, 5), (2, 5), (1, 6)):
         torch.manual_seed(state)  # the global generator plays no part
-        draws.append(masking().draw(ids, ids, "train", step))
+        draws.append(masking().mask_tokens(ids, ids, "train", step))
     assert all(torch.equal(a, b) for a, b in zip(draws[0], draws[1], strict=True))
     assert not torch.equal(draws[0][1], draws[2][1])
 
@@ -188,11 +188,11 @@ def test_masks_follow_from_the_seed_alone():
 def test_a_row_to_evaluate_on_has_one_mask_at_least_and_always_the_same():
     rare = masking(chosen=1e-9)
     rows = [list(range(60 + i, 70 + i)) for i in range(20)]
-    drawn = [rare.draw_row(ids, [IGNORE, *ids[1:-1], IGNORE]) for ids in rows]
-    assert drawn == [rare.draw_row(ids, [IGNORE, *ids[1:-1], IGNORE]) for ids in rows]
+    drawn = [rare.mask_eval_row(ids, [IGNORE, *ids[1:-1], IGNORE]) for ids in rows]
+    assert drawn == [rare.mask_eval_row(ids, [IGNORE, *ids[1:-1], IGNORE]) for ids in rows]
     places = [[i for i, label in enumerate(row["labels"]) if label != IGNORE] for row in drawn]
     assert all(len(found) == 1 and 0 < found[0] < 9 for found in places) and len({found[0] for found in places}) > 3
-    assert rare.draw_row([2, 3], [IGNORE, IGNORE])["labels"] == [IGNORE, IGNORE]  # nothing to choose
+    assert rare.mask_eval_row([2, 3], [IGNORE, IGNORE])["labels"] == [IGNORE, IGNORE]  # nothing to choose
 
 
 def test_a_random_token_is_an_ordinary_one_that_the_model_has(esm_tokenizer):
@@ -405,7 +405,7 @@ def test_evaluation_gives_loss_perplexity_and_accuracy_of_the_masks(run_masked, 
     losses, right = [], []
     for text in qlora.last_texts(held_out[:]):
         ids = tokenizer(text)["input_ids"][:48]
-        row = drawing.draw_row(ids, [IGNORE, *ids[1:-1], IGNORE])
+        row = drawing.mask_eval_row(ids, [IGNORE, *ids[1:-1], IGNORE])
         labels = torch.tensor(row["labels"])
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0][labels != IGNORE]
@@ -422,7 +422,7 @@ def test_evaluation_gives_loss_perplexity_and_accuracy_of_the_masks(run_masked, 
 def test_training_masks_are_fresh_in_every_batch_and_evaluation_masks_the_same(run_masked, monkeypatch):
     """Four epochs over the same rows with a learning rate of 0: training losses differ, evaluation losses do not."""
     seen = []
-    plain = qlora.Masking.draw
+    plain = qlora.Masking.mask_tokens
 
     def spy(self, ids, labels, *seed, least=0):
         masked, supervised = plain(self, ids, labels, *seed, least=least)
@@ -430,7 +430,7 @@ def test_training_masks_are_fresh_in_every_batch_and_evaluation_masks_the_same(r
             seen.append((ids.tolist(), masked.tolist()))
         return [masked, supervised]
 
-    monkeypatch.setattr(qlora.Masking, "draw", spy)
+    monkeypatch.setattr(qlora.Masking, "mask_tokens", spy)
     run = run_masked(
         "esm",
         bits=16,
