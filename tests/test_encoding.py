@@ -69,7 +69,7 @@ def test_a_tokenizer_without_bos():
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
-def test_bos_is_added_once_whatever_the_tokenizer_does_itself(tokenizers, tmp_path, add_bos):
+def test_bos_is_added_once_even_if_the_tokenizer_adds_it(tokenizers, tmp_path, add_bos):
     folder = shutil.copytree(tokenizers("sentencepiece"), tmp_path / "tokenizer")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {"add_bos_token": add_bos, "add_eos_token": True}
@@ -220,7 +220,7 @@ def test_flags_override_special_tokens_and_the_models_ids(argv, ids):
     assert model.get_input_embeddings().num_embeddings == 261
 
 
-def test_an_eos_given_ends_the_output():
+def test_eos_token_ends_the_completion():
     tokenizer = special(tiny.byte_tokenizer(eos=None, extra=("<|x|>",)), "--eos_token", "<|x|>")
     assert encode("a", "x", tokenizer, 9, 9)[0] == [256, A, X, 258]
 
@@ -389,7 +389,7 @@ def test_a_limit_that_drops_every_row(encode_file, policy):
         encode_file([{"input": "abc", "output": "xyz"}] * 2, "--model_max_len", "5", "--on_bad_rows", policy)
 
 
-def test_a_row_with_no_token_to_learn(encode_file, tmp_path):
+def test_a_row_without_supervised_tokens_is_a_bad_row(encode_file, tmp_path):
     """Without BOS nothing comes before the only token of the first row."""
     tokenizer = tiny.byte_tokenizer(bos=None)
     rows = [{"input": "a", "output": "x"}, {"input": "", "output": "y"}, {"input": "", "output": "z"}]
@@ -418,7 +418,7 @@ def test_rows_are_encoded_once(encode_file, monkeypatch):
     assert encode_file(rows).train["input_ids"][:] == first
 
 
-def test_the_cache_knows_what_it_depends_on(encode_file):
+def test_the_cache_depends_on_flags_tokenizer_and_rows(encode_file):
     """Each call differs from the first two in one thing; none may get their rows."""
     rows = [{"input": "ab", "output": "xy"}]
     for _ in range(2):
@@ -468,7 +468,7 @@ def test_token_statistics():
         (([A, A], [NO, A]), 1, 0),
     ],
 )
-def test_rows_that_look_like_a_mistake(row, without_eos, doubled_bos):
+def test_rows_without_eos_or_with_doubled_bos_are_counted(row, without_eos, doubled_bos):
     """Each alone, and before and after another row, whose tokens must not be taken for its own."""
     for rows, more in (([row], 0), ([SECOND, row, FIRST], 0), ([FIRST, row], 0), ([row, row], 1)):
         found = statistics(*rows)
@@ -543,7 +543,7 @@ def test_prompts_have_no_labels():
     assert batch["attention_mask"].tolist() == [[1, 1], [0, 1]]
 
 
-def test_the_first_token_of_a_row_is_not_learnt():
+def test_the_first_token_of_a_row_is_not_supervised():
     """Nothing predicts it: not the last token of the row before, where rows lie end to end."""
     rows = [{"input_ids": [A, B], "labels": [A, B]}, {"input_ids": [X, Y, EOS], "labels": [X, Y, EOS]}]
     step = step_of(rows)

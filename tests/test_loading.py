@@ -176,7 +176,7 @@ def test_an_empty_set_always_stops(tmp_path, name, content, policy):
 
 
 # ------------------------------------------------------------------------------------
-# What a file's text means
+# Contents of files
 # ------------------------------------------------------------------------------------
 
 
@@ -251,7 +251,7 @@ def test_a_null_in_an_optional_column_means_missing(tmp_path, field):
 
 
 # ------------------------------------------------------------------------------------
-# Rows that are wrong
+# Bad rows
 # ------------------------------------------------------------------------------------
 
 GOOD = b'{"input": "a", "output": "b"}\n'
@@ -316,7 +316,7 @@ def test_bad_rows_may_be_skipped(tmp_path, case, info):
     assert "rejected.jsonl" in warning
 
 
-def test_a_rejected_row_can_be_mended_from_the_file(tmp_path):
+def test_rejected_jsonl_holds_the_row(tmp_path):
     """The file of rejected rows holds each row, not only where it was."""
     (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"input": "find me", "output": ""}\n')
     out = tmp_path / "out"
@@ -506,7 +506,7 @@ def test_rows_are_held_out_as_the_library_does(rows_file, count, given, held_out
 
 
 @pytest.mark.parametrize(("given", "count"), [("20", 20), ("21", 20), ("1024", 1000), ("0.99", 2), ("1", 1)])
-def test_a_given_size_that_leaves_nothing_to_train(rows_file, given, count):
+def test_eval_dataset_size_that_leaves_nothing_to_train(rows_file, given, count):
     message = data_error("--dataset", rows_file(count), "--do_eval", "--eval_dataset_size", given)
     assert f"--eval_dataset_size {given}" in message and str(count) in message
 
@@ -615,7 +615,7 @@ def test_bad_rows_are_found_in_the_cache_too(tmp_path):
 # ------------------------------------------------------------------------------------
 
 
-def test_what_the_hub_does_not_give_is_one_line(run_qlora):
+def test_an_unknown_hub_dataset_is_one_line(run_qlora):
     run = run_qlora(dataset="nobody/no-such-set")
     error = run.stderr.splitlines()[-1]
     assert run.code == 2 and error.startswith("error: ") and "nobody/no-such-set" in error

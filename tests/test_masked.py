@@ -83,7 +83,7 @@ def masking(**shares: float) -> qlora.Masking:
         ("", 9, [2, 3], []),
     ],
 )
-def test_a_text_is_encoded_with_its_special_tokens_and_those_are_never_learnt(bert_words, text, limit, ids, learnable):
+def test_special_tokens_are_added_and_never_supervised(bert_words, text, limit, ids, learnable):
     row = qlora.encode_masked(text, bert_words, qlora.Limits(limit, 0))
     assert row.input_ids == ids
     assert [label for label in row.labels if label != IGNORE] == learnable
@@ -133,7 +133,7 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path, kind, column):
         ({"instruction": "I", "output": "O", "text": "T"}, [], "T"),  # Alpaca's rows have a text too
     ],
 )
-def test_which_column_is_read(tmp_path, row, flags, text):
+def test_the_column_that_is_read(tmp_path, row, flags, text):
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [row])
     config = qlora.parse_config(["--dataset", str(file), "--objective", "mlm", *flags])
     assert qlora.last_texts(qlora.load_splits(config).train[:]) == [text]
@@ -153,7 +153,7 @@ def test_rows_without_such_a_column_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("chosen", "replaced", "random"), [(0.15, 0.8, 0.1), (0.15, 1.0, 0.0), (1.0, 0.5, 0.5), (0.4, 0.0, 0.3)]
 )
-def test_the_shares_are_those_asked_for(chosen, replaced, random):
+def test_the_shares_of_masked_tokens(chosen, replaced, random):
     ids = torch.full((100, 1000), 99)
     labels = ids.clone()
     labels[:, ::2] = IGNORE
@@ -357,7 +357,7 @@ def test_a_full_fine_tune_leaves_a_model_that_transformers_loads(run_masked, mod
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_what_auto_stands_for(model_config, masked):
+def test_objective_auto(model_config, masked):
     config = qlora.resolve_objective(qlora.parse_config([]), model_config)
     assert config.masked is masked
     assert config.flags["objective"] == config.data.objective == ("mlm" if masked else "clm")
@@ -506,7 +506,7 @@ def test_prediction_uses_the_adapter_that_was_trained(run_masked):
 
 
 # ------------------------------------------------------------------------------------
-# What can't work
+# Refused flags
 # ------------------------------------------------------------------------------------
 
 
@@ -540,7 +540,7 @@ def test_a_masked_model_with_flags_of_a_causal_one(run_masked, flags, words):
 
 
 @pytest.mark.parametrize(("family", "room"), [("bert", 64), ("roberta", 64), ("esm", 64)])
-def test_a_row_longer_than_the_learnt_positions_is_an_error_and_one_that_fills_them_is_not(run_masked, family, room):
+def test_rows_longer_than_the_position_embeddings_are_refused(run_masked, family, room):
     texts = ["MKTAY" * 20] * 8 if family == "esm" else [" ".join(TEXTS[:3])] * 8
     flags = {"bits": 16, "max_steps": 1, "texts": texts}
     assert f"--source_max_len {room}" in error_of(run_masked(family, source_max_len=room + 1, **flags))

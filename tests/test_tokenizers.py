@@ -94,7 +94,7 @@ def _with_config(class_name: str | None):
         "mistral",
     ],
 )
-def test_ids_are_sentencepieces_own(models, family, tokenizer, flags):
+def test_ids_equal_sentencepieces(models, family, tokenizer, flags):
     folder = models(family, tokenizer=tokenizer)
     pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     loaded = load(folder, **flags)
@@ -117,7 +117,7 @@ def test_the_patch_leaves_the_models_folder_alone(models):
     assert after == before
 
 
-def test_a_patch_is_laid_over_key_by_key(models, tmp_path):
+def test_a_patch_is_merged_key_by_key(models, tmp_path):
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<unk>"}')
     tokenizer = load(models("llama", tokenizer="sentencepiece"), tokenizer_patch=tmp_path)
     assert ids_of(tokenizer) == (1, 0, 0)
@@ -132,7 +132,7 @@ def test_a_patch_that_is_not_there_is_an_error(run_qlora, tmp_path):
 # ------------------------------------------------------------------------------------
 
 
-def test_byte_level_bpe_ids_are_the_backends_own(models):
+def test_byte_level_bpe_ids_equal_the_backends(models):
     folder = models("llama", tokenizer="byte_bpe")
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer = load(folder)
