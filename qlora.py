@@ -22,14 +22,14 @@ Read the file from top to bottom, along the path of the data: every room uses on
      7 Encoding         1814-2434
      8 Model            2437-2815
      9 LoRA             2818-2953
-    10 Fast path        2956-3690
-    11 Plan             3693-3971
-    12 Checkpoints      3974-4264
-    13 Processes        4267-4339
-    14 Evaluation       4342-4579
-    15 Trainer          4582-5220
-    16 Stages           5223-5699
-    17 Main             5702-5902
+    10 Fast path        2956-3691
+    11 Plan             3694-3972
+    12 Checkpoints      3975-4265
+    13 Processes        4268-4340
+    14 Evaluation       4343-4580
+    15 Trainer          4583-5221
+    16 Stages           5224-5700
+    17 Main             5703-5903
 """
 
 # ------------------------------------------------------------------------------------
@@ -2956,10 +2956,11 @@ def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) 
 # ------------------------------------------------------------------------------------
 # 10. Fast path: the same numbers from fewer, larger operations
 #
-# A model with adapters enters; the same model leaves, computing the same in less time and memory: fused LoRA functions,
-# attention over rows that lie end to end, cross-entropy without whole logits, liger-kernel's norms. A frozen layer costs
-# 2N FLOP a token forward and 2N backward; everything here is about the rest. The percentages say how much longer a step
-# takes without the mechanism, alone: Llama-2-7B shape, one H200, 16 x 528 tokens, or `small`: 1 x 528, all recomputed.
+# A model with adapters enters; the same model leaves, computing the same in less time and memory: fused LoRA
+# functions, attention over rows that lie end to end, cross-entropy without whole logits, liger-kernel's norms. A frozen
+# layer costs 2N FLOP a token forward and 2N backward; everything here is about the rest. A percentage says how much
+# longer a step takes without that mechanism: Llama-2-7B shape, one H200, 16 x 528 tokens, or `small`: 1 x 528, all
+# layers recomputed.
 # ------------------------------------------------------------------------------------
 if triton is not None:
 
@@ -3250,7 +3251,7 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 class FusedGroup:
-    """The adapted layers of one block that share an input: the first one called computes all of them (1 %; small: 12 %)."""
+    """The adapted layers of one block that share an input: the first one called computes all (1 %; small: 12 %)."""
 
     def __init__(self, layers: list[FusedLinear]) -> None:
         self.layers = layers
@@ -4639,8 +4640,8 @@ class StreamedSteps(torch.utils.data.IterableDataset[dict[str, Any]]):
 class DistributedWindowSampler(torch.utils.data.Sampler[list[int]]):
     """This rank's rows of each optimizer step, which has the same rows however many ranks share it.
 
-    No row is repeated: in the last step of an epoch a share may be smaller, or empty. Rows are dealt by length, back and
-    forth, so that the ranks have about as many tokens each and none waits for the others.
+    No row is repeated: in the last step of an epoch a share may be smaller, or empty. Rows are dealt by length, back
+    and forth, so that the ranks have about as many tokens each and none waits for the others.
     """
 
     def __init__(self, order: Any, size: int, lengths: list[int], drop_last: bool) -> None:
@@ -5069,7 +5070,7 @@ class QLoRATrainer(Trainer):
         self.untimed_seconds += time.perf_counter() - began
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Do nothing: save_final pushes. The Trainer would upload all of output_dir, and its arguments with the token."""
+        """Do nothing: save_final pushes. The Trainer would upload all of output_dir, and its arguments' token."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load into the one adapter, in its dtype: the Trainer may add a second, and makes it float32."""
@@ -5131,7 +5132,7 @@ def set_up_fsdp(accelerator: Any, model: Any, config: Config) -> None:
 
 
 def trainer_arguments(args: TrainingArguments) -> TrainingArguments:
-    """Derive the Trainer's own arguments: it hands out whole steps, which training_step cuts; we recompute ourselves."""
+    """Derive the Trainer's own arguments: it hands out whole steps, which training_step cuts."""
     changed: dict[str, Any] = {name: False for name in CHECKPOINTING if hasattr(args, name)}
     changed["logging_nan_inf_filter"] = False  # it reads the loss, and so waits for the GPU; our own check stops
     if args.ddp_find_unused_parameters is None:
@@ -5690,8 +5691,8 @@ def report_done(config: Config, metrics: dict[str, Any], seconds: float) -> None
     if config.training.process_index != 0:
         return
     add_json(Path(config.training.output_dir, "metrics.json"), metrics, run_name=config.training.run_name)
-    shown = ("train_tokens_per_second", "plan_peak_memory_gib", "train_peak_memory_gib", "train_loss", "eval_loss", "eval_perplexity", "eval_masked_accuracy",
-             "predict_masked_accuracy")  # fmt: skip
+    shown = ("train_tokens_per_second", "plan_peak_memory_gib", "train_peak_memory_gib", "train_loss", "eval_loss",
+             "eval_perplexity", "eval_masked_accuracy", "predict_masked_accuracy")  # fmt: skip
     lines = {name.replace("_", " "): metrics[name] for name in shown if name in metrics}
     lines |= {name: value for name, value in metrics.items() if re.fullmatch(r"mmlu_\w+_accuracy|mmlu_loss", name)}
     files = {str(final_folder(config)): 1, config.training.output_dir: 1, config.training.merged_output_dir: 1}
@@ -5727,7 +5728,7 @@ def print_preview(rows: Iterable[TitledSpans], statistics: Mapping[str, TokenSta
 
 
 def load_run(config: Config) -> tuple[Run, Data]:
-    """Read everything but weights: resume point, model config, tokenizer, rows; once on each machine, on all ranks alike."""
+    """Read everything but weights: resume point, model config, tokenizer, rows; the same on all ranks."""
     resume = ResumePoint(train=True) if config.data.preview else find_resume_point(config)
     check_merge(resume, config)
     check_ranks_agree(config.flags | {"checkpoint": resume.checkpoint})
@@ -5778,7 +5779,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
 
 
 def check_resume(run: Run, data: Data) -> dict[str, Any]:
-    """Check that what was found of an earlier run belongs to this one; returns what this run's checkpoints say of it."""
+    """Check that what was found of an earlier run belongs to this one; returns what checkpoints say of this run."""
     config, resume, args = run.config, run.resume, run.config.training
     identity = run_fingerprint(config, data.statistics.get("train") if args.do_train else None)
     if resume.found:

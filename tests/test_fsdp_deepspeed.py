@@ -301,10 +301,3 @@ def test_masks_do_not_depend_on_the_number_of_processes(start, models, tmp_path)
     assert ours.keys() == theirs.keys()
     # a bias of the keys has no effect on attention: its gradient is noise, which Adam amplifies
     assert all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in ours if "key.bias" not in name)
-
-
-def test_one_mask_for_equal_rows_of_a_step():
-    masking = qlora.Masking(chosen=0.5, replaced=0.8, random=0.1, mask_id=4, words=torch.arange(10, 60))
-    row = torch.arange(10, 50)
-    drawn = [masking.mask_tokens(row, row, "train", 0, step, row.tolist())[0] for step in (1, 1, 2)]
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])

@@ -583,3 +583,10 @@ def test_the_example_learns_the_planted_rule(run_qlora, tmp_path, monkeypatch):
     assert metrics["predict_masked_accuracy"] > 0.5 and metrics["eval_masked_accuracy"] > 0.5
     base = run_qlora(**{**off, **flags, "output_dir": tmp_path / "base", "do_train": False})
     assert base.json("metrics.json")["predict_masked_accuracy"] < 0.1
+
+
+def test_one_mask_for_equal_rows_of_a_step():
+    masking = qlora.Masking(chosen=0.5, replaced=0.8, random=0.1, mask_id=4, words=torch.arange(10, 60))
+    row = torch.arange(10, 50)
+    drawn = [masking.mask_tokens(row, row, "train", 0, step, row.tolist())[0] for step in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
