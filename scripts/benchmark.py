@@ -10,7 +10,7 @@ REAL:FILE:ROWS takes the lengths of a JSON-lines file's texts, ROWS to an optimi
 Every side is a process of its own: nf4 with double quantisation, bf16, LoRA r 64 on all linear layers without
 dropout, adapters in bf16, paged 32-bit AdamW, the same random token ids; 2 steps to warm up, then the median of
 --steps, by the GPU's own clock and without a wait between them. Padding is not counted. The side ours+offload is
-ours with --offload_activations, ours+graphs with --cuda_graphs. Loss and gradient norm of the first step stand
+ours with --offload_activations. Loss and gradient norm of the first step stand
 beside each speed: they must agree. Writes benchmark.json and benchmark.png to --out.
 """
 
@@ -29,10 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, ALPHA, WARM_UP = 64, 16, 2
-VARIANTS = {  # ours with other flags, as a side: ours+offload
-    "offload": ["--offload_activations"],
-    "graphs": ["--cuda_graphs"],
-}
+VARIANTS = {"offload": ["--offload_activations"]}  # ours with other flags, as a side: ours+offload
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -100,25 +97,12 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
 
     windows, at_once, recompute = lengths_of(case)
     count, total = len(windows[0]), steps + WARM_UP
-    config = qlora.parse_config(
-        [
-            *("--model_name_or_path", model, "--bf16", "--lora_dtype", "bfloat16", "--max_grad_norm", "0"),
-            *("--per_device_train_batch_size", str(at_once), "--gradient_accumulation_steps", str(count // at_once)),
-            *(
-                "--max_steps",
-                str(total),
-                "--save_strategy",
-                "no",
-                "--logging_steps",
-                "1000",
-                "--output_dir",
-                "/tmp/bench",
-            ),
-            *("--train_sampling_strategy", "sequential", "--disable_tqdm", "True", "--logging_first_step", "True"),
-            *([] if case.startswith("REAL:") or "*" in case else ["--recompute_layers", recompute]),
-            *flags,
-        ]
-    )
+    words = ["--model_name_or_path", model, "--bf16", "--lora_dtype", "bfloat16", "--max_grad_norm", "0"]
+    words += ["--per_device_train_batch_size", str(at_once), "--gradient_accumulation_steps", str(count // at_once)]
+    words += ["--max_steps", str(total), "--save_strategy", "no", "--logging_steps", "1000", "--logging_first_step"]
+    words += ["--train_sampling_strategy", "sequential", "--disable_tqdm", "True", "--output_dir", "/tmp/bench"]
+    words += [] if case.startswith("REAL:") or "*" in case else ["--recompute_layers", recompute]
+    config = qlora.parse_config([*words, *flags])
     qlora.set_up_logging()
     rows = [row for step in range(total) for row in token_rows(windows[step % len(windows)], step)]
     columns = {"input_ids": [row.tolist() for row in rows], "labels": [row.tolist() for row in rows]}
@@ -127,10 +111,9 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
     began = time.perf_counter()
     model_config = qlora.load_model_config(config, model)
     tokenizer = qlora.load_tokenizer(config, model_config, model)
-    base = qlora.load_model(config, model_config, model)
-    costs = qlora.memory_from_config(config, model_config)
-    ready = qlora.assemble(base, costs, qlora.ResumePoint(True), data, 0, config)
-    trainer = qlora.build_trainer(ready, tokenizer, qlora.Splits(data, None), None, {}, qlora.GracefulStop(), config)
+    run = qlora.Run(config, model, model_config, tokenizer, qlora.ResumePoint(train=True))
+    data = qlora.Data(data, None, qlora.Splits(data, None), {})
+    trainer = qlora.prepare(run, data, {}, None, qlora.GracefulStop())
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()
@@ -141,9 +124,8 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
         "loss": first["loss"],
         "grad_norm": first["grad_norm"],
         "ready_s": clock.first_step - began,
-        "sizes": str(trainer.sizes),
-        "predicted_gib": round(ready.plan.gib()["predicted peak"], 2) if ready.plan else None,
-        "predicted_tokens_per_s": round(ready.plan.tokens_per_second()) if ready.plan else None,
+        "plan": str(trainer.plan),
+        "predicted_gib": trainer.plan.peak and round(trainer.plan.peak, 2),
     }
 
 

@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
-# Runs the tests, in an environment that it makes itself: about 22 minutes on two CPU cores.
+# Runs the tests, in an environment that it makes itself: 8 minutes on two CPU cores.
 #
-#   bash scripts/test.sh                            # all but those marked slow or network
+#   bash scripts/test.sh                            # all but those marked slow, network or ci
 #   bash scripts/test.sh -k formats -x              # arguments go to pytest
-#   bash scripts/test.sh -m "slow or gpu"           # the marked ones; gpu tests need a GPU
+#   bash scripts/test.sh -n 0 -m "slow or gpu"      # the marked ones, one at a time; gpu tests need a GPU
 #
-# Trackers, notebooks and the chat page are tested where tests/requirements.txt and Chromium are installed:
+# Two processes share the tests where pytest-xdist is installed; without it, one runs them all, which takes twice as long.
+# It comes with tests/requirements.txt, as do the trackers, notebooks and chat page, whose tests are skipped otherwise:
 #   .venv/bin/python -m pip install -r tests/requirements.txt && bash .ci/browser.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
-exec .venv/bin/python -m pytest -q "$@"  # without a path: `testpaths` of pyproject.toml, tests/
+export OMP_NUM_THREADS=1  # two processes on two cores
+share=()
+if .venv/bin/python -c 'import xdist' 2>/dev/null; then
+    share=(-n 2 --dist loadgroup)
+fi
+exec .venv/bin/python -m pytest -q "${share[@]+"${share[@]}"}" "$@"  # without a path: `testpaths` of pyproject.toml, tests/

@@ -1,14 +1,16 @@
-"""Fixtures: tiny models and data built once a session, and `run_qlora`, which runs the program.
+"""Fixtures: tiny models and data, built once a session, and `run_qlora`, which runs the program.
 
     def test_it_trains(run_qlora):
         run = run_qlora(learning_rate=1e-3)
         assert run.code == 0 and (run.output_dir / "adapter_model.safetensors").exists()
 
-Nothing here needs a network or a GPU. The builders themselves are in tiny.py.
+Nothing here needs a network or a GPU. The builders are in tiny.py.
 """
 
 import atexit
 import contextlib
+import functools
+import gc
 import importlib
 import io
 import itertools
@@ -21,15 +23,16 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Before the first import of a Hugging Face library, all of which read these once.
+# Before the first import of a Hugging Face library, all of which read these once. Each pytest-xdist worker imports this
+# file too and so has caches of its own.
 _HF_HOME = tempfile.mkdtemp(prefix="qlora-tests-hf-")
 atexit.register(shutil.rmtree, _HF_HOME, ignore_errors=True)
 os.environ |= {
-    "HF_HOME": _HF_HOME,  # also where remote code is copied to
+    "HF_HOME": _HF_HOME,  # remote code is copied there, too
     "HF_DATASETS_CACHE": f"{_HF_HOME}/datasets",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -44,23 +47,32 @@ import pytest  # noqa: E402
 import tiny  # noqa: E402
 import tiny_encoders  # noqa: E402
 import torch  # noqa: E402
+from fork_server import ForkServer  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-torch.set_num_threads(1)  # tiny models: a second thread only waits for the first
+torch.set_num_threads(1)  # tiny models gain nothing from a second thread
 
-# bitsandbytes warns here of what every CPU test does: 8-bit layers compute in fp16 ("MatMul8bitLt:
-# inputs will be cast"), and there is no downloadable kernel for 4 bit.
+# bitsandbytes warns about what every CPU test does: 8-bit layers compute in fp16 ("MatMul8bitLt: inputs will be
+# cast"), and 4 bit has no downloadable kernel.
 for _name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Paged optimizers, the program's default, warn on a CPU that they do not page."""
+    """Ignore the warning that paged optimizers, the program's default, do not page on a CPU."""
     config.addinivalue_line("filterwarnings", "ignore:Paged optimizers are not supported on CPU")
 
 
+# Files whose tests share fixtures that take seconds: one pytest-xdist worker runs all tests of such a file.
+ONE_WORKER_EACH = ("test_ddp", "test_examples", "test_fast_path", "test_fsdp_deepspeed")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is none."""
+    """Group tests for pytest-xdist; skip tests marked `gpu` on a machine without one."""
+    for item in items:
+        if item.path.stem in ONE_WORKER_EACH:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -68,8 +80,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+def pytest_collection_finish() -> None:
+    freeze_imports()
+
+
+def pytest_unconfigure() -> None:
+    """Remove the caches here as well: a pytest-xdist worker does not run its atexit functions."""
+    shutil.rmtree(_HF_HOME, ignore_errors=True)
+
+
+def freeze_imports() -> None:
+    """Exclude everything imported so far from garbage collection.
+
+    accelerate collects garbage once a run, which takes 0.36 s over the objects of the imported libraries and a few
+    milliseconds without them.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@functools.cache
+def freeze_lazy_imports() -> None:
+    """Once a process, after the first run has imported the rest (datasets, bitsandbytes, …)."""
+    freeze_imports()
+
+
 def extra(module: str) -> Any:
-    """A module of tests/requirements.txt."""
+    """Import a module of tests/requirements.txt, or skip the test."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -77,23 +114,23 @@ def extra(module: str) -> Any:
 
 
 def missing(reason: str) -> NoReturn:
-    """Skip a test for what is not on this machine; CI sets QLORA_ALL_TESTS, and there the test fails.
+    """Skip a test that needs something this machine lacks; with QLORA_ALL_TESTS set, as CI does, fail it.
 
-    Not so for the browser, which comes from the system: where CI could not install it, it says so itself.
+    The browser is the exception: it comes from the system, and CI sets QLORA_NO_BROWSER if it cannot be installed.
     """
     excused = os.environ.get("QLORA_NO_BROWSER") and reason.startswith("chromium")
     (pytest.fail if os.environ.get("QLORA_ALL_TESTS") and not excused else pytest.skip)(reason)
 
 
 # ------------------------------------------------------------------------------------
-# Folders, built when first asked for. They are shared: a test that changes one copies it first.
+# Folders, built on first use and shared: a test that changes one must copy it first.
 # ------------------------------------------------------------------------------------
 
 
 def _cached(root: Path, build: Callable[..., Path], named: dict[str, Callable[..., Path]]) -> Callable[..., Path]:
     """`get(name, **options)`: one folder under `root` for each distinct call."""
     folders: dict[str, Path] = {}
-    kept: list[Any] = []  # the options: a collected function's address, and so its repr, may come again
+    kept: list[Any] = []  # options stay alive: the repr of a collected function could be reused by another
 
     def get(name: str, **options: Any) -> Path:
         key = repr((name, sorted(options.items())))
@@ -161,7 +198,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of the program left."""
+    """Exit status, output and files of one run of the program."""
 
     code: int
     output_dir: Path
@@ -179,58 +216,99 @@ class Run:
 
 
 @pytest.fixture(autouse=True)
-def _global_state() -> Iterator[None]:
+def _preserve_state() -> Iterator[None]:
     with preserved_state():
         yield
 
 
-@pytest.fixture
-def run_qlora(models: Callable[..., Path], data_dir: Path, tmp_path: Path) -> Callable[..., Run]:
-    """`run_qlora(*words, **flags)` -> Run: calls `qlora.main` with flags small enough for a CPU.
+@pytest.fixture(autouse=True)
+def _skip_slow_writes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the loss chart empty and skip fsync, unless the test is marked `real_writes`.
 
-    `words` come first on the command line, as they are. A flag that is None is left out, a list
-    gives several words, a dict JSON. Runs of one test share the output folder `tmp_path / "out"`,
-    so the second resumes the first. What is not a QLoRAError is raised to the test.
+    Together they are half of a warm run of four steps.
     """
+    if request.node.get_closest_marker("real_writes"):
+        return
     import qlora
 
+    monkeypatch.setattr(qlora, "write_loss_chart", lambda path, history: path.touch())
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def _run_main(argv: list[str], output_dir: Path, seed: int) -> Run:
+    import qlora
+
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with preserved_state():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+                code = qlora.main(argv)
+        except SystemExit as stop:  # --help
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        finally:  # pytest shows both if the test fails
+            print(stdout.getvalue(), end="")
+            print(stderr.getvalue(), end="", file=sys.stderr)
+            freeze_lazy_imports()
+    return Run(code, output_dir, stdout.getvalue(), stderr.getvalue())
+
+
+@pytest.fixture(scope="session")
+def small_flags(models: Callable[..., Path], data_dir: Path) -> dict[str, Any]:
+    """The flags of `run_qlora`, small enough for a CPU."""
+    return {
+        "model_name_or_path": models("llama"),
+        "dataset": data_dir / "support.jsonl",
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "source_max_len": 32,
+        "target_max_len": 32,
+        "lora_r": 4,
+        "logging_steps": 1,
+        "save_steps": 2,
+    }
+
+
+@pytest.fixture
+def run_qlora(small_flags: dict[str, Any], tmp_path: Path) -> Callable[..., Run]:
+    """`run_qlora(*words, **flags)` -> Run: call `qlora.main` with `small_flags` and these.
+
+    `words` come first on the command line, unchanged. A flag set to None is left out, a list gives several words, a
+    dict JSON. All runs of a test share the output folder `tmp_path / "out"` unless told otherwise, so the second one
+    resumes the first. Exceptions other than QLoRAError reach the test.
+    """
+
+    # Every process starts from a random state of its own, and so does each run here: setting the seed too late must
+    # show as a difference between two runs.
     seeds = itertools.count(1)
 
     def run(*words: str, **flags: Any) -> Run:
-        flags = {
-            "model_name_or_path": flags.get("model_name_or_path") or models("llama"),
-            "dataset": data_dir / "support.jsonl",
-            "output_dir": tmp_path / "out",
-            "max_steps": 4,
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 1,
-            "source_max_len": 32,
-            "target_max_len": 32,
-            "lora_r": 4,
-            "logging_steps": 1,
-            "save_steps": 2,
-            **flags,
-        }
-        argv = [*words, *_to_argv(flags)]
-        stdout, stderr = io.StringIO(), io.StringIO()
-        with preserved_state():
-            # Each run finds another random state, as each process does: a seed that is set too
-            # late must show as a difference between runs.
-            seed = next(seeds)
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-            try:
-                with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-                    code = qlora.main(argv)
-            except SystemExit as stop:  # --help
-                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-            finally:  # pytest shows it where the test fails
-                print(stdout.getvalue(), end="")
-                print(stderr.getvalue(), end="", file=sys.stderr)
-        return Run(code, Path(flags["output_dir"]), stdout.getvalue(), stderr.getvalue())
+        flags = {**small_flags, "output_dir": tmp_path / "out", **flags}
+        return _run_main([*words, *_to_argv(flags)], Path(flags["output_dir"]), next(seeds))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def _reference_run(small_flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    output = tmp_path_factory.mktemp("reference") / "out"
+    run = _run_main(_to_argv({**small_flags, "output_dir": output, "learning_rate": 1e-2}), output, seed=0)
+    assert run.code == 0
+    return run
+
+
+@pytest.fixture
+def finished_run(_reference_run: Run, tmp_path: Path) -> Run:
+    """A finished run with `small_flags` and --learning_rate 1e-2, copied to `tmp_path / "finished"`.
+
+    For tests that start from an adapter or a checkpoint and do not care how it was trained.
+    """
+    output = tmp_path / "finished"
+    shutil.copytree(_reference_run.output_dir, output)
+    return replace(_reference_run, output_dir=output)
 
 
 def _to_argv(flags: dict[str, Any]) -> list[str]:
@@ -245,9 +323,16 @@ def _to_argv(flags: dict[str, Any]) -> list[str]:
     return argv
 
 
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Runs in processes of their own, see fork_server.py."""
+    with ForkServer() as server:
+        yield server
+
+
 @contextlib.contextmanager
 def preserved_state() -> Iterator[None]:
-    """Put back what a run may change in this process: the next test must not inherit it."""
+    """Restore everything a run may change in this process, so that the next test does not inherit it."""
     environment, directory, excepthook = dict(os.environ), Path.cwd(), sys.excepthook
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     named = [log for log in logging.root.manager.loggerDict.values() if isinstance(log, logging.Logger)]

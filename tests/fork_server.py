@@ -1,16 +1,17 @@
-"""Runs of the program as processes of their own, which begin in milliseconds: one imports, then forks for each.
+"""Run the program in processes of their own that start in milliseconds: a server imports everything once, then forks.
 
-    with Forks() as fork_server:
-        process = fork_server.start(["--max_steps", "4", ...], log=tmp_path / "log")
+    with ForkServer() as server:
+        process = server.start(["--max_steps", "4", ...], log=tmp_path / "log")
         process.kill(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
 
-The process that forks has imported the libraries and done nothing with them, so no thread and no lock is inherited.
+The server only imports libraries and never calls them, so forks inherit no threads and no locks.
 """
 
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import itertools
 import json
@@ -28,40 +29,54 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Modules that a run imports late; in the server they are imported once, which saves 3 s a process.
+LATE_IMPORTS = (
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "peft.tuners.lora.bnb",
+    "scipy.stats",
+    "transformers.integrations.bitsandbytes",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+)
+
 
 class Process:
-    """One run."""
+    """One run, seen from a test."""
 
     def __init__(self, pid: int, log: Path) -> None:
-        self.pid, self.log, self.status, self._ended = pid, log, None, threading.Event()
+        self.pid, self.log, self.status, self._exited = pid, log, None, threading.Event()
 
     def kill(self, number: int) -> None:
-        """Send a signal; nothing if it has ended by itself."""
+        """Send a signal, unless the process has exited."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
     def wait(self, seconds: float = 120) -> int:
-        """The exit status, or minus the signal that ended it."""
-        if not self._ended.wait(seconds):
+        """The exit status, or minus the signal that killed it."""
+        if not self._exited.wait(seconds):
             self.kill(signal.SIGKILL)
             raise TimeoutError(f"still running after {seconds} s: {self.text()}")
         return self.status
 
     @property
     def running(self) -> bool:
-        return not self._ended.is_set()
+        return not self._exited.is_set()
 
     def text(self) -> str:
-        """What it has written to standard output and error."""
+        """Its standard output and error so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def ended(self, status: int) -> None:
+    def set_status(self, status: int) -> None:
         self.status = status
-        self._ended.set()
+        self._exited.set()
 
 
-class Forks:
-    """The process that fork_server, seen from a test."""
+class ForkServer:
+    """The server, seen from a test."""
 
     def __init__(self) -> None:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -69,16 +84,16 @@ class Forks:
         command = [sys.executable, str(Path(__file__).resolve())]
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.processes: dict[int, Process] = {}
-        self.born: list[int] = []
+        self.started: list[int] = []
         self.changed = threading.Condition()
         self.listener = threading.Thread(target=self._listen, daemon=True)
         self.listener.start()
 
-    def __enter__(self) -> "Forks":
+    def __enter__(self) -> "ForkServer":
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.server.stdin.close()  # it kills what still runs, and ends
+        self.server.stdin.close()  # it kills its children and exits
         self.server.wait(30)
         self.listener.join(30)
         self.server.stdout.close()
@@ -88,11 +103,11 @@ class Forks:
             pid, status = json.loads(line)
             with self.changed:
                 if status is None:
-                    self.born.append(pid)
+                    self.started.append(pid)
                     self.changed.notify_all()
                 else:
                     self.changed.wait_for(lambda pid=pid: pid in self.processes)
-                    self.processes[pid].ended(status)
+                    self.processes[pid].set_status(status)
 
     def start(
         self,
@@ -103,42 +118,41 @@ class Forks:
         full_at: tuple | None = None,
         before: str | None = None,
     ) -> Process:
-        """A run.
+        """Start a run.
 
         Args:
             argv: The command line.
-            log: Where standard output and error go.
-            environment: Beside the one there is.
-            die_at: (module, name, n): the process kills itself with SIGKILL where it calls that function the n-th time.
-            full_at: (module, name): from its first call of that function on no file that it writes may be longer than
-                1000 bytes.
-            before: Python to run first.
+            log: File for standard output and error.
+            environment: Additional variables.
+            die_at: (module, name, n): the process kills itself with SIGKILL at its n-th call of that function.
+            full_at: (module, name): from the first call of that function on, no file may grow beyond 1000 bytes.
+            before: Python code to execute first.
         """
         order = {"argv": argv, "log": str(log), "environment": environment or {}}
         order |= {"die_at": die_at, "full_at": full_at, "before": before}
         self.server.stdin.write(json.dumps(order).encode() + b"\n")
         self.server.stdin.flush()
         with self.changed:
-            assert self.changed.wait_for(lambda: self.born, 120)
-            process = Process(self.born.pop(0), log)
+            assert self.changed.wait_for(lambda: self.started, 120)
+            process = Process(self.started.pop(0), log)
             self.processes[process.pid] = process
             self.changed.notify_all()
         return process
 
     def start_ranks(self, number: int, argv: list[str], log: Path, **options: Any) -> list[Process]:
-        """A run of several processes, as srun starts them; each has a log of its own, log.0 and so on."""
+        """Start the ranks of one run one by one, as srun does; each has a log of its own: log.0, log.1, …"""
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
-        found = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
-        return [self.start(argv, Path(f"{log}.{place['RANK']}"), found | place, **options) for place in places]
+        rendezvous = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+        return [self.start(argv, Path(f"{log}.{rank['RANK']}"), rendezvous | rank, **options) for rank in ranks]
 
 
 def _dying(function: Any, times: int) -> Any:
     calls = itertools.count(1)
 
-    def called(*args: Any, **kwargs: Any) -> Any:  # a function, so that a method stays one
+    def called(*args: Any, **kwargs: Any) -> Any:  # a plain function, so that it still binds as a method
         if next(calls) == times:
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
@@ -161,12 +175,12 @@ def _replace(module: str, path: str, wrap: Any, *args: Any) -> None:
 
 
 def _run(order: dict[str, Any]) -> int:
-    """In the forked process: everything that `python qlora.py` would do after its imports."""
+    """In the fork: what `python qlora.py` does after its imports."""
     import qlora
 
     os.setsid()
     with open(order["log"], "ab", buffering=0) as log:
-        # not the file itself, whose length may be limited; in a group that no signal is sent to
+        # through a pipe, as `full_at` would limit the log as well; in a session that no signal reaches
         pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log, start_new_session=True)
     os.dup2(pipe.stdin.fileno(), 1)
     os.dup2(pipe.stdin.fileno(), 2)
@@ -182,26 +196,33 @@ def _run(order: dict[str, Any]) -> int:
     except Exception:
         traceback.print_exc()
         code = 1
-    atexit._run_exitfuncs()  # which wait for processes of a data loader
+    atexit._run_exitfuncs()  # they wait for the processes of a data loader
     sys.stdout.flush()
     sys.stderr.flush()
     end = os.readlink(f"/proc/self/fd/{pipe.stdin.fileno()}")
-    for descriptor in list(map(int, os.listdir("/proc/self/fd"))):  # DeepSpeed keeps a copy of standard output
+    for descriptor in list(map(int, os.listdir("/proc/self/fd"))):  # DeepSpeed duplicates standard output
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{descriptor}") == end:
                 os.close(descriptor)
-    pipe.wait()  # all is in the log
+    pipe.wait()  # the log is complete
     return code
 
 
 def _serve() -> None:
+    orders, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # DeepSpeed prints when it is imported
     import torch
 
     import qlora  # noqa: F401
 
+    for module in LATE_IMPORTS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # a run collects garbage; over the imported objects that takes 0.4 s and copies their pages
     running: set[int] = set()
-    with os.fdopen(os.dup(1), "wb", buffering=0) as answers, os.fdopen(os.dup(0), "rb", buffering=0) as orders:
+    with orders, answers:
         assert threading.active_count() == 1, threading.enumerate()
         while True:
             if select.select([orders], [], [], 0.002)[0]:

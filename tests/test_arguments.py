@@ -1,10 +1,12 @@
-"""Flags: names, defaults, old names, config files, and the rules between flags."""
+"""Flags: defaults, spelling, config files, old and removed names, and the rules between flags."""
 
+import ast
 import dataclasses
 import json
 import logging
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ def parse(*argv: str) -> qlora.Config:
 
 @pytest.fixture
 def main(capsys):
-    """`main(*argv)` -> (exit status, lines of standard error)."""
+    """`main(*argv)` returns the exit status and the lines on standard error."""
 
     def call(*argv: str) -> tuple[int, list[str]]:
         code = qlora.main(list(argv))
@@ -30,7 +32,7 @@ def main(capsys):
 
 @pytest.fixture
 def warnings(caplog):
-    """The warnings that the program logged so far."""
+    """`warnings()` returns what the program has warned about so far."""
 
     def messages() -> list[str]:
         records = [r for r in caplog.records if r.name == "qlora"]
@@ -40,13 +42,12 @@ def warnings(caplog):
 
 
 # ------------------------------------------------------------------------------------
-# Defaults. The table is written down by hand: it is what users of the original rely on.
+# Defaults, written out by hand: users of the original rely on them.
 # ------------------------------------------------------------------------------------
 
 MODEL = {
     "model_name_or_path": "EleutherAI/pythia-12b",
     "trust_remote_code": False,
-    "allow_pickle_weights": False,
     "use_auth_token": False,
     "adapter_name_or_path": None,
     "attn_implementation": None,
@@ -126,7 +127,7 @@ TRAINING = {
     "save_total_limit": 40,
     "report_to": "none",
 }
-OWN_TRAINING = {  # not the Trainer's
+NEW_TRAINING = {  # flags that the Trainer does not have
     "adam8bit": False,
     "overwrite_output_dir": False,
     "working_dir": None,
@@ -135,14 +136,9 @@ OWN_TRAINING = {  # not the Trainer's
     "merge_base": "original",
     "max_shard_size": "5GB",
     "recompute_layers": "auto",
-    "unpacked_layers": "auto",
     "offload_activations": False,
-    "cuda_graphs": False,
     "auto_batch": None,  # the machine decides
-    "padding_free": True,
-    "fused_lora": True,
-    "chunked_head": True,
-    "liger": True,
+    "fast_path": True,
     "plan": False,
     "plan_gpu": None,
 }
@@ -175,22 +171,19 @@ GROUPS = {
     "data": DATA,
     "quant": QUANTISATION,
     "lora": LORA,
-    "training": TRAINING | OWN_TRAINING,
+    "training": TRAINING | NEW_TRAINING,
     "mmlu": MMLU,
     "generation": GENERATION,
 }
 OURS = {name for table in GROUPS.values() for name in table}
-# Flags of ours that the original did not have and that no table of defaults names.
-HELPERS = {"show_traceback"}
-# Not there yet, each with the feature that it belongs to. Move a row up when the feature arrives.
-LATER: dict[str, str] = {}
+HELPERS = {"show_traceback"}  # in no table of defaults
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_defaults(group):
     config, expected = parse(), GROUPS[group]
     assert {name: config.flags[name] for name in expected} == expected
-    # What the run reads; the Trainer's own form of report_to "none" is an empty list.
+    # What the run reads; the Trainer turns report_to "none" into an empty list.
     expected = {name: [] if name == "report_to" else value for name, value in expected.items()}
     used = {name: getattr(getattr(config, group), name) for name in expected}
     assert used == expected
@@ -198,10 +191,9 @@ def test_defaults(group):
     assert {name for name, value in used.items() if isinstance(value, bool)} == booleans
 
 
-def test_the_table_of_defaults_names_every_flag_of_ours():
+def test_the_tables_of_defaults_are_complete():
     trainers = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)}
     assert set(parse().flags) - trainers == OURS - set(TRAINING) | HELPERS
-    assert not set(LATER) & set(parse().flags), "has arrived: move it to its table"
 
 
 def test_other_trainer_flags_keep_the_trainers_defaults():
@@ -218,7 +210,7 @@ def test_other_trainer_flags_keep_the_trainers_defaults():
     }
 
 
-def test_each_config_has_its_own_defaults():
+def test_parsing_does_not_change_the_defaults():
     parse("--lora_r", "8", "--learning_rate", "1.0")
     assert parse().lora.lora_r == 64 and parse().training.learning_rate == 2e-4
 
@@ -239,26 +231,19 @@ RECENT_SPELLINGS: list[tuple[list[str], str, object]] = [  # transformers 5.17 h
     [
         (["--bf16"], "bf16", True),
         (["--bf16", "True"], "bf16", True),
-        (["--bf16", "true"], "bf16", True),
         (["--bf16=True"], "bf16", True),
         (["--bf16", "False"], "bf16", False),
-        (["--double_quant"], "double_quant", True),
         (["--double_quant", "False"], "double_quant", False),
-        (["--double_quant=False"], "double_quant", False),
         (["--no_double_quant"], "double_quant", False),
         (["--no-double-quant"], "double_quant", False),
         (["--no_gradient_checkpointing"], "gradient_checkpointing", False),
         *(RECENT_SPELLINGS if RECENT else []),
-        (["--no_do_train", "--do_eval"], "do_train", False),
         (["--no_skip_excess_length", "--model_max_len", "9"], "skip_excess_length", False),
         (["--learning-rate", "1e-4"], "learning_rate", 1e-4),
         (["--learning-rate=1e-4"], "learning_rate", 1e-4),
-        (["--learning_rate=1e-4"], "learning_rate", 1e-4),
-        (["--max_memory_MB", "100"], "max_memory_MB", 100),
         (["--max-memory-MB", "100"], "max_memory_MB", 100),
         (["--max_steps", "-1"], "max_steps", -1),
         (["--max_steps=-1"], "max_steps", -1),
-        (["--run_name", "a=b"], "run_name", "a=b"),
         (["--run_name=a=b"], "run_name", "a=b"),
         (["--eval_dataset_size", "0.01"], "eval_dataset_size", 0.01),
         (["--lora_r", "8", "--lora_r", "16"], "lora_r", 16),
@@ -275,7 +260,7 @@ def test_spelling(argv, name, expected, warnings):
 
 @pytest.mark.parametrize("dash", ["–", "—", "––"])
 @pytest.mark.parametrize("rest", [["learning_rate", "1e-4"], ["learning-rate=1e-4"]])
-def test_a_typographic_dash_is_read_with_a_warning(dash, rest, warnings):
+def test_a_typographic_dash_is_accepted_with_a_warning(dash, rest, warnings):
     config = parse(dash + rest[0], *rest[1:])
     assert config.training.learning_rate == 1e-4
     (warning,) = warnings()
@@ -290,7 +275,7 @@ def test_a_typographic_dash_is_read_with_a_warning(dash, rest, warnings):
         (["--source-max-length=9"], "--source-max-length", "--source_max_len"),
         (["–dataste", "x"], "--dataste", "--dataset"),
         (["--evaluation_stratgy", "no"], "--evaluation_stratgy", "--evaluation_strategy"),
-        (["--max_step", "3"], "--max_step", "--max_steps"),  # no prefix stands for a flag
+        (["--max_step", "3"], "--max_step", "--max_steps"),  # a prefix is not accepted
         (["--use_auth_tok"], "--use_auth_tok", "--use_auth_token"),
         (["--no_double_quan"], "--no_double_quan", "--no_double_quant"),
     ],
@@ -302,13 +287,13 @@ def test_an_unknown_flag_names_the_nearest_and_exits_2(main, argv, given, neares
     assert "Traceback" not in "".join(lines)
 
 
-def test_nothing_is_near(main):
+def test_an_unknown_flag_without_a_near_match(main):
     code, lines = main("--xyzzy_plugh_qq", "1")
     assert code == 2 and lines[-1].startswith("error: ") and "--xyzzy_plugh_qq" in lines[-1]
 
 
-@pytest.mark.parametrize("flag", ["max_train_sample", "save_total", "model_name", "lora", "mmlu"])
-def test_no_prefix_stands_for_a_flag(flag):
+@pytest.mark.parametrize("flag", ["save_total", "lora"])
+def test_a_prefix_of_a_flag_is_not_accepted(flag):
     with pytest.raises(qlora.ConfigError, match=f"--{flag}: unknown"):
         parse(f"--{flag}", "1")
 
@@ -319,10 +304,7 @@ def test_no_prefix_stands_for_a_flag(flag):
         (["--lora_r", "many"], ["--lora_r", "many"]),
         (["--learning_rate", "fast"], ["--learning_rate", "fast"]),
         (["--bits", "5"], ["--bits", "5", "4", "8", "16", "32"]),
-        (["--quant_type", "int4"], ["--quant_type", "int4", "nf4", "fp4"]),
         (["--on_bad_rows", "ignore"], ["--on_bad_rows", "ignore", "stop", "skip"]),
-        (["--padding_side", "top"], ["--padding_side", "top", "left"]),
-        (["--mmlu_split", "dev"], ["--mmlu_split", "dev", "test"]),
         (["--bf16", "maybe"], ["--bf16", "maybe"]),
         (["--lora_r"], ["--lora_r"]),
         (["--optim", "paged_adamw"], ["paged_adamw"]),
@@ -334,7 +316,7 @@ def test_no_prefix_stands_for_a_flag(flag):
     ],
     ids=lambda value: " ".join(value),
 )
-def test_a_wrong_value_is_one_line(main, argv, fragments):
+def test_a_wrong_value_is_a_one_line_error(main, argv, fragments):
     code, lines = main(*argv)
     assert code == 2
     (error,) = [line for line in lines if "error" in line]
@@ -350,7 +332,7 @@ def test_debug_shows_the_traceback(main):
 
 
 # ------------------------------------------------------------------------------------
-# A file of flags
+# Config files
 # ------------------------------------------------------------------------------------
 
 FILES = {
@@ -365,14 +347,14 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_may_hold_the_flags(tmp_path, name):
+def test_flags_from_a_file(tmp_path, name):
     (tmp_path / name).write_text(FILES[name])
     config = parse(str(tmp_path / name))
     assert config.training.learning_rate == 1e-4 and config.training.max_steps == -1
     assert (config.quant.bits, config.quant.double_quant, config.training.bf16) == (8, False, True)
     assert config.data.dataset == "a.jsonl,b.jsonl" and config.model.pad_token is None
     assert config.lora.lora_modules == "q_proj,v_proj"
-    assert config.lora.lora_r == 64  # what the file leaves out
+    assert config.lora.lora_r == 64  # not in the file
 
 
 @pytest.mark.parametrize(
@@ -388,20 +370,20 @@ def test_a_file_may_hold_the_flags(tmp_path, name):
         ("max_steps: 7", ["--num_train_epochs", "2"], "max_steps", 7),
     ],
 )
-def test_the_command_line_wins(tmp_path, content, argv, name, expected):
+def test_the_command_line_overrides_the_file(tmp_path, content, argv, name, expected):
     (tmp_path / "run.yaml").write_text(content)
     assert parse(str(tmp_path / "run.yaml"), *argv).flags[name] == expected
 
 
-def test_a_json_value_of_a_file_reaches_its_flag(tmp_path):
+def test_a_mapping_in_a_file_becomes_json(tmp_path):
     (tmp_path / "run.yaml").write_text("rope_scaling:\n  rope_type: linear\n  factor: 2.0\n")
     value = parse(str(tmp_path / "run.yaml")).model.rope_scaling
     assert json.loads(value) == {"rope_type": "linear", "factor": 2.0}
 
 
 @pytest.mark.parametrize("name", ["eval_strategy", "save_strategy", "evaluation_strategy"])
-def test_no_in_a_yaml_file_is_the_word(tmp_path, name):
-    """YAML reads `no` as False."""
+def test_no_in_a_yaml_file_is_text(tmp_path, name):
+    """YAML itself reads `no` as False."""
     (tmp_path / "run.yaml").write_text(f"{name}: no\n")
     training = parse(str(tmp_path / "run.yaml")).training
     assert getattr(training, name.replace("evaluation", "eval")) == "no"
@@ -428,7 +410,7 @@ def test_old_names_work_in_a_file(tmp_path, warnings):
     ],
     ids=["missing", "yaml", "json", "a list", "a text", "unknown flag", "encoding"],
 )
-def test_a_bad_file_is_one_line_that_names_it(main, tmp_path, name, content, fragments):
+def test_a_bad_file_is_a_one_line_error_that_names_it(main, tmp_path, name, content, fragments):
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     code, lines = main(str(tmp_path / name))
@@ -437,7 +419,7 @@ def test_a_bad_file_is_one_line_that_names_it(main, tmp_path, name, content, fra
 
 
 # ------------------------------------------------------------------------------------
-# What follows from flags
+# Values that depend on other flags
 # ------------------------------------------------------------------------------------
 
 
@@ -451,7 +433,7 @@ def test_a_bad_file_is_one_line_that_names_it(main, tmp_path, name, content, fra
         (["--max_steps", "50"], 50, 3.0),
     ],
 )
-def test_epochs_rule_unless_steps_are_given(argv, steps, epochs):
+def test_epochs_apply_unless_steps_are_passed(argv, steps, epochs):
     config = parse(*argv)
     assert (config.training.max_steps, config.training.num_train_epochs) == (steps, epochs)
     assert config.flags["max_steps"] == steps
@@ -478,24 +460,24 @@ def test_folders(argv, work, final):
     assert config.flags["output_dir"] == "o"
 
 
-def test_flags_and_given_are_recorded():
+def test_explicitly_set_flags_are_recorded():
     config = parse("--lora-r", "8", "--no_double_quant", "--warmup_ratio", "0.1")
     assert config.explicitly_set == {"lora_r", "double_quant", "warmup_steps"}
     assert config.flags["lora_r"] == 8 and config.flags["double_quant"] is False
 
 
 @pytest.mark.parametrize(("value", "steps"), [("0.03", 3), ("0.005", 1), ("0", 0), ("0.5", 50)])
-def test_a_warm_up_ratio_is_a_share_of_all_steps(value, steps):
+def test_a_warmup_ratio_is_a_fraction_of_all_steps(value, steps):
     assert parse("--warmup_ratio", value).training.get_warmup_steps(100) == steps
 
 
 @pytest.mark.parametrize("value", ["1", "1.5", "-0.1"])
-def test_a_warm_up_ratio_outside_its_range(value):
+def test_a_warmup_ratio_out_of_range(value):
     with pytest.raises(qlora.ConfigError, match=r"warmup_ratio.*1"):
         parse("--warmup_ratio", value)
 
 
-def test_generation_values_that_the_user_set_are_known():
+def test_explicitly_set_generation_flags():
     config = parse("--top_p", "0.9", "--max_new_tokens", "256")
     assert config.explicitly_set == {"top_p", "max_new_tokens"}
     assert config.generation.top_p == 0.9
@@ -505,7 +487,7 @@ def test_generation_values_that_the_user_set_are_known():
 # Old names
 # ------------------------------------------------------------------------------------
 
-# Old flag, its value, and what must come of it: a flag of today with its value, or nothing.
+# Old flag, its value, and the current flags that it sets.
 OLD = [
     ("evaluation_strategy", "steps", {"eval_strategy": "steps", "do_eval": True}),
     ("evaluation_strategy", "no", {"eval_strategy": "no", "do_eval": False}),
@@ -528,62 +510,114 @@ OLD = [
     ("per_gpu_train_batch_size", "3", {"per_device_train_batch_size": 3}),
     ("per_gpu_eval_batch_size", "3", {"per_device_eval_batch_size": 3}),
     ("torchdynamo", "inductor", {"torch_compile_backend": "inductor"}),
-    ("save_safetensors", "False", {}),
-    ("save_safetensors", "", {}),
-    ("no_save_safetensors", "", {}),
-    ("sortish_sampler", "True", {"sortish_sampler": False}),
-    ("sharded_ddp", "simple", {"fsdp": parse().training.fsdp}),
-    ("use_mps_device", "", {}),
-    ("half_precision_backend", "auto", {}),
-    ("fp16_backend", "auto", {}),
-    ("use_ipex", "", {}),
-    ("jit_mode_eval", "", {}),
-    ("past_index", "-1", {}),
-    ("ray_scope", "last", {}),
-    ("tpu_num_cores", "8", {}),
-    ("fp16_opt_level", "O1", {}),
-    ("xpu_backend", "ccl", {}),
-    ("include_inputs_for_metrics", "", {}),
-    ("include_tokens_per_second", "True", {}),
-    ("dispatch_batches", "False", {}),
-    ("split_batches", "", {}),
-    ("fsdp_min_num_params", "100", {}),
-    ("push_to_hub_model_id", "mine", {}),
-    ("push_to_hub_organization", "ours", {}),
-    ("length_column_name", "size", {}),
-    ("auto_find_batch_size", "", {}),
-    ("no_auto_find_batch_size", "", {}),
-    ("enable_jit_checkpoint", "", {}),
-    ("logging_nan_inf_filter", "False", {}),
-    ("ddp_broadcast_buffers", "True", {}),
-    ("use_liger_kernel", "", {"use_liger_kernel": False}),
-    ("liger_kernel_config", '{"rope": false}', {}),
-    ("torch_empty_cache_steps", "4", {}),
-    ("label_names", "labels", {}),
-    ("include_for_metrics", "loss", {}),
-    ("batch_eval_metrics", "True", {}),
-    ("prediction_loss_only", "", {}),
-    ("eval_do_concat_batches", "False", {}),
-    ("eval_use_gather_object", "", {}),
-    ("include_num_input_tokens_seen", "all", {}),
 ]
+
+
+IGNORED = [
+    ("save_safetensors", "False"),
+    ("save_safetensors", ""),
+    ("no_save_safetensors", ""),
+    ("sortish_sampler", "True"),
+    ("sharded_ddp", "simple"),
+    ("use_mps_device", ""),
+    ("half_precision_backend", "auto"),
+    ("fp16_backend", "auto"),
+    ("use_ipex", ""),
+    ("jit_mode_eval", ""),
+    ("past_index", "-1"),
+    ("ray_scope", "last"),
+    ("tpu_num_cores", "8"),
+    ("fp16_opt_level", "O1"),
+    ("xpu_backend", "ccl"),
+    ("include_inputs_for_metrics", ""),
+    ("include_tokens_per_second", "True"),
+    ("dispatch_batches", "False"),
+    ("split_batches", ""),
+    ("fsdp_min_num_params", "100"),
+    ("push_to_hub_model_id", "mine"),
+    ("push_to_hub_organization", "ours"),
+    ("length_column_name", "size"),
+    ("auto_find_batch_size", ""),
+    ("no_auto_find_batch_size", ""),
+    ("enable_jit_checkpoint", ""),
+    ("logging_nan_inf_filter", "False"),
+    ("ddp_broadcast_buffers", "True"),
+    ("use_liger_kernel", ""),
+    ("liger_kernel_config", '{"rope": false}'),
+    ("torch_empty_cache_steps", "4"),
+    ("label_names", "labels"),
+    ("include_for_metrics", "loss"),
+    ("batch_eval_metrics", "True"),
+    ("prediction_loss_only", ""),
+    ("eval_do_concat_batches", "False"),
+    ("eval_use_gather_object", ""),
+    ("include_num_input_tokens_seen", "all"),
+]
+
+
+def changed_flags(config: qlora.Config) -> dict[str, object]:
+    default = parse().flags
+    return {name: value for name, value in config.flags.items() if value != default[name]}
 
 
 @pytest.mark.parametrize(("old", "value", "effect"), OLD, ids=[f"{o}={v}" for o, v, _ in OLD])
 def test_an_old_name_works_with_one_warning(old, value, effect, warnings):
-    training = parse(f"--{old}", *filter(None, [value]))
+    config = parse(f"--{old}", *filter(None, [value]))
     (warning,) = warnings()
     assert f"--{old}" in warning
     for name, expected in effect.items():
-        holder = next(h for h in (training.training, training.model, training.data) if hasattr(h, name))
+        holder = next(h for h in (config.training, config.model, config.data) if hasattr(h, name))
         assert getattr(holder, name) == expected
-    default = parse()
-    changed = {name for name in default.flags if training.flags[name] != default.flags[name]}
-    assert changed <= set(effect)  # nothing else
+    assert changed_flags(config).keys() <= effect.keys()
+
+
+def test_an_ignored_flag_is_accepted_with_one_warning(caplog):
+    for name, value in IGNORED:
+        caplog.clear()
+        assert not changed_flags(parse(f"--{name}", *filter(None, [value])))
+        (warning,) = caplog.messages
+        assert warning.startswith(f"--{name}: accepted, without effect: ")
 
 
 def test_every_old_name_is_tested():
-    assert {old.removeprefix("no_") for old, *_ in OLD} | {"no_cuda"} >= qlora.OLD_FLAGS
+    assert {old.removeprefix("no_") for old, *_ in [*OLD, *IGNORED]} | {"no_cuda"} >= qlora.OLD_FLAGS
+
+
+REMOVED = [
+    "cuda_graphs",
+    "unpacked_layers",
+    "fused_lora",
+    "padding_free",
+    "chunked_head",
+    "liger",
+    "allow_pickle_weights",
+]
+
+
+@pytest.mark.parametrize("name", REMOVED)
+@pytest.mark.parametrize("spelling", ["--{}", "--{}=False", "--no_{}", "–{}", "yaml"])
+def test_a_removed_flag_says_what_to_do_instead(main, tmp_path, name, spelling):
+    (tmp_path / "run.yaml").write_text(f"{name}: 1\n")
+    words = [str(tmp_path / "run.yaml")] if spelling == "yaml" else [spelling.format(name)]
+    code, lines = main(*words)
+    assert code == 2 and lines[-1].startswith("error: ") and "no longer exists" in lines[-1]
+    assert name in lines[-1] and re.search(r"--(fast_path|auto_batch)|leave it out", lines[-1])
+
+
+def test_every_removed_flag_is_tested():
+    assert set(REMOVED) == qlora.REMOVED_FLAGS.keys()
+
+
+def test_repeating_a_run_drops_its_removed_flags_with_one_line(tmp_path, warnings):
+    record = {part: {} for part in ("derived", "versions", "data", "device")}
+    record |= {"flags": {"dataset": "a", "lora_r": 8, "liger": True, "cuda_graphs": False}}
+    record["derived"] = {"given": ["lora_r", "cuda_graphs"]}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    config = parse(str(tmp_path / "run.json"), "--output_dir", "x")
+    assert config.lora.lora_r == 8 and config.explicitly_set == {"lora_r", "output_dir"}
+    assert config.record["flags"] == {"dataset": "a", "lora_r": 8}
+    (warning,) = warnings()
+    assert "run.json" in warning and "liger, cuda_graphs" in warning
 
 
 def test_a_compiler_backend_turns_compilation_on():
@@ -591,11 +625,11 @@ def test_a_compiler_backend_turns_compilation_on():
 
 
 def test_evaluation_strategy_is_recorded_as_evaluating():
-    """run.json holds every flag as resolved, and the Trainer's arguments turn do_eval on."""
+    """The Trainer's arguments turn do_eval on, and run.json holds every flag as resolved."""
     assert parse("--evaluation_strategy", "steps").flags["do_eval"] is True
 
 
-def test_a_negated_old_name_does_not_mean_yes():
+def test_negated_old_names():
     assert parse("--no_use_auth").model.use_auth_token is False
     assert parse("--no_use_auth", "False").model.use_auth_token is True
     assert parse("--no_group_by_length=False").training.train_sampling_strategy == "group_by_length"
@@ -635,9 +669,8 @@ def test_flash_attention_falls_back_to_sdpa_with_a_warning(warnings, monkeypatch
     assert qlora.resolve_attention(parse("--attn_implementation", "eager")) == "eager"
 
 
-# What the original's Trainer had and today's has not. Declared on a subclass of its arguments such
-# a flag parses and does nothing.
-REMOVED = {
+# Flags of the original's Trainer that today's lacks: declared on a subclass they would parse and do nothing.
+DROPPED_BY_THE_TRAINER = {
     *("evaluation_strategy", "group_by_length", "warmup_ratio", "no_cuda", "logging_dir"),
     *("save_safetensors", "half_precision_backend", "fp16_backend", "use_ipex", "jit_mode_eval"),
     *("use_mps_device", "torchdynamo", "past_index", "per_gpu_train_batch_size"),
@@ -647,11 +680,11 @@ REMOVED = {
 }
 
 
-def test_no_flag_that_is_parsed_is_one_that_the_trainer_ignores():
-    assert not REMOVED & set(parse().flags)
+def test_no_flag_is_declared_that_the_trainer_ignores():
+    assert not DROPPED_BY_THE_TRAINER & set(parse().flags)
     trainers = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)}
     declared = {f.name for f in dataclasses.fields(qlora.TrainingArguments)}
-    assert declared - trainers == set(OWN_TRAINING) | HELPERS
+    assert declared - trainers == set(NEW_TRAINING) | HELPERS
 
 
 # ------------------------------------------------------------------------------------
@@ -690,6 +723,7 @@ RULES = [
     ("--mask_prob 0", "mask_prob 0"),
     ("--mask_prob 1.1", "mask_prob 1.1"),
     ("--mask_prob nan", "mask_prob nan"),
+    ("--mask_replace_prob -0.1", "mask_replace_prob -0.1"),
     ("--mask_replace_prob 1", "mask_replace_prob random_replace_prob 1 0.1"),  # 1.1 with the default of the other
     ("--random_replace_prob -0.1", "random_replace_prob -0.1"),
     ("--random_replace_prob nan", "random_replace_prob nan"),
@@ -706,20 +740,18 @@ RULES = [
     ("--layer_freeze_ratio 1", "layer_freeze_ratio 1"),
     ("--recompute_layers some", "recompute_layers some auto all none"),
     ("--recompute_layers -1", "recompute_layers -1"),
-    ("--unpacked_layers some", "unpacked_layers some auto all none"),
     ("--gradient_checkpointing False --recompute_layers all", "gradient_checkpointing recompute_layers"),
     ("--offload_activations --recompute_layers none", "offload_activations recompute_layers"),
-    ("--cuda_graphs --recompute_layers 3", "cuda_graphs recompute_layers"),
-    ("--cuda_graphs --offload_activations", "cuda_graphs offload_activations"),
-    ("--cuda_graphs --full_finetune --bits 16", "cuda_graphs full_finetune"),
     ("--offload_activations --gradient_checkpointing False", "offload_activations gradient_checkpointing"),
     ("--plan_gpu 24GiB", "plan_gpu --plan"),
+    ("--plan --plan_gpu H100", "--plan_gpu H100 24GiB"),
+    ("--plan --plan_gpu 8x80GiB", "--plan_gpu 8x80GiB 24GiB"),
+    ("--plan --plan_gpu 0GiB", "--plan_gpu 0GiB 24GiB"),
     ("--overwrite_output_dir --resume_from_checkpoint c", "--overwrite_output_dir --resume_from_checkpoint"),
     ("--resume_from_checkpoint False", "--resume_from_checkpoint --overwrite_output_dir"),
     ("--dataset https://me:pw@example.org/x", "--dataset password log"),
     ("--diversity_penalty 0.5", "--diversity_penalty"),
     ("--report_to pigeon", "--report_to pigeon tensorboard"),
-    ("--report_to tensorboard,pigeon", "--report_to pigeon tensorboard"),
     ("--report_to comet_ml", "--report_to comet_ml installed"),
     ("--preview -1", "preview -1"),
     ("--preview 3 --plan", "preview plan"),
@@ -727,12 +759,11 @@ RULES = [
     ("--train_sampling_strategy sorted", "train_sampling_strategy sorted random"),
     ("--dataset_format alpacca", "dataset_format alpacca alpaca input-output path.py:function"),
     ("--dataset_format none.py:f", "dataset_format none.py:f"),
-    ("--dataset_format qlora.py", "dataset_format qlora.py path.py:function"),
     ("--expand_conversations", "expand_conversations airoboros_chat"),
     ("--expand_conversations --dataset_format sharegpt", "expand_conversations airoboros_chat"),
     ("--include_sources=,", "include_sources ALL"),
     ("--dataset vicuna", "vicuna released"),
-    ("--dataset alpaca,vicuna", "vicuna released"),
+    ("--dataset alpaca,vicuna", "alpaca,vicuna released"),
     ("--dataset=", "dataset"),
     ("--push_to_hub --hub_strategy checkpoint", "push_to_hub hub_strategy checkpoint end"),
     ("--stream_buffer 9", "stream_buffer streaming"),
@@ -742,6 +773,9 @@ RULES = [
     ("--streaming --dataset a,b", "streaming dataset folder"),
     ("--streaming --do_eval --eval_dataset_size 0.1", "streaming eval_dataset_size 0.1 number"),
     ("--streaming --dataloader_num_workers 2", "streaming dataloader_num_workers 0"),
+    ("--streaming --packing", "--streaming --packing"),
+    ("--streaming --group_by_length", "streaming order train_sampling_strategy group_by_length"),
+    ("--streaming --train_sampling_strategy sequential", "streaming order train_sampling_strategy sequential"),
     ("--streaming --save_strategy epoch", "streaming save_strategy steps"),
     ("--streaming --eval_strategy epoch", "streaming eval_strategy steps"),
     ("--streaming --logging_strategy epoch", "streaming logging_strategy steps"),
@@ -776,6 +810,7 @@ IMPOSSIBLE = [
     ("--num_beam_groups 2", "--num_beam_groups"),
     ("--penalty_alpha 0.6", "--penalty_alpha"),
     ("--temperature -1", "--temperature"),
+    ("--init_lora_weights eva --bits 16", "--init_lora_weights eva: .*batches through the base first"),
     ("--init_lora_weights loftq", "--init_lora_weights loftq: .*rounding"),
     ("--init_lora_weights corda --bits 16", "--init_lora_weights corda: .*statistics"),
     ("--init_lora_weights lora_ga --bits 16", "--init_lora_weights lora_ga: .*gradients"),
@@ -787,7 +822,6 @@ IMPOSSIBLE = [
     ("--init_lora_weights orthogonal --bits 16 --lora_r 3", "orthogonal.*--lora_r 3.*even"),
     ("--max_shard_size 5", "--max_shard_size 5"),
     ("--max_shard_size 1.5GB", "--max_shard_size 1.5GB"),
-    ("--max_shard_size 0GB", "--max_shard_size 0GB"),
     ("--merge_base dequantized", "--merge_base .*--merged_output_dir"),
     ("--merged_output_dir m --full_finetune --bits 16", "--merged_output_dir.*--full_finetune"),
     ("--merged_output_dir o --output_dir ./o", "--merged_output_dir o"),
@@ -802,16 +836,65 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize(("argv", "named"), RULES, ids=[argv for argv, _ in RULES])
-def test_a_broken_rule_is_a_config_error_in_one_line(argv, named):
+def test_a_broken_rule_is_a_one_line_config_error(argv, named):
     with pytest.raises(qlora.ConfigError) as caught:
         parse(*argv.split())
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in named.split())
-    assert not re.search(r"\{\w*\}", message), "a value is not filled in"
 
 
-def test_fsdp_of_accelerate_launch_has_the_rules_of_the_flag(monkeypatch):
-    """What it tells in the environment, where no version means the first."""
+@pytest.mark.parametrize(("flags", "named"), IMPOSSIBLE)
+def test_an_impossible_value_is_refused_at_once(flags, named):
+    with pytest.raises(qlora.ConfigError, match=named):
+        parse(*flags.split())
+
+
+def broken_rules() -> list[tuple[str, str, int]]:
+    """For each line of the tables above: the message, and the function and line of qlora.py that raised it."""
+    broken = []
+    for argv, _ in [*RULES, *IMPOSSIBLE]:
+        with pytest.raises(qlora.ConfigError) as caught:
+            parse(*argv.split())
+        entry = caught.traceback[-1]
+        broken.append((str(caught.value), entry.name, entry.lineno + 1))
+    return broken
+
+
+def test_every_rule_is_tested():
+    """Every `raise` of the check functions and every flag of their tables is reached by a line above."""
+    broken = broken_rules()
+    messages, reached = [message for message, *_ in broken], {(name, line) for _, name, line in broken}
+    tree = ast.parse(Path(qlora.__file__).read_text(encoding="utf-8"))
+    checks = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in CHECKS]
+    assert len(checks) == len(CHECKS)
+    raising = {
+        (function.name, node.lineno)
+        for function in checks
+        for node in ast.walk(function)
+        if isinstance(node, ast.Raise) and "--deepspeed" not in ast.unparse(node)  # tests/test_fsdp_deepspeed.py
+    }
+    assert raising <= reached
+    expected = [(name, expected) for names, expected, _ in qlora.VALUE_CHECKS for name in names.split()]
+    assert not [row for row in expected if not any(m.startswith(f"--{row[0]} ") and row[1] in m for m in messages)]
+    assert {f"--{name} needs --{other}" for name, other in qlora.REQUIRES} <= set(messages)
+    assert {f"--{a} and --{b}: pass only one of them" for a, b in qlora.MUTUALLY_EXCLUSIVE} <= set(messages)
+
+
+CHECKS = (
+    *("check_config", "check_model_and_lora", "check_data", "check_streaming", "check_training"),
+    *("check_distributed", "check_outputs"),
+)
+
+
+def test_messages_name_only_flags_that_exist():
+    messages = [message for message, *_ in broken_rules()]
+    reasons = [reason for *_, reason in qlora.ineffective_flags(parse())]
+    names = {name for message in messages + reasons for name in re.findall(r"--(\w+)", message)}
+    assert names <= set(parse().flags) and all("--" in message for message in messages)
+
+
+def test_fsdp_by_accelerate_launch_follows_the_rules_of_the_flag(monkeypatch):
+    """Its settings are in the environment; without FSDP_VERSION it is version 1."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     for _ in range(2):
         with pytest.raises(qlora.ConfigError, match=r"version 1 .*fsdp_version"):
@@ -832,8 +915,8 @@ def test_fsdp_of_accelerate_launch_has_the_rules_of_the_flag(monkeypatch):
         parse()
 
 
-def test_fsdp_takes_a_base_that_is_quantised_only_where_its_storage_is_a_float():
-    """bitsandbytes' default, also where the file does not say it, is uint8; sharding needs a floating dtype."""
+def test_fsdp_needs_a_floating_storage_dtype_of_a_quantised_base():
+    """bitsandbytes' default, also if the file does not say so, is uint8."""
     config = parse("--fsdp", "--model_name_or_path", "some/base")
     for own in ({}, {"bnb_4bit_quant_storage": "uint8"}):
         with pytest.raises(qlora.ConfigError, match=r"^--fsdp: some/base .* stored as uint8, .* give the base as pub"):
@@ -842,8 +925,8 @@ def test_fsdp_takes_a_base_that_is_quantised_only_where_its_storage_is_a_float()
     qlora.check_prequantised(parse(), {"bnb_4bit_quant_storage": "uint8"})
 
 
-def test_what_accelerate_launch_says_beside_the_flags_is_not_done_in_silence(monkeypatch):
-    """Its precision would be computed in whatever the run says of itself; DeepSpeed takes its own file alone."""
+def test_settings_of_accelerate_launch_that_contradict_the_flags_are_refused(monkeypatch):
+    """The Trainer would compute in its precision whatever the run reports; DeepSpeed reads only its own file."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     for words in ((), ("--fp16",)):
         with pytest.raises(qlora.ConfigError, match=r"mixed_precision bf16 of accelerate launch.* --bf16"):
@@ -855,31 +938,10 @@ def test_what_accelerate_launch_says_beside_the_flags_is_not_done_in_silence(mon
         parse()
 
 
-def test_every_rule_is_tested(monkeypatch):
-    """Those that the tables of this file break are all that there are."""
-    broken = set()
-
-    def noting(number, rule, message):
-        return lambda f: rule(f) and (broken.add(number), True)[1], message
-
-    monkeypatch.setattr(qlora, "RULES", [noting(n, *row) for n, row in enumerate(qlora.RULES)])
-    for argv, _ in [*RULES, *IMPOSSIBLE]:
-        with pytest.raises(qlora.ConfigError):
-            parse(*argv.split())
-    assert [message for n, (_, message) in enumerate(qlora.RULES) if n not in broken] == []
-
-
-def test_messages_name_flags_that_there_are():
-    messages = [message for _, message in qlora.RULES] + [why for *_, why in qlora.INEFFECTIVE_FLAGS]
-    names = {name for message in messages for name in re.findall(r"--(\w+)", message)}
-    assert names <= set(parse().flags) and all("--" in message for _, message in qlora.RULES)
-
-
-# Flags that do nothing beside others: every row of qlora.INEFFECTIVE_FLAGS, by a command line, and one where they do something.
-IDLE = [
+# A command line with ineffective flags, the line that says so, and flags that make them effective.
+INEFFECTIVE = [
     ("--bits 8 --quant_type fp4 --no_double_quant", "double_quant, quant_type: without effect: bits is 8", "--bits 4"),
-    ('--fsdp_config {"cpu_offload":true}', "fsdp_config: without effect: it is for --fsdp", "--fsdp"),
-    ("--unpacked_layers all --bits 16", "unpacked_layers: without effect: bits is 16", "--bits 8"),
+    ('--fsdp_config {"cpu_offload":true}', "fsdp_config: without effect: it belongs to --fsdp", "--fsdp"),
     ("--merged_output_dir m --merge_base dequantized --bits 16", "merge_base: without effect: bits is 16", "--bits 8"),
     ("--max_shard_size 1GB", "max_shard_size: without effect: .*--merged_output_dir.*--full_finetune",
      "--merged_output_dir m"),
@@ -895,7 +957,8 @@ IDLE = [
     ("--eval_steps 9", "eval_steps: without effect: eval_strategy is no", "--eval_strategy steps"),
     ("--save_steps 9 --save_strategy epoch", "save_steps: without effect: save_strategy is epoch",
      "--save_strategy steps"),
-    ("--num_train_epochs 2 --max_steps 9", "num_train_epochs: without effect: max_steps 9 rules", "--max_steps -1"),
+    ("--num_train_epochs 2 --max_steps 9", "num_train_epochs: without effect: max_steps 9 takes precedence",
+     "--max_steps -1"),
     ("--overwrite_output_dir --do_train False --do_eval", "overwrite_output_dir: without effect: nothing is trained",
      "--do_train"),
     ("--warmup_ratio 0.1", "warmup_steps: without effect: lr_scheduler_type constant",
@@ -907,27 +970,28 @@ IDLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("argv", "expected", "way"), IDLE, ids=[argv for argv, *_ in IDLE])
-def test_a_flag_that_does_nothing_is_named(caplog, argv, expected, way):
+@pytest.mark.parametrize(("argv", "expected", "remedy"), INEFFECTIVE, ids=[argv for argv, *_ in INEFFECTIVE])
+def test_an_ineffective_flag_is_named(caplog, argv, expected, remedy):
     with caplog.at_level("INFO", "qlora"):
         qlora.log_hints(parse(*argv.split()))
         assert any(re.match(expected, message) for message in caplog.messages)
         caplog.clear()
-        if way:
-            qlora.log_hints(parse(*argv.split(), *way.split()))
+        if remedy:
+            qlora.log_hints(parse(*argv.split(), *remedy.split()))
             assert not any(re.match(expected.partition(":")[0], message) for message in caplog.messages)
 
 
-def test_every_idle_flag_is_tested(caplog):
-    with caplog.at_level("INFO", "qlora"):
-        for argv, *_ in IDLE:
-            qlora.log_hints(parse(*argv.split()))
-    reasons = [why.partition("{")[0].partition(": ")[0] for *_, why in qlora.INEFFECTIVE_FLAGS]
-    assert len(IDLE) >= len(reasons)
-    assert [reason for reason in reasons if not any(reason in message for message in caplog.messages)] == []
+def test_every_ineffective_flag_is_tested():
+    configs = [parse(*argv.split()) for argv, *_ in INEFFECTIVE]
+    tables = [(config, qlora.ineffective_flags(config)) for config in configs]
+    for row in range(len(tables[0][1])):
+        rows = [(config, table[row]) for config, table in tables]
+        assert any(applies and config.explicitly_set & set(names.split()) for config, (names, applies, _) in rows), (
+            rows[0][1]
+        )
 
 
-def test_a_plain_command_has_no_idle_flag(caplog):
+def test_the_defaults_have_no_ineffective_flag(caplog):
     with caplog.at_level("INFO", "qlora"):
         qlora.log_hints(parse())
     assert "without effect" not in caplog.text
@@ -938,45 +1002,45 @@ def test_a_plain_command_has_no_idle_flag(caplog):
     [
         "--do_train False --do_eval",
         "--do_train False --merged_output_dir m --merge_base dequantized --max_shard_size 100KB",
-        "--init_lora_weights eva",
         "--init_lora_weights FALSE --bits 8",
         "--init_lora_weights pissa_niter_16 --bits 16",
         "--init_lora_weights orthogonal --bits 32",
         "--do_train False --do_predict --predict_with_generate",
         "--full_finetune --bits 16",
-        "--full_finetune --bits 32",
         "--adam8bit",
         "--do_mmlu_eval --do_eval",
         "--do_mmlu_eval --evaluation_strategy steps",  # which turns do_eval on
         "--model_max_len 9 --skip_excess_length False",
         "--eval_dataset_size 0.5",
         "--lora_dropout 0.999",
-        "--lora_r 1",
-        "--layers_to_freeze 1",
-        "--dataset_format chip2",
         "--dataset_format airoboros_chat --expand_conversations",
         f"--dataset_format {__file__}:f",
         "--train_sampling_strategy sequential",
         '--rope_scaling {"type":"linear","factor":2.0}',
-        "--max_train_samples 1",
-        "--do_predict",  # needs no generation where the model turns out to be a masked one
+        "--do_predict",  # needs no generation if the model turns out to be a masked one
         "--objective mlm --do_predict --mask_prob 1 --mask_replace_prob 1 --random_replace_prob 0",
         "--objective mlm --model_max_len 64 --train_on_source False --metric_for_best_model eval_masked_accuracy",
         "--objective mlm --dataset_format text",
-        "--streaming --max_steps 5 --num_train_epochs 2 --packing --eval_strategy steps",
+        "--streaming --max_steps 5 --num_train_epochs 2 --eval_strategy steps",
+        "--streaming --train_sampling_strategy random",
+        "--plan --plan_gpu 24GB",
+        "--plan --plan_gpu 24g",
+        "--plan --plan_gpu 80",
+        "--plan --plan_gpu 23.5GiB",
         "--streaming --do_train False --do_eval --num_train_epochs 2",
     ],
 )
-def test_what_the_rules_allow(argv):
+def test_allowed_combinations(argv):
     assert parse(*argv.split())
 
 
-def test_rules_are_checked_before_anything_is_loaded(main, monkeypatch):
-    def fail(*args, **kwargs):
-        raise AssertionError("reached the run")
+def test_a_stream_is_not_grouped_by_length():
+    assert parse("--streaming").training.train_sampling_strategy == "random"
+    assert parse().training.train_sampling_strategy == "group_by_length"
 
-    monkeypatch.setattr(qlora, "run", fail)
-    code, lines = main("--full_finetune", "--bits", "4")
+
+def test_rules_are_checked_before_anything_is_loaded(main):
+    code, lines = main("--model_name_or_path", "/no/such/model", "--full_finetune", "--bits", "4")
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
 
 
@@ -1001,12 +1065,6 @@ def test_help_shows_our_flags_before_the_trainers(capsys, flag):
     assert "%%" not in text and "%(" not in text
 
 
-@pytest.mark.parametrize(("flags", "named"), IMPOSSIBLE)
-def test_values_that_can_not_work_are_refused_at_once(flags, named):
-    with pytest.raises(qlora.ConfigError, match=named):
-        parse(*flags.split())
-
-
-def test_a_list_in_a_file_is_a_comma_list(tmp_path):
+def test_a_list_in_a_file_is_comma_separated(tmp_path):
     (tmp_path / "run.yaml").write_text("lora_modules: [q_proj, v_proj]\nreport_to: none\n")
     assert parse(str(tmp_path / "run.yaml")).lora.lora_modules == "q_proj,v_proj"

@@ -1,6 +1,6 @@
 """Conversations: airoboros_chat, chat templates, rows that a user's function makes.
 
-Expected ids are spelled by hand with the byte tokenizer ("a" is 97), or come from sentencepiece, tokenizers or
+Expected ids are spelt by hand with the byte tokenizer ("a" is 97), or come from sentencepiece, tokenizers or
 apply_chat_template alone.
 """
 
@@ -79,7 +79,7 @@ CHAT_IDS = [f"{len(turns)} turns {number}" for number, (turns, *_) in enumerate(
 
 
 def chat_pair(turns):
-    return qlora.FORMATS["airoboros_chat"].to_row({"conversations": shared(*turns)})
+    return qlora.FORMATS["airoboros_chat"].parse({"conversations": shared(*turns)})
 
 
 @pytest.mark.parametrize(("turns", "prompt", "answer"), AIROBOROS_CHAT, ids=CHAT_IDS)
@@ -151,7 +151,7 @@ BAD_CHATS = {
 
 @pytest.mark.parametrize("name", BAD_CHATS)
 @pytest.mark.parametrize("expand", [False, True])
-def test_a_conversation_that_is_wrong_is_one_bad_row(tmp_path, name, expand):
+def test_an_invalid_conversation_is_one_bad_row(tmp_path, name, expand):
     good, bad = {"conversations": shared("a", "b", "c", "d")}, {"conversations": BAD_CHATS[name]}
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [good, bad])
     flags = ("--dataset_format", "airoboros_chat", "--expand_conversations", expand, "--output_dir", tmp_path / "out")
@@ -294,7 +294,7 @@ def chatml_tokenizer(template=CHATML, **options):
 
 
 def render(messages, tokenizer, **columns):
-    return qlora.render_chat(qlora.FORMATS["messages"].to_row({"messages": messages, **columns}), tokenizer)
+    return qlora.render_chat(qlora.FORMATS["messages"].parse({"messages": messages, **columns}), tokenizer)
 
 
 def texts(segments, supervised=True):
@@ -302,7 +302,7 @@ def texts(segments, supervised=True):
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefixes", "marks"])
-def test_every_answer_is_learnt_and_nothing_else(template):
+def test_every_answer_is_supervised_and_nothing_else(template):
     """Two ways to find the answers, the same ids and labels, spelt by hand."""
     tokenizer = chatml_tokenizer(template)
     messages = shared("system:s", "a", "b", "c", "de", who="role", what="content")
@@ -329,7 +329,7 @@ def test_every_answer_is_learnt_and_nothing_else(template):
     ids=["chatml", "llama-2", "vicuna", "stopless"],
 )
 @pytest.mark.parametrize("name", ["byte", "byte_bpe", "sentencepiece"])
-def test_ids_are_the_templates_and_the_learnt_ones_spell_the_answers(tokenizers, name, template, supervised):
+def test_ids_equal_apply_chat_template_and_labels_spell_the_answers(tokenizers, name, template, supervised):
     """The ids are apply_chat_template's; decoded in runs, the labels are what is supervised."""
     extra = {} if name == "sentencepiece" else {"extra": ("<|im_start|>", "<|im_end|>")}
     tokenizer = AutoTokenizer.from_pretrained(tokenizers(name, **extra))
@@ -418,7 +418,7 @@ def test_the_speakers_of_sharegpt(name, role):
     after = {"user": "gpt", "system": "", "assistant": "", "tool": "gpt"}[role]
     turns.append({"from": name, "value": "x"})
     turns += [{"from": after, "value": "y"}] if after else shared("z", "y") if role == "system" else []
-    messages, tools = qlora.FORMATS["sharegpt"].to_row({"conversations": turns})
+    messages, tools = qlora.FORMATS["sharegpt"].parse({"conversations": turns})
     assert [m["role"] for m in messages if m["content"] == "x"] == [role] and tools is None
 
 
@@ -437,7 +437,7 @@ def test_messages_and_sharegpt_give_the_same_rows(tmp_path):
         assert rows["segments"][:] == [expected] and rows["rendered"][:] == [True]
 
 
-def test_what_follows_the_last_answer_is_left_out():
+def test_turns_after_the_last_answer_are_dropped():
     tokenizer = chatml_tokenizer()
     question = {"role": "user", "content": "And then?"}
     assert render([*LONG, question], tokenizer) == render(LONG, tokenizer)
@@ -460,7 +460,7 @@ BAD_MESSAGES = {
 
 
 @pytest.mark.parametrize("name", BAD_MESSAGES)
-def test_messages_that_are_wrong_are_a_bad_row(tmp_path, name):
+def test_invalid_messages_are_a_bad_row(tmp_path, name):
     messages, named = BAD_MESSAGES[name]
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG}, {"messages": messages}])
     message = error_of(file, chatml_tokenizer())
@@ -495,7 +495,7 @@ def test_no_template_or_a_broken_one(tmp_path):
     assert "template" in message and "line 2" in message
 
 
-def test_the_template_is_part_of_what_the_cache_depends_on(tmp_path):
+def test_the_cache_depends_on_the_template(tmp_path):
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG[1:3]}])
     for template, supervised in ((CHATML, "Hello<|im_end|>"), (VICUNA, " Hello</s>"), (CHATML, "Hello<|im_end|>")):
         assert texts(load(file, chatml_tokenizer(template)).train["segments"][0]) == [supervised]
@@ -506,7 +506,7 @@ def test_the_template_is_part_of_what_the_cache_depends_on(tmp_path):
 # ------------------------------------------------------------------------------------
 
 
-def test_two_limits_cut_what_precedes_the_last_answer_and_the_answer():
+def test_two_limits_cut_prompt_and_last_answer():
     """On the right both; earlier answers that stay are supervised."""
     tokenizer = chatml_tokenizer()
     segments = render(shared("a", "bcd", "e", "fgh", who="role", what="content"), tokenizer)
@@ -530,8 +530,8 @@ def test_one_limit_cuts_from_the_left_and_keeps_bos_where_the_template_has_it(bo
     assert labels == supervised[: 80 - kept] + supervised[-kept:]
 
 
-def test_segments_of_ones_own_and_their_cuts(byte_tokenizer):
-    """Learnt, not supervised, supervised, not supervised: the output begins with the last that is supervised; EOS goes with the end."""
+def test_limits_cut_custom_segments(byte_tokenizer):
+    """The completion begins with the last supervised segment, here the third; EOS is the last one's."""
     row = [{"text": text, "supervised": supervised} for text, supervised in (("ab", 1), ("c", 0), ("de", 1), ("f", 0))]
     assert encode(row, byte_tokenizer) == ([BOS, *b"abcdef", EOS], [BOS, 97, 98, NO, 100, 101, NO, NO])
     assert encode(row, byte_tokenizer, 2, 3) == ([BOS, *b"adef"], [BOS, 97, 100, 101, NO])
@@ -567,7 +567,7 @@ def test_a_template_without_a_stop_token_is_a_warning(tmp_path, caplog, template
 
 
 # ------------------------------------------------------------------------------------
-# A format of one's own
+# Custom formats
 # ------------------------------------------------------------------------------------
 
 OWN = """
@@ -578,7 +578,8 @@ def as_pair(row):
     return {"input": row["q"].upper() + "=", "output": row["a"]}
 
 def as_segments(row):
-    return [{"text": row["q"], "supervised": False}, {"text": row["a"], "supervised": True}, {"text": "!", "supervised": False}]
+    answer = {"text": row["a"], "learnt": True}  # the key's earlier name
+    return [{"text": row["q"], "supervised": False}, answer, {"text": "!", "supervised": False}]
 
 def as_messages(row):
     return {"messages": [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]}
@@ -609,7 +610,7 @@ def own(tmp_path):
     return lambda name, tokenizer=None: (file, tokenizer, "--dataset_format", f"{tmp_path / 'own.py'}:{name}")
 
 
-def test_a_function_of_ones_own(own):
+def test_a_custom_function(own):
     assert load(*own("as_pair")).train["segments"][0] == qlora.prompt_completion("X=", "y")
     expected = [("x", False), ("y", True), ("!", False)]
     assert [tuple(segment.values()) for segment in load(*own("as_segments")).train["segments"][1]] == expected
@@ -627,14 +628,14 @@ def test_a_function_of_ones_own(own):
         ("silent", 1, "empty"),
     ],
 )
-def test_an_error_of_a_function_names_file_and_row(own, name, line, said):
+def test_an_error_in_a_custom_function_names_file_and_row(own, name, line, said):
     file, _, flag, spec = own(name)
     message = error_of(file, None, flag, spec)
     assert message.startswith(f"{file}:{line}: ") and said in message
     assert name == "silent" or spec in message
 
 
-def test_a_function_that_changes_is_read_anew(own, tmp_path):
+def test_a_changed_custom_function_is_called_again(own, tmp_path):
     assert load(*own("as_pair")).train["segments"][0][0]["text"] == "X="
     (tmp_path / "own.py").write_text(OWN.replace('"="', '"?"'))
     assert load(*own("as_pair")).train["segments"][0][0]["text"] == "X?"
@@ -649,7 +650,7 @@ def test_a_function_that_changes_is_read_anew(own, tmp_path):
         ("raise SystemExit('enough')", "enough"),
     ],
 )
-def test_a_file_that_does_not_run(tmp_path, content, named):
+def test_a_custom_file_that_does_not_import(tmp_path, content, named):
     (tmp_path / "own.py").write_text(content)
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"q": "x"}])
     message = error_of(file, None, "--dataset_format", f"{tmp_path / 'own.py'}:f")

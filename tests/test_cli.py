@@ -1,4 +1,4 @@
-"""The program as a process, and every command that is printed somewhere."""
+"""qlora.py as a process, and every command in the documentation and the scripts."""
 
 import json
 import os
@@ -18,7 +18,7 @@ OPERATORS = {"|", ">", ">>", "<", "&&", "||", ";", "&", "2>&1"}
 
 
 def start(*command: str, **environment: str) -> subprocess.Popen:
-    """One thread: several of these run beside each other."""
+    """Start a command in the repository; with one thread, because several run at once."""
     return subprocess.Popen(
         [str(word) for word in command],
         cwd=ROOT,
@@ -29,12 +29,12 @@ def start(*command: str, **environment: str) -> subprocess.Popen:
     )
 
 
-def test_help_and_a_misspelt_flag_as_processes():
+def test_help_and_a_misspelt_flag():
     script = str(ROOT / "qlora.py")
-    asking = start(sys.executable, script, "--help")
+    help_process = start(sys.executable, script, "--help")
     wrong = start(sys.executable, script, "--lora_rank", "8")
-    stdout, _ = asking.communicate(timeout=120)
-    assert asking.returncode == 0
+    stdout, _ = help_process.communicate(timeout=120)
+    assert help_process.returncode == 0
     assert "--model_name_or_path" in stdout and "--lora_r " in stdout and "--save_steps" in stdout
     stdout, stderr = wrong.communicate(timeout=120)
     assert wrong.returncode == 2 and not stdout
@@ -43,24 +43,24 @@ def test_help_and_a_misspelt_flag_as_processes():
 
 
 # ------------------------------------------------------------------------------------
-# Commands in files
+# Commands in Markdown pages
 # ------------------------------------------------------------------------------------
 
 
 def commands_in(text: str) -> list[list[str]]:
-    """The words after qlora.py of each command in fenced blocks and in `code` of a Markdown page."""
+    """The arguments of qlora.py in each command of a Markdown page, in fenced blocks and inline `code`."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
-    found = []
+    commands = []
     for line in lines:
         if not re.match(r"(\w+=\S+ )*(\S*python\S*|accelerate launch|torchrun)\b.* ?qlora\.py\b", line.strip()):
             continue
         words = shlex.split(line, comments=True)
         words = words[next(i for i, word in enumerate(words) if Path(word).name == "qlora.py") + 1 :]
         end = next((i for i, word in enumerate(words) if word in OPERATORS), len(words))
-        found.append([word for word in words[:end] if word not in ("…", "...", "[…]")])
-    return found
+        commands.append([word for word in words[:end] if word not in ("…", "...", "[…]")])
+    return commands
 
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("examples/**/*.md")), ROOT / "scripts/results/README.md"]
@@ -74,8 +74,8 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize(("page", "words"), IN_PAGES, ids=[f"{n}-{i}" for i, (n, _) in enumerate(IN_PAGES)])
-def test_every_command_of_the_pages_parses(page, words, tmp_path, monkeypatch):
-    """A file of flags that a page only mentions is an empty one here."""
+def test_every_command_of_a_page_parses(page, words, tmp_path, monkeypatch):
+    """A config file that a page only mentions is an empty one here."""
     if words and words[0].endswith((".yaml", ".yml", ".json")) and not (ROOT / words[0]).exists():
         monkeypatch.chdir(tmp_path)
         Path(words[0]).parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ SCRIPTS = [
 
 
 def words_of(script: str, tmp_path: Path, **environment: str) -> list[str]:
-    """What a script would call qlora.py with."""
+    """The arguments that a script passes to qlora.py."""
     stub, record = tmp_path / "python", tmp_path / "words"
     stub.write_text(STUB)
     stub.chmod(0o755)
@@ -111,7 +111,7 @@ def words_of(script: str, tmp_path: Path, **environment: str) -> list[str]:
     words = record.read_text().splitlines()
     launcher, words = words[: words.index("qlora.py")], words[words.index("qlora.py") + 1 :]
     assert launcher == LAUNCHERS.get(script, [])
-    if "--deepspeed" in words:  # which needs the package and torchrun's environment to be parsed
+    if "--deepspeed" in words:  # parsing it needs the package and torchrun's environment
         at = words.index("--deepspeed")
         assert json.loads((ROOT / words[at + 1]).read_text())["zero_optimization"]["stage"] == 2
         del words[at : at + 2]
@@ -179,7 +179,7 @@ GENERATE = {
     "do_sample": True,
     "top_p": 0.9,
 }
-ESM = {  # the defaults, with the order of the rows left to chance
+ESM = {  # the defaults, with rows in random order
     "objective": "mlm",
     "mask_prob": 0.15,
     "train_sampling_strategy": "random",
@@ -260,7 +260,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("script", PUBLISHED)
-def test_the_originals_scripts_have_the_published_settings(script, tmp_path):
+def test_scripts_have_the_published_settings(script, tmp_path):
     *parts, model = PUBLISHED[script]
     expected = {"model_name_or_path": model} | {name: value for part in parts for name, value in part.items()}
     flags = qlora.parse_config(words_of(script, tmp_path)).flags
@@ -268,19 +268,19 @@ def test_the_originals_scripts_have_the_published_settings(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_parses_and_takes_its_environment(script, tmp_path):
+def test_every_script_parses_and_reads_its_environment(script, tmp_path):
     environment = {"MODEL": "a model", "DATASET": "b.jsonl", "OUTPUT_DIR": "out put"}
     flags = qlora.parse_config(words_of(script, tmp_path, **environment)).flags
     assert (flags["model_name_or_path"], flags["dataset"], flags["output_dir"]) == tuple(environment.values())
 
 
-def test_the_published_scripts_are_there():
+def test_the_published_scripts_exist():
     assert set(PUBLISHED) <= set(SCRIPTS)
 
 
 @pytest.fixture
 def tiny_environment(models, tmp_path):
-    """Names that the scripts take: a tiny model, alpaca rows that also have a `text`, two steps."""
+    """Variables that the scripts read: a tiny model, alpaca rows that also have a `text`, two steps."""
     rows = [row | {"text": f"{row['instruction']} {row['output']}"} for row in tiny.ALPACA_ROWS]
     return {
         "PYTHON": sys.executable,
@@ -310,10 +310,9 @@ def test_finetune_then_generate(tiny_environment, tmp_path):
     assert len((output / "predictions.jsonl").read_text().splitlines()) == 1  # a tenth of 8 rows
 
 
-@pytest.mark.parametrize("script", [name for name in PUBLISHED if "guanaco" in name])
-def test_guanaco(tiny_environment, tmp_path, script):
+def test_guanaco(tiny_environment, tmp_path):
     words = ["--dataset_format", "oasst1", "--gradient_accumulation_steps", "2"]
-    finish(run_script(script, tmp_path / "out", tiny_environment, *words))
+    finish(run_script("finetune_guanaco_7b.sh", tmp_path / "out", tiny_environment, *words))
     assert (tmp_path / "out/completed").exists()
 
 

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, real signals to real processes, several processes that must agree: see fork_server.py."""
+"""Runs that are killed, signalled or out of disk space: what is saved is whole, and the rerun is exact."""
 
 import json
 import os
@@ -16,30 +16,24 @@ import conftest
 import pytest
 import tiny
 import torch
-from fork_server import Forks, Process
+from fork_server import ForkServer, Process
 from safetensors.torch import load_file
 
 import qlora
 
-TIMED = ("runtime", "per_second")  # what of a logged entry differs between two equal runs
-
-
-@pytest.fixture(scope="module")
-def fork_server() -> Iterator[Forks]:
-    with Forks() as started:
-        yield started
+TIMES = ("runtime", "per_second")  # suffixes of logged values that differ between equal runs
 
 
 @pytest.fixture
 def command(models: Callable[..., Path], tmp_path: Path) -> Callable[..., list[str]]:
-    """`command(name, **flags)`: the words of a run into tmp_path / name.
+    """`command(name, **flags)`: the command line of a run into tmp_path / name.
 
-    Adapters of rank 64 on a width of 64: 4096 numbers, from which on bitsandbytes keeps its state in 8 bit.
+    Adapters of rank 64 on a width of 64 have 4096 values, enough for bitsandbytes to keep 8-bit states.
     """
     rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", tiny.support_rows(45))
 
     def words(name: str, **flags: Any) -> list[str]:
-        plain = {
+        defaults = {
             "model_name_or_path": models("llama"),
             "dataset": rows,
             "output_dir": tmp_path / name,
@@ -59,7 +53,7 @@ def command(models: Callable[..., Path], tmp_path: Path) -> Callable[..., list[s
             "eval_steps": 3,
             "disable_tqdm": True,
         }
-        return conftest._to_argv(plain | flags)
+        return conftest._to_argv(defaults | flags)
 
     return words
 
@@ -67,7 +61,7 @@ def command(models: Callable[..., Path], tmp_path: Path) -> Callable[..., list[s
 def logged(output: Path) -> list[dict[str, float]]:
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     entries = [entry for entry in log if "train_runtime" not in entry]
-    return [{name: value for name, value in entry.items() if not name.endswith(TIMED)} for entry in entries]
+    return [{name: value for name, value in entry.items() if not name.endswith(TIMES)} for entry in entries]
 
 
 def adapter(output: Path) -> dict[str, torch.Tensor]:
@@ -75,7 +69,7 @@ def adapter(output: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(output: Path, reference: Path) -> None:
-    """Every logged number and every weight, bit for bit; and no litter."""
+    """Every logged value and every weight, bit for bit; and no other files."""
     assert logged(output) == logged(reference)
     one, other = adapter(output), adapter(reference)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -84,7 +78,7 @@ def assert_same(output: Path, reference: Path) -> None:
 
 
 def states(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every `state1` and `state2` of an optimizer's state, however deep."""
+    """Every `state1` and `state2` in the nested state of an optimizer."""
     for name, inner in value.items() if isinstance(value, dict) else ():
         if name in ("state1", "state2"):
             yield name, inner
@@ -97,7 +91,7 @@ def steps_kept(output: Path) -> set[int]:
 
 
 def until(condition: Callable[[], Any], process: Process, seconds: float = 120) -> None:
-    """Wait for it, or for the end of the process."""
+    """Wait for the condition or the end of the process."""
     deadline = time.monotonic() + seconds
     while process.running and not condition():
         assert time.monotonic() < deadline, process.text()
@@ -108,9 +102,9 @@ def until(condition: Callable[[], Any], process: Process, seconds: float = 120) 
 # SIGKILL
 # ------------------------------------------------------------------------------------
 
-# Functions at whose n-th call a process kills itself, and the largest n: the moments between which a save is torn.
+# A process kills itself at the n-th call of one of these functions, n at most as given: every point inside a save.
 CALLS = [
-    ("qlora", "flush", 60),
+    ("qlora", "fsync_path", 60),
     ("qlora", "file_digest", 60),
     ("torch", "save", 15),
     ("pathlib", "Path.rename", 6),
@@ -121,13 +115,13 @@ CALLS = [
 
 
 def files_being_saved(output: Path, after: int) -> int:
-    """How many files the checkpoint that is being written has, of a step beyond `after`."""
+    """Number of files in the unfinished checkpoint of a step after `after`."""
     folders = [folder for folder in output.glob(".saving-[0-9]*") if int(folder.name.rpartition("-")[2]) > after]
     return max((len(files) for folder in folders for _, _, files in os.walk(folder)), default=0)
 
 
 def start_and_kill(kind: str, start: Callable[..., Process], output: Path, chance: random.Random) -> str:
-    """One run that is killed. Returns at what it was."""
+    """Run and kill once. Returns when that was."""
     begun = max((int(folder.name.rpartition("-")[2]) for folder in output.glob(".saving-[0-9]*")), default=0)
     if kind == "call":
         module, name, most = chance.choice(CALLS)
@@ -142,7 +136,7 @@ def start_and_kill(kind: str, start: Callable[..., Process], output: Path, chanc
             steps, delay = chance.randint(0, 4), chance.uniform(0, 0.2)
             what = f"{delay:.3f} s after {steps} steps"
             until(lambda: process.text().count("'loss'") >= steps, process)
-        else:  # between two looks at the hidden folder lie a few files
+        else:  # between two looks at the staging folder a few files are written
             files, delay = chance.randint(0, 7), chance.uniform(0, 0.01)
             after = max([begun, *steps_kept(output)]) + 2 * chance.randint(0, 2)
             what = f"a save after step {after}, {files} files written"
@@ -154,9 +148,9 @@ def start_and_kill(kind: str, start: Callable[..., Process], output: Path, chanc
 
 
 def kill_and_compare(
-    fork_server: Forks, words: Callable[..., list[str]], folder: Path, kinds: list[str], seed: int, **flags: Any
+    fork_server: ForkServer, words: Callable[..., list[str]], folder: Path, kinds: list[str], seed: int, **flags: Any
 ) -> None:
-    """The same command until it is done, killed once for each of `kinds`, against the run that nothing disturbs."""
+    """Repeat one command until it is done, killed once for each of `kinds`; compare with an undisturbed run."""
     began, chance = time.monotonic(), random.Random(seed)
     reference = fork_server.start(words("reference", **flags), folder / "reference.log")
     assert reference.wait(600) == 0, reference.text()
@@ -169,8 +163,8 @@ def kill_and_compare(
         what = start_and_kill(kind, start, output, chance)
         newest = qlora.find_last_checkpoint(output) if output.exists() else None
         step = qlora.checkpoint_step(newest) if newest else 0
-        print(f"kill {number + 1}, {kind}: {what}; the newest whole checkpoint is of step {step}")
-        assert step >= last, "a checkpoint that was whole is lost"
+        print(f"kill {number + 1}, {kind}: {what}; the newest complete checkpoint is of step {step}")
+        assert step >= last, "a complete checkpoint is lost"
         last = step
     final = fork_server.start(words("out", **flags), folder / "final.log")
     assert final.wait(600) == 0, final.text()
@@ -183,16 +177,16 @@ def kill_and_compare(
     assert any("eval_loss" in entry for entry in logged(output))
 
 
-def test_killed_four_times(fork_server, command, tmp_path):
-    """At the start, between steps, in the middle of a save, and at one of the calls that a save is made of."""
-    kinds = ["step", "save", "start", "call"]
-    kill_and_compare(fork_server, command, tmp_path, kinds, seed=random.randrange(10**6), max_steps=30, packing=True)
+def test_killed_in_the_middle_of_saves(fork_server, command, tmp_path):
+    """Once from outside and once at one of the calls that a save is made of."""
+    seed = random.randrange(10**6)
+    kill_and_compare(fork_server, command, tmp_path, ["save", "call"], seed, max_steps=24, packing=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "by-length"])
-def test_killed_at_any_number_of_moments(fork_server, command, tmp_path, packing):
-    """QLORA_KILLS, 24 without it, in an order that QLORA_SEED repeats."""
+def test_killed_at_many_random_moments(fork_server, command, tmp_path, packing):
+    """QLORA_KILLS times, by default 24; QLORA_SEED repeats a sequence."""
     kills = int(os.environ.get("QLORA_KILLS", 24))
     seed = int(os.environ.get("QLORA_SEED", random.randrange(10**6)))
     kinds = random.Random(seed).choices(["start", "step", "save", "call"], (1, 2, 3, 3), k=kills)
@@ -200,23 +194,23 @@ def test_killed_at_any_number_of_moments(fork_server, command, tmp_path, packing
 
 
 # ------------------------------------------------------------------------------------
-# Signals that ask
+# Signals
 # ------------------------------------------------------------------------------------
 
 ENDLESS = {"max_steps": 100_000, "save_steps": 100_000, "eval_strategy": "no"}
 
 
-def under_way(process: Process, steps: int = 1) -> None:
+def wait_for_steps(process: Process, steps: int = 1) -> None:
     until(lambda: process.text().count("'loss'") >= steps, process)
     assert process.running, process.text()
 
 
 @pytest.mark.parametrize("name", qlora.STOP_SIGNALS)
-def test_a_signal_to_all_of_a_run_finishes_the_step_and_saves(fork_server, command, tmp_path, name):
-    """As a terminal and torchrun send it: to the workers that read data, too; SIGTERM and SIGUSR1 twice."""
+def test_a_signal_to_all_processes_of_a_run_finishes_the_step_and_saves(fork_server, command, tmp_path, name):
+    """Terminals and torchrun signal the workers of the data loader, too, and launchers repeat SIGTERM and SIGUSR1."""
     number = getattr(signal, name)
     process = fork_server.start(command("out", **ENDLESS, dataloader_num_workers=2), tmp_path / "log")
-    under_way(process)
+    wait_for_steps(process)
     os.killpg(process.pid, number)
     until(lambda: "finishing the step" in process.text(), process)
     if name != "SIGINT" and process.running:
@@ -231,7 +225,7 @@ def test_a_signal_to_all_of_a_run_finishes_the_step_and_saves(fork_server, comma
 
 
 def test_a_second_ctrl_c_stops_at_once(fork_server, command, tmp_path):
-    """In the middle of a step of 4000 rows, which takes half a minute."""
+    """In the middle of a step of 4000 rows, which takes tens of seconds."""
     rows = tiny.rows_to_jsonl(tmp_path / "many.jsonl", tiny.support_rows(24) * 167)
     flags = ENDLESS | {"dataset": rows, "gradient_accumulation_steps": 2000, "dataloader_num_workers": 2}
     process = fork_server.start(command("out", **flags), tmp_path / "log")
@@ -248,23 +242,18 @@ def test_a_second_ctrl_c_stops_at_once(fork_server, command, tmp_path):
     assert not subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_before_training_ends_the_run_at_once(fork_server, command, tmp_path, name):
+def test_a_signal_before_training_ends_the_run_at_once(fork_server, command, tmp_path):
     process = fork_server.start(command("out", **ENDLESS), tmp_path / "log")
     until(lambda: "objective:" in process.text(), process)  # the first line; the model is not loaded yet
-    process.kill(getattr(signal, name))
-    assert process.wait() == qlora.STOP_SIGNALS[name], process.text()
-    assert f"interrupted by {name}" in process.text() and "Traceback" not in process.text()
+    process.kill(signal.SIGUSR1)
+    assert process.wait() == qlora.STOP_SIGNALS["SIGUSR1"], process.text()
+    assert "interrupted by SIGUSR1" in process.text() and "Traceback" not in process.text()
 
 
 def test_processes_agree_on_the_step_at_which_a_signal_stops_them(fork_server, command, tmp_path):
-    """gloo on a CPU, the ranks started one by one as srun does. The signal reaches one of them, and not the first."""
-    rank = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20_000, 30_000))}
-    words = command("out", **ENDLESS)
-    ranks = [
-        fork_server.start(words, tmp_path / f"log{i}", rank | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(2)
-    ]
-    under_way(ranks[0], 2)
+    """The signal reaches one of two, and not rank 0."""
+    ranks = fork_server.start_ranks(2, command("out", **ENDLESS), tmp_path / "log")
+    wait_for_steps(ranks[0], 2)
     ranks[1].kill(signal.SIGUSR1)
     assert [process.wait() for process in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
     (step,) = steps_kept(tmp_path / "out")
@@ -278,7 +267,7 @@ def test_processes_agree_on_the_step_at_which_a_signal_stops_them(fork_server, c
 # scripts/slurm.sbatch
 # ------------------------------------------------------------------------------------
 
-# srun starts every task with its rank and, as Slurm without `B:`, hands the signal to the tasks and not to the shell.
+# srun starts every task with its rank. Without `B:` Slurm signals the tasks and not the batch shell.
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
@@ -293,7 +282,7 @@ if [ "$1" = requeue ]; then echo "$2" >> "$REQUEUED"; else echo 127.0.0.1; fi
 
 @pytest.fixture
 def slurm(command: Any, tmp_path: Path, models: Callable[..., Path]) -> Callable[..., subprocess.Popen]:
-    """`slurm(*words, tasks=1)`: the script as a job, with stand-ins for Slurm's commands."""
+    """`slurm(*words, tasks=1)`: run the script as a job, with stand-ins for Slurm's commands."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -328,31 +317,33 @@ SMALL = ["--lora_r", "4", "--logging_steps", "1", "--gradient_accumulation_steps
 
 
 @pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_slurm_job_saves_before_its_time_is_up_goes_back_into_the_queue_and_ends(slurm, tmp_path, tasks):
+def test_a_slurm_job_saves_before_its_time_limit_and_is_requeued_until_done(slurm, tmp_path, tasks):
     job = slurm(*SMALL, "--max_steps", "100000", tasks=tasks)
     deadline = time.monotonic() + 180
     while "'loss'" not in (tmp_path / "job").read_text():
         assert time.monotonic() < deadline and job.poll() is None, (tmp_path / "job").read_text()
         time.sleep(0.05)
     for pid in (tmp_path / "tasks").read_text().split():
-        os.kill(int(pid), signal.SIGUSR1)  # a task's own process must be the program
+        os.kill(int(pid), signal.SIGUSR1)  # the task itself must be the program, not a shell around it
     assert job.wait(120) == 0, (tmp_path / "job").read_text()
-    (step,) = steps_kept(tmp_path / "out")
+    assert steps_kept(tmp_path / "out")
     assert len((tmp_path / "requeued").read_text().split()) == 1
-    assert slurm(*SMALL, "--max_steps", str(step + 2), tasks=tasks).wait(180) == 0
-    assert f"resuming from {tmp_path / 'out'}/checkpoint-{step}" in (tmp_path / "job").read_text()
-    assert (tmp_path / "out/metrics.json").exists() and (tmp_path / "out/completed").exists()
+    # the program finishes: it writes `completed`, then metrics.json (tests/test_training.py)
+    done = tmp_path / "done"
+    done.write_text('#!/bin/sh\ntouch "$OUTPUT_DIR/completed"; sleep 0.1; touch "$OUTPUT_DIR/metrics.json"\n')
+    done.chmod(0o755)
+    assert slurm(*SMALL, tasks=tasks, PYTHON=str(done)).wait(30) == 0
     assert len((tmp_path / "requeued").read_text().split()) == 1, "a job that is done is not requeued"
 
 
 @pytest.mark.slow
-def test_a_slurm_job_that_needs_mending_is_not_requeued(slurm, tmp_path):
+def test_a_slurm_job_with_a_user_error_is_not_requeued(slurm, tmp_path):
     job = slurm("--lora_rank", "3")
     assert job.wait(120) == 2 and not (tmp_path / "requeued").exists()
 
 
 # ------------------------------------------------------------------------------------
-# A disk that is full
+# Full disks
 # ------------------------------------------------------------------------------------
 
 
@@ -362,9 +353,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("room", [0.3, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.05, 0.7, 0.9, 0.97))])
 def test_a_real_disk_fills_up_during_a_save(fork_server, command, tmp_path, room):
-    """A file system with room for one checkpoint and a part of the next: the first stays, and the line says so.
+    """The file system has room for one checkpoint and a part of the next: the first one stays.
 
-    Then there is room again, and the same command ends as if nothing had been.
+    After the disk has grown, the same command ends as if nothing had happened.
     """
     flags = {"max_steps": 4, "eval_strategy": "no"}
     assert fork_server.start(command("reference", **flags), tmp_path / "straight").wait() == 0
@@ -373,7 +364,7 @@ def test_a_real_disk_fills_up_during_a_save(fork_server, command, tmp_path, room
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={int(size * (1 + room)) + 80_000}", "none", str(disk)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this user may not mount; the limit on a file's size is tested all the same")
+        pytest.skip("mounting needs root; the test of file size limits covers the error")
     try:
         full = fork_server.start(command("disk/out", **flags), tmp_path / "full")
         assert full.wait() == 2, full.text()
@@ -395,12 +386,12 @@ def test_a_real_disk_fills_up_during_a_save(fork_server, command, tmp_path, room
         ("transformers", "PreTrainedTokenizerBase.save_pretrained"),
         ("torch", "save"),
         pytest.param(("transformers", "TrainerState.save_to_json"), marks=pytest.mark.slow),
-        ("qlora", "seal"),
+        ("qlora", "write_manifest"),
     ],
     ids=lambda place: place[1],
 )
-def test_a_limit_on_the_size_of_files_is_told_by_each_library_that_writes(fork_server, command, tmp_path, full_at):
-    """RLIMIT_FSIZE, for a quota: the kernel refuses what is written beyond it. Then the limit is gone."""
+def test_a_file_size_limit_is_reported_whichever_library_hits_it(fork_server, command, tmp_path, full_at):
+    """RLIMIT_FSIZE stands for a quota: the kernel refuses to write beyond it."""
     flags = {"eval_strategy": "no", "max_steps": 4}
     first = fork_server.start(command("out", **flags | {"max_steps": 2}), tmp_path / "first")
     assert first.wait() == 0, first.text()
@@ -414,7 +405,7 @@ def test_a_limit_on_the_size_of_files_is_told_by_each_library_that_writes(fork_s
 
 
 def test_a_folder_that_can_no_longer_be_written(fork_server, command, tmp_path):
-    """A file stands where the folder of the run was: so even root can't write there. The folder itself is whole."""
+    """A file replaces the output folder, so that even root cannot write there. The moved folder is intact."""
     flags = {"max_steps": 100_000, "save_steps": 2, "save_total_limit": 1, "eval_strategy": "no"}
     process = fork_server.start(command("out", **flags), tmp_path / "log")
     until(lambda: steps_kept(tmp_path / "out"), process)

@@ -69,7 +69,7 @@ def test_a_tokenizer_without_bos():
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
-def test_bos_is_added_once_whatever_the_tokenizer_does_itself(tokenizers, tmp_path, add_bos):
+def test_bos_is_added_once_even_if_the_tokenizer_adds_it(tokenizers, tmp_path, add_bos):
     folder = shutil.copytree(tokenizers("sentencepiece"), tmp_path / "tokenizer")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {"add_bos_token": add_bos, "add_eos_token": True}
@@ -220,7 +220,7 @@ def test_flags_override_special_tokens_and_the_models_ids(argv, ids):
     assert model.get_input_embeddings().num_embeddings == 261
 
 
-def test_an_eos_given_ends_the_output():
+def test_eos_token_ends_the_completion():
     tokenizer = special(tiny.byte_tokenizer(eos=None, extra=("<|x|>",)), "--eos_token", "<|x|>")
     assert encode("a", "x", tokenizer, 9, 9)[0] == [256, A, X, 258]
 
@@ -349,7 +349,7 @@ def test_the_flags_reach_the_limits(encode_file):
 def test_the_share_of_cut_rows_is_part_of_the_statistics(encode_file, longer):
     rows = [{"input": "a", "output": "x" * (4 if n < longer else 3)} for n in range(4)]
     encoded = encode_file(rows, "--target_max_len", "4").train
-    found = qlora.token_statistics(encoded, tiny.byte_tokenizer(), qlora.parse_config([]))
+    found = qlora.token_statistics(encoded, qlora.parse_config([]))
     assert (found.rows, found.cut, found.without_eos) == (4, longer, longer)
     assert (f"{longer} ({25 * longer}.0%) cut" in str(found)) == (longer > 0) and "4 rows" in str(found)
 
@@ -389,7 +389,7 @@ def test_a_limit_that_drops_every_row(encode_file, policy):
         encode_file([{"input": "abc", "output": "xyz"}] * 2, "--model_max_len", "5", "--on_bad_rows", policy)
 
 
-def test_a_row_with_no_token_to_learn(encode_file, tmp_path):
+def test_a_row_without_supervised_tokens_is_a_bad_row(encode_file, tmp_path):
     """Without BOS nothing comes before the only token of the first row."""
     tokenizer = tiny.byte_tokenizer(bos=None)
     rows = [{"input": "a", "output": "x"}, {"input": "", "output": "y"}, {"input": "", "output": "z"}]
@@ -418,7 +418,7 @@ def test_rows_are_encoded_once(encode_file, monkeypatch):
     assert encode_file(rows).train["input_ids"][:] == first
 
 
-def test_the_cache_knows_what_it_depends_on(encode_file):
+def test_the_cache_depends_on_flags_tokenizer_and_rows(encode_file):
     """Each call differs from the first two in one thing; none may get their rows."""
     rows = [{"input": "ab", "output": "xy"}]
     for _ in range(2):
@@ -443,8 +443,8 @@ def test_the_cache_knows_what_it_depends_on(encode_file):
 
 def statistics(*rows):
     """Of rows given as (ids, labels)."""
-    rows = [{"input_ids": ids, "labels": labels, "cut": False} for ids, labels in rows]
-    return qlora.token_statistics(datasets.Dataset.from_list(rows), tiny.byte_tokenizer(), qlora.parse_config([]))
+    facts = [qlora.row_facts(ids, labels, tiny.byte_tokenizer(), masked=False) | {"cut": False} for ids, labels in rows]
+    return qlora.token_statistics(datasets.Dataset.from_list(facts), qlora.parse_config([]))
 
 
 FIRST, SECOND = ([BOS, A, B, EOS], [NO, NO, B, EOS]), ([BOS, X, Y, Z, EOS], [NO, X, Y, Z, EOS])
@@ -468,7 +468,7 @@ def test_token_statistics():
         (([A, A], [NO, A]), 1, 0),
     ],
 )
-def test_rows_that_look_like_a_mistake(row, without_eos, doubled_bos):
+def test_rows_without_eos_or_with_doubled_bos_are_counted(row, without_eos, doubled_bos):
     """Each alone, and before and after another row, whose tokens must not be taken for its own."""
     for rows, more in (([row], 0), ([SECOND, row, FIRST], 0), ([FIRST, row], 0), ([row, row], 1)):
         found = statistics(*rows)
@@ -512,7 +512,7 @@ BATCH = [
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding(side, pad):
     """The mask comes from the lengths: where pad is EOS, the EOS of a row is attended to and supervised."""
-    batch = qlora.padded_batch(window_of(BATCH), [0, 1], pad, side)
+    batch = qlora.padded_batch(step_of(BATCH), [0, 1], pad, side)
     short, mask = [BOS, Y, EOS], [1, 1, 1]
     right = side == "right"
     assert batch["input_ids"].tolist() == [
@@ -525,13 +525,13 @@ def test_padding(side, pad):
     assert batch["targets"].tolist() == [X, EOS, Y, EOS]
 
 
-def window_of(rows):
-    return qlora.collate_step(rows)["window"]
+def step_of(rows):
+    return qlora.collate_step(rows)["step"]
 
 
 def test_ids_that_equal_the_pad_are_attended_to():
     rows = [{"input_ids": [EOS, EOS, X], "labels": [NO, EOS, X]}, {"input_ids": [BOS], "labels": [NO]}]
-    batch = qlora.padded_batch(window_of(rows), [0, 1], EOS, "right")
+    batch = qlora.padded_batch(step_of(rows), [0, 1], EOS, "right")
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert (batch["positions"].tolist(), batch["targets"].tolist()) == ([0, 1], [EOS, X])
 
@@ -543,16 +543,16 @@ def test_prompts_have_no_labels():
     assert batch["attention_mask"].tolist() == [[1, 1], [0, 1]]
 
 
-def test_the_first_token_of_a_row_is_not_learnt():
+def test_the_first_token_of_a_row_is_not_supervised():
     """Nothing predicts it: not the last token of the row before, where rows lie end to end."""
     rows = [{"input_ids": [A, B], "labels": [A, B]}, {"input_ids": [X, Y, EOS], "labels": [X, Y, EOS]}]
-    collated = qlora.collate_step(rows)
-    assert collated["labels"].tolist() == [NO, B, NO, Y, EOS]  # what the Trainer counts
-    flat = qlora.padding_free_batch(collated["window"], [0, 1])
+    step = step_of(rows)
+    assert step.labels.tolist() == [NO, B, NO, Y, EOS] and step.supervised == 3
+    flat = qlora.padding_free_batch(step, [0, 1])
     assert flat["input_ids"].tolist() == [[A, B, X, Y, EOS]]
     assert flat["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
     assert flat["cu_seq_lens_q"].tolist() == flat["cu_seq_lens_k"].tolist() == [0, 2, 5]
     assert (flat["max_length_q"], flat["max_length_k"]) == (3, 3)
     assert (flat["positions"].tolist(), flat["targets"].tolist()) == ([0, 2, 3], [B, Y, EOS])
-    turned = qlora.padding_free_batch(collated["window"], [1, 0])
+    turned = qlora.padding_free_batch(step, [1, 0])
     assert turned["input_ids"].tolist() == [[X, Y, EOS, A, B]] and turned["targets"].tolist() == [Y, EOS, B]

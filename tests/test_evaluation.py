@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LlamaModel
 
 import qlora
 
@@ -85,7 +85,7 @@ def test_eval_loss_and_perplexity_equal_a_plain_loop(run_qlora, models, folder, 
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_as_many_rows_as_asked_for_are_evaluated_at_once(run_qlora, folder, monkeypatch, train):
+def test_eval_batch_size_is_independent_of_the_training_batch(run_qlora, folder, monkeypatch, train):
     """Whatever the training's micro-batches are, of one row here."""
     evaluated, make = [], qlora.QLoRATrainer._batch
 
@@ -129,7 +129,7 @@ def test_predictions_equal_a_plain_loop_with_the_trained_adapter(run_qlora, mode
     assert str(run.output_dir) in next(x for x in run.stderr.splitlines() if x.startswith("predicting"))
 
 
-def test_a_learnt_answer_stops_at_eos_and_comes_without_its_prompt(run_qlora, tmp_path):
+def test_trained_answer_stops_at_eos_and_comes_without_its_prompt(run_qlora, tmp_path):
     """Trained and predicted in one run, then predicted alone: the prompt holds what looks special."""
     row = {"input": "  a </s> b<pad>", "output": " yo </s> <s>!"}
     (tmp_path / "data").mkdir()
@@ -206,7 +206,7 @@ def test_generation_flags_reach_generate(run_qlora, models, folder, values):
     assert [row["prediction"] for row in predictions(run)] == expected
 
 
-def test_sampling_values_without_sampling_stop_nothing(run_qlora, folder, tmp_path):
+def test_sampling_values_without_sampling_are_ignored(run_qlora, folder, tmp_path):
     flags = {"dataset": folder, "max_new_tokens": 4, **PREDICT}
     plain = run_qlora(**flags)
     told = run_qlora(**flags, top_p=0.9, temperature=0.3, top_k=3, output_dir=tmp_path / "told")
@@ -214,7 +214,7 @@ def test_sampling_values_without_sampling_stop_nothing(run_qlora, folder, tmp_pa
     assert predictions(told) == predictions(plain)
 
 
-def test_only_values_that_were_given_are_passed_on(run_qlora, folder, monkeypatch):
+def test_only_values_that_were_set_are_passed_on(run_qlora, folder, monkeypatch):
     """And ids for BOS, EOS and padding, which flags alone would not give."""
     seen = []
     generate = GenerationMixin.generate
@@ -233,7 +233,7 @@ def test_only_values_that_were_given_are_passed_on(run_qlora, folder, monkeypatc
         assert getattr(chosen, name) in (None, getattr(type(chosen)(), name)), name
 
 
-def test_the_models_own_sampling_defaults_do_not_count_and_training_saves(run_qlora, models, folder, tmp_path):
+def test_sampling_defaults_of_the_model_are_ignored(run_qlora, models, folder, tmp_path):
     """As published LLaMA-2 folders have it: temperature and top_p beside do_sample false."""
     shutil.copytree(models("llama"), tmp_path / "model")
     own = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": tiny.EOS}
@@ -245,7 +245,7 @@ def test_the_models_own_sampling_defaults_do_not_count_and_training_saves(run_ql
     assert predictions(own_defaults) == predictions(plain)
 
 
-def test_generation_that_the_library_has_no_more_is_an_error_in_one_line(run_qlora, folder):
+def test_removed_generation_modes_are_refused_in_one_line(run_qlora, folder):
     run = run_qlora(**GENERATION | {"dataset": folder}, **PREDICT, penalty_alpha=0.6, top_k=4)
     assert run.code in (0, 2) and "Traceback" not in run.stderr
     assert (run.code == 2) == ("error: " in run.stderr)
@@ -343,7 +343,7 @@ def test_mmlu_equals_a_plain_loop(run_qlora, models, folder, tmp_path, batch, to
         assert metrics["mmlu_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
-def test_letters_of_which_only_one_has_a_token_of_its_own(run_qlora, models, folder, tmp_path):
+def test_mmlu_where_letters_share_their_first_token(run_qlora, models, folder, tmp_path):
     """▁A is one token, B, C and D begin alike with ▁. The model says ▁ and then D, wherever it is asked."""
     shutil.copytree(models("llama", tokenizer="sentencepiece"), tmp_path / "model")
     words = AutoTokenizer.from_pretrained(tmp_path / "model")
@@ -399,7 +399,7 @@ def load(tmp_path, *words):
         ("mmlu", "test", "five_shot_mmlu_test.json"),
     ],
 )
-def test_the_file_that_holds_the_questions(tmp_path, dataset, split, file):
+def test_question_file_follows_the_flags(tmp_path, dataset, split, file):
     write_mmlu(tmp_path / "mmlu", [3, 2, 1, 0, 0, 0, 0], file)
     flags = ["--mmlu_dir", str(tmp_path / "mmlu"), "--mmlu_dataset", dataset, "--mmlu_split", split]
     questions = load(tmp_path, *flags, "--max_mmlu_samples", "2")
@@ -416,7 +416,7 @@ def test_the_file_that_holds_the_questions(tmp_path, dataset, split, file):
         ('{"input": "?", "output": "A"}', "subject"),
     ],
 )
-def test_a_wrong_file_is_an_error_in_one_line_before_the_model_is_loaded(run_qlora, folder, tmp_path, line, named):
+def test_invalid_question_file_is_an_error_before_loading(run_qlora, folder, tmp_path, line, named):
     write_mmlu(tmp_path / "mmlu", [0] * 7, "other.json")
     if line:
         good = '{"subject": "fog", "input": "?", "output": "A"}'
@@ -476,3 +476,29 @@ def test_questions_from_the_hub_are_written_as_published(hub, tmp_path):
 
     test = load(tmp_path, *absent, "--mmlu_split", "test", "--mmlu_dataset", "mmlu-zs")
     assert [(q.subject, q.answer) for q in test] == [("fog", 3)]
+
+
+def test_predictions_use_the_cache_that_training_turned_off(run_qlora, monkeypatch):
+    """With the cache every forward pass but the first sees one token."""
+    widths, forward, generate = [], LlamaModel.forward, GenerationMixin.generate
+
+    def spy(self, input_ids=None, **kwargs):
+        widths.append(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    def generate_alone(self, *args, **kwargs):
+        widths.clear()  # of training and its trial
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", spy)
+    monkeypatch.setattr(GenerationMixin, "generate", generate_alone)
+    run = run_qlora(
+        do_predict=True,
+        predict_with_generate=True,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        max_eval_samples=1,
+        use_cache=False,
+    )
+    assert run.code == 0
+    assert widths[0] > 1 and widths[1:4] == [1, 1, 1]

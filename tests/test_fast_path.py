@@ -621,7 +621,7 @@ def test_encoders_are_fused_and_recomputed(models, name):
     dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
     both = reference.make(models("encoder", family=name, **dropout), bits=16, objective="mlm")
     assert both.fast == qlora.FastPath(skips_last=True)
-    window = qlora.collate_step(reference.rows_of((23, 5, 17), vocabulary=30), masked=True)["window"]
+    window = qlora.collate_step(reference.rows_of((23, 5, 17), vocabulary=30), masked=True)["step"]
     expected = reference.quick(both.stock, both.fast, window)
     for recomputed in (0, 2):
         with reference.counted() as calls:

@@ -1,4 +1,4 @@
-"""What the other tests rest on: each builder of tiny.py makes what it says, and loads."""
+"""The builders of tiny.py, which the other tests rely on: each makes what it promises, and its result loads."""
 
 import hashlib
 import logging
@@ -43,7 +43,7 @@ def logits_of(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("tie", [None, True, False])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_model_of_each_family_learns(models, family, tie):
+def test_a_model_of_each_family_trains(models, family, tie):
     model = load(models(family, tie=tie))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied == (family in TIED if tie is None else tie)
@@ -53,7 +53,7 @@ def test_a_model_of_each_family_learns(models, family, tie):
     ids = torch.tensor([[tiny.BOS, *b"Hello world", tiny.EOS]])
     output = model(input_ids=ids, labels=ids)
     output.loss.backward()
-    assert output.logits.std() > 0.2  # spread enough for a difference to show
+    assert output.logits.std() > 0.2  # large enough for a difference to show
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
@@ -63,7 +63,7 @@ def test_config_overrides_dtype_and_seed(tmp_path):
     assert model.dtype == torch.bfloat16 and model.config.num_hidden_layers == 3
 
 
-def test_builders_repeat_themselves_and_leave_the_random_state(tmp_path):
+def test_builders_are_deterministic_and_keep_the_random_state(tmp_path):
     state = torch.get_rng_state()
     first = tiny.write_model(tmp_path / "a", "llama", tokenizer="byte_bpe")
     second = tiny.write_model(tmp_path / "b", "llama", tokenizer="byte_bpe")
@@ -88,7 +88,7 @@ def test_remote_code_needs_trust(models):
     assert generated.shape == (2, 5 + 4)
     alone = tokenizer(["Hi"], return_tensors="pt")["input_ids"]
     alone = model.generate(input_ids=alone, max_new_tokens=4, do_sample=False, eos_token_id=None)
-    assert generated[0, -6:].tolist() == alone[0].tolist()  # padding changes nothing
+    assert generated[0, -6:].tolist() == alone[0].tolist()  # padding has no effect
 
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -96,7 +96,7 @@ def test_remote_code_needs_trust(models):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_prequantised_loads_as_it_is(models):
+def test_prequantised_loads_in_4_bit(models):
     import bitsandbytes
 
     model = load(models("prequantised"))
@@ -127,7 +127,7 @@ def test_gguf_equals_its_base(models, family, options, weights, tolerance):
 
     ours = AutoTokenizer.from_pretrained(folder, gguf_file=tiny.GGUF_FILE)
     theirs = AutoTokenizer.from_pretrained(base)
-    for line in tiny.TEXT.replace("    ", "").splitlines():  # see the SentencePiece test
+    for line in tiny.TEXT.replace("    ", "").splitlines():  # leading spaces: see the SentencePiece test
         got, expected = (t(line, add_special_tokens=False)["input_ids"] for t in (ours, theirs))
         assert got == expected, line
 
@@ -141,7 +141,7 @@ def test_gguf_without_a_base(models):
 # ------------------------------------------------------------------------------------
 
 
-def test_byte_tokenizer_ids_can_be_spelled_by_hand(byte_tokenizer, tokenizers):
+def test_ids_of_the_byte_tokenizer_are_bytes(byte_tokenizer, tokenizers):
     assert byte_tokenizer("ab c\né")["input_ids"] == [97, 98, 32, 99, 10, 0xC3, 0xA9]
     assert byte_tokenizer.decode([97, 98, 32, 99, 10, 0xC3, 0xA9]) == "ab c\né"
     assert byte_tokenizer("<s>a</s><pad>")["input_ids"] == [tiny.BOS, 97, tiny.EOS, tiny.PAD]
@@ -168,13 +168,13 @@ def test_byte_bpe_special_tokens(tokenizers):
     assert tokenizer.added_tokens_decoder[510].special
 
 
-def test_sentencepiece_ids_are_sentencepieces_own(tokenizers):
+def test_sentencepiece_ids_equal_the_librarys(tokenizers):
     folder = tokenizers("sentencepiece")
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     assert (model.vocab_size(), model.unk_id(), model.bos_id(), model.eos_id()) == (512, 0, 1, 2)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for text in (*tiny.TEXT.splitlines(), tiny.TEXT, "日本 🙂", "a\n\nb"):
-        if not text.startswith("  "):  # there LlamaTokenizer joins what sentencepiece keeps apart
+        if not text.startswith("  "):  # LlamaTokenizer merges leading spaces, sentencepiece does not
             assert tokenizer(text)["input_ids"] == [1, *model.encode(text)], text
     assert tokenizer.pad_token is None
 
@@ -224,7 +224,7 @@ def test_the_hub_is_off():
     assert os.environ["HF_HOME"] == huggingface_hub.constants.HF_HOME
 
 
-def test_state_is_put_back():
+def test_preserved_state_restores_everything():
     logger, numbers = logging.getLogger("qlora"), (random.getstate(), torch.get_rng_state())
     handlers, level, sigterm = list(logger.handlers), logger.level, signal.getsignal(signal.SIGTERM)
     with preserved_state():

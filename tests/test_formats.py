@@ -96,14 +96,14 @@ ROWS_IDS = [f"{name}-{number}" for name, goldens in GOLDEN.items() for number in
 
 def encode(name, row, tokenizer, limits):
     """A row of a format, encoded."""
-    rows = {"segments": [qlora.FORMATS[name].to_row(row)], "rendered": [False]}
+    rows = {"segments": [qlora.FORMATS[name].parse(row)], "rendered": [False]}
     columns = qlora.encode_batch(rows, tokenizer, limits)
     return columns["input_ids"][0], columns["labels"][0]
 
 
 @pytest.mark.parametrize(("name", "row", "source", "target"), ROWS, ids=ROWS_IDS)
 def test_golden_pair(name, row, source, target):
-    assert qlora.FORMATS[name].to_row(row) == [
+    assert qlora.FORMATS[name].parse(row) == [
         {"text": source, "supervised": False},
         {"text": target, "supervised": True},
     ]
@@ -118,7 +118,7 @@ def test_golden_ids(byte_tokenizer, name, row, source, target):
     assert labels == [-100] * (1 + len(source.encode())) + [*target.encode(), EOS]
 
 
-def test_the_end_of_the_alpaca_prompt_in_ids(byte_tokenizer):
+def test_ids_at_both_ends_of_the_alpaca_prompt(byte_tokenizer):
     """`\\n\\n### Response: ` ends in one space, and no line break follows."""
     row = {"instruction": "A", "output": "b"}
     ids, _ = encode("alpaca", row, byte_tokenizer, qlora.Limits(999, 9))
@@ -127,7 +127,7 @@ def test_the_end_of_the_alpaca_prompt_in_ids(byte_tokenizer):
     assert ids[-19:] == [65, 10, 10, 35, 35, 35, 32, *response, 58, 32, 98, 257]
 
 
-def test_a_whole_dialogue_is_learnt_in_ids(byte_tokenizer):
+def test_oasst1_supervises_the_whole_dialogue(byte_tokenizer):
     ids, labels = encode("oasst1", {"text": "### é"}, byte_tokenizer, qlora.Limits(16, 9))
     assert ids == [256, 35, 35, 35, 32, 195, 169, 257]
     assert labels == [-100, 35, 35, 35, 32, 195, 169, 257]
@@ -155,7 +155,7 @@ def test_a_bad_airoboros_row(tmp_path, row, named):
 @pytest.mark.parametrize("text", ["no answer", "<human>: A <bot>: B", "<human>: A\n<bot>:B", "\n<bot>:"])
 def test_chip2_without_an_answer_is_a_bad_row(text):
     with pytest.raises(qlora.RowError, match=r"'text'.*<bot>: "):
-        qlora.FORMATS["chip2"].to_row({"text": text})
+        qlora.FORMATS["chip2"].parse({"text": text})
 
 
 # ------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_preset(hub, caplog, preset):
     assert any(preset in message and f"format {name}" in message for message in caplog.messages)
 
 
-def test_there_are_no_other_presets():
+def test_the_presets_are_these():
     assert set(qlora.DATASETS) == set(PRESETS)
 
 
@@ -232,7 +232,7 @@ def test_the_hub_gets_token_and_cache_folder(hub, tmp_path):
     assert (path, options) == ("a/b", {"token": True, "cache_dir": str(tmp_path)})
 
 
-def test_a_format_given_wins_over_the_presets(hub):
+def test_dataset_format_overrides_the_presets(hub):
     hub({"train": [{"text": "<human>: A\n<bot>: B"}]})
     assert pairs_of(load("--dataset", "oasst1", "--dataset_format", "chip2").train) == [("A", "B")]
 

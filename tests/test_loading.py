@@ -139,10 +139,10 @@ def test_an_unknown_kind_of_file(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("torn.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode() * 99)[:-20]),
+        ("torn.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode() * 99, mtime=0)[:-20]),
         ("no.jsonl.gz", b'{"input": "a", "output": "b"}\n'),
         ("no.parquet", b"PAR1 it is not"),
-        ("no.parquet.gz", gzip.compress(b"PAR1 it is not")),
+        ("no.parquet.gz", gzip.compress(b"PAR1 it is not", mtime=0)),
         ("empty.parquet", b""),
     ],
 )
@@ -176,7 +176,7 @@ def test_an_empty_set_always_stops(tmp_path, name, content, policy):
 
 
 # ------------------------------------------------------------------------------------
-# What a file's text means
+# Contents of files
 # ------------------------------------------------------------------------------------
 
 
@@ -251,7 +251,7 @@ def test_a_null_in_an_optional_column_means_missing(tmp_path, field):
 
 
 # ------------------------------------------------------------------------------------
-# Rows that are wrong
+# Bad rows
 # ------------------------------------------------------------------------------------
 
 GOOD = b'{"input": "a", "output": "b"}\n'
@@ -316,7 +316,7 @@ def test_bad_rows_may_be_skipped(tmp_path, case, info):
     assert "rejected.jsonl" in warning
 
 
-def test_a_rejected_row_can_be_mended_from_the_file(tmp_path):
+def test_rejected_jsonl_holds_the_row(tmp_path):
     """The file of rejected rows holds each row, not only where it was."""
     (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"input": "find me", "output": ""}\n')
     out = tmp_path / "out"
@@ -506,7 +506,7 @@ def test_rows_are_held_out_as_the_library_does(rows_file, count, given, held_out
 
 
 @pytest.mark.parametrize(("given", "count"), [("20", 20), ("21", 20), ("1024", 1000), ("0.99", 2), ("1", 1)])
-def test_a_given_size_that_leaves_nothing_to_train(rows_file, given, count):
+def test_eval_dataset_size_that_leaves_nothing_to_train(rows_file, given, count):
     message = data_error("--dataset", rows_file(count), "--do_eval", "--eval_dataset_size", given)
     assert f"--eval_dataset_size {given}" in message and str(count) in message
 
@@ -580,13 +580,13 @@ def test_a_file_is_read_again_only_when_it_has_changed(tmp_path, monkeypatch):
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", numbered(3))
     cache = ("--cache_dir", tmp_path / "cache")
     formatted = []
-    make_pair = qlora.FORMATS["input-output"].to_row
+    original = qlora.FORMATS["input-output"]
 
-    def to_row(row):
+    def parse(row):
         formatted.append(row)
-        return make_pair(row)
+        return original.parse(row)
 
-    spied = qlora.FORMATS["input-output"]._replace(to_row=to_row)
+    spied = original._replace(parse=parse)
     monkeypatch.setitem(qlora.FORMATS, "input-output", spied)
     for _ in range(2):
         assert outputs(load("--dataset", file, *cache).train) == ["0", "1", "2"]
@@ -615,7 +615,7 @@ def test_bad_rows_are_found_in_the_cache_too(tmp_path):
 # ------------------------------------------------------------------------------------
 
 
-def test_what_the_hub_does_not_give_is_one_line(run_qlora):
+def test_an_unknown_hub_dataset_is_one_line(run_qlora):
     run = run_qlora(dataset="nobody/no-such-set")
     error = run.stderr.splitlines()[-1]
     assert run.code == 2 and error.startswith("error: ") and "nobody/no-such-set" in error

@@ -83,7 +83,7 @@ def masking(**shares: float) -> qlora.Masking:
         ("", 9, [2, 3], []),
     ],
 )
-def test_a_text_is_encoded_with_its_special_tokens_and_those_are_never_learnt(bert_words, text, limit, ids, learnable):
+def test_special_tokens_are_added_and_never_supervised(bert_words, text, limit, ids, learnable):
     row = qlora.encode_masked(text, bert_words, qlora.Limits(limit, 0))
     assert row.input_ids == ids
     assert [label for label in row.labels if label != IGNORE] == learnable
@@ -100,7 +100,7 @@ def test_a_protein_is_one_token_for_each_letter(esm_tokenizer):
 
 def test_a_batch_is_padded_to_its_longest_row_and_keeps_every_label():
     rows = [{"input_ids": [7, 8, 9], "labels": [7, 8, 9]}, {"input_ids": [6], "labels": [6]}]
-    window = qlora.collate_step(rows, masked=True)["window"]
+    window = qlora.collate_step(rows, masked=True)["step"]
     batch = qlora.padded_batch(window, [0, 1], pad_id=0, side="right")
     assert batch["input_ids"].tolist() == [[7, 8, 9], [6, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -133,7 +133,7 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path, kind, column):
         ({"instruction": "I", "output": "O", "text": "T"}, [], "T"),  # Alpaca's rows have a text too
     ],
 )
-def test_which_column_is_read(tmp_path, row, flags, text):
+def test_the_column_that_is_read(tmp_path, row, flags, text):
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [row])
     config = qlora.parse_config(["--dataset", str(file), "--objective", "mlm", *flags])
     assert qlora.last_texts(qlora.load_splits(config).train[:]) == [text]
@@ -153,11 +153,11 @@ def test_rows_without_such_a_column_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("chosen", "replaced", "random"), [(0.15, 0.8, 0.1), (0.15, 1.0, 0.0), (1.0, 0.5, 0.5), (0.4, 0.0, 0.3)]
 )
-def test_the_shares_are_those_asked_for(chosen, replaced, random):
+def test_the_shares_of_masked_tokens(chosen, replaced, random):
     ids = torch.full((100, 1000), 99)
     labels = ids.clone()
     labels[:, ::2] = IGNORE
-    masked, supervised = masking(chosen=chosen, replaced=replaced, random=random).draw(ids, labels, 1)
+    masked, supervised = masking(chosen=chosen, replaced=replaced, random=random).mask_tokens(ids, labels, 1)
     picked = supervised != IGNORE
     assert (supervised[picked] == 99).all() and not picked[:, ::2].any()
     assert (masked[~picked] == 99).all(), "only what is supervised is changed"
@@ -180,7 +180,7 @@ def test_masks_follow_from_the_seed_alone():
     draws = []
     for state, step in ((1, 5), (2, 5), (1, 6)):
         torch.manual_seed(state)  # the global generator plays no part
-        draws.append(masking().draw(ids, ids, "train", step))
+        draws.append(masking().mask_tokens(ids, ids, "train", step))
     assert all(torch.equal(a, b) for a, b in zip(draws[0], draws[1], strict=True))
     assert not torch.equal(draws[0][1], draws[2][1])
 
@@ -188,11 +188,11 @@ def test_masks_follow_from_the_seed_alone():
 def test_a_row_to_evaluate_on_has_one_mask_at_least_and_always_the_same():
     rare = masking(chosen=1e-9)
     rows = [list(range(60 + i, 70 + i)) for i in range(20)]
-    drawn = [rare.draw_row(ids, [IGNORE, *ids[1:-1], IGNORE]) for ids in rows]
-    assert drawn == [rare.draw_row(ids, [IGNORE, *ids[1:-1], IGNORE]) for ids in rows]
+    drawn = [rare.mask_eval_row(ids, [IGNORE, *ids[1:-1], IGNORE]) for ids in rows]
+    assert drawn == [rare.mask_eval_row(ids, [IGNORE, *ids[1:-1], IGNORE]) for ids in rows]
     places = [[i for i, label in enumerate(row["labels"]) if label != IGNORE] for row in drawn]
     assert all(len(found) == 1 and 0 < found[0] < 9 for found in places) and len({found[0] for found in places}) > 3
-    assert rare.draw_row([2, 3], [IGNORE, IGNORE])["labels"] == [IGNORE, IGNORE]  # nothing to choose
+    assert rare.mask_eval_row([2, 3], [IGNORE, IGNORE])["labels"] == [IGNORE, IGNORE]  # nothing to choose
 
 
 def test_a_random_token_is_an_ordinary_one_that_the_model_has(esm_tokenizer):
@@ -357,7 +357,7 @@ def test_a_full_fine_tune_leaves_a_model_that_transformers_loads(run_masked, mod
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_what_auto_stands_for(model_config, masked):
+def test_objective_auto(model_config, masked):
     config = qlora.resolve_objective(qlora.parse_config([]), model_config)
     assert config.masked is masked
     assert config.flags["objective"] == config.data.objective == ("mlm" if masked else "clm")
@@ -405,7 +405,7 @@ def test_evaluation_gives_loss_perplexity_and_accuracy_of_the_masks(run_masked, 
     losses, right = [], []
     for text in qlora.last_texts(held_out[:]):
         ids = tokenizer(text)["input_ids"][:48]
-        row = drawing.draw_row(ids, [IGNORE, *ids[1:-1], IGNORE])
+        row = drawing.mask_eval_row(ids, [IGNORE, *ids[1:-1], IGNORE])
         labels = torch.tensor(row["labels"])
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0][labels != IGNORE]
@@ -422,7 +422,7 @@ def test_evaluation_gives_loss_perplexity_and_accuracy_of_the_masks(run_masked, 
 def test_training_masks_are_fresh_in_every_batch_and_evaluation_masks_the_same(run_masked, monkeypatch):
     """Four epochs over the same rows with a learning rate of 0: training losses differ, evaluation losses do not."""
     seen = []
-    plain = qlora.Masking.draw
+    plain = qlora.Masking.mask_tokens
 
     def spy(self, ids, labels, *seed, least=0):
         masked, supervised = plain(self, ids, labels, *seed, least=least)
@@ -430,7 +430,7 @@ def test_training_masks_are_fresh_in_every_batch_and_evaluation_masks_the_same(r
             seen.append((ids.tolist(), masked.tolist()))
         return [masked, supervised]
 
-    monkeypatch.setattr(qlora.Masking, "draw", spy)
+    monkeypatch.setattr(qlora.Masking, "mask_tokens", spy)
     run = run_masked(
         "esm",
         bits=16,
@@ -506,7 +506,7 @@ def test_prediction_uses_the_adapter_that_was_trained(run_masked):
 
 
 # ------------------------------------------------------------------------------------
-# What can't work
+# Refused flags
 # ------------------------------------------------------------------------------------
 
 
@@ -540,7 +540,7 @@ def test_a_masked_model_with_flags_of_a_causal_one(run_masked, flags, words):
 
 
 @pytest.mark.parametrize(("family", "room"), [("bert", 64), ("roberta", 64), ("esm", 64)])
-def test_a_row_longer_than_the_learnt_positions_is_an_error_and_one_that_fills_them_is_not(run_masked, family, room):
+def test_rows_longer_than_the_position_embeddings_are_refused(run_masked, family, room):
     texts = ["MKTAY" * 20] * 8 if family == "esm" else [" ".join(TEXTS[:3])] * 8
     flags = {"bits": 16, "max_steps": 1, "texts": texts}
     assert f"--source_max_len {room}" in error_of(run_masked(family, source_max_len=room + 1, **flags))
@@ -583,3 +583,10 @@ def test_the_example_learns_the_planted_rule(run_qlora, tmp_path, monkeypatch):
     assert metrics["predict_masked_accuracy"] > 0.5 and metrics["eval_masked_accuracy"] > 0.5
     base = run_qlora(**{**off, **flags, "output_dir": tmp_path / "base", "do_train": False})
     assert base.json("metrics.json")["predict_masked_accuracy"] < 0.1
+
+
+def test_one_mask_for_equal_rows_of_a_step():
+    masking = qlora.Masking(chosen=0.5, replaced=0.8, random=0.1, mask_id=4, words=torch.arange(10, 60))
+    row = torch.arange(10, 50)
+    drawn = [masking.mask_tokens(row, row, "train", 0, step, row.tolist())[0] for step in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])

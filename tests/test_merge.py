@@ -84,15 +84,15 @@ def test_the_weights_are_base_plus_adapter_in_16_bit(merged_run, models, stored,
     assert after.keys() == before.keys() and len(change) == 14
     for name, tensor in after.items():
         assert tensor.dtype == expected
-        wanted = before[name].float() + change.get(name, 0)
+        merged = before[name].float() + change.get(name, 0)
         # the base is rounded, the change is rounded, and so is their sum
         rounding = torch.finfo(expected).eps
-        assert torch.allclose(tensor.float(), wanted, rtol=rounding, atol=rounding * wanted.abs().max()), name
+        assert torch.allclose(tensor.float(), merged, rtol=rounding, atol=rounding * merged.abs().max()), name
         assert torch.equal(tensor, before[name].to(expected)) == (name not in change), name
     assert max(change[name].abs().max() for name in change) > 0.05  # far above what is tolerated
 
 
-def test_the_folder_is_a_model_for_plain_transformers(merged_run, models, tmp_path):
+def test_plain_transformers_loads_the_merged_folder(merged_run, models, tmp_path):
     run, folder = merged_run(max_shard_size="100KB", bf16=True)
     names = {path.name for path in folder.iterdir()}
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
@@ -105,8 +105,8 @@ def test_the_folder_is_a_model_for_plain_transformers(merged_run, models, tmp_pa
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and config["use_cache"] is True and "quantization_config" not in config
     adapted = PeftModel.from_pretrained(plain(models("llama"), dtype=torch.float32), run.output_dir)
-    got, wanted, base = logits(plain(folder)), logits(adapted), logits(plain(models("llama")))
-    assert (got - wanted).abs().max() < 0.1 < 1 < (wanted - base).abs().max()
+    got, expected, base = logits(plain(folder)), logits(adapted), logits(plain(models("llama")))
+    assert (got - expected).abs().max() < 0.1 < 1 < (expected - base).abs().max()
     text = "A sea without ships </s>, he said: café"
     assert AutoTokenizer.from_pretrained(folder)(text) == AutoTokenizer.from_pretrained(models("llama"))(text)
     metrics = run.json("metrics.json")
@@ -114,7 +114,7 @@ def test_the_folder_is_a_model_for_plain_transformers(merged_run, models, tmp_pa
     assert f"at most {metrics['merge_largest_difference']:.3g}" in run.stderr
 
 
-def test_merging_is_a_command_of_its_own_on_a_finished_run(merged_run, run_qlora, tmp_path, monkeypatch):
+def test_finished_run_is_merged_without_training(merged_run, run_qlora, tmp_path, monkeypatch):
     first, folder = merged_run()
     monkeypatch.setattr(qlora, "load_model", None)  # no quantised model is loaded for it
     monkeypatch.setattr(qlora, "build_trainer", None)
@@ -133,7 +133,7 @@ def test_any_adapter_can_be_merged_by_its_path(merged_run, run_qlora, tmp_path, 
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_dequantised_base_is_the_one_that_training_saw(merged_run, models, tmp_path, bits):
+def test_dequantised_base_is_the_one_used_in_training(merged_run, models, tmp_path, bits):
     flags = {"quant_type": "fp4", "double_quant": False} if bits == 4 else {}
     run, folder = merged_run(bits=bits, merge_base="dequantized", **flags)
     original = merged_run(bits=bits, do_train=False, merged_output_dir=tmp_path / "original", **flags)[1]
@@ -155,8 +155,8 @@ def test_the_dequantised_base_is_the_one_that_training_saw(merged_run, models, t
             value = dequantize_4bit(module.weight.data, module.weight.quant_state)
         else:
             value = module.weight.data.float() * module.weight.SCB.reshape(-1, 1) / 127
-        wanted = value.float() + change[name]
-        assert torch.allclose(after[name].float(), wanted, rtol=2**-7, atol=2**-7 * wanted.abs().max()), name
+        expected = value.float() + change[name]
+        assert torch.allclose(after[name].float(), expected, rtol=2**-7, atol=2**-7 * expected.abs().max()), name
     trained = logits(PeftModel.from_pretrained(base, run.output_dir))
     near, far = ((logits(plain(path, dtype=torch.float32)) - trained).std() for path in (folder, original))
     assert near < far * (0.2 if bits == 4 else 0.8)
@@ -176,8 +176,8 @@ def test_tied_heads_stay_tied_unless_one_was_trained(merged_run, models, modules
     start = weights(base)["model.embed_tokens.weight"]
     for name in ("model.embed_tokens", "lm_head"):
         if f"{name}.weight" in after:
-            wanted = stored.get(f"base_model.model.{name}.weight", start).bfloat16()
-            assert torch.equal(after[f"{name}.weight"], wanted)
+            expected = stored.get(f"base_model.model.{name}.weight", start).bfloat16()
+            assert torch.equal(after[f"{name}.weight"], expected)
     model = plain(folder)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
@@ -189,8 +189,8 @@ def test_dora_scales_every_row_to_its_magnitude(merged_run, models):
     for name, delta in change.items():
         whole = before[name].bfloat16().float() + delta
         magnitude = parts[f"base_model.model.{name.removesuffix('weight')}lora_magnitude_vector"]
-        wanted = whole * (magnitude / whole.norm(dim=1))[:, None]
-        assert torch.allclose(after[name].float(), wanted, rtol=2**-6, atol=2**-7 * wanted.abs().max()), name
+        expected = whole * (magnitude / whole.norm(dim=1))[:, None]
+        assert torch.allclose(after[name].float(), expected, rtol=2**-6, atol=2**-7 * expected.abs().max()), name
 
 
 @pytest.mark.parametrize(
@@ -214,11 +214,11 @@ def test_families(merged_run, models, family, flags):
 def parse_base(folder: Path, **flags):
     """The base that the adapter was merged into, in float32."""
     options = {"dtype": torch.float32, "device_map": {"": "cpu"}}
-    if flags.get("merge_base") == "dequantized":
-        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        qlora.QUIRKS["falcon"]()
-        options["quantization_config"] = four
-    return plain(folder, **options)
+    if flags.get("merge_base") != "dequantized":
+        return plain(folder, **options)
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    with qlora.patch_falcon_linear():
+        return plain(folder, quantization_config=four, **options)
 
 
 def test_a_gguf_base(merged_run, models, tmp_path):
@@ -228,8 +228,8 @@ def test_a_gguf_base(merged_run, models, tmp_path):
     assert run.code == 0
     before, after, change = weights(base), weights(folder), deltas(run.output_dir)
     for name, delta in change.items():
-        wanted = before[name] + delta
-        assert torch.allclose(after[name].float(), wanted, rtol=2**-7, atol=2**-7 * wanted.abs().max()), name
+        expected = before[name] + delta
+        assert torch.allclose(after[name].float(), expected, rtol=2**-7, atol=2**-7 * expected.abs().max()), name
 
 
 def test_a_base_that_is_quantised_already_is_dequantised(merged_run, models):
@@ -272,7 +272,7 @@ def test_an_adapter_that_changes_nothing_is_not_merged(merged_run, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["another adapter", "a weight on disk"])
-def test_a_merge_that_went_wrong_is_not_written(merged_run, tmp_path, monkeypatch, wrong):
+def test_wrong_merge_is_not_written(merged_run, tmp_path, monkeypatch, wrong):
     if wrong == "another adapter":
         merge = PeftModel.merge_and_unload if hasattr(PeftModel, "merge_and_unload") else None
         assert merge is None  # peft hands it on to the tuner
@@ -337,11 +337,11 @@ def test_an_empty_folder_is_filled(merged_run, tmp_path):
     assert run.code == 0 and plain(folder)
 
 
-def test_without_an_adapter_there_is_nothing_to_merge(merged_run):
+def test_merging_without_an_adapter_is_an_error(merged_run):
     assert "no adapter" in error_of(merged_run(do_train=False)[0])
 
 
-def test_an_adapter_of_another_model_is_one_line(merged_run, run_qlora, models, tmp_path):
+def test_adapter_of_another_model_is_an_error(merged_run, run_qlora, models, tmp_path):
     adapter = run_qlora(output_dir=tmp_path / "adapter", bits=16, max_steps=1).output_dir
     base = models("llama_gqa")
     run, folder = merged_run(do_train=False, adapter_name_or_path=adapter, model_name_or_path=base)
@@ -364,7 +364,7 @@ print(code, before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 
 """
 
 
-def test_the_peak_memory_is_that_of_one_model(models, run_qlora, data_dir, tmp_path):
+def test_merging_holds_one_model_in_memory(models, run_qlora, data_dir, tmp_path):
     size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 8}
     base = tiny.write_model(tmp_path / "base", "llama", dtype="bfloat16", **size)
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import shutil
 from collections import defaultdict
 from contextlib import nullcontext
@@ -14,7 +13,9 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import qlora
 
@@ -105,14 +106,31 @@ def error_of(run) -> str:
 @pytest.fixture
 def trained(monkeypatch) -> list:
     """The models that the runs of this test train."""
-    models, speed_up = [], qlora.enable_fast_path
+    models, enable_fast_path = [], qlora.enable_fast_path
 
     def spy(model, *args):
         models.append(model)
-        return speed_up(model, *args)
+        return enable_fast_path(model, *args)
 
     monkeypatch.setattr(qlora, "enable_fast_path", spy)
     return models
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[list[int]]:
+    """For each training step of this test's runs: how often the first and the second layer are computed."""
+    calls, counts = [], []
+    forward, training_step = LlamaAttention.forward, qlora.QLoRATrainer.training_step
+
+    def counting_step(*args, **kwargs):
+        calls.clear()
+        loss = training_step(*args, **kwargs)
+        counts.append([calls.count(0), calls.count(1)])
+        return loss
+
+    monkeypatch.setattr(LlamaAttention, "forward", lambda *a, **k: calls.append(a[0].layer_idx) or forward(*a, **k))
+    monkeypatch.setattr(qlora.QLoRATrainer, "training_step", counting_step)
+    return counts
 
 
 # ------------------------------------------------------------------------------------
@@ -217,7 +235,7 @@ def test_every_family_is_quantised_and_stays_near_the_original(models, family, b
         ({"fp16": True}, torch.float32, torch.float16),  # unstable as a storage type
     ],
 )
-@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+@pytest.mark.parametrize("bits", [4, 8, 16])
 def test_dtypes(models, bits, flags, load_dtype, compute_dtype):
     config = parse(models("qwen2"), bits=bits, **flags)
     assert qlora.compute_dtype(config) == compute_dtype
@@ -235,36 +253,32 @@ def test_dtypes(models, bits, flags, load_dtype, compute_dtype):
     assert set(kept.values()) == {load_dtype}, kept
 
 
-@pytest.mark.parametrize(("tie", "fused"), [(True, False), (False, False), (False, True)])
-def test_bf16_run_keeps_the_base_in_bf16_and_computes_adapters_in_it(
-    models, run_qlora, trained, monkeypatch, tie, fused
-):
-    seen, training_step, products = set(), qlora.QLoRATrainer.training_step, qlora.forward_products
+class ProductDtypes(TorchDispatchMode):
+    """Collects the dtypes of all matrix products."""
 
-    def watched_products(*args, **kwargs):
-        made = products(*args, **kwargs)
-        seen.update({made.thin.dtype, *(output.dtype for output in made.outputs)})
-        return made
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
 
-    def watched_step(self, model, *args, **kwargs):
-        hooks = [
-            module.register_forward_hook(lambda m, i, output: seen.add(output.dtype))
-            for name, module in model.named_modules()
-            if name.endswith(("lora_A.default", "lora_B.default"))
-        ]
-        assert len(hooks) == 28
-        try:
-            return training_step(self, model, *args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
+            self.dtypes.add(output.dtype)
+        return output
 
-    if fused:  # then the adapters' own modules are not called
-        monkeypatch.setattr(qlora, "forward_products", watched_products)
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_bf16_run_keeps_the_base_in_bf16_and_computes_in_it(models, run_qlora, trained, monkeypatch, tie):
+    products, training_step = ProductDtypes(), qlora.QLoRATrainer.training_step
+
+    def watched_step(*args, **kwargs):
+        with products:
+            return training_step(*args, **kwargs)
+
     monkeypatch.setattr(qlora.QLoRATrainer, "training_step", watched_step)
-    run = run_qlora(model_name_or_path=models("llama", tie=tie), bf16=True, max_steps=1, fused_lora=fused)
+    run = run_qlora(model_name_or_path=models("llama", tie=tie), bf16=True, max_steps=1)
     assert {tensor.dtype for tensor in adapter_of(run).values()} == {torch.float32}
-    assert seen == {torch.bfloat16}
+    assert products.dtypes == {torch.bfloat16}
     head, embeddings = trained[0].get_output_embeddings(), trained[0].get_input_embeddings()
     assert type(head) is torch.nn.Linear and (head.weight is embeddings.weight) == tie
     dtypes = {
@@ -334,16 +348,6 @@ def test_prequantised_checkpoint_stays_quantised_at_16_bits(models):
     model = load(models("prequantised"), bits=16)
     weight = model.get_submodule("model.layers.0.mlp.up_proj").weight
     assert weight.dtype == torch.uint8 and weight.quant_state.quant_type == "nf4"
-
-
-def test_packed_weights_that_fsdp_cannot_hold_are_one_line(models, tmp_path, monkeypatch):
-    """20 values in 10 bytes: five of bfloat16, and two and a half of float32."""
-    shape = {"hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 5}
-    odd = tiny.write_prequantised(tmp_path, models("llama", **shape), bnb_4bit_quant_storage=torch.bfloat16)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(qlora.ConfigError, match=r"a packed weight of (5 x 4|4 x 5) does not fill whole float32"):
-        load(odd)
 
 
 # ------------------------------------------------------------------------------------
@@ -437,78 +441,21 @@ def test_max_memory_is_set_for_each_gpu(models, monkeypatch):
         qlora.load_model(config, qlora.load_model_config(config, folder), folder)
     (options,) = stop.value.args
     assert options["max_memory"] == {0: "1234MB", 1: "1234MB"}
-    places = options["device_map"]  # the tiny base has two layers
-    assert places["model.embed_tokens"] == places["model.layers.0"] == 0
-    assert places["model.layers.1"] == places["model.norm"] == places["lm_head"] == 1
+    assert options["device_map"] == "auto"
 
 
-@pytest.mark.parametrize("gpus", [2, 3, 8])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_layers_lie_evenly_on_several_gpus(models, family, tied, gpus):
-    """By the shapes alone: 32 layers of 4-bit weights, between an embedding and a head of as many bytes as 9 layers."""
-    if family == "llama":
-        shape = LlamaConfig(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=32, num_attention_heads=8, vocab_size=32000,
-            tie_word_embeddings=tied,
-        )  # fmt: skip
-        layer = 4 * 1024**2 // 2 + 3 * 1024 * 4096 // 2
-    else:
-        shape = GPT2Config(n_embd=1024, n_layer=32, n_head=8, vocab_size=32000, tie_word_embeddings=tied)
-        layer = 12 * 1024**2 // 2
-    config = parse(models("llama"), bf16=True)
-    places = qlora.even_map(gpus, config, shape)
-    layers = [place for name, place in places.items() if re.search(r"\.(layers|h)\.\d+$", name)]
-    assert len(layers) == 32 and layers == sorted(layers) and set(places.values()) == set(range(gpus))
-    head = 32000 * 1024 * 2
-    held = [layer * layers.count(gpu) for gpu in range(gpus)]
-    held[0] += head
-    held[-1] += 0 if tied else head
-    assert max(held) <= max(sum(held) / gpus, head) + layer, held  # an embedding may be more than a share
-    names = [name for name in places if name.endswith(("embed_tokens", "wte", "lm_head"))]
-    assert len({places[name] for name in names}) == (1 if tied else 2), "a weight that two share is on one GPU"
-
-
-TINY_SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-
-
-@pytest.mark.parametrize("family", ["modernbert-decoder", "bert", "roberta"])
-def test_an_embedding_inside_a_part_lies_with_the_head_that_shares_it(models, family):
-    """BERT's head lies in a part as well, with a bias that it shares with itself."""
-    flags = {} if family == "modernbert-decoder" else {"objective": "mlm"}
-    config, shape = parse(models("llama"), bits=16, **flags), AutoConfig.for_model(family, **TINY_SHAPE)
-    places, model = qlora.even_map(2, config, shape), qlora.meta_model(config, shape)
-    assert set(places.values()) == {0, 1}
-    found = defaultdict(set)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        (place,) = [places[part] for part in places if f"{name}.".startswith(f"{part}.")]
-        found[parameter].add(place)
-    assert model.get_output_embeddings().weight in found and all(len(gpus) == 1 for gpus in found.values())
-
-
-def test_each_part_runs_on_its_own_gpu(models, monkeypatch):
+def test_each_part_runs_on_its_own_gpu(monkeypatch):
     """One of GPTBigCode's parts is a buffer."""
-    config, seen = parse(models("llama"), bits=16), []
+    gpus_used = []
     shape = AutoConfig.for_model("gpt_bigcode", n_embd=64, n_head=4, n_layer=4, vocab_size=260)
     model = AutoModelForCausalLM.from_config(shape)
-    model.hf_device_map = qlora.even_map(2, config, shape)
-    assert "transformer.bias" in model.hf_device_map
+    first = ("wte", "wpe", "bias", "drop", "h.0", "h.1")
+    model.hf_device_map = {f"transformer.{part}": 0 for part in first} | {"lm_head": 0}
+    model.hf_device_map |= {f"transformer.{part}": 1 for part in ("h.2", "h.3", "ln_f")}
     qlora.stay_on_device(model)
-    monkeypatch.setattr(torch.cuda, "device", lambda gpu: seen.append(gpu) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda gpu: gpus_used.append(gpu) or nullcontext())
     model(input_ids=torch.arange(8)[None])
-    # both embeddings, dropout, four layers, the last norm, and the head, which is an embedding as well
-    assert seen[:3] == [0] * 3 and seen[-1] == 0 and seen[3:-1] == sorted(seen[3:-1]) and 1 in seen[3:7]
-
-
-def test_what_is_too_large_for_the_limit_is_left_to_accelerate(models):
-    """The tiny base takes 82,000 packed values, of 0.5 byte, and 41,000 others of 4 bytes: 0.2 MB in all."""
-    folder = models("llama")
-    config = parse(folder, max_memory_MB=1)
-    shape = qlora.load_model_config(config, str(folder))
-    assert qlora.even_map(2, config, shape) is not None
-    assert qlora.even_map(2, parse(folder, max_memory_MB=1, bits=32), shape) is not None
-    object.__setattr__(config.quant, "max_memory_MB", 0)
-    assert qlora.even_map(2, config, shape) is None
+    assert gpus_used == [0] * 5 + [1] * 3 + [0]
 
 
 @pytest.mark.parametrize("key", ["rope_type", "type"])
@@ -539,7 +486,7 @@ def test_rope_scaling_stretches_the_positions(models, key):
     ],
     ids=["not JSON", "not an object", "unknown type", "no factor", "ALiBi", "supervised positions"],
 )
-def test_rope_scaling_that_cannot_be_is_an_error(models, run_qlora, family, value):
+def test_invalid_rope_scaling_is_an_error(models, run_qlora, family, value):
     run = run_qlora(model_name_or_path=models(family), rope_scaling=value, max_steps=1)
     assert "--rope_scaling" in error_of(run)
 
@@ -623,7 +570,7 @@ def test_every_adapter_learns_and_nothing_else(models, tmp_path, family, tie):
 
 @pytest.mark.parametrize(
     ("family", "tie", "bits"),
-    [("llama", False, 8), ("gemma", True, 4), ("gpt2", True, 16), ("falcon", None, 4)],
+    [("llama", False, 8), ("gpt2", True, 16), ("falcon", None, 4)],
 )
 def test_one_step_changes_every_adapter_and_saves_nothing_else(models, run_qlora, family, tie, bits):
     folder = models(family, tie=tie, tokenizer=partial(tiny.write_byte, pad=None))
@@ -633,9 +580,8 @@ def test_one_step_changes_every_adapter_and_saves_nothing_else(models, run_qlora
     assert all(tensor.any() for tensor in adapter.values())  # lora_B starts at zero
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("bits", [4, 8, 16, 32])
-def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(models, bits, reentrant):
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(models, bits):
     folder = models("llama")
     model = build(folder, bits=bits).train()
     generator = torch.Generator().manual_seed(0)
@@ -650,7 +596,7 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(models, 
     gradients = []
     for recompute in (True, False):
         if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             model.gradient_checkpointing_disable()
         model.zero_grad()
@@ -663,22 +609,9 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(models, 
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-6), name
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_gradient_checkpointing_in_a_run(run_qlora, tmp_path, monkeypatch, fused):
+def test_gradient_checkpointing_in_a_run(run_qlora, tmp_path, computed):
     """With SGD the adapter's change is its gradient."""
-    from transformers.models.llama.modeling_llama import LlamaAttention
-
-    calls, forward, step = [], LlamaAttention.forward, qlora.QLoRATrainer._window_step
-    monkeypatch.setattr(LlamaAttention, "forward", lambda *a, **k: calls.append(a[0].layer_idx) or forward(*a, **k))
-
-    def counted_step(*args):
-        calls.clear()
-        loss = step(*args)
-        counts.append([calls.count(0), calls.count(1)])
-        return loss
-
-    monkeypatch.setattr(qlora.QLoRATrainer, "_window_step", counted_step)
-    expected = {  # how often the first and the second layer are computed in a step
+    expected = {
         "default": ({}, [2, 2]),
         "off": ({"gradient_checkpointing": False}, [1, 1]),
         "none": ({"recompute_layers": "none"}, [1, 1]),
@@ -686,11 +619,11 @@ def test_gradient_checkpointing_in_a_run(run_qlora, tmp_path, monkeypatch, fused
         "all": ({"recompute_layers": "all"}, [2, 2]),
     }
     adapters = []
-    for name, (given, computed) in expected.items():
-        counts: list[list[int]] = []
-        flags = {"optim": "sgd", "learning_rate": 1, "max_steps": 2, "save_strategy": "no", "fused_lora": fused}
-        adapters.append(adapter_of(run_qlora(output_dir=tmp_path / name, **flags, **given)))
-        assert counts == [computed] * 2, name
+    for name, (flags, counts) in expected.items():
+        computed.clear()
+        shared = {"optim": "sgd", "learning_rate": 1, "max_steps": 2, "save_strategy": "no"}
+        adapters.append(adapter_of(run_qlora(output_dir=tmp_path / name, **shared, **flags)))
+        assert computed == [counts] * 2, name
     for other in adapters[1:]:
         for name, tensor in adapters[0].items():
             assert torch.allclose(tensor, other[name], rtol=1e-4, atol=1e-6), name
@@ -747,14 +680,8 @@ def test_lora_modules_groups(models, family):
         assert got == linears(family, "all" if "," in part else part), part
 
 
-def test_lora_modules_list(models, run_qlora):
-    adapter = adapter_of(run_qlora(lora_modules="q_proj, down_proj", max_steps=1))
-    names = ("self_attn.q_proj", "mlp.down_proj")
-    assert adapted(adapter) == {f"model.layers.{i}.{name}" for i in (0, 1) for name in names}
-
-
 @pytest.mark.parametrize("value", ["query", "lm_head", "embed_tokens"])
-def test_lora_modules_that_are_not_there_are_an_error(run_qlora, value):
+def test_unknown_lora_modules_are_an_error(run_qlora, value):
     error = error_of(run_qlora(lora_modules=value))
     assert value in error and "q_proj" in error
 
@@ -771,62 +698,6 @@ def test_freezing_every_layer_is_an_error(run_qlora, flags):
     assert next(iter(flags)) in error_of(run_qlora(**flags))
 
 
-@pytest.mark.parametrize(
-    ("lora_bias", "biases"),
-    [
-        ("lora_only", {"attention.query_key_value", "attention.dense"}),
-        (
-            "all",
-            {
-                "input_layernorm",
-                "post_attention_layernorm",
-                "attention.query_key_value",
-                "attention.dense",
-                "mlp.dense_h_to_4h",
-                "mlp.dense_4h_to_h",
-                None,  # the norm after the layers
-            },
-        ),
-    ],
-)
-def test_lora_bias_trains_and_saves_biases(models, run_qlora, lora_bias, biases):
-    folder = models("gpt_neox")
-    run = run_qlora(
-        model_name_or_path=folder,
-        lora_bias=lora_bias,
-        lora_modules="attn",
-        max_steps=1,
-        learning_rate=0.01,
-    )
-    saved = {key: t for key, t in adapter_of(run).items() if key.endswith("bias")}
-    names = {f"gpt_neox.layers.{i}.{name}.bias" for i in (0, 1) for name in biases if name}
-    if None in biases:
-        names.add("gpt_neox.final_layer_norm.bias")
-    found = {key.removeprefix("base_model.model.").replace("base_layer.", ""): tensor for key, tensor in saved.items()}
-    assert found.keys() == names
-    base = original(folder)
-    assert all((tensor != base[name]).any() for name, tensor in found.items())
-
-
-def test_use_rslora_scales_by_the_root_of_the_rank(models):
-    for flags, scaling in [({}, 16 / 4), ({"use_rslora": True}, 16 / 2)]:
-        model = build(models("llama"), bits=16, lora_alpha=16, **flags)
-        layer = model.base_model.model.model.layers[0].self_attn.q_proj
-        assert layer.scaling == {"default": scaling}
-
-
-def test_use_dora_trains_magnitudes(models, run_qlora):
-    run = run_qlora(use_dora=True, use_rslora=True, bits=32, max_steps=1, learning_rate=0.01)
-    adapter, base = adapter_of(run), original(models("llama"))
-    for name in linears("llama"):
-        # what DoRA starts from: the length of each row
-        start = base[f"{name}.weight"].norm(dim=1)
-        change = adapter[f"base_model.model.{name}.lora_magnitude_vector"] - start
-        assert 0.001 < change.abs().max() < 0.02  # Adam's first step is the learning rate
-    settings = run.json("adapter_config.json")
-    assert settings["use_dora"] and settings["use_rslora"]
-
-
 @pytest.mark.parametrize(("init", "starts_at_zero"), [("gaussian", True), ("pissa", False)])
 def test_init_lora_weights_is_passed_on(models, init, starts_at_zero):
     model = build(models("llama"), bits=32, init_lora_weights=init)
@@ -835,36 +706,11 @@ def test_init_lora_weights_is_passed_on(models, init, starts_at_zero):
 
 
 @pytest.mark.parametrize(("init", "bits"), [("xavier", 16), ("pissa", 4)])
-def test_init_lora_weights_that_cannot_be_is_an_error(run_qlora, init, bits):
+def test_unsupported_init_lora_weights_are_an_error(run_qlora, init, bits):
     assert init in error_of(run_qlora(init_lora_weights=init, bits=bits)).lower()
 
 
-def test_modules_to_save_are_trained_whole_and_saved(models, run_qlora):
-    flags = {"modules_to_save": "embed_tokens, lm_head", "max_steps": 1, "learning_rate": 0.01}
-    run = run_qlora(bf16=True, **flags)
-    adapter, base = adapter_of(run), original(models("llama"))
-    for name in ("model.embed_tokens", "lm_head"):
-        tensor = adapter.pop(f"base_model.model.{name}.weight")
-        assert tensor.shape == (320, 64)
-        assert (tensor.float() - base[f"{name}.weight"]).abs().max() > 0.005
-    assert all(".lora_" in key for key in adapter)
-
-
-def test_adapter_name_or_path_starts_from_it_with_a_fresh_optimizer(models, run_qlora, tmp_path):
-    folder = tmp_path / "adapter"
-    build(models("llama"), bits=16, init_lora_weights="False").save_pretrained(folder)
-    start = load_file(folder / "adapter_model.safetensors")
-    flags = {"adapter_name_or_path": folder, "max_steps": 1, "lora_r": 8}
-    same = run_qlora(output_dir=tmp_path / "2", learning_rate=0, **flags)
-    changed = run_qlora(output_dir=tmp_path / "3", learning_rate=0.001, **flags)
-    assert adapter_of(same).keys() == adapter_of(changed).keys() == start.keys()
-    for key, tensor in start.items():
-        assert tensor.any() and torch.equal(tensor, adapter_of(same)[key]), key
-        # the first step of a fresh Adam is at most the learning rate
-        assert 0 < (adapter_of(changed)[key] - tensor).abs().max() < 0.00101, key
-
-
-def test_adapter_that_is_not_there_or_does_not_fit_is_an_error(models, run_qlora, tmp_path):
+def test_missing_or_unfitting_adapter_is_an_error(models, run_qlora, tmp_path):
     missing = tmp_path / "none"
     assert str(missing) in error_of(run_qlora(adapter_name_or_path=missing))
     build(models("llama"), bits=16).save_pretrained(tmp_path / "llama")
@@ -907,11 +753,6 @@ def test_full_finetune(models, run_qlora, tie, flags, dtype, frozen):
     assert reference(run.output_dir)(ids).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_full_finetune_of_quantised_weights_is_an_error(run_qlora, bits):
-    assert "--full_finetune" in error_of(run_qlora(full_finetune=True, bits=bits))
-
-
 def test_full_finetune_of_a_prequantised_checkpoint_is_an_error(models, run_qlora):
     run = run_qlora(model_name_or_path=models("prequantised"), full_finetune=True, bits=16)
     assert "quantised" in error_of(run)
@@ -925,12 +766,23 @@ def test_a_model_without_gradient_checkpointing_trains_and_says_so(run_qlora, mo
     assert run.code == 0 and "nothing is recomputed" in run.stderr
 
 
-def test_frozen_layers_are_not_recomputed(run_qlora, tmp_path, monkeypatch):
-    """No gradient goes through them: to recompute them would be work for nothing."""
-    backward, computed = qlora.Recompute.backward, []
-    monkeypatch.setattr(qlora.Recompute, "backward", lambda *args: computed.append(1) or backward(*args))
-    for i, flags in enumerate([{}, {"full_finetune": True, "bits": 32}]):
-        computed.clear()
-        run = run_qlora(output_dir=tmp_path / str(i), layers_to_freeze=1, max_steps=1, recompute_layers="all", **flags)
-        assert run.code == 0
-        assert computed == [1] * 2  # the second layer, in the try before training and in the step
+@pytest.mark.parametrize("flags", [{}, {"full_finetune": True, "bits": 32}], ids=str)
+def test_frozen_layers_are_not_recomputed(run_qlora, computed, flags):
+    """No gradient passes through them: recomputing them would be wasted work."""
+    assert run_qlora(layers_to_freeze=1, max_steps=1, recompute_layers="all", **flags).code == 0
+    assert computed == [[1, 2]]
+
+
+def test_mixed_precision_leaves_no_float32_copy_of_embeddings_and_head(run_qlora, monkeypatch):
+    """peft's prepare_model_for_kbit_training would make one. Only the adapters are float32."""
+    dtypes, train = defaultdict(set), Trainer.train
+
+    def spy(self, *args, **kwargs):
+        for name, parameter in self.model.named_parameters():
+            dtypes[parameter.dtype].add(name.split(".")[-2])
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train", spy)
+    assert run_qlora(bf16=True, max_steps=1).code == 0
+    assert dtypes[torch.float32] == {"default"}  # lora_A.default.weight, lora_B.default.weight
+    assert {"embed_tokens", "lm_head", "norm"} <= dtypes[torch.bfloat16]

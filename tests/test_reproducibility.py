@@ -48,7 +48,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_and_its_repetition_give_the_same_adapter(run_qlora, tmp_path, capsys, name):
+def test_repeated_run_gives_the_same_adapter(run_qlora, tmp_path, capsys, name):
     old = run_qlora(**RUNS[name])
     assert old.code == 0
     torch.manual_seed(99)
@@ -62,7 +62,7 @@ def test_a_run_and_its_repetition_give_the_same_adapter(run_qlora, tmp_path, cap
     assert one["data"] == other["data"] and one["data"]["train"]["fingerprint"]
 
 
-def test_what_differs_is_said(run_qlora, tmp_path, capsys):
+def test_differences_from_the_repeated_run_are_printed(run_qlora, tmp_path, capsys):
     """Another torch, another GPU, a row more, a flag on the command line, a default of another version."""
     data = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", tiny.support_rows(8))
     old = run_qlora(dataset=data, max_steps=2)
@@ -116,7 +116,7 @@ def test_a_file_of_flags_is_no_record(tmp_path):
         ({"seed": "x"}, "--seed"),
     ],
 )
-def test_a_record_that_was_changed_by_hand_is_checked(tmp_path, change, said):
+def test_record_edited_by_hand_is_checked(tmp_path, change, said):
     """Argparse takes defaults as they are; bits 5 would be a run in 32 bits."""
     record = {part: {} for part in ("derived", "versions", "data", "device")} | {"flags": {"dataset": "a", **change}}
     (tmp_path / "run.json").write_text(json.dumps(record))
@@ -127,7 +127,7 @@ def test_a_record_that_was_changed_by_hand_is_checked(tmp_path, change, said):
         qlora.parse_config([str(tmp_path / "run.json"), "--output_dir", "x"])
 
 
-def test_another_process_that_hashes_differently_gives_the_same_adapter(run_qlora, models, data_dir, tmp_path):
+def test_adapter_does_not_depend_on_the_hash_seed(run_qlora, models, data_dir, tmp_path):
     """The order of sets of text changes with Python's hash seed, from process to process."""
     here = run_qlora(max_steps=2, lora_dropout=0.1, learning_rate=1e-2, lora_modules="attn,mlp")
     record, new = here.output_dir / "run.json", tmp_path / "new"

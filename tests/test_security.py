@@ -90,7 +90,7 @@ def watched(tmp_path: Path, runs: list[list[str]], more: str = "", cut: bool = T
     return json.loads(done.stdout.rpartition("RESULT ")[2])
 
 
-def test_a_run_on_local_files_asks_for_no_address_and_writes_only_where_it_was_told(models, tmp_path):
+def test_local_run_uses_no_network_and_writes_only_to_its_folders(models, tmp_path):
     """Everything that a run can do: train, evaluate, ask, predict, merge; and from a .gguf file."""
     rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", EVIL_ROWS)
     question = {"subject": UP, "input": "1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", "output": "B"}
@@ -114,7 +114,7 @@ def test_a_run_on_local_files_asks_for_no_address_and_writes_only_where_it_was_t
     assert not list(tmp_path.parent.rglob("evil*"))
 
 
-def test_the_chat_page_asks_for_no_address(models, tmp_path):
+def test_chat_page_uses_no_network(models, tmp_path):
     extra("gradio")
     more = f"""
     import threading, gradio, chat_gradio
@@ -197,7 +197,7 @@ def test_code_in_a_checkpoints_state_does_not_run(run_qlora, payload, refused, t
     refused(run_qlora(max_steps=4, resume_from_checkpoint=checkpoint), str(checkpoint))
 
 
-def test_the_state_of_a_scaler_is_read_as_tensors(run_qlora, payload, refused, tmp_path, monkeypatch):
+def test_scaler_state_is_read_as_tensors(run_qlora, payload, refused, tmp_path, monkeypatch):
     """Only a GPU has one; here the Trainer is made to believe that it does."""
     import qlora
 
@@ -216,7 +216,7 @@ def test_the_state_of_a_scaler_is_read_as_tensors(run_qlora, payload, refused, t
     refused(run_qlora(max_steps=4, resume_from_checkpoint=checkpoint), str(checkpoint))
 
 
-def test_everything_that_a_resume_unpickles_is_read_as_tensors(run_qlora, tmp_path, monkeypatch):
+def test_resume_reads_every_pickle_as_tensors(run_qlora, tmp_path, monkeypatch):
     ways, load = [], torch.load
 
     def spy(*args, **options):
@@ -230,27 +230,26 @@ def test_everything_that_a_resume_unpickles_is_read_as_tensors(run_qlora, tmp_pa
     assert len(ways) >= len(STATE) and set(ways) == {True}
 
 
-def pickled(model: Path, into: Path) -> Path:
-    """A model whose weights are pytorch_model.bin."""
-    shutil.copytree(model, into)
-    torch.save(load_file(into / "model.safetensors"), into / "pytorch_model.bin")
-    (into / "model.safetensors").unlink()
-    return into
+def to_pickle(folder: Path, name: str, pickled: str) -> dict[str, torch.Tensor]:
+    """Replace a safetensors file by what torch.save makes of its weights."""
+    weights = load_file(folder / name)
+    (folder / name).unlink()
+    torch.save(weights, folder / pickled)
+    return weights
 
 
-def test_a_base_in_a_pickle_needs_a_flag(run_qlora, models, payload, refused, tmp_path):
-    base = pickled(models("llama"), tmp_path / "bin")
+def test_a_base_in_a_pickle_is_read_as_tensors(run_qlora, models, payload, refused, tmp_path):
+    base = shutil.copytree(models("llama"), tmp_path / "bin")
+    weights = to_pickle(base, "model.safetensors", "pytorch_model.bin")
     run = run_qlora(model_name_or_path=base, max_steps=1)
-    refused(run, str(base / "pytorch_model.bin"), "--allow_pickle_weights", "safetensors")
-    assert not (tmp_path / "out").exists()  # refused before anything is read
-    trusted = run_qlora(model_name_or_path=base, max_steps=1, allow_pickle_weights=True)
     plain = run_qlora(max_steps=1, output_dir=tmp_path / "plain")
-    assert trusted.code == 0
-    one, other = (load_file(run.output_dir / "adapter_model.safetensors") for run in (trusted, plain))
+    assert run.code == 0
+    one, other = (load_file(run.output_dir / "adapter_model.safetensors") for run in (run, plain))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    payload(base / "pytorch_model.bin", **load_file(models("llama") / "model.safetensors"))
-    run = run_qlora(model_name_or_path=base, max_steps=1, allow_pickle_weights=True, output_dir=tmp_path / "evil")
-    refused(run, str(base), "more than tensors")
+    payload(base / "pytorch_model.bin", **weights)
+    refused(
+        run_qlora(model_name_or_path=base, max_steps=1, output_dir=tmp_path / "evil"), str(base), "more than tensors"
+    )
 
 
 def test_safetensors_are_taken_where_both_lie(run_qlora, models, payload, tmp_path):
@@ -261,38 +260,27 @@ def test_safetensors_are_taken_where_both_lie(run_qlora, models, payload, tmp_pa
 
 
 @pytest.mark.parametrize("resume", [False, True], ids=["adapter", "checkpoint of the original"])
-def test_an_adapter_in_a_pickle_needs_a_flag(run_qlora, payload, refused, tmp_path, resume):
-    first = run_qlora(max_steps=2, output_dir=tmp_path / "first").output_dir
-    adapter = first / "checkpoint-2"
-    given = {"resume_from_checkpoint" if resume else "adapter_name_or_path": adapter}
-    for manifest in adapter.glob("checkpoint.json"):
-        manifest.unlink()
+def test_an_adapter_in_a_pickle_is_read_as_tensors(run_qlora, payload, refused, tmp_path, resume):
+    adapter = run_qlora(max_steps=2, output_dir=tmp_path / "first").output_dir / "checkpoint-2"
+    flags = {"resume_from_checkpoint" if resume else "adapter_name_or_path": adapter, "max_steps": 4}
+    (adapter / "checkpoint.json").unlink()  # as another program's, which has none
     if resume:  # where the original wrote it
         (adapter / "adapter_model").mkdir()
         for file in adapter.glob("adapter_*.*"):
             shutil.move(file, adapter / "adapter_model")
-    place = adapter / "adapter_model" if resume else adapter
-    weights = load_file(place / "adapter_model.safetensors")
-    (place / "adapter_model.safetensors").unlink()
-    torch.save(weights, place / "adapter_model.bin")
-    refused(run_qlora(**given, max_steps=4), "adapter_model.bin", "--allow_pickle_weights")
-    assert run_qlora(**given, max_steps=4, allow_pickle_weights=True, output_dir=tmp_path / "trusted").code == 0
-    payload(place / "adapter_model.bin", **weights)
-    run = run_qlora(**given, max_steps=4, allow_pickle_weights=True, output_dir=tmp_path / "evil")
-    refused(run, str(place), "more than tensors")
+        adapter /= "adapter_model"
+    weights = to_pickle(adapter, "adapter_model.safetensors", "adapter_model.bin")
+    assert run_qlora(**flags).code == 0
+    payload(adapter / "adapter_model.bin", **weights)
+    refused(run_qlora(**flags, output_dir=tmp_path / "evil"), str(adapter), "more than tensors")
 
 
-def test_a_full_checkpoint_in_a_pickle_needs_a_flag(run_qlora, payload, refused, tmp_path):
+def test_a_full_checkpoint_in_a_pickle_is_read_as_tensors(run_qlora, payload, refused, tmp_path):
     full = {"full_finetune": True, "bits": 32, "lora_r": None, "optim": "sgd"}
     checkpoint = run_qlora(**full, max_steps=2, output_dir=tmp_path / "first").output_dir / "checkpoint-2"
-    for manifest in checkpoint.glob("checkpoint.json"):
-        manifest.unlink()
-    weights = load_file(checkpoint / "model.safetensors")
-    (checkpoint / "model.safetensors").unlink()
-    payload(checkpoint / "pytorch_model.bin", **weights)
-    given = {**full, "max_steps": 4, "resume_from_checkpoint": checkpoint}
-    refused(run_qlora(**given), "pytorch_model.bin", "--allow_pickle_weights")
-    refused(run_qlora(**given, allow_pickle_weights=True), str(checkpoint))
+    (checkpoint / "checkpoint.json").unlink()
+    payload(checkpoint / "pytorch_model.bin", **to_pickle(checkpoint, "model.safetensors", "pytorch_model.bin"))
+    refused(run_qlora(**full, max_steps=4, resume_from_checkpoint=checkpoint), str(checkpoint), "more than tensors")
 
 
 # ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
@@ -93,7 +94,7 @@ def _with_config(class_name: str | None):
         "mistral",
     ],
 )
-def test_ids_are_sentencepieces_own(models, family, tokenizer, flags):
+def test_ids_equal_sentencepieces(models, family, tokenizer, flags):
     folder = models(family, tokenizer=tokenizer)
     pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     loaded = load(folder, **flags)
@@ -116,7 +117,7 @@ def test_the_patch_leaves_the_models_folder_alone(models):
     assert after == before
 
 
-def test_a_patch_is_laid_over_key_by_key(models, tmp_path):
+def test_a_patch_is_merged_key_by_key(models, tmp_path):
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<unk>"}')
     tokenizer = load(models("llama", tokenizer="sentencepiece"), tokenizer_patch=tmp_path)
     assert ids_of(tokenizer) == (1, 0, 0)
@@ -131,7 +132,7 @@ def test_a_patch_that_is_not_there_is_an_error(run_qlora, tmp_path):
 # ------------------------------------------------------------------------------------
 
 
-def test_byte_level_bpe_ids_are_the_backends_own(models):
+def test_byte_level_bpe_ids_equal_the_backends(models):
     folder = models("llama", tokenizer="byte_bpe")
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer = load(folder)
@@ -261,3 +262,12 @@ def test_a_run_with_each_kind_saves_a_tokenizer_that_loads(models, run_qlora, to
     saved = AutoTokenizer.from_pretrained(run.output_dir)
     assert saved("Hello ship", add_special_tokens=False)["input_ids"] == prompt
     assert ids_of(saved)[:2] == ids_of(load(folder, **flags))[:2]
+
+
+@pytest.mark.parametrize("tokenizer", [partial(tiny.write_byte, pad=None), "sentencepiece"], ids=["byte", "pieces"])
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_missing_pad_token_does_not_bring_the_embeddings_into_the_adapter(run_qlora, models, tokenizer, tie):
+    run = run_qlora(model_name_or_path=models("llama", tokenizer=tokenizer, tie=tie), max_steps=1)
+    assert run.code == 0
+    for folder in (run.output_dir, run.output_dir / "checkpoint-1"):
+        assert all(".lora_" in name for name in load_file(folder / "adapter_model.safetensors"))

@@ -1,4 +1,4 @@
-"""--report_to: what a tracker has written is read back, by its own reader, and compared with the run's own record."""
+"""--report_to: read back what a tracker has written, with its own reader, and compare it with the run's own record."""
 
 import json
 import sqlite3
@@ -13,7 +13,7 @@ RATES = [1e-3, 1e-3, 1e-3]  # the default schedule is constant
 
 
 def losses(run):
-    """The training losses and the evaluation losses (in training, and at the end) that the run itself has noted."""
+    """Training losses, and evaluation losses during training and at the end, from the run's own record."""
     history = run.json("trainer_state.json")["log_history"]
     return [e["loss"] for e in history if "loss" in e], [run.json("metrics.json").get("eval_loss")] * 2
 
@@ -35,7 +35,7 @@ def test_tensorboard(run_qlora, tmp_path, monkeypatch):
     assert [event.step for event in written.Scalars("eval/loss")] == [3, 3]
 
 
-def test_tensorboard_writes_where_it_is_told(run_qlora, tmp_path, monkeypatch):
+def test_tensorboard_writes_to_logging_dir(run_qlora, tmp_path, monkeypatch):
     extra("tensorboard")
     run = run_qlora(report_to="tensorboard", max_steps=1, logging_dir=tmp_path / "board")
     assert run.code == 0 and not (run.output_dir / "runs").exists()
@@ -45,8 +45,8 @@ def test_tensorboard_writes_where_it_is_told(run_qlora, tmp_path, monkeypatch):
 def wandb_records(data):
     """The records of a .wandb file: LevelDB's log format after a header of 7 bytes.
 
-    Blocks of 32 KiB hold pieces of records, each after 4 bytes checksum, 2 bytes length, 1 byte kind: 1 is a whole
-    record, 2 the first piece of one, 3 a further one, 4 the last. What is left of a block that is too short is empty.
+    Blocks of 32 KiB hold fragments of records, each preceded by 4 bytes checksum, 2 bytes length and 1 byte type: 1 is
+    a whole record, 2 the first fragment, 3 a middle one, 4 the last. A rest of a block under 7 bytes is padding.
     """
     assert data[:4] == b":W&B"
     at, record = 7, b""
@@ -114,7 +114,7 @@ def test_two_trackers_and_a_run_name(run_qlora, offline):
     run = run_qlora(report_to=["tensorboard", "wandb"], max_steps=1, run_name="lamp")
     assert run.code == 0 and list(run.output_dir.glob("runs/*/events*"))
     project, name, history = offline()
-    assert (project, name) == ("lighthouse", "lamp")  # the flag rules over the environment
+    assert (project, name) == ("lighthouse", "lamp")  # the flag overrides the environment
     assert values(history, "train/loss") == pytest.approx(losses(run)[0])
 
 
@@ -131,19 +131,19 @@ def test_trackio(run_qlora, tmp_path, monkeypatch):
     trained, evaluated = losses(run)
     assert values(history, "train/loss") == pytest.approx(trained) and len(trained) == 3
     assert values(history, "train/learning_rate") == pytest.approx(RATES)
-    assert values(history, "eval/loss")[:1] == pytest.approx(evaluated[:1])  # the second may still be on its way
+    assert values(history, "eval/loss")[:1] == pytest.approx(evaluated[:1])  # the second may not have been written yet
 
 
-def test_the_project_of_trackio(monkeypatch):
+def test_the_project_name_of_trackio(monkeypatch):
     monkeypatch.setenv("TRACKIO_PROJECT", "harbour")
     assert qlora.parse_config([]).training.project == "harbour"
     assert qlora.parse_config(["--project", "tower"]).training.project == "tower"
 
 
 @pytest.mark.parametrize("tracker", ["mlflow", "neptune", "lighthouse", "tensorbord", ["mlflow", "tensorbord"]])
-def test_a_tracker_that_is_not_there_is_one_line_before_the_model(run_qlora, monkeypatch, tracker):
-    """Of the first two no test environment has the package; the others are the names of none."""
-    monkeypatch.setattr(qlora, "load_model_config", None)  # the first that is read of a model
+def test_a_missing_tracker_is_one_line_before_the_model_is_read(run_qlora, monkeypatch, tracker):
+    """No test environment has the packages of the first two; the others are no trackers."""
+    monkeypatch.setattr(qlora, "load_model_config", None)  # the first thing a run reads of a model
     run = run_qlora(report_to=tracker)
     (line,) = run.stderr.splitlines()
     name = tracker if isinstance(tracker, str) else tracker[-1]
@@ -151,8 +151,8 @@ def test_a_tracker_that_is_not_there_is_one_line_before_the_model(run_qlora, mon
     assert not run.output_dir.exists()
 
 
-def test_a_tracker_that_refuses_is_one_line(run_qlora, tmp_path, monkeypatch):
-    """As wandb does without a login."""
+def test_a_tracker_that_fails_is_one_line(run_qlora, tmp_path, monkeypatch):
+    """wandb fails without a login."""
     wandb = extra("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)

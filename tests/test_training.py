@@ -1,13 +1,14 @@
-"""What a training run computes, in which order, and the files it leaves."""
+"""What a training run computes, in which order, and which files it writes."""
 
-import json
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Seq2SeqTrainingArguments
 
@@ -30,11 +31,11 @@ def rows_file(tmp_path):
 
 @pytest.fixture
 def batches(monkeypatch) -> list[list[tuple[int, ...]]]:
-    """The training rows of every window that is collated, as tuples of ids."""
+    """The training rows of every step that is collated, as tuples of ids."""
     seen, collate = [], qlora.collate_step
 
     def spy(rows, masked=False):
-        if "length" in rows[0]:  # not one of those that the fast path is tried on
+        if "length" in rows[0]:  # not the rows of the fast path's trial
             seen.append([tuple(row["input_ids"]) for row in rows])
         return collate(rows, masked)
 
@@ -83,6 +84,8 @@ def test_four_steps_leave_exactly_these_files(run_qlora):
     run = run_qlora()
     assert run.code == 0
     assert run.files() == TOP | in_checkpoints(2, 4)
+    # scripts/slurm.sbatch goes by it: metrics.json is written last
+    assert (run.output_dir / "metrics.json").stat().st_mtime_ns > (run.output_dir / "completed").stat().st_mtime_ns
 
 
 def test_evaluation_and_prediction_add_exactly_these_files(run_qlora):
@@ -108,6 +111,7 @@ def test_metrics_hold_the_name_and_the_metrics_of_every_stage(run_qlora):
     assert metrics["predict_samples"] == len((run.output_dir / "predictions.jsonl").read_text().splitlines())
 
 
+@pytest.mark.real_writes
 def test_the_loss_chart_is_a_png_and_the_card_names_settings_data_and_losses(run_qlora, data_dir):
     run = run_qlora(learning_rate=0.00123)
     assert (run.output_dir / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
@@ -117,9 +121,9 @@ def test_the_loss_chart_is_a_png_and_the_card_names_settings_data_and_losses(run
     assert all(str(loss) in card for loss in history(run, "loss"))
 
 
-# The flags of ours that every run has; the Trainer's come from its own class.
+# Our own flags, which every run records; the Trainer's come from its class.
 OWN_FLAGS = """
-    model_name_or_path trust_remote_code allow_pickle_weights use_auth_token adapter_name_or_path attn_implementation
+    model_name_or_path trust_remote_code use_auth_token adapter_name_or_path attn_implementation
     use_fast_tokenizer pad_token eos_token bos_token unk_token padding_side tokenizer_patch
     rope_scaling dataset dataset_format eval_dataset_size max_train_samples max_eval_samples source_max_len
     target_max_len model_max_len skip_excess_length on_bad_rows packing train_on_source
@@ -128,7 +132,7 @@ OWN_FLAGS = """
     lora_r lora_alpha lora_dropout lora_modules lora_bias lora_dtype use_dora use_rslora
     init_lora_weights modules_to_save layers_to_freeze layer_freeze_ratio
     cache_dir overwrite_output_dir
-    recompute_layers unpacked_layers auto_batch padding_free fused_lora chunked_head liger plan plan_gpu
+    recompute_layers auto_batch plan plan_gpu
     do_mmlu_eval mmlu_split mmlu_dataset max_mmlu_samples mmlu_source_max_len mmlu_dir
     max_new_tokens min_new_tokens do_sample num_beams temperature top_k top_p typical_p
     repetition_penalty length_penalty no_repeat_ngram_size num_beam_groups penalty_alpha
@@ -141,8 +145,7 @@ def test_run_json_has_five_parts_and_every_flag_by_its_own_name(run_qlora, model
     record = run.json("run.json")
     assert list(record) == ["flags", "derived", "versions", "data", "device"]
     trainers = {item.name for item in fields(Seq2SeqTrainingArguments) if item.init}
-    said_to_do_nothing = set(qlora.IGNORED_FLAGS)
-    assert set(record["flags"]) >= (trainers - said_to_do_nothing) | set(OWN_FLAGS)
+    assert set(record["flags"]) >= (trainers - set(qlora.IGNORED_FLAGS)) | set(OWN_FLAGS)
     expected = {
         "model_name_or_path": str(models("llama")),
         "dataset": str(data_dir / "support.jsonl"),
@@ -169,7 +172,9 @@ def test_run_json_has_five_parts_and_every_flag_by_its_own_name(run_qlora, model
 
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_first_loss_is_the_mean_over_the_labelled_tokens_of_the_window(run_qlora, models, rows_file, bits, smoothing):
+def test_the_first_loss_is_the_mean_over_the_supervised_tokens_of_the_step(
+    run_qlora, models, rows_file, bits, smoothing
+):
     run = run_qlora(
         dataset=rows_file,
         bits=bits,
@@ -191,7 +196,7 @@ def test_first_loss_is_the_mean_over_the_labelled_tokens_of_the_window(run_qlora
 
 
 def test_the_mean_of_means_would_be_another_number(models):
-    """What makes the test above one that can fail."""
+    """So the test above can fail."""
     model = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32).eval()
     losses = [token_losses(model, row) for row in ROWS]
     of_rows = sum(row.mean() for row in losses) / len(losses)
@@ -200,7 +205,7 @@ def test_the_mean_of_means_would_be_another_number(models):
     assert abs(by_length - torch.cat(losses).mean()) > 0.005
 
 
-def test_the_loss_does_not_depend_on_how_the_window_is_cut(run_qlora, rows_file, tmp_path):
+def test_the_loss_does_not_depend_on_how_a_step_is_cut(run_qlora, rows_file, tmp_path):
     shapes = [(1, 4), (2, 2), (4, 1)]
     losses, norms = [], []
     for rows, accumulated in shapes:
@@ -215,6 +220,18 @@ def test_the_loss_does_not_depend_on_how_the_window_is_cut(run_qlora, rows_file,
         norms += history(run, "grad_norm")
     assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
     assert norms == pytest.approx(norms[:1] * 3, rel=1e-4)
+
+
+def test_eos_is_supervised_even_where_it_is_the_pad_token(run_qlora, models, tmp_path):
+    """Rows padded with EOS: the first loss is the mean over all supervised tokens, every EOS among them."""
+    rows = [{"input": "q", "output": "abcdefgh"}, {"input": "", "output": "x"}]
+    base = models("llama", tokenizer=partial(tiny.write_byte, pad=None))  # no unknown token either: pad is EOS
+    data = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
+    run = run_qlora(model_name_or_path=base, dataset=data, bits=16, max_steps=1)
+    assert run.json("run.json")["derived"]["special tokens"].count("257") == 2  # EOS and pad
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    losses = torch.cat([token_losses(model, row) for row in rows])
+    assert history(run, "loss") == [pytest.approx(losses.mean().item(), rel=1e-4)]
 
 
 def test_neftune_adds_noise_to_training_and_not_to_evaluation(run_qlora, tmp_path):
@@ -270,7 +287,7 @@ def tensors_in(value) -> list[torch.Tensor]:
     ],
 )
 def test_every_optimizer_trains_with_states_of_its_kind(run_qlora, name, state):
-    """Rank 64: bitsandbytes keeps 8-bit states of tensors of 4096 elements or more only."""
+    """Rank 64, as bitsandbytes keeps 8-bit states only for tensors of 4096 elements or more."""
     run = run_qlora(optim=name, max_steps=2, learning_rate=1e-3, lora_r=64)
     assert run.code == 0
     adapter = load_file(run.output_dir / "adapter_model.safetensors")
@@ -279,7 +296,7 @@ def test_every_optimizer_trains_with_states_of_its_kind(run_qlora, name, state):
     large = {t.dtype for t in tensors_in(saved["state"]) if t.numel() >= 4096}
     if state == torch.uint8:
         assert large == {torch.uint8}
-    elif name == "adafactor":  # rows and columns apart: no large state at all
+    elif name == "adafactor":  # factored into rows and columns: no large state at all
         assert {t.dtype for t in tensors_in(saved["state"])} == {torch.float32}
     else:
         assert large == ({state} if state else set())
@@ -309,12 +326,12 @@ WARM = "constant_with_warmup"
     ],
 )
 def test_learning_rates_step_by_step(run_qlora, schedule, flags, rates):
-    """In quarters of the peak, over eight steps: what step 1, 2, … is trained with."""
+    """In quarters of the peak: the rates of steps 1 to 8."""
     run = run_qlora(max_steps=8, learning_rate=PEAK, lr_scheduler_type=schedule, bits=16, save_steps=8, **flags)
     assert history(run, "learning_rate") == pytest.approx([PEAK * rate / 4 for rate in rates])
 
 
-def test_warmup_without_a_word_is_three_hundredths_of_the_steps(run_qlora):
+def test_the_default_warmup_is_three_percent_of_the_steps(run_qlora):
     """0.03 x 40 = 1.2 steps, rounded up to 2: rates 0, 1/2, 1, 1, …"""
     run = run_qlora(bits=16, max_steps=40, lr_scheduler_type="constant_with_warmup", save_steps=40)
     expected = [0, 1e-4, *[2e-4] * 38]
@@ -327,13 +344,13 @@ def test_warmup_without_a_word_is_three_hundredths_of_the_steps(run_qlora):
 
 
 def test_grouping_by_length_counts_tokens_not_characters(run_qlora, tmp_path, batches):
-    """Two kinds of rows of the same number of characters, one with three times the tokens."""
+    """All rows have the same number of characters, and half of them three times the tokens."""
     rows = [{"input": str(i), "output": ("a" if i % 2 else "€") * 9} for i in range(10, 42)]
     run_qlora(bits=16, dataset=tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows), max_steps=16, save_steps=16)
     short, long = 1 + 2 + 9 + 1, 1 + 2 + 27 + 1
     assert {len(row) for batch in batches for row in batch} == {short, long}
     mixed = sum(len({len(row) for row in batch}) == 2 for batch in batches)
-    assert mixed <= 4  # one in each window of 8 rows at most; at random it would be 8 of 16
+    assert mixed <= 4  # at most one in each group of 8 rows; at random it would be 8 of 16
 
 
 @pytest.mark.parametrize("flags", [{}, {"group_by_length": True}, {"group_by_length": False}], ids=str)
@@ -367,8 +384,8 @@ def test_padding_with_eos_hides_the_padding_and_not_the_eos(side, ids, mask, pos
         {"input_ids": [256, 98, 99], "labels": [-100, -100, 99]},
         {"input_ids": [98, 257], "labels": [98, 257]},  # nothing predicts the first token
     ]
-    window = qlora.collate_step(rows)["window"]
-    batch = qlora.padded_batch(window, [0, 1, 2], tiny.EOS, side)
+    step = qlora.collate_step(rows)["step"]
+    batch = qlora.padded_batch(step, [0, 1, 2], tiny.EOS, side)
     assert batch["input_ids"].tolist() == ids
     assert batch["attention_mask"].tolist() == mask
     assert batch["positions"].tolist() == positions  # of the nine, which predict a supervised token
@@ -401,7 +418,7 @@ def test_evaluation_every_so_many_steps(run_qlora, flag):
 
 
 def test_the_newest_checkpoints_are_kept(run_qlora):
-    """By number: in the order of names checkpoint-10 comes before checkpoint-9."""
+    """Sorted by number: by name checkpoint-10 comes before checkpoint-9."""
     run = run_qlora(bits=16, max_steps=11, save_steps=1, save_total_limit=2)
     assert {path.name for path in run.output_dir.glob("checkpoint*-*")} == {
         "checkpoint-10",
@@ -410,7 +427,7 @@ def test_the_newest_checkpoints_are_kept(run_qlora):
 
 
 def test_the_best_checkpoint_is_kept_and_used(run_qlora):
-    """Turned round, so that the first of four, whose loss is the highest, is the best."""
+    """A higher loss counts as better here, so that the first of four is the best."""
     run = run_qlora(
         learning_rate=1e-2,
         eval_strategy="steps",
@@ -430,17 +447,21 @@ def test_the_best_checkpoint_is_kept_and_used(run_qlora):
     assert all(torch.equal(final[name], kept[name]) for name in kept)
 
 
-def test_adapter_name_or_path_starts_from_the_adapter_with_a_fresh_optimizer(run_qlora, tmp_path):
-    first = run_qlora(learning_rate=1e-2)
-    second = run_qlora(
-        adapter_name_or_path=first.output_dir,
-        output_dir=tmp_path / "second",
-        max_steps=1,
-        learning_rate=0.0,
-    )
+def test_adapter_name_or_path_starts_from_the_adapter_with_a_fresh_optimizer(run_qlora, finished_run):
+    second = run_qlora(adapter_name_or_path=finished_run.output_dir, max_steps=1, learning_rate=0.0)
     assert second.code == 0
-    old = load_file(first.output_dir / "adapter_model.safetensors")
-    new = load_file(second.output_dir / "adapter_model.safetensors")
+    old, new = (load_file(run.output_dir / "adapter_model.safetensors") for run in (finished_run, second))
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     assert second.json("trainer_state.json")["global_step"] == 1
-    assert json.loads((second.output_dir / "adapter_config.json").read_text())["r"] == 4
+    assert second.json("adapter_config.json")["r"] == 4
+
+
+def test_peft_alone_loads_the_adapter(run_qlora, models):
+    run = run_qlora(learning_rate=1e-2, bits=16)
+    assert run.json("adapter_config.json")["base_model_name_or_path"] == str(models("llama"))
+    base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
+    ids = torch.tensor([[256, *b"Order 3: where is my coffee?"]])
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        after = PeftModel.from_pretrained(base, run.output_dir).eval()(input_ids=ids).logits
+    assert (after - before).abs().max() > 1e-2

@@ -1,11 +1,11 @@
 """Tiny models, tokenizers and data for the tests: two layers, random weights, no network.
 
-Every `write_*` function fills the folder `path` (made if missing) and returns it. Seeds are fixed
-and the caller's random state is left alone, so two calls write the same weights and vocabulary.
+Every `write_*` function fills the folder `path`, creates it if missing, and returns it. Seeds are fixed and the
+caller's random state is preserved, so two calls write the same weights and vocabulary.
 
     write_model(tmp_path, "llama", tokenizer="sentencepiece", tie=True)
 
-To add a family, add a row to FAMILIES; to add a tokenizer, a function and a row in TOKENIZERS.
+To add a family, add a row to FAMILIES; to add a tokenizer, add a function and a row to TOKENIZERS.
 """
 
 import csv
@@ -31,7 +31,7 @@ from transformers import (
 )
 
 # ------------------------------------------------------------------------------------
-# 1. Data: a page to learn a vocabulary from, a few Alpaca rows, and rows to fine-tune on
+# 1. Data: text to train a vocabulary on, a few Alpaca rows, and rows to fine-tune on
 # ------------------------------------------------------------------------------------
 
 TEXT = """\
@@ -121,9 +121,9 @@ _NEWS = ("It left on Monday.", "The wind is good.", "We are sorry.", "Ask again 
 
 
 def support_rows(n: int) -> list[dict[str, str]]:
-    """`n` different questions of customers with answers, as {input, output}.
+    """`n` distinct customer questions with answers, as {input, output}.
 
-    Each side has one to five sentences; the first k rows of a longer list are the list of k.
+    Each side has one to five sentences. The first k rows of a longer list equal `support_rows(k)`.
     """
     rng = random.Random(0)
     rows = []
@@ -143,7 +143,7 @@ def rows_to_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def rows_to_csv(path: Path, rows: Sequence[Mapping[str, Any]], delimiter: str = ",") -> Path:
-    """Write a header from the first row's keys, then the rows. For .tsv pass a tab."""
+    """Write the first row's keys as a header, then the rows. Pass a tab for .tsv."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
         writer.writeheader()
@@ -152,7 +152,7 @@ def rows_to_csv(path: Path, rows: Sequence[Mapping[str, Any]], delimiter: str = 
 
 
 def rows_to_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write one parquet file; the types are what pyarrow infers."""
+    """Write one parquet file with the types that pyarrow infers."""
     import pyarrow
     import pyarrow.parquet
 
@@ -163,8 +163,8 @@ def rows_to_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 # ------------------------------------------------------------------------------------
 # 2. Tokenizers
 #
-# byte, byte_bpe: tokenizer.json. The three others: a SentencePiece tokenizer.model, as LLaMA-1 and
-# -2 have it. Every writer overwrites what it finds, so it can run inside a model's folder.
+# byte and byte_bpe write tokenizer.json; the three others a SentencePiece tokenizer.model, as LLaMA-1 and -2 have it.
+# Writers overwrite existing files, so they can run inside a model's folder.
 # ------------------------------------------------------------------------------------
 
 BOS, EOS, PAD = 256, 257, 258  # in byte_tokenizer(); "a" is 97 and "\n" is 10
@@ -175,7 +175,7 @@ def _wrap(
     special: dict[str, str | None],
     extra: Sequence[str],
 ) -> PreTrainedTokenizerFast:
-    """Append special and reserved tokens to the vocabulary, each once, in this order."""
+    """Append special and reserved tokens to the vocabulary, in this order, each once."""
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokens = dict.fromkeys([*(token for token in special.values() if token), *extra])
@@ -190,11 +190,11 @@ def byte_tokenizer(
     unk: str | None = None,
     extra: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
-    """One token for each UTF-8 byte, so that expected ids can be spelled by hand.
+    """One token for each UTF-8 byte, so that tests can spell out expected ids.
 
-    A byte is its own id, 0..255 ("a" is 97). Special tokens follow from 256 in the order of the
-    arguments: with the defaults `<s>` 256, `</s>` 257, `<pad>` 258. One that is None takes no id,
-    and one that equals an earlier one shares its id. Encoding adds no BOS.
+    The id of a byte is its value, 0..255 ("a" is 97). Special tokens follow from 256 in the order of the arguments,
+    with the defaults `<s>` 256, `</s>` 257, `<pad>` 258. None takes no id, and a repeated token shares its id.
+    Encoding adds no BOS.
     """
     alphabet = {char: byte for byte, char in _bytes_to_unicode().items()}
     return _wrap(
@@ -205,7 +205,7 @@ def byte_tokenizer(
 
 
 def _bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's spelling of the 256 bytes: printable Latin-1 stays, the rest moves up from U+0100."""
+    """GPT-2's characters for the 256 bytes: printable Latin-1 stays, the rest maps to U+0100 and up."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     moved = (byte for byte in range(256) if byte not in printable)
     return {byte: chr(byte) for byte in printable} | {b: chr(256 + i) for i, b in enumerate(moved)}
@@ -225,10 +225,10 @@ def write_byte_bpe(
     unk: str | None = "<unk>",
     extra: Sequence[str] = (),
 ) -> Path:
-    """A byte-level BPE of 508 supervised tokens; special tokens follow as in `byte_tokenizer`.
+    """A byte-level BPE of 508 learned tokens; special tokens follow as in `byte_tokenizer`.
 
     Any special token may be None, and `pad` may equal `eos`. `extra` is for reserved tokens such as
-    `<|reserved_special_token_0|>`: special in the backend, but with no role. Encoding adds no BOS.
+    `<|reserved_special_token_0|>`, which are special but have no role. Encoding adds no BOS.
     """
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -244,10 +244,10 @@ def write_byte_bpe(
 
 
 def write_bare_sentencepiece(path: Path) -> Path:
-    """Only `tokenizer.model`: a real SentencePiece BPE of 512 pieces, made as LLaMA's was.
+    """Only `tokenizer.model`: a SentencePiece BPE of 512 pieces, trained with LLaMA's settings.
 
-    `<unk>` 0, `<s>` 1, `</s>` 2, then 256 byte pieces, then what was supervised. Beside a config.json
-    of model type llama, AutoTokenizer reads such a folder and gives wrong ids without a word.
+    `<unk>` 0, `<s>` 1, `</s>` 2, then 256 byte pieces, then learned pieces. Next to a config.json of model type llama,
+    AutoTokenizer reads such a folder and silently gives wrong ids.
     """
     import sentencepiece
 
@@ -275,7 +275,7 @@ def write_bare_sentencepiece(path: Path) -> Path:
 
 
 def write_sentencepiece_llama(path: Path) -> Path:
-    """`tokenizer.model` and LLaMA-2's sort of tokenizer_config.json: adds BOS, no pad token."""
+    """`tokenizer.model` and a tokenizer_config.json like LLaMA-2's: adds BOS, no pad token."""
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config = {"tokenizer_class": "LlamaTokenizer", **tokens, "add_bos_token": True}
     _write_json(write_bare_sentencepiece(path) / "tokenizer_config.json", config)
@@ -283,7 +283,7 @@ def write_sentencepiece_llama(path: Path) -> Path:
 
 
 def write_early_llama(path: Path) -> Path:
-    """An early LLaMA-1 conversion: a class that never existed and empty special tokens."""
+    """An early LLaMA-1 conversion: a tokenizer class that never existed, and empty special tokens."""
     tokens = {"bos_token": "", "eos_token": "", "unk_token": ""}
     write_bare_sentencepiece(path)
     _write_json(path / "tokenizer_config.json", {"tokenizer_class": "LLaMATokenizer", **tokens})
@@ -336,7 +336,7 @@ _OPT = {k: v for k, v in _SHAPE.items() if k != "intermediate_size"} | {"ffn_dim
 _LFM2 = {**_SHAPE, "num_key_value_heads": 2, "block_auto_adjust_ff_dim": False}
 _GPT2 = {"n_embd": 64, "n_inner": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}
 
-# Family -> (model type, config values). The comments say where a program may trip.
+# Family -> (model type, config values). The comments say what is special about it.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _SHAPE),
     "llama_gqa": ("llama", {**_SHAPE, "num_key_value_heads": 2}),
@@ -352,11 +352,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("lfm2", {**_LFM2, "layer_types": ["conv", "full_attention"]}),  # tied; a convolution over the last tokens
     "mixtral": ("mixtral", {**_SHAPE, "num_key_value_heads": 2, "num_local_experts": 4}),  # experts stacked, 3-D
     "olmoe": ("olmoe", {**_SHAPE, "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}),
-    "opt": ("opt", _OPT),  # supervised positions from the mask; biases; the MLP's layers stand in the block
-    "gpt_neox": ("gpt_neox", _SHAPE),  # biases; the head is embed_out on disk, lm_head in memory
+    "opt": ("opt", _OPT),  # learned positions, taken from the mask; biases; no MLP module in the block
+    "gpt_neox": ("gpt_neox", _SHAPE),  # biases; the head is called embed_out on disk, lm_head in memory
     "mpt": ("mpt", _MPT),  # ALiBi; no biases anywhere; tied
     "falcon": ("falcon", _FALCON),  # tied; one key-value head; FalconLinear subclasses Linear
-    "gpt2": ("gpt2", _GPT2),  # tied; Conv1D, not Linear: the weight lies transposed
+    "gpt2": ("gpt2", _GPT2),  # tied; Conv1D, not Linear: the weight is transposed
 }
 
 
@@ -375,11 +375,11 @@ def write_model(
     Args:
         path: The folder.
         family: A key of FAMILIES.
-        tie: Whether input and output embeddings are one tensor; None leaves it to the family.
+        tie: Whether input and output embeddings are one tensor; None is the family's default.
         tokenizer: A key of TOKENIZERS, or a function that writes a tokenizer into a folder.
-        dtype: In which the weights are stored.
-        seed: For the weights.
-        **config_overrides: Values for the config, by the family's own names.
+        dtype: Data type of the stored weights.
+        seed: Seed of the weights.
+        **config_overrides: Config values under the family's own names.
     """
     (TOKENIZERS[tokenizer] if isinstance(tokenizer, str) else tokenizer)(path)
     size, special_ids = _vocabulary(path)
@@ -401,7 +401,7 @@ def write_model(
 
 
 def _perturb(model: PreTrainedModel) -> None:
-    """Move norms and biases away from exact ones and zeros, where many mistakes do not show."""
+    """Move norms and biases away from exact ones and zeros, which would hide many mistakes."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -409,7 +409,7 @@ def _perturb(model: PreTrainedModel) -> None:
 
 
 def write_prequantised(path: Path, base: Path, **options: Any) -> Path:
-    """`base` quantised to 4 bit nf4 by bitsandbytes, saved as such, with its tokenizer."""
+    """`base` saved in 4 bit nf4 of bitsandbytes, with its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(
         base,
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **options),
@@ -417,13 +417,13 @@ def write_prequantised(path: Path, base: Path, **options: Any) -> Path:
         dtype=torch.float32,
     )
     model.save_pretrained(path)
-    for file in base.glob("*token*"):  # as they are: loading and saving would change some
+    for file in base.glob("*token*"):  # copied, as loading and saving would change some
         shutil.copy(file, path)
     return path
 
 
 # ------------------------------------------------------------------------------------
-# 4. A model whose code lies in its folder
+# 4. A model with remote code
 # ------------------------------------------------------------------------------------
 
 _TOY_CONFIGURATION = """\
@@ -508,7 +508,7 @@ class ToyForCausalLM(PreTrainedModel, GenerationMixin):
 def write_remote_code_model(path: Path) -> Path:
     """A toy model that loads only with `trust_remote_code=True`; linears wqkv, wo, up, down.
 
-    It takes part in gradient checkpointing and generates, without a cache.
+    It supports gradient checkpointing, and generation without a cache.
     """
     from safetensors.torch import save_file
 
@@ -557,8 +557,8 @@ def write_gguf(
 
     Args:
         path: The folder.
-        base: A llama with a SentencePiece tokenizer; made on the spot if None.
-        weights: How matrices are stored. F32 makes the logits equal those of `base`.
+        base: A llama with a SentencePiece tokenizer; by default a new one.
+        weights: Storage type of matrices. With F32 the logits equal those of `base`.
     """
     import gguf
     from sentencepiece import SentencePieceProcessor

@@ -1,8 +1,8 @@
-"""Tiny masked language models: BERT, RoBERTa, DeBERTa-v2 and ESM, each with its own kind of tokenizer.
+"""Tiny masked language models: BERT, RoBERTa, DeBERTa-v2 and ESM, each with the tokenizer of its family.
 
     write_encoder(tmp_path, "bert", **config values)
 
-Two layers of hidden size 64, random weights from a fixed seed, special ids where the real models have them.
+Two layers of hidden size 64, random weights from a fixed seed, special tokens with the ids of the published models.
 """
 
 from collections.abc import Callable
@@ -26,10 +26,10 @@ BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 DEBERTA_SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
 ROBERTA_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 AMINO_ACIDS = "LAGVSERTIDPKQNFYMHWC"
-ESM_TOKENS = ["<cls>", "<pad>", "<eos>", "<unk>", *AMINO_ACIDS, *"XBUZO.-", "<null_1>", "<mask>"]  # ESM-1b's own 33
+ESM_TOKENS = ["<cls>", "<pad>", "<eos>", "<unk>", *AMINO_ACIDS, *"XBUZO.-", "<null_1>", "<mask>"]  # the 33 of ESM-1b
 
 
-def _learnt(model: Any, pre_tokenizer: Any, trainer: Any) -> Tokenizer:
+def _train_tokenizer(model: Any, pre_tokenizer: Any, trainer: Any) -> Tokenizer:
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizer
     backend.train_from_iterator(tiny.TEXT.splitlines(), trainer)
@@ -39,47 +39,47 @@ def _learnt(model: Any, pre_tokenizer: Any, trainer: Any) -> Tokenizer:
 def bert_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """WordPiece, lower case; no BOS and no EOS."""
     trainer = trainers.WordPieceTrainer(vocab_size=320, special_tokens=BERT_SPECIAL, show_progress=False)
-    backend = _learnt(models.WordPiece(unk_token="[UNK]"), pre_tokenizers.BertPreTokenizer(), trainer)
+    backend = _train_tokenizer(models.WordPiece(unk_token="[UNK]"), pre_tokenizers.BertPreTokenizer(), trainer)
     return BertTokenizer(vocab=backend.get_vocab())
 
 
 def roberta_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Byte-level BPE; the padding id is 1, from which positions are counted."""
+    """Byte-level BPE; the padding id is 1, and positions are counted from it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=320, special_tokens=ROBERTA_SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    backend = _learnt(models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False), trainer)
+    backend = _train_tokenizer(models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False), trainer)
     backend.model.save(str(path))
     merges = [tuple(line.split()) for line in (path / "merges.txt").read_text().splitlines() if line[0] != "#"]
     return RobertaTokenizer(vocab=backend.get_vocab(), merges=merges)
 
 
 def deberta_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """SentencePiece's unigrams."""
+    """A SentencePiece unigram model."""
     trainer = trainers.UnigramTrainer(
         vocab_size=320, special_tokens=DEBERTA_SPECIAL, unk_token="[UNK]", show_progress=False
     )
-    backend = _learnt(models.Unigram(), pre_tokenizers.Metaspace(), trainer)
-    scores = [(piece, 0.0 if piece in DEBERTA_SPECIAL else -5.0) for piece in _in_order(backend)]
+    backend = _train_tokenizer(models.Unigram(), pre_tokenizers.Metaspace(), trainer)
+    scores = [(piece, 0.0 if piece in DEBERTA_SPECIAL else -5.0) for piece in _pieces_by_id(backend)]
     return DebertaV2Tokenizer(vocab=scores)
 
 
-def _in_order(backend: Tokenizer) -> list[str]:
+def _pieces_by_id(backend: Tokenizer) -> list[str]:
     return sorted(backend.get_vocab(), key=backend.get_vocab().get)
 
 
 def esm_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """One token for each amino acid; a tokenizer written in Python."""
+    """One token for each amino acid; a slow tokenizer, written in Python."""
     (path / "vocab.txt").write_text("\n".join(ESM_TOKENS))
     return EsmTokenizer(str(path / "vocab.txt"))
 
 
-# Family -> (tokenizer, what its config needs beside the shape)
+# Family -> (tokenizer, config values apart from the shape)
 ENCODERS: dict[str, tuple[Callable[[Path], PreTrainedTokenizerBase], dict[str, Any]]] = {
     "bert": (bert_tokenizer, {"max_position_embeddings": 64, "pad_token_id": 0}),
     "roberta": (roberta_tokenizer, {"max_position_embeddings": 66, "pad_token_id": 1, "type_vocab_size": 1}),
-    "deberta-v2": (  # as the published ones: relative positions, in attention alone
+    "deberta-v2": (  # as published: relative positions, in attention only
         deberta_tokenizer,
         {
             "max_position_embeddings": 64,
@@ -108,7 +108,7 @@ ENCODERS: dict[str, tuple[Callable[[Path], PreTrainedTokenizerBase], dict[str, A
 
 
 def write_encoder(path: Path, family: str, **config_values: Any) -> Path:
-    """A masked language model of one of ENCODERS in safetensors, with its tokenizer beside it."""
+    """A masked language model of one of ENCODERS, in safetensors, with its tokenizer."""
     path.mkdir(parents=True, exist_ok=True)
     build, values = ENCODERS[family]
     tokenizer = build(path)
