@@ -14,6 +14,6 @@ source scripts/setup_env.sh
 export OMP_NUM_THREADS=1  # two processes on two cores
 share=()
 if .venv/bin/python -c 'import xdist' 2>/dev/null; then
-    share=(-n 2 --dist loadgroup)
+    share=(-n 2)
 fi
 exec .venv/bin/python -m pytest -q "${share[@]+"${share[@]}"}" "$@"  # without a path: `testpaths` of pyproject.toml, tests/
