@@ -1,8 +1,8 @@
-"""A model twice, as the libraries compute it and on the fast path, and what of the two must agree.
+"""A model twice, as the libraries compute it and on the fast path, and the comparison of the two.
 
     both = reference.make(models("llama"), bits=4)
-    expected = reference.stock(both.stock, rows)            # row by row, peft's layers, all logits
-    got = reference.quick(both, reference.window(rows))         # rows end to end, fused, in chunks, recomputed
+    expected = reference.stock(both.stock, rows)                             # row by row, peft's layers, whole logits
+    got = reference.quick(both.quick, both.fast, reference.step_of(rows))    # padding-free, fused, in chunks
     reference.assert_equal(got, expected, 1e-9)
 
 Used by test_fast_path.py on a CPU in float64 and by test_fast_path_gpu.py in bf16.
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qlora
@@ -27,14 +26,14 @@ import qlora
 IGNORE = qlora.IGNORE
 
 
-class Twins(NamedTuple):
-    stock: Any  # peft's model, its quantised weights unpacked
+class Pair(NamedTuple):
+    stock: Any  # peft's model, its quantised weights dequantised
     quick: Any  # the same weights and adapters on the fast path
-    fast: qlora.FastPath  # what was found out about the model
+    fast: qlora.FastPath  # the parts that are on
     config: qlora.Config
 
 
-class Found(NamedTuple):
+class Result(NamedTuple):
     loss: torch.Tensor
     gradients: dict[str, torch.Tensor]
 
@@ -52,7 +51,7 @@ def load(folder: Path, **flags: Any) -> Any:
     return qlora.make_trainable(base, config, None)
 
 
-def make(folder: Path, model: Any = None, dtype: torch.dtype | None = torch.float64, **flags: Any) -> Twins:
+def make(folder: Path, model: Any = None, dtype: torch.dtype | None = torch.float64, **flags: Any) -> Pair:
     """Both models of one set of weights, in `dtype` wherever a weight is not packed; None leaves it as loaded."""
     config = parse(folder, **flags)
     model = load(folder, **flags) if model is None else model
@@ -61,7 +60,7 @@ def make(folder: Path, model: Any = None, dtype: torch.dtype | None = torch.floa
         widen(unpack(other))
         widen(model)
     fast = qlora.enable_fast_path(model, base_of(model), config)
-    return Twins(other.train(), model.train(), fast, config)
+    return Pair(other.train(), model.train(), fast, config)
 
 
 def base_of(model: Any) -> Any:
@@ -146,9 +145,9 @@ def rows_of(lengths: Sequence[int], seed: int = 0, vocabulary: int = 256) -> lis
     return rows
 
 
-def window_of(rows: Sequence[dict[str, Any]]) -> qlora.StepBatch:
+def step_of(rows: Sequence[dict[str, Any]]) -> qlora.StepBatch:
     """The rows as the Trainer hands them out."""
-    return qlora.collate_step(rows)["window"]
+    return qlora.collate_step(rows)["step"]
 
 
 # ------------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ def window_of(rows: Sequence[dict[str, Any]]) -> qlora.StepBatch:
 # ------------------------------------------------------------------------------------
 
 
-def stock(model: Any, rows: Sequence[dict[str, Any]]) -> Found:
+def stock(model: Any, rows: Sequence[dict[str, Any]]) -> Result:
     """Row by row and without padding: nothing can see a neighbour. The mean over all supervised tokens, in float64."""
     total: Any = 0.0
     device = base_of(model).get_input_embeddings().weight.device
@@ -166,47 +165,46 @@ def stock(model: Any, rows: Sequence[dict[str, Any]]) -> Found:
             continue
         logits = model(input_ids=ids[None]).logits[0, :-1].double()
         total = total + F.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=IGNORE)
-    total = total / supervised(window_of(rows))
+    total = total / supervised(step_of(rows))
     total.backward()
-    return found(model, total)
+    return result_of(model, total)
 
 
 def quick(
     model: Any,
     fast: qlora.FastPath,
-    window: qlora.StepBatch,
+    step: qlora.StepBatch,
     parts: Sequence[Sequence[int]] | None = None,
     recomputed: int = 0,
     side: str = "right",
     smoothing: float = 0.0,
     bf16: bool = False,
-    filled: bool = False,
-) -> Found:
-    """A window through the parts that `fast` names, in the micro-batches `parts`; one of all members if None.
+) -> Result:
+    """A step through the parts that `fast` names, in the micro-batches `parts`; one of all members if None.
 
-    The loss is the mean over the window's supervised tokens, as in training; with `bf16` the products are in bf16.
+    The loss is the mean over the step's supervised tokens, as in training; with `bf16` the products are in bf16.
     """
-    base, total, items = base_of(model), 0.0, supervised(window)
+    base, total, items = base_of(model), 0.0, supervised(step)
     device = base.get_input_embeddings().weight.device
-    if fast.head is not None:
-        fast = fast._replace(head=base.get_output_embeddings())  # of this twin
-    qlora.set_recomputed_layers(base, recomputed, fast)
+    if fast.body is not None:
+        fast = fast._replace(body=base.base_model, head=base.get_output_embeddings())  # of this twin
+    qlora.set_recomputed_layers(base, recomputed)
     with qlora.attention_implementation(base, fast.attention):
-        for members in [range(len(window.input_ids))] if parts is None else parts:
+        for members in [range(len(step.lengths))] if parts is None else parts:
             if fast.attention:
-                batch = qlora.padding_free_batch(window, list(members), filled)
+                batch = qlora.padding_free_batch(step, list(members))
             else:
-                batch = qlora.padded_batch(window, list(members), 0, side)
+                batch = qlora.padded_batch(step, list(members), 0, side)
             batch = qlora.to_device(batch, device)
             with torch.autocast(device.type, torch.bfloat16, bf16):
                 total_of_batch = (
-                    all_logits(model, batch) if fast.head is None else qlora.summed_loss(model, fast, batch, smoothing)
+                    all_logits(model, batch) if fast.body is None else qlora.summed_loss(model, fast, batch, smoothing)
                 )
             loss = total_of_batch * (1 / items)
             loss.backward()
             total = total + loss.detach()
-    qlora.set_recomputed_layers(base, 0, fast)
-    return found(model, total)
+    qlora.set_recomputed_layers(base, 0)
+    return result_of(model, total)
 
 
 def all_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
@@ -217,21 +215,21 @@ def all_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return F.cross_entropy(wide, batch["targets"], reduction="sum")
 
 
-def supervised(window: qlora.StepBatch) -> int:
-    """Tokens that the window's loss is the mean of."""
-    return max(1, sum(int((labels != IGNORE).sum()) for labels in window.labels))
+def supervised(step: qlora.StepBatch) -> int:
+    """Tokens that the step's loss is the mean of."""
+    return max(1, step.supervised)
 
 
-def found(model: Any, loss: torch.Tensor) -> Found:
+def result_of(model: Any, loss: torch.Tensor) -> Result:
     """The loss and the gradient of everything that trains, which is forgotten."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     missing = [name for name, gradient in gradients.items() if gradient is None]
     assert not missing, f"no gradient: {missing}"
     model.zero_grad(set_to_none=True)
-    return Found(loss.detach(), gradients)
+    return Result(loss.detach(), gradients)
 
 
-def errors(got: Found, expected: Found) -> dict[str, float]:
+def errors(got: Result, expected: Result) -> dict[str, float]:
     """The relative error of every gradient, in norm."""
     assert got.gradients.keys() == expected.gradients.keys()
     pairs = {name: (got.gradients[name].double(), right.double()) for name, right in expected.gradients.items()}
@@ -239,7 +237,7 @@ def errors(got: Found, expected: Found) -> dict[str, float]:
     return {name: float((a - b).norm() / b.norm()) for name, (a, b) in pairs.items()}
 
 
-def assert_equal(got: Found, expected: Found, tolerance: float) -> None:
+def assert_equal(got: Result, expected: Result, tolerance: float) -> None:
     """Loss and every gradient within a relative error."""
     assert abs(got.loss.double() - expected.loss.double()) <= tolerance * abs(expected.loss.double())
     wrong = {name: error for name, error in errors(got, expected).items() if not error <= tolerance}
@@ -250,29 +248,29 @@ def assert_equal(got: Found, expected: Found, tolerance: float) -> None:
 # What really ran
 # ------------------------------------------------------------------------------------
 
-FUNCTIONS = ("FusedLoRA", "FusedMLP", "ChunkedCrossEntropy", "Recompute")
+FUNCTIONS = ("FusedLoRA", "FusedMLP", "AddFrozen")
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """How often each part of the fast path is called, by its name in qlora.py; 'again' counts layers recomputed."""
+    """Count the calls of each part of the fast path; `attention`, and `head`, which applies the head in chunks."""
     calls: Counter[str] = Counter()
-    kept = {name: getattr(qlora, name).forward for name in FUNCTIONS}
-    again = qlora.Recompute.backward
+    saved = {name: getattr(qlora, name).forward for name in FUNCTIONS}
+    head, attention = qlora.chunked_cross_entropy, qlora.varlen_attention
     try:
-        for name, forward in kept.items():
+        for name, forward in saved.items():
             getattr(qlora, name).forward = staticmethod(partial(_count, calls, name, forward))
-        qlora.Recompute.backward = staticmethod(partial(_count, calls, "again", again))  # type: ignore[assignment]
-        attention = partial(_count, calls, "end_to_end_attention", qlora.varlen_attention)
-        ALL_ATTENTION_FUNCTIONS.register(qlora.VARLEN_ATTENTION, attention)
+        qlora.chunked_cross_entropy = partial(_count, calls, "head", head)
+        qlora.varlen_attention = partial(_count, calls, "attention", attention)  # which enable_fast_path registers
+        ALL_ATTENTION_FUNCTIONS.register(qlora.VARLEN_ATTENTION, qlora.varlen_attention)
         yield calls
     finally:
-        for name, forward in kept.items():
+        for name, forward in saved.items():
             getattr(qlora, name).forward = staticmethod(forward)
-        qlora.Recompute.backward = staticmethod(again)  # type: ignore[assignment]
+        qlora.chunked_cross_entropy, qlora.varlen_attention = head, attention
         ALL_ATTENTION_FUNCTIONS.register(qlora.VARLEN_ATTENTION, qlora.varlen_attention)
 
 
 def _count(calls: Counter[str], name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
-    calls[name] += not any(isinstance(arg, FakeTensor) for arg in args)  # with which the plan runs a layer
+    calls[name] += 1
     return function(*args, **kwargs)
