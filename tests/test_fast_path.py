@@ -6,6 +6,7 @@ model: where left padding shifts the positions, agreement ends at that precision
 
 import contextlib
 import random
+import re
 import shutil
 import weakref
 from functools import partial
@@ -193,15 +194,11 @@ def test_layers_that_take_more_than_their_input_are_recomputed(tmp_path):
 
 def test_inputs_of_recomputed_layers_kept_in_cpu_memory_are_the_same(models):
     both = reference.make(models("llama"), bits=16)
-    base, step = reference.base_of(both.quick), reference.step_of(reference.rows_of(LENGTHS))
-    expected = reference.quick(both.quick, both.fast, step, recomputed=2)
-    qlora.set_recomputed_layers(base, 2, offload=True)
-    batch = qlora.padding_free_batch(step, [*range(len(LENGTHS))])
-    with qlora.attention_implementation(base, both.fast.attention), counted_layers(both.quick) as layer_calls:
-        loss = qlora.summed_loss(both.quick, both.fast, batch) / reference.supervised(step)
-        loss.backward()
-    reference.assert_equal(reference.result_of(both.quick, loss), expected, DOUBLE)
-    assert len(layer_calls) == 4
+    step = reference.step_of(reference.rows_of(LENGTHS))
+    expected, got = (
+        reference.quick(both.quick, both.fast, step, recomputed=2, offload=offload) for offload in (False, True)
+    )
+    reference.assert_equal(got, expected, 0.0)
 
 
 # ------------------------------------------------------------------------------------
@@ -827,7 +824,7 @@ def test_fifty_steps_fast_and_slow_are_one_curve(run_qlora, tmp_path, trainers, 
     assert all(calls[name] >= 50 for name in (*reference.FUNCTIONS, "head", "attention"))
     with reference.counted() as calls:
         slow = run_qlora(output_dir=tmp_path / "slow", **flags, **SLOW)
-    assert not calls and "not used   --fast_path False" in slow.stderr
+    assert not calls and re.search("not used +--fast_path False\n", slow.stderr)
     assert fast.code == slow.code == 0 and len(losses(fast)) == 50
     assert losses(fast)[-1] < losses(fast)[0] - 1  # it learns
     assert losses(fast) == pytest.approx(losses(slow), rel=1e-4)
