@@ -3768,8 +3768,8 @@ class MemoryModel(NamedTuple):
         if not is_sharded(config):
             names += ["weights", "other", "adapters", "layer", "checkpoint", "unpacked"]
         else:  # two layers are whole while they compute
-            zero2 = config.training.deepspeed and not hf_deepspeed.is_deepspeed_zero3_enabled()
-            names += [] if zero2 else ["weights", "other", "adapters"]
+            whole = not (is_fsdp(config) or hf_deepspeed.is_deepspeed_zero3_enabled())
+            names += [] if whole else ["weights", "other", "adapters"]
             changes = {"paged": False, "unpacked": 0, "fixed": self.fixed + 2 * self.weights // self.layers}
             if config.quant.full_finetune and load_dtype(config) != torch.float32:
                 changes["optimizer"] = 3 * self.optimizer // gpus  # engines step on a float32 copy of 16-bit weights
@@ -3902,10 +3902,10 @@ def plan_step(
     peak = sum(parts.values())
     moved = "" if not memory.paged else "; the optimizer's pages stay" if pages else "; the optimizer's pages move out"
     beside = CONTEXT * GIB + pages
-    sizes = {**parts, "predicted peak": peak, f"beside it: CUDA{moved}": beside, "in all": peak + beside}
-    lines = {name: f"{size / GIB:6.2f} GiB" for name, size in sizes.items()}
-    lines["micro-batch"] = f"{tokens} tokens"
-    lines["layers"] = f"{plan.recomputed} recomputed, {plan.unpacked} kept dequantised, of {memory.layers}"
+    lines = {name: f"{size / GIB:6.2f} GiB" for name, size in {**parts, "predicted peak": peak}.items()}
+    lines |= {"beside it": f"{beside / GIB:6.2f} GiB: CUDA{moved}", "in all": f"{(peak + beside) / GIB:6.2f} GiB"}
+    lines |= {"micro-batch": f"{tokens} tokens", "recomputed": f"{plan.recomputed} of {memory.layers} layers"}
+    lines |= {"kept dequantised": f"{plan.unpacked} of {memory.layers} layers"}
     return plan._replace(resident=pages > 0, peak=peak / GIB), lines, fits
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -209,15 +210,16 @@ def run_out_of_memory(summed_loss, *args):
 
 
 def test_the_first_step_calibrates_the_prediction(models, gpus, monkeypatch):
-    """A step that takes twice the memory; one that runs out of it leaves the prediction. No trace of either stays."""
+    """Two steps that take twice the memory; one that runs out of it leaves the prediction. No trace of either stays."""
     both = reference.make(models("llama"), dtype=None, bits=16)
     base = reference.base_of(both.quick)
     memory = qlora.memory_from_config(both.config, base.config)
     gpus(24, free=20)
-    used = memory.gradients + memory.fixed + 2 * 512 * memory.per_token(0)
+    fixed = memory.gradients + memory.fixed  # what does not grow with the tokens is left out
+    used = itertools.cycle([fixed + 2 * count * memory.per_token(0) for count in (128, 512)])
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: used)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: next(used))
     monkeypatch.setattr("torch.autocast", lambda *args: contextlib.nullcontext())
     state = torch.get_rng_state()
     got = qlora.calibrate(memory, both.quick, base, both.fast, both.config)
