@@ -22,14 +22,14 @@ Read the file from top to bottom, along the path of the data: every room uses on
      7 Encoding         1814-2434
      8 Model            2437-2815
      9 LoRA             2818-2953
-    10 Fast path        2956-3711
-    11 Plan             3714-3990
-    12 Checkpoints      3993-4283
-    13 Processes        4286-4358
-    14 Evaluation       4361-4598
-    15 Trainer          4601-5224
-    16 Stages           5227-5703
-    17 Main             5706-5908
+    10 Fast path        2956-3706
+    11 Plan             3709-3985
+    12 Checkpoints      3988-4278
+    13 Processes        4281-4353
+    14 Evaluation       4356-4593
+    15 Trainer          4596-5219
+    16 Stages           5222-5698
+    17 Main             5701-5903
 """
 
 # ------------------------------------------------------------------------------------
@@ -2986,9 +2986,6 @@ if triton is not None:
         tl.store(out + row[:, None].to(tl.int64) * BLOCK + column[None, :], both, mask=valid[:, None])
 
 
-COMPILED: dict[Any, Any] = {}  # the kernel for each kind of arguments: launching it directly is 6 % of a small step
-
-
 def dequantise_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     """Dequantise a packed weight, scales included, in one launch where bitsandbytes takes three (small: 14 %)."""
     if triton is None or not packed.is_cuda or packed.numel() * 2 % state.blocksize:
@@ -2996,15 +2993,13 @@ def dequantise_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> tor
     out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     nested, code, blocks = state.state2 if state.nested else None, state.code, out.numel() // state.blocksize
     scales = (nested.code, nested.absmax, state.offset) if nested else (code, state.absmax, code)
-    constants = (state.blocksize, nested.blocksize if nested else 1, nested is not None, 32)
-    grid, args = (triton.cdiv(blocks, 32), 1, 1), (packed, state.absmax, code, *scales, out, blocks, *constants)
-    key = (packed.device, dtype, constants, blocks % 16, packed.data_ptr() % 16)
     # Triton launches on the current GPU
     with torch.cuda.device_of(packed) if torch.cuda.device_count() > 1 else contextlib.nullcontext():
-        if key in COMPILED:
-            COMPILED[key][grid](*args)
-        else:  # bitsandbytes rounds the product before it adds
-            COMPILED[key] = _dequantise_4bit_kernel[grid](*args, enable_fp_fusion=False)
+        _dequantise_4bit_kernel[(triton.cdiv(blocks, 32),)](
+            packed, state.absmax, code, *scales, out, blocks, BLOCK=state.blocksize,
+            NESTED_BLOCK=nested.blocksize if nested else 1, NESTED=nested is not None, ROWS=32,
+            enable_fp_fusion=False,  # bitsandbytes rounds the product before it adds
+        )  # fmt: skip
     return out
 
 

@@ -76,8 +76,9 @@ def test_our_kernel_dequantises_where_it_can(monkeypatch):
 @pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
 def test_the_gated_activation_of_liger_kernel(name):
     """Product and gradients are no further from float64 than those of torch's own functions."""
-    act = qlora.gated_activation(ACT2FN[name])
-    assert act.kernels is not None
+    act = ACT2FN[name]
+    kernels = qlora.gated_kernels(act, torch.empty(1, device=DEVICE))
+    assert kernels is not None
     generator = torch.Generator(DEVICE).manual_seed(0)
     for shape in ((1, 64), (300, 1408), (7, 11008)):
         scales = (3, 1, 1)
@@ -85,9 +86,11 @@ def test_the_gated_activation_of_liger_kernel(name):
         wide = [tensor.double().requires_grad_() for tensor in (gate, up)]
         exact = F.silu(wide[0]) * wide[1] if name == "silu" else F.gelu(wide[0], approximate="tanh") * wide[1]
         right = [exact.detach(), *torch.autograd.grad(exact, wide, grad.double())]
-        eager = qlora.GatedActivation(ACT2FN[name]).gradients(grad, gate, up)
-        product = act.product(gate, up)
-        ours = act.gradients(grad, gate.clone(), up.clone())  # which it writes over
+        values = gate.clone().requires_grad_(), up.clone().requires_grad_()
+        product = act(values[0]) * values[1]
+        eager = [product.detach(), *torch.autograd.grad(product, values, grad)]
+        product = kernels[0](gate, up)[2]
+        ours = qlora.gated_gradients(act, grad, gate.clone(), up.clone())  # which it writes over
         assert torch.equal(ours[0], product)
         for a, b, expected in zip(ours, eager, right, strict=True):
             assert a.dtype == BF16 and a.shape == shape
