@@ -13,23 +13,23 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             35-172
-     2 Errors             175-241
-     3 Dataset formats    244-555
-     4 Arguments         558-1298
-     5 Loading          1301-1715
-     6 Tokenizer        1718-1811
-     7 Encoding         1814-2434
-     8 Model            2437-2815
-     9 LoRA             2818-2953
-    10 Fast path        2956-3706
-    11 Plan             3709-3985
-    12 Checkpoints      3988-4278
-    13 Processes        4281-4353
-    14 Evaluation       4356-4593
-    15 Trainer          4596-5219
-    16 Stages           5222-5698
-    17 Main             5701-5903
+     1 Imports             35-171
+     2 Errors             174-240
+     3 Dataset formats    243-554
+     4 Arguments         557-1297
+     5 Loading          1300-1714
+     6 Tokenizer        1717-1810
+     7 Encoding         1813-2433
+     8 Model            2436-2814
+     9 LoRA             2817-2952
+    10 Fast path        2955-3665
+    11 Plan             3668-3944
+    12 Checkpoints      3947-4237
+    13 Processes        4240-4312
+    14 Evaluation       4315-4552
+    15 Trainer          4555-5174
+    16 Stages           5177-5653
+    17 Main             5656-5853
 """
 
 # ------------------------------------------------------------------------------------
@@ -46,7 +46,6 @@ import copy
 import csv
 import dataclasses
 import difflib
-import errno
 import gc
 import gzip
 import hashlib
@@ -3337,22 +3336,9 @@ def varlen_attention(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Causal attention of rows that lie end to end, each to itself; padding would cost its share of a step.
 
-    Args:
-        module: transformers' attention block.
-        query, key, value: (1, heads, tokens, dim); fewer heads in key and value for grouped queries.
-        attention_mask: None; the rows' lengths say everything.
-        scaling: of the scores; None for 1 / sqrt(dim).
-        dropout: of the attention weights.
-        sliding_window: tokens that one attends to, itself included.
-        cu_seq_lens_q: (rows + 1,), where each row begins, and the end.
-        max_length_q: the longest row.
-        kwargs: what other implementations take.
-
-    Returns:
-        (1, tokens, heads, dim), and None for the weights.
-
-    Raises:
-        NotImplementedError: the model does not pass the lengths on (Nemotron) or makes its own mask (Doge).
+    query, key and value are (1, heads, tokens, dim), with fewer heads in key and value for grouped queries;
+    cu_seq_lens_q, (rows + 1,), says where each row begins, and the end. Returns (1, tokens, heads, dim), and None for
+    the weights. NotImplementedError where the model passes no lengths (Nemotron) or makes its own mask (Doge).
     """
     if cu_seq_lens_q is None or attention_mask is not None:
         raise NotImplementedError
@@ -3493,32 +3479,25 @@ def set_unpacked_layers(model: Any, count: int, dtype: torch.dtype) -> None:
                 linear.unpacked = dense_weight(linear, dtype) if i < count else None
 
 
-def _offloaded(checkpoint: Any, *args: Any) -> Any:
-    """Keep a checkpoint's input in pinned CPU memory: inside, its own hooks replace this one."""
+def offloading_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
+    """Checkpoint with the input in pinned CPU memory: inside, the checkpoint's own hooks replace this one."""
     with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
-        return checkpoint(*args)
+        return torch.utils.checkpoint.checkpoint(run, *args, **options)
 
 
-def set_recomputed_layers(model: Any, count: int, offload: bool = False, dropout: bool = True) -> None:
+def set_recomputed_layers(model: Any, count: int, offload: bool = False, random: bool = True) -> None:
     """Recompute the first `count` layers (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
 
     The backward pass reaches them last, when the memory of the others is free. Where a process's layers lie on several
-    GPUs, the first of each. Without dropout no state of random numbers is saved: 0.2 ms a layer on the host.
+    GPUs, the first of each. Where nothing in a layer is random, no state of random numbers is saved.
     """
     layers = decoder_layers(model)
     devices = [next(layer.parameters()).device for layer in layers]
     chosen = sorted(range(len(layers)), key=lambda i: devices[:i].count(devices[i]))[:count]
-    checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=dropout)
+    checkpoint = offloading_checkpoint if offload else torch.utils.checkpoint.checkpoint
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = i in chosen
-        layer._gradient_checkpointing_func = partial(_offloaded, checkpoint) if offload else checkpoint
-
-
-def uses_dropout(model: Any, config: Config) -> bool:
-    """Check whether a layer may draw random numbers in training, by the names in the model's config."""
-    text = model.config.get_text_config().to_dict()
-    rates = (value for name, value in text.items() if re.search("drop|noise", name) and isinstance(value, float))
-    return config.lora.lora_dropout > 0 or any(rates)
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
 
 
 def apply_liger(model: Any) -> str | None:
@@ -3551,38 +3530,24 @@ def apply_liger(model: Any) -> str | None:
 
 
 def fuse_norms(model: Any) -> None:
-    """Compute plain RMSNorms by torch's own kernel, whose launch costs the host a tenth of liger-kernel's.
+    """Compute plain RMSNorms by torch's own kernel, whose launch costs a tenth of liger-kernel's (small: 20 %).
 
     Others, as Gemma's with its 1 + weight, give another result for the same values and are left alone.
     """
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        weight, name = getattr(module, "weight", None), type(module).__name__
         eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
-        if "RMSNorm" in type(module).__name__ and weight is not None and isinstance(eps, float):
+        if "RMSNorm" in name and weight is not None and isinstance(eps, float):
             x = torch.linspace(-2.0, 3.0, weight.numel(), device=weight.device)[None]
             expected = F.rms_norm(x, weight.shape, weight.float(), eps)
             if torch.allclose(type(module).forward(module, x).float(), expected, rtol=1e-2, atol=1e-3):
-                module.forward = partial(_rms_norm, module, eps)
+                module.forward = partial(rms_norm, module, eps)
 
 
-def _rms_norm(module: Any, eps: float, x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), eps)
-
-
-def padding_free_implementation(model: Any, config: Config) -> tuple[str | None, str]:
-    """Choose the attention implementation for rows that lie end to end; None with the reason why rows are padded."""
-    wanted, name = resolve_attention(config), type(model).__name__
-    if config.training.neftune_noise_alpha:
-        return None, "rows are padded: --neftune_noise_alpha divides its noise by the root of a row's length"
-    if getattr(model.config.get_text_config(), "attn_temperature_tuning", None):
-        return None, f"rows are padded: {name} scales attention by the position in a micro-batch"
-    if wanted:
-        padded = wanted != "flash_attention_2"
-        return (None, f"rows are padded: --attn_implementation {wanted}") if padded else (wanted, "")
-    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
-    if model._supports_sdpa and model._supports_attention_backend and takes_positions:
-        return VARLEN_ATTENTION, ""
-    return None, f"rows are padded: {name} does not support rows that lie end to end"
+def rms_norm(module: Any, eps: float, x: torch.Tensor) -> torch.Tensor:
+    """Stand in for an RMSNorm's forward; without autocast, which may cast its input to float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), eps)
 
 
 def to_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
@@ -3621,74 +3586,69 @@ def logits_close(a: torch.Tensor, b: torch.Tensor, noise: torch.Tensor | float =
     return bool((a - b).norm() <= 0.05 * a.norm() + 2 * noise)
 
 
-def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) -> FastPath:
-    """Apply the head here, to the body's hidden states, where that gives the model's own logits."""
-    head, text = base.get_output_embeddings(), base.config.get_text_config()
-    values = ((name, getattr(text, name, None)) for name in LOGIT_RULES)
-    rules = tuple((name, value) for name, value in values if value not in (None, 1, 1.0))
-    own = fast._replace(body=base.base_model, head=head, logit_rules=rules)
-    if isinstance(head, torch.nn.Linear) and type(head).__module__.startswith("torch"):
-        with contextlib.suppress(*LIBRARY_ERRORS, RuntimeError):  # the body's output is not the head's input
-            if logits_close(supervised_logits(model, fast, batch), supervised_logits(model, own, batch)):
-                return own
-    return fast._replace(off=(*fast.off, f"whole logits: {type(base).__name__} changes them in a way of its own"))
-
-
-def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, device: Any) -> FastPath:
+def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, steps: Any, device: Any) -> FastPath:
     """Lay rows end to end where that gives the logits of padded ones and no row sees its neighbour."""
-    kernel, why = padding_free_implementation(base, config)
-    if kernel is None:
-        return fast._replace(off=(*fast.off, why))
-    steps = trial_steps(base)
+    kernel, name, wanted = VARLEN_ATTENTION, type(base).__name__, resolve_attention(config)
+    why = f"in {name} they would see each other, or too far back"
+    if config.training.neftune_noise_alpha:
+        kernel, why = "", "--neftune_noise_alpha divides its noise by the root of a row's length"
+    elif getattr(base.config.get_text_config(), "attn_temperature_tuning", None):
+        kernel, why = "", f"{name} scales attention by the position in a micro-batch"
+    elif wanted:
+        kernel, why = (wanted if wanted == "flash_attention_2" else ""), f"--attn_implementation {wanted}"
+    elif not (
+        base._supports_sdpa and base._supports_attention_backend
+        and "position_ids" in inspect.signature(type(base).forward).parameters
+    ):  # fmt: skip
+        kernel, why = "", f"{name} does not support rows that lie end to end"
+    off = fast._replace(off=(*fast.off, f"rows are padded: {why}"))
+    if not kernel:
+        return off
     rows = [to_device(padded_batch(steps[0], members, 0, "right"), device) for members in ([0, 1], [0], [1])]
     flat = [to_device(padding_free_batch(step, [0, 1]), device) for step in steps]
-    span = length_limits(config).longest if kernel == VARLEN_ATTENTION else 0
-    with short_spans(base, span):
+    with short_spans(base, length_limits(config).longest if kernel == VARLEN_ATTENTION else 0):
         padded, *alone = (supervised_logits(model, fast, batch).cpu() for batch in rows)
         noise = (padded - torch.cat(alone)).norm()  # what another kernel alone changes, which grows with the layers
         try:
             with attention_implementation(base, kernel):
                 first, second = (supervised_logits(model, fast, batch).cpu() for batch in flat)
         except (*LIBRARY_ERRORS, RuntimeError):  # type: ignore[misc]  # whatever it raises, rows are padded
-            first, second = torch.full((2, *padded.shape), math.nan)
+            return off
     # a neighbour changes nothing; but an expert multiplies the tokens of all rows at once, which rounds differently
     allowed = 2 * noise + 1e-5 * padded.norm() if stacked_experts(base) else 0.0
-    if logits_close(padded, first, noise) and float((first - second)[16:].norm()) <= allowed:
-        return fast._replace(attention=kernel)
-    why = f"rows are padded: in {type(base).__name__} they would see each other, or too far back"
-    return fast._replace(off=(*fast.off, why))
+    alike = logits_close(padded, first, noise) and float((first - second)[16:].norm()) <= allowed
+    return fast._replace(attention=kernel) if alike else off
 
 
-def trial_steps(base: Any) -> list[StepBatch]:
-    """Make two step batches of two short rows; the second row is the same in both.
-
-    More than 15 tokens each: fewer would go through the libraries' own functions.
-    """
-    vocabulary, generator = base.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
-    ids = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (17, 23, 17)]
-    a, b, c = ({"input_ids": row, "labels": row} for row in ids)
-    return [collate_step(rows)["step"] for rows in ([a, b], [c, b])]
-
-
+@torch.no_grad()
 def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, device: Any = None) -> FastPath:
     """Try the head and padding-free rows on a few tokens: this makes a new architecture safe on its first day.
 
-    Args:
-        model: as it is called in training, wrapped in the engine that shards it.
-        base: the transformers model inside.
-        fast: the parts that are on already.
-        config: the flags.
-        device: where input goes; None for where the embedding is.
+    `model` is what training calls, wrapped in the engine that shards it; `base` is transformers' model inside.
     """
     device, dtype = device or base.get_input_embeddings().weight.device, compute_dtype(config)
-    training = base.training  # DeepSpeed's wrapper says that it trains while the model inside does not
+    head, text, training = base.get_output_embeddings(), base.config.get_text_config(), base.training
+    # two steps of two rows, of which the second is the same; fewer than 16 tokens would go through the libraries' ways
+    generator = torch.Generator().manual_seed(0)
+    words = base.get_input_embeddings().num_embeddings
+    a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
+    pairs = ([{"input_ids": ids, "labels": ids} for ids in rows] for rows in ((a, b), (c, b)))
+    steps = [collate_step(rows)["step"] for rows in pairs]
     model.eval()
-    with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
-        if not fast.sharded:
-            batch = to_device(padded_batch(trial_steps(base)[0], [0, 1], 0, "right"), device)
-            fast = try_head(model, base, fast, batch)
-        fast = try_padding_free(model, base, fast, config, device)
-    model.train(training)
+    with torch.autocast(device.type, dtype, dtype != torch.float32):
+        if isinstance(head, torch.nn.Linear) and type(head).__module__.startswith("torch") and not fast.sharded:
+            values = ((name, getattr(text, name, None)) for name in LOGIT_RULES)
+            rules = tuple((name, value) for name, value in values if value not in (None, 1, 1.0))
+            own = fast._replace(body=base.base_model, head=head, logit_rules=rules)
+            batch = to_device(padded_batch(steps[0], [0, 1], 0, "right"), device)
+            with contextlib.suppress(*LIBRARY_ERRORS, RuntimeError):  # the body's output is not the head's input
+                if logits_close(supervised_logits(model, fast, batch), supervised_logits(model, own, batch)):
+                    fast = own
+        if fast.head is None and not fast.sharded:
+            why = f"whole logits: {type(base).__name__} changes them in a way of its own"
+            fast = fast._replace(off=(*fast.off, why))
+        fast = try_padding_free(model, base, fast, config, steps, device)
+    model.train(training)  # DeepSpeed's wrapper says that it trains while the model inside does not
     return fast
 
 
@@ -4761,7 +4721,7 @@ class QLoRATrainer(Trainer):
         self.sharded, self.parameter_count = is_sharded(config), self.base.num_parameters(exclude_embeddings=True)
         self.step: StepBatch | None = None  # the last one
         self.parts: list[tuple[list[str], torch.Tensor]] = []  # rows and loss of its micro-batches
-        self.pending_checks: list[tuple[int, Any, Any]] = []  # steps whose numbers were not looked at yet
+        self.pending_checks: list[tuple[Any, ...]] = []  # steps whose numbers were not looked at yet
         self.unreached: set[str] | None = None  # parameters that no step has given a gradient
         self.first_step, self.began = 0, 0.0  # of this process
         self.position: int | None = None  # in a stream, after the current step
@@ -4939,10 +4899,14 @@ class QLoRATrainer(Trainer):
         return total * (ranks / num_items_in_batch)
 
     def compute_loss_context_manager(self) -> Any:
-        """Autocast for adapters under FSDP, which casts weights instead."""
+        """Autocast: accelerate puts it around the model's own forward, which the fast path does not call.
+
+        DeepSpeed and a full fine-tune under FSDP cast weights instead.
+        """
         dtype = compute_dtype(self.config)
-        ours = is_fsdp(self.config) and not self.config.quant.full_finetune and dtype != torch.float32
-        return torch.autocast(self.args.device.type, dtype) if ours else super().compute_loss_context_manager()
+        casts = self.sharded and (self.config.quant.full_finetune or not is_fsdp(self.config))
+        enabled = dtype != torch.float32 and not casts
+        return torch.autocast(self.args.device.type, dtype) if enabled else super().compute_loss_context_manager()
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
@@ -4999,8 +4963,10 @@ class QLoRATrainer(Trainer):
             if step == self.first_step + 1:
                 log.info("first step: %.1f s", time.perf_counter() - self.began)
             rows, losses = zip(*self.parts, strict=True)
-            numbers = copy_to_cpu_async(1.0 if grad_norm is None else grad_norm, *losses)
-            self.pending_checks.append((step, numbers, rows))
+            norm = torch.as_tensor(1.0 if grad_norm is None else grad_norm, device=self.args.device)
+            numbers = torch.stack([norm.float(), *(loss.float() for loss in losses)]).to("cpu", non_blocking=True)
+            arrived = torch.cuda.current_stream().record_event() if norm.is_cuda else None
+            self.pending_checks.append((step, numbers, arrived, rows))
             self.parts = []
             if self.unreached and (saving or step - self.first_step >= 3):
                 why = "the model does not use it, leave it out with --lora_modules or --layers_to_freeze"
@@ -5013,12 +4979,11 @@ class QLoRATrainer(Trainer):
                 self._stop(step, "its update leaves weights that are not finite", "lower --learning_rate")
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
 
-    def _check_numbers(self, step: int, numbers: Any, rows: Sequence[list[str]]) -> None:
+    def _check_numbers(self, step: int, numbers: torch.Tensor, arrived: Any, rows: Sequence[list[str]]) -> None:
         """Stop at a loss or gradient norm that is not finite, naming the rows and the likely cause."""
-        values, arrived = numbers
         if arrived is not None:
             arrived.synchronize()
-        norm, *losses = map(float, values)
+        norm, *losses = numbers.tolist()
         finite = [math.isfinite(loss) for loss in losses]
         exploded = self.accelerator.scaler is None and not math.isfinite(norm)  # a scaler skips those by itself
         if all(finite) and not exploded:
@@ -5167,20 +5132,15 @@ def apply_step_plan(base: Any, plan: StepPlan, config: Config) -> None:
     """Recompute layers as planned; a model without transformers' own kind of layers recomputes all or none."""
     set_unpacked_layers(base, plan.unpacked, compute_dtype(config))
     if decoder_layers(base) and not is_sharded(config):  # whose hooks want all layers or none
-        offload = config.training.offload_activations
-        set_recomputed_layers(base, plan.recomputed, offload, uses_dropout(base, config))
+        text = base.config.get_text_config().to_dict()
+        rates = (rate for name, rate in text.items() if re.search("drop|noise", name) and isinstance(rate, float))
+        random = config.lora.lora_dropout > 0 or any(rates)
+        set_recomputed_layers(base, plan.recomputed, config.training.offload_activations, random)
     elif plan.recomputed and getattr(base, "supports_gradient_checkpointing", True):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     elif plan.recomputed:
         log.warning("gradient_checkpointing: %s does not support it, nothing is recomputed", type(base).__name__)
-
-
-def copy_to_cpu_async(*numbers: Any) -> tuple[list[Any], Any]:
-    """Start copying numbers from the GPU; returns them and an event that tells when they have arrived."""
-    copies = [n.detach().to("cpu", non_blocking=True) if isinstance(n, torch.Tensor) else n for n in numbers]
-    device = next((n.device for n in numbers if isinstance(n, torch.Tensor) and n.is_cuda), None)
-    return copies, torch.cuda.current_stream(device).record_event() if device else None
 
 
 @contextlib.contextmanager
@@ -5752,9 +5712,9 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     base: Any = load_model(config, run.model_config, trained or run.folder)
     sync_special_tokens(base, run.tokenizer)
     check_rows_fit_model(base, data.statistics)
-    liger = config.training.fast_path and torch.cuda.is_available() and not config.training.use_cpu
-    missing = apply_liger(base) if liger else None
-    if liger:
+    missing = None
+    if config.training.fast_path and torch.cuda.is_available() and not config.training.use_cpu:
+        missing = apply_liger(base)
         fuse_norms(base)
     model = make_trainable(base, config, resume.weights)
     for adapter in getattr(model, "peft_config", {}).values():  # saved as given, not the folder made of a .gguf file
@@ -5832,11 +5792,6 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
     return 0
 
 
-# Errors of a disk or path, which the user can fix; another error of the system may be our bug.
-DISK_ERRORS = {"ENOENT", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST",
-               "ENAMETOOLONG", "ESTALE", "EISDIR", "ENOTEMPTY", "ELOOP"}  # fmt: skip
-
-
 def exit_status(error: BaseException) -> tuple[int, str] | None:
     """Return the exit status and message of what a user can fix; None for our bugs."""
     if isinstance(error, PeerFailure):
@@ -5849,7 +5804,7 @@ def exit_status(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, torch.OutOfMemoryError):
         lower = "lower --per_device_train_batch_size or --source_max_len and --target_max_len"
         return 2, f"not enough GPU memory: {lower}, or keep --gradient_checkpointing on"
-    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in DISK_ERRORS:
+    if isinstance(error, OSError) and error.errno:  # of a disk, a path or a connection
         return 2, f"{error.filename or 'a file'}: {error.strerror}"
     library = type(error).__module__.partition(".")[0]
     if library in INTEGRATION_TO_CALLBACK:  # a tracker without login or connection

@@ -3,7 +3,12 @@
 import inspect
 
 import bitsandbytes
+import datasets
+import pytest
 import torch
+from accelerate.state import GradientState
+from transformers import PretrainedConfig, PreTrainedModel, Trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.falcon import modeling_falcon
 
 import qlora
@@ -36,3 +41,44 @@ def test_falcons_linear_class_is_put_back_after_loading(models):
     model = qlora.load_model(config, qlora.load_model_config(config, str(folder)), str(folder))
     assert sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules()) == 8
     assert modeling_falcon.FalconLinear is original
+
+
+# ------------------------------------------------------------------------------------
+# The Trainer, accelerate, transformers: methods that are overridden, attributes that are set or read
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("_maybe_log_save_evaluate", ["tr_loss", "grad_norm", "model"]),
+        ("_get_output_dir", ["trial"]),
+        ("_save_checkpoint", ["model", "trial"]),
+        ("_push_from_checkpoint", ["checkpoint_folder"]),
+        ("_load_from_checkpoint", ["resume_from_checkpoint", "model"]),
+        ("_load_optimizer_and_scheduler", ["checkpoint"]),
+        ("_load_best_model", []),
+        ("_determine_best_metric", ["metrics", "trial"]),
+        ("_prepare_for_training", ["max_steps", "train_dataloader", "resume_from_checkpoint"]),
+    ],
+)
+def test_trainer_methods_that_are_overridden_or_called(method, parameters):
+    own = list(inspect.signature(getattr(Trainer, method)).parameters)
+    assert own[1 : 1 + len(parameters)] == parameters
+
+
+def test_every_private_method_of_the_trainer_is_listed_here():
+    ours = {name for name in vars(qlora.QLoRATrainer) if name.startswith("_") and hasattr(Trainer, name)}
+    (listed,) = (mark for mark in test_trainer_methods_that_are_overridden_or_called.pytestmark)
+    assert {name for name in ours if not name.startswith("__")} <= {row[0] for row in listed.args[1]} | {"_loader"}
+
+
+def test_attributes_that_are_set_or_read():
+    assert callable(bitsandbytes.optim.optimizer.sync_gpu)
+    assert callable(bitsandbytes.optim.PagedAdamW32bit.prefetch_state)
+    assert callable(GradientState._set_sync_gradients)
+    for name in ("_supports_sdpa", "_supports_attention_backend"):
+        assert isinstance(getattr(PreTrainedModel, name), bool)
+    assert "_attn_implementation" in dir(PretrainedConfig())
+    assert "_gradient_checkpointing_func" in inspect.getsource(GradientCheckpointingLayer)
+    assert "_fingerprint" in vars(datasets.Dataset.from_dict({"a": [1]}))

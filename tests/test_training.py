@@ -465,3 +465,25 @@ def test_peft_alone_loads_the_adapter(run_qlora, models):
         before = base(input_ids=ids).logits
         after = PeftModel.from_pretrained(base, run.output_dir).eval()(input_ids=ids).logits
     assert (after - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("flag", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize("phase", ["training", "evaluation"])
+def test_products_are_computed_in_the_compute_dtype(run_qlora, monkeypatch, flag, dtype, phase):
+    """Also where weights are stored in float32, and the fast path does not call the model's own forward."""
+    dtypes, original = set(), qlora.frozen_outputs
+
+    def spy(x, *args):
+        dtypes.add(x.dtype)
+        return original(x, *args)
+
+    monkeypatch.setattr(qlora, "choose_fast_path", lambda model, base, fast, *args: fast._replace(**fast_parts(base)))
+    monkeypatch.setattr(qlora, "frozen_outputs", spy)
+    only = {"do_train": False} if phase == "evaluation" else {}
+    run = run_qlora(**{flag: True}, do_eval=True, max_steps=1, save_strategy="no", **only)
+    assert run.code == 0 and dtypes == {dtype}
+
+
+def fast_parts(base):
+    """The parts of the fast path that the trial finds for a LLaMA."""
+    return {"body": base.base_model, "head": base.get_output_embeddings(), "attention": qlora.VARLEN_ATTENTION}
