@@ -3445,7 +3445,7 @@ def attention_implementation(model: Any, name: str | None) -> Iterator[None]:
 def supervised_states(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Tensor:
     """Run a model on a batch and select what predicts its labelled tokens: hidden states, or logits without `body`."""
     inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
-    if fast.sharded and fast.attention and len(batch["positions"]):
+    if fast.sharded and len(inputs["input_ids"]) == 1 and len(batch["positions"]):
         # an engine gathers the head's weight inside the model's own forward, which selects among one long row
         return model(**inputs, logits_to_keep=batch["positions"]).logits.flatten(0, 1)
     states = model(**inputs).logits if fast.body is None else fast.body(**inputs).last_hidden_state
