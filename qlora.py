@@ -21,15 +21,15 @@ Read the file from top to bottom, along the path of the data: every room uses on
      6 Tokenizer        1719-1812
      7 Encoding         1815-2435
      8 Model            2438-2733
-     9 LoRA             2736-2862
-    10 Fast path        2865-3600
-    11 Plan             3603-3881
-    12 Checkpoints      3884-4143
-    13 Processes        4146-4218
-    14 Evaluation       4221-4458
-    15 Trainer          4461-5099
-    16 Stages           5102-5577
-    17 Main             5580-5777
+     9 LoRA             2736-2859
+    10 Fast path        2862-3597
+    11 Plan             3600-3878
+    12 Checkpoints      3881-4140
+    13 Processes        4143-4215
+    14 Evaluation       4218-4455
+    15 Trainer          4458-5096
+    16 Stages           5099-5574
+    17 Main             5577-5774
 """
 
 # ------------------------------------------------------------------------------------
@@ -2754,27 +2754,23 @@ def leaf_name(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def layer_number(name: str) -> float:
-    """The number of the layer that a module lies in, the first in its name; infinity outside the layers."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), math.inf)
-
-
-def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
-    """How many layers to freeze, counted from the bottom; all of them is a ConfigError."""
+def outside_frozen_layers(names: Iterable[str], model: PreTrainedModel, lora: LoraArguments) -> set[str]:
+    """Those of the names that lie in no frozen layer; freezing all layers is a ConfigError."""
     layers: int = model.config.get_text_config().num_hidden_layers or 0
     frozen = lora.layers_to_freeze or int(lora.layer_freeze_ratio * layers)
     if frozen >= layers:
         raise ConfigError(f"--layers_to_freeze {frozen}: the model has {layers} layers, nothing would train")
-    return frozen
+    # the first number in a name is its layer's
+    return {name for name in names if next((int(n) for n in name.split(".") if n.isdigit()), frozen) >= frozen}
 
 
 def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> list[str]:
     """Names for peft: leaf names where they select the same layers, for readable adapters, else full names."""
-    layers, frozen = linear_layers(model, masked), layers_to_freeze(model, lora)
-    targets: set[str] = set()
+    layers, targets = linear_layers(model, masked), set()
+    trainable = outside_frozen_layers(layers, model, lora)
     for name in map(str.strip, lora.lora_modules.split(",")):
         pattern = LAYER_GROUPS.get(name) or re.compile(rf"(.*\.)?{re.escape(name)}")
-        found = {layer for layer in layers if layer_number(layer) >= frozen and pattern.fullmatch(layer)}
+        found = set(filter(pattern.fullmatch, trainable))
         if not found:
             known = ", ".join(sorted(set(map(leaf_name, layers))))
             raise ConfigError(f"--lora_modules: no linear layer is called {name!r}, the model has {known}")
@@ -2815,9 +2811,10 @@ def adapter_files(adapter: str, config: Config) -> str:
 def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
     """Attach one adapter, fresh or stored at `adapter`; for a full fine-tune, freeze embeddings and lower layers."""
     if config.quant.full_finetune:
-        frozen = layers_to_freeze(model, config.lora)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(layer_number(name) >= frozen)
+        parameters = dict(model.named_parameters())
+        trainable = outside_frozen_layers(parameters, model, config.lora)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in trainable)
         model.get_input_embeddings().requires_grad_(False)  # and with them a head that is tied to them
         return model
     set_seed(config.training.seed)  # loading draws random numbers too; a seed gives one initialisation
@@ -3908,8 +3905,9 @@ class ResumePoint(NamedTuple):
 
 def run_fingerprint(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
     """What a checkpoint belongs to: no run with other values can resume it."""
-    names = ["model_name_or_path", "bits", "quant_type", "double_quant", "full_finetune", "objective", "streaming"]
-    run = {name: config.flags[name] for name in (*names, "stream_buffer", *sorted(LORA_FLAGS))}
+    names = ("model_name_or_path", "bits", "quant_type", "double_quant", "full_finetune", "objective", "streaming",
+             "stream_buffer", *sorted(LORA_FLAGS))  # fmt: skip
+    run = {name: config.flags[name] for name in names}
     base = Path(config.model.model_name_or_path).expanduser()
     if base.exists():  # the same base has another relative path in another working directory
         run["model_name_or_path"] = str(base.resolve())
@@ -3976,14 +3974,13 @@ def checkpoint_problem(folder: Path) -> str | None:
     try:
         if (folder / MANIFEST).is_file():
             manifest, found = read_json(folder / MANIFEST), file_digests(folder)
-            # The list needs a hash of its own: a bit that flips in a file's name would hide the file.
+            # Also the list is checked: one bit of it can turn a checkpoint into that of another run.
             if manifest.pop("seal", None) != digest(json.dumps(manifest)):
                 return f"{MANIFEST} is not as it was written"
             written = manifest["files"]
             changed = [name for name in written if found.get(name) != written[name]]
             return f"{changed[0]}: {found.get(changed[0], 'missing')}, not {written[changed[0]]}" if changed else None
-        # Another program's, or the original's: whole if everything in it opens. Both write the adapter first and the
-        # trainer's state last, so that what a kill leaves behind lacks a file or breaks off.
+        # Another program's, or the original's, which lists no files: whole if everything in it opens.
         read_json(folder / "trainer_state.json")
         for file in folder.rglob("*.safetensors"):
             safe_open(file, "pt")
