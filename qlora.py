@@ -13,23 +13,23 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             35-171
-     2 Errors             174-240
-     3 Dataset formats    243-554
-     4 Arguments         557-1297
-     5 Loading          1300-1714
-     6 Tokenizer        1717-1810
-     7 Encoding         1813-2433
-     8 Model            2436-2814
-     9 LoRA             2817-2952
-    10 Fast path        2955-3665
-    11 Plan             3668-3944
-    12 Checkpoints      3947-4237
-    13 Processes        4240-4312
-    14 Evaluation       4315-4552
-    15 Trainer          4555-5174
-    16 Stages           5177-5653
-    17 Main             5656-5853
+     1 Imports             35-172
+     2 Errors             175-241
+     3 Dataset formats    244-555
+     4 Arguments         558-1298
+     5 Loading          1301-1715
+     6 Tokenizer        1718-1811
+     7 Encoding         1814-2434
+     8 Model            2437-2732
+     9 LoRA             2735-2858
+    10 Fast path        2861-3572
+    11 Plan             3575-3851
+    12 Checkpoints      3854-4113
+    13 Processes        4116-4188
+    14 Evaluation       4191-4428
+    15 Trainer          4431-5054
+    16 Stages           5057-5532
+    17 Main             5535-5729
 """
 
 # ------------------------------------------------------------------------------------
@@ -79,11 +79,11 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
+from unittest import mock
 
 # Send nothing over the network that the user did not ask for. Most libraries read these variables when imported.
 os.environ |= {
@@ -107,6 +107,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType
 from bitsandbytes.functional import dequantize_4bit
 from huggingface_hub import snapshot_download, upload_folder
+from huggingface_hub.constants import HF_HOME
 from jinja2 import TemplateError, TemplateSyntaxError
 from peft import (
     LoraConfig,
@@ -2447,6 +2448,16 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transf
 # every NaN into the same one, and such bits are common here (https://github.com/pytorch/pytorch/issues/159333).
 FSDP_STORAGE = torch.float32
 
+LINEAR_CLASSES = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
+# They derive from it but return more than a product: routers of Llama 4 and PhiMoE, groups of DeepSeek V4.
+NOT_LINEAR = ("Router", "GroupedLinear")
+
+# By model_type, what holds while a model of this family is loaded; mock.patch puts the attribute back.
+QUIRKS = {
+    # transformers quantises nn.Linear itself and no subclass; Falcon's computes the same
+    "falcon": partial(mock.patch, "transformers.models.falcon.modeling_falcon.FalconLinear", torch.nn.Linear),
+}
+
 
 def compute_dtype(config: Config) -> torch.dtype:
     """The dtype of matrix products."""
@@ -2469,143 +2480,69 @@ def is_sharded(config: Config) -> bool:
     return is_fsdp(config) or bool(config.training.deepspeed)
 
 
-def check_fsdp(config: Config) -> None:
-    """Refuse FSDP where accelerate would silently use DDP, or nothing."""
-    state: Any = config.training.distributed_state
-    if is_fsdp(config) and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
-        way = "start it with torchrun --nproc_per_node N qlora.py on a machine with GPUs, or leave it out"
-        raise ConfigError(f"--fsdp shards the weights over GPUs, one process each: {way}")
-
-
 def device_map(config: Config) -> Any:
     """Where the layers go: all on this process's GPU, over all GPUs of a single process, or on the CPU."""
     if is_sharded(config):
         return None  # the engine places them
     if config.training.use_cpu or not torch.cuda.is_available():
         return {"": "cpu"}
-    if "LOCAL_RANK" in os.environ:  # where accelerate refuses "auto"
-        return {"": int(os.environ["LOCAL_RANK"])}
-    return "auto"
-
-
-def quantisation_config(config: Config, skip: list[str] | None = None) -> Any | None:
-    """Settings of bitsandbytes, for bits 4 and 8 only: with both switches off it quantises to 4 bit all the same.
-
-    `skip` names the layers that stay whole; None leaves it to transformers, which finds the output embedding.
-    """
-    quant = config.quant
-    if quant.bits not in (4, 8):
-        return None
-    return BitsAndBytesConfig(
-        load_in_4bit=quant.bits == 4,
-        load_in_8bit=quant.bits == 8,
-        llm_int8_skip_modules=skip,
-        bnb_4bit_compute_dtype=compute_dtype(config),
-        bnb_4bit_use_double_quant=quant.double_quant,
-        bnb_4bit_quant_type=quant.quant_type,
-        bnb_4bit_quant_storage=FSDP_STORAGE if is_fsdp(config) else None,
-    )
-
-
-def gguf_file(name: str) -> Path | None:
-    """The .gguf file that a base model is, or that its folder holds in place of a model."""
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) > 1:
-            raise ConfigError(f"--model_name_or_path {name}: {len(files)} .gguf files in it, name one of them")
-        return files[0] if files else None
-    return path if path.suffix.lower() == ".gguf" and path.is_file() else None
-
-
-def load_strict(name: str, folder: str | Path, auto_model: Any = AutoModelForCausalLM, **options: Any) -> Any:
-    """Load a model, and refuse a checkpoint that lacks weights: transformers draws them at random and only warns."""
-    with reraise_as_user_error(f"--model_name_or_path {name}"):
-        model, loading_info = auto_model.from_pretrained(folder, output_loading_info=True, **options)
-    missing = sorted(loading_info["missing_keys"])
-    if missing:
-        raise ConfigError(f"--model_name_or_path {name}: {len(missing)} weights are not in it, first {missing[0]}")
-    generation = getattr(model, "generation_config", None)
-    if generation is not None and (generation.temperature or generation.top_p):
-        generation.do_sample = True  # LLaMA-2 was published with sampling values alone, which can no longer be saved
-    return model
-
-
-def convert_gguf(path: Path, cache_dir: str | None, weights: bool = True) -> Path:
-    """A folder in bf16 with the weights (or config alone) and the tokenizer of a .gguf file, written once and cached.
-
-    bf16 keeps 8 bits of mantissa, and such a file stores at most 8 bits a weight.
-    """
-    from huggingface_hub.constants import HF_HOME
-
-    stat, root = path.stat(), Path(cache_dir or HF_HOME) / "qlora-gguf"
-    folder = root / f"{path.stem}-{digest(path.resolve(), stat.st_size, stat.st_mtime_ns)}"
-    if not weights and not folder.is_dir():
-        folder = folder.with_name(f"{folder.name}-without-weights")
-    if folder.is_dir():
-        return folder
-    log.info("%s: %s into %s, once", path, "dequantising" if weights else "its tokenizer", folder)
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root) as scratch:
-        staging = Path(scratch) / "model"
-        with reraise_as_user_error(f"--model_name_or_path {path}"):
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model_config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        if isinstance(model_config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model_config.eos_token_id)
-        if weights:
-            model = load_strict(str(path), path.parent, gguf_file=path.name, dtype=torch.bfloat16)
-            model.hf_quantizer.remove_quantization_config(model)  # transformers saves nothing that came from gguf
-            model.save_pretrained(staging)
-        else:
-            model_config.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        if not folder.is_dir():  # another run may have been first
-            staging.rename(folder)
-    return folder
+    # accelerate refuses "auto" in a process that a launcher started
+    return {"": int(os.environ["LOCAL_RANK"])} if "LOCAL_RANK" in os.environ else "auto"
 
 
 def model_folder(config: Config) -> str:
-    """Where transformers loads the base from: the folder or hub id given, or the folder made from a .gguf file."""
-    name, weights = config.model.model_name_or_path, not (config.training.plan or config.data.preview)
-    gguf = gguf_file(name)
-    return str(convert_gguf(gguf, config.model.cache_dir, weights)) if gguf else name
+    """Where to load the base from: the folder or hub id that the user named, or a folder made from a .gguf file.
+
+    That folder is made once and cached, in bf16: 8 bits of mantissa, and such a file stores at most 8 bits a weight.
+    """
+    name = config.model.model_name_or_path
+    path, root = Path(name).expanduser(), Path(config.model.cache_dir or HF_HOME, "qlora-gguf")
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = [*path.glob("*.gguf")]
+        path = files[0] if len(files) == 1 else path
+    if path.suffix.lower() != ".gguf" or not path.is_file():
+        return name
+    folder = root / f"{path.stem}-{digest(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)}"
+    if folder.is_dir():
+        return str(folder)
+    log.info("%s: dequantising into %s, once", path, folder)
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as scratch, reraise_as_user_error(f"--model_name_or_path {path}"):
+        model = load_base(config, None, path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        if isinstance(model.config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+        model.hf_quantizer.remove_quantization_config(model)  # transformers saves nothing that came from gguf
+        for part in (model, tokenizer):
+            part.save_pretrained(f"{scratch}/model")
+        Path(scratch, "model").rename(folder)
+    return str(folder)
 
 
 def load_model_config(config: Config, folder: str) -> PretrainedConfig:
     """The base model's configuration, with --rope_scaling applied."""
-    model = config.model
-    with reraise_as_user_error(f"--model_name_or_path {model.model_name_or_path}"):
-        code = model.trust_remote_code
-        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=code, **hub_options(config))
-    rope = rope_parameters(model.rope_scaling)
+    options = hub_options(config) | {"trust_remote_code": config.model.trust_remote_code}
+    with reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
+        model_config = AutoConfig.from_pretrained(folder, **options)
+    text_config, rope = model_config.get_text_config(), rope_parameters(config.model.rope_scaling)
     if rope is not None:
-        text_config, rope_type = model_config.get_text_config(), rope.get("rope_type")
-        rope_types = ("default", *ROPE_INIT_FUNCTIONS)
+        rope_type, rope_types = rope.get("rope_type"), ("default", *ROPE_INIT_FUNCTIONS)
         if not getattr(text_config, "rope_parameters", None):
             raise ConfigError(f"--rope_scaling: a {model_config.model_type} model has no rotary embedding")
-        if rope_type not in rope_types:
-            raise ConfigError(f"--rope_scaling: rope_type {rope_type!r}, expected one of {', '.join(rope_types)}")
-        if rope_type != "default" and "factor" not in rope:
-            raise ConfigError(f"--rope_scaling: {rope_type} needs a factor, by which the context gets longer")
+        if rope_type not in rope_types or (rope_type != "default" and "factor" not in rope):
+            raise ConfigError(f"--rope_scaling: expected a factor and a rope_type: {', '.join(rope_types)}")
         text_config.rope_parameters |= rope
     return model_config
-
-
-def is_masked_lm(model_config: PretrainedConfig) -> bool:
-    """Whether this is a masked language model: by its architectures or, where it names none, by its model type."""
-    names = getattr(model_config, "architectures", None) or []
-    if names:
-        return any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
-    name = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_config.model_type, "")
-    return name.endswith("ForMaskedLM") and not getattr(model_config, "is_decoder", False)
 
 
 def resolve_objective(config: Config, model_config: PretrainedConfig) -> Config:
     """The Config with the objective that `auto` stands for, checked against the rules that depend on it."""
     objective, reason = config.data.objective, "--objective"
     if objective == "auto":
-        objective, reason = ("mlm" if is_masked_lm(model_config) else "clm"), "by the model's config"
+        names = model_config.architectures or [MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_config.model_type, "")]
+        encoder = not getattr(model_config, "is_decoder", False)
+        masked = encoder and any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
+        objective, reason = "mlm" if masked else "clm", "by the model's config"
     log.info("objective: %s (%s)", objective, reason)
     data = dataclasses.replace(config.data, objective=objective)
     resolved = dataclasses.replace(config, data=data, flags=config.flags | {"objective": objective})
@@ -2624,23 +2561,16 @@ def resolve_attention(config: Config) -> str | None:
     return implementation
 
 
-LINEAR_CLASSES = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
-# They derive from it but return more than a product: routers of Llama 4 and PhiMoE, groups of DeepSeek V4.
-NOT_LINEAR = ("Router", "GroupedLinear")
-
-
 def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
     """Full names of every linear layer except the output head; of a masked model, those of its encoder."""
     head = model.get_output_embeddings()
-    layers = [
+    # A masked model's prediction head lies beside the encoder. Inside it, ESM's contact predictor never runs here.
+    searched = set(model.base_model.modules() if masked else model.modules()) - {head}
+    return [
         name for name, module in model.named_modules()
-        if isinstance(module, LINEAR_CLASSES) and module is not head and not type(module).__name__.endswith(NOT_LINEAR)
+        if isinstance(module, LINEAR_CLASSES) and not type(module).__name__.endswith(NOT_LINEAR)
+        and module in searched and not (masked and "contact_head" in name.split("."))
     ]  # fmt: skip
-    if not masked:
-        return layers
-    # The prediction head lies beside the encoder. Inside it, ESM's contact predictor never runs here.
-    encoder = set(model.base_model.modules())
-    return [name for name in layers if model.get_submodule(name) in encoder and "contact_head" not in name.split(".")]
 
 
 def stacked_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -2660,8 +2590,7 @@ def decoder_layers(model: Any) -> list[Any]:
 def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
     """The base model on the meta device, without weights."""
     zero = getattr(config.training, "hf_deepspeed_config", None)
-    if zero:  # under ZeRO-3 transformers would draw and shard weights
-        hf_deepspeed.unset_hf_deepspeed_config()
+    hf_deepspeed.unset_hf_deepspeed_config()  # under ZeRO-3 transformers would draw and shard weights
     try:
         with torch.device("meta"), reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
             return AUTO_MODELS[config.masked].from_config(
@@ -2672,122 +2601,111 @@ def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
             hf_deepspeed.set_hf_deepspeed_config(zero)
 
 
-def skip_modules(config: Config, model_config: PretrainedConfig) -> list[str] | None:
-    """What of a masked model is not quantised, its prediction head; None leaves the choice to transformers."""
-    if not config.masked:
+def quantisation_config(config: Config, model_config: PretrainedConfig | None = None) -> Any | None:
+    """Settings of bitsandbytes, for bits 4 and 8 only: with both switches off it quantises to 4 bit all the same."""
+    quant, skip = config.quant, None  # transformers finds the output embedding by itself
+    if quant.bits not in (4, 8):
         return None
-    model = meta_model(config, model_config)
-    linear = {name for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
-    return sorted(linear - set(linear_layers(model, masked=True)))
+    if config.masked and model_config:  # but not the dense layers of a prediction head
+        model = meta_model(config, model_config)
+        linear = {name for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
+        skip = sorted(linear - set(linear_layers(model, masked=True)))
+    return BitsAndBytesConfig(
+        load_in_4bit=quant.bits == 4,
+        load_in_8bit=quant.bits == 8,
+        llm_int8_skip_modules=skip,
+        bnb_4bit_compute_dtype=compute_dtype(config),
+        bnb_4bit_use_double_quant=quant.double_quant,
+        bnb_4bit_quant_type=quant.quant_type,
+        bnb_4bit_quant_storage=FSDP_STORAGE if is_fsdp(config) else None,
+    )
 
 
-@contextlib.contextmanager
-def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute of a library's class or module, and put it back."""
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
+def load_base(config: Config, model_config: PretrainedConfig | None, folder: str | Path, **options: Any) -> Any:
+    """Load a model with all of its weights: transformers draws missing ones at random and only warns.
 
-
-def patch_falcon_linear() -> AbstractContextManager[None]:
-    """Let Falcon be quantised: transformers replaces only nn.Linear itself, and its subclass computes the same."""
-    from transformers.models.falcon import modeling_falcon
-
-    return patched(modeling_falcon, "FalconLinear", torch.nn.Linear)
-
-
-QUIRKS = {"falcon": patch_falcon_linear}  # by model_type: what holds while a family is loaded
-
-
-def load_base(config: Config, model_config: PretrainedConfig, folder: str, **options: Any) -> Any:
-    """The base model, loaded with these options. Pickled weights are read as tensors only (transformers' default)."""
+    It reads pickled weights as tensors only, by default.
+    """
     options |= {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
     options = {name: value for name, value in options.items() if value is not None}
-    with QUIRKS.get(model_config.model_type, contextlib.nullcontext)():
-        return load_strict(config.model.model_name_or_path, folder, AUTO_MODELS[config.masked], **options)
+    quirk = QUIRKS.get(model_config.model_type if model_config else "", contextlib.nullcontext)
+    with reraise_as_user_error(f"model {folder}"), quirk():
+        model, loading = AUTO_MODELS[config.masked].from_pretrained(folder, output_loading_info=True, **options)
+    if missing := sorted(loading["missing_keys"]):
+        raise ConfigError(f"model {folder}: {len(missing)} weights are not in it, first {missing[0]}")
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and (generation.temperature or generation.top_p):
+        generation.do_sample = True  # LLaMA-2 was published with sampling values alone, which can no longer be saved
+    return model
 
 
 def check_prequantised(config: Config, stored: Mapping[str, Any]) -> None:
     """Refuse flags that need weights which are not quantised yet."""
-    name, init = config.model.model_name_or_path, config.lora.init_lora_weights
-    dtype = stored.get("bnb_4bit_quant_storage", "uint8")
-    if is_fsdp(config) and "float" not in dtype:
-        raise ConfigError(
-            f"--fsdp: {name} is quantised already and stored as {dtype}, and FSDP shards floating dtypes only: "
-            "pass the base as published"
-        )
-    if config.quant.full_finetune or lora_init_problem(init, quantised=True):
-        flag = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {init}"
-        raise ConfigError(f"{flag}: the weights of {name} are quantised already")
+    full, init = config.quant.full_finetune, config.lora.init_lora_weights
+    quantised = f"{config.model.model_name_or_path} is quantised already"
+    storage = stored.get("bnb_4bit_quant_storage", "uint8")
+    if is_fsdp(config) and "float" not in storage:
+        reason = "FSDP shards floating dtypes only: pass the base as published"
+        raise ConfigError(f"--fsdp: {quantised} and stored as {storage}, {reason}")
+    if full or lora_init_problem(init, quantised=True):
+        raise ConfigError(f"{'--full_finetune' if full else f'--init_lora_weights {init}'}: {quantised}")
 
 
-def quantise_on_device(device: torch.device) -> AbstractContextManager[None]:
-    """Quantise on this device weights that wait on the CPU for FSDP to shard them: 2 s for 7B on a GPU, else 200 s.
+def load_for_fsdp(config: Config, model_config: PretrainedConfig, folder: str | Path, **options: Any) -> Any:
+    """Load a base on the CPU as FSDP can shard it; the scales of its 4-bit blocks, unknown to FSDP, on this GPU.
 
-    Through a private method of bitsandbytes 0.50: nothing public quantises on one device and stores on another.
-    The scales of the 4-bit blocks, which FSDP does not know of, stay on the GPU.
+    The GPU quantises 7B in 2 s, the CPU in 200 s. Nothing public in bitsandbytes 0.50 quantises on one device and
+    stores on another, hence `_quantize`.
     """
-    original = bitsandbytes.nn.Params4bit._quantize
+    device, quantise = config.training.device, bitsandbytes.nn.Params4bit._quantize
 
-    def quantise(weight: Any, storage: Any) -> Any:
-        original(weight, device)
+    def quantise_on_device(weight: Any, storage: Any) -> Any:
+        quantise(weight, device)
         weight.data = weight.data.to(storage)
         return weight
 
-    return patched(bitsandbytes.nn.Params4bit, "_quantize", quantise)
-
-
-def prepare_for_fsdp(model: Any, device: torch.device) -> None:
-    """Packed weights as float32, in rows that FSDP can shard, and each bias in one module only, as it demands."""
+    with mock.patch.object(bitsandbytes.nn.Params4bit, "_quantize", quantise_on_device):
+        model = load_base(config, model_config, folder, **options)
     for weight in (weight for weight in model.parameters() if hasattr(weight, "quant_state")):
-        weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)
+        weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)  # rows, of which each rank gets a part
         weight.quant_state.to(device)
     head = model.get_output_embeddings()
     for module in model.modules():  # BERT's head holds its bias twice; the decoder's is the one that is added
         if module is not head and head.bias is not None and getattr(module, "bias", None) is head.bias:
             module.bias = None
-
-
-def warn_unquantised(model: Any, config: Config) -> None:
-    """Name what bitsandbytes was to quantise and did not."""
-    layers = {name: model.get_submodule(name) for name in linear_layers(model, config.masked)}
-    left = {name: layer.weight for name, layer in layers.items() if type(layer).__module__.startswith("torch")}
-    left |= stacked_experts(model)
-    if left:
-        gib, dtype = sum(weight.nbytes for weight in left.values()) / GIB, next(iter(left.values())).dtype
-        log.warning(
-            "%d tensors of stacked experts or unknown layers stay in %s and take %.2f GiB, as bitsandbytes does not "
-            "quantise them: %s, ...", len(left), str(dtype).removeprefix("torch."), gib, min(left),
-        )  # fmt: skip
+    return model
 
 
 def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
     """The base model to train or use, quantised and placed."""
-    placement, prequantised = device_map(config), getattr(model_config, "quantization_config", None)
-    options = {"dtype": load_dtype(config), "device_map": placement, "attn_implementation": resolve_attention(config)}
-    if placement == "auto":
+    args, stored, fsdp = config.training, getattr(model_config, "quantization_config", None), is_fsdp(config)
+    state: Any = args.distributed_state
+    if fsdp and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        # accelerate would silently use DDP, or nothing
+        way = "start it with torchrun --nproc_per_node N qlora.py on a machine with GPUs, or leave it out"
+        raise ConfigError(f"--fsdp shards the weights over GPUs, one process each: {way}")
+    options: dict[str, Any] = {"dtype": load_dtype(config), "attn_implementation": resolve_attention(config)}
+    options["device_map"] = device_map(config)
+    if options["device_map"] == "auto":
         options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), f"{config.quant.max_memory_MB}MB")
-    if prequantised:
-        check_prequantised(config, prequantised)
+    if stored:
+        check_prequantised(config, stored)
         log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
     else:
-        options["quantization_config"] = quantisation_config(config, skip_modules(config, model_config))
-    if config.training.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
+        options["quantization_config"] = quantisation_config(config, model_config)
+    if args.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
         importlib.import_module("deepspeed").init_distributed()
-    with quantise_on_device(config.training.device) if is_fsdp(config) else contextlib.nullcontext():
-        model = load_base(config, model_config, folder, **options)
+    model = (load_for_fsdp if fsdp else load_base)(config, model_config, folder, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Else the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with
             # other values (bitsandbytes 0.50.2).
             module.support_avx512bf16_for_cpu = False
-    if is_fsdp(config):
-        prepare_for_fsdp(model, config.training.device)
-    if config.quant.bits < 16 and not prequantised:
-        warn_unquantised(model, config)
+    experts = list(stacked_experts(model).values())
+    if experts and options.get("quantization_config"):
+        size, dtype = sum(weight.nbytes for weight in experts) / GIB, str(experts[0].dtype).removeprefix("torch.")
+        message = "bitsandbytes does not quantise %d tensors of stacked experts: %.2f GiB stay in %s"
+        log.warning(message, len(experts), size, dtype)
     # keeps the Trainer from wrapping the model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
     model.config.use_cache = False  # of no use in training; generation turns it on
@@ -2821,6 +2739,7 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
 # float32 and computed in the compute dtype. A full fine-tune freezes the embeddings instead.
 # ------------------------------------------------------------------------------------
 LAYER_GROUPS = {  # of --lora_modules, by the families' names for the blocks
+    "all": re.compile(r".*"),
     "attn": re.compile(r"(.*\.)?(self_|cross_)?(attn|attention|attn_attention)\..*"),
     "mlp": re.compile(
         r"(.*\.)?(mlp|ffn|ff|feed_forward|block_sparse_moe)\..*|(.*\.)?fc\d|"
@@ -2834,49 +2753,40 @@ def leaf_name(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def layer_number(name: str) -> float:
-    """The number of the layer that a module lies in, the first in its name; infinity outside the layers."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), math.inf)
-
-
-def layers_to_freeze(model: PreTrainedModel, lora: LoraArguments) -> int:
-    """How many layers to freeze, counted from the bottom; all of them is a ConfigError."""
+def outside_frozen_layers(names: Iterable[str], model: PreTrainedModel, lora: LoraArguments) -> set[str]:
+    """Those of the names that lie in no frozen layer; freezing all layers is a ConfigError."""
     layers: int = model.config.get_text_config().num_hidden_layers or 0
     frozen = lora.layers_to_freeze or int(lora.layer_freeze_ratio * layers)
     if frozen >= layers:
         raise ConfigError(f"--layers_to_freeze {frozen}: the model has {layers} layers, nothing would train")
-    return frozen
+    # the first number in a name is its layer's
+    return {name for name in names if next((int(n) for n in name.split(".") if n.isdigit()), frozen) >= frozen}
 
 
 def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> list[str]:
     """Names for peft: leaf names where they select the same layers, for readable adapters, else full names."""
-    layers, frozen = linear_layers(model, masked), layers_to_freeze(model, lora)
-    targets = [name for name in layers if layer_number(name) >= frozen]
-    names = {name.strip() for name in lora.lora_modules.split(",")}
-    if names != {"all"}:
-        patterns = {name: LAYER_GROUPS.get(name, re.compile(rf"(.*\.)?{re.escape(name)}")) for name in names}
-        for name, pattern in patterns.items():
-            if not any(map(pattern.fullmatch, targets)):
-                known = ", ".join(sorted(set(map(leaf_name, layers))))
-                raise ConfigError(f"--lora_modules: no linear layer is called {name!r}, the model has {known}")
-        targets = [name for name in targets if any(pattern.fullmatch(name) for pattern in patterns.values())]
+    layers, targets = linear_layers(model, masked), set()
+    trainable = outside_frozen_layers(layers, model, lora)
+    for name in map(str.strip, lora.lora_modules.split(",")):
+        pattern = LAYER_GROUPS.get(name) or re.compile(rf"(.*\.)?{re.escape(name)}")
+        found = set(filter(pattern.fullmatch, trainable))
+        if not found:
+            known = ", ".join(sorted(set(map(leaf_name, layers))))
+            raise ConfigError(f"--lora_modules: no linear layer is called {name!r}, the model has {known}")
+        targets |= found
     leaves = set(map(leaf_name, targets))
     selected = {name for name, _ in model.named_modules() if leaf_name(name) in leaves}
-    return sorted(leaves) if selected == set(targets) else targets
+    return sorted(leaves if selected == targets else targets)
 
 
-def resolve_modules_to_save(model: PreTrainedModel, names: str | None) -> list[str] | None:
-    """--modules_to_save as a list; a name that no module has is a ConfigError."""
-    modules = [name.strip() for name in names.split(",")] if names else None
-    for name in modules or []:
-        if not any(f".{full}".endswith(f".{name}") for full, _ in model.named_modules()):
-            raise ConfigError(f"--modules_to_save: the model has no module called {name!r}")
-    return modules
-
-
-def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> Any:
-    """The flags as peft's configuration."""
-    init = lora.init_lora_weights.lower()
+def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> LoraConfig:
+    """The flags as peft's configuration; a name in --modules_to_save that no module has is a ConfigError."""
+    init, modules = lora.init_lora_weights.lower(), None
+    if lora.modules_to_save:
+        modules = [name.strip() for name in lora.modules_to_save.split(",")]
+        existing = [f".{name}" for name, _ in model.named_modules()]
+        if missing := [name for name in modules if not any(full.endswith(f".{name}") for full in existing)]:
+            raise ConfigError(f"--modules_to_save: the model has no module called {missing[0]!r}")
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha % 1 == 0 else lora.lora_alpha,  # type: ignore[arg-type]
@@ -2886,7 +2796,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         init_lora_weights={"true": True, "false": False}.get(init, init),  # type: ignore[arg-type]
-        modules_to_save=resolve_modules_to_save(model, lora.modules_to_save),
+        modules_to_save=modules,
         task_type=None if masked else "CAUSAL_LM",  # which needs methods for generation, and an encoder has none
     )
 
@@ -2897,24 +2807,29 @@ def adapter_files(adapter: str, config: Config) -> str:
         return str(download(adapter, ["adapter_config.json", "adapter_model.*"], config))
 
 
-def attach_adapters(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
-    """The model with exactly one adapter: a fresh one drawn from the seed, or the one stored at `adapter`."""
+def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
+    """Attach one adapter, fresh or stored at `adapter`; for a full fine-tune, freeze embeddings and lower layers."""
+    if config.quant.full_finetune:
+        parameters = dict(model.named_parameters())
+        trainable = outside_frozen_layers(parameters, model, config.lora)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in trainable)
+        model.get_input_embeddings().requires_grad_(False)  # and with them a head that is tied to them
+        return model
     set_seed(config.training.seed)  # loading draws random numbers too; a seed gives one initialisation
-    upcast = config.lora.lora_dtype == "float32"
     source = f"adapter {adapter}" if adapter else "LoRA flags"
     # RuntimeError: shapes that differ
     with reraise_as_user_error(f"{source} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
-        if adapter is None:
-            settings = lora_config(model, config.lora, config.masked)
-            adapted = get_peft_model(model, settings, autocast_adapter_dtype=upcast)
-        else:
-            folder = adapter_files(adapter, config)
-            adapted = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=upcast)
-    for name, parameter in adapted.named_parameters() if not upcast else ():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
+        adapted: Any = (
+            PeftModel.from_pretrained(model, adapter_files(adapter, config), is_trainable=True)
+            if adapter
+            else get_peft_model(model, lora_config(model, config.lora, config.masked))
+        )
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:  # peft made it float32
+            parameter.data = parameter.data.to(getattr(torch, config.lora.lora_dtype))
     if adapter is None and mutates_base(adapted.peft_config["default"].init_lora_weights):
-        state = get_peft_model_state_dict(adapted)  # peft took it out of the base; see convert_to_published_base
+        state = get_peft_model_state_dict(adapted)  # convert_to_published_base needs it
         adapted.initial_adapter = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
     return adapted
 
@@ -2931,25 +2846,16 @@ def convert_to_published_base(folder: Path, initial: Mapping[str, torch.Tensor])
     """
     file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     weights, config = load_file(file), read_json(config_file)
-    for name in (name for name in weights if ".lora_A." in name or ".lora_B." in name):
-        is_b = ".lora_B." in name
+    for name in weights:
         first = initial[name].to(weights[name].dtype)
-        weights[name] = torch.cat([weights[name], -first if is_b else first], dim=int(is_b))
+        if ".lora_A." in name:
+            weights[name] = torch.cat([weights[name], first], dim=0)
+        elif ".lora_B." in name:
+            weights[name] = torch.cat([weights[name], -first], dim=1)
     save_file(weights, file, metadata={"format": "pt"})
     alpha = config["lora_alpha"] * (math.sqrt(2) if config["use_rslora"] else 2)
     doubled = {"r": 2 * config["r"], "lora_alpha": alpha, "init_lora_weights": True}
     config_file.write_text(json.dumps(config | doubled, indent=2), encoding="utf-8")
-
-
-def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
-    """Attach adapters; for a full fine-tune, train all but embeddings, what is tied to them, and frozen layers."""
-    if not config.quant.full_finetune:
-        return attach_adapters(model, config, adapter)
-    frozen = layers_to_freeze(model, config.lora)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(layer_number(name) >= frozen)
-    model.get_input_embeddings().requires_grad_(False)
-    return model
 
 
 # ------------------------------------------------------------------------------------
@@ -3956,12 +3862,9 @@ COMPLETED = "completed"
 PREVIOUS = ".completed-before"  # the record of an earlier completed run, while another one trains
 STREAM = "stream.json"  # in a checkpoint: how far a stream was read
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # What a run leaves in output_dir beside weights and checkpoints; --overwrite_output_dir removes them.
 RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
              "predictions.jsonl", "trainer_state.json", "loss.png")  # fmt: skip
-# Which engine saved a checkpoint, by files that it leaves.
-ENGINES = {"DeepSpeed": "global_step*", "FSDP": "pytorch_model_fsdp*", "one process or DDP": "optimizer.pt"}
 
 
 class ResumePoint(NamedTuple):
@@ -3975,23 +3878,25 @@ class ResumePoint(NamedTuple):
 
 def run_fingerprint(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
     """What a checkpoint belongs to: no run with other values can resume it."""
-    names = ["model_name_or_path", "bits", "full_finetune", "objective", "streaming"]
-    names += ["quant_type", "double_quant"] if config.quant.bits == 4 else []
-    names += ["stream_buffer"] if config.data.streaming else []
-    names += [] if config.quant.full_finetune else sorted(LORA_FLAGS)
-    values = {name: config.flags[name] for name in names}
+    names = ("model_name_or_path", "bits", "quant_type", "double_quant", "full_finetune", "objective", "streaming",
+             "stream_buffer", *sorted(LORA_FLAGS))  # fmt: skip
+    run = {name: config.flags[name] for name in names}
     base = Path(config.model.model_name_or_path).expanduser()
-    if base.exists():
-        values["model_name_or_path"] = str(base.resolve())
+    if base.exists():  # the same base has another relative path in another working directory
+        run["model_name_or_path"] = str(base.resolve())
+    if config.training.do_train:
+        # One engine can't read another's optimizer state, and DeepSpeed reads only what as many processes wrote.
+        engine = f"DeepSpeed on {config.training.world_size} processes" if config.training.deepspeed else "none or DDP"
+        run["engine"] = "FSDP" if is_fsdp(config) else engine
     if data:
-        values |= {"packing": config.data.packing, "dataset (the encoded training rows)": data.fingerprint}
-    return values
+        run |= {"packing": config.data.packing, "dataset (the encoded training rows)": data.fingerprint}
+    return run
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """What a completed run or a checkpoint says about itself; nothing, if another program wrote it."""
     for name in (COMPLETED, PREVIOUS, MANIFEST):
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # the original's `completed` is an empty file
             return dict(json.loads((folder / name).read_text(encoding="utf-8")))
     return {}
 
@@ -4004,52 +3909,35 @@ def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[st
     return before if before["flags"] == flags else batch
 
 
-def check_same_run(folder: Path, run: Mapping[str, Any], training: bool) -> None:
-    """Refuse to continue another run, naming what differs. A value that its version did not record is not compared."""
-    recorded = read_record(folder).get("run")
-    if recorded is None:
+def check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
+    """Refuse to continue another run, naming what differs."""
+    recorded = read_record(folder).get("run", {})
+    if not recorded:
         log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
-        return
+    if (folder / COMPLETED).is_file():  # it may be used under another engine: no optimizer state is read
+        recorded.pop("engine", None)
+    # What an earlier version did not record is not compared: its checkpoints stay resumable.
     changed = [f"{name} was {recorded[name]}, is {new}" for name, new in run.items() if recorded.get(name, new) != new]
     if changed:
         raise ConfigError(
-            f"{folder} belongs to another run: {'; '.join(changed)}. "
-            "Pass the same flags, another --output_dir, or --overwrite_output_dir to start anew"
-            + (", or --do_train False to evaluate or predict with what was trained" if training else "")
+            f"{folder} belongs to another run: {'; '.join(changed)}. Pass the same flags, another --output_dir, or "
+            "--overwrite_output_dir to start anew. To evaluate or predict with what was trained: --do_train False"
         )
 
 
-def check_engine(checkpoint: Path, config: Config) -> None:
-    """Refuse the state that another engine saved, and DeepSpeed's of another number of processes."""
-    deepspeed, fsdp, single = ENGINES
-    engine = fsdp if is_fsdp(config) else deepspeed if is_sharded(config) else single
-    saved_by = next((name for name, files in ENGINES.items() if any(checkpoint.glob(files))), single)
-    if saved_by != engine:
-        raise ConfigError(f"{checkpoint} was saved under {saved_by}, this run is under {engine}: start it the same way")
-    saved, processes = len([*checkpoint.glob("global_step*/*optim_states.pt")]), config.training.world_size
-    if engine == deepspeed and saved != processes:
-        raise ConfigError(f"{checkpoint}: DeepSpeed resumes only on the {saved} processes of before, not {processes}")
-
-
-def adapter_folder(folder: Path) -> Path | None:
-    """Where a folder keeps its adapter: at its top or, as the original did, in adapter_model/."""
+def weights_in(folder: Path, full_finetune: bool = False) -> Path | None:
+    """Where a folder keeps its adapter (the original: in adapter_model/) or, after a full fine-tune, its model."""
+    files = ("config.json", "model*.safetensors") if full_finetune else ("adapter_config.json", "adapter_model.*")
     for place in (folder, folder / "adapter_model"):
-        if (place / "adapter_config.json").is_file() and any((place / name).is_file() for name in ADAPTER_FILES):
+        if all(any(place.glob(file)) for file in files):
             return place
     return None
 
 
-def weights_in(folder: Path, full_finetune: bool) -> str | None:
-    """Where a folder keeps the trained adapter, or for a full fine-tune the trained model; None if it has none."""
-    has_model = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
-    place = (folder if has_model else None) if full_finetune else adapter_folder(folder)
-    return str(place) if place else None
-
-
 def file_digests(folder: Path) -> dict[str, str]:
-    """Size and hash of every file but the manifest; hashed in parallel, since a full fine-tune holds 80 GB."""
+    """Size and hash of every file but the manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:  # a checkpoint of a full fine-tune of 7B holds 80 GB
         digests = zip(files, pool.map(file_digest, files), strict=True)
         return {p.relative_to(folder).as_posix(): f"{p.stat().st_size} bytes, {value}" for p, value in digests}
 
@@ -4058,19 +3946,19 @@ def checkpoint_problem(folder: Path) -> str | None:
     """The first thing in a checkpoint that is not as it was written, or None if it is whole."""
     try:
         if (folder / MANIFEST).is_file():
-            manifest, digests = read_json(folder / MANIFEST), file_digests(folder)
+            manifest, found = read_json(folder / MANIFEST), file_digests(folder)
+            # Also the list is checked: one bit of it can turn a checkpoint into that of another run.
             if manifest.pop("seal", None) != digest(json.dumps(manifest)):
                 return f"{MANIFEST} is not as it was written"
-            listed = manifest["files"].items()
-            changed = (
-                f"{n}: {digests.get(n, 'missing')}, instead of {old}" for n, old in listed if digests.get(n) != old
-            )
-            return next(changed, None)
-        read_json(folder / "trainer_state.json")  # another program's checkpoint, or the original's
+            written = manifest["files"]
+            changed = [name for name in written if found.get(name) != written[name]]
+            return f"{changed[0]}: {found.get(changed[0], 'missing')}, not {written[changed[0]]}" if changed else None
+        # Another program's, or the original's, which lists no files: whole if everything in it opens.
+        read_json(folder / "trainer_state.json")
         for file in folder.rglob("*.safetensors"):
             safe_open(file, "pt")
         torn = [f"{file.name} breaks off" for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
-        empty = not adapter_folder(folder) and not (folder / "config.json").is_file()
+        empty = not weights_in(folder) and not weights_in(folder, full_finetune=True)
         return next(iter(torn), "no weights in it" if empty else None)
     except (*LIBRARY_ERRORS, QLoRAError) as error:  # type: ignore[misc]
         return shorten(error)
@@ -4099,6 +3987,7 @@ def find_last_checkpoint(output_dir: Path) -> Path | None:
 def needs_more_steps(config: Config, completed: Mapping[str, Any]) -> bool:
     """Whether the flags ask for more steps or epochs than a completed run had."""
     args = config.training
+    # the Trainer's count of epochs is a sum of fractions, which may end just below a whole number
     target, unit = (args.max_steps, "step") if args.max_steps > 0 else (args.num_train_epochs - 1e-6, "epoch")
     return target > completed.get(unit, math.inf)
 
@@ -4107,57 +3996,53 @@ def find_resume_point(config: Config) -> ResumePoint:
     """Resume, start anew, or use what is finished."""
     args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
     adapter, full, picked = config.model.adapter_name_or_path, config.quant.full_finetune, args.resume_from_checkpoint
+    completed, last = (output / COMPLETED).is_file(), None
     if picked and str(picked).lower() != "true":
-        last: Path | None = Path(picked)
-        if problem := checkpoint_problem(Path(picked)):
+        last = Path(picked)
+        if problem := checkpoint_problem(last):
             raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
-    else:
-        last = None if args.overwrite_output_dir else find_last_checkpoint(output)
-    completed = (output / COMPLETED).is_file()
+    elif not args.overwrite_output_dir:
+        last = find_last_checkpoint(output)
     if not args.do_train:
-        newest_first = () if adapter else (final if completed else None, last, final)
-        for folder in filter(None, newest_first):
-            if weights := weights_in(folder, full):
-                return ResumePoint(False, weights=weights, found=output if folder == final else folder)
+        # An interrupted run's last checkpoint is newer than what a run before it left in the final folder.
+        for folder in (final if completed else None, last, final):
+            if folder and not adapter and (weights := weights_in(folder, full)):
+                return ResumePoint(False, weights=str(weights), found=output if folder == final else folder)
         return ResumePoint(False, weights=adapter)
     if completed and not args.overwrite_output_dir and (weights := weights_in(final, full)):
         record = read_record(output)
         if not needs_more_steps(config, record):
-            steps = record.get("step", "?")  # the original's `completed` is an empty file
+            steps = record.get("step", "?")
             log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
-            return ResumePoint(False, weights=weights, found=output)
+            return ResumePoint(False, weights=str(weights), found=output)
         if last is None:
-            raise ConfigError(
-                f"{output} holds a completed run but no checkpoint to resume from; start another from its adapter "
-                f"with --adapter_name_or_path {final} and another --output_dir"
-            )
+            way = f"start another from its adapter with --adapter_name_or_path {final} and another --output_dir"
+            raise ConfigError(f"{output} holds a completed run but no checkpoint to resume from; {way}")
     if last is None:
         return ResumePoint(True, weights=adapter)
-    if not any(itertools.chain(last.glob("optimizer*"), last.glob("global_step*"))):
-        log.warning("%s holds no optimizer state: the resumed run will differ from an uninterrupted one", last)
     log.info("resuming from %s", last)
+    if not is_sharded(config) and not (last / "optimizer.pt").is_file():  # of which an engine would complain
+        log.warning("%s holds no optimizer state: the resumed run will differ from an uninterrupted one", last)
     return ResumePoint(True, checkpoint=last, weights=adapter, found=last)
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to disk. safetensors makes files that only their owner can read."""
-    if path.is_file():
+    """Flush a file, or a folder's list of names, to disk."""
+    if path.is_file():  # safetensors makes files that only their owner can read
         os.umask(mask := os.umask(0o077))
         path.chmod(0o666 & ~mask)
     if os.name == "nt":
         return  # Windows opens no folder, and flushes no file that is open for reading
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def write_file(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
-    fsync_path(part)
+    fsync_path(part)  # first: else a power cut may keep the new name and lose the text
     part.replace(path)
 
 
@@ -4169,8 +4054,6 @@ def write_json(path: Path, value: Any) -> None:
 def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
     """Add values to those that a JSON file holds already."""
     earlier = read_json(path) if path.is_file() else {}
-    if not isinstance(earlier, dict):
-        raise ConfigError(f"{path}: expected a JSON object; another program wrote it, move it away")
     write_json(path, {**first, **earlier, **values})
 
 
@@ -4181,7 +4064,7 @@ def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
 
 
 def commit_checkpoint(staging: Path, final: Path) -> None:
-    """Flush a written folder to disk and rename it."""
+    """Flush a written folder to disk and rename it: from that moment on, and not before, it is a checkpoint."""
     for path in [*staging.rglob("*"), staging]:
         fsync_path(path)
     if final.exists():  # a torn one of that name moves into the hidden folder, and is removed with it
@@ -4192,13 +4075,11 @@ def commit_checkpoint(staging: Path, final: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_save(staging: Path, target: Path) -> Iterator[None]:
-    """Remove the staging folder afterwards, whatever happens; a full disk, a quota or missing rights are one line.
-
-    Libraries raise them as OSError, RuntimeError (torch), SafetensorError, or a plain Exception (tokenizers).
-    """
+    """Remove the staging folder afterwards, whatever happens; a full disk, a quota or missing rights are one line."""
     try:
         yield
     except Exception as error:
+        # Libraries raise them as OSError, RuntimeError (torch), SafetensorError, or a plain Exception (tokenizers).
         if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
             raise
         raise QLoRAError(f"{target}: not saved: {shorten(error)}. What was saved before stays") from error
@@ -4209,32 +4090,26 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
 def final_files(output: Path) -> list[str]:
     """The files of the final folder that the last completed run lists. No others are ever removed."""
     names = read_record(output).get("files")
-    if not isinstance(names, list):  # a checkpoint's manifest has a dictionary there
-        return []
-    return [name for name in names if isinstance(name, str) and Path(name).name == name]
+    # A checkpoint's manifest has a dictionary there. A name with a path in it was not written by this program.
+    return [name for name in names if Path(name).name == name] if isinstance(names, list) else []
 
 
 def clear_output(config: Config, step: int) -> None:
-    """Before training: set `completed` aside and, to start anew, remove what the records of an earlier run name.
-
-    Checkpoints beyond the first step are incomplete, or of a branch that --resume_from_checkpoint left. They are
-    renamed: --save_total_limit would keep them instead of those to come.
-    """
+    """Before training: set `completed` aside and, to start anew, remove what the record of an earlier run names."""
     output, final, anew = Path(config.training.output_dir), final_folder(config), config.training.overwrite_output_dir
-    old_files = [final / name for name in final_files(output)]
-    if (output / "run.json").is_file():
-        old_files += [output / name for name in (*RUN_FILES, PREVIOUS)]
-    if (output / COMPLETED).is_file():
-        (output / COMPLETED).replace(output / PREVIOUS)
-    for file in old_files if anew else ():
+    recorded = [final / name for name in final_files(output)]
+    for file in [*recorded, *(output / name for name in RUN_FILES)] if anew and recorded else ():
         file.unlink(missing_ok=True)
-    for folder in {output, final}:
-        for staging in folder.glob(f"{STAGING}*"):
-            shutil.rmtree(staging, ignore_errors=True)
+    if (output / COMPLETED).is_file():  # kept under another name: the next save removes the files that it lists
+        (output / COMPLETED).replace(output / PREVIOUS)
+    for staging in itertools.chain(output.glob(f"{STAGING}*"), final.glob(f"{STAGING}*")):
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
     for checkpoint in checkpoints_in(output):
         if anew and (checkpoint / MANIFEST).is_file():
             shutil.rmtree(checkpoint)
         elif anew or checkpoint_step(checkpoint) > step:
+            # Torn, not ours, or of a branch that --resume_from_checkpoint left. --save_total_limit would keep those
+            # with the highest numbers instead of those to come.
             checkpoint.rename(output / f"left-{checkpoint.name}-{time.time_ns()}")
 
 
@@ -5044,7 +4919,7 @@ class QLoRATrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load into the one adapter, in its dtype: the Trainer may add a second, and makes it float32."""
-        adapter = adapter_folder(Path(resume_from_checkpoint))
+        adapter = weights_in(Path(resume_from_checkpoint))
         if adapter is None or self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -5374,7 +5249,7 @@ def load_merge_base(config: Config, folder: str) -> Any:
     if getattr(model_config, "quantization_config", None):
         log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
-        quantisation = quantisation_config(config, skip_modules(config, model_config))
+        quantisation = quantisation_config(config, model_config)
         options |= {"dtype": load_dtype(config), "quantization_config": quantisation}
     model = load_base(config, model_config, folder, **options)
     if getattr(model.config, "quantization_config", None):
@@ -5451,8 +5326,7 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
     log.info("merging %s into %s", adapter, target)
     with atomic_save(staging, target), reraise_as_user_error(f"--merged_output_dir {target}"):
         base, adapted, lost = write_merged(adapter, staging, sample, run)
-        options = {"trust_remote_code": config.model.trust_remote_code}
-        merged = load_strict(str(staging), staging, AUTO_MODELS[config.masked], **options)
+        merged = load_base(config, None, staging)
         metrics = compare_merged(merged, base, adapted, lost, sample, target)
         write_json(staging / MERGED, merge_record(adapter, config))
         if target.exists():
@@ -5743,12 +5617,9 @@ def check_resume(run: Run, data: Data) -> dict[str, Any]:
     config, resume, args = run.config, run.resume, run.config.training
     identity = run_fingerprint(config, data.statistics.get("train") if args.do_train else None)
     if resume.found:
-        check_same_run(resume.found, identity, args.do_train)
-    check_fsdp(config)
+        check_same_run(resume.found, identity)
     if args.deepspeed and args.do_eval and not resume.train and not hf_deepspeed.is_deepspeed_zero3_enabled():
         raise ConfigError("--deepspeed: ZeRO-2 shards only what trains: leave it out to evaluate what was trained")
-    if resume.checkpoint:
-        check_engine(resume.checkpoint, config)
     return identity | {"effective batch": effective_batch(resume.checkpoint, args)}
 
 

@@ -132,11 +132,11 @@ class Bot(NamedTuple):
 
 def find_adapter(folder: Path) -> Path | None:
     """A run's adapter, or that of its last checkpoint if the run was interrupted; None for a model."""
-    adapter = qlora.adapter_folder(folder)
+    adapter = qlora.weights_in(folder)
     if adapter or not folder.is_dir() or (folder / "config.json").is_file() or any(folder.glob("*.gguf")):
         return adapter
     last = qlora.find_last_checkpoint(folder)
-    if last is None or (adapter := qlora.adapter_folder(last)) is None:
+    if last is None or (adapter := qlora.weights_in(last)) is None:
         raise qlora.ConfigError(f"{folder}: neither a trained adapter nor a model in this folder")
     return adapter
 

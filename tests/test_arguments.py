@@ -919,7 +919,7 @@ def test_fsdp_needs_a_floating_storage_dtype_of_a_quantised_base():
     """bitsandbytes' default, also if the file does not say so, is uint8."""
     config = parse("--fsdp", "--model_name_or_path", "some/base")
     for own in ({}, {"bnb_4bit_quant_storage": "uint8"}):
-        with pytest.raises(qlora.ConfigError, match=r"^--fsdp: some/base .* stored as uint8, .* give the base as pub"):
+        with pytest.raises(qlora.ConfigError, match=r"^--fsdp: some/base .* stored as uint8, .* pass the base as pub"):
             qlora.check_prequantised(config, own)
     qlora.check_prequantised(config, {"bnb_4bit_quant_storage": "float32"})
     qlora.check_prequantised(parse(), {"bnb_4bit_quant_storage": "uint8"})

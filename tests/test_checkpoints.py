@@ -686,6 +686,20 @@ def test_checkpoint_of_an_older_version_resumes(run_qlora, broken_off, tmp_path)
     assert f"resuming from {folder}" in run.stderr and same_weights(run.output_dir, broken_off)
 
 
+def test_a_checkpoint_of_another_engine_is_refused_but_its_result_is_used(run_qlora, broken_off, tmp_path):
+    """One engine can't read another's optimizer state; an adapter is the same under all of them."""
+    folder, engine = tmp_path / "out/checkpoint-5", {"engine": "DeepSpeed on 2 processes"}
+    record = json.loads((folder / "checkpoint.json").read_text())["run"]
+    qlora.write_manifest(folder, record | engine)
+    assert "engine was DeepSpeed on 2 processes, is none or DDP" in error_of(run_qlora(max_steps=6))
+    assert run_qlora(do_train=False, **PREDICT).code == 0
+    completed = json.loads((broken_off / "completed").read_text())
+    shutil.copytree(broken_off, tmp_path / "done")
+    (tmp_path / "done/completed").write_text(json.dumps(completed | {"run": completed["run"] | engine}))
+    again = run_qlora(max_steps=6, output_dir=tmp_path / "done")
+    assert again.code == 0 and "not trained again" in again.stderr
+
+
 @pytest.mark.parametrize("bits", [4, 16])
 def test_masked_run_resumes_with_the_same_masks(run_qlora, stopped, models, tmp_path, bits):
     """In the second epoch, in the middle of it, with dropout in model and adapters."""

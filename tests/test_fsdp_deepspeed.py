@@ -235,10 +235,10 @@ def test_a_checkpoint_of_another_engine_is_refused(start, runs, tmp_path):
     need_deepspeed()
     stage2 = {"deepspeed": zero(2)}
     cases = [
-        (("zero2", 1, {}), "saved under DeepSpeed, this run is under one process or DDP"),
-        (("one", 2, stage2), "saved under one process or DDP, this run is under DeepSpeed"),
-        (("fsdp-all", 1, FULL), "saved under FSDP, this run is under one process or DDP"),
-        (("zero2", 3, stage2), "DeepSpeed resumes only on the 2 processes of before, not 3"),
+        (("zero2", 1, {}), "engine was DeepSpeed on 2 processes, is none or DDP"),
+        (("one", 2, stage2), "engine was none or DDP, is DeepSpeed on 2 processes"),
+        (("fsdp-all", 1, FULL), "engine was FSDP, is none or DDP"),
+        (("zero2", 3, stage2), "engine was DeepSpeed on 2 processes, is DeepSpeed on 3 processes"),
     ]
     running = []
     for number, ((name, processes, flags), _) in enumerate(cases):

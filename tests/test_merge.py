@@ -217,7 +217,7 @@ def parse_base(folder: Path, **flags):
     if flags.get("merge_base") != "dequantized":
         return plain(folder, **options)
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    with qlora.patch_falcon_linear():
+    with qlora.QUIRKS["falcon"]():
         return plain(folder, quantization_config=four, **options)
 
 

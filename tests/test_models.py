@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import qlora
@@ -381,12 +380,13 @@ def test_gguf_folder_with_two_files_is_refused(models, run_qlora, tmp_path):
     file = models("gguf") / tiny.GGUF_FILE
     shutil.copy(file, tmp_path / "a.gguf")
     shutil.copy(file, tmp_path / "b.gguf")
-    assert "2 .gguf files" in error_of(run_qlora(model_name_or_path=tmp_path))
+    assert str(tmp_path) in error_of(run_qlora(model_name_or_path=tmp_path))
 
 
-def test_remote_code_needs_the_flag(models, run_qlora):
+def test_remote_code_needs_the_flag(models, run_qlora, monkeypatch):
     folder = models("remote_code")
-    assert "trust_remote_code" in error_of(run_qlora(model_name_or_path=folder, max_steps=1))
+    monkeypatch.chdir(folder.parent)  # a message is cut at 400 characters, and names the folder three times
+    assert "trust_remote_code" in error_of(run_qlora(model_name_or_path=folder.name, max_steps=1))
     run = run_qlora(model_name_or_path=folder, max_steps=1, trust_remote_code=True)
     adapter = adapter_of(run)
     names = {f"blocks.{layer}.{leaf}" for layer in (0, 1) for leaf in ("wqkv", "wo", "up", "down")}
@@ -442,20 +442,6 @@ def test_max_memory_is_set_for_each_gpu(models, monkeypatch):
     (options,) = stop.value.args
     assert options["max_memory"] == {0: "1234MB", 1: "1234MB"}
     assert options["device_map"] == "auto"
-
-
-def test_each_part_runs_on_its_own_gpu(monkeypatch):
-    """One of GPTBigCode's parts is a buffer."""
-    gpus_used = []
-    shape = AutoConfig.for_model("gpt_bigcode", n_embd=64, n_head=4, n_layer=4, vocab_size=260)
-    model = AutoModelForCausalLM.from_config(shape)
-    first = ("wte", "wpe", "bias", "drop", "h.0", "h.1")
-    model.hf_device_map = {f"transformer.{part}": 0 for part in first} | {"lm_head": 0}
-    model.hf_device_map |= {f"transformer.{part}": 1 for part in ("h.2", "h.3", "ln_f")}
-    qlora.stay_on_device(model)
-    monkeypatch.setattr(torch.cuda, "device", lambda gpu: gpus_used.append(gpu) or nullcontext())
-    model(input_ids=torch.arange(8)[None])
-    assert gpus_used == [0] * 5 + [1] * 3 + [0]
 
 
 @pytest.mark.parametrize("key", ["rope_type", "type"])

@@ -180,20 +180,6 @@ def test_masked_tokens_are_shown_with_their_labels(run_qlora, models, tmp_path):
     assert re.search(r"⟦\[CLS\]⟧⟪ ?the[^→]*⟫⟦\[SEP\]⟧\n", kept.stdout)
 
 
-def test_a_gguf_base_is_not_dequantised(run_qlora, models, rows_file, tmp_path):
-    """The tokenizer alone is taken out of it, with the ids that training gets."""
-    flags = {"model_name_or_path": models("gguf"), "dataset": rows_file, "cache_dir": tmp_path / "cache"}
-    assert run_qlora(**flags, preview=1).code == 0
-    (folder,) = (tmp_path / "cache" / "qlora-gguf").iterdir()
-    assert not list(folder.rglob("*.safetensors"))
-    run = run_qlora(**flags, max_steps=1)
-    assert run.code == 0 and run_qlora(**flags, preview=1).code == 0
-    whole = next((tmp_path / "cache" / "qlora-gguf").glob("*/model.safetensors")).parent
-    tokenizers = [AutoTokenizer.from_pretrained(place) for place in (folder, whole)]
-    assert tokenizers[0]("the ship").input_ids == tokenizers[1]("the ship").input_ids
-    assert tokenizers[0].eos_token == tokenizers[1].eos_token
-
-
 def test_spans_join_to_the_encoded_text(tokenizers):
     """Of a SentencePiece tokenizer, which drops the leading space of what it decodes by itself."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizers("sentencepiece"))

@@ -14,15 +14,24 @@ from transformers.models.falcon import modeling_falcon
 import qlora
 
 
-def test_bitsandbytes_quantises_through_one_method():
-    """`Params4bit.to` calls `_quantize(device)`, which quantise_on_device replaces for a while."""
-    original = bitsandbytes.nn.Params4bit._quantize
+def test_bitsandbytes_quantises_through_one_method(models, monkeypatch):
+    """Loading calls `_quantize(device)` once a weight; load_for_fsdp replaces it for a while."""
+    original, devices = bitsandbytes.nn.Params4bit._quantize, []
     assert list(inspect.signature(original).parameters) == ["self", "device"]
-    with qlora.quantise_on_device(torch.device("cpu")):
-        assert bitsandbytes.nn.Params4bit._quantize is not original
-        weight = bitsandbytes.nn.Params4bit(torch.randn(64, 64), requires_grad=False).to("cpu")
-    assert weight.dtype == torch.uint8 and weight.quant_state is not None
-    assert bitsandbytes.nn.Params4bit._quantize is original
+
+    def quantise(weight, device):
+        devices.append(device)
+        return original(weight, device)
+
+    monkeypatch.setattr(bitsandbytes.nn.Params4bit, "_quantize", quantise)
+    config, folder = qlora.parse_config(["--model_name_or_path", str(models("llama"))]), str(models("llama"))
+    model_config = qlora.load_model_config(config, folder)
+    options = {"quantization_config": qlora.quantisation_config(config, model_config), "device_map": None}
+    model = qlora.load_for_fsdp(config, model_config, folder, **options)
+    weights = [weight for weight in model.parameters() if hasattr(weight, "quant_state")]
+    assert {(weight.dtype, weight.shape[1]) for weight in weights} == {(qlora.FSDP_STORAGE, 1)}
+    assert devices == [config.training.device] * len(weights) and len(weights) == 14
+    assert bitsandbytes.nn.Params4bit._quantize is quantise
 
 
 def test_bitsandbytes_repacks_weights_behind_one_attribute(models):
