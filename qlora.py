@@ -16,20 +16,20 @@ Read the file from top to bottom, along the path of the data: every room uses on
      1 Imports             35-173
      2 Errors             176-242
      3 Dataset formats    245-556
-     4 Arguments         559-1136
-     5 Loading          1139-1553
-     6 Tokenizer        1556-1649
-     7 Encoding         1652-2272
-     8 Model            2275-2653
-     9 LoRA             2656-2791
-    10 Fast path        2794-3529
-    11 Plan             3532-3810
-    12 Checkpoints      3813-4103
-    13 Processes        4106-4178
-    14 Evaluation       4181-4418
-    15 Trainer          4421-5059
-    16 Stages           5062-5538
-    17 Main             5541-5741
+     4 Arguments         559-1132
+     5 Loading          1135-1549
+     6 Tokenizer        1552-1645
+     7 Encoding         1648-2268
+     8 Model            2271-2649
+     9 LoRA             2652-2787
+    10 Fast path        2790-3525
+    11 Plan             3528-3806
+    12 Checkpoints      3809-4099
+    13 Processes        4102-4174
+    14 Evaluation       4177-4414
+    15 Trainer          4417-5055
+    16 Stages           5058-5534
+    17 Main             5537-5737
 """
 
 # ------------------------------------------------------------------------------------
@@ -851,10 +851,11 @@ def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
     if record:
         content = literals = {n: v for n, v in record["flags"].items() if n in REPEATED_FLAGS and v not in ("", [])}
     words = []
-    for (name, value), literal in zip(content.items(), literals.values(), strict=True):
+    for (name, literal), value in zip(literals.items(), content.values(), strict=True):
         literal = json.dumps(value) if isinstance(value, dict) else literal
         text = ",".join(map(str, literal)) if isinstance(literal, list) else str(literal)
-        words += [] if value is None else [f"--{name}" if value is True and name[:2] == "no" else f"--{name}={text}"]
+        alone = value is True and name.startswith(("no_", "no-"))  # such a flag takes no value
+        words += [] if value is None else [f"--{name}" if alone else f"--{name}={text}"]
     return words, record
 
 
@@ -909,7 +910,8 @@ def resolve_defaults(flags: Mapping[str, Any], explicitly_set: frozenset[str]) -
     derived: dict[str, Any] = {name: v for name, applies, v in defaults if applies and name not in explicitly_set}
     derived |= {"use_cpu": flags["use_cpu"] or not gpu, "do_eval": flags["do_eval"] or flags["eval_strategy"] != "no"}
     if isinstance(flags["report_to"], list):
-        derived["report_to"] = [name.strip() for names in flags["report_to"] for name in names.split(",")]
+        names = [name.strip() for words in flags["report_to"] for name in words.split(",")]
+        derived["report_to"] = names if len(names) > 1 else names[0]
     return derived
 
 
@@ -939,8 +941,9 @@ def lora_init_problem(name: str, quantised: bool) -> str | None:
         return "it corrects the rounding of 4-bit weights and would be wrong on the published base"
     if re.fullmatch(r"orthogonal|olora|pissa(_niter_\d+)?", name):
         return "needs --bits 16 or 32: peft computes it from weights that are not quantised" if quantised else None
-    allowed = "True, False, gaussian, orthogonal, olora, pissa or pissa_niter_N"
-    return None if name in ("true", "false", "gaussian") else f"expected {allowed}"
+    if name in ("true", "false", "gaussian"):
+        return None
+    return "expected True, False, gaussian, orthogonal, olora, pissa or pissa_niter_N"
 
 
 SAMPLING_FLAGS = {"temperature", "top_p", "top_k", "typical_p"}  # transformers refuses them without do_sample
@@ -1032,7 +1035,6 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     init = lora_init_problem(flags.init_lora_weights, flags.bits < 16)
     missing = set(config.training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
     secret = [name for name, value in config.flags.items() if re.search(r"://[^/@\s]*:[^/@\s]*@", str(value))]
-    # fmt: off
     return [
         (not (flags.do_train or flags.do_eval or flags.do_predict or flags.merged_output_dir),
          "nothing to do: pass --do_train, --do_eval, --do_predict or --merged_output_dir"),
@@ -1056,8 +1058,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
         (missing, f"--report_to {', '.join(sorted(missing))}: not installed here, or none of "
          f"{', '.join(INTEGRATION_TO_CALLBACK)}"),
         (secret, f"--{', --'.join(secret)}: a URL with a password, which run.json would show; log in instead"),
-    ]
-    # fmt: on
+    ]  # fmt: skip
 
 
 FSDP_CONFIG = {"version", "cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
@@ -1077,7 +1078,6 @@ def sharding_conflicts(config: Config) -> list[tuple[Any, str]]:
     version, expected = settings.get("version", 2), ", ".join(sorted(FSDP_CONFIG))
     refused = {n: v for n, v in settings.items() if n not in FSDP_CONFIG or "SIZE" in str(v).upper()}
     wrong = ", ".join(f"{n} {v}" for n, v in refused.items() if str(v).lower() not in ("", "false", "0", "none"))
-    # fmt: off
     return [
         (re.search(r"8bit|paged|lion|ademamix", optim),
          f"--fsdp: bitsandbytes' --optim {optim} cannot update shards; pass adamw_torch"),
@@ -1086,8 +1086,7 @@ def sharding_conflicts(config: Config) -> list[tuple[Any, str]]:
          "--fsdp_config (for accelerate launch: fsdp_version in its file)"),
         (wrong, f"--fsdp_config: {wrong}: not supported, expected some of {expected}; whole layers are sharded, and "
          "--recompute_layers all recomputes them"),
-    ]
-    # fmt: on
+    ]  # fmt: skip
 
 
 def check_folders(config: Config) -> None:
@@ -1097,6 +1096,7 @@ def check_folders(config: Config) -> None:
     sources += [("dataset", name.strip()) for name in (config.data.dataset, *config.data.dataset.split(","))]
     writes = ("output_dir", "working_dir", "final_output_dir", "merged_output_dir")
     folders = {name: Path(config.flags[name]).expanduser().resolve() for name in writes if config.flags[name]}
+    merged = config.flags["merged_output_dir"]
     for flag, folder in folders.items():
         for name, value in sources:
             source = Path(value or "").expanduser().resolve()
@@ -1104,15 +1104,12 @@ def check_folders(config: Config) -> None:
             if value and source.exists() and folder in (read, *read.parents):
                 raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
     if folders.pop("merged_output_dir", None) in folders.values():
-        raise ConfigError(
-            f"--merged_output_dir {config.flags['merged_output_dir']}: the run's own folder; name another"
-        )
+        raise ConfigError(f"--merged_output_dir {merged}: the run's own folder; name another")
 
 
 def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
     """Flags that others leave without effect, though nothing is wrong: whether that is so, their names, and why."""
     flags = argparse.Namespace(**config.flags)
-    # fmt: off
     return [
         (flags.bits != 4, {"quant_type", "double_quant"}, f"bits is {flags.bits}"),
         (flags.bits >= 16, {"merge_base"}, f"bits is {flags.bits}, so training saw the published base"),
@@ -1132,8 +1129,7 @@ def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
          "lr_scheduler_type constant ignores warm-up; constant_with_warmup honours it"),
         (not flags.push_to_hub, {"hub_model_id", "hub_token", "hub_private_repo", "hub_revision"},
          "nothing is uploaded without --push_to_hub; gated downloads take --use_auth_token"),
-    ]
-    # fmt: on
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------
