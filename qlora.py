@@ -793,7 +793,7 @@ class OldFlag(argparse.Action):
                 value = (*choices, "")[not wanted] if choices else str(wanted)
             if name == "warmup_ratio" and not 0 <= float(value) < 1:  # the Trainer would take it for a number of steps
                 raise ValueError("expected a fraction of the steps, at least 0 and below 1")
-        log.warning("%s: read as --%s %s", written, current, value)
+        log.warning("%s: read as --%s %s", written, current, value if choices else "")  # it may be a token
         if value or not choices:
             parser.parse_args([f"--{current}={value}" if value else f"--{current}"], namespace)
 
