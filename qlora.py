@@ -13,23 +13,23 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             35-172
-     2 Errors             175-241
-     3 Dataset formats    244-555
-     4 Arguments         558-1298
-     5 Loading          1301-1715
-     6 Tokenizer        1718-1811
-     7 Encoding         1814-2434
-     8 Model            2437-2732
-     9 LoRA             2735-2858
-    10 Fast path        2861-3572
-    11 Plan             3575-3851
-    12 Checkpoints      3854-4113
-    13 Processes        4116-4188
-    14 Evaluation       4191-4428
-    15 Trainer          4431-5054
-    16 Stages           5057-5532
-    17 Main             5535-5729
+     1 Imports             35-173
+     2 Errors             176-242
+     3 Dataset formats    245-556
+     4 Arguments         559-1132
+     5 Loading          1135-1549
+     6 Tokenizer        1552-1645
+     7 Encoding         1648-2268
+     8 Model            2271-2566
+     9 LoRA             2569-2692
+    10 Fast path        2695-3406
+    11 Plan             3409-3685
+    12 Checkpoints      3688-3947
+    13 Processes        3950-4022
+    14 Evaluation       4025-4262
+    15 Trainer          4265-4888
+    16 Stages           4891-5366
+    17 Main             5369-5563
 """
 
 # ------------------------------------------------------------------------------------
@@ -145,6 +145,7 @@ from transformers import (
     enable_full_determinism,
     set_seed,
 )
+from transformers.hf_argparser import string_to_bool
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -559,25 +560,23 @@ def infer_format(columns: Iterable[str], where: str, masked: bool = False) -> st
 # 4. Arguments: the command line and a YAML or JSON file -> Config
 #
 # A flag is one field of its group's dataclass: type, default, help and choices come from there. A renamed flag is a row
-# of RENAMED_FLAGS, a removed one a row of REMOVED_FLAGS. A rule between flags is one `if` in the check function of its
-# subject; all of them run before anything heavy. Nothing later edits a Config.
+# of RENAMED_FLAGS, a removed one a row of REMOVED_FLAGS. A rule is a row of VALUE_CHECKS, REQUIRES, MUTUALLY_EXCLUSIVE
+# or `conflicts`; all of them are checked before anything heavy. Nothing later edits a Config.
 # ------------------------------------------------------------------------------------
-def arg(default: Any, text: str) -> Any:
-    """A dataclass field with its help text, in which %% stands for a percent sign."""
-    return field(default=default, metadata={"help": text})
+def arg(default: Any, text: str, **options: str) -> Any:
+    """A dataclass field with its help text, in which %% stands for a percent sign, and argparse's options."""
+    return field(default=default, metadata={"help": text, **options})
 
 
 # fmt: off
 @dataclass
 class ModelArguments:
     """Model and tokenizer."""
-
     model_name_or_path: str = arg("EleutherAI/pythia-12b", "Base model: hub id, folder or .gguf file.")
     trust_remote_code: bool = arg(False, "Run Python code that ships with the model or the tokenizer.")
     use_auth_token: bool = arg(False, "Use this machine's hub login, for gated models.")
     adapter_name_or_path: str | None = arg(None, "Adapter to start from, with a fresh optimizer. To resume, rerun.")
     attn_implementation: str | None = arg(None, "Attention implementation: sdpa, eager, flash_attention_2, ...")
-    use_fast_tokenizer: bool = arg(True, "No effect: every tokenizer is a fast one. Kept for old command lines.")
     pad_token: str | None = arg(None, "Padding token, from the vocabulary.")
     eos_token: str | None = arg(None, "End-of-sequence token, from the vocabulary.")
     bos_token: str | None = arg(None, "Beginning-of-sequence token, from the vocabulary.")
@@ -592,7 +591,6 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     """Data: which rows to read, and how to encode them."""
-
     dataset: str = arg("alpaca", "Preset, file, folder or hub id; several, separated by commas, are concatenated.")
     dataset_format: str | None = arg(None, "Format, or path.py:function; default: the preset's, else by columns.")
     expand_conversations: bool = arg(False, "airoboros_chat: one row per assistant turn instead of the last only.")
@@ -619,7 +617,6 @@ class DataArguments:
 @dataclass
 class QuantisationArguments:
     """Quantisation of the frozen weights."""
-
     bits: Literal[4, 8, 16, 32] = arg(4, "Bits per base weight.")
     quant_type: Literal["nf4", "fp4"] = arg("nf4", "4-bit data type.")
     double_quant: bool = arg(True, "Quantise the quantisation constants too; saves 0.37 bits per parameter.")
@@ -630,7 +627,6 @@ class QuantisationArguments:
 @dataclass
 class LoraArguments:
     """LoRA."""
-
     lora_r: int = arg(64, "Rank of the adapters.")
     lora_alpha: float = arg(16, "Adapters are scaled by lora_alpha / lora_r.")
     lora_dropout: float = arg(0.0, "Dropout probability on the adapters' input.")
@@ -648,41 +644,23 @@ class LoraArguments:
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
     """Training: new flags, and flags whose default differs from the Trainer's."""
-
-    report_to: str | None = arg("none", "Trackers: none, all, or some of tensorboard, wandb, trackio, ...")
     output_dir: str = arg("./output", "Folder for adapter, checkpoints, metrics and predictions.")
-    optim: str = arg("paged_adamw_32bit", "Optimizer, by the Trainer's names.")
-    per_device_train_batch_size: int = arg(1, "Rows per micro-batch on each GPU.")
-    gradient_accumulation_steps: int = arg(16, "Micro-batches per optimizer step.")
-    max_steps: int = arg(10000, "Optimizer steps. With -1, or when only num_train_epochs is passed, train by epochs.")
-    weight_decay: float = arg(0.0, "AdamW's weight decay.")
-    learning_rate: float = arg(2e-4, "Peak learning rate.")
-    remove_unused_columns: bool = arg(False, "Drop columns that the model does not name.")
-    max_grad_norm: float = arg(0.3, "Clip the gradient to this norm.")
+    report_to: str = arg("none", "Trackers: none, all, or some of tensorboard, wandb, trackio, ...", nargs="+")
+    debug: str = arg("", "Alone: show tracebacks of errors. Else the Trainer's: underflow_overflow.", nargs="*")
     gradient_checkpointing: bool = arg(True, "Recompute activations in the backward pass when memory requires it.")
     recompute_layers: str = arg("auto", "Layers to recompute: auto (as memory requires), all, none or a number.")
     auto_batch: bool | None = arg(None, "Regroup a step's rows into the largest micro-batches; default: on a GPU.")
-    fast_path: bool = arg(True, "Use fused LoRA functions, padding-free batches, the chunked head and liger-kernel "
-                                "where the model allows it.")
+    fast_path: bool = arg(True, "Fused LoRA, padding-free batches, chunked head, liger-kernel where they fit.")
     offload_activations: bool = arg(False, "Keep the inputs of recomputed layers in CPU memory.")
     plan: bool = arg(False, "Print the memory that the run needs, in GiB by part, and exit.")
     plan_gpu: str | None = arg(None, "Memory of the GPU to plan for, such as 24GiB; default: that of the GPU here.")
-    do_train: bool = arg(True, "Train.")
-    lr_scheduler_type: str = arg("constant", "Learning-rate schedule. constant ignores warm-up.")
-    warmup_steps: float = arg(0.03, "Warm-up steps, or a fraction of all steps below 1.")
-    logging_steps: float = arg(10, "Steps between log lines, or a fraction of all steps below 1.")
-    train_sampling_strategy: str = arg("group_by_length", "Order of rows: group_by_length, random or sequential.")
-    save_strategy: str = arg("steps", "When to save: no, steps, epoch or best.")
-    save_steps: float = arg(250, "Steps between checkpoints, or a fraction of all steps below 1.")
-    save_total_limit: int | None = arg(40, "Checkpoints to keep.")
+    train_sampling_strategy: Literal["group_by_length", "random", "sequential"] = arg("group_by_length", "Row order.")
     overwrite_output_dir: bool = arg(False, "Start over in an output_dir that holds a run; removes its checkpoints.")
     working_dir: str | None = arg(None, "Folder for everything but the final weights, their tokenizer and card.")
     final_output_dir: str | None = arg(None, "Folder for the final weights; default: output_dir.")
     merged_output_dir: str | None = arg(None, "Folder for the base with the adapter merged into it, in 16 bit.")
     merge_base: Literal["original", "dequantized"] = arg("original", "Merge into the published or the quantised base.")
     max_shard_size: str = arg("5GB", "Largest file of a merged or fully fine-tuned model.")
-    adam8bit: bool = arg(False, "Same as --optim paged_adamw_8bit.")
-    show_traceback: bool = arg(False, "Show tracebacks of errors; --debug without a value does the same.")
 
     @property
     def device(self) -> torch.device:
@@ -691,10 +669,16 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         return torch.device("cpu") if device.type == "cpu" else device
 
 
+TRAINER_DEFAULTS: dict[str, Any] = {  # of the Trainer's own flags, where they differ from its defaults
+    "optim": "paged_adamw_32bit", "learning_rate": 2e-4, "lr_scheduler_type": "constant", "max_grad_norm": 0.3,
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "max_steps": 10000, "warmup_steps": 0.03,
+    "do_train": True, "logging_steps": 10, "save_steps": 250, "save_total_limit": 40, "remove_unused_columns": False,
+}
+
+
 @dataclass
 class MMLUArguments:
     """MMLU: multiple-choice questions at each evaluation."""
-
     do_mmlu_eval: bool = arg(False, "Answer MMLU questions at each evaluation.")
     mmlu_split: Literal["eval", "test"] = arg("eval", "Split of the questions.")
     mmlu_dataset: Literal["mmlu-zs", "mmlu-fs", "mmlu"] = arg("mmlu-fs", "Zero-shot or five-shot (mmlu-fs, mmlu).")
@@ -706,18 +690,14 @@ class MMLUArguments:
 @dataclass
 class GenerationArguments:
     """Generation of predictions; only the flags that are passed reach the model's generate."""
-
     max_new_tokens: int = arg(256, "Longest prediction, in tokens.")
     min_new_tokens: int | None = arg(None, "Shortest prediction, in tokens.")
     do_sample: bool = arg(False, "Sample instead of taking the likeliest token.")
     num_beams: int = arg(1, "Number of beams in beam search.")
-    num_beam_groups: int = arg(1, "Number of beam groups.")
-    penalty_alpha: float | None = arg(None, "Degeneration penalty of contrastive search.")
     temperature: float = arg(1.0, "Sampling temperature.")
     top_k: int = arg(50, "Sample from the k likeliest tokens.")
     top_p: float = arg(1.0, "Sample from the likeliest tokens with this total probability.")
     typical_p: float = arg(1.0, "Sample from the most typical tokens with this total probability.")
-    diversity_penalty: float = arg(0.0, "Penalty for a token that another beam group chose.")
     repetition_penalty: float = arg(1.0, "Penalty for tokens that already occurred, above 1.")
     length_penalty: float = arg(1.0, "Exponent of the length in beam scores.")
     no_repeat_ngram_size: int = arg(0, "Never repeat an n-gram of this many tokens.")
@@ -747,211 +727,158 @@ class Config:
 
 ARGUMENT_GROUPS: tuple[Any, ...] = tuple(get_type_hints(Config)[f.name] for f in dataclasses.fields(Config))[:-3]
 
-
-class CliArg(NamedTuple):
-    """One flag as the user wrote it, on the command line or in a file."""
-
-    name: str  # with underscores, without dashes
-    value: str | None  # several are joined by commas
-    where: str  # what an error message calls it
-
-
-HUB_TOKEN = re.compile(r"\bhf_\w{8,}")  # some users pass one to --use_auth_token
-
-# Current name; for some booleans also the values that True and False stand for, "" being the default.
-RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
-    "evaluation_strategy": ("eval_strategy",),
-    "warmup_ratio": ("warmup_steps",),
-    "group_by_length": ("train_sampling_strategy", "group_by_length", "random"),
-    "mlm_probability": ("mask_prob",),
-    "no_cuda": ("use_cpu",),
-    "use_auth": ("use_auth_token",),
-    "push_to_hub_token": ("hub_token",),
-    "use_flash_attention_2": ("attn_implementation", "flash_attention_2", ""),
-    "adafactor": ("optim", "adafactor", ""),
-    "per_gpu_train_batch_size": ("per_device_train_batch_size",),
-    "per_gpu_eval_batch_size": ("per_device_eval_batch_size",),
-    "torchdynamo": ("torch_compile_backend",),
-}
+# Current name; for some booleans also the values that True and, if that is not the default, False stand for.
+RENAMED_FLAGS: dict[str, str] = {
+    "evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "mlm_probability": "mask_prob",
+    "no_cuda": "use_cpu", "use_auth": "use_auth_token", "push_to_hub_token": "hub_token",
+    "per_gpu_train_batch_size": "per_device_train_batch_size", "torchdynamo": "torch_compile_backend",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size", "activation_checkpointing": "gradient_checkpointing",
+    "group_by_length": "train_sampling_strategy group_by_length random", "adafactor": "optim adafactor",
+    "use_flash_attention_2": "attn_implementation flash_attention_2", "adam8bit": "optim paged_adamw_8bit",
+}  # fmt: skip
 # Accepted without effect, and why.
 IGNORED_FLAGS: dict[str, str] = {name: why for names, why in (
     ("save_safetensors", "weights are always saved as safetensors"),
+    ("use_fast_tokenizer", "every tokenizer is a fast one"),
     ("sortish_sampler", "use --train_sampling_strategy"),
     ("sharded_ddp", "use --fsdp"),
-    ("length_column_name", "lengths are always counted, in tokens"),
     ("auto_find_batch_size", "use --auto_batch, which keeps the effective batch"),
-    ("enable_jit_checkpoint", "a signal always saves a checkpoint"),
-    ("logging_nan_inf_filter", "a loss that is not finite ends the run"),
-    ("ddp_broadcast_buffers", "buffers are the same on every rank"),
     ("use_liger_kernel liger_kernel_config", "use --fast_path"),
-    ("torch_empty_cache_steps label_names include_for_metrics batch_eval_metrics prediction_loss_only "
-     "eval_do_concat_batches eval_use_gather_object include_num_input_tokens_seen",
-     "qlora.py has its own training step and evaluation"),
+    ("hub_strategy hub_always_push", "only the final weights are uploaded"),
+    ("enable_jit_checkpoint logging_nan_inf_filter ddp_broadcast_buffers length_column_name label_names "
+     "torch_empty_cache_steps include_for_metrics batch_eval_metrics prediction_loss_only eval_do_concat_batches "
+     "eval_use_gather_object include_num_input_tokens_seen gradient_checkpointing_kwargs "
+     "activation_checkpointing_kwargs", "qlora.py has its own training step and evaluation"),
     ("use_mps_device half_precision_backend fp16_backend use_ipex jit_mode_eval past_index ray_scope tpu_num_cores "
      "fp16_opt_level xpu_backend include_inputs_for_metrics include_tokens_per_second dispatch_batches split_batches "
      "fsdp_min_num_params push_to_hub_model_id push_to_hub_organization", "the Trainer no longer has it"),
 ) for name in names.split()}  # fmt: skip
-OLD_FLAGS = RENAMED_FLAGS.keys() | IGNORED_FLAGS.keys()
 # An error each, which says what to do instead.
-REMOVED_FLAGS: dict[str, str] = {
-    **dict.fromkeys(("fused_lora", "padding_free", "chunked_head", "liger"), "use --fast_path, on or off as a whole"),
-    "cuda_graphs": "leave it out; --auto_batch makes micro-batches large enough to keep the GPU busy",
-    "unpacked_layers": "leave it out; free memory decides which weights stay unpacked",
-    "allow_pickle_weights": "leave it out; .bin weights are always read, but only tensors from them",
-}
+REMOVED_FLAGS: dict[str, str] = {name: instead for names, instead in (
+    ("fused_lora padding_free chunked_head liger", "use --fast_path, on or off as a whole"),
+    ("cuda_graphs", "leave it out; --auto_batch makes micro-batches large enough to keep the GPU busy"),
+    ("unpacked_layers", "leave it out; free memory decides which weights stay unpacked"),
+    ("allow_pickle_weights", "leave it out; .bin weights are always read, but only tensors from them"),
+    ("num_beam_groups diversity_penalty penalty_alpha", "leave it out; transformers no longer supports it"),
+    ("show_traceback", "use --debug"),
+) for name in names.split()}  # fmt: skip
+OLD_FLAGS = {"logging_dir", *RENAMED_FLAGS, *IGNORED_FLAGS, *REMOVED_FLAGS}
+# Flags that repeating a run does not take over: its folders, what deletes or publishes, what depends on the machine.
+NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
+    "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token"})  # fmt: skip
+REPEATED_FLAGS = {f.name for group in ARGUMENT_GROUPS for f in dataclasses.fields(group)} - OLD_FLAGS - NOT_REPEATED
+HUB_TOKEN = re.compile(r"\bhf_\w{8,}")  # some users pass one to --use_auth_token
+
+
+class OldFlag(argparse.Action):
+    """A flag of the tables above: it sets its current one, has no effect, or is an error."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        """Say so, and set the current flag."""
+        name, value, written = self.dest, ",".join(values), str(option)
+        if name in REMOVED_FLAGS:
+            raise ConfigError(f"{written}: this flag no longer exists: {REMOVED_FLAGS[name]}")
+        if name in IGNORED_FLAGS:
+            log.warning("%s: accepted, without effect: %s", written, IGNORED_FLAGS[name])
+            return
+        if name == "logging_dir":
+            os.environ["TENSORBOARD_LOGGING_DIR"] = value
+            log.warning("%s: old name, set as TENSORBOARD_LOGGING_DIR", written)
+            return
+        current, *choices = RENAMED_FLAGS[name].split()
+        negated = not written.replace("-", "_").endswith(f"__{name}")
+        with reraise_as_user_error(f"{written} {value}", ConfigError, argparse.ArgumentTypeError):
+            if negated or choices:
+                wanted = string_to_bool(value or "True") != negated
+                value = (*choices, "")[not wanted] if choices else str(wanted)
+            if name == "warmup_ratio" and not 0 <= float(value) < 1:  # the Trainer would take it for a number of steps
+                raise ValueError("expected a fraction of the steps, at least 0 and below 1")
+        log.warning("%s: read as --%s %s", written, current, value if choices else "")  # it may be a token
+        if value or not choices:
+            parser.parse_args([f"--{current}={value}" if value else f"--{current}"], namespace)
 
 
 class Parser(HfArgumentParser):
-    """HfArgumentParser that lists the Trainer's own flags separately and raises ConfigErrors."""
+    """HfArgumentParser that knows old flags, lists the Trainer's own ones separately and raises ConfigErrors."""
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        """One group for the fields that a class declares, one for those it inherits."""
-        declared: Any = self.add_argument_group(dtype.__doc__.rstrip("."))
-        inherited: Any = self.add_argument_group("The Trainer's other flags, with its own defaults")
+        """One group for the flags of this file, one for those that are as in the Trainer."""
+        ours: Any = self.add_argument_group(dtype.__doc__.rstrip("."))
+        trainers: Any = self.add_argument_group("The Trainer's other flags, with its own defaults")
         hints = get_type_hints(dtype)
         for argument in dataclasses.fields(dtype):
-            if argument.init and argument.name not in OLD_FLAGS:
-                argument.type = hints[argument.name]
-                group = declared if argument.name in dtype.__annotations__ else inherited
-                self._parse_dataclass_field(group, argument)
+            name, hint = argument.name, hints[argument.name]
+            if argument.init and name not in OLD_FLAGS:
+                argument.type = bool if hint == bool | None else hint  # else the flag alone would be an error
+                own = name in dtype.__annotations__ or name in TRAINER_DEFAULTS
+                self._parse_dataclass_field(ours if own else trainers, argument)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
-        raise ConfigError(message.replace("argument ", ""))
+        raise ConfigError(re.sub(r"^argument |/--[\w-]+(?=:)", "", message))
 
-    def set_recorded_defaults(self, flags: Mapping[str, Any], path: str) -> None:
-        """Make the flags of a run.json the defaults; argparse itself does not check defaults against choices."""
-        for action in self._actions:
-            value, default, choices = flags.get(action.dest), action.default, action.choices
-            not_a_number = isinstance(default, (int, float)) and not isinstance(value, (int, float, str))
-            if action.dest in flags and value != default and (value not in choices if choices else not_a_number):
-                expected = f"one of {', '.join(map(str, choices))}" if choices else f"such as {default}"
-                raise ConfigError(f"{path}: {action.dest} is {value!r}, expected {expected}")
-        self.set_defaults(**flags)
+    def passed_flags(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The flags that these words set, and no others."""
+        words, unset = list(argv), object()
+        for number, word in enumerate(words):
+            if dash := re.match("[–—]+(?=[A-Za-z])", word):
+                words[number] = f"--{word[dash.end() :]}"
+                log.warning("%s: read as %s (its dash is not a hyphen)", word, words[number])
+        namespace = argparse.Namespace(**dict.fromkeys((action.dest for action in self._actions), unset))
+        _, unknown = self.parse_known_args(words, namespace)
+        if unknown and not unknown[0].startswith("--"):
+            raise ConfigError(f"{unknown[0]}: expected a flag, which begins with --, or a .yaml or .json file first")
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            options = [option for option in self._option_string_actions if "-" not in option[2:]]
+            matches = difflib.get_close_matches(f"--{name[2:].replace('-', '_')}", options, n=5)
+            nearest = max(matches, key=lambda match: len(os.path.commonprefix([match, name])), default="")  # noqa: RUF071
+            raise ConfigError(f"{name}: unknown flag, {f'did you mean {nearest}?' if nearest else 'see --help'}")
+        return {name: value for name, value in vars(namespace).items() if value is not unset}
 
 
-def read_config_file(path: Path) -> list[CliArg]:
-    """The flags of a YAML or JSON file: a mapping of names to values."""
+def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
+    """The flags of a YAML or JSON file as words; of the run.json of a run to repeat, also the whole content."""
     with reraise_as_user_error(str(path)):
         text = path.read_text(encoding="utf-8")
-        content, literals = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)  # JSON is YAML
+        if path.suffix.lower() == ".json":
+            content = literals = json.loads(text)
+        else:  # also the values as they are written: YAML reads `no` as False and 1_0 as 10
+            content, literals = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected flags as `name: value` lines, found {type(content).__name__}")
-    cli_args = []
-    for (name, value), literal in zip(content.items(), literals.values(), strict=True):
-        if value is not None:  # the text as it is written: YAML reads `no` as False and 1_0 as 10
-            literal = json.dumps(value) if isinstance(value, dict) else literal
-            literal = ",".join(map(str, literal)) if isinstance(literal, list) else literal
-            cli_args.append(CliArg(str(name).replace("-", "_"), literal, f"{path}: {name}"))
-    return cli_args
-
-
-# Flags that repeating a run does not take over: its folders, what deletes or publishes, what depends on the machine.
-NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
-    "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "show_traceback"})  # fmt: skip
-
-
-def read_run_record(argv: Sequence[str]) -> dict[str, Any]:
-    """The run.json that comes first on a command line, if any, without the flags that no longer exist."""
-    with contextlib.suppress(IndexError, OSError, ValueError):  # read_config_file reports what is wrong with a file
-        record = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
-        parts = ("flags", "derived", "versions", "data", "device")
-        if isinstance(record, dict) and all(isinstance(record.get(part), dict) for part in parts):
-            removed = [name for name in record["flags"] if name in REMOVED_FLAGS]
-            if removed:
-                log.warning("%s: flags that no longer exist are left out: %s", argv[0], ", ".join(removed))
-            return record | {"flags": {k: v for k, v in record["flags"].items() if k not in REMOVED_FLAGS}}
-    return {}
-
-
-def split_argv(argv: Sequence[str]) -> list[CliArg]:
-    """The flags of the command line with their values, preceded by those of a config file that comes first."""
-    cli_args: list[CliArg] = []
-    if argv and Path(argv[0]).suffix.lower() in (".yaml", ".yml", ".json"):
-        cli_args = read_config_file(Path(argv[0]))
-        argv = argv[1:]
-    from_file = len(cli_args)
-    for token in argv:
-        dashes = re.match(r"(--|[–—]+)(?=[A-Za-z])", token)
-        if dashes:
-            name, equals, value = token[dashes.end() :].partition("=")
-            if dashes.group() != "--":
-                log.warning("%s: read as --%s (its dash is not a hyphen)", token, name)
-            cli_args.append(CliArg(name.replace("-", "_"), value if equals else None, f"--{name}"))
-        elif len(cli_args) > from_file:
-            previous = cli_args[-1].value
-            cli_args[-1] = cli_args[-1]._replace(value=token if previous is None else f"{previous},{token}")
-        else:
-            raise ConfigError(f"{token}: expected a flag, which begins with --, or a .yaml or .json file first")
-    return cli_args
-
-
-def parse_bool(cli_arg: CliArg) -> bool:
-    """The value of a boolean flag; True if it has none."""
-    value = BOOLEANS.get((cli_arg.value or "").lower())
-    if value is None:
-        raise ConfigError(f"{cli_arg.where} {cli_arg.value}: expected True or False")
-    return value
-
-
-def to_current_name(cli_arg: CliArg, known: set[str]) -> CliArg | None:
-    """The flag under its current name, with a warning if that changed; None if it has no effect."""
-    positive = cli_arg.name.removeprefix("no_")  # argparse itself knows --no_flag only for what defaults to True
-    if positive != cli_arg.name and ({cli_arg.name, positive} <= known or positive in OLD_FLAGS):
-        cli_arg = cli_arg._replace(name=positive, value=str(not parse_bool(cli_arg)))
-    name, value, where = cli_arg
-    if positive in REMOVED_FLAGS:
-        raise ConfigError(f"{where}: this flag no longer exists: {REMOVED_FLAGS[positive]}")
-    if name == "logging_dir":
-        os.environ["TENSORBOARD_LOGGING_DIR"] = value or ""
-        log.warning("%s: old name, set as TENSORBOARD_LOGGING_DIR", where)
-        return None
-    if name == "debug" and value is None:  # with a value it is the Trainer's flag of that name
-        return cli_arg._replace(name="show_traceback")
-    if name in IGNORED_FLAGS:
-        log.warning("%s: accepted, without effect: %s", where, IGNORED_FLAGS[name])
-        return None
-    if name in RENAMED_FLAGS:
-        return renamed(cli_arg)
-    if name not in known:
-        matches = difflib.get_close_matches(name, sorted(known | OLD_FLAGS), n=5, cutoff=0.5)
-        nearest = max(matches, key=lambda match: len(os.path.commonprefix([match, name])), default=None)  # noqa: RUF071
-        raise ConfigError(f"{where}: unknown flag, {f'did you mean --{nearest}?' if nearest else 'see --help'}")
-    return cli_arg
-
-
-def renamed(cli_arg: CliArg) -> CliArg | None:
-    """A flag of RENAMED_FLAGS as its current one; None if it asks for the default."""
-    name, *values = RENAMED_FLAGS[cli_arg.name]
-    value = values[not parse_bool(cli_arg)] if values else cli_arg.value
-    if name == "warmup_steps":  # from 1 on, the Trainer would take a ratio for a number of steps
-        with contextlib.suppress(ValueError):  # the parser reports what is not a number
-            if not 0 <= float(value or "") < 1:
-                raise ConfigError(f"{cli_arg.where} {value}: expected a fraction of the steps, at least 0 and below 1")
-    log.warning("%s: old name, read as --%s %s", cli_arg.where, name, value if values else "")
-    return None if values and not value else CliArg(name, value, cli_arg.where)
+    record = content if isinstance(content.get("flags"), dict) else {}
+    if record:
+        content = literals = {n: v for n, v in record["flags"].items() if n in REPEATED_FLAGS and v not in ("", [])}
+    words = []
+    for (name, literal), value in zip(literals.items(), content.values(), strict=True):
+        literal = json.dumps(value) if isinstance(value, dict) else literal
+        text = ",".join(map(str, literal)) if isinstance(literal, list) else str(literal)
+        alone = value is True and name.startswith(("no_", "no-"))  # such a flag takes no value
+        words += [] if value is None else [f"--{name}" if alone else f"--{name}={text}"]
+    return words, record
 
 
 def parse_config(argv: Sequence[str]) -> Config:
     """The command line -> a checked Config. A ConfigError names the flag that is unknown, wrong or in conflict."""
     epilog = "A YAML or JSON file with flags may come first: python qlora.py run.yaml --learning_rate 1e-4"
     parser = Parser(ARGUMENT_GROUPS, prog="qlora.py", allow_abbrev=False, epilog=epilog)
-    if {"-h", "--help"} & set(argv):
-        parser.parse_args(["--help"])  # exits
-    known = {option[2:].replace("-", "_") for option in parser._option_string_actions if option.startswith("--")}
-    record = read_run_record(argv)
-    repeated = {name: value for name, value in record.get("flags", {}).items() if name in known - NOT_REPEATED}
-    parser.set_recorded_defaults(repeated, argv[0] if argv else "")
-    written = split_argv(argv[1:] if record else argv)
-    cli_args = [current for cli_arg in written if (current := to_current_name(cli_arg, known))]
-    words = [f"--{name}" + ("" if value is None else f"={value}") for name, value, _ in cli_args]
-    flags = vars(parser.parse_args(words))
-    explicitly_set = frozenset(cli_arg.name for cli_arg in cli_args)
-    if record and "output_dir" not in explicitly_set:
-        raise ConfigError(f"{argv[0]}: to repeat this run, pass another folder as --output_dir")
-    if {"--warmup_ratio", "--warmup_steps"} <= {cli_arg.where for cli_arg in cli_args}:
-        raise ConfigError("--warmup_ratio and --warmup_steps: pass only one of them")
-    explicitly_set |= repeated.keys() & set(record.get("derived", {}).get("given", ()))
+    parser.set_defaults(**TRAINER_DEFAULTS)
+    for name in OLD_FLAGS:
+        options = [f"--{name}", f"--no_{name}"]
+        options += {option.replace("_", "-") for option in options}.difference(options)
+        hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument(*options, dest=name, action=OldFlag, nargs="*", **hidden)
+    path = argv[0] if argv and argv[0].lower().endswith((".yaml", ".yml", ".json")) else ""
+    words, record = read_config_file(Path(path)) if path else ([], {})
+    with reraise_as_user_error(path, ConfigError, ConfigError):
+        from_file = parser.passed_flags(words)
+    passed = parser.passed_flags(argv[bool(path) :])
+    given = from_file.keys() & record.get("derived", {}).get("given", ()) if record else from_file.keys()
+    explicitly_set = frozenset(passed.keys() | given)
+    if record and "output_dir" not in passed:
+        raise ConfigError(f"{path}: to repeat this run, pass another folder as --output_dir")
+    flags = vars(parser.parse_args([])) | from_file | passed
     flags |= resolve_defaults(flags, explicitly_set)
     check_launcher(flags)
     with reraise_as_user_error("flags"):  # the Trainer writes to its output_dir; final_folder is ours
@@ -969,9 +896,9 @@ def uses_fsdp(flag: Any) -> bool:
 
 
 def resolve_defaults(flags: Mapping[str, Any], explicitly_set: frozenset[str]) -> dict[str, Any]:
-    """Defaults that depend on other flags, on `accelerate launch` or on the machine."""
+    """Values that depend on other flags, on `accelerate launch` or on the machine."""
     fsdp, gpu, environment = uses_fsdp(flags["fsdp"]), torch.cuda.is_available(), os.environ
-    deepspeed, kwargs = environment.get("ACCELERATE_USE_DEEPSPEED") == "true", flags["gradient_checkpointing_kwargs"]
+    deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED") == "true"
     defaults = (
         ("max_steps", "num_train_epochs" in explicitly_set, -1),
         ("deepspeed", deepspeed, environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")),
@@ -981,19 +908,10 @@ def resolve_defaults(flags: Mapping[str, Any], explicitly_set: frozenset[str]) -
         ("project", "TRACKIO_PROJECT" in environment, environment.get("TRACKIO_PROJECT")),  # wandb reads its own
     )
     derived: dict[str, Any] = {name: v for name, applies, v in defaults if applies and name not in explicitly_set}
-    if flags["eval_strategy"] != "no":
-        derived["do_eval"] = True
-    if flags["adam8bit"]:
-        derived["optim"] = "paged_adamw_8bit"
-    if "," in flags["report_to"]:
-        derived["report_to"] = [name.strip() for name in flags["report_to"].split(",")]
-    if not gpu:
-        derived["use_cpu"] = True
-    derived["gradient_checkpointing_kwargs"] = {"use_reentrant": False} if kwargs is None else kwargs
-    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        new = old.replace("gradient", "activation")  # transformers 5.23 deprecates the old name, 5.17 has only that
-        if new in flags:
-            derived[old] = derived[new] = flags[new] if new in explicitly_set else derived.get(old, flags[old])
+    derived |= {"use_cpu": flags["use_cpu"] or not gpu, "do_eval": flags["do_eval"] or flags["eval_strategy"] != "no"}
+    if isinstance(flags["report_to"], list):
+        names = [name.strip() for words in flags["report_to"] for name in words.split(",")]
+        derived["report_to"] = names if len(names) > 1 else names[0]
     return derived
 
 
@@ -1009,41 +927,33 @@ def hub_options(config: Config) -> dict[str, Any]:
 
 def rope_parameters(text: str | None) -> dict[str, Any] | None:
     """--rope_scaling as a dictionary; the key `type` of old configs is now `rope_type`."""
-    with reraise_as_user_error("--rope_scaling: not JSON"):
-        value = None if text is None else json.loads(text)
-    if not isinstance(value, dict | None):
-        raise ConfigError(f'--rope_scaling {text}: expected an object such as {{"rope_type": "linear", "factor": 2.0}}')
-    return value and {("rope_type" if key == "type" else key): item for key, item in value.items()}
-
-
-# Supported initialisations, and why some of them need weights that are not quantised.
-LORA_INITS = {
-    "true|false|gaussian": "",
-    "orthogonal": "peft draws it in the data type of the weights",
-    r"pissa(_niter_\d+)?|olora": "rounding the changed weights again would fit the adapter to another base",
-}
-UNSUPPORTED_LORA_INITS = {
-    "eva": "it needs batches through the base first",
-    "loftq": "it corrects the rounding of 4-bit weights and would be wrong on the published base",
-    "corda": "it needs statistics from batches through the full-precision base first",
-    "lora_ga": "it needs gradients of the full-precision base first",
-}
+    example = '{"rope_type": "linear", "factor": 2.0}'
+    with reraise_as_user_error(f"--rope_scaling {text}: expected JSON such as {example}"):
+        return {"rope_type" if k == "type" else k: value for k, value in json.loads(text).items()} if text else None
 
 
 def lora_init_problem(name: str, quantised: bool) -> str | None:
     """Why adapters cannot be initialised this way, or None."""
-    reason = next((why for pattern, why in LORA_INITS.items() if re.fullmatch(pattern, name.lower())), None)
-    if reason is None:
-        return UNSUPPORTED_LORA_INITS.get(name.lower(), f"expected one of {', '.join(LORA_INITS)}")
-    return f"needs --bits 16 or 32: {reason}" if reason and quantised else None
+    name = name.lower()
+    if name in ("eva", "corda", "lora_ga"):
+        return "it needs batches through the base first"
+    if name == "loftq":
+        return "it corrects the rounding of 4-bit weights and would be wrong on the published base"
+    if re.fullmatch(r"orthogonal|olora|pissa(_niter_\d+)?", name):
+        return "needs --bits 16 or 32: peft computes it from weights that are not quantised" if quantised else None
+    if name in ("true", "false", "gaussian"):
+        return None
+    return "expected True, False, gaussian, orthogonal, olora, pissa or pissa_niter_N"
 
 
-SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "typical_p")  # transformers refuses them without do_sample
-GENERATION_FLAGS = ("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config",
-    *(f.name for f in dataclasses.fields(GenerationArguments)))  # fmt: skip
-CAUSAL_ONLY_FLAGS = {"target_max_len", "train_on_source", "chat_template", "do_mmlu_eval", *GENERATION_FLAGS}
-LORA_FLAGS = frozenset(f.name for f in dataclasses.fields(LoraArguments))
-URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+SAMPLING_FLAGS = {"temperature", "top_p", "top_k", "typical_p"}  # transformers refuses them without do_sample
+GENERATION_FLAGS = {f.name for f in dataclasses.fields(GenerationArguments)}
+GENERATION_FLAGS |= {"predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config"}
+CAUSAL_ONLY_FLAGS = GENERATION_FLAGS | {"target_max_len", "train_on_source", "padding_side", "chat_template"}
+CAUSAL_ONLY_FLAGS |= {"do_mmlu_eval"}
+MASKING_FLAGS = {"mask_prob", "mask_replace_prob", "random_replace_prob"}
+MMLU_FLAGS = {f.name for f in dataclasses.fields(MMLUArguments)} - {"do_mmlu_eval"}
+LORA_FLAGS = {f.name for f in dataclasses.fields(LoraArguments)}
 
 # Flags, the values expected of each, and whether a value is one of them.
 VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
@@ -1059,243 +969,167 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("seed", "0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     ("eval_dataset_size", "a number of rows, or a fraction below 1", lambda x: 0 < x < 1 or (x > 0 and x % 1 == 0)),
     ("max_steps", "a number of steps, or -1 with --num_train_epochs", lambda x: x != 0),
-    ("num_beam_groups", "1, transformers no longer supports beam groups", lambda x: x == 1),
-    ("diversity_penalty penalty_alpha", "0, transformers no longer supports it", lambda x: x == 0),
     ("recompute_layers", "auto, all, none or a number", re.compile(r"auto|all|none|\d+").fullmatch),
     ("plan_gpu", "a size such as 24GiB", re.compile(r"(?i)[1-9]\d*(\.\d+)? *(GiB|GB|G)?").fullmatch),
     ("max_shard_size", "a whole number and KB, MB, GB or TB, as in 5GB", re.compile(r"[1-9]\d*[KMGT]B").fullmatch),
-    ("train_sampling_strategy", "group_by_length, random or sequential",
-     re.compile("group_by_length|random|sequential").fullmatch),
-    ("resume_from_checkpoint", "a checkpoint; a rerun resumes by itself, and --overwrite_output_dir starts over",
-     lambda x: x.lower() != "false"),
-    ("include_sources", "a comma-separated list, or ALL", lambda x: x.strip(" ,")),
-    ("dataset", "a preset, a file, a folder or a hub id", lambda x: x.strip(" ,")),
     ("dataset", f"one of {', '.join(DATASETS)}, or data of your own; vicuna was never released",
-     lambda x: "vicuna" not in x.replace(" ", "").split(",")),
+     lambda x: x.strip(" ,") and "vicuna" not in x.replace(" ", "").split(",")),
     ("dataset_format", f"one of {', '.join(FORMATS)}, or path.py:function with a file that exists",
      lambda x: x in FORMATS or ((custom := CUSTOM_FORMAT.fullmatch(x)) and Path(custom[1]).is_file())),
 )  # fmt: skip
 # The first flag has no meaning without the second.
 REQUIRES = (
     ("merge_base", "merged_output_dir"), ("skip_excess_length", "model_max_len"), ("stream_buffer", "streaming"),
-    ("plan_gpu", "plan"), ("do_mmlu_eval", "do_eval"),
+    ("plan_gpu", "plan"), ("do_mmlu_eval", "do_eval"), ("offload_activations", "gradient_checkpointing"),
+    ("recompute_layers", "gradient_checkpointing"),
 )  # fmt: skip
 MUTUALLY_EXCLUSIVE = (
     ("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
-    ("model_max_len", "source_max_len"), ("model_max_len", "target_max_len"), ("adam8bit", "optim"),
+    ("model_max_len", "source_max_len"), ("model_max_len", "target_max_len"),
     ("layers_to_freeze", "layer_freeze_ratio"), ("overwrite_output_dir", "resume_from_checkpoint"),
-    ("streaming", "packing"),
+    ("streaming", "packing"), ("streaming", "dataloader_num_workers"), ("streaming", "train_sampling_strategy"),
 )  # fmt: skip
 
 
 def check_launcher(flags: Mapping[str, Any]) -> None:
     """Rules on accelerate launch and DeepSpeed, which the Trainer's arguments act on as soon as they are built."""
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision, deepspeed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), flags["deepspeed"]
     if precision != "no" and not flags.get(precision):
-        raise ConfigError(
-            f"mixed_precision {precision} of accelerate launch: pass --bf16 or --fp16 too, or set it to no"
-        )
-    if flags["deepspeed"] == "":
+        raise ConfigError(f"mixed_precision {precision} of accelerate launch: set it to no, or pass --bf16 or --fp16")
+    if deepspeed == "":
         raise ConfigError("--deepspeed: name a file, here or as deepspeed_config_file of accelerate launch")
-    if flags["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
+    if deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed")
-    if flags["deepspeed"] and not flags["plan"] and "LOCAL_RANK" not in os.environ:
+    if deepspeed and not flags["plan"] and "LOCAL_RANK" not in os.environ:
         raise ConfigError("--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes")
 
 
 def check_config(config: Config) -> None:
     """Check every flag and every rule between flags; the first broken one is a ConfigError with the way out."""
-    flags, explicitly_set = argparse.Namespace(**config.flags), config.explicitly_set
+    flags, explicitly_set = config.flags, config.explicitly_set
+    rope_parameters(config.model.rope_scaling)
     for names, expected, is_valid in VALUE_CHECKS:
         for name in names.split():
-            if (value := config.flags[name]) is not None and not is_valid(value):
-                raise ConfigError(f"--{name} {value}: expected {expected}")
+            if flags[name] is not None and not is_valid(flags[name]):
+                raise ConfigError(f"--{name} {flags[name]}: expected {expected}")
     for name, other in REQUIRES:
-        if name in explicitly_set and config.flags[name] and not config.flags[other]:
+        if name in explicitly_set and flags[name] and not flags[other]:
             raise ConfigError(f"--{name} needs --{other}")
     for name, other in MUTUALLY_EXCLUSIVE:
-        if {name, other} <= explicitly_set and config.flags[name] and config.flags[other]:
+        if {name, other} <= explicitly_set and flags[name] and flags[other]:
             raise ConfigError(f"--{name} and --{other}: pass only one of them")
-    check_model_and_lora(flags)
-    check_data(flags, explicitly_set)
-    check_training(flags)
-    check_distributed(flags, config.training)
-    check_outputs(flags, config)
+    for broken, message in conflicts(config) + sharding_conflicts(config):
+        if broken:
+            raise ConfigError(message)
 
 
-def check_model_and_lora(flags: Any) -> None:
-    """Rules on the base model and its adapters."""
-    rope_parameters(flags.rope_scaling)
-    init, rank = flags.init_lora_weights, flags.lora_r
-    if flags.full_finetune and flags.bits < 16:
-        raise ConfigError(f"--full_finetune: weights rounded to --bits {flags.bits} cannot be updated; pass 16 or 32")
-    if problem := lora_init_problem(init, flags.bits < 16):
-        raise ConfigError(f"--init_lora_weights {init}: {problem}")
-    if init.lower() == "orthogonal" and rank % 2 == 1:
-        raise ConfigError(f"--init_lora_weights orthogonal: --lora_r {rank} is odd, it must be even")
-
-
-def check_data(flags: Any, explicitly_set: frozenset[str]) -> None:
-    """Rules on datasets and on the tokens to predict: the next one (clm) or masked ones (mlm)."""
-    mask, swap = flags.mask_replace_prob, flags.random_replace_prob
-    masking = sorted(explicitly_set & {"mask_prob", "mask_replace_prob", "random_replace_prob"})
-    causal = sorted(name for name in explicitly_set & CAUSAL_ONLY_FLAGS if getattr(flags, name) is not False)
-    if flags.expand_conversations and flags.dataset_format != "airoboros_chat":
-        raise ConfigError("--expand_conversations needs --dataset_format airoboros_chat")
-    if mask + swap > 1:
-        raise ConfigError(f"--mask_replace_prob {mask} plus --random_replace_prob {swap}: expected at most 1")
-    if flags.objective == "clm" and masking:
-        raise ConfigError(f"--{', --'.join(masking)}: --objective clm masks nothing; pass --objective mlm")
-    if flags.objective == "clm" and flags.do_predict and not flags.predict_with_generate:
-        raise ConfigError("--do_predict needs --predict_with_generate")
-    if flags.objective == "mlm" and causal:
-        raise ConfigError(f"--{', --'.join(causal)}: no meaning for masked language models (--objective mlm)")
-    if flags.objective == "mlm" and flags.padding_side == "left":
-        raise ConfigError("--padding_side left: masked language models (--objective mlm) pad on the right")
-    if flags.objective == "mlm" and flags.dataset_format not in (None, *MASKED_FORMATS):
-        raise ConfigError(f"--dataset_format {flags.dataset_format}: expected input or text with --objective mlm")
-    if flags.streaming:
-        check_streaming(flags, explicitly_set)
-
-
-def check_streaming(flags: Any, explicitly_set: frozenset[str]) -> None:
-    """A stream has neither a length nor epochs, and its rows keep the order of its shuffle buffer."""
-    strategies = (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
-    if flags.do_train and flags.max_steps < 1:
-        raise ConfigError("--streaming: streamed datasets have no length: pass --max_steps, not epochs")
-    if flags.do_train and "epoch" in strategies:
-        raise ConfigError("--streaming has no epochs: pass --save_strategy, --eval_strategy, --logging_strategy steps")
-    if flags.eval_dataset_size < 1:
-        raise ConfigError(f"--streaming: --eval_dataset_size {flags.eval_dataset_size:g} must be a number of rows")
-    if "," in flags.dataset and not Path(flags.dataset).exists():
-        raise ConfigError("--streaming reads one --dataset: name a single one, or a folder of files")
-    if flags.train_sampling_strategy != "random" and "train_sampling_strategy" in explicitly_set:
-        strategy = flags.train_sampling_strategy
-        raise ConfigError(f"--streaming keeps the stream's order: leave out --train_sampling_strategy {strategy}")
-    if flags.dataloader_num_workers > 0:
-        raise ConfigError("--streaming reads rows in order: pass --dataloader_num_workers 0")
-
-
-def check_training(flags: Any) -> None:
-    """Rules on recomputed layers and the metric of the best checkpoint."""
-    metric, layers = flags.metric_for_best_model or "loss", flags.recompute_layers
-    metrics = ["loss", "perplexity", *(["masked_accuracy"] if flags.objective != "clm" else [])]
-    if not flags.gradient_checkpointing and layers not in ("auto", "none", "0"):
-        raise ConfigError(f"--recompute_layers {layers} and --gradient_checkpointing False: pass only one of them")
-    if flags.offload_activations and (not flags.gradient_checkpointing or layers in ("none", "0")):
-        raise ConfigError("--offload_activations needs --gradient_checkpointing and --recompute_layers auto or all")
-    if "mmlu_" in metric and not flags.do_mmlu_eval:
-        raise ConfigError(f"--metric_for_best_model {metric} needs --do_mmlu_eval")
-    if "mmlu_" not in metric and metric.removeprefix("eval_") not in metrics:
-        raise ConfigError(f"--metric_for_best_model {metric}: expected {', '.join(metrics)} or an MMLU metric")
+def conflicts(config: Config) -> list[tuple[Any, str]]:
+    """The rules that no table holds: whether each is broken, and the message that says so."""
+    flags, clm, mlm = argparse.Namespace(**config.flags), config.data.objective == "clm", config.masked
+    foreign = MASKING_FLAGS if clm else CAUSAL_ONLY_FLAGS if mlm else set()
+    wrong = sorted(name for name in config.explicitly_set & foreign if config.flags[name] is not False)
+    metrics = ["loss", "perplexity"] + ["masked_accuracy"] * (not clm) + ["mmlu_..."] * flags.do_mmlu_eval
+    metric = (flags.metric_for_best_model or "loss").removeprefix("eval_")
+    epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
+    several = "," in flags.dataset and not Path(flags.dataset).exists()
+    init = lora_init_problem(flags.init_lora_weights, flags.bits < 16)
+    missing = set(config.training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
+    secret = [name for name, value in config.flags.items() if re.search(r"://[^/@\s]*:[^/@\s]*@", str(value))]
+    return [
+        (not (flags.do_train or flags.do_eval or flags.do_predict or flags.merged_output_dir),
+         "nothing to do: pass --do_train, --do_eval, --do_predict or --merged_output_dir"),
+        (flags.full_finetune and flags.bits < 16,
+         f"--full_finetune: weights rounded to --bits {flags.bits} cannot be updated; pass 16 or 32"),
+        (init, f"--init_lora_weights {flags.init_lora_weights}: {init}"),
+        (flags.expand_conversations and flags.dataset_format != "airoboros_chat",
+         "--expand_conversations needs --dataset_format airoboros_chat"),
+        (flags.mask_replace_prob + flags.random_replace_prob > 1,
+         f"--mask_replace_prob {flags.mask_replace_prob} + --random_replace_prob {flags.random_replace_prob}: above 1"),
+        (wrong, f"--{', --'.join(wrong)}: no meaning with --objective {flags.objective}"),
+        (clm and flags.do_predict and not flags.predict_with_generate, "--do_predict needs --predict_with_generate"),
+        (mlm and flags.dataset_format not in (None, *MASKED_FORMATS),
+         f"--dataset_format {flags.dataset_format}: expected input or text with --objective mlm"),
+        (flags.streaming and flags.do_train and epochs, "--streaming: a stream has neither length nor epochs: pass "
+         "--max_steps, and steps as --save_strategy, --eval_strategy and --logging_strategy"),
+        (flags.streaming and (flags.eval_dataset_size < 1 or several),
+         "--streaming needs one --dataset, such as a folder of files, and --eval_dataset_size as a number of rows"),
+        (metric not in metrics and not ("mmlu_" in metric and flags.do_mmlu_eval),
+         f"--metric_for_best_model {metric}: expected {', '.join(metrics)}; MMLU metrics need --do_mmlu_eval"),
+        (missing, f"--report_to {', '.join(sorted(missing))}: not installed here, or none of "
+         f"{', '.join(INTEGRATION_TO_CALLBACK)}"),
+        (secret, f"--{', --'.join(secret)}: a URL with a password, which run.json would show; log in instead"),
+    ]  # fmt: skip
 
 
 FSDP_CONFIG = {"version", "cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
                "state_dict_type", "cpu_ram_efficient_loading"}  # fmt: skip
-FSDP_ENVIRONMENT = ("version", "auto_wrap_policy", "activation_checkpointing")  # settings of accelerate launch
 
 
-def check_distributed(flags: Any, training: TrainingArguments) -> None:
-    """Rules on DeepSpeed's file and on FSDP, by --fsdp or by accelerate launch."""
-    if mismatches := getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", ()):
-        values = ", ".join(re.sub("^- ds | hf", "", line) for line in mismatches)
-        raise ConfigError(f'--deepspeed {flags.deepspeed}: {values}: set these to "auto" in the file')
-    if not uses_fsdp(flags.fsdp):
-        return
-    launched = {name: value for name in FSDP_ENVIRONMENT if (value := os.environ.get(f"FSDP_{name.upper()}"))}
-    settings: Any = training.fsdp_config if flags.fsdp else {"version": 1} | launched
-    version, policy = settings.get("version", 2), settings.get("auto_wrap_policy")
-    unknown_keys = sorted(name for name, value in settings.items() if value and name not in FSDP_CONFIG)
-    if re.search(r"8bit|paged|lion|ademamix", flags.optim):
-        raise ConfigError(f"--fsdp: bitsandbytes' --optim {flags.optim} cannot update shards; pass adamw_torch")
-    if flags.bits == 8:
-        raise ConfigError("--fsdp: weights of --bits 8 cannot be sharded; pass 4 or 16")
-    if str(version) != "2":
-        where = "--fsdp_config (for accelerate launch: fsdp_version in its file)"
-        raise ConfigError(f"--fsdp: version {version} is being removed from transformers; set version 2 in {where}")
-    if "SIZE" in str(policy).upper():
-        raise ConfigError(f"--fsdp_config: auto_wrap_policy {policy} would shard more than layers; leave it out")
-    if str(settings.get("activation_checkpointing")).lower() == "true":
-        raise ConfigError("--fsdp_config: activation_checkpointing renames saved weights; use --recompute_layers all")
-    if flags.fsdp and unknown_keys:
-        known_keys = ", ".join(sorted(FSDP_CONFIG))
-        raise ConfigError(f"--fsdp_config: {', '.join(unknown_keys)}: unknown, expected some of {known_keys}")
-
-
-def check_outputs(flags: Any, config: Config) -> None:
-    """Rules on what a run leaves: merged models, uploads, trackers and run.json."""
-    if not (flags.do_train or flags.do_eval or flags.do_predict or flags.merged_output_dir):
-        raise ConfigError("nothing to do: pass --do_train, --do_eval, --do_predict or --merged_output_dir")
-    folders = {path.resolve() for path in (Path(config.training.output_dir), final_folder(config))}
-    if flags.merged_output_dir and Path(flags.merged_output_dir).resolve() in folders:
-        raise ConfigError(f"--merged_output_dir {flags.merged_output_dir}: the run's own folder; name another")
-    if flags.push_to_hub and "hub_strategy" in config.explicitly_set and flags.hub_strategy != "end":
-        raise ConfigError(f"--push_to_hub uploads no checkpoints: pass --hub_strategy end, not {flags.hub_strategy}")
-    trackers = set(config.training.report_to or ())
-    if unknown := trackers - INTEGRATION_TO_CALLBACK.keys():
-        known = ", ".join(INTEGRATION_TO_CALLBACK)
-        raise ConfigError(f"--report_to {', '.join(sorted(unknown))}: expected none, all, or some of {known}")
-    if missing := trackers and trackers - {*get_available_reporting_integrations(), "azure_ml", "flyte"}:
-        raise ConfigError(f"--report_to {', '.join(sorted(missing))}: the Python package is not installed here")
-    if url := next((name for name, value in config.flags.items() if URL_WITH_PASSWORD.search(str(value))), None):
-        raise ConfigError(f"--{url}: a URL with a password, which run.json would show; log in instead")
-
-
-# Flags that name what a run reads, and folders that it writes to.
-READS = ("model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "mmlu_dir", "deepspeed")
-WRITES = ("output_dir", "working_dir", "final_output_dir", "merged_output_dir")
+def sharding_conflicts(config: Config) -> list[tuple[Any, str]]:
+    """Like `conflicts`, for DeepSpeed's file and for FSDP, by --fsdp or by accelerate launch."""
+    training, optim = config.training, config.flags["optim"]
+    mismatches = getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", ())
+    values = ", ".join(re.sub("^- ds | hf", "", line) for line in mismatches)
+    if not uses_fsdp(training.fsdp):
+        return [(values, f'--deepspeed {training.deepspeed}: {values}: set these to "auto" in the file')]
+    names = ("version", "auto_wrap_policy", "activation_checkpointing")  # settings of accelerate launch
+    launched = {name: value for name in names if (value := os.environ.get(f"FSDP_{name.upper()}"))}
+    settings: Any = training.fsdp_config if training.fsdp else {"version": 1} | launched
+    version, expected = settings.get("version", 2), ", ".join(sorted(FSDP_CONFIG))
+    refused = {n: v for n, v in settings.items() if n not in FSDP_CONFIG or "SIZE" in str(v).upper()}
+    wrong = ", ".join(f"{n} {v}" for n, v in refused.items() if str(v).lower() not in ("", "false", "0", "none"))
+    return [
+        (re.search(r"8bit|paged|lion|ademamix", optim),
+         f"--fsdp: bitsandbytes' --optim {optim} cannot update shards; pass adamw_torch"),
+        (config.quant.bits == 8, "--fsdp: weights of --bits 8 cannot be sharded; pass 4 or 16"),
+        (str(version) != "2", f"--fsdp: version {version} is being removed from transformers; set version 2 in "
+         "--fsdp_config (for accelerate launch: fsdp_version in its file)"),
+        (wrong, f"--fsdp_config: {wrong}: not supported, expected some of {expected}; whole layers are sharded, and "
+         "--recompute_layers all recomputes them"),
+    ]  # fmt: skip
 
 
 def check_folders(config: Config) -> None:
     """Refuse output folders that are, or contain, something the run reads: it could be overwritten or removed."""
-    sources = {f"--{name} {config.flags[name]}": config.flags[name] for name in READS}
-    sources |= {f"--dataset {name}": name for name in (config.data.dataset, *config.data.dataset.split(","))}
-    for flag in (flag for flag in WRITES if config.flags[flag]):
-        folder = Path(config.flags[flag]).expanduser().resolve()
-        for what, name in sources.items():
-            source = Path(str(name or "").strip()).expanduser().resolve()
+    reads = ("model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "mmlu_dir", "deepspeed")
+    sources = [(name, config.flags[name]) for name in reads]
+    sources += [("dataset", name.strip()) for name in (config.data.dataset, *config.data.dataset.split(","))]
+    writes = ("output_dir", "working_dir", "final_output_dir", "merged_output_dir")
+    folders = {name: Path(config.flags[name]).expanduser().resolve() for name in writes if config.flags[name]}
+    merged = config.flags["merged_output_dir"]
+    for flag, folder in folders.items():
+        for name, value in sources:
+            source = Path(value or "").expanduser().resolve()
             read = source if source.is_dir() else source.parent
-            if name and source.exists() and folder in (read, *read.parents):
-                raise ConfigError(f"--{flag} {folder}: the run reads {what} there; name another folder to write to")
+            if value and source.exists() and folder in (read, *read.parents):
+                raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
+    if folders.pop("merged_output_dir", None) in folders.values():
+        raise ConfigError(f"--merged_output_dir {merged}: the run's own folder; name another")
 
 
-def ineffective_flags(config: Config) -> list[tuple[str, bool, str]]:
-    """Flags that other flags leave without effect, though nothing is wrong: names, whether that is so, and why."""
+def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
+    """Flags that others leave without effect, though nothing is wrong: whether that is so, their names, and why."""
     flags = argparse.Namespace(**config.flags)
-    generates, evaluates = flags.do_predict, flags.do_eval or flags.do_predict
-    one_beam, sharded = flags.num_beams == 1, flags.merged_output_dir or flags.full_finetune
-    # fmt: off
     return [
-        ("quant_type double_quant", flags.bits != 4, f"bits is {flags.bits}"),
-        ("merge_base", flags.bits >= 16, f"bits is {flags.bits}, so training saw the published base"),
-        ("max_shard_size", not sharded, "only models of --merged_output_dir and --full_finetune are sharded"),
-        (" ".join(LORA_FLAGS - {"layers_to_freeze", "layer_freeze_ratio"}), flags.full_finetune,
-         "a full fine-tune has no adapters"),
-        (" ".join(LORA_FLAGS), flags.adapter_name_or_path is not None,
-         "an adapter from adapter_name_or_path keeps its own rank, alpha and layers"),
-        (" ".join(GENERATION_FLAGS), not generates, "nothing is generated without --do_predict"),
-        (" ".join(SAMPLING_FLAGS), generates and not flags.do_sample, "nothing is sampled without --do_sample"),
-        ("length_penalty", generates and one_beam and flags.generation_num_beams in (None, 1),
-         "it weighs beams, and --num_beams is 1"),
-        ("mmlu_split mmlu_dataset max_mmlu_samples mmlu_source_max_len mmlu_dir", not flags.do_mmlu_eval,
-         "no questions are asked without --do_mmlu_eval"),
-        ("eval_dataset_size max_eval_samples per_device_eval_batch_size", not evaluates,
+        (flags.bits != 4, {"quant_type", "double_quant"}, f"bits is {flags.bits}"),
+        (flags.bits >= 16, {"merge_base"}, f"bits is {flags.bits}, so training saw the published base"),
+        (flags.full_finetune, LORA_FLAGS - {"layers_to_freeze", "layer_freeze_ratio"}, "there are no adapters"),
+        (flags.adapter_name_or_path, LORA_FLAGS, "the adapter to start from keeps its own rank, alpha and layers"),
+        (flags.recompute_layers in ("none", "0"), {"offload_activations"}, "no layers are recomputed"),
+        (not flags.do_predict, GENERATION_FLAGS, "nothing is generated without --do_predict"),
+        (flags.do_predict and not flags.do_sample, SAMPLING_FLAGS, "nothing is sampled without --do_sample"),
+        (not flags.do_mmlu_eval, MMLU_FLAGS, "no questions are asked without --do_mmlu_eval"),
+        (not (flags.do_eval or flags.do_predict),
+         {"eval_dataset_size", "max_eval_samples", "per_device_eval_batch_size"},
          "no rows are held out without --do_eval or --do_predict"),
-        ("eval_steps eval_delay", flags.eval_strategy == "no", "eval_strategy is no"),
-        ("save_steps", flags.save_strategy != "steps", f"save_strategy is {flags.save_strategy}"),
-        ("num_train_epochs", flags.max_steps > 0, f"max_steps {flags.max_steps} takes precedence"),
-        ("overwrite_output_dir", not flags.do_train, "nothing is trained"),
-        ("warmup_steps", flags.lr_scheduler_type == "constant",
+        (flags.eval_strategy == "no", {"eval_steps", "eval_delay"}, "eval_strategy is no"),
+        (flags.save_strategy != "steps", {"save_steps"}, f"save_strategy is {flags.save_strategy}"),
+        (flags.max_steps > 0, {"num_train_epochs"}, f"max_steps {flags.max_steps} takes precedence"),
+        (flags.lr_scheduler_type == "constant", {"warmup_steps"},
          "lr_scheduler_type constant ignores warm-up; constant_with_warmup honours it"),
-        ("use_fast_tokenizer", not flags.use_fast_tokenizer, "every tokenizer is a fast one"),
-        ("fsdp_config", not flags.fsdp, "it belongs to --fsdp; accelerate launch has a file of its own"),
-        ("max_memory_MB", flags.use_cpu or "LOCAL_RANK" in os.environ, "it applies to one process with several GPUs"),
-        ("hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision", not flags.push_to_hub,
+        (not flags.push_to_hub, {"hub_model_id", "hub_token", "hub_private_repo", "hub_revision"},
          "nothing is uploaded without --push_to_hub; gated downloads take --use_auth_token"),
-        ("project trackio_space_id", "trackio" not in (config.training.report_to or ()),
-         "it belongs to --report_to trackio"),
-    ]
-    # fmt: on
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------
@@ -5513,8 +5347,8 @@ def log_hints(config: Config) -> None:
     if bits >= 16 and train.bf16 != (bits == 16):
         dtype = "bf16, because of --bf16" if train.bf16 else "float32, without --bf16"
         log.info("bits %d: the weights are in %s, as in the original", bits, dtype)
-    for names, applies, reason in ineffective_flags(config):
-        if applies and (passed := sorted(config.explicitly_set.intersection(names.split()))):
+    for applies, names, reason in ineffective_flags(config):
+        if applies and (passed := sorted(config.explicitly_set.intersection(names))):
             log.info("%s: without effect: %s", ", ".join(passed), reason)
 
 

@@ -217,14 +217,6 @@ def test_overrides_reach_tokenizer_model_and_files(models, run_qlora, monkeypatc
     assert encoded(load(folder, eos_token="<end>", bos_token="<begin>"), "a", "b") == ([262, 97, 98, 260])
 
 
-@pytest.mark.parametrize(("value", "lines"), [(False, 1), (True, 0)])
-def test_use_fast_tokenizer_false_is_said_in_one_line(run_qlora, value, lines):
-    run = run_qlora(use_fast_tokenizer=value, max_steps=1, save_strategy="no")
-    assert run.code == 0
-    said = [line for line in run.stderr.splitlines() if line.startswith("use_fast_tokenizer")]
-    assert len(said) == lines
-
-
 # ------------------------------------------------------------------------------------
 # Runs
 # ------------------------------------------------------------------------------------
