@@ -26,10 +26,10 @@ Read the file from top to bottom, along the path of the data: every room uses on
     11 Plan             3695-3973
     12 Checkpoints      3976-4266
     13 Processes        4269-4341
-    14 Evaluation       4344-4543
-    15 Trainer          4546-5177
-    16 Stages           5180-5601
-    17 Main             5604-5804
+    14 Evaluation       4344-4540
+    15 Trainer          4543-5174
+    16 Stages           5177-5595
+    17 Main             5598-5798
 """
 
 # ------------------------------------------------------------------------------------
@@ -4402,7 +4402,7 @@ def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedT
     return {name: text.translate(table) for name, text in texts.items()}
 
 
-def generate_predictions(trainer: Any, generation: GenerationConfig, batch: Any) -> Iterator[dict[str, str]]:
+def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     """One dictionary a row: its fields, `prediction`, `prediction_with_input`. Prompts are cut as in training."""
     model, tokenizer, limits = trainer.base, trainer.processing_class, length_limits(trainer.config)
     prompts, bos = [], tokenizer.bos_token_id
@@ -4410,6 +4410,7 @@ def generate_predictions(trainer: Any, generation: GenerationConfig, batch: Any)
         cut = source[: limits.source] if limits.total is None else cut_left(source, limits.total, bos)
         prompts.append([token for token, _ in cut] or [tokenizer.eos_token_id])  # generation needs one token at least
     tensors = to_device(padded_prompts(prompts, tokenizer.pad_token_id, "left"), trainer.args.device)
+    generation = generation_config(trainer.config, model, tokenizer)
     # generate() merges the model's own sampling values into those that it is given
     with reraise_as_user_error("generation flags"), patched(model, "generation_config", GenerationConfig()):
         output = model.generate(**tensors, generation_config=generation)
@@ -4469,12 +4470,10 @@ def load_questions(config: Config) -> list[Question]:
     hub's `cais/mmlu`, whose `dev` rows are the worked examples.
     """
     mmlu, five_shot = config.mmlu, config.mmlu.mmlu_dataset != "mmlu-zs"
-    questions, name = (
-        [],
-        f"{'five' if five_shot else 'zero'}_shot_mmlu_{'val' if mmlu.mmlu_split == 'eval' else 'test'}",
-    )
+    questions: list[Question] = []
+    split, hub_split = ("val", "validation") if mmlu.mmlu_split == "eval" else ("test", "test")
     if Path(mmlu.mmlu_dir).is_dir():
-        path = Path(mmlu.mmlu_dir, f"{name}.json")
+        path = Path(mmlu.mmlu_dir, f"{'five' if five_shot else 'zero'}_shot_mmlu_{split}.json")
         for number, row in read_file(path):
             with reraise_as_user_error(f"{path}:{number}", DataError):  # a RowError is a ValueError
                 letter = get_text(check_row(row), "output").strip()
@@ -4485,7 +4484,7 @@ def load_questions(config: Config) -> list[Question]:
         splits, shots = load_from_hub(config, "cais/mmlu", name="all"), defaultdict[str, str](str)
         for _, row in splits["dev"] if five_shot else ():
             shots[row["subject"]] += f"{QUESTION.format_map(row)} {LETTERS[row['answer']]}\n\n"
-        for _, row in splits["validation" if mmlu.mmlu_split == "eval" else "test"]:
+        for _, row in splits[hub_split]:
             subject, answer = row["subject"], row["answer"]
             topic = subject.replace("_", " ")  # two spaces before it, as published
             head = f"The following are multiple choice questions (with answers) about  {topic}.\n\n"
@@ -4510,9 +4509,7 @@ def answer_questions(trainer: Any, questions: list[Question]) -> list[tuple[bool
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompts = [[*bos, *ids[max(len(bos) + len(ids) - longest, 0) :], *prefix] for ids in texts]
     pairs = [(i, c) for i, q in enumerate(questions) for c in ([q.answer] if one_pass else range(len(LETTERS)))]
-    rows = [
-        {"input_ids": p + a, "labels": [IGNORE] * len(p) + a} for p, a in ((prompts[i], answers[c]) for i, c in pairs)
-    ]
+    rows = [{"input_ids": prompts[i] + answers[c], "labels": [IGNORE] * len(prompts[i]) + answers[c]} for i, c in pairs]
     batch = padded_batch(collate_step(rows)["step"], list(range(len(rows))), tokenizer.pad_token_id, "right")
     # Only the logits of the answers: all those of 100 prompts of 400 tokens would take 8 GB.
     logits = supervised_logits(trainer.base, trainer.fast, to_device(batch, trainer.args.device)).log_softmax(-1).cpu()
@@ -5311,11 +5308,8 @@ def predict(trainer: QLoRATrainer, start: ResumePoint, pairs: Any, config: Confi
         log.info("predicting with %s", f"the adapter just trained, {final}" if start.train else start.weights)
     else:
         log.warning("no trained adapter in %s: these are the predictions of the base model", final)
-    answers: Any = partial(fill_masks, trainer)
-    if not config.masked:
-        generation = generation_config(config, trainer.base, trainer.processing_class)  # type: ignore[arg-type]
-        answers = partial(generate_predictions, trainer, generation)
-    rows = run_batches(trainer, len(pairs), lambda numbers: answers(pairs[numbers]), "Predicting")
+    answers: Any = fill_masks if config.masked else generate_predictions
+    rows = run_batches(trainer, len(pairs), lambda numbers: answers(trainer, pairs[numbers]), "Predicting")
     metrics = {"predict_samples": len(rows), **speed_metrics("predict", began, num_samples=len(rows))}
     correct = [mask["token"] == mask["truth"] for row in rows for mask in row.get("masks", ()) if mask["truth"]]
     metrics |= {"predict_masked_accuracy": sum(correct) / len(correct)} if correct else {}
