@@ -28,8 +28,8 @@ Read the file from top to bottom, along the path of the data: every room uses on
     13 Processes        4269-4341
     14 Evaluation       4344-4540
     15 Trainer          4543-5174
-    16 Stages           5177-5595
-    17 Main             5598-5798
+    16 Stages           5177-5597
+    17 Main             5600-5800
 """
 
 # ------------------------------------------------------------------------------------
@@ -5373,7 +5373,9 @@ class Float32Mode(TorchFunctionMode):
     """Compute in float32 with 16-bit weights, widened for one operation at a time: memory holds one model only."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
+        if function is not torch.Tensor.__getitem__:  # it takes one expert's weights out of a stack
+            args, kwargs = map(widen, args), {name: widen(value) for name, value in (kwargs or {}).items()}
+        return function(*args, **(kwargs or {}))
 
 
 def widen(value: Any) -> Any:
