@@ -4348,9 +4348,9 @@ def shutdown_distributed() -> None:
 # A function that runs the model takes the trainer, which holds it with its tokenizer, flags and fast path.
 # ------------------------------------------------------------------------------------
 def rank_batches(count: int, size: int) -> list[list[int]]:
-    """This rank's row numbers, in the batches that a single process would form.
+    """Deal this rank its row numbers, in the batches that a single process would form.
 
-    All ranks get as many, since an engine that shards the model needs every rank for each: the last may be a repeat.
+    Every rank gets the same number of batches, the last perhaps a repeat: a sharded model needs all ranks for each.
     """
     rank, ranks = rank_and_world_size()
     batches = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
@@ -4358,13 +4358,13 @@ def rank_batches(count: int, size: int) -> list[list[int]]:
 
 
 def gather_results(results: Mapping[int, Any]) -> list[Any]:
-    """The results of all ranks by row number, each once and in order."""
+    """Gather results by row number from all ranks, each row once and in order."""
     gathered = {number: result for part in all_gather_object(results) for number, result in part.items()}
     return [gathered[number] for number in sorted(gathered)]
 
 
 def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Iterable[Any]], title: str) -> list[Any]:
-    """The results of `process`, which takes the row numbers of a batch, for all rows of all ranks."""
+    """Call `process` with the row numbers of each batch; returns the results for all rows, on every rank."""
     results: dict[int, Any] = {}
     trainer.base.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
@@ -5201,7 +5201,7 @@ class Data:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of the fullest GPU of this process; where it has none, the memory that it takes now."""
+    """Peak memory of this process's fullest GPU; without a GPU, the memory that the process takes now."""
     gpus = range(torch.cuda.device_count())
     return max(map(torch.cuda.max_memory_allocated, gpus), default=psutil.Process().memory_info().rss) / GIB
 
@@ -5329,7 +5329,7 @@ def merge_record(adapter: str, config: Config) -> dict[str, Any]:
 
 
 def check_merge(start: ResumePoint, config: Config) -> None:
-    """Before training: is there something to merge, and can the result be written?"""
+    """Check before training that there will be an adapter to merge and a free folder for the result."""
     if config.training.merged_output_dir is None or config.data.preview:
         return
     target = Path(config.training.merged_output_dir)
@@ -5379,7 +5379,7 @@ class Float32Mode(TorchFunctionMode):
 
 
 def widen(value: Any) -> Any:
-    """A tensor in float32 if it is of floats; anything else as it is."""
+    """Convert a floating tensor to float32, and leave anything else alone."""
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
@@ -5472,7 +5472,7 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
 
 
 def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
-    """Training and evaluation loss over steps."""
+    """Plot training and evaluation loss over steps."""
     from matplotlib.figure import Figure  # pyplot would ask for a window system
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -5505,7 +5505,7 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the libraries that a result depends on, and this file: the commit, marked if it has changes."""
+    """Versions of Python and the libraries, and the commit of this file, marked if it has uncommitted changes."""
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
     found = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -5522,7 +5522,7 @@ def device_name() -> str:
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """What differs in two records, each line with the path to it."""
+    """List what differs in two records, each line with the path to it."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in (old | new).keys() - NOT_REPEATED - {"derived"}:
             yield from differences(old.get(key), new.get(key), f"{name} {key}".strip())
@@ -5586,7 +5586,7 @@ def log_hints(config: Config) -> None:
 
 
 def report_done(config: Config, metrics: dict[str, Any], seconds: float) -> None:
-    """metrics.json, and the block at the end of a run."""
+    """Write metrics.json and log the block at the end of a run."""
     args = config.training
     if args.process_index != 0:
         return
