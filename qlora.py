@@ -13,23 +13,23 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             35-173
-     2 Errors             176-242
-     3 Dataset formats    245-556
-     4 Arguments         559-1132
-     5 Loading          1135-1549
-     6 Tokenizer        1552-1645
-     7 Encoding         1648-2268
-     8 Model            2271-2566
-     9 LoRA             2569-2692
-    10 Fast path        2695-3406
-    11 Plan             3409-3685
-    12 Checkpoints      3688-3947
-    13 Processes        3950-4022
-    14 Evaluation       4025-4262
-    15 Trainer          4265-4888
-    16 Stages           4891-5366
-    17 Main             5369-5563
+     1 Imports             35-174
+     2 Errors             177-243
+     3 Dataset formats    246-557
+     4 Arguments         560-1133
+     5 Loading          1136-1550
+     6 Tokenizer        1553-1646
+     7 Encoding         1649-2269
+     8 Model            2272-2567
+     9 LoRA             2570-2693
+    10 Fast path        2696-3407
+    11 Plan             3410-3686
+    12 Checkpoints      3689-3948
+    13 Processes        3951-4023
+    14 Evaluation       4026-4222
+    15 Trainer          4225-4841
+    16 Stages           4844-5263
+    17 Main             5266-5460
 """
 
 # ------------------------------------------------------------------------------------
@@ -100,6 +100,7 @@ for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._function
 import bitsandbytes.optim.optimizer
 import datasets
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 import yaml
@@ -122,8 +123,8 @@ from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -3496,7 +3497,7 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     kept += sum(inputs.values())
     norms = 0  # bytes of their inputs, in float32 unless an RMSNorm is fused
     for name, module in model.named_modules():
-        if "Norm" in type(module).__name__ and layer_number(name) < math.inf:
+        if "Norm" in type(module).__name__ and re.search(r"\.\d+\.", name):
             heads = shapes.get(f"{name.rpartition('.')[0]}.{leaf_name(name)[0]}_proj")  # q_norm, k_norm see all heads
             weight = getattr(module, "weight", None)  # OLMo's have none
             values = heads[0] if heads else hidden if weight is None else weight.numel()
@@ -4023,39 +4024,15 @@ def shutdown_distributed() -> None:
 
 
 # ------------------------------------------------------------------------------------
-# 14. Evaluation: generated predictions, MMLU
+# 14. Evaluation: generated predictions, filled masks, MMLU
 #
 # Each rank takes some of the batches; results are gathered by row number, so that none is lost or counted twice.
+# A function that runs the model takes the trainer, which holds it with its tokenizer, flags and fast path.
 # ------------------------------------------------------------------------------------
-class InferenceContext(NamedTuple):
-    """What it takes to run a model outside the Trainer's loops."""
-
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    accelerator: Any
-    batch_size: int
-    limits: Limits
-    fast: FastPath
-
-    def padded(self, rows: Sequence[Sequence[int]], side: str = "right") -> dict[str, torch.Tensor]:
-        """Rows of ids as a batch on the model's device."""
-        device = self.model.get_input_embeddings().weight.device
-        return to_device(padded_prompts(rows, self.tokenizer.pad_token_id, side), device)
-
-    def collect(self, count: int, process_batch: Callable[[list[int]], Iterable[Any]], title: str) -> list[Any]:
-        """The results of `process_batch`, which takes the row numbers of a batch, for all rows of all ranks."""
-        results: dict[int, Any] = {}
-        with generating(self.model), self.accelerator.autocast():
-            quiet = not self.accelerator.is_main_process
-            for numbers in tqdm(rank_batches(count, self.batch_size), title, disable=quiet):
-                results |= zip(numbers, process_batch(numbers), strict=True)
-        return gather_results(results)
-
-
 def rank_batches(count: int, size: int) -> list[list[int]]:
-    """This rank's row numbers, in the batches that a single process would form.
+    """Deal this rank its row numbers, in the batches that a single process would form.
 
-    All ranks get as many, since an engine that shards the model needs every rank for each: the last may be a repeat.
+    Every rank gets the same number of batches, the last perhaps a repeat: a sharded model needs all ranks for each.
     """
     rank, ranks = rank_and_world_size()
     batches = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
@@ -4063,72 +4040,62 @@ def rank_batches(count: int, size: int) -> list[list[int]]:
 
 
 def gather_results(results: Mapping[int, Any]) -> list[Any]:
-    """The results of all ranks by row number, each once and in order."""
+    """Gather results by row number from all ranks, each row once and in order."""
     gathered = {number: result for part in all_gather_object(results) for number, result in part.items()}
     return [gathered[number] for number in sorted(gathered)]
 
 
-def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The values that the user set, with BOS, EOS and pad ids filled in.
+def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Iterable[Any]], title: str) -> list[Any]:
+    """Call `process` with the row numbers of each batch; returns the results for all rows, on every rank."""
+    results: dict[int, Any] = {}
+    trainer.base.eval()
+    with torch.no_grad(), trainer.accelerator.autocast():
+        batches = rank_batches(count, trainer.args.per_device_eval_batch_size)
+        for numbers in tqdm(batches, title, disable=not trainer.accelerator.is_main_process):
+            results |= zip(numbers, process(numbers), strict=True)
+    return gather_results(results)
 
-    The model's own generation_config only adds further stop tokens: its sampling values are not the user's.
-    """
+
+def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The values that the user set, with BOS, EOS and pad ids, and the model's own further stop tokens."""
     flags, args = config.generation, config.training
+    passed = config.explicitly_set - (set() if flags.do_sample else {*SAMPLING_FLAGS})
     values = {"num_beams": args.generation_num_beams, "max_length": args.generation_max_length}
-    if "max_new_tokens" in config.explicitly_set or args.generation_max_length is None:
-        values |= {"max_new_tokens": flags.max_new_tokens, "max_length": None}
-    values |= {name: value for name, value in vars(flags).items() if name in config.explicitly_set}
-    ignored = () if flags.do_sample else SAMPLING_FLAGS
-    values = {name: value for name, value in values.items() if value is not None and name not in ignored}
+    values |= {"max_new_tokens": flags.max_new_tokens} if args.generation_max_length is None else {}
+    values |= {name: value for name, value in vars(flags).items() if name in passed}
     stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
     eos = sorted({tokenizer.eos_token_id, *([stops] if isinstance(stops, int) else stops)})
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
     with reraise_as_user_error("generation flags"):
         if args.generation_config is not None:
             values = GenerationConfig.from_pretrained(str(args.generation_config)).to_diff_dict() | values
+        values = {name: value for name, value in values.items() if value is not None}
         return GenerationConfig(**values | ids | {"use_cache": True})
-
-
-@contextlib.contextmanager
-def generating(model: Any) -> Iterator[None]:
-    """Put the model in evaluation mode, without its own sampling defaults, for a while."""
-    training, defaults = model.training, getattr(model, "generation_config", None)  # an encoder may have none
-    model.eval()
-    model.generation_config = GenerationConfig()  # generate() merges its values into those that it is given
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.generation_config = defaults
-        model.train(training)
-
-
-def prompt_ids(batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[list[int]]:
-    """Prompts, cut as in training; an empty one is EOS, since generation starts from at least one token."""
-    bos, prompts = tokenizer.bos_token_id, [source for source, _ in prompts_and_completions(batch, tokenizer)]
-    cut = [p[: limits.source] if limits.total is None else cut_left(p, limits.total, bos) for p in prompts]
-    return [[token for token, _ in prompt] or [tokenizer.eos_token_id] for prompt in cut]
 
 
 def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """A row's input and output as text, the output without a template's special tokens."""
     last = last_supervised(segments)
-    answer = segments[last]["text"]
-    output = special_token_pattern(tokenizer).sub("", answer) if rendered else answer
+    output = segments[last]["text"]
+    if rendered:
+        output = special_token_pattern(tokenizer).sub("", output)
     table = str.maketrans(dict(zip(MARKS, (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), ""), strict=True)))
     texts = {"input": "".join(segment["text"] for segment in segments[:last]), "output": output}
     return {name: text.translate(table) for name, text in texts.items()}
 
 
-def generate_predictions(
-    runtime: InferenceContext, generation: GenerationConfig, batch: Any
-) -> Iterator[dict[str, str]]:
-    """One dictionary a row: its fields, `prediction`, `prediction_with_input`."""
-    tokenizer = runtime.tokenizer
-    prompts = prompt_ids(batch, tokenizer, runtime.limits)
-    tensors = runtime.padded(prompts, "left")
-    with reraise_as_user_error("generation flags"):
-        output = runtime.model.generate(**tensors, generation_config=generation)
+def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
+    """One dictionary a row: its fields, `prediction`, `prediction_with_input`. Prompts are cut as in training."""
+    model, tokenizer, limits = trainer.base, trainer.processing_class, length_limits(trainer.config)
+    prompts, bos = [], tokenizer.bos_token_id
+    for source, _ in prompts_and_completions(batch, tokenizer):
+        cut = source[: limits.source] if limits.total is None else cut_left(source, limits.total, bos)
+        prompts.append([token for token, _ in cut] or [tokenizer.eos_token_id])  # generation needs one token at least
+    tensors = to_device(padded_prompts(prompts, tokenizer.pad_token_id, "left"), trainer.args.device)
+    generation = generation_config(trainer.config, model, tokenizer)
+    # generate() merges the model's own sampling values into those that it is given
+    with reraise_as_user_error("generation flags"), patched(model, "generation_config", GenerationConfig()):
+        output = model.generate(**tensors, generation_config=generation)
     answers = output[:, tensors["input_ids"].shape[1] :].tolist()  # the prompt ends by its tokens, never by its text
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         yield decoded_pair(batch["segments"][i], batch["rendered"][i], tokenizer) | {
@@ -4137,35 +4104,37 @@ def generate_predictions(
         }
 
 
-def fill_masks(runtime: InferenceContext, masking: Masking, batch: Any) -> Iterator[dict[str, Any]]:
+def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
     """One dictionary a row: `input` with its masks, `output` as it was, `prediction`, what fills the `masks`.
 
     The masks are those in the row's text. Where it has none, the tokens chosen for evaluation become masks.
     """
-    tokenizer: Any = runtime.tokenizer
-    masking, texts = masking._replace(replaced=1.0, random=0.0), last_texts(batch)
-    plain = [encode_masked(text, tokenizer, runtime.limits) for text in texts]
-    drawn = [
-        ids if masking.mask_id in ids else masking.mask_eval_row(ids, labels)["input_ids"] for ids, labels, _ in plain
+    tokenizer, limits, texts = trainer.processing_class, length_limits(trainer.config), last_texts(batch)
+    masking, name_of = trainer.masking._replace(replaced=1.0, random=0.0), tokenizer.convert_ids_to_tokens
+    encoded = [encode_masked(text, tokenizer, limits) for text in texts]
+    masked = [
+        ids if masking.mask_id in ids else masking.mask_eval_row(ids, labels)["input_ids"] for ids, labels, _ in encoded
     ]
-    logits = runtime.model(**runtime.padded(drawn)).logits
-    for text, (_, labels, _), ids, scores in zip(texts, plain, drawn, logits, strict=True):
+    tensors = to_device(padded_prompts(masked, tokenizer.pad_token_id, "right"), trainer.args.device)
+    logits = trainer.base(**tensors).logits
+    for text, (_, labels, _), ids, scores in zip(texts, encoded, masked, logits, strict=True):
         positions = [i for i, token in enumerate(ids) if token == masking.mask_id]
         chances, tokens = scores[positions].float().softmax(-1).max(-1)
         filled = dict(zip(positions, tokens.tolist(), strict=True))
         shown = [i for i, label in enumerate(labels) if label != IGNORE or i in filled]  # without [CLS] and [SEP]
-        before = tokenizer.decode([ids[i] for i in shown])
-        after = tokenizer.decode([filled.get(i, ids[i]) for i in shown])
+        before, after = (tokenizer.decode([new.get(i, ids[i]) for i in shown]) for new in ({}, filled))
         if " " not in text.strip():  # a protein: ESM's tokenizer puts a space between its letters
             before, after = before.replace(" ", ""), after.replace(" ", "")
-        masks = []
-        for (i, token), chance in zip(filled.items(), chances.tolist(), strict=True):
-            best, truth = (None if n == IGNORE else tokenizer.convert_ids_to_tokens(n) for n in (token, labels[i]))
-            masks.append({"position": i, "token": best, "probability": round(chance, 4), "truth": truth})
+        masks = [
+            {"position": i, "token": name_of(token), "probability": round(chance, 4),
+             "truth": None if labels[i] == IGNORE else name_of(labels[i])}
+            for (i, token), chance in zip(filled.items(), chances.tolist(), strict=True)
+        ]  # fmt: skip
         yield {"input": before, "output": text, "prediction": after, "masks": masks}
 
 
-LETTERS = "ABCD"
+LETTERS = ["A", "B", "C", "D"]
+QUESTION = "{question}\nA. {choices[0]}\nB. {choices[1]}\nC. {choices[2]}\nD. {choices[3]}\nAnswer:"
 
 
 class Question(NamedTuple):
@@ -4177,65 +4146,57 @@ class Question(NamedTuple):
 
 
 def load_questions(config: Config) -> list[Question]:
-    """MMLU (Hendrycks et al. 2021, https://arxiv.org/abs/2009.03300) from the original's files, or from the hub."""
+    """MMLU (Hendrycks et al. 2021, https://arxiv.org/abs/2009.03300).
+
+    From the original's files, which have one {subject, input, output} a line, or where --mmlu_dir is absent from the
+    hub's `cais/mmlu`, whose `dev` rows are the worked examples.
+    """
     mmlu, five_shot = config.mmlu, config.mmlu.mmlu_dataset != "mmlu-zs"
-    name = f"{'five' if five_shot else 'zero'}_shot_mmlu_{'val' if mmlu.mmlu_split == 'eval' else 'test'}.json"
-    local = Path(mmlu.mmlu_dir).is_dir()
-    questions = list(questions_in_file(Path(mmlu.mmlu_dir, name)) if local else questions_of_hub(config, five_shot))
+    questions: list[Question] = []
+    split, hub_split = ("val", "validation") if mmlu.mmlu_split == "eval" else ("test", "test")
+    if Path(mmlu.mmlu_dir).is_dir():
+        path = Path(mmlu.mmlu_dir, f"{'five' if five_shot else 'zero'}_shot_mmlu_{split}.json")
+        for number, row in read_file(path):
+            with reraise_as_user_error(f"{path}:{number}", DataError):  # a RowError is a ValueError
+                letter = get_text(check_row(row), "output").strip()
+                if letter not in LETTERS:
+                    raise RowError(f"field 'output' is {letter!r}, expected A, B, C or D")
+                questions.append(Question(get_text(row, "subject"), get_text(row, "input"), LETTERS.index(letter)))
+    else:
+        splits, shots = load_from_hub(config, "cais/mmlu", name="all"), defaultdict[str, str](str)
+        for _, row in splits["dev"] if five_shot else ():
+            shots[row["subject"]] += f"{QUESTION.format_map(row)} {LETTERS[row['answer']]}\n\n"
+        for _, row in splits[hub_split]:
+            subject, answer = row["subject"], row["answer"]
+            topic = subject.replace("_", " ")  # two spaces before it, as published
+            head = f"The following are multiple choice questions (with answers) about  {topic}.\n\n"
+            questions.append(Question(subject, head + shots[subject] + QUESTION.format_map(row), answer))
     if not questions:
         raise DataError(f"--mmlu_dir {mmlu.mmlu_dir}: no question in it")
     return questions[: mmlu.max_mmlu_samples]
 
 
-def questions_in_file(path: Path) -> Iterator[Question]:
-    """The original's format: one {subject, input, output} a line, the output a letter."""
-    for number, row in read_file(path):
-        with reraise_as_user_error(f"{path}:{number}", DataError):  # a RowError is a ValueError
-            row = check_row(row)
-            letter = get_text(row, "output").strip()
-            if letter not in tuple(LETTERS):
-                raise RowError(f"field 'output' is {letter!r}, expected A, B, C or D")
-            yield Question(get_text(row, "subject"), get_text(row, "input"), LETTERS.index(letter))
-
-
-def questions_of_hub(config: Config, five_shot: bool) -> Iterator[Question]:
-    """The same prompts built from `cais/mmlu`, whose `dev` rows are the worked examples."""
-    splits, shots = load_from_hub(config, "cais/mmlu", name="all"), defaultdict[str, str](str)
-    split = "validation" if config.mmlu.mmlu_split == "eval" else "test"
-    for part in ("dev", split) if five_shot else (split,):
-        for _, row in splits[part]:
-            subject, choices = row["subject"], map("{}. {}".format, LETTERS, row["choices"])
-            text = "\n".join([row["question"], *choices, "Answer:"])
-            if part == "dev":
-                shots[subject] += f"{text} {LETTERS[row['answer']]}\n\n"
-            else:
-                topic = subject.replace("_", " ")  # two spaces before it, as published
-                head = f"The following are multiple choice questions (with answers) about  {topic}.\n\n"
-                yield Question(subject, head + shots[subject] + text, row["answer"])
-
-
-def answer_questions(runtime: InferenceContext, questions: list[Question], longest: int) -> list[tuple[bool, float]]:
+def answer_questions(trainer: Any, questions: list[Question]) -> list[tuple[bool, float]]:
     """For each question: whether the answer is right, and the loss on the right letter and EOS.
 
     One pass compares the letters' first tokens. Where those are not four different ones, each letter is put after the
     prompt in turn, and the probabilities of all its tokens are compared.
     """
-    letters = tokenize(list(LETTERS), runtime.tokenizer)
+    tokenizer, longest = trainer.processing_class, trainer.config.mmlu.mmlu_source_max_len
+    letters, texts = tokenize(LETTERS, tokenizer), tokenize([question.prompt for question in questions], tokenizer)
     prefix = os.path.commonprefix(letters)  # noqa: RUF071  # with some tokenizers, a space
-    answers = [[*ids[len(prefix) :], runtime.tokenizer.eos_token_id] for ids in letters]
+    answers = [[*ids[len(prefix) :], tokenizer.eos_token_id] for ids in letters]
     first_tokens = [ids[0] for ids in answers]
     one_pass = len(set(first_tokens)) == len(LETTERS)
-    rows: Any = {"segments": [prompt_completion(q.prompt, "") for q in questions], "rendered": [False] * len(questions)}
-    prompts = [[*ids, *prefix] for ids in prompt_ids(rows, runtime.tokenizer, Limits(longest, 0, total=longest))]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prompts = [[*bos, *ids[max(len(bos) + len(ids) - longest, 0) :], *prefix] for ids in texts]
     pairs = [(i, c) for i, q in enumerate(questions) for c in ([q.answer] if one_pass else range(len(LETTERS)))]
-    batch = runtime.padded([prompts[i] + answers[c] for i, c in pairs])
+    rows = [{"input_ids": prompts[i] + answers[c], "labels": [IGNORE] * len(prompts[i]) + answers[c]} for i, c in pairs]
+    batch = padded_batch(collate_step(rows)["step"], list(range(len(rows))), tokenizer.pad_token_id, "right")
     # Only the logits of the answers: all those of 100 prompts of 400 tokens would take 8 GB.
-    counts, width = [len(answers[c]) for _, c in pairs], batch["input_ids"].shape[1]
-    starts = [row * width + len(prompts[i]) - 1 for row, (i, _) in enumerate(pairs)]
-    batch["positions"] = torch.cat([torch.arange(n) + start for n, start in zip(counts, starts, strict=True)])
-    logits = supervised_logits(runtime.model, runtime.fast, batch).log_softmax(-1).cpu().split(counts)
+    logits = supervised_logits(trainer.base, trainer.fast, to_device(batch, trainer.args.device)).log_softmax(-1).cpu()
     scores, losses = torch.zeros(len(questions), len(LETTERS)), [0.0] * len(questions)
-    for (i, c), predicted in zip(pairs, logits, strict=True):
+    for (i, c), predicted in zip(pairs, logits.split([len(answers[c]) for _, c in pairs]), strict=True):
         log_probs = predicted[range(len(answers[c])), answers[c]]
         if c == questions[i].answer:
             losses[i] = -log_probs.mean().item()
@@ -4243,23 +4204,22 @@ def answer_questions(runtime: InferenceContext, questions: list[Question], longe
             scores[i] = predicted[0, first_tokens]
         else:
             scores[i, c] = log_probs[:-1].sum()
-    correct = scores.argmax(-1).eq(torch.tensor([question.answer for question in questions])).tolist()
-    return list(zip(correct, losses, strict=True))
+    choices = scores.argmax(-1).tolist()
+    return [(c == q.answer, loss) for c, q, loss in zip(choices, questions, losses, strict=True)]
 
 
-def mmlu_metrics(runtime: InferenceContext, questions: list[Question], split: str, longest: int) -> dict[str, float]:
+def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
     """Accuracy by subject, their unweighted mean, and the loss."""
     by_subject: dict[str, list[bool]] = {question.subject: [] for question in questions}
     questions = sorted(questions, key=lambda question: len(question.prompt))  # else two thirds of a batch are padding
-    answered = runtime.collect(
-        len(questions), lambda numbers: answer_questions(runtime, [questions[i] for i in numbers], longest), "MMLU"
+    answered = run_batches(
+        trainer, len(questions), lambda numbers: answer_questions(trainer, [questions[i] for i in numbers]), "MMLU"
     )
     for question, (correct, _) in zip(questions, answered, strict=True):
         by_subject[question.subject].append(correct)
-    accuracy = {f"mmlu_{split}_accuracy_{name}": sum(right) / len(right) for name, right in by_subject.items()}
-    mean = sum(accuracy.values()) / len(accuracy)
-    loss = sum(loss for _, loss in answered) / len(answered)
-    return {"mmlu_loss": loss, **accuracy, f"mmlu_{split}_accuracy": mean}
+    name, loss = f"mmlu_{trainer.config.mmlu.mmlu_split}_accuracy", sum(loss for _, loss in answered) / len(answered)
+    accuracy = {f"{name}_{subject}": sum(right) / len(right) for subject, right in by_subject.items()}
+    return {"mmlu_loss": loss, **accuracy, name: sum(accuracy.values()) / len(accuracy)}
 
 
 # ------------------------------------------------------------------------------------
@@ -4426,7 +4386,7 @@ class QLoRATrainer(Trainer):
         if plugin := getattr(self.accelerator.state, "fsdp_plugin", None):
             set_up_fsdp(plugin, self.model, config)
         self.model_accepts_loss_kwargs = True  # our loss is divided by the supervised tokens of the whole step
-        self.base: Any = self.inference().model
+        self.base: Any = self.accelerator.unwrap_model(self.model)
         self.sharded, self.parameter_count = is_sharded(config), self.base.num_parameters(exclude_embeddings=True)
         self.step: StepBatch | None = None  # the last one
         self.parts: list[tuple[list[str], torch.Tensor]] = []  # rows and loss of its micro-batches
@@ -4438,12 +4398,6 @@ class QLoRATrainer(Trainer):
         self.staging: Path | None = None
         self.tried = False  # the fast path, on sharded weights
         self.eval_batches: list[tuple[int, float, int, int]] = []
-
-    def inference(self) -> InferenceContext:
-        """The model as the Trainer holds it, for loops of ours."""
-        model, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
-        size, limits = self.args.per_device_eval_batch_size, length_limits(self.config)
-        return InferenceContext(model, tokenizer, self.accelerator, size, limits, self.fast)  # type: ignore[arg-type]
 
     def shard(self) -> None:
         """Shard the model without training: accelerate prepares one for FSDP only beside an optimizer."""
@@ -4654,8 +4608,7 @@ class QLoRATrainer(Trainer):
         metrics |= {"masked_accuracy": sum(correct) / sum(counts)} if self.masking else {}
         output.metrics.update({f"{kwargs['metric_key_prefix']}_{name}": value for name, value in metrics.items()})
         if self.questions:
-            split, longest = self.config.mmlu.mmlu_split, self.config.mmlu.mmlu_source_max_len
-            output.metrics.update(mmlu_metrics(self.inference(), self.questions, split, longest))
+            output.metrics.update(mmlu_metrics(self, self.questions))
         self.untimed_seconds += time.perf_counter() - began
         return output
 
@@ -4915,14 +4868,9 @@ class Data:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory: of the fullest GPU of this process, or of the process itself where it has none."""
-    if torch.cuda.is_available():
-        return max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / GIB
-    with contextlib.suppress(ImportError):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
-    return math.nan  # on Windows
+    """Peak memory of this process's fullest GPU; without a GPU, the memory that the process takes now."""
+    gpus = range(torch.cuda.device_count())
+    return max(map(torch.cuda.max_memory_allocated, gpus), default=psutil.Process().memory_info().rss) / GIB
 
 
 def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -4936,59 +4884,52 @@ def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> 
 
 
 def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config: Config) -> dict[str, Any]:
-    """Train, save the result, mark the run completed. After a signal only the checkpoint is there."""
-    checkpoint, stop.training = start.checkpoint, True
+    """Train, save the result, mark the run completed. After a signal only the checkpoint is there.
+
+    The speed is that of tokens without padding, over the seconds that were not spent on evaluating and saving.
+    """
+    checkpoint, rows, stop.training = start.checkpoint, trainer.train_dataset, True
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
-    metrics: dict[str, Any] = {}
+    first_step, metrics = state.global_step, {}
     if trainer.args.should_save:
-        clear_output(config, state.global_step)
-    if checkpoint and not needs_more_steps(config, {"step": state.global_step, "epoch": state.epoch}):
+        clear_output(config, first_step)
+    if checkpoint and not needs_more_steps(config, {"step": first_step, "epoch": state.epoch}):
         log.info("%s holds the last step: nothing is left to train", checkpoint)  # the Trainer would do one more
         trainer.state = state
         trainer.load_end(str(checkpoint))
     else:
-        if checkpoint and isinstance(trainer.train_dataset, StreamedSteps):
-            with reraise_as_user_error(f"{checkpoint}: no position in a stream to resume from"):
-                trainer.train_dataset.position = int(read_json(checkpoint / STREAM)["rows"])
-            trainer.train_dataset.steps = state.global_step
-        metrics = timed_training(trainer, checkpoint, state.global_step)
+        if checkpoint and isinstance(rows, StreamedSteps):
+            rows.position, rows.steps = read_json(checkpoint / STREAM)["rows"], first_step
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        try:
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except pickle.UnpicklingError as error:
+            raise ConfigError(f"{checkpoint}: a pickle in it holds more than tensors, and is not loaded") from error
+        seconds = max(time.perf_counter() - began - trainer.untimed_seconds, 1e-9)
+        tokens, steps = all_reduce_int(trainer.tokens_seen, "SUM"), max(trainer.state.global_step - first_step, 1)
+        metrics = result.metrics | {
+            "train_loss": trainer._total_loss_scalar / steps,  # transformers 5.17 counts steps before a resume too
+            "train_tokens": tokens,
+            "train_tokens_per_second": round(tokens / seconds, 1),
+            "train_peak_memory_gib": round(peak_memory_gib(), 3),
+            **({"plan_peak_memory_gib": round(trainer.plan.peak, 3)} if trainer.plan.peak else {}),
+        }
     if not stop.interrupted:
         if metrics:
             save_metrics(trainer, "train", metrics)
         trainer.save_state()
         save_final(trainer, final_folder(config), config)
     stop.training = False
-    peak = trainer.plan.peak
-    return metrics | ({"plan_peak_memory_gib": round(peak, 3)} if metrics and peak else {})
-
-
-def timed_training(trainer: QLoRATrainer, checkpoint: Path | None, first_step: int) -> dict[str, Any]:
-    """Train and measure: tokens without padding over the seconds that were not spent on evaluating and saving."""
-    began = time.perf_counter()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except pickle.UnpicklingError as error:
-        way = "start anew with --overwrite_output_dir, or name another with --resume_from_checkpoint"
-        raise ConfigError(f"{checkpoint}: its state holds more than tensors and is not read; {way}") from error
-    seconds = max(time.perf_counter() - began - trainer.untimed_seconds, 1e-9)
-    tokens = all_reduce_int(trainer.tokens_seen, "SUM")
-    steps = max(trainer.state.global_step - first_step, 1)
-    return {
-        **result.metrics,
-        "train_loss": trainer._total_loss_scalar / steps,  # transformers 5.17 divides by the steps before a resume too
-        "train_tokens": tokens,
-        "train_tokens_per_second": round(tokens / seconds, 1),
-        "train_peak_memory_gib": round(peak_memory_gib(), 3),
-    }
+    return metrics
 
 
 def gather_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
     """The weights to save, gathered from the ranks that shard them; every rank has to take part."""
     if trainer.is_deepspeed_enabled:
         return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped) or {})
-    model, full, weights = trainer.inference().model, trainer.config.quant.full_finetune, {}
+    model, full, weights = trainer.base, trainer.config.quant.full_finetune, {}
     names = model.all_tied_weights_keys  # a bias that a head holds twice has one name in files
     for name, parameter in model.named_parameters():
         if full or parameter.requires_grad:  # one at a time: a whole base may not fit
@@ -4999,16 +4940,13 @@ def gather_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
 
 def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     """Save the adapter (or, after a full fine-tune, the model) and its tokenizer, each file whole; then `completed`."""
-    model, tokenizer, *_ = trainer.inference()
-    sharded, args, state = is_sharded(config), trainer.args, trainer.state
-    weights = {"state_dict": gather_weights(trainer)} if sharded else {}
+    model, args, state, output = trainer.base, trainer.args, trainer.state, Path(config.training.output_dir)
+    weights = {"state_dict": gather_weights(trainer)} if is_sharded(config) else {}
     if args.should_save:
-        output, staging = Path(config.training.output_dir), final / f"{STAGING}final"
-        with atomic_save(staging, final):
-            model.config.use_cache = True  # for its users: load_model turned it off
+        staging = final / f"{STAGING}final"
+        with atomic_save(staging, final), patched(model.config, "use_cache", True):  # load_model turned it off
             model.save_pretrained(staging, max_shard_size=config.training.max_shard_size, **weights)
-            model.config.use_cache = False
-            tokenizer.save_pretrained(staging)
+            trainer.processing_class.save_pretrained(staging)  # type: ignore[union-attr]
             if getattr(model, "initial_adapter", None):
                 convert_to_published_base(staging, model.initial_adapter)
             files = sorted(path.name for path in staging.iterdir())
@@ -5019,8 +4957,8 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             (final / name).unlink(missing_ok=True)
         write_loss_chart(output / "loss.png", state.log_history)
         write_file(final / "README.md", model_card(trainer, config))
-        record = {"step": state.global_step, "epoch": state.epoch, "run": trainer.identity, "files": files}
-        write_json(output / COMPLETED, record)
+        done = {"step": state.global_step, "epoch": state.epoch, "run": trainer.identity, "files": files}
+        write_json(output / COMPLETED, done)
         (output / PREVIOUS).unlink(missing_ok=True)
         if args.push_to_hub:
             hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
@@ -5032,22 +4970,19 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
 
 def predict(trainer: QLoRATrainer, start: ResumePoint, pairs: Any, config: Config) -> dict[str, Any]:
     """Generate an answer for every held-out row, or fill its masks, into predictions.jsonl."""
-    runtime, began, output = trainer.inference(), time.time(), final_folder(config)
+    began, final = time.time(), final_folder(config)
     if start.train or start.weights:
-        log.info("predicting with %s", f"the adapter just trained, {output}" if start.train else start.weights)
+        log.info("predicting with %s", f"the adapter just trained, {final}" if start.train else start.weights)
     else:
-        log.warning("no trained adapter in %s: these are the predictions of the base model", output)
-    if trainer.masking:
-        answers = partial(fill_masks, runtime, trainer.masking)
-    else:
-        answers = partial(generate_predictions, runtime, generation_config(config, runtime.model, runtime.tokenizer))
-    rows = runtime.collect(len(pairs), lambda numbers: answers(pairs[numbers]), "Predicting")
+        log.warning("no trained adapter in %s: these are the predictions of the base model", final)
+    answers: Any = fill_masks if config.masked else generate_predictions
+    rows = run_batches(trainer, len(pairs), lambda numbers: answers(trainer, pairs[numbers]), "Predicting")
     metrics = {"predict_samples": len(rows), **speed_metrics("predict", began, num_samples=len(rows))}
     correct = [mask["token"] == mask["truth"] for row in rows for mask in row.get("masks", ()) if mask["truth"]]
     metrics |= {"predict_masked_accuracy": sum(correct) / len(correct)} if correct else {}
     if trainer.args.should_save:
-        file = Path(config.training.output_dir, "predictions.jsonl")
-        write_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_file(Path(config.training.output_dir, "predictions.jsonl"), lines)
     return save_metrics(trainer, "predict", metrics)
 
 
@@ -5061,16 +4996,16 @@ def merge_record(adapter: str, config: Config) -> dict[str, Any]:
 
 
 def check_merge(start: ResumePoint, config: Config) -> None:
-    """Before training: is there something to merge, and can the result be written?"""
+    """Check before training that there will be an adapter to merge and a free folder for the result."""
     if config.training.merged_output_dir is None or config.data.preview:
         return
     target = Path(config.training.merged_output_dir)
     if not start.train and start.weights is None:
         raise ConfigError(f"--merged_output_dir {target}: no adapter to merge: nothing was trained in --output_dir")
-    record = read_json(target / MERGED) if (target / MERGED).is_file() else None
-    if record and not start.train and record == merge_record(str(start.weights), config):
+    finished = not start.train and (target / MERGED).is_file()
+    if finished and read_json(target / MERGED) == merge_record(str(start.weights), config):
         log.info("%s holds this adapter merged already", target)
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+    elif target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError(f"--merged_output_dir {target}: exists and is not empty; name another folder, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
 
@@ -5101,67 +5036,100 @@ def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _widen(module: torch.nn.Module, inputs: Any) -> Any:
-    for parameter in module.parameters(recurse=False):  # a stack: the bias of an encoder's head is in two modules
-        parameter.narrow_data = [*getattr(parameter, "narrow_data", ()), parameter.data]  # type: ignore[attr-defined]
-        parameter.data = parameter.data.float()
-    # DeBERTa reads its relative positions without calling their module
-    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+class Float32Mode(TorchFunctionMode):
+    """Compute in float32 with 16-bit weights, widened for one operation at a time: memory holds one model only."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not torch.Tensor.__getitem__:  # it takes one expert's weights out of a stack
+            args, kwargs = map(widen, args), {name: widen(value) for name, value in (kwargs or {}).items()}
+        return function(*args, **(kwargs or {}))
 
 
-def _narrow(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-    for parameter in module.parameters(recurse=False):
-        parameter.data = parameter.narrow_data.pop()  # type: ignore[attr-defined]
+def widen(value: Any) -> Any:
+    """Convert a floating tensor to float32, and leave anything else alone."""
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 @torch.no_grad()
-def logits_in_float32(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Logits of every token that is not padding, (tokens, vocabulary), widening one module at a time to save memory."""
-    with register_module_forward_pre_hook(_widen), register_module_forward_hook(_narrow):
+def float32_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of every token that is not padding, (tokens, vocabulary)."""
+    with Float32Mode():
         return model(**batch).logits[batch["attention_mask"].bool()]
 
 
 def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
     """Merge every layer in float32 and round it once. Returns the share of the change that this rounds away."""
     total = kept = 0.0
-    for layer in peft_model.modules():
-        if isinstance(layer, LoraLayer):
-            weight: Any = layer.get_base_layer().weight
-            weight.data = weight.data.float()
-            before = weight.data.clone()
-            layer.merge()  # type: ignore[operator]
-            change, weight.data = weight.data - before, weight.data.to(dtype)
-            total += change.square().sum().item()
-            kept += (change * (weight.data.float() - before)).sum().item()
+    for layer in (module for module in peft_model.modules() if isinstance(module, LoraLayer)):
+        weight: Any = layer.get_base_layer().weight
+        before = weight.data.float()
+        weight.data = before.clone()
+        layer.merge()  # type: ignore[operator]
+        change, weight.data = weight.data - before, weight.data.to(dtype)
+        total += change.square().sum().item()
+        kept += (change * (weight.data.float() - before)).sum().item()
     return 1 - kept / total if total else 0.0
 
 
-def untie(model: Any) -> None:
-    """Give every module parameters of its own: a head trained whole would save a bias that it holds twice only once."""
-    seen: set[int] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                setattr(module, name, torch.nn.Parameter(parameter.detach().clone()))
-            seen.add(id(parameter))
+def compare_merged(
+    model: Any, base: torch.Tensor, adapted: torch.Tensor, lost: float, sample: Any, target: str
+) -> dict[str, float]:
+    """Compare a merged model's logits with those of base + adapter, and refuse one that is wrong.
+
+    They may differ by as much as they do when every weight moves by a unit in its last place, which is tried (and
+    spoils the model), plus twice the share of the adapter's effect that was rounded away.
+    """
+    merged, generator = float32_logits(model, sample), torch.Generator().manual_seed(0)
+    for weight in (p.data for p in model.parameters() if p.dim() == 2):
+        signs = [torch.randint(2, (n, 1), generator=generator).mul_(2).sub_(1).to(weight.dtype) for n in weight.shape]
+        weight.addcmul_(weight, signs[0] @ signs[1].T, value=torch.finfo(weight.dtype).eps)
+    differences = merged - adapted, base - adapted, merged - float32_logits(model, sample)
+    error, effect, rounding = (x.square().mean().sqrt().item() for x in differences)
+    largest, moved, _ = (x.abs().max().item() for x in differences)
+    allowed = rounding + 2 * lost * effect
+    log.info("merged: logits differ from base + adapter by at most %.3g, from the base by %.3g", largest, moved)
+    if lost > 0.05:
+        log.warning("%.0f %% of the adapter's change is too small for a 16-bit weight and is lost", 100 * lost)
+    if torch.equal(merged, base):
+        raise QLoRAError(f"{target}: not written, the merge changed nothing: the adapter is zero, or lost in 16 bit")
+    if not error <= allowed:
+        what = f"the merged model's logits differ from those of base + adapter by {error:.3g} (root mean square)"
+        raise QLoRAError(f"{target}: not written, {what}, of which rounding explains {allowed:.3g}")
+    return {"merge_largest_difference": largest, "merge_difference": error, "merge_rounding": allowed}
 
 
 def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
     """Write base and adapter as one model in 16 bit, load it again, compare, and only then give it its name."""
-    config, folder = run.config, run.config.training.merged_output_dir
+    config, tokenizer, folder = run.config, run.tokenizer, run.config.training.merged_output_dir
     if folder is None or config.training.process_index != 0 or Path(folder, MERGED).is_file():  # check_merge knows it
         return {}
-    target = Path(folder)
-    rows: Any = data.eval or data.train
+    target, tokenizer_model, rows = Path(folder), Path(run.folder, "tokenizer.model"), data.eval or data.train
     staging = target.with_name(f".merging-{target.name}")
     shutil.rmtree(staging, ignore_errors=True)
-    sample = padded_prompts([ids[:64] for ids in rows[:4]["input_ids"]], run.tokenizer.pad_token_id, "right")
+    sample = padded_prompts([ids[:64] for ids in rows[:4]["input_ids"]], tokenizer.pad_token_id, "right")
     gc.collect()  # the trained model is held by reference cycles
     log.info("merging %s into %s", adapter, target)
     with atomic_save(staging, target), reraise_as_user_error(f"--merged_output_dir {target}"):
-        base, adapted, lost = write_merged(adapter, staging, sample, run)
+        model: Any = load_merge_base(config, run.folder)
+        dtype, base = model.dtype, float32_logits(model, sample)
+        with reraise_as_user_error(f"{adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
+            model = PeftModel.from_pretrained(model, adapter_files(adapter, config))
+        if mutates_base(init := getattr(model.peft_config["default"], "init_lora_weights", None)):
+            raise ConfigError(f"{adapter} fits a base changed by {init}: finish its training; the result fits any base")
+        adapted, lost = float32_logits(model, sample), merge_layers(model, dtype)
+        model = cast_parameters(model.merge_and_unload(), dtype)  # what was trained whole is still in float32
+        if not model.config.get_text_config().tie_word_embeddings:
+            # Of one bias under two names, as in a head that was trained whole, only one would be saved.
+            biases = {name: value.clone() for name, value in model.state_dict().items() if name.endswith("bias")}
+            model.load_state_dict(biases, strict=False, assign=True)
+        sync_special_tokens(model, tokenizer)
+        model.save_pretrained(staging, max_shard_size=config.training.max_shard_size)
+        tokenizer.save_pretrained(staging)
+        if tokenizer_model.is_file():  # llama.cpp's converter prefers it
+            shutil.copyfile(tokenizer_model, staging / tokenizer_model.name)
+        del model  # before the next is loaded
         merged = load_base(config, None, staging)
-        metrics = compare_merged(merged, base, adapted, lost, sample, target)
+        metrics = compare_merged(merged, base, adapted, lost, sample, folder)
         write_json(staging / MERGED, merge_record(adapter, config))
         if target.exists():
             target.rmdir()  # empty: check_merge refuses others
@@ -5169,113 +5137,48 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
     return metrics
 
 
-def write_merged(adapter: str, staging: Path, sample: Any, run: Run) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Write a merged model. Returns logits of the base, then with adapter, and the share of it that 16 bit lose."""
-    config, folder, tokenizer = run.config, run.folder, run.tokenizer
-    model: Any = load_merge_base(config, folder)
-    tokens, dtype = model.get_input_embeddings().num_embeddings, model.dtype
-    base_logits = logits_in_float32(model, sample)
-    with reraise_as_user_error(f"adapter {adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
-        peft_model = PeftModel.from_pretrained(model, adapter_files(adapter, config))
-    init = getattr(peft_model.peft_config["default"], "init_lora_weights", None)
-    if mutates_base(init):
-        raise ConfigError(f"{adapter} fits a base changed by {init}: finish its training, whose result fits any base")
-    adapted_logits = logits_in_float32(peft_model, sample)
-    lost = merge_layers(peft_model, dtype)
-    model = cast_parameters(peft_model.merge_and_unload(), dtype)  # what was trained whole is still in float32
-    if not model.config.get_text_config().tie_word_embeddings:
-        untie(model)
-    sync_special_tokens(model, tokenizer)
-    model.save_pretrained(staging, max_shard_size=config.training.max_shard_size)
-    tokenizer.save_pretrained(staging)
-    if (Path(folder) / "tokenizer.model").is_file():  # llama.cpp's converter prefers it
-        shutil.copyfile(Path(folder) / "tokenizer.model", staging / "tokenizer.model")
-    if len(tokenizer) > tokens:
-        log.warning("the tokenizer has %d tokens, the model %d: llama.cpp won't convert it", len(tokenizer), tokens)
-    return base_logits, adapted_logits, lost
-
-
-def compare_merged(
-    model: Any, base: torch.Tensor, adapted: torch.Tensor, lost: float, sample: Any, target: Path
-) -> dict[str, float]:
-    """Compare a merged model's logits with those of base + adapter.
-
-    They may differ by as much as they do when every weight moves by a unit in its last place, which is tried (and
-    spoils the model), plus twice the share of the adapter's effect that was rounded away.
-    """
-    merged = logits_in_float32(model, sample)
-    generator = torch.Generator().manual_seed(0)
-    for weight in (p.data for p in model.parameters() if p.dim() == 2):
-        signs = [torch.randint(2, (n, 1), generator=generator).mul_(2).sub_(1).to(weight.dtype) for n in weight.shape]
-        weight.addcmul_(weight, signs[0] @ signs[1].T, value=torch.finfo(weight.dtype).eps)
-    differences = merged - adapted, base - adapted, merged - logits_in_float32(model, sample)
-    error, effect, rounding = (x.square().mean().sqrt().item() for x in differences)
-    largest, effect_max, _ = (x.abs().max().item() for x in differences)
-    allowed = rounding + 2 * lost * effect
-    log.info(
-        "merged: logits differ from base + adapter by at most %.3g; the adapter moves them by %.3g", largest, effect_max
-    )
-    if lost > 0.05:
-        log.warning("%.0f %% of the adapter's change is too small for a 16-bit weight and is lost", 100 * lost)
-    if torch.equal(merged, base):
-        raise QLoRAError(f"{target}: not written, the merge changed nothing: the adapter is zero, or lost in 16 bit")
-    if not error <= allowed:
-        raise QLoRAError(
-            f"{target}: not written, the merged model's logits differ from those of base + adapter by {error:.3g} "
-            f"(root mean square), of which rounding explains {allowed:.3g}"
-        )
-    return {"merge_largest_difference": largest, "merge_difference": error, "merge_rounding": allowed}
-
-
 def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
-    """Training and evaluation loss over steps."""
+    """Plot training and evaluation loss over steps."""
     from matplotlib.figure import Figure  # pyplot would ask for a window system
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label, marker in (("loss", "training", None), ("eval_loss", "evaluation", "o")):
-        if points := [(entry["step"], entry[key]) for entry in history if key in entry]:
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        axes.plot([step for step, _ in points], [loss for _, loss in points], style, label=label)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    if axes.lines:
-        axes.legend()
+    axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def model_card(trainer: QLoRATrainer, config: Config) -> str:
     """README.md of the adapter: settings, data and losses, with the metadata block that the hub reads."""
     losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-    every = max(1, math.ceil(len(losses) / 20))  # at most 20 rows, the last among them
-    losses = losses[(len(losses) - 1) % every :: every]
+    losses = losses[:: -math.ceil(max(len(losses), 1) / 20)][::-1]  # at most 20 rows, the last among them
     rows = "\n".join(f"| {e['step']} | {e.get('loss', '')} | {e.get('eval_loss', '')} |" for e in losses)
     settings = "\n".join(f"| {name} | `{config.flags[name]}` |" for name in sorted(config.explicitly_set))
     base, output = config.model.model_name_or_path, config.training.output_dir
     prefix = "" if Path(output) == final_folder(config) else f"{output}/"
-    kind, library = ("full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
+    kind, library = ("Full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {library}\n"
-        f"pipeline_tag: {'fill-mask' if config.masked else 'text-generation'}\n---\n\n"
-        f"# {kind.capitalize()} for {base}\n\n"
+        f"pipeline_tag: {'fill-mask' if config.masked else 'text-generation'}\n---\n\n# {kind} for {base}\n\n"
         f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
-        f"dataset `{config.data.dataset}`.\n\n"
-        f"## Settings given\n\n| flag | value |\n|---|---|\n{settings}\n\n"
+        f"dataset `{config.data.dataset}`.\n\n## Settings given\n\n| flag | value |\n|---|---|\n{settings}\n\n"
         f"All flags, resolved, and library versions are in `{prefix}run.json`.\n\n"
         f"## Losses\n\n| step | training loss | evaluation loss |\n|---|---|---|\n{rows}\n\n![loss]({prefix}loss.png)\n"
     )
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the libraries that a result depends on."""
+    """Versions of Python and the libraries, and the commit of this file, marked if it has uncommitted changes."""
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
-
-
-def git_commit() -> str | None:
-    """The commit of this file's checkout, marked if it has changes."""
+    found = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    return None
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return found | {"qlora.py": done.stdout.strip()}
+    return found | {"qlora.py": CODE_VERSION}
 
 
 def device_name() -> str:
@@ -5285,7 +5188,7 @@ def device_name() -> str:
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """What differs in two records, each line with the path to it."""
+    """List what differs in two records, each line with the path to it."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in (old | new).keys() - NOT_REPEATED - {"derived"}:
             yield from differences(old.get(key), new.get(key), f"{name} {key}".strip())
@@ -5295,39 +5198,35 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
 
 def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, Any]:
     """Log what this run is, and how it differs from one that it repeats. Returns run.json, which holds no secret."""
-    config, args, quant, tokenizer = run.config, run.config.training, run.config.quant, run.tokenizer
-    effective, ranks = identity["effective batch"]["rows"], args.world_size
-    rows, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    batch = f"{effective} rows = {rows} at once x {accumulated} accumulated x {ranks} processes"
-    if effective != rows * accumulated * ranks:
-        batch = f"{effective} rows, as in the checkpoint, shared by {ranks} processes"
-    kind = f" {quant.quant_type}{', double quantisation' if quant.double_quant else ''}" if quant.bits == 4 else ""
-    reason = "--bf16" if args.bf16 else "--fp16" if args.fp16 else "neither --bf16 nor --fp16"
+    config, args, quant, rows = run.config, run.config.training, run.config.quant, identity["effective batch"]["rows"]
+    factors = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    batch = "{} rows = {} at once x {} accumulated x {} processes".format(rows, *factors)
+    if rows != math.prod(factors):
+        batch = f"{rows} rows, as in the checkpoint, shared by {args.world_size} processes"
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     if not config.data.streaming:
-        length += f"; {math.ceil(len(data.train or ()) / effective)} steps are an epoch"
-    names = ("bos", "eos", "pad", *(["mask"] if config.masked else []))
-    special = (f"{n} {getattr(tokenizer, f'{n}_token')!r} = {getattr(tokenizer, f'{n}_token_id')}" for n in names)
-    fresh = "fresh, from the seed" if args.do_train else "the base itself"
-    adapter = f"adapter {run.resume.checkpoint or run.resume.weights or fresh}"
+        length += f"; {math.ceil(len(data.train or ()) / rows)} steps are an epoch"
+    why = "--bf16" if args.bf16 else "--fp16" if args.fp16 else "neither --bf16 nor --fp16"
+    tokens = {name: token for name, token in run.tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    adapter = run.resume.checkpoint or run.resume.weights or ("fresh" if args.do_train else "none, the base itself")
     derived = {
         "model": config.model.model_name_or_path,
         "objective": config.data.objective,
-        "weights": f"{quant.bits} bit{kind}",
-        "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({reason})",
+        "weights": f"{quant.bits} bit" + f" {quant.quant_type}, double_quant {quant.double_quant}" * (quant.bits == 4),
+        "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
         "effective batch": batch,
         "length": length,
-        "special tokens": ", ".join(special),
-        "trained part": "all weights but the embeddings" if quant.full_finetune else adapter,
+        "special tokens": ", ".join(f"{n} {t!r} = {run.tokenizer.convert_tokens_to_ids(t)}" for n, t in tokens.items()),
+        "trained part": "all weights but the embeddings" if quant.full_finetune else f"adapter: {adapter}",
         **{f"{name} data": str(part) for name, part in data.statistics.items()},
     }
     log.info("This run\n%s", format_table(derived))
     record = {
         "flags": config.flags,
         "derived": derived | {"given": sorted(config.explicitly_set)},
-        "versions": versions() | {"qlora.py": git_commit() or CODE_VERSION},
+        "versions": versions(),
         "data": {name: part._asdict() for name, part in data.statistics.items()},
-        "device": {"name": device_name(), "processes": ranks},
+        "device": {"name": device_name(), "processes": args.world_size},
     }
     record = json.loads(json.dumps(record, default=str))
     if config.record:
@@ -5353,17 +5252,15 @@ def log_hints(config: Config) -> None:
 
 
 def report_done(config: Config, metrics: dict[str, Any], seconds: float) -> None:
-    """metrics.json, and the block at the end of a run."""
-    if config.training.process_index != 0:
+    """Write metrics.json and log the block at the end of a run."""
+    args = config.training
+    if args.process_index != 0:
         return
-    add_json(Path(config.training.output_dir, "metrics.json"), metrics, run_name=config.training.run_name)
-    shown = ("train_tokens_per_second", "plan_peak_memory_gib", "train_peak_memory_gib", "train_loss", "eval_loss",
-             "eval_perplexity", "eval_masked_accuracy", "predict_masked_accuracy")  # fmt: skip
-    lines = {name.replace("_", " "): metrics[name] for name in shown if name in metrics}
-    lines |= {name: value for name, value in metrics.items() if re.fullmatch(r"mmlu_\w+_accuracy|mmlu_loss", name)}
-    files = {str(final_folder(config)): 1, config.training.output_dir: 1, config.training.merged_output_dir: 1}
-    lines |= {"seconds": round(seconds), "files": ", ".join(filter(None, files))}
-    log.info("Done\n%s", format_table(lines))
+    add_json(Path(args.output_dir, "metrics.json"), metrics, run_name=args.run_name)
+    shown = r"(train|plan)_(tokens_per_second|peak_memory_gib|loss)|eval_(loss|perplexity)|\w+_accuracy|mmlu_loss"
+    lines = {name: value for name, value in metrics.items() if re.fullmatch(shown, name)}
+    folders = dict.fromkeys([str(final_folder(config)), args.output_dir, args.merged_output_dir])
+    log.info("Done\n%s", format_table(lines | {"seconds": round(seconds), "files": ", ".join(filter(None, folders))}))
 
 
 # ------------------------------------------------------------------------------------

@@ -132,9 +132,10 @@ def write(arguments: argparse.Namespace, name: str, content: dict[str, Any], sho
     """Write results with the command, commit, device and versions behind them, then their table and chart."""
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
+    versions = qlora.versions()
     about = {
-        "command": " ".join(["python", *without_folders(sys.argv)]), "commit": qlora.git_commit(),
-        "device": qlora.device_name(), "versions": qlora.versions(),
+        "command": " ".join(["python", *without_folders(sys.argv)]), "commit": versions["qlora.py"],
+        "device": qlora.device_name(), "versions": versions,
     }  # fmt: skip
     (out / f"{name}.json").write_text(json.dumps(about | content, indent=1) + "\n", encoding="utf-8")
     if show:
