@@ -4,6 +4,7 @@ A few dozen examples of each property, the same ones every time; FUZZ=200 tries 
 """
 
 import csv
+import dataclasses
 import gzip
 import io
 import itertools
@@ -78,7 +79,8 @@ def data_flags(**flags):
 
 def checked(source, form, tokenizer, **flags):
     """Rows in normal form, each of which can be trained on or says what is wrong with it."""
-    rows = list(qlora.normalize_rows(source, form, data_flags(**flags), tokenizer))
+    source = dataclasses.replace(source, format=form)
+    rows = list(qlora.normalize_rows(source, data_flags(**flags), tokenizer))
     for row in rows:
         texts = [segment["text"] for segment in row["segments"]]
         for text in [*texts, row["problem"], row["raw"], row["category"], row["where"]]:
@@ -151,7 +153,7 @@ def outcome(file, tokenizer):
     source = qlora.RowSource(str(file), (file,))
     try:
         config = SimpleNamespace(data=data_flags(dataset_format="input-output"), masked=False)
-        qlora.choose_format(str(file), {"train": source}, config)
+        qlora.choose_format(str(file), source, config)
         rows = checked(source, "input-output", tokenizer)
     except qlora.DataError as error:
         status, message = qlora.exit_status(error)
