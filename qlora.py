@@ -343,8 +343,7 @@ def parse_airoboros(row: RawRow) -> ParsedRow:
     return prompt_completion(prompt, get_text(row, "response").strip() + "\n")
 
 
-ROLES = {"system": "system"}  # the names that datasets give to each role
-ROLES |= dict.fromkeys(("user", "human"), "user")
+ROLES = {"system": "system", "user": "user", "human": "user"}  # the names that datasets give to each role
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
 NEXT_ROLES = {"": ["system", "user"], "system": ["user"], "user": ["assistant"], "assistant": ["user", "tool"]}
@@ -1513,23 +1512,17 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     depends += [data.expand_conversations, data.include_sources]
     if tokenizer:
         depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_token_pattern(tokenizer).pattern]
-    raw = {"source": source, "data": data, "tokenizer": tokenizer, "limit": limit}
+    normalize = partial(normalize_row, dataset_format=get_format(source.format), tokenizer=tokenizer)
     options = {"cache_dir": config.model.cache_dir, "fingerprint": digest("rows", CODE_VERSION, *depends)}
+    raw_rows = itertools.islice(select_rows(source, data), limit)
     try:
-        rows = datasets.Dataset.from_generator(normalize_rows, ROW_FEATURES, gen_kwargs=raw, **options)
+        rows = datasets.Dataset.from_generator(lambda: (normalize(**raw) for raw in raw_rows), ROW_FEATURES, **options)
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, QLoRAError):
             raise error.__cause__ from None
         raise
     log.info("%s: %d rows", source.name, len(rows))
     return drop_bad_rows(rows, config)
-
-
-def normalize_rows(source: RowSource, data: Any, tokenizer: Any, limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a source, for Dataset.from_generator."""
-    dataset_format = get_format(source.format)
-    for row in itertools.islice(select_rows(source, data), limit):
-        yield normalize_row(**row, dataset_format=dataset_format, tokenizer=tokenizer)
 
 
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:

@@ -4,7 +4,6 @@ A few dozen examples of each property, the same ones every time; FUZZ=200 tries 
 """
 
 import csv
-import dataclasses
 import gzip
 import io
 import itertools
@@ -79,8 +78,8 @@ def data_flags(**flags):
 
 def checked(source, form, tokenizer, **flags):
     """Rows in normal form, each of which can be trained on or says what is wrong with it."""
-    source = dataclasses.replace(source, format=form)
-    rows = list(qlora.normalize_rows(source, data_flags(**flags), tokenizer))
+    selected = qlora.select_rows(source, data_flags(**flags))
+    rows = [qlora.normalize_row(**row, dataset_format=qlora.FORMATS[form], tokenizer=tokenizer) for row in selected]
     for row in rows:
         texts = [segment["text"] for segment in row["segments"]]
         for text in [*texts, row["problem"], row["raw"], row["category"], row["where"]]:
