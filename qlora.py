@@ -15,21 +15,21 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             35-171
      2 Errors             174-240
-     3 Dataset formats    243-519
-     4 Arguments         522-1261
-     5 Loading          1264-1626
-     6 Tokenizer        1629-1719
-     7 Encoding         1722-2206
-     8 Model            2209-2587
-     9 LoRA             2590-2725
-    10 Fast path        2728-3463
-    11 Plan             3466-3744
-    12 Checkpoints      3747-4037
-    13 Processes        4040-4112
-    14 Evaluation       4115-4352
-    15 Trainer          4355-4994
-    16 Stages           4997-5473
-    17 Main             5476-5676
+     3 Dataset formats    243-518
+     4 Arguments         521-1260
+     5 Loading          1263-1619
+     6 Tokenizer        1622-1712
+     7 Encoding         1715-2199
+     8 Model            2202-2580
+     9 LoRA             2583-2718
+    10 Fast path        2721-3471
+    11 Plan             3474-3750
+    12 Checkpoints      3753-4043
+    13 Processes        4046-4118
+    14 Evaluation       4121-4358
+    15 Trainer          4361-4985
+    16 Stages           4988-5464
+    17 Main             5467-5669
 """
 
 # ------------------------------------------------------------------------------------
@@ -2751,9 +2751,6 @@ if triton is not None:
         tl.store(out + row[:, None].to(tl.int64) * BLOCK + column[None, :], both, mask=valid[:, None])
 
 
-COMPILED: dict[Any, Any] = {}  # the kernel for each kind of arguments: launching it directly is 6 % of a small step
-
-
 def dequantise_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     """Dequantise a packed weight, scales included, in one launch where bitsandbytes takes three (small: 14 %)."""
     if triton is None or not packed.is_cuda or packed.numel() * 2 % state.blocksize:
@@ -2761,14 +2758,13 @@ def dequantise_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> tor
     out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     nested, code, blocks = state.state2 if state.nested else None, state.code, out.numel() // state.blocksize
     scales = (nested.code, nested.absmax, state.offset) if nested else (code, state.absmax, code)
-    constants = (state.blocksize, nested.blocksize if nested else 1, nested is not None, 32)
-    grid, args = (triton.cdiv(blocks, 32), 1, 1), (packed, state.absmax, code, *scales, out, blocks, *constants)
-    key = (packed.device, dtype, constants, blocks % 16, packed.data_ptr() % 16)
-    with torch.cuda.device_of(packed):  # Triton launches on the current GPU
-        if key in COMPILED:
-            COMPILED[key][grid](*args)
-        else:  # bitsandbytes rounds the product before it adds
-            COMPILED[key] = _dequantise_4bit_kernel[grid](*args, enable_fp_fusion=False)
+    # Triton launches on the current GPU
+    with torch.cuda.device_of(packed) if torch.cuda.device_count() > 1 else contextlib.nullcontext():
+        _dequantise_4bit_kernel[(triton.cdiv(blocks, 32),)](
+            packed, state.absmax, code, *scales, out, blocks, BLOCK=state.blocksize,
+            NESTED_BLOCK=nested.blocksize if nested else 1, NESTED=nested is not None, ROWS=32,
+            enable_fp_fusion=False,  # bitsandbytes rounds the product before it adds
+        )  # fmt: skip
     return out
 
 
@@ -3133,7 +3129,7 @@ def varlen_attention(
         # rows of any length (3 %)
         q, k, v = (t.squeeze(0).unflatten(1, (rows, -1)).transpose(0, 1) for t in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
-        return out.transpose(1, 2).reshape(1, tokens, query.shape[1], -1), None
+        return out.transpose(1, 2).reshape(1, tokens, query.shape[1], -1).contiguous(), None
     # one kernel on a GPU for 16-bit heads of these sizes without dropout, else row by row
     half, size = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
     if query.is_cuda and half and size in range(8, 257, 8) and not dropout:
@@ -3150,8 +3146,8 @@ def varlen_attention(
         mask = None
         if window is not None and end - start > window:
             mask = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        pieces.append(F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **options))
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+        pieces.append(F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **options).transpose(1, 2))
+    return torch.cat(pieces, dim=1), None
 
 
 # What models do to the logits of their head, by the config entry that says so: Gemma 2, Granite, Cohere.
@@ -3286,7 +3282,7 @@ def set_recomputed_layers(model: Any, count: int, offload: bool = False, dropout
 def uses_dropout(model: Any, config: Config) -> bool:
     """Check whether a layer may draw random numbers in training, by the names in the model's config."""
     text = model.config.get_text_config().to_dict()
-    rates = (value for name, value in text.items() if "drop" in name and isinstance(value, float))
+    rates = (value for name, value in text.items() if re.search("drop|noise", name) and isinstance(value, float))
     return config.lora.lora_dropout > 0 or any(rates)
 
 
@@ -3317,6 +3313,25 @@ def apply_liger(model: Any) -> str | None:
             copied = types.FunctionType(forward.__code__, forward.__globals__ | ours, argdefs=forward.__defaults__)
             module.forward = types.MethodType(copied, module)
     return None
+
+
+def fuse_norms(model: Any) -> None:
+    """Compute plain RMSNorms by torch's own kernel, whose launch costs the host a tenth of liger-kernel's.
+
+    Others, as Gemma's with its 1 + weight, give another result for the same values and are left alone.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+        if "RMSNorm" in type(module).__name__ and weight is not None and isinstance(eps, float):
+            x = torch.linspace(-2.0, 3.0, weight.numel(), device=weight.device)[None]
+            expected = F.rms_norm(x, weight.shape, weight.float(), eps)
+            if torch.allclose(type(module).forward(module, x).float(), expected, rtol=1e-2, atol=1e-3):
+                module.forward = partial(_rms_norm, module, eps)
+
+
+def _rms_norm(module: Any, eps: float, x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), eps)
 
 
 def padding_free_implementation(model: Any, config: Config) -> tuple[str | None, str]:
@@ -3399,7 +3414,7 @@ def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, devi
         try:
             with attention_implementation(base, kernel):
                 first, second = (supervised_logits(model, fast, batch).cpu() for batch in flat)
-        except NotImplementedError:
+        except (*LIBRARY_ERRORS, RuntimeError):  # type: ignore[misc]  # whatever it raises, rows are padded
             first, second = torch.full((2, *padded.shape), math.nan)
     # a neighbour changes nothing; but an expert multiplies the tokens of all rows at once, which rounds differently
     allowed = 2 * noise + 1e-5 * padded.norm() if stacked_experts(base) else 0.0
@@ -3497,7 +3512,6 @@ class MemoryModel(NamedTuple):
     checkpoint: int  # what a recomputed layer keeps of a token: its input
     layers: int
     unpacked: int  # a layer's weights in the compute dtype
-    all_or_none: bool = False  # whether all layers are recomputed or none, as an engine's hooks want it
 
     def per_token(self, recomputed: int) -> int:
         """Bytes of a token at the peak, when one recomputed layer is whole again."""
@@ -3510,58 +3524,53 @@ class MemoryModel(NamedTuple):
 
     def shared(self, config: Config, gpus: int) -> "MemoryModel":
         """One GPU's part, where FSDP, DeepSpeed or one process spread the model over several."""
-        names, everything = ["gradients", "optimizer"], ["weights", "other", "adapters"]
+        names, changes = ["gradients", "optimizer"], {"token": self.token + self.layer}
         if not is_sharded(config):
-            names += [*everything, "layer", "checkpoint", "unpacked"]
-            return self._replace(**{name: getattr(self, name) // gpus for name in names}, token=self.token + self.layer)
-        names += everything if is_fsdp(config) or hf_deepspeed.is_deepspeed_zero3_enabled() else []
-        parts = {name: getattr(self, name) // gpus for name in names}
-        if config.quant.full_finetune and load_dtype(config) != torch.float32:
-            parts["optimizer"] *= 3  # engines step on a float32 copy of 16-bit weights
-        fixed = self.fixed + 2 * self.weights // max(1, self.layers)  # two layers whole while they compute
-        return self._replace(**parts, paged=False, fixed=fixed, unpacked=0, all_or_none=True)
-
-
-def stored_bytes(count: int, rows: int, config: Config) -> int:
-    """Bytes of a linear layer's weight with so many values, in its rows."""
-    bits = config.quant.bits
-    if bits == 4:  # a float32 scale for 64 values, or 8 bits of scale with one float32 for 256 of them
-        return int(count * (0.5 + (1 / 64 + 4 / (64 * 256) if config.quant.double_quant else 4 / 64)))
-    return count + 4 * rows if bits == 8 else count * load_dtype(config).itemsize
-
-
-def kept_values(shapes: Mapping[str, Sequence[int]], hidden: int, rank: int, fused: bool) -> int:
-    """Count the values that all linear layers keep of a token for the backward pass.
-
-    Layers of one block share an input. A block's last output is only added to the residual and not kept, and a fused
-    gated MLP computes its last input again. peft's own functions keep about twice as much.
-    """
-    kept, inputs = 0, dict[tuple[str, int], int]()
-    for name, (out, width) in shapes.items():
-        owner, _, leaf = name.rpartition(".")
-        last = out == hidden and leaf not in ("q_proj", "k_proj", "v_proj", "query", "key", "value")
-        kept += (0 if last else out) + rank
-        inputs[owner, width] = 0 if fused and leaf == "down_proj" else width
-    return (kept + sum(inputs.values())) * (1 if fused else 2)
+            names += ["weights", "other", "adapters", "layer", "checkpoint", "unpacked"]
+        else:  # two layers are whole while they compute
+            whole = not (is_fsdp(config) or hf_deepspeed.is_deepspeed_zero3_enabled())
+            names += [] if whole else ["weights", "other", "adapters"]
+            changes = {"paged": False, "unpacked": 0, "fixed": self.fixed + 2 * self.weights // self.layers}
+            if config.quant.full_finetune and load_dtype(config) != torch.float32:
+                changes["optimizer"] = 3 * self.optimizer // gpus  # engines step on a float32 copy of 16-bit weights
+        return self._replace(**{name: getattr(self, name) // gpus for name in names} | changes)
 
 
 def memory_from_config(config: Config, model_config: PretrainedConfig) -> MemoryModel:
     """Predict the memory of the base model, its adapters and its steps from shapes alone."""
-    train, full = config.training, config.quant.full_finetune
+    train, full, bits = config.training, config.quant.full_finetune, config.quant.bits
     model = meta_model(config, copy.deepcopy(model_config))
     text, plain = model.config.get_text_config(), load_dtype(config).itemsize
     width, layers, hidden = min(compute_dtype(config).itemsize, plain), text.num_hidden_layers, text.hidden_size
     shapes = {name: model.get_parameter(f"{name}.weight").shape for name in linear_layers(model, config.masked)}
-    counts = {name: math.prod(shape) for name, shape in shapes.items()}
-    total, linear = sum(parameter.numel() for parameter in model.parameters()), sum(counts.values())
-    head = model.get_output_embeddings()
-    vocabulary = 0 if head is None else head.weight.shape[0]
+    total, linear = sum(p.numel() for p in model.parameters()), sum(map(math.prod, shapes.values()))
+    # a 4-bit weight has a float32 scale for 64 values, or 8 bits of scale and one float32 for 256 of them
+    four_bits = 0.5 + (1 / 64 + 4 / (64 * 256) if config.quant.double_quant else 4 / 64)
+    # What the linear layers keep of a token: those of one block share an input, but peft casts one for each where
+    # adapters and activations differ in dtype; a block's last output is only added to the residual; a gated MLP that is
+    # not fused keeps the activation's output and its last input too.
+    fused = train.fast_path and not full and not config.lora.use_dora
+    copies = not (fused or full) and config.lora.lora_dtype == "float32" and width < 4
+    kept, inputs = 0, dict[Any, int]()
+    for name, (out, size) in shapes.items():
+        owner, _, leaf = name.rpartition(".")
+        last = out == hidden and leaf not in ("q_proj", "k_proj", "v_proj", "query", "key", "value")
+        kept += (0 if last else out) + (0 if full else config.lora.lora_r)
+        kept += out if leaf == "gate_proj" and not fused else 0
+        inputs[name if copies else (owner, size, last)] = 0 if fused and leaf == "down_proj" else size
+    kept += sum(inputs.values())
+    norms = 0  # bytes of their inputs, in float32 unless an RMSNorm is fused
+    for name, module in model.named_modules():
+        if "Norm" in type(module).__name__ and layer_number(name) < math.inf:
+            heads = shapes.get(f"{name.rpartition('.')[0]}.{leaf_name(name)[0]}_proj")  # q_norm, k_norm see all heads
+            weight = getattr(module, "weight", None)  # OLMo's have none
+            values = heads[0] if heads else hidden if weight is None else weight.numel()
+            norms += values * (width if train.fast_path and "RMS" in type(module).__name__ else 4)
     # experts stacked in one tensor stay frozen; a token meets a few of them, which keep their inputs and outputs
     active = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
-    experts = active * sum(weight.numel() // len(weight) for weight in stacked_experts(model).values())
-    kept = kept_values(shapes, hidden, 0 if full else config.lora.lora_r, train.fast_path)
-    kept += 2 * experts // hidden + 2 * hidden * layers  # and the inputs of two norms a layer
-    widest = max((max(shape) for shape in shapes.values()), default=4 * hidden)
+    kept += 2 * active * sum(weight.numel() // len(weight) for weight in stacked_experts(model).values()) // hidden
+    head = model.get_output_embeddings()
+    vocabulary = 0 if head is None else head.weight.shape[0]
     # adapters that are computed from the base's weights would be computed from none
     fresh = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init_lora_weights="true"))
     with torch.device("meta"):
@@ -3570,18 +3579,19 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     # bytes a parameter: torch's AdamW keeps its averages in the parameter's dtype, the others in float32
     states = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "torch": 2 * size // count}
     return MemoryModel(
-        weights=sum(stored_bytes(counts[name], shape[0], config) for name, shape in shapes.items()),
+        weights=int(linear * (four_bits if bits == 4 else 1 if bits == 8 else plain)),
         other=(total - linear) * plain,
         adapters=0 if full else size,
         gradients=size * (2 if train.world_size > 1 else 1),  # DDP averages a flat copy
         optimizer=count * next((each for name, each in states.items() if name in train.optim), 8),
         paged="paged" in train.optim,
-        fixed=(max(counts.values(), default=0) * width if config.quant.bits < 16 else 0) + 2**27,
-        token=width * (2 * widest + 3 * hidden) + (0 if train.fast_path else vocabulary * (width + 12)),
-        layer=width * kept // layers,
+        fixed=(max(map(math.prod, shapes.values()), default=0) * width if bits < 16 else 0) + 2**27,
+        token=width * (2 * max(map(max, shapes.values()), default=4 * hidden) + 3 * hidden)
+        + (0 if train.fast_path else vocabulary * (width + 12)),
+        layer=(width * kept + norms) // layers,
         checkpoint=math.ceil(2 * width * hidden / layers) if train.offload_activations else width * hidden,
         layers=layers,
-        unpacked=width * linear // layers if config.quant.bits < 16 and train.fast_path and not full else 0,
+        unpacked=width * linear // layers if bits < 16 and train.fast_path and not full else 0,
     )
 
 
@@ -3605,7 +3615,7 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
     train, wanted = config.training, requested_layers(config, memory.layers)
     rows = train.per_device_train_batch_size if train.auto_batch is False else None
     smallest, largest = (longest, window) if rows is None else (min(window, longest * rows),) * 2
-    choices = [0, memory.layers] if memory.all_or_none else range(memory.layers + 1)
+    choices = [0, memory.layers] if is_sharded(config) else range(memory.layers + 1)  # its hooks want all or none
     plans: list[tuple[float, StepPlan]] = []
     for recomputed in choices if wanted is None else [wanted]:
         tokens = min(largest, int((room - memory.fixed) / memory.per_token(recomputed)))
@@ -3635,29 +3645,27 @@ def plan_step(
         largest = window if plan.rows is None else min(window, plan.rows * longest)
         tokens = max(longest, math.ceil(largest / math.ceil(largest / plan.tokens)))
         activations = tokens * (memory.per_token(plan.recomputed) - memory.token)
-        transients, unpacked = memory.fixed + tokens * memory.token, memory.unpacked * plan.unpacked
-        if fits := activations + transients + unpacked <= room - pages:
+        parts = {
+            "weights of the linear layers": memory.weights,
+            "weights kept dequantised": memory.unpacked * plan.unpacked,
+            "embedding, head, norms": memory.other,
+            "adapters": memory.adapters,
+            # those of a step's one micro-batch come as its activations go
+            "gradients": memory.gradients if tokens < window else max(0, memory.gradients - activations),
+            "optimizer": 0 if memory.paged else memory.optimizer,
+            "activations": activations,
+            "transients and head": memory.fixed + tokens * memory.token,
+        }
+        transients = parts["transients and head"] + parts["weights kept dequantised"]
+        if fits := activations + transients <= room - pages:
             break
-    parts = {
-        "weights of the linear layers": memory.weights,
-        "weights kept dequantised": unpacked,
-        "embedding, head, norms": memory.other,
-        "adapters": memory.adapters,
-        "gradients": memory.gradients,
-        "optimizer": 0 if memory.paged else memory.optimizer,
-        "activations": activations,
-        "transients and head": transients,
-    }
-    peak, beside = sum(parts.values()), CONTEXT * GIB + pages
+    peak = sum(parts.values())
     moved = "" if not memory.paged else "; the optimizer's pages stay" if pages else "; the optimizer's pages move out"
+    beside = CONTEXT * GIB + pages
     lines = {name: f"{size / GIB:6.2f} GiB" for name, size in {**parts, "predicted peak": peak}.items()}
-    lines |= {
-        "beside it": f"{beside / GIB:6.2f} GiB: CUDA{moved}",
-        "in all": f"{(peak + beside) / GIB:6.2f} GiB",
-        "micro-batch": f"{tokens} tokens",
-        "recomputed": f"{plan.recomputed} of {memory.layers} layers",
-        "kept dequantised": f"{plan.unpacked} of {memory.layers} layers",
-    }
+    lines |= {"beside it": f"{beside / GIB:6.2f} GiB: CUDA{moved}", "in all": f"{(peak + beside) / GIB:6.2f} GiB"}
+    lines |= {"micro-batch": f"{tokens} tokens", "recomputed": f"{plan.recomputed} of {memory.layers} layers"}
+    lines |= {"kept dequantised": f"{plan.unpacked} of {memory.layers} layers"}
     return plan._replace(resident=pages > 0, peak=peak / GIB), lines, fits
 
 
@@ -3676,33 +3684,37 @@ def plan_from_flags(config: Config, memory: MemoryModel) -> tuple[dict[str, str]
     train, gib, longest = config.training, gpu_gib(config), length_limits(config).longest
     window = longest * train.per_device_train_batch_size * train.gradient_accumulation_steps
     memory = memory.shared(config, train.world_size) if is_sharded(config) else memory
-    room = (gib - CONTEXT) * 0.95 * GIB - memory.resident()
-    _, lines, fits = plan_step(memory, room, longest, window, config)
+    _, lines, fits = plan_step(memory, (gib - CONTEXT) * 0.95 * GIB - memory.resident(), longest, window, config)
     return {"GPU": f"{gib:g} GiB", **lines, "verdict": "fits" if fits else f"does not fit into {gib:g} GiB"}, fits
 
 
 def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config: Config) -> MemoryModel:
-    """Correct the prediction by what one small step, forward and backward, takes of the GPU's memory."""
-    count = min(512, getattr(base.config.get_text_config(), "max_position_embeddings", None) or 512)
-    step = collate_step([{"input_ids": [1] * count, "labels": [1] * count}])["step"]
-    batch = padding_free_batch(step, [0]) if fast.attention else padded_batch(step, [0], 0, "right")
-    dtype, before = compute_dtype(config), torch.cuda.memory_allocated()
+    """Correct the prediction by what two small steps, forward and backward, take of the GPU's memory."""
+    longest = min(512, getattr(base.config.get_text_config(), "max_position_embeddings", None) or 512)
+    device, dtype, peaks = base.get_input_embeddings().weight.device, compute_dtype(config), []
     set_recomputed_layers(base, 0)
     model.train()
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        gpus = range(torch.cuda.device_count())
-        with torch.random.fork_rng(gpus), attention_implementation(base, fast.attention):
-            with torch.autocast("cuda", dtype, dtype != torch.float32):
-                loss = summed_loss(model, fast, to_device(batch, base.get_input_embeddings().weight.device))
-            loss.backward()
-    except torch.OutOfMemoryError:
-        log.info("plan: a trial of %d tokens did not fit; the prediction stands", count)
-        return memory
-    finally:
-        model.zero_grad(set_to_none=True)
-    used = torch.cuda.max_memory_allocated() - before - memory.gradients - memory.fixed
-    ratio = max(0.5, used / (count * memory.per_token(0)))
+    for count in (longest // 4, longest):
+        step = collate_step([{"input_ids": [1] * count, "labels": [1] * count}])["step"]
+        batch = padding_free_batch(step, [0]) if fast.attention else padded_batch(step, [0], 0, "right")
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            gpus = range(torch.cuda.device_count())
+            with torch.random.fork_rng(gpus), attention_implementation(base, fast.attention):
+                with torch.autocast("cuda", dtype, dtype != torch.float32):
+                    loss = summed_loss(model, fast, to_device(batch, device))
+                loss.backward()
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+        except torch.OutOfMemoryError:
+            log.info("plan: a trial of %d tokens did not fit; the prediction stands", count)
+            for group in fast.groups:
+                group.forget()
+            return memory
+        finally:
+            model.zero_grad(set_to_none=True)
+    # the difference leaves out what does not grow with the tokens
+    ratio = max(0.5, (peaks[1] - peaks[0]) / ((longest - longest // 4) * memory.per_token(0)))
     return memory._replace(token=int(memory.token * ratio), layer=int(memory.layer * ratio))
 
 
@@ -3725,13 +3737,14 @@ def choose_step_plan(
         return plan, {"steps": str(plan)}
     lengths = sorted(rows["length"][:], reverse=True)
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
-    devices = {parameter.device for parameter in base.parameters() if parameter.device.type == "cuda"}
     if is_sharded(config):  # nothing can be measured before, nor repeated after memory ran out
         memory = memory.shared(config, train.world_size)
         room = 0.85 * (gpu_gib(config) - CONTEXT) * GIB - memory.resident()
     else:
-        memory = memory.shared(config, len(devices)) if len(devices) > 1 else memory
-        memory = calibrate(memory, model, base, fast, config)
+        devices = {parameter.device for parameter in base.parameters() if parameter.device.type == "cuda"}
+        memory = calibrate(
+            memory.shared(config, len(devices)) if len(devices) > 1 else memory, model, base, fast, config
+        )
         room = 0.95 * min(map(free_memory, devices)) - memory.gradients - (0 if memory.paged else memory.optimizer)
     plan, lines, _ = plan_step(memory, room, lengths[0], window, config)
     return plan, {"steps": str(plan)} | lines
@@ -4353,18 +4366,13 @@ def mmlu_metrics(runtime: InferenceContext, questions: list[Question], split: st
 # It receives whole optimizer steps, which `training_step` cuts into micro-batches.
 # To add a callback: one class, one line in build_callbacks.
 # ------------------------------------------------------------------------------------
-def max_positions(model: Any) -> int | None:
-    """How many tokens an encoder's position embeddings have room for; RoBERTa and ESM begin after the pad's."""
-    for name, table in model.named_modules():
-        if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
-            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-    return None
-
-
 def check_rows_fit_model(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
     """Check rows against the model: an id outside its embedding would only show as a crash on the GPU."""
-    rows, limit = model.get_input_embeddings().num_embeddings, max_positions(model)
+    rows, limit = model.get_input_embeddings().num_embeddings, None
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, table in model.named_modules():  # an encoder's; RoBERTa's and ESM's begin after the pad's
+        if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
+            limit = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
     for name, part in parts.items():
         longest = f"the longest {name} row has {part.longest} tokens"
         if part.largest_id >= rows:
@@ -4513,20 +4521,20 @@ class QLoRATrainer(Trainer):
         super().__init__(**kwargs)
         self.config, self.fast, self.plan = config, fast, plan
         self.identity, self.questions, self.masking = identity, questions, masking  # what checkpoints say of the run
-        set_up_fsdp(self.accelerator, self.model, config)
+        if plugin := getattr(self.accelerator.state, "fsdp_plugin", None):
+            set_up_fsdp(plugin, self.model, config)
         self.model_accepts_loss_kwargs = True  # our loss is divided by the supervised tokens of the whole step
         self.base: Any = self.inference().model
-        self.sharded = is_sharded(config)
-        self.parameter_count = self.base.num_parameters(exclude_embeddings=True)
+        self.sharded, self.parameter_count = is_sharded(config), self.base.num_parameters(exclude_embeddings=True)
         self.step: StepBatch | None = None  # the last one
         self.parts: list[tuple[list[str], torch.Tensor]] = []  # rows and loss of its micro-batches
         self.pending_checks: list[tuple[int, Any, Any]] = []  # steps whose numbers were not looked at yet
         self.unreached: set[str] | None = None  # parameters that no step has given a gradient
         self.first_step, self.began = 0, 0.0  # of this process
         self.position: int | None = None  # in a stream, after the current step
-        self.tokens_seen = 0  # without padding, by this rank
-        self.untimed_seconds = 0.0  # spent on evaluating and saving while training
+        self.tokens_seen, self.untimed_seconds = 0, 0.0  # without padding, by this rank; evaluating and saving
         self.staging: Path | None = None
+        self.tried = False  # the fast path, on sharded weights
         self.eval_batches: list[tuple[int, float, int, int]] = []
 
     def inference(self) -> InferenceContext:
@@ -4550,7 +4558,7 @@ class QLoRATrainer(Trainer):
         """The Trainer's; a paged one whose pages stay on the GPU need not prefetch: 22 of 33 ms of updates at 7B."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.plan.resident and hasattr(optimizer, "prefetch_state"):
-            optimizer.prefetch_state = _no_wait
+            optimizer.prefetch_state = lambda parameter: None
         return optimizer
 
     def get_train_dataloader(self) -> Any:
@@ -4630,8 +4638,8 @@ class QLoRATrainer(Trainer):
 
     def _try_fast_path(self, model: Any) -> None:
         """Try the rest of the fast path once an engine has sharded the weights; every rank takes part."""
-        untried = self.sharded and self.config.training.fast_path and not (self.fast.attention or self.fast.off)
-        if untried and not self.config.masked:
+        if self.sharded and self.config.training.fast_path and not (self.tried or self.config.masked):
+            self.tried = True
             base = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base
             self.fast = choose_fast_path(model, base, self.fast, self.config, self.args.device)
             log.info("%s", format_table(self.fast.lines()))
@@ -4768,11 +4776,8 @@ class QLoRATrainer(Trainer):
         if control.should_save and not self.sharded:
             trained = [parameter for parameter in self.base.parameters() if parameter.requires_grad]
             if not all(bool(parameter.isfinite().all()) for parameter in trained):
-                self._stop(step, "its update leaves weights that are not finite", self._lower_rate())
+                self._stop(step, "its update leaves weights that are not finite", "lower --learning_rate")
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
-
-    def _lower_rate(self) -> str:
-        return f"lower --learning_rate {self.args.learning_rate:g}"
 
     def _check_numbers(self, step: int, numbers: Any, rows: Sequence[list[str]]) -> None:
         """Stop at a loss or gradient norm that is not finite, naming the rows and the likely cause."""
@@ -4790,7 +4795,7 @@ class QLoRATrainer(Trainer):
             f"the base's {damaged} is not finite, its files are damaged" if damaged
             else "fp16 ends at 65504, train with --bf16" if self.args.fp16
             else "the step's other rows are fine, look at these" if 0 < sum(finite) < len(finite)
-            else f"{self._lower_rate()}, or look at these rows"
+            else f"lower --learning_rate {self.args.learning_rate:g}, or look at these rows"
         )  # fmt: skip
         what = f"the {'gradient norm' if all(finite) else 'loss'} is not finite"
         suspects = [part for part, good in zip(rows, finite, strict=True) if all(finite) or not good]
@@ -4882,11 +4887,8 @@ class QLoRATrainer(Trainer):
         return super()._determine_best_metric(metrics | prefixed, trial)
 
 
-def set_up_fsdp(accelerator: Any, model: Any, config: Config) -> None:
+def set_up_fsdp(plugin: Any, model: Any, config: Config) -> None:
     """Tell accelerate's FSDP plugin what to wrap, and not to cast packed weights."""
-    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
-    if not plugin:
-        return
     if not config.quant.full_finetune:
         plugin.mixed_precision_policy = None  # it would cast what is packed
     # BERT's own list has its embeddings, to which its head is tied
@@ -4947,10 +4949,6 @@ def copy_to_cpu_async(*numbers: Any) -> tuple[list[Any], Any]:
     return copies, torch.cuda.current_stream(device).record_event() if device else None
 
 
-def _no_wait(tensor: torch.Tensor) -> None:
-    """Stand in for bitsandbytes' wait for the GPU."""
-
-
 @contextlib.contextmanager
 def unsynchronised_updates() -> Iterator[None]:
     """Keep bitsandbytes' optimizers from waiting for the GPU after each parameter: 448 times a step, 10 % at 7B.
@@ -4958,7 +4956,7 @@ def unsynchronised_updates() -> Iterator[None]:
     The updates share one stream, which keeps their order. `sync_gpu` is a private function of bitsandbytes 0.50.
     """
     saved = bitsandbytes.optim.optimizer.sync_gpu
-    bitsandbytes.optim.optimizer.sync_gpu = _no_wait  # type: ignore[assignment]
+    bitsandbytes.optim.optimizer.sync_gpu = lambda tensor: None  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -5522,6 +5520,8 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     check_rows_fit_model(base, data.statistics)
     liger = config.training.fast_path and torch.cuda.is_available() and not config.training.use_cpu
     missing = apply_liger(base) if liger else None
+    if liger:
+        fuse_norms(base)
     model = make_trainable(base, config, resume.weights)
     for adapter in getattr(model, "peft_config", {}).values():  # saved as given, not the folder made of a .gguf file
         adapter.base_model_name_or_path = config.model.model_name_or_path

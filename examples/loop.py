@@ -43,8 +43,9 @@ def prompt_and_answer(row: dict[str, str]) -> tuple[str, str]:
         return "", row["text"]
     if "instruction" not in row:
         return row["input"], row["output"]
-    given = row.get("input")
-    parts = {"context": CONTEXT, "input": f"### Input:\n{given}\n\n"} if given else {"context": "", "input": ""}
+    parts = {"context": "", "input": ""}
+    if row.get("input"):
+        parts = {"context": CONTEXT, "input": f"### Input:\n{row['input']}\n\n"}
     return ALPACA.format(instruction=row["instruction"], **parts), row["output"]
 
 

@@ -47,12 +47,13 @@ KEPT_FLAGS = {
 
 def encode(messages: Sequence[Message], tokenizer: Any, template: str) -> list[int]:
     """The token ids of a conversation, as in training. Special tokens that a user types remain text."""
-    special = qlora.special_token_pattern(tokenizer)
-    shown = qlora.escape_special_tokens(list(messages), special) if template == "chat" else list(messages)
+    messages, own_template = list(messages), template == "chat"
+    if own_template:  # which contains special tokens, so the text below is tokenised with them
+        messages = qlora.escape_special_tokens(messages, qlora.special_token_pattern(tokenizer))
     options = {"chat_template": TEMPLATES[template], "tokenize": False, "add_generation_prompt": True}
     with qlora.reraise_as_user_error("the model's chat template", qlora.ConfigError, jinja2.TemplateError):
-        text = tokenizer.apply_chat_template(shown, **options)
-    if template == "chat":
+        text = tokenizer.apply_chat_template(messages, **options)
+    if own_template:
         ((tokens,),) = qlora.tokenize_rendered([[{"text": text, "supervised": False}]], tokenizer)
         return [token_id for token_id, _ in tokens]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

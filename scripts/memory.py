@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qlora
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # hidden, inner, layers, heads, key/value heads, vocabulary: of LLaMA, LLaMA-2 and Llama 3, and of Yi-34B
 SHAPES = {
     "tiny": (64, 128, 2, 4, 2, 256),
@@ -85,60 +86,48 @@ def random_base(model_config: LlamaConfig, config: qlora.Config, device: torch.d
 
 
 def train(name: str, cap: float | None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A few steps of one shape; where memory does not suffice, the reason."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model_config = shape_config(name)
-    config = qlora.parse_config(
-        [
-            *("--model_name_or_path", name, "--output_dir", "/tmp/memory", "--save_strategy", "no"),
-            *("--gradient_accumulation_steps", "1", "--max_steps", str(arguments.steps), "--logging_steps", "1"),
-            *("--recompute_layers", "all", "--bf16", "--disable_tqdm", "True"),
-            *arguments.flags,
-        ]
-    )
-    costs = qlora.memory_from_config(config, model_config)
-    plan = qlora.make_plan(costs, qlora.find_gpu("H200"), arguments.tokens, arguments.tokens, config)
-    found = {
-        "shape": name, "cap": cap, "predicted_gib": round(plan.gib()["predicted peak"], 3),
-        "pages_gib": round(costs.optimizer / qlora.GIB if costs.paged else 0.0, 3),
-    }  # fmt: skip
-    began = time.perf_counter()
+    """Train one shape for a few steps on random rows; where memory does not suffice, the reason."""
+    model_config, began = shape_config(name), time.perf_counter()
+    words = ["--model_name_or_path", name, "--output_dir", "/tmp/memory", "--save_strategy", "no", "--bf16"]
+    words += ["--gradient_accumulation_steps", "1", "--max_steps", str(arguments.steps), "--logging_steps", "1"]
+    words += ["--recompute_layers", "all", "--disable_tqdm", "True"]
+    config = qlora.parse_config([*words, *arguments.flags])
+    memory = qlora.memory_from_config(config, model_config)
+    room = 1000 * qlora.GIB  # the prediction for a GPU on which it fits
+    plan, _, _ = qlora.plan_step(memory, room, arguments.tokens, arguments.tokens, config)
+    result: dict[str, Any] = {"shape": name, "cap": cap, "predicted_gib": round(plan.peak, 3)}
+    result["pages_gib"] = round(memory.optimizer / qlora.GIB if memory.paged else 0.0, 3)
+    ids = torch.randint(5, model_config.vocab_size, (arguments.steps, arguments.tokens)).tolist()
+    columns = {"input_ids": ids, "labels": ids, "length": [arguments.tokens] * len(ids), "where": [""] * len(ids)}
+    rows = datasets.Dataset.from_dict(columns)
+    vocabulary = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, "<pad>"))
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, **special)
+    run = qlora.Run(config, name, model_config, tokenizer, qlora.ResumePoint(train=True))
+    data = qlora.Data(rows, None, qlora.Splits(rows, None), {})
+    qlora.load_model = lambda config, model_config, folder: random_base(model_config, config, DEVICE)
     try:
-        trainer = make_trainer(model_config, costs, device, config, arguments)
-        found["ready_s"] = round(time.perf_counter() - began, 1)
+        trainer = qlora.prepare(run, data, {}, None, qlora.GracefulStop())
+        result["ready_s"] = round(time.perf_counter() - began, 1)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
     except torch.OutOfMemoryError as error:
-        return found | {"failed": str(error).split(". ")[0]}
+        return result | {"failed": str(error).split(". ")[0]}
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return found | {
+    return result | {
         "peak_gib": round(qlora.peak_memory_gib(), 3),
         "losses": [entry["loss"] for entry in history],
         "grad_norms": [entry["grad_norm"] for entry in history],
         "seconds": round(time.perf_counter() - began, 1),
-        "sizes": str(trainer.sizes),
+        "plan": str(trainer.plan),
     }
-
-
-def make_trainer(
-    model_config: LlamaConfig, costs: Any, device: torch.device, config: qlora.Config, arguments: argparse.Namespace
-) -> Any:
-    """A model of random weights with adapters, and random rows, as a run would have them."""
-    ids = torch.randint(5, model_config.vocab_size, (arguments.steps, arguments.tokens)).tolist()
-    columns = {"input_ids": ids, "labels": ids, "length": [arguments.tokens] * len(ids), "where": [""] * len(ids)}
-    rows = datasets.Dataset.from_dict(columns)
-    base = random_base(model_config, config, device)
-    ready = qlora.assemble(base, costs, qlora.ResumePoint(True), rows, 0, config)
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, "<pad>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    return qlora.build_trainer(ready, tokenizer, qlora.Splits(rows, None), None, {}, qlora.GracefulStop(), config)
 
 
 def write(name: str, arguments: argparse.Namespace) -> None:
     """A shape with random weights, quantised, as a folder to load."""
     config = qlora.parse_config(["--model_name_or_path", name, "--output_dir", "/tmp/memory", *arguments.flags])
-    model = random_base(shape_config(name), config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = random_base(shape_config(name), config, DEVICE)
     model.config.quantization_config = qlora.quantisation_config(config).to_dict()
     model.save_pretrained(Path(arguments.write, name), max_shard_size="5GB")
     words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}

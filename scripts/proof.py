@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What QLoRA promises, shown on real weights by runs of qlora.py itself.
+"""Check what QLoRA promises on real weights, with runs of qlora.py itself.
 
     python scripts/proof.py precision MODEL ROWS      held-out loss by precision of the frozen weights
     python scripts/proof.py fast_slow MODEL ROWS      the fast path, the libraries' own and a plain loop, step by step
-    python scripts/proof.py chart                     tables and charts again, from the results alone
+    python scripts/proof.py chart                     redraw tables and charts from the results
 
 MODEL is a folder, a .gguf file or a folder with one; ROWS is a JSON-lines file of rows {"text": ...}. Flags of
 qlora.py may follow after --. Every run is a process of its own, --jobs at a time on one GPU. Raw numbers go to --out

@@ -3,17 +3,17 @@
 #
 #   bash scripts/test.sh                            # all but those marked slow, network or ci
 #   bash scripts/test.sh -k formats -x              # arguments go to pytest
-#   bash scripts/test.sh -n 0 -m "slow or gpu"      # the marked ones, one at a time; gpu tests need a GPU
+#   PROCESSES=1 bash scripts/test.sh -m "slow or gpu"   # the marked ones, one at a time; gpu tests need a GPU
 #
-# Two processes share the tests where pytest-xdist is installed; without it, one runs them all, which takes twice as long.
-# It comes with tests/requirements.txt, as do the trackers, notebooks and chat page, whose tests are skipped otherwise:
+# With pytest-xdist two processes (PROCESSES) share the tests; without it, one runs them all and takes twice as long. It
+# comes with tests/requirements.txt, as do the trackers, notebooks and chat page, whose tests are skipped otherwise:
 #   .venv/bin/python -m pip install -r tests/requirements.txt && bash .ci/browser.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
-export OMP_NUM_THREADS=1  # two processes on two cores
+export OMP_NUM_THREADS=1  # a process for each core
 share=()
-if .venv/bin/python -c 'import xdist' 2>/dev/null; then
-    share=(-n 2 --dist loadgroup)
+if [ "${PROCESSES:-2}" -gt 1 ] && .venv/bin/python -c 'import xdist' 2>/dev/null; then
+    share=(-n "${PROCESSES:-2}")
 fi
 exec .venv/bin/python -m pytest -q "${share[@]+"${share[@]}"}" "$@"  # without a path: `testpaths` of pyproject.toml, tests/

@@ -67,12 +67,24 @@ def pytest_configure(config: pytest.Config) -> None:
 ONE_WORKER_EACH = ("test_ddp", "test_examples", "test_fast_path", "test_fsdp_deepspeed")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist may not be installed
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out whole files of ONE_WORKER_EACH first, then test by test.
+
+    --dist loadgroup would do it, but xdist 3.8 writes groups to a private attribute that pytest 9.2 no longer has.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if Path(file).stem in ONE_WORKER_EACH else nodeid
+
+    return Scheduler(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests for pytest-xdist; skip tests marked `gpu` on a machine without one."""
-    for item in items:
-        if item.path.stem in ONE_WORKER_EACH:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """Skip tests marked `gpu` on a machine without one."""
     if torch.cuda.is_available():
         return
     for item in items:

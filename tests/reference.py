@@ -179,6 +179,7 @@ def quick(
     side: str = "right",
     smoothing: float = 0.0,
     bf16: bool = False,
+    offload: bool = False,
 ) -> Result:
     """A step through the parts that `fast` names, in the micro-batches `parts`; one of all members if None.
 
@@ -188,7 +189,7 @@ def quick(
     device = base.get_input_embeddings().weight.device
     if fast.body is not None:
         fast = fast._replace(body=base.base_model, head=base.get_output_embeddings())  # of this twin
-    qlora.set_recomputed_layers(base, recomputed)
+    qlora.set_recomputed_layers(base, recomputed, offload)
     with qlora.attention_implementation(base, fast.attention):
         for members in [range(len(step.lengths))] if parts is None else parts:
             if fast.attention:
@@ -256,18 +257,18 @@ def counted() -> Iterator[Counter[str]]:
     """Count the calls of each part of the fast path; `attention`, and `head`, which applies the head in chunks."""
     calls: Counter[str] = Counter()
     saved = {name: getattr(qlora, name).forward for name in FUNCTIONS}
-    head = qlora.chunked_cross_entropy
+    head, attention = qlora.chunked_cross_entropy, qlora.varlen_attention
     try:
         for name, forward in saved.items():
             getattr(qlora, name).forward = staticmethod(partial(_count, calls, name, forward))
         qlora.chunked_cross_entropy = partial(_count, calls, "head", head)
-        attention = partial(_count, calls, "attention", qlora.varlen_attention)
-        ALL_ATTENTION_FUNCTIONS.register(qlora.VARLEN_ATTENTION, attention)
+        qlora.varlen_attention = partial(_count, calls, "attention", attention)  # which enable_fast_path registers
+        ALL_ATTENTION_FUNCTIONS.register(qlora.VARLEN_ATTENTION, qlora.varlen_attention)
         yield calls
     finally:
         for name, forward in saved.items():
             getattr(qlora, name).forward = staticmethod(forward)
-        qlora.chunked_cross_entropy = head
+        qlora.chunked_cross_entropy, qlora.varlen_attention = head, attention
         ALL_ATTENTION_FUNCTIONS.register(qlora.VARLEN_ATTENTION, qlora.varlen_attention)
 
 

@@ -1,8 +1,7 @@
-"""The loss of every row, against what the documents say it must be.
+"""The loss of every row equals the loss that the documentation implies.
 
-With a learning rate of 0 the program's loss on a row is the base model's. Here each row is formatted, tokenised and
-masked again in the words of the documents, by transformers alone, and its loss computed one row at a time. Nothing of
-qlora.py is used but its command line.
+With learning rate 0 the loss of a row is the base model's. These tests format, tokenise and mask each row again as the
+documentation says, with transformers alone, and compute its loss by itself. Of qlora.py they use only the command line.
 """
 
 import json
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 # ------------------------------------------------------------------------------------
-# What is documented: a row -> stretches of text, each supervised or not. BOS and EOS are added later, as ids.
+# The documented formats: row -> prompt pieces and answer. BOS and EOS are added later, as ids.
 # ------------------------------------------------------------------------------------
 SEPARATOR = object()  # in a prompt: the tokenizer's own EOS, then its BOS
 
@@ -117,7 +116,7 @@ DOCUMENTED = {
 
 
 def test_every_format_is_documented_here():
-    """But for chats by the tokenizer's template, whose own test is below, and functions of a user's own."""
+    """Except chats with the tokenizer's template and users' own functions, which have tests of their own below."""
     page = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     rows = page.partition("| `--dataset_format` |")[2].partition("\n\n")[0].splitlines()[2:]
     named = {name for row in rows for name in row.split("|")[1].replace("`", "").replace(" ", "").split(",")}
@@ -125,7 +124,7 @@ def test_every_format_is_documented_here():
 
 
 def tokens(tokenizer, text):
-    """Without special tokens around it or parsed in it."""
+    """Ids of a text, without adding or recognising special tokens."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -139,14 +138,14 @@ def documented_ids(tokenizer, prompt, answer):
 
 
 def cut(source, target, limits, on_source=False):
-    """Each side on the right."""
+    """Truncate each side on the right."""
     source, target = source[: limits[0]], target[: limits[1]]
     return source + target, (source if on_source else [-100] * len(source)) + target
 
 
 @torch.no_grad()
 def loss_of(model, rows):
-    """The mean over the labelled tokens of all these rows, each run through the model by itself."""
+    """The mean over the supervised tokens of all rows, each run through the model by itself."""
     total, count = 0.0, 0
     for ids, labels in rows:
         logits, wanted = model(input_ids=torch.tensor([ids])).logits[0, :-1], torch.tensor(labels[1:])
@@ -161,7 +160,7 @@ def load(folder, **options):
 
 
 def logged_losses(run_qlora, folder, file, **flags):
-    """The program's loss at every step, one row after the other, nothing supervised."""
+    """The program's loss at every step: one row after the other, learning rate 0."""
     run = run_qlora(
         **{
             "model_name_or_path": folder,
@@ -184,8 +183,8 @@ def logged_losses(run_qlora, folder, file, **flags):
 TOKENIZERS = {"byte": {}, "byte_bpe": {}, "byte_bpe, no BOS": {"bos": None}}
 
 
-def made_with(models, kind):
-    """A tiny model with a tokenizer of a kind."""
+def model_with(models, kind):
+    """A tiny model with one of TOKENIZERS."""
     name, _, without = kind.partition(",")
     writer = (lambda path: tiny.write_tokenizer(path, name, bos=None)) if without else name
     return models("llama", tokenizer=writer)
@@ -193,35 +192,32 @@ def made_with(models, kind):
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_the_loss_of_every_row(run_qlora, models, tmp_path, name):
-    """Tokenizers take turns; each format has one, and prompts of several pieces have that which merges."""
+    """Each format uses one of the tokenizers; prompts of several pieces use the one that merges bytes."""
     kind = list(TOKENIZERS)[list(DOCUMENTED).index(name) % 3] if name != "airoboros_chat" else "byte_bpe"
-    folder, (formatted, rows) = made_with(models, kind), DOCUMENTED[name]
+    folder, (formatted, rows) = model_with(models, kind), DOCUMENTED[name]
     model, tokenizer = load(folder)
     expected = [loss_of(model, [cut(*documented_ids(tokenizer, *formatted(row)), (400, 100))]) for row in rows]
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
     losses = logged_losses(run_qlora, folder, file, dataset_format=name)
     assert losses == pytest.approx(expected, rel=1e-5)
-    assert len({round(loss, 4) for loss in losses}) == len(rows)  # one could not pass for another
+    assert len({round(loss, 4) for loss in losses}) == len(rows)  # so no row could pass for another
 
 
 VARIANTS = {
     "cut on the right": ({"source_max_len": 9, "target_max_len": 6}, lambda s, t: cut(s, t, (9, 6))),
-    "the source supervised": ({"train_on_source": True}, lambda s, t: cut(s, t, (400, 100), True)),
+    "supervised source": ({"train_on_source": True}, lambda s, t: cut(s, t, (400, 100), True)),
     "one limit, cut on the left": (
         {"model_max_len": 24, "skip_excess_length": False, "source_max_len": None, "target_max_len": None},
         lambda s, t: cut(s[:1] + s[1:][-(23 - len(t)) :] if len(s + t) > 24 else s, t, (400, 100)),
     ),
-    "stock layers": (
-        {"fused_lora": False, "chunked_head": False, "padding_free": False},
-        lambda s, t: cut(s, t, (400, 100)),
-    ),
+    "no fast path": ({"fast_path": False}, lambda s, t: cut(s, t, (400, 100))),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_limits_and_what_is_learnt(run_qlora, models, tmp_path, variant):
+def test_limits_supervised_source_and_no_fast_path(run_qlora, models, tmp_path, variant):
     flags, documented = VARIANTS[variant]
-    folder, rows = made_with(models, "byte"), [row for row in DOCUMENTED["input-output"][1] if row["input"]]
+    folder, rows = model_with(models, "byte"), [row for row in DOCUMENTED["input-output"][1] if row["input"]]
     model, tokenizer = load(folder)
     sides = [documented_ids(tokenizer, [row["input"]], row["output"]) for row in rows]
     expected = [loss_of(model, [documented(source, target)]) for source, target in sides]
@@ -239,8 +235,8 @@ def test_limits_and_what_is_learnt(run_qlora, models, tmp_path, variant):
     ],
     ids=["padded", "accumulated", "packed", "regrouped"],
 )
-def test_rows_of_one_step_count_by_their_learnt_tokens(run_qlora, models, tmp_path, flags):
-    folder, (formatted, rows) = made_with(models, "byte_bpe"), DOCUMENTED["airoboros"]
+def test_rows_of_one_step_count_by_their_supervised_tokens(run_qlora, models, tmp_path, flags):
+    folder, (formatted, rows) = model_with(models, "byte_bpe"), DOCUMENTED["airoboros"]
     model, tokenizer = load(folder)
     expected = loss_of(model, [cut(*documented_ids(tokenizer, *formatted(row)), (400, 100)) for row in rows[:3]])
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows[:3])
@@ -249,8 +245,8 @@ def test_rows_of_one_step_count_by_their_learnt_tokens(run_qlora, models, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_a_base_in_four_bits(run_qlora, models, tmp_path, kind):
-    folder, (formatted, rows) = made_with(models, "byte_bpe"), DOCUMENTED["alpaca"]
+def test_a_4_bit_base(run_qlora, models, tmp_path, kind):
+    folder, (formatted, rows) = model_with(models, "byte_bpe"), DOCUMENTED["alpaca"]
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True)
     model, tokenizer = load(folder, quantization_config=settings, device_map="cpu")
     expected = [loss_of(model, [cut(*documented_ids(tokenizer, *formatted(row)), (400, 100))]) for row in rows]
@@ -260,8 +256,8 @@ def test_a_base_in_four_bits(run_qlora, models, tmp_path, kind):
 
 
 def test_one_row_for_each_answer(run_qlora, models, tmp_path):
-    """--expand_conversations: all that precedes an answer is its prompt."""
-    folder, row = made_with(models, "byte"), turns("system:S", "a", "b", " c ", "d", "e", "f")
+    """--expand_conversations: the prompt of an answer is everything before it."""
+    folder, row = model_with(models, "byte"), turns("system:S", "a", "b", " c ", "d", "e", "f")
     model, tokenizer = load(folder)
     parts = [{"conversations": row["conversations"][:end]} for end in (3, 5, 7)]
     expected = [loss_of(model, [cut(*documented_ids(tokenizer, *airoboros_chat(p)), (400, 100))]) for p in parts]
@@ -289,10 +285,10 @@ def write_chatml(path):
 
 
 @pytest.mark.parametrize("name", ["messages", "sharegpt"])
-def test_a_chat_by_the_template(run_qlora, models, tmp_path, name):
-    """Every answer is supervised with its stop token, nothing else; what follows the last answer is left out.
+def test_a_chat_with_the_tokenizers_template(run_qlora, models, tmp_path, name):
+    """Only answers and their stop tokens are supervised; everything after the last answer is dropped.
 
-    A byte is its own id, so the template's text spells the ids, and its two special tokens are added by hand.
+    The ids are the bytes of the template's text, with its two special tokens added by hand.
     """
     folder = models("llama", tokenizer=write_chatml)
     model, tokenizer = load(folder)
@@ -302,7 +298,7 @@ def test_a_chat_by_the_template(run_qlora, models, tmp_path, name):
         ids, labels, kept = [], [], chat[:-1] if chat[-1][0] == "user" else chat
         for number, (role, content) in enumerate(kept):
             head, body = [start, *f"{role}\n".encode()], [*content.encode(), end]
-            tail = [10] if number < len(kept) - 1 else []  # the line break after the last stop token may be cut
+            tail = [10] if number < len(kept) - 1 else []  # the line break after the last stop token is dropped
             ids += head + body + tail
             labels += [-100] * len(head) + (body if role == "assistant" else [-100] * len(body)) + [-100] * len(tail)
         expected.append(loss_of(model, [(ids, labels)]))
@@ -320,21 +316,21 @@ def both(row):
     return {"input": row["q"] + "?", "output": row["a"]}
 
 
-def stretches(row):
+def segments(row):
     return [{"text": row["q"], "supervised": False}, {"text": row["a"], "supervised": True},
             {"text": " so ", "supervised": False}, {"text": "end", "supervised": True}]
 """
 
 
-@pytest.mark.parametrize("function", ["both", "stretches"])
-def test_a_function_of_ones_own(run_qlora, models, tmp_path, function):
-    folder, rows = made_with(models, "byte"), [{"q": "Who", "a": "He"}, {"q": "Why it is", "a": "So."}]
+@pytest.mark.parametrize("function", ["both", "segments"])
+def test_a_users_own_function(run_qlora, models, tmp_path, function):
+    folder, rows = model_with(models, "byte"), [{"q": "Who", "a": "He"}, {"q": "Why it is", "a": "So."}]
     model, _ = load(folder)
     (tmp_path / "own.py").write_text(OWN)
     expected = []
     for row in rows:
         pieces = {"both": [(row["q"] + "?", 0), (row["a"], 1)]}
-        pieces["stretches"] = [(row["q"], 0), (row["a"], 1), (" so ", 0), ("end", 1)]
+        pieces["segments"] = [(row["q"], 0), (row["a"], 1), (" so ", 0), ("end", 1)]
         ids, labels = [tiny.BOS], [-100]
         for text, supervised in pieces[function]:
             ids += text.encode()
@@ -346,7 +342,7 @@ def test_a_function_of_ones_own(run_qlora, models, tmp_path, function):
 
 
 # ------------------------------------------------------------------------------------
-# The same on a real model, where there is one: QLORA_MODEL is a folder with SmolLM2, QLORA_ROWS OpenAssistant rows and
+# A real model, if there is one: QLORA_MODEL is a folder with SmolLM2, QLORA_ROWS a file of OpenAssistant rows and
 # QLORA_MMLU a folder with zero_shot_mmlu_val.json
 # ------------------------------------------------------------------------------------
 @pytest.mark.slow

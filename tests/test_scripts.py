@@ -225,8 +225,6 @@ def test_a_command_of_the_results_parses(script, words, monkeypatch):
         raise Parsed
 
     argv = shlex.split(words)
-    if argv[:1] and argv[0] in ("bits", "noise", "learning"):
-        pytest.skip("measured once: README.md still shows the command, which no longer exists")
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
     with pytest.raises(Parsed):
