@@ -13,23 +13,23 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             35-174
-     2 Errors             177-243
-     3 Dataset formats    246-557
-     4 Arguments         560-1133
-     5 Loading          1136-1550
-     6 Tokenizer        1553-1646
-     7 Encoding         1649-2269
-     8 Model            2272-2567
-     9 LoRA             2570-2693
-    10 Fast path        2696-3407
-    11 Plan             3410-3686
-    12 Checkpoints      3689-3948
-    13 Processes        3951-4023
-    14 Evaluation       4026-4222
-    15 Trainer          4225-4841
-    16 Stages           4844-5263
-    17 Main             5266-5460
+     1 Imports             35-172
+     2 Errors             175-241
+     3 Dataset formats    244-519
+     4 Arguments         522-1097
+     5 Loading          1100-1456
+     6 Tokenizer        1459-1549
+     7 Encoding         1552-2036
+     8 Model            2039-2334
+     9 LoRA             2337-2460
+    10 Fast path        2463-3174
+    11 Plan             3177-3453
+    12 Checkpoints      3456-3715
+    13 Processes        3718-3790
+    14 Evaluation       3793-3989
+    15 Trainer          3992-4609
+    16 Stages           4612-5039
+    17 Main             5042-5236
 """
 
 # ------------------------------------------------------------------------------------
@@ -40,7 +40,6 @@ Read the file from top to bottom, along the path of the data: every room uses on
 # ruff: noqa: E402
 
 import argparse
-import bisect
 import contextlib
 import copy
 import csv
@@ -63,6 +62,7 @@ import os
 import pickle
 import platform
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -99,8 +99,6 @@ for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._function
 
 import bitsandbytes.optim.optimizer
 import datasets
-import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 import yaml
@@ -259,12 +257,8 @@ class Segment(TypedDict):
     supervised: bool
 
 
-class Conversation(NamedTuple):  # a chat before the tokenizer's template renders it
-    messages: list[dict[str, Any]]  # ends with an answer
-    tools: list[Any] | None
-
-
 RawRow = Mapping[str, Any]
+Conversation = tuple[list[dict[str, Any]], list[Any] | None]  # messages, the last an answer, and tools
 ParsedRow = list[Segment] | Conversation
 
 
@@ -277,6 +271,7 @@ class DatasetFormat(NamedTuple):
 # Unicode noncharacters, which no text may contain. The first two stand for the tokenizer's own ids. The third, inside
 # the text of a special token that a user wrote, keeps it text.
 BOS_MARK, EOS_MARK, ESCAPE_MARK = MARKS = "\ufdd0\ufdd1\ufdd2"
+INVALID_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd2]")  # and the lone surrogates that stand for broken UTF-8
 
 
 def prompt_completion(*texts: str) -> list[Segment]:
@@ -285,32 +280,22 @@ def prompt_completion(*texts: str) -> list[Segment]:
     return [{"text": "".join(prompt), "supervised": False}, {"text": completion, "supervised": True}]
 
 
-def to_valid_utf8(text: str) -> str:
-    """Replace lone surrogates, which stand for bytes that are not UTF-8 and which Arrow refuses."""
-    return text.encode("utf-8", "replace").decode()
+def field_error(row: RawRow, name: str, expected: str) -> RowError:
+    """Say what a field holds, and what a format expects there."""
+    found = shorten(json.dumps(row[name], default=repr)) if name in row else "missing"
+    return RowError(f"field {name!r} is {found}, expected {expected}")
 
 
 def get_text(row: RawRow, name: str, default: str | None = None) -> str:
     """The text in a field; a number or boolean becomes its JSON text, and null counts as missing."""
-    value = row.get(name)
+    value = default if row.get(name) is None else row[name]
     if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
-    if isinstance(value, str):
-        if value != to_valid_utf8(value):
-            raise RowError(f"field {name!r} is not valid UTF-8, expected text")
-        if any(mark in value for mark in MARKS):
-            raise RowError(f"field {name!r} holds a noncharacter, U+FDD0 to U+FDD2, expected text")
-        return value
-    if value is None and default is not None:
-        return default
-    kinds = {"NoneType": "null" if name in row else "missing", "dict": "an object", "float": repr(value)}
-    raise RowError(f"field {name!r} is {kinds.get(type(value).__name__, f'a {type(value).__name__}')}, expected text")
-
-
-def get_optional_text(row: RawRow, column: str) -> str:
-    """An optional column as text, whatever its type; null counts as missing."""
-    value = row.get(column)
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
+    if not isinstance(value, str):
+        raise field_error(row, name, "text")
+    if INVALID_TEXT.search(value):
+        raise field_error(row, name, "valid UTF-8 without the noncharacters U+FDD0 to U+FDD2")
+    return value
 
 
 def get_list(row: RawRow, name: str) -> list[Any]:
@@ -318,9 +303,9 @@ def get_list(row: RawRow, name: str) -> list[Any]:
     value = row.get(name)
     with contextlib.suppress(ValueError):
         value = json.loads(value) if isinstance(value, str) else value
-    if isinstance(value, list):
-        return value
-    raise RowError(f"field {name!r} is {shorten(repr(value))}, expected a list")
+    if not isinstance(value, list):
+        raise field_error(row, name, "a list")
+    return value
 
 
 ALPACA_PROMPT = (
@@ -343,7 +328,7 @@ def parse_chip2(row: RawRow) -> ParsedRow:
     """Question and answer share one string, marked `<human>: ` and `<bot>: `; the first answer is supervised."""
     parts = get_text(row, "text").split("\n<bot>: ")
     if len(parts) < 2:
-        raise RowError(r"field 'text' has no '\n<bot>: ', expected a question and an answer")
+        raise field_error(row, "text", r"a question and an answer with '\n<bot>: ' between them")
     return prompt_completion(parts[0].replace("<human>: ", ""), parts[1])
 
 
@@ -351,7 +336,7 @@ def parse_airoboros(row: RawRow) -> ParsedRow:
     """Airoboros up to 2.2.1 (https://github.com/jondurbin/airoboros)."""
     instruction, skip = get_text(row, "instruction").strip(), get_text(row, "skip_prompt_formatting", "") or "false"
     if skip.lower() not in BOOLEANS:
-        raise RowError(f"field 'skip_prompt_formatting' is {skip!r}, expected true or false")
+        raise field_error(row, "skip_prompt_formatting", "true or false")
     prompt = f"{instruction}\n"
     if not BOOLEANS[skip.lower()]:
         instruction = re.sub(r"\s+PLAINFORMAT$", " PLAINFORMAT", instruction)
@@ -359,12 +344,11 @@ def parse_airoboros(row: RawRow) -> ParsedRow:
     return prompt_completion(prompt, get_text(row, "response").strip() + "\n")
 
 
-ROLES = {"system": "system"}  # the names that datasets give to each role
-ROLES |= dict.fromkeys(("user", "human"), "user")
+ROLES = {"system": "system", "user": "user", "human": "user"}  # the names that datasets give to each role
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
-NEXT_ROLES = {"": "system user", "system": "user", "user": "assistant", "assistant": "user tool"}
-NEXT_ROLES |= {"tool": "tool assistant"}
+NEXT_ROLES = {"": ["system", "user"], "system": ["user"], "user": ["assistant"], "assistant": ["user", "tool"]}
+NEXT_ROLES |= {"tool": ["tool", "assistant"]}
 
 
 def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
@@ -373,17 +357,17 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
     for number, turn in enumerate(get_list(row, column)):
         place, expected = f"{column}[{number}]", NEXT_ROLES[messages[-1]["role"] if messages else ""]
         if not isinstance(turn, Mapping):
-            raise RowError(f"{place} is a {type(turn).__name__}, expected an object")
-        role_key, content_key = ("from", "value") if turn.get("from") is not None else ("role", "content")
+            raise field_error({place: turn}, place, "an object")
         fields = {f"{place}.{name}": value for name, value in turn.items()}  # with the names that errors show
-        name = get_text(fields, f"{place}.{role_key}")
-        role = ROLES.get(name.lower())
-        if role not in expected.split():
-            raise RowError(f"{place} is a turn of {name!r}, expected one of {expected.replace(' ', ' or ')}")
+        names = ("from", "value") if turn.get("from") is not None else ("role", "content")
+        role_field, content_field = (f"{place}.{name}" for name in names)
+        role = ROLES.get(get_text(fields, role_field).lower())
+        if role not in expected:
+            raise field_error(fields, role_field, " or ".join(expected))
         calls = role == "assistant" and turn.get("tool_calls")
-        content = get_text(fields, f"{place}.{content_key}", "" if calls else None)
+        content = get_text(fields, content_field, "" if calls else None)
         if role == "assistant" and not calls and not content.strip():
-            raise RowError(f"{place}: the output is empty, expected something to learn")
+            raise field_error(fields, content_field, "an answer to learn")
         messages.append({**turn, "role": role, "content": content})
     return messages
 
@@ -401,13 +385,6 @@ def parse_airoboros_chat(row: RawRow) -> ParsedRow:
     return prompt_completion(prompt, answer)
 
 
-def expand_turns(row: RawRow) -> list[RawRow]:
-    """One row for each answer of a valid conversation, with everything before it; the last is the row itself."""
-    parse_airoboros_chat(row)
-    ends = [n for n, turn in enumerate(get_messages(row, "conversations"), 1) if turn["role"] == "assistant"]
-    return [*({**row, "conversations": get_list(row, "conversations")[:n]} for n in ends[:-1]), row]
-
-
 def parse_chat(column: str, row: RawRow) -> ParsedRow:
     """Everything up to the last answer: nothing after it is supervised."""
     messages = get_messages(row, column)
@@ -415,7 +392,7 @@ def parse_chat(column: str, row: RawRow) -> ParsedRow:
         messages.pop()
     if not messages:
         raise RowError(f"field {column!r} has no turn of the assistant, expected an answer to learn")
-    return Conversation(messages, get_list(row, "tools") if row.get("tools") else None)
+    return messages, get_list(row, "tools") if row.get("tools") else None
 
 
 def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
@@ -448,11 +425,8 @@ def get_format(name: str) -> DatasetFormat:
     custom = CUSTOM_FORMAT.fullmatch(name)
     if custom is None:
         return FORMATS[name]
-    spec: Any = importlib.util.spec_from_file_location("dataset_format", custom[1])
-    module: Any = importlib.util.module_from_spec(spec)
-    anything = Exception, SystemExit  # a user's code may raise it
-    with reraise_as_user_error(f"--dataset_format {name}", ConfigError, *anything):
-        spec.loader.exec_module(module)
+    with reraise_as_user_error(f"--dataset_format {name}", ConfigError, Exception, SystemExit):
+        module = types.SimpleNamespace(**runpy.run_path(custom[1]))
         return DatasetFormat((), partial(parse_custom, name, getattr(module, custom[2])))
 
 
@@ -513,7 +487,9 @@ def render_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase |
     special = special_token_pattern(tokenizer)
     messages, tools = (escape_special_tokens(part, special) for part in conversation)
     text, spans = apply_template(messages, tools, tokenizer)
-    for n in [n for n, message in enumerate(messages) if message["role"] == "assistant"] if spans is None else []:
+    unmarked = [n for n, message in enumerate(messages) if message["role"] == "assistant"] if spans is None else []
+    spans = spans or []
+    for n in unmarked:
         before, _ = apply_template(messages[:n], tools, tokenizer, prompt=True)
         after, _ = apply_template(messages[: n + 1], tools, tokenizer)
         if before == after or not (after.startswith(before) and text.startswith(after)):
@@ -522,8 +498,8 @@ def render_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase |
                 "pass a --chat_template with {% generation %} and {% endgeneration %} around the answers"
             )
         stops = (token.end() for token in special.finditer(after, len(before)) if not after[token.end() :].strip())
-        spans = [*(spans or []), (len(before), next(stops, len(after)))]
-    bounds = [0, *itertools.chain(*(spans or [])), len(text)]
+        spans.append((len(before), next(stops, len(after))))
+    bounds = [0, *itertools.chain(*spans), len(text)]
     texts = [text[start:end] for start, end in itertools.pairwise(bounds)]
     return [{"text": text, "supervised": n % 2 == 1} for n, text in enumerate(texts) if text]
 
@@ -535,26 +511,12 @@ DATASETS: dict[str, dict[str, str]] = {
     "chip2": {"path": "laion/OIG", "data_files": "unified_chip2.jsonl"},
     # a script dataset, which datasets >= 4 does not run: its parquet conversion
     "self-instruct": {
-        "path": "yizhongw/self_instruct",
-        "revision": "refs/convert/parquet",
-        "data_dir": "self_instruct",
+        "path": "yizhongw/self_instruct", "revision": "refs/convert/parquet", "data_dir": "self_instruct",
     },
     "hh-rlhf": {"path": "Anthropic/hh-rlhf"},
     "longform": {"path": "akoksal/LongForm"},
     "oasst1": {"path": "timdettmers/openassistant-guanaco"},
-}
-
-
-def infer_format(columns: Iterable[str], where: str, masked: bool = False) -> str:
-    """The first format whose columns are all present."""
-    columns = set(columns)
-    candidates = MASKED_FORMATS if masked else tuple(name for name, f in FORMATS.items() if f.inferred)
-    for name in candidates:
-        if columns.issuperset(FORMATS[name].columns):
-            return name
-    needs = "; ".join(f"{name}: {', '.join(FORMATS[name].columns)}" for name in candidates)
-    names = ", ".join(sorted(columns)) or "(none)"
-    raise DataError(f"{where}: no format fits the columns {names}. Needed are, for {needs}")
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------
@@ -988,7 +950,7 @@ MUTUALLY_EXCLUSIVE = (
     ("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
     ("model_max_len", "source_max_len"), ("model_max_len", "target_max_len"),
     ("layers_to_freeze", "layer_freeze_ratio"), ("overwrite_output_dir", "resume_from_checkpoint"),
-    ("streaming", "packing"), ("streaming", "dataloader_num_workers"), ("streaming", "train_sampling_strategy"),
+    ("streaming", "packing"), ("streaming", "dataloader_num_workers"),
 )  # fmt: skip
 
 
@@ -1050,6 +1012,8 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
         (clm and flags.do_predict and not flags.predict_with_generate, "--do_predict needs --predict_with_generate"),
         (mlm and flags.dataset_format not in (None, *MASKED_FORMATS),
          f"--dataset_format {flags.dataset_format}: expected input or text with --objective mlm"),
+        (flags.streaming and flags.train_sampling_strategy == "group_by_length",
+         "--streaming keeps the stream's order: leave out --train_sampling_strategy group_by_length"),
         (flags.streaming and flags.do_train and epochs, "--streaming: a stream has neither length nor epochs: pass "
          "--max_steps, and steps as --save_strategy, --eval_strategy and --logging_strategy"),
         (flags.streaming and (flags.eval_dataset_size < 1 or several),
@@ -1154,38 +1118,26 @@ ROW_FEATURES = datasets.Features(
 )
 
 
-class Splits(NamedTuple):
-    """The rows of a run: segments at first, encoded later."""
-
-    train: Any | None
-    eval: Any | None
-
-
 def read_json_lines(stream: Any) -> NumberedRows:
     """JSON lines, or one JSON array, which is read into memory whole."""
     first = next((line for line in stream if line.strip()), "")
     stream.seek(0)
-    if first.lstrip().startswith("["):
+    array = first.lstrip().startswith("[")
+    for number, text in [(1, stream.read())] if array else enumerate(stream, start=1):
         try:
-            yield from enumerate(json.load(stream), start=1)
+            if text.strip():
+                yield from enumerate(json.loads(text), start=1) if array else [(number, json.loads(text))]
         except (ValueError, RecursionError) as error:
-            reason = f"not valid JSON: {shorten(getattr(error, 'msg', error))}, expected one array of rows"
-            yield getattr(error, "lineno", 1), RowError(reason)
-        return
-    for number, line in enumerate(stream, start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield number, RowError(f"not valid JSON: {shorten(error)}, expected one object in a line", line)
+            expected = "one array of rows" if array else "one object in a line"
+            reason = f"not valid JSON: {shorten(getattr(error, 'msg', error))}, expected {expected}"
+            yield getattr(error, "lineno", 1) if array else number, RowError(reason, None if array else text)
 
 
 def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     """CSV or TSV with a header; every cell is text: an empty one is an empty string, and NA is NA."""
     csv.field_size_limit(LONGEST_CELL)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
-    with reraise_as_user_error(f"{stream.name}:1: the header is not valid CSV", DataError, csv.Error):
-        header = next(reader, [])
+    header = next(reader, [])
     if len(set(header)) < len(header):
         raise DataError(f"{stream.name}: the column {max(header, key=header.count)!r} appears twice in the header")
     cells: list[str] | None = []
@@ -1202,18 +1154,14 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
             yield number, RowError(shorten(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"), cells)
 
 
-def read_parquet(stream: Any) -> NumberedRows:
-    """Parquet, a few thousand rows at a time."""
-    batches = ParquetFile(stream.buffer).iter_batches(4096)  # the bytes below the text
-    return enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-
-
 READERS: dict[str, Callable[[Any], NumberedRows]] = {
     ".json": read_json_lines,
     ".jsonl": read_json_lines,
-    ".csv": lambda stream: read_delimited(stream, ","),
-    ".tsv": lambda stream: read_delimited(stream, "\t"),
-    ".parquet": read_parquet,
+    ".csv": partial(read_delimited, delimiter=","),
+    ".tsv": partial(read_delimited, delimiter="\t"),
+    ".parquet": lambda stream: enumerate(  # a few thousand rows at a time, of the bytes below the text
+        (row for batch in ParquetFile(stream.buffer).iter_batches(4096) for row in batch.to_pylist()), start=1
+    ),
 }
 
 
@@ -1225,7 +1173,7 @@ def data_suffix(path: Path) -> str:
 def read_file(path: Path) -> NumberedRows:
     """The rows of one local file; a DataError if it can't be read to its end."""
     open_file = gzip.open if path.suffix.lower() == ".gz" else open
-    with reraise_as_user_error(str(path), DataError), open_file(path, "rb") as file:
+    with reraise_as_user_error(str(path), DataError, csv.Error), open_file(path, "rb") as file:
         # bytes that are not UTF-8 become lone surrogates, which get_text reports with the row they are in
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         yield from READERS[data_suffix(path)](text)
@@ -1238,25 +1186,21 @@ class RowSource:
     name: str  # for messages
     files: tuple[Path, ...] = ()
     loaded: Any | None = None  # a Dataset, or an IterableDataset of the hub
+    format: str = ""
     first: int = 0  # rows to skip
     last: int | None = None  # rows to read, the skipped ones included
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        return itertools.islice(self._rows(), self.first, self.last)
-
-    def _rows(self) -> Iterator[tuple[str, Any]]:
-        for path in self.files:
-            for number, row in read_file(path):
-                yield f"{path}:{number}", row
+        local = ((f"{path}:{number}", row) for path in self.files for number, row in read_file(path))
+        loaded = ((f"{self.name}:{number}", row) for number, row in enumerate(self.loaded or (), start=1))
         with reraise_as_user_error(self.name, DataError, *DATASETS_ERRORS):
-            for number, row in enumerate(self.loaded or (), start=1):
-                yield f"{self.name}:{number}", row
+            yield from itertools.islice(itertools.chain(local, loaded), self.first, self.last)
 
     def fingerprint(self) -> str:
         """Changes with the content; that of a stream with its first rows."""
         own = getattr(self.loaded, "_fingerprint", None)
         content = [f"{path}:{file_digest(path)}" for path in self.files] or own or list(itertools.islice(self, 100))
-        return digest(content, self.first, self.last)
+        return digest(self.name, self.format, content, self.first, self.last)
 
     def columns(self) -> list[str]:
         """The columns of the first rows; a JSON line may omit empty ones."""
@@ -1266,11 +1210,11 @@ class RowSource:
         return sorted({name for row in itertools.islice(rows, 100) for name in row})
 
 
-class RowStream(NamedTuple):
-    """Rows that are read, rendered and encoded while training (--streaming)."""
+class Splits(NamedTuple):
+    """The rows of a run: segments at first, encoded later. With --streaming the training rows stay a RowSource."""
 
-    source: RowSource
-    format_name: str
+    train: Any | None
+    eval: Any | None
 
 
 def digest(*parts: Any) -> str:
@@ -1288,37 +1232,30 @@ CODE_VERSION = file_digest(Path(__file__))  # rows that another version of this 
 
 
 def find_splits(name: str, config: Config) -> dict[str, RowSource]:
-    """A dataset's splits by name, before any row is read."""
+    """A dataset's splits by name, before any row is read: a preset, a file, a folder or a hub id."""
     path = Path(name).expanduser()
     if name in DATASETS:
         return load_from_hub(config, **DATASETS[name])
-    if path.is_dir():
-        return find_splits_in_folder(path)
-    if path.is_file():
-        if data_suffix(path) not in READERS:
-            raise DataError(f"{path}: unknown kind of file, expected {', '.join(READERS)}, or one of them with .gz")
-        return {"train": RowSource(name, (path,))}
-    if path.suffix and data_suffix(path) in READERS:
+    if not path.exists() and data_suffix(path) in READERS:
         raise DataError(f"--dataset {name}: no such file")
-    return load_from_hub(config, name)
-
-
-def find_splits_in_folder(folder: Path) -> dict[str, RowSource]:
-    """A folder of data files, or one written by `save_to_disk`."""
-    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        with reraise_as_user_error(str(folder), DataError):
-            return as_sources(str(folder), datasets.load_from_disk(str(folder)))
+    if not path.exists():
+        return load_from_hub(config, name)
+    if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # written by save_to_disk
+        with reraise_as_user_error(name, DataError):
+            return as_sources(name, datasets.load_from_disk(path))
     splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
-    for file in sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "."):
-        if data_suffix(file) in READERS:
+    for file in [path] if path.is_file() else sorted(path.iterdir()):
+        if file.is_file() and file.name[0] != "." and data_suffix(file) in READERS:
             match = re.match(rf"(train|{'|'.join(SPLIT_NAMES)})(?![A-Za-z0-9])", file.name)
-            splits[match[1] if match else ""] += (file,)
+            splits[match[1] if match and path.is_dir() else ""] += (file,)
     if not splits:
-        raise DataError(f"{folder}: no data file in it, expected {', '.join(READERS)}, or what save_to_disk writes")
+        raise DataError(f"{path}: no data, expected {', '.join(READERS)}, also with .gz, or what save_to_disk writes")
     if "" in splits and len(splits) > 1:
         others = ", ".join(file.name for file in splits[""])
-        raise DataError(f"{folder}: {others} beside files named after splits: name all train, eval, ..., or none")
-    return {split or "train": RowSource(str(folder), files) for split, files in splits.items()}
+        raise DataError(f"{path}: {others} beside files named after splits: name all train, eval, ..., or none")
+    return {
+        split or "train": RowSource(f"{name}[{split}]" if split else name, files) for split, files in splits.items()
+    }
 
 
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
@@ -1335,28 +1272,25 @@ def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
     return {split: RowSource(f"{name}[{split}]", loaded=dataset) for split, dataset in splits.items()}
 
 
-def choose_format(name: str, sources: Mapping[str, RowSource], config: Config) -> str:
-    """The format of a dataset's rows: the flag, the preset's own, or inferred from the columns."""
-    source, data = next(iter(sources.values())), config.data
+def choose_format(name: str, source: RowSource, config: Config) -> str:
+    """The format of a dataset's rows: the flag, the preset's own, or the first whose columns are all there."""
     columns = source.columns()
     if not columns:
         where, row = next(iter(source), (name, RowError("no row in it")))
         with reraise_as_user_error(where, DataError):  # a RowError is a ValueError
             check_row(row)
-    if data.dataset_format:
-        chosen, why = data.dataset_format, "--dataset_format"
-    elif name in DATASETS and not config.masked:
-        chosen, why = name, "the preset's"
-    else:
-        chosen, why = infer_format(columns, name, config.masked), "inferred from the columns"
-    if data.include_sources != "ALL" and "source" not in columns:
-        raise DataError(f"{name}: --include_sources needs a column source, found {', '.join(columns)}")
+    candidates = MASKED_FORMATS if config.masked else tuple(name for name, f in FORMATS.items() if f.inferred)
+    fitting = (format for format in candidates if set(columns).issuperset(FORMATS[format].columns))
+    preset = name if name in DATASETS and not config.masked else None
+    chosen = config.data.dataset_format or preset or next(fitting, None)
+    found = shorten(", ".join(columns) or "(none)")
+    if chosen is None:
+        needs = "; ".join(f"{format}: {', '.join(FORMATS[format].columns)}" for format in candidates)
+        raise DataError(f"{name}: no format fits the columns {found}. Needed are, for {needs}")
     if missing := sorted(set(get_format(chosen).columns) - set(columns)):
-        raise DataError(
-            f"{name}: no column {', '.join(missing)}, found {', '.join(columns)}. "
-            f"The format is {chosen} ({why}); others: {', '.join(FORMATS)}"
-        )
-    log.info("%s: format %s, %s", name, chosen, why)
+        wanted = f"the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}"
+        raise DataError(f"{name}: found the columns {found}, {wanted}")
+    log.info("%s: format %s%s", name, chosen, "" if config.data.dataset_format or preset else ", inferred from columns")
     return chosen
 
 
@@ -1370,67 +1304,62 @@ def check_row(row: Any) -> Mapping[str, Any]:
 
 
 def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, Any]]:
-    """The rows of --include_sources; with --expand_conversations a row for each answer of a conversation."""
-    sources = None if data.include_sources == "ALL" else {name.strip() for name in data.include_sources.split(",")}
-    found = False
+    """The rows of --include_sources; with --expand_conversations a row for each answer of a valid conversation."""
+    wanted, found = {name.strip() for name in data.include_sources.split(",")}, False
     for where, row in source:
-        if sources is None or not isinstance(row, Mapping) or get_optional_text(row, "source") in sources:
-            found, turns = True, [row]
-            with contextlib.suppress(RowError, RecursionError):  # to_segments reports it
-                turns = expand_turns(check_row(row)) if data.expand_conversations else turns
-            yield from ({"where": where, "row": turn} for turn in turns)
-    if sources and not found:
-        raise DataError(f"{source.name}: no row whose source is in --include_sources {data.include_sources}")
-
-
-def to_segments(row: Any, dataset_format: DatasetFormat, tokenizer: Any) -> tuple[list[Segment], bool]:
-    """A raw row as segments, and whether a chat template rendered them; a RowError if it can't be used."""
-    parsed = dataset_format.parse(check_row(row))
-    rendered = isinstance(parsed, Conversation)
-    segments = render_chat(parsed, tokenizer) if isinstance(parsed, Conversation) else parsed
-    if not any(segment["supervised"] and segment["text"].strip() for segment in segments):
-        column = "".join(dataset_format.columns[-1:]) or "output"
-        raise RowError(f"field {column!r}: the output is empty, expected something to learn")
-    return [{**segment, "text": to_valid_utf8(segment["text"])} for segment in segments], rendered
+        if wanted == {"ALL"} or not isinstance(row, Mapping) or str(row.get("source")) in wanted:
+            found, rows = True, [row]
+            with contextlib.suppress(RowError, RecursionError):  # normalize_row reports it
+                if data.expand_conversations and parse_airoboros_chat(check_row(row)):
+                    turns, roles = get_list(row, "conversations"), get_messages(row, "conversations")
+                    ends = [end for end, turn in enumerate(roles, start=1) if turn["role"] == "assistant"]
+                    rows = [{**row, "conversations": turns[:end]} for end in ends]
+            yield from ({"where": where, "row": row} for row in rows)
+    if not found:
+        which = f"from row {source.first + 1} on whose source is in --include_sources {data.include_sources}"
+        raise DataError(f"{source.name}: no row {which}")
 
 
 def normalize_row(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any) -> dict[str, Any]:
     """A raw row as ROW_FEATURES; a bad one has no segments but a problem, and what was read as JSON."""
-    texts, rendered = {"where": where, "category": "", "problem": "", "raw": ""}, False
-    segments: list[Segment] = []
+    normal: dict[str, Any] = {"segments": [], "rendered": False, "category": "", "problem": "", "raw": ""}
+    normal["where"] = escape_control_chars(where)
     try:
-        texts["category"] = get_optional_text(check_row(row), "category") or get_optional_text(row, "source")
-        segments, rendered = to_segments(row, dataset_format, tokenizer)
-    except (RowError, RecursionError) as error:
-        texts |= {"problem": str(error) if isinstance(error, RowError) else "nested too deeply to be read"}
-        with contextlib.suppress(RecursionError):
-            texts["raw"] = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
-    texts = {name: to_valid_utf8(text) for name, text in texts.items()}
-    return {"segments": segments, "rendered": rendered, **texts}
+        parsed = dataset_format.parse(check_row(row))
+        segments = render_chat(parsed, tokenizer) if isinstance(parsed, tuple) else parsed
+        category = str(row.get("category") or row.get("source") or "")
+        if not any(segment["supervised"] and segment["text"].strip() for segment in segments):
+            column = "".join(dataset_format.columns[-1:]) or "output"
+            raise RowError(f"field {column!r}: the output is empty, expected something to learn")
+        "".join([category, *(segment["text"] for segment in segments)]).encode()  # Arrow refuses what is not UTF-8
+        return normal | {"segments": segments, "rendered": isinstance(parsed, tuple), "category": category}
+    except (RowError, UnicodeEncodeError) as error:
+        normal["problem"] = shorten(error)
+    except RecursionError:
+        normal["problem"] = "nested too deeply to be read"
+    with contextlib.suppress(RecursionError):
+        normal["raw"] = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
+    return normal
 
 
-def normalize_rows(source: RowSource, format_name: str, data: Any, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """All rows of a source, for Dataset.from_generator."""
-    dataset_format = get_format(format_name)
-    for row in select_rows(source, data):
-        yield normalize_row(**row, dataset_format=dataset_format, tokenizer=tokenizer)
-
-
-def load_rows(source: RowSource, format_name: str, config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-    """One split as an Arrow dataset with ROW_FEATURES, from the cache if the same content was read before."""
-    data, custom = config.data, CUSTOM_FORMAT.fullmatch(format_name)
-    depends: list[Any] = [source.name, source.fingerprint(), format_name, custom and file_digest(Path(custom[1]))]
+def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | None = None) -> Any:
+    """The good rows of a split as an Arrow dataset, from the cache if the same content was read before."""
+    data, custom = config.data, CUSTOM_FORMAT.fullmatch(source.format)
+    depends: list[Any] = [source.fingerprint(), custom and file_digest(Path(custom[1])), limit]
     depends += [data.expand_conversations, data.include_sources]
     if tokenizer:
         depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_token_pattern(tokenizer).pattern]
-    raw = {"source": source, "format_name": format_name, "data": data, "tokenizer": tokenizer}
+    normalize = partial(normalize_row, dataset_format=get_format(source.format), tokenizer=tokenizer)
     options = {"cache_dir": config.model.cache_dir, "fingerprint": digest("rows", CODE_VERSION, *depends)}
+    raw_rows = itertools.islice(select_rows(source, data), limit)
     try:
-        return datasets.Dataset.from_generator(normalize_rows, ROW_FEATURES, gen_kwargs=raw, **options)
+        rows = datasets.Dataset.from_generator(lambda: (normalize(**raw) for raw in raw_rows), ROW_FEATURES, **options)
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, QLoRAError):
             raise error.__cause__ from None
         raise
+    log.info("%s: %d rows", source.name, len(rows))
+    return drop_bad_rows(rows, config)
 
 
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
@@ -1438,48 +1367,33 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     args, data = config.training, config.data
     if args.process_index == 0 and not (data.streaming or data.preview):  # a stream's resume reads no row again
         Path(args.output_dir, REJECTED).unlink(missing_ok=True)
-    parts: dict[str, list[Any]] = {"train": [], "eval": []}
     evaluating = args.do_eval or args.do_predict
+    training = args.do_train or (args.merged_output_dir and not evaluating)  # or a merged model is compared on rows
+    parts: tuple[list[Any], list[Any]] = [], []
     names = [data.dataset] if Path(data.dataset).exists() else re.split(r"\s*,\s*", data.dataset.strip())
     for name in filter(None, names):
         sources = find_splits(name, config)
-        format_name = choose_format(name, sources, config)
-        held_out = next((split for split in SPLIT_NAMES if split in sources), "") if evaluating else ""
-        if "train" not in sources and (args.do_train or not held_out):
+        chosen = choose_format(name, next(iter(sources.values())), config)
+        sources = {split: dataclasses.replace(source, format=chosen) for split, source in sources.items()}
+        train = sources.get("train")
+        held_out = next((sources[split] for split in SPLIT_NAMES if split in sources), None) if evaluating else None
+        if train is None and (args.do_train or held_out is None):
             raise DataError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
-        if data.streaming:
-            return stream_splits(sources["train"], sources.get(held_out), format_name, config, tokenizer)
-        for part, split in (("train", "train"), ("eval", held_out)):
-            if split in sources:
-                rows = load_rows(sources[split], format_name, config, tokenizer)
-                log.info("%s: %d rows in split %s", name, len(rows), split)
-                parts[part].append(rows)
-    splits = Splits(*(drop_bad_rows(concatenate(part), config) for part in parts.values()))
+        if data.streaming and train:
+            if evaluating and held_out is None:  # the first rows are held out
+                count = int(data.eval_dataset_size)
+                train, held_out = dataclasses.replace(train, first=count), dataclasses.replace(train, last=count)
+            last = None if data.max_train_samples is None else train.first + data.max_train_samples
+            rows = held_out and load_rows(held_out, config, tokenizer, limit=data.max_eval_samples)
+            return Splits(dataclasses.replace(train, last=last) if training else None, rows)
+        for part, source in zip(parts, (train, held_out), strict=True):
+            part += [load_rows(source, config, tokenizer)] if source else []
+    splits = Splits(*map(concatenate, parts))
     if evaluating and splits.eval is None and splits.train is not None:
         splits = train_eval_split(splits.train, config)
-    train = take_rows(splits.train, data.max_train_samples) if needs_train_rows(config) else None
-    return Splits(train, take_rows(splits.eval, data.max_eval_samples))
-
-
-def stream_splits(
-    train: RowSource, held_out: RowSource | None, format_name: str, config: Config, tokenizer: Any
-) -> Splits:
-    """A stream to train on; its first rows are evaluated on, unless there is a split for that."""
-    data, rows = config.data, None
-    if config.training.do_eval or config.training.do_predict:
-        count = sys.maxsize if held_out else int(data.eval_dataset_size)
-        source = dataclasses.replace(held_out or train, last=min(count, data.max_eval_samples or count))
-        rows = drop_bad_rows(load_rows(source, format_name, config, tokenizer), config)
-        train = train if held_out else dataclasses.replace(train, first=count)
-    if data.max_train_samples is not None:
-        train = dataclasses.replace(train, last=train.first + data.max_train_samples)
-    return Splits(RowStream(train, format_name) if needs_train_rows(config) else None, rows)
-
-
-def needs_train_rows(config: Config) -> bool:
-    """To train, or to compare a merged model on if no rows are held out."""
-    args = config.training
-    return args.do_train or (args.merged_output_dir is not None and not (args.do_eval or args.do_predict))
+    limits = data.max_train_samples, data.max_eval_samples
+    taken = [rows.take(n) if rows and n else rows for rows, n in zip(splits, limits, strict=True)]
+    return Splits(taken[0] if training else None, taken[1])
 
 
 def concatenate(parts: list[Any]) -> Any | None:
@@ -1488,11 +1402,6 @@ def concatenate(parts: list[Any]) -> Any | None:
     if parts:
         rows._fingerprint = digest(*(part._fingerprint for part in parts))
     return rows
-
-
-def take_rows(rows: Any | None, limit: int | None) -> Any | None:
-    """The first rows, or all of them."""
-    return rows if rows is None or limit is None or limit >= len(rows) else rows.select(range(limit))
 
 
 def train_eval_split(rows: Any, config: Config) -> Splits:
@@ -1517,10 +1426,8 @@ def train_eval_split(rows: Any, config: Config) -> Splits:
     return Splits(*(rows.select([i for i in order if (i in held_out) == held]) for held in (False, True)))
 
 
-def drop_bad_rows(rows: Any | None, config: Config) -> Any | None:
-    """The rows that can be used."""
-    if rows is None:
-        return None
+def drop_bad_rows(rows: Any, config: Config) -> Any:
+    """The rows without a problem; others stop the run or go to rejected.jsonl."""
     problems = rows["problem"][:]
     if bad := [i for i, problem in enumerate(problems) if problem]:
         reject(list(rows.select(bad)), len(rows), config)
@@ -1542,11 +1449,10 @@ def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> Non
     with file.open("a+", encoding="utf-8") as stream:
         stream.seek(0)
         written = set(stream)  # in an earlier pass over a stream, before a resume, or by the run that is previewed
-        records = [json.dumps({"where": row["where"], "reason": row["problem"]}) for row in rows]
-        raw = [row.get("raw") or "null" for row in rows]  # JSON already
-        lines = [f'{record[:-1]}, "row": {row}}}\n' for record, row in zip(records, raw, strict=True)]
-        stream.writelines(line for line in lines if line not in written)
-    if not written.issuperset(lines):
+        facts = [json.dumps({"where": row["where"], "reason": row["problem"]})[:-1] for row in rows]
+        lines = [f'{fact}, "row": {row.get("raw") or "null"}}}\n' for fact, row in zip(facts, rows, strict=True)]
+        stream.writelines(new := [line for line in lines if line not in written])
+    if new:
         log.warning("%d of %d rows left out, the first: %s; all in %s", len(rows), total, first, file)
 
 
@@ -1558,9 +1464,9 @@ def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> Non
 PATCHED_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 # Tokens that models leave unused, and so a pad that no text contains. In order of preference.
 SPARE_TOKENS = re.compile(
-    r"<\|finetune_right_pad_id\|>|<\|?pad(ding)?\|?>|\[PAD\]|<\|reserved_special_token_\d+\|>|<unused\d+>|<\|unused\d+\|>|<\|reserved_\d+\|>",
-    re.IGNORECASE,
-)
+    r"<\|finetune_right_pad_id\|>|<\|?pad(ding)?\|?>|\[PAD\]|<\|reserved_special_token_\d+\|>|<\|?unused\d+\|?>"
+    r"|<\|reserved_\d+\|>", re.IGNORECASE,
+)  # fmt: skip
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges*", "added_tokens.json", "config.json"]
 
 
@@ -1584,10 +1490,8 @@ def patched_tokenizer_folder(name: str, patch: Path, target: Path, config: Confi
         if file.is_file() and file.suffix in (".json", ".model", ".txt"):
             shutil.copyfile(file, target / file.name)
     for file_name in PATCHED_FILES:
-        merged: dict[str, Any] = {}
-        for file in (target / file_name, patch / file_name):
-            merged |= read_json(file) if file.is_file() else {}
-        (target / file_name).write_text(json.dumps(merged), encoding="utf-8")
+        layers = [read_json(folder / file_name) for folder in (target, patch) if (folder / file_name).is_file()]
+        (target / file_name).write_text(json.dumps({k: v for layer in layers for k, v in layer.items()}))
     return target
 
 
@@ -1595,8 +1499,8 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
     """The tokenizer in `folder`, which may be a hub id, with the overrides of the flags."""
     model, tokenizer = config.model, None
     options = hub_options(config) | {"trust_remote_code": model.trust_remote_code}
-    what = f"--model_name_or_path {model.model_name_or_path}"
-    with tempfile.TemporaryDirectory() as scratch, reraise_as_user_error(f"{what}: its tokenizer does not load"):
+    what = f"--model_name_or_path {model.model_name_or_path}: its tokenizer"
+    with tempfile.TemporaryDirectory() as scratch, reraise_as_user_error(f"{what} does not load"):
         if model.tokenizer_patch:
             folder = str(patched_tokenizer_folder(folder, Path(model.tokenizer_patch), Path(scratch), config))
         # of SentencePiece's file alone, AutoTokenizer may silently make a generic tokenizer with other ids
@@ -1605,10 +1509,8 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
         with contextlib.suppress(RecursionError):  # caused by an empty unk_token
             tokenizer = (LlamaTokenizer if llama else AutoTokenizer).from_pretrained(folder, **options)
     if tokenizer is None or "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
-        raise ConfigError(
-            f"{what}: the tokenizer's special tokens are empty strings, as in early LLaMA conversions: "
-            "pass --tokenizer_patch examples/llama1_tokenizer"
-        )
+        early = "special tokens are empty strings, as in early LLaMA conversions"
+        raise ConfigError(f"{what}'s {early}: pass --tokenizer_patch examples/llama1_tokenizer")
     tokenizer.name_or_path = model.model_name_or_path
     if model.chat_template:
         with reraise_as_user_error(f"--chat_template {model.chat_template}"):
@@ -1630,20 +1532,21 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
             raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
         if token is not None:
             setattr(tokenizer, name, token)
-    if config.masked and tokenizer.mask_token_id is None:
-        raise ConfigError("--objective mlm: the tokenizer has no mask token, so its model is no masked language model")
-    if tokenizer.eos_token_id is None and not config.masked:
-        raise ConfigError("the tokenizer has no end-of-sequence token: name one of its tokens with --eos_token")
+    needed = "mask_token" if config.masked else "eos_token"
+    if getattr(tokenizer, needed) is None:
+        way_out = (
+            "its model is no masked language model" if config.masked else "name one of its tokens with --eos_token"
+        )
+        raise ConfigError(f"the tokenizer has no {needed}: {way_out}")
     if not tokenizer.pad_token or vocabulary.get(str(tokenizer.pad_token), rows) >= rows:
         spare = [token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows]
         spare.sort(key=lambda token: ("pad" not in token.lower(), vocabulary[token]))
         tokenizer.pad_token = spare[0] if spare else tokenizer.unk_token or tokenizer.eos_token
         log.info("pad token: %s (the tokenizer has none that the model knows)", tokenizer.pad_token)
-    for name in ("eos_token_id", "bos_token_id", *(("mask_token_id",) if config.masked else ())):
-        if (getattr(tokenizer, name) or 0) >= rows:
-            raise ConfigError(
-                f"the tokenizer's {name} {getattr(tokenizer, name)} lies outside the model's {rows} tokens"
-            )
+    for name in ("bos_token_id", f"{needed}_id"):
+        number = getattr(tokenizer, name)
+        if number is not None and number >= rows:
+            raise ConfigError(f"the tokenizer's {name} {number} lies outside the model's {rows} tokens")
 
 
 # ------------------------------------------------------------------------------------
@@ -1664,10 +1567,6 @@ class Limits(NamedTuple):
     def longest(self) -> int:
         """Tokens of the longest row, and of a pack."""
         return self.total or self.source + self.target
-
-    def __str__(self) -> str:
-        both = f"source {self.source}" + (f", target {self.target}" if self.target else "")
-        return f"model_max_len {self.total}" if self.total else both
 
 
 class Encoded(NamedTuple):
@@ -1696,16 +1595,12 @@ def truncate_and_concat(
     if limits.total is None:
         tokens = source[: limits.source] + target[: limits.target]
     else:
-        tokens = cut_left(source, max(limits.total - len(target), limits.total // 4), bos)
-        tokens = tokens + target[: limits.total - len(tokens)]
+        kept = max(limits.total - len(target), limits.total // 4)  # tokens of the prompt
+        first = min(kept, 1) if source and source[0][0] == bos else 0
+        prompt = source[:first] + source[max(len(source) - kept, 0) + first :]
+        tokens = prompt + target[: limits.total - len(prompt)]
     ids, labels = [i for i, _ in tokens], [i if train_on_source else label for i, label in tokens]
     return Encoded(ids, labels, cut=len(tokens) < len(source) + len(target))
-
-
-def cut_left(tokens: Tokens, limit: int, bos: int | None) -> Tokens:
-    """The last tokens, after BOS if they begin with it."""
-    first = min(limit, 1) if tokens and tokens[0][0] == bos else 0
-    return tokens if len(tokens) <= limit else tokens[:first] + tokens[len(tokens) - max(limit - first, 0) :]
 
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -1749,17 +1644,13 @@ def last_supervised(segments: Sequence[Segment]) -> int:
 
 def prompts_and_completions(batch: Mapping[str, list[Any]], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens]]:
     """Tokens of each row's prompt and of its completion, which begins with the last supervised segment."""
-    rows = list(zip(batch["segments"], batch["rendered"], strict=True))
-    kinds = {False: tokenize_segments, True: tokenize_rendered}
-    tokens_of = {kind: kinds[kind]([row for row, rendered in rows if rendered == kind], tokenizer) for kind in kinds}
-    for segments, rendered in rows:
-        tokens, last = next(tokens_of[rendered]), last_supervised(segments)
-        yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:]))
-
-
-def last_texts(batch: Mapping[str, list[Any]]) -> list[str]:
-    """The last segment of each row."""
-    return [segments[-1]["text"] for segments in batch["segments"]]
+    rows = zip(batch["segments"], batch["rendered"], strict=True)
+    for rendered, group in itertools.groupby(rows, operator.itemgetter(1)):
+        segments = [row for row, _ in group]
+        tokenized = (tokenize_rendered if rendered else tokenize_segments)(segments, tokenizer)
+        for row, tokens in zip(segments, tokenized, strict=True):
+            last = last_supervised(row)
+            yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:]))
 
 
 def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
@@ -1782,27 +1673,25 @@ def encode_batch(
 ) -> dict[str, list[Any]]:
     """Columns of segments -> columns of encoded rows, for datasets.map."""
     if masked:
-        encoded = [encode_masked(text, tokenizer, limits) for text in last_texts(batch)]
+        encoded = [encode_masked(segments[-1]["text"], tokenizer, limits) for segments in batch["segments"]]
     else:
         pairs, bos = prompts_and_completions(batch, tokenizer), tokenizer.bos_token_id
         encoded = [truncate_and_concat(source, target, limits, train_on_source, bos) for source, target in pairs]
-    problem = f"no token left to learn within {limits}, expected one at least"
-    rows = [row._asdict() | row_facts(row.input_ids, row.labels, tokenizer, masked) for row in encoded]
-    rows = [row | {"problem": "" if row["supervised"] else problem} for row in rows]
+    rows = [row._asdict() | row_facts(row, tokenizer.eos_token_id, masked) for row in encoded]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def row_facts(ids: list[int], labels: list[int], tokenizer: Any, masked: bool) -> dict[str, int]:
-    """What the statistics say of an encoded row."""
-    bos = tokenizer.cls_token_id if masked else tokenizer.bos_token_id
+def row_facts(row: Encoded, eos: int | None, masked: bool) -> dict[str, Any]:
+    """What statistics and checks need to know of an encoded row."""
+    ids, labels, _ = row
     targets = [n for n, label in enumerate(labels) if label != IGNORE and (n or masked)]  # nothing predicts the first
     last = targets[-1] if targets else 0
     return {
+        "problem": "" if targets else "no token left to learn, expected one at least: raise the length limits",
         "length": len(ids),
         "supervised": len(targets),
         # with --train_on_source, the line end that a template puts after EOS is supervised too
-        "without_eos": tokenizer.eos_token_id not in labels[max(last - 1, 0) : last + 1],
-        "doubled_bos": ids[:2] == [bos, bos],
+        "without_eos": eos not in labels[max(last - 1, 0) : last + 1],
         "largest_id": max(ids, default=0),
         "hash": hash((*ids, *labels)),  # of integers: the same in every process
     }
@@ -1813,135 +1702,86 @@ def encoding_options(config: Config) -> dict[str, Any]:
     return {"limits": length_limits(config), "train_on_source": config.data.train_on_source, "masked": config.masked}
 
 
-def encode_dataset(rows: Any, tokenizer: PreTrainedTokenizerBase, config: Config, name: str) -> Any:
-    """Encode every row, in parallel, or find them in the cache."""
-    options = encoding_options(config)
-    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    depends = (rows._fingerprint, vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id, options)
-    workers = min(os.cpu_count() or 1, len(rows) // 20_000)  # below that, starting processes takes longer
-    if workers > 1:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
-    return rows.map(
-        encode_batch,
-        batched=True,
-        fn_kwargs={"tokenizer": tokenizer, **options},
-        remove_columns=["segments", "category", "raw"],
-        num_proc=workers if workers > 1 else None,
-        desc=f"Encoding {name} rows",
-        new_fingerprint=digest(CODE_VERSION, *depends),
-    )
-
-
-def warn_missing_eos(rows: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warn if the chat template puts the end-of-sequence token after none of the first answers."""
-    first = rows.select(range(min(len(rows), 100)))
-    whole = [row for row in first if row["rendered"] and not (row["cut"] or row["problem"])]
-    if whole and all(row["without_eos"] for row in whole):
-        tokens = (str(tokenizer.decode([i])) for i in reversed(whole[0]["labels"]) if i != IGNORE)
-        last = next((token for token in tokens if token.strip()), "")  # before the template's white space
-        what = "the chat template ends an answer with %r, not with the end-of-sequence token %r"
-        if special_token_pattern(tokenizer).fullmatch(last):
-            what += ": generation stops there only if --eos_token or the model's generation_config names it"
-        else:
-            what += ": the model won't learn to stop"
-        log.warning(what, last, tokenizer.eos_token)
-
-
 def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
-    """Both splits encoded; the first rows of a stream stand for it."""
-    return Splits(*(rows and encode_split(rows, name, tokenizer, config) for name, rows in splits._asdict().items()))
+    """Encode rows in parallel, or find them in the cache, and leave out those that can't be trained on.
+
+    The first 1,000 rows of a stream stand for it.
+    """
+    options, limit, encoded = encoding_options(config), config.data.model_max_len, dict.fromkeys(splits._fields)
+    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    depends = (vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id, options)
+    for name, rows in splits._asdict().items():
+        if rows is None:
+            continue
+        rows = load_rows(rows, config, tokenizer, limit=1000) if isinstance(rows, RowSource) else rows
+        workers = min(os.cpu_count() or 1, len(rows) // 20_000)  # below that, starting processes takes longer
+        if workers > 1:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
+        rows = rows.map(
+            encode_batch, batched=True, fn_kwargs={"tokenizer": tokenizer, **options},
+            remove_columns=["segments", "category", "raw"], num_proc=workers if workers > 1 else None,
+            desc=f"Encoding {name} rows", new_fingerprint=digest(CODE_VERSION, rows._fingerprint, *depends),
+        )  # fmt: skip
+        if name == "train" and limit and config.data.skip_excess_length and any(cut := rows["cut"][:]):
+            log.info("%d of %d training rows are longer than --model_max_len %d: left out", sum(cut), len(rows), limit)
+            if all(cut):
+                raise DataError(f"--model_max_len {limit}: every row is longer; pass --skip_excess_length False")
+            rows = rows.select([i for i, is_cut in enumerate(cut) if not is_cut])
+        encoded[name] = drop_bad_rows(rows, config)
+    return Splits(**encoded)
 
 
-def encode_split(rows: Any, name: str, tokenizer: PreTrainedTokenizerBase, config: Config) -> Any:
-    """A split encoded, without the rows that can't be trained on."""
-    streamed = isinstance(rows, RowStream)
-    rows = first_rows(rows, tokenizer, config) if streamed else encode_dataset(rows, tokenizer, config, name)
-    warn_missing_eos(rows, tokenizer)
-    limits = length_limits(config)
-    if name == "train" and limits.total and config.data.skip_excess_length and any(cut := rows["cut"][:]):
-        log.info("%d of %d training rows are longer than %s: left out", sum(cut), len(rows), limits)
-        if all(cut):
-            raise DataError(f"--{limits}: every row is longer; raise it or pass --skip_excess_length False")
-        rows = rows.select([i for i, is_cut in enumerate(cut) if not is_cut])
-    return drop_bad_rows(rows, config)
-
-
-def encode_stream_row(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any, config: Config) -> Any:
-    """A raw row encoded, or None if it is left out: bad, or too long."""
-    normal = normalize_row(where, row, dataset_format, tokenizer)
-    if not normal["problem"]:
-        columns = encode_batch({name: [value] for name, value in normal.items()}, tokenizer, **encoding_options(config))
-        normal |= {name: values[0] for name, values in columns.items()}
-    if normal["problem"]:
-        reject([normal], 1, config)
-    too_long = config.data.model_max_len and config.data.skip_excess_length and normal.get("cut")
-    return None if normal["problem"] or too_long else normal
-
-
-def stream_encoder(stream: RowStream, tokenizer: PreTrainedTokenizerBase, config: Config) -> Callable[..., Any]:
-    """encode_stream_row for the raw rows of a stream."""
-    dataset_format = get_format(stream.format_name)
-    return partial(encode_stream_row, dataset_format=dataset_format, tokenizer=tokenizer, config=config)
-
-
-def first_rows(stream: RowStream, tokenizer: PreTrainedTokenizerBase, config: Config) -> Any:
-    """The first 1,000 encoded rows of a stream, unshuffled, for statistics and --preview."""
-    encode, rows = stream_encoder(stream, tokenizer, config), select_rows(stream.source, config.data)
-    encoded = list(itertools.islice(filter(None, (encode(**row) for row in rows)), 1000))
-    if not encoded:
-        count = stream.source.first
-        after = f" after the first {count}, which are held out (--eval_dataset_size)" if count else ""
-        raise DataError(f"{stream.source.name}: no row in it that can be used to train{after}")
-    return datasets.Dataset.from_list(encoded)
-
-
-def encoded_stream(stream: RowStream, tokenizer: Any, config: Config, skip: int = 0) -> Iterator[tuple[int, Any]]:
+def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: int = 0) -> Iterator[tuple[int, Any]]:
     """Encoded rows to train on, pass after pass without end, each with the number of raw rows consumed so far.
 
     The order of a pass follows from seed and pass alone. A resume gives that number as `skip`: raw rows up to it are
     read but not encoded, and the rest is what it would have been. Resuming a shuffle buffer's state would not be exact.
     """
-    args, encode, consumed = config.training, stream_encoder(stream, tokenizer, config), 0
-    raw, seed = {"source": stream.source, "data": config.data}, args.seed if args.data_seed is None else args.data_seed
+    args, data, consumed = config.training, config.data, 0
+    seed, dataset_format = args.seed if args.data_seed is None else args.data_seed, get_format(stream.format)
     for epoch in itertools.count():
-        rows = datasets.IterableDataset.from_generator(select_rows, gen_kwargs=raw)
+        raw_rows = datasets.IterableDataset.from_generator(select_rows, gen_kwargs={"source": stream, "data": data})
         if args.train_sampling_strategy != "sequential":
-            rows = rows.shuffle(seed=seed + epoch, buffer_size=config.data.stream_buffer)
-        for raw_row in rows:
+            raw_rows = raw_rows.shuffle(seed=seed + epoch, buffer_size=data.stream_buffer)
+        for raw in raw_rows:
             consumed += 1
-            if consumed > skip and (row := encode(**raw_row)):
+            if consumed <= skip:
+                continue
+            row = normalize_row(**raw, dataset_format=dataset_format, tokenizer=tokenizer)
+            if not row["problem"]:
+                columns = {name: [row[name]] for name in ("segments", "rendered")}
+                encoded = encode_batch(columns, tokenizer, **encoding_options(config))
+                row |= {name: values[0] for name, values in encoded.items()}
+            if row["problem"]:
+                reject([row], 1, config)
+            elif not (row["cut"] and data.model_max_len and data.skip_excess_length):
                 yield consumed, row
 
 
-def pack_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Row numbers in packs of at most `limit` tokens: the longest first, each into the fullest pack that has room.
-
-    Best-fit decreasing (Johnson 1973) needs at most 11/9 of the fewest packs.
-    """
-    packs: list[list[int]] = []
-    by_room: dict[int, list[list[int]]] = defaultdict(list)  # open packs by their free tokens
-    rooms: list[int] = []  # the keys that have packs, in order
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect.bisect_left(rooms, lengths[i])
-        room, pack = (rooms[at], by_room[rooms[at]].pop()) if at < len(rooms) else (limit, [])
-        if not pack:
-            packs.append(pack)
-        elif not by_room[room]:
-            del rooms[at]
-        pack.append(i)
-        room = max(room - lengths[i], 0)
-        if not by_room[room]:
-            bisect.insort(rooms, room)
-        by_room[room].append(pack)
-    return packs
-
-
 class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows of a dataset, several to a pack. The packs follow from the rows alone."""
+    """Rows of a dataset in packs of at most `limit` tokens, which follow from the rows alone.
+
+    The longest row first, each goes into the fullest pack that has room: best-fit decreasing (Johnson 1973), which
+    needs at most 11/9 of the fewest packs.
+    """
 
     def __init__(self, rows: Any, limit: int) -> None:
         lengths = rows["length"][:]
-        self.rows, self.limit, self.packs = rows, limit, pack_rows(lengths, limit)
+        self.rows, self.packs = rows, list[list[int]]()
+        by_room = defaultdict[int, list[list[int]]](list)  # open packs by their free tokens
+        rooms = 0  # has bit n set if a pack has n free tokens: the lowest bit from a length on is the fullest pack's
+        for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
+            room, pack = limit, list[int]()
+            if enough := rooms >> lengths[i]:
+                room = lengths[i] + (enough & -enough).bit_length() - 1
+                pack = by_room[room].pop()
+                rooms ^= (not by_room[room]) << room
+            else:
+                self.packs.append(pack)
+            pack.append(i)
+            left = max(room - lengths[i], 0)
+            by_room[left].append(pack)
+            rooms |= 1 << left
         self.lengths = [sum(lengths[i] for i in pack) for pack in self.packs]
 
     def __len__(self) -> int:
@@ -1954,123 +1794,72 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
         return {"pack": [self.rows[i] for i in self.packs[key]]}
 
 
-class EpochSampler(torch.utils.data.Sampler[int]):
+def epoch_order(lengths: list[int], batch_size: int, args: Any, epoch: int) -> list[int]:
     """Row numbers in an order that follows from seed and epoch alone, so that a resume in any epoch repeats it.
 
-    With lengths, rows of similar length are together (in windows of 50 batches, the longest first): less padding.
+    group_by_length puts rows of similar length together (in windows of 50 batches, the longest first): less padding.
+    The Trainer's own grouped sampler changes its order after a resume.
     """
-
-    def __init__(self, rows: int, seed: int, lengths: list[int] | None = None, batch_size: int = 1) -> None:
-        self.rows, self.seed, self.lengths, self.batch_size, self.epoch = rows, seed, lengths, batch_size, 0
-
-    def set_epoch(self, epoch: int) -> None:  # called by the data loader
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        if self.lengths is None:
-            return iter(torch.randperm(self.rows, generator=generator).tolist())
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
-def build_sampler(lengths: list[int], batch_size: int, args: Any) -> Any:
-    """The order of training rows that the flags ask for; the Trainer's own grouped sampler changes after a resume."""
+    generator = torch.Generator().manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)
+    if args.train_sampling_strategy == "group_by_length":
+        return get_length_grouped_indices(lengths, batch_size, generator=generator)
     if args.train_sampling_strategy == "sequential":
-        return torch.utils.data.SequentialSampler(lengths)
-    seed = args.seed if args.data_seed is None else args.data_seed
-    grouped = lengths if args.train_sampling_strategy == "group_by_length" else None
-    return EpochSampler(len(lengths), seed, grouped, batch_size)
+        return list(range(len(lengths)))
+    return torch.randperm(len(lengths), generator=generator).tolist()
 
 
 class TokenStatistics(NamedTuple):
     fingerprint: str  # of every id and label, in order
     rows: int
     tokens: int
+    longest: int  # tokens
     supervised: int  # tokens; with a masked model, those that may be masked
     largest_id: int
-    longest: int  # tokens
-    cut: int  # rows, as the next three
+    cut: int  # rows, as the next two
     without_eos: int | None  # which do not teach the model to stop; None with a masked model
-    doubled_bos: int
     duplicates: int
-    batch: int  # rows
-    padding: float  # share of the tokens of padded batches
-    packing: float | None  # share of the packs that is filled, if the training rows are packed
-    lengths: dict[str, int]  # rows by length in tokens
-
-    def lines(self) -> dict[str, str]:
-        """Names and values, for a table."""
-        rows = {"cut": self.cut, "without EOS": self.without_eos, "with doubled BOS": self.doubled_bos,
-                "duplicates": self.duplicates}  # fmt: skip
-        supervised = "may be masked" if self.without_eos is None else "supervised"
-        return {
-            "rows": str(self.rows), "tokens": str(self.tokens),
-            supervised: f"{self.supervised} ({self.supervised / self.tokens:.1%})",
-            **{name: f"{count} ({count / self.rows:.1%})" for name, count in rows.items() if count is not None},
-            f"padding at batch {self.batch}": f"{self.padding:.1%}",
-            **({} if self.packing is None else {"filled if packed": f"{self.packing:.1%}"}),
-        }  # fmt: skip
 
     def __str__(self) -> str:
-        """One line for the log, without zeros."""
-        return ", ".join(f"{value} {name}" for name, value in self.lines().items() if value[:2] != "0 ")
+        """One line, for the log and --preview."""
+        supervised = "may be masked" if self.without_eos is None else "supervised"
+        rows = {"cut": self.cut, "without EOS": self.without_eos, "duplicates": self.duplicates}
+        return ", ".join([
+            f"{self.rows} rows", f"{self.tokens} tokens", f"{self.longest} in the longest row",
+            f"{self.supervised} ({self.supervised / self.tokens:.1%}) {supervised}",
+            *(f"{count} ({count / self.rows:.1%}) {name}" for name, count in rows.items() if count),
+        ])  # fmt: skip
 
 
-def token_statistics(rows: Any, config: Config, packs: PackedRows | None = None) -> TokenStatistics:
-    """Statistics of encoded rows; training rows come with their packs."""
-    args, lengths, hashes = config.training, np.asarray(rows["length"][:]), rows["hash"][:]
-    sizes = np.asarray(packs.lengths) if packs and config.data.packing else lengths
-    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    shuffled = packs and not config.data.streaming
-    order = build_sampler(sizes.tolist(), step, args) if shuffled else range(len(sizes))
-    batch = args.per_device_train_batch_size if packs else args.per_device_eval_batch_size
-    sums = {name: sum(rows[name][:]) for name in ("supervised", "cut", "without_eos", "doubled_bos")}
-    sums |= {"without_eos": None} if config.masked else {}
-    return TokenStatistics(**sums,
-        fingerprint=digest(*hashes), rows=len(lengths), tokens=int(lengths.sum()), longest=int(lengths.max()),
-        largest_id=max(rows["largest_id"][:]), duplicates=len(hashes) - len(set(hashes)), lengths=histogram(lengths),
-        batch=batch, padding=padding_share(sizes, order, batch),
-        packing=sum(packs.lengths) / (packs.limit * len(packs)) if packs else None,
+def token_statistics(rows: Any, masked: bool) -> TokenStatistics:
+    """Statistics of encoded rows."""
+    lengths, hashes = rows["length"][:], rows["hash"][:]
+    return TokenStatistics(
+        digest(*hashes), len(rows), sum(lengths), max(lengths), sum(rows["supervised"][:]), max(rows["largest_id"][:]),
+        sum(rows["cut"][:]), None if masked else sum(rows["without_eos"][:]), len(hashes) - len(set(hashes)),
     )  # fmt: skip
 
 
 def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, TokenStatistics]]:
     """The training rows, packed if the flags say so, and statistics of both splits."""
-    packs = None if splits.train is None else PackedRows(splits.train, length_limits(config).longest)
-    statistics = {} if packs is None else {"train": token_statistics(splits.train, config, packs)}
-    statistics |= {} if splits.eval is None else {"eval": token_statistics(splits.eval, config)}
-    if packs is None or not config.data.packing:
+    parts = {name: rows for name, rows in splits._asdict().items() if rows is not None}
+    statistics = {name: token_statistics(rows, config.masked) for name, rows in parts.items()}
+    for name, part in statistics.items():
+        if part.without_eos == part.rows:
+            log.warning("no %s row ends with the end-of-sequence token, so the model won't learn to stop: see "
+                        "--eos_token, --target_max_len and the chat template", name)  # fmt: skip
+    if splits.train is None or not config.data.packing:
         return splits.train, statistics
-    log.info("packing: %d rows in %d packs of up to %d tokens", len(packs.rows), len(packs), packs.limit)
+    packs = PackedRows(splits.train, limit := length_limits(config).longest)
+    log.info("packing: %d rows in %d packs of up to %d tokens", len(splits.train), len(packs), limit)
     return packs, statistics
-
-
-def padding_share(lengths: Any, order: Iterable[int], batch_size: int) -> float:
-    """The share of padding in batches taken in this order."""
-    ordered, starts = lengths[np.fromiter(order, int)], np.arange(0, len(lengths), batch_size)
-    padded = np.maximum.reduceat(ordered, starts) * np.diff(starts, append=len(ordered))
-    return float(1 - ordered.sum() / padded.sum())
-
-
-def histogram(lengths: Any) -> dict[str, int]:
-    """Counts in at most a dozen steps of a round size."""
-    step = next(n * 10**power for power in itertools.count() for n in (1, 2, 5) if 12 * n * 10**power >= lengths.max())
-    counts = np.bincount((lengths - 1) // step).tolist()
-    return {f"{n * step + 1}-{(n + 1) * step}": count for n, count in enumerate(counts)}
-
-
-def pad(rows: Sequence[Sequence[int] | torch.Tensor], value: int, side: str) -> torch.Tensor:
-    """Rows of ids as one (rows, longest) tensor."""
-    tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
 def padded_prompts(rows: Sequence[Sequence[int] | torch.Tensor], pad_id: int, side: str) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask, (rows, longest). The mask comes from the lengths: pad is often EOS."""
-    return {"input_ids": pad(rows, pad_id, side), "attention_mask": pad([[1] * len(row) for row in rows], 0, side)}
+    tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    mask = pad([torch.ones_like(row) for row in tensors], padding_value=0)
+    return {"input_ids": pad(tensors, padding_value=pad_id), "attention_mask": mask}
 
 
 @dataclass(frozen=True)
@@ -2138,8 +1927,8 @@ def micro_batches(step: StepBatch, rows: int | None, tokens: int, padded: bool) 
 def padded_batch(step: StepBatch, members: list[int], pad_id: int, side: str) -> dict[str, Any]:
     """Members in rows of one length, and which positions predict what."""
     ids, labels = zip(*step.members(members), strict=True)
-    targets = supervised_targets(pad(labels, IGNORE, side).flatten(), 0 if step.masked else 1)
-    return padded_prompts(ids, pad_id, side) | targets
+    padded = padded_prompts(labels, IGNORE, side)["input_ids"].flatten()
+    return padded_prompts(ids, pad_id, side) | supervised_targets(padded, 0 if step.masked else 1)
 
 
 def padding_free_batch(step: StepBatch, members: list[int]) -> dict[str, Any]:
@@ -2204,69 +1993,47 @@ def build_masking(tokenizer: PreTrainedTokenizerBase, rows: int, data: DataArgum
     return Masking(*shares, mask_id=tokenizer.mask_token_id, words=torch.tensor(words))
 
 
-class Span(NamedTuple):
-    """A part of a row, as --preview shows it."""
-
-    text: str
-    supervised: bool
-    special: bool  # a special token, not text that looks like one
+Spans = list[tuple[str, bool]]  # parts of a row, each supervised or not
 
 
-TitledSpans = tuple[str, list[Span]]  # a row and its title
-
-
-def row_spans(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Span]:
-    """A row's supervised and other text; after a token with another label, an arrow and that label."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
+def row_spans(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> Spans:
+    """A row's supervised and other text; masked tokens end in an arrow and their labels."""
+    spans: Spans = []
     decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    alone = [i in special or label not in (IGNORE, i) for i, label in zip(ids, labels, strict=True)]
-    kinds = [(label != IGNORE, n if alone[n] else -1) for n, label in enumerate(labels)]
-    for (supervised, _), group in itertools.groupby(range(len(ids)), kinds.__getitem__):
-        first, last = (numbers := list(group))[0], numbers[-1]
+    kinds = [(label != IGNORE, label in (IGNORE, i)) for i, label in zip(ids, labels, strict=True)]
+    for (supervised, kept), group in itertools.groupby(range(len(ids)), kinds.__getitem__):
+        first, end = (numbers := list(group))[0], numbers[-1] + 1
         # decoded alone, it could lose its leading space or half of a letter
-        before, text = (str(decode(ids[:end])) for end in (first, last + 1))
-        text = text[len(before) :] if text.startswith(before) else str(decode(ids[first : last + 1]))
-        name = str(tokenizer.convert_ids_to_tokens(ids[first])) if ids[first] in special else text
-        yield Span("↵\n".join(map(escape_control_chars, name.split("\n"))), supervised, ids[first] in special)
-        if supervised and labels[first] != ids[first]:
-            yield Span(f"→{escape_control_chars(str(decode(labels[first : first + 1])))}", True, False)
+        before, text = str(decode(ids[:first])), str(decode(ids[:end]))
+        text = text[len(before) :] if text.startswith(before) else str(decode(ids[first:end]))
+        text += "" if kept else f"→{decode(labels[first:end])}"
+        spans.append(("↵\n".join(map(escape_control_chars, text.split("\n"))), supervised))
+    return spans
 
 
-def preview_rows(rows: Any, tokenizer: Any, model_config: PretrainedConfig, config: Config) -> Iterator[TitledSpans]:
-    """The first rows or packs as the first step would have them."""
+def preview_rows(
+    rows: Any, tokenizer: Any, model_config: PretrainedConfig, config: Config
+) -> Iterator[tuple[str, Spans]]:
+    """The first rows or packs as a step would have them, each with a title."""
     vocabulary = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
     masking = build_masking(tokenizer, vocabulary, config.data) if config.masked else None
     for number in range(min(config.data.preview, len(rows))):
         members = rows[number].get("pack", [rows[number]])
-        for part, (ids, labels) in enumerate(collate_step(members, config.masked)["step"].members()):
-            if masking:
-                ids, labels = masking.mask_tokens(ids, labels, "train", config.training.seed, 0, 0, number, part)
-            title = f"row {number + 1}" + f", part {part + 1} of {len(members)}" * (len(members) > 1)
-            title += f": {escape_control_chars(members[part]['where'])}, {len(ids)} tokens"
-            title += f", {int((labels != IGNORE).sum())} supervised" + ", cut" * members[part]["cut"]
-            yield title, list(row_spans(ids.tolist(), labels.tolist(), tokenizer))
+        step = collate_step(members, config.masked)["step"]
+        step = masking.mask_step(step, "preview") if masking else step
+        for part, (member, (ids, labels)) in enumerate(zip(members, step.members(), strict=True), start=1):
+            title = f"row {number + 1}" + f", part {part} of {len(members)}" * (len(members) > 1)
+            title += f": {member['where']}, {len(ids)} tokens, {int((labels != IGNORE).sum())} supervised"
+            yield title + ", cut" * member["cut"], row_spans(ids.tolist(), labels.tolist(), tokenizer)
 
 
-# Around supervised text and around special tokens: green and reversed in a terminal, brackets elsewhere.
-TERMINAL_MARKS, PLAIN_MARKS = ("\x1b[32m", "\x1b[39m", "\x1b[7m", "\x1b[27m"), tuple("⟪⟫⟦⟧")
-
-
-def format_preview(rows: Iterable[TitledSpans], statistics: Mapping[str, TokenStatistics], terminal: bool) -> str:
-    """The rows, then the statistics of each split."""
-    on, off, open_, close = TERMINAL_MARKS if terminal else PLAIN_MARKS
-    escapes = {} if terminal else {ord(mark): f"\\u{ord(mark):x}" for mark in PLAIN_MARKS}  # in the data
-    lines = [f"{on}supervised{off}, {open_}special token{close}, ↵ end of a line\n"]
+def format_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, TokenStatistics], terminal: bool) -> str:
+    """The rows, then the statistics of each split. Supervised text is green in a terminal, in brackets elsewhere."""
+    on, off = ("\x1b[32m", "\x1b[39m") if terminal else "⟪⟫"
+    lines = [f"{on}supervised{off}, ↵ end of a line"]
     for title, spans in rows:
-        text = ""
-        for supervised, group in itertools.groupby(spans, lambda span: span.supervised):
-            inner = "".join(f"{open_}{s.text}{close}" if s.special else s.text.translate(escapes) for s in group)
-            text += f"{on}{inner}{off}" if supervised else inner
-        lines += [title, text + "\n"]
-    for name, part in statistics.items():
-        most = max(part.lengths.values())
-        bars = {f"{size} tokens": f"{'█' * math.ceil(30 * n / most)} {n}".strip() for size, n in part.lengths.items()}
-        lines += [f"{name} rows", format_table(part.lines() | bars) + "\n"]
-    return "\n".join(lines)
+        lines += ["", title, "".join(f"{on}{text}{off}" if supervised else text for text, supervised in spans)]
+    return "\n".join([*lines, "", *(f"{name} rows: {part}" for name, part in statistics.items())])
 
 
 # ------------------------------------------------------------------------------------
@@ -4087,14 +3854,13 @@ def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedT
 def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     """One dictionary a row: its fields, `prediction`, `prediction_with_input`. Prompts are cut as in training."""
     model, tokenizer, limits = trainer.base, trainer.processing_class, length_limits(trainer.config)
-    prompts, bos = [], tokenizer.bos_token_id
-    for source, _ in prompts_and_completions(batch, tokenizer):
-        cut = source[: limits.source] if limits.total is None else cut_left(source, limits.total, bos)
-        prompts.append([token for token, _ in cut] or [tokenizer.eos_token_id])  # generation needs one token at least
+    sources = (source for source, _ in prompts_and_completions(batch, tokenizer))
+    cut = (truncate_and_concat(source, [], limits, bos=tokenizer.bos_token_id) for source in sources)
+    prompts = [prompt.input_ids or [tokenizer.eos_token_id] for prompt in cut]  # generation needs one token at least
     tensors = to_device(padded_prompts(prompts, tokenizer.pad_token_id, "left"), trainer.args.device)
     generation = generation_config(trainer.config, model, tokenizer)
     # generate() merges the model's own sampling values into those that it is given
-    with reraise_as_user_error("generation flags"), patched(model, "generation_config", GenerationConfig()):
+    with reraise_as_user_error("generation flags"), mock.patch.object(model, "generation_config", GenerationConfig()):
         output = model.generate(**tensors, generation_config=generation)
     answers = output[:, tensors["input_ids"].shape[1] :].tolist()  # the prompt ends by its tokens, never by its text
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -4109,7 +3875,8 @@ def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
 
     The masks are those in the row's text. Where it has none, the tokens chosen for evaluation become masks.
     """
-    tokenizer, limits, texts = trainer.processing_class, length_limits(trainer.config), last_texts(batch)
+    tokenizer, limits = trainer.processing_class, length_limits(trainer.config)
+    texts = [row[-1]["text"] for row in batch["segments"]]
     masking, name_of = trainer.masking._replace(replaced=1.0, random=0.0), tokenizer.convert_ids_to_tokens
     encoded = [encode_masked(text, tokenizer, limits) for text in texts]
     masked = [
@@ -4254,7 +4021,7 @@ class StreamedSteps(torch.utils.data.IterableDataset[dict[str, Any]]):
     The position travels with the step: a data loader that reads ahead does not move it.
     """
 
-    stream: RowStream
+    stream: RowSource
     tokenizer: Any
     config: Config
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
@@ -4281,19 +4048,21 @@ class DistributedWindowSampler(torch.utils.data.Sampler[list[int]]):
     and forth, so that the ranks have about as many tokens each and none waits for the others.
     """
 
-    def __init__(self, order: Any, size: int, lengths: list[int], drop_last: bool) -> None:
-        self.windows = torch.utils.data.BatchSampler(order, size, drop_last)
-        self.lengths, (self.rank, self.ranks) = lengths, rank_and_world_size()
+    def __init__(self, lengths: list[int], size: int, args: Any) -> None:
+        self.lengths, self.size, self.args, self.epoch = lengths, size, args, 0
+        self.rank, self.ranks = rank_and_world_size()
 
     def set_epoch(self, epoch: int) -> None:  # called by the data loader
-        if isinstance(self.windows.sampler, EpochSampler):
-            self.windows.sampler.set_epoch(epoch)
+        self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.windows)
+        rows, size = len(self.lengths), self.size
+        return rows // size if self.args.dataloader_drop_last else math.ceil(rows / size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for window in self.windows:
+        order = epoch_order(self.lengths, self.size, self.args, self.epoch)
+        for start in range(0, len(self) * self.size, self.size):
+            window = order[start : start + self.size]
             if self.ranks > 1:
                 window.sort(key=lambda row: -self.lengths[row])
             turns = self.rank, 2 * self.ranks - 1 - self.rank
@@ -4427,8 +4196,7 @@ class QLoRATrainer(Trainer):
             return torch.utils.data.DataLoader(rows, batch_size=None)
         lengths: list[int] = list(rows["length"])  # type: ignore[index, call-overload]
         size = self.identity.get("effective batch", {}).get("rows", args.train_batch_size * args.world_size)
-        order = build_sampler(lengths, size, args)
-        return self._loader(rows, DistributedWindowSampler(order, size, lengths, args.dataloader_drop_last))
+        return self._loader(rows, DistributedWindowSampler(lengths, size, args))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -4832,7 +4600,7 @@ def build_trainer(
         name = digest(CODE_VERSION, eval_rows._fingerprint, *masking[:-1], masking.words.tolist())
         options = {"input_columns": ["input_ids", "labels"], "desc": "Masking eval rows", "new_fingerprint": name}
         eval_rows = eval_rows.map(masking.mask_eval_row, **options)
-    if isinstance(rows, RowStream):
+    if isinstance(rows, RowSource):
         rows = StreamedSteps(rows, tokenizer, config, collate, identity["effective batch"]["rows"], vocabulary)
     return QLoRATrainer(
         config=config, fast=fast, plan=plan, identity=identity, questions=questions, masking=masking, model=model,
@@ -4868,9 +4636,14 @@ class Data:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process's fullest GPU; without a GPU, the memory that the process takes now."""
-    gpus = range(torch.cuda.device_count())
-    return max(map(torch.cuda.max_memory_allocated, gpus), default=psutil.Process().memory_info().rss) / GIB
+    """Peak memory of this process's fullest GPU, or of the process where it has none."""
+    if torch.cuda.is_available():
+        return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))) / GIB
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
+    return math.nan
 
 
 def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -4944,7 +4717,10 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     weights = {"state_dict": gather_weights(trainer)} if is_sharded(config) else {}
     if args.should_save:
         staging = final / f"{STAGING}final"
-        with atomic_save(staging, final), patched(model.config, "use_cache", True):  # load_model turned it off
+        with (
+            atomic_save(staging, final),
+            mock.patch.object(model.config, "use_cache", True),
+        ):  # load_model turned it off
             model.save_pretrained(staging, max_shard_size=config.training.max_shard_size, **weights)
             trainer.processing_class.save_pretrained(staging)  # type: ignore[union-attr]
             if getattr(model, "initial_adapter", None):
@@ -5276,7 +5052,7 @@ def print_plan(config: Config) -> int:
     return 0 if fits else 3
 
 
-def print_preview(rows: Iterable[TitledSpans], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
+def print_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
     """Print the preview, coloured where standard output is a terminal."""
     if config.training.process_index != 0:
         return

@@ -8,6 +8,7 @@ so it can be shared as one file; it contains rows of the dataset.
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterable
 from html import escape
@@ -21,9 +22,9 @@ OPEN = 5  # rows that are expanded at first
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fafaf7; --card: #fff; --ink: #1c2024; --soft: #596270; --line: #d9dce1;
-  --sup: #d2f0dc; --sup-ink: #08381c; --sup-line: #1f8a4c; --token: #e9ebf0; --bar: #3f7cc4; --note: #b45309; }
+  --sup: #d2f0dc; --sup-ink: #08381c; --sup-line: #1f8a4c; --bar: #3f7cc4; --note: #b45309; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171b; --card: #1c2026; --ink: #dde2e9; --soft: #9aa5b4;
-  --line: #343b45; --sup: #123b25; --sup-ink: #c9f4d9; --sup-line: #3fb872; --token: #2d333d; --bar: #5b9be6;
+  --line: #343b45; --sup: #123b25; --sup-ink: #c9f4d9; --sup-line: #3fb872; --bar: #5b9be6;
   --note: #f0a742; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 62rem; padding: 1rem 1rem 4rem; background: var(--page); color: var(--ink);
@@ -40,29 +41,19 @@ dt { color: var(--soft); font-size: .85rem; }
 dd { margin: 0; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 dd small { font-weight: 400; color: var(--soft); }
 .note { border-color: var(--note); border-left-width: 4px; }
-table { width: 100%; border-collapse: collapse; margin-top: 1rem; font-size: .9rem;
-  font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); padding-bottom: .25rem; }
-th, td { padding: 1px 0; font-weight: 400; }
-th { text-align: right; white-space: nowrap; padding-right: .75rem; width: 1%; color: var(--soft); }
-td { display: flex; align-items: center; gap: .5rem; }
-td span { height: .8rem; background: var(--bar); border-radius: 0 3px 3px 0; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; padding: .6rem .75rem; font-size: .9rem; overflow-wrap: anywhere; }
 .row { margin: 0; padding: .6rem .75rem .8rem; border-top: 1px solid var(--line); white-space: pre-wrap;
   overflow-wrap: anywhere; unicode-bidi: plaintext; font: .88rem/1.6 ui-monospace, Menlo, Consolas, monospace; }
 mark { background: var(--sup); color: var(--sup-ink); border-bottom: 2px solid var(--sup-line);
   box-decoration-break: clone; -webkit-box-decoration-break: clone; }
-code { font: inherit; font-size: .9em; background: var(--token); border: 1px solid var(--soft); border-radius: 4px;
-  padding: 0 .25em; }
-mark code { background: transparent; border-color: var(--sup-line); }
 i { color: var(--soft); font-style: normal; user-select: none; }
 mark i { color: inherit; opacity: .75; }
 @media print { details { break-inside: avoid; } }
 """
 
 
-LEGEND = ("<mark>supervised</mark>", "not supervised", "<code>special token</code>", "<i>↵</i> line break")
+LEGEND = ("<mark>supervised</mark>", "not supervised", "<i>↵</i> line break")
 
 
 def spans(parts: Iterable[str]) -> str:
@@ -70,44 +61,35 @@ def spans(parts: Iterable[str]) -> str:
     return " ".join(f"<span>{part}</span>" for part in parts)
 
 
-def span_html(span: qlora.Span) -> str:
-    """Part of a row: supervised text as <mark>, a special token as <code>."""
-    text = escape(span.text).replace("↵\n", "<i>↵</i>\n")
-    text = f"<code>{text}</code>" if span.special else text
-    return f"<mark>{text}</mark>" if span.supervised else text
+def span_html(text: str, supervised: bool) -> str:
+    """Part of a row: supervised text as <mark>."""
+    text = escape(text).replace("↵\n", "<i>↵</i>\n")
+    return f"<mark>{text}</mark>" if supervised else text
 
 
-def rows_html(rows: Iterable[qlora.TitledSpans]) -> str:
+def rows_html(rows: Iterable[tuple[str, qlora.Spans]]) -> str:
     """The rows, each collapsible; the first are expanded."""
     return "\n".join(
         f"<details{' open' * (number < OPEN)}><summary>{escape(title)}</summary>"
-        f'<p class="row" dir="auto">{"".join(map(span_html, row))}</p></details>'
+        f'<p class="row" dir="auto">{"".join(span_html(*span) for span in row)}</p></details>'
         for number, (title, row) in enumerate(rows)
     )
 
 
 def statistics_html(name: str, part: qlora.TokenStatistics) -> str:
-    """One split: a card for each number and a bar chart of the lengths. Likely mistakes are highlighted."""
-    suspicious = {"cut": part.cut, "without EOS": part.without_eos, "with doubled BOS": part.doubled_bos,
-                "duplicates": part.duplicates}  # fmt: skip
+    """One split: a card for each number, as in the log. Likely mistakes are highlighted."""
     cards = ""
-    for label, value in part.lines().items():
-        number, _, share = value.partition(" ")
-        small = f" <small>{escape(share)}</small>" if share else ""
-        note = ' class="note"' if suspicious.get(label) else ""
-        cards += f"<div{note}><dt>{escape(label)}</dt><dd>{escape(number)}{small}</dd></div>\n"
-    most = max(part.lengths.values())
-    bars = "\n".join(
-        f'<tr><th scope="row">{size}</th><td><span style="width: {85 * count / most:.1f}%"></span>{count}</td></tr>'
-        for size, count in part.lengths.items()
-    )
-    return (
-        f"<section><h2>Statistics of the {name} rows</h2>\n<dl>\n{cards}</dl>\n"
-        f"<table><caption>Rows by length in tokens</caption><tbody>\n{bars}\n</tbody></table></section>"
-    )
+    for line in str(part).split(", "):
+        number, share, label = re.fullmatch(r"(\d+)( \(.*?\))? (.*)", line).groups()  # type: ignore[union-attr]
+        small = f" <small>{escape(share.strip())}</small>" if share else ""
+        note = ' class="note"' if label in ("cut", "without EOS", "duplicates") else ""
+        cards += f"<div{note}><dt>{escape(label)}</dt><dd>{number}{small}</dd></div>\n"
+    return f"<section><h2>Statistics of the {name} rows</h2>\n<dl>\n{cards}</dl></section>"
 
 
-def page(config: qlora.Config, rows: list[qlora.TitledSpans], statistics: dict[str, qlora.TokenStatistics]) -> str:
+def page(
+    config: qlora.Config, rows: list[tuple[str, qlora.Spans]], statistics: dict[str, qlora.TokenStatistics]
+) -> str:
     """The HTML document."""
     title = f"Preview of {qlora.escape_control_chars(config.data.dataset)}"
     flags = [
@@ -138,7 +120,7 @@ def page(config: qlora.Config, rows: list[qlora.TitledSpans], statistics: dict[s
 
 
 def write_page(
-    rows: Iterable[qlora.TitledSpans], statistics: dict[str, qlora.TokenStatistics], config: qlora.Config
+    rows: Iterable[tuple[str, qlora.Spans]], statistics: dict[str, qlora.TokenStatistics], config: qlora.Config
 ) -> None:
     """Write preview.html and print its path."""
     file = Path(config.training.output_dir, "preview.html")

@@ -349,7 +349,7 @@ def test_the_flags_reach_the_limits(encode_file):
 def test_the_share_of_cut_rows_is_part_of_the_statistics(encode_file, longer):
     rows = [{"input": "a", "output": "x" * (4 if n < longer else 3)} for n in range(4)]
     encoded = encode_file(rows, "--target_max_len", "4").train
-    found = qlora.token_statistics(encoded, qlora.parse_config([]))
+    found = qlora.token_statistics(encoded, masked=False)
     assert (found.rows, found.cut, found.without_eos) == (4, longer, longer)
     assert (f"{longer} ({25 * longer}.0%) cut" in str(found)) == (longer > 0) and "4 rows" in str(found)
 
@@ -443,8 +443,8 @@ def test_the_cache_depends_on_flags_tokenizer_and_rows(encode_file):
 
 def statistics(*rows):
     """Of rows given as (ids, labels)."""
-    facts = [qlora.row_facts(ids, labels, tiny.byte_tokenizer(), masked=False) | {"cut": False} for ids, labels in rows]
-    return qlora.token_statistics(datasets.Dataset.from_list(facts), qlora.parse_config([]))
+    facts = [qlora.row_facts(qlora.Encoded(*row, cut=False), EOS, masked=False) | {"cut": False} for row in rows]
+    return qlora.token_statistics(datasets.Dataset.from_list(facts), masked=False)
 
 
 FIRST, SECOND = ([BOS, A, B, EOS], [NO, NO, B, EOS]), ([BOS, X, Y, Z, EOS], [NO, X, Y, Z, EOS])
@@ -457,22 +457,20 @@ def test_token_statistics():
 
 
 @pytest.mark.parametrize(
-    ("row", "without_eos", "doubled_bos"),
+    ("row", "without_eos"),
     [
-        (([BOS, A, X, EOS], [NO, NO, X, EOS]), 0, 0),
-        (([BOS, BOS, A, X], [NO, NO, NO, X]), 1, 1),
-        (([A, BOS, BOS, X, EOS], [NO, NO, NO, X, EOS]), 0, 0),  # only at the beginning
-        (([BOS, A, EOS, X, A], [NO, A, EOS, NO, A]), 1, 0),  # an earlier answer's
-        (([BOS, A, X, EOS], [NO, NO, X, NO]), 1, 0),  # it stands there, and is not supervised
-        (([BOS, A, EOS, Y], [BOS, A, EOS, Y]), 0, 0),  # --train_on_source, and a line end of the template's
-        (([A, A], [NO, A]), 1, 0),
+        (([BOS, A, X, EOS], [NO, NO, X, EOS]), 0),
+        (([BOS, A, EOS, X, A], [NO, A, EOS, NO, A]), 1),  # an earlier answer's
+        (([BOS, A, X, EOS], [NO, NO, X, NO]), 1),  # it is there, but not supervised
+        (([BOS, A, EOS, Y], [BOS, A, EOS, Y]), 0),  # --train_on_source, and a line end of the template's
+        (([A, A], [NO, A]), 1),
     ],
 )
-def test_rows_without_eos_or_with_doubled_bos_are_counted(row, without_eos, doubled_bos):
+def test_rows_without_eos_are_counted(row, without_eos):
     """Each alone, and before and after another row, whose tokens must not be taken for its own."""
     for rows, more in (([row], 0), ([SECOND, row, FIRST], 0), ([FIRST, row], 0), ([row, row], 1)):
         found = statistics(*rows)
-        assert found.without_eos == without_eos * (1 + more) and found.doubled_bos == doubled_bos * (1 + more)
+        assert found.without_eos == without_eos * (1 + more)
         assert found.duplicates == more
 
 

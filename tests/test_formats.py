@@ -5,6 +5,7 @@ To add a format, add its rows to GOLDEN; the last test of the first part fails u
 
 import logging
 
+import datasets
 import pytest
 import tiny
 
@@ -182,7 +183,6 @@ PRESETS = {
 @pytest.fixture
 def hub(monkeypatch):
     """`hub(rows)` makes datasets.load_dataset give them; returns the calls, as (path, options)."""
-    import datasets
 
     def serve(rows_by_split):
         calls = []
@@ -305,7 +305,8 @@ def test_columns_that_only_some_rows_have_count(tmp_path):
     ],
 )
 def test_chats_are_inferred_first(columns, name):
-    assert qlora.infer_format(columns, "here") == name
+    source = qlora.RowSource("here", loaded=datasets.Dataset.from_list([dict.fromkeys(columns, "")]))
+    assert qlora.choose_format("here", source, qlora.parse_config([])) == name
 
 
 NEEDS = {

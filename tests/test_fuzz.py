@@ -78,7 +78,8 @@ def data_flags(**flags):
 
 def checked(source, form, tokenizer, **flags):
     """Rows in normal form, each of which can be trained on or says what is wrong with it."""
-    rows = list(qlora.normalize_rows(source, form, data_flags(**flags), tokenizer))
+    selected = qlora.select_rows(source, data_flags(**flags))
+    rows = [qlora.normalize_row(**row, dataset_format=qlora.FORMATS[form], tokenizer=tokenizer) for row in selected]
     for row in rows:
         texts = [segment["text"] for segment in row["segments"]]
         for text in [*texts, row["problem"], row["raw"], row["category"], row["where"]]:
@@ -151,7 +152,7 @@ def outcome(file, tokenizer):
     source = qlora.RowSource(str(file), (file,))
     try:
         config = SimpleNamespace(data=data_flags(dataset_format="input-output"), masked=False)
-        qlora.choose_format(str(file), {"train": source}, config)
+        qlora.choose_format(str(file), source, config)
         rows = checked(source, "input-output", tokenizer)
     except qlora.DataError as error:
         status, message = qlora.exit_status(error)

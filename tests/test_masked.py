@@ -121,7 +121,7 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path, kind, column):
     else:
         tiny.rows_to_csv(file, rows, "\t" if kind == "tsv" else ",")
     splits = qlora.load_splits(qlora.parse_config(["--dataset", str(file), "--objective", "mlm"]))
-    assert qlora.last_texts(splits.train[:]) == PROTEINS
+    assert [row[-1]["text"] for row in splits.train["segments"]] == PROTEINS
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path, kind, column):
 def test_the_column_that_is_read(tmp_path, row, flags, text):
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [row])
     config = qlora.parse_config(["--dataset", str(file), "--objective", "mlm", *flags])
-    assert qlora.last_texts(qlora.load_splits(config).train[:]) == [text]
+    assert qlora.load_splits(config).train["segments"][0][-1]["text"] == text
 
 
 def test_rows_without_such_a_column_are_refused(tmp_path):
@@ -403,7 +403,7 @@ def test_evaluation_gives_loss_perplexity_and_accuracy_of_the_masks(run_masked, 
     argv = ["--dataset", run.json("run.json")["flags"]["dataset"], "--objective", "mlm", "--eval_dataset_size", "6"]
     held_out = qlora.load_splits(qlora.parse_config([*argv, "--do_eval"])).eval
     losses, right = [], []
-    for text in qlora.last_texts(held_out[:]):
+    for text in (row[-1]["text"] for row in held_out["segments"]):
         ids = tokenizer(text)["input_ids"][:48]
         row = drawing.mask_eval_row(ids, [IGNORE, *ids[1:-1], IGNORE])
         labels = torch.tensor(row["labels"])

@@ -175,9 +175,9 @@ def test_bad_rows_of_a_stream(tmp_path, file):
         (
             '{"input": "x", "output": "y"}\n' * 7,
             ("--do_eval", "--eval_dataset_size", 7),
-            "no row in it that can be used to train after the first 7, which are held out",
+            "no row from row 8 on",
         ),
-        ('{"input": "x", "output": "y"}\n', ("--model_max_len", 2), "no row in it that can be used"),
+        ('{"input": "x", "output": "y"}\n', ("--model_max_len", 2), "--model_max_len 2: every row is longer"),
     ],
     ids=["bad", "held out", "too long"],
 )
@@ -204,6 +204,32 @@ def test_statistics_are_those_of_the_first_rows(tmp_path):
     assert encoded["length"][0] == 4 and encoded["length"][-1] == 5
 
 
+def steps_of(file, monkeypatch, *, rank=0, ranks=1, position=0, vocabulary=300):
+    """The steps of 4 rows that one of so many ranks gets, as (lines in the file, position after them)."""
+    monkeypatch.setattr(qlora, "rank_and_world_size", lambda: (rank, ranks))
+    config = qlora.parse_config(["--streaming", "--dataset", str(file), *map(str, SMALL)])
+    tokenizer = tiny.byte_tokenizer()
+    stream = qlora.load_splits(config, tokenizer).train
+    steps = qlora.StreamedSteps(stream, tokenizer, config, qlora.collate_step, 4, vocabulary, position)
+    taken = list(itertools.islice(steps, 6))
+    return [(numbers((0, {"where": where}) for where in step["step"].where), step["position"]) for step in taken]
+
+
+def test_ranks_share_the_steps_of_a_stream(file, monkeypatch):
+    """Each row of a step goes to one rank, and all ranks note the same position, also after a resume."""
+    alone = steps_of(file, monkeypatch)
+    first, second = (steps_of(file, monkeypatch, rank=rank, ranks=2) for rank in (0, 1))
+    assert [position for _, position in alone] == [4, 8, 12, 16, 20, 24]
+    for (rows, position), (mine, at), (other, there) in zip(alone, first, second, strict=True):
+        assert position == at == there and rows[::2] == mine and rows[1::2] == other
+    assert steps_of(file, monkeypatch, rank=1, ranks=2, position=8)[:4] == second[2:]
+
+
+def test_a_token_id_outside_the_embedding_is_refused(file, monkeypatch):
+    with pytest.raises(qlora.ConfigError, match="token id outside the model's 257"):
+        steps_of(file, monkeypatch, vocabulary=257)  # EOS is 257
+
+
 def test_a_checkpoint_without_streaming_is_not_streamed_on(run_qlora):
     assert run_qlora(max_steps=2).code == 0
     run = run_qlora(max_steps=4, streaming=True)
@@ -228,6 +254,6 @@ def test_a_stream_is_read_as_far_as_it_is_trained_on(run_qlora, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     flags = {"dataset": tmp_path / "a.jsonl", "cache_dir": tmp_path / "cache", "do_eval": True, "eval_dataset_size": 4}
     run = run_qlora(**FLAGS | flags | {"max_steps": 2, "stream_buffer": 5})
-    assert run.code == 0 and "of a stream's first rows: 1000 rows" in run.stderr
+    assert run.code == 0 and "train data       1000 rows, " in run.stderr
     assert run.json("metrics.json")["eval_loss"] > 0
     assert run_qlora(**flags, output_dir=tmp_path / "other").code == 2
