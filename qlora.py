@@ -725,6 +725,8 @@ REMOVED_FLAGS: dict[str, str] = {name: instead for names, instead in (
     ("num_beam_groups diversity_penalty penalty_alpha", "leave it out; transformers no longer supports it"),
     ("show_traceback", "use --debug"),
 ) for name in names.split()}  # fmt: skip
+# Removed flags with the original's default, as its command lines may have them.
+HARMLESS = {("num_beam_groups", "1"), ("diversity_penalty", "0.0"), ("penalty_alpha", "None")}
 OLD_FLAGS = {"logging_dir", *RENAMED_FLAGS, *IGNORED_FLAGS, *REMOVED_FLAGS}
 # Flags that repeating a run does not take over: its folders, what deletes or publishes, what depends on the machine.
 NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
@@ -739,6 +741,8 @@ class OldFlag(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         """Say so, and set the current flag."""
         name, value, written = self.dest, ",".join(values), str(option)
+        if (name, value) in HARMLESS:
+            return
         if name in REMOVED_FLAGS:
             raise ConfigError(f"{written}: this flag no longer exists: {REMOVED_FLAGS[name]}")
         if name in IGNORED_FLAGS:

@@ -598,11 +598,15 @@ REMOVED = [
 @pytest.mark.parametrize("name", REMOVED)
 @pytest.mark.parametrize("spelling", ["--{}", "--{}=False", "--no_{}", "–{}", "yaml"])
 def test_a_removed_flag_says_what_to_do_instead(main, tmp_path, name, spelling):
-    (tmp_path / "run.yaml").write_text(f"{name}: 1\n")
+    (tmp_path / "run.yaml").write_text(f"{name}: 2\n")
     words = [str(tmp_path / "run.yaml")] if spelling == "yaml" else [spelling.format(name)]
     code, lines = main(*words)
     assert code == 2 and lines[-1].startswith("error: ") and "no longer exists" in lines[-1]
     assert name in lines[-1] and re.search(r"--(fast_path|auto_batch|debug)|leave it out", lines[-1])
+
+
+def test_a_removed_flag_with_the_originals_default_changes_nothing():
+    assert parse("--num_beam_groups", "1", "--diversity_penalty", "0.0", "--penalty_alpha=None").explicitly_set == set()
 
 
 def test_every_removed_flag_is_tested():

@@ -178,7 +178,6 @@ def test_fp16_under_fsdp_scales_its_loss_and_resumes_with_the_scale(start, tmp_p
     running = start(2, tmp_path / "ddp", before=SCALER, **flags | {"optim": "adamw_torch"})
     log = finish(start(2, tmp_path / "fsdp", before=before, **flags))
     finish(running)
-    assert "FSDP or DeepSpeed holds the weights" in log
     assert_same_training(tmp_path / "fsdp", tmp_path / "ddp")
     places = [tmp_path / name / "checkpoint-8" / "scaler.pt" for name in ("fsdp", "ddp")]
     scales = [torch.load(place)["scale"] for place in places]
