@@ -67,7 +67,7 @@ def test_one_process_resumes_the_run_of_two(runs):
 
 
 def test_fsdp_shards_a_4_bit_base(start, runs):
-    log = finish(start(2, runs / "fsdp", before=AS_GPUS, fsdp=[], **ALL_STAGES))
+    finish(start(2, runs / "fsdp", before=AS_GPUS, fsdp=[], **ALL_STAGES))
     assert_same_run(runs / "fsdp", runs / "one")
 
 

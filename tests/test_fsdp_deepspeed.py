@@ -176,7 +176,7 @@ def test_fp16_under_fsdp_scales_its_loss_and_resumes_with_the_scale(start, tmp_p
     before = SHARDING + SCALER + f"import os; os.environ |= {launch}"
     flags = {"fp16": True, "max_steps": 12, "save_steps": 8, "do_eval": False, "optim": None}
     running = start(2, tmp_path / "ddp", before=SCALER, **flags | {"optim": "adamw_torch"})
-    log = finish(start(2, tmp_path / "fsdp", before=before, **flags))
+    finish(start(2, tmp_path / "fsdp", before=before, **flags))
     finish(running)
     assert_same_training(tmp_path / "fsdp", tmp_path / "ddp")
     places = [tmp_path / name / "checkpoint-8" / "scaler.pt" for name in ("fsdp", "ddp")]
