@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -105,9 +106,10 @@ def train(name: str, cap: float | None, arguments: argparse.Namespace) -> dict[s
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, **special)
     run = qlora.Run(config, name, model_config, tokenizer, qlora.ResumePoint(train=True))
     data = qlora.Data(rows, None, qlora.Splits(rows, None), {})
-    qlora.load_model = lambda config, model_config, folder: random_base(model_config, config, DEVICE)
+    random = mock.patch.object(qlora, "load_model", lambda config, *_: random_base(model_config, config, DEVICE))
     try:
-        trainer = qlora.prepare(run, data, {}, None, qlora.GracefulStop())
+        with random:
+            trainer = qlora.prepare(run, data, {}, None, qlora.GracefulStop())
         result["ready_s"] = round(time.perf_counter() - began, 1)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
