@@ -494,7 +494,6 @@ OLD = [
     ("adafactor", "False", {"optim": "paged_adamw_32bit"}),
     ("per_gpu_train_batch_size", "3", {"per_device_train_batch_size": 3}),
     ("per_gpu_eval_batch_size", "3", {"per_device_eval_batch_size": 3}),
-    ("torchdynamo", "inductor", {"torch_compile_backend": "inductor"}),
     ("activation_checkpointing", "False", {"gradient_checkpointing": False}),
     ("adam8bit", "", {"optim": "paged_adamw_8bit"}),
     ("adam8bit", "False", {"optim": "paged_adamw_32bit"}),
@@ -507,6 +506,10 @@ IGNORED = [
     ("no_save_safetensors", ""),
     ("sortish_sampler", "True"),
     ("sharded_ddp", "simple"),
+    ("torch_compile", ""),
+    ("torch_compile_backend", "inductor"),
+    ("torch_compile_mode", "default"),
+    ("torchdynamo", "inductor"),
     ("use_mps_device", ""),
     ("half_precision_backend", "auto"),
     ("fp16_backend", "auto"),
@@ -622,10 +625,6 @@ def test_repeating_a_run_drops_its_removed_flags(tmp_path):
     config = parse(str(tmp_path / "run.json"), "--output_dir", "x")
     assert config.lora.lora_r == 8 and config.explicitly_set == {"lora_r", "output_dir"}
     assert "flags liger was True, is None" in list(qlora.differences(config.record, {"flags": config.flags}))
-
-
-def test_a_compiler_backend_turns_compilation_on():
-    assert parse("--torchdynamo", "inductor").training.torch_compile is True
 
 
 def test_evaluation_strategy_is_recorded_as_evaluating():

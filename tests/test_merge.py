@@ -117,7 +117,7 @@ def test_plain_transformers_loads_the_merged_folder(merged_run, models, tmp_path
 def test_finished_run_is_merged_without_training(merged_run, run_qlora, tmp_path, monkeypatch):
     first, folder = merged_run()
     monkeypatch.setattr(qlora, "load_model", None)  # no quantised model is loaded for it
-    monkeypatch.setattr(qlora, "build_trainer", None)
+    monkeypatch.setattr(qlora, "prepare", None)
     again, alone = merged_run(merged_output_dir=tmp_path / "alone", do_train=False)
     rerun, third = merged_run(merged_output_dir=tmp_path / "third")  # what is completed is used
     assert (first.code, again.code, rerun.code) == (0, 0, 0)

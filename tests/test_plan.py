@@ -340,6 +340,9 @@ def test_experts_that_are_not_quantised_are_named_before_training(models, caplog
 class Rows(dict):
     """Columns of rows, by name or number, as a dataset has them."""
 
+    def __len__(self):
+        return len(self["length"])
+
     def __getitem__(self, key):
         return super().__getitem__(key) if isinstance(key, str) else {n: column[key] for n, column in self.items()}
 

@@ -61,9 +61,7 @@ def test_falcons_linear_class_is_put_back_after_loading(models):
     ("method", "parameters"),
     [
         ("_maybe_log_save_evaluate", ["tr_loss", "grad_norm", "model"]),
-        ("_get_output_dir", ["trial"]),
         ("_save_checkpoint", ["model", "trial"]),
-        ("_push_from_checkpoint", ["checkpoint_folder"]),
         ("_load_from_checkpoint", ["resume_from_checkpoint", "model"]),
         ("_load_optimizer_and_scheduler", ["checkpoint"]),
         ("_load_best_model", []),
