@@ -190,10 +190,6 @@ class DataError(QLoRAError):
     """An unusable dataset, file or row."""
 
 
-class PeerFailure(QLoRAError):
-    """Another rank of this run has exited."""
-
-
 class RowError(ValueError):
     """What is wrong with one row, without its place: file and line are added by whoever reads the file."""
 
@@ -2944,7 +2940,7 @@ def attention_implementation(model: Any, name: str | None) -> Iterator[None]:
 def supervised_states(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Tensor:
     """Run a model on a batch and select what predicts its labelled tokens: hidden states, or logits without `body`."""
     inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
-    if fast.sharded and len(inputs["input_ids"]) == 1 and len(batch["positions"]):
+    if fast.sharded and fast.attention and len(inputs["input_ids"]) == 1 and len(batch["positions"]):
         # an engine gathers the head's weight inside the model's own forward, which selects among one long row
         return model(**inputs, logits_to_keep=batch["positions"]).logits.flatten(0, 1)
     states = model(**inputs).logits if fast.body is None else fast.body(**inputs).last_hidden_state
@@ -3507,9 +3503,10 @@ def check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
 
 def weights_in(folder: Path, full_finetune: bool = False) -> Path | None:
     """Where a folder keeps its adapter (the original: in adapter_model/) or, after a full fine-tune, its model."""
-    files = ("config.json", "model*.safetensors") if full_finetune else ("adapter_config.json", "adapter_model.*")
+    adapter = "adapter_config.json", ["adapter_model.*"]
+    config, weights = ("config.json", ["model*.safetensors", "pytorch_model*.bin"]) if full_finetune else adapter
     for place in (folder, folder / "adapter_model"):
-        if all(any(place.glob(file)) for file in files):
+        if (place / config).is_file() and any(any(place.glob(name)) for name in weights):
             return place
     return None
 
@@ -3714,8 +3711,7 @@ def all_gather_object(value: Any) -> list[Any]:
     """Gather one object from each rank, in the order of ranks."""
     values = [value] * rank_and_world_size()[1]
     if torch.distributed.is_initialized():
-        with reraise_as_user_error("another rank of this run has exited", PeerFailure, RuntimeError):
-            torch.distributed.all_gather_object(values, value, group=_cpu_group())
+        torch.distributed.all_gather_object(values, value, group=_cpu_group())
     return values
 
 
@@ -4325,6 +4321,7 @@ class QLoRATrainer(Trainer):
         if self.parts:  # not at the second call, at an epoch's end
             rows, losses = zip(*self.parts, strict=True)
             norm = torch.as_tensor(1.0 if grad_norm is None else grad_norm, device=self.args.device)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP: each rank holds a part
             numbers = torch.stack([norm.float(), *(loss.float() for loss in losses)]).to("cpu", non_blocking=True)
             arrived = torch.cuda.current_stream().record_event() if norm.is_cuda else None
             self.pending_checks.append((step, numbers, arrived, rows))
@@ -4345,7 +4342,10 @@ class QLoRATrainer(Trainer):
         if arrived is not None:
             arrived.synchronize()
         norm, *losses = numbers.tolist()
-        finite = [math.isfinite(loss) for loss in losses]
+        parts = list(zip(rows, map(math.isfinite, losses), strict=True))
+        if not math.isfinite(norm):  # of the gradients' average over ranks, so on all of them
+            parts = list(itertools.chain(*all_gather_object(parts)))
+        finite = [good for _, good in parts]
         exploded = self.accelerator.scaler is None and not math.isfinite(norm)  # a scaler skips those by itself
         if all(finite) and not exploded:
             return
@@ -4358,7 +4358,7 @@ class QLoRATrainer(Trainer):
             else f"lower --learning_rate {self.args.learning_rate:g}, or look at these rows"
         )  # fmt: skip
         what = f"the {'gradient norm' if all(finite) else 'loss'} is not finite"
-        suspects = [part for part, good in zip(rows, finite, strict=True) if all(finite) or not good]
+        suspects = [part for part, good in parts if all(finite) or not good]
         self._stop(step, what, why, list(itertools.chain(*suspects)))
 
     def _stop(self, step: int, what: str, why: str, rows: Sequence[str] = ()) -> NoReturn:
@@ -4556,7 +4556,8 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
         trainer.load_end(str(checkpoint))
     else:
         if checkpoint and isinstance(rows, StreamedSteps):
-            rows.position, rows.steps = read_json(checkpoint / STREAM)["rows"], first_step
+            with reraise_as_user_error(f"{checkpoint / STREAM}"):
+                rows.position, rows.steps = read_json(checkpoint / STREAM)["rows"], first_step
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -5065,12 +5066,13 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
     return 0
 
 
+PEER_EXITED = "another rank of this run has exited. The same command goes on from the last checkpoint"
+
+
 def exit_status(error: BaseException) -> tuple[int, str] | None:
     """Return the exit status and message of what a user can fix; None for our bugs."""
     library = type(error).__module__.partition(".")[0]
     match error:
-        case PeerFailure():
-            return 2, f"{error}; its own message says why. The same command goes on from the last checkpoint"
         case QLoRAError():
             return 2, str(error)
         case KeyboardInterrupt():
@@ -5079,6 +5081,8 @@ def exit_status(error: BaseException) -> tuple[int, str] | None:
         case torch.OutOfMemoryError():
             lower = "lower --per_device_train_batch_size or --source_max_len and --target_max_len"
             return 2, f"not enough GPU memory: {lower}, or keep --gradient_checkpointing on"
+        case RuntimeError() if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            return 2, PEER_EXITED
         case OSError() if error.errno:  # of a disk, a path or a connection
             return 2, f"{error.filename or 'a file'}: {error.strerror}"
     if library in INTEGRATION_TO_CALLBACK:  # a tracker without login or connection
@@ -5124,7 +5128,8 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, GracefulSt
         rank, ranks = rank_and_world_size()
         if ranks > 1 or os.environ.get("LOCAL_RANK", "0") == "0":  # before they connect, all ranks meet the same error
             message = escape_control_chars(HUB_TOKEN.sub("(a token)", known[1]))
-            print(f"{f'rank {rank}: ' * (rank > 0)}{'error: ' * bool(known[0])}{message}", file=sys.stderr, flush=True)
+            prefix = "error: " if known[0] and known[1] != PEER_EXITED else ""  # the other rank says why
+            print(f"{f'rank {rank}: ' * (rank > 0)}{prefix}{message}", file=sys.stderr, flush=True)
         return known[0]
 
 

@@ -120,7 +120,8 @@ def assert_same_training(found: Path, expected: Path) -> None:
     assert losses(found) == pytest.approx(losses(expected), abs=2e-5)
     ours, theirs = weights(found), weights(expected)
     assert ours.keys() == theirs.keys() and ours
-    assert all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in ours)
+    apart = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours}
+    assert max(apart.values()) < 1e-5, apart
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
