@@ -27,9 +27,9 @@ Read the file from top to bottom, along the path of the data: every room uses on
     12 Checkpoints      3430-3689
     13 Processes        3692-3754
     14 Evaluation       3757-3953
-    15 Trainer          3956-4489
-    16 Stages           4492-4919
-    17 Main             4922-5128
+    15 Trainer          3956-4491
+    16 Stages           4494-4921
+    17 Main             4924-5130
 """
 
 # ------------------------------------------------------------------------------------
@@ -4320,6 +4320,8 @@ class QLoRATrainer(Trainer):
         saving = control.should_save or control.should_evaluate or control.should_training_stop
         if self.parts:  # not at the second call, at an epoch's end
             rows, losses = zip(*self.parts, strict=True)
+            if hasattr(grad_norm, "full_tensor"):  # sharded, of FSDP
+                grad_norm = grad_norm.full_tensor()
             norm = torch.as_tensor(1.0 if grad_norm is None else grad_norm, device=self.args.device)
             numbers = torch.stack([norm.float(), *(loss.float() for loss in losses)]).to("cpu", non_blocking=True)
             arrived = torch.cuda.current_stream().record_event() if norm.is_cuda else None
