@@ -14,9 +14,9 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
      1 Imports             35-172
-     2 Errors             175-241
-     3 Dataset formats    244-519
-     4 Arguments         522-1098
+     2 Errors             175-237
+     3 Dataset formats    240-515
+     4 Arguments         518-1098
      5 Loading          1101-1457
      6 Tokenizer        1460-1550
      7 Encoding         1553-2037
@@ -24,12 +24,12 @@ Read the file from top to bottom, along the path of the data: every room uses on
      9 LoRA             2338-2461
     10 Fast path        2464-3153
     11 Plan             3156-3427
-    12 Checkpoints      3430-3689
-    13 Processes        3692-3754
+    12 Checkpoints      3430-3690
+    13 Processes        3693-3754
     14 Evaluation       3757-3953
-    15 Trainer          3956-4489
-    16 Stages           4492-4919
-    17 Main             4922-5128
+    15 Trainer          3956-4494
+    16 Stages           4497-4925
+    17 Main             4928-5138
 """
 
 # ------------------------------------------------------------------------------------
@@ -4320,8 +4320,9 @@ class QLoRATrainer(Trainer):
         saving = control.should_save or control.should_evaluate or control.should_training_stop
         if self.parts:  # not at the second call, at an epoch's end
             rows, losses = zip(*self.parts, strict=True)
+            if hasattr(grad_norm, "full_tensor"):  # sharded, of FSDP
+                grad_norm = grad_norm.full_tensor()
             norm = torch.as_tensor(1.0 if grad_norm is None else grad_norm, device=self.args.device)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP: each rank holds a part
             numbers = torch.stack([norm.float(), *(loss.float() for loss in losses)]).to("cpu", non_blocking=True)
             arrived = torch.cuda.current_stream().record_event() if norm.is_cuda else None
             self.pending_checks.append((step, numbers, arrived, rows))

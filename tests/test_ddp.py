@@ -67,8 +67,9 @@ def test_one_process_resumes_the_run_of_two(runs):
 
 
 def test_fsdp_shards_a_4_bit_base(start, runs):
-    finish(start(2, runs / "fsdp", before=AS_GPUS, fsdp=[], **ALL_STAGES))
+    log = finish(start(2, runs / "fsdp", before=AS_GPUS, fsdp=[], **ALL_STAGES))
     assert_same_run(runs / "fsdp", runs / "one")
+    assert "fused LoRA, padding-free rows" in log, "tried once the weights are sharded"
 
 
 # Each process saves its own trained values beside the folder of the run.
