@@ -13,23 +13,23 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             35-172
-     2 Errors             175-237
-     3 Dataset formats    240-515
-     4 Arguments         518-1098
-     5 Loading          1101-1457
-     6 Tokenizer        1460-1550
-     7 Encoding         1553-2037
-     8 Model            2040-2335
-     9 LoRA             2338-2461
-    10 Fast path        2464-3153
-    11 Plan             3156-3427
-    12 Checkpoints      3430-3690
-    13 Processes        3693-3754
-    14 Evaluation       3757-3953
-    15 Trainer          3956-4494
-    16 Stages           4497-4925
-    17 Main             4928-5138
+     1 Imports             35-173
+     2 Errors             176-243
+     3 Dataset formats    246-523
+     4 Arguments         526-1113
+     5 Loading          1116-1477
+     6 Tokenizer        1480-1570
+     7 Encoding         1573-2059
+     8 Model            2062-2369
+     9 LoRA             2372-2495
+    10 Fast path        2498-3201
+    11 Plan             3204-3476
+    12 Checkpoints      3479-3745
+    13 Processes        3748-3810
+    14 Evaluation       3813-4010
+    15 Trainer          4013-4564
+    16 Stages           4567-4997
+    17 Main             5000-5215
 """
 
 # ------------------------------------------------------------------------------------
@@ -80,6 +80,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
@@ -237,6 +238,11 @@ def reraise_as_user_error(
         raise kind(f"{what}: {shorten(error)}") from error
 
 
+def is_peer_failure(error: BaseException) -> bool:
+    """Whether a message to another rank failed because that rank has exited."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 # ------------------------------------------------------------------------------------
 # 3. Dataset formats: one row of a raw dataset -> segments
 #
@@ -245,7 +251,7 @@ def reraise_as_user_error(
 # To add one: write `parse_name` (or use `column_format`), add a row to FORMATS and one to tests/test_formats.py. The
 # order of FORMATS is the order in which formats are inferred from columns. A named dataset is a row of DATASETS.
 # ------------------------------------------------------------------------------------
-BOOLEANS = {"": True, "true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 class Segment(TypedDict):
@@ -432,7 +438,9 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
         result = function(dict(row))
         if isinstance(result, Mapping):
             return FORMATS["messages" if "messages" in result else "input-output"].parse(result)
-        flags = [bool(s.get("supervised", s.get("learnt"))) for s in result]  # `learnt` is the key's earlier name
+        result = list(result)  # it may be a generator
+        # `learnt` is the key's earlier name
+        flags = [bool(s["supervised"] if "supervised" in s else s["learnt"]) for s in result]
         return [{"text": get_text(s, "text"), "supervised": flag} for s, flag in zip(result, flags, strict=True)]
     except (Exception, SystemExit) as error:  # whatever a user's code raises is an error of this row
         expected = "it returns {input, output}, {messages} or a list of {text, supervised}"
@@ -603,9 +611,10 @@ class LoraArguments:
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
     """Training: new flags, and flags whose default differs from the Trainer's."""
+    do_train: bool = arg(True, "Train.")
     output_dir: str = arg("./output", "Folder for adapter, checkpoints, metrics and predictions.")
     report_to: str = arg("none", "Trackers: none, all, or some of tensorboard, wandb, trackio, ...", nargs="+")
-    debug: str = arg("", "Alone: show tracebacks of errors. Else the Trainer's: underflow_overflow.", nargs="*")
+    debug: str = arg("", "Show tracebacks of errors; with underflow_overflow, the Trainer's check.", nargs="*")
     gradient_checkpointing: bool = arg(True, "Recompute activations in the backward pass when memory requires it.")
     recompute_layers: str = arg("auto", "Layers to recompute: auto (as memory requires), all, none or a number.")
     auto_batch: bool | None = arg(None, "Regroup a step's rows into the largest micro-batches; default: on a GPU.")
@@ -631,7 +640,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
 TRAINER_DEFAULTS: dict[str, Any] = {  # of the Trainer's own flags, where they differ from its defaults
     "optim": "paged_adamw_32bit", "learning_rate": 2e-4, "lr_scheduler_type": "constant", "max_grad_norm": 0.3,
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "max_steps": 10000, "warmup_steps": 0.03,
-    "do_train": True, "logging_steps": 10, "save_steps": 250, "save_total_limit": 40, "remove_unused_columns": False,
+    "logging_steps": 10, "save_steps": 250, "save_total_limit": 40, "remove_unused_columns": False,
 }
 
 
@@ -757,8 +766,10 @@ class OldFlag(argparse.Action):
                 value = (*choices, "")[not wanted] if choices else str(wanted)
             if name == "warmup_ratio" and not 0 <= float(value) < 1:  # the Trainer would take it for a number of steps
                 raise ValueError("expected a fraction of the steps, at least 0 and below 1")
-        log.warning("%s: read as --%s %s", written, current, value if choices else "")  # it may be a token
-        if value or not choices:
+        if choices and not value:
+            log.warning("%s: turned off, which it is by default", written)
+        else:
+            log.warning("%s: read as --%s %s", written, current, value if choices else "")  # it may be a token
             parser.parse_args([f"--{current}={value}" if value else f"--{current}"], namespace)
 
 
@@ -850,7 +861,6 @@ def parse_config(argv: Sequence[str]) -> Config:
     flags["hub_token"] = flags["hub_token"] and "(hidden)"  # never written to a file
     config = Config(*groups, flags, explicitly_set, record)  # type: ignore[call-arg]
     check_config(config)
-    check_folders(config)
     return config
 
 
@@ -933,6 +943,7 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("seed", "0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     ("eval_dataset_size", "a number of rows, or a fraction below 1", lambda x: 0 < x < 1 or (x > 0 and x % 1 == 0)),
     ("max_steps", "a number of steps, or -1 with --num_train_epochs", lambda x: x != 0),
+    ("debug", "nothing, or underflow_overflow", lambda x: {*x} <= {"", "underflow_overflow", "tpu_metrics_debug"}),
     ("recompute_layers", "auto, all, none or a number", re.compile(r"auto|all|none|\d+").fullmatch),
     ("plan_gpu", "a size such as 24GiB", re.compile(r"(?i)[1-9]\d*(\.\d+)? *(GiB|GB|G)?").fullmatch),
     ("max_shard_size", "a whole number and KB, MB, GB or TB, as in 5GB", re.compile(r"[1-9]\d*[KMGT]B").fullmatch),
@@ -945,7 +956,6 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
 REQUIRES = (
     ("merge_base", "merged_output_dir"), ("skip_excess_length", "model_max_len"), ("stream_buffer", "streaming"),
     ("plan_gpu", "plan"), ("do_mmlu_eval", "do_eval"), ("offload_activations", "gradient_checkpointing"),
-    ("recompute_layers", "gradient_checkpointing"),
 )  # fmt: skip
 MUTUALLY_EXCLUSIVE = (
     ("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
@@ -991,7 +1001,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     """The rules that no table holds: whether each is broken, and the message that says so."""
     flags, clm, mlm = argparse.Namespace(**config.flags), config.data.objective == "clm", config.masked
     foreign = MASKING_FLAGS if clm else CAUSAL_ONLY_FLAGS if mlm else set()
-    wrong = sorted(name for name in config.explicitly_set & foreign if config.flags[name] is not False)
+    wrong = sorted(name for name in config.explicitly_set & foreign if config.flags[name] not in (False, "right"))
     metrics = ["loss", "perplexity"] + ["masked_accuracy"] * (not clm) + ["mmlu_..."] * flags.do_mmlu_eval
     metric = (flags.metric_for_best_model or "loss").removeprefix("eval_")
     epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
@@ -1004,6 +1014,8 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          "nothing to do: pass --do_train, --do_eval, --do_predict or --merged_output_dir"),
         (flags.full_finetune and flags.bits < 16,
          f"--full_finetune: weights rounded to --bits {flags.bits} cannot be updated; pass 16 or 32"),
+        (not flags.gradient_checkpointing and flags.recompute_layers not in ("auto", "none", "0"),
+         f"--recompute_layers {flags.recompute_layers} needs --gradient_checkpointing"),
         (init, f"--init_lora_weights {flags.init_lora_weights}: {init}"),
         (flags.expand_conversations and flags.dataset_format != "airoboros_chat",
          "--expand_conversations needs --dataset_format airoboros_chat"),
@@ -1056,18 +1068,21 @@ def sharding_conflicts(config: Config) -> list[tuple[Any, str]]:
 
 
 def check_folders(config: Config) -> None:
-    """Refuse output folders that are, or contain, something the run reads: it could be overwritten or removed."""
+    """Refuse output folders that the run reads, also a checkpoint in one: files could be overwritten or removed."""
     reads = ("model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "mmlu_dir", "deepspeed")
-    sources = [(name, config.flags[name]) for name in reads]
-    sources += [("dataset", name.strip()) for name in (config.data.dataset, *config.data.dataset.split(","))]
+    sources = [(name, config.flags[name]) for name in reads if name != "mmlu_dir" or config.mmlu.do_mmlu_eval]
+    names = {config.data.dataset, *map(str.strip, config.data.dataset.split(","))} - DATASETS.keys()
+    sources += [("dataset", name) for name in sorted(names)]
     writes = ("output_dir", "working_dir", "final_output_dir", "merged_output_dir")
     folders = {name: Path(config.flags[name]).expanduser().resolve() for name in writes if config.flags[name]}
     merged = config.flags["merged_output_dir"]
     for flag, folder in folders.items():
         for name, value in sources:
-            source = Path(value or "").expanduser().resolve()
+            if not value or value.startswith("{") or not (source := Path(value).expanduser().resolve()).exists():
+                continue
             read = source if source.is_dir() else source.parent
-            if value and source.exists() and folder in (read, *read.parents):
+            inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
+            if inside == () or (inside and inside[0].startswith("checkpoint-")):  # old checkpoints are removed
                 raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
     if folders.pop("merged_output_dir", None) in folders.values():
         raise ConfigError(f"--merged_output_dir {merged}: the run's own folder; name another")
@@ -1246,7 +1261,7 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
             return as_sources(name, datasets.load_from_disk(path))
     splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
     for file in [path] if path.is_file() else sorted(path.iterdir()):
-        if file.is_file() and file.name[0] != "." and data_suffix(file) in READERS:
+        if file.is_file() and (file == path or file.name[0] != ".") and data_suffix(file) in READERS:
             match = re.match(rf"(train|{'|'.join(SPLIT_NAMES)})(?![A-Za-z0-9])", file.name)
             splits[match[1] if match and path.is_dir() else ""] += (file,)
     if not splits:
@@ -1317,8 +1332,8 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
                     rows = [{**row, "conversations": turns[:end]} for end in ends]
             yield from ({"where": where, "row": row} for row in rows)
     if not found:
-        which = f"from row {source.first + 1} on whose source is in --include_sources {data.include_sources}"
-        raise DataError(f"{source.name}: no row {which}")
+        which = "" if wanted == {"ALL"} else f" has a source in --include_sources {data.include_sources}"
+        raise DataError(f"{source.name}: no row{f' after row {source.first}' * bool(source.first)}{which}")
 
 
 def normalize_row(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any) -> dict[str, Any]:
@@ -1328,11 +1343,11 @@ def normalize_row(where: str, row: Any, dataset_format: DatasetFormat, tokenizer
     try:
         parsed = dataset_format.parse(check_row(row))
         segments = render_chat(parsed, tokenizer) if isinstance(parsed, tuple) else parsed
-        category = str(row.get("category") or row.get("source") or "")
+        category = str(row.get("category") or row.get("source") or "").encode("utf-8", "replace").decode()
         if not any(segment["supervised"] and segment["text"].strip() for segment in segments):
             column = "".join(dataset_format.columns[-1:]) or "output"
             raise RowError(f"field {column!r}: the output is empty, expected something to learn")
-        "".join([category, *(segment["text"] for segment in segments)]).encode()  # Arrow refuses what is not UTF-8
+        "".join(segment["text"] for segment in segments).encode()  # Arrow refuses what is not UTF-8
         return normal | {"segments": segments, "rendered": isinstance(parsed, tuple), "category": category}
     except (RowError, UnicodeEncodeError) as error:
         normal["problem"] = shorten(error)
@@ -1389,7 +1404,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
             return Splits(dataclasses.replace(train, last=last) if training else None, rows)
         for part, source in zip(parts, (train, held_out), strict=True):
             part += [load_rows(source, config, tokenizer)] if source else []
-    splits = Splits(*map(concatenate, parts))
+    splits = Splits(*(require_rows(concatenate(part), config) if part else None for part in parts))
     if evaluating and splits.eval is None and splits.train is not None:
         splits = train_eval_split(splits.train, config)
     limits = data.max_train_samples, data.max_eval_samples
@@ -1433,7 +1448,12 @@ def drop_bad_rows(rows: Any, config: Config) -> Any:
     if bad := [i for i, problem in enumerate(problems) if problem]:
         reject(list(rows.select(bad)), len(rows), config)
         rows = rows.select([i for i, problem in enumerate(problems) if not problem])
-    if len(rows) == 0:
+    return rows
+
+
+def require_rows(rows: Any, config: Config) -> Any:
+    """The same rows, if there are any."""
+    if not len(rows):
         raise DataError(f"--dataset {config.data.dataset}: no row in it that can be used")
     return rows
 
@@ -1715,6 +1735,7 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
         if rows is None:
             continue
         rows = load_rows(rows, config, tokenizer, limit=1000) if isinstance(rows, RowSource) else rows
+        rows = require_rows(rows, config)
         workers = min(os.cpu_count() or 1, len(rows) // 20_000)  # below that, starting processes takes longer
         if workers > 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
@@ -1726,9 +1747,10 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
         if name == "train" and limit and config.data.skip_excess_length and any(cut := rows["cut"][:]):
             log.info("%d of %d training rows are longer than --model_max_len %d: left out", sum(cut), len(rows), limit)
             if all(cut):
-                raise DataError(f"--model_max_len {limit}: every row is longer; pass --skip_excess_length False")
+                which = "each of the first 1000 rows" if config.data.streaming else "every row"
+                raise DataError(f"--model_max_len {limit}: {which} is longer; pass --skip_excess_length False")
             rows = rows.select([i for i, is_cut in enumerate(cut) if not is_cut])
-        encoded[name] = drop_bad_rows(rows, config)
+        encoded[name] = require_rows(drop_bad_rows(rows, config), config)
     return Splits(**encoded)
 
 
@@ -2093,10 +2115,11 @@ def device_map(config: Config) -> Any:
     return {"": int(os.environ["LOCAL_RANK"])} if "LOCAL_RANK" in os.environ else "auto"
 
 
-def model_folder(config: Config) -> str:
+def model_folder(config: Config, weights: bool = True) -> str:
     """Where to load the base from: the folder or hub id that the user named, or a folder made from a .gguf file.
 
     That folder is made once and cached, in bf16: 8 bits of mantissa, and such a file stores at most 8 bits a weight.
+    Without weights it holds configuration and tokenizer.
     """
     name = config.model.model_name_or_path
     path, root = Path(name).expanduser(), Path(config.model.cache_dir or HF_HOME, "qlora-gguf")
@@ -2106,19 +2129,30 @@ def model_folder(config: Config) -> str:
     if path.suffix.lower() != ".gguf" or not path.is_file():
         return name
     folder = root / f"{path.stem}-{digest(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)}"
+    if not folder.is_dir() and not weights:
+        folder = folder.with_name(f"{folder.name}-no-weights")
     if folder.is_dir():
         return str(folder)
-    log.info("%s: dequantising into %s, once", path, folder)
+    if weights:
+        log.info("%s: dequantising into %s, once", path, folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as scratch, reraise_as_user_error(f"--model_name_or_path {path}"):
-        model = load_base(config, None, path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+        if weights:
+            model: Any = load_base(config, None, path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+            model.hf_quantizer.remove_quantization_config(model)  # transformers saves nothing that came from gguf
+        else:
+            model = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        if isinstance(model.config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-        model.hf_quantizer.remove_quantization_config(model)  # transformers saves nothing that came from gguf
+        eos = getattr(model, "config", model).eos_token_id
+        if isinstance(eos, int):  # transformers 5.17 takes BOS for EOS
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
         for part in (model, tokenizer):
             part.save_pretrained(f"{scratch}/model")
-        Path(scratch, "model").rename(folder)
+        try:
+            Path(scratch, "model").rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another run has made it meanwhile
+                raise
     return str(folder)
 
 
@@ -2993,6 +3027,19 @@ def set_recomputed_layers(model: Any, count: int, offload: bool = False, random:
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
 
 
+def run_on_own_gpu(model: Any) -> None:
+    """Let each part of a model on several GPUs run with its own as the current one, where Triton launches."""
+
+    def run(gpu: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device(gpu):
+            return forward(*args, **kwargs)
+
+    places, modules = getattr(model, "hf_device_map", {}), dict(model.named_modules())
+    for name in places.keys() & modules.keys() if len({*places.values()}) > 1 else ():  # a part may also be a weight
+        if isinstance(places[name], int):
+            modules[name].forward = partial(run, places[name], modules[name].forward)
+
+
 def apply_liger(model: Any) -> str | None:
     """Use liger-kernel's norms and rotary embedding in this model alone (31 %); returns why not, where it can't.
 
@@ -3149,7 +3196,8 @@ def enable_fast_path(model: Any, base: Any, config: Config) -> FastPath:
         groups, others = patch_lora_layers(model)
         off = (f"{len(others)} adapted layers keep peft's functions, first {others[0]}",) if others else ()
         fast = fast._replace(groups=tuple(groups), off=off)
-    # what an engine shards is tried once it has; a masked model's rows are padded, and its head is more than a product
+    # A sharded model is tried once the engine has sharded it. A masked model's rows are padded, and its head is more
+    # than a product.
     return fast if fast.sharded or config.masked else choose_fast_path(model, base, fast, config)
 
 
@@ -3269,7 +3317,7 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
         paged="paged" in train.optim,
         fixed=(max(map(math.prod, shapes.values()), default=0) * width if bits < 16 else 0) + 2**27,
         token=width * (2 * max(map(max, shapes.values()), default=4 * hidden) + 3 * hidden)
-        + (0 if train.fast_path else vocabulary * (width + 12)),
+        + (0 if train.fast_path and not is_sharded(config) else vocabulary * (width + 12)),
         layer=(width * kept + norms) // layers,
         checkpoint=math.ceil(2 * width * hidden / layers) if train.offload_activations else width * hidden,
         layers=layers,
@@ -3293,7 +3341,7 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
     train, wanted = config.training, requested_layers(config, memory.layers)
     rows = train.per_device_train_batch_size if train.auto_batch is False else None
     smallest, largest = (longest, window) if rows is None else (min(window, longest * rows),) * 2
-    choices = [0, memory.layers] if is_sharded(config) else range(memory.layers + 1)  # its hooks want all or none
+    choices = [0, memory.layers] if is_sharded(config) else range(memory.layers + 1)  # an engine recomputes all or none
     plans: list[tuple[float, StepPlan]] = []
     for recomputed in choices if wanted is None else [wanted]:
         tokens = min(largest, int((room - memory.fixed) / memory.per_token(recomputed)))
@@ -3331,7 +3379,7 @@ def plan_step(
         "weights kept dequantised": copies,
         "embedding, head, norms": memory.other,
         "adapters": memory.adapters,
-        # those of a step's one micro-batch come as its activations go
+        # with one micro-batch a step, gradients take the place of activations that are freed
         "gradients": memory.gradients if tokens < window else max(0, memory.gradients - activations),
         "optimizer": 0 if memory.paged else memory.optimizer,
         "activations": activations,
@@ -3362,7 +3410,8 @@ def plan_from_flags(config: Config, memory: MemoryModel) -> tuple[dict[str, str]
     window = longest * train.per_device_train_batch_size * train.gradient_accumulation_steps
     memory = memory.shared(config, train.world_size) if is_sharded(config) else memory
     _, lines, fits = plan_step(memory, (gib - CONTEXT) * 0.95 * GIB - memory.resident(), longest, window, config)
-    return {"GPU": f"{gib:g} GiB", **lines, "verdict": "fits" if fits else f"does not fit into {gib:g} GiB"}, fits
+    verdict = "fits" if fits else f"does not fit into {gib:g} GiB, needs {lines['in all'].strip()}"
+    return {"GPU": f"{gib:g} GiB", **lines, "verdict": verdict}, fits
 
 
 def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config: Config) -> MemoryModel:
@@ -3454,8 +3503,10 @@ class ResumePoint(NamedTuple):
 
 def run_fingerprint(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
     """What a checkpoint belongs to: no run with other values can resume it."""
-    names = ("model_name_or_path", "bits", "quant_type", "double_quant", "full_finetune", "objective", "streaming",
-             "stream_buffer", *sorted(LORA_FLAGS))  # fmt: skip
+    names = ["model_name_or_path", "bits", "full_finetune", "objective", "streaming"]
+    names += ["quant_type", "double_quant"] if config.quant.bits == 4 else []
+    names += ["stream_buffer"] if config.data.streaming else []
+    names += [] if config.quant.full_finetune else sorted(LORA_FLAGS)
     run = {name: config.flags[name] for name in names}
     base = Path(config.model.model_name_or_path).expanduser()
     if base.exists():  # the same base has another relative path in another working directory
@@ -3492,6 +3543,8 @@ def check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
         log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
     if (folder / COMPLETED).is_file():  # it may be used under another engine: no optimizer state is read
         recorded.pop("engine", None)
+    elif (folder / "optimizer.pt").is_file():
+        recorded.setdefault("engine", "none or DDP")  # also of another program or an earlier version
     # What an earlier version did not record is not compared: its checkpoints stay resumable.
     changed = [f"{name} was {recorded[name]}, is {new}" for name, new in run.items() if recorded.get(name, new) != new]
     if changed:
@@ -3657,16 +3710,18 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         yield
     except Exception as error:
         # Libraries raise them as OSError, RuntimeError (torch), SafetensorError, or a plain Exception (tokenizers).
-        if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
+        saving = isinstance(error, (OSError, RuntimeError, SafetensorError)) or type(error) is Exception
+        if is_peer_failure(error) or not saving:
             raise
         raise QLoRAError(f"{target}: not saved: {shorten(error)}. What was saved before stays") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def final_files(output: Path) -> list[str]:
+def final_files(output: Path, final: Path) -> list[str]:
     """The files of the final folder that the last completed run lists. No others are ever removed."""
-    names = read_record(output).get("files")
+    record = read_record(output)
+    names = record.get("files") if record.get("final") == os.path.relpath(final.resolve(), output.resolve()) else None
     # A checkpoint's manifest has a dictionary there. A name with a path in it was not written by this program.
     return [name for name in names if Path(name).name == name] if isinstance(names, list) else []
 
@@ -3674,8 +3729,8 @@ def final_files(output: Path) -> list[str]:
 def clear_output(config: Config, step: int) -> None:
     """Before training: set `completed` aside and, to start anew, remove what the record of an earlier run names."""
     output, final, anew = Path(config.training.output_dir), final_folder(config), config.training.overwrite_output_dir
-    recorded = [final / name for name in final_files(output)]
-    for file in [*recorded, *(output / name for name in RUN_FILES)] if anew and recorded else ():
+    recorded, ours = [final / name for name in final_files(output, final)], (output / "run.json").is_file()
+    for file in [*recorded, *(output / name for name in RUN_FILES)] if anew and (recorded or ours) else ():
         file.unlink(missing_ok=True)
     if (output / COMPLETED).is_file():  # kept under another name: the next save removes the files that it lists
         (output / COMPLETED).replace(output / PREVIOUS)
@@ -3694,7 +3749,7 @@ def clear_output(config: Config, step: int) -> None:
 # 13. Processes: what the ranks of one run tell each other
 #
 # Counts and messages go over gloo, beside the GPUs' own network: a step does not wait for its GPU to learn of a signal.
-# A rank that fails prints its line and exits; torchrun ends the others. --ddp_timeout bounds every wait.
+# A rank that fails prints its line and exits; torchrun ends the others. --ddp_timeout bounds the GPUs' waits.
 # ------------------------------------------------------------------------------------
 def rank_and_world_size() -> tuple[int, int]:
     """Return this process's rank and the number of ranks."""
@@ -3704,7 +3759,8 @@ def rank_and_world_size() -> tuple[int, int]:
 
 @lru_cache(maxsize=1)
 def _cpu_group() -> Any:
-    return torch.distributed.new_group(backend="gloo")
+    # Not --ddp_timeout: the others may wait for hours while rank 0 encodes or merges.
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
 
 
 def all_gather_object(value: Any) -> list[Any]:
@@ -3823,8 +3879,9 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     prompts = [prompt.input_ids or [tokenizer.eos_token_id] for prompt in cut]  # generation needs one token at least
     tensors = to_device(padded_prompts(prompts, tokenizer.pad_token_id, "left"), trainer.args.device)
     generation = generation_config(trainer.config, model, tokenizer)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     # generate() merges the model's own sampling values into those that it is given
-    with reraise_as_user_error("generation flags"), mock.patch.object(model, "generation_config", GenerationConfig()):
+    with reraise_as_user_error("generation flags"), mock.patch.object(base, "generation_config", GenerationConfig()):
         output = model.generate(**tensors, generation_config=generation)
     answers = output[:, tensors["input_ids"].shape[1] :].tolist()  # the prompt ends by its tokens, never by its text
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -3962,11 +4019,8 @@ def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------
 def check_rows_fit_model(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
     """Check rows against the model: an id outside its embedding would only show as a crash on the GPU."""
-    ids, limit = model.get_input_embeddings().num_embeddings, math.inf
+    ids, limit = embedding_sizes(model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    for name, table in model.named_modules():  # an encoder's; RoBERTa's and ESM's begin after the pad's
-        if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
-            limit = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
     for name, part in parts.items():
         longest = f"the longest {name} row has {part.longest} tokens"
         if part.largest_id >= ids:
@@ -3975,6 +4029,15 @@ def check_rows_fit_model(model: Any, parts: Mapping[str, TokenStatistics]) -> No
             raise ConfigError(f"{longest}, the model has {limit} positions: pass --source_max_len {limit}")
         if part.longest > positions:
             log.warning("%s, the model was made for %d: lower the limits or pass --rope_scaling", longest, positions)
+
+
+def embedding_sizes(model: Any) -> tuple[int, float]:
+    """How many token ids and, where the model stores an embedding of each position, how many positions it has."""
+    limit = math.inf
+    for name, table in model.named_modules():  # an encoder's; RoBERTa's and ESM's begin after the pad's
+        if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
+            limit = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return model.get_input_embeddings().num_embeddings, limit
 
 
 @dataclass
@@ -3986,7 +4049,7 @@ class StreamedSteps(torch.utils.data.IterableDataset[dict[str, Any]]):
     config: Config
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
     size: int  # rows of a step, over all ranks
-    vocabulary: int  # rows of the model's embedding
+    sizes: tuple[int, float]  # token ids and positions that the model has
     position: int = 0  # raw rows consumed before a resume
     steps: int = 0  # optimizer steps before it
 
@@ -3996,8 +4059,11 @@ class StreamedSteps(torch.utils.data.IterableDataset[dict[str, Any]]):
         rows = encoded_stream(self.stream, self.tokenizer, self.config, skip=self.position)
         while group := list(itertools.islice(rows, self.size)):
             batch = self.collate([row for _, row in group[rank::ranks]])
-            if int(batch["step"].input_ids.max()) >= self.vocabulary:
-                raise ConfigError(f"a row holds a token id outside the model's {self.vocabulary}: wrong tokenizer")
+            step, (ids, limit) = batch["step"], self.sizes
+            if int(step.input_ids.max()) >= ids:
+                raise ConfigError(f"a row holds a token id outside the model's {ids}: wrong tokenizer")
+            if int(step.lengths.max()) > limit:
+                raise ConfigError(f"a row is longer than the model's {limit} positions: pass --source_max_len {limit}")
             yield batch | {"position": group[-1][0]}
 
 
@@ -4119,8 +4185,10 @@ class QLoRATrainer(Trainer):
         self.unreached: set[str] | None = None  # parameters that no step has given a gradient
         self.first_step = -1  # of this process, once it is known
         self.position: int | None = None  # in a stream, after the current step
-        self.tokens_seen, self.untimed_seconds = 0, 0.0  # without padding, by this rank; evaluating and saving
+        self.tokens_seen = 0  # by this rank, without padding
+        self.untimed_seconds = 0.0  # spent on evaluating and saving
         self.tried = False  # the fast path, on sharded weights
+        self.overflows = 0  # steps in succession whose gradient norm is not finite
         self.eval_batches: list[tuple[int, float, int, int]] = []
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -4229,7 +4297,7 @@ class QLoRATrainer(Trainer):
     def _micro_batches(self, step: StepBatch) -> list[list[int]]:
         rows = self.plan.rows if torch.is_grad_enabled() else None  # evaluation has a batch size of its own
         parts = micro_batches(step, rows, self.plan.tokens, padded=self.fast.attention is None)
-        # each one gathers the sharded weights, so every rank needs as many
+        # each one gathers the sharded weights, so every rank needs the same number
         return parts + [[]] * (all_reduce_int(len(parts)) - len(parts)) if self.sharded else parts
 
     def _batch(self, step: StepBatch, members: list[int]) -> dict[str, Any]:
@@ -4347,7 +4415,9 @@ class QLoRATrainer(Trainer):
         if not math.isfinite(norm):  # of the gradients' average over ranks, so on all of them
             parts = list(itertools.chain(*all_gather_object(parts)))
         finite = [good for _, good in parts]
-        exploded = self.accelerator.scaler is None and not math.isfinite(norm)  # a scaler skips those by itself
+        self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
+        # a scaler skips such a step and halves its scale: after 20 the scale is not the cause
+        exploded = self.overflows > (0 if self.accelerator.scaler is None else 20)
         if all(finite) and not exploded:
             return
         frozen = ((n, p) for n, p in self.base.named_parameters() if p.is_floating_point() and not p.requires_grad)
@@ -4415,7 +4485,7 @@ class QLoRATrainer(Trainer):
         """Load as a resume does; under an engine, in its own way."""
         model: Any = self.model
         for module in model.modules() if self.is_fsdp_enabled else ():
-            if hasattr(module, "reshard"):  # what an evaluation has left whole would not be loaded
+            if hasattr(module, "reshard"):  # weights that an evaluation left gathered would keep their values
                 module.reshard()
         if self.sharded:
             super()._load_best_model()
@@ -4441,7 +4511,7 @@ def set_up_fsdp(plugin: Any, model: Any, config: Config) -> None:
     """Tell accelerate's FSDP plugin what to wrap, and not to cast packed weights."""
     if not config.quant.full_finetune:
         plugin.mixed_precision_policy = None  # it would cast what is packed
-    # BERT's own list has its embeddings, to which its head is tied
+    # Only the layers: BERT's own list also wraps its embeddings, which share a weight with its head.
     names = sorted({type(layer).__name__ for layer in decoder_layers(model)})
     wrapped = plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or names
     if set(wrapped) - {type(module).__name__ for module in model.modules()}:
@@ -4482,11 +4552,11 @@ def average_gradients(model: Any) -> None:
 def apply_step_plan(base: Any, plan: StepPlan, config: Config) -> None:
     """Recompute layers as planned; a model without transformers' own kind of layers recomputes all or none."""
     set_unpacked_layers(base, plan.unpacked, compute_dtype(config))
-    if decoder_layers(base) and not is_sharded(config):  # whose hooks want all layers or none
+    if decoder_layers(base) and not is_sharded(config):  # an engine recomputes all layers or none
         text = base.config.get_text_config().to_dict()
         rates = (rate for name, rate in text.items() if re.search("drop|noise", name) and isinstance(rate, float))
-        random = config.lora.lora_dropout > 0 or any(rates)
-        set_recomputed_layers(base, plan.recomputed, config.training.offload_activations, random)
+        dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in base.modules())
+        set_recomputed_layers(base, plan.recomputed, config.training.offload_activations, dropout or any(rates))
     elif plan.recomputed and getattr(base, "supports_gradient_checkpointing", True):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
@@ -4589,7 +4659,7 @@ def gather_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
     if trainer.is_deepspeed_enabled:
         return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped) or {})
     model, full, weights = trainer.base, trainer.config.quant.full_finetune, {}
-    names = model.all_tied_weights_keys  # a bias that a head holds twice has one name in files
+    names = model.all_tied_weights_keys  # a bias that a head holds under two names is saved under one
     for name, parameter in model.named_parameters():
         if full or parameter.requires_grad:  # one at a time: a whole base may not fit
             tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
@@ -4615,12 +4685,13 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             for name in files:
                 fsync_path(staging / name)
                 (staging / name).replace(final / name)
-        for name in {*final_files(output)} - {*files}:  # an earlier save's shards would be loaded instead
+        for name in {*final_files(output, final)} - {*files}:  # an earlier save's shards would be loaded instead
             (final / name).unlink(missing_ok=True)
         write_loss_chart(output / "loss.png", state.log_history)
         write_file(final / "README.md", model_card(trainer, config))
-        done = {"step": state.global_step, "epoch": state.epoch, "run": trainer.identity, "files": files}
-        write_json(output / COMPLETED, done)
+        place = os.path.relpath(final.resolve(), output.resolve())
+        done = {"step": state.global_step, "epoch": state.epoch, "run": trainer.identity}
+        write_json(output / COMPLETED, done | {"files": files, "final": place})
         (output / PREVIOUS).unlink(missing_ok=True)
         if args.push_to_hub:
             hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
@@ -4765,7 +4836,8 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
     config, tokenizer, folder = run.config, run.tokenizer, run.config.training.merged_output_dir
     if folder is None or config.training.process_index != 0 or Path(folder, MERGED).is_file():  # check_merge knows it
         return {}
-    target, tokenizer_model, rows = Path(folder), Path(run.folder, "tokenizer.model"), data.eval or data.train
+    target, tokenizer_model, rows = Path(folder), Path(run.folder, "tokenizer.model"), data.eval
+    rows = rows or getattr(data.train, "rows", data.train)  # of packs, or as they are
     staging = target.with_name(f".merging-{target.name}")
     shutil.rmtree(staging, ignore_errors=True)
     sample = padded_prompts([ids[:64] for ids in rows[:4]["input_ids"]], tokenizer.pad_token_id, "right")
@@ -4946,7 +5018,7 @@ def load_run(config: Config) -> tuple[Run, Data]:
     check_merge(resume, config)
     check_ranks_agree(config.flags | {"checkpoint": resume.checkpoint})
     with local_main_process_first():  # converts a .gguf file
-        folder = model_folder(config)
+        folder = model_folder(config, weights=not config.data.preview)
     model_config = load_model_config(config, folder)
     config = resolve_objective(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
@@ -4971,6 +5043,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     if config.training.fast_path and not config.training.use_cpu:
         missing = apply_liger(base)
         fuse_norms(base)
+        run_on_own_gpu(base)
     model = make_trainable(base, config, resume.weights)
     for adapter in getattr(model, "peft_config", {}).values():  # saved as given, not the folder made of a .gguf file
         adapter.base_model_name_or_path = config.model.model_name_or_path
@@ -4991,7 +5064,9 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
         options = {"input_columns": ["input_ids", "labels"], "desc": "Masking eval rows", "new_fingerprint": name}
         eval_rows = eval_rows.map(masking.mask_eval_row, **options)
     if isinstance(stream := data.text.train, RowSource):
-        rows = StreamedSteps(stream, tokenizer, config, collate, identity["effective batch"]["rows"], vocabulary)
+        rows = StreamedSteps(
+            stream, tokenizer, config, collate, identity["effective batch"]["rows"], embedding_sizes(base)
+        )
     with reraise_as_user_error("flags", ConfigError, RuntimeError):
         trainer = QLoRATrainer(
             config=config, fast=fast, plan=plan, identity=identity, questions=questions, masking=masking, model=model,
@@ -5027,12 +5102,14 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
     (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
     log_hints(config)
     if args.plan:
-        model_config = load_model_config(config, model_folder(config))
+        model_config = load_model_config(config, model_folder(config, weights=False))
         config = resolve_objective(config, model_config)
         lines, fits = plan_from_flags(config, memory_from_config(config, model_config))
         if args.process_index == 0:
             print(format_table(lines))
         return 0 if fits else 3
+    if not config.data.preview:
+        check_folders(config)
     this, data = load_run(config)
     config, resume = this.config, this.resume
     if config.data.preview:
@@ -5082,7 +5159,7 @@ def exit_status(error: BaseException) -> tuple[int, str] | None:
         case torch.OutOfMemoryError():
             lower = "lower --per_device_train_batch_size or --source_max_len and --target_max_len"
             return 2, f"not enough GPU memory: {lower}, or keep --gradient_checkpointing on"
-        case RuntimeError() if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+        case _ if is_peer_failure(error):
             return 2, PEER_EXITED
         case OSError() if error.errno:  # of a disk, a path or a connection
             return 2, f"{error.filename or 'a file'}: {error.strerror}"
@@ -5111,7 +5188,7 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, GracefulSt
     """Run the command line. Returns the exit status: 0 done, 2 fix something, 3 does not fit, else STOP_SIGNALS'."""
     argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
-    debug = any(re.fullmatch(r"--show[_-]traceback|--debug", token) for token in argv)
+    debug = any(re.match("--debug(=|$)", token) for token in argv)
     stop = GracefulStop()
     try:
         with stop.handling_signals():

@@ -234,7 +234,7 @@ def test_a_row_that_is_left_out_by_its_source_may_be_bad(tmp_path):
 def test_include_sources_needs_the_column(tmp_path):
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"input": "q", "output": "a"}])
     message = error_of(file, None, "--include_sources", "x")
-    assert message == f"{file}: no row from row 1 on whose source is in --include_sources x"
+    assert message == f"{file}: no row has a source in --include_sources x"
 
 
 def test_category_stratifies_airoboros_rows(tmp_path):

@@ -198,3 +198,18 @@ def test_steps_that_the_fp16_scaler_skips_do_not_stop_the_run(run_qlora, monkeyp
     norms = [e["grad_norm"] for e in run.json("trainer_state.json")["log_history"] if "grad_norm" in e]
     skipped = sum(norm != norm or norm == float("inf") for norm in norms)
     assert run.code == 0 and 0 < skipped < 20 and len(norms) == 30
+
+
+def test_fp16_that_overflows_in_every_step_stops_the_run(run_qlora, monkeypatch):
+    """A scale can't be the cause after 20 halvings: without an end the run would save what was never trained."""
+    init = accelerate.Accelerator.__init__
+
+    def with_scaler(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.scaler, self.native_amp = torch.amp.GradScaler("cpu", init_scale=2.0**120), True
+
+    monkeypatch.setattr(accelerate.Accelerator, "__init__", with_scaler)
+    run = run_qlora(fp16=True, max_steps=40, save_steps=100)
+    message = message_of(run)
+    assert message.startswith("step 21: the gradient norm is not finite") and "train with --bf16" in message
+    assert not (run.output_dir / "completed").exists()

@@ -233,6 +233,22 @@ def test_only_values_that_were_set_are_passed_on(run_qlora, folder, monkeypatch)
         assert getattr(chosen, name) in (None, getattr(type(chosen)(), name)), name
 
 
+def test_every_batch_stops_at_the_models_own_stop_tokens(run_qlora, models, folder, tmp_path, monkeypatch):
+    """Llama 3 has several, which its generation_config.json lists."""
+    shutil.copytree(models("llama"), tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": [tiny.EOS, 65]}))
+    seen, generate = [], GenerationMixin.generate
+
+    def spy(self, *args, **kwargs):
+        seen.append({*kwargs["generation_config"].eos_token_id})
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", spy)
+    flags = {"model_name_or_path": tmp_path / "model", "dataset": folder, "per_device_eval_batch_size": 1}
+    assert run_qlora(**flags, max_steps=1, max_new_tokens=2, **PREDICT).code == 0
+    assert len(seen) > 1 and seen == [{tiny.EOS, 65}] * len(seen)
+
+
 def test_sampling_defaults_of_the_model_are_ignored(run_qlora, models, folder, tmp_path):
     """As published LLaMA-2 folders have it: temperature and top_p beside do_sample false."""
     shutil.copytree(models("llama"), tmp_path / "model")

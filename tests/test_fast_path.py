@@ -454,6 +454,21 @@ def test_layers_that_draw_random_numbers_draw_them_again_when_recomputed():
     reference.assert_equal(results[1], results[0], 1e-5)
 
 
+def test_an_adapters_own_dropout_is_drawn_again_when_recomputed(models):
+    """An adapter to start from keeps its dropout, whatever --lora_dropout says."""
+    both = reference.make(models("llama"), bits=16, lora_dropout=0.5)
+    config = reference.parse(models("llama"), bits=16, lora_dropout=0.0)
+    base, step, results = reference.base_of(both.quick), reference.step_of(reference.rows_of((40, 33))), []
+    for recomputed in (0, 2):
+        qlora.apply_step_plan(base, qlora.StepPlan(None, qlora.NO_LIMIT, recomputed), config)
+        both.quick.zero_grad()
+        torch.manual_seed(1)
+        loss = qlora.summed_loss(both.quick, both.fast, qlora.padded_batch(step, [0, 1], 0, "right"))
+        loss.backward()
+        results.append(reference.result_of(both.quick, loss))
+    reference.assert_equal(results[1], results[0], DOUBLE)
+
+
 @pytest.mark.parametrize("kind", ["DoRA", "bias in lora_B"])
 def test_adapters_of_another_kind_keep_pefts_functions(models, kind):
     folder, flags = models("llama"), {"bits": 16, "use_dora": kind == "DoRA"}

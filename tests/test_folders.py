@@ -196,7 +196,7 @@ def contents_of(folder) -> dict[str, bytes]:
 @pytest.fixture
 def own_model(models, tmp_path):
     """A base model that a test may lose."""
-    return shutil.copytree(models("llama"), tmp_path / "home" / "base")
+    return shutil.copytree(models("llama"), tmp_path / "home" / "checkpoint-7")
 
 
 @pytest.mark.parametrize("flag", ["output_dir", "final_output_dir", "working_dir", "merged_output_dir"])
@@ -211,6 +211,44 @@ def test_output_folders_that_the_run_reads_are_refused(run_qlora, own_model, tmp
     assert run.code == 2
     assert f"--{flag}" in run.stderr and "name another folder" in run.stderr
     assert contents_of(own_model) == before
+
+
+def test_an_output_folder_above_a_model_is_no_risk_to_it(run_qlora, models, tmp_path):
+    """A merged model, in the folder of the run that made it, is what examples/ load."""
+    model = shutil.copytree(models("llama"), tmp_path / "out" / "merged")
+    before = contents_of(model)
+    assert run_qlora(model_name_or_path=model, output_dir=tmp_path / "out", overwrite_output_dir=True).code == 0
+    assert contents_of(model) == before
+
+
+def test_a_folder_named_as_a_preset_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "oasst1").mkdir()
+    qlora.check_folders(qlora.parse_config(["--dataset", "oasst1", "--output_dir", "oasst1"]))
+
+
+def test_weights_that_another_command_put_into_the_final_folder_stay(run_qlora, tmp_path):
+    """The record names files, but of another final folder."""
+    assert run_qlora(output_dir=tmp_path / "out").code == 0
+    best = tmp_path / "best"
+    best.mkdir()
+    shutil.copy(tmp_path / "out" / "adapter_model.safetensors", best / "adapter_model.bin")
+    shutil.copy(tmp_path / "out" / "adapter_config.json", best)
+    before = contents_of(best)
+    config = qlora.parse_config(
+        ["--output_dir", str(tmp_path / "out"), "--final_output_dir", str(best), "--overwrite_output_dir"]
+    )
+    qlora.clear_output(config, 0)
+    assert contents_of(best) == before
+
+
+def test_starting_anew_removes_the_metrics_of_a_run_that_was_interrupted(run_qlora, tmp_path):
+    assert run_qlora(max_steps=2, save_steps=1).code == 0
+    out = run_qlora(max_steps=2, save_steps=1).output_dir
+    (out / "completed").unlink()
+    (out / "metrics.json").write_text('{"eval_loss": 1.0}')
+    run = run_qlora(max_steps=1, overwrite_output_dir=True)
+    assert run.code == 0 and "eval_loss" not in run.json("metrics.json")
 
 
 @pytest.mark.parametrize("name", ["adapter_name_or_path", "dataset", "tokenizer_patch", "chat_template"])

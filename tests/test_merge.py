@@ -125,6 +125,11 @@ def test_finished_run_is_merged_without_training(merged_run, run_qlora, tmp_path
         assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(folder).items())
 
 
+def test_packed_rows_are_merged_too(merged_run):
+    run, folder = merged_run(packing=True, do_eval=False)
+    assert run.code == 0 and weights(folder)
+
+
 def test_any_adapter_can_be_merged_by_its_path(merged_run, run_qlora, tmp_path, data_dir):
     adapter = run_qlora(output_dir=tmp_path / "adapter", learning_rate=1e-2, bits=16).output_dir
     run, folder = merged_run(do_train=False, adapter_name_or_path=adapter, do_eval=True)

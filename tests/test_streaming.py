@@ -175,9 +175,9 @@ def test_bad_rows_of_a_stream(tmp_path, file):
         (
             '{"input": "x", "output": "y"}\n' * 7,
             ("--do_eval", "--eval_dataset_size", 7),
-            "no row from row 8 on",
+            "no row after row 7",
         ),
-        ('{"input": "x", "output": "y"}\n', ("--model_max_len", 2), "--model_max_len 2: every row is longer"),
+        ('{"input": "x", "output": "y"}\n', ("--model_max_len", 2), "--model_max_len 2: each of the first 1000 rows is longer"),
     ],
     ids=["bad", "held out", "too long"],
 )
@@ -204,13 +204,13 @@ def test_statistics_are_those_of_the_first_rows(tmp_path):
     assert encoded["length"][0] == 4 and encoded["length"][-1] == 5
 
 
-def steps_of(file, monkeypatch, *, rank=0, ranks=1, position=0, vocabulary=300):
+def steps_of(file, monkeypatch, *, rank=0, ranks=1, position=0, vocabulary=300, limit=1000):
     """The steps of 4 rows that one of so many ranks gets, as (lines in the file, position after them)."""
     monkeypatch.setattr(qlora, "rank_and_world_size", lambda: (rank, ranks))
     config = qlora.parse_config(["--streaming", "--dataset", str(file), *map(str, SMALL)])
     tokenizer = tiny.byte_tokenizer()
     stream = qlora.load_splits(config, tokenizer).train
-    steps = qlora.StreamedSteps(stream, tokenizer, config, qlora.collate_step, 4, vocabulary, position)
+    steps = qlora.StreamedSteps(stream, tokenizer, config, qlora.collate_step, 4, (vocabulary, limit), position)
     taken = list(itertools.islice(steps, 6))
     return [(numbers((0, {"where": where}) for where in step["step"].where), step["position"]) for step in taken]
 
@@ -228,6 +228,11 @@ def test_ranks_share_the_steps_of_a_stream(file, monkeypatch):
 def test_a_token_id_outside_the_embedding_is_refused(file, monkeypatch):
     with pytest.raises(qlora.ConfigError, match="token id outside the model's 257"):
         steps_of(file, monkeypatch, vocabulary=257)  # EOS is 257
+
+
+def test_a_row_of_more_tokens_than_positions_is_refused(file, monkeypatch):
+    with pytest.raises(qlora.ConfigError, match="longer than the model's 3 positions"):
+        steps_of(file, monkeypatch, limit=3)
 
 
 def test_a_checkpoint_without_streaming_is_not_streamed_on(run_qlora):
