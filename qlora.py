@@ -16,20 +16,20 @@ Read the file from top to bottom, along the path of the data: every room uses on
      1 Imports             35-173
      2 Errors             176-243
      3 Dataset formats    246-523
-     4 Arguments         526-1113
-     5 Loading          1116-1477
-     6 Tokenizer        1480-1570
-     7 Encoding         1573-2059
-     8 Model            2062-2369
-     9 LoRA             2372-2495
-    10 Fast path        2498-3201
-    11 Plan             3204-3476
-    12 Checkpoints      3479-3745
-    13 Processes        3748-3810
-    14 Evaluation       3813-4010
-    15 Trainer          4013-4564
-    16 Stages           4567-4997
-    17 Main             5000-5215
+     4 Arguments         526-1115
+     5 Loading          1118-1479
+     6 Tokenizer        1482-1572
+     7 Encoding         1575-2061
+     8 Model            2064-2371
+     9 LoRA             2374-2497
+    10 Fast path        2500-3203
+    11 Plan             3206-3478
+    12 Checkpoints      3481-3747
+    13 Processes        3750-3812
+    14 Evaluation       3815-4012
+    15 Trainer          4015-4566
+    16 Stages           4569-4999
+    17 Main             5002-5217
 """
 
 # ------------------------------------------------------------------------------------
@@ -1001,12 +1001,15 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     """The rules that no table holds: whether each is broken, and the message that says so."""
     flags, clm, mlm = argparse.Namespace(**config.flags), config.data.objective == "clm", config.masked
     foreign = MASKING_FLAGS if clm else CAUSAL_ONLY_FLAGS if mlm else set()
-    wrong = sorted(name for name in config.explicitly_set & foreign if config.flags[name] not in (False, "right"))
+    wrong = sorted(
+        name for name in config.explicitly_set & foreign if str(config.flags[name]) not in ("False", "right")
+    )
     metrics = ["loss", "perplexity"] + ["masked_accuracy"] * (not clm) + ["mmlu_..."] * flags.do_mmlu_eval
     metric = (flags.metric_for_best_model or "loss").removeprefix("eval_")
     epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
     several = "," in flags.dataset and not Path(flags.dataset).exists()
     init = lora_init_problem(flags.init_lora_weights, flags.bits < 16)
+    own = [Path(f).resolve() for f in (flags.output_dir, flags.working_dir, flags.final_output_dir) if f]
     missing = set(config.training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
     secret = [name for name, value in config.flags.items() if re.search(r"://[^/@\s]*:[^/@\s]*@", str(value))]
     return [
@@ -1016,6 +1019,8 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          f"--full_finetune: weights rounded to --bits {flags.bits} cannot be updated; pass 16 or 32"),
         (not flags.gradient_checkpointing and flags.recompute_layers not in ("auto", "none", "0"),
          f"--recompute_layers {flags.recompute_layers} needs --gradient_checkpointing"),
+        (flags.merged_output_dir and Path(flags.merged_output_dir).resolve() in own,
+         f"--merged_output_dir {flags.merged_output_dir}: the run's own folder; name another"),
         (init, f"--init_lora_weights {flags.init_lora_weights}: {init}"),
         (flags.expand_conversations and flags.dataset_format != "airoboros_chat",
          "--expand_conversations needs --dataset_format airoboros_chat"),
@@ -1075,7 +1080,6 @@ def check_folders(config: Config) -> None:
     sources += [("dataset", name) for name in sorted(names)]
     writes = ("output_dir", "working_dir", "final_output_dir", "merged_output_dir")
     folders = {name: Path(config.flags[name]).expanduser().resolve() for name in writes if config.flags[name]}
-    merged = config.flags["merged_output_dir"]
     for flag, folder in folders.items():
         for name, value in sources:
             if not value or value.startswith("{") or not (source := Path(value).expanduser().resolve()).exists():
@@ -1084,8 +1088,6 @@ def check_folders(config: Config) -> None:
             inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
             if inside == () or (inside and inside[0].startswith("checkpoint-")):  # old checkpoints are removed
                 raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
-    if folders.pop("merged_output_dir", None) in folders.values():
-        raise ConfigError(f"--merged_output_dir {merged}: the run's own folder; name another")
 
 
 def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:

@@ -177,7 +177,11 @@ def test_bad_rows_of_a_stream(tmp_path, file):
             ("--do_eval", "--eval_dataset_size", 7),
             "no row after row 7",
         ),
-        ('{"input": "x", "output": "y"}\n', ("--model_max_len", 2), "--model_max_len 2: each of the first 1000 rows is longer"),
+        (
+            '{"input": "x", "output": "y"}\n',
+            ("--model_max_len", 2),
+            "--model_max_len 2: each of the first 1000 rows is longer",
+        ),
     ],
     ids=["bad", "held out", "too long"],
 )
