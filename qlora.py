@@ -16,20 +16,20 @@ Read the file from top to bottom, along the path of the data: every room uses on
      1 Imports             35-173
      2 Errors             176-243
      3 Dataset formats    246-523
-     4 Arguments         526-1115
-     5 Loading          1118-1479
-     6 Tokenizer        1482-1572
-     7 Encoding         1575-2061
-     8 Model            2064-2371
-     9 LoRA             2374-2497
-    10 Fast path        2500-3203
-    11 Plan             3206-3478
-    12 Checkpoints      3481-3747
-    13 Processes        3750-3812
-    14 Evaluation       3815-4012
-    15 Trainer          4015-4566
-    16 Stages           4569-4999
-    17 Main             5002-5217
+     4 Arguments         526-1117
+     5 Loading          1120-1481
+     6 Tokenizer        1484-1574
+     7 Encoding         1577-2063
+     8 Model            2066-2373
+     9 LoRA             2376-2499
+    10 Fast path        2502-3205
+    11 Plan             3208-3480
+    12 Checkpoints      3483-3750
+    13 Processes        3753-3819
+    14 Evaluation       3822-4019
+    15 Trainer          4022-4573
+    16 Stages           4576-5006
+    17 Main             5009-5224
 """
 
 # ------------------------------------------------------------------------------------
@@ -928,6 +928,7 @@ CAUSAL_ONLY_FLAGS |= {"do_mmlu_eval"}
 MASKING_FLAGS = {"mask_prob", "mask_replace_prob", "random_replace_prob"}
 MMLU_FLAGS = {f.name for f in dataclasses.fields(MMLUArguments)} - {"do_mmlu_eval"}
 LORA_FLAGS = {f.name for f in dataclasses.fields(LoraArguments)}
+FREEZING_FLAGS = {"layers_to_freeze", "layer_freeze_ratio"}  # the two that a full fine-tune has too
 
 # Flags, the values expected of each, and whether a value is one of them.
 VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
@@ -1009,7 +1010,8 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
     several = "," in flags.dataset and not Path(flags.dataset).exists()
     init = lora_init_problem(flags.init_lora_weights, flags.bits < 16)
-    own = [Path(f).resolve() for f in (flags.output_dir, flags.working_dir, flags.final_output_dir) if f]
+    merged = Path(flags.merged_output_dir or "").expanduser().resolve()
+    own = [flags.output_dir, flags.working_dir, flags.final_output_dir]
     missing = set(config.training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
     secret = [name for name, value in config.flags.items() if re.search(r"://[^/@\s]*:[^/@\s]*@", str(value))]
     return [
@@ -1019,7 +1021,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          f"--full_finetune: weights rounded to --bits {flags.bits} cannot be updated; pass 16 or 32"),
         (not flags.gradient_checkpointing and flags.recompute_layers not in ("auto", "none", "0"),
          f"--recompute_layers {flags.recompute_layers} needs --gradient_checkpointing"),
-        (flags.merged_output_dir and Path(flags.merged_output_dir).resolve() in own,
+        (flags.merged_output_dir and merged in [Path(folder).expanduser().resolve() for folder in own if folder],
          f"--merged_output_dir {flags.merged_output_dir}: the run's own folder; name another"),
         (init, f"--init_lora_weights {flags.init_lora_weights}: {init}"),
         (flags.expand_conversations and flags.dataset_format != "airoboros_chat",
@@ -1096,7 +1098,7 @@ def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
     return [
         (flags.bits != 4, {"quant_type", "double_quant"}, f"bits is {flags.bits}"),
         (flags.bits >= 16, {"merge_base"}, f"bits is {flags.bits}, so training saw the published base"),
-        (flags.full_finetune, LORA_FLAGS - {"layers_to_freeze", "layer_freeze_ratio"}, "there are no adapters"),
+        (flags.full_finetune, LORA_FLAGS - FREEZING_FLAGS, "there are no adapters"),
         (flags.adapter_name_or_path, LORA_FLAGS, "the adapter to start from keeps its own rank, alpha and layers"),
         (flags.recompute_layers in ("none", "0"), {"offload_activations"}, "no layers are recomputed"),
         (not flags.do_predict, GENERATION_FLAGS, "nothing is generated without --do_predict"),
@@ -3508,7 +3510,7 @@ def run_fingerprint(config: Config, data: TokenStatistics | None) -> dict[str, A
     names = ["model_name_or_path", "bits", "full_finetune", "objective", "streaming"]
     names += ["quant_type", "double_quant"] if config.quant.bits == 4 else []
     names += ["stream_buffer"] if config.data.streaming else []
-    names += [] if config.quant.full_finetune else sorted(LORA_FLAGS)
+    names += sorted(FREEZING_FLAGS if config.quant.full_finetune else LORA_FLAGS)
     run = {name: config.flags[name] for name in names}
     base = Path(config.model.model_name_or_path).expanduser()
     if base.exists():  # the same base has another relative path in another working directory
@@ -3722,8 +3724,8 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
 
 def final_files(output: Path, final: Path) -> list[str]:
     """The files of the final folder that the last completed run lists. No others are ever removed."""
-    record = read_record(output)
-    names = record.get("files") if record.get("final") == os.path.relpath(final.resolve(), output.resolve()) else None
+    record, place = read_record(output), os.path.relpath(final.resolve(), output.resolve())
+    names = record.get("files") if record.get("final", place) == place else None
     # A checkpoint's manifest has a dictionary there. A name with a path in it was not written by this program.
     return [name for name in names if Path(name).name == name] if isinstance(names, list) else []
 
@@ -3731,14 +3733,15 @@ def final_files(output: Path, final: Path) -> list[str]:
 def clear_output(config: Config, step: int) -> None:
     """Before training: set `completed` aside and, to start anew, remove what the record of an earlier run names."""
     output, final, anew = Path(config.training.output_dir), final_folder(config), config.training.overwrite_output_dir
-    recorded, ours = [final / name for name in final_files(output, final)], (output / "run.json").is_file()
-    for file in [*recorded, *(output / name for name in RUN_FILES)] if anew and (recorded or ours) else ():
+    recorded, checkpoints = [final / name for name in final_files(output, final)], checkpoints_in(output)
+    ours = recorded or any((checkpoint / MANIFEST).is_file() for checkpoint in checkpoints)
+    for file in [*recorded, *(output / name for name in RUN_FILES)] if anew and ours else ():
         file.unlink(missing_ok=True)
     if (output / COMPLETED).is_file():  # kept under another name: the next save removes the files that it lists
         (output / COMPLETED).replace(output / PREVIOUS)
     for staging in itertools.chain(output.glob(f"{STAGING}*"), final.glob(f"{STAGING}*")):
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-    for checkpoint in checkpoints_in(output):
+    for checkpoint in checkpoints:
         if anew and (checkpoint / MANIFEST).is_file():
             shutil.rmtree(checkpoint)
         elif anew or checkpoint_step(checkpoint) > step:
@@ -3759,23 +3762,27 @@ def rank_and_world_size() -> tuple[int, int]:
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if active else (0, 1)
 
 
-@lru_cache(maxsize=1)
-def _cpu_group() -> Any:
-    # Not --ddp_timeout: the others may wait for hours while rank 0 encodes or merges.
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
+@lru_cache(maxsize=2)
+def _cpu_group(timeout: timedelta | None) -> Any:
+    return torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
-def all_gather_object(value: Any) -> list[Any]:
-    """Gather one object from each rank, in the order of ranks."""
+def all_gather_object(value: Any, timeout: timedelta | None = None) -> list[Any]:
+    """Gather one object from each rank, in the order of ranks; by default a message may take half an hour."""
     values = [value] * rank_and_world_size()[1]
     if torch.distributed.is_initialized():
-        torch.distributed.all_gather_object(values, value, group=_cpu_group())
+        torch.distributed.all_gather_object(values, value, group=_cpu_group(timeout))
     return values
 
 
-def all_reduce_int(value: int = 0, operation: Callable[[list[int]], int] = max) -> int:
-    """All-reduce an int across ranks, to the largest by default; without arguments, a barrier."""
+def all_reduce_int(value: int, operation: Callable[[list[int]], int] = max) -> int:
+    """All-reduce an int across ranks, to the largest by default."""
     return operation(all_gather_object(value))
+
+
+def wait_for_all_ranks() -> None:
+    """Wait until every rank is here, for days if need be: one may encode, save or merge for hours."""
+    all_gather_object(None, timedelta(days=2))
 
 
 @contextlib.contextmanager
@@ -3783,10 +3790,10 @@ def local_main_process_first() -> Iterator[None]:
     """Run on local rank 0 first; the other ranks of the machine wait and reuse the result."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
-        all_reduce_int()
+        wait_for_all_ranks()
     yield
     if first:
-        all_reduce_int()
+        wait_for_all_ranks()
 
 
 def check_ranks_agree(values: Mapping[str, Any]) -> None:
@@ -3806,7 +3813,7 @@ def shutdown_distributed() -> None:
     (https://github.com/pytorch/pytorch/issues/190489).
     """
     if torch.distributed.is_initialized():
-        all_reduce_int()
+        wait_for_all_ranks()
         _cpu_group.cache_clear()
         torch.distributed.destroy_process_group()
         gc.collect()
@@ -4456,7 +4463,7 @@ class QLoRATrainer(Trainer):
             if self.state.best_global_step and (best.is_dir() or best == final):
                 self.state.best_model_checkpoint = str(best)  # the Trainer looked in the hidden folder
                 self.state.save_to_json(str(folder / "trainer_state.json"))
-            all_reduce_int()
+            wait_for_all_ranks()
             if self.args.should_save:
                 (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, with tokens in it
                 if self.position is not None:
@@ -4466,7 +4473,7 @@ class QLoRATrainer(Trainer):
                 for old in checkpoints_in(output)[max(self.args.save_total_limit or sys.maxsize, 1) :]:
                     if str(old) != self.state.best_model_checkpoint:
                         shutil.rmtree(old)
-            all_reduce_int()
+            wait_for_all_ranks()
         self.untimed_seconds += time.perf_counter() - began
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -4700,7 +4707,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             with reraise_as_user_error("--push_to_hub: all is saved here, but the upload failed"):
                 upload_folder(folder_path=final, allow_patterns=[*files, "README.md"], **hub)
             log.info("pushed to %s", trainer.hub_model_id)
-    all_reduce_int()
+    wait_for_all_ranks()
 
 
 def predict(trainer: QLoRATrainer, start: ResumePoint, pairs: Any, config: Config) -> dict[str, Any]:

@@ -721,3 +721,9 @@ def test_masked_run_resumes_with_the_same_masks(run_qlora, stopped, models, tmp_
     reference = run_qlora(**flags, output_dir=tmp_path / "reference")
     assert_equal_runs(resumed, reference)
     assert len({loss for loss, *_ in trained(reference)}) == 8
+
+
+def test_frozen_layers_of_a_full_fine_tune_belong_to_the_run():
+    words = ["--full_finetune", "--bits", "16", "--layers_to_freeze"]
+    some, none = (qlora.run_fingerprint(qlora.parse_config([*words, number]), None) for number in ("1", "0"))
+    assert some != none and "lora_r" not in some

@@ -242,6 +242,15 @@ def test_weights_that_another_command_put_into_the_final_folder_stay(run_qlora, 
     assert contents_of(best) == before
 
 
+def test_starting_anew_leaves_files_of_another_program(run_qlora, tmp_path):
+    """The Trainer's own names, in a folder without a record or checkpoint of ours."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "predictions.jsonl").write_text("mine")
+    assert run_qlora(output_dir=out, max_steps=1, overwrite_output_dir=True).code == 0
+    assert (out / "predictions.jsonl").read_text() == "mine"
+
+
 def test_starting_anew_removes_the_metrics_of_a_run_that_was_interrupted(run_qlora, tmp_path):
     assert run_qlora(max_steps=2, save_steps=1).code == 0
     out = run_qlora(max_steps=2, save_steps=1).output_dir
