@@ -16,20 +16,20 @@ Read the file from top to bottom, along the path of the data: every room uses on
      1 Imports             35-173
      2 Errors             176-243
      3 Dataset formats    246-523
-     4 Arguments         526-1117
-     5 Loading          1120-1481
-     6 Tokenizer        1484-1574
-     7 Encoding         1577-2063
-     8 Model            2066-2373
-     9 LoRA             2376-2499
-    10 Fast path        2502-3205
-    11 Plan             3208-3480
-    12 Checkpoints      3483-3750
-    13 Processes        3753-3819
-    14 Evaluation       3822-4019
-    15 Trainer          4022-4573
-    16 Stages           4576-5006
-    17 Main             5009-5224
+     4 Arguments         526-1120
+     5 Loading          1123-1484
+     6 Tokenizer        1487-1577
+     7 Encoding         1580-2066
+     8 Model            2069-2376
+     9 LoRA             2379-2502
+    10 Fast path        2505-3208
+    11 Plan             3211-3483
+    12 Checkpoints      3486-3758
+    13 Processes        3761-3827
+    14 Evaluation       3830-4027
+    15 Trainer          4030-4581
+    16 Stages           4584-5013
+    17 Main             5016-5229
 """
 
 # ------------------------------------------------------------------------------------
@@ -998,20 +998,23 @@ def check_config(config: Config) -> None:
             raise ConfigError(message)
 
 
+def resolved_path(path: str | None) -> Path:
+    """A path by which folders compare as equal."""
+    return Path(path or "").expanduser().resolve()
+
+
 def conflicts(config: Config) -> list[tuple[Any, str]]:
     """The rules that no table holds: whether each is broken, and the message that says so."""
     flags, clm, mlm = argparse.Namespace(**config.flags), config.data.objective == "clm", config.masked
     foreign = MASKING_FLAGS if clm else CAUSAL_ONLY_FLAGS if mlm else set()
-    wrong = sorted(
-        name for name in config.explicitly_set & foreign if str(config.flags[name]) not in ("False", "right")
-    )
+    neutral = ("False", "right")  # of switches and of padding_side: they ask for nothing
+    wrong = sorted(name for name in config.explicitly_set & foreign if str(config.flags[name]) not in neutral)
     metrics = ["loss", "perplexity"] + ["masked_accuracy"] * (not clm) + ["mmlu_..."] * flags.do_mmlu_eval
     metric = (flags.metric_for_best_model or "loss").removeprefix("eval_")
     epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
     several = "," in flags.dataset and not Path(flags.dataset).exists()
     init = lora_init_problem(flags.init_lora_weights, flags.bits < 16)
-    merged = Path(flags.merged_output_dir or "").expanduser().resolve()
-    own = [flags.output_dir, flags.working_dir, flags.final_output_dir]
+    own = [resolved_path(path) for path in (flags.output_dir, flags.working_dir, flags.final_output_dir) if path]
     missing = set(config.training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
     secret = [name for name, value in config.flags.items() if re.search(r"://[^/@\s]*:[^/@\s]*@", str(value))]
     return [
@@ -1021,7 +1024,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          f"--full_finetune: weights rounded to --bits {flags.bits} cannot be updated; pass 16 or 32"),
         (not flags.gradient_checkpointing and flags.recompute_layers not in ("auto", "none", "0"),
          f"--recompute_layers {flags.recompute_layers} needs --gradient_checkpointing"),
-        (flags.merged_output_dir and merged in [Path(folder).expanduser().resolve() for folder in own if folder],
+        (flags.merged_output_dir and resolved_path(flags.merged_output_dir) in own,
          f"--merged_output_dir {flags.merged_output_dir}: the run's own folder; name another"),
         (init, f"--init_lora_weights {flags.init_lora_weights}: {init}"),
         (flags.expand_conversations and flags.dataset_format != "airoboros_chat",
@@ -1081,10 +1084,10 @@ def check_folders(config: Config) -> None:
     names = {config.data.dataset, *map(str.strip, config.data.dataset.split(","))} - DATASETS.keys()
     sources += [("dataset", name) for name in sorted(names)]
     writes = ("output_dir", "working_dir", "final_output_dir", "merged_output_dir")
-    folders = {name: Path(config.flags[name]).expanduser().resolve() for name in writes if config.flags[name]}
+    folders = {name: resolved_path(config.flags[name]) for name in writes if config.flags[name]}
     for flag, folder in folders.items():
         for name, value in sources:
-            if not value or value.startswith("{") or not (source := Path(value).expanduser().resolve()).exists():
+            if not value or value.startswith("{") or not (source := resolved_path(value)).exists():
                 continue
             read = source if source.is_dir() else source.parent
             inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
@@ -3512,9 +3515,9 @@ def run_fingerprint(config: Config, data: TokenStatistics | None) -> dict[str, A
     names += ["stream_buffer"] if config.data.streaming else []
     names += sorted(FREEZING_FLAGS if config.quant.full_finetune else LORA_FLAGS)
     run = {name: config.flags[name] for name in names}
-    base = Path(config.model.model_name_or_path).expanduser()
+    base = resolved_path(config.model.model_name_or_path)
     if base.exists():  # the same base has another relative path in another working directory
-        run["model_name_or_path"] = str(base.resolve())
+        run["model_name_or_path"] = str(base)
     if config.training.do_train:
         # One engine can't read another's optimizer state, and DeepSpeed reads only what as many processes wrote.
         engine = f"DeepSpeed on {config.training.world_size} processes" if config.training.deepspeed else "none or DDP"
@@ -3722,9 +3725,14 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def final_place(output: Path, final: Path) -> str:
+    """The final folder as `completed` records it: relative, so that both can be moved together."""
+    return os.path.relpath(final.resolve(), output.resolve())
+
+
 def final_files(output: Path, final: Path) -> list[str]:
     """The files of the final folder that the last completed run lists. No others are ever removed."""
-    record, place = read_record(output), os.path.relpath(final.resolve(), output.resolve())
+    record, place = read_record(output), final_place(output, final)
     names = record.get("files") if record.get("final", place) == place else None
     # A checkpoint's manifest has a dictionary there. A name with a path in it was not written by this program.
     return [name for name in names if Path(name).name == name] if isinstance(names, list) else []
@@ -4698,9 +4706,8 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             (final / name).unlink(missing_ok=True)
         write_loss_chart(output / "loss.png", state.log_history)
         write_file(final / "README.md", model_card(trainer, config))
-        place = os.path.relpath(final.resolve(), output.resolve())
         done = {"step": state.global_step, "epoch": state.epoch, "run": trainer.identity}
-        write_json(output / COMPLETED, done | {"files": files, "final": place})
+        write_json(output / COMPLETED, done | {"files": files, "final": final_place(output, final)})
         (output / PREVIOUS).unlink(missing_ok=True)
         if args.push_to_hub:
             hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
@@ -5064,8 +5071,8 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     apply_step_plan(base, plan, config)
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
     log.info("Step plan\n%s", format_table(fast.lines() | lines))
-    vocabulary = model.get_input_embeddings().num_embeddings
-    masking = build_masking(tokenizer, vocabulary, config.data) if config.masked else None
+    sizes = embedding_sizes(base)
+    masking = build_masking(tokenizer, sizes[0], config.data) if config.masked else None
     collate = partial(collate_step, masked=config.masked)
     rows, eval_rows = data.train, data.eval and data.eval.remove_columns("where")
     if masking and eval_rows is not None:  # masked here, once
@@ -5073,9 +5080,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
         options = {"input_columns": ["input_ids", "labels"], "desc": "Masking eval rows", "new_fingerprint": name}
         eval_rows = eval_rows.map(masking.mask_eval_row, **options)
     if isinstance(stream := data.text.train, RowSource):
-        rows = StreamedSteps(
-            stream, tokenizer, config, collate, identity["effective batch"]["rows"], embedding_sizes(base)
-        )
+        rows = StreamedSteps(stream, tokenizer, config, collate, identity["effective batch"]["rows"], sizes)
     with reraise_as_user_error("flags", ConfigError, RuntimeError):
         trainer = QLoRATrainer(
             config=config, fast=fast, plan=plan, identity=identity, questions=questions, masking=masking, model=model,
