@@ -1,0 +1,310 @@
+"""Calibrated 4-bit bases: which codes are chosen, where adapters start, and what a run leaves."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from bitsandbytes.functional import dequantize_4bit, get_4bit_type
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import qlora
+
+KINDS = [(kind, double) for kind in ("nf4", "fp4") for double in (True, False)]
+NF4 = sorted(get_4bit_type("nf4", device="cpu").tolist())
+# Settings under which a whole run is fast and exact.
+RUN = {"calibration_rows": 8, "learning_rate": 1e-3, "eval_dataset_size": 4, "do_eval": True}
+
+
+def parse(kind="nf4", double=True, *words):
+    return qlora.parse_config(["--quant_type", kind, "--double_quant", str(double), *words])
+
+
+def inputs(tokens: int, size: int, seed: int = 0) -> torch.Tensor:
+    """Inputs of a layer whose channels differ in size and depend on each other."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(tokens, size, generator=generator) @ torch.randn(size, size, generator=generator)
+    return mixed * torch.logspace(-1, 1, size)
+
+
+def error_of(run) -> str:
+    lines = run.stderr.splitlines()
+    assert run.code == 2 and "Traceback" not in run.stderr
+    return next(line for line in lines if line.startswith("error: "))
+
+
+# ------------------------------------------------------------------------------------
+# Codes and scales
+# ------------------------------------------------------------------------------------
+def test_errors_are_fed_back_by_hand():
+    """Two rows of two columns, codes -1, 0, 1, scale 1, H = [[2, 1], [1, 1]].
+
+    H⁻¹ = [[1, -1], [-1, 2]]. Row (0.6, 0.3): 0.6 becomes 1, an error of -0.4; the second column loses
+    -0.4 · (-1) / 1 = 0.4: 0.3 - 0.4 = -0.1, which becomes 0. Row (-0.4, 0.3): 0, an error of -0.4 too, so
+    0.3 - 0.4 = -0.1 becomes 0. Row (0.4, 0.3): an error of 0.4, so 0.3 + 0.4 = 0.7 becomes 1.
+    """
+    weight = torch.tensor([[0.6, 0.3], [-0.4, 0.3], [0.4, 0.3]])
+    factor = torch.linalg.cholesky(torch.tensor([[2.0, 1.0], [1.0, 1.0]], dtype=torch.float64))
+    code = torch.tensor([-1.0, 0.0, 1.0])
+    codes = qlora.feed_errors_back(weight, torch.ones(3, 2), code, factor)
+    assert code[codes].tolist() == [[1, 0], [0, 0], [0, 1]]
+
+
+def eliminated(weight, scales, code, hessian):
+    """GPTQ as first derived (Optimal Brain Quantization): the inverse of H shrinks column by column, in float64."""
+    weight, inverse = weight.double().numpy().copy(), np.linalg.inv(hessian.double().numpy())
+    codes = np.zeros(weight.shape, dtype=int)
+    for q in range(weight.shape[1]):
+        values = np.array(code)[None] * scales[:, q].double().numpy()[:, None]
+        codes[:, q] = np.abs(weight[:, q, None] - values).argmin(1)
+        error = (weight[:, q] - np.take_along_axis(values, codes[:, q, None], 1)[:, 0]) / inverse[q, q]
+        weight -= error[:, None] * inverse[q][None]
+        inverse -= np.outer(inverse[:, q], inverse[q]) / inverse[q, q]
+    return codes
+
+
+def test_errors_are_fed_back_as_in_a_plain_float64_reference():
+    """200 columns, more than the 128 that are done at a time. A tie of two codes may fall either way in float32."""
+    x, generator = inputs(1000, 200).double(), torch.Generator().manual_seed(1)
+    hessian = x.T @ x + 0.01 * (x * x).sum() / 200 * torch.eye(200)
+    weight, scales = torch.randn(24, 200, generator=generator), 1.5 + torch.rand(24, 200, generator=generator)
+    ours = qlora.feed_errors_back(weight, scales, torch.tensor(NF4), torch.linalg.cholesky(hessian))
+    assert (ours.numpy() == eliminated(weight, scales, NF4, hessian)).mean() > 0.995
+
+
+@pytest.mark.parametrize(("kind", "double"), KINDS)
+def test_codes_decode_through_bitsandbytes(kind, double):
+    config, weight = parse(kind, double), torch.randn(8, 192, generator=torch.Generator().manual_seed(0))
+    weight[3, :64] = 0  # a block of zeros has the scale 0
+    code = get_4bit_type(kind, device="cpu").sort()[0]
+    state = qlora.store(qlora.weighted_scales(weight, torch.ones(192), code), weight.shape, config)
+    scales = qlora.stored_scales(state).repeat_interleave(64, 1)
+    rounded = qlora.pack(qlora.nearest_codes(weight / scales, code), state, config)
+    assert torch.equal(dequantize_4bit(rounded.packed, rounded.state), rounded.dense)
+    assert rounded.state.nested == double and rounded.packed.shape == (8 * 192 // 2, 1)
+    assert (rounded.dense - weight).abs().max() < 1
+
+
+def test_a_block_s_scale_is_the_weighted_least_squares_one():
+    """Block by block in plain numpy: the best of 36 scales from 0.7 to 1.05 times the largest weight."""
+    weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    importance = torch.logspace(-2, 2, 128)
+    ours = qlora.weighted_scales(weight, importance, torch.tensor(NF4))
+    for row in range(4):
+        for start in 0, 64:
+            block, weights = weight[row, start : start + 64].numpy(), importance[start : start + 64].numpy()
+            errors = {}
+            for scale in np.abs(block).max() * np.linspace(0.7, 1.05, 36):
+                nearest = np.array(NF4)[np.abs(block[:, None] / scale - np.array(NF4)).argmin(1)] * scale
+                errors[scale] = float((weights * (nearest - block) ** 2).sum())
+            assert ours[row, start // 64] == pytest.approx(min(errors, key=errors.get), rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "double"), KINDS)
+def test_the_outputs_error_is_below_plain_rounding_s(kind, double):
+    x, config = inputs(500, 128), parse(kind, double)
+    generator = torch.Generator().manual_seed(2)
+    weights = {name: torch.randn(out, 128, generator=generator) for name, out in (("q", 64), ("k", 32))}
+    chosen = list(qlora.choose_codes(weights, x.T @ x, config))
+    assert [name for name, *_ in chosen] == ["q", "k"]
+    for name, rounded, _, (before, after) in chosen:
+        plain = qlora.round_plainly(weights[name], config)
+        measured = [float((x @ (weights[name] - part.dense).T).square().sum()) for part in (plain, rounded)]
+        assert [before, after] == pytest.approx(measured, rel=1e-3)
+        assert after < 0.6 * before
+
+
+@pytest.mark.parametrize("hessian", [None, torch.zeros(64, 64), torch.full((64, 64), math.nan)])
+def test_a_layer_whose_inputs_say_nothing_is_rounded_plainly(hessian):
+    weight, config = torch.randn(8, 64), parse()
+    ((_, rounded, start, _),) = qlora.choose_codes({"w": weight}, hessian, config)
+    assert torch.equal(rounded.packed, qlora.round_plainly(weight, config).packed) and start == {}
+
+
+def test_a_channel_that_is_never_on_is_no_obstacle():
+    x = inputs(500, 64)
+    x[:, 7] = 0
+    ((_, rounded, start, (before, after)),) = qlora.choose_codes({"w": torch.randn(16, 64)}, x.T @ x, parse())
+    assert after < before and rounded.dense.isfinite().all() and start["lora_A"].isfinite().all()
+
+
+def test_the_adapter_s_start_is_the_best_of_its_rank():
+    """By H's measure what is left has the energy of the singular values beyond the rank (Eckart and Young)."""
+    x, left = inputs(500, 96).double(), torch.randn(80, 96, generator=torch.Generator().manual_seed(3))
+    hessian = x.T @ x + torch.eye(96)
+    order = torch.randperm(96)
+    factor = torch.linalg.cholesky(hessian[order][:, order])
+    start = qlora.adapter_start(left, order, factor, 8)
+    values, vectors = torch.linalg.eigh(hessian)
+    root = vectors @ values.sqrt().diag() @ vectors.T  # the symmetric root, by another way than Cholesky's
+    rest = (left.double() - start["lora_B"].double() @ start["lora_A"].double()) @ root
+    best = torch.linalg.svdvals(left.double() @ root)[8:].square().sum()
+    assert float(rest.square().sum()) == pytest.approx(float(best), rel=2e-2)
+    assert start["lora_A"].shape == (8, 96) and start["lora_B"].shape == (80, 8)
+
+
+# ------------------------------------------------------------------------------------
+# Whole runs
+# ------------------------------------------------------------------------------------
+@pytest.fixture
+def calibrated(run_qlora, tmp_path):
+    """`calibrated(**flags)` -> Run, with one cache for the test."""
+    return lambda **flags: run_qlora(**{**RUN, "cache_dir": tmp_path / "cache", **flags})
+
+
+def cached(tmp_path):
+    return sorted((tmp_path / "cache/qlora-calibrated").iterdir())
+
+
+def test_a_run_from_the_first_step_to_a_prediction(calibrated, tmp_path):
+    run = calibrated()
+    assert run.code == 0 and "calibrated in " in run.stderr and "nf4 (packed)" in run.stderr
+    (folder,) = cached(tmp_path)
+    again = calibrated(output_dir=tmp_path / "again", max_steps=1)
+    assert again.code == 0 and "calibrated in " not in again.stderr and cached(tmp_path) == [folder]
+
+    # the saved adapter is s (B A - B0 A0) of twice the rank, for the published base
+    last = load_file(run.output_dir / "checkpoint-4/adapter_model.safetensors")
+    saved, start = (
+        load_file(run.output_dir / "adapter_model.safetensors"),
+        load_file(folder / "adapter_start.safetensors"),
+    )
+    adapter_config = json.loads((run.output_dir / "adapter_config.json").read_text())
+    assert (adapter_config["r"], adapter_config["lora_alpha"]) == (8, 32)
+    layer = "model.layers.1.mlp.down_proj"
+    a, b = (f"base_model.model.{layer}.lora_{part}.weight" for part in "AB")
+    trained, first = last[b] @ last[a], start[f"{layer}.lora_B"] @ start[f"{layer}.lora_A"] / (16 / 4)
+    assert (trained - first).norm() > 0.01 * first.norm()
+    assert torch.allclose(saved[b] @ saved[a], trained - first, atol=1e-6)
+
+    # a rerun evaluates what was trained, on the base that it was trained on
+    rerun = calibrated(do_train=False)
+    assert rerun.code == 0
+    assert rerun.json("eval_results.json")["eval_loss"] == pytest.approx(
+        run.json("eval_results.json")["eval_loss"], rel=1e-5
+    )
+
+
+def test_the_start_brings_the_base_closer_to_the_published_one(calibrated, models, tmp_path):
+    """Logits of plain 4 bits, of the calibrated base, and with the adapters' start, each against the published base."""
+    calibrated(max_steps=1, lora_r=16, calibration_rows=20)
+    ids = torch.tensor([[tiny.BOS, *b"Order 3: where is my coffee?"]])
+    config = qlora.parse_config(
+        ["--lora_r", "16", "--calibration_rows", "20", "--model_name_or_path", str(models("llama"))]
+    )
+    base, (folder,) = str(models("llama")), cached(tmp_path)
+    published = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    plain, chosen = (
+        qlora.load_model(config, qlora.load_model_config(config, where), where) for where in (base, str(folder))
+    )
+    with torch.no_grad():
+        target, *others = (model.eval()(input_ids=ids).logits for model in (published, plain, chosen))
+        adapted = qlora.make_trainable(chosen, config, None, folder / "adapter_start.safetensors").eval()
+        others.append(adapted(input_ids=ids).logits)
+    plain_error, error, with_start = (float((logits - target).norm()) for logits in others)
+    assert with_start < error < plain_error
+
+
+def test_a_resumed_run_is_the_same(calibrated, tmp_path):
+    straight = calibrated(output_dir=tmp_path / "straight")
+    calibrated(max_steps=2)
+    resumed = calibrated()
+    ours, theirs = (load_file(run.output_dir / "adapter_model.safetensors") for run in (resumed, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_checkpoint_of_another_base_is_refused(calibrated):
+    calibrated(max_steps=2)
+    assert "calibration_rows was 8, is 12" in error_of(calibrated(calibration_rows=12))
+    assert "calibration_rows was 8, is 0" in error_of(calibrated(calibration_rows=None))
+
+
+@pytest.mark.parametrize("merge_base", ["original", "dequantized"])
+def test_merging(calibrated, tmp_path, merge_base):
+    """qlora.py compares the merged model with base + adapter; here once more, by peft on the base that is meant."""
+    calibrated(learning_rate=1e-2)
+    done = calibrated(learning_rate=1e-2, do_train=False, do_eval=False, merge_base=merge_base,
+                      merged_output_dir=tmp_path / "merged")  # fmt: skip
+    assert done.code == 0, done.stderr
+
+
+FAMILIES = ("gpt2", "falcon", "gemma3", "olmoe", "gpt_neox")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(calibrated, models, family, tmp_path):
+    """Every layer that plain quantisation holds in 4 bits is calibrated; Conv1D, biases, fused projections, windows."""
+    run = calibrated(model_name_or_path=models(family), max_steps=1, do_eval=False)
+    assert run.code == 0, run.stderr
+    plain = calibrated(model_name_or_path=models(family), max_steps=1, do_eval=False, calibration_rows=None,
+                       output_dir=tmp_path / "plain")  # fmt: skip
+    counts = [
+        next(line for line in done.stderr.splitlines() if line.startswith("nf4 (packed)")) for done in (run, plain)
+    ]
+    assert counts[0] == counts[1]
+
+
+def test_a_masked_model(calibrated, models):
+    run = calibrated(model_name_or_path=models("encoder", family="bert"), dataset_format="input", target_max_len=None)
+    assert run.code == 0, run.stderr
+
+
+def test_the_user_s_own_start_wins(calibrated):
+    run = calibrated(init_lora_weights="gaussian", max_steps=1)
+    assert run.code == 0 and json.loads((run.output_dir / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_rslora_and_dropout(calibrated):
+    run = calibrated(use_rslora=True, lora_dropout=0.1, max_steps=1)
+    assert run.code == 0, run.stderr
+
+
+def test_an_interrupted_calibration_leaves_nothing(calibrated, tmp_path, monkeypatch):
+    save = qlora.save_file
+    monkeypatch.setattr(qlora, "save_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert calibrated().code == 130
+    assert cached(tmp_path) == []
+    monkeypatch.setattr(qlora, "save_file", save)
+    assert calibrated().code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"bits": 8}, "--calibration_rows 8: it chooses 4-bit codes"),
+        ({"use_dora": True}, "pass --init_lora_weights True"),
+        ({"calibration_rows": -1}, "--calibration_rows -1: expected 0 or more"),
+    ],
+)
+def test_flags_that_do_not_fit(run_qlora, flags, message):
+    assert message in error_of(run_qlora(**RUN | flags))
+
+
+def test_a_base_that_is_quantised_already(calibrated, models):
+    assert "--calibration_rows: " in error_of(calibrated(model_name_or_path=models("prequantised")))
+
+
+def test_more_rows_than_there_are(calibrated):
+    run = calibrated(calibration_rows=1000, max_steps=1)
+    assert run.code == 0 and "--calibration_rows 1000: the dataset has 20, all of them are used" in run.stderr
+
+
+def test_a_hint_on_the_rate(calibrated):
+    assert "such as 2.5e-4" in calibrated(max_steps=1).stderr
+    assert "such as 2.5e-4" not in calibrated(max_steps=1, learning_rate=2e-4).stderr
+
+
+def test_the_saved_adapter_on_the_published_base(calibrated, models):
+    """peft alone: the adapter that is saved has its effect on the published base."""
+    run = calibrated(learning_rate=1e-2)
+    base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, run.output_dir).eval()
+    ids = torch.tensor([[tiny.BOS, *b"Order 3: where is my coffee?"]])
+    with torch.no_grad():
+        adapted = model(input_ids=ids).logits
+        with model.disable_adapter():
+            assert (model(input_ids=ids).logits - adapted).norm() > 0.05 * adapted.norm()
