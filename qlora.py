@@ -2393,97 +2393,61 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
 # layout of quantised models, so that no later room knows the difference. It costs neither memory nor time in training.
 # ------------------------------------------------------------------------------------
 BLOCK = 64  # weights that share a scale: bitsandbytes' default
-SCALES = torch.linspace(0.7, 1.05, 36)  # of a block's largest weight: the scales tried
-DAMPING = (0.01, 0.1, 1.0)  # added to H, times the mean of its diagonal; the next one where Cholesky's method fails
+DAMPING = (0.01, 0.1, 1.0)  # of H's mean diagonal, added to it; the next one where Cholesky's method fails
 ADAPTER_START = "adapter_start.safetensors"  # in a calibrated base's folder
 
 
-class Rounded(NamedTuple):
-    """A weight in 4 bits, chosen or rounded plainly."""
+class Choice(NamedTuple):
+    """What stands in the place of a weight W."""
 
-    packed: torch.Tensor  # two codes a byte, (out * in / 2, 1)
-    state: Any  # bitsandbytes' QuantState
-    dense: torch.Tensor  # the values that they stand for, (out, in)
-
-
-Choice = tuple[str, Rounded, dict[str, torch.Tensor], list[float]]  # name, weight, adapter's start, errors
+    weight: Any  # Q, a Params4bit
+    start: dict[str, torch.Tensor]  # lora_A, (r, in), and lora_B, (out, r), close to W - Q; empty: from zero
+    before: float  # squared change of the outputs by plain rounding
+    after: float  # by Q
 
 
-def calibration_ids(rows: Any, config: Config) -> list[torch.Tensor]:
-    """Token ids of the --calibration_rows rows that the seed chooses."""
-    rows, count = getattr(rows, "rows", rows), config.quant.calibration_rows  # of packs, their rows
-    if len(rows) < count:
-        log.info("--calibration_rows %d: the dataset has %d, all of them are used", count, len(rows))
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.training.seed))
-    return [torch.tensor(rows[i]["input_ids"]) for i in order[:count].tolist()]
+def storage_options(config: Config) -> dict[str, Any]:
+    """How bitsandbytes' layers and weights hold their values."""
+    quant, storage = config.quant, FSDP_STORAGE if is_fsdp(config) else torch.uint8
+    return {"compress_statistics": quant.double_quant, "quant_type": quant.quant_type, "quant_storage": storage}
 
 
-def calibrated_folder(config: Config, model_config: PretrainedConfig, folder: str, ids: list[torch.Tensor]) -> Path:
-    """Where the calibrated base is cached, by the model's files, the rows and the flags that it depends on."""
-    files = sorted(Path(folder).glob("*")) if Path(folder).is_dir() else []
-    model: list[Any] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    model = model or [folder, getattr(model_config, "_commit_hash", None)]
-    names = ("quant_type", "double_quant", "lora_r", "rope_scaling", "attn_implementation")
-    flags = [config.flags[name] for name in names] + [load_dtype(config), is_fsdp(config), config.masked]
-    key = digest("calibration 1", *model, *flags, *(row.tolist() for row in ids))
-    return Path(config.model.cache_dir or HF_HOME, "qlora-calibrated", key)
+def unpack(weight: Any) -> torch.Tensor:
+    """The values of a 4-bit weight, (out, in), in float32."""
+    return dequantize_4bit(weight.data.view(torch.uint8), weight.quant_state).float()
 
 
 def nearest_codes(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     """Indices of the nearest of the ascending codes."""
-    return torch.bucketize(values, (code[1:] + code[:-1]) / 2)
+    return torch.bucketize(values.contiguous(), (code[1:] + code[:-1]) / 2)
 
 
 def weighted_scales(weight: torch.Tensor, importance: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-    """Scales of a weight's blocks, (out, in / BLOCK), by least squares over SCALES.
+    """Scales of a weight's blocks, (out, in / BLOCK), by least squares over 36 fractions of the largest value.
 
     Each square counts by the mean square of its input, `importance`, (in,): without that the loss before training is
-    worse than with the largest weight as the scale.
+    worse than with plain rounding.
     """
     blocks, importance = weight.unflatten(1, (-1, BLOCK)), importance.view(-1, BLOCK)
     largest = blocks.abs().amax(-1)
     best, chosen = torch.full_like(largest, math.inf), largest
-    for factor in SCALES.tolist():
-        scale = (largest * factor)[..., None]
+    for fraction in torch.linspace(0.7, 1.05, 36).tolist():
+        scale = (largest * fraction)[..., None]
         errors = (code[nearest_codes(blocks / scale, code)] * scale - blocks).square_().mul_(importance).sum(-1)
         chosen, best = torch.where(errors < best, scale[..., 0], chosen), torch.minimum(errors, best)
     return chosen
 
 
-def store(scales: torch.Tensor, shape: torch.Size, config: Config) -> Any:
-    """The QuantState of a weight with these scales, as bitsandbytes' quantize_4bit would make it."""
-    absmax, kind = scales.flatten().float(), config.quant.quant_type
-    state: dict[str, Any] = {"shape": shape, "dtype": load_dtype(config), "blocksize": BLOCK, "quant_type": kind}
-    state["code"] = bnb_functional.get_4bit_type(kind, device=scales.device)
-    if config.quant.double_quant:
-        state["offset"] = absmax.mean()
-        absmax, state["state2"] = bnb_functional.quantize_blockwise(absmax - state["offset"], blocksize=256)
-    return bnb_functional.QuantState(absmax=absmax, **state)
-
-
-def stored_scales(state: Any) -> torch.Tensor:
-    """The scales that a QuantState stands for, (out, in / BLOCK)."""
-    absmax = state.absmax
-    if state.nested:
-        absmax = bnb_functional.dequantize_blockwise(absmax, state.state2) + state.offset
-    return absmax.view(state.shape[0], -1)
-
-
-def pack(codes: torch.Tensor, state: Any, config: Config) -> Rounded:
-    """Ascending codes, (out, in), as bitsandbytes packs them: the first of two in the high half of a byte."""
-    ascending, order = state.code.sort()
-    pairs = order.to(torch.uint8)[codes].view(-1, 2)
-    dense = ascending[codes] * stored_scales(state).repeat_interleave(BLOCK, 1)
-    packed = (pairs[:, 0] << 4 | pairs[:, 1]).unsqueeze(1)
-    return Rounded(packed.flatten().view(FSDP_STORAGE).unsqueeze(1) if is_fsdp(config) else packed, state, dense)
-
-
-def round_plainly(weight: torch.Tensor, config: Config) -> Rounded:
-    """A weight as bitsandbytes itself rounds it."""
-    options = {"compress_statistics": config.quant.double_quant, "quant_type": config.quant.quant_type}
-    storage = FSDP_STORAGE if is_fsdp(config) else torch.uint8
-    packed, state = bnb_functional.quantize_4bit(weight.to(load_dtype(config)), quant_storage=storage, **options)
-    return Rounded(packed, state, dequantize_4bit(packed.view(torch.uint8), state).float())
+def with_scales(plain: Any, scales: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """A QuantState like that of a plainly rounded weight but with these scales, and the scales as it stores them."""
+    state, absmax = copy.copy(plain.quant_state), scales.flatten().float()
+    if not state.nested:
+        state.absmax = absmax
+        return state, scales
+    state.offset = absmax.mean()
+    state.absmax, state.state2 = bnb_functional.quantize_blockwise(absmax - state.offset, blocksize=256)
+    stored = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return state, stored.view_as(scales)
 
 
 def damped_factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -2502,8 +2466,8 @@ def damped_factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | 
 def feed_errors_back(weight: torch.Tensor, scales: torch.Tensor, code: torch.Tensor, factor: Any) -> torch.Tensor:
     """Ascending codes, (out, in), of columns rounded one after the other.
 
-    The error of each is made good by the columns still to come (GPTQ, Frantar et al. 2022,
-    https://arxiv.org/abs/2210.17323). `factor` is the lower Cholesky factor of H; columns are in its order.
+    The columns still to come make the error of each good (GPTQ, Frantar et al. 2022, https://arxiv.org/abs/2210.17323).
+    `factor` is the lower Cholesky factor of H; columns are in its order. They go 128 at a time, as products are faster.
     """
     upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
     weight, codes = weight.clone(), torch.empty(weight.shape, dtype=torch.long, device=weight.device)
@@ -2519,11 +2483,6 @@ def feed_errors_back(weight: torch.Tensor, scales: torch.Tensor, code: torch.Ten
     return codes
 
 
-def weighted_error(difference: torch.Tensor, hessian: torch.Tensor) -> float:
-    """The squared change of a layer's outputs on the calibration tokens: tr(D H Dᵀ)."""
-    return float(((difference @ hessian) * difference).sum())
-
-
 def adapter_start(left: torch.Tensor, order: torch.Tensor, factor: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
     """lora_A, (r, in), and lora_B, (out, r), whose product is closest to `left` = W - Q by H's measure.
 
@@ -2534,71 +2493,44 @@ def adapter_start(left: torch.Tensor, order: torch.Tensor, factor: torch.Tensor,
     with torch.random.fork_rng([left.device] if left.is_cuda else []):
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(left[:, order] @ factor, q=min(rank + 16, *left.shape), niter=4)
-    u, root, v = u[:, :rank], s[:rank].sqrt(), v[:, :rank]
-    a = torch.empty(v.shape[1], left.shape[1], device=left.device)
-    a[:, order] = torch.linalg.solve_triangular(factor, (v * root).T, upper=False, left=False)
-    padding = (0, 0, 0, rank - len(a))  # a layer may be narrower than the rank
-    return {"lora_A": F.pad(a, padding), "lora_B": F.pad((u * root).T, padding).T.contiguous()}
+    root, a = s[:rank].sqrt(), left.new_zeros(rank, left.shape[1])  # zeros where a layer is narrower than the rank
+    a[: len(root), order] = torch.linalg.solve_triangular(factor, (v[:, :rank] * root).T, upper=False, left=False)
+    return {"lora_A": a, "lora_B": F.pad(u[:, :rank] * root, (0, rank - len(root)))}
 
 
-def choose_codes(weights: Mapping[str, torch.Tensor], hessian: torch.Tensor | None, config: Config) -> Iterator[Choice]:
+def choose_codes(
+    weights: Mapping[str, torch.Tensor], hessian: torch.Tensor | None, config: Config
+) -> dict[str, Choice]:
     """Round the weights, (out, in), of layers that share an input whose H = Σ x xᵀ is known.
 
-    For each its name, the rounded weight, where its adapter starts, and the error of plain rounding and what is left of
-    it. Layers whose H tells nothing are rounded plainly.
+    Where H tells nothing, and where that is better by its measure, a weight is rounded plainly.
     """
-    plain = {name: round_plainly(weight, config) for name, weight in weights.items()}
+    options, dtype = storage_options(config), load_dtype(config)
+    plain = {n: bitsandbytes.nn.Params4bit(w.to(dtype), **options).to(w.device) for n, w in weights.items()}
     found = None if hessian is None or len(hessian) % BLOCK else damped_factor(hessian)
-    if found is None:
+    if hessian is None or found is None:
         log.warning("calibration: the inputs of %s say nothing, it is rounded plainly", ", ".join(weights))
-        yield from ((name, rounded, {}, [0.0, 0.0]) for name, rounded in plain.items())
-        return
-    assert hessian is not None
-    (order, factor), code = found, next(iter(plain.values())).state.code.sort()[0]
-    states = [store(weighted_scales(w, hessian.diagonal(), code), w.shape, config) for w in weights.values()]
-    scales = torch.cat([stored_scales(state).repeat_interleave(BLOCK, 1) for state in states])
-    codes = torch.empty(scales.shape, dtype=torch.long, device=scales.device)
-    codes[:, order] = feed_errors_back(torch.cat([*weights.values()])[:, order], scales[:, order], code, factor)
-    parts = codes.split([len(weight) for weight in weights.values()])
-    for (name, weight), state, part in zip(weights.items(), states, parts, strict=True):
-        best, error = plain[name], weighted_error(weight - plain[name].dense, hessian)
-        chosen = pack(part, state, config)
-        after = weighted_error(weight - chosen.dense, hessian)
-        if after < error:
-            best = chosen
-        start = adapter_start(weight - best.dense, order, factor, config.lora.lora_r)
-        yield name, best, start, [error, min(after, error)]
-
-
-def calibrated_base(config: Config, model_config: PretrainedConfig, folder: str, rows: Any) -> str:
-    """The folder of the base calibrated on these rows: from the cache, or made now."""
-    if getattr(model_config, "quantization_config", None):
-        raise ConfigError(f"--calibration_rows: {config.model.model_name_or_path} is quantised already")
-    ids = calibration_ids(rows, config)
-    target = calibrated_folder(config, model_config, folder, ids)
-    if not target.is_dir():
-        write_calibrated(config, model_config, folder, ids, target)
-    log.info("calibrated base: %s", target)
-    return str(target)
-
-
-def _record_call(calls: list[Any], hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    calls.append((hidden_states, args, kwargs))
-    return hidden_states
-
-
-def layer_calls(model: Any, layers: Sequence[Any], ids: Sequence[torch.Tensor], pad_id: int) -> list[list[Any]]:
-    """For each layer and batch what the model calls it with, masks and positions; no layer is run for that.
-
-    The first layer's are its real inputs. Raises what the model raises if its layers are no chain.
-    """
-    calls: list[list[Any]] = [[] for _ in layers]
-    with contextlib.ExitStack() as stack:
-        for layer, own in zip(layers, calls, strict=True):
-            stack.enter_context(mock.patch.object(layer, "forward", partial(_record_call, own)))
-        for batch in ids:
-            model.base_model(**padded_prompts(batch, pad_id, "right"))
-    return calls
+        return {name: Choice(rounded, {}, 0.0, 0.0) for name, rounded in plain.items()}
+    (order, factor), (code, stored_code) = found, next(iter(plain.values())).quant_state.code.sort()
+    scales = {name: weighted_scales(weight, hessian.diagonal(), code) for name, weight in weights.items()}
+    states = {name: with_scales(plain[name], scale) for name, scale in scales.items()}
+    wide = torch.cat([stored for _, stored in states.values()]).repeat_interleave(BLOCK, 1)[:, order]
+    codes = torch.empty(wide.shape, dtype=torch.long, device=wide.device)
+    codes[:, order] = feed_errors_back(torch.cat([*weights.values()])[:, order], wide, code, factor)
+    choices = {}
+    for (name, weight), part in zip(weights.items(), codes.split([*map(len, weights.values())]), strict=True):
+        pairs = stored_code.to(torch.uint8)[part].view(-1, 2)
+        packed = (
+            (pairs[:, 0] << 4 | pairs[:, 1]).view(options["quant_storage"]).unsqueeze(1)
+        )  # the first is the high half
+        state = {"quant_state": states[name][0], "bnb_quantized": True}
+        found_weights = [plain[name], bitsandbytes.nn.Params4bit(packed, **state, **options)]
+        left = [weight - unpack(rounded) for rounded in found_weights]
+        errors = [float(((rest @ hessian) * rest).sum()) for rest in left]  # tr(D H Dᵀ)
+        best = int(errors[1] < errors[0])
+        start = adapter_start(left[best], order, factor, config.lora.lora_r)
+        choices[name] = Choice(found_weights[best], start, errors[0], errors[best])
+    return choices
 
 
 class InputSums:
@@ -2606,7 +2538,7 @@ class InputSums:
 
     def __init__(self, linear: Mapping[str, Any]) -> None:
         self.sums: dict[str, torch.Tensor] = {}
-        self.owners: dict[str, str] = {}  # of each linear layer, the one whose sum is also its own
+        self.owners = {name: name for name in linear}  # of each linear layer, the one whose sum is also its own
         self.mask, self.source, self.owner = torch.ones(0), torch.ones(0), ""
         self.hooks = [m.register_forward_pre_hook(partial(self.add, name)) for name, m in linear.items()]
 
@@ -2614,105 +2546,121 @@ class InputSums:
         """Add a call's input."""
         if args[0] is not self.source:
             self.source, self.owner = args[0], name
-            x = args[0].flatten(0, -2)  # of an expert, only the tokens that reach it
-            x = x[self.mask.flatten()].float() if len(x) == self.mask.numel() else x.float()
-            self.sums[name] = self.sums[name].addmm_(x.T, x) if name in self.sums else x.T @ x
+            x = args[0].flatten(0, -2)
+            x = x[self.mask.flatten()] if len(x) == self.mask.numel() else x  # an expert gets some of the tokens
+            self.sums[name] = self.sums.get(name, 0) + x.float().T @ x.float()
         self.owners[name] = self.owner
-
-
-def place_rounded(model: Any, name: str, rounded: Rounded, config: Config) -> None:
-    """Put a 4-bit layer in the place of a linear one."""
-    old, quant, storage = model.get_submodule(name), config.quant, rounded.packed.dtype
-    out, size = rounded.state.shape
-    layer = bitsandbytes.nn.Linear4bit(
-        size, out, compute_dtype=compute_dtype(config), compress_statistics=quant.double_quant,
-        quant_type=quant.quant_type, quant_storage=storage, device="meta",
-    )  # fmt: skip
-    layer.weight = bitsandbytes.nn.Params4bit(
-        rounded.packed.cpu(), quant_state=rounded.state, compress_statistics=quant.double_quant,
-        quant_type=quant.quant_type, quant_storage=storage, bnb_quantized=True, module=layer,
-    )  # fmt: skip
-    rounded.state.to("cpu")
-    layer.quant_state, layer.bias = rounded.state, old.bias
-    model.set_submodule(name, layer)
-
-
-def as_matrix(module: Any) -> torch.Tensor:
-    """A linear layer's weight as (out, in); GPT-2's Conv1D holds it the other way round."""
-    return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
 
 
 def calibrate_layer(
     layer: Any, linear: Mapping[str, Any], calls: list[Any], masks: list[torch.Tensor], config: Config
-) -> list[Choice]:
-    """Choose the codes of a layer's weights, and put its new outputs into the calls of the next layer."""
+) -> dict[str, Choice]:
+    """Choose the codes of a layer's weights, and put its new outputs into the calls as the next layer's inputs."""
     device, dtype = masks[0].device, compute_dtype(config)
     run = torch.autocast(device.type, dtype, dtype != torch.float32)(layer)
-    sums, chosen = InputSums(linear), list[Choice]()
-    for (hidden, args, kwargs), sums.mask in zip(calls, masks, strict=True):
+    inputs, choices = InputSums(linear), dict[str, Choice]()
+    for (hidden, args, kwargs), inputs.mask in zip(calls, masks, strict=True):
         run(hidden, *args, **kwargs)
-    for hook in sums.hooks:
+    for hook in inputs.hooks:
         hook.remove()
-    sums.source = torch.ones(0)
-    for owner in [*dict.fromkeys(sums.owners.values()), *(linear.keys() - sums.owners.keys())]:
-        names = [name for name in linear if sums.owners.get(name, name) == owner]
-        weights = {name: as_matrix(linear[name]).float().contiguous() for name in names}
-        chosen += choose_codes(weights, sums.sums.pop(owner, None), config)
-    for name, rounded, *_ in chosen:
-        as_matrix(linear[name]).copy_(rounded.dense)
+    # GPT-2's Conv1D holds its weight the other way round
+    matrices = {n: m.weight.data.T if isinstance(m, Conv1D) else m.weight.data for n, m in linear.items()}
+    for owner in dict.fromkeys(inputs.owners.values()):
+        weights = {name: matrices[name].float() for name in linear if inputs.owners[name] == owner}
+        choices |= choose_codes(weights, inputs.sums.pop(owner, None), config)
+    for name, choice in choices.items():
+        matrices[name].copy_(unpack(choice.weight))
     for i, (hidden, args, kwargs) in enumerate(calls):
         out = run(hidden, *args, **kwargs)
         calls[i] = (out[0] if isinstance(out, tuple) else out, args, kwargs)
-    return chosen
+    return choices
 
 
-@torch.no_grad()
-def write_calibrated(config: Config, model_config: PretrainedConfig, folder: str, ids: Any, target: Path) -> None:
-    """Round a base layer by layer, each on the outputs of those before it, and write it to `target`.
+def replace_linear(model: Any, name: str, weight: Any, config: Config) -> None:
+    """Put a 4-bit layer in the place of a linear one, on the CPU."""
+    out, size = weight.quant_state.shape
+    options = storage_options(config) | {"compute_dtype": compute_dtype(config), "device": "meta"}
+    layer = bitsandbytes.nn.Linear4bit(size, out, bias=False, **options)
+    layer.weight, layer.bias = weight.to("cpu"), model.get_submodule(name).bias
+    model.set_submodule(name, layer)
+
+
+def record_call(calls: list[Any], hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Stand in for a layer's forward: note what it is called with, and return its input."""
+    calls.append((hidden_states, args, kwargs))
+    return hidden_states
+
+
+def write_calibrated(model: Any, ids: list[list[int]], config: Config, folder: str) -> None:
+    """Choose the codes of every layer, each on the outputs of those before it, and write the base to `folder`.
 
     In memory are the base as it is mapped from its files, what is packed so far, and one layer on the device.
     """
-    device, dtype, began = config.training.device, load_dtype(config), time.perf_counter()
-    options = {"dtype": dtype, "device_map": {"": "cpu"}, "attn_implementation": resolve_attention(config)}
-    model = load_base(config, model_config, folder, **options).eval()
-    model.config.get_text_config().use_cache = False
-    layers, modules, targets = decoder_layers(model), dict(model.named_modules()), linear_layers(model, config.masked)
-    names = {module: name for name, module in modules.items()}
-    step = collate_step([{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids])["step"]
-    batches = [[ids[i] for i in group] for group in micro_batches(step, None, 4096, padded=True)]
+    device, layers, modules = config.training.device, decoder_layers(model), dict(model.named_modules())
+    targets = linear_layers(model, config.masked)
+    step = collate_step([{"input_ids": row, "labels": row} for row in ids])["step"]
+    groups = micro_batches(step, None, 4096, padded=True)
+    batches = [padded_prompts([ids[i] for i in group], 0, "right") for group in groups]
+    masks = [batch["attention_mask"].bool().to(device) for batch in batches]
+    calls: list[list[Any]] = [[] for _ in layers]  # masks and positions differ from layer to layer
     what = f"--calibration_rows: {type(model).__name__} does not call its layers one after the other"
-    with reraise_as_user_error(what, ConfigError, RuntimeError):
-        calls = layer_calls(model, layers, batches, 0)
-    masks = [padded_prompts(batch, 0, "right")["attention_mask"].bool().to(device) for batch in batches]
-    starts, total, skip = {}, [0.0, 0.0], set(modules) - set(targets)
-    hidden = [send_to_device(call[0], device) for call in calls[0]]
-    bar = tqdm(layers, "Calibrating", disable=config.training.process_index != 0)
-    for layer, own in zip(bar, calls, strict=True):
+    with reraise_as_user_error(what, ConfigError, RuntimeError), contextlib.ExitStack() as stack:
+        for layer, own in zip(layers, calls, strict=True):
+            stack.enter_context(mock.patch.object(layer, "forward", partial(record_call, own)))
+        for batch in batches:
+            model.base_model(**batch)
+    starts, errors, hidden = {}, [0.0, 0.0], [send_to_device(call[0], device) for call in calls[0]]
+    for layer, own in zip(bar := tqdm(layers, "Calibrating"), calls, strict=True):
         layer.to(device)
-        prefix, errors = f"{names[layer]}.", [0.0, 0.0]
-        linear = {name: modules[name] for name in targets if name.startswith(prefix)}
-        own[:] = [(h, *send_to_device(call[1:], device)) for h, call in zip(hidden, own, strict=True)]
-        for name, rounded, start, (before, after) in calibrate_layer(layer, linear, own, masks, config):
-            place_rounded(model, name, rounded, config)
-            starts |= {f"{name}.{part}": tensor.cpu() for part, tensor in start.items()}
-            errors = [errors[0] + before, errors[1] + after]
+        linear = {name: modules[name] for name in targets if modules[name] in {*layer.modules()}}
+        own[:] = [(state, *send_to_device(call[1:], device)) for state, call in zip(hidden, own, strict=True)]
+        for name, choice in calibrate_layer(layer, linear, own, masks, config).items():
+            replace_linear(model, name, choice.weight, config)
+            starts |= {f"{name}.{part}": tensor.cpu() for part, tensor in choice.start.items()}
+            errors = [errors[0] + choice.before, errors[1] + choice.after]
+        hidden = [call[0] for call in own]
         layer.to("cpu")
-        hidden, total = [call[0] for call in own], [total[0] + errors[0], total[1] + errors[1]]
         own.clear()
-        bar.set_postfix_str(f"{1 - errors[1] / max(errors[0], 1e-30):.0%} of the error removed")
-    for name in targets:  # outside the layers
-        if not isinstance(model.get_submodule(name), bitsandbytes.nn.Linear4bit):
-            place_rounded(model, name, round_plainly(as_matrix(modules[name]), config), config)
-    quantisation: Any = quantisation_config(config, model_config)
-    quantisation.llm_int8_skip_modules = sorted(n for n in skip if isinstance(modules[n], LINEAR_CLASSES))
+        bar.set_postfix_str(f"{errors[1] / (errors[0] or 1):.0%} of plain rounding's error")
+    quantisation: Any = quantisation_config(config)
+    whole = {name for name, module in modules.items() if isinstance(module, LINEAR_CLASSES)}
+    quantisation.llm_int8_skip_modules = sorted(n for n in whole if type(model.get_submodule(n)) is type(modules[n]))
     model.config.quantization_config, model.is_loaded_in_4bit = quantisation.to_dict(), True
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        model.save_pretrained(f"{scratch}/model")
-        save_file(starts, f"{scratch}/model/{ADAPTER_START}")
-        Path(scratch, "model").rename(target)
-    message = "calibrated in %.0f s: the squared error of the layers' outputs fell to %.0f %% of plain rounding's"
-    log.info(message, time.perf_counter() - began, 100 * total[1] / max(total[0], 1e-30))
+    model.save_pretrained(folder)
+    save_file(starts, Path(folder, ADAPTER_START))
+    log.info("calibrated: the squared error of the layers' outputs is %s", bar.postfix)
+
+
+@torch.no_grad()
+def calibrated_base(config: Config, model_config: PretrainedConfig, published: str, rows: Any) -> str:
+    """The folder of the base calibrated on rows that the seed chooses: from the cache, or made now.
+
+    Its name is a hash of the model's files, the rows and the flags that it depends on.
+    """
+    if getattr(model_config, "quantization_config", None):
+        raise ConfigError(f"--calibration_rows: {config.model.model_name_or_path} is quantised already")
+    rows, count, dtype = getattr(rows, "rows", rows), config.quant.calibration_rows, load_dtype(config)  # packs' rows
+    if len(rows) < count:
+        log.info("--calibration_rows %d: the dataset has %d, all of them are used", count, len(rows))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.training.seed)).tolist()
+    ids = [rows[i]["input_ids"] for i in order[:count]]
+    files = [file for file in sorted(Path(published).glob("*")) if file.is_file()]
+    source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    names = ("quant_type", "double_quant", "lora_r", "rope_scaling", "attn_implementation")
+    flags = [dtype, is_fsdp(config), config.masked, *(config.flags[name] for name in names)]
+    key = digest("1", source or [published, getattr(model_config, "_commit_hash", None)], *flags, ids)
+    folder = Path(config.model.cache_dir or HF_HOME, "qlora-calibrated", key)
+    if not folder.is_dir():
+        began, options = time.perf_counter(), {"dtype": dtype, "attn_implementation": resolve_attention(config)}
+        model = load_base(config, model_config, published, device_map={"": "cpu"}, **options).eval()
+        model.config.get_text_config().use_cache = False
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            write_calibrated(model, ids, config, f"{scratch}/model")
+            Path(scratch, "model").rename(folder)
+        log.info("calibration took %.0f s", time.perf_counter() - began)
+    log.info("calibrated base: %s", folder)
+    return str(folder)
 
 
 # ------------------------------------------------------------------------------------
@@ -2796,22 +2744,18 @@ def adapter_start_file(config: Config, base: str) -> Path | None:
     return Path(base, ADAPTER_START) if config.quant.calibration_rows and own else None
 
 
-def set_adapter_start(adapted: Any, file: Path) -> None:
-    """Start each adapter from what rounding left of its layer, divided evenly over A and B."""
-    starts = load_file(file)
+def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> None:
+    """Give fresh adapters their start, divided evenly over A and B.
+
+    Of saved ones turn off the half by which they fit the published base (convert_to_published_base).
+    """
+    starts = load_file(start) if fresh else {}
     for name, layer in adapted.named_modules():
         key = name.removeprefix("base_model.model.")
+        if isinstance(layer, LoraLayer) and not fresh:
+            layer.lora_B["default"].weight.data[:, rank:] = 0
         for part in ("lora_A", "lora_B") if f"{key}.lora_A" in starts else ():
-            weight = getattr(layer, part)["default"].weight
-            weight.data.copy_(starts[f"{key}.{part}"] / math.sqrt(layer.scaling["default"]))
-
-
-def fit_calibrated_base(adapted: Any, config: Config) -> Any:
-    """Turn off the half of a saved adapter by which it fits the published base (convert_to_published_base)."""
-    rank = config.lora.lora_r
-    for layer in (module for module in adapted.modules() if isinstance(module, LoraLayer)):
-        layer.lora_B["default"].weight.data[:, rank:] = 0
-    return adapted
+            getattr(layer, part)["default"].weight.data.copy_(starts[f"{key}.{part}"] / layer.scaling["default"] ** 0.5)
 
 
 def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None, start: Path | None = None) -> Any:
@@ -2838,10 +2782,8 @@ def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None, 
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:  # peft made it float32
             parameter.data = parameter.data.to(getattr(torch, config.lora.lora_dtype))
-    if start and adapter:
-        fit_calibrated_base(adapted, config)
-    elif start:
-        set_adapter_start(adapted, start)
+    if start:
+        fit_calibrated_base(adapted, start, fresh=adapter is None, rank=config.lora.lora_r)
     if adapter is None and (start or mutates_base(adapted.peft_config["default"].init_lora_weights)):
         state = get_peft_model_state_dict(adapted)  # convert_to_published_base needs it
         adapted.initial_adapter = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
@@ -5239,12 +5181,11 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
             model = PeftModel.from_pretrained(model, adapter_files(adapter, config))
         if mutates_base(init := getattr(model.peft_config["default"], "init_lora_weights", None)):
             raise ConfigError(f"{adapter} fits a base changed by {init}: finish its training; the result fits any base")
-        if adapter_start_file(config, run.base):
-            if model.peft_config["default"].r == config.lora.lora_r and not dequantised:
-                raise ConfigError(
-                    f"{adapter} fits the calibrated base: finish its training, or --merge_base dequantized"
-                )
-            model = fit_calibrated_base(model, config) if dequantised else model
+        rank = config.lora.lora_r
+        if (start := adapter_start_file(config, run.base)) and dequantised:
+            fit_calibrated_base(model, start, fresh=False, rank=rank)
+        elif start and model.peft_config["default"].r == rank:
+            raise ConfigError(f"{adapter} fits the calibrated base only: finish its training")
         adapted, lost = float32_logits(model, sample), merge_layers(model, dtype)
         model = cast_parameters(model.merge_and_unload(), dtype)  # what was trained whole is still in float32
         if not model.config.get_text_config().tie_word_embeddings:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from bitsandbytes.functional import dequantize_4bit, get_4bit_type
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, get_4bit_type, quantize_4bit
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -78,15 +78,18 @@ def test_errors_are_fed_back_as_in_a_plain_float64_reference():
 
 @pytest.mark.parametrize(("kind", "double"), KINDS)
 def test_codes_decode_through_bitsandbytes(kind, double):
-    config, weight = parse(kind, double), torch.randn(8, 192, generator=torch.Generator().manual_seed(0))
+    """Every value is one of the 16 codes times its block's scale, as bitsandbytes stores that."""
+    x, config, weight = inputs(500, 192), parse(kind, double), torch.randn(8, 192)
     weight[3, :64] = 0  # a block of zeros has the scale 0
-    code = get_4bit_type(kind, device="cpu").sort()[0]
-    state = qlora.store(qlora.weighted_scales(weight, torch.ones(192), code), weight.shape, config)
-    scales = qlora.stored_scales(state).repeat_interleave(64, 1)
-    rounded = qlora.pack(qlora.nearest_codes(weight / scales, code), state, config)
-    assert torch.equal(dequantize_4bit(rounded.packed, rounded.state), rounded.dense)
-    assert rounded.state.nested == double and rounded.packed.shape == (8 * 192 // 2, 1)
-    assert (rounded.dense - weight).abs().max() < 1
+    chosen = qlora.choose_codes({"w": weight}, x.T @ x, config)["w"].weight
+    state = chosen.quant_state
+    assert state.nested == double and chosen.shape == (8 * 192 // 2, 1) and chosen.dtype == torch.uint8
+    dense, scales = dequantize_4bit(chosen.data, state), state.absmax
+    scales = dequantize_blockwise(scales, state.state2) + state.offset if double else scales
+    ratios = dense.view(-1, 64) / scales.view(-1, 1)
+    values = get_4bit_type(kind, device="cpu")
+    assert ((ratios[..., None] - values).abs().amin(-1)[scales != 0] < 1e-5).all()
+    assert torch.equal(qlora.unpack(chosen), dense) and dense[3, :64].abs().max() < 0.05
 
 
 def test_a_block_s_scale_is_the_weighted_least_squares_one():
@@ -109,27 +112,30 @@ def test_the_outputs_error_is_below_plain_rounding_s(kind, double):
     x, config = inputs(500, 128), parse(kind, double)
     generator = torch.Generator().manual_seed(2)
     weights = {name: torch.randn(out, 128, generator=generator) for name, out in (("q", 64), ("k", 32))}
-    chosen = list(qlora.choose_codes(weights, x.T @ x, config))
-    assert [name for name, *_ in chosen] == ["q", "k"]
-    for name, rounded, _, (before, after) in chosen:
-        plain = qlora.round_plainly(weights[name], config)
-        measured = [float((x @ (weights[name] - part.dense).T).square().sum()) for part in (plain, rounded)]
-        assert [before, after] == pytest.approx(measured, rel=1e-3)
-        assert after < 0.6 * before
+    chosen = qlora.choose_codes(weights, x.T @ x, config)
+    assert list(chosen) == ["q", "k"]
+    for name, choice in chosen.items():
+        plain = quantize_4bit(weights[name], compress_statistics=double, quant_type=kind)
+        dense = dequantize_4bit(*plain), dequantize_4bit(choice.weight.data, choice.weight.quant_state)
+        measured = [float((x @ (weights[name] - values).T).square().sum()) for values in dense]
+        assert [choice.before, choice.after] == pytest.approx(measured, rel=1e-3)
+        assert choice.after < 0.6 * choice.before
 
 
 @pytest.mark.parametrize("hessian", [None, torch.zeros(64, 64), torch.full((64, 64), math.nan)])
 def test_a_layer_whose_inputs_say_nothing_is_rounded_plainly(hessian):
-    weight, config = torch.randn(8, 64), parse()
-    ((_, rounded, start, _),) = qlora.choose_codes({"w": weight}, hessian, config)
-    assert torch.equal(rounded.packed, qlora.round_plainly(weight, config).packed) and start == {}
+    weight = torch.randn(8, 64)
+    choice = qlora.choose_codes({"w": weight}, hessian, parse())["w"]
+    plain, _ = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    assert torch.equal(choice.weight.data, plain) and choice.start == {}
 
 
 def test_a_channel_that_is_never_on_is_no_obstacle():
     x = inputs(500, 64)
     x[:, 7] = 0
-    ((_, rounded, start, (before, after)),) = qlora.choose_codes({"w": torch.randn(16, 64)}, x.T @ x, parse())
-    assert after < before and rounded.dense.isfinite().all() and start["lora_A"].isfinite().all()
+    choice = qlora.choose_codes({"w": torch.randn(16, 64)}, x.T @ x, parse())["w"]
+    assert choice.after < choice.before and qlora.unpack(choice.weight).isfinite().all()
+    assert choice.start["lora_A"].isfinite().all()
 
 
 def test_the_adapter_s_start_is_the_best_of_its_rank():
@@ -162,10 +168,10 @@ def cached(tmp_path):
 
 def test_a_run_from_the_first_step_to_a_prediction(calibrated, tmp_path):
     run = calibrated()
-    assert run.code == 0 and "calibrated in " in run.stderr and "nf4 (packed)" in run.stderr
+    assert run.code == 0 and "calibration took" in run.stderr and "nf4 (packed)" in run.stderr
     (folder,) = cached(tmp_path)
     again = calibrated(output_dir=tmp_path / "again", max_steps=1)
-    assert again.code == 0 and "calibrated in " not in again.stderr and cached(tmp_path) == [folder]
+    assert again.code == 0 and "calibration took" not in again.stderr and cached(tmp_path) == [folder]
 
     # the saved adapter is s (B A - B0 A0) of twice the rank, for the published base
     last = load_file(run.output_dir / "checkpoint-4/adapter_model.safetensors")
