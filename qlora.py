@@ -1025,8 +1025,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          "nothing to do: pass --do_train, --do_eval, --do_predict or --merged_output_dir"),
         (flags.full_finetune and flags.bits < 16,
          f"--full_finetune: weights rounded to --bits {flags.bits} cannot be updated; pass 16 or 32"),
-        (flags.calibration_rows and flags.bits != 4,
-         f"--calibration_rows {flags.calibration_rows}: it chooses 4-bit codes; leave it out, or pass --bits 4"),
+        (flags.calibration_rows and flags.bits != 4, "--calibration_rows chooses 4-bit codes: pass --bits 4 with it"),
         (flags.calibration_rows and flags.use_dora and "init_lora_weights" not in config.explicitly_set,
          "--calibration_rows: DoRA adapters can't start from what rounding left; pass --init_lora_weights True"),
         (not flags.gradient_checkpointing and flags.recompute_layers not in ("auto", "none", "0"),
@@ -2498,78 +2497,55 @@ def adapter_start(left: torch.Tensor, order: torch.Tensor, factor: torch.Tensor,
     return {"lora_A": a, "lora_B": F.pad(u[:, :rank] * root, (0, rank - len(root)))}
 
 
-def choose_codes(
-    weights: Mapping[str, torch.Tensor], hessian: torch.Tensor | None, config: Config
-) -> dict[str, Choice]:
-    """Round the weights, (out, in), of layers that share an input whose H = Σ x xᵀ is known.
+def choose_codes(weight: torch.Tensor, hessian: Any, config: Config) -> Choice:
+    """Round a weight, (out, in), on inputs whose H = Σ x xᵀ is known.
 
-    Where H tells nothing, and where that is better by its measure, a weight is rounded plainly.
+    Where H tells nothing, and where that is better by H's measure, bitsandbytes rounds it plainly.
     """
-    options, dtype = storage_options(config), load_dtype(config)
-    plain = {n: bitsandbytes.nn.Params4bit(w.to(dtype), **options).to(w.device) for n, w in weights.items()}
+    options = storage_options(config)
+    plain: Any = bitsandbytes.nn.Params4bit(weight.to(load_dtype(config)), **options)
+    plain = plain.to(weight.device)  # which quantises it
     found = None if hessian is None or len(hessian) % BLOCK else damped_factor(hessian)
-    if hessian is None or found is None:
-        log.warning("calibration: the inputs of %s say nothing, it is rounded plainly", ", ".join(weights))
-        return {name: Choice(rounded, {}, 0.0, 0.0) for name, rounded in plain.items()}
-    (order, factor), (code, stored_code) = found, next(iter(plain.values())).quant_state.code.sort()
-    scales = {name: weighted_scales(weight, hessian.diagonal(), code) for name, weight in weights.items()}
-    states = {name: with_scales(plain[name], scale) for name, scale in scales.items()}
-    wide = torch.cat([stored for _, stored in states.values()]).repeat_interleave(BLOCK, 1)[:, order]
-    codes = torch.empty(wide.shape, dtype=torch.long, device=wide.device)
-    codes[:, order] = feed_errors_back(torch.cat([*weights.values()])[:, order], wide, code, factor)
-    choices = {}
-    for (name, weight), part in zip(weights.items(), codes.split([*map(len, weights.values())]), strict=True):
-        pairs = stored_code.to(torch.uint8)[part].view(-1, 2)
-        packed = (
-            (pairs[:, 0] << 4 | pairs[:, 1]).view(options["quant_storage"]).unsqueeze(1)
-        )  # the first is the high half
-        state = {"quant_state": states[name][0], "bnb_quantized": True}
-        found_weights = [plain[name], bitsandbytes.nn.Params4bit(packed, **state, **options)]
-        left = [weight - unpack(rounded) for rounded in found_weights]
-        errors = [float(((rest @ hessian) * rest).sum()) for rest in left]  # tr(D H Dᵀ)
-        best = int(errors[1] < errors[0])
-        start = adapter_start(left[best], order, factor, config.lora.lora_r)
-        choices[name] = Choice(found_weights[best], start, errors[0], errors[best])
-    return choices
+    if found is None:
+        return Choice(plain, {}, 0.0, 0.0)
+    (order, factor), (code, stored_code) = found, plain.quant_state.code.sort()
+    state, scales = with_scales(plain, weighted_scales(weight, hessian.diagonal(), code))
+    codes = torch.empty(weight.shape, dtype=torch.long, device=weight.device)
+    codes[:, order] = feed_errors_back(weight[:, order], scales.repeat_interleave(BLOCK, 1)[:, order], code, factor)
+    high, low = stored_code.to(torch.uint8)[codes].view(-1, 2).unbind(1)
+    packed = (high << 4 | low).view(options["quant_storage"]).unsqueeze(1)
+    candidates = [plain, bitsandbytes.nn.Params4bit(packed, quant_state=state, bnb_quantized=True, **options)]
+    left = [weight - unpack(candidate) for candidate in candidates]
+    errors = [float(((rest @ hessian) * rest).sum()) for rest in left]  # tr(D H Dᵀ)
+    best = int(errors[1] < errors[0])
+    return Choice(
+        candidates[best], adapter_start(left[best], order, factor, config.lora.lora_r), errors[0], errors[best]
+    )
 
 
-class InputSums:
-    """Σ x xᵀ over the real tokens of what a layer's linear layers read; those with one input share it."""
-
-    def __init__(self, linear: Mapping[str, Any]) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.owners = {name: name for name in linear}  # of each linear layer, the one whose sum is also its own
-        self.mask, self.source, self.owner = torch.ones(0), torch.ones(0), ""
-        self.hooks = [m.register_forward_pre_hook(partial(self.add, name)) for name, m in linear.items()]
-
-    def add(self, name: str, module: Any, args: tuple[torch.Tensor]) -> None:
-        """Add a call's input."""
-        if args[0] is not self.source:
-            self.source, self.owner = args[0], name
-            x = args[0].flatten(0, -2)
-            x = x[self.mask.flatten()] if len(x) == self.mask.numel() else x  # an expert gets some of the tokens
-            self.sums[name] = self.sums.get(name, 0) + x.float().T @ x.float()
-        self.owners[name] = self.owner
+def add_input(sums: dict[str, Any], mask: torch.Tensor, name: str, module: Any, args: tuple[torch.Tensor]) -> None:
+    """Add Σ x xᵀ over the real tokens of a call's input, (..., in), to the sum of its layer."""
+    x = args[0].flatten(0, -2)
+    x = (x[mask.flatten()] if len(x) == mask.numel() else x).float()  # an expert gets some of the tokens
+    sums[name] = sums.get(name, 0) + x.T @ x
 
 
 def calibrate_layer(
     layer: Any, linear: Mapping[str, Any], calls: list[Any], masks: list[torch.Tensor], config: Config
 ) -> dict[str, Choice]:
     """Choose the codes of a layer's weights, and put its new outputs into the calls as the next layer's inputs."""
-    device, dtype = masks[0].device, compute_dtype(config)
+    device, dtype, sums = masks[0].device, compute_dtype(config), dict[str, Any]()
     run = torch.autocast(device.type, dtype, dtype != torch.float32)(layer)
-    inputs, choices = InputSums(linear), dict[str, Choice]()
-    for (hidden, args, kwargs), inputs.mask in zip(calls, masks, strict=True):
-        run(hidden, *args, **kwargs)
-    for hook in inputs.hooks:
-        hook.remove()
+    for (hidden, args, kwargs), mask in zip(calls, masks, strict=True):
+        with contextlib.ExitStack() as stack:
+            for name, module in linear.items():
+                stack.enter_context(module.register_forward_pre_hook(partial(add_input, sums, mask, name)))
+            run(hidden, *args, **kwargs)
     # GPT-2's Conv1D holds its weight the other way round
-    matrices = {n: m.weight.data.T if isinstance(m, Conv1D) else m.weight.data for n, m in linear.items()}
-    for owner in dict.fromkeys(inputs.owners.values()):
-        weights = {name: matrices[name].float() for name in linear if inputs.owners[name] == owner}
-        choices |= choose_codes(weights, inputs.sums.pop(owner, None), config)
+    weights = {n: m.weight.data.T if isinstance(m, Conv1D) else m.weight.data for n, m in linear.items()}
+    choices = {name: choose_codes(weight.float(), sums.pop(name, None), config) for name, weight in weights.items()}
     for name, choice in choices.items():
-        matrices[name].copy_(unpack(choice.weight))
+        weights[name].copy_(unpack(choice.weight))
     for i, (hidden, args, kwargs) in enumerate(calls):
         out = run(hidden, *args, **kwargs)
         calls[i] = (out[0] if isinstance(out, tuple) else out, args, kwargs)
@@ -2585,8 +2561,7 @@ def replace_linear(model: Any, name: str, weight: Any, config: Config) -> None:
     model.set_submodule(name, layer)
 
 
-def record_call(calls: list[Any], hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Stand in for a layer's forward: note what it is called with, and return its input."""
+def _record_call(calls: list[Any], hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     calls.append((hidden_states, args, kwargs))
     return hidden_states
 
@@ -2597,7 +2572,7 @@ def write_calibrated(model: Any, ids: list[list[int]], config: Config, folder: s
     In memory are the base as it is mapped from its files, what is packed so far, and one layer on the device.
     """
     device, layers, modules = config.training.device, decoder_layers(model), dict(model.named_modules())
-    targets = linear_layers(model, config.masked)
+    targets, began = linear_layers(model, config.masked), time.perf_counter()
     step = collate_step([{"input_ids": row, "labels": row} for row in ids])["step"]
     groups = micro_batches(step, None, 4096, padded=True)
     batches = [padded_prompts([ids[i] for i in group], 0, "right") for group in groups]
@@ -2606,10 +2581,11 @@ def write_calibrated(model: Any, ids: list[list[int]], config: Config, folder: s
     what = f"--calibration_rows: {type(model).__name__} does not call its layers one after the other"
     with reraise_as_user_error(what, ConfigError, RuntimeError), contextlib.ExitStack() as stack:
         for layer, own in zip(layers, calls, strict=True):
-            stack.enter_context(mock.patch.object(layer, "forward", partial(record_call, own)))
+            stack.enter_context(mock.patch.object(layer, "forward", partial(_record_call, own)))
         for batch in batches:
             model.base_model(**batch)
-    starts, errors, hidden = {}, [0.0, 0.0], [send_to_device(call[0], device) for call in calls[0]]
+    starts: dict[str, torch.Tensor] = {}
+    errors, hidden = [0.0, 0.0], [send_to_device(call[0], device) for call in calls[0]]
     for layer, own in zip(bar := tqdm(layers, "Calibrating"), calls, strict=True):
         layer.to(device)
         linear = {name: modules[name] for name in targets if modules[name] in {*layer.modules()}}
@@ -2617,6 +2593,8 @@ def write_calibrated(model: Any, ids: list[list[int]], config: Config, folder: s
         for name, choice in calibrate_layer(layer, linear, own, masks, config).items():
             replace_linear(model, name, choice.weight, config)
             starts |= {f"{name}.{part}": tensor.cpu() for part, tensor in choice.start.items()}
+            if not choice.start:
+                log.warning("calibration: the inputs of %s tell nothing, it is rounded plainly", name)
             errors = [errors[0] + choice.before, errors[1] + choice.after]
         hidden = [call[0] for call in own]
         layer.to("cpu")
@@ -2628,7 +2606,8 @@ def write_calibrated(model: Any, ids: list[list[int]], config: Config, folder: s
     model.config.quantization_config, model.is_loaded_in_4bit = quantisation.to_dict(), True
     model.save_pretrained(folder)
     save_file(starts, Path(folder, ADAPTER_START))
-    log.info("calibrated: the squared error of the layers' outputs is %s", bar.postfix)
+    took = time.perf_counter() - began
+    log.info("calibration took %.0f s: the squared error of the layers' outputs is %s", took, bar.postfix)
 
 
 @torch.no_grad()
@@ -2651,14 +2630,13 @@ def calibrated_base(config: Config, model_config: PretrainedConfig, published: s
     key = digest("1", source or [published, getattr(model_config, "_commit_hash", None)], *flags, ids)
     folder = Path(config.model.cache_dir or HF_HOME, "qlora-calibrated", key)
     if not folder.is_dir():
-        began, options = time.perf_counter(), {"dtype": dtype, "attn_implementation": resolve_attention(config)}
+        options = {"dtype": dtype, "attn_implementation": resolve_attention(config)}
         model = load_base(config, model_config, published, device_map={"": "cpu"}, **options).eval()
         model.config.get_text_config().use_cache = False
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             write_calibrated(model, ids, config, f"{scratch}/model")
             Path(scratch, "model").rename(folder)
-        log.info("calibration took %.0f s", time.perf_counter() - began)
     log.info("calibrated base: %s", folder)
     return str(folder)
 
@@ -2745,16 +2723,14 @@ def adapter_start_file(config: Config, base: str) -> Path | None:
 
 
 def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> None:
-    """Give fresh adapters their start, divided evenly over A and B.
-
-    Of saved ones turn off the half by which they fit the published base (convert_to_published_base).
-    """
+    """Give fresh adapters their start; of saved ones turn off the half by which they fit the published base."""
     starts = load_file(start) if fresh else {}
-    for name, layer in adapted.named_modules():
+    layers: Any = {n: module for n, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    for name, layer in layers.items():
         key = name.removeprefix("base_model.model.")
-        if isinstance(layer, LoraLayer) and not fresh:
+        if not fresh:
             layer.lora_B["default"].weight.data[:, rank:] = 0
-        for part in ("lora_A", "lora_B") if f"{key}.lora_A" in starts else ():
+        for part in ("lora_A", "lora_B") if f"{key}.lora_A" in starts else ():  # the scaling goes evenly to A and B
             getattr(layer, part)["default"].weight.data.copy_(starts[f"{key}.{part}"] / layer.scaling["default"] ** 0.5)
 
 

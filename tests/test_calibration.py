@@ -81,7 +81,7 @@ def test_codes_decode_through_bitsandbytes(kind, double):
     """Every value is one of the 16 codes times its block's scale, as bitsandbytes stores that."""
     x, config, weight = inputs(500, 192), parse(kind, double), torch.randn(8, 192)
     weight[3, :64] = 0  # a block of zeros has the scale 0
-    chosen = qlora.choose_codes({"w": weight}, x.T @ x, config)["w"].weight
+    chosen = qlora.choose_codes(weight, x.T @ x, config).weight
     state = chosen.quant_state
     assert state.nested == double and chosen.shape == (8 * 192 // 2, 1) and chosen.dtype == torch.uint8
     dense, scales = dequantize_4bit(chosen.data, state), state.absmax
@@ -110,22 +110,19 @@ def test_a_block_s_scale_is_the_weighted_least_squares_one():
 @pytest.mark.parametrize(("kind", "double"), KINDS)
 def test_the_outputs_error_is_below_plain_rounding_s(kind, double):
     x, config = inputs(500, 128), parse(kind, double)
-    generator = torch.Generator().manual_seed(2)
-    weights = {name: torch.randn(out, 128, generator=generator) for name, out in (("q", 64), ("k", 32))}
-    chosen = qlora.choose_codes(weights, x.T @ x, config)
-    assert list(chosen) == ["q", "k"]
-    for name, choice in chosen.items():
-        plain = quantize_4bit(weights[name], compress_statistics=double, quant_type=kind)
-        dense = dequantize_4bit(*plain), dequantize_4bit(choice.weight.data, choice.weight.quant_state)
-        measured = [float((x @ (weights[name] - values).T).square().sum()) for values in dense]
-        assert [choice.before, choice.after] == pytest.approx(measured, rel=1e-3)
-        assert choice.after < 0.6 * choice.before
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(2))
+    choice = qlora.choose_codes(weight, x.T @ x, config)
+    plain = quantize_4bit(weight, compress_statistics=double, quant_type=kind)
+    dense = dequantize_4bit(*plain), dequantize_4bit(choice.weight.data, choice.weight.quant_state)
+    measured = [float((x @ (weight - values).T).square().sum()) for values in dense]
+    assert [choice.before, choice.after] == pytest.approx(measured, rel=1e-3)
+    assert choice.after < 0.6 * choice.before
 
 
 @pytest.mark.parametrize("hessian", [None, torch.zeros(64, 64), torch.full((64, 64), math.nan)])
 def test_a_layer_whose_inputs_say_nothing_is_rounded_plainly(hessian):
     weight = torch.randn(8, 64)
-    choice = qlora.choose_codes({"w": weight}, hessian, parse())["w"]
+    choice = qlora.choose_codes(weight, hessian, parse())
     plain, _ = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
     assert torch.equal(choice.weight.data, plain) and choice.start == {}
 
@@ -133,7 +130,7 @@ def test_a_layer_whose_inputs_say_nothing_is_rounded_plainly(hessian):
 def test_a_channel_that_is_never_on_is_no_obstacle():
     x = inputs(500, 64)
     x[:, 7] = 0
-    choice = qlora.choose_codes({"w": torch.randn(16, 64)}, x.T @ x, parse())["w"]
+    choice = qlora.choose_codes(torch.randn(16, 64), x.T @ x, parse())
     assert choice.after < choice.before and qlora.unpack(choice.weight).isfinite().all()
     assert choice.start["lora_A"].isfinite().all()
 
@@ -281,7 +278,7 @@ def test_an_interrupted_calibration_leaves_nothing(calibrated, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"bits": 8}, "--calibration_rows 8: it chooses 4-bit codes"),
+        ({"bits": 8}, "--calibration_rows chooses 4-bit codes"),
         ({"use_dora": True}, "pass --init_lora_weights True"),
         ({"calibration_rows": -1}, "--calibration_rows -1: expected 0 or more"),
     ],
