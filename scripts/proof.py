@@ -42,11 +42,15 @@ SHARED = ["--source_max_len", "16", "--target_max_len", "512", "--gradient_accum
           "--logging_steps", "1", "--disable_tqdm", "True", "--overwrite_output_dir", "True"]  # fmt: skip
 LORA, FULL = ["--learning_rate", "5e-4"], ["--learning_rate", "2e-5", "--full_finetune"]
 NF4, FP4 = ["--bits", "4", "--quant_type", "nf4"], ["--bits", "4", "--quant_type", "fp4"]
+CALIBRATED = ["--calibration_rows", "128"]
 SETTINGS = {
     "LoRA, 16 bit": [*LORA, *BF16, "--bits", "16"],
     "LoRA, int8": [*LORA, *BF16, "--bits", "8"],
     "LoRA, nf4": [*LORA, *BF16, *NF4, "--double_quant", "False"],
     "LoRA, nf4 + double quant": [*LORA, *BF16, *NF4],
+    "LoRA, nf4 calibrated": [*LORA, *BF16, *NF4, *CALIBRATED],
+    # the better base alone: adapters start at zero
+    "LoRA, nf4 calibrated, start at zero": [*LORA, *BF16, *NF4, *CALIBRATED, "--init_lora_weights", "True"],
     "LoRA, fp4": [*LORA, *BF16, *FP4, "--double_quant", "False"],
     "full, float32 weights": [*FULL, "--bits", "32"],
     # as the original does it; a step of 2e-5 is below the rounding of a bf16 weight of 0.02
