@@ -132,6 +132,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    EarlyStoppingCallback,
     GenerationConfig,
     HfArgumentParser,
     LlamaTokenizer,
@@ -602,6 +603,8 @@ class LoraArguments:
     lora_modules: str = arg("all", "Layers to adapt: all (linear ones except the head), attn, mlp, or leaf names.")
     lora_bias: Literal["none", "all", "lora_only"] = arg("none", "Bias vectors to train.")
     lora_dtype: Literal["float32", "bfloat16"] = arg("float32", "Data type of the adapter weights.")
+    lora_rank_pattern: str | None = arg(None, 'Other ranks for some layers, as JSON: {"layers.0.mlp.down_proj": 8}.')
+    lora_alpha_pattern: str | None = arg(None, "Other lora_alpha for some layers, as JSON.")
     use_dora: bool = arg(False, "Weight-decomposed adapters (DoRA).")
     use_rslora: bool = arg(False, "Scale by lora_alpha / sqrt(lora_r).")
     init_lora_weights: str = arg("True", "Initialisation: True (B is zero), gaussian, pissa, olora, orthogonal.")
@@ -625,6 +628,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     plan: bool = arg(False, "Print the memory that the run needs, in GiB by part, and exit.")
     plan_gpu: str | None = arg(None, "Memory of the GPU to plan for, such as 24GiB; default: that of the GPU here.")
     train_sampling_strategy: Literal["group_by_length", "random", "sequential"] = arg("group_by_length", "Row order.")
+    early_stopping_patience: int | None = arg(None, "Stop after N evaluations without a better metric_for_best_model.")
     overwrite_output_dir: bool = arg(False, "Start over in an output_dir that holds a run; removes its checkpoints.")
     working_dir: str | None = arg(None, "Folder for everything but the final weights, their tokenizer and card.")
     final_output_dir: str | None = arg(None, "Folder for the final weights; default: output_dir.")
@@ -880,6 +884,7 @@ def resolve_defaults(flags: Mapping[str, Any], explicitly_set: frozenset[str]) -
         ("deepspeed", deepspeed, environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")),
         ("optim", fsdp, "adamw_torch"),  # bitsandbytes' optimizers cannot update shards
         ("ddp_backend", fsdp and gpu, "cuda:nccl,cpu:gloo"),  # the norm of offloaded gradients is reduced on the CPU
+        ("metric_for_best_model", flags["early_stopping_patience"], "loss"),
         ("train_sampling_strategy", flags["streaming"], "random"),  # the order of the stream's shuffle buffer
         ("project", "TRACKIO_PROJECT" in environment, environment.get("TRACKIO_PROJECT")),  # wandb reads its own
     )
@@ -906,6 +911,16 @@ def rope_parameters(text: str | None) -> dict[str, Any] | None:
     example = '{"rope_type": "linear", "factor": 2.0}'
     with reraise_as_user_error(f"--rope_scaling {text}: expected JSON such as {example}"):
         return {"rope_type" if k == "type" else k: value for k, value in json.loads(text).items()} if text else None
+
+
+def parse_pattern(text: str | None) -> dict[str, Any]:
+    """--lora_rank_pattern or --lora_alpha_pattern: names of layers, or regular expressions, and a value for each."""
+    expected = f'--lora_rank_pattern or --lora_alpha_pattern {text}: expected JSON such as {{"q_proj": 8}}'
+    with reraise_as_user_error(expected, ConfigError, re.error):
+        pattern: dict[str, Any] = json.loads(text or "{}")
+        if not all(re.compile(name) and value > 0 for name, value in pattern.items()):
+            raise ValueError("values must be above 0")
+    return pattern
 
 
 def lora_init_problem(name: str, quantised: bool) -> str | None:
@@ -936,7 +951,8 @@ FREEZING_FLAGS = {"layers_to_freeze", "layer_freeze_ratio"}  # the two that a fu
 VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("max_train_samples max_eval_samples source_max_len target_max_len model_max_len max_mmlu_samples "
      "mmlu_source_max_len max_new_tokens per_device_train_batch_size per_device_eval_batch_size "
-     "gradient_accumulation_steps lora_r max_memory_MB stream_buffer", "at least 1", lambda x: x >= 1),
+     "gradient_accumulation_steps lora_r max_memory_MB stream_buffer early_stopping_patience",
+     "at least 1", lambda x: x >= 1),
     ("learning_rate weight_decay max_grad_norm dataloader_num_workers num_train_epochs layers_to_freeze preview "
      "calibration_rows",
      "0 or more", lambda x: 0 <= x < math.inf),
@@ -986,6 +1002,8 @@ def check_config(config: Config) -> None:
     """Check every flag and every rule between flags; the first broken one is a ConfigError with the way out."""
     flags, explicitly_set = config.flags, config.explicitly_set
     rope_parameters(config.model.rope_scaling)
+    parse_pattern(config.lora.lora_rank_pattern)
+    parse_pattern(config.lora.lora_alpha_pattern)
     for names, expected, is_valid in VALUE_CHECKS:
         for name in names.split():
             if flags[name] is not None and not is_valid(flags[name]):
@@ -1026,13 +1044,16 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
         (flags.full_finetune and flags.bits < 16,
          f"--full_finetune: weights rounded to --bits {flags.bits} cannot be updated; pass 16 or 32"),
         (flags.calibration_rows and flags.bits != 4, "--calibration_rows chooses 4-bit codes: pass --bits 4 with it"),
-        (flags.calibration_rows and flags.use_dora and "init_lora_weights" not in config.explicitly_set,
-         "--calibration_rows: DoRA adapters can't start from what rounding left; pass --init_lora_weights True"),
+        (flags.calibration_rows and (flags.use_dora or flags.lora_rank_pattern)
+         and "init_lora_weights" not in config.explicitly_set,
+         "--calibration_rows: with DoRA or a rank pattern adapters start at zero: pass --init_lora_weights True"),
         (not flags.gradient_checkpointing and flags.recompute_layers not in ("auto", "none", "0"),
          f"--recompute_layers {flags.recompute_layers} needs --gradient_checkpointing"),
         (flags.merged_output_dir and resolved_path(flags.merged_output_dir) in own,
          f"--merged_output_dir {flags.merged_output_dir}: the run's own folder; name another"),
         (init, f"--init_lora_weights {flags.init_lora_weights}: {init}"),
+        (flags.early_stopping_patience and (flags.eval_strategy == "no" or metric.startswith("mmlu")),
+         "--early_stopping_patience needs --eval_strategy steps or epoch, and a metric other than MMLU's"),
         (flags.expand_conversations and flags.dataset_format != "airoboros_chat",
          "--expand_conversations needs --dataset_format airoboros_chat"),
         (flags.mask_replace_prob + flags.random_replace_prob > 1,
@@ -2696,14 +2717,21 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         existing = [f".{name}" for name, _ in model.named_modules()]
         if missing := [name for name in modules if not any(full.endswith(f".{name}") for full in existing)]:
             raise ConfigError(f"--modules_to_save: the model has no module called {missing[0]!r}")
+    targets = lora_targets(model, lora, masked)
+    patterns = {f"{name}_pattern": parse_pattern(getattr(lora, f"lora_{name}_pattern")) for name in ("rank", "alpha")}
+    names = [name for name, _ in model.named_modules() if name in targets or leaf_name(name) in targets]
+    for key in itertools.chain(*patterns.values()):
+        if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
+            raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha % 1 == 0 else lora.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=lora.lora_dropout,
-        target_modules=lora_targets(model, lora, masked),
+        target_modules=targets,
         bias=lora.lora_bias,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
+        **patterns,
         init_lora_weights={"true": True, "false": False}.get(init, init),  # type: ignore[arg-type]
         modules_to_save=modules,
         task_type=None if masked else "CAUSAL_LM",  # which needs methods for generation, and an encoder has none
@@ -2785,8 +2813,10 @@ def convert_to_published_base(folder: Path, initial: Mapping[str, torch.Tensor])
         elif ".lora_B." in name:
             weights[name] = torch.cat([weights[name], -first], dim=1)
     save_file(weights, file, metadata={"format": "pt"})
-    alpha = config["lora_alpha"] * (math.sqrt(2) if config["use_rslora"] else 2)
-    doubled = {"r": 2 * config["r"], "lora_alpha": alpha, "init_lora_weights": True}
+    factor = math.sqrt(2) if config["use_rslora"] else 2
+    doubled = {"r": 2 * config["r"], "lora_alpha": factor * config["lora_alpha"], "init_lora_weights": True}
+    doubled["rank_pattern"] = {name: 2 * rank for name, rank in config["rank_pattern"].items()}
+    doubled["alpha_pattern"] = {name: factor * alpha for name, alpha in config["alpha_pattern"].items()}
     config_file.write_text(json.dumps(config | doubled, indent=2), encoding="utf-8")
 
 
@@ -4466,9 +4496,10 @@ def without_gradient(base: Any) -> set[str]:
     return {name for name, parameter in named if parameter.requires_grad and parameter.grad is None}
 
 
-def build_callbacks(stop: GracefulStop) -> list[TrainerCallback]:
+def build_callbacks(stop: GracefulStop, config: Config) -> list[TrainerCallback]:
     """Every callback of a run."""
-    return [stop]
+    patience = config.training.early_stopping_patience
+    return [stop, *([EarlyStoppingCallback(patience)] if patience else [])]
 
 
 class QLoRATrainer(Trainer):
@@ -4831,6 +4862,7 @@ def trainer_arguments(args: TrainingArguments) -> TrainingArguments:
         "logging_nan_inf_filter": False,  # it reads the loss, and so waits for the GPU; our own check stops
         "ddp_find_unused_parameters": bool(args.ddp_find_unused_parameters),
         "ddp_broadcast_buffers": False,  # every rank has the same
+        "restore_callback_states_from_checkpoint": True,  # evaluations that early stopping has counted
         "hub_strategy": "end",  # save_final pushes; the Trainer would upload all of output_dir, and the token
         "per_device_train_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps,
         "gradient_accumulation_steps": 1,
@@ -4997,6 +5029,9 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
         write_loss_chart(output / "loss.png", state.log_history)
         write_file(final / "README.md", model_card(trainer, config))
         done = {"step": state.global_step, "epoch": state.epoch, "run": trainer.identity}
+        if state.global_step < state.max_steps:  # stopped early: a rerun with the same flags is not to go on
+            done |= {"step": state.max_steps, "epoch": state.num_train_epochs, "stopped_at": state.global_step}
+            log.info("stopped early at step %d of %d", state.global_step, state.max_steps)
         write_json(output / COMPLETED, done | {"files": files, "final": final_place(output, final)})
         (output / PREVIOUS).unlink(missing_ok=True)
         if args.push_to_hub:
@@ -5388,7 +5423,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
         trainer = QLoRATrainer(
             config=config, fast=fast, plan=plan, identity=identity, questions=questions, masking=masking, model=model,
             args=trainer_arguments(config.training), data_collator=collate, train_dataset=rows, eval_dataset=eval_rows,
-            processing_class=tokenizer, callbacks=build_callbacks(stop),
+            processing_class=tokenizer, callbacks=build_callbacks(stop, config),
         )  # fmt: skip
         if resume.train and not is_sharded(config):  # engines make their own
             trainer.create_optimizer_and_scheduler(max(config.training.max_steps, 1))  # shows wrong flags now

@@ -518,3 +518,39 @@ def test_predictions_use_the_cache_that_training_turned_off(run_qlora, monkeypat
     )
     assert run.code == 0
     assert widths[0] > 1 and widths[1:4] == [1, 1, 1]
+
+
+# ------------------------------------------------------------------------------------
+# Early stopping
+# ------------------------------------------------------------------------------------
+# At a rate of 0 the first evaluation stays the best: the fourth is the third that is no better.
+STUCK = {"early_stopping_patience": 3, "eval_strategy": "steps", "eval_steps": 1, "eval_dataset_size": 4,
+         "learning_rate": 0, "save_steps": 1, "max_steps": 8}  # fmt: skip
+
+
+def test_early_stopping(run_qlora):
+    run = run_qlora(**STUCK)
+    assert run.code == 0 and "stopped early at step 4 of 8" in run.stderr
+    again = run_qlora(**STUCK)
+    assert again.code == 0 and "it is used, not trained again" in again.stderr
+
+
+def test_early_stopping_counts_over_a_resume(run_qlora, tmp_path):
+    straight = run_qlora(**STUCK, output_dir=tmp_path / "straight")
+    assert run_qlora(**STUCK | {"max_steps": 2}).code == 0
+    resumed = run_qlora(**STUCK)
+    assert [done.json("completed")["stopped_at"] for done in (straight, resumed)] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    "flags", [{"eval_strategy": "no"}, {"do_mmlu_eval": True, "metric_for_best_model": "mmlu_loss"}]
+)
+def test_early_stopping_needs_evaluations(run_qlora, flags):
+    run = run_qlora(**STUCK | flags)
+    assert run.code == 2 and "--early_stopping_patience needs --eval_strategy" in run.stderr
+
+
+def test_early_stopping_of_less_than_one(run_qlora):
+    assert (
+        "--early_stopping_patience 0: expected at least 1" in run_qlora(**STUCK | {"early_stopping_patience": 0}).stderr
+    )

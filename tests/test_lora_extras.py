@@ -1,5 +1,6 @@
 """Every way of adapting, on a quantised base: its effect in the adapter that a run leaves."""
 
+import json
 import math
 
 import pytest
@@ -238,3 +239,48 @@ def test_init_lora_weights_refused_on_a_quantised_base_before_loading(run_qlora,
 def test_init_lora_weights_refused_on_a_prequantised_checkpoint(run_qlora, models):
     run = run_qlora(model_name_or_path=models("prequantised"), bits=16, init_lora_weights="olora")
     assert "--init_lora_weights olora" in error_of(run) and "quantised already" in error_of(run)
+
+
+# ------------------------------------------------------------------------------------
+# Ranks and alphas of single layers
+# ------------------------------------------------------------------------------------
+def test_ranks_and_alphas_of_single_layers(adapt, models, tmp_path):
+    """The shapes are peft's own for the same patterns, and its logits are those of the fast path."""
+    patterns = {
+        "lora_rank_pattern": '{"layers.0.mlp.down_proj": 2, "v_proj": 6}',
+        "lora_alpha_pattern": '{"v_proj": 48}',
+    }
+    weights, _ = adapt(**patterns, lora_r=4)
+    ranks = {name.split(".lora_A")[0]: len(tensor) for name, tensor in weights.items() if ".lora_A" in name}
+    assert ranks.pop("model.layers.0.mlp.down_proj") == 2
+    assert [ranks.pop(f"model.layers.{n}.self_attn.v_proj") for n in (0, 1)] == [6, 6]
+    assert set(ranks.values()) == {4}
+    adapted = PeftModel.from_pretrained(base_of(models("llama"), bits=4), tmp_path / "out")
+    layers = adapted.base_model.model.model.layers
+    assert (layers[1].self_attn.v_proj.scaling["default"], layers[1].mlp.down_proj.scaling["default"]) == (8, 4)
+
+
+def test_a_pattern_with_pissa_fits_the_published_base(run_qlora, models, tmp_path):
+    flags = {"bits": 16, "init_lora_weights": "pissa", "lora_rank_pattern": '{"v_proj": 6}', "learning_rate": 1e-2}
+    run = run_qlora(**flags, max_steps=1, do_eval=True, eval_dataset_size=4)
+    assert run.code == 0
+    saved = json.loads((run.output_dir / "adapter_config.json").read_text())
+    assert saved["rank_pattern"] == {"v_proj": 12} and saved["r"] == 8
+    again = run_qlora(bits=16, adapter_name_or_path=run.output_dir, output_dir=tmp_path / "eval", do_train=False,
+                      do_eval=True, eval_dataset_size=4)  # fmt: skip
+    assert again.json("eval_results.json")["eval_loss"] == pytest.approx(
+        run.json("eval_results.json")["eval_loss"], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lora_rank_pattern": "q_proj=8"}, "--lora_rank_pattern or --lora_alpha_pattern q_proj=8: expected JSON"),
+        ({"lora_alpha_pattern": '{"q_proj": 0}'}, "values must be above 0"),
+        ({"lora_rank_pattern": '{"q_projection": 8}'}, "no adapted layer is called 'q_projection'"),
+        ({"lora_rank_pattern": '{"(": 8}'}, "expected JSON such as"),
+    ],
+)
+def test_patterns_that_do_not_fit(run_qlora, flags, message):
+    assert message in error_of(run_qlora(**flags))
