@@ -86,6 +86,31 @@ def test_every_command_of_a_page_parses(page, words, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------
+# Recipes
+# ------------------------------------------------------------------------------------
+RECIPES = sorted(path.name for path in (ROOT / "examples/recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_trains(run_qlora, models, tmp_path, recipe):
+    """On a tiny model and rows of its own; all that the recipe says about training stays."""
+    turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Seven."}]
+    rows = tiny.rows_to_jsonl(tmp_path / "chats.jsonl", [{"messages": turns}] * 20)
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    mine = {
+        "model_name_or_path": models("llama"),
+        "dataset": rows,
+        "chat_template": tmp_path / "chat.jinja",
+        "bf16": False,
+    }
+    unset = dict.fromkeys(("source_max_len", "target_max_len", "max_steps", "per_device_train_batch_size",
+                           "gradient_accumulation_steps", "lora_r", "logging_steps", "save_steps"))  # fmt: skip
+    run = run_qlora(str(ROOT / "examples/recipes" / recipe), **unset | mine)
+    assert run.code == 0 and run.json("trainer_state.json")["global_step"] == 9, "3 epochs of 18 rows, 8 a step"
+    assert run.json("adapter_config.json")["r"] == 16
+
+
+# ------------------------------------------------------------------------------------
 # Scripts (slurm.sbatch: test_crash_safety.py)
 # ------------------------------------------------------------------------------------
 
