@@ -299,7 +299,8 @@ def test_an_answer_arrives_in_pieces_and_can_be_stopped(trained):
     calls = []
     bot.model.register_forward_hook(lambda *_: calls.append(1))
     answer = bot.answer([{"role": "user", "content": "hello"}])
-    assert next(answer) == "Seven " and len(calls) < 400
+    first = next(answer)  # a word, or from transformers 5.24 on a token
+    assert first and SHIPS.startswith(first) and len(calls) < 400
     answer.close()
     stopped = len(calls)
     assert stopped < 400
