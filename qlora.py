@@ -839,13 +839,12 @@ def parse_config(argv: Sequence[str]) -> Config:
 
 def resolve_defaults(flags: Mapping[str, Any], explicitly_set: frozenset[str]) -> dict[str, Any]:
     """Values that depend on other flags or on the machine."""
-    gpu, project = torch.cuda.is_available(), os.environ.get("TRACKIO_PROJECT")
+    gpu = torch.cuda.is_available()
     defaults = (
         ("max_steps", "num_train_epochs" in explicitly_set, -1),
         ("optim", flags["fsdp"], "adamw_torch"),  # bitsandbytes' optimizers cannot update shards
         ("ddp_backend", flags["fsdp"] and gpu, "cuda:nccl,cpu:gloo"),  # the CPU reduces the norm of offloaded gradients
         ("train_sampling_strategy", flags["streaming"], "random"),  # the order of the stream's shuffle buffer
-        ("project", project, project),  # wandb reads its own
     )
     derived: dict[str, Any] = {name: v for name, applies, v in defaults if applies and name not in explicitly_set}
     derived |= {"use_cpu": flags["use_cpu"] or not gpu, "do_eval": flags["do_eval"] or flags["eval_strategy"] != "no"}
