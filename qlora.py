@@ -37,7 +37,7 @@ Read the file from top to bottom, along the path of the data: every room uses on
 #
 # transformers' Trainer needs torch, peft, bitsandbytes and datasets anyway; matplotlib is imported where it is used.
 # ------------------------------------------------------------------------------------
-# ruff: noqa: E402
+# ruff: noqa: E402, I001 (long lists have several names a line)
 
 import argparse
 import contextlib
@@ -48,7 +48,6 @@ import difflib
 import gc
 import gzip
 import hashlib
-import importlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -86,15 +85,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
 from unittest import mock
 
-# Send nothing over the network that the user did not ask for. Most libraries read these variables when imported.
+# Send nothing that the user did not ask for. Most libraries read these variables when imported.
 os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     "DISABLE_SAFETENSORS_CONVERSION": "1",  # else transformers asks a hub service to convert .bin weights
 } | os.environ
 
-# bitsandbytes warns of a CPU kernel that no release has and of casts in every 8-bit layer, both harmless; torch's fake
-# tensors warn of operations that the plan reports itself.
+# Harmless warnings: a CPU kernel that no release has, casts in 8-bit layers, operations that the plan reports itself.
 for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torch._subclasses.fake_tensor"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)
 
@@ -111,13 +109,8 @@ from huggingface_hub import snapshot_download, upload_folder
 from huggingface_hub.constants import HF_HOME
 from jinja2 import TemplateError, TemplateSyntaxError
 from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
+    LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict,
+)  # fmt: skip
 from peft.tuners.lora import LoraLayer
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
@@ -127,26 +120,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    EarlyStoppingCallback,
-    GenerationConfig,
-    HfArgumentParser,
-    LlamaTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Seq2SeqTrainingArguments,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    enable_full_determinism,
-    set_seed,
-)
+    AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BitsAndBytesConfig, EarlyStoppingCallback,
+    GenerationConfig, HfArgumentParser, LlamaTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
+    Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainerControl, TrainerState, enable_full_determinism, set_seed,
+)  # fmt: skip
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -178,8 +155,8 @@ GIB = 2**30
 # ------------------------------------------------------------------------------------
 # 2. Errors
 #
-# A QLoRAError is something that the user can fix: main prints it as one line and returns 2. Its message says what was
-# found, what was expected and what to do. Every other exception is a bug and keeps its traceback.
+# main prints a QLoRAError as one line and returns 2. Its message says what was found, what was expected and what to do.
+# Every other exception is a bug and keeps its traceback.
 # ------------------------------------------------------------------------------------
 class QLoRAError(Exception):
     """Something that the user can fix."""
@@ -194,7 +171,7 @@ class DataError(QLoRAError):
 
 
 class RowError(ValueError):
-    """What is wrong with one row, without its place: file and line are added by whoever reads the file."""
+    """What is wrong with one row; whoever reads the file adds file and line."""
 
     def __init__(self, message: str, raw: Any = None) -> None:
         super().__init__(message)
@@ -202,7 +179,7 @@ class RowError(ValueError):
 
 
 def escape_control_chars(text: str) -> str:
-    """Escape unprintable characters, so that text from a file can neither hide nor control the terminal."""
+    """Escape unprintable characters, which could control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -226,10 +203,8 @@ LIBRARY_ERRORS: tuple[type[Exception], ...] = (
 
 
 @contextlib.contextmanager
-def reraise_as_user_error(
-    what: str, kind: type[QLoRAError] = ConfigError, *also: type[BaseException]
-) -> Iterator[None]:
-    """Re-raise library errors as one user-facing line prefixed with `what`, the flag or file at fault."""
+def reraise_as_user_error(what: str, kind: type[QLoRAError] = ConfigError, *also: type[BaseException]) -> Iterator:
+    """Re-raise library errors as one line that begins with `what`, the flag or file at fault."""
     try:
         yield
     except torch.OutOfMemoryError:  # handled by training, which retries with less
@@ -528,12 +503,12 @@ DATASETS: dict[str, dict[str, str]] = {
 # ------------------------------------------------------------------------------------
 # 4. Arguments: the command line and a YAML or JSON file -> Config
 #
-# A flag is one field of its group's dataclass: type, default, help and choices come from there. A renamed flag is a row
-# of RENAMED_FLAGS, a removed one a row of REMOVED_FLAGS. A rule is a row of VALUE_CHECKS, REQUIRES, MUTUALLY_EXCLUSIVE
-# or `conflicts`; all of them are checked before anything heavy. Nothing later edits a Config.
+# A flag is one field of its group's dataclass: type, default, help and choices come from there. A renamed or removed
+# flag is a row of RENAMED_FLAGS or REMOVED_FLAGS. A rule is a row of VALUE_CHECKS, REQUIRES, MUTUALLY_EXCLUSIVE or
+# `conflicts`; all are checked before anything heavy. Nothing later edits a Config.
 # ------------------------------------------------------------------------------------
 def arg(default: Any, text: str, **options: str) -> Any:
-    """A dataclass field with its help text, in which %% stands for a percent sign, and argparse's options."""
+    """A dataclass field with its help text (%% for a percent sign) and argparse's options."""
     return field(default=default, metadata={"help": text, **options})
 
 
@@ -712,13 +687,12 @@ RENAMED_FLAGS: dict[str, str] = {
 }  # fmt: skip
 # Accepted without effect, and why.
 IGNORED_FLAGS: dict[str, str] = {name: why for names, why in (
-    ("save_safetensors", "weights are always saved as safetensors"),
-    ("use_fast_tokenizer", "every tokenizer is a fast one"),
+    ("save_safetensors use_fast_tokenizer", "always so"),
     ("sortish_sampler", "use --train_sampling_strategy"),
     ("sharded_ddp", "use --fsdp"),
     ("auto_find_batch_size", "use --auto_batch, which keeps the effective batch"),
-    ("use_liger_kernel liger_kernel_config", "use --fast_path"),
-    ("torch_compile torch_compile_backend torch_compile_mode torchdynamo", "the fast path takes its place"),
+    ("use_liger_kernel liger_kernel_config torch_compile torch_compile_backend torch_compile_mode torchdynamo",
+     "use --fast_path"),
     ("hub_strategy hub_always_push", "only the final weights are uploaded"),
     ("enable_jit_checkpoint logging_nan_inf_filter ddp_broadcast_buffers length_column_name label_names "
      "torch_empty_cache_steps include_for_metrics batch_eval_metrics prediction_loss_only eval_do_concat_batches "
@@ -743,15 +717,14 @@ OLD_FLAGS = {"logging_dir", *RENAMED_FLAGS, *IGNORED_FLAGS, *REMOVED_FLAGS}
 # Flags that repeating a run does not take over: its folders, what deletes or publishes, what depends on the machine.
 NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
     "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token"})  # fmt: skip
-REPEATED_FLAGS = {f.name for group in ARGUMENT_GROUPS for f in dataclasses.fields(group)} - OLD_FLAGS - NOT_REPEATED
 HUB_TOKEN = re.compile(r"\bhf_\w{8,}")  # some users pass one to --use_auth_token
 
 
 class OldFlag(argparse.Action):
-    """A flag of the tables above: it sets its current one, has no effect, or is an error."""
+    """A flag of the tables above."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        """Say so, and set the current flag."""
+        """Set the current flag, say that it has no effect, or raise."""
         name, value, written = self.dest, ",".join(values), str(option)
         if (name, value) in HARMLESS:
             return
@@ -770,12 +743,10 @@ class OldFlag(argparse.Action):
             if negated or choices:
                 wanted = string_to_bool(value or "True") != negated
                 value = (*choices, "")[not wanted] if choices else str(wanted)
-            if name == "warmup_ratio" and not 0 <= float(value) < 1:  # the Trainer would take it for a number of steps
+            if name == "warmup_ratio" and not 0 <= float(value) < 1:
                 raise ValueError("expected a fraction of the steps, at least 0 and below 1")
-        if choices and not value:
-            log.warning("%s: turned off, which it is by default", written)
-        else:
-            log.warning("%s: read as --%s %s", written, current, value if choices else "")  # it may be a token
+        log.warning("%s: old name of --%s %s", written, current, value if choices else "")  # it may be a token
+        if value or not choices:
             parser.parse_args([f"--{current}={value}" if value else f"--{current}"], namespace)
 
 
@@ -800,17 +771,17 @@ class Parser(HfArgumentParser):
 
     def passed_flags(self, argv: Sequence[str]) -> dict[str, Any]:
         """The flags that these words set, and no others."""
-        words, unset = list(argv), object()
-        for number, word in enumerate(words):
-            if dash := re.match("[–—]+(?=[A-Za-z])", word):
-                words[number] = f"--{word[dash.end() :]}"
-                log.warning("%s: read as %s (its dash is not a hyphen)", word, words[number])
+        words = [re.sub("^[–—]+(?=[A-Za-z])", "--", word) for word in argv]
+        for typed, word in zip(argv, words, strict=True):
+            if typed != word:
+                log.warning("%s: read as %s (its dash is not a hyphen)", typed, word)
+        unset = object()
         namespace = argparse.Namespace(**dict.fromkeys((action.dest for action in self._actions), unset))
         _, unknown = self.parse_known_args(words, namespace)
-        if unknown and not unknown[0].startswith("--"):
-            raise ConfigError(f"{unknown[0]}: expected a flag, which begins with --, or a .yaml or .json file first")
-        if unknown:
-            name = unknown[0].partition("=")[0]
+        name = unknown[0].partition("=")[0] if unknown else ""
+        if name and not name.startswith("--"):
+            raise ConfigError(f"{name}: expected a flag, which begins with --, or a .yaml or .json file first")
+        if name:
             options = [option for option in self._option_string_actions if "-" not in option[2:]]
             matches = difflib.get_close_matches(f"--{name[2:].replace('-', '_')}", options, n=5)
             nearest = max(matches, key=lambda match: len(os.path.commonprefix([match, name])), default="")  # noqa: RUF071
@@ -830,13 +801,15 @@ def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
         raise ConfigError(f"{path}: expected flags as `name: value` lines, found {type(content).__name__}")
     record = content if isinstance(content.get("flags"), dict) else {}
     if record:
-        content = literals = {n: v for n, v in record["flags"].items() if n in REPEATED_FLAGS and v not in ("", [])}
+        known = {f.name for group in ARGUMENT_GROUPS for f in dataclasses.fields(group)} - OLD_FLAGS - NOT_REPEATED
+        content = literals = {n: v for n, v in record["flags"].items() if n in known and v not in ("", [])}
     words = []
     for (name, literal), value in zip(literals.items(), content.values(), strict=True):
-        literal = json.dumps(value) if isinstance(value, dict) else literal
-        text = ",".join(map(str, literal)) if isinstance(literal, list) else str(literal)
-        alone = value is True and name.startswith(("no_", "no-"))  # such a flag takes no value
-        words += [] if value is None else [f"--{name}" if alone else f"--{name}={text}"]
+        if value is True and name.startswith(("no_", "no-")):  # such a flag takes no value
+            words.append(f"--{name}")
+        elif value is not None:
+            literal = ",".join(map(str, literal)) if isinstance(literal, list) else literal
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else literal}")
     return words, record
 
 
@@ -846,8 +819,7 @@ def parse_config(argv: Sequence[str]) -> Config:
     parser = Parser(ARGUMENT_GROUPS, prog="qlora.py", allow_abbrev=False, epilog=epilog)
     parser.set_defaults(**TRAINER_DEFAULTS)
     for name in OLD_FLAGS:
-        options = [f"--{name}", f"--no_{name}"]
-        options += {option.replace("_", "-") for option in options}.difference(options)
+        options = {f"--{prefix}{word}" for prefix in ("", "no_", "no-") for word in (name, name.replace("_", "-"))}
         hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         parser.add_argument(*options, dest=name, action=OldFlag, nargs="*", **hidden)
     path = argv[0] if argv and argv[0].lower().endswith((".yaml", ".yml", ".json")) else ""
@@ -870,28 +842,20 @@ def parse_config(argv: Sequence[str]) -> Config:
     return config
 
 
-def uses_fsdp(flag: Any) -> bool:
-    """Whether FSDP shards the model's weights, by --fsdp or by `accelerate launch`."""
-    return bool(flag) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-
-
 def resolve_defaults(flags: Mapping[str, Any], explicitly_set: frozenset[str]) -> dict[str, Any]:
-    """Values that depend on other flags, on `accelerate launch` or on the machine."""
-    fsdp, gpu, environment = uses_fsdp(flags["fsdp"]), torch.cuda.is_available(), os.environ
-    deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    """Values that depend on other flags or on the machine."""
+    gpu = torch.cuda.is_available()
     defaults = (
         ("max_steps", "num_train_epochs" in explicitly_set, -1),
-        ("deepspeed", deepspeed, environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")),
-        ("optim", fsdp, "adamw_torch"),  # bitsandbytes' optimizers cannot update shards
-        ("ddp_backend", fsdp and gpu, "cuda:nccl,cpu:gloo"),  # the norm of offloaded gradients is reduced on the CPU
+        ("optim", flags["fsdp"], "adamw_torch"),  # bitsandbytes' optimizers cannot update shards
+        ("ddp_backend", flags["fsdp"] and gpu, "cuda:nccl,cpu:gloo"),  # the CPU reduces the norm of offloaded gradients
         ("metric_for_best_model", flags["early_stopping_patience"], "loss"),
         ("train_sampling_strategy", flags["streaming"], "random"),  # the order of the stream's shuffle buffer
-        ("project", "TRACKIO_PROJECT" in environment, environment.get("TRACKIO_PROJECT")),  # wandb reads its own
     )
     derived: dict[str, Any] = {name: v for name, applies, v in defaults if applies and name not in explicitly_set}
     derived |= {"use_cpu": flags["use_cpu"] or not gpu, "do_eval": flags["do_eval"] or flags["eval_strategy"] != "no"}
     if isinstance(flags["report_to"], list):
-        names = [name.strip() for words in flags["report_to"] for name in words.split(",")]
+        names = re.split(r"[\s,]+", " ".join(flags["report_to"]))
         derived["report_to"] = names if len(names) > 1 else names[0]
     return derived
 
@@ -930,11 +894,11 @@ def lora_init_problem(name: str, quantised: bool) -> str | None:
         return "it needs batches through the base first"
     if name == "loftq":
         return "it corrects the rounding of 4-bit weights and would be wrong on the published base"
-    if re.fullmatch(r"orthogonal|olora|pissa(_niter_\d+)?", name):
-        return "needs --bits 16 or 32: peft computes it from weights that are not quantised" if quantised else None
-    if name in ("true", "false", "gaussian"):
-        return None
-    return "expected True, False, gaussian, orthogonal, olora, pissa or pissa_niter_N"
+    if not re.fullmatch(r"true|false|gaussian|orthogonal|olora|pissa(_niter_\d+)?", name):
+        return "expected True, False, gaussian, orthogonal, olora, pissa or pissa_niter_N"
+    if quantised and name not in ("true", "false", "gaussian"):
+        return "needs --bits 16 or 32: peft computes it from weights that are not quantised"
+    return None
 
 
 SAMPLING_FLAGS = {"temperature", "top_p", "top_k", "typical_p"}  # transformers refuses them without do_sample
@@ -972,16 +936,19 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("dataset_format", f"one of {', '.join(FORMATS)}, or path.py:function with a file that exists",
      lambda x: x in FORMATS or ((custom := CUSTOM_FORMAT.fullmatch(x)) and Path(custom[1]).is_file())),
 )  # fmt: skip
-# The first flag has no meaning without the second.
-REQUIRES = (
+# The first flag needs the second, on or with one of these values.
+REQUIRES: tuple[tuple[Any, ...], ...] = (
     ("merge_base", "merged_output_dir"), ("skip_excess_length", "model_max_len"), ("stream_buffer", "streaming"),
     ("plan_gpu", "plan"), ("do_mmlu_eval", "do_eval"), ("offload_activations", "gradient_checkpointing"),
+    ("full_finetune", "bits", 16, 32), ("expand_conversations", "dataset_format", "airoboros_chat"),
+    ("calibration_rows", "bits", 4),
+    ("streaming", "train_sampling_strategy", "random", "sequential"),
 )  # fmt: skip
 MUTUALLY_EXCLUSIVE = (
     ("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
     ("model_max_len", "source_max_len"), ("model_max_len", "target_max_len"),
     ("layers_to_freeze", "layer_freeze_ratio"), ("overwrite_output_dir", "resume_from_checkpoint"),
-    ("streaming", "packing"), ("streaming", "dataloader_num_workers"), ("calibration_rows", "deepspeed"),
+    ("streaming", "packing"), ("streaming", "dataloader_num_workers"),
 )  # fmt: skip
 
 
@@ -990,8 +957,9 @@ def check_launcher(flags: Mapping[str, Any]) -> None:
     precision, deepspeed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), flags["deepspeed"]
     if precision != "no" and not flags.get(precision):
         raise ConfigError(f"mixed_precision {precision} of accelerate launch: set it to no, or pass --bf16 or --fp16")
-    if deepspeed == "":
-        raise ConfigError("--deepspeed: name a file, here or as deepspeed_config_file of accelerate launch")
+    for engine in ("fsdp", "deepspeed"):
+        if os.environ.get(f"ACCELERATE_USE_{engine.upper()}") == "true" and not flags[engine]:
+            raise ConfigError(f"use_{engine} of accelerate launch: leave it out there, and pass --{engine} here")
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed")
     if deepspeed and not flags["plan"] and "LOCAL_RANK" not in os.environ:
@@ -1008,9 +976,9 @@ def check_config(config: Config) -> None:
         for name in names.split():
             if flags[name] is not None and not is_valid(flags[name]):
                 raise ConfigError(f"--{name} {flags[name]}: expected {expected}")
-    for name, other in REQUIRES:
-        if name in explicitly_set and flags[name] and not flags[other]:
-            raise ConfigError(f"--{name} needs --{other}")
+    for name, other, *values in REQUIRES:
+        if name in explicitly_set and flags[name] and not (flags[other] in values if values else flags[other]):
+            raise ConfigError(f"--{name} needs --{other} {' or '.join(map(str, values))}".rstrip())
     for name, other in MUTUALLY_EXCLUSIVE:
         if {name, other} <= explicitly_set and flags[name] and flags[other]:
             raise ConfigError(f"--{name} and --{other}: pass only one of them")
@@ -1041,9 +1009,6 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     return [
         (not (flags.do_train or flags.do_eval or flags.do_predict or flags.merged_output_dir),
          "nothing to do: pass --do_train, --do_eval, --do_predict or --merged_output_dir"),
-        (flags.full_finetune and flags.bits < 16,
-         f"--full_finetune: weights rounded to --bits {flags.bits} cannot be updated; pass 16 or 32"),
-        (flags.calibration_rows and flags.bits != 4, "--calibration_rows chooses 4-bit codes: pass --bits 4 with it"),
         (flags.calibration_rows and (flags.use_dora or flags.lora_rank_pattern)
          and "init_lora_weights" not in config.explicitly_set,
          "--calibration_rows: with DoRA or a rank pattern adapters start at zero: pass --init_lora_weights True"),
@@ -1054,16 +1019,12 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
         (init, f"--init_lora_weights {flags.init_lora_weights}: {init}"),
         (flags.early_stopping_patience and (flags.eval_strategy == "no" or metric.startswith("mmlu")),
          "--early_stopping_patience needs --eval_strategy steps or epoch, and a metric other than MMLU's"),
-        (flags.expand_conversations and flags.dataset_format != "airoboros_chat",
-         "--expand_conversations needs --dataset_format airoboros_chat"),
         (flags.mask_replace_prob + flags.random_replace_prob > 1,
          f"--mask_replace_prob {flags.mask_replace_prob} + --random_replace_prob {flags.random_replace_prob}: above 1"),
         (wrong, f"--{', --'.join(wrong)}: no meaning with --objective {flags.objective}"),
         (clm and flags.do_predict and not flags.predict_with_generate, "--do_predict needs --predict_with_generate"),
         (mlm and flags.dataset_format not in (None, *MASKED_FORMATS),
          f"--dataset_format {flags.dataset_format}: expected input or text with --objective mlm"),
-        (flags.streaming and flags.train_sampling_strategy == "group_by_length",
-         "--streaming keeps the stream's order: leave out --train_sampling_strategy group_by_length"),
         (flags.streaming and flags.do_train and epochs, "--streaming: a stream has neither length nor epochs: pass "
          "--max_steps, and steps as --save_strategy, --eval_strategy and --logging_strategy"),
         (flags.streaming and (flags.eval_dataset_size < 1 or several),
@@ -1076,50 +1037,46 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     ]  # fmt: skip
 
 
-FSDP_CONFIG = {"version", "cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
-               "state_dict_type", "cpu_ram_efficient_loading"}  # fmt: skip
+FSDP_CONFIG = ("cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
+               "state_dict_type", "cpu_ram_efficient_loading")  # fmt: skip
 
 
 def sharding_conflicts(config: Config) -> list[tuple[Any, str]]:
-    """Like `conflicts`, for DeepSpeed's file and for FSDP, by --fsdp or by accelerate launch."""
-    training, optim = config.training, config.flags["optim"]
+    """Like `conflicts`, for DeepSpeed's file and for FSDP."""
+    training, fsdp, optim = config.training, bool(config.training.fsdp), config.flags["optim"]
     mismatches = getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", ())
     values = ", ".join(re.sub("^- ds | hf", "", line) for line in mismatches)
-    if not uses_fsdp(training.fsdp):
-        return [(values, f'--deepspeed {training.deepspeed}: {values}: set these to "auto" in the file')]
-    names = ("version", "auto_wrap_policy", "activation_checkpointing")  # settings of accelerate launch
-    launched = {name: value for name in names if (value := os.environ.get(f"FSDP_{name.upper()}"))}
-    settings: Any = training.fsdp_config if training.fsdp else {"version": 1} | launched
-    version, expected = settings.get("version", 2), ", ".join(sorted(FSDP_CONFIG))
-    refused = {n: v for n, v in settings.items() if n not in FSDP_CONFIG or "SIZE" in str(v).upper()}
-    wrong = ", ".join(f"{n} {v}" for n, v in refused.items() if str(v).lower() not in ("", "false", "0", "none"))
+    settings: Any = training.fsdp_config if fsdp else {}
+    words = [(name, str(value).lower()) for name, value in settings.items()]
+    refused = [pair for pair in words if pair[0] not in FSDP_CONFIG or "size" in pair[1]]
+    off = ("", "false", "0", "none")
+    wrong = ", ".join(f"{n} {v}" for n, v in refused if v not in off and (n, v) != ("version", "2"))
     return [
-        (re.search(r"8bit|paged|lion|ademamix", optim),
+        (values, f'--deepspeed {training.deepspeed}: {values}: set these to "auto" in the file'),
+        (fsdp and re.search(r"8bit|paged|lion|ademamix", optim),
          f"--fsdp: bitsandbytes' --optim {optim} cannot update shards; pass adamw_torch"),
-        (config.quant.bits == 8, "--fsdp: weights of --bits 8 cannot be sharded; pass 4 or 16"),
-        (str(version) != "2", f"--fsdp: version {version} is being removed from transformers; set version 2 in "
-         "--fsdp_config (for accelerate launch: fsdp_version in its file)"),
-        (wrong, f"--fsdp_config: {wrong}: not supported, expected some of {expected}; whole layers are sharded, and "
-         "--recompute_layers all recomputes them"),
+        (fsdp and config.quant.bits == 8, "--fsdp: weights of --bits 8 cannot be sharded; pass 4 or 16"),
+        (wrong, f"--fsdp_config: {wrong}: not supported, expected version 2 and some of "
+         f"{', '.join(FSDP_CONFIG)}; whole layers are sharded, and --recompute_layers all recomputes them"),
     ]  # fmt: skip
 
 
 def check_folders(config: Config) -> None:
     """Refuse output folders that the run reads, also a checkpoint in one: files could be overwritten or removed."""
-    reads = ("model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "mmlu_dir", "deepspeed")
-    sources = [(name, config.flags[name]) for name in reads if name != "mmlu_dir" or config.mmlu.do_mmlu_eval]
+    flags = config.flags
+    reads = ["model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "deepspeed"]
+    reads += ["mmlu_dir"] * config.mmlu.do_mmlu_eval
     names = {config.data.dataset, *map(str.strip, config.data.dataset.split(","))} - DATASETS.keys()
-    sources += [("dataset", name) for name in sorted(names)]
-    writes = ("output_dir", "working_dir", "final_output_dir", "merged_output_dir")
-    folders = {name: resolved_path(config.flags[name]) for name in writes if config.flags[name]}
-    for flag, folder in folders.items():
-        for name, value in sources:
-            if not value or value.startswith("{") or not (source := resolved_path(value)).exists():
-                continue
-            read = source if source.is_dir() else source.parent
-            inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
-            if inside == () or (inside and inside[0].startswith("checkpoint-")):  # old checkpoints are removed
-                raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
+    sources = [(name, flags[name]) for name in reads] + [("dataset", name) for name in sorted(names)]
+    writes = [name for name in ("output_dir", "working_dir", "final_output_dir", "merged_output_dir") if flags[name]]
+    for flag, (name, value) in itertools.product(writes, sources):
+        folder, read = resolved_path(flags[flag]), resolved_path(value)
+        if not value or value.startswith("{") or not read.exists():
+            continue
+        read = read if read.is_dir() else read.parent
+        inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
+        if inside == () or (inside and inside[0].startswith("checkpoint-")):  # old checkpoints are removed
+            raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
 
 
 def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
@@ -1127,10 +1084,8 @@ def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
     flags = argparse.Namespace(**config.flags)
     return [
         (flags.bits != 4, {"quant_type", "double_quant"}, f"bits is {flags.bits}"),
-        (flags.bits >= 16, {"merge_base"}, f"bits is {flags.bits}, so training saw the published base"),
         (flags.full_finetune, LORA_FLAGS - FREEZING_FLAGS, "there are no adapters"),
         (flags.adapter_name_or_path, LORA_FLAGS, "the adapter to start from keeps its own rank, alpha and layers"),
-        (flags.recompute_layers in ("none", "0"), {"offload_activations"}, "no layers are recomputed"),
         (not flags.do_predict, GENERATION_FLAGS, "nothing is generated without --do_predict"),
         (flags.do_predict and not flags.do_sample, SAMPLING_FLAGS, "nothing is sampled without --do_sample"),
         (not flags.do_mmlu_eval, MMLU_FLAGS, "no questions are asked without --do_mmlu_eval"),
@@ -2132,7 +2087,7 @@ def load_dtype(config: Config) -> torch.dtype:
 
 def is_fsdp(config: Config) -> bool:
     """Whether FSDP shards the model's weights."""
-    return uses_fsdp(config.training.fsdp)
+    return bool(config.training.fsdp)
 
 
 def is_sharded(config: Config) -> bool:
@@ -2639,6 +2594,8 @@ def calibrated_base(config: Config, model_config: PretrainedConfig, published: s
     """
     if getattr(model_config, "quantization_config", None):
         raise ConfigError(f"--calibration_rows: {config.model.model_name_or_path} is quantised already")
+    if config.training.deepspeed:
+        raise ConfigError("--calibration_rows and --deepspeed: pass only one of them")
     rows, count, dtype = getattr(rows, "rows", rows), config.quant.calibration_rows, load_dtype(config)  # packs' rows
     if len(rows) < count:
         log.info("--calibration_rows %d: the dataset has %d, all of them are used", count, len(rows))

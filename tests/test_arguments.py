@@ -85,6 +85,7 @@ DATA = {
 QUANTISATION = {
     "bits": 4,
     "quant_type": "nf4",
+    "calibration_rows": 0,
     "double_quant": True,
     "full_finetune": False,
     "max_memory_MB": 80000,
@@ -97,6 +98,8 @@ LORA = {
     "lora_bias": "none",
     "lora_dtype": "float32",
     "use_dora": False,
+    "lora_rank_pattern": None,
+    "lora_alpha_pattern": None,
     "use_rslora": False,
     "init_lora_weights": "True",  # text, for it may also name a method
     "modules_to_save": None,
@@ -126,6 +129,7 @@ TRAINING = {
 }
 NEW_TRAINING = {  # flags that the Trainer does not have
     "overwrite_output_dir": False,
+    "early_stopping_patience": None,
     "working_dir": None,
     "final_output_dir": None,
     "merged_output_dir": None,
@@ -694,12 +698,15 @@ RULES = [
     ("--full_finetune", "full_finetune bits 16 32"),
     ("--full_finetune --bits 8", "full_finetune bits 16 32"),
     ("--full_finetune --bits 16 --adapter_name_or_path a", "full_finetune adapter_name_or_path"),
+    ("--calibration_rows 8 --bits 8", "calibration_rows bits 4"),
+    ("--calibration_rows 8 --use_dora", "calibration_rows init_lora_weights"),
+    ("--early_stopping_patience 2", "early_stopping_patience eval_strategy"),
     ("--fsdp --optim paged_adamw_8bit", "fsdp paged_adamw_8bit adamw_torch"),
     ("--fsdp --bits 8", "fsdp bits 8 4 16"),
-    ('--fsdp --fsdp_config {"version":1}', "fsdp version 1 2 fsdp_config"),
+    ('--fsdp --fsdp_config {"version":1}', "fsdp_config version 1 2"),
     (
         '--fsdp --fsdp_config {"fsdp_auto_wrap_policy":"SIZE_BASED_WRAP"}',
-        "fsdp_config auto_wrap_policy SIZE_BASED_WRAP",
+        "fsdp_config auto_wrap_policy size_based_wrap",
     ),
     (
         '--fsdp --fsdp_config {"activation_checkpointing":true}',
@@ -821,6 +828,8 @@ IMPOSSIBLE = [
     ("--max_grad_norm -1", "--max_grad_norm"),
     ("--num_train_epochs -1", "--num_train_epochs"),
     ("--layers_to_freeze -1", "--layers_to_freeze"),
+    ("--calibration_rows -1", "--calibration_rows"),
+    ("--early_stopping_patience 0", "--early_stopping_patience"),
 ]
 
 
@@ -858,7 +867,8 @@ def test_every_rule_is_tested(monkeypatch):
     assert {name: set(range(length)) for name, length in lengths.items()} == broken
     expected = [(name, expected) for names, expected, _ in qlora.VALUE_CHECKS for name in names.split()]
     assert not [row for row in expected if not any(m.startswith(f"--{row[0]} ") and row[1] in m for m in messages)]
-    assert {f"--{name} needs --{other}" for name, other in qlora.REQUIRES} <= set(messages)
+    required = [f"--{name} needs --{other} {' or '.join(map(str, values))}" for name, other, *values in qlora.REQUIRES]
+    assert {message.strip() for message in required} <= set(messages)
     assert {f"--{a} and --{b}: pass only one of them" for a, b in qlora.MUTUALLY_EXCLUSIVE} <= set(messages)
 
 
@@ -878,28 +888,6 @@ def test_messages_name_only_flags_that_exist():
     assert names <= set(parse().flags) and all("--" in message for message in messages)
 
 
-def test_fsdp_by_accelerate_launch_follows_the_rules_of_the_flag(monkeypatch):
-    """Its settings are in the environment; without FSDP_VERSION it is version 1."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    for _ in range(2):
-        with pytest.raises(qlora.ConfigError, match=r"version 1 .*fsdp_version"):
-            parse()
-        monkeypatch.setenv("FSDP_VERSION", "1")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    assert parse().training.optim == "adamw_torch" and not parse().training.fsdp
-    for argv, named in (("--bits 8", "--bits 8"), ("--optim paged_adamw_8bit", "adamw_torch")):
-        with pytest.raises(qlora.ConfigError, match=f"--fsdp: .*{named}"):
-            parse(*argv.split())
-    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "false")
-    assert parse().training.optim == "adamw_torch"
-    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-    with pytest.raises(qlora.ConfigError, match="--recompute_layers all"):
-        parse()
-    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP")
-    with pytest.raises(qlora.ConfigError, match="auto_wrap_policy SIZE_BASED_WRAP"):
-        parse()
-
-
 def test_fsdp_needs_a_floating_storage_dtype_of_a_quantised_base():
     """bitsandbytes' default, also if the file does not say so, is uint8."""
     config = parse("--fsdp", "--model_name_or_path", "some/base")
@@ -911,26 +899,27 @@ def test_fsdp_needs_a_floating_storage_dtype_of_a_quantised_base():
 
 
 def test_settings_of_accelerate_launch_that_contradict_the_flags_are_refused(monkeypatch):
-    """The Trainer would compute in its precision whatever the run reports; DeepSpeed reads only its own file."""
+    """The Trainer would compute in its precision, or shard with its settings, whatever the run reports."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     for words in ((), ("--fp16",)):
         with pytest.raises(qlora.ConfigError, match=r"mixed_precision bf16 of accelerate launch.* --bf16"):
             parse(*words)
     assert parse("--bf16").training.bf16
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(qlora.ConfigError, match=r"^--deepspeed: name a file.*deepspeed_config_file"):
-        parse()
+    for engine in ("fsdp", "deepspeed"):
+        with monkeypatch.context() as launched:
+            launched.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
+            with pytest.raises(qlora.ConfigError, match=rf"^use_{engine} of accelerate launch: .*pass --{engine} here"):
+                parse()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate itself sets it
+    assert parse("--fsdp").training.fsdp
 
 
 # A command line with ineffective flags, the line that says so, and flags that make them effective.
 INEFFECTIVE = [
     ("--bits 8 --quant_type fp4 --no_double_quant", "double_quant, quant_type: without effect: bits is 8", "--bits 4"),
-    ("--merged_output_dir m --merge_base dequantized --bits 16", "merge_base: without effect: bits is 16", "--bits 8"),
     ("--full_finetune --bits 16 --lora_r 8", "lora_r: without effect: there are no adapters", "--full_finetune False"),
     ("--adapter_name_or_path a --lora_r 8 --layers_to_freeze 1", "layers_to_freeze, lora_r: .*keeps its own", None),
-    ("--offload_activations --recompute_layers none", "offload_activations: without effect: no layers",
-     "--recompute_layers 2"),
     ("--max_new_tokens 9 --predict_with_generate", "max_new_tokens, predict_with_generate: .*--do_predict",
      "--do_predict"),
     ("--do_predict --predict_with_generate --top_p 0.9", "top_p: without effect: .*--do_sample", "--do_sample"),

@@ -278,7 +278,7 @@ def test_an_interrupted_calibration_leaves_nothing(calibrated, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"bits": 8}, "--calibration_rows chooses 4-bit codes"),
+        ({"bits": 8}, "--calibration_rows needs --bits 4"),
         ({"use_dora": True}, "pass --init_lora_weights True"),
         ({"calibration_rows": -1}, "--calibration_rows -1: expected 0 or more"),
     ],

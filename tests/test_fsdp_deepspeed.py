@@ -58,18 +58,13 @@ def start(fork_server, models, tmp_path_factory) -> Start:
 
 FULL = {"full_finetune": True}
 SHARDS = {**FULL, "max_shard_size": "200KB"}  # of 520 KB
-# The environment that `accelerate launch` sets for DeepSpeed.
-LAUNCHED = f"""
-import os
-os.environ |= {{"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": {str(zero(2))!r}}}
-"""
 # Name -> (the run of one process that it must repeat, its flags)
 RUNS = {
     "one": (None, {}),
     "all": (None, FULL),
     "zero2": ("one", {"deepspeed": zero(2)}),
     "zero3": ("one", {"deepspeed": zero(3)}),
-    "zero2-all": ("all", {"before": LAUNCHED, **SHARDS}),
+    "zero2-all": ("all", {"deepspeed": zero(2), **SHARDS}),
     "zero3-all": ("all", {"deepspeed": "fixed", **SHARDS}),
     "fsdp-all": ("all", {"fsdp": [], "fsdp_config": {"cpu_offload": True}, "before": SHARDING, **SHARDS}),
 }
@@ -170,13 +165,11 @@ accelerator.__init__ = scaled
 
 
 def test_fp16_under_fsdp_scales_its_loss_and_resumes_with_the_scale(start, tmp_path):
-    """As DDP does. Started by `accelerate launch`, whose checkpoints hold the shards of each process."""
-    launch = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-              "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}  # fmt: skip
-    before = SHARDING + SCALER + f"import os; os.environ |= {launch}"
-    flags = {"fp16": True, "max_steps": 12, "save_steps": 8, "do_eval": False, "optim": None}
-    running = start(2, tmp_path / "ddp", before=SCALER, **flags | {"optim": "adamw_torch"})
-    finish(start(2, tmp_path / "fsdp", before=before, **flags))
+    """As DDP does; each process saves its own shards."""
+    sharded = {"fsdp": [], "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}, "before": SHARDING + SCALER}
+    flags = {"fp16": True, "max_steps": 12, "save_steps": 8, "do_eval": False}
+    running = start(2, tmp_path / "ddp", before=SCALER, **flags)
+    finish(start(2, tmp_path / "fsdp", **flags, **sharded))
     finish(running)
     assert_same_training(tmp_path / "fsdp", tmp_path / "ddp")
     places = [tmp_path / name / "checkpoint-8" / "scaler.pt" for name in ("fsdp", "ddp")]
@@ -184,7 +177,7 @@ def test_fp16_under_fsdp_scales_its_loss_and_resumes_with_the_scale(start, tmp_p
     assert scales[0] == scales[1] < 2.0**22, "the first steps overflow"
     resumed = tmp_path / "resumed"
     shutil.copytree(places[0].parent, resumed / "checkpoint-8")
-    finish(start(2, resumed, before=before, **flags))
+    finish(start(2, resumed, **flags, **sharded))
     assert_same_training(resumed, tmp_path / "fsdp")
 
 

@@ -402,7 +402,6 @@ def test_remote_code_needs_the_flag(models, run_qlora, monkeypatch):
         ({}, {"use_cpu": True}, {"": "cpu"}),
         ({"LOCAL_RANK": "1"}, {"deepspeed": "zero2.json"}, None),
         ({"LOCAL_RANK": "1"}, {"fsdp": "full_shard"}, None),
-        ({"LOCAL_RANK": "1", "ACCELERATE_USE_FSDP": "true"}, {}, None),
     ],
 )
 def test_device_map(models, monkeypatch, environment, settings, expected):

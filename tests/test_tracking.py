@@ -120,9 +120,8 @@ def test_two_trackers_and_a_run_name(run_qlora, offline):
 
 def test_trackio(run_qlora, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at the first import
-    monkeypatch.setenv("TRACKIO_PROJECT", "lighthouse")
     extra("trackio")
-    run = run_qlora(report_to="trackio", run_name="lamp", **STEPS)
+    run = run_qlora(report_to="trackio", project="lighthouse", run_name="lamp", **STEPS)
     assert run.code == 0
     with sqlite3.connect(tmp_path / "trackio" / "lighthouse.db") as base:
         rows = base.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
@@ -132,12 +131,6 @@ def test_trackio(run_qlora, tmp_path, monkeypatch):
     assert values(history, "train/loss") == pytest.approx(trained) and len(trained) == 3
     assert values(history, "train/learning_rate") == pytest.approx(RATES)
     assert values(history, "eval/loss")[:1] == pytest.approx(evaluated[:1])  # the second may not have been written yet
-
-
-def test_the_project_name_of_trackio(monkeypatch):
-    monkeypatch.setenv("TRACKIO_PROJECT", "harbour")
-    assert qlora.parse_config([]).training.project == "harbour"
-    assert qlora.parse_config(["--project", "tower"]).training.project == "tower"
 
 
 @pytest.mark.parametrize("tracker", ["mlflow", "neptune", "lighthouse", "tensorbord", ["mlflow", "tensorbord"]])
