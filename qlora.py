@@ -2842,7 +2842,9 @@ def as_fused_linear(module: Any) -> FusedLinear | None:
 
 def patch_lora_layers(model: Any) -> tuple[list[FusedGroup], list[str]]:
     """Fuse every adapted layer that is known; returns the groups, and the names of the other layers."""
-    layers = {name: as_fused_linear(module) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    adapted = ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    # a frozen one may never be called, and its group would wait for it
+    layers = {name: as_fused_linear(m) for name, m in adapted if any(p.requires_grad for p in m.parameters())}
     known = {name: layer for name, layer in layers.items() if layer is not None}
     for name, module in model.named_modules():
         names = [f"{name}.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
@@ -2899,12 +2901,12 @@ def varlen_attention(
     return torch.cat(pieces, dim=1), None
 
 
-# What models do to the logits of their head, by the config entry that says so: Gemma 2, Granite, Cohere.
-LOGIT_RULES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "final_logit_softcapping": lambda logits, cap: cap * torch.tanh(logits / cap),
-    "logits_scaling": lambda logits, scale: logits / scale,
-    "logit_scale": lambda logits, scale: logits * scale,
-}
+# What models do to the logits of their head, with a number of their config: Granite, Cohere, Gemma 2.
+LOGIT_RULES: tuple[Callable[[float, torch.Tensor], torch.Tensor], ...] = (
+    lambda scale, logits: logits / scale,
+    lambda scale, logits: logits * scale,
+    lambda cap, logits: cap * torch.tanh(logits / cap),
+)
 
 
 class FastPath(NamedTuple):
@@ -2913,7 +2915,7 @@ class FastPath(NamedTuple):
     attention: str | None = None  # for rows that lie end to end; None: rows are padded
     body: Any | None = None  # the model below its head; None: whole logits
     head: Any | None = None
-    logit_rules: tuple[tuple[str, float], ...] = ()  # rows of LOGIT_RULES with the model's value
+    logit_rules: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()  # one of LOGIT_RULES with the model's number
     groups: tuple[FusedGroup, ...] = ()
     sharded: bool = False  # whether FSDP or DeepSpeed holds the weights
     off: tuple[str, ...] = ()  # reasons
@@ -2929,8 +2931,8 @@ def head_logits(states: torch.Tensor, fast: FastPath) -> torch.Tensor:
     """Compute logits, (tokens, vocabulary), in float32 at least."""
     logits = F.linear(states, fast.head.weight, fast.head.bias)  # type: ignore[union-attr]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    for name, value in fast.logit_rules:
-        logits = LOGIT_RULES[name](logits, value)
+    for rule in fast.logit_rules:
+        logits = rule(logits)
     return logits
 
 
@@ -3092,7 +3094,8 @@ def short_spans(model: Any, longest: int) -> contextlib.ExitStack:
         for name in ("sliding_window", "attention_chunk_size"):
             value = getattr(owner, name, None)
             if isinstance(value, int) and 8 < value < longest:
-                spans.enter_context(mock.patch.object(owner, name, 8))
+                spans.callback(setattr, owner, name, value)
+                setattr(owner, name, 8)
     return spans
 
 
@@ -3100,6 +3103,50 @@ def logits_close(a: torch.Tensor, b: torch.Tensor, noise: torch.Tensor | float =
     """Compare two logits: bf16 rounds by about a hundredth, and twice the noise is allowed."""
     a, b = (x.cpu() - x.cpu().mean(-1, keepdim=True) for x in (a, b))  # a constant changes nothing
     return bool((a - b).norm() <= 0.05 * a.norm() + 2 * noise)
+
+
+def logit_ramp(logits: torch.Tensor) -> torch.Tensor:
+    """Known numbers in the place of a head's logits."""
+    return torch.linspace(-40, 40, logits.numel(), device=logits.device).view_as(logits)
+
+
+def same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Compare in float32; unlike logits_close, also a factor of 0.999 shows."""
+    return a.shape == b.shape and bool((a - b).norm() <= 1e-5 * b.norm())
+
+
+def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) -> FastPath:
+    """Apply the head here where the model hands it the body's output and changes its logits by a rule, or not at all.
+
+    The model gets known numbers in their place: what it makes of them shows the change, whatever its config calls it.
+    """
+    whole = fast._replace(off=(*fast.off, f"whole logits: {type(base).__name__} changes them in a way of its own"))
+    head, outputs, inputs = base.get_output_embeddings(), dict[Any, torch.Tensor](), list[torch.Tensor]()
+    if not isinstance(head, torch.nn.Linear) or not type(head).__module__.startswith("torch"):
+        return whole
+    hooks = [
+        head.register_forward_pre_hook(lambda *call: inputs.append(*call[-1])),
+        head.register_forward_hook(lambda *call: logit_ramp(call[-1])),
+    ]
+    for body in (base.base_model, base.get_decoder()):  # OPT calls the second
+        hooks.append(body.register_forward_hook(lambda body, *call: outputs.update({body: call[-1][0]})))
+    try:
+        logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
+        (states,) = inputs  # the head is called once
+    except Exception:
+        return whole
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ramp, values = logit_ramp(logits), base.config.get_text_config().to_dict().values()
+    rules = [partial(rule, v) for rule in LOGIT_RULES for v in values if isinstance(v, int | float) and v]
+    found = [()] if same_numbers(ramp, logits) else [(rule,) for rule in rules if same_numbers(rule(ramp), logits)]
+    bodies = {torch.equal(output.to(states), states): body for body, output in outputs.items()}  # the outer one
+    if not found or True not in bodies:
+        return whole
+    own = fast._replace(body=bodies[True], head=head, logit_rules=found[0])
+    alike = logits_close(supervised_logits(model, fast, batch), supervised_logits(model, own, batch))
+    return own if alike else whole  # the model may also change what enters its body
 
 
 def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, steps: Any, device: Any) -> FastPath:
@@ -3125,12 +3172,21 @@ def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, step
         try:
             with attention_implementation(base, kernel):
                 first, second = (supervised_logits(model, fast, batch).cpu() for batch in flat)
-        except (*LIBRARY_ERRORS, RuntimeError):  # type: ignore[misc]  # whatever it raises, rows are padded
-            return off
+        except Exception as error:
+            raised = f"rows are padded: end to end, {name} raises {shorten(error)}"
+            return fast._replace(off=(*fast.off, raised))
     # a neighbour changes nothing; but an expert multiplies the tokens of all rows at once, which rounds differently
     allowed = 2 * noise + 1e-5 * padded.norm() if stacked_experts(base) else 0.0
     alike = logits_close(padded, first, noise) and float((first - second)[16:].norm()) <= allowed
     return fast._replace(attention=kernel) if alike else off
+
+
+def trial_steps(base: Any, masked: bool = False) -> list[StepBatch]:
+    """Two steps of two rows, of which the second is the same in both; peft's layers take fewer than 16 tokens."""
+    words, generator = base.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
+    a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
+    pairs = ([{"input_ids": ids, "labels": ids} for ids in rows] for rows in ((a, b), (c, b)))
+    return [collate_step(rows, masked)["step"] for rows in pairs]
 
 
 @torch.no_grad()
@@ -3140,26 +3196,11 @@ def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, devi
     `model` is what training calls, wrapped in the engine that shards it; `base` is transformers' model inside.
     """
     device, dtype = device or base.get_input_embeddings().weight.device, compute_dtype(config)
-    head, text, training = base.get_output_embeddings(), base.config.get_text_config(), base.training
-    # two steps of two rows, of which the second is the same; fewer than 16 tokens would go through the libraries' ways
-    generator = torch.Generator().manual_seed(0)
-    words = base.get_input_embeddings().num_embeddings
-    a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
-    pairs = ([{"input_ids": ids, "labels": ids} for ids in rows] for rows in ((a, b), (c, b)))
-    steps = [collate_step(rows)["step"] for rows in pairs]
+    training, steps = base.training, trial_steps(base)
     model.eval()
     with torch.autocast(device.type, dtype, dtype != torch.float32):
-        if isinstance(head, torch.nn.Linear) and type(head).__module__.startswith("torch") and not fast.sharded:
-            values = ((name, getattr(text, name, None)) for name in LOGIT_RULES)
-            rules = tuple((name, value) for name, value in values if value not in (None, 1, 1.0))
-            own = fast._replace(body=base.base_model, head=head, logit_rules=rules)
-            batch = to_device(padded_batch(steps[0], [0, 1], 0, "right"), device)
-            with contextlib.suppress(*LIBRARY_ERRORS, RuntimeError):  # the body's output is not the head's input
-                if logits_close(supervised_logits(model, fast, batch), supervised_logits(model, own, batch)):
-                    fast = own
-        if fast.head is None and not fast.sharded:
-            why = f"whole logits: {type(base).__name__} changes them in a way of its own"
-            fast = fast._replace(off=(*fast.off, why))
+        if not fast.sharded:
+            fast = try_head(model, base, fast, to_device(padded_batch(steps[0], [0, 1], 0, "right"), device))
         fast = try_padding_free(model, base, fast, config, steps, device)
     model.train(training)  # DeepSpeed's wrapper says that it trains while the model inside does not
     return fast
@@ -4141,16 +4182,29 @@ def init_worker(number: int) -> None:
         signal.signal(stopping, signal.SIG_IGN)
 
 
-def without_gradient(base: Any) -> set[str]:
-    """Parameters that train but got no gradient, except where text never comes.
+def freeze_unreached(model: Any, base: Any, config: Config) -> None:
+    """Freeze what no gradient reaches by construction, such as a tower for images; one small step shows it.
 
-    That is a tower for images and, in a full fine-tune, what lies beside the layers, such as poolers.
+    Its tokens reach only some experts, which stay as they are.
     """
-    text = base.get_decoder() if hasattr(base, "get_decoder") else base
-    adapted = any(isinstance(module, LoraLayer) for module in text.modules())
-    parts = [text] if adapted else decoder_layers(text) or [text]
-    named = itertools.chain.from_iterable(part.named_parameters() for part in parts)
-    return {name for name, parameter in named if parameter.requires_grad and parameter.grad is None}
+    batch = padded_batch(trial_steps(base, config.masked)[0], [0, 1], 0, "right")
+    device, dtype = base.get_input_embeddings().weight.device, compute_dtype(config)
+    model.train()  # Gemma 3n then computes otherwise
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        with torch.autocast(device.type, dtype, dtype != torch.float32):
+            loss = summed_loss(model, FastPath(), to_device(batch, device))
+        if loss.requires_grad:
+            loss.backward()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unreached = [name for name, p in trained.items() if p.grad is None and "expert" not in name]
+    model.zero_grad(set_to_none=True)
+    if len(unreached) == len(trained):
+        raise ConfigError("no gradient reaches anything that would train: choose other --lora_modules")
+    if unreached:
+        what = "no gradient reaches %d of %d tensors that would train, first %s: they stay as they are"
+        log.warning(what, len(unreached), len(trained), unreached[0])
+    for name in unreached:
+        trained[name].requires_grad_(False)
 
 
 def build_callbacks(stop: GracefulStop) -> list[TrainerCallback]:
@@ -4175,8 +4229,6 @@ class QLoRATrainer(Trainer):
         self.sharded, self.parameter_count = is_sharded(config), self.base.num_parameters(exclude_embeddings=True)
         self.parts: list[tuple[list[str], torch.Tensor]] = []  # rows and loss of the last step's micro-batches
         self.pending_checks: list[tuple[Any, ...]] = []  # steps whose numbers were not looked at yet
-        self.unreached: set[str] | None = None  # parameters that no step has given a gradient
-        self.first_step = -1  # of this process, once it is known
         self.position: int | None = None  # in a stream, after the current step
         self.tokens_seen = 0  # by this rank, without padding
         self.untimed_seconds = 0.0  # spent on evaluating and saving
@@ -4223,8 +4275,6 @@ class QLoRATrainer(Trainer):
             batch["step"] = self.masking.mask_step(batch["step"], "train", self.args.seed, self.state.global_step)
         count = batch["step"].supervised
         self.tokens_seen += len(batch["step"].input_ids)
-        if self.first_step < 0:
-            self.first_step = self.state.global_step
         # reduced on the CPUs: a GPU would have to finish everything queued on it first
         everywhere = all_reduce_int(count, sum)
         count = everywhere if self.args.average_tokens_across_devices else count
@@ -4251,12 +4301,8 @@ class QLoRATrainer(Trainer):
             self._make_room(step, reason)
             torch.set_rng_state(random_states[0])
             torch.cuda.set_rng_state_all(random_states[1])
-        if not self.sharded:
-            if self.unreached != set():
-                unreached = set.intersection(*all_gather_object(without_gradient(self.base)))
-                self.unreached = unreached if self.unreached is None else self.unreached & unreached
-            if self.args.world_size > 1:
-                average_gradients(self.base)
+        if self.args.world_size > 1 and not self.sharded:
+            average_gradients(self.base)
         return torch.stack([loss for _, loss in self.parts]).sum()
 
     def _try_fast_path(self, model: Any) -> None:
@@ -4383,9 +4429,6 @@ class QLoRATrainer(Trainer):
             arrived = torch.cuda.current_stream().record_event() if norm.is_cuda else None
             self.pending_checks.append((step, numbers, arrived, rows))
             self.parts = []
-            if self.unreached and (saving or step - self.first_step >= 3):
-                why = "the model does not use it, leave it out with --lora_modules or --layers_to_freeze"
-                self._stop(step, f"no gradient reaches {min(self.unreached)} ({len(self.unreached)} such tensors)", why)
         while len(self.pending_checks) > (0 if saving or control.should_log or control.should_epoch_stop else 1):
             self._check_numbers(*self.pending_checks.pop(0))
         if control.should_save and not self.sharded:
@@ -5032,6 +5075,8 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     model = make_trainable(base, config, resume.weights)
     for adapter in getattr(model, "peft_config", {}).values():  # saved as given, not the folder made of a .gguf file
         adapter.base_model_name_or_path = config.model.model_name_or_path
+    if resume.train and not is_sharded(config):
+        freeze_unreached(model, base, config)
     log.info("%s", "\n".join(parameter_report(model)))
     fast = enable_fast_path(model, base, config)
     fast = fast._replace(off=(*fast.off, *([missing] if missing else [])))
