@@ -3014,11 +3014,10 @@ def offloading_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
 def set_recomputed_layers(model: Any, count: int, offload: bool = False, random: bool = True) -> None:
     """Recompute the first `count` layers (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
 
-    The backward pass reaches them last, when the memory of the others is free; where a process's layers lie on several
-    GPUs, the first of each. Where no layer draws random numbers, their state is not saved.
+    The backward pass reaches them last, when the memory of the others is free. `random`: layers draw random numbers.
     """
     layers = decoder_layers(model)
-    devices = [next(layer.parameters()).device for layer in layers]
+    devices = [next(layer.parameters()).device for layer in layers]  # of several, the first layers of each
     chosen = sorted(range(len(layers)), key=lambda i: devices[:i].count(devices[i]))[:count]
     checkpoint = offloading_checkpoint if offload else torch.utils.checkpoint.checkpoint
     for i, layer in enumerate(layers):
@@ -3054,6 +3053,21 @@ def apply_liger(model: Any) -> str | None:
     return None
 
 
+def restore_attributes(saved: Mapping[str, Any], module: Any, args: Any) -> None:
+    """Set attributes of a module back before its forward pass."""
+    for name, value in saved.items():
+        setattr(module, name, value)
+
+
+def forget_longest_row(model: Any) -> None:
+    """Let dynamic rotary embeddings start anew: they would grow with the longest row that they ever saw."""
+    for module in model.modules():
+        if "dynamic" in str(getattr(module, "rope_type", "")):
+            state = vars(module) | dict(module.named_buffers(recurse=False))
+            saved = {name: state[name] for name in state if name.endswith(("inv_freq", "max_seq_len_cached"))}
+            module.register_forward_pre_hook(partial(restore_attributes, saved))
+
+
 def fuse_norms(model: Any) -> None:
     """Compute plain RMSNorms by torch's own kernel, whose launch costs a tenth of liger-kernel's (small: 20 %).
 
@@ -3086,8 +3100,7 @@ def to_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
 def short_spans(model: Any, longest: int) -> contextlib.ExitStack:
     """Shorten attention that reaches less far than the longest row to a few tokens, for a while.
 
-    Our kernel is told how far attention reaches; where a model only puts it into its mask (PhiMoE, Llama 4's chunks),
-    the short rows of the trial would not show that.
+    Where a model only puts it into its mask (PhiMoE, Llama 4's chunks), the trial's short rows would not show that.
     """
     spans = contextlib.ExitStack()
     for owner in (model.config.get_text_config(), *model.modules()):
@@ -3108,11 +3121,6 @@ def logits_close(a: torch.Tensor, b: torch.Tensor, noise: torch.Tensor | float =
 def logit_ramp(logits: torch.Tensor) -> torch.Tensor:
     """Known numbers in the place of a head's logits."""
     return torch.linspace(-40, 40, logits.numel(), device=logits.device).view_as(logits)
-
-
-def same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Compare in float32; unlike logits_close, also a factor of 0.999 shows."""
-    return a.shape == b.shape and bool((a - b).norm() <= 1e-5 * b.norm())
 
 
 def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) -> FastPath:
@@ -3138,9 +3146,10 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
     finally:
         for hook in hooks:
             hook.remove()
-    ramp, values = logit_ramp(logits), base.config.get_text_config().to_dict().values()
-    rules = [partial(rule, v) for rule in LOGIT_RULES for v in values if isinstance(v, int | float) and v]
-    found = [()] if same_numbers(ramp, logits) else [(rule,) for rule in rules if same_numbers(rule(ramp), logits)]
+    same, ramp = partial(torch.allclose, logits.float(), rtol=1e-5, atol=1e-4), logit_ramp(logits)
+    values = (v for v in base.config.get_text_config().to_dict().values() if isinstance(v, int | float) and v)
+    rules = [partial(rule, value) for value in values for rule in LOGIT_RULES]
+    found = [()] if same(ramp) else [(rule,) for rule in rules if same(rule(ramp))]
     bodies = {torch.equal(output.to(states), states): body for body, output in outputs.items()}  # the outer one
     if not found or True not in bodies:
         return whole
@@ -4104,8 +4113,7 @@ class StreamedSteps(torch.utils.data.IterableDataset[dict[str, Any]]):
 class DistributedWindowSampler(torch.utils.data.Sampler[list[int]]):
     """This rank's rows of each optimizer step, which has the same rows however many ranks share it.
 
-    The last step of an epoch repeats no row: a share may be smaller, or empty. Rows are dealt by length, back and
-    forth, so that the ranks have about as many tokens each.
+    Rows are dealt by length, back and forth: about as many tokens each. An epoch's last share may be empty.
     """
 
     def __init__(self, lengths: list[int], size: int, args: Any) -> None:
@@ -4137,6 +4145,7 @@ STOP_NUMBERS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal
 class GracefulStop(TrainerCallback):
     """Saves a checkpoint and stops after the step in which a signal came."""
 
+    patience = 30  # seconds
     signal = 0
     training = False  # a step can be finished and saved; at other times a signal ends the run at once
     interrupted = False  # training stopped before its last step
@@ -4154,8 +4163,16 @@ class GracefulStop(TrainerCallback):
             raise KeyboardInterrupt(number)
         elif not self.signal:
             self.signal = number
+            if hasattr(signal, "setitimer"):  # Windows has none
+                signal.signal(signal.SIGALRM, self.stop_waiting)
+                signal.setitimer(signal.ITIMER_REAL, self.patience, self.patience)
             with contextlib.suppress(RuntimeError):  # it came while a line was being written
                 log.warning("%s: finishing the step, then saving", signal.Signals(number).name)
+
+    def stop_waiting(self, number: int, frame: Any) -> None:
+        """End a run that still waits for its next rows: a data-loader worker may hang."""
+        if any(caller.f_code is QLoRATrainer.get_batch_samples.__code__ for caller, _ in traceback.walk_stack(frame)):
+            raise KeyboardInterrupt(self.signal)
 
     @contextlib.contextmanager
     def handling_signals(self) -> Iterator[None]:
@@ -4164,6 +4181,8 @@ class GracefulStop(TrainerCallback):
         try:
             yield
         finally:
+            if self.signal and hasattr(signal, "setitimer"):
+                signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in saved.items():
                 signal.signal(number, handler)
 
@@ -4226,6 +4245,10 @@ class QLoRATrainer(Trainer):
             set_up_fsdp(plugin, self.model, config)
         self.model_accepts_loss_kwargs = True  # our loss is divided by the supervised tokens of the whole step
         self.base: Any = self.accelerator.unwrap_model(self.model)
+        self.inner = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base  # without peft
+        # learnt positions would count the padding on the left
+        left = config.model.padding_side == "left" and not config.masked
+        self.positions = left and "position_ids" in inspect.signature(self.inner.forward).parameters
         self.sharded, self.parameter_count = is_sharded(config), self.base.num_parameters(exclude_embeddings=True)
         self.parts: list[tuple[list[str], torch.Tensor]] = []  # rows and loss of the last step's micro-batches
         self.pending_checks: list[tuple[Any, ...]] = []  # steps whose numbers were not looked at yet
@@ -4285,6 +4308,7 @@ class QLoRATrainer(Trainer):
         step = inputs["step"]
         self._try_fast_path(model)
         random_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        self.optimizer.train()  # a schedule-free one; between steps it holds what is evaluated and saved
         if not self.base.training:  # walking all modules takes 5 ms at 7B
             model.train()
         while True:
@@ -4308,8 +4332,7 @@ class QLoRATrainer(Trainer):
     def _try_fast_path(self, model: Any) -> None:
         if self.untried:
             self.untried = False
-            base = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base
-            self.fast = choose_fast_path(model, base, self.fast, self.config, self.args.device)
+            self.fast = choose_fast_path(model, self.inner, self.fast, self.config, self.args.device)
             log.info("%s", format_table(self.fast.lines()))
 
     def _micro_batch_losses(self, model: Any, step: StepBatch, items: Any) -> list[tuple[list[str], torch.Tensor]]:
@@ -4342,7 +4365,10 @@ class QLoRATrainer(Trainer):
         if self.fast.attention is not None:
             return padding_free_batch(step, members)
         tokenizer: Any = self.processing_class
-        return padded_batch(step, members, tokenizer.pad_token_id, self.config.model.padding_side)
+        batch = padded_batch(step, members, tokenizer.pad_token_id, self.config.model.padding_side)
+        if self.positions:
+            batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return batch
 
     def _make_room(self, step: StepBatch, reason: torch.OutOfMemoryError) -> None:
         """Drop dequantised copies, halve micro-batches down to 4096 tokens, then recompute more layers."""
@@ -4418,6 +4444,7 @@ class QLoRATrainer(Trainer):
 
         At once, the GPU would be idle until the next step is launched: 1.5 % at 7B.
         """
+        self.optimizer.eval()
         control, step = self.control, self.state.global_step
         saving = control.should_save or control.should_evaluate or control.should_training_stop
         if self.parts:  # not at the second call, at an epoch's end
@@ -4534,7 +4561,8 @@ class QLoRATrainer(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         prefixed = {f"eval_{name}": value for name, value in metrics.items()}  # MMLU's too, as the Trainer asks for
-        return super()._determine_best_metric(metrics | prefixed, trial)
+        # with --save_strategy best, the Trainer saves what this returns, but a signal's checkpoint is due in any case
+        return super()._determine_best_metric(metrics | prefixed, trial) or self.control.should_save
 
 
 def set_up_fsdp(plugin: Any, model: Any, config: Config) -> None:
@@ -5067,6 +5095,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     trained = resume.weights if config.quant.full_finetune else None
     base: Any = load_model(config, run.model_config, trained or run.folder)
     sync_special_tokens(base, tokenizer)
+    forget_longest_row(base)
     check_rows_fit_model(base, data.statistics)
     missing = None
     if config.training.fast_path and not config.training.use_cpu:
