@@ -944,6 +944,7 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("seed", "0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     ("eval_dataset_size", "a number of rows, or a fraction below 1", lambda x: 0 < x < 1 or (x > 0 and x % 1 == 0)),
     ("max_steps", "a number of steps, or -1 with --num_train_epochs", lambda x: x != 0),
+    ("optim", "an optimizer that steps after the backward pass", lambda x: not re.search("lomo|layerwise", x)),
     ("debug", "nothing, or underflow_overflow", lambda x: {*x} <= {"", "underflow_overflow", "tpu_metrics_debug"}),
     ("recompute_layers", "auto, all, none or a number", re.compile(r"auto|all|none|\d+").fullmatch),
     ("plan_gpu", "a size such as 24GiB", re.compile(r"(?i)[1-9]\d*(\.\d+)? *(GiB|GB|G)?").fullmatch),
@@ -5218,6 +5219,8 @@ def exit_status(error: BaseException) -> tuple[int, str] | None:
             return 2, f"not enough GPU memory: {lower}, or keep --gradient_checkpointing on"
         case _ if is_peer_failure(error):
             return 2, PEER_EXITED
+        case ValueError() if "DebugUnderflowOverflow" in str(error):
+            return 2, "--debug underflow_overflow: a value is not finite, the modules that lead to it are listed above"
         case OSError() if error.errno:  # of a disk, a path or a connection
             return 2, f"{error.filename or 'a file'}: {error.strerror}"
     if library in INTEGRATION_TO_CALLBACK:  # a tracker without login or connection

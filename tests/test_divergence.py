@@ -249,3 +249,14 @@ def test_fp16_that_overflows_in_every_step_stops_the_run(run_qlora, monkeypatch)
     message = message_of(run)
     assert message.startswith("step 21: the gradient norm is not finite") and "train with --bf16" in message
     assert not (run.output_dir / "completed").exists()
+
+
+@pytest.mark.parametrize("value", [None, float("inf")])
+def test_the_trainers_own_check_sees_only_what_is_there(run_qlora, models, tmp_path, value):
+    """--debug underflow_overflow watches every module's input and output."""
+    model = models("llama")
+    if value is not None:
+        model = changed_copy(model, tmp_path / "model", poison("model.norm.weight", 3, value=value))
+    run = run_qlora(model_name_or_path=model, debug="underflow_overflow", recompute_layers="all")
+    assert (run.code == 0) == (value is None)
+    assert value is None or (run.code == 2 and "error: --debug underflow_overflow: a value is not" in run.stderr)
