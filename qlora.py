@@ -927,6 +927,7 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("seed", "0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     ("eval_dataset_size", "a number of rows, or a fraction below 1", lambda x: 0 < x < 1 or (x > 0 and x % 1 == 0)),
     ("max_steps", "a number of steps, or -1 with --num_train_epochs", lambda x: x != 0),
+    ("optim", "an optimizer that steps after the backward pass", lambda x: not re.search("lomo|layerwise", x)),
     ("debug", "nothing, or underflow_overflow", lambda x: {*x} <= {"", "underflow_overflow", "tpu_metrics_debug"}),
     ("recompute_layers", "auto, all, none or a number", re.compile(r"auto|all|none|\d+").fullmatch),
     ("plan_gpu", "a size such as 24GiB", re.compile(r"(?i)[1-9]\d*(\.\d+)? *(GiB|GB|G)?").fullmatch),
@@ -2780,10 +2781,9 @@ def convert_to_published_base(folder: Path, initial: Mapping[str, torch.Tensor])
 # ------------------------------------------------------------------------------------
 # 10. Fast path: the same numbers from fewer, larger operations
 #
-# A model with adapters enters; the same model leaves, computing the same in less time and memory: fused LoRA
-# functions, attention over rows that lie end to end, cross-entropy without whole logits, liger-kernel's norms. A
-# percentage says how much longer a step takes without that mechanism: Llama-2-7B shape, one H200, 16 x 528 tokens, or
-# `small`: 1 x 528, all layers recomputed.
+# A model with adapters enters; the same model leaves, computing the same in less time and memory. A percentage says how
+# much longer a step takes without that mechanism: Llama-2-7B shape, one H200, 16 x 528 tokens, or `small`: 1 x 528, all
+# layers recomputed.
 # ------------------------------------------------------------------------------------
 if triton is not None:
 
@@ -2809,32 +2809,35 @@ if triton is not None:
         tl.store(out + row[:, None].to(tl.int64) * BLOCK + column[None, :], both, mask=valid[:, None])
 
 
+def on_current_gpu(x: torch.Tensor) -> bool:
+    """Whether x lies where Triton launches kernels; of a model spread over several GPUs, most tensors do not."""
+    return x.is_cuda and x.device.index == torch.cuda.current_device()
+
+
 def dequantise_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     """Dequantise a packed weight, scales included, in one launch where bitsandbytes takes three (small: 14 %)."""
-    if triton is None or not packed.is_cuda or packed.numel() * 2 % state.blocksize:
+    if triton is None or not on_current_gpu(packed) or packed.numel() * 2 % state.blocksize:
         return dequantize_4bit(packed, state).to(dtype)
     out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     nested, code, blocks = state.state2 if state.nested else None, state.code, out.numel() // state.blocksize
     scales = (nested.code, nested.absmax, state.offset) if nested else (code, state.absmax, code)
-    # Triton launches on the current GPU
-    with torch.cuda.device_of(packed) if torch.cuda.device_count() > 1 else contextlib.nullcontext():
-        _dequantise_4bit_kernel[(triton.cdiv(blocks, 32),)](
-            packed, state.absmax, code, *scales, out, blocks, BLOCK=state.blocksize,
-            NESTED_BLOCK=nested.blocksize if nested else 1, NESTED=nested is not None, ROWS=32,
-            enable_fp_fusion=False,  # bitsandbytes rounds the product before it adds
-        )  # fmt: skip
+    _dequantise_4bit_kernel[(triton.cdiv(blocks, 32),)](
+        packed, state.absmax, code, *scales, out, blocks, BLOCK=state.blocksize,
+        NESTED_BLOCK=nested.blocksize if nested else 1, NESTED=nested is not None, ROWS=32,
+        enable_fp_fusion=False,  # bitsandbytes rounds the product before it adds
+    )  # fmt: skip
     return out
 
 
 def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return a linear layer's weight, (out, in), dequantised from 4 or 8 bits or cast from 16 or 32."""
+    """Dequantise or cast a linear layer's weight, (out, in)."""
     unpacked = getattr(base, "unpacked", None)
     if unpacked is not None and unpacked.dtype == dtype:
         return unpacked
     weight = base.weight
-    state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)  # FSDP's parameter loses its own
-    if state is not None:
-        return dequantise_4bit(weight.data.view(torch.uint8), state, dtype)  # FSDP stores it as a floating dtype
+    # FSDP stores a floating dtype, and its parameter loses the state
+    if state := getattr(weight, "quant_state", None) or getattr(base, "quant_state", None):
+        return dequantise_4bit(weight.data.view(torch.uint8), state, dtype)
     if weight.dtype != torch.int8:
         return weight.to(dtype)
     int8 = base.state if base.state.CB is not None else weight  # bitsandbytes moves it there at the first use
@@ -2842,7 +2845,7 @@ def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 class FusedLinear(NamedTuple):
-    """A linear layer and its one LoRA adapter, as the fused functions use them."""
+    """A linear layer and its one LoRA adapter."""
 
     module: Any  # peft's layer
     base: Any
@@ -2853,31 +2856,28 @@ class FusedLinear(NamedTuple):
     original_forward: Callable[..., torch.Tensor]  # peft's
 
     def parameters(self) -> tuple[Any, Any, Any]:
-        """lora_A, lora_B and the base's bias: what may train."""
+        """What may train: lora_A, lora_B and the base's bias."""
         return self.lora_a.weight, self.lora_b.weight, self.base.bias
 
     def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether to fuse a call: not for fewer than 16 tokens, which bitsandbytes multiplies without dequantising.
+        """Whether to fuse a call; bitsandbytes multiplies fewer than 16 tokens without dequantising.
 
-        In training always: engines need weights and gradients of all ranks in one order, however few the tokens.
+        Training always does: engines need the gradients of all ranks in one order.
         """
         large = self.module.training or x.numel() >= 16 * x.shape[-1] or hasattr(self.lora_a.weight, "ds_id")
         return large and not (self.module.disable_adapters or self.module.merged)
 
 
-# Below, `params` are lora_A, lora_B and bias of one layer after the other, and `hidden` the LoRA hidden states of
-# layers that share an input, side by side: (tokens, sum of ranks).
+# Below, `params` are lora_A, lora_B and bias of each layer in turn, and `hidden` the LoRA hidden states of layers that
+# share an input, side by side: (tokens, sum of ranks).
 def rank_slices(params: Sequence[Any]) -> list[slice]:
-    """Return each layer's columns of the hidden states."""
+    """Each layer's columns of the hidden states."""
     ends = list(itertools.accumulate(a.shape[0] for a in params[::3]))
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def lora_down(x: torch.Tensor, layers: Sequence[FusedLinear], params: Sequence[Any]) -> tuple[torch.Tensor, list[Any]]:
-    """Compute hidden = scaling * dropout(x) Aᵀ and the dropout masks, (tokens, in) for each layer, or none.
-
-    `alpha` scales inside the product, which saves a pass over the result.
-    """
+    """Compute hidden = scaling * dropout(x) Aᵀ and each layer's dropout mask, (tokens, in), if there is dropout."""
     columns, masks = rank_slices(params), list[Any]()
     hidden = x.new_empty(x.shape[0], columns[-1].stop)
     drops = any(layer.dropout and layer.module.training for layer in layers)
@@ -2895,7 +2895,7 @@ def lora_down(x: torch.Tensor, layers: Sequence[FusedLinear], params: Sequence[A
 
 
 def lora_up(hidden: torch.Tensor, params: Sequence[Any]) -> list[torch.Tensor]:
-    """Compute each layer's hidden Bᵀ + bias, (tokens, out), to which the frozen product is added in place."""
+    """Compute each layer's hidden Bᵀ + bias, (tokens, out)."""
     return [
         F.linear(hidden[:, column], b.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
         for b, bias, column in zip(params[1::3], params[2::3], rank_slices(params), strict=True)
@@ -2903,7 +2903,7 @@ def lora_up(hidden: torch.Tensor, params: Sequence[Any]) -> list[torch.Tensor]:
 
 
 def frozen_outputs(x: torch.Tensor, hidden: torch.Tensor, layers: Sequence[FusedLinear], params: Any) -> list[Any]:
-    """Compute W x + bias + B hidden of every layer: the large product adds to the small one on its way out."""
+    """Compute W x + bias + B hidden of every layer; the large product adds to the small one in place."""
     outputs = zip(lora_up(hidden, params), layers, strict=True)
     return [out.addmm_(x, dense_weight(layer.base, x.dtype).t()) for out, layer in outputs]
 
@@ -2911,7 +2911,7 @@ def frozen_outputs(x: torch.Tensor, hidden: torch.Tensor, layers: Sequence[Fused
 def input_gradients(
     grads: Sequence[Any], masks: Sequence[Any], layers: Sequence[FusedLinear], params: Sequence[Any], wanted: bool
 ) -> tuple[torch.Tensor, Any]:
-    """Compute the gradients of the hidden states, times the scaling, and of the layers' one input, if wanted."""
+    """Compute the gradients of the hidden states, times the scaling, and, if wanted, of the layers' one input."""
     columns, tokens = rank_slices(params), grads[0].shape[0]
     d_hidden = grads[0].new_empty(tokens, columns[-1].stop)
     for layer, grad, b, column in zip(layers, grads, params[1::3], columns, strict=True):
@@ -2931,7 +2931,7 @@ def input_gradients(
 
 
 def gradient_mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Multiply to the gradient of a parameter; on a GPU accumulated and kept in the parameter's float32."""
+    """Compute a parameter's gradient; a GPU accumulates it in the parameter's float32."""
     if a.is_cuda and dtype == torch.float32 and a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
@@ -2941,13 +2941,13 @@ def parameter_gradients(
     grads: Sequence[Any], d_hidden: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor, masks: Sequence[Any],
     layers: Sequence[FusedLinear], params: Sequence[Any],
 ) -> list[torch.Tensor | None]:  # fmt: skip
-    """Compute the gradients of lora_A, lora_B and a bias that trains, one layer after the other."""
-    # without dropout one product reads x once for all layers
-    of_a = None if masks else gradient_mm(d_hidden.t(), x, params[0].dtype)
+    """Compute the gradients of lora_A, lora_B and a bias that trains, for each layer in turn."""
     gradients: list[torch.Tensor | None] = []
+    if not masks:  # one product reads x once for all layers
+        of_a = gradient_mm(d_hidden.t(), x, params[0].dtype)
     for i, (layer, grad, column) in enumerate(zip(layers, grads, rank_slices(params), strict=True)):
         a, b, bias = params[3 * i : 3 * i + 3]
-        if of_a is None:
+        if masks:
             dropped = x * masks[i] / (1 - layer.dropout)
             gradients.append(gradient_mm(d_hidden[:, column].t(), dropped, a.dtype))
         else:
@@ -2960,13 +2960,12 @@ def parameter_gradients(
 class FusedLoRA(torch.autograd.Function):
     """W x + bias + scaling * B A dropout(x) for the layers that share the input x (21 % with FusedMLP, against peft).
 
-    LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685. Only x and the hidden states are kept for the backward pass;
-    the weights are dequantised again there.
+    LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685. The backward pass dequantises the weights again.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layers: Sequence[FusedLinear], *params: torch.Tensor | None) -> Any:
-        """Take x, (tokens, in), in the compute dtype and return one (tokens, out) for each layer."""
+        """Take x, (tokens, in), and return one (tokens, out) for each layer."""
         hidden, masks = lora_down(x, layers, params)
         ctx.layers, ctx.params = layers, params  # leaves need no saving: a checkpoint's hooks cost 3 us each
         ctx.save_for_backward(x, hidden, *masks)
@@ -2983,13 +2982,13 @@ class FusedLoRA(torch.autograd.Function):
 def gated_kernels(act: Any, x: torch.Tensor) -> Any:
     """Find liger-kernel's forward and backward of act(gate) * up (3 %), or None."""
     name = {"SiLUActivation": "swiglu", "SiLU": "swiglu", "GELUTanh": "geglu"}.get(type(act).__name__)
-    if liger_ops is None or name is None or not x.is_cuda:
+    if liger_ops is None or name is None or not on_current_gpu(x):
         return None
     return [getattr(liger_ops, f"{name}_{way}") for way in ("forward", "backward")]
 
 
 def gated_gradients(act: Any, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Any:
-    """Compute act(gate) * up again and the gradients of gate and up, which liger writes over gate and up."""
+    """Compute act(gate) * up again and the gradients of gate and up, which liger writes over both."""
     if kernels := gated_kernels(act, gate):
         return kernels[0](gate, up)[2], *kernels[1](gate, up, grad)
     with torch.enable_grad():
@@ -3001,15 +3000,14 @@ def gated_gradients(act: Any, grad: torch.Tensor, gate: torch.Tensor, up: torch.
 class FusedMLP(torch.autograd.Function):
     """A gated MLP, down(act(gate(x)) * up(x)), without the last frozen product, which AddFrozen adds.
 
-    Keeps x, gate and up; act(gate) * up is computed again in the backward pass: a fifth of the memory of a step without
-    recomputation (44.5 GiB, 55.4 without this function), and 1 %.
+    The backward pass computes act(gate) * up again: 44.5 GiB without recomputed layers, 55.4 with peft's functions.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, act: Any, layers: Sequence[FusedLinear], *params: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take x, (tokens, hidden), and return the down adapter's output, (tokens, hidden), and its input."""
+        """Take x, (tokens, hidden), and return the down adapter's output and its input."""
         hidden, masks = lora_down(x, layers[:2], params[:6])
         gate, up = frozen_outputs(x, hidden, layers[:2], params[:6])
         kernels = gated_kernels(act, x)
@@ -3022,7 +3020,6 @@ class FusedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        """Return the gradients of x and of every parameter; grads[0] is that of the MLP's output."""
         x, gate, up, hidden, down_hidden, *rest = ctx.saved_tensors
         params, masks, down_masks = ctx.params, rest[: ctx.masks], rest[ctx.masks :]
         pair, down = ctx.layers[:2], ctx.layers[2:]
@@ -3038,13 +3035,12 @@ class FusedMLP(torch.autograd.Function):
 class AddFrozen(torch.autograd.Function):
     """out += x Wᵀ with W frozen. Saves nothing, so torch's checkpoint stops recomputing a layer before it.
 
-    That leaves out 22 % of the repeated products (7 % of a step with all layers recomputed). FusedMLP computes the
-    gradient of x.
+    That is 7 % of a step with all layers recomputed. FusedMLP computes the gradient of x.
     """
 
     @staticmethod
     def forward(ctx: Any, out: torch.Tensor, x: torch.Tensor, base: Any) -> torch.Tensor:
-        """Take out, (tokens, out), and x, (tokens, in), and return `out`, changed in place."""
+        """Change `out`, (tokens, out), in place; x is (tokens, in)."""
         ctx.mark_dirty(out)
         return out.addmm_(x, dense_weight(base, x.dtype).t())
 
@@ -3054,7 +3050,7 @@ class AddFrozen(torch.autograd.Function):
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
-    """Return the dtype of products with x: autocast's, or its own."""
+    """The dtype of products with x: autocast's, or its own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -3065,9 +3061,11 @@ class FusedGroup:
     def __init__(self, layers: list[FusedLinear]) -> None:
         self.layers = layers
         self.forget()
+        for index, layer in enumerate(layers):
+            layer.module.forward = partial(self.forward, index)
 
     def forget(self) -> None:
-        """Let go of outputs that were not asked for, and with them of the autograd graph; after an error."""
+        """After an error, let go of outputs that were not asked for, and with them of the autograd graph."""
         self.source: torch.Tensor | None = None
         self.outputs: dict[int, torch.Tensor] = {}
 
@@ -3097,7 +3095,7 @@ def fused_mlp(module: Any, layers: Sequence[FusedLinear], x: torch.Tensor) -> to
 
 
 def is_gated_mlp(module: Any) -> bool:
-    """Check that a block computes down_proj(act_fn(gate_proj(x)) * up_proj(x)), by its forward on stand-ins."""
+    """Check, on stand-ins, that a block computes down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
     layers = types.SimpleNamespace(gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.exp, act_fn=torch.tanh)
     x = torch.linspace(-2, 2, 9)
     try:
@@ -3108,7 +3106,7 @@ def is_gated_mlp(module: Any) -> bool:
 
 
 def as_fused_linear(module: Any) -> FusedLinear | None:
-    """Describe an adapted layer to the fused functions; None for DoRA, a bias in lora_B and the like."""
+    """Describe an adapted layer; None for DoRA, a bias in lora_B and the like."""
     base, name = module.get_base_layer(), next(iter(module.active_adapters), "")
     a, b = (dict(layers).get(name) for layers in (module.lora_A, module.lora_B))
     linear = isinstance(base, torch.nn.Linear) and type(a) is type(b) is torch.nn.Linear and b.bias is None
@@ -3119,8 +3117,10 @@ def as_fused_linear(module: Any) -> FusedLinear | None:
 
 
 def patch_lora_layers(model: Any) -> tuple[list[FusedGroup], list[str]]:
-    """Give every adapted layer that is known a fused forward; returns the groups, and the names of the other layers."""
-    layers = {name: as_fused_linear(module) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    """Fuse every adapted layer that is known; returns the groups, and the names of the other layers."""
+    adapted = ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    # a frozen one may never be called, and its group would wait for it
+    layers = {name: as_fused_linear(m) for name, m in adapted if any(p.requires_grad for p in m.parameters())}
     known = {name: layer for name, layer in layers.items() if layer is not None}
     for name, module in model.named_modules():
         names = [f"{name}.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
@@ -3130,11 +3130,7 @@ def patch_lora_layers(model: Any) -> tuple[list[FusedGroup], list[str]]:
     for name, layer in known.items():
         owner, _, leaf = name.rpartition(".")
         members[owner if leaf in ("q_proj", "k_proj", "v_proj") else name].append(layer)
-    groups = [FusedGroup(group) for group in members.values()]
-    for group in groups:
-        for index, layer in enumerate(group.layers):
-            layer.module.forward = partial(group.forward, index)
-    return groups, sorted(layers.keys() - known.keys())
+    return [FusedGroup(group) for group in members.values()], sorted(layers.keys() - known.keys())
 
 
 GROUPED_BY_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 has none and needs none
@@ -3148,9 +3144,8 @@ def varlen_attention(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Causal attention of rows that lie end to end, each to itself; padding would cost its share of a step.
 
-    query, key and value are (1, heads, tokens, dim), with fewer heads in key and value for grouped queries;
-    cu_seq_lens_q, (rows + 1,), says where each row begins, and the end. Returns (1, tokens, heads, dim), and None for
-    the weights. NotImplementedError where the model passes no lengths (Nemotron) or makes its own mask (Doge).
+    query, key and value are (1, heads, tokens, dim), cu_seq_lens_q is (rows + 1,), the result (1, tokens, heads, dim).
+    NotImplementedError where the model passes no lengths (Nemotron) or makes its own mask (Doge).
     """
     if cu_seq_lens_q is None or attention_mask is not None:
         raise NotImplementedError
@@ -3158,8 +3153,7 @@ def varlen_attention(
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": heads != key.shape[1]}
     if rows * max_length_q == tokens and window is None:
-        # rows of one length, often packed ones, are an ordinary batch: cuDNN takes 0.6 of the time of the kernel for
-        # rows of any length (3 %)
+        # an ordinary batch, for which cuDNN takes 0.6 of the time of the kernel for rows of any length (3 %)
         q, k, v = (t.squeeze(0).unflatten(1, (rows, -1)).transpose(0, 1) for t in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
         return out.transpose(1, 2).reshape(1, tokens, heads, -1).contiguous(), None
@@ -3183,21 +3177,21 @@ def varlen_attention(
     return torch.cat(pieces, dim=1), None
 
 
-# What models do to the logits of their head, by the config entry that says so: Gemma 2, Granite, Cohere.
-LOGIT_RULES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "final_logit_softcapping": lambda logits, cap: cap * torch.tanh(logits / cap),
-    "logits_scaling": lambda logits, scale: logits / scale,
-    "logit_scale": lambda logits, scale: logits * scale,
-}
+# What models do to the logits of their head, with a number of their config: Granite, Cohere, Gemma 2.
+LOGIT_RULES: tuple[Callable[[float, torch.Tensor], torch.Tensor], ...] = (
+    lambda scale, logits: logits / scale,
+    lambda scale, logits: logits * scale,
+    lambda cap, logits: cap * torch.tanh(logits / cap),
+)
 
 
 class FastPath(NamedTuple):
-    """Which parts of the fast path a model takes, and why not the others; none of them by default."""
+    """Which parts of the fast path a model takes, and why not the others."""
 
-    attention: str | None = None  # the implementation for rows that lie end to end; None: rows are padded
-    body: Any | None = None  # the model below its head, where the head is applied here; None: whole logits
+    attention: str | None = None  # for rows that lie end to end; None: rows are padded
+    body: Any | None = None  # the model below its head; None: whole logits
     head: Any | None = None
-    logit_rules: tuple[tuple[str, float], ...] = ()  # rows of LOGIT_RULES with the model's value
+    logit_rules: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()  # one of LOGIT_RULES with the model's number
     groups: tuple[FusedGroup, ...] = ()
     sharded: bool = False  # whether FSDP or DeepSpeed holds the weights
     off: tuple[str, ...] = ()  # reasons
@@ -3205,16 +3199,16 @@ class FastPath(NamedTuple):
     def lines(self) -> dict[str, str]:
         """Names and values for a table."""
         parts = {"fused LoRA": self.groups, "padding-free rows": self.attention, "logits in chunks": self.head}
-        on = ", ".join(name for name, part in parts.items() if part)
-        return {"fast path": on or "off"} | ({"not used": "; ".join(self.off)} if self.off else {})
+        lines = {"fast path": ", ".join(name for name, part in parts.items() if part) or "off"}
+        return lines | ({"not used": "; ".join(self.off)} if self.off else {})
 
 
 def head_logits(states: torch.Tensor, fast: FastPath) -> torch.Tensor:
-    """Compute logits, (tokens, vocabulary), in float32 at least, as the model itself does."""
+    """Compute logits, (tokens, vocabulary), in float32 at least."""
     logits = F.linear(states, fast.head.weight, fast.head.bias)  # type: ignore[union-attr]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    for name, value in fast.logit_rules:
-        logits = LOGIT_RULES[name](logits, value)
+    for rule in fast.logit_rules:
+        logits = rule(logits)
     return logits
 
 
@@ -3232,10 +3226,9 @@ def chunked_cross_entropy(
     """
     head: Any = fast.head
     states, targets = states.to(matmul_dtype(states)), targets.to(states.device)
-    if states.is_cuda and liger_ops and len(states) and not (fast.logit_rules or head.weight.requires_grad):
+    if on_current_gpu(states) and liger_ops and len(states) and not (fast.logit_rules or head.weight.requires_grad):
         function, weight = liger_ops.LigerFusedLinearCrossEntropyFunction, head.weight.to(states.dtype)
-        with torch.cuda.device_of(states):
-            return function.apply(states, weight, targets, head.bias, None, IGNORE, 0.0, smoothing, "sum")[0]
+        return function.apply(states, weight, targets, head.bias, None, IGNORE, 0.0, smoothing, "sum")[0]
     rows = max(1, 2**25 // head.weight.shape[0])  # 128 MiB of float32 logits
     run = partial(torch.utils.checkpoint.checkpoint, _chunk_loss, use_reentrant=False, preserve_rng_state=False)
     chunks = zip(states.split(rows), targets.split(rows), strict=True)
@@ -3244,7 +3237,7 @@ def chunked_cross_entropy(
 
 @contextlib.contextmanager
 def attention_implementation(model: Any, name: str | None) -> Iterator[None]:
-    """Switch a model to another attention implementation for a while."""
+    """Switch a model's attention implementation for a while."""
     config = model.config.get_text_config()
     saved, config._attn_implementation = config._attn_implementation, name or config._attn_implementation
     try:
@@ -3254,7 +3247,7 @@ def attention_implementation(model: Any, name: str | None) -> Iterator[None]:
 
 
 def supervised_states(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Run a model on a batch and select what predicts its labelled tokens: hidden states, or logits without `body`."""
+    """Select what predicts a batch's labelled tokens: hidden states, or logits where the fast path has no `body`."""
     inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
     if fast.sharded and fast.attention and len(inputs["input_ids"]) == 1 and len(batch["positions"]):
         # an engine gathers the head's weight inside the model's own forward, which selects among one long row
@@ -3264,13 +3257,13 @@ def supervised_states(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> t
 
 
 def supervised_logits(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Compute the logits of the labelled tokens of a batch, (labelled tokens, vocabulary), in float32."""
+    """Compute the logits of a batch's labelled tokens, (labelled tokens, vocabulary), in float32."""
     states, head = supervised_states(model, fast, batch), fast.head
     return states.float() if head is None else head_logits(states.to(head.weight.dtype), fast)
 
 
 def summed_loss(model: Any, fast: FastPath, batch: Mapping[str, Any], smoothing: float = 0.0) -> torch.Tensor:
-    """Sum the cross-entropy of the labelled tokens of a batch, in float32."""
+    """Sum the cross-entropy of a batch's labelled tokens, in float32."""
     states = supervised_states(model, fast, batch)
     if fast.head is not None:
         return chunked_cross_entropy(states, batch["targets"], fast, smoothing)
@@ -3297,29 +3290,15 @@ def offloading_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
 def set_recomputed_layers(model: Any, count: int, offload: bool = False, random: bool = True) -> None:
     """Recompute the first `count` layers (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
 
-    The backward pass reaches them last, when the memory of the others is free. Where a process's layers lie on several
-    GPUs, the first of each. Where nothing in a layer is random, no state of random numbers is saved.
+    The backward pass reaches them last, when the memory of the others is free. `random`: layers draw random numbers.
     """
     layers = decoder_layers(model)
-    devices = [next(layer.parameters()).device for layer in layers]
+    devices = [next(layer.parameters()).device for layer in layers]  # of several, the first layers of each
     chosen = sorted(range(len(layers)), key=lambda i: devices[:i].count(devices[i]))[:count]
     checkpoint = offloading_checkpoint if offload else torch.utils.checkpoint.checkpoint
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = i in chosen
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
-
-
-def run_on_own_gpu(model: Any) -> None:
-    """Let each part of a model on several GPUs run with its own as the current one, where Triton launches."""
-
-    def run(gpu: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.cuda.device(gpu):
-            return forward(*args, **kwargs)
-
-    places, modules = getattr(model, "hf_device_map", {}), dict(model.named_modules())
-    for name in places.keys() & modules.keys() if len({*places.values()}) > 1 else ():  # a part may also be a weight
-        if isinstance(places[name], int):
-            modules[name].forward = partial(run, places[name], modules[name].forward)
 
 
 def apply_liger(model: Any) -> str | None:
@@ -3328,13 +3307,15 @@ def apply_liger(model: Any) -> str | None:
     Its patch also changes the module of the model's family, which is put back: a merged model on the CPU must not run
     into Triton. Attention blocks get a copy of their forward that sees liger's rotary embedding.
     """
-    if liger_ops is None:
-        return "liger-kernel is not installed: norms and rotary embedding are torch's, a third slower"
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as patches
+    why, patch = "liger-kernel is not installed", None
+    if liger_ops is not None:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as patches
 
-    patch = patches.get(model.config.model_type)
+        patch, why = patches.get(model.config.model_type), f"liger-kernel does not know {model.config.model_type}"
+    if len({*getattr(model, "hf_device_map", {}).values()}) > 1:  # Triton launches on one of them
+        patch, why = None, "one process spreads the model over several GPUs, start one process for each with torchrun"
     if patch is None:
-        return f"liger-kernel does not know {model.config.model_type}: norms and rotary embedding are torch's"
+        return f"norms and rotary embedding are torch's, a third slower: {why}"
     flags, family = inspect.signature(patch).parameters, vars(sys.modules[type(model).__module__])
     before = dict(family)
     with mock.patch.dict(family):
@@ -3348,10 +3329,25 @@ def apply_liger(model: Any) -> str | None:
     return None
 
 
+def restore_attributes(saved: Mapping[str, Any], module: Any, args: Any) -> None:
+    """Set attributes of a module back before its forward pass."""
+    for name, value in saved.items():
+        setattr(module, name, value)
+
+
+def forget_longest_row(model: Any) -> None:
+    """Let dynamic rotary embeddings start anew: they would grow with the longest row that they ever saw."""
+    for module in model.modules():
+        if "dynamic" in str(getattr(module, "rope_type", "")):
+            state = vars(module) | dict(module.named_buffers(recurse=False))
+            saved = {name: state[name] for name in state if name.endswith(("inv_freq", "max_seq_len_cached"))}
+            module.register_forward_pre_hook(partial(restore_attributes, saved))
+
+
 def fuse_norms(model: Any) -> None:
     """Compute plain RMSNorms by torch's own kernel, whose launch costs a tenth of liger-kernel's (small: 20 %).
 
-    Others, as Gemma's with its 1 + weight, give another result for the same values and are left alone.
+    Others give another result for the same values, as Gemma's with its 1 + weight, and are left alone.
     """
     for module in model.modules():
         weight, name = getattr(module, "weight", None), type(module).__name__
@@ -3377,32 +3373,65 @@ def to_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
     return {**batch, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()}}
 
 
-SPANS = ("sliding_window", "attention_chunk_size")  # how far attention reaches, in configs and modules
-
-
-@contextlib.contextmanager
-def short_spans(model: Any, longest: int) -> Iterator[None]:
+def short_spans(model: Any, longest: int) -> contextlib.ExitStack:
     """Shorten attention that reaches less far than the longest row to a few tokens, for a while.
 
-    Our kernel is told how far attention reaches; where a model only puts it into its mask (PhiMoE, Llama 4's chunks),
-    the short rows of the trial would not show that.
+    Where a model only puts it into its mask (PhiMoE, Llama 4's chunks), the trial's short rows would not show that.
     """
-    owners = [model.config.get_text_config(), *model.modules()]
-    values = [(owner, name, getattr(owner, name, None)) for owner in owners for name in SPANS]
-    saved = [(owner, name, value) for owner, name, value in values if isinstance(value, int) and 8 < value < longest]
-    for owner, name, _ in saved:
-        setattr(owner, name, 8)
-    try:
-        yield
-    finally:
-        for owner, name, value in saved:
-            setattr(owner, name, value)
+    spans = contextlib.ExitStack()
+    for owner in (model.config.get_text_config(), *model.modules()):
+        for name in ("sliding_window", "attention_chunk_size"):
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and 8 < value < longest:
+                spans.callback(setattr, owner, name, value)
+                setattr(owner, name, 8)
+    return spans
 
 
 def logits_close(a: torch.Tensor, b: torch.Tensor, noise: torch.Tensor | float = 0.0) -> bool:
-    """Compare logits of two ways to compute them: bf16 rounds by about a hundredth, and twice the noise is allowed."""
+    """Compare two logits: bf16 rounds by about a hundredth, and twice the noise is allowed."""
     a, b = (x.cpu() - x.cpu().mean(-1, keepdim=True) for x in (a, b))  # a constant changes nothing
     return bool((a - b).norm() <= 0.05 * a.norm() + 2 * noise)
+
+
+def logit_ramp(logits: torch.Tensor) -> torch.Tensor:
+    """Known numbers in the place of a head's logits."""
+    return torch.linspace(-40, 40, logits.numel(), device=logits.device).view_as(logits)
+
+
+def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) -> FastPath:
+    """Apply the head here where the model hands it the body's output and changes its logits by a rule, or not at all.
+
+    The model gets known numbers in their place: what it makes of them shows the change, whatever its config calls it.
+    """
+    whole = fast._replace(off=(*fast.off, f"whole logits: {type(base).__name__} changes them in a way of its own"))
+    head, outputs, inputs = base.get_output_embeddings(), dict[Any, torch.Tensor](), list[torch.Tensor]()
+    if not isinstance(head, torch.nn.Linear) or not type(head).__module__.startswith("torch"):
+        return whole
+    hooks = [
+        head.register_forward_pre_hook(lambda *call: inputs.append(*call[-1])),
+        head.register_forward_hook(lambda *call: logit_ramp(call[-1])),
+    ]
+    for body in (base.base_model, base.get_decoder()):  # OPT calls the second
+        hooks.append(body.register_forward_hook(lambda body, *call: outputs.update({body: call[-1][0]})))
+    try:
+        logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
+        (states,) = inputs  # the head is called once
+    except Exception:
+        return whole
+    finally:
+        for hook in hooks:
+            hook.remove()
+    same, ramp = partial(torch.allclose, logits.float(), rtol=1e-5, atol=1e-4), logit_ramp(logits)
+    values = (v for v in base.config.get_text_config().to_dict().values() if isinstance(v, int | float) and v)
+    rules = [partial(rule, value) for value in values for rule in LOGIT_RULES]
+    found = [()] if same(ramp) else [(rule,) for rule in rules if same(rule(ramp))]
+    bodies = {torch.equal(output.to(states), states): body for body, output in outputs.items()}  # the outer one
+    if not found or True not in bodies:
+        return whole
+    own = fast._replace(body=bodies[True], head=head, logit_rules=found[0])
+    alike = logits_close(supervised_logits(model, fast, batch), supervised_logits(model, own, batch))
+    return own if alike else whole  # the model may also change what enters its body
 
 
 def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, steps: Any, device: Any) -> FastPath:
@@ -3428,12 +3457,21 @@ def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, step
         try:
             with attention_implementation(base, kernel):
                 first, second = (supervised_logits(model, fast, batch).cpu() for batch in flat)
-        except (*LIBRARY_ERRORS, RuntimeError):  # type: ignore[misc]  # whatever it raises, rows are padded
-            return off
+        except Exception as error:
+            raised = f"rows are padded: end to end, {name} raises {shorten(error)}"
+            return fast._replace(off=(*fast.off, raised))
     # a neighbour changes nothing; but an expert multiplies the tokens of all rows at once, which rounds differently
     allowed = 2 * noise + 1e-5 * padded.norm() if stacked_experts(base) else 0.0
     alike = logits_close(padded, first, noise) and float((first - second)[16:].norm()) <= allowed
     return fast._replace(attention=kernel) if alike else off
+
+
+def trial_steps(base: Any, masked: bool = False) -> list[StepBatch]:
+    """Two steps of two rows, of which the second is the same in both; peft's layers take fewer than 16 tokens."""
+    words, generator = base.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
+    a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
+    pairs = ([{"input_ids": ids, "labels": ids} for ids in rows] for rows in ((a, b), (c, b)))
+    return [collate_step(rows, masked)["step"] for rows in pairs]
 
 
 @torch.no_grad()
@@ -3443,26 +3481,11 @@ def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, devi
     `model` is what training calls, wrapped in the engine that shards it; `base` is transformers' model inside.
     """
     device, dtype = device or base.get_input_embeddings().weight.device, compute_dtype(config)
-    head, text, training = base.get_output_embeddings(), base.config.get_text_config(), base.training
-    # two steps of two rows, of which the second is the same; fewer than 16 tokens would go through the libraries' ways
-    generator = torch.Generator().manual_seed(0)
-    words = base.get_input_embeddings().num_embeddings
-    a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
-    pairs = ([{"input_ids": ids, "labels": ids} for ids in rows] for rows in ((a, b), (c, b)))
-    steps = [collate_step(rows)["step"] for rows in pairs]
+    training, steps = base.training, trial_steps(base)
     model.eval()
     with torch.autocast(device.type, dtype, dtype != torch.float32):
-        if isinstance(head, torch.nn.Linear) and type(head).__module__.startswith("torch") and not fast.sharded:
-            values = ((name, getattr(text, name, None)) for name in LOGIT_RULES)
-            rules = tuple((name, value) for name, value in values if value not in (None, 1, 1.0))
-            own = fast._replace(body=base.base_model, head=head, logit_rules=rules)
-            batch = to_device(padded_batch(steps[0], [0, 1], 0, "right"), device)
-            with contextlib.suppress(*LIBRARY_ERRORS, RuntimeError):  # the body's output is not the head's input
-                if logits_close(supervised_logits(model, fast, batch), supervised_logits(model, own, batch)):
-                    fast = own
-        if fast.head is None and not fast.sharded:
-            why = f"whole logits: {type(base).__name__} changes them in a way of its own"
-            fast = fast._replace(off=(*fast.off, why))
+        if not fast.sharded:
+            fast = try_head(model, base, fast, to_device(padded_batch(steps[0], [0, 1], 0, "right"), device))
         fast = try_padding_free(model, base, fast, config, steps, device)
     model.train(training)  # DeepSpeed's wrapper says that it trains while the model inside does not
     return fast
@@ -4310,20 +4333,6 @@ def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
 # checkpoints, a stop on numbers that are not finite, and MMLU. It receives whole optimizer steps, which `training_step`
 # cuts into micro-batches. To add a callback: one class, one line in build_callbacks.
 # ------------------------------------------------------------------------------------
-def check_rows_fit_model(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
-    """Check rows against the model: an id outside its embedding would only show as a crash on the GPU."""
-    ids, limit = embedding_sizes(model)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    for name, part in parts.items():
-        longest = f"the longest {name} row has {part.longest} tokens"
-        if part.largest_id >= ids:
-            raise ConfigError(f"the {name} rows hold token id {part.largest_id}, the model has {ids}: wrong tokenizer")
-        if part.longest > limit:
-            raise ConfigError(f"{longest}, the model has {limit} positions: pass --source_max_len {limit}")
-        if part.longest > positions:
-            log.warning("%s, the model was made for %d: lower the limits or pass --rope_scaling", longest, positions)
-
-
 def embedding_sizes(model: Any) -> tuple[int, float]:
     """How many token ids and, where the model stores an embedding of each position, how many positions it has."""
     limit = math.inf
@@ -4331,6 +4340,27 @@ def embedding_sizes(model: Any) -> tuple[int, float]:
         if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
             limit = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
     return model.get_input_embeddings().num_embeddings, limit
+
+
+def check_sizes(name: str, largest_id: int, longest: int, sizes: tuple[int, float]) -> None:
+    """Check rows against the model: an id outside its embedding would only show as a crash on the GPU."""
+    ids, limit = sizes
+    if largest_id >= ids:
+        raise ConfigError(f"the {name} rows hold token id {largest_id}, the model has {ids}: wrong tokenizer")
+    if longest > limit:
+        row = f"the longest {name} row has {longest} tokens"
+        raise ConfigError(f"{row}, the model has {limit} positions: pass --source_max_len {limit}")
+
+
+def check_rows_fit_model(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
+    """Check the rows of every split against the model."""
+    sizes = embedding_sizes(model)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for name, part in parts.items():
+        check_sizes(name, part.largest_id, part.longest, sizes)
+        if part.longest > positions:
+            way = "lower the limits or pass --rope_scaling"
+            log.warning("a %s row has %d tokens, the model was made for %d: %s", name, part.longest, positions, way)
 
 
 @dataclass
@@ -4352,19 +4382,15 @@ class StreamedSteps(torch.utils.data.IterableDataset[dict[str, Any]]):
         rows = encoded_stream(self.stream, self.tokenizer, self.config, skip=self.position)
         while group := list(itertools.islice(rows, self.size)):
             batch = self.collate([row for _, row in group[rank::ranks]])
-            step, (ids, limit) = batch["step"], self.sizes
-            if int(step.input_ids.max()) >= ids:
-                raise ConfigError(f"a row holds a token id outside the model's {ids}: wrong tokenizer")
-            if int(step.lengths.max()) > limit:
-                raise ConfigError(f"a row is longer than the model's {limit} positions: pass --source_max_len {limit}")
+            step = batch["step"]
+            check_sizes("streamed", int(step.input_ids.max()), int(step.lengths.max()), self.sizes)
             yield batch | {"position": group[-1][0]}
 
 
 class DistributedWindowSampler(torch.utils.data.Sampler[list[int]]):
     """This rank's rows of each optimizer step, which has the same rows however many ranks share it.
 
-    No row is repeated: in the last step of an epoch a share may be smaller, or empty. Rows are dealt by length, back
-    and forth, so that the ranks have about as many tokens each.
+    Rows are dealt by length, back and forth: about as many tokens each. An epoch's last share may be empty.
     """
 
     def __init__(self, lengths: list[int], size: int, args: Any) -> None:
@@ -4396,6 +4422,7 @@ STOP_NUMBERS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal
 class GracefulStop(TrainerCallback):
     """Saves a checkpoint and stops after the step in which a signal came."""
 
+    patience = 30  # seconds
     signal = 0
     training = False  # a step can be finished and saved; at other times a signal ends the run at once
     interrupted = False  # training stopped before its last step
@@ -4413,8 +4440,16 @@ class GracefulStop(TrainerCallback):
             raise KeyboardInterrupt(number)
         elif not self.signal:
             self.signal = number
+            if hasattr(signal, "setitimer"):  # Windows has none
+                signal.signal(signal.SIGALRM, self.stop_waiting)
+                signal.setitimer(signal.ITIMER_REAL, self.patience, self.patience)
             with contextlib.suppress(RuntimeError):  # it came while a line was being written
                 log.warning("%s: finishing the step, then saving", signal.Signals(number).name)
+
+    def stop_waiting(self, number: int, frame: Any) -> None:
+        """End a run that still waits for its next rows: a data-loader worker may hang."""
+        if any(caller.f_code is QLoRATrainer.get_batch_samples.__code__ for caller, _ in traceback.walk_stack(frame)):
+            raise KeyboardInterrupt(self.signal)
 
     @contextlib.contextmanager
     def handling_signals(self) -> Iterator[None]:
@@ -4423,6 +4458,8 @@ class GracefulStop(TrainerCallback):
         try:
             yield
         finally:
+            if self.signal and hasattr(signal, "setitimer"):
+                signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in saved.items():
                 signal.signal(number, handler)
 
@@ -4434,23 +4471,36 @@ class GracefulStop(TrainerCallback):
 
 
 def init_worker(number: int) -> None:
-    """Leave signals to the process that trains: terminals and torchrun send them to data-loader workers too."""
+    """Leave signals to the process that trains: terminals send them to data-loader workers too."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     for stopping in {*STOP_NUMBERS} - {signal.SIGTERM}:  # by which a run that ends takes its workers along
         signal.signal(stopping, signal.SIG_IGN)
 
 
-def without_gradient(base: Any) -> set[str]:
-    """Parameters that train but got no gradient, except where text never comes.
+def freeze_unreached(model: Any, base: Any, config: Config) -> None:
+    """Freeze what no gradient reaches by construction, such as a tower for images; one small step shows it.
 
-    That is a tower for images beside the decoder and, in a full fine-tune, poolers and the like beside the layers.
+    Its tokens reach only some experts, which stay as they are.
     """
-    text = base.get_decoder() if hasattr(base, "get_decoder") else base
-    adapted = any(isinstance(module, LoraLayer) for module in text.modules())
-    parts = [text] if adapted else decoder_layers(text) or [text]
-    named = itertools.chain.from_iterable(part.named_parameters() for part in parts)
-    return {name for name, parameter in named if parameter.requires_grad and parameter.grad is None}
+    batch = padded_batch(trial_steps(base, config.masked)[0], [0, 1], 0, "right")
+    device, dtype = base.get_input_embeddings().weight.device, compute_dtype(config)
+    model.train()  # Gemma 3n then computes otherwise
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        with torch.autocast(device.type, dtype, dtype != torch.float32):
+            loss = summed_loss(model, FastPath(), to_device(batch, device))
+        if loss.requires_grad:
+            loss.backward()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unreached = [name for name, p in trained.items() if p.grad is None and "expert" not in name]
+    model.zero_grad(set_to_none=True)
+    if len(unreached) == len(trained):
+        raise ConfigError("no gradient reaches anything that would train: choose other --lora_modules")
+    if unreached:
+        what = "no gradient reaches %d of %d tensors that would train, first %s: they stay as they are"
+        log.warning(what, len(unreached), len(trained), unreached[0])
+    for name in unreached:
+        trained[name].requires_grad_(False)
 
 
 def build_callbacks(stop: GracefulStop, config: Config) -> list[TrainerCallback]:
@@ -4468,20 +4518,23 @@ class QLoRATrainer(Trainer):
     ) -> None:  # fmt: skip
         super().__init__(**kwargs)
         self.config, self.fast, self.plan, self.masking = config, fast, plan, masking
-        self.identity, self.questions = identity, questions  # the first is what checkpoints say of the run
+        self.identity, self.questions = identity, questions  # what checkpoints say of the run; MMLU's
         if plugin := getattr(self.accelerator.state, "fsdp_plugin", None):
             set_up_fsdp(plugin, self.model, config)
         self.model_accepts_loss_kwargs = True  # our loss is divided by the supervised tokens of the whole step
         self.base: Any = self.accelerator.unwrap_model(self.model)
+        self.inner = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base  # without peft
+        # learnt positions would count the padding on the left
+        left = config.model.padding_side == "left" and not config.masked
+        self.positions = left and "position_ids" in inspect.signature(self.inner.forward).parameters
         self.sharded, self.parameter_count = is_sharded(config), self.base.num_parameters(exclude_embeddings=True)
         self.parts: list[tuple[list[str], torch.Tensor]] = []  # rows and loss of the last step's micro-batches
         self.pending_checks: list[tuple[Any, ...]] = []  # steps whose numbers were not looked at yet
-        self.unreached: set[str] | None = None  # parameters that no step has given a gradient
-        self.first_step = -1  # of this process, once it is known
         self.position: int | None = None  # in a stream, after the current step
         self.tokens_seen = 0  # by this rank, without padding
         self.untimed_seconds = 0.0  # spent on evaluating and saving
-        self.tried = False  # the fast path, on sharded weights
+        # once an engine has sharded the weights, the rest of the fast path is tried
+        self.untried = self.sharded and config.training.fast_path and not config.masked
         self.overflows = 0  # steps in succession whose gradient norm is not finite
         self.eval_batches: list[tuple[int, float, int, int]] = []
 
@@ -4498,8 +4551,7 @@ class QLoRATrainer(Trainer):
         rows: Any = self.train_dataset
         if isinstance(rows, StreamedSteps):
             return torch.utils.data.DataLoader(rows, batch_size=None)
-        default = {"rows": self.args.train_batch_size * self.args.world_size}
-        size = self.identity.get("effective batch", default)["rows"]
+        size = self.identity["effective batch"]["rows"]
         return self._loader(rows, DistributedWindowSampler(list(rows["length"]), size, self.args))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -4512,33 +4564,30 @@ class QLoRATrainer(Trainer):
         loader = torch.utils.data.DataLoader(
             rows, batch_sampler=batches, collate_fn=self.data_collator, worker_init_fn=init_worker, **options
         )
-        return prepare_data_loader(loader, num_processes=1, process_index=0)  # the batches are this rank's already
+        return prepare_data_loader(loader, num_processes=1, process_index=0)  # the batches are this rank's
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Fetch the one batch of an optimizer step, and count the supervised tokens of all ranks for its loss."""
-        batches, supervised = list(itertools.islice(epoch_iterator, num_batches)), 0  # none at an epoch's end
-        for batch in batches:
-            self.position = batch.pop("position", None)
-            if self.masking:  # masks follow from step and row alone, so that a resume draws them again
-                batch["step"] = self.masking.mask_step(batch["step"], "train", self.args.seed, self.state.global_step)
-            supervised += batch["step"].supervised
-            self.tokens_seen += len(batch["step"].input_ids)
-        if self.first_step < 0:
-            self.first_step = self.state.global_step
+        batch = next(epoch_iterator, None)
+        if batch is None:  # an epoch's end
+            return [], None
+        self.position = batch.pop("position", None)
+        if self.masking:  # masks follow from step and row alone, so that a resume draws them again
+            batch["step"] = self.masking.mask_step(batch["step"], "train", self.args.seed, self.state.global_step)
+        count = batch["step"].supervised
+        self.tokens_seen += len(batch["step"].input_ids)
         # reduced on the CPUs: a GPU would have to finish everything queued on it first
-        everywhere = all_reduce_int(supervised, sum) if batches else 0
-        count = everywhere if self.args.average_tokens_across_devices else supervised
-        return batches, torch.tensor(max(1, count))  # 0 where no token happens to be masked
+        everywhere = all_reduce_int(count, sum)
+        count = everywhere if self.args.average_tokens_across_devices else count
+        return [batch], torch.tensor(max(1, count))  # 0 where no token happens to be masked
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Take the forward and backward pass of a step, in as many micro-batches as memory asks for.
-
-        Where GPU memory runs out, the same step is repeated in smaller ones, from the same random numbers.
-        """
+        """Take a step's forward and backward passes; where GPU memory runs out, again in smaller micro-batches."""
         step = inputs["step"]
         self._try_fast_path(model)
         random_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-        if not self.base.training:  # setting it walks all modules: 5 ms at 7B
+        self.optimizer.train()  # a schedule-free one; between steps it holds what is evaluated and saved
+        if not self.base.training:  # walking all modules takes 5 ms at 7B
             model.train()
         while True:
             try:
@@ -4554,20 +4603,14 @@ class QLoRATrainer(Trainer):
             self._make_room(step, reason)
             torch.set_rng_state(random_states[0])
             torch.cuda.set_rng_state_all(random_states[1])
-        if not self.sharded:
-            if self.unreached != set():
-                unreached = set.intersection(*all_gather_object(without_gradient(self.base)))
-                self.unreached = unreached if self.unreached is None else self.unreached & unreached
-            if self.args.world_size > 1:
-                average_gradients(self.base)
+        if self.args.world_size > 1 and not self.sharded:
+            average_gradients(self.base)
         return torch.stack([loss for _, loss in self.parts]).sum()
 
     def _try_fast_path(self, model: Any) -> None:
-        """Try the rest of the fast path once an engine has sharded the weights; every rank takes part."""
-        if self.sharded and self.config.training.fast_path and not (self.tried or self.config.masked):
-            self.tried = True
-            base = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base
-            self.fast = choose_fast_path(model, base, self.fast, self.config, self.args.device)
+        if self.untried:
+            self.untried = False
+            self.fast = choose_fast_path(model, self.inner, self.fast, self.config, self.args.device)
             log.info("%s", format_table(self.fast.lines()))
 
     def _micro_batch_losses(self, model: Any, step: StepBatch, items: Any) -> list[tuple[list[str], torch.Tensor]]:
@@ -4600,10 +4643,13 @@ class QLoRATrainer(Trainer):
         if self.fast.attention is not None:
             return padding_free_batch(step, members)
         tokenizer: Any = self.processing_class
-        return padded_batch(step, members, tokenizer.pad_token_id, self.config.model.padding_side)
+        batch = padded_batch(step, members, tokenizer.pad_token_id, self.config.model.padding_side)
+        if self.positions:
+            batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return batch
 
     def _make_room(self, step: StepBatch, reason: torch.OutOfMemoryError) -> None:
-        """Drop dequantised copies, then halve micro-batches down to 4096 tokens, then recompute more layers."""
+        """Drop dequantised copies, halve micro-batches down to 4096 tokens, then recompute more layers."""
         plan, layers = self.plan, len(decoder_layers(self.base))
         largest = max(self._micro_batches(step), key=lambda members: int(step.lengths[members].sum()))
         tokens = int(step.lengths[largest].sum())
@@ -4621,11 +4667,9 @@ class QLoRATrainer(Trainer):
         log.warning("step %d: GPU memory ran out with %s; repeating it with %s", step_number, ran_out, self.plan)
 
     def compute_loss_context_manager(self) -> Any:
-        """Autocast: accelerate puts it around the model's own forward, which the fast path does not call.
-
-        DeepSpeed and a full fine-tune under FSDP cast weights instead.
-        """
+        """Autocast: accelerate puts it around the model's own forward, which the fast path does not call."""
         dtype = compute_dtype(self.config)
+        # DeepSpeed and a full fine-tune under FSDP cast weights instead
         casts = self.sharded and (self.config.quant.full_finetune or not is_fsdp(self.config))
         enabled = dtype != torch.float32 and not casts
         return torch.autocast(self.args.device.type, dtype) if enabled else super().compute_loss_context_manager()
@@ -4633,7 +4677,7 @@ class QLoRATrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
-        """Note a batch's rows, mean loss and correct masked tokens: the Trainer would gather nothing uneven."""
+        """Note a batch's rows, mean loss and correct masked tokens; the Trainer gathers nothing uneven."""
         self._try_fast_path(model)
         step, total, correct = inputs["step"], torch.zeros((), device=self.args.device), 0
         inner, smoothing = model if self.sharded else self.base, self.args.label_smoothing_factor
@@ -4655,7 +4699,7 @@ class QLoRATrainer(Trainer):
         return 6 * len(inputs["step"].input_ids) * self.parameter_count  # as the Trainer counts
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the Trainer's loop, with perplexity and, where asked for, MMLU beside the loss."""
+        """Run the Trainer's loop, with perplexity and MMLU beside the loss."""
         began, self.eval_batches = time.perf_counter(), []
         output = super().evaluation_loop(*args, **kwargs)
         assert output.metrics is not None
@@ -4676,8 +4720,9 @@ class QLoRATrainer(Trainer):
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         """Check a step's numbers before anything is logged or saved, otherwise one step later.
 
-        Reading them at once would leave the GPU idle until the next step is launched: 1.5 % at 7B.
+        At once, the GPU would be idle until the next step is launched: 1.5 % at 7B.
         """
+        self.optimizer.eval()
         control, step = self.control, self.state.global_step
         saving = control.should_save or control.should_evaluate or control.should_training_stop
         if self.parts:  # not at the second call, at an epoch's end
@@ -4689,9 +4734,6 @@ class QLoRATrainer(Trainer):
             arrived = torch.cuda.current_stream().record_event() if norm.is_cuda else None
             self.pending_checks.append((step, numbers, arrived, rows))
             self.parts = []
-            if self.unreached and (saving or step - self.first_step >= 3):
-                why = "the model does not use it, leave it out with --lora_modules or --layers_to_freeze"
-                self._stop(step, f"no gradient reaches {min(self.unreached)} ({len(self.unreached)} such tensors)", why)
         while len(self.pending_checks) > (0 if saving or control.should_log or control.should_epoch_stop else 1):
             self._check_numbers(*self.pending_checks.pop(0))
         if control.should_save and not self.sharded:
@@ -4728,9 +4770,8 @@ class QLoRATrainer(Trainer):
 
     def _stop(self, step: int, what: str, why: str, rows: Sequence[str] = ()) -> NoReturn:
         """End the run before anything of the step is saved."""
-        named = [row for row in rows if row]
-        more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-        of = f", on rows {', '.join(named[:8])}{more}" if named else ""
+        more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+        of = f", on rows {', '.join(rows[:8])}{more}" if any(rows) else ""
         kept = checkpoints_in(Path(self.config.training.output_dir))
         stays = f"{kept[0]} stays, a rerun goes on from it" if kept else "no checkpoint was saved"
         raise QLoRAError(f"step {step}: {what}{of}: {why}. {stays}")
@@ -4762,7 +4803,7 @@ class QLoRATrainer(Trainer):
         self.untimed_seconds += time.perf_counter() - began
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load into the one adapter, in its dtype: the Trainer may add a second, and makes it float32."""
+        """Load into the one adapter, in its dtype; the Trainer may add a second, in float32."""
         adapter = weights_in(Path(resume_from_checkpoint))
         if adapter is None or self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -4771,7 +4812,7 @@ class QLoRATrainer(Trainer):
             set_peft_model_state_dict(self.model, load_peft_weights(str(adapter), device="cpu"))
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
-        """Hide fp16's scaler from the empty step that accelerate takes to make room for what FSDP loads."""
+        """Hide fp16's scaler from the empty step that accelerate takes before FSDP loads."""
         with mock.patch.object(self.optimizer, "scaler", None, create=True):
             super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -4779,7 +4820,7 @@ class QLoRATrainer(Trainer):
         """Load as a resume does; under an engine, in its own way."""
         model: Any = self.model
         for module in model.modules() if self.is_fsdp_enabled else ():
-            if hasattr(module, "reshard"):  # weights that an evaluation left gathered would keep their values
+            if hasattr(module, "reshard"):  # what an evaluation left gathered would keep its values
                 module.reshard()
         if self.sharded:
             super()._load_best_model()
@@ -4787,7 +4828,7 @@ class QLoRATrainer(Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def load_end(self, checkpoint: str) -> None:
-        """Load what was trained up to the last step, where only the final files are missing."""
+        """Load the last step of a run that lacks only its final files."""
         best = self.state.best_model_checkpoint
         if self.sharded:  # loads into what it has sharded
             self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), checkpoint)
@@ -4798,7 +4839,8 @@ class QLoRATrainer(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         prefixed = {f"eval_{name}": value for name, value in metrics.items()}  # MMLU's too, as the Trainer asks for
-        return super()._determine_best_metric(metrics | prefixed, trial)
+        # with --save_strategy best, the Trainer saves what this returns, but a signal's checkpoint is due in any case
+        return super()._determine_best_metric(metrics | prefixed, trial) or self.control.should_save
 
 
 def set_up_fsdp(plugin: Any, model: Any, config: Config) -> None:
@@ -4814,7 +4856,7 @@ def set_up_fsdp(plugin: Any, model: Any, config: Config) -> None:
 
 
 def trainer_arguments(args: TrainingArguments) -> TrainingArguments:
-    """Derive the Trainer's own arguments: it hands out whole steps, which training_step cuts."""
+    """Derive the Trainer's own arguments: it receives whole steps, which training_step cuts."""
     changed: dict[str, Any] = {name: False for name in CHECKPOINTING if hasattr(args, name)} | {
         "logging_nan_inf_filter": False,  # it reads the loss, and so waits for the GPU; our own check stops
         "ddp_find_unused_parameters": bool(args.ddp_find_unused_parameters),
@@ -5349,15 +5391,17 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     model_config = run.model_config if run.base == run.folder else load_model_config(config, run.base)
     base: Any = load_model(config, model_config, trained or run.base)
     sync_special_tokens(base, tokenizer)
+    forget_longest_row(base)
     check_rows_fit_model(base, data.statistics)
     missing = None
     if config.training.fast_path and not config.training.use_cpu:
         missing = apply_liger(base)
         fuse_norms(base)
-        run_on_own_gpu(base)
     model = make_trainable(base, config, resume.weights, adapter_start_file(config, run.base))
     for adapter in getattr(model, "peft_config", {}).values():  # saved as given, not the folder made of a .gguf file
         adapter.base_model_name_or_path = config.model.model_name_or_path
+    if resume.train and not is_sharded(config):
+        freeze_unreached(model, base, config)
     log.info("%s", "\n".join(parameter_report(model)))
     fast = enable_fast_path(model, base, config)
     fast = fast._replace(off=(*fast.off, *([missing] if missing else [])))
@@ -5470,6 +5514,8 @@ def exit_status(error: BaseException) -> tuple[int, str] | None:
             return 2, f"not enough GPU memory: {lower}, or keep --gradient_checkpointing on"
         case _ if is_peer_failure(error):
             return 2, PEER_EXITED
+        case ValueError() if "DebugUnderflowOverflow" in str(error):
+            return 2, "--debug underflow_overflow: a value is not finite, the modules that lead to it are listed above"
         case OSError() if error.errno:  # of a disk, a path or a connection
             return 2, f"{error.filename or 'a file'}: {error.strerror}"
     if library in INTEGRATION_TO_CALLBACK:  # a tracker without login or connection

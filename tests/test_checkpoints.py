@@ -7,6 +7,8 @@ import random
 import re
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,57 @@ def test_signal_in_the_last_step_exits_after_saving(run_qlora, interrupt, event)
     assert run.code == 143 and "stopped by SIGTERM at step 4, saved" in run.stderr
     assert (run.output_dir / "completed").exists() and not (run.output_dir / "metrics.json").exists()
     assert run_qlora(save_strategy="no", eval_strategy="steps", eval_steps=4).code == 0
+
+
+def test_a_signal_saves_a_step_that_is_not_the_best(run_qlora, interrupt):
+    """The Trainer saves the best alone and forgets that another save is due."""
+    flags = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    interrupt(3)
+    run = run_qlora(**flags, greater_is_better=True, learning_rate=1e-2)  # the first step stays the best
+    assert run.code == 143 and "stopped by SIGTERM at step 3, saved" in run.stderr
+    assert steps_kept(run.output_dir) == {1, 3}
+
+
+def test_a_signal_during_a_step_without_gradient_saves_it(run_qlora, models, interrupt, tmp_path):
+    """A masked model's short rows, of which most steps mask no token."""
+    data = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"input": word} for word in ("a", "bc", "d", "ef", "g", "hi")])
+    interrupt(3)
+    run = run_qlora(
+        model_name_or_path=models("encoder", family="bert"), dataset=data, mask_prob=0.05, save_steps=100,
+        per_device_train_batch_size=1, target_max_len=None, logging_steps=1,
+    )  # fmt: skip
+    log = run.json("checkpoint-3/trainer_state.json")["log_history"]
+    assert run.code == 143 and steps_kept(run.output_dir) == {3} and log[-1]["step"] == 3
+    assert any(entry["grad_norm"] == 0 for entry in log)
+
+
+@pytest.mark.slow  # torch waits some seconds for its workers
+def test_a_signal_while_a_worker_hangs_ends_the_run(run_qlora, monkeypatch):
+    collate = qlora.collate_step
+
+    def hang(rows, masked=False):
+        if os.getpid() != here and rows and "length" in rows[0]:
+            calls.append(1)
+            if len(calls) == 3:
+                time.sleep(100)
+        return collate(rows, masked)
+
+    here, began, calls = os.getpid(), time.monotonic(), []
+    monkeypatch.setattr(qlora, "collate_step", hang)
+    monkeypatch.setattr(qlora.GracefulStop, "patience", 0.5)
+    build_callbacks = qlora.build_callbacks
+
+    class Later(TrainerCallback):
+        """Sends a signal while the third step's rows do not come: the loader fetches them before the second step."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                threading.Timer(1.0, os.kill, (here, signal.SIGTERM)).start()
+
+    monkeypatch.setattr(qlora, "build_callbacks", lambda stop: [*build_callbacks(stop), Later()])
+    run = run_qlora(dataloader_num_workers=1, save_steps=1)
+    assert run.code == 143 and time.monotonic() - began < 60
+    assert "interrupted by SIGTERM" in run.stderr.splitlines()[-1] and steps_kept(run.output_dir) == {1}
 
 
 def test_sigint_after_training_keeps_the_completed_run(run_qlora, monkeypatch):

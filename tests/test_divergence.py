@@ -13,7 +13,10 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.trainer_callback import CallbackHandler
+
+import qlora
 
 
 def message_of(run, rows: bool = True) -> str:
@@ -147,7 +150,7 @@ def test_a_damaged_base_is_named(run_qlora, models, tmp_path, value):
 # ------------------------------------------------------------------------------------
 
 
-def test_a_parameter_that_no_gradient_reaches(run_qlora, models, tmp_path):
+def test_adapters_that_no_gradient_reaches_stay_as_they_are(run_qlora, models, tmp_path):
     """A linear layer that the model never calls gets adapters like all others."""
     model = tmp_path / "has_a_spare_layer"  # transformers caches remote code by the folder's name
     shutil.copytree(models("remote_code"), model)
@@ -160,13 +163,46 @@ def test_a_parameter_that_no_gradient_reaches(run_qlora, models, tmp_path):
     layers = {name.rpartition("wqkv")[0] for name in weights if "wqkv" in name}
     weights |= {f"{layer}spare.weight": torch.randn(64, 64) for layer in layers}
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    flags = {"model_name_or_path": model, "trust_remote_code": True, "bits": 16, "max_steps": 6, "save_steps": 100}
+    flags = {"model_name_or_path": model, "trust_remote_code": True, "bits": 16, "max_steps": 6, "save_steps": 3}
     run = run_qlora(**flags)
-    message = message_of(run, rows=False)
-    assert (
-        re.match(r"step \d: no gradient reaches", message) and "spare.lora_A" in message and "--lora_modules" in message
-    )
-    assert run_qlora(**flags, lora_modules="wqkv,wo,up,down").code == 0
+    assert run.code == 0 and "no gradient reaches 4 of 20 tensors that would train" in run.stderr
+    changed = {name for name, value in load_file(run.output_dir / "adapter_model.safetensors").items() if value.any()}
+    assert sum("lora_B" in name for name in changed) == 8 and not any("spare.lora_B" in name for name in changed)
+
+    straight = load_file(run.output_dir / "adapter_model.safetensors")
+    shutil.rmtree(run.output_dir / "checkpoint-6")
+    (run.output_dir / "completed").unlink()
+    assert run_qlora(**flags).code == 0
+    resumed = load_file(run.output_dir / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[name], value) for name, value in straight.items())
+
+    message = message_of(run_qlora(**flags, lora_modules="spare", output_dir=tmp_path / "nothing"), rows=False)
+    assert message.startswith("no gradient reaches anything that would train") and "--lora_modules" in message
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "gemma3n_text"])
+def test_adapters_whose_output_only_chooses_or_whose_weight_is_read_without_them(family):
+    """DeepSeek's indexer picks tokens, and in training Gemma 3n reads a weight without calling its layer."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"these transformers do not know {family}")
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 260, "pad_token_id": 0}
+    shape |= {"bos_token_id": 1, "eos_token_id": 2, "intermediate_size": 128, "head_dim": 16}
+    shape |= {
+        "deepseek_v32": {"index_n_heads": 4, "index_head_dim": 16, "index_topk": 8, "first_k_dense_replace": 2,
+            "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+        "gemma3n_text": {"num_key_value_heads": 2, "laurel_rank": 8, "activation_sparsity_pattern": None,
+            "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"],
+            "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 260},
+    }[family]  # fmt: skip
+    flags = ["--model_name_or_path", "none", "--bits", "16", "--objective", "clm"]
+    config, base = qlora.parse_config(flags), AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
+    model = qlora.make_trainable(base.float(), config, None)
+    state = torch.get_rng_state()
+    qlora.freeze_unreached(model, base, config)
+    assert torch.equal(torch.get_rng_state(), state) and not any(p.grad is not None for p in model.parameters())
+    frozen = {n for n, p in model.named_parameters() if "lora_" in n and not p.requires_grad}
+    part = "indexer" if family == "deepseek_v32" else "correction_coefs"
+    assert frozen == {n for n, _ in model.named_parameters() if "lora_" in n and part in n} and frozen
 
 
 def test_steps_without_a_masked_token_do_not_stop_the_run(run_qlora, models, tmp_path):
@@ -213,3 +249,14 @@ def test_fp16_that_overflows_in_every_step_stops_the_run(run_qlora, monkeypatch)
     message = message_of(run)
     assert message.startswith("step 21: the gradient norm is not finite") and "train with --bf16" in message
     assert not (run.output_dir / "completed").exists()
+
+
+@pytest.mark.parametrize("value", [None, float("inf")])
+def test_the_trainers_own_check_sees_only_what_is_there(run_qlora, models, tmp_path, value):
+    """--debug underflow_overflow watches every module's input and output."""
+    model = models("llama")
+    if value is not None:
+        model = changed_copy(model, tmp_path / "model", poison("model.norm.weight", 3, value=value))
+    run = run_qlora(model_name_or_path=model, debug="underflow_overflow", recompute_layers="all")
+    assert (run.code == 0) == (value is None)
+    assert value is None or (run.code == 2 and "error: --debug underflow_overflow: a value is not" in run.stderr)

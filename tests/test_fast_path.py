@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import qlora
@@ -581,7 +581,7 @@ def test_cross_entropy_in_chunks(monkeypatch):
     words, tokens, cap, smoothing = 2**20, 35, 3.0, 0.1
     head, targets = torch.nn.Linear(2, words), torch.randint(words, (tokens,))
     hidden = torch.randn(tokens, 2).requires_grad_()
-    fast = qlora.FastPath(head=head, logit_rules=(("final_logit_softcapping", cap),))
+    fast = qlora.FastPath(head=head, logit_rules=(partial(qlora.LOGIT_RULES[-1], cap),))
     leaves, chunks, head_logits = [hidden, *head.parameters()], [], qlora.head_logits
     monkeypatch.setattr(qlora, "head_logits", lambda part, *args: chunks.append(len(part)) or head_logits(part, *args))
     loss = qlora.chunked_cross_entropy(hidden, targets, fast, smoothing)
@@ -626,7 +626,7 @@ def test_a_step_without_supervised_tokens_has_a_loss_of_zero_and_gradients(model
 )
 def test_models_that_scale_or_cap_their_logits(models, family, options):
     both = reference.make(models(family, **options), bits=16)
-    assert both.fast.head is not None and dict(both.fast.logit_rules) == {n: v for n, v in options.items()}
+    assert both.fast.head is not None and len(both.fast.logit_rules) == len(options)
     step = reference.step_of(reference.rows_of(LENGTHS))
     got = reference.quick(both.stock, both.fast._replace(attention=None), step, smoothing=0.1)
     batch = qlora.padded_batch(step, [*range(len(LENGTHS))], 0, "right")
@@ -636,9 +636,58 @@ def test_models_that_scale_or_cap_their_logits(models, family, options):
 
 
 def test_logits_changed_in_an_unknown_way_are_computed_whole(models, monkeypatch):
-    monkeypatch.setattr(qlora, "LOGIT_RULES", {})
+    monkeypatch.setattr(qlora, "LOGIT_RULES", ())
     fast = reference.make(models("gemma2", final_logit_softcapping=2.0), bits=16).fast
     assert fast.head is fast.body is None and "whole logits: Gemma2ForCausalLM" in fast.lines()["not used"]
+
+
+# Each config calls by another name what its model does to the logits.
+_MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
+_XLSTM = {"num_heads": 4, "chunk_size": 16, "qk_dim_factor": 1.0, "v_dim_factor": 1.0, "max_inference_chunksize": 64}
+_GRIFFIN = {"lru_width": 64, "attention_window_size": 64, "num_hidden_layers": 3, "num_key_value_heads": 1}
+OWN_NAMES = {
+    "falcon_h1": _MAMBA | {"lm_head_multiplier": 0.97},
+    "recurrent_gemma": _GRIFFIN | {"logits_soft_cap": 30.0},
+    "xlstm": _XLSTM | {"output_logit_soft_cap": 30.0},
+}
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_a_small_change_of_the_logits_is_found_whatever_the_config_calls_it(name):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 260, "pad_token_id": 0, "eos_token_id": 257}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape | OWN_NAMES[name])).float().eval()
+    config = reference.parse("none", bits=16, full_finetune=True, objective="clm")
+    fast = qlora.enable_fast_path(base, base, config)
+    batch = qlora.padded_batch(reference.step_of(reference.rows_of((32, 32))), [0, 1], 0, "right")
+    with torch.no_grad():
+        expected = base(input_ids=batch["input_ids"]).logits.flatten(0, 1)[batch["positions"]]
+        got = qlora.supervised_logits(base, fast, batch)
+    assert fast.head is not None and torch.allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_factor_that_no_config_holds_means_whole_logits(models, monkeypatch):
+    forward = LlamaForCausalLM.forward
+
+    def scaled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = 0.999 * output.logits
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
+    both = reference.make(models("llama"), bits=16)
+    assert both.fast.head is None and "whole logits: LlamaForCausalLM" in both.fast.lines()["not used"]
+
+
+def test_whatever_the_trial_raises_means_padded_rows(models, monkeypatch):
+    def surprised(*args, **kwargs):
+        raise TypeError("unsupported operand")
+
+    monkeypatch.setattr(qlora, "varlen_attention", surprised)
+    both = reference.make(models("llama"), bits=16)
+    reason = "rows are padded: end to end, LlamaForCausalLM raises unsupported operand"
+    assert both.fast.attention is None and both.fast.lines()["not used"] == reason
 
 
 @pytest.mark.parametrize("tie", [False, True])

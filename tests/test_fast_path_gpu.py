@@ -12,6 +12,7 @@ import gc
 import math
 import re
 import sys
+from functools import partial
 
 import pytest
 import reference
@@ -131,7 +132,7 @@ def test_cross_entropy_in_chunks_on_a_gpu_where_liger_kernel_is_not_used(case):
     head = frozen_head(words, width, generator).requires_grad_(case == "head that trains")
     hidden = torch.randn(tokens, width, device=DEVICE, generator=generator).to(BF16).requires_grad_()
     targets = torch.randint(words, (tokens,), device=DEVICE, generator=generator)
-    rules = (("final_logit_softcapping", cap),) if case == "capped logits" else ()
+    rules = (partial(qlora.LOGIT_RULES[-1], cap),) if case == "capped logits" else ()
     leaves = [hidden, head.weight] if case == "head that trains" else [hidden]
     loss = qlora.chunked_cross_entropy(hidden, targets, qlora.FastPath(head=head, logit_rules=rules), 0.0)
     got = torch.autograd.grad(loss / tokens, leaves)

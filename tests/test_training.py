@@ -1,5 +1,7 @@
 """What a training run computes, in which order, and which files it writes."""
 
+import json
+import resource
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Seq2SeqTrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Seq2SeqTrainingArguments, Trainer
+from transformers.training_args import OptimizerNames
 
 import qlora
 
@@ -486,3 +489,141 @@ def test_products_are_computed_in_the_compute_dtype(run_qlora, monkeypatch, flag
 def fast_parts(base):
     """The parts of the fast path that the trial finds for a LLaMA."""
     return {"body": base.base_model, "head": base.get_output_embeddings(), "attention": qlora.VARLEN_ATTENTION}
+
+
+# ------------------------------------------------------------------------------------
+# Optimizers
+# ------------------------------------------------------------------------------------
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free SGD (Defazio et al. 2024) as in the package of that name: training moves y, x is the result."""
+
+    def __init__(self, parameters, lr, momentum=0.9, **ignored):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "train_mode": False, "k": 0})
+
+    def _swap(self, training, weight):
+        for group in self.param_groups:
+            if group["train_mode"] != training:
+                group["train_mode"] = training
+                for p in group["params"]:
+                    if "z" in self.state[p]:
+                        p.data.lerp_(self.state[p]["z"], weight(group["momentum"]))
+
+    def train(self):
+        self._swap(True, lambda momentum: 1 - momentum)
+
+    def eval(self):
+        self._swap(False, lambda momentum: 1 - 1 / momentum)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            assert group["train_mode"]
+            share = 1 / (group["k"] + 1)
+            for p in group["params"]:
+                z = self.state[p].setdefault("z", p.clone())
+                p.lerp_(z, share).add_(p.grad, alpha=group["lr"] * (group["momentum"] * (1 - share) - 1))
+                z.sub_(p.grad, alpha=group["lr"])
+            group["k"] += 1
+
+
+def test_a_schedule_free_optimizer_saves_its_averages_and_resumes_exactly(run_qlora, monkeypatch, tmp_path):
+    choose = staticmethod(lambda args, *rest: (ScheduleFree, {"lr": args.learning_rate}))
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", choose)
+    flags = {"bits": 16, "learning_rate": 0.5, "max_grad_norm": 0, "max_steps": 4, "save_steps": 1}
+    straight = run_qlora(**flags, output_dir=tmp_path / "straight")
+    assert straight.code == 0
+    saved = torch.load(straight.output_dir / "checkpoint-4/optimizer.pt")
+    assert saved["param_groups"][0]["train_mode"] is False
+
+    # x is the mean of z over the steps, as every step weighs the same
+    steps = [torch.load(straight.output_dir / f"checkpoint-{n}/optimizer.pt")["state"] for n in (1, 2, 3, 4)]
+    adapter = load_file(straight.output_dir / "adapter_model.safetensors")
+    means = [sum(state[i]["z"] for state in steps) / 4 for i in range(len(adapter))]
+    for mean in means:
+        assert any(mean.shape == w.shape and torch.allclose(mean, w, rtol=1e-4, atol=1e-6) for w in adapter.values())
+
+    resumed = run_qlora(**flags | {"max_steps": 2}, output_dir=tmp_path / "resumed")
+    assert resumed.code == 0 and run_qlora(**flags, output_dir=tmp_path / "resumed").code == 0
+    again = load_file(resumed.output_dir / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in adapter.items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(str(name.value), marks=[] if name in ("lion_32bit", "lomo") else [pytest.mark.slow])
+        for name in OptimizerNames
+    ],
+)
+def test_every_optimizer_trains_or_is_refused_in_one_line(run_qlora, name):
+    run = run_qlora(optim=name, max_steps=3, save_strategy="no")
+    if run.code == 0:
+        weights = load_file(run.output_dir / "adapter_model.safetensors")
+        assert len(history(run, "loss")) == 3 and all(w.any() for n, w in weights.items() if "lora_B" in n)
+    else:
+        assert run.code == 2 and "Traceback" not in run.stderr and run.stderr.splitlines()[-1].startswith("error: ")
+        print(run.stderr.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------
+# Rows on their way to the model
+# ------------------------------------------------------------------------------------
+
+
+def test_learnt_positions_do_not_count_padding_on_the_left(run_qlora, models, tmp_path):
+    """GPT-2 looks its positions up; OPT counts them by the mask."""
+    flags = {"model_name_or_path": models("gpt2", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0), "bits": 16}
+    flags |= {"per_device_train_batch_size": 4, "fast_path": False, "do_eval": True}
+    right, left = (run_qlora(**flags, padding_side=side, output_dir=tmp_path / side) for side in ("right", "left"))
+    assert history(left, "loss") == pytest.approx(history(right, "loss"), rel=1e-5)
+    assert left.json("eval_results.json")["eval_loss"] == pytest.approx(
+        right.json("eval_results.json")["eval_loss"], rel=1e-5
+    )
+
+
+DYNAMIC = json.dumps({"rope_type": "dynamic", "factor": 2.0})
+
+
+def test_dynamic_rotary_embeddings_do_not_remember_longer_rows(run_qlora, models, tmp_path):
+    """Each row of the evaluation counts as if it were the first that the model sees, and a resume is exact."""
+    base = models("llama", max_position_embeddings=16)
+    rows = [{"input": "question " * n, "output": "answer " * n} for n in (1, 5, 3, 2, 4, 1)]
+    flags = {"model_name_or_path": base, "rope_scaling": DYNAMIC, "bits": 16, "source_max_len": 64}
+    flags |= {"target_max_len": 64, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_steps": 6}
+    flags |= {"dataset": tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows), "train_sampling_strategy": "sequential"}
+    straight = run_qlora(**flags, learning_rate=0.0, output_dir=tmp_path / "straight")
+    means = []
+    for row in rows:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        config = model.config
+        config.rope_parameters |= json.loads(DYNAMIC)
+        fresh = AutoModelForCausalLM.from_config(config).eval()
+        fresh.load_state_dict(model.state_dict())
+        means.append(token_losses(fresh, row).mean().item())
+    assert history(straight, "loss") == pytest.approx(means, rel=1e-4)
+
+    flags |= {"learning_rate": 1e-2, "save_steps": 3}
+    straight = run_qlora(**flags, output_dir=tmp_path / "learning")
+    first = run_qlora(**flags | {"max_steps": 3}, output_dir=tmp_path / "resumed")
+    assert first.code == 0 and run_qlora(**flags, output_dir=tmp_path / "resumed").code == 0
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("learning", "resumed"))
+    assert all(torch.equal(one[name], value) for name, value in other.items())
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_step_of_many_rows_needs_few_open_files(run_qlora, tmp_path, packing):
+    """Workers send tensors through files: with one for each row, this would hang."""
+    rows = [{"input": f"row {i}", "output": "yes"} for i in range(520)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        run = run_qlora(
+            dataset=tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows), per_device_train_batch_size=8,
+            gradient_accumulation_steps=1 if packing else 32, auto_batch=True, packing=packing, source_max_len=32,
+            target_max_len=160, dataloader_num_workers=1 if packing else 3, max_steps=2, save_strategy="no",
+        )  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert run.code == 0 and len(history(run, "loss")) == 2
