@@ -2122,11 +2122,10 @@ def device_map(config: Config) -> Any:
     return {"": int(os.environ["LOCAL_RANK"])} if "LOCAL_RANK" in os.environ else "auto"
 
 
-def model_folder(config: Config, weights: bool = True) -> str:
-    """Where to load the base from: the folder or hub id that the user named, or a folder made from a .gguf file.
+def model_folder(config: Config) -> str:
+    """Where to load the base from: what the user named, or a folder made once from a .gguf file and cached.
 
-    That folder is made once and cached, in bf16: 8 bits of mantissa, and such a file stores at most 8 bits a weight.
-    Without weights it holds configuration and tokenizer.
+    Its weights are in bf16: 8 bits of mantissa, and such a file stores at most 8 bits a weight.
     """
     name = config.model.model_name_or_path
     path, root = Path(name).expanduser(), Path(config.model.cache_dir or HF_HOME, "qlora-gguf")
@@ -2136,30 +2135,20 @@ def model_folder(config: Config, weights: bool = True) -> str:
     if path.suffix.lower() != ".gguf" or not path.is_file():
         return name
     folder = root / f"{path.stem}-{digest(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)}"
-    if not folder.is_dir() and not weights:
-        folder = folder.with_name(f"{folder.name}-no-weights")
     if folder.is_dir():
         return str(folder)
-    if weights:
-        log.info("%s: dequantising into %s, once", path, folder)
+    log.info("%s: dequantising into %s, once", path, folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as scratch, reraise_as_user_error(f"--model_name_or_path {path}"):
-        if weights:
-            model: Any = load_base(config, None, path.parent, gguf_file=path.name, dtype=torch.bfloat16)
-            model.hf_quantizer.remove_quantization_config(model)  # transformers saves nothing that came from gguf
-        else:
-            model = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        model = load_base(config, None, path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+        model.hf_quantizer.remove_quantization_config(model)  # transformers saves nothing that came from gguf
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        eos = getattr(model, "config", model).eos_token_id
-        if isinstance(eos, int):  # transformers 5.17 takes BOS for EOS
+        if isinstance(eos := model.config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
         for part in (model, tokenizer):
             part.save_pretrained(f"{scratch}/model")
-        try:
+        if not folder.is_dir():  # else another run has made it meanwhile
             Path(scratch, "model").rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another run has made it meanwhile
-                raise
     return str(folder)
 
 
@@ -2168,13 +2157,12 @@ def load_model_config(config: Config, folder: str) -> PretrainedConfig:
     options = hub_options(config) | {"trust_remote_code": config.model.trust_remote_code}
     with reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
         model_config = AutoConfig.from_pretrained(folder, **options)
-    text_config, rope = model_config.get_text_config(), rope_parameters(config.model.rope_scaling)
-    if rope is not None:
-        rope_type, rope_types = rope.get("rope_type"), ("default", *ROPE_INIT_FUNCTIONS)
+    if rope := rope_parameters(config.model.rope_scaling):
+        text_config, known = model_config.get_text_config(), ("default", *ROPE_INIT_FUNCTIONS)
         if not getattr(text_config, "rope_parameters", None):
             raise ConfigError(f"--rope_scaling: a {model_config.model_type} model has no rotary embedding")
-        if rope_type not in rope_types or (rope_type != "default" and "factor" not in rope):
-            raise ConfigError(f"--rope_scaling: expected a factor and a rope_type: {', '.join(rope_types)}")
+        if rope.get("rope_type") not in known or (rope["rope_type"] != "default" and "factor" not in rope):
+            raise ConfigError(f"--rope_scaling: expected a factor and a rope_type: {', '.join(known)}")
         text_config.rope_parameters |= rope
     return model_config
 
@@ -2207,9 +2195,8 @@ def resolve_attention(config: Config) -> str | None:
 
 def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
     """Full names of every linear layer except the output head; of a masked model, those of its encoder."""
-    head = model.get_output_embeddings()
     # A masked model's prediction head lies beside the encoder. Inside it, ESM's contact predictor never runs here.
-    searched = set(model.base_model.modules() if masked else model.modules()) - {head}
+    searched = set(model.base_model.modules() if masked else model.modules()) - {model.get_output_embeddings()}
     return [
         name for name, module in model.named_modules()
         if isinstance(module, LINEAR_CLASSES) and not type(module).__name__.endswith(NOT_LINEAR)
@@ -2266,10 +2253,7 @@ def quantisation_config(config: Config, model_config: PretrainedConfig | None = 
 
 
 def load_base(config: Config, model_config: PretrainedConfig | None, folder: str | Path, **options: Any) -> Any:
-    """Load a model with all of its weights: transformers draws missing ones at random and only warns.
-
-    It reads pickled weights as tensors only, by default.
-    """
+    """Load a model with all of its weights: transformers draws missing ones at random and only warns."""
     options |= {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
     options = {name: value for name, value in options.items() if value is not None}
     quirk = QUIRKS.get(model_config.model_type if model_config else "", contextlib.nullcontext)
@@ -2285,14 +2269,15 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
 
 def check_prequantised(config: Config, stored: Mapping[str, Any]) -> None:
     """Refuse flags that need weights which are not quantised yet."""
-    full, init = config.quant.full_finetune, config.lora.init_lora_weights
     quantised = f"{config.model.model_name_or_path} is quantised already"
     storage = stored.get("bnb_4bit_quant_storage", "uint8")
     if is_fsdp(config) and "float" not in storage:
         reason = "FSDP shards floating dtypes only: pass the base as published"
         raise ConfigError(f"--fsdp: {quantised} and stored as {storage}, {reason}")
-    if full or lora_init_problem(init, quantised=True):
-        raise ConfigError(f"{'--full_finetune' if full else f'--init_lora_weights {init}'}: {quantised}")
+    if config.quant.full_finetune:
+        raise ConfigError(f"--full_finetune: {quantised}")
+    if lora_init_problem(config.lora.init_lora_weights, quantised=True):
+        raise ConfigError(f"--init_lora_weights {config.lora.init_lora_weights}: {quantised}")
 
 
 def load_for_fsdp(config: Config, model_config: PretrainedConfig, folder: str | Path, **options: Any) -> Any:
@@ -2383,12 +2368,10 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
 # float32 and computed in the compute dtype. A full fine-tune freezes the embeddings instead.
 # ------------------------------------------------------------------------------------
 LAYER_GROUPS = {  # of --lora_modules, by the families' names for the blocks
-    "all": re.compile(r".*"),
-    "attn": re.compile(r"(.*\.)?(self_|cross_)?(attn|attention|attn_attention)\..*"),
-    "mlp": re.compile(
-        r"(.*\.)?(mlp|ffn|ff|feed_forward|block_sparse_moe)\..*|(.*\.)?fc\d|"
-        r"(.*\.)?layer\.\d+\.(intermediate|output)\.dense"  # BERT and its kind, whose attention has an `output` too
-    ),
+    "all": r".*",
+    "attn": r"(.*\.)?(self_|cross_)?(attn|attention|attn_attention)\..*",
+    "mlp": r"(.*\.)?(mlp|ffn|ff|feed_forward|block_sparse_moe)\..*|(.*\.)?fc\d|"
+    r"(.*\.)?layer\.\d+\.(intermediate|output)\.dense",  # BERT and its kind, whose attention has an `output` too
 }
 
 
@@ -2412,7 +2395,7 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fal
     layers, targets = linear_layers(model, masked), set()
     trainable = outside_frozen_layers(layers, model, lora)
     for name in map(str.strip, lora.lora_modules.split(",")):
-        pattern = LAYER_GROUPS.get(name) or re.compile(rf"(.*\.)?{re.escape(name)}")
+        pattern = re.compile(LAYER_GROUPS.get(name, rf"(.*\.)?{re.escape(name)}"))
         found = set(filter(pattern.fullmatch, trainable))
         if not found:
             known = ", ".join(sorted(set(map(leaf_name, layers))))
@@ -2425,12 +2408,11 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fal
 
 def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> LoraConfig:
     """The flags as peft's configuration; a name in --modules_to_save that no module has is a ConfigError."""
-    init, modules = lora.init_lora_weights.lower(), None
-    if lora.modules_to_save:
-        modules = [name.strip() for name in lora.modules_to_save.split(",")]
-        existing = [f".{name}" for name, _ in model.named_modules()]
-        if missing := [name for name in modules if not any(full.endswith(f".{name}") for full in existing)]:
-            raise ConfigError(f"--modules_to_save: the model has no module called {missing[0]!r}")
+    init = lora.init_lora_weights.lower()
+    whole = [name.strip() for name in (lora.modules_to_save or "").split(",") if name]
+    for name in whole:
+        if not any(f".{full}".endswith(f".{name}") for full, _ in model.named_modules()):
+            raise ConfigError(f"--modules_to_save: the model has no module called {name!r}")
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha % 1 == 0 else lora.lora_alpha,  # type: ignore[arg-type]
@@ -2440,7 +2422,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         init_lora_weights={"true": True, "false": False}.get(init, init),  # type: ignore[arg-type]
-        modules_to_save=modules,
+        modules_to_save=whole or None,
         task_type=None if masked else "CAUSAL_LM",  # which needs methods for generation, and an encoder has none
     )
 
@@ -3283,26 +3265,22 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     total, linear = sum(p.numel() for p in model.parameters()), sum(map(math.prod, shapes.values()))
     # a 4-bit weight has a float32 scale for 64 values, or 8 bits of scale and one float32 for 256 of them
     four_bits = 0.5 + (1 / 64 + 4 / (64 * 256) if config.quant.double_quant else 4 / 64)
-    # What the linear layers keep of a token: those of one block share an input, but peft casts one for each where
-    # adapters and activations differ in dtype; a block's last output is only added to the residual; a gated MLP that is
-    # not fused keeps the activation's output and its last input too.
+    # What the linear layers keep of a token: those of one block share an input, but peft's functions may cast one for
+    # each; a block's last output is only added to the residual; a gated MLP that is not fused keeps the activation's
+    # output and its last input too.
     fused = train.fast_path and not full and not config.lora.use_dora
-    copies = not (fused or full) and config.lora.lora_dtype == "float32" and width < 4
     kept, inputs = 0, dict[Any, int]()
     for name, (out, size) in shapes.items():
         owner, _, leaf = name.rpartition(".")
         last = out == hidden and leaf not in ("q_proj", "k_proj", "v_proj", "query", "key", "value")
         kept += (0 if last else out) + (0 if full else config.lora.lora_r)
         kept += out if leaf == "gate_proj" and not fused else 0
-        inputs[name if copies else (owner, size, last)] = 0 if fused and leaf == "down_proj" else size
+        inputs[(owner, size, last) if fused or full else name] = 0 if fused and leaf == "down_proj" else size
     kept += sum(inputs.values())
     norms = 0  # bytes of their inputs, in float32 unless an RMSNorm is fused
     for name, module in model.named_modules():
-        if "Norm" in type(module).__name__ and re.search(r"\.\d+\.", name):
-            heads = shapes.get(f"{name.rpartition('.')[0]}.{leaf_name(name)[0]}_proj")  # q_norm, k_norm see all heads
-            weight = getattr(module, "weight", None)  # OLMo's have none
-            values = heads[0] if heads else hidden if weight is None else weight.numel()
-            norms += values * (width if train.fast_path and "RMS" in type(module).__name__ else 4)
+        if "Norm" in type(module).__name__ and re.search(r"\.\d+\.", name):  # in a layer
+            norms += hidden * (width if train.fast_path and "RMS" in type(module).__name__ else 4)
     # experts stacked in one tensor stay frozen; a token meets a few of them, which keep their inputs and outputs
     active = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
     kept += 2 * active * sum(weight.numel() // len(weight) for weight in stacked_experts(model).values()) // hidden
@@ -3345,25 +3323,23 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
     `room` is in bytes, for activations and transients; `longest` and `window` are the tokens of the longest row (or
     pack), which is not cut, and of the largest step.
     """
-    train, wanted = config.training, requested_layers(config, memory.layers)
+    train, wanted, layers = config.training, requested_layers(config, memory.layers), memory.layers
     rows = train.per_device_train_batch_size if train.auto_batch is False else None
     smallest, largest = (longest, window) if rows is None else (min(window, longest * rows),) * 2
-    choices = [0, memory.layers] if is_sharded(config) else range(memory.layers + 1)  # an engine recomputes all or none
-    plans: list[tuple[float, StepPlan]] = []
+    choices = [0, layers] if is_sharded(config) else range(layers + 1)  # an engine recomputes all or none
+    best, lowest = StepPlan(rows, longest, layers if wanted is None else wanted), math.inf
     for recomputed in choices if wanted is None else [wanted]:
         tokens = min(largest, int((room - memory.fixed) / memory.per_token(recomputed)))
-        if tokens >= smallest:
-            batches = math.ceil(window / tokens)
-            # dequantising and launching take as long as the products of some 500 tokens, and recomputing all layers
-            # 0.4 of a step (measured at 7B)
-            cost = batches * (math.ceil(window / batches) + 500) * (1 + 0.4 * recomputed / max(1, memory.layers))
-            plans.append((cost, StepPlan(rows, tokens, recomputed)))
-    if not plans:
-        return StepPlan(rows, longest, memory.layers if wanted is None else wanted)
-    best = min(plans, key=lambda plan: plan[0])[1]
-    left = 0.9 * (room - memory.fixed) - best.tokens * memory.per_token(best.recomputed)
-    unpacked = int(left / memory.unpacked) if memory.unpacked and not best.recomputed else 0
-    return best._replace(unpacked=max(0, min(unpacked, memory.layers)))
+        batches = math.ceil(window / max(1, tokens))
+        # dequantising and launching take as long as the products of some 500 tokens, and recomputing all layers 0.4 of
+        # a step (measured at 7B)
+        cost = batches * (math.ceil(window / batches) + 500) * (1 + 0.4 * recomputed / max(1, layers))
+        if tokens >= smallest and cost < lowest:
+            best, lowest = StepPlan(rows, tokens, recomputed), cost
+    if lowest == math.inf or best.recomputed or not memory.unpacked:
+        return best
+    left = 0.9 * (room - memory.fixed) - best.tokens * memory.per_token(0)
+    return best._replace(unpacked=max(0, min(int(left / memory.unpacked), layers)))
 
 
 def plan_step(
@@ -3392,12 +3368,14 @@ def plan_step(
         "activations": activations,
         "transients and head": transients,
     }
-    peak, beside = sum(parts.values()), CONTEXT * GIB + pages
-    lines = {name: f"{size / GIB:6.2f} GiB" for name, size in {**parts, "predicted peak": peak}.items()}
-    moved = "" if not memory.paged else "; the optimizer's pages stay" if pages else "; the optimizer's pages move out"
-    lines |= {"beside it": f"{beside / GIB:6.2f} GiB: CUDA{moved}", "in all": f"{(peak + beside) / GIB:6.2f} GiB"}
-    lines |= {"micro-batch": f"{tokens} tokens", "recomputed": f"{plan.recomputed} of {memory.layers} layers"}
-    lines |= {"kept dequantised": f"{plan.unpacked} of {memory.layers} layers"}
+    peak = sum(parts.values())
+    parts |= {"predicted peak": peak, "beside it": CONTEXT * GIB + pages, "in all": peak + CONTEXT * GIB + pages}
+    lines = {name: f"{size / GIB:6.2f} GiB" for name, size in parts.items()}
+    moved = f"; the optimizer's pages {'stay' if pages else 'move out'}" if memory.paged else ""
+    lines["beside it"] += f": CUDA{moved}"
+    lines["micro-batch"] = f"{tokens} tokens"
+    lines["recomputed"] = f"{plan.recomputed} of {memory.layers} layers"
+    lines["kept dequantised"] = f"{plan.unpacked} of {memory.layers} layers"
     return plan._replace(resident=pages > 0, peak=peak / GIB), lines, fits
 
 
@@ -5034,7 +5012,7 @@ def load_run(config: Config) -> tuple[Run, Data]:
     check_merge(resume, config)
     check_ranks_agree(config.flags | {"checkpoint": resume.checkpoint})
     with local_main_process_first():  # converts a .gguf file
-        folder = model_folder(config, weights=not config.data.preview)
+        folder = model_folder(config)
     model_config = load_model_config(config, folder)
     config = resolve_objective(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
@@ -5116,7 +5094,7 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
     (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
     log_hints(config)
     if args.plan:
-        model_config = load_model_config(config, model_folder(config, weights=False))
+        model_config = load_model_config(config, model_folder(config))
         config = resolve_objective(config, model_config)
         lines, fits = plan_from_flags(config, memory_from_config(config, model_config))
         if args.process_index == 0:
