@@ -111,6 +111,7 @@ from huggingface_hub.constants import HF_HOME
 from jinja2 import TemplateError, TemplateSyntaxError
 from peft import (
     LoraConfig,
+    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -118,12 +119,14 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from peft.utils import transformers_weight_conversion as peft_conversion
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -2081,8 +2084,10 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transf
 FSDP_STORAGE = torch.float32
 
 LINEAR_CLASSES = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
-# They derive from it but return more than a product: routers of Llama 4 and PhiMoE, groups of DeepSeek V4.
-NOT_LINEAR = ("Router", "GroupedLinear")
+# What a config says beside the shape of its model, with values that fit every one.
+SHAPELESS: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+SHAPELESS |= {"dtype": torch.bfloat16, "quantization_config": None, "use_cache": False}
+TRIALS: dict[Any, tuple[set[str], set[str]]] = {}  # results of try_layers, which takes seconds
 
 # By model_type, what holds while a model of this family is loaded; mock.patch puts the attribute back.
 QUIRKS = {
@@ -2193,15 +2198,96 @@ def resolve_attention(config: Config) -> str | None:
     return implementation
 
 
+class MetaValues(TorchDispatchMode):
+    """Answer what a forward pass asks of values on the meta device, which has none."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        x = args[0] if args else None
+        if isinstance(x, torch.Tensor) and x.is_meta:
+            if function is torch.ops.aten._local_scalar_dense.default:
+                return torch.ones((), dtype=x.dtype).item()
+            if function is torch.ops.aten.nonzero.default:
+                return x.new_zeros((min(1, x.numel()), x.dim()), dtype=torch.long)
+        return function(*args, **(kwargs or {}))
+
+
+class LayerTrial:
+    """Watches what a forward pass does with a model's linear layers."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.names: dict[Any, str] = {m: name for name, m in model.named_modules() if isinstance(m, LINEAR_CLASSES)}
+        self.called: set[Any] = set()
+        self.other: set[Any] = set()  # not a plain product, or its weight is read beside the call
+        self.running: list[Any] = []
+        for module in self.names:
+            module.register_forward_pre_hook(lambda module, args: self.running.append(module))
+            module.register_forward_hook(self.leave)
+
+    def leave(self, module: Any, args: Any, output: Any) -> None:
+        """Note a call, and whether a product came out."""
+        size = getattr(module, "out_features", None) or module.nf
+        product = args and isinstance(output, torch.Tensor) and output.shape == (*args[0].shape[:-1], size)
+        (self.called if product else self.other).add(self.running.pop())
+
+    def weight(self, module: Any) -> Any:
+        """Stand in for the attribute of that name."""
+        if module in self.names and module not in self.running:
+            self.other.add(module)
+        return module._parameters["weight"]
+
+
+def try_layers(kind: Any, config: PretrainedConfig) -> tuple[set[str], set[str]]:
+    """Names of the linear layers that a training step on text trains, and of those used in other ways.
+
+    On the meta device, so it takes no memory. Mamba reads the weight of `dt_proj` without calling it, and RWKV rescales
+    some in an evaluation; Llama 4's router returns a tuple, a tower for images is never called, and no gradient reaches
+    DeepSeek-V3.2's indexer. More tokens only where a few leave layers out: DeepSeek-V4 compresses 128.
+    """
+    with torch.device("meta"):
+        model = kind(config).to(torch.bfloat16)  # grouped products of experts want it
+    trial, trained = LayerTrial(model), set[Any]()
+    watched = mock.patch.object(torch.nn.Linear, "weight", property(trial.weight), create=True)
+    try:
+        for tokens in (8, 512):
+            ids = torch.ones(1, tokens, dtype=torch.long, device="meta")
+            with watched, MetaValues(), torch.random.fork_rng(devices=[]):
+                model.eval()(input_ids=ids, attention_mask=ids)
+                model.train()(input_ids=ids, attention_mask=ids).logits.sum().backward()
+            trained |= {module for module in trial.called if module.weight.grad is not None} - trial.other
+            if trained | trial.other >= trial.names.keys():
+                break
+    except Exception as error:  # whatever the model raises
+        message = "%s can't be tried (%s): all of its linear layers count as used"
+        log.warning(message, kind.__name__, shorten(error))
+        trained = trial.names.keys() - trial.other
+    used, other = {trial.names[module] for module in trained}, {trial.names[module] for module in trial.other}
+    kinds = {*map(layer_and_kind, used)}  # values decide which experts of a layer are called: one stands for all
+    experts = {name for name in trial.names.values() if ".experts." in name and layer_and_kind(name) in kinds}
+    return (used | experts) - other, other
+
+
+def layer_and_kind(name: str) -> tuple[str, str]:
+    """A module's name up to its layer's number, and the rest without numbers of experts and the like."""
+    layer, rest = re.fullmatch(r"(.*?\.\d+\.)?(.*)", name).groups("")  # type: ignore[union-attr]
+    return layer, re.sub(r"(?<=\.)\d+(?=\.|$)", "*", rest)
+
+
+def tried_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
+    """`try_layers` of a model, whatever its weights are."""
+    config = copy.deepcopy(model.config)
+    for name, value in SHAPELESS.items():
+        setattr(config, name, value)
+    key = type(model), config.to_json_string()
+    if key not in TRIALS:
+        TRIALS[key] = try_layers(type(model), config)
+    return TRIALS[key]
+
+
 def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
-    """Full names of every linear layer except the output head; of a masked model, those of its encoder."""
-    # A masked model's prediction head lies beside the encoder. Inside it, ESM's contact predictor never runs here.
-    searched = set(model.base_model.modules() if masked else model.modules()) - {model.get_output_embeddings()}
-    return [
-        name for name, module in model.named_modules()
-        if isinstance(module, LINEAR_CLASSES) and not type(module).__name__.endswith(NOT_LINEAR)
-        and module in searched and not (masked and "contact_head" in name.split("."))
-    ]  # fmt: skip
+    """Full names of the linear layers that train, except the output head; of a masked model, those of its encoder."""
+    used, head = tried_layers(model)[0], model.get_output_embeddings()
+    searched = set(model.base_model.modules() if masked else model.modules()) - {head}
+    return [name for name, module in model.named_modules() if name in used and module in searched]
 
 
 def stacked_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -2234,17 +2320,22 @@ def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
 
 def quantisation_config(config: Config, model_config: PretrainedConfig | None = None) -> Any | None:
     """Settings of bitsandbytes, for bits 4 and 8 only: with both switches off it quantises to 4 bit all the same."""
-    quant, skip = config.quant, None  # transformers finds the output embedding by itself
+    quant, whole = config.quant, set[str]()  # transformers finds the output embedding by itself
     if quant.bits not in (4, 8):
         return None
-    if config.masked and model_config:  # but not the dense layers of a prediction head
+    if model_config:
         model = meta_model(config, model_config)
-        linear = {name for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
-        skip = sorted(linear - set(linear_layers(model, masked=True)))
+        head = model.get_output_embeddings()
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
+        whole = {name for name in tried_layers(model)[1] if linear[name] is not head}
+        if config.masked:  # nor the dense layers of a prediction head
+            whole = linear.keys() - linear_layers(model, masked=True)
+        if whole:
+            whole |= {name for name, module in linear.items() if module is head}
     return BitsAndBytesConfig(
         load_in_4bit=quant.bits == 4,
         load_in_8bit=quant.bits == 8,
-        llm_int8_skip_modules=skip,
+        llm_int8_skip_modules=sorted(whole) or None,
         bnb_4bit_compute_dtype=compute_dtype(config),
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_quant_type=quant.quant_type,
@@ -2390,9 +2481,9 @@ def outside_frozen_layers(names: Iterable[str], model: PreTrainedModel, lora: Lo
     return {name for name in names if next((int(n) for n in name.split(".") if n.isdigit()), frozen) >= frozen}
 
 
-def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> list[str]:
-    """Names for peft: leaf names where they select the same layers, for readable adapters, else full names."""
-    layers, targets = linear_layers(model, masked), set()
+def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> set[str]:
+    """Full names of the layers that --lora_modules asks for, outside frozen ones."""
+    layers, targets = linear_layers(model, masked), set[str]()
     trainable = outside_frozen_layers(layers, model, lora)
     for name in map(str.strip, lora.lora_modules.split(",")):
         pattern = re.compile(LAYER_GROUPS.get(name, rf"(.*\.)?{re.escape(name)}"))
@@ -2401,9 +2492,7 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fal
             known = ", ".join(sorted(set(map(leaf_name, layers))))
             raise ConfigError(f"--lora_modules: no linear layer is called {name!r}, the model has {known}")
         targets |= found
-    leaves = set(map(leaf_name, targets))
-    selected = {name for name, _ in model.named_modules() if leaf_name(name) in leaves}
-    return sorted(leaves if selected == targets else targets)
+    return targets
 
 
 def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> LoraConfig:
@@ -2413,11 +2502,17 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     for name in whole:
         if not any(f".{full}".endswith(f".{name}") for full, _ in model.named_modules()):
             raise ConfigError(f"--modules_to_save: the model has no module called {name!r}")
+    targets = lora_targets(model, lora, masked)
+    leaves = set(map(leaf_name, targets))
+    selected = {name for name, _ in model.named_modules() if leaf_name(name) in leaves}
+    # Leaf names where they select the same, for readable adapters. Not in a mixture: peft takes those of other layers
+    # for its experts' (https://github.com/huggingface/peft/issues/3711).
+    short = selected == targets and not stacked_experts(model)
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha % 1 == 0 else lora.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=lora.lora_dropout,
-        target_modules=lora_targets(model, lora, masked),
+        target_modules=sorted(leaves if short else targets),
         bias=lora.lora_bias,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
@@ -2433,6 +2528,60 @@ def adapter_files(adapter: str, config: Config) -> str:
         return str(download(adapter, ["adapter_config.json", "adapter_model.*"], config))
 
 
+def load_adapter_weights(adapted: Any, folder: str) -> None:
+    """Fill a model's adapter from a folder: the file has all of it, and nothing else."""
+    stored = load_peft_weights(folder, device="cpu")
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    try:
+        result = set_peft_model_state_dict(adapted, stored)
+        unused, empty = result.unexpected_keys, sorted(trained.intersection(result.missing_keys))
+    except KeyError as error:  # of a module that was trained whole
+        unused, empty = [], [str(error.args[0])]
+    for names, what in ((unused, "of its weights have no place in the model"), (empty, "of the model's are not in it")):
+        if names:
+            first = f"first {names[0]}; the file begins with {min(stored)}"
+            raise ConfigError(f"{folder}: {len(names)} {what}, {first}")
+
+
+def attach_adapter(model: Any, config: Any, asked: set[str], folder: str | None = None) -> Any:
+    """Attach an adapter, new or filled from a folder, to exactly the layers asked for."""
+    # peft takes names of a mixture's dense and shared layers for those of its experts, as transformers 4 had them
+    # (0.21, https://github.com/huggingface/peft/issues/3711)
+    present = asked <= {name for name, _ in model.named_modules()}
+    rewritten = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
+    with rewritten if present else contextlib.nullcontext():
+        adapted: Any = get_peft_model(model, config)
+    if folder:
+        load_adapter_weights(adapted, folder)
+        return adapted
+    carry = {name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    if carry != asked:
+        other = f"{len(carry - asked)} others and not on {len(asked - carry)}, first {min(carry ^ asked)}"
+        raise ConfigError(f"peft puts the adapters on {other}: choose layers with --lora_modules")
+    return adapted
+
+
+def load_adapter(model: Any, folder: str) -> Any:
+    """Attach the adapter that a folder holds, as it was trained."""
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode, config.base_model_name_or_path = False, None
+    keys = [key.removeprefix("base_model.model.") for key in load_peft_weights(folder, device="cpu")]
+    return attach_adapter(model, config, {key.partition(".lora_")[0] for key in keys if ".lora_" in key}, folder)
+
+
+def adapter_report(model: Any) -> list[str]:
+    """Which kinds of linear layers carry adapters, and which do not, with counts."""
+    carry, other = Counter[str](), Counter[str]()
+    for name, module in model.named_modules() if isinstance(model, PeftModel) else ():
+        kind = layer_and_kind(name.removeprefix("base_model.model."))[1]
+        if isinstance(module, LoraLayer):
+            carry[kind] += 1
+        elif isinstance(module, LINEAR_CLASSES) and not re.search(r"\.(base_layer|lora_|original_|modules_to_)", name):
+            other[kind] += 1
+    lines = {"adapters": carry, "linear layers without": other}
+    return [f"{title}: {', '.join(f'{n} {k}' for k, n in kinds.items())}" for title, kinds in lines.items() if kinds]
+
+
 def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
     """Attach one adapter, fresh or stored at `adapter`; for a full fine-tune, freeze embeddings and lower layers."""
     if config.quant.full_finetune:
@@ -2443,13 +2592,13 @@ def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) 
         model.get_input_embeddings().requires_grad_(False)  # and with them a head that is tied to them
         return model
     set_seed(config.training.seed)  # loading draws random numbers too; a seed gives one initialisation
-    source = f"adapter {adapter}" if adapter else "LoRA flags"
+    source, flags = f"adapter {adapter}" if adapter else "LoRA flags", (config.lora, config.masked)
     # RuntimeError: shapes that differ
     with reraise_as_user_error(f"{source} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
         adapted: Any = (
-            PeftModel.from_pretrained(model, adapter_files(adapter, config), is_trainable=True)
+            load_adapter(model, adapter_files(adapter, config))
             if adapter
-            else get_peft_model(model, lora_config(model, config.lora, config.masked))
+            else attach_adapter(model, lora_config(model, *flags), lora_targets(model, *flags))
         )
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:  # peft made it float32
@@ -4469,7 +4618,7 @@ class QLoRATrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         with reraise_as_user_error(f"{adapter} does not fit the LoRA flags", ConfigError, RuntimeError):
-            set_peft_model_state_dict(self.model, load_peft_weights(str(adapter), device="cpu"))
+            load_adapter_weights(self.model, str(adapter))
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         """Hide fp16's scaler from the empty step that accelerate takes to make room for what FSDP loads."""
@@ -4841,7 +4990,7 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
         model: Any = load_merge_base(config, run.folder)
         dtype, base = model.dtype, float32_logits(model, sample)
         with reraise_as_user_error(f"{adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
-            model = PeftModel.from_pretrained(model, adapter_files(adapter, config))
+            model = load_adapter(model, adapter_files(adapter, config))
         if mutates_base(init := getattr(model.peft_config["default"], "init_lora_weights", None)):
             raise ConfigError(f"{adapter} fits a base changed by {init}: finish its training; the result fits any base")
         adapted, lost = float32_logits(model, sample), merge_layers(model, dtype)
@@ -5041,7 +5190,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     model = make_trainable(base, config, resume.weights)
     for adapter in getattr(model, "peft_config", {}).values():  # saved as given, not the folder made of a .gguf file
         adapter.base_model_name_or_path = config.model.model_name_or_path
-    log.info("%s", "\n".join(parameter_report(model)))
+    log.info("%s", "\n".join(parameter_report(model) + adapter_report(model)))
     fast = enable_fast_path(model, base, config)
     fast = fast._replace(off=(*fast.off, *([missing] if missing else [])))
     memory = memory_from_config(config, run.model_config)
