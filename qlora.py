@@ -109,15 +109,18 @@ from huggingface_hub import snapshot_download, upload_folder
 from huggingface_hub.constants import HF_HOME
 from jinja2 import TemplateError, TemplateSyntaxError
 from peft import (
-    LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict,
+    LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights,
+    set_peft_model_state_dict,
 )  # fmt: skip
 from peft.tuners.lora import LoraLayer
+from peft.utils import transformers_weight_conversion as peft_conversion
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BitsAndBytesConfig, EarlyStoppingCallback,
@@ -2065,8 +2068,10 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transf
 FSDP_STORAGE = torch.float32
 
 LINEAR_CLASSES = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
-# They derive from it but return more than a product: routers of Llama 4 and PhiMoE, groups of DeepSeek V4.
-NOT_LINEAR = ("Router", "GroupedLinear")
+# What a config says beside the shape of its model, with values that fit every one.
+SHAPELESS: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+SHAPELESS |= {"dtype": torch.bfloat16, "quantization_config": None, "use_cache": False}
+TRIALS: dict[Any, tuple[set[str], set[str]]] = {}  # results of try_layers, which takes seconds
 
 # By model_type, what holds while a model of this family is loaded; mock.patch puts the attribute back.
 QUIRKS = {
@@ -2106,11 +2111,10 @@ def device_map(config: Config) -> Any:
     return {"": int(os.environ["LOCAL_RANK"])} if "LOCAL_RANK" in os.environ else "auto"
 
 
-def model_folder(config: Config, weights: bool = True) -> str:
-    """Where to load the base from: the folder or hub id that the user named, or a folder made from a .gguf file.
+def model_folder(config: Config) -> str:
+    """Where to load the base from: what the user named, or a folder made once from a .gguf file and cached.
 
-    That folder is made once and cached, in bf16: 8 bits of mantissa, and such a file stores at most 8 bits a weight.
-    Without weights it holds configuration and tokenizer.
+    Its weights are in bf16: 8 bits of mantissa, and such a file stores at most 8 bits a weight.
     """
     name = config.model.model_name_or_path
     path, root = Path(name).expanduser(), Path(config.model.cache_dir or HF_HOME, "qlora-gguf")
@@ -2120,30 +2124,20 @@ def model_folder(config: Config, weights: bool = True) -> str:
     if path.suffix.lower() != ".gguf" or not path.is_file():
         return name
     folder = root / f"{path.stem}-{digest(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)}"
-    if not folder.is_dir() and not weights:
-        folder = folder.with_name(f"{folder.name}-no-weights")
     if folder.is_dir():
         return str(folder)
-    if weights:
-        log.info("%s: dequantising into %s, once", path, folder)
+    log.info("%s: dequantising into %s, once", path, folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as scratch, reraise_as_user_error(f"--model_name_or_path {path}"):
-        if weights:
-            model: Any = load_base(config, None, path.parent, gguf_file=path.name, dtype=torch.bfloat16)
-            model.hf_quantizer.remove_quantization_config(model)  # transformers saves nothing that came from gguf
-        else:
-            model = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        model = load_base(config, None, path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+        model.hf_quantizer.remove_quantization_config(model)  # transformers saves nothing that came from gguf
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        eos = getattr(model, "config", model).eos_token_id
-        if isinstance(eos, int):  # transformers 5.17 takes BOS for EOS
+        if isinstance(eos := model.config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
         for part in (model, tokenizer):
             part.save_pretrained(f"{scratch}/model")
-        try:
+        if not folder.is_dir():  # else another run has made it meanwhile
             Path(scratch, "model").rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another run has made it meanwhile
-                raise
     return str(folder)
 
 
@@ -2152,13 +2146,12 @@ def load_model_config(config: Config, folder: str) -> PretrainedConfig:
     options = hub_options(config) | {"trust_remote_code": config.model.trust_remote_code}
     with reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
         model_config = AutoConfig.from_pretrained(folder, **options)
-    text_config, rope = model_config.get_text_config(), rope_parameters(config.model.rope_scaling)
-    if rope is not None:
-        rope_type, rope_types = rope.get("rope_type"), ("default", *ROPE_INIT_FUNCTIONS)
+    if rope := rope_parameters(config.model.rope_scaling):
+        text_config, known = model_config.get_text_config(), ("default", *ROPE_INIT_FUNCTIONS)
         if not getattr(text_config, "rope_parameters", None):
             raise ConfigError(f"--rope_scaling: a {model_config.model_type} model has no rotary embedding")
-        if rope_type not in rope_types or (rope_type != "default" and "factor" not in rope):
-            raise ConfigError(f"--rope_scaling: expected a factor and a rope_type: {', '.join(rope_types)}")
+        if rope.get("rope_type") not in known or (rope["rope_type"] != "default" and "factor" not in rope):
+            raise ConfigError(f"--rope_scaling: expected a factor and a rope_type: {', '.join(known)}")
         text_config.rope_parameters |= rope
     return model_config
 
@@ -2189,16 +2182,96 @@ def resolve_attention(config: Config) -> str | None:
     return implementation
 
 
+class MetaValues(TorchDispatchMode):
+    """Answer what a forward pass asks of values on the meta device, which has none."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        x = args[0] if args else None
+        if isinstance(x, torch.Tensor) and x.is_meta:
+            if function is torch.ops.aten._local_scalar_dense.default:
+                return torch.ones((), dtype=x.dtype).item()
+            if function is torch.ops.aten.nonzero.default:
+                return x.new_zeros((min(1, x.numel()), x.dim()), dtype=torch.long)
+        return function(*args, **(kwargs or {}))
+
+
+class LayerTrial:
+    """Watches what a forward pass does with a model's linear layers."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.names: dict[Any, str] = {m: name for name, m in model.named_modules() if isinstance(m, LINEAR_CLASSES)}
+        self.called: set[Any] = set()
+        self.other: set[Any] = set()  # not a plain product, or its weight is read beside the call
+        self.running: list[Any] = []
+        for module in self.names:
+            module.register_forward_pre_hook(lambda module, args: self.running.append(module))
+            module.register_forward_hook(self.leave)
+
+    def leave(self, module: Any, args: Any, output: Any) -> None:
+        """Note a call, and whether a product came out."""
+        size = getattr(module, "out_features", None) or module.nf
+        product = args and isinstance(output, torch.Tensor) and output.shape == (*args[0].shape[:-1], size)
+        (self.called if product else self.other).add(self.running.pop())
+
+    def weight(self, module: Any) -> Any:
+        """Stand in for the attribute of that name."""
+        if module in self.names and module not in self.running:
+            self.other.add(module)
+        return module._parameters["weight"]
+
+
+def try_layers(kind: Any, config: PretrainedConfig) -> tuple[set[str], set[str]]:
+    """Names of the linear layers that a training step on text trains, and of those used in other ways.
+
+    On the meta device, so it takes no memory. Mamba reads the weight of `dt_proj` without calling it, and RWKV rescales
+    some in an evaluation; Llama 4's router returns a tuple, a tower for images is never called, and no gradient reaches
+    DeepSeek-V3.2's indexer. More tokens only where a few leave layers out: DeepSeek-V4 compresses 128.
+    """
+    with torch.device("meta"):
+        model = kind(config).to(torch.bfloat16)  # grouped products of experts want it
+    trial, trained = LayerTrial(model), set[Any]()
+    watched = mock.patch.object(torch.nn.Linear, "weight", property(trial.weight), create=True)
+    try:
+        for tokens in (8, 512):
+            ids = torch.ones(1, tokens, dtype=torch.long, device="meta")
+            with watched, MetaValues(), torch.random.fork_rng(devices=[]):
+                model.eval()(input_ids=ids, attention_mask=ids)
+                model.train()(input_ids=ids, attention_mask=ids).logits.sum().backward()
+            trained |= {module for module in trial.called if module.weight.grad is not None} - trial.other
+            if trained | trial.other >= trial.names.keys():
+                break
+    except Exception as error:  # whatever the model raises
+        message = "%s can't be tried (%s): all of its linear layers count as used"
+        log.warning(message, kind.__name__, shorten(error))
+        trained = trial.names.keys() - trial.other
+    used, other = {trial.names[module] for module in trained}, {trial.names[module] for module in trial.other}
+    kinds = {*map(layer_and_kind, used)}  # values decide which experts of a layer are called: one stands for all
+    experts = {name for name in trial.names.values() if ".experts." in name and layer_and_kind(name) in kinds}
+    return (used | experts) - other, other
+
+
+def layer_and_kind(name: str) -> tuple[str, str]:
+    """A module's name up to its layer's number, and the rest without numbers of experts and the like."""
+    layer, rest = re.fullmatch(r"(.*?\.\d+\.)?(.*)", name).groups("")  # type: ignore[union-attr]
+    return layer, re.sub(r"(?<=\.)\d+(?=\.|$)", "*", rest)
+
+
+def tried_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
+    """`try_layers` of a model, whatever its weights are."""
+    config = copy.deepcopy(model.config)
+    for name, value in SHAPELESS.items():
+        setattr(config, name, value)
+    key = type(model), config.to_json_string()
+    if key not in TRIALS:
+        TRIALS[key] = try_layers(type(model), config)
+    return TRIALS[key]
+
+
 def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
-    """Full names of every linear layer except the output head; of a masked model, those of its encoder."""
-    head = model.get_output_embeddings()
-    # A masked model's prediction head lies beside the encoder. Inside it, ESM's contact predictor never runs here.
+    """Full names of the linear layers that train, except the output head; of a masked model, those of its encoder."""
+    used, head = tried_layers(model)[0], model.get_output_embeddings()
     searched = set(model.base_model.modules() if masked else model.modules()) - {head}
-    return [
-        name for name, module in model.named_modules()
-        if isinstance(module, LINEAR_CLASSES) and not type(module).__name__.endswith(NOT_LINEAR)
-        and module in searched and not (masked and "contact_head" in name.split("."))
-    ]  # fmt: skip
+    return [name for name, module in model.named_modules() if name in used and module in searched]
 
 
 def stacked_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -2231,17 +2304,22 @@ def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
 
 def quantisation_config(config: Config, model_config: PretrainedConfig | None = None) -> Any | None:
     """Settings of bitsandbytes, for bits 4 and 8 only: with both switches off it quantises to 4 bit all the same."""
-    quant, skip = config.quant, None  # transformers finds the output embedding by itself
+    quant, whole = config.quant, set[str]()  # transformers finds the output embedding by itself
     if quant.bits not in (4, 8):
         return None
-    if config.masked and model_config:  # but not the dense layers of a prediction head
+    if model_config:
         model = meta_model(config, model_config)
-        linear = {name for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
-        skip = sorted(linear - set(linear_layers(model, masked=True)))
+        head = model.get_output_embeddings()
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
+        whole = {name for name in tried_layers(model)[1] if linear[name] is not head}
+        if config.masked:  # nor the dense layers of a prediction head
+            whole = linear.keys() - linear_layers(model, masked=True)
+        if whole:
+            whole |= {name for name, module in linear.items() if module is head}
     return BitsAndBytesConfig(
         load_in_4bit=quant.bits == 4,
         load_in_8bit=quant.bits == 8,
-        llm_int8_skip_modules=skip,
+        llm_int8_skip_modules=sorted(whole) or None,
         bnb_4bit_compute_dtype=compute_dtype(config),
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_quant_type=quant.quant_type,
@@ -2250,10 +2328,7 @@ def quantisation_config(config: Config, model_config: PretrainedConfig | None = 
 
 
 def load_base(config: Config, model_config: PretrainedConfig | None, folder: str | Path, **options: Any) -> Any:
-    """Load a model with all of its weights: transformers draws missing ones at random and only warns.
-
-    It reads pickled weights as tensors only, by default.
-    """
+    """Load a model with all of its weights: transformers draws missing ones at random and only warns."""
     options |= {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
     options = {name: value for name, value in options.items() if value is not None}
     quirk = QUIRKS.get(model_config.model_type if model_config else "", contextlib.nullcontext)
@@ -2269,14 +2344,15 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
 
 def check_prequantised(config: Config, stored: Mapping[str, Any]) -> None:
     """Refuse flags that need weights which are not quantised yet."""
-    full, init = config.quant.full_finetune, config.lora.init_lora_weights
     quantised = f"{config.model.model_name_or_path} is quantised already"
     storage = stored.get("bnb_4bit_quant_storage", "uint8")
     if is_fsdp(config) and "float" not in storage:
         reason = "FSDP shards floating dtypes only: pass the base as published"
         raise ConfigError(f"--fsdp: {quantised} and stored as {storage}, {reason}")
-    if full or lora_init_problem(init, quantised=True):
-        raise ConfigError(f"{'--full_finetune' if full else f'--init_lora_weights {init}'}: {quantised}")
+    if config.quant.full_finetune:
+        raise ConfigError(f"--full_finetune: {quantised}")
+    if lora_init_problem(config.lora.init_lora_weights, quantised=True):
+        raise ConfigError(f"--init_lora_weights {config.lora.init_lora_weights}: {quantised}")
 
 
 def load_for_fsdp(config: Config, model_config: PretrainedConfig, folder: str | Path, **options: Any) -> Any:
@@ -2627,12 +2703,10 @@ def calibrated_base(config: Config, model_config: PretrainedConfig, published: s
 # float32 and computed in the compute dtype. A full fine-tune freezes the embeddings instead.
 # ------------------------------------------------------------------------------------
 LAYER_GROUPS = {  # of --lora_modules, by the families' names for the blocks
-    "all": re.compile(r".*"),
-    "attn": re.compile(r"(.*\.)?(self_|cross_)?(attn|attention|attn_attention)\..*"),
-    "mlp": re.compile(
-        r"(.*\.)?(mlp|ffn|ff|feed_forward|block_sparse_moe)\..*|(.*\.)?fc\d|"
-        r"(.*\.)?layer\.\d+\.(intermediate|output)\.dense"  # BERT and its kind, whose attention has an `output` too
-    ),
+    "all": r".*",
+    "attn": r"(.*\.)?(self_|cross_)?(attn|attention|attn_attention)\..*",
+    "mlp": r"(.*\.)?(mlp|ffn|ff|feed_forward|block_sparse_moe)\..*|(.*\.)?fc\d|"
+    r"(.*\.)?layer\.\d+\.(intermediate|output)\.dense",  # BERT and its kind, whose attention has an `output` too
 }
 
 
@@ -2651,47 +2725,48 @@ def outside_frozen_layers(names: Iterable[str], model: PreTrainedModel, lora: Lo
     return {name for name in names if next((int(n) for n in name.split(".") if n.isdigit()), frozen) >= frozen}
 
 
-def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> list[str]:
-    """Names for peft: leaf names where they select the same layers, for readable adapters, else full names."""
-    layers, targets = linear_layers(model, masked), set()
+def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> set[str]:
+    """Full names of the layers that --lora_modules asks for, outside frozen ones."""
+    layers, targets = linear_layers(model, masked), set[str]()
     trainable = outside_frozen_layers(layers, model, lora)
     for name in map(str.strip, lora.lora_modules.split(",")):
-        pattern = LAYER_GROUPS.get(name) or re.compile(rf"(.*\.)?{re.escape(name)}")
+        pattern = re.compile(LAYER_GROUPS.get(name, rf"(.*\.)?{re.escape(name)}"))
         found = set(filter(pattern.fullmatch, trainable))
         if not found:
             known = ", ".join(sorted(set(map(leaf_name, layers))))
             raise ConfigError(f"--lora_modules: no linear layer is called {name!r}, the model has {known}")
         targets |= found
-    leaves = set(map(leaf_name, targets))
-    selected = {name for name, _ in model.named_modules() if leaf_name(name) in leaves}
-    return sorted(leaves if selected == targets else targets)
+    return targets
 
 
 def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> LoraConfig:
     """The flags as peft's configuration; a name in --modules_to_save that no module has is a ConfigError."""
-    init, modules = lora.init_lora_weights.lower(), None
-    if lora.modules_to_save:
-        modules = [name.strip() for name in lora.modules_to_save.split(",")]
-        existing = [f".{name}" for name, _ in model.named_modules()]
-        if missing := [name for name in modules if not any(full.endswith(f".{name}") for full in existing)]:
-            raise ConfigError(f"--modules_to_save: the model has no module called {missing[0]!r}")
+    init = lora.init_lora_weights.lower()
+    whole = [name.strip() for name in (lora.modules_to_save or "").split(",") if name]
+    for name in whole:
+        if not any(f".{full}".endswith(f".{name}") for full, _ in model.named_modules()):
+            raise ConfigError(f"--modules_to_save: the model has no module called {name!r}")
     targets = lora_targets(model, lora, masked)
     patterns = {f"{name}_pattern": parse_pattern(getattr(lora, f"lora_{name}_pattern")) for name in ("rank", "alpha")}
-    names = [name for name, _ in model.named_modules() if name in targets or leaf_name(name) in targets]
     for key in itertools.chain(*patterns.values()):
-        if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
+        if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in targets):
             raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")
+    leaves = set(map(leaf_name, targets))
+    selected = {name for name, _ in model.named_modules() if leaf_name(name) in leaves}
+    # Leaf names where they select the same, for readable adapters. Not in a mixture: peft takes those of other layers
+    # for its experts' (https://github.com/huggingface/peft/issues/3711).
+    short = selected == targets and not stacked_experts(model)
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha % 1 == 0 else lora.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=lora.lora_dropout,
-        target_modules=targets,
+        target_modules=sorted(leaves if short else targets),
         bias=lora.lora_bias,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         **patterns,
         init_lora_weights={"true": True, "false": False}.get(init, init),  # type: ignore[arg-type]
-        modules_to_save=modules,
+        modules_to_save=whole or None,
         task_type=None if masked else "CAUSAL_LM",  # which needs methods for generation, and an encoder has none
     )
 
@@ -2720,6 +2795,60 @@ def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> No
             getattr(layer, part)["default"].weight.data.copy_(starts[f"{key}.{part}"] / layer.scaling["default"] ** 0.5)
 
 
+def load_adapter_weights(adapted: Any, folder: str) -> None:
+    """Fill a model's adapter from a folder: the file has all of it, and nothing else."""
+    stored = load_peft_weights(folder, device="cpu")
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    try:
+        result = set_peft_model_state_dict(adapted, stored)
+        unused, empty = result.unexpected_keys, sorted(trained.intersection(result.missing_keys))
+    except KeyError as error:  # of a module that was trained whole
+        unused, empty = [], [str(error.args[0])]
+    for names, what in ((unused, "of its weights have no place in the model"), (empty, "of the model's are not in it")):
+        if names:
+            first = f"first {names[0]}; the file begins with {min(stored)}"
+            raise ConfigError(f"{folder}: {len(names)} {what}, {first}")
+
+
+def attach_adapter(model: Any, config: Any, asked: set[str], folder: str | None = None) -> Any:
+    """Attach an adapter, new or filled from a folder, to exactly the layers asked for."""
+    # peft takes names of a mixture's dense and shared layers for those of its experts, as transformers 4 had them
+    # (0.21, https://github.com/huggingface/peft/issues/3711)
+    present = asked <= {name for name, _ in model.named_modules()}
+    rewritten = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
+    with rewritten if present else contextlib.nullcontext():
+        adapted: Any = get_peft_model(model, config)
+    if folder:
+        load_adapter_weights(adapted, folder)
+        return adapted
+    carry = {name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    if carry != asked:
+        other = f"{len(carry - asked)} others and not on {len(asked - carry)}, first {min(carry ^ asked)}"
+        raise ConfigError(f"peft puts the adapters on {other}: choose layers with --lora_modules")
+    return adapted
+
+
+def load_adapter(model: Any, folder: str) -> Any:
+    """Attach the adapter that a folder holds, as it was trained."""
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode, config.base_model_name_or_path = False, None
+    keys = [key.removeprefix("base_model.model.") for key in load_peft_weights(folder, device="cpu")]
+    return attach_adapter(model, config, {key.partition(".lora_")[0] for key in keys if ".lora_" in key}, folder)
+
+
+def adapter_report(model: Any) -> list[str]:
+    """Which kinds of linear layers carry adapters, and which do not, with counts."""
+    carry, other = Counter[str](), Counter[str]()
+    for name, module in model.named_modules() if isinstance(model, PeftModel) else ():
+        kind = layer_and_kind(name.removeprefix("base_model.model."))[1]
+        if isinstance(module, LoraLayer):
+            carry[kind] += 1
+        elif isinstance(module, LINEAR_CLASSES) and not re.search(r"\.(base_layer|lora_|original_|modules_to_)", name):
+            other[kind] += 1
+    lines = {"adapters": carry, "linear layers without": other}
+    return [f"{title}: {', '.join(f'{n} {k}' for k, n in kinds.items())}" for title, kinds in lines.items() if kinds]
+
+
 def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None, start: Path | None = None) -> Any:
     """Attach one adapter, fresh or stored at `adapter`; for a full fine-tune, freeze embeddings and lower layers.
 
@@ -2733,13 +2862,13 @@ def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None, 
         model.get_input_embeddings().requires_grad_(False)  # and with them a head that is tied to them
         return model
     set_seed(config.training.seed)  # loading draws random numbers too; a seed gives one initialisation
-    source = f"adapter {adapter}" if adapter else "LoRA flags"
+    source, flags = f"adapter {adapter}" if adapter else "LoRA flags", (config.lora, config.masked)
     # RuntimeError: shapes that differ
     with reraise_as_user_error(f"{source} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
         adapted: Any = (
-            PeftModel.from_pretrained(model, adapter_files(adapter, config), is_trainable=True)
+            load_adapter(model, adapter_files(adapter, config))
             if adapter
-            else get_peft_model(model, lora_config(model, config.lora, config.masked))
+            else attach_adapter(model, lora_config(model, *flags), lora_targets(model, *flags))
         )
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:  # peft made it float32
@@ -3581,26 +3710,22 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     total, linear = sum(p.numel() for p in model.parameters()), sum(map(math.prod, shapes.values()))
     # a 4-bit weight has a float32 scale for 64 values, or 8 bits of scale and one float32 for 256 of them
     four_bits = 0.5 + (1 / 64 + 4 / (64 * 256) if config.quant.double_quant else 4 / 64)
-    # What the linear layers keep of a token: those of one block share an input, but peft casts one for each where
-    # adapters and activations differ in dtype; a block's last output is only added to the residual; a gated MLP that is
-    # not fused keeps the activation's output and its last input too.
+    # What the linear layers keep of a token: those of one block share an input, but peft's functions may cast one for
+    # each; a block's last output is only added to the residual; a gated MLP that is not fused keeps the activation's
+    # output and its last input too.
     fused = train.fast_path and not full and not config.lora.use_dora
-    copies = not (fused or full) and config.lora.lora_dtype == "float32" and width < 4
     kept, inputs = 0, dict[Any, int]()
     for name, (out, size) in shapes.items():
         owner, _, leaf = name.rpartition(".")
         last = out == hidden and leaf not in ("q_proj", "k_proj", "v_proj", "query", "key", "value")
         kept += (0 if last else out) + (0 if full else config.lora.lora_r)
         kept += out if leaf == "gate_proj" and not fused else 0
-        inputs[name if copies else (owner, size, last)] = 0 if fused and leaf == "down_proj" else size
+        inputs[(owner, size, last) if fused or full else name] = 0 if fused and leaf == "down_proj" else size
     kept += sum(inputs.values())
     norms = 0  # bytes of their inputs, in float32 unless an RMSNorm is fused
     for name, module in model.named_modules():
-        if "Norm" in type(module).__name__ and re.search(r"\.\d+\.", name):
-            heads = shapes.get(f"{name.rpartition('.')[0]}.{leaf_name(name)[0]}_proj")  # q_norm, k_norm see all heads
-            weight = getattr(module, "weight", None)  # OLMo's have none
-            values = heads[0] if heads else hidden if weight is None else weight.numel()
-            norms += values * (width if train.fast_path and "RMS" in type(module).__name__ else 4)
+        if "Norm" in type(module).__name__ and re.search(r"\.\d+\.", name):  # in a layer
+            norms += hidden * (width if train.fast_path and "RMS" in type(module).__name__ else 4)
     # experts stacked in one tensor stay frozen; a token meets a few of them, which keep their inputs and outputs
     active = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
     kept += 2 * active * sum(weight.numel() // len(weight) for weight in stacked_experts(model).values()) // hidden
@@ -3643,25 +3768,23 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
     `room` is in bytes, for activations and transients; `longest` and `window` are the tokens of the longest row (or
     pack), which is not cut, and of the largest step.
     """
-    train, wanted = config.training, requested_layers(config, memory.layers)
+    train, wanted, layers = config.training, requested_layers(config, memory.layers), memory.layers
     rows = train.per_device_train_batch_size if train.auto_batch is False else None
     smallest, largest = (longest, window) if rows is None else (min(window, longest * rows),) * 2
-    choices = [0, memory.layers] if is_sharded(config) else range(memory.layers + 1)  # an engine recomputes all or none
-    plans: list[tuple[float, StepPlan]] = []
+    choices = [0, layers] if is_sharded(config) else range(layers + 1)  # an engine recomputes all or none
+    best, lowest = StepPlan(rows, longest, layers if wanted is None else wanted), math.inf
     for recomputed in choices if wanted is None else [wanted]:
         tokens = min(largest, int((room - memory.fixed) / memory.per_token(recomputed)))
-        if tokens >= smallest:
-            batches = math.ceil(window / tokens)
-            # dequantising and launching take as long as the products of some 500 tokens, and recomputing all layers
-            # 0.4 of a step (measured at 7B)
-            cost = batches * (math.ceil(window / batches) + 500) * (1 + 0.4 * recomputed / max(1, memory.layers))
-            plans.append((cost, StepPlan(rows, tokens, recomputed)))
-    if not plans:
-        return StepPlan(rows, longest, memory.layers if wanted is None else wanted)
-    best = min(plans, key=lambda plan: plan[0])[1]
-    left = 0.9 * (room - memory.fixed) - best.tokens * memory.per_token(best.recomputed)
-    unpacked = int(left / memory.unpacked) if memory.unpacked and not best.recomputed else 0
-    return best._replace(unpacked=max(0, min(unpacked, memory.layers)))
+        batches = math.ceil(window / max(1, tokens))
+        # dequantising and launching take as long as the products of some 500 tokens, and recomputing all layers 0.4 of
+        # a step (measured at 7B)
+        cost = batches * (math.ceil(window / batches) + 500) * (1 + 0.4 * recomputed / max(1, layers))
+        if tokens >= smallest and cost < lowest:
+            best, lowest = StepPlan(rows, tokens, recomputed), cost
+    if lowest == math.inf or best.recomputed or not memory.unpacked:
+        return best
+    left = 0.9 * (room - memory.fixed) - best.tokens * memory.per_token(0)
+    return best._replace(unpacked=max(0, min(int(left / memory.unpacked), layers)))
 
 
 def plan_step(
@@ -3690,12 +3813,14 @@ def plan_step(
         "activations": activations,
         "transients and head": transients,
     }
-    peak, beside = sum(parts.values()), CONTEXT * GIB + pages
-    lines = {name: f"{size / GIB:6.2f} GiB" for name, size in {**parts, "predicted peak": peak}.items()}
-    moved = "" if not memory.paged else "; the optimizer's pages stay" if pages else "; the optimizer's pages move out"
-    lines |= {"beside it": f"{beside / GIB:6.2f} GiB: CUDA{moved}", "in all": f"{(peak + beside) / GIB:6.2f} GiB"}
-    lines |= {"micro-batch": f"{tokens} tokens", "recomputed": f"{plan.recomputed} of {memory.layers} layers"}
-    lines |= {"kept dequantised": f"{plan.unpacked} of {memory.layers} layers"}
+    peak = sum(parts.values())
+    parts |= {"predicted peak": peak, "beside it": CONTEXT * GIB + pages, "in all": peak + CONTEXT * GIB + pages}
+    lines = {name: f"{size / GIB:6.2f} GiB" for name, size in parts.items()}
+    moved = f"; the optimizer's pages {'stay' if pages else 'move out'}" if memory.paged else ""
+    lines["beside it"] += f": CUDA{moved}"
+    lines["micro-batch"] = f"{tokens} tokens"
+    lines["recomputed"] = f"{plan.recomputed} of {memory.layers} layers"
+    lines["kept dequantised"] = f"{plan.unpacked} of {memory.layers} layers"
     return plan._replace(resident=pages > 0, peak=peak / GIB), lines, fits
 
 
@@ -4809,7 +4934,7 @@ class QLoRATrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         with reraise_as_user_error(f"{adapter} does not fit the LoRA flags", ConfigError, RuntimeError):
-            set_peft_model_state_dict(self.model, load_peft_weights(str(adapter), device="cpu"))
+            load_adapter_weights(self.model, str(adapter))
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         """Hide fp16's scaler from the empty step that accelerate takes before FSDP loads."""
@@ -5188,7 +5313,7 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
         model: Any = load_merge_base(config, run.base if dequantised else run.folder)
         dtype, base = model.dtype, float32_logits(model, sample)
         with reraise_as_user_error(f"{adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
-            model = PeftModel.from_pretrained(model, adapter_files(adapter, config))
+            model = load_adapter(model, adapter_files(adapter, config))
         if mutates_base(init := getattr(model.peft_config["default"], "init_lora_weights", None)):
             raise ConfigError(f"{adapter} fits a base changed by {init}: finish its training; the result fits any base")
         rank = config.lora.lora_r
@@ -5366,7 +5491,7 @@ def load_run(config: Config) -> tuple[Run, Data]:
     check_merge(resume, config)
     check_ranks_agree(config.flags | {"checkpoint": resume.checkpoint})
     with local_main_process_first():  # converts a .gguf file
-        folder = model_folder(config, weights=not config.data.preview)
+        folder = model_folder(config)
     model_config = load_model_config(config, folder)
     config = resolve_objective(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
@@ -5402,7 +5527,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
         adapter.base_model_name_or_path = config.model.model_name_or_path
     if resume.train and not is_sharded(config):
         freeze_unreached(model, base, config)
-    log.info("%s", "\n".join(parameter_report(model)))
+    log.info("%s", "\n".join(parameter_report(model) + adapter_report(model)))
     fast = enable_fast_path(model, base, config)
     fast = fast._replace(off=(*fast.off, *([missing] if missing else [])))
     memory = memory_from_config(config, run.model_config)
@@ -5455,7 +5580,7 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
     (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
     log_hints(config)
     if args.plan:
-        model_config = load_model_config(config, model_folder(config, weights=False))
+        model_config = load_model_config(config, model_folder(config))
         config = resolve_objective(config, model_config)
         lines, fits = plan_from_flags(config, memory_from_config(config, model_config))
         if args.process_index == 0:

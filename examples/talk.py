@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jinja2
 import torch
-from peft import PeftModel
 from transformers import GenerationConfig, TextIteratorStreamer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # qlora.py is a script, not an installed package
@@ -184,7 +183,7 @@ def load(name: str, *flags: str, template: str = "auto", system: str | None = No
     model: Any = qlora.load_model(config, model_config, folder)
     generation = qlora.generation_config(config, model, tokenizer)
     model.generation_config = GenerationConfig()  # generate() would add the model's own sampling values
-    model = (PeftModel.from_pretrained(model, str(adapter)) if adapter else model).eval()
+    model = (qlora.load_adapter(model, str(adapter)) if adapter else model).eval()
     torch.manual_seed(config.training.seed)  # with --do_sample, one --seed gives one conversation
     guanaco = template == "guanaco"
     system = GUANACO_SYSTEM * guanaco if system is None else system

@@ -273,17 +273,3 @@ def test_a_finished_run_stays_as_it_is(run_qlora, preview, rows_file):
     assert preview(1, source_max_len=8).code == 0  # which a rerun would refuse: other rows
     assert {name: (run.output_dir / name).read_bytes() for name in run.files()} == before
     assert json.loads(before["run.json"])["flags"]["preview"] == 0
-
-
-def test_a_gguf_base_is_not_dequantised(run_qlora, models, rows_file, tmp_path):
-    """The tokenizer alone is taken out of it, with the ids that training gets."""
-    flags = {"model_name_or_path": models("gguf"), "dataset": rows_file, "cache_dir": tmp_path / "cache"}
-    assert run_qlora(**flags, preview=1).code == 0
-    (folder,) = (tmp_path / "cache" / "qlora-gguf").iterdir()
-    assert not list(folder.rglob("*.safetensors"))
-    run = run_qlora(**flags, max_steps=1)
-    assert run.code == 0 and run_qlora(**flags, preview=1).code == 0
-    whole = next((tmp_path / "cache" / "qlora-gguf").glob("*/model.safetensors")).parent
-    tokenizers = [AutoTokenizer.from_pretrained(place) for place in (folder, whole)]
-    assert tokenizers[0]("the ship").input_ids == tokenizers[1]("the ship").input_ids
-    assert tokenizers[0].eos_token == tokenizers[1].eos_token

@@ -334,6 +334,34 @@ _MPT = {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_s
 _FALCON = {k: v for k, v in _SHAPE.items() if k != "intermediate_size"} | {"ffn_hidden_size": 128}
 _OPT = {k: v for k, v in _SHAPE.items() if k != "intermediate_size"} | {"ffn_dim": 128, "word_embed_proj_dim": 64}
 _LFM2 = {**_SHAPE, "num_key_value_heads": 2, "block_auto_adjust_ff_dim": False}
+_MOE = {
+    **{**_SHAPE, "num_key_value_heads": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    **{"n_routed_experts": 4, "num_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    **{"n_group": 1, "topk_group": 1},
+}
+_MLA = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+_QWEN3_NEXT = {
+    **{**_MOE, "head_dim": 16, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
+    **{"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"layer_types": ["linear_attention", "full_attention"]},
+}
+_LLAMA4 = {**_MOE, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 128, "head_dim": 16}
+_GEMMA3N = {
+    **{**_GEMMA, "intermediate_size": [128, 128], "vocab_size_per_layer_input": 320, "num_kv_shared_layers": 0},
+    **{"hidden_size_per_layer_input": 16, "laurel_rank": 8, "sliding_window": 64, "activation_sparsity_pattern": None},
+    **{"layer_types": ["sliding_attention", "full_attention"]},
+}
+_SSM = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
+_MAMBA = {**_SSM, "state_size": 8, "time_step_rank": 8}
+_JAMBA = {
+    **{**_SHAPE, "num_key_value_heads": 2, "num_experts": 2, "mamba_d_state": 8, "mamba_dt_rank": 8},
+    **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+}
+_FALCON_H1 = {
+    **{**_SHAPE, "num_key_value_heads": 2, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    **{"mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 16},
+}
+_RWKV = {**_SSM, "attention_hidden_size": 64, "context_length": 512, "rescale_every": 1}
 _GPT2 = {"n_embd": 64, "n_inner": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}
 
 # Family -> (model type, config values). The comments say what is special about it.
@@ -357,6 +385,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("mpt", _MPT),  # ALiBi; no biases anywhere; tied
     "falcon": ("falcon", _FALCON),  # tied; one key-value head; FalconLinear subclasses Linear
     "gpt2": ("gpt2", _GPT2),  # tied; Conv1D, not Linear: the weight is transposed
+    "glm4_moe": ("glm4_moe", {**_MOE, "head_dim": 16}),  # one layer dense, one of experts, with a shared one
+    "deepseek_v3": ("deepseek_v3", {**_MOE, **_MLA}),  # and queries, keys and values of low rank
+    "qwen3_next": ("qwen3_next", _QWEN3_NEXT),  # linear attention; a gate on the shared expert
+    "llama4": ("llama4_text", {**_LLAMA4, "interleave_moe_layer_step": 2}),  # its router is a Linear that gives a tuple
+    "gemma3n": ("gemma3n_text", _GEMMA3N),  # reads and clamps the weights of two linear layers
+    "mamba": ("mamba", _MAMBA),  # reads the weights of three
+    "jamba": ("jamba", {**_JAMBA, "use_mamba_kernels": False}),  # and of one, beside attention
+    "falcon_h1": ("falcon_h1", _FALCON_H1),  # Mamba 2 and attention side by side
+    "rwkv": ("rwkv", _RWKV),  # no attention mask; divides two weights of a layer in an evaluation
 }
 
 

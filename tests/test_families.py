@@ -1,0 +1,225 @@
+"""Families that differ from LLaMA in where their linear layers are and how they use them.
+
+Each against plain transformers: the adapters that a run saves are added to the weights by hand.
+"""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import qlora
+
+ATTN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+MLA = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+
+
+def each(count: int, *names: str, block: str = "") -> dict[str, int]:
+    return {f"{block}{name}": count for name in names}
+
+
+# What carries adapters, by kind with counts, and which linear layers do not.
+FAMILIES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "glm4_moe": (
+        each(2, *ATTN) | each(1, *MLP, block="mlp.") | each(1, *MLP, block="mlp.shared_experts."),
+        {"lm_head": 1},
+    ),
+    "deepseek_v3": (
+        each(2, *MLA, block="self_attn.") | each(1, *MLP, block="mlp.") | each(1, *MLP, block="mlp.shared_experts."),
+        {"lm_head": 1},
+    ),
+    "qwen3_next": (
+        each(1, "in_proj_qkvz", "in_proj_ba", "out_proj", block="linear_attn.")
+        | each(2, *MLP, block="mlp.shared_expert.") | each(2, "mlp.shared_expert_gate") | each(1, *ATTN),
+        {"lm_head": 1},
+    ),
+    "llama4": (
+        each(2, *ATTN)
+        | each(1, *MLP, block="feed_forward.") | each(1, *MLP, block="feed_forward.shared_expert."),
+        {"feed_forward.router": 1, "lm_head": 1},
+    ),
+    "gemma3n": (
+        each(2, *ATTN) | each(2, *MLP, block="mlp.") | each(2, "laurel.linear_left", "laurel.linear_right")
+        | each(2, "altup.modality_router", "per_layer_input_gate", "per_layer_projection")
+        | each(1, "model.per_layer_model_projection")
+        | each(3, "model.altup_projections.*", "model.altup_unembed_projections.*"),
+        {"altup.correction_coefs": 2, "altup.prediction_coefs": 2, "lm_head": 1},
+    ),
+    "mamba": ({"mixer.in_proj": 2}, each(2, "x_proj", "dt_proj", "out_proj", block="mixer.") | {"lm_head": 1}),
+    "jamba": (
+        each(1, "in_proj", "x_proj", "out_proj", block="mamba.") | each(1, *MLP, block="feed_forward.")
+        | each(1, *ATTN),
+        {"mamba.dt_proj": 1, "lm_head": 1},
+    ),
+    "falcon_h1": (
+        each(2, *MLP, block="feed_forward.") | each(2, "mamba.in_proj", *ATTN),
+        {"mamba.out_proj": 2, "lm_head": 1},
+    ),
+    "rwkv": (
+        each(2, "key", "value", "receptance", block="attention.") | each(2, "key", "receptance", block="feed_forward."),
+        {"attention.output": 2, "feed_forward.value": 2, "head": 1},
+    ),
+    "mixtral": (each(2, *ATTN), {"lm_head": 1}),
+}  # fmt: skip
+SMALL = {"source_max_len": 64, "target_max_len": 64, "max_steps": 3, "per_device_train_batch_size": 4}
+ROWS = tiny.support_rows(4)
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "data").mkdir()
+    tiny.rows_to_jsonl(tmp_path / "data/train.jsonl", tiny.support_rows(24))
+    tiny.rows_to_jsonl(tmp_path / "data/eval.jsonl", ROWS)
+    return tmp_path / "data"
+
+
+def listed(line: str) -> dict[str, int]:
+    """`adapters: 2 a, 1 b` as a dictionary."""
+    return {name: int(count) for count, name in (part.split() for part in line.split(": ")[1].split(", "))}
+
+
+def line_of(run, start: str) -> str:
+    return next(line for line in run.stderr.splitlines() if line.startswith(start))
+
+
+def plain_loss(base, adapter, scale: float = 16 / 4) -> float:
+    """The mean loss over rows, of the base with the adapter's B A added to its weights."""
+    model, parts = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), load_file(adapter)
+    stems = {name.split(".lora_")[0] for name in parts}
+    for stem in stems:
+        delta = scale * parts[f"{stem}.lora_B.weight"] @ parts[f"{stem}.lora_A.weight"]
+        model.get_submodule(stem.removeprefix("base_model.model.")).weight.data += delta
+    losses = []
+    for row in ROWS:
+        source, target = [tiny.BOS, *row["input"].encode()][:64], [*row["output"].encode(), tiny.EOS][:64]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([source + target])).logits[0]
+        losses.append(F.cross_entropy(logits[len(source) - 1 : -1].float(), torch.tensor(target)))
+    return torch.stack(losses).mean().item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_are_where_they_were_asked_for_and_compute_as_plain_transformers(run_qlora, models, data, family):
+    """Every one is trained, and the loss with it is that of the base with s B A added to its weights."""
+    carry, without = FAMILIES[family]
+    base = models(family)
+    flags = {"dataset": data, "bits": 32, "do_eval": True, "per_device_eval_batch_size": 1, "learning_rate": 1e-2}
+    run = run_qlora(model_name_or_path=base, **SMALL, **flags)
+    assert run.code == 0
+    assert listed(line_of(run, "adapters: ")) == carry
+    assert listed(line_of(run, "linear layers without: ")) == without
+    file = run.output_dir / "adapter_model.safetensors"
+    parts = load_file(file)
+    assert len(parts) == 2 * sum(carry.values()) and all(tensor.any() for tensor in parts.values())
+    assert all(4 in tensor.shape for tensor in parts.values()), "of rank 4, also beside experts"
+    assert run.json("metrics.json")["eval_loss"] == pytest.approx(plain_loss(base, file), rel=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_in_4_bits(run_qlora, models, data, family):
+    """Weights that are read beside their layer stay as they are stored."""
+    carry, _ = FAMILIES[family]
+    run = run_qlora(model_name_or_path=models(family), dataset=data, do_eval=True, **SMALL | {"max_steps": 1})
+    assert run.code == 0 and listed(line_of(run, "adapters: ")) == carry
+    assert run.json("metrics.json")["eval_loss"] < 10
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("glm4_moe", {"lora_dropout": 0.05}),
+        ("deepseek_v3", {"use_dora": True}),
+        ("llama4", {"lora_modules": "up_proj"}),
+    ],
+)
+def test_mixtures_take_every_option(run_qlora, models, family, flags):
+    """Which peft refuses where it takes dense layers for experts."""
+    run = run_qlora(model_name_or_path=models(family), **SMALL, **flags)
+    assert run.code == 0 and "mlp.experts" not in line_of(run, "adapters: ")
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "mamba", "jamba", "rwkv", "gemma3n"])
+def test_families_are_merged_and_resumed(run_qlora, models, family, tmp_path):
+    flags = {"model_name_or_path": models(family), "learning_rate": 1e-2, **SMALL, "max_steps": 2, "save_steps": 1}
+    run = run_qlora(**flags, merged_output_dir=tmp_path / "merged")
+    assert run.code == 0 and (tmp_path / "merged" / "config.json").is_file()
+    again = run_qlora(**flags | {"max_steps": 3})
+    assert again.code == 0 and "resuming from" in again.stderr
+
+
+# ------------------------------------------------------------------------------------
+# Adapter files
+# ------------------------------------------------------------------------------------
+
+
+def spoil(folder, change) -> None:
+    """Rewrite the names in an adapter's file."""
+    file = folder / "adapter_model.safetensors"
+    parts = load_file(file)
+    save_file({change(name): tensor for name, tensor in parts.items() if change(name)}, file, {"format": "pt"})
+
+
+CHANGES = {
+    "another prefix": lambda name: name.replace("base_model.model.model.", "base_model.model.language_model."),
+    "half of it": lambda name: name if ".layers.0." in name else None,
+    "one name": lambda name: name.replace("layers.1.mlp.up_proj.lora_A", "layers.1.mlp.up_proj.lora_C"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"do_train": False, "do_eval": True}, {"do_train": False, "merged_output_dir": "merged"}],
+    ids=["train", "evaluate", "merge"],
+)
+def test_an_adapter_file_must_meet_the_model_whole(run_qlora, finished_run, tmp_path, flags, change):
+    adapter = shutil.copytree(finished_run.output_dir, tmp_path / "adapter")
+    spoil(adapter, CHANGES[change])
+    flags = {name: tmp_path / value if name == "merged_output_dir" else value for name, value in flags.items()}
+    run = run_qlora(adapter_name_or_path=adapter, **flags)
+    last = run.stderr.splitlines()[-1]
+    assert run.code == 2 and "Traceback" not in run.stderr
+    assert last.startswith("error: ") and str(adapter) in last and "lora_" in last
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_module_trained_whole_must_be_in_the_file(run_qlora, tmp_path):
+    run = run_qlora(modules_to_save="lm_head", max_steps=1)
+    adapter = shutil.copytree(run.output_dir, tmp_path / "adapter")
+    spoil(adapter, lambda name: None if "lm_head" in name else name)
+    again = run_qlora(adapter_name_or_path=adapter, output_dir=tmp_path / "again")
+    last = again.stderr.splitlines()[-1]
+    assert again.code == 2 and "lm_head" in last and str(adapter) in last
+
+
+def test_adapters_that_peft_puts_elsewhere_are_an_error(models):
+    """With a name that selects a layer more than was asked for."""
+    model = AutoModelForCausalLM.from_pretrained(models("llama"))
+    asked = {f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)}
+    with pytest.raises(qlora.ConfigError, match=r"on 2 others and not on 0, first model.layers.0.mlp.up_proj"):
+        qlora.attach_adapter(model, LoraConfig(target_modules=["q_proj", "up_proj"]), asked)
+
+
+def test_an_adapter_of_experts_as_peft_makes_it_is_loaded(models, run_qlora, tmp_path):
+    """peft adapts Mixtral's experts under the names that they had in transformers 4."""
+    base = models("mixtral")
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=["q_proj", "w1", "w2", "w3"])
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapted.save_pretrained(tmp_path / "adapter")
+    run = run_qlora(
+        model_name_or_path=base, bits=32, adapter_name_or_path=tmp_path / "adapter", do_train=False, do_eval=True
+    )
+    assert run.code == 0
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_parameters"]
+    assert "2 mlp.experts" in line_of(run, "adapters: ")
