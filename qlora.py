@@ -2747,7 +2747,9 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         if not any(f".{full}".endswith(f".{name}") for full, _ in model.named_modules()):
             raise ConfigError(f"--modules_to_save: the model has no module called {name!r}")
     targets = lora_targets(model, lora, masked)
-    patterns = {f"{name}_pattern": parse_pattern(getattr(lora, f"lora_{name}_pattern")) for name in ("rank", "alpha")}
+    patterns: Any = {
+        f"{name}_pattern": parse_pattern(getattr(lora, f"lora_{name}_pattern")) for name in ("rank", "alpha")
+    }
     for key in itertools.chain(*patterns.values()):
         if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in targets):
             raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")
