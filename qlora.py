@@ -3491,10 +3491,10 @@ def choose_step_plan(
 # ------------------------------------------------------------------------------------
 MANIFEST = "checkpoint.json"
 COMPLETED = "completed"
-PREVIOUS = ".completed-before"  # the record of an earlier completed run, while another one trains
+PREVIOUS = ".completed-before"  # `completed` of an earlier run, while another one trains
 STREAM = "stream.json"  # in a checkpoint: how far a stream was read
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
-# What a run leaves in output_dir beside weights and checkpoints; --overwrite_output_dir removes them.
+# What --overwrite_output_dir removes beside weights and checkpoints.
 RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
              "predictions.jsonl", "trainer_state.json", "loss.png")  # fmt: skip
 
@@ -3505,18 +3505,18 @@ class ResumePoint(NamedTuple):
     train: bool
     checkpoint: Path | None = None  # to resume from
     weights: str | None = None  # an adapter, or for a full fine-tune a model, to start from or to use
-    found: Path | None = None  # the checkpoint or folder of an earlier run, which must be the same run as this
+    found: Path | None = None  # checkpoint or folder of an earlier run, which must be the same run
 
 
 def run_fingerprint(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
     """What a checkpoint belongs to: no run with other values can resume it."""
-    names = ["model_name_or_path", "bits", "full_finetune", "objective", "streaming"]
-    names += ["quant_type", "double_quant"] if config.quant.bits == 4 else []
-    names += ["stream_buffer"] if config.data.streaming else []
-    names += sorted(FREEZING_FLAGS if config.quant.full_finetune else LORA_FLAGS)
-    run = {name: config.flags[name] for name in names}
+    names = {"model_name_or_path", "bits", "full_finetune", "objective", "streaming"}
+    names |= {"quant_type", "double_quant"} if config.quant.bits == 4 else set()
+    names |= {"stream_buffer"} if config.data.streaming else set()
+    names |= FREEZING_FLAGS if config.quant.full_finetune else LORA_FLAGS
+    run = {name: config.flags[name] for name in sorted(names)}
     base = resolved_path(config.model.model_name_or_path)
-    if base.exists():  # the same base has another relative path in another working directory
+    if base.exists():  # it has another relative path in another working directory
         run["model_name_or_path"] = str(base)
     if config.training.do_train:
         # One engine can't read another's optimizer state, and DeepSpeed reads only what as many processes wrote.
@@ -3528,7 +3528,7 @@ def run_fingerprint(config: Config, data: TokenStatistics | None) -> dict[str, A
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a completed run or a checkpoint says about itself; nothing, if another program wrote it."""
+    """What a completed run or a checkpoint says about itself; nothing if another program wrote it."""
     for name in (COMPLETED, PREVIOUS, MANIFEST):
         with contextlib.suppress(OSError, ValueError, TypeError):  # the original's `completed` is an empty file
             return dict(json.loads((folder / name).read_text(encoding="utf-8")))
@@ -3548,10 +3548,10 @@ def check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
     recorded = read_record(folder).get("run", {})
     if not recorded:
         log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
-    if (folder / COMPLETED).is_file():  # it may be used under another engine: no optimizer state is read
+    if (folder / COMPLETED).is_file():  # no optimizer state is read, so that any engine can use it
         recorded.pop("engine", None)
     elif (folder / "optimizer.pt").is_file():
-        recorded.setdefault("engine", "none or DDP")  # also of another program or an earlier version
+        recorded.setdefault("engine", "none or DDP")
     # What an earlier version did not record is not compared: its checkpoints stay resumable.
     changed = [f"{name} was {recorded[name]}, is {new}" for name, new in run.items() if recorded.get(name, new) != new]
     if changed:
@@ -3584,13 +3584,11 @@ def checkpoint_problem(folder: Path) -> str | None:
     try:
         if (folder / MANIFEST).is_file():
             manifest, found = read_json(folder / MANIFEST), file_digests(folder)
-            # Also the list is checked: one bit of it can turn a checkpoint into that of another run.
             if manifest.pop("seal", None) != digest(json.dumps(manifest)):
                 return f"{MANIFEST} is not as it was written"
-            written = manifest["files"]
-            changed = [name for name in written if found.get(name) != written[name]]
-            return f"{changed[0]}: {found.get(changed[0], 'missing')}, not {written[changed[0]]}" if changed else None
-        # Another program's, or the original's, which lists no files: whole if everything in it opens.
+            changed = [name for name, written in manifest["files"].items() if found.get(name) != written]
+            return f"{changed[0]} is missing or not as it was written" if changed else None
+        # Another program's, such as the original's, lists no files: whole if everything in it opens.
         read_json(folder / "trainer_state.json")
         for file in folder.rglob("*.safetensors"):
             safe_open(file, "pt")
@@ -3607,7 +3605,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
-    """Checkpoint folders, newest first; by number, for checkpoint-1000 is newer than checkpoint-250."""
+    """Checkpoint folders, newest first: checkpoint-1000 is newer than checkpoint-250."""
     folders = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
     return sorted(folders, key=checkpoint_step, reverse=True)
 
@@ -3641,7 +3639,7 @@ def find_resume_point(config: Config) -> ResumePoint:
     elif not args.overwrite_output_dir:
         last = find_last_checkpoint(output)
     if not args.do_train:
-        # An interrupted run's last checkpoint is newer than what a run before it left in the final folder.
+        # An interrupted run's last checkpoint is newer than what is in the final folder.
         for folder in (final if completed else None, last, final):
             if folder and not adapter and (weights := weights_in(folder, full)):
                 return ResumePoint(False, weights=str(weights), found=output if folder == final else folder)
@@ -3658,7 +3656,7 @@ def find_resume_point(config: Config) -> ResumePoint:
     if last is None:
         return ResumePoint(True, weights=adapter)
     log.info("resuming from %s", last)
-    if not is_sharded(config) and not (last / "optimizer.pt").is_file():  # of which an engine would complain
+    if not is_sharded(config) and not (last / "optimizer.pt").is_file():
         log.warning("%s holds no optimizer state: the resumed run will differ from an uninterrupted one", last)
     return ResumePoint(True, checkpoint=last, weights=adapter, found=last)
 
@@ -3668,18 +3666,17 @@ def fsync_path(path: Path) -> None:
     if path.is_file():  # safetensors makes files that only their owner can read
         os.umask(mask := os.umask(0o077))
         path.chmod(0o666 & ~mask)
-    if os.name == "nt":
-        return  # Windows opens no folder, and flushes no file that is open for reading
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    if os.name != "nt":  # Windows opens no folder, and flushes no file that is open for reading
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def write_file(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
-    fsync_path(part)  # first: else a power cut may keep the new name and lose the text
+    fsync_path(part)  # else a power cut may keep the new name and lose the text
     part.replace(path)
 
 
@@ -3701,10 +3698,10 @@ def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
 
 
 def commit_checkpoint(staging: Path, final: Path) -> None:
-    """Flush a written folder to disk and rename it: from that moment on, and not before, it is a checkpoint."""
+    """Flush a written folder to disk and rename it, which makes it a checkpoint."""
     for path in [*staging.rglob("*"), staging]:
         fsync_path(path)
-    if final.exists():  # a torn one of that name moves into the hidden folder, and is removed with it
+    if final.exists():  # a torn one is removed with the hidden folder
         final.rename(staging.parent / "old")
     staging.rename(final)
     fsync_path(final.parent)
@@ -3712,7 +3709,7 @@ def commit_checkpoint(staging: Path, final: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_save(staging: Path, target: Path) -> Iterator[None]:
-    """Remove the staging folder afterwards, whatever happens; a full disk, a quota or missing rights are one line."""
+    """Remove the staging folder afterwards, and turn a full disk, a quota or missing rights into one line."""
     try:
         yield
     except Exception as error:
@@ -3730,44 +3727,43 @@ def final_place(output: Path, final: Path) -> str:
     return os.path.relpath(final.resolve(), output.resolve())
 
 
-def final_files(output: Path, final: Path) -> list[str]:
-    """The files of the final folder that the last completed run lists. No others are ever removed."""
+def final_files(output: Path, final: Path) -> set[Path]:
+    """The files in the final folder that the last completed run lists. No others are ever removed."""
     record, place = read_record(output), final_place(output, final)
     names = record.get("files") if record.get("final", place) == place else None
-    # A checkpoint's manifest has a dictionary there. A name with a path in it was not written by this program.
-    return [name for name in names if Path(name).name == name] if isinstance(names, list) else []
+    files = {final / name for name in names} if isinstance(names, list) else set()  # a checkpoint has a dictionary
+    return {file for file in files if file.resolve().is_relative_to(final.resolve())}
 
 
 def clear_output(config: Config, step: int) -> None:
     """Before training: set `completed` aside and, to start anew, remove what the record of an earlier run names."""
     output, final, anew = Path(config.training.output_dir), final_folder(config), config.training.overwrite_output_dir
-    recorded, checkpoints = [final / name for name in final_files(output, final)], checkpoints_in(output)
+    recorded, checkpoints = final_files(output, final), checkpoints_in(output)
     ours = recorded or any((checkpoint / MANIFEST).is_file() for checkpoint in checkpoints)
     for file in [*recorded, *(output / name for name in RUN_FILES)] if anew and ours else ():
         file.unlink(missing_ok=True)
-    if (output / COMPLETED).is_file():  # kept under another name: the next save removes the files that it lists
+    if (output / COMPLETED).is_file():  # the next save removes the files that it lists
         (output / COMPLETED).replace(output / PREVIOUS)
-    for staging in itertools.chain(output.glob(f"{STAGING}*"), final.glob(f"{STAGING}*")):
-        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+    for staging in [*output.glob(f"{STAGING}*"), *final.glob(f"{STAGING}*")]:  # of a run that was killed
+        shutil.rmtree(staging, ignore_errors=True)
     for checkpoint in checkpoints:
         if anew and (checkpoint / MANIFEST).is_file():
             shutil.rmtree(checkpoint)
         elif anew or checkpoint_step(checkpoint) > step:
-            # Torn, not ours, or of a branch that --resume_from_checkpoint left. --save_total_limit would keep those
-            # with the highest numbers instead of those to come.
+            # Torn, not ours, or of a branch that --resume_from_checkpoint left: a rerun would go on from it.
             checkpoint.rename(output / f"left-{checkpoint.name}-{time.time_ns()}")
 
 
 # ------------------------------------------------------------------------------------
 # 13. Processes: what the ranks of one run tell each other
 #
-# Counts and messages go over gloo, beside the GPUs' own network: a step does not wait for its GPU to learn of a signal.
-# A rank that fails prints its line and exits; torchrun ends the others. --ddp_timeout bounds the GPUs' waits.
+# Counts and messages go over gloo, so that no step waits for its GPU. A rank that fails prints its line and exits;
+# torchrun ends the others. --ddp_timeout bounds the GPUs' waits.
 # ------------------------------------------------------------------------------------
 def rank_and_world_size() -> tuple[int, int]:
     """Return this process's rank and the number of ranks."""
-    active = torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if active else (0, 1)
+    group = torch.distributed
+    return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
 
 
 @lru_cache(maxsize=2)
@@ -3776,7 +3772,7 @@ def _cpu_group(timeout: timedelta | None) -> Any:
 
 
 def all_gather_object(value: Any, timeout: timedelta | None = None) -> list[Any]:
-    """Gather one object from each rank, in the order of ranks; by default a message may take half an hour."""
+    """Gather one object from each rank, in the order of ranks, within half an hour by default."""
     values = [value] * rank_and_world_size()[1]
     if torch.distributed.is_initialized():
         torch.distributed.all_gather_object(values, value, group=_cpu_group(timeout))
@@ -3789,13 +3785,13 @@ def all_reduce_int(value: int, operation: Callable[[list[int]], int] = max) -> i
 
 
 def wait_for_all_ranks() -> None:
-    """Wait until every rank is here, for days if need be: one may encode, save or merge for hours."""
+    """Wait until every rank is here: one may encode, save or merge for hours."""
     all_gather_object(None, timedelta(days=2))
 
 
 @contextlib.contextmanager
 def local_main_process_first() -> Iterator[None]:
-    """Run on local rank 0 first; the other ranks of the machine wait and reuse the result."""
+    """Run on each machine's first rank; the others wait and reuse the result."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
         wait_for_all_ranks()
@@ -3810,8 +3806,7 @@ def check_ranks_agree(values: Mapping[str, Any]) -> None:
     (_, first), *others = all_gather_object((socket.gethostname(), mine))
     for rank, (host, found) in enumerate(others, start=1):
         if differing := [f"{n} is {v}, on rank 0 {first[n]}" for n, v in found.items() if v != first[n]]:
-            same = "Start every rank with the same flags and data"
-            raise ConfigError(f"rank {rank} ({host}): {'; '.join(differing)}. {same}")
+            raise ConfigError(f"rank {rank} ({host}): {'; '.join(differing)}. Flags and data must be the same")
 
 
 def shutdown_distributed() -> None:
@@ -4608,18 +4603,12 @@ class Data:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process's fullest GPU, or of the process where it has none."""
-    if torch.cuda.is_available():
-        return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))) / GIB
-    with contextlib.suppress(ImportError):  # Windows has no such module
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
-    return math.nan
+    """Peak memory of this process's fullest GPU; 0 without one."""
+    return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())), default=0) / GIB
 
 
 def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Log and save metrics as the Trainer does, but each file whole: the next run reads all_results.json."""
+    """Log and save metrics as the Trainer does, but each file whole."""
     trainer.log_metrics(split, metrics)
     if trainer.args.should_save:
         output = Path(trainer.config.training.output_dir)
@@ -4631,7 +4620,7 @@ def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> 
 def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config: Config) -> dict[str, Any]:
     """Train, save the result, mark the run completed. After a signal only the checkpoint is there.
 
-    The speed is that of tokens without padding, over the seconds that were not spent on evaluating and saving.
+    The speed is that of tokens without padding, over the seconds not spent on evaluating and saving.
     """
     checkpoint, rows, stop.training = start.checkpoint, trainer.train_dataset, True
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
@@ -4655,12 +4644,12 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
             raise ConfigError(f"{checkpoint}: a pickle in it holds more than tensors, and is not loaded") from error
         seconds = max(time.perf_counter() - began - trainer.untimed_seconds, 1e-9)
         tokens, steps = all_reduce_int(trainer.tokens_seen, sum), max(trainer.state.global_step - first_step, 1)
+        peaks = {"train_peak_memory_gib": peak_memory_gib(), "plan_peak_memory_gib": trainer.plan.peak}
         metrics = result.metrics | {
             "train_loss": trainer._total_loss_scalar / steps,  # transformers 5.17 counts steps before a resume too
             "train_tokens": tokens,
             "train_tokens_per_second": round(tokens / seconds, 1),
-            "train_peak_memory_gib": round(peak_memory_gib(), 3),
-            **({"plan_peak_memory_gib": round(trainer.plan.peak, 3)} if trainer.plan.peak else {}),
+            **{name: round(peak, 3) for name, peak in peaks.items() if peak},  # of GPUs only
         }
     if not stop.interrupted:
         if metrics:
@@ -4689,11 +4678,8 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     model, args, state, output = trainer.base, trainer.args, trainer.state, Path(config.training.output_dir)
     weights = {"state_dict": gather_weights(trainer)} if is_sharded(config) else {}
     if args.should_save:
-        staging = final / f"{STAGING}final"
-        with (
-            atomic_save(staging, final),
-            mock.patch.object(model.config, "use_cache", True),
-        ):  # load_model turned it off
+        staging, cached = final / f"{STAGING}final", mock.patch.object(model.config, "use_cache", True)
+        with atomic_save(staging, final), cached:  # load_model turned the cache off
             model.save_pretrained(staging, max_shard_size=config.training.max_shard_size, **weights)
             trainer.processing_class.save_pretrained(staging)  # type: ignore[union-attr]
             if getattr(model, "initial_adapter", None):
@@ -4702,8 +4688,8 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             for name in files:
                 fsync_path(staging / name)
                 (staging / name).replace(final / name)
-        for name in {*final_files(output, final)} - {*files}:  # an earlier save's shards would be loaded instead
-            (final / name).unlink(missing_ok=True)
+        for old in final_files(output, final) - {final / name for name in files}:  # shards would be loaded instead
+            old.unlink(missing_ok=True)
         write_loss_chart(output / "loss.png", state.log_history)
         write_file(final / "README.md", model_card(trainer, config))
         done = {"step": state.global_step, "epoch": state.epoch, "run": trainer.identity}
@@ -4763,13 +4749,12 @@ def load_merge_base(config: Config, folder: str) -> Any:
     """The base in 16 bit on the CPU: as published, or with the values that its quantised weights stand for."""
     model_config = load_model_config(config, folder)
     dtype = model_config.dtype if model_config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": "cpu"}}
+    options: dict[str, Any] = {"dtype": dtype}
     if getattr(model_config, "quantization_config", None):
         log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
-        quantisation = quantisation_config(config, model_config)
-        options |= {"dtype": load_dtype(config), "quantization_config": quantisation}
-    model = load_base(config, model_config, folder, **options)
+        options = {"dtype": load_dtype(config), "quantization_config": quantisation_config(config, model_config)}
+    model = load_base(config, model_config, folder, device_map={"": "cpu"}, **options)
     if getattr(model.config, "quantization_config", None):
         with reraise_as_user_error(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
             model = model.dequantize(dtype=dtype)
@@ -4778,25 +4763,25 @@ def load_merge_base(config: Config, folder: str) -> Any:
 
 
 def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
-    """Cast the parameters, not the buffers: rotary frequencies must stay float32."""
+    """Cast the parameters but not the buffers: rotary frequencies must stay float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     return model
 
 
-class Float32Mode(TorchFunctionMode):
-    """Compute in float32 with 16-bit weights, widened for one operation at a time: memory holds one model only."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is not torch.Tensor.__getitem__:  # it takes one expert's weights out of a stack
-            args, kwargs = map(widen, args), {name: widen(value) for name, value in (kwargs or {}).items()}
-        return function(*args, **(kwargs or {}))
-
-
 def widen(value: Any) -> Any:
     """Convert a floating tensor to float32, and leave anything else alone."""
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+class Float32Mode(TorchFunctionMode):
+    """Compute in float32 with 16-bit weights, widened for one operation at a time: memory holds one model."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.__getitem__:  # takes one expert's weights out of a stack
+            return function(*args)
+        return function(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
 
 
 @torch.no_grad()
@@ -4807,7 +4792,7 @@ def float32_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tenso
 
 
 def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
-    """Merge every layer in float32 and round it once. Returns the share of the change that this rounds away."""
+    """Merge every layer in float32, rounding once. Returns the share of the change that is rounded away."""
     total = kept = 0.0
     for layer in (module for module in peft_model.modules() if isinstance(module, LoraLayer)):
         weight: Any = layer.get_base_layer().weight
@@ -4825,8 +4810,8 @@ def compare_merged(
 ) -> dict[str, float]:
     """Compare a merged model's logits with those of base + adapter, and refuse one that is wrong.
 
-    They may differ by as much as they do when every weight moves by a unit in its last place, which is tried (and
-    spoils the model), plus twice the share of the adapter's effect that was rounded away.
+    They may differ by what a unit in the last place of every weight changes, which is tried (and spoils the model),
+    plus twice the share of the adapter's effect that was rounded away.
     """
     merged, generator = float32_logits(model, sample), torch.Generator().manual_seed(0)
     for weight in (p.data for p in model.parameters() if p.dim() == 2):
@@ -4850,7 +4835,7 @@ def compare_merged(
 def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
     """Write base and adapter as one model in 16 bit, load it again, compare, and only then give it its name."""
     config, tokenizer, folder = run.config, run.tokenizer, run.config.training.merged_output_dir
-    if folder is None or config.training.process_index != 0 or Path(folder, MERGED).is_file():  # check_merge knows it
+    if folder is None or config.training.process_index != 0 or Path(folder, MERGED).is_file():  # see check_merge
         return {}
     target, tokenizer_model, rows = Path(folder), Path(run.folder, "tokenizer.model"), data.eval
     rows = rows or getattr(data.train, "rows", data.train)  # of packs, or as they are
@@ -4921,7 +4906,7 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the libraries, and the commit of this file, marked if it has uncommitted changes."""
+    """Versions of Python, the libraries and this file: its commit, marked if it has uncommitted changes."""
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
     found = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -4949,10 +4934,10 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
 def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, Any]:
     """Log what this run is, and how it differs from one that it repeats. Returns run.json, which holds no secret."""
     config, args, quant, rows = run.config, run.config.training, run.config.quant, identity["effective batch"]["rows"]
-    factors = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-    batch = "{} rows = {} at once x {} accumulated x {} processes".format(rows, *factors)
-    if rows != math.prod(factors):
-        batch = f"{rows} rows, as in the checkpoint, shared by {args.world_size} processes"
+    once, accumulated, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    batch = f"{rows} rows = {once} at once x {accumulated} accumulated x {ranks} processes"
+    if rows != once * accumulated * ranks:
+        batch = f"{rows} rows, as in the checkpoint, shared by {ranks} processes"
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     if not config.data.streaming:
         length += f"; {math.ceil(len(data.train or ()) / rows)} steps are an epoch"
@@ -4978,7 +4963,7 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
         "data": {name: part._asdict() for name, part in data.statistics.items()},
         "device": {"name": device_name(), "processes": args.world_size},
     }
-    record = json.loads(json.dumps(record, default=str))
+    record = json.loads(json.dumps(record, default=str))  # as it will be read
     if config.record:
         changed = sorted(differences(config.record, record)) or ["nothing"]
         log.warning("repeating a run, what differs from it:\n  %s", "\n  ".join(changed))
@@ -4988,11 +4973,8 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
 def log_hints(config: Config) -> None:
     """Log once what may surprise a user about the flags."""
     train, bits = config.training, config.quant.bits
-    gpu, half = torch.cuda.is_available(), train.bf16 or train.fp16
-    if gpu and torch.cuda.is_bf16_supported() and not half:
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not (train.bf16 or train.fp16):
         log.info("hint: this GPU supports bf16; without --bf16 everything is computed in float32, which is slower")
-    if not gpu and half and not train.plan:
-        log.info("hint: on a CPU float32 is about 2.5 times faster: leave out --bf16 and --fp16")
     if bits >= 16 and train.bf16 != (bits == 16):
         dtype = "bf16, because of --bf16" if train.bf16 else "float32, without --bf16"
         log.info("bits %d: the weights are in %s, as in the original", bits, dtype)
@@ -5061,11 +5043,11 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
         fuse_norms(base)
         run_on_own_gpu(base)
     model = make_trainable(base, config, resume.weights)
-    for adapter in getattr(model, "peft_config", {}).values():  # saved as given, not the folder made of a .gguf file
+    for adapter in getattr(model, "peft_config", {}).values():  # not the folder made of a .gguf file
         adapter.base_model_name_or_path = config.model.model_name_or_path
     log.info("%s", "\n".join(parameter_report(model)))
     fast = enable_fast_path(model, base, config)
-    fast = fast._replace(off=(*fast.off, *([missing] if missing else [])))
+    fast = fast._replace(off=(*fast.off, *filter(None, [missing])))
     memory = memory_from_config(config, run.model_config)
     plan, lines = choose_step_plan(memory, model, base, fast, data.train, config)
     apply_step_plan(base, plan, config)
@@ -5089,7 +5071,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
         )  # fmt: skip
         if resume.train and not is_sharded(config):  # engines make their own
             trainer.create_optimizer_and_scheduler(max(config.training.max_steps, 1))  # shows wrong flags now
-            if plan.resident:  # its pages stay on the GPU, so that prefetching has no use: 22 of 33 ms of updates at 7B
+            if plan.resident:  # pages that stay on the GPU need no prefetching: 22 of 33 ms of updates at 7B
                 trainer.optimizer.prefetch_state = lambda parameter: None  # type: ignore[union-attr]
     if is_fsdp(config) and not resume.train:  # accelerate prepares a model for FSDP only beside an optimizer
         prepared = trainer.accelerator.prepare(model, torch.optim.SGD(model.parameters()))
@@ -5100,7 +5082,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
 
 
 def check_resume(run: Run, data: Data) -> dict[str, Any]:
-    """Check that what was found of an earlier run belongs to this one; returns what checkpoints say of this run."""
+    """Check that an earlier run found here is this one. Returns what checkpoints say of this run."""
     config, resume, args = run.config, run.resume, run.config.training
     identity = run_fingerprint(config, data.statistics.get("train") if args.do_train else None)
     if resume.found:
