@@ -3494,9 +3494,26 @@ COMPLETED = "completed"
 PREVIOUS = ".completed-before"  # `completed` of an earlier run, while another one trains
 STREAM = "stream.json"  # in a checkpoint: how far a stream was read
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
+LEFT = "left-checkpoint-"  # prefix of checkpoints that are set aside
+LOCK = ".lock"  # held by the run that writes into a folder
 # What --overwrite_output_dir removes beside weights and checkpoints.
 RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
              "predictions.jsonl", "trainer_state.json", "loss.png")  # fmt: skip
+DATASET = "dataset (the encoded training rows)"
+MODEL_FLAGS = {"model_name_or_path", "bits", "quant_type", "double_quant", "full_finetune", "objective", *LORA_FLAGS}
+RATE_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
+STATEFUL_SCHEDULES = {"reduce_lr_on_plateau", "greedy"}  # whose rates follow from the past, not from the step
+UPDATE_FLAGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
+# What becomes of a flag that differs from the checkpoint's. A run reads all its flags, so that one in no row applies at
+# once; a row holds what the checkpoint depends on: weights, optimizer, order of rows, best metric.
+RESUME_RULES: dict[str, set[str]] = {
+    "refused": MODEL_FLAGS | {
+        "adapter_name_or_path", "rope_scaling", "bf16", "fp16", "optim", "optim_args", "optim_target_modules", "engine",
+        DATASET, "packing", "streaming", "stream_buffer", "train_sampling_strategy", "seed", "data_seed",
+        "dataloader_drop_last", "metric_for_best_model", "greater_is_better",
+    },
+    "new schedule": RATE_FLAGS | {"max_steps", "num_train_epochs"},
+}  # fmt: skip
 
 
 class ResumePoint(NamedTuple):
@@ -3509,22 +3526,17 @@ class ResumePoint(NamedTuple):
 
 
 def run_fingerprint(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
-    """What a checkpoint belongs to: no run with other values can resume it."""
-    names = {"model_name_or_path", "bits", "full_finetune", "objective", "streaming"}
-    names |= {"quant_type", "double_quant"} if config.quant.bits == 4 else set()
-    names |= {"stream_buffer"} if config.data.streaming else set()
-    names |= FREEZING_FLAGS if config.quant.full_finetune else LORA_FLAGS
-    run = {name: config.flags[name] for name in sorted(names)}
-    base = resolved_path(config.model.model_name_or_path)
-    if base.exists():  # it has another relative path in another working directory
-        run["model_name_or_path"] = str(base)
+    """What a checkpoint says of its run: every flag, and what stands behind them."""
+    flags = json.loads(json.dumps(config.flags, default=str))
+    for name in ("model_name_or_path", "adapter_name_or_path"):  # relative to this working directory
+        if flags[name] and resolved_path(flags[name]).exists():
+            flags[name] = str(resolved_path(flags[name]))
+    run = {"flags": flags}
     if config.training.do_train:
         # One engine can't read another's optimizer state, and DeepSpeed reads only what as many processes wrote.
         engine = f"DeepSpeed on {config.training.world_size} processes" if config.training.deepspeed else "none or DDP"
         run["engine"] = "FSDP" if is_fsdp(config) else engine
-    if data:
-        run |= {"packing": config.data.packing, "dataset (the encoded training rows)": data.fingerprint}
-    return run
+    return run | ({DATASET: data.fingerprint} if data else {})
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -3540,25 +3552,42 @@ def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[st
     flags = [args.per_device_train_batch_size, args.gradient_accumulation_steps]
     batch = {"rows": math.prod(flags) * args.world_size, "flags": flags}
     before = read_record(checkpoint).get("run", {}).get("effective batch", batch) if checkpoint else batch
+    if before["flags"] != flags and before["rows"] != batch["rows"]:  # the order of rows is cut into steps of one size
+        raise ConfigError(
+            f"{checkpoint} was trained with {before['rows']} rows a step, these flags make it {batch['rows']}: pass "
+            "--per_device_train_batch_size {} --gradient_accumulation_steps {}".format(*before["flags"])
+        )
     return before if before["flags"] == flags else batch
 
 
-def check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
-    """Refuse to continue another run, naming what differs."""
+def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: Config) -> None:
+    """Refuse to continue another run, naming what differs, and log what other flags changed: see RESUME_RULES."""
     recorded = read_record(folder).get("run", {})
     if not recorded:
         log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
-    if (folder / COMPLETED).is_file():  # no optimizer state is read, so that any engine can use it
-        recorded.pop("engine", None)
-    elif (folder / "optimizer.pt").is_file():
+    if (folder / "optimizer.pt").is_file():
         recorded.setdefault("engine", "none or DDP")
+    before, now = ({**values.get("flags", {}), **values} for values in (recorded, run))
+    ineffective = itertools.chain(*(names for applies, names, _ in ineffective_flags(config) if applies))
     # What an earlier version did not record is not compared: its checkpoints stay resumable.
-    changed = [f"{name} was {recorded[name]}, is {new}" for name, new in run.items() if recorded.get(name, new) != new]
-    if changed:
+    names = now.keys() & before.keys() - {"flags", "effective batch", *NOT_REPEATED, *ineffective}
+    changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
+    refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET})
+    if config.training.deepspeed or {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & STATEFUL_SCHEDULES:
+        refused |= changed.keys() & (RATE_FLAGS | UPDATE_FLAGS)  # they are restored with their state
+    if DATASET in refused:  # name what selects and encodes rows
+        fields = (*dataclasses.fields(ModelArguments), *dataclasses.fields(DataArguments))
+        refused |= changed.keys() & {"do_eval", "do_predict", *(field.name for field in fields)}
+    if refused:
         raise ConfigError(
-            f"{folder} belongs to another run: {'; '.join(changed)}. Pass the same flags, another --output_dir, or "
-            "--overwrite_output_dir to start anew. To evaluate or predict with what was trained: --do_train False"
+            f"{folder} belongs to another run: {'; '.join(changed[name] for name in sorted(refused))}. Pass the same "
+            "flags, another --output_dir, or --overwrite_output_dir to start anew. To evaluate or predict with what "
+            "was trained: --do_train False"
         )
+    if changed and config.training.do_train:
+        new, rates = ("applies at once", "new schedule") if resumes else ("without effect",) * 2
+        lines = [f"{text}: {rates if name in RESUME_RULES['new schedule'] else new}" for name, text in changed.items()]
+        log.warning("other flags than in %s\n  %s", folder, "\n  ".join(lines))
 
 
 def weights_in(folder: Path, full_finetune: bool = False) -> Path | None:
@@ -3632,7 +3661,8 @@ def find_resume_point(config: Config) -> ResumePoint:
     args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
     adapter, full, picked = config.model.adapter_name_or_path, config.quant.full_finetune, args.resume_from_checkpoint
     completed, last = (output / COMPLETED).is_file(), None
-    if picked and str(picked).lower() != "true":
+    picked = None if str(picked).lower() == "true" else picked
+    if picked:
         last = Path(picked)
         if problem := checkpoint_problem(last):
             raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
@@ -3644,7 +3674,7 @@ def find_resume_point(config: Config) -> ResumePoint:
             if folder and not adapter and (weights := weights_in(folder, full)):
                 return ResumePoint(False, weights=str(weights), found=output if folder == final else folder)
         return ResumePoint(False, weights=adapter)
-    if completed and not args.overwrite_output_dir and (weights := weights_in(final, full)):
+    if completed and not (picked or args.overwrite_output_dir) and (weights := weights_in(final, full)):
         record = read_record(output)
         if not needs_more_steps(config, record):
             steps = record.get("step", "?")
@@ -3722,6 +3752,32 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder. The kernel releases the lock of a process that dies."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would pass to data-loader workers
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise ConfigError(f"{folder} is in use by {file.read()}: wait for it, or name another folder") from None
+        except (ImportError, OSError) as error:  # Windows, or a file system without locks
+            log.warning("%s can't be locked (%s): start no other run there", folder, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
+                (folder / LOCK).unlink()
+                folder.rmdir() if made else None
+
+
 def final_place(output: Path, final: Path) -> str:
     """The final folder as `completed` records it: relative, so that both can be moved together."""
     return os.path.relpath(final.resolve(), output.resolve())
@@ -3746,12 +3802,13 @@ def clear_output(config: Config, step: int) -> None:
         (output / COMPLETED).replace(output / PREVIOUS)
     for staging in [*output.glob(f"{STAGING}*"), *final.glob(f"{STAGING}*")]:  # of a run that was killed
         shutil.rmtree(staging, ignore_errors=True)
-    for checkpoint in checkpoints:
+    for checkpoint in [*checkpoints, *(output.glob(f"{LEFT}*") if anew else ())]:
         if anew and (checkpoint / MANIFEST).is_file():
             shutil.rmtree(checkpoint)
-        elif anew or checkpoint_step(checkpoint) > step:
+        elif checkpoint in checkpoints and (anew or checkpoint_step(checkpoint) > step):
             # Torn, not ours, or of a branch that --resume_from_checkpoint left: a rerun would go on from it.
-            checkpoint.rename(output / f"left-{checkpoint.name}-{time.time_ns()}")
+            left = checkpoint.rename(output / f"{LEFT}{checkpoint_step(checkpoint)}-{time.time_ns()}")
+            log.warning("%s is set aside as %s; nothing reads it, you may remove it", checkpoint, left.name)
 
 
 # ------------------------------------------------------------------------------------
@@ -4172,9 +4229,16 @@ def without_gradient(base: Any) -> set[str]:
     return {name for name, parameter in named if parameter.requires_grad and parameter.grad is None}
 
 
+class FlagIntervals(TrainerCallback):
+    """Logs, evaluates and saves as often as the flags say: a resumed Trainer would go by the checkpoint."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 def build_callbacks(stop: GracefulStop) -> list[TrainerCallback]:
     """Every callback of a run."""
-    return [stop]
+    return [stop, FlagIntervals()]
 
 
 class QLoRATrainer(Trainer):
@@ -4416,7 +4480,10 @@ class QLoRATrainer(Trainer):
             trained = [parameter for parameter in self.base.parameters() if parameter.requires_grad]
             if not all(bool(parameter.isfinite().all()) for parameter in trained):
                 self._stop(step, "its update leaves weights that are not finite", "lower --learning_rate")
+        best = self.args.save_strategy == "best" and control.should_evaluate and control.should_save
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
+        if best and self.state.best_global_step != step:  # a signal asked for it, which the Trainer forgets
+            self._save_checkpoint(model, None)
 
     def _check_numbers(self, step: int, numbers: torch.Tensor, arrived: Any, rows: Sequence[list[str]]) -> None:
         """Stop at a loss or gradient norm that is not finite, naming the rows and the likely cause."""
@@ -4450,7 +4517,7 @@ class QLoRATrainer(Trainer):
         more = f" and {len(named) - 8} more" if len(named) > 8 else ""
         of = f", on rows {', '.join(named[:8])}{more}" if named else ""
         kept = checkpoints_in(Path(self.config.training.output_dir))
-        stays = f"{kept[0]} stays, a rerun goes on from it" if kept else "no checkpoint was saved"
+        stays = f"{kept[0]} stays, a rerun on the same rows goes on from it" if kept else "no checkpoint was saved"
         raise QLoRAError(f"step {step}: {what}{of}: {why}. {stays}")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -4473,7 +4540,8 @@ class QLoRATrainer(Trainer):
                     write_json(folder / STREAM, {"rows": self.position})
                 write_manifest(folder, self.identity)
                 commit_checkpoint(folder, final)
-                for old in checkpoints_in(output)[max(self.args.save_total_limit or sys.maxsize, 1) :]:
+                limit = max(self.config.training.save_total_limit or 0, 0)  # 0 keeps all, as in the Trainer
+                for old in checkpoints_in(output)[limit:] if limit else ():
                     if str(old) != self.state.best_model_checkpoint:
                         shutil.rmtree(old)
             wait_for_all_ranks()
@@ -4489,9 +4557,20 @@ class QLoRATrainer(Trainer):
             set_peft_model_state_dict(self.model, load_peft_weights(str(adapter), device="cpu"))
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
-        """Hide fp16's scaler from the empty step that accelerate takes to make room for what FSDP loads."""
-        with mock.patch.object(self.optimizer, "scaler", None, create=True):
+        """Load their states, but take rates, decay, betas and epsilon from the flags."""
+        optimizer: Any = self.optimizer
+        names = ("initial_lr", "weight_decay", "betas", "eps")
+        flags = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+        # fp16's scaler is hidden from the empty step that accelerate takes to make room for what FSDP loads
+        with mock.patch.object(optimizer, "scaler", None, create=True):
             super()._load_optimizer_and_scheduler(checkpoint)
+        schedule: Any = self.lr_scheduler
+        if checkpoint and not self.is_deepspeed_enabled and isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            schedule.base_lrs = [own["initial_lr"] for own in flags]
+            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+            schedule._last_lr = list(map(operator.mul, schedule.base_lrs, factors))
+            for group, own, rate in zip(optimizer.param_groups, flags, schedule._last_lr, strict=True):
+                group.update(own, lr=rate)
 
     def _load_best_model(self) -> None:
         """Load as a resume does; under an engine, in its own way."""
@@ -4540,6 +4619,7 @@ def trainer_arguments(args: TrainingArguments) -> TrainingArguments:
         "hub_strategy": "end",  # save_final pushes; the Trainer would upload all of output_dir, and the token
         "per_device_train_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps,
         "gradient_accumulation_steps": 1,
+        "save_total_limit": None,  # at the end the Trainer would remove all checkpoints but the best
     }
     if args.deepspeed:  # a batch that its file fixes is that of the flags, which check_config compared
         batch = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
@@ -4684,16 +4764,20 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             trainer.processing_class.save_pretrained(staging)  # type: ignore[union-attr]
             if getattr(model, "initial_adapter", None):
                 convert_to_published_base(staging, model.initial_adapter)
-            files = sorted(path.name for path in staging.iterdir())
+            files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+            earlier, place = final_files(output, final), {"final": final_place(output, final)}
+            listed = {*files, *(file.relative_to(final).as_posix() for file in earlier)}  # should it be killed now
+            write_json(output / PREVIOUS, read_record(output) | place | {"files": sorted(listed)})
             for name in files:
                 fsync_path(staging / name)
+                (final / name).parent.mkdir(parents=True, exist_ok=True)
                 (staging / name).replace(final / name)
-        for old in final_files(output, final) - {final / name for name in files}:  # shards would be loaded instead
+        for old in earlier - {final / name for name in files}:  # shards would be loaded instead
             old.unlink(missing_ok=True)
         write_loss_chart(output / "loss.png", state.log_history)
         write_file(final / "README.md", model_card(trainer, config))
         done = {"step": state.global_step, "epoch": state.epoch, "run": trainer.identity}
-        write_json(output / COMPLETED, done | {"files": files, "final": final_place(output, final)})
+        write_json(output / COMPLETED, done | place | {"files": files})
         (output / PREVIOUS).unlink(missing_ok=True)
         if args.push_to_hub:
             hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
@@ -5086,15 +5170,20 @@ def check_resume(run: Run, data: Data) -> dict[str, Any]:
     config, resume, args = run.config, run.resume, run.config.training
     identity = run_fingerprint(config, data.statistics.get("train") if args.do_train else None)
     if resume.found:
-        check_same_run(resume.found, identity)
+        check_same_run(resume.found, identity, resume.train, config)
     if args.deepspeed and args.do_eval and not resume.train and not hf_deepspeed.is_deepspeed_zero3_enabled():
         raise ConfigError("--deepspeed: ZeRO-2 shards only what trains: leave it out to evaluate what was trained")
-    return identity | {"effective batch": effective_batch(resume.checkpoint, args)}
+    batch, rows = effective_batch(resume.checkpoint, args), len(data.train or ())
+    if resume.train and args.dataloader_drop_last and not config.data.streaming and rows < batch["rows"]:
+        raise ConfigError(f"--dataloader_drop_last: {rows} rows make no step of {batch['rows']}: nothing to train")
+    if resume.train and args.max_steps < 1 and args.num_train_epochs <= 0:
+        raise ConfigError(f"--num_train_epochs {args.num_train_epochs:g}: nothing to train")
+    return identity | {"effective batch": batch}
 
 
 def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_preview) -> int:
     """Do one run, from checked flags to files, or show --plan or --preview. Returns the exit status."""
-    args, output, began = config.training, Path(config.training.output_dir), time.perf_counter()
+    args, began = config.training, time.perf_counter()
     (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
     log_hints(config)
     if args.plan:
@@ -5104,23 +5193,29 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
         if args.process_index == 0:
             print(format_table(lines))
         return 0 if fits else 3
-    if not config.data.preview:
-        check_folders(config)
-    this, data = load_run(config)
-    config, resume = this.config, this.resume
     if config.data.preview:
+        this, data = load_run(config)
         rows = data.eval if data.train is None else data.train
         if args.process_index == 0:
-            show(preview_rows(rows, this.tokenizer, this.model_config, config), data.statistics, config)
+            show(preview_rows(rows, this.tokenizer, this.model_config, this.config), data.statistics, this.config)
         return 0
+    check_folders(config)
+    with contextlib.ExitStack() as locks:
+        if args.process_index == 0:
+            for folder in {Path(args.output_dir).resolve(), final_folder(config).resolve()}:
+                locks.enter_context(lock_folder(folder))
+        return run_stages(*load_run(config), stop, began)
+
+
+def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
+    """Train, evaluate, predict and merge, as the flags say. Returns the exit status."""
+    config, resume, args, output = run.config, run.resume, run.config.training, Path(run.config.training.output_dir)
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
-    identity = check_resume(this, data)
-    output.mkdir(parents=True, exist_ok=True)  # one that can't be written shows before the model is loaded
-    final_folder(config).mkdir(parents=True, exist_ok=True)
-    record = describe_run(this, data, identity)
+    identity = check_resume(run, data)
+    record = describe_run(run, data, identity)
     metrics: dict[str, Any] = {}
     if resume.train or args.do_eval or args.do_predict:
-        trainer = prepare(this, data, identity, questions, stop)
+        trainer = prepare(run, data, identity, questions, stop)
         if args.should_save and (resume.train or not (output / "run.json").is_file()):
             write_json(output / "run.json", record)
         log.info("ready after %.0f s", time.perf_counter() - began)
@@ -5128,14 +5223,16 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
             metrics |= train(trainer, resume, stop, config)
             if number := all_reduce_int(stop.signal):
                 name, step = signal.Signals(number).name, trainer.state.global_step
-                log.warning("stopped by %s at step %d, saved; the same command goes on from there", name, step)
+                saved = not stop.interrupted or (output / f"checkpoint-{step}").is_dir()
+                goes_on = "saved; the same command goes on from there" if saved else "which is not saved"
+                log.warning("stopped by %s at step %d, %s", name, step, goes_on)
                 return STOP_SIGNALS[name]
         if args.do_eval:
             metrics |= save_metrics(trainer, "eval", trainer.evaluate())
         if args.do_predict:
             metrics |= predict(trainer, resume, data.text.eval, config)
         del trainer  # memory for a merged model
-    metrics |= merge(str(final_folder(config) if resume.train else resume.weights), this, data)
+    metrics |= merge(str(final_folder(config) if resume.train else resume.weights), run, data)
     report_done(config, metrics, time.perf_counter() - began)
     return 0
 
