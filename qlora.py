@@ -4540,8 +4540,9 @@ class QLoRATrainer(Trainer):
                     write_json(folder / STREAM, {"rows": self.position})
                 write_manifest(folder, self.identity)
                 commit_checkpoint(folder, final)
+                own = [checkpoint for checkpoint in checkpoints_in(output) if (checkpoint / MANIFEST).is_file()]
                 limit = max(self.config.training.save_total_limit or 0, 0)  # 0 keeps all, as in the Trainer
-                for old in checkpoints_in(output)[limit:] if limit else ():
+                for old in own[limit:] if limit else ():
                     if str(old) != self.state.best_model_checkpoint:
                         shutil.rmtree(old)
             wait_for_all_ranks()

@@ -668,6 +668,12 @@ def test_rotation_takes_neither_the_newest_nor_the_best(run_qlora, stopped, tmp_
     assert_equal_runs(run, straight)
 
 
+def test_rotation_leaves_folders_of_others(run_qlora, tmp_path):
+    (tmp_path / "out/checkpoint-0").mkdir(parents=True)
+    run = run_qlora(save_steps=1, save_total_limit=1)
+    assert steps_kept(run.output_dir) == {0, 4}
+
+
 def test_a_limit_below_one_keeps_all(run_qlora):
     run = run_qlora(save_steps=1, save_total_limit=-1)
     assert steps_kept(run.output_dir) == {1, 2, 3, 4}
