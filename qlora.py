@@ -3916,12 +3916,30 @@ def choose_step_plan(
 # ------------------------------------------------------------------------------------
 MANIFEST = "checkpoint.json"
 COMPLETED = "completed"
-PREVIOUS = ".completed-before"  # the record of an earlier completed run, while another one trains
+PREVIOUS = ".completed-before"  # `completed` of an earlier run, while another one trains
 STREAM = "stream.json"  # in a checkpoint: how far a stream was read
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
-# What a run leaves in output_dir beside weights and checkpoints; --overwrite_output_dir removes them.
+LEFT = "left-checkpoint-"  # prefix of checkpoints that are set aside
+LOCK = ".lock"  # held by the run that writes into a folder
+# What --overwrite_output_dir removes beside weights and checkpoints.
 RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
              "predictions.jsonl", "trainer_state.json", "loss.png")  # fmt: skip
+DATASET = "dataset (the encoded training rows)"
+MODEL_FLAGS = {"model_name_or_path", "bits", "quant_type", "double_quant", "full_finetune", "objective", *LORA_FLAGS,
+               "calibration_rows"}  # fmt: skip
+RATE_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
+STATEFUL_SCHEDULES = {"reduce_lr_on_plateau", "greedy"}  # whose rates follow from the past, not from the step
+UPDATE_FLAGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
+# What becomes of a flag that differs from the checkpoint's. A run reads all its flags, so that one in no row applies at
+# once; a row holds what the checkpoint depends on: weights, optimizer, order of rows, best metric.
+RESUME_RULES: dict[str, set[str]] = {
+    "refused": MODEL_FLAGS | {
+        "adapter_name_or_path", "rope_scaling", "bf16", "fp16", "optim", "optim_args", "optim_target_modules", "engine",
+        DATASET, "packing", "streaming", "stream_buffer", "train_sampling_strategy", "seed", "data_seed",
+        "dataloader_drop_last", "metric_for_best_model", "greater_is_better",
+    },
+    "new schedule": RATE_FLAGS | {"max_steps", "num_train_epochs"},
+}  # fmt: skip
 
 
 class ResumePoint(NamedTuple):
@@ -3930,31 +3948,25 @@ class ResumePoint(NamedTuple):
     train: bool
     checkpoint: Path | None = None  # to resume from
     weights: str | None = None  # an adapter, or for a full fine-tune a model, to start from or to use
-    found: Path | None = None  # the checkpoint or folder of an earlier run, which must be the same run as this
+    found: Path | None = None  # checkpoint or folder of an earlier run, which must be the same run
 
 
 def run_fingerprint(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
-    """What a checkpoint belongs to: no run with other values can resume it."""
-    names = ["model_name_or_path", "bits", "full_finetune", "objective", "streaming"]
-    names += ["quant_type", "double_quant"] if config.quant.bits == 4 else []
-    names += ["stream_buffer"] if config.data.streaming else []
-    names += sorted(FREEZING_FLAGS if config.quant.full_finetune else LORA_FLAGS)
-    names += ["calibration_rows", *(["seed"] if config.quant.calibration_rows else [])]
-    run = {name: config.flags[name] for name in names}
-    base = resolved_path(config.model.model_name_or_path)
-    if base.exists():  # the same base has another relative path in another working directory
-        run["model_name_or_path"] = str(base)
+    """What a checkpoint says of its run: every flag, and what stands behind them."""
+    flags = json.loads(json.dumps(config.flags, default=str))
+    for name in ("model_name_or_path", "adapter_name_or_path"):  # relative to this working directory
+        if flags[name] and resolved_path(flags[name]).exists():
+            flags[name] = str(resolved_path(flags[name]))
+    run = {"flags": flags}
     if config.training.do_train:
         # One engine can't read another's optimizer state, and DeepSpeed reads only what as many processes wrote.
         engine = f"DeepSpeed on {config.training.world_size} processes" if config.training.deepspeed else "none or DDP"
         run["engine"] = "FSDP" if is_fsdp(config) else engine
-    if data:
-        run |= {"packing": config.data.packing, "dataset (the encoded training rows)": data.fingerprint}
-    return run
+    return run | ({DATASET: data.fingerprint} if data else {})
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a completed run or a checkpoint says about itself; nothing, if another program wrote it."""
+    """What a completed run or a checkpoint says about itself; nothing if another program wrote it."""
     for name in (COMPLETED, PREVIOUS, MANIFEST):
         with contextlib.suppress(OSError, ValueError, TypeError):  # the original's `completed` is an empty file
             return dict(json.loads((folder / name).read_text(encoding="utf-8")))
@@ -3966,25 +3978,43 @@ def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[st
     flags = [args.per_device_train_batch_size, args.gradient_accumulation_steps]
     batch = {"rows": math.prod(flags) * args.world_size, "flags": flags}
     before = read_record(checkpoint).get("run", {}).get("effective batch", batch) if checkpoint else batch
+    if before["flags"] != flags and before["rows"] != batch["rows"]:  # the order of rows is cut into steps of one size
+        raise ConfigError(
+            f"{checkpoint} was trained with {before['rows']} rows a step, these flags make it {batch['rows']}: pass "
+            "--per_device_train_batch_size {} --gradient_accumulation_steps {}".format(*before["flags"])
+        )
     return before if before["flags"] == flags else batch
 
 
-def check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
-    """Refuse to continue another run, naming what differs."""
+def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: Config) -> None:
+    """Refuse to continue another run, naming what differs, and log what other flags changed: see RESUME_RULES."""
     recorded = read_record(folder).get("run", {})
     if not recorded:
         log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
-    if (folder / COMPLETED).is_file():  # it may be used under another engine: no optimizer state is read
-        recorded.pop("engine", None)
-    elif (folder / "optimizer.pt").is_file():
-        recorded.setdefault("engine", "none or DDP")  # also of another program or an earlier version
+    if (folder / "optimizer.pt").is_file():
+        recorded.setdefault("engine", "none or DDP")
+    before, now = ({**values.get("flags", {}), **values} for values in (recorded, run))
+    ineffective = itertools.chain(*(names for applies, names, _ in ineffective_flags(config) if applies))
     # What an earlier version did not record is not compared: its checkpoints stay resumable.
-    changed = [f"{name} was {recorded[name]}, is {new}" for name, new in run.items() if recorded.get(name, new) != new]
-    if changed:
+    names = now.keys() & before.keys() - {"flags", "effective batch", *NOT_REPEATED, *ineffective}
+    changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
+    refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET})
+    refused |= changed.keys() & ({"seed"} if config.quant.calibration_rows else set())  # it chooses the rows
+    if config.training.deepspeed or {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & STATEFUL_SCHEDULES:
+        refused |= changed.keys() & (RATE_FLAGS | UPDATE_FLAGS)  # they are restored with their state
+    if DATASET in refused:  # name what selects and encodes rows
+        fields = (*dataclasses.fields(ModelArguments), *dataclasses.fields(DataArguments))
+        refused |= changed.keys() & {"do_eval", "do_predict", *(field.name for field in fields)}
+    if refused:
         raise ConfigError(
-            f"{folder} belongs to another run: {'; '.join(changed)}. Pass the same flags, another --output_dir, or "
-            "--overwrite_output_dir to start anew. To evaluate or predict with what was trained: --do_train False"
+            f"{folder} belongs to another run: {'; '.join(changed[name] for name in sorted(refused))}. Pass the same "
+            "flags, another --output_dir, or --overwrite_output_dir to start anew. To evaluate or predict with what "
+            "was trained: --do_train False"
         )
+    if changed and config.training.do_train:
+        new, rates = ("applies at once", "new schedule") if resumes else ("without effect",) * 2
+        lines = [f"{text}: {rates if name in RESUME_RULES['new schedule'] else new}" for name, text in changed.items()]
+        log.warning("other flags than in %s\n  %s", folder, "\n  ".join(lines))
 
 
 def weights_in(folder: Path, full_finetune: bool = False) -> Path | None:
@@ -4010,13 +4040,11 @@ def checkpoint_problem(folder: Path) -> str | None:
     try:
         if (folder / MANIFEST).is_file():
             manifest, found = read_json(folder / MANIFEST), file_digests(folder)
-            # Also the list is checked: one bit of it can turn a checkpoint into that of another run.
             if manifest.pop("seal", None) != digest(json.dumps(manifest)):
                 return f"{MANIFEST} is not as it was written"
-            written = manifest["files"]
-            changed = [name for name in written if found.get(name) != written[name]]
-            return f"{changed[0]}: {found.get(changed[0], 'missing')}, not {written[changed[0]]}" if changed else None
-        # Another program's, or the original's, which lists no files: whole if everything in it opens.
+            changed = [name for name, written in manifest["files"].items() if found.get(name) != written]
+            return f"{changed[0]} is missing or not as it was written" if changed else None
+        # Another program's, such as the original's, lists no files: whole if everything in it opens.
         read_json(folder / "trainer_state.json")
         for file in folder.rglob("*.safetensors"):
             safe_open(file, "pt")
@@ -4033,7 +4061,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
-    """Checkpoint folders, newest first; by number, for checkpoint-1000 is newer than checkpoint-250."""
+    """Checkpoint folders, newest first: checkpoint-1000 is newer than checkpoint-250."""
     folders = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
     return sorted(folders, key=checkpoint_step, reverse=True)
 
@@ -4060,19 +4088,20 @@ def find_resume_point(config: Config) -> ResumePoint:
     args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
     adapter, full, picked = config.model.adapter_name_or_path, config.quant.full_finetune, args.resume_from_checkpoint
     completed, last = (output / COMPLETED).is_file(), None
-    if picked and str(picked).lower() != "true":
+    picked = None if str(picked).lower() == "true" else picked
+    if picked:
         last = Path(picked)
         if problem := checkpoint_problem(last):
             raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
     elif not args.overwrite_output_dir:
         last = find_last_checkpoint(output)
     if not args.do_train:
-        # An interrupted run's last checkpoint is newer than what a run before it left in the final folder.
+        # An interrupted run's last checkpoint is newer than what is in the final folder.
         for folder in (final if completed else None, last, final):
             if folder and not adapter and (weights := weights_in(folder, full)):
                 return ResumePoint(False, weights=str(weights), found=output if folder == final else folder)
         return ResumePoint(False, weights=adapter)
-    if completed and not args.overwrite_output_dir and (weights := weights_in(final, full)):
+    if completed and not (picked or args.overwrite_output_dir) and (weights := weights_in(final, full)):
         record = read_record(output)
         if not needs_more_steps(config, record):
             steps = record.get("step", "?")
@@ -4084,7 +4113,7 @@ def find_resume_point(config: Config) -> ResumePoint:
     if last is None:
         return ResumePoint(True, weights=adapter)
     log.info("resuming from %s", last)
-    if not is_sharded(config) and not (last / "optimizer.pt").is_file():  # of which an engine would complain
+    if not is_sharded(config) and not (last / "optimizer.pt").is_file():
         log.warning("%s holds no optimizer state: the resumed run will differ from an uninterrupted one", last)
     return ResumePoint(True, checkpoint=last, weights=adapter, found=last)
 
@@ -4094,18 +4123,17 @@ def fsync_path(path: Path) -> None:
     if path.is_file():  # safetensors makes files that only their owner can read
         os.umask(mask := os.umask(0o077))
         path.chmod(0o666 & ~mask)
-    if os.name == "nt":
-        return  # Windows opens no folder, and flushes no file that is open for reading
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    if os.name != "nt":  # Windows opens no folder, and flushes no file that is open for reading
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def write_file(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
-    fsync_path(part)  # first: else a power cut may keep the new name and lose the text
+    fsync_path(part)  # else a power cut may keep the new name and lose the text
     part.replace(path)
 
 
@@ -4127,10 +4155,10 @@ def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
 
 
 def commit_checkpoint(staging: Path, final: Path) -> None:
-    """Flush a written folder to disk and rename it: from that moment on, and not before, it is a checkpoint."""
+    """Flush a written folder to disk and rename it, which makes it a checkpoint."""
     for path in [*staging.rglob("*"), staging]:
         fsync_path(path)
-    if final.exists():  # a torn one of that name moves into the hidden folder, and is removed with it
+    if final.exists():  # a torn one is removed with the hidden folder
         final.rename(staging.parent / "old")
     staging.rename(final)
     fsync_path(final.parent)
@@ -4138,7 +4166,7 @@ def commit_checkpoint(staging: Path, final: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_save(staging: Path, target: Path) -> Iterator[None]:
-    """Remove the staging folder afterwards, whatever happens; a full disk, a quota or missing rights are one line."""
+    """Remove the staging folder afterwards, and turn a full disk, a quota or missing rights into one line."""
     try:
         yield
     except Exception as error:
@@ -4151,49 +4179,75 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder. The kernel releases the lock of a process that dies."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would pass to data-loader workers
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise ConfigError(f"{folder} is in use by {file.read()}: wait for it, or name another folder") from None
+        except (ImportError, OSError) as error:  # Windows, or a file system without locks
+            log.warning("%s can't be locked (%s): start no other run there", folder, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
+                (folder / LOCK).unlink()
+                folder.rmdir() if made else None
+
+
 def final_place(output: Path, final: Path) -> str:
     """The final folder as `completed` records it: relative, so that both can be moved together."""
     return os.path.relpath(final.resolve(), output.resolve())
 
 
-def final_files(output: Path, final: Path) -> list[str]:
-    """The files of the final folder that the last completed run lists. No others are ever removed."""
+def final_files(output: Path, final: Path) -> set[Path]:
+    """The files in the final folder that the last completed run lists. No others are ever removed."""
     record, place = read_record(output), final_place(output, final)
     names = record.get("files") if record.get("final", place) == place else None
-    # A checkpoint's manifest has a dictionary there. A name with a path in it was not written by this program.
-    return [name for name in names if Path(name).name == name] if isinstance(names, list) else []
+    files = {final / name for name in names} if isinstance(names, list) else set()  # a checkpoint has a dictionary
+    return {file for file in files if file.resolve().is_relative_to(final.resolve())}
 
 
 def clear_output(config: Config, step: int) -> None:
     """Before training: set `completed` aside and, to start anew, remove what the record of an earlier run names."""
     output, final, anew = Path(config.training.output_dir), final_folder(config), config.training.overwrite_output_dir
-    recorded, checkpoints = [final / name for name in final_files(output, final)], checkpoints_in(output)
+    recorded, checkpoints = final_files(output, final), checkpoints_in(output)
     ours = recorded or any((checkpoint / MANIFEST).is_file() for checkpoint in checkpoints)
     for file in [*recorded, *(output / name for name in RUN_FILES)] if anew and ours else ():
         file.unlink(missing_ok=True)
-    if (output / COMPLETED).is_file():  # kept under another name: the next save removes the files that it lists
+    if (output / COMPLETED).is_file():  # the next save removes the files that it lists
         (output / COMPLETED).replace(output / PREVIOUS)
-    for staging in itertools.chain(output.glob(f"{STAGING}*"), final.glob(f"{STAGING}*")):
-        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-    for checkpoint in checkpoints:
+    for staging in [*output.glob(f"{STAGING}*"), *final.glob(f"{STAGING}*")]:  # of a run that was killed
+        shutil.rmtree(staging, ignore_errors=True)
+    for checkpoint in [*checkpoints, *(output.glob(f"{LEFT}*") if anew else ())]:
         if anew and (checkpoint / MANIFEST).is_file():
             shutil.rmtree(checkpoint)
-        elif anew or checkpoint_step(checkpoint) > step:
-            # Torn, not ours, or of a branch that --resume_from_checkpoint left. --save_total_limit would keep those
-            # with the highest numbers instead of those to come.
-            checkpoint.rename(output / f"left-{checkpoint.name}-{time.time_ns()}")
+        elif checkpoint in checkpoints and (anew or checkpoint_step(checkpoint) > step):
+            # Torn, not ours, or of a branch that --resume_from_checkpoint left: a rerun would go on from it.
+            left = checkpoint.rename(output / f"{LEFT}{checkpoint_step(checkpoint)}-{time.time_ns()}")
+            log.warning("%s is set aside as %s; nothing reads it, you may remove it", checkpoint, left.name)
 
 
 # ------------------------------------------------------------------------------------
 # 13. Processes: what the ranks of one run tell each other
 #
-# Counts and messages go over gloo, beside the GPUs' own network: a step does not wait for its GPU to learn of a signal.
-# A rank that fails prints its line and exits; torchrun ends the others. --ddp_timeout bounds the GPUs' waits.
+# Counts and messages go over gloo, so that no step waits for its GPU. A rank that fails prints its line and exits;
+# torchrun ends the others. --ddp_timeout bounds the GPUs' waits.
 # ------------------------------------------------------------------------------------
 def rank_and_world_size() -> tuple[int, int]:
     """Return this process's rank and the number of ranks."""
-    active = torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if active else (0, 1)
+    group = torch.distributed
+    return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
 
 
 @lru_cache(maxsize=2)
@@ -4202,7 +4256,7 @@ def _cpu_group(timeout: timedelta | None) -> Any:
 
 
 def all_gather_object(value: Any, timeout: timedelta | None = None) -> list[Any]:
-    """Gather one object from each rank, in the order of ranks; by default a message may take half an hour."""
+    """Gather one object from each rank, in the order of ranks, within half an hour by default."""
     values = [value] * rank_and_world_size()[1]
     if torch.distributed.is_initialized():
         torch.distributed.all_gather_object(values, value, group=_cpu_group(timeout))
@@ -4215,13 +4269,13 @@ def all_reduce_int(value: int, operation: Callable[[list[int]], int] = max) -> i
 
 
 def wait_for_all_ranks() -> None:
-    """Wait until every rank is here, for days if need be: one may encode, save or merge for hours."""
+    """Wait until every rank is here: one may encode, save or merge for hours."""
     all_gather_object(None, timedelta(days=2))
 
 
 @contextlib.contextmanager
 def local_main_process_first() -> Iterator[None]:
-    """Run on local rank 0 first; the other ranks of the machine wait and reuse the result."""
+    """Run on each machine's first rank; the others wait and reuse the result."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
         wait_for_all_ranks()
@@ -4236,8 +4290,7 @@ def check_ranks_agree(values: Mapping[str, Any]) -> None:
     (_, first), *others = all_gather_object((socket.gethostname(), mine))
     for rank, (host, found) in enumerate(others, start=1):
         if differing := [f"{n} is {v}, on rank 0 {first[n]}" for n, v in found.items() if v != first[n]]:
-            same = "Start every rank with the same flags and data"
-            raise ConfigError(f"rank {rank} ({host}): {'; '.join(differing)}. {same}")
+            raise ConfigError(f"rank {rank} ({host}): {'; '.join(differing)}. Flags and data must be the same")
 
 
 def shutdown_distributed() -> None:
@@ -4630,10 +4683,17 @@ def freeze_unreached(model: Any, base: Any, config: Config) -> None:
         trained[name].requires_grad_(False)
 
 
+class FlagIntervals(TrainerCallback):
+    """Logs, evaluates and saves as often as the flags say: a resumed Trainer would go by the checkpoint."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 def build_callbacks(stop: GracefulStop, config: Config) -> list[TrainerCallback]:
     """Every callback of a run."""
     patience = config.training.early_stopping_patience
-    return [stop, *([EarlyStoppingCallback(patience)] if patience else [])]
+    return [stop, FlagIntervals(), *([EarlyStoppingCallback(patience)] if patience else [])]
 
 
 class QLoRATrainer(Trainer):
@@ -4867,7 +4927,10 @@ class QLoRATrainer(Trainer):
             trained = [parameter for parameter in self.base.parameters() if parameter.requires_grad]
             if not all(bool(parameter.isfinite().all()) for parameter in trained):
                 self._stop(step, "its update leaves weights that are not finite", "lower --learning_rate")
+        best = self.args.save_strategy == "best" and control.should_evaluate and control.should_save
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
+        if best and self.state.best_global_step != step:  # a signal asked for it, which the Trainer forgets
+            self._save_checkpoint(model, None)
 
     def _check_numbers(self, step: int, numbers: torch.Tensor, arrived: Any, rows: Sequence[list[str]]) -> None:
         """Stop at a loss or gradient norm that is not finite, naming the rows and the likely cause."""
@@ -4900,7 +4963,7 @@ class QLoRATrainer(Trainer):
         more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
         of = f", on rows {', '.join(rows[:8])}{more}" if any(rows) else ""
         kept = checkpoints_in(Path(self.config.training.output_dir))
-        stays = f"{kept[0]} stays, a rerun goes on from it" if kept else "no checkpoint was saved"
+        stays = f"{kept[0]} stays, a rerun on the same rows goes on from it" if kept else "no checkpoint was saved"
         raise QLoRAError(f"step {step}: {what}{of}: {why}. {stays}")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -4923,7 +4986,9 @@ class QLoRATrainer(Trainer):
                     write_json(folder / STREAM, {"rows": self.position})
                 write_manifest(folder, self.identity)
                 commit_checkpoint(folder, final)
-                for old in checkpoints_in(output)[max(self.args.save_total_limit or sys.maxsize, 1) :]:
+                own = [checkpoint for checkpoint in checkpoints_in(output) if (checkpoint / MANIFEST).is_file()]
+                limit = max(self.config.training.save_total_limit or 0, 0)  # 0 keeps all, as in the Trainer
+                for old in own[limit:] if limit else ():
                     if str(old) != self.state.best_model_checkpoint:
                         shutil.rmtree(old)
             wait_for_all_ranks()
@@ -4939,9 +5004,20 @@ class QLoRATrainer(Trainer):
             load_adapter_weights(self.model, str(adapter))
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
-        """Hide fp16's scaler from the empty step that accelerate takes before FSDP loads."""
-        with mock.patch.object(self.optimizer, "scaler", None, create=True):
+        """Load their states, but take rates, decay, betas and epsilon from the flags."""
+        optimizer: Any = self.optimizer
+        names = ("initial_lr", "weight_decay", "betas", "eps")
+        flags = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+        # fp16's scaler is hidden from the empty step that accelerate takes to make room for what FSDP loads
+        with mock.patch.object(optimizer, "scaler", None, create=True):
             super()._load_optimizer_and_scheduler(checkpoint)
+        schedule: Any = self.lr_scheduler
+        if checkpoint and not self.is_deepspeed_enabled and isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            schedule.base_lrs = [own["initial_lr"] for own in flags]
+            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+            schedule._last_lr = list(map(operator.mul, schedule.base_lrs, factors))
+            for group, own, rate in zip(optimizer.param_groups, flags, schedule._last_lr, strict=True):
+                group.update(own, lr=rate)
 
     def _load_best_model(self) -> None:
         """Load as a resume does; under an engine, in its own way."""
@@ -4992,6 +5068,7 @@ def trainer_arguments(args: TrainingArguments) -> TrainingArguments:
         "hub_strategy": "end",  # save_final pushes; the Trainer would upload all of output_dir, and the token
         "per_device_train_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps,
         "gradient_accumulation_steps": 1,
+        "save_total_limit": None,  # at the end the Trainer would remove all checkpoints but the best
     }
     if args.deepspeed:  # a batch that its file fixes is that of the flags, which check_config compared
         batch = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
@@ -5056,18 +5133,12 @@ class Data:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process's fullest GPU, or of the process where it has none."""
-    if torch.cuda.is_available():
-        return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))) / GIB
-    with contextlib.suppress(ImportError):  # Windows has no such module
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
-    return math.nan
+    """Peak memory of this process's fullest GPU; 0 without one."""
+    return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())), default=0) / GIB
 
 
 def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Log and save metrics as the Trainer does, but each file whole: the next run reads all_results.json."""
+    """Log and save metrics as the Trainer does, but each file whole."""
     trainer.log_metrics(split, metrics)
     if trainer.args.should_save:
         output = Path(trainer.config.training.output_dir)
@@ -5079,7 +5150,7 @@ def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> 
 def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config: Config) -> dict[str, Any]:
     """Train, save the result, mark the run completed. After a signal only the checkpoint is there.
 
-    The speed is that of tokens without padding, over the seconds that were not spent on evaluating and saving.
+    The speed is that of tokens without padding, over the seconds not spent on evaluating and saving.
     """
     checkpoint, rows, stop.training = start.checkpoint, trainer.train_dataset, True
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
@@ -5103,12 +5174,12 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
             raise ConfigError(f"{checkpoint}: a pickle in it holds more than tensors, and is not loaded") from error
         seconds = max(time.perf_counter() - began - trainer.untimed_seconds, 1e-9)
         tokens, steps = all_reduce_int(trainer.tokens_seen, sum), max(trainer.state.global_step - first_step, 1)
+        peaks = {"train_peak_memory_gib": peak_memory_gib(), "plan_peak_memory_gib": trainer.plan.peak}
         metrics = result.metrics | {
             "train_loss": trainer._total_loss_scalar / steps,  # transformers 5.17 counts steps before a resume too
             "train_tokens": tokens,
             "train_tokens_per_second": round(tokens / seconds, 1),
-            "train_peak_memory_gib": round(peak_memory_gib(), 3),
-            **({"plan_peak_memory_gib": round(trainer.plan.peak, 3)} if trainer.plan.peak else {}),
+            **{name: round(peak, 3) for name, peak in peaks.items() if peak},  # of GPUs only
         }
     if not stop.interrupted:
         if metrics:
@@ -5137,28 +5208,29 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     model, args, state, output = trainer.base, trainer.args, trainer.state, Path(config.training.output_dir)
     weights = {"state_dict": gather_weights(trainer)} if is_sharded(config) else {}
     if args.should_save:
-        staging = final / f"{STAGING}final"
-        with (
-            atomic_save(staging, final),
-            mock.patch.object(model.config, "use_cache", True),
-        ):  # load_model turned it off
+        staging, cached = final / f"{STAGING}final", mock.patch.object(model.config, "use_cache", True)
+        with atomic_save(staging, final), cached:  # load_model turned the cache off
             model.save_pretrained(staging, max_shard_size=config.training.max_shard_size, **weights)
             trainer.processing_class.save_pretrained(staging)  # type: ignore[union-attr]
             if getattr(model, "initial_adapter", None):
                 convert_to_published_base(staging, model.initial_adapter)
-            files = sorted(path.name for path in staging.iterdir())
+            files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+            earlier, place = final_files(output, final), {"final": final_place(output, final)}
+            listed = {*files, *(file.relative_to(final).as_posix() for file in earlier)}  # should it be killed now
+            write_json(output / PREVIOUS, read_record(output) | place | {"files": sorted(listed)})
             for name in files:
                 fsync_path(staging / name)
+                (final / name).parent.mkdir(parents=True, exist_ok=True)
                 (staging / name).replace(final / name)
-        for name in {*final_files(output, final)} - {*files}:  # an earlier save's shards would be loaded instead
-            (final / name).unlink(missing_ok=True)
+        for old in earlier - {final / name for name in files}:  # shards would be loaded instead
+            old.unlink(missing_ok=True)
         write_loss_chart(output / "loss.png", state.log_history)
         write_file(final / "README.md", model_card(trainer, config))
         done = {"step": state.global_step, "epoch": state.epoch, "run": trainer.identity}
         if state.global_step < state.max_steps:  # stopped early: a rerun with the same flags is not to go on
             done |= {"step": state.max_steps, "epoch": state.num_train_epochs, "stopped_at": state.global_step}
             log.info("stopped early at step %d of %d", state.global_step, state.max_steps)
-        write_json(output / COMPLETED, done | {"files": files, "final": final_place(output, final)})
+        write_json(output / COMPLETED, done | place | {"files": files})
         (output / PREVIOUS).unlink(missing_ok=True)
         if args.push_to_hub:
             hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
@@ -5214,13 +5286,12 @@ def load_merge_base(config: Config, folder: str) -> Any:
     """The base in 16 bit on the CPU: as published, or with the values that its quantised weights stand for."""
     model_config = load_model_config(config, folder)
     dtype = model_config.dtype if model_config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": "cpu"}}
+    options: dict[str, Any] = {"dtype": dtype}
     if getattr(model_config, "quantization_config", None):
         log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
-        quantisation = quantisation_config(config, model_config)
-        options |= {"dtype": load_dtype(config), "quantization_config": quantisation}
-    model = load_base(config, model_config, folder, **options)
+        options = {"dtype": load_dtype(config), "quantization_config": quantisation_config(config, model_config)}
+    model = load_base(config, model_config, folder, device_map={"": "cpu"}, **options)
     if getattr(model.config, "quantization_config", None):
         with reraise_as_user_error(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
             model = model.dequantize(dtype=dtype)
@@ -5229,25 +5300,25 @@ def load_merge_base(config: Config, folder: str) -> Any:
 
 
 def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
-    """Cast the parameters, not the buffers: rotary frequencies must stay float32."""
+    """Cast the parameters but not the buffers: rotary frequencies must stay float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     return model
 
 
-class Float32Mode(TorchFunctionMode):
-    """Compute in float32 with 16-bit weights, widened for one operation at a time: memory holds one model only."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is not torch.Tensor.__getitem__:  # it takes one expert's weights out of a stack
-            args, kwargs = map(widen, args), {name: widen(value) for name, value in (kwargs or {}).items()}
-        return function(*args, **(kwargs or {}))
-
-
 def widen(value: Any) -> Any:
     """Convert a floating tensor to float32, and leave anything else alone."""
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+class Float32Mode(TorchFunctionMode):
+    """Compute in float32 with 16-bit weights, widened for one operation at a time: memory holds one model."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.__getitem__:  # takes one expert's weights out of a stack
+            return function(*args)
+        return function(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
 
 
 @torch.no_grad()
@@ -5258,7 +5329,7 @@ def float32_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tenso
 
 
 def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
-    """Merge every layer in float32 and round it once. Returns the share of the change that this rounds away."""
+    """Merge every layer in float32, rounding once. Returns the share of the change that is rounded away."""
     total = kept = 0.0
     for layer in (module for module in peft_model.modules() if isinstance(module, LoraLayer)):
         weight: Any = layer.get_base_layer().weight
@@ -5276,8 +5347,8 @@ def compare_merged(
 ) -> dict[str, float]:
     """Compare a merged model's logits with those of base + adapter, and refuse one that is wrong.
 
-    They may differ by as much as they do when every weight moves by a unit in its last place, which is tried (and
-    spoils the model), plus twice the share of the adapter's effect that was rounded away.
+    They may differ by what a unit in the last place of every weight changes, which is tried (and spoils the model),
+    plus twice the share of the adapter's effect that was rounded away.
     """
     merged, generator = float32_logits(model, sample), torch.Generator().manual_seed(0)
     for weight in (p.data for p in model.parameters() if p.dim() == 2):
@@ -5301,7 +5372,7 @@ def compare_merged(
 def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
     """Write base and adapter as one model in 16 bit, load it again, compare, and only then give it its name."""
     config, tokenizer, folder = run.config, run.tokenizer, run.config.training.merged_output_dir
-    if folder is None or config.training.process_index != 0 or Path(folder, MERGED).is_file():  # check_merge knows it
+    if folder is None or config.training.process_index != 0 or Path(folder, MERGED).is_file():  # see check_merge
         return {}
     target, tokenizer_model, rows = Path(folder), Path(run.folder, "tokenizer.model"), data.eval
     rows = rows or getattr(data.train, "rows", data.train)  # of packs, or as they are
@@ -5378,7 +5449,7 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the libraries, and the commit of this file, marked if it has uncommitted changes."""
+    """Versions of Python, the libraries and this file: its commit, marked if it has uncommitted changes."""
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
     found = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -5406,10 +5477,10 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
 def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, Any]:
     """Log what this run is, and how it differs from one that it repeats. Returns run.json, which holds no secret."""
     config, args, quant, rows = run.config, run.config.training, run.config.quant, identity["effective batch"]["rows"]
-    factors = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-    batch = "{} rows = {} at once x {} accumulated x {} processes".format(rows, *factors)
-    if rows != math.prod(factors):
-        batch = f"{rows} rows, as in the checkpoint, shared by {args.world_size} processes"
+    once, accumulated, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    batch = f"{rows} rows = {once} at once x {accumulated} accumulated x {ranks} processes"
+    if rows != once * accumulated * ranks:
+        batch = f"{rows} rows, as in the checkpoint, shared by {ranks} processes"
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     if not config.data.streaming:
         length += f"; {math.ceil(len(data.train or ()) / rows)} steps are an epoch"
@@ -5435,7 +5506,7 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
         "data": {name: part._asdict() for name, part in data.statistics.items()},
         "device": {"name": device_name(), "processes": args.world_size},
     }
-    record = json.loads(json.dumps(record, default=str))
+    record = json.loads(json.dumps(record, default=str))  # as it will be read
     if config.record:
         changed = sorted(differences(config.record, record)) or ["nothing"]
         log.warning("repeating a run, what differs from it:\n  %s", "\n  ".join(changed))
@@ -5445,11 +5516,8 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
 def log_hints(config: Config) -> None:
     """Log once what may surprise a user about the flags."""
     train, bits = config.training, config.quant.bits
-    gpu, half = torch.cuda.is_available(), train.bf16 or train.fp16
-    if gpu and torch.cuda.is_bf16_supported() and not half:
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not (train.bf16 or train.fp16):
         log.info("hint: this GPU supports bf16; without --bf16 everything is computed in float32, which is slower")
-    if not gpu and half and not train.plan:
-        log.info("hint: on a CPU float32 is about 2.5 times faster: leave out --bf16 and --fp16")
     if bits >= 16 and train.bf16 != (bits == 16):
         dtype = "bf16, because of --bf16" if train.bf16 else "float32, without --bf16"
         log.info("bits %d: the weights are in %s, as in the original", bits, dtype)
@@ -5525,13 +5593,13 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
         missing = apply_liger(base)
         fuse_norms(base)
     model = make_trainable(base, config, resume.weights, adapter_start_file(config, run.base))
-    for adapter in getattr(model, "peft_config", {}).values():  # saved as given, not the folder made of a .gguf file
+    for adapter in getattr(model, "peft_config", {}).values():  # not the folder made of a .gguf file
         adapter.base_model_name_or_path = config.model.model_name_or_path
     if resume.train and not is_sharded(config):
         freeze_unreached(model, base, config)
     log.info("%s", "\n".join(parameter_report(model) + adapter_report(model)))
     fast = enable_fast_path(model, base, config)
-    fast = fast._replace(off=(*fast.off, *([missing] if missing else [])))
+    fast = fast._replace(off=(*fast.off, *filter(None, [missing])))
     memory = memory_from_config(config, run.model_config)
     plan, lines = choose_step_plan(memory, model, base, fast, data.train, config)
     apply_step_plan(base, plan, config)
@@ -5555,7 +5623,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
         )  # fmt: skip
         if resume.train and not is_sharded(config):  # engines make their own
             trainer.create_optimizer_and_scheduler(max(config.training.max_steps, 1))  # shows wrong flags now
-            if plan.resident:  # its pages stay on the GPU, so that prefetching has no use: 22 of 33 ms of updates at 7B
+            if plan.resident:  # pages that stay on the GPU need no prefetching: 22 of 33 ms of updates at 7B
                 trainer.optimizer.prefetch_state = lambda parameter: None  # type: ignore[union-attr]
     if is_fsdp(config) and not resume.train:  # accelerate prepares a model for FSDP only beside an optimizer
         prepared = trainer.accelerator.prepare(model, torch.optim.SGD(model.parameters()))
@@ -5566,19 +5634,24 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
 
 
 def check_resume(run: Run, data: Data) -> dict[str, Any]:
-    """Check that what was found of an earlier run belongs to this one; returns what checkpoints say of this run."""
+    """Check that an earlier run found here is this one. Returns what checkpoints say of this run."""
     config, resume, args = run.config, run.resume, run.config.training
     identity = run_fingerprint(config, data.statistics.get("train") if args.do_train else None)
     if resume.found:
-        check_same_run(resume.found, identity)
+        check_same_run(resume.found, identity, resume.train, config)
     if args.deepspeed and args.do_eval and not resume.train and not hf_deepspeed.is_deepspeed_zero3_enabled():
         raise ConfigError("--deepspeed: ZeRO-2 shards only what trains: leave it out to evaluate what was trained")
-    return identity | {"effective batch": effective_batch(resume.checkpoint, args)}
+    batch, rows = effective_batch(resume.checkpoint, args), len(data.train or ())
+    if resume.train and args.dataloader_drop_last and not config.data.streaming and rows < batch["rows"]:
+        raise ConfigError(f"--dataloader_drop_last: {rows} rows make no step of {batch['rows']}: nothing to train")
+    if resume.train and args.max_steps < 1 and args.num_train_epochs <= 0:
+        raise ConfigError(f"--num_train_epochs {args.num_train_epochs:g}: nothing to train")
+    return identity | {"effective batch": batch}
 
 
 def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_preview) -> int:
     """Do one run, from checked flags to files, or show --plan or --preview. Returns the exit status."""
-    args, output, began = config.training, Path(config.training.output_dir), time.perf_counter()
+    args, began = config.training, time.perf_counter()
     (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
     log_hints(config)
     if args.plan:
@@ -5588,23 +5661,29 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
         if args.process_index == 0:
             print(format_table(lines))
         return 0 if fits else 3
-    if not config.data.preview:
-        check_folders(config)
-    this, data = load_run(config)
-    config, resume = this.config, this.resume
     if config.data.preview:
+        this, data = load_run(config)
         rows = data.eval if data.train is None else data.train
         if args.process_index == 0:
-            show(preview_rows(rows, this.tokenizer, this.model_config, config), data.statistics, config)
+            show(preview_rows(rows, this.tokenizer, this.model_config, this.config), data.statistics, this.config)
         return 0
+    check_folders(config)
+    with contextlib.ExitStack() as locks:
+        if args.process_index == 0:
+            for folder in {Path(args.output_dir).resolve(), final_folder(config).resolve()}:
+                locks.enter_context(lock_folder(folder))
+        return run_stages(*load_run(config), stop, began)
+
+
+def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
+    """Train, evaluate, predict and merge, as the flags say. Returns the exit status."""
+    config, resume, args, output = run.config, run.resume, run.config.training, Path(run.config.training.output_dir)
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
-    identity = check_resume(this, data)
-    output.mkdir(parents=True, exist_ok=True)  # one that can't be written shows before the model is loaded
-    final_folder(config).mkdir(parents=True, exist_ok=True)
-    record = describe_run(this, data, identity)
+    identity = check_resume(run, data)
+    record = describe_run(run, data, identity)
     metrics: dict[str, Any] = {}
     if resume.train or args.do_eval or args.do_predict:
-        trainer = prepare(this, data, identity, questions, stop)
+        trainer = prepare(run, data, identity, questions, stop)
         if args.should_save and (resume.train or not (output / "run.json").is_file()):
             write_json(output / "run.json", record)
         log.info("ready after %.0f s", time.perf_counter() - began)
@@ -5612,14 +5691,16 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
             metrics |= train(trainer, resume, stop, config)
             if number := all_reduce_int(stop.signal):
                 name, step = signal.Signals(number).name, trainer.state.global_step
-                log.warning("stopped by %s at step %d, saved; the same command goes on from there", name, step)
+                saved = not stop.interrupted or (output / f"checkpoint-{step}").is_dir()
+                goes_on = "saved; the same command goes on from there" if saved else "which is not saved"
+                log.warning("stopped by %s at step %d, %s", name, step, goes_on)
                 return STOP_SIGNALS[name]
         if args.do_eval:
             metrics |= save_metrics(trainer, "eval", trainer.evaluate())
         if args.do_predict:
             metrics |= predict(trainer, resume, data.text.eval, config)
         del trainer  # memory for a merged model
-    metrics |= merge(str(final_folder(config) if resume.train else resume.weights), this, data)
+    metrics |= merge(str(final_folder(config) if resume.train else resume.weights), run, data)
     report_done(config, metrics, time.perf_counter() - began)
     return 0
 

@@ -66,7 +66,7 @@ def run(name: str, strategy: list[str], args: argparse.Namespace) -> dict[str, A
         "losses": [entry["loss"] for entry in history if "loss" in entry],
         "grad_norms": [entry["grad_norm"] for entry in history if "loss" in entry],
         "tokens_per_second": metrics["train_tokens_per_second"],
-        "peak_gib": metrics["train_peak_memory_gib"],  # of the fullest GPU of rank 0
+        "peak_gib": metrics.get("train_peak_memory_gib", 0.0),  # of the fullest GPU of rank 0
         "command": " ".join(["qlora.py", *flags]),
     }
 

@@ -182,7 +182,7 @@ def precision_table(content: dict[str, Any]) -> str:
         minus = [last[name, r["seed"]] - last[REFERENCE, r["seed"]] for r in own if (REFERENCE, r["seed"]) in last]
         lowest = statistics.mean(min(entry["eval_loss"] for entry in run["eval"]) for run in own)
         speed = statistics.median(run["metrics"]["train_tokens_per_second"] for run in own)
-        peak = max(run["metrics"]["train_peak_memory_gib"] for run in own)
+        peak = max(run["metrics"].get("train_peak_memory_gib", 0.0) for run in own)
         lines.append(
             f"| {name} | {own[0]['eval'][0]['eval_loss']:.4f} | {spread([last[name, r['seed']] for r in own])} "
             f"| {spread(minus) if minus and name != REFERENCE else ''} | {lowest:.4f} | {speed:.0f} | {peak:.1f} |"

@@ -11,14 +11,21 @@ minute and writes only to a temporary folder.
 import argparse
 import contextlib
 import io
+import itertools
 import json
+import math
 import os
+import random
+import re
+import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -147,6 +154,152 @@ def check_resume(folder: Path) -> str:
     return "identical to the bit"
 
 
+# ------------------------------------------------------------------------------------
+# Random runs, which tests/test_random_runs.py repeats with many seeds: killed, resumed, with flags that change
+# ------------------------------------------------------------------------------------
+
+FIXED: dict[str, list[Any]] = {  # for the whole life of a run
+    "bits": [4, 16], "optim": ["paged_adamw_32bit", "adamw_torch"], "seed": [0, 1], "lora_dropout": [0, 0.1],
+    "per_device_train_batch_size": [3, 4, 8], "gradient_accumulation_steps": [1, 2],
+    "train_sampling_strategy": ["group_by_length", "random"], "dataloader_drop_last": [False, True],
+    "output_dir": ["random", "older/next"], "other_dir": ["working_dir", "final_output_dir", ""],
+    "eval_strategy": ["no", "steps"], "eval_steps": [1], "eval_dataset_size": [8],
+}  # fmt: skip
+CHANGING: dict[str, list[Any]] = {  # with each start
+    "learning_rate": [1e-3, 2e-4], "lr_scheduler_type": ["constant", "linear", "cosine", "constant_with_warmup"],
+    "warmup_steps": [0, 3], "weight_decay": [0, 0.1], "max_grad_norm": [0.3, 1], "max_steps": [9, 12],
+    "save_steps": [1, 2, 3], "save_total_limit": [-1, 1, 2], "load_best_model_at_end": [False, True],
+}  # fmt: skip
+REFUSED: list[dict[str, Any]] = [
+    {"seed": 7}, {"optim": "sgd"}, {"bits": 8}, {"gradient_accumulation_steps": 5}, {"source_max_len": 3},
+    {"output_dir": "model"}, {"final_output_dir": "model"}, {"working_dir": "."}, {"output_dir": "model/.."},
+]  # fmt: skip
+
+
+class Killed(BaseException):
+    """Ends a run as kill -9 does: no handler of the program sees it."""
+
+
+def start(folder: Path, flags: dict[str, Any], event: str = "", step: int = 0) -> tuple[Any, str, dict[int, list[str]]]:
+    """Start a run and, at `event` of `step`, kill or signal it. Returns exit status, output and each step's rows."""
+    from transformers import TrainerCallback
+
+    import qlora
+
+    class Interrupt(TrainerCallback):
+        def __getattribute__(self, name: str) -> Any:
+            return self.interrupt if name == event.rpartition(" ")[2] else super().__getattribute__(name)
+
+        def interrupt(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step and "signal" in event:
+                signal.raise_signal(signal.SIGTERM)
+            elif state.global_step == step:
+                raise Killed
+
+    build, training_step, rows = qlora.build_callbacks, qlora.QLoRATrainer.training_step, {}
+
+    def noted(self: Any, model: Any, inputs: Any, *args: Any) -> Any:
+        rows[self.state.global_step + 1] = list(inputs["step"].where)
+        return training_step(self, model, inputs, *args)
+
+    output, code = io.StringIO(), "killed"
+    qlora.log.handlers.clear()
+    with (
+        mock.patch.object(qlora, "build_callbacks", lambda stop: [*build(stop), Interrupt()]),
+        mock.patch.object(qlora.QLoRATrainer, "training_step", noted),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+        contextlib.suppress(Killed),
+    ):
+        code = qlora.main(flags_for(folder, "random", **flags))
+    return code, output.getvalue(), rows
+
+
+def rates(flags: dict[str, Any]) -> list[float]:
+    """The learning rate of each step, from transformers alone."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=flags["learning_rate"])
+    schedule = get_scheduler(flags["lr_scheduler_type"], optimizer, flags["warmup_steps"], flags["max_steps"])
+    found = []
+    for _ in range(flags["max_steps"]):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder, beside the cache."""
+    files = (path for path in folder.rglob("*") if path.is_file() and folder / "cache" not in path.parents)
+    return {path: path.read_bytes() for path in files}
+
+
+def check_random_runs(folder: Path, seed: int = 0, starts: int = 4) -> str:
+    """A run that is killed and resumed with other flags keeps to them, and to what lay around it.
+
+    Nothing that was there before is gone or changed, the log's rates and the rows of each step are those of the flags,
+    and what a line calls saved loads.
+    """
+    import qlora
+
+    chance = random.Random(seed)
+    if not (folder / "older").exists():
+        run(folder, "older", max_steps=2)
+    shared = {name: chance.choice(values) for name, values in FIXED.items()}
+    other, output = shared.pop("other_dir"), folder / f"{shared['output_dir']}-{seed}"
+    shared |= {"output_dir": output} | ({other: folder / f"elsewhere-{seed}"} if other else {})
+    work = shared.get("working_dir", output)
+    before, expected, trained, step = contents(folder), {}, {}, 0
+    for number in range(starts):
+        flags = shared | {name: chance.choice(values) for name, values in CHANGING.items()}
+        flags["load_best_model_at_end"] &= flags["eval_strategy"] == "steps"
+        if number and chance.random() < 0.5:
+            refused, there = chance.choice(REFUSED), contents(folder)
+            own = {name: folder / value if name.endswith("_dir") else value for name, value in refused.items()}
+            code, text, _ = start(folder, flags | own)
+            assert code == 2 and contents(folder) == there, f"{refused} was not refused: {code}, {text[-500:]}"
+        last = number == starts - 1
+        event = chance.choice(
+            [f"{how} on_{what}" for how in ("kill", "signal") for what in ("step_begin", "step_end", "save")]
+        )
+        stop = chance.randrange(step, max(step, flags["max_steps"]) + 1)
+        code, text, rows = start(folder, flags, *(() if last else (event, stop)))
+        where = f"seed {seed}, start {number}, {event} {stop}, {flags}:\n{text[-2000:]}"
+        assert code in (0, 143, "killed") and (code == 0 or not last), f"exit status {code}, {where}"
+        expected |= {done: rate for done, rate in enumerate(rates(flags), 1) if done in rows}
+        trained |= rows
+        for line in re.findall(r".* at step (\d+), saved", text):
+            names = [work / f"checkpoint-{line}"] if not (work / "completed").exists() else []
+            assert all(qlora.checkpoint_problem(name) is None for name in names), f"{line} is not saved, {where}"
+        newest = qlora.find_last_checkpoint(work)
+        step = qlora.checkpoint_step(newest) if newest else 0
+        state = work if code == 0 else newest
+        log = json.loads((state / "trainer_state.json").read_text())["log_history"] if state else []
+        logged = {entry["step"]: entry["learning_rate"] for entry in log if "loss" in entry}
+        wrong = [n for n, rate in logged.items() if not math.isclose(rate, expected[n], rel_tol=1e-6, abs_tol=1e-12)]
+        assert not wrong, f"rates of steps {wrong} are not the flags': {logged}, expected {expected}, {where}"
+        after = contents(folder)
+        changed = [str(path) for path, data in before.items() if after.get(path) != data]
+        assert not changed, f"{changed} changed, {where}"
+        if (work / "completed").exists():  # or a signal came in the last step
+            break
+    check_rows(trained, shared)
+    return f"{number + 1} starts, {len(logged)} steps"
+
+
+def check_rows(trained: dict[int, list[str]], flags: dict[str, Any]) -> None:
+    """Every epoch has each row once; where the last, smaller step is dropped, at most once."""
+    size = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"]
+    count = len(ROWS) - flags["eval_dataset_size"] * (flags["eval_strategy"] == "steps")
+    steps = (math.floor if flags["dataloader_drop_last"] else math.ceil)(count / size)
+    for epoch in range(max(trained) // steps):
+        rows = Counter(itertools.chain(*(trained[epoch * steps + n] for n in range(1, steps + 1))))
+        count = min(count, steps * size)
+        assert len(rows) == sum(rows.values()) == count, f"epoch {epoch + 1} has the rows {rows}, expected {count}"
+
+
 CHECKS: dict[str, Callable[[Path], str]] = {
     "quantise to 4 bit": lambda folder: check_quantised(folder, 4, 0.5),  # unrelated logits differ by 1.4
     "quantise to 8 bit": lambda folder: check_quantised(folder, 8, 0.1),
@@ -154,6 +307,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "train in 4 bit": lambda folder: check_training(folder, 4),
     "train in 8 bit": lambda folder: check_training(folder, 8),
     "merge": check_merge,
+    "random runs": check_random_runs,
     "resume": check_resume,  # last: it makes torch deterministic for the rest of the process
 }
 

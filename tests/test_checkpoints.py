@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import random
 import re
@@ -693,11 +694,50 @@ def test_a_picked_checkpoint_leaves_the_newer_ones_aside(run_qlora, stopped, tmp
     """Else the rerun would go on from the branch that was left."""
     run_qlora(max_steps=6)
     picked = {"resume_from_checkpoint": tmp_path / "out/checkpoint-2", "save_total_limit": 1}
-    stopped(3, max_steps=8, **picked)
+    broken = stopped(3, max_steps=8, **picked)
     assert steps_kept(tmp_path / "out") == {3}
-    assert len(list((tmp_path / "out").glob("left-checkpoint-*"))) == 2
+    left = list((tmp_path / "out").glob("left-checkpoint-*"))
+    assert len(left) == 2 and all(f"set aside as {folder.name}" in broken.stderr for folder in left)
     run = run_qlora(max_steps=8, save_total_limit=1)
     assert "checkpoint-3" in run.stderr and run.json("trainer_state.json")["global_step"] == 8
+    (tmp_path / "out/left-checkpoint-mine").mkdir()
+    run_qlora(max_steps=1, overwrite_output_dir=True)
+    assert [folder.name for folder in run.output_dir.glob("left-*")] == ["left-checkpoint-mine"]
+
+
+# Perplexity falls, so that the first step's is the best where the greater is the better.
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_perplexity", "greater_is_better": True, "learning_rate": 1e-2}  # fmt: skip
+
+
+def test_rotation_takes_neither_the_newest_nor_the_best(run_qlora, stopped, tmp_path):
+    """--save_total_limit 1, stopped by a signal and to the end."""
+    straight = run_qlora(**BEST, output_dir=tmp_path / "straight")
+    run = stopped(3, **BEST, save_total_limit=1)
+    assert steps_kept(run.output_dir) == {1, 3} and "step 3, saved" in run.stderr
+    assert qlora.find_last_checkpoint(run.output_dir) == run.output_dir / "checkpoint-3"
+    run = run_qlora(**BEST, save_total_limit=1)
+    assert steps_kept(run.output_dir) == {1, 4}
+    assert_equal_runs(run, straight)
+
+
+def test_rotation_leaves_folders_of_others(run_qlora, tmp_path):
+    (tmp_path / "out/checkpoint-0").mkdir(parents=True)
+    run = run_qlora(save_steps=1, save_total_limit=1)
+    assert steps_kept(run.output_dir) == {0, 4}
+
+
+def test_a_limit_below_one_keeps_all(run_qlora):
+    run = run_qlora(save_steps=1, save_total_limit=-1)
+    assert steps_kept(run.output_dir) == {1, 2, 3, 4}
+
+
+def test_a_signal_saves_where_only_the_best_are_saved(run_qlora, stopped, tmp_path):
+    flags = BEST | {"save_strategy": "best", "load_best_model_at_end": False}
+    straight = run_qlora(**flags, output_dir=tmp_path / "straight")
+    run = stopped(3, **flags)
+    assert steps_kept(run.output_dir) == {1, 3} and "step 3, saved" in run.stderr
+    assert_equal_runs(run_qlora(**flags), straight)
 
 
 def test_best_model_is_used_when_only_completed_is_missing(run_qlora, tmp_path):
@@ -730,11 +770,12 @@ def test_the_same_model_by_another_path_is_the_same(run_qlora, stopped, models, 
 
 
 def test_checkpoint_of_an_older_version_resumes(run_qlora, broken_off, tmp_path):
-    """Its manifest names flags that are gone, and lacks newer ones."""
+    """It names some flags beside what it says of them, and some that are gone."""
     folder = tmp_path / "out/checkpoint-5"
     record = json.loads((folder / "checkpoint.json").read_text())["run"]
-    older = {name: value for name, value in record.items() if name not in ("streaming", "lora_bias")}
-    qlora.write_manifest(folder, older | {"stream_buffer": 10_000, "unpacked_layers": "auto"})
+    flags = record.pop("flags")
+    older = {name: flags[name] for name in ("model_name_or_path", "bits", "lora_r", "packing")}
+    qlora.write_manifest(folder, record | older | {"stream_buffer": 10_000, "unpacked_layers": "auto"})
     run = run_qlora(max_steps=6)
     assert f"resuming from {folder}" in run.stderr and same_weights(run.output_dir, broken_off)
 
@@ -776,7 +817,139 @@ def test_masked_run_resumes_with_the_same_masks(run_qlora, stopped, models, tmp_
     assert len({loss for loss, *_ in trained(reference)}) == 8
 
 
-def test_frozen_layers_of_a_full_fine_tune_belong_to_the_run():
-    words = ["--full_finetune", "--bits", "16", "--layers_to_freeze"]
-    some, none = (qlora.run_fingerprint(qlora.parse_config([*words, number]), None) for number in ("1", "0"))
-    assert some != none and "lora_r" not in some
+# ------------------------------------------------------------------------------------
+# Other flags than the checkpoint's
+# ------------------------------------------------------------------------------------
+
+
+def rates(run) -> list[float]:
+    return [entry["learning_rate"] for entry in run.json("trainer_state.json")["log_history"] if "loss" in entry]
+
+
+COSINE = {"lr_scheduler_type": "cosine"}
+WARM = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "factors"),  # of the rate 1e-3 in steps 1 to 6; three of them before the stop
+    [
+        ({}, {"learning_rate": 1e-4}, [1, 1, 1, 0.1, 0.1, 0.1]),
+        ({}, {"lr_scheduler_type": "linear"}, [1, 1, 1, 3 / 6, 2 / 6, 1 / 6]),
+        (COSINE, COSINE | {"max_steps": 8},
+         [(1 + math.cos(math.pi * step / (6 if step < 3 else 8))) / 2 for step in range(8)]),
+        (WARM, WARM | {"warmup_steps": 8, "learning_rate": 2e-3}, [0, 1 / 4, 2 / 4, 2 * 3 / 8, 2 * 4 / 8, 2 * 5 / 8]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rates_after_a_resume_are_those_of_the_flags(run_qlora, stopped, before, after, factors):
+    flags = {"max_steps": 6, "learning_rate": 1e-3, "save_steps": 100, "warmup_steps": 0}
+    stopped(3, **flags | before)
+    run = run_qlora(**flags | after)
+    assert run.code == 0 and rates(run) == pytest.approx([1e-3 * factor for factor in factors])
+    assert all(re.search(rf"{name} was .*, is .*: new schedule", run.stderr) for name in after.keys() - before.keys())
+    (folder,) = run.output_dir.glob(f"checkpoint-{len(factors)}")
+    saved = torch.load(folder / "optimizer.pt")["param_groups"][0]
+    assert saved["initial_lr"] == after.get("learning_rate", 1e-3)
+
+
+def test_weight_decay_after_a_resume_is_that_of_the_flags(run_qlora, stopped, tmp_path):
+    """AdamW takes rate x decay x weight off each weight, beside what it does without a decay."""
+    flags = {"save_steps": 100, "learning_rate": 1e-3, "optim": "adamw_torch", "max_steps": 4}
+    stopped(3, **flags)
+    shutil.copytree(tmp_path / "out", tmp_path / "decayed")
+    before = weights(tmp_path / "out/checkpoint-3")
+    plain = weights(run_qlora(**flags).output_dir)
+    run = run_qlora(**flags, weight_decay=0.5, adam_beta1=0.9, output_dir=tmp_path / "decayed")
+    assert "weight_decay was 0.0, is 0.5: applies at once" in run.stderr and "adam_beta1" not in run.stderr
+    for name, tensor in weights(run.output_dir).items():
+        assert torch.allclose(plain[name] - tensor, 1e-3 * 0.5 * before[name], rtol=1e-2, atol=1e-8), name
+
+
+def test_logging_saving_and_evaluation_after_a_resume_follow_the_flags(run_qlora, stopped):
+    flags = {"max_steps": 9, "eval_strategy": "steps"}
+    stopped(3, **flags, logging_steps=1, eval_steps=1, save_steps=1)
+    run = run_qlora(**flags, logging_steps=2, eval_steps=3, save_steps=4)
+    log = [entry for entry in run.json("trainer_state.json")["log_history"] if entry["step"] > 3]
+    assert [entry["step"] for entry in log if "loss" in entry] == [4, 6, 8]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [6, 9]
+    assert steps_kept(run.output_dir) == {1, 2, 3, 4, 8, 9}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optim": "adamw_torch"},
+        {"seed": 7},
+        {"data_seed": 7},
+        {"group_by_length": False},
+        {"dataloader_drop_last": True},
+        {"packing": True},
+        {"bf16": True},
+        {"per_device_train_batch_size": 1},
+        {"gradient_accumulation_steps": 3},
+        {"source_max_len": 12},
+        {"metric_for_best_model": "perplexity"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 2},
+    ],
+    ids=str,
+)
+def test_flags_that_a_checkpoint_depends_on_are_refused_by_name(run_qlora, broken_off, tmp_path, change):
+    before, name = snapshot(tmp_path / "out"), next(iter(change))
+    message = error_of(run_qlora(max_steps=6, **change))
+    assert {"group_by_length": "train_sampling_strategy"}.get(name, name) in message and "checkpoint-5" in message
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_a_step_of_the_same_rows_may_be_cut_in_another_way(run_qlora, stopped, tmp_path):
+    flags = {"save_steps": 100, "learning_rate": 5e-3}
+    straight = run_qlora(**flags, output_dir=tmp_path / "straight")
+    stopped(2, **flags)
+    run = run_qlora(**flags, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    assert run.code == 0 and "gradient_accumulation_steps was 1, is 2: applies at once" in run.stderr
+    losses = [[loss for loss, *_ in trained(each)] for each in (run, straight)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_other_flags_for_a_completed_run_are_said(run_qlora):
+    run_qlora(learning_rate=1e-3)
+    again = run_qlora(learning_rate=1e-4, seed=1)
+    assert again.code == 0 and "not trained again" in again.stderr
+    assert "learning_rate was 0.001, is 0.0001: without effect" in again.stderr
+    assert "seed was 42, is 1: without effect" in again.stderr
+
+
+def test_flags_without_effect_and_folders_are_not_compared(run_qlora, stopped, tmp_path):
+    flags = {"bits": 16, "full_finetune": True, "lora_r": None}
+    stopped(3, **flags)
+    run = run_qlora(**flags, quant_type="fp4", lora_alpha=5, num_train_epochs=9, cache_dir=tmp_path / "cache")
+    assert run.code == 0 and "lora_alpha was" not in run.stderr and "quant_type was" not in run.stderr
+    assert "layers_to_freeze" in error_of(run_qlora(**flags, max_steps=8, layers_to_freeze=1))
+
+
+def test_every_flag_has_a_rule():
+    """A name in RESUME_RULES is a flag, and in one row only."""
+    flags = qlora.parse_config([]).flags.keys() | {"engine", qlora.DATASET}
+    rows = list(qlora.RESUME_RULES.values())
+    assert all(row <= flags for row in rows) and sum(map(len, rows)) == len(set().union(*rows))
+    assert flags >= qlora.UPDATE_FLAGS
+
+
+def test_a_picked_checkpoint_of_a_completed_run_is_trained_on(run_qlora, tmp_path):
+    flags = {"learning_rate": 1e-2}
+    run_qlora(**flags)
+    run = run_qlora(**flags, max_steps=3, resume_from_checkpoint=tmp_path / "out/checkpoint-2")
+    assert run.code == 0 and "not trained again" not in run.stderr
+    assert run.json("trainer_state.json")["global_step"] == 3 and run.json("completed")["step"] == 3
+    assert same_weights(run.output_dir, tmp_path / "out/checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 25}, "--dataloader_drop_last: 24 rows"),
+        ({"num_train_epochs": 0, "max_steps": None}, "--num_train_epochs 0"),
+    ],
+)
+def test_nothing_to_train_is_an_error(run_qlora, tmp_path, flags, said):
+    assert said in error_of(run_qlora(**flags))
+    assert not (tmp_path / "out" / "completed").exists()

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -261,6 +262,26 @@ def test_processes_agree_on_the_step_at_which_a_signal_stops_them(fork_server, c
     assert f"stopped by SIGUSR1 at step {step}" in ranks[0].text()
     assert qlora.checkpoint_problem(folder) is None
     assert {path.name for path in folder.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+def test_one_run_at_a_time_writes_into_a_folder(fork_server, command, tmp_path):
+    """The second one says who is there and changes nothing; after a kill -9 the folder is free at once."""
+    flags = ENDLESS | {"save_steps": 2, "save_total_limit": 1, "dataloader_num_workers": 1}
+    first = fork_server.start(command("out", **flags), tmp_path / "first")
+    until(lambda: steps_kept(tmp_path / "out"), first)
+    for name, final in (("out", "other"), ("other", "out")):
+        words = command(name, **flags, final_output_dir=tmp_path / final)
+        refused = fork_server.start(words, tmp_path / f"into {name}")
+        assert refused.wait() == 2
+        (line,) = [line for line in refused.text().splitlines() if line.startswith("error: ")]
+        assert f"{tmp_path / 'out'} is in use by process {first.pid} on {socket.gethostname()}" in line
+    assert first.running and not (tmp_path / "other").exists()
+    first.kill(signal.SIGKILL)
+    first.wait()
+    third = fork_server.start(command("out", **flags), tmp_path / "third")
+    wait_for_steps(third)
+    third.kill(signal.SIGTERM)
+    assert third.wait() == 143 and not list((tmp_path / "out").glob(".*"))
 
 
 # ------------------------------------------------------------------------------------

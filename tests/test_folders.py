@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ import qlora
 FINAL = {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"}
 PREDICT = {"do_predict": True, "predict_with_generate": True, "max_new_tokens": 2, "max_eval_samples": 2}
 FULL = {"full_finetune": True, "bits": 16, "lora_r": None, "learning_rate": 1e-2, "max_shard_size": "100KB"}
+
+
+class Killed(BaseException):
+    """What no handler of the program sees."""
 
 
 class StopAt(TrainerCallback):
@@ -83,7 +88,7 @@ def test_resume_completed_and_prediction_with_a_working_dir(run_qlora, stopped, 
     straight = run_qlora(output_dir=tmp_path / "straight", learning_rate=1e-2)
     flags = {"working_dir": tmp_path / "work", "learning_rate": 1e-2}
     stopped(3, **flags)
-    assert not list((tmp_path / "out").iterdir()) and (tmp_path / "work" / "checkpoint-3").is_dir()
+    assert not (tmp_path / "out").exists() and (tmp_path / "work" / "checkpoint-3").is_dir()
     resumed = run_qlora(**flags)
     assert f"resuming from {tmp_path / 'work' / 'checkpoint-3'}" in resumed.stderr
     assert same(tmp_path / "out", straight.output_dir)
@@ -174,6 +179,40 @@ def test_shards_of_an_earlier_save_do_not_stay(run_qlora, tmp_path):
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in weights(straight.output_dir).items())
     run_qlora(**{**FULL, "max_shard_size": "5GB", "max_steps": 6})
     assert not [name for name in names(tmp_path / "out") if "-of-" in name or name.endswith("index.json")]
+
+
+def test_shards_of_a_save_that_was_killed_do_not_stay(run_qlora, tmp_path, monkeypatch):
+    """After half of its files have their names."""
+    replace, out = Path.replace, tmp_path / "out"
+
+    def kill(file, target):
+        if target.name.startswith("model-00003"):
+            raise Killed
+        return replace(file, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", kill)
+        with pytest.raises(Killed):
+            run_qlora(**FULL)
+    assert {"model-00001", "model-00002"} <= {name[:11] for name in names(out)} and "completed" not in names(out)
+    assert run_qlora(**{**FULL, "max_shard_size": "5GB"}).code == 0
+    assert "model.safetensors" in names(out) and not [name for name in names(out) if name.startswith(("model-", "."))]
+
+
+def test_final_files_in_sub_folders_are_saved_again(run_qlora, own_model, tmp_path):
+    """A tokenizer with several chat templates has a folder of them."""
+    tokenizer = AutoTokenizer.from_pretrained(own_model)
+    tokenizer.chat_template = {"default": "{{ messages }}", "rag": "{{ documents }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(own_model)
+    templates = tmp_path / "out" / "additional_chat_templates"
+    assert run_qlora(model_name_or_path=own_model, max_steps=2).code == 0
+    (templates / "mine.jinja").write_text("mine")
+    (own_model / "additional_chat_templates" / "rag.jinja").unlink()
+    assert run_qlora(model_name_or_path=own_model, max_steps=3).code == 0
+    assert {name: (templates / name).read_text() for name in names(templates)} == {
+        "tool_use.jinja": "{{ tools }}",
+        "mine.jinja": "mine",
+    }
 
 
 @pytest.mark.parametrize("bits", [4, 8])
