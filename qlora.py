@@ -40,6 +40,7 @@ Read the file from top to bottom, along the path of the data: every room uses on
 # ruff: noqa: E402
 
 import argparse
+import bisect
 import contextlib
 import copy
 import csv
@@ -1132,7 +1133,6 @@ NumberedRows = Iterator[tuple[int, Any]]  # (line or row number from 1, the row 
 LONGEST_CELL = 2**27  # characters: a longer one is a quote left open
 SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in order of preference
 REJECTED = "rejected.jsonl"
-EVAL_SPLIT_SEED = 42  # the original's: the same rows are held out
 DATASETS_ERRORS = (RuntimeError, datasets.exceptions.DatasetsError)  # beside LIBRARY_ERRORS
 ROW_FEATURES = datasets.Features(
     {"segments": [{"text": datasets.Value("string"), "supervised": datasets.Value("bool")}]}
@@ -1143,16 +1143,15 @@ ROW_FEATURES = datasets.Features(
 
 def read_json_lines(stream: Any) -> NumberedRows:
     """JSON lines, or one JSON array, which is read into memory whole."""
-    first = next((line for line in stream if line.strip()), "")
+    array = next((line for line in stream if line.strip()), "").lstrip().startswith("[")
     stream.seek(0)
-    array = first.lstrip().startswith("[")
     for number, text in [(1, stream.read())] if array else enumerate(stream, start=1):
         try:
             if text.strip():
                 yield from enumerate(json.loads(text), start=1) if array else [(number, json.loads(text))]
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             expected = "one array of rows" if array else "one object in a line"
-            reason = f"not valid JSON: {shorten(getattr(error, 'msg', error))}, expected {expected}"
+            reason = f"not valid JSON: {getattr(error, 'msg', error)}, expected {expected}"
             yield getattr(error, "lineno", 1) if array else number, RowError(reason, None if array else text)
 
 
@@ -1208,7 +1207,7 @@ class RowSource:
 
     name: str  # for messages
     files: tuple[Path, ...] = ()
-    loaded: Any | None = None  # a Dataset, or an IterableDataset of the hub
+    loaded: Any = None  # a Dataset, or an IterableDataset of the hub
     format: str = ""
     first: int = 0  # rows to skip
     last: int | None = None  # rows to read, the skipped ones included
@@ -1224,13 +1223,6 @@ class RowSource:
         own = getattr(self.loaded, "_fingerprint", None)
         content = [f"{path}:{file_digest(path)}" for path in self.files] or own or list(itertools.islice(self, 100))
         return digest(self.name, self.format, content, self.first, self.last)
-
-    def columns(self) -> list[str]:
-        """The columns of the first rows; a JSON line may omit empty ones."""
-        if self.loaded is not None and self.loaded.column_names:
-            return list(self.loaded.column_names)
-        rows = (row for _, row in self if isinstance(row, Mapping))
-        return sorted({name for row in itertools.islice(rows, 100) for name in row})
 
 
 class Splits(NamedTuple):
@@ -1259,26 +1251,14 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
     path = Path(name).expanduser()
     if name in DATASETS:
         return load_from_hub(config, **DATASETS[name])
-    if not path.exists() and data_suffix(path) in READERS:
-        raise DataError(f"--dataset {name}: no such file")
-    if not path.exists():
-        return load_from_hub(config, name)
     if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # written by save_to_disk
         with reraise_as_user_error(name, DataError):
             return as_sources(name, datasets.load_from_disk(path))
-    splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
-    for file in [path] if path.is_file() else sorted(path.iterdir()):
-        if file.is_file() and (file == path or file.name[0] != ".") and data_suffix(file) in READERS:
-            match = re.match(rf"(train|{'|'.join(SPLIT_NAMES)})(?![A-Za-z0-9])", file.name)
-            splits[match[1] if match and path.is_dir() else ""] += (file,)
-    if not splits:
-        raise DataError(f"{path}: no data, expected {', '.join(READERS)}, also with .gz, or what save_to_disk writes")
-    if "" in splits and len(splits) > 1:
-        others = ", ".join(file.name for file in splits[""])
-        raise DataError(f"{path}: {others} beside files named after splits: name all train, eval, ..., or none")
-    return {
-        split or "train": RowSource(f"{name}[{split}]" if split else name, files) for split, files in splits.items()
-    }
+    if path.exists():
+        return find_files(name, path)
+    if data_suffix(path) in READERS:
+        raise DataError(f"--dataset {name}: no such file")
+    return load_from_hub(config, name)
 
 
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
@@ -1295,25 +1275,42 @@ def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
     return {split: RowSource(f"{name}[{split}]", loaded=dataset) for split, dataset in splits.items()}
 
 
+def find_files(name: str, path: Path) -> dict[str, RowSource]:
+    """The splits of a local file, or of a folder of files."""
+    splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
+    for file in [path] if path.is_file() else sorted(path.iterdir()):
+        if file.is_file() and (file == path or file.name[0] != ".") and data_suffix(file) in READERS:
+            match = re.match(rf"(train|{'|'.join(SPLIT_NAMES)})(?![A-Za-z0-9])", file.name)
+            splits[match[1] if match and path.is_dir() else ""] += (file,)
+    if not splits:
+        raise DataError(f"{path}: no data, expected {', '.join(READERS)}, also with .gz, or what save_to_disk writes")
+    if "" in splits and len(splits) > 1:
+        others = ", ".join(file.name for file in splits[""])
+        raise DataError(f"{path}: {others} beside files named after splits: name all train, eval, ..., or none")
+    return {
+        split or "train": RowSource(f"{name}[{split}]" if split else name, files) for split, files in splits.items()
+    }
+
+
 def choose_format(name: str, source: RowSource, config: Config) -> str:
     """The format of a dataset's rows: the flag, the preset's own, or the first whose columns are all there."""
-    columns = source.columns()
+    rows = (row for _, row in source if isinstance(row, Mapping))
+    columns = sorted({column for row in itertools.islice(rows, 100) for column in row})  # a JSON line may omit some
     if not columns:
         where, row = next(iter(source), (name, RowError("no row in it")))
         with reraise_as_user_error(where, DataError):  # a RowError is a ValueError
             check_row(row)
     candidates = MASKED_FORMATS if config.masked else tuple(name for name, f in FORMATS.items() if f.inferred)
     fitting = (format for format in candidates if set(columns).issuperset(FORMATS[format].columns))
-    preset = name if name in DATASETS and not config.masked else None
-    chosen = config.data.dataset_format or preset or next(fitting, None)
-    found = shorten(", ".join(columns) or "(none)")
+    named = config.data.dataset_format or (name if name in DATASETS and not config.masked else None)
+    chosen = named or next(fitting, None)
+    found = f"{name}: found the columns {shorten(', '.join(columns) or '(none)')}"
     if chosen is None:
         needs = "; ".join(f"{format}: {', '.join(FORMATS[format].columns)}" for format in candidates)
-        raise DataError(f"{name}: no format fits the columns {found}. Needed are, for {needs}")
+        raise DataError(f"{found}, which fit no format. Needed are, for {needs}")
     if missing := sorted(set(get_format(chosen).columns) - set(columns)):
-        wanted = f"the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}"
-        raise DataError(f"{name}: found the columns {found}, {wanted}")
-    log.info("%s: format %s%s", name, chosen, "" if config.data.dataset_format or preset else ", inferred from columns")
+        raise DataError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
+    log.info("%s: format %s%s", name, chosen, "" if named else ", inferred from columns")
     return chosen
 
 
@@ -1332,7 +1329,7 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
     for where, row in source:
         if wanted == {"ALL"} or not isinstance(row, Mapping) or str(row.get("source")) in wanted:
             found, rows = True, [row]
-            with contextlib.suppress(RowError, RecursionError):  # normalize_row reports it
+            with contextlib.suppress(RowError):  # normalize_row reports it
                 if data.expand_conversations and parse_airoboros_chat(check_row(row)):
                     turns, roles = get_list(row, "conversations"), get_messages(row, "conversations")
                     ends = [end for end, turn in enumerate(roles, start=1) if turn["role"] == "assistant"]
@@ -1357,12 +1354,8 @@ def normalize_row(where: str, row: Any, dataset_format: DatasetFormat, tokenizer
         "".join(segment["text"] for segment in segments).encode()  # Arrow refuses what is not UTF-8
         return normal | {"segments": segments, "rendered": isinstance(parsed, tuple), "category": category}
     except (RowError, UnicodeEncodeError) as error:
-        normal["problem"] = shorten(error)
-    except RecursionError:
-        normal["problem"] = "nested too deeply to be read"
-    with contextlib.suppress(RecursionError):
-        normal["raw"] = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
-    return normal
+        raw = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
+        return normal | {"problem": shorten(error), "raw": raw}
 
 
 def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | None = None) -> Any:
@@ -1411,7 +1404,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
             return Splits(dataclasses.replace(train, last=last) if training else None, rows)
         for part, source in zip(parts, (train, held_out), strict=True):
             part += [load_rows(source, config, tokenizer)] if source else []
-    splits = Splits(*(require_rows(concatenate(part), config) if part else None for part in parts))
+    splits = Splits(*(concatenate(part) if part else None for part in parts))
     if evaluating and splits.eval is None and splits.train is not None:
         splits = train_eval_split(splits.train, config)
     limits = data.max_train_samples, data.max_eval_samples
@@ -1419,17 +1412,16 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     return Splits(taken[0] if training else None, taken[1])
 
 
-def concatenate(parts: list[Any]) -> Any | None:
+def concatenate(parts: list[Any]) -> Any:
     """Datasets one after the other; the library's own fingerprint differs each time."""
-    rows: Any = datasets.concatenate_datasets(parts) if parts else None
-    if parts:
-        rows._fingerprint = digest(*(part._fingerprint for part in parts))
+    rows: Any = datasets.concatenate_datasets(parts)
+    rows._fingerprint = digest(*(part._fingerprint for part in parts))
     return rows
 
 
 def train_eval_split(rows: Any, config: Config) -> Splits:
     """Hold rows out for evaluation, shuffled with the original's seed."""
-    size, total = config.data.eval_dataset_size, len(rows)
+    size, total, seed = config.data.eval_dataset_size, len(rows), 42  # the original's: the same rows are held out
     if "eval_dataset_size" not in config.explicitly_set and total < 4 * size:
         size = max(1, total // 10)
         log.info("a tenth of %d rows, %d, is held out; --eval_dataset_size sets another number", total, size)
@@ -1440,29 +1432,26 @@ def train_eval_split(rows: Any, config: Config) -> Splits:
         return Splits(None, rows)
     categories = rows["category"][:]
     if not any(categories):
-        parts = rows.train_test_split(test_size=count, shuffle=True, seed=EVAL_SPLIT_SEED)
+        parts = rows.train_test_split(test_size=count, shuffle=True, seed=seed)
         return Splits(parts["train"], parts["test"])
     # sorted by category and evenly spaced: each category gives its share, and one with a single row breaks nothing
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(EVAL_SPLIT_SEED)).tolist()
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     by_category = sorted(order, key=categories.__getitem__)
     held_out = {by_category[(2 * n + 1) * total // (2 * count)] for n in range(count)}
     return Splits(*(rows.select([i for i in order if (i in held_out) == held]) for held in (False, True)))
 
 
 def drop_bad_rows(rows: Any, config: Config) -> Any:
-    """The rows without a problem; others stop the run or go to rejected.jsonl."""
-    problems = rows["problem"][:]
-    if bad := [i for i, problem in enumerate(problems) if problem]:
+    """The rows without a problem, at least one; others stop the run or go to rejected.jsonl."""
+    good: list[int] = []
+    bad: list[int] = []
+    for i, problem in enumerate(rows["problem"][:]):
+        (bad if problem else good).append(i)
+    if bad:
         reject(list(rows.select(bad)), len(rows), config)
-        rows = rows.select([i for i, problem in enumerate(problems) if not problem])
-    return rows
-
-
-def require_rows(rows: Any, config: Config) -> Any:
-    """The same rows, if there are any."""
-    if not len(rows):
+    if not good:
         raise DataError(f"--dataset {config.data.dataset}: no row in it that can be used")
-    return rows
+    return rows.select(good) if bad else rows
 
 
 def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> None:
@@ -1593,17 +1582,17 @@ class Limits(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row, and of a pack."""
+        """Of a row, and of a pack."""
         return self.total or self.source + self.target
+
+
+Tokens = list[tuple[int, int]]  # ids and labels: the id where it is supervised, IGNORE elsewhere
 
 
 class Encoded(NamedTuple):
     input_ids: list[int]
-    labels: list[int]  # the ids that are supervised, IGNORE elsewhere
+    labels: list[int]
     cut: bool  # whether it was longer than a limit
-
-
-Tokens = list[tuple[int, int]]  # ids and labels: the id where it is supervised, IGNORE elsewhere
 
 
 def length_limits(config: Config) -> Limits:
@@ -1620,13 +1609,13 @@ def truncate_and_concat(
     Two limits cut each on the right, so a cut completion has no EOS. One limit for both cuts the prompt from the left,
     after BOS, down to a quarter of the limit, which keeps the answer's marker; then the completion on the right.
     """
-    if limits.total is None:
-        tokens = source[: limits.source] + target[: limits.target]
-    else:
+    prompt, room = source[: limits.source], limits.target
+    if limits.total is not None:
         kept = max(limits.total - len(target), limits.total // 4)  # tokens of the prompt
         first = min(kept, 1) if source and source[0][0] == bos else 0
         prompt = source[:first] + source[max(len(source) - kept, 0) + first :]
-        tokens = prompt + target[: limits.total - len(prompt)]
+        room = limits.total - len(prompt)
+    tokens = prompt + target[:room]
     ids, labels = [i for i, _ in tokens], [i if train_on_source else label for i, label in tokens]
     return Encoded(ids, labels, cut=len(tokens) < len(source) + len(target))
 
@@ -1742,7 +1731,6 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
         if rows is None:
             continue
         rows = load_rows(rows, config, tokenizer, limit=1000) if isinstance(rows, RowSource) else rows
-        rows = require_rows(rows, config)
         workers = min(os.cpu_count() or 1, len(rows) // 20_000)  # below that, starting processes takes longer
         if workers > 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
@@ -1754,10 +1742,11 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
         if name == "train" and limit and config.data.skip_excess_length and any(cut := rows["cut"][:]):
             log.info("%d of %d training rows are longer than --model_max_len %d: left out", sum(cut), len(rows), limit)
             if all(cut):
-                which = "each of the first 1000 rows" if config.data.streaming else "every row"
-                raise DataError(f"--model_max_len {limit}: {which} is longer; pass --skip_excess_length False")
+                raise DataError(
+                    f"--model_max_len {limit}: all {len(rows)} rows are longer; pass --skip_excess_length False"
+                )
             rows = rows.select([i for i, is_cut in enumerate(cut) if not is_cut])
-        encoded[name] = require_rows(drop_bad_rows(rows, config), config)
+        encoded[name] = drop_bad_rows(rows, config)
     return Splits(**encoded)
 
 
@@ -1798,20 +1787,23 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(self, rows: Any, limit: int) -> None:
         lengths = rows["length"][:]
         self.rows, self.packs = rows, list[list[int]]()
-        by_room = defaultdict[int, list[list[int]]](list)  # open packs by their free tokens
-        rooms = 0  # has bit n set if a pack has n free tokens: the lowest bit from a length on is the fullest pack's
+        open_packs = defaultdict[int, list[list[int]]](list)  # by their free tokens
+        free: list[int] = []  # the keys of open_packs, sorted
         for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
-            room, pack = limit, list[int]()
-            if enough := rooms >> lengths[i]:
-                room = lengths[i] + (enough & -enough).bit_length() - 1
-                pack = by_room[room].pop()
-                rooms ^= (not by_room[room]) << room
-            else:
+            fullest = bisect.bisect_left(free, lengths[i])
+            if fullest == len(free):
+                room, pack = limit, list[int]()
                 self.packs.append(pack)
+            else:
+                room = free[fullest]
+                pack = open_packs[room].pop()
+                if not open_packs[room]:
+                    del free[fullest]
             pack.append(i)
             left = max(room - lengths[i], 0)
-            by_room[left].append(pack)
-            rooms |= 1 << left
+            if not open_packs[left]:
+                bisect.insort(free, left)
+            open_packs[left].append(pack)
         self.lengths = [sum(lengths[i] for i in pack) for pack in self.packs]
 
     def __len__(self) -> int:

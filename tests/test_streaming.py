@@ -180,7 +180,7 @@ def test_bad_rows_of_a_stream(tmp_path, file):
         (
             '{"input": "x", "output": "y"}\n',
             ("--model_max_len", 2),
-            "--model_max_len 2: each of the first 1000 rows is longer",
+            "--model_max_len 2: all 1 rows are longer",
         ),
     ],
     ids=["bad", "held out", "too long"],
