@@ -41,6 +41,7 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
 import argparse
 import bisect
+import codecs
 import contextlib
 import copy
 import csv
@@ -101,6 +102,7 @@ for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._function
 
 import bitsandbytes.optim.optimizer
 import datasets
+import pyarrow
 import torch
 import torch.nn.functional as F
 import yaml
@@ -297,7 +299,7 @@ def get_text(row: RawRow, name: str, default: str | None = None) -> str:
     if not isinstance(value, str):
         raise field_error(row, name, "text")
     if INVALID_TEXT.search(value):
-        raise field_error(row, name, "valid UTF-8 without the noncharacters U+FDD0 to U+FDD2")
+        raise field_error(row, name, "UTF-8 (is the file in Latin-1?) without the noncharacters U+FDD0 to U+FDD2")
     return value
 
 
@@ -1130,8 +1132,10 @@ def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
 # ------------------------------------------------------------------------------------
 NumberedRows = Iterator[tuple[int, Any]]  # (line or row number from 1, the row or a RowError)
 
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 LONGEST_CELL = 2**27  # characters: a longer one is a quote left open
 SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in order of preference
+SPLITS = {name: name for name in ("train", *SPLIT_NAMES)} | dict.fromkeys(("val", "valid", "dev"), "validation")
 REJECTED = "rejected.jsonl"
 DATASETS_ERRORS = (RuntimeError, datasets.exceptions.DatasetsError)  # beside LIBRARY_ERRORS
 ROW_FEATURES = datasets.Features(
@@ -1143,9 +1147,12 @@ ROW_FEATURES = datasets.Features(
 
 def read_json_lines(stream: Any) -> NumberedRows:
     """JSON lines, or one JSON array, which is read into memory whole."""
-    array = next((line for line in stream if line.strip()), "").lstrip().startswith("[")
-    stream.seek(0)
-    for number, text in [(1, stream.read())] if array else enumerate(stream, start=1):
+    head: list[str] = []  # up to the first line that is not empty
+    while not "".join(head[-1:]).strip() and (line := next(stream, "")):
+        head.append(line)
+    array = "".join(head).lstrip().startswith("[")
+    lines = itertools.chain(head, stream)
+    for number, text in [(1, "".join(lines))] if array else enumerate(lines, start=1):
         try:
             if text.strip():
                 yield from enumerate(json.loads(text), start=1) if array else [(number, json.loads(text))]
@@ -1160,6 +1167,9 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     csv.field_size_limit(LONGEST_CELL)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     header = next(reader, [])
+    if INVALID_TEXT.search("".join(header)):
+        found = shorten(", ".join(header))
+        raise DataError(f"{stream.name}: the header is not UTF-8 (is the file in Latin-1?): {found}")
     if len(set(header)) < len(header):
         raise DataError(f"{stream.name}: the column {max(header, key=header.count)!r} appears twice in the header")
     cells: list[str] | None = []
@@ -1179,6 +1189,8 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
 READERS: dict[str, Callable[[Any], NumberedRows]] = {
     ".json": read_json_lines,
     ".jsonl": read_json_lines,
+    ".jsonlines": read_json_lines,
+    ".ndjson": read_json_lines,
     ".csv": partial(read_delimited, delimiter=","),
     ".tsv": partial(read_delimited, delimiter="\t"),
     ".parquet": lambda stream: enumerate(  # a few thousand rows at a time, of the bytes below the text
@@ -1188,14 +1200,23 @@ READERS: dict[str, Callable[[Any], NumberedRows]] = {
 
 
 def data_suffix(path: Path) -> str:
-    """The suffix that selects the reader, ignoring .gz."""
-    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+    """The suffix that selects the reader, ignoring .gz and .zst."""
+    return Path(path.stem if path.suffix.lower() in (".gz", ".zst") else path.name).suffix.lower()
+
+
+def open_file(path: Path) -> Any:
+    """A file's bytes, decompressed."""
+    if path.suffix.lower() == ".zst":
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+    return (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb")
 
 
 def read_file(path: Path) -> NumberedRows:
     """The rows of one local file; a DataError if it can't be read to its end."""
-    open_file = gzip.open if path.suffix.lower() == ".gz" else open
-    with reraise_as_user_error(str(path), DataError, csv.Error), open_file(path, "rb") as file:
+    with reraise_as_user_error(str(path), DataError, csv.Error), open_file(path) as file:
+        head = file.peek(1000)[:1000]
+        if data_suffix(path) != ".parquet" and (head[:2] in UTF16_MARKS or head.count(0) > len(head) // 3):
+            raise DataError(f"{path}: the file is in UTF-16 or UTF-32, expected UTF-8: save it in that encoding")
         # bytes that are not UTF-8 become lone surrogates, which get_text reports with the row they are in
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         yield from READERS[data_suffix(path)](text)
@@ -1276,14 +1297,24 @@ def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
 
 
 def find_files(name: str, path: Path) -> dict[str, RowSource]:
-    """The splits of a local file, or of a folder of files."""
+    """The splits of a local file, or of a folder. Its sub-folders are read only if it has no data file of its own."""
+    files = [path]
+    if path.is_dir():
+        visible = [
+            f for f in sorted(path.rglob("*")) if f.is_file() and "/." not in f"/{f.relative_to(path).as_posix()}"
+        ]
+        data = [file for file in visible if data_suffix(file) in READERS]
+        files = [file for file in data if file.parent == path] or data
+        if unread := sorted({file.relative_to(path).parts[0] for file in set(visible) - set(files)}):
+            log.info("%s: not read: %s", path, shorten(", ".join(unread)))
     splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
-    for file in [path] if path.is_file() else sorted(path.iterdir()):
-        if file.is_file() and (file == path or file.name[0] != ".") and data_suffix(file) in READERS:
-            match = re.match(rf"(train|{'|'.join(SPLIT_NAMES)})(?![A-Za-z0-9])", file.name)
-            splits[match[1] if match and path.is_dir() else ""] += (file,)
-    if not splits:
-        raise DataError(f"{path}: no data, expected {', '.join(READERS)}, also with .gz, or what save_to_disk writes")
+    for file in files:
+        words = re.split(r"[^a-z0-9]+", file.relative_to(path).as_posix().lower())
+        found = {SPLITS[word] for word in words if word in SPLITS}
+        splits[found.pop() if len(found) == 1 else ""] += (file,)
+    if not splits or data_suffix(files[0]) not in READERS:
+        kinds = f"{', '.join(READERS)}, also with .gz or .zst, or what save_to_disk writes"
+        raise DataError(f"{path}: no data, expected {kinds}")
     if "" in splits and len(splits) > 1:
         others = ", ".join(file.name for file in splits[""])
         raise DataError(f"{path}: {others} beside files named after splits: name all train, eval, ..., or none")
@@ -1391,10 +1422,13 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
         sources = find_splits(name, config)
         chosen = choose_format(name, next(iter(sources.values())), config)
         sources = {split: dataclasses.replace(source, format=chosen) for split, source in sources.items()}
+        sources = {SPLITS.get(split.lower(), split): source for split, source in sources.items()} | sources
         train = sources.get("train")
         held_out = next((sources[split] for split in SPLIT_NAMES if split in sources), None) if evaluating else None
         if train is None and (args.do_train or held_out is None):
             raise DataError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
+        if unused := {source.name for source in sources.values() if source not in (train, held_out)}:
+            log.info("not read: %s", ", ".join(sorted(unused)))
         if data.streaming and train:
             if evaluating and held_out is None:  # the first rows are held out
                 count = int(data.eval_dataset_size)

@@ -6,6 +6,7 @@ import logging
 import os
 
 import datasets
+import pyarrow
 import pytest
 import tiny
 
@@ -82,16 +83,27 @@ KINDS = {
     "rows.tsv": write_tsv,
     "rows.parquet": tiny.rows_to_parquet,
     "ROWS.JSONL": tiny.rows_to_jsonl,
+    "rows.ndjson": tiny.rows_to_jsonl,
+    "rows.jsonlines": tiny.rows_to_jsonl,
 }
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
-@pytest.mark.parametrize("name", KINDS)
-def test_a_file_of_each_kind(tmp_path, name, packed):
-    file = KINDS[name](tmp_path / name, ROWS)
-    if packed:
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(file.read_bytes()))
-        file = file.rename(tmp_path / "hidden").with_name(f"{name}.gz")
+def zstd(data):
+    """In two frames, as parallel compressors write them."""
+    codec = pyarrow.Codec("zstd")
+    return b"".join(codec.compress(half, asbytes=True) for half in (data[:20], data[20:]))
+
+
+COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".ZST": zstd}
+
+
+@pytest.mark.parametrize(
+    "name", [name + suffix for name in KINDS for suffix in COMPRESSIONS if name + suffix != "rows.parquet.ZST"]
+)
+def test_a_file_of_each_kind(tmp_path, name):
+    kind, suffix = next((name.removesuffix(s), s) for s in reversed(COMPRESSIONS) if name.endswith(s))
+    content = KINDS[kind](tmp_path / "hidden", ROWS).read_bytes()
+    (file := tmp_path / name).write_bytes(COMPRESSIONS[suffix](content))
     splits = load("--dataset", file)
     assert pairs_of(splits.train) == ROWS
     assert splits.eval is None
@@ -115,7 +127,65 @@ def test_a_folder_of_files_named_after_splits(tmp_path):
     assert outputs(splits.train) == ["0", "1", "2"] and outputs(splits.eval) == ["t0", "t1"]
 
 
-@pytest.mark.parametrize("names", [("a", "b"), ("tests", "training"), ("my_test", "my_train")])
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        ("train", "val"), ("train", "valid"), ("Train", "DEV"), ("gsm8k_train", "gsm8k_test"),
+        ("squad-train-00000-of-00001", "squad-validation-00000-of-00001"), ("a.train", "a.eval"),
+    ],
+)  # fmt: skip
+def test_names_of_splits(tmp_path, train, held_out):
+    tiny.rows_to_jsonl(tmp_path / f"{train}.jsonl", numbered(3))
+    tiny.rows_to_jsonl(tmp_path / f"{held_out}.jsonl", numbered(2, "h"))
+    splits = load("--dataset", tmp_path, "--do_eval")
+    assert outputs(splits.train) == ["0", "1", "2"] and outputs(splits.eval) == ["h0", "h1"]
+    assert outputs(load("--dataset", tmp_path).train) == ["0", "1", "2"]
+
+
+def test_several_files_of_one_split(tmp_path):
+    for name in ("train-1", "part_train", "val", "dev_2"):
+        tiny.rows_to_jsonl(tmp_path / f"{name}.jsonl", numbered(1, name))
+    splits = load("--dataset", tmp_path, "--do_eval")
+    assert outputs(splits.train) == ["part_train0", "train-10"] and outputs(splits.eval) == ["dev_20", "val0"]
+
+
+def test_a_folder_with_dev_and_val_alone_has_nothing_to_train_on(tmp_path):
+    message = data_error("--dataset", write_splits(tmp_path, "dev", "val"))
+    assert "no split named train, found validation" in message
+
+
+def test_splits_of_a_saved_dataset_may_have_other_names(tmp_path):
+    parts = {"Train": datasets.Dataset.from_list(ROWS), "dev": datasets.Dataset.from_list(ROWS[:2])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    splits = load("--dataset", tmp_path / "saved", "--do_eval")
+    assert pairs_of(splits.train) == ROWS and pairs_of(splits.eval) == ROWS[:2]
+
+
+def test_sub_folders_are_read_where_the_folder_has_no_data(tmp_path, info):
+    for split, count in (("train", 2), ("test", 1)):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        tiny.rows_to_jsonl(tmp_path / "data" / split / "part.jsonl", numbered(count, split))
+    (tmp_path / ".git").mkdir()
+    tiny.rows_to_jsonl(tmp_path / ".git" / "train.jsonl", numbered(9))
+    splits = load("--dataset", tmp_path, "--do_eval")
+    assert outputs(splits.train) == ["train0", "train1"] and outputs(splits.eval) == ["test0"]
+    assert not any("not read" in message for message in info.messages)
+
+
+def test_what_is_not_read_of_a_folder_is_named(tmp_path, info):
+    write_splits(tmp_path, "train", "test", "validation")
+    (tmp_path / "old").mkdir()
+    tiny.rows_to_jsonl(tmp_path / "old" / "train.jsonl", numbered(9))
+    (tmp_path / "notes.txt").write_text("not data")
+    (tmp_path / ".hidden").write_text("")
+    assert len(load("--dataset", tmp_path, "--do_eval").train) == 3
+    assert [m for m in info.messages if "not read" in m] == [
+        f"{tmp_path}: not read: notes.txt, old",
+        f"not read: {tmp_path}[test]",
+    ]
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("tests", "training"), ("attest", "constraint")])
 def test_a_folder_of_other_files_is_one_set(tmp_path, names):
     tiny.rows_to_jsonl(tmp_path / f"{names[0]}.jsonl", numbered(2, "a"))
     (tmp_path / f"{names[1]}.csv.gz").write_bytes(gzip.compress(b"input,output\nq,b0\n"))
@@ -141,6 +211,8 @@ def test_an_unknown_kind_of_file(tmp_path, name):
     [
         ("torn.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode() * 99, mtime=0)[:-20]),
         ("no.jsonl.gz", b'{"input": "a", "output": "b"}\n'),
+        ("no.jsonl.zst", b'{"input": "a", "output": "b"}\n'),
+        ("torn.jsonl.zst", pyarrow.Codec("zstd").compress(bytes(range(256)) * 9, asbytes=True)[:-20]),
         ("no.parquet", b"PAR1 it is not"),
         ("no.parquet.gz", gzip.compress(b"PAR1 it is not", mtime=0)),
         ("empty.parquet", b""),
@@ -178,6 +250,26 @@ def test_an_empty_set_always_stops(tmp_path, name, content, policy):
 # ------------------------------------------------------------------------------------
 # Contents of files
 # ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.jsonl", "array.json", "rows.csv.gz"])
+def test_another_encoding_is_named(tmp_path, name, encoding):
+    """Before it is said that columns are missing; also where rows may be skipped."""
+    text = KINDS[name.removesuffix(".gz")](tmp_path / "utf-8", ROWS).read_text(encoding="utf-8")
+    content = text.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    options = ("--on_bad_rows", "skip", "--output_dir", tmp_path / "out")
+    message = data_error("--dataset", tmp_path / name, *options)
+    assert message.startswith(f"{tmp_path / name}: ") and "UTF-16 or UTF-32, expected UTF-8" in message
+
+
+def test_latin_1_is_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes("input,output\ncafé,b\n".encode("latin-1"))
+    assert "a.csv:2: field 'input' is" in (message := data_error("--dataset", tmp_path / "a.csv"))
+    assert "expected UTF-8 (is the file in Latin-1?)" in message
+    (tmp_path / "b.csv").write_bytes("prénom,input,output\na,b,c\n".encode("latin-1"))
+    assert "b.csv: the header is not UTF-8 (is the file in Latin-1?)" in data_error("--dataset", tmp_path / "b.csv")
 
 
 def test_csv_cells_are_their_text(tmp_path):
@@ -647,7 +739,7 @@ def test_each_failure_of_the_hub_is_one_line(monkeypatch, failure):
     [
         ("a.json", b'{\n  "input": "a",\n  "output": "b"\n}\n', ":1: not valid JSON"),
         ("a.json", b'[{"input":1,}]', "not valid JSON"),
-        ("a.jsonl", '{"input": "a", "output": "b"}\n'.encode("utf-16"), ":1: not valid JSON"),
+        ("a.jsonl", '{"input": "a", "output": "b"}\n'.encode("utf-16"), "UTF-16"),
         ("a.jsonl", b"", "no row in it"),
         ("a.csv", b"input,output\n", "no row in it"),
         ("a.jsonl", b"[1]\n[2]\n", "expected"),
