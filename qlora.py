@@ -526,6 +526,17 @@ DATASETS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
+def dataset_shares(flag: str) -> list[tuple[str, float]]:
+    """The names in --dataset, each with the share of its rows to train on: `a.jsonl:0.5,b:2` takes all of b twice."""
+    shares = []
+    for name in [flag] if Path(flag).exists() else filter(None, re.split(r"\s*,\s*", flag.strip())):
+        share = None if Path(name).expanduser().exists() else re.fullmatch(r"(.+):(\d*\.?\d+)", name)
+        if share and not float(share[2]):
+            raise ConfigError(f"--dataset {name}: expected a share such as 0.5, or a number of repeats such as 2")
+        shares.append((share[1], float(share[2])) if share else (name, 1.0))
+    return shares
+
+
 # ------------------------------------------------------------------------------------
 # 4. Arguments: the command line and a YAML or JSON file -> Config
 #
@@ -561,7 +572,7 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     """Data: which rows to read, and how to encode them."""
-    dataset: str = arg("alpaca", "Preset, file, folder or hub id; several, separated by commas, are concatenated.")
+    dataset: str = arg("alpaca", "Preset, file, folder or hub id, or several: a,b:0.5,c:2 (half of b, c twice).")
     dataset_format: str | None = arg(None, "Format, or path.py:function; default: the preset's, else by columns.")
     expand_conversations: bool = arg(False, "airoboros_chat: one row per assistant turn instead of the last only.")
     include_sources: str = arg("ALL", "Keep rows whose `source` column is in this comma-separated list.")
@@ -1015,7 +1026,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     metrics = ["loss", "perplexity"] + ["masked_accuracy"] * (not clm) + ["mmlu_..."] * flags.do_mmlu_eval
     metric = (flags.metric_for_best_model or "loss").removeprefix("eval_")
     epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
-    several = "," in flags.dataset and not Path(flags.dataset).exists()
+    shares = [share for _, share in dataset_shares(flags.dataset)]
     init = lora_init_problem(flags.init_lora_weights, flags.bits < 16)
     own = [resolved_path(path) for path in (flags.output_dir, flags.working_dir, flags.final_output_dir) if path]
     missing = set(config.training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
@@ -1042,7 +1053,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          "--streaming keeps the stream's order: leave out --train_sampling_strategy group_by_length"),
         (flags.streaming and flags.do_train and epochs, "--streaming: a stream has neither length nor epochs: pass "
          "--max_steps, and steps as --save_strategy, --eval_strategy and --logging_strategy"),
-        (flags.streaming and (flags.eval_dataset_size < 1 or several),
+        (flags.streaming and (flags.eval_dataset_size < 1 or shares != [1]),
          "--streaming needs one --dataset, such as a folder of files, and --eval_dataset_size as a number of rows"),
         (metric not in metrics and not ("mmlu_" in metric and flags.do_mmlu_eval),
          f"--metric_for_best_model {metric}: expected {', '.join(metrics)}; MMLU metrics need --do_mmlu_eval"),
@@ -1084,7 +1095,7 @@ def check_folders(config: Config) -> None:
     """Refuse output folders that the run reads, also a checkpoint in one: files could be overwritten or removed."""
     reads = ("model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "mmlu_dir", "deepspeed")
     sources = [(name, config.flags[name]) for name in reads if name != "mmlu_dir" or config.mmlu.do_mmlu_eval]
-    names = {config.data.dataset, *map(str.strip, config.data.dataset.split(","))} - DATASETS.keys()
+    names = {name for name, _ in dataset_shares(config.data.dataset)} - DATASETS.keys()
     sources += [("dataset", name) for name in sorted(names)]
     writes = ("output_dir", "working_dir", "final_output_dir", "merged_output_dir")
     folders = {name: resolved_path(config.flags[name]) for name in writes if config.flags[name]}
@@ -1417,8 +1428,9 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     evaluating = args.do_eval or args.do_predict
     training = args.do_train or (args.merged_output_dir and not evaluating)  # or a merged model is compared on rows
     parts: tuple[list[Any], list[Any]] = [], []
-    names = [data.dataset] if Path(data.dataset).exists() else re.split(r"\s*,\s*", data.dataset.strip())
-    for name in filter(None, names):
+    shares = dataset_shares(data.dataset)
+    mixed = any(share != 1 for _, share in shares)
+    for name, share in shares:
         sources = find_splits(name, config)
         chosen = choose_format(name, next(iter(sources.values())), config)
         sources = {split: dataclasses.replace(source, format=chosen) for split, source in sources.items()}
@@ -1438,12 +1450,34 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
             return Splits(dataclasses.replace(train, last=last) if training else None, rows)
         for part, source in zip(parts, (train, held_out), strict=True):
             part += [load_rows(source, config, tokenizer)] if source else []
+        if mixed and train:
+            parts[0][-1] = count_repeats(name, parts[0][-1], share)
     splits = Splits(*(concatenate(part) if part else None for part in parts))
     if evaluating and splits.eval is None and splits.train is not None:
         splits = train_eval_split(splits.train, config)
+    if mixed and splits.train is not None:  # only now, so that no copy of a held-out row is trained on
+        splits = Splits(repeat_rows(splits.train), splits.eval)
     limits = data.max_train_samples, data.max_eval_samples
     taken = [rows.take(n) if rows and n else rows for rows, n in zip(splits, limits, strict=True)]
     return Splits(taken[0] if training else None, taken[1])
+
+
+def count_repeats(name: str, rows: Any, share: float) -> Any:
+    """The rows that a share takes, the same ones each time, with how often each is trained on."""
+    whole, part = divmod(share, 1)
+    once_more = torch.randperm(len(rows), generator=torch.Generator().manual_seed(42)) < round(part * len(rows))
+    times = (once_more + int(whole)).tolist()
+    log.info("%s: a share of %g: %d of %d rows", name, share, sum(times), len(rows))
+    if not any(times):
+        raise DataError(f"--dataset {name}:{share:g}: not one of its {len(rows)} rows")
+    return rows.add_column("times", times).select([i for i, n in enumerate(times) if n])
+
+
+def repeat_rows(rows: Any) -> Any:
+    """Each row as often as count_repeats says, all of them once before any is repeated."""
+    times = rows["times"][:]
+    order = [i for turn in range(max(times)) for i, n in enumerate(times) if n > turn]
+    return rows.select(order)
 
 
 def concatenate(parts: list[Any]) -> Any:
@@ -1770,7 +1804,8 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
         rows = rows.map(
             encode_batch, batched=True, fn_kwargs={"tokenizer": tokenizer, **options},
-            remove_columns=["segments", "category", "raw"], num_proc=workers if workers > 1 else None,
+            remove_columns=[name for name in rows.column_names if name not in ("where", "rendered", "problem")],
+            num_proc=workers if workers > 1 else None,
             desc=f"Encoding {name} rows", new_fingerprint=digest(CODE_VERSION, rows._fingerprint, *depends),
         )  # fmt: skip
         if name == "train" and limit and config.data.skip_excess_length and any(cut := rows["cut"][:]):

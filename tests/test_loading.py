@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import os
+from collections import Counter
 
 import datasets
 import pyarrow
@@ -661,6 +662,90 @@ def test_datasets_with_different_formats_are_concatenated(tmp_path):
 def test_a_file_with_a_comma_in_its_name(tmp_path):
     file = tiny.rows_to_jsonl(tmp_path / "a,b.jsonl", numbered(2))
     assert outputs(load("--dataset", file).train) == ["0", "1"]
+
+
+# ------------------------------------------------------------------------------------
+# Shares and repeats
+# ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Files of 40, 9 and 3 rows; an output names its file."""
+    for name, count in (("a", 40), ("b", 9), ("c", 3)):
+        tiny.rows_to_jsonl(tmp_path / f"{name}.jsonl", numbered(count, name))
+    return tmp_path
+
+
+def counted(rows):
+    """How many different outputs occur how often, by their first letter."""
+    return Counter((output[0], times) for output, times in Counter(outputs(rows)).items())
+
+
+def test_shares_and_repeats(three, info):
+    rows = load("--dataset", f"{three}/a.jsonl:0.25, {three}/b.jsonl:2,{three}/c.jsonl").train
+    assert counted(rows) == {("a", 1): 10, ("b", 2): 9, ("c", 1): 3}
+    assert any("a.jsonl: a share of 0.25: 10 of 40 rows" in message for message in info.messages)
+
+
+def test_a_share_between_two_numbers_of_repeats(three):
+    assert counted(load("--dataset", f"{three}/c.jsonl:2.34").train) == {("c", 2): 2, ("c", 3): 1}
+    assert counted(load("--dataset", f"{three}/a.jsonl:.1,{three}/c.jsonl:1").train) == {("a", 1): 4, ("c", 1): 3}
+
+
+def test_a_share_is_the_same_each_time_and_not_the_first_rows(three):
+    first, second = (outputs(load("--dataset", f"{three}/a.jsonl:0.5", "--seed", seed).train) for seed in (1, 2))
+    assert first == second and len(first) == 20 and first != [f"a{n}" for n in range(20)]
+    assert first == sorted(first, key=lambda output: int(output[1:]))
+
+
+def test_no_copy_of_a_held_out_row_is_trained_on(three):
+    flags = ("--do_eval", "--eval_dataset_size", "0.3")
+    splits = load("--dataset", f"{three}/b.jsonl:3,{three}/a.jsonl:0.5", *flags)
+    assert not set(outputs(splits.train)) & set(outputs(splits.eval))
+    assert len(splits.eval) == 9 == len(set(outputs(splits.eval)))  # of 9 + 20 different rows
+    assert set(Counter(o for o in outputs(splits.train) if o[0] == "b").values()) == {3}
+
+
+def test_a_split_of_its_own_is_evaluated_on_whole(tmp_path):
+    splits = load("--dataset", f"{write_splits(tmp_path, 'train', 'test')}:2", "--do_eval")
+    assert len(splits.train) == 6 and len(splits.eval) == 3
+    alone = load("--dataset", f"{tmp_path}:2", "--do_eval", "--do_train", "False")
+    assert alone.train is None and len(alone.eval) == 3
+
+
+@pytest.mark.parametrize("name", ["a:2", "a:0.5", "x,y:3"])
+def test_a_path_with_a_colon(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    tiny.rows_to_jsonl(tmp_path / name / "rows.jsonl", numbered(4))
+    assert outputs(load("--dataset", name).train) == ["0", "1", "2", "3"]
+    assert len(load("--dataset", f"{tmp_path / name}").train) == 4
+    if "," not in name:
+        assert len(load("--dataset", f"{name}:2,{name}").train) == 12
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [(":0", "expected a share such as 0.5"), (":0.0", "expected a share"), (":0.01", "not one of its 3 rows")],
+)
+def test_a_share_of_nothing(three, share, message):
+    with pytest.raises(qlora.QLoRAError, match=message) as caught:
+        load("--dataset", f"{three}/c.jsonl{share}")
+    assert f"c.jsonl{share}" in str(caught.value)
+
+
+def test_shares_through_a_whole_run(run_qlora, three):
+    """run.json has them; a stream takes none; the output folder may not be the dataset's."""
+    names = f"{three}/b.jsonl:2,{three}/c.jsonl"
+    run = run_qlora(dataset=names, max_steps=1)
+    record = run.json("run.json")
+    assert run.code == 0 and record["flags"]["dataset"] == names
+    assert record["data"]["train"]["rows"] == 21 and record["data"]["train"]["duplicates"] == 9
+    stream = run_qlora(dataset=f"{three}/b.jsonl:2", streaming=True, max_steps=1)
+    assert stream.code == 2 and "--streaming needs one --dataset" in stream.stderr
+    inside = run_qlora(dataset=f"{three}/b.jsonl:2", output_dir=three)
+    assert inside.code == 2 and "the run reads --dataset" in inside.stderr
 
 
 # ------------------------------------------------------------------------------------
