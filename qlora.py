@@ -1353,6 +1353,8 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     if missing := sorted(set(get_format(chosen).columns) - set(columns)):
         raise DataError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
     log.info("%s: format %s%s", name, chosen, "" if named else ", inferred from columns")
+    if CUSTOM_FORMAT.fullmatch(chosen):
+        log.info("its rows are cached: if it reads other files and they change, pass another --cache_dir")
     return chosen
 
 
@@ -1423,6 +1425,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
     """Rows to train and to evaluate on, of every dataset named. Chats need the tokenizer."""
     args, data = config.training, config.data
+    rejected_lines.cache_clear()
     if args.process_index == 0 and not (data.streaming or data.preview):  # a stream's resume reads no row again
         Path(args.output_dir, REJECTED).unlink(missing_ok=True)
     evaluating = args.do_eval or args.do_predict
@@ -1522,23 +1525,27 @@ def drop_bad_rows(rows: Any, config: Config) -> Any:
     return rows.select(good) if bad else rows
 
 
+@lru_cache(maxsize=1)
+def rejected_lines(file: Path) -> set[str]:
+    """Of an earlier pass over a stream, of before a resume, or of the run that is previewed; read once."""
+    return set(file.read_text(encoding="utf-8").splitlines(keepends=True)) if file.is_file() else set()
+
+
 def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> None:
     """Stop the run at bad rows, or write those that are not there yet to rejected.jsonl."""
     first, file = "{where}: {problem}".format(**rows[0]), Path(config.training.output_dir, REJECTED)
     if config.data.on_bad_rows == "stop":
         more = f" (and {len(rows) - 1} more such rows)" if len(rows) > 1 else ""
         raise DataError(f"{first}{more}; --on_bad_rows skip leaves them out")
-    if config.training.process_index != 0:
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+", encoding="utf-8") as stream:
-        stream.seek(0)
-        written = set(stream)  # in an earlier pass over a stream, before a resume, or by the run that is previewed
-        facts = [json.dumps({"where": row["where"], "reason": row["problem"]})[:-1] for row in rows]
-        lines = [f'{fact}, "row": {row.get("raw") or "null"}}}\n' for fact, row in zip(facts, rows, strict=True)]
-        stream.writelines(new := [line for line in lines if line not in written])
-    if new:
+    facts = [json.dumps({"where": row["where"], "reason": row["problem"]})[:-1] for row in rows]
+    lines = [f'{fact}, "row": {row.get("raw") or "null"}}}\n' for fact, row in zip(facts, rows, strict=True)]
+    new = [line for line in lines if line not in rejected_lines(file)]
+    if new and config.training.process_index == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as stream:
+            stream.writelines(new)
         log.warning("%d of %d rows left out, the first: %s; all in %s", len(rows), total, first, file)
+    rejected_lines(file).update(new)
 
 
 # ------------------------------------------------------------------------------------
@@ -4284,7 +4291,7 @@ class QLoRATrainer(Trainer):
             return torch.utils.data.DataLoader(rows, batch_size=None)
         default = {"rows": self.args.train_batch_size * self.args.world_size}
         size = self.identity.get("effective batch", default)["rows"]
-        return self._loader(rows, DistributedWindowSampler(list(rows["length"]), size, self.args))
+        return self._loader(rows, DistributedWindowSampler(rows["length"][:], size, self.args))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset

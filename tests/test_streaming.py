@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import pytest
@@ -166,6 +167,24 @@ def test_bad_rows_of_a_stream(tmp_path, file):
     assert json.loads(line)["where"] == f"{tmp_path / 'b.jsonl'}:13" and json.loads(line)["row"] == {"input": "x"}
     with pytest.raises(qlora.DataError, match=r"b.jsonl:13: field 'output' is missing"):
         stream_of(*flags)[1](13)
+
+
+def test_rejected_rows_are_read_once(tmp_path, monkeypatch):
+    """Not again for each of them, and written once each."""
+    rows = [{"input": "q", "output": ""}, {"input": "q", "output": "a"}] * 20
+    flags = ("--dataset", tiny.rows_to_jsonl(tmp_path / "a.jsonl", rows), *SMALL, "--output_dir", tmp_path / "out")
+    read, original = [], Path.open
+
+    def spied(path, mode="r", *args, **options):
+        if path.name == "rejected.jsonl" and ("r" in mode or "+" in mode):
+            read.append(path)
+        return original(path, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", spied)
+    for _ in range(2):  # the second as after a resume
+        assert len(stream_of(*flags, "--on_bad_rows", "skip")[1](40)) == 40
+        assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) == 20
+    assert len(read) <= 2 + 2  # two are this test's
 
 
 @pytest.mark.parametrize(
