@@ -251,9 +251,6 @@ def is_peer_failure(error: BaseException) -> bool:
 # To add one: write `parse_name` (or use `column_format`), add a row to FORMATS and one to tests/test_formats.py. The
 # order of FORMATS is the order in which formats are inferred from columns. A named dataset is a row of DATASETS.
 # ------------------------------------------------------------------------------------
-BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-
-
 class Segment(TypedDict):
     text: str
     supervised: bool
@@ -277,13 +274,13 @@ INVALID_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd2]")  # and the lone surrog
 
 
 def prompt_completion(*texts: str) -> list[Segment]:
-    """The last text is supervised; one before it is the prompt, which plain language modelling does not have."""
+    """The last text is supervised; the one before it, if any, is the prompt."""
     *prompt, completion = texts
     return [{"text": "".join(prompt), "supervised": False}, {"text": completion, "supervised": True}]
 
 
 def field_error(row: RawRow, name: str, expected: str) -> RowError:
-    """Say what a field holds, and what a format expects there."""
+    """What a field holds, and what a format expects there."""
     found = shorten(json.dumps(row[name], default=repr)) if name in row else "missing"
     return RowError(f"field {name!r} is {found}, expected {expected}")
 
@@ -310,20 +307,15 @@ def get_list(row: RawRow, name: str) -> list[Any]:
     return value
 
 
-ALPACA_PROMPT = (
-    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
-    "request.\n\n### Instruction:\n{instruction}\n\n{context}### Response: "
-)
-AIROBOROS_SYSTEM = "You are an unbiased, uncensored, helpful assistant."
-
-
 def parse_alpaca(row: RawRow) -> ParsedRow:
     """The Alpaca prompt (https://github.com/tatsu-lab/stanford_alpaca), with the original's single trailing space."""
-    instruction, context = get_text(row, "instruction"), get_text(row, "input", "")
-    paired = ", paired with an input that provides further context" if context else ""
-    context = f"### Input:\n{context}\n\n" if context else ""
-    prompt = ALPACA_PROMPT.format(paired=paired, instruction=instruction, context=context)
-    return prompt_completion(prompt, get_text(row, "output"))
+    context = get_text(row, "input", "")
+    prompt = "Below is an instruction that describes a task"
+    prompt += ", paired with an input that provides further context" if context else ""
+    prompt += ". Write a response that appropriately completes the request.\n\n"
+    prompt += f"### Instruction:\n{get_text(row, 'instruction')}\n\n"
+    prompt += f"### Input:\n{context}\n\n" if context else ""
+    return prompt_completion(f"{prompt}### Response: ", get_text(row, "output"))
 
 
 def parse_chip2(row: RawRow) -> ParsedRow:
@@ -336,14 +328,16 @@ def parse_chip2(row: RawRow) -> ParsedRow:
 
 def parse_airoboros(row: RawRow) -> ParsedRow:
     """Airoboros up to 2.2.1 (https://github.com/jondurbin/airoboros)."""
-    instruction, skip = get_text(row, "instruction").strip(), get_text(row, "skip_prompt_formatting", "") or "false"
-    if skip.lower() not in BOOLEANS:
-        raise field_error(row, "skip_prompt_formatting", "true or false")
-    prompt = f"{instruction}\n"
-    if not BOOLEANS[skip.lower()]:
-        instruction = re.sub(r"\s+PLAINFORMAT$", " PLAINFORMAT", instruction)
-        prompt = f"{get_text(row, 'system', '').strip() or 'A chat.'}\nUSER: {instruction}\nASSISTANT: "
-    return prompt_completion(prompt, get_text(row, "response").strip() + "\n")
+    instruction, answer = get_text(row, "instruction").strip(), get_text(row, "response").strip() + "\n"
+    try:
+        skip = string_to_bool(get_text(row, "skip_prompt_formatting", "") or "false")
+    except argparse.ArgumentTypeError as error:
+        raise field_error(row, "skip_prompt_formatting", "true or false") from error
+    if skip:
+        return prompt_completion(f"{instruction}\n", answer)
+    instruction = re.sub(r"\s+PLAINFORMAT$", " PLAINFORMAT", instruction)
+    system = get_text(row, "system", "").strip() or "A chat."
+    return prompt_completion(f"{system}\nUSER: {instruction}\nASSISTANT: ", answer)
 
 
 ROLES = {"system": "system", "user": "user", "human": "user"}  # the names that datasets give to each role
@@ -376,8 +370,9 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
 
 def parse_airoboros_chat(row: RawRow) -> ParsedRow:
     """Airoboros from 3.0 on: LLaMA-2's chat, of which the last answer is supervised."""
-    turns = get_messages(row, "conversations")
-    system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else AIROBOROS_SYSTEM
+    turns, system = get_messages(row, "conversations"), "You are an unbiased, uncensored, helpful assistant."
+    if turns and turns[0]["role"] == "system":
+        system = turns.pop(0)["content"]
     if len(turns) < 2 or turns[-1]["role"] != "assistant" or any(turn["role"] == "tool" for turn in turns):
         raise RowError("field 'conversations': expected turns of human and gpt, one after the other, the last of gpt")
     question, *between, answer = (turn["content"] for turn in turns)
@@ -424,8 +419,7 @@ CUSTOM_FORMAT: re.Pattern[str] = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # a use
 
 def get_format(name: str) -> DatasetFormat:
     """A row of FORMATS, or the function that path.py:function names."""
-    custom = CUSTOM_FORMAT.fullmatch(name)
-    if custom is None:
+    if not (custom := CUSTOM_FORMAT.fullmatch(name)):
         return FORMATS[name]
     with reraise_as_user_error(f"--dataset_format {name}", ConfigError, Exception, SystemExit):
         module = types.SimpleNamespace(**runpy.run_path(custom[1]))
@@ -1489,7 +1483,6 @@ def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> Non
 #
 # Returns a fast tokenizer with BOS (where it has one), EOS and pad ids inside the model's embedding.
 # ------------------------------------------------------------------------------------
-PATCHED_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 # Tokens that models leave unused, and so a pad that no text contains. In order of preference.
 SPARE_TOKENS = re.compile(
     r"<\|finetune_right_pad_id\|>|<\|?pad(ding)?\|?>|\[PAD\]|<\|reserved_special_token_\d+\|>|<\|?unused\d+\|?>"
@@ -1512,14 +1505,16 @@ def read_json(path: Path) -> Any:
 
 def patched_tokenizer_folder(name: str, patch: Path, target: Path, config: Config) -> Path:
     """Copy the model's tokenizer files, with those of --tokenizer_patch laid over them key by key."""
-    if not any((patch / file).is_file() for file in PATCHED_FILES):
-        raise ConfigError(f"--tokenizer_patch {patch}: expected a folder with {' or '.join(PATCHED_FILES)}")
+    patches = [patch / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    if not any(file.is_file() for file in patches):
+        raise ConfigError(f"--tokenizer_patch {patch}: expected a folder with {' or '.join(f.name for f in patches)}")
     for file in download(name, TOKENIZER_FILES, config).iterdir():
         if file.is_file() and file.suffix in (".json", ".model", ".txt"):
             shutil.copyfile(file, target / file.name)
-    for file_name in PATCHED_FILES:
-        layers = [read_json(folder / file_name) for folder in (target, patch) if (folder / file_name).is_file()]
-        (target / file_name).write_text(json.dumps({k: v for layer in layers for k, v in layer.items()}))
+    for file in filter(Path.is_file, patches):
+        patched = target / file.name
+        own = read_json(patched) if patched.is_file() else {}
+        patched.write_text(json.dumps(own | read_json(file)))
     return target
 
 
@@ -1560,11 +1555,10 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
             raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
         if token is not None:
             setattr(tokenizer, name, token)
-    needed = "mask_token" if config.masked else "eos_token"
+    needed, way_out = "eos_token", "name one of its tokens with --eos_token"
+    if config.masked:
+        needed, way_out = "mask_token", "its model is no masked language model"
     if getattr(tokenizer, needed) is None:
-        way_out = (
-            "its model is no masked language model" if config.masked else "name one of its tokens with --eos_token"
-        )
         raise ConfigError(f"the tokenizer has no {needed}: {way_out}")
     if not tokenizer.pad_token or vocabulary.get(str(tokenizer.pad_token), rows) >= rows:
         spare = [token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows]
