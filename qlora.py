@@ -254,16 +254,27 @@ def is_peer_failure(error: BaseException) -> bool:
 # To add one: write `parse_name` (or use `column_format`), add a row to FORMATS and one to tests/test_formats.py. The
 # order of FORMATS is the order in which formats are inferred from columns. A named dataset is a row of DATASETS.
 # ------------------------------------------------------------------------------------
-BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-
-
 class Segment(TypedDict):
     text: str
     supervised: bool
+    # Of a rendered chat, the exchange that the text belongs to, from 1. Without the text of the first n exchanges, what
+    # is left is what the template writes for the chat without them. 0: text that always stays.
+    turn: int
+
+
+CharSpan = tuple[int, int]  # start and end in a text
+
+
+class Conversation(NamedTuple):
+    """A chat before the tokenizer's template renders it."""
+
+    messages: list[dict[str, Any]]  # in OpenAI's form; the last is an answer that is supervised
+    answers: list[int]  # the messages that are supervised
+    tools: list[Any] | None
+    options: dict[str, Any]  # the template's own
 
 
 RawRow = Mapping[str, Any]
-Conversation = tuple[list[dict[str, Any]], list[Any] | None]  # messages, the last an answer, and tools
 ParsedRow = list[Segment] | Conversation
 
 
@@ -280,13 +291,16 @@ INVALID_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd2]")  # and the lone surrog
 
 
 def prompt_completion(*texts: str) -> list[Segment]:
-    """The last text is supervised; one before it is the prompt, which plain language modelling does not have."""
+    """The last text is supervised; the one before it, if any, is the prompt."""
     *prompt, completion = texts
-    return [{"text": "".join(prompt), "supervised": False}, {"text": completion, "supervised": True}]
+    return [
+        {"text": "".join(prompt), "supervised": False, "turn": 0},
+        {"text": completion, "supervised": True, "turn": 0},
+    ]
 
 
 def field_error(row: RawRow, name: str, expected: str) -> RowError:
-    """Say what a field holds, and what a format expects there."""
+    """What a field holds, and what a format expects there."""
     found = shorten(json.dumps(row[name], default=repr)) if name in row else "missing"
     return RowError(f"field {name!r} is {found}, expected {expected}")
 
@@ -303,30 +317,25 @@ def get_text(row: RawRow, name: str, default: str | None = None) -> str:
     return value
 
 
-def get_list(row: RawRow, name: str) -> list[Any]:
-    """The list in a field, which may be JSON text."""
+def get_list(row: RawRow, name: str, kind: type[Any] = list) -> Any:
+    """The list in a field, or the dict, which may be JSON text."""
     value = row.get(name)
     with contextlib.suppress(ValueError):
         value = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(value, list):
-        raise field_error(row, name, "a list")
+    if not isinstance(value, kind):
+        raise field_error(row, name, "a list" if kind is list else "an object")
     return value
-
-
-ALPACA_PROMPT = (
-    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
-    "request.\n\n### Instruction:\n{instruction}\n\n{context}### Response: "
-)
-AIROBOROS_SYSTEM = "You are an unbiased, uncensored, helpful assistant."
 
 
 def parse_alpaca(row: RawRow) -> ParsedRow:
     """The Alpaca prompt (https://github.com/tatsu-lab/stanford_alpaca), with the original's single trailing space."""
-    instruction, context = get_text(row, "instruction"), get_text(row, "input", "")
-    paired = ", paired with an input that provides further context" if context else ""
-    context = f"### Input:\n{context}\n\n" if context else ""
-    prompt = ALPACA_PROMPT.format(paired=paired, instruction=instruction, context=context)
-    return prompt_completion(prompt, get_text(row, "output"))
+    context = get_text(row, "input", "")
+    prompt = "Below is an instruction that describes a task"
+    prompt += ", paired with an input that provides further context" if context else ""
+    prompt += ". Write a response that appropriately completes the request.\n\n"
+    prompt += f"### Instruction:\n{get_text(row, 'instruction')}\n\n"
+    prompt += f"### Input:\n{context}\n\n" if context else ""
+    return prompt_completion(f"{prompt}### Response: ", get_text(row, "output"))
 
 
 def parse_chip2(row: RawRow) -> ParsedRow:
@@ -339,25 +348,57 @@ def parse_chip2(row: RawRow) -> ParsedRow:
 
 def parse_airoboros(row: RawRow) -> ParsedRow:
     """Airoboros up to 2.2.1 (https://github.com/jondurbin/airoboros)."""
-    instruction, skip = get_text(row, "instruction").strip(), get_text(row, "skip_prompt_formatting", "") or "false"
-    if skip.lower() not in BOOLEANS:
-        raise field_error(row, "skip_prompt_formatting", "true or false")
-    prompt = f"{instruction}\n"
-    if not BOOLEANS[skip.lower()]:
-        instruction = re.sub(r"\s+PLAINFORMAT$", " PLAINFORMAT", instruction)
-        prompt = f"{get_text(row, 'system', '').strip() or 'A chat.'}\nUSER: {instruction}\nASSISTANT: "
-    return prompt_completion(prompt, get_text(row, "response").strip() + "\n")
+    instruction, answer = get_text(row, "instruction").strip(), get_text(row, "response").strip() + "\n"
+    try:
+        skip = string_to_bool(get_text(row, "skip_prompt_formatting", "") or "false")
+    except argparse.ArgumentTypeError as error:
+        raise field_error(row, "skip_prompt_formatting", "true or false") from error
+    if skip:
+        return prompt_completion(f"{instruction}\n", answer)
+    instruction = re.sub(r"\s+PLAINFORMAT$", " PLAINFORMAT", instruction)
+    system = get_text(row, "system", "").strip() or "A chat."
+    return prompt_completion(f"{system}\nUSER: {instruction}\nASSISTANT: ", answer)
 
 
-ROLES = {"system": "system", "user": "user", "human": "user"}  # the names that datasets give to each role
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}  # as datasets name them
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
 NEXT_ROLES = {"": ["system", "user"], "system": ["user"], "user": ["assistant"], "assistant": ["user", "tool"]}
 NEXT_ROLES |= {"tool": ["tool", "assistant"]}
+WEIGHT_KEYS = ("weight", "train", "training", "trainable", "loss_mask", "loss")  # 0 or false: an answer is context only
+WEIGHTS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+
+
+def get_calls(fields: RawRow, name: str) -> list[dict[str, Any]]:
+    """A list of tool calls, or a single one, in OpenAI's form with arguments as an object; JSON text is parsed."""
+    value, calls = fields[name], list[dict[str, Any]]()
+    with contextlib.suppress(ValueError):
+        value = json.loads(value) if isinstance(value, str) else value
+    for call in value if isinstance(value, list) else [value]:
+        call = call if isinstance(call, Mapping) else {}
+        frame = {key: part for key, part in call.items() if part is not None} if "function" in call else {}
+        function = dict(call.get("function", call))
+        if not isinstance(function.get("name"), str):
+            raise field_error(fields, name, "tool calls, each with a name and arguments")
+        function["arguments"] = get_list(function, "arguments", dict) if function.get("arguments") else {}
+        calls.append({"type": "function"} | frame | {"function": function})
+    return calls
+
+
+def is_supervised(fields: RawRow, place: str) -> bool:
+    """Whether an answer is learnt, which a key of its turn may deny."""
+    weights = {key: WEIGHTS.get(get_text(fields, f"{place}.{key}", "1").lower()) for key in WEIGHT_KEYS}
+    for key, weight in weights.items():
+        if weight is None:
+            raise field_error(fields, f"{place}.{key}", "0 or 1")
+    return all(weights.values())
 
 
 def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
-    """The turns of a conversation, {role, content} or {from, value}, with standard roles in a valid order."""
+    """The turns of a conversation, {role, content} or {from, value}, in OpenAI's form and a valid order.
+
+    Each says whether it is supervised. A key that is null or empty counts as missing.
+    """
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(get_list(row, column)):
         place, expected = f"{column}[{number}]", NEXT_ROLES[messages[-1]["role"] if messages else ""]
@@ -366,23 +407,32 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
         fields = {f"{place}.{name}": value for name, value in turn.items()}  # with the names that errors show
         names = ("from", "value") if turn.get("from") is not None else ("role", "content")
         role_field, content_field = (f"{place}.{name}" for name in names)
-        role = ROLES.get(get_text(fields, role_field).lower())
+        name = get_text(fields, role_field).lower()
+        role = ROLES.get(name)
         if role not in expected:
             raise field_error(fields, role_field, " or ".join(expected))
-        calls = role == "assistant" and turn.get("tool_calls")
-        content = get_text(fields, content_field, "" if calls else None)
-        if role == "assistant" and not calls and not content.strip():
+        message = {key: value for key, value in turn.items() if value not in (None, [], "", "[]")}
+        message |= {"role": role, "content": "", "supervised": role == "assistant" and is_supervised(fields, place)}
+        calls = content_field if name == "function_call" else None  # LLaMA-Factory's
+        for key in ("tool_calls", "function_call") if role == "assistant" else ():  # the second is OpenAI's older name
+            calls = f"{place}.{key}" if message.pop(key, None) else calls
+        if calls:
+            message["tool_calls"] = get_calls(fields, calls)
+        if calls != content_field:
+            message["content"] = get_text(fields, content_field, "" if calls else None)
+        if role == "assistant" and not calls and not message["content"].strip():
             raise field_error(fields, content_field, "an answer to learn")
-        messages.append({**turn, "role": role, "content": content})
+        messages.append(message)
     return messages
 
 
 def parse_airoboros_chat(row: RawRow) -> ParsedRow:
     """Airoboros from 3.0 on: LLaMA-2's chat, of which the last answer is supervised."""
-    turns = get_messages(row, "conversations")
-    system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else AIROBOROS_SYSTEM
-    if len(turns) < 2 or turns[-1]["role"] != "assistant" or any(turn["role"] == "tool" for turn in turns):
-        raise RowError("field 'conversations': expected turns of human and gpt, one after the other, the last of gpt")
+    turns, system = get_messages(row, "conversations"), "You are an unbiased, uncensored, helpful assistant."
+    if turns and turns[0]["role"] == "system":
+        system = turns.pop(0)["content"]
+    if len(turns) < 2 or not turns[-1]["supervised"] or any(turn["role"] == "tool" for turn in turns):
+        raise RowError("field 'conversations': expected turns of human and gpt, the last of gpt, to learn")
     question, *between, answer = (turn["content"] for turn in turns)
     prompt = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{question} [/INST]"
     for earlier, question in zip(between[::2], between[1::2], strict=True):
@@ -391,13 +441,19 @@ def parse_airoboros_chat(row: RawRow) -> ParsedRow:
 
 
 def parse_chat(column: str, row: RawRow) -> ParsedRow:
-    """Everything up to the last answer: nothing after it is supervised."""
+    """Everything up to the last supervised answer, with the columns beside it that a chat may have."""
     messages = get_messages(row, column)
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if not messages:
+    system = get_text(row, "system", "") or get_text(row, "system_prompt", "")
+    if system and messages and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system, "supervised": False})
+    answers = [n for n, message in enumerate(messages) if message.pop("supervised")]
+    if not answers:
         raise RowError(f"field {column!r} has no turn of the assistant, expected an answer to learn")
-    return messages, get_list(row, "tools") if row.get("tools") else None
+    tools = get_list(row, "tools") if row.get("tools") else []
+    if row.get("functions"):  # OpenAI's older name
+        tools = tools or [{"type": "function", "function": function} for function in get_list(row, "functions")]
+    options = get_list(row, "chat_template_kwargs", dict) if row.get("chat_template_kwargs") else {}
+    return Conversation(messages[: answers[-1] + 1], answers, tools or None, options)
 
 
 def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
@@ -427,8 +483,7 @@ CUSTOM_FORMAT: re.Pattern[str] = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # a use
 
 def get_format(name: str) -> DatasetFormat:
     """A row of FORMATS, or the function that path.py:function names."""
-    custom = CUSTOM_FORMAT.fullmatch(name)
-    if custom is None:
+    if not (custom := CUSTOM_FORMAT.fullmatch(name)):
         return FORMATS[name]
     with reraise_as_user_error(f"--dataset_format {name}", ConfigError, Exception, SystemExit):
         module = types.SimpleNamespace(**runpy.run_path(custom[1]))
@@ -444,7 +499,8 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
         result = list(result)  # it may be a generator
         # `learnt` is the key's earlier name
         flags = [bool(s["supervised"] if "supervised" in s else s["learnt"]) for s in result]
-        return [{"text": get_text(s, "text"), "supervised": flag} for s, flag in zip(result, flags, strict=True)]
+        texts = [get_text(segment, "text") for segment in result]
+        return [{"text": text, "supervised": flag, "turn": 0} for text, flag in zip(texts, flags, strict=True)]
     except (Exception, SystemExit) as error:  # whatever a user's code raises is an error of this row
         expected = "it returns {input, output}, {messages} or a list of {text, supervised}"
         raise RowError(f"{name}: {type(error).__name__}: {shorten(error)}; expected: {expected}") from error
@@ -457,25 +513,27 @@ def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]
     return re.compile("|".join(map(re.escape, reversed(texts))) or "(?!)")
 
 
-def escape_special_tokens(value: Any, special: re.Pattern[str]) -> Any:
-    """A user's values for a template: without the nulls that Arrow adds, and special tokens in them stay text."""
+def escape_special_tokens(value: Any, special: re.Pattern[str], answer: bool = False) -> Any:
+    """A user's values for a template, in which special tokens stay text, except an answer's marks of reasoning."""
     if isinstance(value, str):
-        return special.sub(lambda match: match[0][0] + ESCAPE_MARK + match[0][1:], value)
+        keep = "(?i)think|thought" if answer else "(?!)"
+        return special.sub(lambda m: m[0] if re.search(keep, m[0]) else m[0][0] + ESCAPE_MARK + m[0][1:], value)
     if isinstance(value, Mapping):
-        return {key: escape_special_tokens(item, special) for key, item in value.items() if item is not None}
-    return [escape_special_tokens(item, special) for item in value] if isinstance(value, list) else value
+        answer = answer or value.get("role") == "assistant"
+        return {key: escape_special_tokens(item, special, answer) for key, item in value.items()}
+    return [escape_special_tokens(item, special, answer) for item in value] if isinstance(value, list) else value
 
 
 def apply_template(
-    messages: list[Any], tools: list[Any] | None, tokenizer: PreTrainedTokenizerBase, prompt: bool = False
-) -> tuple[str, list[tuple[int, int]] | None]:
-    """The text of a conversation, and the spans of its answers if the template marks them with {% generation %}."""
+    chat: Conversation, tokenizer: PreTrainedTokenizerBase, end: int | None = None, prompt: bool = False
+) -> tuple[str, list[CharSpan] | None]:
+    """The text of messages up to `end`, and the spans of answers if the template marks them with {% generation %}."""
     try:
-        template = tokenizer.get_chat_template(tools=tools)
+        template = tokenizer.get_chat_template(tools=chat.tools)
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-        options: dict[str, Any] = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked}
-        options |= {"tools": tools, "chat_template": template, **tokenizer.special_tokens_map}
-        rendered: Any = render_jinja_template([messages], **options)
+        options = {**tokenizer.special_tokens_map, **chat.options, "tools": chat.tools, "chat_template": template}
+        options |= {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked}
+        rendered: Any = render_jinja_template([chat.messages[:end]], **options)
     except TemplateSyntaxError as error:
         raise ConfigError(f"the chat template, line {error.lineno}: {shorten(error)}") from error
     except LIBRARY_ERRORS as error:
@@ -483,32 +541,136 @@ def apply_template(
     return rendered[0][0], rendered[1][0] if marked else None
 
 
-def render_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[Segment]:
+def common_prefix(first: str, second: str) -> int:
+    """How many characters two texts begin with in common."""
+    lengths = range(min(len(first), len(second)))
+    return bisect.bisect_left(lengths, True, key=lambda n: first[: n + 1] != second[: n + 1])
+
+
+def contains(text: str, value: Any) -> bool:
+    """Whether a text without white space holds a value and all that is in it, as it is or as JSON."""
+    if isinstance(value, Mapping):
+        return all(contains(text, key) and contains(text, item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(contains(text, item) for item in value)
+    if isinstance(value, (bool, type(None))):  # True or true, None or null
+        return True
+    forms = json.dumps(value, ensure_ascii=False), json.dumps(value), repr(value)
+    return any("".join(form.split()) in text for form in (str(value), *(form.strip("\"'") for form in forms)))
+
+
+def check_answer(message: RawRow, learnt: str, number: int) -> None:
+    """Raise a RowError if the supervised text lacks an answer's content, or the name or an argument of a call.
+
+    Reasoning may be missing, as many templates leave it out.
+    """
+    learnt = "".join(learnt.split())
+    wanted = [re.split(r"(?i)[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]", message["content"])[-1]]
+    for call in message.get("tool_calls", []):
+        wanted += call["function"]["name"], call["function"]["arguments"]
+    for value in wanted:
+        as_python = value and isinstance(value, dict) and "".join(repr(value).split()) in learnt
+        if as_python or not contains(learnt, value):
+            reason = f"turn {number + 1}: the chat template does not write this part of the answer as text or JSON"
+            raise RowError(f"{reason}: {shorten(value)}; pass a --chat_template that does")
+
+
+def calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message for templates that expect the arguments of a call as JSON text, and no content beside calls."""
+    if "tool_calls" not in message:
+        return message
+    calls = copy.deepcopy(message["tool_calls"])
+    for function in (call["function"] for call in calls):
+        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return message | {"tool_calls": calls, "content": message["content"] or None}
+
+
+def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, CharSpan]:
+    """The text of a chat up to answer n, which begins where the generation prompt ends, and ends with its stop token.
+
+    If that prompt is no prefix (it may open a block of reasoning that the answer lacks), it begins where they differ.
+    White space after the stop token belongs to the template.
+    """
+    before, _ = apply_template(chat, tokenizer, n, prompt=True)
+    text = whole if n + 1 == len(chat.messages) else apply_template(chat, tokenizer, n + 1)[0]
+    start = common_prefix(before, text)
+    if start < len(before) and start < common_prefix(before, apply_template(chat, tokenizer, n)[0]):
+        reason = f"turn {n + 1}: the chat template renders what precedes it differently once it follows"
+        raise RowError(f"{reason}; pass a --chat_template with {{% generation %}} around the answers")
+    stops = special_token_pattern(tokenizer).finditer(text, start)
+    return text, (start, next((stop.end() for stop in stops if not text[stop.end() :].strip()), len(text)))
+
+
+def marked_answers(chat: Conversation, marks: list[CharSpan]) -> dict[int, CharSpan]:
+    """The spans of the supervised answers, of those that the template marks."""
+    spans: list[CharSpan] = []
+    for start, end in marks:  # a template may mark parts of an answer
+        if spans and spans[-1][1] == start:
+            start = spans.pop()[0]
+        spans += [(start, end)] if start < end else []
+    answers = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if len(spans) != len(answers):
+        raise RowError(f"the chat template marks {len(spans)} answers with {{% generation %}}, expected {len(answers)}")
+    return {n: span for n, span in zip(answers, spans, strict=True) if n in chat.answers}
+
+
+def exchange_starts(chat: Conversation, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Where each exchange of a chat begins in its text. Empty if there is one, or if they can't be told apart.
+
+    The template itself tells: without the first exchanges it writes the same as the text is without them.
+    """
+    users = [n for n, message in enumerate(chat.messages) if message["role"] == "user"]
+    low, high, removed = 0, len(text), [0]
+    for n in users[1:]:
+        short, _ = apply_template(chat._replace(messages=[*chat.messages[: users[0]], *chat.messages[n:]]), tokenizer)
+        high = min(high, common_prefix(text, short))
+        low = max(low, len(short) - common_prefix(text[::-1], short[::-1]))
+        removed.append(len(text) - len(short))
+    if len(users) < 2 or low > high or sorted(set(removed)) != removed:
+        return []
+    places = [token.start() for token in special_token_pattern(tokenizer).finditer(text, low, high + 1)]
+    return [max(places, default=low) + length for length in removed]
+
+
+def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Segment]]:
     """Apply the tokenizer's chat template: every answer with its stop token is supervised, nothing else.
 
-    If the template does not mark its answers, each begins where the text before it with the generation prompt ends, and
-    ends with its stop token: white space after that belongs to the template.
+    That is one row or, if the template writes earlier turns otherwise once others follow, one for each answer.
     """
     if tokenizer is None or not tokenizer.chat_template:
         raise ConfigError("the tokenizer has no chat template, which chat rows need: pass a --chat_template FILE")
-    special = special_token_pattern(tokenizer)
-    messages, tools = (escape_special_tokens(part, special) for part in conversation)
-    text, spans = apply_template(messages, tools, tokenizer)
-    unmarked = [n for n, message in enumerate(messages) if message["role"] == "assistant"] if spans is None else []
-    spans = spans or []
-    for n in unmarked:
-        before, _ = apply_template(messages[:n], tools, tokenizer, prompt=True)
-        after, _ = apply_template(messages[: n + 1], tools, tokenizer)
-        if before == after or not (after.startswith(before) and text.startswith(after)):
-            raise RowError(
-                f"turn {n + 1}: the chat template renders it differently inside the whole conversation; "
-                "pass a --chat_template with {% generation %} and {% endgeneration %} around the answers"
-            )
-        stops = (token.end() for token in special.finditer(after, len(before)) if not after[token.end() :].strip())
-        spans.append((len(before), next(stops, len(after))))
-    bounds = [0, *itertools.chain(*spans), len(text)]
-    texts = [text[start:end] for start, end in itertools.pairwise(bounds)]
-    return [{"text": text, "supervised": n % 2 == 1} for n, text in enumerate(texts) if text]
+    if not tokenizer.is_fast:
+        name = type(tokenizer).__name__
+        raise ConfigError(f"{name} has no character offsets, which chat rows need: convert it to a tokenizer.json")
+    chat = Conversation(*(escape_special_tokens(part, special_token_pattern(tokenizer)) for part in chat))
+    try:
+        return render_rows(chat, tokenizer)
+    except RowError:
+        with contextlib.suppress(RowError):
+            return render_rows(chat._replace(messages=[calls_as_text(m) for m in chat.messages]), tokenizer)
+        raise
+
+
+def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[list[Segment]]:
+    """The rows of a chat whose values are escaped."""
+    whole, marks = apply_template(chat, tokenizer)
+    if marks is None:
+        answers = {n: find_answer(chat, n, whole, tokenizer) for n in chat.answers}
+    else:
+        answers = {n: (whole, span) for n, span in marked_answers(chat, marks).items()}
+    joined = all(whole.startswith(text) for text, _ in answers.values())
+    starts, rows = exchange_starts(chat, whole, tokenizer), list[list[Segment]]()
+    for n, (text, span) in answers.items():
+        check_answer(chat.messages[n], text[slice(*span)], n)
+        spans = [span for _, span in answers.values()] if joined else [span]
+        exchanges = starts[: sum(message["role"] == "user" for message in chat.messages[:n])]
+        if exchanges and not whole.startswith(text[: exchanges[-1]]):
+            exchanges = []
+        bounds = sorted({0, len(text), *exchanges, *itertools.chain(*spans)})
+        kinds = [(any(a <= n < b for a, b in spans), sum(start <= n for start in exchanges)) for n in bounds]
+        parts = zip(itertools.pairwise(bounds), kinds, strict=False)
+        rows.append([{"text": text[a:b], "supervised": yes, "turn": turn} for (a, b), (yes, turn) in parts])
+    return rows[-1:] if joined else rows
 
 
 # Presets: arguments of datasets.load_dataset. Each is in the format of its name.
@@ -1149,8 +1311,9 @@ SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in order of pref
 SPLITS = {name: name for name in ("train", *SPLIT_NAMES)} | dict.fromkeys(("val", "valid", "dev"), "validation")
 REJECTED = "rejected.jsonl"
 DATASETS_ERRORS = (RuntimeError, datasets.exceptions.DatasetsError)  # beside LIBRARY_ERRORS
+SEGMENT_TYPES = {"text": "string", "supervised": "bool", "turn": "int32"}
 ROW_FEATURES = datasets.Features(
-    {"segments": [{"text": datasets.Value("string"), "supervised": datasets.Value("bool")}]}
+    {"segments": [{name: datasets.Value(kind) for name, kind in SEGMENT_TYPES.items()}]}
     | {"rendered": datasets.Value("bool")}  # by a chat template, which adds the special tokens
     | dict.fromkeys(("where", "category", "problem", "raw"), datasets.Value("string"))
 )
@@ -1197,6 +1360,13 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
             yield number, RowError(shorten(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"), cells)
 
 
+def drop_nulls(value: Any, depth: int = 1) -> Any:
+    """A row without the nulls that Arrow adds to objects in it that lack a field of others; its columns stay."""
+    if isinstance(value, Mapping):
+        return {key: drop_nulls(item) for key, item in value.items() if item is not None or not depth}
+    return [drop_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 READERS: dict[str, Callable[[Any], NumberedRows]] = {
     ".json": read_json_lines,
     ".jsonl": read_json_lines,
@@ -1205,7 +1375,7 @@ READERS: dict[str, Callable[[Any], NumberedRows]] = {
     ".csv": partial(read_delimited, delimiter=","),
     ".tsv": partial(read_delimited, delimiter="\t"),
     ".parquet": lambda stream: enumerate(  # a few thousand rows at a time, of the bytes below the text
-        (row for batch in ParquetFile(stream.buffer).iter_batches(4096) for row in batch.to_pylist()), start=1
+        (drop_nulls(row, 0) for batch in ParquetFile(stream.buffer).iter_batches(4096) for row in batch.to_pylist()), 1
     ),
 }
 
@@ -1246,7 +1416,9 @@ class RowSource:
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         local = ((f"{path}:{number}", row) for path in self.files for number, row in read_file(path))
-        loaded = ((f"{self.name}:{number}", row) for number, row in enumerate(self.loaded or (), start=1))
+        loaded = (
+            (f"{self.name}:{number}", drop_nulls(row, 0)) for number, row in enumerate(self.loaded or (), start=1)
+        )
         with reraise_as_user_error(self.name, DataError, *DATASETS_ERRORS):
             yield from itertools.islice(itertools.chain(local, loaded), self.first, self.last)
 
@@ -1373,10 +1545,10 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
     for where, row in source:
         if wanted == {"ALL"} or not isinstance(row, Mapping) or str(row.get("source")) in wanted:
             found, rows = True, [row]
-            with contextlib.suppress(RowError):  # normalize_row reports it
+            with contextlib.suppress(RowError):  # normalize_rows reports it
                 if data.expand_conversations and parse_airoboros_chat(check_row(row)):
                     turns, roles = get_list(row, "conversations"), get_messages(row, "conversations")
-                    ends = [end for end, turn in enumerate(roles, start=1) if turn["role"] == "assistant"]
+                    ends = [end for end, turn in enumerate(roles, start=1) if turn["supervised"]]
                     rows = [{**row, "conversations": turns[:end]} for end in ends]
             yield from ({"where": where, "row": row} for row in rows)
     if not found:
@@ -1384,22 +1556,24 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
         raise DataError(f"{source.name}: no row{f' after row {source.first}' * bool(source.first)}{which}")
 
 
-def normalize_row(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any) -> dict[str, Any]:
-    """A raw row as ROW_FEATURES; a bad one has no segments but a problem, and what was read as JSON."""
+def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any) -> list[dict[str, Any]]:
+    """A raw row as ROW_FEATURES, a chat as one or several; a bad one has no segments but a problem, and its JSON."""
     normal: dict[str, Any] = {"segments": [], "rendered": False, "category": "", "problem": "", "raw": ""}
     normal["where"] = escape_control_chars(where)
     try:
         parsed = dataset_format.parse(check_row(row))
-        segments = render_chat(parsed, tokenizer) if isinstance(parsed, tuple) else parsed
+        rendered = isinstance(parsed, Conversation)
+        rows = render_chat(parsed, tokenizer) if isinstance(parsed, Conversation) else [parsed]
         category = str(row.get("category") or row.get("source") or "").encode("utf-8", "replace").decode()
-        if not any(segment["supervised"] and segment["text"].strip() for segment in segments):
-            column = "".join(dataset_format.columns[-1:]) or "output"
-            raise RowError(f"field {column!r}: the output is empty, expected something to learn")
-        "".join(segment["text"] for segment in segments).encode()  # Arrow refuses what is not UTF-8
-        return normal | {"segments": segments, "rendered": isinstance(parsed, tuple), "category": category}
+        for segments in rows:
+            if not any(segment["supervised"] and segment["text"].strip() for segment in segments):
+                column = "".join(dataset_format.columns[-1:]) or "output"
+                raise RowError(f"field {column!r}: the output is empty, expected something to learn")
+            "".join(segment["text"] for segment in segments).encode()  # Arrow refuses what is not UTF-8
+        return [normal | {"segments": part, "rendered": rendered, "category": category} for part in rows]
     except (RowError, UnicodeEncodeError) as error:
         raw = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
-        return normal | {"problem": shorten(error), "raw": raw}
+        return [normal | {"problem": shorten(error), "raw": raw}]
 
 
 def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | None = None) -> Any:
@@ -1409,16 +1583,21 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     depends += [data.expand_conversations, data.include_sources]
     if tokenizer:
         depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_token_pattern(tokenizer).pattern]
-    normalize = partial(normalize_row, dataset_format=get_format(source.format), tokenizer=tokenizer)
+    normalize = partial(normalize_rows, dataset_format=get_format(source.format), tokenizer=tokenizer)
     options = {"cache_dir": config.model.cache_dir, "fingerprint": digest("rows", CODE_VERSION, *depends)}
     raw_rows = itertools.islice(select_rows(source, data), limit)
     try:
-        rows = datasets.Dataset.from_generator(lambda: (normalize(**raw) for raw in raw_rows), ROW_FEATURES, **options)
+        normal = (row for raw in raw_rows for row in normalize(**raw))
+        rows = datasets.Dataset.from_generator(lambda: normal, ROW_FEATURES, **options)
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, QLoRAError):
             raise error.__cause__ from None
         raise
     log.info("%s: %d rows", source.name, len(rows))
+    chats = len({where for where, rendered in zip(rows["where"][:], rows["rendered"][:], strict=True) if rendered})
+    if chats < (answers := sum(rows["rendered"][:])):
+        reason = "the chat template writes earlier turns otherwise once others follow"
+        log.info("%s: %d chats became %d rows, one for each answer: %s", source.name, chats, answers, reason)
     return drop_bad_rows(rows, config)
 
 
@@ -1553,7 +1732,6 @@ def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> Non
 #
 # Returns a fast tokenizer with BOS (where it has one), EOS and pad ids inside the model's embedding.
 # ------------------------------------------------------------------------------------
-PATCHED_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 # Tokens that models leave unused, and so a pad that no text contains. In order of preference.
 SPARE_TOKENS = re.compile(
     r"<\|finetune_right_pad_id\|>|<\|?pad(ding)?\|?>|\[PAD\]|<\|reserved_special_token_\d+\|>|<\|?unused\d+\|?>"
@@ -1576,14 +1754,16 @@ def read_json(path: Path) -> Any:
 
 def patched_tokenizer_folder(name: str, patch: Path, target: Path, config: Config) -> Path:
     """Copy the model's tokenizer files, with those of --tokenizer_patch laid over them key by key."""
-    if not any((patch / file).is_file() for file in PATCHED_FILES):
-        raise ConfigError(f"--tokenizer_patch {patch}: expected a folder with {' or '.join(PATCHED_FILES)}")
+    patches = [patch / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    if not any(file.is_file() for file in patches):
+        raise ConfigError(f"--tokenizer_patch {patch}: expected a folder with {' or '.join(f.name for f in patches)}")
     for file in download(name, TOKENIZER_FILES, config).iterdir():
         if file.is_file() and file.suffix in (".json", ".model", ".txt"):
             shutil.copyfile(file, target / file.name)
-    for file_name in PATCHED_FILES:
-        layers = [read_json(folder / file_name) for folder in (target, patch) if (folder / file_name).is_file()]
-        (target / file_name).write_text(json.dumps({k: v for layer in layers for k, v in layer.items()}))
+    for file in filter(Path.is_file, patches):
+        patched = target / file.name
+        own = read_json(patched) if patched.is_file() else {}
+        patched.write_text(json.dumps(own | read_json(file)))
     return target
 
 
@@ -1624,11 +1804,10 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
             raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
         if token is not None:
             setattr(tokenizer, name, token)
-    needed = "mask_token" if config.masked else "eos_token"
+    needed, way_out = "eos_token", "name one of its tokens with --eos_token"
+    if config.masked:
+        needed, way_out = "mask_token", "its model is no masked language model"
     if getattr(tokenizer, needed) is None:
-        way_out = (
-            "its model is no masked language model" if config.masked else "name one of its tokens with --eos_token"
-        )
         raise ConfigError(f"the tokenizer has no {needed}: {way_out}")
     if not tokenizer.pad_token or vocabulary.get(str(tokenizer.pad_token), rows) >= rows:
         spare = [token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows]
@@ -1826,8 +2005,10 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
     return Splits(**encoded)
 
 
-def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: int = 0) -> Iterator[tuple[int, Any]]:
+def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: float = 0) -> Iterator[tuple[float, Any]]:
     """Encoded rows to train on, pass after pass without end, each with the number of raw rows consumed so far.
+
+    Of a chat that becomes several rows, each consumes a share.
 
     The order of a pass follows from seed and pass alone. A resume gives that number as `skip`: raw rows up to it are
     read but not encoded, and the rest is what it would have been. Resuming a shuffle buffer's state would not be exact.
@@ -1842,15 +2023,19 @@ def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: int 
             consumed += 1
             if consumed <= skip:
                 continue
-            row = normalize_row(**raw, dataset_format=dataset_format, tokenizer=tokenizer)
-            if not row["problem"]:
-                columns = {name: [row[name]] for name in ("segments", "rendered")}
-                encoded = encode_batch(columns, tokenizer, **encoding_options(config))
-                row |= {name: values[0] for name, values in encoded.items()}
-            if row["problem"]:
-                reject([row], 1, config)
-            elif not (row["cut"] and data.model_max_len and data.skip_excess_length):
-                yield consumed, row
+            rows = normalize_rows(**raw, dataset_format=dataset_format, tokenizer=tokenizer)
+            for number, row in enumerate(rows, start=1):
+                position = consumed if number == len(rows) else consumed - 1 + number / len(rows)
+                if position <= skip:
+                    continue
+                if not row["problem"]:
+                    columns = {name: [row[name]] for name in ("segments", "rendered")}
+                    encoded = encode_batch(columns, tokenizer, **encoding_options(config))
+                    row |= {name: values[0] for name, values in encoded.items()}
+                if row["problem"]:
+                    reject([row], 1, config)
+                elif not (row["cut"] and data.model_max_len and data.skip_excess_length):
+                    yield position, row
 
 
 class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
@@ -4135,7 +4320,7 @@ class StreamedSteps(torch.utils.data.IterableDataset[dict[str, Any]]):
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
     size: int  # rows of a step, over all ranks
     sizes: tuple[int, float]  # token ids and positions that the model has
-    position: int = 0  # raw rows consumed before a resume
+    position: float = 0  # raw rows consumed before a resume
     steps: int = 0  # optimizer steps before it
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -4269,7 +4454,7 @@ class QLoRATrainer(Trainer):
         self.pending_checks: list[tuple[Any, ...]] = []  # steps whose numbers were not looked at yet
         self.unreached: set[str] | None = None  # parameters that no step has given a gradient
         self.first_step = -1  # of this process, once it is known
-        self.position: int | None = None  # in a stream, after the current step
+        self.position: float | None = None  # in a stream, after the current step
         self.tokens_seen = 0  # by this rank, without padding
         self.untimed_seconds = 0.0  # spent on evaluating and saving
         self.tried = False  # the fast path, on sharded weights

@@ -293,8 +293,15 @@ def chatml_tokenizer(template=CHATML, **options):
     return tokenizer
 
 
-def render(messages, tokenizer, **columns):
+def render_all(messages, tokenizer, **columns):
+    """The rows of a chat."""
     return qlora.render_chat(qlora.FORMATS["messages"].parse({"messages": messages, **columns}), tokenizer)
+
+
+def render(messages, tokenizer, **columns):
+    """The segments of a chat that is one row."""
+    (segments,) = render_all(messages, tokenizer, **columns)
+    return segments
 
 
 def texts(segments, supervised=True):
@@ -377,7 +384,7 @@ def test_special_tokens_in_a_message_stay_text(tokenizers, name, template):
 
 
 def test_tools_roles_and_nulls_as_parquet_has_them(tmp_path):
-    """A tool call without content, a tool's turn, null keys that Arrow adds, tools as a list or as JSON."""
+    """A tool call without content, a tool's turn, null keys that Arrow adds, tools as a list or as JSON with its null."""
     tokenizer = chatml_tokenizer(TOOLS)
     call = {"type": "function", "function": {"name": "ask", "arguments": {"city": "Oslo"}}, "id": None}
     messages = [
@@ -388,8 +395,8 @@ def test_tools_roles_and_nulls_as_parquet_has_them(tmp_path):
         {"role": "assistant", "content": "It is cold.", "tool_calls": None},
     ]
     tools = [{"type": "function", "function": {"name": "ask", "description": None}}]
-    told = '<|im_start|>tools\n[{"type": "function", "function": {"name": "ask"}}]<|im_end|>\n<|im_start|>system\ns'
-    for column in (tools, json.dumps(tools)):
+    for column, function in ((tools, '{"name": "ask"}'), (json.dumps(tools), '{"name": "ask", "description": null}')):
+        told = f'<|im_start|>tools\n[{{"type": "function", "function": {function}}}]<|im_end|>\n<|im_start|>system\ns'
         file = tiny.rows_to_parquet(tmp_path / "a.parquet", [{"messages": messages, "tools": column}])
         (segments,) = load(file, tokenizer).train["segments"]
         assert texts(segments) == ['ask({"city": "Oslo"})<|im_end|>', "It is cold.<|im_end|>"]
@@ -418,8 +425,8 @@ def test_the_speakers_of_sharegpt(name, role):
     after = {"user": "gpt", "system": "", "assistant": "", "tool": "gpt"}[role]
     turns.append({"from": name, "value": "x"})
     turns += [{"from": after, "value": "y"}] if after else shared("z", "y") if role == "system" else []
-    messages, tools = qlora.FORMATS["sharegpt"].parse({"conversations": turns})
-    assert [m["role"] for m in messages if m["content"] == "x"] == [role] and tools is None
+    chat = qlora.FORMATS["sharegpt"].parse({"conversations": turns})
+    assert [m["role"] for m in chat.messages if m["content"] == "x"] == [role] and chat.tools is None
 
 
 def test_messages_and_sharegpt_give_the_same_rows(tmp_path):
@@ -469,16 +476,57 @@ def test_invalid_messages_are_a_bad_row(tmp_path, name):
     assert len(load(file, chatml_tokenizer(), *flags).train) == 1
 
 
-def test_a_template_that_changes_earlier_turns(tmp_path):
-    """One exchange is fine, two do not join: a bad row that names the way out, which is a template with marks."""
+def test_a_template_that_changes_earlier_turns(tmp_path, caplog):
+    """One exchange is one row. Of two that do not join, each answer is a row with the prompt for generating it."""
     tokenizer = chatml_tokenizer(CHANGING)
     assert texts(render(LONG[:3], tokenizer)) == ["<think></think>Hello<|im_end|>"]
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG[:3]}, {"messages": LONG}])
-    message = error_of(file, tokenizer)
-    assert message.startswith(f"{file}:2: ") and "--chat_template" in message and "{% generation %}" in message
+    with caplog.at_level(logging.INFO, "qlora"):
+        rows = load(file, tokenizer).train
+    assert [where.rpartition(":")[2] for where in rows["where"]] == ["1", "2", "2"]
+    assert any("2 chats became 3 rows" in message for message in caplog.messages)
+    for segments, answer, end in zip(
+        rows["segments"], ["Hello", *["Hello", "In the harbour."]], (2, 2, 4), strict=True
+    ):
+        prompt = tokenizer.apply_chat_template(LONG[:end], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(LONG[: end + 1], tokenize=False)
+        assert "".join(segment["text"] for segment in segments) == whole
+        last = qlora.last_supervised(segments)
+        assert "".join(segment["text"] for segment in segments[:last]) == prompt
+        assert texts(segments) == [f"<think></think>{answer}<|im_end|>"]
     marked = MARKED.replace("{% generation %}", "{% generation %}{% if loop.last %}<think></think>{% endif %}")
     supervised = texts(render(LONG, chatml_tokenizer(marked)))
     assert supervised == ["Hello<|im_end|>", "<think></think>In the harbour.<|im_end|>"]
+
+
+def test_a_template_that_changes_the_question_once_it_is_answered_is_refused():
+    template = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ '?' if loop.last and m.role == 'user' }}")
+    with pytest.raises(qlora.RowError, match=r"--chat_template .*generation"):
+        render(LONG, chatml_tokenizer(template))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [CHATML, MARKED, CHANGING, VICUNA, STOPLESS, LLAMA2.replace("{% else %}", "{% elif m.role != 'system' %}")],
+    ids=["chatml", "marked", "changing", "vicuna", "stopless", "llama-2"],
+)
+@pytest.mark.parametrize("system", [True, False])
+def test_without_its_first_exchanges_a_chat_is_what_the_template_writes_without_them(template, system):
+    """The interface by which encoding shortens a chat: `turn` counts exchanges, and 0 is what stays."""
+    if template in (VICUNA,) and system:
+        pytest.skip("it writes a system turn as an answer")
+    tokenizer = chatml_tokenizer(template)
+    words = ["Why?", "So.", "Whither?", "Sow.", "Why not?", "Well.", "Why?", "So."]
+    head = [{"role": "system", "content": "Be kind."}] * system
+    chat = shared(*words, who="role", what="content")
+    for segments in render_all([*head, *chat], tokenizer):
+        last = max(segment["turn"] for segment in segments)
+        end = len(head) + 2 * last
+        for first in range(1, last + 1):
+            left = "".join(segment["text"] for segment in segments if segment["turn"] in (0, *range(first, last + 1)))
+            shorter = [*head, *chat[2 * first - 2 : end - len(head)]]
+            assert left == tokenizer.apply_chat_template(shorter, tokenize=False)
+    assert last == 4
 
 
 def test_a_template_that_refuses_a_row(tmp_path):
@@ -612,7 +660,7 @@ def own(tmp_path):
 
 def test_a_custom_function(own):
     assert load(*own("as_pair")).train["segments"][0] == qlora.prompt_completion("X=", "y")
-    expected = [("x", False), ("y", True), ("!", False)]
+    expected = [("x", False, 0), ("y", True, 0), ("!", False, 0)]
     assert [tuple(segment.values()) for segment in load(*own("as_segments")).train["segments"][1]] == expected
     rows = load(*own("as_messages", chatml_tokenizer())).train
     assert texts(rows["segments"][0]) == ["y<|im_end|>"] and rows["rendered"][:] == [True] * 2

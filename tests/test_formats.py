@@ -105,8 +105,8 @@ def encode(name, row, tokenizer, limits):
 @pytest.mark.parametrize(("name", "row", "source", "target"), ROWS, ids=ROWS_IDS)
 def test_golden_pair(name, row, source, target):
     assert qlora.FORMATS[name].parse(row) == [
-        {"text": source, "supervised": False},
-        {"text": target, "supervised": True},
+        {"text": source, "supervised": False, "turn": 0},
+        {"text": target, "supervised": True, "turn": 0},
     ]
 
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -78,8 +79,8 @@ def data_flags(**flags):
 
 def checked(source, form, tokenizer, **flags):
     """Rows in normal form, each of which can be trained on or says what is wrong with it."""
-    selected = qlora.select_rows(source, data_flags(**flags))
-    rows = [qlora.normalize_row(**row, dataset_format=qlora.FORMATS[form], tokenizer=tokenizer) for row in selected]
+    normalize = partial(qlora.normalize_rows, dataset_format=qlora.FORMATS[form], tokenizer=tokenizer)
+    rows = [row for raw in qlora.select_rows(source, data_flags(**flags)) for row in normalize(**raw)]
     for row in rows:
         texts = [segment["text"] for segment in row["segments"]]
         for text in [*texts, row["problem"], row["raw"], row["category"], row["where"]]:
