@@ -274,6 +274,10 @@ class Conversation(NamedTuple):
     options: dict[str, Any]  # the template's own
 
 
+class JoinedSegments(list[Segment]):
+    """Segments of one text, which is tokenised whole. One that begins with ESCAPE_MARK is a special token."""
+
+
 RawRow = Mapping[str, Any]
 ParsedRow = list[Segment] | Conversation
 
@@ -496,13 +500,17 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
         result = function(dict(row))
         if isinstance(result, Mapping):
             return FORMATS["messages" if "messages" in result else "input-output"].parse(result)
-        result = list(result)  # it may be a generator
-        # `learnt` is the key's earlier name
-        flags = [bool(s["supervised"] if "supervised" in s else s["learnt"]) for s in result]
-        texts = [get_text(segment, "text") for segment in result]
-        return [{"text": text, "supervised": flag, "turn": 0} for text, flag in zip(texts, flags, strict=True)]
+        segments = JoinedSegments()
+        for part in result:  # it may be a generator
+            flag = "learnt" if "learnt" in part else "supervised"  # the first is the key's earlier name
+            if "special" in part:
+                text, supervised = ESCAPE_MARK + get_text(part, "special"), part.get(flag, False)
+            else:
+                text, supervised = get_text(part, "text"), part[flag]
+            segments.append({"text": text, "supervised": bool(supervised), "turn": 0})
+        return segments
     except (Exception, SystemExit) as error:  # whatever a user's code raises is an error of this row
-        expected = "it returns {input, output}, {messages} or a list of {text, supervised}"
+        expected = "it returns {input, output}, {messages} or a list of {text, supervised} and {special, supervised}"
         raise RowError(f"{name}: {type(error).__name__}: {shorten(error)}; expected: {expected}") from error
 
 
@@ -522,6 +530,20 @@ def escape_special_tokens(value: Any, special: re.Pattern[str], answer: bool = F
         answer = answer or value.get("role") == "assistant"
         return {key: escape_special_tokens(item, special, answer) for key, item in value.items()}
     return [escape_special_tokens(item, special, answer) for item in value] if isinstance(value, list) else value
+
+
+def join_segments(segments: JoinedSegments, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """Segments with the marks of BOS and EOS around them. Special tokens in a text stay text."""
+    special, joined = special_token_pattern(tokenizer), list[Segment]()
+    for number, segment in enumerate(segments, start=1):
+        text = escape_special_tokens(segment["text"], special)
+        if segment["text"].startswith(ESCAPE_MARK):
+            text = segment["text"][1:]
+            if not special.fullmatch(text):
+                raise RowError(f"{{'special': {text!r}}}: the tokenizer has no such special token")
+        text = BOS_MARK * (number == 1) + text + EOS_MARK * (number == len(segments))
+        joined.append({**segment, "text": text})
+    return joined
 
 
 def apply_template(
@@ -1314,7 +1336,7 @@ DATASETS_ERRORS = (RuntimeError, datasets.exceptions.DatasetsError)  # beside LI
 SEGMENT_TYPES = {"text": "string", "supervised": "bool", "turn": "int32"}
 ROW_FEATURES = datasets.Features(
     {"segments": [{name: datasets.Value(kind) for name, kind in SEGMENT_TYPES.items()}]}
-    | {"rendered": datasets.Value("bool")}  # by a chat template, which adds the special tokens
+    | {"rendered": datasets.Value("bool")}  # tokenised whole, with the special tokens in it
     | dict.fromkeys(("where", "category", "problem", "raw"), datasets.Value("string"))
 )
 
@@ -1562,11 +1584,14 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
     normal["where"] = escape_control_chars(where)
     try:
         parsed = dataset_format.parse(check_row(row))
-        rendered = isinstance(parsed, Conversation)
-        rows = render_chat(parsed, tokenizer) if isinstance(parsed, Conversation) else [parsed]
+        rendered = isinstance(parsed, (Conversation, JoinedSegments))
+        if isinstance(parsed, Conversation):
+            rows = render_chat(parsed, tokenizer)
+        else:
+            rows = [join_segments(parsed, tokenizer) if isinstance(parsed, JoinedSegments) else parsed]
         category = str(row.get("category") or row.get("source") or "").encode("utf-8", "replace").decode()
         for segments in rows:
-            if not any(segment["supervised"] and segment["text"].strip() for segment in segments):
+            if not any(segment["supervised"] and segment["text"].strip(MARKS).strip() for segment in segments):
                 column = "".join(dataset_format.columns[-1:]) or "output"
                 raise RowError(f"field {column!r}: the output is empty, expected something to learn")
             "".join(segment["text"] for segment in segments).encode()  # Arrow refuses what is not UTF-8
@@ -1693,15 +1718,13 @@ def train_eval_split(rows: Any, config: Config) -> Splits:
 
 def drop_bad_rows(rows: Any, config: Config) -> Any:
     """The rows without a problem, at least one; others stop the run or go to rejected.jsonl."""
-    good: list[int] = []
-    bad: list[int] = []
-    for i, problem in enumerate(rows["problem"][:]):
-        (bad if problem else good).append(i)
-    if bad:
+    problems = rows["problem"][:]
+    if bad := [i for i, problem in enumerate(problems) if problem]:
         reject(list(rows.select(bad)), len(rows), config)
-    if not good:
+        rows = rows.select([i for i, problem in enumerate(problems) if not problem])
+    if not len(rows):
         raise DataError(f"--dataset {config.data.dataset}: no row in it that can be used")
-    return rows.select(good) if bad else rows
+    return rows
 
 
 @lru_cache(maxsize=1)
@@ -1895,16 +1918,21 @@ def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
 
 def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Tokens]]:
     """Tokens of each segment of rows that are tokenised as one text; a token in two segments goes to the second."""
-    texts = ["".join(segment["text"] for segment in row) for row in rows]
+    ends, bos, eos = BOS_MARK + EOS_MARK, tokenizer.bos_token_id, tokenizer.eos_token_id
+    texts = ["".join(segment["text"] for segment in row).strip(ends) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
     for row, text, ids, offsets in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        segment_of = [number for number, segment in enumerate(row) for _ in segment["text"]]  # by character
+        segment_of = [number for number, segment in enumerate(row) for _ in segment["text"].strip(ends)]  # by character
         tokens: list[Tokens] = [[] for _ in row]
         for i, (start, end) in zip(ids, offsets, strict=True):
             if text[start:end] != ESCAPE_MARK:
                 first, last = segment_of[min(start, len(text) - 1)], segment_of[max(end, start + 1, 1) - 1]
                 supervised = row[first]["supervised"] or row[last]["supervised"]
                 tokens[last].append((i, i if supervised else IGNORE))
+        if row[0]["text"].startswith(BOS_MARK) and bos is not None:
+            tokens[0].insert(0, (bos, bos if row[0]["supervised"] else IGNORE))
+        if row[-1]["text"].endswith(EOS_MARK):
+            tokens[-1].append((eos, eos if row[-1]["supervised"] else IGNORE))
         yield tokens
 
 
@@ -2048,23 +2076,20 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(self, rows: Any, limit: int) -> None:
         lengths = rows["length"][:]
         self.rows, self.packs = rows, list[list[int]]()
-        open_packs = defaultdict[int, list[list[int]]](list)  # by their free tokens
-        free: list[int] = []  # the keys of open_packs, sorted
+        by_room = defaultdict[int, list[list[int]]](list)  # open packs by their free tokens
+        rooms = 0  # has bit n set if a pack has n free tokens: the lowest bit from a length on is the fullest pack's
         for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
-            fullest = bisect.bisect_left(free, lengths[i])
-            if fullest == len(free):
-                room, pack = limit, list[int]()
-                self.packs.append(pack)
+            room, pack = limit, list[int]()
+            if enough := rooms >> lengths[i]:
+                room = lengths[i] + (enough & -enough).bit_length() - 1
+                pack = by_room[room].pop()
+                rooms ^= (not by_room[room]) << room
             else:
-                room = free[fullest]
-                pack = open_packs[room].pop()
-                if not open_packs[room]:
-                    del free[fullest]
+                self.packs.append(pack)
             pack.append(i)
             left = max(room - lengths[i], 0)
-            if not open_packs[left]:
-                bisect.insort(free, left)
-            open_packs[left].append(pack)
+            by_room[left].append(pack)
+            rooms |= 1 << left
         self.lengths = [sum(lengths[i] for i in pack) for pack in self.packs]
 
     def __len__(self) -> int:
@@ -4138,7 +4163,7 @@ def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedT
         output = special_token_pattern(tokenizer).sub("", output)
     table = str.maketrans(dict(zip(MARKS, (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), ""), strict=True)))
     texts = {"input": "".join(segment["text"] for segment in segments[:last]), "output": output}
-    return {name: text.translate(table) for name, text in texts.items()}
+    return {name: text.strip(BOS_MARK + EOS_MARK).translate(table) for name, text in texts.items()}
 
 
 def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:

@@ -580,11 +580,17 @@ def test_one_limit_cuts_from_the_left_and_keeps_bos_where_the_template_has_it(bo
 
 def test_limits_cut_custom_segments(byte_tokenizer):
     """The completion begins with the last supervised segment, here the third; EOS is the last one's."""
-    row = [{"text": text, "supervised": supervised} for text, supervised in (("ab", 1), ("c", 0), ("de", 1), ("f", 0))]
-    assert encode(row, byte_tokenizer) == ([BOS, *b"abcdef", EOS], [BOS, 97, 98, NO, 100, 101, NO, NO])
-    assert encode(row, byte_tokenizer, 2, 3) == ([BOS, *b"adef"], [BOS, 97, 100, 101, NO])
-    assert encode(row, byte_tokenizer, 1, 1, 6) == ([BOS, *b"cdef", EOS], [BOS, NO, 100, 101, NO, NO])
-    assert encode([{"text": "ab", "supervised": True}], byte_tokenizer) == ([BOS, *b"ab", EOS],) * 2
+
+    def ids_and_labels(parts, *limits):
+        row = [{"text": text, "supervised": supervised} for text, supervised in parts]
+        segments = qlora.join_segments(qlora.parse_custom("f", lambda _: row, {}), byte_tokenizer)
+        return encode(segments, byte_tokenizer, *limits, rendered=True)
+
+    row = (("ab", 1), ("c", 0), ("de", 1), ("f", 0))
+    assert ids_and_labels(row) == ([BOS, *b"abcdef", EOS], [BOS, 97, 98, NO, 100, 101, NO, NO])
+    assert ids_and_labels(row, 2, 3) == ([BOS, *b"adef"], [BOS, 97, 100, 101, NO])
+    assert ids_and_labels(row, 1, 1, 6) == ([BOS, *b"cdef", EOS], [BOS, NO, 100, 101, NO, NO])
+    assert ids_and_labels([("ab", 1)]) == ([BOS, *b"ab", EOS],) * 2
 
 
 # ------------------------------------------------------------------------------------
@@ -660,8 +666,8 @@ def own(tmp_path):
 
 def test_a_custom_function(own):
     assert load(*own("as_pair")).train["segments"][0] == qlora.prompt_completion("X=", "y")
-    expected = [("x", False, 0), ("y", True, 0), ("!", False, 0)]
-    assert [tuple(segment.values()) for segment in load(*own("as_segments")).train["segments"][1]] == expected
+    rows = load(*own("as_segments", tiny.byte_tokenizer())).train
+    assert texts(rows["segments"][1]) == ["y"] and rows["rendered"][:] == [True] * 2
     rows = load(*own("as_messages", chatml_tokenizer())).train
     assert texts(rows["segments"][0]) == ["y<|im_end|>"] and rows["rendered"][:] == [True] * 2
 
@@ -677,10 +683,75 @@ def test_a_custom_function(own):
     ],
 )
 def test_an_error_in_a_custom_function_names_file_and_row(own, name, line, said):
-    file, _, flag, spec = own(name)
-    message = error_of(file, None, flag, spec)
+    file, tokenizer, flag, spec = own(name, tiny.byte_tokenizer())
+    message = error_of(file, tokenizer, flag, spec)
     assert message.startswith(f"{file}:{line}: ") and said in message
     assert name == "silent" or spec in message
+
+
+def segments_of(tmp_path, tokenizer, *parts):
+    """Tokens, each with whether it is supervised, of a row that a user's function cuts into these segments."""
+    (tmp_path / "mine.py").write_text("def row(r):\n    return r['parts']\n")
+    file = tiny.rows_to_jsonl(tmp_path / "parts.jsonl", [{"parts": parts}])
+    argv = ["--dataset", str(file), "--dataset_format", f"{tmp_path / 'mine.py'}:row"]
+    config = qlora.parse_config(argv)
+    (row,) = qlora.encode_splits(qlora.load_splits(config, tokenizer), tokenizer, config).train
+    return row["input_ids"], [
+        i if label == i else None for i, label in zip(row["input_ids"], row["labels"], strict=True)
+    ]
+
+
+TURNS = [("Q: Hi\nA: ", False), ("Hello.", True), ("\nQ: more?\nA: ", False), ("no", True)]
+WORD = [("The answer is un", False), ("believable", True), ("!", False)]
+
+
+@pytest.mark.parametrize("parts", [TURNS, WORD, [("The ", False), ("lamp", True)], [("ship", True)]])
+@pytest.mark.parametrize("name", ["sentencepiece", "byte_bpe"])
+def test_segments_are_tokenised_as_one_text(tokenizers, tmp_path, name, parts):
+    """The ids of the joined text; a token is supervised where a character of it is."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers(name))
+    text = "".join(part for part, _ in parts)
+    if name == "sentencepiece":
+        folder = tokenizers(name)
+        expected = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode(text)
+    else:
+        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    rows = [{"text": part, "supervised": supervised} for part, supervised in parts]
+    ids, supervised = segments_of(tmp_path, tokenizer, *rows)
+    assert ids == [tokenizer.bos_token_id, *expected, tokenizer.eos_token_id]
+    flags = [flag for part, flag in parts for _ in part]
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    wanted = [any(flags[start:end]) for start, end in offsets]
+    assert [i is not None for i in supervised] == [parts[0][1], *wanted, parts[-1][1]]
+
+
+def test_special_tokens_are_written_on_purpose_only(tmp_path):
+    """One that is named is a token, one in a text is not; `supervised` is false unless it says so."""
+    tokenizer = chatml_tokenizer()
+    parts = [
+        {"special": "<|im_start|>"}, {"text": "user\n<|im_end|>", "supervised": False},
+        {"special": "<|im_end|>", "supervised": True}, {"text": "a</s>", "supervised": True},
+    ]  # fmt: skip
+    ids, supervised = segments_of(tmp_path, tokenizer, *parts)
+    assert ids == [BOS, IM_START, *b"user\n<|im_end|>", IM_END, *b"a</s>", EOS]
+    assert supervised == [None] * 17 + [IM_END, *b"a</s>", EOS]
+
+
+def test_predictions_show_segments_without_bos_and_eos(byte_tokenizer):
+    parts = [{"text": "a<s>", "supervised": False}, {"text": "b", "supervised": True}]
+    segments = qlora.join_segments(qlora.parse_custom("f", lambda _: parts, {}), byte_tokenizer)
+    assert qlora.decoded_pair(segments, True, byte_tokenizer) == {"input": "a<s>", "output": "b"}
+
+
+def test_a_special_token_that_the_tokenizer_lacks(tmp_path):
+    with pytest.raises(qlora.DataError, match=r"parts.jsonl:1: .*'<\|im_ende\|>'.*no such special token"):
+        segments_of(tmp_path, chatml_tokenizer(), {"special": "<|im_ende|>"}, {"text": "a", "supervised": True})
+
+
+@pytest.mark.parametrize("part", [{"text": "a"}, {"supervised": True}, {"special": None}, "a"])
+def test_a_segment_that_lacks_something(tmp_path, part):
+    with pytest.raises(qlora.DataError, match=r"expected: it returns .*special, supervised"):
+        segments_of(tmp_path, chatml_tokenizer(), part)
 
 
 def test_a_changed_custom_function_is_called_again(own, tmp_path):
