@@ -1363,9 +1363,6 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     csv.field_size_limit(LONGEST_CELL)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     header = next(reader, [])
-    if INVALID_TEXT.search("".join(header)):
-        found = shorten(", ".join(header))
-        raise DataError(f"{stream.name}: the header is not UTF-8 (is the file in Latin-1?): {found}")
     if len(set(header)) < len(header):
         raise DataError(f"{stream.name}: the column {max(header, key=header.count)!r} appears twice in the header")
     cells: list[str] | None = []
@@ -1402,21 +1399,21 @@ READERS: dict[str, Callable[[Any], NumberedRows]] = {
 }
 
 
+OPENERS: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".zst": lambda path, _: io.BufferedReader(pyarrow.input_stream(path, compression="zstd")),
+}
+
+
 def data_suffix(path: Path) -> str:
-    """The suffix that selects the reader, ignoring .gz and .zst."""
-    return Path(path.stem if path.suffix.lower() in (".gz", ".zst") else path.name).suffix.lower()
-
-
-def open_file(path: Path) -> Any:
-    """A file's bytes, decompressed."""
-    if path.suffix.lower() == ".zst":
-        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
-    return (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb")
+    """The suffix that selects the reader, ignoring that of a compressed file."""
+    return Path(path.stem if path.suffix.lower() in OPENERS else path.name).suffix.lower()
 
 
 def read_file(path: Path) -> NumberedRows:
     """The rows of one local file; a DataError if it can't be read to its end."""
-    with reraise_as_user_error(str(path), DataError, csv.Error), open_file(path) as file:
+    open_file = OPENERS.get(path.suffix.lower(), open)
+    with reraise_as_user_error(str(path), DataError, csv.Error), open_file(path, "rb") as file:
         head = file.peek(1000)[:1000]
         if data_suffix(path) != ".parquet" and (head[:2] in UTF16_MARKS or head.count(0) > len(head) // 3):
             raise DataError(f"{path}: the file is in UTF-16 or UTF-32, expected UTF-8: save it in that encoding")
@@ -1663,7 +1660,9 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     if evaluating and splits.eval is None and splits.train is not None:
         splits = train_eval_split(splits.train, config)
     if mixed and splits.train is not None:  # only now, so that no copy of a held-out row is trained on
-        splits = Splits(repeat_rows(splits.train), splits.eval)
+        times = splits.train["times"][:]
+        order = [i for turn in range(max(times)) for i, n in enumerate(times) if n > turn]
+        splits = Splits(splits.train.select(order), splits.eval)
     limits = data.max_train_samples, data.max_eval_samples
     taken = [rows.take(n) if rows and n else rows for rows, n in zip(splits, limits, strict=True)]
     return Splits(taken[0] if training else None, taken[1])
@@ -1671,20 +1670,11 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
 
 def count_repeats(name: str, rows: Any, share: float) -> Any:
     """The rows that a share takes, the same ones each time, with how often each is trained on."""
-    whole, part = divmod(share, 1)
-    once_more = torch.randperm(len(rows), generator=torch.Generator().manual_seed(42)) < round(part * len(rows))
-    times = (once_more + int(whole)).tolist()
-    log.info("%s: a share of %g: %d of %d rows", name, share, sum(times), len(rows))
-    if not any(times):
-        raise DataError(f"--dataset {name}:{share:g}: not one of its {len(rows)} rows")
+    total = max(1, round(share * len(rows)))
+    once_more = torch.randperm(len(rows), generator=torch.Generator().manual_seed(42)) < total % len(rows)
+    times = (once_more + total // len(rows)).tolist()
+    log.info("%s: a share of %g: %d of %d rows", name, share, total, len(rows))
     return rows.add_column("times", times).select([i for i, n in enumerate(times) if n])
-
-
-def repeat_rows(rows: Any) -> Any:
-    """Each row as often as count_repeats says, all of them once before any is repeated."""
-    times = rows["times"][:]
-    order = [i for turn in range(max(times)) for i, n in enumerate(times) if n > turn]
-    return rows.select(order)
 
 
 def concatenate(parts: list[Any]) -> Any:
@@ -1862,6 +1852,10 @@ class Limits(NamedTuple):
         """Of a row, and of a pack."""
         return self.total or self.source + self.target
 
+    def prompt(self, completion: int) -> int:
+        """Of a prompt whose completion has so many. With one limit for both it has a quarter of it at least."""
+        return self.source if self.total is None else max(self.total - completion, self.total // 4)
+
 
 Tokens = list[tuple[int, int]]  # ids and labels: the id where it is supervised, IGNORE elsewhere
 
@@ -1886,9 +1880,9 @@ def truncate_and_concat(
     Two limits cut each on the right, so a cut completion has no EOS. One limit for both cuts the prompt from the left,
     after BOS, down to a quarter of the limit, which keeps the answer's marker; then the completion on the right.
     """
-    prompt, room = source[: limits.source], limits.target
+    kept = limits.prompt(len(target))
+    prompt, room = source[:kept], limits.target
     if limits.total is not None:
-        kept = max(limits.total - len(target), limits.total // 4)  # tokens of the prompt
         first = min(kept, 1) if source and source[0][0] == bos else 0
         prompt = source[:first] + source[max(len(source) - kept, 0) + first :]
         room = limits.total - len(prompt)
@@ -1941,15 +1935,30 @@ def last_supervised(segments: Sequence[Segment]) -> int:
     return max(number for number, segment in enumerate(segments) if segment["supervised"])
 
 
-def prompts_and_completions(batch: Mapping[str, list[Any]], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens]]:
-    """Tokens of each row's prompt and of its completion, which begins with the last supervised segment."""
+def prompts_and_completions(
+    batch: Mapping[str, list[Any]], tokenizer: Any, limits: Limits
+) -> Iterator[tuple[Tokens, Tokens, int | None]]:
+    """Tokens of each row's prompt and of its completion, which begins with the last supervised segment.
+
+    A chat loses whole exchanges, the oldest first and never the last, for which its prompt has no room. The last of the
+    three is how many it lost; None for other rows.
+    """
     rows = zip(batch["segments"], batch["rendered"], strict=True)
     for rendered, group in itertools.groupby(rows, operator.itemgetter(1)):
         segments = [row for row, _ in group]
         tokenized = (tokenize_rendered if rendered else tokenize_segments)(segments, tokenizer)
         for row, tokens in zip(segments, tokenized, strict=True):
-            last = last_supervised(row)
-            yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:]))
+            last, lost = last_supervised(row), None
+            if rendered and not row[0]["text"].startswith(BOS_MARK):
+                turns, lost = [segment.get("turn", 0) for segment in row], 0
+                excess = sum(map(len, tokens[:last])) - limits.prompt(sum(map(len, tokens[last:])))
+                while excess > 0 and lost + 1 < max(turns):
+                    lost += 1
+                    excess -= sum(len(part) for part, turn in zip(tokens, turns, strict=True) if turn == lost)
+                if lost:
+                    row = [segment for segment, turn in zip(row, turns, strict=True) if not 0 < turn <= lost]
+                    (tokens,), last = tokenize_rendered([row], tokenizer), last_supervised(row)
+            yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), lost
 
 
 def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
@@ -1970,12 +1979,14 @@ def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits)
 def encode_batch(
     batch: Mapping[str, list[Any]], tokenizer: Any, limits: Limits, train_on_source: bool = False, masked: bool = False
 ) -> dict[str, list[Any]]:
-    """Columns of segments -> columns of encoded rows, for datasets.map."""
-    if masked:
-        encoded = [encode_masked(segments[-1]["text"], tokenizer, limits) for segments in batch["segments"]]
-    else:
-        pairs, bos = prompts_and_completions(batch, tokenizer), tokenizer.bos_token_id
-        encoded = [truncate_and_concat(source, target, limits, train_on_source, bos) for source, target in pairs]
+    """Columns of segments -> columns of encoded rows, for datasets.map. A chat whose prompt does not fit is empty."""
+    encoded: list[Encoded] = []
+    for segments in batch["segments"] if masked else ():
+        encoded.append(encode_masked(segments[-1]["text"], tokenizer, limits))
+    for source, target, lost in () if masked else prompts_and_completions(batch, tokenizer, limits):
+        row = truncate_and_concat(source, target, limits, train_on_source, tokenizer.bos_token_id)
+        fits = lost is None or len(source) <= limits.prompt(len(target))
+        encoded.append(row._replace(cut=row.cut or bool(lost)) if fits else Encoded([], [], cut=True))
     rows = [row._asdict() | row_facts(row, tokenizer.eos_token_id, masked) for row in encoded]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -1986,7 +1997,9 @@ def row_facts(row: Encoded, eos: int | None, masked: bool) -> dict[str, Any]:
     targets = [n for n, label in enumerate(labels) if label != IGNORE and (n or masked)]  # nothing predicts the first
     last = targets[-1] if targets else 0
     return {
-        "problem": "" if targets else "no token left to learn, expected one at least: raise the length limits",
+        "problem": ""
+        if targets or not ids
+        else "no token left to learn, expected one at least: raise the length limits",
         "length": len(ids),
         "supervised": len(targets),
         # with --train_on_source, the line end that a template puts after EOS is supervised too
@@ -2022,13 +2035,14 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
             num_proc=workers if workers > 1 else None,
             desc=f"Encoding {name} rows", new_fingerprint=digest(CODE_VERSION, rows._fingerprint, *depends),
         )  # fmt: skip
-        if name == "train" and limit and config.data.skip_excess_length and any(cut := rows["cut"][:]):
-            log.info("%d of %d training rows are longer than --model_max_len %d: left out", sum(cut), len(rows), limit)
-            if all(cut):
-                raise DataError(
-                    f"--model_max_len {limit}: all {len(rows)} rows are longer; pass --skip_excess_length False"
-                )
-            rows = rows.select([i for i, is_cut in enumerate(cut) if not is_cut])
+        skip = name == "train" and limit and config.data.skip_excess_length
+        if any(long := rows["cut"][:] if skip else [not length for length in rows["length"][:]]):
+            flag = f"--model_max_len {limit}" if limit else f"--source_max_len {config.data.source_max_len}"
+            if all(long):
+                way_out = "pass --skip_excess_length False" if skip else "raise it"
+                raise DataError(f"{flag}: all {len(rows)} {name} rows are longer; {way_out}")
+            log.warning("%d of %d %s rows are longer than %s: left out", sum(long), len(rows), name, flag)
+            rows = rows.select([i for i, is_long in enumerate(long) if not is_long])
         encoded[name] = drop_bad_rows(rows, config)
     return Splits(**encoded)
 
@@ -2062,7 +2076,7 @@ def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: floa
                     row |= {name: values[0] for name, values in encoded.items()}
                 if row["problem"]:
                     reject([row], 1, config)
-                elif not (row["cut"] and data.model_max_len and data.skip_excess_length):
+                elif row["length"] and not (row["cut"] and data.model_max_len and data.skip_excess_length):
                     yield position, row
 
 
@@ -4169,8 +4183,10 @@ def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedT
 def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     """One dictionary a row: its fields, `prediction`, `prediction_with_input`. Prompts are cut as in training."""
     model, tokenizer, limits = trainer.base, trainer.processing_class, length_limits(trainer.config)
-    sources = (source for source, _ in prompts_and_completions(batch, tokenizer))
-    cut = (truncate_and_concat(source, [], limits, bos=tokenizer.bos_token_id) for source in sources)
+    cut = (
+        truncate_and_concat(source, [], limits if lost is None else Limits(len(source), 0), bos=tokenizer.bos_token_id)
+        for source, _, lost in prompts_and_completions(batch, tokenizer, limits)
+    )
     prompts = [prompt.input_ids or [tokenizer.eos_token_id] for prompt in cut]  # generation needs one token at least
     tensors = to_device(padded_prompts(prompts, tokenizer.pad_token_id, "left"), trainer.args.device)
     generation = generation_config(trainer.config, model, tokenizer)

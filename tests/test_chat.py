@@ -384,7 +384,7 @@ def test_special_tokens_in_a_message_stay_text(tokenizers, name, template):
 
 
 def test_tools_roles_and_nulls_as_parquet_has_them(tmp_path):
-    """A tool call without content, a tool's turn, null keys that Arrow adds, tools as a list or as JSON with its null."""
+    """A call without content, a tool's turn, null keys that Arrow adds, tools as a list or as JSON with its null."""
     tokenizer = chatml_tokenizer(TOOLS)
     call = {"type": "function", "function": {"name": "ask", "arguments": {"city": "Oslo"}}, "id": None}
     messages = [
@@ -554,28 +554,100 @@ def test_the_cache_depends_on_the_template(tmp_path):
 # ------------------------------------------------------------------------------------
 
 
-def test_two_limits_cut_prompt_and_last_answer():
-    """On the right both; earlier answers that stay are supervised."""
+FOUR = shared("Hi", "Hello", "Where is it?", "In the harbour.", "Is it big?", "Very.", "Whose is it?", "Mine.",
+              who="role", what="content")  # fmt: skip
+
+
+def encoded_chats(tmp_path, tokenizer, chats, *flags):
+    """The encoded rows to train on, of chats in a file."""
+    file = tiny.rows_to_jsonl(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats])
+    config = qlora.parse_config(["--dataset", str(file), *map(str, flags)])
+    return qlora.encode_splits(qlora.load_splits(config, tokenizer), tokenizer, config).train
+
+
+def template_ids(tokenizer, messages, prompt=False):
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=prompt)[
+        "input_ids"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "system"),
+    [
+        ("byte", CHATML, True), ("byte", MARKED, False), ("byte_bpe", CHATML, True), ("byte_bpe", LLAMA2, False),
+        ("byte_bpe", VICUNA, False), ("sentencepiece", LLAMA2, False), ("sentencepiece", VICUNA, False),
+        ("sentencepiece", "{{ bos_token }}" + VICUNA, False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("exchanges", [1, 2, 3, 4])
+def test_a_chat_that_is_too_long_loses_its_oldest_exchanges(tokenizers, tmp_path, name, template, system, exchanges):
+    """What is left is what the template writes for the shorter chat, whose prompt fits exactly, under either limit."""
+    extra = {} if name == "sentencepiece" else {"extra": ("<|im_start|>", "<|im_end|>")}
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers(name, **extra))
+    tokenizer.chat_template = template
+    head = LONG[:1] * system
+    shorter = [*head, *FOUR[-2 * exchanges :]]
+    expected, prompt = template_ids(tokenizer, shorter), template_ids(tokenizer, shorter[:-1], prompt=True)
+    if template == LLAMA2:  # it has no generation prompt, and the answer's leading space is the answer's
+        prompt = expected[: len(template_ids(tokenizer, shorter[:-1]))]
+    longer = len(template_ids(tokenizer, [*head, *FOUR])) > len(expected)
+    one = ("--model_max_len", len(expected), "--skip_excess_length", "False")
+    for flags in (("--source_max_len", len(prompt)), one):
+        (row,) = encoded_chats(tmp_path, tokenizer, [[*head, *FOUR]], *flags)
+        assert row["input_ids"] == expected and row["cut"] == longer
+        assert sum(label == NO for label in row["labels"]) < len(expected)
+        whole = encode(render(shorter, tokenizer), tokenizer, rendered=True)
+        assert (row["input_ids"], row["labels"]) == whole
+
+
+def test_an_exchange_goes_whole_and_the_last_one_never(tmp_path, caplog):
+    """One token less than fits, and another exchange goes. Where the last does not fit, the row is left out."""
     tokenizer = chatml_tokenizer()
-    segments = render(shared("a", "bcd", "e", "fgh", who="role", what="content"), tokenizer)
-    user, prompt = [IM_START, *b"user\na", IM_END, 10], [IM_START, *b"assistant\n"]
-    source = len(user) + len(prompt) + 2
-    ids, labels = encode(segments, tokenizer, source, 3, rendered=True)
-    assert ids == [*user, *prompt, *b"bc", *b"fgh"]
-    assert labels == [NO] * (source - 2) + [*b"bc", *b"fgh"]
-    assert encode(segments, tokenizer, source, 3, rendered=True, train_on_source=True)[1] == ids
+    lengths = [len(template_ids(tokenizer, FOUR[-2 * n : -1], prompt=True)) for n in (1, 2)]
+    (row,) = encoded_chats(tmp_path, tokenizer, [FOUR], "--source_max_len", lengths[1] - 1)
+    assert row["input_ids"] == template_ids(tokenizer, FOUR[-2:])
+    short = shared("a", "b", who="role", what="content")
+    with caplog.at_level(logging.WARNING, "qlora"):
+        rows = encoded_chats(tmp_path, tokenizer, [FOUR, short, FOUR], "--source_max_len", lengths[0] - 1)
+    assert rows["input_ids"][:] == [template_ids(tokenizer, short)]
+    said = f"2 of 3 train rows are longer than --source_max_len {lengths[0] - 1}: left out"
+    assert caplog.messages[0] == said
+    with pytest.raises(qlora.DataError, match=r"--source_max_len 9: all 2 train rows are longer; raise it"):
+        encoded_chats(tmp_path, tokenizer, [FOUR, FOUR], "--source_max_len", 9)
 
 
-@pytest.mark.parametrize("bos", [True, False])
-def test_one_limit_cuts_from_the_left_and_keeps_bos_where_the_template_has_it(bos):
-    tokenizer = chatml_tokenizer(("{{ bos_token }}" if bos else "") + CHATML)
-    segments = render(LONG, tokenizer)
-    whole, supervised = encode(segments, tokenizer, rendered=True)
-    assert (whole[0] == BOS) == bos
-    ids, labels = encode(segments, tokenizer, 1, 1, 80, rendered=True)
-    kept = 79 if bos else 80
-    assert ids == whole[: 80 - kept] + whole[-kept:]
-    assert labels == supervised[: 80 - kept] + supervised[-kept:]
+def test_a_long_last_answer_is_cut_on_the_right(tmp_path):
+    """Its question stays, and under one limit a quarter of that is the prompt's."""
+    tokenizer = chatml_tokenizer()
+    chat = [*FOUR[:-1], {"role": "assistant", "content": "x" * 300}]
+    prompt = template_ids(tokenizer, FOUR[-2:-1], prompt=True)
+    (row,) = encoded_chats(tmp_path, tokenizer, [chat], "--source_max_len", len(prompt), "--target_max_len", 7)
+    assert row["input_ids"] == [*prompt, *b"x" * 7] and row["labels"] == [NO] * len(prompt) + [*b"x" * 7]
+    flags = ("--model_max_len", 4 * len(prompt), "--skip_excess_length", "False")
+    (row,) = encoded_chats(tmp_path, tokenizer, [chat], *flags)
+    assert row["input_ids"] == [*prompt, *b"x" * 3 * len(prompt)]
+
+
+def test_with_skip_excess_length_a_longer_chat_is_left_out(tmp_path):
+    tokenizer = chatml_tokenizer()
+    rows = encoded_chats(
+        tmp_path, tokenizer, [FOUR, FOUR[-2:]], "--model_max_len", len(template_ids(tokenizer, FOUR)) - 1
+    )
+    assert rows["input_ids"][:] == [template_ids(tokenizer, FOUR[-2:])]
+
+
+def test_a_chat_of_a_stream_loses_its_oldest_exchanges_too(tmp_path):
+    """And one whose last question does not fit is left out."""
+    tokenizer = chatml_tokenizer()
+    long = [*FOUR[:-2], {"role": "user", "content": "q" * 99}, FOUR[-1]]
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": chat} for chat in (FOUR, long, FOUR[-2:])])
+    limit = len(template_ids(tokenizer, FOUR[-2:-1], prompt=True))
+    flags = ["--streaming", "--max_steps", "1", "--train_sampling_strategy", "sequential"]
+    config = qlora.parse_config(["--dataset", str(file), "--source_max_len", f"{limit}", *flags])
+    stream = qlora.encoded_stream(qlora.load_splits(config, tokenizer).train, tokenizer, config)
+    rows = [next(stream) for _ in range(3)]
+    assert [position for position, _ in rows] == [1, 3, 4]
+    assert all(row["input_ids"] == template_ids(tokenizer, FOUR[-2:]) for _, row in rows)
 
 
 def test_limits_cut_custom_segments(byte_tokenizer):
@@ -802,6 +874,22 @@ def test_a_run_on_messages_with_a_template_from_a_file(run_qlora, models, tmp_pa
     assert row["input"] == prompt + "<|im_start|>assistant\n" and row["output"] == row["prediction"] == "second"
     saved = AutoTokenizer.from_pretrained(run.output_dir)
     assert saved.chat_template == CHATML and saved.eos_token == "<|im_end|>"
+
+
+def test_a_prediction_has_its_whole_last_question(run_qlora, models, tmp_path):
+    """Also where it is longer than a prompt may be; earlier exchanges go, as in training."""
+    model = models("llama", tokenizer=write_chat_tokenizer)
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    long = [*FOUR[:-2], {"role": "user", "content": "q" * 99}, FOUR[-1]]
+    tiny.rows_to_jsonl(tmp_path / "train.jsonl", [{"messages": FOUR[-2:]}])
+    tiny.rows_to_jsonl(tmp_path / "test.jsonl", [{"messages": FOUR}, {"messages": long}])
+    flags = {"model_name_or_path": model, "dataset": tmp_path, "source_max_len": 60, "max_new_tokens": 2}
+    flags |= {"chat_template": tmp_path / "chat.jinja", "eos_token": "<|im_end|>", "predict_with_generate": True}
+    run = run_qlora(**flags, max_steps=1, do_predict=True)
+    assert run.code == 0 and "1 of 2 eval rows are longer than --source_max_len 60: left out" in run.stderr
+    rows = [json.loads(line) for line in (run.output_dir / "predictions.jsonl").read_text().splitlines()]
+    for row, question in zip(rows, ("Whose is it?", "q" * 99), strict=True):
+        assert row["prediction_with_input"].startswith(f"user\n{question}\nassistant\n")
 
 
 def write_chat_tokenizer(path):

@@ -269,8 +269,6 @@ def test_latin_1_is_named(tmp_path):
     (tmp_path / "a.csv").write_bytes("input,output\ncafé,b\n".encode("latin-1"))
     assert "a.csv:2: field 'input' is" in (message := data_error("--dataset", tmp_path / "a.csv"))
     assert "expected UTF-8 (is the file in Latin-1?)" in message
-    (tmp_path / "b.csv").write_bytes("prénom,input,output\na,b,c\n".encode("latin-1"))
-    assert "b.csv: the header is not UTF-8 (is the file in Latin-1?)" in data_error("--dataset", tmp_path / "b.csv")
 
 
 def test_csv_cells_are_their_text(tmp_path):
@@ -727,7 +725,7 @@ def test_a_path_with_a_colon(tmp_path, name, monkeypatch):
 
 @pytest.mark.parametrize(
     ("share", "message"),
-    [(":0", "expected a share such as 0.5"), (":0.0", "expected a share"), (":0.01", "not one of its 3 rows")],
+    [(":0", "expected a share such as 0.5"), (":0.0", "expected a share")],
 )
 def test_a_share_of_nothing(three, share, message):
     with pytest.raises(qlora.QLoRAError, match=message) as caught:
