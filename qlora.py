@@ -41,7 +41,6 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
 import argparse
 import bisect
-import codecs
 import contextlib
 import copy
 import csv
@@ -502,11 +501,12 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
             return FORMATS["messages" if "messages" in result else "input-output"].parse(result)
         segments = JoinedSegments()
         for part in result:  # it may be a generator
-            flag = "learnt" if "learnt" in part else "supervised"  # the first is the key's earlier name
-            if "special" in part:
-                text, supervised = ESCAPE_MARK + get_text(part, "special"), part.get(flag, False)
-            else:
-                text, supervised = get_text(part, "text"), part[flag]
+            special, flag = (
+                "special" in part,
+                "learnt" if "learnt" in part else "supervised",
+            )  # the first is its old name
+            text = ESCAPE_MARK * special + get_text(part, "special" if special else "text")
+            supervised = part.get(flag, False) if special else part[flag]
             segments.append({"text": text, "supervised": bool(supervised), "turn": 0})
         return segments
     except (Exception, SystemExit) as error:  # whatever a user's code raises is an error of this row
@@ -514,11 +514,13 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
         raise RowError(f"{name}: {type(error).__name__}: {shorten(error)}; expected: {expected}") from error
 
 
-@lru_cache(maxsize=1)
-def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches the text of any special token of the tokenizer."""
-    texts = sorted((str(token) for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
-    return re.compile("|".join(map(re.escape, reversed(texts))) or "(?!)")
+@lru_cache(maxsize=2)
+def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = False) -> re.Pattern[str]:
+    """Matches special tokens, also those that are not flagged special but begin a turn (DeepSeek's), or these alone."""
+    tokens = [(str(token), token.special) for token in tokenizer.added_tokens_decoder.values()]
+    flagged = [text for text, special in tokens if special and not unflagged]
+    markers = [text for text, special in tokens if not special and re.search("(?i)system|user|assistant|turn", text)]
+    return re.compile("|".join(map(re.escape, sorted(flagged + markers, key=len, reverse=True))) or "(?!)")
 
 
 def escape_special_tokens(value: Any, special: re.Pattern[str], answer: bool = False) -> Any:
@@ -536,11 +538,10 @@ def join_segments(segments: JoinedSegments, tokenizer: PreTrainedTokenizerBase) 
     """Segments with the marks of BOS and EOS around them. Special tokens in a text stay text."""
     special, joined = special_token_pattern(tokenizer), list[Segment]()
     for number, segment in enumerate(segments, start=1):
-        text = escape_special_tokens(segment["text"], special)
-        if segment["text"].startswith(ESCAPE_MARK):
-            text = segment["text"][1:]
-            if not special.fullmatch(text):
-                raise RowError(f"{{'special': {text!r}}}: the tokenizer has no such special token")
+        named = segment["text"].startswith(ESCAPE_MARK)
+        text = segment["text"][1:] if named else escape_special_tokens(segment["text"], special)
+        if named and not special.fullmatch(text):
+            raise RowError(f"{{'special': {text!r}}}: the tokenizer has no such special token")
         text = BOS_MARK * (number == 1) + text + EOS_MARK * (number == len(segments))
         joined.append({**segment, "text": text})
     return joined
@@ -1327,7 +1328,6 @@ def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
 # ------------------------------------------------------------------------------------
 NumberedRows = Iterator[tuple[int, Any]]  # (line or row number from 1, the row or a RowError)
 
-UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 LONGEST_CELL = 2**27  # characters: a longer one is a quote left open
 SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in order of preference
 SPLITS = {name: name for name in ("train", *SPLIT_NAMES)} | dict.fromkeys(("val", "valid", "dev"), "validation")
@@ -1343,9 +1343,7 @@ ROW_FEATURES = datasets.Features(
 
 def read_json_lines(stream: Any) -> NumberedRows:
     """JSON lines, or one JSON array, which is read into memory whole."""
-    head: list[str] = []  # up to the first line that is not empty
-    while not "".join(head[-1:]).strip() and (line := next(stream, "")):
-        head.append(line)
+    head = list(itertools.islice(stream, 10))  # the first lines may be empty
     array = "".join(head).lstrip().startswith("[")
     lines = itertools.chain(head, stream)
     for number, text in [(1, "".join(lines))] if array else enumerate(lines, start=1):
@@ -1387,10 +1385,7 @@ def drop_nulls(value: Any, depth: int = 1) -> Any:
 
 
 READERS: dict[str, Callable[[Any], NumberedRows]] = {
-    ".json": read_json_lines,
-    ".jsonl": read_json_lines,
-    ".jsonlines": read_json_lines,
-    ".ndjson": read_json_lines,
+    **dict.fromkeys((".json", ".jsonl", ".jsonlines", ".ndjson"), read_json_lines),
     ".csv": partial(read_delimited, delimiter=","),
     ".tsv": partial(read_delimited, delimiter="\t"),
     ".parquet": lambda stream: enumerate(  # a few thousand rows at a time, of the bytes below the text
@@ -1415,7 +1410,9 @@ def read_file(path: Path) -> NumberedRows:
     open_file = OPENERS.get(path.suffix.lower(), open)
     with reraise_as_user_error(str(path), DataError, csv.Error), open_file(path, "rb") as file:
         head = file.peek(1000)[:1000]
-        if data_suffix(path) != ".parquet" and (head[:2] in UTF16_MARKS or head.count(0) > len(head) // 3):
+        if data_suffix(path) != ".parquet" and (
+            head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > len(head) // 3
+        ):
             raise DataError(f"{path}: the file is in UTF-16 or UTF-32, expected UTF-8: save it in that encoding")
         # bytes that are not UTF-8 become lone surrogates, which get_text reports with the row they are in
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -1502,12 +1499,10 @@ def find_files(name: str, path: Path) -> dict[str, RowSource]:
     """The splits of a local file, or of a folder. Its sub-folders are read only if it has no data file of its own."""
     files = [path]
     if path.is_dir():
-        visible = [
-            f for f in sorted(path.rglob("*")) if f.is_file() and "/." not in f"/{f.relative_to(path).as_posix()}"
-        ]
+        visible = sorted(f for f in path.rglob("*") if f.is_file() and "/." not in str(f)[len(str(path)) :])
         data = [file for file in visible if data_suffix(file) in READERS]
         files = [file for file in data if file.parent == path] or data
-        if unread := sorted({file.relative_to(path).parts[0] for file in set(visible) - set(files)}):
+        if unread := [str(file.relative_to(path)) for file in visible if file not in files]:
             log.info("%s: not read: %s", path, shorten(", ".join(unread)))
     splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
     for file in files:
@@ -1515,14 +1510,11 @@ def find_files(name: str, path: Path) -> dict[str, RowSource]:
         found = {SPLITS[word] for word in words if word in SPLITS}
         splits[found.pop() if len(found) == 1 else ""] += (file,)
     if not splits or data_suffix(files[0]) not in READERS:
-        kinds = f"{', '.join(READERS)}, also with .gz or .zst, or what save_to_disk writes"
-        raise DataError(f"{path}: no data, expected {kinds}")
+        raise DataError(f"{path}: no data, expected {', '.join(READERS)}, also in .gz or .zst, or save_to_disk's files")
     if "" in splits and len(splits) > 1:
         others = ", ".join(file.name for file in splits[""])
         raise DataError(f"{path}: {others} beside files named after splits: name all train, eval, ..., or none")
-    return {
-        split or "train": RowSource(f"{name}[{split}]" if split else name, files) for split, files in splits.items()
-    }
+    return {s or "train": RowSource(f"{name}[{s}]" if s else name, files) for s, files in splits.items()}
 
 
 def choose_format(name: str, source: RowSource, config: Config) -> str:
@@ -1612,9 +1604,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
         normal = (row for raw in raw_rows for row in normalize(**raw))
         rows = datasets.Dataset.from_generator(lambda: normal, ROW_FEATURES, **options)
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, QLoRAError):
-            raise error.__cause__ from None
-        raise
+        raise error.__cause__ or error from None
     log.info("%s: %d rows", source.name, len(rows))
     chats = len({where for where, rendered in zip(rows["where"][:], rows["rendered"][:], strict=True) if rendered})
     if chats < (answers := sum(rows["rendered"][:])):
@@ -1900,8 +1890,9 @@ def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
 def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Tokens]]:
     """Tokens of each segment, BOS before the first and EOS after the last; without a BOS token none is added."""
     bos, eos = tokenizer.bos_token_id, [tokenizer.eos_token_id]
-    marks = {BOS_MARK: [] if bos is None else [bos], EOS_MARK: eos}
-    split = [[re.split(f"([{BOS_MARK}{EOS_MARK}])", s["text"]) for s in row] for row in rows]  # texts between marks
+    marks = {BOS_MARK: [] if bos is None else [bos], EOS_MARK: eos, ESCAPE_MARK: []}
+    parsed = special_token_pattern(tokenizer, unflagged=True)  # by the tokenizer, unless they are cut in two
+    split = [[re.split(f"([{MARKS}])", escape_special_tokens(s["text"], parsed)) for s in row] for row in rows]
     ids_of_text = iter(tokenize([text for row in split for parts in row for text in parts[::2]], tokenizer))
     for row, segments in zip(rows, split, strict=True):
         ids = [[i for p in parts for i in (marks[p] if p in marks else next(ids_of_text))] for parts in segments]
@@ -1940,25 +1931,21 @@ def prompts_and_completions(
 ) -> Iterator[tuple[Tokens, Tokens, int | None]]:
     """Tokens of each row's prompt and of its completion, which begins with the last supervised segment.
 
-    A chat loses whole exchanges, the oldest first and never the last, for which its prompt has no room. The last of the
-    three is how many it lost; None for other rows.
+    And of a chat how many exchanges it lost: the oldest, never the last, for which its prompt has no room.
     """
     rows = zip(batch["segments"], batch["rendered"], strict=True)
     for rendered, group in itertools.groupby(rows, operator.itemgetter(1)):
         segments = [row for row, _ in group]
         tokenized = (tokenize_rendered if rendered else tokenize_segments)(segments, tokenizer)
         for row, tokens in zip(segments, tokenized, strict=True):
-            last, lost = last_supervised(row), None
-            if rendered and not row[0]["text"].startswith(BOS_MARK):
-                turns, lost = [segment.get("turn", 0) for segment in row], 0
-                excess = sum(map(len, tokens[:last])) - limits.prompt(sum(map(len, tokens[last:])))
-                while excess > 0 and lost + 1 < max(turns):
-                    lost += 1
-                    excess -= sum(len(part) for part, turn in zip(tokens, turns, strict=True) if turn == lost)
-                if lost:
-                    row = [segment for segment, turn in zip(row, turns, strict=True) if not 0 < turn <= lost]
-                    (tokens,), last = tokenize_rendered([row], tokenizer), last_supervised(row)
-            yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), lost
+            last, lost = last_supervised(row), 0
+            chat = rendered and not row[0]["text"].startswith(BOS_MARK)
+            exchanges = max(segment.get("turn", 0) for segment in row)
+            while lost + 1 < exchanges and sum(map(len, tokens[:last])) > limits.prompt(sum(map(len, tokens[last:]))):
+                lost += 1
+                row = [segment for segment in row if segment["turn"] != lost]
+                (tokens,), last = tokenize_rendered([row], tokenizer), last_supervised(row)
+            yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), lost if chat else None
 
 
 def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
@@ -1980,14 +1967,16 @@ def encode_batch(
     batch: Mapping[str, list[Any]], tokenizer: Any, limits: Limits, train_on_source: bool = False, masked: bool = False
 ) -> dict[str, list[Any]]:
     """Columns of segments -> columns of encoded rows, for datasets.map. A chat whose prompt does not fit is empty."""
-    encoded: list[Encoded] = []
-    for segments in batch["segments"] if masked else ():
-        encoded.append(encode_masked(segments[-1]["text"], tokenizer, limits))
+    encoded = [encode_masked(row[-1]["text"], tokenizer, limits) for row in batch["segments"] if masked]
     for source, target, lost in () if masked else prompts_and_completions(batch, tokenizer, limits):
         row = truncate_and_concat(source, target, limits, train_on_source, tokenizer.bos_token_id)
         fits = lost is None or len(source) <= limits.prompt(len(target))
         encoded.append(row._replace(cut=row.cut or bool(lost)) if fits else Encoded([], [], cut=True))
     rows = [row._asdict() | row_facts(row, tokenizer.eos_token_id, masked) for row in encoded]
+    special = special_token_pattern(tokenizer)
+    for facts, segments, rendered in zip(rows, batch["segments"], batch["rendered"], strict=True):
+        texts = [segment["text"] for segment in segments if not masked]
+        facts["special_text"] = any(ESCAPE_MARK in text or (not rendered and special.search(text)) for text in texts)
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -2039,8 +2028,8 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
         if any(long := rows["cut"][:] if skip else [not length for length in rows["length"][:]]):
             flag = f"--model_max_len {limit}" if limit else f"--source_max_len {config.data.source_max_len}"
             if all(long):
-                way_out = "pass --skip_excess_length False" if skip else "raise it"
-                raise DataError(f"{flag}: all {len(rows)} {name} rows are longer; {way_out}")
+                flag += f": all {len(rows)} {name} rows are longer"
+                raise DataError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
             log.warning("%d of %d %s rows are longer than %s: left out", sum(long), len(rows), name, flag)
             rows = rows.select([i for i, is_long in enumerate(long) if not is_long])
         encoded[name] = drop_bad_rows(rows, config)
@@ -2050,10 +2039,9 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
 def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: float = 0) -> Iterator[tuple[float, Any]]:
     """Encoded rows to train on, pass after pass without end, each with the number of raw rows consumed so far.
 
-    Of a chat that becomes several rows, each consumes a share.
-
-    The order of a pass follows from seed and pass alone. A resume gives that number as `skip`: raw rows up to it are
-    read but not encoded, and the rest is what it would have been. Resuming a shuffle buffer's state would not be exact.
+    Of a chat that becomes several rows, each consumes a share. The order of a pass follows from seed and pass alone. A
+    resume gives that number as `skip`: raw rows up to it are read but not encoded, and the rest is what it would have
+    been. Resuming a shuffle buffer's state would not be exact.
     """
     args, data, consumed = config.training, config.data, 0
     seed, dataset_format = args.seed if args.data_seed is None else args.data_seed, get_format(stream.format)
@@ -2140,11 +2128,13 @@ class TokenStatistics(NamedTuple):
     cut: int  # rows, as the next two
     without_eos: int | None  # which do not teach the model to stop; None with a masked model
     duplicates: int
+    special_text: int  # rows in whose text special tokens are written
 
     def __str__(self) -> str:
         """One line, for the log and --preview."""
         supervised = "may be masked" if self.without_eos is None else "supervised"
         rows = {"cut": self.cut, "without EOS": self.without_eos, "duplicates": self.duplicates}
+        rows["with special tokens as text"] = self.special_text
         return ", ".join([
             f"{self.rows} rows", f"{self.tokens} tokens", f"{self.longest} in the longest row",
             f"{self.supervised} ({self.supervised / self.tokens:.1%}) {supervised}",
@@ -2158,6 +2148,7 @@ def token_statistics(rows: Any, masked: bool) -> TokenStatistics:
     return TokenStatistics(
         digest(*hashes), len(rows), sum(lengths), max(lengths), sum(rows["supervised"][:]), max(rows["largest_id"][:]),
         sum(rows["cut"][:]), None if masked else sum(rows["without_eos"][:]), len(hashes) - len(set(hashes)),
+        sum(rows["special_text"][:]),
     )  # fmt: skip
 
 
@@ -2169,6 +2160,9 @@ def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, T
         if part.without_eos == part.rows:
             log.warning("no %s row ends with the end-of-sequence token, so the model won't learn to stop: see "
                         "--eos_token, --target_max_len and the chat template", name)  # fmt: skip
+        if part.special_text:
+            log.warning("%d %s rows contain special tokens, which stay text: if a template wrote them, pass messages, "
+                        "or segments with {special} by a function of your own", part.special_text, name)  # fmt: skip
     if splits.train is None or not config.data.packing:
         return splits.train, statistics
     packs = PackedRows(splits.train, limit := length_limits(config).longest)
@@ -2346,7 +2340,8 @@ def preview_rows(
         for part, (member, (ids, labels)) in enumerate(zip(members, step.members(), strict=True), start=1):
             title = f"row {number + 1}" + f", part {part} of {len(members)}" * (len(members) > 1)
             title += f": {member['where']}, {len(ids)} tokens, {int((labels != IGNORE).sum())} supervised"
-            yield title + ", cut" * member["cut"], row_spans(ids.tolist(), labels.tolist(), tokenizer)
+            title += ", cut" * member["cut"] + ", special tokens as text" * member["special_text"]
+            yield title, row_spans(ids.tolist(), labels.tolist(), tokenizer)
 
 
 def format_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, TokenStatistics], terminal: bool) -> str:
@@ -4183,11 +4178,11 @@ def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedT
 def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     """One dictionary a row: its fields, `prediction`, `prediction_with_input`. Prompts are cut as in training."""
     model, tokenizer, limits = trainer.base, trainer.processing_class, length_limits(trainer.config)
-    cut = (
-        truncate_and_concat(source, [], limits if lost is None else Limits(len(source), 0), bos=tokenizer.bos_token_id)
-        for source, _, lost in prompts_and_completions(batch, tokenizer, limits)
-    )
-    prompts = [prompt.input_ids or [tokenizer.eos_token_id] for prompt in cut]  # generation needs one token at least
+    prompts = []
+    for source, _, lost in prompts_and_completions(batch, tokenizer, limits):
+        room = limits if lost is None else Limits(len(source), 0)  # within a question nothing is cut
+        prompt = truncate_and_concat(source, [], room, bos=tokenizer.bos_token_id).input_ids
+        prompts.append(prompt or [tokenizer.eos_token_id])  # generation needs one token at least
     tensors = to_device(padded_prompts(prompts, tokenizer.pad_token_id, "left"), trainer.args.device)
     generation = generation_config(trainer.config, model, tokenizer)
     base = model.get_base_model() if isinstance(model, PeftModel) else model

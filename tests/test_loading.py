@@ -181,7 +181,7 @@ def test_what_is_not_read_of_a_folder_is_named(tmp_path, info):
     (tmp_path / ".hidden").write_text("")
     assert len(load("--dataset", tmp_path, "--do_eval").train) == 3
     assert [m for m in info.messages if "not read" in m] == [
-        f"{tmp_path}: not read: notes.txt, old",
+        f"{tmp_path}: not read: notes.txt, old/train.jsonl",
         f"not read: {tmp_path}[test]",
     ]
 
