@@ -122,6 +122,7 @@ from peft.tuners.lora import LoraLayer
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
@@ -138,6 +139,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
@@ -148,6 +150,7 @@ from transformers import (
 )
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, get_gguf_tokenizer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -1674,6 +1677,19 @@ SPARE_TOKENS = re.compile(
     r"<\|finetune_right_pad_id\|>|<\|?pad(ding)?\|?>|\[PAD\]|<\|reserved_special_token_\d+\|>|<\|?unused\d+\|?>"
     r"|<\|reserved_\d+\|>", re.IGNORECASE,
 )  # fmt: skip
+# Where classes that transformers rebuilds from vocabulary and merges differ from tokenizer.json.
+PROBES = (
+    "12 3456,78",
+    "a\n\n1. b\n\n\n 2",
+    "    return x\n\tif y:",
+    "é à ñ e\u0301 ﬁ",
+    "日本語 中文",
+    "🙂👩‍👧",
+    "  I'LL don't  ",
+)
+# How a .gguf file names what splits its text, in llama.cpp's llama-vocab.cpp: as GPT-2, with digits alone or in runs.
+GGUF_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+GGUF_DIGIT_RUNS = ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "phi-2", "roberta-bpe")
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges*", "added_tokens.json", "config.json"]
 
 
@@ -1704,6 +1720,40 @@ def patched_tokenizer_folder(name: str, patch: Path, target: Path, config: Confi
     return target
 
 
+def other_than_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> str | None:
+    """The first text of which a tokenizer makes other ids than its tokenizer.json does."""
+    if not tokenizer.is_fast or not file.is_file():
+        return None
+    backend = Tokenizer.from_file(str(file))
+    ids = tokenizer(list(PROBES), add_special_tokens=False)["input_ids"]
+    expected = [encoding.ids for encoding in backend.encode_batch(PROBES, add_special_tokens=False)]
+    return next((text for text, a, b in zip(PROBES, ids, expected, strict=True) if a != b), None)
+
+
+def match_file(tokenizer: Any, folder: str, config: Config, **options: Any) -> Any:
+    """The tokenizer, or the plain class made from its tokenizer.json if that gives other ids."""
+    name, file = type(tokenizer).__name__, download(folder, TOKENIZER_FILES, config) / "tokenizer.json"
+    if name == "MistralCommonBackend" and not file.is_file():
+        raise ConfigError("mistral-common's tokenizer is not supported: add the tokenizer.json of the model to it")
+    if name == "MistralCommonBackend" or other_than_file(tokenizer, file):
+        log.warning("the tokenizer is loaded from tokenizer.json: transformers' %s gives other ids", name)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+    if text := other_than_file(tokenizer, file):
+        log.warning("the tokenizer's settings give other ids than its tokenizer.json, of %r for example", text)
+    return tokenizer
+
+
+def set_gguf_splits(tokenizer: Any, path: Path) -> None:
+    """Split text as the merges in a .gguf file were learned, where transformers does not know the file's way."""
+    _, facts, _ = get_gguf_tokenizer(str(path))
+    name = facts.get("pre_tokenizer_type", "gpt-2") if facts["tokenizer_type"] == "gpt2" else "gpt-2"
+    if name in GGUF_SINGLE_DIGITS:
+        splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    elif name not in (*GGUF_DIGIT_RUNS, *GGUF_PRE_TOKENIZER_SPLITS):
+        log.warning("%s: unknown way %r of splitting text: as GPT-2 does, which may give other ids", path, name)
+
+
 def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, which may be a hub id, with the overrides of the flags."""
     model, tokenizer = config.model, None
@@ -1717,6 +1767,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
         llama = bare and model_config.model_type in ("llama", "mistral", "mixtral")
         with contextlib.suppress(RecursionError):  # caused by an empty unk_token
             tokenizer = (LlamaTokenizer if llama else AutoTokenizer).from_pretrained(folder, **options)
+            tokenizer = match_file(tokenizer, folder, config, **options)
     if tokenizer is None or "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
         early = "special tokens are empty strings, as in early LLaMA conversions"
         raise ConfigError(f"{what}'s {early}: pass --tokenizer_patch examples/llama1_tokenizer")
@@ -2321,7 +2372,8 @@ def model_folder(config: Config, weights: bool = True) -> str:
         path = files[0] if len(files) == 1 else path
     if path.suffix.lower() != ".gguf" or not path.is_file():
         return name
-    folder = root / f"{path.stem}-{digest(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)}"
+    version = digest(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns, GGUF_SINGLE_DIGITS)
+    folder = root / f"{path.stem}-{version}"
     if not folder.is_dir() and not weights:
         folder = folder.with_name(f"{folder.name}-no-weights")
     if folder.is_dir():
@@ -2336,6 +2388,7 @@ def model_folder(config: Config, weights: bool = True) -> str:
         else:
             model = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        set_gguf_splits(tokenizer, path)
         eos = getattr(model, "config", model).eos_token_id
         if isinstance(eos, int):  # transformers 5.17 takes BOS for EOS
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)

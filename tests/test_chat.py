@@ -384,7 +384,7 @@ def test_special_tokens_in_a_message_stay_text(tokenizers, name, template):
 
 
 def test_tools_roles_and_nulls_as_parquet_has_them(tmp_path):
-    """A tool call without content, a tool's turn, null keys that Arrow adds, tools as a list or as JSON with its null."""
+    """A tool call without content, a tool's turn, nulls that Arrow adds, tools as a list or as JSON with a null."""
     tokenizer = chatml_tokenizer(TOOLS)
     call = {"type": "function", "function": {"name": "ask", "arguments": {"city": "Oslo"}}, "id": None}
     messages = [
