@@ -593,6 +593,21 @@ def test_a_call_that_is_none_is_a_bad_row(calls, named):
         render([ASKED[0], {"role": "assistant", "tool_calls": calls}], chatml_tokenizer(TOOLS))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_nulls_that_were_written_stay_and_nulls_that_arrow_adds_go(tmp_path, kind):
+    """Parquet's two calls share their columns, so that each gets the other's argument as null."""
+    calls = [
+        {"name": "ask", "arguments": {"city": "Oslo"}},
+        {"name": "ask", "arguments": {"when": None, "days": [None, 2]}},
+    ]
+    rows = [{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    file = (tiny.rows_to_jsonl if kind == "jsonl" else tiny.rows_to_parquet)(tmp_path / f"a.{kind}", rows)
+    first, second = (texts(segments) for segments in load(file, chatml_tokenizer(TOOLS)).train["segments"])
+    assert first == ['ask({"city": "Oslo"})<|im_end|>']
+    kept = '"when": null, ' if kind == "jsonl" else ""
+    assert second == [f'ask({{{kept}"days": [null, 2]}})<|im_end|>']
+
+
 def test_functions_are_tools_and_developers_are_systems():
     functions = [{"name": "ask", "parameters": {}}]
     messages = [{"role": "developer", "content": "s"}, *ASKED, {"role": "function", "name": "ask", "content": "cold"}]
@@ -936,6 +951,33 @@ def test_a_run_on_messages_with_a_template_from_a_file(run_qlora, models, tmp_pa
     assert row["input"] == prompt + "<|im_start|>assistant\n" and row["output"] == row["prediction"] == "second"
     saved = AutoTokenizer.from_pretrained(run.output_dir)
     assert saved.chat_template == CHATML and saved.eos_token == "<|im_end|>"
+
+
+def test_a_resume_on_another_day_has_the_same_rows(run_qlora, models, tmp_path, monkeypatch):
+    """And so does a run that repeats another; a fresh one has its own day."""
+
+    class Day(datetime.date):
+        now = "2024-07-26"
+
+        @classmethod
+        def today(cls):
+            return datetime.date.fromisoformat(cls.now)
+
+    monkeypatch.setattr(qlora, "date", Day)
+    (tmp_path / "chat.jinja").write_text("Today is {{ strftime_now('%d %b %Y') }}.\n" + CHATML)
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG}] * 4)
+    flags = {"model_name_or_path": models("llama", tokenizer=write_chat_tokenizer), "dataset": file, "save_steps": 1}
+    flags |= {"chat_template": tmp_path / "chat.jinja", "source_max_len": 300}
+    first = run_qlora(**flags, max_steps=1, output_dir=tmp_path / "out")
+    Day.now = "2024-07-27"
+    resumed = run_qlora(**flags, max_steps=2, output_dir=tmp_path / "out")
+    assert first.code == resumed.code == 0 and "resuming from" in resumed.stderr
+    fresh = run_qlora(**flags, max_steps=1, output_dir=tmp_path / "fresh")
+    records = [fresh.json("run.json"), resumed.json("run.json")]
+    assert [record["derived"]["template date"] for record in records] == ["2024-07-27", "2024-07-26"]
+    assert records[0]["data"] != records[1]["data"]
+    repeated = run_qlora(str(tmp_path / "out" / "run.json"), **flags, max_steps=1, output_dir=tmp_path / "again")
+    assert repeated.json("run.json")["data"] == records[1]["data"]
 
 
 def write_chat_tokenizer(path):
