@@ -40,6 +40,7 @@ Read the file from top to bottom, along the path of the data: every room uses on
 # ruff: noqa: E402, I001 (long lists have several names a line)
 
 import argparse
+import bisect
 import contextlib
 import copy
 import csv
@@ -79,7 +80,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import date, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
@@ -99,6 +100,7 @@ for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._function
 import bitsandbytes.functional as bnb_functional
 import bitsandbytes.optim.optimizer
 import datasets
+import pyarrow
 import torch
 import torch.nn.functional as F
 import yaml
@@ -117,6 +119,7 @@ from peft.utils import transformers_weight_conversion as peft_conversion
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
@@ -125,10 +128,12 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BitsAndBytesConfig, EarlyStoppingCallback,
     GenerationConfig, HfArgumentParser, LlamaTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
-    Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainerControl, TrainerState, enable_full_determinism, set_seed,
+    PreTrainedTokenizerFast, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainerControl, TrainerState,
+    enable_full_determinism, set_seed,
 )  # fmt: skip
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, get_gguf_tokenizer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -231,16 +236,29 @@ def is_peer_failure(error: BaseException) -> bool:
 # To add one: write `parse_name` (or use `column_format`), add a row to FORMATS and one to tests/test_formats.py. The
 # order of FORMATS is the order in which formats are inferred from columns. A named dataset is a row of DATASETS.
 # ------------------------------------------------------------------------------------
-BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+BOOLEANS = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0": False, "0.0": False, "no": False}
 
 
 class Segment(TypedDict):
     text: str
     supervised: bool
+    turn: int  # the exchange of a chat, from 1: without the first ones it is as if rendered without them; 0: it stays
+
+
+class Conversation(NamedTuple):
+    """A chat before the tokenizer's template renders it."""
+
+    messages: list[dict[str, Any]]  # in OpenAI's form; the last is an answer that is supervised
+    answers: list[int]  # the messages that are supervised
+    tools: list[Any] | None
+    options: dict[str, Any]  # the template's own
+
+
+class JoinedSegments(list[Segment]):
+    """Segments of one text, which is tokenised whole. One that begins with ESCAPE_MARK is a special token."""
 
 
 RawRow = Mapping[str, Any]
-Conversation = tuple[list[dict[str, Any]], list[Any] | None]  # messages, the last an answer, and tools
 ParsedRow = list[Segment] | Conversation
 
 
@@ -248,6 +266,7 @@ class DatasetFormat(NamedTuple):
     columns: tuple[str, ...]  # required
     parse: Callable[[RawRow], ParsedRow]
     inferred: bool = True  # from the columns alone
+    optional: tuple[str, ...] = ()
 
 
 # Unicode noncharacters, which no text may contain. The first two stand for the tokenizer's own ids. The third, inside
@@ -257,13 +276,14 @@ INVALID_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd2]")  # and the lone surrog
 
 
 def prompt_completion(*texts: str) -> list[Segment]:
-    """The last text is supervised; one before it is the prompt, which plain language modelling does not have."""
+    """The last text is supervised; the one before it, if any, is the prompt."""
     *prompt, completion = texts
-    return [{"text": "".join(prompt), "supervised": False}, {"text": completion, "supervised": True}]
+    texts = "".join(prompt), completion
+    return [{"text": text, "supervised": text is completion, "turn": 0} for text in texts]
 
 
 def field_error(row: RawRow, name: str, expected: str) -> RowError:
-    """Say what a field holds, and what a format expects there."""
+    """What a field holds, and what a format expects there."""
     found = shorten(json.dumps(row[name], default=repr)) if name in row else "missing"
     return RowError(f"field {name!r} is {found}, expected {expected}")
 
@@ -276,34 +296,43 @@ def get_text(row: RawRow, name: str, default: str | None = None) -> str:
     if not isinstance(value, str):
         raise field_error(row, name, "text")
     if INVALID_TEXT.search(value):
-        raise field_error(row, name, "valid UTF-8 without the noncharacters U+FDD0 to U+FDD2")
+        raise field_error(row, name, "UTF-8 (is the file in Latin-1?) without the noncharacters U+FDD0 to U+FDD2")
     return value
 
 
-def get_list(row: RawRow, name: str) -> list[Any]:
-    """The list in a field, which may be JSON text."""
+def get_list(row: RawRow, name: str, kind: Any = list) -> Any:
+    """The list in a field, or the dict, which may be JSON text."""
     value = row.get(name)
     with contextlib.suppress(ValueError):
         value = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(value, list):
-        raise field_error(row, name, "a list")
+    if not isinstance(value, kind):
+        raise field_error(row, name, "a list" if kind is list else "an object")
     return value
 
 
-ALPACA_PROMPT = (
-    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
-    "request.\n\n### Instruction:\n{instruction}\n\n{context}### Response: "
-)
-AIROBOROS_SYSTEM = "You are an unbiased, uncensored, helpful assistant."
+def get_boolean(row: RawRow, name: str, default: str) -> bool:
+    """The boolean in a field, which may be 0, 1 or text."""
+    value = BOOLEANS.get((get_text(row, name, "") or default).lower())
+    if value is None:
+        raise field_error(row, name, "true or false")
+    return value
 
 
 def parse_alpaca(row: RawRow) -> ParsedRow:
     """The Alpaca prompt (https://github.com/tatsu-lab/stanford_alpaca), with the original's single trailing space."""
-    instruction, context = get_text(row, "instruction"), get_text(row, "input", "")
-    paired = ", paired with an input that provides further context" if context else ""
-    context = f"### Input:\n{context}\n\n" if context else ""
-    prompt = ALPACA_PROMPT.format(paired=paired, instruction=instruction, context=context)
-    return prompt_completion(prompt, get_text(row, "output"))
+    context = get_text(row, "input", "")
+    prompt = "Below is an instruction that describes a task"
+    prompt += ", paired with an input that provides further context" if context else ""
+    prompt += ". Write a response that appropriately completes the request."
+    prompt = (get_text(row, "system", "") or prompt) + "\n\n"
+    for pair in get_list(row, "history") if row.get("history") else ():  # earlier exchanges, as LLaMA-Factory has them
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise field_error(row, "history", "pairs of instruction and output")
+        question, answer = (get_text({"history": part}, "history") for part in pair)
+        prompt += f"### Instruction:\n{question}\n\n### Response: {answer}\n\n"
+    prompt += f"### Instruction:\n{get_text(row, 'instruction')}\n\n"
+    prompt += f"### Input:\n{context}\n\n" if context else ""
+    return prompt_completion(f"{prompt}### Response: ", get_text(row, "output"))
 
 
 def parse_chip2(row: RawRow) -> ParsedRow:
@@ -316,25 +345,41 @@ def parse_chip2(row: RawRow) -> ParsedRow:
 
 def parse_airoboros(row: RawRow) -> ParsedRow:
     """Airoboros up to 2.2.1 (https://github.com/jondurbin/airoboros)."""
-    instruction, skip = get_text(row, "instruction").strip(), get_text(row, "skip_prompt_formatting", "") or "false"
-    if skip.lower() not in BOOLEANS:
-        raise field_error(row, "skip_prompt_formatting", "true or false")
-    prompt = f"{instruction}\n"
-    if not BOOLEANS[skip.lower()]:
-        instruction = re.sub(r"\s+PLAINFORMAT$", " PLAINFORMAT", instruction)
-        prompt = f"{get_text(row, 'system', '').strip() or 'A chat.'}\nUSER: {instruction}\nASSISTANT: "
-    return prompt_completion(prompt, get_text(row, "response").strip() + "\n")
+    instruction, answer = get_text(row, "instruction").strip(), get_text(row, "response").strip() + "\n"
+    if get_boolean(row, "skip_prompt_formatting", "false"):
+        return prompt_completion(f"{instruction}\n", answer)
+    instruction = re.sub(r"\s+PLAINFORMAT$", " PLAINFORMAT", instruction)
+    system = get_text(row, "system", "").strip() or "A chat."
+    return prompt_completion(f"{system}\nUSER: {instruction}\nASSISTANT: ", answer)
 
 
-ROLES = {"system": "system", "user": "user", "human": "user"}  # the names that datasets give to each role
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}  # as datasets name them
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
 NEXT_ROLES = {"": ["system", "user"], "system": ["user"], "user": ["assistant"], "assistant": ["user", "tool"]}
 NEXT_ROLES |= {"tool": ["tool", "assistant"]}
+WEIGHT_KEYS = ("weight", "train", "training", "trainable", "loss_mask", "loss")  # 0 or false: an answer is context only
+
+
+def get_calls(fields: RawRow, name: str) -> list[dict[str, Any]]:
+    """A list of tool calls, or a single one, in OpenAI's form with arguments as an object; JSON text is parsed."""
+    value, calls = get_list(fields, name, (list, dict)), list[dict[str, Any]]()
+    for call in value if isinstance(value, list) else [value]:
+        call = call if isinstance(call, Mapping) else {}
+        frame = {key: part for key, part in call.items() if part is not None} if "function" in call else {}
+        function = dict(call.get("function", call))
+        if not isinstance(function.get("name"), str):
+            raise field_error(fields, name, "tool calls, each with a name and arguments")
+        function["arguments"] = get_list(function, "arguments", dict) if function.get("arguments") else {}
+        calls.append({"type": "function"} | frame | {"function": function})
+    return calls
 
 
 def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
-    """The turns of a conversation, {role, content} or {from, value}, with standard roles in a valid order."""
+    """The turns of a conversation, {role, content} or {from, value}, in OpenAI's form and a valid order.
+
+    Each says whether it is supervised. A key that is null or empty counts as missing.
+    """
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(get_list(row, column)):
         place, expected = f"{column}[{number}]", NEXT_ROLES[messages[-1]["role"] if messages else ""]
@@ -343,23 +388,33 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
         fields = {f"{place}.{name}": value for name, value in turn.items()}  # with the names that errors show
         names = ("from", "value") if turn.get("from") is not None else ("role", "content")
         role_field, content_field = (f"{place}.{name}" for name in names)
-        role = ROLES.get(get_text(fields, role_field).lower())
+        name = get_text(fields, role_field).lower()
+        role = ROLES.get(name)
         if role not in expected:
             raise field_error(fields, role_field, " or ".join(expected))
-        calls = role == "assistant" and turn.get("tool_calls")
-        content = get_text(fields, content_field, "" if calls else None)
-        if role == "assistant" and not calls and not content.strip():
+        message = {key: value for key, value in turn.items() if value not in (None, [], "", "[]")}
+        learnt = role == "assistant" and all([get_boolean(fields, f"{place}.{key}", "true") for key in WEIGHT_KEYS])
+        message |= {"role": role, "content": "", "supervised": learnt}
+        calls = content_field if name == "function_call" else None  # LLaMA-Factory's
+        for key in ("tool_calls", "function_call") if role == "assistant" else ():  # the second is OpenAI's older name
+            calls = f"{place}.{key}" if message.pop(key, None) else calls
+        if calls:
+            message["tool_calls"] = get_calls(fields, calls)
+        if calls != content_field:
+            message["content"] = get_text(fields, content_field, "" if calls else None)
+        if role == "assistant" and not calls and not message["content"].strip():
             raise field_error(fields, content_field, "an answer to learn")
-        messages.append({**turn, "role": role, "content": content})
+        messages.append(message)
     return messages
 
 
 def parse_airoboros_chat(row: RawRow) -> ParsedRow:
     """Airoboros from 3.0 on: LLaMA-2's chat, of which the last answer is supervised."""
-    turns = get_messages(row, "conversations")
-    system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else AIROBOROS_SYSTEM
-    if len(turns) < 2 or turns[-1]["role"] != "assistant" or any(turn["role"] == "tool" for turn in turns):
-        raise RowError("field 'conversations': expected turns of human and gpt, one after the other, the last of gpt")
+    turns, system = get_messages(row, "conversations"), "You are an unbiased, uncensored, helpful assistant."
+    if turns and turns[0]["role"] == "system":
+        system = turns.pop(0)["content"]
+    if len(turns) < 2 or not turns[-1]["supervised"] or any(turn["role"] == "tool" for turn in turns):
+        raise RowError("field 'conversations': expected turns of human and gpt, the last of gpt, to learn")
     question, *between, answer = (turn["content"] for turn in turns)
     prompt = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{question} [/INST]"
     for earlier, question in zip(between[::2], between[1::2], strict=True):
@@ -368,13 +423,19 @@ def parse_airoboros_chat(row: RawRow) -> ParsedRow:
 
 
 def parse_chat(column: str, row: RawRow) -> ParsedRow:
-    """Everything up to the last answer: nothing after it is supervised."""
+    """Everything up to the last supervised answer, with the columns beside it that a chat may have."""
     messages = get_messages(row, column)
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if not messages:
+    system = get_text(row, "system", "") or get_text(row, "system_prompt", "")
+    if system and messages and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system, "supervised": False})
+    answers = [n for n, message in enumerate(messages) if message.pop("supervised")]
+    if not answers:
         raise RowError(f"field {column!r} has no turn of the assistant, expected an answer to learn")
-    return messages, get_list(row, "tools") if row.get("tools") else None
+    tools = get_list(row, "tools") if row.get("tools") else []
+    if row.get("functions"):  # OpenAI's older name
+        tools = tools or [{"type": "function", "function": function} for function in get_list(row, "functions")]
+    options = get_list(row, "chat_template_kwargs", dict) if row.get("chat_template_kwargs") else {}
+    return Conversation(messages[: answers[-1] + 1], answers, tools or None, options)
 
 
 def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
@@ -382,16 +443,19 @@ def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
     return DatasetFormat(columns, lambda row: prompt_completion(*(get_text(row, name) for name in columns)), inferred)
 
 
+BESIDE_CHATS = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
 FORMATS: dict[str, DatasetFormat] = {
-    "messages": DatasetFormat(("messages",), partial(parse_chat, "messages")),
-    "sharegpt": DatasetFormat(("conversations",), partial(parse_chat, "conversations")),
-    "airoboros": DatasetFormat(("instruction", "response"), parse_airoboros),
-    "alpaca": DatasetFormat(("instruction", "output"), parse_alpaca),
+    "messages": DatasetFormat(("messages",), partial(parse_chat, "messages"), optional=BESIDE_CHATS),
+    "sharegpt": DatasetFormat(("conversations",), partial(parse_chat, "conversations"), optional=BESIDE_CHATS),
+    "airoboros": DatasetFormat(
+        ("instruction", "response"), parse_airoboros, True, ("system", "skip_prompt_formatting")
+    ),
+    "alpaca": DatasetFormat(("instruction", "output"), parse_alpaca, optional=("input", "system", "history")),
     "self-instruct": column_format("prompt", "completion"),
     "input-output": column_format("input", "output"),
     "hh-rlhf": column_format("chosen"),
     "text": column_format("text"),
-    "alpaca-clean": DatasetFormat(("instruction", "output"), parse_alpaca, inferred=False),
+    "alpaca-clean": DatasetFormat(("instruction", "output"), parse_alpaca, False, ("input", "system", "history")),
     "longform": column_format("input", "output", inferred=False),
     "chip2": DatasetFormat(("text",), parse_chip2, inferred=False),
     "oasst1": column_format("text", inferred=False),
@@ -404,8 +468,7 @@ CUSTOM_FORMAT: re.Pattern[str] = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # a use
 
 def get_format(name: str) -> DatasetFormat:
     """A row of FORMATS, or the function that path.py:function names."""
-    custom = CUSTOM_FORMAT.fullmatch(name)
-    if custom is None:
+    if not (custom := CUSTOM_FORMAT.fullmatch(name)):
         return FORMATS[name]
     with reraise_as_user_error(f"--dataset_format {name}", ConfigError, Exception, SystemExit):
         module = types.SimpleNamespace(**runpy.run_path(custom[1]))
@@ -418,41 +481,69 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
         result = function(dict(row))
         if isinstance(result, Mapping):
             return FORMATS["messages" if "messages" in result else "input-output"].parse(result)
-        result = list(result)  # it may be a generator
-        # `learnt` is the key's earlier name
-        flags = [bool(s["supervised"] if "supervised" in s else s["learnt"]) for s in result]
-        return [{"text": get_text(s, "text"), "supervised": flag} for s, flag in zip(result, flags, strict=True)]
+        segments = JoinedSegments()
+        for part in result:  # it may be a generator
+            special, flag = (
+                "special" in part,
+                "learnt" if "learnt" in part else "supervised",
+            )  # the first is its old name
+            text = ESCAPE_MARK * special + get_text(part, "special" if special else "text")
+            supervised = part.get(flag, False) if special else part[flag]
+            segments.append({"text": text, "supervised": bool(supervised), "turn": 0})
+        return segments
     except (Exception, SystemExit) as error:  # whatever a user's code raises is an error of this row
-        expected = "it returns {input, output}, {messages} or a list of {text, supervised}"
+        expected = "it returns {input, output}, {messages} or a list of {text, supervised} and {special, supervised}"
         raise RowError(f"{name}: {type(error).__name__}: {shorten(error)}; expected: {expected}") from error
 
 
-@lru_cache(maxsize=1)
-def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches the text of any special token of the tokenizer."""
-    texts = sorted((str(token) for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
-    return re.compile("|".join(map(re.escape, reversed(texts))) or "(?!)")
+TEMPLATE_DATE = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
 
 
-def escape_special_tokens(value: Any, special: re.Pattern[str]) -> Any:
-    """A user's values for a template: without the nulls that Arrow adds, and special tokens in them stay text."""
+@lru_cache(maxsize=2)
+def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = False) -> re.Pattern[str]:
+    """Matches special tokens, also those that are not flagged special but begin a turn (DeepSeek's), or these alone."""
+    tokens = [(str(token), token.special) for token in tokenizer.added_tokens_decoder.values()]
+    flagged = [text for text, special in tokens if special and not unflagged]
+    markers = [text for text, special in tokens if not special and re.search("(?i)system|user|assistant|turn", text)]
+    return re.compile("|".join(map(re.escape, sorted(flagged + markers, key=len, reverse=True))) or "(?!)")
+
+
+def escape_special_tokens(value: Any, special: re.Pattern[str], answer: bool = False) -> Any:
+    """A user's values for a template, in which special tokens stay text, except an answer's marks of reasoning."""
     if isinstance(value, str):
-        return special.sub(lambda match: match[0][0] + ESCAPE_MARK + match[0][1:], value)
+        keep = "(?i)think|thought" if answer else "(?!)"
+        return special.sub(lambda m: m[0] if re.search(keep, m[0]) else m[0][0] + ESCAPE_MARK + m[0][1:], value)
     if isinstance(value, Mapping):
-        return {key: escape_special_tokens(item, special) for key, item in value.items() if item is not None}
-    return [escape_special_tokens(item, special) for item in value] if isinstance(value, list) else value
+        answer = answer or value.get("role") == "assistant"
+        return {key: escape_special_tokens(item, special, answer) for key, item in value.items()}
+    return [escape_special_tokens(item, special, answer) for item in value] if isinstance(value, list) else value
+
+
+def join_segments(segments: JoinedSegments, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """Segments with the marks of BOS and EOS around them. Special tokens in a text stay text."""
+    special, joined = special_token_pattern(tokenizer), list[Segment]()
+    for number, segment in enumerate(segments, start=1):
+        named = segment["text"].startswith(ESCAPE_MARK)
+        text = segment["text"][1:] if named else escape_special_tokens(segment["text"], special)
+        if named and not special.fullmatch(text):
+            raise RowError(f"{{'special': {text!r}}}: the tokenizer has no such special token")
+        text = BOS_MARK * (number == 1) + text + EOS_MARK * (number == len(segments))
+        joined.append({**segment, "text": text})
+    return joined
 
 
 def apply_template(
-    messages: list[Any], tools: list[Any] | None, tokenizer: PreTrainedTokenizerBase, prompt: bool = False
+    chat: Conversation, tokenizer: PreTrainedTokenizerBase, end: int | None = None, prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]] | None]:
-    """The text of a conversation, and the spans of its answers if the template marks them with {% generation %}."""
+    """The text of messages up to `end`, and the spans of answers if the template marks them with {% generation %}."""
     try:
-        template = tokenizer.get_chat_template(tools=tools)
+        template = tokenizer.get_chat_template(tools=chat.tools)
+        if today := getattr(tokenizer, "template_date", None):  # the run's, so that a resume renders the same
+            template = TEMPLATE_DATE.sub(lambda call: repr(today.strftime(call[2])), template)
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-        options: dict[str, Any] = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked}
-        options |= {"tools": tools, "chat_template": template, **tokenizer.special_tokens_map}
-        rendered: Any = render_jinja_template([messages], **options)
+        options = {**tokenizer.special_tokens_map, **chat.options, "tools": chat.tools, "chat_template": template}
+        options |= {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked}
+        rendered: Any = render_jinja_template([chat.messages[:end]], **options)
     except TemplateSyntaxError as error:
         raise ConfigError(f"the chat template, line {error.lineno}: {shorten(error)}") from error
     except LIBRARY_ERRORS as error:
@@ -460,32 +551,124 @@ def apply_template(
     return rendered[0][0], rendered[1][0] if marked else None
 
 
-def render_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[Segment]:
+def common_prefix(first: str, second: str) -> int:
+    """How many characters two texts begin with in common."""
+    lengths = range(min(len(first), len(second)))
+    return bisect.bisect_left(lengths, True, key=lambda n: first[: n + 1] != second[: n + 1])
+
+
+def contains(text: str, value: Any) -> bool:
+    """Whether a text without white space holds a value and all that is in it, as it is or as JSON."""
+    if isinstance(value, (dict, list)):
+        return all(contains(text, part) for part in (*value, *getattr(value, "values", tuple)()))
+    if value is None or isinstance(value, bool):  # as True or true, None or null
+        return True
+    forms = json.dumps(value, ensure_ascii=False), json.dumps(value), repr(value)
+    return any("".join(form.split()) in text for form in (str(value), *(form.strip("\"'") for form in forms)))
+
+
+def check_answer(chat: Conversation, n: int, learnt: str) -> None:
+    """Raise a RowError if the supervised text lacks an answer's content, or the name or an argument of a call.
+
+    Reasoning may be missing, as many templates leave it out.
+    """
+    learnt, message = "".join(learnt.split()), chat.messages[n]
+    wanted = [re.split(r"(?i)[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]", message["content"] or "")[-1]]
+    for call in message.get("tool_calls", ()):
+        wanted += call["function"]["name"], call["function"]["arguments"]
+    for value in wanted:
+        as_python = value and isinstance(value, dict) and "".join(repr(value).split()) in learnt
+        if as_python or not contains(learnt, value):
+            what = f"turn {n + 1}: the chat template does not write this part of the answer as text or JSON"
+            raise RowError(f"{what}: {shorten(value)}; pass a --chat_template that does")
+
+
+def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, slice]:
+    """The text of a chat up to answer n, which begins where the generation prompt ends, and ends with its stop token.
+
+    If that prompt is no prefix (it may open a block of reasoning that the answer lacks), it begins where they differ.
+    White space after the stop token belongs to the template.
+    """
+    before, _ = apply_template(chat, tokenizer, n, prompt=True)
+    text = whole if n + 1 == len(chat.messages) else apply_template(chat, tokenizer, n + 1)[0]
+    start = common_prefix(before, text)
+    if start < len(before) and start < common_prefix(before, apply_template(chat, tokenizer, n)[0]):
+        reason = f"turn {n + 1}: the chat template renders what precedes it differently once it follows"
+        raise RowError(f"{reason}; pass a --chat_template with {{% generation %}} around the answers")
+    stops = special_token_pattern(tokenizer).finditer(text, start)
+    span = slice(start, next((stop.end() for stop in stops if not text[stop.end() :].strip()), len(text)))
+    check_answer(chat, n, text[span])
+    return text, span
+
+
+def exchange_starts(chat: Conversation, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Where each exchange of a chat begins in its text. Empty if there is one, or if they can't be told apart.
+
+    The template itself tells: without the first exchanges it writes the same as the text is without them.
+    """
+    users = [n for n, message in enumerate(chat.messages) if message["role"] == "user"]
+    low, high, removed = 0, len(text), [0]
+    for n in users[1:]:
+        short, _ = apply_template(chat._replace(messages=[*chat.messages[: users[0]], *chat.messages[n:]]), tokenizer)
+        high = min(high, common_prefix(text, short))
+        low = max(low, len(short) - common_prefix(text[::-1], short[::-1]))
+        removed.append(len(text) - len(short))
+    if len(users) < 2 or low > high or sorted(set(removed)) != removed:
+        return []
+    places = [token.start() for token in special_token_pattern(tokenizer).finditer(text, low, high + 1)]
+    return [max(places, default=low) + length for length in removed]
+
+
+def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Segment]]:
+    """The rows of a chat whose values are escaped."""
+    whole, marks = apply_template(chat, tokenizer)
+    if marks is None:
+        rows = [(text, [span]) for text, span in (find_answer(chat, n, whole, tokenizer) for n in chat.answers)]
+        if all(whole.startswith(text) for text, _ in rows):
+            rows = [(whole, [span for _, (span,) in rows])]
+    else:
+        for n in {n for n, message in enumerate(chat.messages) if message["role"] == "assistant"} - {*chat.answers}:
+            first, last = (len(apply_template(chat, tokenizer, end)[1] or ()) for end in (n, n + 1))
+            marks[first:last] = [(0, 0)] * (last - first)
+        rows = [(whole, [slice(*mark) for mark in marks if mark[0] < mark[1]])]
+        for n in chat.answers:
+            check_answer(chat, n, "".join(whole[span] for span in rows[0][1]))
+    starts = exchange_starts(chat, whole, tokenizer)
+    for text, spans in rows:
+        turns = [start for start in starts if start <= spans[-1].start and whole.startswith(text[:start])]
+        bounds = sorted({0, len(text), *turns, *(place for span in spans for place in (span.start, span.stop))})
+        row: list[Segment] = []
+        for start, end in itertools.pairwise(bounds):
+            supervised = any(span.start <= start < span.stop for span in spans)
+            row.append({"text": text[start:end], "supervised": supervised, "turn": sum(n <= start for n in turns)})
+        yield row
+
+
+def calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message for templates that expect the arguments of a call as JSON text, and no content beside calls."""
+    message = copy.deepcopy(message)
+    for call in message.get("tool_calls", ()):
+        message["content"] = message["content"] or None
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return message
+
+
+def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Segment]]:
     """Apply the tokenizer's chat template: every answer with its stop token is supervised, nothing else.
 
-    If the template does not mark its answers, each begins where the text before it with the generation prompt ends, and
-    ends with its stop token: white space after that belongs to the template.
+    That is one row or, if the template writes earlier turns otherwise once others follow, one for each answer.
     """
     if tokenizer is None or not tokenizer.chat_template:
         raise ConfigError("the tokenizer has no chat template, which chat rows need: pass a --chat_template FILE")
-    special = special_token_pattern(tokenizer)
-    messages, tools = (escape_special_tokens(part, special) for part in conversation)
-    text, spans = apply_template(messages, tools, tokenizer)
-    unmarked = [n for n, message in enumerate(messages) if message["role"] == "assistant"] if spans is None else []
-    spans = spans or []
-    for n in unmarked:
-        before, _ = apply_template(messages[:n], tools, tokenizer, prompt=True)
-        after, _ = apply_template(messages[: n + 1], tools, tokenizer)
-        if before == after or not (after.startswith(before) and text.startswith(after)):
-            raise RowError(
-                f"turn {n + 1}: the chat template renders it differently inside the whole conversation; "
-                "pass a --chat_template with {% generation %} and {% endgeneration %} around the answers"
-            )
-        stops = (token.end() for token in special.finditer(after, len(before)) if not after[token.end() :].strip())
-        spans.append((len(before), next(stops, len(after))))
-    bounds = [0, *itertools.chain(*spans), len(text)]
-    texts = [text[start:end] for start, end in itertools.pairwise(bounds)]
-    return [{"text": text, "supervised": n % 2 == 1} for n, text in enumerate(texts) if text]
+    if not tokenizer.is_fast:
+        raise ConfigError("chat rows need a tokenizer with character offsets, which a tokenizer.json gives")
+    chat = Conversation(*(escape_special_tokens(part, special_token_pattern(tokenizer)) for part in chat))
+    try:
+        return list(render_rows(chat, tokenizer))
+    except RowError:
+        with contextlib.suppress(RowError):
+            return list(render_rows(chat._replace(messages=[calls_as_text(m) for m in chat.messages]), tokenizer))
+        raise
 
 
 # Presets: arguments of datasets.load_dataset. Each is in the format of its name.
@@ -501,6 +684,17 @@ DATASETS: dict[str, dict[str, str]] = {
     "longform": {"path": "akoksal/LongForm"},
     "oasst1": {"path": "timdettmers/openassistant-guanaco"},
 }  # fmt: skip
+
+
+def dataset_shares(flag: str) -> list[tuple[str, float]]:
+    """The names in --dataset, each with the share of its rows to train on: `a.jsonl:0.5,b:2` takes all of b twice."""
+    shares = []
+    for name in [flag] if Path(flag).exists() else filter(None, re.split(r"\s*,\s*", flag.strip())):
+        share = None if Path(name).expanduser().exists() else re.fullmatch(r"(.+):(\d*\.?\d+)", name)
+        if share and not float(share[2]):
+            raise ConfigError(f"--dataset {name}: expected a share such as 0.5, or a number of repeats such as 2")
+        shares.append((share[1], float(share[2])) if share else (name, 1.0))
+    return shares
 
 
 # ------------------------------------------------------------------------------------
@@ -538,7 +732,7 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     """Data: which rows to read, and how to encode them."""
-    dataset: str = arg("alpaca", "Preset, file, folder or hub id; several, separated by commas, are concatenated.")
+    dataset: str = arg("alpaca", "Preset, file, folder or hub id, or several: a,b:0.5,c:2 (half of b, c twice).")
     dataset_format: str | None = arg(None, "Format, or path.py:function; default: the preset's, else by columns.")
     expand_conversations: bool = arg(False, "airoboros_chat: one row per assistant turn instead of the last only.")
     include_sources: str = arg("ALL", "Keep rows whose `source` column is in this comma-separated list.")
@@ -1005,7 +1199,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     metrics = ["loss", "perplexity"] + ["masked_accuracy"] * (not clm) + ["mmlu_..."] * flags.do_mmlu_eval
     metric = (flags.metric_for_best_model or "loss").removeprefix("eval_")
     epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
-    several = "," in flags.dataset and not Path(flags.dataset).exists()
+    shares = [share for _, share in dataset_shares(flags.dataset)]
     init = lora_init_problem(flags.init_lora_weights, flags.bits < 16)
     own = [resolved_path(path) for path in (flags.output_dir, flags.working_dir, flags.final_output_dir) if path]
     missing = set(config.training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
@@ -1031,7 +1225,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          f"--dataset_format {flags.dataset_format}: expected input or text with --objective mlm"),
         (flags.streaming and flags.do_train and epochs, "--streaming: a stream has neither length nor epochs: pass "
          "--max_steps, and steps as --save_strategy, --eval_strategy and --logging_strategy"),
-        (flags.streaming and (flags.eval_dataset_size < 1 or several),
+        (flags.streaming and (flags.eval_dataset_size < 1 or shares != [1]),
          "--streaming needs one --dataset, such as a folder of files, and --eval_dataset_size as a number of rows"),
         (metric not in metrics and not ("mmlu_" in metric and flags.do_mmlu_eval),
          f"--metric_for_best_model {metric}: expected {', '.join(metrics)}; MMLU metrics need --do_mmlu_eval"),
@@ -1070,7 +1264,7 @@ def check_folders(config: Config) -> None:
     flags = config.flags
     reads = ["model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "deepspeed"]
     reads += ["mmlu_dir"] * config.mmlu.do_mmlu_eval
-    names = {config.data.dataset, *map(str.strip, config.data.dataset.split(","))} - DATASETS.keys()
+    names = {name for name, _ in dataset_shares(config.data.dataset)} - DATASETS.keys()
     sources = [(name, flags[name]) for name in reads] + [("dataset", name) for name in sorted(names)]
     writes = [name for name in ("output_dir", "working_dir", "final_output_dir", "merged_output_dir") if flags[name]]
     for flag, (name, value) in itertools.product(writes, sources):
@@ -1117,28 +1311,28 @@ NumberedRows = Iterator[tuple[int, Any]]  # (line or row number from 1, the row 
 
 LONGEST_CELL = 2**27  # characters: a longer one is a quote left open
 SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in order of preference
+SPLITS = {name: name for name in ("train", *SPLIT_NAMES)} | dict.fromkeys(("val", "valid", "dev"), "validation")
 REJECTED = "rejected.jsonl"
-EVAL_SPLIT_SEED = 42  # the original's: the same rows are held out
 DATASETS_ERRORS = (RuntimeError, datasets.exceptions.DatasetsError)  # beside LIBRARY_ERRORS
 ROW_FEATURES = datasets.Features(
-    {"segments": [{"text": datasets.Value("string"), "supervised": datasets.Value("bool")}]}
-    | {"rendered": datasets.Value("bool")}  # by a chat template, which adds the special tokens
+    {"segments": [dict(zip(Segment.__annotations__, map(datasets.Value, ("string", "bool", "int32")), strict=True))]}
+    | {"rendered": datasets.Value("bool")}  # tokenised whole, with the special tokens in it
     | dict.fromkeys(("where", "category", "problem", "raw"), datasets.Value("string"))
 )
 
 
 def read_json_lines(stream: Any) -> NumberedRows:
     """JSON lines, or one JSON array, which is read into memory whole."""
-    first = next((line for line in stream if line.strip()), "")
-    stream.seek(0)
-    array = first.lstrip().startswith("[")
-    for number, text in [(1, stream.read())] if array else enumerate(stream, start=1):
+    head = list(itertools.islice(stream, 10))  # the first lines may be empty
+    array = "".join(head).lstrip().startswith("[")
+    lines = itertools.chain(head, stream)
+    for number, text in [(1, "".join(lines))] if array else enumerate(lines, start=1):
         try:
             if text.strip():
                 yield from enumerate(json.loads(text), start=1) if array else [(number, json.loads(text))]
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             expected = "one array of rows" if array else "one object in a line"
-            reason = f"not valid JSON: {shorten(getattr(error, 'msg', error))}, expected {expected}"
+            reason = f"not valid JSON: {getattr(error, 'msg', error)}, expected {expected}"
             yield getattr(error, "lineno", 1) if array else number, RowError(reason, None if array else text)
 
 
@@ -1163,26 +1357,43 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
             yield number, RowError(shorten(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"), cells)
 
 
+def drop_nulls(value: Any, depth: int = 1) -> Any:
+    """A row without the nulls that Arrow adds to objects in it that lack a field of others; its columns stay."""
+    if isinstance(value, Mapping):
+        return {key: drop_nulls(item) for key, item in value.items() if item is not None or not depth}
+    return [drop_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 READERS: dict[str, Callable[[Any], NumberedRows]] = {
-    ".json": read_json_lines,
-    ".jsonl": read_json_lines,
+    **dict.fromkeys((".json", ".jsonl", ".jsonlines", ".ndjson"), read_json_lines),
     ".csv": partial(read_delimited, delimiter=","),
     ".tsv": partial(read_delimited, delimiter="\t"),
     ".parquet": lambda stream: enumerate(  # a few thousand rows at a time, of the bytes below the text
-        (row for batch in ParquetFile(stream.buffer).iter_batches(4096) for row in batch.to_pylist()), start=1
+        (drop_nulls(row, 0) for batch in ParquetFile(stream.buffer).iter_batches(4096) for row in batch.to_pylist()), 1
     ),
 }
 
 
+OPENERS: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".zst": lambda path, _: io.BufferedReader(pyarrow.input_stream(path, compression="zstd")),
+}
+
+
 def data_suffix(path: Path) -> str:
-    """The suffix that selects the reader, ignoring .gz."""
-    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+    """The suffix that selects the reader, ignoring that of a compressed file."""
+    return Path(path.stem if path.suffix.lower() in OPENERS else path.name).suffix.lower()
 
 
 def read_file(path: Path) -> NumberedRows:
     """The rows of one local file; a DataError if it can't be read to its end."""
-    open_file = gzip.open if path.suffix.lower() == ".gz" else open
+    open_file = OPENERS.get(path.suffix.lower(), open)
     with reraise_as_user_error(str(path), DataError, csv.Error), open_file(path, "rb") as file:
+        head = file.peek(1000)[:1000]
+        if data_suffix(path) != ".parquet" and (
+            head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > len(head) // 3
+        ):
+            raise DataError(f"{path}: the file is in UTF-16 or UTF-32, expected UTF-8: save it in that encoding")
         # bytes that are not UTF-8 become lone surrogates, which get_text reports with the row they are in
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         yield from READERS[data_suffix(path)](text)
@@ -1194,14 +1405,16 @@ class RowSource:
 
     name: str  # for messages
     files: tuple[Path, ...] = ()
-    loaded: Any | None = None  # a Dataset, or an IterableDataset of the hub
+    loaded: Any = None  # a Dataset, or an IterableDataset of the hub
     format: str = ""
     first: int = 0  # rows to skip
     last: int | None = None  # rows to read, the skipped ones included
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         local = ((f"{path}:{number}", row) for path in self.files for number, row in read_file(path))
-        loaded = ((f"{self.name}:{number}", row) for number, row in enumerate(self.loaded or (), start=1))
+        loaded = (
+            (f"{self.name}:{number}", drop_nulls(row, 0)) for number, row in enumerate(self.loaded or (), start=1)
+        )
         with reraise_as_user_error(self.name, DataError, *DATASETS_ERRORS):
             yield from itertools.islice(itertools.chain(local, loaded), self.first, self.last)
 
@@ -1210,13 +1423,6 @@ class RowSource:
         own = getattr(self.loaded, "_fingerprint", None)
         content = [f"{path}:{file_digest(path)}" for path in self.files] or own or list(itertools.islice(self, 100))
         return digest(self.name, self.format, content, self.first, self.last)
-
-    def columns(self) -> list[str]:
-        """The columns of the first rows; a JSON line may omit empty ones."""
-        if self.loaded is not None and self.loaded.column_names:
-            return list(self.loaded.column_names)
-        rows = (row for _, row in self if isinstance(row, Mapping))
-        return sorted({name for row in itertools.islice(rows, 100) for name in row})
 
 
 class Splits(NamedTuple):
@@ -1245,26 +1451,14 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
     path = Path(name).expanduser()
     if name in DATASETS:
         return load_from_hub(config, **DATASETS[name])
-    if not path.exists() and data_suffix(path) in READERS:
-        raise DataError(f"--dataset {name}: no such file")
-    if not path.exists():
-        return load_from_hub(config, name)
     if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # written by save_to_disk
         with reraise_as_user_error(name, DataError):
             return as_sources(name, datasets.load_from_disk(path))
-    splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
-    for file in [path] if path.is_file() else sorted(path.iterdir()):
-        if file.is_file() and (file == path or file.name[0] != ".") and data_suffix(file) in READERS:
-            match = re.match(rf"(train|{'|'.join(SPLIT_NAMES)})(?![A-Za-z0-9])", file.name)
-            splits[match[1] if match and path.is_dir() else ""] += (file,)
-    if not splits:
-        raise DataError(f"{path}: no data, expected {', '.join(READERS)}, also with .gz, or what save_to_disk writes")
-    if "" in splits and len(splits) > 1:
-        others = ", ".join(file.name for file in splits[""])
-        raise DataError(f"{path}: {others} beside files named after splits: name all train, eval, ..., or none")
-    return {
-        split or "train": RowSource(f"{name}[{split}]" if split else name, files) for split, files in splits.items()
-    }
+    if path.exists():
+        return find_files(name, path)
+    if data_suffix(path) in READERS:
+        raise DataError(f"--dataset {name}: no such file")
+    return load_from_hub(config, name)
 
 
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
@@ -1281,25 +1475,52 @@ def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
     return {split: RowSource(f"{name}[{split}]", loaded=dataset) for split, dataset in splits.items()}
 
 
+def find_files(name: str, path: Path) -> dict[str, RowSource]:
+    """The splits of a local file, or of a folder. Its sub-folders are read only if it has no data file of its own."""
+    files = [path]
+    if path.is_dir():
+        visible = sorted(f for f in path.rglob("*") if f.is_file() and "/." not in str(f)[len(str(path)) :])
+        data = [file for file in visible if data_suffix(file) in READERS]
+        files = [file for file in data if file.parent == path] or data
+        if unread := [str(file.relative_to(path)) for file in visible if file not in files]:
+            log.info("%s: not read: %s", path, shorten(", ".join(unread)))
+    splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
+    for file in files:
+        words = re.split(r"[^a-z0-9]+", file.relative_to(path).as_posix().lower())
+        found = {SPLITS[word] for word in words if word in SPLITS}
+        splits[found.pop() if len(found) == 1 else ""] += (file,)
+    if not splits or data_suffix(files[0]) not in READERS:
+        raise DataError(f"{path}: no data, expected {', '.join(READERS)}, also in .gz or .zst, or save_to_disk's files")
+    if "" in splits and len(splits) > 1:
+        others = ", ".join(file.name for file in splits[""])
+        raise DataError(f"{path}: {others} beside files named after splits: name all train, eval, ..., or none")
+    return {s or "train": RowSource(f"{name}[{s}]" if s else name, files) for s, files in splits.items()}
+
+
 def choose_format(name: str, source: RowSource, config: Config) -> str:
     """The format of a dataset's rows: the flag, the preset's own, or the first whose columns are all there."""
-    columns = source.columns()
+    rows = (row for _, row in source if isinstance(row, Mapping))
+    columns = sorted({column for row in itertools.islice(rows, 100) for column in row})  # a JSON line may omit some
     if not columns:
         where, row = next(iter(source), (name, RowError("no row in it")))
         with reraise_as_user_error(where, DataError):  # a RowError is a ValueError
             check_row(row)
     candidates = MASKED_FORMATS if config.masked else tuple(name for name, f in FORMATS.items() if f.inferred)
     fitting = (format for format in candidates if set(columns).issuperset(FORMATS[format].columns))
-    preset = name if name in DATASETS and not config.masked else None
-    chosen = config.data.dataset_format or preset or next(fitting, None)
-    found = shorten(", ".join(columns) or "(none)")
+    named = config.data.dataset_format or (name if name in DATASETS and not config.masked else None)
+    chosen = named or next(fitting, None)
+    found = f"{name}: found the columns {shorten(', '.join(columns) or '(none)')}"
     if chosen is None:
         needs = "; ".join(f"{format}: {', '.join(FORMATS[format].columns)}" for format in candidates)
-        raise DataError(f"{name}: no format fits the columns {found}. Needed are, for {needs}")
+        raise DataError(f"{found}, which fit no format. Needed are, for {needs}")
     if missing := sorted(set(get_format(chosen).columns) - set(columns)):
-        wanted = f"the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}"
-        raise DataError(f"{name}: found the columns {found}, {wanted}")
-    log.info("%s: format %s%s", name, chosen, "" if config.data.dataset_format or preset else ", inferred from columns")
+        raise DataError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
+    log.info("%s: format %s%s", name, chosen, "" if named else ", inferred from columns")
+    used = get_format(chosen).columns + get_format(chosen).optional + ("category", "source")
+    if CUSTOM_FORMAT.fullmatch(chosen):
+        log.info("its rows are cached: if it reads other files and they change, pass another --cache_dir")
+    elif unused := sorted(set(columns).difference(used)):
+        log.info("%s: columns left out: %s", name, shorten(", ".join(unused)))
     return chosen
 
 
@@ -1318,10 +1539,10 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
     for where, row in source:
         if wanted == {"ALL"} or not isinstance(row, Mapping) or str(row.get("source")) in wanted:
             found, rows = True, [row]
-            with contextlib.suppress(RowError, RecursionError):  # normalize_row reports it
+            with contextlib.suppress(RowError):  # normalize_rows reports it
                 if data.expand_conversations and parse_airoboros_chat(check_row(row)):
                     turns, roles = get_list(row, "conversations"), get_messages(row, "conversations")
-                    ends = [end for end, turn in enumerate(roles, start=1) if turn["role"] == "assistant"]
+                    ends = [end for end, turn in enumerate(roles, start=1) if turn["supervised"]]
                     rows = [{**row, "conversations": turns[:end]} for end in ends]
             yield from ({"where": where, "row": row} for row in rows)
     if not found:
@@ -1329,26 +1550,27 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
         raise DataError(f"{source.name}: no row{f' after row {source.first}' * bool(source.first)}{which}")
 
 
-def normalize_row(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any) -> dict[str, Any]:
-    """A raw row as ROW_FEATURES; a bad one has no segments but a problem, and what was read as JSON."""
+def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any) -> list[dict[str, Any]]:
+    """A raw row as ROW_FEATURES, a chat as one or several; a bad one has no segments but a problem, and its JSON."""
     normal: dict[str, Any] = {"segments": [], "rendered": False, "category": "", "problem": "", "raw": ""}
     normal["where"] = escape_control_chars(where)
     try:
         parsed = dataset_format.parse(check_row(row))
-        segments = render_chat(parsed, tokenizer) if isinstance(parsed, tuple) else parsed
+        rendered = isinstance(parsed, (Conversation, JoinedSegments))
+        if isinstance(parsed, Conversation):
+            rows = render_chat(parsed, tokenizer)
+        else:
+            rows = [join_segments(parsed, tokenizer) if isinstance(parsed, JoinedSegments) else parsed]
         category = str(row.get("category") or row.get("source") or "").encode("utf-8", "replace").decode()
-        if not any(segment["supervised"] and segment["text"].strip() for segment in segments):
-            column = "".join(dataset_format.columns[-1:]) or "output"
-            raise RowError(f"field {column!r}: the output is empty, expected something to learn")
-        "".join(segment["text"] for segment in segments).encode()  # Arrow refuses what is not UTF-8
-        return normal | {"segments": segments, "rendered": isinstance(parsed, tuple), "category": category}
+        for segments in rows:
+            if not any(segment["supervised"] and segment["text"].strip(MARKS).strip() for segment in segments):
+                column = "".join(dataset_format.columns[-1:]) or "output"
+                raise RowError(f"field {column!r}: the output is empty, expected something to learn")
+            "".join(segment["text"] for segment in segments).encode()  # Arrow refuses what is not UTF-8
+        return [normal | {"segments": part, "rendered": rendered, "category": category} for part in rows]
     except (RowError, UnicodeEncodeError) as error:
-        normal["problem"] = shorten(error)
-    except RecursionError:
-        normal["problem"] = "nested too deeply to be read"
-    with contextlib.suppress(RecursionError):
-        normal["raw"] = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
-    return normal
+        raw = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
+        return [normal | {"problem": shorten(error), "raw": raw}]
 
 
 def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | None = None) -> Any:
@@ -1357,38 +1579,48 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     depends: list[Any] = [source.fingerprint(), custom and file_digest(Path(custom[1])), limit]
     depends += [data.expand_conversations, data.include_sources]
     if tokenizer:
+        if TEMPLATE_DATE.search(str(tokenizer.chat_template)):
+            depends += [getattr(tokenizer, "template_date", None)]
         depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_token_pattern(tokenizer).pattern]
-    normalize = partial(normalize_row, dataset_format=get_format(source.format), tokenizer=tokenizer)
+    normalize = partial(normalize_rows, dataset_format=get_format(source.format), tokenizer=tokenizer)
     options = {"cache_dir": config.model.cache_dir, "fingerprint": digest("rows", CODE_VERSION, *depends)}
     raw_rows = itertools.islice(select_rows(source, data), limit)
     try:
-        rows = datasets.Dataset.from_generator(lambda: (normalize(**raw) for raw in raw_rows), ROW_FEATURES, **options)
+        normal = (row for raw in raw_rows for row in normalize(**raw))
+        rows = datasets.Dataset.from_generator(lambda: normal, ROW_FEATURES, **options)
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, QLoRAError):
-            raise error.__cause__ from None
-        raise
+        raise error.__cause__ or error from None
     log.info("%s: %d rows", source.name, len(rows))
+    chats = len({where for where, rendered in zip(rows["where"][:], rows["rendered"][:], strict=True) if rendered})
+    if chats < (answers := sum(rows["rendered"][:])):
+        reason = "the chat template writes earlier turns otherwise once others follow"
+        log.info("%s: %d chats became %d rows, one for each answer: %s", source.name, chats, answers, reason)
     return drop_bad_rows(rows, config)
 
 
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
     """Rows to train and to evaluate on, of every dataset named. Chats need the tokenizer."""
     args, data = config.training, config.data
+    rejected_lines.cache_clear()
     if args.process_index == 0 and not (data.streaming or data.preview):  # a stream's resume reads no row again
         Path(args.output_dir, REJECTED).unlink(missing_ok=True)
     evaluating = args.do_eval or args.do_predict
     # without training, a merged model is compared on rows, and a base calibrated on them
     training = args.do_train or config.quant.calibration_rows or (args.merged_output_dir and not evaluating)
     parts: tuple[list[Any], list[Any]] = [], []
-    names = [data.dataset] if Path(data.dataset).exists() else re.split(r"\s*,\s*", data.dataset.strip())
-    for name in filter(None, names):
+    shares = dataset_shares(data.dataset)
+    mixed = any(share != 1 for _, share in shares)
+    for name, share in shares:
         sources = find_splits(name, config)
         chosen = choose_format(name, next(iter(sources.values())), config)
         sources = {split: dataclasses.replace(source, format=chosen) for split, source in sources.items()}
+        sources = {SPLITS.get(split.lower(), split): source for split, source in sources.items()} | sources
         train = sources.get("train")
         held_out = next((sources[split] for split in SPLIT_NAMES if split in sources), None) if evaluating else None
         if train is None and (args.do_train or held_out is None):
             raise DataError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
+        if unused := {source.name for source in sources.values() if source not in (train, held_out)}:
+            log.info("not read: %s", ", ".join(sorted(unused)))
         if data.streaming and train:
             if evaluating and held_out is None:  # the first rows are held out
                 count = int(data.eval_dataset_size)
@@ -1398,25 +1630,39 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
             return Splits(dataclasses.replace(train, last=last) if training else None, rows)
         for part, source in zip(parts, (train, held_out), strict=True):
             part += [load_rows(source, config, tokenizer)] if source else []
-    splits = Splits(*(require_rows(concatenate(part), config) if part else None for part in parts))
+        if mixed and train:
+            parts[0][-1] = count_repeats(name, parts[0][-1], share)
+    splits = Splits(*(concatenate(part) if part else None for part in parts))
     if evaluating and splits.eval is None and splits.train is not None:
         splits = train_eval_split(splits.train, config)
+    if mixed and splits.train is not None:  # only now, so that no copy of a held-out row is trained on
+        times = splits.train["times"][:]
+        order = [i for turn in range(max(times)) for i, n in enumerate(times) if n > turn]
+        splits = Splits(splits.train.select(order), splits.eval)
     limits = data.max_train_samples, data.max_eval_samples
     taken = [rows.take(n) if rows and n else rows for rows, n in zip(splits, limits, strict=True)]
     return Splits(taken[0] if training else None, taken[1])
 
 
-def concatenate(parts: list[Any]) -> Any | None:
+def count_repeats(name: str, rows: Any, share: float) -> Any:
+    """The rows that a share takes, the same ones each time, with how often each is trained on."""
+    total = max(1, round(share * len(rows)))
+    once_more = torch.randperm(len(rows), generator=torch.Generator().manual_seed(42)) < total % len(rows)
+    times = (once_more + total // len(rows)).tolist()
+    log.info("%s: a share of %g: %d of %d rows", name, share, total, len(rows))
+    return rows.add_column("times", times).select([i for i, n in enumerate(times) if n])
+
+
+def concatenate(parts: list[Any]) -> Any:
     """Datasets one after the other; the library's own fingerprint differs each time."""
-    rows: Any = datasets.concatenate_datasets(parts) if parts else None
-    if parts:
-        rows._fingerprint = digest(*(part._fingerprint for part in parts))
+    rows: Any = datasets.concatenate_datasets(parts)
+    rows._fingerprint = digest(*(part._fingerprint for part in parts))
     return rows
 
 
 def train_eval_split(rows: Any, config: Config) -> Splits:
     """Hold rows out for evaluation, shuffled with the original's seed."""
-    size, total = config.data.eval_dataset_size, len(rows)
+    size, total, seed = config.data.eval_dataset_size, len(rows), 42  # the original's: the same rows are held out
     if "eval_dataset_size" not in config.explicitly_set and total < 4 * size:
         size = max(1, total // 10)
         log.info("a tenth of %d rows, %d, is held out; --eval_dataset_size sets another number", total, size)
@@ -1427,29 +1673,30 @@ def train_eval_split(rows: Any, config: Config) -> Splits:
         return Splits(None, rows)
     categories = rows["category"][:]
     if not any(categories):
-        parts = rows.train_test_split(test_size=count, shuffle=True, seed=EVAL_SPLIT_SEED)
+        parts = rows.train_test_split(test_size=count, shuffle=True, seed=seed)
         return Splits(parts["train"], parts["test"])
     # sorted by category and evenly spaced: each category gives its share, and one with a single row breaks nothing
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(EVAL_SPLIT_SEED)).tolist()
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     by_category = sorted(order, key=categories.__getitem__)
     held_out = {by_category[(2 * n + 1) * total // (2 * count)] for n in range(count)}
     return Splits(*(rows.select([i for i in order if (i in held_out) == held]) for held in (False, True)))
 
 
 def drop_bad_rows(rows: Any, config: Config) -> Any:
-    """The rows without a problem; others stop the run or go to rejected.jsonl."""
+    """The rows without a problem, at least one; others stop the run or go to rejected.jsonl."""
     problems = rows["problem"][:]
     if bad := [i for i, problem in enumerate(problems) if problem]:
         reject(list(rows.select(bad)), len(rows), config)
         rows = rows.select([i for i, problem in enumerate(problems) if not problem])
-    return rows
-
-
-def require_rows(rows: Any, config: Config) -> Any:
-    """The same rows, if there are any."""
     if not len(rows):
         raise DataError(f"--dataset {config.data.dataset}: no row in it that can be used")
     return rows
+
+
+@lru_cache(maxsize=1)
+def rejected_lines(file: Path) -> set[str]:
+    """Of an earlier pass over a stream, of before a resume, or of the run that is previewed; read once."""
+    return set(file.read_text(encoding="utf-8").splitlines(keepends=True)) if file.is_file() else set()
 
 
 def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> None:
@@ -1458,17 +1705,15 @@ def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> Non
     if config.data.on_bad_rows == "stop":
         more = f" (and {len(rows) - 1} more such rows)" if len(rows) > 1 else ""
         raise DataError(f"{first}{more}; --on_bad_rows skip leaves them out")
-    if config.training.process_index != 0:
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+", encoding="utf-8") as stream:
-        stream.seek(0)
-        written = set(stream)  # in an earlier pass over a stream, before a resume, or by the run that is previewed
-        facts = [json.dumps({"where": row["where"], "reason": row["problem"]})[:-1] for row in rows]
-        lines = [f'{fact}, "row": {row.get("raw") or "null"}}}\n' for fact, row in zip(facts, rows, strict=True)]
-        stream.writelines(new := [line for line in lines if line not in written])
-    if new:
+    facts = [json.dumps({"where": row["where"], "reason": row["problem"]})[:-1] for row in rows]
+    lines = [f'{fact}, "row": {row.get("raw") or "null"}}}\n' for fact, row in zip(facts, rows, strict=True)]
+    new = [line for line in lines if line not in rejected_lines(file)]
+    if new and config.training.process_index == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as stream:
+            stream.writelines(new)
         log.warning("%d of %d rows left out, the first: %s; all in %s", len(rows), total, first, file)
+    rejected_lines(file).update(new)
 
 
 # ------------------------------------------------------------------------------------
@@ -1476,12 +1721,19 @@ def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> Non
 #
 # Returns a fast tokenizer with BOS (where it has one), EOS and pad ids inside the model's embedding.
 # ------------------------------------------------------------------------------------
-PATCHED_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 # Tokens that models leave unused, and so a pad that no text contains. In order of preference.
 SPARE_TOKENS = re.compile(
     r"<\|finetune_right_pad_id\|>|<\|?pad(ding)?\|?>|\[PAD\]|<\|reserved_special_token_\d+\|>|<\|?unused\d+\|?>"
     r"|<\|reserved_\d+\|>", re.IGNORECASE,
 )  # fmt: skip
+# Where classes that transformers rebuilds from vocabulary and merges differ from tokenizer.json.
+PROBES = [
+    "  I'LL don't\n\n\n 1. é à e\u0301 ﬁ\n    return x\n\tif 日本語 中文 🙂👩‍👧 ",
+    "12 3456,78 10 21 1893 1999 2024\n\n2. A",
+]
+# How a .gguf file names what splits its text, in llama.cpp's llama-vocab.cpp: as GPT-2, with digits alone or in runs.
+GGUF_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+GGUF_DIGIT_RUNS = ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "phi-2", "roberta-bpe")
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges*", "added_tokens.json", "config.json"]
 
 
@@ -1499,15 +1751,45 @@ def read_json(path: Path) -> Any:
 
 def patched_tokenizer_folder(name: str, patch: Path, target: Path, config: Config) -> Path:
     """Copy the model's tokenizer files, with those of --tokenizer_patch laid over them key by key."""
-    if not any((patch / file).is_file() for file in PATCHED_FILES):
-        raise ConfigError(f"--tokenizer_patch {patch}: expected a folder with {' or '.join(PATCHED_FILES)}")
+    patches = [patch / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    if not any(file.is_file() for file in patches):
+        raise ConfigError(f"--tokenizer_patch {patch}: expected a folder with {' or '.join(f.name for f in patches)}")
     for file in download(name, TOKENIZER_FILES, config).iterdir():
         if file.is_file() and file.suffix in (".json", ".model", ".txt"):
             shutil.copyfile(file, target / file.name)
-    for file_name in PATCHED_FILES:
-        layers = [read_json(folder / file_name) for folder in (target, patch) if (folder / file_name).is_file()]
-        (target / file_name).write_text(json.dumps({k: v for layer in layers for k, v in layer.items()}))
+    for file in filter(Path.is_file, patches):
+        patched = target / file.name
+        own = read_json(patched) if patched.is_file() else {}
+        patched.write_text(json.dumps(own | read_json(file)))
     return target
+
+
+def match_file(tokenizer: Any, folder: str, config: Config, **options: Any) -> Any:
+    """The tokenizer, or the plain class made from its tokenizer.json if that gives other ids."""
+    file = download(folder, TOKENIZER_FILES, config) / "tokenizer.json"
+    if not file.is_file():
+        if type(tokenizer).__name__ == "MistralCommonBackend":
+            raise ConfigError("the model's tokenizer needs mistral-common, which this program does not use; add a "
+                              "tokenizer.json of the same model to its folder")  # fmt: skip
+        return tokenizer
+    expected = [e.ids for e in Tokenizer.from_file(str(file)).encode_batch(PROBES, add_special_tokens=False)]
+    if not getattr(tokenizer, "is_fast", False) or tokenizer(PROBES, add_special_tokens=False)["input_ids"] != expected:
+        log.warning("%s gives other ids than tokenizer.json, which is loaded instead", type(tokenizer).__name__)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+        if tokenizer(PROBES, add_special_tokens=False)["input_ids"] != expected:
+            log.warning("the settings in tokenizer_config.json still give other ids than tokenizer.json")
+    return tokenizer
+
+
+def set_gguf_splits(tokenizer: Any, path: Path) -> None:
+    """Split text as the merges in a .gguf file were learned, where transformers does not know the file's way."""
+    _, facts, _ = get_gguf_tokenizer(str(path))
+    name = facts.get("pre_tokenizer_type", "gpt-2") if facts["tokenizer_type"] == "gpt2" else "gpt-2"
+    if name in GGUF_SINGLE_DIGITS:
+        splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    elif name not in (*GGUF_DIGIT_RUNS, *GGUF_PRE_TOKENIZER_SPLITS):
+        log.warning("%s: unknown way %r of splitting text: as GPT-2 does, which may give other ids", path, name)
 
 
 def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedTokenizerBase:
@@ -1523,6 +1805,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
         llama = bare and model_config.model_type in ("llama", "mistral", "mixtral")
         with contextlib.suppress(RecursionError):  # caused by an empty unk_token
             tokenizer = (LlamaTokenizer if llama else AutoTokenizer).from_pretrained(folder, **options)
+            tokenizer = match_file(tokenizer, folder, config, **options)
     if tokenizer is None or "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
         early = "special tokens are empty strings, as in early LLaMA conversions"
         raise ConfigError(f"{what}'s {early}: pass --tokenizer_patch examples/llama1_tokenizer")
@@ -1547,11 +1830,10 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
             raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
         if token is not None:
             setattr(tokenizer, name, token)
-    needed = "mask_token" if config.masked else "eos_token"
+    needed, way_out = "eos_token", "name one of its tokens with --eos_token"
+    if config.masked:
+        needed, way_out = "mask_token", "its model is no masked language model"
     if getattr(tokenizer, needed) is None:
-        way_out = (
-            "its model is no masked language model" if config.masked else "name one of its tokens with --eos_token"
-        )
         raise ConfigError(f"the tokenizer has no {needed}: {way_out}")
     if not tokenizer.pad_token or vocabulary.get(str(tokenizer.pad_token), rows) >= rows:
         spare = [token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows]
@@ -1580,17 +1862,21 @@ class Limits(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row, and of a pack."""
+        """Of a row, and of a pack."""
         return self.total or self.source + self.target
+
+    def prompt(self, completion: int) -> int:
+        """Of a prompt whose completion has so many. With one limit for both it has a quarter of it at least."""
+        return self.source if self.total is None else max(self.total - completion, self.total // 4)
+
+
+Tokens = list[tuple[int, int]]  # ids and labels: the id where it is supervised, IGNORE elsewhere
 
 
 class Encoded(NamedTuple):
     input_ids: list[int]
-    labels: list[int]  # the ids that are supervised, IGNORE elsewhere
+    labels: list[int]
     cut: bool  # whether it was longer than a limit
-
-
-Tokens = list[tuple[int, int]]  # ids and labels: the id where it is supervised, IGNORE elsewhere
 
 
 def length_limits(config: Config) -> Limits:
@@ -1607,13 +1893,13 @@ def truncate_and_concat(
     Two limits cut each on the right, so a cut completion has no EOS. One limit for both cuts the prompt from the left,
     after BOS, down to a quarter of the limit, which keeps the answer's marker; then the completion on the right.
     """
-    if limits.total is None:
-        tokens = source[: limits.source] + target[: limits.target]
-    else:
-        kept = max(limits.total - len(target), limits.total // 4)  # tokens of the prompt
+    kept = limits.prompt(len(target))
+    prompt, room = source[:kept], limits.target
+    if limits.total is not None:
         first = min(kept, 1) if source and source[0][0] == bos else 0
         prompt = source[:first] + source[max(len(source) - kept, 0) + first :]
-        tokens = prompt + target[: limits.total - len(prompt)]
+        room = limits.total - len(prompt)
+    tokens = prompt + target[:room]
     ids, labels = [i for i, _ in tokens], [i if train_on_source else label for i, label in tokens]
     return Encoded(ids, labels, cut=len(tokens) < len(source) + len(target))
 
@@ -1627,8 +1913,9 @@ def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
 def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Tokens]]:
     """Tokens of each segment, BOS before the first and EOS after the last; without a BOS token none is added."""
     bos, eos = tokenizer.bos_token_id, [tokenizer.eos_token_id]
-    marks = {BOS_MARK: [] if bos is None else [bos], EOS_MARK: eos}
-    split = [[re.split(f"([{BOS_MARK}{EOS_MARK}])", s["text"]) for s in row] for row in rows]  # texts between marks
+    marks = {BOS_MARK: [] if bos is None else [bos], EOS_MARK: eos, ESCAPE_MARK: []}
+    parsed = special_token_pattern(tokenizer, unflagged=True)  # by the tokenizer, unless they are cut in two
+    split = [[re.split(f"([{MARKS}])", escape_special_tokens(s["text"], parsed)) for s in row] for row in rows]
     ids_of_text = iter(tokenize([text for row in split for parts in row for text in parts[::2]], tokenizer))
     for row, segments in zip(rows, split, strict=True):
         ids = [[i for p in parts for i in (marks[p] if p in marks else next(ids_of_text))] for parts in segments]
@@ -1639,16 +1926,21 @@ def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
 
 def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Tokens]]:
     """Tokens of each segment of rows that are tokenised as one text; a token in two segments goes to the second."""
-    texts = ["".join(segment["text"] for segment in row) for row in rows]
+    ends, bos, eos = BOS_MARK + EOS_MARK, tokenizer.bos_token_id, tokenizer.eos_token_id
+    texts = ["".join(segment["text"] for segment in row).strip(ends) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
     for row, text, ids, offsets in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        segment_of = [number for number, segment in enumerate(row) for _ in segment["text"]]  # by character
+        segment_of = [number for number, segment in enumerate(row) for _ in segment["text"].strip(ends)]  # by character
         tokens: list[Tokens] = [[] for _ in row]
         for i, (start, end) in zip(ids, offsets, strict=True):
             if text[start:end] != ESCAPE_MARK:
                 first, last = segment_of[min(start, len(text) - 1)], segment_of[max(end, start + 1, 1) - 1]
                 supervised = row[first]["supervised"] or row[last]["supervised"]
                 tokens[last].append((i, i if supervised else IGNORE))
+        if row[0]["text"].startswith(BOS_MARK) and bos is not None:
+            tokens[0].insert(0, (bos, bos if row[0]["supervised"] else IGNORE))
+        if row[-1]["text"].endswith(EOS_MARK):
+            tokens[-1].append((eos, eos if row[-1]["supervised"] else IGNORE))
         yield tokens
 
 
@@ -1657,15 +1949,26 @@ def last_supervised(segments: Sequence[Segment]) -> int:
     return max(number for number, segment in enumerate(segments) if segment["supervised"])
 
 
-def prompts_and_completions(batch: Mapping[str, list[Any]], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens]]:
-    """Tokens of each row's prompt and of its completion, which begins with the last supervised segment."""
+def prompts_and_completions(
+    batch: Mapping[str, list[Any]], tokenizer: Any, limits: Limits
+) -> Iterator[tuple[Tokens, Tokens, int | None]]:
+    """Tokens of each row's prompt and of its completion, which begins with the last supervised segment.
+
+    And of a chat how many exchanges it lost: the oldest, never the last, for which its prompt has no room.
+    """
     rows = zip(batch["segments"], batch["rendered"], strict=True)
     for rendered, group in itertools.groupby(rows, operator.itemgetter(1)):
         segments = [row for row, _ in group]
         tokenized = (tokenize_rendered if rendered else tokenize_segments)(segments, tokenizer)
         for row, tokens in zip(segments, tokenized, strict=True):
-            last = last_supervised(row)
-            yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:]))
+            last, lost = last_supervised(row), 0
+            chat = rendered and not row[0]["text"].startswith(BOS_MARK)
+            exchanges = max(segment.get("turn", 0) for segment in row)
+            while lost + 1 < exchanges and sum(map(len, tokens[:last])) > limits.prompt(sum(map(len, tokens[last:]))):
+                lost += 1
+                row = [segment for segment in row if segment["turn"] != lost]
+                (tokens,), last = tokenize_rendered([row], tokenizer), last_supervised(row)
+            yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), lost if chat else None
 
 
 def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
@@ -1686,13 +1989,17 @@ def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits)
 def encode_batch(
     batch: Mapping[str, list[Any]], tokenizer: Any, limits: Limits, train_on_source: bool = False, masked: bool = False
 ) -> dict[str, list[Any]]:
-    """Columns of segments -> columns of encoded rows, for datasets.map."""
-    if masked:
-        encoded = [encode_masked(segments[-1]["text"], tokenizer, limits) for segments in batch["segments"]]
-    else:
-        pairs, bos = prompts_and_completions(batch, tokenizer), tokenizer.bos_token_id
-        encoded = [truncate_and_concat(source, target, limits, train_on_source, bos) for source, target in pairs]
+    """Columns of segments -> columns of encoded rows, for datasets.map. A chat whose prompt does not fit is empty."""
+    encoded = [encode_masked(row[-1]["text"], tokenizer, limits) for row in batch["segments"] if masked]
+    for source, target, lost in () if masked else prompts_and_completions(batch, tokenizer, limits):
+        row = truncate_and_concat(source, target, limits, train_on_source, tokenizer.bos_token_id)
+        fits = lost is None or len(source) <= limits.prompt(len(target))
+        encoded.append(row._replace(cut=row.cut or bool(lost)) if fits else Encoded([], [], cut=True))
     rows = [row._asdict() | row_facts(row, tokenizer.eos_token_id, masked) for row in encoded]
+    special = special_token_pattern(tokenizer)
+    for facts, segments, rendered in zip(rows, batch["segments"], batch["rendered"], strict=True):
+        texts = [segment["text"] for segment in segments if not masked]
+        facts["special_text"] = any(ESCAPE_MARK in text or (not rendered and special.search(text)) for text in texts)
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -1702,7 +2009,9 @@ def row_facts(row: Encoded, eos: int | None, masked: bool) -> dict[str, Any]:
     targets = [n for n, label in enumerate(labels) if label != IGNORE and (n or masked)]  # nothing predicts the first
     last = targets[-1] if targets else 0
     return {
-        "problem": "" if targets else "no token left to learn, expected one at least: raise the length limits",
+        "problem": ""
+        if targets or not ids
+        else "no token left to learn, expected one at least: raise the length limits",
         "length": len(ids),
         "supervised": len(targets),
         # with --train_on_source, the line end that a template puts after EOS is supervised too
@@ -1729,30 +2038,33 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
         if rows is None:
             continue
         rows = load_rows(rows, config, tokenizer, limit=1000) if isinstance(rows, RowSource) else rows
-        rows = require_rows(rows, config)
         workers = min(os.cpu_count() or 1, len(rows) // 20_000)  # below that, starting processes takes longer
         if workers > 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
         rows = rows.map(
             encode_batch, batched=True, fn_kwargs={"tokenizer": tokenizer, **options},
-            remove_columns=["segments", "category", "raw"], num_proc=workers if workers > 1 else None,
+            remove_columns=[name for name in rows.column_names if name not in ("where", "rendered", "problem")],
+            num_proc=workers if workers > 1 else None,
             desc=f"Encoding {name} rows", new_fingerprint=digest(CODE_VERSION, rows._fingerprint, *depends),
         )  # fmt: skip
-        if name == "train" and limit and config.data.skip_excess_length and any(cut := rows["cut"][:]):
-            log.info("%d of %d training rows are longer than --model_max_len %d: left out", sum(cut), len(rows), limit)
-            if all(cut):
-                which = "each of the first 1000 rows" if config.data.streaming else "every row"
-                raise DataError(f"--model_max_len {limit}: {which} is longer; pass --skip_excess_length False")
-            rows = rows.select([i for i, is_cut in enumerate(cut) if not is_cut])
-        encoded[name] = require_rows(drop_bad_rows(rows, config), config)
+        skip = name == "train" and limit and config.data.skip_excess_length
+        if any(long := rows["cut"][:] if skip else [not length for length in rows["length"][:]]):
+            flag = f"--model_max_len {limit}" if limit else f"--source_max_len {config.data.source_max_len}"
+            if all(long):
+                flag += f": all {len(rows)} {name} rows are longer"
+                raise DataError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
+            log.warning("%d of %d %s rows are longer than %s: left out", sum(long), len(rows), name, flag)
+            rows = rows.select([i for i, is_long in enumerate(long) if not is_long])
+        encoded[name] = drop_bad_rows(rows, config)
     return Splits(**encoded)
 
 
-def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: int = 0) -> Iterator[tuple[int, Any]]:
+def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: float = 0) -> Iterator[tuple[float, Any]]:
     """Encoded rows to train on, pass after pass without end, each with the number of raw rows consumed so far.
 
-    The order of a pass follows from seed and pass alone. A resume gives that number as `skip`: raw rows up to it are
-    read but not encoded, and the rest is what it would have been. Resuming a shuffle buffer's state would not be exact.
+    Of a chat that becomes several rows, each consumes a share. The order of a pass follows from seed and pass alone. A
+    resume gives that number as `skip`: raw rows up to it are read but not encoded, and the rest is what it would have
+    been. Resuming a shuffle buffer's state would not be exact.
     """
     args, data, consumed = config.training, config.data, 0
     seed, dataset_format = args.seed if args.data_seed is None else args.data_seed, get_format(stream.format)
@@ -1764,15 +2076,19 @@ def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: int 
             consumed += 1
             if consumed <= skip:
                 continue
-            row = normalize_row(**raw, dataset_format=dataset_format, tokenizer=tokenizer)
-            if not row["problem"]:
-                columns = {name: [row[name]] for name in ("segments", "rendered")}
-                encoded = encode_batch(columns, tokenizer, **encoding_options(config))
-                row |= {name: values[0] for name, values in encoded.items()}
-            if row["problem"]:
-                reject([row], 1, config)
-            elif not (row["cut"] and data.model_max_len and data.skip_excess_length):
-                yield consumed, row
+            rows = normalize_rows(**raw, dataset_format=dataset_format, tokenizer=tokenizer)
+            for number, row in enumerate(rows, start=1):
+                position = consumed - 1 + number / len(rows)
+                if position <= skip:
+                    continue
+                if not row["problem"]:
+                    columns = {name: [row[name]] for name in ("segments", "rendered")}
+                    encoded = encode_batch(columns, tokenizer, **encoding_options(config))
+                    row |= {name: values[0] for name, values in encoded.items()}
+                if row["problem"]:
+                    reject([row], 1, config)
+                elif row["length"] and not (row["cut"] and data.model_max_len and data.skip_excess_length):
+                    yield position, row
 
 
 class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
@@ -1835,11 +2151,13 @@ class TokenStatistics(NamedTuple):
     cut: int  # rows, as the next two
     without_eos: int | None  # which do not teach the model to stop; None with a masked model
     duplicates: int
+    special_text: int  # rows in whose text special tokens are written
 
     def __str__(self) -> str:
         """One line, for the log and --preview."""
         supervised = "may be masked" if self.without_eos is None else "supervised"
         rows = {"cut": self.cut, "without EOS": self.without_eos, "duplicates": self.duplicates}
+        rows["with special tokens as text"] = self.special_text
         return ", ".join([
             f"{self.rows} rows", f"{self.tokens} tokens", f"{self.longest} in the longest row",
             f"{self.supervised} ({self.supervised / self.tokens:.1%}) {supervised}",
@@ -1853,6 +2171,7 @@ def token_statistics(rows: Any, masked: bool) -> TokenStatistics:
     return TokenStatistics(
         digest(*hashes), len(rows), sum(lengths), max(lengths), sum(rows["supervised"][:]), max(rows["largest_id"][:]),
         sum(rows["cut"][:]), None if masked else sum(rows["without_eos"][:]), len(hashes) - len(set(hashes)),
+        sum(rows["special_text"][:]),
     )  # fmt: skip
 
 
@@ -1864,6 +2183,9 @@ def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, T
         if part.without_eos == part.rows:
             log.warning("no %s row ends with the end-of-sequence token, so the model won't learn to stop: see "
                         "--eos_token, --target_max_len and the chat template", name)  # fmt: skip
+        if part.special_text:
+            log.warning("%d %s rows contain special tokens, which stay text: if a template wrote them, pass messages, "
+                        "or segments with {special} by a function of your own", part.special_text, name)  # fmt: skip
     if splits.train is None or not config.data.packing:
         return splits.train, statistics
     packs = PackedRows(splits.train, limit := length_limits(config).longest)
@@ -2041,7 +2363,8 @@ def preview_rows(
         for part, (member, (ids, labels)) in enumerate(zip(members, step.members(), strict=True), start=1):
             title = f"row {number + 1}" + f", part {part} of {len(members)}" * (len(members) > 1)
             title += f": {member['where']}, {len(ids)} tokens, {int((labels != IGNORE).sum())} supervised"
-            yield title + ", cut" * member["cut"], row_spans(ids.tolist(), labels.tolist(), tokenizer)
+            title += ", cut" * member["cut"] + ", special tokens as text" * member["special_text"]
+            yield title, row_spans(ids.tolist(), labels.tolist(), tokenizer)
 
 
 def format_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, TokenStatistics], terminal: bool) -> str:
@@ -2123,7 +2446,8 @@ def model_folder(config: Config) -> str:
         path = files[0] if len(files) == 1 else path
     if path.suffix.lower() != ".gguf" or not path.is_file():
         return name
-    folder = root / f"{path.stem}-{digest(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)}"
+    version = digest(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns, GGUF_SINGLE_DIGITS)
+    folder = root / f"{path.stem}-{version}"
     if folder.is_dir():
         return str(folder)
     log.info("%s: dequantising into %s, once", path, folder)
@@ -2132,6 +2456,7 @@ def model_folder(config: Config) -> str:
         model = load_base(config, None, path.parent, gguf_file=path.name, dtype=torch.bfloat16)
         model.hf_quantizer.remove_quantization_config(model)  # transformers saves nothing that came from gguf
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        set_gguf_splits(tokenizer, path)
         if isinstance(eos := model.config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
         for part in (model, tokenizer):
@@ -4364,15 +4689,17 @@ def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedT
         output = special_token_pattern(tokenizer).sub("", output)
     table = str.maketrans(dict(zip(MARKS, (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), ""), strict=True)))
     texts = {"input": "".join(segment["text"] for segment in segments[:last]), "output": output}
-    return {name: text.translate(table) for name, text in texts.items()}
+    return {name: text.strip(BOS_MARK + EOS_MARK).translate(table) for name, text in texts.items()}
 
 
 def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     """One dictionary a row: its fields, `prediction`, `prediction_with_input`. Prompts are cut as in training."""
     model, tokenizer, limits = trainer.base, trainer.processing_class, length_limits(trainer.config)
-    sources = (source for source, _ in prompts_and_completions(batch, tokenizer))
-    cut = (truncate_and_concat(source, [], limits, bos=tokenizer.bos_token_id) for source in sources)
-    prompts = [prompt.input_ids or [tokenizer.eos_token_id] for prompt in cut]  # generation needs one token at least
+    prompts = []
+    for source, _, lost in prompts_and_completions(batch, tokenizer, limits):
+        room = limits if lost is None else Limits(len(source), 0)  # within a question nothing is cut
+        prompt = truncate_and_concat(source, [], room, bos=tokenizer.bos_token_id).input_ids
+        prompts.append(prompt or [tokenizer.eos_token_id])  # generation needs one token at least
     tensors = to_device(padded_prompts(prompts, tokenizer.pad_token_id, "left"), trainer.args.device)
     generation = generation_config(trainer.config, model, tokenizer)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -4553,7 +4880,7 @@ class StreamedSteps(torch.utils.data.IterableDataset[dict[str, Any]]):
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
     size: int  # rows of a step, over all ranks
     sizes: tuple[int, float]  # token ids and positions that the model has
-    position: int = 0  # raw rows consumed before a resume
+    position: float = 0  # raw rows consumed before a resume
     steps: int = 0  # optimizer steps before it
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -4717,7 +5044,7 @@ class QLoRATrainer(Trainer):
         self.sharded, self.parameter_count = is_sharded(config), self.base.num_parameters(exclude_embeddings=True)
         self.parts: list[tuple[list[str], torch.Tensor]] = []  # rows and loss of the last step's micro-batches
         self.pending_checks: list[tuple[Any, ...]] = []  # steps whose numbers were not looked at yet
-        self.position: int | None = None  # in a stream, after the current step
+        self.position: float | None = None  # in a stream, after the current step
         self.tokens_seen = 0  # by this rank, without padding
         self.untimed_seconds = 0.0  # spent on evaluating and saving
         # once an engine has sharded the weights, the rest of the fast path is tried
@@ -4739,7 +5066,7 @@ class QLoRATrainer(Trainer):
         if isinstance(rows, StreamedSteps):
             return torch.utils.data.DataLoader(rows, batch_size=None)
         size = self.identity["effective batch"]["rows"]
-        return self._loader(rows, DistributedWindowSampler(list(rows["length"]), size, self.args))
+        return self._loader(rows, DistributedWindowSampler(rows["length"][:], size, self.args))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -5501,7 +5828,7 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
     log.info("This run\n%s", format_table(derived))
     record = {
         "flags": config.flags,
-        "derived": derived | {"given": sorted(config.explicitly_set)},
+        "derived": derived | {"given": sorted(config.explicitly_set), "template date": run.tokenizer.template_date},
         "versions": versions(),
         "data": {name: part._asdict() for name, part in data.statistics.items()},
         "device": {"name": device_name(), "processes": args.world_size},
@@ -5565,6 +5892,9 @@ def load_run(config: Config) -> tuple[Run, Data]:
     model_config = load_model_config(config, folder)
     config = resolve_objective(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
+    earlier = [folder / "run.json" for folder in (resume.found, resume.found.parent)] if resume.found else []
+    record = next((read_json(file) for file in earlier if file.is_file()), config.record)
+    tokenizer.template_date = date.fromisoformat(record.get("derived", {}).get("template date") or str(date.today()))
     if config.training.do_predict and not config.masked:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     with local_main_process_first():  # encodes the dataset

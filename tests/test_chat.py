@@ -4,6 +4,7 @@ Expected ids are spelt by hand with the byte tokenizer ("a" is 97), or come from
 apply_chat_template alone.
 """
 
+import datetime
 import json
 import logging
 import re
@@ -293,8 +294,15 @@ def chatml_tokenizer(template=CHATML, **options):
     return tokenizer
 
 
-def render(messages, tokenizer, **columns):
+def render_all(messages, tokenizer, **columns):
+    """The rows of a chat."""
     return qlora.render_chat(qlora.FORMATS["messages"].parse({"messages": messages, **columns}), tokenizer)
+
+
+def render(messages, tokenizer, **columns):
+    """The segments of a chat that is one row."""
+    (segments,) = render_all(messages, tokenizer, **columns)
+    return segments
 
 
 def texts(segments, supervised=True):
@@ -377,7 +385,7 @@ def test_special_tokens_in_a_message_stay_text(tokenizers, name, template):
 
 
 def test_tools_roles_and_nulls_as_parquet_has_them(tmp_path):
-    """A tool call without content, a tool's turn, null keys that Arrow adds, tools as a list or as JSON."""
+    """A tool call without content, a tool's turn, nulls that Arrow adds, tools as a list or as JSON with a null."""
     tokenizer = chatml_tokenizer(TOOLS)
     call = {"type": "function", "function": {"name": "ask", "arguments": {"city": "Oslo"}}, "id": None}
     messages = [
@@ -388,8 +396,8 @@ def test_tools_roles_and_nulls_as_parquet_has_them(tmp_path):
         {"role": "assistant", "content": "It is cold.", "tool_calls": None},
     ]
     tools = [{"type": "function", "function": {"name": "ask", "description": None}}]
-    told = '<|im_start|>tools\n[{"type": "function", "function": {"name": "ask"}}]<|im_end|>\n<|im_start|>system\ns'
-    for column in (tools, json.dumps(tools)):
+    for column, function in ((tools, '{"name": "ask"}'), (json.dumps(tools), '{"name": "ask", "description": null}')):
+        told = f'<|im_start|>tools\n[{{"type": "function", "function": {function}}}]<|im_end|>\n<|im_start|>system\ns'
         file = tiny.rows_to_parquet(tmp_path / "a.parquet", [{"messages": messages, "tools": column}])
         (segments,) = load(file, tokenizer).train["segments"]
         assert texts(segments) == ['ask({"city": "Oslo"})<|im_end|>', "It is cold.<|im_end|>"]
@@ -418,8 +426,8 @@ def test_the_speakers_of_sharegpt(name, role):
     after = {"user": "gpt", "system": "", "assistant": "", "tool": "gpt"}[role]
     turns.append({"from": name, "value": "x"})
     turns += [{"from": after, "value": "y"}] if after else shared("z", "y") if role == "system" else []
-    messages, tools = qlora.FORMATS["sharegpt"].parse({"conversations": turns})
-    assert [m["role"] for m in messages if m["content"] == "x"] == [role] and tools is None
+    chat = qlora.FORMATS["sharegpt"].parse({"conversations": turns})
+    assert [m["role"] for m in chat.messages if m["content"] == "x"] == [role] and chat.tools is None
 
 
 def test_messages_and_sharegpt_give_the_same_rows(tmp_path):
@@ -469,16 +477,276 @@ def test_invalid_messages_are_a_bad_row(tmp_path, name):
     assert len(load(file, chatml_tokenizer(), *flags).train) == 1
 
 
-def test_a_template_that_changes_earlier_turns(tmp_path):
-    """One exchange is fine, two do not join: a bad row that names the way out, which is a template with marks."""
+def test_a_template_that_changes_earlier_turns(tmp_path, caplog):
+    """One exchange is one row. Of two that do not join, each answer is a row with the prompt for generating it."""
     tokenizer = chatml_tokenizer(CHANGING)
     assert texts(render(LONG[:3], tokenizer)) == ["<think></think>Hello<|im_end|>"]
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG[:3]}, {"messages": LONG}])
-    message = error_of(file, tokenizer)
-    assert message.startswith(f"{file}:2: ") and "--chat_template" in message and "{% generation %}" in message
+    with caplog.at_level(logging.INFO, "qlora"):
+        rows = load(file, tokenizer).train
+    assert [where.rpartition(":")[2] for where in rows["where"]] == ["1", "2", "2"]
+    assert any("2 chats became 3 rows" in message for message in caplog.messages)
+    for segments, answer, end in zip(
+        rows["segments"], ["Hello", *["Hello", "In the harbour."]], (2, 2, 4), strict=True
+    ):
+        prompt = tokenizer.apply_chat_template(LONG[:end], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(LONG[: end + 1], tokenize=False)
+        assert "".join(segment["text"] for segment in segments) == whole
+        last = qlora.last_supervised(segments)
+        assert "".join(segment["text"] for segment in segments[:last]) == prompt
+        assert texts(segments) == [f"<think></think>{answer}<|im_end|>"]
     marked = MARKED.replace("{% generation %}", "{% generation %}{% if loop.last %}<think></think>{% endif %}")
     supervised = texts(render(LONG, chatml_tokenizer(marked)))
     assert supervised == ["Hello<|im_end|>", "<think></think>In the harbour.<|im_end|>"]
+
+
+def test_a_template_that_changes_the_question_once_it_is_answered_is_refused():
+    template = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ '?' if loop.last and m.role == 'user' }}")
+    with pytest.raises(qlora.RowError, match=r"--chat_template .*generation"):
+        render(LONG, chatml_tokenizer(template))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [CHATML, MARKED, CHANGING, VICUNA, STOPLESS, LLAMA2.replace("{% else %}", "{% elif m.role != 'system' %}")],
+    ids=["chatml", "marked", "changing", "vicuna", "stopless", "llama-2"],
+)
+@pytest.mark.parametrize("system", [True, False])
+def test_without_its_first_exchanges_a_chat_is_what_the_template_writes_without_them(template, system):
+    """The interface by which encoding shortens a chat: `turn` counts exchanges, and 0 is what stays."""
+    if template in (VICUNA,) and system:
+        pytest.skip("it writes a system turn as an answer")
+    tokenizer = chatml_tokenizer(template)
+    words = ["Why?", "So.", "Whither?", "Sow.", "Why not?", "Well.", "Why?", "So."]
+    head = [{"role": "system", "content": "Be kind."}] * system
+    chat = shared(*words, who="role", what="content")
+    for segments in render_all([*head, *chat], tokenizer):
+        last = max(segment["turn"] for segment in segments)
+        end = len(head) + 2 * last
+        for first in range(1, last + 1):
+            left = "".join(segment["text"] for segment in segments if segment["turn"] in (0, *range(first, last + 1)))
+            shorter = [*head, *chat[2 * first - 2 : end - len(head)]]
+            assert left == tokenizer.apply_chat_template(shorter, tokenize=False)
+    assert last == 4
+
+
+# ------------------------------------------------------------------------------------
+# Tool calls
+# ------------------------------------------------------------------------------------
+
+WEATHER = {"type": "function", "function": {"name": "ask", "arguments": {"city": "Oslo", "when": None}}}
+ASKED = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "", "tool_calls": [WEATHER]}]
+TOOLS_AS_TEXT = TOOLS.replace("c.function.arguments | tojson", "c.function.arguments")  # as DeepSeek's expects them
+WITHOUT_TOOLS = TOOLS.replace("m.tool_calls or []", "[]")
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [WEATHER]},
+        {"role": "assistant", "tool_calls": json.dumps([WEATHER])},
+        {"role": "assistant", "tool_calls": [WEATHER["function"]]},
+        {
+            "role": "assistant",
+            "tool_calls": [{"function": {"name": "ask", "arguments": '{"city": "Oslo", "when": null}'}}],
+        },
+        {"role": "assistant", "content": None, "function_call": WEATHER["function"]},
+        {"from": "function_call", "value": '{"name": "ask", "arguments": {"city": "Oslo", "when": null}}'},
+        {"from": "function_call", "value": json.dumps([WEATHER["function"]])},
+    ],
+    ids=["openai", "list as text", "bare", "arguments as text", "function_call", "llama-factory", "list"],
+)
+@pytest.mark.parametrize("template", [TOOLS, TOOLS_AS_TEXT], ids=["object", "text"])
+def test_a_call_is_the_same_however_it_is_spelt(template, turn):
+    """And a null that was written stays."""
+    question = {"from": "human", "value": "Weather?"} if "from" in turn else ASKED[0]
+    assert texts(render([question, turn], chatml_tokenizer(template))) == [
+        'ask({"city": "Oslo", "when": null})<|im_end|>'
+    ]
+
+
+@pytest.mark.parametrize(
+    "empty", [{"tool_calls": []}, {"tool_calls": None}, {"tool_calls": "[]"}, {"function_call": None}]
+)
+@pytest.mark.parametrize(
+    "tools", [{}, {"tools": []}, {"tools": "[]"}, {"tools": None}, {"tools": ""}, {"functions": []}]
+)
+def test_no_calls_and_no_tools_are_absent(empty, tools):
+    template = "{% if tools is not none %}{{ raise_exception('tools') }}{% endif %}" + CHATML.replace(
+        "{{ m.content }}", "{{ m.content }}{% if 'tool_calls' in m or 'function_call' in m %}{{ 1 / 0 }}{% endif %}"
+    )
+    messages = [LONG[1], {**LONG[2], **empty}]
+    assert texts(render(messages, chatml_tokenizer(template), **tools)) == ["Hello<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("calls", "named"),
+    [
+        ("ask", "tool_calls"),
+        ([3], "tool_calls"),
+        ([{"name": 3}], "a name"),
+        ([{"name": "a", "arguments": "{"}], "arguments"),
+    ],
+)
+def test_a_call_that_is_none_is_a_bad_row(calls, named):
+    with pytest.raises(qlora.RowError, match=named):
+        render([ASKED[0], {"role": "assistant", "tool_calls": calls}], chatml_tokenizer(TOOLS))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_nulls_that_were_written_stay_and_nulls_that_arrow_adds_go(tmp_path, kind):
+    """Parquet's two calls share their columns, so that each gets the other's argument as null."""
+    calls = [
+        {"name": "ask", "arguments": {"city": "Oslo"}},
+        {"name": "ask", "arguments": {"when": None, "days": [None, 2]}},
+    ]
+    rows = [{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    file = (tiny.rows_to_jsonl if kind == "jsonl" else tiny.rows_to_parquet)(tmp_path / f"a.{kind}", rows)
+    first, second = (texts(segments) for segments in load(file, chatml_tokenizer(TOOLS)).train["segments"])
+    assert first == ['ask({"city": "Oslo"})<|im_end|>']
+    kept = '"when": null, ' if kind == "jsonl" else ""
+    assert second == [f'ask({{{kept}"days": [null, 2]}})<|im_end|>']
+
+
+def test_functions_are_tools_and_developers_are_systems():
+    functions = [{"name": "ask", "parameters": {}}]
+    messages = [{"role": "developer", "content": "s"}, *ASKED, {"role": "function", "name": "ask", "content": "cold"}]
+    messages.append({"role": "assistant", "content": "Cold."})
+    tokenizer = chatml_tokenizer(TOOLS)
+    rendered = "".join(texts(render(messages, tokenizer, functions=functions), False))
+    assert rendered.startswith(
+        '<|im_start|>tools\n[{"type": "function", "function": {"name": "ask", "parameters": {}}}]<|im_end|>\n'
+        "<|im_start|>system\ns<|im_end|>"
+    )
+    assert "<|im_start|>tool\ncold<|im_end|>" in rendered
+
+
+# ------------------------------------------------------------------------------------
+# An answer reaches the model, or the row is bad
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "turn", "missing"),
+    [
+        (WITHOUT_TOOLS, {"content": "", "tool_calls": [WEATHER]}, "ask"),  # the bare stop token would be learnt
+        (TOOLS, {"content": "", "tool_calls": [WEATHER]}, None),
+        (TOOLS.replace("{{ c.function.name }}", ""), {"content": "", "tool_calls": [WEATHER]}, "ask"),
+        (TOOLS.replace("| tojson", "| length"), {"content": "", "tool_calls": [WEATHER]}, "Oslo"),
+        (
+            TOOLS.replace("{% if m.content", "{% if not m.tool_calls"),
+            {"content": "Well:", "tool_calls": [WEATHER]},
+            "Well",
+        ),
+        (CHATML.replace("m.content", "m.content[:5]"), {"content": "Hello there"}, "Hello there"),
+        (CHATML.replace("m.content", "m.content | trim"), {"content": " Hello\n\nthere "}, None),
+        (
+            CHATML.replace("m.content", "m.content.split('</think>')[-1]"),
+            {"content": "<think>Hm.</think>\nHello"},
+            None,
+        ),
+        (MARKED.replace("{{ m.content }}<|im_end|>{% end", "<|im_end|>{% end"), {"content": "Hello"}, "Hello"),
+    ],
+)
+def test_what_a_template_leaves_out_of_an_answer_is_a_bad_row(template, turn, missing):
+    messages = [ASKED[0], {"role": "assistant", **turn}]
+    if missing is None:
+        assert render(messages, chatml_tokenizer(template))
+        return
+    with pytest.raises(qlora.RowError, match=rf"turn 2: .*{missing}.*--chat_template"):
+        render(messages, chatml_tokenizer(template))
+
+
+def test_arguments_that_a_template_writes_as_python_become_json_text():
+    expected = ['ask({"city": "Oslo", "when": null})<|im_end|>']
+    assert texts(render(ASKED, chatml_tokenizer(TOOLS_AS_TEXT))) == expected
+    refusing = TOOLS.replace("c.function.arguments | tojson", "'' + c.function.arguments")
+    assert texts(render(ASKED, chatml_tokenizer(refusing))) == expected
+
+
+def test_arguments_hold_whatever_they_hold():
+    """Nested, quoted, in other scripts, as JSON or raw: no false alarm."""
+    arguments = {"a": [1, 2.5, {"b": 'say "hi"\\n\n\tnow'}], "ö": "日本 é", "c": True, "d": None, "e": "", "f": {}}
+    call = {"name": "ask", "arguments": arguments}
+    for template in (
+        TOOLS,
+        TOOLS.replace("tojson", "tojson(ensure_ascii=true)"),
+        TOOLS.replace("tojson", "tojson(indent=2)"),
+    ):
+        (learnt,) = texts(render([ASKED[0], {"role": "assistant", "tool_calls": [call]}], chatml_tokenizer(template)))
+        assert json.loads(learnt.removeprefix("ask(").removesuffix(")<|im_end|>")) == arguments
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_marks_of_reasoning_in_an_answer_are_tokens(template):
+    """Which they are not in a question; other special tokens stay text in both."""
+    tokenizer = tiny.byte_tokenizer(extra=("<|im_start|>", "<|im_end|>", "[THINK]", "[/THINK]"))
+    tokenizer.chat_template = template
+    said = [("user", "[THINK]?"), ("assistant", "[THINK]a[/THINK]b<|im_end|>")]
+    segments = render([{"role": role, "content": content} for role, content in said], tokenizer)
+    ids, labels = encode(segments, tokenizer, rendered=True)
+    assert [i for i in labels if i != NO] == [261, 97, 262, *b"b<|im_end|>", 260]
+    assert ids.count(261) == 1 and bytes(i for i in ids if i < 256).count(b"[THINK]?") == 1
+
+
+# ------------------------------------------------------------------------------------
+# What a row says about itself
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "trainable", "loss_mask", "loss"])
+@pytest.mark.parametrize(("no", "yes"), [(0, 1), (False, True), (0.0, 1.0), ("false", None)])
+@pytest.mark.parametrize("template", [CHATML, CHANGING, MARKED], ids=["prefixes", "changing", "marks"])
+def test_an_answer_may_be_context_only(template, key, no, yes):
+    messages = [*LONG[:2], {**LONG[2], key: no}, LONG[3], {**LONG[4], key: yes}]
+    segments = render(messages, chatml_tokenizer(template))
+    assert [text.removeprefix("<think></think>") for text in texts(segments)] == ["In the harbour.<|im_end|>"]
+    assert "".join(texts(segments, False)).count("Hello<|im_end|>") == 1
+
+
+def test_what_follows_the_last_answer_to_learn_is_left_out():
+    messages = [*LONG[:4], {**LONG[4], "weight": 0}]
+    assert render(messages, chatml_tokenizer()) == render(LONG[:3], chatml_tokenizer())
+    with pytest.raises(qlora.RowError, match="an answer to learn"):
+        render([*LONG[:2], {**LONG[2], "train": False}], chatml_tokenizer())
+    with pytest.raises(qlora.RowError, match=r"messages\[2\]\.weight' is 0\.5"):
+        render([*LONG[:2], {**LONG[2], "weight": 0.5}], chatml_tokenizer())
+
+
+def test_airoboros_chat_honours_weights(tmp_path):
+    turns = shared("a", "b", "c", "d")
+    turns[1]["train"] = False
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"conversations": turns}])
+    flags = (None, "--dataset_format", "airoboros_chat", "--expand_conversations", True)
+    assert [row[-1]["text"] for row in load(file, *flags).train["segments"]] == ["d"]
+    turns[3]["weight"] = 0
+    assert "to learn" in error_of(tiny.rows_to_jsonl(tmp_path / "b.jsonl", [{"conversations": turns}]), *flags)
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_a_system_column_is_a_turn(name):
+    tokenizer = chatml_tokenizer()
+    assert render(LONG[1:], tokenizer, **{name: "Be kind."}) == render(LONG, tokenizer)
+    assert render(LONG, tokenizer, **{name: "Be rude."}) == render(LONG, tokenizer)  # the turn's own comes first
+    assert render(LONG[1:], tokenizer, **{name: ""}) == render(LONG[1:], tokenizer)
+
+
+@pytest.mark.parametrize("options", [{"mood": "calm"}, '{"mood": "calm"}'])
+def test_chat_template_kwargs_reach_the_template(options):
+    tokenizer = chatml_tokenizer("{{ mood | default('none') }}" + CHATML)
+    assert texts(render(LONG, tokenizer, chat_template_kwargs=options), False)[0].startswith("calm<")
+    assert texts(render(LONG, tokenizer, chat_template_kwargs=None), False)[0].startswith("none<")
+    with pytest.raises(qlora.RowError, match=r"chat_template_kwargs.*an object"):
+        render(LONG, tokenizer, chat_template_kwargs=[1])
+
+
+def test_the_date_in_a_template_is_the_runs(tmp_path):
+    tokenizer = chatml_tokenizer("""{{ strftime_now('%d %b %Y') }}|{{ strftime_now("%Y") }}""" + CHATML)
+    tokenizer.template_date = datetime.date(2024, 7, 26)
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG}])
+    assert load(file, tokenizer).train["segments"][0][0]["text"].startswith("26 Jul 2024|2024<|im_start|>")
+    tokenizer.template_date = datetime.date(2025, 1, 2)  # not the rows of the cache
+    assert load(file, tokenizer).train["segments"][0][0]["text"].startswith("02 Jan 2025|2025<|im_start|>")
 
 
 def test_a_template_that_refuses_a_row(tmp_path):
@@ -506,37 +774,115 @@ def test_the_cache_depends_on_the_template(tmp_path):
 # ------------------------------------------------------------------------------------
 
 
-def test_two_limits_cut_prompt_and_last_answer():
-    """On the right both; earlier answers that stay are supervised."""
+FOUR = shared("Hi", "Hello", "Where is it?", "In the harbour.", "Is it big?", "Very.", "Whose is it?", "Mine.",
+              who="role", what="content")  # fmt: skip
+
+
+def encoded_chats(tmp_path, tokenizer, chats, *flags):
+    """The encoded rows to train on, of chats in a file."""
+    file = tiny.rows_to_jsonl(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats])
+    config = qlora.parse_config(["--dataset", str(file), *map(str, flags)])
+    return qlora.encode_splits(qlora.load_splits(config, tokenizer), tokenizer, config).train
+
+
+def template_ids(tokenizer, messages, prompt=False):
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=prompt)[
+        "input_ids"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "system"),
+    [
+        ("byte", CHATML, True), ("byte", MARKED, False), ("byte_bpe", CHATML, True), ("byte_bpe", LLAMA2, False),
+        ("byte_bpe", VICUNA, False), ("sentencepiece", LLAMA2, False), ("sentencepiece", VICUNA, False),
+        ("sentencepiece", "{{ bos_token }}" + VICUNA, False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("exchanges", [1, 2, 3, 4])
+def test_a_chat_that_is_too_long_loses_its_oldest_exchanges(tokenizers, tmp_path, name, template, system, exchanges):
+    """What is left is what the template writes for the shorter chat, whose prompt fits exactly, under either limit."""
+    extra = {} if name == "sentencepiece" else {"extra": ("<|im_start|>", "<|im_end|>")}
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers(name, **extra))
+    tokenizer.chat_template = template
+    head = LONG[:1] * system
+    shorter = [*head, *FOUR[-2 * exchanges :]]
+    expected, prompt = template_ids(tokenizer, shorter), template_ids(tokenizer, shorter[:-1], prompt=True)
+    if template == LLAMA2:  # it has no generation prompt, and the answer's leading space is the answer's
+        prompt = expected[: len(template_ids(tokenizer, shorter[:-1]))]
+    longer = len(template_ids(tokenizer, [*head, *FOUR])) > len(expected)
+    one = ("--model_max_len", len(expected), "--skip_excess_length", "False")
+    for flags in (("--source_max_len", len(prompt)), one):
+        (row,) = encoded_chats(tmp_path, tokenizer, [[*head, *FOUR]], *flags)
+        assert row["input_ids"] == expected and row["cut"] == longer
+        assert sum(label == NO for label in row["labels"]) < len(expected)
+        whole = encode(render(shorter, tokenizer), tokenizer, rendered=True)
+        assert (row["input_ids"], row["labels"]) == whole
+
+
+def test_an_exchange_goes_whole_and_the_last_one_never(tmp_path, caplog):
+    """One token less than fits, and another exchange goes. Where the last does not fit, the row is left out."""
     tokenizer = chatml_tokenizer()
-    segments = render(shared("a", "bcd", "e", "fgh", who="role", what="content"), tokenizer)
-    user, prompt = [IM_START, *b"user\na", IM_END, 10], [IM_START, *b"assistant\n"]
-    source = len(user) + len(prompt) + 2
-    ids, labels = encode(segments, tokenizer, source, 3, rendered=True)
-    assert ids == [*user, *prompt, *b"bc", *b"fgh"]
-    assert labels == [NO] * (source - 2) + [*b"bc", *b"fgh"]
-    assert encode(segments, tokenizer, source, 3, rendered=True, train_on_source=True)[1] == ids
+    lengths = [len(template_ids(tokenizer, FOUR[-2 * n : -1], prompt=True)) for n in (1, 2)]
+    (row,) = encoded_chats(tmp_path, tokenizer, [FOUR], "--source_max_len", lengths[1] - 1)
+    assert row["input_ids"] == template_ids(tokenizer, FOUR[-2:])
+    short = shared("a", "b", who="role", what="content")
+    with caplog.at_level(logging.WARNING, "qlora"):
+        rows = encoded_chats(tmp_path, tokenizer, [FOUR, short, FOUR], "--source_max_len", lengths[0] - 1)
+    assert rows["input_ids"][:] == [template_ids(tokenizer, short)]
+    said = f"2 of 3 train rows are longer than --source_max_len {lengths[0] - 1}: left out"
+    assert caplog.messages[0] == said
+    with pytest.raises(qlora.DataError, match=r"--source_max_len 9: all 2 train rows are longer; raise it"):
+        encoded_chats(tmp_path, tokenizer, [FOUR, FOUR], "--source_max_len", 9)
 
 
-@pytest.mark.parametrize("bos", [True, False])
-def test_one_limit_cuts_from_the_left_and_keeps_bos_where_the_template_has_it(bos):
-    tokenizer = chatml_tokenizer(("{{ bos_token }}" if bos else "") + CHATML)
-    segments = render(LONG, tokenizer)
-    whole, supervised = encode(segments, tokenizer, rendered=True)
-    assert (whole[0] == BOS) == bos
-    ids, labels = encode(segments, tokenizer, 1, 1, 80, rendered=True)
-    kept = 79 if bos else 80
-    assert ids == whole[: 80 - kept] + whole[-kept:]
-    assert labels == supervised[: 80 - kept] + supervised[-kept:]
+def test_a_long_last_answer_is_cut_on_the_right(tmp_path):
+    """Its question stays, and under one limit a quarter of that is the prompt's."""
+    tokenizer = chatml_tokenizer()
+    chat = [*FOUR[:-1], {"role": "assistant", "content": "x" * 300}]
+    prompt = template_ids(tokenizer, FOUR[-2:-1], prompt=True)
+    (row,) = encoded_chats(tmp_path, tokenizer, [chat], "--source_max_len", len(prompt), "--target_max_len", 7)
+    assert row["input_ids"] == [*prompt, *b"x" * 7] and row["labels"] == [NO] * len(prompt) + [*b"x" * 7]
+    flags = ("--model_max_len", 4 * len(prompt), "--skip_excess_length", "False")
+    (row,) = encoded_chats(tmp_path, tokenizer, [chat], *flags)
+    assert row["input_ids"] == [*prompt, *b"x" * 3 * len(prompt)]
+
+
+def test_with_skip_excess_length_a_longer_chat_is_left_out(tmp_path):
+    tokenizer = chatml_tokenizer()
+    rows = encoded_chats(
+        tmp_path, tokenizer, [FOUR, FOUR[-2:]], "--model_max_len", len(template_ids(tokenizer, FOUR)) - 1
+    )
+    assert rows["input_ids"][:] == [template_ids(tokenizer, FOUR[-2:])]
+
+
+def test_a_chat_of_a_stream_loses_its_oldest_exchanges_too(tmp_path):
+    """And one whose last question does not fit is left out."""
+    tokenizer = chatml_tokenizer()
+    long = [*FOUR[:-2], {"role": "user", "content": "q" * 99}, FOUR[-1]]
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": chat} for chat in (FOUR, long, FOUR[-2:])])
+    limit = len(template_ids(tokenizer, FOUR[-2:-1], prompt=True))
+    flags = ["--streaming", "--max_steps", "1", "--train_sampling_strategy", "sequential"]
+    config = qlora.parse_config(["--dataset", str(file), "--source_max_len", f"{limit}", *flags])
+    stream = qlora.encoded_stream(qlora.load_splits(config, tokenizer).train, tokenizer, config)
+    rows = [next(stream) for _ in range(3)]
+    assert [position for position, _ in rows] == [1, 3, 4]
+    assert all(row["input_ids"] == template_ids(tokenizer, FOUR[-2:]) for _, row in rows)
 
 
 def test_limits_cut_custom_segments(byte_tokenizer):
     """The completion begins with the last supervised segment, here the third; EOS is the last one's."""
-    row = [{"text": text, "supervised": supervised} for text, supervised in (("ab", 1), ("c", 0), ("de", 1), ("f", 0))]
-    assert encode(row, byte_tokenizer) == ([BOS, *b"abcdef", EOS], [BOS, 97, 98, NO, 100, 101, NO, NO])
-    assert encode(row, byte_tokenizer, 2, 3) == ([BOS, *b"adef"], [BOS, 97, 100, 101, NO])
-    assert encode(row, byte_tokenizer, 1, 1, 6) == ([BOS, *b"cdef", EOS], [BOS, NO, 100, 101, NO, NO])
-    assert encode([{"text": "ab", "supervised": True}], byte_tokenizer) == ([BOS, *b"ab", EOS],) * 2
+
+    def ids_and_labels(parts, *limits):
+        row = [{"text": text, "supervised": supervised} for text, supervised in parts]
+        segments = qlora.join_segments(qlora.parse_custom("f", lambda _: row, {}), byte_tokenizer)
+        return encode(segments, byte_tokenizer, *limits, rendered=True)
+
+    row = (("ab", 1), ("c", 0), ("de", 1), ("f", 0))
+    assert ids_and_labels(row) == ([BOS, *b"abcdef", EOS], [BOS, 97, 98, NO, 100, 101, NO, NO])
+    assert ids_and_labels(row, 2, 3) == ([BOS, *b"adef"], [BOS, 97, 100, 101, NO])
+    assert ids_and_labels(row, 1, 1, 6) == ([BOS, *b"cdef", EOS], [BOS, NO, 100, 101, NO, NO])
+    assert ids_and_labels([("ab", 1)]) == ([BOS, *b"ab", EOS],) * 2
 
 
 # ------------------------------------------------------------------------------------
@@ -612,8 +958,8 @@ def own(tmp_path):
 
 def test_a_custom_function(own):
     assert load(*own("as_pair")).train["segments"][0] == qlora.prompt_completion("X=", "y")
-    expected = [("x", False), ("y", True), ("!", False)]
-    assert [tuple(segment.values()) for segment in load(*own("as_segments")).train["segments"][1]] == expected
+    rows = load(*own("as_segments", tiny.byte_tokenizer())).train
+    assert texts(rows["segments"][1]) == ["y"] and rows["rendered"][:] == [True] * 2
     rows = load(*own("as_messages", chatml_tokenizer())).train
     assert texts(rows["segments"][0]) == ["y<|im_end|>"] and rows["rendered"][:] == [True] * 2
 
@@ -629,10 +975,75 @@ def test_a_custom_function(own):
     ],
 )
 def test_an_error_in_a_custom_function_names_file_and_row(own, name, line, said):
-    file, _, flag, spec = own(name)
-    message = error_of(file, None, flag, spec)
+    file, tokenizer, flag, spec = own(name, tiny.byte_tokenizer())
+    message = error_of(file, tokenizer, flag, spec)
     assert message.startswith(f"{file}:{line}: ") and said in message
     assert name == "silent" or spec in message
+
+
+def segments_of(tmp_path, tokenizer, *parts):
+    """Tokens, each with whether it is supervised, of a row that a user's function cuts into these segments."""
+    (tmp_path / "mine.py").write_text("def row(r):\n    return r['parts']\n")
+    file = tiny.rows_to_jsonl(tmp_path / "parts.jsonl", [{"parts": parts}])
+    argv = ["--dataset", str(file), "--dataset_format", f"{tmp_path / 'mine.py'}:row"]
+    config = qlora.parse_config(argv)
+    (row,) = qlora.encode_splits(qlora.load_splits(config, tokenizer), tokenizer, config).train
+    return row["input_ids"], [
+        i if label == i else None for i, label in zip(row["input_ids"], row["labels"], strict=True)
+    ]
+
+
+TURNS = [("Q: Hi\nA: ", False), ("Hello.", True), ("\nQ: more?\nA: ", False), ("no", True)]
+WORD = [("The answer is un", False), ("believable", True), ("!", False)]
+
+
+@pytest.mark.parametrize("parts", [TURNS, WORD, [("The ", False), ("lamp", True)], [("ship", True)]])
+@pytest.mark.parametrize("name", ["sentencepiece", "byte_bpe"])
+def test_segments_are_tokenised_as_one_text(tokenizers, tmp_path, name, parts):
+    """The ids of the joined text; a token is supervised where a character of it is."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers(name))
+    text = "".join(part for part, _ in parts)
+    if name == "sentencepiece":
+        folder = tokenizers(name)
+        expected = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode(text)
+    else:
+        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    rows = [{"text": part, "supervised": supervised} for part, supervised in parts]
+    ids, supervised = segments_of(tmp_path, tokenizer, *rows)
+    assert ids == [tokenizer.bos_token_id, *expected, tokenizer.eos_token_id]
+    flags = [flag for part, flag in parts for _ in part]
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    wanted = [any(flags[start:end]) for start, end in offsets]
+    assert [i is not None for i in supervised] == [parts[0][1], *wanted, parts[-1][1]]
+
+
+def test_special_tokens_are_written_on_purpose_only(tmp_path):
+    """One that is named is a token, one in a text is not; `supervised` is false unless it says so."""
+    tokenizer = chatml_tokenizer()
+    parts = [
+        {"special": "<|im_start|>"}, {"text": "user\n<|im_end|>", "supervised": False},
+        {"special": "<|im_end|>", "supervised": True}, {"text": "a</s>", "supervised": True},
+    ]  # fmt: skip
+    ids, supervised = segments_of(tmp_path, tokenizer, *parts)
+    assert ids == [BOS, IM_START, *b"user\n<|im_end|>", IM_END, *b"a</s>", EOS]
+    assert supervised == [None] * 17 + [IM_END, *b"a</s>", EOS]
+
+
+def test_predictions_show_segments_without_bos_and_eos(byte_tokenizer):
+    parts = [{"text": "a<s>", "supervised": False}, {"text": "b", "supervised": True}]
+    segments = qlora.join_segments(qlora.parse_custom("f", lambda _: parts, {}), byte_tokenizer)
+    assert qlora.decoded_pair(segments, True, byte_tokenizer) == {"input": "a<s>", "output": "b"}
+
+
+def test_a_special_token_that_the_tokenizer_lacks(tmp_path):
+    with pytest.raises(qlora.DataError, match=r"parts.jsonl:1: .*'<\|im_ende\|>'.*no such special token"):
+        segments_of(tmp_path, chatml_tokenizer(), {"special": "<|im_ende|>"}, {"text": "a", "supervised": True})
+
+
+@pytest.mark.parametrize("part", [{"text": "a"}, {"supervised": True}, {"special": None}, "a"])
+def test_a_segment_that_lacks_something(tmp_path, part):
+    with pytest.raises(qlora.DataError, match=r"expected: it returns .*special, supervised"):
+        segments_of(tmp_path, chatml_tokenizer(), part)
 
 
 def test_a_changed_custom_function_is_called_again(own, tmp_path):
@@ -683,6 +1094,49 @@ def test_a_run_on_messages_with_a_template_from_a_file(run_qlora, models, tmp_pa
     assert row["input"] == prompt + "<|im_start|>assistant\n" and row["output"] == row["prediction"] == "second"
     saved = AutoTokenizer.from_pretrained(run.output_dir)
     assert saved.chat_template == CHATML and saved.eos_token == "<|im_end|>"
+
+
+def test_a_prediction_has_its_whole_last_question(run_qlora, models, tmp_path):
+    """Also where it is longer than a prompt may be; earlier exchanges go, as in training."""
+    model = models("llama", tokenizer=write_chat_tokenizer)
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    long = [*FOUR[:-2], {"role": "user", "content": "q" * 99}, FOUR[-1]]
+    tiny.rows_to_jsonl(tmp_path / "train.jsonl", [{"messages": FOUR[-2:]}])
+    tiny.rows_to_jsonl(tmp_path / "test.jsonl", [{"messages": FOUR}, {"messages": long}])
+    flags = {"model_name_or_path": model, "dataset": tmp_path, "source_max_len": 60, "max_new_tokens": 2}
+    flags |= {"chat_template": tmp_path / "chat.jinja", "eos_token": "<|im_end|>", "predict_with_generate": True}
+    run = run_qlora(**flags, max_steps=1, do_predict=True)
+    assert run.code == 0 and "1 of 2 eval rows are longer than --source_max_len 60: left out" in run.stderr
+    rows = [json.loads(line) for line in (run.output_dir / "predictions.jsonl").read_text().splitlines()]
+    for row, question in zip(rows, ("Whose is it?", "q" * 99), strict=True):
+        assert row["prediction_with_input"].startswith(f"user\n{question}\nassistant\n")
+
+
+def test_a_resume_on_another_day_has_the_same_rows(run_qlora, models, tmp_path, monkeypatch):
+    """And so does a run that repeats another; a fresh one has its own day."""
+
+    class Day(datetime.date):
+        now = "2024-07-26"
+
+        @classmethod
+        def today(cls):
+            return datetime.date.fromisoformat(cls.now)
+
+    monkeypatch.setattr(qlora, "date", Day)
+    (tmp_path / "chat.jinja").write_text("Today is {{ strftime_now('%d %b %Y') }}.\n" + CHATML)
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG}] * 4)
+    flags = {"model_name_or_path": models("llama", tokenizer=write_chat_tokenizer), "dataset": file, "save_steps": 1}
+    flags |= {"chat_template": tmp_path / "chat.jinja", "source_max_len": 300}
+    first = run_qlora(**flags, max_steps=1, output_dir=tmp_path / "out")
+    Day.now = "2024-07-27"
+    resumed = run_qlora(**flags, max_steps=2, output_dir=tmp_path / "out")
+    assert first.code == resumed.code == 0 and "resuming from" in resumed.stderr
+    fresh = run_qlora(**flags, max_steps=1, output_dir=tmp_path / "fresh")
+    records = [fresh.json("run.json"), resumed.json("run.json")]
+    assert [record["derived"]["template date"] for record in records] == ["2024-07-27", "2024-07-26"]
+    assert records[0]["data"] != records[1]["data"]
+    repeated = run_qlora(str(tmp_path / "out" / "run.json"), **flags, max_steps=1, output_dir=tmp_path / "again")
+    assert repeated.json("run.json")["data"] == records[1]["data"]
 
 
 def write_chat_tokenizer(path):

@@ -12,7 +12,7 @@ import datasets
 import pytest
 import sentencepiece
 import tiny
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import qlora
@@ -153,6 +153,64 @@ def test_special_tokens_in_text_stay_text_sentencepiece(tokenizers, text):
 def test_a_special_token_named_by_a_flag_stays_text_too():
     tokenizer = special(tiny.byte_tokenizer(extra=("<|end|>",)), "--eos_token", "<|end|>")
     assert encode("a<|end|>", "x", tokenizer, 99, 99)[0] == [BOS, A, *b"<|end|>", X, 259]
+
+
+def with_markers():
+    """A tokenizer like DeepSeek's, whose markers of turns are not flagged special."""
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in ("<|User|>", "<|Assistant|>", "<think>")])
+    return tokenizer
+
+
+def test_markers_of_turns_that_are_not_flagged_special_stay_text_too():
+    """Between two of their characters the text is cut; other tokens that are not flagged are tokens."""
+    text = "a<|Assistant|>b<think>"
+    ids, *_ = encode(text, text, with_markers(), 99, 99)
+    assert ids == [BOS, *b"a<|Assistant|>b", 261, *b"a<|Assistant|>b", 261, EOS]
+
+
+WRITTEN = "<|im_start|>user\nHi<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokenizer", "count"),
+    [
+        ([("a", "b"), (WRITTEN, "b"), ("a", "b</s>"), ("<", "/s>")], None, 2),
+        ([("a<|User|>", "b"), ("<think>", "b"), ("<|user|>", "b")], with_markers, 1),
+        ([("a", "b")], None, 0),
+    ],
+)
+def test_rows_with_special_tokens_as_text_are_counted_and_warned_of(tmp_path, info, rows, tokenizer, count):
+    tokenizer = tokenizer() if tokenizer else tiny.byte_tokenizer(extra=("<|im_start|>", "<|im_end|>"))
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"input": a, "output": b} for a, b in rows])
+    config = qlora.parse_config(["--dataset", str(file)])
+    encoded = qlora.encode_splits(qlora.load_splits(config, tokenizer), tokenizer, config)
+    _, statistics = qlora.pack_and_summarize(encoded, config)
+    assert statistics["train"].special_text == count
+    warned = [m for m in info.messages if "special tokens, which stay text" in m]
+    assert [m.split()[0] for m in warned] == [f"{count}"] * bool(count)
+    assert (f"{count} ({count / len(rows):.1%}) with special tokens as text" in str(statistics["train"])) == bool(count)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_special_tokens_in_a_chat_are_counted_too(tmp_path, role):
+    """But not those of the template, nor those that a function names."""
+    tokenizer = with_markers()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ {'user': '<|User|>', 'assistant': '<|Assistant|>'}[m.role] }}{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' }}{% endfor %}{{ '<|Assistant|>' if add_generation_prompt }}"
+    )
+    written = {"user": "q<|Assistant|>", "assistant": "</s>a"}
+    chats = [[("user", "q"), ("assistant", "<think>a")], [("user", "q"), ("assistant", "a")]]
+    chats[1] = [(name, written[name] if name == role else text) for name, text in chats[1]]
+    rows = [{"messages": [{"role": name, "content": text} for name, text in chat]} for chat in chats]
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", rows)
+    config = qlora.parse_config(["--dataset", str(file)])
+    train = qlora.encode_splits(qlora.load_splits(config, tokenizer), tokenizer, config).train
+    assert train["special_text"][:] == [False, True]
+    assert train["input_ids"][0] == [259, *b"q", 260, 261, *b"a", EOS]
+    expected = {"user": [259, *b"q<|Assistant|>", 260, *b"a", EOS], "assistant": [259, *b"q", 260, *b"</s>a", EOS]}
+    assert train["input_ids"][1] == expected[role]
 
 
 # ------------------------------------------------------------------------------------
@@ -443,7 +501,8 @@ def test_the_cache_depends_on_flags_tokenizer_and_rows(encode_file):
 
 def statistics(*rows):
     """Of rows given as (ids, labels)."""
-    facts = [qlora.row_facts(qlora.Encoded(*row, cut=False), EOS, masked=False) | {"cut": False} for row in rows]
+    more = {"cut": False, "special_text": False}
+    facts = [qlora.row_facts(qlora.Encoded(*row, cut=False), EOS, masked=False) | more for row in rows]
     return qlora.token_statistics(datasets.Dataset.from_list(facts), masked=False)
 
 

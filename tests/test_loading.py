@@ -4,8 +4,10 @@ import gzip
 import json
 import logging
 import os
+from collections import Counter
 
 import datasets
+import pyarrow
 import pytest
 import tiny
 
@@ -82,16 +84,27 @@ KINDS = {
     "rows.tsv": write_tsv,
     "rows.parquet": tiny.rows_to_parquet,
     "ROWS.JSONL": tiny.rows_to_jsonl,
+    "rows.ndjson": tiny.rows_to_jsonl,
+    "rows.jsonlines": tiny.rows_to_jsonl,
 }
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
-@pytest.mark.parametrize("name", KINDS)
-def test_a_file_of_each_kind(tmp_path, name, packed):
-    file = KINDS[name](tmp_path / name, ROWS)
-    if packed:
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(file.read_bytes()))
-        file = file.rename(tmp_path / "hidden").with_name(f"{name}.gz")
+def zstd(data):
+    """In two frames, as parallel compressors write them."""
+    codec = pyarrow.Codec("zstd")
+    return b"".join(codec.compress(half, asbytes=True) for half in (data[:20], data[20:]))
+
+
+COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".ZST": zstd}
+
+
+@pytest.mark.parametrize(
+    "name", [name + suffix for name in KINDS for suffix in COMPRESSIONS if name + suffix != "rows.parquet.ZST"]
+)
+def test_a_file_of_each_kind(tmp_path, name):
+    kind, suffix = next((name.removesuffix(s), s) for s in reversed(COMPRESSIONS) if name.endswith(s))
+    content = KINDS[kind](tmp_path / "hidden", ROWS).read_bytes()
+    (file := tmp_path / name).write_bytes(COMPRESSIONS[suffix](content))
     splits = load("--dataset", file)
     assert pairs_of(splits.train) == ROWS
     assert splits.eval is None
@@ -115,7 +128,65 @@ def test_a_folder_of_files_named_after_splits(tmp_path):
     assert outputs(splits.train) == ["0", "1", "2"] and outputs(splits.eval) == ["t0", "t1"]
 
 
-@pytest.mark.parametrize("names", [("a", "b"), ("tests", "training"), ("my_test", "my_train")])
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        ("train", "val"), ("train", "valid"), ("Train", "DEV"), ("gsm8k_train", "gsm8k_test"),
+        ("squad-train-00000-of-00001", "squad-validation-00000-of-00001"), ("a.train", "a.eval"),
+    ],
+)  # fmt: skip
+def test_names_of_splits(tmp_path, train, held_out):
+    tiny.rows_to_jsonl(tmp_path / f"{train}.jsonl", numbered(3))
+    tiny.rows_to_jsonl(tmp_path / f"{held_out}.jsonl", numbered(2, "h"))
+    splits = load("--dataset", tmp_path, "--do_eval")
+    assert outputs(splits.train) == ["0", "1", "2"] and outputs(splits.eval) == ["h0", "h1"]
+    assert outputs(load("--dataset", tmp_path).train) == ["0", "1", "2"]
+
+
+def test_several_files_of_one_split(tmp_path):
+    for name in ("train-1", "part_train", "val", "dev_2"):
+        tiny.rows_to_jsonl(tmp_path / f"{name}.jsonl", numbered(1, name))
+    splits = load("--dataset", tmp_path, "--do_eval")
+    assert outputs(splits.train) == ["part_train0", "train-10"] and outputs(splits.eval) == ["dev_20", "val0"]
+
+
+def test_a_folder_with_dev_and_val_alone_has_nothing_to_train_on(tmp_path):
+    message = data_error("--dataset", write_splits(tmp_path, "dev", "val"))
+    assert "no split named train, found validation" in message
+
+
+def test_splits_of_a_saved_dataset_may_have_other_names(tmp_path):
+    parts = {"Train": datasets.Dataset.from_list(ROWS), "dev": datasets.Dataset.from_list(ROWS[:2])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    splits = load("--dataset", tmp_path / "saved", "--do_eval")
+    assert pairs_of(splits.train) == ROWS and pairs_of(splits.eval) == ROWS[:2]
+
+
+def test_sub_folders_are_read_where_the_folder_has_no_data(tmp_path, info):
+    for split, count in (("train", 2), ("test", 1)):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        tiny.rows_to_jsonl(tmp_path / "data" / split / "part.jsonl", numbered(count, split))
+    (tmp_path / ".git").mkdir()
+    tiny.rows_to_jsonl(tmp_path / ".git" / "train.jsonl", numbered(9))
+    splits = load("--dataset", tmp_path, "--do_eval")
+    assert outputs(splits.train) == ["train0", "train1"] and outputs(splits.eval) == ["test0"]
+    assert not any("not read" in message for message in info.messages)
+
+
+def test_what_is_not_read_of_a_folder_is_named(tmp_path, info):
+    write_splits(tmp_path, "train", "test", "validation")
+    (tmp_path / "old").mkdir()
+    tiny.rows_to_jsonl(tmp_path / "old" / "train.jsonl", numbered(9))
+    (tmp_path / "notes.txt").write_text("not data")
+    (tmp_path / ".hidden").write_text("")
+    assert len(load("--dataset", tmp_path, "--do_eval").train) == 3
+    assert [m for m in info.messages if "not read" in m] == [
+        f"{tmp_path}: not read: notes.txt, old/train.jsonl",
+        f"not read: {tmp_path}[test]",
+    ]
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("tests", "training"), ("attest", "constraint")])
 def test_a_folder_of_other_files_is_one_set(tmp_path, names):
     tiny.rows_to_jsonl(tmp_path / f"{names[0]}.jsonl", numbered(2, "a"))
     (tmp_path / f"{names[1]}.csv.gz").write_bytes(gzip.compress(b"input,output\nq,b0\n"))
@@ -141,6 +212,8 @@ def test_an_unknown_kind_of_file(tmp_path, name):
     [
         ("torn.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode() * 99, mtime=0)[:-20]),
         ("no.jsonl.gz", b'{"input": "a", "output": "b"}\n'),
+        ("no.jsonl.zst", b'{"input": "a", "output": "b"}\n'),
+        ("torn.jsonl.zst", pyarrow.Codec("zstd").compress(bytes(range(256)) * 9, asbytes=True)[:-20]),
         ("no.parquet", b"PAR1 it is not"),
         ("no.parquet.gz", gzip.compress(b"PAR1 it is not", mtime=0)),
         ("empty.parquet", b""),
@@ -178,6 +251,24 @@ def test_an_empty_set_always_stops(tmp_path, name, content, policy):
 # ------------------------------------------------------------------------------------
 # Contents of files
 # ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.jsonl", "array.json", "rows.csv.gz"])
+def test_another_encoding_is_named(tmp_path, name, encoding):
+    """Before it is said that columns are missing; also where rows may be skipped."""
+    text = KINDS[name.removesuffix(".gz")](tmp_path / "utf-8", ROWS).read_text(encoding="utf-8")
+    content = text.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    options = ("--on_bad_rows", "skip", "--output_dir", tmp_path / "out")
+    message = data_error("--dataset", tmp_path / name, *options)
+    assert message.startswith(f"{tmp_path / name}: ") and "UTF-16 or UTF-32, expected UTF-8" in message
+
+
+def test_latin_1_is_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes("input,output\ncafé,b\n".encode("latin-1"))
+    assert "a.csv:2: field 'input' is" in (message := data_error("--dataset", tmp_path / "a.csv"))
+    assert "expected UTF-8 (is the file in Latin-1?)" in message
 
 
 def test_csv_cells_are_their_text(tmp_path):
@@ -572,6 +663,90 @@ def test_a_file_with_a_comma_in_its_name(tmp_path):
 
 
 # ------------------------------------------------------------------------------------
+# Shares and repeats
+# ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Files of 40, 9 and 3 rows; an output names its file."""
+    for name, count in (("a", 40), ("b", 9), ("c", 3)):
+        tiny.rows_to_jsonl(tmp_path / f"{name}.jsonl", numbered(count, name))
+    return tmp_path
+
+
+def counted(rows):
+    """How many different outputs occur how often, by their first letter."""
+    return Counter((output[0], times) for output, times in Counter(outputs(rows)).items())
+
+
+def test_shares_and_repeats(three, info):
+    rows = load("--dataset", f"{three}/a.jsonl:0.25, {three}/b.jsonl:2,{three}/c.jsonl").train
+    assert counted(rows) == {("a", 1): 10, ("b", 2): 9, ("c", 1): 3}
+    assert any("a.jsonl: a share of 0.25: 10 of 40 rows" in message for message in info.messages)
+
+
+def test_a_share_between_two_numbers_of_repeats(three):
+    assert counted(load("--dataset", f"{three}/c.jsonl:2.34").train) == {("c", 2): 2, ("c", 3): 1}
+    assert counted(load("--dataset", f"{three}/a.jsonl:.1,{three}/c.jsonl:1").train) == {("a", 1): 4, ("c", 1): 3}
+
+
+def test_a_share_is_the_same_each_time_and_not_the_first_rows(three):
+    first, second = (outputs(load("--dataset", f"{three}/a.jsonl:0.5", "--seed", seed).train) for seed in (1, 2))
+    assert first == second and len(first) == 20 and first != [f"a{n}" for n in range(20)]
+    assert first == sorted(first, key=lambda output: int(output[1:]))
+
+
+def test_no_copy_of_a_held_out_row_is_trained_on(three):
+    flags = ("--do_eval", "--eval_dataset_size", "0.3")
+    splits = load("--dataset", f"{three}/b.jsonl:3,{three}/a.jsonl:0.5", *flags)
+    assert not set(outputs(splits.train)) & set(outputs(splits.eval))
+    assert len(splits.eval) == 9 == len(set(outputs(splits.eval)))  # of 9 + 20 different rows
+    assert set(Counter(o for o in outputs(splits.train) if o[0] == "b").values()) == {3}
+
+
+def test_a_split_of_its_own_is_evaluated_on_whole(tmp_path):
+    splits = load("--dataset", f"{write_splits(tmp_path, 'train', 'test')}:2", "--do_eval")
+    assert len(splits.train) == 6 and len(splits.eval) == 3
+    alone = load("--dataset", f"{tmp_path}:2", "--do_eval", "--do_train", "False")
+    assert alone.train is None and len(alone.eval) == 3
+
+
+@pytest.mark.parametrize("name", ["a:2", "a:0.5", "x,y:3"])
+def test_a_path_with_a_colon(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    tiny.rows_to_jsonl(tmp_path / name / "rows.jsonl", numbered(4))
+    assert outputs(load("--dataset", name).train) == ["0", "1", "2", "3"]
+    assert len(load("--dataset", f"{tmp_path / name}").train) == 4
+    if "," not in name:
+        assert len(load("--dataset", f"{name}:2,{name}").train) == 12
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [(":0", "expected a share such as 0.5"), (":0.0", "expected a share")],
+)
+def test_a_share_of_nothing(three, share, message):
+    with pytest.raises(qlora.QLoRAError, match=message) as caught:
+        load("--dataset", f"{three}/c.jsonl{share}")
+    assert f"c.jsonl{share}" in str(caught.value)
+
+
+def test_shares_through_a_whole_run(run_qlora, three):
+    """run.json has them; a stream takes none; the output folder may not be the dataset's."""
+    names = f"{three}/b.jsonl:2,{three}/c.jsonl"
+    run = run_qlora(dataset=names, max_steps=1)
+    record = run.json("run.json")
+    assert run.code == 0 and record["flags"]["dataset"] == names
+    assert record["data"]["train"]["rows"] == 21 and record["data"]["train"]["duplicates"] == 9
+    stream = run_qlora(dataset=f"{three}/b.jsonl:2", streaming=True, max_steps=1)
+    assert stream.code == 2 and "--streaming needs one --dataset" in stream.stderr
+    inside = run_qlora(dataset=f"{three}/b.jsonl:2", output_dir=three)
+    assert inside.code == 2 and "the run reads --dataset" in inside.stderr
+
+
+# ------------------------------------------------------------------------------------
 # The cache
 # ------------------------------------------------------------------------------------
 
@@ -608,6 +783,24 @@ def test_bad_rows_are_found_in_the_cache_too(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"input": "a"}\n')
     first, second = (data_error("--dataset", tmp_path / "a.jsonl") for _ in range(2))
     assert first == second
+
+
+def test_a_format_of_ones_own_says_that_its_rows_are_cached(tmp_path, info):
+    (tmp_path / "mine.py").write_text("def row(r):\n    return {'input': r['q'], 'output': r['a']}\n")
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"q": "x", "a": "y"}])
+    load("--dataset", file, "--dataset_format", f"{tmp_path / 'mine.py'}:row")
+    assert sum("if it reads other files" in m and "--cache_dir" in m for m in info.messages) == 1
+
+
+def test_no_column_is_read_row_by_row(run_qlora, monkeypatch, tmp_path):
+    """Of two million rows that takes half a minute; as a slice it takes 0.1 s."""
+
+    def fail(column):
+        raise AssertionError("a column of the dataset is iterated over")
+
+    monkeypatch.setattr(datasets.arrow_dataset.Column, "__iter__", fail)
+    for n, flags in enumerate(({"packing": True}, {"do_eval": True, "eval_dataset_size": 2})):
+        assert run_qlora(max_steps=1, **flags, output_dir=tmp_path / f"{n}").code == 0
 
 
 # ------------------------------------------------------------------------------------
@@ -647,7 +840,7 @@ def test_each_failure_of_the_hub_is_one_line(monkeypatch, failure):
     [
         ("a.json", b'{\n  "input": "a",\n  "output": "b"\n}\n', ":1: not valid JSON"),
         ("a.json", b'[{"input":1,}]', "not valid JSON"),
-        ("a.jsonl", '{"input": "a", "output": "b"}\n'.encode("utf-16"), ":1: not valid JSON"),
+        ("a.jsonl", '{"input": "a", "output": "b"}\n'.encode("utf-16"), "UTF-16"),
         ("a.jsonl", b"", "no row in it"),
         ("a.csv", b"input,output\n", "no row in it"),
         ("a.jsonl", b"[1]\n[2]\n", "expected"),

@@ -30,12 +30,12 @@ SHOWN = """\
 row 1: {0}:1, 6 tokens, 3 supervised
 <s>ab⟪cd</s>⟫
 
-row 2: {0}:2, 20 tokens, 8 supervised, cut
+row 2: {0}:2, 20 tokens, 8 supervised, cut, special tokens as text
 <s></s>\\x1b[1m⟪⟪é🙂↵
 x⟫
 
 train rows: 4 rows, 66 tokens, 34 in the longest row, 16 (24.2%) supervised, 2 (50.0%) cut, 1 (25.0%) without EOS, \
-1 (25.0%) duplicates
+1 (25.0%) duplicates, 1 (25.0%) with special tokens as text
 """
 
 
@@ -180,7 +180,9 @@ def test_every_run_logs_and_records_the_statistics(run_qlora, rows_file):
     run = run_qlora(dataset=rows_file, train_sampling_strategy="sequential", max_steps=1, **LIMITS)
     assert run.code == 0
     line = "4 rows, 66 tokens, 34 in the longest row, 16 (24.2%) supervised, 2 (50.0%) cut, 1 (25.0%) without EOS"
-    assert re.search(rf"train data +{re.escape(line)}, 1 \(25.0%\) duplicates\n", run.stderr)
+    assert re.search(
+        rf"train data +{re.escape(line)}, 1 \(25.0%\) duplicates, 1 \(25.0%\) with special tokens as text\n", run.stderr
+    )
     data = run.json("run.json")["data"]["train"]
     expected = {"rows": 4, "tokens": 66, "supervised": 16, "cut": 2, "without_eos": 1, "duplicates": 1}
     expected |= {"largest_id": 257, "longest": 34}
