@@ -133,7 +133,7 @@ from transformers import (
 )  # fmt: skip
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import deepspeed as hf_deepspeed
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, get_gguf_tokenizer
+from transformers.integrations.gguf import gguf_tokenizer_mapping
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -1783,12 +1783,13 @@ def match_file(tokenizer: Any, folder: str, config: Config, **options: Any) -> A
 
 def set_gguf_splits(tokenizer: Any, path: Path) -> None:
     """Split text as the merges in a .gguf file were learned, where transformers does not know the file's way."""
-    _, facts, _ = get_gguf_tokenizer(str(path))
+    _, facts, _ = gguf_tokenizer_mapping.get_gguf_tokenizer(str(path))
+    known = getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", ())  # from transformers 5.18 on
     name = facts.get("pre_tokenizer_type", "gpt-2") if facts["tokenizer_type"] == "gpt2" else "gpt-2"
     if name in GGUF_SINGLE_DIGITS:
         splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    elif name not in (*GGUF_DIGIT_RUNS, *GGUF_PRE_TOKENIZER_SPLITS):
+    elif name not in (*GGUF_DIGIT_RUNS, *known):
         log.warning("%s: unknown way %r of splitting text: as GPT-2 does, which may give other ids", path, name)
 
 
