@@ -587,8 +587,11 @@ class LoraArguments:
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
     """Training: new flags, and flags whose default differs from the Trainer's."""
-    do_train: bool = arg(True, "Train.")
     output_dir: str = arg("./output", "Folder for adapter, checkpoints, metrics and predictions.")
+    do_train: bool = arg(True, "Train.")
+    do_predict: bool = arg(False, "Answer the held-out rows with --predict_with_generate, into predictions.jsonl.")
+    predict_with_generate: bool = arg(False, "Generate the predictions.")
+    max_steps: int = arg(10000, "Optimizer steps; takes precedence over epochs.")
     report_to: str = arg("none", "Trackers: none, all, or some of tensorboard, wandb, trackio, ...", nargs="+")
     debug: str = arg("", "Show tracebacks of errors; with underflow_overflow, the Trainer's check.", nargs="*")
     gradient_checkpointing: bool = arg(True, "Recompute activations in the backward pass when memory requires it.")
@@ -615,8 +618,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
 
 TRAINER_DEFAULTS: dict[str, Any] = {  # of the Trainer's own flags, where they differ from its defaults
     "optim": "paged_adamw_32bit", "learning_rate": 2e-4, "lr_scheduler_type": "constant", "max_grad_norm": 0.3,
-    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "max_steps": 10000, "warmup_steps": 0.03,
-    "logging_steps": 10, "save_steps": 250, "save_total_limit": 40, "remove_unused_columns": False,
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "warmup_steps": 0.03, "logging_steps": 10,
+    "save_steps": 250, "save_total_limit": 40, "remove_unused_columns": False,
 }
 
 
@@ -656,9 +659,9 @@ class Config:
     data: DataArguments
     quant: QuantisationArguments
     lora: LoraArguments
+    training: TrainingArguments
     mmlu: MMLUArguments
     generation: GenerationArguments
-    training: TrainingArguments  # last: the Trainer's own flags end --help
     flags: dict[str, Any]  # every flag by its own name, as resolved; tokens are hidden
     explicitly_set: frozenset[str]  # flags that the user passed
     record: dict[str, Any]  # run.json of the run to repeat, or empty
@@ -680,6 +683,21 @@ RENAMED_FLAGS: dict[str, str] = {
     "group_by_length": "train_sampling_strategy group_by_length random", "adafactor": "optim adafactor",
     "use_flash_attention_2": "attn_implementation flash_attention_2", "adam8bit": "optim paged_adamw_8bit",
 }  # fmt: skip
+# What people type, with names of axolotl and LLaMA-Factory, where similarity suggests another flag than this one.
+OTHER_NAMES: dict[str, str] = {name: flag for flag, names in (
+    ("model_name_or_path", "model base_model model_id model_dir"), ("learning_rate", "lr"), ("output_dir", "out"),
+    ("dataset", "data_path dataset_path train_file"), ("dataset_format", "type dataset_type prompt_template"),
+    ("adapter_name_or_path", "adapter lora_model_dir"), ("merged_output_dir", "merge merge_lora export_dir"),
+    ("resume_from_checkpoint", "resume checkpoint"), ("gradient_accumulation_steps", "grad_accum"),
+    ("per_device_train_batch_size", "batch_size train_batch_size micro_batch_size"), ("num_train_epochs", "epochs"),
+    ("per_device_eval_batch_size", "eval_batch_size"), ("max_steps", "max_train_steps"), ("lora_r", "r rank lora_rank"),
+    ("bits 4", "load_in_4bit qlora"), ("bits 8", "load_in_8bit"), ("bits", "quantization_bit quantization"),
+    ("lora_modules", "lora_target lora_target_modules target_modules lora_target_linear"), ("report_to", "wandb"),
+    ("model_max_len", "sequence_len cutoff_len max_seq_length max_seq_len max_length seq_len context_length"),
+    ("double_quant", "bnb_4bit_use_double_quant"), ("modules_to_save", "additional_target"),
+    ("full_finetune", "finetuning_type"), ("max_train_samples", "max_samples"), ("eval_dataset_size", "val_size"),
+    ("attn_implementation", "flash_attn flash_attention"), ("use_auth_token", "token hf_token"),
+) for name in names.split()}  # fmt: skip
 # Accepted without effect, and why.
 IGNORED_FLAGS: dict[str, str] = {name: why for names, why in (
     ("save_safetensors use_fast_tokenizer", "always so"),
@@ -709,9 +727,10 @@ REMOVED_FLAGS: dict[str, str] = {name: instead for names, instead in (
 # Removed flags with the original's default, as its command lines may have them.
 HARMLESS = {("num_beam_groups", "1"), ("diversity_penalty", "0.0"), ("penalty_alpha", "None")}
 OLD_FLAGS = {"logging_dir", *RENAMED_FLAGS, *IGNORED_FLAGS, *REMOVED_FLAGS}
-# Flags that repeating a run does not take over: its folders, what deletes or publishes, what depends on the machine.
+# Flags that repeating a run does not take over: its folders, what deletes, publishes or runs code, what depends on the
+# machine.
 NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
-    "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token"})  # fmt: skip
+    "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "trust_remote_code"})  # fmt: skip
 HUB_TOKEN = re.compile(r"\bhf_\w{8,}")  # some users pass one to --use_auth_token
 
 
@@ -729,7 +748,7 @@ class OldFlag(argparse.Action):
             log.warning("%s: accepted, without effect: %s", written, IGNORED_FLAGS[name])
             return
         if name == "logging_dir":
-            os.environ["TENSORBOARD_LOGGING_DIR"] = value
+            os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.expanduser(value)
             log.warning("%s: old name, set as TENSORBOARD_LOGGING_DIR", written)
             return
         current, *choices = RENAMED_FLAGS[name].split()
@@ -746,19 +765,41 @@ class OldFlag(argparse.Action):
 
 
 class Parser(HfArgumentParser):
-    """HfArgumentParser that knows old flags, lists the Trainer's own ones separately and raises ConfigErrors."""
+    """HfArgumentParser with a short help, which knows old flags and raises ConfigErrors."""
+
+    everything = False  # whether the help lists the Trainer's other flags
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        """One group for the flags of this file, one for those that are as in the Trainer."""
-        ours: Any = self.add_argument_group(dtype.__doc__.rstrip("."))
-        trainers: Any = self.add_argument_group("The Trainer's other flags, with its own defaults")
         hints = get_type_hints(dtype)
         for argument in dataclasses.fields(dtype):
-            name, hint = argument.name, hints[argument.name]
-            if argument.init and name not in OLD_FLAGS:
+            hint = hints[argument.name]
+            if argument.init and argument.name not in OLD_FLAGS:
                 argument.type = bool if hint == bool | None else hint  # else the flag alone would be an error
-                own = name in dtype.__annotations__ or name in TRAINER_DEFAULTS
-                self._parse_dataclass_field(ours if own else trainers, argument)
+                self._parse_dataclass_field(self, argument)
+
+    def format_help(self) -> str:
+        """One line for each flag: first those that most runs need, then the others by group."""
+        usage = "usage: python qlora.py [RUN.yaml | RUN.json] --FLAG VALUE ...; --help all adds the Trainer's own flags"
+        lines = [str(__doc__).partition("\n")[0], usage]
+        actions = {action.dest: action for action in reversed(self._actions) if action.help != argparse.SUPPRESS}
+        first = """model_name_or_path dataset output_dir do_train do_eval eval_strategy do_predict predict_with_generate
+            bf16 max_steps num_train_epochs learning_rate per_device_train_batch_size gradient_accumulation_steps
+            source_max_len target_max_len resume_from_checkpoint seed"""
+        groups = {"Start with these; defaults are in brackets": first.split()}
+        for group in ARGUMENT_GROUPS:
+            own = group.__annotations__.keys() | TRAINER_DEFAULTS
+            groups[group.__doc__.rstrip(".")] = [f.name for f in dataclasses.fields(group) if f.name in own]
+        groups |= {"The Trainer's other flags": [*reversed(actions)]} if self.everything else {}
+        for title, names in groups.items():
+            lines += ["", f"{title}:"]
+            for action in (actions.pop(name) for name in names if name in actions):
+                text, choices = " ".join(str(action.help).replace("%%", "%").split()), [*(action.choices or ())]
+                text = text if len(text) < 90 else text.partition(". ")[0].rstrip(".") + "."
+                if choices and (self.everything or len(choices) < 6):
+                    text += f" One of {', '.join(map(str, choices))}."
+                unsaid = {"True": f" [on; --no_{action.dest}: off]", "False": "", "None": "", "''": ""}
+                lines.append(f"  --{action.dest:<28} {text}" + unsaid.get(repr(action.default), f" [{action.default}]"))
+        return "\n".join([*lines, ""])
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
@@ -773,15 +814,17 @@ class Parser(HfArgumentParser):
         unset = object()
         namespace = argparse.Namespace(**dict.fromkeys((action.dest for action in self._actions), unset))
         _, unknown = self.parse_known_args(words, namespace)
-        name = unknown[0].partition("=")[0] if unknown else ""
-        if name and not name.startswith("--"):
-            raise ConfigError(f"{name}: expected a flag, which begins with --, or a .yaml or .json file first")
-        if name:
-            options = [option for option in self._option_string_actions if "-" not in option[2:]]
-            matches = difflib.get_close_matches(f"--{name[2:].replace('-', '_')}", options, n=5)
-            nearest = max(matches, key=lambda match: len(os.path.commonprefix([match, name])), default="")  # noqa: RUF071
-            raise ConfigError(f"{name}: unknown flag, {f'did you mean {nearest}?' if nearest else 'see --help'}")
-        return {name: value for name, value in vars(namespace).items() if value is not unset}
+        if unknown:
+            typed = unknown[0].partition("=")[0]
+            if not typed.startswith("-"):
+                raise ConfigError(f"{typed}: expected a flag, which begins with --, or a .yaml or .json file first")
+            name = typed.lstrip("-").replace("-", "_")
+            names = [option[2:] for option in self._option_string_actions if "-" not in option[2:]]
+            nearest = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, names, n=1)), "")
+            raise ConfigError(f"{typed}: unknown flag, {f'did you mean --{nearest}?' if nearest else 'see --help'}")
+        passed = {name: value for name, value in vars(namespace).items() if value is not unset}
+        home = os.path.expanduser("~/")  # which a shell does neither in --flag=~/x nor after a comma
+        return {n: re.sub(r"(?<![^,\s])~/", home, v) if isinstance(v, str) else v for n, v in passed.items()}
 
 
 def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
@@ -798,6 +841,8 @@ def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
     if record:
         known = {f.name for group in ARGUMENT_GROUPS for f in dataclasses.fields(group)} - OLD_FLAGS - NOT_REPEATED
         content = literals = {n: v for n, v in record["flags"].items() if n in known and v not in ("", [])}
+        if record["flags"].get("trust_remote_code"):
+            log.warning("%s: trust_remote_code is not taken over; pass it here if you trust the model's code", path)
     words = []
     for (name, literal), value in zip(literals.items(), content.values(), strict=True):
         if value is True and name.startswith(("no_", "no-")):  # such a flag takes no value
@@ -810,13 +855,16 @@ def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
 
 def parse_config(argv: Sequence[str]) -> Config:
     """The command line -> a checked Config. A ConfigError names the flag that is unknown, wrong or in conflict."""
-    epilog = "A YAML or JSON file with flags may come first: python qlora.py run.yaml --learning_rate 1e-4"
-    parser = Parser(ARGUMENT_GROUPS, prog="qlora.py", allow_abbrev=False, epilog=epilog)
+    parser = Parser(ARGUMENT_GROUPS, allow_abbrev=False, add_help=False)
     parser.set_defaults(**TRAINER_DEFAULTS)
     for name in OLD_FLAGS:
         options = {f"--{prefix}{word}" for prefix in ("", "no_", "no-") for word in (name, name.replace("_", "-"))}
         hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         parser.add_argument(*options, dest=name, action=OldFlag, nargs="*", **hidden)
+    if {"-h", "--help"}.intersection(argv):
+        parser.everything = "all" in argv
+        parser.print_help()
+        parser.exit()
     path = argv[0] if argv and argv[0].lower().endswith((".yaml", ".yml", ".json")) else ""
     words, record = read_config_file(Path(path)) if path else ([], {})
     with reraise_as_user_error(path, ConfigError, ConfigError):
@@ -874,10 +922,8 @@ def rope_parameters(text: str | None) -> dict[str, Any] | None:
 def lora_init_problem(name: str, quantised: bool) -> str | None:
     """Why adapters cannot be initialised this way, or None."""
     name = name.lower()
-    if name in ("eva", "corda", "lora_ga"):
-        return "it needs batches through the base first"
-    if name == "loftq":
-        return "it corrects the rounding of 4-bit weights and would be wrong on the published base"
+    if name in ("eva", "corda", "lora_ga", "loftq"):
+        return "it needs batches through the base first, or corrects rounding, which the published base does not have"
     if not re.fullmatch(r"true|false|gaussian|orthogonal|olora|pissa(_niter_\d+)?", name):
         return "expected True, False, gaussian, orthogonal, olora, pissa or pissa_niter_N"
     if quantised and name not in ("true", "false", "gaussian"):
@@ -900,8 +946,8 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("max_train_samples max_eval_samples source_max_len target_max_len model_max_len max_mmlu_samples "
      "mmlu_source_max_len max_new_tokens per_device_train_batch_size per_device_eval_batch_size "
      "gradient_accumulation_steps lora_r max_memory_MB stream_buffer", "at least 1", lambda x: x >= 1),
-    ("learning_rate weight_decay max_grad_norm dataloader_num_workers num_train_epochs layers_to_freeze preview",
-     "0 or more", lambda x: 0 <= x < math.inf),
+    ("learning_rate weight_decay max_grad_norm dataloader_num_workers num_train_epochs layers_to_freeze preview "
+     "neftune_noise_alpha", "0 or more", lambda x: 0 <= x < math.inf),
     ("lora_alpha temperature", "more than 0", lambda x: 0 < x < math.inf),
     ("lora_dropout layer_freeze_ratio label_smoothing_factor", "at least 0 and below 1", lambda x: 0 <= x < 1),
     ("mask_prob", "above 0 and at most 1", lambda x: 0 < x <= 1),
@@ -924,6 +970,7 @@ REQUIRES: tuple[tuple[Any, ...], ...] = (
     ("plan_gpu", "plan"), ("do_mmlu_eval", "do_eval"), ("offload_activations", "gradient_checkpointing"),
     ("full_finetune", "bits", 16, 32), ("expand_conversations", "dataset_format", "airoboros_chat"),
     ("streaming", "train_sampling_strategy", "random", "sequential"),
+    ("dataloader_persistent_workers", "dataloader_num_workers"),
 )  # fmt: skip
 MUTUALLY_EXCLUSIVE = (
     ("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
@@ -1007,6 +1054,8 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          f"--metric_for_best_model {metric}: expected {', '.join(metrics)}; MMLU metrics need --do_mmlu_eval"),
         (missing, f"--report_to {', '.join(sorted(missing))}: not installed here, or none of "
          f"{', '.join(INTEGRATION_TO_CALLBACK)}"),
+        (getattr(config.training.accelerator_config, "gradient_accumulation_kwargs", None),
+         "--accelerator_config: gradient_accumulation_kwargs would change the loss's scale; leave them out"),
         (secret, f"--{', --'.join(secret)}: a URL with a password, which run.json would show; log in instead"),
     ]  # fmt: skip
 
