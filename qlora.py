@@ -98,6 +98,7 @@ for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._function
 
 import bitsandbytes.optim.optimizer
 import datasets
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 import yaml
@@ -1013,11 +1014,6 @@ def check_config(config: Config) -> None:
             raise ConfigError(message)
 
 
-def resolved_path(path: str | None) -> Path:
-    """A path by which folders compare as equal."""
-    return Path(path or "").expanduser().resolve()
-
-
 def conflicts(config: Config) -> list[tuple[Any, str]]:
     """The rules that no table holds: whether each is broken, and the message that says so."""
     flags, clm, mlm = argparse.Namespace(**config.flags), config.data.objective == "clm", config.masked
@@ -1029,7 +1025,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
     several = "," in flags.dataset and not Path(flags.dataset).exists()
     init = lora_init_problem(flags.init_lora_weights, flags.bits < 16)
-    own = [resolved_path(path) for path in (flags.output_dir, flags.working_dir, flags.final_output_dir) if path]
+    own = [Path(path).resolve() for path in (flags.output_dir, flags.working_dir, flags.final_output_dir) if path]
     missing = set(config.training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
     secret = [name for name, value in config.flags.items() if re.search(r"://[^/@\s]*:[^/@\s]*@", str(value))]
     return [
@@ -1037,7 +1033,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          "nothing to do: pass --do_train, --do_eval, --do_predict or --merged_output_dir"),
         (not flags.gradient_checkpointing and flags.recompute_layers not in ("auto", "none", "0"),
          f"--recompute_layers {flags.recompute_layers} needs --gradient_checkpointing"),
-        (flags.merged_output_dir and resolved_path(flags.merged_output_dir) in own,
+        (flags.merged_output_dir and Path(flags.merged_output_dir).resolve() in own,
          f"--merged_output_dir {flags.merged_output_dir}: the run's own folder; name another"),
         (init, f"--init_lora_weights {flags.init_lora_weights}: {init}"),
         (flags.mask_replace_prob + flags.random_replace_prob > 1,
@@ -1091,15 +1087,41 @@ def check_folders(config: Config) -> None:
     reads += ["mmlu_dir"] * config.mmlu.do_mmlu_eval
     names = {config.data.dataset, *map(str.strip, config.data.dataset.split(","))} - DATASETS.keys()
     sources = [(name, flags[name]) for name in reads] + [("dataset", name) for name in sorted(names)]
-    writes = [name for name in ("output_dir", "working_dir", "final_output_dir", "merged_output_dir") if flags[name]]
-    for flag, (name, value) in itertools.product(writes, sources):
-        folder, read = resolved_path(flags[flag]), resolved_path(value)
-        if not value or value.startswith("{") or not read.exists():
-            continue
-        read = read if read.is_dir() else read.parent
-        inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
-        if inside == () or (inside and inside[0].startswith("checkpoint-")):  # old checkpoints are removed
-            raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
+    for flag in ("output_dir", "working_dir", "final_output_dir", "merged_output_dir"):
+        folder = Path(flags[flag] or flags["output_dir"]).resolve()
+        if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
+            raise ConfigError(f"--{flag} {folder}: {file} is a file; name a folder")
+        for name, value in sources:
+            if not value or value.startswith("{") or not (read := Path(value).resolve()).exists():
+                continue
+            read = read if read.is_dir() else read.parent
+            inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
+            if inside == () or (inside and inside[0].startswith("checkpoint-")):  # old checkpoints are removed
+                raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
+
+
+def check_base(config: Config) -> None:
+    """Check that the base and the adapter to start from exist, here or on the hub, and that the base is no adapter."""
+    model = config.model.model_name_or_path
+    for flag in ("model_name_or_path", "adapter_name_or_path"):
+        name = config.flags[flag]
+        if name and not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+            raise ConfigError(f"--{flag} {name}: no such folder or file")
+    adapter = Path(model, "adapter_config.json")
+    if adapter.is_file() and not Path(model, "config.json").is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ConfigError(
+            f"--model_name_or_path {model}: an adapter of {base}; pass that, and this as --adapter_name_or_path"
+        )
+    if Path(model).exists() or huggingface_hub.is_offline_mode():
+        return
+    try:  # once: huggingface_hub asks six times for each file, within 43 s
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception as error:  # of its HTTP library
+        if not isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json", config.model.cache_dir), str):
+            raise ConfigError(f"--model_name_or_path {model}: not here, and no connection: {shorten(error)}") from error
+        log.warning("%s: no connection to the hub, using only what is cached", model)
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
@@ -2133,6 +2155,7 @@ def model_folder(config: Config, weights: bool = True) -> str:
     That folder is made once and cached, in bf16: 8 bits of mantissa, and such a file stores at most 8 bits a weight.
     Without weights it holds configuration and tokenizer.
     """
+    check_base(config)
     name = config.model.model_name_or_path
     path, root = Path(name).expanduser(), Path(config.model.cache_dir or HF_HOME, "qlora-gguf")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -3520,7 +3543,7 @@ def run_fingerprint(config: Config, data: TokenStatistics | None) -> dict[str, A
     names += ["stream_buffer"] if config.data.streaming else []
     names += sorted(FREEZING_FLAGS if config.quant.full_finetune else LORA_FLAGS)
     run = {name: config.flags[name] for name in names}
-    base = resolved_path(config.model.model_name_or_path)
+    base = Path(config.model.model_name_or_path).resolve()
     if base.exists():  # the same base has another relative path in another working directory
         run["model_name_or_path"] = str(base)
     if config.training.do_train:
