@@ -678,9 +678,9 @@ ARGUMENT_GROUPS: tuple[Any, ...] = tuple(get_type_hints(Config)[f.name] for f in
 # Current name; for some booleans also the values that True and, if that is not the default, False stand for.
 RENAMED_FLAGS: dict[str, str] = {
     "evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "mlm_probability": "mask_prob",
-    "no_cuda": "use_cpu", "use_auth": "use_auth_token", "push_to_hub_token": "hub_token",
-    "per_gpu_train_batch_size": "per_device_train_batch_size", "activation_checkpointing": "gradient_checkpointing",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "no_cuda": "use_cpu", "use_auth": "use_auth_token", "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "per_device_train_batch_size", "push_to_hub_token": "hub_token",
+    "activation_checkpointing": "gradient_checkpointing",
     "group_by_length": "train_sampling_strategy group_by_length random", "adafactor": "optim adafactor",
     "use_flash_attention_2": "attn_implementation flash_attention_2", "adam8bit": "optim paged_adamw_8bit",
 }  # fmt: skip
@@ -698,13 +698,12 @@ OTHER_NAMES: dict[str, str] = {name: flag for flag, names in (
     ("double_quant", "bnb_4bit_use_double_quant"), ("modules_to_save", "additional_target"),
     ("full_finetune", "finetuning_type"), ("max_train_samples", "max_samples"), ("eval_dataset_size", "val_size"),
     ("attn_implementation", "flash_attn flash_attention"), ("use_auth_token", "token hf_token"),
+    ("eval_strategy", "evals_per_epoch"), ("save_strategy", "saves_per_epoch"), ("report_to", "wandb_project"),
 ) for name in names.split()}  # fmt: skip
 # Accepted without effect, and why.
 IGNORED_FLAGS: dict[str, str] = {name: why for names, why in (
-    ("save_safetensors use_fast_tokenizer", "always so"),
-    ("sortish_sampler", "use --train_sampling_strategy"),
-    ("sharded_ddp", "use --fsdp"),
-    ("auto_find_batch_size", "use --auto_batch, which keeps the effective batch"),
+    ("save_safetensors use_fast_tokenizer", "always so"), ("sortish_sampler", "use --train_sampling_strategy"),
+    ("auto_find_batch_size", "use --auto_batch, which keeps the effective batch"), ("sharded_ddp", "use --fsdp"),
     ("use_liger_kernel liger_kernel_config torch_compile torch_compile_backend torch_compile_mode torchdynamo",
      "use --fast_path"),
     ("hub_strategy hub_always_push", "only the final weights are uploaded"),
@@ -728,8 +727,7 @@ REMOVED_FLAGS: dict[str, str] = {name: instead for names, instead in (
 # Removed flags with the original's default, as its command lines may have them.
 HARMLESS = {("num_beam_groups", "1"), ("diversity_penalty", "0.0"), ("penalty_alpha", "None")}
 OLD_FLAGS = {"logging_dir", *RENAMED_FLAGS, *IGNORED_FLAGS, *REMOVED_FLAGS}
-# Flags that repeating a run does not take over: its folders, what deletes, publishes or runs code, what depends on the
-# machine.
+# Not taken over when a run is repeated: its folders, what deletes, publishes or runs code, what the machine decides.
 NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
     "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "trust_remote_code"})  # fmt: skip
 HUB_TOKEN = re.compile(r"\bhf_\w{8,}")  # some users pass one to --use_auth_token
@@ -794,10 +792,12 @@ class Parser(HfArgumentParser):
         for title, names in groups.items():
             lines += ["", f"{title}:"]
             for action in (actions.pop(name) for name in names if name in actions):
-                text, choices = " ".join(str(action.help).replace("%%", "%").split()), [*(action.choices or ())]
-                text = text if len(text) < 90 else text.partition(". ")[0].rstrip(".") + "."
+                text = " ".join(str(action.help).replace("%%", "%").split())
+                if len(text) > 90:  # one of the Trainer's: its first sentence
+                    text = text.partition(". ")[0].rstrip(".") + "."
+                choices = [str(choice) for choice in action.choices or ()]
                 if choices and (self.everything or len(choices) < 6):
-                    text += f" One of {', '.join(map(str, choices))}."
+                    text += f" One of {', '.join(choices)}."
                 unsaid = {"True": f" [on; --no_{action.dest}: off]", "False": "", "None": "", "''": ""}
                 lines.append(f"  --{action.dest:<28} {text}" + unsaid.get(repr(action.default), f" [{action.default}]"))
         return "\n".join([*lines, ""])
@@ -831,11 +831,10 @@ class Parser(HfArgumentParser):
 def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
     """The flags of a YAML or JSON file as words; of the run.json of a run to repeat, also the whole content."""
     with reraise_as_user_error(str(path)):
-        text = path.read_text(encoding="utf-8")
-        if path.suffix.lower() == ".json":
-            content = literals = json.loads(text)
-        else:  # also the values as they are written: YAML reads `no` as False and 1_0 as 10
-            content, literals = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
+        text, is_json = path.read_text(encoding="utf-8"), path.suffix.lower() == ".json"
+        content = json.loads(text) if is_json else yaml.safe_load(text)
+        # The values as they are written: YAML reads `no` as False and 1_0 as 10.
+        literals = content if is_json else yaml.load(text, yaml.BaseLoader)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected flags as `name: value` lines, found {type(content).__name__}")
     record = content if isinstance(content.get("flags"), dict) else {}
@@ -858,10 +857,10 @@ def parse_config(argv: Sequence[str]) -> Config:
     """The command line -> a checked Config. A ConfigError names the flag that is unknown, wrong or in conflict."""
     parser = Parser(ARGUMENT_GROUPS, allow_abbrev=False, add_help=False)
     parser.set_defaults(**TRAINER_DEFAULTS)
+    hidden = argparse.SUPPRESS
     for name in OLD_FLAGS:
         options = {f"--{prefix}{word}" for prefix in ("", "no_", "no-") for word in (name, name.replace("_", "-"))}
-        hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-        parser.add_argument(*options, dest=name, action=OldFlag, nargs="*", **hidden)
+        parser.add_argument(*options, dest=name, action=OldFlag, nargs="*", default=hidden, help=hidden)
     if {"-h", "--help"}.intersection(argv):
         parser.everything = "all" in argv
         parser.print_help()
@@ -915,8 +914,7 @@ def hub_options(config: Config) -> dict[str, Any]:
 
 def rope_parameters(text: str | None) -> dict[str, Any] | None:
     """--rope_scaling as a dictionary; the key `type` of old configs is now `rope_type`."""
-    example = '{"rope_type": "linear", "factor": 2.0}'
-    with reraise_as_user_error(f"--rope_scaling {text}: expected JSON such as {example}"):
+    with reraise_as_user_error(f'--rope_scaling {text}: expected JSON like {{"rope_type": "linear", "factor": 2.0}}'):
         return {"rope_type" if k == "type" else k: value for k, value in json.loads(text).items()} if text else None
 
 
