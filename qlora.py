@@ -82,7 +82,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, TypedDict
 from unittest import mock
 
 # Send nothing that the user did not ask for. Most libraries read these variables when imported.
@@ -673,7 +673,7 @@ class Config:
         return self.data.objective == "mlm"
 
 
-ARGUMENT_GROUPS: tuple[Any, ...] = tuple(get_type_hints(Config)[f.name] for f in dataclasses.fields(Config))[:-3]
+ARGUMENT_GROUPS: tuple[Any, ...] = tuple(field.type for field in dataclasses.fields(Config))[:-3]
 
 # Current name; for some booleans also the values that True and, if that is not the default, False stand for.
 RENAMED_FLAGS: dict[str, str] = {
@@ -768,14 +768,6 @@ class Parser(HfArgumentParser):
 
     everything = False  # whether the help lists the Trainer's other flags
 
-    def _add_dataclass_arguments(self, dtype: Any) -> None:
-        hints = get_type_hints(dtype)
-        for argument in dataclasses.fields(dtype):
-            hint = hints[argument.name]
-            if argument.init and argument.name not in OLD_FLAGS:
-                argument.type = bool if hint == bool | None else hint  # else the flag alone would be an error
-                self._parse_dataclass_field(self, argument)
-
     def format_help(self) -> str:
         """One line for each flag: first those that most runs need, then the others by group."""
         usage = "usage: python qlora.py [RUN.yaml | RUN.json] --FLAG VALUE ...; --help all adds the Trainer's own flags"
@@ -855,8 +847,11 @@ def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
 
 def parse_config(argv: Sequence[str]) -> Config:
     """The command line -> a checked Config. A ConfigError names the flag that is unknown, wrong or in conflict."""
-    parser = Parser(ARGUMENT_GROUPS, allow_abbrev=False, add_help=False)
+    parser = Parser(ARGUMENT_GROUPS, allow_abbrev=False, add_help=False, conflict_handler="resolve")
     parser.set_defaults(**TRAINER_DEFAULTS)
+    for action in parser._actions:
+        if action.type is string_to_bool:  # a flag of None, True or False, too, may stand alone
+            action.nargs, action.const = "?", True
     hidden = argparse.SUPPRESS
     for name in OLD_FLAGS:
         options = {f"--{prefix}{word}" for prefix in ("", "no_", "no-") for word in (name, name.replace("_", "-"))}
