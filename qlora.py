@@ -83,7 +83,7 @@ from dataclasses import dataclass, field
 from datetime import date, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, TypedDict
 from unittest import mock
 
 # Send nothing that the user did not ask for. Most libraries read these variables when imported.
@@ -101,6 +101,7 @@ import bitsandbytes.functional as bnb_functional
 import bitsandbytes.optim.optimizer
 import datasets
 import pyarrow
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 import yaml
@@ -788,8 +789,11 @@ class LoraArguments:
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
     """Training: new flags, and flags whose default differs from the Trainer's."""
-    do_train: bool = arg(True, "Train.")
     output_dir: str = arg("./output", "Folder for adapter, checkpoints, metrics and predictions.")
+    do_train: bool = arg(True, "Train.")
+    do_predict: bool = arg(False, "Answer the held-out rows with --predict_with_generate, into predictions.jsonl.")
+    predict_with_generate: bool = arg(False, "Generate the predictions.")
+    max_steps: int = arg(10000, "Optimizer steps; takes precedence over epochs.")
     report_to: str = arg("none", "Trackers: none, all, or some of tensorboard, wandb, trackio, ...", nargs="+")
     debug: str = arg("", "Show tracebacks of errors; with underflow_overflow, the Trainer's check.", nargs="*")
     gradient_checkpointing: bool = arg(True, "Recompute activations in the backward pass when memory requires it.")
@@ -817,8 +821,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
 
 TRAINER_DEFAULTS: dict[str, Any] = {  # of the Trainer's own flags, where they differ from its defaults
     "optim": "paged_adamw_32bit", "learning_rate": 2e-4, "lr_scheduler_type": "constant", "max_grad_norm": 0.3,
-    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "max_steps": 10000, "warmup_steps": 0.03,
-    "logging_steps": 10, "save_steps": 250, "save_total_limit": 40, "remove_unused_columns": False,
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "warmup_steps": 0.03, "logging_steps": 10,
+    "save_steps": 250, "save_total_limit": 40, "remove_unused_columns": False,
 }
 
 
@@ -858,9 +862,9 @@ class Config:
     data: DataArguments
     quant: QuantisationArguments
     lora: LoraArguments
+    training: TrainingArguments
     mmlu: MMLUArguments
     generation: GenerationArguments
-    training: TrainingArguments  # last: the Trainer's own flags end --help
     flags: dict[str, Any]  # every flag by its own name, as resolved; tokens are hidden
     explicitly_set: frozenset[str]  # flags that the user passed
     record: dict[str, Any]  # run.json of the run to repeat, or empty
@@ -871,23 +875,37 @@ class Config:
         return self.data.objective == "mlm"
 
 
-ARGUMENT_GROUPS: tuple[Any, ...] = tuple(get_type_hints(Config)[f.name] for f in dataclasses.fields(Config))[:-3]
+ARGUMENT_GROUPS: tuple[Any, ...] = tuple(field.type for field in dataclasses.fields(Config))[:-3]
 
 # Current name; for some booleans also the values that True and, if that is not the default, False stand for.
 RENAMED_FLAGS: dict[str, str] = {
     "evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "mlm_probability": "mask_prob",
-    "no_cuda": "use_cpu", "use_auth": "use_auth_token", "push_to_hub_token": "hub_token",
-    "per_gpu_train_batch_size": "per_device_train_batch_size", "activation_checkpointing": "gradient_checkpointing",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "no_cuda": "use_cpu", "use_auth": "use_auth_token", "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "per_device_train_batch_size", "push_to_hub_token": "hub_token",
+    "activation_checkpointing": "gradient_checkpointing",
     "group_by_length": "train_sampling_strategy group_by_length random", "adafactor": "optim adafactor",
     "use_flash_attention_2": "attn_implementation flash_attention_2", "adam8bit": "optim paged_adamw_8bit",
 }  # fmt: skip
+# What people type, with names of axolotl and LLaMA-Factory, where similarity suggests another flag than this one.
+OTHER_NAMES: dict[str, str] = {name: flag for flag, names in (
+    ("model_name_or_path", "model base_model model_id model_dir"), ("learning_rate", "lr"), ("output_dir", "out"),
+    ("dataset", "data_path dataset_path train_file"), ("dataset_format", "type dataset_type prompt_template"),
+    ("adapter_name_or_path", "adapter lora_model_dir"), ("merged_output_dir", "merge merge_lora export_dir"),
+    ("resume_from_checkpoint", "resume checkpoint"), ("gradient_accumulation_steps", "grad_accum"),
+    ("per_device_train_batch_size", "batch_size train_batch_size micro_batch_size"), ("num_train_epochs", "epochs"),
+    ("per_device_eval_batch_size", "eval_batch_size"), ("max_steps", "max_train_steps"), ("lora_r", "r rank lora_rank"),
+    ("bits 4", "load_in_4bit qlora"), ("bits 8", "load_in_8bit"), ("bits", "quantization_bit quantization"),
+    ("lora_modules", "lora_target lora_target_modules target_modules lora_target_linear"), ("report_to", "wandb"),
+    ("model_max_len", "sequence_len cutoff_len max_seq_length max_seq_len max_length seq_len context_length"),
+    ("double_quant", "bnb_4bit_use_double_quant"), ("modules_to_save", "additional_target"),
+    ("full_finetune", "finetuning_type"), ("max_train_samples", "max_samples"), ("eval_dataset_size", "val_size"),
+    ("attn_implementation", "flash_attn flash_attention"), ("use_auth_token", "token hf_token"),
+    ("eval_strategy", "evals_per_epoch"), ("save_strategy", "saves_per_epoch"), ("report_to", "wandb_project"),
+) for name in names.split()}  # fmt: skip
 # Accepted without effect, and why.
 IGNORED_FLAGS: dict[str, str] = {name: why for names, why in (
-    ("save_safetensors use_fast_tokenizer", "always so"),
-    ("sortish_sampler", "use --train_sampling_strategy"),
-    ("sharded_ddp", "use --fsdp"),
-    ("auto_find_batch_size", "use --auto_batch, which keeps the effective batch"),
+    ("save_safetensors use_fast_tokenizer", "always so"), ("sortish_sampler", "use --train_sampling_strategy"),
+    ("auto_find_batch_size", "use --auto_batch, which keeps the effective batch"), ("sharded_ddp", "use --fsdp"),
     ("use_liger_kernel liger_kernel_config torch_compile torch_compile_backend torch_compile_mode torchdynamo",
      "use --fast_path"),
     ("hub_strategy hub_always_push", "only the final weights are uploaded"),
@@ -911,9 +929,9 @@ REMOVED_FLAGS: dict[str, str] = {name: instead for names, instead in (
 # Removed flags with the original's default, as its command lines may have them.
 HARMLESS = {("num_beam_groups", "1"), ("diversity_penalty", "0.0"), ("penalty_alpha", "None")}
 OLD_FLAGS = {"logging_dir", *RENAMED_FLAGS, *IGNORED_FLAGS, *REMOVED_FLAGS}
-# Flags that repeating a run does not take over: its folders, what deletes or publishes, what depends on the machine.
+# Not taken over when a run is repeated: its folders, what deletes, publishes or runs code, what the machine decides.
 NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
-    "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token"})  # fmt: skip
+    "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "trust_remote_code"})  # fmt: skip
 HUB_TOKEN = re.compile(r"\bhf_\w{8,}")  # some users pass one to --use_auth_token
 
 
@@ -931,7 +949,7 @@ class OldFlag(argparse.Action):
             log.warning("%s: accepted, without effect: %s", written, IGNORED_FLAGS[name])
             return
         if name == "logging_dir":
-            os.environ["TENSORBOARD_LOGGING_DIR"] = value
+            os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.expanduser(value)
             log.warning("%s: old name, set as TENSORBOARD_LOGGING_DIR", written)
             return
         current, *choices = RENAMED_FLAGS[name].split()
@@ -948,19 +966,35 @@ class OldFlag(argparse.Action):
 
 
 class Parser(HfArgumentParser):
-    """HfArgumentParser that knows old flags, lists the Trainer's own ones separately and raises ConfigErrors."""
+    """HfArgumentParser with a short help, which knows old flags and raises ConfigErrors."""
 
-    def _add_dataclass_arguments(self, dtype: Any) -> None:
-        """One group for the flags of this file, one for those that are as in the Trainer."""
-        ours: Any = self.add_argument_group(dtype.__doc__.rstrip("."))
-        trainers: Any = self.add_argument_group("The Trainer's other flags, with its own defaults")
-        hints = get_type_hints(dtype)
-        for argument in dataclasses.fields(dtype):
-            name, hint = argument.name, hints[argument.name]
-            if argument.init and name not in OLD_FLAGS:
-                argument.type = bool if hint == bool | None else hint  # else the flag alone would be an error
-                own = name in dtype.__annotations__ or name in TRAINER_DEFAULTS
-                self._parse_dataclass_field(ours if own else trainers, argument)
+    everything = False  # whether the help lists the Trainer's other flags
+
+    def format_help(self) -> str:
+        """One line for each flag: first those that most runs need, then the others by group."""
+        usage = "usage: python qlora.py [RUN.yaml | RUN.json] --FLAG VALUE ...; --help all adds the Trainer's own flags"
+        lines = [str(__doc__).partition("\n")[0], usage]
+        actions = {action.dest: action for action in reversed(self._actions) if action.help != argparse.SUPPRESS}
+        first = """model_name_or_path dataset output_dir do_train do_eval eval_strategy do_predict predict_with_generate
+            bf16 max_steps num_train_epochs learning_rate per_device_train_batch_size gradient_accumulation_steps
+            source_max_len target_max_len resume_from_checkpoint seed"""
+        groups = {"Start with these; defaults are in brackets": first.split()}
+        for group in ARGUMENT_GROUPS:
+            own = group.__annotations__.keys() | TRAINER_DEFAULTS
+            groups[group.__doc__.rstrip(".")] = [f.name for f in dataclasses.fields(group) if f.name in own]
+        groups |= {"The Trainer's other flags": [*reversed(actions)]} if self.everything else {}
+        for title, names in groups.items():
+            lines += ["", f"{title}:"]
+            for action in (actions.pop(name) for name in names if name in actions):
+                text = " ".join(str(action.help).replace("%%", "%").split())
+                if len(text) > 90:  # one of the Trainer's: its first sentence
+                    text = text.partition(". ")[0].rstrip(".") + "."
+                choices = [str(choice) for choice in action.choices or ()]
+                if choices and (self.everything or len(choices) < 6):
+                    text += f" One of {', '.join(choices)}."
+                unsaid = {"True": f" [on; --no_{action.dest}: off]", "False": "", "None": "", "''": ""}
+                lines.append(f"  --{action.dest:<28} {text}" + unsaid.get(repr(action.default), f" [{action.default}]"))
+        return "\n".join([*lines, ""])
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
@@ -975,31 +1009,34 @@ class Parser(HfArgumentParser):
         unset = object()
         namespace = argparse.Namespace(**dict.fromkeys((action.dest for action in self._actions), unset))
         _, unknown = self.parse_known_args(words, namespace)
-        name = unknown[0].partition("=")[0] if unknown else ""
-        if name and not name.startswith("--"):
-            raise ConfigError(f"{name}: expected a flag, which begins with --, or a .yaml or .json file first")
-        if name:
-            options = [option for option in self._option_string_actions if "-" not in option[2:]]
-            matches = difflib.get_close_matches(f"--{name[2:].replace('-', '_')}", options, n=5)
-            nearest = max(matches, key=lambda match: len(os.path.commonprefix([match, name])), default="")  # noqa: RUF071
-            raise ConfigError(f"{name}: unknown flag, {f'did you mean {nearest}?' if nearest else 'see --help'}")
-        return {name: value for name, value in vars(namespace).items() if value is not unset}
+        if unknown:
+            typed = unknown[0].partition("=")[0]
+            if not typed.startswith("-"):
+                raise ConfigError(f"{typed}: expected a flag, which begins with --, or a .yaml or .json file first")
+            name = typed.lstrip("-").replace("-", "_")
+            names = [option[2:] for option in self._option_string_actions if "-" not in option[2:]]
+            nearest = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, names, n=1)), "")
+            raise ConfigError(f"{typed}: unknown flag, {f'did you mean --{nearest}?' if nearest else 'see --help'}")
+        passed = {name: value for name, value in vars(namespace).items() if value is not unset}
+        home = os.path.expanduser("~/")  # which a shell does neither in --flag=~/x nor after a comma
+        return {n: re.sub(r"(?<![^,\s])~/", home, v) if isinstance(v, str) else v for n, v in passed.items()}
 
 
 def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
     """The flags of a YAML or JSON file as words; of the run.json of a run to repeat, also the whole content."""
     with reraise_as_user_error(str(path)):
-        text = path.read_text(encoding="utf-8")
-        if path.suffix.lower() == ".json":
-            content = literals = json.loads(text)
-        else:  # also the values as they are written: YAML reads `no` as False and 1_0 as 10
-            content, literals = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
+        text, is_json = path.read_text(encoding="utf-8"), path.suffix.lower() == ".json"
+        content = json.loads(text) if is_json else yaml.safe_load(text)
+        # The values as they are written: YAML reads `no` as False and 1_0 as 10.
+        literals = content if is_json else yaml.load(text, yaml.BaseLoader)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected flags as `name: value` lines, found {type(content).__name__}")
     record = content if isinstance(content.get("flags"), dict) else {}
     if record:
         known = {f.name for group in ARGUMENT_GROUPS for f in dataclasses.fields(group)} - OLD_FLAGS - NOT_REPEATED
         content = literals = {n: v for n, v in record["flags"].items() if n in known and v not in ("", [])}
+        if record["flags"].get("trust_remote_code"):
+            log.warning("%s: trust_remote_code is not taken over; pass it here if you trust the model's code", path)
     words = []
     for (name, literal), value in zip(literals.items(), content.values(), strict=True):
         if value is True and name.startswith(("no_", "no-")):  # such a flag takes no value
@@ -1012,13 +1049,19 @@ def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
 
 def parse_config(argv: Sequence[str]) -> Config:
     """The command line -> a checked Config. A ConfigError names the flag that is unknown, wrong or in conflict."""
-    epilog = "A YAML or JSON file with flags may come first: python qlora.py run.yaml --learning_rate 1e-4"
-    parser = Parser(ARGUMENT_GROUPS, prog="qlora.py", allow_abbrev=False, epilog=epilog)
+    parser = Parser(ARGUMENT_GROUPS, allow_abbrev=False, add_help=False, conflict_handler="resolve")
     parser.set_defaults(**TRAINER_DEFAULTS)
+    for action in parser._actions:
+        if action.type is string_to_bool:  # a flag of None, True or False, too, may stand alone
+            action.nargs, action.const = "?", True
+    hidden = argparse.SUPPRESS
     for name in OLD_FLAGS:
         options = {f"--{prefix}{word}" for prefix in ("", "no_", "no-") for word in (name, name.replace("_", "-"))}
-        hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-        parser.add_argument(*options, dest=name, action=OldFlag, nargs="*", **hidden)
+        parser.add_argument(*options, dest=name, action=OldFlag, nargs="*", default=hidden, help=hidden)
+    if {"-h", "--help"}.intersection(argv):
+        parser.everything = "all" in argv
+        parser.print_help()
+        parser.exit()
     path = argv[0] if argv and argv[0].lower().endswith((".yaml", ".yml", ".json")) else ""
     words, record = read_config_file(Path(path)) if path else ([], {})
     with reraise_as_user_error(path, ConfigError, ConfigError):
@@ -1069,8 +1112,7 @@ def hub_options(config: Config) -> dict[str, Any]:
 
 def rope_parameters(text: str | None) -> dict[str, Any] | None:
     """--rope_scaling as a dictionary; the key `type` of old configs is now `rope_type`."""
-    example = '{"rope_type": "linear", "factor": 2.0}'
-    with reraise_as_user_error(f"--rope_scaling {text}: expected JSON such as {example}"):
+    with reraise_as_user_error(f'--rope_scaling {text}: expected JSON like {{"rope_type": "linear", "factor": 2.0}}'):
         return {"rope_type" if k == "type" else k: value for k, value in json.loads(text).items()} if text else None
 
 
@@ -1087,10 +1129,8 @@ def parse_pattern(text: str | None) -> dict[str, Any]:
 def lora_init_problem(name: str, quantised: bool) -> str | None:
     """Why adapters cannot be initialised this way, or None."""
     name = name.lower()
-    if name in ("eva", "corda", "lora_ga"):
-        return "it needs batches through the base first"
-    if name == "loftq":
-        return "it corrects the rounding of 4-bit weights and would be wrong on the published base"
+    if name in ("eva", "corda", "lora_ga", "loftq"):
+        return "it needs batches through the base first, or corrects rounding, which the published base does not have"
     if not re.fullmatch(r"true|false|gaussian|orthogonal|olora|pissa(_niter_\d+)?", name):
         return "expected True, False, gaussian, orthogonal, olora, pissa or pissa_niter_N"
     if quantised and name not in ("true", "false", "gaussian"):
@@ -1115,8 +1155,7 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
      "gradient_accumulation_steps lora_r max_memory_MB stream_buffer early_stopping_patience",
      "at least 1", lambda x: x >= 1),
     ("learning_rate weight_decay max_grad_norm dataloader_num_workers num_train_epochs layers_to_freeze preview "
-     "calibration_rows",
-     "0 or more", lambda x: 0 <= x < math.inf),
+     "neftune_noise_alpha calibration_rows", "0 or more", lambda x: 0 <= x < math.inf),
     ("lora_alpha temperature", "more than 0", lambda x: 0 < x < math.inf),
     ("lora_dropout layer_freeze_ratio label_smoothing_factor", "at least 0 and below 1", lambda x: 0 <= x < 1),
     ("mask_prob", "above 0 and at most 1", lambda x: 0 < x <= 1),
@@ -1141,6 +1180,7 @@ REQUIRES: tuple[tuple[Any, ...], ...] = (
     ("full_finetune", "bits", 16, 32), ("expand_conversations", "dataset_format", "airoboros_chat"),
     ("calibration_rows", "bits", 4),
     ("streaming", "train_sampling_strategy", "random", "sequential"),
+    ("dataloader_persistent_workers", "dataloader_num_workers"),
 )  # fmt: skip
 MUTUALLY_EXCLUSIVE = (
     ("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
@@ -1185,11 +1225,6 @@ def check_config(config: Config) -> None:
             raise ConfigError(message)
 
 
-def resolved_path(path: str | None) -> Path:
-    """A path by which folders compare as equal."""
-    return Path(path or "").expanduser().resolve()
-
-
 def conflicts(config: Config) -> list[tuple[Any, str]]:
     """The rules that no table holds: whether each is broken, and the message that says so."""
     flags, clm, mlm = argparse.Namespace(**config.flags), config.data.objective == "clm", config.masked
@@ -1201,7 +1236,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
     shares = [share for _, share in dataset_shares(flags.dataset)]
     init = lora_init_problem(flags.init_lora_weights, flags.bits < 16)
-    own = [resolved_path(path) for path in (flags.output_dir, flags.working_dir, flags.final_output_dir) if path]
+    own = [Path(path).resolve() for path in (flags.output_dir, flags.working_dir, flags.final_output_dir) if path]
     missing = set(config.training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
     secret = [name for name, value in config.flags.items() if re.search(r"://[^/@\s]*:[^/@\s]*@", str(value))]
     return [
@@ -1212,7 +1247,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          "--calibration_rows: with DoRA or a rank pattern adapters start at zero: pass --init_lora_weights True"),
         (not flags.gradient_checkpointing and flags.recompute_layers not in ("auto", "none", "0"),
          f"--recompute_layers {flags.recompute_layers} needs --gradient_checkpointing"),
-        (flags.merged_output_dir and resolved_path(flags.merged_output_dir) in own,
+        (flags.merged_output_dir and Path(flags.merged_output_dir).resolve() in own,
          f"--merged_output_dir {flags.merged_output_dir}: the run's own folder; name another"),
         (init, f"--init_lora_weights {flags.init_lora_weights}: {init}"),
         (flags.early_stopping_patience and (flags.eval_strategy == "no" or metric.startswith("mmlu")),
@@ -1231,6 +1266,8 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          f"--metric_for_best_model {metric}: expected {', '.join(metrics)}; MMLU metrics need --do_mmlu_eval"),
         (missing, f"--report_to {', '.join(sorted(missing))}: not installed here, or none of "
          f"{', '.join(INTEGRATION_TO_CALLBACK)}"),
+        (getattr(config.training.accelerator_config, "gradient_accumulation_kwargs", None),
+         "--accelerator_config: gradient_accumulation_kwargs would change the loss's scale; leave them out"),
         (secret, f"--{', --'.join(secret)}: a URL with a password, which run.json would show; log in instead"),
     ]  # fmt: skip
 
@@ -1266,15 +1303,41 @@ def check_folders(config: Config) -> None:
     reads += ["mmlu_dir"] * config.mmlu.do_mmlu_eval
     names = {name for name, _ in dataset_shares(config.data.dataset)} - DATASETS.keys()
     sources = [(name, flags[name]) for name in reads] + [("dataset", name) for name in sorted(names)]
-    writes = [name for name in ("output_dir", "working_dir", "final_output_dir", "merged_output_dir") if flags[name]]
-    for flag, (name, value) in itertools.product(writes, sources):
-        folder, read = resolved_path(flags[flag]), resolved_path(value)
-        if not value or value.startswith("{") or not read.exists():
-            continue
-        read = read if read.is_dir() else read.parent
-        inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
-        if inside == () or (inside and inside[0].startswith("checkpoint-")):  # old checkpoints are removed
-            raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
+    for flag in ("output_dir", "working_dir", "final_output_dir", "merged_output_dir"):
+        folder = Path(flags[flag] or flags["output_dir"]).resolve()
+        if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
+            raise ConfigError(f"--{flag} {folder}: {file} is a file; name a folder")
+        for name, value in sources:
+            if not value or value.startswith("{") or not (read := Path(value).resolve()).exists():
+                continue
+            read = read if read.is_dir() else read.parent
+            inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
+            if inside == () or (inside and inside[0].startswith("checkpoint-")):  # old checkpoints are removed
+                raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
+
+
+def check_base(config: Config) -> None:
+    """Check that the base and the adapter to start from exist, here or on the hub, and that the base is no adapter."""
+    model = config.model.model_name_or_path
+    for flag in ("model_name_or_path", "adapter_name_or_path"):
+        name = config.flags[flag]
+        if name and not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+            raise ConfigError(f"--{flag} {name}: no such folder or file")
+    adapter = Path(model, "adapter_config.json")
+    if adapter.is_file() and not Path(model, "config.json").is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ConfigError(
+            f"--model_name_or_path {model}: an adapter of {base}; pass that, and this as --adapter_name_or_path"
+        )
+    if Path(model).exists() or huggingface_hub.is_offline_mode():
+        return
+    try:  # once: huggingface_hub asks six times for each file, within 43 s
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception as error:  # of its HTTP library
+        if not isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json", config.model.cache_dir), str):
+            raise ConfigError(f"--model_name_or_path {model}: not here, and no connection: {shorten(error)}") from error
+        log.warning("%s: no connection to the hub, using only what is cached", model)
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
@@ -2440,6 +2503,7 @@ def model_folder(config: Config) -> str:
 
     Its weights are in bf16: 8 bits of mantissa, and such a file stores at most 8 bits a weight.
     """
+    check_base(config)
     name = config.model.model_name_or_path
     path, root = Path(name).expanduser(), Path(config.model.cache_dir or HF_HOME, "qlora-gguf")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -4281,8 +4345,8 @@ def run_fingerprint(config: Config, data: TokenStatistics | None) -> dict[str, A
     """What a checkpoint says of its run: every flag, and what stands behind them."""
     flags = json.loads(json.dumps(config.flags, default=str))
     for name in ("model_name_or_path", "adapter_name_or_path"):  # relative to this working directory
-        if flags[name] and resolved_path(flags[name]).exists():
-            flags[name] = str(resolved_path(flags[name]))
+        if flags[name] and Path(flags[name]).exists():
+            flags[name] = str(Path(flags[name]).resolve())
     run = {"flags": flags}
     if config.training.do_train:
         # One engine can't read another's optimizer state, and DeepSpeed reads only what as many processes wrote.

@@ -267,6 +267,12 @@ def test_a_typographic_dash_is_accepted_with_a_warning(dash, rest, warnings):
         (["--max_step", "3"], "--max_step", "--max_steps"),  # a prefix is not accepted
         (["--use_auth_tok"], "--use_auth_tok", "--use_auth_token"),
         (["--no_double_quan"], "--no_double_quan", "--no_double_quant"),
+        (["-bf16"], "-bf16", "--bf16"),
+        (["--max_steps", "5", "-bf16", "True"], "-bf16", "--bf16"),
+        (["--report_to", "none", "-bf16"], "-bf16", "--bf16"),
+        (["-learning-rate=1"], "-learning-rate", "--learning_rate"),
+        (["-lr", "1"], "-lr", "--learning_rate"),
+        (["-help"], "-help", "--help"),
     ],
 )
 def test_an_unknown_flag_names_the_nearest_and_exits_2(main, argv, given, nearest):
@@ -274,6 +280,48 @@ def test_an_unknown_flag_names_the_nearest_and_exits_2(main, argv, given, neares
     assert code == 2 and lines[-1].startswith("error: ")
     assert given in lines[-1] and re.search(rf"{nearest}(?!\w)", lines[-1].split(given, 1)[1])
     assert "Traceback" not in "".join(lines)
+
+
+# Names of other programs, and of the first guess.
+TYPED = {
+    "lr": "learning_rate",
+    "model": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "load_in_4bit": "bits 4",
+    "load_in_8bit": "bits 8",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_modules",
+    "lora_target_modules": "lora_modules",
+    "datasets": "dataset",
+    "sequence_len": "model_max_len",
+    "cutoff_len": "model_max_len",
+    "val_set_size": "eval_dataset_size",
+    "sample_packing": "packing",
+    "optimizer": "optim",
+    "lr_scheduler": "lr_scheduler_type",
+    "output": "output_dir",
+}
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_what_people_type_names_the_flag(tmp_path, typed):
+    with pytest.raises(qlora.ConfigError, match=rf"^--{typed}: unknown flag, did you mean --{TYPED[typed]}\?"):
+        parse(f"--{typed}", "1")
+    with pytest.raises(qlora.ConfigError, match=rf"did you mean --{TYPED[typed]}\?"):
+        parse(f"--{typed.replace('_', '-')}=1")
+    (tmp_path / "run.yaml").write_text(f"{typed}:\n  - path: mhenrichsen/alpaca_2k_test\n    type: alpaca\n")
+    with pytest.raises(qlora.ConfigError, match=rf"run.yaml: --{typed}: .*--{TYPED[typed]}\?"):
+        parse(str(tmp_path / "run.yaml"))
+
+
+def test_suggested_flags_exist_and_what_is_typed_is_no_flag():
+    flags = parse().flags.keys()
+    assert {flag.split()[0] for flag in qlora.OTHER_NAMES.values()} <= flags
+    assert not qlora.OTHER_NAMES.keys() & (flags | qlora.OLD_FLAGS)
 
 
 def test_an_unknown_flag_without_a_near_match(main):
@@ -405,6 +453,47 @@ def test_a_bad_file_is_a_one_line_error_that_names_it(main, tmp_path, name, cont
     code, lines = main(str(tmp_path / name))
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
     assert all(fragment in lines[0] for fragment in [str(tmp_path / name), *fragments])
+
+
+FOLDERS = [
+    *("model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "cache_dir", "dataset"),
+    *("output_dir", "working_dir", "final_output_dir", "merged_output_dir", "mmlu_dir", "resume_from_checkpoint"),
+]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_tilde_is_the_home_folder_wherever_it_is_written(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "run.yaml").write_text(f"{name}: ~/x/y\n")
+    for words in (
+        [f"--{name}", "~/x/y"],
+        [f"--{name}=~/x/y"],
+        [f"--{name.replace('_', '-')}=~/x/y"],
+        [tmp_path / "run.yaml"],
+    ):
+        assert parse(*map(str, words)).flags[name] == f"{tmp_path}/home/x/y"
+
+
+def test_tildes_in_a_list_of_datasets_and_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse("--dataset", "a,~/b,/c~/d, ~/e").data.dataset == "a,/home/me/b,/c~/d, /home/me/e"
+    config = parse("--pad_token", "~", "--run_name=~x")
+    assert (config.model.pad_token, config.training.run_name) == ("~", "~x")
+
+
+def test_somebody_elses_run_does_not_bring_along_the_right_to_run_code(tmp_path, warnings):
+    record = {
+        "flags": {"dataset": "a", "lora_r": 8, "trust_remote_code": True},
+        "derived": {"given": ["trust_remote_code"]},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    words = [str(tmp_path / "run.json"), "--output_dir", "x"]
+    config = parse(*words)
+    assert config.model.trust_remote_code is False and config.explicitly_set == {"output_dir"}
+    assert config.lora.lora_r == 8
+    (warning,) = warnings()
+    assert "trust_remote_code is not taken over" in warning and "run.json" in warning
+    assert parse(*words, "--trust_remote_code").model.trust_remote_code is True
 
 
 # ------------------------------------------------------------------------------------
@@ -747,6 +836,11 @@ RULES = [
     ("--gradient_checkpointing False --recompute_layers all", "gradient_checkpointing recompute_layers"),
     ("--offload_activations --gradient_checkpointing False", "offload_activations gradient_checkpointing"),
     ("--plan_gpu 24GiB", "plan_gpu --plan"),
+    ("--dataloader_persistent_workers", "dataloader_persistent_workers --dataloader_num_workers"),
+    (
+        '--accelerator_config {"gradient_accumulation_kwargs":{"num_steps":4}}',
+        "--accelerator_config gradient_accumulation_kwargs loss",
+    ),
     ("--plan --plan_gpu H100", "--plan_gpu H100 24GiB"),
     ("--plan --plan_gpu 8x80GiB", "--plan_gpu 8x80GiB 24GiB"),
     ("--plan --plan_gpu 0GiB", "--plan_gpu 0GiB 24GiB"),
@@ -807,7 +901,7 @@ IMPOSSIBLE = [
     ("--metric_for_best_model mmlu_eval_accuracy", "--do_mmlu_eval"),
     ("--temperature -1", "--temperature"),
     ("--init_lora_weights eva --bits 16", "--init_lora_weights eva: .*batches through the base first"),
-    ("--init_lora_weights loftq", "--init_lora_weights loftq: .*rounding"),
+    ("--init_lora_weights loftq", "--init_lora_weights loftq: .*rounding.*published"),
     ("--init_lora_weights corda --bits 16", "--init_lora_weights corda: .*batches"),
     ("--init_lora_weights lora_ga --bits 16", "--init_lora_weights lora_ga: .*batches"),
     ("--init_lora_weights xavier --bits 16", "--init_lora_weights xavier: expected .*gaussian"),
@@ -830,6 +924,8 @@ IMPOSSIBLE = [
     ("--layers_to_freeze -1", "--layers_to_freeze"),
     ("--calibration_rows -1", "--calibration_rows"),
     ("--early_stopping_patience 0", "--early_stopping_patience"),
+    ("--neftune_noise_alpha -1", "--neftune_noise_alpha"),
+    ("--optim galore_adamw_layerwise", "--optim"),
 ]
 
 
@@ -989,6 +1085,9 @@ def test_the_defaults_have_no_ineffective_flag(caplog):
         "--streaming --max_steps 5 --num_train_epochs 2 --eval_strategy steps",
         "--streaming --train_sampling_strategy random",
         "--streaming --train_sampling_strategy sequential",
+        '--accelerator_config {"split_batches":false}',
+        "--dataloader_persistent_workers --dataloader_num_workers 2",
+        "--neftune_noise_alpha 5",
         "--plan --plan_gpu 24GB",
         "--plan --plan_gpu 24g",
         "--plan --plan_gpu 80",
@@ -1015,21 +1114,61 @@ def test_rules_are_checked_before_anything_is_loaded(main):
 # ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_shows_our_flags_before_the_trainers(capsys, flag):
-    with pytest.raises(SystemExit) as stop:
-        qlora.main([flag])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    starts = {}
-    for name in parse().flags:
-        match = re.search(rf"^  --{name}\b", text, re.MULTILINE)
-        assert match, f"{name} is missing"
-        starts[name] = match.start()
-    ours = OURS - AS_IN_THE_TRAINER
-    trainers = set(starts) - ours - {"debug"}
-    assert max(starts[name] for name in ours) < min(starts[name] for name in trainers)
+@pytest.fixture
+def help_lines(capsys):
+    def call(*argv: str) -> list[str]:
+        with pytest.raises(SystemExit) as stop:
+            qlora.main(list(argv))
+        assert stop.value.code == 0
+        return capsys.readouterr().out.splitlines()
+
+    return call
+
+
+def flags_in(lines: list[str]) -> list[str]:
+    """The flags that have a line of their own."""
+    return [match[1] for line in lines if (match := re.match(r"  --(\w+) ", line))]
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--lora_r", "8", "--help"]])
+def test_help_has_a_line_for_each_of_our_flags_and_begins_with_those_that_people_use(help_lines, argv):
+    lines = help_lines(*argv)
+    assert len(lines) <= 130
+    sentence, usage, empty, title, *_ = lines
+    assert sentence.count(".") == 1 and usage.startswith("usage: ") and not empty and title.endswith(":")
+    start = {"model_name_or_path", "dataset", "do_train", "do_eval", "do_predict", "bf16", "output_dir", "max_steps"}
+    start |= {"resume_from_checkpoint", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"}
+    assert start <= set(flags_in(lines[: lines.index("", 3)]))
+    listed = flags_in(lines)
+    assert len(listed) == len(set(listed)) and set(listed) >= OURS - AS_IN_THE_TRAINER
+    assert not {"adam_beta1", "fsdp", "ddp_timeout"} & set(listed)
+    text = "\n".join(lines)
     assert "%%" not in text and "%(" not in text
+
+
+def test_help_all_has_every_flag_once(help_lines):
+    lines = help_lines("--help", "all")
+    listed = flags_in(lines)
+    assert sorted(listed) == sorted(parse().flags)
+    assert not any("Not directly used" in line for line in lines)
+    assert next(line for line in lines if "--optim " in line).count("adamw") > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lora_r", ["Rank of the adapters.", "[64]"]),
+        ("bits", ["4, 8, 16, 32", "[4]"]),
+        ("double_quant", ["[on; --no_double_quant: off]"]),
+        ("init_lora_weights", ["[True]"]),
+        ("num_beams", ["[1]"]),
+        ("learning_rate", ["[0.0002]"]),
+    ],
+)
+def test_a_line_of_help_says_default_and_choices(help_lines, name, expected):
+    (line,) = [line for line in help_lines("--help") if line.startswith(f"  --{name} ")]
+    assert all(part in line for part in expected)
+    assert not any(line.startswith(f"  --no_{name}") for line in help_lines("--help"))
 
 
 def test_a_list_in_a_file_is_comma_separated(tmp_path):

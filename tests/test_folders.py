@@ -5,6 +5,8 @@ import shutil
 import signal
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -118,6 +120,74 @@ def test_uncreatable_folder_is_an_error_before_loading(run_qlora, tmp_path, monk
     monkeypatch.setattr(qlora, "load_model", None)
     run = run_qlora(**{flag: tmp_path / "file" / "folder"})
     assert run.code == 2 and run.stderr.splitlines()[-1].startswith("error: ") and "file" in run.stderr
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "working_dir", "final_output_dir", "merged_output_dir"])
+@pytest.mark.parametrize("below", [False, True])
+def test_an_output_folder_that_is_a_file_is_one_line_at_once(run_qlora, tmp_path, monkeypatch, flag, below):
+    file = tmp_path / "taken"
+    file.write_text("mine")
+    monkeypatch.setattr(qlora, "load_run", None)
+    run = run_qlora(**{flag: file / "folder" if below else file})
+    folder = f"{file}/folder" if below else file
+    assert run.code == 2 and run.stderr.splitlines()[-1] == f"error: --{flag} {folder}: {file} is a file; name a folder"
+    assert file.read_text() == "mine"
+
+
+# ------------------------------------------------------------------------------------
+# The base and the adapter to start from
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["model_name_or_path", "adapter_name_or_path"])
+@pytest.mark.parametrize("name", ["/no/such", "./no", "no/such/model", "../no", "~me/no"])
+def test_a_path_that_does_not_exist_is_named_as_such(run_qlora, monkeypatch, flag, name):
+    monkeypatch.setattr(qlora, "load_base", None)
+    run = run_qlora(**{flag: name})
+    assert run.code == 2 and run.stderr.splitlines()[-1] == f"error: --{flag} {name}: no such folder or file"
+
+
+def test_an_adapter_as_the_base_names_its_base(run_qlora, models, tmp_path):
+    adapter = run_qlora(max_steps=1).output_dir
+    for folder in (adapter, adapter / "checkpoint-1"):
+        run = run_qlora(model_name_or_path=folder, output_dir=tmp_path / "second")
+        (line,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+        assert run.code == 2 and line.startswith(
+            f"error: --model_name_or_path {folder}: an adapter of {models('llama')};"
+        )
+        assert "--adapter_name_or_path" in line
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """The hub cannot be reached. Returns how often it was asked."""
+    asked = []
+
+    def refuse(*args, **options):
+        asked.append(args)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.get_session(), "head", refuse)
+    return asked
+
+
+def test_a_hub_id_without_a_connection_is_one_line_at_once(run_qlora, no_network):
+    run = run_qlora(model_name_or_path="some/llama")
+    lines = [line for line in run.stderr.splitlines() if "llama" in line]
+    assert run.code == 2 and len(no_network) == 1
+    assert lines == ["error: --model_name_or_path some/llama: not here, and no connection: Name or service not known"]
+
+
+def test_a_cached_hub_id_needs_no_connection(run_qlora, no_network, models, tmp_path):
+    cache = tmp_path / "cache/models--some--llama"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text("abc")
+    shutil.copytree(models("llama"), cache / "snapshots/abc")
+    run = run_qlora(model_name_or_path="some/llama", cache_dir=tmp_path / "cache", max_steps=1)
+    assert run.code == 0 and len(no_network) == 1
+    assert sum("no connection to the hub, using only what is cached" in line for line in run.stderr.splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------
