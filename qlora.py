@@ -1384,6 +1384,12 @@ ROW_FEATURES = datasets.Features(
 )
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file's content; a ConfigError if it can't be read."""
+    with reraise_as_user_error(str(path)):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_json_lines(stream: Any) -> NumberedRows:
     """JSON lines, or one JSON array, which is read into memory whole."""
     head = list(itertools.islice(stream, 10))  # the first lines may be empty
@@ -1697,7 +1703,9 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
             parts[0][-1] = count_repeats(name, parts[0][-1], share)
     splits = Splits(*(concatenate(part) if part else None for part in parts))
     if evaluating and splits.eval is None and splits.train is not None:
-        splits = train_eval_split(splits.train, config)
+        asked = args.do_train or config.quant.calibration_rows or "eval_dataset_size" in config.explicitly_set
+        holds_out = asked or trained_on_dataset(config)
+        splits = train_eval_split(splits.train, config) if holds_out else Splits(None, splits.train)
     if mixed and splits.train is not None:  # only now, so that no copy of a held-out row is trained on
         times = splits.train["times"][:]
         order = [i for turn in range(max(times)) for i, n in enumerate(times) if n > turn]
@@ -1705,6 +1713,16 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     limits = data.max_train_samples, data.max_eval_samples
     taken = [rows.take(n) if rows and n else rows for rows, n in zip(splits, limits, strict=True)]
     return Splits(taken[0] if training else None, taken[1])
+
+
+def trained_on_dataset(config: Config) -> bool:
+    """Whether what is evaluated was trained on this dataset, so that only rows that were held out count."""
+    for folder in config.training.output_dir, config.model.adapter_name_or_path:
+        if folder and (record := Path(folder, "run.json")).is_file():
+            flags = read_json(record)["flags"]
+            if flags["do_train"] and flags["dataset"] == config.data.dataset:
+                return True
+    return False
 
 
 def count_repeats(name: str, rows: Any, share: float) -> Any:
@@ -1804,12 +1822,6 @@ def download(name: str, patterns: list[str], config: Config) -> Path:
     """A model's folder; of a hub id, these files are downloaded."""
     folder = Path(name)
     return folder if folder.is_dir() else Path(snapshot_download(name, allow_patterns=patterns, **hub_options(config)))
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's content; a ConfigError if it can't be read."""
-    with reraise_as_user_error(str(path)):
-        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def patched_tokenizer_folder(name: str, patch: Path, target: Path, config: Config) -> Path:
@@ -5908,6 +5920,9 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
 def log_hints(config: Config) -> None:
     """Log once what may surprise a user about the flags."""
     train, bits = config.training, config.quant.bits
+    if missing := sorted({"model_name_or_path", "dataset"} - config.explicitly_set):
+        defaults = ", ".join(f"--{name} {config.flags[name]}" for name in missing)
+        log.info("not passed, so the original's defaults are used and downloaded: %s", defaults)
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not (train.bf16 or train.fp16):
         log.info("hint: this GPU supports bf16; without --bf16 everything is computed in float32, which is slower")
     if bits >= 16 and train.bf16 != (bits == 16):

@@ -554,3 +554,12 @@ def test_early_stopping_of_less_than_one(run_qlora):
     assert (
         "--early_stopping_patience 0: expected at least 1" in run_qlora(**STUCK | {"early_stopping_patience": 0}).stderr
     )
+
+
+def test_rows_are_held_out_only_of_what_was_trained_on(run_qlora, data_dir, tmp_path):
+    """Of 24 rows a tenth, 2, of the dataset that was trained on; every row of another one."""
+    predict = {"do_train": False, "do_predict": True, "predict_with_generate": True, "max_new_tokens": 1}
+    assert run_qlora(max_steps=1).code == 0
+    assert len((run_qlora(**predict).output_dir / "predictions.jsonl").read_text().splitlines()) == 2
+    other = shutil.copy(data_dir / "support.jsonl", tmp_path / "test_questions.jsonl")
+    assert len((run_qlora(**predict, dataset=other).output_dir / "predictions.jsonl").read_text().splitlines()) == 24
