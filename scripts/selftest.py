@@ -205,7 +205,7 @@ def start(folder: Path, flags: dict[str, Any], event: str = "", step: int = 0) -
     output, code = io.StringIO(), "killed"
     qlora.log.handlers.clear()
     with (
-        mock.patch.object(qlora, "build_callbacks", lambda stop: [*build(stop), Interrupt()]),
+        mock.patch.object(qlora, "build_callbacks", lambda *args: [*build(*args), Interrupt()]),
         mock.patch.object(qlora.QLoRATrainer, "training_step", noted),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),

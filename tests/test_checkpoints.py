@@ -222,7 +222,7 @@ def test_a_signal_while_a_worker_hangs_ends_the_run(run_qlora, monkeypatch):
             if state.global_step == 1:
                 threading.Timer(1.0, os.kill, (here, signal.SIGTERM)).start()
 
-    monkeypatch.setattr(qlora, "build_callbacks", lambda stop: [*build_callbacks(stop), Later()])
+    monkeypatch.setattr(qlora, "build_callbacks", lambda *args: [*build_callbacks(*args), Later()])
     run = run_qlora(dataloader_num_workers=1, save_steps=1)
     assert run.code == 143 and time.monotonic() - began < 60
     assert "interrupted by SIGTERM" in run.stderr.splitlines()[-1] and steps_kept(run.output_dir) == {1}

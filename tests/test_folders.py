@@ -41,7 +41,7 @@ def stopped(run_qlora, monkeypatch):
 
     def run(step, **flags):
         with monkeypatch.context() as patch:
-            patch.setattr(qlora, "build_callbacks", lambda stop: [stop, StopAt(step)])
+            patch.setattr(qlora, "build_callbacks", lambda stop, config: [stop, StopAt(step)])
             result = run_qlora(**flags)
         assert result.code == 143
         return result
