@@ -1717,10 +1717,11 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
 
 def trained_on_dataset(config: Config) -> bool:
     """Whether what is evaluated was trained on this dataset, so that only rows that were held out count."""
-    for folder in config.training.output_dir, config.model.adapter_name_or_path:
-        if folder and (record := Path(folder, "run.json")).is_file():
-            flags = read_json(record)["flags"]
-            if flags["do_train"] and flags["dataset"] == config.data.dataset:
+    model = config.model
+    for name in config.training.output_dir, model.adapter_name_or_path or "", model.model_name_or_path:
+        for record in Path(name, "run.json"), Path(name).parent / "run.json":  # a checkpoint's lies above it
+            flags = read_json(record)["flags"] if name and record.is_file() else {}
+            if flags.get("do_train") and flags["dataset"] == config.data.dataset:
                 return True
     return False
 
