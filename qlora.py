@@ -81,7 +81,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import date, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, get_type_hints
@@ -123,6 +123,7 @@ from peft.tuners.lora import LoraLayer
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
@@ -139,6 +140,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
@@ -149,6 +151,7 @@ from transformers import (
 )
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, get_gguf_tokenizer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -253,15 +256,13 @@ def is_peer_failure(error: BaseException) -> bool:
 # To add one: write `parse_name` (or use `column_format`), add a row to FORMATS and one to tests/test_formats.py. The
 # order of FORMATS is the order in which formats are inferred from columns. A named dataset is a row of DATASETS.
 # ------------------------------------------------------------------------------------
+BOOLEANS = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0": False, "0.0": False, "no": False}
+
+
 class Segment(TypedDict):
     text: str
     supervised: bool
-    # Of a rendered chat, the exchange that the text belongs to, from 1. Without the text of the first n exchanges, what
-    # is left is what the template writes for the chat without them. 0: text that always stays.
-    turn: int
-
-
-CharSpan = tuple[int, int]  # start and end in a text
+    turn: int  # the exchange of a chat, from 1: without the first ones it is as if rendered without them; 0: it stays
 
 
 class Conversation(NamedTuple):
@@ -285,6 +286,7 @@ class DatasetFormat(NamedTuple):
     columns: tuple[str, ...]  # required
     parse: Callable[[RawRow], ParsedRow]
     inferred: bool = True  # from the columns alone
+    optional: tuple[str, ...] = ()
 
 
 # Unicode noncharacters, which no text may contain. The first two stand for the tokenizer's own ids. The third, inside
@@ -296,10 +298,7 @@ INVALID_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd2]")  # and the lone surrog
 def prompt_completion(*texts: str) -> list[Segment]:
     """The last text is supervised; the one before it, if any, is the prompt."""
     *prompt, completion = texts
-    return [
-        {"text": "".join(prompt), "supervised": False, "turn": 0},
-        {"text": completion, "supervised": True, "turn": 0},
-    ]
+    return [{"text": t, "supervised": s, "turn": 0} for t, s in (("".join(prompt), False), (completion, True))]
 
 
 def field_error(row: RawRow, name: str, expected: str) -> RowError:
@@ -320,13 +319,22 @@ def get_text(row: RawRow, name: str, default: str | None = None) -> str:
     return value
 
 
-def get_list(row: RawRow, name: str, kind: type[Any] = list) -> Any:
-    """The list in a field, or the dict, which may be JSON text."""
-    value = row.get(name)
+def get_list(row: RawRow, name: str, default: Any = None, kinds: Any = None) -> Any:
+    """The list in a field, or a dict if the default is one; it may be JSON text, and empty text is the default."""
+    value = default if row.get(name) in (None, "") else row[name]
+    kinds = kinds or (list if default is None else type(default))
     with contextlib.suppress(ValueError):
         value = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(value, kind):
-        raise field_error(row, name, "a list" if kind is list else "an object")
+    if not isinstance(value, kinds):
+        raise field_error(row, name, "a list" if kinds is list else "an object")
+    return value
+
+
+def get_boolean(row: RawRow, name: str, default: str) -> bool:
+    """The boolean in a field, which may be 0, 1 or text."""
+    value = BOOLEANS.get((get_text(row, name, "") or default).lower())
+    if value is None:
+        raise field_error(row, name, "true or false")
     return value
 
 
@@ -335,7 +343,13 @@ def parse_alpaca(row: RawRow) -> ParsedRow:
     context = get_text(row, "input", "")
     prompt = "Below is an instruction that describes a task"
     prompt += ", paired with an input that provides further context" if context else ""
-    prompt += ". Write a response that appropriately completes the request.\n\n"
+    prompt += ". Write a response that appropriately completes the request."
+    prompt = (get_text(row, "system", "") or prompt) + "\n\n"
+    for pair in get_list(row, "history", []):  # earlier exchanges, as LLaMA-Factory has them
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise field_error(row, "history", "pairs of instruction and output")
+        question, answer = (get_text({"history": part}, "history") for part in pair)
+        prompt += f"### Instruction:\n{question}\n\n### Response: {answer}\n\n"
     prompt += f"### Instruction:\n{get_text(row, 'instruction')}\n\n"
     prompt += f"### Input:\n{context}\n\n" if context else ""
     return prompt_completion(f"{prompt}### Response: ", get_text(row, "output"))
@@ -352,11 +366,7 @@ def parse_chip2(row: RawRow) -> ParsedRow:
 def parse_airoboros(row: RawRow) -> ParsedRow:
     """Airoboros up to 2.2.1 (https://github.com/jondurbin/airoboros)."""
     instruction, answer = get_text(row, "instruction").strip(), get_text(row, "response").strip() + "\n"
-    try:
-        skip = string_to_bool(get_text(row, "skip_prompt_formatting", "") or "false")
-    except argparse.ArgumentTypeError as error:
-        raise field_error(row, "skip_prompt_formatting", "true or false") from error
-    if skip:
+    if get_boolean(row, "skip_prompt_formatting", "false"):
         return prompt_completion(f"{instruction}\n", answer)
     instruction = re.sub(r"\s+PLAINFORMAT$", " PLAINFORMAT", instruction)
     system = get_text(row, "system", "").strip() or "A chat."
@@ -369,32 +379,19 @@ ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
 NEXT_ROLES = {"": ["system", "user"], "system": ["user"], "user": ["assistant"], "assistant": ["user", "tool"]}
 NEXT_ROLES |= {"tool": ["tool", "assistant"]}
 WEIGHT_KEYS = ("weight", "train", "training", "trainable", "loss_mask", "loss")  # 0 or false: an answer is context only
-WEIGHTS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
 def get_calls(fields: RawRow, name: str) -> list[dict[str, Any]]:
     """A list of tool calls, or a single one, in OpenAI's form with arguments as an object; JSON text is parsed."""
-    value, calls = fields[name], list[dict[str, Any]]()
-    with contextlib.suppress(ValueError):
-        value = json.loads(value) if isinstance(value, str) else value
+    value, calls = get_list(fields, name, kinds=(list, dict)), list[dict[str, Any]]()
     for call in value if isinstance(value, list) else [value]:
-        call = call if isinstance(call, Mapping) else {}
-        frame = {key: part for key, part in call.items() if part is not None} if "function" in call else {}
-        function = dict(call.get("function", call))
-        if not isinstance(function.get("name"), str):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise field_error(fields, name, "tool calls, each with a name and arguments")
-        function["arguments"] = get_list(function, "arguments", dict) if function.get("arguments") else {}
+        frame = {key: part for key, part in call.items() if part is not None and function is not call}
+        function = {**function, "arguments": get_list(function, "arguments", {})}
         calls.append({"type": "function"} | frame | {"function": function})
     return calls
-
-
-def is_supervised(fields: RawRow, place: str) -> bool:
-    """Whether an answer is learnt, which a key of its turn may deny."""
-    weights = {key: WEIGHTS.get(get_text(fields, f"{place}.{key}", "1").lower()) for key in WEIGHT_KEYS}
-    for key, weight in weights.items():
-        if weight is None:
-            raise field_error(fields, f"{place}.{key}", "0 or 1")
-    return all(weights.values())
 
 
 def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
@@ -415,17 +412,17 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
         if role not in expected:
             raise field_error(fields, role_field, " or ".join(expected))
         message = {key: value for key, value in turn.items() if value not in (None, [], "", "[]")}
-        message |= {"role": role, "content": "", "supervised": role == "assistant" and is_supervised(fields, place)}
+        learnt = role == "assistant" and all([get_boolean(fields, f"{place}.{key}", "true") for key in WEIGHT_KEYS])
+        message |= {"role": role, "supervised": learnt}
         calls = content_field if name == "function_call" else None  # LLaMA-Factory's
         for key in ("tool_calls", "function_call") if role == "assistant" else ():  # the second is OpenAI's older name
             calls = f"{place}.{key}" if message.pop(key, None) else calls
         if calls:
             message["tool_calls"] = get_calls(fields, calls)
-        if calls != content_field:
-            message["content"] = get_text(fields, content_field, "" if calls else None)
-        if role == "assistant" and not calls and not message["content"].strip():
+        content = "" if calls == content_field else get_text(fields, content_field, "" if calls else None)
+        if role == "assistant" and not calls and not content.strip():
             raise field_error(fields, content_field, "an answer to learn")
-        messages.append(message)
+        messages.append(message | {"content": content})
     return messages
 
 
@@ -452,11 +449,9 @@ def parse_chat(column: str, row: RawRow) -> ParsedRow:
     answers = [n for n, message in enumerate(messages) if message.pop("supervised")]
     if not answers:
         raise RowError(f"field {column!r} has no turn of the assistant, expected an answer to learn")
-    tools = get_list(row, "tools") if row.get("tools") else []
-    if row.get("functions"):  # OpenAI's older name
-        tools = tools or [{"type": "function", "function": function} for function in get_list(row, "functions")]
-    options = get_list(row, "chat_template_kwargs", dict) if row.get("chat_template_kwargs") else {}
-    return Conversation(messages[: answers[-1] + 1], answers, tools or None, options)
+    functions = [{"type": "function", "function": function} for function in get_list(row, "functions", [])]
+    tools, options = get_list(row, "tools", []) or functions or None, get_list(row, "chat_template_kwargs", {})
+    return Conversation(messages[: answers[-1] + 1], answers, tools, options)
 
 
 def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
@@ -464,16 +459,19 @@ def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
     return DatasetFormat(columns, lambda row: prompt_completion(*(get_text(row, name) for name in columns)), inferred)
 
 
+BESIDE_CHATS = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
 FORMATS: dict[str, DatasetFormat] = {
-    "messages": DatasetFormat(("messages",), partial(parse_chat, "messages")),
-    "sharegpt": DatasetFormat(("conversations",), partial(parse_chat, "conversations")),
-    "airoboros": DatasetFormat(("instruction", "response"), parse_airoboros),
-    "alpaca": DatasetFormat(("instruction", "output"), parse_alpaca),
+    "messages": DatasetFormat(("messages",), partial(parse_chat, "messages"), optional=BESIDE_CHATS),
+    "sharegpt": DatasetFormat(("conversations",), partial(parse_chat, "conversations"), optional=BESIDE_CHATS),
+    "airoboros": DatasetFormat(
+        ("instruction", "response"), parse_airoboros, True, ("system", "skip_prompt_formatting")
+    ),
+    "alpaca": DatasetFormat(("instruction", "output"), parse_alpaca, optional=("input", "system", "history")),
     "self-instruct": column_format("prompt", "completion"),
     "input-output": column_format("input", "output"),
     "hh-rlhf": column_format("chosen"),
     "text": column_format("text"),
-    "alpaca-clean": DatasetFormat(("instruction", "output"), parse_alpaca, inferred=False),
+    "alpaca-clean": DatasetFormat(("instruction", "output"), parse_alpaca, False, ("input", "system", "history")),
     "longform": column_format("input", "output", inferred=False),
     "chip2": DatasetFormat(("text",), parse_chip2, inferred=False),
     "oasst1": column_format("text", inferred=False),
@@ -514,6 +512,9 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
         raise RowError(f"{name}: {type(error).__name__}: {shorten(error)}; expected: {expected}") from error
 
 
+TEMPLATE_DATE = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
+
+
 @lru_cache(maxsize=2)
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = False) -> re.Pattern[str]:
     """Matches special tokens, also those that are not flagged special but begin a turn (DeepSeek's), or these alone."""
@@ -549,10 +550,12 @@ def join_segments(segments: JoinedSegments, tokenizer: PreTrainedTokenizerBase) 
 
 def apply_template(
     chat: Conversation, tokenizer: PreTrainedTokenizerBase, end: int | None = None, prompt: bool = False
-) -> tuple[str, list[CharSpan] | None]:
+) -> tuple[str, list[tuple[int, int]] | None]:
     """The text of messages up to `end`, and the spans of answers if the template marks them with {% generation %}."""
     try:
         template = tokenizer.get_chat_template(tools=chat.tools)
+        if today := getattr(tokenizer, "template_date", None):  # the run's, so that a resume renders the same
+            template = TEMPLATE_DATE.sub(lambda call: repr(today.strftime(call[2])), template)
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         options = {**tokenizer.special_tokens_map, **chat.options, "tools": chat.tools, "chat_template": template}
         options |= {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked}
@@ -572,44 +575,32 @@ def common_prefix(first: str, second: str) -> int:
 
 def contains(text: str, value: Any) -> bool:
     """Whether a text without white space holds a value and all that is in it, as it is or as JSON."""
-    if isinstance(value, Mapping):
-        return all(contains(text, key) and contains(text, item) for key, item in value.items())
-    if isinstance(value, list):
-        return all(contains(text, item) for item in value)
-    if isinstance(value, (bool, type(None))):  # True or true, None or null
+    if isinstance(value, (dict, list)):
+        return all(contains(text, part) for part in (*value, *getattr(value, "values", tuple)()))
+    if value is None or isinstance(value, bool):  # as True or true, None or null
         return True
     forms = json.dumps(value, ensure_ascii=False), json.dumps(value), repr(value)
     return any("".join(form.split()) in text for form in (str(value), *(form.strip("\"'") for form in forms)))
 
 
-def check_answer(message: RawRow, learnt: str, number: int) -> None:
+def check_answer(chat: Conversation, n: int, learnt: str) -> None:
     """Raise a RowError if the supervised text lacks an answer's content, or the name or an argument of a call.
 
     Reasoning may be missing, as many templates leave it out.
     """
-    learnt = "".join(learnt.split())
-    wanted = [re.split(r"(?i)[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]", message["content"])[-1]]
-    for call in message.get("tool_calls", []):
+    learnt, message = "".join(learnt.split()), chat.messages[n]
+    wanted = [re.split(r"(?i)[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]", message["content"] or "")[-1]]
+    for call in message.get("tool_calls", ()):
         wanted += call["function"]["name"], call["function"]["arguments"]
     for value in wanted:
         as_python = value and isinstance(value, dict) and "".join(repr(value).split()) in learnt
         if as_python or not contains(learnt, value):
-            reason = f"turn {number + 1}: the chat template does not write this part of the answer as text or JSON"
-            raise RowError(f"{reason}: {shorten(value)}; pass a --chat_template that does")
+            what = f"turn {n + 1}: the chat template does not write this part of the answer as text or JSON"
+            raise RowError(f"{what}: {shorten(value)}; pass a --chat_template that does")
 
 
-def calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
-    """A message for templates that expect the arguments of a call as JSON text, and no content beside calls."""
-    if "tool_calls" not in message:
-        return message
-    calls = copy.deepcopy(message["tool_calls"])
-    for function in (call["function"] for call in calls):
-        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-    return message | {"tool_calls": calls, "content": message["content"] or None}
-
-
-def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, CharSpan]:
-    """The text of a chat up to answer n, which begins where the generation prompt ends, and ends with its stop token.
+def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, slice]:
+    """The prompt for generating answer n, the text of the chat up to it, and its span, from there to its stop token.
 
     If that prompt is no prefix (it may open a block of reasoning that the answer lacks), it begins where they differ.
     White space after the stop token belongs to the template.
@@ -621,20 +612,9 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
         reason = f"turn {n + 1}: the chat template renders what precedes it differently once it follows"
         raise RowError(f"{reason}; pass a --chat_template with {{% generation %}} around the answers")
     stops = special_token_pattern(tokenizer).finditer(text, start)
-    return text, (start, next((stop.end() for stop in stops if not text[stop.end() :].strip()), len(text)))
-
-
-def marked_answers(chat: Conversation, marks: list[CharSpan]) -> dict[int, CharSpan]:
-    """The spans of the supervised answers, of those that the template marks."""
-    spans: list[CharSpan] = []
-    for start, end in marks:  # a template may mark parts of an answer
-        if spans and spans[-1][1] == start:
-            start = spans.pop()[0]
-        spans += [(start, end)] if start < end else []
-    answers = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    if len(spans) != len(answers):
-        raise RowError(f"the chat template marks {len(spans)} answers with {{% generation %}}, expected {len(answers)}")
-    return {n: span for n, span in zip(answers, spans, strict=True) if n in chat.answers}
+    span = slice(start, next((stop.end() for stop in stops if not text[stop.end() :].strip()), len(text)))
+    check_answer(chat, n, text[span])
+    return before, text, span
 
 
 def exchange_starts(chat: Conversation, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -655,6 +635,41 @@ def exchange_starts(chat: Conversation, text: str, tokenizer: PreTrainedTokenize
     return [max(places, default=low) + length for length in removed]
 
 
+def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Segment]]:
+    """The rows of a chat whose values are escaped."""
+    whole, marks = apply_template(chat, tokenizer)
+    if marks is None:
+        found = [find_answer(chat, n, whole, tokenizer) for n in chat.answers]
+        rows = [(text, [span]) for _, text, span in found]
+        if all(whole.startswith(text) and text.startswith(before) for before, text, _ in found):
+            rows = [(whole, [span for _, _, span in found])]
+    else:
+        for n in {n for n, message in enumerate(chat.messages) if message["role"] == "assistant"} - {*chat.answers}:
+            first, last = (len(apply_template(chat, tokenizer, end)[1] or ()) for end in (n, n + 1))
+            marks[first:last] = [(0, 0)] * (last - first)
+        rows = [(whole, [slice(*mark) for mark in marks if mark[0] < mark[1]])]
+        for n in chat.answers:
+            check_answer(chat, n, "".join(whole[span] for span in rows[0][1]))
+    starts = exchange_starts(chat, whole, tokenizer)
+    for text, spans in rows:
+        turns = [start for start in starts if start <= spans[-1].start and whole.startswith(text[:start])]
+        bounds = sorted({0, len(text), *turns, *(place for span in spans for place in (span.start, span.stop))})
+        row: list[Segment] = []
+        for start, end in itertools.pairwise(bounds):
+            supervised = any(span.start <= start < span.stop for span in spans)
+            row.append({"text": text[start:end], "supervised": supervised, "turn": sum(n <= start for n in turns)})
+        yield row
+
+
+def calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message for templates that expect the arguments of a call as JSON text, and no content beside calls."""
+    message = copy.deepcopy(message)
+    for call in message.get("tool_calls", ()):
+        message["content"] = message["content"] or None
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return message
+
+
 def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Segment]]:
     """Apply the tokenizer's chat template: every answer with its stop token is supervised, nothing else.
 
@@ -663,37 +678,14 @@ def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -
     if tokenizer is None or not tokenizer.chat_template:
         raise ConfigError("the tokenizer has no chat template, which chat rows need: pass a --chat_template FILE")
     if not tokenizer.is_fast:
-        name = type(tokenizer).__name__
-        raise ConfigError(f"{name} has no character offsets, which chat rows need: convert it to a tokenizer.json")
+        raise ConfigError("chat rows need a tokenizer with character offsets, which a tokenizer.json gives")
     chat = Conversation(*(escape_special_tokens(part, special_token_pattern(tokenizer)) for part in chat))
     try:
-        return render_rows(chat, tokenizer)
+        return list(render_rows(chat, tokenizer))
     except RowError:
         with contextlib.suppress(RowError):
-            return render_rows(chat._replace(messages=[calls_as_text(m) for m in chat.messages]), tokenizer)
+            return list(render_rows(chat._replace(messages=[calls_as_text(m) for m in chat.messages]), tokenizer))
         raise
-
-
-def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[list[Segment]]:
-    """The rows of a chat whose values are escaped."""
-    whole, marks = apply_template(chat, tokenizer)
-    if marks is None:
-        answers = {n: find_answer(chat, n, whole, tokenizer) for n in chat.answers}
-    else:
-        answers = {n: (whole, span) for n, span in marked_answers(chat, marks).items()}
-    joined = all(whole.startswith(text) for text, _ in answers.values())
-    starts, rows = exchange_starts(chat, whole, tokenizer), list[list[Segment]]()
-    for n, (text, span) in answers.items():
-        check_answer(chat.messages[n], text[slice(*span)], n)
-        spans = [span for _, span in answers.values()] if joined else [span]
-        exchanges = starts[: sum(message["role"] == "user" for message in chat.messages[:n])]
-        if exchanges and not whole.startswith(text[: exchanges[-1]]):
-            exchanges = []
-        bounds = sorted({0, len(text), *exchanges, *itertools.chain(*spans)})
-        kinds = [(any(a <= n < b for a, b in spans), sum(start <= n for start in exchanges)) for n in bounds]
-        parts = zip(itertools.pairwise(bounds), kinds, strict=False)
-        rows.append([{"text": text[a:b], "supervised": yes, "turn": turn} for (a, b), (yes, turn) in parts])
-    return rows[-1:] if joined else rows
 
 
 # Presets: arguments of datasets.load_dataset. Each is in the format of its name.
@@ -1333,9 +1325,8 @@ SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in order of pref
 SPLITS = {name: name for name in ("train", *SPLIT_NAMES)} | dict.fromkeys(("val", "valid", "dev"), "validation")
 REJECTED = "rejected.jsonl"
 DATASETS_ERRORS = (RuntimeError, datasets.exceptions.DatasetsError)  # beside LIBRARY_ERRORS
-SEGMENT_TYPES = {"text": "string", "supervised": "bool", "turn": "int32"}
 ROW_FEATURES = datasets.Features(
-    {"segments": [{name: datasets.Value(kind) for name, kind in SEGMENT_TYPES.items()}]}
+    {"segments": [dict(zip(Segment.__annotations__, map(datasets.Value, ("string", "bool", "int32")), strict=True))]}
     | {"rendered": datasets.Value("bool")}  # tokenised whole, with the special tokens in it
     | dict.fromkeys(("where", "category", "problem", "raw"), datasets.Value("string"))
 )
@@ -1536,8 +1527,11 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     if missing := sorted(set(get_format(chosen).columns) - set(columns)):
         raise DataError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
     log.info("%s: format %s%s", name, chosen, "" if named else ", inferred from columns")
+    used = get_format(chosen).columns + get_format(chosen).optional + ("category", "source")
     if CUSTOM_FORMAT.fullmatch(chosen):
         log.info("its rows are cached: if it reads other files and they change, pass another --cache_dir")
+    elif unused := sorted(set(columns).difference(used)):
+        log.info("%s: columns left out: %s", name, shorten(", ".join(unused)))
     return chosen
 
 
@@ -1596,6 +1590,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     depends: list[Any] = [source.fingerprint(), custom and file_digest(Path(custom[1])), limit]
     depends += [data.expand_conversations, data.include_sources]
     if tokenizer:
+        depends += [TEMPLATE_DATE.search(str(tokenizer.chat_template)) and getattr(tokenizer, "template_date", None)]
         depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_token_pattern(tokenizer).pattern]
     normalize = partial(normalize_rows, dataset_format=get_format(source.format), tokenizer=tokenizer)
     options = {"cache_dir": config.model.cache_dir, "fingerprint": digest("rows", CODE_VERSION, *depends)}
@@ -1740,6 +1735,11 @@ SPARE_TOKENS = re.compile(
     r"<\|finetune_right_pad_id\|>|<\|?pad(ding)?\|?>|\[PAD\]|<\|reserved_special_token_\d+\|>|<\|?unused\d+\|?>"
     r"|<\|reserved_\d+\|>", re.IGNORECASE,
 )  # fmt: skip
+# Where classes that transformers rebuilds from vocabulary and merges differ from tokenizer.json.
+PROBES = ["  I'LL don't\n\n\n 1. é à e\u0301 ﬁ\n    return x\n\tif 日本語 🙂 ", "12 3456,78 10 21 1893 24\n\n2. A"]
+# How a .gguf file names what splits its text, in llama.cpp's llama-vocab.cpp: as GPT-2, with digits alone or in runs.
+GGUF_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+GGUF_DIGIT_RUNS = ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "phi-2", "roberta-bpe")
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges*", "added_tokens.json", "config.json"]
 
 
@@ -1770,6 +1770,33 @@ def patched_tokenizer_folder(name: str, patch: Path, target: Path, config: Confi
     return target
 
 
+def match_file(tokenizer: Any, folder: str, config: Config, **options: Any) -> Any:
+    """The tokenizer, or the plain class made from its tokenizer.json if that gives other ids."""
+    file = download(folder, TOKENIZER_FILES, config) / "tokenizer.json"
+    if not file.is_file():
+        if type(tokenizer).__name__ == "MistralCommonBackend":
+            raise ConfigError("mistral-common is not supported: add a tokenizer.json of the same model to its folder")
+        return tokenizer
+    expected = [e.ids for e in Tokenizer.from_file(str(file)).encode_batch(PROBES, add_special_tokens=False)]
+    if not getattr(tokenizer, "is_fast", False) or tokenizer(PROBES, add_special_tokens=False)["input_ids"] != expected:
+        log.warning("%s gives other ids than tokenizer.json, which is loaded instead", type(tokenizer).__name__)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+        if tokenizer(PROBES, add_special_tokens=False)["input_ids"] != expected:
+            log.warning("the settings in tokenizer_config.json still give other ids than tokenizer.json")
+    return tokenizer
+
+
+def set_gguf_splits(tokenizer: Any, path: Path) -> None:
+    """Split text as the merges in a .gguf file were learned, where transformers does not know the file's way."""
+    _, facts, _ = get_gguf_tokenizer(str(path))
+    name = facts.get("pre_tokenizer_type", "gpt-2") if facts["tokenizer_type"] == "gpt2" else "gpt-2"
+    if name in GGUF_SINGLE_DIGITS:
+        splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    elif name not in (*GGUF_DIGIT_RUNS, *GGUF_PRE_TOKENIZER_SPLITS):
+        log.warning("%s: unknown way %r of splitting text: as GPT-2 does, which may give other ids", path, name)
+
+
 def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, which may be a hub id, with the overrides of the flags."""
     model, tokenizer = config.model, None
@@ -1783,6 +1810,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
         llama = bare and model_config.model_type in ("llama", "mistral", "mixtral")
         with contextlib.suppress(RecursionError):  # caused by an empty unk_token
             tokenizer = (LlamaTokenizer if llama else AutoTokenizer).from_pretrained(folder, **options)
+            tokenizer = match_file(tokenizer, folder, config, **options)
     if tokenizer is None or "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
         early = "special tokens are empty strings, as in early LLaMA conversions"
         raise ConfigError(f"{what}'s {early}: pass --tokenizer_patch examples/llama1_tokenizer")
@@ -1814,8 +1842,8 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
         raise ConfigError(f"the tokenizer has no {needed}: {way_out}")
     if not tokenizer.pad_token or vocabulary.get(str(tokenizer.pad_token), rows) >= rows:
         spare = [token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows]
-        spare.sort(key=lambda token: ("pad" not in token.lower(), vocabulary[token]))
-        tokenizer.pad_token = spare[0] if spare else tokenizer.unk_token or tokenizer.eos_token
+        other = tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.pad_token = min(spare, key=lambda t: ("pad" not in t.lower(), vocabulary[t]), default=other)
         log.info("pad token: %s (the tokenizer has none that the model knows)", tokenizer.pad_token)
     for name in ("bos_token_id", f"{needed}_id"):
         number = getattr(tokenizer, name)
@@ -2055,7 +2083,7 @@ def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: floa
                 continue
             rows = normalize_rows(**raw, dataset_format=dataset_format, tokenizer=tokenizer)
             for number, row in enumerate(rows, start=1):
-                position = consumed if number == len(rows) else consumed - 1 + number / len(rows)
+                position = consumed - 1 + number / len(rows)
                 if position <= skip:
                     continue
                 if not row["problem"]:
@@ -2422,7 +2450,8 @@ def model_folder(config: Config, weights: bool = True) -> str:
         path = files[0] if len(files) == 1 else path
     if path.suffix.lower() != ".gguf" or not path.is_file():
         return name
-    folder = root / f"{path.stem}-{digest(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)}"
+    version = digest(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns, GGUF_SINGLE_DIGITS)
+    folder = root / f"{path.stem}-{version}"
     if not folder.is_dir() and not weights:
         folder = folder.with_name(f"{folder.name}-no-weights")
     if folder.is_dir():
@@ -2437,6 +2466,7 @@ def model_folder(config: Config, weights: bool = True) -> str:
         else:
             model = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        set_gguf_splits(tokenizer, path)
         eos = getattr(model, "config", model).eos_token_id
         if isinstance(eos, int):  # transformers 5.17 takes BOS for EOS
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
@@ -5262,7 +5292,7 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
     log.info("This run\n%s", format_table(derived))
     record = {
         "flags": config.flags,
-        "derived": derived | {"given": sorted(config.explicitly_set)},
+        "derived": derived | {"given": sorted(config.explicitly_set), "template date": run.tokenizer.template_date},
         "versions": versions(),
         "data": {name: part._asdict() for name, part in data.statistics.items()},
         "device": {"name": device_name(), "processes": args.world_size},
@@ -5327,6 +5357,9 @@ def load_run(config: Config) -> tuple[Run, Data]:
     model_config = load_model_config(config, folder)
     config = resolve_objective(config, model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
+    earlier = [folder / "run.json" for folder in (resume.found, resume.found.parent)] if resume.found else []
+    record = next((read_json(file) for file in earlier if file.is_file()), config.record)
+    tokenizer.template_date = date.fromisoformat(record.get("derived", {}).get("template date") or str(date.today()))
     if config.training.do_predict and not config.masked:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     with local_main_process_first():  # encodes the dataset

@@ -4,6 +4,7 @@ Expected ids are spelt by hand with the byte tokenizer ("a" is 97), or come from
 apply_chat_template alone.
 """
 
+import datetime
 import json
 import logging
 import re
@@ -384,7 +385,7 @@ def test_special_tokens_in_a_message_stay_text(tokenizers, name, template):
 
 
 def test_tools_roles_and_nulls_as_parquet_has_them(tmp_path):
-    """A call without content, a tool's turn, null keys that Arrow adds, tools as a list or as JSON with its null."""
+    """A tool call without content, a tool's turn, nulls that Arrow adds, tools as a list or as JSON with a null."""
     tokenizer = chatml_tokenizer(TOOLS)
     call = {"type": "function", "function": {"name": "ask", "arguments": {"city": "Oslo"}}, "id": None}
     messages = [
@@ -527,6 +528,225 @@ def test_without_its_first_exchanges_a_chat_is_what_the_template_writes_without_
             shorter = [*head, *chat[2 * first - 2 : end - len(head)]]
             assert left == tokenizer.apply_chat_template(shorter, tokenize=False)
     assert last == 4
+
+
+# ------------------------------------------------------------------------------------
+# Tool calls
+# ------------------------------------------------------------------------------------
+
+WEATHER = {"type": "function", "function": {"name": "ask", "arguments": {"city": "Oslo", "when": None}}}
+ASKED = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "", "tool_calls": [WEATHER]}]
+TOOLS_AS_TEXT = TOOLS.replace("c.function.arguments | tojson", "c.function.arguments")  # as DeepSeek's expects them
+WITHOUT_TOOLS = TOOLS.replace("m.tool_calls or []", "[]")
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [WEATHER]},
+        {"role": "assistant", "tool_calls": json.dumps([WEATHER])},
+        {"role": "assistant", "tool_calls": [WEATHER["function"]]},
+        {
+            "role": "assistant",
+            "tool_calls": [{"function": {"name": "ask", "arguments": '{"city": "Oslo", "when": null}'}}],
+        },
+        {"role": "assistant", "content": None, "function_call": WEATHER["function"]},
+        {"from": "function_call", "value": '{"name": "ask", "arguments": {"city": "Oslo", "when": null}}'},
+        {"from": "function_call", "value": json.dumps([WEATHER["function"]])},
+    ],
+    ids=["openai", "list as text", "bare", "arguments as text", "function_call", "llama-factory", "list"],
+)
+@pytest.mark.parametrize("template", [TOOLS, TOOLS_AS_TEXT], ids=["object", "text"])
+def test_a_call_is_the_same_however_it_is_spelt(template, turn):
+    """And a null that was written stays."""
+    question = {"from": "human", "value": "Weather?"} if "from" in turn else ASKED[0]
+    assert texts(render([question, turn], chatml_tokenizer(template))) == [
+        'ask({"city": "Oslo", "when": null})<|im_end|>'
+    ]
+
+
+@pytest.mark.parametrize(
+    "empty", [{"tool_calls": []}, {"tool_calls": None}, {"tool_calls": "[]"}, {"function_call": None}]
+)
+@pytest.mark.parametrize(
+    "tools", [{}, {"tools": []}, {"tools": "[]"}, {"tools": None}, {"tools": ""}, {"functions": []}]
+)
+def test_no_calls_and_no_tools_are_absent(empty, tools):
+    template = "{% if tools is not none %}{{ raise_exception('tools') }}{% endif %}" + CHATML.replace(
+        "{{ m.content }}", "{{ m.content }}{% if 'tool_calls' in m or 'function_call' in m %}{{ 1 / 0 }}{% endif %}"
+    )
+    messages = [LONG[1], {**LONG[2], **empty}]
+    assert texts(render(messages, chatml_tokenizer(template), **tools)) == ["Hello<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("calls", "named"),
+    [
+        ("ask", "tool_calls"),
+        ([3], "tool_calls"),
+        ([{"name": 3}], "a name"),
+        ([{"name": "a", "arguments": "{"}], "arguments"),
+    ],
+)
+def test_a_call_that_is_none_is_a_bad_row(calls, named):
+    with pytest.raises(qlora.RowError, match=named):
+        render([ASKED[0], {"role": "assistant", "tool_calls": calls}], chatml_tokenizer(TOOLS))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_nulls_that_were_written_stay_and_nulls_that_arrow_adds_go(tmp_path, kind):
+    """Parquet's two calls share their columns, so that each gets the other's argument as null."""
+    calls = [
+        {"name": "ask", "arguments": {"city": "Oslo"}},
+        {"name": "ask", "arguments": {"when": None, "days": [None, 2]}},
+    ]
+    rows = [{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    file = (tiny.rows_to_jsonl if kind == "jsonl" else tiny.rows_to_parquet)(tmp_path / f"a.{kind}", rows)
+    first, second = (texts(segments) for segments in load(file, chatml_tokenizer(TOOLS)).train["segments"])
+    assert first == ['ask({"city": "Oslo"})<|im_end|>']
+    kept = '"when": null, ' if kind == "jsonl" else ""
+    assert second == [f'ask({{{kept}"days": [null, 2]}})<|im_end|>']
+
+
+def test_functions_are_tools_and_developers_are_systems():
+    functions = [{"name": "ask", "parameters": {}}]
+    messages = [{"role": "developer", "content": "s"}, *ASKED, {"role": "function", "name": "ask", "content": "cold"}]
+    messages.append({"role": "assistant", "content": "Cold."})
+    tokenizer = chatml_tokenizer(TOOLS)
+    rendered = "".join(texts(render(messages, tokenizer, functions=functions), False))
+    assert rendered.startswith(
+        '<|im_start|>tools\n[{"type": "function", "function": {"name": "ask", "parameters": {}}}]<|im_end|>\n'
+        "<|im_start|>system\ns<|im_end|>"
+    )
+    assert "<|im_start|>tool\ncold<|im_end|>" in rendered
+
+
+# ------------------------------------------------------------------------------------
+# An answer reaches the model, or the row is bad
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "turn", "missing"),
+    [
+        (WITHOUT_TOOLS, {"content": "", "tool_calls": [WEATHER]}, "ask"),  # the bare stop token would be learnt
+        (TOOLS, {"content": "", "tool_calls": [WEATHER]}, None),
+        (TOOLS.replace("{{ c.function.name }}", ""), {"content": "", "tool_calls": [WEATHER]}, "ask"),
+        (TOOLS.replace("| tojson", "| length"), {"content": "", "tool_calls": [WEATHER]}, "Oslo"),
+        (
+            TOOLS.replace("{% if m.content", "{% if not m.tool_calls"),
+            {"content": "Well:", "tool_calls": [WEATHER]},
+            "Well",
+        ),
+        (CHATML.replace("m.content", "m.content[:5]"), {"content": "Hello there"}, "Hello there"),
+        (CHATML.replace("m.content", "m.content | trim"), {"content": " Hello\n\nthere "}, None),
+        (
+            CHATML.replace("m.content", "m.content.split('</think>')[-1]"),
+            {"content": "<think>Hm.</think>\nHello"},
+            None,
+        ),
+        (MARKED.replace("{{ m.content }}<|im_end|>{% end", "<|im_end|>{% end"), {"content": "Hello"}, "Hello"),
+    ],
+)
+def test_what_a_template_leaves_out_of_an_answer_is_a_bad_row(template, turn, missing):
+    messages = [ASKED[0], {"role": "assistant", **turn}]
+    if missing is None:
+        assert render(messages, chatml_tokenizer(template))
+        return
+    with pytest.raises(qlora.RowError, match=rf"turn 2: .*{missing}.*--chat_template"):
+        render(messages, chatml_tokenizer(template))
+
+
+def test_arguments_that_a_template_writes_as_python_become_json_text():
+    expected = ['ask({"city": "Oslo", "when": null})<|im_end|>']
+    assert texts(render(ASKED, chatml_tokenizer(TOOLS_AS_TEXT))) == expected
+    refusing = TOOLS.replace("c.function.arguments | tojson", "'' + c.function.arguments")
+    assert texts(render(ASKED, chatml_tokenizer(refusing))) == expected
+
+
+def test_arguments_hold_whatever_they_hold():
+    """Nested, quoted, in other scripts, as JSON or raw: no false alarm."""
+    arguments = {"a": [1, 2.5, {"b": 'say "hi"\\n\n\tnow'}], "ö": "日本 é", "c": True, "d": None, "e": "", "f": {}}
+    call = {"name": "ask", "arguments": arguments}
+    for template in (
+        TOOLS,
+        TOOLS.replace("tojson", "tojson(ensure_ascii=true)"),
+        TOOLS.replace("tojson", "tojson(indent=2)"),
+    ):
+        (learnt,) = texts(render([ASKED[0], {"role": "assistant", "tool_calls": [call]}], chatml_tokenizer(template)))
+        assert json.loads(learnt.removeprefix("ask(").removesuffix(")<|im_end|>")) == arguments
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_marks_of_reasoning_in_an_answer_are_tokens(template):
+    """Which they are not in a question; other special tokens stay text in both."""
+    tokenizer = tiny.byte_tokenizer(extra=("<|im_start|>", "<|im_end|>", "[THINK]", "[/THINK]"))
+    tokenizer.chat_template = template
+    said = [("user", "[THINK]?"), ("assistant", "[THINK]a[/THINK]b<|im_end|>")]
+    segments = render([{"role": role, "content": content} for role, content in said], tokenizer)
+    ids, labels = encode(segments, tokenizer, rendered=True)
+    assert [i for i in labels if i != NO] == [261, 97, 262, *b"b<|im_end|>", 260]
+    assert ids.count(261) == 1 and bytes(i for i in ids if i < 256).count(b"[THINK]?") == 1
+
+
+# ------------------------------------------------------------------------------------
+# What a row says about itself
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "trainable", "loss_mask", "loss"])
+@pytest.mark.parametrize(("no", "yes"), [(0, 1), (False, True), (0.0, 1.0), ("false", None)])
+@pytest.mark.parametrize("template", [CHATML, CHANGING, MARKED], ids=["prefixes", "changing", "marks"])
+def test_an_answer_may_be_context_only(template, key, no, yes):
+    messages = [*LONG[:2], {**LONG[2], key: no}, LONG[3], {**LONG[4], key: yes}]
+    segments = render(messages, chatml_tokenizer(template))
+    assert [text.removeprefix("<think></think>") for text in texts(segments)] == ["In the harbour.<|im_end|>"]
+    assert "".join(texts(segments, False)).count("Hello<|im_end|>") == 1
+
+
+def test_what_follows_the_last_answer_to_learn_is_left_out():
+    messages = [*LONG[:4], {**LONG[4], "weight": 0}]
+    assert render(messages, chatml_tokenizer()) == render(LONG[:3], chatml_tokenizer())
+    with pytest.raises(qlora.RowError, match="an answer to learn"):
+        render([*LONG[:2], {**LONG[2], "train": False}], chatml_tokenizer())
+    with pytest.raises(qlora.RowError, match=r"messages\[2\]\.weight' is 0\.5"):
+        render([*LONG[:2], {**LONG[2], "weight": 0.5}], chatml_tokenizer())
+
+
+def test_airoboros_chat_honours_weights(tmp_path):
+    turns = shared("a", "b", "c", "d")
+    turns[1]["train"] = False
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"conversations": turns}])
+    flags = (None, "--dataset_format", "airoboros_chat", "--expand_conversations", True)
+    assert [row[-1]["text"] for row in load(file, *flags).train["segments"]] == ["d"]
+    turns[3]["weight"] = 0
+    assert "to learn" in error_of(tiny.rows_to_jsonl(tmp_path / "b.jsonl", [{"conversations": turns}]), *flags)
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_a_system_column_is_a_turn(name):
+    tokenizer = chatml_tokenizer()
+    assert render(LONG[1:], tokenizer, **{name: "Be kind."}) == render(LONG, tokenizer)
+    assert render(LONG, tokenizer, **{name: "Be rude."}) == render(LONG, tokenizer)  # the turn's own comes first
+    assert render(LONG[1:], tokenizer, **{name: ""}) == render(LONG[1:], tokenizer)
+
+
+@pytest.mark.parametrize("options", [{"mood": "calm"}, '{"mood": "calm"}'])
+def test_chat_template_kwargs_reach_the_template(options):
+    tokenizer = chatml_tokenizer("{{ mood | default('none') }}" + CHATML)
+    assert texts(render(LONG, tokenizer, chat_template_kwargs=options), False)[0].startswith("calm<")
+    assert texts(render(LONG, tokenizer, chat_template_kwargs=None), False)[0].startswith("none<")
+    with pytest.raises(qlora.RowError, match=r"chat_template_kwargs.*an object"):
+        render(LONG, tokenizer, chat_template_kwargs=[1])
+
+
+def test_the_date_in_a_template_is_the_runs(tmp_path):
+    tokenizer = chatml_tokenizer("""{{ strftime_now('%d %b %Y') }}|{{ strftime_now("%Y") }}""" + CHATML)
+    tokenizer.template_date = datetime.date(2024, 7, 26)
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG}])
+    assert load(file, tokenizer).train["segments"][0][0]["text"].startswith("26 Jul 2024|2024<|im_start|>")
+    tokenizer.template_date = datetime.date(2025, 1, 2)  # not the rows of the cache
+    assert load(file, tokenizer).train["segments"][0][0]["text"].startswith("02 Jan 2025|2025<|im_start|>")
 
 
 def test_a_template_that_refuses_a_row(tmp_path):
@@ -890,6 +1110,33 @@ def test_a_prediction_has_its_whole_last_question(run_qlora, models, tmp_path):
     rows = [json.loads(line) for line in (run.output_dir / "predictions.jsonl").read_text().splitlines()]
     for row, question in zip(rows, ("Whose is it?", "q" * 99), strict=True):
         assert row["prediction_with_input"].startswith(f"user\n{question}\nassistant\n")
+
+
+def test_a_resume_on_another_day_has_the_same_rows(run_qlora, models, tmp_path, monkeypatch):
+    """And so does a run that repeats another; a fresh one has its own day."""
+
+    class Day(datetime.date):
+        now = "2024-07-26"
+
+        @classmethod
+        def today(cls):
+            return datetime.date.fromisoformat(cls.now)
+
+    monkeypatch.setattr(qlora, "date", Day)
+    (tmp_path / "chat.jinja").write_text("Today is {{ strftime_now('%d %b %Y') }}.\n" + CHATML)
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": LONG}] * 4)
+    flags = {"model_name_or_path": models("llama", tokenizer=write_chat_tokenizer), "dataset": file, "save_steps": 1}
+    flags |= {"chat_template": tmp_path / "chat.jinja", "source_max_len": 300}
+    first = run_qlora(**flags, max_steps=1, output_dir=tmp_path / "out")
+    Day.now = "2024-07-27"
+    resumed = run_qlora(**flags, max_steps=2, output_dir=tmp_path / "out")
+    assert first.code == resumed.code == 0 and "resuming from" in resumed.stderr
+    fresh = run_qlora(**flags, max_steps=1, output_dir=tmp_path / "fresh")
+    records = [fresh.json("run.json"), resumed.json("run.json")]
+    assert [record["derived"]["template date"] for record in records] == ["2024-07-27", "2024-07-26"]
+    assert records[0]["data"] != records[1]["data"]
+    repeated = run_qlora(str(tmp_path / "out" / "run.json"), **flags, max_steps=1, output_dir=tmp_path / "again")
+    assert repeated.json("run.json")["data"] == records[1]["data"]
 
 
 def write_chat_tokenizer(path):

@@ -40,6 +40,20 @@ ALPACA = [
     ),
     ({"instruction": "Is it?", "input": 0, "output": 1.5}, WITH_INPUT.format("Is it?", "0"), "1.5"),
     ({"instruction": "Is it?", "input": False, "output": True}, WITH_INPUT.format("Is it?", "false"), "true"),
+    # LLaMA-Factory's columns: a system text stands for the first sentences, earlier exchanges before the instruction.
+    ({"instruction": "Go", "output": "on", "system": None, "history": []}, WITHOUT_INPUT.format("Go"), "on"),
+    (
+        {
+            "instruction": "Why?",
+            "input": "x",
+            "output": "so",
+            "system": "Be brief.",
+            "history": [["Who?", "I."], ["A", 2]],
+        },
+        "Be brief.\n\n### Instruction:\nWho?\n\n### Response: I.\n\n### Instruction:\nA\n\n### Response: 2\n\n"
+        "### Instruction:\nWhy?\n\n### Input:\nx\n\n### Response: ",
+        "so",
+    ),
 ]
 CHIP2 = [
     ("<human>: Hi\n<bot>: Hello", "Hi", "Hello"),
@@ -83,6 +97,7 @@ GOLDEN = {
     "input-output": [
         ({"input": "a ", "output": " b", "source": None}, "a ", " b"),
         ({"input": "", "output": "b"}, "", "b"),
+        ({"input": "a", "output": "a"}, "a", "a"),  # which Python makes one object
         ({"input": 7, "output": True}, "7", "true"),
     ],
     "longform": [({"input": "a ", "output": " b", "source": "wiki"}, "a ", " b")],
@@ -288,6 +303,32 @@ def test_the_format_is_inferred_from_the_columns(tmp_path, caplog, columns, name
     ((_, output),) = pairs_of(load("--dataset", str(file)).train)
     assert output == supervised[name]
     assert any(str(file) in m and f"format {name}," in m and "inferred" in m for m in caplog.messages)
+
+
+@pytest.mark.parametrize("history", [["Who?", "I."], [["Who?"]], [["Who?", None]], "Who?"])
+def test_a_bad_history_is_a_bad_row(history):
+    with pytest.raises(qlora.RowError, match="history"):
+        qlora.FORMATS["alpaca"].parse({"instruction": "a", "output": "b", "history": history})
+
+
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"instruction": "a", "input": "b", "output": "c", "system": "d", "history": []}, None),
+        ({"instruction": "a", "output": "c", "text": "d", "score": 1}, "score, text"),
+        ({"prompt": "a", "completion": "c", "system": "d"}, "system"),
+        (
+            {"instruction": "a", "response": "c", "system": "d", "category": "e", "source": "f", "history": []},
+            "history",
+        ),
+        ({"text": "a", "meta": {}}, "meta"),
+    ],
+)
+def test_columns_that_are_left_out_are_named_once(tmp_path, caplog, row, unused):
+    caplog.set_level(logging.INFO, "qlora")
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [row] * 3)
+    load("--dataset", str(file))
+    assert [m.partition("left out: ")[2] for m in caplog.messages if "left out" in m] == [unused] * (unused is not None)
 
 
 def test_columns_that_only_some_rows_have_count(tmp_path):

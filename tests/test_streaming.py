@@ -130,6 +130,23 @@ def test_skipped_rows_are_read_and_not_encoded(file, monkeypatch, skip):
     assert rows(24 - skip, skip) == whole[skip:] and len(encoded) == 24 - skip
 
 
+def test_a_resume_may_begin_between_two_answers_of_a_chat(tmp_path, monkeypatch):
+    """With a template that makes a row of each answer: a position within a chat is a fraction."""
+    last = "{{ '!' if loop.last and m.role == 'assistant' }}"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + last + "</s>{% endfor %}"
+    chats = [[{"role": ("user", "assistant")[n % 2], "content": f"{k}{n}"} for n in range(6)] for k in range(3)]
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": chat} for chat in chats])
+    made = tiny.byte_tokenizer()
+    made.chat_template = template
+    monkeypatch.setattr(tiny, "byte_tokenizer", lambda: made)
+    _, rows, _ = stream_of("--dataset", file, *SMALL)
+    whole = rows(18)
+    assert [position for position, _ in whole[2::3]] == [1, 2, 3, 4, 5, 6]
+    assert len({tuple(row["input_ids"]) for _, row in whole}) == 9
+    for n in range(17):
+        assert rows(17 - n, whole[n][0]) == whole[n + 1 :]
+
+
 def test_each_answer_of_an_expanded_conversation_is_a_row_of_its_own(tmp_path):
     """So that a resume may begin between two answers."""
     turns = [{"from": ("human", "gpt")[n % 2], "value": f"{n}"} for n in range(6)]

@@ -5,6 +5,7 @@ The templates are files of an installed trl, which is not imported. Nothing is d
 
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 
@@ -25,9 +26,9 @@ def read_template(name):
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def tokenizer_for(template):
-    """One token a byte, and one for each marker in the template."""
-    markers = sorted(set(re.findall(r"<[|｜]?[\w▁/:]+[|｜]?>|<\|?/?\w+\|?>|\[/?[A-Z_]+\]|<\|\"\|>", template)))
+def tokenizer_for(template, others=""):
+    """One token a byte, and one for each marker in the templates, of which the first is used."""
+    markers = sorted(set(re.findall(r"<[|\uff5c]?[\w▁/:]+[|\uff5c]?>|<\|?/?\w+\|?>|\[/?[A-Z_]+\]", template + others)))
     tokenizer = tiny.byte_tokenizer(extra=[marker for marker in markers if marker not in ("<s>", "</s>", "<pad>")])
     tokenizer.chat_template = template
     return tokenizer
@@ -40,18 +41,130 @@ def message(role, content, **more):
 CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo", "days": 2}}}
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "description": "c"}}, "required": ["city"]}
 TOOL = {"type": "function", "function": {"name": "get_weather", "description": "d", "parameters": PARAMETERS}}
+
+
+def exchanges(*words, **reasoning):
+    """Questions and answers, one after the other, with the answers' reasoning if there is any."""
+    return [
+        message(
+            ("user", "assistant")[n % 2],
+            word,
+            **({key: values[n // 2] for key, values in reasoning.items()} if n % 2 else {}),
+        )
+        for n, word in enumerate(words)
+    ]
+
+
 CHATS = {
-    "plain": [
-        message("user", "Hi"),
-        message("assistant", "Hello."),
-        message("user", "And?"),
-        message("assistant", "ok"),
-    ],
-    "reasoning": [
-        message("user", "2+2?"),
-        message("assistant", "4.", reasoning_content="Two and two.", thinking="Two and two."),
-        message("user", "3+3?"),
-        message("assistant", "6.", reasoning_content="Three.", thinking="Three."),
-    ],
-    "one": [message("user", "Wer?"), message("assistant", "Ich, <b>\n")],
+    "one exchange": exchanges("Wer?", "Ich, <b>\n"),
+    "two exchanges": exchanges("Hi", "Hello.", "And?", "Fine."),
+    "reasoning": exchanges("2+2?", "4.", "3+3?", "6.", reasoning_content=["Two and two.", "Three."]),
 }
+PICTURES = ("idefics3", "llava_next", "smolvlm")  # which write no content that is text, only lists of parts
+ORIGINALS = sorted(path.stem for path in FOLDER.glob("*.jinja") if not path.stem.endswith("_training"))
+
+
+def runs(ids, labels):
+    """The supervised ids, in runs."""
+    found = [[]]
+    for i, label in zip(ids, labels, strict=True):
+        if label != NO:
+            found[-1].append(i)
+        elif found[-1]:
+            found.append([])
+    return [run for run in found if run]
+
+
+def encoded(segments, tokenizer):
+    columns = qlora.encode_batch({"segments": [segments], "rendered": [True]}, tokenizer, qlora.Limits(99999, 99999))
+    return columns["input_ids"][0], columns["labels"][0]
+
+
+def render_all(messages, tokenizer, **columns):
+    return qlora.render_chat(qlora.FORMATS["messages"].parse({"messages": messages, **columns}), tokenizer)
+
+
+def expected_text(tokenizer, messages, marked=None):
+    """The last answer: what a template writes after its generation prompt, up to the stop token.
+
+    With TRL's marked variant of the template it is what that marks; only the part of a mark that the generation prompt
+    has already written goes (in some families the answer's header, in some the beginning of its reasoning), and white
+    space after the stop token, and the stop token that GLM's variant adds.
+    """
+    plain = tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    answer = plain
+    if marked:
+        options = {"chat_template": marked, "tokenize": True, "return_dict": True}
+        made = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, **options)
+        masked = zip(made["input_ids"], made["assistant_masks"], strict=True)
+        ids = runs(made["input_ids"], [i if mask else NO for i, mask in masked])[-1]
+        answer = tokenizer.decode(ids).rstrip().removesuffix("<|user|>")
+        assert plain.endswith(answer)
+    written = len(os.path.commonprefix([plain, prompt]))  # noqa: RUF071
+    return answer[max(written - (len(plain) - len(answer)), 0) :]
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("family", ORIGINALS or ["none"])
+def test_rows_are_the_templates_and_answers_those_that_trl_marks(family, chat):
+    template = read_template(family)
+    marked = read_template(f"{family}_training") if (FOLDER / f"{family}_training.jinja").is_file() else ""
+    tokenizer, messages = tokenizer_for(template, marked), CHATS[chat]
+    if family in PICTURES:
+        with pytest.raises(qlora.RowError, match=r"turn 2|refuses"):
+            render_all(messages, tokenizer)
+        return
+    rows = [encoded(segments, tokenizer) for segments in render_all(messages, tokenizer)]
+    ends = [n + 1 for n, m in enumerate(messages) if m["role"] == "assistant"]
+    if "endgeneration" in template:  # marks of its own come first, with the white space in them
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        whole = tokenizer.apply_chat_template(messages, **options)
+        masked = zip(whole["input_ids"], whole["assistant_masks"], strict=True)
+        assert rows == [(whole["input_ids"], [i if mask else NO for i, mask in masked])]
+        return
+    expected = [expected_text(tokenizer, messages[:end], marked) for end in ends]
+    assert [tokenizer.decode(run) for row in rows for run in runs(*row)] == expected
+    for (ids, _), end in zip(rows, ends if len(rows) > 1 else ends[-1:], strict=True):
+        assert ids == tokenizer.apply_chat_template(messages[:end], tokenize=True, return_dict=True)["input_ids"]
+
+
+def test_families_that_drop_earlier_reasoning_are_trained():
+    """A row for each of two answers with reasoning; with the other templates both are in one."""
+    several = {
+        family
+        for family in ORIGINALS
+        if family not in PICTURES and len(render_all(CHATS["reasoning"], tokenizer_for(read_template(family)))) == 2
+    }
+    names = "deepseek_r1_distill deepseekv3 diffusion_gemma gemma4_v5 glm4moe gptoss nemotron_3_5_lightning"
+    names += (
+        " nemotron_3_nano nemotron_3_super nemotron_3_ultra phi3 phi3_5 qwen3 qwen3_5_nothink qwen3_5_think qwen3_6"
+    )
+    assert several == set(names.split())
+
+
+# Templates that write nothing of a call.
+WITHOUT_CALLS = {"cohere", "cohere2", "gemma", "gemma3", "idefics3", "lfm2", "llama3", "llava_next", "phi3", "phi3_5"}
+WITHOUT_CALLS |= {"qwen2_5_vl", "smolvlm"}
+
+
+@pytest.mark.parametrize("family", ORIGINALS or ["none"])
+def test_arguments_as_json_text_are_the_arguments(family):
+    """Rows are the same, and hold every part of the call once as the template writes parts; or the row is refused."""
+    tokenizer, arguments = tokenizer_for(read_template(family)), {"city": "Oslo", "days": 2, "note": 'say "hi"\nnow'}
+    made = []
+    for given in (arguments, json.dumps(arguments)):
+        call = {"id": "call_1abcd", "type": "function", "function": {"name": "get_weather", "arguments": given}}
+        messages = [message("user", "Weather?"), message("assistant", None, tool_calls=[call])]
+        try:
+            made.append(render_all(messages, tokenizer, tools=[TOOL]))
+        except qlora.RowError as error:
+            assert family in WITHOUT_CALLS
+            made.append(str(error))
+    assert made[0] == made[1]
+    assert isinstance(made[0], str) == (family in WITHOUT_CALLS)
+    if family not in WITHOUT_CALLS:
+        (segments,) = made[0]
+        (learnt,) = [segment["text"] for segment in segments if segment["supervised"]]
+        assert all(part in learnt for part in ("get_weather", "city", "Oslo", "days", "2", "note", "say ", "now"))
+        assert '\\"city' not in learnt and "'city'" not in learnt  # neither JSON in a string nor Python

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 import qlora
@@ -142,6 +143,141 @@ def test_byte_level_bpe_ids_equal_the_backends(models):
         assert encoded(tokenizer, sentence, sentence) == [508, *ids, *ids, 509], sentence
     assert tokenizer.decode(encoded(tokenizer, SENTENCES[-1], "")[1:-1]) == SENTENCES[-1]
     assert {508, 509}.isdisjoint(encoded(tokenizer, SENTENCES[-1], "")[1:-1])
+
+
+# ------------------------------------------------------------------------------------
+# Ids are those of tokenizer.json, and of a .gguf file's own way of splitting text
+# ------------------------------------------------------------------------------------
+
+TEXTS = ["ships 1893, 24", "  lamp\n\n\n1. oil", "café", "日本 🙂"]
+
+
+def _write_unlike(class_name: str, **parts):
+    """A byte-level BPE whose parts are not those with which transformers' class of that name rebuilds it."""
+
+    def write(path: Path) -> Path:
+        tiny.write_byte_bpe(path)
+        backend = Tokenizer.from_file(str(path / "tokenizer.json"))
+        for name, part in parts.items():
+            setattr(backend, name, part)
+        backend.save(str(path / "tokenizer.json"))
+        config = json.loads((path / "tokenizer_config.json").read_text())
+        (path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": class_name}))
+        return path
+
+    return write
+
+
+SINGLE_DIGITS = pre_tokenizers.Sequence(
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+)
+
+
+@pytest.mark.parametrize(
+    ("write", "replaced"),
+    [
+        (_write_unlike("GPT2Tokenizer", pre_tokenizer=SINGLE_DIGITS), True),
+        (_write_unlike("Qwen2Tokenizer", pre_tokenizer=SINGLE_DIGITS), True),
+        (_write_unlike("Qwen2Tokenizer", normalizer=normalizers.Lowercase()), True),
+        (_write_unlike("PreTrainedTokenizerFast", pre_tokenizer=SINGLE_DIGITS), False),
+        (_write_unlike("GPT2Tokenizer"), False),
+    ],
+    ids=["digits, GPT-2", "digits, Qwen2", "normaliser, Qwen2", "plain class", "as GPT-2"],
+)
+def test_ids_are_those_of_tokenizer_json(models, caplog, write, replaced):
+    folder = models("llama", tokenizer=write)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with caplog.at_level(logging.WARNING, "qlora"):
+        tokenizer = load(folder)
+    for text in TEXTS:
+        assert encoded(tokenizer, text, "")[1:-1] == backend.encode(text, add_special_tokens=False).ids, text
+    assert ["tokenizer.json" in message for message in caplog.messages] == [True] * replaced
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<pad>")
+
+
+class MistralCommonBackend:
+    """What AutoTokenizer returns where mistral-common is installed and the folder has a tekken.json."""
+
+
+def test_mistral_commons_tokenizer_is_replaced_or_refused(models, monkeypatch, tmp_path):
+    folder = models("llama", tokenizer="byte_bpe")
+    monkeypatch.setattr(qlora.AutoTokenizer, "from_pretrained", lambda *args, **options: MistralCommonBackend())
+    assert load(folder).is_fast
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(qlora.ConfigError, match=r"mistral-common.*tokenizer\.json"):
+        load(tmp_path)
+
+
+PYTHON_TOKENIZER = """\
+from transformers import PreTrainedTokenizer
+
+class ToyTokenizer(PreTrainedTokenizer):
+    vocab_size = 256
+
+    def __init__(self, **options):
+        super().__init__(bos_token="<s>", eos_token="</s>", pad_token="<pad>", **options)
+
+    def get_vocab(self):
+        return {chr(i): i for i in range(256)} | self.added_tokens_encoder
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return ord(token)
+
+    def _convert_id_to_token(self, number):
+        return chr(number)
+
+    def save_vocabulary(self, folder, filename_prefix=None):
+        return ()
+"""
+
+
+def test_a_python_tokenizer_trains_on_pairs_and_is_refused_for_chats(models, run_qlora, tmp_path):
+    """It has no character offsets, by which a template's text is split."""
+
+    def write(path: Path) -> Path:
+        tiny.write_byte(path)
+        (path / "toy.py").write_text(PYTHON_TOKENIZER)
+        return path
+
+    folder = models("llama", tokenizer=write)
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / file).unlink(missing_ok=True)
+    config = {"tokenizer_class": "ToyTokenizer", "auto_map": {"AutoTokenizer": ["toy.ToyTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ messages[0].content }}"}))
+    tokenizer = load(folder, trust_remote_code=True)
+    assert encoded(tokenizer, "ab</s>", "c") == [256, *b"ab</s>c", 257]
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": said}])
+    run = run_qlora(model_name_or_path=folder, trust_remote_code=True, dataset=file)
+    assert "offsets" in error_of(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "splits", "warns"),
+    [
+        ("smollm", SINGLE_DIGITS, False),
+        ("starcoder", SINGLE_DIGITS, False),
+        ("gpt-2", pre_tokenizers.ByteLevel(add_prefix_space=False), False),
+        ("from-tomorrow", pre_tokenizers.ByteLevel(add_prefix_space=False), True),
+    ],
+)
+def test_a_gguf_splits_text_as_it_says(tmp_path, caplog, name, splits, warns):
+    """The file holds vocabulary, merges and the name; ids are those of a tokenizer with these splits."""
+    source = tiny.write_byte_bpe(tmp_path / "source")
+    backend = Tokenizer.from_file(str(source / "tokenizer.json"))
+    backend.pre_tokenizer = splits
+    file = tmp_path / "tiny.gguf"
+    tiny.write_gguf_with_tokenizer(file, source, name)
+    config = parse(file, cache_dir=tmp_path / "cache")
+    with caplog.at_level(logging.WARNING, "qlora"):
+        folder = qlora.model_folder(config, weights=False)
+    assert any("from-tomorrow" in message for message in caplog.messages) == warns
+    tokenizer = qlora.load_tokenizer(config, qlora.load_model_config(config, folder), folder)
+    for text in TEXTS:
+        assert encoded(tokenizer, text, "")[1:-1] == backend.encode(text, add_special_tokens=False).ids, text
 
 
 def test_without_bos_none_is_added(models):

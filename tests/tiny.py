@@ -615,6 +615,35 @@ def write_gguf(
     return path
 
 
+def write_gguf_with_tokenizer(file: Path, tokenizer: Path, splits: str) -> Path:
+    """A llama's header with the byte-level BPE of a folder, whose text is split as `splits` says, and no weights."""
+    import gguf
+
+    model = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    added = {token["content"]: token["id"] for token in model["added_tokens"]}
+    words = sorted(model["model"]["vocab"] | added, key=(model["model"]["vocab"] | added).__getitem__)
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(4)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(len(words))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(splits)
+    writer.add_token_list(words)
+    writer.add_token_types([3 if word in added else 1 for word in words])
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["model"]["merges"]])
+    writer.add_bos_token_id(added["<s>"])
+    writer.add_eos_token_id(added["</s>"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
 def _gguf_token_type(pieces: Any, token_id: int) -> int:
     """GGUF's TokenType of a SentencePiece id."""
     if pieces.is_unknown(token_id):
