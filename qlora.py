@@ -677,8 +677,6 @@ def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -
     """
     if tokenizer is None or not tokenizer.chat_template:
         raise ConfigError("the tokenizer has no chat template, which chat rows need: pass a --chat_template FILE")
-    if not tokenizer.is_fast:
-        raise ConfigError("chat rows need a tokenizer with character offsets, which a tokenizer.json gives")
     chat = Conversation(*(escape_special_tokens(part, special_token_pattern(tokenizer)) for part in chat))
     try:
         return list(render_rows(chat, tokenizer))
@@ -1931,6 +1929,8 @@ def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
 
 def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Tokens]]:
     """Tokens of each segment of rows that are tokenised as one text; a token in two segments goes to the second."""
+    if not tokenizer.is_fast:
+        raise ConfigError("chats and segments need a tokenizer with character offsets, which a tokenizer.json gives")
     ends, bos, eos = BOS_MARK + EOS_MARK, tokenizer.bos_token_id, tokenizer.eos_token_id
     texts = ["".join(segment["text"] for segment in row).strip(ends) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
