@@ -1853,8 +1853,8 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
 # 7. Encoding: segments -> ids and labels -> StepBatch -> micro-batch
 #
 # A row is tokenised once, before training, in parallel and cached; a stream's rows when they are due. BOS and EOS are
-# added as ids, and segments are tokenised apart; text from a chat template is tokenised whole, with the template's own
-# special tokens. A `</s>` that a user wrote stays text in both.
+# added as ids. Prompt and completion are tokenised apart, a chat and a function's own segments whole, with the special
+# tokens of the template and those named on purpose. A `</s>` that a user wrote stays text in all.
 # ------------------------------------------------------------------------------------
 class Limits(NamedTuple):
     """The most tokens that a row may have."""
@@ -1969,10 +1969,15 @@ def prompts_and_completions(
             last, lost = last_supervised(row), 0
             chat = rendered and not row[0]["text"].startswith(BOS_MARK)
             exchanges = max(segment.get("turn", 0) for segment in row)
-            while lost + 1 < exchanges and sum(map(len, tokens[:last])) > limits.prompt(sum(map(len, tokens[last:]))):
+            room = limits.prompt(sum(map(len, tokens[last:])))
+            while lost + 1 < exchanges and sum(map(len, tokens[:last])) > room:
                 lost += 1
-                row = [segment for segment in row if segment["turn"] != lost]
-                (tokens,), last = tokenize_rendered([row], tokenizer), last_supervised(row)
+                kept = [n for n, segment in enumerate(row) if segment["turn"] != lost]
+                row, tokens, last = [row[n] for n in kept], [tokens[n] for n in kept], kept.index(last)
+                if (
+                    sum(map(len, tokens[:last])) <= room
+                ):  # by the longer text's tokens; its own may be more or other ones
+                    (tokens,) = tokenize_rendered([row], tokenizer)
             yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), lost if chat else None
 
 
