@@ -632,7 +632,7 @@ def exchange_starts(chat: Conversation, text: str, tokenizer: PreTrainedTokenize
     if len(users) < 2 or low > high or sorted(set(removed)) != removed:
         return []
     places = [token.start() for token in special_token_pattern(tokenizer).finditer(text, low, high + 1)]
-    return [max(places, default=low) + length for length in removed]
+    return [max(places, default=high) + length for length in removed]
 
 
 def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Segment]]:
