@@ -264,9 +264,7 @@ class Segment(TypedDict):
     turn: int  # the exchange of a chat, from 1: without the first ones it is as if rendered without them; 0: it stays
 
 
-class Conversation(NamedTuple):
-    """A chat before the tokenizer's template renders it."""
-
+class Conversation(NamedTuple):  # before the tokenizer's template renders it
     messages: list[dict[str, Any]]  # in OpenAI's form; the last is an answer that is supervised
     answers: list[int]  # the messages that are supervised
     tools: list[Any] | None
@@ -392,7 +390,7 @@ def get_calls(fields: RawRow, name: str) -> list[dict[str, Any]]:
 def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
     """The turns of a conversation, {role, content} or {from, value}, in OpenAI's form and a valid order.
 
-    Each says whether it is supervised. A key that is null or empty counts as missing.
+    Each says whether it is supervised. A key that is null counts as missing.
     """
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(get_list(row, column)):
@@ -406,7 +404,7 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
         role = ROLES.get(name)
         if role not in expected:
             raise field_error(fields, role_field, " or ".join(expected))
-        message = {key: value for key, value in turn.items() if value not in (None, [], "", "[]")}
+        message = {key: value for key, value in turn.items() if value not in (None, "[]")}
         learnt = role == "assistant" and all([get_boolean(fields, f"{place}.{key}", "true") for key in WEIGHT_KEYS])
         message |= {"role": role, "supervised": learnt}
         calls = content_field if name == "function_call" else None  # LLaMA-Factory's
@@ -1555,7 +1553,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     log.info("%s: %d rows", source.name, len(rows))
     chats = len({where for where, rendered in zip(rows["where"][:], rows["rendered"][:], strict=True) if rendered})
     if chats < (answers := sum(rows["rendered"][:])):
-        reason = "the chat template writes earlier turns otherwise once others follow"
+        reason = "the chat template renders a chat differently as it grows"
         log.info("%s: %d chats became %d rows, one for each answer: %s", source.name, chats, answers, reason)
     return drop_bad_rows(rows, config)
 
