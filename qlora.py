@@ -265,9 +265,7 @@ class Segment(TypedDict):
     turn: int  # the exchange of a chat, from 1: without the first ones it is as if rendered without them; 0: it stays
 
 
-class Conversation(NamedTuple):
-    """A chat before the tokenizer's template renders it."""
-
+class Conversation(NamedTuple):  # before the tokenizer's template renders it
     messages: list[dict[str, Any]]  # in OpenAI's form; the last is an answer that is supervised
     answers: list[int]  # the messages that are supervised
     tools: list[Any] | None
@@ -341,10 +339,10 @@ def get_boolean(row: RawRow, name: str, default: str) -> bool:
 def parse_alpaca(row: RawRow) -> ParsedRow:
     """The Alpaca prompt (https://github.com/tatsu-lab/stanford_alpaca), with the original's single trailing space."""
     context = get_text(row, "input", "")
-    prompt = "Below is an instruction that describes a task"
-    prompt += ", paired with an input that provides further context" if context else ""
-    prompt += ". Write a response that appropriately completes the request."
-    prompt = (get_text(row, "system", "") or prompt) + "\n\n"
+    paired = ", paired with an input that provides further context" if context else ""
+    task = f"Below is an instruction that describes a task{paired}. "
+    task += "Write a response that appropriately completes the request."
+    prompt = (get_text(row, "system", "") or task) + "\n\n"
     for pair in get_list(row, "history", []):  # earlier exchanges, as LLaMA-Factory has them
         if not isinstance(pair, list) or len(pair) != 2:
             raise field_error(row, "history", "pairs of instruction and output")
@@ -395,10 +393,7 @@ def get_calls(fields: RawRow, name: str) -> list[dict[str, Any]]:
 
 
 def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
-    """The turns of a conversation, {role, content} or {from, value}, in OpenAI's form and a valid order.
-
-    Each says whether it is supervised. A key that is null or empty counts as missing.
-    """
+    """Turns of {role, content} or {from, value}: in OpenAI's form, in a valid order, each with whether it is learnt."""
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(get_list(row, column)):
         place, expected = f"{column}[{number}]", NEXT_ROLES[messages[-1]["role"] if messages else ""]
@@ -411,7 +406,7 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
         role = ROLES.get(name)
         if role not in expected:
             raise field_error(fields, role_field, " or ".join(expected))
-        message = {key: value for key, value in turn.items() if value not in (None, [], "", "[]")}
+        message = {key: value for key, value in turn.items() if value not in (None, "[]")}
         learnt = role == "assistant" and all([get_boolean(fields, f"{place}.{key}", "true") for key in WEIGHT_KEYS])
         message |= {"role": role, "supervised": learnt}
         calls = content_field if name == "function_call" else None  # LLaMA-Factory's
@@ -584,10 +579,7 @@ def contains(text: str, value: Any) -> bool:
 
 
 def check_answer(chat: Conversation, n: int, learnt: str) -> None:
-    """Raise a RowError if the supervised text lacks an answer's content, or the name or an argument of a call.
-
-    Reasoning may be missing, as many templates leave it out.
-    """
+    """Raise a RowError if the supervised text lacks an answer's content or part of a call. Reasoning may be missing."""
     learnt, message = "".join(learnt.split()), chat.messages[n]
     wanted = [re.split(r"(?i)[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]", message["content"] or "")[-1]]
     for call in message.get("tool_calls", ()):
@@ -636,7 +628,7 @@ def exchange_starts(chat: Conversation, text: str, tokenizer: PreTrainedTokenize
 
 
 def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Segment]]:
-    """The rows of a chat whose values are escaped."""
+    """The rows of a chat whose values are escaped: every answer to learn with its stop token is supervised."""
     whole, marks = apply_template(chat, tokenizer)
     if marks is None:
         found = [find_answer(chat, n, whole, tokenizer) for n in chat.answers]
@@ -671,10 +663,7 @@ def calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Segment]]:
-    """Apply the tokenizer's chat template: every answer with its stop token is supervised, nothing else.
-
-    That is one row or, if the template writes earlier turns otherwise once others follow, one for each answer.
-    """
+    """Apply the chat template: one row or, if it renders a chat differently as it grows, a row for each answer."""
     if tokenizer is None or not tokenizer.chat_template:
         raise ConfigError("the tokenizer has no chat template, which chat rows need: pass a --chat_template FILE")
     chat = Conversation(*(escape_special_tokens(part, special_token_pattern(tokenizer)) for part in chat))
@@ -1601,7 +1590,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     log.info("%s: %d rows", source.name, len(rows))
     chats = len({where for where, rendered in zip(rows["where"][:], rows["rendered"][:], strict=True) if rendered})
     if chats < (answers := sum(rows["rendered"][:])):
-        reason = "the chat template writes earlier turns otherwise once others follow"
+        reason = "the chat template renders a chat differently as it grows"
         log.info("%s: %d chats became %d rows, one for each answer: %s", source.name, chats, answers, reason)
     return drop_bad_rows(rows, config)
 
@@ -1833,11 +1822,10 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
             raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
         if token is not None:
             setattr(tokenizer, name, token)
-    needed, way_out = "eos_token", "name one of its tokens with --eos_token"
-    if config.masked:
-        needed, way_out = "mask_token", "its model is no masked language model"
+    ways_out = {"mask_token": "its model is no masked one", "eos_token": "name one of its tokens with --eos_token"}
+    needed = "mask_token" if config.masked else "eos_token"
     if getattr(tokenizer, needed) is None:
-        raise ConfigError(f"the tokenizer has no {needed}: {way_out}")
+        raise ConfigError(f"the tokenizer has no {needed}: {ways_out[needed]}")
     if not tokenizer.pad_token or vocabulary.get(str(tokenizer.pad_token), rows) >= rows:
         spare = [token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows]
         other = tokenizer.unk_token or tokenizer.eos_token
