@@ -246,9 +246,7 @@ class Segment(TypedDict):
     turn: int  # the exchange of a chat, from 1: without the first ones it is as if rendered without them; 0: it stays
 
 
-class Conversation(NamedTuple):
-    """A chat before the tokenizer's template renders it."""
-
+class Conversation(NamedTuple):  # before the tokenizer's template renders it
     messages: list[dict[str, Any]]  # in OpenAI's form; the last is an answer that is supervised
     answers: list[int]  # the messages that are supervised
     tools: list[Any] | None
@@ -279,8 +277,7 @@ INVALID_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd2]")  # and the lone surrog
 def prompt_completion(*texts: str) -> list[Segment]:
     """The last text is supervised; the one before it, if any, is the prompt."""
     *prompt, completion = texts
-    texts = "".join(prompt), completion
-    return [{"text": text, "supervised": text is completion, "turn": 0} for text in texts]
+    return [{"text": t, "supervised": s, "turn": 0} for t, s in (("".join(prompt), False), (completion, True))]
 
 
 def field_error(row: RawRow, name: str, expected: str) -> RowError:
@@ -301,13 +298,22 @@ def get_text(row: RawRow, name: str, default: str | None = None) -> str:
     return value
 
 
-def get_list(row: RawRow, name: str, kind: Any = list) -> Any:
-    """The list in a field, or the dict, which may be JSON text."""
-    value = row.get(name)
+def get_list(row: RawRow, name: str, default: Any = None, kinds: Any = None) -> Any:
+    """The list in a field, or a dict if the default is one; it may be JSON text, and empty text is the default."""
+    value = default if row.get(name) in (None, "") else row[name]
+    kinds = kinds or (list if default is None else type(default))
     with contextlib.suppress(ValueError):
         value = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(value, kind):
-        raise field_error(row, name, "a list" if kind is list else "an object")
+    if not isinstance(value, kinds):
+        raise field_error(row, name, "a list" if kinds is list else "an object")
+    return value
+
+
+def get_boolean(row: RawRow, name: str, default: str) -> bool:
+    """The boolean in a field, which may be 0, 1 or text."""
+    value = BOOLEANS.get((get_text(row, name, "") or default).lower())
+    if value is None:
+        raise field_error(row, name, "true or false")
     return value
 
 
@@ -322,11 +328,11 @@ def get_boolean(row: RawRow, name: str, default: str) -> bool:
 def parse_alpaca(row: RawRow) -> ParsedRow:
     """The Alpaca prompt (https://github.com/tatsu-lab/stanford_alpaca), with the original's single trailing space."""
     context = get_text(row, "input", "")
-    prompt = "Below is an instruction that describes a task"
-    prompt += ", paired with an input that provides further context" if context else ""
-    prompt += ". Write a response that appropriately completes the request."
-    prompt = (get_text(row, "system", "") or prompt) + "\n\n"
-    for pair in get_list(row, "history") if row.get("history") else ():  # earlier exchanges, as LLaMA-Factory has them
+    paired = ", paired with an input that provides further context" if context else ""
+    task = f"Below is an instruction that describes a task{paired}. "
+    task += "Write a response that appropriately completes the request."
+    prompt = (get_text(row, "system", "") or task) + "\n\n"
+    for pair in get_list(row, "history", []):  # earlier exchanges, as LLaMA-Factory has them
         if not isinstance(pair, list) or len(pair) != 2:
             raise field_error(row, "history", "pairs of instruction and output")
         question, answer = (get_text({"history": part}, "history") for part in pair)
@@ -364,23 +370,19 @@ WEIGHT_KEYS = ("weight", "train", "training", "trainable", "loss_mask", "loss") 
 
 def get_calls(fields: RawRow, name: str) -> list[dict[str, Any]]:
     """A list of tool calls, or a single one, in OpenAI's form with arguments as an object; JSON text is parsed."""
-    value, calls = get_list(fields, name, (list, dict)), list[dict[str, Any]]()
+    value, calls = get_list(fields, name, kinds=(list, dict)), list[dict[str, Any]]()
     for call in value if isinstance(value, list) else [value]:
-        call = call if isinstance(call, Mapping) else {}
-        frame = {key: part for key, part in call.items() if part is not None} if "function" in call else {}
-        function = dict(call.get("function", call))
-        if not isinstance(function.get("name"), str):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise field_error(fields, name, "tool calls, each with a name and arguments")
-        function["arguments"] = get_list(function, "arguments", dict) if function.get("arguments") else {}
+        frame = {key: part for key, part in call.items() if part is not None and function is not call}
+        function = {**function, "arguments": get_list(function, "arguments", {})}
         calls.append({"type": "function"} | frame | {"function": function})
     return calls
 
 
 def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
-    """The turns of a conversation, {role, content} or {from, value}, in OpenAI's form and a valid order.
-
-    Each says whether it is supervised. A key that is null or empty counts as missing.
-    """
+    """Turns of {role, content} or {from, value}: in OpenAI's form, in a valid order, each with whether it is learnt."""
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(get_list(row, column)):
         place, expected = f"{column}[{number}]", NEXT_ROLES[messages[-1]["role"] if messages else ""]
@@ -393,19 +395,18 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
         role = ROLES.get(name)
         if role not in expected:
             raise field_error(fields, role_field, " or ".join(expected))
-        message = {key: value for key, value in turn.items() if value not in (None, [], "", "[]")}
+        message = {key: value for key, value in turn.items() if value not in (None, "[]")}
         learnt = role == "assistant" and all([get_boolean(fields, f"{place}.{key}", "true") for key in WEIGHT_KEYS])
-        message |= {"role": role, "content": "", "supervised": learnt}
+        message |= {"role": role, "supervised": learnt}
         calls = content_field if name == "function_call" else None  # LLaMA-Factory's
         for key in ("tool_calls", "function_call") if role == "assistant" else ():  # the second is OpenAI's older name
             calls = f"{place}.{key}" if message.pop(key, None) else calls
         if calls:
             message["tool_calls"] = get_calls(fields, calls)
-        if calls != content_field:
-            message["content"] = get_text(fields, content_field, "" if calls else None)
-        if role == "assistant" and not calls and not message["content"].strip():
+        content = "" if calls == content_field else get_text(fields, content_field, "" if calls else None)
+        if role == "assistant" and not calls and not content.strip():
             raise field_error(fields, content_field, "an answer to learn")
-        messages.append(message)
+        messages.append(message | {"content": content})
     return messages
 
 
@@ -432,11 +433,9 @@ def parse_chat(column: str, row: RawRow) -> ParsedRow:
     answers = [n for n, message in enumerate(messages) if message.pop("supervised")]
     if not answers:
         raise RowError(f"field {column!r} has no turn of the assistant, expected an answer to learn")
-    tools = get_list(row, "tools") if row.get("tools") else []
-    if row.get("functions"):  # OpenAI's older name
-        tools = tools or [{"type": "function", "function": function} for function in get_list(row, "functions")]
-    options = get_list(row, "chat_template_kwargs", dict) if row.get("chat_template_kwargs") else {}
-    return Conversation(messages[: answers[-1] + 1], answers, tools or None, options)
+    functions = [{"type": "function", "function": function} for function in get_list(row, "functions", [])]
+    tools, options = get_list(row, "tools", []) or functions or None, get_list(row, "chat_template_kwargs", {})
+    return Conversation(messages[: answers[-1] + 1], answers, tools, options)
 
 
 def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
@@ -569,10 +568,7 @@ def contains(text: str, value: Any) -> bool:
 
 
 def check_answer(chat: Conversation, n: int, learnt: str) -> None:
-    """Raise a RowError if the supervised text lacks an answer's content, or the name or an argument of a call.
-
-    Reasoning may be missing, as many templates leave it out.
-    """
+    """Raise a RowError if the supervised text lacks an answer's content or part of a call. Reasoning may be missing."""
     learnt, message = "".join(learnt.split()), chat.messages[n]
     wanted = [re.split(r"(?i)[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]", message["content"] or "")[-1]]
     for call in message.get("tool_calls", ()):
@@ -584,8 +580,8 @@ def check_answer(chat: Conversation, n: int, learnt: str) -> None:
             raise RowError(f"{what}: {shorten(value)}; pass a --chat_template that does")
 
 
-def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, slice]:
-    """The text of a chat up to answer n, which begins where the generation prompt ends, and ends with its stop token.
+def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, slice]:
+    """The prompt for generating answer n, the text of the chat up to it, and its span, from there to its stop token.
 
     If that prompt is no prefix (it may open a block of reasoning that the answer lacks), it begins where they differ.
     White space after the stop token belongs to the template.
@@ -599,7 +595,7 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
     stops = special_token_pattern(tokenizer).finditer(text, start)
     span = slice(start, next((stop.end() for stop in stops if not text[stop.end() :].strip()), len(text)))
     check_answer(chat, n, text[span])
-    return text, span
+    return before, text, span
 
 
 def exchange_starts(chat: Conversation, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -617,7 +613,42 @@ def exchange_starts(chat: Conversation, text: str, tokenizer: PreTrainedTokenize
     if len(users) < 2 or low > high or sorted(set(removed)) != removed:
         return []
     places = [token.start() for token in special_token_pattern(tokenizer).finditer(text, low, high + 1)]
-    return [max(places, default=low) + length for length in removed]
+    return [max(places, default=high) + length for length in removed]
+
+
+def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Segment]]:
+    """The rows of a chat whose values are escaped: every answer to learn with its stop token is supervised."""
+    whole, marks = apply_template(chat, tokenizer)
+    if marks is None:
+        found = [find_answer(chat, n, whole, tokenizer) for n in chat.answers]
+        rows = [(text, [span]) for _, text, span in found]
+        if all(whole.startswith(text) and text.startswith(before) for before, text, _ in found):
+            rows = [(whole, [span for _, _, span in found])]
+    else:
+        for n in {n for n, message in enumerate(chat.messages) if message["role"] == "assistant"} - {*chat.answers}:
+            first, last = (len(apply_template(chat, tokenizer, end)[1] or ()) for end in (n, n + 1))
+            marks[first:last] = [(0, 0)] * (last - first)
+        rows = [(whole, [slice(*mark) for mark in marks if mark[0] < mark[1]])]
+        for n in chat.answers:
+            check_answer(chat, n, "".join(whole[span] for span in rows[0][1]))
+    starts = exchange_starts(chat, whole, tokenizer)
+    for text, spans in rows:
+        turns = [start for start in starts if start <= spans[-1].start and whole.startswith(text[:start])]
+        bounds = sorted({0, len(text), *turns, *(place for span in spans for place in (span.start, span.stop))})
+        row: list[Segment] = []
+        for start, end in itertools.pairwise(bounds):
+            supervised = any(span.start <= start < span.stop for span in spans)
+            row.append({"text": text[start:end], "supervised": supervised, "turn": sum(n <= start for n in turns)})
+        yield row
+
+
+def calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message for templates that expect the arguments of a call as JSON text, and no content beside calls."""
+    message = copy.deepcopy(message)
+    for call in message.get("tool_calls", ()):
+        message["content"] = message["content"] or None
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return message
 
 
 def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Segment]]:
@@ -655,14 +686,9 @@ def calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Segment]]:
-    """Apply the tokenizer's chat template: every answer with its stop token is supervised, nothing else.
-
-    That is one row or, if the template writes earlier turns otherwise once others follow, one for each answer.
-    """
+    """Apply the chat template: one row or, if it renders a chat differently as it grows, a row for each answer."""
     if tokenizer is None or not tokenizer.chat_template:
         raise ConfigError("the tokenizer has no chat template, which chat rows need: pass a --chat_template FILE")
-    if not tokenizer.is_fast:
-        raise ConfigError("chat rows need a tokenizer with character offsets, which a tokenizer.json gives")
     chat = Conversation(*(escape_special_tokens(part, special_token_pattern(tokenizer)) for part in chat))
     try:
         return list(render_rows(chat, tokenizer))
@@ -1648,8 +1674,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     depends: list[Any] = [source.fingerprint(), custom and file_digest(Path(custom[1])), limit]
     depends += [data.expand_conversations, data.include_sources]
     if tokenizer:
-        if TEMPLATE_DATE.search(str(tokenizer.chat_template)):
-            depends += [getattr(tokenizer, "template_date", None)]
+        depends += [TEMPLATE_DATE.search(str(tokenizer.chat_template)) and getattr(tokenizer, "template_date", None)]
         depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_token_pattern(tokenizer).pattern]
     normalize = partial(normalize_rows, dataset_format=get_format(source.format), tokenizer=tokenizer)
     options = {"cache_dir": config.model.cache_dir, "fingerprint": digest("rows", CODE_VERSION, *depends)}
@@ -1662,7 +1687,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     log.info("%s: %d rows", source.name, len(rows))
     chats = len({where for where, rendered in zip(rows["where"][:], rows["rendered"][:], strict=True) if rendered})
     if chats < (answers := sum(rows["rendered"][:])):
-        reason = "the chat template writes earlier turns otherwise once others follow"
+        reason = "the chat template renders a chat differently as it grows"
         log.info("%s: %d chats became %d rows, one for each answer: %s", source.name, chats, answers, reason)
     return drop_bad_rows(rows, config)
 
@@ -1809,10 +1834,7 @@ SPARE_TOKENS = re.compile(
     r"|<\|reserved_\d+\|>", re.IGNORECASE,
 )  # fmt: skip
 # Where classes that transformers rebuilds from vocabulary and merges differ from tokenizer.json.
-PROBES = [
-    "  I'LL don't\n\n\n 1. é à e\u0301 ﬁ\n    return x\n\tif 日本語 中文 🙂👩‍👧 ",
-    "12 3456,78 10 21 1893 1999 2024\n\n2. A",
-]
+PROBES = ["  I'LL don't\n\n\n 1. é à e\u0301 ﬁ\n    return x\n\tif 日本語 🙂 ", "12 3456,78 10 21 1893 24\n\n2. A"]
 # How a .gguf file names what splits its text, in llama.cpp's llama-vocab.cpp: as GPT-2, with digits alone or in runs.
 GGUF_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 GGUF_DIGIT_RUNS = ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "phi-2", "roberta-bpe")
@@ -1845,8 +1867,7 @@ def match_file(tokenizer: Any, folder: str, config: Config, **options: Any) -> A
     file = download(folder, TOKENIZER_FILES, config) / "tokenizer.json"
     if not file.is_file():
         if type(tokenizer).__name__ == "MistralCommonBackend":
-            raise ConfigError("the model's tokenizer needs mistral-common, which this program does not use; add a "
-                              "tokenizer.json of the same model to its folder")  # fmt: skip
+            raise ConfigError("mistral-common is not supported: add a tokenizer.json of the same model to its folder")
         return tokenizer
     expected = [e.ids for e in Tokenizer.from_file(str(file)).encode_batch(PROBES, add_special_tokens=False)]
     if not getattr(tokenizer, "is_fast", False) or tokenizer(PROBES, add_special_tokens=False)["input_ids"] != expected:
@@ -1907,15 +1928,14 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
             raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
         if token is not None:
             setattr(tokenizer, name, token)
-    needed, way_out = "eos_token", "name one of its tokens with --eos_token"
-    if config.masked:
-        needed, way_out = "mask_token", "its model is no masked language model"
+    ways_out = {"mask_token": "its model is no masked one", "eos_token": "name one of its tokens with --eos_token"}
+    needed = "mask_token" if config.masked else "eos_token"
     if getattr(tokenizer, needed) is None:
-        raise ConfigError(f"the tokenizer has no {needed}: {way_out}")
+        raise ConfigError(f"the tokenizer has no {needed}: {ways_out[needed]}")
     if not tokenizer.pad_token or vocabulary.get(str(tokenizer.pad_token), rows) >= rows:
         spare = [token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows]
-        spare.sort(key=lambda token: ("pad" not in token.lower(), vocabulary[token]))
-        tokenizer.pad_token = spare[0] if spare else tokenizer.unk_token or tokenizer.eos_token
+        other = tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.pad_token = min(spare, key=lambda t: ("pad" not in t.lower(), vocabulary[t]), default=other)
         log.info("pad token: %s (the tokenizer has none that the model knows)", tokenizer.pad_token)
     for name in ("bos_token_id", f"{needed}_id"):
         number = getattr(tokenizer, name)
@@ -1927,8 +1947,8 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
 # 7. Encoding: segments -> ids and labels -> StepBatch -> micro-batch
 #
 # A row is tokenised once, before training, in parallel and cached; a stream's rows when they are due. BOS and EOS are
-# added as ids, and segments are tokenised apart; text from a chat template is tokenised whole, with the template's own
-# special tokens. A `</s>` that a user wrote stays text in both.
+# added as ids. Prompt and completion are tokenised apart, a chat and a function's own segments whole, with the special
+# tokens of the template and those named on purpose. A `</s>` that a user wrote stays text in all.
 # ------------------------------------------------------------------------------------
 class Limits(NamedTuple):
     """The most tokens that a row may have."""
@@ -2003,6 +2023,8 @@ def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
 
 def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Tokens]]:
     """Tokens of each segment of rows that are tokenised as one text; a token in two segments goes to the second."""
+    if not tokenizer.is_fast:
+        raise ConfigError("chats and segments need a tokenizer with character offsets, which a tokenizer.json gives")
     ends, bos, eos = BOS_MARK + EOS_MARK, tokenizer.bos_token_id, tokenizer.eos_token_id
     texts = ["".join(segment["text"] for segment in row).strip(ends) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
@@ -2041,10 +2063,15 @@ def prompts_and_completions(
             last, lost = last_supervised(row), 0
             chat = rendered and not row[0]["text"].startswith(BOS_MARK)
             exchanges = max(segment.get("turn", 0) for segment in row)
-            while lost + 1 < exchanges and sum(map(len, tokens[:last])) > limits.prompt(sum(map(len, tokens[last:]))):
+            room = limits.prompt(sum(map(len, tokens[last:])))
+            while lost + 1 < exchanges and sum(map(len, tokens[:last])) > room:
                 lost += 1
-                row = [segment for segment in row if segment["turn"] != lost]
-                (tokens,), last = tokenize_rendered([row], tokenizer), last_supervised(row)
+                kept = [n for n, segment in enumerate(row) if segment["turn"] != lost]
+                row, tokens, last = [row[n] for n in kept], [tokens[n] for n in kept], kept.index(last)
+                if (
+                    sum(map(len, tokens[:last])) <= room
+                ):  # by the longer text's tokens; its own may be more or other ones
+                    (tokens,) = tokenize_rendered([row], tokenizer)
             yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), lost if chat else None
 
 

@@ -796,7 +796,7 @@ def template_ids(tokenizer, messages, prompt=False):
     [
         ("byte", CHATML, True), ("byte", MARKED, False), ("byte_bpe", CHATML, True), ("byte_bpe", LLAMA2, False),
         ("byte_bpe", VICUNA, False), ("sentencepiece", LLAMA2, False), ("sentencepiece", VICUNA, False),
-        ("sentencepiece", "{{ bos_token }}" + VICUNA, False),
+        ("sentencepiece", "{{ bos_token }}" + VICUNA, False), ("sentencepiece", CHATML, True),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("exchanges", [1, 2, 3, 4])

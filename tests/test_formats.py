@@ -97,6 +97,7 @@ GOLDEN = {
     "input-output": [
         ({"input": "a ", "output": " b", "source": None}, "a ", " b"),
         ({"input": "", "output": "b"}, "", "b"),
+        ({"input": "a", "output": "a"}, "a", "a"),  # which Python makes one object
         ({"input": 7, "output": True}, "7", "true"),
     ],
     "longform": [({"input": "a ", "output": " b", "source": "wiki"}, "a ", " b")],

@@ -245,14 +245,18 @@ def test_a_python_tokenizer_trains_on_pairs_and_is_refused_for_chats(models, run
     folder = models("llama", tokenizer=write)
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (folder / file).unlink(missing_ok=True)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     config = {"tokenizer_class": "ToyTokenizer", "auto_map": {"AutoTokenizer": ["toy.ToyTokenizer", None]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ messages[0].content }}"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
     tokenizer = load(folder, trust_remote_code=True)
     assert encoded(tokenizer, "ab</s>", "c") == [256, *b"ab</s>c", 257]
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": said}])
     run = run_qlora(model_name_or_path=folder, trust_remote_code=True, dataset=file)
     assert "offsets" in error_of(run)
+    (tmp_path / "own.py").write_text("def row(r):\n    return [{'text': 'a', 'supervised': True}]\n")
+    own = {"dataset_format": f"{tmp_path / 'own.py'}:row"}
+    assert "offsets" in error_of(run_qlora(model_name_or_path=folder, trust_remote_code=True, dataset=file, **own))
 
 
 @pytest.mark.parametrize(
