@@ -156,6 +156,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import speed_metrics
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -2211,59 +2212,10 @@ class MetaValues(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class LayerTrial:
-    """Watches what a forward pass does with a model's linear layers."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.names: dict[Any, str] = {m: name for name, m in model.named_modules() if isinstance(m, LINEAR_CLASSES)}
-        self.called: set[Any] = set()
-        self.other: set[Any] = set()  # not a plain product, or its weight is read beside the call
-        self.running: list[Any] = []
-        for module in self.names:
-            module.register_forward_pre_hook(lambda module, args: self.running.append(module))
-            module.register_forward_hook(self.leave)
-
-    def leave(self, module: Any, args: Any, output: Any) -> None:
-        """Note a call, and whether a product came out."""
-        size = getattr(module, "out_features", None) or module.nf
-        product = args and isinstance(output, torch.Tensor) and output.shape == (*args[0].shape[:-1], size)
-        (self.called if product else self.other).add(self.running.pop())
-
-    def weight(self, module: Any) -> Any:
-        """Stand in for the attribute of that name."""
-        if module in self.names and module not in self.running:
-            self.other.add(module)
-        return module._parameters["weight"]
-
-
-def try_layers(kind: Any, config: PretrainedConfig) -> tuple[set[str], set[str]]:
-    """Names of the linear layers that a training step on text trains, and of those used in other ways.
-
-    On the meta device, so it takes no memory. Mamba reads the weight of `dt_proj` without calling it, and RWKV rescales
-    some in an evaluation; Llama 4's router returns a tuple, a tower for images is never called, and no gradient reaches
-    DeepSeek-V3.2's indexer. More tokens only where a few leave layers out: DeepSeek-V4 compresses 128.
-    """
-    with torch.device("meta"):
-        model = kind(config).to(torch.bfloat16)  # grouped products of experts want it
-    trial, trained = LayerTrial(model), set[Any]()
-    watched = mock.patch.object(torch.nn.Linear, "weight", property(trial.weight), create=True)
-    try:
-        for tokens in (8, 512):
-            ids = torch.ones(1, tokens, dtype=torch.long, device="meta")
-            with watched, MetaValues(), torch.random.fork_rng(devices=[]):
-                model.eval()(input_ids=ids, attention_mask=ids)
-                model.train()(input_ids=ids, attention_mask=ids).logits.sum().backward()
-            trained |= {module for module in trial.called if module.weight.grad is not None} - trial.other
-            if trained | trial.other >= trial.names.keys():
-                break
-    except Exception as error:  # whatever the model raises
-        message = "%s can't be tried (%s): all of its linear layers count as used"
-        log.warning(message, kind.__name__, shorten(error))
-        trained = trial.names.keys() - trial.other
-    used, other = {trial.names[module] for module in trained}, {trial.names[module] for module in trial.other}
-    kinds = {*map(layer_and_kind, used)}  # values decide which experts of a layer are called: one stands for all
-    experts = {name for name in trial.names.values() if ".experts." in name and layer_and_kind(name) in kinds}
-    return (used | experts) - other, other
+def gives_product(module: Any, args: Any, output: Any) -> bool:
+    """Whether a call of a linear layer gave a product of its input and no more."""
+    size = getattr(module, "out_features", None) or module.nf
+    return bool(args) and isinstance(output, torch.Tensor) and output.shape == (*args[0].shape[:-1], size)
 
 
 def layer_and_kind(name: str) -> tuple[str, str]:
@@ -2272,20 +2224,50 @@ def layer_and_kind(name: str) -> tuple[str, str]:
     return layer, re.sub(r"(?<=\.)\d+(?=\.|$)", "*", rest)
 
 
-def tried_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
-    """`try_layers` of a model, whatever its weights are."""
-    config = copy.deepcopy(model.config)
+def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
+    """Names of the linear layers that a training step on text trains, and of those that are used in other ways.
+
+    Tried on the meta device, without memory. Mamba reads the weight of `dt_proj` without calling it, RWKV rescales some
+    to evaluate; Llama 4's router returns a tuple, a tower for images is never called, and no gradient reaches
+    DeepSeek-V3.2's indexer. More tokens only where a few leave layers out: DeepSeek-V4 compresses 128.
+    """
+    kind, config = type(model), copy.deepcopy(model.config)
     for name, value in SHAPELESS.items():
         setattr(config, name, value)
-    key = type(model), config.to_json_string()
-    if key not in TRIALS:
-        TRIALS[key] = try_layers(type(model), config)
+    if (key := (kind, config.to_json_string())) in TRIALS:
+        return TRIALS[key]
+    with torch.device("meta"):
+        twin = kind(config).to(torch.bfloat16)  # grouped products of experts want it
+    names: dict[Any, str] = {m: name for name, m in twin.named_modules() if isinstance(m, LINEAR_CLASSES)}
+    called, other, trained, running = set[Any](), set[Any](), set[Any](), list[Any]()
+    for module in names:
+        module.register_forward_pre_hook(lambda module, args: running.append(module))
+        module.register_forward_hook(lambda *call: (called if gives_product(*call) else other).add(running.pop()))
+    read = property(lambda module: (module in running or other.add(module), module._parameters["weight"])[1])
+    try:
+        for tokens in (8, 512):
+            ids = torch.ones(1, tokens, dtype=torch.long, device="meta")
+            watched = mock.patch.object(torch.nn.Linear, "weight", read, create=True)
+            with watched, MetaValues(), torch.random.fork_rng(devices=[]):
+                twin.eval()(input_ids=ids, attention_mask=ids)
+                twin.train()(input_ids=ids, attention_mask=ids).logits.sum().backward()
+            trained |= {module for module in called if module.weight.grad is not None} - other
+            if trained | other >= names.keys():
+                break
+    except Exception as error:  # whatever the model raises
+        log.warning("%s can't be tried (%s): all of its linear layers count as used", kind.__name__, shorten(error))
+        trained = names.keys() - other
+    kinds = {layer_and_kind(names[module]) for module in trained}  # values decide which experts are called
+    used = {
+        name for m, name in names.items() if m in trained or (".experts." in name and layer_and_kind(name) in kinds)
+    }
+    TRIALS[key] = used - {names[m] for m in other}, {names[m] for m in other}
     return TRIALS[key]
 
 
 def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
     """Full names of the linear layers that train, except the output head; of a masked model, those of its encoder."""
-    used, head = tried_layers(model)[0], model.get_output_embeddings()
+    used, head = try_layers(model)[0], model.get_output_embeddings()
     searched = set(model.base_model.modules() if masked else model.modules()) - {head}
     return [name for name, module in model.named_modules() if name in used and module in searched]
 
@@ -2327,7 +2309,7 @@ def quantisation_config(config: Config, model_config: PretrainedConfig | None = 
         model = meta_model(config, model_config)
         head = model.get_output_embeddings()
         linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
-        whole = {name for name in tried_layers(model)[1] if linear[name] is not head}
+        whole = {name for name in try_layers(model)[1] if linear[name] is not head}
         if config.masked:  # nor the dense layers of a prediction head
             whole = linear.keys() - linear_layers(model, masked=True)
         if whole:
@@ -2343,15 +2325,34 @@ def quantisation_config(config: Config, model_config: PretrainedConfig | None = 
     )
 
 
+def check_loaded(model: Any, loading: Mapping[str, Any], what: str) -> None:
+    """Refuse a model that its files do not fill, or do not fit: transformers warns, and draws weights at random."""
+    if missing := sorted(loading["missing_keys"]):
+        raise ConfigError(f"{what}: {len(missing)} weights are not in it, first {missing[0]}")
+    sizes = [*loading["mismatched_keys"]]
+    for name, module in model.named_modules():  # transformers does not compare what it quantises
+        if isinstance(module, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)):
+            packed = getattr(module.weight, "quant_state", None) or module.weight
+            sizes.append((f"{name}.weight", packed.shape, (module.out_features, module.in_features)))
+    for name, found, wanted in sorted(sizes, key=str):
+        if tuple(found) != tuple(wanted):
+            raise ConfigError(f"{what}: config.json makes {name} {tuple(wanted)}, the file has {tuple(found)}")
+    kinds = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in model.state_dict()}
+    beyond = [n for n in sorted(loading["unexpected_keys"]) if re.sub(r"(?<=\.)\d+(?=\.)", "*", n) in kinds]
+    if beyond and not getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0):
+        raise ConfigError(f"{what}: config.json has fewer layers than the weights, which go on with {beyond[0]}")
+
+
 def load_base(config: Config, model_config: PretrainedConfig | None, folder: str | Path, **options: Any) -> Any:
-    """Load a model with all of its weights: transformers draws missing ones at random and only warns."""
+    """Load a model with all of its weights."""
     options |= {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
     options = {name: value for name, value in options.items() if value is not None}
     quirk = QUIRKS.get(model_config.model_type if model_config else "", contextlib.nullcontext)
-    with reraise_as_user_error(f"model {folder}"), quirk():
-        model, loading = AUTO_MODELS[config.masked].from_pretrained(folder, output_loading_info=True, **options)
-    if missing := sorted(loading["missing_keys"]):
-        raise ConfigError(f"model {folder}: {len(missing)} weights are not in it, first {missing[0]}")
+    with reraise_as_user_error(f"model {folder}", ConfigError, RuntimeError), quirk():
+        model, loading = AUTO_MODELS[config.masked].from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    check_loaded(model, loading, f"model {folder}")
     generation = getattr(model, "generation_config", None)
     if generation is not None and (generation.temperature or generation.top_p):
         generation.do_sample = True  # LLaMA-2 was published with sampling values alone, which can no longer be saved
@@ -2410,7 +2411,8 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), f"{config.quant.max_memory_MB}MB")
     if stored:
         check_prequantised(config, stored)
-        log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
+        if not AutoHfQuantizer.supports_quant_method(stored):  # transformers would load it as if it were not quantised
+            raise ConfigError(f"model {folder}: no known quantisation: {stored.get('quant_method')}; pass the original")
     else:
         options["quantization_config"] = quantisation_config(config, model_config)
     if args.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
@@ -2421,11 +2423,18 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
             # Else the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with
             # other values (bitsandbytes 0.50.2).
             module.support_avx512bf16_for_cpu = False
+    if stored:
+        unpacked = getattr(model.hf_quantizer.quantization_config, "dequantize", False)
+        held = "dequantised: its weights are held in 16 bits" if unpacked else "loaded as it is: its bits are its own"
+        log.info("the checkpoint is already quantised (%s) and is %s", stored.get("quant_method"), held)
     experts = list(stacked_experts(model).values())
     if experts and options.get("quantization_config"):
         size, dtype = sum(weight.nbytes for weight in experts) / GIB, str(experts[0].dtype).removeprefix("torch.")
         message = "bitsandbytes does not quantise %d tensors of stacked experts: %.2f GiB stay in %s"
         log.warning(message, len(experts), size, dtype)
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        log.warning("output_router_logits: the routers' own loss is not added: routers are frozen")
+        model.config.get_text_config().output_router_logits = False
     # keeps the Trainer from wrapping the model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
     model.config.use_cache = False  # of no use in training; generation turns it on
@@ -2553,16 +2562,15 @@ def attach_adapter(model: Any, config: Any, asked: set[str], folder: str | None 
         adapted: Any = get_peft_model(model, config)
     if folder:
         load_adapter_weights(adapted, folder)
-        return adapted
     carry = {name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)}
-    if carry != asked:
+    if present and carry != asked:
         other = f"{len(carry - asked)} others and not on {len(asked - carry)}, first {min(carry ^ asked)}"
         raise ConfigError(f"peft puts the adapters on {other}: choose layers with --lora_modules")
     return adapted
 
 
 def load_adapter(model: Any, folder: str) -> Any:
-    """Attach the adapter that a folder holds, as it was trained."""
+    """Attach the adapter that a folder holds, on the layers that it was trained on."""
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode, config.base_model_name_or_path = False, None
     keys = [key.removeprefix("base_model.model.") for key in load_peft_weights(folder, device="cpu")]
@@ -2571,15 +2579,13 @@ def load_adapter(model: Any, folder: str) -> Any:
 
 def adapter_report(model: Any) -> list[str]:
     """Which kinds of linear layers carry adapters, and which do not, with counts."""
-    carry, other = Counter[str](), Counter[str]()
+    kinds: dict[str, Counter[str]] = {"adapters": Counter(), "linear layers without": Counter()}
     for name, module in model.named_modules() if isinstance(model, PeftModel) else ():
-        kind = layer_and_kind(name.removeprefix("base_model.model."))[1]
-        if isinstance(module, LoraLayer):
-            carry[kind] += 1
-        elif isinstance(module, LINEAR_CLASSES) and not re.search(r"\.(base_layer|lora_|original_|modules_to_)", name):
-            other[kind] += 1
-    lines = {"adapters": carry, "linear layers without": other}
-    return [f"{title}: {', '.join(f'{n} {k}' for k, n in kinds.items())}" for title, kinds in lines.items() if kinds]
+        inside = re.search(r"\.(base_layer|lora_|original_|modules_to_)", name)
+        if isinstance(module, (LoraLayer, *LINEAR_CLASSES)) and not inside:
+            title = "adapters" if isinstance(module, LoraLayer) else "linear layers without"
+            kinds[title][layer_and_kind(name.removeprefix("base_model.model."))[1]] += 1
+    return [f"{title}: {', '.join(f'{n} {k}' for k, n in found.items())}" for title, found in kinds.items() if found]
 
 
 def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
@@ -4015,19 +4021,37 @@ def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedT
     return {name: text.translate(table) for name, text in texts.items()}
 
 
+@torch.no_grad()
+def sees_padding(model: Any, prompt: list[int], pad_id: int, device: Any) -> bool:
+    """Whether a model takes padding on the left for text, as RWKV does, and MiniMax with its cache."""
+    short, logits = prompt[: (len(prompt) + 1) // 2], []
+    options: Any = {"pad_token_id": pad_id, "max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
+    for rows in ([short + prompt, short], [short]):
+        tensors = to_device(padded_prompts(rows, pad_id, "left"), device)
+        steps = model.generate(**tensors, generation_config=GenerationConfig(**options)).logits
+        logits.append(torch.stack([step[-1].float() for step in steps]))
+    return not logits_close(*logits)
+
+
 def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     """One dictionary a row: its fields, `prediction`, `prediction_with_input`. Prompts are cut as in training."""
     model, tokenizer, limits = trainer.base, trainer.processing_class, length_limits(trainer.config)
     sources = (source for source, _ in prompts_and_completions(batch, tokenizer))
     cut = (truncate_and_concat(source, [], limits, bos=tokenizer.bos_token_id) for source in sources)
     prompts = [prompt.input_ids or [tokenizer.eos_token_id] for prompt in cut]  # generation needs one token at least
-    tensors = to_device(padded_prompts(prompts, tokenizer.pad_token_id, "left"), trainer.args.device)
-    generation = generation_config(trainer.config, model, tokenizer)
+    generation, answers, device = generation_config(trainer.config, model, tokenizer), list[Any](), trainer.args.device
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     # generate() merges the model's own sampling values into those that it is given
     with reraise_as_user_error("generation flags"), mock.patch.object(base, "generation_config", GenerationConfig()):
-        output = model.generate(**tensors, generation_config=generation)
-    answers = output[:, tensors["input_ids"].shape[1] :].tolist()  # the prompt ends by its tokens, never by its text
+        if not hasattr(trainer, "one_by_one"):
+            several = trainer.args.per_device_eval_batch_size > 1 and not trainer.sharded
+            trainer.one_by_one = several and sees_padding(model, max(prompts, key=len), tokenizer.pad_token_id, device)
+            if trainer.one_by_one:
+                log.warning("%s takes padding for text: predicting one row at a time", type(base).__name__)
+        for rows in [[prompt] for prompt in prompts] if trainer.one_by_one else [prompts]:
+            tensors = to_device(padded_prompts(rows, tokenizer.pad_token_id, "left"), device)
+            output = model.generate(**tensors, generation_config=generation)
+            answers += output[:, tensors["input_ids"].shape[1] :].tolist()  # the prompt ends by tokens, never by text
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         yield decoded_pair(batch["segments"][i], batch["rendered"][i], tokenizer) | {
             "prediction": str(tokenizer.decode(answer, skip_special_tokens=True)),
@@ -5085,11 +5109,13 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
         length += f"; {math.ceil(len(data.train or ()) / rows)} steps are an epoch"
     why = "--bf16" if args.bf16 else "--fp16" if args.fp16 else "neither --bf16 nor --fp16"
     tokens = {name: token for name, token in run.tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    stored = getattr(run.model_config, "quantization_config", None)
+    bits = f"{quant.bits} bit" + f" {quant.quant_type}, double_quant {quant.double_quant}" * (quant.bits == 4)
     adapter = run.resume.checkpoint or run.resume.weights or ("fresh" if args.do_train else "none, the base itself")
     derived = {
         "model": config.model.model_name_or_path,
         "objective": config.data.objective,
-        "weights": f"{quant.bits} bit" + f" {quant.quant_type}, double_quant {quant.double_quant}" * (quant.bits == 4),
+        "weights": f"quantised already, with {stored.get('quant_method')}" if stored else bits,
         "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
         "effective batch": batch,
         "length": length,

@@ -223,3 +223,73 @@ def test_an_adapter_of_experts_as_peft_makes_it_is_loaded(models, run_qlora, tmp
     assert run.code == 0
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_parameters"]
     assert "2 mlp.experts" in line_of(run, "adapters: ")
+
+
+# ------------------------------------------------------------------------------------
+# Predictions
+# ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def greedy(base, row: dict[str, str], count: int) -> str:
+    """What plain transformers generates for one row, without padding and without a cache."""
+    model, ids = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), [tiny.BOS]
+    ids += row["input"].encode()[:63]
+    for _ in range(count):
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] == tiny.EOS:
+            break
+    start = 1 + len(row["input"].encode()[:63])
+    return bytes(i for i in ids[start:] if i < 256).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize(("family", "alone"), [("rwkv", True), ("mamba", False), ("glm4_moe", False)])
+def test_predictions_do_not_depend_on_the_batch(run_qlora, models, data, family, alone):
+    """RWKV has no attention mask: its rows are predicted one at a time."""
+    base = models(family)
+    flags = {"do_train": False, "do_predict": True, "predict_with_generate": True, "max_new_tokens": 6, "bits": 32}
+    flags |= {"source_max_len": 64, "target_max_len": 64, "per_device_eval_batch_size": 4}
+    run = run_qlora(model_name_or_path=base, dataset=data, **flags)
+    lines = (run.output_dir / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["prediction"] for line in lines] == [greedy(base, row, 6) for row in ROWS]
+    assert ("one row at a time" in run.stderr) == alone
+
+
+# ------------------------------------------------------------------------------------
+# Files that do not fit
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_size": 128}, "(320, 128), the file has (320, 64)"),
+        ({"vocab_size": 384}, "lm_head.weight (384, 64), the file has (320, 64)"),
+        ({"intermediate_size": 256}, "mlp.down_proj.weight (64, 256), the file has (64, 128)"),
+        ({"num_hidden_layers": 1}, "fewer layers than the weights, which go on with model.layers.1."),
+        ({"num_hidden_layers": 3}, "9 weights are not in it, first model.layers.2."),
+        ({"quantization_config": {"quant_method": "squeeze", "bits": 3}}, "no known quantisation: squeeze"),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_the_weights_is_one_line(run_qlora, models, tmp_path, change, named, bits):
+    folder = shutil.copytree(models("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    run = run_qlora(model_name_or_path=folder, bits=bits, max_steps=1)
+    last = run.stderr.splitlines()[-1]
+    assert run.code == 2 and last.startswith(f"error: model {folder}: ") and named in last
+
+
+def test_layers_that_predict_further_tokens_may_be_left_out(run_qlora, models, tmp_path):
+    """DeepSeek-V3's weights go on with one that transformers does not use."""
+    folder = shutil.copytree(models("deepseek_v3", num_hidden_layers=3), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}))
+    assert run_qlora(model_name_or_path=folder, max_steps=1).code == 0
+
+
+def test_router_losses_are_named(run_qlora, models, tmp_path):
+    run = run_qlora(model_name_or_path=models("mixtral", output_router_logits=True), max_steps=1)
+    assert run.code == 0 and "output_router_logits" in run.stderr
