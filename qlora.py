@@ -3308,7 +3308,7 @@ def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, devi
     head, text, training = base.get_output_embeddings(), base.config.get_text_config(), base.training
     # two steps of two rows, of which the second is the same; fewer than 16 tokens would go through the libraries' ways
     generator = torch.Generator().manual_seed(0)
-    words = base.get_input_embeddings().num_embeddings
+    words = text.vocab_size
     a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
     pairs = ([{"input_ids": ids, "labels": ids} for ids in rows] for rows in ((a, b), (c, b)))
     steps = [collate_step(rows)["step"] for rows in pairs]
@@ -4205,7 +4205,8 @@ def embedding_sizes(model: Any) -> tuple[int, float]:
     for name, table in model.named_modules():  # an encoder's; RoBERTa's and ESM's begin after the pad's
         if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
             limit = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-    return model.get_input_embeddings().num_embeddings, limit
+    table = model.get_input_embeddings()  # peft wraps one that it trains
+    return getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size, limit
 
 
 @dataclass
@@ -4961,9 +4962,11 @@ def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
     """Merge every layer in float32 and round it once. Returns the share of the change that this rounds away."""
     total = kept = 0.0
     for layer in (module for module in peft_model.modules() if isinstance(module, LoraLayer)):
-        weight: Any = layer.get_base_layer().weight
-        before = weight.data.float()
-        weight.data = before.clone()
+        base, name = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")  # experts are not a `weight`
+        before = getattr(base, name).data.float()
+        # its own: that of a head may be the embedding's too
+        weight = torch.nn.Parameter(before.clone(), requires_grad=False)
+        setattr(base, name, weight)
         layer.merge()  # type: ignore[operator]
         change, weight.data = weight.data - before, weight.data.to(dtype)
         total += change.square().sum().item()

@@ -293,3 +293,65 @@ def test_layers_that_predict_further_tokens_may_be_left_out(run_qlora, models, t
 def test_router_losses_are_named(run_qlora, models, tmp_path):
     run = run_qlora(model_name_or_path=models("mixtral", output_router_logits=True), max_steps=1)
     assert run.code == 0 and "output_router_logits" in run.stderr
+
+
+# ------------------------------------------------------------------------------------
+# Adapters that other tools make
+# ------------------------------------------------------------------------------------
+
+OTHER_TOOLS = {
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [101, 116]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "experts": {"target_modules": ["q_proj", "w1", "w2", "w3"]},  # of Mixtral, as transformers 4 named them
+}
+
+
+@pytest.fixture
+def other_adapter(models, tmp_path):
+    """An adapter by plain peft, of random numbers: (folder of the base, folder of the adapter, peft's model)."""
+
+    def make(kind, tie):
+        base = models("mixtral" if kind == "experts" else "llama", tie=tie)
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        adapted = get_peft_model(plain, LoraConfig(r=4, task_type="CAUSAL_LM", **OTHER_TOOLS[kind])).eval()
+        torch.manual_seed(0)
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+        adapted.save_pretrained(tmp_path / "adapter")
+        return base, tmp_path / "adapter", adapted
+
+    return make
+
+
+def loss_of(model) -> float:
+    losses = []
+    for row in ROWS:
+        source, target = [tiny.BOS, *row["input"].encode()][:32], [*row["output"].encode(), tiny.EOS][:32]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([source + target])).logits[0]
+        losses.append(F.cross_entropy(logits[len(source) - 1 : -1].float(), torch.tensor(target)))
+    return torch.stack(losses).mean().item()
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("kind", OTHER_TOOLS)
+def test_adapters_of_other_tools_are_evaluated_merged_and_trained_on(
+    run_qlora, other_adapter, data, tmp_path, kind, tie
+):
+    base, folder, adapted = other_adapter(kind, tie)
+    flags = {"model_name_or_path": base, "dataset": data, "adapter_name_or_path": folder, "bits": 32}
+    merged, trained = tmp_path / "merged", tmp_path / "trained"
+    run = run_qlora(**flags, do_train=False, do_eval=True, per_device_eval_batch_size=1, merged_output_dir=merged)
+    expected = loss_of(adapted)
+    assert run.code == 0 and run.json("metrics.json")["eval_loss"] == pytest.approx(expected, rel=2e-5)
+    assert abs(expected - loss_of(AutoModelForCausalLM.from_pretrained(base))) > 1e-3
+    assert loss_of(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)) == pytest.approx(
+        expected, rel=5e-3
+    )
+    run = run_qlora(**flags, output_dir=trained, learning_rate=1e-2, lora_dtype="float32")
+    before, after = (load_file(place / "adapter_model.safetensors") for place in (folder, trained))
+    assert run.code == 0 and before.keys() == after.keys()
+    own = [name for name in before if "base_layer" not in name]  # peft saves an embedding beside its adapter
+    assert own and all(not torch.equal(before[name], after[name]) for name in own)
