@@ -2302,22 +2302,19 @@ def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
 
 def quantisation_config(config: Config, model_config: PretrainedConfig | None = None) -> Any | None:
     """Settings of bitsandbytes, for bits 4 and 8 only: with both switches off it quantises to 4 bit all the same."""
-    quant, whole = config.quant, set[str]()  # transformers finds the output embedding by itself
+    quant, whole = config.quant, None  # without names, transformers leaves out the output embedding
     if quant.bits not in (4, 8):
         return None
-    if model_config:
+    if model_config:  # nor the dense layers of a masked model's prediction head
         model = meta_model(config, model_config)
-        head = model.get_output_embeddings()
         linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
-        whole = {name for name in try_layers(model)[1] if linear[name] is not head}
-        if config.masked:  # nor the dense layers of a prediction head
-            whole = linear.keys() - linear_layers(model, masked=True)
-        if whole:
-            whole |= {name for name, module in linear.items() if module is head}
+        fit = linear_layers(model, masked=True) if config.masked else linear.keys() - try_layers(model)[1]
+        head = model.get_output_embeddings()
+        whole = [name for name, module in linear.items() if name not in fit or module is head]
     return BitsAndBytesConfig(
         load_in_4bit=quant.bits == 4,
         load_in_8bit=quant.bits == 8,
-        llm_int8_skip_modules=sorted(whole) or None,
+        llm_int8_skip_modules=whole or None,
         bnb_4bit_compute_dtype=compute_dtype(config),
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_quant_type=quant.quant_type,
@@ -2361,15 +2358,14 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
 
 def check_prequantised(config: Config, stored: Mapping[str, Any]) -> None:
     """Refuse flags that need weights which are not quantised yet."""
-    quantised = f"{config.model.model_name_or_path} is quantised already"
-    storage = stored.get("bnb_4bit_quant_storage", "uint8")
+    base, storage = config.model.model_name_or_path, stored.get("bnb_4bit_quant_storage", "uint8")
     if is_fsdp(config) and "float" not in storage:
         reason = "FSDP shards floating dtypes only: pass the base as published"
-        raise ConfigError(f"--fsdp: {quantised} and stored as {storage}, {reason}")
-    if config.quant.full_finetune:
-        raise ConfigError(f"--full_finetune: {quantised}")
-    if lora_init_problem(config.lora.init_lora_weights, quantised=True):
-        raise ConfigError(f"--init_lora_weights {config.lora.init_lora_weights}: {quantised}")
+        raise ConfigError(f"--fsdp: {base} is quantised already and stored as {storage}, {reason}")
+    full, init = config.quant.full_finetune, config.lora.init_lora_weights
+    if full or lora_init_problem(init, quantised=True):
+        flag = "--full_finetune" if full else f"--init_lora_weights {init}"
+        raise ConfigError(f"{flag}: {base} is quantised already")
 
 
 def load_for_fsdp(config: Config, model_config: PretrainedConfig, folder: str | Path, **options: Any) -> Any:
@@ -2411,7 +2407,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), f"{config.quant.max_memory_MB}MB")
     if stored:
         check_prequantised(config, stored)
-        if not AutoHfQuantizer.supports_quant_method(stored):  # transformers would load it as if it were not quantised
+        if not AutoHfQuantizer.supports_quant_method(stored):  # transformers would ignore it
             raise ConfigError(f"model {folder}: no known quantisation: {stored.get('quant_method')}; pass the original")
     else:
         options["quantization_config"] = quantisation_config(config, model_config)
@@ -2429,9 +2425,8 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         log.info("the checkpoint is already quantised (%s) and is %s", stored.get("quant_method"), held)
     experts = list(stacked_experts(model).values())
     if experts and options.get("quantization_config"):
-        size, dtype = sum(weight.nbytes for weight in experts) / GIB, str(experts[0].dtype).removeprefix("torch.")
         message = "bitsandbytes does not quantise %d tensors of stacked experts: %.2f GiB stay in %s"
-        log.warning(message, len(experts), size, dtype)
+        log.warning(message, len(experts), sum(weight.nbytes for weight in experts) / GIB, str(experts[0].dtype)[6:])
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         log.warning("output_router_logits: the routers' own loss is not added: routers are frozen")
         model.config.get_text_config().output_router_logits = False
@@ -2448,7 +2443,7 @@ def sync_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def parameter_report(model: torch.nn.Module) -> list[str]:
-    """The original's line on trainable parameters, with true counts, and one line for each dtype."""
+    """The original's line on trainable parameters, with true counts; then dtypes, and kinds of layers with adapters."""
     by_dtype: Counter[str] = Counter()
     trainable = 0
     for parameter in model.parameters():
@@ -2458,7 +2453,15 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
         by_dtype[f"{packed.quant_type} (packed)" if packed else str(parameter.dtype).removeprefix("torch.")] += size
     total = sum(by_dtype.values())
     lines = [f"trainable params: {trainable} || all params: {total} || trainable: {100 * trainable / total}"]
-    return lines + [f"{name}: {size} ({100 * size / total:.1f} %)" for name, size in by_dtype.most_common()]
+    lines += [f"{name}: {size} ({100 * size / total:.1f} %)" for name, size in by_dtype.most_common()]
+    kinds: dict[str, Counter[str]] = {"adapters": Counter(), "linear layers without": Counter()}
+    for name, module in model.named_modules() if isinstance(model, PeftModel) else ():
+        adapted, inside = isinstance(module, LoraLayer), re.search(r"\.(base_layer|lora_|original_|modules_to_)", name)
+        if adapted or (isinstance(module, LINEAR_CLASSES) and not inside):
+            kinds[[*kinds][not adapted]][layer_and_kind(name.removeprefix("base_model.model."))[1]] += 1
+    return lines + [
+        f"{title}: {', '.join(f'{n} {k}' for k, n in found.items())}" for title, found in kinds.items() if found
+    ]
 
 
 # ------------------------------------------------------------------------------------
@@ -2511,17 +2514,11 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     for name in whole:
         if not any(f".{full}".endswith(f".{name}") for full, _ in model.named_modules()):
             raise ConfigError(f"--modules_to_save: the model has no module called {name!r}")
-    targets = lora_targets(model, lora, masked)
-    leaves = set(map(leaf_name, targets))
-    selected = {name for name, _ in model.named_modules() if leaf_name(name) in leaves}
-    # Leaf names where they select the same, for readable adapters. Not in a mixture: peft takes those of other layers
-    # for its experts' (https://github.com/huggingface/peft/issues/3711).
-    short = selected == targets and not stacked_experts(model)
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha % 1 == 0 else lora.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=lora.lora_dropout,
-        target_modules=sorted(leaves if short else targets),
+        target_modules=sorted(lora_targets(model, lora, masked)),  # peft shortens a long list
         bias=lora.lora_bias,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
@@ -2552,40 +2549,30 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
             raise ConfigError(f"{folder}: {len(names)} {what}, {first}")
 
 
-def attach_adapter(model: Any, config: Any, asked: set[str], folder: str | None = None) -> Any:
-    """Attach an adapter, new or filled from a folder, to exactly the layers asked for."""
+def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
+    """Attach one adapter to exactly the layers that it names in full, or, from a folder, that its file holds."""
+    if isinstance(adapter, LoraConfig):
+        config, asked = adapter, {*adapter.target_modules}  # type: ignore[misc]
+    else:
+        config: Any = PeftConfig.from_pretrained(adapter)
+        config.inference_mode, config.base_model_name_or_path = False, None
+        keys = [key.removeprefix("base_model.model.") for key in load_peft_weights(adapter, device="cpu")]
+        asked = {key.partition(".lora_")[0] for key in keys if ".lora_" in key}
     # peft takes names of a mixture's dense and shared layers for those of its experts, as transformers 4 had them
     # (0.21, https://github.com/huggingface/peft/issues/3711)
     present = asked <= {name for name, _ in model.named_modules()}
     rewritten = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
     with rewritten if present else contextlib.nullcontext():
         adapted: Any = get_peft_model(model, config)
-    if folder:
-        load_adapter_weights(adapted, folder)
+    if isinstance(adapter, str):
+        load_adapter_weights(adapted, adapter)
     carry = {name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)}
     if present and carry != asked:
         other = f"{len(carry - asked)} others and not on {len(asked - carry)}, first {min(carry ^ asked)}"
         raise ConfigError(f"peft puts the adapters on {other}: choose layers with --lora_modules")
+    if present and stacked_experts(model):
+        config.target_modules = asked  # in full, which later versions of peft leave alone
     return adapted
-
-
-def load_adapter(model: Any, folder: str) -> Any:
-    """Attach the adapter that a folder holds, on the layers that it was trained on."""
-    config = PeftConfig.from_pretrained(folder)
-    config.inference_mode, config.base_model_name_or_path = False, None
-    keys = [key.removeprefix("base_model.model.") for key in load_peft_weights(folder, device="cpu")]
-    return attach_adapter(model, config, {key.partition(".lora_")[0] for key in keys if ".lora_" in key}, folder)
-
-
-def adapter_report(model: Any) -> list[str]:
-    """Which kinds of linear layers carry adapters, and which do not, with counts."""
-    kinds: dict[str, Counter[str]] = {"adapters": Counter(), "linear layers without": Counter()}
-    for name, module in model.named_modules() if isinstance(model, PeftModel) else ():
-        inside = re.search(r"\.(base_layer|lora_|original_|modules_to_)", name)
-        if isinstance(module, (LoraLayer, *LINEAR_CLASSES)) and not inside:
-            title = "adapters" if isinstance(module, LoraLayer) else "linear layers without"
-            kinds[title][layer_and_kind(name.removeprefix("base_model.model."))[1]] += 1
-    return [f"{title}: {', '.join(f'{n} {k}' for k, n in found.items())}" for title, found in kinds.items() if found]
 
 
 def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) -> Any:
@@ -2598,14 +2585,11 @@ def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None) 
         model.get_input_embeddings().requires_grad_(False)  # and with them a head that is tied to them
         return model
     set_seed(config.training.seed)  # loading draws random numbers too; a seed gives one initialisation
-    source, flags = f"adapter {adapter}" if adapter else "LoRA flags", (config.lora, config.masked)
+    source = f"adapter {adapter}" if adapter else "LoRA flags"
     # RuntimeError: shapes that differ
     with reraise_as_user_error(f"{source} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
-        adapted: Any = (
-            load_adapter(model, adapter_files(adapter, config))
-            if adapter
-            else attach_adapter(model, lora_config(model, *flags), lora_targets(model, *flags))
-        )
+        new = None if adapter else lora_config(model, config.lora, config.masked)
+        adapted = attach_adapter(model, new or adapter_files(str(adapter), config))
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:  # peft made it float32
             parameter.data = parameter.data.to(getattr(torch, config.lora.lora_dtype))
@@ -4013,12 +3997,11 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
 def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """A row's input and output as text, the output without a template's special tokens."""
     last = last_supervised(segments)
-    output = segments[last]["text"]
+    texts = {"input": "".join(segment["text"] for segment in segments[:last]), "output": segments[last]["text"]}
     if rendered:
-        output = special_token_pattern(tokenizer).sub("", output)
-    table = str.maketrans(dict(zip(MARKS, (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), ""), strict=True)))
-    texts = {"input": "".join(segment["text"] for segment in segments[:last]), "output": output}
-    return {name: text.translate(table) for name, text in texts.items()}
+        texts["output"] = special_token_pattern(tokenizer).sub("", texts["output"])
+    marks = dict(zip(MARKS, (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), ""), strict=True))
+    return {name: text.translate(str.maketrans(marks)) for name, text in texts.items()}
 
 
 @torch.no_grad()
@@ -5017,7 +5000,7 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
         model: Any = load_merge_base(config, run.folder)
         dtype, base = model.dtype, float32_logits(model, sample)
         with reraise_as_user_error(f"{adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
-            model = load_adapter(model, adapter_files(adapter, config))
+            model = attach_adapter(model, adapter_files(adapter, config))
         if mutates_base(init := getattr(model.peft_config["default"], "init_lora_weights", None)):
             raise ConfigError(f"{adapter} fits a base changed by {init}: finish its training; the result fits any base")
         adapted, lost = float32_logits(model, sample), merge_layers(model, dtype)
@@ -5112,13 +5095,13 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
         length += f"; {math.ceil(len(data.train or ()) / rows)} steps are an epoch"
     why = "--bf16" if args.bf16 else "--fp16" if args.fp16 else "neither --bf16 nor --fp16"
     tokens = {name: token for name, token in run.tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    stored = getattr(run.model_config, "quantization_config", None)
+    stored = getattr(run.model_config, "quantization_config", {}).get("quant_method")
     bits = f"{quant.bits} bit" + f" {quant.quant_type}, double_quant {quant.double_quant}" * (quant.bits == 4)
     adapter = run.resume.checkpoint or run.resume.weights or ("fresh" if args.do_train else "none, the base itself")
     derived = {
         "model": config.model.model_name_or_path,
         "objective": config.data.objective,
-        "weights": f"quantised already, with {stored.get('quant_method')}" if stored else bits,
+        "weights": f"quantised already, by {stored}" if stored else bits,
         "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
         "effective batch": batch,
         "length": length,
@@ -5219,7 +5202,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     model = make_trainable(base, config, resume.weights)
     for adapter in getattr(model, "peft_config", {}).values():  # saved as given, not the folder made of a .gguf file
         adapter.base_model_name_or_path = config.model.model_name_or_path
-    log.info("%s", "\n".join(parameter_report(model) + adapter_report(model)))
+    log.info("%s", "\n".join(parameter_report(model)))
     fast = enable_fast_path(model, base, config)
     fast = fast._replace(off=(*fast.off, *([missing] if missing else [])))
     memory = memory_from_config(config, run.model_config)
