@@ -131,6 +131,7 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -154,7 +155,10 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -2077,7 +2081,6 @@ def format_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, T
 # in the load dtype. Nothing is cast up: RMSNorm and LayerNorm compute in float32 inside, whatever their weights are.
 # A model family that needs help while it is loaded is a row of QUIRKS.
 # ------------------------------------------------------------------------------------
-AUTO_MODELS = {False: AutoModelForCausalLM, True: AutoModelForMaskedLM}  # by Config.masked
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transformers 5.23 renamed it; 5.17 has the old
 
 # FSDP shards tensors of a floating dtype. bf16 storage damages a thousandth of the packed values: copies on a GPU turn
@@ -2095,6 +2098,13 @@ QUIRKS = {
     # transformers quantises nn.Linear itself and no subclass; Falcon's computes the same
     "falcon": partial(mock.patch, "transformers.models.falcon.modeling_falcon.FalconLinear", torch.nn.Linear),
 }
+
+
+def auto_model(config: Config, model_config: PretrainedConfig | None) -> Any:
+    """The kind of class to load: what was published with towers for images keeps them, so that adapters fit it."""
+    published = {*(getattr(model_config, "architectures", None) or ())}
+    towers = published & {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+    return AutoModelForMaskedLM if config.masked else AutoModelForImageTextToText if towers else AutoModelForCausalLM
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -2229,7 +2239,7 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
 
     Tried on the meta device, without memory. Mamba reads the weight of `dt_proj` without calling it, RWKV rescales some
     to evaluate; Llama 4's router returns a tuple, a tower for images is never called, and no gradient reaches
-    DeepSeek-V3.2's indexer. More tokens only where a few leave layers out: DeepSeek-V4 compresses 128.
+    DeepSeek-V3.2's indexer.
     """
     kind, config = type(model), copy.deepcopy(model.config)
     for name, value in SHAPELESS.items():
@@ -2239,21 +2249,18 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     with torch.device("meta"):
         twin = kind(config).to(torch.bfloat16)  # grouped products of experts want it
     names: dict[Any, str] = {m: name for name, m in twin.named_modules() if isinstance(m, LINEAR_CLASSES)}
-    called, other, trained, running = set[Any](), set[Any](), set[Any](), list[Any]()
+    called, other, running = set[Any](), set[Any](), list[Any]()
     for module in names:
         module.register_forward_pre_hook(lambda module, args: running.append(module))
         module.register_forward_hook(lambda *call: (called if gives_product(*call) else other).add(running.pop()))
     read = property(lambda module: (module in running or other.add(module), module._parameters["weight"])[1])
+    ids = torch.ones(1, 160, dtype=torch.long, device="meta")  # DeepSeek-V4 compresses 128
     try:
-        for tokens in (8, 512):
-            ids = torch.ones(1, tokens, dtype=torch.long, device="meta")
-            watched = mock.patch.object(torch.nn.Linear, "weight", read, create=True)
-            with watched, MetaValues(), torch.random.fork_rng(devices=[]):
-                twin.eval()(input_ids=ids, attention_mask=ids)
-                twin.train()(input_ids=ids, attention_mask=ids).logits.sum().backward()
-            trained |= {module for module in called if module.weight.grad is not None} - other
-            if trained | other >= names.keys():
-                break
+        watched = mock.patch.object(torch.nn.Linear, "weight", read, create=True)
+        with watched, MetaValues(), torch.random.fork_rng(devices=[]):
+            twin.eval()(input_ids=ids, attention_mask=ids)
+            twin.train()(input_ids=ids, attention_mask=ids).logits.sum().backward()
+        trained = {module for module in called if module.weight.grad is not None} - other
     except Exception as error:  # whatever the model raises
         log.warning("%s can't be tried (%s): all of its linear layers count as used", kind.__name__, shorten(error))
         trained = names.keys() - other
@@ -2282,8 +2289,10 @@ def stacked_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The layers that can be recomputed one by one."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """The layers that can be recomputed one by one; not those of a tower for images."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    text = {*model.get_decoder().modules()} if hasattr(model, "get_decoder") else set()
+    return [layer for layer in layers if layer in text] or layers
 
 
 def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
@@ -2292,7 +2301,7 @@ def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
     hf_deepspeed.unset_hf_deepspeed_config()  # under ZeRO-3 transformers would draw and shard weights
     try:
         with torch.device("meta"), reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
-            return AUTO_MODELS[config.masked].from_config(
+            return auto_model(config, model_config).from_config(
                 model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
             )
     finally:
@@ -2322,8 +2331,16 @@ def quantisation_config(config: Config, model_config: PretrainedConfig | None = 
     )
 
 
-def check_loaded(model: Any, loading: Mapping[str, Any], what: str) -> None:
-    """Refuse a model that its files do not fill, or do not fit: transformers warns, and draws weights at random."""
+def load_base(config: Config, model_config: PretrainedConfig | None, folder: str | Path, **options: Any) -> Any:
+    """Load a model that its files fill and fit: transformers only warns, and draws missing weights at random."""
+    what = f"model {folder}"
+    options |= {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
+    options = {name: value for name, value in options.items() if value is not None}
+    quirk = QUIRKS.get(model_config.model_type if model_config else "", contextlib.nullcontext)
+    with reraise_as_user_error(what, ConfigError, RuntimeError), quirk():
+        model, loading = auto_model(config, model_config).from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(f"{what}: {len(missing)} weights are not in it, first {missing[0]}")
     sizes = [*loading["mismatched_keys"]]
@@ -2338,18 +2355,6 @@ def check_loaded(model: Any, loading: Mapping[str, Any], what: str) -> None:
     beyond = [n for n in sorted(loading["unexpected_keys"]) if re.sub(r"(?<=\.)\d+(?=\.)", "*", n) in kinds]
     if beyond and not getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0):
         raise ConfigError(f"{what}: config.json has fewer layers than the weights, which go on with {beyond[0]}")
-
-
-def load_base(config: Config, model_config: PretrainedConfig | None, folder: str | Path, **options: Any) -> Any:
-    """Load a model with all of its weights."""
-    options |= {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
-    options = {name: value for name, value in options.items() if value is not None}
-    quirk = QUIRKS.get(model_config.model_type if model_config else "", contextlib.nullcontext)
-    with reraise_as_user_error(f"model {folder}", ConfigError, RuntimeError), quirk():
-        model, loading = AUTO_MODELS[config.masked].from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    check_loaded(model, loading, f"model {folder}")
     generation = getattr(model, "generation_config", None)
     if generation is not None and (generation.temperature or generation.top_p):
         generation.do_sample = True  # LLaMA-2 was published with sampling values alone, which can no longer be saved
@@ -2428,8 +2433,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         message = "bitsandbytes does not quantise %d tensors of stacked experts: %.2f GiB stay in %s"
         log.warning(message, len(experts), sum(weight.nbytes for weight in experts) / GIB, str(experts[0].dtype)[6:])
     if getattr(model.config.get_text_config(), "output_router_logits", False):
-        log.warning("output_router_logits: the routers' own loss is not added: routers are frozen")
-        model.config.get_text_config().output_router_logits = False
+        log.warning("output_router_logits: the routers' own loss is not added to the loss")
     # keeps the Trainer from wrapping the model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
     model.config.use_cache = False  # of no use in training; generation turns it on
@@ -2543,10 +2547,9 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
         unused, empty = result.unexpected_keys, sorted(trained.intersection(result.missing_keys))
     except KeyError as error:  # of a module that was trained whole
         unused, empty = [], [str(error.args[0])]
-    for names, what in ((unused, "of its weights have no place in the model"), (empty, "of the model's are not in it")):
-        if names:
-            first = f"first {names[0]}; the file begins with {min(stored)}"
-            raise ConfigError(f"{folder}: {len(names)} {what}, {first}")
+    if unused or empty:
+        found = f"{len(unused)} of its weights have no place in the model, {len(empty)} of the model's are not in it"
+        raise ConfigError(f"{folder}: {found}, first {(unused + empty)[0]}; the file begins with {min(stored)}")
 
 
 def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
@@ -4871,6 +4874,7 @@ def predict(trainer: QLoRATrainer, start: ResumePoint, pairs: Any, config: Confi
 
 
 MERGED = "merged.json"  # in a merged model's folder: what it is the merge of
+PROCESSOR_FILES = ["tokenizer.model", "*processor*.json"]  # llama.cpp's converter prefers the first
 
 
 def merge_record(adapter: str, config: Config) -> dict[str, Any]:
@@ -4989,7 +4993,7 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
     config, tokenizer, folder = run.config, run.tokenizer, run.config.training.merged_output_dir
     if folder is None or config.training.process_index != 0 or Path(folder, MERGED).is_file():  # check_merge knows it
         return {}
-    target, tokenizer_model, rows = Path(folder), Path(run.folder, "tokenizer.model"), data.eval
+    target, source, rows = Path(folder), download(run.folder, PROCESSOR_FILES, config), data.eval
     rows = rows or getattr(data.train, "rows", data.train)  # of packs, or as they are
     staging = target.with_name(f".merging-{target.name}")
     shutil.rmtree(staging, ignore_errors=True)
@@ -5005,17 +5009,17 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
             raise ConfigError(f"{adapter} fits a base changed by {init}: finish its training; the result fits any base")
         adapted, lost = float32_logits(model, sample), merge_layers(model, dtype)
         model = cast_parameters(model.merge_and_unload(), dtype)  # what was trained whole is still in float32
-        if not model.config.get_text_config().tie_word_embeddings:
+        if not getattr(model.config, "tie_word_embeddings", False):
             # Of one bias under two names, as in a head that was trained whole, only one would be saved.
             biases = {name: value.clone() for name, value in model.state_dict().items() if name.endswith("bias")}
             model.load_state_dict(biases, strict=False, assign=True)
         sync_special_tokens(model, tokenizer)
         model.save_pretrained(staging, max_shard_size=config.training.max_shard_size)
         tokenizer.save_pretrained(staging)
-        if tokenizer_model.is_file():  # llama.cpp's converter prefers it
-            shutil.copyfile(tokenizer_model, staging / tokenizer_model.name)
+        for file in itertools.chain(*map(source.glob, PROCESSOR_FILES)):
+            shutil.copyfile(file, staging / file.name)
         del model  # before the next is loaded
-        merged = load_base(config, None, staging)
+        merged = load_base(config, load_model_config(config, str(staging)), staging)
         metrics = compare_merged(merged, base, adapted, lost, sample, folder)
         write_json(staging / MERGED, merge_record(adapter, config))
         if target.exists():

@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import qlora
 
@@ -356,3 +356,81 @@ def test_adapters_of_other_tools_are_evaluated_merged_and_trained_on(
     assert run.code == 0 and before.keys() == after.keys()
     own = [name for name in before if "base_layer" not in name]  # peft saves an embedding beside its adapter
     assert own and all(not torch.equal(before[name], after[name]) for name in own)
+
+
+# ------------------------------------------------------------------------------------
+# Models that see images, trained on text
+# ------------------------------------------------------------------------------------
+
+TEXT = {
+    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16},
+    **{"num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 512, "pad_token_id": None},
+    **{"bos_token_id": tiny.BOS, "eos_token_id": tiny.EOS},
+}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+QWEN_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+QWEN_IDS = {"image_token_id": 310, "video_token_id": 311, "vision_start_token_id": 312, "vision_end_token_id": 313}
+LINEAR_ATTENTION = {
+    **{"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2},
+    **{"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
+}
+WITH_TOWERS: dict[str, dict] = {
+    "gemma3": {
+        "text_config": TEXT | {"sliding_window": 64, "query_pre_attn_scalar": 16},
+        "vision_config": VISION,
+        **{"image_token_index": 310, "boi_token_index": 311, "eoi_token_index": 312, "mm_tokens_per_image": 4},
+    },
+    "llava": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 32},
+        **{"image_token_index": 310, "image_seq_length": 4},
+    },
+    "qwen2_5_vl": {
+        "text_config": TEXT | {"rope_parameters": ROPE},
+        "vision_config": QWEN_VISION | {"patch_size": 14, "fullatt_block_indexes": [1]},
+        **QWEN_IDS,
+    },
+    "qwen3_5": {
+        "text_config": {
+            **{**TEXT, **LINEAR_ATTENTION},
+            "rope_parameters": ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25},
+        },
+        "vision_config": QWEN_VISION | {"patch_size": 14, "num_position_embeddings": 64},
+        **QWEN_IDS,
+    },
+}
+
+
+def write_with_tower(path, family):
+    tiny.write_byte(path)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **WITH_TOWERS[family]))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(path)
+    (path / "preprocessor_config.json").write_text("{}")
+    return path
+
+
+@pytest.mark.parametrize("family", WITH_TOWERS)
+def test_text_trains_through_the_published_class(run_qlora, data, tmp_path, family):
+    """Adapters are on the language model alone, under the names it is published with; a merge keeps the tower."""
+    base, merged = write_with_tower(tmp_path / "base", family), tmp_path / "merged"
+    flags = {"dataset": data, "do_eval": True, "per_device_eval_batch_size": 1, "bits": 32, "learning_rate": 1e-2}
+    run = run_qlora(model_name_or_path=base, merged_output_dir=merged, **flags)
+    assert run.code == 0
+    parts = load_file(run.output_dir / "adapter_model.safetensors")
+    assert all(".language_model." in name for name in parts) and all(tensor.any() for tensor in parts.values())
+    plain = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    expected = loss_of(PeftModel.from_pretrained(plain, run.output_dir).eval())
+    assert run.json("metrics.json")["eval_loss"] == pytest.approx(expected, rel=2e-5)
+    assert load_file(merged / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    assert (merged / "preprocessor_config.json").is_file()
+    whole = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32).eval()
+    assert loss_of(whole) == pytest.approx(expected, rel=1e-2)
+    assert (
+        run_qlora(model_name_or_path=base, output_dir=tmp_path / "4", **flags | {"bits": 4, "max_steps": 1}).code == 0
+    )
