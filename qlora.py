@@ -127,10 +127,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BitsAndBytesConfig, EarlyStoppingCallback,
-    GenerationConfig, HfArgumentParser, LlamaTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainerControl, TrainerState,
-    enable_full_determinism, set_seed,
+    AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoTokenizer,
+    BitsAndBytesConfig, EarlyStoppingCallback, GenerationConfig, HfArgumentParser, LlamaTokenizer, PretrainedConfig,
+    PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Seq2SeqTrainingArguments, Trainer,
+    TrainerCallback, TrainerControl, TrainerState, enable_full_determinism, set_seed,
 )  # fmt: skip
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -139,8 +139,12 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import speed_metrics
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -306,14 +310,6 @@ def get_list(row: RawRow, name: str, default: Any = None, kinds: Any = None) -> 
         value = json.loads(value) if isinstance(value, str) else value
     if not isinstance(value, kinds):
         raise field_error(row, name, "a list" if kinds is list else "an object")
-    return value
-
-
-def get_boolean(row: RawRow, name: str, default: str) -> bool:
-    """The boolean in a field, which may be 0, 1 or text."""
-    value = BOOLEANS.get((get_text(row, name, "") or default).lower())
-    if value is None:
-        raise field_error(row, name, "true or false")
     return value
 
 
@@ -624,40 +620,6 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
         rows = [(text, [span]) for _, text, span in found]
         if all(whole.startswith(text) and text.startswith(before) for before, text, _ in found):
             rows = [(whole, [span for _, _, span in found])]
-    else:
-        for n in {n for n, message in enumerate(chat.messages) if message["role"] == "assistant"} - {*chat.answers}:
-            first, last = (len(apply_template(chat, tokenizer, end)[1] or ()) for end in (n, n + 1))
-            marks[first:last] = [(0, 0)] * (last - first)
-        rows = [(whole, [slice(*mark) for mark in marks if mark[0] < mark[1]])]
-        for n in chat.answers:
-            check_answer(chat, n, "".join(whole[span] for span in rows[0][1]))
-    starts = exchange_starts(chat, whole, tokenizer)
-    for text, spans in rows:
-        turns = [start for start in starts if start <= spans[-1].start and whole.startswith(text[:start])]
-        bounds = sorted({0, len(text), *turns, *(place for span in spans for place in (span.start, span.stop))})
-        row: list[Segment] = []
-        for start, end in itertools.pairwise(bounds):
-            supervised = any(span.start <= start < span.stop for span in spans)
-            row.append({"text": text[start:end], "supervised": supervised, "turn": sum(n <= start for n in turns)})
-        yield row
-
-
-def calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
-    """A message for templates that expect the arguments of a call as JSON text, and no content beside calls."""
-    message = copy.deepcopy(message)
-    for call in message.get("tool_calls", ()):
-        message["content"] = message["content"] or None
-        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-    return message
-
-
-def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Segment]]:
-    """The rows of a chat whose values are escaped."""
-    whole, marks = apply_template(chat, tokenizer)
-    if marks is None:
-        rows = [(text, [span]) for text, span in (find_answer(chat, n, whole, tokenizer) for n in chat.answers)]
-        if all(whole.startswith(text) for text, _ in rows):
-            rows = [(whole, [span for _, (span,) in rows])]
     else:
         for n in {n for n, message in enumerate(chat.messages) if message["role"] == "assistant"} - {*chat.answers}:
             first, last = (len(apply_template(chat, tokenizer, end)[1] or ()) for end in (n, n + 1))
@@ -2487,7 +2449,6 @@ def format_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, T
 # in the load dtype. Nothing is cast up: RMSNorm and LayerNorm compute in float32 inside, whatever their weights are.
 # A model family that needs help while it is loaded is a row of QUIRKS.
 # ------------------------------------------------------------------------------------
-AUTO_MODELS = {False: AutoModelForCausalLM, True: AutoModelForMaskedLM}  # by Config.masked
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transformers 5.23 renamed it; 5.17 has the old
 
 # FSDP shards tensors of a floating dtype. bf16 storage damages a thousandth of the packed values: copies on a GPU turn
@@ -2505,6 +2466,13 @@ QUIRKS = {
     # transformers quantises nn.Linear itself and no subclass; Falcon's computes the same
     "falcon": partial(mock.patch, "transformers.models.falcon.modeling_falcon.FalconLinear", torch.nn.Linear),
 }
+
+
+def auto_model(config: Config, model_config: PretrainedConfig | None) -> Any:
+    """The kind of class to load: what was published with towers for images keeps them, so that adapters fit it."""
+    published = {*(getattr(model_config, "architectures", None) or ())}
+    towers = published & {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+    return AutoModelForMaskedLM if config.masked else AutoModelForImageTextToText if towers else AutoModelForCausalLM
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -2625,59 +2593,10 @@ class MetaValues(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class LayerTrial:
-    """Watches what a forward pass does with a model's linear layers."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.names: dict[Any, str] = {m: name for name, m in model.named_modules() if isinstance(m, LINEAR_CLASSES)}
-        self.called: set[Any] = set()
-        self.other: set[Any] = set()  # not a plain product, or its weight is read beside the call
-        self.running: list[Any] = []
-        for module in self.names:
-            module.register_forward_pre_hook(lambda module, args: self.running.append(module))
-            module.register_forward_hook(self.leave)
-
-    def leave(self, module: Any, args: Any, output: Any) -> None:
-        """Note a call, and whether a product came out."""
-        size = getattr(module, "out_features", None) or module.nf
-        product = args and isinstance(output, torch.Tensor) and output.shape == (*args[0].shape[:-1], size)
-        (self.called if product else self.other).add(self.running.pop())
-
-    def weight(self, module: Any) -> Any:
-        """Stand in for the attribute of that name."""
-        if module in self.names and module not in self.running:
-            self.other.add(module)
-        return module._parameters["weight"]
-
-
-def try_layers(kind: Any, config: PretrainedConfig) -> tuple[set[str], set[str]]:
-    """Names of the linear layers that a training step on text trains, and of those used in other ways.
-
-    On the meta device, so it takes no memory. Mamba reads the weight of `dt_proj` without calling it, and RWKV rescales
-    some in an evaluation; Llama 4's router returns a tuple, a tower for images is never called, and no gradient reaches
-    DeepSeek-V3.2's indexer. More tokens only where a few leave layers out: DeepSeek-V4 compresses 128.
-    """
-    with torch.device("meta"):
-        model = kind(config).to(torch.bfloat16)  # grouped products of experts want it
-    trial, trained = LayerTrial(model), set[Any]()
-    watched = mock.patch.object(torch.nn.Linear, "weight", property(trial.weight), create=True)
-    try:
-        for tokens in (8, 512):
-            ids = torch.ones(1, tokens, dtype=torch.long, device="meta")
-            with watched, MetaValues(), torch.random.fork_rng(devices=[]):
-                model.eval()(input_ids=ids, attention_mask=ids)
-                model.train()(input_ids=ids, attention_mask=ids).logits.sum().backward()
-            trained |= {module for module in trial.called if module.weight.grad is not None} - trial.other
-            if trained | trial.other >= trial.names.keys():
-                break
-    except Exception as error:  # whatever the model raises
-        message = "%s can't be tried (%s): all of its linear layers count as used"
-        log.warning(message, kind.__name__, shorten(error))
-        trained = trial.names.keys() - trial.other
-    used, other = {trial.names[module] for module in trained}, {trial.names[module] for module in trial.other}
-    kinds = {*map(layer_and_kind, used)}  # values decide which experts of a layer are called: one stands for all
-    experts = {name for name in trial.names.values() if ".experts." in name and layer_and_kind(name) in kinds}
-    return (used | experts) - other, other
+def gives_product(module: Any, args: Any, output: Any) -> bool:
+    """Whether a call of a linear layer gave a product of its input and no more."""
+    size = getattr(module, "out_features", None) or module.nf
+    return bool(args) and isinstance(output, torch.Tensor) and output.shape == (*args[0].shape[:-1], size)
 
 
 def layer_and_kind(name: str) -> tuple[str, str]:
@@ -2686,20 +2605,47 @@ def layer_and_kind(name: str) -> tuple[str, str]:
     return layer, re.sub(r"(?<=\.)\d+(?=\.|$)", "*", rest)
 
 
-def tried_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
-    """`try_layers` of a model, whatever its weights are."""
-    config = copy.deepcopy(model.config)
+def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
+    """Names of the linear layers that a training step on text trains, and of those that are used in other ways.
+
+    Tried on the meta device, without memory. Mamba reads the weight of `dt_proj` without calling it, RWKV rescales some
+    to evaluate; Llama 4's router returns a tuple, a tower for images is never called, and no gradient reaches
+    DeepSeek-V3.2's indexer.
+    """
+    kind, config = type(model), copy.deepcopy(model.config)
     for name, value in SHAPELESS.items():
         setattr(config, name, value)
-    key = type(model), config.to_json_string()
-    if key not in TRIALS:
-        TRIALS[key] = try_layers(type(model), config)
+    if (key := (kind, config.to_json_string())) in TRIALS:
+        return TRIALS[key]
+    with torch.device("meta"):
+        twin = kind(config).to(torch.bfloat16)  # grouped products of experts want it
+    names: dict[Any, str] = {m: name for name, m in twin.named_modules() if isinstance(m, LINEAR_CLASSES)}
+    called, other, running = set[Any](), set[Any](), list[Any]()
+    for module in names:
+        module.register_forward_pre_hook(lambda module, args: running.append(module))
+        module.register_forward_hook(lambda *call: (called if gives_product(*call) else other).add(running.pop()))
+    read = property(lambda module: (module in running or other.add(module), module._parameters["weight"])[1])
+    ids = torch.ones(1, 160, dtype=torch.long, device="meta")  # DeepSeek-V4 compresses 128
+    try:
+        watched = mock.patch.object(torch.nn.Linear, "weight", read, create=True)
+        with watched, MetaValues(), torch.random.fork_rng(devices=[]):
+            twin.eval()(input_ids=ids, attention_mask=ids)
+            twin.train()(input_ids=ids, attention_mask=ids).logits.sum().backward()
+        trained = {module for module in called if module.weight.grad is not None} - other
+    except Exception as error:  # whatever the model raises
+        log.warning("%s can't be tried (%s): all of its linear layers count as used", kind.__name__, shorten(error))
+        trained = names.keys() - other
+    kinds = {layer_and_kind(names[module]) for module in trained}  # values decide which experts are called
+    used = {
+        name for m, name in names.items() if m in trained or (".experts." in name and layer_and_kind(name) in kinds)
+    }
+    TRIALS[key] = used - {names[m] for m in other}, {names[m] for m in other}
     return TRIALS[key]
 
 
 def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
     """Full names of the linear layers that train, except the output head; of a masked model, those of its encoder."""
-    used, head = tried_layers(model)[0], model.get_output_embeddings()
+    used, head = try_layers(model)[0], model.get_output_embeddings()
     searched = set(model.base_model.modules() if masked else model.modules()) - {head}
     return [name for name, module in model.named_modules() if name in used and module in searched]
 
@@ -2714,8 +2660,10 @@ def stacked_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The layers that can be recomputed one by one."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """The layers that can be recomputed one by one; not those of a tower for images."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    text = {*model.get_decoder().modules()} if hasattr(model, "get_decoder") else set()
+    return [layer for layer in layers if layer in text] or layers
 
 
 def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
@@ -2724,7 +2672,7 @@ def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
     hf_deepspeed.unset_hf_deepspeed_config()  # under ZeRO-3 transformers would draw and shard weights
     try:
         with torch.device("meta"), reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
-            return AUTO_MODELS[config.masked].from_config(
+            return auto_model(config, model_config).from_config(
                 model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
             )
     finally:
@@ -2734,22 +2682,19 @@ def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
 
 def quantisation_config(config: Config, model_config: PretrainedConfig | None = None) -> Any | None:
     """Settings of bitsandbytes, for bits 4 and 8 only: with both switches off it quantises to 4 bit all the same."""
-    quant, whole = config.quant, set[str]()  # transformers finds the output embedding by itself
+    quant, whole = config.quant, None  # without names, transformers leaves out the output embedding
     if quant.bits not in (4, 8):
         return None
-    if model_config:
+    if model_config:  # nor the dense layers of a masked model's prediction head
         model = meta_model(config, model_config)
-        head = model.get_output_embeddings()
         linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
-        whole = {name for name in tried_layers(model)[1] if linear[name] is not head}
-        if config.masked:  # nor the dense layers of a prediction head
-            whole = linear.keys() - linear_layers(model, masked=True)
-        if whole:
-            whole |= {name for name, module in linear.items() if module is head}
+        fit = linear_layers(model, masked=True) if config.masked else linear.keys() - try_layers(model)[1]
+        head = model.get_output_embeddings()
+        whole = [name for name, module in linear.items() if name not in fit or module is head]
     return BitsAndBytesConfig(
         load_in_4bit=quant.bits == 4,
         load_in_8bit=quant.bits == 8,
-        llm_int8_skip_modules=sorted(whole) or None,
+        llm_int8_skip_modules=whole or None,
         bnb_4bit_compute_dtype=compute_dtype(config),
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_quant_type=quant.quant_type,
@@ -2758,14 +2703,29 @@ def quantisation_config(config: Config, model_config: PretrainedConfig | None = 
 
 
 def load_base(config: Config, model_config: PretrainedConfig | None, folder: str | Path, **options: Any) -> Any:
-    """Load a model with all of its weights: transformers draws missing ones at random and only warns."""
+    """Load a model that its files fill and fit: transformers only warns, and draws missing weights at random."""
+    what = f"model {folder}"
     options |= {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
     options = {name: value for name, value in options.items() if value is not None}
     quirk = QUIRKS.get(model_config.model_type if model_config else "", contextlib.nullcontext)
-    with reraise_as_user_error(f"model {folder}"), quirk():
-        model, loading = AUTO_MODELS[config.masked].from_pretrained(folder, output_loading_info=True, **options)
+    with reraise_as_user_error(what, ConfigError, RuntimeError), quirk():
+        model, loading = auto_model(config, model_config).from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     if missing := sorted(loading["missing_keys"]):
-        raise ConfigError(f"model {folder}: {len(missing)} weights are not in it, first {missing[0]}")
+        raise ConfigError(f"{what}: {len(missing)} weights are not in it, first {missing[0]}")
+    sizes = [*loading["mismatched_keys"]]
+    for name, module in model.named_modules():  # transformers does not compare what it quantises
+        if isinstance(module, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)):
+            packed = getattr(module.weight, "quant_state", None) or module.weight
+            sizes.append((f"{name}.weight", packed.shape, (module.out_features, module.in_features)))
+    for name, found, wanted in sorted(sizes, key=str):
+        if tuple(found) != tuple(wanted):
+            raise ConfigError(f"{what}: config.json makes {name} {tuple(wanted)}, the file has {tuple(found)}")
+    kinds = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in model.state_dict()}
+    beyond = [n for n in sorted(loading["unexpected_keys"]) if re.sub(r"(?<=\.)\d+(?=\.)", "*", n) in kinds]
+    if beyond and not getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0):
+        raise ConfigError(f"{what}: config.json has fewer layers than the weights, which go on with {beyond[0]}")
     generation = getattr(model, "generation_config", None)
     if generation is not None and (generation.temperature or generation.top_p):
         generation.do_sample = True  # LLaMA-2 was published with sampling values alone, which can no longer be saved
@@ -2774,15 +2734,14 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
 
 def check_prequantised(config: Config, stored: Mapping[str, Any]) -> None:
     """Refuse flags that need weights which are not quantised yet."""
-    quantised = f"{config.model.model_name_or_path} is quantised already"
-    storage = stored.get("bnb_4bit_quant_storage", "uint8")
+    base, storage = config.model.model_name_or_path, stored.get("bnb_4bit_quant_storage", "uint8")
     if is_fsdp(config) and "float" not in storage:
         reason = "FSDP shards floating dtypes only: pass the base as published"
-        raise ConfigError(f"--fsdp: {quantised} and stored as {storage}, {reason}")
-    if config.quant.full_finetune:
-        raise ConfigError(f"--full_finetune: {quantised}")
-    if lora_init_problem(config.lora.init_lora_weights, quantised=True):
-        raise ConfigError(f"--init_lora_weights {config.lora.init_lora_weights}: {quantised}")
+        raise ConfigError(f"--fsdp: {base} is quantised already and stored as {storage}, {reason}")
+    full, init = config.quant.full_finetune, config.lora.init_lora_weights
+    if full or lora_init_problem(init, quantised=True):
+        flag = "--full_finetune" if full else f"--init_lora_weights {init}"
+        raise ConfigError(f"{flag}: {base} is quantised already")
 
 
 def load_for_fsdp(config: Config, model_config: PretrainedConfig, folder: str | Path, **options: Any) -> Any:
@@ -2824,8 +2783,8 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         options["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), f"{config.quant.max_memory_MB}MB")
     if stored:
         check_prequantised(config, stored)
-        if not config.quant.calibration_rows:
-            log.info("the checkpoint is already quantised and is loaded as it is; bits and quant_type are its own")
+        if not AutoHfQuantizer.supports_quant_method(stored):  # transformers would ignore it
+            raise ConfigError(f"model {folder}: no known quantisation: {stored.get('quant_method')}; pass the original")
     else:
         options["quantization_config"] = quantisation_config(config, model_config)
     if args.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
@@ -2836,11 +2795,16 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
             # Else the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with
             # other values (bitsandbytes 0.50.2).
             module.support_avx512bf16_for_cpu = False
+    if stored:
+        unpacked = getattr(model.hf_quantizer.quantization_config, "dequantize", False)
+        held = "dequantised: its weights are held in 16 bits" if unpacked else "loaded as it is: its bits are its own"
+        log.info("the checkpoint is already quantised (%s) and is %s", stored.get("quant_method"), held)
     experts = list(stacked_experts(model).values())
     if experts and options.get("quantization_config"):
-        size, dtype = sum(weight.nbytes for weight in experts) / GIB, str(experts[0].dtype).removeprefix("torch.")
         message = "bitsandbytes does not quantise %d tensors of stacked experts: %.2f GiB stay in %s"
-        log.warning(message, len(experts), size, dtype)
+        log.warning(message, len(experts), sum(weight.nbytes for weight in experts) / GIB, str(experts[0].dtype)[6:])
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        log.warning("output_router_logits: the routers' own loss is not added to the loss")
     # keeps the Trainer from wrapping the model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
     model.config.use_cache = False  # of no use in training; generation turns it on
@@ -2854,7 +2818,7 @@ def sync_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def parameter_report(model: torch.nn.Module) -> list[str]:
-    """The original's line on trainable parameters, with true counts, and one line for each dtype."""
+    """The original's line on trainable parameters, with true counts; then dtypes, and kinds of layers with adapters."""
     by_dtype: Counter[str] = Counter()
     trainable = 0
     for parameter in model.parameters():
@@ -2864,7 +2828,15 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
         by_dtype[f"{packed.quant_type} (packed)" if packed else str(parameter.dtype).removeprefix("torch.")] += size
     total = sum(by_dtype.values())
     lines = [f"trainable params: {trainable} || all params: {total} || trainable: {100 * trainable / total}"]
-    return lines + [f"{name}: {size} ({100 * size / total:.1f} %)" for name, size in by_dtype.most_common()]
+    lines += [f"{name}: {size} ({100 * size / total:.1f} %)" for name, size in by_dtype.most_common()]
+    kinds: dict[str, Counter[str]] = {"adapters": Counter(), "linear layers without": Counter()}
+    for name, module in model.named_modules() if isinstance(model, PeftModel) else ():
+        adapted, inside = isinstance(module, LoraLayer), re.search(r"\.(base_layer|lora_|original_|modules_to_)", name)
+        if adapted or (isinstance(module, LINEAR_CLASSES) and not inside):
+            kinds[[*kinds][not adapted]][layer_and_kind(name.removeprefix("base_model.model."))[1]] += 1
+    return lines + [
+        f"{title}: {', '.join(f'{n} {k}' for k, n in found.items())}" for title, found in kinds.items() if found
+    ]
 
 
 # ------------------------------------------------------------------------------------
@@ -3176,23 +3148,16 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     for name in whole:
         if not any(f".{full}".endswith(f".{name}") for full, _ in model.named_modules()):
             raise ConfigError(f"--modules_to_save: the model has no module called {name!r}")
-    targets = lora_targets(model, lora, masked)
-    patterns: Any = {
-        f"{name}_pattern": parse_pattern(getattr(lora, f"lora_{name}_pattern")) for name in ("rank", "alpha")
-    }
+    targets, names = lora_targets(model, lora, masked), ("rank", "alpha")
+    patterns: Any = {f"{name}_pattern": parse_pattern(getattr(lora, f"lora_{name}_pattern")) for name in names}
     for key in itertools.chain(*patterns.values()):
         if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in targets):
             raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")
-    leaves = set(map(leaf_name, targets))
-    selected = {name for name, _ in model.named_modules() if leaf_name(name) in leaves}
-    # Leaf names where they select the same, for readable adapters. Not in a mixture: peft takes those of other layers
-    # for its experts' (https://github.com/huggingface/peft/issues/3711).
-    short = selected == targets and not stacked_experts(model)
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha % 1 == 0 else lora.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=lora.lora_dropout,
-        target_modules=sorted(leaves if short else targets),
+        target_modules=sorted(targets),  # peft shortens a long list
         bias=lora.lora_bias,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
@@ -3236,49 +3201,35 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
         unused, empty = result.unexpected_keys, sorted(trained.intersection(result.missing_keys))
     except KeyError as error:  # of a module that was trained whole
         unused, empty = [], [str(error.args[0])]
-    for names, what in ((unused, "of its weights have no place in the model"), (empty, "of the model's are not in it")):
-        if names:
-            first = f"first {names[0]}; the file begins with {min(stored)}"
-            raise ConfigError(f"{folder}: {len(names)} {what}, {first}")
+    if unused or empty:
+        found = f"{len(unused)} of its weights have no place in the model, {len(empty)} of the model's are not in it"
+        raise ConfigError(f"{folder}: {found}, first {(unused + empty)[0]}; the file begins with {min(stored)}")
 
 
-def attach_adapter(model: Any, config: Any, asked: set[str], folder: str | None = None) -> Any:
-    """Attach an adapter, new or filled from a folder, to exactly the layers asked for."""
+def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
+    """Attach one adapter to exactly the layers that it names in full, or, from a folder, that its file holds."""
+    if isinstance(adapter, LoraConfig):
+        config, asked = adapter, {*adapter.target_modules}  # type: ignore[misc]
+    else:
+        config: Any = PeftConfig.from_pretrained(adapter)
+        config.inference_mode, config.base_model_name_or_path = False, None
+        keys = [key.removeprefix("base_model.model.") for key in load_peft_weights(adapter, device="cpu")]
+        asked = {key.partition(".lora_")[0] for key in keys if ".lora_" in key}
     # peft takes names of a mixture's dense and shared layers for those of its experts, as transformers 4 had them
     # (0.21, https://github.com/huggingface/peft/issues/3711)
     present = asked <= {name for name, _ in model.named_modules()}
     rewritten = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
     with rewritten if present else contextlib.nullcontext():
         adapted: Any = get_peft_model(model, config)
-    if folder:
-        load_adapter_weights(adapted, folder)
-        return adapted
+    if isinstance(adapter, str):
+        load_adapter_weights(adapted, adapter)
     carry = {name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)}
-    if carry != asked:
+    if present and carry != asked:
         other = f"{len(carry - asked)} others and not on {len(asked - carry)}, first {min(carry ^ asked)}"
         raise ConfigError(f"peft puts the adapters on {other}: choose layers with --lora_modules")
+    if present and stacked_experts(model):
+        config.target_modules = asked  # in full, which later versions of peft leave alone
     return adapted
-
-
-def load_adapter(model: Any, folder: str) -> Any:
-    """Attach the adapter that a folder holds, as it was trained."""
-    config = PeftConfig.from_pretrained(folder)
-    config.inference_mode, config.base_model_name_or_path = False, None
-    keys = [key.removeprefix("base_model.model.") for key in load_peft_weights(folder, device="cpu")]
-    return attach_adapter(model, config, {key.partition(".lora_")[0] for key in keys if ".lora_" in key}, folder)
-
-
-def adapter_report(model: Any) -> list[str]:
-    """Which kinds of linear layers carry adapters, and which do not, with counts."""
-    carry, other = Counter[str](), Counter[str]()
-    for name, module in model.named_modules() if isinstance(model, PeftModel) else ():
-        kind = layer_and_kind(name.removeprefix("base_model.model."))[1]
-        if isinstance(module, LoraLayer):
-            carry[kind] += 1
-        elif isinstance(module, LINEAR_CLASSES) and not re.search(r"\.(base_layer|lora_|original_|modules_to_)", name):
-            other[kind] += 1
-    lines = {"adapters": carry, "linear layers without": other}
-    return [f"{title}: {', '.join(f'{n} {k}' for k, n in kinds.items())}" for title, kinds in lines.items() if kinds]
 
 
 def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None, start: Path | None = None) -> Any:
@@ -3294,14 +3245,11 @@ def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None, 
         model.get_input_embeddings().requires_grad_(False)  # and with them a head that is tied to them
         return model
     set_seed(config.training.seed)  # loading draws random numbers too; a seed gives one initialisation
-    source, flags = f"adapter {adapter}" if adapter else "LoRA flags", (config.lora, config.masked)
+    source = f"adapter {adapter}" if adapter else "LoRA flags"
     # RuntimeError: shapes that differ
     with reraise_as_user_error(f"{source} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
-        adapted: Any = (
-            load_adapter(model, adapter_files(adapter, config))
-            if adapter
-            else attach_adapter(model, lora_config(model, *flags), lora_targets(model, *flags))
-        )
+        new = None if adapter else lora_config(model, config.lora, config.masked)
+        adapted = attach_adapter(model, new or adapter_files(str(adapter), config))
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:  # peft made it float32
             parameter.data = parameter.data.to(getattr(torch, config.lora.lora_dtype))
@@ -4029,7 +3977,7 @@ def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, step
 
 def trial_steps(base: Any, masked: bool = False) -> list[StepBatch]:
     """Two steps of two rows, of which the second is the same in both; peft's layers take fewer than 16 tokens."""
-    words, generator = base.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
+    words, generator = base.config.get_text_config().vocab_size, torch.Generator().manual_seed(0)
     a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
     pairs = ([{"input_ids": ids, "labels": ids} for ids in rows] for rows in ((a, b), (c, b)))
     return [collate_step(rows, masked)["step"] for rows in pairs]
@@ -4789,12 +4737,23 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
 def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """A row's input and output as text, the output without a template's special tokens."""
     last = last_supervised(segments)
-    output = segments[last]["text"]
+    texts = {"input": "".join(segment["text"] for segment in segments[:last]), "output": segments[last]["text"]}
     if rendered:
-        output = special_token_pattern(tokenizer).sub("", output)
-    table = str.maketrans(dict(zip(MARKS, (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), ""), strict=True)))
-    texts = {"input": "".join(segment["text"] for segment in segments[:last]), "output": output}
-    return {name: text.strip(BOS_MARK + EOS_MARK).translate(table) for name, text in texts.items()}
+        texts["output"] = special_token_pattern(tokenizer).sub("", texts["output"])
+    marks = str.maketrans(dict(zip(MARKS, (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), ""), strict=True)))
+    return {name: text.strip(BOS_MARK + EOS_MARK).translate(marks) for name, text in texts.items()}
+
+
+@torch.no_grad()
+def sees_padding(model: Any, prompt: list[int], pad_id: int, device: Any) -> bool:
+    """Whether a model takes padding on the left for text, as RWKV does, and MiniMax with its cache."""
+    short, logits = prompt[: (len(prompt) + 1) // 2], []
+    options: Any = {"pad_token_id": pad_id, "max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
+    for rows in ([short + prompt, short], [short]):
+        tensors = to_device(padded_prompts(rows, pad_id, "left"), device)
+        steps = model.generate(**tensors, generation_config=GenerationConfig(**options)).logits
+        logits.append(torch.stack([step[-1].float() for step in steps]))
+    return not logits_close(*logits)
 
 
 def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
@@ -4805,13 +4764,19 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
         room = limits if lost is None else Limits(len(source), 0)  # within a question nothing is cut
         prompt = truncate_and_concat(source, [], room, bos=tokenizer.bos_token_id).input_ids
         prompts.append(prompt or [tokenizer.eos_token_id])  # generation needs one token at least
-    tensors = to_device(padded_prompts(prompts, tokenizer.pad_token_id, "left"), trainer.args.device)
-    generation = generation_config(trainer.config, model, tokenizer)
+    generation, answers, device = generation_config(trainer.config, model, tokenizer), list[Any](), trainer.args.device
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     # generate() merges the model's own sampling values into those that it is given
     with reraise_as_user_error("generation flags"), mock.patch.object(base, "generation_config", GenerationConfig()):
-        output = model.generate(**tensors, generation_config=generation)
-    answers = output[:, tensors["input_ids"].shape[1] :].tolist()  # the prompt ends by its tokens, never by its text
+        if not hasattr(trainer, "one_by_one"):
+            several = trainer.args.per_device_eval_batch_size > 1 and not trainer.sharded
+            trainer.one_by_one = several and sees_padding(model, max(prompts, key=len), tokenizer.pad_token_id, device)
+            if trainer.one_by_one:
+                log.warning("%s takes padding for text: predicting one row at a time", type(base).__name__)
+        for rows in [[prompt] for prompt in prompts] if trainer.one_by_one else [prompts]:
+            tensors = to_device(padded_prompts(rows, tokenizer.pad_token_id, "left"), device)
+            output = model.generate(**tensors, generation_config=generation)
+            answers += output[:, tensors["input_ids"].shape[1] :].tolist()  # the prompt ends by tokens, never by text
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         yield decoded_pair(batch["segments"][i], batch["rendered"][i], tokenizer) | {
             "prediction": str(tokenizer.decode(answer, skip_special_tokens=True)),
@@ -4951,7 +4916,8 @@ def embedding_sizes(model: Any) -> tuple[int, float]:
     for name, table in model.named_modules():  # an encoder's; RoBERTa's and ESM's begin after the pad's
         if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
             limit = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-    return model.get_input_embeddings().num_embeddings, limit
+    table = model.get_input_embeddings()  # peft wraps one that it trains
+    return getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size, limit
 
 
 def check_sizes(name: str, largest_id: int, longest: int, sizes: tuple[int, float]) -> None:
@@ -5691,6 +5657,7 @@ def predict(trainer: QLoRATrainer, start: ResumePoint, pairs: Any, config: Confi
 
 
 MERGED = "merged.json"  # in a merged model's folder: what it is the merge of
+PROCESSOR_FILES = ["tokenizer.model", "*processor*.json"]  # llama.cpp's converter prefers the first
 
 
 def merge_record(adapter: str, config: Config) -> dict[str, Any]:
@@ -5764,9 +5731,11 @@ def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
     """Merge every layer in float32, rounding once. Returns the share of the change that is rounded away."""
     total = kept = 0.0
     for layer in (module for module in peft_model.modules() if isinstance(module, LoraLayer)):
-        weight: Any = layer.get_base_layer().weight
-        before = weight.data.float()
-        weight.data = before.clone()
+        base, name = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")  # experts are not a `weight`
+        before = getattr(base, name).data.float()
+        # its own: that of a head may be the embedding's too
+        weight = torch.nn.Parameter(before.clone(), requires_grad=False)
+        setattr(base, name, weight)
         layer.merge()  # type: ignore[operator]
         change, weight.data = weight.data - before, weight.data.to(dtype)
         total += change.square().sum().item()
@@ -5806,7 +5775,7 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
     config, tokenizer, folder = run.config, run.tokenizer, run.config.training.merged_output_dir
     if folder is None or config.training.process_index != 0 or Path(folder, MERGED).is_file():  # see check_merge
         return {}
-    target, tokenizer_model, rows = Path(folder), Path(run.folder, "tokenizer.model"), data.eval
+    target, source, rows = Path(folder), download(run.folder, PROCESSOR_FILES, config), data.eval
     rows = rows or getattr(data.train, "rows", data.train)  # of packs, or as they are
     staging = target.with_name(f".merging-{target.name}")
     shutil.rmtree(staging, ignore_errors=True)
@@ -5818,7 +5787,7 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
         model: Any = load_merge_base(config, run.base if dequantised else run.folder)
         dtype, base = model.dtype, float32_logits(model, sample)
         with reraise_as_user_error(f"{adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
-            model = load_adapter(model, adapter_files(adapter, config))
+            model = attach_adapter(model, adapter_files(adapter, config))
         if mutates_base(init := getattr(model.peft_config["default"], "init_lora_weights", None)):
             raise ConfigError(f"{adapter} fits a base changed by {init}: finish its training; the result fits any base")
         rank = config.lora.lora_r
@@ -5828,17 +5797,17 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
             raise ConfigError(f"{adapter} fits the calibrated base only: finish its training")
         adapted, lost = float32_logits(model, sample), merge_layers(model, dtype)
         model = cast_parameters(model.merge_and_unload(), dtype)  # what was trained whole is still in float32
-        if not model.config.get_text_config().tie_word_embeddings:
+        if not getattr(model.config, "tie_word_embeddings", False):
             # Of one bias under two names, as in a head that was trained whole, only one would be saved.
             biases = {name: value.clone() for name, value in model.state_dict().items() if name.endswith("bias")}
             model.load_state_dict(biases, strict=False, assign=True)
         sync_special_tokens(model, tokenizer)
         model.save_pretrained(staging, max_shard_size=config.training.max_shard_size)
         tokenizer.save_pretrained(staging)
-        if tokenizer_model.is_file():  # llama.cpp's converter prefers it
-            shutil.copyfile(tokenizer_model, staging / tokenizer_model.name)
+        for file in itertools.chain(*map(source.glob, PROCESSOR_FILES)):
+            shutil.copyfile(file, staging / file.name)
         del model  # before the next is loaded
-        merged = load_base(config, None, staging)
+        merged = load_base(config, load_model_config(config, str(staging)), staging)
         metrics = compare_merged(merged, base, adapted, lost, sample, folder)
         write_json(staging / MERGED, merge_record(adapter, config))
         if target.exists():
@@ -5918,11 +5887,13 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
         length += f"; {math.ceil(len(data.train or ()) / rows)} steps are an epoch"
     why = "--bf16" if args.bf16 else "--fp16" if args.fp16 else "neither --bf16 nor --fp16"
     tokens = {name: token for name, token in run.tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    stored = getattr(run.model_config, "quantization_config", {}).get("quant_method")
+    bits = f"{quant.bits} bit" + f" {quant.quant_type}, double_quant {quant.double_quant}" * (quant.bits == 4)
     adapter = run.resume.checkpoint or run.resume.weights or ("fresh" if args.do_train else "none, the base itself")
     derived = {
         "model": config.model.model_name_or_path,
         "objective": config.data.objective,
-        "weights": f"{quant.bits} bit" + f" {quant.quant_type}, double_quant {quant.double_quant}" * (quant.bits == 4),
+        "weights": f"quantised already, by {stored}" if stored else bits,
         "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
         "effective batch": batch,
         "length": length,
@@ -6035,7 +6006,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
         adapter.base_model_name_or_path = config.model.model_name_or_path
     if resume.train and not is_sharded(config):
         freeze_unreached(model, base, config)
-    log.info("%s", "\n".join(parameter_report(model) + adapter_report(model)))
+    log.info("%s", "\n".join(parameter_report(model)))
     fast = enable_fast_path(model, base, config)
     fast = fast._replace(off=(*fast.off, *filter(None, [missing])))
     memory = memory_from_config(config, run.model_config)

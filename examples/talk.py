@@ -183,7 +183,7 @@ def load(name: str, *flags: str, template: str = "auto", system: str | None = No
     model: Any = qlora.load_model(config, model_config, folder)
     generation = qlora.generation_config(config, model, tokenizer)
     model.generation_config = GenerationConfig()  # generate() would add the model's own sampling values
-    model = (qlora.load_adapter(model, str(adapter)) if adapter else model).eval()
+    model = (qlora.attach_adapter(model, str(adapter)) if adapter else model).eval()
     torch.manual_seed(config.training.seed)  # with --do_sample, one --seed gives one conversation
     guanaco = template == "guanaco"
     system = GUANACO_SYSTEM * guanaco if system is None else system

@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import qlora
 
@@ -199,12 +199,13 @@ def test_a_module_trained_whole_must_be_in_the_file(run_qlora, tmp_path):
     assert again.code == 2 and "lm_head" in last and str(adapter) in last
 
 
-def test_adapters_that_peft_puts_elsewhere_are_an_error(models):
-    """With a name that selects a layer more than was asked for."""
+def test_adapters_that_peft_puts_elsewhere_are_an_error(models, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(models("llama"))
-    asked = {f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)}
+    asked = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    other = LoraConfig(target_modules=["q_proj", "up_proj"])
+    monkeypatch.setattr(qlora, "get_peft_model", lambda model, config: get_peft_model(model, other))
     with pytest.raises(qlora.ConfigError, match=r"on 2 others and not on 0, first model.layers.0.mlp.up_proj"):
-        qlora.attach_adapter(model, LoraConfig(target_modules=["q_proj", "up_proj"]), asked)
+        qlora.attach_adapter(model, LoraConfig(target_modules=asked))
 
 
 def test_an_adapter_of_experts_as_peft_makes_it_is_loaded(models, run_qlora, tmp_path):
@@ -223,3 +224,213 @@ def test_an_adapter_of_experts_as_peft_makes_it_is_loaded(models, run_qlora, tmp
     assert run.code == 0
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_parameters"]
     assert "2 mlp.experts" in line_of(run, "adapters: ")
+
+
+# ------------------------------------------------------------------------------------
+# Predictions
+# ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def greedy(base, row: dict[str, str], count: int) -> str:
+    """What plain transformers generates for one row, without padding and without a cache."""
+    model, ids = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), [tiny.BOS]
+    ids += row["input"].encode()[:63]
+    for _ in range(count):
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] == tiny.EOS:
+            break
+    start = 1 + len(row["input"].encode()[:63])
+    return bytes(i for i in ids[start:] if i < 256).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize(("family", "alone"), [("rwkv", True), ("mamba", False), ("glm4_moe", False)])
+def test_predictions_do_not_depend_on_the_batch(run_qlora, models, data, family, alone):
+    """RWKV has no attention mask: its rows are predicted one at a time."""
+    base = models(family)
+    flags = {"do_train": False, "do_predict": True, "predict_with_generate": True, "max_new_tokens": 6, "bits": 32}
+    flags |= {"source_max_len": 64, "target_max_len": 64, "per_device_eval_batch_size": 4}
+    run = run_qlora(model_name_or_path=base, dataset=data, **flags)
+    lines = (run.output_dir / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["prediction"] for line in lines] == [greedy(base, row, 6) for row in ROWS]
+    assert ("one row at a time" in run.stderr) == alone
+
+
+# ------------------------------------------------------------------------------------
+# Files that do not fit
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_size": 128}, "(320, 128), the file has (320, 64)"),
+        ({"vocab_size": 384}, "lm_head.weight (384, 64), the file has (320, 64)"),
+        ({"intermediate_size": 256}, "mlp.down_proj.weight (64, 256), the file has (64, 128)"),
+        ({"num_hidden_layers": 1}, "fewer layers than the weights, which go on with model.layers.1."),
+        ({"num_hidden_layers": 3}, "9 weights are not in it, first model.layers.2."),
+        ({"quantization_config": {"quant_method": "squeeze", "bits": 3}}, "no known quantisation: squeeze"),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_the_weights_is_one_line(run_qlora, models, tmp_path, change, named, bits):
+    folder = shutil.copytree(models("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    run = run_qlora(model_name_or_path=folder, bits=bits, max_steps=1)
+    last = run.stderr.splitlines()[-1]
+    assert run.code == 2 and last.startswith(f"error: model {folder}: ") and named in last
+
+
+def test_layers_that_predict_further_tokens_may_be_left_out(run_qlora, models, tmp_path):
+    """DeepSeek-V3's weights go on with one that transformers does not use."""
+    folder = shutil.copytree(models("deepseek_v3", num_hidden_layers=3), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}))
+    assert run_qlora(model_name_or_path=folder, max_steps=1).code == 0
+
+
+def test_router_losses_are_named(run_qlora, models, tmp_path):
+    run = run_qlora(model_name_or_path=models("mixtral", output_router_logits=True), max_steps=1)
+    assert run.code == 0 and "output_router_logits" in run.stderr
+
+
+# ------------------------------------------------------------------------------------
+# Adapters that other tools make
+# ------------------------------------------------------------------------------------
+
+OTHER_TOOLS = {
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [101, 116]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "experts": {"target_modules": ["q_proj", "w1", "w2", "w3"]},  # of Mixtral, as transformers 4 named them
+}
+
+
+@pytest.fixture
+def other_adapter(models, tmp_path):
+    """An adapter by plain peft, of random numbers: (folder of the base, folder of the adapter, peft's model)."""
+
+    def make(kind, tie):
+        base = models("mixtral" if kind == "experts" else "llama", tie=tie)
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        adapted = get_peft_model(plain, LoraConfig(r=4, task_type="CAUSAL_LM", **OTHER_TOOLS[kind])).eval()
+        torch.manual_seed(0)
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+        adapted.save_pretrained(tmp_path / "adapter")
+        return base, tmp_path / "adapter", adapted
+
+    return make
+
+
+def loss_of(model) -> float:
+    losses = []
+    for row in ROWS:
+        source, target = [tiny.BOS, *row["input"].encode()][:32], [*row["output"].encode(), tiny.EOS][:32]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([source + target])).logits[0]
+        losses.append(F.cross_entropy(logits[len(source) - 1 : -1].float(), torch.tensor(target)))
+    return torch.stack(losses).mean().item()
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("kind", OTHER_TOOLS)
+def test_adapters_of_other_tools_are_evaluated_merged_and_trained_on(
+    run_qlora, other_adapter, data, tmp_path, kind, tie
+):
+    base, folder, adapted = other_adapter(kind, tie)
+    flags = {"model_name_or_path": base, "dataset": data, "adapter_name_or_path": folder, "bits": 32}
+    merged, trained = tmp_path / "merged", tmp_path / "trained"
+    run = run_qlora(**flags, do_train=False, do_eval=True, per_device_eval_batch_size=1, merged_output_dir=merged)
+    expected = loss_of(adapted)
+    assert run.code == 0 and run.json("metrics.json")["eval_loss"] == pytest.approx(expected, rel=2e-5)
+    assert abs(expected - loss_of(AutoModelForCausalLM.from_pretrained(base))) > 1e-3
+    assert loss_of(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)) == pytest.approx(
+        expected, rel=5e-3
+    )
+    run = run_qlora(**flags, output_dir=trained, learning_rate=1e-2, lora_dtype="float32")
+    before, after = (load_file(place / "adapter_model.safetensors") for place in (folder, trained))
+    assert run.code == 0 and before.keys() == after.keys()
+    own = [name for name in before if "base_layer" not in name]  # peft saves an embedding beside its adapter
+    assert own and all(not torch.equal(before[name], after[name]) for name in own)
+
+
+# ------------------------------------------------------------------------------------
+# Models that see images, trained on text
+# ------------------------------------------------------------------------------------
+
+TEXT = {
+    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16},
+    **{"num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 512, "pad_token_id": None},
+    **{"bos_token_id": tiny.BOS, "eos_token_id": tiny.EOS},
+}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+QWEN_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+QWEN_IDS = {"image_token_id": 310, "video_token_id": 311, "vision_start_token_id": 312, "vision_end_token_id": 313}
+LINEAR_ATTENTION = {
+    **{"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2},
+    **{"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
+}
+WITH_TOWERS: dict[str, dict] = {
+    "gemma3": {
+        "text_config": TEXT | {"sliding_window": 64, "query_pre_attn_scalar": 16},
+        "vision_config": VISION,
+        **{"image_token_index": 310, "boi_token_index": 311, "eoi_token_index": 312, "mm_tokens_per_image": 4},
+    },
+    "llava": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 32},
+        **{"image_token_index": 310, "image_seq_length": 4},
+    },
+    "qwen2_5_vl": {
+        "text_config": TEXT | {"rope_parameters": ROPE},
+        "vision_config": QWEN_VISION | {"patch_size": 14, "fullatt_block_indexes": [1]},
+        **QWEN_IDS,
+    },
+    "qwen3_5": {
+        "text_config": {
+            **{**TEXT, **LINEAR_ATTENTION},
+            "rope_parameters": ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25},
+        },
+        "vision_config": QWEN_VISION | {"patch_size": 14, "num_position_embeddings": 64},
+        **QWEN_IDS,
+    },
+}
+
+
+def write_with_tower(path, family):
+    tiny.write_byte(path)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **WITH_TOWERS[family]))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(path)
+    (path / "preprocessor_config.json").write_text("{}")
+    return path
+
+
+@pytest.mark.parametrize("family", WITH_TOWERS)
+def test_text_trains_through_the_published_class(run_qlora, data, tmp_path, family):
+    """Adapters are on the language model alone, under the names it is published with; a merge keeps the tower."""
+    base, merged = write_with_tower(tmp_path / "base", family), tmp_path / "merged"
+    flags = {"dataset": data, "do_eval": True, "per_device_eval_batch_size": 1, "bits": 32, "learning_rate": 1e-2}
+    run = run_qlora(model_name_or_path=base, merged_output_dir=merged, **flags)
+    assert run.code == 0
+    parts = load_file(run.output_dir / "adapter_model.safetensors")
+    assert all(".language_model." in name for name in parts) and all(tensor.any() for tensor in parts.values())
+    plain = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    expected = loss_of(PeftModel.from_pretrained(plain, run.output_dir).eval())
+    assert run.json("metrics.json")["eval_loss"] == pytest.approx(expected, rel=2e-5)
+    assert load_file(merged / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    assert (merged / "preprocessor_config.json").is_file()
+    whole = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32).eval()
+    assert loss_of(whole) == pytest.approx(expected, rel=1e-2)
+    assert (
+        run_qlora(model_name_or_path=base, output_dir=tmp_path / "4", **flags | {"bits": 4, "max_steps": 1}).code == 0
+    )
