@@ -2585,10 +2585,8 @@ class FusedLinear(NamedTuple):
         return self.lora_a.weight, self.lora_b.weight, self.base.bias
 
     def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether to fuse a call; bitsandbytes multiplies fewer than 16 tokens without dequantising.
-
-        Training always does: engines need the gradients of all ranks in one order.
-        """
+        """Whether to fuse a call: any in training, where engines need all ranks' gradients in one order."""
+        # bitsandbytes multiplies fewer than 16 tokens without dequantising
         large = self.module.training or x.numel() >= 16 * x.shape[-1] or hasattr(self.lora_a.weight, "ds_id")
         return large and not (self.module.disable_adapters or self.module.merged)
 
@@ -2843,7 +2841,7 @@ def as_fused_linear(module: Any) -> FusedLinear | None:
 
 def patch_lora_layers(model: Any) -> tuple[list[FusedGroup], list[str]]:
     """Fuse every adapted layer that is known; returns the groups, and the names of the other layers."""
-    adapted = ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    adapted: Any = ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer))
     # a frozen one may never be called, and its group would wait for it
     layers = {name: as_fused_linear(m) for name, m in adapted if any(p.requires_grad for p in m.parameters())}
     known = {name: layer for name, layer in layers.items() if layer is not None}
@@ -2870,10 +2868,9 @@ def varlen_attention(
     """Causal attention of rows that lie end to end, each to itself; padding would cost its share of a step.
 
     query, key and value are (1, heads, tokens, dim), cu_seq_lens_q is (rows + 1,), the result (1, tokens, heads, dim).
-    NotImplementedError where the model passes no lengths (Nemotron) or makes its own mask (Doge).
     """
-    if cu_seq_lens_q is None or attention_mask is not None:
-        raise NotImplementedError
+    if cu_seq_lens_q is None or attention_mask is not None:  # Nemotron, Doge
+        raise NotImplementedError("it passes no lengths, or makes its own mask")
     rows, (heads, tokens, size) = len(cu_seq_lens_q) - 1, query.shape[1:]
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": heads != key.shape[1]}
@@ -2946,8 +2943,7 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """Sum the head's cross-entropy over states (tokens, dim), with a few hundred tokens' logits in memory at a time.
 
-    On a GPU by liger-kernel (Hsu et al. 2024, https://arxiv.org/abs/2410.10989), which finds the gradient while a
-    chunk's logits are there; elsewhere by checkpoints, which compute them twice (1.5 %).
+    On a GPU by liger-kernel (Hsu et al. 2024, https://arxiv.org/abs/2410.10989), else twice, by checkpoints (1.5 %).
     """
     head: Any = fast.head
     states, targets = states.to(matmul_dtype(states)), targets.to(states.device)
@@ -3029,8 +3025,8 @@ def set_recomputed_layers(model: Any, count: int, offload: bool = False, random:
 def apply_liger(model: Any) -> str | None:
     """Use liger-kernel's norms and rotary embedding in this model alone (31 %); returns why not, where it can't.
 
-    Its patch also changes the module of the model's family, which is put back: a merged model on the CPU must not run
-    into Triton. Attention blocks get a copy of their forward that sees liger's rotary embedding.
+    Its patch also changes the family's module, which is put back: a merged model on the CPU must not run into Triton.
+    Attention blocks get a copy of their forward that sees liger's rotary embedding.
     """
     why, patch = "liger-kernel is not installed", None
     if liger_ops is not None:
@@ -3070,10 +3066,7 @@ def forget_longest_row(model: Any) -> None:
 
 
 def fuse_norms(model: Any) -> None:
-    """Compute plain RMSNorms by torch's own kernel, whose launch costs a tenth of liger-kernel's (small: 20 %).
-
-    Others give another result for the same values, as Gemma's with its 1 + weight, and are left alone.
-    """
+    """Compute plain RMSNorms, unlike Gemma's, by torch's kernel: its launch costs a tenth of liger's (small: 20 %)."""
     for module in model.modules():
         weight, name = getattr(module, "weight", None), type(module).__name__
         eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
@@ -3183,8 +3176,7 @@ def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, step
             with attention_implementation(base, kernel):
                 first, second = (supervised_logits(model, fast, batch).cpu() for batch in flat)
         except Exception as error:
-            raised = f"rows are padded: end to end, {name} raises {shorten(error)}"
-            return fast._replace(off=(*fast.off, raised))
+            return fast._replace(off=(*fast.off, f"rows are padded: end to end they fail in {name}: {shorten(error)}"))
     # a neighbour changes nothing; but an expert multiplies the tokens of all rows at once, which rounds differently
     allowed = 2 * noise + 1e-5 * padded.norm() if stacked_experts(base) else 0.0
     alike = logits_close(padded, first, noise) and float((first - second)[16:].norm()) <= allowed
@@ -3201,10 +3193,7 @@ def trial_steps(base: Any, masked: bool = False) -> list[StepBatch]:
 
 @torch.no_grad()
 def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, device: Any = None) -> FastPath:
-    """Try the head and padding-free rows on a few tokens: this makes a new architecture safe on its first day.
-
-    `model` is what training calls, wrapped in the engine that shards it; `base` is transformers' model inside.
-    """
+    """Try the head and padding-free rows on a few tokens; an engine that shards it may be around `model`."""
     device, dtype = device or base.get_input_embeddings().weight.device, compute_dtype(config)
     training, steps = base.training, trial_steps(base)
     model.eval()
@@ -3226,8 +3215,7 @@ def enable_fast_path(model: Any, base: Any, config: Config) -> FastPath:
         groups, others = patch_lora_layers(model)
         off = (f"{len(others)} adapted layers keep peft's functions, first {others[0]}",) if others else ()
         fast = fast._replace(groups=tuple(groups), off=off)
-    # A sharded model is tried once the engine has sharded it. A masked model's rows are padded, and its head is more
-    # than a product.
+    # an engine shards first; a masked model's rows are padded, and its head is more than a product
     return fast if fast.sharded or config.masked else choose_fast_path(model, base, fast, config)
 
 
@@ -4203,10 +4191,7 @@ def init_worker(number: int) -> None:
 
 
 def freeze_unreached(model: Any, base: Any, config: Config) -> None:
-    """Freeze what no gradient reaches by construction, such as a tower for images; one small step shows it.
-
-    Its tokens reach only some experts, which stay as they are.
-    """
+    """Freeze what no gradient reaches by construction, such as a tower for images; one small step shows it."""
     batch = padded_batch(trial_steps(base, config.masked)[0], [0, 1], 0, "right")
     device, dtype = base.get_input_embeddings().weight.device, compute_dtype(config)
     model.train()  # Gemma 3n then computes otherwise
@@ -4216,6 +4201,7 @@ def freeze_unreached(model: Any, base: Any, config: Config) -> None:
         if loss.requires_grad:
             loss.backward()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # the step's tokens reach only some experts
     unreached = [name for name, p in trained.items() if p.grad is None and "expert" not in name]
     model.zero_grad(set_to_none=True)
     if len(unreached) == len(trained):
@@ -4262,10 +4248,7 @@ class QLoRATrainer(Trainer):
         self.eval_batches: list[tuple[int, float, int, int]] = []
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train without bitsandbytes 0.50's wait for the GPU after each parameter: 448 a step, 10 % at 7B.
-
-        The updates share one stream, which keeps their order.
-        """
+        """Train without bitsandbytes 0.50's wait for the GPU after each parameter (10 %); one stream keeps order."""
         with mock.patch.object(bitsandbytes.optim.optimizer, "sync_gpu", lambda tensor: None):
             return super().train(*args, **kwargs)
 
@@ -4309,7 +4292,8 @@ class QLoRATrainer(Trainer):
         step = inputs["step"]
         self._try_fast_path(model)
         random_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-        self.optimizer.train()  # a schedule-free one; between steps it holds what is evaluated and saved
+        optimizer: Any = self.optimizer
+        optimizer.train()  # a schedule-free one; between steps it holds what is evaluated and saved
         if not self.base.training:  # walking all modules takes 5 ms at 7B
             model.train()
         while True:
@@ -4441,11 +4425,8 @@ class QLoRATrainer(Trainer):
     # From here on private methods of transformers 5.17 to 5.23, which tests/test_private_apis.py checks.
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-        """Check a step's numbers before anything is logged or saved, otherwise one step later.
-
-        At once, the GPU would be idle until the next step is launched: 1.5 % at 7B.
-        """
-        self.optimizer.eval()
+        """Check a step's numbers before anything is logged or saved, else a step later: no GPU waits (1.5 %)."""
+        self.optimizer.eval()  # type: ignore[union-attr]
         control, step = self.control, self.state.global_step
         saving = control.should_save or control.should_evaluate or control.should_training_stop
         if self.parts:  # not at the second call, at an epoch's end
@@ -4526,7 +4507,7 @@ class QLoRATrainer(Trainer):
         self.untimed_seconds += time.perf_counter() - began
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load into the one adapter, in its dtype; the Trainer may add a second, in float32."""
+        """Load into the one adapter, in its dtype."""
         adapter = weights_in(Path(resume_from_checkpoint))
         if adapter is None or self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
