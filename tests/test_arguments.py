@@ -812,6 +812,8 @@ IMPOSSIBLE = [
     ("--max_shard_size 1.5GB", "--max_shard_size 1.5GB"),
     ("--merge_base dequantized", "--merge_base .*--merged_output_dir"),
     ("--merged_output_dir m --full_finetune --bits 16", "--merged_output_dir.*--full_finetune"),
+    ("--optim adalomo", "--optim adalomo: expected an optimizer that steps after the backward pass"),
+    ("--optim galore_adamw_layerwise", "--optim galore_adamw_layerwise"),
     ("--debug run.yaml", "--debug .*run.yaml.*nothing, or underflow_overflow"),
     ("--merged_output_dir o --output_dir ./o", "--merged_output_dir o"),
     ("--merged_output_dir w --working_dir w", "--merged_output_dir w"),
