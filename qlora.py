@@ -717,7 +717,8 @@ IGNORED_FLAGS: dict[str, str] = {name: why for names, why in (
     ("enable_jit_checkpoint logging_nan_inf_filter ddp_broadcast_buffers length_column_name label_names "
      "torch_empty_cache_steps include_for_metrics batch_eval_metrics prediction_loss_only eval_do_concat_batches "
      "eval_use_gather_object include_num_input_tokens_seen gradient_checkpointing_kwargs "
-     "activation_checkpointing_kwargs", "qlora.py has its own training step and evaluation"),
+     "activation_checkpointing_kwargs average_tokens_across_devices ddp_find_unused_parameters",
+     "qlora.py has its own training step and evaluation"),
     ("use_mps_device half_precision_backend fp16_backend use_ipex jit_mode_eval past_index ray_scope tpu_num_cores "
      "fp16_opt_level xpu_backend include_inputs_for_metrics include_tokens_per_second dispatch_batches split_batches "
      "fsdp_min_num_params push_to_hub_model_id push_to_hub_organization", "the Trainer no longer has it"),
@@ -4280,11 +4281,9 @@ class QLoRATrainer(Trainer):
         self.position = batch.pop("position", None)
         if self.masking:  # masks follow from step and row alone, so that a resume draws them again
             batch["step"] = self.masking.mask_step(batch["step"], "train", self.args.seed, self.state.global_step)
-        count = batch["step"].supervised
         self.tokens_seen += len(batch["step"].input_ids)
         # reduced on the CPUs: a GPU would have to finish everything queued on it first
-        everywhere = all_reduce_int(count, sum)
-        count = everywhere if self.args.average_tokens_across_devices else count
+        count = all_reduce_int(batch["step"].supervised, sum)
         return [batch], torch.tensor(max(1, count))  # 0 where no token happens to be masked
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -4323,7 +4322,6 @@ class QLoRATrainer(Trainer):
     def _micro_batch_losses(self, model: Any, step: StepBatch, items: Any) -> list[tuple[list[str], torch.Tensor]]:
         losses, parts = [], self._micro_batches(step)
         inner = model if self.sharded else self.base  # gradients are averaged once a step, so DDP's wrapper has no part
-        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         with attention_implementation(self.base, self.fast.attention):
             for i, members in enumerate(parts):
                 last = i == len(parts) - 1
@@ -4333,7 +4331,7 @@ class QLoRATrainer(Trainer):
                     with self.compute_loss_context_manager():
                         total = summed_loss(inner, self.fast, batch, self.args.label_smoothing_factor)
                         # over the supervised tokens of the whole step; undoes the average over ranks
-                        loss = total * (ranks / items)
+                        loss = total * (self.args.world_size / items)
                     self.accelerator.backward(loss)
                     losses.append(([step.where[i] for i in members], loss.detach().to(self.args.device)))
         return losses
@@ -4564,8 +4562,6 @@ def trainer_arguments(args: TrainingArguments) -> TrainingArguments:
     """Derive the Trainer's own arguments: it receives whole steps, which training_step cuts."""
     changed: dict[str, Any] = {name: False for name in CHECKPOINTING if hasattr(args, name)} | {
         "logging_nan_inf_filter": False,  # it reads the loss, and so waits for the GPU; our own check stops
-        "ddp_find_unused_parameters": bool(args.ddp_find_unused_parameters),
-        "ddp_broadcast_buffers": False,  # every rank has the same
         "hub_strategy": "end",  # save_final pushes; the Trainer would upload all of output_dir, and the token
         "per_device_train_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps,
         "gradient_accumulation_steps": 1,

@@ -221,7 +221,6 @@ def test_parsing_does_not_change_the_defaults():
         (["--no_gradient_checkpointing"], "gradient_checkpointing", False),
         (["--auto_batch"], "auto_batch", True),  # None by default
         (["--auto_batch", "False"], "auto_batch", False),
-        (["--ddp_find_unused_parameters"], "ddp_find_unused_parameters", True),
         (["--debug", "underflow_overflow"], "debug", ["underflow_overflow"]),
         (["--no_skip_excess_length", "--model_max_len", "9"], "skip_excess_length", False),
         (["--learning-rate", "1e-4"], "learning_rate", 1e-4),
@@ -542,6 +541,8 @@ IGNORED = [
     ("prediction_loss_only", ""),
     ("eval_do_concat_batches", "False"),
     ("eval_use_gather_object", ""),
+    ("average_tokens_across_devices", "False"),
+    ("ddp_find_unused_parameters", ""),
     ("include_num_input_tokens_seen", "all"),
     ("use_fast_tokenizer", "False"),
     ("hub_strategy", "checkpoint"),
