@@ -900,7 +900,8 @@ IGNORED_FLAGS: dict[str, str] = {name: why for names, why in (
     ("enable_jit_checkpoint logging_nan_inf_filter ddp_broadcast_buffers length_column_name label_names "
      "torch_empty_cache_steps include_for_metrics batch_eval_metrics prediction_loss_only eval_do_concat_batches "
      "eval_use_gather_object include_num_input_tokens_seen gradient_checkpointing_kwargs "
-     "activation_checkpointing_kwargs", "qlora.py has its own training step and evaluation"),
+     "activation_checkpointing_kwargs average_tokens_across_devices ddp_find_unused_parameters",
+     "qlora.py has its own training step and evaluation"),
     ("use_mps_device half_precision_backend fp16_backend use_ipex jit_mode_eval past_index ray_scope tpu_num_cores "
      "fp16_opt_level xpu_backend include_inputs_for_metrics include_tokens_per_second dispatch_batches split_batches "
      "fsdp_min_num_params push_to_hub_model_id push_to_hub_organization", "the Trainer no longer has it"),
@@ -3369,10 +3370,8 @@ class FusedLinear(NamedTuple):
         return self.lora_a.weight, self.lora_b.weight, self.base.bias
 
     def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether to fuse a call; bitsandbytes multiplies fewer than 16 tokens without dequantising.
-
-        Training always does: engines need the gradients of all ranks in one order.
-        """
+        """Whether to fuse a call: any in training, where engines need all ranks' gradients in one order."""
+        # bitsandbytes multiplies fewer than 16 tokens without dequantising
         large = self.module.training or x.numel() >= 16 * x.shape[-1] or hasattr(self.lora_a.weight, "ds_id")
         return large and not (self.module.disable_adapters or self.module.merged)
 
@@ -3627,7 +3626,7 @@ def as_fused_linear(module: Any) -> FusedLinear | None:
 
 def patch_lora_layers(model: Any) -> tuple[list[FusedGroup], list[str]]:
     """Fuse every adapted layer that is known; returns the groups, and the names of the other layers."""
-    adapted = ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    adapted: Any = ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer))
     # a frozen one may never be called, and its group would wait for it
     layers = {name: as_fused_linear(m) for name, m in adapted if any(p.requires_grad for p in m.parameters())}
     known = {name: layer for name, layer in layers.items() if layer is not None}
@@ -3654,10 +3653,9 @@ def varlen_attention(
     """Causal attention of rows that lie end to end, each to itself; padding would cost its share of a step.
 
     query, key and value are (1, heads, tokens, dim), cu_seq_lens_q is (rows + 1,), the result (1, tokens, heads, dim).
-    NotImplementedError where the model passes no lengths (Nemotron) or makes its own mask (Doge).
     """
-    if cu_seq_lens_q is None or attention_mask is not None:
-        raise NotImplementedError
+    if cu_seq_lens_q is None or attention_mask is not None:  # Nemotron, Doge
+        raise NotImplementedError("it passes no lengths, or makes its own mask")
     rows, (heads, tokens, size) = len(cu_seq_lens_q) - 1, query.shape[1:]
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": heads != key.shape[1]}
@@ -3730,8 +3728,7 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """Sum the head's cross-entropy over states (tokens, dim), with a few hundred tokens' logits in memory at a time.
 
-    On a GPU by liger-kernel (Hsu et al. 2024, https://arxiv.org/abs/2410.10989), which finds the gradient while a
-    chunk's logits are there; elsewhere by checkpoints, which compute them twice (1.5 %).
+    On a GPU by liger-kernel (Hsu et al. 2024, https://arxiv.org/abs/2410.10989), else twice, by checkpoints (1.5 %).
     """
     head: Any = fast.head
     states, targets = states.to(matmul_dtype(states)), targets.to(states.device)
@@ -3813,8 +3810,8 @@ def set_recomputed_layers(model: Any, count: int, offload: bool = False, random:
 def apply_liger(model: Any) -> str | None:
     """Use liger-kernel's norms and rotary embedding in this model alone (31 %); returns why not, where it can't.
 
-    Its patch also changes the module of the model's family, which is put back: a merged model on the CPU must not run
-    into Triton. Attention blocks get a copy of their forward that sees liger's rotary embedding.
+    Its patch also changes the family's module, which is put back: a merged model on the CPU must not run into Triton.
+    Attention blocks get a copy of their forward that sees liger's rotary embedding.
     """
     why, patch = "liger-kernel is not installed", None
     if liger_ops is not None:
@@ -3824,7 +3821,7 @@ def apply_liger(model: Any) -> str | None:
     if len({*getattr(model, "hf_device_map", {}).values()}) > 1:  # Triton launches on one of them
         patch, why = None, "one process spreads the model over several GPUs, start one process for each with torchrun"
     if patch is None:
-        return f"norms and rotary embedding are torch's, a third slower: {why}"
+        return f"norms and rotary embedding are torch's, which are slower: {why}"
     flags, family = inspect.signature(patch).parameters, vars(sys.modules[type(model).__module__])
     before = dict(family)
     with mock.patch.dict(family):
@@ -3854,10 +3851,7 @@ def forget_longest_row(model: Any) -> None:
 
 
 def fuse_norms(model: Any) -> None:
-    """Compute plain RMSNorms by torch's own kernel, whose launch costs a tenth of liger-kernel's (small: 20 %).
-
-    Others give another result for the same values, as Gemma's with its 1 + weight, and are left alone.
-    """
+    """Compute plain RMSNorms, unlike Gemma's, by torch's kernel: its launch costs a tenth of liger's (small: 20 %)."""
     for module in model.modules():
         weight, name = getattr(module, "weight", None), type(module).__name__
         eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
@@ -3917,12 +3911,10 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
     head, outputs, inputs = base.get_output_embeddings(), dict[Any, torch.Tensor](), list[torch.Tensor]()
     if not isinstance(head, torch.nn.Linear) or not type(head).__module__.startswith("torch"):
         return whole
-    hooks = [
-        head.register_forward_pre_hook(lambda *call: inputs.append(*call[-1])),
-        head.register_forward_hook(lambda *call: logit_ramp(call[-1])),
-    ]
-    for body in (base.base_model, base.get_decoder()):  # OPT calls the second
-        hooks.append(body.register_forward_hook(lambda body, *call: outputs.update({body: call[-1][0]})))
+    bodies = (base.base_model, base.get_decoder())  # OPT calls the second
+    hooks = [body.register_forward_hook(lambda body, *call: outputs.update({body: call[-1][0]})) for body in bodies]
+    hooks += [head.register_forward_pre_hook(lambda *call: inputs.append(*call[-1]))]
+    hooks += [head.register_forward_hook(lambda *call: logit_ramp(call[-1]))]
     try:
         logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
         (states,) = inputs  # the head is called once
@@ -3935,12 +3927,14 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
     values = (v for v in base.config.get_text_config().to_dict().values() if isinstance(v, int | float) and v)
     rules = [partial(rule, value) for value in values for rule in LOGIT_RULES]
     found = [()] if same(ramp) else [(rule,) for rule in rules if same(rule(ramp))]
-    bodies = {torch.equal(output.to(states), states): body for body, output in outputs.items()}  # the outer one
-    if not found or True not in bodies:
+    equal = {torch.equal(output.to(states), states): body for body, output in outputs.items()}  # the outer body
+    if not found or True not in equal:
         return whole
-    own = fast._replace(body=bodies[True], head=head, logit_rules=found[0])
-    alike = logits_close(supervised_logits(model, fast, batch), supervised_logits(model, own, batch))
-    return own if alike else whole  # the model may also change what enters its body
+    own = fast._replace(body=equal[True], head=head, logit_rules=found[0])
+    with contextlib.suppress(Exception):  # the model may also change what enters its body
+        if logits_close(supervised_logits(model, fast, batch), supervised_logits(model, own, batch)):
+            return own
+    return whole
 
 
 def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, steps: Any, device: Any) -> FastPath:
@@ -3967,8 +3961,7 @@ def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, step
             with attention_implementation(base, kernel):
                 first, second = (supervised_logits(model, fast, batch).cpu() for batch in flat)
         except Exception as error:
-            raised = f"rows are padded: end to end, {name} raises {shorten(error)}"
-            return fast._replace(off=(*fast.off, raised))
+            return fast._replace(off=(*fast.off, f"rows are padded: end to end they fail in {name}: {shorten(error)}"))
     # a neighbour changes nothing; but an expert multiplies the tokens of all rows at once, which rounds differently
     allowed = 2 * noise + 1e-5 * padded.norm() if stacked_experts(base) else 0.0
     alike = logits_close(padded, first, noise) and float((first - second)[16:].norm()) <= allowed
@@ -3985,10 +3978,7 @@ def trial_steps(base: Any, masked: bool = False) -> list[StepBatch]:
 
 @torch.no_grad()
 def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, device: Any = None) -> FastPath:
-    """Try the head and padding-free rows on a few tokens: this makes a new architecture safe on its first day.
-
-    `model` is what training calls, wrapped in the engine that shards it; `base` is transformers' model inside.
-    """
+    """Try the head and padding-free rows on a few tokens; an engine that shards it may be around `model`."""
     device, dtype = device or base.get_input_embeddings().weight.device, compute_dtype(config)
     training, steps = base.training, trial_steps(base)
     model.eval()
@@ -4010,8 +4000,7 @@ def enable_fast_path(model: Any, base: Any, config: Config) -> FastPath:
         groups, others = patch_lora_layers(model)
         off = (f"{len(others)} adapted layers keep peft's functions, first {others[0]}",) if others else ()
         fast = fast._replace(groups=tuple(groups), off=off)
-    # A sharded model is tried once the engine has sharded it. A masked model's rows are padded, and its head is more
-    # than a product.
+    # an engine shards first; a masked model's rows are padded, and its head is more than a product
     return fast if fast.sharded or config.masked else choose_fast_path(model, base, fast, config)
 
 
@@ -5057,10 +5046,7 @@ def init_worker(number: int) -> None:
 
 
 def freeze_unreached(model: Any, base: Any, config: Config) -> None:
-    """Freeze what no gradient reaches by construction, such as a tower for images; one small step shows it.
-
-    Its tokens reach only some experts, which stay as they are.
-    """
+    """Freeze what no gradient reaches by construction, such as a tower for images; one small step shows it."""
     batch = padded_batch(trial_steps(base, config.masked)[0], [0, 1], 0, "right")
     device, dtype = base.get_input_embeddings().weight.device, compute_dtype(config)
     model.train()  # Gemma 3n then computes otherwise
@@ -5070,6 +5056,7 @@ def freeze_unreached(model: Any, base: Any, config: Config) -> None:
         if loss.requires_grad:
             loss.backward()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # the step's tokens reach only some experts
     unreached = [name for name, p in trained.items() if p.grad is None and "expert" not in name]
     model.zero_grad(set_to_none=True)
     if len(unreached) == len(trained):
@@ -5111,7 +5098,7 @@ class QLoRATrainer(Trainer):
         self.inner = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base  # without peft
         # learnt positions would count the padding on the left
         left = config.model.padding_side == "left" and not config.masked
-        self.positions = left and "position_ids" in inspect.signature(self.inner.forward).parameters
+        self.passes_positions = left and "position_ids" in inspect.signature(self.inner.forward).parameters
         self.sharded, self.parameter_count = is_sharded(config), self.base.num_parameters(exclude_embeddings=True)
         self.parts: list[tuple[list[str], torch.Tensor]] = []  # rows and loss of the last step's micro-batches
         self.pending_checks: list[tuple[Any, ...]] = []  # steps whose numbers were not looked at yet
@@ -5124,10 +5111,7 @@ class QLoRATrainer(Trainer):
         self.eval_batches: list[tuple[int, float, int, int]] = []
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train without bitsandbytes 0.50's wait for the GPU after each parameter: 448 a step, 10 % at 7B.
-
-        The updates share one stream, which keeps their order.
-        """
+        """Train without bitsandbytes 0.50's wait for the GPU after each parameter (10 %); one stream keeps order."""
         with mock.patch.object(bitsandbytes.optim.optimizer, "sync_gpu", lambda tensor: None):
             return super().train(*args, **kwargs)
 
@@ -5159,11 +5143,9 @@ class QLoRATrainer(Trainer):
         self.position = batch.pop("position", None)
         if self.masking:  # masks follow from step and row alone, so that a resume draws them again
             batch["step"] = self.masking.mask_step(batch["step"], "train", self.args.seed, self.state.global_step)
-        count = batch["step"].supervised
         self.tokens_seen += len(batch["step"].input_ids)
         # reduced on the CPUs: a GPU would have to finish everything queued on it first
-        everywhere = all_reduce_int(count, sum)
-        count = everywhere if self.args.average_tokens_across_devices else count
+        count = all_reduce_int(batch["step"].supervised, sum)
         return [batch], torch.tensor(max(1, count))  # 0 where no token happens to be masked
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -5171,7 +5153,8 @@ class QLoRATrainer(Trainer):
         step = inputs["step"]
         self._try_fast_path(model)
         random_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-        self.optimizer.train()  # a schedule-free one; between steps it holds what is evaluated and saved
+        optimizer: Any = self.optimizer
+        optimizer.train()  # a schedule-free one; between steps it holds what is evaluated and saved
         if not self.base.training:  # walking all modules takes 5 ms at 7B
             model.train()
         while True:
@@ -5201,7 +5184,6 @@ class QLoRATrainer(Trainer):
     def _micro_batch_losses(self, model: Any, step: StepBatch, items: Any) -> list[tuple[list[str], torch.Tensor]]:
         losses, parts = [], self._micro_batches(step)
         inner = model if self.sharded else self.base  # gradients are averaged once a step, so DDP's wrapper has no part
-        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         with attention_implementation(self.base, self.fast.attention):
             for i, members in enumerate(parts):
                 last = i == len(parts) - 1
@@ -5211,7 +5193,7 @@ class QLoRATrainer(Trainer):
                     with self.compute_loss_context_manager():
                         total = summed_loss(inner, self.fast, batch, self.args.label_smoothing_factor)
                         # over the supervised tokens of the whole step; undoes the average over ranks
-                        loss = total * (ranks / items)
+                        loss = total * (self.args.world_size / items)
                     self.accelerator.backward(loss)
                     losses.append(([step.where[i] for i in members], loss.detach().to(self.args.device)))
         return losses
@@ -5229,7 +5211,7 @@ class QLoRATrainer(Trainer):
             return padding_free_batch(step, members)
         tokenizer: Any = self.processing_class
         batch = padded_batch(step, members, tokenizer.pad_token_id, self.config.model.padding_side)
-        if self.positions:
+        if self.passes_positions:
             batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         return batch
 
@@ -5303,11 +5285,8 @@ class QLoRATrainer(Trainer):
     # From here on private methods of transformers 5.17 to 5.23, which tests/test_private_apis.py checks.
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-        """Check a step's numbers before anything is logged or saved, otherwise one step later.
-
-        At once, the GPU would be idle until the next step is launched: 1.5 % at 7B.
-        """
-        self.optimizer.eval()
+        """Check a step's numbers before a log or a save, else one step later: reading them stalls the GPU (1.5 %)."""
+        self.optimizer.eval()  # type: ignore[union-attr]
         control, step = self.control, self.state.global_step
         saving = control.should_save or control.should_evaluate or control.should_training_stop
         if self.parts:  # not at the second call, at an epoch's end
@@ -5358,8 +5337,9 @@ class QLoRATrainer(Trainer):
 
     def _stop(self, step: int, what: str, why: str, rows: Sequence[str] = ()) -> NoReturn:
         """End the run before anything of the step is saved."""
-        more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-        of = f", on rows {', '.join(rows[:8])}{more}" if any(rows) else ""
+        named = [row for row in rows if row]
+        more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        of = f", on rows {', '.join(named[:8])}{more}" if named else ""
         kept = checkpoints_in(Path(self.config.training.output_dir))
         stays = f"{kept[0]} stays, a rerun on the same rows goes on from it" if kept else "no checkpoint was saved"
         raise QLoRAError(f"step {step}: {what}{of}: {why}. {stays}")
@@ -5393,7 +5373,7 @@ class QLoRATrainer(Trainer):
         self.untimed_seconds += time.perf_counter() - began
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load into the one adapter, in its dtype; the Trainer may add a second, in float32."""
+        """Load into the one adapter, in its dtype."""
         adapter = weights_in(Path(resume_from_checkpoint))
         if adapter is None or self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -5460,8 +5440,6 @@ def trainer_arguments(args: TrainingArguments) -> TrainingArguments:
     """Derive the Trainer's own arguments: it receives whole steps, which training_step cuts."""
     changed: dict[str, Any] = {name: False for name in CHECKPOINTING if hasattr(args, name)} | {
         "logging_nan_inf_filter": False,  # it reads the loss, and so waits for the GPU; our own check stops
-        "ddp_find_unused_parameters": bool(args.ddp_find_unused_parameters),
-        "ddp_broadcast_buffers": False,  # every rank has the same
         "restore_callback_states_from_checkpoint": True,  # evaluations that early stopping has counted
         "hub_strategy": "end",  # save_final pushes; the Trainer would upload all of output_dir, and the token
         "per_device_train_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps,

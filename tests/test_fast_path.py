@@ -686,7 +686,7 @@ def test_whatever_the_trial_raises_means_padded_rows(models, monkeypatch):
 
     monkeypatch.setattr(qlora, "varlen_attention", surprised)
     both = reference.make(models("llama"), bits=16)
-    reason = "rows are padded: end to end, LlamaForCausalLM raises unsupported operand"
+    reason = "rows are padded: end to end they fail in LlamaForCausalLM: unsupported operand"
     assert both.fast.attention is None and both.fast.lines()["not used"] == reason
 
 
