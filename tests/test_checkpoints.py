@@ -926,6 +926,19 @@ def test_flags_without_effect_and_folders_are_not_compared(run_qlora, stopped, t
     assert "layers_to_freeze" in error_of(run_qlora(**flags, max_steps=8, layers_to_freeze=1))
 
 
+def test_deepspeed_restores_rates_with_its_state_so_that_others_are_refused(tmp_path):
+    """But not more steps."""
+    folder, config = tmp_path / "checkpoint-5", qlora.parse_config(["--learning_rate", "1e-4", "--max_steps", "20"])
+    folder.mkdir()
+    run = qlora.run_fingerprint(config, None)
+    for flags in ({"max_steps": 9}, {"max_steps": 9, "learning_rate": 1e-3}):
+        qlora.write_manifest(folder, run | {"flags": run["flags"] | flags})
+        qlora.check_same_run(folder, run, True, config)
+    config.training.deepspeed = "zero2.json"
+    with pytest.raises(qlora.ConfigError, match=r"learning_rate was 0\.001, is 0\.0001\. Pass"):
+        qlora.check_same_run(folder, run, True, config)
+
+
 def test_every_flag_has_a_rule():
     """A name in RESUME_RULES is a flag, and in one row only."""
     flags = qlora.parse_config([]).flags.keys() | {"engine", qlora.DATASET}

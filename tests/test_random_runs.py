@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [3, 9])  # of four starts each
 def test_random_runs_keep_to_their_flags(folder, seed):
     selftest.check_random_runs(folder, seed)
 
