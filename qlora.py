@@ -499,9 +499,9 @@ TEMPLATE_DATE = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = False) -> re.Pattern[str]:
     """Matches special tokens, also those that are not flagged special but begin a turn (DeepSeek's), or these alone."""
     tokens = [(str(token), token.special) for token in tokenizer.added_tokens_decoder.values()]
-    flagged = [text for text, special in tokens if special and not unflagged]
-    markers = [text for text, special in tokens if not special and re.search("(?i)system|user|assistant|turn", text)]
-    return re.compile("|".join(map(re.escape, sorted(flagged + markers, key=len, reverse=True))) or "(?!)")
+    marker = re.compile("(?i)system|user|assistant|turn")
+    texts = [text for text, special in tokens if (not unflagged if special else marker.search(text))]
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
 def escape_special_tokens(value: Any, special: re.Pattern[str], answer: bool = False) -> Any:
@@ -1665,9 +1665,8 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     # without training, a merged model is compared on rows, and a base calibrated on them
     training = args.do_train or config.quant.calibration_rows or (args.merged_output_dir and not evaluating)
     parts: tuple[list[Any], list[Any]] = [], []
-    shares = dataset_shares(data.dataset)
-    mixed = any(share != 1 for _, share in shares)
-    for name, share in shares:
+    mixed = any(share != 1 for _, share in dataset_shares(data.dataset))
+    for name, share in dataset_shares(data.dataset):
         sources = find_splits(name, config)
         chosen = choose_format(name, next(iter(sources.values())), config)
         sources = {split: dataclasses.replace(source, format=chosen) for split, source in sources.items()}
@@ -2014,10 +2013,7 @@ def last_supervised(segments: Sequence[Segment]) -> int:
 def prompts_and_completions(
     batch: Mapping[str, list[Any]], tokenizer: Any, limits: Limits
 ) -> Iterator[tuple[Tokens, Tokens, int | None]]:
-    """Tokens of each row's prompt and of its completion, which begins with the last supervised segment.
-
-    And of a chat how many exchanges it lost: the oldest, never the last, for which its prompt has no room.
-    """
+    """Tokens of a row's prompt, and of the rest from its last supervised segment on; how many exchanges a chat lost."""
     rows = zip(batch["segments"], batch["rendered"], strict=True)
     for rendered, group in itertools.groupby(rows, operator.itemgetter(1)):
         segments = [row for row, _ in group]
@@ -2026,7 +2022,9 @@ def prompts_and_completions(
             last, lost = last_supervised(row), 0
             chat = rendered and not row[0]["text"].startswith(BOS_MARK)
             exchanges = max(segment.get("turn", 0) for segment in row)
-            room = limits.prompt(sum(map(len, tokens[last:])))
+            room = limits.prompt(
+                sum(map(len, tokens[last:]))
+            )  # if it is too small the oldest exchanges go, not the last
             while lost + 1 < exchanges and sum(map(len, tokens[:last])) > room:
                 lost += 1
                 kept = [n for n, segment in enumerate(row) if segment["turn"] != lost]
