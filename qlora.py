@@ -13,23 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             35-173
-     2 Errors             176-243
-     3 Dataset formats    246-523
-     4 Arguments         526-1120
-     5 Loading          1123-1484
-     6 Tokenizer        1487-1577
-     7 Encoding         1580-2066
-     8 Model            2069-2376
-     9 LoRA             2379-2502
-    10 Fast path        2505-3208
-    11 Plan             3211-3483
-    12 Checkpoints      3486-3758
-    13 Processes        3761-3827
-    14 Evaluation       3830-4027
-    15 Trainer          4030-4581
-    16 Stages           4584-5013
-    17 Main             5016-5229
+     1 Imports             36-166
+     2 Errors             169-234
+     3 Dataset formats    237-687
+     4 Arguments         690-1353
+     5 Loading          1356-1786
+     6 Tokenizer        1789-1906
+     7 Encoding         1909-2442
+     8 Model            2445-2839
+     9 Calibration      2842-3098
+    10 LoRA             3101-3287
+    11 Fast path        3290-4003
+    12 Plan             4006-4274
+    13 Checkpoints      4277-4604
+    14 Processes        4607-4672
+    15 Evaluation       4675-4891
+    16 Trainer          4894-5480
+    17 Stages           5483-5923
+    18 Main             5926-6164
 """
 
 # ------------------------------------------------------------------------------------
@@ -3287,7 +3288,7 @@ def convert_to_published_base(folder: Path, initial: Mapping[str, torch.Tensor])
 
 
 # ------------------------------------------------------------------------------------
-# 10. Fast path: the same numbers from fewer, larger operations
+# 11. Fast path: the same numbers from fewer, larger operations
 #
 # A model with adapters enters; the same model leaves, computing the same in less time and memory. A percentage says how
 # much longer a step takes without that mechanism: Llama-2-7B shape, one H200, 16 x 528 tokens, or `small`: 1 x 528, all
@@ -4003,7 +4004,7 @@ def enable_fast_path(model: Any, base: Any, config: Config) -> FastPath:
 
 
 # ------------------------------------------------------------------------------------
-# 11. Plan: what a step takes, and how it is cut to fit
+# 12. Plan: what a step takes, and how it is cut to fit
 #
 # From the model's shapes alone, before a weight is read: GiB by part. On the loaded model two small steps say what a
 # token and a layer really take. In `search_step_plan` memory decides the micro-batch.
@@ -4274,7 +4275,7 @@ def choose_step_plan(
 
 
 # ------------------------------------------------------------------------------------
-# 12. Checkpoints: whole or absent
+# 13. Checkpoints: whole or absent
 #
 # A checkpoint is written into a hidden folder, flushed to disk and renamed. Its checkpoint.json says which run it
 # belongs to and lists its files with size and hash; a folder that differs by a bit is skipped. `completed` comes last.
@@ -4604,7 +4605,7 @@ def clear_output(config: Config, step: int) -> None:
 
 
 # ------------------------------------------------------------------------------------
-# 13. Processes: what the ranks of one run tell each other
+# 14. Processes: what the ranks of one run tell each other
 #
 # Counts and messages go over gloo, so that no step waits for its GPU. A rank that fails prints its line and exits;
 # torchrun ends the others. --ddp_timeout bounds the GPUs' waits.
@@ -4672,7 +4673,7 @@ def shutdown_distributed() -> None:
 
 
 # ------------------------------------------------------------------------------------
-# 14. Evaluation: generated predictions, filled masks, MMLU
+# 15. Evaluation: generated predictions, filled masks, MMLU
 #
 # Each rank takes some of the batches; results are gathered by row number, so that none is lost or counted twice.
 # A function that runs the model takes the trainer, which holds it with its tokenizer, flags and fast path.
@@ -4891,7 +4892,7 @@ def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------
-# 15. Trainer: order of rows, loss, whole checkpoints, signals
+# 16. Trainer: order of rows, loss, whole checkpoints, signals
 #
 # The Hugging Face Trainer with an order of rows that a resume finds again, the loss on supervised tokens, whole
 # checkpoints, a stop on numbers that are not finite, and MMLU. It receives whole optimizer steps, which `training_step`
@@ -5480,7 +5481,7 @@ def apply_step_plan(base: Any, plan: StepPlan, config: Config) -> None:
 
 
 # ------------------------------------------------------------------------------------
-# 16. Stages: train, evaluate, predict, merge, and the files that a run leaves
+# 17. Stages: train, evaluate, predict, merge, and the files that a run leaves
 #
 # Each stage takes the trainer, writes its files and returns its metrics.
 # ------------------------------------------------------------------------------------
@@ -5923,7 +5924,7 @@ def report_done(config: Config, metrics: dict[str, Any], seconds: float) -> None
 
 
 # ------------------------------------------------------------------------------------
-# 17. Main: one run, from the command line to files
+# 18. Main: one run, from the command line to files
 # ------------------------------------------------------------------------------------
 def print_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
     """Print the preview, coloured where standard output is a terminal."""
