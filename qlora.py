@@ -463,10 +463,30 @@ MASKED_FORMATS: tuple[str, ...] = ("input", "text")  # for masked language model
 CUSTOM_FORMAT: re.Pattern[str] = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # a user's file and function
 
 
-def get_format(name: str) -> DatasetFormat:
+# With --as_chat: the columns that are a user's turn; the format's last column is the answer.
+AS_CHAT: dict[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "input"), "alpaca-clean": ("instruction", "input"), "airoboros": ("instruction",),
+    "self-instruct": ("prompt",), "input-output": ("input",), "longform": ("input",),
+}  # fmt: skip
+
+
+def parse_as_chat(question: tuple[str, ...], answer: str, row: RawRow) -> ParsedRow:
+    """A pair as a chat of one exchange."""
+    text = "\n\n".join(filter(None, (get_text(row, name, "") for name in question)))
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": get_text(row, answer)}]
+    return parse_chat("messages", {**row, "messages": turns})
+
+
+def get_format(name: str, as_chat: bool = False) -> DatasetFormat:
     """A row of FORMATS, or the function that path.py:function names."""
     if not (custom := CUSTOM_FORMAT.fullmatch(name)):
-        return FORMATS[name]
+        known = FORMATS[name]
+        if not as_chat or "messages" in known.columns or "conversations" in known.columns:
+            return known
+        if name not in AS_CHAT:
+            raise ConfigError(f"--as_chat: rows of the format {name} have no column that could be a user's turn")
+        parse = partial(parse_as_chat, AS_CHAT[name], known.columns[-1])
+        return DatasetFormat(known.columns, parse, optional=AS_CHAT[name] + BESIDE_CHATS)
     with reraise_as_user_error(f"--dataset_format {name}", ConfigError, Exception, SystemExit):
         module = types.SimpleNamespace(**runpy.run_path(custom[1]))
         return DatasetFormat((), partial(parse_custom, name, getattr(module, custom[2])))
@@ -676,6 +696,22 @@ DATASETS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
+def renamed_columns(flag: str | None) -> dict[str, str]:
+    """--columns input=question,output=answer: the names that a format has, and those in the data."""
+    pairs = [part.strip().split("=") for part in (flag or "").split(",") if part.strip()]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise ConfigError(f"--columns {flag}: expected pairs such as input=question,output=answer")
+    return dict(pairs)
+
+
+def rename_columns(row: Any, names: Mapping[str, str]) -> Any:
+    """A row with its columns under the names that its format has."""
+    if not names or not isinstance(row, Mapping):
+        return row
+    kept = {name: value for name, value in row.items() if name not in {*names, *names.values()}}
+    return kept | {name: row[own] for name, own in names.items() if own in row}
+
+
 def dataset_shares(flag: str) -> list[tuple[str, float]]:
     """The names in --dataset, each with the share of its rows to train on: `a.jsonl:0.5,b:2` takes all of b twice."""
     shares = []
@@ -724,8 +760,11 @@ class DataArguments:
     """Data: which rows to read, and how to encode them."""
     dataset: str = arg("alpaca", "Preset, file, folder or hub id, or several: a,b:0.5,c:2 (half of b, c twice).")
     dataset_format: str | None = arg(None, "Format, or path.py:function; default: the preset's, else by columns.")
+    columns: str | None = arg(None, "Other names of columns, as input=question,output=answer.")
+    as_chat: bool = arg(False, "Render pairs by the tokenizer's chat template, for bases that were trained on chats.")
     expand_conversations: bool = arg(False, "airoboros_chat: one row per assistant turn instead of the last only.")
     include_sources: str = arg("ALL", "Keep rows whose `source` column is in this comma-separated list.")
+    eval_dataset: str | None = arg(None, "Evaluate and predict on this dataset, instead of rows of --dataset.")
     eval_dataset_size: float = arg(1024, "Rows to hold out, or a fraction below 1; a tenth of small sets by default.")
     streaming: bool = arg(False, "Read and encode rows during training instead of before it. Needs --max_steps.")
     stream_buffer: int = arg(10_000, "Rows in the stream's shuffle buffer.")
@@ -1131,7 +1170,7 @@ def lora_init_problem(name: str, quantised: bool) -> str | None:
 SAMPLING_FLAGS = {"temperature", "top_p", "top_k", "typical_p"}  # transformers refuses them without do_sample
 GENERATION_FLAGS = {f.name for f in dataclasses.fields(GenerationArguments)}
 GENERATION_FLAGS |= {"predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config"}
-CAUSAL_ONLY_FLAGS = GENERATION_FLAGS | {"target_max_len", "train_on_source", "padding_side", "chat_template"}
+CAUSAL_ONLY_FLAGS = GENERATION_FLAGS | {"target_max_len", "train_on_source", "padding_side", "chat_template", "as_chat"}
 CAUSAL_ONLY_FLAGS |= {"do_mmlu_eval"}
 MASKING_FLAGS = {"mask_prob", "mask_replace_prob", "random_replace_prob"}
 MMLU_FLAGS = {f.name for f in dataclasses.fields(MMLUArguments)} - {"do_mmlu_eval"}
@@ -1175,6 +1214,7 @@ REQUIRES: tuple[tuple[Any, ...], ...] = (
 MUTUALLY_EXCLUSIVE = (
     ("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
     ("model_max_len", "source_max_len"), ("model_max_len", "target_max_len"),
+    ("eval_dataset", "eval_dataset_size"),
     ("layers_to_freeze", "layer_freeze_ratio"), ("overwrite_output_dir", "resume_from_checkpoint"),
     ("streaming", "packing"), ("streaming", "dataloader_num_workers"),
 )  # fmt: skip
@@ -1198,6 +1238,7 @@ def check_config(config: Config) -> None:
     """Check every flag and every rule between flags; the first broken one is a ConfigError with the way out."""
     flags, explicitly_set = config.flags, config.explicitly_set
     rope_parameters(config.model.rope_scaling)
+    renamed_columns(config.data.columns)
     parse_pattern(config.lora.lora_rank_pattern)
     parse_pattern(config.lora.lora_alpha_pattern)
     for names, expected, is_valid in VALUE_CHECKS:
@@ -1290,7 +1331,7 @@ def check_folders(config: Config) -> None:
     """Refuse output folders that the run reads, also a checkpoint in one: files could be overwritten or removed."""
     flags = config.flags
     reads = ["model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "deepspeed"]
-    reads += ["mmlu_dir"] * config.mmlu.do_mmlu_eval
+    reads += ["mmlu_dir"] * config.mmlu.do_mmlu_eval + ["eval_dataset"]
     names = {name for name, _ in dataset_shares(config.data.dataset)} - DATASETS.keys()
     sources = [(name, flags[name]) for name in reads] + [("dataset", name) for name in sorted(names)]
     for flag in ("output_dir", "working_dir", "final_output_dir", "merged_output_dir"):
@@ -1341,7 +1382,7 @@ def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
         (flags.do_predict and not flags.do_sample, SAMPLING_FLAGS, "nothing is sampled without --do_sample"),
         (not flags.do_mmlu_eval, MMLU_FLAGS, "no questions are asked without --do_mmlu_eval"),
         (not (flags.do_eval or flags.do_predict),
-         {"eval_dataset_size", "max_eval_samples", "per_device_eval_batch_size"},
+         {"eval_dataset", "eval_dataset_size", "max_eval_samples", "per_device_eval_batch_size"},
          "no rows are held out without --do_eval or --do_predict"),
         (flags.eval_strategy == "no", {"eval_steps", "eval_delay"}, "eval_strategy is no"),
         (flags.save_strategy != "steps", {"save_steps"}, f"save_strategy is {flags.save_strategy}"),
@@ -1468,6 +1509,7 @@ class RowSource:
     format: str = ""
     first: int = 0  # rows to skip
     last: int | None = None  # rows to read, the skipped ones included
+    renamed: tuple[tuple[str, str], ...] = ()  # a format's name of a column, and the data's
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         local = ((f"{path}:{number}", row) for path in self.files for number, row in read_file(path))
@@ -1475,13 +1517,14 @@ class RowSource:
             (f"{self.name}:{number}", drop_nulls(row, 0)) for number, row in enumerate(self.loaded or (), start=1)
         )
         with reraise_as_user_error(self.name, DataError, *DATASETS_ERRORS):
-            yield from itertools.islice(itertools.chain(local, loaded), self.first, self.last)
+            for where, row in itertools.islice(itertools.chain(local, loaded), self.first, self.last):
+                yield where, rename_columns(row, dict(self.renamed))
 
     def fingerprint(self) -> str:
         """Changes with the content; that of a stream with its first rows."""
         own = getattr(self.loaded, "_fingerprint", None)
         content = [f"{path}:{file_digest(path)}" for path in self.files] or own or list(itertools.islice(self, 100))
-        return digest(self.name, self.format, content, self.first, self.last)
+        return digest(self.name, self.format, content, self.first, self.last, self.renamed)
 
 
 class Splits(NamedTuple):
@@ -1565,17 +1608,20 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
         with reraise_as_user_error(where, DataError):  # a RowError is a ValueError
             check_row(row)
     candidates = MASKED_FORMATS if config.masked else tuple(name for name, f in FORMATS.items() if f.inferred)
-    fitting = (format for format in candidates if set(columns).issuperset(FORMATS[format].columns))
+    fitting = (known for known in candidates if set(columns).issuperset(FORMATS[known].columns))
     named = config.data.dataset_format or (name if name in DATASETS and not config.masked else None)
     chosen = named or next(fitting, None)
     found = f"{name}: found the columns {shorten(', '.join(columns) or '(none)')}"
+    if absent := [pair for pair in source.renamed if pair[0] not in columns]:
+        raise DataError(f"{found}, but none is called {absent[0][1]}, which --columns names")
     if chosen is None:
-        needs = "; ".join(f"{format}: {', '.join(FORMATS[format].columns)}" for format in candidates)
+        needs = "; ".join(f"{known}: {', '.join(FORMATS[known].columns)}" for known in candidates)
         raise DataError(f"{found}, which fit no format. Needed are, for {needs}")
-    if missing := sorted(set(get_format(chosen).columns) - set(columns)):
+    format = get_format(chosen, config.data.as_chat)
+    if missing := sorted(set(format.columns) - set(columns)):
         raise DataError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
     log.info("%s: format %s%s", name, chosen, "" if named else ", inferred from columns")
-    used = get_format(chosen).columns + get_format(chosen).optional + ("category", "source")
+    used = {"category", "source", *format.columns, *format.optional}
     if CUSTOM_FORMAT.fullmatch(chosen):
         log.info("its rows are cached: if it reads other files and they change, pass another --cache_dir")
     elif unused := sorted(set(columns).difference(used)):
@@ -1636,11 +1682,11 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     """The good rows of a split as an Arrow dataset, from the cache if the same content was read before."""
     data, custom = config.data, CUSTOM_FORMAT.fullmatch(source.format)
     depends: list[Any] = [source.fingerprint(), custom and file_digest(Path(custom[1])), limit]
-    depends += [data.expand_conversations, data.include_sources]
+    depends += [data.expand_conversations, data.include_sources, data.as_chat]
     if tokenizer:
         depends += [TEMPLATE_DATE.search(str(tokenizer.chat_template)) and getattr(tokenizer, "template_date", None)]
         depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_token_pattern(tokenizer).pattern]
-    normalize = partial(normalize_rows, dataset_format=get_format(source.format), tokenizer=tokenizer)
+    normalize = partial(normalize_rows, dataset_format=get_format(source.format, data.as_chat), tokenizer=tokenizer)
     options = {"cache_dir": config.model.cache_dir, "fingerprint": digest("rows", CODE_VERSION, *depends)}
     raw_rows = itertools.islice(select_rows(source, data), limit)
     try:
@@ -1656,6 +1702,21 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     return drop_bad_rows(rows, config)
 
 
+def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
+    """A dataset's splits, under the names that SPLITS gives them too, with the format of its rows."""
+    renamed = tuple(renamed_columns(config.data.columns).items())
+    sources = {n: dataclasses.replace(source, renamed=renamed) for n, source in find_splits(name, config).items()}
+    chosen = choose_format(name, next(iter(sources.values())), config)
+    sources = {split: dataclasses.replace(source, format=chosen) for split, source in sources.items()}
+    return {SPLITS.get(split.lower(), split): source for split, source in sources.items()} | sources
+
+
+def evaluation_source(config: Config) -> RowSource:
+    """The rows of --eval_dataset: its split for evaluation, or all if it has none."""
+    sources = open_dataset(str(config.data.eval_dataset), config)
+    return next((sources[name] for name in SPLIT_NAMES if name in sources), next(iter(sources.values())))
+
+
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
     """Rows to train and to evaluate on, of every dataset named. Chats need the tokenizer."""
     args, data = config.training, config.data
@@ -1667,13 +1728,12 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     training = args.do_train or config.quant.calibration_rows or (args.merged_output_dir and not evaluating)
     parts: tuple[list[Any], list[Any]] = [], []
     mixed = any(share != 1 for _, share in dataset_shares(data.dataset))
+    own = evaluation_source(config) if evaluating and data.eval_dataset else None
     for name, share in dataset_shares(data.dataset):
-        sources = find_splits(name, config)
-        chosen = choose_format(name, next(iter(sources.values())), config)
-        sources = {split: dataclasses.replace(source, format=chosen) for split, source in sources.items()}
-        sources = {SPLITS.get(split.lower(), split): source for split, source in sources.items()} | sources
-        train = sources.get("train")
-        held_out = next((sources[split] for split in SPLIT_NAMES if split in sources), None) if evaluating else None
+        sources = open_dataset(name, config)
+        train, evaluated = sources.get("train"), [sources[split] for split in SPLIT_NAMES if split in sources]
+        held_out = evaluated[0] if evaluated and evaluating and not data.eval_dataset else None
+        held_out, own = own or held_out, None
         if train is None and (args.do_train or held_out is None):
             raise DataError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
         if unused := {source.name for source in sources.values() if source not in (train, held_out)}:
@@ -2133,7 +2193,10 @@ def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: floa
     been. Resuming a shuffle buffer's state would not be exact.
     """
     args, data, consumed = config.training, config.data, 0
-    seed, dataset_format = args.seed if args.data_seed is None else args.data_seed, get_format(stream.format)
+    seed, dataset_format = (
+        args.seed if args.data_seed is None else args.data_seed,
+        get_format(stream.format, data.as_chat),
+    )
     for epoch in itertools.count():
         raw_rows = datasets.IterableDataset.from_generator(select_rows, gen_kwargs={"source": stream, "data": data})
         if args.train_sampling_strategy != "sequential":

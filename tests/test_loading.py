@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import os
+import re
 from collections import Counter
 
 import datasets
@@ -852,3 +853,70 @@ def test_a_file_of_broken_rows_alone_names_the_first(tmp_path, name, content, sa
     with pytest.raises(qlora.DataError) as caught:
         qlora.load_splits(qlora.parse_config(["--dataset", str(tmp_path / name)]))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------
+# --eval_dataset, --columns, --as_chat
+# ------------------------------------------------------------------------------------
+def test_rows_of_another_dataset_are_evaluated(rows_file, tmp_path):
+    """All of a file, or of a folder its split for evaluation; nothing is held out of --dataset."""
+    other = tiny.rows_to_jsonl(tmp_path / "questions.jsonl", numbered(3, "other "))
+    splits = load("--dataset", rows_file(20), "--do_eval", "--eval_dataset", other)
+    assert len(splits.train) == 20 and outputs(splits.eval) == ["other 0", "other 1", "other 2"]
+    (folder := tmp_path / "folder").mkdir()
+    tiny.rows_to_jsonl(folder / "train.jsonl", numbered(2, "train "))
+    tiny.rows_to_jsonl(folder / "val.jsonl", numbered(2, "val "))
+    splits = load("--dataset", rows_file(20), "--do_eval", "--eval_dataset", folder)
+    assert outputs(splits.eval) == ["val 0", "val 1"]
+    assert load("--dataset", rows_file(20), "--eval_dataset", other).eval is None  # nothing is evaluated
+
+
+def test_columns_of_other_names(tmp_path):
+    rows = [{"question": f"q{n}", "answer": f"a{n}", "output": "not this"} for n in range(3)]
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
+    splits = load("--dataset", file, "--columns", "input=question, output=answer")
+    assert outputs(splits.train) == ["a0", "a1", "a2"]
+    assert [row["segments"][0]["text"] for row in splits.train] == ["q0", "q1", "q2"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("input", "--columns input: expected pairs such as input=question"),
+        ("input=", "expected pairs such as"),
+        ("input=prompt,output=answer", "none is called prompt, which --columns names"),
+    ],
+)
+def test_columns_that_are_not_there(tmp_path, columns, message):
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}])
+    with pytest.raises(qlora.QLoRAError, match=re.escape(message)):
+        load("--dataset", file, "--columns", columns)
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("row", "texts"),
+    [
+        ({"input": "q", "output": "a"}, ["<user>q</s><assistant>", "a</s>"]),
+        ({"prompt": "q", "completion": "a", "system": "s"}, ["<system>s</s><user>q</s><assistant>", "a</s>"]),
+        ({"instruction": "do", "input": "this", "output": "a"}, ["<user>do\n\nthis</s><assistant>", "a</s>"]),
+        ({"instruction": "do", "output": "a"}, ["<user>do</s><assistant>", "a</s>"]),
+    ],
+)
+def test_pairs_as_chats(tmp_path, byte_tokenizer, row, texts):
+    """A user's turn and an answer, with the system turn of a column; Alpaca's own prompt has no place there."""
+    byte_tokenizer.chat_template = CHAT
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [row])
+    config = qlora.parse_config(["--dataset", str(file), "--as_chat", "--output_dir", str(tmp_path / "out")])
+    (loaded,) = qlora.load_splits(config, byte_tokenizer).train
+    assert [segment["text"] for segment in loaded["segments"] if segment["text"]] == texts
+    assert [segment["supervised"] for segment in loaded["segments"]] == [False, True]
+
+
+def test_text_is_no_chat(tmp_path):
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"text": "only text"}])
+    with pytest.raises(qlora.ConfigError, match="--as_chat: rows of the format text have no column"):
+        load("--dataset", file, "--as_chat")
