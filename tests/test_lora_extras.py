@@ -3,6 +3,7 @@
 import json
 import math
 
+import gguf
 import pytest
 import tiny
 import torch
@@ -284,3 +285,24 @@ def test_a_pattern_with_pissa_fits_the_published_base(run_qlora, models, tmp_pat
 )
 def test_patterns_that_do_not_fit(run_qlora, flags, message):
     assert message in error_of(run_qlora(**flags))
+
+
+def test_the_saved_adapter_is_one_that_servers_load(run_qlora, models):
+    """llama.cpp's converter finds each layer in its map of names; vLLM takes A and B of linear layers, and no bias.
+
+    (gguf's tensor_mapping; vllm/lora/peft_helper.py and lora_model.py)
+    """
+    run = run_qlora(max_steps=1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    config, weights = run.json("adapter_config.json"), load_file(run.output_dir / "adapter_model.safetensors")
+    shapes = {name: module.weight.shape for name, module in base_of(models("llama")).named_modules()
+              if isinstance(module, torch.nn.Linear) and name != "lm_head"}  # fmt: skip
+    expected = {f"base_model.model.{name}.lora_{part}.weight" for name in shapes for part in "AB"}
+    assert set(weights) == expected
+    for name, (out, size) in shapes.items():
+        assert names.get_name(name).startswith("blk.")
+        a, b = (weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        assert (tuple(a.shape), tuple(b.shape)) == ((4, size), (out, 4))
+    assert config["peft_type"] == "LORA" and config["bias"] == "none" and not config["modules_to_save"]
+    assert config["r"] == 4 and not config["use_dora"] and isinstance(config["target_modules"], list)
+    assert all(any(f".{name}".endswith(f".{target}") for target in config["target_modules"]) for name in shapes)
