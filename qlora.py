@@ -309,6 +309,7 @@ def get_list(row: RawRow, name: str, default: Any = None, kinds: Any = None) -> 
     kinds = kinds or (list if default is None else type(default))
     with contextlib.suppress(ValueError):
         value = json.loads(value) if isinstance(value, str) else value
+    value = default if default is not None and value in (None, False, [], {}) else value
     if not isinstance(value, kinds):
         raise field_error(row, name, "a list" if kinds is list else "an object")
     return value
@@ -373,7 +374,9 @@ def get_calls(fields: RawRow, name: str) -> list[dict[str, Any]]:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise field_error(fields, name, "tool calls, each with a name and arguments")
         frame = {key: part for key, part in call.items() if part is not None and function is not call}
-        function = {**function, "arguments": get_list(function, "arguments", {})}
+        given = "parameters" if "arguments" not in function and "parameters" in function else "arguments"  # Llama's
+        arguments = get_list(function, given, {})
+        function = {key: part for key, part in function.items() if key != "parameters"} | {"arguments": arguments}
         calls.append({"type": "function"} | frame | {"function": function})
     return calls
 
@@ -392,12 +395,12 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
         role = ROLES.get(name)
         if role not in expected:
             raise field_error(fields, role_field, " or ".join(expected))
-        message = {key: value for key, value in turn.items() if value not in (None, "[]")}
+        message = {key: value for key, value in turn.items() if value not in (None, "[]", "{}", "null")}
         learnt = role == "assistant" and all([get_boolean(fields, f"{place}.{key}", "true") for key in WEIGHT_KEYS])
         message |= {"role": role, "supervised": learnt}
         calls = content_field if name == "function_call" else None  # LLaMA-Factory's
-        for key in ("tool_calls", "function_call") if role == "assistant" else ():  # the second is OpenAI's older name
-            calls = f"{place}.{key}" if message.pop(key, None) else calls
+        for key in ("tool_calls", "function_call"):  # the second is OpenAI's older name
+            calls = f"{place}.{key}" if message.pop(key, None) and role == "assistant" else calls
         if calls:
             message["tool_calls"] = get_calls(fields, calls)
         content = "" if calls == content_field else get_text(fields, content_field, "" if calls else None)
@@ -429,9 +432,10 @@ def parse_chat(column: str, row: RawRow) -> ParsedRow:
         messages.insert(0, {"role": "system", "content": system, "supervised": False})
     answers = [n for n, message in enumerate(messages) if message.pop("supervised")]
     if not answers:
-        raise RowError(f"field {column!r} has no turn of the assistant, expected an answer to learn")
+        raise RowError(f"field {column!r} has no turn of the assistant with a weight, expected an answer to learn")
     functions = [{"type": "function", "function": function} for function in get_list(row, "functions", [])]
-    tools, options = get_list(row, "tools", []) or functions or None, get_list(row, "chat_template_kwargs", {})
+    tools: Any = [t if "function" in t else {"type": "function", "function": t} for t in get_list(row, "tools", [])]
+    tools, options = tools or functions or None, get_list(row, "chat_template_kwargs", {})
     return Conversation(messages[: answers[-1] + 1], answers, tools, options)
 
 
@@ -500,10 +504,8 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
             return FORMATS["messages" if "messages" in result else "input-output"].parse(result)
         segments = JoinedSegments()
         for part in result:  # it may be a generator
-            special, flag = (
-                "special" in part,
-                "learnt" if "learnt" in part else "supervised",
-            )  # the first is its old name
+            special = "special" in part
+            flag = "learnt" if "learnt" in part else "supervised"  # its earlier name
             text = ESCAPE_MARK * special + get_text(part, "special" if special else "text")
             supervised = part.get(flag, False) if special else part[flag]
             segments.append({"text": text, "supervised": bool(supervised), "turn": 0})
@@ -520,8 +522,13 @@ TEMPLATE_DATE = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = False) -> re.Pattern[str]:
     """Matches special tokens, also those that are not flagged special but begin a turn (DeepSeek's), or these alone."""
     tokens = [(str(token), token.special) for token in tokenizer.added_tokens_decoder.values()]
-    marker = re.compile("(?i)system|user|assistant|turn")
-    texts = [text for text, special in tokens if (not unflagged if special else marker.search(text))]
+    template = str(tokenizer.chat_template or "")
+    markers = (
+        re.compile("(?i)system|user|assistant|turn"),
+        re.compile("(?i)^(?!.*(think|tool)).*(im_|inst|head|role|end)"),
+    )
+    begins = {text for text, _ in tokens if markers[0].search(text) or (text in template and markers[1].match(text))}
+    texts = [text for text, special in tokens if (not unflagged if special else text in begins)]
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
@@ -532,7 +539,10 @@ def escape_special_tokens(value: Any, special: re.Pattern[str], answer: bool = F
         return special.sub(lambda m: m[0] if re.search(keep, m[0]) else m[0][0] + ESCAPE_MARK + m[0][1:], value)
     if isinstance(value, Mapping):
         answer = answer or value.get("role") == "assistant"
-        return {key: escape_special_tokens(item, special, answer) for key, item in value.items()}
+        return {
+            escape_special_tokens(key, special): escape_special_tokens(item, special, answer)
+            for key, item in value.items()
+        }
     return [escape_special_tokens(item, special, answer) for item in value] if isinstance(value, list) else value
 
 
@@ -556,10 +566,12 @@ def apply_template(
     try:
         template = tokenizer.get_chat_template(tools=chat.tools)
         if today := getattr(tokenizer, "template_date", None):  # the run's, so that a resume renders the same
-            template = TEMPLATE_DATE.sub(lambda call: repr(today.strftime(call[2])), template)
+            parts = "".join(f".replace('%{part}', {today.strftime('%' + part)!r})" for part in "AaBbdemjyYHIMSpFx")
+            template = "{% macro strftime_now(format) %}{{ format" + parts + " }}{% endmacro %}" + template
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         options = {**tokenizer.special_tokens_map, **chat.options, "tools": chat.tools, "chat_template": template}
         options |= {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked}
+        options |= {"continue_final_message": False}  # a row's own options are for what its text says
         rendered: Any = render_jinja_template([chat.messages[:end]], **options)
     except TemplateSyntaxError as error:
         raise ConfigError(f"the chat template, line {error.lineno}: {shorten(error)}") from error
@@ -587,7 +599,10 @@ def contains(text: str, value: Any) -> bool:
 def check_answer(chat: Conversation, n: int, learnt: str) -> None:
     """Raise a RowError if the supervised text lacks an answer's content or part of a call. Reasoning may be missing."""
     learnt, message = "".join(learnt.split()), chat.messages[n]
-    wanted = [re.split(r"(?i)[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]", message["content"] or "")[-1]]
+    parts = re.split(r"(?i)[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]", message["content"] or "")
+    wanted = [
+        next((part for part in reversed(parts) if part.strip()), "") if not message.get("tool_calls") else parts[-1]
+    ]
     for call in message.get("tool_calls", ()):
         wanted += call["function"]["name"], call["function"]["arguments"]
     for value in wanted:
@@ -606,9 +621,17 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
     before, _ = apply_template(chat, tokenizer, n, prompt=True)
     text = whole if n + 1 == len(chat.messages) else apply_template(chat, tokenizer, n + 1)[0]
     start = common_prefix(before, text)
-    if start < len(before) and start < common_prefix(before, apply_template(chat, tokenizer, n)[0]):
-        reason = f"turn {n + 1}: the chat template renders what precedes it differently once it follows"
-        raise RowError(f"{reason}; pass a --chat_template with {{% generation %}} around the answers")
+    asked, _ = apply_template(chat, tokenizer, n)
+    if start < len(before) and start < common_prefix(before, asked):
+        # what precedes is written differently once it is answered: the prompt, and what follows its end in the text
+        cut = bisect.bisect_left(range(len(before)), True, key=lambda place: before[place:] in text)
+        if cut >= len(asked):
+            reason = f"turn {n + 1}: the chat template renders what precedes it differently once it follows"
+            raise RowError(f"{reason}; pass a --chat_template with {{% generation %}} around the answers")
+        text, start = before + text[text.rindex(before[cut:]) + len(before) - cut :], len(before)
+    # it does not begin inside a tag, which prompt and answer may begin with in common
+    tags = re.finditer(r"<[^<>]*>|\[[^\[\]]*\]", before)
+    start = next((tag.start() for tag in tags if tag.start() < start < tag.end()), start)
     stops = special_token_pattern(tokenizer).finditer(text, start)
     span = slice(start, next((stop.end() for stop in stops if not text[stop.end() :].strip()), len(text)))
     check_answer(chat, n, text[span])
@@ -643,8 +666,10 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
             rows = [(whole, [span for _, _, span in found])]
     else:
         for n in {n for n, message in enumerate(chat.messages) if message["role"] == "assistant"} - {*chat.answers}:
-            first, last = (len(apply_template(chat, tokenizer, end)[1] or ()) for end in (n, n + 1))
-            marks[first:last] = [(0, 0)] * (last - first)
+            start, end = (common_prefix(whole, apply_template(chat, tokenizer, stop)[0]) for stop in (n, n + 1))
+            own = [mark for mark in marks if start <= mark[0] < end]
+            check_answer(chat, n, "".join(whole[slice(*mark)] for mark in own))  # else another one would be left out
+            marks = [mark for mark in marks if mark not in own]
         rows = [(whole, [slice(*mark) for mark in marks if mark[0] < mark[1]])]
         for n in chat.answers:
             check_answer(chat, n, "".join(whole[span] for span in rows[0][1]))
@@ -715,8 +740,8 @@ def rename_columns(row: Any, names: Mapping[str, str]) -> Any:
 def dataset_shares(flag: str) -> list[tuple[str, float]]:
     """The names in --dataset, each with the share of its rows to train on: `a.jsonl:0.5,b:2` takes all of b twice."""
     shares = []
-    for name in [flag] if Path(flag).exists() else filter(None, re.split(r"\s*,\s*", flag.strip())):
-        share = None if Path(name).expanduser().exists() else re.fullmatch(r"(.+):(\d*\.?\d+)", name)
+    for name in [flag] if os.path.exists(flag) else filter(None, re.split(r"\s*,\s*", flag.strip())):
+        share = None if os.path.exists(name) else re.fullmatch(r"(.+):(\d*\.?\d+)", name)
         if share and not float(share[2]):
             raise ConfigError(f"--dataset {name}: expected a share such as 0.5, or a number of repeats such as 2")
         shares.append((share[1], float(share[2])) if share else (name, 1.0))
@@ -1577,20 +1602,25 @@ def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
     return {split: RowSource(f"{name}[{split}]", loaded=dataset) for split, dataset in splits.items()}
 
 
+def split_named(name: str) -> str:
+    """The split that a word of a file's or split's name stands for; empty if there is none, or several."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    found = {SPLITS[word] for word in words if word in SPLITS}
+    return found.pop() if len(found) == 1 else ""
+
+
 def find_files(name: str, path: Path) -> dict[str, RowSource]:
     """The splits of a local file, or of a folder. Its sub-folders are read only if it has no data file of its own."""
     files = [path]
     if path.is_dir():
         visible = sorted(f for f in path.rglob("*") if f.is_file() and "/." not in str(f)[len(str(path)) :])
-        data = [file for file in visible if data_suffix(file) in READERS]
+        data = [f for f in visible if data_suffix(f) in READERS and not f.name.startswith("dataset_info")]
         files = [file for file in data if file.parent == path] or data
         if unread := [str(file.relative_to(path)) for file in visible if file not in files]:
             log.info("%s: not read: %s", path, shorten(", ".join(unread)))
     splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
     for file in files:
-        words = re.split(r"[^a-z0-9]+", file.relative_to(path).as_posix().lower())
-        found = {SPLITS[word] for word in words if word in SPLITS}
-        splits[found.pop() if len(found) == 1 else ""] += (file,)
+        splits[split_named(file.relative_to(path).as_posix())] += (file,)
     if not splits or data_suffix(files[0]) not in READERS:
         raise DataError(f"{path}: no data, expected {', '.join(READERS)}, also in .gz or .zst, or save_to_disk's files")
     if "" in splits and len(splits) > 1:
@@ -1674,8 +1704,9 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
             "".join(segment["text"] for segment in segments).encode()  # Arrow refuses what is not UTF-8
         return [normal | {"segments": part, "rendered": rendered, "category": category} for part in rows]
     except (RowError, UnicodeEncodeError) as error:
+        problem = shorten(error) if isinstance(error, RowError) else "not valid UTF-8 (is the file in Latin-1?)"
         raw = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
-        return [normal | {"problem": shorten(error), "raw": raw}]
+        return [normal | {"problem": problem, "raw": raw}]
 
 
 def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | None = None) -> Any:
@@ -1708,7 +1739,7 @@ def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
     sources = {n: dataclasses.replace(source, renamed=renamed) for n, source in find_splits(name, config).items()}
     chosen = choose_format(name, next(iter(sources.values())), config)
     sources = {split: dataclasses.replace(source, format=chosen) for split, source in sources.items()}
-    return {SPLITS.get(split.lower(), split): source for split, source in sources.items()} | sources
+    return {split_named(split) or split: source for split, source in reversed(sources.items())} | sources
 
 
 def evaluation_source(config: Config) -> RowSource:
@@ -1801,10 +1832,14 @@ def train_eval_split(rows: Any, config: Config) -> Splits:
         raise DataError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {total} rows")
     if count >= total:
         return Splits(None, rows)
-    categories = rows["category"][:]
+    categories, places = rows["category"][:], rows["where"][:]
     if not any(categories):
         parts = rows.train_test_split(test_size=count, shuffle=True, seed=seed)
-        return Splits(parts["train"], parts["test"])
+        held = {*parts["test"]["where"][:]}
+        if len({*places}) == total:
+            return Splits(parts["train"], parts["test"])
+        # of a chat that is several rows all are held out
+        return Splits(*(rows.select([i for i in range(total) if (places[i] in held) == out]) for out in (False, True)))
     # sorted by category and evenly spaced: each category gives its share, and one with a single row breaks nothing
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     by_category = sorted(order, key=categories.__getitem__)
@@ -1892,7 +1927,10 @@ def match_file(tokenizer: Any, folder: str, config: Config, **options: Any) -> A
         if type(tokenizer).__name__ == "MistralCommonBackend":
             raise ConfigError("mistral-common is not supported: add a tokenizer.json of the same model to its folder")
         return tokenizer
-    expected = [e.ids for e in Tokenizer.from_file(str(file)).encode_batch(PROBES, add_special_tokens=False)]
+    backend = Tokenizer.from_file(str(file))
+    backend.no_padding()
+    backend.no_truncation()
+    expected = [e.ids for e in backend.encode_batch(PROBES, add_special_tokens=False)]
     if not getattr(tokenizer, "is_fast", False) or tokenizer(PROBES, add_special_tokens=False)["input_ids"] != expected:
         log.warning("%s gives other ids than tokenizer.json, which is loaded instead", type(tokenizer).__name__)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)

@@ -500,10 +500,38 @@ def test_a_template_that_changes_earlier_turns(tmp_path, caplog):
     assert supervised == ["Hello<|im_end|>", "<think></think>In the harbour.<|im_end|>"]
 
 
-def test_a_template_that_changes_the_question_once_it_is_answered_is_refused():
+def test_a_template_that_changes_the_question_once_it_is_answered():
+    """Each answer is learnt after the prompt that the template writes for generating it."""
     template = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ '?' if loop.last and m.role == 'user' }}")
-    with pytest.raises(qlora.RowError, match=r"--chat_template .*generation"):
-        render(LONG, chatml_tokenizer(template))
+    tokenizer = chatml_tokenizer(template)
+    rows = render_all(LONG, tokenizer)
+    for segments, end, answer in zip(rows, (3, 5), ("Hello", "In the harbour."), strict=True):
+        prompt = tokenizer.apply_chat_template(LONG[: end - 1], tokenize=False, add_generation_prompt=True)
+        last = qlora.last_supervised(segments)
+        assert "".join(segment["text"] for segment in segments[:last]) == prompt
+        assert texts(segments) == [f"{answer}<|im_end|>"]
+
+
+@pytest.mark.parametrize("content", ["<table><tr>x</tr></table>", "[1, 2]", "<|x|>"])
+def test_an_answer_that_begins_like_the_end_of_the_prompt(content):
+    """The prompt ends in a tag that the answer lacks; the answer is learnt from its own first character on."""
+    template = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+    assert template != CHATML
+    (supervised,) = texts(render([LONG[1], LONG[2] | {"content": content}], chatml_tokenizer(template)))
+    assert supervised == f"{content}<|im_end|>"
+
+
+def test_an_answer_of_weight_0_among_marked_ones():
+    messages = [dict(message) for message in (*LONG, LONG[1], {"role": "assistant", "content": "Third."})]
+    messages[2]["weight"] = 0
+    assert texts(render(messages, chatml_tokenizer(MARKED))) == ["In the harbour.<|im_end|>", "Third.<|im_end|>"]
+
+
+def test_calls_in_llama_s_spelling():
+    calls = [{"name": "count", "parameters": {"of": "ships"}}]
+    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "tool_calls": calls}]
+    conversation = qlora.FORMATS["messages"].parse({"messages": messages})
+    assert conversation.messages[1]["tool_calls"][0]["function"] == {"name": "count", "arguments": {"of": "ships"}}
 
 
 @pytest.mark.parametrize(
