@@ -815,7 +815,7 @@ class QuantisationArguments:
     bits: Literal[4, 8, 16, 32] = arg(4, "Bits per base weight.")
     quant_type: Literal["nf4", "fp4"] = arg("nf4", "4-bit data type.")
     double_quant: bool = arg(True, "Quantise the quantisation constants too; saves 0.37 bits per parameter.")
-    calibration_rows: int = arg(0, "Training rows to choose the 4-bit codes by; 0: bitsandbytes' plain rounding.")
+    calibration_rows: int = arg(0, "Rows to choose 4-bit codes and adapters' start by; wants a 4 times lower rate.")
     full_finetune: bool = arg(False, "Train all weights but the embeddings, no adapters. Needs --bits 16 or 32.")
     max_memory_MB: int = arg(80000, "Memory to use on each GPU, in MB, when one process drives all of them.")
 
@@ -2729,7 +2729,7 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     ids = torch.ones(1, 160, dtype=torch.long, device="meta")  # DeepSeek-V4 compresses 128
     try:
         watched = mock.patch.object(torch.nn.Linear, "weight", read, create=True)
-        with watched, MetaValues(), torch.random.fork_rng(devices=[]):
+        with watched, MetaValues(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             twin.eval()(input_ids=ids, attention_mask=ids)
             twin.train()(input_ids=ids, attention_mask=ids).logits.sum().backward()
         trained = {module for module in called if module.weight.grad is not None} - other
@@ -2983,7 +2983,8 @@ def weighted_scales(weight: torch.Tensor, importance: torch.Tensor, code: torch.
     Each square counts by the mean square of its input, `importance`, (in,): without that the loss before training is
     worse than with plain rounding.
     """
-    blocks, importance = weight.unflatten(1, (-1, BLOCK)), importance.view(-1, BLOCK)
+    importance = (importance + 0.01 * importance.mean()).view(-1, BLOCK)  # channels that are never on count a little
+    blocks = weight.unflatten(1, (-1, BLOCK))
     largest = blocks.abs().amax(-1)
     best, chosen = torch.full_like(largest, math.inf), largest
     for fraction in torch.linspace(0.7, 1.05, 36).tolist():
@@ -3005,26 +3006,36 @@ def with_scales(plain: Any, scales: torch.Tensor) -> tuple[Any, torch.Tensor]:
     return state, stored.view_as(scales)
 
 
-def damped_factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Columns in order of falling diagonal, and the lower Cholesky factor of H in that order; None if there is none."""
+class Factors(NamedTuple):
+    """Of H, damped, with its columns in order of falling diagonal."""
+
+    order: torch.Tensor
+    lower: torch.Tensor  # Cholesky factor, in float64
+    inverse: torch.Tensor  # upper Cholesky factor of the inverse, in float32
+
+
+def damped_factors(hessian: torch.Tensor) -> Factors | None:
+    """Factor H, with more damping where it is needed; None if it tells nothing."""
     diagonal = hessian.diagonal()
     order, mean = diagonal.argsort(descending=True), diagonal.mean().double()
     for damping in DAMPING if diagonal.isfinite().all() and mean > 0 else ():
         ordered = hessian[order][:, order].double()
         ordered.diagonal().add_(damping * mean)
-        factor, failed = torch.linalg.cholesky_ex(ordered)
+        lower, failed = torch.linalg.cholesky_ex(ordered)
         if not failed:
-            return order, factor
+            inverse = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+            return Factors(order, lower, inverse.float())
     return None
 
 
-def feed_errors_back(weight: torch.Tensor, scales: torch.Tensor, code: torch.Tensor, factor: Any) -> torch.Tensor:
+def feed_errors_back(
+    weight: torch.Tensor, scales: torch.Tensor, code: torch.Tensor, inverse: torch.Tensor
+) -> torch.Tensor:
     """Ascending codes, (out, in), of columns rounded one after the other.
 
     The columns still to come make the error of each good (GPTQ, Frantar et al. 2022, https://arxiv.org/abs/2210.17323).
-    `factor` is the lower Cholesky factor of H; columns are in its order. They go 128 at a time, as products are faster.
+    `inverse` and the columns are in the order of Factors. They go 128 at a time, as products are faster.
     """
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
     weight, codes = weight.clone(), torch.empty(weight.shape, dtype=torch.long, device=weight.device)
     for start in range(0, weight.shape[1], 128):
         end = min(start + 128, weight.shape[1])
@@ -3032,28 +3043,28 @@ def feed_errors_back(weight: torch.Tensor, scales: torch.Tensor, code: torch.Ten
         for i in range(end - start):
             column, scale = block[:, i], scales[:, start + i]
             codes[:, start + i] = nearest_codes(column / scale, code)
-            errors[:, i] = (column - code[codes[:, start + i]] * scale) / upper[start + i, start + i]
-            block[:, i + 1 :].addr_(errors[:, i], upper[start + i, start + i + 1 : end], alpha=-1)
-        weight[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
+            errors[:, i] = (column - code[codes[:, start + i]] * scale) / inverse[start + i, start + i]
+            block[:, i + 1 :].addr_(errors[:, i], inverse[start + i, start + i + 1 : end], alpha=-1)
+        weight[:, end:].addmm_(errors, inverse[start:end, end:], alpha=-1)
     return codes
 
 
-def adapter_start(left: torch.Tensor, order: torch.Tensor, factor: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
+def adapter_start(left: torch.Tensor, factors: Factors, rank: int) -> dict[str, torch.Tensor]:
     """lora_A, (r, in), and lora_B, (out, r), whose product is closest to `left` = W - Q by H's measure.
 
     From the singular vectors of (W - Q) L with H = L Lᵀ (QERA, https://arxiv.org/abs/2410.06040; CLoQ,
     https://arxiv.org/abs/2501.18475).
     """
-    factor = factor.float()
+    lower, order = factors.lower.float(), factors.order
     with torch.random.fork_rng([left.device] if left.is_cuda else []):
         torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(left[:, order] @ factor, q=min(rank + 16, *left.shape), niter=4)
+        u, s, v = torch.svd_lowrank(left[:, order] @ lower, q=min(rank + 16, *left.shape), niter=4)
     root, a = s[:rank].sqrt(), left.new_zeros(rank, left.shape[1])  # zeros where a layer is narrower than the rank
-    a[: len(root), order] = torch.linalg.solve_triangular(factor, (v[:, :rank] * root).T, upper=False, left=False)
+    a[: len(root), order] = torch.linalg.solve_triangular(lower, (v[:, :rank] * root).T, upper=False, left=False)
     return {"lora_A": a, "lora_B": F.pad(u[:, :rank] * root, (0, rank - len(root)))}
 
 
-def choose_codes(weight: torch.Tensor, hessian: Any, config: Config) -> Choice:
+def choose_codes(weight: torch.Tensor, hessian: Any, factors: Factors | None, config: Config) -> Choice:
     """Round a weight, (out, in), on inputs whose H = Σ x xᵀ is known.
 
     Where H tells nothing, and where that is better by H's measure, bitsandbytes rounds it plainly.
@@ -3061,47 +3072,57 @@ def choose_codes(weight: torch.Tensor, hessian: Any, config: Config) -> Choice:
     options = storage_options(config)
     plain: Any = bitsandbytes.nn.Params4bit(weight.to(load_dtype(config)), **options)
     plain = plain.to(weight.device)  # which quantises it
-    found = None if hessian is None or len(hessian) % BLOCK else damped_factor(hessian)
-    if found is None:
+    if factors is None or weight.shape[1] % BLOCK:
         return Choice(plain, {}, 0.0, 0.0)
-    (order, factor), (code, stored_code) = found, plain.quant_state.code.sort()
+    order, (code, stored_code) = factors.order, plain.quant_state.code.sort()
     state, scales = with_scales(plain, weighted_scales(weight, hessian.diagonal(), code))
+    scales = scales.repeat_interleave(BLOCK, 1)[:, order]
     codes = torch.empty(weight.shape, dtype=torch.long, device=weight.device)
-    codes[:, order] = feed_errors_back(weight[:, order], scales.repeat_interleave(BLOCK, 1)[:, order], code, factor)
+    codes[:, order] = feed_errors_back(weight[:, order], scales, code, factors.inverse)
     high, low = stored_code.to(torch.uint8)[codes].view(-1, 2).unbind(1)
     packed = (high << 4 | low).view(options["quant_storage"]).unsqueeze(1)
     candidates = [plain, bitsandbytes.nn.Params4bit(packed, quant_state=state, bnb_quantized=True, **options)]
     left = [weight - unpack(candidate) for candidate in candidates]
     errors = [float(((rest @ hessian) * rest).sum()) for rest in left]  # tr(D H Dᵀ)
     best = int(errors[1] < errors[0])
-    return Choice(
-        candidates[best], adapter_start(left[best], order, factor, config.lora.lora_r), errors[0], errors[best]
-    )
+    return Choice(candidates[best], adapter_start(left[best], factors, config.lora.lora_r), errors[0], errors[best])
 
 
-def add_input(sums: dict[str, Any], mask: torch.Tensor, name: str, module: Any, args: tuple[torch.Tensor]) -> None:
-    """Add Σ x xᵀ over the real tokens of a call's input, (..., in), to the sum of its layer."""
-    x = args[0].flatten(0, -2)
-    x = (x[mask.flatten()] if len(x) == mask.numel() else x).float()  # an expert gets some of the tokens
-    sums[name] = sums.get(name, 0) + x.T @ x
+class InputSums:
+    """Σ x xᵀ of what linear layers read, in float32; those that read the same tensor share it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.owners: dict[str, str] = {}  # of each layer, the one whose sum is also its own
+        self.latest: tuple[Any, str] = (None, "")
+
+    def add(self, name: str, module: Any, args: tuple[torch.Tensor]) -> None:
+        """Add a call's input, (..., in)."""
+        if args[0] is not self.latest[0]:
+            self.latest, x = (args[0], name), args[0].flatten(0, -2).float()
+            with torch.autocast(x.device.type, enabled=False):
+                self.sums[name] = self.sums.get(name, 0) + x.T @ x
+        self.owners[name] = self.latest[1]
 
 
-def calibrate_layer(
-    layer: Any, linear: Mapping[str, Any], calls: list[Any], masks: list[torch.Tensor], config: Config
-) -> dict[str, Choice]:
+def calibrate_layer(layer: Any, linear: Mapping[str, Any], calls: list[Any], config: Config) -> dict[str, Choice]:
     """Choose the codes of a layer's weights, and put its new outputs into the calls as the next layer's inputs."""
-    device, dtype, sums = masks[0].device, compute_dtype(config), dict[str, Any]()
+    device, dtype, inputs = config.training.device, compute_dtype(config), InputSums()
     run = torch.autocast(device.type, dtype, dtype != torch.float32)(layer)
-    for (hidden, args, kwargs), mask in zip(calls, masks, strict=True):
-        with contextlib.ExitStack() as stack:
-            for name, module in linear.items():
-                stack.enter_context(module.register_forward_pre_hook(partial(add_input, sums, mask, name)))
+    with contextlib.ExitStack() as stack:
+        for name, module in linear.items():
+            stack.enter_context(module.register_forward_pre_hook(partial(inputs.add, name)))
+        for hidden, args, kwargs in calls:
             run(hidden, *args, **kwargs)
     # GPT-2's Conv1D holds its weight the other way round
     weights = {n: m.weight.data.T if isinstance(m, Conv1D) else m.weight.data for n, m in linear.items()}
-    choices = {name: choose_codes(weight.float(), sums.pop(name, None), config) for name, weight in weights.items()}
-    for name, choice in choices.items():
-        weights[name].copy_(unpack(choice.weight))
+    choices: dict[str, Choice] = {}
+    for owner in [*inputs.sums, None]:  # and what was never called
+        hessian = inputs.sums.pop(owner) if owner else None
+        factors = None if hessian is None else damped_factors(hessian)
+        for name in (name for name in linear if inputs.owners.get(name) == owner):
+            choices[name] = choose_codes(weights[name].float(), hessian, factors, config)
+            weights[name].copy_(unpack(choices[name].weight))
     for i, (hidden, args, kwargs) in enumerate(calls):
         out = run(hidden, *args, **kwargs)
         calls[i] = (out[0] if isinstance(out, tuple) else out, args, kwargs)
@@ -3117,84 +3138,117 @@ def replace_linear(model: Any, name: str, weight: Any, config: Config) -> None:
     model.set_submodule(name, layer)
 
 
-def _record_call(calls: list[Any], hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _record_call(calls: list[Any], parts: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     calls.append((hidden_states, args, kwargs))
-    return hidden_states
+    return (hidden_states, *[None] * (parts - 1)) if parts else hidden_states
 
 
-def write_calibrated(model: Any, ids: list[list[int]], config: Config, folder: str) -> None:
+def layer_calls(model: Any, model_config: PretrainedConfig, ids: list[list[int]], config: Config) -> list[list[Any]]:
+    """What each layer is called with, for each row; no layer is run, so that only the first one's input is real."""
+    layers, twin, parts = decoder_layers(model), meta_model(config, copy.deepcopy(model_config)), dict[int, int]()
+    for i, layer in enumerate(decoder_layers(twin)):  # how many values a layer returns; 0 for one that is no tuple
+        layer.register_forward_hook(lambda m, args, out, i=i: parts.update({i: len(out) * isinstance(out, tuple)}))
+    calls: list[list[Any]] = [[] for _ in layers]
+    what = f"--calibration_rows: {type(model).__name__} can't be calibrated layer by layer"
+    with reraise_as_user_error(what, ConfigError, RuntimeError, IndexError):
+        with MetaValues():
+            twin.bfloat16().eval()(input_ids=torch.ones(1, 8, dtype=torch.long, device="meta"))
+        with contextlib.ExitStack() as stack:
+            for i, layer in enumerate(layers):
+                stack.enter_context(mock.patch.object(layer, "forward", partial(_record_call, calls[i], parts[i])))
+            for row in ids:
+                model.base_model(input_ids=torch.tensor([row]))
+    if {len(own) for own in calls} != {len(ids)}:
+        raise ConfigError(f"{what}: its layers are not called once each")
+    return calls
+
+
+def write_calibrated(
+    model: Any, model_config: PretrainedConfig, ids: list[list[int]], config: Config, folder: str
+) -> None:
     """Choose the codes of every layer, each on the outputs of those before it, and write the base to `folder`.
 
-    In memory are the base as it is mapped from its files, what is packed so far, and one layer on the device.
+    In memory are the base as it is mapped from its files, what is packed so far, and on the device one layer with the
+    sums of its inputs. Layers outside the decoder's are rounded plainly.
     """
-    device, layers, modules = config.training.device, decoder_layers(model), dict(model.named_modules())
-    targets, began = linear_layers(model, config.masked), time.perf_counter()
-    step = collate_step([{"input_ids": row, "labels": row} for row in ids])["step"]
-    groups = micro_batches(step, None, 4096, padded=True)
-    batches = [padded_prompts([ids[i] for i in group], 0, "right") for group in groups]
-    masks = [batch["attention_mask"].bool().to(device) for batch in batches]
-    calls: list[list[Any]] = [[] for _ in layers]  # masks and positions differ from layer to layer
-    what = f"--calibration_rows: {type(model).__name__} does not call its layers one after the other"
-    with reraise_as_user_error(what, ConfigError, RuntimeError), contextlib.ExitStack() as stack:
-        for layer, own in zip(layers, calls, strict=True):
-            stack.enter_context(mock.patch.object(layer, "forward", partial(_record_call, own)))
-        for batch in batches:
-            model.base_model(**batch)
-    starts: dict[str, torch.Tensor] = {}
-    errors, hidden = [0.0, 0.0], [send_to_device(call[0], device) for call in calls[0]]
-    for layer, own in zip(bar := tqdm(layers, "Calibrating"), calls, strict=True):
-        layer.to(device)
-        linear = {name: modules[name] for name in targets if modules[name] in {*layer.modules()}}
+    device, began, names = config.training.device, time.perf_counter(), {m: n for n, m in model.named_modules()}
+    quantisation: Any = quantisation_config(config, model_config)
+    whole, starts = {*(quantisation.llm_int8_skip_modules or ())}, dict[str, torch.Tensor]()
+    targets = [n for m, n in names.items() if isinstance(m, LINEAR_CLASSES) and n not in whole]
+    calls, before, after = layer_calls(model, model_config, ids, config), 0.0, 0.0
+    prefixes = [f"{names[layer]}." for layer in decoder_layers(model)]
+    del names
+    hidden = [send_to_device(call[0], device) for call in calls[0]]
+    for prefix, own in zip(bar := tqdm(prefixes, "Calibrating"), calls, strict=True):
+        layer = model.get_submodule(prefix[:-1]).to(device)
+        linear = {name: model.get_submodule(name) for name in targets if name.startswith(prefix)}
         own[:] = [(state, *send_to_device(call[1:], device)) for state, call in zip(hidden, own, strict=True)]
-        for name, choice in calibrate_layer(layer, linear, own, masks, config).items():
+        for name, choice in calibrate_layer(layer, linear, own, config).items():
             replace_linear(model, name, choice.weight, config)
             starts |= {f"{name}.{part}": tensor.cpu() for part, tensor in choice.start.items()}
+            before, after = before + choice.before, after + choice.after
             if not choice.start:
-                log.warning("calibration: the inputs of %s tell nothing, it is rounded plainly", name)
-            errors = [errors[0] + choice.before, errors[1] + choice.after]
+                why = "its width is no multiple of 64" if choice.weight.quant_state.shape[1] % BLOCK else "no input"
+                log.warning("calibration: %s is rounded plainly: %s", name, why)
         hidden = [call[0] for call in own]
         layer.to("cpu")
         own.clear()
-        bar.set_postfix_str(f"{errors[1] / (errors[0] or 1):.0%} of plain rounding's error")
-    quantisation: Any = quantisation_config(config)
-    whole = {name for name, module in modules.items() if isinstance(module, LINEAR_CLASSES)}
-    quantisation.llm_int8_skip_modules = sorted(n for n in whole if type(model.get_submodule(n)) is type(modules[n]))
+        bar.set_postfix_str(f"{1 - after / (before or 1):.0%} of the error removed")
+    for name in targets:
+        if not isinstance(module := model.get_submodule(name), bitsandbytes.nn.Linear4bit):
+            weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+            replace_linear(model, name, choose_codes(weight, None, None, config).weight, config)
     model.config.quantization_config, model.is_loaded_in_4bit = quantisation.to_dict(), True
     model.save_pretrained(folder)
     save_file(starts, Path(folder, ADAPTER_START))
-    took = time.perf_counter() - began
-    log.info("calibration took %.0f s: the squared error of the layers' outputs is %s", took, bar.postfix)
+    message = "calibration took %.0f s: squared error of the layers' outputs %.4g by plain rounding, %.4g now"
+    log.info(message, time.perf_counter() - began, before, after)
+
+
+def calibration_key(config: Config, model_config: PretrainedConfig, published: str, ids: list[list[int]]) -> str:
+    """A hash of the model's files, the rows and the flags that a calibrated base depends on."""
+    files = [file for file in sorted(Path(published).glob("*")) if file.is_file()]
+    source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    names = ("quant_type", "double_quant", "lora_r", "rope_scaling", "attn_implementation")
+    flags = [load_dtype(config), compute_dtype(config), config.training.device.type, is_fsdp(config), config.masked]
+    source = source or [published, getattr(model_config, "_commit_hash", None)]
+    return digest("1", source, *flags, *(config.flags[name] for name in names), ids)
 
 
 @torch.no_grad()
-def calibrated_base(config: Config, model_config: PretrainedConfig, published: str, rows: Any) -> str:
-    """The folder of the base calibrated on rows that the seed chooses: from the cache, or made now.
+def calibrated_base(
+    config: Config, model_config: PretrainedConfig, published: str, rows: Any, known: str | None
+) -> str:
+    """The folder of the calibrated base: that of the run that goes on, one from the cache, or one made now.
 
-    Its name is a hash of the model's files, the rows and the flags that it depends on.
+    `known` is the name of the first; the rows to calibrate on are chosen by the seed.
     """
+    root, count = Path(config.model.cache_dir or HF_HOME, "qlora-calibrated"), config.quant.calibration_rows
+    if known and (root / known).is_dir():
+        return str(root / known)
     if getattr(model_config, "quantization_config", None):
         raise ConfigError(f"--calibration_rows: {config.model.model_name_or_path} is quantised already")
     if config.training.deepspeed:
         raise ConfigError("--calibration_rows and --deepspeed: pass only one of them")
-    rows, count, dtype = getattr(rows, "rows", rows), config.quant.calibration_rows, load_dtype(config)  # packs' rows
+    rows = getattr(rows, "rows", rows) or []  # of packs, their rows
     if len(rows) < count:
         log.info("--calibration_rows %d: the dataset has %d, all of them are used", count, len(rows))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.training.seed)).tolist()
     ids = [rows[i]["input_ids"] for i in order[:count]]
-    files = [file for file in sorted(Path(published).glob("*")) if file.is_file()]
-    source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    names = ("quant_type", "double_quant", "lora_r", "rope_scaling", "attn_implementation")
-    flags = [dtype, is_fsdp(config), config.masked, *(config.flags[name] for name in names)]
-    key = digest("1", source or [published, getattr(model_config, "_commit_hash", None)], *flags, ids)
-    folder = Path(config.model.cache_dir or HF_HOME, "qlora-calibrated", key)
+    folder = root / calibration_key(config, model_config, published, ids)
+    if not ids or (known and folder.name != known):
+        raise ConfigError(
+            f"--calibration_rows: the base of this run is not in {root}, and these rows or flags make another"
+        )
     if not folder.is_dir():
-        options = {"dtype": dtype, "attn_implementation": resolve_attention(config)}
+        options = {"dtype": load_dtype(config), "attn_implementation": resolve_attention(config)}
         model = load_base(config, model_config, published, device_map={"": "cpu"}, **options).eval()
         model.config.get_text_config().use_cache = False
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            write_calibrated(model, ids, config, f"{scratch}/model")
-            Path(scratch, "model").rename(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as scratch, reraise_as_user_error(f"--calibration_rows: {folder}"):
+            write_calibrated(model, model_config, ids, config, f"{scratch}/model")
+            if not folder.is_dir():  # else another run has made it meanwhile
+                Path(scratch, "model").rename(folder)
     log.info("calibrated base: %s", folder)
     return str(folder)
 
@@ -3279,6 +3333,13 @@ def adapter_start_file(config: Config, base: str) -> Path | None:
     """Where adapters of a run on this calibrated base start; None if they start as --init_lora_weights says."""
     own = "init_lora_weights" not in config.explicitly_set and config.model.adapter_name_or_path is None
     return Path(base, ADAPTER_START) if config.quant.calibration_rows and own else None
+
+
+def calibration_identity(config: Config, base: str) -> dict[str, str]:
+    """What a checkpoint says of the calibrated base, by name and content, and of where its adapters started."""
+    content = digest(*(file_digest(file) for file in sorted(Path(base).glob("*.safetensors"))))
+    start = "calibrated" if adapter_start_file(config, base) else config.lora.init_lora_weights
+    return {"calibrated base": f"{Path(base).name} {content}", "adapter start": start}
 
 
 def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> None:
@@ -4393,7 +4454,7 @@ RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", 
              "predictions.jsonl", "trainer_state.json", "loss.png")  # fmt: skip
 DATASET = "dataset (the encoded training rows)"
 MODEL_FLAGS = {"model_name_or_path", "bits", "quant_type", "double_quant", "full_finetune", "objective", *LORA_FLAGS,
-               "calibration_rows"}  # fmt: skip
+               "calibration_rows", "calibrated base", "adapter start"}  # fmt: skip
 RATE_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
 STATEFUL_SCHEDULES = {"reduce_lr_on_plateau", "greedy"}  # whose rates follow from the past, not from the step
 UPDATE_FLAGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
@@ -4466,7 +4527,6 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
     names = now.keys() & before.keys() - {"flags", "effective batch", *NOT_REPEATED, *ineffective}
     changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
     refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET})
-    refused |= changed.keys() & ({"seed"} if config.quant.calibration_rows else set())  # it chooses the rows
     if config.training.deepspeed or {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & STATEFUL_SCHEDULES:
         refused |= changed.keys() & (RATE_FLAGS | UPDATE_FLAGS)  # they are restored with their state
     if DATASET in refused:  # name what selects and encodes rows
@@ -6005,7 +6065,7 @@ def log_hints(config: Config) -> None:
     if bits >= 16 and train.bf16 != (bits == 16):
         dtype = "bf16, because of --bf16" if train.bf16 else "float32, without --bf16"
         log.info("bits %d: the weights are in %s, as in the original", bits, dtype)
-    if config.quant.calibration_rows and train.learning_rate > 5e-4:
+    if config.quant.calibration_rows and train.do_train and train.learning_rate > 5e-4:
         log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     for applies, names, reason in ineffective_flags(config):
         if applies and (passed := sorted(config.explicitly_set.intersection(names))):
@@ -6062,7 +6122,9 @@ def load_run(config: Config) -> tuple[Run, Data]:
     base = folder
     if config.quant.calibration_rows and not config.data.preview:
         with local_main_process_first():
-            base = calibrated_base(config, model_config, folder, rows)
+            recorded = read_record(resume.found).get("run", {}) if resume.found else {}
+            known = str(recorded.get("calibrated base", "")).partition(" ")[0]
+            base = calibrated_base(config, model_config, folder, rows, known)
     return Run(config, folder, base, model_config, tokenizer, resume), Data(rows, encoded.eval, text, statistics)
 
 
@@ -6124,6 +6186,8 @@ def check_resume(run: Run, data: Data) -> dict[str, Any]:
     """Check that an earlier run found here is this one. Returns what checkpoints say of this run."""
     config, resume, args = run.config, run.resume, run.config.training
     identity = run_fingerprint(config, data.statistics.get("train") if args.do_train else None)
+    if run.base != run.folder:
+        identity |= calibration_identity(config, run.base)
     if resume.found:
         check_same_run(resume.found, identity, resume.train, config)
     if args.deepspeed and args.do_eval and not resume.train and not hf_deepspeed.is_deepspeed_zero3_enabled():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -31,6 +32,10 @@ def inputs(tokens: int, size: int, seed: int = 0) -> torch.Tensor:
     return mixed * torch.logspace(-1, 1, size)
 
 
+def choose(weight, hessian, config):
+    return qlora.choose_codes(weight, hessian, None if hessian is None else qlora.damped_factors(hessian), config)
+
+
 def error_of(run) -> str:
     lines = run.stderr.splitlines()
     assert run.code == 2 and "Traceback" not in run.stderr
@@ -48,9 +53,9 @@ def test_errors_are_fed_back_by_hand():
     0.3 - 0.4 = -0.1 becomes 0. Row (0.4, 0.3): an error of 0.4, so 0.3 + 0.4 = 0.7 becomes 1.
     """
     weight = torch.tensor([[0.6, 0.3], [-0.4, 0.3], [0.4, 0.3]])
-    factor = torch.linalg.cholesky(torch.tensor([[2.0, 1.0], [1.0, 1.0]], dtype=torch.float64))
+    inverse = torch.linalg.cholesky(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]), upper=True)
     code = torch.tensor([-1.0, 0.0, 1.0])
-    codes = qlora.feed_errors_back(weight, torch.ones(3, 2), code, factor)
+    codes = qlora.feed_errors_back(weight, torch.ones(3, 2), code, inverse)
     assert code[codes].tolist() == [[1, 0], [0, 0], [0, 1]]
 
 
@@ -71,8 +76,9 @@ def test_errors_are_fed_back_as_in_a_plain_float64_reference():
     """200 columns, more than the 128 that are done at a time. A tie of two codes may fall either way in float32."""
     x, generator = inputs(1000, 200).double(), torch.Generator().manual_seed(1)
     hessian = x.T @ x + 0.01 * (x * x).sum() / 200 * torch.eye(200)
+    inverse = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True).float()
     weight, scales = torch.randn(24, 200, generator=generator), 1.5 + torch.rand(24, 200, generator=generator)
-    ours = qlora.feed_errors_back(weight, scales, torch.tensor(NF4), torch.linalg.cholesky(hessian))
+    ours = qlora.feed_errors_back(weight, scales, torch.tensor(NF4), inverse)
     assert (ours.numpy() == eliminated(weight, scales, NF4, hessian)).mean() > 0.995
 
 
@@ -81,7 +87,7 @@ def test_codes_decode_through_bitsandbytes(kind, double):
     """Every value is one of the 16 codes times its block's scale, as bitsandbytes stores that."""
     x, config, weight = inputs(500, 192), parse(kind, double), torch.randn(8, 192)
     weight[3, :64] = 0  # a block of zeros has the scale 0
-    chosen = qlora.choose_codes(weight, x.T @ x, config).weight
+    chosen = choose(weight, x.T @ x, config).weight
     state = chosen.quant_state
     assert state.nested == double and chosen.shape == (8 * 192 // 2, 1) and chosen.dtype == torch.uint8
     dense, scales = dequantize_4bit(chosen.data, state), state.absmax
@@ -97,6 +103,7 @@ def test_a_block_s_scale_is_the_weighted_least_squares_one():
     weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
     importance = torch.logspace(-2, 2, 128)
     ours = qlora.weighted_scales(weight, importance, torch.tensor(NF4))
+    importance = importance + 0.01 * importance.mean()  # so that channels that are never on count a little
     for row in range(4):
         for start in 0, 64:
             block, weights = weight[row, start : start + 64].numpy(), importance[start : start + 64].numpy()
@@ -111,7 +118,7 @@ def test_a_block_s_scale_is_the_weighted_least_squares_one():
 def test_the_outputs_error_is_below_plain_rounding_s(kind, double):
     x, config = inputs(500, 128), parse(kind, double)
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(2))
-    choice = qlora.choose_codes(weight, x.T @ x, config)
+    choice = choose(weight, x.T @ x, config)
     plain = quantize_4bit(weight, compress_statistics=double, quant_type=kind)
     dense = dequantize_4bit(*plain), dequantize_4bit(choice.weight.data, choice.weight.quant_state)
     measured = [float((x @ (weight - values).T).square().sum()) for values in dense]
@@ -122,7 +129,7 @@ def test_the_outputs_error_is_below_plain_rounding_s(kind, double):
 @pytest.mark.parametrize("hessian", [None, torch.zeros(64, 64), torch.full((64, 64), math.nan)])
 def test_a_layer_whose_inputs_say_nothing_is_rounded_plainly(hessian):
     weight = torch.randn(8, 64)
-    choice = qlora.choose_codes(weight, hessian, parse())
+    choice = choose(weight, hessian, parse())
     plain, _ = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
     assert torch.equal(choice.weight.data, plain) and choice.start == {}
 
@@ -130,7 +137,7 @@ def test_a_layer_whose_inputs_say_nothing_is_rounded_plainly(hessian):
 def test_a_channel_that_is_never_on_is_no_obstacle():
     x = inputs(500, 64)
     x[:, 7] = 0
-    choice = qlora.choose_codes(torch.randn(16, 64), x.T @ x, parse())
+    choice = choose(torch.randn(16, 64), x.T @ x, parse())
     assert choice.after < choice.before and qlora.unpack(choice.weight).isfinite().all()
     assert choice.start["lora_A"].isfinite().all()
 
@@ -140,8 +147,8 @@ def test_the_adapter_s_start_is_the_best_of_its_rank():
     x, left = inputs(500, 96).double(), torch.randn(80, 96, generator=torch.Generator().manual_seed(3))
     hessian = x.T @ x + torch.eye(96)
     order = torch.randperm(96)
-    factor = torch.linalg.cholesky(hessian[order][:, order])
-    start = qlora.adapter_start(left, order, factor, 8)
+    factors = qlora.Factors(order, torch.linalg.cholesky(hessian[order][:, order]), torch.empty(0))
+    start = qlora.adapter_start(left, factors, 8)
     values, vectors = torch.linalg.eigh(hessian)
     root = vectors @ values.sqrt().diag() @ vectors.T  # the symmetric root, by another way than Cholesky's
     rest = (left.double() - start["lora_B"].double() @ start["lora_A"].double()) @ root
@@ -224,6 +231,40 @@ def test_a_checkpoint_of_another_base_is_refused(calibrated):
     calibrated(max_steps=2)
     assert "calibration_rows was 8, is 12" in error_of(calibrated(calibration_rows=12))
     assert "calibration_rows was 8, is 0" in error_of(calibrated(calibration_rows=None))
+    assert "adapter start was calibrated, is True" in error_of(calibrated(init_lora_weights=True))
+
+
+def test_a_finished_run_is_used_on_the_base_it_was_trained_on(calibrated, run_qlora, data_dir, tmp_path):
+    """Also where this command reads other rows: the base is the recorded one, and if it is gone, an error."""
+    trained = calibrated(do_eval=False, eval_dataset_size=None, learning_rate=1e-2)
+    assert trained.code == 0
+    used = {"do_train": False, "do_eval": True, "eval_dataset_size": 4, "learning_rate": 1e-2}
+    run = calibrated(**used)
+    assert run.code == 0 and len(cached(tmp_path)) == 1
+    shutil.rmtree(tmp_path / "cache/qlora-calibrated")
+    assert "the base of this run is not in" in error_of(calibrated(**used))
+
+
+@pytest.mark.parametrize("flags", [{"bf16": True}, {"fp16": True}])
+def test_sums_are_in_float32_under_autocast(calibrated, flags):
+    run = calibrated(max_steps=1, **flags)
+    assert run.code == 0, run.stderr
+
+
+def test_layers_that_return_tuples(calibrated, models):
+    """With more than a few layers a tuple taken for a tensor shows."""
+    folder = models("falcon", num_hidden_layers=5)
+    run = calibrated(model_name_or_path=folder, max_steps=1)
+    assert run.code == 0, run.stderr
+
+
+def test_a_block_whose_inputs_are_never_on_has_the_scale_of_plain_least_squares():
+    """Every scale is as good there; the smallest would cut its largest weight to 0.7 for rows to come."""
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    importance = torch.ones(128)
+    importance[64:] = 0
+    scales = qlora.weighted_scales(weight, importance, torch.tensor(NF4))
+    assert torch.equal(scales[:, 1:], qlora.weighted_scales(weight[:, 64:], torch.ones(64), torch.tensor(NF4)))
 
 
 @pytest.mark.parametrize("merge_base", ["original", "dequantized"])
