@@ -3,6 +3,7 @@
 Each against plain transformers: the adapters that a run saves are added to the weights by hand.
 """
 
+import contextlib
 import json
 import shutil
 
@@ -152,6 +153,52 @@ def test_families_are_merged_and_resumed(run_qlora, models, family, tmp_path):
     assert run.code == 0 and (tmp_path / "merged" / "config.json").is_file()
     again = run_qlora(**flags | {"max_steps": 3})
     assert again.code == 0 and "resuming from" in again.stderr
+
+
+def write_mxfp4(path, base):
+    """gpt-oss as published: the experts' weights in blocks of 32 four-bit values with one scale each."""
+    shutil.copytree(base, path)
+    weights, generator, packed = load_file(base / "model.safetensors"), torch.Generator().manual_seed(0), {}
+    for name, tensor in weights.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inputs, outputs = tensor.shape
+            shape = experts, outputs, inputs // 32
+            packed[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            packed[f"{name}_scales"] = torch.randint(122, 125, shape, generator=generator, dtype=torch.uint8)
+        else:
+            packed[name] = tensor.bfloat16()
+    save_file(packed, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    whole = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": whole}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_mxfp4_weights_are_named_as_they_are_held_and_merged(run_qlora, models, data, tmp_path):
+    base, merged = write_mxfp4(tmp_path / "base", models("gpt_oss")), tmp_path / "merged"
+    flags = {"dataset": data, "do_eval": True, "per_device_eval_batch_size": 1, "learning_rate": 1e-2}
+    run = run_qlora(model_name_or_path=base, merged_output_dir=merged, **flags)
+    assert run.code == 0 and "4 bit" not in run.stderr
+    assert "quantised (mxfp4) and is dequantised, held in float32" in run.stderr
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), run.output_dir)
+    expected = loss_of(plain.eval())
+    assert run.json("metrics.json")["eval_loss"] == pytest.approx(expected, rel=2e-5)
+    assert loss_of(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)) == pytest.approx(
+        expected, rel=1e-2
+    )
+
+
+@pytest.mark.parametrize(("changed", "refused"), [(1, False), (12, True)])
+def test_a_router_that_flips_is_no_failed_merge(models, changed, refused):
+    """Logits that differ at one token of twelve; at all of them a merge is wrong."""
+    model = AutoModelForCausalLM.from_pretrained(models("mixtral"), dtype=torch.bfloat16).eval()
+    sample = {"input_ids": torch.arange(65, 77)[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)}
+    adapted = qlora.float32_logits(model, sample)
+    adapted[:changed] += torch.randn(changed, adapted.shape[1], generator=torch.Generator().manual_seed(0))
+    context = pytest.raises(qlora.QLoRAError, match="rounding explains") if refused else contextlib.nullcontext()
+    with context:
+        qlora.compare_merged(model, adapted + 1, adapted, 0.0, sample, "merged")
 
 
 # ------------------------------------------------------------------------------------

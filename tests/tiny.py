@@ -393,6 +393,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", _MAMBA),  # reads the weights of three
     "jamba": ("jamba", {**_JAMBA, "use_mamba_kernels": False}),  # and of one, beside attention
     "falcon_h1": ("falcon_h1", _FALCON_H1),  # Mamba 2 and attention side by side
+    "gpt_oss": ("gpt_oss", {**_MOE, "head_dim": 16, "num_local_experts": 4, "sliding_window": 64}),  # sinks; biases
     "rwkv": ("rwkv", _RWKV),  # no attention mask; divides two weights of a layer in an evaluation
 }
 
