@@ -2228,10 +2228,9 @@ def gives_product(module: Any, args: Any, output: Any) -> bool:
     return bool(args) and isinstance(output, torch.Tensor) and output.shape == (*args[0].shape[:-1], size)
 
 
-def layer_and_kind(name: str) -> tuple[str, str]:
-    """A module's name up to its layer's number, and the rest without numbers of experts and the like."""
-    layer, rest = re.fullmatch(r"(.*?\.\d+\.)?(.*)", name).groups("")  # type: ignore[union-attr]
-    return layer, re.sub(r"(?<=\.)\d+(?=\.|$)", "*", rest)
+def without_numbers(name: str) -> str:
+    """A module's or weight's kind: its name with a star for each number."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
@@ -2241,18 +2240,19 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     to evaluate; Llama 4's router returns a tuple, a tower for images is never called, and no gradient reaches
     DeepSeek-V3.2's indexer.
     """
-    kind, config = type(model), copy.deepcopy(model.config)
+    kind: Any = type(model)
+    config = copy.deepcopy(model.config)
     for name, value in SHAPELESS.items():
         setattr(config, name, value)
     if (key := (kind, config.to_json_string())) in TRIALS:
         return TRIALS[key]
     names: dict[Any, str] = {}
     called, other, running = set[Any](), set[Any](), list[Any]()
-    read = property(lambda module: (module in running or other.add(module), module._parameters["weight"])[1])
+    read = property(lambda m: (other.update({m}.difference(running)), m._parameters["weight"])[1])  # type: ignore
     ids = torch.ones(1, 160, dtype=torch.long, device="meta")  # DeepSeek-V4 compresses 128
     try:
         with torch.device("meta"):
-            twin = kind(config).to(torch.bfloat16)  # grouped products of experts want it
+            twin: Any = kind(config).bfloat16()  # grouped products of experts want it
         names |= {module: name for name, module in twin.named_modules() if isinstance(module, LINEAR_CLASSES)}
         for module in names:
             module.register_forward_pre_hook(lambda module, args: running.append(module))
@@ -2265,8 +2265,8 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     except Exception as error:  # whatever the model raises
         log.warning("%s can't be tried (%s): all of its linear layers count as used", kind.__name__, shorten(error))
         used = {name for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
-    kinds = {layer_and_kind(name) for name in used if ".experts." in name}  # values decide which experts are called
-    used |= {name for name in names.values() if layer_and_kind(name) in kinds}
+    kinds = {without_numbers(name) for name in used if ".experts." in name}  # values decide which experts are called
+    used |= {name for name in names.values() if without_numbers(name) in kinds}
     beside = {names[module] for module in other}
     TRIALS[key] = used - beside, beside
     return TRIALS[key]
@@ -2351,8 +2351,8 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
     for name, found, wanted in sorted(sizes, key=str):
         if tuple(found) != tuple(wanted):
             raise ConfigError(f"{what}: config.json makes {name} {tuple(wanted)}, the file has {tuple(found)}")
-    kinds = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in model.state_dict()}
-    beyond = [n for n in sorted(loading["unexpected_keys"]) if re.sub(r"(?<=\.)\d+(?=\.)", "*", n) in kinds]
+    kinds = {*map(without_numbers, model.state_dict())}
+    beyond = [name for name in sorted(loading["unexpected_keys"]) if without_numbers(name) in kinds]
     if beyond and not getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0):
         raise ConfigError(f"{what}: config.json has fewer layers than the weights, which go on with {beyond[0]}")
     generation = getattr(model, "generation_config", None)
@@ -2458,14 +2458,17 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
     total = sum(by_dtype.values())
     lines = [f"trainable params: {trainable} || all params: {total} || trainable: {100 * trainable / total}"]
     lines += [f"{name}: {size} ({100 * size / total:.1f} %)" for name, size in by_dtype.most_common()]
-    kinds: dict[str, Counter[str]] = {"adapters": Counter(), "linear layers without": Counter()}
+    kinds = Counter[tuple[bool, str]]()
     for name, module in model.named_modules() if isinstance(model, PeftModel) else ():
-        adapted, inside = isinstance(module, LoraLayer), re.search(r"\.(base_layer|lora_|original_|modules_to_)", name)
-        if adapted or (isinstance(module, LINEAR_CLASSES) and not inside):
-            kinds[[*kinds][not adapted]][layer_and_kind(name.removeprefix("base_model.model."))[1]] += 1
-    return lines + [
-        f"{title}: {', '.join(f'{n} {k}' for k, n in found.items())}" for title, found in kinds.items() if found
-    ]
+        if isinstance(module, (LoraLayer, *LINEAR_CLASSES)) and not re.search(
+            r"base_layer|lora_|original_module|modules_to_", name
+        ):
+            kind = without_numbers(name.removeprefix("base_model.model."))
+            kinds[isinstance(module, LoraLayer), kind.partition(".*.")[2] or kind] += 1
+    for title, adapted in (("adapters", True), ("linear layers without", False)):
+        found = [f"{count} {kind}" for (carries, kind), count in kinds.items() if carries == adapted]
+        lines += [f"{title}: {', '.join(found)}"] if found else []
+    return lines
 
 
 # ------------------------------------------------------------------------------------
@@ -2543,7 +2546,7 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
     stored = load_peft_weights(folder, device="cpu")
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     try:
-        result = set_peft_model_state_dict(adapted, stored)
+        result: Any = set_peft_model_state_dict(adapted, stored)
         unused, empty = result.unexpected_keys, sorted(trained.intersection(result.missing_keys))
     except KeyError as error:  # of a module that was trained whole
         unused, empty = [], [str(error.args[0])]
@@ -2554,10 +2557,11 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
 
 def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     """Attach one adapter to exactly the layers that it names in full, or, from a folder, that its file holds."""
+    config: Any
     if isinstance(adapter, LoraConfig):
-        config, asked = adapter, {*adapter.target_modules}  # type: ignore[misc]
+        config, asked = adapter, {*(adapter.target_modules or ())}
     else:
-        config: Any = PeftConfig.from_pretrained(adapter)
+        config = PeftConfig.from_pretrained(adapter)
         config.inference_mode, config.base_model_name_or_path = False, None
         keys = [key.removeprefix("base_model.model.") for key in load_peft_weights(adapter, device="cpu")]
         asked = {key.partition(".lora_")[0] for key in keys if ".lora_" in key}
@@ -3511,7 +3515,8 @@ def plan_step(
         "transients and head": transients,
     }
     peak = sum(parts.values())
-    parts |= {"predicted peak": peak, "beside it": CONTEXT * GIB + pages, "in all": peak + CONTEXT * GIB + pages}
+    beside = int(CONTEXT * GIB) + pages
+    parts |= {"predicted peak": peak, "beside it": beside, "in all": peak + beside}
     lines = {name: f"{size / GIB:6.2f} GiB" for name, size in parts.items()}
     moved = f"; the optimizer's pages {'stay' if pages else 'move out'}" if memory.paged else ""
     lines["beside it"] += f": CUDA{moved}"
@@ -3954,10 +3959,7 @@ def shutdown_distributed() -> None:
 # A function that runs the model takes the trainer, which holds it with its tokenizer, flags and fast path.
 # ------------------------------------------------------------------------------------
 def rank_batches(count: int, size: int) -> list[list[int]]:
-    """Deal this rank its row numbers, in the batches that a single process would form.
-
-    Every rank gets the same number of batches, the last perhaps a repeat: a sharded model needs all ranks for each.
-    """
+    """Deal this rank its row numbers, in one process's batches; as many as other ranks, which a sharded model needs."""
     rank, ranks = rank_and_world_size()
     batches = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
     return [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks)]
@@ -4003,8 +4005,8 @@ def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedT
     texts = {"input": "".join(segment["text"] for segment in segments[:last]), "output": segments[last]["text"]}
     if rendered:
         texts["output"] = special_token_pattern(tokenizer).sub("", texts["output"])
-    marks = dict(zip(MARKS, (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), ""), strict=True))
-    return {name: text.translate(str.maketrans(marks)) for name, text in texts.items()}
+    marks = str.maketrans(dict(zip(MARKS, (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), ""), strict=True)))
+    return {name: text.translate(marks) for name, text in texts.items()}
 
 
 @torch.no_grad()
@@ -4016,7 +4018,9 @@ def sees_padding(model: Any, prompt: list[int], pad_id: int, device: Any) -> boo
         tensors = to_device(padded_prompts(rows, pad_id, "left"), device)
         steps = model.generate(**tensors, generation_config=GenerationConfig(**options)).logits
         logits.append(torch.stack([step[-1].float() for step in steps]))
-    return not logits_close(*logits)
+    if differs := not logits_close(*logits):
+        log.warning("%s takes padding for text: predicting one row at a time", model.config.model_type)
+    return differs
 
 
 def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
@@ -4032,8 +4036,6 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
         if not hasattr(trainer, "one_by_one"):
             several = trainer.args.per_device_eval_batch_size > 1 and not trainer.sharded
             trainer.one_by_one = several and sees_padding(model, max(prompts, key=len), tokenizer.pad_token_id, device)
-            if trainer.one_by_one:
-                log.warning("%s takes padding for text: predicting one row at a time", type(base).__name__)
         for rows in [[prompt] for prompt in prompts] if trainer.one_by_one else [prompts]:
             tensors = to_device(padded_prompts(rows, tokenizer.pad_token_id, "left"), device)
             output = model.generate(**tensors, generation_config=generation)
@@ -4046,10 +4048,7 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
 
 
 def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
-    """One dictionary a row: `input` with its masks, `output` as it was, `prediction`, what fills the `masks`.
-
-    The masks are those in the row's text. Where it has none, the tokens chosen for evaluation become masks.
-    """
+    """Fill the masks in each row's text, or, where it has none, those of evaluation; one dictionary a row."""
     tokenizer, limits = trainer.processing_class, length_limits(trainer.config)
     texts = [row[-1]["text"] for row in batch["segments"]]
     masking, name_of = trainer.masking._replace(replaced=1.0, random=0.0), tokenizer.convert_ids_to_tokens
@@ -4088,10 +4087,9 @@ class Question(NamedTuple):
 
 
 def load_questions(config: Config) -> list[Question]:
-    """MMLU (Hendrycks et al. 2021, https://arxiv.org/abs/2009.03300).
+    """MMLU (Hendrycks et al. 2021, https://arxiv.org/abs/2009.03300), from the original's files or the hub.
 
-    From the original's files, which have one {subject, input, output} a line, or where --mmlu_dir is absent from the
-    hub's `cais/mmlu`, whose `dev` rows are the worked examples.
+    A file has one {subject, input, output} a line; the worked examples are in the prompt, on the hub in `dev`.
     """
     mmlu, five_shot = config.mmlu, config.mmlu.mmlu_dataset != "mmlu-zs"
     questions: list[Question] = []
