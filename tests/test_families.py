@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaModel
 
 import qlora
 
@@ -132,6 +132,37 @@ def test_every_family_trains_in_4_bits(run_qlora, models, data, family):
     assert run.json("metrics.json")["eval_loss"] < 10
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("family", "whole"), [("mamba", 6), ("jamba", 1), ("llama4", 1), ("rwkv", 4), ("gemma3n", 4)])
+def test_weights_that_are_read_beside_their_layer_are_not_quantised(models, family, whole, bits):
+    folder = str(models(family))
+    config = qlora.parse_config(["--model_name_or_path", folder, "--bits", str(bits)])
+    model = qlora.load_model(config, qlora.load_model_config(config, folder), folder)
+    without = {name.rpartition(".")[2] for name in FAMILIES[family][1]} - {"lm_head", "head"}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    read = [module for name, module in layers.items() if name.rpartition(".")[2] in without - {"value", "output"}]
+    if family == "rwkv":  # its attention has a `value` too
+        read = [m for n, m in layers.items() if n.endswith(("attention.output", "feed_forward.value"))]
+    assert len(read) == whole and all(module.weight.is_floating_point() for module in read)
+    packed = [module for module in layers.values() if not module.weight.is_floating_point()]
+    assert len(packed) == len(layers) - whole - 1, "all but the head"
+
+
+def test_a_model_that_cannot_be_tried_says_so_and_counts_every_layer(run_qlora, monkeypatch):
+    forward = LlamaModel.forward
+
+    def refuse(self, input_ids=None, **kwargs):
+        if input_ids.is_meta:
+            raise RuntimeError("no values")
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(qlora, "TRIALS", {})
+    monkeypatch.setattr(LlamaModel, "forward", refuse)
+    run = run_qlora(max_steps=1)
+    assert run.code == 0 and "LlamaForCausalLM can't be tried (no values)" in run.stderr
+    assert sum(listed(line_of(run, "adapters: ")).values()) == 14
+
+
 @pytest.mark.parametrize(
     ("family", "flags"),
     [
@@ -235,6 +266,18 @@ def test_an_adapter_file_must_meet_the_model_whole(run_qlora, finished_run, tmp_
     assert run.code == 2 and "Traceback" not in run.stderr
     assert last.startswith("error: ") and str(adapter) in last and "lora_" in last
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_checkpoint_must_meet_the_model_whole(run_qlora, finished_run):
+    """Of another program, which lists no files and their hashes."""
+    output = finished_run.output_dir
+    for name in ("completed", "adapter_model.safetensors", "checkpoint-2/checkpoint.json"):
+        (output / name).unlink()
+    shutil.rmtree(output / "checkpoint-4")
+    spoil(output / "checkpoint-2", CHANGES["half of it"])
+    run = run_qlora(output_dir=output, learning_rate=1e-2)
+    last = run.stderr.splitlines()[-1]
+    assert run.code == 2 and last.startswith("error: ") and "checkpoint-2" in last and "14 of the model's" in last
 
 
 def test_a_module_trained_whole_must_be_in_the_file(run_qlora, tmp_path):
