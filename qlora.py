@@ -2088,9 +2088,6 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transf
 FSDP_STORAGE = torch.float32
 
 LINEAR_CLASSES = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
-# What a config says beside the shape of its model, with values that fit every one.
-SHAPELESS: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-SHAPELESS |= {"dtype": torch.bfloat16, "quantization_config": None, "use_cache": False}
 TRIALS: dict[Any, tuple[set[str], set[str]]] = {}  # results of try_layers, which takes seconds
 
 # By model_type, what holds while a model of this family is loaded; mock.patch puts the attribute back.
@@ -2139,10 +2136,7 @@ def device_map(config: Config) -> Any:
 
 
 def model_folder(config: Config) -> str:
-    """Where to load the base from: what the user named, or a folder made once from a .gguf file and cached.
-
-    Its weights are in bf16: 8 bits of mantissa, and such a file stores at most 8 bits a weight.
-    """
+    """Where to load the base from: what the user named, or a folder in bf16, made once from a .gguf file and cached."""
     name = config.model.model_name_or_path
     path, root = Path(name).expanduser(), Path(config.model.cache_dir or HF_HOME, "qlora-gguf")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -2241,11 +2235,10 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     DeepSeek-V3.2's indexer.
     """
     kind: Any = type(model)
-    config = copy.deepcopy(model.config)
-    for name, value in SHAPELESS.items():
-        setattr(config, name, value)
-    if (key := (kind, config.to_json_string())) in TRIALS:
+    if (key := (kind, *(name for name, _ in model.named_modules()))) in TRIALS:
         return TRIALS[key]
+    config = copy.deepcopy(model.config)
+    config.use_cache = False
     names: dict[Any, str] = {}
     called, other, running = set[Any](), set[Any](), list[Any]()
     read = property(lambda m: (other.update({m}.difference(running)), m._parameters["weight"])[1])  # type: ignore
@@ -2458,17 +2451,17 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
     total = sum(by_dtype.values())
     lines = [f"trainable params: {trainable} || all params: {total} || trainable: {100 * trainable / total}"]
     lines += [f"{name}: {size} ({100 * size / total:.1f} %)" for name, size in by_dtype.most_common()]
-    kinds = Counter[tuple[bool, str]]()
+    kinds = {"adapters": Counter[str](), "linear layers without": Counter[str]()}
     for name, module in model.named_modules() if isinstance(model, PeftModel) else ():
         if isinstance(module, (LoraLayer, *LINEAR_CLASSES)) and not re.search(
-            r"base_layer|lora_|original_module|modules_to_", name
+            "base_layer|lora_|original_module|modules_to_", name
         ):
             kind = without_numbers(name.removeprefix("base_model.model."))
-            kinds[isinstance(module, LoraLayer), kind.partition(".*.")[2] or kind] += 1
-    for title, adapted in (("adapters", True), ("linear layers without", False)):
-        found = [f"{count} {kind}" for (carries, kind), count in kinds.items() if carries == adapted]
-        lines += [f"{title}: {', '.join(found)}"] if found else []
-    return lines
+            title = "adapters" if isinstance(module, LoraLayer) else "linear layers without"
+            kinds[title][kind.partition(".*.")[2] or kind] += 1
+    return lines + [
+        f"{title}: {', '.join(f'{n} {k}' for k, n in found.items())}" for title, found in kinds.items() if found
+    ]
 
 
 # ------------------------------------------------------------------------------------
@@ -3390,11 +3383,11 @@ class MemoryModel(NamedTuple):
     def shared(self, config: Config, gpus: int) -> "MemoryModel":
         """One GPU's part, where FSDP, DeepSpeed or one process spread the model over several."""
         names, changes = ["gradients", "optimizer"], {"token": self.token + self.layer}
-        base = ["weights", "other", "adapters"]
+        if not is_sharded(config) or is_fsdp(config) or hf_deepspeed.is_deepspeed_zero3_enabled():
+            names += ["weights", "other", "adapters"]
         if not is_sharded(config):
-            names += [*base, "layer", "checkpoint", "unpacked"]
+            names += ["layer", "checkpoint", "unpacked"]
         else:  # two layers are whole while they compute
-            names += base if is_fsdp(config) or hf_deepspeed.is_deepspeed_zero3_enabled() else []
             changes = {"paged": False, "unpacked": 0, "fixed": self.fixed + 2 * self.weights // self.layers}
             if config.quant.full_finetune and load_dtype(config) != torch.float32:
                 changes["optimizer"] = 3 * self.optimizer // gpus  # engines step on a float32 copy of 16-bit weights
@@ -3464,10 +3457,9 @@ def requested_layers(config: Config, layers: int) -> int | None:
 
 
 def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int, config: Config) -> StepPlan:
-    """Find the fastest way to cut a step that fits; where nothing does, the smallest.
+    """Find the fastest way to cut a step that fits, or the smallest.
 
-    `room` is in bytes, for activations and transients; `longest` and `window` are the tokens of the longest row (or
-    pack), which is not cut, and of the largest step.
+    `room` is in bytes, for activations and transients; `longest` and `window` are tokens, of a row and of a step.
     """
     train, wanted, layers = config.training, requested_layers(config, memory.layers), memory.layers
     rows = train.per_device_train_batch_size if train.auto_batch is False else None
@@ -3491,10 +3483,8 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
 def plan_step(
     memory: MemoryModel, room: float, longest: int, window: int, config: Config
 ) -> tuple[StepPlan, dict[str, str], bool]:
-    """Plan a step for `room` bytes: the plan, a table of it, and whether it fits.
-
-    A paged optimizer's state stays on the GPU if that leaves room for a step; otherwise its pages are moved out.
-    """
+    """Plan a step for `room` bytes: the plan, a table of it, and whether it fits."""
+    # a paged optimizer's state stays on the GPU if that leaves room for a step
     for pages in (memory.optimizer, 0) if memory.paged else (0,):
         plan = search_step_plan(memory, room - pages, longest, window, config)
         largest = window if plan.rows is None else min(window, plan.rows * longest)
