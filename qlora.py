@@ -2238,10 +2238,10 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     if (key := (kind, *(name for name, _ in model.named_modules()))) in TRIALS:
         return TRIALS[key]
     config = copy.deepcopy(model.config)
-    config.use_cache = False
+    config.use_cache, config._attn_implementation = False, "eager"  # flash-attn's kernels want values
     names: dict[Any, str] = {}
     called, other, running = set[Any](), set[Any](), list[Any]()
-    read = property(lambda m: (other.update({m}.difference(running)), m._parameters["weight"])[1])  # type: ignore
+    read = property(lambda m: (other.update({m}.difference(running)), m.__getattr__("weight"))[1])  # type: ignore
     ids = torch.ones(1, 160, dtype=torch.long, device="meta")  # DeepSeek-V4 compresses 128
     try:
         with torch.device("meta"):
@@ -2260,7 +2260,7 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
         used = {name for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
     kinds = {without_numbers(name) for name in used if ".experts." in name}  # values decide which experts are called
     used |= {name for name in names.values() if without_numbers(name) in kinds}
-    beside = {names[module] for module in other}
+    beside = {names[module] for module in names.keys() & other}  # BigBird makes layers on the way
     TRIALS[key] = used - beside, beside
     return TRIALS[key]
 
