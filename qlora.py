@@ -2557,9 +2557,6 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transf
 FSDP_STORAGE = torch.float32
 
 LINEAR_CLASSES = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
-# What a config says beside the shape of its model, with values that fit every one.
-SHAPELESS: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-SHAPELESS |= {"dtype": torch.bfloat16, "quantization_config": None, "use_cache": False}
 TRIALS: dict[Any, tuple[set[str], set[str]]] = {}  # results of try_layers, which takes seconds
 
 # By model_type, what holds while a model of this family is loaded; mock.patch puts the attribute back.
@@ -2608,10 +2605,7 @@ def device_map(config: Config) -> Any:
 
 
 def model_folder(config: Config) -> str:
-    """Where to load the base from: what the user named, or a folder made once from a .gguf file and cached.
-
-    Its weights are in bf16: 8 bits of mantissa, and such a file stores at most 8 bits a weight.
-    """
+    """Where to load the base from: what the user named, or a folder in bf16, made once from a .gguf file and cached."""
     check_base(config)
     name = config.model.model_name_or_path
     path, root = Path(name).expanduser(), Path(config.model.cache_dir or HF_HOME, "qlora-gguf")
@@ -2700,10 +2694,9 @@ def gives_product(module: Any, args: Any, output: Any) -> bool:
     return bool(args) and isinstance(output, torch.Tensor) and output.shape == (*args[0].shape[:-1], size)
 
 
-def layer_and_kind(name: str) -> tuple[str, str]:
-    """A module's name up to its layer's number, and the rest without numbers of experts and the like."""
-    layer, rest = re.fullmatch(r"(.*?\.\d+\.)?(.*)", name).groups("")  # type: ignore[union-attr]
-    return layer, re.sub(r"(?<=\.)\d+(?=\.|$)", "*", rest)
+def without_numbers(name: str) -> str:
+    """A module's or weight's kind: its name with a star for each number."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
@@ -2713,34 +2706,34 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     to evaluate; Llama 4's router returns a tuple, a tower for images is never called, and no gradient reaches
     DeepSeek-V3.2's indexer.
     """
-    kind, config = type(model), copy.deepcopy(model.config)
-    for name, value in SHAPELESS.items():
-        setattr(config, name, value)
-    if (key := (kind, config.to_json_string())) in TRIALS:
+    kind: Any = type(model)
+    if (key := (kind, *(name for name, _ in model.named_modules()))) in TRIALS:
         return TRIALS[key]
-    with torch.device("meta"):
-        twin = kind(config).to(torch.bfloat16)  # grouped products of experts want it
-    names: dict[Any, str] = {m: name for name, m in twin.named_modules() if isinstance(m, LINEAR_CLASSES)}
+    config = copy.deepcopy(model.config)
+    config.use_cache, config._attn_implementation = False, "eager"  # flash-attn's kernels want values
+    names: dict[Any, str] = {}
     called, other, running = set[Any](), set[Any](), list[Any]()
-    for module in names:
-        module.register_forward_pre_hook(lambda module, args: running.append(module))
-        module.register_forward_hook(lambda *call: (called if gives_product(*call) else other).add(running.pop()))
-    read = property(lambda module: (module in running or other.add(module), module._parameters["weight"])[1])
+    read = property(lambda m: (other.update({m}.difference(running)), m.__getattr__("weight"))[1])  # type: ignore
     ids = torch.ones(1, 160, dtype=torch.long, device="meta")  # DeepSeek-V4 compresses 128
     try:
+        with torch.device("meta"):
+            twin: Any = kind(config).bfloat16()  # grouped products of experts want it
+        names |= {module: name for name, module in twin.named_modules() if isinstance(module, LINEAR_CLASSES)}
+        for module in names:
+            module.register_forward_pre_hook(lambda module, args: running.append(module))
+            module.register_forward_hook(lambda *call: (called if gives_product(*call) else other).add(running.pop()))
         watched = mock.patch.object(torch.nn.Linear, "weight", read, create=True)
         with watched, MetaValues(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             twin.eval()(input_ids=ids, attention_mask=ids)
             twin.train()(input_ids=ids, attention_mask=ids).logits.sum().backward()
-        trained = {module for module in called if module.weight.grad is not None} - other
+        used = {names[module] for module in called if module.weight.grad is not None}
     except Exception as error:  # whatever the model raises
         log.warning("%s can't be tried (%s): all of its linear layers count as used", kind.__name__, shorten(error))
-        trained = names.keys() - other
-    kinds = {layer_and_kind(names[module]) for module in trained}  # values decide which experts are called
-    used = {
-        name for m, name in names.items() if m in trained or (".experts." in name and layer_and_kind(name) in kinds)
-    }
-    TRIALS[key] = used - {names[m] for m in other}, {names[m] for m in other}
+        used = {name for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
+    kinds = {without_numbers(name) for name in used if ".experts." in name}  # values decide which experts are called
+    used |= {name for name in names.values() if without_numbers(name) in kinds}
+    beside = {names[module] for module in names.keys() & other}  # BigBird makes layers on the way
+    TRIALS[key] = used - beside, beside
     return TRIALS[key]
 
 
@@ -2823,8 +2816,8 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
     for name, found, wanted in sorted(sizes, key=str):
         if tuple(found) != tuple(wanted):
             raise ConfigError(f"{what}: config.json makes {name} {tuple(wanted)}, the file has {tuple(found)}")
-    kinds = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in model.state_dict()}
-    beyond = [n for n in sorted(loading["unexpected_keys"]) if re.sub(r"(?<=\.)\d+(?=\.)", "*", n) in kinds]
+    kinds = {*map(without_numbers, model.state_dict())}
+    beyond = [name for name in sorted(loading["unexpected_keys"]) if without_numbers(name) in kinds]
     if beyond and not getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0):
         raise ConfigError(f"{what}: config.json has fewer layers than the weights, which go on with {beyond[0]}")
     generation = getattr(model, "generation_config", None)
@@ -2897,8 +2890,8 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
             # other values (bitsandbytes 0.50.2).
             module.support_avx512bf16_for_cpu = False
     if stored:
-        unpacked = getattr(model.hf_quantizer.quantization_config, "dequantize", False)
-        held = "dequantised: its weights are held in 16 bits" if unpacked else "loaded as it is: its bits are its own"
+        unpacked = getattr(model, "hf_quantizer", None) is None  # transformers drops it then
+        held = f"dequantised, held in {str(model.dtype)[6:]}" if unpacked else "loaded as it is: its bits are its own"
         log.info("the checkpoint is already quantised (%s) and is %s", stored.get("quant_method"), held)
     experts = list(stacked_experts(model).values())
     if experts and options.get("quantization_config"):
@@ -2930,11 +2923,14 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
     total = sum(by_dtype.values())
     lines = [f"trainable params: {trainable} || all params: {total} || trainable: {100 * trainable / total}"]
     lines += [f"{name}: {size} ({100 * size / total:.1f} %)" for name, size in by_dtype.most_common()]
-    kinds: dict[str, Counter[str]] = {"adapters": Counter(), "linear layers without": Counter()}
+    kinds = {"adapters": Counter[str](), "linear layers without": Counter[str]()}
     for name, module in model.named_modules() if isinstance(model, PeftModel) else ():
-        adapted, inside = isinstance(module, LoraLayer), re.search(r"\.(base_layer|lora_|original_|modules_to_)", name)
-        if adapted or (isinstance(module, LINEAR_CLASSES) and not inside):
-            kinds[[*kinds][not adapted]][layer_and_kind(name.removeprefix("base_model.model."))[1]] += 1
+        if isinstance(module, (LoraLayer, *LINEAR_CLASSES)) and not re.search(
+            "base_layer|lora_|original_module|modules_to_", name
+        ):
+            kind = without_numbers(name.removeprefix("base_model.model."))
+            title = "adapters" if isinstance(module, LoraLayer) else "linear layers without"
+            kinds[title][kind.partition(".*.")[2] or kind] += 1
     return lines + [
         f"{title}: {', '.join(f'{n} {k}' for k, n in found.items())}" for title, found in kinds.items() if found
     ]
@@ -3359,7 +3355,7 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
     stored = load_peft_weights(folder, device="cpu")
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     try:
-        result = set_peft_model_state_dict(adapted, stored)
+        result: Any = set_peft_model_state_dict(adapted, stored)
         unused, empty = result.unexpected_keys, sorted(trained.intersection(result.missing_keys))
     except KeyError as error:  # of a module that was trained whole
         unused, empty = [], [str(error.args[0])]
@@ -3370,10 +3366,11 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
 
 def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     """Attach one adapter to exactly the layers that it names in full, or, from a folder, that its file holds."""
+    config: Any
     if isinstance(adapter, LoraConfig):
-        config, asked = adapter, {*adapter.target_modules}  # type: ignore[misc]
+        config, asked = adapter, {*(adapter.target_modules or ())}
     else:
-        config: Any = PeftConfig.from_pretrained(adapter)
+        config = PeftConfig.from_pretrained(adapter)
         config.inference_mode, config.base_model_name_or_path = False, None
         keys = [key.removeprefix("base_model.model.") for key in load_peft_weights(adapter, device="cpu")]
         asked = {key.partition(".lora_")[0] for key in keys if ".lora_" in key}
@@ -3389,7 +3386,7 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     if present and carry != asked:
         other = f"{len(carry - asked)} others and not on {len(asked - carry)}, first {min(carry ^ asked)}"
         raise ConfigError(f"peft puts the adapters on {other}: choose layers with --lora_modules")
-    if present and stacked_experts(model):
+    if stacked_experts(model) and not getattr(config, "target_parameters", None):
         config.target_modules = asked  # in full, which later versions of peft leave alone
     return adapted
 
@@ -4219,11 +4216,11 @@ class MemoryModel(NamedTuple):
     def shared(self, config: Config, gpus: int) -> "MemoryModel":
         """One GPU's part, where FSDP, DeepSpeed or one process spread the model over several."""
         names, changes = ["gradients", "optimizer"], {"token": self.token + self.layer}
-        base = ["weights", "other", "adapters"]
+        if not is_sharded(config) or is_fsdp(config) or hf_deepspeed.is_deepspeed_zero3_enabled():
+            names += ["weights", "other", "adapters"]
         if not is_sharded(config):
-            names += [*base, "layer", "checkpoint", "unpacked"]
+            names += ["layer", "checkpoint", "unpacked"]
         else:  # two layers are whole while they compute
-            names += base if is_fsdp(config) or hf_deepspeed.is_deepspeed_zero3_enabled() else []
             changes = {"paged": False, "unpacked": 0, "fixed": self.fixed + 2 * self.weights // self.layers}
             if config.quant.full_finetune and load_dtype(config) != torch.float32:
                 changes["optimizer"] = 3 * self.optimizer // gpus  # engines step on a float32 copy of 16-bit weights
@@ -4293,10 +4290,9 @@ def requested_layers(config: Config, layers: int) -> int | None:
 
 
 def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int, config: Config) -> StepPlan:
-    """Find the fastest way to cut a step that fits; where nothing does, the smallest.
+    """Find the fastest way to cut a step that fits, or the smallest.
 
-    `room` is in bytes, for activations and transients; `longest` and `window` are the tokens of the longest row (or
-    pack), which is not cut, and of the largest step.
+    `room` is in bytes, for activations and transients; `longest` and `window` are tokens, of a row and of a step.
     """
     train, wanted, layers = config.training, requested_layers(config, memory.layers), memory.layers
     rows = train.per_device_train_batch_size if train.auto_batch is False else None
@@ -4320,10 +4316,8 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
 def plan_step(
     memory: MemoryModel, room: float, longest: int, window: int, config: Config
 ) -> tuple[StepPlan, dict[str, str], bool]:
-    """Plan a step for `room` bytes: the plan, a table of it, and whether it fits.
-
-    A paged optimizer's state stays on the GPU if that leaves room for a step; otherwise its pages are moved out.
-    """
+    """Plan a step for `room` bytes: the plan, a table of it, and whether it fits."""
+    # a paged optimizer's state stays on the GPU if that leaves room for a step
     for pages in (memory.optimizer, 0) if memory.paged else (0,):
         plan = search_step_plan(memory, room - pages, longest, window, config)
         largest = window if plan.rows is None else min(window, plan.rows * longest)
@@ -4344,7 +4338,8 @@ def plan_step(
         "transients and head": transients,
     }
     peak = sum(parts.values())
-    parts |= {"predicted peak": peak, "beside it": CONTEXT * GIB + pages, "in all": peak + CONTEXT * GIB + pages}
+    beside = int(CONTEXT * GIB) + pages
+    parts |= {"predicted peak": peak, "beside it": beside, "in all": peak + beside}
     lines = {name: f"{size / GIB:6.2f} GiB" for name, size in parts.items()}
     moved = f"; the optimizer's pages {'stay' if pages else 'move out'}" if memory.paged else ""
     lines["beside it"] += f": CUDA{moved}"
@@ -4840,10 +4835,7 @@ def shutdown_distributed() -> None:
 # A function that runs the model takes the trainer, which holds it with its tokenizer, flags and fast path.
 # ------------------------------------------------------------------------------------
 def rank_batches(count: int, size: int) -> list[list[int]]:
-    """Deal this rank its row numbers, in the batches that a single process would form.
-
-    Every rank gets the same number of batches, the last perhaps a repeat: a sharded model needs all ranks for each.
-    """
+    """Deal this rank its row numbers, in one process's batches; as many as other ranks, which a sharded model needs."""
     rank, ranks = rank_and_world_size()
     batches = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
     return [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks)]
@@ -4902,7 +4894,9 @@ def sees_padding(model: Any, prompt: list[int], pad_id: int, device: Any) -> boo
         tensors = to_device(padded_prompts(rows, pad_id, "left"), device)
         steps = model.generate(**tensors, generation_config=GenerationConfig(**options)).logits
         logits.append(torch.stack([step[-1].float() for step in steps]))
-    return not logits_close(*logits)
+    if differs := not logits_close(*logits):
+        log.warning("%s takes padding for text: predicting one row at a time", model.config.model_type)
+    return differs
 
 
 def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
@@ -4920,8 +4914,6 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
         if not hasattr(trainer, "one_by_one"):
             several = trainer.args.per_device_eval_batch_size > 1 and not trainer.sharded
             trainer.one_by_one = several and sees_padding(model, max(prompts, key=len), tokenizer.pad_token_id, device)
-            if trainer.one_by_one:
-                log.warning("%s takes padding for text: predicting one row at a time", type(base).__name__)
         for rows in [[prompt] for prompt in prompts] if trainer.one_by_one else [prompts]:
             tensors = to_device(padded_prompts(rows, tokenizer.pad_token_id, "left"), device)
             output = model.generate(**tensors, generation_config=generation)
@@ -4934,10 +4926,7 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
 
 
 def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
-    """One dictionary a row: `input` with its masks, `output` as it was, `prediction`, what fills the `masks`.
-
-    The masks are those in the row's text. Where it has none, the tokens chosen for evaluation become masks.
-    """
+    """Fill the masks in each row's text, or, where it has none, those of evaluation; one dictionary a row."""
     tokenizer, limits = trainer.processing_class, length_limits(trainer.config)
     texts = [row[-1]["text"] for row in batch["segments"]]
     masking, name_of = trainer.masking._replace(replaced=1.0, random=0.0), tokenizer.convert_ids_to_tokens
@@ -4976,10 +4965,9 @@ class Question(NamedTuple):
 
 
 def load_questions(config: Config) -> list[Question]:
-    """MMLU (Hendrycks et al. 2021, https://arxiv.org/abs/2009.03300).
+    """MMLU (Hendrycks et al. 2021, https://arxiv.org/abs/2009.03300), from the original's files or the hub.
 
-    From the original's files, which have one {subject, input, output} a line, or where --mmlu_dir is absent from the
-    hub's `cais/mmlu`, whose `dev` rows are the worked examples.
+    A file has one {subject, input, output} a line; the worked examples are in the prompt, on the hub in `dev`.
     """
     mmlu, five_shot = config.mmlu, config.mmlu.mmlu_dataset != "mmlu-zs"
     questions: list[Question] = []
@@ -5824,7 +5812,7 @@ def load_merge_base(config: Config, folder: str) -> Any:
     model_config = load_model_config(config, folder)
     dtype = model_config.dtype if model_config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     options: dict[str, Any] = {"dtype": dtype}
-    if getattr(model_config, "quantization_config", None):
+    if stored := getattr(model_config, "quantization_config", None):
         log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
         options = {"dtype": load_dtype(config), "quantization_config": quantisation_config(config, model_config)}
@@ -5832,6 +5820,7 @@ def load_merge_base(config: Config, folder: str) -> Any:
     if getattr(model.config, "quantization_config", None):
         with reraise_as_user_error(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
             model = model.dequantize(dtype=dtype)
+    if stored or "quantization_config" in options:
         model._weight_conversions = None  # or saving would quantise again (transformers 5.23)
     return cast_parameters(model, dtype)
 
@@ -5894,7 +5883,9 @@ def compare_merged(
         signs = [torch.randint(2, (n, 1), generator=generator).mul_(2).sub_(1).to(weight.dtype) for n in weight.shape]
         weight.addcmul_(weight, signs[0] @ signs[1].T, value=torch.finfo(weight.dtype).eps)
     differences = merged - adapted, base - adapted, merged - float32_logits(model, sample)
-    error, effect, rounding = (x.square().mean().sqrt().item() for x in differences)
+    # a router that rounding flips changes its own token by more than rounding explains, and most tokens by nothing
+    typical: Any = torch.median if stacked_experts(model) else torch.mean
+    error, effect, rounding = (typical(x.square().mean(-1)).sqrt().item() for x in differences)
     largest, moved, _ = (x.abs().max().item() for x in differences)
     allowed = rounding + 2 * lost * effect
     log.info("merged: logits differ from base + adapter by at most %.3g, from the base by %.3g", largest, moved)

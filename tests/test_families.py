@@ -3,6 +3,7 @@
 Each against plain transformers: the adapters that a run saves are added to the weights by hand.
 """
 
+import contextlib
 import json
 import shutil
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaModel
 
 import qlora
 
@@ -131,6 +132,37 @@ def test_every_family_trains_in_4_bits(run_qlora, models, data, family):
     assert run.json("metrics.json")["eval_loss"] < 10
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("family", "whole"), [("mamba", 6), ("jamba", 1), ("llama4", 1), ("rwkv", 4), ("gemma3n", 4)])
+def test_weights_that_are_read_beside_their_layer_are_not_quantised(models, family, whole, bits):
+    folder = str(models(family))
+    config = qlora.parse_config(["--model_name_or_path", folder, "--bits", str(bits)])
+    model = qlora.load_model(config, qlora.load_model_config(config, folder), folder)
+    without = {name.rpartition(".")[2] for name in FAMILIES[family][1]} - {"lm_head", "head"}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    read = [module for name, module in layers.items() if name.rpartition(".")[2] in without - {"value", "output"}]
+    if family == "rwkv":  # its attention has a `value` too
+        read = [m for n, m in layers.items() if n.endswith(("attention.output", "feed_forward.value"))]
+    assert len(read) == whole and all(module.weight.is_floating_point() for module in read)
+    packed = [module for module in layers.values() if not module.weight.is_floating_point()]
+    assert len(packed) == len(layers) - whole - 1, "all but the head"
+
+
+def test_a_model_that_cannot_be_tried_says_so_and_counts_every_layer(run_qlora, monkeypatch):
+    forward = LlamaModel.forward
+
+    def refuse(self, input_ids=None, **kwargs):
+        if input_ids.is_meta:
+            raise RuntimeError("no values")
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(qlora, "TRIALS", {})
+    monkeypatch.setattr(LlamaModel, "forward", refuse)
+    run = run_qlora(max_steps=1)
+    assert run.code == 0 and "LlamaForCausalLM can't be tried (no values)" in run.stderr
+    assert sum(listed(line_of(run, "adapters: ")).values()) == 14
+
+
 @pytest.mark.parametrize(
     ("family", "flags"),
     [
@@ -152,6 +184,52 @@ def test_families_are_merged_and_resumed(run_qlora, models, family, tmp_path):
     assert run.code == 0 and (tmp_path / "merged" / "config.json").is_file()
     again = run_qlora(**flags | {"max_steps": 3})
     assert again.code == 0 and "resuming from" in again.stderr
+
+
+def write_mxfp4(path, base):
+    """gpt-oss as published: the experts' weights in blocks of 32 four-bit values with one scale each."""
+    shutil.copytree(base, path)
+    weights, generator, packed = load_file(base / "model.safetensors"), torch.Generator().manual_seed(0), {}
+    for name, tensor in weights.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inputs, outputs = tensor.shape
+            shape = experts, outputs, inputs // 32
+            packed[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            packed[f"{name}_scales"] = torch.randint(122, 125, shape, generator=generator, dtype=torch.uint8)
+        else:
+            packed[name] = tensor.bfloat16()
+    save_file(packed, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    whole = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": whole}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_mxfp4_weights_are_named_as_they_are_held_and_merged(run_qlora, models, data, tmp_path):
+    base, merged = write_mxfp4(tmp_path / "base", models("gpt_oss")), tmp_path / "merged"
+    flags = {"dataset": data, "do_eval": True, "per_device_eval_batch_size": 1, "learning_rate": 1e-2}
+    run = run_qlora(model_name_or_path=base, merged_output_dir=merged, **flags)
+    assert run.code == 0 and "4 bit" not in run.stderr
+    assert "quantised (mxfp4) and is dequantised, held in float32" in run.stderr
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), run.output_dir)
+    expected = loss_of(plain.eval())
+    assert run.json("metrics.json")["eval_loss"] == pytest.approx(expected, rel=2e-5)
+    assert loss_of(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)) == pytest.approx(
+        expected, rel=1e-2
+    )
+
+
+@pytest.mark.parametrize(("changed", "refused"), [(1, False), (12, True)])
+def test_a_router_that_flips_is_no_failed_merge(models, changed, refused):
+    """Logits that differ at one token of twelve; at all of them a merge is wrong."""
+    model = AutoModelForCausalLM.from_pretrained(models("mixtral"), dtype=torch.bfloat16).eval()
+    sample = {"input_ids": torch.arange(65, 77)[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)}
+    adapted = qlora.float32_logits(model, sample)
+    adapted[:changed] += torch.randn(changed, adapted.shape[1], generator=torch.Generator().manual_seed(0))
+    context = pytest.raises(qlora.QLoRAError, match="rounding explains") if refused else contextlib.nullcontext()
+    with context:
+        qlora.compare_merged(model, adapted + 1, adapted, 0.0, sample, "merged")
 
 
 # ------------------------------------------------------------------------------------
@@ -188,6 +266,18 @@ def test_an_adapter_file_must_meet_the_model_whole(run_qlora, finished_run, tmp_
     assert run.code == 2 and "Traceback" not in run.stderr
     assert last.startswith("error: ") and str(adapter) in last and "lora_" in last
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_checkpoint_must_meet_the_model_whole(run_qlora, finished_run):
+    """Of another program, which lists no files and their hashes."""
+    output = finished_run.output_dir
+    for name in ("completed", "adapter_model.safetensors", "checkpoint-2/checkpoint.json"):
+        (output / name).unlink()
+    shutil.rmtree(output / "checkpoint-4")
+    spoil(output / "checkpoint-2", CHANGES["half of it"])
+    run = run_qlora(output_dir=output, learning_rate=1e-2)
+    last = run.stderr.splitlines()[-1]
+    assert run.code == 2 and last.startswith("error: ") and "checkpoint-2" in last and "14 of the model's" in last
 
 
 def test_a_module_trained_whole_must_be_in_the_file(run_qlora, tmp_path):
@@ -244,9 +334,11 @@ def greedy(base, row: dict[str, str], count: int) -> str:
     return bytes(i for i in ids[start:] if i < 256).decode("utf-8", errors="replace")
 
 
-@pytest.mark.parametrize(("family", "alone"), [("rwkv", True), ("mamba", False), ("glm4_moe", False)])
+@pytest.mark.parametrize(
+    ("family", "alone"), [("rwkv", True), ("minimax", True), ("mamba", False), ("glm4_moe", False)]
+)
 def test_predictions_do_not_depend_on_the_batch(run_qlora, models, data, family, alone):
-    """RWKV has no attention mask: its rows are predicted one at a time."""
+    """RWKV has no attention mask, MiniMax forgets it with a cache: their rows are predicted one at a time."""
     base = models(family)
     flags = {"do_train": False, "do_predict": True, "predict_with_generate": True, "max_new_tokens": 6, "bits": 32}
     flags |= {"source_max_len": 64, "target_max_len": 64, "per_device_eval_batch_size": 4}

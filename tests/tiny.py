@@ -361,6 +361,7 @@ _FALCON_H1 = {
     **{**_SHAPE, "num_key_value_heads": 2, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     **{"mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 16},
 }
+_MINIMAX = {**_SHAPE, "num_key_value_heads": 2, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}
 _RWKV = {**_SSM, "attention_hidden_size": 64, "context_length": 512, "rescale_every": 1}
 _GPT2 = {"n_embd": 64, "n_inner": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}
 
@@ -393,6 +394,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", _MAMBA),  # reads the weights of three
     "jamba": ("jamba", {**_JAMBA, "use_mamba_kernels": False}),  # and of one, beside attention
     "falcon_h1": ("falcon_h1", _FALCON_H1),  # Mamba 2 and attention side by side
+    "gpt_oss": ("gpt_oss", {**_MOE, "head_dim": 16, "num_local_experts": 4, "sliding_window": 64}),  # sinks; biases
+    "minimax": ("minimax", {**_MINIMAX, "num_local_experts": 4}),  # linear attention whose cache ignores padding
     "rwkv": ("rwkv", _RWKV),  # no attention mask; divides two weights of a layer in an evaluation
 }
 
