@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-166
      2 Errors             169-234
-     3 Dataset formats    237-687
-     4 Arguments         690-1353
-     5 Loading          1356-1786
-     6 Tokenizer        1789-1906
-     7 Encoding         1909-2442
-     8 Model            2445-2839
-     9 Calibration      2842-3098
-    10 LoRA             3101-3287
-    11 Fast path        3290-4003
-    12 Plan             4006-4274
-    13 Checkpoints      4277-4604
-    14 Processes        4607-4672
-    15 Evaluation       4675-4891
-    16 Trainer          4894-5480
-    17 Stages           5483-5923
-    18 Main             5926-6164
+     3 Dataset formats    237-748
+     4 Arguments         751-1419
+     5 Loading          1422-1881
+     6 Tokenizer        1884-2004
+     7 Encoding         2007-2543
+     8 Model            2546-2936
+     9 Calibration      2939-3249
+    10 LoRA             3252-3446
+    11 Fast path        3449-4162
+    12 Plan             4165-4431
+    13 Checkpoints      4434-4760
+    14 Processes        4763-4828
+    15 Evaluation       4831-5040
+    16 Trainer          5043-5606
+    17 Stages           5609-6052
+    18 Main             6055-6295
 """
 
 # ------------------------------------------------------------------------------------
@@ -2608,7 +2608,7 @@ def model_folder(config: Config) -> str:
     """Where to load the base from: what the user named, or a folder in bf16, made once from a .gguf file and cached."""
     check_base(config)
     name = config.model.model_name_or_path
-    path, root = Path(name).expanduser(), Path(config.model.cache_dir or HF_HOME, "qlora-gguf")
+    path, root = Path(name), Path(config.model.cache_dir or HF_HOME, "qlora-gguf")
     if path.is_dir() and not (path / "config.json").is_file():
         files = [*path.glob("*.gguf")]
         path = files[0] if len(files) == 1 else path
@@ -3204,7 +3204,7 @@ def write_calibrated(
 def calibration_key(config: Config, model_config: PretrainedConfig, published: str, ids: list[list[int]]) -> str:
     """A hash of the model's files, the rows and the flags that a calibrated base depends on."""
     files = [file for file in sorted(Path(published).glob("*")) if file.is_file()]
-    source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    source: list[Any] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     names = ("quant_type", "double_quant", "lora_r", "rope_scaling", "attn_implementation")
     flags = [load_dtype(config), compute_dtype(config), config.training.device.type, is_fsdp(config), config.masked]
     source = source or [published, getattr(model_config, "_commit_hash", None)]
@@ -5193,29 +5193,6 @@ def init_worker(number: int) -> None:
         signal.signal(stopping, signal.SIG_IGN)
 
 
-def freeze_unreached(model: Any, base: Any, config: Config) -> None:
-    """Freeze what no gradient reaches by construction, such as a tower for images; one small step shows it."""
-    batch = padded_batch(trial_steps(base, config.masked)[0], [0, 1], 0, "right")
-    device, dtype = base.get_input_embeddings().weight.device, compute_dtype(config)
-    model.train()  # Gemma 3n then computes otherwise
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        with torch.autocast(device.type, dtype, dtype != torch.float32):
-            loss = summed_loss(model, FastPath(), to_device(batch, device))
-        if loss.requires_grad:
-            loss.backward()
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    # the step's tokens reach only some experts
-    unreached = [name for name, p in trained.items() if p.grad is None and "expert" not in name]
-    model.zero_grad(set_to_none=True)
-    if len(unreached) == len(trained):
-        raise ConfigError("no gradient reaches anything that would train: choose other --lora_modules")
-    if unreached:
-        what = "no gradient reaches %d of %d tensors that would train, first %s: they stay as they are"
-        log.warning(what, len(unreached), len(trained), unreached[0])
-    for name in unreached:
-        trained[name].requires_grad_(False)
-
-
 class FlagIntervals(TrainerCallback):
     """Logs, evaluates and saves as often as the flags say: a resumed Trainer would go by the checkpoint."""
 
@@ -6135,8 +6112,6 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     model = make_trainable(base, config, resume.weights, adapter_start_file(config, run.base))
     for adapter in getattr(model, "peft_config", {}).values():  # not the folder made of a .gguf file
         adapter.base_model_name_or_path = config.model.model_name_or_path
-    if resume.train and not is_sharded(config):
-        freeze_unreached(model, base, config)
     log.info("%s", "\n".join(parameter_report(model)))
     fast = enable_fast_path(model, base, config)
     fast = fast._replace(off=(*fast.off, *filter(None, [missing])))

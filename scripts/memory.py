@@ -104,12 +104,12 @@ def train(name: str, cap: float | None, arguments: argparse.Namespace) -> dict[s
     vocabulary = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, "<pad>"))
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, **special)
-    run = qlora.Run(config, name, model_config, tokenizer, qlora.ResumePoint(train=True))
+    run = qlora.Run(config, name, name, model_config, tokenizer, qlora.ResumePoint(train=True))
     data = qlora.Data(rows, None, qlora.Splits(rows, None), {})
     random = mock.patch.object(qlora, "load_model", lambda config, *_: random_base(model_config, config, DEVICE))
     try:
         with random:
-            trainer = qlora.prepare(run, data, {}, None, qlora.GracefulStop())
+            trainer = qlora.prepare(run, data, {"effective batch": {"rows": 1}}, None, qlora.GracefulStop())
         result["ready_s"] = round(time.perf_counter() - began, 1)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

@@ -21,7 +21,19 @@ from transformers import (
     PreTrainedModel,
 )
 
-TIED = {"mpt", "falcon", "gemma", "gemma2", "gemma3", "gpt2", "lfm2", "cohere", "opt"}  # unless told otherwise
+TIED = {
+    "mpt",
+    "falcon",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "lfm2",
+    "cohere",
+    "opt",
+    "gemma3n",
+    "mamba",
+}  # unless told otherwise
 
 
 def load(folder: Path, **options) -> PreTrainedModel:
@@ -42,7 +54,7 @@ def logits_of(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tie", [None, True, False])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name != "rwkv"])  # it changes weights in place
 def test_a_model_of_each_family_trains(models, family, tie):
     model = load(models(family, tie=tie))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
