@@ -16,21 +16,21 @@ Read the file from top to bottom, along the path of the data: every room uses on
      1 Imports             36-166
      2 Errors             169-234
      3 Dataset formats    237-748
-     4 Arguments         751-1419
-     5 Loading          1422-1881
-     6 Tokenizer        1884-2006
-     7 Encoding         2009-2545
-     8 Model            2548-2938
-     9 Calibration      2941-3251
-    10 LoRA             3254-3448
-    11 Fast path        3451-4164
-    12 Plan             4167-4433
-    13 Checkpoints      4436-4762
-    14 Processes        4765-4830
-    15 Evaluation       4833-5042
-    16 Trainer          5045-5608
-    17 Stages           5611-6054
-    18 Main             6057-6297
+     4 Arguments         751-1422
+     5 Loading          1425-1884
+     6 Tokenizer        1887-2009
+     7 Encoding         2012-2548
+     8 Model            2551-2944
+     9 Calibration      2947-3257
+    10 LoRA             3260-3458
+    11 Fast path        3461-4174
+    12 Plan             4177-4443
+    13 Checkpoints      4446-4787
+    14 Processes        4790-4855
+    15 Evaluation       4858-5067
+    16 Trainer          5070-5643
+    17 Stages           5646-6089
+    18 Main             6092-6336
 """
 
 # ------------------------------------------------------------------------------------
@@ -1038,7 +1038,7 @@ class Parser(HfArgumentParser):
             groups[group.__doc__.rstrip(".")] = [f.name for f in dataclasses.fields(group) if f.name in own]
         groups |= {"The Trainer's other flags": [*reversed(actions)]} if self.everything else {}
         for title, names in groups.items():
-            lines += ["", f"{title}:"]
+            lines += [*([""] if len(names) > 8 else []), f"{title}:"]  # 130 lines in all, two screens
             for action in (actions.pop(name) for name in names if name in actions):
                 text = " ".join(str(action.help).replace("%%", "%").split())
                 if len(text) > 90:  # one of the Trainer's: its first sentence
@@ -1241,7 +1241,7 @@ MUTUALLY_EXCLUSIVE = (
     ("model_max_len", "source_max_len"), ("model_max_len", "target_max_len"),
     ("eval_dataset", "eval_dataset_size"),
     ("layers_to_freeze", "layer_freeze_ratio"), ("overwrite_output_dir", "resume_from_checkpoint"),
-    ("streaming", "packing"), ("streaming", "dataloader_num_workers"),
+    ("streaming", "packing"), ("streaming", "dataloader_num_workers"), ("streaming", "ignore_data_skip"),
 )  # fmt: skip
 
 
@@ -1356,7 +1356,8 @@ def check_folders(config: Config) -> None:
     """Refuse output folders that the run reads, also a checkpoint in one: files could be overwritten or removed."""
     flags = config.flags
     reads = ["model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "deepspeed"]
-    reads += ["mmlu_dir"] * config.mmlu.do_mmlu_eval + ["eval_dataset"]
+    reads += ["mmlu_dir"] * config.mmlu.do_mmlu_eval + ["eval_dataset", "resume_from_checkpoint"]
+    removed = ("checkpoint-", "left-checkpoint-", ".saving-")  # what a run may remove in its folder
     names = {name for name, _ in dataset_shares(config.data.dataset)} - DATASETS.keys()
     sources = [(name, flags[name]) for name in reads] + [("dataset", name) for name in sorted(names)]
     for flag in ("output_dir", "working_dir", "final_output_dir", "merged_output_dir"):
@@ -1364,11 +1365,13 @@ def check_folders(config: Config) -> None:
         if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
             raise ConfigError(f"--{flag} {folder}: {file} is a file; name a folder")
         for name, value in sources:
-            if not value or value.startswith("{") or not (read := Path(value).resolve()).exists():
+            if not value or value.startswith("{") or not os.path.exists(value):
                 continue
+            read = Path(value).resolve()
             read = read if read.is_dir() else read.parent
             inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
-            if inside == () or (inside and inside[0].startswith("checkpoint-")):  # old checkpoints are removed
+            within = inside and name != "resume_from_checkpoint" and inside[0].startswith(removed)
+            if inside == () or within:
                 raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
 
 
@@ -2690,10 +2693,11 @@ class MetaValues(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def gives_product(module: Any, args: Any, output: Any) -> bool:
+def gives_product(module: Any, args: Any, kwargs: Any, output: Any) -> bool:
     """Whether a call of a linear layer gave a product of its input and no more."""
-    size = getattr(module, "out_features", None) or module.nf
-    return bool(args) and isinstance(output, torch.Tensor) and output.shape == (*args[0].shape[:-1], size)
+    size, x = getattr(module, "out_features", None) or module.nf, next(iter((*args, *kwargs.values())), None)
+    whole = isinstance(x, torch.Tensor) and isinstance(output, torch.Tensor)
+    return whole and output.shape == (*x.shape[:-1], size)  # type: ignore[union-attr]
 
 
 def without_numbers(name: str) -> str:
@@ -2716,18 +2720,20 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     names: dict[Any, str] = {}
     called, other, running = set[Any](), set[Any](), list[Any]()
     read = property(lambda m: (other.update({m}.difference(running)), m.__getattr__("weight"))[1])  # type: ignore
-    ids = torch.ones(1, 160, dtype=torch.long, device="meta")  # DeepSeek-V4 compresses 128
+    length = min(160, getattr(config.get_text_config(), "max_position_embeddings", None) or 160)
+    ids = torch.ones(1, length, dtype=torch.long, device="meta")  # DeepSeek-V4 compresses 128
     try:
         with torch.device("meta"):
             twin: Any = kind(config).bfloat16()  # grouped products of experts want it
         names |= {module: name for name, module in twin.named_modules() if isinstance(module, LINEAR_CLASSES)}
         for module in names:
             module.register_forward_pre_hook(lambda module, args: running.append(module))
-            module.register_forward_hook(lambda *call: (called if gives_product(*call) else other).add(running.pop()))
+            add = lambda *call: (called if gives_product(*call) else other).add(running.pop())  # noqa: E731
+            module.register_forward_hook(add, with_kwargs=True)
         watched = mock.patch.object(torch.nn.Linear, "weight", read, create=True)
         with watched, MetaValues(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            twin.eval()(input_ids=ids, attention_mask=ids)
-            twin.train()(input_ids=ids, attention_mask=ids).logits.sum().backward()
+            for mode in (False, True):  # some layers are left out at random in training, some only used there
+                twin.train(mode)(input_ids=ids, attention_mask=ids).logits.sum().backward()
         used = {names[module] for module in called if module.weight.grad is not None}
     except Exception as error:  # whatever the model raises
         log.warning("%s can't be tried (%s): all of its linear layers count as used", kind.__name__, shorten(error))
@@ -3358,12 +3364,16 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     try:
         result: Any = set_peft_model_state_dict(adapted, stored)
-        unused, empty = result.unexpected_keys, sorted(trained.intersection(result.missing_keys))
+        # peft would put a base's own weight into the base, which is not saved with the adapter
+        own = get_peft_model_state_dict(adapted).keys()
+        unused = [*result.unexpected_keys, *(name for name in stored if "lora_" not in name and name not in own)]
+        empty = sorted(trained.intersection(result.missing_keys))
     except KeyError as error:  # of a module that was trained whole
         unused, empty = [], [str(error.args[0])]
-    if unused or empty:
+    if unused or empty or not stored:
         found = f"{len(unused)} of its weights have no place in the model, {len(empty)} of the model's are not in it"
-        raise ConfigError(f"{folder}: {found}, first {(unused + empty)[0]}; the file begins with {min(stored)}")
+        firsts = ", ".join([*unused[:1], *empty[:1]]) or "it is empty"
+        raise ConfigError(f"{folder}: {found}: {firsts}")
 
 
 def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
@@ -4522,6 +4532,8 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
     ineffective = itertools.chain(*(names for applies, names, _ in ineffective_flags(config) if applies))
     # What an earlier version did not record is not compared: its checkpoints stay resumable.
     names = now.keys() & before.keys() - {"flags", "effective batch", *NOT_REPEATED, *ineffective}
+    if before.get("metric_for_best_model") is None:  # a checkpoint without one has no best to compare with
+        names -= {"metric_for_best_model", "greater_is_better"}
     changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
     refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET})
     if config.training.deepspeed or {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & STATEFUL_SCHEDULES:
@@ -4607,6 +4619,18 @@ def needs_more_steps(config: Config, completed: Mapping[str, Any]) -> bool:
     return target > completed.get(unit, math.inf)
 
 
+def check_output_is_free(config: Config, picked: Path | None, kept: bool) -> None:
+    """Refuse to train over another run: of another kind, or than that of a checkpoint picked elsewhere."""
+    output, final = Path(config.training.output_dir), final_folder(config)
+    completed = (output / COMPLETED).is_file()
+    if picked and picked.resolve().parent != output.resolve() and (completed or checkpoints_in(output)):
+        way = "leave the flag out to go on with that one, or pass another --output_dir"
+        raise ConfigError(f"--resume_from_checkpoint {picked}: {output} holds another run; {way}")
+    if completed and not (kept or config.training.overwrite_output_dir) and final_files(output, final):
+        kind = f"a completed run of another kind than --full_finetune {config.quant.full_finetune}"
+        raise ConfigError(f"{output} holds {kind}; pass another --output_dir, or --overwrite_output_dir")
+
+
 def find_resume_point(config: Config) -> ResumePoint:
     """Resume, start anew, or use what is finished."""
     args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
@@ -4621,7 +4645,7 @@ def find_resume_point(config: Config) -> ResumePoint:
         last = find_last_checkpoint(output)
     if not args.do_train:
         # An interrupted run's last checkpoint is newer than what is in the final folder.
-        for folder in (final if completed else None, last, final):
+        for folder in (last if picked else None, final if completed else None, last, final):
             if folder and not adapter and (weights := weights_in(folder, full)):
                 return ResumePoint(False, weights=str(weights), found=output if folder == final else folder)
         return ResumePoint(False, weights=adapter)
@@ -4634,6 +4658,7 @@ def find_resume_point(config: Config) -> ResumePoint:
         if last is None:
             way = f"start another from its adapter with --adapter_name_or_path {final} and another --output_dir"
             raise ConfigError(f"{output} holds a completed run but no checkpoint to resume from; {way}")
+    check_output_is_free(config, last if picked else None, kept=last is not None)
     if last is None:
         return ResumePoint(True, weights=adapter)
     log.info("resuming from %s", last)
@@ -5202,10 +5227,17 @@ class FlagIntervals(TrainerCallback):
         state.compute_steps(args, state.max_steps)
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """The library's, with the flag's patience: a resume would restore the checkpoint's."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.early_stopping_patience = args.early_stopping_patience
+
+
 def build_callbacks(stop: GracefulStop, config: Config) -> list[TrainerCallback]:
     """Every callback of a run."""
     patience = config.training.early_stopping_patience
-    return [stop, FlagIntervals(), *([EarlyStoppingCallback(patience)] if patience else [])]
+    return [stop, FlagIntervals(), *([EarlyStopping(patience)] if patience else [])]
 
 
 class QLoRATrainer(Trainer):
@@ -5537,12 +5569,15 @@ class QLoRATrainer(Trainer):
 
     def load_end(self, checkpoint: str) -> None:
         """Load the last step of a run that lacks only its final files."""
-        best = self.state.best_model_checkpoint
+        best = Path(checkpoint).with_name(f"checkpoint-{self.state.best_global_step}")  # the folder may have moved
         if self.sharded:  # loads into what it has sharded
             self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), checkpoint)
-        if self.args.load_best_model_at_end and best and Path(best).is_dir():
+        if self.args.load_best_model_at_end and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
             self._load_best_model()
         elif not self.sharded:
+            if self.args.load_best_model_at_end:
+                log.warning("%s, the best checkpoint, is not there: the last one is saved", best)
             self._load_from_checkpoint(checkpoint)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -5662,7 +5697,7 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
         clear_output(config, first_step)
     if checkpoint and not needs_more_steps(config, {"step": first_step, "epoch": state.epoch}):
         log.info("%s holds the last step: nothing is left to train", checkpoint)  # the Trainer would do one more
-        trainer.state = state
+        trainer.state, state.max_steps = state, first_step  # as many as are asked for now
         trainer.load_end(str(checkpoint))
     else:
         if checkpoint and isinstance(rows, StreamedSteps):
@@ -6180,13 +6215,13 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
         if args.process_index == 0:
             print(format_table(lines))
         return 0 if fits else 3
+    check_folders(config)
     if config.data.preview:
         this, data = load_run(config)
         rows = data.eval if data.train is None else data.train
         if args.process_index == 0:
             show(preview_rows(rows, this.tokenizer, this.model_config, this.config), data.statistics, this.config)
         return 0
-    check_folders(config)
     with contextlib.ExitStack() as locks:
         if args.process_index == 0:
             for folder in {Path(args.output_dir).resolve(), final_folder(config).resolve()}:
@@ -6211,9 +6246,13 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
             if number := all_reduce_int(stop.signal):
                 name, step = signal.Signals(number).name, trainer.state.global_step
                 saved = not stop.interrupted or (output / f"checkpoint-{step}").is_dir()
-                goes_on = "saved; the same command goes on from there" if saved else "which is not saved"
+                flags = [name for name in ("overwrite_output_dir", "resume_from_checkpoint") if config.flags[name]]
+                command = f"the same command without --{flags[0]}" if flags else "the same command"
+                goes_on = f"saved; {command} goes on from there" if saved else "which is not saved"
                 log.warning("stopped by %s at step %d, %s", name, step, goes_on)
                 return STOP_SIGNALS[name]
+        if args.do_eval and not (resume.train or resume.weights):
+            log.warning("nothing trained was found in %s: these are the metrics of the base model", output)
         if args.do_eval:
             metrics |= save_metrics(trainer, "eval", trainer.evaluate())
         if args.do_predict:

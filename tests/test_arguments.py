@@ -792,6 +792,7 @@ RULES = [
     ("--full_finetune --bits 8", "full_finetune bits 16 32"),
     ("--full_finetune --bits 16 --adapter_name_or_path a", "full_finetune adapter_name_or_path"),
     ("--eval_dataset a --eval_dataset_size 5", "eval_dataset eval_dataset_size"),
+    ("--streaming --max_steps 2 --ignore_data_skip", "streaming ignore_data_skip"),
     ("--calibration_rows 8 --bits 8", "calibration_rows bits 4"),
     ("--calibration_rows 8 --use_dora", "calibration_rows init_lora_weights"),
     ("--early_stopping_patience 2", "early_stopping_patience eval_strategy"),

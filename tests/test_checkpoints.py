@@ -888,7 +888,6 @@ def test_logging_saving_and_evaluation_after_a_resume_follow_the_flags(run_qlora
         {"per_device_train_batch_size": 1},
         {"gradient_accumulation_steps": 3},
         {"source_max_len": 12},
-        {"metric_for_best_model": "perplexity"},
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 2},
     ],
     ids=str,
@@ -941,7 +940,7 @@ def test_deepspeed_restores_rates_with_its_state_so_that_others_are_refused(tmp_
 
 def test_every_flag_has_a_rule():
     """A name in RESUME_RULES is a flag, and in one row only."""
-    flags = qlora.parse_config([]).flags.keys() | {"engine", qlora.DATASET}
+    flags = qlora.parse_config([]).flags.keys() | {"engine", "calibrated base", "adapter start", qlora.DATASET}
     rows = list(qlora.RESUME_RULES.values())
     assert all(row <= flags for row in rows) and sum(map(len, rows)) == len(set().union(*rows))
     assert flags >= qlora.UPDATE_FLAGS
@@ -966,3 +965,47 @@ def test_a_picked_checkpoint_of_a_completed_run_is_trained_on(run_qlora, tmp_pat
 def test_nothing_to_train_is_an_error(run_qlora, tmp_path, flags, said):
     assert said in error_of(run_qlora(**flags))
     assert not (tmp_path / "out" / "completed").exists()
+
+
+# ------------------------------------------------------------------------------------
+# Results of another run
+# ------------------------------------------------------------------------------------
+def test_fewer_steps_and_then_more(run_qlora, stopped):
+    """A run that ends early because fewer steps are asked for goes on when more are."""
+    stopped(4, max_steps=8)
+    fewer = run_qlora(max_steps=4)
+    assert fewer.code == 0 and fewer.json("completed")["step"] == 4 and "stopped early" not in fewer.stderr
+    assert run_qlora(max_steps=8).json("trainer_state.json")["global_step"] == 8
+
+
+def test_a_completed_run_of_another_kind_stays(run_qlora, tmp_path):
+    full = {"full_finetune": True, "bits": 16, "lora_r": None, "save_strategy": "no", "save_steps": None}
+    run = run_qlora(**full)
+    before = run.files()
+    error = error_of(run_qlora(save_strategy="no", save_steps=None))
+    assert "holds a completed run of another kind" in error and run.files() == before
+
+
+def test_a_checkpoint_picked_elsewhere_does_not_replace_another_run(run_qlora, tmp_path):
+    run_qlora()
+    other = run_qlora(output_dir=tmp_path / "other", seed=5)
+    before = other.files()
+    error = error_of(run_qlora(output_dir=tmp_path / "other", resume_from_checkpoint=tmp_path / "out/checkpoint-2"))
+    assert "holds another run" in error and other.files() == before
+
+
+def test_a_picked_checkpoint_is_evaluated(run_qlora, tmp_path):
+    run_qlora(learning_rate=2e-2)
+    use = {"do_train": False, "do_eval": True, "eval_dataset_size": 4, "learning_rate": 2e-2}
+    last = run_qlora(**use).json("eval_results.json")["eval_loss"]
+    picked = run_qlora(**use, resume_from_checkpoint=tmp_path / "out/checkpoint-2").json("eval_results.json")[
+        "eval_loss"
+    ]
+    assert picked != last
+
+
+def test_the_patience_is_that_of_the_flags(run_qlora, tmp_path):
+    stuck = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset_size": 4, "learning_rate": 0, "save_steps": 1}
+    assert run_qlora(**stuck, early_stopping_patience=3, max_steps=3).code == 0
+    run = run_qlora(**stuck, early_stopping_patience=6, max_steps=10)
+    assert run.json("completed")["stopped_at"] == 7

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qlora
@@ -306,3 +306,12 @@ def test_the_saved_adapter_is_one_that_servers_load(run_qlora, models):
     assert config["peft_type"] == "LORA" and config["bias"] == "none" and not config["modules_to_save"]
     assert config["r"] == 4 and not config["use_dora"] and isinstance(config["target_modules"], list)
     assert all(any(f".{name}".endswith(f".{target}") for target in config["target_modules"]) for name in shapes)
+
+
+def test_a_base_s_own_weight_in_an_adapter_file_is_refused(run_qlora, finished_run, models, tmp_path):
+    """peft would load it into the base, and the next save would lose it."""
+    file = finished_run.output_dir / "adapter_model.safetensors"
+    norm = load_file(models("llama") / "model.safetensors")["model.norm.weight"]
+    save_file(load_file(file) | {"base_model.model.model.norm.weight": 0.3 * norm}, file, metadata={"format": "pt"})
+    run = run_qlora(adapter_name_or_path=finished_run.output_dir, output_dir=tmp_path / "next", max_steps=1)
+    assert "1 of its weights have no place in the model" in error_of(run) and "norm.weight" in error_of(run)
