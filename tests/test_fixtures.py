@@ -12,7 +12,9 @@ import pytest
 import sentencepiece
 import tiny
 import torch
+import transformers
 from conftest import preserved_state
+from packaging import version
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -195,7 +197,8 @@ def test_bare_sentencepiece_is_misread_by_auto_tokenizer(models):
     folder = models("llama", tokenizer="bare_sentencepiece")
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     expected = model.encode("Hello ship")
-    assert AutoTokenizer.from_pretrained(folder)("Hello ship")["input_ids"] != expected
+    if version.parse(transformers.__version__) < version.parse("5.24"):  # which reads it right
+        assert AutoTokenizer.from_pretrained(folder)("Hello ship")["input_ids"] != expected
     assert LlamaTokenizer.from_pretrained(folder)("Hello ship")["input_ids"] == expected
 
 
