@@ -23,14 +23,14 @@ Read the file from top to bottom, along the path of the data: every room uses on
      8 Model            2551-2944
      9 Calibration      2947-3257
     10 LoRA             3260-3458
-    11 Fast path        3461-4174
-    12 Plan             4177-4443
-    13 Checkpoints      4446-4787
-    14 Processes        4790-4855
-    15 Evaluation       4858-5067
-    16 Trainer          5070-5643
-    17 Stages           5646-6089
-    18 Main             6092-6336
+    11 Fast path        3461-4176
+    12 Plan             4179-4445
+    13 Checkpoints      4448-4800
+    14 Processes        4803-4868
+    15 Evaluation       4871-5080
+    16 Trainer          5083-5656
+    17 Stages           5659-6102
+    18 Main             6105-6349
 """
 
 # ------------------------------------------------------------------------------------
@@ -4082,7 +4082,9 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
     if not isinstance(head, torch.nn.Linear) or not type(head).__module__.startswith("torch"):
         return whole
     bodies = (base.base_model, base.get_decoder())  # OPT calls the second
-    hooks = [body.register_forward_hook(lambda body, *call: outputs.update({body: call[-1][0]})) for body in bodies]
+    hooks = [
+        body.register_forward_hook(lambda body, *call: outputs.update({body: call[-1][0].clone()})) for body in bodies
+    ]
     hooks += [head.register_forward_pre_hook(lambda *call: inputs.append(*call[-1]))]
     hooks += [head.register_forward_hook(lambda *call: logit_ramp(call[-1]))]
     try:
@@ -4728,12 +4730,10 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder. The kernel releases the lock of a process that dies."""
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
+def open_locked(folder: Path) -> Any:
+    """Open and lock a folder's lock file; a ConfigError names the run that holds it."""
+    while True:
+        file = (folder / LOCK).open("a+")
         try:
             import fcntl
 
@@ -4743,6 +4743,19 @@ def lock_folder(folder: Path) -> Iterator[None]:
             raise ConfigError(f"{folder} is in use by {file.read()}: wait for it, or name another folder") from None
         except (ImportError, OSError) as error:  # Windows, or a file system without locks
             log.warning("%s can't be locked (%s): start no other run there", folder, error)
+            return file
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+                return file
+        file.close()  # the run that held it has just removed it
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder. The kernel releases the lock of a process that dies."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_locked(folder) as file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
