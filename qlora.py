@@ -20,17 +20,17 @@ Read the file from top to bottom, along the path of the data: every room uses on
      5 Loading          1425-1884
      6 Tokenizer        1887-2009
      7 Encoding         2012-2548
-     8 Model            2551-2944
-     9 Calibration      2947-3257
-    10 LoRA             3260-3458
-    11 Fast path        3461-4176
-    12 Plan             4179-4445
-    13 Checkpoints      4448-4800
-    14 Processes        4803-4868
-    15 Evaluation       4871-5080
-    16 Trainer          5083-5656
-    17 Stages           5659-6102
-    18 Main             6105-6349
+     8 Model            2551-2951
+     9 Calibration      2954-3258
+    10 LoRA             3261-3459
+    11 Fast path        3462-4177
+    12 Plan             4180-4446
+    13 Checkpoints      4449-4801
+    14 Processes        4804-4869
+    15 Evaluation       4872-5081
+    16 Trainer          5084-5657
+    17 Stages           5660-6103
+    18 Main             6106-6350
 """
 
 # ------------------------------------------------------------------------------------
@@ -2609,6 +2609,16 @@ def device_map(config: Config) -> Any:
     return {"": int(os.environ["LOCAL_RANK"])} if "LOCAL_RANK" in os.environ else "auto"
 
 
+@contextlib.contextmanager
+def made_once(folder: Path, what: str) -> Iterator[str]:
+    """Where to write what becomes `folder` once it is whole, unless another run has made it meanwhile."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, reraise_as_user_error(what):
+        yield f"{scratch}/model"
+        if not folder.is_dir():
+            Path(scratch, "model").rename(folder)
+
+
 def model_folder(config: Config) -> str:
     """Where to load the base from: what the user named, or a folder in bf16, made once from a .gguf file and cached."""
     check_base(config)
@@ -2624,8 +2634,7 @@ def model_folder(config: Config) -> str:
     if folder.is_dir():
         return str(folder)
     log.info("%s: dequantising into %s, once", path, folder)
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root) as scratch, reraise_as_user_error(f"--model_name_or_path {path}"):
+    with made_once(folder, f"--model_name_or_path {path}") as made:
         model = load_base(config, None, path.parent, gguf_file=path.name, dtype=torch.bfloat16)
         model.hf_quantizer.remove_quantization_config(model)  # transformers saves nothing that came from gguf
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -2633,9 +2642,7 @@ def model_folder(config: Config) -> str:
         if isinstance(eos := model.config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
         for part in (model, tokenizer):
-            part.save_pretrained(f"{scratch}/model")
-        if not folder.is_dir():  # else another run has made it meanwhile
-            Path(scratch, "model").rename(folder)
+            part.save_pretrained(made)
     return str(folder)
 
 
@@ -3092,6 +3099,11 @@ def choose_codes(weight: torch.Tensor, hessian: Any, factors: Factors | None, co
     return Choice(candidates[best], adapter_start(left[best], factors, config.lora.lora_r), errors[0], errors[best])
 
 
+def as_matrix(module: Any) -> torch.Tensor:
+    """A linear layer's weight as (out, in); GPT-2's Conv1D holds it the other way round."""
+    return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data  # type: ignore[no-any-return]
+
+
 class InputSums:
     """Σ x xᵀ of what linear layers read, in float32; those that read the same tensor share it."""
 
@@ -3118,8 +3130,7 @@ def calibrate_layer(layer: Any, linear: Mapping[str, Any], calls: list[Any], con
             stack.enter_context(module.register_forward_pre_hook(partial(inputs.add, name)))
         for hidden, args, kwargs in calls:
             run(hidden, *args, **kwargs)
-    # GPT-2's Conv1D holds its weight the other way round
-    weights = {n: m.weight.data.T if isinstance(m, Conv1D) else m.weight.data for n, m in linear.items()}
+    weights = {name: as_matrix(module) for name, module in linear.items()}
     choices: dict[str, Choice] = {}
     for owner in [*inputs.sums, None]:  # and what was never called
         hessian = inputs.sums.pop(owner) if owner else None
@@ -3167,9 +3178,7 @@ def layer_calls(model: Any, model_config: PretrainedConfig, ids: list[list[int]]
     return calls
 
 
-def write_calibrated(
-    model: Any, model_config: PretrainedConfig, ids: list[list[int]], config: Config, folder: str
-) -> None:
+def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config: Config, folder: str) -> None:
     """Choose the codes of every layer, each on the outputs of those before it, and write the base to `folder`.
 
     In memory are the base as it is mapped from its files, what is packed so far, and on the device one layer with the
@@ -3200,8 +3209,7 @@ def write_calibrated(
         bar.set_postfix_str(f"{1 - after / (before or 1):.0%} of the error removed")
     for name in targets:
         if not isinstance(module := model.get_submodule(name), bitsandbytes.nn.Linear4bit):
-            weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
-            replace_linear(model, name, choose_codes(weight, None, None, config).weight, config)
+            replace_linear(model, name, choose_codes(as_matrix(module), None, None, config).weight, config)
     model.config.quantization_config, model.is_loaded_in_4bit = quantisation.to_dict(), True
     model.save_pretrained(folder)
     save_file(starts, Path(folder, ADAPTER_START))
@@ -3220,9 +3228,7 @@ def calibration_key(config: Config, model_config: PretrainedConfig, published: s
 
 
 @torch.no_grad()
-def calibrated_base(
-    config: Config, model_config: PretrainedConfig, published: str, rows: Any, known: str | None
-) -> str:
+def calibrated_base(config: Config, model_config: Any, published: str, rows: Any, known: str | None) -> str:
     """The folder of the calibrated base: that of the run that goes on, one from the cache, or one made now.
 
     `known` is the name of the first; the rows to calibrate on are chosen by the seed.
@@ -3241,18 +3247,13 @@ def calibrated_base(
     ids = [rows[i]["input_ids"] for i in order[:count]]
     folder = root / calibration_key(config, model_config, published, ids)
     if not ids or (known and folder.name != known):
-        raise ConfigError(
-            f"--calibration_rows: the base of this run is not in {root}, and these rows or flags make another"
-        )
+        raise ConfigError(f"--calibration_rows: the base of this run is not in {root}, these rows make another")
     if not folder.is_dir():
         options = {"dtype": load_dtype(config), "attn_implementation": resolve_attention(config)}
         model = load_base(config, model_config, published, device_map={"": "cpu"}, **options).eval()
         model.config.get_text_config().use_cache = False
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as scratch, reraise_as_user_error(f"--calibration_rows: {folder}"):
-            write_calibrated(model, model_config, ids, config, f"{scratch}/model")
-            if not folder.is_dir():  # else another run has made it meanwhile
-                Path(scratch, "model").rename(folder)
+        with made_once(folder, f"--calibration_rows: {folder}") as made:
+            write_calibrated(model, model_config, ids, config, made)
     log.info("calibrated base: %s", folder)
     return str(folder)
 
@@ -4140,12 +4141,12 @@ def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, step
     return fast._replace(attention=kernel) if alike else off
 
 
-def trial_steps(base: Any, masked: bool = False) -> list[StepBatch]:
+def trial_steps(base: Any) -> list[StepBatch]:
     """Two steps of two rows, of which the second is the same in both; peft's layers take fewer than 16 tokens."""
     words, generator = base.config.get_text_config().vocab_size, torch.Generator().manual_seed(0)
     a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
     pairs = ([{"input_ids": ids, "labels": ids} for ids in rows] for rows in ((a, b), (c, b)))
-    return [collate_step(rows, masked)["step"] for rows in pairs]
+    return [collate_step(rows)["step"] for rows in pairs]
 
 
 @torch.no_grad()
