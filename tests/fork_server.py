@@ -16,6 +16,7 @@ import importlib
 import itertools
 import json
 import os
+import random
 import resource
 import select
 import signal
@@ -42,6 +43,15 @@ LATE_IMPORTS = (
     "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama",
 )
+
+
+def free_port() -> int:
+    """A port that no connection is given meanwhile: the kernel takes theirs from 32768 upwards."""
+    while True:
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            port = random.SystemRandom().randrange(20_000, 32_000)
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 class Process:
@@ -141,10 +151,7 @@ class ForkServer:
 
     def start_ranks(self, number: int, argv: list[str], log: Path, **options: Any) -> list[Process]:
         """Start the ranks of one run one by one, as srun does; each has a log of its own: log.0, log.1, …"""
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        rendezvous = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        rendezvous = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
         return [self.start(argv, Path(f"{log}.{rank['RANK']}"), rendezvous | rank, **options) for rank in ranks]
 

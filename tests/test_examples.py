@@ -27,6 +27,7 @@ import talk
 import tiny
 import torch
 from conftest import ROOT, extra, missing, preserved_state
+from fork_server import free_port
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -502,9 +503,7 @@ def page_of(tmp_path):
     served = []
 
     def serve(model: Path) -> str:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         command = [sys.executable, str(ROOT / "examples/chat_gradio.py"), str(model), MAX_NEW, "--port", str(port)]
         with (tmp_path / "server.log").open("w") as log:
             served.append(subprocess.Popen(command, env=environment(), stdout=log, stderr=log))
