@@ -82,7 +82,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date, timedelta
-from functools import lru_cache, partial
+from functools import lru_cache, partial, partialmethod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypedDict
 from unittest import mock
@@ -117,6 +117,7 @@ from peft import (
     set_peft_model_state_dict,
 )  # fmt: skip
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import transformers_weight_conversion as peft_conversion
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
@@ -135,6 +136,7 @@ from transformers import (
 )  # fmt: skip
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.integrations.gguf import gguf_tokenizer_mapping
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -146,6 +148,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import speed_metrics
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -826,6 +829,7 @@ class LoraArguments:
     lora_r: int = arg(64, "Rank of the adapters.")
     lora_alpha: float = arg(16, "Adapters are scaled by lora_alpha / lora_r.")
     lora_dropout: float = arg(0.0, "Dropout probability on the adapters' input.")
+    expert_lora_r: int | None = arg(None, "Rank for each expert; default: lora_r / experts per token, at least 1.")
     lora_modules: str = arg("all", "Layers to adapt: all (linear ones except the head), attn, mlp, or leaf names.")
     lora_bias: Literal["none", "all", "lora_only"] = arg("none", "Bias vectors to train.")
     lora_dtype: Literal["float32", "bfloat16"] = arg("float32", "Data type of the adapter weights.")
@@ -1206,7 +1210,7 @@ FREEZING_FLAGS = {"layers_to_freeze", "layer_freeze_ratio"}  # the two that a fu
 VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("max_train_samples max_eval_samples source_max_len target_max_len model_max_len max_mmlu_samples "
      "mmlu_source_max_len max_new_tokens per_device_train_batch_size per_device_eval_batch_size "
-     "gradient_accumulation_steps lora_r max_memory_MB stream_buffer early_stopping_patience",
+     "gradient_accumulation_steps lora_r expert_lora_r max_memory_MB stream_buffer early_stopping_patience",
      "at least 1", lambda x: x >= 1),
     ("learning_rate weight_decay max_grad_norm dataloader_num_workers num_train_epochs layers_to_freeze preview "
      "neftune_noise_alpha calibration_rows", "0 or more", lambda x: 0 <= x < math.inf),
@@ -2707,6 +2711,11 @@ def gives_product(module: Any, args: Any, kwargs: Any, output: Any) -> bool:
     return whole and output.shape == (*x.shape[:-1], size)  # type: ignore[union-attr]
 
 
+def leaf_name(name: str) -> str:
+    """The last part of a module's full name."""
+    return name.rpartition(".")[2]
+
+
 def without_numbers(name: str) -> str:
     """A module's or weight's kind: its name with a star for each number."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
@@ -2759,13 +2768,108 @@ def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
     return [name for name, module in model.named_modules() if name in used and module in searched]
 
 
-def stacked_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Weights of many experts in one tensor, which bitsandbytes does not know and leaves as they are."""
-    return {
-        f"{name}.{leaf}": weight
-        for name, module in model.named_modules() if not hasattr(module, "kernel_size")  # convolutions
-        for leaf, weight in module.named_parameters(recurse=False) if weight.dim() == 3 and len(weight) > 1
-    }  # fmt: skip
+def knows_experts(module: Any) -> bool:
+    """Whether a module's stacks of experts can be held in 4 bit and adapted: it has transformers' interface."""
+    return hasattr(module, "has_gate") or type(module).__name__ == "Llama4TextExperts"
+
+
+def stacks_in(module: Any) -> dict[str, Any]:
+    """A module's own weights of many experts, (experts, ., .), packed or not; a convolution has none."""
+    shapes = {name: getattr(w, "quant_state", w).shape for name, w in module.named_parameters(recurse=False)}
+    stacks = {name for name, shape in shapes.items() if len(shape) == 3 and shape[0] > 1}
+    return {} if hasattr(module, "kernel_size") else {name: getattr(module, name) for name in stacks}
+
+
+def stacked_experts(model: torch.nn.Module) -> dict[str, tuple[Any, torch.nn.Parameter]]:
+    """Every weight of many experts with its module, by name."""
+    owners = {name.replace(".base_layer", ""): module for name, module in model.named_modules()}
+    return {f"{name}.{leaf}": (module, w) for name, module in owners.items() for leaf, w in stacks_in(module).items()}
+
+
+def storage_options(config: Config) -> dict[str, Any]:
+    """How bitsandbytes' layers and weights hold their values."""
+    quant, storage = config.quant, FSDP_STORAGE if is_fsdp(config) else torch.uint8
+    return {"compress_statistics": quant.double_quant, "quant_type": quant.quant_type, "quant_storage": storage}
+
+
+def pack_weight(weight: torch.Tensor, config: Config) -> Any:
+    """A weight of any shape in 4 bit."""
+    return bitsandbytes.nn.Params4bit(weight, requires_grad=False, **storage_options(config)).to(weight.device)
+
+
+@contextlib.contextmanager
+def packing_experts(config: Config) -> Iterator[None]:
+    """Quantise experts one stack at a time while a model loads: transformers' quantizer knows linear layers only."""
+    needs, convert = Bnb4BitHfQuantizer.param_needs_quantization, Bnb4bitQuantize.convert
+
+    def is_stack(model: Any, name: str) -> bool:
+        module = model.get_submodule(name.rpartition(".")[0])
+        return knows_experts(module) and name.rpartition(".")[2] in stacks_in(module)
+
+    def pack(self: Any, tensors: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not all(is_stack(kwargs["model"], name) for name in tensors):
+            return convert(self, tensors, *args, **kwargs)
+        return {name: pack_weight(w[0] if isinstance(w, list) else w, config) for name, w in tensors.items()}
+
+    wanted = partialmethod(
+        lambda self, model, name, **kwargs: is_stack(model, name) or needs(self, model, name, **kwargs)
+    )
+    wanted_too = mock.patch.object(Bnb4BitHfQuantizer, "param_needs_quantization", wanted)
+    with wanted_too, mock.patch.object(Bnb4bitQuantize, "convert", pack):
+        yield
+
+
+def pack_experts(model: Any, config: Config) -> None:
+    """Quantise stacks that were loaded as they are, and let every module unpack its own."""
+    for name, (module, weight) in stacked_experts(model).items():
+        if knows_experts(module):
+            module.forward = partial(unpacked_experts_forward, module, {})
+            if not hasattr(weight, "quant_state"):
+                setattr(module, leaf_name(name), pack_weight(weight.data, config))
+
+
+def unpack_experts(model: Any, dtype: torch.dtype) -> None:
+    """Undo pack_experts."""
+    for name, (module, weight) in stacked_experts(model).items():
+        if hasattr(weight, "quant_state"):
+            dense = torch.nn.Parameter(stack_values(weight, dtype), requires_grad=False)
+            setattr(module, leaf_name(name), dense)
+            module.__dict__.pop("forward", None)
+
+
+def stack_values(weight: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The values of a stack of experts, (experts, ., .)."""
+    state = getattr(weight, "quant_state", None)
+    return (dequantize_4bit(weight.data, state) if state else weight).to(dtype)
+
+
+def expert_factors(layer: Any, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_A, (experts, r, in), and lora_B, (experts, out, r), of peft's adapter of a stack."""
+    a, b = (next(iter(part.values())).weight for part in (layer.lora_A, layer.lora_B))
+    return a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of products with x: autocast's, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def unpacked_experts_forward(
+    module: Any, layers: Mapping[str, Any], x: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Stand in for the forward of a module of experts: on a copy whose weights are unpacked, their adapters added."""
+    dense = copy.copy(module)
+    dense.__dict__.pop("forward", None)
+    dense._parameters = dict(module._parameters)
+    for name, weight in stacks_in(module).items():
+        values = stack_values(weight, matmul_dtype(x))
+        if name in layers and not layers[name].disable_adapters:
+            a, b = expert_factors(layers[name], len(values))
+            change = layers[name].scaling["default"] * (b @ a).to(values.dtype)
+            values = values + (change.mT if getattr(module, "is_transposed", False) else change)
+        dense._parameters[name] = values
+    return type(module).forward(dense, x, *args, **kwargs)
 
 
 def decoder_layers(model: Any) -> list[Any]:
@@ -2898,7 +3002,11 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         options["quantization_config"] = quantisation_config(config, model_config)
     if args.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
         importlib.import_module("deepspeed").init_distributed()
-    model = (load_for_fsdp if fsdp else load_base)(config, model_config, folder, **options)
+    packs = config.quant.bits == 4 and not is_sharded(config)  # engines shard experts as they are
+    with packing_experts(config) if packs else contextlib.nullcontext():
+        model = (load_for_fsdp if fsdp else load_base)(config, model_config, folder, **options)
+    if packs:
+        pack_experts(model, config)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Else the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with
@@ -2908,10 +3016,10 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         unpacked = getattr(model, "hf_quantizer", None) is None  # transformers drops it then
         held = f"dequantised, held in {str(model.dtype)[6:]}" if unpacked else "loaded as it is: its bits are its own"
         log.info("the checkpoint is already quantised (%s) and is %s", stored.get("quant_method"), held)
-    experts = list(stacked_experts(model).values())
-    if experts and options.get("quantization_config"):
-        message = "bitsandbytes does not quantise %d tensors of stacked experts: %.2f GiB stay in %s"
-        log.warning(message, len(experts), sum(weight.nbytes for weight in experts) / GIB, str(experts[0].dtype)[6:])
+    whole = [weight for _, weight in stacked_experts(model).values() if not hasattr(weight, "quant_state")]
+    if whole and options.get("quantization_config"):
+        message = "%d stacks of experts are not quantised: %.2f GiB stay in %s"
+        log.warning(message, len(whole), sum(weight.nbytes for weight in whole) / GIB, str(whole[0].dtype)[6:])
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         log.warning("output_router_logits: the routers' own loss is not added to the loss")
     # keeps the Trainer from wrapping the model in DataParallel where this process sees several GPUs
@@ -2970,12 +3078,6 @@ class Choice(NamedTuple):
     start: dict[str, torch.Tensor]  # lora_A, (r, in), and lora_B, (out, r), close to W - Q; empty: from zero
     before: float  # squared change of the outputs by plain rounding
     after: float  # by Q
-
-
-def storage_options(config: Config) -> dict[str, Any]:
-    """How bitsandbytes' layers and weights hold their values."""
-    quant, storage = config.quant, FSDP_STORAGE if is_fsdp(config) else torch.uint8
-    return {"compress_statistics": quant.double_quant, "quant_type": quant.quant_type, "quant_storage": storage}
 
 
 def unpack(weight: Any) -> torch.Tensor:
@@ -3272,11 +3374,6 @@ LAYER_GROUPS = {  # of --lora_modules, by the families' names for the blocks
 }
 
 
-def leaf_name(name: str) -> str:
-    """The last part of a module's full name."""
-    return name.rpartition(".")[2]
-
-
 def outside_frozen_layers(names: Iterable[str], model: PreTrainedModel, lora: LoraArguments) -> set[str]:
     """Those of the names that lie in no frozen layer; freezing all layers is a ConfigError."""
     layers: int = model.config.get_text_config().num_hidden_layers or 0
@@ -3288,8 +3385,10 @@ def outside_frozen_layers(names: Iterable[str], model: PreTrainedModel, lora: Lo
 
 
 def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> set[str]:
-    """Full names of the layers that --lora_modules asks for, outside frozen ones."""
+    """Full names of the layers that --lora_modules asks for, and of stacks of experts, outside frozen layers."""
     layers, targets = linear_layers(model, masked), set[str]()
+    if adapts_experts(lora):
+        layers += [name for name, (module, _) in stacked_experts(model).items() if knows_experts(module)]
     trainable = outside_frozen_layers(layers, model, lora)
     for name in map(str.strip, lora.lora_modules.split(",")):
         pattern = re.compile(LAYER_GROUPS.get(name, rf"(.*\.)?{re.escape(name)}"))
@@ -3299,6 +3398,23 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fal
             raise ConfigError(f"--lora_modules: no linear layer is called {name!r}, the model has {known}")
         targets |= found
     return targets
+
+
+def adapts_experts(lora: LoraArguments) -> bool:
+    """Whether peft can adapt stacks of experts with these flags."""
+    return not lora.use_dora and lora.init_lora_weights.lower() in ("true", "false", "gaussian")
+
+
+def expert_patterns(model: PreTrainedModel, names: Iterable[str], lora: LoraArguments) -> dict[str, dict[str, Any]]:
+    """Rank and alpha of stacks of experts by their last two names, which peft looks up as regular expressions.
+
+    Of each expert's rank: Schulman et al. 2025, "LoRA Without Regret", divide it by the experts of a token.
+    """
+    text = model.config.get_text_config()
+    active = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
+    keys = {re.escape(".".join(name.split(".")[-2:])) for name in names}
+    rank = lora.expert_lora_r or max(1, lora.lora_r // active)
+    return {"rank_pattern": dict.fromkeys(keys, rank), "alpha_pattern": dict.fromkeys(keys, lora.lora_alpha)}
 
 
 def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> LoraConfig:
@@ -3313,11 +3429,17 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     for key in itertools.chain(*patterns.values()):
         if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in targets):
             raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")
+    experts = sorted(targets & stacked_experts(model).keys())
+    for name, own in expert_patterns(model, experts, lora).items():
+        patterns[name] |= {key: value for key, value in own.items() if key not in patterns[name]}
+    if experts and lora.lora_dropout:
+        log.warning("--lora_dropout: experts get none, which peft cannot give them")
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha % 1 == 0 else lora.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=lora.lora_dropout,
-        target_modules=sorted(targets),  # peft shortens a long list
+        target_modules=sorted(targets.difference(experts)),  # peft shortens a long list
+        target_parameters=experts or None,
         bias=lora.lora_bias,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
@@ -3353,6 +3475,8 @@ def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> No
     layers: Any = {n: module for n, module in adapted.named_modules() if isinstance(module, LoraLayer)}
     for name, layer in layers.items():
         key = name.removeprefix("base_model.model.")
+        if isinstance(layer, ParamWrapper):
+            continue  # experts start at zero
         if not fresh:
             layer.lora_B["default"].weight.data[:, rank:] = 0
         for part in ("lora_A", "lora_B") if f"{key}.lora_A" in starts else ():  # the scaling goes evenly to A and B
@@ -3377,30 +3501,71 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
         raise ConfigError(f"{folder}: {found}: {firsts}")
 
 
+@contextlib.contextmanager
+def adapting_packed_experts(config: Any) -> Iterator[None]:
+    """Let peft see the shapes that packed stacks stand for, and no dropout, which it refuses for them."""
+    shown, made = ParamWrapper.get_param, ParamWrapper.__init__
+
+    def get_param(self: Any) -> torch.Tensor:
+        weight = shown(self)
+        state = getattr(weight, "quant_state", None)
+        return weight.new_zeros(1, dtype=torch.float32).expand(state.shape) if state else weight
+
+    def init(self: Any, *args: Any, config: Any, **kwargs: Any) -> None:
+        config = copy.copy(config)
+        config.lora_dropout = 0.0
+        made(self, *args, config=config, **kwargs)
+
+    seen = mock.patch.object(ParamWrapper, "get_param", get_param)
+    with seen, mock.patch.object(ParamWrapper, "__init__", init), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*keys did not match any targeted module")  # or parameter, which it forgets
+        yield
+    if config.target_parameters:
+        config.lora_dropout = 0.0  # in the saved adapter, which peft would refuse to load
+
+
+def adapted_experts(model: Any) -> list[tuple[str, Any, dict[str, Any]]]:
+    """The outermost of peft's wrappers of each module of experts by name, and the layer of each stack."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper) and not name.endswith(".base_layer"):
+            layers, inner = {}, module
+            while isinstance(inner, ParamWrapper):
+                layers[inner.parameter_name], inner = inner, inner.base_layer
+            found.append((name, module, layers))
+    return found
+
+
 def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     """Attach one adapter to exactly the layers that it names in full, or, from a folder, that its file holds."""
     config: Any
     if isinstance(adapter, LoraConfig):
-        config, asked = adapter, {*(adapter.target_modules or ())}
+        experts = {name.rpartition(".")[0] for name in adapter.target_parameters or ()}
+        config, asked = adapter, {*(adapter.target_modules or ()), *experts}
     else:
         config = PeftConfig.from_pretrained(adapter)
         config.inference_mode, config.base_model_name_or_path = False, None
         keys = [key.removeprefix("base_model.model.") for key in load_peft_weights(adapter, device="cpu")]
-        asked = {key.partition(".lora_")[0] for key in keys if ".lora_" in key}
+        asked = {key.partition(".lora_")[0].replace(".base_layer", "") for key in keys if ".lora_" in key}
     # peft takes names of a mixture's dense and shared layers for those of its experts, as transformers 4 had them
     # (0.21, https://github.com/huggingface/peft/issues/3711)
     present = asked <= {name for name, _ in model.named_modules()}
     rewritten = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
-    with rewritten if present else contextlib.nullcontext():
+    with rewritten if present else contextlib.nullcontext(), adapting_packed_experts(config):
         adapted: Any = get_peft_model(model, config)
+    for _, outer, layers in adapted_experts(adapted):
+        module = outer.get_base_layer()
+        if any(hasattr(weight, "quant_state") for weight in stacks_in(module).values()):
+            outer.forward = partial(unpacked_experts_forward, module, layers)
     if isinstance(adapter, str):
         load_adapter_weights(adapted, adapter)
-    carry = {name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    layers = (name for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer))
+    carry = {name.replace(".base_layer", "") for name in layers}
     if present and carry != asked:
         other = f"{len(carry - asked)} others and not on {len(asked - carry)}, first {min(carry ^ asked)}"
         raise ConfigError(f"peft puts the adapters on {other}: choose layers with --lora_modules")
-    if stacked_experts(model) and not getattr(config, "target_parameters", None):
-        config.target_modules = asked  # in full, which later versions of peft leave alone
+    if isinstance(adapter, LoraConfig) and stacked_experts(model):
+        config.target_modules = asked - experts  # in full, which later versions of peft leave alone
     return adapted
 
 
@@ -3429,7 +3594,9 @@ def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None, 
         fit_calibrated_base(adapted, start, fresh=adapter is None, rank=config.lora.lora_r)
     if adapter is None and (start or mutates_base(adapted.peft_config["default"].init_lora_weights)):
         state = get_peft_model_state_dict(adapted)  # convert_to_published_base needs it
-        adapted.initial_adapter = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        experts = tuple(f"{name}." for name, *_ in adapted_experts(adapted))  # whose B is zero
+        fresh = {name: tensor for name, tensor in state.items() if not name.startswith(experts)}
+        adapted.initial_adapter = {name: tensor.detach().cpu().clone() for name, tensor in fresh.items()}
     return adapted
 
 
@@ -3445,17 +3612,18 @@ def convert_to_published_base(folder: Path, initial: Mapping[str, torch.Tensor])
     """
     file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     weights, config = load_file(file), read_json(config_file)
-    for name in weights:
+    for name in weights.keys() & initial.keys():
         first = initial[name].to(weights[name].dtype)
         if ".lora_A." in name:
             weights[name] = torch.cat([weights[name], first], dim=0)
         elif ".lora_B." in name:
             weights[name] = torch.cat([weights[name], -first], dim=1)
     save_file(weights, file, metadata={"format": "pt"})
-    factor = math.sqrt(2) if config["use_rslora"] else 2
+    experts, factor = config["target_parameters"] or (), math.sqrt(2) if config["use_rslora"] else 2
     doubled = {"r": 2 * config["r"], "lora_alpha": factor * config["lora_alpha"], "init_lora_weights": True}
-    doubled["rank_pattern"] = {name: 2 * rank for name, rank in config["rank_pattern"].items()}
-    doubled["alpha_pattern"] = {name: factor * alpha for name, alpha in config["alpha_pattern"].items()}
+    for pattern, times in (("rank_pattern", 2), ("alpha_pattern", factor)):  # those of experts stay
+        own = {key for key in config[pattern] if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in experts)}
+        doubled[pattern] = {key: value * (1 if key in own else times) for key, value in config[pattern].items()}
     config_file.write_text(json.dumps(config | doubled, indent=2), encoding="utf-8")
 
 
@@ -3728,12 +3896,6 @@ class AddFrozen(torch.autograd.Function):
         return grads[0], None, None
 
 
-def matmul_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of products with x: autocast's, or its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 class FusedGroup:
     """The adapted layers of one block that share an input: the first one called computes all (1 %; small: 12 %)."""
 
@@ -3773,6 +3935,91 @@ def fused_mlp(module: Any, layers: Sequence[FusedLinear], x: torch.Tensor) -> to
     return out.view(*x.shape[:-1], -1)
 
 
+def grouped_mm(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Multiply rows of x, (rows, in), up to each end by the next of the weights, (experts, in, out)."""
+    if x.is_cuda and x.dtype == torch.bfloat16:  # whose strides are multiples of 16 bytes
+        return F.grouped_mm(x, weights, offs=ends)
+    parts = x.tensor_split(ends[:-1].tolist())
+    return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
+
+
+class FrozenExperts(torch.autograd.Function):
+    """Each expert's rows times its frozen weight. Keeps neither rows nor unpacked weights for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, ends: torch.Tensor, weight: Any, transposed: bool) -> torch.Tensor:
+        """Take x, (rows, in), in the order of experts, and return (rows, out)."""
+        ctx.ends, ctx.weight, ctx.transposed = ends, weight, transposed
+        values = stack_values(weight, x.dtype)
+        return grouped_mm(x, values if transposed else values.mT, ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        values = stack_values(ctx.weight, grads[0].dtype)
+        return grouped_mm(grads[0], values.mT if ctx.transposed else values, ctx.ends), None, None, None
+
+
+def expert_products(module: Any, layer: Any, name: str, x: torch.Tensor, experts: Any, ends: Any) -> torch.Tensor:
+    """Each row times its expert's weight, with bias and adapter: (rows, out)."""
+    weight = module._parameters[name]
+    out = FrozenExperts.apply(x, ends, weight, module.is_transposed)
+    if module.has_bias:
+        out = out + getattr(module, f"{name}_bias")[experts].to(out.dtype)
+    if layer is None or layer.disable_adapters:
+        return out
+    a, b = (factor.to(x.dtype) for factor in expert_factors(layer, len(ends)))
+    spare = -a.shape[1] % 8  # grouped products on a GPU want multiples
+    a, b = F.pad(a, (0, 0, 0, spare)), F.pad(b, (0, spare)).contiguous()
+    hidden = grouped_mm(x, a.mT, ends) * layer.scaling["default"]
+    return out + grouped_mm(hidden, b.mT, ends)
+
+
+def grouped_experts_forward(
+    module: Any, layers: Mapping[str, Any], x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor
+) -> torch.Tensor:
+    """Stand in for the forward of a module of experts: rows are sorted by expert, and stacks unpacked once.
+
+    x is (tokens, hidden); `chosen` and `shares`, the experts of each token and what they count, are (tokens, k).
+    """
+    experts, order = chosen.flatten().sort(stable=True)
+    ends = torch.searchsorted(experts, torch.arange(module.num_experts, device=x.device), right=True).int()
+    rows, first = x[order // chosen.shape[1]].to(matmul_dtype(x)), "gate_up_proj" if module.has_gate else "up_proj"
+    inner = expert_products(module, layers.get(first), first, rows, experts, ends)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    out = expert_products(module, layers.get("down_proj"), "down_proj", inner, experts, ends)
+    if module.has_post_expert_norm:
+        out = module.post_expert_norm(out)
+    out = (out * shares.flatten()[order, None])[order.argsort()]
+    return out.unflatten(0, chosen.shape).sum(1).to(x.dtype)
+
+
+def same_in_groups(module: Any, layers: Mapping[str, Any]) -> bool:
+    """Whether grouped products give what the module's own function does, on a few random tokens."""
+    weight, generator = module._parameters["down_proj"], torch.Generator().manual_seed(0)
+    size = getattr(weight, "quant_state", weight).shape[2 if module.is_transposed else 1]
+    x = torch.randn(24, size, generator=generator).to(weight.device)
+    shares, chosen = torch.rand(24, module.num_experts, generator=generator).to(weight.device).topk(2)
+    ways = unpacked_experts_forward, grouped_experts_forward
+    return logits_close(*(way(module, layers, x, chosen, shares) for way in ways))
+
+
+@torch.no_grad()
+def group_experts(model: Any) -> list[str]:
+    """Multiply experts in groups wherever that gives the same; names of the other modules of experts."""
+    outer = {layer.get_base_layer(): (layer, layers) for _, layer, layers in adapted_experts(model)}
+    others = []
+    for name, module in [(name, module) for name, module in model.named_modules() if knows_experts(module)]:
+        layer, layers = outer.get(module, (module, {}))
+        alike = False
+        with contextlib.suppress(Exception):  # whatever it raises
+            alike = same_in_groups(module, layers)
+        if alike:
+            layer.forward = partial(grouped_experts_forward, module, layers)
+        else:
+            others.append(name)
+    return others
+
+
 def is_gated_mlp(module: Any) -> bool:
     """Check, on stand-ins, that a block computes down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
     layers = types.SimpleNamespace(gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.exp, act_fn=torch.tanh)
@@ -3799,6 +4046,7 @@ def patch_lora_layers(model: Any) -> tuple[list[FusedGroup], list[str]]:
     """Fuse every adapted layer that is known; returns the groups, and the names of the other layers."""
     adapted: Any = ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer))
     # a frozen one may never be called, and its group would wait for it
+    adapted = ((name, m) for name, m in adapted if not isinstance(m, ParamWrapper))  # see group_experts
     layers = {name: as_fused_linear(m) for name, m in adapted if any(p.requires_grad for p in m.parameters())}
     known = {name: layer for name, layer in layers.items() if layer is not None}
     for name, module in model.named_modules():
@@ -4173,6 +4421,10 @@ def enable_fast_path(model: Any, base: Any, config: Config) -> FastPath:
         groups, others = patch_lora_layers(model)
         off = (f"{len(others)} adapted layers keep peft's functions, first {others[0]}",) if others else ()
         fast = fast._replace(groups=tuple(groups), off=off)
+    if others := group_experts(model):
+        fast = fast._replace(
+            off=(*fast.off, f"{len(others)} modules of experts unpack whole stacks, first {others[0]}")
+        )
     # an engine shards first; a masked model's rows are padded, and its head is more than a product
     return fast if fast.sharded or config.masked else choose_fast_path(model, base, fast, config)
 
@@ -4268,9 +4520,13 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     for name, module in model.named_modules():
         if "Norm" in type(module).__name__ and re.search(r"\.\d+\.", name):  # in a layer
             norms += hidden * (width if train.fast_path and "RMS" in type(module).__name__ else 4)
-    # experts stacked in one tensor stay frozen; a token meets a few of them, which keep their inputs and outputs
+    # of experts stacked in one tensor a token meets a few, which keep their inputs and outputs
     active = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
-    kept += 2 * active * sum(weight.numel() // len(weight) for weight in stacked_experts(model).values()) // hidden
+    stacks = [weight for _, weight in stacked_experts(model).values()]
+    kept += 2 * active * sum(weight.numel() // len(weight) for weight in stacks) // hidden
+    packed = sum(w.numel() for m, w in stacked_experts(model).values() if knows_experts(m)) if bits == 4 else 0
+    packed = 0 if is_sharded(config) else packed
+    dense = [*shapes.values(), *(weight.shape for weight in stacks if packed)]  # what is unpacked at once
     head = model.get_output_embeddings()
     vocabulary = 0 if head is None else head.weight.shape[0]
     # adapters that are computed from the base's weights would be computed from none
@@ -4281,13 +4537,13 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     # bytes a parameter: torch's AdamW keeps its averages in the parameter's dtype, the others in float32
     states = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "torch": 2 * size // count}
     return MemoryModel(
-        weights=int(linear * (four_bits if bits == 4 else 1 if bits == 8 else plain)),
-        other=(total - linear) * plain,
+        weights=int(linear * (four_bits if bits == 4 else 1 if bits == 8 else plain) + packed * four_bits),
+        other=(total - linear - packed) * plain,
         adapters=0 if full else size,
         gradients=size * (2 if train.world_size > 1 else 1),  # DDP averages a flat copy
         optimizer=count * next((each for name, each in states.items() if name in train.optim), 8),
         paged="paged" in train.optim,
-        fixed=(max(map(math.prod, shapes.values()), default=0) * width if bits < 16 else 0) + 2**27,
+        fixed=(max(map(math.prod, dense), default=0) * width if bits < 16 else 0) + 2**27,
         token=width * (2 * max(map(max, shapes.values()), default=4 * hidden) + 3 * hidden)
         + (0 if train.fast_path and not is_sharded(config) else vocabulary * (width + 12)),
         layer=(width * kept + norms) // layers,
@@ -5844,7 +6100,10 @@ def load_merge_base(config: Config, folder: str) -> Any:
         log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
         options = {"dtype": load_dtype(config), "quantization_config": quantisation_config(config, model_config)}
-    model = load_base(config, model_config, folder, device_map={"": "cpu"}, **options)
+    packs = options.get("quantization_config") and config.quant.bits == 4
+    with packing_experts(config) if packs else contextlib.nullcontext():
+        model = load_base(config, model_config, folder, device_map={"": "cpu"}, **options)
+    unpack_experts(model, dtype)
     if getattr(model.config, "quantization_config", None):
         with reraise_as_user_error(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
             model = model.dequantize(dtype=dtype)

@@ -388,6 +388,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", _GPT2),  # tied; Conv1D, not Linear: the weight is transposed
     "glm4_moe": ("glm4_moe", {**_MOE, "head_dim": 16}),  # one layer dense, one of experts, with a shared one
     "deepseek_v3": ("deepseek_v3", {**_MOE, **_MLA}),  # and queries, keys and values of low rank
+    "qwen2_moe": ("qwen2_moe", {**_MOE, "shared_expert_intermediate_size": 32}),
+    "qwen3_moe": ("qwen3_moe", {**_MOE, "head_dim": 16}),
+    "granitemoe": ("granitemoe", {**_MOE, "num_local_experts": 4}),
+    "phimoe": ("phimoe", {**_MOE, "num_local_experts": 4, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0}),
     "qwen3_next": ("qwen3_next", _QWEN3_NEXT),  # linear attention; a gate on the shared expert
     "llama4": ("llama4_text", {**_LLAMA4, "interleave_moe_layer_step": 2}),  # its router is a Linear that gives a tuple
     "gemma3n": ("gemma3n_text", _GEMMA3N),  # reads and clamps the weights of two linear layers
