@@ -2794,7 +2794,8 @@ def storage_options(config: Config) -> dict[str, Any]:
 
 def pack_weight(weight: torch.Tensor, config: Config) -> Any:
     """A weight of any shape in 4 bit."""
-    return bitsandbytes.nn.Params4bit(weight, requires_grad=False, **storage_options(config)).to(weight.device)
+    packed: Any = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **storage_options(config))
+    return packed.to(weight.device)
 
 
 @contextlib.contextmanager
@@ -2820,12 +2821,16 @@ def packing_experts(config: Config) -> Iterator[None]:
 
 
 def pack_experts(model: Any, config: Config) -> None:
-    """Quantise stacks that were loaded as they are, and let every module unpack its own."""
+    """Let every module unpack its own stacks; of a base that is quantised already, MXFP4's too, quantise them."""
+    again = []
     for name, (module, weight) in stacked_experts(model).items():
         if knows_experts(module):
             module.forward = partial(unpacked_experts_forward, module, {})
             if not hasattr(weight, "quant_state"):
                 setattr(module, leaf_name(name), pack_weight(weight.data, config))
+                again.append(name)
+    if again:
+        log.info("%d stacks of experts are quantised after loading, first %s", len(again), again[0])
 
 
 def unpack_experts(model: Any, dtype: torch.dtype) -> None:
@@ -3018,10 +3023,8 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         log.info("the checkpoint is already quantised (%s) and is %s", stored.get("quant_method"), held)
     whole = [weight for _, weight in stacked_experts(model).values() if not hasattr(weight, "quant_state")]
     if whole and options.get("quantization_config"):
-        message = "%d stacks of experts are not quantised: %.2f GiB stay in %s"
+        message = "%d stacks of experts are not quantised, but by --bits 4 on one GPU or DDP: %.2f GiB stay in %s"
         log.warning(message, len(whole), sum(weight.nbytes for weight in whole) / GIB, str(whole[0].dtype)[6:])
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        log.warning("output_router_logits: the routers' own loss is not added to the loss")
     # keeps the Trainer from wrapping the model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
     model.config.use_cache = False  # of no use in training; generation turns it on
@@ -3429,7 +3432,10 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     for key in itertools.chain(*patterns.values()):
         if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in targets):
             raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")
-    experts = sorted(targets & stacked_experts(model).keys())
+    stacks = {name for name, (module, _) in stacked_experts(model).items() if knows_experts(module)}
+    experts = sorted(targets & stacks)
+    if stacks and not adapts_experts(lora):
+        log.warning("experts get no adapters: peft takes neither --use_dora nor this --init_lora_weights for them")
     for name, own in expert_patterns(model, experts, lora).items():
         patterns[name] |= {key: value for key, value in own.items() if key not in patterns[name]}
     if experts and lora.lora_dropout:
@@ -3511,10 +3517,10 @@ def adapting_packed_experts(config: Any) -> Iterator[None]:
         state = getattr(weight, "quant_state", None)
         return weight.new_zeros(1, dtype=torch.float32).expand(state.shape) if state else weight
 
-    def init(self: Any, *args: Any, config: Any, **kwargs: Any) -> None:
+    def init(self: Any, base: Any, name: str, parameter: str, config: Any, **kwargs: Any) -> None:
         config = copy.copy(config)
         config.lora_dropout = 0.0
-        made(self, *args, config=config, **kwargs)
+        made(self, base, name, parameter, config, **kwargs)
 
     seen = mock.patch.object(ParamWrapper, "get_param", get_param)
     with seen, mock.patch.object(ParamWrapper, "__init__", init), warnings.catch_warnings():
@@ -3526,12 +3532,12 @@ def adapting_packed_experts(config: Any) -> Iterator[None]:
 
 def adapted_experts(model: Any) -> list[tuple[str, Any, dict[str, Any]]]:
     """The outermost of peft's wrappers of each module of experts by name, and the layer of each stack."""
-    found = []
+    found: list[Any] = []
     for name, module in model.named_modules():
         if isinstance(module, ParamWrapper) and not name.endswith(".base_layer"):
-            layers, inner = {}, module
+            layers, inner = dict[str, Any](), module
             while isinstance(inner, ParamWrapper):
-                layers[inner.parameter_name], inner = inner, inner.base_layer
+                layers[inner.parameter_name], inner = inner, inner.base_layer  # type: ignore[assignment]
             found.append((name, module, layers))
     return found
 
@@ -3559,8 +3565,8 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
             outer.forward = partial(unpacked_experts_forward, module, layers)
     if isinstance(adapter, str):
         load_adapter_weights(adapted, adapter)
-    layers = (name for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer))
-    carry = {name.replace(".base_layer", "") for name in layers}
+    adapters = (name for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer))
+    carry = {name.replace(".base_layer", "") for name in adapters}
     if present and carry != asked:
         other = f"{len(carry - asked)} others and not on {len(asked - carry)}, first {min(carry ^ asked)}"
         raise ConfigError(f"peft puts the adapters on {other}: choose layers with --lora_modules")
@@ -5538,6 +5544,14 @@ class QLoRATrainer(Trainer):
         self.untried = self.sharded and config.training.fast_path and not config.masked
         self.overflows = 0  # steps in succession whose gradient norm is not finite
         self.eval_batches: list[tuple[int, float, int, int]] = []
+        self.router_logits: Any = None  # of the last forward pass, where the config asks for the routers' own loss
+        self.router_losses: list[torch.Tensor] = []  # since the last log
+        self.balance = router_loss_of(self.inner)
+        if self.balance:
+            self.inner.base_model.register_forward_hook(self._note_router_logits)
+
+    def _note_router_logits(self, model: Any, args: Any, outputs: Any) -> None:
+        self.router_logits = outputs.router_logits
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train without bitsandbytes 0.50's wait for the GPU after each parameter (10 %); one stream keeps order."""
@@ -5623,6 +5637,11 @@ class QLoRATrainer(Trainer):
                         total = summed_loss(inner, self.fast, batch, self.args.label_smoothing_factor)
                         # over the supervised tokens of the whole step; undoes the average over ranks
                         loss = total * (self.args.world_size / items)
+                        if self.balance:  # a micro-batch counts by its tokens, as in the model's own loss
+                            routed = self.balance(self.router_logits, batch.get("attention_mask"))
+                            share = int(step.lengths[members].sum()) / len(step.input_ids)
+                            loss = loss + routed * share * self.inner.router_aux_loss_coef
+                            self.router_losses.append(routed.detach() * share)
                     self.accelerator.backward(loss)
                     losses.append(([step.where[i] for i in members], loss.detach().to(self.args.device)))
         return losses
@@ -5643,6 +5662,14 @@ class QLoRATrainer(Trainer):
         if self.passes_positions:
             batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         return batch
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Report the routers' loss beside the loss."""
+        if self.router_losses and "loss" in logs:
+            steps = self.state.global_step - self._globalstep_last_logged
+            logs["router_loss"] = float(torch.stack(self.router_losses).sum()) / max(1, steps)
+            self.router_losses = []
+        super().log(logs, *args, **kwargs)
 
     def _make_room(self, step: StepBatch, reason: torch.OutOfMemoryError) -> None:
         """Drop dequantised copies, halve micro-batches down to 4096 tokens, then recompute more layers."""
@@ -5854,6 +5881,17 @@ class QLoRATrainer(Trainer):
         prefixed = {f"eval_{name}": value for name, value in metrics.items()}  # MMLU's too, as the Trainer asks for
         # with --save_strategy best, the Trainer saves what this returns, but a signal's checkpoint is due in any case
         return super()._determine_best_metric(metrics | prefixed, trial) or self.control.should_save
+
+
+def router_loss_of(model: Any) -> Callable[[Any, Any], torch.Tensor] | None:
+    """The load-balancing loss of a mixture whose config asks for it (output_router_logits), on logits and a mask."""
+    if not getattr(model.config.get_text_config(), "output_router_logits", False):
+        return None
+    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    if function is None or not hasattr(model, "router_aux_loss_coef"):
+        log.warning("output_router_logits: %s has no known loss of its routers: none is added", type(model).__name__)
+        return None
+    return lambda logits, mask: function(logits, model.num_experts, model.num_experts_per_tok, mask)
 
 
 def set_up_fsdp(plugin: Any, model: Any, config: Config) -> None:

@@ -18,9 +18,19 @@ from transformers import AutoModelForCausalLM
 
 import qlora
 
-FAMILIES = (
-    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "glm4_moe", "granitemoe", "phimoe", "llama4",
-)  # fmt: skip
+FAMILIES = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "gpt_oss",
+    "deepseek_v3",
+    "glm4_moe",
+    "granitemoe",
+    "phimoe",
+    "llama4",
+]
+SMALL = {"learning_rate": 1e-2, "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2}
 
 
 def plain_base(folder, packed):
@@ -69,3 +79,92 @@ def test_experts_in_4_bit_train_as_in_plain_peft(models, tmp_path, family):
         assert own.keys() == wanted.keys()
         for name, gradient in wanted.items():
             torch.testing.assert_close(own[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def adapter(run) -> dict[str, torch.Tensor]:
+    return load_file(run.output_dir / "adapter_model.safetensors")
+
+
+def test_a_mixture_trains_resumes_predicts_and_is_merged(run_qlora, models, tmp_path):
+    """Bit for bit over a resume; merged into the published base, and into the values that training saw."""
+    flags = {"model_name_or_path": models("mixtral"), **SMALL}
+    whole = run_qlora(**flags, output_dir=tmp_path / "whole", merged_output_dir=tmp_path / "merged")
+    half = run_qlora(**flags | {"max_steps": 2}, output_dir=tmp_path / "half")
+    resumed = run_qlora(**flags, output_dir=tmp_path / "half")
+    assert [run.code for run in (whole, half, resumed)] == [0, 0, 0]
+    assert "not quantised" not in whole.stderr and "after loading" not in whole.stderr
+    first, second = adapter(whole), adapter(resumed)
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+    assert all(tensor.any() for name, tensor in first.items() if "experts" in name)
+    again = run_qlora(
+        **flags, output_dir=tmp_path / "whole", do_train=False, merge_base="dequantized",
+        merged_output_dir=tmp_path / "dequantized", do_predict=True, predict_with_generate=True, max_new_tokens=3,
+    )  # fmt: skip
+    assert again.code == 0 and len((again.output_dir / "predictions.jsonl").read_text().splitlines()) > 1
+    packed = load_file(tmp_path / "dequantized" / "model.safetensors")
+    published = load_file(tmp_path / "merged" / "model.safetensors")
+    stored = load_file(models("mixtral") / "model.safetensors")
+    assert {*packed} == {*published} == {*stored}, "the published layout, an expert at a time"
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_the_fast_path_of_experts_trains_to_the_same(run_qlora, models, tmp_path, bits):
+    flags = {"model_name_or_path": models("qwen3_moe"), "bits": bits, **SMALL, "max_steps": 2}
+    fast, slow = (run_qlora(**flags, fast_path=fast, output_dir=tmp_path / str(fast)) for fast in (True, False))
+    assert fast.code == slow.code == 0 and "unpack whole stacks" not in fast.stderr
+    for name, tensor in adapter(slow).items():
+        torch.testing.assert_close(adapter(fast)[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_each_expert_has_a_rank_of_its_own(run_qlora, models):
+    """--lora_r over the experts of a token, here two, unless the flag says otherwise; dropout is said to leave them."""
+    base = {"model_name_or_path": models("mixtral"), "lora_r": 8, "max_steps": 1}
+    run = run_qlora(**base, lora_dropout=0.1)
+    shapes = {tuple(t.shape) for n, t in adapter(run).items() if "experts" in n and "lora_A" in n}
+    assert shapes == {(4 * 4, 64), (4 * 4, 128)} and "--lora_dropout: experts get none" in run.stderr
+    assert run.json("adapter_config.json")["lora_dropout"] == 0, "which plain peft would refuse to load"
+    run = run_qlora(**base, expert_lora_r=3, lora_modules="gate_up_proj", overwrite_output_dir=True)
+    assert {n.rpartition("experts.")[2]: tuple(t.shape) for n, t in adapter(run).items() if "layers.0" in n} == {
+        "lora_A.weight": (4 * 3, 64), "lora_B.weight": (256, 4 * 3)
+    }  # fmt: skip
+    assert run_qlora(**base, expert_lora_r=0).code == 2
+
+
+def test_experts_without_tokens_have_no_gradient(models):
+    config = reference.parse(models("mixtral"), bits=4, lora_r=8)
+    base = qlora.load_model(config, qlora.load_model_config(config, str(models("mixtral"))), str(models("mixtral")))
+    model = qlora.make_trainable(base, config, None)
+    assert qlora.group_experts(model) == []
+    with torch.no_grad():  # a router that sends all tokens to the first two
+        for name, weight in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                weight.zero_()
+    _, found = gradients(model, torch.randint(5, 250, (1, 16)))
+    for name, gradient in found.items():
+        if "experts" in name:
+            rows = (
+                gradient.unflatten(0, (4, -1)) if "lora_A" in name else gradient.unflatten(1, (-1, 4)).permute(2, 0, 1)
+            )
+            seen = [bool(expert.any()) for expert in rows]
+            assert sum(seen) == 2, f"{name}: {seen}"
+
+
+def test_the_routers_loss_is_added_and_reported(run_qlora, models, tmp_path):
+    """As the config asks: loss and gradient norm of a row are the model's own. It is no part of eval_loss."""
+    base = models("mixtral", output_router_logits=True, router_aux_loss_coef=2.0)
+    data = tiny.rows_to_jsonl(tmp_path / "row.jsonl", [{"text": "Owls sleep by day."}])
+    flags = {"bits": 32, "max_steps": 1, "logging_steps": 1, "gradient_accumulation_steps": 1, "learning_rate": 0.0}
+    run = run_qlora(model_name_or_path=base, dataset=data, eval_dataset=data, do_eval=True, **flags)
+    logs = {k: v for entry in run.json("trainer_state.json")["log_history"] for k, v in entry.items()}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    other = PeftModel.from_pretrained(model, run.output_dir, is_trainable=True)
+    ids = torch.tensor([[tiny.BOS, *b"Owls sleep by day.", tiny.EOS]])
+    outputs = other(input_ids=ids, labels=ids)
+    outputs.loss.backward()
+    norm = torch.stack([p.grad.norm() for p in other.parameters() if p.grad is not None]).norm().item()
+    assert logs["router_loss"] == pytest.approx(outputs.aux_loss.item(), rel=1e-5)
+    assert logs["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert logs["loss"] == pytest.approx(outputs.loss.item(), rel=1e-3)
+    assert run.json("eval_results.json")["eval_loss"] == pytest.approx(
+        (outputs.loss - 2 * outputs.aux_loss).item(), rel=1e-5
+    )
