@@ -3517,10 +3517,10 @@ def adapting_packed_experts(config: Any) -> Iterator[None]:
         state = getattr(weight, "quant_state", None)
         return weight.new_zeros(1, dtype=torch.float32).expand(state.shape) if state else weight
 
-    def init(self: Any, base: Any, name: str, parameter: str, config: Any, **kwargs: Any) -> None:
-        config = copy.copy(config)
-        config.lora_dropout = 0.0
-        made(self, base, name, parameter, config, **kwargs)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs["config"] = copy.copy(kwargs["config"])
+        kwargs["config"].lora_dropout = 0.0
+        made(self, *args, **kwargs)
 
     seen = mock.patch.object(ParamWrapper, "get_param", get_param)
     with seen, mock.patch.object(ParamWrapper, "__init__", init), warnings.catch_warnings():
