@@ -13,24 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             36-166
-     2 Errors             169-234
-     3 Dataset formats    237-748
-     4 Arguments         751-1422
-     5 Loading          1425-1884
-     6 Tokenizer        1887-2009
-     7 Encoding         2012-2548
-     8 Model            2551-2951
-     9 Calibration      2954-3258
-    10 LoRA             3261-3459
-    11 Fast path        3462-4177
-    12 Plan             4180-4446
-    13 Checkpoints      4449-4801
-    14 Processes        4804-4869
-    15 Evaluation       4872-5081
-    16 Trainer          5084-5657
-    17 Stages           5660-6103
-    18 Main             6106-6350
+     1 Imports             36-169
+     2 Errors             172-237
+     3 Dataset formats    240-751
+     4 Arguments         754-1426
+     5 Loading          1429-1888
+     6 Tokenizer        1891-2013
+     7 Encoding         2016-2552
+     8 Model            2555-3062
+     9 Calibration      3065-3363
+    10 LoRA             3366-3633
+    11 Fast path        3636-4435
+    12 Plan             4438-4708
+    13 Checkpoints      4711-5063
+    14 Processes        5066-5131
+    15 Evaluation       5134-5343
+    16 Trainer          5346-5951
+    17 Stages           5954-6400
+    18 Main             6403-6647
 """
 
 # ------------------------------------------------------------------------------------
