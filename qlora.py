@@ -3023,8 +3023,9 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         log.info("the checkpoint is already quantised (%s) and is %s", stored.get("quant_method"), held)
     whole = [weight for _, weight in stacked_experts(model).values() if not hasattr(weight, "quant_state")]
     if whole and options.get("quantization_config"):
-        message = "%d stacks of experts are not quantised, but by --bits 4 on one GPU or DDP: %.2f GiB stay in %s"
-        log.warning(message, len(whole), sum(weight.nbytes for weight in whole) / GIB, str(whole[0].dtype)[6:])
+        message = "%d stacks of experts are not quantised, %.2f GiB stay in %s: that takes --bits 4 without %s"
+        size, dtype = sum(weight.nbytes for weight in whole) / GIB, str(whole[0].dtype)[6:]
+        log.warning(message, len(whole), size, dtype, "--fsdp and --deepspeed, and a module that is known")
     # keeps the Trainer from wrapping the model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
     model.config.use_cache = False  # of no use in training; generation turns it on
@@ -3434,12 +3435,13 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
             raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")
     stacks = {name for name, (module, _) in stacked_experts(model).items() if knows_experts(module)}
     experts = sorted(targets & stacks)
+    warn = log.debug if model.device.type == "meta" else log.warning  # the plan attaches adapters too
     if stacks and not adapts_experts(lora):
-        log.warning("experts get no adapters: peft takes neither --use_dora nor this --init_lora_weights for them")
+        warn("experts get no adapters: peft takes neither --use_dora nor this --init_lora_weights for them")
     for name, own in expert_patterns(model, experts, lora).items():
         patterns[name] |= {key: value for key, value in own.items() if key not in patterns[name]}
     if experts and lora.lora_dropout:
-        log.warning("--lora_dropout: experts get none, which peft cannot give them")
+        warn("--lora_dropout: experts get none, which peft cannot give them")
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha % 1 == 0 else lora.lora_alpha,  # type: ignore[arg-type]
