@@ -857,6 +857,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     plan: bool = arg(False, "Print the memory that the run needs, in GiB by part, and exit.")
     plan_gpu: str | None = arg(None, "Memory of the GPU to plan for, such as 24GiB; default: that of the GPU here.")
     train_sampling_strategy: Literal["group_by_length", "random", "sequential"] = arg("group_by_length", "Row order.")
+    recipe: str | None = arg(None, "modern: alpha 32, linear decay, learning rate by the model's width.")
     early_stopping_patience: int | None = arg(None, "Stop after N evaluations without a better metric_for_best_model.")
     overwrite_output_dir: bool = arg(False, "Start over in an output_dir that holds a run; removes its checkpoints.")
     working_dir: str | None = arg(None, "Folder for everything but the final weights, their tokenizer and card.")
@@ -876,6 +877,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {  # of the Trainer's own flags, where they d
     "optim": "paged_adamw_32bit", "learning_rate": 2e-4, "lr_scheduler_type": "constant", "max_grad_norm": 0.3,
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "warmup_steps": 0.03, "logging_steps": 10,
     "save_steps": 250, "save_total_limit": 40, "remove_unused_columns": False,
+}
+RECIPES: dict[str, dict[str, Any]] = {  # of --recipe: flags that the user did not pass; resolve_recipe adds the rate
+    "modern": {"lora_alpha": 32, "lora_modules": "all", "lr_scheduler_type": "linear", "warmup_steps": 0.03},
 }
 
 
@@ -1147,6 +1151,7 @@ def resolve_defaults(flags: Mapping[str, Any], explicitly_set: frozenset[str]) -
         ("train_sampling_strategy", flags["streaming"], "random"),  # the order of the stream's shuffle buffer
     )
     derived: dict[str, Any] = {name: v for name, applies, v in defaults if applies and name not in explicitly_set}
+    derived |= {n: v for n, v in RECIPES.get(flags["recipe"] or "", {}).items() if n not in explicitly_set}
     derived |= {"use_cpu": flags["use_cpu"] or not gpu, "do_eval": flags["do_eval"] or flags["eval_strategy"] != "no"}
     if isinstance(flags["report_to"], list):
         names = re.split(r"[\s,]+", " ".join(flags["report_to"]))
@@ -1212,6 +1217,7 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
      "neftune_noise_alpha calibration_rows", "0 or more", lambda x: 0 <= x < math.inf),
     ("lora_alpha temperature", "more than 0", lambda x: 0 < x < math.inf),
     ("lora_dropout layer_freeze_ratio label_smoothing_factor", "at least 0 and below 1", lambda x: 0 <= x < 1),
+    ("recipe", f"one of {', '.join(RECIPES)}", RECIPES.__contains__),
     ("mask_prob", "above 0 and at most 1", lambda x: 0 < x <= 1),
     ("mask_replace_prob random_replace_prob", "0 to 1", lambda x: 0 <= x <= 1),
     ("seed", "0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
@@ -1238,6 +1244,7 @@ REQUIRES: tuple[tuple[Any, ...], ...] = (
 )  # fmt: skip
 MUTUALLY_EXCLUSIVE = (
     ("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
+    ("recipe", "full_finetune"),
     ("model_max_len", "source_max_len"), ("model_max_len", "target_max_len"),
     ("eval_dataset", "eval_dataset_size"),
     ("layers_to_freeze", "layer_freeze_ratio"), ("overwrite_output_dir", "resume_from_checkpoint"),
@@ -2562,6 +2569,9 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transf
 FSDP_STORAGE = torch.float32
 
 LINEAR_CLASSES = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
+# How LoRA's best learning rate falls with the model's width, by model_type; of others the mean of the two
+# ("LoRA Without Regret", 2025, https://thinkingmachines.ai/blog/lora/; the numbers are tinker-cookbook's).
+WIDTH_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 TRIALS: dict[Any, tuple[set[str], set[str]]] = {}  # results of try_layers, which takes seconds
 
 # By model_type, what holds while a model of this family is loaded; mock.patch puts the attribute back.
@@ -2674,6 +2684,22 @@ def resolve_objective(config: Config, model_config: PretrainedConfig) -> Config:
     resolved = dataclasses.replace(config, data=data, flags=config.flags | {"objective": objective})
     check_config(resolved)
     return resolved
+
+
+def resolve_recipe(config: Config, model_config: PretrainedConfig) -> Config:
+    """The Config with the learning rate of --recipe, which follows from the model's width."""
+    if config.training.recipe is None:
+        return config
+    flags, training = dict(config.flags), copy.copy(config.training)
+    if "learning_rate" not in config.explicitly_set:
+        width = getattr(model_config.get_text_config(), "hidden_size", None)
+        if not width or config.training.deepspeed:  # whose file is filled in before the width is known
+            raise ConfigError("--recipe: for --deepspeed or a model without hidden_size, pass --learning_rate too")
+        exponent = next((p for name, p in WIDTH_EXPONENTS.items() if model_config.model_type.startswith(name)), 0.429)
+        training.learning_rate = flags["learning_rate"] = float(f"{5e-4 * (2000 / width) ** exponent:.3g}")
+    names = (*RECIPES[flags["recipe"]], "learning_rate")
+    log.info("--recipe %s: %s", flags["recipe"], " ".join(f"--{name} {flags[name]}" for name in names))
+    return dataclasses.replace(config, training=training, flags=flags)
 
 
 def resolve_attention(config: Config) -> str | None:
@@ -6084,7 +6110,7 @@ def log_hints(config: Config) -> None:
     if bits >= 16 and train.bf16 != (bits == 16):
         dtype = "bf16, because of --bf16" if train.bf16 else "float32, without --bf16"
         log.info("bits %d: the weights are in %s, as in the original", bits, dtype)
-    if config.quant.calibration_rows and train.do_train and train.learning_rate > 5e-4:
+    if config.quant.calibration_rows and train.do_train and (train.recipe or train.learning_rate > 5e-4):
         log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     for applies, names, reason in ineffective_flags(config):
         if applies and (passed := sorted(config.explicitly_set.intersection(names))):
@@ -6126,7 +6152,7 @@ def load_run(config: Config) -> tuple[Run, Data]:
     with local_main_process_first():  # converts a .gguf file
         folder = model_folder(config)
     model_config = load_model_config(config, folder)
-    config = resolve_objective(config, model_config)
+    config = resolve_recipe(resolve_objective(config, model_config), model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
     earlier = [folder / "run.json" for folder in (resume.found, resume.found.parent)] if resume.found else []
     record = next((read_json(file) for file in earlier if file.is_file()), config.record)
@@ -6224,7 +6250,7 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
     log_hints(config)
     if args.plan:
         model_config = load_model_config(config, model_folder(config))
-        config = resolve_objective(config, model_config)
+        config = resolve_recipe(resolve_objective(config, model_config), model_config)
         lines, fits = plan_from_flags(config, memory_from_config(config, model_config))
         if args.process_index == 0:
             print(format_table(lines))

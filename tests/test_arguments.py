@@ -133,6 +133,7 @@ TRAINING = {
 NEW_TRAINING = {  # flags that the Trainer does not have
     "overwrite_output_dir": False,
     "early_stopping_patience": None,
+    "recipe": None,
     "working_dir": None,
     "final_output_dir": None,
     "merged_output_dir": None,
@@ -796,6 +797,7 @@ RULES = [
     ("--calibration_rows 8 --bits 8", "calibration_rows bits 4"),
     ("--calibration_rows 8 --use_dora", "calibration_rows init_lora_weights"),
     ("--early_stopping_patience 2", "early_stopping_patience eval_strategy"),
+    ("--recipe modern --full_finetune --bits 16", "recipe full_finetune"),
     ("--fsdp --optim paged_adamw_8bit", "fsdp paged_adamw_8bit adamw_torch"),
     ("--fsdp --bits 8", "fsdp bits 8 4 16"),
     ('--fsdp --fsdp_config {"version":1}', "fsdp_config version 1 2"),
@@ -932,6 +934,7 @@ IMPOSSIBLE = [
     ("--layers_to_freeze -1", "--layers_to_freeze"),
     ("--calibration_rows -1", "--calibration_rows"),
     ("--early_stopping_patience 0", "--early_stopping_patience"),
+    ("--recipe guanaco", "--recipe guanaco: expected one of modern"),
     ("--neftune_noise_alpha -1", "--neftune_noise_alpha"),
     ("--optim galore_adamw_layerwise", "--optim"),
 ]
