@@ -3484,10 +3484,10 @@ def make_trainable(
             named = (f"{tokenizer.convert_ids_to_tokens(i)} = {i}{' (not new)' * (not rows[i])}" for i in rows)
             log.info("--add_tokens: embedding and head train the rows %s", ", ".join(named))
         adapted = attach_adapter(model, new or adapter_files(str(adapter), config))
+    head, found = model.get_output_embeddings(), token_rows(adapted.peft_config["default"])
+    if rows.keys() != found and (rows or (tokenizer and max(found) >= len(tokenizer))):
+        raise ConfigError(f"{source}: it trains rows {sorted(found)}, --add_tokens asks for {[*rows]}: pass its tokens")
     if rows:
-        head, found = model.get_output_embeddings(), token_rows(adapted.peft_config["default"])
-        if rows.keys() != found:
-            raise ConfigError(f"{source}: it trains rows {sorted(found)}, --add_tokens asks for {[*rows]}")
         if not isinstance(head, TrainableTokensWrapper) or getattr(head.original_module, "bias", None) is not None:
             raise ConfigError("--add_tokens: peft can't train rows of this model's head: it has a bias, or an odd tie")
         adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)  # not grown ones
