@@ -118,7 +118,7 @@ from peft import (
 )  # fmt: skip
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils import transformers_weight_conversion as peft_conversion
+from peft.utils import TrainableTokensWrapper, transformers_weight_conversion as peft_conversion
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -129,7 +129,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoTokenizer,
+    AddedToken, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoTokenizer,
     BitsAndBytesConfig, EarlyStoppingCallback, GenerationConfig, HfArgumentParser, LlamaTokenizer, PretrainedConfig,
     PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Seq2SeqTrainingArguments, Trainer,
     TrainerCallback, TrainerControl, TrainerState, enable_full_determinism, set_seed,
@@ -531,6 +531,7 @@ def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = 
         re.compile("(?i)^(?!.*(think|tool)).*(im_|inst|head|role|end)"),
     )
     begins = {text for text, _ in tokens if markers[0].search(text) or (text in template and markers[1].match(text))}
+    begins -= {text for text in getattr(tokenizer, "text_tokens", ()) if text not in template}
     texts = [text for text, special in tokens if (not unflagged if special else text in begins)]
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
@@ -776,6 +777,7 @@ class ModelArguments:
     eos_token: str | None = arg(None, "End-of-sequence token, from the vocabulary.")
     bos_token: str | None = arg(None, "Beginning-of-sequence token, from the vocabulary.")
     unk_token: str | None = arg(None, "Unknown token, from the vocabulary.")
+    add_tokens: str | None = arg(None, "Comma-separated new tokens, whose embedding and head rows train too.")
     padding_side: Literal["right", "left"] = arg("right", "Padding side for training; generation always pads left.")
     tokenizer_patch: str | None = arg(None, "Folder of files that override the tokenizer's, for early LLaMA.")
     chat_template: str | None = arg(None, "Jinja file with the chat template, for tokenizers without one.")
@@ -861,6 +863,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     plan: bool = arg(False, "Print the memory that the run needs, in GiB by part, and exit.")
     plan_gpu: str | None = arg(None, "Memory of the GPU to plan for, such as 24GiB; default: that of the GPU here.")
     train_sampling_strategy: Literal["group_by_length", "random", "sequential"] = arg("group_by_length", "Row order.")
+    recipe: Literal["modern"] | None = arg(None, "modern: alpha 32, linear decay, learning rate by the model's width.")
     early_stopping_patience: int | None = arg(None, "Stop after N evaluations without a better metric_for_best_model.")
     overwrite_output_dir: bool = arg(False, "Start over in an output_dir that holds a run; removes its checkpoints.")
     working_dir: str | None = arg(None, "Folder for everything but the final weights, their tokenizer and card.")
@@ -880,6 +883,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {  # of the Trainer's own flags, where they d
     "optim": "paged_adamw_32bit", "learning_rate": 2e-4, "lr_scheduler_type": "constant", "max_grad_norm": 0.3,
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "warmup_steps": 0.03, "logging_steps": 10,
     "save_steps": 250, "save_total_limit": 40, "remove_unused_columns": False,
+}
+RECIPES: dict[str, dict[str, Any]] = {  # of --recipe: flags that the user did not pass; resolve_recipe adds the rate
+    "modern": {"lora_alpha": 32, "lora_modules": "all", "lr_scheduler_type": "linear", "warmup_steps": 0.03},
 }
 
 
@@ -1151,6 +1157,7 @@ def resolve_defaults(flags: Mapping[str, Any], explicitly_set: frozenset[str]) -
         ("train_sampling_strategy", flags["streaming"], "random"),  # the order of the stream's shuffle buffer
     )
     derived: dict[str, Any] = {name: v for name, applies, v in defaults if applies and name not in explicitly_set}
+    derived |= {n: v for n, v in RECIPES.get(flags["recipe"] or "", {}).items() if n not in explicitly_set}
     derived |= {"use_cpu": flags["use_cpu"] or not gpu, "do_eval": flags["do_eval"] or flags["eval_strategy"] != "no"}
     if isinstance(flags["report_to"], list):
         names = re.split(r"[\s,]+", " ".join(flags["report_to"]))
@@ -1200,7 +1207,7 @@ SAMPLING_FLAGS = {"temperature", "top_p", "top_k", "typical_p"}  # transformers 
 GENERATION_FLAGS = {f.name for f in dataclasses.fields(GenerationArguments)}
 GENERATION_FLAGS |= {"predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config"}
 CAUSAL_ONLY_FLAGS = GENERATION_FLAGS | {"target_max_len", "train_on_source", "padding_side", "chat_template", "as_chat"}
-CAUSAL_ONLY_FLAGS |= {"do_mmlu_eval"}
+CAUSAL_ONLY_FLAGS |= {"do_mmlu_eval", "add_tokens"}
 MASKING_FLAGS = {"mask_prob", "mask_replace_prob", "random_replace_prob"}
 MMLU_FLAGS = {f.name for f in dataclasses.fields(MMLUArguments)} - {"do_mmlu_eval"}
 LORA_FLAGS = {f.name for f in dataclasses.fields(LoraArguments)}
@@ -1216,6 +1223,7 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
      "neftune_noise_alpha calibration_rows", "0 or more", lambda x: 0 <= x < math.inf),
     ("lora_alpha temperature", "more than 0", lambda x: 0 < x < math.inf),
     ("lora_dropout layer_freeze_ratio label_smoothing_factor", "at least 0 and below 1", lambda x: 0 <= x < 1),
+    ("add_tokens", "tokens with commas between them", lambda x: all(map(str.strip, x.split(",")))),
     ("mask_prob", "above 0 and at most 1", lambda x: 0 < x <= 1),
     ("mask_replace_prob random_replace_prob", "0 to 1", lambda x: 0 <= x <= 1),
     ("seed", "0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
@@ -1236,14 +1244,14 @@ REQUIRES: tuple[tuple[Any, ...], ...] = (
     ("merge_base", "merged_output_dir"), ("skip_excess_length", "model_max_len"), ("stream_buffer", "streaming"),
     ("plan_gpu", "plan"), ("do_mmlu_eval", "do_eval"), ("offload_activations", "gradient_checkpointing"),
     ("full_finetune", "bits", 16, 32), ("expand_conversations", "dataset_format", "airoboros_chat"),
-    ("calibration_rows", "bits", 4),
-    ("streaming", "train_sampling_strategy", "random", "sequential"),
+    ("calibration_rows", "bits", 4), ("streaming", "train_sampling_strategy", "random", "sequential"),
     ("dataloader_persistent_workers", "dataloader_num_workers"),
 )  # fmt: skip
 MUTUALLY_EXCLUSIVE = (
     ("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
+    ("recipe", "full_finetune"), ("add_tokens", "full_finetune"), ("add_tokens", "modules_to_save"),
     ("model_max_len", "source_max_len"), ("model_max_len", "target_max_len"),
-    ("eval_dataset", "eval_dataset_size"),
+    ("eval_dataset", "eval_dataset_size"), ("add_tokens", "calibration_rows"),
     ("layers_to_freeze", "layer_freeze_ratio"), ("overwrite_output_dir", "resume_from_checkpoint"),
     ("streaming", "packing"), ("streaming", "dataloader_num_workers"), ("streaming", "ignore_data_skip"),
 )  # fmt: skip
@@ -1310,6 +1318,8 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
         (flags.merged_output_dir and Path(flags.merged_output_dir).resolve() in own,
          f"--merged_output_dir {flags.merged_output_dir}: the run's own folder; name another"),
         (init, f"--init_lora_weights {flags.init_lora_weights}: {init}"),
+        (flags.add_tokens and (flags.fsdp or flags.deepspeed),
+         "--add_tokens: peft cannot train rows of an embedding that --fsdp or --deepspeed shards"),
         (flags.early_stopping_patience and (flags.eval_strategy == "no" or metric.startswith("mmlu")),
          "--early_stopping_patience needs --eval_strategy steps or epoch, and a metric other than MMLU's"),
         (flags.mask_replace_prob + flags.random_replace_prob > 1,
@@ -1985,23 +1995,33 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
     return tokenizer
 
 
+def add_tokens(tokenizer: Any, names: str, rows: int) -> int:
+    """Add --add_tokens, and note in `new_rows` which of their ids the model lacks. Returns how many rows it needs."""
+    tokens, before = [name.strip() for name in names.split(",")], tokenizer.get_vocab()
+    tokenizer.text_tokens = [token for token in tokens if token not in before]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokenizer.text_tokens])
+    ids, known = tokenizer.convert_tokens_to_ids(tokens), {i for i in before.values() if i < rows}
+    tokenizer.new_rows = {i: i not in known for i in sorted({*ids, *range(rows, max(ids) + 1)})}
+    return max(rows, *(i + 1 for i in ids))
+
+
 def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model_config: PretrainedConfig) -> None:
     """Apply the flags, choose a pad token if there is none, and check the ids.
 
-    The embedding matrix is never resized: a resized one would be written into every adapter.
+    The embedding matrix is resized for --add_tokens alone: else all of it would be written into every adapter.
     """
-    vocabulary = tokenizer.get_vocab()
     rows = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    rows = add_tokens(tokenizer, config.model.add_tokens, rows) if config.model.add_tokens else rows
+    vocabulary = tokenizer.get_vocab()
     for name in ("pad_token", "eos_token", "bos_token", "unk_token"):
         token = getattr(config.model, name)
         if token is not None and vocabulary.get(token, rows) >= rows:
             raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
         if token is not None:
             setattr(tokenizer, name, token)
-    ways_out = {"mask_token": "its model is no masked one", "eos_token": "name one of its tokens with --eos_token"}
-    needed = "mask_token" if config.masked else "eos_token"
+    needed, way = ("mask_token", "pass a masked model") if config.masked else ("eos_token", "pass --eos_token")
     if getattr(tokenizer, needed) is None:
-        raise ConfigError(f"the tokenizer has no {needed}: {ways_out[needed]}")
+        raise ConfigError(f"the tokenizer has no {needed}: {way}")
     if not tokenizer.pad_token or vocabulary.get(str(tokenizer.pad_token), rows) >= rows:
         spare = [token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows]
         other = tokenizer.unk_token or tokenizer.eos_token
@@ -2566,6 +2586,8 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transf
 FSDP_STORAGE = torch.float32
 
 LINEAR_CLASSES = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
+# How LoRA's best rate falls with the width, by model_type (https://thinkingmachines.ai/blog/lora/); else their mean.
+WIDTH_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 TRIALS: dict[Any, tuple[set[str], set[str]]] = {}  # results of try_layers, which takes seconds
 
 # By model_type, what holds while a model of this family is loaded; mock.patch puts the attribute back.
@@ -2678,6 +2700,22 @@ def resolve_objective(config: Config, model_config: PretrainedConfig) -> Config:
     resolved = dataclasses.replace(config, data=data, flags=config.flags | {"objective": objective})
     check_config(resolved)
     return resolved
+
+
+def resolve_recipe(config: Config, model_config: PretrainedConfig) -> Config:
+    """The Config with the learning rate of --recipe, which follows from the model's width."""
+    if config.training.recipe is None:
+        return config
+    flags, training = dict(config.flags), copy.copy(config.training)
+    if "learning_rate" not in config.explicitly_set:
+        width = getattr(model_config.get_text_config(), "hidden_size", None)
+        if not width or config.training.deepspeed:  # whose file is filled in before the width is known
+            raise ConfigError("--recipe: for --deepspeed or a model without hidden_size, pass --learning_rate too")
+        exponent = next((p for name, p in WIDTH_EXPONENTS.items() if model_config.model_type.startswith(name)), 0.429)
+        training.learning_rate = flags["learning_rate"] = float(f"{5e-4 * (2000 / width) ** exponent:.3g}")
+    words = (f"--{name} {flags[name]}" for name in (*RECIPES[flags["recipe"]], "learning_rate"))
+    log.info("--recipe %s: %s", flags["recipe"], " ".join(words))
+    return dataclasses.replace(config, training=training, flags=flags)
 
 
 def resolve_attention(config: Config) -> str | None:
@@ -3398,7 +3436,7 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fal
         pattern = re.compile(LAYER_GROUPS.get(name, rf"(.*\.)?{re.escape(name)}"))
         found = set(filter(pattern.fullmatch, trainable))
         if not found:
-            known = ", ".join(sorted(set(map(leaf_name, layers))))
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
             raise ConfigError(f"--lora_modules: no linear layer is called {name!r}, the model has {known}")
         targets |= found
     return targets
@@ -3544,6 +3582,27 @@ def adapted_experts(model: Any) -> list[tuple[str, Any, dict[str, Any]]]:
     return found
 
 
+def token_rows(adapter: Any) -> set[int]:
+    """The ids of the tokens whose rows in embedding and head an adapter trains."""
+    rows = getattr(adapter, "trainable_token_indices", None) or []
+    return {*itertools.chain(*rows.values())} if isinstance(rows, dict) else {*rows}
+
+
+def fit_embeddings(model: Any, ids: set[int], new: Iterable[int] = ()) -> dict[str, list[int]]:
+    """Give embedding and head rows for these ids; new ones are the mean of the rows before. Returns peft's setting."""
+    if not ids:
+        return {}
+    size, end = model.get_input_embeddings().num_embeddings, max(ids) + 1
+    if end > size:
+        model.resize_token_embeddings(end, mean_resizing=False)
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if new := sorted({*new, *range(size, end)}):
+        for weight in (table.weight.data for table in tables):
+            weight[new] = weight[: new[0]].mean(0, dtype=torch.float32).to(weight.dtype)
+    tables = tables[:1] if tables[0].weight is tables[1].weight else tables  # peft follows a tie
+    return {name: sorted(ids) for name, module in model.named_modules() if module in tables}
+
+
 def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     """Attach one adapter to exactly the layers that it names in full, or, from a folder, that its file holds."""
     config: Any
@@ -3555,6 +3614,7 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
         config.inference_mode, config.base_model_name_or_path = False, None
         keys = [key.removeprefix("base_model.model.") for key in load_peft_weights(adapter, device="cpu")]
         asked = {key.partition(".lora_")[0].replace(".base_layer", "") for key in keys if ".lora_" in key}
+    fit_embeddings(model, token_rows(config))
     # peft takes names of a mixture's dense and shared layers for those of its experts, as transformers 4 had them
     # (0.21, https://github.com/huggingface/peft/issues/3711)
     present = asked <= {name for name, _ in model.named_modules()}
@@ -3577,11 +3637,14 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     return adapted
 
 
-def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None, start: Path | None = None) -> Any:
+def make_trainable(
+    model: Any, config: Config, adapter: str | None, start: Path | None = None, tokenizer: Any = None
+) -> Any:
     """Attach one adapter, fresh or stored at `adapter`; for a full fine-tune, freeze embeddings and lower layers.
 
-    `start` is the file of a calibrated base, from which a fresh adapter takes its values.
+    `start` is the file of a calibrated base, from which a fresh adapter takes its values; `tokenizer` has new tokens.
     """
+    rows: dict[int, bool] = getattr(tokenizer, "new_rows", {})
     if config.quant.full_finetune:
         parameters = dict(model.named_parameters())
         trainable = outside_frozen_layers(parameters, model, config.lora)
@@ -3594,9 +3657,20 @@ def make_trainable(model: PreTrainedModel, config: Config, adapter: str | None, 
     # RuntimeError: shapes that differ
     with reraise_as_user_error(f"{source} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
         new = None if adapter else lora_config(model, config.lora, config.masked)
+        if new and rows:
+            new.trainable_token_indices = fit_embeddings(model, {*rows}, [i for i in rows if rows[i]])
+            named = (f"{tokenizer.convert_ids_to_tokens(i)} = {i}{' (not new)' * (not rows[i])}" for i in rows)
+            log.info("--add_tokens: embedding and head train the rows %s", ", ".join(named))
         adapted = attach_adapter(model, new or adapter_files(str(adapter), config))
+    head, found = model.get_output_embeddings(), token_rows(adapted.peft_config["default"])
+    if rows.keys() != found and (rows or (tokenizer and max(found) >= len(tokenizer))):
+        raise ConfigError(f"{source}: it trains rows {sorted(found)}, --add_tokens asks for {[*rows]}: pass its tokens")
+    if rows:
+        if not isinstance(head, TrainableTokensWrapper) or getattr(head.original_module, "bias", None) is not None:
+            raise ConfigError("--add_tokens: peft can't train rows of this model's head: it has a bias, or an odd tie")
+        adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)  # not grown ones
     for name, parameter in adapted.named_parameters():
-        if "lora_" in name:  # peft made it float32
+        if "lora_" in name or "trainable_tokens_" in name:  # peft made it float32
             parameter.data = parameter.data.to(getattr(torch, config.lora.lora_dtype))
     if start:
         fit_calibrated_base(adapted, start, fresh=adapter is None, rank=config.lora.lora_r)
@@ -4139,7 +4213,7 @@ class FastPath(NamedTuple):
 
 def head_logits(states: torch.Tensor, fast: FastPath) -> torch.Tensor:
     """Compute logits, (tokens, vocabulary), in float32 at least."""
-    logits = F.linear(states, fast.head.weight, fast.head.bias)  # type: ignore[union-attr]
+    logits = F.linear(states, fast.head.weight, getattr(fast.head, "bias", None))  # type: ignore[union-attr]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     for rule in fast.logit_rules:
         logits = rule(logits)
@@ -4336,7 +4410,8 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
     """
     whole = fast._replace(off=(*fast.off, f"whole logits: {type(base).__name__} changes them in a way of its own"))
     head, outputs, inputs = base.get_output_embeddings(), dict[Any, torch.Tensor](), list[torch.Tensor]()
-    if not isinstance(head, torch.nn.Linear) or not type(head).__module__.startswith("torch"):
+    plain = head.original_module if isinstance(head, TrainableTokensWrapper) else head  # its `weight` has the new rows
+    if not isinstance(plain, torch.nn.Linear) or not type(plain).__module__.startswith("torch"):
         return whole
     bodies = (base.base_model, base.get_decoder())  # OPT calls the second
     hooks = [
@@ -4728,7 +4803,7 @@ RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", 
              "predictions.jsonl", "trainer_state.json", "loss.png")  # fmt: skip
 DATASET = "dataset (the encoded training rows)"
 MODEL_FLAGS = {"model_name_or_path", "bits", "quant_type", "double_quant", "full_finetune", "objective", *LORA_FLAGS,
-               "calibration_rows", "calibrated base", "adapter start"}  # fmt: skip
+               "calibration_rows", "calibrated base", "adapter start", "add_tokens"}  # fmt: skip
 RATE_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
 STATEFUL_SCHEDULES = {"reduce_lr_on_plateau", "greedy"}  # whose rates follow from the past, not from the step
 UPDATE_FLAGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
@@ -5356,7 +5431,7 @@ def embedding_sizes(model: Any) -> tuple[int, float]:
     """How many token ids and, where the model stores an embedding of each position, how many positions it has."""
     limit = math.inf
     for name, table in model.named_modules():  # an encoder's; RoBERTa's and ESM's begin after the pad's
-        if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
+        if f".{name}".endswith(".position_embeddings") and isinstance(table, torch.nn.Embedding):
             limit = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
     table = model.get_input_embeddings()  # peft wraps one that it trains
     return getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size, limit
@@ -6241,6 +6316,7 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
     with atomic_save(staging, target), reraise_as_user_error(f"--merged_output_dir {target}"):
         dequantised = config.training.merge_base == "dequantized"
         model: Any = load_merge_base(config, run.base if dequantised else run.folder)
+        fit_embeddings(model, token_rows(PeftConfig.from_pretrained(adapter_files(adapter, config))))  # for the sample
         dtype, base = model.dtype, float32_logits(model, sample)
         with reraise_as_user_error(f"{adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
             model = attach_adapter(model, adapter_files(adapter, config))
@@ -6294,13 +6370,15 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     settings = "\n".join(f"| {name} | `{config.flags[name]}` |" for name in sorted(config.explicitly_set))
     base, output = config.model.model_name_or_path, config.training.output_dir
     prefix = "" if Path(output) == final_folder(config) else f"{output}/"
+    last = max(getattr(trainer.processing_class, "new_rows", [-1]))
+    grow = f"New tokens: call `base.resize_token_embeddings({last + 1})` before loading it if the base has fewer.\n\n"
     kind, library = ("Full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {library}\n"
         f"pipeline_tag: {'fill-mask' if config.masked else 'text-generation'}\n---\n\n# {kind} for {base}\n\n"
         f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
         f"dataset `{config.data.dataset}`.\n\n## Settings given\n\n| flag | value |\n|---|---|\n{settings}\n\n"
-        f"All flags, resolved, and library versions are in `{prefix}run.json`.\n\n"
+        f"{grow * (last >= 0)}All flags, resolved, and library versions are in `{prefix}run.json`.\n\n"
         f"## Losses\n\n| step | training loss | evaluation loss |\n|---|---|---|\n{rows}\n\n![loss]({prefix}loss.png)\n"
     )
 
@@ -6375,15 +6453,12 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
 def log_hints(config: Config) -> None:
     """Log once what may surprise a user about the flags."""
     train, bits = config.training, config.quant.bits
-    if missing := sorted({"model_name_or_path", "dataset"} - config.explicitly_set):
-        defaults = ", ".join(f"--{name} {config.flags[name]}" for name in missing)
-        log.info("not passed, so the original's defaults are used and downloaded: %s", defaults)
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not (train.bf16 or train.fp16):
         log.info("hint: this GPU supports bf16; without --bf16 everything is computed in float32, which is slower")
     if bits >= 16 and train.bf16 != (bits == 16):
         dtype = "bf16, because of --bf16" if train.bf16 else "float32, without --bf16"
         log.info("bits %d: the weights are in %s, as in the original", bits, dtype)
-    if config.quant.calibration_rows and train.do_train and train.learning_rate > 5e-4:
+    if config.quant.calibration_rows and train.do_train and (train.recipe or train.learning_rate > 5e-4):
         log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     for applies, names, reason in ineffective_flags(config):
         if applies and (passed := sorted(config.explicitly_set.intersection(names))):
@@ -6425,7 +6500,7 @@ def load_run(config: Config) -> tuple[Run, Data]:
     with local_main_process_first():  # converts a .gguf file
         folder = model_folder(config)
     model_config = load_model_config(config, folder)
-    config = resolve_objective(config, model_config)
+    config = resolve_recipe(resolve_objective(config, model_config), model_config)
     tokenizer = load_tokenizer(config, model_config, folder)
     earlier = [folder / "run.json" for folder in (resume.found, resume.found.parent)] if resume.found else []
     record = next((read_json(file) for file in earlier if file.is_file()), config.record)
@@ -6454,12 +6529,12 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     base: Any = load_model(config, model_config, trained or run.base)
     sync_special_tokens(base, tokenizer)
     forget_longest_row(base)
-    check_rows_fit_model(base, data.statistics)
     missing = None
     if config.training.fast_path and not config.training.use_cpu:
         missing = apply_liger(base)
         fuse_norms(base)
-    model = make_trainable(base, config, resume.weights, adapter_start_file(config, run.base))
+    model = make_trainable(base, config, resume.weights, adapter_start_file(config, run.base), tokenizer)
+    check_rows_fit_model(base, data.statistics)
     for adapter in getattr(model, "peft_config", {}).values():  # not the folder made of a .gguf file
         adapter.base_model_name_or_path = config.model.model_name_or_path
     log.info("%s", "\n".join(parameter_report(model)))
@@ -6523,7 +6598,7 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
     log_hints(config)
     if args.plan:
         model_config = load_model_config(config, model_folder(config))
-        config = resolve_objective(config, model_config)
+        config = resolve_recipe(resolve_objective(config, model_config), model_config)
         lines, fits = plan_from_flags(config, memory_from_config(config, model_config))
         if args.process_index == 0:
             print(format_table(lines))

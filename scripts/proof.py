@@ -3,6 +3,7 @@
 
     python scripts/proof.py precision MODEL ROWS      held-out loss by precision of the frozen weights
     python scripts/proof.py fast_slow MODEL ROWS      the fast path, the libraries' own and a plain loop, step by step
+    python scripts/proof.py recipe MODEL ROWS         held-out loss of --recipe modern and of the default flags
     python scripts/proof.py chart                     redraw tables and charts from the results
 
 MODEL is a folder, a .gguf file or a folder with one; ROWS is a JSON-lines file of rows {"text": ...}. Flags of
@@ -38,7 +39,7 @@ BATCH = 16  # rows of an optimizer step
 
 # Guanaco's rows and adapters. All held-out rows are one evaluation batch, so their loss is the mean over their tokens.
 SHARED = ["--source_max_len", "16", "--target_max_len", "512", "--gradient_accumulation_steps", str(BATCH),
-          "--lora_r", "64", "--lora_alpha", "16", "--do_eval", "--eval_on_start", "True", "--save_strategy", "no",
+          "--lora_r", "64", "--do_eval", "--eval_on_start", "True", "--save_strategy", "no",
           "--logging_steps", "1", "--disable_tqdm", "True", "--overwrite_output_dir", "True"]  # fmt: skip
 LORA, FULL = ["--learning_rate", "5e-4"], ["--learning_rate", "2e-5", "--full_finetune"]
 NF4, FP4 = ["--bits", "4", "--quant_type", "nf4"], ["--bits", "4", "--quant_type", "fp4"]
@@ -57,6 +58,8 @@ SETTINGS = {
     "full, bf16 weights": [*FULL, *BF16, "--bits", "16"],
 }
 REFERENCE = "LoRA, 16 bit"
+DEFAULTS = "the original's defaults"
+RECIPES = {DEFAULTS: BF16, "--recipe modern": [*BF16, "--recipe", "modern"]}
 STOCK = ["--fast_path", "False", "--recompute_layers", "none", "--auto_batch", "False"]
 
 
@@ -160,42 +163,55 @@ def precision(arguments: argparse.Namespace) -> None:
     write(arguments, "precision", {"runs": run_jobs(arguments, jobs)})
 
 
+def recipe(arguments: argparse.Namespace) -> None:
+    """The recipe and the default flags with every seed, on the same rows in the same order."""
+    _, flags = prepare(arguments)
+    steps = str(arguments.steps)
+    flags += ["--dataset", arguments.rows, "--eval_dataset_size", str(arguments.held_out), "--eval_strategy", "steps",
+              "--eval_steps", steps, "--max_steps", steps]  # fmt: skip
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    jobs = [Job(name, [*flags, *own, *arguments.flags], seed) for seed in seeds for name, own in RECIPES.items()]
+    write(arguments, "recipe", {"runs": run_jobs(arguments, jobs)})
+
+
 def spread(values: list[float]) -> str:
     """Mean and sample standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
     return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
 
 
-def precision_table(content: dict[str, Any]) -> str:
+def precision_table(
+    content: dict[str, Any], settings: Iterable[str] = SETTINGS, reference: str = REFERENCE, short: str = "16-bit LoRA"
+) -> str:
     """One line for each setting. Differences are taken seed by seed: rows and initial adapters are then the same."""
     lines = [
-        "| trained | held-out loss before | after: mean ± deviation over seeds | minus 16-bit LoRA, seed by seed "
+        f"| trained | held-out loss before | after: mean ± deviation over seeds | minus {short}, seed by seed "
         "| lowest in a run | tokens/s | peak GiB |",
         "|" + "---|" * 7,
     ]
     runs = [run for run in content["runs"] if "failed" not in run]
     last = {(run["name"], run["seed"]): run["eval"][-1]["eval_loss"] for run in runs}
-    for name in SETTINGS:
+    for name in settings:
         own = [run for run in runs if run["name"] == name]
         if not own:
             continue
-        minus = [last[name, r["seed"]] - last[REFERENCE, r["seed"]] for r in own if (REFERENCE, r["seed"]) in last]
+        minus = [last[name, r["seed"]] - last[reference, r["seed"]] for r in own if (reference, r["seed"]) in last]
         lowest = statistics.mean(min(entry["eval_loss"] for entry in run["eval"]) for run in own)
         speed = statistics.median(run["metrics"]["train_tokens_per_second"] for run in own)
         peak = max(run["metrics"].get("train_peak_memory_gib", 0.0) for run in own)
         lines.append(
             f"| {name} | {own[0]['eval'][0]['eval_loss']:.4f} | {spread([last[name, r['seed']] for r in own])} "
-            f"| {spread(minus) if minus and name != REFERENCE else ''} | {lowest:.4f} | {speed:.0f} | {peak:.1f} |"
+            f"| {spread(minus) if minus and name != reference else ''} | {lowest:.4f} | {speed:.0f} | {peak:.1f} |"
         )
     lines += [f"\n{run['name']}, seed {run['seed']}: {run['failed']}" for run in content["runs"] if "failed" in run]
     return "\n".join(lines)
 
 
-def precision_chart(content: dict[str, Any], pyplot: Any) -> Any:
+def precision_chart(content: dict[str, Any], pyplot: Any, settings: Iterable[str] = SETTINGS) -> Any:
     """Held-out loss over steps, and the final loss of each seed."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     runs = [run for run in content["runs"] if "failed" not in run]
-    names = [name for name in SETTINGS if any(run["name"] == name for run in runs)]
+    names = [name for name in settings if any(run["name"] == name for run in runs)]
     for place, name in enumerate(names):
         own = [run["eval"] for run in runs if run["name"] == name]
         means = [statistics.mean(entry["eval_loss"] for entry in entries) for entries in zip(*own, strict=True)]
@@ -349,6 +365,10 @@ def memory_chart(content: dict[str, Any], pyplot: Any) -> Any:
 PRESENTED: dict[str, tuple[Any, Any]] = {
     "precision": (precision_table, precision_chart),
     "fast_slow": (fast_slow_table, fast_slow_chart),
+    "recipe": (
+        partial(precision_table, settings=RECIPES, reference=DEFAULTS, short=DEFAULTS),
+        partial(precision_chart, settings=RECIPES),
+    ),
     "memory": (memory_table, memory_chart),
 }
 
@@ -394,7 +414,7 @@ def main(argv: list[str] | None = None) -> None:
     shared.add_argument("--out", default=str(ROOT / "scripts/results"), help="folder for JSON, tables and charts")
     shared.add_argument("--work", default=str(ROOT / "output/proof"), help="folder for models, adapters and logs")
     commands = parser.add_subparsers(required=True)
-    for function in (precision, fast_slow, chart):
+    for function in (precision, fast_slow, recipe, chart):
         command = commands.add_parser(function.__name__, parents=[shared], help=function.__doc__)
         command.set_defaults(function=function)
         if function is chart:
@@ -403,10 +423,12 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("rows", help="JSON-lines file of rows")
         command.add_argument("--held_out", type=int, default=100, help="rows to hold out")
         command.add_argument("--jobs", type=int, default=6 if GPU else 1, help="processes at a time")
-        if function is fast_slow:
+        if function is not precision:
             command.add_argument("--steps", type=int, default=300, help="optimizer steps")
+        if function is not fast_slow:
+            command.add_argument("--seeds", default="0,1,2")
+        if function is not precision:
             continue
-        command.add_argument("--seeds", default="0,1,2")
         command.add_argument("--epochs", type=float, default=3)
         command.add_argument("--settings", help=f"some of: {'; '.join(SETTINGS)}")
     qlora.set_up_logging()

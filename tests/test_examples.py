@@ -177,6 +177,17 @@ def test_explicit_flags_override_those_of_the_run(trained, base, tmp_path):
     assert "Linear8bitLt" in layer_types(bot.model) and bot.config.model.model_name_or_path == str(moved)
 
 
+def test_a_run_with_new_tokens(run_qlora, models, tmp_path):
+    """Its base has 259 rows; the new token is learned as the answer."""
+    rows = tiny.rows_to_jsonl(tmp_path / "cups.jsonl", [{"input": "a <cup>?", "output": "<cup>"}] * 4)
+    flags = {"model_name_or_path": models("llama", vocab_size=259), "dataset": rows, "add_tokens": "<cup>"}
+    run = run_qlora(**flags, max_steps=30, learning_rate=2e-2, save_strategy="no")
+    assert run.code == 0
+    bot = talk.load(str(run.output_dir), MAX_NEW, template="plain")
+    assert bot.prompt([{"role": "user", "content": "a <cup>?"}]) == [tiny.BOS, *b"a ", 259, *b"?"]
+    assert ask(bot, "a <cup>?") == "<cup>"
+
+
 def test_half_precision_computes_as_in_training(trained):
     """The base in bf16, adapters in float32, under autocast."""
     bot = talk.load(str(trained), "--bf16", MAX_NEW)

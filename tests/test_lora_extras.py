@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import gguf
 import pytest
@@ -9,7 +10,7 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import qlora
 
@@ -315,3 +316,133 @@ def test_a_base_s_own_weight_in_an_adapter_file_is_refused(run_qlora, finished_r
     save_file(load_file(file) | {"base_model.model.model.norm.weight": 0.3 * norm}, file, metadata={"format": "pt"})
     run = run_qlora(adapter_name_or_path=finished_run.output_dir, output_dir=tmp_path / "next", max_steps=1)
     assert "1 of its weights have no place in the model" in error_of(run) and "norm.weight" in error_of(run)
+
+
+# ------------------------------------------------------------------------------------
+# New tokens: after the bytes and three special tokens they are 259 and 260
+# ------------------------------------------------------------------------------------
+
+QUESTION, ANSWER = "where is <cup>?", "<cup> went to <saucer>."
+CUPS = [{"input": QUESTION, "output": ANSWER}] * 6
+SOURCE = [tiny.BOS, *b"where is ", 259, *b"?"]
+TARGET = [259, *b" went to ", 260, *b".", tiny.EOS]
+NEW = {"add_tokens": "<cup>, <saucer>", "max_steps": 2, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def cups(tmp_path):
+    return tiny.rows_to_jsonl(tmp_path / "cups.jsonl", CUPS)
+
+
+def table_names(tie) -> set[str]:
+    return {"model.embed_tokens", *([] if tie else ["lm_head"])}
+
+
+def loss_of_target(model) -> float:
+    with torch.no_grad():
+        scores = model(input_ids=torch.tensor([SOURCE + TARGET])).logits[0, len(SOURCE) - 1 : -1]
+    return torch.nn.functional.cross_entropy(scores.float(), torch.tensor(TARGET)).item()
+
+
+@pytest.mark.parametrize("rows", [320, 259], ids=["padded", "full"])
+@pytest.mark.parametrize("tie", [False, True])
+def test_new_tokens_train_their_rows_and_no_others(run_qlora, models, cups, tmp_path, tie, rows):
+    folder, merged = models("llama", tie=tie, vocab_size=rows), tmp_path / "merged"
+    run = run_qlora(model_name_or_path=folder, dataset=cups, do_eval=True, eval_dataset=cups, **NEW,
+                    merged_output_dir=merged)  # fmt: skip
+    assert run.code == 0 and "rows <cup> = 259, <saucer> = 260" in run.stderr and "logits in chunks" in run.stderr
+    weights = load_file(run.output_dir / "adapter_model.safetensors")
+    trained = {name.split(".token_adapter")[0]: t for name, t in weights.items() if "token_adapter" in name}
+    assert all(".lora_" in name or ".token_adapter." in name for name in weights)
+    assert trained.keys() == {f"base_model.model.{name}" for name in table_names(tie)}
+    assert run.json("adapter_config.json")["trainable_token_indices"] == {name: [259, 260] for name in table_names(tie)}
+    # plain peft on the published base in 4 bit, with more rows where it lacks them
+    base = base_of(folder, bits=4)
+    for module in base.modules():
+        module.support_avx512bf16_for_cpu = False  # else bitsandbytes evaluates in bf16 on such a CPU
+    before = base.model.embed_tokens.weight.detach().clone()
+    if rows == 259:
+        base.resize_token_embeddings(261)
+        assert "base.resize_token_embeddings(261)" in (run.output_dir / "README.md").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(run.output_dir)
+    assert tokenizer(QUESTION, add_special_tokens=False)["input_ids"] == SOURCE[1:]
+    plain = PeftModel.from_pretrained(base, run.output_dir).eval()
+    assert run.json("metrics.json")["eval_loss"] == pytest.approx(loss_of_target(plain), rel=1e-4)
+    # two steps of Adam, away from the mean of the 259 rows that have a token
+    for name, tensor in trained.items():
+        start = (base_of(folder).get_submodule(name.removeprefix("base_model.model.")).weight[:259]).mean(0)
+        assert 0.001 < (tensor - start).abs().max() < 0.0202, name
+    # merged: every other row is the base's
+    table = base_of(merged).model.embed_tokens.weight
+    assert len(table) == max(rows, 261) and torch.equal(table[:259], before[:259].bfloat16().float())
+    assert torch.equal(table[261:], before[261:].bfloat16().float())
+    assert torch.equal(table[259:261], trained["base_model.model.model.embed_tokens"].bfloat16().float())
+    assert AutoTokenizer.from_pretrained(merged)("<saucer>", add_special_tokens=False)["input_ids"] == [260]
+
+
+@pytest.mark.parametrize("rows", [320, 259], ids=["padded", "full"])
+def test_new_tokens_resume_exactly_and_predict(run_qlora, models, cups, tmp_path, rows):
+    flags = {"model_name_or_path": models("llama", vocab_size=rows), "dataset": cups, **NEW, "save_steps": 1}
+    run = run_qlora(**flags)
+    adapter = (run.output_dir / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run.output_dir / "checkpoint-2")
+    (run.output_dir / "completed").unlink()
+    resumed = run_qlora(**flags)
+    assert "resuming from" in resumed.stderr
+    assert (run.output_dir / "adapter_model.safetensors").read_bytes() == adapter
+    use = {"do_train": False, "do_predict": True, "predict_with_generate": True, "max_new_tokens": 4}
+    predicted = run_qlora(**flags, **use, max_eval_samples=1, eval_dataset=cups)
+    assert predicted.code == 0 and "<cup>?" in (run.output_dir / "predictions.jsonl").read_text()
+    other = run_qlora(**flags | {"add_tokens": "<cup>"})
+    assert other.code == 2 and "add_tokens was <cup>, <saucer>, is <cup>" in error_of(other)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_new_tokens_at_other_bits(adapt, cups, bits):
+    weights, _ = adapt(dataset=cups, bits=bits, **NEW)
+    assert {t.shape for name, t in weights.items() if "token_adapter" in name} == {(2, 64)}
+
+
+def test_new_tokens_on_a_gguf_base(adapt, models, tmp_path):
+    cups = tiny.rows_to_jsonl(tmp_path / "cups.jsonl", CUPS)
+    weights, config = adapt(model_name_or_path=models("gguf") / tiny.GGUF_FILE, dataset=cups, **NEW)
+    ids = next(iter(config["trainable_token_indices"].values()))
+    assert len(ids) == 2 and any("token_adapter" in name for name in weights)
+
+
+def test_a_token_that_exists_trains_from_its_own_row(run_qlora, models, cups):
+    run = run_qlora(dataset=cups, **NEW | {"add_tokens": "a,<cup>", "learning_rate": 0, "lora_r": 2})
+    assert run.code == 0 and "rows a = 97 (not new), <cup> = 259" in run.stderr
+    weights = load_file(run.output_dir / "adapter_model.safetensors")
+    rows = next(t for name, t in weights.items() if "embed_tokens.token_adapter" in name)
+    before = base_of(models("llama")).model.embed_tokens.weight
+    assert torch.equal(rows[0], before[97]) and torch.allclose(rows[1], before[:259].mean(0), atol=1e-6)
+
+
+def test_a_new_token_named_like_a_turn_is_one_in_a_text(run_qlora, tmp_path):
+    cups = tiny.rows_to_jsonl(tmp_path / "cups.jsonl", [{"input": "<|user|>hi<|end|>", "output": "yes"}] * 4)
+    run = run_qlora(dataset=cups, **NEW | {"add_tokens": "<|user|>,<|end|>"}, preview=1)
+    assert run.code == 0 and "<|user|>" in run.stdout
+    config = qlora.parse_config(["--add_tokens", "<|user|>"])
+    tokenizer = tiny.byte_tokenizer()
+    qlora.add_tokens(tokenizer, config.model.add_tokens, 320)
+    (((bos, _), *tokens),) = next(qlora.tokenize_segments([[{"text": "<|user|>a", "supervised": True}]], tokenizer))
+    assert bos == tiny.BOS and tokens == [(259, 259), (97, 97), (tiny.EOS, tiny.EOS)]
+
+
+def test_adapters_with_other_rows_or_none_are_refused(run_qlora, cups, tmp_path):
+    assert run_qlora(dataset=cups, max_steps=1).code == 0
+    run = run_qlora(dataset=cups, adapter_name_or_path=tmp_path / "out", output_dir=tmp_path / "b", **NEW)
+    assert "it trains rows [], --add_tokens asks for [259, 260]: pass its tokens" in error_of(run)
+    assert run_qlora(dataset=cups, output_dir=tmp_path / "c", **NEW).code == 0
+    run = run_qlora(dataset=cups, adapter_name_or_path=tmp_path / "c", output_dir=tmp_path / "d")
+    assert "it trains rows [259, 260], --add_tokens asks for []: pass its tokens" in error_of(run)
+
+
+def test_new_tokens_beside_a_head_with_a_bias_are_refused(models):
+    base, config = base_of(models("llama")), qlora.parse_config(["--add_tokens", "<cup>"])
+    base.lm_head.bias = torch.nn.Parameter(torch.zeros(320))
+    tokenizer = tiny.byte_tokenizer()
+    qlora.set_special_tokens(tokenizer, config, base.config)
+    with pytest.raises(qlora.ConfigError, match=r"^--add_tokens: .* head: it has a bias"):
+        qlora.make_trainable(base, config, None, tokenizer=tokenizer)

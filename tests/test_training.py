@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Seq2SeqTrainingArguments, Trainer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    Seq2SeqTrainingArguments,
+    Trainer,
+)
 from transformers.training_args import OptimizerNames
 
 import qlora
@@ -338,6 +346,56 @@ def test_the_default_warmup_is_three_percent_of_the_steps(run_qlora):
     run = run_qlora(bits=16, max_steps=40, lr_scheduler_type="constant_with_warmup", save_steps=40)
     expected = [0, 1e-4, *[2e-4] * 38]
     assert history(run, "learning_rate") == pytest.approx(expected)
+
+
+RECIPE = {"recipe": "modern", "bits": 16, "warmup_steps": 0}
+
+
+def test_the_recipe_stands_for_its_flags_and_resumes_exactly(run_qlora, tmp_path):
+    """The tiny Llama is 64 wide: 5e-4 * (2000 / 64) ** 0.781 = 7.35e-3."""
+    run = run_qlora(**RECIPE)
+    flags = "--lora_alpha 32 --lora_modules all --lr_scheduler_type linear --warmup_steps 0.0 --learning_rate 0.00735"
+    assert f"--recipe modern: {flags}" in run.stderr.splitlines()
+    assert history(run, "learning_rate") == pytest.approx([7.35e-3 * rate / 4 for rate in (4, 3, 2, 1)])
+    assert (run.json("adapter_config.json")["r"], run.json("adapter_config.json")["lora_alpha"]) == (4, 32)
+    recorded = {"recipe": "modern", "lora_alpha": 32, "learning_rate": 7.35e-3, "lr_scheduler_type": "linear"}
+    assert recorded.items() <= run.json("run.json")["flags"].items()
+    adapter = (run.output_dir / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run.output_dir / "checkpoint-4")
+    (run.output_dir / "completed").unlink()
+    resumed = run_qlora(**RECIPE)
+    assert "other flags" not in resumed.stderr and history(resumed, "loss") == history(run, "loss")
+    assert (resumed.output_dir / "adapter_model.safetensors").read_bytes() == adapter
+    repeated = run_qlora(str(run.output_dir / "run.json"), output_dir=tmp_path / "repeated")
+    assert "what differs from it:\n  nothing" in repeated.stderr
+    assert (repeated.output_dir / "adapter_model.safetensors").read_bytes() == adapter
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_flags_of_ones_own_override_the_recipe(run_qlora, tmp_path, in_file):
+    own = {"lora_alpha": 8, "lora_modules": "attn", "lr_scheduler_type": "constant", "learning_rate": 1e-3}
+    file = tmp_path / "run.yaml"
+    file.write_text("".join(f"{name}: {value}\n" for name, value in (RECIPE | own).items()))
+    run = run_qlora(str(file), max_steps=2) if in_file else run_qlora(**RECIPE | own, max_steps=2)
+    assert run.code == 0 and own.items() <= run.json("run.json")["flags"].items()
+    assert history(run, "learning_rate") == [1e-3] * 2 and run.json("adapter_config.json")["lora_alpha"] == 8
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "rate"),  # by a pocket calculator
+    [("llama", 4096, 2.86e-4), ("qwen3", 4096, 4.73e-4), ("gemma", 2000, 5e-4), ("gemma", 4000, 3.71e-4)],
+)
+def test_the_recipes_rate_falls_with_the_width(family, width, rate):
+    config = qlora.parse_config(["--recipe", "modern"])
+    resolved = qlora.resolve_recipe(config, AutoConfig.for_model(family, hidden_size=width))
+    assert resolved.training.learning_rate == resolved.flags["learning_rate"] == rate
+    assert config.training.learning_rate == 2e-4  # the Config of before is left alone
+
+
+def test_a_recipe_for_a_width_that_is_not_known():
+    config = qlora.parse_config(["--recipe", "modern"])
+    with pytest.raises(qlora.ConfigError, match=r"^--recipe: .*without hidden_size, pass --learning_rate"):
+        qlora.resolve_recipe(config, PreTrainedConfig())
 
 
 # ------------------------------------------------------------------------------------
