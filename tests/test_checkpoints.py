@@ -199,6 +199,41 @@ def test_a_signal_during_a_step_without_gradient_saves_it(run_qlora, models, int
     assert any(entry["grad_norm"] == 0 for entry in log)
 
 
+# Three steps an epoch, at whose end the loss is logged, then the model is evaluated, then saved.
+EPOCHS = {"per_device_train_batch_size": 8, "num_train_epochs": 2, "max_steps": None, "eval_dataset_size": 4,
+          "max_train_samples": 20, "logging_steps": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["eval", "eval save"])
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_signal_saves_its_step_once_and_the_resume_is_exact(
+    run_qlora, interrupt, tmp_path, monkeypatch, step, strategy
+):
+    """In the middle of an epoch, whose evaluation is not due yet, and at its end."""
+    flags = EPOCHS | {f"{name}_strategy": "epoch" for name in strategy.split()}
+    flags |= {"save_steps": 1} if strategy == "eval" else {}
+    straight = run_qlora(**flags, output_dir=tmp_path / "straight")
+    rename, committed = Path.rename, []
+    monkeypatch.setattr(Path, "rename", lambda file, target: committed.append(target.name) or rename(file, target))
+    interrupt(step)
+    broken = run_qlora(**flags)
+    assert broken.code == 143 and committed == [
+        f"checkpoint-{n}" for n in range(1 if "save_steps" in flags else step, step + 1)
+    ]
+    interrupt(None)
+    resumed = run_qlora(**flags)
+    assert_equal_runs(resumed, straight)
+    evaluated = [
+        [
+            (entry["step"], entry["eval_loss"])
+            for entry in run.json("trainer_state.json")["log_history"]
+            if "eval_loss" in entry
+        ]
+        for run in (straight, resumed)
+    ]
+    assert evaluated[0] == evaluated[1] and [at for at, _ in evaluated[0]] == [3, 6]
+
+
 @pytest.mark.slow  # torch waits some seconds for its workers
 def test_a_signal_while_a_worker_hangs_ends_the_run(run_qlora, monkeypatch):
     collate = qlora.collate_step
@@ -236,6 +271,27 @@ def test_sigint_after_training_keeps_the_completed_run(run_qlora, monkeypatch):
     run = run_qlora(do_predict=True, predict_with_generate=True)
     assert run.code == 130
     assert (run.output_dir / "completed").exists()
+
+
+def test_the_line_of_a_stop_names_the_command_that_goes_on(run_qlora, stopped, monkeypatch, tmp_path):
+    """The same command would start anew, or from the checkpoint that was picked."""
+    assert stopped(3).stderr.endswith("saved; the same command goes on from what is saved\n")
+    picked = stopped(4, max_steps=6, resume_from_checkpoint=tmp_path / "out/checkpoint-3")
+    assert picked.stderr.endswith(
+        "saved; the same command without --resume_from_checkpoint goes on from what is saved\n"
+    )
+    for error, said in (
+        (KeyboardInterrupt(), "interrupted by SIGINT"),
+        (RuntimeError("gloo: closed"), "another rank of this run has exited"),
+    ):
+        for place, words in (
+            ("load_splits", "starts again"),  # nothing is saved yet
+            ("generate_predictions", "without --overwrite_output_dir goes on from what is saved"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(qlora, place, lambda *args, error=error: (_ for _ in ()).throw(error))
+                run = run_qlora(**PREDICT, max_steps=1, overwrite_output_dir=True)
+            assert run.stderr.endswith(f"{said}; the same command {words}\n")
 
 
 # ------------------------------------------------------------------------------------
@@ -597,6 +653,17 @@ def test_resume_from_something_else_than_a_checkpoint_is_an_error(run_qlora, bro
     assert str(tmp_path / path) in error_of(run)
 
 
+def test_the_folder_of_a_run_is_no_checkpoint_to_resume_from(run_qlora, tmp_path):
+    """A finished run's folder holds an adapter and a trainer_state.json, as a checkpoint does."""
+    first = run_qlora(max_steps=2)
+    for target in ("out", "elsewhere"):
+        error = error_of(run_qlora(output_dir=tmp_path / target, resume_from_checkpoint=first.output_dir))
+        assert f"pass {first.output_dir / 'checkpoint-2'}" in error
+    shutil.rmtree(first.output_dir / "checkpoint-2")
+    error = error_of(run_qlora(output_dir=tmp_path / "elsewhere", resume_from_checkpoint=first.output_dir))
+    assert "the folder of a run" in error and not (tmp_path / "elsewhere").exists()
+
+
 # ------------------------------------------------------------------------------------
 # The original's layout, full fine-tunes
 # ------------------------------------------------------------------------------------
@@ -917,6 +984,23 @@ def test_other_flags_for_a_completed_run_are_said(run_qlora):
     assert "seed was 42, is 1: without effect" in again.stderr
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_flags_that_nothing_trained_with_are_not_recorded(run_qlora, killed):
+    """The last step is saved, and the final files are missing."""
+    first = run_qlora(learning_rate=1e-3, weight_decay=0.1)
+    straight = weights(first.output_dir)
+    for file in [path for path in first.output_dir.iterdir() if path.is_file() and killed]:
+        file.unlink()
+    (first.output_dir / "completed").unlink(missing_ok=True)
+    again = run_qlora(learning_rate=1e-4, weight_decay=0.0)
+    assert "learning_rate was 0.001, is 0.0001: without effect" in again.stderr
+    for flags in (again.json("run.json")["flags"], again.json("completed")["run"]["flags"]):
+        assert (flags["learning_rate"], flags["weight_decay"]) == (1e-3, 0.1)
+    card = (again.output_dir / "README.md").read_text()
+    assert "| learning_rate | `0.001` |" in card and "| weight_decay | `0.1` |" in card
+    assert all(torch.equal(tensor, straight[name]) for name, tensor in weights(again.output_dir).items())
+
+
 def test_flags_without_effect_and_folders_are_not_compared(run_qlora, stopped, tmp_path):
     flags = {"bits": 16, "full_finetune": True, "lora_r": None}
     stopped(3, **flags)
@@ -983,7 +1067,7 @@ def test_a_completed_run_of_another_kind_stays(run_qlora, tmp_path):
     run = run_qlora(**full)
     before = run.files()
     error = error_of(run_qlora(save_strategy="no", save_steps=None))
-    assert "holds a completed run of another kind" in error and run.files() == before
+    assert "holds the result of another run" in error and run.files() == before
 
 
 def test_a_checkpoint_picked_elsewhere_does_not_replace_another_run(run_qlora, tmp_path):

@@ -221,7 +221,7 @@ def test_a_signal_to_all_processes_of_a_run_finishes_the_step_and_saves(fork_ser
     assert process.text().count("finishing the step") == 1
     # the Trainer's metrics are on standard output, which comes when the process ends
     *_, last = (line for line in process.text().strip().splitlines() if not line.startswith("{"))
-    assert last == f"stopped by {name} at step {step}, saved; the same command goes on from there"
+    assert last == f"stopped by {name} at step {step}, saved; the same command goes on from what is saved"
     assert not (tmp_path / "out/completed").exists() and not list((tmp_path / "out").glob(".*"))
     assert qlora.checkpoint_problem(tmp_path / f"out/checkpoint-{step}") is None
 
@@ -268,14 +268,19 @@ def test_processes_agree_on_the_step_at_which_a_signal_stops_them(fork_server, c
 def test_one_run_at_a_time_writes_into_a_folder(fork_server, command, tmp_path):
     """The second one says who is there and changes nothing; after a kill -9 the folder is free at once."""
     flags = ENDLESS | {"save_steps": 2, "save_total_limit": 1, "dataloader_num_workers": 1}
-    first = fork_server.start(command("out", **flags), tmp_path / "first")
+    (tmp_path / "link").symlink_to(tmp_path / "merged")
+    first = fork_server.start(command("out", **flags, merged_output_dir=tmp_path / "link"), tmp_path / "first")
     until(lambda: steps_kept(tmp_path / "out"), first)
-    for name, final in (("out", "other"), ("other", "out")):
-        words = command(name, **flags, final_output_dir=tmp_path / final)
-        refused = fork_server.start(words, tmp_path / f"into {name}")
+    for used, names in (
+        ("out", {"final_output_dir": "other"}),
+        ("out", {"output_dir": "other", "final_output_dir": "out"}),
+        (".merging-merged", {"output_dir": "other", "merged_output_dir": "merged"}),
+    ):
+        words = command("out", **flags, **{flag: tmp_path / name for flag, name in names.items()})
+        refused = fork_server.start(words, tmp_path / f"log of {names}")
         assert refused.wait() == 2
         (line,) = [line for line in refused.text().splitlines() if line.startswith("error: ")]
-        assert f"{tmp_path / 'out'} is in use by process {first.pid} on {socket.gethostname()}" in line
+        assert f"{tmp_path / used} is in use by process {first.pid} on {socket.gethostname()}" in line
     ranks = fork_server.start_ranks(2, command("out", **flags), tmp_path / "ranks")
     assert [rank.wait() for rank in ranks] == [2, 2] and "in use by" in ranks[0].text()
     assert first.running and not (tmp_path / "other").exists()

@@ -336,6 +336,24 @@ def test_an_empty_folder_is_filled(merged_run, tmp_path):
     assert run.code == 0 and plain(folder)
 
 
+def test_a_link_to_an_empty_folder_is_filled(merged_run, tmp_path):
+    """What a run that was killed left beside it is removed."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / ".merging-there" / "there").mkdir(parents=True)
+    (tmp_path / ".merging-there" / ".lock").touch()
+    (tmp_path / "merged").symlink_to(tmp_path / "there")
+    run, folder = merged_run()
+    assert run.code == 0 and weights(folder) and not list(tmp_path.glob(".*")) and not list(folder.glob(".*"))
+
+
+def test_the_working_folder_is_refused_before_anything_is_trained(merged_run, tmp_path, monkeypatch):
+    """It can't be replaced by the merged model."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run, _ = merged_run(merged_output_dir=".")
+    assert f"--merged_output_dir {tmp_path / 'here'}" in error_of(run) and not (tmp_path / "out").exists()
+
+
 def test_merging_without_an_adapter_is_an_error(merged_run):
     assert "no adapter" in error_of(merged_run(do_train=False)[0])
 
