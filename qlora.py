@@ -1208,9 +1208,9 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
      "mmlu_source_max_len max_new_tokens per_device_train_batch_size per_device_eval_batch_size "
      "gradient_accumulation_steps lora_r max_memory_MB stream_buffer early_stopping_patience",
      "at least 1", lambda x: x >= 1),
-    ("learning_rate weight_decay max_grad_norm dataloader_num_workers num_train_epochs layers_to_freeze preview "
+    ("learning_rate weight_decay max_grad_norm dataloader_num_workers layers_to_freeze preview "
      "neftune_noise_alpha calibration_rows", "0 or more", lambda x: 0 <= x < math.inf),
-    ("lora_alpha temperature", "more than 0", lambda x: 0 < x < math.inf),
+    ("lora_alpha temperature num_train_epochs", "more than 0", lambda x: 0 < x < math.inf),
     ("lora_dropout layer_freeze_ratio label_smoothing_factor", "at least 0 and below 1", lambda x: 0 <= x < 1),
     ("mask_prob", "above 0 and at most 1", lambda x: 0 < x <= 1),
     ("mask_replace_prob random_replace_prob", "0 to 1", lambda x: 0 <= x <= 1),
@@ -1375,7 +1375,7 @@ def check_folders(config: Config) -> None:
             inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
             picked = name == "resume_from_checkpoint"
             within = inside and not picked and inside[0].startswith(removed)
-            if within or (inside == () and not (picked and (folder / "run.json").is_file())):  # see check_picked
+            if within or (inside == () and not (picked and (folder / "run.json").is_file())):  # not a checkpoint
                 raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
 
 
@@ -4541,8 +4541,6 @@ def check_same_run(
     recorded = read_record(folder).get("run", {})
     if not recorded:
         log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
-    if (folder / "optimizer.pt").is_file():
-        recorded.setdefault("engine", "none or DDP")
     before, now = ({**values.get("flags", {}), **values} for values in (recorded, run))
     ineffective = itertools.chain(*(names for applies, names, _ in ineffective_flags(config) if applies))
     # What an earlier version did not record is not compared: its checkpoints stay resumable.
@@ -4551,7 +4549,8 @@ def check_same_run(
         names -= {"metric_for_best_model", "greater_is_better"}
     changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
     refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET})
-    if config.training.deepspeed or {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & STATEFUL_SCHEDULES:
+    stateful = {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & STATEFUL_SCHEDULES
+    if resumes and (stateful or config.training.deepspeed):
         refused |= changed.keys() & (RATE_FLAGS | UPDATE_FLAGS)  # they are restored with their state
     if DATASET in refused:  # name what selects and encodes rows
         fields = (*dataclasses.fields(ModelArguments), *dataclasses.fields(DataArguments))
@@ -4589,26 +4588,6 @@ def file_digests(folder: Path) -> dict[str, str]:
         return {p.relative_to(folder).as_posix(): f"{p.stat().st_size} bytes, {value}" for p, value in digests}
 
 
-def checkpoint_problem(folder: Path) -> str | None:
-    """The first thing in a checkpoint that is not as it was written, or None if it is whole."""
-    try:
-        if (folder / MANIFEST).is_file():
-            manifest, found = read_json(folder / MANIFEST), file_digests(folder)
-            if manifest.pop("seal", None) != digest(json.dumps(manifest)):
-                return f"{MANIFEST} is not as it was written"
-            changed = [name for name, written in manifest["files"].items() if found.get(name) != written]
-            return f"{changed[0]} is missing or not as it was written" if changed else None
-        # Another program's, such as the original's, lists no files: whole if everything in it opens.
-        read_json(folder / "trainer_state.json")
-        for file in folder.rglob("*.safetensors"):
-            safe_open(file, "pt")
-        torn = [f"{file.name} breaks off" for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
-        empty = not weights_in(folder) and not weights_in(folder, full_finetune=True)
-        return next(iter(torn), "no weights in it" if empty else None)
-    except (*LIBRARY_ERRORS, QLoRAError) as error:  # type: ignore[misc]
-        return shorten(error)
-
-
 def checkpoint_step(checkpoint: Path) -> int:
     """The number in a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
@@ -4618,6 +4597,28 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     """Checkpoint folders, newest first: checkpoint-1000 is newer than checkpoint-250."""
     folders = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
     return sorted(folders, key=checkpoint_step, reverse=True)
+
+
+def checkpoint_problem(folder: Path) -> str | None:
+    """The first thing in a checkpoint that is not as it was written, or None if it is whole."""
+    try:
+        if (folder / MANIFEST).is_file():
+            manifest, found = read_json(folder / MANIFEST), file_digests(folder)
+            if manifest.pop("seal", None) != digest(json.dumps(manifest)):
+                return f"{MANIFEST} is not as it was written"
+            changed = [name for name, written in manifest["files"].items() if found.get(name) != written]
+            return f"{changed[0]} is missing or not as it was written" if changed else None
+        if (folder / "run.json").is_file():  # it has an adapter and a trainer_state.json, too
+            return f"the folder of a run, its newest checkpoint is {next(iter(checkpoints_in(folder)), 'missing')}"
+        # Another program's, such as the original's, lists no files: whole if everything in it opens.
+        read_json(folder / "trainer_state.json")
+        for file in folder.rglob("*.safetensors"):
+            safe_open(file, "pt")
+        torn = [f"{file.name} breaks off" for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
+        empty = not weights_in(folder) and not weights_in(folder, full_finetune=True)
+        return next(iter(torn), "no weights in it" if empty else None)
+    except (*LIBRARY_ERRORS, QLoRAError) as error:  # type: ignore[misc]
+        return shorten(error)
 
 
 def find_last_checkpoint(output_dir: Path) -> Path | None:
@@ -4647,19 +4648,8 @@ def check_output_is_free(config: Config, last: Path | None) -> None:
     own = (kept and final == output) or ((kept or not completed) and final_files(output, final))
     found = weights_in(final) or weights_in(final, full_finetune=True)
     if found and not own and not config.training.overwrite_output_dir:
-        flag = "final_output_dir" if config.flags["final_output_dir"] else "output_dir"
         way = "pass another folder, or --overwrite_output_dir to replace it"
-        raise ConfigError(f"--{flag} {final}: holds the result of another run; {way}")
-
-
-def check_picked(checkpoint: Path) -> None:
-    """Check that --resume_from_checkpoint is one, and not the folder of a run, which resembles one."""
-    found = checkpoints_in(checkpoint)
-    problem = checkpoint_problem(checkpoint)
-    if found or (checkpoint / "run.json").is_file():
-        problem = f"the folder of a run, {f'pass {found[0]}' if found else 'without any'}"
-    if problem:
-        raise ConfigError(f"--resume_from_checkpoint {checkpoint}: not a whole checkpoint: {problem}")
+        raise ConfigError(f"{final} holds the result of a run, and {output} no checkpoint of it to resume from; {way}")
 
 
 def find_resume_point(config: Config) -> ResumePoint:
@@ -4670,7 +4660,8 @@ def find_resume_point(config: Config) -> ResumePoint:
     picked = None if str(picked).lower() == "true" else picked
     if picked:
         last = Path(picked)
-        check_picked(last)
+        if problem := checkpoint_problem(last):
+            raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
     elif not args.overwrite_output_dir:
         last = find_last_checkpoint(output)
     if not args.do_train:
@@ -4679,15 +4670,11 @@ def find_resume_point(config: Config) -> ResumePoint:
             if folder and not adapter and (weights := weights_in(folder, full)):
                 return ResumePoint(False, weights=str(weights), found=output if folder == final else folder)
         return ResumePoint(False, weights=adapter)
-    if completed and not (picked or args.overwrite_output_dir) and (weights := weights_in(final, full)):
-        record = read_record(output)
-        if not needs_more_steps(config, record):
-            steps = record.get("step", "?")
-            log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
-            return ResumePoint(False, weights=str(weights), found=output)
-        if last is None:
-            way = f"start another from its adapter with --adapter_name_or_path {final} and another --output_dir"
-            raise ConfigError(f"{output} holds a completed run but no checkpoint to resume from; {way}")
+    record = read_record(output) if completed and not (picked or args.overwrite_output_dir) else {"step": 0, "epoch": 0}
+    if (weights := weights_in(final, full)) and not needs_more_steps(config, record):
+        steps = record.get("step", "?")
+        log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
+        return ResumePoint(False, weights=str(weights), found=output)
     check_output_is_free(config, last)
     if last is None:
         return ResumePoint(True, weights=adapter)
@@ -6153,8 +6140,6 @@ def report_done(config: Config, metrics: dict[str, Any], seconds: float) -> None
 # ------------------------------------------------------------------------------------
 def print_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
     """Print the preview, coloured where standard output is a terminal."""
-    if config.data.streaming:
-        log.info("rows and statistics are of the stream's first rows")
     coloured, encoding = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), sys.stdout.encoding or "utf-8"
     text = format_preview(rows, statistics, coloured).encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -6245,10 +6230,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
 
 
 def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
-    """Check that an earlier run found here is this one. Returns it, and what checkpoints say of it.
-
-    Where no step is left to train, both have the flags of the steps that were.
-    """
+    """Check that an earlier run found here is this one. Returns it with the flags that trained, and its identity."""
     config, resume, args = run.config, run.resume, run.config.training
     identity = run_fingerprint(config, data.statistics.get("train") if args.do_train else None)
     if run.base != run.folder:
@@ -6256,15 +6238,13 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
     if resume.found:
         earlier = check_same_run(resume.found, identity, resume.train, config, not resume.trained)
         if resume.trained:
+            identity["flags"] |= earlier
             run = dataclasses.replace(run, config=dataclasses.replace(config, flags=config.flags | earlier))
-            identity["flags"] |= {name: value for name, value in earlier.items() if name in identity["flags"]}
     if args.deepspeed and args.do_eval and not resume.train and not hf_deepspeed.is_deepspeed_zero3_enabled():
         raise ConfigError("--deepspeed: ZeRO-2 shards only what trains: leave it out to evaluate what was trained")
     batch, rows = effective_batch(resume.checkpoint, args), len(data.train or ())
     if resume.train and args.dataloader_drop_last and not config.data.streaming and rows < batch["rows"]:
         raise ConfigError(f"--dataloader_drop_last: {rows} rows make no step of {batch['rows']}: nothing to train")
-    if resume.train and args.max_steps < 1 and args.num_train_epochs <= 0:
-        raise ConfigError(f"--num_train_epochs {args.num_train_epochs:g}: nothing to train")
     return run, identity | {"effective batch": batch}
 
 

@@ -658,7 +658,7 @@ def test_the_folder_of_a_run_is_no_checkpoint_to_resume_from(run_qlora, tmp_path
     first = run_qlora(max_steps=2)
     for target in ("out", "elsewhere"):
         error = error_of(run_qlora(output_dir=tmp_path / target, resume_from_checkpoint=first.output_dir))
-        assert f"pass {first.output_dir / 'checkpoint-2'}" in error
+        assert f"the folder of a run, its newest checkpoint is {first.output_dir / 'checkpoint-2'}" in error
     shutil.rmtree(first.output_dir / "checkpoint-2")
     error = error_of(run_qlora(output_dir=tmp_path / "elsewhere", resume_from_checkpoint=first.output_dir))
     assert "the folder of a run" in error and not (tmp_path / "elsewhere").exists()
@@ -1020,6 +1020,7 @@ def test_deepspeed_restores_rates_with_its_state_so_that_others_are_refused(tmp_
     config.training.deepspeed = "zero2.json"
     with pytest.raises(qlora.ConfigError, match=r"learning_rate was 0\.001, is 0\.0001\. Pass"):
         qlora.check_same_run(folder, run, True, config)
+    qlora.check_same_run(folder, run, False, config)  # nothing is trained
 
 
 def test_every_flag_has_a_rule():
@@ -1067,7 +1068,7 @@ def test_a_completed_run_of_another_kind_stays(run_qlora, tmp_path):
     run = run_qlora(**full)
     before = run.files()
     error = error_of(run_qlora(save_strategy="no", save_steps=None))
-    assert "holds the result of another run" in error and run.files() == before
+    assert "holds the result of a run" in error and run.files() == before
 
 
 def test_a_checkpoint_picked_elsewhere_does_not_replace_another_run(run_qlora, tmp_path):
