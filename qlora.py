@@ -4670,11 +4670,12 @@ def find_resume_point(config: Config) -> ResumePoint:
             if folder and not adapter and (weights := weights_in(folder, full)):
                 return ResumePoint(False, weights=str(weights), found=output if folder == final else folder)
         return ResumePoint(False, weights=adapter)
-    record = read_record(output) if completed and not (picked or args.overwrite_output_dir) else {"step": 0, "epoch": 0}
-    if (weights := weights_in(final, full)) and not needs_more_steps(config, record):
-        steps = record.get("step", "?")
-        log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
-        return ResumePoint(False, weights=str(weights), found=output)
+    if completed and not (picked or args.overwrite_output_dir) and (weights := weights_in(final, full)):
+        record = read_record(output)
+        if not needs_more_steps(config, record):
+            steps = record.get("step", "?")
+            log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
+            return ResumePoint(False, weights=str(weights), found=output)
     check_output_is_free(config, last)
     if last is None:
         return ResumePoint(True, weights=adapter)
@@ -4682,7 +4683,10 @@ def find_resume_point(config: Config) -> ResumePoint:
     if not is_sharded(config) and not (last / "optimizer.pt").is_file():
         log.warning("%s holds no optimizer state: the resumed run will differ from an uninterrupted one", last)
     state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-    trained = not needs_more_steps(config, {"step": state.global_step, "epoch": state.epoch})
+    evaluations = state.stateful_callbacks.get("EarlyStopping", {}).get("attributes", {})
+    trained = evaluations.get("early_stopping_patience_counter", 0) >= (args.early_stopping_patience or math.inf)
+    if not needs_more_steps(config, {"step": state.global_step, "epoch": state.epoch}):
+        trained, state.max_steps = True, state.global_step  # as many as are asked for now
     return ResumePoint(True, checkpoint=last, weights=adapter, found=last, state=state, trained=trained)
 
 
@@ -5737,7 +5741,7 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
         clear_output(config, first_step)
     if start.trained:
         log.info("%s holds the last step: nothing is left to train", checkpoint)  # the Trainer would do one more
-        trainer.state, state.max_steps = state, first_step  # as many as are asked for now
+        trainer.state = state
         trainer.load_end(str(checkpoint))
     else:
         if checkpoint and isinstance(rows, StreamedSteps):

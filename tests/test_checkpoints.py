@@ -817,6 +817,20 @@ def test_best_model_is_used_when_only_completed_is_missing(run_qlora, tmp_path):
     assert same_weights(run_qlora(**flags).output_dir, best)
 
 
+def test_a_run_that_stopped_early_trains_no_further_when_only_completed_is_missing(run_qlora):
+    """Nor does it then."""
+    flags = BEST | {"early_stopping_patience": 2, "load_best_model_at_end": False, "max_steps": 6}
+    straight = weights(run_qlora(**flags).output_dir)
+    run = run_qlora(**flags)
+    assert "not trained again" in run.stderr and run.json("completed")["stopped_at"] == 3
+    for _ in range(2):
+        (run.output_dir / "completed").unlink()
+        run = run_qlora(**flags)
+        assert run.json("completed")["stopped_at"] == 3 and steps_kept(run.output_dir) == {1, 2, 3}
+        assert all(torch.equal(tensor, straight[name]) for name, tensor in weights(run.output_dir).items())
+        assert "not trained again" in run_qlora(**flags).stderr
+
+
 def test_overwriting_leaves_nothing_of_the_old_run(run_qlora, tmp_path):
     run_qlora(eval_strategy="steps", eval_steps=2, **PREDICT)
     fresh = run_qlora(output_dir=tmp_path / "fresh", bits=16, full_finetune=True)
