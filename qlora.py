@@ -5201,7 +5201,7 @@ class GracefulStop(TrainerCallback):
     patience = 30  # seconds
     signal = 0
     training = False  # a step can be finished and saved; at other times a signal ends the run at once
-    stopping = False  # after this step
+    save_due = False  # at the end of the epoch, which follows
     interrupted = False  # training stopped before its last step
     saved_step = 0  # of this run's newest checkpoint
 
@@ -5242,18 +5242,19 @@ class GracefulStop(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop after the step, on every rank if the signal reached one."""
-        self.stopping = bool(all_reduce_int(self.signal))
-        if self.stopping:
-            control.should_training_stop, control.should_save = True, False  # on_epoch_end follows at once
+        """Stop after the step, on every rank if the signal reached one, and put off the save at an epoch's end."""
+        if all_reduce_int(self.signal):
+            control.should_training_stop = control.should_save = True
             self.interrupted = state.global_step < state.max_steps
+        self.save_due = control.should_save and (control.should_training_stop or state.epoch % 1 == 0)
+        control.should_save &= not self.save_due
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save; in the middle of an epoch, what is due at its end would differ from an uninterrupted run."""
-        if self.stopping:
+        """Save after the epoch's evaluation, which draws random numbers; in the middle of an epoch none is due."""
+        if self.save_due:
             control.should_save = self.saved_step != state.global_step
-            if self.interrupted and state.epoch % 1:  # type: ignore[operator]
-                control.should_log = control.should_evaluate = False
+        if self.interrupted and state.epoch % 1:  # type: ignore[operator]
+            control.should_log = control.should_evaluate = False
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.saved_step = state.global_step

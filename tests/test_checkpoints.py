@@ -234,6 +234,21 @@ def test_a_signal_saves_its_step_once_and_the_resume_is_exact(
     assert evaluated[0] == evaluated[1] and [at for at, _ in evaluated[0]] == [3, 6]
 
 
+def test_a_kill_during_an_evaluation_at_the_end_of_an_epoch(run_qlora, monkeypatch, tmp_path):
+    """A checkpoint of the epoch's last step comes after it: it draws random numbers, and its loss is logged."""
+    flags = EPOCHS | {"eval_strategy": "epoch", "save_steps": 1, "lora_dropout": 0.1, "learning_rate": 1e-2}
+    straight = run_qlora(**flags, output_dir=tmp_path / "straight")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(qlora.QLoRATrainer, "evaluate", lambda *args, **kwargs: (_ for _ in ()).throw(Killed))
+        run_qlora(**flags)
+    assert steps_kept(tmp_path / "out") == {1, 2}
+    resumed = run_qlora(**flags)
+    assert_equal_runs(resumed, straight)
+    logs = [run.json("trainer_state.json")["log_history"] for run in (straight, resumed)]
+    losses = [[entry["eval_loss"] for entry in log if "eval_loss" in entry] for log in logs]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
 @pytest.mark.slow  # torch waits some seconds for its workers
 def test_a_signal_while_a_worker_hangs_ends_the_run(run_qlora, monkeypatch):
     collate = qlora.collate_step
