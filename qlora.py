@@ -4647,9 +4647,9 @@ def check_output_is_free(config: Config, last: Path | None) -> None:
         raise ConfigError(f"--resume_from_checkpoint {last}: {output} holds another run; {way}")
     own = (kept and final == output) or ((kept or not completed) and final_files(output, final))
     found = weights_in(final) or weights_in(final, full_finetune=True)
-    if found and not own and not config.training.overwrite_output_dir:
-        way = "pass another folder, or --overwrite_output_dir to replace it"
-        raise ConfigError(f"{final} holds the result of a run, and {output} no checkpoint of it to resume from; {way}")
+    if (found or (completed and not kept)) and not own and not config.training.overwrite_output_dir:
+        place, way = final if found else output, "pass another folder, or --overwrite_output_dir to replace it"
+        raise ConfigError(f"{place} holds the result of a run, and {output} no checkpoint of it to resume from; {way}")
 
 
 def find_resume_point(config: Config) -> ResumePoint:
@@ -4810,15 +4810,16 @@ def clear_output(config: Config, step: int) -> None:
         file.unlink(missing_ok=True)
     if (output / COMPLETED).is_file():  # the next save removes the files that it lists
         (output / COMPLETED).replace(output / PREVIOUS)
-    for staging in [*output.glob(f"{STAGING}*"), *final.glob(f"{STAGING}*")]:  # of a run that was killed
-        shutil.rmtree(staging, ignore_errors=True)
     for checkpoint in [*checkpoints, *(output.glob(f"{LEFT}*") if anew else ())]:
         if anew and (checkpoint / MANIFEST).is_file():
-            shutil.rmtree(checkpoint)
+            (output / f"{STAGING}old").mkdir(exist_ok=True)
+            checkpoint.rename(output / f"{STAGING}old" / checkpoint.name)
         elif checkpoint in checkpoints and (anew or checkpoint_step(checkpoint) > step):
             # Torn, not ours, or of a branch that --resume_from_checkpoint left: a rerun would go on from it.
             left = checkpoint.rename(output / f"{LEFT}{checkpoint_step(checkpoint)}-{time.time_ns()}")
             log.warning("%s is set aside as %s; nothing reads it, you may remove it", checkpoint, left.name)
+    for staging in [*output.glob(f"{STAGING}*"), *final.glob(f"{STAGING}*")]:  # also of a run that was killed
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------
@@ -5572,7 +5573,7 @@ class QLoRATrainer(Trainer):
                 limit = max(self.config.training.save_total_limit or 0, 0)  # 0 keeps all, as in the Trainer
                 for old in own[limit:] if limit else ():
                     if str(old) != self.state.best_model_checkpoint:
-                        shutil.rmtree(old)
+                        old.rename(staging / old.name)  # absent at once, and removed with the hidden folder
             wait_for_all_ranks()
         self.untimed_seconds += time.perf_counter() - began
 

@@ -809,6 +809,24 @@ def test_rotation_leaves_folders_of_others(run_qlora, tmp_path):
     assert steps_kept(run.output_dir) == {0, 4}
 
 
+@pytest.mark.parametrize("flags", [{"save_total_limit": 1, "max_steps": 6}, {"overwrite_output_dir": True}])
+def test_a_checkpoint_is_removed_at_once_and_never_through_a_link(run_qlora, tmp_path, monkeypatch, flags):
+    """A kill while its files go would leave a folder that is neither whole nor absent; the one linked is the user's."""
+    out, moved = run_qlora(save_steps=1, max_steps=3).output_dir, tmp_path / "other disk"
+    (out / "checkpoint-1").rename(moved)
+    (out / "checkpoint-1").symlink_to(moved)
+    removed, rmtree = [], shutil.rmtree
+
+    def note(folder, **options):
+        removed.extend(qlora.checkpoints_in(out) if Path(folder).name.startswith("checkpoint-") else [])
+        rmtree(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", note)
+    assert run_qlora(save_steps=2, **flags).code == 0
+    assert qlora.checkpoint_problem(moved) is None and not hidden(out) and not removed
+    assert steps_kept(out) == ({6} if "save_total_limit" in flags else {2, 4})
+
+
 def test_a_limit_below_one_keeps_all(run_qlora):
     run = run_qlora(save_steps=1, save_total_limit=-1)
     assert steps_kept(run.output_dir) == {1, 2, 3, 4}
@@ -1098,6 +1116,13 @@ def test_a_completed_run_of_another_kind_stays(run_qlora, tmp_path):
     before = run.files()
     error = error_of(run_qlora(save_strategy="no", save_steps=None))
     assert "holds the result of a run" in error and run.files() == before
+
+
+def test_a_completed_run_without_checkpoints_is_not_trained_again_into_another_folder(run_qlora, tmp_path):
+    run = run_qlora(save_strategy="no", save_steps=None)
+    before = snapshot(run.output_dir)
+    error = error_of(run_qlora(save_strategy="no", save_steps=None, final_output_dir=tmp_path / "final"))
+    assert "no checkpoint of it to resume from" in error and snapshot(run.output_dir) == before
 
 
 def test_a_checkpoint_picked_elsewhere_does_not_replace_another_run(run_qlora, tmp_path):
