@@ -5982,7 +5982,7 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
         model: Any = load_merge_base(config, run.base if dequantised else run.folder)
         dtype, base = model.dtype, float32_logits(model, sample)
         with reraise_as_user_error(f"{adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
-            model = attach_adapter(model, adapter_files(adapter, config))
+            model = attach_adapter(model, adapter_files(adapter, config)).eval()  # without dropout
         if mutates_base(init := getattr(model.peft_config["default"], "init_lora_weights", None)):
             raise ConfigError(f"{adapter} fits a base changed by {init}: finish its training; the result fits any base")
         rank = config.lora.lora_r
@@ -6283,10 +6283,9 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
 
 def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
     """Train, evaluate, predict and merge, as the flags say. Returns the exit status."""
+    run, identity = check_resume(run, data)
     config, resume, args, output = run.config, run.resume, run.config.training, Path(run.config.training.output_dir)
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
-    run, identity = check_resume(run, data)
-    config = run.config
     record = describe_run(run, data, identity)
     metrics: dict[str, Any] = {}
     if resume.train or args.do_eval or args.do_predict:
@@ -6298,8 +6297,7 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
             metrics |= train(trainer, resume, stop, config)
             if number := all_reduce_int(stop.signal):
                 name, step = signal.Signals(number).name, trainer.state.global_step
-                saved = f"saved; {way_to_go_on(config, stop)}" if stop.saved_step == step else "which is not saved"
-                log.warning("stopped by %s at step %d, %s", name, step, saved)
+                log.warning("stopped by %s at step %d, saved; %s", name, step, way_to_go_on(config, stop))
                 return STOP_SIGNALS[name]
         if args.do_eval and not (resume.train or resume.weights):
             log.warning("nothing trained was found in %s: these are the metrics of the base model", output)

@@ -125,6 +125,14 @@ def test_finished_run_is_merged_without_training(merged_run, run_qlora, tmp_path
         assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(folder).items())
 
 
+def test_an_adapter_that_was_trained_with_dropout(merged_run, models):
+    """Which is off while the merged model is compared."""
+    run, folder = merged_run(lora_dropout=0.5)
+    assert run.code == 0
+    with_adapter = PeftModel.from_pretrained(plain(models("llama")), run.output_dir).eval()
+    assert torch.allclose(logits(plain(folder, dtype=torch.float32)), logits(with_adapter), atol=0.1)
+
+
 def test_packed_rows_are_merged_too(merged_run):
     run, folder = merged_run(packing=True, do_eval=False)
     assert run.code == 0 and weights(folder)
