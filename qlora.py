@@ -1762,8 +1762,11 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     """Rows to train and to evaluate on, of every dataset named. Chats need the tokenizer."""
     args, data = config.training, config.data
     rejected_lines.cache_clear()
-    if args.process_index == 0 and not (data.streaming or data.preview):  # a stream's resume reads no row again
-        Path(args.output_dir, REJECTED).unlink(missing_ok=True)
+    output = Path(args.output_dir)
+    kept = () if args.overwrite_output_dir else (*output.glob("checkpoint-*"), *output.glob("completed"))
+    # a stream's resume reads no row again, and a run that is there may be another
+    if args.process_index == 0 and not (data.streaming or data.preview or kept):
+        (output / REJECTED).unlink(missing_ok=True)
     evaluating = args.do_eval or args.do_predict
     # without training, a merged model is compared on rows, and a base calibrated on them
     training = args.do_train or config.quant.calibration_rows or (args.merged_output_dir and not evaluating)
@@ -4534,9 +4537,7 @@ def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[st
     return before if before["flags"] == flags else batch
 
 
-def check_same_run(
-    folder: Path, run: Mapping[str, Any], resumes: bool, config: Config, trains: bool = True
-) -> dict[str, Any]:
+def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: Config) -> dict[str, Any]:
     """Refuse to continue another run, and log what other flags change: see RESUME_RULES. Returns their old values."""
     recorded = read_record(folder).get("run", {})
     if not recorded:
@@ -4562,9 +4563,8 @@ def check_same_run(
             "was trained: --do_train False"
         )
     if changed and config.training.do_train:
-        new, rates = "applies at once", "new schedule"
-        if not (resumes and trains):
-            new = rates = "without effect on what is trained already"
+        trained = "without effect on what is trained already"
+        new, rates = ("applies at once", "new schedule") if resumes else (trained, trained)
         lines = [f"{text}: {rates if name in RESUME_RULES['new schedule'] else new}" for name, text in changed.items()]
         log.warning("other flags than in %s\n  %s", folder, "\n  ".join(lines))
     return {name: before[name] for name in changed}
@@ -4645,11 +4645,14 @@ def check_output_is_free(config: Config, last: Path | None) -> None:
     if last and not kept and (completed or checkpoints_in(output)):
         way = "leave the flag out to go on with that one, or pass another --output_dir"
         raise ConfigError(f"--resume_from_checkpoint {last}: {output} holds another run; {way}")
-    own = (kept and final == output) or ((kept or not completed) and final_files(output, final))
+    recorded, whole = final_files(output, final), final / "model.safetensors"
+    own = (kept and final == output) or ((kept or not completed) and recorded)
     found = weights_in(final) or weights_in(final, full_finetune=True)
     if (found or (completed and not kept)) and not own and not config.training.overwrite_output_dir:
         place, way = final if found else output, "pass another folder, or --overwrite_output_dir to replace it"
         raise ConfigError(f"{place} holds the result of a run, and {output} no checkpoint of it to resume from; {way}")
+    if config.quant.full_finetune and not own and whole.is_file() and whole not in recorded:
+        raise ConfigError(f"{whole}: of another run, and loaded instead of shards; remove it, or pass another folder")
 
 
 def find_resume_point(config: Config) -> ResumePoint:
@@ -4730,8 +4733,6 @@ def commit_checkpoint(staging: Path, final: Path) -> None:
     """Flush a written folder to disk and rename it, which makes it a checkpoint."""
     for path in [*staging.rglob("*"), staging]:
         fsync_path(path)
-    if final.exists():  # a torn one is removed with the hidden folder
-        final.rename(staging.parent / "old")
     staging.rename(final)
     fsync_path(final.parent)
 
@@ -6242,7 +6243,7 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
     if run.base != run.folder:
         identity |= calibration_identity(config, run.base)
     if resume.found:
-        earlier = check_same_run(resume.found, identity, resume.train, config, not resume.trained)
+        earlier = check_same_run(resume.found, identity, resume.train and not resume.trained, config)
         if resume.trained:
             identity["flags"] |= earlier
             run = dataclasses.replace(run, config=dataclasses.replace(config, flags=config.flags | earlier))

@@ -1125,6 +1125,17 @@ def test_a_completed_run_without_checkpoints_is_not_trained_again_into_another_f
     assert "no checkpoint of it to resume from" in error and snapshot(run.output_dir) == before
 
 
+def test_a_run_that_is_refused_leaves_the_list_of_rejected_rows(run_qlora, small_flags, tmp_path):
+    rows = [{"input": "1", "output": "2"}] * 4 + [{"input": "3", "output": ""}]
+    bad = {"dataset": tiny.rows_to_jsonl(tmp_path / "bad.jsonl", rows), "on_bad_rows": "skip", "max_steps": 1}
+    rejected = run_qlora(**bad).output_dir / "rejected.jsonl"
+    before = rejected.read_text()
+    assert before.count("\n") == 1
+    assert "belongs to another run" in error_of(run_qlora(max_steps=2)) and rejected.read_text() == before
+    assert run_qlora(**bad | {"max_steps": 2}).code == 0 and rejected.read_text() == before
+    assert run_qlora(overwrite_output_dir=True).code == 0 and not rejected.exists()
+
+
 def test_a_checkpoint_picked_elsewhere_does_not_replace_another_run(run_qlora, tmp_path):
     run_qlora()
     other = run_qlora(output_dir=tmp_path / "other", seed=5)

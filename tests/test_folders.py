@@ -348,6 +348,14 @@ def test_an_output_folder_among_the_sub_folders_of_a_dataset_is_refused(
         assert run_qlora(dataset=".", max_steps=1, output_dir="results").code == 0
 
 
+def test_a_model_that_would_be_loaded_instead_of_what_is_saved_is_not_overwritten(run_qlora, own_model, tmp_path):
+    """A lone model.safetensors beside shards, of which no record says whose it is."""
+    before = contents_of(own_model)
+    run = run_qlora(**FULL, output_dir=tmp_path / "out", final_output_dir=own_model, overwrite_output_dir=True)
+    assert run.code == 2 and f"{own_model / 'model.safetensors'}: of another run" in run.stderr
+    assert contents_of(own_model) == before
+
+
 @pytest.mark.parametrize("first", [{}, {"output_dir": "results"}, {"full_finetune": True, "bits": 16, "lora_r": None}])
 def test_a_final_folder_of_another_run_is_refused(run_qlora, tmp_path, first):
     """One that shares the final folder, one that wrote there alone, and one of another kind."""
