@@ -5816,8 +5816,8 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
         if state.global_step < state.max_steps:  # stopped early: a rerun with the same flags is not to go on
             done |= {"step": state.max_steps, "epoch": state.num_train_epochs, "stopped_at": state.global_step}
             log.info("stopped early at step %d of %d", state.global_step, state.max_steps)
-        write_json(output / COMPLETED, done | place | {"files": files})
-        (output / PREVIOUS).unlink(missing_ok=True)
+        write_json(output / PREVIOUS, done | place | {"files": files})
+        (output / PREVIOUS).replace(output / COMPLETED)
         if args.push_to_hub:
             hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
             with reraise_as_user_error("--push_to_hub: all is saved here, but the upload failed"):

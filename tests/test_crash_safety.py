@@ -187,6 +187,23 @@ def test_killed_in_the_middle_of_saves(fork_server, command, tmp_path):
     kill_and_compare(fork_server, command, tmp_path, ["call", "save"], seed, max_steps=24, packing=True)
 
 
+def test_killed_at_once_when_the_run_is_marked_completed(fork_server, command, tmp_path):
+    """Nothing hidden is left, and the next run finds it completed."""
+    words = command("out", max_steps=1, eval_strategy="no")
+    kill = """
+import os, pathlib, signal
+def replace(file, target, replace=pathlib.Path.replace):
+    replace(file, target)
+    if pathlib.Path(target).name == "completed":
+        os.kill(os.getpid(), signal.SIGKILL)
+pathlib.Path.replace = replace
+"""
+    assert fork_server.start(words, tmp_path / "killed", before=kill).wait() == -signal.SIGKILL
+    assert {path.name for path in (tmp_path / "out").glob(".*")} <= {".lock"}
+    again = fork_server.start(words, tmp_path / "again")
+    assert again.wait() == 0 and "not trained again" in again.text() and not list((tmp_path / "out").glob(".*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "by-length"])
 def test_killed_at_many_random_moments(fork_server, command, tmp_path, packing):
