@@ -4662,7 +4662,7 @@ def find_resume_point(config: Config) -> ResumePoint:
     completed, last = (output / COMPLETED).is_file(), None
     picked = None if str(picked).lower() == "true" else picked
     if picked:
-        last = Path(picked)
+        last = Path(picked).resolve()
         if problem := checkpoint_problem(last):
             raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
     elif not args.overwrite_output_dir:

@@ -204,8 +204,7 @@ EPOCHS = {"per_device_train_batch_size": 8, "num_train_epochs": 2, "max_steps": 
           "max_train_samples": 20, "logging_steps": 1}  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", ["eval", "eval save"])
-@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize(("step", "strategy"), [(2, "eval"), (2, "eval save"), (3, "eval")])
 def test_a_signal_saves_its_step_once_and_the_resume_is_exact(
     run_qlora, interrupt, tmp_path, monkeypatch, step, strategy
 ):
@@ -386,6 +385,13 @@ def test_a_checkpoint_picked_by_another_name(run_qlora, broken_off, tmp_path):
     (tmp_path / "out/checkpoint-4").rename(tmp_path / "out/best")
     run = run_qlora(max_steps=6, resume_from_checkpoint=tmp_path / "out/best")
     assert run.code == 0 and same_weights(run.output_dir, broken_off)
+
+
+def test_the_working_folder_is_picked(run_qlora, broken_off, tmp_path, monkeypatch):
+    """Its last step is also the last that is asked for."""
+    monkeypatch.chdir(tmp_path / "out/checkpoint-4")
+    run = run_qlora(max_steps=4, resume_from_checkpoint=".")
+    assert run.code == 0 and same_weights(run.output_dir, tmp_path / "out/checkpoint-4")
 
 
 def test_kill_while_writing_metrics_does_not_break_the_next_run(run_qlora, monkeypatch):
