@@ -1219,9 +1219,9 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
      "mmlu_source_max_len max_new_tokens per_device_train_batch_size per_device_eval_batch_size "
      "gradient_accumulation_steps lora_r expert_lora_r max_memory_MB stream_buffer early_stopping_patience",
      "at least 1", lambda x: x >= 1),
-    ("learning_rate weight_decay max_grad_norm dataloader_num_workers num_train_epochs layers_to_freeze preview "
+    ("learning_rate weight_decay max_grad_norm dataloader_num_workers layers_to_freeze preview "
      "neftune_noise_alpha calibration_rows", "0 or more", lambda x: 0 <= x < math.inf),
-    ("lora_alpha temperature", "more than 0", lambda x: 0 < x < math.inf),
+    ("lora_alpha temperature num_train_epochs", "more than 0", lambda x: 0 < x < math.inf),
     ("lora_dropout layer_freeze_ratio label_smoothing_factor", "at least 0 and below 1", lambda x: 0 <= x < 1),
     ("add_tokens", "tokens with commas between them", lambda x: all(map(str.strip, x.split(",")))),
     ("mask_prob", "above 0 and at most 1", lambda x: 0 < x <= 1),
@@ -1366,6 +1366,9 @@ def sharding_conflicts(config: Config) -> list[tuple[Any, str]]:
     ]  # fmt: skip
 
 
+OUTPUT_FLAGS = ("output_dir", "working_dir", "final_output_dir", "merged_output_dir")
+
+
 def check_folders(config: Config) -> None:
     """Refuse output folders that the run reads, also a checkpoint in one: files could be overwritten or removed."""
     flags = config.flags
@@ -1374,7 +1377,7 @@ def check_folders(config: Config) -> None:
     removed = ("checkpoint-", "left-checkpoint-", ".saving-")  # what a run may remove in its folder
     names = {name for name, _ in dataset_shares(config.data.dataset)} - DATASETS.keys()
     sources = [(name, flags[name]) for name in reads] + [("dataset", name) for name in sorted(names)]
-    for flag in ("output_dir", "working_dir", "final_output_dir", "merged_output_dir"):
+    for flag in OUTPUT_FLAGS:
         folder = Path(flags[flag] or flags["output_dir"]).resolve()
         if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
             raise ConfigError(f"--{flag} {folder}: {file} is a file; name a folder")
@@ -1384,8 +1387,9 @@ def check_folders(config: Config) -> None:
             read = Path(value).resolve()
             read = read if read.is_dir() else read.parent
             inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
-            within = inside and name != "resume_from_checkpoint" and inside[0].startswith(removed)
-            if inside == () or within:
+            picked = name == "resume_from_checkpoint"
+            within = inside and not picked and inside[0].startswith(removed)
+            if within or (inside == () and not (picked and (folder / "run.json").is_file())):  # not a checkpoint
                 raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
 
 
@@ -1599,7 +1603,7 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
         with reraise_as_user_error(name, DataError):
             return as_sources(name, datasets.load_from_disk(path))
     if path.exists():
-        return find_files(name, path)
+        return find_files(name, path, config)
     if data_suffix(path) in READERS:
         raise DataError(f"--dataset {name}: no such file")
     return load_from_hub(config, name)
@@ -1626,13 +1630,16 @@ def split_named(name: str) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def find_files(name: str, path: Path) -> dict[str, RowSource]:
+def find_files(name: str, path: Path, config: Config) -> dict[str, RowSource]:
     """The splits of a local file, or of a folder. Its sub-folders are read only if it has no data file of its own."""
     files = [path]
     if path.is_dir():
         visible = sorted(f for f in path.rglob("*") if f.is_file() and "/." not in str(f)[len(str(path)) :])
         data = [f for f in visible if data_suffix(f) in READERS and not f.name.startswith("dataset_info")]
         files = [file for file in data if file.parent == path] or data
+        for flag in OUTPUT_FLAGS if files is data else ():
+            if (value := config.flags[flag]) and Path(value).resolve().is_relative_to(path.resolve()):
+                raise DataError(f"--{flag} {value}: the run reads sub-folders of {path}; name a folder outside")
         if unread := [str(file.relative_to(path)) for file in visible if file not in files]:
             log.info("%s: not read: %s", path, shorten(", ".join(unread)))
     splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
@@ -1769,8 +1776,11 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     """Rows to train and to evaluate on, of every dataset named. Chats need the tokenizer."""
     args, data = config.training, config.data
     rejected_lines.cache_clear()
-    if args.process_index == 0 and not (data.streaming or data.preview):  # a stream's resume reads no row again
-        Path(args.output_dir, REJECTED).unlink(missing_ok=True)
+    output = Path(args.output_dir)
+    kept = () if args.overwrite_output_dir else (*output.glob("checkpoint-*"), *output.glob("completed"))
+    # a stream's resume reads no row again, and a run that is there may be another
+    if args.process_index == 0 and not (data.streaming or data.preview or kept):
+        (output / REJECTED).unlink(missing_ok=True)
     evaluating = args.do_eval or args.do_predict
     # without training, a merged model is compared on rows, and a base calibrated on them
     training = args.do_train or config.quant.calibration_rows or (args.merged_output_dir and not evaluating)
@@ -4797,6 +4807,7 @@ PREVIOUS = ".completed-before"  # `completed` of an earlier run, while another o
 STREAM = "stream.json"  # in a checkpoint: how far a stream was read
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
 LEFT = "left-checkpoint-"  # prefix of checkpoints that are set aside
+MERGING = ".merging-"  # prefix of the hidden folder beside a merged model
 LOCK = ".lock"  # held by the run that writes into a folder
 # What --overwrite_output_dir removes beside weights and checkpoints.
 RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
@@ -4826,6 +4837,8 @@ class ResumePoint(NamedTuple):
     checkpoint: Path | None = None  # to resume from
     weights: str | None = None  # an adapter, or for a full fine-tune a model, to start from or to use
     found: Path | None = None  # checkpoint or folder of an earlier run, which must be the same run
+    state: TrainerState | None = None  # the checkpoint's
+    trained: bool = False  # the checkpoint holds the last step: only the final files are missing
 
 
 def run_fingerprint(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
@@ -4863,13 +4876,11 @@ def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[st
     return before if before["flags"] == flags else batch
 
 
-def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: Config) -> None:
-    """Refuse to continue another run, naming what differs, and log what other flags changed: see RESUME_RULES."""
+def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: Config) -> dict[str, Any]:
+    """Refuse to continue another run, and log what other flags change: see RESUME_RULES. Returns their old values."""
     recorded = read_record(folder).get("run", {})
     if not recorded:
         log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
-    if (folder / "optimizer.pt").is_file():
-        recorded.setdefault("engine", "none or DDP")
     before, now = ({**values.get("flags", {}), **values} for values in (recorded, run))
     ineffective = itertools.chain(*(names for applies, names, _ in ineffective_flags(config) if applies))
     # What an earlier version did not record is not compared: its checkpoints stay resumable.
@@ -4878,7 +4889,8 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
         names -= {"metric_for_best_model", "greater_is_better"}
     changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
     refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET})
-    if config.training.deepspeed or {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & STATEFUL_SCHEDULES:
+    stateful = {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & STATEFUL_SCHEDULES
+    if resumes and (stateful or config.training.deepspeed):
         refused |= changed.keys() & (RATE_FLAGS | UPDATE_FLAGS)  # they are restored with their state
     if DATASET in refused:  # name what selects and encodes rows
         fields = (*dataclasses.fields(ModelArguments), *dataclasses.fields(DataArguments))
@@ -4890,9 +4902,11 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
             "was trained: --do_train False"
         )
     if changed and config.training.do_train:
-        new, rates = ("applies at once", "new schedule") if resumes else ("without effect",) * 2
+        trained = "without effect on what is trained already"
+        new, rates = ("applies at once", "new schedule") if resumes else (trained, trained)
         lines = [f"{text}: {rates if name in RESUME_RULES['new schedule'] else new}" for name, text in changed.items()]
         log.warning("other flags than in %s\n  %s", folder, "\n  ".join(lines))
+    return {name: before[name] for name in changed}
 
 
 def weights_in(folder: Path, full_finetune: bool = False) -> Path | None:
@@ -4913,26 +4927,6 @@ def file_digests(folder: Path) -> dict[str, str]:
         return {p.relative_to(folder).as_posix(): f"{p.stat().st_size} bytes, {value}" for p, value in digests}
 
 
-def checkpoint_problem(folder: Path) -> str | None:
-    """The first thing in a checkpoint that is not as it was written, or None if it is whole."""
-    try:
-        if (folder / MANIFEST).is_file():
-            manifest, found = read_json(folder / MANIFEST), file_digests(folder)
-            if manifest.pop("seal", None) != digest(json.dumps(manifest)):
-                return f"{MANIFEST} is not as it was written"
-            changed = [name for name, written in manifest["files"].items() if found.get(name) != written]
-            return f"{changed[0]} is missing or not as it was written" if changed else None
-        # Another program's, such as the original's, lists no files: whole if everything in it opens.
-        read_json(folder / "trainer_state.json")
-        for file in folder.rglob("*.safetensors"):
-            safe_open(file, "pt")
-        torn = [f"{file.name} breaks off" for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
-        empty = not weights_in(folder) and not weights_in(folder, full_finetune=True)
-        return next(iter(torn), "no weights in it" if empty else None)
-    except (*LIBRARY_ERRORS, QLoRAError) as error:  # type: ignore[misc]
-        return shorten(error)
-
-
 def checkpoint_step(checkpoint: Path) -> int:
     """The number in a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
@@ -4942,6 +4936,28 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     """Checkpoint folders, newest first: checkpoint-1000 is newer than checkpoint-250."""
     folders = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
     return sorted(folders, key=checkpoint_step, reverse=True)
+
+
+def checkpoint_problem(folder: Path) -> str | None:
+    """The first thing in a checkpoint that is not as it was written, or None if it is whole."""
+    try:
+        if (folder / MANIFEST).is_file():
+            manifest, found = read_json(folder / MANIFEST), file_digests(folder)
+            if manifest.pop("seal", None) != digest(json.dumps(manifest)):
+                return f"{MANIFEST} is not as it was written"
+            changed = [name for name, written in manifest["files"].items() if found.get(name) != written]
+            return f"{changed[0]} is missing or not as it was written" if changed else None
+        if (folder / "run.json").is_file():  # it has an adapter and a trainer_state.json, too
+            return f"the folder of a run, its newest checkpoint is {next(iter(checkpoints_in(folder)), 'missing')}"
+        # Another program's, such as the original's, lists no files: whole if everything in it opens.
+        read_json(folder / "trainer_state.json")
+        for file in folder.rglob("*.safetensors"):
+            safe_open(file, "pt")
+        torn = [f"{file.name} breaks off" for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
+        empty = not weights_in(folder) and not weights_in(folder, full_finetune=True)
+        return next(iter(torn), "no weights in it" if empty else None)
+    except (*LIBRARY_ERRORS, QLoRAError) as error:  # type: ignore[misc]
+        return shorten(error)
 
 
 def find_last_checkpoint(output_dir: Path) -> Path | None:
@@ -4961,16 +4977,21 @@ def needs_more_steps(config: Config, completed: Mapping[str, Any]) -> bool:
     return target > completed.get(unit, math.inf)
 
 
-def check_output_is_free(config: Config, picked: Path | None, kept: bool) -> None:
-    """Refuse to train over another run: of another kind, or than that of a checkpoint picked elsewhere."""
-    output, final = Path(config.training.output_dir), final_folder(config)
-    completed = (output / COMPLETED).is_file()
-    if picked and picked.resolve().parent != output.resolve() and (completed or checkpoints_in(output)):
+def check_output_is_free(config: Config, last: Path | None) -> None:
+    """Refuse to train over another run than that of the checkpoint, also over its weights in the final folder."""
+    output, final = Path(config.training.output_dir).resolve(), final_folder(config).resolve()
+    completed, kept = (output / COMPLETED).is_file(), last is not None and last.resolve().parent == output
+    if last and not kept and (completed or checkpoints_in(output)):
         way = "leave the flag out to go on with that one, or pass another --output_dir"
-        raise ConfigError(f"--resume_from_checkpoint {picked}: {output} holds another run; {way}")
-    if completed and not (kept or config.training.overwrite_output_dir) and final_files(output, final):
-        kind = f"a completed run of another kind than --full_finetune {config.quant.full_finetune}"
-        raise ConfigError(f"{output} holds {kind}; pass another --output_dir, or --overwrite_output_dir")
+        raise ConfigError(f"--resume_from_checkpoint {last}: {output} holds another run; {way}")
+    recorded, whole = final_files(output, final), final / "model.safetensors"
+    own = (kept and final == output) or ((kept or not completed) and recorded)
+    found = weights_in(final) or weights_in(final, full_finetune=True)
+    if (found or (completed and not kept)) and not own and not config.training.overwrite_output_dir:
+        place, way = final if found else output, "pass another folder, or --overwrite_output_dir to replace it"
+        raise ConfigError(f"{place} holds the result of a run, and {output} no checkpoint of it to resume from; {way}")
+    if config.quant.full_finetune and not own and whole.is_file() and whole not in recorded:
+        raise ConfigError(f"{whole}: of another run, and loaded instead of shards; remove it, or pass another folder")
 
 
 def find_resume_point(config: Config) -> ResumePoint:
@@ -4980,7 +5001,7 @@ def find_resume_point(config: Config) -> ResumePoint:
     completed, last = (output / COMPLETED).is_file(), None
     picked = None if str(picked).lower() == "true" else picked
     if picked:
-        last = Path(picked)
+        last = Path(picked).resolve()
         if problem := checkpoint_problem(last):
             raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
     elif not args.overwrite_output_dir:
@@ -4997,16 +5018,18 @@ def find_resume_point(config: Config) -> ResumePoint:
             steps = record.get("step", "?")
             log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
             return ResumePoint(False, weights=str(weights), found=output)
-        if last is None:
-            way = f"start another from its adapter with --adapter_name_or_path {final} and another --output_dir"
-            raise ConfigError(f"{output} holds a completed run but no checkpoint to resume from; {way}")
-    check_output_is_free(config, last if picked else None, kept=last is not None)
+    check_output_is_free(config, last)
     if last is None:
         return ResumePoint(True, weights=adapter)
     log.info("resuming from %s", last)
     if not is_sharded(config) and not (last / "optimizer.pt").is_file():
         log.warning("%s holds no optimizer state: the resumed run will differ from an uninterrupted one", last)
-    return ResumePoint(True, checkpoint=last, weights=adapter, found=last)
+    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+    evaluations = state.stateful_callbacks.get("EarlyStopping", {}).get("attributes", {})
+    trained = evaluations.get("early_stopping_patience_counter", 0) >= (args.early_stopping_patience or math.inf)
+    if not needs_more_steps(config, {"step": state.global_step, "epoch": state.epoch}):
+        trained, state.max_steps = True, state.global_step  # as many as are asked for now
+    return ResumePoint(True, checkpoint=last, weights=adapter, found=last, state=state, trained=trained)
 
 
 def fsync_path(path: Path) -> None:
@@ -5049,8 +5072,6 @@ def commit_checkpoint(staging: Path, final: Path) -> None:
     """Flush a written folder to disk and rename it, which makes it a checkpoint."""
     for path in [*staging.rglob("*"), staging]:
         fsync_path(path)
-    if final.exists():  # a torn one is removed with the hidden folder
-        final.rename(staging.parent / "old")
     staging.rename(final)
     fsync_path(final.parent)
 
@@ -5093,7 +5114,7 @@ def open_locked(folder: Path) -> Any:
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder. The kernel releases the lock of a process that dies."""
-    made = not folder.exists()
+    made = not folder.exists() or folder.name.startswith(MERGING)
     folder.mkdir(parents=True, exist_ok=True)
     with open_locked(folder) as file:
         file.truncate(0)
@@ -5129,15 +5150,16 @@ def clear_output(config: Config, step: int) -> None:
         file.unlink(missing_ok=True)
     if (output / COMPLETED).is_file():  # the next save removes the files that it lists
         (output / COMPLETED).replace(output / PREVIOUS)
-    for staging in [*output.glob(f"{STAGING}*"), *final.glob(f"{STAGING}*")]:  # of a run that was killed
-        shutil.rmtree(staging, ignore_errors=True)
     for checkpoint in [*checkpoints, *(output.glob(f"{LEFT}*") if anew else ())]:
         if anew and (checkpoint / MANIFEST).is_file():
-            shutil.rmtree(checkpoint)
+            (output / f"{STAGING}old").mkdir(exist_ok=True)
+            checkpoint.rename(output / f"{STAGING}old" / checkpoint.name)
         elif checkpoint in checkpoints and (anew or checkpoint_step(checkpoint) > step):
             # Torn, not ours, or of a branch that --resume_from_checkpoint left: a rerun would go on from it.
             left = checkpoint.rename(output / f"{LEFT}{checkpoint_step(checkpoint)}-{time.time_ns()}")
             log.warning("%s is set aside as %s; nothing reads it, you may remove it", checkpoint, left.name)
+    for staging in [*output.glob(f"{STAGING}*"), *final.glob(f"{STAGING}*")]:  # also of a run that was killed
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------
@@ -5520,7 +5542,9 @@ class GracefulStop(TrainerCallback):
     patience = 30  # seconds
     signal = 0
     training = False  # a step can be finished and saved; at other times a signal ends the run at once
+    save_due = False  # at the end of the epoch, which follows
     interrupted = False  # training stopped before its last step
+    saved_step = 0  # of this run's newest checkpoint
 
     def __init__(self) -> None:
         self.process = os.getpid()
@@ -5559,10 +5583,22 @@ class GracefulStop(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop, on every rank if the signal reached one."""
+        """Stop after the step, on every rank if the signal reached one, and put off the save at an epoch's end."""
         if all_reduce_int(self.signal):
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = control.should_save = True
             self.interrupted = state.global_step < state.max_steps
+        self.save_due = control.should_save and (control.should_training_stop or state.epoch % 1 == 0)
+        control.should_save &= not self.save_due
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save after the epoch's evaluation, which draws random numbers; in the middle of an epoch none is due."""
+        if self.save_due:
+            control.should_save = self.saved_step != state.global_step
+        if self.interrupted and state.epoch % 1:  # type: ignore[operator]
+            control.should_log = control.should_evaluate = False
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saved_step = state.global_step
 
 
 def init_worker(number: int) -> None:
@@ -5837,10 +5873,7 @@ class QLoRATrainer(Trainer):
             trained = [parameter for parameter in self.base.parameters() if parameter.requires_grad]
             if not all(bool(parameter.isfinite().all()) for parameter in trained):
                 self._stop(step, "its update leaves weights that are not finite", "lower --learning_rate")
-        best = self.args.save_strategy == "best" and control.should_evaluate and control.should_save
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
-        if best and self.state.best_global_step != step:  # a signal asked for it, which the Trainer forgets
-            self._save_checkpoint(model, None)
 
     def _check_numbers(self, step: int, numbers: torch.Tensor, arrived: Any, rows: Sequence[list[str]]) -> None:
         """Stop at a loss or gradient norm that is not finite, naming the rows and the likely cause."""
@@ -5901,7 +5934,7 @@ class QLoRATrainer(Trainer):
                 limit = max(self.config.training.save_total_limit or 0, 0)  # 0 keeps all, as in the Trainer
                 for old in own[limit:] if limit else ():
                     if str(old) != self.state.best_model_checkpoint:
-                        shutil.rmtree(old)
+                        old.rename(staging / old.name)  # absent at once, and removed with the hidden folder
             wait_for_all_ranks()
         self.untimed_seconds += time.perf_counter() - began
 
@@ -6076,13 +6109,13 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
     The speed is that of tokens without padding, over the seconds not spent on evaluating and saving.
     """
     checkpoint, rows, stop.training = start.checkpoint, trainer.train_dataset, True
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
+    state = start.state or TrainerState()
     first_step, metrics = state.global_step, {}
     if trainer.args.should_save:
         clear_output(config, first_step)
-    if checkpoint and not needs_more_steps(config, {"step": first_step, "epoch": state.epoch}):
+    if start.trained:
         log.info("%s holds the last step: nothing is left to train", checkpoint)  # the Trainer would do one more
-        trainer.state, state.max_steps = state, first_step  # as many as are asked for now
+        trainer.state = state
         trainer.load_end(str(checkpoint))
     else:
         if checkpoint and isinstance(rows, StreamedSteps):
@@ -6109,6 +6142,7 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
             save_metrics(trainer, "train", metrics)
         trainer.save_state()
         save_final(trainer, final_folder(config), config)
+        stop.saved_step = trainer.state.global_step
     stop.training = False
     return metrics
 
@@ -6153,8 +6187,8 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
         if state.global_step < state.max_steps:  # stopped early: a rerun with the same flags is not to go on
             done |= {"step": state.max_steps, "epoch": state.num_train_epochs, "stopped_at": state.global_step}
             log.info("stopped early at step %d of %d", state.global_step, state.max_steps)
-        write_json(output / COMPLETED, done | place | {"files": files})
-        (output / PREVIOUS).unlink(missing_ok=True)
+        write_json(output / PREVIOUS, done | place | {"files": files})
+        (output / PREVIOUS).replace(output / COMPLETED)
         if args.push_to_hub:
             hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
             with reraise_as_user_error("--push_to_hub: all is saved here, but the upload failed"):
@@ -6191,19 +6225,24 @@ def merge_record(adapter: str, config: Config) -> dict[str, Any]:
     return weights | {name: config.flags[name] for name in ("model_name_or_path", "merge_base", "max_shard_size")}
 
 
+def merging_folder(config: Config) -> Path:
+    """The hidden folder that a model is merged in."""
+    target = Path(str(config.training.merged_output_dir)).resolve()
+    return target.with_name(f"{MERGING}{target.name}")
+
+
 def check_merge(start: ResumePoint, config: Config) -> None:
     """Check before training that there will be an adapter to merge and a free folder for the result."""
     if config.training.merged_output_dir is None or config.data.preview:
         return
-    target = Path(config.training.merged_output_dir)
+    target = Path(config.training.merged_output_dir).resolve()
     if not start.train and start.weights is None:
         raise ConfigError(f"--merged_output_dir {target}: no adapter to merge: nothing was trained in --output_dir")
     finished = not start.train and (target / MERGED).is_file()
     if finished and read_json(target / MERGED) == merge_record(str(start.weights), config):
         log.info("%s holds this adapter merged already", target)
-    elif target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise ConfigError(f"--merged_output_dir {target}: exists and is not empty; name another folder, or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    elif target == Path.cwd() or target.is_mount() or any(target.glob("*")):  # it will be replaced
+        raise ConfigError(f"--merged_output_dir {target}: in use or not empty; name another folder, or remove it")
 
 
 def load_merge_base(config: Config, folder: str) -> Any:
@@ -6306,9 +6345,9 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
     config, tokenizer, folder = run.config, run.tokenizer, run.config.training.merged_output_dir
     if folder is None or config.training.process_index != 0 or Path(folder, MERGED).is_file():  # see check_merge
         return {}
-    target, source, rows = Path(folder), download(run.folder, PROCESSOR_FILES, config), data.eval
+    target, source, rows = Path(folder).resolve(), download(run.folder, PROCESSOR_FILES, config), data.eval
     rows = rows or getattr(data.train, "rows", data.train)  # of packs, or as they are
-    staging = target.with_name(f".merging-{target.name}")
+    staging = merging_folder(config) / target.name
     shutil.rmtree(staging, ignore_errors=True)
     sample = padded_prompts([ids[:64] for ids in rows[:4]["input_ids"]], tokenizer.pad_token_id, "right")
     gc.collect()  # the trained model is held by reference cycles
@@ -6319,7 +6358,7 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
         fit_embeddings(model, token_rows(PeftConfig.from_pretrained(adapter_files(adapter, config))))  # for the sample
         dtype, base = model.dtype, float32_logits(model, sample)
         with reraise_as_user_error(f"{adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
-            model = attach_adapter(model, adapter_files(adapter, config))
+            model = attach_adapter(model, adapter_files(adapter, config)).eval()  # without dropout
         if mutates_base(init := getattr(model.peft_config["default"], "init_lora_weights", None)):
             raise ConfigError(f"{adapter} fits a base changed by {init}: finish its training; the result fits any base")
         rank = config.lora.lora_r
@@ -6482,8 +6521,6 @@ def report_done(config: Config, metrics: dict[str, Any], seconds: float) -> None
 # ------------------------------------------------------------------------------------
 def print_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
     """Print the preview, coloured where standard output is a terminal."""
-    if config.data.streaming:
-        log.info("rows and statistics are of the stream's first rows")
     coloured, encoding = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), sys.stdout.encoding or "utf-8"
     text = format_preview(rows, statistics, coloured).encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -6573,22 +6610,23 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     return trainer
 
 
-def check_resume(run: Run, data: Data) -> dict[str, Any]:
-    """Check that an earlier run found here is this one. Returns what checkpoints say of this run."""
+def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
+    """Check that an earlier run found here is this one. Returns it with the flags that trained, and its identity."""
     config, resume, args = run.config, run.resume, run.config.training
     identity = run_fingerprint(config, data.statistics.get("train") if args.do_train else None)
     if run.base != run.folder:
         identity |= calibration_identity(config, run.base)
     if resume.found:
-        check_same_run(resume.found, identity, resume.train, config)
+        earlier = check_same_run(resume.found, identity, resume.train and not resume.trained, config)
+        if resume.trained:
+            identity["flags"] |= earlier
+            run = dataclasses.replace(run, config=dataclasses.replace(config, flags=config.flags | earlier))
     if args.deepspeed and args.do_eval and not resume.train and not hf_deepspeed.is_deepspeed_zero3_enabled():
         raise ConfigError("--deepspeed: ZeRO-2 shards only what trains: leave it out to evaluate what was trained")
     batch, rows = effective_batch(resume.checkpoint, args), len(data.train or ())
     if resume.train and args.dataloader_drop_last and not config.data.streaming and rows < batch["rows"]:
         raise ConfigError(f"--dataloader_drop_last: {rows} rows make no step of {batch['rows']}: nothing to train")
-    if resume.train and args.max_steps < 1 and args.num_train_epochs <= 0:
-        raise ConfigError(f"--num_train_epochs {args.num_train_epochs:g}: nothing to train")
-    return identity | {"effective batch": batch}
+    return run, identity | {"effective batch": batch}
 
 
 def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_preview) -> int:
@@ -6612,32 +6650,29 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
         return 0
     with contextlib.ExitStack() as locks:
         if args.process_index == 0:
-            for folder in {Path(args.output_dir).resolve(), final_folder(config).resolve()}:
+            merging = [merging_folder(config)] if args.merged_output_dir else []
+            for folder in {Path(args.output_dir).resolve(), final_folder(config).resolve(), *merging}:
                 locks.enter_context(lock_folder(folder))
         return run_stages(*load_run(config), stop, began)
 
 
 def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
     """Train, evaluate, predict and merge, as the flags say. Returns the exit status."""
+    run, identity = check_resume(run, data)
     config, resume, args, output = run.config, run.resume, run.config.training, Path(run.config.training.output_dir)
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
-    identity = check_resume(run, data)
     record = describe_run(run, data, identity)
     metrics: dict[str, Any] = {}
     if resume.train or args.do_eval or args.do_predict:
         trainer = prepare(run, data, identity, questions, stop)
-        if args.should_save and (resume.train or not (output / "run.json").is_file()):
+        if args.should_save and ((resume.train and not resume.trained) or not (output / "run.json").is_file()):
             write_json(output / "run.json", record)
         log.info("ready after %.0f s", time.perf_counter() - began)
         if resume.train:
             metrics |= train(trainer, resume, stop, config)
             if number := all_reduce_int(stop.signal):
                 name, step = signal.Signals(number).name, trainer.state.global_step
-                saved = not stop.interrupted or (output / f"checkpoint-{step}").is_dir()
-                flags = [name for name in ("overwrite_output_dir", "resume_from_checkpoint") if config.flags[name]]
-                command = f"the same command without --{flags[0]}" if flags else "the same command"
-                goes_on = f"saved; {command} goes on from there" if saved else "which is not saved"
-                log.warning("stopped by %s at step %d, %s", name, step, goes_on)
+                log.warning("stopped by %s at step %d, saved; %s", name, step, way_to_go_on(config, stop))
                 return STOP_SIGNALS[name]
         if args.do_eval and not (resume.train or resume.weights):
             log.warning("nothing trained was found in %s: these are the metrics of the base model", output)
@@ -6651,10 +6686,14 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
     return 0
 
 
-PEER_EXITED = "another rank of this run has exited. The same command goes on from the last checkpoint"
+def way_to_go_on(config: Config | None, stop: GracefulStop) -> str:
+    """Name the command that goes on from what this run has saved."""
+    flags = [f"--{n}" for n in ("overwrite_output_dir", "resume_from_checkpoint") if config and config.flags[n]]
+    without = f" without {flags[0]}" if flags and stop.saved_step else ""
+    return f"the same command{without} {'starts again' if flags and not without else 'goes on from what is saved'}"
 
 
-def exit_status(error: BaseException) -> tuple[int, str] | None:
+def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
     """Return the exit status and message of what a user can fix; None for our bugs."""
     library = type(error).__module__.partition(".")[0]
     match error:
@@ -6662,12 +6701,12 @@ def exit_status(error: BaseException) -> tuple[int, str] | None:
             return 2, str(error)
         case KeyboardInterrupt():
             name = signal.Signals(*error.args or [signal.SIGINT]).name
-            return STOP_SIGNALS[name], f"interrupted by {name}; the same command goes on from what is saved"
+            return STOP_SIGNALS[name], f"interrupted by {name}; {way}"
         case torch.OutOfMemoryError():
             lower = "lower --per_device_train_batch_size or --source_max_len and --target_max_len"
             return 2, f"not enough GPU memory: {lower}, or keep --gradient_checkpointing on"
         case _ if is_peer_failure(error):
-            return 2, PEER_EXITED
+            return 2, f"another rank of this run has exited; {way}"
         case ValueError() if "DebugUnderflowOverflow" in str(error):
             return 2, "--debug underflow_overflow: a value is not finite, the modules that lead to it are listed above"
         case OSError() if error.errno:  # of a disk, a path or a connection
@@ -6698,14 +6737,15 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, GracefulSt
     argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
     debug = any(re.match("--debug(=|$)", token) for token in argv)
-    stop = GracefulStop()
+    stop, config = GracefulStop(), None
     try:
         with stop.handling_signals():
-            status = action(parse_config(argv), stop)
+            config = parse_config(argv)
+            status = action(config, stop)
             shutdown_distributed()
             return status
     except (Exception, KeyboardInterrupt) as error:
-        known = exit_status(error)
+        known = exit_status(error, way_to_go_on(config, stop))
         if known is None:
             raise
         if debug:
@@ -6715,7 +6755,7 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, GracefulSt
         rank, ranks = rank_and_world_size()
         if ranks > 1 or os.environ.get("LOCAL_RANK", "0") == "0":  # before they connect, all ranks meet the same error
             message = escape_control_chars(HUB_TOKEN.sub("(a token)", known[1]))
-            prefix = "error: " if known[0] and known[1] != PEER_EXITED else ""  # the other rank says why
+            prefix = "error: " if known[0] and not is_peer_failure(error) else ""  # the other rank says why
             print(f"{f'rank {rank}: ' * (rank > 0)}{prefix}{message}", file=sys.stderr, flush=True)
         return known[0]
 

@@ -199,6 +199,55 @@ def test_a_signal_during_a_step_without_gradient_saves_it(run_qlora, models, int
     assert any(entry["grad_norm"] == 0 for entry in log)
 
 
+# Three steps an epoch, at whose end the loss is logged, then the model is evaluated, then saved.
+EPOCHS = {"per_device_train_batch_size": 8, "num_train_epochs": 2, "max_steps": None, "eval_dataset_size": 4,
+          "max_train_samples": 20, "logging_steps": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize(("step", "strategy"), [(2, "eval"), (2, "eval save"), (3, "eval")])
+def test_a_signal_saves_its_step_once_and_the_resume_is_exact(
+    run_qlora, interrupt, tmp_path, monkeypatch, step, strategy
+):
+    """In the middle of an epoch, whose evaluation is not due yet, and at its end."""
+    flags = EPOCHS | {f"{name}_strategy": "epoch" for name in strategy.split()}
+    flags |= {"save_steps": 1} if strategy == "eval" else {}
+    straight = run_qlora(**flags, output_dir=tmp_path / "straight")
+    rename, committed = Path.rename, []
+    monkeypatch.setattr(Path, "rename", lambda file, target: committed.append(target.name) or rename(file, target))
+    interrupt(step)
+    broken = run_qlora(**flags)
+    assert broken.code == 143 and committed == [
+        f"checkpoint-{n}" for n in range(1 if "save_steps" in flags else step, step + 1)
+    ]
+    interrupt(None)
+    resumed = run_qlora(**flags)
+    assert_equal_runs(resumed, straight)
+    evaluated = [
+        [
+            (entry["step"], entry["eval_loss"])
+            for entry in run.json("trainer_state.json")["log_history"]
+            if "eval_loss" in entry
+        ]
+        for run in (straight, resumed)
+    ]
+    assert evaluated[0] == evaluated[1] and [at for at, _ in evaluated[0]] == [3, 6]
+
+
+def test_a_kill_during_an_evaluation_at_the_end_of_an_epoch(run_qlora, monkeypatch, tmp_path):
+    """A checkpoint of the epoch's last step comes after it: it draws random numbers, and its loss is logged."""
+    flags = EPOCHS | {"eval_strategy": "epoch", "save_steps": 1, "lora_dropout": 0.1, "learning_rate": 1e-2}
+    straight = run_qlora(**flags, output_dir=tmp_path / "straight")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(qlora.QLoRATrainer, "evaluate", lambda *args, **kwargs: (_ for _ in ()).throw(Killed))
+        run_qlora(**flags)
+    assert steps_kept(tmp_path / "out") == {1, 2}
+    resumed = run_qlora(**flags)
+    assert_equal_runs(resumed, straight)
+    logs = [run.json("trainer_state.json")["log_history"] for run in (straight, resumed)]
+    losses = [[entry["eval_loss"] for entry in log if "eval_loss" in entry] for log in logs]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
 @pytest.mark.slow  # torch waits some seconds for its workers
 def test_a_signal_while_a_worker_hangs_ends_the_run(run_qlora, monkeypatch):
     collate = qlora.collate_step
@@ -236,6 +285,27 @@ def test_sigint_after_training_keeps_the_completed_run(run_qlora, monkeypatch):
     run = run_qlora(do_predict=True, predict_with_generate=True)
     assert run.code == 130
     assert (run.output_dir / "completed").exists()
+
+
+def test_the_line_of_a_stop_names_the_command_that_goes_on(run_qlora, stopped, monkeypatch, tmp_path):
+    """The same command would start anew, or from the checkpoint that was picked."""
+    assert stopped(3).stderr.endswith("saved; the same command goes on from what is saved\n")
+    picked = stopped(4, max_steps=6, resume_from_checkpoint=tmp_path / "out/checkpoint-3")
+    assert picked.stderr.endswith(
+        "saved; the same command without --resume_from_checkpoint goes on from what is saved\n"
+    )
+    for error, said in (
+        (KeyboardInterrupt(), "interrupted by SIGINT"),
+        (RuntimeError("gloo: closed"), "another rank of this run has exited"),
+    ):
+        for place, words in (
+            ("load_splits", "starts again"),  # nothing is saved yet
+            ("generate_predictions", "without --overwrite_output_dir goes on from what is saved"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(qlora, place, lambda *args, error=error: (_ for _ in ()).throw(error))
+                run = run_qlora(**PREDICT, max_steps=1, overwrite_output_dir=True)
+            assert run.stderr.endswith(f"{said}; the same command {words}\n")
 
 
 # ------------------------------------------------------------------------------------
@@ -315,6 +385,13 @@ def test_a_checkpoint_picked_by_another_name(run_qlora, broken_off, tmp_path):
     (tmp_path / "out/checkpoint-4").rename(tmp_path / "out/best")
     run = run_qlora(max_steps=6, resume_from_checkpoint=tmp_path / "out/best")
     assert run.code == 0 and same_weights(run.output_dir, broken_off)
+
+
+def test_the_working_folder_is_picked(run_qlora, broken_off, tmp_path, monkeypatch):
+    """Its last step is also the last that is asked for."""
+    monkeypatch.chdir(tmp_path / "out/checkpoint-4")
+    run = run_qlora(max_steps=4, resume_from_checkpoint=".")
+    assert run.code == 0 and same_weights(run.output_dir, tmp_path / "out/checkpoint-4")
 
 
 def test_kill_while_writing_metrics_does_not_break_the_next_run(run_qlora, monkeypatch):
@@ -597,6 +674,17 @@ def test_resume_from_something_else_than_a_checkpoint_is_an_error(run_qlora, bro
     assert str(tmp_path / path) in error_of(run)
 
 
+def test_the_folder_of_a_run_is_no_checkpoint_to_resume_from(run_qlora, tmp_path):
+    """A finished run's folder holds an adapter and a trainer_state.json, as a checkpoint does."""
+    first = run_qlora(max_steps=2)
+    for target in ("out", "elsewhere"):
+        error = error_of(run_qlora(output_dir=tmp_path / target, resume_from_checkpoint=first.output_dir))
+        assert f"the folder of a run, its newest checkpoint is {first.output_dir / 'checkpoint-2'}" in error
+    shutil.rmtree(first.output_dir / "checkpoint-2")
+    error = error_of(run_qlora(output_dir=tmp_path / "elsewhere", resume_from_checkpoint=first.output_dir))
+    assert "the folder of a run" in error and not (tmp_path / "elsewhere").exists()
+
+
 # ------------------------------------------------------------------------------------
 # The original's layout, full fine-tunes
 # ------------------------------------------------------------------------------------
@@ -727,6 +815,24 @@ def test_rotation_leaves_folders_of_others(run_qlora, tmp_path):
     assert steps_kept(run.output_dir) == {0, 4}
 
 
+@pytest.mark.parametrize("flags", [{"save_total_limit": 1, "max_steps": 6}, {"overwrite_output_dir": True}])
+def test_a_checkpoint_is_removed_at_once_and_never_through_a_link(run_qlora, tmp_path, monkeypatch, flags):
+    """A kill while its files go would leave a folder that is neither whole nor absent; the one linked is the user's."""
+    out, moved = run_qlora(save_steps=1, max_steps=3).output_dir, tmp_path / "other disk"
+    (out / "checkpoint-1").rename(moved)
+    (out / "checkpoint-1").symlink_to(moved)
+    removed, rmtree = [], shutil.rmtree
+
+    def note(folder, **options):
+        removed.extend(qlora.checkpoints_in(out) if Path(folder).name.startswith("checkpoint-") else [])
+        rmtree(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", note)
+    assert run_qlora(save_steps=2, **flags).code == 0
+    assert qlora.checkpoint_problem(moved) is None and not hidden(out) and not removed
+    assert steps_kept(out) == ({6} if "save_total_limit" in flags else {2, 4})
+
+
 def test_a_limit_below_one_keeps_all(run_qlora):
     run = run_qlora(save_steps=1, save_total_limit=-1)
     assert steps_kept(run.output_dir) == {1, 2, 3, 4}
@@ -748,6 +854,20 @@ def test_best_model_is_used_when_only_completed_is_missing(run_qlora, tmp_path):
     assert best.name == "checkpoint-1" and same_weights(run.output_dir, best)
     (run.output_dir / "completed").unlink()
     assert same_weights(run_qlora(**flags).output_dir, best)
+
+
+def test_a_run_that_stopped_early_trains_no_further_when_only_completed_is_missing(run_qlora):
+    """Nor does it then."""
+    flags = BEST | {"early_stopping_patience": 2, "load_best_model_at_end": False, "max_steps": 6}
+    straight = weights(run_qlora(**flags).output_dir)
+    run = run_qlora(**flags)
+    assert "not trained again" in run.stderr and run.json("completed")["stopped_at"] == 3
+    for _ in range(2):
+        (run.output_dir / "completed").unlink()
+        run = run_qlora(**flags)
+        assert run.json("completed")["stopped_at"] == 3 and steps_kept(run.output_dir) == {1, 2, 3}
+        assert all(torch.equal(tensor, straight[name]) for name, tensor in weights(run.output_dir).items())
+        assert "not trained again" in run_qlora(**flags).stderr
 
 
 def test_overwriting_leaves_nothing_of_the_old_run(run_qlora, tmp_path):
@@ -917,6 +1037,23 @@ def test_other_flags_for_a_completed_run_are_said(run_qlora):
     assert "seed was 42, is 1: without effect" in again.stderr
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_flags_that_nothing_trained_with_are_not_recorded(run_qlora, killed):
+    """The last step is saved, and the final files are missing."""
+    first = run_qlora(learning_rate=1e-3, weight_decay=0.1)
+    straight = weights(first.output_dir)
+    for file in [path for path in first.output_dir.iterdir() if path.is_file() and killed]:
+        file.unlink()
+    (first.output_dir / "completed").unlink(missing_ok=True)
+    again = run_qlora(learning_rate=1e-4, weight_decay=0.0)
+    assert "learning_rate was 0.001, is 0.0001: without effect" in again.stderr
+    for flags in (again.json("run.json")["flags"], again.json("completed")["run"]["flags"]):
+        assert (flags["learning_rate"], flags["weight_decay"]) == (1e-3, 0.1)
+    card = (again.output_dir / "README.md").read_text()
+    assert "| learning_rate | `0.001` |" in card and "| weight_decay | `0.1` |" in card
+    assert all(torch.equal(tensor, straight[name]) for name, tensor in weights(again.output_dir).items())
+
+
 def test_flags_without_effect_and_folders_are_not_compared(run_qlora, stopped, tmp_path):
     flags = {"bits": 16, "full_finetune": True, "lora_r": None}
     stopped(3, **flags)
@@ -936,6 +1073,7 @@ def test_deepspeed_restores_rates_with_its_state_so_that_others_are_refused(tmp_
     config.training.deepspeed = "zero2.json"
     with pytest.raises(qlora.ConfigError, match=r"learning_rate was 0\.001, is 0\.0001\. Pass"):
         qlora.check_same_run(folder, run, True, config)
+    qlora.check_same_run(folder, run, False, config)  # nothing is trained
 
 
 def test_every_flag_has_a_rule():
@@ -983,7 +1121,25 @@ def test_a_completed_run_of_another_kind_stays(run_qlora, tmp_path):
     run = run_qlora(**full)
     before = run.files()
     error = error_of(run_qlora(save_strategy="no", save_steps=None))
-    assert "holds a completed run of another kind" in error and run.files() == before
+    assert "holds the result of a run" in error and run.files() == before
+
+
+def test_a_completed_run_without_checkpoints_is_not_trained_again_into_another_folder(run_qlora, tmp_path):
+    run = run_qlora(save_strategy="no", save_steps=None)
+    before = snapshot(run.output_dir)
+    error = error_of(run_qlora(save_strategy="no", save_steps=None, final_output_dir=tmp_path / "final"))
+    assert "no checkpoint of it to resume from" in error and snapshot(run.output_dir) == before
+
+
+def test_a_run_that_is_refused_leaves_the_list_of_rejected_rows(run_qlora, small_flags, tmp_path):
+    rows = [{"input": "1", "output": "2"}] * 4 + [{"input": "3", "output": ""}]
+    bad = {"dataset": tiny.rows_to_jsonl(tmp_path / "bad.jsonl", rows), "on_bad_rows": "skip", "max_steps": 1}
+    rejected = run_qlora(**bad).output_dir / "rejected.jsonl"
+    before = rejected.read_text()
+    assert before.count("\n") == 1
+    assert "belongs to another run" in error_of(run_qlora(max_steps=2)) and rejected.read_text() == before
+    assert run_qlora(**bad | {"max_steps": 2}).code == 0 and rejected.read_text() == before
+    assert run_qlora(overwrite_output_dir=True).code == 0 and not rejected.exists()
 
 
 def test_a_checkpoint_picked_elsewhere_does_not_replace_another_run(run_qlora, tmp_path):

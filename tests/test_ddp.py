@@ -196,7 +196,7 @@ def test_a_killed_process_ends_the_others(start, tmp_path):
     ranks[1].kill(signal.SIGKILL)
     assert ranks[0].wait(60) == 2
     *_, last = (line for line in ranks[0].text().splitlines() if not line.startswith("{"))  # the Trainer's metrics
-    assert last == "another rank of this run has exited. The same command goes on from the last checkpoint"
+    assert last == "another rank of this run has exited; the same command goes on from what is saved"
 
 
 # ------------------------------------------------------------------------------------
@@ -245,7 +245,9 @@ def test_torchrun_saves_at_sigterm_and_ends_with_the_first_error(start, tmp_path
         "rank 1: error:", "error: rank 1:", failed
     )
     for name, log in logs.items():
-        (step,) = re.findall(r"stopped by SIGTERM at step (\d+), saved; the same command goes on from there", log)
+        (step,) = re.findall(
+            r"stopped by SIGTERM at step (\d+), saved; the same command goes on from what is saved", log
+        )
         newest = qlora.find_last_checkpoint(tmp_path / name)
         assert qlora.checkpoint_step(newest) == int(step) < 40 and "error:" not in log
         assert {path.name for path in newest.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}

@@ -330,6 +330,48 @@ def test_an_output_folder_above_a_model_is_no_risk_to_it(run_qlora, models, tmp_
     assert contents_of(model) == before
 
 
+@pytest.mark.parametrize("flag", ["output_dir", "final_output_dir", "working_dir", "merged_output_dir"])
+def test_an_output_folder_among_the_sub_folders_of_a_dataset_is_refused(
+    run_qlora, data_dir, tmp_path, monkeypatch, flag
+):
+    """Its sub-folders are read, so that a rerun would take the run's own .json files for rows."""
+    (tmp_path / "data" / "en").mkdir(parents=True)
+    shutil.copy(data_dir / "support.jsonl", tmp_path / "data" / "en")
+    before = contents_of(tmp_path)
+    monkeypatch.chdir(tmp_path / "data")
+    for dataset, folder in ((".", "results"), (tmp_path / "data", tmp_path / "data" / "en" / "results")):
+        run = run_qlora(dataset=dataset, **{flag: folder})
+        assert run.code == 2 and f"--{flag} {folder}" in run.stderr and "sub-folders" in run.stderr
+    assert contents_of(tmp_path) == before
+    shutil.copy(data_dir / "support.jsonl", tmp_path / "data")  # now its sub-folders are not read
+    for _ in range(2):
+        assert run_qlora(dataset=".", max_steps=1, output_dir="results").code == 0
+
+
+def test_a_model_that_would_be_loaded_instead_of_what_is_saved_is_not_overwritten(run_qlora, own_model, tmp_path):
+    """A lone model.safetensors beside shards, of which no record says whose it is."""
+    before = contents_of(own_model)
+    run = run_qlora(**FULL, output_dir=tmp_path / "out", final_output_dir=own_model, overwrite_output_dir=True)
+    assert run.code == 2 and f"{own_model / 'model.safetensors'}: of another run" in run.stderr
+    assert contents_of(own_model) == before
+
+
+@pytest.mark.parametrize("first", [{}, {"output_dir": "results"}, {"full_finetune": True, "bits": 16, "lora_r": None}])
+def test_a_final_folder_of_another_run_is_refused(run_qlora, tmp_path, first):
+    """One that shares the final folder, one that wrote there alone, and one of another kind."""
+    final, flags = tmp_path / "results", {"max_steps": 2, "save_steps": 1}
+    own = {"output_dir": tmp_path / "one", "final_output_dir": None if "output_dir" in first else final}
+    first = {name: tmp_path / value if name == "output_dir" else value for name, value in first.items()}
+    assert run_qlora(**flags | own | first).code == 0
+    before, second = contents_of(final), {"output_dir": tmp_path / "two", "final_output_dir": final}
+    run = run_qlora(**flags | second)
+    assert run.code == 2 and f"{final} holds the result of a run, and {tmp_path / 'two'} no checkpoint" in run.stderr
+    assert contents_of(final) == before and not (tmp_path / "two").exists()
+    assert run_qlora(**flags | own | first | {"max_steps": 3}).code == 0  # its own
+    assert run_qlora(**flags | second, overwrite_output_dir=True).code == 0
+    assert run_qlora(**flags | second | {"max_steps": 3}).code == 0
+
+
 def test_a_folder_named_as_a_preset_is_not_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "oasst1").mkdir()

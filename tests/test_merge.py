@@ -125,6 +125,14 @@ def test_finished_run_is_merged_without_training(merged_run, run_qlora, tmp_path
         assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(folder).items())
 
 
+def test_an_adapter_that_was_trained_with_dropout(merged_run, models):
+    """Which is off while the merged model is compared."""
+    run, folder = merged_run(lora_dropout=0.5)
+    assert run.code == 0
+    with_adapter = PeftModel.from_pretrained(plain(models("llama")), run.output_dir).eval()
+    assert torch.allclose(logits(plain(folder, dtype=torch.float32)), logits(with_adapter), atol=0.1)
+
+
 def test_packed_rows_are_merged_too(merged_run):
     run, folder = merged_run(packing=True, do_eval=False)
     assert run.code == 0 and weights(folder)
@@ -334,6 +342,24 @@ def test_an_empty_folder_is_filled(merged_run, tmp_path):
     (tmp_path / "merged").mkdir()
     run, folder = merged_run(max_steps=1)
     assert run.code == 0 and plain(folder)
+
+
+def test_a_link_to_an_empty_folder_is_filled(merged_run, tmp_path):
+    """What a run that was killed left beside it is removed."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / ".merging-there" / "there").mkdir(parents=True)
+    (tmp_path / ".merging-there" / ".lock").touch()
+    (tmp_path / "merged").symlink_to(tmp_path / "there")
+    run, folder = merged_run()
+    assert run.code == 0 and weights(folder) and not list(tmp_path.glob(".*")) and not list(folder.glob(".*"))
+
+
+def test_the_working_folder_is_refused_before_anything_is_trained(merged_run, tmp_path, monkeypatch):
+    """It can't be replaced by the merged model."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run, _ = merged_run(merged_output_dir=".")
+    assert f"--merged_output_dir {tmp_path / 'here'}" in error_of(run) and not (tmp_path / "out").exists()
 
 
 def test_merging_without_an_adapter_is_an_error(merged_run):
