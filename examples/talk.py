@@ -7,6 +7,7 @@ the run's --bits. Or it is a base model or a merged one: a folder, a hub id or a
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import re
 import sys
@@ -29,8 +30,14 @@ GUANACO_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+ALPACA_SYSTEM = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
 TEMPLATES = {  # BOS is added to all but the model's own, which writes it
     "plain": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    # as qlora.parse_alpaca writes a row with earlier exchanges
+    "alpaca": "{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n### Response: "
+    "{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}",
     "chat": None,  # the model's own
     # as oasst1's rows are written; the prompt ends before the space, which belongs to the answer's first token
     "guanaco": "{% for m in messages %}{{ " + GUANACO_ROLES + "[m.role] + m.content }}"
@@ -111,6 +118,13 @@ class Bot(NamedTuple):
             with qlora.reraise_as_user_error("generation flags"):
                 generation.result()
 
+    def with_settings(self, system: str, temperature: float, max_new_tokens: int) -> "Bot":
+        """The same model with other settings. Temperature 0 takes the likeliest token."""
+        generation, flags = copy.deepcopy(self.generation), self.config.generation
+        generation.update(do_sample=temperature > 0, temperature=temperature or 1.0, max_new_tokens=max_new_tokens)
+        config = dataclasses.replace(self.config, generation=dataclasses.replace(flags, max_new_tokens=max_new_tokens))
+        return self._replace(system=system, generation=generation, config=config)
+
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, without its oldest exchanges if the model cannot read all of it."""
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -166,6 +180,23 @@ def loading_flags(name: str, adapter: Path | None, trained: dict[str, Any]) -> d
     return flags if trained else flags | {"bf16": torch.cuda.is_bf16_supported()}
 
 
+def trained_template(trained: dict[str, Any], config: qlora.Config, own: bool) -> str:
+    """The form in which a run's rows were written; for one that no run trained, chat if the model has a template."""
+    chosen = trained.get("dataset_format")
+    if trained and not chosen and not trained.get("as_chat"):
+        data = dataclasses.replace(config.data, dataset=trained["dataset"], columns=trained.get("columns"))
+        try:
+            sources = qlora.open_dataset(trained["dataset"].split(",")[0].partition(":")[0], dataclasses.replace(config, data=data))
+            chosen = next(iter(sources.values())).format
+        except qlora.QLoRAError as error:
+            qlora.log.warning("in which form it was trained is not known (%s): see --template", error)
+    if chosen in ("oasst1", "alpaca", "alpaca-clean") and not trained.get("as_chat"):
+        return "guanaco" if chosen == "oasst1" else "alpaca"
+    if chosen in (None, "messages", "sharegpt", "airoboros_chat") or trained.get("as_chat"):
+        return "chat" if own else "guanaco"
+    return "plain"
+
+
 def load(name: str, *flags: str, template: str = "auto", system: str | None = None, stop: Sequence[str] = ()) -> Bot:
     """Load MODEL. `flags` are qlora.py's and override the run's; `stop` are more strings that end an answer."""
     adapter = find_adapter(Path(name).expanduser())
@@ -176,8 +207,8 @@ def load(name: str, *flags: str, template: str = "auto", system: str | None = No
     own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer = qlora.load_tokenizer(config, model_config, str(adapter) if own_tokenizer else folder)
     if template == "auto":
-        oasst1 = "oasst1" in (trained.get("dataset"), trained.get("dataset_format"))
-        template = "chat" if tokenizer.chat_template and not oasst1 else "guanaco"
+        template = trained_template(trained if adapter else {}, config, bool(tokenizer.chat_template))
+        qlora.log.info("--template %s", template)
     if template == "chat" and not tokenizer.chat_template:
         raise qlora.ConfigError(f"{name} has no chat template: pass --template guanaco or plain")
     model: Any = qlora.load_model(config, model_config, folder)
@@ -186,8 +217,8 @@ def load(name: str, *flags: str, template: str = "auto", system: str | None = No
     model = (qlora.attach_adapter(model, str(adapter)) if adapter else model).eval()
     torch.manual_seed(config.training.seed)  # with --do_sample, one --seed gives one conversation
     guanaco = template == "guanaco"
-    system = GUANACO_SYSTEM * guanaco if system is None else system
-    stops = [*(["### Human:", "### Assistant:"] if guanaco else []), *filter(None, stop)]
+    system = {"guanaco": GUANACO_SYSTEM, "alpaca": ALPACA_SYSTEM}.get(template, "") if system is None else system
+    stops = [*(["### Human:", "### Assistant:"] if guanaco else ["### Instruction:"] * (template == "alpaca")), *filter(None, stop)]
     return Bot(model, tokenizer, config, generation, template, system, stops)
 
 

@@ -133,9 +133,9 @@ def test_the_command_prints_the_plan_and_reads_nothing_else(folder, capsys, tmp_
     assert qlora.main([*words, "--plan_gpu", "24GiB", "--output_dir", str(out)]) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("predicted peak", "recomputed", "micro-batch", "fits")) and not out.exists()
-    assert qlora.main([*words, "--plan_gpu", "4 GB"]) == 3
+    assert qlora.main([*words, "--plan_gpu", "4GiB"]) == 3
     assert "does not fit into 4 GiB" in capsys.readouterr().out
-    for text in ("H100", "8x80GiB", "a lot", "-1GiB"):
+    for text in ("H100", "8x80GiB", "a lot", "-1GiB", "24", "24GB"):
         assert qlora.main([*words, "--plan_gpu", text]) == 2
         assert "--plan_gpu" in capsys.readouterr().err
 
@@ -314,8 +314,10 @@ def test_of_stacked_experts_a_token_meets_a_few(tmp_path):
     """Mixtral 8x7B: the experts, of 90 GB, are held in 16 bits; two of eight keep inputs and outputs."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
     memory = memory_of(str(tmp_path))
-    assert memory.other > 32 * 8 * 3 * 4096 * 14336 * 2 and memory.layer > 2 * 2 * 3 * 14336
+    assert memory.experts == 32 * 8 * 3 * 4096 * 14336 * 2 and memory.layer > 2 * 2 * 3 * 14336
     assert memory.layer < 8 * 2 * 3 * 14336
+    lines, fits = plan_of(str(tmp_path), "24GiB")
+    assert number(lines["experts"]) == 84.0 and number(lines["embedding, head, norms"]) < 1 and not fits
 
 
 @pytest.mark.parametrize(("bits", "said"), [(4, True), (8, True), (16, False)])
