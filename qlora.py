@@ -4463,46 +4463,23 @@ def plan_from_flags(config: Config, memory: MemoryModel) -> tuple[dict[str, str]
 
 def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: MemoryModel) -> str:
     """The smallest change of each kind with which a run that does not fit would fit."""
-    data, quant, lora = config.data, config.quant, config.lora
-    bits = [] if quant.full_finetune else [n for n in (8, 4) if n < quant.bits]
-    ranks = [lora.lora_r >> n for n in range(1, 7) if lora.lora_r >> n >= 4 and not quant.full_finetune]
+    full, data, rank = config.quant.full_finetune, config.data, config.lora.lora_r
     limits = ["model_max_len"] if data.model_max_len else ["source_max_len", "target_max_len"]
-    kinds: list[tuple[str, list[dict[str, Any]]]] = [
-        ("quant", [{"bits": n} for n in bits]),
-        ("lora", [{"lora_r": r} for r in ranks]),
-        ("data", [{name: max(getattr(data, name) >> n, 1) for name in limits} for n in range(1, 6)]),
-    ]
+    kinds: dict[str, list[dict[str, int]]] = {
+        "quant": [{"bits": n} for n in (8, 4) if n < config.quant.bits and not full],
+        "lora": [{"lora_r": rank >> n} for n in range(1, 9) if rank >> n >= 4 and not full],
+        "data": [{name: max(getattr(data, name) >> n, 1) for name in limits} for n in range(1, 6)],
+    }
     found = []
-    for group, changes in kinds:
+    for group, changes in kinds.items():
         for change in changes:
             changed = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **change)})
             if plan_from_flags(changed, memory_from_config(changed, model_config))[1]:
                 found.append(" ".join(f"--{name} {value}" for name, value in change.items()))
                 break
-    gpus = (n for n in (2, 4, 8, 16) if not is_sharded(config) and plan_from_flags(config, memory.shared(config, n))[1])
-    return "; ".join([*found, *(f"{n} such GPUs" for n in itertools.islice(gpus, 1))]) or "no single change"
-
-
-# Tokens a second times parameters, forward and backward: an H200 in bf16 with nf4, 7B to 70B; a 4090 has a fifth.
-ASSUMED_RATE = 1.0e14
-
-
-def planned_time(config: Config, rows: Any, statistics: TokenStatistics, parameters: int) -> dict[str, str]:
-    """Steps and time of a run over these rows."""
-    train = config.training
-    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * train.world_size
-    epoch = math.ceil(len(rows) / batch)
-    steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * epoch)
-    before = Path(train.output_dir, "train_results.json")
-    measured = read_json(before).get("train_tokens_per_second") if before.is_file() else None
-    rate = measured or ASSUMED_RATE * train.world_size / parameters
-    source = f"measured in {train.output_dir}" if measured else "assumed, of an H200 in bf16"
-    seconds = round(steps * batch * statistics.tokens / len(rows) / rate)
-    return {
-        "rows": f"{statistics.rows:,} of {statistics.tokens / statistics.rows:.0f} tokens on average",
-        "steps": f"{steps:,}, or {steps / epoch:.3g} epochs",
-        "time": f"{timedelta(seconds=seconds)} at {rate:,.0f} tokens/s ({source})",
-    }
+    gpus = [] if is_sharded(config) else [2, 4, 8, 16]
+    found += [f"{n} such GPUs" for n in gpus if plan_from_flags(config, memory.shared(config, n))[1]][:1]
+    return "; ".join(found) or "no single change"
 
 
 def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config: Config) -> MemoryModel:
@@ -6317,16 +6294,17 @@ def report_done(config: Config, metrics: dict[str, Any], trained: bool, seconds:
 
 def next_commands(config: Config) -> dict[str, str]:
     """What to do with a finished run, as commands."""
-    flags, final = config.flags, final_folder(config)
-    words = ["python", "qlora.py", str(Path(config.training.output_dir, "run.json"))]
-    for name in ("output_dir", "working_dir", "final_output_dir"):
-        words += [f"--{name}", flags[name]] if flags[name] else []
-    again = [*words, *["--trust_remote_code"] * flags["trust_remote_code"], "--do_train", "False"]
-    predict = [*again, "--do_predict", *["--predict_with_generate"] * (not config.masked), "--dataset", "FILE"]
-    commands = {} if config.masked else {"chat": ["python", "examples/chat.py", str(final)]}
-    commands |= {"predict": predict}
+    flags, final = config.flags, str(final_folder(config))
+    again = ["python", "qlora.py", str(Path(config.training.output_dir, "run.json")), "--do_train", "False"]
+    for name in ("output_dir", "working_dir", "final_output_dir", "trust_remote_code"):  # not repeated by run.json
+        again += [f"--{name}", str(flags[name])] if flags[name] else []
+    commands = {"predict": [*again, "--do_predict", "--predict_with_generate", "--dataset", "FILE"]}
     if not (config.quant.full_finetune or flags["merged_output_dir"]):
-        commands["merge"] = [*again, "--merged_output_dir", f"{final}-merged"]
+        commands["merge"] = [*again, "--do_predict", "False", "--merged_output_dir", f"{final}-merged"]
+    if config.masked:
+        commands["predict"].remove("--predict_with_generate")
+    else:
+        commands = {"chat": ["python", "examples/chat.py", final]} | commands
     return {name: shlex.join(command) for name, command in commands.items()}
 
 
@@ -6444,6 +6422,9 @@ def check_resume(run: Run, data: Data) -> dict[str, Any]:
     return identity | {"effective batch": batch}
 
 
+ASSUMED_RATE = 1.2e14  # tokens/s times parameters: 17,800 at 7B on one H200, in bf16, on rows of many lengths
+
+
 def plan_of_rows(config: Config) -> dict[str, str]:
     """Rows, steps and time of the run that is planned, if its rows can be read."""
     reading = dataclasses.replace(config, data=dataclasses.replace(config.data, preview=1))  # leaves no files
@@ -6451,8 +6432,19 @@ def plan_of_rows(config: Config) -> dict[str, str]:
         run, data = load_run(reading)
     except QLoRAError as error:
         return {"rows": f"not read: {error}"}
-    parameters = meta_model(config, run.model_config).num_parameters()
-    return planned_time(config, data.train, data.statistics["train"], parameters)
+    train, before = config.training, Path(config.training.output_dir, "train_results.json")
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * train.world_size
+    epoch, part = math.ceil(len(data.train) / batch), data.statistics["train"]
+    steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * epoch)
+    rate, source = read_json(before).get("train_tokens_per_second") if before.is_file() else None, "measured before"
+    if not rate:
+        rate, source = ASSUMED_RATE / meta_model(config, run.model_config).num_parameters(), "assumed, as on an H200"
+    time_needed = timedelta(seconds=round(steps * batch * part.tokens / len(data.train) / rate))
+    return {
+        "rows": f"{part.rows:,} of {part.tokens / part.rows:.0f} tokens on average",
+        "steps": f"{steps:,}, which is {steps / epoch:.3g} epochs",
+        "time": f"{time_needed} at {rate:,.0f} tokens/s ({source})",
+    }
 
 
 def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_preview) -> int:

@@ -26,18 +26,21 @@ import qlora
 
 Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
 GUANACO_ROLES = "{'system': '', 'user': '### Human: ', 'assistant': '### Assistant: '}"
-GUANACO_SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-ALPACA_SYSTEM = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
+SYSTEMS = {
+    "guanaco": "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "alpaca": "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.",
+    "airoboros": "A chat.",
+}
+STOPS = {"guanaco": ["### Human:", "### Assistant:"], "alpaca": ["### Instruction:"], "airoboros": ["USER:"]}
 TEMPLATES = {  # BOS is added to all but the model's own, which writes it
     "plain": "{% for m in messages %}{{ m.content }}{% endfor %}",
-    # as qlora.parse_alpaca writes a row with earlier exchanges
+    # as qlora.parse_alpaca writes a row with earlier exchanges, and parse_airoboros one
     "alpaca": "{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n### Response: "
     "{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}",
+    "airoboros": "{% for m in messages %}{{ 'USER: ' if m.role == 'user' else '' }}{{ m.content }}\n"
+    "{{ 'ASSISTANT: ' if m.role == 'user' else '' }}{% endfor %}",
     "chat": None,  # the model's own
     # as oasst1's rows are written; the prompt ends before the space, which belongs to the answer's first token
     "guanaco": "{% for m in messages %}{{ " + GUANACO_ROLES + "[m.role] + m.content }}"
@@ -121,7 +124,9 @@ class Bot(NamedTuple):
     def with_settings(self, system: str, temperature: float, max_new_tokens: int) -> "Bot":
         """The same model with other settings. Temperature 0 takes the likeliest token."""
         generation, flags = copy.deepcopy(self.generation), self.config.generation
-        generation.update(do_sample=temperature > 0, temperature=temperature or 1.0, max_new_tokens=max_new_tokens)
+        generation.update(
+            do_sample=temperature > 0, temperature=float(temperature) or 1.0, max_new_tokens=max_new_tokens
+        )
         config = dataclasses.replace(self.config, generation=dataclasses.replace(flags, max_new_tokens=max_new_tokens))
         return self._replace(system=system, generation=generation, config=config)
 
@@ -180,21 +185,25 @@ def loading_flags(name: str, adapter: Path | None, trained: dict[str, Any]) -> d
     return flags if trained else flags | {"bf16": torch.cuda.is_bf16_supported()}
 
 
-def trained_template(trained: dict[str, Any], config: qlora.Config, own: bool) -> str:
-    """The form in which a run's rows were written; for one that no run trained, chat if the model has a template."""
-    chosen = trained.get("dataset_format")
-    if trained and not chosen and not trained.get("as_chat"):
-        data = dataclasses.replace(config.data, dataset=trained["dataset"], columns=trained.get("columns"))
-        try:
-            sources = qlora.open_dataset(trained["dataset"].split(",")[0].partition(":")[0], dataclasses.replace(config, data=data))
-            chosen = next(iter(sources.values())).format
-        except qlora.QLoRAError as error:
-            qlora.log.warning("in which form it was trained is not known (%s): see --template", error)
-    if chosen in ("oasst1", "alpaca", "alpaca-clean") and not trained.get("as_chat"):
-        return "guanaco" if chosen == "oasst1" else "alpaca"
-    if chosen in (None, "messages", "sharegpt", "airoboros_chat") or trained.get("as_chat"):
-        return "chat" if own else "guanaco"
-    return "plain"
+# The template of a dataset format; those that are not here are plain.
+FORMS = {"oasst1": "guanaco", "alpaca": "alpaca", "alpaca-clean": "alpaca", "airoboros": "airoboros"}
+
+
+def trained_template(trained: dict[str, Any], config: qlora.Config) -> str | None:
+    """The template that writes prompts as the rows of a run had them; None for the model's own."""
+    name = qlora.dataset_shares(trained["dataset"])[0][0]
+    chosen = trained.get("dataset_format") or (name if name in qlora.DATASETS else None)
+    if trained.get("as_chat"):
+        return None
+    try:
+        if not chosen:  # inferred from columns
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, columns=trained.get("columns")))
+            chosen = next(iter(qlora.open_dataset(name, config).values())).format
+        form = qlora.FORMATS[chosen]
+    except (qlora.QLoRAError, KeyError) as error:  # the data is gone, or a function of its own wrote it
+        qlora.log.warning("how the rows that it was trained on were written is not known (%s): see --template", error)
+        return None
+    return None if {"messages", "conversations"}.intersection(form.columns) else FORMS.get(chosen, "plain")
 
 
 def load(name: str, *flags: str, template: str = "auto", system: str | None = None, stop: Sequence[str] = ()) -> Bot:
@@ -207,7 +216,8 @@ def load(name: str, *flags: str, template: str = "auto", system: str | None = No
     own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer = qlora.load_tokenizer(config, model_config, str(adapter) if own_tokenizer else folder)
     if template == "auto":
-        template = trained_template(trained if adapter else {}, config, bool(tokenizer.chat_template))
+        own = trained_template(trained, config) if adapter and trained else None
+        template = own or ("chat" if tokenizer.chat_template else "guanaco")
         qlora.log.info("--template %s", template)
     if template == "chat" and not tokenizer.chat_template:
         raise qlora.ConfigError(f"{name} has no chat template: pass --template guanaco or plain")
@@ -216,9 +226,8 @@ def load(name: str, *flags: str, template: str = "auto", system: str | None = No
     model.generation_config = GenerationConfig()  # generate() would add the model's own sampling values
     model = (qlora.attach_adapter(model, str(adapter)) if adapter else model).eval()
     torch.manual_seed(config.training.seed)  # with --do_sample, one --seed gives one conversation
-    guanaco = template == "guanaco"
-    system = {"guanaco": GUANACO_SYSTEM, "alpaca": ALPACA_SYSTEM}.get(template, "") if system is None else system
-    stops = [*(["### Human:", "### Assistant:"] if guanaco else ["### Instruction:"] * (template == "alpaca")), *filter(None, stop)]
+    system = SYSTEMS.get(template, "") if system is None else system
+    stops = [*STOPS.get(template, []), *filter(None, stop)]
     return Bot(model, tokenizer, config, generation, template, system, stops)
 
 
