@@ -868,7 +868,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     debug: str = arg("", "Show tracebacks of errors; with underflow_overflow, the Trainer's check.", nargs="*")
     gradient_checkpointing: bool = arg(True, "Recompute activations in the backward pass when memory requires it.")
     recompute_layers: str = arg("auto", "Layers to recompute: auto (as memory requires), all, none or a number.")
-    auto_batch: bool | None = arg(None, "Regroup a step's rows into the largest micro-batches; default: on a GPU.")
+    auto_batch: bool = arg(True, "Regroup a step's rows into the largest micro-batches that fit.")
     fast_path: bool = arg(True, "Fused LoRA, padding-free batches, chunked head, liger-kernel where they fit.")
     offload_activations: bool = arg(False, "Keep the inputs of recomputed layers in CPU memory.")
     plan: bool = arg(False, "Print the memory that the run needs, in GiB by part, and exit.")
@@ -1409,9 +1409,8 @@ def check_base(config: Config) -> None:
         try:
             huggingface_hub.whoami(token=args.hub_token)
         except Exception as error:  # of its HTTP library, too
-            raise ConfigError(
-                f"--push_to_hub: {shorten(error)}; log in with `hf auth login`, or leave it out"
-            ) from error
+            way = "log in with `hf auth login`, or leave it out"
+            raise ConfigError(f"--push_to_hub: {shorten(error)}; {way}") from error
     data = [] if args.plan else [name for name, _ in dataset_shares(config.data.dataset)]
     if all(Path(name).exists() for name in (model, *data)):
         return
@@ -1422,11 +1421,11 @@ def check_base(config: Config) -> None:
             return
         except Exception as error:  # of its HTTP library
             why = shorten(error)
-        log.warning("no connection to the hub (%s), using only what is here", why)
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     find_cached = partial(huggingface_hub.try_to_load_from_cache, filename="config.json")
     if not Path(model).exists() and not isinstance(find_cached(model, cache_dir=config.model.cache_dir), str):
         raise ConfigError(f"--model_name_or_path {model}: no such folder, not in the cache, and no connection: {why}")
+    log.warning("no connection to the hub (%s): using only what is here", why)
 
 
 def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
@@ -2177,12 +2176,8 @@ def prompts_and_completions(
                     sum(map(len, tokens[:last])) <= room
                 ):  # by the longer text's tokens; its own may be more or other ones
                     (tokens,) = tokenize_rendered([row], tokenizer)
-            left_out = uncut - sum(map(len, tokens))
-            yield (
-                list(itertools.chain(*tokens[:last])),
-                list(itertools.chain(*tokens[last:])),
-                left_out if chat else None,
-            )
+            source, target = (list(itertools.chain(*part)) for part in (tokens[:last], tokens[last:]))
+            yield source, target, uncut - len(source) - len(target) if chat else None
 
 
 def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
@@ -4382,7 +4377,7 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
     `room` is in bytes, for activations and transients; `longest` and `window` are tokens, of a row and of a step.
     """
     train, wanted, layers = config.training, requested_layers(config, memory.layers), memory.layers
-    rows = train.per_device_train_batch_size if train.auto_batch is False else None
+    rows = None if train.auto_batch else train.per_device_train_batch_size
     smallest, largest = (longest, window) if rows is None else (min(window, longest * rows),) * 2
     choices = [0, layers] if is_sharded(config) else range(layers + 1)  # an engine recomputes all or none
     best, lowest = StepPlan(rows, longest, layers if wanted is None else wanted), math.inf
@@ -4535,12 +4530,12 @@ def choose_step_plan(
     if not train.do_train or rows is None or train.use_cpu:
         layers = len(decoder_layers(base)) or memory.layers
         wanted = requested_layers(config, layers)
-        at_once = None if train.auto_batch else train.per_device_train_batch_size
+        at_once, tokens = (None, 4096) if train.auto_batch else (train.per_device_train_batch_size, NO_LIMIT)
         if wanted is None and rows is not None:  # half of the memory is for the rest of the machine
-            tokens = 4096 if at_once is None else at_once * max(rows["length"][:])
-            needed = memory.gradients + memory.optimizer + memory.fixed + tokens * memory.per_token(0)
+            most = tokens if at_once is None else at_once * max(rows["length"][:])
+            needed = memory.gradients + memory.optimizer + memory.fixed + most * memory.per_token(0)
             wanted = 0 if needed * train.world_size < free_cpu_memory() / 2 else layers
-        plan = StepPlan(at_once, 4096 if train.auto_batch else NO_LIMIT, layers if wanted is None else wanted)
+        plan = StepPlan(at_once, tokens, layers if wanted is None else wanted)
         return plan, {"steps": str(plan)}
     lengths = sorted(rows["length"][:], reverse=True)
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
@@ -6160,14 +6155,12 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     """README.md of the adapter: settings, data and losses, with the metadata block that the hub reads."""
     losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     losses = losses[:: -math.ceil(max(len(losses), 1) / 20)][::-1]  # at most 20 rows, the last among them
-    rows = "\n".join(
-        f"| {e['step']} | {rounded(e.get('loss', ''))} | {rounded(e.get('eval_loss', ''))} |" for e in losses
-    )
+    columns = ([rounded(entry.get(name, "")) for name in ("step", "loss", "eval_loss")] for entry in losses)
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in columns)
     settings = "\n".join(f"| {name} | `{config.flags[name]}` |" for name in sorted(config.explicitly_set))
     base, output = hub_id(config.model.model_name_or_path), config.training.output_dir
-    metadata = (
-        "" if Path(base).exists() else f"base_model: {json.dumps(base)}\n"
-    )  # the hub refuses what it doesn't know
+    known = not Path(base).exists()  # the hub refuses what is not a name of its own
+    metadata = f"base_model: {json.dumps(base)}\n" if known else ""
     prefix = "" if Path(output) == final_folder(config) else f"{output}/"
     kind, library = ("Full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
@@ -6557,6 +6550,7 @@ def set_up_logging() -> None:
         "FSDP2-wrapped module .* returned a view", "Paged optimizers are not supported on CPU",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in str(record.msg))
     if not sys.stderr.isatty():  # bars in a file are noise
         datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()

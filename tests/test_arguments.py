@@ -140,7 +140,7 @@ NEW_TRAINING = {  # flags that the Trainer does not have
     "max_shard_size": "5GB",
     "recompute_layers": "auto",
     "offload_activations": False,
-    "auto_batch": None,  # the machine decides
+    "auto_batch": True,
     "fast_path": True,
     "plan": False,
     "plan_gpu": None,
@@ -226,7 +226,7 @@ def test_parsing_does_not_change_the_defaults():
         (["--no_double_quant"], "double_quant", False),
         (["--no-double-quant"], "double_quant", False),
         (["--no_gradient_checkpointing"], "gradient_checkpointing", False),
-        (["--auto_batch"], "auto_batch", True),  # None by default
+        (["--auto_batch"], "auto_batch", True),
         (["--auto_batch", "False"], "auto_batch", False),
         (["--debug", "underflow_overflow"], "debug", ["underflow_overflow"]),
         (["--no_skip_excess_length", "--model_max_len", "9"], "skip_excess_length", False),

@@ -105,7 +105,7 @@ def test_a_run_in_a_pipe_prints_a_line_for_each_log_and_every_metric_once(run_ql
         do_predict=True, predict_with_generate=True, max_new_tokens=2, output_dir=tmp_path / "a b",
     )  # fmt: skip
     assert run.code == 0 and not run.stdout
-    lines = [line for line in run.stderr.splitlines() if "DeepSpeed" not in line and "real_accelerator" not in line]
+    lines = run.stderr.splitlines()
     assert not any(re.search(r"it/s|%\||examples/s|\x1b|Warning|\d\.\d{6}", line) for line in lines)
     steps = [line for line in lines if line.startswith("step ")]
     logged = history(run, "loss")
@@ -122,7 +122,8 @@ def test_a_run_in_a_pipe_prints_a_line_for_each_log_and_every_metric_once(run_ql
     for name in ("train_loss", "eval_loss", "eval_perplexity"):
         assert done[name] == f"{metrics[name]:.4g}"
     assert len(str(metrics["eval_loss"])) > 10, "files have all digits"
-    assert done["train_tokens_per_second"] == f"{metrics['train_tokens_per_second']:,.0f}"
+    speed = metrics["train_tokens_per_second"]
+    assert done["train_tokens_per_second"] == (f"{speed:,.0f}" if speed >= 1000 else f"{speed:.4g}")
 
     commands = {line.split()[0]: shlex.split(line)[1:] for line in lines[lines.index("Next") + 1 :]}
     assert commands["chat"] == ["python", "examples/chat.py", str(run.output_dir)]
@@ -179,8 +180,10 @@ def offline(monkeypatch):
 
 def test_without_a_connection_model_and_data_are_one_line_each(offline, run_qlora):
     model = run_qlora(model_name_or_path="maker/model")
-    assert model.code == 2 and model.stderr.splitlines()[-1].startswith("error: --model_name_or_path maker/model: no")
-    assert "not in the cache, and no connection" in model.stderr
+    (line,) = model.stderr.splitlines()
+    assert model.code == 2 and line.startswith(
+        "error: --model_name_or_path maker/model: no such folder, not in the cache"
+    )
     for name in ("alpaca", "maker/rows"):
         rows = run_qlora(dataset=name)
         assert rows.code == 2 and "no connection to the hub" in rows.stderr.splitlines()[-1]
