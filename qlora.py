@@ -4831,8 +4831,8 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         saving = isinstance(error, (OSError, RuntimeError, SafetensorError)) or type(error) is Exception
         if is_peer_failure(error) or not saving:
             raise
-        full = re.search(r"No space left|Errno 28|inline_container", str(error))  # the last is torch's
-        what = "the disk is full" if full else shorten(error)
+        full = re.search("No space left|inline_container", str(error))  # what the second says is torch's own
+        what = "No space left on device" if full else shorten(error)
         raise QLoRAError(f"{target}: not saved: {what}. What was saved before stays") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -6077,8 +6077,8 @@ def compare_merged(
     if not error <= allowed:
         what = f"the merged model's logits differ from those of base + adapter by {error:.3g} (root mean square)"
         raise QLoRAError(f"{target}: not written, {what}, of which rounding explains {allowed:.3g}")
-    log.info("verified: the merged model answers as base and adapter do: logits differ by at most %.2g, as rounding to "
-             "16 bit explains; the adapter moves them by up to %.2g", largest, moved)  # fmt: skip
+    log.info("verified: the merged model answers as base and adapter do: logits differ by at most %.3g, as rounding to "
+             "16 bit explains; the adapter moves them by up to %.3g", largest, moved)  # fmt: skip
     return {"merge_largest_difference": largest, "merge_difference": error, "merge_rounding": allowed}
 
 

@@ -210,12 +210,10 @@ def test_unknown_columns_name_the_nearest_formats_first_and_ways_out(run_qlora, 
 
 
 def test_a_full_disk_is_called_so_whatever_the_library_says(tmp_path):
-    for error in (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4 vs 3"), OSError(28, "No")):
-        with (
-            pytest.raises(qlora.QLoRAError, match="not saved: the disk is full"),
-            qlora.atomic_save(tmp_path, tmp_path),
-        ):
-            raise error
+    for text in ("[enforce fail at inline_container.cc:672] . unexpected pos 4 vs 3", "No space left on device"):
+        expected = pytest.raises(qlora.QLoRAError, match=r"not saved: No space left on device\. What")
+        with expected, qlora.atomic_save(tmp_path / "staging", tmp_path):
+            raise RuntimeError(text)
 
 
 # ------------------------------------------------------------------------------------
