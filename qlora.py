@@ -64,6 +64,7 @@ import pickle
 import platform
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -92,10 +93,13 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     "DISABLE_SAFETENSORS_CONVERSION": "1",  # else transformers asks a hub service to convert .bin weights
+    "TQDM_LEAVE": "",  # progress bars disappear when they are done
 } | os.environ
 
-# Harmless warnings: a CPU kernel that no release has, casts in 8-bit layers, operations that the plan reports itself.
-for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torch._subclasses.fake_tensor"):
+# Harmless warnings: a CPU kernel that no release has, casts in 8-bit layers, operations that the plan reports itself,
+# special tokens that were set on purpose and are listed at the start.
+for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torch._subclasses.fake_tensor",
+               "transformers.trainer_utils"):  # fmt: skip
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)
 
 import bitsandbytes.functional as bnb_functional
@@ -103,6 +107,7 @@ import bitsandbytes.optim.optimizer
 import datasets
 import pyarrow
 import huggingface_hub
+import psutil
 import torch
 import torch.nn.functional as F
 import yaml
@@ -132,7 +137,7 @@ from transformers import (
     AddedToken, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoTokenizer,
     BitsAndBytesConfig, EarlyStoppingCallback, GenerationConfig, HfArgumentParser, LlamaTokenizer, PretrainedConfig,
     PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Seq2SeqTrainingArguments, Trainer,
-    TrainerCallback, TrainerControl, TrainerState, enable_full_determinism, set_seed,
+    PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState, enable_full_determinism, set_seed,
 )  # fmt: skip
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -151,6 +156,7 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import speed_metrics
+from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 try:
@@ -164,6 +170,7 @@ except ImportError:  # or the Triton that it needs
     liger_ops = None
 
 log = logging.getLogger("qlora")
+warn_once = lru_cache(maxsize=None)(log.warning)
 
 IGNORE = -100  # label that the loss ignores
 GIB = 2**30
@@ -343,6 +350,16 @@ def parse_alpaca(row: RawRow) -> ParsedRow:
     return prompt_completion(f"{prompt}### Response: ", get_text(row, "output"))
 
 
+def parse_chosen(row: RawRow) -> ParsedRow:
+    """The chosen answer of a preference, after its prompt unless it begins with that. Both may be chats."""
+    prompt, chosen = row.get("prompt") or "", row.get("chosen")
+    if isinstance(chosen, list):
+        turns = prompt if isinstance(prompt, list) and chosen[: len(prompt)] != prompt else []
+        return parse_chat("chosen", {**row, "chosen": [*turns, *chosen]})
+    prompt, chosen = get_text(row, "prompt", ""), get_text(row, "chosen")
+    return prompt_completion("" if chosen.startswith(prompt) else prompt, chosen)
+
+
 def parse_chip2(row: RawRow) -> ParsedRow:
     """Question and answer share one string, marked `<human>: ` and `<bot>: `; the first answer is supervised."""
     parts = get_text(row, "text").split("\n<bot>: ")
@@ -457,7 +474,7 @@ FORMATS: dict[str, DatasetFormat] = {
     "alpaca": DatasetFormat(("instruction", "output"), parse_alpaca, optional=("input", "system", "history")),
     "self-instruct": column_format("prompt", "completion"),
     "input-output": column_format("input", "output"),
-    "hh-rlhf": column_format("chosen"),
+    "hh-rlhf": DatasetFormat(("chosen",), parse_chosen, optional=("prompt", "rejected")),
     "text": column_format("text"),
     "alpaca-clean": DatasetFormat(("instruction", "output"), parse_alpaca, False, ("input", "system", "history")),
     "longform": column_format("input", "output", inferred=False),
@@ -857,7 +874,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     debug: str = arg("", "Show tracebacks of errors; with underflow_overflow, the Trainer's check.", nargs="*")
     gradient_checkpointing: bool = arg(True, "Recompute activations in the backward pass when memory requires it.")
     recompute_layers: str = arg("auto", "Layers to recompute: auto (as memory requires), all, none or a number.")
-    auto_batch: bool | None = arg(None, "Regroup a step's rows into the largest micro-batches; default: on a GPU.")
+    auto_batch: bool = arg(True, "Regroup a step's rows into the largest micro-batches that fit.")
     fast_path: bool = arg(True, "Fused LoRA, padding-free batches, chunked head, liger-kernel where they fit.")
     offload_activations: bool = arg(False, "Keep the inputs of recomputed layers in CPU memory.")
     plan: bool = arg(False, "Print the memory that the run needs, in GiB by part, and exit.")
@@ -1232,7 +1249,7 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("optim", "an optimizer that steps after the backward pass", lambda x: not re.search("lomo|layerwise", x)),
     ("debug", "nothing, or underflow_overflow", lambda x: {*x} <= {"", "underflow_overflow", "tpu_metrics_debug"}),
     ("recompute_layers", "auto, all, none or a number", re.compile(r"auto|all|none|\d+").fullmatch),
-    ("plan_gpu", "a size such as 24GiB", re.compile(r"(?i)[1-9]\d*(\.\d+)? *(GiB|GB|G)?").fullmatch),
+    ("plan_gpu", "a size such as 24GiB", re.compile(r"[1-9]\d*(\.\d+)?GiB").fullmatch),
     ("max_shard_size", "a whole number and KB, MB, GB or TB, as in 5GB", re.compile(r"[1-9]\d*[KMGT]B").fullmatch),
     ("dataset", f"one of {', '.join(DATASETS)}, or data of your own; vicuna was never released",
      lambda x: x.strip(" ,") and "vicuna" not in x.replace(" ", "").split(",")),
@@ -1394,8 +1411,8 @@ def check_folders(config: Config) -> None:
 
 
 def check_base(config: Config) -> None:
-    """Check that the base and the adapter to start from exist, here or on the hub, and that the base is no adapter."""
-    model = config.model.model_name_or_path
+    """Check that the base is here or on the hub and no adapter. The hub is asked once: it may not be reachable."""
+    model, args = config.model.model_name_or_path, config.training
     for flag in ("model_name_or_path", "adapter_name_or_path"):
         name = config.flags[flag]
         if name and not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
@@ -1406,15 +1423,27 @@ def check_base(config: Config) -> None:
         raise ConfigError(
             f"--model_name_or_path {model}: an adapter of {base}; pass that, and this as --adapter_name_or_path"
         )
-    if Path(model).exists() or huggingface_hub.is_offline_mode():
+    if args.push_to_hub and args.do_train and not (args.plan or config.data.preview):
+        try:
+            huggingface_hub.whoami(token=args.hub_token)
+        except Exception as error:  # of its HTTP library, too
+            way = "log in with `hf auth login`, or leave it out"
+            raise ConfigError(f"--push_to_hub: {shorten(error)}; {way}") from error
+    data = [] if args.plan else [name for name, _ in dataset_shares(config.data.dataset)]
+    if all(Path(name).exists() for name in (model, *data)):
         return
-    try:  # once: huggingface_hub asks six times for each file, within 43 s
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception as error:  # of its HTTP library
-        if not isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json", config.model.cache_dir), str):
-            raise ConfigError(f"--model_name_or_path {model}: not here, and no connection: {shorten(error)}") from error
-        log.warning("%s: no connection to the hub, using only what is cached", model)
+    why = "HF_HUB_OFFLINE is set"
+    if not huggingface_hub.is_offline_mode():
+        try:  # once: huggingface_hub asks six times for each file, within 43 s
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+            return
+        except Exception as error:  # of its HTTP library
+            why = shorten(error)
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    find_cached = partial(huggingface_hub.try_to_load_from_cache, filename="config.json")
+    if not Path(model).exists() and not isinstance(find_cached(model, cache_dir=config.model.cache_dir), str):
+        raise ConfigError(f"--model_name_or_path {model}: no such folder, not in the cache, and no connection: {why}")
+    log.warning("no connection to the hub (%s): using only what is here", why)
 
 
 def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
@@ -1487,6 +1516,8 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     csv.field_size_limit(LONGEST_CELL)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     header = next(reader, [])
+    if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])) and other[0] != delimiter:
+        raise DataError(f"{stream.name}: columns are separated by {other[0]!r}, expected {delimiter!r}: {header[0]}")
     if len(set(header)) < len(header):
         raise DataError(f"{stream.name}: the column {max(header, key=header.count)!r} appears twice in the header")
     cells: list[str] | None = []
@@ -1611,7 +1642,8 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
 
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
     """All splits of a dataset on the hub."""
-    what = f"--dataset {path}: no local file of that name, and the hub does not give it"
+    hub = "no connection to the hub" if huggingface_hub.is_offline_mode() else "the hub does not give it"
+    what = f"--dataset {path}: no local file of that name, and {hub}"
     options |= {"streaming": True} if config.data.streaming else {}
     with reraise_as_user_error(what, DataError, *DATASETS_ERRORS):
         return as_sources(path, datasets.load_dataset(path, **hub_options(config), **options))
@@ -1669,12 +1701,17 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     if absent := [pair for pair in source.renamed if pair[0] not in columns]:
         raise DataError(f"{found}, but none is called {absent[0][1]}, which --columns names")
     if chosen is None:
-        needs = "; ".join(f"{known}: {', '.join(FORMATS[known].columns)}" for known in candidates)
-        raise DataError(f"{found}, which fit no format. Needed are, for {needs}")
+        names = {", ".join(sorted(FORMATS[known].columns)): known for known in candidates}
+        nearest = difflib.get_close_matches(", ".join(columns), names, n=len(names), cutoff=0)
+        needs = "; ".join(f"{names[text]}: {', '.join(FORMATS[names[text]].columns)}" for text in nearest)
+        way = "--columns input=question says what yours are called, --dataset_format path.py:function converts rows"
+        raise DataError(f"{found}, which fit no format; {way}. Needed are, the nearest first, for {needs}")
     format = get_format(chosen, config.data.as_chat)
     if missing := sorted(set(format.columns) - set(columns)):
         raise DataError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
     log.info("%s: format %s%s", name, chosen, "" if named else ", inferred from columns")
+    if chosen == "hh-rlhf":
+        log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", name)
     used = {"category", "source", *format.columns, *format.optional}
     if CUSTOM_FORMAT.fullmatch(chosen):
         log.info("its rows are cached: if it reads other files and they change, pass another --cache_dir")
@@ -2074,6 +2111,7 @@ class Encoded(NamedTuple):
     input_ids: list[int]
     labels: list[int]
     cut: bool  # whether it was longer than a limit
+    uncut: tuple[int, int] = (0, 0)  # tokens of prompt and completion
 
 
 def length_limits(config: Config) -> Limits:
@@ -2098,7 +2136,8 @@ def truncate_and_concat(
         room = limits.total - len(prompt)
     tokens = prompt + target[:room]
     ids, labels = [i for i, _ in tokens], [i if train_on_source else label for i, label in tokens]
-    return Encoded(ids, labels, cut=len(tokens) < len(source) + len(target))
+    uncut = len(source), len(target)
+    return Encoded(ids, labels, len(tokens) < sum(uncut), uncut)
 
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -2151,13 +2190,13 @@ def last_supervised(segments: Sequence[Segment]) -> int:
 def prompts_and_completions(
     batch: Mapping[str, list[Any]], tokenizer: Any, limits: Limits
 ) -> Iterator[tuple[Tokens, Tokens, int | None]]:
-    """Tokens of a row's prompt, and of the rest from its last supervised segment on; how many exchanges a chat lost."""
+    """Tokens of a row's prompt, and of the rest from its last supervised segment on; how many tokens a chat lost."""
     rows = zip(batch["segments"], batch["rendered"], strict=True)
     for rendered, group in itertools.groupby(rows, operator.itemgetter(1)):
         segments = [row for row, _ in group]
         tokenized = (tokenize_rendered if rendered else tokenize_segments)(segments, tokenizer)
         for row, tokens in zip(segments, tokenized, strict=True):
-            last, lost = last_supervised(row), 0
+            last, lost, uncut = last_supervised(row), 0, sum(map(len, tokens))
             chat = rendered and not row[0]["text"].startswith(BOS_MARK)
             exchanges = max(segment.get("turn", 0) for segment in row)
             room = limits.prompt(
@@ -2171,7 +2210,8 @@ def prompts_and_completions(
                     sum(map(len, tokens[:last])) <= room
                 ):  # by the longer text's tokens; its own may be more or other ones
                     (tokens,) = tokenize_rendered([row], tokenizer)
-            yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), lost if chat else None
+            source, target = (list(itertools.chain(*part)) for part in (tokens[:last], tokens[last:]))
+            yield source, target, uncut - len(source) - len(target) if chat else None
 
 
 def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
@@ -2186,7 +2226,7 @@ def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits)
     closing = sum(1 for _ in itertools.takewhile(bool, reversed(special)))  # the last special tokens are never cut
     kept = [i for i in range(len(ids)) if i < limit - closing or i >= len(ids) - closing]
     labels = [IGNORE if special[i] or ids[i] == tokenizer.mask_token_id else ids[i] for i in kept]
-    return Encoded([ids[i] for i in kept], labels, len(kept) < len(ids))
+    return Encoded([ids[i] for i in kept], labels, len(kept) < len(ids), (len(ids), 0))
 
 
 def encode_batch(
@@ -2197,7 +2237,8 @@ def encode_batch(
     for source, target, lost in () if masked else prompts_and_completions(batch, tokenizer, limits):
         row = truncate_and_concat(source, target, limits, train_on_source, tokenizer.bos_token_id)
         fits = lost is None or len(source) <= limits.prompt(len(target))
-        encoded.append(row._replace(cut=row.cut or bool(lost)) if fits else Encoded([], [], cut=True))
+        uncut = len(source) + (lost or 0), len(target)
+        encoded.append(Encoded(*(row[:2] if fits else ([], [])), row.cut or bool(lost) or not fits, uncut))
     rows = [row._asdict() | row_facts(row, tokenizer.eos_token_id, masked) for row in encoded]
     special = special_token_pattern(tokenizer)
     for facts, segments, rendered in zip(rows, batch["segments"], batch["rendered"], strict=True):
@@ -2208,7 +2249,7 @@ def encode_batch(
 
 def row_facts(row: Encoded, eos: int | None, masked: bool) -> dict[str, Any]:
     """What statistics and checks need to know of an encoded row."""
-    ids, labels, _ = row
+    ids, labels = row[:2]
     targets = [n for n, label in enumerate(labels) if label != IGNORE and (n or masked)]  # nothing predicts the first
     last = targets[-1] if targets else 0
     return {
@@ -2256,7 +2297,9 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
             if all(long):
                 flag += f": all {len(rows)} {name} rows are longer"
                 raise DataError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
-            log.warning("%d of %d %s rows are longer than %s: left out", sum(long), len(rows), name, flag)
+            fitting = fitting_lengths(rows, config)
+            way = f"; 99 % fit with {' '.join(fitting)}" if fitting else ""
+            log.warning("%d of %d %s rows are longer than %s: left out%s", sum(long), len(rows), name, flag, way)
             rows = rows.select([i for i, is_long in enumerate(long) if not is_long])
         encoded[name] = drop_bad_rows(rows, config)
     return Splits(**encoded)
@@ -2381,14 +2424,33 @@ def token_statistics(rows: Any, masked: bool) -> TokenStatistics:
     )  # fmt: skip
 
 
+def fitting_lengths(rows: Any, config: Config) -> list[str]:
+    """The length limits that 99 % of the rows keep to, where they are above the present ones."""
+    uncut, limits = rows["uncut"][:], length_limits(config)
+    by_flag = {"source_max_len": [row[0] for row in uncut], "target_max_len": [row[1] for row in uncut]}
+    by_flag = {"model_max_len": [sum(row) for row in uncut]} if limits.total else by_flag
+    fitting = {flag: sorted(lengths)[math.ceil(0.99 * len(uncut)) - 1] for flag, lengths in by_flag.items()}
+    return [f"--{flag} {most}" for flag, most in fitting.items() if most > getattr(config.data, flag)]
+
+
+def warn_of_truncation(rows: Any, config: Config) -> None:
+    """Warn of many training rows that are cut, or that do not teach the model to stop."""
+    cut, fitting, count = sum(rows["cut"][:]), fitting_lengths(rows, config), f"of {len(rows)} train rows"
+    endless = 0 if config.masked else sum(rows["without_eos"][:])
+    if cut > 0.05 * len(rows):
+        log.warning("%d %s are cut; 99 %% fit whole with %s", cut, count, " ".join(fitting))
+    if endless > min(cut, 0.05 * len(rows)):
+        way = "set --eos_token or change the chat template" if endless > cut else f"pass {fitting[-1]}"
+        log.warning("%d %s end without EOS, so the model won't learn to stop: %s", endless, count, way)
+
+
 def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, TokenStatistics]]:
     """The training rows, packed if the flags say so, and statistics of both splits."""
     parts = {name: rows for name, rows in splits._asdict().items() if rows is not None}
     statistics = {name: token_statistics(rows, config.masked) for name, rows in parts.items()}
+    if splits.train is not None:
+        warn_of_truncation(splits.train, config)
     for name, part in statistics.items():
-        if part.without_eos == part.rows:
-            log.warning("no %s row ends with the end-of-sequence token, so the model won't learn to stop: see "
-                        "--eos_token, --target_max_len and the chat template", name)  # fmt: skip
         if part.special_text:
             log.warning("%d %s rows contain special tokens, which stay text: if a template wrote them, pass messages, "
                         "or segments with {special} by a function of your own", part.special_text, name)  # fmt: skip
@@ -2729,13 +2791,13 @@ def resolve_recipe(config: Config, model_config: PretrainedConfig) -> Config:
 
 
 def resolve_attention(config: Config) -> str | None:
-    """The requested attention implementation; sdpa where flash-attn is missing."""
+    """The requested attention implementation; torch's own, as without the flag, where flash-attn is missing."""
     from transformers.utils import is_flash_attn_2_available
 
     implementation = config.model.attn_implementation
     if implementation == "flash_attention_2" and not is_flash_attn_2_available():
-        log.warning("attn_implementation flash_attention_2: flash-attn is not installed here, using sdpa")
-        return "sdpa"
+        warn_once("attn_implementation flash_attention_2: flash-attn is not installed here, using torch's own")
+        return None
     return implementation
 
 
@@ -3096,7 +3158,7 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
         trainable += size if parameter.requires_grad else 0
         by_dtype[f"{packed.quant_type} (packed)" if packed else str(parameter.dtype).removeprefix("torch.")] += size
     total = sum(by_dtype.values())
-    lines = [f"trainable params: {trainable} || all params: {total} || trainable: {100 * trainable / total}"]
+    lines = [f"trainable params: {trainable} || all params: {total} || trainable: {100 * trainable / total:.4g}"]
     lines += [f"{name}: {size} ({100 * size / total:.1f} %)" for name, size in by_dtype.most_common()]
     kinds = {"adapters": Counter[str](), "linear layers without": Counter[str]()}
     for name, module in model.named_modules() if isinstance(model, PeftModel) else ():
@@ -3346,7 +3408,7 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
     prefixes = [f"{names[layer]}." for layer in decoder_layers(model)]
     del names
     hidden = [send_to_device(call[0], device) for call in calls[0]]
-    for prefix, own in zip(bar := tqdm(prefixes, "Calibrating"), calls, strict=True):
+    for prefix, own in zip(bar := tqdm(prefixes, "Calibrating", disable=None), calls, strict=True):
         layer = model.get_submodule(prefix[:-1]).to(device)
         linear = {name: model.get_submodule(name) for name in targets if name.startswith(prefix)}
         own[:] = [(state, *send_to_device(call[1:], device)) for state, call in zip(hidden, own, strict=True)]
@@ -4553,6 +4615,7 @@ class MemoryModel(NamedTuple):
 
     weights: int  # linear layers as they are stored
     other: int  # embedding, head, norms
+    experts: int  # those that are stacked in one tensor
     adapters: int
     gradients: int
     optimizer: int
@@ -4571,13 +4634,14 @@ class MemoryModel(NamedTuple):
 
     def resident(self) -> int:
         """Bytes whatever the micro-batch."""
-        return self.weights + self.other + self.adapters + self.gradients + (0 if self.paged else self.optimizer)
+        whole = self.weights + self.other + self.experts + self.adapters + self.gradients
+        return whole + (0 if self.paged else self.optimizer)
 
     def shared(self, config: Config, gpus: int) -> "MemoryModel":
         """One GPU's part, where FSDP, DeepSpeed or one process spread the model over several."""
         names, changes = ["gradients", "optimizer"], {"token": self.token + self.layer}
         if not is_sharded(config) or is_fsdp(config) or hf_deepspeed.is_deepspeed_zero3_enabled():
-            names += ["weights", "other", "adapters"]
+            names += ["weights", "other", "experts", "adapters"]
         if not is_sharded(config):
             names += ["layer", "checkpoint", "unpacked"]
         else:  # two layers are whole while they compute
@@ -4616,6 +4680,7 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     # of experts stacked in one tensor a token meets a few, which keep their inputs and outputs
     active = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
     stacks = [weight for _, weight in stacked_experts(model).values()]
+    experts = sum(weight.numel() for weight in stacks)
     kept += 2 * active * sum(weight.numel() // len(weight) for weight in stacks) // hidden
     packed = sum(w.numel() for m, w in stacked_experts(model).values() if knows_experts(m)) if bits == 4 else 0
     packed = 0 if is_sharded(config) else packed
@@ -4630,8 +4695,9 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     # bytes a parameter: torch's AdamW keeps its averages in the parameter's dtype, the others in float32
     states = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "torch": 2 * size // count}
     return MemoryModel(
-        weights=int(linear * (four_bits if bits == 4 else 1 if bits == 8 else plain) + packed * four_bits),
-        other=(total - linear - packed) * plain,
+        weights=int(linear * (four_bits if bits == 4 else 1 if bits == 8 else plain)),
+        other=(total - linear - experts) * plain,
+        experts=int(packed * four_bits) + (experts - packed) * plain,
         adapters=0 if full else size,
         gradients=size * (2 if train.world_size > 1 else 1),  # DDP averages a flat copy
         optimizer=count * next((each for name, each in states.items() if name in train.optim), 8),
@@ -4659,7 +4725,7 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
     `room` is in bytes, for activations and transients; `longest` and `window` are tokens, of a row and of a step.
     """
     train, wanted, layers = config.training, requested_layers(config, memory.layers), memory.layers
-    rows = train.per_device_train_batch_size if train.auto_batch is False else None
+    rows = None if train.auto_batch else train.per_device_train_batch_size
     smallest, largest = (longest, window) if rows is None else (min(window, longest * rows),) * 2
     choices = [0, layers] if is_sharded(config) else range(layers + 1)  # an engine recomputes all or none
     best, lowest = StepPlan(rows, longest, layers if wanted is None else wanted), math.inf
@@ -4694,6 +4760,7 @@ def plan_step(
         "weights of the linear layers": memory.weights,
         "weights kept dequantised": copies,
         "embedding, head, norms": memory.other,
+        **({"experts": memory.experts} if memory.experts else {}),
         "adapters": memory.adapters,
         # with one micro-batch a step, gradients take the place of activations that are freed
         "gradients": memory.gradients if tokens < window else max(0, memory.gradients - activations),
@@ -4707,6 +4774,10 @@ def plan_step(
     lines = {name: f"{size / GIB:6.2f} GiB" for name, size in parts.items()}
     moved = f"; the optimizer's pages {'stay' if pages else 'move out'}" if memory.paged else ""
     lines["beside it"] += f": CUDA{moved}"
+    if memory.paged:
+        lines["optimizer"] += (
+            f": its {memory.optimizer / GIB:.2f} GiB are pages, beside torch's allocator or on the CPU"
+        )
     lines["micro-batch"] = f"{tokens} tokens"
     lines["recomputed"] = f"{plan.recomputed} of {memory.layers} layers"
     lines["kept dequantised"] = f"{plan.unpacked} of {memory.layers} layers"
@@ -4731,6 +4802,27 @@ def plan_from_flags(config: Config, memory: MemoryModel) -> tuple[dict[str, str]
     _, lines, fits = plan_step(memory, (gib - CONTEXT) * 0.95 * GIB - memory.resident(), longest, window, config)
     verdict = "fits" if fits else f"does not fit into {gib:g} GiB, needs {lines['in all'].strip()}"
     return {"GPU": f"{gib:g} GiB", **lines, "verdict": verdict}, fits
+
+
+def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: MemoryModel) -> str:
+    """The smallest change of each kind with which a run that does not fit would fit."""
+    full, data, rank = config.quant.full_finetune, config.data, config.lora.lora_r
+    limits = ["model_max_len"] if data.model_max_len else ["source_max_len", "target_max_len"]
+    kinds: dict[str, list[dict[str, int]]] = {
+        "quant": [{"bits": n} for n in (8, 4) if n < config.quant.bits and not full],
+        "lora": [{"lora_r": rank >> n} for n in range(1, 9) if rank >> n >= 4 and not full],
+        "data": [{name: max(getattr(data, name) >> n, 1) for name in limits} for n in range(1, 6)],
+    }
+    found = []
+    for group, changes in kinds.items():
+        for change in changes:
+            changed = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **change)})
+            if plan_from_flags(changed, memory_from_config(changed, model_config))[1]:
+                found.append(" ".join(f"--{name} {value}" for name, value in change.items()))
+                break
+    gpus = [] if is_sharded(config) else [2, 4, 8, 16]
+    found += [f"{n} such GPUs" for n in gpus if plan_from_flags(config, memory.shared(config, n))[1]][:1]
+    return "; ".join(found) or "no single change"
 
 
 def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config: Config) -> MemoryModel:
@@ -4770,6 +4862,14 @@ def free_memory(gpu: Any = None) -> float:
     return min(free, share - reserved) + reserved - torch.cuda.memory_allocated(gpu)
 
 
+def free_cpu_memory() -> float:
+    """Bytes that the machine, or this container, has left."""
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free
+
+
 def choose_step_plan(
     memory: MemoryModel, model: Any, base: Any, fast: FastPath, rows: Any | None, config: Config
 ) -> tuple[StepPlan, dict[str, str]]:
@@ -4778,8 +4878,12 @@ def choose_step_plan(
     if not train.do_train or rows is None or train.use_cpu:
         layers = len(decoder_layers(base)) or memory.layers
         wanted = requested_layers(config, layers)
-        at_once = None if train.auto_batch else train.per_device_train_batch_size
-        plan = StepPlan(at_once, 4096 if train.auto_batch else NO_LIMIT, layers if wanted is None else wanted)
+        at_once, tokens = (None, 4096) if train.auto_batch else (train.per_device_train_batch_size, NO_LIMIT)
+        if wanted is None and rows is not None:  # half of the memory is for the rest of the machine
+            most = tokens if at_once is None else at_once * max(rows["length"][:])
+            needed = memory.gradients + memory.optimizer + memory.fixed + most * memory.per_token(0)
+            wanted = 0 if needed * train.world_size < free_cpu_memory() / 2 else layers
+        plan = StepPlan(at_once, tokens, layers if wanted is None else wanted)
         return plan, {"steps": str(plan)}
     lengths = sorted(rows["length"][:], reverse=True)
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
@@ -5086,7 +5190,9 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         saving = isinstance(error, (OSError, RuntimeError, SafetensorError)) or type(error) is Exception
         if is_peer_failure(error) or not saving:
             raise
-        raise QLoRAError(f"{target}: not saved: {shorten(error)}. What was saved before stays") from error
+        full = re.search("No space left|inline_container", str(error))  # what the second says is torch's own
+        what = "No space left on device" if full else shorten(error)
+        raise QLoRAError(f"{target}: not saved: {what}. What was saved before stays") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -5255,7 +5361,8 @@ def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Iterabl
     trainer.base.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
         batches = rank_batches(count, trainer.args.per_device_eval_batch_size)
-        for numbers in tqdm(batches, title, disable=not trainer.accelerator.is_main_process):
+        bars = None if trainer.accelerator.is_main_process else True  # None: in a terminal only
+        for numbers in tqdm(batches, title, disable=bars, leave=False):
             results |= zip(numbers, process(numbers), strict=True)
     return gather_results(results)
 
@@ -5334,11 +5441,12 @@ def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
     masking, name_of = trainer.masking._replace(replaced=1.0, random=0.0), tokenizer.convert_ids_to_tokens
     encoded = [encode_masked(text, tokenizer, limits) for text in texts]
     masked = [
-        ids if masking.mask_id in ids else masking.mask_eval_row(ids, labels)["input_ids"] for ids, labels, _ in encoded
+        ids if masking.mask_id in ids else masking.mask_eval_row(ids, labels)["input_ids"]
+        for ids, labels, *_ in encoded
     ]
     tensors = to_device(padded_prompts(masked, tokenizer.pad_token_id, "right"), trainer.args.device)
     logits = trainer.base(**tensors).logits
-    for text, (_, labels, _), ids, scores in zip(texts, encoded, masked, logits, strict=True):
+    for text, (_, labels, *_), ids, scores in zip(texts, encoded, masked, logits, strict=True):
         positions = [i for i, token in enumerate(ids) if token == masking.mask_id]
         chances, tokens = scores[positions].float().softmax(-1).max(-1)
         filled = dict(zip(positions, tokens.tolist(), strict=True))
@@ -5623,10 +5731,35 @@ class EarlyStopping(EarlyStoppingCallback):
         self.early_stopping_patience = args.early_stopping_patience
 
 
+class Bar(ProgressCallback):
+    """The library's progress bar, without its line for each log: see QLoRATrainer.log."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 def build_callbacks(stop: GracefulStop, config: Config) -> list[TrainerCallback]:
     """Every callback of a run."""
-    patience = config.training.early_stopping_patience
-    return [stop, FlagIntervals(), *([EarlyStopping(patience)] if patience else [])]
+    patience, bars = config.training.early_stopping_patience, sys.stderr.isatty() and not config.training.disable_tqdm
+    return [stop, FlagIntervals(), *([EarlyStopping(patience)] if patience else []), *([Bar()] if bars else [])]
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process's fullest GPU; 0 without one."""
+    return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())), default=0) / GIB
+
+
+def rounded(value: Any) -> str:
+    """A number for people: four digits at least, and commas in thousands. Files have all digits."""
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def shown_metrics(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The metrics that the console shows, rounded."""
+    shown = r"(train|plan)_(tokens_per_second|peak_memory_gib|loss)|eval_(loss|perplexity)|\w+_accuracy|mmlu_loss"
+    return {name: rounded(value) for name, value in metrics.items() if re.fullmatch(shown, name)}
 
 
 class QLoRATrainer(Trainer):
@@ -5637,6 +5770,7 @@ class QLoRATrainer(Trainer):
         questions: list[Question] | None, masking: Masking | None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(**kwargs)
+        self.remove_callback(PrinterCallback)
         self.config, self.fast, self.plan, self.masking = config, fast, plan, masking
         self.identity, self.questions = identity, questions  # what checkpoints say of the run; MMLU's
         if plugin := getattr(self.accelerator.state, "fsdp_plugin", None):
@@ -5653,6 +5787,8 @@ class QLoRATrainer(Trainer):
         self.position: float | None = None  # in a stream, after the current step
         self.tokens_seen = 0  # by this rank, without padding
         self.untimed_seconds = 0.0  # spent on evaluating and saving
+        self.interval: tuple[float, int, int] | None = None  # began at this time, token and step
+        self.evaluated: tuple[int, dict[str, float]] = (-1, {})  # at this step, with these metrics
         # once an engine has sharded the weights, the rest of the fast path is tried
         self.untried = self.sharded and config.training.fast_path and not config.masked
         self.overflows = 0  # steps in succession whose gradient norm is not finite
@@ -5693,6 +5829,8 @@ class QLoRATrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Fetch the one batch of an optimizer step, and count the supervised tokens of all ranks for its loss."""
+        if self.interval is None:
+            self.interval = time.perf_counter() - self.untimed_seconds, self.tokens_seen, self.state.global_step
         batch = next(epoch_iterator, None)
         if batch is None:  # an epoch's end
             return [], None
@@ -5776,14 +5914,6 @@ class QLoRATrainer(Trainer):
             batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         return batch
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Report the routers' loss beside the loss."""
-        if self.router_losses and "loss" in logs:
-            steps = self.state.global_step - self._globalstep_last_logged
-            logs["router_loss"] = float(torch.stack(self.router_losses).sum()) / max(1, steps)
-            self.router_losses = []
-        super().log(logs, *args, **kwargs)
-
     def _make_room(self, step: StepBatch, reason: torch.OutOfMemoryError) -> None:
         """Drop dequantised copies, halve micro-batches down to 4096 tokens, then recompute more layers."""
         plan, layers = self.plan, len(decoder_layers(self.base))
@@ -5831,6 +5961,28 @@ class QLoRATrainer(Trainer):
         self.eval_batches.append((len(step.rows), float(total) / count, correct, count))
         return None, None, None
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as the Trainer does, and one line to the console while training."""
+        if self.router_losses and "loss" in logs:
+            since = max(1, self.state.global_step - self._globalstep_last_logged)
+            logs["router_loss"], self.router_losses = float(torch.stack(self.router_losses).sum()) / since, []
+        super().log(logs, *args, **kwargs)
+        step, steps, parts = self.state.global_step, self.state.max_steps, list[str]()
+        if "loss" in logs and self.interval:
+            began, tokens, first = self.interval
+            seconds = max(time.perf_counter() - self.untimed_seconds - began, 1e-9)
+            speed = (self.tokens_seen - tokens) * self.args.world_size / seconds
+            left = timedelta(seconds=round(seconds / max(step - first, 1) * (steps - step)))
+            names = ("loss", "loss"), ("grad_norm", "gradient norm"), ("learning_rate", "rate")
+            parts += [f"{title} {float(logs[name]):<8.4g}" for name, title in names if logs.get(name) is not None]
+            parts += [f"{speed:,.0f} tokens/s", *([f"{peak:.1f} GiB"] if (peak := peak_memory_gib()) else [])]
+            parts += [f"{left} left"] if step < steps else []
+            self.interval = None
+        elif self.is_in_train and step < steps:  # at the end report_done shows them
+            parts += [f"{name} {value}" for name, value in shown_metrics(logs).items()]
+        if parts:
+            log.info("step %*d of %d  %s", len(str(steps)), step, steps, "  ".join(parts))
+
     def floating_point_ops(self, inputs: Any) -> int:
         return 6 * len(inputs["step"].input_ids) * self.parameter_count  # as the Trainer counts
 
@@ -5849,6 +6001,7 @@ class QLoRATrainer(Trainer):
         if self.questions:
             output.metrics.update(mmlu_metrics(self, self.questions))
         self.untimed_seconds += time.perf_counter() - began
+        self.evaluated = self.state.global_step, output.metrics
         return output
 
     # From here on private methods of transformers 5.17 to 5.23, which tests/test_private_apis.py checks.
@@ -6022,6 +6175,7 @@ def trainer_arguments(args: TrainingArguments) -> TrainingArguments:
         "logging_nan_inf_filter": False,  # it reads the loss, and so waits for the GPU; our own check stops
         "restore_callback_states_from_checkpoint": True,  # evaluations that early stopping has counted
         "hub_strategy": "end",  # save_final pushes; the Trainer would upload all of output_dir, and the token
+        "disable_tqdm": True,  # build_callbacks adds the bar, and QLoRATrainer.log writes the lines
         "per_device_train_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps,
         "gradient_accumulation_steps": 1,
         "save_total_limit": None,  # at the end the Trainer would remove all checkpoints but the best
@@ -6088,14 +6242,8 @@ class Data:
     statistics: dict[str, TokenStatistics]
 
 
-def peak_memory_gib() -> float:
-    """Peak memory of this process's fullest GPU; 0 without one."""
-    return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())), default=0) / GIB
-
-
 def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Log and save metrics as the Trainer does, but each file whole."""
-    trainer.log_metrics(split, metrics)
+    """Save metrics as the Trainer does, but each file whole."""
     if trainer.args.should_save:
         output = Path(trainer.config.training.output_dir)
         write_json(output / f"{split}_results.json", metrics)
@@ -6328,8 +6476,7 @@ def compare_merged(
     typical: Any = torch.median if stacked_experts(model) else torch.mean
     error, effect, rounding = (typical(x.square().mean(-1)).sqrt().item() for x in differences)
     largest, moved, _ = (x.abs().max().item() for x in differences)
-    allowed = rounding + 2 * lost * effect
-    log.info("merged: logits differ from base + adapter by at most %.3g, from the base by %.3g", largest, moved)
+    allowed = rounding + 2 * max(lost, 0) * effect
     if lost > 0.05:
         log.warning("%.0f %% of the adapter's change is too small for a 16-bit weight and is lost", 100 * lost)
     if torch.equal(merged, base):
@@ -6337,6 +6484,8 @@ def compare_merged(
     if not error <= allowed:
         what = f"the merged model's logits differ from those of base + adapter by {error:.3g} (root mean square)"
         raise QLoRAError(f"{target}: not written, {what}, of which rounding explains {allowed:.3g}")
+    log.info("verified: the merged model answers as base and adapter do: logits differ by at most %.3g, as rounding to "
+             "16 bit explains; the adapter moves them by up to %.3g", largest, moved)  # fmt: skip
     return {"merge_largest_difference": largest, "merge_difference": error, "merge_rounding": allowed}
 
 
@@ -6401,19 +6550,31 @@ def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
     figure.savefig(path, dpi=120)
 
 
+def hub_id(model: str) -> str:
+    """The hub's name of a model that lies in a folder: of its cache, or as the model's config says."""
+    if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)", model):
+        return "/".join(cached.groups())
+    config = Path(model, "config.json")
+    recorded = str(read_json(config).get("_name_or_path", "")) if config.is_file() else ""
+    return recorded if re.fullmatch(r"[\w.-]+/[\w.-]+", recorded) and not Path(recorded).exists() else model
+
+
 def model_card(trainer: QLoRATrainer, config: Config) -> str:
     """README.md of the adapter: settings, data and losses, with the metadata block that the hub reads."""
     losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     losses = losses[:: -math.ceil(max(len(losses), 1) / 20)][::-1]  # at most 20 rows, the last among them
-    rows = "\n".join(f"| {e['step']} | {e.get('loss', '')} | {e.get('eval_loss', '')} |" for e in losses)
+    columns = ([rounded(entry.get(name, "")) for name in ("step", "loss", "eval_loss")] for entry in losses)
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in columns)
     settings = "\n".join(f"| {name} | `{config.flags[name]}` |" for name in sorted(config.explicitly_set))
-    base, output = config.model.model_name_or_path, config.training.output_dir
+    base, output = hub_id(config.model.model_name_or_path), config.training.output_dir
+    known = not Path(base).exists()  # the hub refuses what is not a name of its own
+    metadata = f"base_model: {json.dumps(base)}\n" if known else ""
     prefix = "" if Path(output) == final_folder(config) else f"{output}/"
     last = max(getattr(trainer.processing_class, "new_rows", [-1]))
     grow = f"New tokens: call `base.resize_token_embeddings({last + 1})` before loading it if the base has fewer.\n\n"
     kind, library = ("Full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
-        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {library}\n"
+        f"---\n{metadata}library_name: {library}\n"
         f"pipeline_tag: {'fill-mask' if config.masked else 'text-generation'}\n---\n\n# {kind} for {base}\n\n"
         f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
         f"dataset `{config.data.dataset}`.\n\n## Settings given\n\n| flag | value |\n|---|---|\n{settings}\n\n"
@@ -6456,20 +6617,25 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
     if rows != once * accumulated * ranks:
         batch = f"{rows} rows, as in the checkpoint, shared by {ranks} processes"
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    if not config.data.streaming:
-        length += f"; {math.ceil(len(data.train or ()) / rows)} steps are an epoch"
+    if data.train is not None and not config.data.streaming:
+        an_epoch = math.ceil(len(data.train) / rows)
+        epochs = args.max_steps / an_epoch if args.max_steps > 0 else args.num_train_epochs
+        length += f"; {an_epoch} steps are an epoch"
+        if run.resume.train and epochs > 20:
+            flag = f"--max_steps {args.max_steps}" if args.max_steps > 0 else f"--num_train_epochs {epochs:g}"
+            text = "%s: %.0f times through %d rows; three times are --max_steps %d"
+            log.warning(text, flag, epochs, len(data.train), 3 * an_epoch)
     why = "--bf16" if args.bf16 else "--fp16" if args.fp16 else "neither --bf16 nor --fp16"
     tokens = {name: token for name, token in run.tokenizer.special_tokens_map.items() if isinstance(token, str)}
     stored = getattr(run.model_config, "quantization_config", {}).get("quant_method")
     bits = f"{quant.bits} bit" + f" {quant.quant_type}, double_quant {quant.double_quant}" * (quant.bits == 4)
-    adapter = run.resume.checkpoint or run.resume.weights or ("fresh" if args.do_train else "none, the base itself")
+    adapter = run.resume.checkpoint or run.resume.weights or ("new" if args.do_train else "none, the base model alone")
     derived = {
         "model": config.model.model_name_or_path,
         "objective": config.data.objective,
         "weights": f"quantised already, by {stored}" if stored else bits,
         "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
-        "effective batch": batch,
-        "length": length,
+        **({"effective batch": batch, "length": length} if run.resume.train else {}),
         "special tokens": ", ".join(f"{n} {t!r} = {run.tokenizer.convert_tokens_to_ids(t)}" for n, t in tokens.items()),
         "trained part": "all weights but the embeddings" if quant.full_finetune else f"adapter: {adapter}",
         **{f"{name} data": str(part) for name, part in data.statistics.items()},
@@ -6483,7 +6649,7 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
         "device": {"name": device_name(), "processes": args.world_size},
     }
     record = json.loads(json.dumps(record, default=str))  # as it will be read
-    if config.record:
+    if config.record and args.do_train:
         changed = sorted(differences(config.record, record)) or ["nothing"]
         log.warning("repeating a run, what differs from it:\n  %s", "\n  ".join(changed))
     return record
@@ -6492,8 +6658,20 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
 def log_hints(config: Config) -> None:
     """Log once what may surprise a user about the flags."""
     train, bits = config.training, config.quant.bits
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not (train.bf16 or train.fp16):
-        log.info("hint: this GPU supports bf16; without --bf16 everything is computed in float32, which is slower")
+    if missing := sorted({"model_name_or_path", "dataset"} - config.explicitly_set):
+        defaults = ", ".join(f"--{name} {config.flags[name]}" for name in missing)
+        log.info("not passed, so the original's defaults are used and downloaded: %s", defaults)
+    own_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if own_bf16 and not (train.bf16 or train.fp16):
+        log.info("hint: this GPU supports bf16; without --bf16 everything is computed in float32, whose products take "
+                 "2 (RTX 4090) to 16 times (A100, H100) as long")  # fmt: skip
+    elif train.bf16 and torch.cuda.is_available() and not own_bf16:
+        name = torch.cuda.get_device_name()
+        log.warning("--bf16: the %s here computes it by emulation, slowly: pass --fp16 instead", name)
+    free = (os.cpu_count() or 1) - (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0)  # Windows has none
+    if train.use_cpu and (threads := torch.get_num_threads()) > max(1, free + 0.5):
+        log.warning("other programs keep this machine busy (%.1f of %d cores are free): with %d threads each waits for "
+                    "the slowest; OMP_NUM_THREADS=1 is faster", max(free, 0), os.cpu_count(), threads)  # fmt: skip
     if bits >= 16 and train.bf16 != (bits == 16):
         dtype = "bf16, because of --bf16" if train.bf16 else "float32, without --bf16"
         log.info("bits %d: the weights are in %s, as in the original", bits, dtype)
@@ -6504,16 +6682,33 @@ def log_hints(config: Config) -> None:
             log.info("%s: without effect: %s", ", ".join(passed), reason)
 
 
-def report_done(config: Config, metrics: dict[str, Any], seconds: float) -> None:
+def report_done(config: Config, metrics: dict[str, Any], trained: bool, seconds: float) -> None:
     """Write metrics.json and log the block at the end of a run."""
     args = config.training
     if args.process_index != 0:
         return
     add_json(Path(args.output_dir, "metrics.json"), metrics, run_name=args.run_name)
-    shown = r"(train|plan)_(tokens_per_second|peak_memory_gib|loss)|eval_(loss|perplexity)|\w+_accuracy|mmlu_loss"
-    lines = {name: value for name, value in metrics.items() if re.fullmatch(shown, name)}
     folders = dict.fromkeys([str(final_folder(config)), args.output_dir, args.merged_output_dir])
-    log.info("Done\n%s", format_table(lines | {"seconds": round(seconds), "files": ", ".join(filter(None, folders))}))
+    lines = shown_metrics(metrics) | {"files": ", ".join(filter(None, folders))}
+    log.info("Done after %s\n%s", timedelta(seconds=round(seconds)), format_table(lines))
+    if trained:
+        log.info("Next\n%s", format_table(next_commands(config)))
+
+
+def next_commands(config: Config) -> dict[str, str]:
+    """What to do with a finished run, as commands."""
+    flags, final = config.flags, str(final_folder(config))
+    again = ["python", "qlora.py", str(Path(config.training.output_dir, "run.json")), "--do_train", "False"]
+    for name in ("output_dir", "working_dir", "final_output_dir", "trust_remote_code"):  # not repeated by run.json
+        again += [f"--{name}", str(flags[name])] if flags[name] else []
+    commands = {"predict": [*again, "--do_predict", "--predict_with_generate", "--dataset", "FILE"]}
+    if not (config.quant.full_finetune or flags["merged_output_dir"]):
+        commands["merge"] = [*again, "--do_predict", "False", "--merged_output_dir", f"{final}-merged"]
+    if config.masked:
+        commands["predict"].remove("--predict_with_generate")
+    else:
+        commands = {"chat": ["python", "examples/chat.py", final]} | commands
+    return {name: shlex.join(command) for name, command in commands.items()}
 
 
 # ------------------------------------------------------------------------------------
@@ -6574,14 +6769,14 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     check_rows_fit_model(base, data.statistics)
     for adapter in getattr(model, "peft_config", {}).values():  # not the folder made of a .gguf file
         adapter.base_model_name_or_path = config.model.model_name_or_path
-    log.info("%s", "\n".join(parameter_report(model)))
+    log.info("Model\n%s", "\n".join(f"  {line}" for line in parameter_report(model)))
     fast = enable_fast_path(model, base, config)
     fast = fast._replace(off=(*fast.off, *filter(None, [missing])))
     memory = memory_from_config(config, run.model_config)
     plan, lines = choose_step_plan(memory, model, base, fast, data.train, config)
     apply_step_plan(base, plan, config)
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
-    log.info("Step plan\n%s", format_table(fast.lines() | lines))
+    log.info("Step plan\n%s", format_table(fast.lines() | (lines if resume.train else {})))
     sizes = embedding_sizes(base)
     masking = build_masking(tokenizer, sizes[0], config.data) if config.masked else None
     collate = partial(collate_step, masked=config.masked)
@@ -6629,6 +6824,31 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
     return run, identity | {"effective batch": batch}
 
 
+ASSUMED_RATE = 1.2e14  # tokens/s times parameters: 17,800 at 7B on one H200, in bf16, on rows of many lengths
+
+
+def plan_of_rows(config: Config) -> dict[str, str]:
+    """Rows, steps and time of the run that is planned, if its rows can be read."""
+    reading = dataclasses.replace(config, data=dataclasses.replace(config.data, preview=1))  # leaves no files
+    try:
+        run, data = load_run(reading)
+    except QLoRAError as error:
+        return {"rows": f"not read: {error}"}
+    train, before = config.training, Path(config.training.output_dir, "train_results.json")
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * train.world_size
+    epoch, part = math.ceil(len(data.train) / batch), data.statistics["train"]
+    steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * epoch)
+    rate, source = read_json(before).get("train_tokens_per_second") if before.is_file() else None, "measured before"
+    if not rate:
+        rate, source = ASSUMED_RATE / meta_model(config, run.model_config).num_parameters(), "assumed, as on an H200"
+    time_needed = timedelta(seconds=round(steps * batch * part.tokens / len(data.train) / rate))
+    return {
+        "rows": f"{part.rows:,} of {part.tokens / part.rows:.0f} tokens on average",
+        "steps": f"{steps:,}, which is {steps / epoch:.3g} epochs",
+        "time": f"{time_needed} at {rate:,.0f} tokens/s ({source})",
+    }
+
+
 def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_preview) -> int:
     """Do one run, from checked flags to files, or show --plan or --preview. Returns the exit status."""
     args, began = config.training, time.perf_counter()
@@ -6637,7 +6857,12 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
     if args.plan:
         model_config = load_model_config(config, model_folder(config))
         config = resolve_recipe(resolve_objective(config, model_config), model_config)
-        lines, fits = plan_from_flags(config, memory_from_config(config, model_config))
+        memory = memory_from_config(config, model_config)
+        lines, fits = plan_from_flags(config, memory)
+        if not fits:
+            lines["would fit with"] = changes_that_fit(config, model_config, memory)
+        if "dataset" in config.explicitly_set and args.do_train and not config.data.streaming:
+            lines |= plan_of_rows(config)
         if args.process_index == 0:
             print(format_table(lines))
         return 0 if fits else 3
@@ -6677,12 +6902,14 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
         if args.do_eval and not (resume.train or resume.weights):
             log.warning("nothing trained was found in %s: these are the metrics of the base model", output)
         if args.do_eval:
-            metrics |= save_metrics(trainer, "eval", trainer.evaluate())
+            step, evaluated = trainer.evaluated
+            at_end = step == trainer.state.global_step and not args.load_best_model_at_end
+            metrics |= save_metrics(trainer, "eval", evaluated if at_end else trainer.evaluate())
         if args.do_predict:
             metrics |= predict(trainer, resume, data.text.eval, config)
         del trainer  # memory for a merged model
     metrics |= merge(str(final_folder(config) if resume.train else resume.weights), run, data)
-    report_done(config, metrics, time.perf_counter() - began)
+    report_done(config, metrics, resume.train, time.perf_counter() - began)
     return 0
 
 
@@ -6710,10 +6937,19 @@ def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
         case ValueError() if "DebugUnderflowOverflow" in str(error):
             return 2, "--debug underflow_overflow: a value is not finite, the modules that lead to it are listed above"
         case OSError() if error.errno:  # of a disk, a path or a connection
-            return 2, f"{error.filename or 'a file'}: {error.strerror}"
+            places = f"a file, in --output_dir, --cache_dir or {tempfile.gettempdir()}"
+            return 2, f"{error.filename or places}: {error.strerror}"
     if library in INTEGRATION_TO_CALLBACK:  # a tracker without login or connection
         return 2, f"--report_to {library}: {shorten(error)}"
     return None
+
+
+class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to standard error, above progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 def set_up_logging() -> None:
@@ -6721,11 +6957,16 @@ def set_up_logging() -> None:
     for message in (  # warnings of one library about another's code: nothing that a user could do about it
         ".*gradient_checkpointing.* is deprecated", "All adapters are already merged",
         "Model has `tie_word_embeddings=True` and", "Input and output embeddings are no longer tied after merging",
-        "FSDP2-wrapped module .* returned a view",
+        "FSDP2-wrapped module .* returned a view", "Paged optimizers are not supported on CPU",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in str(record.msg))
+    if not sys.stderr.isatty():  # bars in a file are noise
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
     if not log.handlers:
-        handler = logging.StreamHandler()
+        handler = ConsoleHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False

@@ -21,21 +21,43 @@ except ImportError:
     gradio = None
 
 
+EMPTY = "(no answer: the model ended it at once)"  # without any text Gradio shows no message and seems to hang
+
+
 def get_text(content: Any) -> str:
     """The text of a message, which Gradio stores in parts."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def reply(bot: talk.Bot, message: str, history: list[dict[str, Any]]) -> Iterator[str]:
+def reply(
+    bot: talk.Bot, message: str, history: list[dict[str, Any]], system: str, temperature: float, length: int
+) -> Iterator[str]:
     """The answer so far, each time a new piece arrives."""
     messages = [{"role": turn["role"], "content": get_text(turn["content"])} for turn in history]
+    messages = [{**turn, "content": turn["content"].replace(EMPTY, "")} for turn in messages]
     text = ""
     try:
-        for piece in bot.answer([*messages, {"role": "user", "content": message}]):
+        for piece in bot.with_settings(system, temperature, length).answer(
+            [*messages, {"role": "user", "content": message}]
+        ):
             text += piece
             yield text
     except qlora.QLoRAError as error:
         raise gradio.Error(str(error)) from error
+    if not text:
+        yield EMPTY
+
+
+def settings(bot: talk.Bot) -> list[Any]:
+    """The controls below the chat, which begin as the command line says."""
+    generation = bot.generation
+    temperature = generation.temperature or 1.0 if generation.do_sample else 0
+    length = bot.config.generation.max_new_tokens
+    return [
+        gradio.Textbox(bot.system, label="System prompt"),
+        gradio.Slider(0, 2, temperature, label="Temperature (0: always the likeliest token)"),
+        gradio.Slider(1, max(2048, length), length, step=1, label="Longest answer, in tokens"),
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     bot = talk.load_from(options)
     buttons = ["copy", "copy_all"]  # without the button that shares a chat on the hub
     chatbot = gradio.Chatbot(scale=1, buttons=buttons, show_label=False)
-    page = gradio.ChatInterface(partial(reply, bot), chatbot=chatbot, title=options.model)
+    chat = partial(reply, bot)
+    page = gradio.ChatInterface(chat, chatbot=chatbot, title=options.model, additional_inputs=settings(bot))
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # downloads no fonts
     with qlora.reraise_as_user_error(f"--port {options.port}"):
         page.launch(server_name="127.0.0.1", server_port=options.port, share=False, theme=theme)

@@ -7,6 +7,7 @@ the run's --bits. Or it is a base model or a merged one: a folder, a hub id or a
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import re
 import sys
@@ -25,12 +26,21 @@ import qlora
 
 Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
 GUANACO_ROLES = "{'system': '', 'user': '### Human: ', 'assistant': '### Assistant: '}"
-GUANACO_SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
+SYSTEMS = {
+    "guanaco": "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "alpaca": "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.",
+    "airoboros": "A chat.",
+}
+STOPS = {"guanaco": ["### Human:", "### Assistant:"], "alpaca": ["### Instruction:"], "airoboros": ["USER:"]}
 TEMPLATES = {  # BOS is added to all but the model's own, which writes it
     "plain": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    # as qlora.parse_alpaca writes a row with earlier exchanges, and parse_airoboros one
+    "alpaca": "{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n### Response: "
+    "{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}",
+    "airoboros": "{% for m in messages %}{{ 'USER: ' if m.role == 'user' else '' }}{{ m.content }}\n"
+    "{{ 'ASSISTANT: ' if m.role == 'user' else '' }}{% endfor %}",
     "chat": None,  # the model's own
     # as oasst1's rows are written; the prompt ends before the space, which belongs to the answer's first token
     "guanaco": "{% for m in messages %}{{ " + GUANACO_ROLES + "[m.role] + m.content }}"
@@ -111,6 +121,15 @@ class Bot(NamedTuple):
             with qlora.reraise_as_user_error("generation flags"):
                 generation.result()
 
+    def with_settings(self, system: str, temperature: float, max_new_tokens: int) -> "Bot":
+        """The same model with other settings. Temperature 0 takes the likeliest token."""
+        generation, flags = copy.deepcopy(self.generation), self.config.generation
+        generation.update(
+            do_sample=temperature > 0, temperature=float(temperature) or 1.0, max_new_tokens=max_new_tokens
+        )
+        config = dataclasses.replace(self.config, generation=dataclasses.replace(flags, max_new_tokens=max_new_tokens))
+        return self._replace(system=system, generation=generation, config=config)
+
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, without its oldest exchanges if the model cannot read all of it."""
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -166,6 +185,27 @@ def loading_flags(name: str, adapter: Path | None, trained: dict[str, Any]) -> d
     return flags if trained else flags | {"bf16": torch.cuda.is_bf16_supported()}
 
 
+# The template of a dataset format; those that are not here are plain.
+FORMS = {"oasst1": "guanaco", "alpaca": "alpaca", "alpaca-clean": "alpaca", "airoboros": "airoboros"}
+
+
+def trained_template(trained: dict[str, Any], config: qlora.Config) -> str | None:
+    """The template that writes prompts as the rows of a run had them; None for the model's own."""
+    name = qlora.dataset_shares(trained["dataset"])[0][0]
+    chosen = trained.get("dataset_format") or (name if name in qlora.DATASETS else None)
+    if trained.get("as_chat"):
+        return None
+    try:
+        if not chosen:  # inferred from columns
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, columns=trained.get("columns")))
+            chosen = next(iter(qlora.open_dataset(name, config).values())).format
+        form = qlora.FORMATS[chosen]
+    except (qlora.QLoRAError, KeyError) as error:  # the data is gone, or a function of its own wrote it
+        qlora.log.warning("how the rows that it was trained on were written is not known (%s): see --template", error)
+        return None
+    return None if {"messages", "conversations"}.intersection(form.columns) else FORMS.get(chosen, "plain")
+
+
 def load(name: str, *flags: str, template: str = "auto", system: str | None = None, stop: Sequence[str] = ()) -> Bot:
     """Load MODEL. `flags` are qlora.py's and override the run's; `stop` are more strings that end an answer."""
     adapter = find_adapter(Path(name).expanduser())
@@ -176,8 +216,9 @@ def load(name: str, *flags: str, template: str = "auto", system: str | None = No
     own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer = qlora.load_tokenizer(config, model_config, str(adapter) if own_tokenizer else folder)
     if template == "auto":
-        oasst1 = "oasst1" in (trained.get("dataset"), trained.get("dataset_format"))
-        template = "chat" if tokenizer.chat_template and not oasst1 else "guanaco"
+        own = trained_template(trained, config) if adapter and trained else None
+        template = own or ("chat" if tokenizer.chat_template else "guanaco")
+        qlora.log.info("--template %s", template)
     if template == "chat" and not tokenizer.chat_template:
         raise qlora.ConfigError(f"{name} has no chat template: pass --template guanaco or plain")
     model: Any = qlora.load_model(config, model_config, folder)
@@ -185,9 +226,8 @@ def load(name: str, *flags: str, template: str = "auto", system: str | None = No
     model.generation_config = GenerationConfig()  # generate() would add the model's own sampling values
     model = (qlora.attach_adapter(model, str(adapter)) if adapter else model).eval()
     torch.manual_seed(config.training.seed)  # with --do_sample, one --seed gives one conversation
-    guanaco = template == "guanaco"
-    system = GUANACO_SYSTEM * guanaco if system is None else system
-    stops = [*(["### Human:", "### Assistant:"] if guanaco else []), *filter(None, stop)]
+    system = SYSTEMS.get(template, "") if system is None else system
+    stops = [*STOPS.get(template, []), *filter(None, stop)]
     return Bot(model, tokenizer, config, generation, template, system, stops)
 
 

@@ -110,6 +110,7 @@ def test_one_bad_row_is_named_without_the_others_of_its_step(run_qlora, models, 
     run = run_qlora(
         model_name_or_path=model, dataset=data, per_device_train_batch_size=1, gradient_accumulation_steps=4,
         train_sampling_strategy="sequential", save_steps=save_steps, logging_steps=100,
+        auto_batch=False,
     )  # fmt: skip
     message = message_of(run)
     assert message.startswith("step 2: the loss is not finite")
@@ -130,7 +131,7 @@ def test_a_row_that_overflows_is_named_alone(run_qlora, models, tmp_path):
     run = run_qlora(
         model_name_or_path=model, trust_remote_code=True, bits=16, per_device_train_batch_size=1,
         dataset=tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows), gradient_accumulation_steps=4,
-        train_sampling_strategy="sequential",
+        train_sampling_strategy="sequential", auto_batch=False,
     )  # fmt: skip
     message = message_of(run)
     assert re.findall(r"rows\.jsonl:\d+", message) == ["rows.jsonl:3"] and "other rows are fine" in message

@@ -62,8 +62,10 @@ def base(tmp_path_factory):
 def trained(base):
     """The folder of a finished 4-bit run that has memorised MEMORISED."""
     output, rows = base.parent / "run", tiny.rows_to_jsonl(base.parent / "rows.jsonl", MEMORISED)
+    (base.parent / "rows.py").write_text("def as_it_is(row):\n    return row\n")  # prompts of several kinds
     command = (
         f"--model_name_or_path {base} --dataset {rows} --output_dir {output} --max_steps 120 --save_steps 120 "
+        f"--dataset_format {base.parent / 'rows.py'}:as_it_is "
         "--per_device_train_batch_size 5 --gradient_accumulation_steps 1 --gradient_checkpointing False "
         "--lora_r 32 --lora_alpha 64 --learning_rate 5e-3 --lr_scheduler_type linear --logging_steps 40"
     )
@@ -217,6 +219,9 @@ PROMPTS = {
     "guanaco": ([], "<s>### Human: a### Assistant: b### Human: c### Assistant:"),
     "guanaco with a system message": ([{"role": "system", "content": "S."}],
         "<s>S. ### Human: a### Assistant: b### Human: c### Assistant:"),
+    "alpaca": ([], "<s>### Instruction:\na\n\n### Response: b\n\n### Instruction:\nc\n\n### Response: "),
+    "airoboros with a system message": ([{"role": "system", "content": "A chat."}],
+        "<s>A chat.\nUSER: a\nASSISTANT: b\nUSER: c\nASSISTANT: "),
     "chat": ([], "<s>[user]a[assistant]b[user]c[assistant]"),
     "chat with a system message": ([{"role": "system", "content": "S."}],
         "<s>[system]S.[user]a[assistant]b[user]c[assistant]"),
@@ -256,9 +261,22 @@ def test_a_system_message_and_more_stop_strings(trained):
 def test_the_template_follows_the_training_data(trained, base, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     record = json.loads((run / "run.json").read_text())
-    record["flags"]["dataset_format"] = "oasst1"
-    (run / "run.json").write_text(json.dumps(record))
-    assert talk.load(str(run)).template == "guanaco"
+    pairs = tiny.rows_to_jsonl(tmp_path / "pairs.jsonl", [{"instruction": "a", "output": "b"}])
+    for flags, template in (
+        ({"dataset_format": "oasst1"}, "guanaco"),
+        ({"dataset_format": "input-output"}, "plain"),
+        ({"dataset_format": "input-output", "as_chat": True}, "chat"),
+        ({"dataset_format": "sharegpt"}, "chat"),
+        ({"dataset": "alpaca-clean", "dataset_format": None}, "alpaca"),
+        ({"dataset": str(pairs), "dataset_format": None}, "alpaca"),
+        ({"dataset": str(tmp_path / "gone.jsonl"), "dataset_format": None}, "chat"),
+    ):
+        (run / "run.json").write_text(json.dumps(record | {"flags": record["flags"] | flags}))
+        bot = talk.load(str(run))
+        assert bot.template == template and bot.system == talk.SYSTEMS.get(template, "")
+    alpaca = qlora.parse_alpaca({"instruction": "a", "output": "b"})[0]["text"]
+    turns = [{"role": "system", "content": talk.SYSTEMS["alpaca"]}, {"role": "user", "content": "a"}]
+    assert bot.tokenizer.decode(talk.encode(turns, bot.tokenizer, "alpaca")) == f"<s>{alpaca}"
     assert talk.load(str(base)).template == "chat"
     bare = shutil.copytree(base, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
@@ -415,6 +433,7 @@ def test_commands_of_the_readme_run(script, words, monkeypatch, capsys):
 
     monkeypatch.setattr(talk, "load", load)
     monkeypatch.setattr(chat_gradio, "gradio", MagicMock())
+    monkeypatch.setattr(chat_gradio, "settings", lambda bot: [])
     argv = shlex.split(words.replace("$'", "'"))
     scripts = {"generate": generate, "chat": chat, "chat_gradio": chat_gradio}
     code, _, err = run_main(scripts[script], monkeypatch, capsys, "", *argv)
@@ -544,7 +563,7 @@ def test_the_page_answers_messages(trained, page_of, tmp_path):
         page.on("request", lambda request: requests.append(request.url))
         page.goto(address)
         page.evaluate(WATCH)
-        box = page.get_by_role("textbox")
+        box = page.get_by_role("textbox").first  # the others are settings
         for text, answer in (("hello", SHIPS), ("why?", "She counted them.")):
             box.fill(text)
             box.press("Enter")
@@ -557,6 +576,25 @@ def test_the_page_answers_messages(trained, page_of, tmp_path):
     assert any(text and SHIPS.startswith(text) and text != SHIPS for text in seen)  # it grew piece by piece
     hosts = {re.match(r"\w+://([^/:]+)", url).group(1) for url in requests if "://" in url}
     assert hosts == {"127.0.0.1"}
+
+
+def test_the_settings_of_the_page_reach_the_model(bot):
+    def answer(bot, *settings):
+        return list(chat_gradio.reply(bot, "hello", [], *settings))[-1]
+
+    assert answer(bot, "", 0, 80) == SHIPS and answer(bot, "Be short.", 0, 80) == "Seven."
+    assert answer(bot, "", 0, 3) == SHIPS[:3] and answer(bot, "", 99, 80) != SHIPS
+
+
+def test_an_answer_without_text_is_shown_as_such(bot):
+    """Gradio shows no message where none is sent, and seems to hang."""
+    silent, turn = bot._replace(stops=[SHIPS[0]]), {"role": "user", "content": "hello"}
+    assert list(chat_gradio.reply(silent, "hello", [], "", 0, 80)) == [chat_gradio.EMPTY]
+    history = [turn, {"role": "assistant", "content": chat_gradio.EMPTY}]
+    seen = []
+    recorder = SimpleNamespace(with_settings=lambda *_: SimpleNamespace(answer=lambda turns: seen.extend(turns) or []))
+    list(chat_gradio.reply(recorder, "why?", history, "", 0, 80))
+    assert [turn["content"] for turn in seen] == ["hello", "", "why?"]
 
 
 def test_without_gradio_the_error_says_what_to_install(trained, monkeypatch, capsys):

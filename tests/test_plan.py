@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import reference
+import tiny
 import torch
 import torch.nn.functional as F
 
@@ -133,11 +134,37 @@ def test_the_command_prints_the_plan_and_reads_nothing_else(folder, capsys, tmp_
     assert qlora.main([*words, "--plan_gpu", "24GiB", "--output_dir", str(out)]) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("predicted peak", "recomputed", "micro-batch", "fits")) and not out.exists()
-    assert qlora.main([*words, "--plan_gpu", "4 GB"]) == 3
+    assert qlora.main([*words, "--plan_gpu", "4GiB"]) == 3
     assert "does not fit into 4 GiB" in capsys.readouterr().out
-    for text in ("H100", "8x80GiB", "a lot", "-1GiB"):
+    for text in ("H100", "8x80GiB", "a lot", "-1GiB", "24", "24GB"):
         assert qlora.main([*words, "--plan_gpu", text]) == 2
         assert "--plan_gpu" in capsys.readouterr().err
+
+
+def test_a_plan_that_does_not_fit_names_changes_that_do(folder, capsys):
+    """At 1.1B adapters of rank 1,024 with gradients and averages are 12 GiB, and half of that at 512."""
+    words = ["--model_name_or_path", folder("1b"), "--bf16", "--plan", "--plan_gpu", "9GiB", "--optim", "adamw_torch"]
+    assert qlora.main([*words, "--lora_r", "1024"]) == 3
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "would fit with" in line)
+    assert line.split(maxsplit=3)[3].split("; ") == ["--lora_r 512", "2 such GPUs"]
+    assert qlora.main([*words, "--lora_r", "512"]) == 0
+
+
+def test_a_plan_with_a_dataset_has_rows_steps_and_time(models, tmp_path, capsys):
+    """10 rows of BOS + 9 bytes + 9 bytes + EOS: 50 steps of 2 rows are 2,000 tokens."""
+    rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"input": "a" * 9, "output": "b" * 9}] * 10)
+    (tmp_path / "out").mkdir()
+    flags = {"model_name_or_path": models("llama"), "dataset": rows, "output_dir": tmp_path / "out", "max_steps": 50}
+    flags |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "plan_gpu": "24GiB"}
+    words = ["--plan", *(f"--{name}={value}" for name, value in flags.items())]
+    assert qlora.main(words) == 0
+    assert "tokens/s (assumed, as on an H200)" in capsys.readouterr().out
+    (tmp_path / "out/train_results.json").write_text('{"train_tokens_per_second": 100.0}')
+    assert qlora.main(words) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert ["rows", "10 of 20 tokens on average"] in lines and ["steps", "50, which is 10 epochs"] in lines
+    assert ["time", "0:00:20 at 100 tokens/s (measured before)"] in lines
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train_results.json"]
 
 
 def test_a_plan_without_a_gpu_names_the_way_out(folder, capsys, monkeypatch):
@@ -315,8 +342,11 @@ def test_of_stacked_experts_a_token_meets_a_few(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
     memory = memory_of(str(tmp_path))
     experts = 32 * 8 * 3 * 4096 * 14336
-    assert memory.weights > experts / 2 and memory.other < experts / 10 and memory.layer > 2 * 2 * 3 * 14336
+    assert memory.experts == pytest.approx(experts * (0.5 + 1 / 64 + 4 / 64 / 256), rel=1e-6)
+    assert memory.other < experts / 10 and memory.layer > 2 * 2 * 3 * 14336
     assert memory.layer < 8 * 2 * 3 * 14336
+    lines, fits = plan_of(str(tmp_path), "24GiB")
+    assert number(lines["experts"]) == 84.0 and number(lines["embedding, head, norms"]) < 1 and not fits
 
 
 @pytest.mark.parametrize(("bits", "said"), [(4, False), (8, True), (16, False)])

@@ -123,13 +123,19 @@ def test_metrics_hold_the_name_and_the_metrics_of_every_stage(run_qlora):
 
 
 @pytest.mark.real_writes
-def test_the_loss_chart_is_a_png_and_the_card_names_settings_data_and_losses(run_qlora, data_dir):
+def test_the_loss_chart_is_a_png_and_the_card_names_settings_data_and_losses(run_qlora, data_dir, models, tmp_path):
     run = run_qlora(learning_rate=0.00123)
     assert (run.output_dir / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
     card = (run.output_dir / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n")
     assert "0.00123" in card and str(data_dir / "support.jsonl") in card
-    assert all(str(loss) in card for loss in history(run, "loss"))
+    assert all(f" {loss:.4g} |" in card and str(loss) not in card for loss in history(run, "loss"))
+    assert "base_model" not in card  # a folder: the hub refuses what is no name of its own
+    config = json.loads((models("llama") / "config.json").read_text()) | {"_name_or_path": "maker/tiny-llama"}
+    base = shutil.copytree(models("llama"), tmp_path / "base")
+    (base / "config.json").write_text(json.dumps(config))
+    named = run_qlora(model_name_or_path=base, max_steps=1, output_dir=tmp_path / "named")
+    assert 'base_model: "maker/tiny-llama"\n' in (named.output_dir / "README.md").read_text(encoding="utf-8")
 
 
 # Our own flags, which every run records; the Trainer's come from its class.

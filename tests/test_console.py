@@ -1,0 +1,265 @@
+"""What a run prints: warnings at the start, a line for each log, what to do next."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import datasets
+import pytest
+import tiny
+import torch
+
+import qlora
+
+
+def history(run, name):
+    return [entry for entry in run.json("trainer_state.json")["log_history"] if name in entry]
+
+
+# ------------------------------------------------------------------------------------
+# Warnings at the start
+# ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def warned(tmp_path, models, caplog):
+    """`warned(rows, *words)` -> the warnings about rows once they are encoded, byte by byte, and those of the start."""
+
+    def warn(rows, *words):
+        file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
+        flags = ["--model_name_or_path", str(models("llama")), "--dataset", str(file)]
+        config = qlora.parse_config([*flags, "--output_dir", str(tmp_path / "out"), *words])
+        caplog.clear()
+        with caplog.at_level("WARNING", "qlora"):
+            run, data = qlora.load_run(config)
+            qlora.describe_run(run, data, qlora.check_resume(run, data))
+        return caplog.messages
+
+    return warn
+
+
+PAIRS = [{"input": "a" * n, "output": "b" * (n + 10)} for n in range(1, 201)]  # BOS and EOS make each one longer
+
+
+def test_rows_that_are_cut_name_lengths_that_fit(warned):
+    """99 % of 200 rows are 198: up to 198 + BOS and 208 + EOS tokens."""
+    few = ("--max_steps", "1")
+    (cut,) = warned(PAIRS, "--source_max_len", "100", "--target_max_len", "300", *few)
+    assert "101 of 200 train rows are cut" in cut and "--source_max_len 199" in cut and "--target_max_len" not in cut
+    cut, endless = warned(PAIRS, "--source_max_len", "300", "--target_max_len", "100", *few)
+    assert "111 of 200" in cut and "--target_max_len 209" in cut and "--source_max_len" not in cut
+    assert "111 of 200" in endless and "--target_max_len 209" in endless and "learn to stop" in endless
+    one = "--model_max_len", "300", "--skip_excess_length", "False", *few
+    assert "--model_max_len 408" in warned(PAIRS, *one)[0]  # 2 * 198 + 10 + 2
+    assert "99 % fit with --model_max_len 408" in warned(PAIRS, "--model_max_len", "300", *few)[0]
+    assert warned(PAIRS, "--source_max_len", "195", *few) == []  # 6 of 200 are 3 %
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--max_steps", "100"), None),  # 10 rows in steps of 2: 20 epochs
+        (("--max_steps", "101"), "--max_steps 101: 20 times through 10 rows; three times are --max_steps 15"),
+        (("--num_train_epochs", "21"), "--num_train_epochs 21: 21 times through 10 rows; three times"),
+        (("--max_steps", "101", "--do_train", "False", "--do_eval"), None),
+    ],
+)
+def test_many_epochs_are_a_warning_with_the_steps_of_three(warned, words, said):
+    batch = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1")
+    messages = warned(PAIRS[:10], *batch, *words)
+    assert [said in message for message in messages] == [True] * (said is not None)
+
+
+def test_a_busy_machine_is_named_where_threads_would_wait(monkeypatch, caplog):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    for load, said in ((1.0, False), (3.5, True), (40.0, True)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0, 0))
+        caplog.clear()
+        with caplog.at_level("WARNING", "qlora"):
+            qlora.log_hints(qlora.parse_config([]))
+        assert any("OMP_NUM_THREADS=1" in message for message in caplog.messages) == said
+
+
+@pytest.mark.parametrize(("own", "flag", "said"), [(True, "", "16 times"), (False, "--bf16", "pass --fp16")])
+def test_bf16_on_a_gpu_is_a_hint(monkeypatch, caplog, own, flag, said):
+    config = qlora.parse_config([flag] if flag else [])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: own or including_emulation)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
+    with caplog.at_level("INFO", "qlora"):
+        qlora.log_hints(config)
+    assert any(said in message for message in caplog.messages)
+
+
+# ------------------------------------------------------------------------------------
+# A whole run
+# ------------------------------------------------------------------------------------
+
+
+def test_a_run_in_a_pipe_prints_a_line_for_each_log_and_every_metric_once(run_qlora, tmp_path, data_dir):
+    run = run_qlora(
+        max_steps=5, logging_steps=2, eval_strategy="steps", eval_steps=2, save_steps=5, load_best_model_at_end=False,
+        do_predict=True, predict_with_generate=True, max_new_tokens=2, output_dir=tmp_path / "a b",
+    )  # fmt: skip
+    assert run.code == 0 and not run.stdout
+    lines = run.stderr.splitlines()
+    assert not any(re.search(r"it/s|%\||examples/s|\x1b|Warning|\d\.\d{6}", line) for line in lines)
+    steps = [line for line in lines if line.startswith("step ")]
+    logged = history(run, "loss")
+    assert [entry["step"] for entry in logged] == [2, 4]  # and the last one only if it is due
+    for entry in logged:
+        (line,) = (line for line in steps if f"step {entry['step']} of 5" in line and "gradient norm" in line)
+        numbers = f"loss {entry['loss']:.4g} ", f"gradient norm {entry['grad_norm']:.4g} ", "rate 0.0002 "
+        assert all(number in line for number in numbers) and "tokens/s" in line and line.endswith(" left")
+    evaluated = history(run, "eval_loss")
+    assert [entry["step"] for entry in evaluated] == [2, 4, 5]  # the last one is shown at the end
+    assert len([line for line in steps if "eval_loss" in line]) == 2
+    done = dict(line.split(maxsplit=1) for line in lines[lines.index("Next") - 5 : lines.index("Next")])
+    metrics = run.json("metrics.json")
+    for name in ("train_loss", "eval_loss", "eval_perplexity"):
+        assert done[name] == f"{metrics[name]:.4g}"
+    assert len(str(metrics["eval_loss"])) > 10, "files have all digits"
+    speed = metrics["train_tokens_per_second"]
+    assert done["train_tokens_per_second"] == (f"{speed:,.0f}" if speed >= 1000 else f"{speed:.4g}")
+
+    commands = {line.split()[0]: shlex.split(line)[1:] for line in lines[lines.index("Next") + 1 :]}
+    assert commands["chat"] == ["python", "examples/chat.py", str(run.output_dir)]
+    file = data_dir / "support.csv"
+    for name, more in (("predict", {"FILE": str(file)}), ("merge", {})):
+        words = [more.get(word, word) for word in commands[name]]
+        assert words[:2] == ["python", "qlora.py"] and qlora.main(words[2:]) == 0
+    assert (Path(f"{run.output_dir}-merged") / "config.json").is_file()
+    predictions = (run.output_dir / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(predictions) == 24  # every row of the file
+
+
+def test_the_last_evaluation_is_done_once(run_qlora, monkeypatch):
+    passes, loop = [], qlora.QLoRATrainer.evaluation_loop
+
+    def counted(self, *args, **kwargs):
+        passes.append(self.state.global_step)
+        return loop(self, *args, **kwargs)
+
+    monkeypatch.setattr(qlora.QLoRATrainer, "evaluation_loop", counted)
+    run = run_qlora(eval_strategy="steps", eval_steps=2)
+    assert passes == [2, 4]
+    assert "eval_loss" not in [line for line in run.stderr.splitlines() if line.startswith("step 4")][-1]
+    last = history(run, "eval_loss")[-1]
+    assert run.json("eval_results.json") == {name: value for name, value in last.items() if name != "step"}
+    assert run_qlora(eval_strategy="steps", eval_steps=2).code == 0 and passes[2:] == [0]  # completed: evaluated anew
+
+
+def test_without_training_neither_steps_nor_recomputation_are_told(run_qlora, finished_run):
+    run = run_qlora(output_dir=finished_run.output_dir, do_train=False, do_eval=True)
+    assert run.code == 0 and not re.search(r"steps|epoch|recomputed|Next", run.stderr)
+    base = run_qlora(do_train=False, do_eval=True)
+    assert "none, the base model alone" in base.stderr
+
+
+def test_a_merge_ends_in_a_verdict(run_qlora, tmp_path):
+    run = run_qlora(learning_rate=1e-2, merged_output_dir=tmp_path / "merged")
+    (line,) = (line for line in run.stderr.splitlines() if "merged model answers" in line)
+    assert line.startswith("verified: ") and "merge  " not in run.stderr
+
+
+# ------------------------------------------------------------------------------------
+# Messages
+# ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No connection to the hub, which has not been noticed yet."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+
+
+def test_without_a_connection_model_and_data_are_one_line_each(offline, run_qlora):
+    model = run_qlora(model_name_or_path="maker/model")
+    (line,) = model.stderr.splitlines()
+    assert model.code == 2 and line.startswith(
+        "error: --model_name_or_path maker/model: no such folder, not in the cache"
+    )
+    for name in ("alpaca", "maker/rows"):
+        rows = run_qlora(dataset=name)
+        assert rows.code == 2 and "no connection to the hub" in rows.stderr.splitlines()[-1]
+        assert "thrown while requesting" not in rows.stderr
+
+
+def test_push_to_hub_is_checked_before_anything_is_loaded(offline, run_qlora):
+    run = run_qlora(push_to_hub=True)
+    assert run.code == 2 and "trainable params" not in run.stderr and "This run" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: --push_to_hub: ") and "hf auth login" in run.stderr
+
+
+def test_a_semicolon_between_columns_is_named(run_qlora, tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("input;output\na;b\n")
+    run = run_qlora(dataset=file)
+    assert run.code == 2 and f"{file}: columns are separated by ';', expected ','" in run.stderr
+
+
+def test_unknown_columns_name_the_nearest_formats_first_and_ways_out(run_qlora, tmp_path):
+    run = run_qlora(dataset=tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"prompts": "a", "completions": "b"}]))
+    assert run.code == 2 and "the nearest first, for self-instruct: prompt, completion; " in run.stderr
+    assert "--columns" in run.stderr and "path.py:function" in run.stderr
+
+
+def test_a_full_disk_is_called_so_whatever_the_library_says(tmp_path):
+    for text in ("[enforce fail at inline_container.cc:672] . unexpected pos 4 vs 3", "No space left on device"):
+        expected = pytest.raises(qlora.QLoRAError, match=r"not saved: No space left on device\. What")
+        with expected, qlora.atomic_save(tmp_path / "staging", tmp_path):
+            raise RuntimeError(text)
+
+
+# ------------------------------------------------------------------------------------
+# Preferences
+# ------------------------------------------------------------------------------------
+TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"prompt": "Q: ", "chosen": "A"}, [("Q: ", False), ("A", True)]),
+        ({"prompt": "Q: ", "chosen": "Q: A"}, [("", False), ("Q: A", True)]),
+        ({"prompt": None, "chosen": "A"}, [("", False), ("A", True)]),
+        ({"prompt": "Q", "chosen": TURNS}, ["Q", "A"]),
+        ({"prompt": TURNS[:1], "chosen": TURNS[1:]}, ["Q", "A"]),
+        ({"prompt": TURNS[:1], "chosen": TURNS}, ["Q", "A"]),
+    ],
+)
+def test_the_prompt_of_a_preference_is_its_input(row, parts):
+    parsed = qlora.FORMATS["hh-rlhf"].parse({**row, "rejected": "no"})
+    if isinstance(parsed, qlora.Conversation):
+        assert [message["content"] for message in parsed.messages] == parts and parsed.answers == [1]
+    else:
+        assert [(part["text"], part["supervised"]) for part in parsed] == parts
+
+
+def test_preferences_are_said_to_be_fine_tuning_on_the_chosen_answers(caplog):
+    rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with caplog.at_level("INFO", "qlora"):
+        assert qlora.choose_format("x", qlora.RowSource("x", loaded=rows), qlora.parse_config([])) == "hh-rlhf"
+    assert sum("fine-tuning on the chosen answers" in message for message in caplog.messages) == 1
+
+
+# ------------------------------------------------------------------------------------
+# On a CPU
+# ------------------------------------------------------------------------------------
+
+
+def test_on_a_cpu_nothing_is_recomputed_where_memory_is_free(run_qlora, tmp_path, monkeypatch):
+    for free, layers in ((2**40, 0), (2**20, 2)):
+        monkeypatch.setattr(qlora, "free_cpu_memory", lambda free=free: free)
+        run = run_qlora(max_steps=1, output_dir=tmp_path / str(free))
+        assert run.code == 0 and f"{layers} layers recomputed" in run.stderr
+    whole = json.loads((tmp_path / str(2**40) / "trainer_state.json").read_text())["log_history"][0]
+    again = json.loads((tmp_path / str(2**20) / "trainer_state.json").read_text())["log_history"][0]
+    assert whole["loss"] == again["loss"] and torch.isclose(
+        *map(torch.tensor, (whole["grad_norm"], again["grad_norm"]))
+    )
