@@ -597,7 +597,7 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(models, 
 def test_gradient_checkpointing_in_a_run(run_qlora, tmp_path, computed):
     """With SGD the adapter's change is its gradient."""
     expected = {
-        "default": ({}, [2, 2]),
+        "default": ({}, [1, 1]),  # a machine has memory for that
         "off": ({"gradient_checkpointing": False}, [1, 1]),
         "none": ({"recompute_layers": "none"}, [1, 1]),
         "one": ({"recompute_layers": 1}, [2, 1]),
@@ -747,7 +747,7 @@ def test_a_model_without_gradient_checkpointing_trains_and_says_so(run_qlora, mo
     """Its layers are not of transformers' kind that can be recomputed one by one."""
     monkeypatch.setattr("transformers.LlamaPreTrainedModel.supports_gradient_checkpointing", False)
     monkeypatch.setattr(qlora, "decoder_layers", lambda model: [])
-    run = run_qlora(model_name_or_path=models("llama"), max_steps=1)
+    run = run_qlora(model_name_or_path=models("llama"), max_steps=1, recompute_layers="all")
     assert run.code == 0 and "nothing is recomputed" in run.stderr
 
 
