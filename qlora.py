@@ -137,6 +137,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations.gguf import gguf_tokenizer_mapping
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.mistral import convert_tekken_tokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -248,7 +249,6 @@ BOOLEANS = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "
 class Segment(TypedDict):
     text: str
     supervised: bool
-    turn: int  # the exchange of a chat, from 1: without the first ones it is as if rendered without them; 0: it stays
 
 
 class Conversation(NamedTuple):  # before the tokenizer's template renders it
@@ -256,6 +256,14 @@ class Conversation(NamedTuple):  # before the tokenizer's template renders it
     answers: list[int]  # the messages that are supervised
     tools: list[Any] | None
     options: dict[str, Any]  # the template's own
+    left_out: list[str]  # of the row
+
+
+class RenderedRow(NamedTuple):
+    """A chat's row: the segments, and what of the raw row is not in them."""
+
+    segments: list[Segment]
+    left_out: list[str]
 
 
 class JoinedSegments(list[Segment]):
@@ -282,7 +290,7 @@ INVALID_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd2]")  # and the lone surrog
 def prompt_completion(*texts: str) -> list[Segment]:
     """The last text is supervised; the one before it, if any, is the prompt."""
     *prompt, completion = texts
-    return [{"text": t, "supervised": s, "turn": 0} for t, s in (("".join(prompt), False), (completion, True))]
+    return [{"text": "".join(prompt), "supervised": False}, {"text": completion, "supervised": True}]
 
 
 def field_error(row: RawRow, name: str, expected: str) -> RowError:
@@ -317,10 +325,10 @@ def get_list(row: RawRow, name: str, default: Any = None, kinds: Any = None) -> 
 
 def get_boolean(row: RawRow, name: str, default: str) -> bool:
     """The boolean in a field, which may be 0, 1 or text."""
-    value = BOOLEANS.get((get_text(row, name, "") or default).lower())
-    if value is None:
-        raise field_error(row, name, "true or false")
-    return value
+    value = default if row.get(name) in (None, "") else row[name]
+    if str(value).lower() not in BOOLEANS:
+        raise field_error(row, name, "1 or 0, or true or false")
+    return BOOLEANS[str(value).lower()]
 
 
 def parse_alpaca(row: RawRow) -> ParsedRow:
@@ -373,10 +381,10 @@ def get_calls(fields: RawRow, name: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise field_error(fields, name, "tool calls, each with a name and arguments")
-        frame = {key: part for key, part in call.items() if part is not None and function is not call}
         given = "parameters" if "arguments" not in function and "parameters" in function else "arguments"  # Llama's
-        arguments = get_list(function, given, {})
-        function = {key: part for key, part in function.items() if key != "parameters"} | {"arguments": arguments}
+        own = {"function", "name", "arguments", "parameters"}
+        frame = {key: part for key, part in call.items() if key not in own and part is not None}
+        function = {"name": function["name"], "arguments": get_list(function, given, {})}
         calls.append({"type": "function"} | frame | {"function": function})
     return calls
 
@@ -427,16 +435,21 @@ def parse_airoboros_chat(row: RawRow) -> ParsedRow:
 def parse_chat(column: str, row: RawRow) -> ParsedRow:
     """Everything up to the last supervised answer, with the columns beside it that a chat may have."""
     messages = get_messages(row, column)
-    system = get_text(row, "system", "") or get_text(row, "system_prompt", "")
-    if system and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system, "supervised": False})
+    left_out: list[str] = []
+    for name in ("system", "system_prompt"):
+        system = get_text(row, name, "")
+        if system and messages and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system, "supervised": False})
+        elif system and messages and messages[0]["content"] != system:
+            left_out.append(f"{name} beside another system turn")
     answers = [n for n, message in enumerate(messages) if message.pop("supervised")]
     if not answers:
         raise RowError(f"field {column!r} has no turn of the assistant with a weight, expected an answer to learn")
     functions = [{"type": "function", "function": function} for function in get_list(row, "functions", [])]
     tools: Any = [t if "function" in t else {"type": "function", "function": t} for t in get_list(row, "tools", [])]
+    left_out += ["functions beside tools"] * bool(tools and functions)
     tools, options = tools or functions or None, get_list(row, "chat_template_kwargs", {})
-    return Conversation(messages[: answers[-1] + 1], answers, tools, options)
+    return Conversation(messages[: answers[-1] + 1], answers, tools, options, left_out)
 
 
 def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
@@ -505,30 +518,25 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
         segments = JoinedSegments()
         for part in result:  # it may be a generator
             special = "special" in part
-            flag = "learnt" if "learnt" in part else "supervised"  # its earlier name
             text = ESCAPE_MARK * special + get_text(part, "special" if special else "text")
-            supervised = part.get(flag, False) if special else part[flag]
-            segments.append({"text": text, "supervised": bool(supervised), "turn": 0})
+            supervised = part.get("supervised", False) if special else part["supervised"]
+            segments.append({"text": text, "supervised": bool(supervised)})
         return segments
     except (Exception, SystemExit) as error:  # whatever a user's code raises is an error of this row
         expected = "it returns {input, output}, {messages} or a list of {text, supervised} and {special, supervised}"
         raise RowError(f"{name}: {type(error).__name__}: {shorten(error)}; expected: {expected}") from error
 
 
-TEMPLATE_DATE = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
-
-
 @lru_cache(maxsize=2)
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = False) -> re.Pattern[str]:
     """Matches special tokens, also those that are not flagged special but begin a turn (DeepSeek's), or these alone."""
-    tokens = [(str(token), token.special) for token in tokenizer.added_tokens_decoder.values()]
-    template = str(tokenizer.chat_template or "")
-    markers = (
-        re.compile("(?i)system|user|assistant|turn"),
-        re.compile("(?i)^(?!.*(think|tool)).*(im_|inst|head|role|end)"),
-    )
-    begins = {text for text, _ in tokens if markers[0].search(text) or (text in template and markers[1].match(text))}
-    texts = [text for text, special in tokens if (not unflagged if special else text in begins)]
+    texts, template = list[str](), str(tokenizer.chat_template or "")
+    for token in tokenizer.added_tokens_decoder.values():
+        text = str(token)
+        names_role = re.search("(?i)system|user|assistant|turn", text)
+        begins_turn = text in template and re.match("(?i)(?!.*(think|tool)).*(im_|inst|head|role|end)", text)
+        if not unflagged if token.special else names_role or begins_turn:
+            texts.append(text)
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
@@ -539,10 +547,8 @@ def escape_special_tokens(value: Any, special: re.Pattern[str], answer: bool = F
         return special.sub(lambda m: m[0] if re.search(keep, m[0]) else m[0][0] + ESCAPE_MARK + m[0][1:], value)
     if isinstance(value, Mapping):
         answer = answer or value.get("role") == "assistant"
-        return {
-            escape_special_tokens(key, special): escape_special_tokens(item, special, answer)
-            for key, item in value.items()
-        }
+        escaped = ([escape_special_tokens(part, special, answer) for part in item] for item in value.items())
+        return dict(escaped)
     return [escape_special_tokens(item, special, answer) for item in value] if isinstance(value, list) else value
 
 
@@ -555,7 +561,7 @@ def join_segments(segments: JoinedSegments, tokenizer: PreTrainedTokenizerBase) 
         if named and not special.fullmatch(text):
             raise RowError(f"{{'special': {text!r}}}: the tokenizer has no such special token")
         text = BOS_MARK * (number == 1) + text + EOS_MARK * (number == len(segments))
-        joined.append({**segment, "text": text})
+        joined.append({"text": text, "supervised": segment["supervised"]})
     return joined
 
 
@@ -596,20 +602,26 @@ def contains(text: str, value: Any) -> bool:
     return any("".join(form.split()) in text for form in (str(value), *(form.strip("\"'") for form in forms)))
 
 
-def check_answer(chat: Conversation, n: int, learnt: str) -> None:
-    """Raise a RowError if the supervised text lacks an answer's content or part of a call. Reasoning may be missing."""
-    learnt, message = "".join(learnt.split()), chat.messages[n]
-    parts = re.split(r"(?i)[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]", message["content"] or "")
-    wanted = [
-        next((part for part in reversed(parts) if part.strip()), "") if not message.get("tool_calls") else parts[-1]
-    ]
+REASONING_TAG = re.compile(r"(?i)[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]")
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+
+
+def check_answer(message: Mapping[str, Any], turn: int, supervised: str) -> bool:
+    """Whether the supervised text has an answer's reasoning; a RowError if it lacks its content or part of a call."""
+    supervised = "".join(supervised.split())
+    *reasoning, answer = REASONING_TAG.split(message["content"] or "")
+    while reasoning and not answer.strip() and not message.get("tool_calls"):  # no text but the reasoning
+        answer = reasoning.pop()
+    wanted = [answer]
     for call in message.get("tool_calls", ()):
         wanted += call["function"]["name"], call["function"]["arguments"]
     for value in wanted:
-        as_python = value and isinstance(value, dict) and "".join(repr(value).split()) in learnt
-        if as_python or not contains(learnt, value):
-            what = f"turn {n + 1}: the chat template does not write this part of the answer as text or JSON"
+        as_python = value and isinstance(value, dict) and "".join(repr(value).split()) in supervised
+        if as_python or not contains(supervised, value):
+            what = f"turn {turn}: the chat template does not write this part of the answer as text or JSON"
             raise RowError(f"{what}: {shorten(value)}; pass a --chat_template that does")
+    reasoning += [message[key] for key in REASONING_FIELDS if message.get(key)]
+    return contains(supervised, reasoning)
 
 
 def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, slice]:
@@ -633,55 +645,43 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
     tags = re.finditer(r"<[^<>]*>|\[[^\[\]]*\]", before)
     start = next((tag.start() for tag in tags if tag.start() < start < tag.end()), start)
     stops = special_token_pattern(tokenizer).finditer(text, start)
-    span = slice(start, next((stop.end() for stop in stops if not text[stop.end() :].strip()), len(text)))
-    check_answer(chat, n, text[span])
-    return before, text, span
+    return before, text, slice(start, next((stop.end() for stop in stops if not text[stop.end() :].strip()), len(text)))
 
 
-def exchange_starts(chat: Conversation, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Where each exchange of a chat begins in its text. Empty if there is one, or if they can't be told apart.
-
-    The template itself tells: without the first exchanges it writes the same as the text is without them.
-    """
-    users = [n for n, message in enumerate(chat.messages) if message["role"] == "user"]
-    low, high, removed = 0, len(text), [0]
-    for n in users[1:]:
-        short, _ = apply_template(chat._replace(messages=[*chat.messages[: users[0]], *chat.messages[n:]]), tokenizer)
-        high = min(high, common_prefix(text, short))
-        low = max(low, len(short) - common_prefix(text[::-1], short[::-1]))
-        removed.append(len(text) - len(short))
-    if len(users) < 2 or low > high or sorted(set(removed)) != removed:
-        return []
-    places = [token.start() for token in special_token_pattern(tokenizer).finditer(text, low, high + 1)]
-    return [max(places, default=high) + length for length in removed]
+def drop_context_marks(
+    chat: Conversation, whole: str, marks: list[tuple[int, int]], tokenizer: Any
+) -> list[tuple[int, int]]:
+    """The {% generation %} marks without those of answers that are context only."""
+    for n in {n for n, message in enumerate(chat.messages) if message["role"] == "assistant"} - {*chat.answers}:
+        start, end = (common_prefix(whole, apply_template(chat, tokenizer, stop)[0]) for stop in (n, n + 1))
+        own = [mark for mark in marks if start <= mark[0] < end]
+        check_answer(chat.messages[n], n + 1, "".join(whole[slice(*mark)] for mark in own))  # else another's would go
+        marks = [mark for mark in marks if mark not in own]
+    return marks
 
 
-def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Segment]]:
+def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[RenderedRow]:
     """The rows of a chat whose values are escaped: every answer to learn with its stop token is supervised."""
     whole, marks = apply_template(chat, tokenizer)
     if marks is None:
         found = [find_answer(chat, n, whole, tokenizer) for n in chat.answers]
-        rows = [(text, [span]) for _, text, span in found]
+        rows = [(text, [n], [span]) for n, (_, text, span) in zip(chat.answers, found, strict=True)]
         if all(whole.startswith(text) and text.startswith(before) for before, text, _ in found):
-            rows = [(whole, [span for _, _, span in found])]
+            rows = [(whole, chat.answers, [span for _, _, span in found])]
     else:
-        for n in {n for n, message in enumerate(chat.messages) if message["role"] == "assistant"} - {*chat.answers}:
-            start, end = (common_prefix(whole, apply_template(chat, tokenizer, stop)[0]) for stop in (n, n + 1))
-            own = [mark for mark in marks if start <= mark[0] < end]
-            check_answer(chat, n, "".join(whole[slice(*mark)] for mark in own))  # else another one would be left out
-            marks = [mark for mark in marks if mark not in own]
-        rows = [(whole, [slice(*mark) for mark in marks if mark[0] < mark[1]])]
-        for n in chat.answers:
-            check_answer(chat, n, "".join(whole[span] for span in rows[0][1]))
-    starts = exchange_starts(chat, whole, tokenizer)
-    for text, spans in rows:
-        turns = [start for start in starts if start <= spans[-1].start and whole.startswith(text[:start])]
-        bounds = sorted({0, len(text), *turns, *(place for span in spans for place in (span.start, span.stop))})
-        row: list[Segment] = []
-        for start, end in itertools.pairwise(bounds):
-            supervised = any(span.start <= start < span.stop for span in spans)
-            row.append({"text": text[start:end], "supervised": supervised, "turn": sum(n <= start for n in turns)})
-        yield row
+        marks = drop_context_marks(chat, whole, marks, tokenizer)
+        rows = [(whole, chat.answers, [slice(*mark) for mark in marks if mark[0] < mark[1]])]
+    for text, answers, spans in rows:
+        parts = [text[span] for span in spans]
+        parts = parts if marks is None else ["".join(parts)] * len(answers)
+        whole_answers = [check_answer(chat.messages[n], n + 1, part) for n, part in zip(answers, parts, strict=True)]
+        left_out = chat.left_out + ["reasoning that the chat template does not write"] * (not all(whole_answers))
+        bounds = sorted({0, len(text), *(place for span in spans for place in (span.start, span.stop))})
+        segments = [
+            Segment(text=text[start:end], supervised=any(span.start <= start < span.stop for span in spans))
+            for start, end in itertools.pairwise(bounds)
+        ]
+        yield RenderedRow(segments, left_out)
 
 
 def calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
@@ -693,7 +693,7 @@ def calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
     return message
 
 
-def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Segment]]:
+def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[RenderedRow]:
     """Apply the chat template: one row or, if it renders a chat differently as it grows, a row for each answer."""
     if tokenizer is None or not tokenizer.chat_template:
         raise ConfigError("the tokenizer has no chat template, which chat rows need: pass a --chat_template FILE")
@@ -1434,12 +1434,14 @@ NumberedRows = Iterator[tuple[int, Any]]  # (line or row number from 1, the row 
 LONGEST_CELL = 2**27  # characters: a longer one is a quote left open
 SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in order of preference
 SPLITS = {name: name for name in ("train", *SPLIT_NAMES)} | dict.fromkeys(("val", "valid", "dev"), "validation")
+SPLITS |= {"training": "train", "testing": "test", "evaluation": "eval"}
 REJECTED = "rejected.jsonl"
+OLDEST_EXCHANGES = "the oldest exchanges of a chat that is too long"
 DATASETS_ERRORS = (RuntimeError, datasets.exceptions.DatasetsError)  # beside LIBRARY_ERRORS
 ROW_FEATURES = datasets.Features(
-    {"segments": [dict(zip(Segment.__annotations__, map(datasets.Value, ("string", "bool", "int32")), strict=True))]}
+    {"segments": [{"text": datasets.Value("string"), "supervised": datasets.Value("bool")}]}
     | {"rendered": datasets.Value("bool")}  # tokenised whole, with the special tokens in it
-    | dict.fromkeys(("where", "category", "problem", "raw"), datasets.Value("string"))
+    | dict.fromkeys(("where", "category", "problem", "raw", "left_out"), datasets.Value("string"))
 )
 
 
@@ -1607,8 +1609,8 @@ def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
 
 def split_named(name: str) -> str:
     """The split that a word of a file's or split's name stands for; empty if there is none, or several."""
-    words = re.split(r"[^a-z0-9]+", name.lower())
-    found = {SPLITS[word] for word in words if word in SPLITS}
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)  # also of gsm8kTrain
+    found = {SPLITS[word.lower()] for word in words if word.lower() in SPLITS}
     return found.pop() if len(found) == 1 else ""
 
 
@@ -1634,7 +1636,7 @@ def find_files(name: str, path: Path) -> dict[str, RowSource]:
 
 def choose_format(name: str, source: RowSource, config: Config) -> str:
     """The format of a dataset's rows: the flag, the preset's own, or the first whose columns are all there."""
-    rows = (row for _, row in source if isinstance(row, Mapping))
+    rows = (row for _, row in source if isinstance(row, Mapping) and not INVALID_TEXT.search("".join(row)))
     columns = sorted({column for row in itertools.islice(rows, 100) for column in row})  # a JSON line may omit some
     if not columns:
         where, row = next(iter(source), (name, RowError("no row in it")))
@@ -1654,12 +1656,98 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     if missing := sorted(set(format.columns) - set(columns)):
         raise DataError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
     log.info("%s: format %s%s", name, chosen, "" if named else ", inferred from columns")
-    used = {"category", "source", *format.columns, *format.optional}
     if CUSTOM_FORMAT.fullmatch(chosen):
         log.info("its rows are cached: if it reads other files and they change, pass another --cache_dir")
-    elif unused := sorted(set(columns).difference(used)):
-        log.info("%s: columns left out: %s", name, shorten(", ".join(unused)))
     return chosen
+
+
+class Limits(NamedTuple):
+    """The most tokens that a row may have."""
+
+    source: int  # prompt with BOS
+    target: int  # completion with EOS
+    total: int | None = None  # both together; replaces the other two
+
+    @property
+    def longest(self) -> int:
+        """Of a row, and of a pack."""
+        return self.total or self.source + self.target
+
+    def prompt(self, completion: int) -> int:
+        """Of a prompt whose completion has so many. With one limit for both it has a quarter of it at least."""
+        return self.source if self.total is None else max(self.total - completion, self.total // 4)
+
+
+Tokens = list[tuple[int, int]]  # ids and labels: the id where it is supervised, IGNORE elsewhere
+
+
+def length_limits(config: Config) -> Limits:
+    """The limits that the flags set."""
+    data = config.data
+    return Limits(data.source_max_len, 0 if config.masked else data.target_max_len, data.model_max_len)
+
+
+def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Tokens]]:
+    """Tokens of each segment of rows that are tokenised as one text; a token in two segments goes to the second."""
+    if not tokenizer.is_fast:
+        raise ConfigError("chats and segments need a tokenizer with character offsets, which a tokenizer.json gives")
+    ends, bos, eos = BOS_MARK + EOS_MARK, tokenizer.bos_token_id, tokenizer.eos_token_id
+    texts = ["".join(segment["text"] for segment in row).strip(ends) for row in rows]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
+    for row, text, ids, offsets in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        segment_of = [number for number, segment in enumerate(row) for _ in segment["text"].strip(ends)]  # by character
+        tokens: list[Tokens] = [[] for _ in row]
+        for i, (start, end) in zip(ids, offsets, strict=True):
+            if text[start:end] != ESCAPE_MARK:
+                first, last = segment_of[min(start, len(text) - 1)], segment_of[max(end, start + 1, 1) - 1]
+                supervised = row[first]["supervised"] or row[last]["supervised"]
+                tokens[last].append((i, i if supervised else IGNORE))
+        if row[0]["text"].startswith(BOS_MARK) and bos is not None:
+            tokens[0].insert(0, (bos, bos if row[0]["supervised"] else IGNORE))
+        if row[-1]["text"].endswith(EOS_MARK):
+            tokens[-1].append((eos, eos if row[-1]["supervised"] else IGNORE))
+        yield tokens
+
+
+def last_supervised(segments: Sequence[Segment]) -> int:
+    """The segment with which the completion begins."""
+    return max(number for number, segment in enumerate(segments) if segment["supervised"])
+
+
+def last_exchanges(chat: Conversation, first: int, end: int) -> Conversation:
+    """A chat up to message `end`, of its exchanges only those from message `first` on."""
+    start = next(n for n, message in enumerate(chat.messages) if message["role"] == "user")
+    answers = [n - first + start for n in chat.answers if first <= n < end]
+    return chat._replace(messages=chat.messages[:start] + chat.messages[first:end], answers=answers)
+
+
+def prompt_fits(row: RenderedRow, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> bool:
+    """Whether the prompt of a chat's last answer is within the limits."""
+    last, sizes = last_supervised(row.segments), [len(segment["text"].encode()) for segment in row.segments]
+    if sum(sizes[:last]) > limits.prompt(sum(sizes[last:])):  # a token has a byte at least
+        sizes = [len(tokens) for tokens in next(tokenize_rendered([row.segments], tokenizer))]
+    return sum(sizes[:last]) <= limits.prompt(sum(sizes[last:]))
+
+
+def render_within(chat: Conversation, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Iterator[RenderedRow]:
+    """The rows of a chat. One with too long a prompt is rendered without its oldest exchanges; the last one stays."""
+    rows = render_chat(chat, tokenizer)
+    for answer, row in zip(chat.answers[-len(rows) :], rows, strict=True):
+        users = [n for n, message in enumerate(chat.messages[:answer]) if message["role"] == "user"]
+        if len(users) > 1 and not prompt_fits(row, tokenizer, limits):
+            shorter = [last_exchanges(chat, user, answer + 1) for user in users[1:]]
+            alone = [part._replace(answers=part.answers[-1:]) for part in shorter[:-1]]  # with the last answer alone
+            fits = bisect.bisect_left(
+                alone, True, key=lambda part: prompt_fits(render_chat(part, tokenizer)[0], tokenizer, limits)
+            )
+            row = render_chat(shorter[fits], tokenizer)[-1]
+            row.left_out.append(OLDEST_EXCHANGES)
+        yield row
+
+
+def to_valid_utf8(value: Any) -> str:
+    """A value as text that Arrow can hold."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def check_row(row: Any) -> Mapping[str, Any]:
@@ -1668,6 +1756,8 @@ def check_row(row: Any) -> Mapping[str, Any]:
         raise row
     if not isinstance(row, Mapping):
         raise RowError(f"the row is a {type(row).__name__}, expected an object with fields")
+    if INVALID_TEXT.search("".join(row)):
+        raise RowError("a field's name is not UTF-8, expected UTF-8 (is the file in Latin-1 or UTF-16?)")
     return row
 
 
@@ -1688,24 +1778,29 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
         raise DataError(f"{source.name}: no row{f' after row {source.first}' * bool(source.first)}{which}")
 
 
-def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any) -> list[dict[str, Any]]:
+def normalize_rows(
+    where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any, limits: Limits
+) -> list[dict[str, Any]]:
     """A raw row as ROW_FEATURES, a chat as one or several; a bad one has no segments but a problem, and its JSON."""
-    normal: dict[str, Any] = {"segments": [], "rendered": False, "category": "", "problem": "", "raw": ""}
+    normal: dict[str, Any] = {"segments": [], "rendered": False} | dict.fromkeys(list(ROW_FEATURES)[2:], "")
     normal["where"] = escape_control_chars(where)
     try:
         parsed = dataset_format.parse(check_row(row))
         rendered = isinstance(parsed, (Conversation, JoinedSegments))
         if isinstance(parsed, Conversation):
-            rows = render_chat(parsed, tokenizer)
+            rows = list(render_within(parsed, tokenizer, limits))
         else:
-            rows = [join_segments(parsed, tokenizer) if isinstance(parsed, JoinedSegments) else parsed]
-        category = str(row.get("category") or row.get("source") or "").encode("utf-8", "replace").decode()
-        for segments in rows:
+            rows = [RenderedRow(join_segments(parsed, tokenizer) if isinstance(parsed, JoinedSegments) else parsed, [])]
+        normal["category"] = to_valid_utf8(row.get("category") or row.get("source") or "")
+        used = {"category", "source", *dataset_format.columns, *dataset_format.optional}
+        unused = {to_valid_utf8(name) for name, value in row.items() if name not in used and value is not None}
+        for segments, left_out in rows:
+            left_out += unused if dataset_format.columns else ()  # a user's own function may use all of them
             if not any(segment["supervised"] and segment["text"].strip(MARKS).strip() for segment in segments):
                 column = "".join(dataset_format.columns[-1:]) or "output"
                 raise RowError(f"field {column!r}: the output is empty, expected something to learn")
             "".join(segment["text"] for segment in segments).encode()  # Arrow refuses what is not UTF-8
-        return [normal | {"segments": part, "rendered": rendered, "category": category} for part in rows]
+        return [normal | {"segments": part, "rendered": rendered, "left_out": "\n".join(out)} for part, out in rows]
     except (RowError, UnicodeEncodeError) as error:
         problem = shorten(error) if isinstance(error, RowError) else "not valid UTF-8 (is the file in Latin-1?)"
         raw = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
@@ -1715,12 +1810,19 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
 def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | None = None) -> Any:
     """The good rows of a split as an Arrow dataset, from the cache if the same content was read before."""
     data, custom = config.data, CUSTOM_FORMAT.fullmatch(source.format)
+    dataset_format, limits = get_format(source.format, data.as_chat), length_limits(config)
+    normalize = partial(normalize_rows, dataset_format=dataset_format, tokenizer=tokenizer, limits=limits)
     depends: list[Any] = [source.fingerprint(), custom and file_digest(Path(custom[1])), limit]
     depends += [data.expand_conversations, data.include_sources, data.as_chat]
     if tokenizer:
-        depends += [TEMPLATE_DATE.search(str(tokenizer.chat_template)) and getattr(tokenizer, "template_date", None)]
-        depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_token_pattern(tokenizer).pattern]
-    normalize = partial(normalize_rows, dataset_format=get_format(source.format, data.as_chat), tokenizer=tokenizer)
+        template = str(tokenizer.chat_template or "")
+        depends += [
+            template,
+            template and limits,
+            tokenizer.special_tokens_map,
+            special_token_pattern(tokenizer).pattern,
+        ]
+        depends += ["strftime_now" in template and getattr(tokenizer, "template_date", None)]
     options = {"cache_dir": config.model.cache_dir, "fingerprint": digest("rows", CODE_VERSION, *depends)}
     raw_rows = itertools.islice(select_rows(source, data), limit)
     try:
@@ -1729,6 +1831,12 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
     log.info("%s: %d rows", source.name, len(rows))
+    counts = Counter[str]()
+    for left_out, count in Counter(rows["left_out"][:]).items():
+        counts.update(dict.fromkeys(filter(None, left_out.split("\n")), count))
+    if counts:
+        said = [what + f" (in {n} of {len(rows)} rows)" * (n < len(rows)) for what, n in sorted(counts.items())]
+        log.info("%s: left out: %s", source.name, shorten(", ".join(said)))
     chats = len({where for where, rendered in zip(rows["where"][:], rows["rendered"][:], strict=True) if rendered})
     if chats < (answers := sum(rows["rendered"][:])):
         reason = "the chat template renders a chat differently as it grows"
@@ -1899,7 +2007,15 @@ PROBES = ["  I'LL don't\n\n\n 1. é à e\u0301 ﬁ\n    return x\n\tif 日本語
 # How a .gguf file names what splits its text, in llama.cpp's llama-vocab.cpp: as GPT-2, with digits alone or in runs.
 GGUF_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 GGUF_DIGIT_RUNS = ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "phi-2", "roberta-bpe")
-TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges*", "added_tokens.json", "config.json"]
+TOKENIZER_FILES = [
+    "tokenizer*",
+    "tekken.json",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges*",
+    "added_tokens.json",
+    "config.json",
+]
 
 
 def download(name: str, patterns: list[str], config: Config) -> Path:
@@ -1927,9 +2043,8 @@ def match_file(tokenizer: Any, folder: str, config: Config, **options: Any) -> A
     """The tokenizer, or the plain class made from its tokenizer.json if that gives other ids."""
     file = download(folder, TOKENIZER_FILES, config) / "tokenizer.json"
     if not file.is_file():
-        if type(tokenizer).__name__ == "MistralCommonBackend":
-            raise ConfigError("mistral-common is not supported: add a tokenizer.json of the same model to its folder")
-        return tokenizer
+        mistral = type(tokenizer).__name__ == "MistralCommonBackend"  # which has no offsets
+        return convert_tekken_tokenizer(str(file.with_name("tekken.json"))) if mistral else tokenizer
     backend = Tokenizer.from_file(str(file))
     backend.no_padding()
     backend.no_truncation()
@@ -2016,36 +2131,10 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
 # added as ids. Prompt and completion are tokenised apart, a chat and a function's own segments whole, with the special
 # tokens of the template and those named on purpose. A `</s>` that a user wrote stays text in all.
 # ------------------------------------------------------------------------------------
-class Limits(NamedTuple):
-    """The most tokens that a row may have."""
-
-    source: int  # prompt with BOS
-    target: int  # completion with EOS
-    total: int | None = None  # both together; replaces the other two
-
-    @property
-    def longest(self) -> int:
-        """Of a row, and of a pack."""
-        return self.total or self.source + self.target
-
-    def prompt(self, completion: int) -> int:
-        """Of a prompt whose completion has so many. With one limit for both it has a quarter of it at least."""
-        return self.source if self.total is None else max(self.total - completion, self.total // 4)
-
-
-Tokens = list[tuple[int, int]]  # ids and labels: the id where it is supervised, IGNORE elsewhere
-
-
 class Encoded(NamedTuple):
     input_ids: list[int]
     labels: list[int]
     cut: bool  # whether it was longer than a limit
-
-
-def length_limits(config: Config) -> Limits:
-    """The limits that the flags set."""
-    data = config.data
-    return Limits(data.source_max_len, 0 if config.masked else data.target_max_len, data.model_max_len)
 
 
 def truncate_and_concat(
@@ -2087,57 +2176,16 @@ def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
         yield [[(i, i if s["supervised"] else IGNORE) for i in part] for s, part in zip(row, ids, strict=True)]
 
 
-def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Tokens]]:
-    """Tokens of each segment of rows that are tokenised as one text; a token in two segments goes to the second."""
-    if not tokenizer.is_fast:
-        raise ConfigError("chats and segments need a tokenizer with character offsets, which a tokenizer.json gives")
-    ends, bos, eos = BOS_MARK + EOS_MARK, tokenizer.bos_token_id, tokenizer.eos_token_id
-    texts = ["".join(segment["text"] for segment in row).strip(ends) for row in rows]
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
-    for row, text, ids, offsets in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        segment_of = [number for number, segment in enumerate(row) for _ in segment["text"].strip(ends)]  # by character
-        tokens: list[Tokens] = [[] for _ in row]
-        for i, (start, end) in zip(ids, offsets, strict=True):
-            if text[start:end] != ESCAPE_MARK:
-                first, last = segment_of[min(start, len(text) - 1)], segment_of[max(end, start + 1, 1) - 1]
-                supervised = row[first]["supervised"] or row[last]["supervised"]
-                tokens[last].append((i, i if supervised else IGNORE))
-        if row[0]["text"].startswith(BOS_MARK) and bos is not None:
-            tokens[0].insert(0, (bos, bos if row[0]["supervised"] else IGNORE))
-        if row[-1]["text"].endswith(EOS_MARK):
-            tokens[-1].append((eos, eos if row[-1]["supervised"] else IGNORE))
-        yield tokens
-
-
-def last_supervised(segments: Sequence[Segment]) -> int:
-    """The segment with which the completion begins."""
-    return max(number for number, segment in enumerate(segments) if segment["supervised"])
-
-
-def prompts_and_completions(
-    batch: Mapping[str, list[Any]], tokenizer: Any, limits: Limits
-) -> Iterator[tuple[Tokens, Tokens, int | None]]:
-    """Tokens of a row's prompt, and of the rest from its last supervised segment on; how many exchanges a chat lost."""
+def prompts_and_completions(batch: Mapping[str, list[Any]], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens, bool]]:
+    """Tokens of a row's prompt, and of the rest from its last supervised segment on; whether it is a chat."""
     rows = zip(batch["segments"], batch["rendered"], strict=True)
     for rendered, group in itertools.groupby(rows, operator.itemgetter(1)):
         segments = [row for row, _ in group]
         tokenized = (tokenize_rendered if rendered else tokenize_segments)(segments, tokenizer)
         for row, tokens in zip(segments, tokenized, strict=True):
-            last, lost = last_supervised(row), 0
+            last = last_supervised(row)
             chat = rendered and not row[0]["text"].startswith(BOS_MARK)
-            exchanges = max(segment.get("turn", 0) for segment in row)
-            room = limits.prompt(
-                sum(map(len, tokens[last:]))
-            )  # if it is too small the oldest exchanges go, not the last
-            while lost + 1 < exchanges and sum(map(len, tokens[:last])) > room:
-                lost += 1
-                kept = [n for n, segment in enumerate(row) if segment["turn"] != lost]
-                row, tokens, last = [row[n] for n in kept], [tokens[n] for n in kept], kept.index(last)
-                if (
-                    sum(map(len, tokens[:last])) <= room
-                ):  # by the longer text's tokens; its own may be more or other ones
-                    (tokens,) = tokenize_rendered([row], tokenizer)
-            yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), lost if chat else None
+            yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), chat
 
 
 def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
@@ -2160,15 +2208,17 @@ def encode_batch(
 ) -> dict[str, list[Any]]:
     """Columns of segments -> columns of encoded rows, for datasets.map. A chat whose prompt does not fit is empty."""
     encoded = [encode_masked(row[-1]["text"], tokenizer, limits) for row in batch["segments"] if masked]
-    for source, target, lost in () if masked else prompts_and_completions(batch, tokenizer, limits):
+    for source, target, chat in () if masked else prompts_and_completions(batch, tokenizer):
+        fits = not chat or len(source) <= limits.prompt(len(target))
         row = truncate_and_concat(source, target, limits, train_on_source, tokenizer.bos_token_id)
-        fits = lost is None or len(source) <= limits.prompt(len(target))
-        encoded.append(row._replace(cut=row.cut or bool(lost)) if fits else Encoded([], [], cut=True))
+        encoded.append(row if fits else Encoded([], [], cut=True))
     rows = [row._asdict() | row_facts(row, tokenizer.eos_token_id, masked) for row in encoded]
     special = special_token_pattern(tokenizer)
-    for facts, segments, rendered in zip(rows, batch["segments"], batch["rendered"], strict=True):
-        texts = [segment["text"] for segment in segments if not masked]
-        facts["special_text"] = any(ESCAPE_MARK in text or (not rendered and special.search(text)) for text in texts)
+    for n, facts in enumerate(rows):
+        texts = [segment["text"] for segment in batch["segments"][n] if not masked]
+        pattern = ESCAPE_MARK if batch["rendered"][n] else special
+        facts["special_text"] = any(re.search(pattern, text) for text in texts)
+        facts["cut"] |= OLDEST_EXCHANGES in batch.get("left_out", [""] * len(rows))[n]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -2212,7 +2262,7 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
         rows = rows.map(
             encode_batch, batched=True, fn_kwargs={"tokenizer": tokenizer, **options},
-            remove_columns=[name for name in rows.column_names if name not in ("where", "rendered", "problem")],
+            remove_columns=sorted({*rows.column_names} - {"where", "rendered", "problem", "left_out"}),
             num_proc=workers if workers > 1 else None,
             desc=f"Encoding {name} rows", new_fingerprint=digest(CODE_VERSION, rows._fingerprint, *depends),
         )  # fmt: skip
@@ -2236,10 +2286,8 @@ def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: floa
     been. Resuming a shuffle buffer's state would not be exact.
     """
     args, data, consumed = config.training, config.data, 0
-    seed, dataset_format = (
-        args.seed if args.data_seed is None else args.data_seed,
-        get_format(stream.format, data.as_chat),
-    )
+    seed = args.seed if args.data_seed is None else args.data_seed
+    dataset_format, limits = get_format(stream.format, data.as_chat), length_limits(config)
     for epoch in itertools.count():
         raw_rows = datasets.IterableDataset.from_generator(select_rows, gen_kwargs={"source": stream, "data": data})
         if args.train_sampling_strategy != "sequential":
@@ -2248,13 +2296,13 @@ def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: floa
             consumed += 1
             if consumed <= skip:
                 continue
-            rows = normalize_rows(**raw, dataset_format=dataset_format, tokenizer=tokenizer)
+            rows = normalize_rows(**raw, dataset_format=dataset_format, tokenizer=tokenizer, limits=limits)
             for number, row in enumerate(rows, start=1):
                 position = consumed - 1 + number / len(rows)
                 if position <= skip:
                     continue
                 if not row["problem"]:
-                    columns = {name: [row[name]] for name in ("segments", "rendered")}
+                    columns = {name: [row[name]] for name in ("segments", "rendered", "left_out")}
                     encoded = encode_batch(columns, tokenizer, **encoding_options(config))
                     row |= {name: values[0] for name, values in encoded.items()}
                 if row["problem"]:
@@ -2536,6 +2584,8 @@ def preview_rows(
             title = f"row {number + 1}" + f", part {part} of {len(members)}" * (len(members) > 1)
             title += f": {member['where']}, {len(ids)} tokens, {int((labels != IGNORE).sum())} supervised"
             title += ", cut" * member["cut"] + ", special tokens as text" * member["special_text"]
+            if left_out := member["left_out"].replace("\n", ", "):
+                title += f", left out: {shorten(left_out)}"
             yield title, row_spans(ids.tolist(), labels.tolist(), tokenizer)
 
 
@@ -4944,8 +4994,8 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     """One dictionary a row: its fields, `prediction`, `prediction_with_input`. Prompts are cut as in training."""
     model, tokenizer, limits = trainer.base, trainer.processing_class, length_limits(trainer.config)
     prompts = []
-    for source, _, lost in prompts_and_completions(batch, tokenizer, limits):
-        room = limits if lost is None else Limits(len(source), 0)  # within a question nothing is cut
+    for source, _, chat in prompts_and_completions(batch, tokenizer):
+        room = Limits(len(source), 0) if chat else limits  # within a question nothing is cut
         prompt = truncate_and_concat(source, [], room, bos=tokenizer.bos_token_id).input_ids
         prompts.append(prompt or [tokenizer.eos_token_id])  # generation needs one token at least
     generation, answers, device = generation_config(trainer.config, model, tokenizer), list[Any](), trainer.args.device

@@ -81,7 +81,8 @@ def encoded(segments, tokenizer):
 
 
 def render_all(messages, tokenizer, **columns):
-    return qlora.render_chat(qlora.FORMATS["messages"].parse({"messages": messages, **columns}), tokenizer)
+    chat = qlora.FORMATS["messages"].parse({"messages": messages, **columns})
+    return [row.segments for row in qlora.render_chat(chat, tokenizer)]
 
 
 def expected_text(tokenizer, messages, marked=None):

@@ -1,5 +1,6 @@
 """Tokenizers of real kinds: the ids they give, their special tokens, and a run with each."""
 
+import base64
 import hashlib
 import json
 import logging
@@ -199,13 +200,21 @@ class MistralCommonBackend:
     """What AutoTokenizer returns where mistral-common is installed and the folder has a tekken.json."""
 
 
-def test_mistral_commons_tokenizer_is_replaced_or_refused(models, monkeypatch, tmp_path):
+def test_mistral_commons_tokenizer_is_replaced(models, monkeypatch, tmp_path):
+    """By tokenizer.json, or by the same vocabulary as tekken.json has it: single bytes and a word."""
     folder = models("llama", tokenizer="byte_bpe")
     monkeypatch.setattr(qlora.AutoTokenizer, "from_pretrained", lambda *args, **options: MistralCommonBackend())
     assert load(folder).is_fast
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(qlora.ConfigError, match=r"mistral-common.*tokenizer\.json"):
-        load(tmp_path)
+    pieces = [bytes([i]) for i in range(256)] + [b"la", b"mp", b"lamp"]
+    vocabulary = [{"rank": n, "token_bytes": base64.b64encode(piece).decode()} for n, piece in enumerate(pieces)]
+    special = [{"rank": n, "token_str": text} for n, text in enumerate(("<unk>", "<s>", "</s>", "<pad>"))]
+    config = {"pattern": r"\d| ?\w+|\s+|[^\w\s]+", "default_num_special_tokens": 4, "default_vocab_size": 263}
+    content = {"config": config, "special_tokens": special, "vocab": vocabulary}
+    (tmp_path / "tekken.json").write_text(json.dumps(content))
+    tokenizer = load(tmp_path)
+    assert (*ids_of(tokenizer), tokenizer.pad_token_id) == (1, 2, 0, 3)
+    assert encoded(tokenizer, "lamp 12</s>", "é") == [1, 262, *(i + 4 for i in " 12</s>é".encode()), 2]
 
 
 PYTHON_TOKENIZER = """\
