@@ -630,17 +630,12 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
     If that prompt is no prefix (it may open a block of reasoning that the answer lacks), it begins where they differ.
     White space after the stop token belongs to the template.
     """
-    before, _ = apply_template(chat, tokenizer, n, prompt=True)
+    (before, _), (asked, _) = (apply_template(chat, tokenizer, n, prompt=prompt) for prompt in (True, False))
     text = whole if n + 1 == len(chat.messages) else apply_template(chat, tokenizer, n + 1)[0]
     start = common_prefix(before, text)
-    asked, _ = apply_template(chat, tokenizer, n)
-    if start < len(before) and start < common_prefix(before, asked):
-        # what precedes is written differently once it is answered: the prompt, and what follows its end in the text
-        cut = bisect.bisect_left(range(len(before)), True, key=lambda place: before[place:] in text)
-        if cut >= len(asked):
-            reason = f"turn {n + 1}: the chat template renders what precedes it differently once it follows"
-            raise RowError(f"{reason}; pass a --chat_template with {{% generation %}} around the answers")
-        text, start = before + text[text.rindex(before[cut:]) + len(before) - cut :], len(before)
+    if start < min(len(before), len(asked)):
+        reason = f"turn {n + 1}: the chat template renders what precedes it differently once it follows"
+        raise RowError(f"{reason}; pass a --chat_template with {{% generation %}} around the answers")
     # it does not begin inside a tag, which prompt and answer may begin with in common
     tags = re.finditer(r"<[^<>]*>|\[[^\[\]]*\]", before)
     start = next((tag.start() for tag in tags if tag.start() < start < tag.end()), start)
@@ -648,39 +643,27 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
     return before, text, slice(start, next((stop.end() for stop in stops if not text[stop.end() :].strip()), len(text)))
 
 
-def drop_context_marks(
-    chat: Conversation, whole: str, marks: list[tuple[int, int]], tokenizer: Any
-) -> list[tuple[int, int]]:
-    """The {% generation %} marks without those of answers that are context only."""
-    for n in {n for n, message in enumerate(chat.messages) if message["role"] == "assistant"} - {*chat.answers}:
-        start, end = (common_prefix(whole, apply_template(chat, tokenizer, stop)[0]) for stop in (n, n + 1))
-        own = [mark for mark in marks if start <= mark[0] < end]
-        check_answer(chat.messages[n], n + 1, "".join(whole[slice(*mark)] for mark in own))  # else another's would go
-        marks = [mark for mark in marks if mark not in own]
-    return marks
-
-
 def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[RenderedRow]:
     """The rows of a chat whose values are escaped: every answer to learn with its stop token is supervised."""
     whole, marks = apply_template(chat, tokenizer)
-    if marks is None:
+    if marks is None or [m["role"] for m in chat.messages].count("assistant") > len(
+        chat.answers
+    ):  # one is context only
         found = [find_answer(chat, n, whole, tokenizer) for n in chat.answers]
         rows = [(text, [n], [span]) for n, (_, text, span) in zip(chat.answers, found, strict=True)]
         if all(whole.startswith(text) and text.startswith(before) for before, text, _ in found):
             rows = [(whole, chat.answers, [span for _, _, span in found])]
     else:
-        marks = drop_context_marks(chat, whole, marks, tokenizer)
         rows = [(whole, chat.answers, [slice(*mark) for mark in marks if mark[0] < mark[1]])]
     for text, answers, spans in rows:
         parts = [text[span] for span in spans]
-        parts = parts if marks is None else ["".join(parts)] * len(answers)
-        whole_answers = [check_answer(chat.messages[n], n + 1, part) for n, part in zip(answers, parts, strict=True)]
-        left_out = chat.left_out + ["reasoning that the chat template does not write"] * (not all(whole_answers))
-        bounds = sorted({0, len(text), *(place for span in spans for place in (span.start, span.stop))})
-        segments = [
-            Segment(text=text[start:end], supervised=any(span.start <= start < span.stop for span in spans))
-            for start, end in itertools.pairwise(bounds)
-        ]
+        parts = parts if len(parts) == len(answers) else ["".join(parts)] * len(answers)
+        complete = [check_answer(chat.messages[n], n + 1, part) for n, part in zip(answers, parts, strict=True)]
+        left_out = chat.left_out + ["reasoning that the chat template does not write"] * (not all(complete))
+        segments = list[Segment]()
+        for start, end in itertools.pairwise(sorted({0, len(text), *(n for s in spans for n in (s.start, s.stop))})):
+            supervised = any(span.start <= start < span.stop for span in spans)
+            segments.append({"text": text[start:end], "supervised": supervised})
         yield RenderedRow(segments, left_out)
 
 
@@ -1816,12 +1799,8 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     depends += [data.expand_conversations, data.include_sources, data.as_chat]
     if tokenizer:
         template = str(tokenizer.chat_template or "")
-        depends += [
-            template,
-            template and limits,
-            tokenizer.special_tokens_map,
-            special_token_pattern(tokenizer).pattern,
-        ]
+        depends += [template, template and limits, tokenizer.special_tokens_map]
+        depends += [special_token_pattern(tokenizer).pattern]
         depends += ["strftime_now" in template and getattr(tokenizer, "template_date", None)]
     options = {"cache_dir": config.model.cache_dir, "fingerprint": digest("rows", CODE_VERSION, *depends)}
     raw_rows = itertools.islice(select_rows(source, data), limit)
@@ -2008,14 +1987,8 @@ PROBES = ["  I'LL don't\n\n\n 1. é à e\u0301 ﬁ\n    return x\n\tif 日本語
 GGUF_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 GGUF_DIGIT_RUNS = ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "phi-2", "roberta-bpe")
 TOKENIZER_FILES = [
-    "tokenizer*",
-    "tekken.json",
-    "special_tokens_map.json",
-    "vocab*",
-    "merges*",
-    "added_tokens.json",
-    "config.json",
-]
+    "tokenizer*", "tekken.json", "special_tokens_map.json", "vocab*", "merges*", "added_tokens.json", "config.json",
+]  # fmt: skip
 
 
 def download(name: str, patterns: list[str], config: Config) -> Path:
