@@ -101,6 +101,7 @@ for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._function
 import bitsandbytes.functional as bnb_functional
 import bitsandbytes.optim.optimizer
 import datasets
+import numpy
 import pyarrow
 import huggingface_hub
 import torch
@@ -458,12 +459,11 @@ def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
 
 
 BESIDE_CHATS = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
+BESIDE_AIROBOROS = ("system", "skip_prompt_formatting")
 FORMATS: dict[str, DatasetFormat] = {
     "messages": DatasetFormat(("messages",), partial(parse_chat, "messages"), optional=BESIDE_CHATS),
     "sharegpt": DatasetFormat(("conversations",), partial(parse_chat, "conversations"), optional=BESIDE_CHATS),
-    "airoboros": DatasetFormat(
-        ("instruction", "response"), parse_airoboros, True, ("system", "skip_prompt_formatting")
-    ),
+    "airoboros": DatasetFormat(("instruction", "response"), parse_airoboros, True, BESIDE_AIROBOROS),
     "alpaca": DatasetFormat(("instruction", "output"), parse_alpaca, optional=("input", "system", "history")),
     "self-instruct": column_format("prompt", "completion"),
     "input-output": column_format("input", "output"),
@@ -480,13 +480,6 @@ MASKED_FORMATS: tuple[str, ...] = ("input", "text")  # for masked language model
 CUSTOM_FORMAT: re.Pattern[str] = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # a user's file and function
 
 
-# With --as_chat: the columns that are a user's turn; the format's last column is the answer.
-AS_CHAT: dict[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "input"), "alpaca-clean": ("instruction", "input"), "airoboros": ("instruction",),
-    "self-instruct": ("prompt",), "input-output": ("input",), "longform": ("input",),
-}  # fmt: skip
-
-
 def parse_as_chat(question: tuple[str, ...], answer: str, row: RawRow) -> ParsedRow:
     """A pair as a chat of one exchange."""
     text = "\n\n".join(filter(None, (get_text(row, name, "") for name in question)))
@@ -498,12 +491,13 @@ def get_format(name: str, as_chat: bool = False) -> DatasetFormat:
     """A row of FORMATS, or the function that path.py:function names."""
     if not (custom := CUSTOM_FORMAT.fullmatch(name)):
         known = FORMATS[name]
-        if not as_chat or "messages" in known.columns or "conversations" in known.columns:
+        if not as_chat or {"messages", "conversations"}.intersection(known.columns):
             return known
-        if name not in AS_CHAT:
+        question = known.columns[:-1] + ("input",) * ("input" in known.optional)  # the last column is the answer
+        if not question:
             raise ConfigError(f"--as_chat: rows of the format {name} have no column that could be a user's turn")
-        parse = partial(parse_as_chat, AS_CHAT[name], known.columns[-1])
-        return DatasetFormat(known.columns, parse, optional=AS_CHAT[name] + BESIDE_CHATS)
+        parse = partial(parse_as_chat, question, known.columns[-1])
+        return DatasetFormat(known.columns, parse, optional=question + BESIDE_CHATS)
     with reraise_as_user_error(f"--dataset_format {name}", ConfigError, Exception, SystemExit):
         module = types.SimpleNamespace(**runpy.run_path(custom[1]))
         return DatasetFormat((), partial(parse_custom, name, getattr(module, custom[2])))
@@ -1503,9 +1497,8 @@ def read_file(path: Path) -> NumberedRows:
     open_file = OPENERS.get(path.suffix.lower(), open)
     with reraise_as_user_error(str(path), DataError, csv.Error), open_file(path, "rb") as file:
         head = file.peek(1000)[:1000]
-        if data_suffix(path) != ".parquet" and (
-            head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > len(head) // 3
-        ):
+        wide = head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > len(head) // 3
+        if wide and data_suffix(path) != ".parquet":
             raise DataError(f"{path}: the file is in UTF-16 or UTF-32, expected UTF-8: save it in that encoding")
         # bytes that are not UTF-8 become lone surrogates, which get_text reports with the row they are in
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -1525,12 +1518,11 @@ class RowSource:
     renamed: tuple[tuple[str, str], ...] = ()  # a format's name of a column, and the data's
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        local = ((f"{path}:{number}", row) for path in self.files for number, row in read_file(path))
-        loaded = (
-            (f"{self.name}:{number}", drop_nulls(row, 0)) for number, row in enumerate(self.loaded or (), start=1)
-        )
+        numbered = [(str(path), read_file(path)) for path in self.files]
+        numbered.append((self.name, enumerate((drop_nulls(row, 0) for row in self.loaded or ()), start=1)))
+        rows = ((f"{name}:{number}", row) for name, part in numbered for number, row in part)
         with reraise_as_user_error(self.name, DataError, *DATASETS_ERRORS):
-            for where, row in itertools.islice(itertools.chain(local, loaded), self.first, self.last):
+            for where, row in itertools.islice(rows, self.first, self.last):
                 yield where, rename_columns(row, dict(self.renamed))
 
     def fingerprint(self) -> str:
@@ -1720,10 +1712,9 @@ def render_within(chat: Conversation, tokenizer: PreTrainedTokenizerBase, limits
         if len(users) > 1 and not prompt_fits(row, tokenizer, limits):
             shorter = [last_exchanges(chat, user, answer + 1) for user in users[1:]]
             alone = [part._replace(answers=part.answers[-1:]) for part in shorter[:-1]]  # with the last answer alone
-            fits = bisect.bisect_left(
-                alone, True, key=lambda part: prompt_fits(render_chat(part, tokenizer)[0], tokenizer, limits)
-            )
-            row = render_chat(shorter[fits], tokenizer)[-1]
+            fits = partial(prompt_fits, tokenizer=tokenizer, limits=limits)
+            gone = bisect.bisect_left(alone, True, key=lambda part: fits(render_chat(part, tokenizer)[0]))
+            row = render_chat(shorter[gone], tokenizer)[-1]
             row.left_out.append(OLDEST_EXCHANGES)
         yield row
 
@@ -1923,18 +1914,12 @@ def train_eval_split(rows: Any, config: Config) -> Splits:
     if count >= total:
         return Splits(None, rows)
     categories, places = rows["category"][:], rows["where"][:]
-    if not any(categories):
-        parts = rows.train_test_split(test_size=count, shuffle=True, seed=seed)
-        held = {*parts["test"]["where"][:]}
-        if len({*places}) == total:
-            return Splits(parts["train"], parts["test"])
-        # of a chat that is several rows all are held out
-        return Splits(*(rows.select([i for i in range(total) if (places[i] in held) == out]) for out in (False, True)))
+    order = numpy.random.default_rng(seed).permutation(total).tolist()  # as datasets' own train_test_split
     # sorted by category and evenly spaced: each category gives its share, and one with a single row breaks nothing
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     by_category = sorted(order, key=categories.__getitem__)
-    held_out = {by_category[(2 * n + 1) * total // (2 * count)] for n in range(count)}
-    return Splits(*(rows.select([i for i in order if (i in held_out) == held]) for held in (False, True)))
+    spaced = [by_category[(2 * n + 1) * total // (2 * count)] for n in range(count)]
+    held_out = {places[i] for i in (spaced if any(categories) else order[:count])}  # all rows of a chat
+    return Splits(*(rows.select([i for i in order if (places[i] in held_out) == held]) for held in (False, True)))
 
 
 def drop_bad_rows(rows: Any, config: Config) -> Any:
@@ -2195,15 +2180,16 @@ def encode_batch(
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
+NOTHING_LEFT = "no token left to learn, expected one at least: raise the length limits"
+
+
 def row_facts(row: Encoded, eos: int | None, masked: bool) -> dict[str, Any]:
     """What statistics and checks need to know of an encoded row."""
     ids, labels, _ = row
     targets = [n for n, label in enumerate(labels) if label != IGNORE and (n or masked)]  # nothing predicts the first
     last = targets[-1] if targets else 0
     return {
-        "problem": ""
-        if targets or not ids
-        else "no token left to learn, expected one at least: raise the length limits",
+        "problem": "" if targets or not ids else NOTHING_LEFT,
         "length": len(ids),
         "supervised": len(targets),
         # with --train_on_source, the line end that a template puts after EOS is supervised too
