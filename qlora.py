@@ -628,8 +628,12 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
     text = whole if n + 1 == len(chat.messages) else apply_template(chat, tokenizer, n + 1)[0]
     start = common_prefix(before, text)
     if start < min(len(before), len(asked)):
-        reason = f"turn {n + 1}: the chat template renders what precedes it differently once it follows"
-        raise RowError(f"{reason}; pass a --chat_template with {{% generation %}} around the answers")
+        # what precedes is written differently once it is answered: the prompt, and what follows its end in the text
+        cut = bisect.bisect_left(range(len(before)), True, key=lambda place: before[place:] in text)
+        if cut >= len(asked):
+            reason = f"turn {n + 1}: the chat template renders what precedes it differently once it follows"
+            raise RowError(f"{reason}; pass a --chat_template with {{% generation %}} around the answers")
+        text, start = before + text[text.rindex(before[cut:]) + len(before) - cut :], len(before)
     # it does not begin inside a tag, which prompt and answer may begin with in common
     tags = re.finditer(r"<[^<>]*>|\[[^\[\]]*\]", before)
     start = next((tag.start() for tag in tags if tag.start() < start < tag.end()), start)

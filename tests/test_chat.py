@@ -503,13 +503,15 @@ def test_a_template_that_changes_earlier_turns(tmp_path, caplog):
 
 @pytest.mark.parametrize("when", ["loop.last", "add_generation_prompt and loop.last"])
 def test_a_template_that_changes_the_question_once_it_is_answered(when):
-    """A bad row, in which the end of the question would be learnt; unless marks tell where the answers are."""
+    """Each answer is learnt after the prompt that the template writes for generating it."""
     changed = f"{{{{ m.content }}}}{{{{ '?' if {when} and m.role == 'user' }}}}"
-    with pytest.raises(qlora.RowError, match=r"turn [35]: .*precedes it differently.*--chat_template"):
-        render(LONG, chatml_tokenizer(CHATML.replace("{{ m.content }}", changed)))
-    question = "{{ m.content }}<|im_end|>{% endif %}"
-    marked = MARKED.replace(question, question.replace("{{ m.content }}", changed))
-    assert texts(render(LONG, chatml_tokenizer(marked))) == ["Hello<|im_end|>", "In the harbour.<|im_end|>"]
+    tokenizer = chatml_tokenizer(CHATML.replace("{{ m.content }}", changed))
+    rows = render_all(LONG, tokenizer)
+    for segments, end, answer in zip(rows, (3, 5), ("Hello", "In the harbour."), strict=True):
+        prompt = tokenizer.apply_chat_template(LONG[: end - 1], tokenize=False, add_generation_prompt=True)
+        last = qlora.last_supervised(segments)
+        assert "".join(segment["text"] for segment in segments[:last]) == prompt
+        assert texts(segments) == [f"{answer}<|im_end|>"]
 
 
 @pytest.mark.parametrize("content", ["<table><tr>x</tr></table>", "[1, 2]", "<|x|>"])
