@@ -261,10 +261,8 @@ class Conversation(NamedTuple):  # before the tokenizer's template renders it
 
 
 class RenderedRow(NamedTuple):
-    """A chat's row: the segments, and what of the raw row is not in them."""
-
     segments: list[Segment]
-    left_out: list[str]
+    left_out: list[str]  # of the raw row
 
 
 class JoinedSegments(list[Segment]):
@@ -407,15 +405,14 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
         message = {key: value for key, value in turn.items() if value not in (None, "[]", "{}", "null")}
         learnt = role == "assistant" and all([get_boolean(fields, f"{place}.{key}", "true") for key in WEIGHT_KEYS])
         message |= {"role": role, "supervised": learnt}
-        calls = content_field if name == "function_call" else None  # LLaMA-Factory's
-        for key in ("tool_calls", "function_call"):  # the second is OpenAI's older name
-            if message.pop(key, None) and role == "assistant":
-                if calls:
-                    raise field_error(fields, f"{place}.{key}", "calls in one place only")
-                calls = f"{place}.{key}"
+        own_role = name == "function_call"  # LLaMA-Factory's; the key of that name is OpenAI's older one
+        given = [key for key in ("tool_calls", "function_call") if message.pop(key, None) and role == "assistant"]
+        calls = [content_field] * own_role + [f"{place}.{key}" for key in given]
+        if len(calls) > 1:
+            raise field_error(fields, calls[1], "calls in one place only")
         if calls:
-            message["tool_calls"] = get_calls(fields, calls)
-        content = "" if calls == content_field else get_text(fields, content_field, "" if calls else None)
+            message["tool_calls"] = get_calls(fields, calls[0])
+        content = "" if own_role else get_text(fields, content_field, "" if calls else None)
         if role == "assistant" and not calls and not content.strip():
             raise field_error(fields, content_field, "an answer to learn")
         messages.append(message | {"content": content})
@@ -578,20 +575,13 @@ def apply_template(
             template = "{% macro strftime_now(format) %}{{ format" + parts + " }}{% endmacro %}" + template
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         options = {**tokenizer.special_tokens_map, **chat.options, "tools": chat.tools, "chat_template": template}
-        options |= {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked}
-        options |= {"continue_final_message": False}  # a row's own options are for what its text says
-        rendered: Any = render_jinja_template([chat.messages[:end]], **options)
+        own = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked, "continue_final_message": False}
+        rendered: Any = render_jinja_template([chat.messages[:end]], **options | own)
     except TemplateSyntaxError as error:
         raise ConfigError(f"the chat template, line {error.lineno}: {shorten(error)}") from error
     except LIBRARY_ERRORS as error:
         raise RowError(f"the chat template refuses it: {shorten(error)}") from error
     return rendered[0][0], rendered[1][0] if marked else None
-
-
-def common_prefix(first: str, second: str) -> int:
-    """How many characters two texts begin with in common."""
-    lengths = range(min(len(first), len(second)))
-    return bisect.bisect_left(lengths, True, key=lambda n: first[: n + 1] != second[: n + 1])
 
 
 def contains(text: str, value: Any) -> bool:
@@ -605,7 +595,6 @@ def contains(text: str, value: Any) -> bool:
 
 
 REASONING_TAG = re.compile(r"(?i)[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]")
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
 def check_answer(message: Mapping[str, Any], turn: int, supervised: str) -> bool:
@@ -622,7 +611,7 @@ def check_answer(message: Mapping[str, Any], turn: int, supervised: str) -> bool
         if as_python or not contains(supervised, value):
             what = f"turn {turn}: the chat template does not write this part of the answer as text or JSON"
             raise RowError(f"{what}: {shorten(value)}; pass a --chat_template that does")
-    reasoning += [message[key] for key in REASONING_FIELDS if message.get(key)]
+    reasoning += [message.get(key) for key in ("reasoning_content", "reasoning", "thinking")]
     return contains(supervised, reasoning)
 
 
@@ -634,7 +623,8 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
     """
     (before, _), (asked, _) = (apply_template(chat, tokenizer, n, prompt=prompt) for prompt in (True, False))
     text = whole if n + 1 == len(chat.messages) else apply_template(chat, tokenizer, n + 1)[0]
-    start = common_prefix(before, text)
+    lengths = range(min(len(before), len(text)))
+    start = bisect.bisect_left(lengths, True, key=lambda place: before[: place + 1] != text[: place + 1])
     if start < min(len(before), len(asked)):
         # what precedes is written differently once it is answered: the prompt, and what follows its end in the text
         cut = bisect.bisect_left(range(len(before)), True, key=lambda place: before[place:] in text)
@@ -652,9 +642,8 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
 def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[RenderedRow]:
     """The rows of a chat whose values are escaped: every answer to learn with its stop token is supervised."""
     whole, marks = apply_template(chat, tokenizer)
-    if marks is None or [m["role"] for m in chat.messages].count("assistant") > len(
-        chat.answers
-    ):  # one is context only
+    answers_in_all = [message["role"] for message in chat.messages].count("assistant")
+    if marks is None or len(chat.answers) < answers_in_all:  # marks do not tell which are context only
         found = [find_answer(chat, n, whole, tokenizer) for n in chat.answers]
         rows = [(text, [n], [span]) for n, (_, text, span) in zip(chat.answers, found, strict=True)]
         if all(whole.startswith(text) and text.startswith(before) for before, text, _ in found):
@@ -673,15 +662,6 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
         yield RenderedRow(segments, left_out)
 
 
-def calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
-    """A message for templates that expect the arguments of a call as JSON text, and no content beside calls."""
-    message = copy.deepcopy(message)
-    for call in message.get("tool_calls", ()):
-        message["content"] = message["content"] or None
-        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-    return message
-
-
 def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[RenderedRow]:
     """Apply the chat template: one row or, if it renders a chat differently as it grows, a row for each answer."""
     if tokenizer is None or not tokenizer.chat_template:
@@ -690,8 +670,13 @@ def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -
     try:
         return list(render_rows(chat, tokenizer))
     except RowError:
+        messages = copy.deepcopy(chat.messages)
+        for message in messages:  # for templates that expect arguments as JSON text, and no content beside calls
+            for call in message.get("tool_calls", ()):
+                message["content"] = message["content"] or None
+                call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         with contextlib.suppress(RowError):
-            return list(render_rows(chat._replace(messages=[calls_as_text(m) for m in chat.messages]), tokenizer))
+            return list(render_rows(chat._replace(messages=messages), tokenizer))
         raise
 
 
@@ -1630,9 +1615,9 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
         with reraise_as_user_error(where, DataError):  # a RowError is a ValueError
             check_row(row)
     candidates = MASKED_FORMATS if config.masked else tuple(name for name, f in FORMATS.items() if f.inferred)
-    fitting = (known for known in candidates if set(columns).issuperset(FORMATS[known].columns))
+    fitting = [known for known in candidates if set(columns).issuperset(FORMATS[known].columns)]
     named = config.data.dataset_format or (name if name in DATASETS and not config.masked else None)
-    chosen = named or next(fitting, None)
+    chosen = named or next(iter(fitting), None)
     found = f"{name}: found the columns {shorten(', '.join(columns) or '(none)')}"
     if absent := [pair for pair in source.renamed if pair[0] not in columns]:
         raise DataError(f"{found}, but none is called {absent[0][1]}, which --columns names")
@@ -1701,13 +1686,6 @@ def last_supervised(segments: Sequence[Segment]) -> int:
     return max(number for number, segment in enumerate(segments) if segment["supervised"])
 
 
-def last_exchanges(chat: Conversation, first: int, end: int) -> Conversation:
-    """A chat up to message `end`, of its exchanges only those from message `first` on."""
-    start = next(n for n, message in enumerate(chat.messages) if message["role"] == "user")
-    answers = [n - first + start for n in chat.answers if first <= n < end]
-    return chat._replace(messages=chat.messages[:start] + chat.messages[first:end], answers=answers)
-
-
 def prompt_fits(row: RenderedRow, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> bool:
     """Whether the prompt of a chat's last answer is within the limits."""
     last, sizes = last_supervised(row.segments), [len(segment["text"].encode()) for segment in row.segments]
@@ -1720,20 +1698,19 @@ def render_within(chat: Conversation, tokenizer: PreTrainedTokenizerBase, limits
     """The rows of a chat. One with too long a prompt is rendered without its oldest exchanges; the last one stays."""
     rows = render_chat(chat, tokenizer)
     for answer, row in zip(chat.answers[-len(rows) :], rows, strict=True):
-        users = [n for n, message in enumerate(chat.messages[:answer]) if message["role"] == "user"]
-        if len(users) > 1 and not prompt_fits(row, tokenizer, limits):
-            shorter = [last_exchanges(chat, user, answer + 1) for user in users[1:]]
+        first, *later = [n for n, message in enumerate(chat.messages[:answer]) if message["role"] == "user"]
+        if later and not prompt_fits(row, tokenizer, limits):
+            shorter = []
+            for user in later:
+                kept = [n - user + first for n in chat.answers if user <= n <= answer]
+                messages = chat.messages[:first] + chat.messages[user : answer + 1]
+                shorter.append(chat._replace(messages=messages, answers=kept))
             alone = [part._replace(answers=part.answers[-1:]) for part in shorter[:-1]]  # with the last answer alone
             fits = partial(prompt_fits, tokenizer=tokenizer, limits=limits)
             gone = bisect.bisect_left(alone, True, key=lambda part: fits(render_chat(part, tokenizer)[0]))
             row = render_chat(shorter[gone], tokenizer)[-1]
             row.left_out.append(OLDEST_EXCHANGES)
         yield row
-
-
-def to_valid_utf8(value: Any) -> str:
-    """A value as text that Arrow can hold."""
-    return str(value).encode("utf-8", "replace").decode()
 
 
 def check_row(row: Any) -> Mapping[str, Any]:
@@ -1764,9 +1741,7 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
         raise DataError(f"{source.name}: no row{f' after row {source.first}' * bool(source.first)}{which}")
 
 
-def normalize_rows(
-    where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any, limits: Limits
-) -> list[dict[str, Any]]:
+def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any, limits: Limits) -> list[Any]:
     """A raw row as ROW_FEATURES, a chat as one or several; a bad one has no segments but a problem, and its JSON."""
     normal: dict[str, Any] = {"segments": [], "rendered": False} | dict.fromkeys(list(ROW_FEATURES)[2:], "")
     normal["where"] = escape_control_chars(where)
@@ -1777,9 +1752,11 @@ def normalize_rows(
             rows = list(render_within(parsed, tokenizer, limits))
         else:
             rows = [RenderedRow(join_segments(parsed, tokenizer) if isinstance(parsed, JoinedSegments) else parsed, [])]
-        normal["category"] = to_valid_utf8(row.get("category") or row.get("source") or "")
+        normal["category"] = escape_control_chars(str(row.get("category") or row.get("source") or ""))
         used = {"category", "source", *dataset_format.columns, *dataset_format.optional}
-        unused = sorted(to_valid_utf8(name) for name, value in row.items() if name not in used and value is not None)
+        unused = sorted(
+            escape_control_chars(name) for name, value in row.items() if name not in used and value is not None
+        )
         for segments, left_out in rows:
             left_out += unused if dataset_format.columns else ()  # a user's own function may use all of them
             if not any(segment["supervised"] and segment["text"].strip(MARKS).strip() for segment in segments):
@@ -1802,9 +1779,9 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     depends += [data.expand_conversations, data.include_sources, data.as_chat]
     if tokenizer:
         template = str(tokenizer.chat_template or "")
-        depends += [template, template and limits, tokenizer.special_tokens_map]
+        today = "strftime_now" in template and getattr(tokenizer, "template_date", None)
+        depends += [template, template and limits, tokenizer.special_tokens_map, today]
         depends += [special_token_pattern(tokenizer).pattern]
-        depends += ["strftime_now" in template and getattr(tokenizer, "template_date", None)]
     options = {"cache_dir": config.model.cache_dir, "fingerprint": digest("rows", CODE_VERSION, *depends)}
     raw_rows = itertools.islice(select_rows(source, data), limit)
     try:
@@ -1835,12 +1812,6 @@ def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
     return {split_named(split) or split: source for split, source in reversed(sources.items())} | sources
 
 
-def evaluation_source(config: Config) -> RowSource:
-    """The rows of --eval_dataset: its split for evaluation, or all if it has none."""
-    sources = open_dataset(str(config.data.eval_dataset), config)
-    return next((sources[name] for name in SPLIT_NAMES if name in sources), next(iter(sources.values())))
-
-
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
     """Rows to train and to evaluate on, of every dataset named. Chats need the tokenizer."""
     args, data = config.training, config.data
@@ -1852,7 +1823,10 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     training = args.do_train or config.quant.calibration_rows or (args.merged_output_dir and not evaluating)
     parts: tuple[list[Any], list[Any]] = [], []
     mixed = any(share != 1 for _, share in dataset_shares(data.dataset))
-    own = evaluation_source(config) if evaluating and data.eval_dataset else None
+    own = None
+    if evaluating and data.eval_dataset:  # its split for evaluation, or all of it
+        sources = open_dataset(data.eval_dataset, config)
+        own = next(sources[name] for name in (*SPLIT_NAMES, *sources) if name in sources)
     for name, share in dataset_shares(data.dataset):
         sources = open_dataset(name, config)
         train, evaluated = sources.get("train"), [sources[split] for split in SPLIT_NAMES if split in sources]
@@ -1915,8 +1889,11 @@ def concatenate(parts: list[Any]) -> Any:
 
 
 def train_eval_split(rows: Any, config: Config) -> Splits:
-    """Hold rows out for evaluation, shuffled with the original's seed."""
-    size, total, seed = config.data.eval_dataset_size, len(rows), 42  # the original's: the same rows are held out
+    """Hold rows out for evaluation, as datasets' own train_test_split with the original's seed; of a chat all rows."""
+    categories, places, size = rows["category"][:], rows["where"][:], config.data.eval_dataset_size
+    order = numpy.random.default_rng(42).permutation(len(rows)).tolist()
+    chats = list({places[i]: i for i in order}.values())  # or plain rows
+    total = len(chats)
     if "eval_dataset_size" not in config.explicitly_set and total < 4 * size:
         size = max(1, total // 10)
         log.info("a tenth of %d rows, %d, is held out; --eval_dataset_size sets another number", total, size)
@@ -1925,12 +1902,10 @@ def train_eval_split(rows: Any, config: Config) -> Splits:
         raise DataError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {total} rows")
     if count >= total:
         return Splits(None, rows)
-    categories, places = rows["category"][:], rows["where"][:]
-    order = numpy.random.default_rng(seed).permutation(total).tolist()  # as datasets' own train_test_split
-    # sorted by category and evenly spaced: each category gives its share, and one with a single row breaks nothing
-    by_category = sorted(order, key=categories.__getitem__)
-    spaced = [by_category[(2 * n + 1) * total // (2 * count)] for n in range(count)]
-    held_out = {places[i] for i in (spaced if any(categories) else order[:count])}  # all rows of a chat
+    if any(categories):  # evenly spaced: each gives its share, and one with a single row breaks nothing
+        chats.sort(key=categories.__getitem__)
+        chats = [chats[(2 * n + 1) * total // (2 * count)] for n in range(count)]
+    held_out = {places[i] for i in chats[:count]}
     return Splits(*(rows.select([i for i in order if (places[i] in held_out) == held]) for held in (False, True)))
 
 
@@ -2067,10 +2042,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
 
 
 def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model_config: PretrainedConfig) -> None:
-    """Apply the flags, choose a pad token if there is none, and check the ids.
-
-    The embedding matrix is never resized: a resized one would be written into every adapter.
-    """
+    """Apply the flags, choose a pad token if there is none, and check the ids. The embedding is never resized."""
     vocabulary = tokenizer.get_vocab()
     rows = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
     for name in ("pad_token", "eos_token", "bos_token", "unk_token"):
@@ -2110,10 +2082,9 @@ class Encoded(NamedTuple):
 def truncate_and_concat(
     source: Tokens, target: Tokens, limits: Limits, train_on_source: bool = False, bos: int | None = None
 ) -> Encoded:
-    """Prompt and completion cut to the limits and joined.
+    """Prompt and completion cut to the limits and joined. Two limits cut each on the right, so that EOS goes too.
 
-    Two limits cut each on the right, so a cut completion has no EOS. One limit for both cuts the prompt from the left,
-    after BOS, down to a quarter of the limit, which keeps the answer's marker; then the completion on the right.
+    One limit cuts the prompt from the left, after BOS, down to a quarter of it, and then the completion on the right.
     """
     kept = limits.prompt(len(target))
     prompt, room = source[:kept], limits.target
@@ -2159,11 +2130,9 @@ def prompts_and_completions(batch: Mapping[str, list[Any]], tokenizer: Any) -> I
 
 
 def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
-    """A text with the tokenizer's special tokens around it; the labels are the tokens that may be masked.
-
-    A mask token in the text is one, which prediction fills. Other special tokens in it stay text, except with slow
-    tokenizers: ESM's finds its letters by the same rule as special tokens.
-    """
+    """A text with the tokenizer's special tokens around it; the labels are the tokens that may be masked."""
+    # a mask token in the text is one, which prediction fills; other special tokens stay text, except with slow
+    # tokenizers: ESM's finds its letters by the same rule as special tokens
     split, limit = tokenizer.is_fast and str(tokenizer.mask_token) not in text, limits.total or limits.source
     row = tokenizer(text, return_special_tokens_mask=True, split_special_tokens=split, verbose=False)
     ids, special = row["input_ids"], row["special_tokens_mask"]
@@ -2185,23 +2154,19 @@ def encode_batch(
     rows = [row._asdict() | row_facts(row, tokenizer.eos_token_id, masked) for row in encoded]
     special = special_token_pattern(tokenizer)
     for n, facts in enumerate(rows):
-        texts = [segment["text"] for segment in batch["segments"][n] if not masked]
         pattern = ESCAPE_MARK if batch["rendered"][n] else special
-        facts["special_text"] = any(re.search(pattern, text) for text in texts)
+        facts["special_text"] = not masked and any(re.search(pattern, part["text"]) for part in batch["segments"][n])
         facts["cut"] |= OLDEST_EXCHANGES in batch.get("left_out", [""] * len(rows))[n]
     return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-NOTHING_LEFT = "no token left to learn, expected one at least: raise the length limits"
 
 
 def row_facts(row: Encoded, eos: int | None, masked: bool) -> dict[str, Any]:
     """What statistics and checks need to know of an encoded row."""
     ids, labels, _ = row
     targets = [n for n, label in enumerate(labels) if label != IGNORE and (n or masked)]  # nothing predicts the first
-    last = targets[-1] if targets else 0
+    last, missing = targets[-1] if targets else 0, ids and not targets
     return {
-        "problem": "" if targets or not ids else NOTHING_LEFT,
+        "problem": "no token left to learn, expected one at least: raise the length limits" if missing else "",
         "length": len(ids),
         "supervised": len(targets),
         # with --train_on_source, the line end that a template puts after EOS is supervised too
@@ -2217,17 +2182,15 @@ def encoding_options(config: Config) -> dict[str, Any]:
 
 
 def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
-    """Encode rows in parallel, or find them in the cache, and leave out those that can't be trained on.
-
-    The first 1,000 rows of a stream stand for it.
-    """
+    """Encode rows in parallel, or find them in the cache; those that can't be trained on are left out."""
     options, limit, encoded = encoding_options(config), config.data.model_max_len, dict.fromkeys(splits._fields)
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     depends = (vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id, options)
     for name, rows in splits._asdict().items():
         if rows is None:
             continue
-        rows = load_rows(rows, config, tokenizer, limit=1000) if isinstance(rows, RowSource) else rows
+        if isinstance(rows, RowSource):  # the first rows of a stream stand for it
+            rows = load_rows(rows, config, tokenizer, limit=1000)
         workers = min(os.cpu_count() or 1, len(rows) // 20_000)  # below that, starting processes takes longer
         if workers > 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
@@ -2252,9 +2215,8 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
 def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: float = 0) -> Iterator[tuple[float, Any]]:
     """Encoded rows to train on, pass after pass without end, each with the number of raw rows consumed so far.
 
-    Of a chat that becomes several rows, each consumes a share. The order of a pass follows from seed and pass alone. A
-    resume gives that number as `skip`: raw rows up to it are read but not encoded, and the rest is what it would have
-    been. Resuming a shuffle buffer's state would not be exact.
+    The order of a pass follows from seed and pass alone. A resume gives that number as `skip`: raw rows up to it are
+    read but not encoded. Resuming a shuffle buffer's state would not be exact.
     """
     args, data, consumed = config.training, config.data, 0
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -2269,7 +2231,7 @@ def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: floa
                 continue
             rows = normalize_rows(**raw, dataset_format=dataset_format, tokenizer=tokenizer, limits=limits)
             for number, row in enumerate(rows, start=1):
-                position = consumed - 1 + number / len(rows)
+                position = consumed - 1 + number / len(rows)  # each row of a chat consumes a share
                 if position <= skip:
                     continue
                 if not row["problem"]:
@@ -2283,10 +2245,9 @@ def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: floa
 
 
 class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows of a dataset in packs of at most `limit` tokens, which follow from the rows alone.
+    """Rows in packs of at most `limit` tokens. The longest first, each goes into the fullest pack that has room.
 
-    The longest row first, each goes into the fullest pack that has room: best-fit decreasing (Johnson 1973), which
-    needs at most 11/9 of the fewest packs.
+    Best-fit decreasing (Johnson 1973) needs at most 11/9 of the fewest packs.
     """
 
     def __init__(self, rows: Any, limit: int) -> None:
@@ -2321,8 +2282,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
 def epoch_order(lengths: list[int], batch_size: int, args: Any, epoch: int) -> list[int]:
     """Row numbers in an order that follows from seed and epoch alone, so that a resume in any epoch repeats it.
 
-    group_by_length puts rows of similar length together (in windows of 50 batches, the longest first): less padding.
-    The Trainer's own grouped sampler changes its order after a resume.
+    The Trainer's own grouped sampler, of windows of 50 batches with the longest rows first, changes it after a resume.
     """
     generator = torch.Generator().manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)
     if args.train_sampling_strategy == "group_by_length":
@@ -2430,9 +2390,9 @@ def collate_step(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> dic
 
 
 def micro_batches(step: StepBatch, rows: int | None, tokens: int, padded: bool) -> list[list[int]]:
-    """The members that go through the model together: at most `rows` of the dataset, in their order.
+    """The members that go through the model together: at most `rows` of the dataset (None: as many as fit), in order.
 
-    They have at most so many tokens, padding included, unless one member alone has more. `rows` None: as many as fit.
+    They have at most so many tokens, padding included, unless one member alone has more.
     """
     lengths = step.lengths.tolist()
     groups = [list(range(len(lengths)))]
@@ -2514,10 +2474,8 @@ class Masking(NamedTuple):
 
 
 def build_masking(tokenizer: PreTrainedTokenizerBase, rows: int, data: DataArguments) -> Masking:
-    """The masking that the flags set, for a model whose embedding has this many rows.
-
-    A random token is never a special one: RoBERTa and ESM count positions from the padding tokens.
-    """
+    """The masking that the flags set, for a model whose embedding has this many rows."""
+    # a random token is never a special one: RoBERTa and ESM count positions from the padding tokens
     words = sorted(i for i in set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids) if i < rows)
     shares = data.mask_prob, data.mask_replace_prob, data.random_replace_prob
     return Masking(*shares, mask_id=tokenizer.mask_token_id, words=torch.tensor(words))

@@ -501,6 +501,18 @@ def test_a_template_that_changes_earlier_turns(tmp_path, caplog):
     assert supervised == ["Hello<|im_end|>", "<think></think>In the harbour.<|im_end|>"]
 
 
+@pytest.mark.parametrize("category", [{}, {"category": "x"}])
+def test_rows_of_one_chat_are_on_one_side(tmp_path, category):
+    """Of ten chats of two rows each, three are held out whole."""
+    chats = [[{**m, "content": f"{n} {m['content']}"} for m in LONG] for n in range(10)]
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": chat, **category} for chat in chats])
+    splits = load(file, chatml_tokenizer(CHANGING), "--do_eval", "--eval_dataset_size", 3)
+    train, held_out = ([where.rpartition(":")[2] for where in rows["where"][:]] for rows in splits)
+    assert len(set(held_out)) == 3 and len(held_out) == 6 and len(train) == 14 and not {*train} & {*held_out}
+    alone = tiny.rows_to_jsonl(tmp_path / "b.jsonl", [{"messages": LONG}])
+    assert "leaves nothing to train on" in error_of(alone, chatml_tokenizer(CHANGING), "--do_eval")
+
+
 @pytest.mark.parametrize("when", ["loop.last", "add_generation_prompt and loop.last"])
 def test_a_template_that_changes_the_question_once_it_is_answered(when):
     """Each answer is learnt after the prompt that the template writes for generating it."""
@@ -1296,7 +1308,7 @@ def test_a_run_on_airoboros_chat(run_qlora, tmp_path):
     flags |= {"include_sources": "s", "eval_dataset_size": 0.25, "do_eval": True, "max_steps": 2}
     run = run_qlora(dataset=file, source_max_len=None, target_max_len=None, **flags)
     assert run.code == 0 and (run.output_dir / "completed").exists()
-    assert run.json("run.json")["data"]["eval"]["rows"] == 3  # a quarter of twice six
+    assert run.json("run.json")["data"]["eval"]["rows"] == 4  # of two of six conversations, which stay whole
     assert run.json("metrics.json")["eval_loss"] > 0
 
 
