@@ -1702,13 +1702,14 @@ def render_within(chat: Conversation, tokenizer: PreTrainedTokenizerBase, limits
         if later and not prompt_fits(row, tokenizer, limits):
             shorter = []
             for user in later:
-                kept = [n - user + first for n in chat.answers if user <= n <= answer]
+                kept = [n - user + first for n in ([answer] if len(rows) > 1 else chat.answers) if n >= user]
                 messages = chat.messages[:first] + chat.messages[user : answer + 1]
                 shorter.append(chat._replace(messages=messages, answers=kept))
-            alone = [part._replace(answers=part.answers[-1:]) for part in shorter[:-1]]  # with the last answer alone
+            # from the shortest on, each with its last answer alone
+            alone = (render_chat(part._replace(answers=part.answers[-1:]), tokenizer)[0] for part in reversed(shorter))
             fits = partial(prompt_fits, tokenizer=tokenizer, limits=limits)
-            gone = bisect.bisect_left(alone, True, key=lambda part: fits(render_chat(part, tokenizer)[0]))
-            row = render_chat(shorter[gone], tokenizer)[-1]
+            fitting = max(1, sum(1 for _ in itertools.takewhile(fits, alone)))
+            row = render_chat(shorter[-fitting], tokenizer)[-1]
             row.left_out.append(OLDEST_EXCHANGES)
         yield row
 
