@@ -105,6 +105,7 @@ for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._function
 import bitsandbytes.functional as bnb_functional
 import bitsandbytes.optim.optimizer
 import datasets
+import numpy
 import pyarrow
 import huggingface_hub
 import psutil
@@ -144,6 +145,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.integrations.gguf import gguf_tokenizer_mapping
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.mistral import convert_tekken_tokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -258,7 +260,6 @@ BOOLEANS = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "
 class Segment(TypedDict):
     text: str
     supervised: bool
-    turn: int  # the exchange of a chat, from 1: without the first ones it is as if rendered without them; 0: it stays
 
 
 class Conversation(NamedTuple):  # before the tokenizer's template renders it
@@ -266,6 +267,13 @@ class Conversation(NamedTuple):  # before the tokenizer's template renders it
     answers: list[int]  # the messages that are supervised
     tools: list[Any] | None
     options: dict[str, Any]  # the template's own
+    left_out: list[str]  # of the row
+
+
+class RenderedRow(NamedTuple):
+    segments: list[Segment]
+    left_out: list[str]  # of the raw row
+    lost: int = 0  # tokens of the exchanges that are left out
 
 
 class JoinedSegments(list[Segment]):
@@ -292,7 +300,7 @@ INVALID_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd2]")  # and the lone surrog
 def prompt_completion(*texts: str) -> list[Segment]:
     """The last text is supervised; the one before it, if any, is the prompt."""
     *prompt, completion = texts
-    return [{"text": t, "supervised": s, "turn": 0} for t, s in (("".join(prompt), False), (completion, True))]
+    return [{"text": "".join(prompt), "supervised": False}, {"text": completion, "supervised": True}]
 
 
 def field_error(row: RawRow, name: str, expected: str) -> RowError:
@@ -327,10 +335,10 @@ def get_list(row: RawRow, name: str, default: Any = None, kinds: Any = None) -> 
 
 def get_boolean(row: RawRow, name: str, default: str) -> bool:
     """The boolean in a field, which may be 0, 1 or text."""
-    value = BOOLEANS.get((get_text(row, name, "") or default).lower())
-    if value is None:
-        raise field_error(row, name, "true or false")
-    return value
+    value = default if row.get(name) in (None, "") else row[name]
+    if str(value).lower() not in BOOLEANS:
+        raise field_error(row, name, "1 or 0, or true or false")
+    return BOOLEANS[str(value).lower()]
 
 
 def parse_alpaca(row: RawRow) -> ParsedRow:
@@ -393,10 +401,10 @@ def get_calls(fields: RawRow, name: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise field_error(fields, name, "tool calls, each with a name and arguments")
-        frame = {key: part for key, part in call.items() if part is not None and function is not call}
         given = "parameters" if "arguments" not in function and "parameters" in function else "arguments"  # Llama's
-        arguments = get_list(function, given, {})
-        function = {key: part for key, part in function.items() if key != "parameters"} | {"arguments": arguments}
+        own = {"function", "name", "arguments", "parameters"}
+        frame = {key: part for key, part in call.items() if key not in own and part is not None}
+        function = {"name": function["name"], "arguments": get_list(function, given, {})}
         calls.append({"type": "function"} | frame | {"function": function})
     return calls
 
@@ -418,12 +426,14 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
         message = {key: value for key, value in turn.items() if value not in (None, "[]", "{}", "null")}
         learnt = role == "assistant" and all([get_boolean(fields, f"{place}.{key}", "true") for key in WEIGHT_KEYS])
         message |= {"role": role, "supervised": learnt}
-        calls = content_field if name == "function_call" else None  # LLaMA-Factory's
-        for key in ("tool_calls", "function_call"):  # the second is OpenAI's older name
-            calls = f"{place}.{key}" if message.pop(key, None) and role == "assistant" else calls
+        own_role = name == "function_call"  # LLaMA-Factory's; the key of that name is OpenAI's older one
+        given = [key for key in ("tool_calls", "function_call") if message.pop(key, None) and role == "assistant"]
+        calls = [content_field] * own_role + [f"{place}.{key}" for key in given]
+        if len(calls) > 1:
+            raise field_error(fields, calls[1], "calls in one place only")
         if calls:
-            message["tool_calls"] = get_calls(fields, calls)
-        content = "" if calls == content_field else get_text(fields, content_field, "" if calls else None)
+            message["tool_calls"] = get_calls(fields, calls[0])
+        content = "" if own_role else get_text(fields, content_field, "" if calls else None)
         if role == "assistant" and not calls and not content.strip():
             raise field_error(fields, content_field, "an answer to learn")
         messages.append(message | {"content": content})
@@ -447,16 +457,26 @@ def parse_airoboros_chat(row: RawRow) -> ParsedRow:
 def parse_chat(column: str, row: RawRow) -> ParsedRow:
     """Everything up to the last supervised answer, with the columns beside it that a chat may have."""
     messages = get_messages(row, column)
-    system = get_text(row, "system", "") or get_text(row, "system_prompt", "")
-    if system and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system, "supervised": False})
+    left_out: list[str] = []
+    for name in ("system", "system_prompt"):
+        system = get_text(row, name, "")
+        if system and messages and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system, "supervised": False})
+        elif system and messages and messages[0]["content"] != system:
+            left_out.append(f"{name} beside another system turn")
     answers = [n for n, message in enumerate(messages) if message.pop("supervised")]
+    others = [message for message in messages if message["role"] != "assistant"]
+    wanted = sorted({key for m in others for key in WEIGHT_KEYS if BOOLEANS.get(str(m.get(key)).lower())})
+    left_out += [f"{key} of a turn that is not the assistant's" for key in wanted]
     if not answers:
         raise RowError(f"field {column!r} has no turn of the assistant with a weight, expected an answer to learn")
-    functions = [{"type": "function", "function": function} for function in get_list(row, "functions", [])]
-    tools: Any = [t if "function" in t else {"type": "function", "function": t} for t in get_list(row, "tools", [])]
-    tools, options = tools or functions or None, get_list(row, "chat_template_kwargs", {})
-    return Conversation(messages[: answers[-1] + 1], answers, tools, options)
+    tools, functions = get_list(row, "tools", []), get_list(row, "functions", [])
+    left_out += ["functions beside tools"] * bool(tools and functions)
+    if not all(isinstance(tool, Mapping) for tool in tools or functions):
+        raise field_error(row, "tools" if tools else "functions", "a list of objects")
+    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or functions]
+    options = get_list(row, "chat_template_kwargs", {})
+    return Conversation(messages[: answers[-1] + 1], answers, tools or None, options, left_out)
 
 
 def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
@@ -465,12 +485,11 @@ def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
 
 
 BESIDE_CHATS = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
+BESIDE_AIROBOROS = ("system", "skip_prompt_formatting")
 FORMATS: dict[str, DatasetFormat] = {
     "messages": DatasetFormat(("messages",), partial(parse_chat, "messages"), optional=BESIDE_CHATS),
     "sharegpt": DatasetFormat(("conversations",), partial(parse_chat, "conversations"), optional=BESIDE_CHATS),
-    "airoboros": DatasetFormat(
-        ("instruction", "response"), parse_airoboros, True, ("system", "skip_prompt_formatting")
-    ),
+    "airoboros": DatasetFormat(("instruction", "response"), parse_airoboros, True, BESIDE_AIROBOROS),
     "alpaca": DatasetFormat(("instruction", "output"), parse_alpaca, optional=("input", "system", "history")),
     "self-instruct": column_format("prompt", "completion"),
     "input-output": column_format("input", "output"),
@@ -487,13 +506,6 @@ MASKED_FORMATS: tuple[str, ...] = ("input", "text")  # for masked language model
 CUSTOM_FORMAT: re.Pattern[str] = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # a user's file and function
 
 
-# With --as_chat: the columns that are a user's turn; the format's last column is the answer.
-AS_CHAT: dict[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "input"), "alpaca-clean": ("instruction", "input"), "airoboros": ("instruction",),
-    "self-instruct": ("prompt",), "input-output": ("input",), "longform": ("input",),
-}  # fmt: skip
-
-
 def parse_as_chat(question: tuple[str, ...], answer: str, row: RawRow) -> ParsedRow:
     """A pair as a chat of one exchange."""
     text = "\n\n".join(filter(None, (get_text(row, name, "") for name in question)))
@@ -505,12 +517,13 @@ def get_format(name: str, as_chat: bool = False) -> DatasetFormat:
     """A row of FORMATS, or the function that path.py:function names."""
     if not (custom := CUSTOM_FORMAT.fullmatch(name)):
         known = FORMATS[name]
-        if not as_chat or "messages" in known.columns or "conversations" in known.columns:
+        if not as_chat or {"messages", "conversations"}.intersection(known.columns):
             return known
-        if name not in AS_CHAT:
+        question = known.columns[:-1] + ("input",) * ("input" in known.optional)  # the last column is the answer
+        if not question:
             raise ConfigError(f"--as_chat: rows of the format {name} have no column that could be a user's turn")
-        parse = partial(parse_as_chat, AS_CHAT[name], known.columns[-1])
-        return DatasetFormat(known.columns, parse, optional=AS_CHAT[name] + BESIDE_CHATS)
+        parse = partial(parse_as_chat, question, known.columns[-1])
+        return DatasetFormat(known.columns, parse, optional=question + BESIDE_CHATS)
     with reraise_as_user_error(f"--dataset_format {name}", ConfigError, Exception, SystemExit):
         module = types.SimpleNamespace(**runpy.run_path(custom[1]))
         return DatasetFormat((), partial(parse_custom, name, getattr(module, custom[2])))
@@ -525,31 +538,26 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
         segments = JoinedSegments()
         for part in result:  # it may be a generator
             special = "special" in part
-            flag = "learnt" if "learnt" in part else "supervised"  # its earlier name
             text = ESCAPE_MARK * special + get_text(part, "special" if special else "text")
-            supervised = part.get(flag, False) if special else part[flag]
-            segments.append({"text": text, "supervised": bool(supervised), "turn": 0})
+            supervised = part.get("supervised", False) if special else part["supervised"]
+            segments.append({"text": text, "supervised": bool(supervised)})
         return segments
     except (Exception, SystemExit) as error:  # whatever a user's code raises is an error of this row
         expected = "it returns {input, output}, {messages} or a list of {text, supervised} and {special, supervised}"
         raise RowError(f"{name}: {type(error).__name__}: {shorten(error)}; expected: {expected}") from error
 
 
-TEMPLATE_DATE = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
-
-
 @lru_cache(maxsize=2)
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = False) -> re.Pattern[str]:
     """Matches special tokens, also those that are not flagged special but begin a turn (DeepSeek's), or these alone."""
-    tokens = [(str(token), token.special) for token in tokenizer.added_tokens_decoder.values()]
-    template = str(tokenizer.chat_template or "")
-    markers = (
-        re.compile("(?i)system|user|assistant|turn"),
-        re.compile("(?i)^(?!.*(think|tool)).*(im_|inst|head|role|end)"),
-    )
-    begins = {text for text, _ in tokens if markers[0].search(text) or (text in template and markers[1].match(text))}
-    begins -= {text for text in getattr(tokenizer, "text_tokens", ()) if text not in template}
-    texts = [text for text, special in tokens if (not unflagged if special else text in begins)]
+    texts, template = list[str](), str(tokenizer.chat_template or "")
+    added = getattr(tokenizer, "text_tokens", ())  # of --add_tokens: no marker unless the template writes it
+    for token in tokenizer.added_tokens_decoder.values():
+        text = str(token)
+        names_role = re.search("(?i)system|user|assistant|turn", text) and (text in template or text not in added)
+        begins_turn = text in template and re.match("(?i)(?!.*(think|tool)).*(im_|inst|head|role|end)", text)
+        if not unflagged if token.special else names_role or begins_turn:
+            texts.append(text)
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
@@ -560,10 +568,8 @@ def escape_special_tokens(value: Any, special: re.Pattern[str], answer: bool = F
         return special.sub(lambda m: m[0] if re.search(keep, m[0]) else m[0][0] + ESCAPE_MARK + m[0][1:], value)
     if isinstance(value, Mapping):
         answer = answer or value.get("role") == "assistant"
-        return {
-            escape_special_tokens(key, special): escape_special_tokens(item, special, answer)
-            for key, item in value.items()
-        }
+        escaped = ([escape_special_tokens(part, special, answer) for part in item] for item in value.items())
+        return dict(escaped)
     return [escape_special_tokens(item, special, answer) for item in value] if isinstance(value, list) else value
 
 
@@ -576,7 +582,7 @@ def join_segments(segments: JoinedSegments, tokenizer: PreTrainedTokenizerBase) 
         if named and not special.fullmatch(text):
             raise RowError(f"{{'special': {text!r}}}: the tokenizer has no such special token")
         text = BOS_MARK * (number == 1) + text + EOS_MARK * (number == len(segments))
-        joined.append({**segment, "text": text})
+        joined.append({"text": text, "supervised": segment["supervised"]})
     return joined
 
 
@@ -591,20 +597,13 @@ def apply_template(
             template = "{% macro strftime_now(format) %}{{ format" + parts + " }}{% endmacro %}" + template
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         options = {**tokenizer.special_tokens_map, **chat.options, "tools": chat.tools, "chat_template": template}
-        options |= {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked}
-        options |= {"continue_final_message": False}  # a row's own options are for what its text says
-        rendered: Any = render_jinja_template([chat.messages[:end]], **options)
+        own = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked, "continue_final_message": False}
+        rendered: Any = render_jinja_template([chat.messages[:end]], **options | own)
     except TemplateSyntaxError as error:
         raise ConfigError(f"the chat template, line {error.lineno}: {shorten(error)}") from error
     except LIBRARY_ERRORS as error:
         raise RowError(f"the chat template refuses it: {shorten(error)}") from error
     return rendered[0][0], rendered[1][0] if marked else None
-
-
-def common_prefix(first: str, second: str) -> int:
-    """How many characters two texts begin with in common."""
-    lengths = range(min(len(first), len(second)))
-    return bisect.bisect_left(lengths, True, key=lambda n: first[: n + 1] != second[: n + 1])
 
 
 def contains(text: str, value: Any) -> bool:
@@ -617,20 +616,25 @@ def contains(text: str, value: Any) -> bool:
     return any("".join(form.split()) in text for form in (str(value), *(form.strip("\"'") for form in forms)))
 
 
-def check_answer(chat: Conversation, n: int, learnt: str) -> None:
-    """Raise a RowError if the supervised text lacks an answer's content or part of a call. Reasoning may be missing."""
-    learnt, message = "".join(learnt.split()), chat.messages[n]
-    parts = re.split(r"(?i)[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]", message["content"] or "")
-    wanted = [
-        next((part for part in reversed(parts) if part.strip()), "") if not message.get("tool_calls") else parts[-1]
-    ]
+REASONING_TAG = re.compile(r"(?i)[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]")
+
+
+def check_answer(message: Mapping[str, Any], turn: int, supervised: str) -> bool:
+    """Whether the supervised text has an answer's reasoning; a RowError if it lacks its content or part of a call."""
+    supervised = "".join(supervised.split())
+    *reasoning, answer = REASONING_TAG.split(message["content"] or "")
+    while reasoning and not answer.strip() and not message.get("tool_calls"):  # no text but the reasoning
+        answer = reasoning.pop()
+    wanted = [answer]
     for call in message.get("tool_calls", ()):
         wanted += call["function"]["name"], call["function"]["arguments"]
     for value in wanted:
-        as_python = value and isinstance(value, dict) and "".join(repr(value).split()) in learnt
-        if as_python or not contains(learnt, value):
-            what = f"turn {n + 1}: the chat template does not write this part of the answer as text or JSON"
+        as_python = value and isinstance(value, dict) and "".join(repr(value).split()) in supervised
+        if as_python or not contains(supervised, value):
+            what = f"turn {turn}: the chat template does not write this part of the answer as text or JSON"
             raise RowError(f"{what}: {shorten(value)}; pass a --chat_template that does")
+    reasoning += [message.get(key) for key in ("reasoning_content", "reasoning", "thinking")]
+    return contains(supervised, reasoning)
 
 
 def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, slice]:
@@ -639,11 +643,11 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
     If that prompt is no prefix (it may open a block of reasoning that the answer lacks), it begins where they differ.
     White space after the stop token belongs to the template.
     """
-    before, _ = apply_template(chat, tokenizer, n, prompt=True)
+    (before, _), (asked, _) = (apply_template(chat, tokenizer, n, prompt=prompt) for prompt in (True, False))
     text = whole if n + 1 == len(chat.messages) else apply_template(chat, tokenizer, n + 1)[0]
-    start = common_prefix(before, text)
-    asked, _ = apply_template(chat, tokenizer, n)
-    if start < len(before) and start < common_prefix(before, asked):
+    lengths = range(min(len(before), len(text)))
+    start = bisect.bisect_left(lengths, True, key=lambda place: before[: place + 1] != text[: place + 1])
+    if start < min(len(before), len(asked)):
         # what precedes is written differently once it is answered: the prompt, and what follows its end in the text
         cut = bisect.bisect_left(range(len(before)), True, key=lambda place: before[place:] in text)
         if cut >= len(asked):
@@ -654,67 +658,33 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
     tags = re.finditer(r"<[^<>]*>|\[[^\[\]]*\]", before)
     start = next((tag.start() for tag in tags if tag.start() < start < tag.end()), start)
     stops = special_token_pattern(tokenizer).finditer(text, start)
-    span = slice(start, next((stop.end() for stop in stops if not text[stop.end() :].strip()), len(text)))
-    check_answer(chat, n, text[span])
-    return before, text, span
+    return before, text, slice(start, next((stop.end() for stop in stops if not text[stop.end() :].strip()), len(text)))
 
 
-def exchange_starts(chat: Conversation, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Where each exchange of a chat begins in its text. Empty if there is one, or if they can't be told apart.
-
-    The template itself tells: without the first exchanges it writes the same as the text is without them.
-    """
-    users = [n for n, message in enumerate(chat.messages) if message["role"] == "user"]
-    low, high, removed = 0, len(text), [0]
-    for n in users[1:]:
-        short, _ = apply_template(chat._replace(messages=[*chat.messages[: users[0]], *chat.messages[n:]]), tokenizer)
-        high = min(high, common_prefix(text, short))
-        low = max(low, len(short) - common_prefix(text[::-1], short[::-1]))
-        removed.append(len(text) - len(short))
-    if len(users) < 2 or low > high or sorted(set(removed)) != removed:
-        return []
-    places = [token.start() for token in special_token_pattern(tokenizer).finditer(text, low, high + 1)]
-    return [max(places, default=high) + length for length in removed]
-
-
-def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Segment]]:
+def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[RenderedRow]:
     """The rows of a chat whose values are escaped: every answer to learn with its stop token is supervised."""
     whole, marks = apply_template(chat, tokenizer)
-    if marks is None:
+    answers_in_all = [message["role"] for message in chat.messages].count("assistant")
+    if marks is None or len(chat.answers) < answers_in_all:  # marks do not tell which are context only
         found = [find_answer(chat, n, whole, tokenizer) for n in chat.answers]
-        rows = [(text, [span]) for _, text, span in found]
+        rows = [(text, [n], [span]) for n, (_, text, span) in zip(chat.answers, found, strict=True)]
         if all(whole.startswith(text) and text.startswith(before) for before, text, _ in found):
-            rows = [(whole, [span for _, _, span in found])]
+            rows = [(whole, chat.answers, [span for _, _, span in found])]
     else:
-        for n in {n for n, message in enumerate(chat.messages) if message["role"] == "assistant"} - {*chat.answers}:
-            start, end = (common_prefix(whole, apply_template(chat, tokenizer, stop)[0]) for stop in (n, n + 1))
-            own = [mark for mark in marks if start <= mark[0] < end]
-            check_answer(chat, n, "".join(whole[slice(*mark)] for mark in own))  # else another one would be left out
-            marks = [mark for mark in marks if mark not in own]
-        rows = [(whole, [slice(*mark) for mark in marks if mark[0] < mark[1]])]
-        for n in chat.answers:
-            check_answer(chat, n, "".join(whole[span] for span in rows[0][1]))
-    starts = exchange_starts(chat, whole, tokenizer)
-    for text, spans in rows:
-        turns = [start for start in starts if start <= spans[-1].start and whole.startswith(text[:start])]
-        bounds = sorted({0, len(text), *turns, *(place for span in spans for place in (span.start, span.stop))})
-        row: list[Segment] = []
-        for start, end in itertools.pairwise(bounds):
+        rows = [(whole, chat.answers, [slice(*mark) for mark in marks if mark[0] < mark[1]])]
+    for text, answers, spans in rows:
+        parts = [text[span] for span in spans]
+        parts = parts if len(parts) == len(answers) else ["".join(parts)] * len(answers)
+        complete = [check_answer(chat.messages[n], n + 1, part) for n, part in zip(answers, parts, strict=True)]
+        left_out = chat.left_out + ["reasoning that the chat template does not write"] * (not all(complete))
+        segments = list[Segment]()
+        for start, end in itertools.pairwise(sorted({0, len(text), *(n for s in spans for n in (s.start, s.stop))})):
             supervised = any(span.start <= start < span.stop for span in spans)
-            row.append({"text": text[start:end], "supervised": supervised, "turn": sum(n <= start for n in turns)})
-        yield row
+            segments.append({"text": text[start:end], "supervised": supervised})
+        yield RenderedRow(segments, left_out)
 
 
-def calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
-    """A message for templates that expect the arguments of a call as JSON text, and no content beside calls."""
-    message = copy.deepcopy(message)
-    for call in message.get("tool_calls", ()):
-        message["content"] = message["content"] or None
-        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-    return message
-
-
-def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Segment]]:
+def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[RenderedRow]:
     """Apply the chat template: one row or, if it renders a chat differently as it grows, a row for each answer."""
     if tokenizer is None or not tokenizer.chat_template:
         raise ConfigError("the tokenizer has no chat template, which chat rows need: pass a --chat_template FILE")
@@ -722,8 +692,13 @@ def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -
     try:
         return list(render_rows(chat, tokenizer))
     except RowError:
+        messages = copy.deepcopy(chat.messages)
+        for message in messages:  # for templates that expect arguments as JSON text, and no content beside calls
+            for call in message.get("tool_calls", ()):
+                message["content"] = message["content"] or None
+                call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         with contextlib.suppress(RowError):
-            return list(render_rows(chat._replace(messages=[calls_as_text(m) for m in chat.messages]), tokenizer))
+            return list(render_rows(chat._replace(messages=messages), tokenizer))
         raise
 
 
@@ -1481,12 +1456,15 @@ NumberedRows = Iterator[tuple[int, Any]]  # (line or row number from 1, the row 
 LONGEST_CELL = 2**27  # characters: a longer one is a quote left open
 SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in order of preference
 SPLITS = {name: name for name in ("train", *SPLIT_NAMES)} | dict.fromkeys(("val", "valid", "dev"), "validation")
+SPLITS |= {"training": "train", "testing": "test", "evaluation": "eval"}
 REJECTED = "rejected.jsonl"
+OLDEST_EXCHANGES = "the oldest exchanges of a chat that is too long"
 DATASETS_ERRORS = (RuntimeError, datasets.exceptions.DatasetsError)  # beside LIBRARY_ERRORS
 ROW_FEATURES = datasets.Features(
-    {"segments": [dict(zip(Segment.__annotations__, map(datasets.Value, ("string", "bool", "int32")), strict=True))]}
+    {"segments": [{"text": datasets.Value("string"), "supervised": datasets.Value("bool")}]}
     | {"rendered": datasets.Value("bool")}  # tokenised whole, with the special tokens in it
-    | dict.fromkeys(("where", "category", "problem", "raw"), datasets.Value("string"))
+    | {"lost": datasets.Value("int32")}  # tokens of the exchanges that a chat too long has lost
+    | dict.fromkeys(("where", "category", "problem", "raw", "left_out"), datasets.Value("string"))
 )
 
 
@@ -1567,9 +1545,8 @@ def read_file(path: Path) -> NumberedRows:
     open_file = OPENERS.get(path.suffix.lower(), open)
     with reraise_as_user_error(str(path), DataError, csv.Error), open_file(path, "rb") as file:
         head = file.peek(1000)[:1000]
-        if data_suffix(path) != ".parquet" and (
-            head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > len(head) // 3
-        ):
+        wide = head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > len(head) // 3
+        if wide and data_suffix(path) != ".parquet":
             raise DataError(f"{path}: the file is in UTF-16 or UTF-32, expected UTF-8: save it in that encoding")
         # bytes that are not UTF-8 become lone surrogates, which get_text reports with the row they are in
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -1589,12 +1566,11 @@ class RowSource:
     renamed: tuple[tuple[str, str], ...] = ()  # a format's name of a column, and the data's
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        local = ((f"{path}:{number}", row) for path in self.files for number, row in read_file(path))
-        loaded = (
-            (f"{self.name}:{number}", drop_nulls(row, 0)) for number, row in enumerate(self.loaded or (), start=1)
-        )
+        numbered = [(str(path), read_file(path)) for path in self.files]
+        numbered.append((self.name, enumerate((drop_nulls(row, 0) for row in self.loaded or ()), start=1)))
+        rows = ((f"{name}:{number}", row) for name, part in numbered for number, row in part)
         with reraise_as_user_error(self.name, DataError, *DATASETS_ERRORS):
-            for where, row in itertools.islice(itertools.chain(local, loaded), self.first, self.last):
+            for where, row in itertools.islice(rows, self.first, self.last):
                 yield where, rename_columns(row, dict(self.renamed))
 
     def fingerprint(self) -> str:
@@ -1657,8 +1633,8 @@ def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
 
 def split_named(name: str) -> str:
     """The split that a word of a file's or split's name stands for; empty if there is none, or several."""
-    words = re.split(r"[^a-z0-9]+", name.lower())
-    found = {SPLITS[word] for word in words if word in SPLITS}
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)  # also of gsm8kTrain
+    found = {SPLITS[word.lower()] for word in words if word.lower() in SPLITS}
     return found.pop() if len(found) == 1 else ""
 
 
@@ -1687,16 +1663,16 @@ def find_files(name: str, path: Path, config: Config) -> dict[str, RowSource]:
 
 def choose_format(name: str, source: RowSource, config: Config) -> str:
     """The format of a dataset's rows: the flag, the preset's own, or the first whose columns are all there."""
-    rows = (row for _, row in source if isinstance(row, Mapping))
+    rows = (row for _, row in source if isinstance(row, Mapping) and not INVALID_TEXT.search("".join(row)))
     columns = sorted({column for row in itertools.islice(rows, 100) for column in row})  # a JSON line may omit some
     if not columns:
         where, row = next(iter(source), (name, RowError("no row in it")))
         with reraise_as_user_error(where, DataError):  # a RowError is a ValueError
             check_row(row)
     candidates = MASKED_FORMATS if config.masked else tuple(name for name, f in FORMATS.items() if f.inferred)
-    fitting = (known for known in candidates if set(columns).issuperset(FORMATS[known].columns))
+    fitting = [known for known in candidates if set(columns).issuperset(FORMATS[known].columns)]
     named = config.data.dataset_format or (name if name in DATASETS and not config.masked else None)
-    chosen = named or next(fitting, None)
+    chosen = named or next(iter(fitting), None)
     found = f"{name}: found the columns {shorten(', '.join(columns) or '(none)')}"
     if absent := [pair for pair in source.renamed if pair[0] not in columns]:
         raise DataError(f"{found}, but none is called {absent[0][1]}, which --columns names")
@@ -1712,12 +1688,93 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     log.info("%s: format %s%s", name, chosen, "" if named else ", inferred from columns")
     if chosen == "hh-rlhf":
         log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", name)
-    used = {"category", "source", *format.columns, *format.optional}
     if CUSTOM_FORMAT.fullmatch(chosen):
         log.info("its rows are cached: if it reads other files and they change, pass another --cache_dir")
-    elif unused := sorted(set(columns).difference(used)):
-        log.info("%s: columns left out: %s", name, shorten(", ".join(unused)))
     return chosen
+
+
+class Limits(NamedTuple):
+    """The most tokens that a row may have."""
+
+    source: int  # prompt with BOS
+    target: int  # completion with EOS
+    total: int | None = None  # both together; replaces the other two
+
+    @property
+    def longest(self) -> int:
+        """Of a row, and of a pack."""
+        return self.total or self.source + self.target
+
+    def prompt(self, completion: int) -> int:
+        """Of a prompt whose completion has so many. With one limit for both it has a quarter of it at least."""
+        return self.source if self.total is None else max(self.total - completion, self.total // 4)
+
+
+Tokens = list[tuple[int, int]]  # ids and labels: the id where it is supervised, IGNORE elsewhere
+
+
+def length_limits(config: Config) -> Limits:
+    """The limits that the flags set."""
+    data = config.data
+    return Limits(data.source_max_len, 0 if config.masked else data.target_max_len, data.model_max_len)
+
+
+def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Tokens]]:
+    """Tokens of each segment of rows that are tokenised as one text; a token in two segments goes to the second."""
+    if not tokenizer.is_fast:
+        raise ConfigError("chats and segments need a tokenizer with character offsets, which a tokenizer.json gives")
+    ends, bos, eos = BOS_MARK + EOS_MARK, tokenizer.bos_token_id, tokenizer.eos_token_id
+    texts = ["".join(segment["text"] for segment in row).strip(ends) for row in rows]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
+    for row, text, ids, offsets in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        segment_of = [number for number, segment in enumerate(row) for _ in segment["text"].strip(ends)]  # by character
+        tokens: list[Tokens] = [[] for _ in row]
+        for i, (start, end) in zip(ids, offsets, strict=True):
+            if text[start:end] != ESCAPE_MARK:
+                first, last = segment_of[min(start, len(text) - 1)], segment_of[max(end, start + 1, 1) - 1]
+                supervised = row[first]["supervised"] or row[last]["supervised"]
+                tokens[last].append((i, i if supervised else IGNORE))
+        if row[0]["text"].startswith(BOS_MARK) and bos is not None:
+            tokens[0].insert(0, (bos, bos if row[0]["supervised"] else IGNORE))
+        if row[-1]["text"].endswith(EOS_MARK):
+            tokens[-1].append((eos, eos if row[-1]["supervised"] else IGNORE))
+        yield tokens
+
+
+def last_supervised(segments: Sequence[Segment]) -> int:
+    """The segment with which the completion begins."""
+    return max(number for number, segment in enumerate(segments) if segment["supervised"])
+
+
+def prompt_fits(row: RenderedRow, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> bool:
+    """Whether the prompt of a chat's last answer is within the limits."""
+    last, sizes = last_supervised(row.segments), [len(segment["text"].encode()) for segment in row.segments]
+    if sum(sizes[:last]) > limits.prompt(sum(sizes[last:])):  # a token has a byte at least
+        sizes = [len(tokens) for tokens in next(tokenize_rendered([row.segments], tokenizer))]
+    return sum(sizes[:last]) <= limits.prompt(sum(sizes[last:]))
+
+
+def render_within(chat: Conversation, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Iterator[RenderedRow]:
+    """The rows of a chat. One with too long a prompt is rendered without its oldest exchanges; the last one stays."""
+    rows = render_chat(chat, tokenizer)
+    for answer, row in zip(chat.answers[-len(rows) :], rows, strict=True):
+        first, *later = [n for n, message in enumerate(chat.messages[:answer]) if message["role"] == "user"]
+        if later and not prompt_fits(row, tokenizer, limits):
+            shorter = []
+            for user in later:
+                kept = [n - user + first for n in ([answer] if len(rows) > 1 else chat.answers) if n >= user]
+                messages = chat.messages[:first] + chat.messages[user : answer + 1]
+                shorter.append(chat._replace(messages=messages, answers=kept))
+            # from the shortest on, each with its last answer alone
+            alone = (render_chat(part._replace(answers=part.answers[-1:]), tokenizer)[0] for part in reversed(shorter))
+            fits = partial(prompt_fits, tokenizer=tokenizer, limits=limits)
+            fitting = max(1, sum(1 for _ in itertools.takewhile(fits, alone)))
+            short = render_chat(shorter[-fitting], tokenizer)[-1]
+            whole, rest = (
+                sum(map(len, tokens)) for tokens in tokenize_rendered([row.segments, short.segments], tokenizer)
+            )
+            row = short._replace(left_out=[*short.left_out, OLDEST_EXCHANGES], lost=whole - rest)
+        yield row
 
 
 def check_row(row: Any) -> Mapping[str, Any]:
@@ -1726,6 +1783,8 @@ def check_row(row: Any) -> Mapping[str, Any]:
         raise row
     if not isinstance(row, Mapping):
         raise RowError(f"the row is a {type(row).__name__}, expected an object with fields")
+    if INVALID_TEXT.search("".join(row)):
+        raise RowError("a field's name is not UTF-8, expected UTF-8 (is the file in Latin-1 or UTF-16?)")
     return row
 
 
@@ -1746,24 +1805,33 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
         raise DataError(f"{source.name}: no row{f' after row {source.first}' * bool(source.first)}{which}")
 
 
-def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any) -> list[dict[str, Any]]:
+def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any, limits: Limits) -> list[Any]:
     """A raw row as ROW_FEATURES, a chat as one or several; a bad one has no segments but a problem, and its JSON."""
-    normal: dict[str, Any] = {"segments": [], "rendered": False, "category": "", "problem": "", "raw": ""}
+    normal: dict[str, Any] = {"segments": [], "rendered": False, "lost": 0}
+    normal |= dict.fromkeys(list(ROW_FEATURES)[3:], "")
     normal["where"] = escape_control_chars(where)
     try:
         parsed = dataset_format.parse(check_row(row))
         rendered = isinstance(parsed, (Conversation, JoinedSegments))
         if isinstance(parsed, Conversation):
-            rows = render_chat(parsed, tokenizer)
+            rows = list(render_within(parsed, tokenizer, limits))
         else:
-            rows = [join_segments(parsed, tokenizer) if isinstance(parsed, JoinedSegments) else parsed]
-        category = str(row.get("category") or row.get("source") or "").encode("utf-8", "replace").decode()
-        for segments in rows:
+            rows = [RenderedRow(join_segments(parsed, tokenizer) if isinstance(parsed, JoinedSegments) else parsed, [])]
+        normal["category"] = escape_control_chars(str(row.get("category") or row.get("source") or ""))
+        used = {"category", "source", *dataset_format.columns, *dataset_format.optional}
+        unused = sorted(
+            escape_control_chars(name) for name, value in row.items() if name not in used and value is not None
+        )
+        for segments, left_out, _ in rows:
+            left_out += unused if dataset_format.columns else ()  # a user's own function may use all of them
             if not any(segment["supervised"] and segment["text"].strip(MARKS).strip() for segment in segments):
                 column = "".join(dataset_format.columns[-1:]) or "output"
                 raise RowError(f"field {column!r}: the output is empty, expected something to learn")
             "".join(segment["text"] for segment in segments).encode()  # Arrow refuses what is not UTF-8
-        return [normal | {"segments": part, "rendered": rendered, "category": category} for part in rows]
+        return [
+            normal | {"segments": part, "rendered": rendered, "left_out": "\n".join(out), "lost": lost}
+            for part, out, lost in rows
+        ]
     except (RowError, UnicodeEncodeError) as error:
         problem = shorten(error) if isinstance(error, RowError) else "not valid UTF-8 (is the file in Latin-1?)"
         raw = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
@@ -1773,12 +1841,15 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
 def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | None = None) -> Any:
     """The good rows of a split as an Arrow dataset, from the cache if the same content was read before."""
     data, custom = config.data, CUSTOM_FORMAT.fullmatch(source.format)
+    dataset_format, limits = get_format(source.format, data.as_chat), length_limits(config)
+    normalize = partial(normalize_rows, dataset_format=dataset_format, tokenizer=tokenizer, limits=limits)
     depends: list[Any] = [source.fingerprint(), custom and file_digest(Path(custom[1])), limit]
     depends += [data.expand_conversations, data.include_sources, data.as_chat]
     if tokenizer:
-        depends += [TEMPLATE_DATE.search(str(tokenizer.chat_template)) and getattr(tokenizer, "template_date", None)]
-        depends += [tokenizer.chat_template, tokenizer.special_tokens_map, special_token_pattern(tokenizer).pattern]
-    normalize = partial(normalize_rows, dataset_format=get_format(source.format, data.as_chat), tokenizer=tokenizer)
+        template = str(tokenizer.chat_template or "")
+        today = "strftime_now" in template and getattr(tokenizer, "template_date", None)
+        depends += [template, template and limits, tokenizer.special_tokens_map, today]
+        depends += [special_token_pattern(tokenizer).pattern]
     options = {"cache_dir": config.model.cache_dir, "fingerprint": digest("rows", CODE_VERSION, *depends)}
     raw_rows = itertools.islice(select_rows(source, data), limit)
     try:
@@ -1787,6 +1858,12 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
     log.info("%s: %d rows", source.name, len(rows))
+    counts = Counter[str]()
+    for left_out, count in Counter(rows["left_out"][:]).items():
+        counts.update(dict.fromkeys(filter(None, left_out.split("\n")), count))
+    if counts:
+        said = [what + f" (in {n} of {len(rows)} rows)" * (n < len(rows)) for what, n in sorted(counts.items())]
+        log.info("%s: left out: %s", source.name, shorten(", ".join(said)))
     chats = len({where for where, rendered in zip(rows["where"][:], rows["rendered"][:], strict=True) if rendered})
     if chats < (answers := sum(rows["rendered"][:])):
         reason = "the chat template renders a chat differently as it grows"
@@ -1803,12 +1880,6 @@ def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
     return {split_named(split) or split: source for split, source in reversed(sources.items())} | sources
 
 
-def evaluation_source(config: Config) -> RowSource:
-    """The rows of --eval_dataset: its split for evaluation, or all if it has none."""
-    sources = open_dataset(str(config.data.eval_dataset), config)
-    return next((sources[name] for name in SPLIT_NAMES if name in sources), next(iter(sources.values())))
-
-
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
     """Rows to train and to evaluate on, of every dataset named. Chats need the tokenizer."""
     args, data = config.training, config.data
@@ -1823,7 +1894,10 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     training = args.do_train or config.quant.calibration_rows or (args.merged_output_dir and not evaluating)
     parts: tuple[list[Any], list[Any]] = [], []
     mixed = any(share != 1 for _, share in dataset_shares(data.dataset))
-    own = evaluation_source(config) if evaluating and data.eval_dataset else None
+    own = None
+    if evaluating and data.eval_dataset:  # its split for evaluation, or all of it
+        sources = open_dataset(data.eval_dataset, config)
+        own = next(sources[name] for name in (*SPLIT_NAMES, *sources) if name in sources)
     for name, share in dataset_shares(data.dataset):
         sources = open_dataset(name, config)
         train, evaluated = sources.get("train"), [sources[split] for split in SPLIT_NAMES if split in sources]
@@ -1886,8 +1960,11 @@ def concatenate(parts: list[Any]) -> Any:
 
 
 def train_eval_split(rows: Any, config: Config) -> Splits:
-    """Hold rows out for evaluation, shuffled with the original's seed."""
-    size, total, seed = config.data.eval_dataset_size, len(rows), 42  # the original's: the same rows are held out
+    """Hold rows out for evaluation, as datasets' own train_test_split with the original's seed; of a chat all rows."""
+    categories, places, size = rows["category"][:], rows["where"][:], config.data.eval_dataset_size
+    order = numpy.random.default_rng(42).permutation(len(rows)).tolist()
+    chats = list({places[i]: i for i in order}.values())  # or plain rows
+    total = len(chats)
     if "eval_dataset_size" not in config.explicitly_set and total < 4 * size:
         size = max(1, total // 10)
         log.info("a tenth of %d rows, %d, is held out; --eval_dataset_size sets another number", total, size)
@@ -1896,19 +1973,11 @@ def train_eval_split(rows: Any, config: Config) -> Splits:
         raise DataError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {total} rows")
     if count >= total:
         return Splits(None, rows)
-    categories, places = rows["category"][:], rows["where"][:]
-    if not any(categories):
-        parts = rows.train_test_split(test_size=count, shuffle=True, seed=seed)
-        held = {*parts["test"]["where"][:]}
-        if len({*places}) == total:
-            return Splits(parts["train"], parts["test"])
-        # of a chat that is several rows all are held out
-        return Splits(*(rows.select([i for i in range(total) if (places[i] in held) == out]) for out in (False, True)))
-    # sorted by category and evenly spaced: each category gives its share, and one with a single row breaks nothing
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    by_category = sorted(order, key=categories.__getitem__)
-    held_out = {by_category[(2 * n + 1) * total // (2 * count)] for n in range(count)}
-    return Splits(*(rows.select([i for i in order if (i in held_out) == held]) for held in (False, True)))
+    if any(categories):  # evenly spaced: each gives its share, and one with a single row breaks nothing
+        chats.sort(key=categories.__getitem__)
+        chats = [chats[(2 * n + 1) * total // (2 * count)] for n in range(count)]
+    held_out = {places[i] for i in chats[:count]}
+    return Splits(*(rows.select([i for i in order if (places[i] in held_out) == held]) for held in (False, True)))
 
 
 def drop_bad_rows(rows: Any, config: Config) -> Any:
@@ -1960,7 +2029,9 @@ PROBES = ["  I'LL don't\n\n\n 1. é à e\u0301 ﬁ\n    return x\n\tif 日本語
 # How a .gguf file names what splits its text, in llama.cpp's llama-vocab.cpp: as GPT-2, with digits alone or in runs.
 GGUF_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 GGUF_DIGIT_RUNS = ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "phi-2", "roberta-bpe")
-TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges*", "added_tokens.json", "config.json"]
+TOKENIZER_FILES = [
+    "tokenizer*", "tekken.json", "special_tokens_map.json", "vocab*", "merges*", "added_tokens.json", "config.json",
+]  # fmt: skip
 
 
 def download(name: str, patterns: list[str], config: Config) -> Path:
@@ -1988,9 +2059,8 @@ def match_file(tokenizer: Any, folder: str, config: Config, **options: Any) -> A
     """The tokenizer, or the plain class made from its tokenizer.json if that gives other ids."""
     file = download(folder, TOKENIZER_FILES, config) / "tokenizer.json"
     if not file.is_file():
-        if type(tokenizer).__name__ == "MistralCommonBackend":
-            raise ConfigError("mistral-common is not supported: add a tokenizer.json of the same model to its folder")
-        return tokenizer
+        mistral = type(tokenizer).__name__ == "MistralCommonBackend"  # which has no offsets
+        return convert_tekken_tokenizer(str(file.with_name("tekken.json"))) if mistral else tokenizer
     backend = Tokenizer.from_file(str(file))
     backend.no_padding()
     backend.no_truncation()
@@ -2053,10 +2123,7 @@ def add_tokens(tokenizer: Any, names: str, rows: int) -> int:
 
 
 def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model_config: PretrainedConfig) -> None:
-    """Apply the flags, choose a pad token if there is none, and check the ids.
-
-    The embedding matrix is resized for --add_tokens alone: else all of it would be written into every adapter.
-    """
+    """Apply the flags, choose a pad token if there is none, and check the ids."""
     rows = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
     rows = add_tokens(tokenizer, config.model.add_tokens, rows) if config.model.add_tokens else rows
     vocabulary = tokenizer.get_vocab()
@@ -2087,26 +2154,6 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
 # added as ids. Prompt and completion are tokenised apart, a chat and a function's own segments whole, with the special
 # tokens of the template and those named on purpose. A `</s>` that a user wrote stays text in all.
 # ------------------------------------------------------------------------------------
-class Limits(NamedTuple):
-    """The most tokens that a row may have."""
-
-    source: int  # prompt with BOS
-    target: int  # completion with EOS
-    total: int | None = None  # both together; replaces the other two
-
-    @property
-    def longest(self) -> int:
-        """Of a row, and of a pack."""
-        return self.total or self.source + self.target
-
-    def prompt(self, completion: int) -> int:
-        """Of a prompt whose completion has so many. With one limit for both it has a quarter of it at least."""
-        return self.source if self.total is None else max(self.total - completion, self.total // 4)
-
-
-Tokens = list[tuple[int, int]]  # ids and labels: the id where it is supervised, IGNORE elsewhere
-
-
 class Encoded(NamedTuple):
     input_ids: list[int]
     labels: list[int]
@@ -2114,19 +2161,12 @@ class Encoded(NamedTuple):
     uncut: tuple[int, int] = (0, 0)  # tokens of prompt and completion
 
 
-def length_limits(config: Config) -> Limits:
-    """The limits that the flags set."""
-    data = config.data
-    return Limits(data.source_max_len, 0 if config.masked else data.target_max_len, data.model_max_len)
-
-
 def truncate_and_concat(
     source: Tokens, target: Tokens, limits: Limits, train_on_source: bool = False, bos: int | None = None
 ) -> Encoded:
-    """Prompt and completion cut to the limits and joined.
+    """Prompt and completion cut to the limits and joined. Two limits cut each on the right, so that EOS goes too.
 
-    Two limits cut each on the right, so a cut completion has no EOS. One limit for both cuts the prompt from the left,
-    after BOS, down to a quarter of the limit, which keeps the answer's marker; then the completion on the right.
+    One limit cuts the prompt from the left, after BOS, down to a quarter of it, and then the completion on the right.
     """
     kept = limits.prompt(len(target))
     prompt, room = source[:kept], limits.target
@@ -2160,66 +2200,22 @@ def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
         yield [[(i, i if s["supervised"] else IGNORE) for i in part] for s, part in zip(row, ids, strict=True)]
 
 
-def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Tokens]]:
-    """Tokens of each segment of rows that are tokenised as one text; a token in two segments goes to the second."""
-    if not tokenizer.is_fast:
-        raise ConfigError("chats and segments need a tokenizer with character offsets, which a tokenizer.json gives")
-    ends, bos, eos = BOS_MARK + EOS_MARK, tokenizer.bos_token_id, tokenizer.eos_token_id
-    texts = ["".join(segment["text"] for segment in row).strip(ends) for row in rows]
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
-    for row, text, ids, offsets in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        segment_of = [number for number, segment in enumerate(row) for _ in segment["text"].strip(ends)]  # by character
-        tokens: list[Tokens] = [[] for _ in row]
-        for i, (start, end) in zip(ids, offsets, strict=True):
-            if text[start:end] != ESCAPE_MARK:
-                first, last = segment_of[min(start, len(text) - 1)], segment_of[max(end, start + 1, 1) - 1]
-                supervised = row[first]["supervised"] or row[last]["supervised"]
-                tokens[last].append((i, i if supervised else IGNORE))
-        if row[0]["text"].startswith(BOS_MARK) and bos is not None:
-            tokens[0].insert(0, (bos, bos if row[0]["supervised"] else IGNORE))
-        if row[-1]["text"].endswith(EOS_MARK):
-            tokens[-1].append((eos, eos if row[-1]["supervised"] else IGNORE))
-        yield tokens
-
-
-def last_supervised(segments: Sequence[Segment]) -> int:
-    """The segment with which the completion begins."""
-    return max(number for number, segment in enumerate(segments) if segment["supervised"])
-
-
-def prompts_and_completions(
-    batch: Mapping[str, list[Any]], tokenizer: Any, limits: Limits
-) -> Iterator[tuple[Tokens, Tokens, int | None]]:
-    """Tokens of a row's prompt, and of the rest from its last supervised segment on; how many tokens a chat lost."""
+def prompts_and_completions(batch: Mapping[str, list[Any]], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens, bool]]:
+    """Tokens of a row's prompt, and of the rest from its last supervised segment on; whether it is a chat."""
     rows = zip(batch["segments"], batch["rendered"], strict=True)
     for rendered, group in itertools.groupby(rows, operator.itemgetter(1)):
         segments = [row for row, _ in group]
         tokenized = (tokenize_rendered if rendered else tokenize_segments)(segments, tokenizer)
         for row, tokens in zip(segments, tokenized, strict=True):
-            last, lost, uncut = last_supervised(row), 0, sum(map(len, tokens))
+            last = last_supervised(row)
             chat = rendered and not row[0]["text"].startswith(BOS_MARK)
-            exchanges = max(segment.get("turn", 0) for segment in row)
-            room = limits.prompt(
-                sum(map(len, tokens[last:]))
-            )  # if it is too small the oldest exchanges go, not the last
-            while lost + 1 < exchanges and sum(map(len, tokens[:last])) > room:
-                lost += 1
-                kept = [n for n, segment in enumerate(row) if segment["turn"] != lost]
-                row, tokens, last = [row[n] for n in kept], [tokens[n] for n in kept], kept.index(last)
-                if (
-                    sum(map(len, tokens[:last])) <= room
-                ):  # by the longer text's tokens; its own may be more or other ones
-                    (tokens,) = tokenize_rendered([row], tokenizer)
-            source, target = (list(itertools.chain(*part)) for part in (tokens[:last], tokens[last:]))
-            yield source, target, uncut - len(source) - len(target) if chat else None
+            yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), chat
 
 
 def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
-    """A text with the tokenizer's special tokens around it; the labels are the tokens that may be masked.
-
-    A mask token in the text is one, which prediction fills. Other special tokens in it stay text, except with slow
-    tokenizers: ESM's finds its letters by the same rule as special tokens.
-    """
+    """A text with the tokenizer's special tokens around it; the labels are the tokens that may be masked."""
+    # a mask token in the text is one, which prediction fills; other special tokens stay text, except with slow
+    # tokenizers: ESM's finds its letters by the same rule as special tokens
     split, limit = tokenizer.is_fast and str(tokenizer.mask_token) not in text, limits.total or limits.source
     row = tokenizer(text, return_special_tokens_mask=True, split_special_tokens=split, verbose=False)
     ids, special = row["input_ids"], row["special_tokens_mask"]
@@ -2234,16 +2230,17 @@ def encode_batch(
 ) -> dict[str, list[Any]]:
     """Columns of segments -> columns of encoded rows, for datasets.map. A chat whose prompt does not fit is empty."""
     encoded = [encode_masked(row[-1]["text"], tokenizer, limits) for row in batch["segments"] if masked]
-    for source, target, lost in () if masked else prompts_and_completions(batch, tokenizer, limits):
+    for source, target, chat in () if masked else prompts_and_completions(batch, tokenizer):
+        fits = not chat or len(source) <= limits.prompt(len(target))
         row = truncate_and_concat(source, target, limits, train_on_source, tokenizer.bos_token_id)
-        fits = lost is None or len(source) <= limits.prompt(len(target))
-        uncut = len(source) + (lost or 0), len(target)
-        encoded.append(Encoded(*(row[:2] if fits else ([], [])), row.cut or bool(lost) or not fits, uncut))
+        uncut = len(source) + batch.get("lost", [0] * len(batch["segments"]))[len(encoded)], len(target)
+        encoded.append(Encoded(*(row[:2] if fits else ([], [])), row.cut or not fits, uncut))
     rows = [row._asdict() | row_facts(row, tokenizer.eos_token_id, masked) for row in encoded]
     special = special_token_pattern(tokenizer)
-    for facts, segments, rendered in zip(rows, batch["segments"], batch["rendered"], strict=True):
-        texts = [segment["text"] for segment in segments if not masked]
-        facts["special_text"] = any(ESCAPE_MARK in text or (not rendered and special.search(text)) for text in texts)
+    for n, facts in enumerate(rows):
+        pattern = ESCAPE_MARK if batch["rendered"][n] else special
+        facts["special_text"] = not masked and any(re.search(pattern, part["text"]) for part in batch["segments"][n])
+        facts["cut"] |= OLDEST_EXCHANGES in batch.get("left_out", [""] * len(rows))[n]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -2251,11 +2248,9 @@ def row_facts(row: Encoded, eos: int | None, masked: bool) -> dict[str, Any]:
     """What statistics and checks need to know of an encoded row."""
     ids, labels = row[:2]
     targets = [n for n, label in enumerate(labels) if label != IGNORE and (n or masked)]  # nothing predicts the first
-    last = targets[-1] if targets else 0
+    last, missing = targets[-1] if targets else 0, ids and not targets
     return {
-        "problem": ""
-        if targets or not ids
-        else "no token left to learn, expected one at least: raise the length limits",
+        "problem": "no token left to learn, expected one at least: raise the length limits" if missing else "",
         "length": len(ids),
         "supervised": len(targets),
         # with --train_on_source, the line end that a template puts after EOS is supervised too
@@ -2271,23 +2266,21 @@ def encoding_options(config: Config) -> dict[str, Any]:
 
 
 def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
-    """Encode rows in parallel, or find them in the cache, and leave out those that can't be trained on.
-
-    The first 1,000 rows of a stream stand for it.
-    """
+    """Encode rows in parallel, or find them in the cache; those that can't be trained on are left out."""
     options, limit, encoded = encoding_options(config), config.data.model_max_len, dict.fromkeys(splits._fields)
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     depends = (vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id, options)
     for name, rows in splits._asdict().items():
         if rows is None:
             continue
-        rows = load_rows(rows, config, tokenizer, limit=1000) if isinstance(rows, RowSource) else rows
+        if isinstance(rows, RowSource):  # the first rows of a stream stand for it
+            rows = load_rows(rows, config, tokenizer, limit=1000)
         workers = min(os.cpu_count() or 1, len(rows) // 20_000)  # below that, starting processes takes longer
         if workers > 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
         rows = rows.map(
             encode_batch, batched=True, fn_kwargs={"tokenizer": tokenizer, **options},
-            remove_columns=[name for name in rows.column_names if name not in ("where", "rendered", "problem")],
+            remove_columns=sorted({*rows.column_names} - {"where", "rendered", "problem", "left_out"}),
             num_proc=workers if workers > 1 else None,
             desc=f"Encoding {name} rows", new_fingerprint=digest(CODE_VERSION, rows._fingerprint, *depends),
         )  # fmt: skip
@@ -2308,15 +2301,12 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
 def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: float = 0) -> Iterator[tuple[float, Any]]:
     """Encoded rows to train on, pass after pass without end, each with the number of raw rows consumed so far.
 
-    Of a chat that becomes several rows, each consumes a share. The order of a pass follows from seed and pass alone. A
-    resume gives that number as `skip`: raw rows up to it are read but not encoded, and the rest is what it would have
-    been. Resuming a shuffle buffer's state would not be exact.
+    The order of a pass follows from seed and pass alone. A resume gives that number as `skip`: raw rows up to it are
+    read but not encoded. Resuming a shuffle buffer's state would not be exact.
     """
     args, data, consumed = config.training, config.data, 0
-    seed, dataset_format = (
-        args.seed if args.data_seed is None else args.data_seed,
-        get_format(stream.format, data.as_chat),
-    )
+    seed = args.seed if args.data_seed is None else args.data_seed
+    dataset_format, limits = get_format(stream.format, data.as_chat), length_limits(config)
     for epoch in itertools.count():
         raw_rows = datasets.IterableDataset.from_generator(select_rows, gen_kwargs={"source": stream, "data": data})
         if args.train_sampling_strategy != "sequential":
@@ -2325,13 +2315,13 @@ def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: floa
             consumed += 1
             if consumed <= skip:
                 continue
-            rows = normalize_rows(**raw, dataset_format=dataset_format, tokenizer=tokenizer)
+            rows = normalize_rows(**raw, dataset_format=dataset_format, tokenizer=tokenizer, limits=limits)
             for number, row in enumerate(rows, start=1):
-                position = consumed - 1 + number / len(rows)
+                position = consumed - 1 + number / len(rows)  # each row of a chat consumes a share
                 if position <= skip:
                     continue
                 if not row["problem"]:
-                    columns = {name: [row[name]] for name in ("segments", "rendered")}
+                    columns = {name: [row[name]] for name in ("segments", "rendered", "left_out", "lost")}
                     encoded = encode_batch(columns, tokenizer, **encoding_options(config))
                     row |= {name: values[0] for name, values in encoded.items()}
                 if row["problem"]:
@@ -2341,10 +2331,9 @@ def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: floa
 
 
 class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows of a dataset in packs of at most `limit` tokens, which follow from the rows alone.
+    """Rows in packs of at most `limit` tokens. The longest first, each goes into the fullest pack that has room.
 
-    The longest row first, each goes into the fullest pack that has room: best-fit decreasing (Johnson 1973), which
-    needs at most 11/9 of the fewest packs.
+    Best-fit decreasing (Johnson 1973) needs at most 11/9 of the fewest packs.
     """
 
     def __init__(self, rows: Any, limit: int) -> None:
@@ -2379,8 +2368,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
 def epoch_order(lengths: list[int], batch_size: int, args: Any, epoch: int) -> list[int]:
     """Row numbers in an order that follows from seed and epoch alone, so that a resume in any epoch repeats it.
 
-    group_by_length puts rows of similar length together (in windows of 50 batches, the longest first): less padding.
-    The Trainer's own grouped sampler changes its order after a resume.
+    The Trainer's own grouped sampler, of windows of 50 batches with the longest rows first, changes it after a resume.
     """
     generator = torch.Generator().manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)
     if args.train_sampling_strategy == "group_by_length":
@@ -2507,9 +2495,9 @@ def collate_step(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> dic
 
 
 def micro_batches(step: StepBatch, rows: int | None, tokens: int, padded: bool) -> list[list[int]]:
-    """The members that go through the model together: at most `rows` of the dataset, in their order.
+    """The members that go through the model together: at most `rows` of the dataset (None: as many as fit), in order.
 
-    They have at most so many tokens, padding included, unless one member alone has more. `rows` None: as many as fit.
+    They have at most so many tokens, padding included, unless one member alone has more.
     """
     lengths = step.lengths.tolist()
     groups = [list(range(len(lengths)))]
@@ -2591,10 +2579,8 @@ class Masking(NamedTuple):
 
 
 def build_masking(tokenizer: PreTrainedTokenizerBase, rows: int, data: DataArguments) -> Masking:
-    """The masking that the flags set, for a model whose embedding has this many rows.
-
-    A random token is never a special one: RoBERTa and ESM count positions from the padding tokens.
-    """
+    """The masking that the flags set, for a model whose embedding has this many rows."""
+    # a random token is never a special one: RoBERTa and ESM count positions from the padding tokens
     words = sorted(i for i in set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids) if i < rows)
     shares = data.mask_prob, data.mask_replace_prob, data.random_replace_prob
     return Masking(*shares, mask_id=tokenizer.mask_token_id, words=torch.tensor(words))
@@ -2632,6 +2618,8 @@ def preview_rows(
             title = f"row {number + 1}" + f", part {part} of {len(members)}" * (len(members) > 1)
             title += f": {member['where']}, {len(ids)} tokens, {int((labels != IGNORE).sum())} supervised"
             title += ", cut" * member["cut"] + ", special tokens as text" * member["special_text"]
+            if left_out := member["left_out"].replace("\n", ", "):
+                title += f", left out: {shorten(left_out)}"
             yield title, row_spans(ids.tolist(), labels.tolist(), tokenizer)
 
 
@@ -5412,8 +5400,8 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     """One dictionary a row: its fields, `prediction`, `prediction_with_input`. Prompts are cut as in training."""
     model, tokenizer, limits = trainer.base, trainer.processing_class, length_limits(trainer.config)
     prompts = []
-    for source, _, lost in prompts_and_completions(batch, tokenizer, limits):
-        room = limits if lost is None else Limits(len(source), 0)  # within a question nothing is cut
+    for source, _, chat in prompts_and_completions(batch, tokenizer):
+        room = Limits(len(source), 0) if chat else limits  # within a question nothing is cut
         prompt = truncate_and_concat(source, [], room, bos=tokenizer.bos_token_id).input_ids
         prompts.append(prompt or [tokenizer.eos_token_id])  # generation needs one token at least
     generation, answers, device = generation_config(trainer.config, model, tokenizer), list[Any](), trainer.args.device

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig
 
 import qlora
 
@@ -296,7 +296,8 @@ def chatml_tokenizer(template=CHATML, **options):
 
 def render_all(messages, tokenizer, **columns):
     """The rows of a chat."""
-    return qlora.render_chat(qlora.FORMATS["messages"].parse({"messages": messages, **columns}), tokenizer)
+    chat = qlora.FORMATS["messages"].parse({"messages": messages, **columns})
+    return [row.segments for row in qlora.render_chat(chat, tokenizer)]
 
 
 def render(messages, tokenizer, **columns):
@@ -500,10 +501,23 @@ def test_a_template_that_changes_earlier_turns(tmp_path, caplog):
     assert supervised == ["Hello<|im_end|>", "<think></think>In the harbour.<|im_end|>"]
 
 
-def test_a_template_that_changes_the_question_once_it_is_answered():
+@pytest.mark.parametrize("category", [{}, {"category": "x"}])
+def test_rows_of_one_chat_are_on_one_side(tmp_path, category):
+    """Of ten chats of two rows each, three are held out whole."""
+    chats = [[{**m, "content": f"{n} {m['content']}"} for m in LONG] for n in range(10)]
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": chat, **category} for chat in chats])
+    splits = load(file, chatml_tokenizer(CHANGING), "--do_eval", "--eval_dataset_size", 3)
+    train, held_out = ([where.rpartition(":")[2] for where in rows["where"][:]] for rows in splits)
+    assert len(set(held_out)) == 3 and len(held_out) == 6 and len(train) == 14 and not {*train} & {*held_out}
+    alone = tiny.rows_to_jsonl(tmp_path / "b.jsonl", [{"messages": LONG}])
+    assert "leaves nothing to train on" in error_of(alone, chatml_tokenizer(CHANGING), "--do_eval")
+
+
+@pytest.mark.parametrize("when", ["loop.last", "add_generation_prompt and loop.last"])
+def test_a_template_that_changes_the_question_once_it_is_answered(when):
     """Each answer is learnt after the prompt that the template writes for generating it."""
-    template = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ '?' if loop.last and m.role == 'user' }}")
-    tokenizer = chatml_tokenizer(template)
+    changed = f"{{{{ m.content }}}}{{{{ '?' if {when} and m.role == 'user' }}}}"
+    tokenizer = chatml_tokenizer(CHATML.replace("{{ m.content }}", changed))
     rows = render_all(LONG, tokenizer)
     for segments, end, answer in zip(rows, (3, 5), ("Hello", "In the harbour."), strict=True):
         prompt = tokenizer.apply_chat_template(LONG[: end - 1], tokenize=False, add_generation_prompt=True)
@@ -534,28 +548,50 @@ def test_calls_in_llama_s_spelling():
     assert conversation.messages[1]["tool_calls"][0]["function"] == {"name": "count", "arguments": {"of": "ships"}}
 
 
+# As Mistral's: the system turn stands in the first question.
+MISTRAL = (
+    "{% set first = messages[1:] if messages[0].role == 'system' else messages %}{% for m in first %}"
+    "{% if m.role == 'user' %}[INST] {% if loop.first and messages[0].role == 'system' %}{{ messages[0].content }}\n\n"
+    "{% endif %}{{ m.content }}[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
 @pytest.mark.parametrize(
     "template",
-    [CHATML, MARKED, CHANGING, VICUNA, STOPLESS, LLAMA2.replace("{% else %}", "{% elif m.role != 'system' %}")],
-    ids=["chatml", "marked", "changing", "vicuna", "stopless", "llama-2"],
+    [
+        CHATML,
+        MARKED,
+        CHANGING,
+        VICUNA,
+        STOPLESS,
+        MISTRAL,
+        LLAMA2.replace("{% else %}", "{% elif m.role != 'system' %}"),
+    ],
+    ids=["chatml", "marked", "changing", "vicuna", "stopless", "mistral", "llama-2"],
 )
 @pytest.mark.parametrize("system", [True, False])
-def test_without_its_first_exchanges_a_chat_is_what_the_template_writes_without_them(template, system):
-    """The interface by which encoding shortens a chat: `turn` counts exchanges, and 0 is what stays."""
-    if template in (VICUNA,) and system:
+def test_a_chat_that_is_too_long_is_what_the_template_writes_without_its_first_exchanges(template, system):
+    """One token too few for the prompt of so many exchanges, and another one goes."""
+    if template == VICUNA and system:
         pytest.skip("it writes a system turn as an answer")
     tokenizer = chatml_tokenizer(template)
     words = ["Why?", "So.", "Whither?", "Sow.", "Why not?", "Well.", "Why?", "So."]
     head = [{"role": "system", "content": "Be kind."}] * system
     chat = shared(*words, who="role", what="content")
-    for segments in render_all([*head, *chat], tokenizer):
-        last = max(segment["turn"] for segment in segments)
-        end = len(head) + 2 * last
-        for first in range(1, last + 1):
-            left = "".join(segment["text"] for segment in segments if segment["turn"] in (0, *range(first, last + 1)))
-            shorter = [*head, *chat[2 * first - 2 : end - len(head)]]
-            assert left == tokenizer.apply_chat_template(shorter, tokenize=False)
-    assert last == 4
+    parsed = qlora.FORMATS["messages"].parse({"messages": [*head, *chat]})
+
+    def prompt_of(messages):
+        segments = render_all(messages, tokenizer)[-1]
+        prompt = "".join(segment["text"] for segment in segments[: qlora.last_supervised(segments)])
+        return len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+    for kept in range(1, 4):
+        shorter, fuller = ([*head, *chat[-2 * count :]] for count in (kept, kept + 1))
+        for room in (prompt_of(shorter), prompt_of(fuller) - 1):
+            row = list(qlora.render_within(parsed, tokenizer, qlora.Limits(room, 99)))[-1]
+            assert "".join(s["text"] for s in row.segments) == tokenizer.apply_chat_template(shorter, tokenize=False)
+            assert row.left_out == [qlora.OLDEST_EXCHANGES]
+            assert row.segments == render_all(shorter, tokenizer)[-1]
 
 
 # ------------------------------------------------------------------------------------
@@ -737,8 +773,15 @@ def test_what_follows_the_last_answer_to_learn_is_left_out():
     assert render(messages, chatml_tokenizer()) == render(LONG[:3], chatml_tokenizer())
     with pytest.raises(qlora.RowError, match="an answer to learn"):
         render([*LONG[:2], {**LONG[2], "train": False}], chatml_tokenizer())
-    with pytest.raises(qlora.RowError, match=r"messages\[2\]\.weight' is 0\.5"):
-        render([*LONG[:2], {**LONG[2], "weight": 0.5}], chatml_tokenizer())
+
+
+@pytest.mark.parametrize("weight", [0.5, 2, -1, "half", [1]])
+def test_an_answer_is_learnt_whole_or_not_at_all(tmp_path, weight):
+    """OpenAI's format knows no weight but 0 and 1."""
+    messages = [*LONG[:2], {**LONG[2], "weight": weight}]
+    message = error_of(tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"messages": messages}]), chatml_tokenizer())
+    assert "a.jsonl:1: field 'messages[2].weight' is " in message
+    assert "expected 1 or 0, or true or false" in message and "--on_bad_rows skip" in message
 
 
 def test_airoboros_chat_honours_weights(tmp_path):
@@ -757,6 +800,93 @@ def test_a_system_column_is_a_turn(name):
     assert render(LONG[1:], tokenizer, **{name: "Be kind."}) == render(LONG, tokenizer)
     assert render(LONG, tokenizer, **{name: "Be rude."}) == render(LONG, tokenizer)  # the turn's own comes first
     assert render(LONG[1:], tokenizer, **{name: ""}) == render(LONG[1:], tokenizer)
+
+
+def left_out_of(tmp_path, caplog, tokenizer, *rows, **flags):
+    """What a run says that it leaves out of these rows, and what a preview says of each."""
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
+    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    config = qlora.parse_config(["--dataset", str(file), "--preview", "9", *argv])
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "qlora"):
+        encoded = qlora.encode_splits(qlora.load_splits(config, tokenizer), tokenizer, config).train
+    said = [message.partition("left out: ")[2] for message in caplog.messages if "left out: " in message]
+    model_config = LlamaConfig(vocab_size=300)
+    titles = [title for title, _ in qlora.preview_rows(encoded, tokenizer, model_config, config)]
+    return said, [title.partition("left out: ")[2] for title in titles]
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_system_column_beside_another_system_turn_is_named(tmp_path, caplog, name, column):
+    same, other = ({column: LONG, name: text} for text in ("Be kind.", "Be rude."))
+    note = f"{name} beside another system turn"
+    said = left_out_of(tmp_path, caplog, chatml_tokenizer(), same, other, {column: LONG[1:], name: "Be rude."})
+    assert said == ([f"{note} (in 1 of 3 rows)"], ["", note, ""])
+
+
+def test_one_of_two_columns_for_the_same_thing_is_named(tmp_path, caplog):
+    tool = {"type": "function", "function": {"name": "ask"}}
+    row = {"messages": LONG[1:], "system": "a", "system_prompt": "b", "tools": [tool], "functions": [{"name": "say"}]}
+    said = "functions beside tools, system_prompt beside another system turn"
+    assert left_out_of(tmp_path, caplog, chatml_tokenizer(TOOLS), row)[0] == [said]
+
+
+def test_a_question_that_is_to_be_learnt_is_named(tmp_path, caplog):
+    questions = [{**LONG[1], "train": value} for value in (False, 0, None, True)]
+    said, _ = left_out_of(tmp_path, caplog, chatml_tokenizer(), *({"messages": [q, LONG[2]]} for q in questions))
+    assert said == ["train of a turn that is not the assistant's (in 1 of 4 rows)"]
+
+
+@pytest.mark.parametrize("column", ["tools", "functions"])
+def test_tools_that_are_no_objects_are_a_bad_row(column):
+    with pytest.raises(qlora.RowError, match=rf"'{column}' is \[\"function\"\], expected a list of objects"):
+        render(LONG, chatml_tokenizer(TOOLS), **{column: ["function"]})
+
+
+def test_calls_in_two_places_are_a_bad_row():
+    turn = {"role": "assistant", "tool_calls": [WEATHER], "function_call": {"name": "other"}}
+    with pytest.raises(qlora.RowError, match=r"messages\[1\].function_call.*one place"):
+        render([ASKED[0], turn], chatml_tokenizer(TOOLS))
+
+
+THINKING = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "dropped"),
+    [
+        (CHATML, True),
+        (MARKED, True),
+        (CHATML.replace("{{ m.content }}", THINKING), False),
+        (CHATML.replace("{{ m.content }}", THINKING.replace("if m", "if loop.last and m")), False),
+        (MARKED.replace("{{ m.content }}", THINKING.replace("if m", "if loop.last and m")), True),
+    ],
+    ids=["never", "never, marked", "always", "in a last answer", "in a last answer, marked"],
+)
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_that_a_template_drops_is_named(tmp_path, caplog, template, dropped, key):
+    """A template that writes that of the last answer makes a row for each; with marks it makes one row."""
+    thought = [{**m, key: f"Hm, {m['content']}"} if m["role"] == "assistant" else m for m in LONG]
+    note = "reasoning that the chat template does not write"
+    said, shown = left_out_of(tmp_path, caplog, chatml_tokenizer(template), {"messages": thought}, {"messages": LONG})
+    assert said == ([f"{note} (in 1 of 2 rows)"] if dropped else [])
+    assert shown[0] == note * dropped and not any(shown[1:])
+
+
+def test_reasoning_in_an_answers_own_text_that_a_template_drops_is_named(tmp_path, caplog):
+    template = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+    rows = [{"messages": [LONG[1], {"role": "assistant", "content": f"{thought}Hello"}]} for thought in THOUGHTS]
+    shown = left_out_of(tmp_path, caplog, chatml_tokenizer(template), *rows)[1]
+    assert [bool(note) for note in shown] == [False, False, True]
+
+
+THOUGHTS = ["", "<think>\n</think>", "<think>Hm.</think>"]
+
+
+def test_oldest_exchanges_that_go_are_named(tmp_path, caplog):
+    said = left_out_of(tmp_path, caplog, chatml_tokenizer(), {"messages": FOUR}, {"messages": LONG}, source_max_len=99)
+    assert said[0] == ["the oldest exchanges of a chat that is too long (in 1 of 2 rows)"]
 
 
 @pytest.mark.parametrize("options", [{"mood": "calm"}, '{"mood": "calm"}'])
@@ -952,7 +1082,7 @@ def as_pair(row):
     return {"input": row["q"].upper() + "=", "output": row["a"]}
 
 def as_segments(row):
-    answer = {"text": row["a"], "learnt": True}  # the key's earlier name
+    answer = {"text": row["a"], "supervised": True}
     return [{"text": row["q"], "supervised": False}, answer, {"text": "!", "supervised": False}]
 
 def as_messages(row):
@@ -1178,7 +1308,7 @@ def test_a_run_on_airoboros_chat(run_qlora, tmp_path):
     flags |= {"include_sources": "s", "eval_dataset_size": 0.25, "do_eval": True, "max_steps": 2}
     run = run_qlora(dataset=file, source_max_len=None, target_max_len=None, **flags)
     assert run.code == 0 and (run.output_dir / "completed").exists()
-    assert run.json("run.json")["data"]["eval"]["rows"] == 3  # a quarter of twice six
+    assert run.json("run.json")["data"]["eval"]["rows"] == 4  # of two of six conversations, which stay whole
     assert run.json("metrics.json")["eval_loss"] > 0
 
 

@@ -120,8 +120,8 @@ def encode(name, row, tokenizer, limits):
 @pytest.mark.parametrize(("name", "row", "source", "target"), ROWS, ids=ROWS_IDS)
 def test_golden_pair(name, row, source, target):
     assert qlora.FORMATS[name].parse(row) == [
-        {"text": source, "supervised": False, "turn": 0},
-        {"text": target, "supervised": True, "turn": 0},
+        {"text": source, "supervised": False},
+        {"text": target, "supervised": True},
     ]
 
 
@@ -329,6 +329,20 @@ def test_columns_that_are_left_out_are_named_once(tmp_path, caplog, row, unused)
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [row] * 3)
     load("--dataset", str(file))
     assert [m.partition("left out: ")[2] for m in caplog.messages if "left out" in m] == [unused] * (unused is not None)
+
+
+def test_a_column_that_few_rows_have_is_named(tmp_path, caplog):
+    """Also the last of many, in a file and in the cache."""
+    caplog.set_level(logging.INFO, "qlora")
+    rows = [{"text": f"{n}", "meta": None} for n in range(150)] + [
+        {"text": "a", "late": 0, "score": ""},
+        {"text": "b", "late": 1},
+    ]
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
+    for _ in range(2):
+        load("--dataset", str(file))
+    said = "late (in 2 of 152 rows), score (in 1 of 152 rows)"
+    assert [m.partition("left out: ")[2] for m in caplog.messages if "left out" in m] == [said] * 2
 
 
 def test_columns_that_only_some_rows_have_count(tmp_path):

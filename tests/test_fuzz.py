@@ -79,7 +79,8 @@ def data_flags(**flags):
 
 def checked(source, form, tokenizer, **flags):
     """Rows in normal form, each of which can be trained on or says what is wrong with it."""
-    normalize = partial(qlora.normalize_rows, dataset_format=qlora.FORMATS[form], tokenizer=tokenizer)
+    options = {"dataset_format": qlora.FORMATS[form], "tokenizer": tokenizer, "limits": qlora.Limits(9, 9)}
+    normalize = partial(qlora.normalize_rows, **options)
     rows = [row for raw in qlora.select_rows(source, data_flags(**flags)) for row in normalize(**raw)]
     for row in rows:
         texts = [segment["text"] for segment in row["segments"]]

@@ -134,6 +134,8 @@ def test_a_folder_of_files_named_after_splits(tmp_path):
     [
         ("train", "val"), ("train", "valid"), ("Train", "DEV"), ("gsm8k_train", "gsm8k_test"),
         ("squad-train-00000-of-00001", "squad-validation-00000-of-00001"), ("a.train", "a.eval"),
+        ("gsm8kTrain", "gsm8kTest"), ("trainSplit", "DEVSplit"), ("training", "testing"),
+        ("Training2", "my-evaluation"),
     ],
 )  # fmt: skip
 def test_names_of_splits(tmp_path, train, held_out):
@@ -187,7 +189,7 @@ def test_what_is_not_read_of_a_folder_is_named(tmp_path, info):
     ]
 
 
-@pytest.mark.parametrize("names", [("a", "b"), ("tests", "training"), ("attest", "constraint")])
+@pytest.mark.parametrize("names", [("a", "b"), ("tests", "trains"), ("attest", "constraint")])
 def test_a_folder_of_other_files_is_one_set(tmp_path, names):
     tiny.rows_to_jsonl(tmp_path / f"{names[0]}.jsonl", numbered(2, "a"))
     (tmp_path / f"{names[1]}.csv.gz").write_bytes(gzip.compress(b"input,output\nq,b0\n"))
@@ -270,6 +272,16 @@ def test_latin_1_is_named(tmp_path):
     (tmp_path / "a.csv").write_bytes("input,output\ncafé,b\n".encode("latin-1"))
     assert "a.csv:2: field 'input' is" in (message := data_error("--dataset", tmp_path / "a.csv"))
     assert "expected UTF-8 (is the file in Latin-1?)" in message
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("header", ["instruction,output,café", "é,output", "Frage,Antwörter"])
+def test_an_encoding_that_shows_in_the_header_alone_is_named(tmp_path, encoding, header):
+    """Also where the column is not needed, and before it is said that columns are missing."""
+    (tmp_path / "a.csv").write_bytes(f"{header}\n{'x' + ',y' * header.count(',')}\n".encode(encoding))
+    message = data_error("--dataset", tmp_path / "a.csv")
+    assert message.startswith(f"{tmp_path / 'a.csv'}:")
+    assert ("Latin-1" if encoding == "latin-1" else "UTF-16") in message and "format" not in message
 
 
 def test_csv_cells_are_their_text(tmp_path):

