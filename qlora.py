@@ -539,7 +539,8 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
         for part in result:  # it may be a generator
             special = "special" in part
             text = ESCAPE_MARK * special + get_text(part, "special" if special else "text")
-            supervised = part.get("supervised", False) if special else part["supervised"]
+            flag = "learnt" if "learnt" in part else "supervised"  # its earlier name
+            supervised = part.get(flag, False) if special else part[flag]
             segments.append({"text": text, "supervised": bool(supervised)})
         return segments
     except (Exception, SystemExit) as error:  # whatever a user's code raises is an error of this row
@@ -1448,7 +1449,8 @@ def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
 # 5. Loading: Config -> Splits of rows as segments
 #
 # Every row of every file becomes segments, once, in an Arrow cache. A row that can't be used keeps its problem and what
-# was read, so that the cache knows it too; drop_bad_rows then stops the run or writes it to rejected.jsonl.
+# was read, so that the cache knows it too; drop_bad_rows then stops the run or writes it to rejected.jsonl. What a row
+# leaves out is a column of its own, `left_out`, for the log and the preview.
 # To read another kind of file: one function that yields (line, row or RowError), and one row of READERS.
 # ------------------------------------------------------------------------------------
 NumberedRows = Iterator[tuple[int, Any]]  # (line or row number from 1, the row or a RowError)
