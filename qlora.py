@@ -1386,8 +1386,20 @@ def check_folders(config: Config) -> None:
                 raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
 
 
+def hub_problem() -> str:
+    """Why the hub can't be reached, or nothing. If so it is not asked again: huggingface_hub would, for 43 s a file."""
+    if huggingface_hub.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        return ""
+    except Exception as error:  # of its HTTP library
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        return shorten(error)
+
+
 def check_base(config: Config) -> None:
-    """Check that the base is here or on the hub and no adapter. The hub is asked once: it may not be reachable."""
+    """Check that the base and the adapter to start from are here or on the hub, and that the base is no adapter."""
     model, args = config.model.model_name_or_path, config.training
     for flag in ("model_name_or_path", "adapter_name_or_path"):
         name = config.flags[flag]
@@ -1405,21 +1417,10 @@ def check_base(config: Config) -> None:
         except Exception as error:  # of its HTTP library, too
             way = "log in with `hf auth login`, or leave it out"
             raise ConfigError(f"--push_to_hub: {shorten(error)}; {way}") from error
-    data = [] if args.plan else [name for name, _ in dataset_shares(config.data.dataset)]
-    if all(Path(name).exists() for name in (model, *data)):
-        return
-    why = "HF_HUB_OFFLINE is set"
-    if not huggingface_hub.is_offline_mode():
-        try:  # once: huggingface_hub asks six times for each file, within 43 s
-            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-            return
-        except Exception as error:  # of its HTTP library
-            why = shorten(error)
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    find_cached = partial(huggingface_hub.try_to_load_from_cache, filename="config.json")
-    if not Path(model).exists() and not isinstance(find_cached(model, cache_dir=config.model.cache_dir), str):
-        raise ConfigError(f"--model_name_or_path {model}: no such folder, not in the cache, and no connection: {why}")
-    log.warning("no connection to the hub (%s): using only what is here", why)
+    if not Path(model).exists() and (why := hub_problem()):
+        if not isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json", config.model.cache_dir), str):
+            raise ConfigError(f"--model_name_or_path {model}: no such folder, not in the cache, no connection: {why}")
+        log.warning("no connection to the hub (%s): using only what is here", why)
 
 
 def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
@@ -1620,7 +1621,7 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
 
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
     """All splits of a dataset on the hub."""
-    hub = "no connection to the hub" if huggingface_hub.is_offline_mode() else "the hub does not give it"
+    hub = "no connection to the hub" if hub_problem() else "the hub does not give it"
     what = f"--dataset {path}: no local file of that name, and {hub}"
     options |= {"streaming": True} if config.data.streaming else {}
     with reraise_as_user_error(what, DataError, *DATASETS_ERRORS):

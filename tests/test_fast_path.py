@@ -962,7 +962,7 @@ def test_a_model_that_the_fast_path_does_not_know_trains_without_it(run_qlora, m
     folder = unknown_model(tmp_path / "all_its_own", folder) if unknown else folder
     flags = {"model_name_or_path": folder, "trust_remote_code": True, "bits": 16, "learning_rate": 1e-2}
     with reference.counted() as calls:
-        fast = run_qlora(output_dir=tmp_path / "fast", auto_batch=True, **flags)
+        fast = run_qlora(output_dir=tmp_path / "fast", recompute_layers="all", **flags)
     slow = run_qlora(output_dir=tmp_path / "slow", **flags, **SLOW)
     assert fast.code == slow.code == 0 and (fast.output_dir / "completed").exists()
     assert "rows are padded: ToyForCausalLM does not support rows that lie end to end" in fast.stderr
@@ -1037,6 +1037,7 @@ def planned(monkeypatch):
 
 SMALL = {"source_max_len": 16, "target_max_len": 16, "optim": "sgd", "learning_rate": 0.5, "max_steps": 3}
 SMALL |= {"per_device_train_batch_size": 4, "bits": 16, "lora_dropout": 0.1, "max_grad_norm": 1.0}
+SMALL |= {"recompute_layers": "all"}
 
 
 def complaints(run) -> list[str]:
@@ -1069,6 +1070,7 @@ def test_out_of_memory_repeats_the_step_in_smaller_micro_batches(
 
 def test_out_of_memory_in_a_later_micro_batch_takes_back_the_gradients_of_the_earlier(run_qlora, tmp_path, memory):
     flags = {**SMALL, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "lora_dropout": 0.0}
+    flags |= {"auto_batch": False}
     expected = run_qlora(output_dir=tmp_path / "enough", **flags)
     seen = memory.set_up(lambda tokens, call: call == 5)  # the second of the second step
     run = run_qlora(output_dir=tmp_path / "short", **flags)
@@ -1080,7 +1082,7 @@ def test_out_of_memory_in_a_later_micro_batch_takes_back_the_gradients_of_the_ea
 
 
 def test_out_of_memory_recomputes_more_layers_before_rows_are_parted(run_qlora, tmp_path, memory):
-    flags = {**SMALL, "recompute_layers": "none"}
+    flags = {**SMALL, "recompute_layers": "none", "auto_batch": False}
     expected = run_qlora(output_dir=tmp_path / "enough", **flags)
     seen = memory.set_up(lambda tokens, call: call <= 2)
     with reference.counted() as calls:

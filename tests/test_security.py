@@ -323,6 +323,7 @@ def test_what_is_pushed_is_the_final_adapter_and_no_token(run_qlora, tmp_path, m
 
     pushed = []
     monkeypatch.setattr(qlora.QLoRATrainer, "init_hf_repo", repository_made)
+    monkeypatch.setattr("huggingface_hub.whoami", lambda token: {"name": "a"})
     monkeypatch.setattr(qlora, "upload_folder", lambda **how: pushed.append(how), raising=False)
     out = tmp_path / "out"
     run = run_qlora(push_to_hub=True, hub_token=TOKEN, report_to="none")
@@ -338,6 +339,7 @@ def test_a_push_that_fails_leaves_a_completed_run(run_qlora, tmp_path, monkeypat
     import qlora
 
     monkeypatch.setattr(qlora.QLoRATrainer, "init_hf_repo", repository_made)
+    monkeypatch.setattr("huggingface_hub.whoami", lambda token: {"name": "a"})
     run = run_qlora(push_to_hub=True, max_steps=1)  # there is no network
     assert run.code == 2 and run.stderr.splitlines()[-1].startswith("error: --push_to_hub: all is saved here")
     assert (tmp_path / "out/completed").is_file() and "Traceback" not in run.stderr
