@@ -5995,7 +5995,7 @@ class QLoRATrainer(Trainer):
         self.evaluated = self.state.global_step, output.metrics
         return output
 
-    # From here on private methods of transformers 5.17 to 5.23, which tests/test_private_apis.py checks.
+    # From here on private methods of transformers 5.17 to 5.24, which tests/test_private_apis.py checks.
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         """Check a step's numbers before a log or a save, else one step later: reading them stalls the GPU (1.5 %)."""
