@@ -2435,13 +2435,13 @@ def micro_batches(step: StepBatch, rows: int | None, tokens: int, padded: bool) 
     return batches
 
 
-def padded_batch(step: StepBatch, members: list[int], pad: int, side: str, positions: bool = False) -> dict[str, Any]:
-    """Members in rows of one length, and which positions predict what; with `positions`, of tokens in their rows."""
+def padded_batch(step: StepBatch, members: list[int], pad_id: int, side: str, numbered: bool = False) -> dict[str, Any]:
+    """Members in rows of one length, and which positions predict what; with `numbered`, the tokens' own positions."""
     ids, labels = zip(*step.members(members), strict=True)
     padded = padded_prompts(labels, IGNORE, side)["input_ids"].flatten()
-    batch = padded_prompts(ids, pad, side) | supervised_targets(padded, 0 if step.masked else 1)
-    places = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    return batch | ({"position_ids": places} if positions else {})
+    batch = padded_prompts(ids, pad_id, side) | supervised_targets(padded, 0 if step.masked else 1)
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return batch | ({"position_ids": positions} if numbered else {})
 
 
 def padding_free_batch(step: StepBatch, members: list[int]) -> dict[str, Any]:
@@ -2683,7 +2683,6 @@ def resolve_objective(config: Config, model_config: PretrainedConfig) -> Config:
     data = dataclasses.replace(config.data, objective=objective)
     resolved = dataclasses.replace(config, data=data, flags=config.flags | {"objective": objective})
     check_config(resolved)
-    auto_model(resolved, model_config)  # refuses other kinds of models
     return resolved
 
 
@@ -2768,8 +2767,9 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     config.use_cache, config._attn_implementation = False, "eager"  # flash-attn's kernels want values
     names: dict[Any, str] = {}
     uses = LayerUses(())
-    length = min(160, getattr(config.get_text_config(), "max_position_embeddings", None) or 160)
-    ids = torch.ones(1, length, dtype=torch.long, device="meta")  # DeepSeek-V4 compresses 128
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 0  # XLNet's is -1
+    length = min(160, longest) if longest > 0 else 160  # DeepSeek-V4 compresses 128
+    ids = torch.ones(1, length, dtype=torch.long, device="meta")
     try:
         with torch.random.fork_rng(devices=[]), MetaValues(), torch.enable_grad():
             with torch.device("meta"):
@@ -5005,7 +5005,7 @@ def sees_padding(model: Any, prompt: list[int], pad_id: int, device: Any, dtype:
         steps = model.generate(**tensors, generation_config=GenerationConfig(**options), **same).logits
         logits.append(torch.stack(steps, dim=1).float())  # (rows, 2, vocabulary)
     together, *alone = logits
-    if differs := padding_changes(together, [part[0] for part in alone], dtype):
+    if differs := padding_changes([*together], [part[0] for part in alone], dtype):
         log.warning("%s takes padding for text: predicting one row at a time", model.config.model_type)
     return differs
 
@@ -5415,8 +5415,11 @@ class QLoRATrainer(Trainer):
         if self.state.global_step == 0 and not self.sharded:
             unreached = [n for n, p in self.base.named_parameters() if ".lora_A." in n and p.grad is None]
             if unreached:
-                what = "step 1: no gradient reaches %d adapters, first %s: if that is no expert, leave it out with --lora_modules"
-                log.warning(what, len(unreached), unreached[0].removeprefix("base_model.model.").partition(".lora")[0])
+                first = unreached[0].removeprefix("base_model.model.").partition(".lora_")[0]
+                what = (
+                    "step 1: no gradient reaches %d adapters, first %s: unless that is an expert, leave it out with %s"
+                )
+                log.warning(what, len(unreached), first, "--lora_modules")
         if self.args.world_size > 1 and not self.sharded:
             average_gradients(self.base)
         return torch.stack([loss for _, loss in self.parts]).sum()
@@ -6200,6 +6203,7 @@ def load_run(config: Config) -> tuple[Run, Data]:
         folder = model_folder(config)
     model_config = load_model_config(config, folder)
     config = resolve_objective(config, model_config)
+    auto_model(config, model_config)  # refuses other kinds of models before the dataset is read
     tokenizer = load_tokenizer(config, model_config, folder)
     earlier = [folder / "run.json" for folder in (resume.found, resume.found.parent)] if resume.found else []
     record = next((read_json(file) for file in earlier if file.is_file()), config.record)

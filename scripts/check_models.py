@@ -44,6 +44,7 @@ import qlora
 
 ROOT = Path(qlora.__file__).resolve().parent
 TOLERANCE = 1e-4
+FAILURES = ("not made", "refused", "raises", "hangs", "dies")
 ROWS = tiny.support_rows(4)
 Row = dict[str, Any]
 
@@ -106,27 +107,28 @@ def check_in_child(name: str, bits: int, limit: float) -> Row:
 def verdict(row: Row) -> str:
     """One word for a row."""
     if "loss" not in row:
-        return row["path"]
+        return row["path"] if row["path"] in FAILURES else "not compared"
     numbers = max(row["loss"], row["norm"], row["adapter"])
-    return "same" if numbers <= TOLERANCE and not row["names"] else "DIFFERS"
+    return "same" if numbers <= TOLERANCE and not row["names"] else "differs"
 
 
 def write_table(rows: Iterable[Row], file: Path) -> None:
     """All rows as Markdown, with counts above them."""
     rows = sorted(rows, key=lambda row: (row["name"].startswith("masked/"), row["name"], -row["bits"]))
-    counts = Counter((row["bits"], verdict(row)) for row in rows)
-    lines = [
-        f"{bits} bits: " + ", ".join(f"{n} {v}" for (b, v), n in counts.most_common() if b == bits) for bits in (32, 4)
-    ]
-    lines += [
-        "",
-        "| class | bits | | path | loss | gradient norm | adapter | notes |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
+    for bits in (32, 4):
+        counts = Counter(verdict(row) for row in rows if row["bits"] == bits)
+        lines.append(f"{bits} bits: " + ", ".join(f"{n} {word}" for word, n in counts.most_common()) + "\n")
+    for kind, masked in (("causal", False), ("masked", True)):
+        own = [row for row in rows if row["name"].startswith("masked/") == masked and row["bits"] == 32]
+        paths = Counter(row["path"] for row in own if "loss" in row)
+        lines.append(f"{kind}, by path: " + "; ".join(f"{n} {path}" for path, n in paths.most_common()) + "\n")
+    lines += ["| class | bits | | path | loss | gradient norm | adapter | notes |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
         numbers = [f"{row[key]:.0e}" if key in row else "" for key in ("loss", "norm", "adapter")]
         notes = "; ".join(filter(None, (row["note"], row.get("why", ""), ", ".join(row.get("names", [])[:2]))))
-        cells = [row["name"], str(row["bits"]), verdict(row), row["path"], *numbers, notes.replace("|", "/")]
+        path = "" if row["path"] in FAILURES else row["path"]
+        cells = [row["name"], str(row["bits"]), verdict(row), path, *numbers, notes.replace("|", "/")]
         lines.append(f"| {' | '.join(cells)} |")
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -6,6 +6,7 @@
 SIZES holds a value for each name that families give to a size; CHANGES what a family needs beside them.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,14 @@ _NAMES = """
 64 mamba_d_ssm n_embd out_hidden_size sliding_window word_embed_proj_dim
 128 d_ff d_inner decoder_ffn_dim encoder_ffn_dim ffn_dim ffn_hidden_size intermediate_size intermediate_size_mlp
 128 mamba_intermediate_size n_inner
-2 decoder_layers depth encoder_layers expand_ratio index_n_heads layer_group_size linear_num_key_heads moe_k moe_topk
+2 decoder_layers depth encoder_layers expand_ratio layer_group_size linear_num_key_heads moe_k moe_topk
 2 n_layer n_layers num_experts_per_tok num_experts_per_token num_hidden_layers num_key_value_heads num_layers
 2 top_k_experts
 4 decoder_attention_heads encoder_attention_heads linear_num_heads linear_num_value_heads mamba_n_heads mamba_num_heads
 4 moe_num_experts n_head n_heads n_routed_experts num_attention_heads num_experts num_heads num_local_experts
 320 vocab_size vocab_size_per_layer_input
 512 context_length max_position_embeddings max_seq_len n_positions
-16 global_head_dim head_dim hidden_size_per_layer_input index_head_dim index_topk kv_channels kv_lora_rank
+16 global_head_dim head_dim hidden_size_per_layer_input index_head_dim index_n_heads index_topk kv_channels kv_lora_rank
 16 linear_head_dim linear_key_head_dim linear_value_head_dim mamba_chunk_size mamba_d_head mamba_head_dim qk_head_dim
 16 v_head_dim
 32 expert_ffn_hidden_size moe_intermediate_size moe_shared_expert_intermediate_size q_lora_rank
@@ -47,17 +48,22 @@ CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "dots3_note_text": {"head_dim": 16},
-    "esm": {"mask_token_id": 259, "token_dropout": False},
+    "esm": {"vocab_size": 320, "mask_token_id": 259, "token_dropout": False},
     "esmc": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"mamba_expand": 1},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {"head_dim": 8},
     "luke": {"entity_vocab_size": 100, "entity_emb_size": 64},
     "mamba2": {"expand": 1, "head_dim": 16, "num_heads": 4},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 4, "head_dim": 16},
     "perceiver": {"d_latents": 64, "num_latents": 16, "qk_channels": 64, "v_channels": 64},
     "reformer": {"axial_pos_embds": False, "is_decoder": True},
     "xmod": {"default_language": "en_XX"},
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "mamba_headdim": 16, "chunk_size": 16},
 }
 
 
@@ -69,7 +75,7 @@ def shrink(values: Mapping[str, Any]) -> dict[str, Any]:
             small[name] = shrink(value)
         elif isinstance(value, list) and name.endswith(("layer_types", "layers_block_type")):
             small[name] = (list(dict.fromkeys(value))[:2] * 2)[:2]
-        elif "drop" in name and isinstance(value, float):
+        elif re.search("drop|noise", name) and isinstance(value, float):
             small[name] = 0.0
         elif name in IDS:
             small[name] = IDS[name]
