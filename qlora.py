@@ -2718,12 +2718,12 @@ def without_numbers(name: str) -> str:
 class LayerUses(TorchFunctionMode):
     """Note which linear layers give a product when they are called, and which are used in other ways.
 
-    A weight may be read beside its layer, also to hand it on to a kernel; its dtype, device or shape may be asked for.
+    A weight may be read beside its layer, also to hand it on to a kernel. Its dtype or shape may be asked for.
     """
 
     def __init__(self, layers: Iterable[Any]) -> None:
         super().__init__()
-        self.called, self.other, self.running = set[Any](), list[Any](), list[Any]()
+        self.called, self.other, self.asked, self.running = set[Any](), list[Any](), set[Any](), list[Any]()
         self.layers = {id(layer.weight): layer for layer in layers}
         for layer in self.layers.values():
             layer.register_forward_pre_hook(lambda layer, args: self.running.append(layer))
@@ -2748,16 +2748,16 @@ class LayerUses(TorchFunctionMode):
             if not fact:
                 self.other.append(layer)
             elif self.other[-1:] == [layer]:  # it was read for this
-                self.other.pop()
+                self.asked.add(self.other.pop())
         return function(*args, **(kwargs or {}))
 
 
 def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
-    """Names of the linear layers that a training step on text trains, and of those that are used in other ways.
+    """Names of the linear layers that a training step on text trains, and of those whose weight stays as it is stored.
 
     Tried on the meta device, without memory. Mamba reads the weight of `dt_proj` without calling it, RWKV rescales some
     to evaluate; Llama 4's router returns a tuple, a tower for images is never called, and no gradient reaches
-    DeepSeek-V3.2's indexer.
+    DeepSeek-V3.2's indexer. Inputs are cast to a weight's dtype, which is no integer then.
     """
     kind: Any = type(model)
     settings = {n: v for n, v in model.config.to_dict().items() if not re.search("quantization|use_cache|token_id", n)}
@@ -2786,8 +2786,8 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
         used = {name for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
     kinds = {without_numbers(name) for name in used if ".experts." in name}  # values decide which experts are called
     used |= {name for name in names.values() if without_numbers(name) in kinds}
-    beside = {names[module] for module in names.keys() & {*uses.other}}  # BigBird makes layers on the way
-    TRIALS[key] = used - beside, beside
+    beside, asked = ({names[m] for m in names.keys() & found} for found in (set(uses.other), uses.asked))
+    TRIALS[key] = used - beside, beside | asked  # BigBird makes layers on the way, which have no name
     return TRIALS[key]
 
 
@@ -5443,6 +5443,8 @@ class QLoRATrainer(Trainer):
                         total = summed_loss(inner, self.fast, batch, self.args.label_smoothing_factor)
                         # over the supervised tokens of the whole step; undoes the average over ranks
                         loss = total * (self.args.world_size / items)
+                    if not loss.requires_grad:  # Reformer's reversible layers
+                        raise ConfigError(f"no gradient reaches any adapter of {type(self.inner).__name__}")
                     self.accelerator.backward(loss)
                     losses.append(([step.where[i] for i in members], loss.detach().to(self.args.device)))
         return losses

@@ -58,8 +58,9 @@ def encode(row: Mapping[str, str], masked: bool) -> tuple[list[int], list[int]]:
 def layers_left_whole(base: Path, masked: bool = False) -> list[str]:
     """Names of the linear layers that a run in 4 bits does not quantise."""
     config = qlora.parse_config(["--model_name_or_path", str(base), "--objective", "mlm" if masked else "clm"])
-    settings = qlora.quantisation_config(config, qlora.load_model_config(config, str(base)))
-    return settings.llm_int8_skip_modules
+    model = qlora.load_model(config, qlora.load_model_config(config, str(base)), str(base))
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D)))
+    return [name for name, module in layers if module.weight.is_floating_point()]
 
 
 def round_to_4_bits(model: Any, whole: Iterable[str]) -> None:

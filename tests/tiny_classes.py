@@ -63,6 +63,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "perceiver": {"d_latents": 64, "num_latents": 16, "qk_channels": 64, "v_channels": 64},
     "reformer": {"axial_pos_embds": False, "is_decoder": True},
     "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "mamba_headdim": 16, "chunk_size": 16},
 }
 
