@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import qlora
@@ -217,6 +218,36 @@ def test_a_model_that_ignores_lengths_or_makes_its_own_mask_pads_its_rows(tmp_pa
     if name == "nemotron":  # Doge's mask hides nothing in rows as short as these: the layer behind it has no gradient
         got = reference.quick(both.quick, both.fast, reference.step_of(rows), recomputed=2)
         reference.assert_equal(got, reference.stock(both.stock, rows), 1e-4)
+
+
+class ScaledEmbeddings(LlamaForCausalLM):
+    """Changes what enters its body."""
+
+    def forward(self, input_ids=None, **kwargs):
+        return super().forward(**kwargs | {"inputs_embeds": 1.01 * self.model.embed_tokens(input_ids)})
+
+
+class ScaledStates(LlamaForCausalLM):
+    """Changes what its body hands to the head."""
+
+    def forward(self, input_ids=None, **kwargs):
+        kwargs = {name: kwargs[name] for name in ("attention_mask", "position_ids") if name in kwargs}
+        states = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+        return CausalLMOutput(logits=self.lm_head(1.01 * states))
+
+
+@pytest.mark.parametrize(
+    ("kind", "chunks"), [(ScaledEmbeddings, False), (ScaledStates, False), (LlamaForCausalLM, True)]
+)
+def test_a_model_that_changes_states_a_little_computes_whole_logits(kind, chunks):
+    torch.manual_seed(0)
+    base = kind(LlamaConfig(**tiny.FAMILIES["llama"][1], vocab_size=260))
+    model = qlora.make_trainable(base, reference.parse("none", bits=16, objective="clm"), None)
+    both = reference.make("none", model, dtype=None, bits=16, objective="clm")
+    assert (both.fast.body is not None) == chunks
+    rows = reference.rows_of(LENGTHS)
+    got = reference.quick(both.quick, both.fast, reference.step_of(rows))
+    reference.assert_equal(got, reference.stock(both.stock, rows), 1e-4)
 
 
 # Every family of transformers 5.23 whose attention reaches back over a window or a chunk only and that may take rows

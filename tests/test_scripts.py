@@ -14,6 +14,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "scripts/results"
 sys.path.append(str(ROOT / "scripts"))
 import benchmark_many  # noqa: E402
+import check_models  # noqa: E402
 import memory  # noqa: E402
 import proof  # noqa: E402
 import selftest  # noqa: E402
@@ -209,6 +211,30 @@ def test_the_self_test_fails_if_gradients_are_wrong_or_the_fast_path_is_off(monk
     monkeypatch.setattr(selftest, "run", lambda folder, name, **flags: ([5.0], adapters[name]))
     with pytest.raises(AssertionError, match=reason):
         selftest.check_fast_path(tmp_path)
+
+
+# ------------------------------------------------------------------------------------
+# check_models.py
+# ------------------------------------------------------------------------------------
+
+
+def fail_to_be_made(path, model_type, masked):
+    if model_type == "slow":
+        time.sleep(60)
+    if model_type == "fatal":
+        os._exit(9)
+    raise ValueError("sizes that do not fit")
+
+
+def test_a_class_that_hangs_dies_or_raises_is_a_row_of_the_table(monkeypatch, tmp_path):
+    monkeypatch.setattr(check_models.tiny_classes, "write_class", fail_to_be_made)
+    rows = [check_models.check_in_child(name, 32, 3.0) for name in ("slow", "fatal", "masked/odd")]
+    assert [check_models.verdict(row) for row in rows] == ["hangs", "dies", "not made"]
+    same = {"name": "llama", "bits": 32, "path": "fused LoRA", "note": "", "names": []}
+    rows += [same | {"loss": 1e-8, "norm": 1e-7, "adapter": error} for error in (1e-6, 1e-3)]
+    check_models.write_table(rows, tmp_path / "models.md")
+    table = (tmp_path / "models.md").read_text()
+    assert "32 bits: 1 dies, 1 same, 1 differs, 1 hangs, 1 not made" in table and "sizes that do not fit" in table
 
 
 # ------------------------------------------------------------------------------------

@@ -439,12 +439,12 @@ def write_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
-        _perturb(model)
+        perturb(model)
     model.to(getattr(torch, dtype)).save_pretrained(path)
     return path
 
 
-def _perturb(model: PreTrainedModel) -> None:
+def perturb(model: PreTrainedModel) -> None:
     """Move norms and biases away from exact ones and zeros, which would hide many mistakes."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -579,7 +579,7 @@ def write_remote_code_model(path: Path) -> Path:
         torch.manual_seed(0)
         config = AutoConfig.from_pretrained(path, trust_remote_code=True)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-        _perturb(model)
+        perturb(model)
     # Not save_pretrained: it would rewrite config.json and copy the code from the modules cache.
     save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
     return path

@@ -118,6 +118,6 @@ def write_encoder(path: Path, family: str, **config_values: Any) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(family, **values))
-        tiny._perturb(model)
+        tiny.perturb(model)
     model.save_pretrained(path)
     return path
