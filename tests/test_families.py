@@ -104,7 +104,7 @@ def listed(line: str) -> dict[str, int]:
 
 
 def line_of(run, start: str) -> str:
-    return next(line for line in run.stderr.splitlines() if line.startswith(start))
+    return next(line.strip() for line in run.stderr.splitlines() if line.strip().startswith(start))
 
 
 def loss_of(model, longest: int = 32) -> float:
