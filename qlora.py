@@ -2913,6 +2913,14 @@ def knows_experts(module: Any) -> bool:
     return hasattr(module, "has_gate") or type(module).__name__ == "Llama4TextExperts"
 
 
+def experts_per_token(config: PretrainedConfig) -> int:
+    """How many experts of a layer a token meets, under the names that families have for it; of a list the most."""
+    text = config.get_text_config()
+    names = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+    found = next((value for name in names if (value := getattr(text, name, None))), 1)
+    return max(found) if isinstance(found, list) else found
+
+
 def stacks_in(module: Any) -> dict[str, Any]:
     """A module's own weights of many experts, (experts, ., .), packed or not; a convolution has none."""
     shapes = {name: getattr(w, "quant_state", w).shape for name, w in module.named_parameters(recurse=False)}
@@ -3048,7 +3056,9 @@ def quantisation_config(config: Config, model_config: PretrainedConfig | None = 
         linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
         fit = linear_layers(model, masked=True) if config.masked else linear.keys() - try_layers(model)[1]
         head = model.get_output_embeddings()
-        whole = [name for name, module in linear.items() if name not in fit or module is head]
+        # a router of low precision sends tokens elsewhere
+        routes = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)(\..*)?" if stacked_experts(model) else "(?!)")
+        whole = [n for n, module in linear.items() if n not in fit or module is head or routes.fullmatch(n)]
     return BitsAndBytesConfig(
         load_in_4bit=quant.bits == 4,
         load_in_8bit=quant.bits == 8,
@@ -3161,11 +3171,12 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         unpacked = getattr(model, "hf_quantizer", None) is None  # transformers drops it then
         held = f"dequantised, held in {str(model.dtype)[6:]}" if unpacked else "loaded as it is: its bits are its own"
         log.info("the checkpoint is already quantised (%s) and is %s", stored.get("quant_method"), held)
-    whole = [weight for _, weight in stacked_experts(model).values() if not hasattr(weight, "quant_state")]
-    if whole and options.get("quantization_config"):
-        message = "%d stacks of experts are not quantised, %.2f GiB stay in %s: that takes --bits 4 without %s"
-        size, dtype = sum(weight.nbytes for weight in whole) / GIB, str(whole[0].dtype)[6:]
-        log.warning(message, len(whole), size, dtype, "--fsdp and --deepspeed, and a module that is known")
+    experts = (module for module in model.modules() if "expert" in type(module).__name__.lower())
+    stacks = [w for module in experts for w in module.parameters(recurse=False) if w.dim() > 1]
+    if options.get("quantization_config") and stacks and all(w.is_floating_point() for w in stacks):
+        why = "this family's are not known" if packs else "only --bits 4 without --fsdp and --deepspeed packs them"
+        size, dtype = sum(weight.nbytes for weight in stacks) / GIB, str(stacks[0].dtype)[6:]
+        log.warning("%d tensors of experts, %.2f GiB, stay in %s: %s", len(stacks), size, dtype, why)
     # keeps the Trainer from wrapping the model in DataParallel where this process sees several GPUs
     model.is_parallelizable = model.model_parallel = True
     model.config.use_cache = False  # of no use in training; generation turns it on
@@ -3535,7 +3546,7 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fal
         layers += [name for name, (module, _) in stacked_experts(model).items() if knows_experts(module)]
     trainable = outside_frozen_layers(layers, model, lora)
     for name in map(str.strip, lora.lora_modules.split(",")):
-        pattern = re.compile(LAYER_GROUPS.get(name, rf"(.*\.)?{re.escape(name)}"))
+        pattern = re.compile(LAYER_GROUPS.get(name, rf"(.*\.)?{re.escape(name)}(?:(?<=experts)\.\w+)?"))
         found = set(filter(pattern.fullmatch, trainable))
         if not found:
             known = ", ".join(sorted(set(map(leaf_name, layers)))) or "none that an adapter fits"
@@ -3549,16 +3560,17 @@ def adapts_experts(lora: LoraArguments) -> bool:
     return not lora.use_dora and lora.init_lora_weights.lower() in ("true", "false", "gaussian")
 
 
-def expert_patterns(model: PreTrainedModel, names: Iterable[str], lora: LoraArguments) -> dict[str, dict[str, Any]]:
-    """Rank and alpha of stacks of experts by their last two names, which peft looks up as regular expressions.
+def add_expert_patterns(patterns: dict[str, Any], experts: Sequence[str], per_token: int, lora: LoraArguments) -> None:
+    """Add rank and alpha of stacks of experts, by name, to the patterns that the user passed for layers.
 
-    Of each expert's rank: Schulman et al. 2025, "LoRA Without Regret", divide it by the experts of a token.
+    A stack matches one key only: peft takes the first, and saves them in another order. The experts of a token share
+    the rank (Schulman et al. 2025, https://thinkingmachines.ai/blog/lora/).
     """
-    text = model.config.get_text_config()
-    active = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
-    keys = {re.escape(".".join(name.split(".")[-2:])) for name in names}
-    rank = lora.expert_lora_r or max(1, lora.lora_r // active)
-    return {"rank_pattern": dict.fromkeys(keys, rank), "alpha_pattern": dict.fromkeys(keys, lora.lora_alpha)}
+    rank = lora.expert_lora_r or max(1, lora.lora_r // per_token)
+    for name, value in ("rank_pattern", rank), ("alpha_pattern", lora.lora_alpha):
+        asked = {n for n in experts if any(re.fullmatch(rf"(.*\.)?({key})", n) for key in patterns[name])}
+        others = [n.split(".") for n in experts if n not in asked]
+        patterns[name] |= {re.escape(".".join(parts if asked else parts[-2:])): value for parts in others}
 
 
 def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> LoraConfig:
@@ -3578,10 +3590,14 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     warn = log.debug if model.device.type == "meta" else log.warning  # the plan attaches adapters too
     if stacks and not adapts_experts(lora):
         warn("experts get no adapters: peft takes neither --use_dora nor this --init_lora_weights for them")
-    for name, own in expert_patterns(model, experts, lora).items():
-        patterns[name] |= {key: value for key, value in own.items() if key not in patterns[name]}
+    add_expert_patterns(patterns, experts, experts_per_token(model.config), lora)
     if experts and lora.lora_dropout:
         warn("--lora_dropout: experts get none, which peft cannot give them")
+    if lora.expert_lora_r and not experts:
+        warn("--expert_lora_r: without effect, no stack of experts is adapted")
+    for name, (_, stack) in stacked_experts(model).items() if lora.expert_lora_r else ():
+        if name in experts and lora.expert_lora_r > (most := min(getattr(stack, "quant_state", stack).shape[1:])):
+            raise ConfigError(f"--expert_lora_r {lora.expert_lora_r}: {name} has experts of rank {most} at most")
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha % 1 == 0 else lora.lora_alpha,  # type: ignore[arg-type]
@@ -3666,7 +3682,7 @@ def adapting_packed_experts(config: Any) -> Iterator[None]:
 
     seen = mock.patch.object(ParamWrapper, "get_param", get_param)
     with seen, mock.patch.object(ParamWrapper, "__init__", init), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*keys did not match any targeted module")  # or parameter, which it forgets
+        warnings.filterwarnings("ignore", ".*keys did not match any targeted module")  # peft looks among modules only
         yield
     if config.target_parameters:
         config.lora_dropout = 0.0  # in the saved adapter, which peft would refuse to load
@@ -4195,8 +4211,9 @@ def group_experts(model: Any) -> list[str]:
     for name, module in [(name, module) for name, module in model.named_modules() if knows_experts(module)]:
         layer, layers = outer.get(module, (module, {}))
         alike = False
+        trains = any(weight.requires_grad for weight in stacks_in(module).values())  # FrozenExperts has no gradient
         with contextlib.suppress(Exception):  # whatever it raises
-            alike = same_in_groups(module, layers)
+            alike = not trains and same_in_groups(module, layers)
         if alike:
             layer.forward = partial(grouped_experts_forward, module, layers)
         else:
@@ -4735,7 +4752,7 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
         if "Norm" in type(module).__name__ and re.search(r"\.\d+\.", name):  # in a layer
             norms += hidden * (width if train.fast_path and "RMS" in type(module).__name__ else 4)
     # of experts stacked in one tensor a token meets a few, which keep their inputs and outputs
-    active = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
+    active = experts_per_token(text)
     stacks = [weight for _, weight in stacked_experts(model).values()]
     experts = sum(weight.numel() for weight in stacks)
     kept += 2 * active * sum(weight.numel() // len(weight) for weight in stacks) // hidden

@@ -168,3 +168,55 @@ def test_the_routers_loss_is_added_and_reported(run_qlora, models, tmp_path):
     assert run.json("eval_results.json")["eval_loss"] == pytest.approx(
         (outputs.loss - 2 * outputs.aux_loss).item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "flags", [{"full_finetune": True}, {"modules_to_save": "mlp.experts", "lora_modules": "q_proj"}], ids=str
+)
+def test_experts_that_train_whole_are_not_frozen(run_qlora, models, flags):
+    """Grouped products would give their weights no gradient."""
+    base = models("mixtral")
+    run = run_qlora(model_name_or_path=base, bits=32, optim="adamw_torch", **SMALL | {"max_steps": 1}, **flags)
+    assert run.code == 0
+    before, after = load_file(base / "model.safetensors"), load_file(next(run.output_dir.glob("*model.safetensors")))
+    if "full_finetune" in flags:
+        moved = [name for name in before if ".experts." in name and not torch.equal(before[name], after[name])]
+        assert len(moved) == 24
+    else:
+        stored = {n.rpartition(".")[2]: t for n, t in AutoModelForCausalLM.from_pretrained(base).named_parameters()}
+        saved = {n: t for n, t in after.items() if "layers.1" in n and n.endswith(("gate_up_proj", "down_proj"))}
+        assert len(saved) == 2 and all(not torch.equal(t, stored[n.rpartition(".")[2]]) for n, t in saved.items())
+
+
+def test_patterns_of_the_user_hold_for_experts_and_load_in_plain_peft(run_qlora, models):
+    """peft takes the first key that matches, and saves them in another order: no stack may match two."""
+    patterns = {
+        "lora_rank_pattern": {"mlp.experts.down_proj": 6},
+        "lora_alpha_pattern": {"layers.1.mlp.experts.gate_up_proj": 64},
+    }
+    run = run_qlora(model_name_or_path=models("mixtral"), bits=32, lora_r=8, max_steps=1, **patterns)
+    assert run.code == 0
+    other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models("mixtral")), run.output_dir)
+    layers = {
+        n: (m.r["default"], m.scaling["default"]) for n, m in other.named_modules() if hasattr(m, "parameter_name")
+    }
+    ranks = {name.partition("layers.")[2]: value for name, value in layers.items()}
+    assert ranks == {
+        "0.mlp.experts": (6, 16 / 6), "0.mlp.experts.base_layer": (4, 16 / 4),
+        "1.mlp.experts": (6, 16 / 6), "1.mlp.experts.base_layer": (4, 64 / 4),
+    }  # fmt: skip
+
+
+def test_routers_and_shared_gates_are_not_quantised(models):
+    folder = str(models("qwen2_moe"))
+    config = reference.parse(folder, bits=4)
+    model = qlora.load_model(config, qlora.load_model_config(config, folder), folder)
+    gates = [m.weight for n, m in model.named_modules() if n.endswith("shared_expert_gate")]
+    assert len(gates) == 2 and all(weight.is_floating_point() for weight in gates)
+
+
+def test_a_rank_that_no_expert_has_is_one_line(run_qlora, models):
+    run = run_qlora(model_name_or_path=models("mixtral"), expert_lora_r=65, max_steps=1)
+    assert run.code == 2 and "--expert_lora_r 65" in run.stderr and "rank 64 at most" in run.stderr
+    run = run_qlora(model_name_or_path=models("mixtral"), lora_modules="mlp.experts", max_steps=1)
+    assert run.code == 0 and "adapters: 2 mlp.experts\n" in run.stderr
