@@ -13,24 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             36-169
-     2 Errors             172-237
-     3 Dataset formats    240-751
-     4 Arguments         754-1426
-     5 Loading          1429-1888
-     6 Tokenizer        1891-2013
-     7 Encoding         2016-2552
-     8 Model            2555-3062
-     9 Calibration      3065-3363
-    10 LoRA             3366-3633
-    11 Fast path        3636-4435
-    12 Plan             4438-4708
-    13 Checkpoints      4711-5063
-    14 Processes        5066-5131
-    15 Evaluation       5134-5343
-    16 Trainer          5346-5951
-    17 Stages           5954-6400
-    18 Main             6403-6647
+     1 Imports             36-178
+     2 Errors             181-246
+     3 Dataset formats    249-745
+     4 Arguments         748-1446
+     5 Loading          1449-2017
+     6 Tokenizer        2020-2150
+     7 Encoding         2153-2637
+     8 Model            2640-3214
+     9 Calibration      3217-3515
+    10 LoRA             3518-3828
+    11 Fast path        3831-4659
+    12 Plan             4662-4974
+    13 Checkpoints      4977-5343
+    14 Processes        5346-5411
+    15 Evaluation       5414-5629
+    16 Trainer          5632-6300
+    17 Stages           6303-6797
+    18 Main             6800-7092
 """
 
 # ------------------------------------------------------------------------------------
@@ -3585,8 +3585,8 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     for key in itertools.chain(*patterns.values()):
         if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in targets):
             raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")
-    stacks = {name for name, (module, _) in stacked_experts(model).items() if knows_experts(module)}
-    experts = sorted(targets & stacks)
+    stacks = {name: weight for name, (module, weight) in stacked_experts(model).items() if knows_experts(module)}
+    experts = sorted(targets & stacks.keys())
     warn = log.debug if model.device.type == "meta" else log.warning  # the plan attaches adapters too
     if stacks and not adapts_experts(lora):
         warn("experts get no adapters: peft takes neither --use_dora nor this --init_lora_weights for them")
@@ -3595,8 +3595,9 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         warn("--lora_dropout: experts get none, which peft cannot give them")
     if lora.expert_lora_r and not experts:
         warn("--expert_lora_r: without effect, no stack of experts is adapted")
-    for name, (_, stack) in stacked_experts(model).items() if lora.expert_lora_r else ():
-        if name in experts and lora.expert_lora_r > (most := min(getattr(stack, "quant_state", stack).shape[1:])):
+    for name in experts:
+        most = min(getattr(stacks[name], "quant_state", stacks[name]).shape[1:])
+        if (lora.expert_lora_r or 1) > most:
             raise ConfigError(f"--expert_lora_r {lora.expert_lora_r}: {name} has experts of rank {most} at most")
     return LoraConfig(
         r=lora.lora_r,
