@@ -2960,11 +2960,12 @@ def packing_experts(config: Config) -> Iterator[None]:
             return convert(self, tensors, *args, **kwargs)
         return {name: pack_weight(w[0] if isinstance(w, list) else w, config) for name, w in tensors.items()}
 
-    wanted = partialmethod(
+    asks = partialmethod(
         lambda self, model, name, **kwargs: is_stack(model, name) or needs(self, model, name, **kwargs)
     )
-    wanted_too = mock.patch.object(Bnb4BitHfQuantizer, "param_needs_quantization", wanted)
-    with wanted_too, mock.patch.object(Bnb4bitQuantize, "convert", pack):
+    # transformers asks whether a weight is to be quantised, and then converts it
+    asked = mock.patch.object(Bnb4BitHfQuantizer, "param_needs_quantization", asks)
+    with asked, mock.patch.object(Bnb4bitQuantize, "convert", pack):
         yield
 
 
@@ -3727,7 +3728,7 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     config: Any
     if isinstance(adapter, LoraConfig):
         experts = {name.rpartition(".")[0] for name in adapter.target_parameters or ()}
-        config, asked = adapter, {*(adapter.target_modules or ()), *experts}
+        config, asked = adapter, {*(adapter.target_modules or ()), *experts}  # modules, of stacks their owners
     else:
         config = PeftConfig.from_pretrained(adapter)
         config.inference_mode, config.base_model_name_or_path = False, None
@@ -3743,7 +3744,7 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     for _, outer, layers in adapted_experts(adapted):
         module = outer.get_base_layer()
         if any(hasattr(weight, "quant_state") for weight in stacks_in(module).values()):
-            outer.forward = partial(unpacked_experts_forward, module, layers)
+            outer.forward = partial(unpacked_experts_forward, module, layers)  # peft would add to packed weights
     if isinstance(adapter, str):
         load_adapter_weights(adapted, adapter)
     adapters = (name for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer))
