@@ -96,6 +96,7 @@ QUANTISATION = {
 }
 LORA = {
     "lora_r": 64,
+    "expert_lora_r": None,
     "lora_alpha": 16,
     "lora_dropout": 0.0,
     "lora_modules": "all",
@@ -841,6 +842,7 @@ RULES = [
     ("--eval_dataset_size 0", "eval_dataset_size 0"),
     ("--eval_dataset_size -1", "eval_dataset_size -1"),
     ("--lora_r 0", "lora_r 0 1"),
+    ("--expert_lora_r 0", "expert_lora_r 0 1"),
     ("--lora_dropout 1", "lora_dropout 1"),
     ("--lora_dropout -0.1", "lora_dropout -0.1"),
     ("--layers_to_freeze 1 --layer_freeze_ratio 0.5", "layers_to_freeze layer_freeze_ratio"),

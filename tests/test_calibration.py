@@ -287,7 +287,8 @@ def test_families(calibrated, models, family, tmp_path):
     plain = calibrated(model_name_or_path=models(family), max_steps=1, do_eval=False, calibration_rows=None,
                        output_dir=tmp_path / "plain")  # fmt: skip
     counts = [
-        next(line for line in done.stderr.splitlines() if line.startswith("nf4 (packed)")) for done in (run, plain)
+        next(line for line in done.stderr.splitlines() if line.strip().startswith("nf4 (packed)"))
+        for done in (run, plain)
     ]
     assert counts[0] == counts[1]
 
