@@ -1498,7 +1498,9 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     header = next(reader, [])
     if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])) and other[0] != delimiter:
-        raise DataError(f"{stream.name}: columns are separated by {other[0]!r}, expected {delimiter!r}: {header[0]}")
+        raise DataError(
+            f"{stream.name}: columns are separated by {other[0]!r}, expected {delimiter!r}: {shorten(header[0])}"
+        )
     if len(set(header)) < len(header):
         raise DataError(f"{stream.name}: the column {max(header, key=header.count)!r} appears twice in the header")
     cells: list[str] | None = []

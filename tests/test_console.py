@@ -33,7 +33,8 @@ def warned(tmp_path, models, caplog):
         caplog.clear()
         with caplog.at_level("WARNING", "qlora"):
             run, data = qlora.load_run(config)
-            qlora.describe_run(run, data, qlora.check_resume(run, data))
+            run, identity = qlora.check_resume(run, data)
+            qlora.describe_run(run, data, identity)
         return caplog.messages
 
     return warn

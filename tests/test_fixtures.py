@@ -68,7 +68,8 @@ def test_a_model_of_each_family_trains(models, family, tie):
     output = model(input_ids=ids, labels=ids)
     output.loss.backward()
     assert output.logits.std() > 0.2  # large enough for a difference to show
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    trained = [p for n, p in model.named_parameters() if not (family == "phimoe" and "router" in n)]  # by its own loss
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
 
 
 def test_config_overrides_dtype_and_seed(tmp_path):
