@@ -947,7 +947,7 @@ OTHER_NAMES: dict[str, str] = {name: flag for flag, names in (
     ("model_name_or_path", "model base_model model_id model_dir"), ("learning_rate", "lr"), ("output_dir", "out"),
     ("dataset", "data_path dataset_path train_file"), ("dataset_format", "type dataset_type prompt_template"),
     ("adapter_name_or_path", "adapter lora_model_dir"), ("merged_output_dir", "merge merge_lora export_dir"),
-    ("resume_from_checkpoint", "resume checkpoint"), ("gradient_accumulation_steps", "grad_accum"),
+    ("resume_from_checkpoint", "resume checkpoint"), ("gradient_accumulation_steps", "grad_accum grad_acc"),
     ("per_device_train_batch_size", "batch_size train_batch_size micro_batch_size"), ("num_train_epochs", "epochs"),
     ("per_device_eval_batch_size", "eval_batch_size"), ("max_steps", "max_train_steps"), ("lora_r", "r rank lora_rank"),
     ("bits 4", "load_in_4bit qlora"), ("bits 8", "load_in_8bit"), ("bits", "quantization_bit quantization"),
@@ -957,6 +957,8 @@ OTHER_NAMES: dict[str, str] = {name: flag for flag, names in (
     ("full_finetune", "finetuning_type"), ("max_train_samples", "max_samples"), ("eval_dataset_size", "val_size"),
     ("attn_implementation", "flash_attn flash_attention"), ("use_auth_token", "token hf_token"),
     ("eval_strategy", "evals_per_epoch"), ("save_strategy", "saves_per_epoch"), ("report_to", "wandb_project"),
+    ("packing", "sample_packing"), ("bf16", "precision"), ("use_cpu", "device"), ("weight_decay", "wd"),
+    ("objective", "stage"), ("chat_template", "template"), ("save_steps", "save_every"),
 ) for name in names.split()}  # fmt: skip
 # Accepted without effect, and why.
 IGNORED_FLAGS: dict[str, str] = {name: why for names, why in (
@@ -1041,7 +1043,7 @@ class Parser(HfArgumentParser):
             groups[group.__doc__.rstrip(".")] = [f.name for f in dataclasses.fields(group) if f.name in own]
         groups |= {"The Trainer's other flags": [*reversed(actions)]} if self.everything else {}
         for title, names in groups.items():
-            lines += [*([""] if len(names) > 8 else []), f"{title}:"]  # 130 lines in all, two screens
+            lines += [*([""] if len(names) > 16 else []), f"{title}:"]  # 130 lines in all
             for action in (actions.pop(name) for name in names if name in actions):
                 text = " ".join(str(action.help).replace("%%", "%").split())
                 if len(text) > 90:  # one of the Trainer's: its first sentence
@@ -1071,8 +1073,9 @@ class Parser(HfArgumentParser):
             if not typed.startswith("-"):
                 raise ConfigError(f"{typed}: expected a flag, which begins with --, or a .yaml or .json file first")
             name = typed.lstrip("-").replace("-", "_")
-            names = [option[2:] for option in self._option_string_actions if "-" not in option[2:]]
-            nearest = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, names, n=1)), "")
+            known = ((option[2:], action.dest) for option, action in self._option_string_actions.items())
+            names = [option for option, dest in known if "-" not in option and dest not in OLD_FLAGS]
+            nearest = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, names, 1, 0.7)), "")
             raise ConfigError(f"{typed}: unknown flag, {f'did you mean --{nearest}?' if nearest else 'see --help'}")
         passed = {name: value for name, value in vars(namespace).items() if value is not unset}
         home = os.path.expanduser("~/")  # which a shell does neither in --flag=~/x nor after a comma
@@ -1386,8 +1389,9 @@ def check_folders(config: Config) -> None:
                 raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
 
 
-def hub_problem() -> str:
-    """Why the hub can't be reached, or nothing. If so it is not asked again: huggingface_hub would, for 43 s a file."""
+@lru_cache(maxsize=1)
+def no_connection() -> str:
+    """Why the hub is out of reach, or nothing. Asked once: huggingface_hub tries six times a file, within 43 s."""
     if huggingface_hub.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     try:
@@ -1401,10 +1405,16 @@ def hub_problem() -> str:
 def check_base(config: Config) -> None:
     """Check that the base and the adapter to start from are here or on the hub, and that the base is no adapter."""
     model, args = config.model.model_name_or_path, config.training
-    for flag in ("model_name_or_path", "adapter_name_or_path"):
+    for flag, file in ("model_name_or_path", "config.json"), ("adapter_name_or_path", "adapter_config.json"):
         name = config.flags[flag]
-        if name and not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        if not name or Path(name).exists():
+            continue
+        if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
             raise ConfigError(f"--{flag} {name}: no such folder or file")
+        if why := no_connection():
+            if not isinstance(huggingface_hub.try_to_load_from_cache(name, file, config.model.cache_dir), str):
+                raise ConfigError(f"--{flag} {name}: no such folder, not in the cache, and no connection: {why}")
+            log.warning("no connection to the hub (%s): using %s as it is in the cache", why, name)
     adapter = Path(model, "adapter_config.json")
     if adapter.is_file() and not Path(model, "config.json").is_file():
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -1417,10 +1427,6 @@ def check_base(config: Config) -> None:
         except Exception as error:  # of its HTTP library, too
             way = "log in with `hf auth login`, or leave it out"
             raise ConfigError(f"--push_to_hub: {shorten(error)}; {way}") from error
-    if not Path(model).exists() and (why := hub_problem()):
-        if not isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json", config.model.cache_dir), str):
-            raise ConfigError(f"--model_name_or_path {model}: no such folder, not in the cache, no connection: {why}")
-        log.warning("no connection to the hub (%s): using only what is here", why)
 
 
 def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
@@ -1621,7 +1627,7 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
 
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
     """All splits of a dataset on the hub."""
-    hub = "no connection to the hub" if hub_problem() else "the hub does not give it"
+    hub = f"no connection to the hub: {why}" if (why := no_connection()) else "the hub does not give it"
     what = f"--dataset {path}: no local file of that name, and {hub}"
     options |= {"streaming": True} if config.data.streaming else {}
     with reraise_as_user_error(what, DataError, *DATASETS_ERRORS):
@@ -1681,16 +1687,19 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
         raise DataError(f"{found}, but none is called {absent[0][1]}, which --columns names")
     if chosen is None:
         names = {", ".join(sorted(FORMATS[known].columns)): known for known in candidates}
-        nearest = difflib.get_close_matches(", ".join(columns), names, n=len(names), cutoff=0)
-        needs = "; ".join(f"{names[text]}: {', '.join(FORMATS[names[text]].columns)}" for text in nearest)
+        nearest = difflib.get_close_matches(", ".join(columns), names, n=2, cutoff=0)
+        needs = " or ".join(f"{', '.join(FORMATS[names[text]].columns)} ({names[text]})" for text in nearest)
         way = "--columns input=question says what yours are called, --dataset_format path.py:function converts rows"
-        raise DataError(f"{found}, which fit no format; {way}. Needed are, the nearest first, for {needs}")
+        raise DataError(f"{found}, which fit no format; the nearest need {needs}; {way}")
     format = get_format(chosen, config.data.as_chat)
     if missing := sorted(set(format.columns) - set(columns)):
         raise DataError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
     log.info("%s: format %s%s", name, chosen, "" if named else ", inferred from columns")
     if chosen == "hh-rlhf":
         log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", name)
+        if "prompt" not in columns and (others := sorted({*columns} - {"chosen", "rejected"})):
+            way = "--columns prompt=NAME names its column"
+            log.warning("%s: the answers are without a prompt; %s (there are: %s)", name, way, ", ".join(others))
     if CUSTOM_FORMAT.fullmatch(chosen):
         log.info("its rows are cached: if it reads other files and they change, pass another --cache_dir")
     return chosen
@@ -1924,7 +1933,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     splits = Splits(*(concatenate(part) if part else None for part in parts))
     if evaluating and splits.eval is None and splits.train is not None:
         asked = args.do_train or config.quant.calibration_rows or "eval_dataset_size" in config.explicitly_set
-        holds_out = asked or trained_on_dataset(config)
+        holds_out = asked or holds_rows_out(config)
         splits = train_eval_split(splits.train, config) if holds_out else Splits(None, splits.train)
     if mixed and splits.train is not None:  # only now, so that no copy of a held-out row is trained on
         times = splits.train["times"][:]
@@ -1935,14 +1944,23 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     return Splits(taken[0] if training else None, taken[1])
 
 
-def trained_on_dataset(config: Config) -> bool:
-    """Whether what is evaluated was trained on this dataset, so that only rows that were held out count."""
-    model = config.model
+def dataset_places(flag: str) -> dict[str, float]:
+    """The datasets that a flag names, however it writes their paths, and their shares."""
+    return {os.path.realpath(name) if os.path.exists(name) else name: n for name, n in dataset_shares(flag)}
+
+
+def holds_rows_out(config: Config) -> bool:
+    """Whether what is evaluated was trained on this dataset, and held rows out; a warning if it did not."""
+    model, now = config.model, dataset_places(config.data.dataset)
     for name in config.training.output_dir, model.adapter_name_or_path or "", model.model_name_or_path:
         for record in Path(name, "run.json"), Path(name).parent / "run.json":  # a checkpoint's lies above it
             flags = read_json(record)["flags"] if name and record.is_file() else {}
-            if flags.get("do_train") and flags["dataset"] == config.data.dataset:
+            places = dataset_places(flags["dataset"]) if flags.get("do_train") else {}
+            if places == now and (flags["do_eval"] or flags["do_predict"]) and not flags["eval_dataset"]:
                 return True
+            if places.keys() & now.keys():
+                log.warning("--dataset %s: %s was trained on these rows", config.data.dataset, name)
+                return False
     return False
 
 
@@ -2268,7 +2286,9 @@ def encoding_options(config: Config) -> dict[str, Any]:
     return {"limits": length_limits(config), "train_on_source": config.data.train_on_source, "masked": config.masked}
 
 
-def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
+def encode_splits(
+    splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config, positions: float = math.inf
+) -> Splits:
     """Encode rows in parallel, or find them in the cache; those that can't be trained on are left out."""
     options, limit, encoded = encoding_options(config), config.data.model_max_len, dict.fromkeys(splits._fields)
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
@@ -2293,8 +2313,8 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
             if all(long):
                 flag += f": all {len(rows)} {name} rows are longer"
                 raise DataError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
-            fitting = fitting_lengths(rows, config)
-            way = f"; 99 % fit with {' '.join(fitting)}" if fitting else ""
+            fitting = fitting_lengths(rows, config, positions)
+            way = f"; most fit with {fitting}" if fitting else ""
             log.warning("%d of %d %s rows are longer than %s: left out%s", sum(long), len(rows), name, flag, way)
             rows = rows.select([i for i, is_long in enumerate(long) if not is_long])
         encoded[name] = drop_bad_rows(rows, config)
@@ -2399,9 +2419,9 @@ class TokenStatistics(NamedTuple):
         rows = {"cut": self.cut, "without EOS": self.without_eos, "duplicates": self.duplicates}
         rows["with special tokens as text"] = self.special_text
         return ", ".join([
-            f"{self.rows} rows", f"{self.tokens} tokens", f"{self.longest} in the longest row",
-            f"{self.supervised} ({self.supervised / self.tokens:.1%}) {supervised}",
-            *(f"{count} ({count / self.rows:.1%}) {name}" for name, count in rows.items() if count),
+            f"{self.rows:,} rows", f"{self.tokens:,} tokens", f"{self.longest:,} in the longest row",
+            f"{self.supervised:,} ({self.supervised / self.tokens:.1%}) {supervised}",
+            *(f"{count:,} ({count / self.rows:.1%}) {name}" for name, count in rows.items() if count),
         ])  # fmt: skip
 
 
@@ -2415,32 +2435,43 @@ def token_statistics(rows: Any, masked: bool) -> TokenStatistics:
     )  # fmt: skip
 
 
-def fitting_lengths(rows: Any, config: Config) -> list[str]:
-    """The length limits that 99 % of the rows keep to, where they are above the present ones."""
-    uncut, limits = rows["uncut"][:], length_limits(config)
+def fitting_lengths(rows: Any, config: Config, positions: float) -> str:
+    """The length limits that 99 % of the rows keep to, or as much of that as the model has positions for."""
+    uncut, total = rows["uncut"][:], length_limits(config).total
     by_flag = {"source_max_len": [row[0] for row in uncut], "target_max_len": [row[1] for row in uncut]}
-    by_flag = {"model_max_len": [sum(row) for row in uncut]} if limits.total else by_flag
-    fitting = {flag: sorted(lengths)[math.ceil(0.99 * len(uncut)) - 1] for flag, lengths in by_flag.items()}
-    return [f"--{flag} {most}" for flag, most in fitting.items() if most > getattr(config.data, flag)]
+    by_flag = {"model_max_len": [sum(row) for row in uncut]} if total else by_flag
+    limits = {flag: getattr(config.data, flag) for flag in by_flag}
+    left, flags = positions - sum(limits.values()), list[str]()
+    for flag, lengths in by_flag.items():
+        more = min(sorted(lengths)[math.ceil(0.99 * len(uncut)) - 1] - limits[flag], left)
+        if more > 0:
+            flags.append(f"--{flag} {limits[flag] + more}")
+            left -= more
+    return " ".join(flags)
 
 
-def warn_of_truncation(rows: Any, config: Config) -> None:
+def warn_of_truncation(rows: Any, config: Config, positions: float) -> None:
     """Warn of many training rows that are cut, or that do not teach the model to stop."""
-    cut, fitting, count = sum(rows["cut"][:]), fitting_lengths(rows, config), f"of {len(rows)} train rows"
-    endless = 0 if config.masked else sum(rows["without_eos"][:])
-    if cut > 0.05 * len(rows):
-        log.warning("%d %s are cut; 99 %% fit whole with %s", cut, count, " ".join(fitting))
-    if endless > min(cut, 0.05 * len(rows)):
-        way = "set --eos_token or change the chat template" if endless > cut else f"pass {fitting[-1]}"
-        log.warning("%d %s end without EOS, so the model won't learn to stop: %s", endless, count, way)
+    cut, endless = sum(rows["cut"][:]), 0 if config.masked else sum(rows["without_eos"][:])
+    if max(cut, endless) > 0.05 * len(rows):
+        fitting = fitting_lengths(rows, config, positions)
+        way = (
+            f"most fit with {fitting}" if fitting
+            else f"the model reads no more than {positions} tokens" if cut >= endless
+            else "set --eos_token or change the chat template"
+        )  # fmt: skip
+        what = "of %d train rows %d are cut, and %d end without EOS, which doesn't teach the model to stop: %s"
+        log.warning(what, len(rows), cut, endless, way)
 
 
-def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, TokenStatistics]]:
+def pack_and_summarize(
+    splits: Splits, config: Config, positions: float = math.inf
+) -> tuple[Any, dict[str, TokenStatistics]]:
     """The training rows, packed if the flags say so, and statistics of both splits."""
     parts = {name: rows for name, rows in splits._asdict().items() if rows is not None}
     statistics = {name: token_statistics(rows, config.masked) for name, rows in parts.items()}
     if splits.train is not None:
-        warn_of_truncation(splits.train, config)
+        warn_of_truncation(splits.train, config, positions)
     for name, part in statistics.items():
         if part.special_text:
             log.warning("%d %s rows contain special tokens, which stay text: if a template wrote them, pass messages, "
@@ -2760,15 +2791,20 @@ def load_model_config(config: Config, folder: str) -> PretrainedConfig:
     return model_config
 
 
+def positions_of(model_config: PretrainedConfig) -> float:
+    """Tokens that a model was made for."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
 def resolve_objective(config: Config, model_config: PretrainedConfig) -> Config:
     """The Config with the objective that `auto` stands for, checked against the rules that depend on it."""
-    objective, reason = config.data.objective, "--objective"
+    objective = config.data.objective
     if objective == "auto":
         names = model_config.architectures or [MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_config.model_type, "")]
         encoder = not getattr(model_config, "is_decoder", False)
         masked = encoder and any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
-        objective, reason = "mlm" if masked else "clm", "by the model's config"
-    log.info("objective: %s (%s)", objective, reason)
+        objective = "mlm" if masked else "clm"
+        log.info("objective: %s, by the model's config", objective)
     data = dataclasses.replace(config.data, objective=objective)
     resolved = dataclasses.replace(config, data=data, flags=config.flags | {"objective": objective})
     check_config(resolved)
@@ -3188,8 +3224,8 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
         trainable += size if parameter.requires_grad else 0
         by_dtype[f"{packed.quant_type} (packed)" if packed else str(parameter.dtype).removeprefix("torch.")] += size
     total = sum(by_dtype.values())
-    lines = [f"trainable params: {trainable} || all params: {total} || trainable: {100 * trainable / total:.4g}"]
-    lines += [f"{name}: {size} ({100 * size / total:.1f} %)" for name, size in by_dtype.most_common()]
+    lines = [f"trainable params: {trainable:,} || all params: {total:,} || trainable: {100 * trainable / total:.4g} %"]
+    lines += [f"{name}: {size:,} ({100 * size / total:.1f} %)" for name, size in by_dtype.most_common()]
     kinds = {"adapters": Counter[str](), "linear layers without": Counter[str]()}
     for name, module in model.named_modules() if isinstance(model, PeftModel) else ():
         if isinstance(module, (LoraLayer, *LINEAR_CLASSES)) and not re.search(
@@ -4863,20 +4899,24 @@ def plan_from_flags(config: Config, memory: MemoryModel) -> tuple[dict[str, str]
 
 def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: MemoryModel) -> str:
     """The smallest change of each kind with which a run that does not fit would fit."""
-    full, data, rank = config.quant.full_finetune, config.data, config.lora.lora_r
+    full, data, rank, bits = config.quant.full_finetune, config.data, config.lora.lora_r, config.quant.bits
     limits = ["model_max_len"] if data.model_max_len else ["source_max_len", "target_max_len"]
-    kinds: dict[str, list[dict[str, int]]] = {
-        "quant": [{"bits": n} for n in (8, 4) if n < config.quant.bits and not full],
-        "lora": [{"lora_r": rank >> n} for n in range(1, 9) if rank >> n >= 4 and not full],
-        "data": [{name: max(getattr(data, name) >> n, 1) for name in limits} for n in range(1, 6)],
-    }
-    found = []
-    for group, changes in kinds.items():
-        for change in changes:
-            changed = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **change)})
-            if plan_from_flags(changed, memory_from_config(changed, model_config))[1]:
-                found.append(" ".join(f"--{name} {value}" for name, value in change.items()))
-                break
+    longest = max(limits, key=lambda name: getattr(data, name))
+    changes: list[tuple[str, str, list[Any]]] = [
+        ("training", "bf16", [True] * (bits >= 16 and not config.training.bf16)),
+        ("quant", "bits", [n for n in (8, 4) if n < bits and not full]),
+        ("lora", "lora_r", [rank >> n for n in range(1, 9) if rank >> n >= 4 and not full]),
+        ("data", longest, [max(getattr(data, longest) >> n, 1) for n in range(1, 6)]),
+    ]
+
+    def fits(group: str, flag: str, value: Any) -> bool:
+        arguments = copy.copy(getattr(config, group))
+        setattr(arguments, flag, value)
+        changed = dataclasses.replace(config, **{group: arguments})
+        return plan_from_flags(changed, memory if group == "data" else memory_from_config(changed, model_config))[1]
+
+    first = (next((f"--{flag} {v}" for v in values if fits(group, flag, v)), "") for group, flag, values in changes)
+    found = [change for change in first if change]
     gpus = [] if is_sharded(config) else [2, 4, 8, 16]
     found += [f"{n} such GPUs" for n in gpus if plan_from_flags(config, memory.shared(config, n))[1]][:1]
     return "; ".join(found) or "no single change"
@@ -4923,7 +4963,7 @@ def free_cpu_memory() -> float:
     """Bytes that the machine, or this container, has left."""
     free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        free = min(free, int((group / "memory.max").read_text()) - psutil.Process().memory_info().rss)
     return free
 
 
@@ -5641,7 +5681,7 @@ def check_sizes(name: str, largest_id: int, longest: int, sizes: tuple[int, floa
 def check_rows_fit_model(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
     """Check the rows of every split against the model."""
     sizes = embedding_sizes(model)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions = positions_of(model.config)
     for name, part in parts.items():
         check_sizes(name, part.largest_id, part.longest, sizes)
         if part.longest > positions:
@@ -5784,6 +5824,11 @@ class FlagIntervals(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
 
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log once in a run that is shorter than --logging_steps."""
+        if args.logging_strategy == "steps" and state.global_step == state.max_steps < state.logging_steps:
+            control.should_log = True
+
 
 class EarlyStopping(EarlyStoppingCallback):
     """The library's, with the flag's patience: a resume would restore the checkpoint's."""
@@ -5795,8 +5840,7 @@ class EarlyStopping(EarlyStoppingCallback):
 class Bar(ProgressCallback):
     """The library's progress bar, without its line for each log: see QLoRATrainer.log."""
 
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    on_log = TrainerCallback.on_log
 
 
 def build_callbacks(stop: GracefulStop, config: Config) -> list[TrainerCallback]:
@@ -5810,11 +5854,9 @@ def peak_memory_gib() -> float:
     return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())), default=0) / GIB
 
 
-def rounded(value: Any) -> str:
+def rounded(value: float) -> str:
     """A number for people: four digits at least, and commas in thousands. Files have all digits."""
-    if not isinstance(value, float):
-        return f"{value:,}" if isinstance(value, int) else str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def shown_metrics(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -6045,6 +6087,8 @@ class QLoRATrainer(Trainer):
             parts += [f"{speed:,.0f} tokens/s", *([f"{peak:.1f} GiB"] if (peak := peak_memory_gib()) else [])]
             parts += [f"{left} left"] if step < steps else []
             self.interval = None
+            if logs.get("grad_norm") == 0:
+                warn_once("the gradient is zero, so nothing is trained any more: lower --learning_rate")
         elif self.is_in_train and step < steps:  # at the end report_done shows them
             parts += [f"{name} {value}" for name, value in shown_metrics(logs).items()]
         if parts:
@@ -6064,7 +6108,9 @@ class QLoRATrainer(Trainer):
         loss = sum(map(operator.mul, rows, losses)) / sum(rows)  # the mean over rows of their batches' means
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         metrics |= {"masked_accuracy": sum(correct) / sum(counts)} if self.masking else {}
-        output.metrics.update({f"{kwargs['metric_key_prefix']}_{name}": value for name, value in metrics.items()})
+        prefix = kwargs["metric_key_prefix"]
+        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+        output.metrics.pop(f"{prefix}_model_preparation_time", None)
         if self.questions:
             output.metrics.update(mmlu_metrics(self, self.questions))
         self.untimed_seconds += time.perf_counter() - began
@@ -6618,23 +6664,22 @@ def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def hub_id(model: str) -> str:
-    """The hub's name of a model that lies in a folder: of its cache, or as the model's config says."""
-    if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)", model):
-        return "/".join(cached.groups())
-    config = Path(model, "config.json")
-    recorded = str(read_json(config).get("_name_or_path", "")) if config.is_file() else ""
-    return recorded if re.fullmatch(r"[\w.-]+/[\w.-]+", recorded) and not Path(recorded).exists() else model
-
-
 def model_card(trainer: QLoRATrainer, config: Config) -> str:
     """README.md of the adapter: settings, data and losses, with the metadata block that the hub reads."""
-    losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    steps: dict[float, dict[str, float]] = defaultdict(dict)
+    for entry in trainer.state.log_history:
+        steps[entry["step"]] |= entry
+    losses = [entry for entry in steps.values() if "loss" in entry or "eval_loss" in entry]
     losses = losses[:: -math.ceil(max(len(losses), 1) / 20)][::-1]  # at most 20 rows, the last among them
-    columns = ([rounded(entry.get(name, "")) for name in ("step", "loss", "eval_loss")] for entry in losses)
+    names = ("step", "loss", "eval_loss")
+    columns = ([rounded(entry[name]) if name in entry else "" for name in names] for entry in losses)
     rows = "\n".join(f"| {' | '.join(row)} |" for row in columns)
-    settings = "\n".join(f"| {name} | `{config.flags[name]}` |" for name in sorted(config.explicitly_set))
-    base, output = hub_id(config.model.model_name_or_path), config.training.output_dir
+    given = {name: config.flags[name] for name in sorted(config.explicitly_set)}
+    values = {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in given.items()}
+    settings = "\n".join(f"| {name} | `{value}` |" for name, value in values.items())
+    base, output = config.model.model_name_or_path, config.training.output_dir
+    if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)", base):  # a folder of the hub's cache
+        base = "/".join(cached.groups())
     known = not Path(base).exists()  # the hub refuses what is not a name of its own
     metadata = f"base_model: {json.dumps(base)}\n" if known else ""
     prefix = "" if Path(output) == final_folder(config) else f"{output}/"
@@ -6726,7 +6771,7 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
 def log_hints(config: Config) -> None:
     """Log once what may surprise a user about the flags."""
     train, bits = config.training, config.quant.bits
-    if missing := sorted({"model_name_or_path", "dataset"} - config.explicitly_set):
+    if missing := sorted({"model_name_or_path", *["dataset"] * (not train.plan)} - config.explicitly_set):
         defaults = ", ".join(f"--{name} {config.flags[name]}" for name in missing)
         log.info("not passed, so the original's defaults are used and downloaded: %s", defaults)
     own_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -6737,7 +6782,8 @@ def log_hints(config: Config) -> None:
         name = torch.cuda.get_device_name()
         log.warning("--bf16: the %s here computes it by emulation, slowly: pass --fp16 instead", name)
     free = (os.cpu_count() or 1) - (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0)  # Windows has none
-    if train.use_cpu and (threads := torch.get_num_threads()) > max(1, free + 0.5):
+    runs = not (train.plan or config.data.preview)
+    if runs and train.use_cpu and (threads := torch.get_num_threads()) > max(1, free + 0.5):
         log.warning("other programs keep this machine busy (%.1f of %d cores are free): with %d threads each waits for "
                     "the slowest; OMP_NUM_THREADS=1 is faster", max(free, 0), os.cpu_count(), threads)  # fmt: skip
     if bits >= 16 and train.bf16 != (bits == 16):
@@ -6746,7 +6792,7 @@ def log_hints(config: Config) -> None:
     if config.quant.calibration_rows and train.do_train and (train.recipe or train.learning_rate > 5e-4):
         log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     for applies, names, reason in ineffective_flags(config):
-        if applies and (passed := sorted(config.explicitly_set.intersection(names))):
+        if applies and not config.record and (passed := sorted(config.explicitly_set.intersection(names))):
             log.info("%s: without effect: %s", ", ".join(passed), reason)
 
 
@@ -6766,17 +6812,18 @@ def report_done(config: Config, metrics: dict[str, Any], trained: bool, seconds:
 def next_commands(config: Config) -> dict[str, str]:
     """What to do with a finished run, as commands."""
     flags, final = config.flags, str(final_folder(config))
-    again = ["python", "qlora.py", str(Path(config.training.output_dir, "run.json")), "--do_train", "False"]
-    for name in ("output_dir", "working_dir", "final_output_dir", "trust_remote_code"):  # not repeated by run.json
-        again += [f"--{name}", str(flags[name])] if flags[name] else []
-    commands = {"predict": [*again, "--do_predict", "--predict_with_generate", "--dataset", "FILE"]}
-    if not (config.quant.full_finetune or flags["merged_output_dir"]):
-        commands["merge"] = [*again, "--do_predict", "False", "--merged_output_dir", f"{final}-merged"]
-    if config.masked:
-        commands["predict"].remove("--predict_with_generate")
-    else:
-        commands = {"chat": ["python", "examples/chat.py", final]} | commands
-    return {name: shlex.join(command) for name, command in commands.items()}
+    kept = ("output_dir", "working_dir", "final_output_dir", "trust_remote_code")  # which run.json does not repeat
+    again = ["python", "qlora.py", f"{config.training.output_dir}/run.json"]
+    again += [f"--{name}={flags[name]}" for name in kept if flags[name]]
+    again += ["--do_train=False", "--do_eval=False", "--eval_strategy=no"]  # the run's own results stay
+    generate = [] if config.masked else ["--predict_with_generate"]
+    merges = not (config.quant.full_finetune or flags["merged_output_dir"])
+    found = {
+        "chat": [] if config.masked else ["python", "examples/chat.py", final],
+        "predict": [*again, "--do_predict", *generate, "--dataset", "FILE"],
+        "merge": [*again, "--do_predict=False", f"--merged_output_dir={final}-merged"] if merges else [],
+    }
+    return {name: shlex.join(words) for name, words in found.items() if words}
 
 
 # ------------------------------------------------------------------------------------
@@ -6810,8 +6857,8 @@ def load_run(config: Config) -> tuple[Run, Data]:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     with local_main_process_first():  # encodes the dataset
         text = load_splits(config, tokenizer)
-        encoded = encode_splits(text, tokenizer, config)
-    rows, statistics = pack_and_summarize(encoded, config)
+        encoded = encode_splits(text, tokenizer, config, positions := positions_of(model_config))
+    rows, statistics = pack_and_summarize(encoded, config, positions)
     check_ranks_agree({f"the encoded {name} rows": part.fingerprint for name, part in statistics.items()})
     base = folder
     if config.quant.calibration_rows and not config.data.preview:
@@ -6893,7 +6940,9 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
     return run, identity | {"effective batch": batch}
 
 
-ASSUMED_RATE = 1.2e14  # tokens/s times parameters: 17,800 at 7B on one H200, in bf16, on rows of many lengths
+ASSUMED_RATE = (
+    1.2e14  # tokens/s times parameters, on one GPU: 17,800 at 7B on one H200, in bf16, on rows of many lengths
+)
 
 
 def plan_of_rows(config: Config) -> dict[str, str]:
@@ -6907,15 +6956,18 @@ def plan_of_rows(config: Config) -> dict[str, str]:
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * train.world_size
     epoch, part = math.ceil(len(data.train) / batch), data.statistics["train"]
     steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * epoch)
-    rate, source = read_json(before).get("train_tokens_per_second") if before.is_file() else None, "measured before"
-    if not rate:
-        rate, source = ASSUMED_RATE / meta_model(config, run.model_config).num_parameters(), "assumed, as on an H200"
-    time_needed = timedelta(seconds=round(steps * batch * part.tokens / len(data.train) / rate))
-    return {
+    lines = {
         "rows": f"{part.rows:,} of {part.tokens / part.rows:.0f} tokens on average",
-        "steps": f"{steps:,}, which is {steps / epoch:.3g} epochs",
-        "time": f"{time_needed} at {rate:,.0f} tokens/s ({source})",
+        "steps": f"{steps:,}, which is {rounded(steps / epoch)} epochs",
     }
+    model, source = meta_model(config, run.model_config), "measured in --output_dir"
+    rate = read_json(before).get("train_tokens_per_second") if before.is_file() else None
+    if not rate and not stacked_experts(model):  # of which a token meets a few
+        rate, source = train.world_size * ASSUMED_RATE / model.num_parameters(), "assumed, as on an H200 with --bf16"
+    if rate:
+        time_needed = timedelta(seconds=round(steps / epoch * part.tokens / rate))
+        lines["time"] = f"{time_needed} at {rate:,.0f} tokens/s ({source})"
+    return lines
 
 
 def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_preview) -> int:
@@ -7013,14 +7065,6 @@ def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
     return None
 
 
-class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to standard error, above progress bars."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode(file=self.stream):
-            super().emit(record)
-
-
 def set_up_logging() -> None:
     """Log INFO to standard error on rank 0, only errors elsewhere."""
     for message in (  # warnings of one library about another's code: nothing that a user could do about it
@@ -7035,7 +7079,10 @@ def set_up_logging() -> None:
         huggingface_hub.utils.disable_progress_bars()
         transformers_logging.disable_progress_bar()
     if not log.handlers:
-        handler = ConsoleHandler()
+        # above progress bars, and to whatever standard error is by then
+        write = partial(tqdm.write, end="")
+        stream = types.SimpleNamespace(write=lambda text: write(text, sys.stderr), flush=lambda: sys.stderr.flush())
+        handler = logging.StreamHandler(stream)
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False
