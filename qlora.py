@@ -710,8 +710,7 @@ DATASETS: dict[str, dict[str, str]] = {
     "chip2": {"path": "laion/OIG", "data_files": "unified_chip2.jsonl"},
     # a script dataset, which datasets >= 4 does not run: its parquet conversion
     "self-instruct": {
-        "path": "yizhongw/self_instruct", "revision": "refs/convert/parquet", "data_dir": "self_instruct",
-    },
+        "path": "yizhongw/self_instruct", "revision": "refs/convert/parquet", "data_dir": "self_instruct"},
     "hh-rlhf": {"path": "Anthropic/hh-rlhf"},
     "longform": {"path": "akoksal/LongForm"},
     "oasst1": {"path": "timdettmers/openassistant-guanaco"},
@@ -951,14 +950,14 @@ OTHER_NAMES: dict[str, str] = {name: flag for flag, names in (
     ("per_device_train_batch_size", "batch_size train_batch_size micro_batch_size"), ("num_train_epochs", "epochs"),
     ("per_device_eval_batch_size", "eval_batch_size"), ("max_steps", "max_train_steps"), ("lora_r", "r rank lora_rank"),
     ("bits 4", "load_in_4bit qlora"), ("bits 8", "load_in_8bit"), ("bits", "quantization_bit quantization"),
-    ("lora_modules", "lora_target lora_target_modules target_modules lora_target_linear"), ("report_to", "wandb"),
+    ("lora_modules", "lora_target lora_target_modules target_modules lora_target_linear"),
     ("model_max_len", "sequence_len cutoff_len max_seq_length max_seq_len max_length seq_len context_length"),
-    ("double_quant", "bnb_4bit_use_double_quant"), ("modules_to_save", "additional_target"),
+    ("double_quant", "bnb_4bit_use_double_quant"), ("modules_to_save", "additional_target"), ("objective", "stage"),
     ("full_finetune", "finetuning_type"), ("max_train_samples", "max_samples"), ("eval_dataset_size", "val_size"),
     ("attn_implementation", "flash_attn flash_attention"), ("use_auth_token", "token hf_token"),
-    ("eval_strategy", "evals_per_epoch"), ("save_strategy", "saves_per_epoch"), ("report_to", "wandb_project"),
+    ("eval_strategy", "evals_per_epoch"), ("save_strategy", "saves_per_epoch"), ("save_steps", "save_every"),
     ("packing", "sample_packing"), ("bf16", "precision"), ("use_cpu", "device"), ("weight_decay", "wd"),
-    ("objective", "stage"), ("chat_template", "template"), ("save_steps", "save_every"),
+    ("report_to", "wandb wandb_project"), ("chat_template", "template"),
 ) for name in names.split()}  # fmt: skip
 # Accepted without effect, and why.
 IGNORED_FLAGS: dict[str, str] = {name: why for names, why in (
@@ -1418,15 +1417,12 @@ def check_base(config: Config) -> None:
     adapter = Path(model, "adapter_config.json")
     if adapter.is_file() and not Path(model, "config.json").is_file():
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        raise ConfigError(
-            f"--model_name_or_path {model}: an adapter of {base}; pass that, and this as --adapter_name_or_path"
-        )
+        what = f"--model_name_or_path {model}: an adapter of {base}"
+        raise ConfigError(f"{what}; pass that, and this as --adapter_name_or_path")
     if args.push_to_hub and args.do_train and not (args.plan or config.data.preview):
-        try:
+        way = "log in with `hf auth login`, or leave it out"
+        with reraise_as_user_error(f"--push_to_hub: {way}", ConfigError, Exception):  # of its HTTP library, too
             huggingface_hub.whoami(token=args.hub_token)
-        except Exception as error:  # of its HTTP library, too
-            way = "log in with `hf auth login`, or leave it out"
-            raise ConfigError(f"--push_to_hub: {shorten(error)}; {way}") from error
 
 
 def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
@@ -1536,8 +1532,6 @@ READERS: dict[str, Callable[[Any], NumberedRows]] = {
         (drop_nulls(row, 0) for batch in ParquetFile(stream.buffer).iter_batches(4096) for row in batch.to_pylist()), 1
     ),
 }
-
-
 OPENERS: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
     ".zst": lambda path, _: io.BufferedReader(pyarrow.input_stream(path, compression="zstd")),
@@ -1782,9 +1776,8 @@ def render_within(chat: Conversation, tokenizer: PreTrainedTokenizerBase, limits
             fits = partial(prompt_fits, tokenizer=tokenizer, limits=limits)
             fitting = max(1, sum(1 for _ in itertools.takewhile(fits, alone)))
             short = render_chat(shorter[-fitting], tokenizer)[-1]
-            whole, rest = (
-                sum(map(len, tokens)) for tokens in tokenize_rendered([row.segments, short.segments], tokenizer)
-            )
+            both = tokenize_rendered([row.segments, short.segments], tokenizer)
+            whole, rest = (sum(map(len, tokens)) for tokens in both)
             row = short._replace(left_out=[*short.left_out, OLDEST_EXCHANGES], lost=whole - rest)
         yield row
 
@@ -1831,9 +1824,7 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
             rows = [RenderedRow(join_segments(parsed, tokenizer) if isinstance(parsed, JoinedSegments) else parsed, [])]
         normal["category"] = escape_control_chars(str(row.get("category") or row.get("source") or ""))
         used = {"category", "source", *dataset_format.columns, *dataset_format.optional}
-        unused = sorted(
-            escape_control_chars(name) for name, value in row.items() if name not in used and value is not None
-        )
+        unused = sorted(escape_control_chars(n) for n, value in row.items() if n not in used and value is not None)
         for segments, left_out, _ in rows:
             left_out += unused if dataset_format.columns else ()  # a user's own function may use all of them
             if not any(segment["supervised"] and segment["text"].strip(MARKS).strip() for segment in segments):
@@ -1944,21 +1935,17 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     return Splits(taken[0] if training else None, taken[1])
 
 
-def dataset_places(flag: str) -> dict[str, float]:
-    """The datasets that a flag names, however it writes their paths, and their shares."""
-    return {os.path.realpath(name) if os.path.exists(name) else name: n for name, n in dataset_shares(flag)}
-
-
 def holds_rows_out(config: Config) -> bool:
     """Whether what is evaluated was trained on this dataset, and held rows out; a warning if it did not."""
-    model, now = config.model, dataset_places(config.data.dataset)
+    model = config.model
     for name in config.training.output_dir, model.adapter_name_or_path or "", model.model_name_or_path:
         for record in Path(name, "run.json"), Path(name).parent / "run.json":  # a checkpoint's lies above it
             flags = read_json(record)["flags"] if name and record.is_file() else {}
-            places = dataset_places(flags["dataset"]) if flags.get("do_train") else {}
-            if places == now and (flags["do_eval"] or flags["do_predict"]) and not flags["eval_dataset"]:
+            both = (config.data.dataset, flags["dataset"] if flags.get("do_train") else "")
+            now, trained = ({os.path.realpath(n): share for n, share in dataset_shares(flag)} for flag in both)
+            if now == trained and (flags["do_eval"] or flags["do_predict"]) and not flags["eval_dataset"]:
                 return True
-            if places.keys() & now.keys():
+            if now.keys() & trained.keys():
                 log.warning("--dataset %s: %s was trained on these rows", config.data.dataset, name)
                 return False
     return False
@@ -2286,9 +2273,7 @@ def encoding_options(config: Config) -> dict[str, Any]:
     return {"limits": length_limits(config), "train_on_source": config.data.train_on_source, "masked": config.masked}
 
 
-def encode_splits(
-    splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config, positions: float = math.inf
-) -> Splits:
+def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: float = math.inf) -> Splits:
     """Encode rows in parallel, or find them in the cache; those that can't be trained on are left out."""
     options, limit, encoded = encoding_options(config), config.data.model_max_len, dict.fromkeys(splits._fields)
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
@@ -2314,7 +2299,7 @@ def encode_splits(
                 flag += f": all {len(rows)} {name} rows are longer"
                 raise DataError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
             fitting = fitting_lengths(rows, config, positions)
-            way = f"; most fit with {fitting}" if fitting else ""
+            way = f"; 99 % of them fit with {fitting}" if fitting else ""
             log.warning("%d of %d %s rows are longer than %s: left out%s", sum(long), len(rows), name, flag, way)
             rows = rows.select([i for i, is_long in enumerate(long) if not is_long])
         encoded[name] = drop_bad_rows(rows, config)
@@ -2437,41 +2422,30 @@ def token_statistics(rows: Any, masked: bool) -> TokenStatistics:
 
 def fitting_lengths(rows: Any, config: Config, positions: float) -> str:
     """The length limits that 99 % of the rows keep to, or as much of that as the model has positions for."""
-    uncut, total = rows["uncut"][:], length_limits(config).total
+    uncut, limits = rows["uncut"][:], length_limits(config)
     by_flag = {"source_max_len": [row[0] for row in uncut], "target_max_len": [row[1] for row in uncut]}
-    by_flag = {"model_max_len": [sum(row) for row in uncut]} if total else by_flag
-    limits = {flag: getattr(config.data, flag) for flag in by_flag}
-    left, flags = positions - sum(limits.values()), list[str]()
+    by_flag = {"model_max_len": [sum(row) for row in uncut]} if limits.total else by_flag
+    left, flags = positions - limits.longest, list[str]()
     for flag, lengths in by_flag.items():
-        more = min(sorted(lengths)[math.ceil(0.99 * len(uncut)) - 1] - limits[flag], left)
+        now = getattr(config.data, flag)
+        more = min(sorted(lengths)[math.ceil(0.99 * len(uncut)) - 1] - now, left)
         if more > 0:
-            flags.append(f"--{flag} {limits[flag] + more}")
+            flags.append(f"--{flag} {now + more}")
             left -= more
     return " ".join(flags)
 
 
-def warn_of_truncation(rows: Any, config: Config, positions: float) -> None:
-    """Warn of many training rows that are cut, or that do not teach the model to stop."""
-    cut, endless = sum(rows["cut"][:]), 0 if config.masked else sum(rows["without_eos"][:])
-    if max(cut, endless) > 0.05 * len(rows):
-        fitting = fitting_lengths(rows, config, positions)
-        way = (
-            f"most fit with {fitting}" if fitting
-            else f"the model reads no more than {positions} tokens" if cut >= endless
-            else "set --eos_token or change the chat template"
-        )  # fmt: skip
-        what = "of %d train rows %d are cut, and %d end without EOS, which doesn't teach the model to stop: %s"
-        log.warning(what, len(rows), cut, endless, way)
-
-
-def pack_and_summarize(
-    splits: Splits, config: Config, positions: float = math.inf
-) -> tuple[Any, dict[str, TokenStatistics]]:
+def pack_and_summarize(splits: Splits, config: Config, positions: float = math.inf) -> tuple[Any, dict[str, Any]]:
     """The training rows, packed if the flags say so, and statistics of both splits."""
     parts = {name: rows for name, rows in splits._asdict().items() if rows is not None}
     statistics = {name: token_statistics(rows, config.masked) for name, rows in parts.items()}
     if splits.train is not None:
-        warn_of_truncation(splits.train, config, positions)
+        cut, endless = statistics["train"].cut, statistics["train"].without_eos or 0
+        if max(cut, endless) > 0.05 * len(splits.train):
+            fitting = fitting_lengths(splits.train, config, positions)
+            way = f"pass {fitting}" if fitting else "try another --eos_token or chat template, or shorter rows"
+            what = "of %d train rows %d are cut, and %d end without EOS, so that the model won't learn to stop: %s"
+            log.warning(what, len(splits.train), cut, endless, way)
     for name, part in statistics.items():
         if part.special_text:
             log.warning("%d %s rows contain special tokens, which stay text: if a template wrote them, pass messages, "
@@ -2640,9 +2614,7 @@ def row_spans(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerB
     return spans
 
 
-def preview_rows(
-    rows: Any, tokenizer: Any, model_config: PretrainedConfig, config: Config
-) -> Iterator[tuple[str, Spans]]:
+def preview_rows(rows: Any, tokenizer: Any, model_config: Any, config: Config) -> Iterator[tuple[str, Spans]]:
     """The first rows or packs as a step would have them, each with a title."""
     vocabulary = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
     masking = build_masking(tokenizer, vocabulary, config.data) if config.masked else None
@@ -2657,15 +2629,6 @@ def preview_rows(
             if left_out := member["left_out"].replace("\n", ", "):
                 title += f", left out: {shorten(left_out)}"
             yield title, row_spans(ids.tolist(), labels.tolist(), tokenizer)
-
-
-def format_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, TokenStatistics], terminal: bool) -> str:
-    """The rows, then the statistics of each split. Supervised text is green in a terminal, in brackets elsewhere."""
-    on, off = ("\x1b[32m", "\x1b[39m") if terminal else "⟪⟫"
-    lines = [f"{on}supervised{off}, ↵ end of a line"]
-    for title, spans in rows:
-        lines += ["", title, "".join(f"{on}{text}{off}" if supervised else text for text, supervised in spans)]
-    return "\n".join([*lines, "", *(f"{name} rows: {part}" for name, part in statistics.items())])
 
 
 # ------------------------------------------------------------------------------------
@@ -3234,9 +3197,7 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
             kind = without_numbers(name.removeprefix("base_model.model."))
             title = "adapters" if isinstance(module, LoraLayer) else "linear layers without"
             kinds[title][kind.partition(".*.")[2] or kind] += 1
-    return lines + [
-        f"{title}: {', '.join(f'{n} {k}' for k, n in found.items())}" for title, found in kinds.items() if found
-    ]
+    return lines + [f"{title}: {', '.join(f'{n} {k}' for k, n in of.items())}" for title, of in kinds.items() if of]
 
 
 # ------------------------------------------------------------------------------------
@@ -3644,13 +3605,6 @@ def adapter_start_file(config: Config, base: str) -> Path | None:
     """Where adapters of a run on this calibrated base start; None if they start as --init_lora_weights says."""
     own = "init_lora_weights" not in config.explicitly_set and config.model.adapter_name_or_path is None
     return Path(base, ADAPTER_START) if config.quant.calibration_rows and own else None
-
-
-def calibration_identity(config: Config, base: str) -> dict[str, str]:
-    """What a checkpoint says of the calibrated base, by name and content, and of where its adapters started."""
-    content = digest(*(file_digest(file) for file in sorted(Path(base).glob("*.safetensors"))))
-    start = "calibrated" if adapter_start_file(config, base) else config.lora.init_lora_weights
-    return {"calibrated base": f"{Path(base).name} {content}", "adapter start": start}
 
 
 def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> None:
@@ -4565,9 +4519,8 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
     if not isinstance(plain, torch.nn.Linear) or not type(plain).__module__.startswith("torch"):
         return whole
     bodies = (base.base_model, base.get_decoder())  # OPT calls the second
-    hooks = [
-        body.register_forward_hook(lambda body, *call: outputs.update({body: call[-1][0].clone()})) for body in bodies
-    ]
+    note = lambda body, *call: outputs.update({body: call[-1][0].clone()})  # noqa: E731
+    hooks = [body.register_forward_hook(note) for body in bodies]
     hooks += [head.register_forward_pre_hook(lambda *call: inputs.append(*call[-1]))]
     hooks += [head.register_forward_hook(lambda *call: logit_ramp(call[-1]))]
     try:
@@ -4637,19 +4590,15 @@ def try_padding(model: Any, base: Any, fast: FastPath, config: Config, step: Ste
     return fast._replace(alone=True, off=(*fast.off, off))
 
 
-def trial_steps(base: Any) -> list[StepBatch]:
-    """Two steps of two rows, of which the second is the same in both; peft's layers take fewer than 16 tokens."""
-    words, generator = base.config.get_text_config().vocab_size, torch.Generator().manual_seed(0)
-    a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
-    pairs = ([{"input_ids": ids, "labels": ids} for ids in rows] for rows in ((a, b), (c, b)))
-    return [collate_step(rows)["step"] for rows in pairs]
-
-
 @torch.no_grad()
 def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, device: Any = None) -> FastPath:
     """Try padding, the head and padding-free rows on a few tokens; an engine that shards it may be around `model`."""
     device, dtype = device or base.get_input_embeddings().weight.device, compute_dtype(config)
-    training, steps = base.training, trial_steps(base)
+    training, generator = base.training, torch.Generator().manual_seed(0)
+    words = base.config.get_text_config().vocab_size
+    a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
+    # two steps of two rows, of which the second is the same in both; peft's layers take fewer than 16 tokens
+    steps = [collate_step([{"input_ids": ids, "labels": ids} for ids in rows])["step"] for rows in ((a, b), (c, b))]
     model.eval()
     with torch.autocast(device.type, dtype, dtype != torch.float32):
         fast = try_padding(model, base, fast, config, steps[0], device)
@@ -4865,12 +4814,10 @@ def plan_step(
     beside = int(CONTEXT * GIB) + pages
     parts |= {"predicted peak": peak, "beside it": beside, "in all": peak + beside}
     lines = {name: f"{size / GIB:6.2f} GiB" for name, size in parts.items()}
-    moved = f"; the optimizer's pages {'stay' if pages else 'move out'}" if memory.paged else ""
-    lines["beside it"] += f": CUDA{moved}"
+    lines["beside it"] += ": CUDA"
     if memory.paged:
-        lines["optimizer"] += (
-            f": its {memory.optimizer / GIB:.2f} GiB are pages, beside torch's allocator or on the CPU"
-        )
+        lines["beside it"] += f"; the optimizer's pages {'stay' if pages else 'move out'}"
+        lines["optimizer"] += f": its {memory.optimizer / GIB:.2f} GiB are pages beside torch's allocator or on the CPU"
     lines["micro-batch"] = f"{tokens} tokens"
     lines["recomputed"] = f"{plan.recomputed} of {memory.layers} layers"
     lines["kept dequantised"] = f"{plan.unpacked} of {memory.layers} layers"
@@ -5331,14 +5278,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 folder.rmdir() if made else None
 
 
-def final_place(output: Path, final: Path) -> str:
-    """The final folder as `completed` records it: relative, so that both can be moved together."""
-    return os.path.relpath(final.resolve(), output.resolve())
-
-
 def final_files(output: Path, final: Path) -> set[Path]:
     """The files in the final folder that the last completed run lists. No others are ever removed."""
-    record, place = read_record(output), final_place(output, final)
+    # relative, so that both can be moved together
+    record, place = read_record(output), os.path.relpath(final.resolve(), output.resolve())
     names = record.get("files") if record.get("final", place) == place else None
     files = {final / name for name in names} if isinstance(names, list) else set()  # a checkpoint has a dictionary
     return {file for file in files if file.resolve().is_relative_to(final.resolve())}
@@ -5541,10 +5484,8 @@ def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
     texts = [row[-1]["text"] for row in batch["segments"]]
     masking, name_of = trainer.masking._replace(replaced=1.0, random=0.0), tokenizer.convert_ids_to_tokens
     encoded = [encode_masked(text, tokenizer, limits) for text in texts]
-    masked = [
-        ids if masking.mask_id in ids else masking.mask_eval_row(ids, labels)["input_ids"]
-        for ids, labels, *_ in encoded
-    ]
+    own = (masking.mask_eval_row(ids, labels)["input_ids"] for ids, labels, *_ in encoded)
+    masked = [row.input_ids if masking.mask_id in row.input_ids else new for row, new in zip(encoded, own, strict=True)]
     tensors = to_device(padded_prompts(masked, tokenizer.pad_token_id, "right"), trainer.args.device)
     logits = trainer.base(**tensors).logits
     for text, (_, labels, *_), ids, scores in zip(texts, encoded, masked, logits, strict=True):
@@ -5641,9 +5582,8 @@ def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
     """Accuracy by subject, their unweighted mean, and the loss."""
     by_subject: dict[str, list[bool]] = {question.subject: [] for question in questions}
     questions = sorted(questions, key=lambda question: len(question.prompt))  # else two thirds of a batch are padding
-    answered = run_batches(
-        trainer, len(questions), lambda numbers: answer_questions(trainer, [questions[i] for i in numbers]), "MMLU"
-    )
+    answers = lambda numbers: answer_questions(trainer, [questions[i] for i in numbers])  # noqa: E731
+    answered = run_batches(trainer, len(questions), answers, "MMLU")
     for question, (correct, _) in zip(questions, answered, strict=True):
         by_subject[question.subject].append(correct)
     name, loss = f"mmlu_{trainer.config.mmlu.mmlu_split}_accuracy", sum(loss for _, loss in answered) / len(answered)
@@ -5680,8 +5620,7 @@ def check_sizes(name: str, largest_id: int, longest: int, sizes: tuple[int, floa
 
 def check_rows_fit_model(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
     """Check the rows of every split against the model."""
-    sizes = embedding_sizes(model)
-    positions = positions_of(model.config)
+    sizes, positions = embedding_sizes(model), positions_of(model.config)
     for name, part in parts.items():
         check_sizes(name, part.largest_id, part.longest, sizes)
         if part.longest > positions:
@@ -5823,11 +5762,7 @@ class FlagIntervals(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log once in a run that is shorter than --logging_steps."""
-        if args.logging_strategy == "steps" and state.global_step == state.max_steps < state.logging_steps:
-            control.should_log = True
+        state.logging_steps = min(state.logging_steps, state.max_steps)  # one line at least
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -5837,16 +5772,11 @@ class EarlyStopping(EarlyStoppingCallback):
         self.early_stopping_patience = args.early_stopping_patience
 
 
-class Bar(ProgressCallback):
-    """The library's progress bar, without its line for each log: see QLoRATrainer.log."""
-
-    on_log = TrainerCallback.on_log
-
-
 def build_callbacks(stop: GracefulStop, config: Config) -> list[TrainerCallback]:
     """Every callback of a run."""
     patience, bars = config.training.early_stopping_patience, sys.stderr.isatty() and not config.training.disable_tqdm
-    return [stop, FlagIntervals(), *([EarlyStopping(patience)] if patience else []), *([Bar()] if bars else [])]
+    bar = type("Bar", (ProgressCallback,), {"on_log": TrainerCallback.on_log})  # QLoRATrainer.log writes the lines
+    return [stop, FlagIntervals(), *([EarlyStopping(patience)] if patience else []), *([bar()] if bars else [])]
 
 
 def peak_memory_gib() -> float:
@@ -5897,10 +5827,8 @@ class QLoRATrainer(Trainer):
         self.router_losses: list[torch.Tensor] = []  # since the last log
         self.balance = router_loss_of(self.inner)
         if self.balance:
-            self.inner.base_model.register_forward_hook(self._note_router_logits)
-
-    def _note_router_logits(self, model: Any, args: Any, outputs: Any) -> None:
-        self.router_logits = outputs.router_logits
+            note = lambda model, args, outputs: setattr(self, "router_logits", outputs.router_logits)  # noqa: E731
+            self.inner.base_model.register_forward_hook(note)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train without bitsandbytes 0.50's wait for the GPU after each parameter (10 %); one stream keeps order."""
@@ -5969,10 +5897,8 @@ class QLoRATrainer(Trainer):
             unreached = [n for n, p in self.base.named_parameters() if ".lora_A." in n and p.grad is None]
             if unreached:
                 first = unreached[0].removeprefix("base_model.model.").partition(".lora_")[0]
-                what = (
-                    "step 1: no gradient reaches %d adapters, first %s: unless that is an expert, leave it out with %s"
-                )
-                log.warning(what, len(unreached), first, "--lora_modules")
+                what = "step 1: no gradient reaches %d adapters, first %s: unless that is an expert, leave it out"
+                log.warning(f"{what} with --lora_modules", len(unreached), first)
         if self.args.world_size > 1 and not self.sharded:
             average_gradients(self.base)
         return torch.stack([loss for _, loss in self.parts]).sum()
@@ -6433,7 +6359,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             if getattr(model, "initial_adapter", None):
                 convert_to_published_base(staging, model.initial_adapter)
             files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
-            earlier, place = final_files(output, final), {"final": final_place(output, final)}
+            earlier, place = final_files(output, final), {"final": os.path.relpath(final.resolve(), output.resolve())}
             listed = {*files, *(file.relative_to(final).as_posix() for file in earlier)}  # should it be killed now
             write_json(output / PREVIOUS, read_record(output) | place | {"files": sorted(listed)})
             for name in files:
@@ -6674,14 +6600,13 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     names = ("step", "loss", "eval_loss")
     columns = ([rounded(entry[name]) if name in entry else "" for name in names] for entry in losses)
     rows = "\n".join(f"| {' | '.join(row)} |" for row in columns)
-    given = {name: config.flags[name] for name in sorted(config.explicitly_set)}
-    values = {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in given.items()}
-    settings = "\n".join(f"| {name} | `{value}` |" for name, value in values.items())
+    given = ((name, config.flags[name]) for name in sorted(config.explicitly_set))
+    settings = "\n".join(f"| {name} | `{f'{v:g}' if isinstance(v, float) else v}` |" for name, v in given)
     base, output = config.model.model_name_or_path, config.training.output_dir
     if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)", base):  # a folder of the hub's cache
         base = "/".join(cached.groups())
-    known = not Path(base).exists()  # the hub refuses what is not a name of its own
-    metadata = f"base_model: {json.dumps(base)}\n" if known else ""
+    # the hub refuses what is not a name of its own
+    metadata = "" if Path(base).exists() else f"base_model: {json.dumps(base)}\n"
     prefix = "" if Path(output) == final_folder(config) else f"{output}/"
     last = max(getattr(trainer.processing_class, "new_rows", [-1]))
     grow = f"New tokens: call `base.resize_token_embeddings({last + 1})` before loading it if the base has fewer.\n\n"
@@ -6742,6 +6667,7 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
     tokens = {name: token for name, token in run.tokenizer.special_tokens_map.items() if isinstance(token, str)}
     stored = getattr(run.model_config, "quantization_config", {}).get("quant_method")
     bits = f"{quant.bits} bit" + f" {quant.quant_type}, double_quant {quant.double_quant}" * (quant.bits == 4)
+    bits += f", kept in {str(load_dtype(config)).removeprefix('torch.')}" * (quant.bits >= 16)
     adapter = run.resume.checkpoint or run.resume.weights or ("new" if args.do_train else "none, the base model alone")
     derived = {
         "model": config.model.model_name_or_path,
@@ -6770,7 +6696,7 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
 
 def log_hints(config: Config) -> None:
     """Log once what may surprise a user about the flags."""
-    train, bits = config.training, config.quant.bits
+    train = config.training
     if missing := sorted({"model_name_or_path", *["dataset"] * (not train.plan)} - config.explicitly_set):
         defaults = ", ".join(f"--{name} {config.flags[name]}" for name in missing)
         log.info("not passed, so the original's defaults are used and downloaded: %s", defaults)
@@ -6786,11 +6712,6 @@ def log_hints(config: Config) -> None:
     if runs and train.use_cpu and (threads := torch.get_num_threads()) > max(1, free + 0.5):
         log.warning("other programs keep this machine busy (%.1f of %d cores are free): with %d threads each waits for "
                     "the slowest; OMP_NUM_THREADS=1 is faster", max(free, 0), os.cpu_count(), threads)  # fmt: skip
-    if bits >= 16 and train.bf16 != (bits == 16):
-        dtype = "bf16, because of --bf16" if train.bf16 else "float32, without --bf16"
-        log.info("bits %d: the weights are in %s, as in the original", bits, dtype)
-    if config.quant.calibration_rows and train.do_train and (train.recipe or train.learning_rate > 5e-4):
-        log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     for applies, names, reason in ineffective_flags(config):
         if applies and not config.record and (passed := sorted(config.explicitly_set.intersection(names))):
             log.info("%s: without effect: %s", ", ".join(passed), reason)
@@ -6813,15 +6734,13 @@ def next_commands(config: Config) -> dict[str, str]:
     """What to do with a finished run, as commands."""
     flags, final = config.flags, str(final_folder(config))
     kept = ("output_dir", "working_dir", "final_output_dir", "trust_remote_code")  # which run.json does not repeat
-    again = ["python", "qlora.py", f"{config.training.output_dir}/run.json"]
-    again += [f"--{name}={flags[name]}" for name in kept if flags[name]]
-    again += ["--do_train=False", "--do_eval=False", "--eval_strategy=no"]  # the run's own results stay
-    generate = [] if config.masked else ["--predict_with_generate"]
-    merges = not (config.quant.full_finetune or flags["merged_output_dir"])
+    again = ["python", "qlora.py", f"{config.training.output_dir}/run.json", "--do_train=False", "--do_eval=False"]
+    again += ["--eval_strategy=no", *(f"--{name}={flags[name]}" for name in kept if flags[name])]
+    merge = [*again, "--do_predict=False", f"--merged_output_dir={final}-merged"]
     found = {
-        "chat": [] if config.masked else ["python", "examples/chat.py", final],
-        "predict": [*again, "--do_predict", *generate, "--dataset", "FILE"],
-        "merge": [*again, "--do_predict=False", f"--merged_output_dir={final}-merged"] if merges else [],
+        "chat": ["python", "examples/chat.py", final] * (not config.masked),
+        "predict": [*again, "--do_predict", *["--predict_with_generate"] * (not config.masked), "--dataset", "FILE"],
+        "merge": [] if config.quant.full_finetune or flags["merged_output_dir"] else merge,
     }
     return {name: shlex.join(words) for name, words in found.items() if words}
 
@@ -6830,9 +6749,14 @@ def next_commands(config: Config) -> dict[str, str]:
 # 18. Main: one run, from the command line to files
 # ------------------------------------------------------------------------------------
 def print_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
-    """Print the preview, coloured where standard output is a terminal."""
+    """Print the rows, then the statistics of each split. Supervised text is green in a terminal, else in brackets."""
     coloured, encoding = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), sys.stdout.encoding or "utf-8"
-    text = format_preview(rows, statistics, coloured).encode(encoding, "backslashreplace").decode(encoding)
+    on, off = ("\x1b[32m", "\x1b[39m") if coloured else "⟪⟫"
+    lines = [f"{on}supervised{off}, ↵ end of a line"]
+    for title, spans in rows:
+        lines += ["", title, "".join(f"{on}{text}{off}" if supervised else text for text, supervised in spans)]
+    lines += ["", *(f"{name} rows: {part}" for name, part in statistics.items())]
+    text = "\n".join(lines).encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(text, flush=True)
     except BrokenPipeError:  # of `| head`; nothing may be left for Python to write when it exits
@@ -6926,7 +6850,9 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
     config, resume, args = run.config, run.resume, run.config.training
     identity = run_fingerprint(config, data.statistics.get("train") if args.do_train else None)
     if run.base != run.folder:
-        identity |= calibration_identity(config, run.base)
+        content = digest(*(file_digest(file) for file in sorted(Path(run.base).glob("*.safetensors"))))
+        start = "calibrated" if adapter_start_file(config, run.base) else config.lora.init_lora_weights
+        identity |= {"calibrated base": f"{Path(run.base).name} {content}", "adapter start": start}
     if resume.found:
         earlier = check_same_run(resume.found, identity, resume.train and not resume.trained, config)
         if resume.trained:
@@ -6940,9 +6866,7 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
     return run, identity | {"effective batch": batch}
 
 
-ASSUMED_RATE = (
-    1.2e14  # tokens/s times parameters, on one GPU: 17,800 at 7B on one H200, in bf16, on rows of many lengths
-)
+ASSUMED_RATE = 1.2e14  # tokens/s times parameters: 17,800 at 7B on one H200 in bf16, on rows of many lengths
 
 
 def plan_of_rows(config: Config) -> dict[str, str]:
@@ -7079,9 +7003,7 @@ def set_up_logging() -> None:
         huggingface_hub.utils.disable_progress_bars()
         transformers_logging.disable_progress_bar()
     if not log.handlers:
-        # above progress bars, and to whatever standard error is by then
-        write = partial(tqdm.write, end="")
-        stream = types.SimpleNamespace(write=lambda text: write(text, sys.stderr), flush=lambda: sys.stderr.flush())
+        stream = types.SimpleNamespace(write=lambda text: tqdm.write(text, sys.stderr, end=""))  # above progress bars
         handler = logging.StreamHandler(stream)
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)

@@ -50,10 +50,10 @@ def test_rows_that_are_cut_name_lengths_that_fit(warned):
     assert "of 200 train rows 101 are cut" in cut and "--source_max_len 199" in cut and "--target_max_len" not in cut
     (cut,) = warned(PAIRS, "--source_max_len", "300", "--target_max_len", "100", *few)
     assert "of 200 train rows 111 are cut, and 111 end without EOS" in cut
-    assert cut.endswith("most fit with --target_max_len 209")
+    assert cut.endswith("pass --target_max_len 209")
     one = "--model_max_len", "300", "--skip_excess_length", "False", *few
     assert "--model_max_len 408" in warned(PAIRS, *one)[0]  # 2 * 198 + 10 + 2
-    assert "most fit with --model_max_len 408" in warned(PAIRS, "--model_max_len", "300", *few)[0]
+    assert "99 % of them fit with --model_max_len 408" in warned(PAIRS, "--model_max_len", "300", *few)[0]
     assert warned(PAIRS, "--source_max_len", "195", *few) == []  # 6 of 200 are 3 %
 
 
@@ -61,9 +61,9 @@ def test_no_length_is_named_that_the_model_can_not_read(warned):
     """It reads 512 tokens. 99 % need 409 and 419: 300 + 100 leave 112 for the input, and all have room for it."""
     rows = [{"input": "a" * 408, "output": "b" * 418}] * 20
     (cut,) = warned(rows, "--source_max_len", "300", "--target_max_len", "100", "--max_steps", "1")
-    assert cut.endswith("most fit with --source_max_len 409 --target_max_len 103")
+    assert cut.endswith("pass --source_max_len 409 --target_max_len 103")
     (cut,) = warned(rows, "--source_max_len", "400", "--target_max_len", "112", "--max_steps", "1")
-    assert cut.endswith("the model reads no more than 512 tokens")
+    assert cut.endswith("or shorter rows")
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,7 @@ def test_without_training_neither_steps_nor_recomputation_are_told(run_qlora, fi
 
 def test_a_run_that_is_destroyed_says_so_and_a_short_one_has_a_line(run_qlora):
     run = run_qlora(max_steps=6, learning_rate=2e4, logging_steps=1)
-    print(run.code, run.stderr[-3000:])
-    assert 0
+    assert run.code == 0 and sum("the gradient is zero" in line for line in run.stderr.splitlines()) == 1
     short = run_qlora(max_steps=3, logging_steps=10, overwrite_output_dir=True)
     (line,) = (line for line in short.stderr.splitlines() if line.startswith("step "))
     assert line.startswith("step 3 of 3  loss ")
