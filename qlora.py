@@ -710,8 +710,7 @@ DATASETS: dict[str, dict[str, str]] = {
     "chip2": {"path": "laion/OIG", "data_files": "unified_chip2.jsonl"},
     # a script dataset, which datasets >= 4 does not run: its parquet conversion
     "self-instruct": {
-        "path": "yizhongw/self_instruct", "revision": "refs/convert/parquet", "data_dir": "self_instruct",
-    },
+        "path": "yizhongw/self_instruct", "revision": "refs/convert/parquet", "data_dir": "self_instruct"},
     "hh-rlhf": {"path": "Anthropic/hh-rlhf"},
     "longform": {"path": "akoksal/LongForm"},
     "oasst1": {"path": "timdettmers/openassistant-guanaco"},
@@ -947,16 +946,18 @@ OTHER_NAMES: dict[str, str] = {name: flag for flag, names in (
     ("model_name_or_path", "model base_model model_id model_dir"), ("learning_rate", "lr"), ("output_dir", "out"),
     ("dataset", "data_path dataset_path train_file"), ("dataset_format", "type dataset_type prompt_template"),
     ("adapter_name_or_path", "adapter lora_model_dir"), ("merged_output_dir", "merge merge_lora export_dir"),
-    ("resume_from_checkpoint", "resume checkpoint"), ("gradient_accumulation_steps", "grad_accum"),
+    ("resume_from_checkpoint", "resume checkpoint"), ("gradient_accumulation_steps", "grad_accum grad_acc"),
     ("per_device_train_batch_size", "batch_size train_batch_size micro_batch_size"), ("num_train_epochs", "epochs"),
     ("per_device_eval_batch_size", "eval_batch_size"), ("max_steps", "max_train_steps"), ("lora_r", "r rank lora_rank"),
     ("bits 4", "load_in_4bit qlora"), ("bits 8", "load_in_8bit"), ("bits", "quantization_bit quantization"),
-    ("lora_modules", "lora_target lora_target_modules target_modules lora_target_linear"), ("report_to", "wandb"),
+    ("lora_modules", "lora_target lora_target_modules target_modules lora_target_linear"),
     ("model_max_len", "sequence_len cutoff_len max_seq_length max_seq_len max_length seq_len context_length"),
-    ("double_quant", "bnb_4bit_use_double_quant"), ("modules_to_save", "additional_target"),
+    ("double_quant", "bnb_4bit_use_double_quant"), ("modules_to_save", "additional_target"), ("objective", "stage"),
     ("full_finetune", "finetuning_type"), ("max_train_samples", "max_samples"), ("eval_dataset_size", "val_size"),
     ("attn_implementation", "flash_attn flash_attention"), ("use_auth_token", "token hf_token"),
-    ("eval_strategy", "evals_per_epoch"), ("save_strategy", "saves_per_epoch"), ("report_to", "wandb_project"),
+    ("eval_strategy", "evals_per_epoch"), ("save_strategy", "saves_per_epoch"), ("save_steps", "save_every"),
+    ("packing", "sample_packing"), ("bf16", "precision"), ("use_cpu", "device"), ("weight_decay", "wd"),
+    ("report_to", "wandb wandb_project"), ("chat_template", "template"),
 ) for name in names.split()}  # fmt: skip
 # Accepted without effect, and why.
 IGNORED_FLAGS: dict[str, str] = {name: why for names, why in (
@@ -1041,7 +1042,7 @@ class Parser(HfArgumentParser):
             groups[group.__doc__.rstrip(".")] = [f.name for f in dataclasses.fields(group) if f.name in own]
         groups |= {"The Trainer's other flags": [*reversed(actions)]} if self.everything else {}
         for title, names in groups.items():
-            lines += [*([""] if len(names) > 8 else []), f"{title}:"]  # 130 lines in all, two screens
+            lines += [*([""] if len(names) > 16 else []), f"{title}:"]  # 130 lines in all
             for action in (actions.pop(name) for name in names if name in actions):
                 text = " ".join(str(action.help).replace("%%", "%").split())
                 if len(text) > 90:  # one of the Trainer's: its first sentence
@@ -1071,8 +1072,9 @@ class Parser(HfArgumentParser):
             if not typed.startswith("-"):
                 raise ConfigError(f"{typed}: expected a flag, which begins with --, or a .yaml or .json file first")
             name = typed.lstrip("-").replace("-", "_")
-            names = [option[2:] for option in self._option_string_actions if "-" not in option[2:]]
-            nearest = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, names, n=1)), "")
+            known = ((option[2:], action.dest) for option, action in self._option_string_actions.items())
+            names = [option for option, dest in known if "-" not in option and dest not in OLD_FLAGS]
+            nearest = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, names, 1, 0.7)), "")
             raise ConfigError(f"{typed}: unknown flag, {f'did you mean --{nearest}?' if nearest else 'see --help'}")
         passed = {name: value for name, value in vars(namespace).items() if value is not unset}
         home = os.path.expanduser("~/")  # which a shell does neither in --flag=~/x nor after a comma
@@ -1386,8 +1388,9 @@ def check_folders(config: Config) -> None:
                 raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
 
 
-def hub_problem() -> str:
-    """Why the hub can't be reached, or nothing. If so it is not asked again: huggingface_hub would, for 43 s a file."""
+@lru_cache(maxsize=1)
+def no_connection() -> str:
+    """Why the hub is out of reach, or nothing. Asked once: huggingface_hub tries six times a file, within 43 s."""
     if huggingface_hub.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     try:
@@ -1401,26 +1404,25 @@ def hub_problem() -> str:
 def check_base(config: Config) -> None:
     """Check that the base and the adapter to start from are here or on the hub, and that the base is no adapter."""
     model, args = config.model.model_name_or_path, config.training
-    for flag in ("model_name_or_path", "adapter_name_or_path"):
+    for flag, file in ("model_name_or_path", "config.json"), ("adapter_name_or_path", "adapter_config.json"):
         name = config.flags[flag]
-        if name and not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        if not name or Path(name).exists():
+            continue
+        if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
             raise ConfigError(f"--{flag} {name}: no such folder or file")
+        if why := no_connection():
+            if not isinstance(huggingface_hub.try_to_load_from_cache(name, file, config.model.cache_dir), str):
+                raise ConfigError(f"--{flag} {name}: no such folder, not in the cache, and no connection: {why}")
+            log.warning("no connection to the hub (%s): using %s as it is in the cache", why, name)
     adapter = Path(model, "adapter_config.json")
     if adapter.is_file() and not Path(model, "config.json").is_file():
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        raise ConfigError(
-            f"--model_name_or_path {model}: an adapter of {base}; pass that, and this as --adapter_name_or_path"
-        )
+        what = f"--model_name_or_path {model}: an adapter of {base}"
+        raise ConfigError(f"{what}; pass that, and this as --adapter_name_or_path")
     if args.push_to_hub and args.do_train and not (args.plan or config.data.preview):
-        try:
+        way = "log in with `hf auth login`, or leave it out"
+        with reraise_as_user_error(f"--push_to_hub: {way}", ConfigError, Exception):  # of its HTTP library, too
             huggingface_hub.whoami(token=args.hub_token)
-        except Exception as error:  # of its HTTP library, too
-            way = "log in with `hf auth login`, or leave it out"
-            raise ConfigError(f"--push_to_hub: {shorten(error)}; {way}") from error
-    if not Path(model).exists() and (why := hub_problem()):
-        if not isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json", config.model.cache_dir), str):
-            raise ConfigError(f"--model_name_or_path {model}: no such folder, not in the cache, no connection: {why}")
-        log.warning("no connection to the hub (%s): using only what is here", why)
 
 
 def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
@@ -1532,8 +1534,6 @@ READERS: dict[str, Callable[[Any], NumberedRows]] = {
         (drop_nulls(row, 0) for batch in ParquetFile(stream.buffer).iter_batches(4096) for row in batch.to_pylist()), 1
     ),
 }
-
-
 OPENERS: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
     ".zst": lambda path, _: io.BufferedReader(pyarrow.input_stream(path, compression="zstd")),
@@ -1623,7 +1623,7 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
 
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
     """All splits of a dataset on the hub."""
-    hub = "no connection to the hub" if hub_problem() else "the hub does not give it"
+    hub = f"no connection to the hub: {why}" if (why := no_connection()) else "the hub does not give it"
     what = f"--dataset {path}: no local file of that name, and {hub}"
     options |= {"streaming": True} if config.data.streaming else {}
     with reraise_as_user_error(what, DataError, *DATASETS_ERRORS):
@@ -1683,16 +1683,19 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
         raise DataError(f"{found}, but none is called {absent[0][1]}, which --columns names")
     if chosen is None:
         names = {", ".join(sorted(FORMATS[known].columns)): known for known in candidates}
-        nearest = difflib.get_close_matches(", ".join(columns), names, n=len(names), cutoff=0)
-        needs = "; ".join(f"{names[text]}: {', '.join(FORMATS[names[text]].columns)}" for text in nearest)
+        nearest = difflib.get_close_matches(", ".join(columns), names, n=2, cutoff=0)
+        needs = " or ".join(f"{', '.join(FORMATS[names[text]].columns)} ({names[text]})" for text in nearest)
         way = "--columns input=question says what yours are called, --dataset_format path.py:function converts rows"
-        raise DataError(f"{found}, which fit no format; {way}. Needed are, the nearest first, for {needs}")
+        raise DataError(f"{found}, which fit no format; the nearest need {needs}; {way}")
     format = get_format(chosen, config.data.as_chat)
     if missing := sorted(set(format.columns) - set(columns)):
         raise DataError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
     log.info("%s: format %s%s", name, chosen, "" if named else ", inferred from columns")
     if chosen == "hh-rlhf":
         log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", name)
+        if "prompt" not in columns and (others := sorted({*columns} - {"chosen", "rejected"})):
+            way = "--columns prompt=NAME names its column"
+            log.warning("%s: the answers are without a prompt; %s (there are: %s)", name, way, ", ".join(others))
     if CUSTOM_FORMAT.fullmatch(chosen):
         log.info("its rows are cached: if it reads other files and they change, pass another --cache_dir")
     return chosen
@@ -1775,9 +1778,8 @@ def render_within(chat: Conversation, tokenizer: PreTrainedTokenizerBase, limits
             fits = partial(prompt_fits, tokenizer=tokenizer, limits=limits)
             fitting = max(1, sum(1 for _ in itertools.takewhile(fits, alone)))
             short = render_chat(shorter[-fitting], tokenizer)[-1]
-            whole, rest = (
-                sum(map(len, tokens)) for tokens in tokenize_rendered([row.segments, short.segments], tokenizer)
-            )
+            both = tokenize_rendered([row.segments, short.segments], tokenizer)
+            whole, rest = (sum(map(len, tokens)) for tokens in both)
             row = short._replace(left_out=[*short.left_out, OLDEST_EXCHANGES], lost=whole - rest)
         yield row
 
@@ -1824,9 +1826,7 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
             rows = [RenderedRow(join_segments(parsed, tokenizer) if isinstance(parsed, JoinedSegments) else parsed, [])]
         normal["category"] = escape_control_chars(str(row.get("category") or row.get("source") or ""))
         used = {"category", "source", *dataset_format.columns, *dataset_format.optional}
-        unused = sorted(
-            escape_control_chars(name) for name, value in row.items() if name not in used and value is not None
-        )
+        unused = sorted(escape_control_chars(n) for n, value in row.items() if n not in used and value is not None)
         for segments, left_out, _ in rows:
             left_out += unused if dataset_format.columns else ()  # a user's own function may use all of them
             if not any(segment["supervised"] and segment["text"].strip(MARKS).strip() for segment in segments):
@@ -1926,7 +1926,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     splits = Splits(*(concatenate(part) if part else None for part in parts))
     if evaluating and splits.eval is None and splits.train is not None:
         asked = args.do_train or config.quant.calibration_rows or "eval_dataset_size" in config.explicitly_set
-        holds_out = asked or trained_on_dataset(config)
+        holds_out = asked or holds_rows_out(config)
         splits = train_eval_split(splits.train, config) if holds_out else Splits(None, splits.train)
     if mixed and splits.train is not None:  # only now, so that no copy of a held-out row is trained on
         times = splits.train["times"][:]
@@ -1937,14 +1937,19 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     return Splits(taken[0] if training else None, taken[1])
 
 
-def trained_on_dataset(config: Config) -> bool:
-    """Whether what is evaluated was trained on this dataset, so that only rows that were held out count."""
+def holds_rows_out(config: Config) -> bool:
+    """Whether what is evaluated was trained on this dataset, and held rows out; a warning if it did not."""
     model = config.model
     for name in config.training.output_dir, model.adapter_name_or_path or "", model.model_name_or_path:
         for record in Path(name, "run.json"), Path(name).parent / "run.json":  # a checkpoint's lies above it
             flags = read_json(record)["flags"] if name and record.is_file() else {}
-            if flags.get("do_train") and flags["dataset"] == config.data.dataset:
+            both = (config.data.dataset, flags["dataset"] if flags.get("do_train") else "")
+            now, trained = ({os.path.realpath(n): share for n, share in dataset_shares(flag)} for flag in both)
+            if now == trained and (flags["do_eval"] or flags["do_predict"]) and not flags["eval_dataset"]:
                 return True
+            if now.keys() & trained.keys():
+                log.warning("--dataset %s: %s was trained on these rows", config.data.dataset, name)
+                return False
     return False
 
 
@@ -2270,7 +2275,7 @@ def encoding_options(config: Config) -> dict[str, Any]:
     return {"limits": length_limits(config), "train_on_source": config.data.train_on_source, "masked": config.masked}
 
 
-def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Config) -> Splits:
+def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: float = math.inf) -> Splits:
     """Encode rows in parallel, or find them in the cache; those that can't be trained on are left out."""
     options, limit, encoded = encoding_options(config), config.data.model_max_len, dict.fromkeys(splits._fields)
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
@@ -2295,8 +2300,8 @@ def encode_splits(splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Co
             if all(long):
                 flag += f": all {len(rows)} {name} rows are longer"
                 raise DataError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
-            fitting = fitting_lengths(rows, config)
-            way = f"; 99 % fit with {' '.join(fitting)}" if fitting else ""
+            fitting = fitting_lengths(rows, config, positions)
+            way = f"; 99 % of them fit with {fitting}" if fitting else ""
             log.warning("%d of %d %s rows are longer than %s: left out%s", sum(long), len(rows), name, flag, way)
             rows = rows.select([i for i, is_long in enumerate(long) if not is_long])
         encoded[name] = drop_bad_rows(rows, config)
@@ -2401,9 +2406,9 @@ class TokenStatistics(NamedTuple):
         rows = {"cut": self.cut, "without EOS": self.without_eos, "duplicates": self.duplicates}
         rows["with special tokens as text"] = self.special_text
         return ", ".join([
-            f"{self.rows} rows", f"{self.tokens} tokens", f"{self.longest} in the longest row",
-            f"{self.supervised} ({self.supervised / self.tokens:.1%}) {supervised}",
-            *(f"{count} ({count / self.rows:.1%}) {name}" for name, count in rows.items() if count),
+            f"{self.rows:,} rows", f"{self.tokens:,} tokens", f"{self.longest:,} in the longest row",
+            f"{self.supervised:,} ({self.supervised / self.tokens:.1%}) {supervised}",
+            *(f"{count:,} ({count / self.rows:.1%}) {name}" for name, count in rows.items() if count),
         ])  # fmt: skip
 
 
@@ -2417,32 +2422,32 @@ def token_statistics(rows: Any, masked: bool) -> TokenStatistics:
     )  # fmt: skip
 
 
-def fitting_lengths(rows: Any, config: Config) -> list[str]:
-    """The length limits that 99 % of the rows keep to, where they are above the present ones."""
+def fitting_lengths(rows: Any, config: Config, positions: float) -> str:
+    """The length limits that 99 % of the rows keep to, or as much of that as the model has positions for."""
     uncut, limits = rows["uncut"][:], length_limits(config)
     by_flag = {"source_max_len": [row[0] for row in uncut], "target_max_len": [row[1] for row in uncut]}
     by_flag = {"model_max_len": [sum(row) for row in uncut]} if limits.total else by_flag
-    fitting = {flag: sorted(lengths)[math.ceil(0.99 * len(uncut)) - 1] for flag, lengths in by_flag.items()}
-    return [f"--{flag} {most}" for flag, most in fitting.items() if most > getattr(config.data, flag)]
+    left, flags = positions - limits.longest, list[str]()
+    for flag, lengths in by_flag.items():
+        now = getattr(config.data, flag)
+        more = min(sorted(lengths)[math.ceil(0.99 * len(uncut)) - 1] - now, left)
+        if more > 0:
+            flags.append(f"--{flag} {now + more}")
+            left -= more
+    return " ".join(flags)
 
 
-def warn_of_truncation(rows: Any, config: Config) -> None:
-    """Warn of many training rows that are cut, or that do not teach the model to stop."""
-    cut, fitting, count = sum(rows["cut"][:]), fitting_lengths(rows, config), f"of {len(rows)} train rows"
-    endless = 0 if config.masked else sum(rows["without_eos"][:])
-    if cut > 0.05 * len(rows):
-        log.warning("%d %s are cut; 99 %% fit whole with %s", cut, count, " ".join(fitting))
-    if endless > min(cut, 0.05 * len(rows)):
-        way = "set --eos_token or change the chat template" if endless > cut else f"pass {fitting[-1]}"
-        log.warning("%d %s end without EOS, so the model won't learn to stop: %s", endless, count, way)
-
-
-def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, TokenStatistics]]:
+def pack_and_summarize(splits: Splits, config: Config, positions: float = math.inf) -> tuple[Any, dict[str, Any]]:
     """The training rows, packed if the flags say so, and statistics of both splits."""
     parts = {name: rows for name, rows in splits._asdict().items() if rows is not None}
     statistics = {name: token_statistics(rows, config.masked) for name, rows in parts.items()}
     if splits.train is not None:
-        warn_of_truncation(splits.train, config)
+        cut, endless = statistics["train"].cut, statistics["train"].without_eos or 0
+        if max(cut, endless) > 0.05 * len(splits.train):
+            fitting = fitting_lengths(splits.train, config, positions)
+            way = f"pass {fitting}" if fitting else "try another --eos_token or chat template, or shorter rows"
+            what = "of %d train rows %d are cut, and %d end without EOS, so that the model won't learn to stop: %s"
+            log.warning(what, len(splits.train), cut, endless, way)
     for name, part in statistics.items():
         if part.special_text:
             log.warning("%d %s rows contain special tokens, which stay text: if a template wrote them, pass messages, "
@@ -2611,9 +2616,7 @@ def row_spans(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerB
     return spans
 
 
-def preview_rows(
-    rows: Any, tokenizer: Any, model_config: PretrainedConfig, config: Config
-) -> Iterator[tuple[str, Spans]]:
+def preview_rows(rows: Any, tokenizer: Any, model_config: Any, config: Config) -> Iterator[tuple[str, Spans]]:
     """The first rows or packs as a step would have them, each with a title."""
     vocabulary = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
     masking = build_masking(tokenizer, vocabulary, config.data) if config.masked else None
@@ -2628,15 +2631,6 @@ def preview_rows(
             if left_out := member["left_out"].replace("\n", ", "):
                 title += f", left out: {shorten(left_out)}"
             yield title, row_spans(ids.tolist(), labels.tolist(), tokenizer)
-
-
-def format_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, TokenStatistics], terminal: bool) -> str:
-    """The rows, then the statistics of each split. Supervised text is green in a terminal, in brackets elsewhere."""
-    on, off = ("\x1b[32m", "\x1b[39m") if terminal else "⟪⟫"
-    lines = [f"{on}supervised{off}, ↵ end of a line"]
-    for title, spans in rows:
-        lines += ["", title, "".join(f"{on}{text}{off}" if supervised else text for text, supervised in spans)]
-    return "\n".join([*lines, "", *(f"{name} rows: {part}" for name, part in statistics.items())])
 
 
 # ------------------------------------------------------------------------------------
@@ -2762,15 +2756,20 @@ def load_model_config(config: Config, folder: str) -> PretrainedConfig:
     return model_config
 
 
+def positions_of(model_config: PretrainedConfig) -> float:
+    """Tokens that a model was made for."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
 def resolve_objective(config: Config, model_config: PretrainedConfig) -> Config:
     """The Config with the objective that `auto` stands for, checked against the rules that depend on it."""
-    objective, reason = config.data.objective, "--objective"
+    objective = config.data.objective
     if objective == "auto":
         names = model_config.architectures or [MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_config.model_type, "")]
         encoder = not getattr(model_config, "is_decoder", False)
         masked = encoder and any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
-        objective, reason = "mlm" if masked else "clm", "by the model's config"
-    log.info("objective: %s (%s)", objective, reason)
+        objective = "mlm" if masked else "clm"
+        log.info("objective: %s, by the model's config", objective)
     data = dataclasses.replace(config.data, objective=objective)
     resolved = dataclasses.replace(config, data=data, flags=config.flags | {"objective": objective})
     check_config(resolved)
@@ -3202,8 +3201,8 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
         trainable += size if parameter.requires_grad else 0
         by_dtype[f"{packed.quant_type} (packed)" if packed else str(parameter.dtype).removeprefix("torch.")] += size
     total = sum(by_dtype.values())
-    lines = [f"trainable params: {trainable} || all params: {total} || trainable: {100 * trainable / total:.4g}"]
-    lines += [f"{name}: {size} ({100 * size / total:.1f} %)" for name, size in by_dtype.most_common()]
+    lines = [f"trainable params: {trainable:,} || all params: {total:,} || trainable: {100 * trainable / total:.4g} %"]
+    lines += [f"{name}: {size:,} ({100 * size / total:.1f} %)" for name, size in by_dtype.most_common()]
     kinds = {"adapters": Counter[str](), "linear layers without": Counter[str]()}
     for name, module in model.named_modules() if isinstance(model, PeftModel) else ():
         if isinstance(module, (LoraLayer, *LINEAR_CLASSES)) and not re.search(
@@ -3212,9 +3211,7 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
             kind = without_numbers(name.removeprefix("base_model.model."))
             title = "adapters" if isinstance(module, LoraLayer) else "linear layers without"
             kinds[title][kind.partition(".*.")[2] or kind] += 1
-    return lines + [
-        f"{title}: {', '.join(f'{n} {k}' for k, n in found.items())}" for title, found in kinds.items() if found
-    ]
+    return lines + [f"{title}: {', '.join(f'{n} {k}' for k, n in of.items())}" for title, of in kinds.items() if of]
 
 
 # ------------------------------------------------------------------------------------
@@ -3628,13 +3625,6 @@ def adapter_start_file(config: Config, base: str) -> Path | None:
     """Where adapters of a run on this calibrated base start; None if they start as --init_lora_weights says."""
     own = "init_lora_weights" not in config.explicitly_set and config.model.adapter_name_or_path is None
     return Path(base, ADAPTER_START) if config.quant.calibration_rows and own else None
-
-
-def calibration_identity(config: Config, base: str) -> dict[str, str]:
-    """What a checkpoint says of the calibrated base, by name and content, and of where its adapters started."""
-    content = digest(*(file_digest(file) for file in sorted(Path(base).glob("*.safetensors"))))
-    start = "calibrated" if adapter_start_file(config, base) else config.lora.init_lora_weights
-    return {"calibrated base": f"{Path(base).name} {content}", "adapter start": start}
 
 
 def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> None:
@@ -4550,9 +4540,8 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
     if not isinstance(plain, torch.nn.Linear) or not type(plain).__module__.startswith("torch"):
         return whole
     bodies = (base.base_model, base.get_decoder())  # OPT calls the second
-    hooks = [
-        body.register_forward_hook(lambda body, *call: outputs.update({body: call[-1][0].clone()})) for body in bodies
-    ]
+    note = lambda body, *call: outputs.update({body: call[-1][0].clone()})  # noqa: E731
+    hooks = [body.register_forward_hook(note) for body in bodies]
     hooks += [head.register_forward_pre_hook(lambda *call: inputs.append(*call[-1]))]
     hooks += [head.register_forward_hook(lambda *call: logit_ramp(call[-1]))]
     try:
@@ -4622,19 +4611,15 @@ def try_padding(model: Any, base: Any, fast: FastPath, config: Config, step: Ste
     return fast._replace(alone=True, off=(*fast.off, off))
 
 
-def trial_steps(base: Any) -> list[StepBatch]:
-    """Two steps of two rows, of which the second is the same in both; peft's layers take fewer than 16 tokens."""
-    words, generator = base.config.get_text_config().vocab_size, torch.Generator().manual_seed(0)
-    a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
-    pairs = ([{"input_ids": ids, "labels": ids} for ids in rows] for rows in ((a, b), (c, b)))
-    return [collate_step(rows)["step"] for rows in pairs]
-
-
 @torch.no_grad()
 def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, device: Any = None) -> FastPath:
     """Try padding, the head and padding-free rows on a few tokens; an engine that shards it may be around `model`."""
     device, dtype = device or base.get_input_embeddings().weight.device, compute_dtype(config)
-    training, steps = base.training, trial_steps(base)
+    training, generator = base.training, torch.Generator().manual_seed(0)
+    words = base.config.get_text_config().vocab_size
+    a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
+    # two steps of two rows, of which the second is the same in both; peft's layers take fewer than 16 tokens
+    steps = [collate_step([{"input_ids": ids, "labels": ids} for ids in rows])["step"] for rows in ((a, b), (c, b))]
     model.eval()
     with torch.autocast(device.type, dtype, dtype != torch.float32):
         fast = try_padding(model, base, fast, config, steps[0], device)
@@ -4850,12 +4835,10 @@ def plan_step(
     beside = int(CONTEXT * GIB) + pages
     parts |= {"predicted peak": peak, "beside it": beside, "in all": peak + beside}
     lines = {name: f"{size / GIB:6.2f} GiB" for name, size in parts.items()}
-    moved = f"; the optimizer's pages {'stay' if pages else 'move out'}" if memory.paged else ""
-    lines["beside it"] += f": CUDA{moved}"
+    lines["beside it"] += ": CUDA"
     if memory.paged:
-        lines["optimizer"] += (
-            f": its {memory.optimizer / GIB:.2f} GiB are pages, beside torch's allocator or on the CPU"
-        )
+        lines["beside it"] += f"; the optimizer's pages {'stay' if pages else 'move out'}"
+        lines["optimizer"] += f": its {memory.optimizer / GIB:.2f} GiB are pages beside torch's allocator or on the CPU"
     lines["micro-batch"] = f"{tokens} tokens"
     lines["recomputed"] = f"{plan.recomputed} of {memory.layers} layers"
     lines["kept dequantised"] = f"{plan.unpacked} of {memory.layers} layers"
@@ -4884,20 +4867,24 @@ def plan_from_flags(config: Config, memory: MemoryModel) -> tuple[dict[str, str]
 
 def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: MemoryModel) -> str:
     """The smallest change of each kind with which a run that does not fit would fit."""
-    full, data, rank = config.quant.full_finetune, config.data, config.lora.lora_r
+    full, data, rank, bits = config.quant.full_finetune, config.data, config.lora.lora_r, config.quant.bits
     limits = ["model_max_len"] if data.model_max_len else ["source_max_len", "target_max_len"]
-    kinds: dict[str, list[dict[str, int]]] = {
-        "quant": [{"bits": n} for n in (8, 4) if n < config.quant.bits and not full],
-        "lora": [{"lora_r": rank >> n} for n in range(1, 9) if rank >> n >= 4 and not full],
-        "data": [{name: max(getattr(data, name) >> n, 1) for name in limits} for n in range(1, 6)],
-    }
-    found = []
-    for group, changes in kinds.items():
-        for change in changes:
-            changed = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **change)})
-            if plan_from_flags(changed, memory_from_config(changed, model_config))[1]:
-                found.append(" ".join(f"--{name} {value}" for name, value in change.items()))
-                break
+    longest = max(limits, key=lambda name: getattr(data, name))
+    changes: list[tuple[str, str, list[Any]]] = [
+        ("training", "bf16", [True] * (bits >= 16 and not config.training.bf16)),
+        ("quant", "bits", [n for n in (8, 4) if n < bits and not full]),
+        ("lora", "lora_r", [rank >> n for n in range(1, 9) if rank >> n >= 4 and not full]),
+        ("data", longest, [max(getattr(data, longest) >> n, 1) for n in range(1, 6)]),
+    ]
+
+    def fits(group: str, flag: str, value: Any) -> bool:
+        arguments = copy.copy(getattr(config, group))
+        setattr(arguments, flag, value)
+        changed = dataclasses.replace(config, **{group: arguments})
+        return plan_from_flags(changed, memory if group == "data" else memory_from_config(changed, model_config))[1]
+
+    first = (next((f"--{flag} {v}" for v in values if fits(group, flag, v)), "") for group, flag, values in changes)
+    found = [change for change in first if change]
     gpus = [] if is_sharded(config) else [2, 4, 8, 16]
     found += [f"{n} such GPUs" for n in gpus if plan_from_flags(config, memory.shared(config, n))[1]][:1]
     return "; ".join(found) or "no single change"
@@ -4944,7 +4931,7 @@ def free_cpu_memory() -> float:
     """Bytes that the machine, or this container, has left."""
     free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        free = min(free, int((group / "memory.max").read_text()) - psutil.Process().memory_info().rss)
     return free
 
 
@@ -5312,14 +5299,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 folder.rmdir() if made else None
 
 
-def final_place(output: Path, final: Path) -> str:
-    """The final folder as `completed` records it: relative, so that both can be moved together."""
-    return os.path.relpath(final.resolve(), output.resolve())
-
-
 def final_files(output: Path, final: Path) -> set[Path]:
     """The files in the final folder that the last completed run lists. No others are ever removed."""
-    record, place = read_record(output), final_place(output, final)
+    # relative, so that both can be moved together
+    record, place = read_record(output), os.path.relpath(final.resolve(), output.resolve())
     names = record.get("files") if record.get("final", place) == place else None
     files = {final / name for name in names} if isinstance(names, list) else set()  # a checkpoint has a dictionary
     return {file for file in files if file.resolve().is_relative_to(final.resolve())}
@@ -5522,10 +5505,8 @@ def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
     texts = [row[-1]["text"] for row in batch["segments"]]
     masking, name_of = trainer.masking._replace(replaced=1.0, random=0.0), tokenizer.convert_ids_to_tokens
     encoded = [encode_masked(text, tokenizer, limits) for text in texts]
-    masked = [
-        ids if masking.mask_id in ids else masking.mask_eval_row(ids, labels)["input_ids"]
-        for ids, labels, *_ in encoded
-    ]
+    own = (masking.mask_eval_row(ids, labels)["input_ids"] for ids, labels, *_ in encoded)
+    masked = [row.input_ids if masking.mask_id in row.input_ids else new for row, new in zip(encoded, own, strict=True)]
     tensors = to_device(padded_prompts(masked, tokenizer.pad_token_id, "right"), trainer.args.device)
     logits = trainer.base(**tensors).logits
     for text, (_, labels, *_), ids, scores in zip(texts, encoded, masked, logits, strict=True):
@@ -5622,9 +5603,8 @@ def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
     """Accuracy by subject, their unweighted mean, and the loss."""
     by_subject: dict[str, list[bool]] = {question.subject: [] for question in questions}
     questions = sorted(questions, key=lambda question: len(question.prompt))  # else two thirds of a batch are padding
-    answered = run_batches(
-        trainer, len(questions), lambda numbers: answer_questions(trainer, [questions[i] for i in numbers]), "MMLU"
-    )
+    answers = lambda numbers: answer_questions(trainer, [questions[i] for i in numbers])  # noqa: E731
+    answered = run_batches(trainer, len(questions), answers, "MMLU")
     for question, (correct, _) in zip(questions, answered, strict=True):
         by_subject[question.subject].append(correct)
     name, loss = f"mmlu_{trainer.config.mmlu.mmlu_split}_accuracy", sum(loss for _, loss in answered) / len(answered)
@@ -5661,8 +5641,7 @@ def check_sizes(name: str, largest_id: int, longest: int, sizes: tuple[int, floa
 
 def check_rows_fit_model(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
     """Check the rows of every split against the model."""
-    sizes = embedding_sizes(model)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    sizes, positions = embedding_sizes(model), positions_of(model.config)
     for name, part in parts.items():
         check_sizes(name, part.largest_id, part.longest, sizes)
         if part.longest > positions:
@@ -5804,6 +5783,7 @@ class FlagIntervals(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
+        state.logging_steps = min(state.logging_steps, state.max_steps)  # one line at least
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -5813,17 +5793,11 @@ class EarlyStopping(EarlyStoppingCallback):
         self.early_stopping_patience = args.early_stopping_patience
 
 
-class Bar(ProgressCallback):
-    """The library's progress bar, without its line for each log: see QLoRATrainer.log."""
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
 def build_callbacks(stop: GracefulStop, config: Config) -> list[TrainerCallback]:
     """Every callback of a run."""
     patience, bars = config.training.early_stopping_patience, sys.stderr.isatty() and not config.training.disable_tqdm
-    return [stop, FlagIntervals(), *([EarlyStopping(patience)] if patience else []), *([Bar()] if bars else [])]
+    bar = type("Bar", (ProgressCallback,), {"on_log": TrainerCallback.on_log})  # QLoRATrainer.log writes the lines
+    return [stop, FlagIntervals(), *([EarlyStopping(patience)] if patience else []), *([bar()] if bars else [])]
 
 
 def peak_memory_gib() -> float:
@@ -5831,11 +5805,9 @@ def peak_memory_gib() -> float:
     return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())), default=0) / GIB
 
 
-def rounded(value: Any) -> str:
+def rounded(value: float) -> str:
     """A number for people: four digits at least, and commas in thousands. Files have all digits."""
-    if not isinstance(value, float):
-        return f"{value:,}" if isinstance(value, int) else str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def shown_metrics(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -5876,10 +5848,8 @@ class QLoRATrainer(Trainer):
         self.router_losses: list[torch.Tensor] = []  # since the last log
         self.balance = router_loss_of(self.inner)
         if self.balance:
-            self.inner.base_model.register_forward_hook(self._note_router_logits)
-
-    def _note_router_logits(self, model: Any, args: Any, outputs: Any) -> None:
-        self.router_logits = outputs.router_logits
+            note = lambda model, args, outputs: setattr(self, "router_logits", outputs.router_logits)  # noqa: E731
+            self.inner.base_model.register_forward_hook(note)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train without bitsandbytes 0.50's wait for the GPU after each parameter (10 %); one stream keeps order."""
@@ -5948,10 +5918,8 @@ class QLoRATrainer(Trainer):
             unreached = [n for n, p in self.base.named_parameters() if ".lora_A." in n and p.grad is None]
             if unreached:
                 first = unreached[0].removeprefix("base_model.model.").partition(".lora_")[0]
-                what = (
-                    "step 1: no gradient reaches %d adapters, first %s: unless that is an expert, leave it out with %s"
-                )
-                log.warning(what, len(unreached), first, "--lora_modules")
+                what = "step 1: no gradient reaches %d adapters, first %s: unless that is an expert, leave it out"
+                log.warning(f"{what} with --lora_modules", len(unreached), first)
         if self.args.world_size > 1 and not self.sharded:
             average_gradients(self.base)
         return torch.stack([loss for _, loss in self.parts]).sum()
@@ -6066,6 +6034,8 @@ class QLoRATrainer(Trainer):
             parts += [f"{speed:,.0f} tokens/s", *([f"{peak:.1f} GiB"] if (peak := peak_memory_gib()) else [])]
             parts += [f"{left} left"] if step < steps else []
             self.interval = None
+            if logs.get("grad_norm") == 0:
+                warn_once("the gradient is zero, so nothing is trained any more: lower --learning_rate")
         elif self.is_in_train and step < steps:  # at the end report_done shows them
             parts += [f"{name} {value}" for name, value in shown_metrics(logs).items()]
         if parts:
@@ -6085,7 +6055,9 @@ class QLoRATrainer(Trainer):
         loss = sum(map(operator.mul, rows, losses)) / sum(rows)  # the mean over rows of their batches' means
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         metrics |= {"masked_accuracy": sum(correct) / sum(counts)} if self.masking else {}
-        output.metrics.update({f"{kwargs['metric_key_prefix']}_{name}": value for name, value in metrics.items()})
+        prefix = kwargs["metric_key_prefix"]
+        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+        output.metrics.pop(f"{prefix}_model_preparation_time", None)
         if self.questions:
             output.metrics.update(mmlu_metrics(self, self.questions))
         self.untimed_seconds += time.perf_counter() - began
@@ -6408,7 +6380,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             if getattr(model, "initial_adapter", None):
                 convert_to_published_base(staging, model.initial_adapter)
             files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
-            earlier, place = final_files(output, final), {"final": final_place(output, final)}
+            earlier, place = final_files(output, final), {"final": os.path.relpath(final.resolve(), output.resolve())}
             listed = {*files, *(file.relative_to(final).as_posix() for file in earlier)}  # should it be killed now
             write_json(output / PREVIOUS, read_record(output) | place | {"files": sorted(listed)})
             for name in files:
@@ -6639,25 +6611,23 @@ def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def hub_id(model: str) -> str:
-    """The hub's name of a model that lies in a folder: of its cache, or as the model's config says."""
-    if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)", model):
-        return "/".join(cached.groups())
-    config = Path(model, "config.json")
-    recorded = str(read_json(config).get("_name_or_path", "")) if config.is_file() else ""
-    return recorded if re.fullmatch(r"[\w.-]+/[\w.-]+", recorded) and not Path(recorded).exists() else model
-
-
 def model_card(trainer: QLoRATrainer, config: Config) -> str:
     """README.md of the adapter: settings, data and losses, with the metadata block that the hub reads."""
-    losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    steps: dict[float, dict[str, float]] = defaultdict(dict)
+    for entry in trainer.state.log_history:
+        steps[entry["step"]] |= entry
+    losses = [entry for entry in steps.values() if "loss" in entry or "eval_loss" in entry]
     losses = losses[:: -math.ceil(max(len(losses), 1) / 20)][::-1]  # at most 20 rows, the last among them
-    columns = ([rounded(entry.get(name, "")) for name in ("step", "loss", "eval_loss")] for entry in losses)
+    names = ("step", "loss", "eval_loss")
+    columns = ([rounded(entry[name]) if name in entry else "" for name in names] for entry in losses)
     rows = "\n".join(f"| {' | '.join(row)} |" for row in columns)
-    settings = "\n".join(f"| {name} | `{config.flags[name]}` |" for name in sorted(config.explicitly_set))
-    base, output = hub_id(config.model.model_name_or_path), config.training.output_dir
-    known = not Path(base).exists()  # the hub refuses what is not a name of its own
-    metadata = f"base_model: {json.dumps(base)}\n" if known else ""
+    given = ((name, config.flags[name]) for name in sorted(config.explicitly_set))
+    settings = "\n".join(f"| {name} | `{f'{v:g}' if isinstance(v, float) else v}` |" for name, v in given)
+    base, output = config.model.model_name_or_path, config.training.output_dir
+    if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)", base):  # a folder of the hub's cache
+        base = "/".join(cached.groups())
+    # the hub refuses what is not a name of its own
+    metadata = "" if Path(base).exists() else f"base_model: {json.dumps(base)}\n"
     prefix = "" if Path(output) == final_folder(config) else f"{output}/"
     last = max(getattr(trainer.processing_class, "new_rows", [-1]))
     grow = f"New tokens: call `base.resize_token_embeddings({last + 1})` before loading it if the base has fewer.\n\n"
@@ -6718,6 +6688,7 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
     tokens = {name: token for name, token in run.tokenizer.special_tokens_map.items() if isinstance(token, str)}
     stored = getattr(run.model_config, "quantization_config", {}).get("quant_method")
     bits = f"{quant.bits} bit" + f" {quant.quant_type}, double_quant {quant.double_quant}" * (quant.bits == 4)
+    bits += f", kept in {str(load_dtype(config)).removeprefix('torch.')}" * (quant.bits >= 16)
     adapter = run.resume.checkpoint or run.resume.weights or ("new" if args.do_train else "none, the base model alone")
     derived = {
         "model": config.model.model_name_or_path,
@@ -6746,8 +6717,8 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
 
 def log_hints(config: Config) -> None:
     """Log once what may surprise a user about the flags."""
-    train, bits = config.training, config.quant.bits
-    if missing := sorted({"model_name_or_path", "dataset"} - config.explicitly_set):
+    train = config.training
+    if missing := sorted({"model_name_or_path", *["dataset"] * (not train.plan)} - config.explicitly_set):
         defaults = ", ".join(f"--{name} {config.flags[name]}" for name in missing)
         log.info("not passed, so the original's defaults are used and downloaded: %s", defaults)
     own_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -6758,16 +6729,12 @@ def log_hints(config: Config) -> None:
         name = torch.cuda.get_device_name()
         log.warning("--bf16: the %s here computes it by emulation, slowly: pass --fp16 instead", name)
     free = (os.cpu_count() or 1) - (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0)  # Windows has none
-    if train.use_cpu and (threads := torch.get_num_threads()) > max(1, free + 0.5):
+    runs = not (train.plan or config.data.preview)
+    if runs and train.use_cpu and (threads := torch.get_num_threads()) > max(1, free + 0.5):
         log.warning("other programs keep this machine busy (%.1f of %d cores are free): with %d threads each waits for "
                     "the slowest; OMP_NUM_THREADS=1 is faster", max(free, 0), os.cpu_count(), threads)  # fmt: skip
-    if bits >= 16 and train.bf16 != (bits == 16):
-        dtype = "bf16, because of --bf16" if train.bf16 else "float32, without --bf16"
-        log.info("bits %d: the weights are in %s, as in the original", bits, dtype)
-    if config.quant.calibration_rows and train.do_train and (train.recipe or train.learning_rate > 5e-4):
-        log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     for applies, names, reason in ineffective_flags(config):
-        if applies and (passed := sorted(config.explicitly_set.intersection(names))):
+        if applies and not config.record and (passed := sorted(config.explicitly_set.intersection(names))):
             log.info("%s: without effect: %s", ", ".join(passed), reason)
 
 
@@ -6787,26 +6754,30 @@ def report_done(config: Config, metrics: dict[str, Any], trained: bool, seconds:
 def next_commands(config: Config) -> dict[str, str]:
     """What to do with a finished run, as commands."""
     flags, final = config.flags, str(final_folder(config))
-    again = ["python", "qlora.py", str(Path(config.training.output_dir, "run.json")), "--do_train", "False"]
-    for name in ("output_dir", "working_dir", "final_output_dir", "trust_remote_code"):  # not repeated by run.json
-        again += [f"--{name}", str(flags[name])] if flags[name] else []
-    commands = {"predict": [*again, "--do_predict", "--predict_with_generate", "--dataset", "FILE"]}
-    if not (config.quant.full_finetune or flags["merged_output_dir"]):
-        commands["merge"] = [*again, "--do_predict", "False", "--merged_output_dir", f"{final}-merged"]
-    if config.masked:
-        commands["predict"].remove("--predict_with_generate")
-    else:
-        commands = {"chat": ["python", "examples/chat.py", final]} | commands
-    return {name: shlex.join(command) for name, command in commands.items()}
+    kept = ("output_dir", "working_dir", "final_output_dir", "trust_remote_code")  # which run.json does not repeat
+    again = ["python", "qlora.py", f"{config.training.output_dir}/run.json", "--do_train=False", "--do_eval=False"]
+    again += ["--eval_strategy=no", *(f"--{name}={flags[name]}" for name in kept if flags[name])]
+    merge = [*again, "--do_predict=False", f"--merged_output_dir={final}-merged"]
+    found = {
+        "chat": ["python", "examples/chat.py", final] * (not config.masked),
+        "predict": [*again, "--do_predict", *["--predict_with_generate"] * (not config.masked), "--dataset", "FILE"],
+        "merge": [] if config.quant.full_finetune or flags["merged_output_dir"] else merge,
+    }
+    return {name: shlex.join(words) for name, words in found.items() if words}
 
 
 # ------------------------------------------------------------------------------------
 # 18. Main: one run, from the command line to files
 # ------------------------------------------------------------------------------------
 def print_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
-    """Print the preview, coloured where standard output is a terminal."""
+    """Print the rows, then the statistics of each split. Supervised text is green in a terminal, else in brackets."""
     coloured, encoding = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), sys.stdout.encoding or "utf-8"
-    text = format_preview(rows, statistics, coloured).encode(encoding, "backslashreplace").decode(encoding)
+    on, off = ("\x1b[32m", "\x1b[39m") if coloured else "⟪⟫"
+    lines = [f"{on}supervised{off}, ↵ end of a line"]
+    for title, spans in rows:
+        lines += ["", title, "".join(f"{on}{text}{off}" if supervised else text for text, supervised in spans)]
+    lines += ["", *(f"{name} rows: {part}" for name, part in statistics.items())]
+    text = "\n".join(lines).encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(text, flush=True)
     except BrokenPipeError:  # of `| head`; nothing may be left for Python to write when it exits
@@ -6831,8 +6802,8 @@ def load_run(config: Config) -> tuple[Run, Data]:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     with local_main_process_first():  # encodes the dataset
         text = load_splits(config, tokenizer)
-        encoded = encode_splits(text, tokenizer, config)
-    rows, statistics = pack_and_summarize(encoded, config)
+        encoded = encode_splits(text, tokenizer, config, positions := positions_of(model_config))
+    rows, statistics = pack_and_summarize(encoded, config, positions)
     check_ranks_agree({f"the encoded {name} rows": part.fingerprint for name, part in statistics.items()})
     base = folder
     if config.quant.calibration_rows and not config.data.preview:
@@ -6900,7 +6871,9 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
     config, resume, args = run.config, run.resume, run.config.training
     identity = run_fingerprint(config, data.statistics.get("train") if args.do_train else None)
     if run.base != run.folder:
-        identity |= calibration_identity(config, run.base)
+        content = digest(*(file_digest(file) for file in sorted(Path(run.base).glob("*.safetensors"))))
+        start = "calibrated" if adapter_start_file(config, run.base) else config.lora.init_lora_weights
+        identity |= {"calibrated base": f"{Path(run.base).name} {content}", "adapter start": start}
     if resume.found:
         earlier = check_same_run(resume.found, identity, resume.train and not resume.trained, config)
         if resume.trained:
@@ -6914,7 +6887,7 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
     return run, identity | {"effective batch": batch}
 
 
-ASSUMED_RATE = 1.2e14  # tokens/s times parameters: 17,800 at 7B on one H200, in bf16, on rows of many lengths
+ASSUMED_RATE = 1.2e14  # tokens/s times parameters: 17,800 at 7B on one H200 in bf16, on rows of many lengths
 
 
 def plan_of_rows(config: Config) -> dict[str, str]:
@@ -6928,15 +6901,18 @@ def plan_of_rows(config: Config) -> dict[str, str]:
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * train.world_size
     epoch, part = math.ceil(len(data.train) / batch), data.statistics["train"]
     steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * epoch)
-    rate, source = read_json(before).get("train_tokens_per_second") if before.is_file() else None, "measured before"
-    if not rate:
-        rate, source = ASSUMED_RATE / meta_model(config, run.model_config).num_parameters(), "assumed, as on an H200"
-    time_needed = timedelta(seconds=round(steps * batch * part.tokens / len(data.train) / rate))
-    return {
+    lines = {
         "rows": f"{part.rows:,} of {part.tokens / part.rows:.0f} tokens on average",
-        "steps": f"{steps:,}, which is {steps / epoch:.3g} epochs",
-        "time": f"{time_needed} at {rate:,.0f} tokens/s ({source})",
+        "steps": f"{steps:,}, which is {rounded(steps / epoch)} epochs",
     }
+    model, source = meta_model(config, run.model_config), "measured in --output_dir"
+    rate = read_json(before).get("train_tokens_per_second") if before.is_file() else None
+    if not rate and not stacked_experts(model):  # of which a token meets a few
+        rate, source = train.world_size * ASSUMED_RATE / model.num_parameters(), "assumed, as on an H200 with --bf16"
+    if rate:
+        time_needed = timedelta(seconds=round(steps / epoch * part.tokens / rate))
+        lines["time"] = f"{time_needed} at {rate:,.0f} tokens/s ({source})"
+    return lines
 
 
 def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_preview) -> int:
@@ -7034,14 +7010,6 @@ def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
     return None
 
 
-class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to standard error, above progress bars."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode(file=self.stream):
-            super().emit(record)
-
-
 def set_up_logging() -> None:
     """Log INFO to standard error on rank 0, only errors elsewhere."""
     for message in (  # warnings of one library about another's code: nothing that a user could do about it
@@ -7056,7 +7024,8 @@ def set_up_logging() -> None:
         huggingface_hub.utils.disable_progress_bars()
         transformers_logging.disable_progress_bar()
     if not log.handlers:
-        handler = ConsoleHandler()
+        stream = types.SimpleNamespace(write=lambda text: tqdm.write(text, sys.stderr, end=""))  # above progress bars
+        handler = logging.StreamHandler(stream)
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False

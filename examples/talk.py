@@ -105,7 +105,7 @@ class Bot(NamedTuple):
         with ThreadPoolExecutor(1) as pool:
             generation = pool.submit(
                 generate, input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=self.generation,
-                stop_strings=self.stops or None, tokenizer=self.tokenizer, streamer=streamer,
+                tokenizer=self.tokenizer, streamer=streamer,
                 stopping_criteria=[lambda ids, _: torch.full(ids.shape[:1], stopped.is_set(), device=ids.device)],
             )  # fmt: skip
             generation.add_done_callback(lambda _: streamer.end())  # without it the loop would wait after an error
@@ -125,9 +125,10 @@ class Bot(NamedTuple):
         """The same model with other settings. Temperature 0 takes the likeliest token."""
         generation, flags = copy.deepcopy(self.generation), self.config.generation
         generation.update(
-            do_sample=temperature > 0, temperature=float(temperature) or 1.0, max_new_tokens=max_new_tokens
+            do_sample=temperature > 0, temperature=float(temperature) or 1.0, max_new_tokens=int(max_new_tokens)
         )
-        config = dataclasses.replace(self.config, generation=dataclasses.replace(flags, max_new_tokens=max_new_tokens))
+        flags = dataclasses.replace(flags, max_new_tokens=generation.max_new_tokens)
+        config = dataclasses.replace(self.config, generation=flags)
         return self._replace(system=system, generation=generation, config=config)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -217,7 +218,8 @@ def load(name: str, *flags: str, template: str = "auto", system: str | None = No
     tokenizer = qlora.load_tokenizer(config, model_config, str(adapter) if own_tokenizer else folder)
     if template == "auto":
         own = trained_template(trained, config) if adapter and trained else None
-        template = own or ("chat" if tokenizer.chat_template else "guanaco")
+        other = "plain" if adapter and trained else "guanaco"  # rows that no template wrote
+        template = own or ("chat" if tokenizer.chat_template else other)
         qlora.log.info("--template %s", template)
     if template == "chat" and not tokenizer.chat_template:
         raise qlora.ConfigError(f"{name} has no chat template: pass --template guanaco or plain")
@@ -228,6 +230,7 @@ def load(name: str, *flags: str, template: str = "auto", system: str | None = No
     torch.manual_seed(config.training.seed)  # with --do_sample, one --seed gives one conversation
     system = SYSTEMS.get(template, "") if system is None else system
     stops = [*STOPS.get(template, []), *filter(None, stop)]
+    generation.stop_strings = stops or None
     return Bot(model, tokenizer, config, generation, template, system, stops)
 
 

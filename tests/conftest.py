@@ -358,6 +358,8 @@ def preserved_state() -> Iterator[None]:
     try:
         yield
     finally:
+        if "qlora" in sys.modules:
+            sys.modules["qlora"].no_connection.cache_clear()
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(directory)

@@ -47,14 +47,23 @@ def test_rows_that_are_cut_name_lengths_that_fit(warned):
     """99 % of 200 rows are 198: up to 198 + BOS and 208 + EOS tokens."""
     few = ("--max_steps", "1")
     (cut,) = warned(PAIRS, "--source_max_len", "100", "--target_max_len", "300", *few)
-    assert "101 of 200 train rows are cut" in cut and "--source_max_len 199" in cut and "--target_max_len" not in cut
-    cut, endless = warned(PAIRS, "--source_max_len", "300", "--target_max_len", "100", *few)
-    assert "111 of 200" in cut and "--target_max_len 209" in cut and "--source_max_len" not in cut
-    assert "111 of 200" in endless and "--target_max_len 209" in endless and "learn to stop" in endless
+    assert "of 200 train rows 101 are cut" in cut and "--source_max_len 199" in cut and "--target_max_len" not in cut
+    (cut,) = warned(PAIRS, "--source_max_len", "300", "--target_max_len", "100", *few)
+    assert "of 200 train rows 111 are cut, and 111 end without EOS" in cut
+    assert cut.endswith("pass --target_max_len 209")
     one = "--model_max_len", "300", "--skip_excess_length", "False", *few
     assert "--model_max_len 408" in warned(PAIRS, *one)[0]  # 2 * 198 + 10 + 2
-    assert "99 % fit with --model_max_len 408" in warned(PAIRS, "--model_max_len", "300", *few)[0]
+    assert "99 % of them fit with --model_max_len 408" in warned(PAIRS, "--model_max_len", "300", *few)[0]
     assert warned(PAIRS, "--source_max_len", "195", *few) == []  # 6 of 200 are 3 %
+
+
+def test_no_length_is_named_that_the_model_can_not_read(warned):
+    """It reads 512 tokens. 99 % need 409 and 419: 300 + 100 leave 112 for the input, and all have room for it."""
+    rows = [{"input": "a" * 408, "output": "b" * 418}] * 20
+    (cut,) = warned(rows, "--source_max_len", "300", "--target_max_len", "100", "--max_steps", "1")
+    assert cut.endswith("pass --source_max_len 409 --target_max_len 103")
+    (cut,) = warned(rows, "--source_max_len", "400", "--target_max_len", "112", "--max_steps", "1")
+    assert cut.endswith("or shorter rows")
 
 
 @pytest.mark.parametrize(
@@ -128,10 +137,16 @@ def test_a_run_in_a_pipe_prints_a_line_for_each_log_and_every_metric_once(run_ql
 
     commands = {line.split()[0]: shlex.split(line)[1:] for line in lines[lines.index("Next") + 1 :]}
     assert commands["chat"] == ["python", "examples/chat.py", str(run.output_dir)]
+    evaluation, loss = run.json("eval_results.json"), metrics["train_loss"]
+    assert "eval_model_preparation_time" not in metrics
+    card = (run.output_dir / "README.md").read_text(encoding="utf-8")
+    assert "| eval_steps | `2` |" in card
+    assert re.findall(r"^\| (\d) \| [\d.]* \| [\d.]+ \|$", card, re.MULTILINE) == ["2", "4", "5"]  # a row for a step
     file = data_dir / "support.csv"
     for name, more in (("predict", {"FILE": str(file)}), ("merge", {})):
         words = [more.get(word, word) for word in commands[name]]
         assert words[:2] == ["python", "qlora.py"] and qlora.main(words[2:]) == 0
+        assert run.json("eval_results.json") == evaluation and run.json("train_results.json")["train_loss"] == loss
     assert (Path(f"{run.output_dir}-merged") / "config.json").is_file()
     predictions = (run.output_dir / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(predictions) == 24  # every row of the file
@@ -160,6 +175,14 @@ def test_without_training_neither_steps_nor_recomputation_are_told(run_qlora, fi
     assert "none, the base model alone" in base.stderr
 
 
+def test_a_run_that_is_destroyed_says_so_and_a_short_one_has_a_line(run_qlora):
+    run = run_qlora(max_steps=6, learning_rate=2e4, logging_steps=1)
+    assert run.code == 0 and sum("the gradient is zero" in line for line in run.stderr.splitlines()) == 1
+    short = run_qlora(max_steps=3, logging_steps=10, overwrite_output_dir=True)
+    (line,) = (line for line in short.stderr.splitlines() if line.startswith("step "))
+    assert line.startswith("step 3 of 3  loss ")
+
+
 def test_a_merge_ends_in_a_verdict(run_qlora, tmp_path):
     run = run_qlora(learning_rate=1e-2, merged_output_dir=tmp_path / "merged")
     (line,) = (line for line in run.stderr.splitlines() if "merged model answers" in line)
@@ -185,8 +208,11 @@ def test_without_a_connection_model_and_data_are_one_line_each(offline, run_qlor
     assert model.code == 2 and line.startswith(
         "error: --model_name_or_path maker/model: no such folder, not in the cache"
     )
-    for name in ("alpaca", "maker/rows"):
-        rows = run_qlora(dataset=name)
+    adapter = run_qlora(adapter_name_or_path="maker/adapter")
+    line = adapter.stderr.splitlines()[-1]
+    assert adapter.code == 2 and line.startswith("error: --adapter_name_or_path maker/adapter: no such folder, not in")
+    for flags in {"dataset": "alpaca"}, {"dataset": "maker/rows"}, {"eval_dataset": "maker/rows", "do_eval": True}:
+        rows = run_qlora(**flags)
         assert rows.code == 2 and "no connection to the hub" in rows.stderr.splitlines()[-1]
         assert "thrown while requesting" not in rows.stderr
 
@@ -206,8 +232,8 @@ def test_a_semicolon_between_columns_is_named(run_qlora, tmp_path):
 
 def test_unknown_columns_name_the_nearest_formats_first_and_ways_out(run_qlora, tmp_path):
     run = run_qlora(dataset=tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"prompts": "a", "completions": "b"}]))
-    assert run.code == 2 and "the nearest first, for self-instruct: prompt, completion; " in run.stderr
-    assert "--columns" in run.stderr and "path.py:function" in run.stderr
+    assert run.code == 2 and "the nearest need prompt, completion (self-instruct) or " in run.stderr
+    assert "--columns" in run.stderr and "path.py:function" in run.stderr and len(run.stderr) < 500
 
 
 def test_a_full_disk_is_called_so_whatever_the_library_says(tmp_path):
@@ -240,6 +266,16 @@ def test_the_prompt_of_a_preference_is_its_input(row, parts):
         assert [message["content"] for message in parsed.messages] == parts and parsed.answers == [1]
     else:
         assert [(part["text"], part["supervised"]) for part in parsed] == parts
+
+
+@pytest.mark.parametrize(
+    ("columns", "warned"), [("question chosen rejected", True), ("prompt chosen", False), ("chosen rejected", False)]
+)
+def test_preferences_whose_prompt_has_another_name_are_a_warning(caplog, columns, warned):
+    rows = datasets.Dataset.from_list([dict.fromkeys(columns.split(), "a")])
+    with caplog.at_level("WARNING", "qlora"):
+        qlora.choose_format("x", qlora.RowSource("x", loaded=rows), qlora.parse_config([]))
+    assert ["--columns prompt=NAME" in message and "question" in message for message in caplog.messages] == [1] * warned
 
 
 def test_preferences_are_said_to_be_fine_tuning_on_the_chosen_answers(caplog):

@@ -557,9 +557,18 @@ def test_early_stopping_of_less_than_one(run_qlora):
 
 
 def test_rows_are_held_out_only_of_what_was_trained_on(run_qlora, data_dir, tmp_path):
-    """Of 24 rows a tenth, 2, of the dataset that was trained on; every row of another one."""
+    """Of 24 rows a tenth, 2, of the dataset that was trained on, however it is written; every row of another one."""
     predict = {"do_train": False, "do_predict": True, "predict_with_generate": True, "max_new_tokens": 1}
-    assert run_qlora(max_steps=1).code == 0
-    assert len((run_qlora(**predict).output_dir / "predictions.jsonl").read_text().splitlines()) == 2
+    assert run_qlora(max_steps=1, do_eval=True).code == 0
+    for same in (data_dir / "support.jsonl", f"{data_dir}/../{data_dir.name}/support.jsonl"):
+        run = run_qlora(**predict, dataset=same)
+        assert len((run.output_dir / "predictions.jsonl").read_text().splitlines()) == 2
     other = shutil.copy(data_dir / "support.jsonl", tmp_path / "test_questions.jsonl")
     assert len((run_qlora(**predict, dataset=other).output_dir / "predictions.jsonl").read_text().splitlines()) == 24
+
+
+def test_rows_that_were_all_trained_on_are_a_warning(run_qlora, data_dir):
+    assert run_qlora(max_steps=1, do_eval=False, do_predict=False).code == 0
+    run = run_qlora(do_train=False, do_eval=True)
+    said = f"--dataset {data_dir / 'support.jsonl'}: {run.output_dir} was trained on these rows"
+    assert run.stderr.splitlines().count(said) == 1 and "a tenth" not in run.stderr

@@ -274,6 +274,12 @@ def test_the_template_follows_the_training_data(trained, base, tmp_path):
         (run / "run.json").write_text(json.dumps(record | {"flags": record["flags"] | flags}))
         bot = talk.load(str(run))
         assert bot.template == template and bot.system == talk.SYSTEMS.get(template, "")
+    changed = bot.with_settings("", 0.5, 8.0)  # as a slider has it
+    assert type(changed.generation.max_new_tokens) is int
+    template = run / "chat_template.jinja"
+    template.rename(tmp_path / template.name)  # so that no template wrote the rows that are gone
+    assert talk.load(str(run)).template == "plain"
+    (tmp_path / template.name).rename(template)
     alpaca = qlora.parse_alpaca({"instruction": "a", "output": "b"})[0]["text"]
     turns = [{"role": "system", "content": talk.SYSTEMS["alpaca"]}, {"role": "user", "content": "a"}]
     assert bot.tokenizer.decode(talk.encode(turns, bot.tokenizer, "alpaca")) == f"<s>{alpaca}"

@@ -624,15 +624,15 @@ def test_parameter_report_counts_true_parameters(models, run_qlora):
         total = base + lora + (0 if tie else 320 * 64)
         first, *rest = qlora.parameter_report(build(models("llama", tie=tie), bits=bits))
         words = first.replace("||", "").split()
-        assert first.startswith(f"trainable params: {lora} || all params: {total} || trainable: ")
-        assert math.isclose(float(words[-1]), 100 * lora / total, rel_tol=1e-3)
+        assert first.startswith(f"trainable params: {lora:,} || all params: {total:,} || trainable: ")
+        assert math.isclose(float(words[-2]), 100 * lora / total, rel_tol=1e-3)
         text = "\n".join(rest)
         in_float = total - (2 * layer if bits < 16 else 0)
         assert len(rest) == (2 if bits < 16 else 1) + 2  # and the kinds of layers with adapters and without
-        assert f"{in_float}" in text and (bits >= 16 or f"{2 * layer}" in text)
+        assert f"{in_float:,}" in text and (bits >= 16 or f"{2 * layer:,}" in text)
     run = run_qlora(max_steps=1)
     total = base + lora + 320 * 64
-    assert f"trainable params: {lora} || all params: {total} || trainable: " in run.stderr
+    assert f"trainable params: {lora:,} || all params: {total:,} || trainable: " in run.stderr
 
 
 def test_lora_dtype_bfloat16_is_pure(models, run_qlora, trained):

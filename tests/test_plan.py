@@ -148,6 +148,10 @@ def test_a_plan_that_does_not_fit_names_changes_that_do(folder, capsys):
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "would fit with" in line)
     assert line.split(maxsplit=3)[3].split("; ") == ["--lora_r 512", "2 such GPUs"]
     assert qlora.main([*words, "--lora_r", "512"]) == 0
+    words.remove("--bf16")  # 1.1B weights are 4.1 GiB in float32 and half of that in bf16
+    assert qlora.main([*words, "--bits", "16", "--plan_gpu", "4GiB"]) == 3
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "would fit with" in line)
+    assert line.split(maxsplit=3)[3].split("; ")[:2] == ["--bf16 True", "--bits 8"]
 
 
 def test_a_plan_with_a_dataset_has_rows_steps_and_time(models, tmp_path, capsys):
@@ -158,12 +162,12 @@ def test_a_plan_with_a_dataset_has_rows_steps_and_time(models, tmp_path, capsys)
     flags |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "plan_gpu": "24GiB"}
     words = ["--plan", *(f"--{name}={value}" for name, value in flags.items())]
     assert qlora.main(words) == 0
-    assert "tokens/s (assumed, as on an H200)" in capsys.readouterr().out
+    assert "tokens/s (assumed, as on an H200 with --bf16)" in capsys.readouterr().out
     (tmp_path / "out/train_results.json").write_text('{"train_tokens_per_second": 100.0}')
     assert qlora.main(words) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert ["rows", "10 of 20 tokens on average"] in lines and ["steps", "50, which is 10 epochs"] in lines
-    assert ["time", "0:00:20 at 100 tokens/s (measured before)"] in lines
+    assert ["time", "0:00:20 at 100 tokens/s (measured in --output_dir)"] in lines
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train_results.json"]
 
 

@@ -131,8 +131,9 @@ def test_the_loss_chart_is_a_png_and_the_card_names_settings_data_and_losses(run
     assert "0.00123" in card and str(data_dir / "support.jsonl") in card
     assert all(f" {loss:.4g} |" in card and str(loss) not in card for loss in history(run, "loss"))
     assert "base_model" not in card  # a folder: the hub refuses what is no name of its own
-    config = json.loads((models("llama") / "config.json").read_text()) | {"_name_or_path": "maker/tiny-llama"}
-    base = shutil.copytree(models("llama"), tmp_path / "base")
+    # a name in the config is that of what this base was once trained from
+    config = json.loads((models("llama") / "config.json").read_text()) | {"_name_or_path": "other/older"}
+    base = shutil.copytree(models("llama"), tmp_path / "models--maker--tiny-llama/snapshots/abc")
     (base / "config.json").write_text(json.dumps(config))
     named = run_qlora(model_name_or_path=base, max_steps=1, output_dir=tmp_path / "named")
     assert 'base_model: "maker/tiny-llama"\n' in (named.output_dir / "README.md").read_text(encoding="utf-8")
