@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-178
      2 Errors             181-246
-     3 Dataset formats    249-745
-     4 Arguments         748-1446
-     5 Loading          1449-2017
-     6 Tokenizer        2020-2150
-     7 Encoding         2153-2637
-     8 Model            2640-3214
+     3 Dataset formats    249-744
+     4 Arguments         747-1448
+     5 Loading          1451-2024
+     6 Tokenizer        2027-2157
+     7 Encoding         2160-2633
+     8 Model            2636-3214
      9 Calibration      3217-3515
-    10 LoRA             3518-3828
-    11 Fast path        3831-4659
-    12 Plan             4662-4974
-    13 Checkpoints      4977-5343
-    14 Processes        5346-5411
-    15 Evaluation       5414-5629
-    16 Trainer          5632-6300
-    17 Stages           6303-6797
-    18 Main             6800-7092
+    10 LoRA             3518-3821
+    11 Fast path        3824-4647
+    12 Plan             4650-4964
+    13 Checkpoints      4967-5329
+    14 Processes        5332-5397
+    15 Evaluation       5400-5612
+    16 Trainer          5615-6275
+    17 Stages           6278-6768
+    18 Main             6771-7066
 """
 
 # ------------------------------------------------------------------------------------
@@ -6733,6 +6733,8 @@ def log_hints(config: Config) -> None:
     if runs and train.use_cpu and (threads := torch.get_num_threads()) > max(1, free + 0.5):
         log.warning("other programs keep this machine busy (%.1f of %d cores are free): with %d threads each waits for "
                     "the slowest; OMP_NUM_THREADS=1 is faster", max(free, 0), os.cpu_count(), threads)  # fmt: skip
+    if config.quant.calibration_rows and train.do_train and (train.recipe or train.learning_rate > 5e-4):
+        log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     for applies, names, reason in ineffective_flags(config):
         if applies and not config.record and (passed := sorted(config.explicitly_set.intersection(names))):
             log.info("%s: without effect: %s", ", ".join(passed), reason)

@@ -513,11 +513,11 @@ def test_prediction_uses_the_adapter_that_was_trained(run_masked):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"objective": "mlm", "target_max_len": None}, "mask token"),
+        ({"objective": "mlm", "target_max_len": None}, "llama is no masked language model"),
         ({"mask_prob": 0.2}, "--mask_prob clm"),  # auto, settled by the model's config
         ({"do_predict": True}, "--predict_with_generate"),
     ],
-    ids=["no mask token", "mask flags", "predict"],
+    ids=["no masked model", "mask flags", "predict"],
 )
 def test_a_causal_model_with_flags_of_a_masked_one(run_qlora, flags, words):
     error = error_of(run_qlora(**flags))
