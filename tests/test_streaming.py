@@ -299,6 +299,6 @@ def test_a_stream_is_read_as_far_as_it_is_trained_on(run_qlora, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     flags = {"dataset": tmp_path / "a.jsonl", "cache_dir": tmp_path / "cache", "do_eval": True, "eval_dataset_size": 4}
     run = run_qlora(**FLAGS | flags | {"max_steps": 2, "stream_buffer": 5})
-    assert run.code == 0 and "train data       1000 rows, " in run.stderr
+    assert run.code == 0 and "train data       1,000 rows, " in run.stderr
     assert run.json("metrics.json")["eval_loss"] > 0
     assert run_qlora(**flags, output_dir=tmp_path / "other").code == 2
