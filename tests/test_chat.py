@@ -990,7 +990,9 @@ def test_an_exchange_goes_whole_and_the_last_one_never(tmp_path, caplog):
     assert rows["input_ids"][:] == [template_ids(tokenizer, short)]
     said = f"2 of 3 train rows are longer than --source_max_len {lengths[0] - 1}: left out"
     whole = len(template_ids(tokenizer, FOUR[:-1], prompt=True))
-    assert caplog.messages[0] == f"{said}; 99 % of them fit with --source_max_len {whole}", "also those that lost exchanges"
+    assert caplog.messages[0] == f"{said}; 99 % of them fit with --source_max_len {whole}", (
+        "also those that lost exchanges"
+    )
     with pytest.raises(qlora.DataError, match=r"--source_max_len 9: all 2 train rows are longer; raise it"):
         encoded_chats(tmp_path, tokenizer, [FOUR, FOUR], "--source_max_len", 9)
 
