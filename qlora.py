@@ -29,8 +29,8 @@ Read the file from top to bottom, along the path of the data: every room uses on
     14 Processes        5332-5397
     15 Evaluation       5400-5612
     16 Trainer          5615-6275
-    17 Stages           6278-6768
-    18 Main             6771-7066
+    17 Stages           6278-6769
+    18 Main             6772-7067
 """
 
 # ------------------------------------------------------------------------------------
@@ -6760,9 +6760,10 @@ def next_commands(config: Config) -> dict[str, str]:
     again = ["python", "qlora.py", f"{config.training.output_dir}/run.json", "--do_train=False", "--do_eval=False"]
     again += ["--eval_strategy=no", *(f"--{name}={flags[name]}" for name in kept if flags[name])]
     merge = [*again, "--do_predict=False", f"--merged_output_dir={final}-merged"]
+    predict = ["--do_predict"] + ["--predict_with_generate"] * (not config.masked)
     found = {
         "chat": ["python", "examples/chat.py", final] * (not config.masked),
-        "predict": [*again, "--do_predict", *["--predict_with_generate"] * (not config.masked), "--dataset", "FILE"],
+        "predict": [*again, *predict, "--eval_dataset" if flags["eval_dataset"] else "--dataset", "FILE"],
         "merge": [] if config.quant.full_finetune or flags["merged_output_dir"] else merge,
     }
     return {name: shlex.join(words) for name, words in found.items() if words}

@@ -360,6 +360,7 @@ def preserved_state() -> Iterator[None]:
     finally:
         if "qlora" in sys.modules:
             sys.modules["qlora"].no_connection.cache_clear()
+            sys.modules["qlora"].warn_once.cache_clear()
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(directory)
