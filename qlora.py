@@ -23,14 +23,14 @@ Read the file from top to bottom, along the path of the data: every room uses on
      8 Model            2636-3214
      9 Calibration      3217-3515
     10 LoRA             3518-3821
-    11 Fast path        3824-4647
-    12 Plan             4650-4964
-    13 Checkpoints      4967-5329
-    14 Processes        5332-5397
-    15 Evaluation       5400-5612
-    16 Trainer          5615-6275
-    17 Stages           6278-6769
-    18 Main             6772-7067
+    11 Fast path        3824-4646
+    12 Plan             4649-4963
+    13 Checkpoints      4966-5328
+    14 Processes        5331-5396
+    15 Evaluation       5399-5611
+    16 Trainer          5614-6274
+    17 Stages           6277-6768
+    18 Main             6771-7066
 """
 
 # ------------------------------------------------------------------------------------
@@ -4239,9 +4239,9 @@ def as_fused_linear(module: Any) -> FusedLinear | None:
 
 def patch_lora_layers(model: Any) -> tuple[list[FusedGroup], list[str]]:
     """Fuse every adapted layer that is known; returns the groups, and the names of the other layers."""
-    adapted: Any = ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer))
+    wrapped = ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer))
+    adapted: Any = ((name, m) for name, m in wrapped if not isinstance(m, ParamWrapper))  # see group_experts
     # a frozen one may never be called, and its group would wait for it
-    adapted = ((name, m) for name, m in adapted if not isinstance(m, ParamWrapper))  # see group_experts
     layers = {name: as_fused_linear(m) for name, m in adapted if any(p.requires_grad for p in m.parameters())}
     known = {name: layer for name, layer in layers.items() if layer is not None}
     for name, module in model.named_modules():
@@ -4637,13 +4637,12 @@ def enable_fast_path(model: Any, base: Any, config: Config) -> FastPath:
     fast = FastPath(sharded=is_sharded(config))
     if not config.training.fast_path:
         fast = fast._replace(off=("--fast_path False",))
-    elif not config.quant.full_finetune:
-        groups, others = patch_lora_layers(model)
-        off = (f"{len(others)} adapted layers keep peft's functions, first {others[0]}",) if others else ()
-        fast = fast._replace(groups=tuple(groups), off=off)
-    if others := group_experts(model):
-        reason = f"{len(others)} modules of experts unpack whole stacks, first {others[0]}"
-        fast = fast._replace(off=(*fast.off, reason))
+    else:
+        groups, others = ([], []) if config.quant.full_finetune else patch_lora_layers(model)
+        off = [f"{len(others)} adapted layers keep peft's functions, first {others[0]}"] if others else []
+        if whole := group_experts(model):
+            off.append(f"{len(whole)} modules of experts unpack whole stacks, first {whole[0]}")
+        fast = fast._replace(groups=tuple(groups), off=tuple(off))
     return fast if fast.sharded else choose_fast_path(model, base, fast, config)  # an engine shards first
 
 
