@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-178
      2 Errors             181-246
-     3 Dataset formats    249-744
-     4 Arguments         747-1448
-     5 Loading          1451-2024
-     6 Tokenizer        2027-2157
-     7 Encoding         2160-2633
-     8 Model            2636-3214
-     9 Calibration      3217-3515
-    10 LoRA             3518-3821
-    11 Fast path        3824-4646
-    12 Plan             4649-4963
-    13 Checkpoints      4966-5328
-    14 Processes        5331-5396
-    15 Evaluation       5399-5611
-    16 Trainer          5614-6274
-    17 Stages           6277-6768
-    18 Main             6771-7066
+     3 Dataset formats    249-742
+     4 Arguments         745-1444
+     5 Loading          1447-2018
+     6 Tokenizer        2021-2151
+     7 Encoding         2154-2628
+     8 Model            2631-3212
+     9 Calibration      3215-3513
+    10 LoRA             3516-3819
+    11 Fast path        3822-4644
+    12 Plan             4647-4960
+    13 Checkpoints      4963-5329
+    14 Processes        5332-5397
+    15 Evaluation       5400-5614
+    16 Trainer          5617-6279
+    17 Stages           6282-6771
+    18 Main             6774-7066
 """
 
 # ------------------------------------------------------------------------------------
@@ -294,6 +294,7 @@ class DatasetFormat(NamedTuple):
 # Unicode noncharacters, which no text may contain. The first two stand for the tokenizer's own ids. The third, inside
 # the text of a special token that a user wrote, keeps it text.
 BOS_MARK, EOS_MARK, ESCAPE_MARK = MARKS = "\ufdd0\ufdd1\ufdd2"
+REASONING_TAG = re.compile(r"(?i)[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]")
 INVALID_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd2]")  # and the lone surrogates that stand for broken UTF-8
 
 
@@ -615,9 +616,6 @@ def contains(text: str, value: Any) -> bool:
         return True
     forms = json.dumps(value, ensure_ascii=False), json.dumps(value), repr(value)
     return any("".join(form.split()) in text for form in (str(value), *(form.strip("\"'") for form in forms)))
-
-
-REASONING_TAG = re.compile(r"(?i)[<\[][^<>\[\]]*(?:think|thought)[^<>\[\]]*[>\]]")
 
 
 def check_answer(message: Mapping[str, Any], turn: int, supervised: str) -> bool:
@@ -990,6 +988,7 @@ OLD_FLAGS = {"logging_dir", *RENAMED_FLAGS, *IGNORED_FLAGS, *REMOVED_FLAGS}
 # Not taken over when a run is repeated: its folders, what deletes, publishes or runs code, what the machine decides.
 NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
     "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "trust_remote_code"})  # fmt: skip
+OUTPUT_FLAGS = ("output_dir", "working_dir", "final_output_dir", "merged_output_dir")
 HUB_TOKEN = re.compile(r"\bhf_\w{8,}")  # some users pass one to --use_auth_token
 
 
@@ -1361,9 +1360,6 @@ def sharding_conflicts(config: Config) -> list[tuple[Any, str]]:
     ]  # fmt: skip
 
 
-OUTPUT_FLAGS = ("output_dir", "working_dir", "final_output_dir", "merged_output_dir")
-
-
 def check_folders(config: Config) -> None:
     """Refuse output folders that the run reads, also a checkpoint in one: files could be overwritten or removed."""
     flags = config.flags
@@ -1500,9 +1496,8 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     header = next(reader, [])
     if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])) and other[0] != delimiter:
-        raise DataError(
-            f"{stream.name}: columns are separated by {other[0]!r}, expected {delimiter!r}: {shorten(header[0])}"
-        )
+        found = f"columns are separated by {other[0]!r}, expected {delimiter!r}"
+        raise DataError(f"{stream.name}: {found}: {shorten(header[0])}")
     if len(set(header)) < len(header):
         raise DataError(f"{stream.name}: the column {max(header, key=header.count)!r} appears twice in the header")
     cells: list[str] | None = []
@@ -1814,8 +1809,7 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
 
 def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any, limits: Limits) -> list[Any]:
     """A raw row as ROW_FEATURES, a chat as one or several; a bad one has no segments but a problem, and its JSON."""
-    normal: dict[str, Any] = {"segments": [], "rendered": False, "lost": 0}
-    normal |= dict.fromkeys(list(ROW_FEATURES)[3:], "")
+    normal: dict[str, Any] = {"segments": [], "rendered": False, "lost": 0} | dict.fromkeys(list(ROW_FEATURES)[3:], "")
     normal["where"] = escape_control_chars(where)
     try:
         parsed = dataset_format.parse(check_row(row))
@@ -2240,17 +2234,17 @@ def encode_batch(
 ) -> dict[str, list[Any]]:
     """Columns of segments -> columns of encoded rows, for datasets.map. A chat whose prompt does not fit is empty."""
     encoded = [encode_masked(row[-1]["text"], tokenizer, limits) for row in batch["segments"] if masked]
-    for source, target, chat in () if masked else prompts_and_completions(batch, tokenizer):
+    parts = () if masked else prompts_and_completions(batch, tokenizer)
+    for (source, target, chat), lost in zip(parts, batch.get("lost") or itertools.repeat(0), strict=False):
         fits = not chat or len(source) <= limits.prompt(len(target))
         row = truncate_and_concat(source, target, limits, train_on_source, tokenizer.bos_token_id)
-        uncut = len(source) + batch.get("lost", [0] * len(batch["segments"]))[len(encoded)], len(target)
-        encoded.append(Encoded(*(row[:2] if fits else ([], [])), row.cut or not fits, uncut))
+        uncut = len(source) + lost, len(target)
+        encoded.append(Encoded(*(row[:2] if fits else ([], [])), row.cut or not fits or lost > 0, uncut))
     rows = [row._asdict() | row_facts(row, tokenizer.eos_token_id, masked) for row in encoded]
     special = special_token_pattern(tokenizer)
     for n, facts in enumerate(rows):
         pattern = ESCAPE_MARK if batch["rendered"][n] else special
         facts["special_text"] = not masked and any(re.search(pattern, part["text"]) for part in batch["segments"][n])
-        facts["cut"] |= OLDEST_EXCHANGES in batch.get("left_out", [""] * len(rows))[n]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -2331,7 +2325,7 @@ def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: floa
                 if position <= skip:
                     continue
                 if not row["problem"]:
-                    columns = {name: [row[name]] for name in ("segments", "rendered", "left_out", "lost")}
+                    columns = {name: [row[name]] for name in ("segments", "rendered", "lost")}
                     encoded = encode_batch(columns, tokenizer, **encoding_options(config))
                     row |= {name: values[0] for name, values in encoded.items()}
                 if row["problem"]:
@@ -2534,8 +2528,9 @@ def padded_batch(step: StepBatch, members: list[int], pad_id: int, side: str, nu
     ids, labels = zip(*step.members(members), strict=True)
     padded = padded_prompts(labels, IGNORE, side)["input_ids"].flatten()
     batch = padded_prompts(ids, pad_id, side) | supervised_targets(padded, 0 if step.masked else 1)
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    return batch | ({"position_ids": positions} if numbered else {})
+    if numbered:
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return batch
 
 
 def padding_free_batch(step: StepBatch, members: list[int]) -> dict[str, Any]:
@@ -2757,8 +2752,9 @@ def load_model_config(config: Config, folder: str) -> PretrainedConfig:
 
 
 def positions_of(model_config: PretrainedConfig) -> float:
-    """Tokens that a model was made for."""
-    return getattr(model_config.get_text_config(), "max_position_embeddings", None) or math.inf
+    """Tokens that a model was made for; XLNet's -1 sets no limit."""
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or 0
+    return positions if positions > 0 else math.inf
 
 
 def resolve_objective(config: Config, model_config: PretrainedConfig) -> Config:
@@ -2878,8 +2874,7 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     config.use_cache, config._attn_implementation = False, "eager"  # flash-attn's kernels want values
     names: dict[Any, str] = {}
     uses = LayerUses(())
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 0  # XLNet's is -1
-    length = min(160, longest) if longest > 0 else 160  # DeepSeek-V4 compresses 128
+    length = int(min(160, positions_of(config)))  # DeepSeek-V4 compresses 128
     ids = torch.ones(1, length, dtype=torch.long, device="meta")
     try:
         with torch.random.fork_rng(devices=[]), MetaValues(), torch.enable_grad():
@@ -2929,9 +2924,9 @@ def stacks_in(module: Any) -> dict[str, Any]:
     return {} if hasattr(module, "kernel_size") else {name: getattr(module, name) for name in stacks}
 
 
-def stacked_experts(model: torch.nn.Module) -> dict[str, tuple[Any, torch.nn.Parameter]]:
-    """Every weight of many experts with its module, by name."""
-    owners = {name.replace(".base_layer", ""): module for name, module in model.named_modules()}
+def stacked_experts(model: torch.nn.Module, known: bool = False) -> dict[str, tuple[Any, torch.nn.Parameter]]:
+    """Every weight of many experts, or of those that are `known`, with its module, by name."""
+    owners = {name.replace(".base_layer", ""): m for name, m in model.named_modules() if knows_experts(m) or not known}
     return {f"{name}.{leaf}": (module, w) for name, module in owners.items() for leaf, w in stacks_in(module).items()}
 
 
@@ -2947,6 +2942,11 @@ def pack_weight(weight: torch.Tensor, config: Config) -> Any:
     return packed.to(weight.device)
 
 
+def packs_experts(config: Config) -> bool:
+    """Whether experts are held in 4 bit; engines shard them as they are."""
+    return config.quant.bits == 4 and not is_sharded(config)
+
+
 @contextlib.contextmanager
 def packing_experts(config: Config) -> Iterator[None]:
     """Quantise experts one stack at a time while a model loads: transformers' quantizer knows linear layers only."""
@@ -2954,16 +2954,14 @@ def packing_experts(config: Config) -> Iterator[None]:
 
     def is_stack(model: Any, name: str) -> bool:
         module = model.get_submodule(name.rpartition(".")[0])
-        return knows_experts(module) and name.rpartition(".")[2] in stacks_in(module)
+        return knows_experts(module) and leaf_name(name) in stacks_in(module)
 
     def pack(self: Any, tensors: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if not all(is_stack(kwargs["model"], name) for name in tensors):
             return convert(self, tensors, *args, **kwargs)
         return {name: pack_weight(w[0] if isinstance(w, list) else w, config) for name, w in tensors.items()}
 
-    asks = partialmethod(
-        lambda self, model, name, **kwargs: is_stack(model, name) or needs(self, model, name, **kwargs)
-    )
+    asks = partialmethod(lambda self, model, name, **kw: is_stack(model, name) or needs(self, model, name, **kw))
     # transformers asks whether a weight is to be quantised, and then converts it
     asked = mock.patch.object(Bnb4BitHfQuantizer, "param_needs_quantization", asks)
     with asked, mock.patch.object(Bnb4bitQuantize, "convert", pack):
@@ -2973,12 +2971,11 @@ def packing_experts(config: Config) -> Iterator[None]:
 def pack_experts(model: Any, config: Config) -> None:
     """Let every module unpack its own stacks; of a base that is quantised already, MXFP4's too, quantise them."""
     again = []
-    for name, (module, weight) in stacked_experts(model).items():
-        if knows_experts(module):
-            module.forward = partial(unpacked_experts_forward, module, {})
-            if not hasattr(weight, "quant_state"):
-                setattr(module, leaf_name(name), pack_weight(weight.data, config))
-                again.append(name)
+    for name, (module, weight) in stacked_experts(model, known=True).items():
+        module.forward = partial(unpacked_experts_forward, module, {})
+        if not hasattr(weight, "quant_state"):
+            setattr(module, leaf_name(name), pack_weight(weight.data, config))
+            again.append(name)
     if again:
         log.info("%d stacks of experts are quantised after loading, first %s", len(again), again[0])
 
@@ -2987,8 +2984,7 @@ def unpack_experts(model: Any, dtype: torch.dtype) -> None:
     """Undo pack_experts."""
     for name, (module, weight) in stacked_experts(model).items():
         if hasattr(weight, "quant_state"):
-            dense = torch.nn.Parameter(stack_values(weight, dtype), requires_grad=False)
-            setattr(module, leaf_name(name), dense)
+            setattr(module, leaf_name(name), torch.nn.Parameter(stack_values(weight, dtype), requires_grad=False))
             module.__dict__.pop("forward", None)
 
 
@@ -3010,9 +3006,7 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def unpacked_experts_forward(
-    module: Any, layers: Mapping[str, Any], x: torch.Tensor, *args: Any, **kwargs: Any
-) -> torch.Tensor:
+def unpacked_experts_forward(module: Any, layers: Mapping[str, Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Stand in for the forward of a module of experts: on a copy whose weights are unpacked, their adapters added."""
     dense = copy.copy(module)
     dense.__dict__.pop("forward", None)
@@ -3078,7 +3072,9 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
     options |= {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
     options = {name: value for name, value in options.items() if value is not None}
     quirk = QUIRKS.get(model_config.model_type if model_config else "", contextlib.nullcontext)
-    with reraise_as_user_error(what, ConfigError, RuntimeError), quirk():
+    packs = getattr(options.get("quantization_config"), "load_in_4bit", False) and packs_experts(config)
+    packing = packing_experts(config) if packs else contextlib.nullcontext()
+    with reraise_as_user_error(what, ConfigError, RuntimeError), quirk(), packing:
         model, loading = auto_model(config, model_config).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -3159,10 +3155,8 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         options["quantization_config"] = quantisation_config(config, model_config)
     if args.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
         importlib.import_module("deepspeed").init_distributed()
-    packs = config.quant.bits == 4 and not is_sharded(config)  # engines shard experts as they are
-    with packing_experts(config) if packs else contextlib.nullcontext():
-        model = (load_for_fsdp if fsdp else load_base)(config, model_config, folder, **options)
-    if packs:
+    model = (load_for_fsdp if fsdp else load_base)(config, model_config, folder, **options)
+    if packs_experts(config):
         pack_experts(model, config)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -3176,7 +3170,11 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
     experts = (module for module in model.modules() if "expert" in type(module).__name__.lower())
     stacks = [w for module in experts for w in module.parameters(recurse=False) if w.dim() > 1]
     if options.get("quantization_config") and stacks and all(w.is_floating_point() for w in stacks):
-        why = "this family's are not known" if packs else "only --bits 4 without --fsdp and --deepspeed packs them"
+        why = (
+            "this family's are not known"
+            if packs_experts(config)
+            else "only --bits 4 without --fsdp and --deepspeed packs them"
+        )
         size, dtype = sum(weight.nbytes for weight in stacks) / GIB, str(stacks[0].dtype)[6:]
         log.warning("%d tensors of experts, %.2f GiB, stay in %s: %s", len(stacks), size, dtype, why)
     # keeps the Trainer from wrapping the model in DataParallel where this process sees several GPUs
@@ -3543,7 +3541,7 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fal
     """Full names of the layers that --lora_modules asks for, and of stacks of experts, outside frozen layers."""
     layers, targets = linear_layers(model, masked), set[str]()
     if adapts_experts(lora):
-        layers += [name for name, (module, _) in stacked_experts(model).items() if knows_experts(module)]
+        layers += stacked_experts(model, known=True)
     trainable = outside_frozen_layers(layers, model, lora)
     for name in map(str.strip, lora.lora_modules.split(",")):
         pattern = re.compile(LAYER_GROUPS.get(name, rf"(.*\.)?{re.escape(name)}(?:(?<=experts)\.\w+)?"))
@@ -3585,7 +3583,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     for key in itertools.chain(*patterns.values()):
         if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in targets):
             raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")
-    stacks = {name: weight for name, (module, weight) in stacked_experts(model).items() if knows_experts(module)}
+    stacks = {name: weight for name, (_, weight) in stacked_experts(model, known=True).items()}
     experts = sorted(targets & stacks.keys())
     warn = log.debug if model.device.type == "meta" else log.warning  # the plan attaches adapters too
     if stacks and not adapts_experts(lora):
@@ -3595,9 +3593,9 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         warn("--lora_dropout: experts get none, which peft cannot give them")
     if lora.expert_lora_r and not experts:
         warn("--expert_lora_r: without effect, no stack of experts is adapted")
-    for name in experts:
+    for name in experts if lora.expert_lora_r else ():
         most = min(getattr(stacks[name], "quant_state", stacks[name]).shape[1:])
-        if (lora.expert_lora_r or 1) > most:
+        if lora.expert_lora_r > most:  # type: ignore[operator]
             raise ConfigError(f"--expert_lora_r {lora.expert_lora_r}: {name} has experts of rank {most} at most")
     return LoraConfig(
         r=lora.lora_r,
@@ -4238,11 +4236,11 @@ def as_fused_linear(module: Any) -> FusedLinear | None:
 
 
 def patch_lora_layers(model: Any) -> tuple[list[FusedGroup], list[str]]:
-    """Fuse every adapted layer that is known; returns the groups, and the names of the other layers."""
-    wrapped = ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer))
-    adapted: Any = ((name, m) for name, m in wrapped if not isinstance(m, ParamWrapper))  # see group_experts
+    """Fuse every adapted layer that is known, but experts; returns the groups, and the names of the other layers."""
+    adapted: Any = ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer))
     # a frozen one may never be called, and its group would wait for it
-    layers = {name: as_fused_linear(m) for name, m in adapted if any(p.requires_grad for p in m.parameters())}
+    trained = ((name, m) for name, m in adapted if any(p.requires_grad for p in m.parameters()))
+    layers = {name: as_fused_linear(m) for name, m in trained if not isinstance(m, ParamWrapper)}
     known = {name: layer for name, layer in layers.items() if layer is not None}
     for name, module in model.named_modules():
         names = [f"{name}.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
@@ -4744,8 +4742,7 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     stacks = [weight for _, weight in stacked_experts(model).values()]
     experts = sum(weight.numel() for weight in stacks)
     kept += 2 * active * sum(weight.numel() // len(weight) for weight in stacks) // hidden
-    packed = sum(w.numel() for m, w in stacked_experts(model).values() if knows_experts(m)) if bits == 4 else 0
-    packed = 0 if is_sharded(config) else packed
+    packed = sum(w.numel() for _, w in stacked_experts(model, known=True).values()) if packs_experts(config) else 0
     dense = [*shapes.values(), *(weight.shape for weight in stacks if packed)]  # what is unpacked at once
     head = model.get_output_embeddings()
     vocabulary = 0 if head is None else head.weight.shape[0]
@@ -4891,7 +4888,7 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
 
 def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config: Config) -> MemoryModel:
     """Correct the prediction by what two small steps, forward and backward, take of the GPU's memory."""
-    longest = min(512, getattr(base.config.get_text_config(), "max_position_embeddings", None) or 512)
+    longest = int(min(512, positions_of(base.config)))
     device, dtype, peaks = base.get_input_embeddings().weight.device, compute_dtype(config), []
     gpus = range(torch.cuda.device_count())
     set_recomputed_layers(base, 0)
@@ -5298,10 +5295,14 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 folder.rmdir() if made else None
 
 
+def final_place(output: Path, final: Path) -> str:
+    """The final folder as `completed` records it: relative, so that both can be moved together."""
+    return os.path.relpath(final.resolve(), output.resolve())
+
+
 def final_files(output: Path, final: Path) -> set[Path]:
     """The files in the final folder that the last completed run lists. No others are ever removed."""
-    # relative, so that both can be moved together
-    record, place = read_record(output), os.path.relpath(final.resolve(), output.resolve())
+    record, place = read_record(output), final_place(output, final)
     names = record.get("files") if record.get("final", place) == place else None
     files = {final / name for name in names} if isinstance(names, list) else set()  # a checkpoint has a dictionary
     return {file for file in files if file.resolve().is_relative_to(final.resolve())}
@@ -5504,8 +5505,10 @@ def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
     texts = [row[-1]["text"] for row in batch["segments"]]
     masking, name_of = trainer.masking._replace(replaced=1.0, random=0.0), tokenizer.convert_ids_to_tokens
     encoded = [encode_masked(text, tokenizer, limits) for text in texts]
-    own = (masking.mask_eval_row(ids, labels)["input_ids"] for ids, labels, *_ in encoded)
-    masked = [row.input_ids if masking.mask_id in row.input_ids else new for row, new in zip(encoded, own, strict=True)]
+    masked = [
+        ids if masking.mask_id in ids else masking.mask_eval_row(ids, labels)["input_ids"]
+        for ids, labels, *_ in encoded
+    ]
     tensors = to_device(padded_prompts(masked, tokenizer.pad_token_id, "right"), trainer.args.device)
     logits = trainer.base(**tensors).logits
     for text, (_, labels, *_), ids, scores in zip(texts, encoded, masked, logits, strict=True):
@@ -5622,7 +5625,7 @@ def embedding_sizes(model: Any) -> tuple[int, float]:
     """How many token ids and, where the model stores an embedding of each position, how many positions it has."""
     limit = math.inf
     for name, table in model.named_modules():  # an encoder's; RoBERTa's and ESM's begin after the pad's
-        if f".{name}".endswith(".position_embeddings") and isinstance(table, torch.nn.Embedding):
+        if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
             limit = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
     table = model.get_input_embeddings()  # peft wraps one that it trains
     return getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size, limit
@@ -5831,6 +5834,7 @@ class QLoRATrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # our loss is divided by the supervised tokens of the whole step
         self.base: Any = self.accelerator.unwrap_model(self.model)
         self.inner = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base  # without peft
+        self.passes_positions = passes_positions(self.inner, config)
         self.sharded, self.parameter_count = is_sharded(config), self.base.num_parameters(exclude_embeddings=True)
         self.parts: list[tuple[list[str], torch.Tensor]] = []  # rows and loss of the last step's micro-batches
         self.pending_checks: list[tuple[Any, ...]] = []  # steps whose numbers were not looked at yet
@@ -5966,8 +5970,9 @@ class QLoRATrainer(Trainer):
         if self.fast.attention is not None:
             return padding_free_batch(step, members)
         tokenizer: Any = self.processing_class
-        side, positions = self.config.model.padding_side, passes_positions(self.inner, self.config)
-        return padded_batch(step, members, tokenizer.pad_token_id, side, positions)
+        return padded_batch(
+            step, members, tokenizer.pad_token_id, self.config.model.padding_side, self.passes_positions
+        )
 
     def _make_room(self, step: StepBatch, reason: torch.OutOfMemoryError) -> None:
         """Drop dequantised copies, halve micro-batches down to 4096 tokens, then recompute more layers."""
@@ -6379,7 +6384,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             if getattr(model, "initial_adapter", None):
                 convert_to_published_base(staging, model.initial_adapter)
             files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
-            earlier, place = final_files(output, final), {"final": os.path.relpath(final.resolve(), output.resolve())}
+            earlier, place = final_files(output, final), {"final": final_place(output, final)}
             listed = {*files, *(file.relative_to(final).as_posix() for file in earlier)}  # should it be killed now
             write_json(output / PREVIOUS, read_record(output) | place | {"files": sorted(listed)})
             for name in files:
@@ -6461,9 +6466,7 @@ def load_merge_base(config: Config, folder: str) -> Any:
         log.info("the base is quantised already: the adapter is merged into the values that its weights stand for")
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
         options = {"dtype": load_dtype(config), "quantization_config": quantisation_config(config, model_config)}
-    packs = options.get("quantization_config") and config.quant.bits == 4
-    with packing_experts(config) if packs else contextlib.nullcontext():
-        model = load_base(config, model_config, folder, device_map={"": "cpu"}, **options)
+    model = load_base(config, model_config, folder, device_map={"": "cpu"}, **options)
     unpack_experts(model, dtype)
     if getattr(model.config, "quantization_config", None):
         with reraise_as_user_error(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
@@ -6889,9 +6892,6 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
     return run, identity | {"effective batch": batch}
 
 
-ASSUMED_RATE = 1.2e14  # tokens/s times parameters: 17,800 at 7B on one H200 in bf16, on rows of many lengths
-
-
 def plan_of_rows(config: Config) -> dict[str, str]:
     """Rows, steps and time of the run that is planned, if its rows can be read."""
     reading = dataclasses.replace(config, data=dataclasses.replace(config.data, preview=1))  # leaves no files
@@ -6900,17 +6900,17 @@ def plan_of_rows(config: Config) -> dict[str, str]:
     except QLoRAError as error:
         return {"rows": f"not read: {error}"}
     train, before = config.training, Path(config.training.output_dir, "train_results.json")
-    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * train.world_size
-    epoch, part = math.ceil(len(data.train) / batch), data.statistics["train"]
+    epoch, part = math.ceil(len(data.train) / effective_batch(None, train)["rows"]), data.statistics["train"]
     steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * epoch)
     lines = {
         "rows": f"{part.rows:,} of {part.tokens / part.rows:.0f} tokens on average",
         "steps": f"{steps:,}, which is {rounded(steps / epoch)} epochs",
     }
+    assumed = 1.2e14  # tokens/s times parameters: 17,800 at 7B on one H200 in bf16, on rows of many lengths
     model, source = meta_model(config, run.model_config), "measured in --output_dir"
     rate = read_json(before).get("train_tokens_per_second") if before.is_file() else None
     if not rate and not stacked_experts(model):  # of which a token meets a few
-        rate, source = train.world_size * ASSUMED_RATE / model.num_parameters(), "assumed, as on an H200 with --bf16"
+        rate, source = train.world_size * assumed / model.num_parameters(), "assumed, as on an H200 with --bf16"
     if rate:
         time_needed = timedelta(seconds=round(steps / epoch * part.tokens / rate))
         lines["time"] = f"{time_needed} at {rate:,.0f} tokens/s ({source})"

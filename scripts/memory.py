@@ -60,7 +60,7 @@ def random_base(model_config: LlamaConfig, config: qlora.Config, device: torch.d
         model = LlamaForCausalLM(model_config)
     for name in qlora.linear_layers(model):
         owner = model.get_submodule(name.rpartition(".")[0])
-        old = owner.get_submodule(name.rpartition(".")[2])
+        old = owner.get_submodule(qlora.leaf_name(name))
         layer = bnb.nn.Linear4bit(
             old.in_features, old.out_features, bias=False, compute_dtype=qlora.compute_dtype(config),
             compress_statistics=config.quant.double_quant, quant_type=config.quant.quant_type, device="meta",
@@ -72,10 +72,10 @@ def random_base(model_config: LlamaConfig, config: qlora.Config, device: torch.d
             quant_type=config.quant.quant_type, module=layer, quant_storage=storage,
         ).to(device)  # fmt: skip
         del weight
-        setattr(owner, name.rpartition(".")[2], layer)
+        setattr(owner, qlora.leaf_name(name), layer)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
-            owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            owner, leaf = model.get_submodule(name.rpartition(".")[0]), qlora.leaf_name(name)
             value = torch.empty(parameter.shape, dtype=dtype, device=device)
             value = value.fill_(1.0) if parameter.ndim == 1 else value.normal_(0, 0.02)
             setattr(owner, leaf, torch.nn.Parameter(value, requires_grad=False))
