@@ -3885,6 +3885,12 @@ def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
     return torch.mul(int8.CB, (int8.SCB / 127.0)[:, None], out=torch.empty_like(int8.CB, dtype=dtype))
 
 
+def stack_weight(weight: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Dequantise or cast a stack of experts, (experts, ., .)."""
+    state = getattr(weight, "quant_state", None)
+    return dequantise_4bit(weight.data, state, dtype) if state else weight.to(dtype)
+
+
 class FusedLinear(NamedTuple):
     """A linear layer and its one LoRA adapter."""
 
@@ -4142,12 +4148,12 @@ class FrozenExperts(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, ends: torch.Tensor, weight: Any, transposed: bool) -> torch.Tensor:
         """Take x, (rows, in), in the order of experts, and return (rows, out)."""
         ctx.ends, ctx.weight, ctx.transposed = ends, weight, transposed
-        values = stack_values(weight, x.dtype)
+        values = stack_weight(weight, x.dtype)
         return grouped_mm(x, values if transposed else values.mT, ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        values = stack_values(ctx.weight, grads[0].dtype)
+        values = stack_weight(ctx.weight, grads[0].dtype)
         return grouped_mm(grads[0], values.mT if ctx.transposed else values, ctx.ends), None, None, None
 
 

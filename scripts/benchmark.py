@@ -7,11 +7,12 @@ MODEL is a folder with a LLaMA model; random weights will do. A case is ROWSxTOK
 and none or all; 16*1x528 stands for 16 rows of an optimizer step that come one at a time, as the default flags have it.
 REAL:FILE:ROWS takes the lengths of a JSON-lines file's texts, ROWS to an optimizer step; unsloth gets them end to end.
 
-Every side is a process of its own: nf4 with double quantisation, bf16, LoRA r 64 on all linear layers without
+Every side is a process of its own: nf4 with double quantisation, bf16, LoRA of --rank on all linear layers without
 dropout, adapters in bf16, paged 32-bit AdamW, the same random token ids; 2 steps to warm up, then the median of
---steps, by the GPU's own clock and without a wait between them. Padding is not counted. The side ours+offload is
-ours with --offload_activations. Loss and gradient norm of the first step stand
-beside each speed: they must agree. Writes benchmark.json and benchmark.png to --out.
+--steps, by the GPU's own clock and without a wait between them. The stacks of a mixture of experts get adapters of
+the same rank (ours with --flags "--expert_lora_r RANK"); the stock libraries keep them in bf16. Padding is not counted.
+The side ours+offload is ours with --offload_activations. Loss and gradient norm of the first step stand beside each
+speed: they must agree. Writes benchmark.json and benchmark.png to --out.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RANK, ALPHA, WARM_UP = 64, 16, 2
+ALPHA, WARM_UP = 16, 2
 VARIANTS = {"offload": ["--offload_activations"]}  # ours with other flags, as a side: ours+offload
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -71,7 +72,7 @@ def seconds_between(marks: list[Any]) -> list[float]:
     return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
 
 
-def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[str, Any]:
+def measure_ours(model: str, case: str, steps: int, rank: int, flags: list[str]) -> dict[str, Any]:
     """qlora.py's own Trainer over rows of these lengths, started as a user starts it."""
     sys.path.insert(0, str(ROOT))
     import datasets
@@ -101,6 +102,7 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
     words += ["--per_device_train_batch_size", str(at_once), "--gradient_accumulation_steps", str(count // at_once)]
     words += ["--max_steps", str(total), "--save_strategy", "no", "--logging_steps", "1000", "--logging_first_step"]
     words += ["--train_sampling_strategy", "sequential", "--disable_tqdm", "True", "--output_dir", "/tmp/bench"]
+    words += ["--lora_r", str(rank)]
     words += [] if case.startswith("REAL:") or "*" in case else ["--recompute_layers", recompute]
     config = qlora.parse_config([*words, *flags])
     qlora.set_up_logging()
@@ -111,9 +113,9 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
     began = time.perf_counter()
     model_config = qlora.load_model_config(config, model)
     tokenizer = qlora.load_tokenizer(config, model_config, model)
-    run = qlora.Run(config, model, model_config, tokenizer, qlora.ResumePoint(train=True))
+    run = qlora.Run(config, model, model, model_config, tokenizer, qlora.ResumePoint(train=True))
     data = qlora.Data(data, None, qlora.Splits(data, None), {})
-    trainer = qlora.prepare(run, data, {}, None, qlora.GracefulStop())
+    trainer = qlora.prepare(run, data, {"effective batch": {"rows": count}}, None, qlora.GracefulStop())
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()
@@ -129,7 +131,7 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
     }
 
 
-def load_peer(side: str, model: str, recompute: str) -> Any:
+def load_peer(side: str, model: str, recompute: str, rank: int) -> Any:
     """The model of another library, with adapters like ours."""
     import torch
 
@@ -141,7 +143,7 @@ def load_peer(side: str, model: str, recompute: str) -> Any:
             model, max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
         )
         return FastLanguageModel.get_peft_model(
-            base, r=RANK, lora_alpha=ALPHA, lora_dropout=0, bias="none", target_modules=LINEAR,
+            base, r=rank, lora_alpha=ALPHA, lora_dropout=0, bias="none", target_modules=LINEAR,
             use_gradient_checkpointing=recompute == "all",
         )  # fmt: skip
     from peft import LoraConfig, get_peft_model
@@ -162,7 +164,10 @@ def load_peer(side: str, model: str, recompute: str) -> Any:
     if recompute == "all":
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM", target_modules=LINEAR)
+    stacks = {name.partition(".mlp.")[2] for name, weight in base.named_parameters() if weight.ndim == 3}
+    config = LoraConfig(
+        r=rank, lora_alpha=ALPHA, task_type="CAUSAL_LM", target_modules=LINEAR, target_parameters=sorted(stacks) or None
+    )
     return get_peft_model(base, config, autocast_adapter_dtype=False)
 
 
@@ -223,16 +228,17 @@ def measure_peer(side: str, trained: Any, case: str, steps: int) -> dict[str, An
     return {"seconds": seconds_between(ends[WARM_UP - 1 :]), "tokens": tokens, **first}
 
 
-def measure(side: str, model: str, cases: list[str], steps: int, flags: list[str]) -> None:
+def measure(side: str, cases: list[str], arguments: argparse.Namespace) -> None:
     """Cases with the same recomputation, in this process; a line of JSON for each."""
     import gc
 
-    began, trained = time.perf_counter(), None
+    began, trained, flags = time.perf_counter(), None, arguments.flags.split()
+    model, steps, rank = arguments.model, arguments.steps, arguments.rank
     ours, _, variant = side.partition("+")
     if variant:
         flags = [*flags, *VARIANTS[variant]]
     if ours != "ours":
-        trained = load_peer(side, model, lengths_of(cases[0])[2])
+        trained = load_peer(side, model, lengths_of(cases[0])[2], rank)
     ready = time.perf_counter() - began
     import torch
 
@@ -243,7 +249,8 @@ def measure(side: str, model: str, cases: list[str], steps: int, flags: list[str
             for parameter, value in zip(parameters, fresh, strict=True):
                 parameter.copy_(value)
         torch.cuda.empty_cache()
-        made = measure_ours(model, case, steps, flags) if ours == "ours" else measure_peer(side, trained, case, steps)
+        own = ours == "ours"
+        made = measure_ours(model, case, steps, rank, flags) if own else measure_peer(side, trained, case, steps)
         seconds, tokens = made.pop("seconds"), made.pop("tokens")
         rates = [count / second for count, second in zip(tokens, seconds, strict=True)]
         peak = torch.cuda.max_memory_allocated() / 2**30
@@ -256,7 +263,7 @@ def measure(side: str, model: str, cases: list[str], steps: int, flags: list[str
 def in_a_process(side: str, arguments: argparse.Namespace, cases: list[str]) -> list[dict[str, Any]]:
     """Cases of one side, in a process of its own."""
     command = [sys.executable, __file__, arguments.model, "--one", side, "--cases", ",".join(cases)]
-    command += ["--steps", str(arguments.steps), f"--flags={arguments.flags}"]
+    command += ["--steps", str(arguments.steps), "--rank", str(arguments.rank), f"--flags={arguments.flags}"]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     found = [dict(json.loads(line)) for line in lines]
@@ -326,13 +333,14 @@ def main() -> None:
     parser.add_argument("--sides", default="ours,stock,liger,unsloth")
     parser.add_argument("--cases", default="16*1x528,16x528:all,16x528:none")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--flags", default="", help="more flags for qlora.py")
     parser.add_argument("--out", default="benchmark")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     cases = arguments.cases.split(",")
     if arguments.one:
-        measure(arguments.one, arguments.model, cases, arguments.steps, arguments.flags.split())
+        measure(arguments.one, cases, arguments)
         return
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)

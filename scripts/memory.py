@@ -3,11 +3,12 @@
 
     python scripts/memory.py [--shapes 1b,7b,8b,70b@48] [--tokens 512] [--steps 5] [-- FLAGS OF qlora.py]
 
-A LLaMA of each shape is made on the GPU, quantised layer by layer, so that no disk and no second copy is needed, and
-trained for a few steps on random tokens, one row at a time with every layer recomputed. 70b@48: on a card of 48 GiB,
-of which torch's allocator gets what CUDA leaves. memory.json, its table and its chart go to --out.
+A model of each shape, LLaMA's or a mixture's, is made on the GPU, quantised layer by layer, so that no disk and no
+second copy is needed, and trained for a few steps on random tokens, one row at a time with every layer recomputed.
+70b@48: on a card of 48 GiB, of which torch's allocator gets what CUDA leaves. 70b/8: with 8 layers of it. memory.json,
+its table and its chart go to --out.
 With --write DIR nothing is trained: each model is written, quantised, into DIR/SHAPE with a tokenizer, for
-scripts/benchmark_many.py (-- --bf16 --fsdp: stored as FSDP needs it).
+scripts/benchmark_many.py (-- --bf16 --fsdp: stored as FSDP needs it) or benchmark.py (-- --bits 16: not quantised).
 """
 
 import argparse
@@ -24,7 +25,7 @@ import bitsandbytes as bnb
 import datasets
 import proof
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 import qlora
 
@@ -40,37 +41,43 @@ SHAPES = {
     "34b": (7168, 20480, 60, 56, 8, 64000),
     "65b": (8192, 22016, 80, 64, 64, 32000),
     "70b": (8192, 28672, 80, 64, 8, 128256),
+    "tiny-moe": (64, 128, 2, 4, 2, 256),
+    "mixtral-8x7b": (4096, 14336, 32, 32, 8, 32000),
+    "qwen3-30b-a3b": (2048, 6144, 48, 32, 4, 151936),
 }
+QWEN3 = {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+# configuration and what it needs beside the shape; LLaMA's for all others
+MIXTURES: dict[str, tuple[Any, dict[str, int]]] = {
+    "tiny-moe": (MixtralConfig, {}), "mixtral-8x7b": (MixtralConfig, {}), "qwen3-30b-a3b": (Qwen3MoeConfig, QWEN3),
+}  # fmt: skip
 
 
-def shape_config(name: str) -> LlamaConfig:
-    """A LLaMA of this shape."""
+def shape_config(name: str) -> Any:
+    """The configuration of a shape; qwen3-30b-a3b/12 has 12 layers of it."""
+    name, _, some = name.partition("/")
     hidden, inner, layers, heads, grouped, vocabulary = SHAPES[name]
-    return LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+    kind, more = MIXTURES.get(name, (LlamaConfig, {}))
+    return kind(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=int(some or layers), num_attention_heads=heads,
         num_key_value_heads=grouped, vocab_size=vocabulary, max_position_embeddings=8192, rms_norm_eps=1e-5,
-        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more,
     )  # fmt: skip
 
 
-def random_base(model_config: LlamaConfig, config: qlora.Config, device: torch.device) -> Any:
-    """The model with random weights, its linear layers quantised one after the other."""
-    dtype, storage = qlora.load_dtype(config), qlora.quantisation_config(config).bnb_4bit_quant_storage
+def random_base(model_config: Any, config: qlora.Config, device: torch.device) -> Any:
+    """The model with random weights, its linear layers and stacks of experts quantised one after the other."""
+    dtype, packed = qlora.load_dtype(config), config.quant.bits == 4
     with torch.device("meta"):
-        model = LlamaForCausalLM(model_config)
-    for name in qlora.linear_layers(model):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    for name in qlora.linear_layers(model) if packed else ():
         owner = model.get_submodule(name.rpartition(".")[0])
         old = owner.get_submodule(qlora.leaf_name(name))
         layer = bnb.nn.Linear4bit(
-            old.in_features, old.out_features, bias=False, compute_dtype=qlora.compute_dtype(config),
-            compress_statistics=config.quant.double_quant, quant_type=config.quant.quant_type, device="meta",
-            quant_storage=storage,
+            old.in_features, old.out_features, bias=False, compute_dtype=qlora.compute_dtype(config), device="meta",
+            **qlora.storage_options(config),
         )  # fmt: skip
         weight = torch.randn(old.out_features, old.in_features, dtype=dtype, device=device) * 0.02
-        layer.weight = bnb.nn.Params4bit(
-            weight, requires_grad=False, compress_statistics=config.quant.double_quant,
-            quant_type=config.quant.quant_type, module=layer, quant_storage=storage,
-        ).to(device)  # fmt: skip
+        layer.weight = qlora.pack_weight(weight, config)
         del weight
         setattr(owner, qlora.leaf_name(name), layer)
     for name, parameter in list(model.named_parameters()):
@@ -78,10 +85,14 @@ def random_base(model_config: LlamaConfig, config: qlora.Config, device: torch.d
             owner, leaf = model.get_submodule(name.rpartition(".")[0]), qlora.leaf_name(name)
             value = torch.empty(parameter.shape, dtype=dtype, device=device)
             value = value.fill_(1.0) if parameter.ndim == 1 else value.normal_(0, 0.02)
-            setattr(owner, leaf, torch.nn.Parameter(value, requires_grad=False))
+            packs = parameter.ndim == 3 and qlora.packs_experts(config)
+            weight = qlora.pack_weight(value, config) if packs else torch.nn.Parameter(value, requires_grad=False)
+            setattr(owner, leaf, weight)
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(model_config).to(device)
-    model.is_loaded_in_4bit = True  # as peft asks
+    if packed:
+        qlora.pack_experts(model, config)
+    model.is_loaded_in_4bit = packed  # as peft asks
     model.config.use_cache = False
     return model
 
@@ -130,7 +141,8 @@ def write(name: str, arguments: argparse.Namespace) -> None:
     """A shape with random weights, quantised, as a folder to load."""
     config = qlora.parse_config(["--model_name_or_path", name, "--output_dir", "/tmp/memory", *arguments.flags])
     model = random_base(shape_config(name), config, DEVICE)
-    model.config.quantization_config = qlora.quantisation_config(config).to_dict()
+    if config.quant.bits == 4:
+        model.config.quantization_config = qlora.quantisation_config(config).to_dict()
     model.save_pretrained(Path(arguments.write, name), max_shard_size="5GB")
     words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(words, []))

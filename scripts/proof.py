@@ -2,12 +2,13 @@
 """Check what QLoRA promises on real weights, with runs of qlora.py itself.
 
     python scripts/proof.py precision MODEL ROWS      held-out loss by precision of the frozen weights
+    python scripts/proof.py rates MODEL ROWS          the same by learning rate, also with the adapters on 16 bit
     python scripts/proof.py fast_slow MODEL ROWS      the fast path, the libraries' own and a plain loop, step by step
     python scripts/proof.py recipe MODEL ROWS         held-out loss of --recipe modern and of the default flags
     python scripts/proof.py chart                     redraw tables and charts from the results
 
 MODEL is a folder, a .gguf file or a folder with one; ROWS is a JSON-lines file of rows {"text": ...}. Flags of
-qlora.py may follow after --. Every run is a process of its own, --jobs at a time on one GPU. Raw numbers go to --out
+qlora.py may follow after --. Every run is a process of its own, --jobs at a time on each GPU. Raw numbers go to --out
 as JSON, with a table and a chart; models, adapters and logs go to --work.
 """
 
@@ -21,19 +22,26 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from queue import Queue
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "examples"))
+import loop
+
 import qlora
 
 ROOT = Path(qlora.__file__).resolve().parent
 GPU = torch.cuda.is_available()
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(i) for i in range(max(1, torch.cuda.device_count())))
 BF16 = ["--bf16"] if GPU else []  # float32 is faster on a CPU
 BATCH = 16  # rows of an optimizer step
 
@@ -58,6 +66,7 @@ SETTINGS = {
     "full, bf16 weights": [*FULL, *BF16, "--bits", "16"],
 }
 REFERENCE = "LoRA, 16 bit"
+BY_RATE = [REFERENCE, "LoRA, nf4 + double quant", "LoRA, nf4 calibrated", "LoRA, nf4 calibrated, start at zero"]
 DEFAULTS = "the original's defaults"
 RECIPES = {DEFAULTS: BF16, "--recipe modern": [*BF16, "--recipe", "modern"]}
 STOCK = ["--fast_path", "False", "--recompute_layers", "none", "--auto_batch", "False"]
@@ -72,6 +81,7 @@ class Job(NamedTuple):
     name: str
     flags: list[str]
     seed: int = 0
+    rate: float | None = None  # the learning rate, where the name does not imply it
 
 
 def read_json(path: Path) -> Any:
@@ -84,25 +94,35 @@ def without_folders(words: Iterable[str]) -> list[str]:
     return [Path(word).name if Path(word).is_absolute() else word for word in words]
 
 
-def start(script: Path, words: list[str], log: Path) -> str:
+def start(script: Path, words: list[str], log: Path, gpu: str = GPUS) -> str:
     """Run a Python script with its output in a log file, which is returned; raise with its last lines if it fails."""
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if GPU else {})
     with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run([sys.executable, str(script), *words], stdout=file, stderr=file).returncode
+        command = [sys.executable, str(script), *words]
+        code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
     text = log.read_text(encoding="utf-8")
     if code:
         raise RuntimeError(f"exit status {code}: {' '.join(text.splitlines()[-3:])}")
     return text
 
 
-def run_job(work: Path, job: Job) -> dict[str, Any]:
+def folder_of(work: Path, job: Job) -> Path:
+    """Where a job's run writes."""
+    return work / re.sub(r"\W+", "_", f"{job.name}-{job.seed}{'' if job.rate is None else f'-{job.rate}'}")
+
+
+def run_job(work: Path, gpus: Queue[str], job: Job) -> dict[str, Any]:
     """What a run measured; if it fails the reason, so that the other runs' numbers are kept."""
-    out = work / re.sub(r"\W+", "_", f"{job.name}-{job.seed}")
+    out, gpu = folder_of(work, job), gpus.get()
     flags = [*job.flags, "--seed", str(job.seed), "--data_seed", str(job.seed)]
-    result = {"name": job.name, "seed": job.seed, "flags": without_folders(flags)}
+    flags += [] if job.rate is None else ["--learning_rate", str(job.rate)]
+    result = {"name": job.name, "seed": job.seed, "rate": job.rate, "flags": without_folders(flags)}
     try:
-        start(ROOT / "qlora.py", [*flags, "--output_dir", str(out)], out.with_suffix(".log"))
+        start(ROOT / "qlora.py", [*flags, "--output_dir", str(out)], out.with_suffix(".log"), gpu)
     except RuntimeError as error:
         return result | {"failed": str(error)}
+    finally:
+        gpus.put(gpu)
     history = read_json(out / "trainer_state.json").get("log_history", [])
     result["loss"] = [round(entry["loss"], 6) for entry in history if "loss" in entry]  # of every step
     result["eval"] = [{key: e[key] for key in ("step", "eval_loss")} for e in history if "eval_loss" in e]
@@ -112,16 +132,21 @@ def run_job(work: Path, job: Job) -> dict[str, Any]:
 
 
 def run_jobs(arguments: argparse.Namespace, jobs: Iterable[Job]) -> list[dict[str, Any]]:
-    """Every job's measurements, --jobs at a time."""
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        return list(pool.map(partial(run_job, Path(arguments.work)), jobs))
+    """Every job's measurements, --jobs at a time on each GPU."""
+    gpus, names = Queue[str](), GPUS.split(",") * arguments.jobs
+    for gpu in names:
+        gpus.put(gpu)
+    with ThreadPoolExecutor(len(names)) as pool:
+        return list(pool.map(partial(run_job, Path(arguments.work), gpus), jobs))
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[str, list[str]]:
     """The model as a folder (a .gguf file is dequantised here, once) and the flags that all runs share."""
     work = Path(arguments.work)
     work.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (arguments.jobs * len(GPUS.split(",")))))
+    )
     cache = ["--cache_dir", str(work / "cache")]
     base = qlora.model_folder(qlora.parse_config(["--model_name_or_path", arguments.model, *cache]))
     flags = ["--model_name_or_path", base, *cache, *SHARED, "--per_device_eval_batch_size", str(arguments.held_out)]
@@ -172,6 +197,98 @@ def recipe(arguments: argparse.Namespace) -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     jobs = [Job(name, [*flags, *own, *arguments.flags], seed) for seed in seeds for name, own in RECIPES.items()]
     write(arguments, "recipe", {"runs": run_jobs(arguments, jobs)})
+
+
+# ------------------------------------------------------------------------------------
+# rates: the same by learning rate, and what the saved adapters do on the published weights
+# ------------------------------------------------------------------------------------
+@torch.no_grad()
+def losses_on_published(base: str, adapters: list[Path], rows: Path, batch: int = 10) -> list[float]:
+    """Held-out loss of each saved adapter on the base in 16 bit, with transformers and peft alone."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16 if GPU else torch.float32).to(loop.DEVICE)
+    tokenizer, losses = AutoTokenizer.from_pretrained(base), []
+    texts = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    encoded = [loop.encode(row, tokenizer, 513) for row in texts]  # one of them is BOS
+    for adapter in adapters:
+        adapted = PeftModel.from_pretrained(model, adapter).eval()
+        total = count = 0.0
+        for i in range(0, len(encoded), batch):
+            inputs = loop.collate(encoded[i : i + batch])
+            labels = inputs.pop("labels")[:, 1:]
+            logits = adapted(**inputs).logits[:, :-1].float().transpose(1, 2)
+            total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            count += float((labels != loop.IGNORE).sum())
+        losses.append(total / count)
+        model = adapted.unload()
+    return losses
+
+
+def rates(arguments: argparse.Namespace) -> None:
+    """Every setting at every learning rate with every seed, held-out rows apart once and for all."""
+    base, flags = prepare(arguments)
+    folder = split_rows(arguments)
+    flags += ["--dataset", str(folder), "--eval_strategy", "epoch", "--num_train_epochs", str(arguments.epochs),
+              "--lr_scheduler_type", "constant", *arguments.flags]  # fmt: skip
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    jobs = [
+        Job(name, [*flags, *SETTINGS[name]], seed, float(rate))
+        for rate in arguments.rates.split(",") for name in BY_RATE for seed in seeds
+    ]  # fmt: skip
+    # first the runs that calibrate, one for each seed; the other runs then find the bases in the cache
+    rest = [job for job in jobs if "calibrated" not in job.name]
+    first = [job for job in jobs if job.name == BY_RATE[2]][: len(seeds)]
+    runs = run_jobs(arguments, [*first, *rest, *(job for job in jobs if job not in (*first, *rest))])
+    whole = [run for run in runs if "failed" not in run]
+    saved = [folder_of(Path(arguments.work), Job(run["name"], [], run["seed"], run["rate"])) for run in whole]
+    for run, loss in zip(whole, losses_on_published(base, saved, folder / "eval.jsonl"), strict=True):
+        run["published"] = round(loss, 6)
+    write(arguments, "rates", {"runs": runs})
+
+
+def by_rate(content: dict[str, Any], key: Callable[[dict[str, Any]], float]) -> dict[str, dict[float, list[float]]]:
+    """A number of every run, by setting and rate."""
+    found: dict[str, dict[float, list[float]]] = {name: {} for name in BY_RATE}
+    for run in sorted((run for run in content["runs"] if "failed" not in run), key=lambda run: run["rate"]):
+        found[run["name"]].setdefault(run["rate"], []).append(key(run))
+    return found
+
+
+WHERE: dict[str, Callable[[dict[str, Any]], float]] = {
+    "the base it was trained on": lambda run: run["eval"][-1]["eval_loss"],
+    "the published base, 16 bit": lambda run: run["published"],
+}
+
+
+def rates_table(content: dict[str, Any]) -> str:
+    """Held-out loss by setting and rate, for each base, and the best rate's distance to 16 bit."""
+    lines = []
+    for where, key in WHERE.items():
+        losses = by_rate(content, key)
+        columns = list(losses[REFERENCE])
+        head = " | ".join(f"{rate:g}" for rate in columns)
+        lines.append(f"| held-out loss on {where} | before | {head} | best, minus 16 bit |")
+        lines += ["|" + "---|" * (len(columns) + 3)]
+        best = {name: min(statistics.mean(values) for values in own.values()) for name, own in losses.items() if own}
+        for name, own in losses.items():
+            before = next((r["eval"][0]["eval_loss"] for r in content["runs"] if r["name"] == name and "eval" in r), 0)
+            cells = " | ".join(spread(own[rate]) if rate in own else "" for rate in columns)
+            lines.append(f"| {name} | {before:.4f} | {cells} | {best.get(name, math.nan) - best[REFERENCE]:+.4f} |")
+        lines.append("")
+    lines += [f"{r['name']}, seed {r['seed']}, {r['rate']:g}: {r['failed']}" for r in content["runs"] if "failed" in r]
+    return "\n".join(lines).strip()
+
+
+def rates_chart(content: dict[str, Any], pyplot: Any) -> Any:
+    """Held-out loss over the learning rate, on both bases."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for axes, (where, key) in zip(panels, WHERE.items(), strict=True):
+        for name, own in by_rate(content, key).items():
+            middle = [statistics.mean(values) for values in own.values()]
+            axes.plot(list(own), middle, marker="o", label=name)
+        axes.set(xscale="log", xlabel="learning rate", title=f"on {where}")
+    panels[0].set(ylabel="held-out loss (nats per token), mean of seeds")
+    panels[0].legend(fontsize=8)
+    return figure
 
 
 def spread(values: list[float]) -> str:
@@ -369,6 +486,7 @@ PRESENTED: dict[str, tuple[Any, Any]] = {
         partial(precision_table, settings=RECIPES, reference=DEFAULTS, short=DEFAULTS),
         partial(precision_chart, settings=RECIPES),
     ),
+    "rates": (rates_table, rates_chart),
     "memory": (memory_table, memory_chart),
 }
 
@@ -414,7 +532,7 @@ def main(argv: list[str] | None = None) -> None:
     shared.add_argument("--out", default=str(ROOT / "scripts/results"), help="folder for JSON, tables and charts")
     shared.add_argument("--work", default=str(ROOT / "output/proof"), help="folder for models, adapters and logs")
     commands = parser.add_subparsers(required=True)
-    for function in (precision, fast_slow, recipe, chart):
+    for function in (precision, rates, fast_slow, recipe, chart):
         command = commands.add_parser(function.__name__, parents=[shared], help=function.__doc__)
         command.set_defaults(function=function)
         if function is chart:
@@ -423,14 +541,16 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("rows", help="JSON-lines file of rows")
         command.add_argument("--held_out", type=int, default=100, help="rows to hold out")
         command.add_argument("--jobs", type=int, default=6 if GPU else 1, help="processes at a time")
-        if function is not precision:
+        if function in (fast_slow, recipe):
             command.add_argument("--steps", type=int, default=300, help="optimizer steps")
         if function is not fast_slow:
             command.add_argument("--seeds", default="0,1,2")
-        if function is not precision:
-            continue
-        command.add_argument("--epochs", type=float, default=3)
-        command.add_argument("--settings", help=f"some of: {'; '.join(SETTINGS)}")
+        if function in (precision, rates):
+            command.add_argument("--epochs", type=float, default=3)
+        if function is precision:
+            command.add_argument("--settings", help=f"some of: {'; '.join(SETTINGS)}")
+        if function is rates:
+            command.add_argument("--rates", default="1.25e-4,2.5e-4,5e-4,1e-3,2e-3,4e-3")
     qlora.set_up_logging()
     arguments = parsed(parser, argv)
     arguments.function(arguments)

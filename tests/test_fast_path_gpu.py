@@ -258,6 +258,56 @@ def test_the_error_of_every_adapters_gradient_is_no_larger_than_pefts(models, va
     assert max(ratios.values()) <= 1.1, ratios
 
 
+def plain_experts(module, layers, x, chosen, shares):
+    """A module of experts in the dtype of x, expert by expert."""
+
+    def product(name, rows, expert):
+        weight = qlora.stack_values(module._parameters[name], x.dtype)[expert]
+        out = rows @ (weight if module.is_transposed else weight.T)
+        if module.has_bias:
+            out = out + getattr(module, f"{name}_bias")[expert].to(x.dtype)
+        a, b = (factor[expert].to(x.dtype) for factor in qlora.expert_factors(layers[name], module.num_experts))
+        return out + rows @ a.T @ b.T * layers[name].scaling["default"]
+
+    out = torch.zeros_like(x)
+    for expert in range(module.num_experts):
+        tokens, places = (chosen == expert).nonzero().unbind(1)
+        inner = module._apply_gate(product("gate_up_proj", x[tokens], expert))
+        out = out.index_add(0, tokens, product("down_proj", inner, expert) * shares[tokens, places, None])
+    return out
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_the_error_of_grouped_experts_is_no_larger_than_of_whole_stacks(models, family):
+    """Output, input's gradient and every adapter's, of one layer on 300 tokens, against float64; an expert has none."""
+    folder = models(family, hidden_size=256, initializer_range=0.05)
+    config = reference.parse(folder, bits=4, bf16=True, lora_r=16)
+    base = qlora.load_model(config, qlora.load_model_config(config, str(folder)), str(folder))
+    model = qlora.make_trainable(base, config, None)
+    assert qlora.group_experts(model) == []
+    _, layer, layers = next(iter(qlora.adapted_experts(model)))
+    module, generator = layer.get_base_layer(), torch.Generator(DEVICE).manual_seed(0)
+    x, grad = (torch.randn(300, 256, device=DEVICE, dtype=BF16, generator=generator) for _ in range(2))
+    scores = torch.rand(300, module.num_experts, device=DEVICE, dtype=BF16, generator=generator)
+    scores[:, 1] = 0
+    shares, chosen = scores.topk(2)
+
+    def measured(forward, dtype):
+        given = x.to(dtype).requires_grad_()
+        model.zero_grad()
+        with torch.autocast(DEVICE, BF16, dtype == BF16):
+            out = forward(module, layers, given, chosen, shares.to(dtype))
+        out.backward(grad.to(out.dtype))
+        factors = [p for part in layers.values() for p in part.parameters() if p.requires_grad]
+        return [out.detach(), given.grad, *(p.grad.clone() for p in factors)]
+
+    exact = measured(plain_experts, torch.float64)
+    ways = (qlora.grouped_experts_forward, qlora.unpacked_experts_forward)
+    ours, theirs = ([distance(a, b) for a, b in zip(measured(way, BF16), exact, strict=True)] for way in ways)
+    print(family, ours, theirs)
+    assert len(exact) == 6 and all(a <= 1.1 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
 CUTS = {  # rows of a micro-batch or None, tokens, whether rows are padded, layers recomputed, whether rows are packed
     "accumulated": (1, qlora.NO_LIMIT, False, 0, False),
     "accumulated, padded": (2, qlora.NO_LIMIT, True, 0, False),

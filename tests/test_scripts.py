@@ -76,6 +76,19 @@ def test_precision(run_proof, tmp_path):
 
 
 @pytest.mark.ci
+def test_every_rate_on_both_bases(run_proof):
+    """A 16-bit run's own base is the published one; that of a calibrated run is not, and its adapter fits both."""
+    result = run_proof("rates", "--rates", "1e-2,1e-3", "--seeds", "0", "--epochs", "1", "--", "--lora_r", "4")
+    runs = {(run["name"], run["rate"]): run for run in result["runs"]}
+    assert set(runs) == {(name, rate) for name in proof.BY_RATE for rate in (1e-2, 1e-3)}
+    for rate in (1e-2, 1e-3):
+        own, published = (where(runs[proof.REFERENCE, rate]) for where in proof.WHERE.values())
+        assert own == pytest.approx(published, abs=2e-5)
+        assert runs[proof.BY_RATE[2], rate]["published"] != runs[proof.BY_RATE[2], rate]["eval"][-1]["eval_loss"]
+    table = proof.rates_table(result)
+    assert table.count("| LoRA") == 8 and "0.001 | 0.01 |" in table
+
+
 def test_the_recipe_and_the_defaults_see_the_same_rows(run_proof, tmp_path):
     result = run_proof("recipe", "--seeds", "3,4", "--steps", "2", "--", "--lora_r", "4")
     runs = {(run["name"], run["seed"]): run for run in result["runs"]}
