@@ -3896,6 +3896,7 @@ class FusedLinear(NamedTuple):
 
     module: Any  # peft's layer
     base: Any
+    rank: int
     lora_a: Any  # its weight: (r, in)
     lora_b: Any  # (out, r)
     scaling: float
@@ -3915,41 +3916,38 @@ class FusedLinear(NamedTuple):
 
 # Below, `params` are lora_A, lora_B and bias of each layer in turn, and `hidden` the LoRA hidden states of layers that
 # share an input, side by side: (tokens, sum of ranks).
-def rank_slices(params: Sequence[Any]) -> list[slice]:
+def columns_of(hidden: torch.Tensor, layers: Sequence[FusedLinear]) -> Sequence[torch.Tensor]:
     """Each layer's columns of the hidden states."""
-    ends = list(itertools.accumulate(a.shape[0] for a in params[::3]))
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return hidden.split([layer.rank for layer in layers], 1)  # one call: a slice each takes the host longer
 
 
 def lora_down(x: torch.Tensor, layers: Sequence[FusedLinear], params: Sequence[Any]) -> tuple[torch.Tensor, list[Any]]:
     """Compute hidden = scaling * dropout(x) Aᵀ and each layer's dropout mask, (tokens, in), if there is dropout."""
-    columns, masks = rank_slices(params), list[Any]()
-    hidden = x.new_empty(x.shape[0], columns[-1].stop)
+    hidden, masks = x.new_empty(x.shape[0], sum(layer.rank for layer in layers)), list[Any]()
     drops = any(layer.dropout and layer.module.training for layer in layers)
     if not drops and len({layer.scaling for layer in layers}) == 1:
         a = torch.cat(list(params[::3])) if len(layers) > 1 else params[0]
         return torch.addmm(hidden, x, a.to(x.dtype).t(), beta=0, alpha=layers[0].scaling, out=hidden), masks
-    for layer, a, column in zip(layers, params[::3], columns, strict=True):
+    for layer, a, part in zip(layers, params[::3], columns_of(hidden, layers), strict=True):
         dropped = x
         if drops:
             dropped, mask = torch.native_dropout(x, layer.dropout, True)
             masks.append(mask)
-        part = hidden[:, column]
         torch.addmm(part, dropped, a.to(x.dtype).t(), beta=0, alpha=layer.scaling, out=part)
     return hidden, masks
 
 
-def lora_up(hidden: torch.Tensor, params: Sequence[Any]) -> list[torch.Tensor]:
+def lora_up(hidden: torch.Tensor, layers: Sequence[FusedLinear], params: Sequence[Any]) -> list[torch.Tensor]:
     """Compute each layer's hidden Bᵀ + bias, (tokens, out)."""
     return [
-        F.linear(hidden[:, column], b.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
-        for b, bias, column in zip(params[1::3], params[2::3], rank_slices(params), strict=True)
+        F.linear(part, b.to(part.dtype), None if bias is None else bias.to(part.dtype))
+        for b, bias, part in zip(params[1::3], params[2::3], columns_of(hidden, layers), strict=True)
     ]
 
 
 def frozen_outputs(x: torch.Tensor, hidden: torch.Tensor, layers: Sequence[FusedLinear], params: Any) -> list[Any]:
     """Compute W x + bias + B hidden of every layer; the large product adds to the small one in place."""
-    outputs = zip(lora_up(hidden, params), layers, strict=True)
+    outputs = zip(lora_up(hidden, layers, params), layers, strict=True)
     return [out.addmm_(x, dense_weight(layer.base, x.dtype).t()) for out, layer in outputs]
 
 
@@ -3957,17 +3955,17 @@ def input_gradients(
     grads: Sequence[Any], masks: Sequence[Any], layers: Sequence[FusedLinear], params: Sequence[Any], wanted: bool
 ) -> tuple[torch.Tensor, Any]:
     """Compute the gradients of the hidden states, times the scaling, and, if wanted, of the layers' one input."""
-    columns, tokens = rank_slices(params), grads[0].shape[0]
-    d_hidden = grads[0].new_empty(tokens, columns[-1].stop)
-    for layer, grad, b, column in zip(layers, grads, params[1::3], columns, strict=True):
-        torch.addmm(d_hidden[:, column], grad, b.to(grad.dtype), beta=0, alpha=layer.scaling, out=d_hidden[:, column])
+    d_hidden = grads[0].new_empty(grads[0].shape[0], sum(layer.rank for layer in layers))
+    parts = columns_of(d_hidden, layers)
+    for layer, grad, b, part in zip(layers, grads, params[1::3], parts, strict=True):
+        torch.addmm(part, grad, b.to(grad.dtype), beta=0, alpha=layer.scaling, out=part)
     if not wanted:
         return d_hidden, None
     downs = [a.to(d_hidden.dtype) for a in params[::3]]
     if masks:
-        d_x = d_hidden.new_zeros(tokens, downs[0].shape[1])
-        for layer, mask, down, column in zip(layers, masks, downs, columns, strict=True):
-            d_x += (d_hidden[:, column] @ down).mul_(mask).div_(1 - layer.dropout)
+        d_x = d_hidden.new_zeros(len(d_hidden), downs[0].shape[1])
+        for layer, mask, down, part in zip(layers, masks, downs, parts, strict=True):
+            d_x += (part @ down).mul_(mask).div_(1 - layer.dropout)
     else:
         d_x = d_hidden @ (torch.cat(downs) if len(downs) > 1 else downs[0])
     for layer, grad in zip(layers, grads, strict=True):
@@ -3989,15 +3987,16 @@ def parameter_gradients(
     """Compute the gradients of lora_A, lora_B and a bias that trains, for each layer in turn."""
     gradients: list[torch.Tensor | None] = []
     if not masks:  # one product reads x once for all layers
-        of_a = gradient_mm(d_hidden.t(), x, params[0].dtype)
-    for i, (layer, grad, column) in enumerate(zip(layers, grads, rank_slices(params), strict=True)):
+        of_a = gradient_mm(d_hidden.t(), x, params[0].dtype).split([layer.rank for layer in layers])
+    columns = zip(columns_of(d_hidden, layers), columns_of(hidden, layers), strict=True)
+    for i, (layer, grad, (d_part, part)) in enumerate(zip(layers, grads, columns, strict=True)):
         a, b, bias = params[3 * i : 3 * i + 3]
         if masks:
             dropped = x * masks[i] / (1 - layer.dropout)
-            gradients.append(gradient_mm(d_hidden[:, column].t(), dropped, a.dtype))
+            gradients.append(gradient_mm(d_part.t(), dropped, a.dtype))
         else:
-            gradients.append(of_a[column])
-        gradients.append(gradient_mm(grad.t(), hidden[:, column], b.dtype))
+            gradients.append(of_a[i])
+        gradients.append(gradient_mm(grad.t(), part, b.dtype))
         gradients.append(grad.sum(0).to(bias.dtype) if bias is not None and bias.requires_grad else None)
     return gradients
 
@@ -4061,7 +4060,7 @@ class FusedMLP(torch.autograd.Function):
         ctx.layers, ctx.params, ctx.act, ctx.masks = layers, params, act, len(masks)
         ctx.save_for_backward(x, gate, up, hidden, down_hidden, *masks, *down_masks)
         ctx.mark_non_differentiable(product)
-        return lora_up(down_hidden, params[6:])[0], product
+        return lora_up(down_hidden, layers[2:], params[6:])[0], product
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -4194,11 +4193,12 @@ def grouped_experts_forward(
 def same_in_groups(module: Any, layers: Mapping[str, Any]) -> bool:
     """Whether grouped products give what the module's own function does, on a few random tokens."""
     weight, generator = module._parameters["down_proj"], torch.Generator().manual_seed(0)
-    size = getattr(weight, "quant_state", weight).shape[2 if module.is_transposed else 1]
-    x = torch.randn(24, size, generator=generator).to(weight.device)
+    values = getattr(weight, "quant_state", weight)  # on a GPU grouped products want bf16
+    size, dtype = values.shape[2 if module.is_transposed else 1], values.dtype
+    x = torch.randn(24, size, generator=generator).to(weight.device, dtype)
     shares, chosen = torch.rand(24, module.num_experts, generator=generator).to(weight.device).topk(2)
     whole, grouped = (f(module, layers, x, chosen, shares) for f in (unpacked_experts_forward, grouped_experts_forward))
-    return logits_close(whole, grouped, dtype=x.dtype)
+    return logits_close(whole.float(), grouped.float(), dtype=dtype)
 
 
 @torch.no_grad()
@@ -4238,7 +4238,7 @@ def as_fused_linear(module: Any) -> FusedLinear | None:
     if not linear or len(module.active_adapters) != 1 or name in module.lora_variant:
         return None
     dropout = getattr(module.lora_dropout[name], "p", 0.0)
-    return FusedLinear(module, base, a, b, module.scaling[name], dropout, module.forward)
+    return FusedLinear(module, base, module.r[name], a, b, module.scaling[name], dropout, module.forward)
 
 
 def patch_lora_layers(model: Any) -> tuple[list[FusedGroup], list[str]]:
@@ -4279,7 +4279,7 @@ def varlen_attention(
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": heads != key.shape[1]}
     if rows * max_length_q == tokens and window is None:
         # an ordinary batch, for which cuDNN takes 0.6 of the time of the kernel for rows of any length (3 %)
-        q, k, v = (t.squeeze(0).unflatten(1, (rows, -1)).transpose(0, 1) for t in (query, key, value))
+        q, k, v = (t.view(t.shape[1], rows, -1, t.shape[3]).transpose(0, 1) for t in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
         return out.transpose(1, 2).reshape(1, tokens, heads, -1).contiguous(), None
     # one kernel on a GPU for 16-bit heads of these sizes without dropout, else row by row
@@ -4412,15 +4412,39 @@ def offloading_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
         return torch.utils.checkpoint.checkpoint(run, *args, **options)
 
 
-def set_recomputed_layers(model: Any, count: int, offload: bool = False, random: bool = True) -> None:
+def only_first_trains(values: Iterable[Any]) -> bool:
+    """Whether none of a layer's other inputs carries a gradient, or may be changed by it."""
+    return all(
+        only_first_trains(value) if isinstance(value, tuple)
+        else value is None or isinstance(value, bool | int | float) or (
+            isinstance(value, torch.Tensor) and not value.requires_grad)
+        for value in values
+    )  # fmt: skip
+
+
+def small_checkpoint(run: Any, hidden: torch.Tensor, *args: Any, **options: Any) -> Any:
+    """Checkpoint of few tokens, for which launches count: torch's older kind, without hooks (small: 20 %).
+
+    It runs a layer to its end where the other one stops early, and knows the gradient of the first input alone.
+    """
+    if only_first_trains((*args, *run.keywords.values())):
+        options["use_reentrant"], hidden = True, hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+    return torch.utils.checkpoint.checkpoint(run, hidden, *args, **options)
+
+
+def set_recomputed_layers(
+    model: Any, count: int, offload: bool = False, random: bool = True, small: bool = False
+) -> None:
     """Recompute the first `count` layers (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
 
     The backward pass reaches them last, when the memory of the others is free. `random`: layers draw random numbers.
+    `small`: the time goes into launches.
     """
     layers = decoder_layers(model)
     devices = [next(layer.parameters()).device for layer in layers]  # of several, the first layers of each
     chosen = sorted(range(len(layers)), key=lambda i: devices[:i].count(devices[i]))[:count]
-    checkpoint = offloading_checkpoint if offload else torch.utils.checkpoint.checkpoint
+    checkpoint = small_checkpoint if small else torch.utils.checkpoint.checkpoint
+    checkpoint = offloading_checkpoint if offload else checkpoint
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = i in chosen
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
@@ -6277,7 +6301,8 @@ def apply_step_plan(base: Any, plan: StepPlan, config: Config) -> None:
         text = base.config.get_text_config().to_dict()
         rates = (rate for name, rate in text.items() if re.search("drop|noise", name) and isinstance(rate, float))
         dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in base.modules())
-        set_recomputed_layers(base, plan.recomputed, config.training.offload_activations, dropout or any(rates))
+        offload, small = config.training.offload_activations, plan.tokens < 2048 and config.training.world_size == 1
+        set_recomputed_layers(base, plan.recomputed, offload, dropout or any(rates), small)
     elif plan.recomputed and getattr(base, "supports_gradient_checkpointing", True):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
