@@ -715,19 +715,22 @@ DATASETS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
-def renamed_columns(flag: str | None) -> dict[str, str]:
+def renamed_columns(flag: str | None, dataset_format: str | None) -> dict[str, str]:
     """--columns input=question,output=answer: the names that a format has, and those in the data."""
     pairs = [part.strip().split("=") for part in (flag or "").split(",") if part.strip()]
-    if any(len(pair) != 2 or not all(pair) for pair in pairs):
-        raise ConfigError(f"--columns {flag}: expected pairs such as input=question,output=answer")
+    if any(len(pair) != 2 or not all(pair) for pair in pairs) or len(dict(pairs)) < len(pairs):
+        raise ConfigError(f"--columns {flag}: expected pairs such as input=question,output=answer, each name once")
+    fields = {"category", "source"}.union(*(known.columns + known.optional for known in FORMATS.values()))
+    if (unknown := sorted(dict(pairs).keys() - fields)) and not CUSTOM_FORMAT.fullmatch(dataset_format or ""):
+        raise ConfigError(f"--columns {flag}: no format has a field {unknown[0]}, but {', '.join(sorted(fields))}")
     return dict(pairs)
 
 
 def rename_columns(row: Any, names: Mapping[str, str]) -> Any:
-    """A row with its columns under the names that its format has."""
-    if not names or not isinstance(row, Mapping):
+    """A row with its columns under the names that its format has; one with none of the data's names as it is."""
+    if not isinstance(row, Mapping) or not row.keys() & names.values():
         return row
-    kept = {name: value for name, value in row.items() if name not in {*names, *names.values()}}
+    kept = {f"{n} (replaced by {names[n]})" if n in names else n: v for n, v in row.items() if n not in names.values()}
     return kept | {name: row[own] for name, own in names.items() if own in row}
 
 
@@ -1269,7 +1272,7 @@ def check_config(config: Config) -> None:
     """Check every flag and every rule between flags; the first broken one is a ConfigError with the way out."""
     flags, explicitly_set = config.flags, config.explicitly_set
     rope_parameters(config.model.rope_scaling)
-    renamed_columns(config.data.columns)
+    renamed_columns(config.data.columns, config.data.dataset_format)
     parse_pattern(config.lora.lora_rank_pattern)
     parse_pattern(config.lora.lora_alpha_pattern)
     for names, expected, is_valid in VALUE_CHECKS:
@@ -1664,18 +1667,21 @@ def find_files(name: str, path: Path, config: Config) -> dict[str, RowSource]:
 def choose_format(name: str, source: RowSource, config: Config) -> str:
     """The format of a dataset's rows: the flag, the preset's own, or the first whose columns are all there."""
     rows = (row for _, row in source if isinstance(row, Mapping) and not INVALID_TEXT.search("".join(row)))
-    columns = sorted({column for row in itertools.islice(rows, 100) for column in row})  # a JSON line may omit some
-    if not columns:
+    own = sorted({column for row in itertools.islice(rows, 100) for column in row})  # a JSON line may omit some
+    if not own:
         where, row = next(iter(source), (name, RowError("no row in it")))
         with reraise_as_user_error(where, DataError):  # a RowError is a ValueError
             check_row(row)
+    names = renamed_columns(config.data.columns, config.data.dataset_format)
+    columns = rename_columns(dict.fromkeys(own), names).keys()
     candidates = MASKED_FORMATS if config.masked else tuple(name for name, f in FORMATS.items() if f.inferred)
-    fitting = [known for known in candidates if set(columns).issuperset(FORMATS[known].columns)]
+    fitting = [known for known, format in FORMATS.items() if columns >= {*format.columns}]
     named = config.data.dataset_format or (name if name in DATASETS and not config.masked else None)
-    chosen = named or next(iter(fitting), None)
-    found = f"{name}: found the columns {shorten(', '.join(columns) or '(none)')}"
-    if absent := [pair for pair in source.renamed if pair[0] not in columns]:
-        raise DataError(f"{found}, but none is called {absent[0][1]}, which --columns names")
+    chosen = named or next((known for known in candidates if known in fitting), None)
+    found = f"{name}: found the columns {shorten(', '.join(own) or '(none)')}"
+    absent = [column for column in names.values() if column not in own]
+    if absent and (len(absent) < len(names) or chosen in {None, *FORMATS} - {*fitting}):
+        raise DataError(f"{found}, but none is called {absent[0]}, which --columns names")
     if chosen is None:
         names = {", ".join(sorted(FORMATS[known].columns)): known for known in candidates}
         nearest = difflib.get_close_matches(", ".join(columns), names, n=2, cutoff=0)
@@ -1685,7 +1691,8 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     format = get_format(chosen, config.data.as_chat)
     if missing := sorted(set(format.columns) - set(columns)):
         raise DataError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
-    log.info("%s: format %s%s", name, chosen, "" if named else ", inferred from columns")
+    said = ", inferred from columns" * (not named) + "; it has none of the columns that --columns names" * bool(absent)
+    log.info("%s: format %s%s", name, chosen, said)
     if chosen == "hh-rlhf":
         log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", name)
         if "prompt" not in columns and (others := sorted({*columns} - {"chosen", "rejected"})):
@@ -1872,10 +1879,10 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
 
 def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
     """A dataset's splits, under the names that SPLITS gives them too, with the format of its rows."""
-    renamed = tuple(renamed_columns(config.data.columns).items())
-    sources = {n: dataclasses.replace(source, renamed=renamed) for n, source in find_splits(name, config).items()}
+    sources = find_splits(name, config)
     chosen = choose_format(name, next(iter(sources.values())), config)
-    sources = {split: dataclasses.replace(source, format=chosen) for split, source in sources.items()}
+    names = tuple(renamed_columns(config.data.columns, config.data.dataset_format).items())
+    sources = {split: dataclasses.replace(part, format=chosen, renamed=names) for split, part in sources.items()}
     return {split_named(split) or split: source for split, source in reversed(sources.items())} | sources
 
 
