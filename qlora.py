@@ -5142,8 +5142,11 @@ def find_last_checkpoint(output_dir: Path) -> Path | None:
 
 
 def needs_more_steps(config: Config, completed: Mapping[str, Any]) -> bool:
-    """Whether the flags ask for more steps or epochs than a completed run had."""
+    """Whether the flags ask for more steps or epochs than a completed run had, or more patience if it stopped early."""
     args = config.training
+    if "stopped_at" in completed:  # of more steps none would be trained
+        patience = completed["run"]["flags"].get("early_stopping_patience")
+        return (args.early_stopping_patience or math.inf) > (patience or math.inf)
     # the Trainer's count of epochs is a sum of fractions, which may end just below a whole number
     target, unit = (args.max_steps, "step") if args.max_steps > 0 else (args.num_train_epochs - 1e-6, "epoch")
     return target > completed.get(unit, math.inf)
@@ -5187,8 +5190,9 @@ def find_resume_point(config: Config) -> ResumePoint:
     if completed and not (picked or args.overwrite_output_dir) and (weights := weights_in(final, full)):
         record = read_record(output)
         if not needs_more_steps(config, record):
-            steps = record.get("step", "?")
-            log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
+            early = ", stopped early (a larger --early_stopping_patience goes on)" * ("stopped_at" in record)
+            steps = f"{record.get('stopped_at', record.get('step', '?'))} steps{early}"
+            log.info("%s holds a completed run of %s: it is used, not trained again", output, steps)
             return ResumePoint(False, weights=str(weights), found=output)
     check_output_is_free(config, last)
     if last is None:
