@@ -6643,7 +6643,8 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     metadata = "" if Path(base).exists() else f"base_model: {json.dumps(base)}\n"
     prefix = "" if Path(output) == final_folder(config) else f"{output}/"
     last = max(getattr(trainer.processing_class, "new_rows", [-1]))
-    grow = f"New tokens: call `base.resize_token_embeddings({last + 1})` before loading it if the base has fewer.\n\n"
+    grow = f"New tokens: call `base.resize_token_embeddings({last + 1})` before loading it if the base has fewer. "
+    grow += "vLLM and llama.cpp load no adapter with new tokens: merge it with `--merged_output_dir`.\n\n"
     kind, library = ("Full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\n{metadata}library_name: {library}\n"
