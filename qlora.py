@@ -4752,11 +4752,14 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     packed = sum(w.numel() for _, w in stacked_experts(model, known=True).values()) if packs_experts(config) else 0
     dense = [*shapes.values(), *(weight.shape for weight in stacks if packed)]  # what is unpacked at once
     head = model.get_output_embeddings()
-    vocabulary = 0 if head is None else head.weight.shape[0]
+    # peft copies a head with new tokens; beside the copy lie its gradient or, without liger, three chunks of logits
+    tables = {model.get_input_embeddings().weight, head.weight} if config.model.add_tokens else set[Any]()
+    copied = max(2 * (table := head.weight.numel() * plain), table + 2**28) if tables else 0
     # adapters that are computed from the base's weights would be computed from none
     fresh = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init_lora_weights="true"))
     with torch.device("meta"):
         trained = [p for p in make_trainable(model, fresh, None).parameters() if p.requires_grad]
+        trained += [trained[0].new_empty(str(config.model.add_tokens).count(",") + 1, w.shape[1]) for w in tables]
     count, size = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
     # bytes a parameter: torch's AdamW keeps its averages in the parameter's dtype, the others in float32
     states = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "torch": 2 * size // count}
@@ -4768,9 +4771,9 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
         gradients=size * (2 if train.world_size > 1 else 1),  # DDP averages a flat copy
         optimizer=count * next((each for name, each in states.items() if name in train.optim), 8),
         paged="paged" in train.optim,
-        fixed=(max(map(math.prod, dense), default=0) * width if bits < 16 else 0) + 2**27,
+        fixed=copied + (max(map(math.prod, dense), default=0) * width if bits < 16 else 0) + 2**27,
         token=width * (2 * max(map(max, shapes.values()), default=4 * hidden) + 3 * hidden)
-        + (0 if train.fast_path and not is_sharded(config) else vocabulary * (width + 12)),
+        + (0 if head is None or (train.fast_path and not is_sharded(config)) else head.weight.shape[0] * (width + 12)),
         layer=(width * kept + norms) // layers,
         checkpoint=math.ceil(2 * width * hidden / layers) if train.offload_activations else width * hidden,
         layers=layers,
