@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-178
      2 Errors             181-246
-     3 Dataset formats    249-742
-     4 Arguments         745-1444
-     5 Loading          1447-2018
-     6 Tokenizer        2021-2151
-     7 Encoding         2154-2628
-     8 Model            2631-3212
-     9 Calibration      3215-3513
-    10 LoRA             3516-3819
-    11 Fast path        3822-4644
-    12 Plan             4647-4960
-    13 Checkpoints      4963-5329
-    14 Processes        5332-5397
-    15 Evaluation       5400-5614
-    16 Trainer          5617-6279
-    17 Stages           6282-6771
-    18 Main             6774-7066
+     3 Dataset formats    249-745
+     4 Arguments         748-1447
+     5 Loading          1450-2025
+     6 Tokenizer        2028-2158
+     7 Encoding         2161-2635
+     8 Model            2638-3219
+     9 Calibration      3222-3520
+    10 LoRA             3523-3826
+    11 Fast path        3829-4651
+    12 Plan             4654-4970
+    13 Checkpoints      4973-5343
+    14 Processes        5346-5411
+    15 Evaluation       5414-5628
+    16 Trainer          5631-6293
+    17 Stages           6296-6786
+    18 Main             6789-7081
 """
 
 # ------------------------------------------------------------------------------------
