@@ -1178,13 +1178,14 @@ def rope_parameters(text: str | None) -> dict[str, Any] | None:
         return {"rope_type" if k == "type" else k: value for k, value in json.loads(text).items()} if text else None
 
 
-def parse_pattern(text: str | None) -> dict[str, Any]:
+def parse_pattern(lora: Any, name: str) -> dict[str, Any]:
     """--lora_rank_pattern or --lora_alpha_pattern: names of layers, or regular expressions, and a value for each."""
-    expected = f'--lora_rank_pattern or --lora_alpha_pattern {text}: expected JSON such as {{"q_proj": 8}}'
+    text, kinds = getattr(lora, f"lora_{name}_pattern"), (int,) if name == "rank" else (int, float)
+    expected = f'--lora_{name}_pattern {text}: expected JSON such as {{"q_proj": 8}}'
     with reraise_as_user_error(expected, ConfigError, re.error):
         pattern: dict[str, Any] = json.loads(text or "{}")
-        if not all(re.compile(name) and value > 0 for name, value in pattern.items()):
-            raise ValueError("values must be above 0")
+        if not all(re.compile(layer) and type(v) in kinds and 0 < v < math.inf for layer, v in pattern.items()):
+            raise ValueError("values must be above 0, and ranks whole numbers")
     return pattern
 
 
@@ -1273,8 +1274,8 @@ def check_config(config: Config) -> None:
     flags, explicitly_set = config.flags, config.explicitly_set
     rope_parameters(config.model.rope_scaling)
     renamed_columns(config.data.columns, config.data.dataset_format)
-    parse_pattern(config.lora.lora_rank_pattern)
-    parse_pattern(config.lora.lora_alpha_pattern)
+    for name in ("rank", "alpha"):
+        parse_pattern(config.lora, name)
     for names, expected, is_valid in VALUE_CHECKS:
         for name in names.split():
             if flags[name] is not None and not is_valid(flags[name]):
@@ -1615,14 +1616,14 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
     if path.exists():
         return find_files(name, path, config)
     if data_suffix(path) in READERS:
-        raise DataError(f"--dataset {name}: no such file")
+        raise DataError(f"{name}: no such file")
     return load_from_hub(config, name)
 
 
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
     """All splits of a dataset on the hub."""
     hub = f"no connection to the hub: {why}" if (why := no_connection()) else "the hub does not give it"
-    what = f"--dataset {path}: no local file of that name, and {hub}"
+    what = f"dataset {path}: no local file of that name, and {hub}"
     options |= {"streaming": True} if config.data.streaming else {}
     with reraise_as_user_error(what, DataError, *DATASETS_ERRORS):
         return as_sources(path, datasets.load_dataset(path, **hub_options(config), **options))
@@ -3586,7 +3587,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         if not any(f".{full}".endswith(f".{name}") for full, _ in model.named_modules()):
             raise ConfigError(f"--modules_to_save: the model has no module called {name!r}")
     targets, names = lora_targets(model, lora, masked), ("rank", "alpha")
-    patterns: Any = {f"{name}_pattern": parse_pattern(getattr(lora, f"lora_{name}_pattern")) for name in names}
+    patterns: Any = {f"{name}_pattern": parse_pattern(lora, name) for name in names}
     for key in itertools.chain(*patterns.values()):
         if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in targets):
             raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")

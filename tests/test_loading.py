@@ -883,6 +883,12 @@ def test_rows_of_another_dataset_are_evaluated(rows_file, tmp_path):
     assert load("--dataset", rows_file(20), "--eval_dataset", other).eval is None  # nothing is evaluated
 
 
+@pytest.mark.parametrize("name", ["none.jsonl", "no/such-data"])
+def test_a_missing_dataset_to_evaluate_on_is_not_blamed_on_another_flag(rows_file, name):
+    with pytest.raises(qlora.DataError, match=f"^(?!.*--dataset).*{name}: no (such|local) file"):
+        load("--dataset", rows_file(4), "--do_eval", "--eval_dataset", name)
+
+
 def test_columns_of_other_names(tmp_path):
     rows = [{"question": f"q{n}", "answer": f"a{n}", "output": "not this"} for n in range(3)]
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)

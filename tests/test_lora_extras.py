@@ -278,10 +278,12 @@ def test_a_pattern_with_pissa_fits_the_published_base(run_qlora, models, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"lora_rank_pattern": "q_proj=8"}, "--lora_rank_pattern or --lora_alpha_pattern q_proj=8: expected JSON"),
+        ({"lora_rank_pattern": "q_proj=8"}, "--lora_rank_pattern q_proj=8: expected JSON"),
         ({"lora_alpha_pattern": '{"q_proj": 0}'}, "values must be above 0"),
         ({"lora_rank_pattern": '{"q_projection": 8}'}, "no adapted layer is called 'q_projection'"),
         ({"lora_rank_pattern": '{"(": 8}'}, "expected JSON such as"),
+        ({"lora_rank_pattern": '{"q_proj": 1.5}'}, '--lora_rank_pattern {"q_proj": 1.5}: expected JSON such as'),
+        ({"lora_alpha_pattern": '{"q_proj": 1e999}'}, "values must be above 0, and ranks whole numbers"),
     ],
 )
 def test_patterns_that_do_not_fit(run_qlora, flags, message):

@@ -4,7 +4,9 @@ import contextlib
 import functools
 import itertools
 import json
+import re
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora
 
-GIB = 2**30
+GIB, RECIPES = 2**30, Path(qlora.__file__).with_name("examples") / "recipes"
 LLAMA = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_key_value_heads": 8},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_key_value_heads": 32},
@@ -173,6 +175,34 @@ def test_a_plan_with_a_dataset_has_rows_steps_and_time(models, tmp_path, capsys)
     assert ["rows", "10 of 20 tokens on average"] in lines and ["steps", "50, which is 10 epochs"] in lines
     assert ["time", "0:00:20 at 100 tokens/s (measured in --output_dir)"] in lines
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train_results.json"]
+
+
+SHAPES = {  # of the recipes' models, as published: type, width, of the MLP, layers, heads, of keys, size, vocabulary
+    "smollm2": ("llama", 2048, 8192, 24, 32, 32, 64, 49152),
+    "llama3": ("llama", 3072, 8192, 28, 24, 8, 128, 128256),
+    "qwen3": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151936),
+    "gemma3": ("gemma3_text", 1152, 6912, 26, 4, 1, 256, 262144),
+}
+NAMES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "vocab_size")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_recipe_says_what_is_planned(tmp_path, name):
+    recipe, said = RECIPES / f"{name}.yaml", (RECIPES / f"{name}.yaml").read_text().replace("\n# ", " ")
+    shape = dict(zip(NAMES, SHAPES[name], strict=True)) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    words = [str(recipe), "--model_name_or_path", str(tmp_path), "--plan", "--plan_gpu"]
+    config = qlora.parse_config([*words, "24GiB"])
+    memory = qlora.memory_from_config(config, qlora.load_model_config(config, str(tmp_path)))
+    planned = float(re.search(r"on a GPU of 24 GiB ([\d.]+) GiB, with nothing recomputed", said)[1])
+    lines, fits = qlora.plan_from_flags(config, memory)
+    assert (
+        fits and lines["recomputed"].startswith("0 of") and number(lines["in all"]) == pytest.approx(planned, abs=0.1)
+    )
+    least = float(re.search(r"at least ([\d.]+) GiB, with one row at a time", said)[1])
+    small = (qlora.parse_config([*words, f"{least + more:.2f}GiB"]) for more in (-0.1, 0.11))
+    assert [qlora.plan_from_flags(each, memory)[1] for each in small] == [False, True]
 
 
 def test_a_plan_without_a_gpu_names_the_way_out(folder, capsys, monkeypatch):
