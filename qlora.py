@@ -16,21 +16,21 @@ Read the file from top to bottom, along the path of the data: every room uses on
      1 Imports             36-178
      2 Errors             181-246
      3 Dataset formats    249-745
-     4 Arguments         748-1447
-     5 Loading          1450-2025
-     6 Tokenizer        2028-2158
-     7 Encoding         2161-2635
-     8 Model            2638-3219
-     9 Calibration      3222-3520
-    10 LoRA             3523-3826
-    11 Fast path        3829-4651
-    12 Plan             4654-4970
-    13 Checkpoints      4973-5343
-    14 Processes        5346-5411
-    15 Evaluation       5414-5628
-    16 Trainer          5631-6293
-    17 Stages           6296-6786
-    18 Main             6789-7081
+     4 Arguments         748-1448
+     5 Loading          1451-2023
+     6 Tokenizer        2026-2156
+     7 Encoding         2159-2633
+     8 Model            2636-3217
+     9 Calibration      3220-3518
+    10 LoRA             3521-3824
+    11 Fast path        3827-4649
+    12 Plan             4652-4968
+    13 Checkpoints      4971-5340
+    14 Processes        5343-5408
+    15 Evaluation       5411-5625
+    16 Trainer          5628-6290
+    17 Stages           6293-6783
+    18 Main             6786-7078
 """
 
 # ------------------------------------------------------------------------------------
@@ -1623,9 +1623,8 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
     """All splits of a dataset on the hub."""
     hub = f"no connection to the hub: {why}" if (why := no_connection()) else "the hub does not give it"
-    what = f"dataset {path}: no local file of that name, and {hub}"
     options |= {"streaming": True} if config.data.streaming else {}
-    with reraise_as_user_error(what, DataError, *DATASETS_ERRORS):
+    with reraise_as_user_error(f"dataset {path}: no local file of that name, and {hub}", DataError, *DATASETS_ERRORS):
         return as_sources(path, datasets.load_dataset(path, **hub_options(config), **options))
 
 
@@ -1743,8 +1742,7 @@ def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
         for i, (start, end) in zip(ids, offsets, strict=True):
             if text[start:end] != ESCAPE_MARK:
                 first, last = segment_of[min(start, len(text) - 1)], segment_of[max(end, start + 1, 1) - 1]
-                supervised = row[first]["supervised"] or row[last]["supervised"]
-                tokens[last].append((i, i if supervised else IGNORE))
+                tokens[last].append((i, i if row[first]["supervised"] or row[last]["supervised"] else IGNORE))
         if row[0]["text"].startswith(BOS_MARK) and bos is not None:
             tokens[0].insert(0, (bos, bos if row[0]["supervised"] else IGNORE))
         if row[-1]["text"].endswith(EOS_MARK):
@@ -1858,9 +1856,8 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
         depends += [template, template and limits, tokenizer.special_tokens_map, today]
         depends += [special_token_pattern(tokenizer).pattern]
     options = {"cache_dir": config.model.cache_dir, "fingerprint": digest("rows", CODE_VERSION, *depends)}
-    raw_rows = itertools.islice(select_rows(source, data), limit)
     try:
-        normal = (row for raw in raw_rows for row in normalize(**raw))
+        normal = (row for raw in itertools.islice(select_rows(source, data), limit) for row in normalize(**raw))
         rows = datasets.Dataset.from_generator(lambda: normal, ROW_FEATURES, **options)
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
@@ -5238,8 +5235,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
     """Add values to those that a JSON file holds already."""
-    earlier = read_json(path) if path.is_file() else {}
-    write_json(path, {**first, **earlier, **values})
+    write_json(path, {**first, **(read_json(path) if path.is_file() else {}), **values})
 
 
 def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
