@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-178
      2 Errors             181-246
-     3 Dataset formats    249-742
-     4 Arguments         745-1444
-     5 Loading          1447-2018
-     6 Tokenizer        2021-2151
-     7 Encoding         2154-2628
-     8 Model            2631-3212
-     9 Calibration      3215-3513
-    10 LoRA             3516-3819
-    11 Fast path        3822-4644
-    12 Plan             4647-4960
-    13 Checkpoints      4963-5329
-    14 Processes        5332-5397
-    15 Evaluation       5400-5614
-    16 Trainer          5617-6279
-    17 Stages           6282-6771
-    18 Main             6774-7066
+     3 Dataset formats    249-745
+     4 Arguments         748-1448
+     5 Loading          1451-2023
+     6 Tokenizer        2026-2156
+     7 Encoding         2159-2633
+     8 Model            2636-3217
+     9 Calibration      3220-3518
+    10 LoRA             3521-3824
+    11 Fast path        3827-4649
+    12 Plan             4652-4968
+    13 Checkpoints      4971-5340
+    14 Processes        5343-5408
+    15 Evaluation       5411-5625
+    16 Trainer          5628-6290
+    17 Stages           6293-6783
+    18 Main             6786-7078
 """
 
 # ------------------------------------------------------------------------------------
@@ -715,19 +715,22 @@ DATASETS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
-def renamed_columns(flag: str | None) -> dict[str, str]:
+def renamed_columns(flag: str | None, dataset_format: str | None) -> dict[str, str]:
     """--columns input=question,output=answer: the names that a format has, and those in the data."""
     pairs = [part.strip().split("=") for part in (flag or "").split(",") if part.strip()]
-    if any(len(pair) != 2 or not all(pair) for pair in pairs):
-        raise ConfigError(f"--columns {flag}: expected pairs such as input=question,output=answer")
+    if any(len(pair) != 2 or not all(pair) for pair in pairs) or len(dict(pairs)) < len(pairs):
+        raise ConfigError(f"--columns {flag}: expected pairs such as input=question,output=answer, each name once")
+    fields = {"category", "source"}.union(*(known.columns + known.optional for known in FORMATS.values()))
+    if (unknown := sorted(dict(pairs).keys() - fields)) and not CUSTOM_FORMAT.fullmatch(dataset_format or ""):
+        raise ConfigError(f"--columns {flag}: no format has a field {unknown[0]}, but {', '.join(sorted(fields))}")
     return dict(pairs)
 
 
 def rename_columns(row: Any, names: Mapping[str, str]) -> Any:
-    """A row with its columns under the names that its format has."""
-    if not names or not isinstance(row, Mapping):
+    """A row with its columns under the names that its format has; one with none of the data's names as it is."""
+    if not isinstance(row, Mapping) or not row.keys() & names.values():
         return row
-    kept = {name: value for name, value in row.items() if name not in {*names, *names.values()}}
+    kept = {f"{n} (replaced by {names[n]})" if n in names else n: v for n, v in row.items() if n not in names.values()}
     return kept | {name: row[own] for name, own in names.items() if own in row}
 
 
@@ -1175,13 +1178,14 @@ def rope_parameters(text: str | None) -> dict[str, Any] | None:
         return {"rope_type" if k == "type" else k: value for k, value in json.loads(text).items()} if text else None
 
 
-def parse_pattern(text: str | None) -> dict[str, Any]:
+def parse_pattern(lora: Any, name: str) -> dict[str, Any]:
     """--lora_rank_pattern or --lora_alpha_pattern: names of layers, or regular expressions, and a value for each."""
-    expected = f'--lora_rank_pattern or --lora_alpha_pattern {text}: expected JSON such as {{"q_proj": 8}}'
+    text, kinds = getattr(lora, f"lora_{name}_pattern"), (int,) if name == "rank" else (int, float)
+    expected = f'--lora_{name}_pattern {text}: expected JSON such as {{"q_proj": 8}}'
     with reraise_as_user_error(expected, ConfigError, re.error):
         pattern: dict[str, Any] = json.loads(text or "{}")
-        if not all(re.compile(name) and value > 0 for name, value in pattern.items()):
-            raise ValueError("values must be above 0")
+        if not all(re.compile(layer) and type(v) in kinds and 0 < v < math.inf for layer, v in pattern.items()):
+            raise ValueError("values must be above 0, and ranks whole numbers")
     return pattern
 
 
@@ -1269,9 +1273,9 @@ def check_config(config: Config) -> None:
     """Check every flag and every rule between flags; the first broken one is a ConfigError with the way out."""
     flags, explicitly_set = config.flags, config.explicitly_set
     rope_parameters(config.model.rope_scaling)
-    renamed_columns(config.data.columns)
-    parse_pattern(config.lora.lora_rank_pattern)
-    parse_pattern(config.lora.lora_alpha_pattern)
+    renamed_columns(config.data.columns, config.data.dataset_format)
+    for name in ("rank", "alpha"):
+        parse_pattern(config.lora, name)
     for names, expected, is_valid in VALUE_CHECKS:
         for name in names.split():
             if flags[name] is not None and not is_valid(flags[name]):
@@ -1612,16 +1616,15 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
     if path.exists():
         return find_files(name, path, config)
     if data_suffix(path) in READERS:
-        raise DataError(f"--dataset {name}: no such file")
+        raise DataError(f"{name}: no such file")
     return load_from_hub(config, name)
 
 
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
     """All splits of a dataset on the hub."""
     hub = f"no connection to the hub: {why}" if (why := no_connection()) else "the hub does not give it"
-    what = f"--dataset {path}: no local file of that name, and {hub}"
     options |= {"streaming": True} if config.data.streaming else {}
-    with reraise_as_user_error(what, DataError, *DATASETS_ERRORS):
+    with reraise_as_user_error(f"dataset {path}: no local file of that name, and {hub}", DataError, *DATASETS_ERRORS):
         return as_sources(path, datasets.load_dataset(path, **hub_options(config), **options))
 
 
@@ -1664,18 +1667,21 @@ def find_files(name: str, path: Path, config: Config) -> dict[str, RowSource]:
 def choose_format(name: str, source: RowSource, config: Config) -> str:
     """The format of a dataset's rows: the flag, the preset's own, or the first whose columns are all there."""
     rows = (row for _, row in source if isinstance(row, Mapping) and not INVALID_TEXT.search("".join(row)))
-    columns = sorted({column for row in itertools.islice(rows, 100) for column in row})  # a JSON line may omit some
-    if not columns:
+    own = sorted({column for row in itertools.islice(rows, 100) for column in row})  # a JSON line may omit some
+    if not own:
         where, row = next(iter(source), (name, RowError("no row in it")))
         with reraise_as_user_error(where, DataError):  # a RowError is a ValueError
             check_row(row)
+    names = renamed_columns(config.data.columns, config.data.dataset_format)
+    columns = rename_columns(dict.fromkeys(own), names).keys()
     candidates = MASKED_FORMATS if config.masked else tuple(name for name, f in FORMATS.items() if f.inferred)
-    fitting = [known for known in candidates if set(columns).issuperset(FORMATS[known].columns)]
+    fitting = [known for known, format in FORMATS.items() if columns >= {*format.columns}]
     named = config.data.dataset_format or (name if name in DATASETS and not config.masked else None)
-    chosen = named or next(iter(fitting), None)
-    found = f"{name}: found the columns {shorten(', '.join(columns) or '(none)')}"
-    if absent := [pair for pair in source.renamed if pair[0] not in columns]:
-        raise DataError(f"{found}, but none is called {absent[0][1]}, which --columns names")
+    chosen = named or next((known for known in candidates if known in fitting), None)
+    found = f"{name}: found the columns {shorten(', '.join(own) or '(none)')}"
+    absent = [column for column in names.values() if column not in own]
+    if absent and (len(absent) < len(names) or chosen in {None, *FORMATS} - {*fitting}):
+        raise DataError(f"{found}, but none is called {absent[0]}, which --columns names")
     if chosen is None:
         names = {", ".join(sorted(FORMATS[known].columns)): known for known in candidates}
         nearest = difflib.get_close_matches(", ".join(columns), names, n=2, cutoff=0)
@@ -1685,7 +1691,8 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     format = get_format(chosen, config.data.as_chat)
     if missing := sorted(set(format.columns) - set(columns)):
         raise DataError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
-    log.info("%s: format %s%s", name, chosen, "" if named else ", inferred from columns")
+    said = ", inferred from columns" * (not named) + "; it has none of the columns that --columns names" * bool(absent)
+    log.info("%s: format %s%s", name, chosen, said)
     if chosen == "hh-rlhf":
         log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", name)
         if "prompt" not in columns and (others := sorted({*columns} - {"chosen", "rejected"})):
@@ -1735,8 +1742,7 @@ def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
         for i, (start, end) in zip(ids, offsets, strict=True):
             if text[start:end] != ESCAPE_MARK:
                 first, last = segment_of[min(start, len(text) - 1)], segment_of[max(end, start + 1, 1) - 1]
-                supervised = row[first]["supervised"] or row[last]["supervised"]
-                tokens[last].append((i, i if supervised else IGNORE))
+                tokens[last].append((i, i if row[first]["supervised"] or row[last]["supervised"] else IGNORE))
         if row[0]["text"].startswith(BOS_MARK) and bos is not None:
             tokens[0].insert(0, (bos, bos if row[0]["supervised"] else IGNORE))
         if row[-1]["text"].endswith(EOS_MARK):
@@ -1850,9 +1856,8 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
         depends += [template, template and limits, tokenizer.special_tokens_map, today]
         depends += [special_token_pattern(tokenizer).pattern]
     options = {"cache_dir": config.model.cache_dir, "fingerprint": digest("rows", CODE_VERSION, *depends)}
-    raw_rows = itertools.islice(select_rows(source, data), limit)
     try:
-        normal = (row for raw in raw_rows for row in normalize(**raw))
+        normal = (row for raw in itertools.islice(select_rows(source, data), limit) for row in normalize(**raw))
         rows = datasets.Dataset.from_generator(lambda: normal, ROW_FEATURES, **options)
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
@@ -1872,10 +1877,10 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
 
 def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
     """A dataset's splits, under the names that SPLITS gives them too, with the format of its rows."""
-    renamed = tuple(renamed_columns(config.data.columns).items())
-    sources = {n: dataclasses.replace(source, renamed=renamed) for n, source in find_splits(name, config).items()}
+    sources = find_splits(name, config)
     chosen = choose_format(name, next(iter(sources.values())), config)
-    sources = {split: dataclasses.replace(source, format=chosen) for split, source in sources.items()}
+    names = tuple(renamed_columns(config.data.columns, config.data.dataset_format).items())
+    sources = {split: dataclasses.replace(part, format=chosen, renamed=names) for split, part in sources.items()}
     return {split_named(split) or split: source for split, source in reversed(sources.items())} | sources
 
 
@@ -3579,7 +3584,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         if not any(f".{full}".endswith(f".{name}") for full, _ in model.named_modules()):
             raise ConfigError(f"--modules_to_save: the model has no module called {name!r}")
     targets, names = lora_targets(model, lora, masked), ("rank", "alpha")
-    patterns: Any = {f"{name}_pattern": parse_pattern(getattr(lora, f"lora_{name}_pattern")) for name in names}
+    patterns: Any = {f"{name}_pattern": parse_pattern(lora, name) for name in names}
     for key in itertools.chain(*patterns.values()):
         if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in targets):
             raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")
@@ -4775,11 +4780,14 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     packed = sum(w.numel() for _, w in stacked_experts(model, known=True).values()) if packs_experts(config) else 0
     dense = [*shapes.values(), *(weight.shape for weight in stacks if packed)]  # what is unpacked at once
     head = model.get_output_embeddings()
-    vocabulary = 0 if head is None else head.weight.shape[0]
+    # peft copies a head with new tokens; beside the copy lie its gradient or, without liger, three chunks of logits
+    tables = {model.get_input_embeddings().weight, head.weight} if config.model.add_tokens else set[Any]()
+    copied = max(2 * (table := head.weight.numel() * plain), table + 2**28) if tables else 0
     # adapters that are computed from the base's weights would be computed from none
     fresh = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init_lora_weights="true"))
     with torch.device("meta"):
         trained = [p for p in make_trainable(model, fresh, None).parameters() if p.requires_grad]
+        trained += [trained[0].new_empty(str(config.model.add_tokens).count(",") + 1, w.shape[1]) for w in tables]
     count, size = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
     # bytes a parameter: torch's AdamW keeps its averages in the parameter's dtype, the others in float32
     states = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "torch": 2 * size // count}
@@ -4791,9 +4799,9 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
         gradients=size * (2 if train.world_size > 1 else 1),  # DDP averages a flat copy
         optimizer=count * next((each for name, each in states.items() if name in train.optim), 8),
         paged="paged" in train.optim,
-        fixed=(max(map(math.prod, dense), default=0) * width if bits < 16 else 0) + 2**27,
+        fixed=copied + (max(map(math.prod, dense), default=0) * width if bits < 16 else 0) + 2**27,
         token=width * (2 * max(map(max, shapes.values()), default=4 * hidden) + 3 * hidden)
-        + (0 if train.fast_path and not is_sharded(config) else vocabulary * (width + 12)),
+        + (0 if head is None or (train.fast_path and not is_sharded(config)) else head.weight.shape[0] * (width + 12)),
         layer=(width * kept + norms) // layers,
         checkpoint=math.ceil(2 * width * hidden / layers) if train.offload_activations else width * hidden,
         layers=layers,
@@ -5165,8 +5173,11 @@ def find_last_checkpoint(output_dir: Path) -> Path | None:
 
 
 def needs_more_steps(config: Config, completed: Mapping[str, Any]) -> bool:
-    """Whether the flags ask for more steps or epochs than a completed run had."""
+    """Whether the flags ask for more steps or epochs than a completed run had, or more patience if it stopped early."""
     args = config.training
+    if "stopped_at" in completed:  # of more steps none would be trained
+        patience = completed["run"]["flags"].get("early_stopping_patience")
+        return (args.early_stopping_patience or math.inf) > (patience or math.inf)
     # the Trainer's count of epochs is a sum of fractions, which may end just below a whole number
     target, unit = (args.max_steps, "step") if args.max_steps > 0 else (args.num_train_epochs - 1e-6, "epoch")
     return target > completed.get(unit, math.inf)
@@ -5210,8 +5221,9 @@ def find_resume_point(config: Config) -> ResumePoint:
     if completed and not (picked or args.overwrite_output_dir) and (weights := weights_in(final, full)):
         record = read_record(output)
         if not needs_more_steps(config, record):
-            steps = record.get("step", "?")
-            log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
+            early = ", stopped early (a larger --early_stopping_patience goes on)" * ("stopped_at" in record)
+            steps = f"{record.get('stopped_at', record.get('step', '?'))} steps{early}"
+            log.info("%s holds a completed run of %s: it is used, not trained again", output, steps)
             return ResumePoint(False, weights=str(weights), found=output)
     check_output_is_free(config, last)
     if last is None:
@@ -5253,8 +5265,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
     """Add values to those that a JSON file holds already."""
-    earlier = read_json(path) if path.is_file() else {}
-    write_json(path, {**first, **earlier, **values})
+    write_json(path, {**first, **(read_json(path) if path.is_file() else {}), **values})
 
 
 def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
@@ -6663,7 +6674,8 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     metadata = "" if Path(base).exists() else f"base_model: {json.dumps(base)}\n"
     prefix = "" if Path(output) == final_folder(config) else f"{output}/"
     last = max(getattr(trainer.processing_class, "new_rows", [-1]))
-    grow = f"New tokens: call `base.resize_token_embeddings({last + 1})` before loading it if the base has fewer.\n\n"
+    grow = f"New tokens: call `base.resize_token_embeddings({last + 1})` before loading it if the base has fewer. "
+    grow += "vLLM and llama.cpp load no adapter with new tokens: merge it with `--merged_output_dir`.\n\n"
     kind, library = ("Full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\n{metadata}library_name: {library}\n"

@@ -74,7 +74,9 @@ def tokenizer():
 
 
 def data_flags(**flags):
-    return SimpleNamespace(**{"include_sources": "ALL", "expand_conversations": False, "as_chat": False} | flags)
+    return SimpleNamespace(
+        **{"include_sources": "ALL", "expand_conversations": False, "as_chat": False, "columns": None} | flags
+    )
 
 
 def checked(source, form, tokenizer, **flags):

@@ -883,6 +883,12 @@ def test_rows_of_another_dataset_are_evaluated(rows_file, tmp_path):
     assert load("--dataset", rows_file(20), "--eval_dataset", other).eval is None  # nothing is evaluated
 
 
+@pytest.mark.parametrize("name", ["none.jsonl", "no/such-data"])
+def test_a_missing_dataset_to_evaluate_on_is_not_blamed_on_another_flag(rows_file, name):
+    with pytest.raises(qlora.DataError, match=f"^(?!.*--dataset).*{name}: no (such|local) file"):
+        load("--dataset", rows_file(4), "--do_eval", "--eval_dataset", name)
+
+
 def test_columns_of_other_names(tmp_path):
     rows = [{"question": f"q{n}", "answer": f"a{n}", "output": "not this"} for n in range(3)]
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
@@ -897,12 +903,49 @@ def test_columns_of_other_names(tmp_path):
         ("input", "--columns input: expected pairs such as input=question"),
         ("input=", "expected pairs such as"),
         ("input=prompt,output=answer", "none is called prompt, which --columns names"),
+        ("input=query,output=reply", "rows.jsonl: found the columns answer, question, but none is called query"),
+        ("input=question,input=answer", "--columns input=question,input=answer: expected pairs such as"),
+        ("question=input,answer=output", "no format has a field answer, but category, chat_template_kwargs, chosen, "),
     ],
 )
 def test_columns_that_are_not_there(tmp_path, columns, message):
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}])
     with pytest.raises(qlora.QLoRAError, match=re.escape(message)):
         load("--dataset", file, "--columns", columns)
+
+
+def test_columns_are_renamed_where_they_are(tmp_path, caplog):
+    """Rows that have the format's own names are used as they are."""
+    own = tiny.rows_to_jsonl(tmp_path / "own.jsonl", [{"instruction": "x", "output": "y"}])
+    rows = [{"question": "q", "extra": "e", "answer": "a"}, {"instruction": "i", "input": "j", "output": "o"}]
+    other = tiny.rows_to_jsonl(tmp_path / "other.jsonl", rows)
+    renamed = ("--columns", "instruction=question,input=extra,output=answer")
+    with caplog.at_level("INFO", "qlora"):
+        splits = load("--dataset", f"{other},{own}", *renamed, "--do_eval", "--eval_dataset", own)
+    assert outputs(splits.train) == ["a", "o", "y"] and outputs(splits.eval) == ["y"]
+    said = [message for message in caplog.messages if "it has none of the columns that --columns names" in message]
+    assert said and all(message.startswith(f"{own}: format alpaca, inferred") for message in said)
+    half = tiny.rows_to_jsonl(tmp_path / "half.jsonl", [{"instruction": "x", "answer": "y"}])
+    with pytest.raises(qlora.DataError, match=r"half.jsonl: .* but none is called question, which --columns names"):
+        load("--dataset", f"{other},{half}", *renamed)
+
+
+def test_a_function_may_have_any_columns(tmp_path):
+    (tmp_path / "mine.py").write_text("def pair(row):\n    return {'input': row['a'], 'output': row['b']}\n")
+    mine = ("--dataset_format", f"{tmp_path / 'mine.py'}:pair", "--columns", "a=question,b=answer")
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "answer": "r"}])
+    own = tiny.rows_to_jsonl(tmp_path / "own.jsonl", [{"a": "q", "b": "s"}])
+    assert outputs(load("--dataset", f"{file},{own}", *mine).train) == ["r", "s"]
+
+
+def test_a_column_that_another_replaces_is_left_out(tmp_path, caplog):
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "input": "old", "output": "a"}])
+    with caplog.at_level("INFO", "qlora"):
+        splits = load("--dataset", file, "--columns", "input=question")
+    assert splits.train[0]["segments"][0]["text"] == "q"
+    assert f"{file}: left out: input (replaced by question)" in caplog.messages
+    swapped = load("--dataset", file, "--columns", "input=output,output=input").train[0]
+    assert swapped["segments"][0]["text"] == "a" and swapped["left_out"] == "question"
 
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"

@@ -278,10 +278,12 @@ def test_a_pattern_with_pissa_fits_the_published_base(run_qlora, models, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"lora_rank_pattern": "q_proj=8"}, "--lora_rank_pattern or --lora_alpha_pattern q_proj=8: expected JSON"),
+        ({"lora_rank_pattern": "q_proj=8"}, "--lora_rank_pattern q_proj=8: expected JSON"),
         ({"lora_alpha_pattern": '{"q_proj": 0}'}, "values must be above 0"),
         ({"lora_rank_pattern": '{"q_projection": 8}'}, "no adapted layer is called 'q_projection'"),
         ({"lora_rank_pattern": '{"(": 8}'}, "expected JSON such as"),
+        ({"lora_rank_pattern": '{"q_proj": 1.5}'}, '--lora_rank_pattern {"q_proj": 1.5}: expected JSON such as'),
+        ({"lora_alpha_pattern": '{"q_proj": 1e999}'}, "values must be above 0, and ranks whole numbers"),
     ],
 )
 def test_patterns_that_do_not_fit(run_qlora, flags, message):
@@ -356,6 +358,8 @@ def test_new_tokens_train_their_rows_and_no_others(run_qlora, models, cups, tmp_
     assert all(".lora_" in name or ".token_adapter." in name for name in weights)
     assert trained.keys() == {f"base_model.model.{name}" for name in table_names(tie)}
     assert run.json("adapter_config.json")["trainable_token_indices"] == {name: [259, 260] for name in table_names(tie)}
+    card = (run.output_dir / "README.md").read_text()
+    assert "vLLM and llama.cpp load no adapter with new tokens" in card and "`--merged_output_dir`" in card
     # plain peft on the published base in 4 bit, with more rows where it lacks them
     base = base_of(folder, bits=4)
     for module in base.modules():

@@ -4,6 +4,9 @@ import contextlib
 import functools
 import itertools
 import json
+import re
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +14,13 @@ import reference
 import tiny
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora
 
-GIB = 2**30
+GIB, RECIPES = 2**30, Path(qlora.__file__).with_name("examples") / "recipes"
 LLAMA = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_key_value_heads": 8},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_key_value_heads": 32},
@@ -169,6 +175,34 @@ def test_a_plan_with_a_dataset_has_rows_steps_and_time(models, tmp_path, capsys)
     assert ["rows", "10 of 20 tokens on average"] in lines and ["steps", "50, which is 10 epochs"] in lines
     assert ["time", "0:00:20 at 100 tokens/s (measured in --output_dir)"] in lines
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train_results.json"]
+
+
+SHAPES = {  # of the recipes' models, as published: type, width, of the MLP, layers, heads, of keys, size, vocabulary
+    "smollm2": ("llama", 2048, 8192, 24, 32, 32, 64, 49152),
+    "llama3": ("llama", 3072, 8192, 28, 24, 8, 128, 128256),
+    "qwen3": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151936),
+    "gemma3": ("gemma3_text", 1152, 6912, 26, 4, 1, 256, 262144),
+}
+NAMES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "vocab_size")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_recipe_says_what_is_planned(tmp_path, name):
+    recipe, said = RECIPES / f"{name}.yaml", (RECIPES / f"{name}.yaml").read_text().replace("\n# ", " ")
+    shape = dict(zip(NAMES, SHAPES[name], strict=True)) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    words = [str(recipe), "--model_name_or_path", str(tmp_path), "--plan", "--plan_gpu"]
+    config = qlora.parse_config([*words, "24GiB"])
+    memory = qlora.memory_from_config(config, qlora.load_model_config(config, str(tmp_path)))
+    planned = float(re.search(r"on a GPU of 24 GiB ([\d.]+) GiB, with nothing recomputed", said)[1])
+    lines, fits = qlora.plan_from_flags(config, memory)
+    assert (
+        fits and lines["recomputed"].startswith("0 of") and number(lines["in all"]) == pytest.approx(planned, abs=0.1)
+    )
+    least = float(re.search(r"at least ([\d.]+) GiB, with one row at a time", said)[1])
+    small = (qlora.parse_config([*words, f"{least + more:.2f}GiB"]) for more in (-0.1, 0.11))
+    assert [qlora.plan_from_flags(each, memory)[1] for each in small] == [False, True]
 
 
 def test_a_plan_without_a_gpu_names_the_way_out(folder, capsys, monkeypatch):
@@ -339,6 +373,59 @@ def test_a_layer_keeps_as_many_bytes_of_a_token_as_is_planned(models, monkeypatc
     memory = qlora.memory_from_config(both.config, base.config)
     print(f"{case}: {counted:.0f} bytes counted, {memory.layer} planned")
     assert memory.layer == pytest.approx(counted, rel=tolerance)
+
+
+# ------------------------------------------------------------------------------------
+# New tokens: peft computes with a copy of the matrix
+# ------------------------------------------------------------------------------------
+class LargeTensors(TorchDispatchMode):
+    """Bytes of the tensors of at least `least` bytes that are made, and of those that are there at once."""
+
+    def __init__(self, least, parameters):
+        super().__init__()
+        self.least, self.there, self.peak = least, {}, 0
+        self.others = {parameter.untyped_storage()._cdata for parameter in parameters}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage and storage.nbytes() >= self.least and storage._cdata not in {*self.others, *self.there}:
+                self.there[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.there.pop, storage._cdata)
+                self.peak = max(self.peak, sum(self.there.values()))
+        return out
+
+
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(4096, 8), (2**16, 512)])
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_new_tokens_copy_the_head(models, vocabulary, tokens, tie, whole):
+    """The copy is there beside its gradient, or three chunks of logits; whole logits are a token's."""
+    model = AutoModelForCausalLM.from_pretrained(models("llama", tie=tie, vocab_size=vocabulary, hidden_size=16))
+    config, tokenizer = qlora.parse_config(["--bits", "32", "--add_tokens", "<cup>,<saucer>"]), tiny.byte_tokenizer()
+    qlora.set_special_tokens(tokenizer, config, model.config)
+    counted = qlora.memory_from_config(config, model.config)
+    plain = qlora.memory_from_config(qlora.parse_config(["--bits", "32"]), model.config)
+    adapted = qlora.make_trainable(model, config, None, tokenizer=tokenizer)
+    trained = sum(p.nbytes for p in adapted.parameters() if p.requires_grad)
+    assert counted.adapters == counted.gradients == trained == plain.adapters + 2 * 16 * 4 * (2 - tie)
+    fast = qlora.FastPath() if whole else qlora.FastPath(body=model.model, head=model.get_output_embeddings())
+    batch = {"input_ids": torch.ones(1, tokens, dtype=torch.long), "positions": torch.arange(tokens)}
+    table = vocabulary * 16 * 4
+    with LargeTensors(table, model.parameters()) as live:
+        qlora.summed_loss(adapted.train(), fast, batch | {"targets": torch.ones(tokens, dtype=torch.long)}).backward()
+    logits = 2**27 if tokens == 512 else 0
+    assert live.peak == max(2 * table, table + 3 * logits) and not live.there
+    assert counted.fixed - plain.fixed == table + 2**28
+
+
+def test_of_a_large_head_the_gradient_is_more_than_the_logits():
+    """512 MiB each, for 256 of the logits."""
+    model_config = LlamaConfig(vocab_size=2**18, hidden_size=512, intermediate_size=512, num_hidden_layers=1)
+    configs = (qlora.parse_config(["--bits", "32", *flags]) for flags in (["--add_tokens", "<cup>"], []))
+    counted, plain = (qlora.memory_from_config(config, model_config).fixed for config in configs)
+    assert counted - plain == 2 * 2**29
 
 
 def test_of_stacked_experts_a_token_meets_a_few(tmp_path):
