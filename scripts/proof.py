@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from queue import Queue
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -106,14 +107,10 @@ def start(script: Path, words: list[str], log: Path, gpu: str = GPUS) -> str:
     return text
 
 
-def folder_of(work: Path, job: Job) -> Path:
-    """Where a job's run writes."""
-    return work / re.sub(r"\W+", "_", f"{job.name}-{job.seed}{'' if job.rate is None else f'-{job.rate}'}")
-
-
-def run_job(work: Path, gpus: Queue[str], job: Job) -> dict[str, Any]:
+def run_job(work: Path, gpus: Queue[str], published: Any, job: Job) -> dict[str, Any]:
     """What a run measured; if it fails the reason, so that the other runs' numbers are kept."""
-    out, gpu = folder_of(work, job), gpus.get()
+    name = f"{job.name}-{job.seed}{'' if job.rate is None else f'-{job.rate}'}"
+    out, gpu = work / re.sub(r"\W+", "_", name), gpus.get()
     flags = [*job.flags, "--seed", str(job.seed), "--data_seed", str(job.seed)]
     flags += [] if job.rate is None else ["--learning_rate", str(job.rate)]
     result = {"name": job.name, "seed": job.seed, "rate": job.rate, "flags": without_folders(flags)}
@@ -128,16 +125,18 @@ def run_job(work: Path, gpus: Queue[str], job: Job) -> dict[str, Any]:
     result["eval"] = [{key: e[key] for key in ("step", "eval_loss")} for e in history if "eval_loss" in e]
     losses = ", ".join(f"{entry['eval_loss']:.4f}" for entry in result["eval"])
     print(f"{job.name}, seed {job.seed}: held-out loss {losses}", flush=True)
+    if published:
+        result["published"] = round(published.loss(out), 6)
     return result | {"metrics": read_json(out / "metrics.json"), "data": read_json(out / "run.json").get("data", {})}
 
 
-def run_jobs(arguments: argparse.Namespace, jobs: Iterable[Job]) -> list[dict[str, Any]]:
-    """Every job's measurements, --jobs at a time on each GPU."""
+def run_jobs(arguments: argparse.Namespace, jobs: Iterable[Job], published: Any = None) -> list[dict[str, Any]]:
+    """Every job's measurements, --jobs at a time on each GPU; with `published`, also of its adapter on that base."""
     gpus, names = Queue[str](), GPUS.split(",") * arguments.jobs
     for gpu in names:
         gpus.put(gpu)
     with ThreadPoolExecutor(len(names)) as pool:
-        return list(pool.map(partial(run_job, Path(arguments.work), gpus), jobs))
+        return list(pool.map(partial(run_job, Path(arguments.work), gpus, published), jobs))
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[str, list[str]]:
@@ -202,25 +201,30 @@ def recipe(arguments: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------
 # rates: the same by learning rate, and what the saved adapters do on the published weights
 # ------------------------------------------------------------------------------------
-@torch.no_grad()
-def losses_on_published(base: str, adapters: list[Path], rows: Path, batch: int = 10) -> list[float]:
-    """Held-out loss of each saved adapter on the base in 16 bit, with transformers and peft alone."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16 if GPU else torch.float32).to(loop.DEVICE)
-    tokenizer, losses = AutoTokenizer.from_pretrained(base), []
-    texts = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-    encoded = [loop.encode(row, tokenizer, 513) for row in texts]  # one of them is BOS
-    for adapter in adapters:
-        adapted = PeftModel.from_pretrained(model, adapter).eval()
+class Published:
+    """The base in 16 bit and the held-out rows, to try saved adapters on, with transformers and peft alone."""
+
+    def __init__(self, base: str, rows: Path) -> None:
+        dtype = torch.bfloat16 if GPU else torch.float32
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(loop.DEVICE)
+        tokenizer, lines = AutoTokenizer.from_pretrained(base), rows.read_text(encoding="utf-8").splitlines()
+        self.rows = [loop.encode(json.loads(line), tokenizer, 513) for line in lines]  # one of them is BOS
+        self.lock = Lock()  # runs end at any time
+
+    @torch.no_grad()
+    def loss(self, adapter: Path) -> float:
+        """Held-out loss with a saved adapter."""
         total = count = 0.0
-        for i in range(0, len(encoded), batch):
-            inputs = loop.collate(encoded[i : i + batch])
-            labels = inputs.pop("labels")[:, 1:]
-            logits = adapted(**inputs).logits[:, :-1].float().transpose(1, 2)
-            total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-            count += float((labels != loop.IGNORE).sum())
-        losses.append(total / count)
-        model = adapted.unload()
-    return losses
+        with self.lock:
+            adapted = PeftModel.from_pretrained(self.model, adapter).eval()
+            for i in range(0, len(self.rows), 10):
+                inputs = loop.collate(self.rows[i : i + 10])
+                labels = inputs.pop("labels")[:, 1:]
+                logits = adapted(**inputs).logits[:, :-1].float().transpose(1, 2)
+                total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+                count += float((labels != loop.IGNORE).sum())
+            self.model = adapted.unload()
+        return total / count
 
 
 def rates(arguments: argparse.Namespace) -> None:
@@ -237,11 +241,8 @@ def rates(arguments: argparse.Namespace) -> None:
     # first the runs that calibrate, one for each seed; the other runs then find the bases in the cache
     rest = [job for job in jobs if "calibrated" not in job.name]
     first = [job for job in jobs if job.name == BY_RATE[2]][: len(seeds)]
-    runs = run_jobs(arguments, [*first, *rest, *(job for job in jobs if job not in (*first, *rest))])
-    whole = [run for run in runs if "failed" not in run]
-    saved = [folder_of(Path(arguments.work), Job(run["name"], [], run["seed"], run["rate"])) for run in whole]
-    for run, loss in zip(whole, losses_on_published(base, saved, folder / "eval.jsonl"), strict=True):
-        run["published"] = round(loss, 6)
+    jobs = [*first, *rest, *(job for job in jobs if job not in (*first, *rest))]
+    runs = run_jobs(arguments, jobs, Published(base, folder / "eval.jsonl"))
     write(arguments, "rates", {"runs": runs})
 
 

@@ -5,6 +5,7 @@ model: where left padding shifts the positions, agreement ends at that precision
 """
 
 import contextlib
+import itertools
 import random
 import re
 import shutil
@@ -140,17 +141,18 @@ def test_a_head_in_chunks_matches_whole_logits(family):
     assert calls == {"head": 1}
 
 
+@pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_recomputed_layers_match_kept_ones_and_leave_out_the_last_frozen_product(family, layers):
+def test_recomputed_layers_match_kept_ones_and_leave_out_the_last_frozen_product(family, layers, small):
     """torch's checkpoint stops before AddFrozen, which saves nothing, unless a norm comes after the MLP."""
     name, both, rows, expected = family
     with reference.counted() as calls, counted_layers(both.quick) as layer_calls:
-        got = reference.quick(both.quick, qlora.FastPath(), reference.step_of(rows), recomputed=layers)
+        got = reference.quick(both.quick, qlora.FastPath(), reference.step_of(rows), recomputed=layers, small=small)
     reference.assert_equal(got, expected, tolerance(name))
     assert sorted(layer_calls) == sorted([0, 1, *range(layers)])
     if name.startswith(GATED):
         assert calls["FusedLoRA"] == 2 * (2 + layers) and calls["FusedMLP"] == 2 + layers
-        stops_early = FAMILIES[name][-1] == 2
+        stops_early = FAMILIES[name][-1] == 2 and not small
         assert calls["AddFrozen"] == (2 if stops_early else 2 + layers)
 
 
@@ -189,9 +191,28 @@ def test_layers_that_take_more_than_their_input_are_recomputed(tmp_path):
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **shape)).save_pretrained(tmp_path)
     both, rows = reference.make(tmp_path, dtype=None, bits=16, objective="clm"), reference.rows_of(LENGTHS)
     expected = reference.stock(both.stock, rows)
-    for layers in (0, 2, 4):
-        got = reference.quick(both.quick, both.fast, reference.step_of(rows), recomputed=layers)
+    for layers, small in itertools.product((0, 2, 4), (False, True)):
+        got = reference.quick(both.quick, both.fast, reference.step_of(rows), recomputed=layers, small=small)
         reference.assert_equal(got, expected, 1e-4)
+
+
+def test_few_tokens_are_recomputed_without_hooks(models, monkeypatch):
+    """By torch's older kind of checkpoint, which asks for nothing but the layer's input, and by the newer one above."""
+    both, kinds = reference.make(models("llama"), bits=16), []
+    original = torch.utils.checkpoint.checkpoint
+
+    def spy(run, *args, use_reentrant, **options):
+        kinds.append(use_reentrant)
+        return original(run, *args, use_reentrant=use_reentrant, **options)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", spy)
+    base = reference.base_of(both.quick)
+    for tokens, gpus, expected in ((2047, 1, True), (2048, 1, False), (2047, 2, False)):
+        monkeypatch.setattr(type(both.config.training), "world_size", gpus)
+        qlora.apply_step_plan(base, qlora.StepPlan(None, tokens, 2), both.config)
+        kinds.clear()
+        base.train()(input_ids=torch.arange(8)[None])
+        assert kinds == [expected] * 2
 
 
 def test_inputs_of_recomputed_layers_kept_in_cpu_memory_are_the_same(models):
