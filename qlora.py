@@ -21,16 +21,16 @@ Read the file from top to bottom, along the path of the data: every room uses on
      6 Tokenizer        2026-2156
      7 Encoding         2159-2633
      8 Model            2636-3217
-     9 Calibration      3220-3518
-    10 LoRA             3521-3824
-    11 Fast path        3827-4649
-    12 Plan             4652-4968
-    13 Checkpoints      4971-5340
-    14 Processes        5343-5408
-    15 Evaluation       5411-5625
-    16 Trainer          5628-6290
-    17 Stages           6293-6783
-    18 Main             6786-7078
+     9 Calibration      3220-3519
+    10 LoRA             3522-3825
+    11 Fast path        3828-4684
+    12 Plan             4687-5003
+    13 Checkpoints      5006-5375
+    14 Processes        5378-5443
+    15 Evaluation       5446-5660
+    16 Trainer          5663-6326
+    17 Stages           6329-6819
+    18 Main             6822-7114
 """
 
 # ------------------------------------------------------------------------------------
@@ -3332,7 +3332,8 @@ def adapter_start(left: torch.Tensor, factors: Factors, rank: int) -> dict[str, 
         u, s, v = torch.svd_lowrank(left[:, order] @ lower, q=min(rank + 16, *left.shape), niter=4)
     root, a = s[:rank].sqrt(), left.new_zeros(rank, left.shape[1])  # zeros where a layer is narrower than the rank
     a[: len(root), order] = torch.linalg.solve_triangular(lower, (v[:, :rank] * root).T, upper=False, left=False)
-    return {"lora_A": a, "lora_B": F.pad(u[:, :rank] * root, (0, rank - len(root)))}
+    b = F.pad(u[:, :rank] * root, (0, rank - len(root)))
+    return {"lora_A": a, "lora_B": b.contiguous()}  # on a GPU the singular vectors are columns in memory
 
 
 def choose_codes(weight: torch.Tensor, hessian: Any, factors: Factors | None, config: Config) -> Choice:
@@ -4189,7 +4190,7 @@ def grouped_experts_forward(
     inner = expert_products(module, layers.get(first), first, rows, experts, ends)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     out = expert_products(module, layers.get("down_proj"), "down_proj", inner, experts, ends)
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # since transformers 5.23
         out = module.post_expert_norm(out)
     out = (out * shares.flatten()[order, None])[order.argsort()]
     return out.unflatten(0, chosen.shape).sum(1).to(x.dtype)
@@ -4208,19 +4209,22 @@ def same_in_groups(module: Any, layers: Mapping[str, Any]) -> bool:
 
 @torch.no_grad()
 def group_experts(model: Any) -> list[str]:
-    """Multiply experts in groups wherever that gives the same; names of the other modules of experts."""
+    """Multiply experts in groups wherever that gives the same; names of the other modules, and why not."""
     outer = {layer.get_base_layer(): (layer, layers) for _, layer, layers in adapted_experts(model)}
     others = []
     for name, module in [(name, module) for name, module in model.named_modules() if knows_experts(module)]:
         layer, layers = outer.get(module, (module, {}))
-        alike = False
-        trains = any(weight.requires_grad for weight in stacks_in(module).values())  # FrozenExperts has no gradient
-        with contextlib.suppress(Exception):  # whatever it raises
-            alike = not trains and same_in_groups(module, layers)
-        if alike:
-            layer.forward = partial(grouped_experts_forward, module, layers)
+        if any(weight.requires_grad for weight in stacks_in(module).values()):
+            why = "they train"  # FrozenExperts has no gradient
         else:
-            others.append(name)
+            try:
+                why = "" if same_in_groups(module, layers) else "groups give something else"
+            except Exception as error:  # whatever it raises
+                why = shorten(error)
+        if why:
+            others.append(f"{name}: {why}")
+        else:
+            layer.forward = partial(grouped_experts_forward, module, layers)
     return others
 
 
@@ -4630,7 +4634,7 @@ def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, step
     # a neighbour changes nothing; but an expert multiplies the tokens of all rows at once, which rounds differently
     allowed = 2 * noise + 1e-5 * alone.norm() if stacked_experts(base) else 0.0
     alike = logits_close(alone, first, noise, compute_dtype(config)) and (first - second)[16:].norm() <= allowed
-    return fast._replace(attention=kernel, alone=False) if alike else off
+    return fast._replace(attention=kernel) if alike else off
 
 
 def try_padding(model: Any, base: Any, fast: FastPath, config: Config, step: StepBatch, device: Any) -> FastPath:
@@ -4646,7 +4650,7 @@ def try_padding(model: Any, base: Any, fast: FastPath, config: Config, step: Ste
 
 @torch.no_grad()
 def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, device: Any = None) -> FastPath:
-    """Try padding, the head and padding-free rows on a few tokens; an engine that shards it may be around `model`."""
+    """Try the head and padding-free rows on a few tokens, else padded ones; `model` may be an engine that shards it."""
     device, dtype = device or base.get_input_embeddings().weight.device, compute_dtype(config)
     training, generator = base.training, torch.Generator().manual_seed(0)
     words = base.config.get_text_config().vocab_size
@@ -4655,11 +4659,12 @@ def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, devi
     steps = [collate_step([{"input_ids": ids, "labels": ids} for ids in rows])["step"] for rows in ((a, b), (c, b))]
     model.eval()
     with torch.autocast(device.type, dtype, dtype != torch.float32):
-        fast = try_padding(model, base, fast, config, steps[0], device)
         if config.training.fast_path and not config.masked:  # whose rows are padded, and whose head is more
             if not fast.sharded:
                 fast = try_head(model, base, fast, to_device(padded_batch(steps[0], [0, 1], 0, "right"), device))
             fast = try_padding_free(model, base, fast, config, steps, device)
+        if fast.attention is None:
+            fast = try_padding(model, base, fast, config, steps[0], device)
     model.train(training)  # DeepSpeed's wrapper says that it trains while the model inside does not
     return fast
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, get_4bit_type, quantize_4bit
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qlora
@@ -155,6 +155,16 @@ def test_the_adapter_s_start_is_the_best_of_its_rank():
     best = torch.linalg.svdvals(left.double() @ root)[8:].square().sum()
     assert float(rest.square().sum()) == pytest.approx(float(best), rel=2e-2)
     assert start["lora_A"].shape == (8, 96) and start["lora_B"].shape == (80, 8)
+
+
+def test_the_adapter_s_start_can_be_saved_whatever_the_layout_of_singular_vectors(monkeypatch, tmp_path):
+    """A GPU's lie column by column in memory, which safetensors refuses."""
+    original = torch.svd_lowrank
+    monkeypatch.setattr(torch, "svd_lowrank", lambda *a, **k: [x.T.contiguous().T for x in original(*a, **k)])
+    x = torch.randn(300, 64)
+    start = qlora.adapter_start(torch.randn(48, 64), qlora.damped_factors(x.T @ x), 8)
+    save_file(start, tmp_path / "start.safetensors")
+    assert load_file(tmp_path / "start.safetensors")["lora_B"].shape == (48, 8)
 
 
 # ------------------------------------------------------------------------------------
