@@ -29,8 +29,8 @@ Read the file from top to bottom, along the path of the data: every room uses on
     14 Processes        5378-5443
     15 Evaluation       5446-5660
     16 Trainer          5663-6326
-    17 Stages           6329-6819
-    18 Main             6822-7114
+    17 Stages           6329-6823
+    18 Main             6826-7118
 """
 
 # ------------------------------------------------------------------------------------
@@ -6679,15 +6679,21 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     metadata = "" if Path(base).exists() else f"base_model: {json.dumps(base)}\n"
     prefix = "" if Path(output) == final_folder(config) else f"{output}/"
     last = max(getattr(trainer.processing_class, "new_rows", [-1]))
-    grow = f"New tokens: call `base.resize_token_embeddings({last + 1})` before loading it if the base has fewer. "
-    grow += "vLLM and llama.cpp load no adapter with new tokens: merge it with `--merged_output_dir`.\n\n"
+    notes, merge = "", "merge it with `--merged_output_dir`.\n\n"
+    if last >= 0:
+        notes += (
+            f"New tokens: call `base.resize_token_embeddings({last + 1})` before loading it if the base has fewer. "
+        )
+        notes += f"vLLM and llama.cpp load no adapter with new tokens: {merge}"
+    if config.lora.lora_rank_pattern or config.lora.lora_alpha_pattern:
+        notes += f"vLLM scales all layers by one rank and alpha, llama.cpp by one alpha: to serve it there, {merge}"
     kind, library = ("Full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\n{metadata}library_name: {library}\n"
         f"pipeline_tag: {'fill-mask' if config.masked else 'text-generation'}\n---\n\n# {kind} for {base}\n\n"
         f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
         f"dataset `{config.data.dataset}`.\n\n## Settings given\n\n| flag | value |\n|---|---|\n{settings}\n\n"
-        f"{grow * (last >= 0)}All flags, resolved, and library versions are in `{prefix}run.json`.\n\n"
+        f"{notes}All flags, resolved, and library versions are in `{prefix}run.json`.\n\n"
         f"## Losses\n\n| step | training loss | evaluation loss |\n|---|---|---|\n{rows}\n\n![loss]({prefix}loss.png)\n"
     )
 

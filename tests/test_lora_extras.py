@@ -260,6 +260,7 @@ def test_ranks_and_alphas_of_single_layers(adapt, models, tmp_path):
     adapted = PeftModel.from_pretrained(base_of(models("llama"), bits=4), tmp_path / "out")
     layers = adapted.base_model.model.model.layers
     assert (layers[1].self_attn.v_proj.scaling["default"], layers[1].mlp.down_proj.scaling["default"]) == (8, 4)
+    assert "vLLM scales all layers by one rank and alpha" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_pattern_with_pissa_fits_the_published_base(run_qlora, models, tmp_path):
