@@ -20,17 +20,17 @@ Read the file from top to bottom, along the path of the data: every room uses on
      5 Loading          1451-2023
      6 Tokenizer        2026-2156
      7 Encoding         2159-2633
-     8 Model            2636-3217
-     9 Calibration      3220-3519
-    10 LoRA             3522-3825
-    11 Fast path        3828-4684
-    12 Plan             4687-5003
-    13 Checkpoints      5006-5375
-    14 Processes        5378-5443
-    15 Evaluation       5446-5660
-    16 Trainer          5663-6326
-    17 Stages           6329-6823
-    18 Main             6826-7118
+     8 Model            2636-3228
+     9 Calibration      3231-3530
+    10 LoRA             3533-3836
+    11 Fast path        3839-4695
+    12 Plan             4698-5014
+    13 Checkpoints      5017-5386
+    14 Processes        5389-5454
+    15 Evaluation       5457-5671
+    16 Trainer          5674-6337
+    17 Stages           6340-6836
+    18 Main             6839-7131
 """
 
 # ------------------------------------------------------------------------------------
@@ -2706,12 +2706,23 @@ def device_map(config: Config) -> Any:
 
 @contextlib.contextmanager
 def made_once(folder: Path, what: str) -> Iterator[str]:
-    """Where to write what becomes `folder` once it is whole, unless another run has made it meanwhile."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, reraise_as_user_error(what):
-        yield f"{scratch}/model"
-        if not folder.is_dir():
-            Path(scratch, "model").rename(folder)
+    """Where to write what becomes `folder` once it is whole, unless another run has made it meanwhile.
+
+    Also removes what runs on this host that were killed have left of it.
+    """
+    name = f"{folder.name}.{platform.node()}"
+    scratch = folder.with_name(f"{name}.{os.getpid()}")
+    with reraise_as_user_error(what):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.iterdir():
+            if left.name.startswith(f"{name}.") and not psutil.pid_exists(int(left.suffix[1:])):
+                shutil.rmtree(left)
+        try:
+            yield str(scratch)
+            if not folder.is_dir():
+                scratch.rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def model_folder(config: Config) -> str:
