@@ -171,7 +171,7 @@ def test_fp16_under_fsdp_scales_its_loss_and_resumes_with_the_scale(start, tmp_p
     running = start(2, tmp_path / "ddp", before=SCALER, **flags)
     finish(start(2, tmp_path / "fsdp", **flags, **sharded))
     finish(running)
-    assert_same_training(tmp_path / "fsdp", tmp_path / "ddp")
+    assert_same_training(tmp_path / "fsdp", tmp_path / "ddp", rounding=2e-4)  # of fp16, by the processor's kernels
     places = [tmp_path / name / "checkpoint-8" / "scaler.pt" for name in ("fsdp", "ddp")]
     scales = [torch.load(place)["scale"] for place in places]
     assert scales[0] == scales[1] < 2.0**22, "the first steps overflow"
