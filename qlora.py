@@ -23,14 +23,14 @@ Read the file from top to bottom, along the path of the data: every room uses on
      8 Model            2631-3212
      9 Calibration      3215-3513
     10 LoRA             3516-3819
-    11 Fast path        3822-4644
-    12 Plan             4647-4960
-    13 Checkpoints      4963-5329
-    14 Processes        5332-5397
-    15 Evaluation       5400-5614
-    16 Trainer          5617-6279
-    17 Stages           6282-6771
-    18 Main             6774-7066
+    11 Fast path        3822-4650
+    12 Plan             4653-4966
+    13 Checkpoints      4969-5324
+    14 Processes        5327-5384
+    15 Evaluation       5387-5601
+    16 Trainer          5604-6243
+    17 Stages           6246-6735
+    18 Main             6738-7031
 """
 
 # ------------------------------------------------------------------------------------
@@ -4989,15 +4989,12 @@ MODEL_FLAGS = {"model_name_or_path", "bits", "quant_type", "double_quant", "full
 RATE_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
 STATEFUL_SCHEDULES = {"reduce_lr_on_plateau", "greedy"}  # whose rates follow from the past, not from the step
 UPDATE_FLAGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
-# What becomes of a flag that differs from the checkpoint's. A run reads all its flags, so that one in no row applies at
-# once; a row holds what the checkpoint depends on: weights, optimizer, order of rows, best metric.
-RESUME_RULES: dict[str, set[str]] = {
-    "refused": MODEL_FLAGS | {
-        "adapter_name_or_path", "rope_scaling", "bf16", "fp16", "optim", "optim_args", "optim_target_modules", "engine",
-        DATASET, "packing", "streaming", "stream_buffer", "train_sampling_strategy", "seed", "data_seed",
-        "dataloader_drop_last", "metric_for_best_model", "greater_is_better",
-    },
-    "new schedule": RATE_FLAGS | {"max_steps", "num_train_epochs"},
+# What a checkpoint depends on: weights, optimizer, order of rows, best metric. Any other flag may differ from the
+# checkpoint's, and applies at once.
+FIXED_FLAGS = MODEL_FLAGS | {
+    "adapter_name_or_path", "rope_scaling", "bf16", "fp16", "optim", "optim_args", "optim_target_modules", "engine",
+    DATASET, "packing", "streaming", "stream_buffer", "train_sampling_strategy", "seed", "data_seed",
+    "dataloader_drop_last", "metric_for_best_model", "greater_is_better",
 }  # fmt: skip
 
 
@@ -5048,7 +5045,7 @@ def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[st
 
 
 def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: Config) -> dict[str, Any]:
-    """Refuse to continue another run, and log what other flags change: see RESUME_RULES. Returns their old values."""
+    """Refuse to continue another run, and log what other flags change: see FIXED_FLAGS. Returns their old values."""
     recorded = read_record(folder).get("run", {})
     if not recorded:
         log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
@@ -5059,7 +5056,7 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
     if before.get("metric_for_best_model") is None:  # a checkpoint without one has no best to compare with
         names -= {"metric_for_best_model", "greater_is_better"}
     changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
-    refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET})
+    refused = changed.keys() & (FIXED_FLAGS if resumes else {*MODEL_FLAGS, DATASET})
     stateful = {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & STATEFUL_SCHEDULES
     if resumes and (stateful or config.training.deepspeed):
         refused |= changed.keys() & (RATE_FLAGS | UPDATE_FLAGS)  # they are restored with their state
@@ -5073,10 +5070,8 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
             "was trained: --do_train False"
         )
     if changed and config.training.do_train:
-        trained = "without effect on what is trained already"
-        new, rates = ("applies at once", "new schedule") if resumes else (trained, trained)
-        lines = [f"{text}: {rates if name in RESUME_RULES['new schedule'] else new}" for name, text in changed.items()]
-        log.warning("other flags than in %s\n  %s", folder, "\n  ".join(lines))
+        effect = "these apply from here on" if resumes else "without effect on what is trained already"
+        log.warning("other flags than in %s, %s:\n  %s", folder, effect, "\n  ".join(changed.values()))
     return {name: before[name] for name in changed}
 
 
@@ -5153,14 +5148,13 @@ def check_output_is_free(config: Config, last: Path | None) -> None:
     output, final = Path(config.training.output_dir).resolve(), final_folder(config).resolve()
     completed, kept = (output / COMPLETED).is_file(), last is not None and last.resolve().parent == output
     if last and not kept and (completed or checkpoints_in(output)):
-        way = "leave the flag out to go on with that one, or pass another --output_dir"
-        raise ConfigError(f"--resume_from_checkpoint {last}: {output} holds another run; {way}")
+        raise ConfigError(f"--resume_from_checkpoint {last}: {output} holds another run; pass another --output_dir")
     recorded, whole = final_files(output, final), final / "model.safetensors"
     own = (kept and final == output) or ((kept or not completed) and recorded)
     found = weights_in(final) or weights_in(final, full_finetune=True)
     if (found or (completed and not kept)) and not own and not config.training.overwrite_output_dir:
-        place, way = final if found else output, "pass another folder, or --overwrite_output_dir to replace it"
-        raise ConfigError(f"{place} holds the result of a run, and {output} no checkpoint of it to resume from; {way}")
+        way = "pass another folder, or --overwrite_output_dir to replace it"
+        raise ConfigError(f"{final if found else output} holds the result of a run that can't be resumed; {way}")
     if config.quant.full_finetune and not own and whole.is_file() and whole not in recorded:
         raise ConfigError(f"{whole}: of another run, and loaded instead of shards; remove it, or pass another folder")
 
@@ -5266,22 +5260,17 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
 
 def open_locked(folder: Path) -> Any:
     """Open and lock a folder's lock file; a ConfigError names the run that holds it."""
-    while True:
-        file = (folder / LOCK).open("a+")
-        try:
-            import fcntl
+    file = (folder / LOCK).open("a+")
+    try:
+        import fcntl
 
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would pass to data-loader workers
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise ConfigError(f"{folder} is in use by {file.read()}: wait for it, or name another folder") from None
-        except (ImportError, OSError) as error:  # Windows, or a file system without locks
-            log.warning("%s can't be locked (%s): start no other run there", folder, error)
-            return file
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
-                return file
-        file.close()  # the run that held it has just removed it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would pass to data-loader workers
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ConfigError(f"{folder} is in use by {file.read()}: wait for it, or name another folder") from None
+    except (ImportError, OSError) as error:  # Windows, or a file system without locks
+        log.warning("%s can't be locked (%s): start no other run there", folder, error)
+    return file
 
 
 @contextlib.contextmanager
@@ -5360,11 +5349,6 @@ def all_gather_object(value: Any, timeout: timedelta | None = None) -> list[Any]
     return values
 
 
-def all_reduce_int(value: int, operation: Callable[[list[int]], int] = max) -> int:
-    """All-reduce an int across ranks, to the largest by default."""
-    return operation(all_gather_object(value))
-
-
 def wait_for_all_ranks() -> None:
     """Wait until every rank is here: one may encode, save or merge for hours."""
     all_gather_object(None, timedelta(days=2))
@@ -5391,11 +5375,8 @@ def check_ranks_agree(values: Mapping[str, Any]) -> None:
 
 
 def shutdown_distributed() -> None:
-    """Take the process groups down once all ranks are done with them.
-
-    At Python's exit gloo may free its last tensor after the interpreter is gone, which aborts the process
-    (https://github.com/pytorch/pytorch/issues/190489).
-    """
+    """Take the process groups down once all ranks are done with them."""
+    # at Python's exit gloo may abort the process (https://github.com/pytorch/pytorch/issues/190489)
     if torch.distributed.is_initialized():
         wait_for_all_ranks()
         _cpu_group.cache_clear()
@@ -5627,34 +5608,28 @@ def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
 # checkpoints, a stop on numbers that are not finite, and MMLU. It receives whole optimizer steps, which `training_step`
 # cuts into micro-batches. To add a callback: one class, one line in build_callbacks.
 # ------------------------------------------------------------------------------------
-def embedding_sizes(model: Any) -> tuple[int, float]:
-    """How many token ids and, where the model stores an embedding of each position, how many positions it has."""
+def model_sizes(model: Any) -> tuple[int, float, float]:
+    """How many token ids a model has, how many positions it stores an embedding of, and how many it was made for."""
     limit = math.inf
     for name, table in model.named_modules():  # an encoder's; RoBERTa's and ESM's begin after the pad's
         if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
             limit = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
     table = model.get_input_embeddings()  # peft wraps one that it trains
-    return getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size, limit
+    ids = getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size
+    return ids, limit, positions_of(model.config)
 
 
-def check_sizes(name: str, largest_id: int, longest: int, sizes: tuple[int, float]) -> None:
+def check_sizes(name: str, largest_id: int, longest: int, sizes: tuple[int, float, float]) -> None:
     """Check rows against the model: an id outside its embedding would only show as a crash on the GPU."""
-    ids, limit = sizes
+    ids, limit, positions = sizes
     if largest_id >= ids:
         raise ConfigError(f"the {name} rows hold token id {largest_id}, the model has {ids}: wrong tokenizer")
     if longest > limit:
         row = f"the longest {name} row has {longest} tokens"
         raise ConfigError(f"{row}, the model has {limit} positions: pass --source_max_len {limit}")
-
-
-def check_rows_fit_model(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
-    """Check the rows of every split against the model."""
-    sizes, positions = embedding_sizes(model), positions_of(model.config)
-    for name, part in parts.items():
-        check_sizes(name, part.largest_id, part.longest, sizes)
-        if part.longest > positions:
-            way = "lower the limits or pass --rope_scaling"
-            log.warning("a %s row has %d tokens, the model was made for %d: %s", name, part.longest, positions, way)
+    if longest > positions:
+        way = "lower the limits or pass --rope_scaling"
+        warn_once("%s rows have more than the %d tokens that the model was made for: %s", name, positions, way)
 
 
 @dataclass
@@ -5666,7 +5641,7 @@ class StreamedSteps(torch.utils.data.IterableDataset[dict[str, Any]]):
     config: Config
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
     size: int  # rows of a step, over all ranks
-    sizes: tuple[int, float]  # token ids and positions that the model has
+    sizes: tuple[int, float, float]  # the model's
     position: float = 0  # raw rows consumed before a resume
     steps: int = 0  # optimizer steps before it
 
@@ -5716,7 +5691,6 @@ STOP_NUMBERS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal
 class GracefulStop(TrainerCallback):
     """Saves a checkpoint and stops after the step in which a signal came."""
 
-    patience = 30  # seconds
     signal = 0
     training = False  # a step can be finished and saved; at other times a signal ends the run at once
     save_due = False  # at the end of the epoch, which follows
@@ -5736,16 +5710,8 @@ class GracefulStop(TrainerCallback):
             raise KeyboardInterrupt(number)
         elif not self.signal:
             self.signal = number
-            if hasattr(signal, "setitimer"):  # Windows has none
-                signal.signal(signal.SIGALRM, self.stop_waiting)
-                signal.setitimer(signal.ITIMER_REAL, self.patience, self.patience)
             with contextlib.suppress(RuntimeError):  # it came while a line was being written
                 log.warning("%s: finishing the step, then saving", signal.Signals(number).name)
-
-    def stop_waiting(self, number: int, frame: Any) -> None:
-        """End a run that still waits for its next rows: a data-loader worker may hang."""
-        if any(caller.f_code is QLoRATrainer.get_batch_samples.__code__ for caller, _ in traceback.walk_stack(frame)):
-            raise KeyboardInterrupt(self.signal)
 
     @contextlib.contextmanager
     def handling_signals(self) -> Iterator[None]:
@@ -5754,14 +5720,12 @@ class GracefulStop(TrainerCallback):
         try:
             yield
         finally:
-            if self.signal and hasattr(signal, "setitimer"):
-                signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in saved.items():
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop after the step, on every rank if the signal reached one, and put off the save at an epoch's end."""
-        if all_reduce_int(self.signal):
+        if any(all_gather_object(self.signal)):
             control.should_training_stop = control.should_save = True
             self.interrupted = state.global_step < state.max_steps
         self.save_due = control.should_save and (control.should_training_stop or state.epoch % 1 == 0)
@@ -5897,7 +5861,7 @@ class QLoRATrainer(Trainer):
             batch["step"] = self.masking.mask_step(batch["step"], "train", self.args.seed, self.state.global_step)
         self.tokens_seen += len(batch["step"].input_ids)
         # reduced on the CPUs: a GPU would have to finish everything queued on it first
-        count = all_reduce_int(batch["step"].supervised, sum)
+        count = sum(all_gather_object(batch["step"].supervised))
         return [batch], torch.tensor(max(1, count))  # 0 where no token happens to be masked
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -5923,12 +5887,6 @@ class QLoRATrainer(Trainer):
             self._make_room(step, reason)
             torch.set_rng_state(random_states[0])
             torch.cuda.set_rng_state_all(random_states[1])
-        if self.state.global_step == 0 and not self.sharded:
-            unreached = [n for n, p in self.base.named_parameters() if ".lora_A." in n and p.grad is None]
-            if unreached:
-                first = unreached[0].removeprefix("base_model.model.").partition(".lora_")[0]
-                what = "step 1: no gradient reaches %d adapters, first %s: unless that is an expert, leave it out"
-                log.warning(f"{what} with --lora_modules", len(unreached), first)
         if self.args.world_size > 1 and not self.sharded:
             average_gradients(self.base)
         return torch.stack([loss for _, loss in self.parts]).sum()
@@ -5968,7 +5926,7 @@ class QLoRATrainer(Trainer):
         tokens = 0 if self.fast.alone else self.plan.tokens
         parts = micro_batches(step, rows, tokens, padded=self.fast.attention is None)
         # each one gathers the sharded weights, so every rank needs the same number
-        return parts + [[]] * (all_reduce_int(len(parts)) - len(parts)) if self.sharded else parts
+        return parts + [[]] * (max(all_gather_object(len(parts))) - len(parts)) if self.sharded else parts
 
     def _batch(self, step: StepBatch, members: list[int]) -> dict[str, Any]:
         if not members:
@@ -6347,7 +6305,7 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
         except pickle.UnpicklingError as error:
             raise ConfigError(f"{checkpoint}: a pickle in it holds more than tensors, and is not loaded") from error
         seconds = max(time.perf_counter() - began - trainer.untimed_seconds, 1e-9)
-        tokens, steps = all_reduce_int(trainer.tokens_seen, sum), max(trainer.state.global_step - first_step, 1)
+        tokens, steps = sum(all_gather_object(trainer.tokens_seen)), max(trainer.state.global_step - first_step, 1)
         peaks = {"train_peak_memory_gib": peak_memory_gib(), "plan_peak_memory_gib": trainer.plan.peak}
         metrics = result.metrics | {
             "train_loss": trainer._total_loss_scalar / steps,  # transformers 5.17 counts steps before a resume too
@@ -6838,7 +6796,9 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
         missing = apply_liger(base)
         fuse_norms(base)
     model = make_trainable(base, config, resume.weights, adapter_start_file(config, run.base), tokenizer)
-    check_rows_fit_model(base, data.statistics)
+    sizes = model_sizes(base)
+    for name, part in data.statistics.items():
+        check_sizes(name, part.largest_id, part.longest, sizes)
     for adapter in getattr(model, "peft_config", {}).values():  # not the folder made of a .gguf file
         adapter.base_model_name_or_path = config.model.model_name_or_path
     log.info("Model\n%s", "\n".join(f"  {line}" for line in parameter_report(model)))
@@ -6849,7 +6809,6 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     apply_step_plan(base, plan, config)
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
     log.info("Step plan\n%s", format_table(fast.lines() | (lines if resume.train else {})))
-    sizes = embedding_sizes(base)
     masking = build_masking(tokenizer, sizes[0], config.data) if config.masked else None
     collate = partial(collate_step, masked=config.masked)
     rows, eval_rows = data.train, data.eval and data.eval.remove_columns("where")
@@ -6969,7 +6928,7 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
         log.info("ready after %.0f s", time.perf_counter() - began)
         if resume.train:
             metrics |= train(trainer, resume, stop, config)
-            if number := all_reduce_int(stop.signal):
+            if number := max(all_gather_object(stop.signal)):
                 name, step = signal.Signals(number).name, trainer.state.global_step
                 log.warning("stopped by %s at step %d, saved; %s", name, step, way_to_go_on(config, stop))
                 return STOP_SIGNALS[name]
