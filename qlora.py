@@ -19,18 +19,18 @@ Read the file from top to bottom, along the path of the data: every room uses on
      4 Arguments         745-1444
      5 Loading          1447-2018
      6 Tokenizer        2021-2151
-     7 Encoding         2154-2628
-     8 Model            2631-3212
-     9 Calibration      3215-3513
-    10 LoRA             3516-3819
-    11 Fast path        3822-4650
-    12 Plan             4653-4966
-    13 Checkpoints      4969-5324
-    14 Processes        5327-5384
-    15 Evaluation       5387-5601
-    16 Trainer          5604-6243
-    17 Stages           6246-6735
-    18 Main             6738-7031
+     7 Encoding         2154-2623
+     8 Model            2626-3207
+     9 Calibration      3210-3508
+    10 LoRA             3511-3814
+    11 Fast path        3817-4645
+    12 Plan             4648-4961
+    13 Checkpoints      4964-5319
+    14 Processes        5322-5379
+    15 Evaluation       5382-5590
+    16 Trainer          5593-6218
+    17 Stages           6221-6710
+    18 Main             6713-7005
 """
 
 # ------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import EvalLoopOutput, speed_metrics
 from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -2573,16 +2573,11 @@ class Masking(NamedTuple):
         masked = ids.masked_fill(chosen & (fate < self.replaced), self.mask_id)
         return [masked.where(~chosen | (fate < 1 - self.random), words), labels.masked_fill(~chosen, IGNORE)]
 
-    def mask_step(self, step: StepBatch, *seed: Any) -> StepBatch:
-        """A step with fresh masks, which follow from the seed and each row alone."""
-        masked = [self.mask_tokens(ids, labels, *seed, ids.tolist()) for ids, labels in step.members()]
+    def mask_step(self, step: StepBatch, *seed: Any, least: int = 0) -> StepBatch:
+        """A step with masks that follow from the seed and each row alone."""
+        masked = [self.mask_tokens(ids, labels, *seed, ids.tolist(), least=least) for ids, labels in step.members()]
         ids, labels = (torch.cat(parts) for parts in zip(*masked, strict=True))
         return dataclasses.replace(step, input_ids=ids, labels=labels)
-
-    def mask_eval_row(self, ids: list[int], labels: list[int]) -> dict[str, list[int]]:
-        """A row to evaluate on: at least one mask, and the same ones each time."""
-        masked, chosen = self.mask_tokens(torch.tensor(ids), torch.tensor(labels), "eval", ids, least=1)
-        return {"input_ids": masked.tolist(), "labels": chosen.tolist()}
 
 
 def build_masking(tokenizer: PreTrainedTokenizerBase, rows: int, data: DataArguments) -> Masking:
@@ -5153,8 +5148,8 @@ def check_output_is_free(config: Config, last: Path | None) -> None:
     own = (kept and final == output) or ((kept or not completed) and recorded)
     found = weights_in(final) or weights_in(final, full_finetune=True)
     if (found or (completed and not kept)) and not own and not config.training.overwrite_output_dir:
-        way = "pass another folder, or --overwrite_output_dir to replace it"
-        raise ConfigError(f"{final if found else output} holds the result of a run that can't be resumed; {way}")
+        place, way = final if found else output, "pass another folder, or --overwrite_output_dir to replace it"
+        raise ConfigError(f"{place} holds the result of a run, and {output} no checkpoint of it to resume from; {way}")
     if config.quant.full_finetune and not own and whole.is_file() and whole not in recorded:
         raise ConfigError(f"{whole}: of another run, and loaded instead of shards; remove it, or pass another folder")
 
@@ -5397,22 +5392,17 @@ def rank_batches(count: int, size: int) -> list[list[int]]:
     return [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks)]
 
 
-def gather_results(results: Mapping[int, Any]) -> list[Any]:
-    """Gather results by row number from all ranks, each row once and in order."""
-    gathered = {number: result for part in all_gather_object(results) for number, result in part.items()}
-    return [gathered[number] for number in sorted(gathered)]
-
-
 def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Iterable[Any]], title: str) -> list[Any]:
     """Call `process` with the row numbers of each batch; returns the results for all rows, on every rank."""
     results: dict[int, Any] = {}
     trainer.base.eval()
-    with torch.no_grad(), trainer.accelerator.autocast():
+    with torch.no_grad(), trainer.compute_loss_context_manager():
         batches = rank_batches(count, trainer.args.per_device_eval_batch_size)
         bars = None if trainer.accelerator.is_main_process else True  # None: in a terminal only
         for numbers in tqdm(batches, title, disable=bars, leave=False):
             results |= zip(numbers, process(numbers), strict=True)
-    return gather_results(results)
+    gathered = {number: result for part in all_gather_object(results) for number, result in part.items()}
+    return [gathered[number] for number in sorted(gathered)]
 
 
 def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -5491,11 +5481,10 @@ def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
     tokenizer, limits = trainer.processing_class, length_limits(trainer.config)
     texts = [row[-1]["text"] for row in batch["segments"]]
     masking, name_of = trainer.masking._replace(replaced=1.0, random=0.0), tokenizer.convert_ids_to_tokens
-    encoded = [encode_masked(text, tokenizer, limits) for text in texts]
-    masked = [
-        ids if masking.mask_id in ids else masking.mask_eval_row(ids, labels)["input_ids"]
-        for ids, labels, *_ in encoded
-    ]
+    encoded, masked = [encode_masked(text, tokenizer, limits) for text in texts], list[list[int]]()
+    for ids, labels, *_ in encoded:
+        drawn, _ = masking.mask_tokens(torch.tensor(ids), torch.tensor(labels), "eval", ids, least=1)
+        masked.append(ids if masking.mask_id in ids else drawn.tolist())
     tensors = to_device(padded_prompts(masked, tokenizer.pad_token_id, "right"), trainer.args.device)
     logits = trainer.base(**tensors).logits
     for text, (_, labels, *_), ids, scores in zip(texts, encoded, masked, logits, strict=True):
@@ -5639,7 +5628,6 @@ class StreamedSteps(torch.utils.data.IterableDataset[dict[str, Any]]):
     stream: RowSource
     tokenizer: Any
     config: Config
-    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
     size: int  # rows of a step, over all ranks
     sizes: tuple[int, float, float]  # the model's
     position: float = 0  # raw rows consumed before a resume
@@ -5650,7 +5638,7 @@ class StreamedSteps(torch.utils.data.IterableDataset[dict[str, Any]]):
         rank, ranks = rank_and_world_size()
         rows = encoded_stream(self.stream, self.tokenizer, self.config, skip=self.position)
         while group := list(itertools.islice(rows, self.size)):
-            batch = self.collate([row for _, row in group[rank::ranks]])
+            batch = collate_step([row for _, row in group[rank::ranks]], self.config.masked)
             step = batch["step"]
             check_sizes("streamed", int(step.input_ids.max()), int(step.lengths.max()), self.sizes)
             yield batch | {"position": group[-1][0]}
@@ -5732,7 +5720,7 @@ class GracefulStop(TrainerCallback):
         control.should_save &= not self.save_due
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save after the epoch's evaluation, which draws random numbers; in the middle of an epoch none is due."""
+        """Save after the epoch's evaluation, which a resume would skip; in the middle of an epoch none is due."""
         if self.save_due:
             control.should_save = self.saved_step != state.global_step
         if self.interrupted and state.epoch % 1:  # type: ignore[operator]
@@ -5816,7 +5804,6 @@ class QLoRATrainer(Trainer):
         # once an engine has sharded the weights, the rest of the fast path is tried
         self.untried = self.sharded and config.training.fast_path and not config.masked
         self.overflows = 0  # steps in succession whose gradient norm is not finite
-        self.eval_batches: list[tuple[int, float, int, int]] = []
         self.router_logits: Any = None  # of the last forward pass, where the config asks for the routers' own loss
         self.router_losses: list[torch.Tensor] = []  # since the last log
         self.balance = router_loss_of(self.inner)
@@ -5834,18 +5821,11 @@ class QLoRATrainer(Trainer):
         rows: Any = self.train_dataset
         if isinstance(rows, StreamedSteps):
             return torch.utils.data.DataLoader(rows, batch_size=None)
-        size = self.identity["effective batch"]["rows"]
-        return self._loader(rows, DistributedWindowSampler(rows["length"][:], size, self.args))
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._loader(rows, rank_batches(len(rows), self.args.per_device_eval_batch_size))
-
-    def _loader(self, rows: Any, batches: Any) -> Any:
+        steps = DistributedWindowSampler(rows["length"][:], self.identity["effective batch"]["rows"], self.args)
         names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
         options: dict[str, Any] = {name: getattr(self.args, f"dataloader_{name}") for name in names}
         loader = torch.utils.data.DataLoader(
-            rows, batch_sampler=batches, collate_fn=self.data_collator, worker_init_fn=init_worker, **options
+            rows, batch_sampler=steps, collate_fn=self.data_collator, worker_init_fn=init_worker, **options
         )
         return prepare_data_loader(loader, num_processes=1, process_index=0)  # the batches are this rank's
 
@@ -5964,27 +5944,6 @@ class QLoRATrainer(Trainer):
         enabled = dtype != torch.float32 and not casts
         return torch.autocast(self.args.device.type, dtype) if enabled else super().compute_loss_context_manager()
 
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Any, Any, Any]:
-        """Note a batch's rows, mean loss and correct masked tokens; the Trainer gathers nothing uneven."""
-        self._try_fast_path(model)
-        step, total, correct = inputs["step"], torch.zeros((), device=self.args.device), 0
-        inner, smoothing = model if self.sharded else self.base, self.args.label_smoothing_factor
-        with torch.no_grad(), attention_implementation(self.base, self.fast.attention):
-            for members in self._micro_batches(step):
-                batch = to_device(self._batch(step, members), self.args.device)
-                with self.compute_loss_context_manager():
-                    if self.masking:
-                        logits, targets = supervised_logits(inner, self.fast, batch), batch["targets"]
-                        correct += int((logits.argmax(-1) == targets).sum())
-                        total += F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-                    else:
-                        total += summed_loss(inner, self.fast, batch, smoothing).to(total.device)
-        count = max(1, step.supervised)
-        self.eval_batches.append((len(step.rows), float(total) / count, correct, count))
-        return None, None, None
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, and one line to the console while training."""
         if self.router_losses and "loss" in logs:
@@ -6012,25 +5971,41 @@ class QLoRATrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return 6 * len(inputs["step"].input_ids) * self.parameter_count  # as the Trainer counts
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the Trainer's loop, with perplexity and MMLU beside the loss."""
-        began, self.eval_batches = time.perf_counter(), []
-        output = super().evaluation_loop(*args, **kwargs)
-        assert output.metrics is not None
-        numbers = [batch[0] for batch in rank_batches(output.num_samples or 0, self.args.per_device_eval_batch_size)]
-        batches = gather_results(dict(zip(numbers, self.eval_batches, strict=True)))
-        rows, losses, correct, counts = zip(*batches, strict=True)
-        loss = sum(map(operator.mul, rows, losses)) / sum(rows)  # the mean over rows of their batches' means
-        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        metrics |= {"masked_accuracy": sum(correct) / sum(counts)} if self.masking else {}
-        prefix = kwargs["metric_key_prefix"]
-        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
-        output.metrics.pop(f"{prefix}_model_preparation_time", None)
-        if self.questions:
-            output.metrics.update(mmlu_metrics(self, self.questions))
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the rows themselves, which evaluation_loop deals to the ranks."""
+        return self.eval_dataset if eval_dataset is None else eval_dataset
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Compute loss, perplexity and, if asked, MMLU. It draws no random numbers."""
+        began, rows = time.perf_counter(), dataloader
+        self._try_fast_path(self.model)
+        batches = run_batches(self, len(rows), lambda numbers: self._eval_batch(rows, numbers), "Evaluating")
+        sizes, losses, correct, counts = zip(*filter(None, batches), strict=True)
+        loss = sum(map(operator.mul, sizes, losses)) / sum(sizes)  # the mean over rows of their batches' means
+        metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+        metrics |= {"eval_masked_accuracy": sum(correct) / sum(counts)} if self.masking else {}
+        metrics |= mmlu_metrics(self, self.questions) if self.questions else {}
         self.untimed_seconds += time.perf_counter() - began
-        self.evaluated = self.state.global_step, output.metrics
-        return output
+        self.evaluated = self.state.global_step, metrics
+        return EvalLoopOutput(None, None, metrics, len(rows))  # type: ignore[arg-type]
+
+    def _eval_batch(self, rows: Any, numbers: list[int]) -> list[tuple[int, float, int, int] | None]:
+        """In the place of a batch's first row, its size, mean loss, correct masked tokens and tokens."""
+        step, smoothing = self.data_collator([rows[i] for i in numbers])["step"], self.args.label_smoothing_factor
+        if self.masking:  # the same masks at every evaluation, one in a row at least
+            step = self.masking.mask_step(step, "eval", least=1)
+        inner, total, correct = self.model if self.sharded else self.base, torch.zeros((), device=self.args.device), 0
+        with attention_implementation(self.base, self.fast.attention):
+            for members in self._micro_batches(step):
+                batch = to_device(self._batch(step, members), self.args.device)
+                if self.masking:
+                    logits, targets = supervised_logits(inner, self.fast, batch), batch["targets"]
+                    correct += int((logits.argmax(-1) == targets).sum())
+                    total += F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+                else:
+                    total += summed_loss(inner, self.fast, batch, smoothing).to(total.device)
+        count = max(1, step.supervised)
+        return [(len(numbers), float(total) / count, correct, count), *[None] * (len(numbers) - 1)]
 
     # From here on private methods of transformers 5.17 to 5.24, which tests/test_private_apis.py checks.
 
@@ -6810,19 +6785,15 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
     log.info("Step plan\n%s", format_table(fast.lines() | (lines if resume.train else {})))
     masking = build_masking(tokenizer, sizes[0], config.data) if config.masked else None
-    collate = partial(collate_step, masked=config.masked)
-    rows, eval_rows = data.train, data.eval and data.eval.remove_columns("where")
-    if masking and eval_rows is not None:  # masked here, once
-        name = digest(CODE_VERSION, eval_rows._fingerprint, *masking[:-1], masking.words.tolist())
-        options = {"input_columns": ["input_ids", "labels"], "desc": "Masking eval rows", "new_fingerprint": name}
-        eval_rows = eval_rows.map(masking.mask_eval_row, **options)
+    rows = data.train
     if isinstance(stream := data.text.train, RowSource):
-        rows = StreamedSteps(stream, tokenizer, config, collate, identity["effective batch"]["rows"], sizes)
+        rows = StreamedSteps(stream, tokenizer, config, identity["effective batch"]["rows"], sizes)
     with reraise_as_user_error("flags", ConfigError, RuntimeError):
         trainer = QLoRATrainer(
             config=config, fast=fast, plan=plan, identity=identity, questions=questions, masking=masking, model=model,
-            args=trainer_arguments(config.training), data_collator=collate, train_dataset=rows, eval_dataset=eval_rows,
-            processing_class=tokenizer, callbacks=build_callbacks(stop, config),
+            args=trainer_arguments(config.training), train_dataset=rows, eval_dataset=data.eval,
+            data_collator=partial(collate_step, masked=config.masked), processing_class=tokenizer,
+            callbacks=build_callbacks(stop, config),
         )  # fmt: skip
         if resume.train and not is_sharded(config):  # engines make their own
             trainer.create_optimizer_and_scheduler(max(config.training.max_steps, 1))  # shows wrong flags now
@@ -6833,6 +6804,9 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
         trainer.model, trainer.optimizer = prepared
         trainer.model_wrapped = trainer.model
         torch.distributed.fsdp.register_fsdp_forward_method(trainer.model, "generate")
+    elif hf_deepspeed.is_deepspeed_zero3_enabled() and not resume.train:
+        hf_deepspeed.deepspeed_init(trainer, num_training_steps=0, inference=True)
+        trainer.model_wrapped = trainer.deepspeed = trainer.accelerator.prepare(model)
     return trainer
 
 
