@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-178
      2 Errors             181-246
-     3 Dataset formats    249-742
-     4 Arguments         745-1444
-     5 Loading          1447-2018
-     6 Tokenizer        2021-2151
-     7 Encoding         2154-2623
-     8 Model            2626-3207
-     9 Calibration      3210-3508
-    10 LoRA             3511-3814
-    11 Fast path        3817-4645
-    12 Plan             4648-4961
-    13 Checkpoints      4964-5319
-    14 Processes        5322-5379
-    15 Evaluation       5382-5590
-    16 Trainer          5593-6218
-    17 Stages           6221-6710
-    18 Main             6713-7005
+     3 Dataset formats    249-741
+     4 Arguments         744-1443
+     5 Loading          1446-2017
+     6 Tokenizer        2020-2150
+     7 Encoding         2153-2622
+     8 Model            2625-3206
+     9 Calibration      3209-3507
+    10 LoRA             3510-3813
+    11 Fast path        3816-4644
+    12 Plan             4647-4960
+    13 Checkpoints      4963-5308
+    14 Processes        5311-5368
+    15 Evaluation       5371-5579
+    16 Trainer          5582-6197
+    17 Stages           6200-6682
+    18 Main             6685-6978
 """
 
 # ------------------------------------------------------------------------------------
@@ -540,8 +540,7 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
         for part in result:  # it may be a generator
             special = "special" in part
             text = ESCAPE_MARK * special + get_text(part, "special" if special else "text")
-            flag = "learnt" if "learnt" in part else "supervised"  # its earlier name
-            supervised = part.get(flag, False) if special else part[flag]
+            supervised = part.get("supervised", False) if special else part["supervised"]
             segments.append({"text": text, "supervised": bool(supervised)})
         return segments
     except (Exception, SystemExit) as error:  # whatever a user's code raises is an error of this row
@@ -5253,30 +5252,20 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def open_locked(folder: Path) -> Any:
-    """Open and lock a folder's lock file; a ConfigError names the run that holds it."""
-    file = (folder / LOCK).open("a+")
-    try:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would pass to data-loader workers
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise ConfigError(f"{folder} is in use by {file.read()}: wait for it, or name another folder") from None
-    except (ImportError, OSError) as error:  # Windows, or a file system without locks
-        log.warning("%s can't be locked (%s): start no other run there", folder, error)
-    return file
-
-
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder. The kernel releases the lock of a process that dies."""
     made = not folder.exists() or folder.name.startswith(MERGING)
     folder.mkdir(parents=True, exist_ok=True)
-    with open_locked(folder) as file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    with (folder / LOCK).open("a") as file:
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would pass to data-loader workers
+        except (BlockingIOError, PermissionError):
+            raise ConfigError(f"{folder} is in use by another run: wait for it, or name another folder") from None
+        except (ImportError, OSError) as error:  # Windows, or a file system without locks
+            log.warning("%s can't be locked (%s): start no other run there", folder, error)
         try:
             yield
         finally:
@@ -5805,16 +5794,10 @@ class QLoRATrainer(Trainer):
         self.untried = self.sharded and config.training.fast_path and not config.masked
         self.overflows = 0  # steps in succession whose gradient norm is not finite
         self.router_logits: Any = None  # of the last forward pass, where the config asks for the routers' own loss
-        self.router_losses: list[torch.Tensor] = []  # since the last log
         self.balance = router_loss_of(self.inner)
         if self.balance:
             note = lambda model, args, outputs: setattr(self, "router_logits", outputs.router_logits)  # noqa: E731
             self.inner.base_model.register_forward_hook(note)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train without bitsandbytes 0.50's wait for the GPU after each parameter (10 %); one stream keeps order."""
-        with mock.patch.object(bitsandbytes.optim.optimizer, "sync_gpu", lambda tensor: None):
-            return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         """Hand out whole steps, in an order that a resume finds again, and no row twice."""
@@ -5894,7 +5877,6 @@ class QLoRATrainer(Trainer):
                             routed = self.balance(self.router_logits, batch.get("attention_mask"))
                             share = int(step.lengths[members].sum()) / len(step.input_ids)
                             loss = loss + routed * share * self.inner.router_aux_loss_coef
-                            self.router_losses.append(routed.detach() * share)
                     if not loss.requires_grad:  # Reformer's reversible layers
                         raise ConfigError(f"no gradient reaches any adapter of {type(self.inner).__name__}")
                     self.accelerator.backward(loss)
@@ -5946,9 +5928,6 @@ class QLoRATrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, and one line to the console while training."""
-        if self.router_losses and "loss" in logs:
-            since = max(1, self.state.global_step - self._globalstep_last_logged)
-            logs["router_loss"], self.router_losses = float(torch.stack(self.router_losses).sum()) / since, []
         super().log(logs, *args, **kwargs)
         step, steps, parts = self.state.global_step, self.state.max_steps, list[str]()
         if "loss" in logs and self.interval:
@@ -6276,7 +6255,9 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         try:
-            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            # without bitsandbytes 0.50's wait for the GPU after each parameter (10 %); one stream keeps order
+            with mock.patch.object(bitsandbytes.optim.optimizer, "sync_gpu", lambda tensor: None):
+                result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except pickle.UnpicklingError as error:
             raise ConfigError(f"{checkpoint}: a pickle in it holds more than tensors, and is not loaded") from error
         seconds = max(time.perf_counter() - began - trainer.untimed_seconds, 1e-9)
@@ -6348,13 +6329,9 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     wait_for_all_ranks()
 
 
-def predict(trainer: QLoRATrainer, start: ResumePoint, pairs: Any, config: Config) -> dict[str, Any]:
+def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]:
     """Generate an answer for every held-out row, or fill its masks, into predictions.jsonl."""
-    began, final = time.time(), final_folder(config)
-    if start.train or start.weights:
-        log.info("predicting with %s", f"the adapter just trained, {final}" if start.train else start.weights)
-    else:
-        log.warning("no trained adapter in %s: these are the predictions of the base model", final)
+    began = time.time()
     answers: Any = fill_masks if config.masked else generate_predictions
     rows = run_batches(trainer, len(pairs), lambda numbers: answers(trainer, pairs[numbers]), "Predicting")
     metrics = {"predict_samples": len(rows), **speed_metrics("predict", began, num_samples=len(rows))}
@@ -6669,11 +6646,6 @@ def log_hints(config: Config) -> None:
     elif train.bf16 and torch.cuda.is_available() and not own_bf16:
         name = torch.cuda.get_device_name()
         log.warning("--bf16: the %s here computes it by emulation, slowly: pass --fp16 instead", name)
-    free = (os.cpu_count() or 1) - (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0)  # Windows has none
-    runs = not (train.plan or config.data.preview)
-    if runs and train.use_cpu and (threads := torch.get_num_threads()) > max(1, free + 0.5):
-        log.warning("other programs keep this machine busy (%.1f of %d cores are free): with %d threads each waits for "
-                    "the slowest; OMP_NUM_THREADS=1 is faster", max(free, 0), os.cpu_count(), threads)  # fmt: skip
     if config.quant.calibration_rows and train.do_train and (train.recipe or train.learning_rate > 5e-4):
         log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     for applies, names, reason in ineffective_flags(config):
@@ -6906,14 +6878,15 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
                 name, step = signal.Signals(number).name, trainer.state.global_step
                 log.warning("stopped by %s at step %d, saved; %s", name, step, way_to_go_on(config, stop))
                 return STOP_SIGNALS[name]
-        if args.do_eval and not (resume.train or resume.weights):
-            log.warning("nothing trained was found in %s: these are the metrics of the base model", output)
+        if args.do_eval or args.do_predict:
+            found = final_folder(config) if resume.train else resume.weights
+            log.info("evaluating %s", found or f"the base model alone: nothing trained is in {output}")
         if args.do_eval:
             step, evaluated = trainer.evaluated
             at_end = step == trainer.state.global_step and not args.load_best_model_at_end
             metrics |= save_metrics(trainer, "eval", evaluated if at_end else trainer.evaluate())
         if args.do_predict:
-            metrics |= predict(trainer, resume, data.text.eval, config)
+            metrics |= predict(trainer, data.text.eval, config)
         del trainer  # memory for a merged model
     metrics |= merge(str(final_folder(config) if resume.train else resume.weights), run, data)
     report_done(config, metrics, resume.train, time.perf_counter() - began)
