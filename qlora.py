@@ -13,24 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             36-178
-     2 Errors             181-246
-     3 Dataset formats    249-741
-     4 Arguments         744-1443
-     5 Loading          1446-2017
-     6 Tokenizer        2020-2150
-     7 Encoding         2153-2622
-     8 Model            2625-3206
-     9 Calibration      3209-3507
-    10 LoRA             3510-3813
-    11 Fast path        3816-4644
-    12 Plan             4647-4960
-    13 Checkpoints      4963-5308
-    14 Processes        5311-5368
-    15 Evaluation       5371-5579
-    16 Trainer          5582-6197
-    17 Stages           6200-6682
-    18 Main             6685-6978
+     1 Imports             36-177
+     2 Errors             180-245
+     3 Dataset formats    248-740
+     4 Arguments         743-1442
+     5 Loading          1445-2016
+     6 Tokenizer        2019-2149
+     7 Encoding         2152-2621
+     8 Model            2624-3205
+     9 Calibration      3208-3506
+    10 LoRA             3509-3812
+    11 Fast path        3815-4643
+    12 Plan             4646-4959
+    13 Checkpoints      4962-5307
+    14 Processes        5310-5367
+    15 Evaluation       5370-5578
+    16 Trainer          5581-6196
+    17 Stages           6199-6663
+    18 Main             6666-6959
 """
 
 # ------------------------------------------------------------------------------------
@@ -64,7 +64,6 @@ import pickle
 import platform
 import re
 import runpy
-import shlex
 import shutil
 import signal
 import socket
@@ -6653,7 +6652,7 @@ def log_hints(config: Config) -> None:
             log.info("%s: without effect: %s", ", ".join(passed), reason)
 
 
-def report_done(config: Config, metrics: dict[str, Any], trained: bool, seconds: float) -> None:
+def report_done(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     """Write metrics.json and log the block at the end of a run."""
     args = config.training
     if args.process_index != 0:
@@ -6662,24 +6661,6 @@ def report_done(config: Config, metrics: dict[str, Any], trained: bool, seconds:
     folders = dict.fromkeys([str(final_folder(config)), args.output_dir, args.merged_output_dir])
     lines = shown_metrics(metrics) | {"files": ", ".join(filter(None, folders))}
     log.info("Done after %s\n%s", timedelta(seconds=round(seconds)), format_table(lines))
-    if trained:
-        log.info("Next\n%s", format_table(next_commands(config)))
-
-
-def next_commands(config: Config) -> dict[str, str]:
-    """What to do with a finished run, as commands."""
-    flags, final = config.flags, str(final_folder(config))
-    kept = ("output_dir", "working_dir", "final_output_dir", "trust_remote_code")  # which run.json does not repeat
-    again = ["python", "qlora.py", f"{config.training.output_dir}/run.json", "--do_train=False", "--do_eval=False"]
-    again += ["--eval_strategy=no", *(f"--{name}={flags[name]}" for name in kept if flags[name])]
-    merge = [*again, "--do_predict=False", f"--merged_output_dir={final}-merged"]
-    predict = ["--do_predict"] + ["--predict_with_generate"] * (not config.masked)
-    found = {
-        "chat": ["python", "examples/chat.py", final] * (not config.masked),
-        "predict": [*again, *predict, "--eval_dataset" if flags["eval_dataset"] else "--dataset", "FILE"],
-        "merge": [] if config.quant.full_finetune or flags["merged_output_dir"] else merge,
-    }
-    return {name: shlex.join(words) for name, words in found.items() if words}
 
 
 # ------------------------------------------------------------------------------------
@@ -6889,7 +6870,7 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
             metrics |= predict(trainer, data.text.eval, config)
         del trainer  # memory for a merged model
     metrics |= merge(str(final_folder(config) if resume.train else resume.weights), run, data)
-    report_done(config, metrics, resume.train, time.perf_counter() - began)
+    report_done(config, metrics, time.perf_counter() - began)
     return 0
 
 
