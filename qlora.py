@@ -19,18 +19,18 @@ Read the file from top to bottom, along the path of the data: every room uses on
      4 Arguments         743-1442
      5 Loading          1445-2016
      6 Tokenizer        2019-2149
-     7 Encoding         2152-2621
-     8 Model            2624-3205
-     9 Calibration      3208-3506
-    10 LoRA             3509-3812
-    11 Fast path        3815-4643
-    12 Plan             4646-4959
-    13 Checkpoints      4962-5307
-    14 Processes        5310-5367
-    15 Evaluation       5370-5578
-    16 Trainer          5581-6196
-    17 Stages           6199-6663
-    18 Main             6666-6959
+     7 Encoding         2152-2620
+     8 Model            2623-3204
+     9 Calibration      3207-3505
+    10 LoRA             3508-3811
+    11 Fast path        3814-4642
+    12 Plan             4645-4958
+    13 Checkpoints      4961-5306
+    14 Processes        5309-5366
+    15 Evaluation       5369-5577
+    16 Trainer          5580-6195
+    17 Stages           6198-6660
+    18 Main             6663-6955
 """
 
 # ------------------------------------------------------------------------------------
@@ -2483,7 +2483,7 @@ class StepBatch:
 
 
 def collate_step(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> dict[str, Any]:
-    """Rows of a dataset, packed or not -> a StepBatch, and its tokens for each row, which the Trainer counts."""
+    """Rows of a dataset, packed or not -> a StepBatch, in a dictionary as the Trainer passes it around."""
     packs = [row.get("pack", [row]) for row in rows]
     # a process without rows of its own still has to take part: one token without a label
     members = [member for pack in packs for member in pack] or [{"input_ids": [0], "labels": [IGNORE]}]
@@ -2492,8 +2492,7 @@ def collate_step(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> dic
     if not masked:
         labels[lengths.cumsum(0) - lengths] = IGNORE
     where = [member.get("where", "") for member in members]
-    step = StepBatch(ids, labels, lengths, [len(pack) for pack in packs], where, masked)
-    return {"lengths": torch.tensor([len(ids)] * len(rows)), "step": step}
+    return {"step": StepBatch(ids, labels, lengths, [len(pack) for pack in packs], where, masked)}
 
 
 def micro_batches(step: StepBatch, rows: int | None, tokens: int, padded: bool) -> list[list[int]]:
@@ -5386,8 +5385,8 @@ def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Iterabl
     trainer.base.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
         batches = rank_batches(count, trainer.args.per_device_eval_batch_size)
-        bars = None if trainer.accelerator.is_main_process else True  # None: in a terminal only
-        for numbers in tqdm(batches, title, disable=bars, leave=False):
+        shown = trainer.accelerator.is_main_process and not trainer.config.training.disable_tqdm
+        for numbers in tqdm(batches, title, disable=None if shown else True, leave=False):  # None: in a terminal only
             results |= zip(numbers, process(numbers), strict=True)
     gathered = {number: result for part in all_gather_object(results) for number, result in part.items()}
     return [gathered[number] for number in sorted(gathered)]
@@ -5673,9 +5672,6 @@ class GracefulStop(TrainerCallback):
     interrupted = False  # training stopped before its last step
     saved_step = 0  # of this run's newest checkpoint
 
-    def __init__(self) -> None:
-        self.process = os.getpid()
-
     def note(self, number: int, frame: Any) -> None:
         """Handle a signal. Only Ctrl-C counts twice: launchers and batch systems repeat the others."""
         if os.getpid() != self.process:  # a worker of datasets.map, which its pool ends this way
@@ -5691,6 +5687,7 @@ class GracefulStop(TrainerCallback):
 
     @contextlib.contextmanager
     def handling_signals(self) -> Iterator[None]:
+        self.process = os.getpid()
         possible = threading.current_thread() is threading.main_thread()  # Python allows handlers there only
         saved = {number: signal.signal(number, self.note) for number in STOP_NUMBERS if possible}
         try:
@@ -5797,6 +5794,11 @@ class QLoRATrainer(Trainer):
         if self.balance:
             note = lambda model, args, outputs: setattr(self, "router_logits", outputs.router_logits)  # noqa: E731
             self.inner.base_model.register_forward_hook(note)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train without bitsandbytes 0.50's wait for the GPU after each parameter (10 %); one stream keeps order."""
+        with mock.patch.object(bitsandbytes.optim.optimizer, "sync_gpu", lambda tensor: None):
+            return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         """Hand out whole steps, in an order that a resume finds again, and no row twice."""
@@ -5922,8 +5924,7 @@ class QLoRATrainer(Trainer):
         dtype = compute_dtype(self.config)
         # DeepSpeed and a full fine-tune under FSDP cast weights instead
         casts = self.sharded and (self.config.quant.full_finetune or not is_fsdp(self.config))
-        enabled = dtype != torch.float32 and not casts
-        return torch.autocast(self.args.device.type, dtype) if enabled else super().compute_loss_context_manager()
+        return torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32 and not casts)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, and one line to the console while training."""
@@ -6037,9 +6038,7 @@ class QLoRATrainer(Trainer):
 
     def _stop(self, step: int, what: str, why: str, rows: Sequence[str] = ()) -> NoReturn:
         """End the run before anything of the step is saved."""
-        named = [row for row in rows if row]
-        more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-        of = f", on rows {', '.join(named[:8])}{more}" if named else ""
+        of = f", on rows {shorten(', '.join(filter(None, rows)))}" if any(rows) else ""
         kept = checkpoints_in(Path(self.config.training.output_dir))
         stays = f"{kept[0]} stays, a rerun on the same rows goes on from it" if kept else "no checkpoint was saved"
         raise QLoRAError(f"step {step}: {what}{of}: {why}. {stays}")
@@ -6254,9 +6253,7 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         try:
-            # without bitsandbytes 0.50's wait for the GPU after each parameter (10 %); one stream keeps order
-            with mock.patch.object(bitsandbytes.optim.optimizer, "sync_gpu", lambda tensor: None):
-                result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except pickle.UnpicklingError as error:
             raise ConfigError(f"{checkpoint}: a pickle in it holds more than tensors, and is not loaded") from error
         seconds = max(time.perf_counter() - began - trainer.untimed_seconds, 1e-9)
@@ -6891,8 +6888,7 @@ def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
             name = signal.Signals(*error.args or [signal.SIGINT]).name
             return STOP_SIGNALS[name], f"interrupted by {name}; {way}"
         case torch.OutOfMemoryError():
-            lower = "lower --per_device_train_batch_size or --source_max_len and --target_max_len"
-            return 2, f"not enough GPU memory: {lower}, or keep --gradient_checkpointing on"
+            return 2, "not enough GPU memory: lower --per_device_train_batch_size or the limits of length"
         case _ if is_peer_failure(error):
             return 2, f"another rank of this run has exited; {way}"
         case ValueError() if "DebugUnderflowOverflow" in str(error):
