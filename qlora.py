@@ -64,7 +64,6 @@ import pickle
 import platform
 import re
 import runpy
-import shlex
 import shutil
 import signal
 import socket
@@ -157,7 +156,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import EvalLoopOutput, speed_metrics
 from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -540,8 +539,7 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
         for part in result:  # it may be a generator
             special = "special" in part
             text = ESCAPE_MARK * special + get_text(part, "special" if special else "text")
-            flag = "learnt" if "learnt" in part else "supervised"  # its earlier name
-            supervised = part.get(flag, False) if special else part[flag]
+            supervised = part.get("supervised", False) if special else part["supervised"]
             segments.append({"text": text, "supervised": bool(supervised)})
         return segments
     except (Exception, SystemExit) as error:  # whatever a user's code raises is an error of this row
@@ -2490,7 +2488,7 @@ class StepBatch:
 
 
 def collate_step(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> dict[str, Any]:
-    """Rows of a dataset, packed or not -> a StepBatch, and its tokens for each row, which the Trainer counts."""
+    """Rows of a dataset, packed or not -> a StepBatch, in a dictionary as the Trainer passes it around."""
     packs = [row.get("pack", [row]) for row in rows]
     # a process without rows of its own still has to take part: one token without a label
     members = [member for pack in packs for member in pack] or [{"input_ids": [0], "labels": [IGNORE]}]
@@ -2499,8 +2497,7 @@ def collate_step(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> dic
     if not masked:
         labels[lengths.cumsum(0) - lengths] = IGNORE
     where = [member.get("where", "") for member in members]
-    step = StepBatch(ids, labels, lengths, [len(pack) for pack in packs], where, masked)
-    return {"lengths": torch.tensor([len(ids)] * len(rows)), "step": step}
+    return {"step": StepBatch(ids, labels, lengths, [len(pack) for pack in packs], where, masked)}
 
 
 def micro_batches(step: StepBatch, rows: int | None, tokens: int, padded: bool) -> list[list[int]]:
@@ -2578,16 +2575,11 @@ class Masking(NamedTuple):
         masked = ids.masked_fill(chosen & (fate < self.replaced), self.mask_id)
         return [masked.where(~chosen | (fate < 1 - self.random), words), labels.masked_fill(~chosen, IGNORE)]
 
-    def mask_step(self, step: StepBatch, *seed: Any) -> StepBatch:
-        """A step with fresh masks, which follow from the seed and each row alone."""
-        masked = [self.mask_tokens(ids, labels, *seed, ids.tolist()) for ids, labels in step.members()]
+    def mask_step(self, step: StepBatch, *seed: Any, least: int = 0) -> StepBatch:
+        """A step with masks that follow from the seed and each row alone."""
+        masked = [self.mask_tokens(ids, labels, *seed, ids.tolist(), least=least) for ids, labels in step.members()]
         ids, labels = (torch.cat(parts) for parts in zip(*masked, strict=True))
         return dataclasses.replace(step, input_ids=ids, labels=labels)
-
-    def mask_eval_row(self, ids: list[int], labels: list[int]) -> dict[str, list[int]]:
-        """A row to evaluate on: at least one mask, and the same ones each time."""
-        masked, chosen = self.mask_tokens(torch.tensor(ids), torch.tensor(labels), "eval", ids, least=1)
-        return {"input_ids": masked.tolist(), "labels": chosen.tolist()}
 
 
 def build_masking(tokenizer: PreTrainedTokenizerBase, rows: int, data: DataArguments) -> Masking:
@@ -5038,15 +5030,12 @@ MODEL_FLAGS = {"model_name_or_path", "bits", "quant_type", "double_quant", "full
 RATE_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
 STATEFUL_SCHEDULES = {"reduce_lr_on_plateau", "greedy"}  # whose rates follow from the past, not from the step
 UPDATE_FLAGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
-# What becomes of a flag that differs from the checkpoint's. A run reads all its flags, so that one in no row applies at
-# once; a row holds what the checkpoint depends on: weights, optimizer, order of rows, best metric.
-RESUME_RULES: dict[str, set[str]] = {
-    "refused": MODEL_FLAGS | {
-        "adapter_name_or_path", "rope_scaling", "bf16", "fp16", "optim", "optim_args", "optim_target_modules", "engine",
-        DATASET, "packing", "streaming", "stream_buffer", "train_sampling_strategy", "seed", "data_seed",
-        "dataloader_drop_last", "metric_for_best_model", "greater_is_better",
-    },
-    "new schedule": RATE_FLAGS | {"max_steps", "num_train_epochs"},
+# What a checkpoint depends on: weights, optimizer, order of rows, best metric. Any other flag may differ from the
+# checkpoint's, and applies at once.
+FIXED_FLAGS = MODEL_FLAGS | {
+    "adapter_name_or_path", "rope_scaling", "bf16", "fp16", "optim", "optim_args", "optim_target_modules", "engine",
+    DATASET, "packing", "streaming", "stream_buffer", "train_sampling_strategy", "seed", "data_seed",
+    "dataloader_drop_last", "metric_for_best_model", "greater_is_better",
 }  # fmt: skip
 
 
@@ -5097,7 +5086,7 @@ def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[st
 
 
 def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: Config) -> dict[str, Any]:
-    """Refuse to continue another run, and log what other flags change: see RESUME_RULES. Returns their old values."""
+    """Refuse to continue another run, and log what other flags change: see FIXED_FLAGS. Returns their old values."""
     recorded = read_record(folder).get("run", {})
     if not recorded:
         log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
@@ -5108,7 +5097,7 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
     if before.get("metric_for_best_model") is None:  # a checkpoint without one has no best to compare with
         names -= {"metric_for_best_model", "greater_is_better"}
     changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
-    refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET})
+    refused = changed.keys() & (FIXED_FLAGS if resumes else {*MODEL_FLAGS, DATASET})
     stateful = {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & STATEFUL_SCHEDULES
     if resumes and (stateful or config.training.deepspeed):
         refused |= changed.keys() & (RATE_FLAGS | UPDATE_FLAGS)  # they are restored with their state
@@ -5122,10 +5111,8 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
             "was trained: --do_train False"
         )
     if changed and config.training.do_train:
-        trained = "without effect on what is trained already"
-        new, rates = ("applies at once", "new schedule") if resumes else (trained, trained)
-        lines = [f"{text}: {rates if name in RESUME_RULES['new schedule'] else new}" for name, text in changed.items()]
-        log.warning("other flags than in %s\n  %s", folder, "\n  ".join(lines))
+        effect = "these apply from here on" if resumes else "without effect on what is trained already"
+        log.warning("other flags than in %s, %s:\n  %s", folder, effect, "\n  ".join(changed.values()))
     return {name: before[name] for name in changed}
 
 
@@ -5205,8 +5192,7 @@ def check_output_is_free(config: Config, last: Path | None) -> None:
     output, final = Path(config.training.output_dir).resolve(), final_folder(config).resolve()
     completed, kept = (output / COMPLETED).is_file(), last is not None and last.resolve().parent == output
     if last and not kept and (completed or checkpoints_in(output)):
-        way = "leave the flag out to go on with that one, or pass another --output_dir"
-        raise ConfigError(f"--resume_from_checkpoint {last}: {output} holds another run; {way}")
+        raise ConfigError(f"--resume_from_checkpoint {last}: {output} holds another run; pass another --output_dir")
     recorded, whole = final_files(output, final), final / "model.safetensors"
     own = (kept and final == output) or ((kept or not completed) and recorded)
     found = weights_in(final) or weights_in(final, full_finetune=True)
@@ -5316,35 +5302,20 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def open_locked(folder: Path) -> Any:
-    """Open and lock a folder's lock file; a ConfigError names the run that holds it."""
-    while True:
-        file = (folder / LOCK).open("a+")
-        try:
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would pass to data-loader workers
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise ConfigError(f"{folder} is in use by {file.read()}: wait for it, or name another folder") from None
-        except (ImportError, OSError) as error:  # Windows, or a file system without locks
-            log.warning("%s can't be locked (%s): start no other run there", folder, error)
-            return file
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
-                return file
-        file.close()  # the run that held it has just removed it
-
-
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder. The kernel releases the lock of a process that dies."""
     made = not folder.exists() or folder.name.startswith(MERGING)
     folder.mkdir(parents=True, exist_ok=True)
-    with open_locked(folder) as file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    with (folder / LOCK).open("a") as file:
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would pass to data-loader workers
+        except (BlockingIOError, PermissionError):
+            raise ConfigError(f"{folder} is in use by another run: wait for it, or name another folder") from None
+        except (ImportError, OSError) as error:  # Windows, or a file system without locks
+            log.warning("%s can't be locked (%s): start no other run there", folder, error)
         try:
             yield
         finally:
@@ -5412,11 +5383,6 @@ def all_gather_object(value: Any, timeout: timedelta | None = None) -> list[Any]
     return values
 
 
-def all_reduce_int(value: int, operation: Callable[[list[int]], int] = max) -> int:
-    """All-reduce an int across ranks, to the largest by default."""
-    return operation(all_gather_object(value))
-
-
 def wait_for_all_ranks() -> None:
     """Wait until every rank is here: one may encode, save or merge for hours."""
     all_gather_object(None, timedelta(days=2))
@@ -5443,11 +5409,8 @@ def check_ranks_agree(values: Mapping[str, Any]) -> None:
 
 
 def shutdown_distributed() -> None:
-    """Take the process groups down once all ranks are done with them.
-
-    At Python's exit gloo may free its last tensor after the interpreter is gone, which aborts the process
-    (https://github.com/pytorch/pytorch/issues/190489).
-    """
+    """Take the process groups down once all ranks are done with them."""
+    # at Python's exit gloo may abort the process (https://github.com/pytorch/pytorch/issues/190489)
     if torch.distributed.is_initialized():
         wait_for_all_ranks()
         _cpu_group.cache_clear()
@@ -5468,22 +5431,17 @@ def rank_batches(count: int, size: int) -> list[list[int]]:
     return [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks)]
 
 
-def gather_results(results: Mapping[int, Any]) -> list[Any]:
-    """Gather results by row number from all ranks, each row once and in order."""
-    gathered = {number: result for part in all_gather_object(results) for number, result in part.items()}
-    return [gathered[number] for number in sorted(gathered)]
-
-
 def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Iterable[Any]], title: str) -> list[Any]:
     """Call `process` with the row numbers of each batch; returns the results for all rows, on every rank."""
     results: dict[int, Any] = {}
     trainer.base.eval()
-    with torch.no_grad(), trainer.accelerator.autocast():
+    with torch.no_grad(), trainer.compute_loss_context_manager():
         batches = rank_batches(count, trainer.args.per_device_eval_batch_size)
-        bars = None if trainer.accelerator.is_main_process else True  # None: in a terminal only
-        for numbers in tqdm(batches, title, disable=bars, leave=False):
+        shown = trainer.accelerator.is_main_process and not trainer.config.training.disable_tqdm
+        for numbers in tqdm(batches, title, disable=None if shown else True, leave=False):  # None: in a terminal only
             results |= zip(numbers, process(numbers), strict=True)
-    return gather_results(results)
+    gathered = {number: result for part in all_gather_object(results) for number, result in part.items()}
+    return [gathered[number] for number in sorted(gathered)]
 
 
 def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -5562,11 +5520,10 @@ def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
     tokenizer, limits = trainer.processing_class, length_limits(trainer.config)
     texts = [row[-1]["text"] for row in batch["segments"]]
     masking, name_of = trainer.masking._replace(replaced=1.0, random=0.0), tokenizer.convert_ids_to_tokens
-    encoded = [encode_masked(text, tokenizer, limits) for text in texts]
-    masked = [
-        ids if masking.mask_id in ids else masking.mask_eval_row(ids, labels)["input_ids"]
-        for ids, labels, *_ in encoded
-    ]
+    encoded, masked = [encode_masked(text, tokenizer, limits) for text in texts], list[list[int]]()
+    for ids, labels, *_ in encoded:
+        drawn, _ = masking.mask_tokens(torch.tensor(ids), torch.tensor(labels), "eval", ids, least=1)
+        masked.append(ids if masking.mask_id in ids else drawn.tolist())
     tensors = to_device(padded_prompts(masked, tokenizer.pad_token_id, "right"), trainer.args.device)
     logits = trainer.base(**tensors).logits
     for text, (_, labels, *_), ids, scores in zip(texts, encoded, masked, logits, strict=True):
@@ -5679,34 +5636,28 @@ def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
 # checkpoints, a stop on numbers that are not finite, and MMLU. It receives whole optimizer steps, which `training_step`
 # cuts into micro-batches. To add a callback: one class, one line in build_callbacks.
 # ------------------------------------------------------------------------------------
-def embedding_sizes(model: Any) -> tuple[int, float]:
-    """How many token ids and, where the model stores an embedding of each position, how many positions it has."""
+def model_sizes(model: Any) -> tuple[int, float, float]:
+    """How many token ids a model has, how many positions it stores an embedding of, and how many it was made for."""
     limit = math.inf
     for name, table in model.named_modules():  # an encoder's; RoBERTa's and ESM's begin after the pad's
         if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
             limit = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
     table = model.get_input_embeddings()  # peft wraps one that it trains
-    return getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size, limit
+    ids = getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size
+    return ids, limit, positions_of(model.config)
 
 
-def check_sizes(name: str, largest_id: int, longest: int, sizes: tuple[int, float]) -> None:
+def check_sizes(name: str, largest_id: int, longest: int, sizes: tuple[int, float, float]) -> None:
     """Check rows against the model: an id outside its embedding would only show as a crash on the GPU."""
-    ids, limit = sizes
+    ids, limit, positions = sizes
     if largest_id >= ids:
         raise ConfigError(f"the {name} rows hold token id {largest_id}, the model has {ids}: wrong tokenizer")
     if longest > limit:
         row = f"the longest {name} row has {longest} tokens"
         raise ConfigError(f"{row}, the model has {limit} positions: pass --source_max_len {limit}")
-
-
-def check_rows_fit_model(model: Any, parts: Mapping[str, TokenStatistics]) -> None:
-    """Check the rows of every split against the model."""
-    sizes, positions = embedding_sizes(model), positions_of(model.config)
-    for name, part in parts.items():
-        check_sizes(name, part.largest_id, part.longest, sizes)
-        if part.longest > positions:
-            way = "lower the limits or pass --rope_scaling"
-            log.warning("a %s row has %d tokens, the model was made for %d: %s", name, part.longest, positions, way)
+    if longest > positions:
+        way = "lower the limits or pass --rope_scaling"
+        warn_once("%s rows have more than the %d tokens that the model was made for: %s", name, positions, way)
 
 
 @dataclass
@@ -5716,9 +5667,8 @@ class StreamedSteps(torch.utils.data.IterableDataset[dict[str, Any]]):
     stream: RowSource
     tokenizer: Any
     config: Config
-    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
     size: int  # rows of a step, over all ranks
-    sizes: tuple[int, float]  # token ids and positions that the model has
+    sizes: tuple[int, float, float]  # the model's
     position: float = 0  # raw rows consumed before a resume
     steps: int = 0  # optimizer steps before it
 
@@ -5727,7 +5677,7 @@ class StreamedSteps(torch.utils.data.IterableDataset[dict[str, Any]]):
         rank, ranks = rank_and_world_size()
         rows = encoded_stream(self.stream, self.tokenizer, self.config, skip=self.position)
         while group := list(itertools.islice(rows, self.size)):
-            batch = self.collate([row for _, row in group[rank::ranks]])
+            batch = collate_step([row for _, row in group[rank::ranks]], self.config.masked)
             step = batch["step"]
             check_sizes("streamed", int(step.input_ids.max()), int(step.lengths.max()), self.sizes)
             yield batch | {"position": group[-1][0]}
@@ -5768,15 +5718,11 @@ STOP_NUMBERS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal
 class GracefulStop(TrainerCallback):
     """Saves a checkpoint and stops after the step in which a signal came."""
 
-    patience = 30  # seconds
     signal = 0
     training = False  # a step can be finished and saved; at other times a signal ends the run at once
     save_due = False  # at the end of the epoch, which follows
     interrupted = False  # training stopped before its last step
     saved_step = 0  # of this run's newest checkpoint
-
-    def __init__(self) -> None:
-        self.process = os.getpid()
 
     def note(self, number: int, frame: Any) -> None:
         """Handle a signal. Only Ctrl-C counts twice: launchers and batch systems repeat the others."""
@@ -5788,39 +5734,30 @@ class GracefulStop(TrainerCallback):
             raise KeyboardInterrupt(number)
         elif not self.signal:
             self.signal = number
-            if hasattr(signal, "setitimer"):  # Windows has none
-                signal.signal(signal.SIGALRM, self.stop_waiting)
-                signal.setitimer(signal.ITIMER_REAL, self.patience, self.patience)
             with contextlib.suppress(RuntimeError):  # it came while a line was being written
                 log.warning("%s: finishing the step, then saving", signal.Signals(number).name)
 
-    def stop_waiting(self, number: int, frame: Any) -> None:
-        """End a run that still waits for its next rows: a data-loader worker may hang."""
-        if any(caller.f_code is QLoRATrainer.get_batch_samples.__code__ for caller, _ in traceback.walk_stack(frame)):
-            raise KeyboardInterrupt(self.signal)
-
     @contextlib.contextmanager
     def handling_signals(self) -> Iterator[None]:
+        self.process = os.getpid()
         possible = threading.current_thread() is threading.main_thread()  # Python allows handlers there only
         saved = {number: signal.signal(number, self.note) for number in STOP_NUMBERS if possible}
         try:
             yield
         finally:
-            if self.signal and hasattr(signal, "setitimer"):
-                signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in saved.items():
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop after the step, on every rank if the signal reached one, and put off the save at an epoch's end."""
-        if all_reduce_int(self.signal):
+        if any(all_gather_object(self.signal)):
             control.should_training_stop = control.should_save = True
             self.interrupted = state.global_step < state.max_steps
         self.save_due = control.should_save and (control.should_training_stop or state.epoch % 1 == 0)
         control.should_save &= not self.save_due
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save after the epoch's evaluation, which draws random numbers; in the middle of an epoch none is due."""
+        """Save after the epoch's evaluation, which a resume would skip; in the middle of an epoch none is due."""
         if self.save_due:
             control.should_save = self.saved_step != state.global_step
         if self.interrupted and state.epoch % 1:  # type: ignore[operator]
@@ -5904,9 +5841,7 @@ class QLoRATrainer(Trainer):
         # once an engine has sharded the weights, the rest of the fast path is tried
         self.untried = self.sharded and config.training.fast_path and not config.masked
         self.overflows = 0  # steps in succession whose gradient norm is not finite
-        self.eval_batches: list[tuple[int, float, int, int]] = []
         self.router_logits: Any = None  # of the last forward pass, where the config asks for the routers' own loss
-        self.router_losses: list[torch.Tensor] = []  # since the last log
         self.balance = router_loss_of(self.inner)
         if self.balance:
             note = lambda model, args, outputs: setattr(self, "router_logits", outputs.router_logits)  # noqa: E731
@@ -5922,18 +5857,11 @@ class QLoRATrainer(Trainer):
         rows: Any = self.train_dataset
         if isinstance(rows, StreamedSteps):
             return torch.utils.data.DataLoader(rows, batch_size=None)
-        size = self.identity["effective batch"]["rows"]
-        return self._loader(rows, DistributedWindowSampler(rows["length"][:], size, self.args))
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._loader(rows, rank_batches(len(rows), self.args.per_device_eval_batch_size))
-
-    def _loader(self, rows: Any, batches: Any) -> Any:
+        steps = DistributedWindowSampler(rows["length"][:], self.identity["effective batch"]["rows"], self.args)
         names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
         options: dict[str, Any] = {name: getattr(self.args, f"dataloader_{name}") for name in names}
         loader = torch.utils.data.DataLoader(
-            rows, batch_sampler=batches, collate_fn=self.data_collator, worker_init_fn=init_worker, **options
+            rows, batch_sampler=steps, collate_fn=self.data_collator, worker_init_fn=init_worker, **options
         )
         return prepare_data_loader(loader, num_processes=1, process_index=0)  # the batches are this rank's
 
@@ -5949,7 +5877,7 @@ class QLoRATrainer(Trainer):
             batch["step"] = self.masking.mask_step(batch["step"], "train", self.args.seed, self.state.global_step)
         self.tokens_seen += len(batch["step"].input_ids)
         # reduced on the CPUs: a GPU would have to finish everything queued on it first
-        count = all_reduce_int(batch["step"].supervised, sum)
+        count = sum(all_gather_object(batch["step"].supervised))
         return [batch], torch.tensor(max(1, count))  # 0 where no token happens to be masked
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -5975,12 +5903,6 @@ class QLoRATrainer(Trainer):
             self._make_room(step, reason)
             torch.set_rng_state(random_states[0])
             torch.cuda.set_rng_state_all(random_states[1])
-        if self.state.global_step == 0 and not self.sharded:
-            unreached = [n for n, p in self.base.named_parameters() if ".lora_A." in n and p.grad is None]
-            if unreached:
-                first = unreached[0].removeprefix("base_model.model.").partition(".lora_")[0]
-                what = "step 1: no gradient reaches %d adapters, first %s: unless that is an expert, leave it out"
-                log.warning(f"{what} with --lora_modules", len(unreached), first)
         if self.args.world_size > 1 and not self.sharded:
             average_gradients(self.base)
         return torch.stack([loss for _, loss in self.parts]).sum()
@@ -6008,7 +5930,6 @@ class QLoRATrainer(Trainer):
                             routed = self.balance(self.router_logits, batch.get("attention_mask"))
                             share = int(step.lengths[members].sum()) / len(step.input_ids)
                             loss = loss + routed * share * self.inner.router_aux_loss_coef
-                            self.router_losses.append(routed.detach() * share)
                     if not loss.requires_grad:  # Reformer's reversible layers
                         raise ConfigError(f"no gradient reaches any adapter of {type(self.inner).__name__}")
                     self.accelerator.backward(loss)
@@ -6020,7 +5941,7 @@ class QLoRATrainer(Trainer):
         tokens = 0 if self.fast.alone else self.plan.tokens
         parts = micro_batches(step, rows, tokens, padded=self.fast.attention is None)
         # each one gathers the sharded weights, so every rank needs the same number
-        return parts + [[]] * (all_reduce_int(len(parts)) - len(parts)) if self.sharded else parts
+        return parts + [[]] * (max(all_gather_object(len(parts))) - len(parts)) if self.sharded else parts
 
     def _batch(self, step: StepBatch, members: list[int]) -> dict[str, Any]:
         if not members:
@@ -6055,35 +5976,10 @@ class QLoRATrainer(Trainer):
         dtype = compute_dtype(self.config)
         # DeepSpeed and a full fine-tune under FSDP cast weights instead
         casts = self.sharded and (self.config.quant.full_finetune or not is_fsdp(self.config))
-        enabled = dtype != torch.float32 and not casts
-        return torch.autocast(self.args.device.type, dtype) if enabled else super().compute_loss_context_manager()
-
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Any, Any, Any]:
-        """Note a batch's rows, mean loss and correct masked tokens; the Trainer gathers nothing uneven."""
-        self._try_fast_path(model)
-        step, total, correct = inputs["step"], torch.zeros((), device=self.args.device), 0
-        inner, smoothing = model if self.sharded else self.base, self.args.label_smoothing_factor
-        with torch.no_grad(), attention_implementation(self.base, self.fast.attention):
-            for members in self._micro_batches(step):
-                batch = to_device(self._batch(step, members), self.args.device)
-                with self.compute_loss_context_manager():
-                    if self.masking:
-                        logits, targets = supervised_logits(inner, self.fast, batch), batch["targets"]
-                        correct += int((logits.argmax(-1) == targets).sum())
-                        total += F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-                    else:
-                        total += summed_loss(inner, self.fast, batch, smoothing).to(total.device)
-        count = max(1, step.supervised)
-        self.eval_batches.append((len(step.rows), float(total) / count, correct, count))
-        return None, None, None
+        return torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32 and not casts)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, and one line to the console while training."""
-        if self.router_losses and "loss" in logs:
-            since = max(1, self.state.global_step - self._globalstep_last_logged)
-            logs["router_loss"], self.router_losses = float(torch.stack(self.router_losses).sum()) / since, []
         super().log(logs, *args, **kwargs)
         step, steps, parts = self.state.global_step, self.state.max_steps, list[str]()
         if "loss" in logs and self.interval:
@@ -6106,25 +6002,41 @@ class QLoRATrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return 6 * len(inputs["step"].input_ids) * self.parameter_count  # as the Trainer counts
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the Trainer's loop, with perplexity and MMLU beside the loss."""
-        began, self.eval_batches = time.perf_counter(), []
-        output = super().evaluation_loop(*args, **kwargs)
-        assert output.metrics is not None
-        numbers = [batch[0] for batch in rank_batches(output.num_samples or 0, self.args.per_device_eval_batch_size)]
-        batches = gather_results(dict(zip(numbers, self.eval_batches, strict=True)))
-        rows, losses, correct, counts = zip(*batches, strict=True)
-        loss = sum(map(operator.mul, rows, losses)) / sum(rows)  # the mean over rows of their batches' means
-        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        metrics |= {"masked_accuracy": sum(correct) / sum(counts)} if self.masking else {}
-        prefix = kwargs["metric_key_prefix"]
-        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
-        output.metrics.pop(f"{prefix}_model_preparation_time", None)
-        if self.questions:
-            output.metrics.update(mmlu_metrics(self, self.questions))
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the rows themselves, which evaluation_loop deals to the ranks."""
+        return self.eval_dataset if eval_dataset is None else eval_dataset
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Compute loss, perplexity and, if asked, MMLU. It draws no random numbers."""
+        began, rows = time.perf_counter(), dataloader
+        self._try_fast_path(self.model)
+        batches = run_batches(self, len(rows), lambda numbers: self._eval_batch(rows, numbers), "Evaluating")
+        sizes, losses, correct, counts = zip(*filter(None, batches), strict=True)
+        loss = sum(map(operator.mul, sizes, losses)) / sum(sizes)  # the mean over rows of their batches' means
+        metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+        metrics |= {"eval_masked_accuracy": sum(correct) / sum(counts)} if self.masking else {}
+        metrics |= mmlu_metrics(self, self.questions) if self.questions else {}
         self.untimed_seconds += time.perf_counter() - began
-        self.evaluated = self.state.global_step, output.metrics
-        return output
+        self.evaluated = self.state.global_step, metrics
+        return EvalLoopOutput(None, None, metrics, len(rows))  # type: ignore[arg-type]
+
+    def _eval_batch(self, rows: Any, numbers: list[int]) -> list[tuple[int, float, int, int] | None]:
+        """In the place of a batch's first row, its size, mean loss, correct masked tokens and tokens."""
+        step, smoothing = self.data_collator([rows[i] for i in numbers])["step"], self.args.label_smoothing_factor
+        if self.masking:  # the same masks at every evaluation, one in a row at least
+            step = self.masking.mask_step(step, "eval", least=1)
+        inner, total, correct = self.model if self.sharded else self.base, torch.zeros((), device=self.args.device), 0
+        with attention_implementation(self.base, self.fast.attention):
+            for members in self._micro_batches(step):
+                batch = to_device(self._batch(step, members), self.args.device)
+                if self.masking:
+                    logits, targets = supervised_logits(inner, self.fast, batch), batch["targets"]
+                    correct += int((logits.argmax(-1) == targets).sum())
+                    total += F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+                else:
+                    total += summed_loss(inner, self.fast, batch, smoothing).to(total.device)
+        count = max(1, step.supervised)
+        return [(len(numbers), float(total) / count, correct, count), *[None] * (len(numbers) - 1)]
 
     # From here on private methods of transformers 5.17 to 5.24, which tests/test_private_apis.py checks.
 
@@ -6178,9 +6090,7 @@ class QLoRATrainer(Trainer):
 
     def _stop(self, step: int, what: str, why: str, rows: Sequence[str] = ()) -> NoReturn:
         """End the run before anything of the step is saved."""
-        named = [row for row in rows if row]
-        more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-        of = f", on rows {', '.join(named[:8])}{more}" if named else ""
+        of = f", on rows {shorten(', '.join(filter(None, rows)))}" if any(rows) else ""
         kept = checkpoints_in(Path(self.config.training.output_dir))
         stays = f"{kept[0]} stays, a rerun on the same rows goes on from it" if kept else "no checkpoint was saved"
         raise QLoRAError(f"step {step}: {what}{of}: {why}. {stays}")
@@ -6400,7 +6310,7 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
         except pickle.UnpicklingError as error:
             raise ConfigError(f"{checkpoint}: a pickle in it holds more than tensors, and is not loaded") from error
         seconds = max(time.perf_counter() - began - trainer.untimed_seconds, 1e-9)
-        tokens, steps = all_reduce_int(trainer.tokens_seen, sum), max(trainer.state.global_step - first_step, 1)
+        tokens, steps = sum(all_gather_object(trainer.tokens_seen)), max(trainer.state.global_step - first_step, 1)
         peaks = {"train_peak_memory_gib": peak_memory_gib(), "plan_peak_memory_gib": trainer.plan.peak}
         metrics = result.metrics | {
             "train_loss": trainer._total_loss_scalar / steps,  # transformers 5.17 counts steps before a resume too
@@ -6468,13 +6378,9 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     wait_for_all_ranks()
 
 
-def predict(trainer: QLoRATrainer, start: ResumePoint, pairs: Any, config: Config) -> dict[str, Any]:
+def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]:
     """Generate an answer for every held-out row, or fill its masks, into predictions.jsonl."""
-    began, final = time.time(), final_folder(config)
-    if start.train or start.weights:
-        log.info("predicting with %s", f"the adapter just trained, {final}" if start.train else start.weights)
-    else:
-        log.warning("no trained adapter in %s: these are the predictions of the base model", final)
+    began = time.time()
     answers: Any = fill_masks if config.masked else generate_predictions
     rows = run_batches(trainer, len(pairs), lambda numbers: answers(trainer, pairs[numbers]), "Predicting")
     metrics = {"predict_samples": len(rows), **speed_metrics("predict", began, num_samples=len(rows))}
@@ -6796,11 +6702,6 @@ def log_hints(config: Config) -> None:
     elif train.bf16 and torch.cuda.is_available() and not own_bf16:
         name = torch.cuda.get_device_name()
         log.warning("--bf16: the %s here computes it by emulation, slowly: pass --fp16 instead", name)
-    free = (os.cpu_count() or 1) - (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0)  # Windows has none
-    runs = not (train.plan or config.data.preview)
-    if runs and train.use_cpu and (threads := torch.get_num_threads()) > max(1, free + 0.5):
-        log.warning("other programs keep this machine busy (%.1f of %d cores are free): with %d threads each waits for "
-                    "the slowest; OMP_NUM_THREADS=1 is faster", max(free, 0), os.cpu_count(), threads)  # fmt: skip
     if config.quant.calibration_rows and train.do_train and (train.recipe or train.learning_rate > 5e-4):
         log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     for applies, names, reason in ineffective_flags(config):
@@ -6808,7 +6709,7 @@ def log_hints(config: Config) -> None:
             log.info("%s: without effect: %s", ", ".join(passed), reason)
 
 
-def report_done(config: Config, metrics: dict[str, Any], trained: bool, seconds: float) -> None:
+def report_done(config: Config, metrics: dict[str, Any], seconds: float) -> None:
     """Write metrics.json and log the block at the end of a run."""
     args = config.training
     if args.process_index != 0:
@@ -6817,24 +6718,6 @@ def report_done(config: Config, metrics: dict[str, Any], trained: bool, seconds:
     folders = dict.fromkeys([str(final_folder(config)), args.output_dir, args.merged_output_dir])
     lines = shown_metrics(metrics) | {"files": ", ".join(filter(None, folders))}
     log.info("Done after %s\n%s", timedelta(seconds=round(seconds)), format_table(lines))
-    if trained:
-        log.info("Next\n%s", format_table(next_commands(config)))
-
-
-def next_commands(config: Config) -> dict[str, str]:
-    """What to do with a finished run, as commands."""
-    flags, final = config.flags, str(final_folder(config))
-    kept = ("output_dir", "working_dir", "final_output_dir", "trust_remote_code")  # which run.json does not repeat
-    again = ["python", "qlora.py", f"{config.training.output_dir}/run.json", "--do_train=False", "--do_eval=False"]
-    again += ["--eval_strategy=no", *(f"--{name}={flags[name]}" for name in kept if flags[name])]
-    merge = [*again, "--do_predict=False", f"--merged_output_dir={final}-merged"]
-    predict = ["--do_predict"] + ["--predict_with_generate"] * (not config.masked)
-    found = {
-        "chat": ["python", "examples/chat.py", final] * (not config.masked),
-        "predict": [*again, *predict, "--eval_dataset" if flags["eval_dataset"] else "--dataset", "FILE"],
-        "merge": [] if config.quant.full_finetune or flags["merged_output_dir"] else merge,
-    }
-    return {name: shlex.join(words) for name, words in found.items() if words}
 
 
 # ------------------------------------------------------------------------------------
@@ -6898,7 +6781,9 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
         missing = apply_liger(base)
         fuse_norms(base)
     model = make_trainable(base, config, resume.weights, adapter_start_file(config, run.base), tokenizer)
-    check_rows_fit_model(base, data.statistics)
+    sizes = model_sizes(base)
+    for name, part in data.statistics.items():
+        check_sizes(name, part.largest_id, part.longest, sizes)
     for adapter in getattr(model, "peft_config", {}).values():  # not the folder made of a .gguf file
         adapter.base_model_name_or_path = config.model.model_name_or_path
     log.info("Model\n%s", "\n".join(f"  {line}" for line in parameter_report(model)))
@@ -6909,21 +6794,16 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     apply_step_plan(base, plan, config)
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
     log.info("Step plan\n%s", format_table(fast.lines() | (lines if resume.train else {})))
-    sizes = embedding_sizes(base)
     masking = build_masking(tokenizer, sizes[0], config.data) if config.masked else None
-    collate = partial(collate_step, masked=config.masked)
-    rows, eval_rows = data.train, data.eval and data.eval.remove_columns("where")
-    if masking and eval_rows is not None:  # masked here, once
-        name = digest(CODE_VERSION, eval_rows._fingerprint, *masking[:-1], masking.words.tolist())
-        options = {"input_columns": ["input_ids", "labels"], "desc": "Masking eval rows", "new_fingerprint": name}
-        eval_rows = eval_rows.map(masking.mask_eval_row, **options)
+    rows = data.train
     if isinstance(stream := data.text.train, RowSource):
-        rows = StreamedSteps(stream, tokenizer, config, collate, identity["effective batch"]["rows"], sizes)
+        rows = StreamedSteps(stream, tokenizer, config, identity["effective batch"]["rows"], sizes)
     with reraise_as_user_error("flags", ConfigError, RuntimeError):
         trainer = QLoRATrainer(
             config=config, fast=fast, plan=plan, identity=identity, questions=questions, masking=masking, model=model,
-            args=trainer_arguments(config.training), data_collator=collate, train_dataset=rows, eval_dataset=eval_rows,
-            processing_class=tokenizer, callbacks=build_callbacks(stop, config),
+            args=trainer_arguments(config.training), train_dataset=rows, eval_dataset=data.eval,
+            data_collator=partial(collate_step, masked=config.masked), processing_class=tokenizer,
+            callbacks=build_callbacks(stop, config),
         )  # fmt: skip
         if resume.train and not is_sharded(config):  # engines make their own
             trainer.create_optimizer_and_scheduler(max(config.training.max_steps, 1))  # shows wrong flags now
@@ -6934,6 +6814,9 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
         trainer.model, trainer.optimizer = prepared
         trainer.model_wrapped = trainer.model
         torch.distributed.fsdp.register_fsdp_forward_method(trainer.model, "generate")
+    elif hf_deepspeed.is_deepspeed_zero3_enabled() and not resume.train:
+        hf_deepspeed.deepspeed_init(trainer, num_training_steps=0, inference=True)
+        trainer.model_wrapped = trainer.deepspeed = trainer.accelerator.prepare(model)
     return trainer
 
 
@@ -7029,21 +6912,22 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
         log.info("ready after %.0f s", time.perf_counter() - began)
         if resume.train:
             metrics |= train(trainer, resume, stop, config)
-            if number := all_reduce_int(stop.signal):
+            if number := max(all_gather_object(stop.signal)):
                 name, step = signal.Signals(number).name, trainer.state.global_step
                 log.warning("stopped by %s at step %d, saved; %s", name, step, way_to_go_on(config, stop))
                 return STOP_SIGNALS[name]
-        if args.do_eval and not (resume.train or resume.weights):
-            log.warning("nothing trained was found in %s: these are the metrics of the base model", output)
+        if args.do_eval or args.do_predict:
+            found = final_folder(config) if resume.train else resume.weights
+            log.info("evaluating %s", found or f"the base model alone: nothing trained is in {output}")
         if args.do_eval:
             step, evaluated = trainer.evaluated
             at_end = step == trainer.state.global_step and not args.load_best_model_at_end
             metrics |= save_metrics(trainer, "eval", evaluated if at_end else trainer.evaluate())
         if args.do_predict:
-            metrics |= predict(trainer, resume, data.text.eval, config)
+            metrics |= predict(trainer, data.text.eval, config)
         del trainer  # memory for a merged model
     metrics |= merge(str(final_folder(config) if resume.train else resume.weights), run, data)
-    report_done(config, metrics, resume.train, time.perf_counter() - began)
+    report_done(config, metrics, time.perf_counter() - began)
     return 0
 
 
@@ -7064,8 +6948,7 @@ def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
             name = signal.Signals(*error.args or [signal.SIGINT]).name
             return STOP_SIGNALS[name], f"interrupted by {name}; {way}"
         case torch.OutOfMemoryError():
-            lower = "lower --per_device_train_batch_size or --source_max_len and --target_max_len"
-            return 2, f"not enough GPU memory: {lower}, or keep --gradient_checkpointing on"
+            return 2, "not enough GPU memory: lower --per_device_train_batch_size or the limits of length"
         case _ if is_peer_failure(error):
             return 2, f"another rank of this run has exited; {way}"
         case ValueError() if "DebugUnderflowOverflow" in str(error):

@@ -1085,7 +1085,7 @@ def as_pair(row):
     return {"input": row["q"].upper() + "=", "output": row["a"]}
 
 def as_segments(row):
-    answer = {"text": row["a"], "learnt": True}  # the key's earlier name
+    answer = {"text": row["a"], "supervised": True}
     return [{"text": row["q"], "supervised": False}, answer, {"text": "!", "supervised": False}]
 
 def as_messages(row):

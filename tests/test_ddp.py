@@ -1,5 +1,6 @@
 """Several processes with DDP: the same run as one process makes, on a CPU with gloo."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -309,7 +310,14 @@ def test_evaluation_batches_are_dealt_evenly_and_gathered_once(monkeypatch, coun
     assert all(batch in cut for batches in dealt for batch in batches)
     parts = [{number: f"row {number}" for batch in batches for number in batch} for batches in dealt]
     monkeypatch.setattr(qlora, "all_gather_object", lambda mine: parts)
-    assert qlora.gather_results({}) == [f"row {number}" for number in range(count)]
+    trainer = SimpleNamespace(
+        base=torch.nn.Identity(),
+        compute_loss_context_manager=contextlib.nullcontext,
+        args=SimpleNamespace(per_device_eval_batch_size=size),
+        accelerator=SimpleNamespace(is_main_process=False),
+    )
+    gathered = qlora.run_batches(trainer, count, lambda numbers: numbers, "Dealing")
+    assert gathered == [f"row {number}" for number in range(count)]
 
 
 def test_a_share_of_no_rows_is_one_token_that_nobody_learns():

@@ -126,7 +126,7 @@ def test_predictions_equal_a_plain_loop_with_the_trained_adapter(run_qlora, mode
     base = plain_model(models("llama"))
     assert answers != [text_of(greedy(base, prompt, 12)) for prompt in prompts]
     assert run.json("predict_results.json")["predict_samples"] == 4
-    assert str(run.output_dir) in next(x for x in run.stderr.splitlines() if x.startswith("predicting"))
+    assert str(run.output_dir) in next(x for x in run.stderr.splitlines() if x.startswith("evaluating"))
 
 
 def test_trained_answer_stops_at_eos_and_comes_without_its_prompt(run_qlora, tmp_path):
@@ -143,7 +143,7 @@ def test_trained_answer_stops_at_eos_and_comes_without_its_prompt(run_qlora, tmp
     (run.output_dir / "predictions.jsonl").unlink()
     again = run_qlora(do_train=False, **flags)
     assert predictions(again) == [row | expected] * 2
-    assert str(again.output_dir) in next(x for x in again.stderr.splitlines() if x.startswith("predicting"))
+    assert str(again.output_dir) in next(x for x in again.stderr.splitlines() if x.startswith("evaluating"))
 
 
 @pytest.mark.parametrize("bits", [4, 16])

@@ -96,7 +96,7 @@ def test_resume_completed_and_prediction_with_a_working_dir(run_qlora, stopped, 
     assert same(tmp_path / "out", straight.output_dir)
     assert "used, not trained again" in run_qlora(**flags).stderr
     again = run_qlora(**flags, **PREDICT, do_train=False)
-    assert f"predicting with {tmp_path / 'out'}" in again.stderr
+    assert f"evaluating {tmp_path / 'out'}" in again.stderr
     assert len((tmp_path / "work" / "predictions.jsonl").read_text().splitlines()) == 2
     other = run_qlora(**flags, dataset=data_dir / "alpaca.jsonl")
     assert other.code == 2 and "belongs to another run" in other.stderr
@@ -230,7 +230,7 @@ def test_a_full_fine_tune_with_frozen_layers_in_shards_resumes_completes_and_pre
     tokenizer = AutoTokenizer.from_pretrained(out)
 
     predicted = run_qlora(**{**flags, **PREDICT, "do_train": False})
-    assert f"predicting with {out}" in predicted.stderr
+    assert f"evaluating {out}" in predicted.stderr
     folder = flags.get("working_dir", out)
     row = json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])
     prompt = torch.tensor([[256, *row["input"].encode()][:32]])

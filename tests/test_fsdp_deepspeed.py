@@ -120,13 +120,14 @@ def test_an_engine_repeats_the_run_of_one_process_and_resumes_from_its_checkpoin
         assert_same_run(resumed, runs(like))
 
 
-def test_a_finished_fsdp_run_is_evaluated_without_training(start, runs, tmp_path):
-    folder = tmp_path / "out"
-    shutil.copytree(runs("fsdp-all"), folder)
+@pytest.mark.parametrize("name", ["zero3", "fsdp-all"])
+def test_a_finished_sharded_run_is_evaluated_without_training(start, runs, tmp_path, name):
+    folder, (like, flags) = tmp_path / "out", RUNS[name]
+    shutil.copytree(runs(name), folder)
     for name in ("metrics.json", "eval_results.json", "predictions.jsonl"):
         (folder / name).unlink()
-    finish(start(2, folder, do_train=False, **ALL_STAGES, **RUNS["fsdp-all"][1]))
-    assert_same_run(folder, runs("all"))
+    finish(start(2, folder, do_train=False, **ALL_STAGES, **flags))
+    assert_same_run(folder, runs(like))
 
 
 def test_an_engine_ends_with_the_best_checkpoint(start, tmp_path):

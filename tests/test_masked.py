@@ -188,11 +188,14 @@ def test_masks_follow_from_the_seed_alone():
 def test_a_row_to_evaluate_on_has_one_mask_at_least_and_always_the_same():
     rare = masking(chosen=1e-9)
     rows = [list(range(60 + i, 70 + i)) for i in range(20)]
-    drawn = [rare.mask_eval_row(ids, [IGNORE, *ids[1:-1], IGNORE]) for ids in rows]
-    assert drawn == [rare.mask_eval_row(ids, [IGNORE, *ids[1:-1], IGNORE]) for ids in rows]
-    places = [[i for i, label in enumerate(row["labels"]) if label != IGNORE] for row in drawn]
+    examples = [{"input_ids": ids, "labels": [IGNORE, *ids[1:-1], IGNORE]} for ids in rows]
+    step = qlora.collate_step([*examples, {"input_ids": [2, 3], "labels": [IGNORE, IGNORE]}], masked=True)["step"]
+    drawn, again = (rare.mask_step(step, "eval", least=1) for _ in range(2))
+    assert torch.equal(drawn.input_ids, again.input_ids) and torch.equal(drawn.labels, again.labels)
+    *labels, nothing_to_choose = (labels.tolist() for _, labels in drawn.members())
+    places = [[i for i, label in enumerate(row) if label != IGNORE] for row in labels]
     assert all(len(found) == 1 and 0 < found[0] < 9 for found in places) and len({found[0] for found in places}) > 3
-    assert rare.mask_eval_row([2, 3], [IGNORE, IGNORE])["labels"] == [IGNORE, IGNORE]  # nothing to choose
+    assert nothing_to_choose == [IGNORE, IGNORE]
 
 
 def test_a_random_token_is_an_ordinary_one_that_the_model_has(esm_tokenizer):
@@ -405,10 +408,10 @@ def test_evaluation_gives_loss_perplexity_and_accuracy_of_the_masks(run_masked, 
     losses, right = [], []
     for text in (row[-1]["text"] for row in held_out["segments"]):
         ids = tokenizer(text)["input_ids"][:48]
-        row = drawing.mask_eval_row(ids, [IGNORE, *ids[1:-1], IGNORE])
-        labels = torch.tensor(row["labels"])
+        maskable = torch.tensor([IGNORE, *ids[1:-1], IGNORE])
+        masked, labels = drawing.mask_tokens(torch.tensor(ids), maskable, "eval", ids, least=1)
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0][labels != IGNORE]
+            logits = model(input_ids=masked[None]).logits[0][labels != IGNORE]
         losses += F.cross_entropy(logits, labels[labels != IGNORE], reduction="none").tolist()
         right += (logits.argmax(-1) == labels[labels != IGNORE]).tolist()
     metrics = run.json("eval_results.json")

@@ -250,7 +250,7 @@ def steps_of(file, monkeypatch, *, rank=0, ranks=1, position=0, vocabulary=300, 
     config = qlora.parse_config(["--streaming", "--dataset", str(file), *map(str, SMALL)])
     tokenizer = tiny.byte_tokenizer()
     stream = qlora.load_splits(config, tokenizer).train
-    steps = qlora.StreamedSteps(stream, tokenizer, config, qlora.collate_step, 4, (vocabulary, limit), position)
+    steps = qlora.StreamedSteps(stream, tokenizer, config, 4, (vocabulary, limit, limit), position)
     taken = list(itertools.islice(steps, 6))
     return [(numbers((0, {"where": where}) for where in step["step"].where), step["position"]) for step in taken]
 
