@@ -64,6 +64,7 @@ import pickle
 import platform
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -6709,7 +6710,7 @@ def log_hints(config: Config) -> None:
             log.info("%s: without effect: %s", ", ".join(passed), reason)
 
 
-def report_done(config: Config, metrics: dict[str, Any], seconds: float) -> None:
+def report_done(config: Config, metrics: dict[str, Any], trained: bool, seconds: float) -> None:
     """Write metrics.json and log the block at the end of a run."""
     args = config.training
     if args.process_index != 0:
@@ -6718,6 +6719,24 @@ def report_done(config: Config, metrics: dict[str, Any], seconds: float) -> None
     folders = dict.fromkeys([str(final_folder(config)), args.output_dir, args.merged_output_dir])
     lines = shown_metrics(metrics) | {"files": ", ".join(filter(None, folders))}
     log.info("Done after %s\n%s", timedelta(seconds=round(seconds)), format_table(lines))
+    if trained:
+        log.info("Next\n%s", format_table(next_commands(config)))
+
+
+def next_commands(config: Config) -> dict[str, str]:
+    """What to do with a finished run, as commands."""
+    flags, final = config.flags, str(final_folder(config))
+    kept = ("output_dir", "working_dir", "final_output_dir", "trust_remote_code")  # which run.json does not repeat
+    again = ["python", "qlora.py", f"{config.training.output_dir}/run.json", "--do_train=False", "--do_eval=False"]
+    again += ["--eval_strategy=no", *(f"--{name}={flags[name]}" for name in kept if flags[name])]
+    merge = [*again, "--do_predict=False", f"--merged_output_dir={final}-merged"]
+    predict = ["--do_predict"] + ["--predict_with_generate"] * (not config.masked)
+    found = {
+        "chat": ["python", "examples/chat.py", final] * (not config.masked),
+        "predict": [*again, *predict, "--eval_dataset" if flags["eval_dataset"] else "--dataset", "FILE"],
+        "merge": [] if config.quant.full_finetune or flags["merged_output_dir"] else merge,
+    }
+    return {name: shlex.join(words) for name, words in found.items() if words}
 
 
 # ------------------------------------------------------------------------------------
@@ -6927,7 +6946,7 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
             metrics |= predict(trainer, data.text.eval, config)
         del trainer  # memory for a merged model
     metrics |= merge(str(final_folder(config) if resume.train else resume.weights), run, data)
-    report_done(config, metrics, time.perf_counter() - began)
+    report_done(config, metrics, resume.train, time.perf_counter() - began)
     return 0
 
 

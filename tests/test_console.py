@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import datasets
@@ -114,7 +115,7 @@ def test_a_run_in_a_pipe_prints_a_line_for_each_log_and_every_metric_once(run_ql
     evaluated = history(run, "eval_loss")
     assert [entry["step"] for entry in evaluated] == [2, 4, 5]  # the last one is shown at the end
     assert len([line for line in steps if "eval_loss" in line]) == 2
-    done = dict(line.split(maxsplit=1) for line in lines[-5:])
+    done = dict(line.split(maxsplit=1) for line in lines[lines.index("Next") - 5 : lines.index("Next")])
     metrics = run.json("metrics.json")
     for name in ("train_loss", "eval_loss", "eval_perplexity"):
         assert done[name] == f"{metrics[name]:.4g}"
@@ -122,16 +123,17 @@ def test_a_run_in_a_pipe_prints_a_line_for_each_log_and_every_metric_once(run_ql
     speed = metrics["train_tokens_per_second"]
     assert done["train_tokens_per_second"] == (f"{speed:,.0f}" if speed >= 1000 else f"{speed:.4g}")
 
+    commands = {line.split()[0]: shlex.split(line)[1:] for line in lines[lines.index("Next") + 1 :]}
+    assert commands["chat"] == ["python", "examples/chat.py", str(run.output_dir)]
     evaluation, loss = run.json("eval_results.json"), metrics["train_loss"]
     assert "eval_model_preparation_time" not in metrics
     card = (run.output_dir / "README.md").read_text(encoding="utf-8")
     assert "| eval_steps | `2` |" in card
     assert re.findall(r"^\| (\d) \| [\d.]* \| [\d.]+ \|$", card, re.MULTILINE) == ["2", "4", "5"]  # a row for a step
-    again = [f"{run.output_dir}/run.json", "--output_dir", str(run.output_dir), "--do_train=False", "--do_eval=False"]
-    predict = ["--predict_with_generate", "--dataset", str(data_dir / "support.csv")]
-    merge = ["--do_predict=False", f"--merged_output_dir={run.output_dir}-merged"]
-    for more in (predict, merge):
-        assert qlora.main([*again, "--eval_strategy=no", *more]) == 0
+    file = data_dir / "support.csv"
+    for name, more in (("predict", {"FILE": str(file)}), ("merge", {})):
+        words = [more.get(word, word) for word in commands[name]]
+        assert words[:2] == ["python", "qlora.py"] and qlora.main(words[2:]) == 0
         assert run.json("eval_results.json") == evaluation and run.json("train_results.json")["train_loss"] == loss
     assert (Path(f"{run.output_dir}-merged") / "config.json").is_file()
     predictions = (run.output_dir / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -156,7 +158,7 @@ def test_the_last_evaluation_is_done_once(run_qlora, monkeypatch):
 
 def test_without_training_neither_steps_nor_recomputation_are_told(run_qlora, finished_run):
     run = run_qlora(output_dir=finished_run.output_dir, do_train=False, do_eval=True)
-    assert run.code == 0 and not re.search(r"steps|epoch|recomputed", run.stderr)
+    assert run.code == 0 and not re.search(r"steps|epoch|recomputed|Next", run.stderr)
     base = run_qlora(do_train=False, do_eval=True)
     assert "none, the base model alone" in base.stderr
 
