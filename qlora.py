@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-178
      2 Errors             181-246
-     3 Dataset formats    249-745
-     4 Arguments         748-1448
-     5 Loading          1451-2023
-     6 Tokenizer        2026-2156
-     7 Encoding         2159-2633
-     8 Model            2636-3228
-     9 Calibration      3231-3530
-    10 LoRA             3533-3836
-    11 Fast path        3839-4696
-    12 Plan             4699-5015
-    13 Checkpoints      5018-5387
-    14 Processes        5390-5455
-    15 Evaluation       5458-5672
-    16 Trainer          5675-6338
-    17 Stages           6341-6837
-    18 Main             6840-7132
+     3 Dataset formats    249-744
+     4 Arguments         747-1447
+     5 Loading          1450-2022
+     6 Tokenizer        2025-2155
+     7 Encoding         2158-2626
+     8 Model            2629-3221
+     9 Calibration      3224-3523
+    10 LoRA             3526-3829
+    11 Fast path        3832-4689
+    12 Plan             4692-5008
+    13 Checkpoints      5011-5379
+    14 Processes        5382-5439
+    15 Evaluation       5442-5650
+    16 Trainer          5653-6291
+    17 Stages           6294-6786
+    18 Main             6789-7082
 """
 
 # ------------------------------------------------------------------------------------
@@ -5031,12 +5031,15 @@ MODEL_FLAGS = {"model_name_or_path", "bits", "quant_type", "double_quant", "full
 RATE_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
 STATEFUL_SCHEDULES = {"reduce_lr_on_plateau", "greedy"}  # whose rates follow from the past, not from the step
 UPDATE_FLAGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
-# What a checkpoint depends on: weights, optimizer, order of rows, best metric. Any other flag may differ from the
-# checkpoint's, and applies at once.
-FIXED_FLAGS = MODEL_FLAGS | {
-    "adapter_name_or_path", "rope_scaling", "bf16", "fp16", "optim", "optim_args", "optim_target_modules", "engine",
-    DATASET, "packing", "streaming", "stream_buffer", "train_sampling_strategy", "seed", "data_seed",
-    "dataloader_drop_last", "metric_for_best_model", "greater_is_better",
+# What becomes of a flag that differs from the checkpoint's. A run reads all its flags, so that one in no row applies at
+# once; a row holds what the checkpoint depends on: weights, optimizer, order of rows, best metric.
+RESUME_RULES: dict[str, set[str]] = {
+    "refused": MODEL_FLAGS | {
+        "adapter_name_or_path", "rope_scaling", "bf16", "fp16", "optim", "optim_args", "optim_target_modules", "engine",
+        DATASET, "packing", "streaming", "stream_buffer", "train_sampling_strategy", "seed", "data_seed",
+        "dataloader_drop_last", "metric_for_best_model", "greater_is_better",
+    },
+    "new schedule": RATE_FLAGS | {"max_steps", "num_train_epochs"},
 }  # fmt: skip
 
 
@@ -5087,7 +5090,7 @@ def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[st
 
 
 def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: Config) -> dict[str, Any]:
-    """Refuse to continue another run, and log what other flags change: see FIXED_FLAGS. Returns their old values."""
+    """Refuse to continue another run, and log what other flags change: see RESUME_RULES. Returns their old values."""
     recorded = read_record(folder).get("run", {})
     if not recorded:
         log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
@@ -5098,7 +5101,7 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
     if before.get("metric_for_best_model") is None:  # a checkpoint without one has no best to compare with
         names -= {"metric_for_best_model", "greater_is_better"}
     changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
-    refused = changed.keys() & (FIXED_FLAGS if resumes else {*MODEL_FLAGS, DATASET})
+    refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET})
     stateful = {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & STATEFUL_SCHEDULES
     if resumes and (stateful or config.training.deepspeed):
         refused |= changed.keys() & (RATE_FLAGS | UPDATE_FLAGS)  # they are restored with their state
@@ -5112,8 +5115,10 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
             "was trained: --do_train False"
         )
     if changed and config.training.do_train:
-        effect = "these apply from here on" if resumes else "without effect on what is trained already"
-        log.warning("other flags than in %s, %s:\n  %s", folder, effect, "\n  ".join(changed.values()))
+        trained = "without effect on what is trained already"
+        new, rates = ("applies at once", "new schedule") if resumes else (trained, trained)
+        lines = [f"{text}: {rates if name in RESUME_RULES['new schedule'] else new}" for name, text in changed.items()]
+        log.warning("other flags than in %s\n  %s", folder, "\n  ".join(lines))
     return {name: before[name] for name in changed}
 
 
@@ -5303,20 +5308,35 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder. The kernel releases the lock of a process that dies."""
-    made = not folder.exists() or folder.name.startswith(MERGING)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a") as file:
+def open_locked(folder: Path) -> Any:
+    """Open and lock a folder's lock file; a ConfigError names the run that holds it."""
+    while True:
+        file = (folder / LOCK).open("a+")
         try:
             import fcntl
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would pass to data-loader workers
         except (BlockingIOError, PermissionError):
-            raise ConfigError(f"{folder} is in use by another run: wait for it, or name another folder") from None
+            file.seek(0)
+            raise ConfigError(f"{folder} is in use by {file.read()}: wait for it, or name another folder") from None
         except (ImportError, OSError) as error:  # Windows, or a file system without locks
             log.warning("%s can't be locked (%s): start no other run there", folder, error)
+            return file
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+                return file
+        file.close()  # the run that held it has just removed it
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder. The kernel releases the lock of a process that dies."""
+    made = not folder.exists() or folder.name.startswith(MERGING)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_locked(folder) as file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
         try:
             yield
         finally:
@@ -5719,6 +5739,7 @@ STOP_NUMBERS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal
 class GracefulStop(TrainerCallback):
     """Saves a checkpoint and stops after the step in which a signal came."""
 
+    patience = 30  # seconds
     signal = 0
     training = False  # a step can be finished and saved; at other times a signal ends the run at once
     save_due = False  # at the end of the epoch, which follows
@@ -5735,8 +5756,16 @@ class GracefulStop(TrainerCallback):
             raise KeyboardInterrupt(number)
         elif not self.signal:
             self.signal = number
+            if hasattr(signal, "setitimer"):  # Windows has none
+                signal.signal(signal.SIGALRM, self.stop_waiting)
+                signal.setitimer(signal.ITIMER_REAL, self.patience, self.patience)
             with contextlib.suppress(RuntimeError):  # it came while a line was being written
                 log.warning("%s: finishing the step, then saving", signal.Signals(number).name)
+
+    def stop_waiting(self, number: int, frame: Any) -> None:
+        """End a run that still waits for its next rows: a data-loader worker may hang."""
+        if any(caller.f_code is QLoRATrainer.get_batch_samples.__code__ for caller, _ in traceback.walk_stack(frame)):
+            raise KeyboardInterrupt(self.signal)
 
     @contextlib.contextmanager
     def handling_signals(self) -> Iterator[None]:
@@ -5746,6 +5775,8 @@ class GracefulStop(TrainerCallback):
         try:
             yield
         finally:
+            if self.signal and hasattr(signal, "setitimer"):
+                signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in saved.items():
                 signal.signal(number, handler)
 
@@ -5843,6 +5874,7 @@ class QLoRATrainer(Trainer):
         self.untried = self.sharded and config.training.fast_path and not config.masked
         self.overflows = 0  # steps in succession whose gradient norm is not finite
         self.router_logits: Any = None  # of the last forward pass, where the config asks for the routers' own loss
+        self.router_losses: list[torch.Tensor] = []  # since the last log
         self.balance = router_loss_of(self.inner)
         if self.balance:
             note = lambda model, args, outputs: setattr(self, "router_logits", outputs.router_logits)  # noqa: E731
@@ -5904,6 +5936,12 @@ class QLoRATrainer(Trainer):
             self._make_room(step, reason)
             torch.set_rng_state(random_states[0])
             torch.cuda.set_rng_state_all(random_states[1])
+        if self.state.global_step == 0 and not self.sharded:
+            unreached = [n for n, p in self.base.named_parameters() if ".lora_A." in n and p.grad is None]
+            if unreached:
+                first = unreached[0].removeprefix("base_model.model.").partition(".lora_")[0]
+                what = "step 1: no gradient reaches %d adapters, first %s: unless that is an expert, leave it out"
+                log.warning(f"{what} with --lora_modules", len(unreached), first)
         if self.args.world_size > 1 and not self.sharded:
             average_gradients(self.base)
         return torch.stack([loss for _, loss in self.parts]).sum()
@@ -5931,6 +5969,7 @@ class QLoRATrainer(Trainer):
                             routed = self.balance(self.router_logits, batch.get("attention_mask"))
                             share = int(step.lengths[members].sum()) / len(step.input_ids)
                             loss = loss + routed * share * self.inner.router_aux_loss_coef
+                            self.router_losses.append(routed.detach() * share)
                     if not loss.requires_grad:  # Reformer's reversible layers
                         raise ConfigError(f"no gradient reaches any adapter of {type(self.inner).__name__}")
                     self.accelerator.backward(loss)
@@ -5981,6 +6020,9 @@ class QLoRATrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, and one line to the console while training."""
+        if self.router_losses and "loss" in logs:
+            since = max(1, self.state.global_step - self._globalstep_last_logged)
+            logs["router_loss"], self.router_losses = float(torch.stack(self.router_losses).sum()) / since, []
         super().log(logs, *args, **kwargs)
         step, steps, parts = self.state.global_step, self.state.max_steps, list[str]()
         if "loss" in logs and self.interval:
@@ -6703,6 +6745,11 @@ def log_hints(config: Config) -> None:
     elif train.bf16 and torch.cuda.is_available() and not own_bf16:
         name = torch.cuda.get_device_name()
         log.warning("--bf16: the %s here computes it by emulation, slowly: pass --fp16 instead", name)
+    free = (os.cpu_count() or 1) - (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0)  # Windows has none
+    runs = not (train.plan or config.data.preview)
+    if runs and train.use_cpu and (threads := torch.get_num_threads()) > max(1, free + 0.5):
+        log.warning("other programs keep this machine busy (%.1f of %d cores are free): with %d threads each waits for "
+                    "the slowest; OMP_NUM_THREADS=1 is faster", max(free, 0), os.cpu_count(), threads)  # fmt: skip
     if config.quant.calibration_rows and train.do_train and (train.recipe or train.learning_rate > 5e-4):
         log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     for applies, names, reason in ineffective_flags(config):
@@ -6937,7 +6984,8 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
                 return STOP_SIGNALS[name]
         if args.do_eval or args.do_predict:
             found = final_folder(config) if resume.train else resume.weights
-            log.info("evaluating %s", found or f"the base model alone: nothing trained is in {output}")
+            level = logging.INFO if found else logging.WARNING
+            log.log(level, "evaluating %s", found or f"the base model alone: nothing trained is in {output}")
         if args.do_eval:
             step, evaluated = trainer.evaluated
             at_end = step == trainer.state.global_step and not args.load_best_model_at_end

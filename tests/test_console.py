@@ -81,6 +81,18 @@ def test_many_epochs_are_a_warning_with_the_steps_of_three(warned, words, said):
     assert [said in message for message in messages] == [True] * (said is not None)
 
 
+def test_a_busy_machine_is_named_where_threads_would_wait(monkeypatch, caplog):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    for load, said in ((1.0, False), (3.5, True), (40.0, True)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0, 0))
+        caplog.clear()
+        with caplog.at_level("WARNING", "qlora"):
+            qlora.log_hints(qlora.parse_config([]))
+        assert any("OMP_NUM_THREADS=1" in message for message in caplog.messages) == said
+
+
 @pytest.mark.parametrize(("own", "flag", "said"), [(True, "", "16 times"), (False, "--bf16", "pass --fp16")])
 def test_bf16_on_a_gpu_is_a_hint(monkeypatch, caplog, own, flag, said):
     config = qlora.parse_config([flag] if flag else [])

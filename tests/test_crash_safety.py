@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -307,7 +308,7 @@ def test_one_run_at_a_time_writes_into_a_folder(fork_server, command, tmp_path):
         refused = fork_server.start(words, tmp_path / f"log of {names}")
         assert refused.wait() == 2
         (line,) = [line for line in refused.text().splitlines() if line.startswith("error: ")]
-        assert f"{tmp_path / used} is in use by another run" in line
+        assert f"{tmp_path / used} is in use by process {first.pid} on {socket.gethostname()}" in line
     ranks = fork_server.start_ranks(2, command("out", **flags), tmp_path / "ranks")
     assert [rank.wait() for rank in ranks] == [2, 2] and "in use by" in ranks[0].text()
     assert first.running and not (tmp_path / "other").exists()

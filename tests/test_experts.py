@@ -151,7 +151,7 @@ def test_experts_without_tokens_have_no_gradient(models):
             assert sum(seen) == 2, f"{name}: {seen}"
 
 
-def test_the_routers_loss_is_added(run_qlora, models, tmp_path):
+def test_the_routers_loss_is_added_and_reported(run_qlora, models, tmp_path):
     """As the config asks: loss and gradient norm of a row are the model's own. It is no part of eval_loss."""
     base = models("mixtral", output_router_logits=True, router_aux_loss_coef=2.0)
     data = tiny.rows_to_jsonl(tmp_path / "row.jsonl", [{"text": "Owls sleep by day."}])
@@ -164,6 +164,7 @@ def test_the_routers_loss_is_added(run_qlora, models, tmp_path):
     outputs = other(input_ids=ids, labels=ids)
     outputs.loss.backward()
     norm = torch.stack([p.grad.norm() for p in other.parameters() if p.grad is not None]).norm().item()
+    assert logs["router_loss"] == pytest.approx(outputs.aux_loss.item(), rel=1e-5)
     assert logs["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert logs["loss"] == pytest.approx(outputs.loss.item(), rel=1e-3)
     assert run.json("eval_results.json")["eval_loss"] == pytest.approx(

@@ -28,6 +28,7 @@ from transformers import (
     WhisperConfig,
 )
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import qlora
 
@@ -164,9 +165,13 @@ def test_a_model_that_cannot_be_tried_says_so_and_counts_every_layer(run_qlora, 
 
     monkeypatch.setattr(qlora, "TRIALS", {})
     monkeypatch.setattr(LlamaModel, "forward", refuse)
-    run = run_qlora(max_steps=1, bits=16)
+    with monkeypatch.context() as patch:
+        detached = LlamaMLP.forward
+        patch.setattr(LlamaMLP, "forward", lambda self, x: detached(self, x).detach())
+        run = run_qlora(max_steps=1, bits=16, fast_path=False)
     assert run.code == 0 and "LlamaForCausalLM can't be tried (no values)" in run.stderr
     assert sum(listed(line_of(run, "adapters: ")).values()) == 14
+    assert "no gradient reaches 6 adapters, first model.layers.0.mlp.gate_proj" in run.stderr
 
 
 def test_asking_a_weight_for_its_dtype_is_not_reading_it(run_qlora, tmp_path):
