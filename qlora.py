@@ -18,19 +18,19 @@ Read the file from top to bottom, along the path of the data: every room uses on
      3 Dataset formats    249-744
      4 Arguments         747-1447
      5 Loading          1450-2022
-     6 Tokenizer        2025-2155
-     7 Encoding         2158-2626
-     8 Model            2629-3221
-     9 Calibration      3224-3523
-    10 LoRA             3526-3829
-    11 Fast path        3832-4689
-    12 Plan             4692-5008
-    13 Checkpoints      5011-5379
-    14 Processes        5382-5439
-    15 Evaluation       5442-5650
-    16 Trainer          5653-6291
-    17 Stages           6294-6786
-    18 Main             6789-7082
+     6 Tokenizer        2025-2157
+     7 Encoding         2160-2628
+     8 Model            2631-3223
+     9 Calibration      3226-3525
+    10 LoRA             3528-3831
+    11 Fast path        3834-4691
+    12 Plan             4694-5010
+    13 Checkpoints      5013-5381
+    14 Processes        5384-5441
+    15 Evaluation       5444-5652
+    16 Trainer          5655-6293
+    17 Stages           6296-6788
+    18 Main             6791-7084
 """
 
 # ------------------------------------------------------------------------------------
@@ -2083,11 +2083,13 @@ def match_file(tokenizer: Any, folder: str, config: Config, **options: Any) -> A
 
 def set_gguf_splits(tokenizer: Any, path: Path) -> None:
     """Split text as the merges in a .gguf file were learned, where transformers does not know the file's way."""
-    facts = {"tokenizer_type": ""}
-    with contextlib.suppress(ValueError):  # an architecture that transformers 5.17 does not know
-        _, facts, _ = gguf_tokenizer_mapping.get_gguf_tokenizer(str(path))
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    names = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+    kind, pre = (fields[name].contents() if name in fields else "" for name in names)
+    name = pre if kind == "gpt2" and pre else "gpt-2"
     known = getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", ())  # from transformers 5.18 on
-    name = facts.get("pre_tokenizer_type", "gpt-2") if facts["tokenizer_type"] == "gpt2" else "gpt-2"
     if name in GGUF_SINGLE_DIGITS:
         splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
@@ -2728,7 +2730,7 @@ def model_folder(config: Config) -> str:
         path = files[0] if len(files) == 1 else path
     if path.suffix.lower() != ".gguf" or not path.is_file():
         return name
-    version = digest(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns, GGUF_SINGLE_DIGITS)
+    version = digest(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns, GGUF_SINGLE_DIGITS, "2")
     folder = root / f"{path.stem}-{version}"
     if folder.is_dir():
         return str(folder)

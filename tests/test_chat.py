@@ -868,8 +868,10 @@ THINKING = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>
 def test_reasoning_that_a_template_drops_is_named(tmp_path, caplog, template, dropped, key):
     """A template that writes that of the last answer makes a row for each; with marks it makes one row."""
     thought = [{**m, key: f"Hm, {m['content']}"} if m["role"] == "assistant" else m for m in LONG]
-    note = "reasoning that the chat template does not write"
-    said, shown = left_out_of(tmp_path, caplog, chatml_tokenizer(template), {"messages": thought}, {"messages": LONG})
+    note, tokenizer = "reasoning that the chat template does not write", chatml_tokenizer(template)
+    # transformers 5.17 hands a template no key but its own
+    dropped |= "Hm" not in tokenizer.apply_chat_template(thought, tokenize=False)
+    said, shown = left_out_of(tmp_path, caplog, tokenizer, {"messages": thought}, {"messages": LONG})
     assert said == ([f"{note} (in 1 of 2 rows)"] if dropped else [])
     assert shown[0] == note * dropped and not any(shown[1:])
 
