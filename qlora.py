@@ -23,14 +23,14 @@ Read the file from top to bottom, along the path of the data: every room uses on
      8 Model            2631-3223
      9 Calibration      3226-3525
     10 LoRA             3528-3831
-    11 Fast path        3834-4691
-    12 Plan             4694-5010
-    13 Checkpoints      5013-5381
-    14 Processes        5384-5441
-    15 Evaluation       5444-5652
-    16 Trainer          5655-6293
-    17 Stages           6296-6788
-    18 Main             6791-7084
+    11 Fast path        3834-4688
+    12 Plan             4691-5007
+    13 Checkpoints      5010-5378
+    14 Processes        5381-5438
+    15 Evaluation       5441-5649
+    16 Trainer          5652-6290
+    17 Stages           6293-6785
+    18 Main             6788-7081
 """
 
 # ------------------------------------------------------------------------------------
@@ -4427,14 +4427,11 @@ def offloading_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
         return torch.utils.checkpoint.checkpoint(run, *args, **options)
 
 
-def only_first_trains(values: Iterable[Any]) -> bool:
+def only_first_trains(others: Iterable[Any]) -> bool:
     """Whether none of a layer's other inputs carries a gradient, or may be changed by it."""
-    return all(
-        only_first_trains(value) if isinstance(value, tuple)
-        else value is None or isinstance(value, bool | int | float) or (
-            isinstance(value, torch.Tensor) and not value.requires_grad)
-        for value in values
-    )  # fmt: skip
+    parts = [part for value in others for part in (value if isinstance(value, tuple) else [value])]
+    objects = [part for part in parts if not isinstance(part, bool | int | float | None)]
+    return all(isinstance(part, torch.Tensor) and not part.requires_grad for part in objects)
 
 
 def small_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
