@@ -29,8 +29,8 @@ Read the file from top to bottom, along the path of the data: every room uses on
     14 Processes        5381-5438
     15 Evaluation       5441-5649
     16 Trainer          5652-6290
-    17 Stages           6293-6785
-    18 Main             6788-7081
+    17 Stages           6293-6783
+    18 Main             6786-7079
 """
 
 # ------------------------------------------------------------------------------------
@@ -6641,9 +6641,7 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     last = max(getattr(trainer.processing_class, "new_rows", [-1]))
     notes, merge = "", "merge it with `--merged_output_dir`.\n\n"
     if last >= 0:
-        notes += (
-            f"New tokens: call `base.resize_token_embeddings({last + 1})` before loading it if the base has fewer. "
-        )
+        notes = f"New tokens: if the base has fewer rows, call `base.resize_token_embeddings({last + 1})` before. "
         notes += f"vLLM and llama.cpp load no adapter with new tokens: {merge}"
     if config.lora.lora_rank_pattern or config.lora.lora_alpha_pattern:
         notes += f"vLLM scales all layers by one rank and alpha, llama.cpp by one alpha: to serve it there, {merge}"
