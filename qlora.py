@@ -30,7 +30,7 @@ Read the file from top to bottom, along the path of the data: every room uses on
     15 Evaluation       5441-5649
     16 Trainer          5652-6290
     17 Stages           6293-6783
-    18 Main             6786-7079
+    18 Main             6786-7080
 """
 
 # ------------------------------------------------------------------------------------
@@ -7012,7 +7012,8 @@ def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
             name = signal.Signals(*error.args or [signal.SIGINT]).name
             return STOP_SIGNALS[name], f"interrupted by {name}; {way}"
         case torch.OutOfMemoryError():
-            return 2, "not enough GPU memory: lower --per_device_train_batch_size or the limits of length"
+            lower = "lower --per_device_train_batch_size or --source_max_len and --target_max_len"
+            return 2, f"not enough GPU memory: {lower}, or keep --gradient_checkpointing on"
         case _ if is_peer_failure(error):
             return 2, f"another rank of this run has exited; {way}"
         case ValueError() if "DebugUnderflowOverflow" in str(error):
