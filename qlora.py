@@ -17,20 +17,20 @@ Read the file from top to bottom, along the path of the data: every room uses on
      2 Errors             181-246
      3 Dataset formats    249-744
      4 Arguments         747-1447
-     5 Loading          1450-2022
-     6 Tokenizer        2025-2157
-     7 Encoding         2160-2628
-     8 Model            2631-3223
-     9 Calibration      3226-3525
-    10 LoRA             3528-3831
-    11 Fast path        3834-4688
-    12 Plan             4691-5007
-    13 Checkpoints      5010-5378
+     5 Loading          1450-2023
+     6 Tokenizer        2026-2156
+     7 Encoding         2159-2627
+     8 Model            2630-3265
+     9 Calibration      3268-3567
+    10 LoRA             3570-3873
+    11 Fast path        3876-4680
+    12 Plan             4683-5006
+    13 Checkpoints      5009-5378
     14 Processes        5381-5438
     15 Evaluation       5441-5649
-    16 Trainer          5652-6290
-    17 Stages           6293-6783
-    18 Main             6786-7080
+    16 Trainer          5652-6289
+    17 Stages           6292-6782
+    18 Main             6785-7079
 """
 
 # ------------------------------------------------------------------------------------
@@ -1741,7 +1741,8 @@ def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
         for i, (start, end) in zip(ids, offsets, strict=True):
             if text[start:end] != ESCAPE_MARK:
                 first, last = segment_of[min(start, len(text) - 1)], segment_of[max(end, start + 1, 1) - 1]
-                tokens[last].append((i, i if row[first]["supervised"] or row[last]["supervised"] else IGNORE))
+                supervised = row[first]["supervised"] or row[last]["supervised"]
+                tokens[last].append((i, i if supervised else IGNORE))
         if row[0]["text"].startswith(BOS_MARK) and bos is not None:
             tokens[0].insert(0, (bos, bos if row[0]["supervised"] else IGNORE))
         if row[-1]["text"].endswith(EOS_MARK):
@@ -2083,9 +2084,7 @@ def match_file(tokenizer: Any, folder: str, config: Config, **options: Any) -> A
 
 def set_gguf_splits(tokenizer: Any, path: Path) -> None:
     """Split text as the merges in a .gguf file were learned, where transformers does not know the file's way."""
-    import gguf
-
-    fields = gguf.GGUFReader(path).fields
+    fields = importlib.import_module("gguf").GGUFReader(path).fields
     names = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
     kind, pre = (fields[name].contents() if name in fields else "" for name in names)
     name = pre if kind == "gpt2" and pre else "gpt-2"
@@ -2730,7 +2729,7 @@ def model_folder(config: Config) -> str:
         path = files[0] if len(files) == 1 else path
     if path.suffix.lower() != ".gguf" or not path.is_file():
         return name
-    version = digest(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns, GGUF_SINGLE_DIGITS, "2")
+    version = digest(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns, "2", GGUF_SINGLE_DIGITS)
     folder = root / f"{path.stem}-{version}"
     if folder.is_dir():
         return str(folder)
@@ -2999,10 +2998,54 @@ def unpack_experts(model: Any, dtype: torch.dtype) -> None:
             module.__dict__.pop("forward", None)
 
 
+if triton is not None:
+
+    @triton.jit
+    def _dequantise_4bit_kernel(  # type: ignore[no-untyped-def]
+        packed, absmax, code, nested_code, nested_absmax, offset, out, blocks,
+        BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # one row is one block of weights
+        valid = row < blocks
+        if NESTED:
+            scale = tl.load(nested_code + tl.load(absmax + row, mask=valid, other=0).to(tl.int32))
+            scale = scale * tl.load(nested_absmax + row // NESTED_BLOCK, mask=valid, other=0.0) + tl.load(offset)
+        else:
+            scale = tl.load(absmax + row, mask=valid, other=0.0)
+        half = tl.arange(0, BLOCK // 2)
+        position = row[:, None].to(tl.int64) * (BLOCK // 2) + half[None, :]
+        byte = tl.load(packed + position, mask=valid[:, None], other=0).to(tl.int32)
+        high = tl.load(code + (byte >> 4)) * scale[:, None]  # the first of two weights is the high half
+        low = tl.load(code + (byte & 15)) * scale[:, None]
+        both = tl.interleave(high, low).to(out.dtype.element_ty)
+        column = tl.arange(0, BLOCK)
+        tl.store(out + row[:, None].to(tl.int64) * BLOCK + column[None, :], both, mask=valid[:, None])
+
+
+def on_current_gpu(x: torch.Tensor) -> bool:
+    """Whether x lies where Triton launches kernels; of a model spread over several GPUs, most tensors do not."""
+    return x.is_cuda and x.device.index == torch.cuda.current_device()
+
+
+def dequantise_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Dequantise a packed weight, scales included, in one launch where bitsandbytes takes three (small: 14 %)."""
+    if triton is None or not on_current_gpu(packed) or packed.numel() * 2 % state.blocksize:
+        return dequantize_4bit(packed, state).to(dtype)
+    out = torch.empty(state.shape, dtype=dtype, device=packed.device)
+    nested, code, blocks = state.state2 if state.nested else None, state.code, out.numel() // state.blocksize
+    scales = (nested.code, nested.absmax, state.offset) if nested else (code, state.absmax, code)
+    _dequantise_4bit_kernel[(triton.cdiv(blocks, 32),)](
+        packed, state.absmax, code, *scales, out, blocks, BLOCK=state.blocksize,
+        NESTED_BLOCK=nested.blocksize if nested else 1, NESTED=nested is not None, ROWS=32,
+        enable_fp_fusion=False,  # bitsandbytes rounds the product before it adds
+    )  # fmt: skip
+    return out
+
+
 def stack_values(weight: Any, dtype: torch.dtype) -> torch.Tensor:
     """The values of a stack of experts, (experts, ., .)."""
     state = getattr(weight, "quant_state", None)
-    return (dequantize_4bit(weight.data, state) if state else weight).to(dtype)
+    return dequantise_4bit(weight.data, state, dtype) if state else weight.to(dtype)
 
 
 def expert_factors(layer: Any, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -3166,8 +3209,11 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         options["quantization_config"] = quantisation_config(config, model_config)
     if args.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
         importlib.import_module("deepspeed").init_distributed()
-    model = (load_for_fsdp if fsdp else load_base)(config, model_config, folder, **options)
-    if packs_experts(config):
+    model, packs = (
+        (load_for_fsdp if fsdp else load_base)(config, model_config, folder, **options),
+        packs_experts(config),
+    )
+    if packs:
         pack_experts(model, config)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -3181,11 +3227,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
     experts = (module for module in model.modules() if "expert" in type(module).__name__.lower())
     stacks = [w for module in experts for w in module.parameters(recurse=False) if w.dim() > 1]
     if options.get("quantization_config") and stacks and all(w.is_floating_point() for w in stacks):
-        why = (
-            "this family's are not known"
-            if packs_experts(config)
-            else "only --bits 4 without --fsdp and --deepspeed packs them"
-        )
+        why = "this family's are not known" if packs else "only --bits 4 without --fsdp and --deepspeed packs them"
         size, dtype = sum(weight.nbytes for weight in stacks) / GIB, str(stacks[0].dtype)[6:]
         log.warning("%d tensors of experts, %.2f GiB, stay in %s: %s", len(stacks), size, dtype, why)
     # keeps the Trainer from wrapping the model in DataParallel where this process sees several GPUs
@@ -3838,50 +3880,6 @@ def convert_to_published_base(folder: Path, initial: Mapping[str, torch.Tensor])
 # much longer a step takes without that mechanism: Llama-2-7B shape, one H200, 16 x 528 tokens, or `small`: 1 x 528, all
 # layers recomputed.
 # ------------------------------------------------------------------------------------
-if triton is not None:
-
-    @triton.jit
-    def _dequantise_4bit_kernel(  # type: ignore[no-untyped-def]
-        packed, absmax, code, nested_code, nested_absmax, offset, out, blocks,
-        BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # one row is one block of weights
-        valid = row < blocks
-        if NESTED:
-            scale = tl.load(nested_code + tl.load(absmax + row, mask=valid, other=0).to(tl.int32))
-            scale = scale * tl.load(nested_absmax + row // NESTED_BLOCK, mask=valid, other=0.0) + tl.load(offset)
-        else:
-            scale = tl.load(absmax + row, mask=valid, other=0.0)
-        half = tl.arange(0, BLOCK // 2)
-        position = row[:, None].to(tl.int64) * (BLOCK // 2) + half[None, :]
-        byte = tl.load(packed + position, mask=valid[:, None], other=0).to(tl.int32)
-        high = tl.load(code + (byte >> 4)) * scale[:, None]  # the first of two weights is the high half
-        low = tl.load(code + (byte & 15)) * scale[:, None]
-        both = tl.interleave(high, low).to(out.dtype.element_ty)
-        column = tl.arange(0, BLOCK)
-        tl.store(out + row[:, None].to(tl.int64) * BLOCK + column[None, :], both, mask=valid[:, None])
-
-
-def on_current_gpu(x: torch.Tensor) -> bool:
-    """Whether x lies where Triton launches kernels; of a model spread over several GPUs, most tensors do not."""
-    return x.is_cuda and x.device.index == torch.cuda.current_device()
-
-
-def dequantise_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Dequantise a packed weight, scales included, in one launch where bitsandbytes takes three (small: 14 %)."""
-    if triton is None or not on_current_gpu(packed) or packed.numel() * 2 % state.blocksize:
-        return dequantize_4bit(packed, state).to(dtype)
-    out = torch.empty(state.shape, dtype=dtype, device=packed.device)
-    nested, code, blocks = state.state2 if state.nested else None, state.code, out.numel() // state.blocksize
-    scales = (nested.code, nested.absmax, state.offset) if nested else (code, state.absmax, code)
-    _dequantise_4bit_kernel[(triton.cdiv(blocks, 32),)](
-        packed, state.absmax, code, *scales, out, blocks, BLOCK=state.blocksize,
-        NESTED_BLOCK=nested.blocksize if nested else 1, NESTED=nested is not None, ROWS=32,
-        enable_fp_fusion=False,  # bitsandbytes rounds the product before it adds
-    )  # fmt: skip
-    return out
-
-
 def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
     """Dequantise or cast a linear layer's weight, (out, in)."""
     unpacked = getattr(base, "unpacked", None)
@@ -3895,12 +3893,6 @@ def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
         return weight.to(dtype)
     int8 = base.state if base.state.CB is not None else weight  # bitsandbytes moves it there at the first use
     return torch.mul(int8.CB, (int8.SCB / 127.0)[:, None], out=torch.empty_like(int8.CB, dtype=dtype))
-
-
-def stack_weight(weight: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Dequantise or cast a stack of experts, (experts, ., .)."""
-    state = getattr(weight, "quant_state", None)
-    return dequantise_4bit(weight.data, state, dtype) if state else weight.to(dtype)
 
 
 class FusedLinear(NamedTuple):
@@ -4159,12 +4151,12 @@ class FrozenExperts(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, ends: torch.Tensor, weight: Any, transposed: bool) -> torch.Tensor:
         """Take x, (rows, in), in the order of experts, and return (rows, out)."""
         ctx.ends, ctx.weight, ctx.transposed = ends, weight, transposed
-        values = stack_weight(weight, x.dtype)
+        values = stack_values(weight, x.dtype)
         return grouped_mm(x, values if transposed else values.mT, ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        values = stack_weight(ctx.weight, grads[0].dtype)
+        values = stack_values(ctx.weight, grads[0].dtype)
         return grouped_mm(grads[0], values.mT if ctx.transposed else values, ctx.ends), None, None, None
 
 
@@ -4456,8 +4448,8 @@ def set_recomputed_layers(
     layers = decoder_layers(model)
     devices = [next(layer.parameters()).device for layer in layers]  # of several, the first layers of each
     chosen = sorted(range(len(layers)), key=lambda i: devices[:i].count(devices[i]))[:count]
-    checkpoint = small_checkpoint if small else torch.utils.checkpoint.checkpoint
-    checkpoint = offloading_checkpoint if offload else checkpoint
+    usual = small_checkpoint if small else torch.utils.checkpoint.checkpoint
+    checkpoint = offloading_checkpoint if offload else usual
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = i in chosen
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
@@ -4755,6 +4747,24 @@ class MemoryModel(NamedTuple):
         return self._replace(**{name: getattr(self, name) // gpus for name in names} | changes)
 
 
+def kept_by_linear(shapes: Mapping[str, Any], hidden: int, config: Config) -> int:
+    """How many values the linear layers, (out, in) by name, keep of a token for the backward pass.
+
+    Those of one block share an input, but peft's functions may cast one for each; a block's last output is only added
+    to the residual; a gated MLP that is not fused keeps the activation's output and its last input too.
+    """
+    full = config.quant.full_finetune
+    fused = config.training.fast_path and not full and not config.lora.use_dora
+    kept, inputs = 0, dict[Any, int]()
+    for name, (out, size) in shapes.items():
+        owner, _, leaf = name.rpartition(".")
+        last = out == hidden and leaf not in ("q_proj", "k_proj", "v_proj", "query", "key", "value")
+        kept += (0 if last else out) + (0 if full else config.lora.lora_r)
+        kept += out if leaf == "gate_proj" and not fused else 0
+        inputs[(owner, size, last) if fused or full else name] = 0 if fused and leaf == "down_proj" else size
+    return kept + sum(inputs.values())
+
+
 def memory_from_config(config: Config, model_config: PretrainedConfig) -> MemoryModel:
     """Predict the memory of the base model, its adapters and its steps from shapes alone."""
     train, full, bits = config.training, config.quant.full_finetune, config.quant.bits
@@ -4765,18 +4775,7 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     total, linear = sum(p.numel() for p in model.parameters()), sum(map(math.prod, shapes.values()))
     # a 4-bit weight has a float32 scale for 64 values, or 8 bits of scale and one float32 for 256 of them
     four_bits = 0.5 + (1 / 64 + 4 / (64 * 256) if config.quant.double_quant else 4 / 64)
-    # What the linear layers keep of a token: those of one block share an input, but peft's functions may cast one for
-    # each; a block's last output is only added to the residual; a gated MLP that is not fused keeps the activation's
-    # output and its last input too.
-    fused = train.fast_path and not full and not config.lora.use_dora
-    kept, inputs = 0, dict[Any, int]()
-    for name, (out, size) in shapes.items():
-        owner, _, leaf = name.rpartition(".")
-        last = out == hidden and leaf not in ("q_proj", "k_proj", "v_proj", "query", "key", "value")
-        kept += (0 if last else out) + (0 if full else config.lora.lora_r)
-        kept += out if leaf == "gate_proj" and not fused else 0
-        inputs[(owner, size, last) if fused or full else name] = 0 if fused and leaf == "down_proj" else size
-    kept += sum(inputs.values())
+    kept = kept_by_linear(shapes, hidden, config)
     norms = 0  # bytes of their inputs, in float32 unless an RMSNorm is fused
     for name, module in model.named_modules():
         if "Norm" in type(module).__name__ and re.search(r"\.\d+\.", name):  # in a layer
@@ -5273,7 +5272,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
     """Add values to those that a JSON file holds already."""
-    write_json(path, {**first, **(read_json(path) if path.is_file() else {}), **values})
+    earlier = read_json(path) if path.is_file() else {}
+    write_json(path, {**first, **earlier, **values})
 
 
 def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
@@ -5988,9 +5988,8 @@ class QLoRATrainer(Trainer):
         if self.fast.attention is not None:
             return padding_free_batch(step, members)
         tokenizer: Any = self.processing_class
-        return padded_batch(
-            step, members, tokenizer.pad_token_id, self.config.model.padding_side, self.passes_positions
-        )
+        side = self.config.model.padding_side
+        return padded_batch(step, members, tokenizer.pad_token_id, side, self.passes_positions)
 
     def _make_room(self, step: StepBatch, reason: torch.OutOfMemoryError) -> None:
         """Drop dequantised copies, halve micro-batches down to 4096 tokens, then recompute more layers."""

@@ -72,7 +72,7 @@ def seconds_between(marks: list[Any]) -> list[float]:
     return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
 
 
-def measure_ours(model: str, case: str, steps: int, rank: int, flags: list[str]) -> dict[str, Any]:
+def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[str, Any]:
     """qlora.py's own Trainer over rows of these lengths, started as a user starts it."""
     sys.path.insert(0, str(ROOT))
     import datasets
@@ -102,7 +102,6 @@ def measure_ours(model: str, case: str, steps: int, rank: int, flags: list[str])
     words += ["--per_device_train_batch_size", str(at_once), "--gradient_accumulation_steps", str(count // at_once)]
     words += ["--max_steps", str(total), "--save_strategy", "no", "--logging_steps", "1000", "--logging_first_step"]
     words += ["--train_sampling_strategy", "sequential", "--disable_tqdm", "True", "--output_dir", "/tmp/bench"]
-    words += ["--lora_r", str(rank)]
     words += [] if case.startswith("REAL:") or "*" in case else ["--recompute_layers", recompute]
     config = qlora.parse_config([*words, *flags])
     qlora.set_up_logging()
@@ -232,13 +231,13 @@ def measure(side: str, cases: list[str], arguments: argparse.Namespace) -> None:
     """Cases with the same recomputation, in this process; a line of JSON for each."""
     import gc
 
-    began, trained, flags = time.perf_counter(), None, arguments.flags.split()
-    model, steps, rank = arguments.model, arguments.steps, arguments.rank
+    began, trained, model, steps = time.perf_counter(), None, arguments.model, arguments.steps
+    flags = ["--lora_r", str(arguments.rank), *arguments.flags.split()]
     ours, _, variant = side.partition("+")
     if variant:
         flags = [*flags, *VARIANTS[variant]]
     if ours != "ours":
-        trained = load_peer(side, model, lengths_of(cases[0])[2], rank)
+        trained = load_peer(side, model, lengths_of(cases[0])[2], arguments.rank)
     ready = time.perf_counter() - began
     import torch
 
@@ -249,8 +248,7 @@ def measure(side: str, cases: list[str], arguments: argparse.Namespace) -> None:
             for parameter, value in zip(parameters, fresh, strict=True):
                 parameter.copy_(value)
         torch.cuda.empty_cache()
-        own = ours == "ours"
-        made = measure_ours(model, case, steps, rank, flags) if own else measure_peer(side, trained, case, steps)
+        made = measure_ours(model, case, steps, flags) if ours == "ours" else measure_peer(side, trained, case, steps)
         seconds, tokens = made.pop("seconds"), made.pop("tokens")
         rates = [count / second for count, second in zip(tokens, seconds, strict=True)]
         peak = torch.cuda.max_memory_allocated() / 2**30
