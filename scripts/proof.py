@@ -52,20 +52,21 @@ SHARED = ["--source_max_len", "16", "--target_max_len", "512", "--gradient_accum
           "--logging_steps", "1", "--disable_tqdm", "True", "--overwrite_output_dir", "True"]  # fmt: skip
 LORA, FULL = ["--learning_rate", "5e-4"], ["--learning_rate", "2e-5", "--full_finetune"]
 NF4, FP4 = ["--bits", "4", "--quant_type", "nf4"], ["--bits", "4", "--quant_type", "fp4"]
-CALIBRATED = ["--calibration_rows", "128"]
+CALIBRATED = [*NF4, "--calibration_rows"]
 SETTINGS = {
     "LoRA, 16 bit": [*LORA, *BF16, "--bits", "16"],
     "LoRA, int8": [*LORA, *BF16, "--bits", "8"],
     "LoRA, nf4": [*LORA, *BF16, *NF4, "--double_quant", "False"],
     "LoRA, nf4 + double quant": [*LORA, *BF16, *NF4],
-    "LoRA, nf4 calibrated": [*LORA, *BF16, *NF4, *CALIBRATED],
+    "LoRA, nf4 calibrated": [*LORA, *BF16, *CALIBRATED, "128"],
     # the better base alone: adapters start at zero
-    "LoRA, nf4 calibrated, start at zero": [*LORA, *BF16, *NF4, *CALIBRATED, "--init_lora_weights", "True"],
+    "LoRA, nf4 calibrated, start at zero": [*LORA, *BF16, *CALIBRATED, "128", "--init_lora_weights", "True"],
     "LoRA, fp4": [*LORA, *BF16, *FP4, "--double_quant", "False"],
     "full, float32 weights": [*FULL, "--bits", "32"],
     # as the original does it; a step of 2e-5 is below the rounding of a bf16 weight of 0.02
     "full, bf16 weights": [*FULL, *BF16, "--bits", "16"],
 }
+ROWS = {f"LoRA, nf4 calibrated, {n} rows": [*LORA, *BF16, *CALIBRATED, str(n)] for n in (64, 512)}
 REFERENCE = "LoRA, 16 bit"
 BY_RATE = [REFERENCE, "LoRA, nf4 + double quant", "LoRA, nf4 calibrated", "LoRA, nf4 calibrated, start at zero"]
 DEFAULTS = "the original's defaults"
@@ -114,6 +115,10 @@ def run_job(work: Path, gpus: Queue[str], published: Any, job: Job) -> dict[str,
     flags = [*job.flags, "--seed", str(job.seed), "--data_seed", str(job.seed)]
     flags += [] if job.rate is None else ["--learning_rate", str(job.rate)]
     result = {"name": job.name, "seed": job.seed, "rate": job.rate, "flags": without_folders(flags)}
+    done = read_json(record := out.with_suffix(".json"))
+    if done.get("flags") == result["flags"]:  # by the same command, which was stopped
+        gpus.put(gpu)
+        return dict(done)
     try:
         start(ROOT / "qlora.py", [*flags, "--output_dir", str(out)], out.with_suffix(".log"), gpu)
     except RuntimeError as error:
@@ -127,7 +132,9 @@ def run_job(work: Path, gpus: Queue[str], published: Any, job: Job) -> dict[str,
     print(f"{job.name}, seed {job.seed}: held-out loss {losses}", flush=True)
     if published:
         result["published"] = round(published.loss(out), 6)
-    return result | {"metrics": read_json(out / "metrics.json"), "data": read_json(out / "run.json").get("data", {})}
+    result |= {"metrics": read_json(out / "metrics.json"), "data": read_json(out / "run.json").get("data", {})}
+    record.write_text(json.dumps(result), encoding="utf-8")
+    return result
 
 
 def run_jobs(arguments: argparse.Namespace, jobs: Iterable[Job], published: Any = None) -> list[dict[str, Any]]:
@@ -234,13 +241,15 @@ def rates(arguments: argparse.Namespace) -> None:
     flags += ["--dataset", str(folder), "--eval_strategy", "epoch", "--num_train_epochs", str(arguments.epochs),
               "--lr_scheduler_type", "constant", *arguments.flags]  # fmt: skip
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    names, table = arguments.settings.split(";") if arguments.settings else BY_RATE, SETTINGS | ROWS
     jobs = [
-        Job(name, [*flags, *SETTINGS[name]], seed, float(rate))
-        for rate in arguments.rates.split(",") for name in BY_RATE for seed in seeds
+        Job(name, [*flags, *table[name]], seed, float(rate))
+        for rate in arguments.rates.split(",") for name in names for seed in seeds
     ]  # fmt: skip
     # first the runs that calibrate, one for each seed; the other runs then find the bases in the cache
+    calibrates = [job for job in jobs if "calibrated" in job.name and job.rate == jobs[0].rate]
+    first = [job for job in calibrates if "zero" not in job.name or len(names) == 1]
     rest = [job for job in jobs if "calibrated" not in job.name]
-    first = [job for job in jobs if job.name == BY_RATE[2]][: len(seeds)]
     jobs = [*first, *rest, *(job for job in jobs if job not in (*first, *rest))]
     runs = run_jobs(arguments, jobs, Published(base, folder / "eval.jsonl"))
     write(arguments, "rates", {"runs": runs})
@@ -248,7 +257,7 @@ def rates(arguments: argparse.Namespace) -> None:
 
 def by_rate(content: dict[str, Any], key: Callable[[dict[str, Any]], float]) -> dict[str, dict[float, list[float]]]:
     """A number of every run, by setting and rate."""
-    found: dict[str, dict[float, list[float]]] = {name: {} for name in BY_RATE}
+    found: dict[str, dict[float, list[float]]] = {run["name"]: {} for run in content["runs"]}
     for run in sorted((run for run in content["runs"] if "failed" not in run), key=lambda run: run["rate"]):
         found[run["name"]].setdefault(run["rate"], []).append(key(run))
     return found
@@ -265,15 +274,16 @@ def rates_table(content: dict[str, Any]) -> str:
     lines = []
     for where, key in WHERE.items():
         losses = by_rate(content, key)
-        columns = list(losses[REFERENCE])
+        columns = sorted({rate for own in losses.values() for rate in own})
         head = " | ".join(f"{rate:g}" for rate in columns)
         lines.append(f"| held-out loss on {where} | before | {head} | best, minus 16 bit |")
         lines += ["|" + "---|" * (len(columns) + 3)]
         best = {name: min(statistics.mean(values) for values in own.values()) for name, own in losses.items() if own}
+        lowest = best.get(REFERENCE, math.nan)
         for name, own in losses.items():
             before = next((r["eval"][0]["eval_loss"] for r in content["runs"] if r["name"] == name and "eval" in r), 0)
             cells = " | ".join(spread(own[rate]) if rate in own else "" for rate in columns)
-            lines.append(f"| {name} | {before:.4f} | {cells} | {best.get(name, math.nan) - best[REFERENCE]:+.4f} |")
+            lines.append(f"| {name} | {before:.4f} | {cells} | {best.get(name, math.nan) - lowest:+.4f} |")
         lines.append("")
     lines += [f"{r['name']}, seed {r['seed']}, {r['rate']:g}: {r['failed']}" for r in content["runs"] if "failed" in r]
     return "\n".join(lines).strip()
@@ -548,8 +558,7 @@ def main(argv: list[str] | None = None) -> None:
             command.add_argument("--seeds", default="0,1,2")
         if function in (precision, rates):
             command.add_argument("--epochs", type=float, default=3)
-        if function is precision:
-            command.add_argument("--settings", help=f"some of: {'; '.join(SETTINGS)}")
+            command.add_argument("--settings", help=f"some of: {'; '.join((*SETTINGS, *ROWS))}")
         if function is rates:
             command.add_argument("--rates", default="1.25e-4,2.5e-4,5e-4,1e-3,2e-3,4e-3")
     qlora.set_up_logging()
