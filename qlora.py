@@ -20,17 +20,17 @@ Read the file from top to bottom, along the path of the data: every room uses on
      5 Loading          1450-2023
      6 Tokenizer        2026-2156
      7 Encoding         2159-2627
-     8 Model            2630-3271
-     9 Calibration      3274-3573
-    10 LoRA             3576-3879
-    11 Fast path        3882-4710
-    12 Plan             4713-5043
-    13 Checkpoints      5046-5415
-    14 Processes        5418-5475
-    15 Evaluation       5478-5686
-    16 Trainer          5689-6331
-    17 Stages           6334-6824
-    18 Main             6827-7121
+     8 Model            2630-3270
+     9 Calibration      3273-3572
+    10 LoRA             3575-3878
+    11 Fast path        3881-4685
+    12 Plan             4688-5014
+    13 Checkpoints      5017-5386
+    14 Processes        5389-5446
+    15 Evaluation       5449-5657
+    16 Trainer          5660-6302
+    17 Stages           6305-6795
+    18 Main             6798-7092
 """
 
 # ------------------------------------------------------------------------------------
@@ -3038,13 +3038,12 @@ def dequantise_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> tor
     tensors, grid = (packed, state.absmax, code, *scales, out), (triton.cdiv(blocks, 32), 1, 1)
     constants = (state.blocksize, nested.blocksize if nested else 1, nested is not None, 32)
     key = packed.device, dtype, blocks, constants
-    if any(tensor.data_ptr() % 16 for tensor in tensors) or key not in COMPILED:
-        # without fusion, as bitsandbytes rounds the product before it adds
-        kernel = _dequantise_4bit_kernel[grid](*tensors, blocks, *constants, enable_fp_fusion=False)
-        if not any(tensor.data_ptr() % 16 for tensor in tensors):
-            COMPILED[key] = kernel
-    else:  # Triton takes 34 of 50 us to find the kernel that it has compiled
+    aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
+    if aligned and key in COMPILED:  # Triton takes 34 of 50 us to find what it has compiled (small: 8 %)
         COMPILED[key][grid](*tensors, blocks, *constants)
+    else:  # without fusion, as bitsandbytes rounds the product before it adds
+        kernel = _dequantise_4bit_kernel[grid](*tensors, blocks, *constants, enable_fp_fusion=False)
+        COMPILED.update({key: kernel} if aligned else {})
     return out
 
 
@@ -3955,31 +3954,16 @@ def lora_up(hidden: torch.Tensor, layers: Sequence[FusedLinear], params: Sequenc
     ]
 
 
-def dense_weights(layers: Sequence[FusedLinear], dtype: torch.dtype) -> Any:
-    """Each layer's weight, (out, in), one after the other; all at once where the backward pass follows and takes them.
-
-    A layer that is recomputed is dequantised once for that and its backward pass (4 % with all layers recomputed).
-    """
-    weights = (dense_weight(layer.base, dtype) for layer in layers)
-    return list(weights) if getattr(layers[0].base, "reused", False) else weights
-
-
-def frozen_outputs(
-    x: torch.Tensor, hidden: torch.Tensor, layers: Sequence[FusedLinear], params: Any, weights: Iterable[torch.Tensor]
-) -> list[Any]:
+def frozen_outputs(x: torch.Tensor, hidden: torch.Tensor, layers: Sequence[FusedLinear], params: Any) -> list[Any]:
     """Compute W x + bias + B hidden of every layer; the large product adds to the small one in place."""
-    outputs = zip(lora_up(hidden, layers, params), weights, strict=True)
-    return [out.addmm_(x, weight.t()) for out, weight in outputs]
+    outputs = zip(lora_up(hidden, layers, params), layers, strict=True)
+    return [out.addmm_(x, dense_weight(layer.base, x.dtype).t()) for out, layer in outputs]
 
 
 def input_gradients(
-    grads: Sequence[Any], masks: Sequence[Any], layers: Sequence[FusedLinear], params: Sequence[Any], wanted: bool,
-    weights: Sequence[torch.Tensor] = (),
-) -> tuple[torch.Tensor, Any]:  # fmt: skip
-    """Compute the gradients of the hidden states, times the scaling, and, if wanted, of the layers' one input.
-
-    `weights` are those that the forward pass has kept.
-    """
+    grads: Sequence[Any], masks: Sequence[Any], layers: Sequence[FusedLinear], params: Sequence[Any], wanted: bool
+) -> tuple[torch.Tensor, Any]:
+    """Compute the gradients of the hidden states, times the scaling, and, if wanted, of the layers' one input."""
     d_hidden = grads[0].new_empty(grads[0].shape[0], sum(layer.rank for layer in layers))
     parts = columns_of(d_hidden, layers)
     for layer, grad, b, part in zip(layers, grads, params[1::3], parts, strict=True):
@@ -3993,8 +3977,8 @@ def input_gradients(
             d_x += (part @ down).mul_(mask).div_(1 - layer.dropout)
     else:
         d_x = d_hidden @ (torch.cat(downs) if len(downs) > 1 else downs[0])
-    for grad, weight in zip(grads, weights or dense_weights(layers, d_x.dtype), strict=True):
-        d_x.addmm_(grad, weight)
+    for layer, grad in zip(layers, grads, strict=True):
+        d_x.addmm_(grad, dense_weight(layer.base, d_x.dtype))
     return d_hidden, d_x
 
 
@@ -4036,18 +4020,15 @@ class FusedLoRA(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, layers: Sequence[FusedLinear], *params: torch.Tensor | None) -> Any:
         """Take x, (tokens, in), and return one (tokens, out) for each layer."""
         hidden, masks = lora_down(x, layers, params)
-        weights = dense_weights(layers, x.dtype)
-        kept = weights if isinstance(weights, list) else []
-        # params are leaves and need no saving: a checkpoint's hooks cost 3 us each
-        ctx.layers, ctx.params, ctx.kept = layers, params, len(kept)
-        ctx.save_for_backward(x, hidden, *kept, *masks)
-        return tuple(frozen_outputs(x, hidden, layers, params, weights))
+        ctx.layers, ctx.params = layers, params  # leaves need no saving: a checkpoint's hooks cost 3 us each
+        ctx.save_for_backward(x, hidden, *masks)
+        return tuple(frozen_outputs(x, hidden, layers, params))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, hidden, *rest = ctx.saved_tensors
-        layers, params, weights, masks = ctx.layers, ctx.params, rest[: ctx.kept], rest[ctx.kept :]
-        d_hidden, d_x = input_gradients(grads, masks, layers, params, ctx.needs_input_grad[0], weights)
+        x, hidden, *masks = ctx.saved_tensors
+        layers, params = ctx.layers, ctx.params
+        d_hidden, d_x = input_gradients(grads, masks, layers, params, ctx.needs_input_grad[0])
         return d_x, None, *parameter_gradients(grads, d_hidden, x, hidden, masks, layers, params)
 
 
@@ -4081,28 +4062,25 @@ class FusedMLP(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take x, (tokens, hidden), and return the down adapter's output and its input."""
         hidden, masks = lora_down(x, layers[:2], params[:6])
-        weights = dense_weights(layers[:2], x.dtype)
-        kept = weights if isinstance(weights, list) else []
-        gate, up = frozen_outputs(x, hidden, layers[:2], params[:6], weights)
+        gate, up = frozen_outputs(x, hidden, layers[:2], params[:6])
         kernels = gated_kernels(act, x)
         product = kernels[0](gate, up)[2] if kernels else act(gate) * up
         down_hidden, down_masks = lora_down(product, layers[2:], params[6:])
-        ctx.layers, ctx.params, ctx.act, ctx.masks, ctx.kept = layers, params, act, len(masks), len(kept)
-        ctx.save_for_backward(x, gate, up, hidden, down_hidden, *kept, *masks, *down_masks)
+        ctx.layers, ctx.params, ctx.act, ctx.masks = layers, params, act, len(masks)
+        ctx.save_for_backward(x, gate, up, hidden, down_hidden, *masks, *down_masks)
         ctx.mark_non_differentiable(product)
         return lora_up(down_hidden, layers[2:], params[6:])[0], product
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, gate, up, hidden, down_hidden, *rest = ctx.saved_tensors
-        params, weights, rest = ctx.params, rest[: ctx.kept], rest[ctx.kept :]
-        masks, down_masks = rest[: ctx.masks], rest[ctx.masks :]
+        params, masks, down_masks = ctx.params, rest[: ctx.masks], rest[ctx.masks :]
         pair, down = ctx.layers[:2], ctx.layers[2:]
         d_hidden, d_product = input_gradients(grads[:1], down_masks, down, params[6:], True)
         product, *d_pair = gated_gradients(ctx.act, d_product, gate, up)
         of_down = parameter_gradients(grads[:1], d_hidden, product, down_hidden, down_masks, down, params[6:])
         del product, d_product, gate, up
-        d_hidden, d_x = input_gradients(d_pair, masks, pair, params[:6], ctx.needs_input_grad[0], weights)
+        d_hidden, d_x = input_gradients(d_pair, masks, pair, params[:6], ctx.needs_input_grad[0])
         of_pair = parameter_gradients(d_pair, d_hidden, x, hidden, masks, pair, params[:6])
         return d_x, None, None, *of_pair, *of_down
 
@@ -4465,12 +4443,12 @@ def small_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
 
 
 def set_recomputed_layers(
-    model: Any, count: int, offload: bool = False, random: bool = True, small: bool = False, reuse: bool = False
+    model: Any, count: int, offload: bool = False, random: bool = True, small: bool = False
 ) -> None:
     """Recompute the first `count` layers (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
 
     The backward pass reaches them last, when the memory of the others is free. `random`: layers draw random numbers.
-    `small`: the time goes into launches. `reuse`: their weights, once dequantised, wait for the backward pass.
+    `small`: the time goes into launches.
     """
     layers = decoder_layers(model)
     devices = [next(layer.parameters()).device for layer in layers]  # of several, the first layers of each
@@ -4480,9 +4458,6 @@ def set_recomputed_layers(
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = i in chosen
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
-        for module in layer.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.reused = reuse and i in chosen  # type: ignore[assignment]
 
 
 def apply_liger(model: Any) -> str | None:
@@ -4718,7 +4693,6 @@ def enable_fast_path(model: Any, base: Any, config: Config) -> FastPath:
 # ------------------------------------------------------------------------------------
 NO_LIMIT = 2**30  # tokens: more than any step has
 CONTEXT = 0.6  # GiB that CUDA takes beside torch's allocator
-SMALL = 2048  # tokens of a micro-batch, below which the time goes into launches
 
 
 class StepPlan(NamedTuple):
@@ -4728,7 +4702,6 @@ class StepPlan(NamedTuple):
     tokens: int  # of a micro-batch, at most
     recomputed: int  # layers, from the first on
     unpacked: int = 0  # layers whose weights are kept dequantised too, from the first on
-    reused: bool = False  # whether a recomputed layer is dequantised once for that and for its backward pass
     resident: bool = False  # whether a paged optimizer's state stays on the GPU
     peak: float | None = None  # GiB predicted for torch's allocator
 
@@ -4874,11 +4847,9 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
         cost = batches * (math.ceil(window / batches) + 500) * (1 + 0.4 * recomputed / max(1, layers))
         if tokens >= smallest and cost < lowest:
             best, lowest = StepPlan(rows, tokens, recomputed), cost
-    if lowest == math.inf or not memory.unpacked:
+    if lowest == math.inf or best.recomputed or not memory.unpacked:
         return best
-    left = 0.9 * (room - memory.fixed) - best.tokens * memory.per_token(best.recomputed)
-    if best.recomputed:
-        return best._replace(reused=best.tokens >= SMALL and left >= memory.unpacked)
+    left = 0.9 * (room - memory.fixed) - best.tokens * memory.per_token(0)
     return best._replace(unpacked=max(0, min(int(left / memory.unpacked), layers)))
 
 
@@ -4892,7 +4863,7 @@ def plan_step(
         largest = window if plan.rows is None else min(window, plan.rows * longest)
         tokens = max(longest, math.ceil(largest / math.ceil(largest / plan.tokens)))
         activations = tokens * (memory.per_token(plan.recomputed) - memory.token)
-        transients, copies = memory.fixed + tokens * memory.token, memory.unpacked * (plan.unpacked + plan.reused)
+        transients, copies = memory.fixed + tokens * memory.token, memory.unpacked * plan.unpacked
         if fits := activations + transients + copies <= room - pages:
             break
     parts = {
@@ -6038,8 +6009,8 @@ class QLoRATrainer(Trainer):
         plan, layers = self.plan, len(decoder_layers(self.base))
         largest = max(self._micro_batches(step), key=lambda members: int(step.lengths[members].sum()))
         tokens = int(step.lengths[largest].sum())
-        if plan.unpacked or plan.reused:
-            self.plan = plan._replace(unpacked=0, reused=False)
+        if plan.unpacked:
+            self.plan = plan._replace(unpacked=0)
         elif len(largest) > 1 and (tokens > 4096 or plan.recomputed >= layers):
             self.plan = plan._replace(tokens=tokens // 2)
         elif plan.recomputed < layers:
@@ -6322,8 +6293,8 @@ def apply_step_plan(base: Any, plan: StepPlan, config: Config) -> None:
         text = base.config.get_text_config().to_dict()
         rates = (rate for name, rate in text.items() if re.search("drop|noise", name) and isinstance(rate, float))
         dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in base.modules())
-        offload, small = config.training.offload_activations, plan.tokens < SMALL and config.training.world_size == 1
-        set_recomputed_layers(base, plan.recomputed, offload, dropout or any(rates), small, plan.reused)
+        offload, small = config.training.offload_activations, plan.tokens < 2048 and config.training.world_size == 1
+        set_recomputed_layers(base, plan.recomputed, offload, dropout or any(rates), small)
     elif plan.recomputed and getattr(base, "supports_gradient_checkpointing", True):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()

@@ -181,7 +181,6 @@ def quick(
     bf16: bool = False,
     offload: bool = False,
     small: bool = False,
-    reuse: bool = False,
 ) -> Result:
     """A step through the parts that `fast` names, in the micro-batches `parts`; one of all members if None.
 
@@ -191,7 +190,7 @@ def quick(
     device = base.get_input_embeddings().weight.device
     if fast.body is not None:
         fast = fast._replace(body=base.base_model, head=base.get_output_embeddings())  # of this twin
-    qlora.set_recomputed_layers(base, recomputed, offload, small=small, reuse=reuse)
+    qlora.set_recomputed_layers(base, recomputed, offload, small=small)
     with qlora.attention_implementation(base, fast.attention):
         for members in [range(len(step.lengths))] if parts is None else parts:
             if fast.attention:

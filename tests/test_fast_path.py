@@ -215,22 +215,6 @@ def test_few_tokens_are_recomputed_without_hooks(models, monkeypatch):
         assert kinds == [expected] * 2
 
 
-@pytest.mark.parametrize("dropout", ["0", "0.3"])
-def test_a_recomputed_layer_is_dequantised_once_for_that_and_its_backward_pass(models, monkeypatch, dropout):
-    """Of a layer's 7 weights only the last one, which recomputing does not reach, again; bits stay what they were."""
-    both, asked = reference.make(models("llama"), bits=4, lora_dropout=dropout), []
-    dense = qlora.dense_weight
-    monkeypatch.setattr(qlora, "dense_weight", lambda base, dtype: asked.append(base) or dense(base, dtype))
-    step, results = reference.step_of(reference.rows_of(LENGTHS)), []
-    for reuse in (False, True):
-        asked.clear()
-        torch.manual_seed(0)
-        results.append(reference.quick(both.quick, both.fast, step, recomputed=2, reuse=reuse))
-        # of the first layer no gradient goes further, so that q, k and v are not asked for in the backward pass
-        assert len(asked) == 2 * (7 + 6) + (2 if reuse else 14 - 3)
-    reference.assert_equal(*results, 0.0)
-
-
 def test_inputs_of_recomputed_layers_kept_in_cpu_memory_are_the_same(models):
     both = reference.make(models("llama"), bits=16)
     step = reference.step_of(reference.rows_of(LENGTHS))
