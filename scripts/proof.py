@@ -252,12 +252,13 @@ def rates(arguments: argparse.Namespace) -> None:
     rest = [job for job in jobs if "calibrated" not in job.name]
     jobs = [*first, *rest, *(job for job in jobs if job not in (*first, *rest))]
     runs = run_jobs(arguments, jobs, Published(base, folder / "eval.jsonl"))
-    write(arguments, "rates", {"runs": runs})
+    write(arguments, "rates", {"runs": [{key: run[key] for key in run if key != "loss"} for run in runs]})
 
 
 def by_rate(content: dict[str, Any], key: Callable[[dict[str, Any]], float]) -> dict[str, dict[float, list[float]]]:
     """A number of every run, by setting and rate."""
-    found: dict[str, dict[float, list[float]]] = {run["name"]: {} for run in content["runs"]}
+    names = {run["name"] for run in content["runs"]}
+    found: dict[str, dict[float, list[float]]] = {name: {} for name in (*BY_RATE, *ROWS) if name in names}
     for run in sorted((run for run in content["runs"] if "failed" not in run), key=lambda run: run["rate"]):
         found[run["name"]].setdefault(run["rate"], []).append(key(run))
     return found
@@ -293,10 +294,13 @@ def rates_chart(content: dict[str, Any], pyplot: Any) -> Any:
     """Held-out loss over the learning rate, on both bases."""
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for axes, (where, key) in zip(panels, WHERE.items(), strict=True):
-        for name, own in by_rate(content, key).items():
+        for name, own in ((name, own) for name, own in by_rate(content, key).items() if len(own) > 1):
             middle = [statistics.mean(values) for values in own.values()]
             axes.plot(list(own), middle, marker="o", label=name)
         axes.set(xscale="log", xlabel="learning rate", title=f"on {where}")
+        ticks = sorted({run["rate"] for run in content["runs"]})
+        axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+        axes.set_xticks([], minor=True)
     panels[0].set(ylabel="held-out loss (nats per token), mean of seeds")
     panels[0].legend(fontsize=8)
     return figure
