@@ -16,21 +16,21 @@ Read the file from top to bottom, along the path of the data: every room uses on
      1 Imports             36-178
      2 Errors             181-246
      3 Dataset formats    249-744
-     4 Arguments         747-1447
-     5 Loading          1450-2023
-     6 Tokenizer        2026-2156
-     7 Encoding         2159-2627
-     8 Model            2630-3265
-     9 Calibration      3268-3567
-    10 LoRA             3570-3873
-    11 Fast path        3876-4680
-    12 Plan             4683-5006
-    13 Checkpoints      5009-5378
-    14 Processes        5381-5438
-    15 Evaluation       5441-5649
-    16 Trainer          5652-6289
-    17 Stages           6292-6782
-    18 Main             6785-7079
+     4 Arguments         747-1453
+     5 Loading          1456-2029
+     6 Tokenizer        2032-2162
+     7 Encoding         2165-2633
+     8 Model            2636-3271
+     9 Calibration      3274-3573
+    10 LoRA             3576-3879
+    11 Fast path        3882-4686
+    12 Plan             4689-5012
+    13 Checkpoints      5015-5403
+    14 Processes        5406-5463
+    15 Evaluation       5466-5674
+    16 Trainer          5677-6314
+    17 Stages           6317-6808
+    18 Main             6811-7105
 """
 
 # ------------------------------------------------------------------------------------
@@ -1368,13 +1368,19 @@ def check_folders(config: Config) -> None:
     flags = config.flags
     reads = ["model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "deepspeed"]
     reads += ["mmlu_dir"] * config.mmlu.do_mmlu_eval + ["eval_dataset", "resume_from_checkpoint"]
-    removed = ("checkpoint-", "left-checkpoint-", ".saving-")  # what a run may remove in its folder
+    removed = re.compile(r"checkpoint-\d+$|left-checkpoint-|\.saving-")  # what a run moves or removes in its folder
+    output = Path(flags["working_dir"] or flags["output_dir"]).resolve()
     names = {name for name, _ in dataset_shares(config.data.dataset)} - DATASETS.keys()
     sources = [(name, flags[name]) for name in reads] + [("dataset", name) for name in sorted(names)]
     for flag in OUTPUT_FLAGS:
         folder = Path(flags[flag] or flags["output_dir"]).resolve()
-        if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
-            raise ConfigError(f"--{flag} {folder}: {file} is a file; name a folder")
+        for place in (folder, *folder.parents):
+            if place.is_file():
+                raise ConfigError(f"--{flag} {folder}: {place} is a file; name a folder")
+            its = place in (folder, output / place.name) or (place / "trainer_state.json").is_file()
+            if its and removed.match(place.name):
+                way = "name another folder; to use a checkpoint, pass --resume_from_checkpoint"
+                raise ConfigError(f"--{flag} {folder}: a run takes {place.name} for its checkpoint; {way}")
         for name, value in sources:
             if not value or value.startswith("{") or not os.path.exists(value):
                 continue
@@ -1382,7 +1388,7 @@ def check_folders(config: Config) -> None:
             read = read if read.is_dir() else read.parent
             inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
             picked = name == "resume_from_checkpoint"
-            within = inside and not picked and inside[0].startswith(removed)
+            within = inside and not picked and removed.match(inside[0])
             if within or (inside == () and not (picked and (folder / "run.json").is_file())):  # not a checkpoint
                 raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
 
@@ -5130,9 +5136,10 @@ def weights_in(folder: Path, full_finetune: bool = False) -> Path | None:
     return None
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """Size and hash of every file but the manifest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+def file_digests(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Size and hash of every file but the manifest, or of those among `names` that are there."""
+    paths = folder.rglob("*") if names is None else map(folder.joinpath, names)
+    files = sorted(path for path in paths if path.is_file() and path != folder / MANIFEST)
     with ThreadPoolExecutor() as pool:  # a checkpoint of a full fine-tune of 7B holds 80 GB
         digests = zip(files, pool.map(file_digest, files), strict=True)
         return {p.relative_to(folder).as_posix(): f"{p.stat().st_size} bytes, {value}" for p, value in digests}
@@ -5191,6 +5198,19 @@ def needs_more_steps(config: Config, completed: Mapping[str, Any]) -> bool:
     return target > completed.get(unit, math.inf)
 
 
+def check_final_weights(output: Path, final: Path) -> None:
+    """Refuse final weights that are not those which the run in `output` recorded: another run replaced them."""
+    record = read_record(output)
+    names, known = record.get("files"), record.get("weights")  # which earlier versions did not record
+    if not isinstance(names, list) or not isinstance(known, list):
+        return
+    alone = {"model.safetensors"} if "model.safetensors.index.json" in names else set()  # loaded instead of shards
+    found = file_digests(final, alone.union(name for name in names if name.endswith(".safetensors")))
+    if others := [name for name, digest in found.items() if digest not in known]:
+        way = f"to use them, pass --adapter_name_or_path {final}; to train, another folder or --overwrite_output_dir"
+        raise ConfigError(f"{final / others[0]}: not what the run in {output} saved, but of another one; {way}")
+
+
 def check_output_is_free(config: Config, last: Path | None) -> None:
     """Refuse to train over another run than that of the checkpoint, also over its weights in the final folder."""
     output, final = Path(config.training.output_dir).resolve(), final_folder(config).resolve()
@@ -5198,6 +5218,8 @@ def check_output_is_free(config: Config, last: Path | None) -> None:
     if last and not kept and (completed or checkpoints_in(output)):
         raise ConfigError(f"--resume_from_checkpoint {last}: {output} holds another run; pass another --output_dir")
     recorded, whole = final_files(output, final), final / "model.safetensors"
+    if not config.training.overwrite_output_dir:
+        check_final_weights(output, final)
     own = (kept and final == output) or ((kept or not completed) and recorded)
     found = weights_in(final) or weights_in(final, full_finetune=True)
     if (found or (completed and not kept)) and not own and not config.training.overwrite_output_dir:
@@ -5223,6 +5245,8 @@ def find_resume_point(config: Config) -> ResumePoint:
         # An interrupted run's last checkpoint is newer than what is in the final folder.
         for folder in (last if picked else None, final if completed else None, last, final):
             if folder and not adapter and (weights := weights_in(folder, full)):
+                if folder == final:
+                    check_final_weights(output, final)
                 return ResumePoint(False, weights=str(weights), found=output if folder == final else folder)
         return ResumePoint(False, weights=adapter)
     if completed and not (picked or args.overwrite_output_dir) and (weights := weights_in(final, full)):
@@ -5230,6 +5254,7 @@ def find_resume_point(config: Config) -> ResumePoint:
         if not needs_more_steps(config, record):
             early = ", stopped early (a larger --early_stopping_patience goes on)" * ("stopped_at" in record)
             steps = f"{record.get('stopped_at', record.get('step', '?'))} steps{early}"
+            check_final_weights(output, final)
             log.info("%s holds a completed run of %s: it is used, not trained again", output, steps)
             return ResumePoint(False, weights=str(weights), found=output)
     check_output_is_free(config, last)
@@ -6393,10 +6418,11 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             trainer.processing_class.save_pretrained(staging)  # type: ignore[union-attr]
             if getattr(model, "initial_adapter", None):
                 convert_to_published_base(staging, model.initial_adapter)
-            files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
-            earlier, place = final_files(output, final), {"final": final_place(output, final)}
-            listed = {*files, *(file.relative_to(final).as_posix() for file in earlier)}  # should it be killed now
-            write_json(output / PREVIOUS, read_record(output) | place | {"files": sorted(listed)})
+            files, earlier = file_digests(staging), final_files(output, final)
+            saved = {"final": final_place(output, final), "files": [*files], "weights": [*files.values()]}
+            listed = sorted({*files, *(file.relative_to(final).as_posix() for file in earlier)})  # should it be killed
+            either = {"files": listed, "weights": saved["weights"] + [*file_digests(final, listed).values()]}
+            write_json(output / PREVIOUS, read_record(output) | saved | either)
             for name in files:
                 fsync_path(staging / name)
                 (final / name).parent.mkdir(parents=True, exist_ok=True)
@@ -6409,7 +6435,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
         if state.global_step < state.max_steps:  # stopped early: a rerun with the same flags is not to go on
             done |= {"step": state.max_steps, "epoch": state.num_train_epochs, "stopped_at": state.global_step}
             log.info("stopped early at step %d of %d", state.global_step, state.max_steps)
-        write_json(output / PREVIOUS, done | place | {"files": files})
+        write_json(output / PREVIOUS, done | saved)
         (output / PREVIOUS).replace(output / COMPLETED)
         if args.push_to_hub:
             hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
