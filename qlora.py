@@ -20,17 +20,17 @@ Read the file from top to bottom, along the path of the data: every room uses on
      5 Loading          1456-2029
      6 Tokenizer        2032-2162
      7 Encoding         2165-2633
-     8 Model            2636-3271
-     9 Calibration      3274-3573
-    10 LoRA             3576-3879
-    11 Fast path        3882-4686
-    12 Plan             4689-5012
-    13 Checkpoints      5015-5403
-    14 Processes        5406-5463
-    15 Evaluation       5466-5674
-    16 Trainer          5677-6314
-    17 Stages           6317-6808
-    18 Main             6811-7105
+     8 Model            2636-3278
+     9 Calibration      3281-3580
+    10 LoRA             3583-3887
+    11 Fast path        3890-4694
+    12 Plan             4697-5020
+    13 Checkpoints      5023-5411
+    14 Processes        5414-5471
+    15 Evaluation       5474-5682
+    16 Trainer          5685-6322
+    17 Stages           6325-6816
+    18 Main             6819-7113
 """
 
 # ------------------------------------------------------------------------------------
@@ -2946,6 +2946,12 @@ def stacked_experts(model: torch.nn.Module, known: bool = False) -> dict[str, tu
     return {f"{name}.{leaf}": (module, w) for name, module in owners.items() for leaf, w in stacks_in(module).items()}
 
 
+def find_routers(model: torch.nn.Module, layers: Iterable[str], *also: str) -> set[str]:
+    """Those of the layers that send a mixture's tokens to its experts: they stay whole, or tokens go elsewhere."""
+    names = "|".join(["router", "gate", *also])
+    return set(filter(re.compile(rf"(.*\.)?({names})(\..*)?").fullmatch, layers)) if stacked_experts(model) else set()
+
+
 def storage_options(config: Config) -> dict[str, Any]:
     """How bitsandbytes' layers and weights hold their values."""
     quant, storage = config.quant, FSDP_STORAGE if is_fsdp(config) else torch.uint8
@@ -3112,9 +3118,8 @@ def quantisation_config(config: Config, model_config: PretrainedConfig | None = 
         linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
         fit = linear_layers(model, masked=True) if config.masked else linear.keys() - try_layers(model)[1]
         head = model.get_output_embeddings()
-        # a router of low precision sends tokens elsewhere
-        routes = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)(\..*)?" if stacked_experts(model) else "(?!)")
-        whole = [n for n, module in linear.items() if n not in fit or module is head or routes.fullmatch(n)]
+        routers = find_routers(model, linear, "shared_expert_gate")
+        whole = [n for n, module in linear.items() if n not in fit or module is head or n in routers]
     return BitsAndBytesConfig(
         load_in_4bit=quant.bits == 4,
         load_in_8bit=quant.bits == 8,
@@ -3141,10 +3146,12 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(f"{what}: {len(missing)} weights are not in it, first {missing[0]}")
     sizes = [*loading["mismatched_keys"]]
-    for name, module in model.named_modules():  # transformers does not compare what it quantises
-        if isinstance(module, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)):
+    linear = torch.nn.Linear, bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt
+    for name, module in model.named_modules():  # transformers does not compare what it quantises, 5.17 nothing beside
+        if type(module) in (*linear, torch.nn.Embedding) and module.weight.numel():  # DeepSpeed's shards are empty
+            size = ("out_features", "in_features") if type(module) in linear else ("num_embeddings", "embedding_dim")
             packed = getattr(module.weight, "quant_state", None) or module.weight
-            sizes.append((f"{name}.weight", packed.shape, (module.out_features, module.in_features)))
+            sizes.append((f"{name}.weight", packed.shape, operator.attrgetter(*size)(module)))
     for name, found, wanted in sorted(sizes, key=str):
         if tuple(found) != tuple(wanted):
             raise ConfigError(f"{what}: config.json makes {name} {tuple(wanted)}, the file has {tuple(found)}")
@@ -3603,9 +3610,10 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fal
     if adapts_experts(lora):
         layers += stacked_experts(model, known=True)
     trainable = outside_frozen_layers(layers, model, lora)
+    grouped = trainable - find_routers(model, trainable)
     for name in map(str.strip, lora.lora_modules.split(",")):
         pattern = re.compile(LAYER_GROUPS.get(name, rf"(.*\.)?{re.escape(name)}(?:(?<=experts)\.\w+)?"))
-        found = set(filter(pattern.fullmatch, trainable))
+        found = set(filter(pattern.fullmatch, grouped if name in LAYER_GROUPS else trainable))
         if not found:
             known = ", ".join(sorted(set(map(leaf_name, layers)))) or "none that an adapter fits"
             raise ConfigError(f"--lora_modules: no linear layer is called {name!r}, the model has {known}")

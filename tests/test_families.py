@@ -28,6 +28,7 @@ from transformers import (
     WhisperConfig,
 )
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.jamba import modeling_jamba
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import qlora
@@ -86,6 +87,7 @@ FAMILIES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     ),
     "mixtral": (each(2, *ATTN, "mlp.experts"), {"lm_head": 1}),
 }  # fmt: skip
+LINEAR_ROUTER = not hasattr(modeling_jamba, "JambaTopKRouter")  # transformers 5.17; it stays whole as well
 SMALL = {"source_max_len": 64, "target_max_len": 64, "max_steps": 3, "per_device_train_batch_size": 4}
 ROWS = tiny.support_rows(4)
 
@@ -123,6 +125,7 @@ def loss_of(model, longest: int = 32) -> float:
 def test_adapters_are_where_they_were_asked_for_and_trained_as_by_plain_peft(run_qlora, models, data, family, bits):
     """Losses, gradient norms and the saved adapter of two steps; weights read beside their layer stay as stored."""
     carry, without = FAMILIES[family]
+    without = without | {"feed_forward.router": 1} if family == "jamba" and LINEAR_ROUTER else without
     base, rows = models(family), tiny.support_rows(4)
     tiny.rows_to_jsonl(data / "train.jsonl", rows)
     run = run_qlora(model_name_or_path=base, dataset=data / "train.jsonl", bits=bits, **plain_loop.FLAGS)
@@ -152,6 +155,7 @@ def test_weights_that_are_read_beside_their_layer_are_not_quantised(models, fami
         read = [m for n, m in layers.items() if n.endswith(("attention.output", "feed_forward.value"))]
     assert len(read) == whole and all(module.weight.is_floating_point() for module in read)
     packed = [module for module in layers.values() if not module.weight.is_floating_point()]
+    whole += family == "jamba" and LINEAR_ROUTER
     assert len(packed) == len(layers) - whole - 1, "all but the head"
 
 
@@ -274,7 +278,8 @@ def test_mxfp4_weights_are_named_as_they_are_held_and_merged(run_qlora, models, 
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for weight in plain.parameters():
         if weight.dim() == 3:
-            weight.data = dequantize_4bit(*quantize_4bit(weight.data, quant_type="nf4", compress_statistics=True))
+            dense = weight.data.float()  # transformers 5.17 leaves them in bf16
+            weight.data = dequantize_4bit(*quantize_4bit(dense, quant_type="nf4", compress_statistics=True))
     expected = loss_of(PeftModel.from_pretrained(plain, run.output_dir).eval())
     assert run.json("metrics.json")["eval_loss"] == pytest.approx(expected, rel=2e-5)
     assert loss_of(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)) == pytest.approx(

@@ -352,7 +352,13 @@ def test_a_rerun_takes_no_other_runs_weights_for_its_own(run_qlora, tmp_path, al
     first = {**kind, "output_dir": final if alone else tmp_path / "one", "final_output_dir": final}
     assert run_qlora(**first).code == 0
     assert "used, not trained again" in run_qlora(**first).stderr
-    other = {**kind, "output_dir": tmp_path / "two", "final_output_dir": final, "seed": 5, "lora_r": None if kind else 8}
+    other = {
+        **kind,
+        "output_dir": tmp_path / "two",
+        "final_output_dir": final,
+        "seed": 5,
+        "lora_r": None if kind else 8,
+    }
     if kind:
         other |= {"max_shard_size": "5GB"}  # one file, which is loaded instead of the first run's shards
     assert run_qlora(**other, overwrite_output_dir=True).code == 0
