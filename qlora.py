@@ -17,20 +17,20 @@ Read the file from top to bottom, along the path of the data: every room uses on
      2 Errors             181-246
      3 Dataset formats    249-744
      4 Arguments         747-1453
-     5 Loading          1456-2029
-     6 Tokenizer        2032-2162
-     7 Encoding         2165-2633
-     8 Model            2636-3278
-     9 Calibration      3281-3580
-    10 LoRA             3583-3887
-    11 Fast path        3890-4694
-    12 Plan             4697-5020
-    13 Checkpoints      5023-5411
-    14 Processes        5414-5471
-    15 Evaluation       5474-5682
-    16 Trainer          5685-6322
-    17 Stages           6325-6816
-    18 Main             6819-7113
+     5 Loading          1456-2035
+     6 Tokenizer        2038-2168
+     7 Encoding         2171-2639
+     8 Model            2642-3284
+     9 Calibration      3287-3586
+    10 LoRA             3589-3893
+    11 Fast path        3896-4700
+    12 Plan             4703-5026
+    13 Checkpoints      5029-5415
+    14 Processes        5418-5475
+    15 Evaluation       5478-5686
+    16 Trainer          5689-6326
+    17 Stages           6329-6820
+    18 Main             6823-7117
 """
 
 # ------------------------------------------------------------------------------------
@@ -1867,6 +1867,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
         rows = datasets.Dataset.from_generator(lambda: normal, ROW_FEATURES, **options)
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
+    rows.info.description = source.format
     log.info("%s: %d rows", source.name, len(rows))
     counts = Counter[str]()
     for left_out, count in Counter(rows["left_out"][:]).items():
@@ -1965,6 +1966,11 @@ def count_repeats(name: str, rows: Any, share: float) -> Any:
     times = (once_more + total // len(rows)).tolist()
     log.info("%s: a share of %g: %d of %d rows", name, share, total, len(rows))
     return rows.add_column("times", times).select([i for i, n in enumerate(times) if n])
+
+
+def formats_of(rows: Any) -> list[str]:
+    """The formats of a split's datasets, which load_rows notes as their description."""
+    return [rows.format] if isinstance(rows, RowSource) else rows.info.description.split("\n\n")
 
 
 def concatenate(parts: list[Any]) -> Any:
@@ -2800,7 +2806,7 @@ def resolve_recipe(config: Config, model_config: PretrainedConfig) -> Config:
         exponent = next((p for name, p in WIDTH_EXPONENTS.items() if model_config.model_type.startswith(name)), 0.429)
         training.learning_rate = flags["learning_rate"] = float(f"{5e-4 * (2000 / width) ** exponent:.3g}")
     words = (f"--{name} {flags[name]}" for name in (*RECIPES[flags["recipe"]], "learning_rate"))
-    log.info("--recipe %s: %s", flags["recipe"], " ".join(words))
+    warn_once("--recipe %s: %s", flags["recipe"], " ".join(words))  # --plan comes here twice
     return dataclasses.replace(config, training=training, flags=flags)
 
 
@@ -5206,9 +5212,11 @@ def needs_more_steps(config: Config, completed: Mapping[str, Any]) -> bool:
     return target > completed.get(unit, math.inf)
 
 
-def check_final_weights(output: Path, final: Path) -> None:
-    """Refuse final weights that are not those which the run in `output` recorded: another run replaced them."""
-    record = read_record(output)
+def check_final_weights(config: Config, picked: str | None) -> None:
+    """Refuse final weights that are not those which the run in output_dir recorded: another run replaced them."""
+    args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
+    unread = args.overwrite_output_dir if args.do_train else picked or config.model.adapter_name_or_path
+    record = {} if unread else read_record(output)
     names, known = record.get("files"), record.get("weights")  # which earlier versions did not record
     if not isinstance(names, list) or not isinstance(known, list):
         return
@@ -5226,8 +5234,6 @@ def check_output_is_free(config: Config, last: Path | None) -> None:
     if last and not kept and (completed or checkpoints_in(output)):
         raise ConfigError(f"--resume_from_checkpoint {last}: {output} holds another run; pass another --output_dir")
     recorded, whole = final_files(output, final), final / "model.safetensors"
-    if not config.training.overwrite_output_dir:
-        check_final_weights(output, final)
     own = (kept and final == output) or ((kept or not completed) and recorded)
     found = weights_in(final) or weights_in(final, full_finetune=True)
     if (found or (completed and not kept)) and not own and not config.training.overwrite_output_dir:
@@ -5249,12 +5255,11 @@ def find_resume_point(config: Config) -> ResumePoint:
             raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
     elif not args.overwrite_output_dir:
         last = find_last_checkpoint(output)
+    check_final_weights(config, picked)
     if not args.do_train:
         # An interrupted run's last checkpoint is newer than what is in the final folder.
         for folder in (last if picked else None, final if completed else None, last, final):
             if folder and not adapter and (weights := weights_in(folder, full)):
-                if folder == final:
-                    check_final_weights(output, final)
                 return ResumePoint(False, weights=str(weights), found=output if folder == final else folder)
         return ResumePoint(False, weights=adapter)
     if completed and not (picked or args.overwrite_output_dir) and (weights := weights_in(final, full)):
@@ -5262,7 +5267,6 @@ def find_resume_point(config: Config) -> ResumePoint:
         if not needs_more_steps(config, record):
             early = ", stopped early (a larger --early_stopping_patience goes on)" * ("stopped_at" in record)
             steps = f"{record.get('stopped_at', record.get('step', '?'))} steps{early}"
-            check_final_weights(output, final)
             log.info("%s holds a completed run of %s: it is used, not trained again", output, steps)
             return ResumePoint(False, weights=str(weights), found=output)
     check_output_is_free(config, last)
@@ -6752,7 +6756,7 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
         "flags": config.flags,
         "derived": derived | {"given": sorted(config.explicitly_set), "template date": run.tokenizer.template_date},
         "versions": versions(),
-        "data": {name: part._asdict() for name, part in data.statistics.items()},
+        "data": {n: s._asdict() | {"formats": formats_of(getattr(data.text, n))} for n, s in data.statistics.items()},
         "device": {"name": device_name(), "processes": args.world_size},
     }
     record = json.loads(json.dumps(record, default=str))  # as it will be read
