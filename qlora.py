@@ -23,14 +23,14 @@ Read the file from top to bottom, along the path of the data: every room uses on
      8 Model            2642-3284
      9 Calibration      3287-3586
     10 LoRA             3589-3893
-    11 Fast path        3896-4700
-    12 Plan             4703-5026
-    13 Checkpoints      5029-5415
-    14 Processes        5418-5475
-    15 Evaluation       5478-5686
-    16 Trainer          5689-6326
-    17 Stages           6329-6820
-    18 Main             6823-7117
+    11 Fast path        3896-4728
+    12 Plan             4731-5054
+    13 Checkpoints      5057-5443
+    14 Processes        5446-5503
+    15 Evaluation       5506-5715
+    16 Trainer          5718-6355
+    17 Stages           6358-6835
+    18 Main             6838-7132
 """
 
 # ------------------------------------------------------------------------------------
@@ -4566,9 +4566,33 @@ def logits_close(a: torch.Tensor, b: torch.Tensor, noise: Any = 0.0, dtype: torc
     return bool((a - b).norm() <= rounding * a.norm() + 2 * noise)
 
 
-def padding_changes(padded: Sequence[torch.Tensor], alone: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:
-    """Whether logits of rows that are padded to one length are others than those of each row alone."""
-    return not all(logits_close(one, row, dtype=dtype) for one, row in zip(alone, padded, strict=True))
+def widen(value: Any) -> Any:
+    """Convert a floating tensor to float32, and leave anything else alone."""
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+class Float32Mode(TorchFunctionMode):
+    """Compute in float32 with 16-bit weights, widened for one operation at a time: memory holds one model."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.__getitem__:  # takes one expert's weights out of a stack
+            return function(*args)
+        return function(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
+
+
+def padding_changes(model: Any, dtype: torch.dtype, answer: Callable[[], Iterable[Any]], sharded: bool = False) -> bool:
+    """Whether logits of rows that are padded to one length are others than those of each row alone.
+
+    `answer` computes both. In 16 bits rounding sends a mixture's tokens to other experts, so float32 has the last word.
+    """
+
+    def close() -> bool:
+        return all(logits_close(one, row, dtype=dtype) for row, one in zip(*answer(), strict=True))
+
+    if not (alike := close()) and dtype != torch.float32 and stacked_experts(model) and not sharded:
+        with contextlib.suppress(Exception), Float32Mode(), torch.autocast(model.device.type, enabled=False):
+            alike = close()
+    return not alike
 
 
 def passes_positions(base: Any, config: Config) -> bool:
@@ -4657,8 +4681,12 @@ def try_padding(model: Any, base: Any, fast: FastPath, config: Config, step: Ste
     """Take rows one by one where padding on the side that the flags say changes a row's logits."""
     side, positions, pad_id = config.model.padding_side, passes_positions(base, config), base.config.pad_token_id or 0
     rows = [padded_batch(step, members, pad_id, side, positions) for members in ([0, 1], [0], [1])]
-    padded, *alone = (supervised_logits(model, fast, to_device(batch, device)) for batch in rows)
-    if not padding_changes(padded.split([len(part) for part in alone]), alone, compute_dtype(config)):
+
+    def answer() -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        padded, *alone = (supervised_logits(model, fast, to_device(batch, device)) for batch in rows)
+        return padded.split([len(part) for part in alone]), alone
+
+    if not padding_changes(base, compute_dtype(config), answer, fast.sharded):
         return fast
     off = f"one row at a time: {type(base).__name__} takes padding for text"
     return fast._replace(alone=True, off=(*fast.off, off))
@@ -5532,15 +5560,16 @@ def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedT
 def sees_padding(model: Any, prompt: list[int], pad_id: int, device: Any, dtype: torch.dtype) -> bool:
     """Whether a model takes padding on the left for text, as RWKV does, and MiniMax with its cache."""
     long = (prompt * 16)[: max(16, len(prompt))]
-    short, logits = long[len(long) // 2 :], []
+    short = long[len(long) // 2 :]
     options: Any = {"pad_token_id": pad_id, "max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
-    for rows in ([short, long], [short], [long]):
+
+    def answer(*rows: list[int]) -> list[torch.Tensor]:
         tensors = to_device(padded_prompts(rows, pad_id, "left"), device)
         same = {"prefix_allowed_tokens_fn": lambda row, ids: prompt[:1]}  # all go on with one token
         steps = model.generate(**tensors, generation_config=GenerationConfig(**options), **same).logits
-        logits.append(torch.stack(steps, dim=1).float())  # (rows, 2, vocabulary)
-    together, *alone = logits
-    if differs := padding_changes([*together], [part[0] for part in alone], dtype):
+        return [*torch.stack(steps, dim=1).float()]  # (2, vocabulary) each
+
+    if differs := padding_changes(model, dtype, lambda: (answer(short, long), answer(short) + answer(long))):
         log.warning("%s takes padding for text: predicting one row at a time", model.config.model_type)
     return differs
 
@@ -6526,20 +6555,6 @@ def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     return model
-
-
-def widen(value: Any) -> Any:
-    """Convert a floating tensor to float32, and leave anything else alone."""
-    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-class Float32Mode(TorchFunctionMode):
-    """Compute in float32 with 16-bit weights, widened for one operation at a time: memory holds one model."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.Tensor.__getitem__:  # takes one expert's weights out of a stack
-            return function(*args)
-        return function(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
 
 
 @torch.no_grad()

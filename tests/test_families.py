@@ -461,6 +461,37 @@ def test_a_little_of_the_padding_in_the_logits_is_noticed(models, weight, seen, 
     assert qlora.sees_padding(model, [97] * size, tiny.PAD, "cpu", torch.float32) == seen
 
 
+@pytest.fixture
+def undecided(models, tmp_path):
+    """A mixture whose routers give every expert nearly the same: rounding to 16 bits decides where a token goes."""
+    folder = shutil.copytree(models("mixtral", num_hidden_layers=4), tmp_path / "undecided")
+    weights, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if name.endswith("gate.weight"):
+            one = torch.randn(1, weight.shape[1], generator=generator)
+            weights[name] = (one * (1 + torch.randint(-1, 2, weight.shape, generator=generator) / 128)).to(weight.dtype)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_tokens_that_rounding_sends_to_other_experts_are_not_taken_for_padding(run_qlora, undecided, data, bits):
+    """Otherwise its rows would be trained and predicted one at a time."""
+    flags = {"bf16": True, "bits": bits, "padding_side": "left", "fast_path": False, "max_steps": 1}
+    flags |= {"do_predict": True, "predict_with_generate": True, "per_device_eval_batch_size": 4, "max_new_tokens": 2}
+    run = run_qlora(model_name_or_path=undecided, dataset=data, **flags)
+    assert run.code == 0 and "takes padding for text" not in run.stderr
+
+
+def test_a_mixture_in_16_bits_that_takes_padding_for_text_is_still_noticed(models, undecided):
+    minimax, mixtral = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        for folder in (models("minimax"), undecided)
+    )
+    assert qlora.sees_padding(minimax, [97] * 40, tiny.PAD, "cpu", torch.bfloat16)
+    assert not qlora.sees_padding(mixtral, [*range(97, 120)], tiny.PAD, "cpu", torch.bfloat16)
+
+
 @pytest.mark.parametrize(("model_type", "side"), [("rwkv", "left"), ("cpmant", "right")])
 def test_rows_are_trained_one_by_one_where_padding_is_taken_for_text(run_qlora, data, tmp_path, model_type, side):
     base, rows = tiny_classes.write_class(tmp_path / "base", model_type), tiny.support_rows(4)
