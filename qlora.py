@@ -6460,7 +6460,11 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             if getattr(model, "initial_adapter", None):
                 convert_to_published_base(staging, model.initial_adapter)
             files, earlier = file_digests(staging), final_files(output, final)
-            saved = {"final": final_place(output, final), "files": [*files], "weights": [*files.values()]}
+            saved: dict[str, Any] = {
+                "final": final_place(output, final),
+                "files": [*files],
+                "weights": [*files.values()],
+            }
             listed = sorted({*files, *(file.relative_to(final).as_posix() for file in earlier)})  # should it be killed
             either = {"files": listed, "weights": saved["weights"] + [*file_digests(final, listed).values()]}
             write_json(output / PREVIOUS, read_record(output) | saved | either)
