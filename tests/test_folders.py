@@ -335,7 +335,7 @@ def test_no_output_folder_is_named_as_what_a_run_sets_aside_or_removes(run_qlora
         (folder.parent / "trainer_state.json").write_text("{}")
     run = run_qlora(**{flag: folder})
     part = name.partition("/")[0]
-    assert run.code == 2 and f"--{flag} {folder}: a run takes {part} for its checkpoint" in run.stderr
+    assert run.code == 2 and f"--{flag} {folder}: {part} names a run's checkpoint" in run.stderr
     assert not folder.exists()
 
 
