@@ -17,20 +17,20 @@ Read the file from top to bottom, along the path of the data: every room uses on
      2 Errors             178-243
      3 Dataset formats    246-740
      4 Arguments         743-1447
-     5 Loading          1450-2022
-     6 Tokenizer        2025-2154
-     7 Encoding         2157-2621
-     8 Model            2624-3260
-     9 Calibration      3263-3558
-    10 LoRA             3561-3864
-    11 Fast path        3867-4685
-    12 Plan             4688-5010
-    13 Checkpoints      5013-5396
-    14 Processes        5399-5456
-    15 Evaluation       5459-5667
-    16 Trainer          5670-6304
-    17 Stages           6307-6785
-    18 Main             6788-7079
+     5 Loading          1450-2021
+     6 Tokenizer        2024-2153
+     7 Encoding         2156-2620
+     8 Model            2623-3259
+     9 Calibration      3262-3557
+    10 LoRA             3560-3863
+    11 Fast path        3866-4684
+    12 Plan             4687-5009
+    13 Checkpoints      5012-5394
+    14 Processes        5397-5454
+    15 Evaluation       5457-5665
+    16 Trainer          5668-6302
+    17 Stages           6305-6783
+    18 Main             6786-7077
 """
 
 # ------------------------------------------------------------------------------------
@@ -1776,8 +1776,7 @@ def render_within(chat: Conversation, tokenizer: PreTrainedTokenizerBase, limits
             # from the shortest on, each with its last answer alone
             alone = (render_chat(part._replace(answers=part.answers[-1:]), tokenizer)[0] for part in reversed(shorter))
             fits = partial(prompt_fits, tokenizer=tokenizer, limits=limits)
-            fitting = max(1, sum(1 for _ in itertools.takewhile(fits, alone)))
-            short = render_chat(shorter[-fitting], tokenizer)[-1]
+            short = render_chat(shorter[-max(1, sum(1 for _ in itertools.takewhile(fits, alone)))], tokenizer)[-1]
             both = tokenize_rendered([row.segments, short.segments], tokenizer)
             whole, rest = (sum(map(len, tokens)) for tokens in both)
             row = short._replace(left_out=[*short.left_out, OLDEST_EXCHANGES], lost=whole - rest)
@@ -5023,7 +5022,7 @@ STREAM = "stream.json"  # in a checkpoint: how far a stream was read
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
 LEFT = "left-checkpoint-"  # prefix of checkpoints that are set aside
 MERGING = ".merging-"  # prefix of the hidden folder beside a merged model
-LOCK = ".lock"  # held by the run that writes into a folder
+LOCK = ".qlora.lock"  # held by the run that writes into a folder
 # What --overwrite_output_dir removes beside weights and checkpoints.
 RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
              "predictions.jsonl", "trainer_state.json", "loss.png")  # fmt: skip
@@ -5318,8 +5317,7 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         saving = isinstance(error, (OSError, RuntimeError, SafetensorError)) or type(error) is Exception
         if is_peer_failure(error) or not saving:
             raise
-        full = re.search("No space left|inline_container", str(error))  # what the second says is torch's own
-        what = "No space left on device" if full else shorten(error)
+        what = "No space left on device" if re.search("No space left|inline_container", str(error)) else shorten(error)
         raise QLoRAError(f"{target}: not saved: {what}. What was saved before stays") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -6408,12 +6406,13 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             trainer.processing_class.save_pretrained(staging)  # type: ignore[union-attr]
             if getattr(model, "initial_adapter", None):
                 convert_to_published_base(staging, model.initial_adapter)
-            files, earlier = file_digests(staging), final_files(output, final)
-            saved: dict[str, Any] = {
-                "final": final_place(output, final),
-                "files": [*files],
-                "weights": [*files.values()],
-            }
+            readme, earlier = final / "README.md", final_files(output, final)
+            foreign = readme.is_file() and "Trained with QLoRA" not in readme.read_text("utf-8", "replace")
+            (staging / readme.name).unlink(missing_ok=True)  # peft's
+            card = "MODEL_CARD.md" if foreign and readme not in earlier else readme.name  # a project's own stays
+            write_file(staging / card, model_card(trainer, config))
+            files = file_digests(staging)
+            saved: Any = {"final": final_place(output, final), "files": [*files], "weights": [*files.values()]}
             listed = sorted({*files, *(file.relative_to(final).as_posix() for file in earlier)})  # should it be killed
             either = {"files": listed, "weights": saved["weights"] + [*file_digests(final, listed).values()]}
             write_json(output / PREVIOUS, read_record(output) | saved | either)
@@ -6424,7 +6423,6 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
         for old in earlier - {final / name for name in files}:  # shards would be loaded instead
             old.unlink(missing_ok=True)
         write_loss_chart(output / "loss.png", state.log_history)
-        write_file(final / "README.md", model_card(trainer, config))
         done = {"step": state.global_step, "epoch": state.epoch, "run": trainer.identity}
         if state.global_step < state.max_steps:  # stopped early: a rerun with the same flags is not to go on
             done |= {"step": state.max_steps, "epoch": state.num_train_epochs, "stopped_at": state.global_step}
@@ -6434,7 +6432,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
         if args.push_to_hub:
             hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
             with reraise_as_user_error("--push_to_hub: all is saved here, but the upload failed"):
-                upload_folder(folder_path=final, allow_patterns=[*files, "README.md"], **hub)
+                upload_folder(folder_path=final, allow_patterns=[*files], **hub)
             log.info("pushed to %s", trainer.hub_model_id)
     wait_for_all_ranks()
 

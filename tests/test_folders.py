@@ -454,6 +454,25 @@ def test_weights_that_another_command_put_into_the_final_folder_stay(run_qlora, 
     assert contents_of(best) == before
 
 
+@pytest.mark.parametrize("kind", [{}, FULL], ids=["adapter", "full"])
+def test_a_projects_own_readme_and_lock_file_stay(run_qlora, tmp_path, kind):
+    """The card takes another name there; one of an earlier run is written anew."""
+    mine, card = {"README.md": "My project: ünï", ".lock": "mine"}, tmp_path / "out" / "MODEL_CARD.md"
+    (tmp_path / "out").mkdir()
+    for name, text in mine.items():
+        (tmp_path / "out" / name).write_text(text)
+    for flags in ({"max_steps": 1}, {"max_steps": 2}, {"max_steps": 1, "overwrite_output_dir": True}):
+        assert run_qlora(**kind | flags).code == 0
+        assert {name: (tmp_path / "out" / name).read_text() for name in mine} == mine
+        assert f"{flags['max_steps']} optimizer steps" in card.read_text()
+    alone = {**kind, "output_dir": tmp_path / "alone"}
+    for steps in (1, 2):
+        run = run_qlora(**alone, max_steps=steps)
+        (run.output_dir / "completed").unlink()
+        assert f"{steps} optimizer steps" in (run.output_dir / "README.md").read_text()
+        assert not (run.output_dir / "MODEL_CARD.md").exists()
+
+
 def test_starting_anew_leaves_files_of_another_program(run_qlora, tmp_path):
     """The Trainer's own names, in a folder without a record or checkpoint of ours."""
     out = tmp_path / "out"
