@@ -21,16 +21,16 @@ Read the file from top to bottom, along the path of the data: every room uses on
      6 Tokenizer        2024-2153
      7 Encoding         2156-2620
      8 Model            2623-3259
-     9 Calibration      3262-3557
-    10 LoRA             3560-3863
-    11 Fast path        3866-4684
-    12 Plan             4687-5009
-    13 Checkpoints      5012-5394
-    14 Processes        5397-5454
-    15 Evaluation       5457-5665
-    16 Trainer          5668-6302
-    17 Stages           6305-6783
-    18 Main             6786-7077
+     9 Calibration      3262-3559
+    10 LoRA             3562-3865
+    11 Fast path        3868-4686
+    12 Plan             4689-5011
+    13 Checkpoints      5014-5396
+    14 Processes        5399-5456
+    15 Evaluation       5459-5667
+    16 Trainer          5670-6304
+    17 Stages           6307-6785
+    18 Main             6788-7079
 """
 
 # ------------------------------------------------------------------------------------
@@ -1244,7 +1244,7 @@ MUTUALLY_EXCLUSIVE = (
     ("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
     ("recipe", "full_finetune"), ("add_tokens", "full_finetune"), ("add_tokens", "modules_to_save"),
     ("model_max_len", "source_max_len"), ("model_max_len", "target_max_len"),
-    ("eval_dataset", "eval_dataset_size"), ("add_tokens", "calibration_rows"), ("calibration_rows", "deepspeed"),
+    ("eval_dataset", "eval_dataset_size"), ("add_tokens", "calibration_rows"),
     ("layers_to_freeze", "layer_freeze_ratio"), ("overwrite_output_dir", "resume_from_checkpoint"),
     ("streaming", "packing"), ("streaming", "dataloader_num_workers"), ("streaming", "ignore_data_skip"),
 )  # fmt: skip
@@ -3539,6 +3539,8 @@ def calibrated_base(config: Config, model_config: Any, published: str, rows: Any
         return str(root / known)
     if getattr(model_config, "quantization_config", None):
         raise ConfigError(f"--calibration_rows: {config.model.model_name_or_path} is quantised already")
+    if config.training.deepspeed:
+        raise ConfigError("--calibration_rows and --deepspeed: pass only one of them")
     rows = getattr(rows, "rows", rows) or []  # of packs, their rows
     if len(rows) < count:
         log.info("--calibration_rows %d: the dataset has %d, all of them are used", count, len(rows))
