@@ -199,7 +199,7 @@ def replace(file, target, replace=pathlib.Path.replace):
 pathlib.Path.replace = replace
 """
     assert fork_server.start(words, tmp_path / "killed", before=kill).wait() == -signal.SIGKILL
-    assert {path.name for path in (tmp_path / "out").glob(".*")} <= {".lock"}
+    assert {path.name for path in (tmp_path / "out").glob(".*")} <= {".qlora.lock"}
     again = fork_server.start(words, tmp_path / "again")
     assert again.wait() == 0 and "not trained again" in again.text() and not list((tmp_path / "out").glob(".*"))
 

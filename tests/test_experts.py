@@ -14,7 +14,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AfmoeConfig, AutoModelForCausalLM
 
 import qlora
 
@@ -215,6 +215,19 @@ def test_routers_and_shared_gates_are_not_quantised(models):
     model = qlora.load_model(config, qlora.load_model_config(config, folder), folder)
     gates = [m.weight for n, m in model.named_modules() if n.endswith("shared_expert_gate")]
     assert len(gates) == 2 and all(weight.is_floating_point() for weight in gates)
+
+
+def test_a_router_gets_an_adapter_only_where_it_is_named():
+    """AFMoE's is a linear layer, as Jamba's in transformers 5.17."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "num_dense_layers": 1, "num_shared_experts": 1}
+    model = AutoModelForCausalLM.from_config(AfmoeConfig(vocab_size=320, **sizes, **heads, **experts))
+    router = "model.layers.1.mlp.router.gate"
+    assert router in qlora.linear_layers(model)
+    for modules, named in (("all", False), ("mlp", False), ("gate,q_proj", True)):
+        lora = qlora.parse_config(["--lora_modules", modules]).lora
+        assert (router in qlora.lora_targets(model, lora)) == named
 
 
 def test_a_rank_that_no_expert_has_is_one_line(run_qlora, models):

@@ -307,7 +307,7 @@ def contents_of(folder) -> dict[str, bytes]:
 @pytest.fixture
 def own_model(models, tmp_path):
     """A base model that a test may lose."""
-    return shutil.copytree(models("llama"), tmp_path / "home" / "checkpoint-7")
+    return shutil.copytree(models("llama"), tmp_path / "home" / "checkpoint-7" / "model")
 
 
 @pytest.mark.parametrize("flag", ["output_dir", "final_output_dir", "working_dir", "merged_output_dir"])
@@ -322,6 +322,65 @@ def test_output_folders_that_the_run_reads_are_refused(run_qlora, own_model, tmp
     assert run.code == 2
     assert f"--{flag}" in run.stderr and "name another folder" in run.stderr
     assert contents_of(own_model) == before
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "final_output_dir", "working_dir", "merged_output_dir"])
+@pytest.mark.parametrize("name", ["checkpoint-4", "checkpoint-9/best", "left-checkpoint-3", ".saving-final"])
+def test_no_output_folder_is_named_as_what_a_run_sets_aside_or_removes(run_qlora, tmp_path, monkeypatch, flag, name):
+    """Rotation, a resume or the next save would take it for one of its own."""
+    monkeypatch.setattr(qlora, "load_run", None)
+    folder = tmp_path / "out" / name
+    if "/" in name and flag in ("output_dir", "working_dir"):  # another run's checkpoint
+        folder.parent.mkdir(parents=True)
+        (folder.parent / "trainer_state.json").write_text("{}")
+    run = run_qlora(**{flag: folder})
+    part = name.partition("/")[0]
+    assert run.code == 2 and f"--{flag} {folder}: {part} names a run's checkpoint" in run.stderr
+    assert not folder.exists()
+
+
+def test_a_folder_that_only_lies_below_such_a_name_is_free(run_qlora, tmp_path):
+    assert run_qlora(output_dir=tmp_path / "checkpoint-5" / "out", max_steps=1).code == 0
+    assert run_qlora(output_dir=tmp_path / "checkpoint-5-again", max_steps=1).code == 0
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["a run that shares it", "a run with that folder"])
+@pytest.mark.parametrize("kind", [{}, FULL], ids=["adapter", "full"])
+def test_a_rerun_takes_no_other_runs_weights_for_its_own(run_qlora, tmp_path, alone, kind):
+    """Both runs write into one final folder, the second with --overwrite_output_dir."""
+    final = tmp_path / "final"
+    first = {**kind, "output_dir": final if alone else tmp_path / "one", "final_output_dir": final}
+    assert run_qlora(**first).code == 0
+    assert "used, not trained again" in run_qlora(**first).stderr
+    other = {
+        **kind,
+        "output_dir": tmp_path / "two",
+        "final_output_dir": final,
+        "seed": 5,
+        "lora_r": None if kind else 8,
+    }
+    if kind:
+        other |= {"max_shard_size": "5GB"}  # one file, which is loaded instead of the first run's shards
+    assert run_qlora(**other, overwrite_output_dir=True).code == 0
+    before = contents_of(final)
+    for again in (first, first | {"max_steps": 6}, first | PREDICT | {"do_train": False}):
+        run = run_qlora(**again)
+        assert run.code == 2 and "but of another one" in run.stderr.splitlines()[-1]
+    assert contents_of(final) == before
+    assert "used, not trained again" in run_qlora(**other).stderr
+    anew = run_qlora(**first, overwrite_output_dir=True)
+    assert anew.code == 0 or (kind and "remove it" in anew.stderr)
+
+
+def test_a_final_folder_that_moved_is_known_by_its_weights(run_qlora, tmp_path):
+    flags = {"output_dir": tmp_path / "out", "final_output_dir": tmp_path / "final"}
+    assert run_qlora(**flags).code == 0
+    (tmp_path / "final").rename(tmp_path / "moved")
+    flags["final_output_dir"] = tmp_path / "moved"
+    assert "used, not trained again" in run_qlora(**flags).stderr
+    other = run_qlora(output_dir=tmp_path / "other", seed=5, learning_rate=1e-2)
+    shutil.copy(other.output_dir / "adapter_model.safetensors", tmp_path / "moved")
+    assert "but of another one" in run_qlora(**flags).stderr.splitlines()[-1]
 
 
 def test_an_output_folder_above_a_model_is_no_risk_to_it(run_qlora, models, tmp_path):
@@ -393,6 +452,25 @@ def test_weights_that_another_command_put_into_the_final_folder_stay(run_qlora, 
     )
     qlora.clear_output(config, 0)
     assert contents_of(best) == before
+
+
+@pytest.mark.parametrize("kind", [{}, FULL], ids=["adapter", "full"])
+def test_a_projects_own_readme_and_lock_file_stay(run_qlora, tmp_path, kind):
+    """The card takes another name there; one of an earlier run is written anew."""
+    mine, card = {"README.md": "My project: ünï", ".lock": "mine"}, tmp_path / "out" / "MODEL_CARD.md"
+    (tmp_path / "out").mkdir()
+    for name, text in mine.items():
+        (tmp_path / "out" / name).write_text(text)
+    for flags in ({"max_steps": 1}, {"max_steps": 2}, {"max_steps": 1, "overwrite_output_dir": True}):
+        assert run_qlora(**kind | flags).code == 0
+        assert {name: (tmp_path / "out" / name).read_text() for name in mine} == mine
+        assert f"{flags['max_steps']} optimizer steps" in card.read_text()
+    alone = {**kind, "output_dir": tmp_path / "alone"}
+    for steps in (1, 2):
+        run = run_qlora(**alone, max_steps=steps)
+        (run.output_dir / "completed").unlink()
+        assert f"{steps} optimizer steps" in (run.output_dir / "README.md").read_text()
+        assert not (run.output_dir / "MODEL_CARD.md").exists()
 
 
 def test_starting_anew_leaves_files_of_another_program(run_qlora, tmp_path):

@@ -746,6 +746,18 @@ def test_a_share_of_nothing(three, share, message):
     assert f"c.jsonl{share}" in str(caught.value)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_formats_of_the_rows_are_recorded_and_leave_a_repeat_as_it_was(run_qlora, data_dir, tmp_path, streaming):
+    names = [data_dir / "alpaca.jsonl", *[data_dir / "support.jsonl"] * (not streaming)]
+    flags = {"streaming": True, "eval_dataset_size": 2} if streaming else {"eval_dataset": data_dir / "support.csv"}
+    run = run_qlora(dataset=",".join(map(str, names)), do_eval=True, max_steps=1, **flags)
+    data = run.json("run.json")["data"]
+    assert data["train"]["formats"] == ["alpaca", *["input-output"] * (not streaming)]
+    assert data["eval"]["formats"] == ["alpaca" if streaming else "input-output"]
+    again = run_qlora(str(run.output_dir / "run.json"), output_dir=tmp_path / "again", dataset=None, max_steps=1)
+    assert "what differs from it:\n  nothing" in again.stderr and again.json("run.json")["data"] == data
+
+
 def test_shares_through_a_whole_run(run_qlora, three):
     """run.json has them; a stream takes none; the output folder may not be the dataset's."""
     names = f"{three}/b.jsonl:2,{three}/c.jsonl"

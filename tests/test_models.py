@@ -261,7 +261,8 @@ class ProductDtypes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
+        product = function.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm")
+        if product and args[0].shape[-1] > 1:  # positions times frequencies, in float32 with transformers 5.17
             self.dtypes.add(output.dtype)
         return output
 

@@ -160,6 +160,12 @@ def test_a_plan_that_does_not_fit_names_changes_that_do(folder, capsys):
     assert line.split(maxsplit=3)[3].split("; ")[:2] == ["--bf16 True", "--bits 8"]
 
 
+def test_a_plan_with_a_dataset_names_the_recipe_once(models, data_dir, capsys):
+    flags = f"--model_name_or_path={models('llama')} --dataset={data_dir / 'support.jsonl'} --plan_gpu=24GiB"
+    assert qlora.main(["--plan", "--recipe=modern", *flags.split()]) == 0
+    assert capsys.readouterr().err.count("--recipe modern: ") == 1
+
+
 def test_a_plan_with_a_dataset_has_rows_steps_and_time(models, tmp_path, capsys):
     """10 rows of BOS + 9 bytes + 9 bytes + EOS: 50 steps of 2 rows are 2,000 tokens."""
     rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"input": "a" * 9, "output": "b" * 9}] * 10)
