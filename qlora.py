@@ -20,17 +20,17 @@ Read the file from top to bottom, along the path of the data: every room uses on
      5 Loading          1450-2023
      6 Tokenizer        2026-2156
      7 Encoding         2159-2627
-     8 Model            2630-3265
-     9 Calibration      3268-3567
-    10 LoRA             3570-3873
-    11 Fast path        3876-4680
-    12 Plan             4683-5006
-    13 Checkpoints      5009-5378
-    14 Processes        5381-5438
-    15 Evaluation       5441-5649
-    16 Trainer          5652-6289
-    17 Stages           6292-6782
-    18 Main             6785-7079
+     8 Model            2630-3279
+     9 Calibration      3282-3632
+    10 LoRA             3635-3938
+    11 Fast path        3941-4745
+    12 Plan             4748-5071
+    13 Checkpoints      5074-5443
+    14 Processes        5446-5503
+    15 Evaluation       5506-5714
+    16 Trainer          5717-6354
+    17 Stages           6357-6847
+    18 Main             6850-7144
 """
 
 # ------------------------------------------------------------------------------------
@@ -2639,6 +2639,7 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transf
 # FSDP shards tensors of a floating dtype. bf16 storage damages a thousandth of the packed values: copies on a GPU turn
 # every NaN into the same one, and such bits are common here (https://github.com/pytorch/pytorch/issues/159333).
 FSDP_STORAGE = torch.float32
+EXPERT_STATISTICS = "expert_statistics.safetensors"  # in a calibrated base's folder
 
 LINEAR_CLASSES = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
 # How LoRA's best rate falls with the width, by model_type (https://thinkingmachines.ai/blog/lora/); else their mean.
@@ -2974,8 +2975,18 @@ def packing_experts(config: Config) -> Iterator[None]:
     asks = partialmethod(lambda self, model, name, **kw: is_stack(model, name) or needs(self, model, name, **kw))
     # transformers asks whether a weight is to be quantised, and then converts it
     asked = mock.patch.object(Bnb4BitHfQuantizer, "param_needs_quantization", asks)
-    with asked, mock.patch.object(Bnb4bitQuantize, "convert", pack):
+    # makes linear layers of Llama 4's experts where a base is quantised already
+    kept = mock.patch.object(Bnb4BitHfQuantizer, "_convert_model_for_quantization", lambda *_: None)
+    with asked, kept, mock.patch.object(Bnb4bitQuantize, "convert", pack):
         yield
+
+
+def restore_packed_experts(model: Any, statistics: Mapping[str, torch.Tensor]) -> None:
+    """Join stacks that a calibrated base holds as codes, (experts, bytes, 1), with their statistics, by stack:part."""
+    for name, (module, codes) in stacked_experts(model, known=True).items():
+        parts = {key.removeprefix(f"{name}:"): part for key, part in statistics.items() if key.startswith(f"{name}:")}
+        weight = bitsandbytes.nn.Params4bit.from_prequantized(codes.view(-1, 1), parts, device=codes.device)
+        setattr(module, leaf_name(name), weight)
 
 
 def pack_experts(model: Any, config: Config) -> None:
@@ -3126,12 +3137,15 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
     options |= {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
     options = {name: value for name, value in options.items() if value is not None}
     quirk = QUIRKS.get(model_config.model_type if model_config else "", contextlib.nullcontext)
-    packs = getattr(options.get("quantization_config"), "load_in_4bit", False) and packs_experts(config)
-    packing = packing_experts(config) if packs else contextlib.nullcontext()
+    calibrated = config.quant.calibration_rows and getattr(model_config, "quantization_config", None)
+    packs = calibrated or getattr(options.get("quantization_config"), "load_in_4bit", False)
+    packing = packing_experts(config) if packs and packs_experts(config) else contextlib.nullcontext()
     with reraise_as_user_error(what, ConfigError, RuntimeError), quirk(), packing:
         model, loading = auto_model(config, model_config).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    if (statistics := Path(folder, EXPERT_STATISTICS)).is_file():
+        restore_packed_experts(model, load_file(statistics))
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(f"{what}: {len(missing)} weights are not in it, first {missing[0]}")
     sizes = [*loading["mismatched_keys"]]
@@ -3274,16 +3288,18 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
 # ------------------------------------------------------------------------------------
 BLOCK = 64  # weights that share a scale: bitsandbytes' default
 DAMPING = (0.01, 0.1, 1.0)  # of H's mean diagonal, added to it; the next one where Cholesky's method fails
+FEWEST_TOKENS = 16  # an expert that fewer reach is rounded plainly
 ADAPTER_START = "adapter_start.safetensors"  # in a calibrated base's folder
 
 
 class Choice(NamedTuple):
-    """What stands in the place of a weight W."""
+    """What stands in the place of a weight W, or of a stack of experts."""
 
     weight: Any  # Q, a Params4bit
     start: dict[str, torch.Tensor]  # lora_A, (r, in), and lora_B, (out, r), close to W - Q; empty: from zero
     before: float  # squared change of the outputs by plain rounding
     after: float  # by Q
+    plain: int = 0  # experts that are rounded plainly
 
 
 def unpack(weight: Any) -> torch.Tensor:
@@ -3313,13 +3329,13 @@ def weighted_scales(weight: torch.Tensor, importance: torch.Tensor, code: torch.
     return chosen
 
 
-def with_scales(plain: Any, scales: torch.Tensor) -> tuple[Any, torch.Tensor]:
+def with_scales(plain: Any, scales: torch.Tensor, offset: Any = None) -> tuple[Any, torch.Tensor]:
     """A QuantState like that of a plainly rounded weight but with these scales, and the scales as it stores them."""
     state, absmax = copy.copy(plain.quant_state), scales.flatten().float()
     if not state.nested:
         state.absmax = absmax
         return state, scales
-    state.offset = absmax.mean()
+    state.offset = absmax.mean() if offset is None else offset
     state.absmax, state.state2 = bnb_functional.quantize_blockwise(absmax - state.offset, blocksize=256)
     stored = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     return state, stored.view_as(scales)
@@ -3333,13 +3349,14 @@ class Factors(NamedTuple):
     inverse: torch.Tensor  # upper Cholesky factor of the inverse, in float32
 
 
-def damped_factors(hessian: torch.Tensor) -> Factors | None:
+def damped_factors(hessian: torch.Tensor, tokens: float = math.inf) -> Factors | None:
     """Factor H, with more damping where it is needed; None if it tells nothing."""
     diagonal = hessian.diagonal()
     order, mean = diagonal.argsort(descending=True), diagonal.mean().double()
     for damping in DAMPING if diagonal.isfinite().all() and mean > 0 else ():
         ordered = hessian[order][:, order].double()
-        ordered.diagonal().add_(damping * mean)
+        # codes by few tokens had up to 1.6 times plain rounding's error on others (SmolLM2), damped by these 0.8
+        ordered.diagonal().add_((damping + len(hessian) / tokens) * mean)
         lower, failed = torch.linalg.cholesky_ex(ordered)
         if not failed:
             inverse = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
@@ -3384,18 +3401,20 @@ def adapter_start(left: torch.Tensor, factors: Factors, rank: int) -> dict[str, 
     return {"lora_A": a, "lora_B": b.contiguous()}  # on a GPU the singular vectors are columns in memory
 
 
-def choose_codes(weight: torch.Tensor, hessian: Any, factors: Factors | None, config: Config) -> Choice:
-    """Round a weight, (out, in), on inputs whose H = Σ x xᵀ is known.
+def choose_codes(weight: torch.Tensor, hessian: Any, factors: Any, config: Config, offset: Any = None) -> Choice:
+    """Round a weight, (out, in), on inputs whose H = Σ x xᵀ is known; an expert's with the `offset` of its stack.
 
     Where H tells nothing, and where that is better by H's measure, bitsandbytes rounds it plainly.
     """
     options = storage_options(config)
     plain: Any = bitsandbytes.nn.Params4bit(weight.to(load_dtype(config)), **options)
     plain = plain.to(weight.device)  # which quantises it
+    if offset is not None:
+        plain.quant_state = with_scales(plain, weight.unflatten(1, (-1, BLOCK)).abs().amax(-1), offset)[0]
     if factors is None or weight.shape[1] % BLOCK:
         return Choice(plain, {}, 0.0, 0.0)
     order, (code, stored_code) = factors.order, plain.quant_state.code.sort()
-    state, scales = with_scales(plain, weighted_scales(weight, hessian.diagonal(), code))
+    state, scales = with_scales(plain, weighted_scales(weight, hessian.diagonal(), code), offset)
     scales = scales.repeat_interleave(BLOCK, 1)[:, order]
     codes = torch.empty(weight.shape, dtype=torch.long, device=weight.device)
     codes[:, order] = feed_errors_back(weight[:, order], scales, code, factors.inverse)
@@ -3405,7 +3424,8 @@ def choose_codes(weight: torch.Tensor, hessian: Any, factors: Factors | None, co
     left = [weight - unpack(candidate) for candidate in candidates]
     errors = [float(((rest @ hessian) * rest).sum()) for rest in left]  # tr(D H Dᵀ)
     best = int(errors[1] < errors[0])
-    return Choice(candidates[best], adapter_start(left[best], factors, config.lora.lora_r), errors[0], errors[best])
+    start = adapter_start(left[best], factors, config.lora.lora_r) if offset is None else {}  # experts' are zero
+    return Choice(candidates[best], start, errors[0], errors[best])
 
 
 def as_matrix(module: Any) -> torch.Tensor:
@@ -3419,10 +3439,13 @@ class InputSums:
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.owners: dict[str, str] = {}  # of each layer, the one whose sum is also its own
+        self.routed = defaultdict[str, list[Any]](list)  # x, (tokens, in), and the experts of each token, (tokens, k)
         self.latest: tuple[Any, str] = (None, "")
 
     def add(self, name: str, module: Any, args: tuple[torch.Tensor]) -> None:
         """Add a call's input, (..., in)."""
+        if knows_experts(module):
+            return self.routed[name].append(args[:2])
         if args[0] is not self.latest[0]:
             self.latest, x = (args[0], name), args[0].flatten(0, -2).float()
             with torch.autocast(x.device.type, enabled=False):
@@ -3430,31 +3453,65 @@ class InputSums:
         self.owners[name] = self.latest[1]
 
 
-def calibrate_layer(layer: Any, linear: Mapping[str, Any], calls: list[Any], config: Config) -> dict[str, Choice]:
+def calibrate_experts(module: Any, calls: Sequence[Any], config: Config) -> Iterator[tuple[str, Choice]]:
+    """Choose the codes of stacks, (experts, out, in), each expert's on the tokens that reach it; put them in place."""
+    stacks = {name: module._parameters[name].data for name in sorted(stacks_in(module), reverse=True)}  # down_proj last
+    packed, found = {name: pack_weight(stack, config) for name, stack in stacks.items()}, defaultdict[str, Any](list)
+    # rounded plainly are stacks whose blocks lie along the outputs, or whose experts share a block of nested scales
+    odd = any(stack.shape[2] % BLOCK or stack[0].numel() % (256 * BLOCK) for stack in stacks.values())
+    if not odd and not getattr(module, "is_transposed", True):
+        x, reached = map(torch.cat, zip(*calls, strict=True))
+        for expert in range(module.num_experts):
+            rows = x[(reached == expert).any(1)].float()
+            for name, stack in stacks.items():
+                hessian, offset = rows.T @ rows, packed[name].quant_state.offset or 0.0
+                factors = damped_factors(hessian, len(rows)) if len(rows) >= FEWEST_TOKENS else None
+                found[name].append(choose_codes(stack[expert].float(), hessian, factors, config, offset))
+                if name != "down_proj":
+                    rows = rows @ unpack(found[name][-1].weight).T
+                    rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+    for name, weight in packed.items():
+        states = [choice.weight.quant_state for choice in found[name]]
+        if states:
+            weight.data = torch.cat([choice.weight.data for choice in found[name]])
+            weight.quant_state.absmax = torch.cat([state.absmax for state in states])
+        if states and weight.quant_state.nested:
+            weight.quant_state.state2.absmax = torch.cat([state.state2.absmax for state in states])
+        stacks[name].copy_(stack_values(weight, stacks[name].dtype))
+        before, after = ([getattr(choice, key) for choice in found[name]] for key in ("before", "after"))
+        better = sum(map(operator.lt, after, before))
+        yield name, Choice(weight, {}, sum(before), sum(after), module.num_experts - better)
+
+
+def calibrate_layer(layer: Any, modules: Mapping[str, Any], calls: list[Any], config: Config) -> dict[str, Choice]:
     """Choose the codes of a layer's weights, and put its new outputs into the calls as the next layer's inputs."""
     device, dtype, inputs = config.training.device, compute_dtype(config), InputSums()
     run = torch.autocast(device.type, dtype, dtype != torch.float32)(layer)
     with contextlib.ExitStack() as stack:
-        for name, module in linear.items():
+        for name, module in modules.items():
             stack.enter_context(module.register_forward_pre_hook(partial(inputs.add, name)))
         for hidden, args, kwargs in calls:
             run(hidden, *args, **kwargs)
-    weights = {name: as_matrix(module) for name, module in linear.items()}
+    weights = {name: as_matrix(module) for name, module in modules.items() if not knows_experts(module)}
     choices: dict[str, Choice] = {}
     for owner in [*inputs.sums, None]:  # and what was never called
         hessian = inputs.sums.pop(owner) if owner else None
         factors = None if hessian is None else damped_factors(hessian)
-        for name in (name for name in linear if inputs.owners.get(name) == owner):
+        for name in (name for name in weights if inputs.owners.get(name) == owner):
             choices[name] = choose_codes(weights[name].float(), hessian, factors, config)
             weights[name].copy_(unpack(choices[name].weight))
+    for name, seen in inputs.routed.items():
+        choices |= {f"{name}.{leaf}": choice for leaf, choice in calibrate_experts(modules[name], seen, config)}
     for i, (hidden, args, kwargs) in enumerate(calls):
         out = run(hidden, *args, **kwargs)
         calls[i] = (out[0] if isinstance(out, tuple) else out, args, kwargs)
     return choices
 
 
-def replace_linear(model: Any, name: str, weight: Any, config: Config) -> None:
-    """Put a 4-bit layer in the place of a linear one, on the CPU."""
+def replace_weight(model: Any, name: str, weight: Any, config: Config) -> None:
+    """Put a 4-bit layer in the place of a linear one, or a packed stack in that of another, on the CPU."""
+    if len(weight.quant_state.shape) == 3:
+        return setattr(model.get_submodule(name.rpartition(".")[0]), leaf_name(name), weight.to("cpu"))
     out, size = weight.quant_state.shape
     options = storage_options(config) | {"compute_dtype": compute_dtype(config), "device": "meta"}
     layer = bitsandbytes.nn.Linear4bit(size, out, bias=False, **options)
@@ -3497,19 +3554,20 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
     quantisation: Any = quantisation_config(config, model_config)
     whole, starts = {*(quantisation.llm_int8_skip_modules or ())}, dict[str, torch.Tensor]()
     targets = [n for m, n in names.items() if isinstance(m, LINEAR_CLASSES) and n not in whole]
-    calls, before, after = layer_calls(model, model_config, ids, config), 0.0, 0.0
+    experts = [n for m, n in names.items() if knows_experts(m) and packs_experts(config)]
+    calls, before, after, plain = layer_calls(model, model_config, ids, config), 0.0, 0.0, 0
     prefixes = [f"{names[layer]}." for layer in decoder_layers(model)]
     del names
     hidden = [send_to_device(call[0], device) for call in calls[0]]
     for prefix, own in zip(bar := tqdm(prefixes, "Calibrating", disable=None), calls, strict=True):
         layer = model.get_submodule(prefix[:-1]).to(device)
-        linear = {name: model.get_submodule(name) for name in targets if name.startswith(prefix)}
+        modules = {name: model.get_submodule(name) for name in targets + experts if name.startswith(prefix)}
         own[:] = [(state, *send_to_device(call[1:], device)) for state, call in zip(hidden, own, strict=True)]
-        for name, choice in calibrate_layer(layer, linear, own, config).items():
-            replace_linear(model, name, choice.weight, config)
+        for name, choice in calibrate_layer(layer, modules, own, config).items():
+            replace_weight(model, name, choice.weight, config)
             starts |= {f"{name}.{part}": tensor.cpu() for part, tensor in choice.start.items()}
-            before, after = before + choice.before, after + choice.after
-            if not choice.start:
+            before, after, plain = before + choice.before, after + choice.after, plain + choice.plain
+            if not choice.start and name in modules:
                 why = "its width is no multiple of 64" if choice.weight.quant_state.shape[1] % BLOCK else "no input"
                 log.warning("calibration: %s is rounded plainly: %s", name, why)
         hidden = [call[0] for call in own]
@@ -3518,10 +3576,17 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
         bar.set_postfix_str(f"{1 - after / (before or 1):.0%} of the error removed")
     for name in targets:
         if not isinstance(module := model.get_submodule(name), bitsandbytes.nn.Linear4bit):
-            replace_linear(model, name, choose_codes(as_matrix(module), None, None, config).weight, config)
+            replace_weight(model, name, choose_codes(as_matrix(module), None, None, config).weight, config)
     model.config.quantization_config, model.is_loaded_in_4bit = quantisation.to_dict(), True
-    model.save_pretrained(folder)
+    stacks = {n: w for n, (_, w) in stacked_experts(model).items() if hasattr(w, "quant_state")}
+    codes = {n: w.data.view(torch.uint8).view(w.quant_state.shape[0], -1, 1) for n, w in stacks.items()}
+    # packed experts can't be taken apart, as the published format has them
+    model.save_pretrained(folder, state_dict=model.state_dict() | codes, save_original_format=not codes)
+    parts = {f"{n}:{k}": v.clone() for n, w in stacks.items() for k, v in w.quant_state.as_dict(packed=True).items()}
+    save_file(parts, Path(folder, EXPERT_STATISTICS))
     save_file(starts, Path(folder, ADAPTER_START))
+    if plain:
+        log.info("calibration: %d matrices of experts are rounded plainly: few tokens, or their shape", plain)
     message = "calibration took %.0f s: squared error of the layers' outputs %.4g by plain rounding, %.4g now"
     log.info(message, time.perf_counter() - began, before, after)
 
@@ -3533,7 +3598,7 @@ def calibration_key(config: Config, model_config: PretrainedConfig, published: s
     names = ("quant_type", "double_quant", "lora_r", "rope_scaling", "attn_implementation")
     flags = [load_dtype(config), compute_dtype(config), config.training.device.type, is_fsdp(config), config.masked]
     source = source or [published, getattr(model_config, "_commit_hash", None)]
-    return digest("1", source, *flags, *(config.flags[name] for name in names), ids)
+    return digest("2", source, *flags, *(config.flags[name] for name in names), ids)
 
 
 @torch.no_grad()
