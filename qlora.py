@@ -20,17 +20,17 @@ Read the file from top to bottom, along the path of the data: every room uses on
      5 Loading          1450-2023
      6 Tokenizer        2026-2156
      7 Encoding         2159-2627
-     8 Model            2630-3279
-     9 Calibration      3282-3632
-    10 LoRA             3635-3938
-    11 Fast path        3941-4745
-    12 Plan             4748-5071
-    13 Checkpoints      5074-5443
-    14 Processes        5446-5503
-    15 Evaluation       5506-5714
-    16 Trainer          5717-6354
-    17 Stages           6357-6847
-    18 Main             6850-7144
+     8 Model            2630-3284
+     9 Calibration      3287-3637
+    10 LoRA             3640-3943
+    11 Fast path        3946-4750
+    12 Plan             4753-5076
+    13 Checkpoints      5079-5448
+    14 Processes        5451-5508
+    15 Evaluation       5511-5719
+    16 Trainer          5722-6359
+    17 Stages           6362-6852
+    18 Main             6855-7149
 """
 
 # ------------------------------------------------------------------------------------
@@ -2930,6 +2930,9 @@ def experts_per_token(config: PretrainedConfig) -> int:
 
 def stacks_in(module: Any) -> dict[str, Any]:
     """A module's own weights of many experts, (experts, ., .), packed or not; a convolution has none."""
+    for name, state in getattr(module, "quant_states", {}).items():
+        state.to(module._parameters[name].device)  # FSDP moves parameters alone, and makes new ones
+        module._parameters[name].quant_state = state
     shapes = {name: getattr(w, "quant_state", w).shape for name, w in module.named_parameters(recurse=False)}
     stacks = {name for name, shape in shapes.items() if len(shape) == 3 and shape[0] > 1}
     return {} if hasattr(module, "kernel_size") else {name: getattr(module, name) for name in stacks}
@@ -2954,8 +2957,8 @@ def pack_weight(weight: torch.Tensor, config: Config) -> Any:
 
 
 def packs_experts(config: Config) -> bool:
-    """Whether experts are held in 4 bit; engines shard them as they are."""
-    return config.quant.bits == 4 and not is_sharded(config)
+    """Whether experts are held in 4 bit; DeepSpeed shards them as they are."""
+    return config.quant.bits == 4 and not config.training.deepspeed
 
 
 @contextlib.contextmanager
@@ -2990,13 +2993,14 @@ def restore_packed_experts(model: Any, statistics: Mapping[str, torch.Tensor]) -
 
 
 def pack_experts(model: Any, config: Config) -> None:
-    """Let every module unpack its own stacks; of a base that is quantised already, MXFP4's too, quantise them."""
+    """Let modules unpack their stacks; of a base that is quantised already, MXFP4's too, quantise them, on the GPU."""
     again = []
-    for name, (module, weight) in stacked_experts(model, known=True).items():
+    for name, (module, w) in stacked_experts(model, known=True).items():
         module.forward = partial(unpacked_experts_forward, module, {})
-        if not hasattr(weight, "quant_state"):
-            setattr(module, leaf_name(name), pack_weight(weight.data, config))
+        if not hasattr(w, "quant_state"):
+            setattr(module, leaf_name(name), pack_weight(w.data.to(config.training.device), config).to(w.device))
             again.append(name)
+        vars(module).setdefault("quant_states", {})[leaf_name(name)] = getattr(module, leaf_name(name)).quant_state
     if again:
         log.info("%d stacks of experts are quantised after loading, first %s", len(again), again[0])
 
@@ -3007,6 +3011,7 @@ def unpack_experts(model: Any, dtype: torch.dtype) -> None:
         if hasattr(weight, "quant_state"):
             setattr(module, leaf_name(name), torch.nn.Parameter(stack_values(weight, dtype), requires_grad=False))
             module.__dict__.pop("forward", None)
+            module.quant_states = {}
 
 
 if triton is not None:
@@ -3056,7 +3061,7 @@ def dequantise_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> tor
 def stack_values(weight: Any, dtype: torch.dtype) -> torch.Tensor:
     """The values of a stack of experts, (experts, ., .)."""
     state = getattr(weight, "quant_state", None)
-    return dequantise_4bit(weight.data, state, dtype) if state else weight.to(dtype)
+    return dequantise_4bit(weight.data.view(torch.uint8), state, dtype) if state else weight.to(dtype)
 
 
 def expert_factors(layer: Any, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -3240,8 +3245,8 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         log.info("the checkpoint is already quantised (%s) and is %s", stored.get("quant_method"), held)
     experts = (module for module in model.modules() if "expert" in type(module).__name__.lower())
     stacks = [w for module in experts for w in module.parameters(recurse=False) if w.dim() > 1]
-    if options.get("quantization_config") and stacks and all(w.is_floating_point() for w in stacks):
-        why = "this family's are not known" if packs else "only --bits 4 without --fsdp and --deepspeed packs them"
+    if options.get("quantization_config") and stacks and not any(hasattr(w, "quant_state") for w in stacks):
+        why = "this family's are not known" if packs else "only --bits 4 without --deepspeed packs them"
         size, dtype = sum(weight.nbytes for weight in stacks) / GIB, str(stacks[0].dtype)[6:]
         log.warning("%d tensors of experts, %.2f GiB, stay in %s: %s", len(stacks), size, dtype, why)
     # keeps the Trainer from wrapping the model in DataParallel where this process sees several GPUs
@@ -4227,7 +4232,7 @@ class FrozenExperts(torch.autograd.Function):
 
 def expert_products(module: Any, layer: Any, name: str, x: torch.Tensor, experts: Any, ends: Any) -> torch.Tensor:
     """Each row times its expert's weight, with bias and adapter: (rows, out)."""
-    weight = module._parameters[name]
+    weight = stacks_in(module)[name]
     out = FrozenExperts.apply(x, ends, weight, module.is_transposed)
     if module.has_bias:
         out = out + getattr(module, f"{name}_bias")[experts].to(out.dtype)
