@@ -20,17 +20,17 @@ Read the file from top to bottom, along the path of the data: every room uses on
      5 Loading          1450-2021
      6 Tokenizer        2024-2153
      7 Encoding         2156-2620
-     8 Model            2623-3264
-     9 Calibration      3267-3564
-    10 LoRA             3567-3870
-    11 Fast path        3873-4691
-    12 Plan             4694-5019
-    13 Checkpoints      5022-5404
-    14 Processes        5407-5464
-    15 Evaluation       5467-5675
-    16 Trainer          5678-6317
-    17 Stages           6320-6798
-    18 Main             6801-7092
+     8 Model            2623-3283
+     9 Calibration      3286-3634
+    10 LoRA             3637-3940
+    11 Fast path        3943-4761
+    12 Plan             4764-5089
+    13 Checkpoints      5092-5474
+    14 Processes        5477-5534
+    15 Evaluation       5537-5745
+    16 Trainer          5748-6387
+    17 Stages           6390-6868
+    18 Main             6871-7162
 """
 
 # ------------------------------------------------------------------------------------
@@ -2632,6 +2632,7 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transf
 # FSDP shards tensors of a floating dtype. bf16 storage damages a thousandth of the packed values: copies on a GPU turn
 # every NaN into the same one, and such bits are common here (https://github.com/pytorch/pytorch/issues/159333).
 FSDP_STORAGE = torch.float32
+EXPERT_STATISTICS = "expert_statistics.safetensors"  # in a calibrated base's folder
 
 LINEAR_CLASSES = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linear; Conv1D is GPT-2's
 # How LoRA's best rate falls with the width, by model_type (https://thinkingmachines.ai/blog/lora/); else their mean.
@@ -2922,6 +2923,9 @@ def experts_per_token(config: PretrainedConfig) -> int:
 
 def stacks_in(module: Any) -> dict[str, Any]:
     """A module's own weights of many experts, (experts, ., .), packed or not; a convolution has none."""
+    for name, state in getattr(module, "quant_states", {}).items():
+        state.to(module._parameters[name].device)  # FSDP moves parameters alone, and makes new ones
+        module._parameters[name].quant_state = state
     shapes = {name: getattr(w, "quant_state", w).shape for name, w in module.named_parameters(recurse=False)}
     stacks = {name for name, shape in shapes.items() if len(shape) == 3 and shape[0] > 1}
     return {} if hasattr(module, "kernel_size") else {name: getattr(module, name) for name in stacks}
@@ -2952,8 +2956,8 @@ def pack_weight(weight: torch.Tensor, config: Config) -> Any:
 
 
 def packs_experts(config: Config) -> bool:
-    """Whether experts are held in 4 bit; engines shard them as they are."""
-    return config.quant.bits == 4 and not is_sharded(config)
+    """Whether experts are held in 4 bit; DeepSpeed shards them as they are."""
+    return config.quant.bits == 4 and not config.training.deepspeed
 
 
 @contextlib.contextmanager
@@ -2973,18 +2977,29 @@ def packing_experts(config: Config) -> Iterator[None]:
     asks = partialmethod(lambda self, model, name, **kw: is_stack(model, name) or needs(self, model, name, **kw))
     # transformers asks whether a weight is to be quantised, and then converts it
     asked = mock.patch.object(Bnb4BitHfQuantizer, "param_needs_quantization", asks)
-    with asked, mock.patch.object(Bnb4bitQuantize, "convert", pack):
+    # makes linear layers of Llama 4's experts where a base is quantised already
+    kept = mock.patch.object(Bnb4BitHfQuantizer, "_convert_model_for_quantization", lambda *_: None)
+    with asked, kept, mock.patch.object(Bnb4bitQuantize, "convert", pack):
         yield
 
 
+def restore_packed_experts(model: Any, statistics: Mapping[str, torch.Tensor]) -> None:
+    """Join stacks that a calibrated base holds as codes, (experts, bytes, 1), with their statistics, by stack:part."""
+    for name, (module, codes) in stacked_experts(model, known=True).items():
+        parts = {key.removeprefix(f"{name}:"): part for key, part in statistics.items() if key.startswith(f"{name}:")}
+        weight = bitsandbytes.nn.Params4bit.from_prequantized(codes.view(-1, 1), parts, device=codes.device)
+        setattr(module, leaf_name(name), weight)
+
+
 def pack_experts(model: Any, config: Config) -> None:
-    """Let every module unpack its own stacks; of a base that is quantised already, MXFP4's too, quantise them."""
+    """Let modules unpack their stacks; of a base that is quantised already, MXFP4's too, quantise them, on the GPU."""
     again = []
-    for name, (module, weight) in stacked_experts(model, known=True).items():
+    for name, (module, w) in stacked_experts(model, known=True).items():
         module.forward = partial(unpacked_experts_forward, module, {})
-        if not hasattr(weight, "quant_state"):
-            setattr(module, leaf_name(name), pack_weight(weight.data, config))
+        if not hasattr(w, "quant_state"):
+            setattr(module, leaf_name(name), pack_weight(w.data.to(config.training.device), config).to(w.device))
             again.append(name)
+        vars(module).setdefault("quant_states", {})[leaf_name(name)] = getattr(module, leaf_name(name)).quant_state
     if again:
         log.info("%d stacks of experts are quantised after loading, first %s", len(again), again[0])
 
@@ -2995,6 +3010,7 @@ def unpack_experts(model: Any, dtype: torch.dtype) -> None:
         if hasattr(weight, "quant_state"):
             setattr(module, leaf_name(name), torch.nn.Parameter(stack_values(weight, dtype), requires_grad=False))
             module.__dict__.pop("forward", None)
+            module.quant_states = {}
 
 
 if triton is not None:
@@ -3048,7 +3064,7 @@ def dequantise_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> tor
 def stack_values(weight: Any, dtype: torch.dtype) -> torch.Tensor:
     """The values of a stack of experts, (experts, ., .)."""
     state = getattr(weight, "quant_state", None)
-    return dequantise_4bit(weight.data, state, dtype) if state else weight.to(dtype)
+    return dequantise_4bit(weight.data.view(torch.uint8), state, dtype) if state else weight.to(dtype)
 
 
 def expert_factors(layer: Any, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -3127,12 +3143,15 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
     options |= {"config": model_config, "trust_remote_code": config.model.trust_remote_code} | hub_options(config)
     options = {name: value for name, value in options.items() if value is not None}
     quirk = QUIRKS.get(model_config.model_type if model_config else "", contextlib.nullcontext)
-    packs = getattr(options.get("quantization_config"), "load_in_4bit", False) and packs_experts(config)
-    packing = packing_experts(config) if packs else contextlib.nullcontext()
+    calibrated = config.quant.calibration_rows and getattr(model_config, "quantization_config", None)
+    packs = calibrated or getattr(options.get("quantization_config"), "load_in_4bit", False)
+    packing = packing_experts(config) if packs and packs_experts(config) else contextlib.nullcontext()
     with reraise_as_user_error(what, ConfigError, RuntimeError), quirk(), packing:
         model, loading = auto_model(config, model_config).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    if (statistics := Path(folder, EXPERT_STATISTICS)).is_file():
+        restore_packed_experts(model, load_file(statistics))
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(f"{what}: {len(missing)} weights are not in it, first {missing[0]}")
     sizes = [*loading["mismatched_keys"]]
@@ -3226,8 +3245,8 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         log.info("the checkpoint is already quantised (%s) and is %s", stored.get("quant_method"), held)
     experts = (module for module in model.modules() if "expert" in type(module).__name__.lower())
     stacks = [w for module in experts for w in module.parameters(recurse=False) if w.dim() > 1]
-    if options.get("quantization_config") and stacks and all(w.is_floating_point() for w in stacks):
-        why = "this family's are not known" if packs else "only --bits 4 without --fsdp and --deepspeed packs them"
+    if options.get("quantization_config") and stacks and not any(hasattr(w, "quant_state") for w in stacks):
+        why = "this family's are not known" if packs else "only --bits 4 without --deepspeed packs them"
         size, dtype = sum(weight.nbytes for weight in stacks) / GIB, str(stacks[0].dtype)[6:]
         log.warning("%d tensors of experts, %.2f GiB, stay in %s: %s", len(stacks), size, dtype, why)
     # keeps the Trainer from wrapping the model in DataParallel where this process sees several GPUs
@@ -3273,16 +3292,18 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
 # ------------------------------------------------------------------------------------
 BLOCK = 64  # weights that share a scale: bitsandbytes' default
 DAMPING = (0.01, 0.1, 1.0)  # of H's mean diagonal, added to it; the next one where Cholesky's method fails
+FEWEST_TOKENS = 16  # an expert that fewer reach is rounded plainly
 ADAPTER_START = "adapter_start.safetensors"  # in a calibrated base's folder
 
 
 class Choice(NamedTuple):
-    """What stands in the place of a weight W."""
+    """What stands in the place of a weight W, or of a stack of experts."""
 
     weight: Any  # Q, a Params4bit
     start: dict[str, torch.Tensor]  # lora_A, (r, in), and lora_B, (out, r), close to W - Q; empty: from zero
     before: float  # squared change of the outputs by plain rounding
     after: float  # by Q
+    plain: int = 0  # experts that are rounded plainly
 
 
 def unpack(weight: Any) -> torch.Tensor:
@@ -3312,13 +3333,13 @@ def weighted_scales(weight: torch.Tensor, importance: torch.Tensor, code: torch.
     return chosen
 
 
-def with_scales(plain: Any, scales: torch.Tensor) -> tuple[Any, torch.Tensor]:
+def with_scales(plain: Any, scales: torch.Tensor, offset: Any = None) -> tuple[Any, torch.Tensor]:
     """A QuantState like that of a plainly rounded weight but with these scales, and the scales as it stores them."""
     state, absmax = copy.copy(plain.quant_state), scales.flatten().float()
     if not state.nested:
         state.absmax = absmax
         return state, scales
-    state.offset = absmax.mean()
+    state.offset = absmax.mean() if offset is None else offset
     state.absmax, state.state2 = bnb_functional.quantize_blockwise(absmax - state.offset, blocksize=256)
     return state, (bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).view_as(scales)
 
@@ -3331,13 +3352,14 @@ class Factors(NamedTuple):
     inverse: torch.Tensor  # upper Cholesky factor of the inverse, in float32
 
 
-def damped_factors(hessian: torch.Tensor) -> Factors | None:
+def damped_factors(hessian: torch.Tensor, tokens: float = math.inf) -> Factors | None:
     """Factor H, with more damping where it is needed; None if it tells nothing."""
     diagonal = hessian.diagonal()
     order, mean = diagonal.argsort(descending=True), diagonal.mean().double()
     for damping in DAMPING if diagonal.isfinite().all() and mean > 0 else ():
         ordered = hessian[order][:, order].double()
-        ordered.diagonal().add_(damping * mean)
+        # codes by few tokens had up to 1.6 times plain rounding's error on others (SmolLM2), damped by these 0.8
+        ordered.diagonal().add_((damping + len(hessian) / tokens) * mean)
         lower, failed = torch.linalg.cholesky_ex(ordered)
         if not failed:
             return Factors(order, lower, torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float())
@@ -3381,18 +3403,20 @@ def adapter_start(left: torch.Tensor, factors: Factors, rank: int) -> dict[str, 
     return {"lora_A": a, "lora_B": b.contiguous()}  # on a GPU the singular vectors are columns in memory
 
 
-def choose_codes(weight: torch.Tensor, hessian: Any, factors: Factors | None, config: Config) -> Choice:
-    """Round a weight, (out, in), on inputs whose H = Σ x xᵀ is known.
+def choose_codes(weight: torch.Tensor, hessian: Any, factors: Any, config: Config, offset: Any = None) -> Choice:
+    """Round a weight, (out, in), on inputs whose H = Σ x xᵀ is known; an expert's with the `offset` of its stack.
 
     Where H tells nothing, and where that is better by H's measure, bitsandbytes rounds it plainly.
     """
     options = storage_options(config)
     plain: Any = bitsandbytes.nn.Params4bit(weight.to(load_dtype(config)), **options)
     plain = plain.to(weight.device)  # which quantises it
+    if offset is not None:
+        plain.quant_state = with_scales(plain, weight.unflatten(1, (-1, BLOCK)).abs().amax(-1), offset)[0]
     if factors is None or weight.shape[1] % BLOCK:
         return Choice(plain, {}, 0.0, 0.0)
     order, (code, stored_code) = factors.order, plain.quant_state.code.sort()
-    state, scales = with_scales(plain, weighted_scales(weight, hessian.diagonal(), code))
+    state, scales = with_scales(plain, weighted_scales(weight, hessian.diagonal(), code), offset)
     scales = scales.repeat_interleave(BLOCK, 1)[:, order]
     codes = torch.empty(weight.shape, dtype=torch.long, device=weight.device)
     codes[:, order] = feed_errors_back(weight[:, order], scales, code, factors.inverse)
@@ -3402,7 +3426,8 @@ def choose_codes(weight: torch.Tensor, hessian: Any, factors: Factors | None, co
     left = [weight - unpack(candidate) for candidate in candidates]
     errors = [float(((rest @ hessian) * rest).sum()) for rest in left]  # tr(D H Dᵀ)
     best = int(errors[1] < errors[0])
-    return Choice(candidates[best], adapter_start(left[best], factors, config.lora.lora_r), errors[0], errors[best])
+    start = adapter_start(left[best], factors, config.lora.lora_r) if offset is None else {}  # experts' are zero
+    return Choice(candidates[best], start, errors[0], errors[best])
 
 
 def as_matrix(module: Any) -> torch.Tensor:
@@ -3416,10 +3441,13 @@ class InputSums:
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.owners: dict[str, str] = {}  # of each layer, the one whose sum is also its own
+        self.routed = defaultdict[str, list[Any]](list)  # x, (tokens, in), and the experts of each token, (tokens, k)
         self.latest: tuple[Any, str] = (None, "")
 
     def add(self, name: str, module: Any, args: tuple[torch.Tensor]) -> None:
         """Add a call's input, (..., in)."""
+        if knows_experts(module):
+            return self.routed[name].append(args[:2])
         if args[0] is not self.latest[0]:
             self.latest, x = (args[0], name), args[0].flatten(0, -2).float()
             with torch.autocast(x.device.type, enabled=False):
@@ -3427,31 +3455,65 @@ class InputSums:
         self.owners[name] = self.latest[1]
 
 
-def calibrate_layer(layer: Any, linear: Mapping[str, Any], calls: list[Any], config: Config) -> dict[str, Choice]:
+def calibrate_experts(module: Any, calls: Sequence[Any], config: Config) -> Iterator[tuple[str, Choice]]:
+    """Choose the codes of stacks, (experts, out, in), each expert's on the tokens that reach it; put them in place."""
+    stacks = {name: module._parameters[name].data for name in sorted(stacks_in(module), reverse=True)}  # down_proj last
+    packed, found = {name: pack_weight(stack, config) for name, stack in stacks.items()}, defaultdict[str, Any](list)
+    # rounded plainly are stacks whose blocks lie along the outputs, or whose experts share a block of nested scales
+    odd = any(stack.shape[2] % BLOCK or stack[0].numel() % (256 * BLOCK) for stack in stacks.values())
+    if not odd and not getattr(module, "is_transposed", True):
+        x, reached = map(torch.cat, zip(*calls, strict=True))
+        for expert in range(module.num_experts):
+            rows = x[(reached == expert).any(1)].float()
+            for name, stack in stacks.items():
+                hessian, offset = rows.T @ rows, packed[name].quant_state.offset or 0.0
+                factors = damped_factors(hessian, len(rows)) if len(rows) >= FEWEST_TOKENS else None
+                found[name].append(choose_codes(stack[expert].float(), hessian, factors, config, offset))
+                if name != "down_proj":
+                    rows = rows @ unpack(found[name][-1].weight).T
+                    rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+    for name, weight in packed.items():
+        states = [choice.weight.quant_state for choice in found[name]]
+        if states:
+            weight.data = torch.cat([choice.weight.data for choice in found[name]])
+            weight.quant_state.absmax = torch.cat([state.absmax for state in states])
+        if states and weight.quant_state.nested:
+            weight.quant_state.state2.absmax = torch.cat([state.state2.absmax for state in states])
+        stacks[name].copy_(stack_values(weight, stacks[name].dtype))
+        before, after = ([getattr(choice, key) for choice in found[name]] for key in ("before", "after"))
+        better = sum(map(operator.lt, after, before))
+        yield name, Choice(weight, {}, sum(before), sum(after), module.num_experts - better)
+
+
+def calibrate_layer(layer: Any, modules: Mapping[str, Any], calls: list[Any], config: Config) -> dict[str, Choice]:
     """Choose the codes of a layer's weights, and put its new outputs into the calls as the next layer's inputs."""
     device, dtype, inputs = config.training.device, compute_dtype(config), InputSums()
     run = torch.autocast(device.type, dtype, dtype != torch.float32)(layer)
     with contextlib.ExitStack() as stack:
-        for name, module in linear.items():
+        for name, module in modules.items():
             stack.enter_context(module.register_forward_pre_hook(partial(inputs.add, name)))
         for hidden, args, kwargs in calls:
             run(hidden, *args, **kwargs)
-    weights = {name: as_matrix(module) for name, module in linear.items()}
+    weights = {name: as_matrix(module) for name, module in modules.items() if not knows_experts(module)}
     choices: dict[str, Choice] = {}
     for owner in [*inputs.sums, None]:  # and what was never called
         hessian = inputs.sums.pop(owner) if owner else None
         factors = None if hessian is None else damped_factors(hessian)
-        for name in (name for name in linear if inputs.owners.get(name) == owner):
+        for name in (name for name in weights if inputs.owners.get(name) == owner):
             choices[name] = choose_codes(weights[name].float(), hessian, factors, config)
             weights[name].copy_(unpack(choices[name].weight))
+    for name, seen in inputs.routed.items():
+        choices |= {f"{name}.{leaf}": choice for leaf, choice in calibrate_experts(modules[name], seen, config)}
     for i, (hidden, args, kwargs) in enumerate(calls):
         out = run(hidden, *args, **kwargs)
         calls[i] = (out[0] if isinstance(out, tuple) else out, args, kwargs)
     return choices
 
 
-def replace_linear(model: Any, name: str, weight: Any, config: Config) -> None:
-    """Put a 4-bit layer in the place of a linear one, on the CPU."""
+def replace_weight(model: Any, name: str, weight: Any, config: Config) -> None:
+    """Put a 4-bit layer in the place of a linear one, or a packed stack in that of another, on the CPU."""
+    if len(weight.quant_state.shape) == 3:
+        return setattr(model.get_submodule(name.rpartition(".")[0]), leaf_name(name), weight.to("cpu"))
     out, size = weight.quant_state.shape
     options = storage_options(config) | {"compute_dtype": compute_dtype(config), "device": "meta"}
     layer = bitsandbytes.nn.Linear4bit(size, out, bias=False, **options)
@@ -3494,19 +3556,20 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
     quantisation: Any = quantisation_config(config, model_config)
     whole, starts = {*(quantisation.llm_int8_skip_modules or ())}, dict[str, torch.Tensor]()
     targets = [n for m, n in names.items() if isinstance(m, LINEAR_CLASSES) and n not in whole]
-    calls, before, after = layer_calls(model, model_config, ids, config), 0.0, 0.0
+    experts = [n for m, n in names.items() if knows_experts(m) and packs_experts(config)]
+    calls, before, after, plain = layer_calls(model, model_config, ids, config), 0.0, 0.0, 0
     prefixes = [f"{names[layer]}." for layer in decoder_layers(model)]
     del names
     hidden = [send_to_device(call[0], device) for call in calls[0]]
     for prefix, own in zip(bar := tqdm(prefixes, "Calibrating", disable=None), calls, strict=True):
         layer = model.get_submodule(prefix[:-1]).to(device)
-        linear = {name: model.get_submodule(name) for name in targets if name.startswith(prefix)}
+        modules = {name: model.get_submodule(name) for name in targets + experts if name.startswith(prefix)}
         own[:] = [(state, *send_to_device(call[1:], device)) for state, call in zip(hidden, own, strict=True)]
-        for name, choice in calibrate_layer(layer, linear, own, config).items():
-            replace_linear(model, name, choice.weight, config)
+        for name, choice in calibrate_layer(layer, modules, own, config).items():
+            replace_weight(model, name, choice.weight, config)
             starts |= {f"{name}.{part}": tensor.cpu() for part, tensor in choice.start.items()}
-            before, after = before + choice.before, after + choice.after
-            if not choice.start:
+            before, after, plain = before + choice.before, after + choice.after, plain + choice.plain
+            if not choice.start and name in modules:
                 why = "its width is no multiple of 64" if choice.weight.quant_state.shape[1] % BLOCK else "no input"
                 log.warning("calibration: %s is rounded plainly: %s", name, why)
         hidden = [call[0] for call in own]
@@ -3515,10 +3578,17 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
         bar.set_postfix_str(f"{1 - after / (before or 1):.0%} of the error removed")
     for name in targets:
         if not isinstance(module := model.get_submodule(name), bitsandbytes.nn.Linear4bit):
-            replace_linear(model, name, choose_codes(as_matrix(module), None, None, config).weight, config)
+            replace_weight(model, name, choose_codes(as_matrix(module), None, None, config).weight, config)
     model.config.quantization_config, model.is_loaded_in_4bit = quantisation.to_dict(), True
-    model.save_pretrained(folder)
+    stacks = {n: w for n, (_, w) in stacked_experts(model).items() if hasattr(w, "quant_state")}
+    codes = {n: w.data.view(torch.uint8).view(w.quant_state.shape[0], -1, 1) for n, w in stacks.items()}
+    # packed experts can't be taken apart, as the published format has them
+    model.save_pretrained(folder, state_dict=model.state_dict() | codes, save_original_format=not codes)
+    parts = {f"{n}:{k}": v.clone() for n, w in stacks.items() for k, v in w.quant_state.as_dict(packed=True).items()}
+    save_file(parts, Path(folder, EXPERT_STATISTICS))
     save_file(starts, Path(folder, ADAPTER_START))
+    if plain:
+        log.info("calibration: %d matrices of experts are rounded plainly: few tokens, or their shape", plain)
     message = "calibration took %.0f s: squared error of the layers' outputs %.4g by plain rounding, %.4g now"
     log.info(message, time.perf_counter() - began, before, after)
 
@@ -3530,7 +3600,7 @@ def calibration_key(config: Config, model_config: PretrainedConfig, published: s
     names = ("quant_type", "double_quant", "lora_r", "rope_scaling", "attn_implementation")
     flags = [load_dtype(config), compute_dtype(config), config.training.device.type, is_fsdp(config), config.masked]
     source = source or [published, getattr(model_config, "_commit_hash", None)]
-    return digest("1", source, *flags, *(config.flags[name] for name in names), ids)
+    return digest("2", source, *flags, *(config.flags[name] for name in names), ids)
 
 
 @torch.no_grad()
@@ -4156,7 +4226,7 @@ class FrozenExperts(torch.autograd.Function):
 
 def expert_products(module: Any, layer: Any, name: str, x: torch.Tensor, experts: Any, ends: Any) -> torch.Tensor:
     """Each row times its expert's weight, with bias and adapter: (rows, out)."""
-    out = FrozenExperts.apply(x, ends, module._parameters[name], module.is_transposed)
+    out = FrozenExperts.apply(x, ends, stacks_in(module)[name], module.is_transposed)
     if module.has_bias:
         out = out + getattr(module, f"{name}_bias")[experts].to(out.dtype)
     if layer is None or layer.disable_adapters:

@@ -64,8 +64,11 @@ def shape_config(name: str) -> Any:
     )  # fmt: skip
 
 
-def random_base(model_config: Any, config: qlora.Config, device: torch.device) -> Any:
-    """The model with random weights, its linear layers and stacks of experts quantised one after the other."""
+def random_base(model_config: Any, config: qlora.Config, device: torch.device, writes: bool = False) -> Any:
+    """The model with random weights, its linear layers and stacks of experts quantised one after the other.
+
+    Stacks to be written stay as they are: transformers' layout has no packed ones.
+    """
     dtype, packed = qlora.load_dtype(config), config.quant.bits == 4
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
@@ -85,12 +88,12 @@ def random_base(model_config: Any, config: qlora.Config, device: torch.device) -
             owner, leaf = model.get_submodule(name.rpartition(".")[0]), qlora.leaf_name(name)
             value = torch.empty(parameter.shape, dtype=dtype, device=device)
             value = value.fill_(1.0) if parameter.ndim == 1 else value.normal_(0, 0.02)
-            packs = parameter.ndim == 3 and qlora.packs_experts(config)
+            packs = parameter.ndim == 3 and qlora.packs_experts(config) and not writes
             weight = qlora.pack_weight(value, config) if packs else torch.nn.Parameter(value, requires_grad=False)
             setattr(owner, leaf, weight)
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(model_config).to(device)
-    if packed:
+    if packed and not writes:
         qlora.pack_experts(model, config)
     model.is_loaded_in_4bit = packed  # as peft asks
     model.config.use_cache = False
@@ -140,7 +143,7 @@ def train(name: str, cap: float | None, arguments: argparse.Namespace) -> dict[s
 def write(name: str, arguments: argparse.Namespace) -> None:
     """A shape with random weights, quantised, as a folder to load."""
     config = qlora.parse_config(["--model_name_or_path", name, "--output_dir", "/tmp/memory", *arguments.flags])
-    model = random_base(shape_config(name), config, DEVICE)
+    model = random_base(shape_config(name), config, DEVICE, writes=True)
     if config.quant.bits == 4:
         model.config.quantization_config = qlora.quantisation_config(config).to_dict()
     model.save_pretrained(Path(arguments.write, name), max_shard_size="5GB")

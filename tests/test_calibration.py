@@ -15,7 +15,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, get_4bit_type, quantize_4bit
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import qlora
 
@@ -379,3 +380,149 @@ def test_the_saved_adapter_on_the_published_base(calibrated, models):
         adapted = model(input_ids=ids).logits
         with model.disable_adapter():
             assert (model(input_ids=ids).logits - adapted).norm() > 0.05 * adapted.norm()
+
+
+# ------------------------------------------------------------------------------------
+# Mixtures of experts
+# ------------------------------------------------------------------------------------
+WIDE = {"intermediate_size": 256}  # experts of whole blocks of nested scales, as those of real models are
+
+
+def plain_values(weight, kind, double):
+    return dequantize_4bit(*quantize_4bit(weight, compress_statistics=double, quant_type=kind))
+
+
+def experts_and_calls(models, **options):
+    """Experts with random weights, and two calls: all tokens reach the first, 488 the next, then 12 and none."""
+    config = AutoConfig.from_pretrained(models("mixtral", **options))
+    config._experts_implementation = "eager"
+    module, generator = MixtralExperts(config), torch.Generator().manual_seed(5)
+    for weight in module.parameters():
+        weight.data = torch.randn(weight.shape, generator=generator) / 8
+    chosen = torch.zeros(500, 2, dtype=torch.long)
+    chosen[:, 1] = 1 + (torch.arange(500) % 40 == 39).long()
+    x = inputs(500, 64)
+    shares = torch.full((500, 2), 0.5)
+    return module, [(x[:300], chosen[:300], shares[:300]), (x[300:], chosen[300:], shares[300:])]
+
+
+@pytest.mark.parametrize(("kind", "double"), KINDS)
+def test_each_expert_is_calibrated_on_its_own_tokens(models, kind, double):
+    """By its own H, in float64, no expert's error is above plain rounding's; codes decode to what is put in place."""
+    module, calls = experts_and_calls(models, **WIDE)
+    before = {name: weight.data.clone() for name, weight in module.named_parameters()}
+    choices = dict(qlora.calibrate_experts(module, [call[:2] for call in calls], parse(kind, double)))
+    assert [*choices] == ["gate_up_proj", "down_proj"] and {choice.plain for choice in choices.values()} == {2}
+    x, chosen = (torch.cat(parts) for parts in list(zip(*calls, strict=True))[:2])
+    sums = {name: [0.0, 0.0] for name in choices}
+    for expert in range(4):
+        rows = x[(chosen == expert).any(1)].double()
+        for name, choice in choices.items():
+            values = dequantize_4bit(choice.weight.data, choice.weight.quant_state)
+            assert values.shape == before[name].shape and torch.equal(values, getattr(module, name).data)
+            plain = plain_values(before[name], kind, double)
+            if expert > 1:
+                assert torch.equal(values[expert], plain[expert]), "too few tokens reach it"
+                continue
+            errors = [float((rows @ (before[name] - q)[expert].double().T).square().sum()) for q in (plain, values)]
+            assert errors[1] < 0.7 * errors[0]
+            sums[name] = [total + error for total, error in zip(sums[name], errors, strict=True)]
+            gate, up = (rows @ values[expert].double().T).chunk(2, dim=-1)
+            rows = torch.nn.functional.silu(gate) * up if name == "gate_up_proj" else rows
+    for name, choice in choices.items():
+        assert [choice.before, choice.after] == pytest.approx(sums[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("options", [WIDE, {}], ids=["no tokens", "blocks of nested scales in common"])
+def test_stacks_are_rounded_plainly_as_bitsandbytes_does(models, double, options):
+    module, calls = experts_and_calls(models, **options)
+    weights = {name: weight.data.clone() for name, weight in module.named_parameters()}
+    calls = [(x[:0], chosen[:0]) if options else (x, chosen) for x, chosen, _ in calls]
+    for name, choice in qlora.calibrate_experts(module, calls, parse("nf4", double)):
+        packed, state = quantize_4bit(weights[name], compress_statistics=double, quant_type="nf4")
+        own = choice.weight.quant_state
+        pairs = [(choice.weight.data, packed), (own.absmax, state.absmax)]
+        pairs += [(own.offset, state.offset), (own.state2.absmax, state.state2.absmax)] if double else []
+        assert all(torch.equal(*pair) for pair in pairs) and own.shape == state.shape and choice.plain == 4
+
+
+def test_few_tokens_do_not_harm_others():
+    """The codes of as many tokens as a layer has inputs, judged on others: error feedback alone fits what is noise."""
+    x, weight, config = inputs(8000, 128), torch.randn(64, 128, generator=torch.Generator().manual_seed(2)), parse()
+    few, others = x[:64], x[4000:]
+    errors = []
+    for tokens in (math.inf, 64):
+        choice = qlora.choose_codes(weight, few.T @ few, qlora.damped_factors(few.T @ few, tokens), config)
+        errors.append(float((others @ (weight - qlora.unpack(choice.weight)).T).square().sum()))
+    plain = float((others @ (weight - plain_values(weight, "nf4", True)).T).square().sum())
+    assert errors[1] < 0.9 * plain and errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "llama4", "gpt_oss"])
+def test_the_base_of_a_mixture_is_loaded_as_it_was_written(calibrated, models, tmp_path, monkeypatch, family):
+    """Bit for bit. Stacks whose blocks lie along the outputs are packed as without calibration."""
+    written, save = {}, PreTrainedModel.save_pretrained
+
+    def spy(model, *args, **kwargs):
+        packed = {name: w for name, w in model.named_parameters() if hasattr(w, "quant_state")}
+        written.update({name: (w.data.clone(), dequantize_4bit(w.data, w.quant_state)) for name, w in packed.items()})
+        return save(model, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", spy)
+    wide = {"moe_intermediate_size": 256} if family in ("qwen3_moe", "deepseek_v3") else WIDE
+    base = models(family, **wide)
+    run = calibrated(model_name_or_path=base, max_steps=1, do_eval=False, learning_rate=1e-4)
+    assert run.code == 0 and "quantised after loading" not in run.stderr, run.stderr
+    transposed = family in ("llama4", "gpt_oss")
+    assert ("matrices of experts are rounded plainly" in run.stderr) == transposed
+    config, folder = qlora.parse_config(["--calibration_rows", "8"]), str(cached(tmp_path)[0])
+    model = qlora.load_model(config, qlora.load_model_config(config, folder), folder)
+    loaded = {name: weight for name, weight in model.named_parameters() if hasattr(weight, "quant_state")}
+    assert {*written} == {*loaded} and any("experts" in name for name in loaded)
+    for name, (codes, values) in written.items():
+        assert torch.equal(loaded[name].data, codes), name
+        assert torch.equal(dequantize_4bit(loaded[name].data, loaded[name].quant_state), values), name
+    plain = qlora.parse_config([])
+    other = qlora.load_model(plain, qlora.load_model_config(plain, str(base)), str(base))
+    for name in qlora.stacked_experts(other):
+        assert torch.equal(other.get_parameter(name).data, loaded[name].data) == transposed, name
+    assert not any(
+        tensor.dim() == 3 and tensor.is_floating_point() for tensor in load_file(f"{folder}/model.safetensors").values()
+    )
+
+
+def test_a_calibrated_mixture_is_closer_to_the_published_one(calibrated, models, tmp_path):
+    """On the rows: the loss of its predictions against the published model's, which has the lowest."""
+    base = models("mixtral", **WIDE)
+    assert calibrated(model_name_or_path=base, max_steps=1, calibration_rows=20).code == 0
+    config = qlora.parse_config(["--calibration_rows", "20"])
+    folders = str(base), str(cached(tmp_path)[0])
+    published = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    models_in_4_bit = [qlora.load_model(config, qlora.load_model_config(config, folder), folder) for folder in folders]
+    losses = [0.0, 0.0]
+    with torch.no_grad():
+        for row in tiny.support_rows(20):
+            ids = torch.tensor([[tiny.BOS, *f"{row['input']}{row['output']}".encode()]])
+            target = published(input_ids=ids).logits.softmax(-1)[0]
+            for i, model in enumerate(models_in_4_bit):
+                logits = model.eval()(input_ids=ids).logits[0]
+                losses[i] += float(torch.nn.functional.cross_entropy(logits, target))
+                losses[i] -= float(torch.nn.functional.cross_entropy(target.log(), target))
+    assert losses[1] < 0.8 * losses[0]
+
+
+def test_a_calibrated_mixture_resumes_predicts_and_is_merged(calibrated, models, tmp_path):
+    flags = {"model_name_or_path": models("mixtral", **WIDE), "learning_rate": 1e-2}
+    straight = calibrated(**flags, output_dir=tmp_path / "straight", do_predict=True, predict_with_generate=True,
+                          max_new_tokens=3, merged_output_dir=tmp_path / "merged")  # fmt: skip
+    calibrated(**flags, max_steps=2)
+    resumed = calibrated(**flags)
+    assert straight.code == resumed.code == 0 and "calibration took" not in resumed.stderr
+    ours, theirs = (load_file(run.output_dir / "adapter_model.safetensors") for run in (resumed, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and any("experts" in name for name in ours)
+    done = calibrated(**flags, do_train=False, do_eval=False, merge_base="dequantized",
+                      merged_output_dir=tmp_path / "dequantized")  # fmt: skip
+    assert done.code == 0, done.stderr
+    layouts = [{*load_file(tmp_path / name / "model.safetensors")} for name in ("merged", "dequantized")]
+    assert layouts == [{*load_file(flags["model_name_or_path"] / "model.safetensors")}] * 2

@@ -230,6 +230,17 @@ def test_a_router_gets_an_adapter_only_where_it_is_named():
         assert (router in qlora.lora_targets(model, lora)) == named
 
 
+def test_experts_of_a_quantised_base_are_quantised_after_loading(run_qlora, models):
+    """Where transformers has left them in 16 bit: to the same codes as while a published base loads."""
+    folders = [str(models("mixtral")), str(models("prequantised", base=models("mixtral")))]
+    config = reference.parse(folders[0], bits=4)
+    published, quantised = (qlora.load_model(config, qlora.load_model_config(config, f), f) for f in folders)
+    for name, (_, weight) in qlora.stacked_experts(published).items():
+        assert torch.equal(quantised.get_parameter(name).data, weight.data), name
+    run = run_qlora(model_name_or_path=folders[1], max_steps=1)
+    assert run.code == 0 and "4 stacks of experts are quantised after loading" in run.stderr
+
+
 def test_a_rank_that_no_expert_has_is_one_line(run_qlora, models):
     run = run_qlora(model_name_or_path=models("mixtral"), expert_lora_r=65, max_steps=1)
     assert run.code == 2 and "--expert_lora_r 65" in run.stderr and "rank 64 at most" in run.stderr

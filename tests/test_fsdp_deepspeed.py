@@ -182,6 +182,30 @@ def test_fp16_under_fsdp_scales_its_loss_and_resumes_with_the_scale(start, tmp_p
     assert_same_training(resumed, tmp_path / "fsdp")
 
 
+def test_experts_in_4_bit_under_fsdp_train_as_in_one_process(fork_server, models, tmp_path):
+    """FSDP's parameters lose the statistics of packed weights; here they come from a calibrated base."""
+    base = models("mixtral", intermediate_size=256)
+    flags = {"bits": 4, "optim": "adamw_torch", "calibration_rows": 8, "cache_dir": tmp_path / "cache", **ALL_STAGES}
+    start = Start(fork_server, tmp_path, base, **flags)
+    running = start(1, tmp_path / "one")
+    sharded = {"fsdp": [], "before": SHARDING}
+    text = finish(start(2, tmp_path / "fsdp", **sharded))
+    finish(running)
+    assert "nf4 (packed): 417,792" in text and "stay in" not in text and "unpack whole stacks" not in text
+    assert_same_run(tmp_path / "fsdp", tmp_path / "one")
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "fsdp" / "checkpoint-4", resumed / "checkpoint-4")
+    finish(start(2, resumed, **sharded))
+    assert_same_run(resumed, tmp_path / "one")
+
+
+def test_experts_under_deepspeed_are_not_packed_and_it_says_so(fork_server, models, tmp_path):
+    need_deepspeed()
+    start = Start(fork_server, tmp_path, models("mixtral"), bits=4, max_steps=1, do_eval=False)
+    text = finish(start(2, tmp_path / "out", deepspeed=zero(2)))
+    assert "4 tensors of experts, 0.00 GiB, stay in float32: only --bits 4 without --deepspeed packs them" in text
+
+
 def test_a_layer_class_that_fsdp_cannot_find_is_one_line(start, tmp_path):
     wrong = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
     line = error_of(finish(start(2, tmp_path / "out", fsdp=[], fsdp_config=wrong, before=SHARDING), 2))
