@@ -16,21 +16,21 @@ Read the file from top to bottom, along the path of the data: every room uses on
      1 Imports             36-175
      2 Errors             178-243
      3 Dataset formats    246-740
-     4 Arguments         743-1447
-     5 Loading          1450-2021
-     6 Tokenizer        2024-2153
-     7 Encoding         2156-2620
-     8 Model            2623-3283
-     9 Calibration      3286-3634
-    10 LoRA             3637-3940
-    11 Fast path        3943-4761
-    12 Plan             4764-5089
-    13 Checkpoints      5092-5474
-    14 Processes        5477-5534
-    15 Evaluation       5537-5745
-    16 Trainer          5748-6387
-    17 Stages           6390-6868
-    18 Main             6871-7162
+     4 Arguments         743-1451
+     5 Loading          1454-2025
+     6 Tokenizer        2028-2157
+     7 Encoding         2160-2624
+     8 Model            2627-3287
+     9 Calibration      3290-3642
+    10 LoRA             3645-3949
+    11 Fast path        3952-4770
+    12 Plan             4773-5099
+    13 Checkpoints      5102-5484
+    14 Processes        5487-5544
+    15 Evaluation       5547-5755
+    16 Trainer          5758-6400
+    17 Stages           6403-6880
+    18 Main             6883-7174
 """
 
 # ------------------------------------------------------------------------------------
@@ -1418,6 +1418,10 @@ def check_base(config: Config) -> None:
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
         what = f"--model_name_or_path {model}: an adapter of {base}"
         raise ConfigError(f"{what}; pass that, and this as --adapter_name_or_path")
+    manifest = Path(config.model.adapter_name_or_path or model, "checkpoint.json")
+    if manifest.is_file() and '"adapter start": "calibrated"' in manifest.read_text(encoding="utf-8"):
+        what = f"--adapter_name_or_path {manifest.parent}: fits the calibrated base of its run only"
+        raise ConfigError(f"{what}; finish that run, whose result fits the published base")
     if args.push_to_hub and args.do_train and not (args.plan or config.data.preview):
         way = "log in with `hf auth login`, or leave it out"
         with reraise_as_user_error(f"--push_to_hub: {way}", ConfigError, Exception):  # of its HTTP library, too
@@ -3549,8 +3553,8 @@ def layer_calls(model: Any, model_config: PretrainedConfig, ids: list[list[int]]
 def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config: Config, folder: str) -> None:
     """Choose the codes of every layer, each on the outputs of those before it, and write the base to `folder`.
 
-    In memory are the base as it is mapped from its files, what is packed so far, and on the device one layer with the
-    sums of its inputs. Layers outside the decoder's are rounded plainly.
+    In memory are the base, mapped from its files unless it is stored in another dtype or has experts, what is packed so
+    far, and on the device one layer with the sums of its inputs. Layers outside the decoder's are rounded plainly.
     """
     device, began, names = config.training.device, time.perf_counter(), {m: n for n, m in model.named_modules()}
     quantisation: Any = quantisation_config(config, model_config)
@@ -3588,7 +3592,8 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
     save_file(parts, Path(folder, EXPERT_STATISTICS))
     save_file(starts, Path(folder, ADAPTER_START))
     if plain:
-        log.info("calibration: %d matrices of experts are rounded plainly: few tokens, or their shape", plain)
+        why = f"fewer than {FEWEST_TOKENS} tokens reach them, or they are transposed or no multiple of 64 x 256 values"
+        log.info("calibration: %d matrices of experts are rounded plainly: %s", plain, why)
     message = "calibration took %.0f s: squared error of the layers' outputs %.4g by plain rounding, %.4g now"
     log.info(message, time.perf_counter() - began, before, after)
 
@@ -3631,6 +3636,9 @@ def calibrated_base(config: Config, model_config: Any, published: str, rows: Any
         with made_once(folder, f"--calibration_rows: {folder}") as made:
             write_calibrated(model, model_config, ids, config, made)
     log.info("calibrated base: %s", folder)
+    rate, zero = config.training.learning_rate, "init_lora_weights" in config.explicitly_set  # where adapters start
+    if config.training.do_train and rate > 5e-4 and not (zero or config.model.adapter_name_or_path):
+        log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     return str(folder)
 
 
@@ -3715,10 +3723,11 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         warn("--lora_dropout: experts get none, which peft cannot give them")
     if lora.expert_lora_r and not experts:
         warn("--expert_lora_r: without effect, no stack of experts is adapted")
-    for name in experts if lora.expert_lora_r else ():
+    for name in experts:
         most = min(getattr(stacks[name], "quant_state", stacks[name]).shape[1:])
-        if lora.expert_lora_r > most:  # type: ignore[operator]
-            raise ConfigError(f"--expert_lora_r {lora.expert_lora_r}: {name} has experts of rank {most} at most")
+        rank = next(r for key, r in patterns["rank_pattern"].items() if re.fullmatch(rf"(.*\.)?({key})", name))
+        if rank > most:
+            raise ConfigError(f"--expert_lora_r: {name} has experts of rank {most} at most, not {rank}")
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha % 1 == 0 else lora.lora_alpha,  # type: ignore[arg-type]
@@ -4982,7 +4991,8 @@ def plan_from_flags(config: Config, memory: MemoryModel) -> tuple[dict[str, str]
     window = longest * train.per_device_train_batch_size * train.gradient_accumulation_steps
     memory = memory.shared(config, train.world_size) if is_sharded(config) else memory
     _, lines, fits = plan_step(memory, (gib - CONTEXT) * 0.95 * GIB - memory.resident(), longest, window, config)
-    verdict = "fits" if fits else f"does not fit into {gib:g} GiB, needs {lines['in all'].strip()}"
+    needed = (float(lines["in all"].split()[0]) - CONTEXT) / 0.95 + CONTEXT  # a twentieth stays free
+    verdict = "fits" if fits else f"does not fit into {gib:g} GiB, needs {needed:.2f} GiB"
     return {"GPU": f"{gib:g} GiB", **lines, "verdict": verdict}, fits
 
 
@@ -6128,7 +6138,8 @@ class QLoRATrainer(Trainer):
             seconds = max(time.perf_counter() - self.untimed_seconds - began, 1e-9)
             speed = (self.tokens_seen - tokens) * self.args.world_size / seconds
             left = timedelta(seconds=round(seconds / max(step - first, 1) * (steps - step)))
-            names = ("loss", "loss"), ("grad_norm", "gradient norm"), ("learning_rate", "rate")
+            names = [("loss", "loss"), ("router_loss", "routers' loss"), ("grad_norm", "gradient norm")]
+            names += [("learning_rate", "rate")]
             parts += [f"{title} {float(logs[name]):<8.4g}" for name, title in names if logs.get(name) is not None]
             parts += [f"{speed:,.0f} tokens/s", *([f"{peak:.1f} GiB"] if (peak := peak_memory_gib()) else [])]
             parts += [f"{left} left"] if step < steps else []
@@ -6378,7 +6389,9 @@ def apply_step_plan(base: Any, plan: StepPlan, config: Config) -> None:
         text = base.config.get_text_config().to_dict()
         rates = (rate for name, rate in text.items() if re.search("drop|noise", name) and isinstance(rate, float))
         dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in base.modules())
-        offload, small = config.training.offload_activations, plan.tokens < 2048 and config.training.world_size == 1
+        # a layer that is first run without gradients would hand none to the routers' own loss
+        small = plan.tokens < 2048 and config.training.world_size == 1 and not text.get("output_router_logits")
+        offload = config.training.offload_activations
         set_recomputed_layers(base, plan.recomputed, offload, dropout or any(rates), small)
     elif plan.recomputed and getattr(base, "supports_gradient_checkpointing", True):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -6795,6 +6808,7 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
         "model": config.model.model_name_or_path,
         "objective": config.data.objective,
         "weights": f"quantised already, by {stored}" if stored else bits,
+        **({"calibrated base": Path(run.base).name} if run.base != run.folder else {}),
         "compute dtype": f"{str(compute_dtype(config)).removeprefix('torch.')} ({why})",
         **({"effective batch": batch, "length": length} if run.resume.train else {}),
         "special tokens": ", ".join(f"{n} {t!r} = {run.tokenizer.convert_tokens_to_ids(t)}" for n, t in tokens.items()),
@@ -6834,8 +6848,6 @@ def log_hints(config: Config) -> None:
     if runs and train.use_cpu and (threads := torch.get_num_threads()) > max(1, free + 0.5):
         log.warning("other programs keep this machine busy (%.1f of %d cores are free): with %d threads each waits for "
                     "the slowest; OMP_NUM_THREADS=1 is faster", max(free, 0), os.cpu_count(), threads)  # fmt: skip
-    if config.quant.calibration_rows and train.do_train and (train.recipe or train.learning_rate > 5e-4):
-        log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     for applies, names, reason in ineffective_flags(config):
         if applies and not config.record and (passed := sorted(config.explicitly_set.intersection(names))):
             log.info("%s: without effect: %s", ", ".join(passed), reason)

@@ -282,9 +282,10 @@ def rates_table(content: dict[str, Any]) -> str:
         best = {name: min(statistics.mean(values) for values in own.values()) for name, own in losses.items() if own}
         lowest = best.get(REFERENCE, math.nan)
         for name, own in losses.items():
-            before = next((r["eval"][0]["eval_loss"] for r in content["runs"] if r["name"] == name and "eval" in r), 0)
+            first = [r["eval"][0]["eval_loss"] for r in content["runs"] if r["name"] == name and "eval" in r]
+            before = f"{statistics.mean(first):.4f}" if key is WHERE["the base it was trained on"] else ""
             cells = " | ".join(spread(own[rate]) if rate in own else "" for rate in columns)
-            lines.append(f"| {name} | {before:.4f} | {cells} | {best.get(name, math.nan) - lowest:+.4f} |")
+            lines.append(f"| {name} | {before} | {cells} | {best.get(name, math.nan) - lowest:+.4f} |")
         lines.append("")
     lines += [f"{r['name']}, seed {r['seed']}, {r['rate']:g}: {r['failed']}" for r in content["runs"] if "failed" in r]
     return "\n".join(lines).strip()

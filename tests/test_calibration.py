@@ -249,6 +249,18 @@ def test_a_checkpoint_of_another_base_is_refused(calibrated):
     assert "adapter start was calibrated, is True" in error_of(calibrated(init_lora_weights=True))
 
 
+def test_an_unfinished_adapter_is_no_start_for_another_run(calibrated, run_qlora, tmp_path):
+    """A checkpoint's adapter fits the calibrated base only, that of the finished run the published one."""
+    run = calibrated(max_steps=2, save_steps=1)
+    assert run.code == 0 and run.json("run.json")["derived"]["calibrated base"] == cached(tmp_path)[0].name
+    plain = {name: value for name, value in RUN.items() if name != "calibration_rows"}
+    for rows in (None, 8):
+        flags = {**plain, "output_dir": tmp_path / "other", "cache_dir": tmp_path / "cache", "calibration_rows": rows}
+        other = run_qlora(**flags, adapter_name_or_path=run.output_dir / "checkpoint-1")
+        assert "fits the calibrated base of its run only" in error_of(other)
+    assert run_qlora(**plain, output_dir=tmp_path / "next", adapter_name_or_path=run.output_dir).code == 0
+
+
 def test_a_finished_run_is_used_on_the_base_it_was_trained_on(calibrated, run_qlora, data_dir, tmp_path):
     """Also where this command reads other rows: the base is the recorded one, and if it is gone, an error."""
     trained = calibrated(do_eval=False, eval_dataset_size=None, learning_rate=1e-2)
@@ -368,6 +380,8 @@ def test_more_rows_than_there_are(calibrated):
 def test_a_hint_on_the_rate(calibrated):
     assert "such as 2.5e-4" in calibrated(max_steps=1).stderr
     assert "such as 2.5e-4" not in calibrated(max_steps=1, learning_rate=2e-4).stderr
+    zero = calibrated(max_steps=1, init_lora_weights=True, overwrite_output_dir=True)
+    assert zero.code == 0 and "such as 2.5e-4" not in zero.stderr
 
 
 def test_the_saved_adapter_on_the_published_base(calibrated, models):
