@@ -16,21 +16,21 @@ Read the file from top to bottom, along the path of the data: every room uses on
      1 Imports             36-176
      2 Errors             179-244
      3 Dataset formats    247-741
-     4 Arguments         744-1448
-     5 Loading          1451-2019
-     6 Tokenizer        2022-2144
-     7 Encoding         2147-2605
-     8 Model            2608-3268
-     9 Calibration      3271-3619
-    10 LoRA             3622-3925
-    11 Fast path        3928-4746
-    12 Plan             4749-5074
-    13 Checkpoints      5077-5459
-    14 Processes        5462-5519
-    15 Evaluation       5522-5730
-    16 Trainer          5733-6372
-    17 Stages           6375-6853
-    18 Main             6856-7147
+     4 Arguments         744-1447
+     5 Loading          1450-2017
+     6 Tokenizer        2020-2142
+     7 Encoding         2145-2603
+     8 Model            2606-3266
+     9 Calibration      3269-3617
+    10 LoRA             3620-3923
+    11 Fast path        3926-4744
+    12 Plan             4747-5072
+    13 Checkpoints      5075-5457
+    14 Processes        5460-5517
+    15 Evaluation       5520-5728
+    16 Trainer          5731-6370
+    17 Stages           6373-6851
+    18 Main             6854-7145
 """
 
 # ------------------------------------------------------------------------------------
@@ -1205,7 +1205,6 @@ CAUSAL_ONLY_FLAGS |= {"do_mmlu_eval", "add_tokens"}
 MASKING_FLAGS = {"mask_prob", "mask_replace_prob", "random_replace_prob"}
 MMLU_FLAGS = {f.name for f in dataclasses.fields(MMLUArguments)} - {"do_mmlu_eval"}
 LORA_FLAGS = {f.name for f in dataclasses.fields(LoraArguments)}
-FREEZING_FLAGS = {"layers_to_freeze", "layer_freeze_ratio"}  # the two that a full fine-tune has too
 
 # Flags, the values expected of each, and whether a value is one of them.
 VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
@@ -1430,7 +1429,7 @@ def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
     flags = argparse.Namespace(**config.flags)
     return [
         (flags.bits != 4, {"quant_type", "double_quant"}, f"bits is {flags.bits}"),
-        (flags.full_finetune, LORA_FLAGS - FREEZING_FLAGS, "there are no adapters"),
+        (flags.full_finetune, LORA_FLAGS - {"layers_to_freeze", "layer_freeze_ratio"}, "there are no adapters"),
         (flags.adapter_name_or_path, LORA_FLAGS, "the adapter to start from keeps its own rank, alpha and layers"),
         (not flags.do_predict, GENERATION_FLAGS, "nothing is generated without --do_predict"),
         (flags.do_predict and not flags.do_sample, SAMPLING_FLAGS, "nothing is sampled without --do_sample"),
@@ -1672,12 +1671,12 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     names = renamed_columns(config.data.columns, config.data.dataset_format)
     columns = rename_columns(dict.fromkeys(own), names).keys()
     candidates = MASKED_FORMATS if config.masked else tuple(name for name, f in FORMATS.items() if f.inferred)
-    fitting = [known for known, format in FORMATS.items() if columns >= {*format.columns}]
     named = config.data.dataset_format or (name if name in DATASETS and not config.masked else None)
-    chosen = named or next((known for known in candidates if known in fitting), None)
+    chosen = named or next((known for known in candidates if columns >= {*FORMATS[known].columns}), None)
+    missing = sorted({*get_format(chosen, config.data.as_chat).columns} - columns) if chosen else []
     found = f"{name}: found the columns {shorten(', '.join(own) or '(none)')}"
     absent = [column for column in names.values() if column not in own]
-    if absent and (len(absent) < len(names) or chosen in {None, *FORMATS} - {*fitting}):
+    if absent and (len(absent) < len(names) or missing or not chosen):
         raise DataError(f"{found}, but none is called {absent[0]}, which --columns names")
     if chosen is None:
         names = {", ".join(sorted(FORMATS[known].columns)): known for known in candidates}
@@ -1685,8 +1684,7 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
         needs = " or ".join(f"{', '.join(FORMATS[names[text]].columns)} ({names[text]})" for text in nearest)
         way = "--columns input=question says what yours are called, --dataset_format path.py:function converts rows"
         raise DataError(f"{found}, which fit no format; the nearest need {needs}; {way}")
-    format = get_format(chosen, config.data.as_chat)
-    if missing := sorted(set(format.columns) - set(columns)):
+    if missing:
         raise DataError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
     said = ", inferred from columns" * (not named) + "; it has none of the columns that --columns names" * bool(absent)
     log.info("%s: format %s%s", name, chosen, said)
