@@ -13,24 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             36-175
-     2 Errors             178-243
-     3 Dataset formats    246-740
-     4 Arguments         743-1451
-     5 Loading          1454-2025
-     6 Tokenizer        2028-2157
-     7 Encoding         2160-2624
-     8 Model            2627-3287
-     9 Calibration      3290-3642
-    10 LoRA             3645-3949
-    11 Fast path        3952-4770
-    12 Plan             4773-5099
-    13 Checkpoints      5102-5484
-    14 Processes        5487-5544
-    15 Evaluation       5547-5755
-    16 Trainer          5758-6400
-    17 Stages           6403-6880
-    18 Main             6883-7174
+     1 Imports             36-176
+     2 Errors             179-244
+     3 Dataset formats    247-741
+     4 Arguments         744-1451
+     5 Loading          1454-2021
+     6 Tokenizer        2024-2146
+     7 Encoding         2149-2607
+     8 Model            2610-3270
+     9 Calibration      3273-3625
+    10 LoRA             3628-3932
+    11 Fast path        3935-4753
+    12 Plan             4756-5082
+    13 Checkpoints      5085-5467
+    14 Processes        5470-5527
+    15 Evaluation       5530-5738
+    16 Trainer          5741-6383
+    17 Stages           6386-6863
+    18 Main             6866-7157
 """
 
 # ------------------------------------------------------------------------------------
@@ -136,9 +136,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 from transformers import (
     AddedToken, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoTokenizer,
-    BitsAndBytesConfig, EarlyStoppingCallback, GenerationConfig, HfArgumentParser, LlamaTokenizer, PretrainedConfig,
-    PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Seq2SeqTrainingArguments, Trainer,
-    PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState, enable_full_determinism, set_seed,
+    BitsAndBytesConfig, DataCollatorWithFlattening, EarlyStoppingCallback, GenerationConfig, HfArgumentParser,
+    LlamaTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast,
+    PrinterCallback, ProgressCallback, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainerControl,
+    TrainerState, enable_full_determinism, set_seed,
 )  # fmt: skip
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -1204,7 +1205,6 @@ CAUSAL_ONLY_FLAGS |= {"do_mmlu_eval", "add_tokens"}
 MASKING_FLAGS = {"mask_prob", "mask_replace_prob", "random_replace_prob"}
 MMLU_FLAGS = {f.name for f in dataclasses.fields(MMLUArguments)} - {"do_mmlu_eval"}
 LORA_FLAGS = {f.name for f in dataclasses.fields(LoraArguments)}
-FREEZING_FLAGS = {"layers_to_freeze", "layer_freeze_ratio"}  # the two that a full fine-tune has too
 
 # Flags, the values expected of each, and whether a value is one of them.
 VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
@@ -1433,7 +1433,7 @@ def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
     flags = argparse.Namespace(**config.flags)
     return [
         (flags.bits != 4, {"quant_type", "double_quant"}, f"bits is {flags.bits}"),
-        (flags.full_finetune, LORA_FLAGS - FREEZING_FLAGS, "there are no adapters"),
+        (flags.full_finetune, LORA_FLAGS - {"layers_to_freeze", "layer_freeze_ratio"}, "there are no adapters"),
         (flags.adapter_name_or_path, LORA_FLAGS, "the adapter to start from keeps its own rank, alpha and layers"),
         (not flags.do_predict, GENERATION_FLAGS, "nothing is generated without --do_predict"),
         (flags.do_predict and not flags.do_sample, SAMPLING_FLAGS, "nothing is sampled without --do_sample"),
@@ -1569,21 +1569,19 @@ class RowSource:
     format: str = ""
     first: int = 0  # rows to skip
     last: int | None = None  # rows to read, the skipped ones included
-    renamed: tuple[tuple[str, str], ...] = ()  # a format's name of a column, and the data's
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         numbered = [(str(path), read_file(path)) for path in self.files]
         numbered.append((self.name, enumerate((drop_nulls(row, 0) for row in self.loaded or ()), start=1)))
         rows = ((f"{name}:{number}", row) for name, part in numbered for number, row in part)
         with reraise_as_user_error(self.name, DataError, *DATASETS_ERRORS):
-            for where, row in itertools.islice(rows, self.first, self.last):
-                yield where, rename_columns(row, dict(self.renamed))
+            yield from itertools.islice(rows, self.first, self.last)
 
     def fingerprint(self) -> str:
         """Changes with the content; that of a stream with its first rows."""
         own = getattr(self.loaded, "_fingerprint", None)
         content = [f"{path}:{file_digest(path)}" for path in self.files] or own or list(itertools.islice(self, 100))
-        return digest(self.name, self.format, content, self.first, self.last, self.renamed)
+        return digest(self.name, self.format, content, self.first, self.last)
 
 
 class Splits(NamedTuple):
@@ -1609,7 +1607,7 @@ CODE_VERSION = file_digest(Path(__file__))  # rows that another version of this 
 
 def find_splits(name: str, config: Config) -> dict[str, RowSource]:
     """A dataset's splits by name, before any row is read: a preset, a file, a folder or a hub id."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if name in DATASETS:
         return load_from_hub(config, **DATASETS[name])
     if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # written by save_to_disk
@@ -1677,12 +1675,12 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     names = renamed_columns(config.data.columns, config.data.dataset_format)
     columns = rename_columns(dict.fromkeys(own), names).keys()
     candidates = MASKED_FORMATS if config.masked else tuple(name for name, f in FORMATS.items() if f.inferred)
-    fitting = [known for known, format in FORMATS.items() if columns >= {*format.columns}]
     named = config.data.dataset_format or (name if name in DATASETS and not config.masked else None)
-    chosen = named or next((known for known in candidates if known in fitting), None)
+    chosen = named or next((known for known in candidates if columns >= {*FORMATS[known].columns}), None)
+    missing = sorted({*get_format(chosen, config.data.as_chat).columns} - columns) if chosen else []
     found = f"{name}: found the columns {shorten(', '.join(own) or '(none)')}"
     absent = [column for column in names.values() if column not in own]
-    if absent and (len(absent) < len(names) or chosen in {None, *FORMATS} - {*fitting}):
+    if absent and (len(absent) < len(names) or missing or not chosen):
         raise DataError(f"{found}, but none is called {absent[0]}, which --columns names")
     if chosen is None:
         names = {", ".join(sorted(FORMATS[known].columns)): known for known in candidates}
@@ -1690,8 +1688,7 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
         needs = " or ".join(f"{', '.join(FORMATS[names[text]].columns)} ({names[text]})" for text in nearest)
         way = "--columns input=question says what yours are called, --dataset_format path.py:function converts rows"
         raise DataError(f"{found}, which fit no format; the nearest need {needs}; {way}")
-    format = get_format(chosen, config.data.as_chat)
-    if missing := sorted(set(format.columns) - set(columns)):
+    if missing:
         raise DataError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
     said = ", inferred from columns" * (not named) + "; it has none of the columns that --columns names" * bool(absent)
     log.info("%s: format %s%s", name, chosen, said)
@@ -1777,10 +1774,11 @@ def render_within(chat: Conversation, tokenizer: PreTrainedTokenizerBase, limits
                 kept = [n - user + first for n in ([answer] if len(rows) > 1 else chat.answers) if n >= user]
                 messages = chat.messages[:first] + chat.messages[user : answer + 1]
                 shorter.append(chat._replace(messages=messages, answers=kept))
-            # from the shortest on, each with its last answer alone
-            alone = (render_chat(part._replace(answers=part.answers[-1:]), tokenizer)[0] for part in reversed(shorter))
-            fits = partial(prompt_fits, tokenizer=tokenizer, limits=limits)
-            short = render_chat(shorter[-max(1, sum(1 for _ in itertools.takewhile(fits, alone)))], tokenizer)[-1]
+            alone = [part._replace(answers=part.answers[-1:]) for part in shorter[:-1]]
+            longest = bisect.bisect_left(
+                alone, True, key=lambda part: prompt_fits(render_chat(part, tokenizer)[0], tokenizer, limits)
+            )
+            short = render_chat(shorter[longest], tokenizer)[-1]
             both = tokenize_rendered([row.segments, short.segments], tokenizer)
             whole, rest = (sum(map(len, tokens)) for tokens in both)
             row = short._replace(left_out=[*short.left_out, OLDEST_EXCHANGES], lost=whole - rest)
@@ -1799,9 +1797,11 @@ def check_row(row: Any) -> Mapping[str, Any]:
 
 
 def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, Any]]:
-    """The rows of --include_sources; with --expand_conversations a row for each answer of a valid conversation."""
+    """The rows of --include_sources, renamed; with --expand_conversations one for each answer of a valid chat."""
     wanted, found = {name.strip() for name in data.include_sources.split(",")}, False
-    for where, row in source:
+    names = renamed_columns(data.columns, data.dataset_format)
+    for where, raw in source:
+        row = rename_columns(raw, names)
         if wanted == {"ALL"} or not isinstance(row, Mapping) or str(row.get("source")) in wanted:
             found, rows = True, [row]
             with contextlib.suppress(RowError):  # normalize_rows reports it
@@ -1851,7 +1851,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     dataset_format, limits = get_format(source.format, data.as_chat), length_limits(config)
     normalize = partial(normalize_rows, dataset_format=dataset_format, tokenizer=tokenizer, limits=limits)
     depends: list[Any] = [source.fingerprint(), custom and file_digest(Path(custom[1])), limit]
-    depends += [data.expand_conversations, data.include_sources, data.as_chat]
+    depends += [data.columns, data.expand_conversations, data.include_sources, data.as_chat]
     if tokenizer:
         template = str(tokenizer.chat_template or "")
         today = "strftime_now" in template and getattr(tokenizer, "template_date", None)
@@ -1865,10 +1865,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
         raise error.__cause__ or error from None
     rows.info.description = source.format  # for token_statistics; the library keeps it
     log.info("%s: %d rows", source.name, len(rows))
-    counts = Counter[str]()
-    for left_out, count in Counter(rows["left_out"][:]).items():
-        counts.update(dict.fromkeys(filter(None, left_out.split("\n")), count))
-    if counts:
+    if counts := Counter(what for left_out in rows["left_out"][:] for what in left_out.split("\n") if what):
         said = [what + f" (in {n} of {len(rows)} rows)" * (n < len(rows)) for what, n in sorted(counts.items())]
         log.info("%s: left out: %s", source.name, shorten(", ".join(said)))
     chats = len({where for where, rendered in zip(rows["where"][:], rows["rendered"][:], strict=True) if rendered})
@@ -1882,8 +1879,7 @@ def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
     """A dataset's splits, under the names that SPLITS gives them too, with the format of its rows."""
     sources = find_splits(name, config)
     chosen = choose_format(name, next(iter(sources.values())), config)
-    names = tuple(renamed_columns(config.data.columns, config.data.dataset_format).items())
-    sources = {split: dataclasses.replace(part, format=chosen, renamed=names) for split, part in sources.items()}
+    sources = {split: dataclasses.replace(part, format=chosen) for split, part in sources.items()}
     return {split_named(split) or split: source for split, source in reversed(sources.items())} | sources
 
 
@@ -2051,23 +2047,18 @@ def download(name: str, patterns: list[str], config: Config) -> Path:
     return folder if folder.is_dir() else Path(snapshot_download(name, allow_patterns=patterns, **hub_options(config)))
 
 
-def patched_tokenizer_folder(name: str, patch: Path, target: Path, config: Config) -> Path:
-    """Copy the model's tokenizer files, with those of --tokenizer_patch laid over them key by key."""
-    patches = [patch / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    if not any(file.is_file() for file in patches):
-        raise ConfigError(f"--tokenizer_patch {patch}: expected a folder with {' or '.join(f.name for f in patches)}")
-    for file in download(name, TOKENIZER_FILES, config).iterdir():
-        if file.is_file() and file.suffix in (".json", ".model", ".txt"):
-            shutil.copyfile(file, target / file.name)
-    for file in filter(Path.is_file, patches):
-        patched = target / file.name
-        patched.write_text(json.dumps((read_json(patched) if patched.is_file() else {}) | read_json(file)))
-    return target
+def read_tokenizer_patch(folder: Path) -> dict[str, Any]:
+    """The settings in the files of --tokenizer_patch, which take precedence over the tokenizer's own."""
+    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    if not any(file.is_file() for file in files):
+        raise ConfigError(f"--tokenizer_patch {folder}: expected a folder with {' or '.join(f.name for f in files)}")
+    settings = {name: value for file in files if file.is_file() for name, value in read_json(file).items()}
+    settings.pop("tokenizer_class", None)  # it follows from the model and its files
+    return {n: v["content"] if isinstance(v, dict) and "content" in v else v for n, v in settings.items()}
 
 
-def match_file(tokenizer: Any, folder: str, config: Config, **options: Any) -> Any:
+def match_file(tokenizer: Any, file: Path, **options: Any) -> Any:
     """The tokenizer, or the plain class made from its tokenizer.json if that gives other ids."""
-    file = download(folder, TOKENIZER_FILES, config) / "tokenizer.json"
     if not file.is_file():
         mistral = type(tokenizer).__name__ == "MistralCommonBackend"  # which has no offsets
         return convert_tekken_tokenizer(str(file.with_name("tekken.json"))) if mistral else tokenizer
@@ -2077,7 +2068,7 @@ def match_file(tokenizer: Any, folder: str, config: Config, **options: Any) -> A
     expected = [e.ids for e in backend.encode_batch(PROBES, add_special_tokens=False)]
     if not getattr(tokenizer, "is_fast", False) or tokenizer(PROBES, add_special_tokens=False)["input_ids"] != expected:
         log.warning("%s gives other ids than tokenizer.json, which is loaded instead", type(tokenizer).__name__)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, **options)
         if tokenizer(PROBES, add_special_tokens=False)["input_ids"] != expected:
             log.warning("the settings in tokenizer_config.json still give other ids than tokenizer.json")
     return tokenizer
@@ -2102,15 +2093,15 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
     model, tokenizer = config.model, None
     options = hub_options(config) | {"trust_remote_code": model.trust_remote_code}
     what = f"--model_name_or_path {model.model_name_or_path}: its tokenizer"
-    with tempfile.TemporaryDirectory() as scratch, reraise_as_user_error(f"{what} does not load"):
-        if model.tokenizer_patch:
-            folder = str(patched_tokenizer_folder(folder, Path(model.tokenizer_patch), Path(scratch), config))
+    with reraise_as_user_error(f"{what} does not load"):
+        options |= read_tokenizer_patch(Path(model.tokenizer_patch)) if model.tokenizer_patch else {}
         # of SentencePiece's file alone, AutoTokenizer may silently make a generic tokenizer with other ids
-        bare = Path(folder, "tokenizer.model").is_file() and not Path(folder, "tokenizer.json").is_file()
+        file = download(folder, TOKENIZER_FILES, config) / "tokenizer.json"
+        bare = file.with_name("tokenizer.model").is_file() and not file.is_file()
         llama = bare and model_config.model_type in ("llama", "mistral", "mixtral")
         with contextlib.suppress(RecursionError):  # caused by an empty unk_token
             tokenizer = (LlamaTokenizer if llama else AutoTokenizer).from_pretrained(folder, **options)
-            tokenizer = match_file(tokenizer, folder, config, **options)
+            tokenizer = match_file(tokenizer, file, **options)
     if tokenizer is None or "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
         early = "special tokens are empty strings, as in early LLaMA conversions"
         raise ConfigError(f"{what}'s {early}: pass --tokenizer_patch examples/llama1_tokenizer")
@@ -2138,10 +2129,9 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
     rows = add_tokens(tokenizer, config.model.add_tokens, rows) if config.model.add_tokens else rows
     vocabulary = tokenizer.get_vocab()
     for name in ("pad_token", "eos_token", "bos_token", "unk_token"):
-        token = getattr(config.model, name)
-        if token is not None and vocabulary.get(token, rows) >= rows:
-            raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
-        if token is not None:
+        if (token := getattr(config.model, name)) is not None:
+            if vocabulary.get(token, rows) >= rows:
+                raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
             setattr(tokenizer, name, token)
     needed, way = ("mask_token", "pass a masked model") if config.masked else ("eos_token", "pass --eos_token")
     if getattr(tokenizer, needed) is None:
@@ -2152,8 +2142,7 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
         tokenizer.pad_token = min(spare, key=lambda t: ("pad" not in t.lower(), vocabulary[t]), default=other)
         log.info("pad token: %s (the tokenizer has none that the model knows)", tokenizer.pad_token)
     for name in ("bos_token_id", f"{needed}_id"):
-        number = getattr(tokenizer, name)
-        if number is not None and number >= rows:
+        if (number := getattr(tokenizer, name) or 0) >= rows:
             raise ConfigError(f"the tokenizer's {name} {number} lies outside the model's {rows} tokens")
 
 
@@ -2536,15 +2525,9 @@ def padded_batch(step: StepBatch, members: list[int], pad_id: int, side: str, nu
 
 def padding_free_batch(step: StepBatch, members: list[int]) -> dict[str, Any]:
     """Members in one row without padding; positions restart in each."""
-    ids, labels = zip(*step.members(members), strict=True)
-    lengths = [len(row) for row in ids]
-    starts = F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0))
-    return {
-        "input_ids": torch.cat(ids).unsqueeze(0),
-        "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
-        "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": max(lengths), "max_length_k": max(lengths),
-        **supervised_targets(torch.cat(labels)),
-    }  # fmt: skip
+    rows = [{"input_ids": ids, "labels": labels} for ids, labels in step.members(members)]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows)
+    return batch | supervised_targets(batch.pop("labels").squeeze(0))
 
 
 def supervised_targets(labels: torch.Tensor, ahead: int = 1) -> dict[str, torch.Tensor]:

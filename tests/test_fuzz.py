@@ -74,9 +74,8 @@ def tokenizer():
 
 
 def data_flags(**flags):
-    return SimpleNamespace(
-        **{"include_sources": "ALL", "expand_conversations": False, "as_chat": False, "columns": None} | flags
-    )
+    defaults = {"include_sources": "ALL", "expand_conversations": False, "as_chat": False, "columns": None}
+    return SimpleNamespace(**defaults | {"dataset_format": None} | flags)
 
 
 def checked(source, form, tokenizer, **flags):

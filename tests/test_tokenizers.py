@@ -122,8 +122,9 @@ def test_the_patch_leaves_the_models_folder_alone(models):
     assert after == before
 
 
-def test_a_patch_is_merged_key_by_key(models, tmp_path):
-    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<unk>"}')
+@pytest.mark.parametrize("token", ["<unk>", {"content": "<unk>", "lstrip": False, "normalized": False}])
+def test_a_patch_is_merged_key_by_key(models, tmp_path, token):
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": token}))
     tokenizer = load(models("llama", tokenizer="sentencepiece"), tokenizer_patch=tmp_path)
     assert ids_of(tokenizer) == (1, 0, 0)
 
