@@ -7044,6 +7044,7 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
     record = describe_run(run, data, identity)
     metrics: dict[str, Any] = {}
+    weights = final_folder(config) if resume.train else resume.weights
     if resume.train or args.do_eval or args.do_predict:
         trainer = prepare(run, data, identity, questions, stop)
         if args.should_save and ((resume.train and not resume.trained) or not (output / "run.json").is_file()):
@@ -7056,9 +7057,8 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
                 log.warning("stopped by %s at step %d, saved; %s", name, step, way_to_go_on(config, stop))
                 return STOP_SIGNALS[name]
         if args.do_eval or args.do_predict:
-            found = final_folder(config) if resume.train else resume.weights
-            level = logging.INFO if found else logging.WARNING
-            log.log(level, "evaluating %s", found or f"the base model alone: nothing trained is in {output}")
+            level = logging.INFO if weights else logging.WARNING
+            log.log(level, "evaluating %s", weights or f"the base model alone: nothing trained is in {output}")
         if args.do_eval:
             step, evaluated = trainer.evaluated
             at_end = step == trainer.state.global_step and not args.load_best_model_at_end
@@ -7066,7 +7066,7 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
         if args.do_predict:
             metrics |= predict(trainer, data.text.eval, config)
         del trainer  # memory for a merged model
-    metrics |= merge(str(final_folder(config) if resume.train else resume.weights), run, data)
+    metrics |= merge(str(weights), run, data)
     if args.process_index == 0:
         report_done(config, metrics, resume.train, time.perf_counter() - began)
     return 0
