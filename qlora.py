@@ -28,9 +28,9 @@ Read the file from top to bottom, along the path of the data: every room uses on
     13 Checkpoints      5092-5474
     14 Processes        5477-5534
     15 Evaluation       5537-5745
-    16 Trainer          5748-6384
-    17 Stages           6387-6863
-    18 Main             6866-7157
+    16 Trainer          5748-6383
+    17 Stages           6386-6862
+    18 Main             6865-7155
 """
 
 # ------------------------------------------------------------------------------------
@@ -6296,18 +6296,17 @@ class QLoRATrainer(Trainer):
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
-    def load_end(self, checkpoint: str) -> None:
-        """Load the last step of a run that lacks only its final files."""
-        best = Path(checkpoint).with_name(f"checkpoint-{self.state.best_global_step}")  # the folder may have moved
+    def load_end(self, last: Path) -> None:
+        """Load the last step, or the best if asked for, of a run that lacks only its final files."""
+        best = last.with_name(f"checkpoint-{self.state.best_global_step}")  # the folder may have moved
+        wanted = best if self.args.load_best_model_at_end else last
+        if not wanted.is_dir():
+            log.warning("%s, the best checkpoint, is not there: the last one is saved", best)
+            wanted = last
         if self.sharded:  # loads into what it has sharded
-            self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), checkpoint)
-        if self.args.load_best_model_at_end and best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-            self._load_best_model()
-        elif not self.sharded:
-            if self.args.load_best_model_at_end:
-                log.warning("%s, the best checkpoint, is not there: the last one is saved", best)
-            self._load_from_checkpoint(checkpoint)
+            self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), str(wanted))
+        else:
+            self._load_from_checkpoint(str(wanted))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         prefixed = {f"eval_{name}": value for name, value in metrics.items()}  # MMLU's too, as the Trainer asks for
@@ -6428,10 +6427,10 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
     first_step, metrics = state.global_step, {}
     if trainer.args.should_save:
         clear_output(config, first_step)
-    if start.trained:
+    if checkpoint and start.trained:
         log.info("%s holds the last step: nothing is left to train", checkpoint)  # the Trainer would do one more
         trainer.state = state
-        trainer.load_end(str(checkpoint))
+        trainer.load_end(checkpoint)
     else:
         if checkpoint and isinstance(rows, StreamedSteps):
             with reraise_as_user_error(f"{checkpoint / STREAM}"):
@@ -6999,9 +6998,8 @@ def plan_of_rows(config: Config) -> dict[str, str]:
     if not rate and not stacked_experts(model):  # of which a token meets a few
         rate, source = train.world_size * assumed / model.num_parameters(), "assumed, as on an H200 with --bf16"
     if rate:
-        lines["time"] = (
-            f"{timedelta(seconds=round(steps / epoch * part.tokens / rate))} at {rate:,.0f} tokens/s ({source})"
-        )
+        duration = timedelta(seconds=round(steps / epoch * part.tokens / rate))
+        lines["time"] = f"{duration} at {rate:,.0f} tokens/s ({source})"
     return lines
 
 
