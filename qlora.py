@@ -28,9 +28,9 @@ Read the file from top to bottom, along the path of the data: every room uses on
     13 Checkpoints      5085-5467
     14 Processes        5470-5527
     15 Evaluation       5530-5738
-    16 Trainer          5741-6383
-    17 Stages           6386-6863
-    18 Main             6866-7157
+    16 Trainer          5741-6379
+    17 Stages           6382-6857
+    18 Main             6860-7150
 """
 
 # ------------------------------------------------------------------------------------
@@ -5950,6 +5950,8 @@ class QLoRATrainer(Trainer):
         self.inner = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base  # without peft
         self.passes_positions = passes_positions(self.inner, config)
         self.sharded, self.parameter_count = is_sharded(config), self.base.num_parameters(exclude_embeddings=True)
+        # what trains; an engine makes parameters of its own
+        self.trained = [] if self.sharded else [p for p in self.base.parameters() if p.requires_grad]
         self.parts: list[tuple[list[str], torch.Tensor]] = []  # rows and loss of the last step's micro-batches
         self.pending_checks: list[tuple[Any, ...]] = []  # steps whose numbers were not looked at yet
         self.position: float | None = None  # in a stream, after the current step
@@ -5969,12 +5971,11 @@ class QLoRATrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train without bitsandbytes 0.50's wait for the GPU after each parameter (10 %); one stream keeps order."""
-        quick = contextlib.ExitStack()
-        quick.enter_context(mock.patch.object(bitsandbytes.optim.optimizer, "sync_gpu", lambda tensor: None))
-        if not self.sharded:  # the Trainer walks all modules for the parameters three times a step (small: 5 %)
-            trained = [parameter for parameter in self.base.parameters() if parameter.requires_grad]
-            quick.enter_context(mock.patch.object(self.model, "parameters", lambda recurse=True: iter(trained)))
-        with quick:
+        with contextlib.ExitStack() as quick:
+            quick.enter_context(mock.patch.object(bitsandbytes.optim.optimizer, "sync_gpu", lambda tensor: None))
+            if not self.sharded:  # the Trainer walks all modules for the parameters three times a step (small: 5 %)
+                trained = lambda recurse=True: iter(self.trained)  # noqa: E731
+                quick.enter_context(mock.patch.object(self.model, "parameters", trained))
             return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -6035,7 +6036,7 @@ class QLoRATrainer(Trainer):
                 what = "step 1: no gradient reaches %d adapters, first %s: unless that is an expert, leave it out"
                 log.warning(f"{what} with --lora_modules", len(unreached), first)
         if self.args.world_size > 1 and not self.sharded:
-            average_gradients(self.base)
+            average_gradients(self.trained)
         return torch.stack([loss for _, loss in self.parts]).sum()
 
     def _try_fast_path(self, model: Any) -> None:
@@ -6139,7 +6140,7 @@ class QLoRATrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the rows themselves, which evaluation_loop deals to the ranks."""
-        return self.eval_dataset if eval_dataset is None else eval_dataset
+        return eval_dataset
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Compute loss, perplexity and, if asked, MMLU. It draws no random numbers."""
@@ -6191,10 +6192,8 @@ class QLoRATrainer(Trainer):
             self.parts = []
         while len(self.pending_checks) > (0 if saving or control.should_log or control.should_epoch_stop else 1):
             self._check_numbers(*self.pending_checks.pop(0))
-        if control.should_save and not self.sharded:
-            trained = [parameter for parameter in self.base.parameters() if parameter.requires_grad]
-            if not all(bool(parameter.isfinite().all()) for parameter in trained):
-                self._stop(step, "its update leaves weights that are not finite", "lower --learning_rate")
+        if control.should_save and not all(bool(parameter.isfinite().all()) for parameter in self.trained):
+            self._stop(step, "its update leaves weights that are not finite", "lower --learning_rate")
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
 
     def _check_numbers(self, step: int, numbers: torch.Tensor, arrived: Any, rows: Sequence[list[str]]) -> None:
@@ -6276,10 +6275,9 @@ class QLoRATrainer(Trainer):
         schedule: Any = self.lr_scheduler
         if checkpoint and not self.is_deepspeed_enabled and isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
             schedule.base_lrs = [own["initial_lr"] for own in flags]
-            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-            schedule._last_lr = list(map(operator.mul, schedule.base_lrs, factors))
-            for group, own, rate in zip(optimizer.param_groups, flags, schedule._last_lr, strict=True):
-                group.update(own, lr=rate)
+            for group, own, factor in zip(optimizer.param_groups, flags, schedule.lr_lambdas, strict=True):
+                group.update(own, lr=own["initial_lr"] * factor(schedule.last_epoch))
+            schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def _load_best_model(self) -> None:
         """Load as a resume does; under an engine, in its own way."""
@@ -6289,21 +6287,20 @@ class QLoRATrainer(Trainer):
                 module.reshard()
         if self.sharded:
             super()._load_best_model()
-        elif self.state.best_model_checkpoint:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
-    def load_end(self, checkpoint: str) -> None:
-        """Load the last step of a run that lacks only its final files."""
-        best = Path(checkpoint).with_name(f"checkpoint-{self.state.best_global_step}")  # the folder may have moved
+    def load_end(self, last: Path) -> None:
+        """Load the last step, or the best if asked for, of a run that lacks only its final files."""
+        best = last.with_name(f"checkpoint-{self.state.best_global_step}")  # the folder may have moved
+        wanted = best if self.args.load_best_model_at_end else last
+        if not wanted.is_dir():
+            log.warning("%s, the best checkpoint, is not there: the last one is saved", best)
+            wanted = last
         if self.sharded:  # loads into what it has sharded
-            self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), checkpoint)
-        if self.args.load_best_model_at_end and best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-            self._load_best_model()
-        elif not self.sharded:
-            if self.args.load_best_model_at_end:
-                log.warning("%s, the best checkpoint, is not there: the last one is saved", best)
-            self._load_from_checkpoint(checkpoint)
+            self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), str(wanted))
+        else:
+            self._load_from_checkpoint(str(wanted))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         prefixed = {f"eval_{name}": value for name, value in metrics.items()}  # MMLU's too, as the Trainer asks for
@@ -6351,13 +6348,12 @@ def trainer_arguments(args: TrainingArguments) -> TrainingArguments:
     return dataclasses.replace(args, **changed)
 
 
-def average_gradients(model: Any) -> None:
+def average_gradients(trained: list[torch.nn.Parameter]) -> None:
     """Average over the ranks once a step: in the backward pass they would wait for one whose memory ran out."""
     by_dtype: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            by_dtype[parameter.dtype].append(parameter.grad)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        by_dtype[parameter.dtype].append(parameter.grad)
     for gradients in by_dtype.values():
         flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message; activations have made room
         torch.distributed.all_reduce(flat)
@@ -6388,8 +6384,7 @@ def apply_step_plan(base: Any, plan: StepPlan, config: Config) -> None:
 #
 # Each stage takes the trainer, writes its files and returns its metrics.
 # ------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """What a run is: everything but its rows and weights."""
 
     config: Config  # with the objective resolved
@@ -6400,8 +6395,7 @@ class Run:
     resume: ResumePoint
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """The rows of a run."""
 
     train: Any  # encoded, packed if the flags say so; of a stream its first rows
@@ -6429,10 +6423,10 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
     first_step, metrics = state.global_step, {}
     if trainer.args.should_save:
         clear_output(config, first_step)
-    if start.trained:
+    if checkpoint and start.trained:
         log.info("%s holds the last step: nothing is left to train", checkpoint)  # the Trainer would do one more
         trainer.state = state
-        trainer.load_end(str(checkpoint))
+        trainer.load_end(checkpoint)
     else:
         if checkpoint and isinstance(rows, StreamedSteps):
             with reraise_as_user_error(f"{checkpoint / STREAM}"):
@@ -6972,7 +6966,7 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
         earlier = check_same_run(resume.found, identity, resume.train and not resume.trained, config)
         if resume.trained:
             identity["flags"] |= earlier
-            run = dataclasses.replace(run, config=dataclasses.replace(config, flags=config.flags | earlier))
+            run = run._replace(config=dataclasses.replace(config, flags=config.flags | earlier))
     if args.deepspeed and args.do_eval and not resume.train and not hf_deepspeed.is_deepspeed_zero3_enabled():
         raise ConfigError("--deepspeed: ZeRO-2 shards only what trains: leave it out to evaluate what was trained")
     batch, rows = effective_batch(resume.checkpoint, args), len(data.train or ())
@@ -6999,9 +6993,8 @@ def plan_of_rows(config: Config) -> dict[str, str]:
     if not rate and not stacked_experts(model):  # of which a token meets a few
         rate, source = train.world_size * assumed / model.num_parameters(), "assumed, as on an H200 with --bf16"
     if rate:
-        lines["time"] = (
-            f"{timedelta(seconds=round(steps / epoch * part.tokens / rate))} at {rate:,.0f} tokens/s ({source})"
-        )
+        duration = timedelta(seconds=round(steps / epoch * part.tokens / rate))
+        lines["time"] = f"{duration} at {rate:,.0f} tokens/s ({source})"
     return lines
 
 
@@ -7044,6 +7037,7 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
     questions = load_questions(config) if config.mmlu.do_mmlu_eval else None
     record = describe_run(run, data, identity)
     metrics: dict[str, Any] = {}
+    weights = final_folder(config) if resume.train else resume.weights
     if resume.train or args.do_eval or args.do_predict:
         trainer = prepare(run, data, identity, questions, stop)
         if args.should_save and ((resume.train and not resume.trained) or not (output / "run.json").is_file()):
@@ -7056,9 +7050,8 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
                 log.warning("stopped by %s at step %d, saved; %s", name, step, way_to_go_on(config, stop))
                 return STOP_SIGNALS[name]
         if args.do_eval or args.do_predict:
-            found = final_folder(config) if resume.train else resume.weights
-            level = logging.INFO if found else logging.WARNING
-            log.log(level, "evaluating %s", found or f"the base model alone: nothing trained is in {output}")
+            level = logging.INFO if weights else logging.WARNING
+            log.log(level, "evaluating %s", weights or f"the base model alone: nothing trained is in {output}")
         if args.do_eval:
             step, evaluated = trainer.evaluated
             at_end = step == trainer.state.global_step and not args.load_best_model_at_end
@@ -7066,7 +7059,7 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
         if args.do_predict:
             metrics |= predict(trainer, data.text.eval, config)
         del trainer  # memory for a merged model
-    metrics |= merge(str(final_folder(config) if resume.train else resume.weights), run, data)
+    metrics |= merge(str(weights), run, data)
     if args.process_index == 0:
         report_done(config, metrics, resume.train, time.perf_counter() - began)
     return 0
