@@ -20,17 +20,17 @@ Read the file from top to bottom, along the path of the data: every room uses on
      5 Loading          1450-2021
      6 Tokenizer        2024-2153
      7 Encoding         2156-2620
-     8 Model            2623-3283
-     9 Calibration      3286-3634
-    10 LoRA             3637-3940
-    11 Fast path        3943-4761
-    12 Plan             4764-5089
-    13 Checkpoints      5092-5474
-    14 Processes        5477-5534
-    15 Evaluation       5537-5745
-    16 Trainer          5748-6387
-    17 Stages           6390-6868
-    18 Main             6871-7162
+     8 Model            2623-3280
+     9 Calibration      3283-3628
+    10 LoRA             3631-3934
+    11 Fast path        3937-4755
+    12 Plan             4758-5083
+    13 Checkpoints      5086-5468
+    14 Processes        5471-5528
+    15 Evaluation       5531-5739
+    16 Trainer          5742-6381
+    17 Stages           6384-6862
+    18 Main             6865-7156
 """
 
 # ------------------------------------------------------------------------------------
@@ -3005,12 +3005,10 @@ def pack_experts(model: Any, config: Config) -> None:
 
 
 def unpack_experts(model: Any, dtype: torch.dtype) -> None:
-    """Undo pack_experts."""
+    """Unpack stacks that were packed while the model was loaded."""
     for name, (module, weight) in stacked_experts(model).items():
         if hasattr(weight, "quant_state"):
             setattr(module, leaf_name(name), torch.nn.Parameter(stack_values(weight, dtype), requires_grad=False))
-            module.__dict__.pop("forward", None)
-            module.quant_states = {}
 
 
 if triton is not None:
@@ -3082,7 +3080,6 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
 def unpacked_experts_forward(module: Any, layers: Mapping[str, Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Stand in for the forward of a module of experts: on a copy whose weights are unpacked, their adapters added."""
     dense = copy.copy(module)
-    dense.__dict__.pop("forward", None)
     dense._parameters = dict(module._parameters)
     for name, weight in stacks_in(module).items():
         values = stack_values(weight, matmul_dtype(x))
@@ -3408,9 +3405,7 @@ def choose_codes(weight: torch.Tensor, hessian: Any, factors: Any, config: Confi
 
     Where H tells nothing, and where that is better by H's measure, bitsandbytes rounds it plainly.
     """
-    options = storage_options(config)
-    plain: Any = bitsandbytes.nn.Params4bit(weight.to(load_dtype(config)), **options)
-    plain = plain.to(weight.device)  # which quantises it
+    plain = pack_weight(weight.to(load_dtype(config)), config)
     if offset is not None:
         plain.quant_state = with_scales(plain, weight.unflatten(1, (-1, BLOCK)).abs().amax(-1), offset)[0]
     if factors is None or weight.shape[1] % BLOCK:
@@ -3421,8 +3416,9 @@ def choose_codes(weight: torch.Tensor, hessian: Any, factors: Any, config: Confi
     codes = torch.empty(weight.shape, dtype=torch.long, device=weight.device)
     codes[:, order] = feed_errors_back(weight[:, order], scales, code, factors.inverse)
     high, low = stored_code.to(torch.uint8)[codes].view(-1, 2).unbind(1)
-    packed = (high << 4 | low).view(options["quant_storage"]).unsqueeze(1)
-    candidates = [plain, bitsandbytes.nn.Params4bit(packed, quant_state=state, bnb_quantized=True, **options)]
+    chosen = copy.copy(plain)
+    chosen.data, chosen.quant_state = (high << 4 | low).view(plain.dtype).unsqueeze(1), state
+    candidates = plain, chosen
     left = [weight - unpack(candidate) for candidate in candidates]
     errors = [float(((rest @ hessian) * rest).sum()) for rest in left]  # tr(D H Dᵀ)
     best = int(errors[1] < errors[0])
@@ -3473,20 +3469,21 @@ def calibrate_experts(module: Any, calls: Sequence[Any], config: Config) -> Iter
                     rows = rows @ unpack(found[name][-1].weight).T
                     rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
     for name, weight in packed.items():
-        states = [choice.weight.quant_state for choice in found[name]]
-        if states:
+        if states := [choice.weight.quant_state for choice in found[name]]:
             weight.data = torch.cat([choice.weight.data for choice in found[name]])
             weight.quant_state.absmax = torch.cat([state.absmax for state in states])
-        if states and weight.quant_state.nested:
-            weight.quant_state.state2.absmax = torch.cat([state.state2.absmax for state in states])
+            if weight.quant_state.nested:
+                weight.quant_state.state2.absmax = torch.cat([state.state2.absmax for state in states])
         stacks[name].copy_(stack_values(weight, stacks[name].dtype))
         before, after = ([getattr(choice, key) for choice in found[name]] for key in ("before", "after"))
         better = sum(map(operator.lt, after, before))
         yield name, Choice(weight, {}, sum(before), sum(after), module.num_experts - better)
 
 
-def calibrate_layer(layer: Any, modules: Mapping[str, Any], calls: list[Any], config: Config) -> dict[str, Choice]:
-    """Choose the codes of a layer's weights, and put its new outputs into the calls as the next layer's inputs."""
+def calibrate_layer(
+    layer: Any, modules: Mapping[str, Any], calls: Sequence[Any], config: Config
+) -> tuple[dict[str, Choice], list[torch.Tensor]]:
+    """Choose the codes of a layer's weights; also its new outputs, which are the next layer's inputs."""
     device, dtype, inputs = config.training.device, compute_dtype(config), InputSums()
     run = torch.autocast(device.type, dtype, dtype != torch.float32)(layer)
     with contextlib.ExitStack() as stack:
@@ -3504,10 +3501,8 @@ def calibrate_layer(layer: Any, modules: Mapping[str, Any], calls: list[Any], co
             weights[name].copy_(unpack(choices[name].weight))
     for name, seen in inputs.routed.items():
         choices |= {f"{name}.{leaf}": choice for leaf, choice in calibrate_experts(modules[name], seen, config)}
-    for i, (hidden, args, kwargs) in enumerate(calls):
-        out = run(hidden, *args, **kwargs)
-        calls[i] = (out[0] if isinstance(out, tuple) else out, args, kwargs)
-    return choices
+    outputs = (run(hidden, *args, **kwargs) for hidden, args, kwargs in calls)
+    return choices, [out[0] if isinstance(out, tuple) else out for out in outputs]
 
 
 def replace_weight(model: Any, name: str, weight: Any, config: Config) -> None:
@@ -3552,27 +3547,26 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
     In memory are the base as it is mapped from its files, what is packed so far, and on the device one layer with the
     sums of its inputs. Layers outside the decoder's are rounded plainly.
     """
-    device, began, names = config.training.device, time.perf_counter(), {m: n for n, m in model.named_modules()}
+    device, began, layers = config.training.device, time.perf_counter(), decoder_layers(model)
     quantisation: Any = quantisation_config(config, model_config)
     whole, starts = {*(quantisation.llm_int8_skip_modules or ())}, dict[str, torch.Tensor]()
-    targets = [n for m, n in names.items() if isinstance(m, LINEAR_CLASSES) and n not in whole]
-    experts = [n for m, n in names.items() if knows_experts(m) and packs_experts(config)]
+    targets = [n for n, m in model.named_modules() if isinstance(m, LINEAR_CLASSES) and n not in whole]
+    experts = [n for n, m in model.named_modules() if knows_experts(m)]
     calls, before, after, plain = layer_calls(model, model_config, ids, config), 0.0, 0.0, 0
-    prefixes = [f"{names[layer]}." for layer in decoder_layers(model)]
-    del names
     hidden = [send_to_device(call[0], device) for call in calls[0]]
-    for prefix, own in zip(bar := tqdm(prefixes, "Calibrating", disable=None), calls, strict=True):
+    prefixes = [f"{name}." for name, module in model.named_modules() if module in layers]
+    for prefix in (bar := tqdm(prefixes, "Calibrating", disable=None)):
         layer = model.get_submodule(prefix[:-1]).to(device)
         modules = {name: model.get_submodule(name) for name in targets + experts if name.startswith(prefix)}
-        own[:] = [(state, *send_to_device(call[1:], device)) for state, call in zip(hidden, own, strict=True)]
-        for name, choice in calibrate_layer(layer, modules, own, config).items():
+        own = [(state, *send_to_device(call[1:], device)) for state, call in zip(hidden, calls.pop(0), strict=True)]
+        choices, hidden = calibrate_layer(layer, modules, own, config)
+        for name, choice in choices.items():
             replace_weight(model, name, choice.weight, config)
             starts |= {f"{name}.{part}": tensor.cpu() for part, tensor in choice.start.items()}
             before, after, plain = before + choice.before, after + choice.after, plain + choice.plain
             if not choice.start and name in modules:
                 why = "its width is no multiple of 64" if choice.weight.quant_state.shape[1] % BLOCK else "no input"
                 log.warning("calibration: %s is rounded plainly: %s", name, why)
-        hidden = [call[0] for call in own]
         layer.to("cpu")
         own.clear()
         bar.set_postfix_str(f"{1 - after / (before or 1):.0%} of the error removed")
