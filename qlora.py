@@ -22,15 +22,15 @@ Read the file from top to bottom, along the path of the data: every room uses on
      7 Encoding         2156-2620
      8 Model            2623-3280
      9 Calibration      3283-3628
-    10 LoRA             3631-3934
-    11 Fast path        3937-4755
-    12 Plan             4758-5083
-    13 Checkpoints      5086-5468
-    14 Processes        5471-5528
-    15 Evaluation       5531-5739
-    16 Trainer          5742-6381
-    17 Stages           6384-6862
-    18 Main             6865-7156
+    10 LoRA             3631-3931
+    11 Fast path        3934-4745
+    12 Plan             4748-5073
+    13 Checkpoints      5076-5458
+    14 Processes        5461-5518
+    15 Evaluation       5521-5729
+    16 Trainer          5732-6371
+    17 Stages           6374-6852
+    18 Main             6855-7146
 """
 
 # ------------------------------------------------------------------------------------
@@ -3744,13 +3744,12 @@ def adapter_start_file(config: Config, base: str) -> Path | None:
 def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> None:
     """Give fresh adapters their start; of saved ones turn off the half by which they fit the published base."""
     starts = load_file(start) if fresh else {}
-    layers: Any = {n: module for n, module in adapted.named_modules() if isinstance(module, LoraLayer)}
-    for name, layer in layers.items():
+    for name, layer in adapted.named_modules():
         key = name.removeprefix("base_model.model.")
-        if isinstance(layer, ParamWrapper):
+        if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
             continue  # experts start at zero
         if not fresh:
-            layer.lora_B["default"].weight.data[:, rank:] = 0
+            layer.lora_B["default"].weight.data[:, rank:] = 0  # type: ignore[operator]
         for part in ("lora_A", "lora_B") if f"{key}.lora_A" in starts else ():  # the scaling goes evenly to A and B
             getattr(layer, part)["default"].weight.data.copy_(starts[f"{key}.{part}"] / layer.scaling["default"] ** 0.5)
 
@@ -3795,15 +3794,13 @@ def adapting_packed_experts(config: Any) -> Iterator[None]:
         config.lora_dropout = 0.0  # in the saved adapter, which peft would refuse to load
 
 
-def adapted_experts(model: Any) -> list[tuple[str, Any, dict[str, Any]]]:
-    """The outermost of peft's wrappers of each module of experts by name, and the layer of each stack."""
-    found: list[Any] = []
+def adapted_experts(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The outermost of peft's wrappers of each module of experts by name, with the wrapper of each stack."""
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, ParamWrapper) and not name.endswith(".base_layer"):
-            layers, inner = dict[str, Any](), module
-            while isinstance(inner, ParamWrapper):
-                layers[inner.parameter_name], inner = inner, inner.base_layer  # type: ignore[assignment]
-            found.append((name, module, layers))
+        if isinstance(module, ParamWrapper):  # the outermost comes first, the others are its base_layer
+            _, layers = found.setdefault(name.replace(".base_layer", ""), (module, {}))
+            layers[module.parameter_name] = module
     return found
 
 
@@ -3846,7 +3843,7 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     rewritten = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
     with rewritten if present else contextlib.nullcontext(), adapting_packed_experts(config):
         adapted: Any = get_peft_model(model, config)
-    for _, outer, layers in adapted_experts(adapted):
+    for outer, layers in adapted_experts(adapted).values():
         module = outer.get_base_layer()
         if any(hasattr(weight, "quant_state") for weight in stacks_in(module).values()):
             outer.forward = partial(unpacked_experts_forward, module, layers)  # peft would add to packed weights
@@ -3901,7 +3898,7 @@ def make_trainable(
         fit_calibrated_base(adapted, start, fresh=adapter is None, rank=config.lora.lora_r)
     if adapter is None and (start or mutates_base(adapted.peft_config["default"].init_lora_weights)):
         state = get_peft_model_state_dict(adapted)  # convert_to_published_base needs it
-        experts = tuple(f"{name}." for name, *_ in adapted_experts(adapted))  # whose B is zero
+        experts = tuple(f"{name}." for name in adapted_experts(adapted))  # whose B is zero
         fresh = {name: tensor for name, tensor in state.items() if not name.startswith(experts)}
         adapted.initial_adapter = {name: tensor.detach().cpu().clone() for name, tensor in fresh.items()}
     return adapted
@@ -4208,6 +4205,8 @@ class FrozenExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, ends: torch.Tensor, weight: Any, transposed: bool) -> torch.Tensor:
         """Take x, (rows, in), in the order of experts, and return (rows, out)."""
+        if weight.requires_grad:
+            raise ValueError("they train")
         ctx.ends, ctx.weight, ctx.transposed = ends, weight, transposed
         values = stack_values(weight, x.dtype)
         return grouped_mm(x, values if transposed else values.mT, ends)
@@ -4264,17 +4263,14 @@ def same_in_groups(module: Any, layers: Mapping[str, Any]) -> bool:
 @torch.no_grad()
 def group_experts(model: Any) -> list[str]:
     """Multiply experts in groups wherever that gives the same; names of the other modules, and why not."""
-    outer = {layer.get_base_layer(): (layer, layers) for _, layer, layers in adapted_experts(model)}
+    outer = {layer.get_base_layer(): (layer, layers) for layer, layers in adapted_experts(model).values()}
     others = []
     for name, module in [(name, module) for name, module in model.named_modules() if knows_experts(module)]:
         layer, layers = outer.get(module, (module, {}))
-        if any(weight.requires_grad for weight in stacks_in(module).values()):
-            why = "they train"  # FrozenExperts has no gradient
-        else:
-            try:
-                why = "" if same_in_groups(module, layers) else "groups give something else"
-            except Exception as error:  # whatever it raises
-                why = shorten(error)
+        try:
+            why = "" if same_in_groups(module, layers) else "groups give something else"
+        except Exception as error:  # whatever it raises
+            why = shorten(error)
         if why:
             others.append(f"{name}: {why}")
         else:
@@ -4538,19 +4534,14 @@ def apply_liger(model: Any) -> str | None:
     return None
 
 
-def restore_attributes(saved: Mapping[str, Any], module: Any, args: Any) -> None:
-    """Set attributes of a module back before its forward pass."""
-    for name, value in saved.items():
-        setattr(module, name, value)
-
-
 def forget_longest_row(model: Any) -> None:
     """Let dynamic rotary embeddings start anew: they would grow with the longest row that they ever saw."""
     for module in model.modules():
         if "dynamic" in str(getattr(module, "rope_type", "")):
             state = vars(module) | dict(module.named_buffers(recurse=False))
-            saved = {name: state[name] for name in state if name.endswith(("inv_freq", "max_seq_len_cached"))}
-            module.register_forward_pre_hook(partial(restore_attributes, saved))
+            for name in (name for name in state if name.endswith(("inv_freq", "max_seq_len_cached"))):
+                reset = lambda module, args, name=name, value=state[name]: setattr(module, name, value)  # noqa: E731
+                module.register_forward_pre_hook(reset)
 
 
 def fuse_norms(model: Any) -> None:
@@ -4646,17 +4637,16 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
         return whole
     bodies = (base.base_model, base.get_decoder())  # OPT calls the second
     note = lambda body, *call: outputs.update({body: call[-1][0].clone()})  # noqa: E731
-    hooks = [body.register_forward_hook(note) for body in bodies]
-    hooks += [head.register_forward_pre_hook(lambda *call: inputs.append(*call[-1]))]
-    hooks += [head.register_forward_hook(lambda *call: logit_ramp(call[-1]))]
-    try:
-        logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
-        (states,) = inputs  # the head is called once
-    except Exception:
-        return whole
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for body in bodies:
+            hooks.enter_context(body.register_forward_hook(note))
+        hooks.enter_context(head.register_forward_pre_hook(lambda *call: inputs.append(*call[-1])))
+        hooks.enter_context(head.register_forward_hook(lambda *call: logit_ramp(call[-1])))
+        try:
+            logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
+            (states,) = inputs  # the head is called once
+        except Exception:
+            return whole
     same, ramp = partial(torch.allclose, logits.float(), rtol=1e-5, atol=1e-4), logit_ramp(logits)
     values = (v for v in base.config.get_text_config().to_dict().values() if isinstance(v, int | float) and v)
     rules = [partial(rule, value) for value in values for rule in LOGIT_RULES]
