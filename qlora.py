@@ -21,16 +21,16 @@ Read the file from top to bottom, along the path of the data: every room uses on
      6 Tokenizer        2024-2153
      7 Encoding         2156-2620
      8 Model            2623-3280
-     9 Calibration      3283-3628
-    10 LoRA             3631-3931
-    11 Fast path        3934-4745
-    12 Plan             4748-5073
-    13 Checkpoints      5076-5458
-    14 Processes        5461-5518
-    15 Evaluation       5521-5729
-    16 Trainer          5732-6371
-    17 Stages           6374-6852
-    18 Main             6855-7146
+     9 Calibration      3283-3627
+    10 LoRA             3630-3930
+    11 Fast path        3933-4742
+    12 Plan             4745-5070
+    13 Checkpoints      5073-5455
+    14 Processes        5458-5515
+    15 Evaluation       5518-5726
+    16 Trainer          5729-6368
+    17 Stages           6371-6849
+    18 Main             6852-7143
 """
 
 # ------------------------------------------------------------------------------------
@@ -3112,17 +3112,17 @@ def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
             hf_deepspeed.set_hf_deepspeed_config(zero)
 
 
-def quantisation_config(config: Config, model_config: PretrainedConfig | None = None) -> Any | None:
+def quantisation_config(config: Config, model_config: PretrainedConfig) -> Any | None:
     """Settings of bitsandbytes, for bits 4 and 8 only: with both switches off it quantises to 4 bit all the same."""
-    quant, whole = config.quant, None  # without names, transformers leaves out the output embedding
+    quant = config.quant
     if quant.bits not in (4, 8):
         return None
-    if model_config:  # nor the dense layers of a masked model's prediction head
-        model = meta_model(config, model_config)
-        linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
-        fit = linear_layers(model, masked=True) if config.masked else linear.keys() - try_layers(model)[1]
-        head, routers = model.get_output_embeddings(), find_routers(model, linear, "shared_expert_gate")
-        whole = [n for n, module in linear.items() if n not in fit or module is head or n in routers]
+    model = meta_model(config, model_config)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
+    fit = linear_layers(model, masked=True) if config.masked else linear.keys() - try_layers(model)[1]
+    head, routers = model.get_output_embeddings(), find_routers(model, linear, "shared_expert_gate")
+    # also the dense layers of a masked model's prediction head; without names, transformers leaves out its output
+    whole = [n for n, module in linear.items() if n not in fit or module is head or n in routers]
     return BitsAndBytesConfig(
         load_in_4bit=quant.bits == 4,
         load_in_8bit=quant.bits == 8,
@@ -3510,8 +3510,7 @@ def replace_weight(model: Any, name: str, weight: Any, config: Config) -> None:
     if len(weight.quant_state.shape) == 3:
         return setattr(model.get_submodule(name.rpartition(".")[0]), leaf_name(name), weight.to("cpu"))
     out, size = weight.quant_state.shape
-    options = storage_options(config) | {"compute_dtype": compute_dtype(config), "device": "meta"}
-    layer = bitsandbytes.nn.Linear4bit(size, out, bias=False, **options)
+    layer = bitsandbytes.nn.Linear4bit(size, out, bias=False, compute_dtype=compute_dtype(config), device="meta")
     layer.weight, layer.bias = weight.to("cpu"), model.get_submodule(name).bias
     model.set_submodule(name, layer)
 
@@ -3572,7 +3571,7 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
         bar.set_postfix_str(f"{1 - after / (before or 1):.0%} of the error removed")
     for name in targets:
         if not isinstance(module := model.get_submodule(name), bitsandbytes.nn.Linear4bit):
-            replace_weight(model, name, choose_codes(as_matrix(module), None, None, config).weight, config)
+            replace_weight(model, name, pack_weight(as_matrix(module).to(load_dtype(config)), config), config)
     model.config.quantization_config, model.is_loaded_in_4bit = quantisation.to_dict(), True
     stacks = {n: w for n, (_, w) in stacked_experts(model).items() if hasattr(w, "quant_state")}
     codes = {n: w.data.view(torch.uint8).view(w.quant_state.shape[0], -1, 1) for n, w in stacks.items()}
@@ -4249,15 +4248,16 @@ def grouped_experts_forward(
     return out.unflatten(0, chosen.shape).sum(1).to(x.dtype)
 
 
-def same_in_groups(module: Any, layers: Mapping[str, Any]) -> bool:
-    """Whether grouped products give what the module's own function does, on a few random tokens."""
+def check_groups(module: Any, layers: Mapping[str, Any]) -> None:
+    """Raise a ValueError if grouped products give something else than the module's own function, on a few tokens."""
     weight, generator = module._parameters["down_proj"], torch.Generator().manual_seed(0)
     values = getattr(weight, "quant_state", weight)  # on a GPU grouped products want bf16
     size, dtype = values.shape[2 if module.is_transposed else 1], values.dtype
     x = torch.randn(24, size, generator=generator).to(weight.device, dtype)
     shares, chosen = torch.rand(24, module.num_experts, generator=generator).to(weight.device).topk(2)
     whole, grouped = (f(module, layers, x, chosen, shares) for f in (unpacked_experts_forward, grouped_experts_forward))
-    return logits_close(whole.float(), grouped.float(), dtype=dtype)
+    if not logits_close(whole.float(), grouped.float(), dtype=dtype):
+        raise ValueError("groups give something else")
 
 
 @torch.no_grad()
@@ -4268,13 +4268,10 @@ def group_experts(model: Any) -> list[str]:
     for name, module in [(name, module) for name, module in model.named_modules() if knows_experts(module)]:
         layer, layers = outer.get(module, (module, {}))
         try:
-            why = "" if same_in_groups(module, layers) else "groups give something else"
-        except Exception as error:  # whatever it raises
-            why = shorten(error)
-        if why:
-            others.append(f"{name}: {why}")
-        else:
+            check_groups(module, layers)
             layer.forward = partial(grouped_experts_forward, module, layers)
+        except Exception as error:  # whatever the module raises
+            others.append(f"{name}: {shorten(error)}")
     return others
 
 
