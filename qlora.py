@@ -20,17 +20,17 @@ Read the file from top to bottom, along the path of the data: every room uses on
      5 Loading          1450-2021
      6 Tokenizer        2024-2153
      7 Encoding         2156-2620
-     8 Model            2623-3280
-     9 Calibration      3283-3627
-    10 LoRA             3630-3930
-    11 Fast path        3933-4742
-    12 Plan             4745-5070
-    13 Checkpoints      5073-5455
-    14 Processes        5458-5515
-    15 Evaluation       5518-5726
-    16 Trainer          5729-6368
-    17 Stages           6371-6849
-    18 Main             6852-7143
+     8 Model            2623-3273
+     9 Calibration      3276-3620
+    10 LoRA             3623-3923
+    11 Fast path        3926-4735
+    12 Plan             4738-5063
+    13 Checkpoints      5066-5448
+    14 Processes        5451-5508
+    15 Evaluation       5511-5719
+    16 Trainer          5722-6361
+    17 Stages           6364-6844
+    18 Main             6847-7138
 """
 
 # ------------------------------------------------------------------------------------
@@ -3002,13 +3002,6 @@ def pack_experts(model: Any, config: Config) -> None:
         vars(module).setdefault("quant_states", {})[leaf_name(name)] = getattr(module, leaf_name(name)).quant_state
     if again:
         log.info("%d stacks of experts are quantised after loading, first %s", len(again), again[0])
-
-
-def unpack_experts(model: Any, dtype: torch.dtype) -> None:
-    """Unpack stacks that were packed while the model was loaded."""
-    for name, (module, weight) in stacked_experts(model).items():
-        if hasattr(weight, "quant_state"):
-            setattr(module, leaf_name(name), torch.nn.Parameter(stack_values(weight, dtype), requires_grad=False))
 
 
 if triton is not None:
@@ -6557,7 +6550,9 @@ def load_merge_base(config: Config, folder: str) -> Any:
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
         options = {"dtype": load_dtype(config), "quantization_config": quantisation_config(config, model_config)}
     model = load_base(config, model_config, folder, device_map={"": "cpu"}, **options)
-    unpack_experts(model, dtype)
+    for name, (module, weight) in stacked_experts(model).items():
+        if hasattr(weight, "quant_state"):  # a stack of experts, which model.dequantize() does not know
+            setattr(module, leaf_name(name), torch.nn.Parameter(stack_values(weight, dtype), requires_grad=False))
     if getattr(model.config, "quantization_config", None):
         with reraise_as_user_error(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
             model = model.dequantize(dtype=dtype)
