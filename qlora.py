@@ -20,17 +20,17 @@ Read the file from top to bottom, along the path of the data: every room uses on
      5 Loading          1454-2021
      6 Tokenizer        2024-2146
      7 Encoding         2149-2607
-     8 Model            2610-3270
-     9 Calibration      3273-3625
-    10 LoRA             3628-3932
-    11 Fast path        3935-4753
-    12 Plan             4756-5082
-    13 Checkpoints      5085-5467
-    14 Processes        5470-5527
-    15 Evaluation       5530-5738
-    16 Trainer          5741-6379
-    17 Stages           6382-6857
-    18 Main             6860-7150
+     8 Model            2610-3260
+     9 Calibration      3263-3611
+    10 LoRA             3614-3915
+    11 Fast path        3918-4727
+    12 Plan             4730-5056
+    13 Checkpoints      5059-5441
+    14 Processes        5444-5501
+    15 Evaluation       5504-5712
+    16 Trainer          5715-6353
+    17 Stages           6356-6833
+    18 Main             6836-7126
 """
 
 # ------------------------------------------------------------------------------------
@@ -2991,15 +2991,6 @@ def pack_experts(model: Any, config: Config) -> None:
         log.info("%d stacks of experts are quantised after loading, first %s", len(again), again[0])
 
 
-def unpack_experts(model: Any, dtype: torch.dtype) -> None:
-    """Undo pack_experts."""
-    for name, (module, weight) in stacked_experts(model).items():
-        if hasattr(weight, "quant_state"):
-            setattr(module, leaf_name(name), torch.nn.Parameter(stack_values(weight, dtype), requires_grad=False))
-            module.__dict__.pop("forward", None)
-            module.quant_states = {}
-
-
 if triton is not None:
 
     @triton.jit
@@ -3069,7 +3060,6 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
 def unpacked_experts_forward(module: Any, layers: Mapping[str, Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Stand in for the forward of a module of experts: on a copy whose weights are unpacked, their adapters added."""
     dense = copy.copy(module)
-    dense.__dict__.pop("forward", None)
     dense._parameters = dict(module._parameters)
     for name, weight in stacks_in(module).items():
         values = stack_values(weight, matmul_dtype(x))
@@ -3102,17 +3092,17 @@ def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
             hf_deepspeed.set_hf_deepspeed_config(zero)
 
 
-def quantisation_config(config: Config, model_config: PretrainedConfig | None = None) -> Any | None:
+def quantisation_config(config: Config, model_config: PretrainedConfig) -> Any | None:
     """Settings of bitsandbytes, for bits 4 and 8 only: with both switches off it quantises to 4 bit all the same."""
-    quant, whole = config.quant, None  # without names, transformers leaves out the output embedding
+    quant = config.quant
     if quant.bits not in (4, 8):
         return None
-    if model_config:  # nor the dense layers of a masked model's prediction head
-        model = meta_model(config, model_config)
-        linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
-        fit = linear_layers(model, masked=True) if config.masked else linear.keys() - try_layers(model)[1]
-        head, routers = model.get_output_embeddings(), find_routers(model, linear, "shared_expert_gate")
-        whole = [n for n, module in linear.items() if n not in fit or module is head or n in routers]
+    model = meta_model(config, model_config)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
+    fit = linear_layers(model, masked=True) if config.masked else linear.keys() - try_layers(model)[1]
+    head, routers = model.get_output_embeddings(), find_routers(model, linear, "shared_expert_gate")
+    # also the dense layers of a masked model's prediction head; without names, transformers leaves out its output
+    whole = [n for n, module in linear.items() if n not in fit or module is head or n in routers]
     return BitsAndBytesConfig(
         load_in_4bit=quant.bits == 4,
         load_in_8bit=quant.bits == 8,
@@ -3395,9 +3385,7 @@ def choose_codes(weight: torch.Tensor, hessian: Any, factors: Any, config: Confi
 
     Where H tells nothing, and where that is better by H's measure, bitsandbytes rounds it plainly.
     """
-    options = storage_options(config)
-    plain: Any = bitsandbytes.nn.Params4bit(weight.to(load_dtype(config)), **options)
-    plain = plain.to(weight.device)  # which quantises it
+    plain = pack_weight(weight.to(load_dtype(config)), config)
     if offset is not None:
         plain.quant_state = with_scales(plain, weight.unflatten(1, (-1, BLOCK)).abs().amax(-1), offset)[0]
     if factors is None or weight.shape[1] % BLOCK:
@@ -3408,8 +3396,9 @@ def choose_codes(weight: torch.Tensor, hessian: Any, factors: Any, config: Confi
     codes = torch.empty(weight.shape, dtype=torch.long, device=weight.device)
     codes[:, order] = feed_errors_back(weight[:, order], scales, code, factors.inverse)
     high, low = stored_code.to(torch.uint8)[codes].view(-1, 2).unbind(1)
-    packed = (high << 4 | low).view(options["quant_storage"]).unsqueeze(1)
-    candidates = [plain, bitsandbytes.nn.Params4bit(packed, quant_state=state, bnb_quantized=True, **options)]
+    chosen = copy.copy(plain)
+    chosen.data, chosen.quant_state = (high << 4 | low).view(plain.dtype).unsqueeze(1), state
+    candidates = plain, chosen
     left = [weight - unpack(candidate) for candidate in candidates]
     errors = [float(((rest @ hessian) * rest).sum()) for rest in left]  # tr(D H Dᵀ)
     best = int(errors[1] < errors[0])
@@ -3460,20 +3449,21 @@ def calibrate_experts(module: Any, calls: Sequence[Any], config: Config) -> Iter
                     rows = rows @ unpack(found[name][-1].weight).T
                     rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
     for name, weight in packed.items():
-        states = [choice.weight.quant_state for choice in found[name]]
-        if states:
+        if states := [choice.weight.quant_state for choice in found[name]]:
             weight.data = torch.cat([choice.weight.data for choice in found[name]])
             weight.quant_state.absmax = torch.cat([state.absmax for state in states])
-        if states and weight.quant_state.nested:
-            weight.quant_state.state2.absmax = torch.cat([state.state2.absmax for state in states])
+            if weight.quant_state.nested:
+                weight.quant_state.state2.absmax = torch.cat([state.state2.absmax for state in states])
         stacks[name].copy_(stack_values(weight, stacks[name].dtype))
         before, after = ([getattr(choice, key) for choice in found[name]] for key in ("before", "after"))
         better = sum(map(operator.lt, after, before))
         yield name, Choice(weight, {}, sum(before), sum(after), module.num_experts - better)
 
 
-def calibrate_layer(layer: Any, modules: Mapping[str, Any], calls: list[Any], config: Config) -> dict[str, Choice]:
-    """Choose the codes of a layer's weights, and put its new outputs into the calls as the next layer's inputs."""
+def calibrate_layer(
+    layer: Any, modules: Mapping[str, Any], calls: Sequence[Any], config: Config
+) -> tuple[dict[str, Choice], list[torch.Tensor]]:
+    """Choose the codes of a layer's weights; also its new outputs, which are the next layer's inputs."""
     device, dtype, inputs = config.training.device, compute_dtype(config), InputSums()
     run = torch.autocast(device.type, dtype, dtype != torch.float32)(layer)
     with contextlib.ExitStack() as stack:
@@ -3491,10 +3481,8 @@ def calibrate_layer(layer: Any, modules: Mapping[str, Any], calls: list[Any], co
             weights[name].copy_(unpack(choices[name].weight))
     for name, seen in inputs.routed.items():
         choices |= {f"{name}.{leaf}": choice for leaf, choice in calibrate_experts(modules[name], seen, config)}
-    for i, (hidden, args, kwargs) in enumerate(calls):
-        out = run(hidden, *args, **kwargs)
-        calls[i] = (out[0] if isinstance(out, tuple) else out, args, kwargs)
-    return choices
+    outputs = (run(hidden, *args, **kwargs) for hidden, args, kwargs in calls)
+    return choices, [out[0] if isinstance(out, tuple) else out for out in outputs]
 
 
 def replace_weight(model: Any, name: str, weight: Any, config: Config) -> None:
@@ -3502,8 +3490,7 @@ def replace_weight(model: Any, name: str, weight: Any, config: Config) -> None:
     if len(weight.quant_state.shape) == 3:
         return setattr(model.get_submodule(name.rpartition(".")[0]), leaf_name(name), weight.to("cpu"))
     out, size = weight.quant_state.shape
-    options = storage_options(config) | {"compute_dtype": compute_dtype(config), "device": "meta"}
-    layer = bitsandbytes.nn.Linear4bit(size, out, bias=False, **options)
+    layer = bitsandbytes.nn.Linear4bit(size, out, bias=False, compute_dtype=compute_dtype(config), device="meta")
     layer.weight, layer.bias = weight.to("cpu"), model.get_submodule(name).bias
     model.set_submodule(name, layer)
 
@@ -3539,33 +3526,32 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
     In memory are the base, mapped from its files unless it is stored in another dtype or has experts, what is packed so
     far, and on the device one layer with the sums of its inputs. Layers outside the decoder's are rounded plainly.
     """
-    device, began, names = config.training.device, time.perf_counter(), {m: n for n, m in model.named_modules()}
+    device, began, layers = config.training.device, time.perf_counter(), decoder_layers(model)
     quantisation: Any = quantisation_config(config, model_config)
     whole, starts = {*(quantisation.llm_int8_skip_modules or ())}, dict[str, torch.Tensor]()
-    targets = [n for m, n in names.items() if isinstance(m, LINEAR_CLASSES) and n not in whole]
-    experts = [n for m, n in names.items() if knows_experts(m) and packs_experts(config)]
+    targets = [n for n, m in model.named_modules() if isinstance(m, LINEAR_CLASSES) and n not in whole]
+    experts = [n for n, m in model.named_modules() if knows_experts(m)]
     calls, before, after, plain = layer_calls(model, model_config, ids, config), 0.0, 0.0, 0
-    prefixes = [f"{names[layer]}." for layer in decoder_layers(model)]
-    del names
     hidden = [send_to_device(call[0], device) for call in calls[0]]
-    for prefix, own in zip(bar := tqdm(prefixes, "Calibrating", disable=None), calls, strict=True):
+    prefixes = [f"{name}." for name, module in model.named_modules() if module in layers]
+    for prefix in (bar := tqdm(prefixes, "Calibrating", disable=None)):
         layer = model.get_submodule(prefix[:-1]).to(device)
         modules = {name: model.get_submodule(name) for name in targets + experts if name.startswith(prefix)}
-        own[:] = [(state, *send_to_device(call[1:], device)) for state, call in zip(hidden, own, strict=True)]
-        for name, choice in calibrate_layer(layer, modules, own, config).items():
+        own = [(state, *send_to_device(call[1:], device)) for state, call in zip(hidden, calls.pop(0), strict=True)]
+        choices, hidden = calibrate_layer(layer, modules, own, config)
+        for name, choice in choices.items():
             replace_weight(model, name, choice.weight, config)
             starts |= {f"{name}.{part}": tensor.cpu() for part, tensor in choice.start.items()}
             before, after, plain = before + choice.before, after + choice.after, plain + choice.plain
             if not choice.start and name in modules:
                 why = "its width is no multiple of 64" if choice.weight.quant_state.shape[1] % BLOCK else "no input"
                 log.warning("calibration: %s is rounded plainly: %s", name, why)
-        hidden = [call[0] for call in own]
         layer.to("cpu")
         own.clear()
         bar.set_postfix_str(f"{1 - after / (before or 1):.0%} of the error removed")
     for name in targets:
         if not isinstance(module := model.get_submodule(name), bitsandbytes.nn.Linear4bit):
-            replace_weight(model, name, choose_codes(as_matrix(module), None, None, config).weight, config)
+            replace_weight(model, name, pack_weight(as_matrix(module).to(load_dtype(config)), config), config)
     model.config.quantization_config, model.is_loaded_in_4bit = quantisation.to_dict(), True
     stacks = {n: w for n, (_, w) in stacked_experts(model).items() if hasattr(w, "quant_state")}
     codes = {n: w.data.view(torch.uint8).view(w.quant_state.shape[0], -1, 1) for n, w in stacks.items()}
@@ -3742,13 +3728,12 @@ def adapter_start_file(config: Config, base: str) -> Path | None:
 def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> None:
     """Give fresh adapters their start; of saved ones turn off the half by which they fit the published base."""
     starts = load_file(start) if fresh else {}
-    layers: Any = {n: module for n, module in adapted.named_modules() if isinstance(module, LoraLayer)}
-    for name, layer in layers.items():
+    for name, layer in adapted.named_modules():
         key = name.removeprefix("base_model.model.")
-        if isinstance(layer, ParamWrapper):
+        if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
             continue  # experts start at zero
         if not fresh:
-            layer.lora_B["default"].weight.data[:, rank:] = 0
+            layer.lora_B["default"].weight.data[:, rank:] = 0  # type: ignore[operator]
         for part in ("lora_A", "lora_B") if f"{key}.lora_A" in starts else ():  # the scaling goes evenly to A and B
             getattr(layer, part)["default"].weight.data.copy_(starts[f"{key}.{part}"] / layer.scaling["default"] ** 0.5)
 
@@ -3793,15 +3778,13 @@ def adapting_packed_experts(config: Any) -> Iterator[None]:
         config.lora_dropout = 0.0  # in the saved adapter, which peft would refuse to load
 
 
-def adapted_experts(model: Any) -> list[tuple[str, Any, dict[str, Any]]]:
-    """The outermost of peft's wrappers of each module of experts by name, and the layer of each stack."""
-    found: list[Any] = []
+def adapted_experts(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The outermost of peft's wrappers of each module of experts by name, with the wrapper of each stack."""
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, ParamWrapper) and not name.endswith(".base_layer"):
-            layers, inner = dict[str, Any](), module
-            while isinstance(inner, ParamWrapper):
-                layers[inner.parameter_name], inner = inner, inner.base_layer  # type: ignore[assignment]
-            found.append((name, module, layers))
+        if isinstance(module, ParamWrapper):  # the outermost comes first, the others are its base_layer
+            _, layers = found.setdefault(name.replace(".base_layer", ""), (module, {}))
+            layers[module.parameter_name] = module
     return found
 
 
@@ -3844,7 +3827,7 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     rewritten = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
     with rewritten if present else contextlib.nullcontext(), adapting_packed_experts(config):
         adapted: Any = get_peft_model(model, config)
-    for _, outer, layers in adapted_experts(adapted):
+    for outer, layers in adapted_experts(adapted).values():
         module = outer.get_base_layer()
         if any(hasattr(weight, "quant_state") for weight in stacks_in(module).values()):
             outer.forward = partial(unpacked_experts_forward, module, layers)  # peft would add to packed weights
@@ -3899,7 +3882,7 @@ def make_trainable(
         fit_calibrated_base(adapted, start, fresh=adapter is None, rank=config.lora.lora_r)
     if adapter is None and (start or mutates_base(adapted.peft_config["default"].init_lora_weights)):
         state = get_peft_model_state_dict(adapted)  # convert_to_published_base needs it
-        experts = tuple(f"{name}." for name, *_ in adapted_experts(adapted))  # whose B is zero
+        experts = tuple(f"{name}." for name in adapted_experts(adapted))  # whose B is zero
         fresh = {name: tensor for name, tensor in state.items() if not name.startswith(experts)}
         adapted.initial_adapter = {name: tensor.detach().cpu().clone() for name, tensor in fresh.items()}
     return adapted
@@ -4206,6 +4189,8 @@ class FrozenExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, ends: torch.Tensor, weight: Any, transposed: bool) -> torch.Tensor:
         """Take x, (rows, in), in the order of experts, and return (rows, out)."""
+        if weight.requires_grad:
+            raise ValueError("they train")
         ctx.ends, ctx.weight, ctx.transposed = ends, weight, transposed
         values = stack_values(weight, x.dtype)
         return grouped_mm(x, values if transposed else values.mT, ends)
@@ -4248,35 +4233,30 @@ def grouped_experts_forward(
     return out.unflatten(0, chosen.shape).sum(1).to(x.dtype)
 
 
-def same_in_groups(module: Any, layers: Mapping[str, Any]) -> bool:
-    """Whether grouped products give what the module's own function does, on a few random tokens."""
+def check_groups(module: Any, layers: Mapping[str, Any]) -> None:
+    """Raise a ValueError if grouped products give something else than the module's own function, on a few tokens."""
     weight, generator = module._parameters["down_proj"], torch.Generator().manual_seed(0)
     values = getattr(weight, "quant_state", weight)  # on a GPU grouped products want bf16
     size, dtype = values.shape[2 if module.is_transposed else 1], values.dtype
     x = torch.randn(24, size, generator=generator).to(weight.device, dtype)
     shares, chosen = torch.rand(24, module.num_experts, generator=generator).to(weight.device).topk(2)
     whole, grouped = (f(module, layers, x, chosen, shares) for f in (unpacked_experts_forward, grouped_experts_forward))
-    return logits_close(whole.float(), grouped.float(), dtype=dtype)
+    if not logits_close(whole.float(), grouped.float(), dtype=dtype):
+        raise ValueError("groups give something else")
 
 
 @torch.no_grad()
 def group_experts(model: Any) -> list[str]:
     """Multiply experts in groups wherever that gives the same; names of the other modules, and why not."""
-    outer = {layer.get_base_layer(): (layer, layers) for _, layer, layers in adapted_experts(model)}
+    outer = {layer.get_base_layer(): (layer, layers) for layer, layers in adapted_experts(model).values()}
     others = []
     for name, module in [(name, module) for name, module in model.named_modules() if knows_experts(module)]:
         layer, layers = outer.get(module, (module, {}))
-        if any(weight.requires_grad for weight in stacks_in(module).values()):
-            why = "they train"  # FrozenExperts has no gradient
-        else:
-            try:
-                why = "" if same_in_groups(module, layers) else "groups give something else"
-            except Exception as error:  # whatever it raises
-                why = shorten(error)
-        if why:
-            others.append(f"{name}: {why}")
-        else:
+        try:
+            check_groups(module, layers)
             layer.forward = partial(grouped_experts_forward, module, layers)
+        except Exception as error:  # whatever the module raises
+            others.append(f"{name}: {shorten(error)}")
     return others
 
 
@@ -4536,19 +4516,14 @@ def apply_liger(model: Any) -> str | None:
     return None
 
 
-def restore_attributes(saved: Mapping[str, Any], module: Any, args: Any) -> None:
-    """Set attributes of a module back before its forward pass."""
-    for name, value in saved.items():
-        setattr(module, name, value)
-
-
 def forget_longest_row(model: Any) -> None:
     """Let dynamic rotary embeddings start anew: they would grow with the longest row that they ever saw."""
     for module in model.modules():
         if "dynamic" in str(getattr(module, "rope_type", "")):
             state = vars(module) | dict(module.named_buffers(recurse=False))
-            saved = {name: state[name] for name in state if name.endswith(("inv_freq", "max_seq_len_cached"))}
-            module.register_forward_pre_hook(partial(restore_attributes, saved))
+            for name in (name for name in state if name.endswith(("inv_freq", "max_seq_len_cached"))):
+                reset = lambda module, args, name=name, value=state[name]: setattr(module, name, value)  # noqa: E731
+                module.register_forward_pre_hook(reset)
 
 
 def fuse_norms(model: Any) -> None:
@@ -4644,17 +4619,16 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
         return whole
     bodies = (base.base_model, base.get_decoder())  # OPT calls the second
     note = lambda body, *call: outputs.update({body: call[-1][0].clone()})  # noqa: E731
-    hooks = [body.register_forward_hook(note) for body in bodies]
-    hooks += [head.register_forward_pre_hook(lambda *call: inputs.append(*call[-1]))]
-    hooks += [head.register_forward_hook(lambda *call: logit_ramp(call[-1]))]
-    try:
-        logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
-        (states,) = inputs  # the head is called once
-    except Exception:
-        return whole
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for body in bodies:
+            hooks.enter_context(body.register_forward_hook(note))
+        hooks.enter_context(head.register_forward_pre_hook(lambda *call: inputs.append(*call[-1])))
+        hooks.enter_context(head.register_forward_hook(lambda *call: logit_ramp(call[-1])))
+        try:
+            logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
+            (states,) = inputs  # the head is called once
+        except Exception:
+            return whole
     same, ramp = partial(torch.allclose, logits.float(), rtol=1e-5, atol=1e-4), logit_ramp(logits)
     values = (v for v in base.config.get_text_config().to_dict().values() if isinstance(v, int | float) and v)
     rules = [partial(rule, value) for value in values for rule in LOGIT_RULES]
@@ -6566,7 +6540,9 @@ def load_merge_base(config: Config, folder: str) -> Any:
     elif config.training.merge_base == "dequantized" and config.quant.bits < 16:
         options = {"dtype": load_dtype(config), "quantization_config": quantisation_config(config, model_config)}
     model = load_base(config, model_config, folder, device_map={"": "cpu"}, **options)
-    unpack_experts(model, dtype)
+    for name, (module, weight) in stacked_experts(model).items():
+        if hasattr(weight, "quant_state"):  # a stack of experts, which model.dequantize() does not know
+            setattr(module, leaf_name(name), torch.nn.Parameter(stack_values(weight, dtype), requires_grad=False))
     if getattr(model.config, "quantization_config", None):
         with reraise_as_user_error(f"--merged_output_dir: {config.model.model_name_or_path} can't be dequantised"):
             model = model.dequantize(dtype=dtype)

@@ -145,7 +145,7 @@ def write(name: str, arguments: argparse.Namespace) -> None:
     config = qlora.parse_config(["--model_name_or_path", name, "--output_dir", "/tmp/memory", *arguments.flags])
     model = random_base(shape_config(name), config, DEVICE, writes=True)
     if config.quant.bits == 4:
-        model.config.quantization_config = qlora.quantisation_config(config).to_dict()
+        model.config.quantization_config = qlora.quantisation_config(config, shape_config(name)).to_dict()
     model.save_pretrained(Path(arguments.write, name), max_shard_size="5GB")
     words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(words, []))

@@ -286,7 +286,7 @@ def test_the_error_of_grouped_experts_is_no_larger_than_of_whole_stacks(models, 
     base = qlora.load_model(config, qlora.load_model_config(config, str(folder)), str(folder))
     model = qlora.make_trainable(base, config, None)
     assert qlora.group_experts(model) == []
-    _, layer, layers = next(iter(qlora.adapted_experts(model)))
+    layer, layers = next(iter(qlora.adapted_experts(model).values()))
     module, generator = layer.get_base_layer(), torch.Generator(DEVICE).manual_seed(0)
     x, grad = (torch.randn(300, 256, device=DEVICE, dtype=BF16, generator=generator) for _ in range(2))
     scores = torch.rand(300, module.num_experts, device=DEVICE, dtype=BF16, generator=generator)

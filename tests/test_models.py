@@ -193,7 +193,8 @@ def test_8_bit_weights(models):
 @pytest.mark.parametrize("bits", [16, 32])
 def test_16_and_32_bits_are_not_quantised(models, bits):
     folder = models("llama")
-    assert qlora.quantisation_config(parse(folder, bits=bits)) is None
+    config = parse(folder, bits=bits)
+    assert qlora.quantisation_config(config, qlora.load_model_config(config, str(folder))) is None
     model, weights = load(folder, bits=bits), original(folder)
     assert getattr(model, "hf_quantizer", None) is None
     for name in linears("llama"):
