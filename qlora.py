@@ -19,18 +19,18 @@ Read the file from top to bottom, along the path of the data: every room uses on
      4 Arguments         744-1451
      5 Loading          1454-2021
      6 Tokenizer        2024-2146
-     7 Encoding         2149-2607
-     8 Model            2610-3260
-     9 Calibration      3263-3611
-    10 LoRA             3614-3915
-    11 Fast path        3918-4727
-    12 Plan             4730-5056
-    13 Checkpoints      5059-5441
-    14 Processes        5444-5501
-    15 Evaluation       5504-5712
-    16 Trainer          5715-6353
-    17 Stages           6356-6833
-    18 Main             6836-7126
+     7 Encoding         2149-2611
+     8 Model            2614-3264
+     9 Calibration      3267-3615
+    10 LoRA             3618-3919
+    11 Fast path        3922-4731
+    12 Plan             4734-5060
+    13 Checkpoints      5063-5445
+    14 Processes        5448-5505
+    15 Evaluation       5508-5718
+    16 Trainer          5721-6359
+    17 Stages           6362-6839
+    18 Main             6842-7132
 """
 
 # ------------------------------------------------------------------------------------
@@ -2247,11 +2247,15 @@ def row_facts(row: Encoded, eos: int | None, masked: bool) -> dict[str, Any]:
     ids, labels = row[:2]
     targets = [n for n, label in enumerate(labels) if label != IGNORE and (n or masked)]  # nothing predicts the first
     last, missing = targets[-1] if targets else 0, ids and not targets
-    problem = "no token left to learn, expected one at least: raise the length limits" if missing else ""
-    # with --train_on_source, the line end that a template puts after EOS is supervised too
-    endless, content = eos not in labels[max(last - 1, 0) : last + 1], hash((*ids, *labels))  # alike in every process
-    numbers = {"length": len(ids), "supervised": len(targets), "largest_id": max(ids, default=0), "hash": content}
-    return {"problem": problem, "without_eos": endless, **numbers}
+    return {
+        "problem": "no token left to learn, expected one at least: raise the length limits" if missing else "",
+        "length": len(ids),
+        "supervised": len(targets),
+        # with --train_on_source, the line end that a template puts after EOS is supervised too
+        "without_eos": eos not in labels[max(last - 1, 0) : last + 1],
+        "largest_id": max(ids, default=0),
+        "hash": hash((*ids, *labels)),  # of integers: the same in every process
+    }
 
 
 def encoding_options(config: Config) -> dict[str, Any]:
@@ -5528,19 +5532,21 @@ def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Iterabl
 
 
 def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The values that the user set, with BOS, EOS and pad ids, and the model's own further stop tokens."""
+    """What flags or --generation_config set, with BOS, EOS and pad ids, and the model's own further stop tokens."""
     flags, args = config.generation, config.training
     passed = config.explicitly_set - (set() if flags.do_sample else {*SAMPLING_FLAGS})
-    values = {"num_beams": args.generation_num_beams, "max_length": args.generation_max_length}
-    values |= {"max_new_tokens": flags.max_new_tokens} if args.generation_max_length is None else {}
-    values |= {name: value for name, value in vars(flags).items() if name in passed}
+    values = {name: value for name, value in vars(flags).items() if name in passed}
+    values |= {"num_beams": args.generation_num_beams} if args.generation_num_beams is not None else {}
+    values |= {"max_length": args.generation_max_length} if args.generation_max_length is not None else {}
     stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
     eos = sorted({tokenizer.eos_token_id, *([stops] if isinstance(stops, int) else stops)})
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
     with reraise_as_user_error("generation flags"):
         if args.generation_config is not None:
-            values = GenerationConfig.from_pretrained(str(args.generation_config)).to_diff_dict() | values
-        values = {name: value for name, value in values.items() if value is not None}
+            own = GenerationConfig.from_pretrained(str(args.generation_config)).to_diff_dict()
+            limits = {"max_length", "max_new_tokens"}
+            values = {name: own[name] for name in own if not (name in limits and limits & values.keys())} | values
+        values = {"max_new_tokens": flags.max_new_tokens} | values if "max_length" not in values else values
         return GenerationConfig(**values | ids | {"use_cache": True})
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -231,6 +232,26 @@ def test_only_values_that_were_set_are_passed_on(run_qlora, folder, monkeypatch)
     assert ids == {tiny.BOS, tiny.PAD, tiny.EOS}
     for name in ("temperature", "top_k", "top_p", "typical_p", "num_beams", "length_penalty"):
         assert getattr(chosen, name) in (None, getattr(type(chosen)(), name)), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, {"num_beams": 4, "max_new_tokens": 7}),
+        ({"max_new_tokens": 3}, {"num_beams": 4, "max_new_tokens": 3}),
+        ({"generation_max_length": 50, "generation_num_beams": 2},
+         {"num_beams": 2, "max_new_tokens": None, "max_length": 50}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_generation_config_gives_way_to_flags_alone(tmp_path, flags, expected):
+    """Not to the default of --max_new_tokens."""
+    (tmp_path / "generation_config.json").write_text(json.dumps({"num_beams": 4, "max_new_tokens": 7}))
+    words = [f"--{name}={value}" for name, value in ({"generation_config": tmp_path} | flags).items()]
+    config = qlora.parse_config([*words, "--do_predict", "--predict_with_generate"])
+    tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    chosen = qlora.generation_config(config, None, tokenizer)
+    assert {name: getattr(chosen, name) for name in expected} == expected
 
 
 def test_every_batch_stops_at_the_models_own_stop_tokens(run_qlora, models, folder, tmp_path, monkeypatch):
