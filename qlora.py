@@ -3527,19 +3527,24 @@ def layer_calls(model: Any, model_config: PretrainedConfig, ids: list[list[int]]
 def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config: Config, folder: str) -> None:
     """Choose the codes of every layer, each on the outputs of those before it, and write the base to `folder`.
 
-    In memory are the base, mapped from its files unless it is stored in another dtype or has experts, what is packed so
-    far, and on the device one layer with the sums of its inputs. Layers outside the decoder's are rounded plainly.
+    In memory are the base, mapped from its files (experts are stacked, which takes memory), what is packed so far, and
+    on the device one layer in the load dtype with the sums of its inputs. Layers outside the decoder's are rounded
+    plainly.
     """
     device, began, layers = config.training.device, time.perf_counter(), decoder_layers(model)
+    prefixes, dtype = [f"{name}." for name, module in model.named_modules() if module in layers], load_dtype(config)
+    for name, parameter in model.named_parameters():
+        if dtype == torch.float32 and not name.startswith(tuple(prefixes)):
+            parameter.data = parameter.data.float()
     quantisation: Any = quantisation_config(config, model_config)
     whole, starts = {*(quantisation.llm_int8_skip_modules or ())}, dict[str, torch.Tensor]()
     targets = [n for n, m in model.named_modules() if isinstance(m, LINEAR_CLASSES) and n not in whole]
     experts = [n for n, m in model.named_modules() if knows_experts(m)]
     calls, before, after, plain = layer_calls(model, model_config, ids, config), 0.0, 0.0, 0
     hidden = [send_to_device(call[0], device) for call in calls[0]]
-    prefixes = [f"{name}." for name, module in model.named_modules() if module in layers]
     for prefix in (bar := tqdm(prefixes, "Calibrating", disable=None)):
         layer = model.get_submodule(prefix[:-1]).to(device)
+        layer = layer.float() if dtype == torch.float32 else layer
         modules = {name: model.get_submodule(name) for name in targets + experts if name.startswith(prefix)}
         own = [(state, *send_to_device(call[1:], device)) for state, call in zip(hidden, calls.pop(0), strict=True)]
         choices, hidden = calibrate_layer(layer, modules, own, config)
@@ -3555,7 +3560,7 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
         bar.set_postfix_str(f"{1 - after / (before or 1):.0%} of the error removed")
     for name in targets:
         if not isinstance(module := model.get_submodule(name), bitsandbytes.nn.Linear4bit):
-            replace_weight(model, name, pack_weight(as_matrix(module).to(load_dtype(config)), config), config)
+            replace_weight(model, name, pack_weight(as_matrix(module).to(dtype), config), config)
     model.config.quantization_config, model.is_loaded_in_4bit = quantisation.to_dict(), True
     stacks = {n: w for n, (_, w) in stacked_experts(model).items() if hasattr(w, "quant_state")}
     codes = {n: w.data.view(torch.uint8).view(w.quant_state.shape[0], -1, 1) for n, w in stacks.items()}
@@ -3603,8 +3608,10 @@ def calibrated_base(config: Config, model_config: Any, published: str, rows: Any
     if not ids or (known and folder.name != known):
         raise ConfigError(f"--calibration_rows: the base of this run is not in {root}, these rows make another")
     if not folder.is_dir():
-        options = {"dtype": load_dtype(config), "attn_implementation": resolve_attention(config)}
-        model = load_base(config, model_config, published, device_map={"": "cpu"}, **options).eval()
+        dtype = load_dtype(config)
+        options = {"dtype": "auto" if dtype == torch.float32 else dtype, "device_map": {"": "cpu"}}
+        options |= {"attn_implementation": resolve_attention(config)}
+        model = load_base(config, model_config, published, **options).eval()
         model.config.get_text_config().use_cache = False
         with made_once(folder, f"--calibration_rows: {folder}") as made:
             write_calibrated(model, model_config, ids, config, made)

@@ -1,5 +1,6 @@
 """Calibrated 4-bit bases: which codes are chosen, where adapters start, and what a run leaves."""
 
+import copy
 import json
 import math
 import os
@@ -333,6 +334,20 @@ def test_the_user_s_own_start_wins(calibrated):
 def test_rslora_and_dropout(calibrated):
     run = calibrated(use_rslora=True, lora_dropout=0.1, max_steps=1)
     assert run.code == 0, run.stderr
+
+
+def test_a_base_that_is_stored_in_16_bit_is_calibrated_as_in_float32(calibrated, models, tmp_path):
+    """Without --bf16 a layer at a time becomes float32, and the rest stays as it is mapped from the files."""
+    folders = [tmp_path / name for name in ("stored16", "stored32")]
+    model = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.bfloat16)
+    for folder, kept in zip(folders, (model, copy.deepcopy(model).float()), strict=True):
+        shutil.copytree(models("llama"), folder)
+        kept.save_pretrained(folder)
+    runs = [calibrated(model_name_or_path=f, output_dir=tmp_path / f"{f.name}-out", max_steps=1) for f in folders]
+    bases = [load_file(folder / "model.safetensors") for folder in cached(tmp_path)]
+    assert [run.code for run in runs] == [0, 0] and len(bases) == 2 and bases[0].keys() == bases[1].keys()
+    for name, value in bases[0].items():
+        assert value.dtype == bases[1][name].dtype and torch.equal(value, bases[1][name]), name
 
 
 def test_an_interrupted_calibration_leaves_nothing(calibrated, tmp_path, monkeypatch):
