@@ -21,16 +21,16 @@ Read the file from top to bottom, along the path of the data: every room uses on
      6 Tokenizer        2024-2146
      7 Encoding         2149-2611
      8 Model            2614-3264
-     9 Calibration      3267-3615
-    10 LoRA             3618-3919
-    11 Fast path        3922-4731
-    12 Plan             4734-5060
-    13 Checkpoints      5063-5445
-    14 Processes        5448-5505
-    15 Evaluation       5508-5718
-    16 Trainer          5721-6359
-    17 Stages           6362-6839
-    18 Main             6842-7132
+     9 Calibration      3267-3635
+    10 LoRA             3638-3939
+    11 Fast path        3942-4751
+    12 Plan             4754-5080
+    13 Checkpoints      5083-5465
+    14 Processes        5468-5525
+    15 Evaluation       5528-5738
+    16 Trainer          5741-6379
+    17 Stages           6382-6859
+    18 Main             6862-7152
 """
 
 # ------------------------------------------------------------------------------------
@@ -3416,10 +3416,10 @@ def as_matrix(module: Any) -> torch.Tensor:
 
 
 class InputSums:
-    """Σ x xᵀ of what linear layers read, in float32; those that read the same tensor share it."""
+    """Σ x xᵀ of what linear layers read, all inputs or the first alone, in float32; layers share that of one tensor."""
 
-    def __init__(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
+    def __init__(self, alone: bool) -> None:
+        self.alone, self.sums = alone, dict[str, torch.Tensor]()
         self.owners: dict[str, str] = {}  # of each layer, the one whose sum is also its own
         self.routed = defaultdict[str, list[Any]](list)  # x, (tokens, in), and the experts of each token, (tokens, k)
         self.latest: tuple[Any, str] = (None, "")
@@ -3428,11 +3428,15 @@ class InputSums:
         """Add a call's input, (..., in)."""
         if knows_experts(module):
             return self.routed[name].append(args[:2])
-        if args[0] is not self.latest[0]:
-            self.latest, x = (args[0], name), args[0].flatten(0, -2).float()
+        if new := args[0] is not self.latest[0]:
+            self.latest = args[0], name
+        owner = self.latest[1]
+        if new and (owner in self.sums or not (self.alone and self.sums)):
+            x = args[0].flatten(0, -2).float()
             with torch.autocast(x.device.type, enabled=False):
-                self.sums[name] = self.sums.get(name, 0) + x.T @ x
-        self.owners[name] = self.latest[1]
+                self.sums[owner] = self.sums.get(owner, 0) + x.T @ x
+        if owner in self.sums:
+            self.owners[name] = owner
 
 
 def calibrate_experts(module: Any, calls: Sequence[Any], config: Config) -> Iterator[tuple[str, Choice]]:
@@ -3465,25 +3469,34 @@ def calibrate_experts(module: Any, calls: Sequence[Any], config: Config) -> Iter
 
 
 def calibrate_layer(
-    layer: Any, modules: Mapping[str, Any], calls: Sequence[Any], config: Config
+    layer: Any, modules: Mapping[str, Any], calls: Sequence[Any], config: Config, alone: bool
 ) -> tuple[dict[str, Choice], list[torch.Tensor]]:
-    """Choose the codes of a layer's weights; also its new outputs, which are the next layer's inputs."""
-    device, dtype, inputs = config.training.device, compute_dtype(config), InputSums()
+    """Choose the codes of a layer's weights; also its new outputs, which are the next layer's inputs.
+
+    With `alone` the calls are repeated for each input, so that one square matrix is in memory at a time.
+    """
+    device, dtype, routed = config.training.device, compute_dtype(config), dict[str, list[Any]]()
     run = torch.autocast(device.type, dtype, dtype != torch.float32)(layer)
-    with contextlib.ExitStack() as stack:
-        for name, module in modules.items():
-            stack.enter_context(module.register_forward_pre_hook(partial(inputs.add, name)))
-        for hidden, args, kwargs in calls:
-            run(hidden, *args, **kwargs)
     weights = {name: as_matrix(module) for name, module in modules.items() if not knows_experts(module)}
-    choices: dict[str, Choice] = {}
-    for owner in [*inputs.sums, None]:  # and what was never called
-        hessian = inputs.sums.pop(owner) if owner else None
-        factors = None if hessian is None else damped_factors(hessian)
-        for name in (name for name in weights if inputs.owners.get(name) == owner):
-            choices[name] = choose_codes(weights[name].float(), hessian, factors, config)
-            weights[name].copy_(unpack(choices[name].weight))
-    for name, seen in inputs.routed.items():
+    choices, left = dict[str, Choice](), dict(modules)
+    while left:
+        inputs = InputSums(alone)
+        with contextlib.ExitStack() as stack:
+            for name, module in left.items():
+                stack.enter_context(module.register_forward_pre_hook(partial(inputs.add, name)))
+            for hidden, args, kwargs in calls:
+                run(hidden, *args, **kwargs)
+        routed |= inputs.routed
+        never = [] if alone and inputs.sums else [None]  # the owner of layers that are not called
+        for owner in [*inputs.sums, *never]:
+            hessian = inputs.sums.pop(owner) if owner else None
+            factors = None if hessian is None else damped_factors(hessian)
+            for name in (name for name in weights if name in left and inputs.owners.get(name) == owner):
+                choices[name] = choose_codes(weights[name].float(), hessian, factors, config)
+        left = {} if never else {n: m for n, m in left.items() if n not in choices and n not in routed}
+    for name, weight in weights.items():
+        weight.copy_(unpack(choices[name].weight))
+    for name, seen in routed.items():
         choices |= {f"{name}.{leaf}": choice for leaf, choice in calibrate_experts(modules[name], seen, config)}
     outputs = (run(hidden, *args, **kwargs) for hidden, args, kwargs in calls)
     return choices, [out[0] if isinstance(out, tuple) else out for out in outputs]
@@ -3528,8 +3541,8 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
     """Choose the codes of every layer, each on the outputs of those before it, and write the base to `folder`.
 
     In memory are the base, mapped from its files (experts are stacked, which takes memory), what is packed so far, and
-    on the device one layer in the load dtype with the sums of its inputs. Layers outside the decoder's are rounded
-    plainly.
+    on the device one layer in the load dtype with the sums of its inputs (on a GPU one at a time). Layers outside the
+    decoder's are rounded plainly.
     """
     device, began, layers = config.training.device, time.perf_counter(), decoder_layers(model)
     prefixes, dtype = [f"{name}." for name, module in model.named_modules() if module in layers], load_dtype(config)
@@ -3547,7 +3560,7 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
         layer = layer.float() if dtype == torch.float32 else layer
         modules = {name: model.get_submodule(name) for name in targets + experts if name.startswith(prefix)}
         own = [(state, *send_to_device(call[1:], device)) for state, call in zip(hidden, calls.pop(0), strict=True)]
-        choices, hidden = calibrate_layer(layer, modules, own, config)
+        choices, hidden = calibrate_layer(layer, modules, own, config, alone=device.type == "cuda")
         for name, choice in choices.items():
             replace_weight(model, name, choice.weight, config)
             starts |= {f"{name}.{part}": tensor.cpu() for part, tensor in choice.start.items()}
@@ -3609,7 +3622,7 @@ def calibrated_base(config: Config, model_config: Any, published: str, rows: Any
         raise ConfigError(f"--calibration_rows: the base of this run is not in {root}, these rows make another")
     if not folder.is_dir():
         dtype = load_dtype(config)
-        options = {"dtype": "auto" if dtype == torch.float32 else dtype, "device_map": {"": "cpu"}}
+        options: dict[str, Any] = {"dtype": "auto" if dtype == torch.float32 else dtype, "device_map": {"": "cpu"}}
         options |= {"attn_implementation": resolve_attention(config)}
         model = load_base(config, model_config, published, **options).eval()
         model.config.get_text_config().use_cache = False

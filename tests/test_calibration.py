@@ -350,6 +350,27 @@ def test_a_base_that_is_stored_in_16_bit_is_calibrated_as_in_float32(calibrated,
         assert value.dtype == bases[1][name].dtype and torch.equal(value, bases[1][name]), name
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_one_input_at_a_time_gives_the_same_codes(models, family):
+    """As on a GPU: of a layer's inputs one square matrix is in memory."""
+    config = qlora.parse_config(["--model_name_or_path", str(models(family)), "--calibration_rows", "4"])
+    model_config = qlora.load_model_config(config, str(models(family)))
+    ids, results = torch.randint(3, 250, (4, 30), generator=torch.Generator().manual_seed(0)).tolist(), []
+    for alone in (False, True):
+        model = qlora.load_base(config, model_config, str(models(family)), dtype=torch.float32).eval()
+        calls = qlora.layer_calls(model, model_config, ids, config)[0]
+        wanted = (*qlora.LINEAR_CLASSES, MixtralExperts)
+        modules = {n: m for n, m in qlora.decoder_layers(model)[0].named_modules() if isinstance(m, wanted)}
+        with torch.no_grad():
+            results.append(qlora.calibrate_layer(qlora.decoder_layers(model)[0], modules, calls, config, alone))
+    (together, outputs), (apart, others) = results
+    assert together.keys() == apart.keys() and len(together) >= 4
+    for name in together:
+        assert torch.equal(together[name].weight.data, apart[name].weight.data), name
+        assert together[name].start.keys() == apart[name].start.keys() and together[name].after == apart[name].after
+    assert all(map(torch.equal, outputs, others))
+
+
 def test_an_interrupted_calibration_leaves_nothing(calibrated, tmp_path, monkeypatch):
     save = qlora.save_file
     monkeypatch.setattr(qlora, "save_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
