@@ -21,16 +21,16 @@ Read the file from top to bottom, along the path of the data: every room uses on
      6 Tokenizer        2024-2146
      7 Encoding         2149-2611
      8 Model            2614-3264
-     9 Calibration      3267-3635
-    10 LoRA             3638-3939
-    11 Fast path        3942-4751
-    12 Plan             4754-5080
-    13 Checkpoints      5083-5465
-    14 Processes        5468-5525
-    15 Evaluation       5528-5738
-    16 Trainer          5741-6379
-    17 Stages           6382-6859
-    18 Main             6862-7152
+     9 Calibration      3267-3637
+    10 LoRA             3640-3941
+    11 Fast path        3944-4753
+    12 Plan             4756-5082
+    13 Checkpoints      5085-5467
+    14 Processes        5470-5527
+    15 Evaluation       5530-5740
+    16 Trainer          5743-6381
+    17 Stages           6384-6861
+    18 Main             6864-7154
 """
 
 # ------------------------------------------------------------------------------------
@@ -3570,7 +3570,9 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
                 log.warning("calibration: %s is rounded plainly: %s", name, why)
         layer.to("cpu")
         own.clear()
-        bar.set_postfix_str(f"{1 - after / (before or 1):.0%} of the error removed")
+        bar.set_postfix_str(share := f"{1 - after / (before or 1):.0%} of the error removed")
+        if bar.disable and len(calls) % 8 == 0:  # a pipe has no bar
+            log.info("calibration: %d layers left, %s", len(calls), share)
     for name in targets:
         if not isinstance(module := model.get_submodule(name), bitsandbytes.nn.Linear4bit):
             replace_weight(model, name, pack_weight(as_matrix(module).to(dtype), config), config)
