@@ -6124,9 +6124,9 @@ class QLoRATrainer(Trainer):
             seconds = max(time.perf_counter() - self.untimed_seconds - began, 1e-9)
             speed = (self.tokens_seen - tokens) * self.args.world_size / seconds
             left = timedelta(seconds=round(seconds / max(step - first, 1) * (steps - step)))
-            names = [("loss", "loss"), ("router_loss", "routers' loss"), ("grad_norm", "gradient norm")]
-            names += [("learning_rate", "rate")]
-            parts += [f"{title} {float(logs[name]):<8.4g}" for name, title in names if logs.get(name) is not None]
+            names = {"loss": "loss", "router_loss": "routers' loss", "grad_norm": "gradient norm"}
+            names |= {"learning_rate": "rate"}
+            parts += [f"{names[name]} {float(logs[name]):<8.4g}" for name in names if logs.get(name) is not None]
             parts += [f"{speed:,.0f} tokens/s", *([f"{peak:.1f} GiB"] if (peak := peak_memory_gib()) else [])]
             parts += [f"{left} left"] if step < steps else []
             self.interval = None
@@ -6206,7 +6206,8 @@ class QLoRATrainer(Trainer):
         parts = list(zip(rows, map(math.isfinite, losses), strict=True))
         if not math.isfinite(norm):  # of the gradients' average over ranks, so on all of them
             parts = list(itertools.chain(*all_gather_object(parts)))
-        finite, self.overflows = [good for _, good in parts], 0 if math.isfinite(norm) else self.overflows + 1
+        finite = [good for _, good in parts]
+        self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
         # a scaler skips such a step and halves its scale: after 20 the scale is not the cause
         exploded = self.overflows > (0 if self.accelerator.scaler is None else 20)
         if all(finite) and not exploded:
@@ -6372,8 +6373,7 @@ def apply_step_plan(base: Any, plan: StepPlan, config: Config) -> None:
         dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in base.modules())
         # a layer that is first run without gradients would hand none to the routers' own loss
         small = plan.tokens < 2048 and config.training.world_size == 1 and not text.get("output_router_logits")
-        offload = config.training.offload_activations
-        set_recomputed_layers(base, plan.recomputed, offload, dropout or any(rates), small)
+        set_recomputed_layers(base, plan.recomputed, config.training.offload_activations, dropout or any(rates), small)
     elif plan.recomputed and getattr(base, "supports_gradient_checkpointing", True):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()

@@ -67,6 +67,7 @@ SETTINGS = {
     "full, bf16 weights": [*FULL, *BF16, "--bits", "16"],
 }
 ROWS = {f"LoRA, nf4 calibrated, {n} rows": [*LORA, *BF16, *CALIBRATED, str(n)] for n in (64, 512)}
+CHOICES = SETTINGS | ROWS  # of --settings; SETTINGS are the default
 REFERENCE = "LoRA, 16 bit"
 BY_RATE = [REFERENCE, "LoRA, nf4 + double quant", "LoRA, nf4 calibrated", "LoRA, nf4 calibrated, start at zero"]
 DEFAULTS = "the original's defaults"
@@ -190,7 +191,7 @@ def precision(arguments: argparse.Namespace) -> None:
               "--num_train_epochs", str(arguments.epochs), "--lr_scheduler_type", "constant"]  # fmt: skip
     names = arguments.settings.split(";") if arguments.settings else list(reversed(SETTINGS))  # the slowest first
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    jobs = [Job(name, [*flags, *SETTINGS[name], *arguments.flags], seed) for name in names for seed in seeds]
+    jobs = [Job(name, [*flags, *CHOICES[name], *arguments.flags], seed) for name in names for seed in seeds]
     write(arguments, "precision", {"runs": run_jobs(arguments, jobs)})
 
 
@@ -241,9 +242,9 @@ def rates(arguments: argparse.Namespace) -> None:
     flags += ["--dataset", str(folder), "--eval_strategy", "epoch", "--num_train_epochs", str(arguments.epochs),
               "--lr_scheduler_type", "constant", *arguments.flags]  # fmt: skip
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    names, table = arguments.settings.split(";") if arguments.settings else BY_RATE, SETTINGS | ROWS
+    names = arguments.settings.split(";") if arguments.settings else BY_RATE
     jobs = [
-        Job(name, [*flags, *table[name]], seed, float(rate))
+        Job(name, [*flags, *CHOICES[name]], seed, float(rate))
         for rate in arguments.rates.split(",") for name in names for seed in seeds
     ]  # fmt: skip
     # first the runs that calibrate, one for each seed; the other runs then find the bases in the cache
@@ -314,7 +315,7 @@ def spread(values: list[float]) -> str:
 
 
 def precision_table(
-    content: dict[str, Any], settings: Iterable[str] = SETTINGS, reference: str = REFERENCE, short: str = "16-bit LoRA"
+    content: dict[str, Any], settings: Iterable[str] = CHOICES, reference: str = REFERENCE, short: str = "16-bit LoRA"
 ) -> str:
     """One line for each setting. Differences are taken seed by seed: rows and initial adapters are then the same."""
     lines = [
@@ -340,7 +341,7 @@ def precision_table(
     return "\n".join(lines)
 
 
-def precision_chart(content: dict[str, Any], pyplot: Any, settings: Iterable[str] = SETTINGS) -> Any:
+def precision_chart(content: dict[str, Any], pyplot: Any, settings: Iterable[str] = CHOICES) -> Any:
     """Held-out loss over steps, and the final loss of each seed."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     runs = [run for run in content["runs"] if "failed" not in run]
@@ -563,7 +564,7 @@ def main(argv: list[str] | None = None) -> None:
             command.add_argument("--seeds", default="0,1,2")
         if function in (precision, rates):
             command.add_argument("--epochs", type=float, default=3)
-            command.add_argument("--settings", help=f"some of: {'; '.join((*SETTINGS, *ROWS))}")
+            command.add_argument("--settings", help=f"some of: {'; '.join(CHOICES)}")
         if function is rates:
             command.add_argument("--rates", default="1.25e-4,2.5e-4,5e-4,1e-3,2e-3,4e-3")
     qlora.set_up_logging()
