@@ -71,7 +71,7 @@ _qlora_install() {
         -r "$2/requirements.txt" || return 1
     command -v nvidia-smi >/dev/null || return 0
     # kernels for norms and rotary embedding; needs triton, which comes with torch for CUDA
-    "$1/bin/python" -m pip install "${quiet[@]+"${quiet[@]}"}" --disable-pip-version-check "liger-kernel>=0.8,<0.9"
+    "$1/bin/python" -m pip install "${quiet[@]+"${quiet[@]}"}" --disable-pip-version-check "liger-kernel>=0.8.3,<0.9"
 }
 
 if ! _qlora_setup_env; then

@@ -99,6 +99,36 @@ def test_the_gated_activation_of_liger_kernel(name):
             assert distance(a, expected) <= 1.2 * distance(b, expected) + 1e-6
 
 
+@pytest.mark.parametrize(("width", "dtype"), [(96, BF16), (768, torch.float32), (1500, BF16)])
+def test_gate_and_share_of_experts_in_one_pass(width, dtype):
+    """Values and all gradients as near to float64 as torch's own functions, in widths beside and above a block's."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    both, grad = (torch.randn(300, n, device=DEVICE, generator=generator).to(BF16) for n in (2 * width, width))
+    shares = torch.rand(300, 1, device=DEVICE, generator=generator).to(dtype)
+
+    def plain(both, shares):
+        gate, up = both.chunk(2, dim=-1)
+        return (F.silu(gate) * up * shares).to(both.dtype)
+
+    def measured(function, wide):
+        leaves = [x.to(torch.float64 if wide else x.dtype, copy=True).requires_grad_() for x in (both, shares)]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+    exact, ours, theirs = measured(plain, True), measured(qlora.GatedShares.apply, False), measured(plain, False)
+    for a, b, right in zip(ours, theirs, exact, strict=True):
+        assert a.dtype == b.dtype and distance(a, right) <= 1.05 * distance(b, right)
+
+
+@pytest.mark.parametrize("width", [64, 1500, 2048])
+def test_the_sum_of_the_rows_of_each_token(width):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    rows = torch.randn(1200, width, device=DEVICE, generator=generator).to(BF16)
+    places = torch.randperm(1200, device=DEVICE, generator=generator).view(200, 6)
+    expected = rows.double()[places].sum(1)
+    assert distance(qlora.sum_rows(rows, places), expected) <= distance(expected.to(BF16), expected) + 1e-6
+
+
 def frozen_head(words: int, width: int, generator: torch.Generator) -> torch.nn.Linear:
     head = torch.nn.Linear(width, words, bias=False, device=DEVICE, dtype=BF16).requires_grad_(False)
     head.weight.copy_(torch.randn(words, width, device=DEVICE, generator=generator))
