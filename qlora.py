@@ -4342,7 +4342,7 @@ def expert_products(module: Any, layer: Any, name: str, x: torch.Tensor, experts
 
 def fuses_gate(module: Any, both: torch.Tensor) -> bool:
     """Whether GatedShares computes what a module does: SiLU, and transformers' own way to gate."""
-    silu = module.has_gate and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
+    silu = module.has_gate and type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
     own = silu and module._apply_gate.__name__ == "_default_apply_gate"  # others clamp, or alternate gate and up
     return triton is not None and own and on_current_gpu(both)
 
