@@ -143,7 +143,7 @@ def test_the_cross_entropy_of_liger_kernel(monkeypatch, words, smoothing):
     hidden = torch.randn(tokens, width, device=DEVICE, generator=generator).to(BF16).requires_grad_()
     head, fast = frozen_head(words, width, generator), qlora.FastPath()
     targets = torch.randint(words, (tokens,), device=DEVICE, generator=generator)
-    monkeypatch.setattr(qlora, "_chunk_loss", None)  # that way would fail
+    monkeypatch.setattr(qlora, "ChunkedCrossEntropy", None)  # that way would fail
     loss = qlora.chunked_cross_entropy(hidden, targets, fast._replace(head=head), smoothing)
     (got,) = torch.autograd.grad(loss, hidden)
 
