@@ -4528,6 +4528,7 @@ if triton is not None:
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         logits, target = logits + row * words, tl.load(targets + row)
+        chosen = tl.load(logits + target).to(tl.float32)  # before any thread has come to the second loop
         largest, sums, total = -float("inf"), 0.0, 0.0  # the sum of exp(x - largest), and of x
         for start in range(0, words, SIZE):
             column = start + tl.arange(0, SIZE)
@@ -4536,7 +4537,6 @@ if triton is not None:
             sums = sums * tl.exp(before - largest) + tl.sum(tl.exp(x - largest))
             total += tl.sum(tl.where(column < words, x, 0.0))
         whole, spread = largest + tl.log(sums), smoothing / words
-        chosen = tl.load(logits + target).to(tl.float32)
         smoothed = tl.where(smoothing > 0, spread * total, 0.0)  # a logit may be -inf
         tl.store(losses + row, whole - (1 - smoothing) * chosen - smoothed)
         for start in range(0, words, SIZE):  # the logits' gradient takes their place
