@@ -4520,47 +4520,11 @@ def head_logits(states: torch.Tensor, head: Any, rules: Iterable[Callable[..., A
     return logits
 
 
-if triton is not None:
-
-    @triton.jit
-    def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
-        logits, targets, losses, words, smoothing, SIZE: tl.constexpr
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        logits, target = logits + row * words, tl.load(targets + row)
-        chosen = tl.load(logits + target).to(tl.float32)  # before any thread has come to the second loop
-        largest, sums, total = -float("inf"), 0.0, 0.0  # the sum of exp(x - largest), and of x
-        for start in range(0, words, SIZE):
-            column = start + tl.arange(0, SIZE)
-            x = tl.load(logits + column, mask=column < words, other=-float("inf")).to(tl.float32)
-            before, largest = largest, tl.maximum(largest, tl.max(x))
-            sums = sums * tl.exp(before - largest) + tl.sum(tl.exp(x - largest))
-            total += tl.sum(tl.where(column < words, x, 0.0))
-        whole, spread = largest + tl.log(sums), smoothing / words
-        smoothed = tl.where(smoothing > 0, spread * total, 0.0)  # a logit may be -inf
-        tl.store(losses + row, whole - (1 - smoothing) * chosen - smoothed)
-        for start in range(0, words, SIZE):  # the logits' gradient takes their place
-            column = start + tl.arange(0, SIZE)
-            x = tl.load(logits + column, mask=column < words, other=0).to(tl.float32)
-            gradient = tl.exp(x - whole) - spread - tl.where(column == target, 1 - smoothing, 0.0)
-            tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < words)
-
-
-def kernel_cross_entropy(
-    states: torch.Tensor, weight: Any, bias: Any, targets: torch.Tensor, smoothing: float, wanted: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute the summed loss of a chunk and, if wanted, the gradient of its states."""
-    logits, losses = F.linear(states, weight, bias), states.new_empty(len(states), dtype=torch.float32)
-    _cross_entropy_kernel[(len(states),)](logits, targets, losses, len(weight), smoothing, SIZE=8192, num_warps=16)
-    return losses.sum(), logits @ weight if wanted else None
-
-
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum the head's cross-entropy with 128 MiB of logits in memory at a time.
+    """Sum the head's cross-entropy with 128 MiB of float32 logits in memory at a time.
 
-    Gradients are computed while a chunk's logits are there (as in liger-kernel, Hsu et al. 2024,
-    https://arxiv.org/abs/2410.10989): to make these again in the backward pass takes 7B 1.5 % longer, and SmolLM2-135M
-    on a CPU 9 %. liger's chunks are small where the vocabulary is large (Qwen3-30B-A3B: 11 %), and wait for the GPU.
+    Gradients are computed while a chunk's logits are there. To make these again in the backward pass takes 7B 1.5 %
+    longer, and SmolLM2-135M on a CPU 9 %.
     """
 
     @staticmethod
@@ -4568,26 +4532,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, states: torch.Tensor, weight: Any, bias: Any, targets: torch.Tensor, rules: Any, smoothing: float
     ) -> torch.Tensor:
         """Take states, (tokens, dim), weight and bias of the head, targets, (tokens,), and FastPath.logit_rules."""
-        needs = ctx.needs_input_grad[:3]
-        kernel = triton is not None and on_current_gpu(states) and not (rules or any(needs[1:]))
+        needs, rows = ctx.needs_input_grad[:3], max(1, 2**25 // len(weight))
         head = types.SimpleNamespace(weight=weight.detach().requires_grad_(needs[1]), bias=None)
         if bias is not None:
             head.bias = bias.detach().requires_grad_(needs[2])
-        total, gradients = states.new_zeros((), dtype=torch.float32), list[Any]([states[:0]])
-        rows = max(1, 2 ** (26 if kernel else 25) // len(weight))  # the others are in float32
+        total, gradients = states.new_zeros((), dtype=torch.float32), [states[:0]]
         for part, chosen in zip(states.split(rows), targets.split(rows), strict=True):
-            if kernel:
-                loss, gradient = kernel_cross_entropy(part, weight, bias, chosen, smoothing, needs[0])
-            else:
-                leaf = part.detach().requires_grad_(needs[0])
-                with torch.enable_grad():
-                    logits = head_logits(leaf, head, rules)
-                    loss = F.cross_entropy(logits, chosen, reduction="sum", label_smoothing=smoothing)
-                if any(needs):
-                    loss.backward()
-                gradient = leaf.grad
+            leaf = part.detach().requires_grad_(needs[0])
+            with torch.enable_grad():
+                logits = head_logits(leaf, head, rules)
+                loss = F.cross_entropy(logits, chosen, reduction="sum", label_smoothing=smoothing)
+            if any(needs):
+                loss.backward()
             total = total + loss.detach()
-            gradients += [gradient] if needs[0] else []
+            gradients += [leaf.grad] if needs[0] else []
         ctx.gradients = torch.cat(gradients) if needs[0] else None, head.weight.grad, getattr(head.bias, "grad", None)
         return total
 
@@ -4599,9 +4557,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_cross_entropy(
     states: torch.Tensor, targets: torch.Tensor, fast: FastPath, smoothing: float
 ) -> torch.Tensor:
-    """Sum the head's cross-entropy over states, (tokens, dim), with few logits in memory at a time."""
-    weights = fast.head.weight, getattr(fast.head, "bias", None)  # type: ignore[union-attr]
+    """Sum the head's cross-entropy over states, (tokens, dim), with few logits in memory at a time.
+
+    On a GPU by liger-kernel (Hsu et al. 2024, https://arxiv.org/abs/2410.10989), whose chunks of as many logits as
+    states are too small for products with a large vocabulary (Qwen3-30B-A3B's shape: 11 %).
+    """
+    head: Any = fast.head
     states, targets = states.to(matmul_dtype(states)), targets.to(states.device)
+    if on_current_gpu(states) and liger_ops and len(states) and not (fast.logit_rules or head.weight.requires_grad):
+        function, weight = liger_ops.LigerFusedLinearCrossEntropyFunction, head.weight.to(states.dtype)
+        signature, budget = inspect.signature(function.forward), max(1, 2**26 // states.numel())  # 128 MiB of logits
+        options = {"label_smoothing": smoothing, "reduction": "sum"}
+        options |= {"chunk_mem_const": budget} if "chunk_mem_const" in signature.parameters else {}  # from 0.8.3 on
+        call = signature.bind(None, states, weight, targets, head.bias, **options)
+        call.apply_defaults()
+        return function.apply(*call.args[1:])[0]  # by position, as autograd wants them
+    weights = head.weight, getattr(head, "bias", None)
     return ChunkedCrossEntropy.apply(states, *weights, targets, fast.logit_rules, smoothing)
 
 
