@@ -527,7 +527,15 @@ def test_the_plain_loop_shuffles_by_the_seed():
 
 def test_the_plain_loop_cuts_long_rows_and_supervises_the_answer(byte_tokenizer):
     row = loop.encode({"input": "ab", "output": "cd"}, byte_tokenizer, 5)
-    assert row == {"input_ids": [tiny.BOS, *b"abcd"], "labels": [-100, -100, -100, *b"cd"]}
+    assert row["input_ids"] == [tiny.BOS, *b"abcd"] and row["labels"] == [-100, -100, -100, *b"cd"]
+
+
+def test_the_plain_loop_pads_rows_on_the_right(byte_tokenizer):
+    rows = [loop.encode({"input": "a", "output": text}, byte_tokenizer, 9) for text in ("b", "cde")]
+    batch = {name: tensor.tolist() for name, tensor in loop.collate(rows).items()}
+    assert batch["input_ids"] == [[tiny.BOS, *b"ab", tiny.EOS, 0, 0], [tiny.BOS, *b"acde", tiny.EOS]]
+    assert batch["attention_mask"] == [[1, 1, 1, 1, 0, 0], [1] * 6]
+    assert batch["labels"] == [[-100, -100, *b"b", tiny.EOS, -100, -100], [-100, -100, *b"cde", tiny.EOS]]
 
 
 # ------------------------------------------------------------------------------------
