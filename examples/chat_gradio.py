@@ -52,7 +52,7 @@ def settings(bot: talk.Bot) -> list[Any]:
     """The controls below the chat, which begin as the command line says."""
     generation = bot.generation
     temperature = generation.temperature or 1.0 if generation.do_sample else 0
-    length = bot.config.generation.max_new_tokens
+    length = generation.max_new_tokens or bot.config.generation.max_new_tokens
     return [
         gradio.Textbox(bot.system, label="System prompt"),
         gradio.Slider(0, 2, temperature, label="Temperature (0: always the likeliest token)"),

@@ -21,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.optim import PagedAdamW32bit
 from peft import LoraConfig, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
 IGNORE = -100  # the label of a token that is not supervised
+PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE}  # what fills up a row that is shorter than others
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # float32 is faster on a CPU
 
@@ -34,9 +36,7 @@ ALPACA = (
 CONTEXT = ", paired with an input that provides further context"
 
 
-# ------------------------------------------------------------------------------------
-# Data: a row of the file -> input_ids and labels
-# ------------------------------------------------------------------------------------
+# ---- Data: a row of the file -> input_ids and labels -------------------------------
 def prompt_and_answer(row: dict[str, str]) -> tuple[str, str]:
     """The text the model reads and the text it learns to write."""
     if "text" in row:
@@ -59,19 +59,17 @@ def encode(row: dict[str, str], tokenizer: Any, max_length: int) -> dict[str, li
     answer = [*answer, tokenizer.eos_token_id]
     labels = [IGNORE] * len(prompt) + answer
     labels[0] = IGNORE  # nothing precedes the first token, so nothing can predict it
-    return {"input_ids": (prompt + answer)[:max_length], "labels": labels[:max_length]}
+    ids = (prompt + answer)[:max_length]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels[:max_length]}
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """Rows padded on the right to the longest of them: three (rows, tokens) tensors."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    spare = [longest - len(row["input_ids"]) for row in rows]
-    columns = {
-        "input_ids": [row["input_ids"] + [0] * n for row, n in zip(rows, spare, strict=True)],
-        "attention_mask": [[1] * (longest - n) + [0] * n for n in spare],
-        "labels": [row["labels"] + [IGNORE] * n for row, n in zip(rows, spare, strict=True)],
-    }
-    return {name: torch.tensor(column, device=DEVICE) for name, column in columns.items()}
+    batch = {}
+    for name, value in PADDING.items():
+        tensors = [torch.tensor(row[name], device=DEVICE) for row in rows]
+        batch[name] = pad_sequence(tensors, batch_first=True, padding_value=value)
+    return batch
 
 
 def windows(rows: list[Any], size: int, shuffle: bool, seed: int) -> Iterator[list[Any]]:
@@ -84,9 +82,7 @@ def windows(rows: list[Any], size: int, shuffle: bool, seed: int) -> Iterator[li
             yield rows[start : start + size]
 
 
-# ------------------------------------------------------------------------------------
-# Model: a frozen 4-bit base with trainable low-rank adapters
-# ------------------------------------------------------------------------------------
+# ---- Model: a frozen 4-bit base with trainable low-rank adapters -------------------
 def load_model(name: str, rank: int) -> Any:
     """The base in nf4 with double quantisation, and LoRA on every linear layer except the head."""
     nf4 = BitsAndBytesConfig(
@@ -103,9 +99,7 @@ def load_model(name: str, rank: int) -> Any:
     return get_peft_model(base, LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-# ------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------
+# ---- Training ----------------------------------------------------------------------
 def window_loss(model: Any, window: list[Any], batch_size: int) -> float:
     """Forward and backward over an optimizer step's rows. Returns the mean loss of their supervised tokens.
 

@@ -3,6 +3,7 @@
 One run memorises a handful of conversations, so the expected answers are known exactly.
 """
 
+import copy
 import io
 import itertools
 import json
@@ -162,6 +163,13 @@ def test_a_full_fine_tune_keeps_its_bits(run_qlora):
     assert torch.equal(bot.model.lm_head.weight, trained)
 
 
+def test_a_full_fine_tune_is_asked_as_its_rows_were_written(run_qlora, tmp_path):
+    """The format was inferred from the columns."""
+    rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", tiny.ALPACA_ROWS)
+    run = run_qlora(full_finetune=True, bits=32, max_steps=1, dataset=rows, dataset_format=None)
+    assert talk.load(str(run.output_dir)).template == "alpaca"
+
+
 def test_a_run_with_a_working_dir_and_a_deleted_template_file(run_qlora, tmp_path):
     """The adapter's folder contains the template, and its model card names the folder of run.json."""
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
@@ -259,25 +267,28 @@ def test_a_system_message_and_more_stop_strings(trained):
 
 
 def test_the_template_follows_the_training_data(trained, base, tmp_path):
+    """By the formats that run.json records, whether a flag named them or the columns did."""
     run = shutil.copytree(trained, tmp_path / "run")
     record = json.loads((run / "run.json").read_text())
-    pairs = tiny.rows_to_jsonl(tmp_path / "pairs.jsonl", [{"instruction": "a", "output": "b"}])
-    for flags, template in (
-        ({"dataset_format": "oasst1"}, "guanaco"),
-        ({"dataset_format": "input-output"}, "plain"),
-        ({"dataset_format": "input-output", "as_chat": True}, "chat"),
-        ({"dataset_format": "sharegpt"}, "chat"),
-        ({"dataset": "alpaca-clean", "dataset_format": None}, "alpaca"),
-        ({"dataset": str(pairs), "dataset_format": None}, "alpaca"),
-        ({"dataset": str(tmp_path / "gone.jsonl"), "dataset_format": None}, "chat"),
+    own, function = record["flags"], record["data"]["train"]["formats"]
+    assert function == [f"{base.parent / 'rows.py'}:as_it_is"] and talk.load(str(run)).template == "chat"
+    for formats, as_chat, template in (
+        (["oasst1", "input-output"], False, "guanaco"),
+        (["input-output"], False, "plain"),
+        (["input-output"], True, "chat"),
+        (["sharegpt"], False, "chat"),
+        (["alpaca-clean"], False, "alpaca"),
     ):
-        (run / "run.json").write_text(json.dumps(record | {"flags": record["flags"] | flags}))
+        changed = {"flags": own | {"as_chat": as_chat}, "data": {"train": {"formats": formats}}}
+        (run / "run.json").write_text(json.dumps(record | changed))
         bot = talk.load(str(run))
         assert bot.template == template and bot.system == talk.SYSTEMS.get(template, "")
+    assert set(talk.FORMAT_TEMPLATES) < set(qlora.FORMATS)
+    (run / "run.json").write_text(json.dumps(record))  # and no template wrote the rows
     changed = bot.with_settings("", 0.5, 8.0)  # as a slider has it
     assert type(changed.generation.max_new_tokens) is int
     template = run / "chat_template.jinja"
-    template.rename(tmp_path / template.name)  # so that no template wrote the rows that are gone
+    template.rename(tmp_path / template.name)
     assert talk.load(str(run)).template == "plain"
     (tmp_path / template.name).rename(template)
     alpaca = qlora.parse_alpaca({"instruction": "a", "output": "b"})[0]["text"]
@@ -516,7 +527,15 @@ def test_the_plain_loop_shuffles_by_the_seed():
 
 def test_the_plain_loop_cuts_long_rows_and_supervises_the_answer(byte_tokenizer):
     row = loop.encode({"input": "ab", "output": "cd"}, byte_tokenizer, 5)
-    assert row == {"input_ids": [tiny.BOS, *b"abcd"], "labels": [-100, -100, -100, *b"cd"]}
+    assert row["input_ids"] == [tiny.BOS, *b"abcd"] and row["labels"] == [-100, -100, -100, *b"cd"]
+
+
+def test_the_plain_loop_pads_rows_on_the_right(byte_tokenizer):
+    rows = [loop.encode({"input": "a", "output": text}, byte_tokenizer, 9) for text in ("b", "cde")]
+    batch = {name: tensor.tolist() for name, tensor in loop.collate(rows).items()}
+    assert batch["input_ids"] == [[tiny.BOS, *b"ab", tiny.EOS, 0, 0], [tiny.BOS, *b"acde", tiny.EOS]]
+    assert batch["attention_mask"] == [[1, 1, 1, 1, 0, 0], [1] * 6]
+    assert batch["labels"] == [[-100, -100, *b"b", tiny.EOS, -100, -100], [-100, -100, *b"cde", tiny.EOS]]
 
 
 # ------------------------------------------------------------------------------------
@@ -594,7 +613,9 @@ def test_the_settings_of_the_page_reach_the_model(bot):
 
 def test_an_answer_without_text_is_shown_as_such(bot):
     """Gradio shows no message where none is sent, and seems to hang."""
-    silent, turn = bot._replace(stops=[SHIPS[0]]), {"role": "user", "content": "hello"}
+    turn, generation = {"role": "user", "content": "hello"}, copy.deepcopy(bot.generation)
+    generation.stop_strings = [SHIPS[0]]
+    silent = bot._replace(generation=generation)
     assert list(chat_gradio.reply(silent, "hello", [], "", 0, 80)) == [chat_gradio.EMPTY]
     history = [turn, {"role": "assistant", "content": chat_gradio.EMPTY}]
     seen = []
