@@ -97,17 +97,17 @@ def start(words: list[str], log: Path, gpus: str | None = None) -> str:
     return text
 
 
-def output_folder(work: str, job: Job) -> Path:
+def output_folder(work: Path, job: Job) -> Path:
     """Where a run writes to."""
-    return Path(work, re.sub(r"\W+", "_", f"{job.name}-{job.seed}-{job.rate or ''}").strip("_"))
+    return work / re.sub(r"\W+", "_", f"{job.name}-{job.seed}-{job.rate or ''}").strip("_")
 
 
 def run_job(job: Job, gpu: str, out: Path) -> dict[str, Any]:
     """What a run measured; if it fails, the reason, so that the other runs' numbers are kept."""
     flags, record = [*job.flags, "--seed", str(job.seed), "--data_seed", str(job.seed)], out.with_suffix(".json")
+    if record.is_file() and (done := qlora.read_json(record))["flags"] == flags:
+        return dict(done["result"])
     result: dict[str, Any] = {**job._asdict(), "flags": without_folders(flags)}
-    if record.is_file() and (done := qlora.read_json(record))["flags"] == result["flags"]:
-        return dict(done)
     try:
         start([str(ROOT / "qlora.py"), *flags, "--output_dir", str(out)], out.with_suffix(".log"), gpu)
     except RuntimeError as error:
@@ -116,7 +116,7 @@ def run_job(job: Job, gpu: str, out: Path) -> dict[str, Any]:
     result["loss"] = [round(entry["loss"], 6) for entry in history if "loss" in entry]  # of every step
     result["eval"] = [{key: e[key] for key in ("step", "eval_loss")} for e in history if "eval_loss" in e]
     result |= {"metrics": qlora.read_json(out / "metrics.json"), "data": qlora.read_json(out / "run.json")["data"]}
-    record.write_text(json.dumps(result), encoding="utf-8")
+    record.write_text(json.dumps({"flags": flags, "result": result}), encoding="utf-8")
     losses = ", ".join(f"{entry['eval_loss']:.4f}" for entry in result["eval"])
     print(f"{out.name}: held-out loss {losses}", flush=True)
     return result
@@ -134,10 +134,10 @@ def run_jobs(arguments: argparse.Namespace, jobs: Iterable[Job]) -> list[dict[st
 
 def prepare(arguments: argparse.Namespace) -> tuple[str, list[str]]:
     """The model as a folder (a .gguf file is dequantised here, once) and the flags that all runs share."""
-    work = Path(arguments.work)
-    work.mkdir(parents=True, exist_ok=True)
+    cache = ["--cache_dir", str(Path(arguments.work, "cache"))]
+    arguments.work = Path(arguments.work, qlora.file_digest(arguments.rows))  # results on other rows are not reused
+    arguments.work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (arguments.jobs * len(GPUS)))))
-    cache = ["--cache_dir", str(work / "cache")]
     base = qlora.model_folder(qlora.parse_config(["--model_name_or_path", arguments.model, *cache]))
     flags = ["--model_name_or_path", base, *cache, *SHARED, "--per_device_eval_batch_size", str(arguments.held_out)]
     return base, flags
@@ -145,9 +145,9 @@ def prepare(arguments: argparse.Namespace) -> tuple[str, list[str]]:
 
 def split_rows(arguments: argparse.Namespace) -> Path:
     """A folder with train.jsonl and eval.jsonl, shuffled once: every run then takes the rows in the same order."""
-    lines = Path(arguments.rows).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = arguments.rows.read_text(encoding="utf-8").splitlines(keepends=True)
     random.Random(0).shuffle(lines)
-    folder = Path(arguments.work, "rows")
+    folder = arguments.work / "rows"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "eval.jsonl").write_text("".join(lines[: arguments.held_out]), encoding="utf-8")
     (folder / "train.jsonl").write_text("".join(lines[arguments.held_out :]), encoding="utf-8")
@@ -231,7 +231,7 @@ def jobs_for(arguments: argparse.Namespace, flags: list[str], rates: Iterable[fl
 def precision(arguments: argparse.Namespace) -> None:
     """Every setting with every seed; with one seed all settings see the same rows in the same order."""
     _, flags = prepare(arguments)
-    flags += ["--dataset", arguments.rows, "--eval_dataset_size", str(arguments.held_out)]
+    flags += ["--dataset", str(arguments.rows), "--eval_dataset_size", str(arguments.held_out)]
     content = {"runs": run_jobs(arguments, jobs_for(arguments, flags))}
     publish(arguments.out, "precision", content, runs_table(content))
 
@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function)
         command.add_argument("model", help="folder, .gguf file or folder with one")
-        command.add_argument("rows", help="JSON-lines file of rows")
+        command.add_argument("rows", type=Path, help="JSON-lines file of rows")
         command.add_argument("--out", default=str(RESULTS), help="folder for JSON and table")
         command.add_argument("--work", default=str(ROOT / "output/proof"), help="folder for models, adapters and logs")
         command.add_argument("--held_out", type=int, default=100, help="rows to hold out")
@@ -351,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(words[:end], argparse.Namespace(flags=words[end + 1 :]))
     try:
         arguments.function(arguments)
-    except qlora.QLoRAError as error:
+    except (OSError, qlora.QLoRAError) as error:
         parser.error(str(error))
 
 

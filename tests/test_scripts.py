@@ -42,8 +42,8 @@ ROWS = [{"text": f"### Human: {r['input']}### Assistant: {r['output']}"} for r i
 @pytest.fixture
 def run_proof(models, tmp_path, monkeypatch):
     """`run_proof(part, *words)` -> the JSON it wrote; its table must exist."""
-    base = models("llama", tokenizer="byte_bpe", max_position_embeddings=640)
-    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", ROWS)
+    base, file = models("llama", tokenizer="byte_bpe", max_position_embeddings=640), tmp_path / "rows.jsonl"
+    tiny.rows_to_jsonl(file, ROWS)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def run(part, *words):
@@ -93,14 +93,14 @@ def test_every_rate_on_both_bases(run_proof):
 
 
 @pytest.mark.ci
-def test_a_finished_run_is_not_repeated(run_proof, capsys):
+def test_a_finished_run_is_not_repeated_on_the_same_rows(run_proof, tmp_path, capsys):
     words = ["--settings", "LoRA, nf4", "--seeds", "0", "--epochs", "1", "--", "--lora_r", "4"]
-    first = run_proof("precision", *words)
+    first = run_proof("precision", *words)["runs"]
     assert "held-out loss" in capsys.readouterr().out.splitlines()[0]
-    assert run_proof("precision", *words)["runs"] == first["runs"]
+    assert run_proof("precision", *words)["runs"] == first
     assert capsys.readouterr().out.startswith("| trained |")
-    other = run_proof("precision", *words[:-1], "8")
-    assert other["runs"][0]["loss"] and other["runs"][0]["flags"] != first["runs"][0]["flags"]
+    tiny.rows_to_jsonl(tmp_path / "rows.jsonl", ROWS[1:])
+    assert run_proof("precision", *words)["runs"][0]["data"] != first[0]["data"]
 
 
 def test_the_recipe_and_the_defaults_see_the_same_rows(run_proof, tmp_path):
