@@ -3,9 +3,10 @@
 
     python scripts/memory.py [--shapes 1b,7b,8b,70b@48] [--tokens 512] [--steps 5] [-- FLAGS OF qlora.py]
 
-A model of each shape, LLaMA's or a mixture's, is drawn and quantised layer by layer, so that no disk is needed, and
-trained for a few steps on random tokens, one row at a time with every layer recomputed. 70b@48: on a card of 48 GiB, of
-which torch's allocator gets what CUDA leaves. 70b/8: with 8 layers of it. memory.json and its table go to --out.
+A model of each shape, LLaMA's or a mixture's, is made on the GPU, quantised layer by layer, so that no disk and no
+second copy is needed, and trained for a few steps on random tokens, one row at a time with every layer recomputed.
+70b@48: on a card of 48 GiB, of which torch's allocator gets what CUDA leaves. 70b/8: with 8 layers of it. memory.json
+and its table go to --out.
 With --write DIR nothing is trained: each model is written, quantised, into DIR/SHAPE with a tokenizer, for
 scripts/benchmark_many.py (-- --bf16 --fsdp: stored as FSDP needs it) or benchmark.py (-- --bits 16: not quantised).
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import bitsandbytes
 import datasets
 import proof
 import selftest
@@ -60,7 +62,7 @@ def shape_config(name: str) -> Any:
 
 
 def random_base(model_config: Any, config: qlora.Config, writes: bool = False) -> Any:
-    """The model with random weights on the CPU; each is drawn on the GPU and quantised before the next.
+    """The model with random weights, each quantised before the next is drawn.
 
     Stacks of experts to be written stay as they are: transformers' layout has no packed ones.
     """
@@ -71,20 +73,21 @@ def random_base(model_config: Any, config: qlora.Config, writes: bool = False) -
         value = value.fill_(1.0) if parameter.ndim == 1 else value.normal_(0, 0.02)
         module, _, leaf = name.rpartition(".")
         if module in linear:
-            qlora.replace_weight(model, module, qlora.pack_weight(value, config), config)
-        elif parameter.ndim == 3 and qlora.packs_experts(config) and not writes:
-            qlora.replace_weight(model, name, qlora.pack_weight(value, config), config)
-        else:
-            setattr(model.get_submodule(module), leaf, torch.nn.Parameter(value.cpu(), requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(model_config)
+            out, size = parameter.shape
+            options = {"compute_dtype": qlora.compute_dtype(config), **qlora.storage_options(config)}
+            model.set_submodule(module, bitsandbytes.nn.Linear4bit(size, out, bias=False, device="meta", **options))
+        packs = module in linear or (parameter.ndim == 3 and qlora.packs_experts(config) and not writes)
+        weight = qlora.pack_weight(value, config) if packs else torch.nn.Parameter(value, requires_grad=False)
+        setattr(model.get_submodule(module), leaf, weight)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model_config).to(DEVICE)
     model.is_loaded_in_4bit = packed  # as peft asks
     model.config.use_cache = False
     return model
 
 
 def load_random(config: qlora.Config, model_config: Any, _: str) -> Any:
-    """In place of qlora.load_model: the base with random weights on the GPU."""
-    model = random_base(model_config, config).to(DEVICE)
+    """In place of qlora.load_model: the base with random weights."""
+    model = random_base(model_config, config)
     if qlora.packs_experts(config):
         qlora.pack_experts(model, config)
     return model
@@ -102,7 +105,7 @@ def train(name: str, cap: float | None, arguments: argparse.Namespace) -> dict[s
     room = 1000 * qlora.GIB  # the prediction for a GPU on which it fits
     plan, _, _ = qlora.plan_step(memory, room, arguments.tokens, arguments.tokens, config)
     pages = memory.optimizer / qlora.GIB if memory.paged else 0.0
-    result = {"shape": name, "cap": cap, "predicted_gib": round(plan.peak, 3), "pages_gib": round(pages, 3)}
+    result = {"shape": name, "cap": cap, "predicted_gib": round(plan.peak or 0.0, 3), "pages_gib": round(pages, 3)}
     ids = torch.randint(5, model_config.vocab_size, (arguments.steps, arguments.tokens)).tolist()
     columns = {"input_ids": ids, "labels": ids, "length": [arguments.tokens] * len(ids), "where": [""] * len(ids)}
     rows = datasets.Dataset.from_dict(columns)
@@ -144,7 +147,8 @@ def write(name: str, arguments: argparse.Namespace) -> None:
     config = qlora.parse_config(["--model_name_or_path", name, "--output_dir", "/tmp/memory", *arguments.flags])
     model, folder = random_base(shape_config(name), config, writes=True), Path(arguments.write, name)
     if config.quant.bits == 4:
-        model.config.quantization_config = qlora.quantisation_config(config, shape_config(name)).to_dict()
+        quantisation: Any = qlora.quantisation_config(config, shape_config(name))
+        model.config.quantization_config = quantisation.to_dict()
     model.save_pretrained(folder, max_shard_size="5GB")
     selftest.byte_tokenizer().save_pretrained(folder)
 

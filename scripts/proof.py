@@ -251,8 +251,9 @@ def rates(arguments: argparse.Namespace) -> None:
 @torch.no_grad()
 def loss_on(base: str, adapter: Path, rows: Path) -> float:
     """Held-out loss of a saved adapter on a base in 16 bits, by transformers and peft alone."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=loop.DTYPE).to(loop.DEVICE)
-    adapted, tokenizer = PeftModel.from_pretrained(model, adapter).eval(), AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=loop.DTYPE)
+    adapted: Any = PeftModel.from_pretrained(model.to(loop.DEVICE), adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
     total = count = 0.0
     for line in rows.read_text(encoding="utf-8").splitlines():
         batch = loop.collate([loop.encode(json.loads(line), tokenizer, 513)])  # 512 tokens and BOS

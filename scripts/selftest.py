@@ -85,7 +85,8 @@ class Killed(BaseException):
 def start(flags: Sequence[str], *callbacks: TrainerCallback) -> tuple[int | str, str, dict[int, list[str]]]:
     """Run qlora.py in this process. Returns its exit status or "killed", its output and the rows of each step."""
     build, training_step = qlora.build_callbacks, qlora.QLoRATrainer.training_step
-    output, rows, code = io.StringIO(), dict[int, list[str]](), "killed"
+    output, rows = io.StringIO(), dict[int, list[str]]()
+    code: int | str = "killed"
 
     def noting(self: Any, model: Any, inputs: Any, *args: Any) -> Any:
         rows[self.state.global_step + 1] = list(inputs["step"].where)
@@ -316,5 +317,5 @@ def check_all() -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for terminals that cannot print a tick
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # for terminals that cannot print a tick
     sys.exit(check_all())
