@@ -13,30 +13,28 @@ allocator on each GPU, in GiB. Flags after -- are qlora.py's.
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import proof
+import torch
+
+import qlora
+
 FSDP_OFFLOAD = ["--fsdp", "--fsdp_config", '{"cpu_offload": true}']
 ADAPTERS = {"one GPU": [], "ddp": [], "fsdp2": ["--fsdp"], "fsdp2 offload": FSDP_OFFLOAD, "device_map": []}
-ZERO = {f"zero{n}": ["--deepspeed", str(ROOT / f"examples/deepspeed_zero{n}.json")] for n in (2, 3)}
-FULL = {"one GPU": [], "ddp": [], **ZERO, "fsdp2": ["--fsdp"]}
+ZERO = {f"zero{n}": ["--deepspeed", str(proof.ROOT / f"examples/deepspeed_zero{n}.json")] for n in (2, 3)}
 ONE_PROCESS, CHILD = ("one GPU", "device_map"), "--child"
 FULL_FLAGS = ["--full_finetune", "--bits", "16", "--optim", "adamw_torch", "--learning_rate", "1e-5"]
+FULL = {name: [*FULL_FLAGS, *own] for name, own in {"one GPU": [], "ddp": [], **ZERO, "fsdp2": ["--fsdp"]}.items()}
 
 
 def train(cap: float, flags: list[str]) -> int:
     """qlora.py in this process, with torch's allocator limited to `cap` GiB on each GPU (0: unlimited)."""
-    import torch
-
-    sys.path.insert(0, str(ROOT))
-    import qlora
-
     own = os.environ.get("LOCAL_RANK")
     for gpu in (range(torch.cuda.device_count()) if own is None else [int(own)]) if cap else ():
-        fraction = cap * 2**30 / torch.cuda.get_device_properties(gpu).total_memory
+        fraction = cap * qlora.GIB / torch.cuda.get_device_properties(gpu).total_memory
         torch.cuda.set_per_process_memory_fraction(fraction, gpu)
     return qlora.main(flags)
 
@@ -48,19 +46,15 @@ def run(name: str, strategy: list[str], args: argparse.Namespace) -> dict[str, A
     flags = [
         "--model_name_or_path", args.model, "--dataset", args.dataset, "--output_dir", str(output),
         "--overwrite_output_dir", "--max_steps", str(args.steps), "--logging_steps", "1", "--save_strategy", "no",
-        "--gradient_accumulation_steps", str(args.batch // processes), "--disable_tqdm", "True",
-        *strategy, *(FULL_FLAGS if args.full else []), *args.flags,
+        "--gradient_accumulation_steps", str(args.batch // processes), "--disable_tqdm", "True", *strategy, *args.flags,
     ]  # fmt: skip
-    launcher = [sys.executable, *(torchrun if processes > 1 else []), __file__, CHILD, str(args.cap)]
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": "0"} if name == "one GPU" else {})
-    log = args.out / f"{output.name}.log"
-    with log.open("w") as file:
-        code = subprocess.run([*launcher, *flags], env=environment, stdout=file, stderr=file).returncode
-    if code != 0:
-        errors = [line for line in log.read_text().splitlines() if "error: " in line.lower()]
-        return {"strategy": name, "failed": errors[0] if errors else f"exit status {code}, see {log}"}
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    metrics = json.loads((output / "metrics.json").read_text())
+    words = [*(torchrun if processes > 1 else []), __file__, CHILD, str(args.cap), *flags]
+    try:
+        proof.start(words, output.with_suffix(".log"), "0" if name == "one GPU" else None)
+    except RuntimeError as error:
+        return {"strategy": name, "failed": str(error)}
+    history = qlora.read_json(output / "trainer_state.json")["log_history"]
+    metrics = qlora.read_json(output / "metrics.json")
     return {
         "strategy": name,
         "losses": [entry["loss"] for entry in history if "loss" in entry],
@@ -69,12 +63,6 @@ def run(name: str, strategy: list[str], args: argparse.Namespace) -> dict[str, A
         "peak_gib": metrics.get("train_peak_memory_gib", 0.0),  # of the fullest GPU of rank 0
         "command": " ".join(["qlora.py", *flags]),
     }
-
-
-def compare(result: dict[str, Any], one: dict[str, Any]) -> None:
-    """Add how a strategy compares with one GPU."""
-    result["ratio"] = round(result["tokens_per_second"] / one["tokens_per_second"], 3)
-    result["loss_difference"] = max(abs(a - b) for a, b in zip(result["losses"], one["losses"], strict=True))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,18 +80,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("flags", nargs="*", help="flags of qlora.py, after --")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    strategies = {name: flags for name, flags in (FULL if args.full else ADAPTERS).items() if not args.only
-                  or name in ("one GPU", *args.only.split(","))}  # fmt: skip
-    if args.cap:
-        strategies.pop("one GPU")
+    strategies = FULL if args.full else ADAPTERS
+    names = args.only.split(",") if args.only else [*strategies][1:]
+    if unknown := set(names) - set(strategies):
+        parser.error(f"--only: no strategy {', '.join(unknown)}; there are {', '.join(strategies)}")
+    if args.batch % args.gpus:
+        parser.error(f"--batch {args.batch}: {args.gpus} GPUs can't share it evenly")
     results: list[dict[str, Any]] = []
     print("| strategy | tokens/s | against one GPU | peak GiB | largest loss difference |\n" + "|---" * 5 + "|")
-    for name, strategy in strategies.items():
-        results.append(result := run(name, strategy, args))
+    for name in [*([] if args.cap else ["one GPU"]), *names]:
+        results.append(result := run(name, strategies[name], args))
         if "failed" in result:
             print(f"| {name} | failed: {result['failed']} | | | |", flush=True)
             continue
-        compare(result, next((r for r in results if r["strategy"] == "one GPU" and "losses" in r), result))
+        one = next((r for r in results if r["strategy"] == "one GPU" and "losses" in r), result)
+        result["ratio"] = round(result["tokens_per_second"] / one["tokens_per_second"], 3)
+        result["loss_difference"] = max(abs(a - b) for a, b in zip(result["losses"], one["losses"], strict=True))
         speed, peak, ratio = result["tokens_per_second"], result["peak_gib"], result["ratio"]
         print(f"| {name} | {speed:.0f} | {ratio} | {peak:.1f} | {result['loss_difference']:.5f} |", flush=True)
     (args.out / "benchmark_many.json").write_text(json.dumps(results, indent=1))

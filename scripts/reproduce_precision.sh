@@ -5,7 +5,7 @@
 #   bash scripts/reproduce_precision.sh rows.jsonl                   # OpenAssistant or other rows {"text": ...}
 #   bash scripts/reproduce_precision.sh rows.jsonl --seeds 0 -- --lora_r 16    # flags of proof.py -- flags of qlora.py
 #
-# Set MODEL for another model. Table, chart and raw numbers go to scripts/results/precision.{md,png,json}. The 27 runs
+# Set MODEL for another model. Table and raw numbers go to scripts/results/precision.{md,json}. The 27 runs
 # take minutes on a GPU and hours on a CPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
