@@ -20,17 +20,17 @@ Read the file from top to bottom, along the path of the data: every room uses on
      5 Loading          1454-2021
      6 Tokenizer        2024-2146
      7 Encoding         2149-2611
-     8 Model            2614-3272
-     9 Calibration      3275-3645
+     8 Model            2614-3268
+     9 Calibration      3271-3645
     10 LoRA             3648-3949
-    11 Fast path        3952-4901
-    12 Plan             4904-5230
-    13 Checkpoints      5233-5615
-    14 Processes        5618-5675
-    15 Evaluation       5678-5888
-    16 Trainer          5891-6529
-    17 Stages           6532-7009
-    18 Main             7012-7302
+    11 Fast path        3952-4902
+    12 Plan             4905-5231
+    13 Checkpoints      5234-5616
+    14 Processes        5619-5676
+    15 Evaluation       5679-5889
+    16 Trainer          5892-6530
+    17 Stages           6533-7010
+    18 Main             7013-7303
 """
 
 # ------------------------------------------------------------------------------------
@@ -2942,15 +2942,11 @@ def find_routers(model: torch.nn.Module, layers: Iterable[str], *also: str) -> s
     return set(filter(re.compile(rf"(.*\.)?({names})(\..*)?").fullmatch, layers)) if stacked_experts(model) else set()
 
 
-def storage_options(config: Config) -> dict[str, Any]:
-    """How bitsandbytes' layers and weights hold their values."""
-    quant, storage = config.quant, FSDP_STORAGE if is_fsdp(config) else torch.uint8
-    return {"compress_statistics": quant.double_quant, "quant_type": quant.quant_type, "quant_storage": storage}
-
-
 def pack_weight(weight: torch.Tensor, config: Config) -> Any:
     """A weight of any shape in 4 bit."""
-    packed: Any = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **storage_options(config))
+    quant, storage = config.quant, FSDP_STORAGE if is_fsdp(config) else torch.uint8
+    options: Any = {"compress_statistics": quant.double_quant, "quant_type": quant.quant_type, "quant_storage": storage}
+    packed: Any = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **options)
     return packed.to(weight.device)
 
 
@@ -3052,7 +3048,7 @@ def dequantise_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> tor
 
 
 def stack_values(weight: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The values of a stack of experts, (experts, ., .)."""
+    """The values of a weight, packed or not; of a stack of experts, (experts, ., .)."""
     state = getattr(weight, "quant_state", None)
     return dequantise_4bit(weight.data.view(torch.uint8), state, dtype) if state else weight.to(dtype)
 
@@ -3282,6 +3278,7 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
 BLOCK = 64  # weights that share a scale: bitsandbytes' default
 DAMPING = (0.01, 0.1, 1.0)  # of H's mean diagonal, added to it; the next one where Cholesky's method fails
 FEWEST_TOKENS = 16  # an expert that fewer reach is rounded plainly
+TOGETHER = 2**26  # values in the square matrices of experts that are calibrated together: 16 of 2048 x 2048
 ADAPTER_START = "adapter_start.safetensors"  # in a calibrated base's folder
 
 
@@ -3293,16 +3290,7 @@ class Choice(NamedTuple):
     before: float  # squared change of the outputs by plain rounding
     after: float  # by Q
     plain: int = 0  # experts that are rounded plainly
-
-
-def unpack(weight: Any) -> torch.Tensor:
-    """The values of a 4-bit weight, (out, in), in float32."""
-    return dequantize_4bit(weight.data.view(torch.uint8), weight.quant_state).float()
-
-
-def nearest_codes(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-    """Indices of the nearest of the ascending codes."""
-    return torch.bucketize(values.contiguous(), (code[1:] + code[:-1]) / 2)
+    why: str = ""  # a linear layer is
 
 
 def weighted_scales(weight: torch.Tensor, importance: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
@@ -3312,25 +3300,15 @@ def weighted_scales(weight: torch.Tensor, importance: torch.Tensor, code: torch.
     worse than with plain rounding.
     """
     importance = (importance + 0.01 * importance.mean()).view(-1, BLOCK)  # channels that are never on count a little
-    blocks = weight.unflatten(1, (-1, BLOCK))
+    blocks, midpoints = weight.unflatten(1, (-1, BLOCK)), (code[1:] + code[:-1]) / 2
     largest = blocks.abs().amax(-1)
     best, chosen = torch.full_like(largest, math.inf), largest
     for fraction in torch.linspace(0.7, 1.05, 18).tolist():
         scale = (largest * fraction)[..., None]
-        errors = (code[nearest_codes(blocks / scale, code)] * scale - blocks).square_().mul_(importance).sum(-1)
+        nearest = code[torch.bucketize((blocks / scale).contiguous(), midpoints)]
+        errors = (nearest * scale - blocks).square_().mul_(importance).sum(-1)
         chosen, best = torch.where(errors < best, scale[..., 0], chosen), torch.minimum(errors, best)
     return chosen
-
-
-def with_scales(plain: Any, scales: torch.Tensor, offset: Any = None) -> tuple[Any, torch.Tensor]:
-    """A QuantState like that of a plainly rounded weight but with these scales, and the scales as it stores them."""
-    state, absmax = copy.copy(plain.quant_state), scales.flatten().float()
-    if not state.nested:
-        state.absmax = absmax
-        return state, scales
-    state.offset = absmax.mean() if offset is None else offset
-    state.absmax, state.state2 = bnb_functional.quantize_blockwise(absmax - state.offset, blocksize=256)
-    return state, (bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).view_as(scales)
 
 
 class Factors(NamedTuple):
@@ -3361,18 +3339,19 @@ def feed_errors_back(
     """Ascending codes, (out, in), of columns rounded one after the other.
 
     The columns still to come make the error of each good (GPTQ, Frantar et al. 2022, https://arxiv.org/abs/2210.17323).
-    `inverse` and the columns are in the order of Factors. They go 128 at a time, as products are faster.
+    `inverse` and the columns are in the order of Factors. They go 128 at a time, as products are faster, and those of
+    several experts, (experts, out, in), together.
     """
     weight, codes = weight.clone(), torch.empty(weight.shape, dtype=torch.long, device=weight.device)
-    for start in range(0, weight.shape[1], 128):
-        end = min(start + 128, weight.shape[1])
-        block, errors = weight[:, start:end], weight.new_empty(len(weight), end - start)
-        for i in range(end - start):
-            column, scale = block[:, i], scales[:, start + i]
-            codes[:, start + i] = nearest_codes(column / scale, code)
-            errors[:, i] = (column - code[codes[:, start + i]] * scale) / inverse[start + i, start + i]
-            block[:, i + 1 :].addr_(errors[:, i], inverse[start + i, start + i + 1 : end], alpha=-1)
-        weight[:, end:].addmm_(errors, inverse[start:end, end:], alpha=-1)
+    midpoints = (code[1:] + code[:-1]) / 2
+    for start, end in ((start, start + 128) for start in range(0, weight.shape[-1], 128)):
+        block, errors = weight[..., start:end], torch.empty_like(weight[..., start:end])
+        for i in range(block.shape[-1]):
+            column, scale, row = block[..., i], scales[..., start + i], inverse[..., start + i, None, :]
+            codes[..., start + i] = nearest = torch.bucketize(column / scale, midpoints)
+            errors[..., i] = (column - code[nearest] * scale) / row[..., start + i]
+            block[..., i + 1 :] -= errors[..., i, None] * row[..., start + i + 1 : end]
+        weight[..., end:] -= errors @ inverse[..., start:end, end:]
     return codes
 
 
@@ -3392,30 +3371,57 @@ def adapter_start(left: torch.Tensor, factors: Factors, rank: int) -> dict[str, 
     return {"lora_A": a, "lora_B": b.contiguous()}  # on a GPU the singular vectors are columns in memory
 
 
-def choose_codes(weight: torch.Tensor, hessian: Any, factors: Any, config: Config, offset: Any = None) -> Choice:
-    """Round a weight, (out, in), on inputs whose H = Σ x xᵀ is known; an expert's with the `offset` of its stack.
+def calibrate_weight(weight: torch.Tensor, inputs: Mapping[int, Any], config: Config, transposed: bool) -> Choice:
+    """Round a weight, (out, in), or a stack of them, of (in, out) if `transposed`, by what their inputs are.
 
-    Where H tells nothing, and where that is better by H's measure, bitsandbytes rounds it plainly.
+    `inputs` has H's diagonal, H = Σ x xᵀ, and what computes H and its Factors. bitsandbytes rounds the matrices that
+    are not in it, and those where its rounding is better by H's measure. Blocks lie along the last dimension.
     """
-    plain = pack_weight(weight.to(load_dtype(config)), config)
-    if offset is not None:
-        plain.quant_state = with_scales(plain, weight.unflatten(1, (-1, BLOCK)).abs().amax(-1), offset)[0]
-    if factors is None or weight.shape[1] % BLOCK:
-        return Choice(plain, {}, 0.0, 0.0)
-    order, (code, stored_code) = factors.order, plain.quant_state.code.sort()
-    state, scales = with_scales(plain, weighted_scales(weight, hessian.diagonal(), code), offset)
-    scales = scales.repeat_interleave(BLOCK, 1)[:, order]
-    codes = torch.empty(weight.shape, dtype=torch.long, device=weight.device)
-    codes[:, order] = feed_errors_back(weight[:, order], scales, code, factors.inverse)
-    high, low = stored_code.to(torch.uint8)[codes].view(-1, 2).unbind(1)
-    chosen = copy.copy(plain)
-    chosen.data, chosen.quant_state = (high << 4 | low).view(plain.dtype).unsqueeze(1), state
-    candidates = plain, chosen
-    left = [weight - unpack(candidate) for candidate in candidates]
-    errors = [float(((rest @ hessian) * rest).sum()) for rest in left]  # tr(D H Dᵀ)
-    best = int(errors[1] < errors[0])
-    start = adapter_start(left[best], factors, config.lora.lora_r) if offset is None else {}  # experts' are zero
-    return Choice(candidates[best], start, errors[0], errors[best])
+    packed, stack = pack_weight(weight.to(load_dtype(config)), config), weight.view(-1, *weight.shape[-2:])
+    if not inputs or weight.shape[-1] % BLOCK:
+        return Choice(packed, {}, 0.0, 0.0, len(stack))
+    plain, state = stack_values(packed, load_dtype(config)).view_as(stack), packed.quant_state
+    code, stored_code = state.code.sort()
+    scales = stack.unflatten(2, (-1, BLOCK)).abs().amax(3).float()
+    for i, (squares, _) in inputs.items():  # weights of a block along the outputs have one input
+        scales[i] = weighted_scales(stack[i].float(), torch.ones_like(stack[i, 0]) if transposed else squares, code)
+    state.absmax = scales.flatten()
+    if state.nested:
+        # a stack keeps its own: experts that are rounded plainly keep their scales, unless others share their block
+        state.offset = state.absmax.mean() if weight.dim() == 2 else state.offset
+        state.absmax, state.state2 = bnb_functional.quantize_blockwise(state.absmax - state.offset, blocksize=256)
+        scales = (bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).view_as(scales)
+    errors, size = dict[int, list[float]](), max(1, TOGETHER // max(stack[0].shape) ** 2)
+    for group in (list(inputs)[i : i + size] for i in range(0, len(inputs), size)):
+        hessians, factors = zip(*(inputs[i][1]() for i in group), strict=True)
+        parts = stack[group].float(), scales[group].repeat_interleave(BLOCK, 2), plain[group]
+        values, scale, rounded = (part.mT if transposed else part for part in parts)
+        order = torch.stack([one.order for one in factors])[:, None]  # (experts, 1, in)
+        inverse = torch.stack([one.inverse.mT for one in factors]).mT  # in Cholesky's layout
+        ordered = feed_errors_back(values.take_along_dim(order, 2), scale.take_along_dim(order, 2), code, inverse)
+        codes = ordered.take_along_dim(order.argsort(), 2)
+        chosen = (code[codes] * scale).to(rounded.dtype)
+        for i, hessian, *rests in zip(group, hessians, values - rounded, values - chosen, strict=True):
+            errors[i] = [float(((rest @ hessian) * rest).sum()) for rest in rests]  # tr(D H Dᵀ)
+        high, low = stored_code.to(torch.uint8)[codes.mT if transposed else codes].reshape(len(group), -1, 2).unbind(2)
+        packed.data.view(torch.uint8).view(len(stack), -1)[group] = high << 4 | low
+    before, after = map(sum, zip(*errors.values(), strict=True))
+    better = {i: own for i, own in inputs.items() if errors[i][1] < errors[i][0]}
+    if len(better) < len(inputs):  # again without the others, whose scales may be quantised with those of these
+        choice = calibrate_weight(weight, better, config, transposed)
+        return choice._replace(before=before, after=before - choice.before + choice.after)
+    return Choice(packed, {}, before, after, len(stack) - len(inputs))
+
+
+def choose_codes(weight: torch.Tensor, hessian: Any, factors: Any, config: Config) -> Choice:
+    """Round a linear layer's weight, (out, in), on inputs whose H is known, and start its adapter from what is left."""
+    why = "" if factors else "no input reaches it" if hessian is None else "its inputs are zero or not finite"
+    why = "its width is no multiple of 64" if weight.shape[1] % BLOCK else why
+    inputs = {} if why else {0: (hessian.diagonal(), lambda: (hessian, factors))}
+    choice = calibrate_weight(weight, inputs, config, transposed=False)
+    left = weight - stack_values(choice.weight, load_dtype(config))
+    start = {} if why else adapter_start(left, factors, config.lora.lora_r)
+    return choice._replace(start=start, plain=0, why=why)
 
 
 def as_matrix(module: Any) -> torch.Tensor:
@@ -3428,52 +3434,52 @@ class InputSums:
 
     def __init__(self, alone: bool) -> None:
         self.alone, self.sums = alone, dict[str, torch.Tensor]()
-        self.owners: dict[str, str] = {}  # of each layer, the one whose sum is also its own
+        self.readers = defaultdict[str, set[str]](set)  # of each sum's input
         self.routed = defaultdict[str, list[Any]](list)  # x, (tokens, in), and the experts of each token, (tokens, k)
         self.latest: tuple[Any, str] = (None, "")
 
     def add(self, name: str, module: Any, args: tuple[torch.Tensor]) -> None:
         """Add a call's input, (..., in)."""
         if knows_experts(module):
-            return self.routed[name].append(args[:2])
-        if new := args[0] is not self.latest[0]:
+            x, reached = args[0], args[1] if len(args) > 1 else None
+            if reached is None:  # Llama 4's read all tokens each, zeros where these are not theirs
+                kept = x.any(1).nonzero()  # (rows, 1)
+                x, reached = x[kept[:, 0]], kept // (len(x) // module.num_experts)
+            return self.routed[name].append((x, reached))
+        if args[0] is not self.latest[0]:
             self.latest = args[0], name
-        owner = self.latest[1]
-        if new and (owner in self.sums or not (self.alone and self.sums)):
-            x = args[0].flatten(0, -2).float()
-            with torch.autocast(x.device.type, enabled=False):
-                self.sums[owner] = self.sums.get(owner, 0) + x.T @ x
-        if owner in self.sums:
-            self.owners[name] = owner
+            if name in self.sums or not (self.alone and self.sums):
+                x = args[0].flatten(0, -2).float()
+                with torch.autocast(x.device.type, enabled=False):
+                    self.sums[name] = self.sums.get(name, 0) + x.T @ x
+        if (owner := self.latest[1]) in self.sums:
+            self.readers[owner].add(name)
+
+
+def measure(rows: torch.Tensor) -> tuple[torch.Tensor, Factors | None]:
+    """H of an expert's inputs, and its Factors."""
+    hessian = rows.float().T @ rows.float()
+    return hessian, damped_factors(hessian, len(rows))
 
 
 def calibrate_experts(module: Any, calls: Sequence[Any], config: Config) -> Iterator[tuple[str, Choice]]:
-    """Choose the codes of stacks, (experts, out, in), each expert's on the tokens that reach it; put them in place."""
-    stacks = {name: module._parameters[name].data for name in sorted(stacks_in(module), reverse=True)}  # down_proj last
-    packed, found = {name: pack_weight(stack, config) for name, stack in stacks.items()}, defaultdict[str, Any](list)
-    # rounded plainly are stacks whose blocks lie along the outputs, or whose experts share a block of nested scales
-    odd = any(stack.shape[2] % BLOCK or stack[0].numel() % (256 * BLOCK) for stack in stacks.values())
-    if not odd and not getattr(module, "is_transposed", True):
-        x, reached = map(torch.cat, zip(*calls, strict=True))
-        for expert in range(module.num_experts):
-            rows = x[(reached == expert).any(1)].float()
-            for name, stack in stacks.items():
-                hessian, offset = rows.T @ rows, packed[name].quant_state.offset or 0.0
-                factors = damped_factors(hessian, len(rows)) if len(rows) >= FEWEST_TOKENS else None
-                found[name].append(choose_codes(stack[expert].float(), hessian, factors, config, offset))
-                if name != "down_proj":
-                    rows = rows @ unpack(found[name][-1].weight).T
-                    rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-    for name, weight in packed.items():
-        if states := [choice.weight.quant_state for choice in found[name]]:
-            weight.data = torch.cat([choice.weight.data for choice in found[name]])
-            weight.quant_state.absmax = torch.cat([state.absmax for state in states])
-            if weight.quant_state.nested:
-                weight.quant_state.state2.absmax = torch.cat([state.state2.absmax for state in states])
-        stacks[name].copy_(stack_values(weight, stacks[name].dtype))
-        before, after = ([getattr(choice, key) for choice in found[name]] for key in ("before", "after"))
-        better = sum(map(operator.lt, after, before))
-        yield name, Choice(weight, {}, sum(before), sum(after), module.num_experts - better)
+    """Choose the codes of stacks of experts, each expert's on the tokens that reach it; put them in place."""
+    x, reached = map(torch.cat, zip(*calls, strict=True))
+    rows = [x[(reached == expert).any(1)] for expert in range(module.num_experts)]
+    transposed = getattr(module, "is_transposed", True)  # Llama 4's has no such attributes
+    gate = getattr(module, "_apply_gate", lambda x: x.chunk(2, -1)[1] * module.act_fn(x.chunk(2, -1)[0]))
+    for name in sorted(stacks_in(module), reverse=True):  # down_proj last
+        squares = {i: own.float().square().sum(0) for i, own in enumerate(rows) if len(own) >= FEWEST_TOKENS}
+        known = {i: (own, partial(measure, rows[i])) for i, own in squares.items() if 0 < own.sum() < math.inf}
+        stack = module._parameters[name].data
+        choice = calibrate_weight(stack, known, config, transposed)
+        stack.copy_(stack_values(choice.weight, stack.dtype))
+        yield name, choice
+        if name != "down_proj":
+            bias = getattr(module, f"{name}_bias", stack.new_zeros(len(stack), 1))
+            weights = stack.mT if transposed else stack
+            products = (own.float() @ w.float().mT + b for own, w, b in zip(rows, weights, bias, strict=True))
+            rows = [gate(inner) if getattr(module, "has_gate", True) else module.act_fn(inner) for inner in products]
 
 
 def calibrate_layer(
@@ -3495,15 +3501,14 @@ def calibrate_layer(
             for hidden, args, kwargs in calls:
                 run(hidden, *args, **kwargs)
         routed |= inputs.routed
-        never = [] if alone and inputs.sums else [None]  # the owner of layers that are not called
-        for owner in [*inputs.sums, *never]:
-            hessian = inputs.sums.pop(owner) if owner else None
-            factors = None if hessian is None else damped_factors(hessian)
-            for name in (name for name in weights if name in left and inputs.owners.get(name) == owner):
-                choices[name] = choose_codes(weights[name].float(), hessian, factors, config)
-        left = {} if never else {n: m for n, m in left.items() if n not in choices and n not in routed}
+        for owner, readers in inputs.readers.items():
+            hessian = inputs.sums.pop(owner)
+            factors = damped_factors(hessian)
+            choices |= {name: choose_codes(weights[name].float(), hessian, factors, config) for name in sorted(readers)}
+        left = {n: m for n, m in left.items() if alone and inputs.readers and n not in {*choices, *routed}}
+    choices |= {n: choose_codes(w.float(), None, None, config) for n, w in weights.items() if n not in choices}
     for name, weight in weights.items():
-        weight.copy_(unpack(choices[name].weight))
+        weight.copy_(stack_values(choices[name].weight, weight.dtype))
     for name, seen in routed.items():
         choices |= {f"{name}.{leaf}": choice for leaf, choice in calibrate_experts(modules[name], seen, config)}
     outputs = (run(hidden, *args, **kwargs) for hidden, args, kwargs in calls)
@@ -3532,14 +3537,13 @@ def layer_calls(model: Any, model_config: PretrainedConfig, ids: list[list[int]]
         layer.register_forward_hook(lambda m, args, out, i=i: parts.update({i: len(out) * isinstance(out, tuple)}))
     calls: list[list[Any]] = [[] for _ in layers]
     what = f"--calibration_rows: {type(model).__name__} can't be calibrated layer by layer"
-    with reraise_as_user_error(what, ConfigError, RuntimeError, IndexError):
+    with reraise_as_user_error(what, ConfigError, RuntimeError, IndexError), contextlib.ExitStack() as stack:
         with MetaValues():
             twin.bfloat16().eval()(input_ids=torch.ones(1, 8, dtype=torch.long, device="meta"))
-        with contextlib.ExitStack() as stack:
-            for i, layer in enumerate(layers):
-                stack.enter_context(mock.patch.object(layer, "forward", partial(_record_call, calls[i], parts[i])))
-            for row in ids:
-                model.base_model(input_ids=torch.tensor([row]))
+        for i, layer in enumerate(layers):
+            stack.enter_context(mock.patch.object(layer, "forward", partial(_record_call, calls[i], parts[i])))
+        for row in ids:
+            model.base_model(input_ids=torch.tensor([row]))
     if {len(own) for own in calls} != {len(ids)}:
         raise ConfigError(f"{what}: its layers are not called once each")
     return calls
@@ -3559,41 +3563,38 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
             parameter.data = parameter.data.float()
     quantisation: Any = quantisation_config(config, model_config)
     whole, starts = {*(quantisation.llm_int8_skip_modules or ())}, dict[str, torch.Tensor]()
-    targets = [n for n, m in model.named_modules() if isinstance(m, LINEAR_CLASSES) and n not in whole]
-    experts = [n for n, m in model.named_modules() if knows_experts(m)]
+    linear = [n for n, m in model.named_modules() if isinstance(m, LINEAR_CLASSES) and n not in whole]
+    targets = linear + [n for n, m in model.named_modules() if knows_experts(m)]
     calls, before, after, plain = layer_calls(model, model_config, ids, config), 0.0, 0.0, 0
     hidden = [send_to_device(call[0], device) for call in calls[0]]
     for prefix in (bar := tqdm(prefixes, "Calibrating", disable=None)):
-        layer = model.get_submodule(prefix[:-1]).to(device)
-        layer = layer.float() if dtype == torch.float32 else layer
-        modules = {name: model.get_submodule(name) for name in targets + experts if name.startswith(prefix)}
+        layer = model.get_submodule(prefix[:-1]).to(device, torch.float32 if dtype == torch.float32 else None)
+        modules = {name: model.get_submodule(name) for name in targets if name.startswith(prefix)}
         own = [(state, *send_to_device(call[1:], device)) for state, call in zip(hidden, calls.pop(0), strict=True)]
         choices, hidden = calibrate_layer(layer, modules, own, config, alone=device.type == "cuda")
         for name, choice in choices.items():
             replace_weight(model, name, choice.weight, config)
             starts |= {f"{name}.{part}": tensor.cpu() for part, tensor in choice.start.items()}
             before, after, plain = before + choice.before, after + choice.after, plain + choice.plain
-            if not choice.start and name in modules:
-                why = "its width is no multiple of 64" if choice.weight.quant_state.shape[1] % BLOCK else "no input"
-                log.warning("calibration: %s is rounded plainly: %s", name, why)
+            if choice.why:
+                log.warning("calibration: %s is rounded plainly: %s", name, choice.why)
         layer.to("cpu")
-        own.clear()
         bar.set_postfix_str(share := f"{1 - after / (before or 1):.0%} of the error removed")
         if bar.disable and len(calls) % 8 == 0:  # a pipe has no bar
             log.info("calibration: %d layers left, %s", len(calls), share)
-    for name in targets:
-        if not isinstance(module := model.get_submodule(name), bitsandbytes.nn.Linear4bit):
-            replace_weight(model, name, pack_weight(as_matrix(module).to(dtype), config), config)
+    for name in (name for name in linear if not name.startswith(tuple(prefixes))):
+        replace_weight(model, name, pack_weight(as_matrix(model.get_submodule(name)).to(dtype), config), config)
     model.config.quantization_config, model.is_loaded_in_4bit = quantisation.to_dict(), True
     stacks = {n: w for n, (_, w) in stacked_experts(model).items() if hasattr(w, "quant_state")}
     codes = {n: w.data.view(torch.uint8).view(w.quant_state.shape[0], -1, 1) for n, w in stacks.items()}
     # packed experts can't be taken apart, as the published format has them
     model.save_pretrained(folder, state_dict=model.state_dict() | codes, save_original_format=not codes)
     parts = {f"{n}:{k}": v.clone() for n, w in stacks.items() for k, v in w.quant_state.as_dict(packed=True).items()}
-    save_file(parts, Path(folder, EXPERT_STATISTICS))
+    if parts:
+        save_file(parts, Path(folder, EXPERT_STATISTICS))
     save_file(starts, Path(folder, ADAPTER_START))
     if plain:
-        why = f"fewer than {FEWEST_TOKENS} tokens reach them, or they are transposed or no multiple of 64 x 256 values"
+        why = f"fewer than {FEWEST_TOKENS} tokens reach them, or their rows are no multiple of {BLOCK} values"
         log.info("calibration: %d matrices of experts are rounded plainly: %s", plain, why)
     message = "calibration took %.0f s: squared error of the layers' outputs %.4g by plain rounding, %.4g now"
     log.info(message, time.perf_counter() - began, before, after)
@@ -3606,7 +3607,7 @@ def calibration_key(config: Config, model_config: PretrainedConfig, published: s
     names = ("quant_type", "double_quant", "lora_r", "rope_scaling", "attn_implementation")
     flags = [load_dtype(config), compute_dtype(config), config.training.device.type, is_fsdp(config), config.masked]
     source = source or [published, getattr(model_config, "_commit_hash", None)]
-    return digest("2", source, *flags, *(config.flags[name] for name in names), ids)
+    return digest("3", source, *flags, *(config.flags[name] for name in names), ids)
 
 
 @torch.no_grad()
@@ -3631,9 +3632,8 @@ def calibrated_base(config: Config, model_config: Any, published: str, rows: Any
     if not ids or (known and folder.name != known):
         raise ConfigError(f"--calibration_rows: the base of this run is not in {root}, these rows make another")
     if not folder.is_dir():
-        dtype = load_dtype(config)
-        options: dict[str, Any] = {"dtype": "auto" if dtype == torch.float32 else dtype, "device_map": {"": "cpu"}}
-        options |= {"attn_implementation": resolve_attention(config)}
+        dtype: Any = "auto" if load_dtype(config) == torch.float32 else load_dtype(config)
+        options: Any = {"dtype": dtype, "device_map": {"": "cpu"}, "attn_implementation": resolve_attention(config)}
         model = load_base(config, model_config, published, **options).eval()
         model.config.get_text_config().use_cache = False
         with made_once(folder, f"--calibration_rows: {folder}") as made:
