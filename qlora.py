@@ -23,14 +23,14 @@ Read the file from top to bottom, along the path of the data: every room uses on
      8 Model            2614-3268
      9 Calibration      3271-3645
     10 LoRA             3648-3949
-    11 Fast path        3952-4902
-    12 Plan             4905-5231
-    13 Checkpoints      5234-5616
-    14 Processes        5619-5676
-    15 Evaluation       5679-5889
-    16 Trainer          5892-6530
-    17 Stages           6533-7010
-    18 Main             7013-7303
+    11 Fast path        3952-4903
+    12 Plan             4906-5232
+    13 Checkpoints      5235-5617
+    14 Processes        5620-5677
+    15 Evaluation       5680-5890
+    16 Trainer          5893-6531
+    17 Stages           6534-7011
+    18 Main             7014-7304
 """
 
 # ------------------------------------------------------------------------------------
@@ -4539,9 +4539,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total, gradients = states.new_zeros((), dtype=torch.float32), [states[:0]]
         for part, chosen in zip(states.split(rows), targets.split(rows), strict=True):
             leaf = part.detach().requires_grad_(needs[0])
-            with torch.enable_grad():
-                logits = head_logits(leaf, head, rules)
-                loss = F.cross_entropy(logits, chosen, reduction="sum", label_smoothing=smoothing)
+            with torch.enable_grad():  # no name holds the logits any longer than the loss does
+                loss = F.cross_entropy(
+                    head_logits(leaf, head, rules), chosen, reduction="sum", label_smoothing=smoothing
+                )
             if any(needs):
                 loss.backward()
             total = total + loss.detach()
