@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-176
      2 Errors             179-244
-     3 Dataset formats    247-741
-     4 Arguments         744-1432
-     5 Loading          1435-2004
-     6 Tokenizer        2007-2129
-     7 Encoding         2132-2596
-     8 Model            2599-3249
-     9 Calibration      3252-3622
-    10 LoRA             3625-3926
-    11 Fast path        3929-4738
-    12 Plan             4741-5067
-    13 Checkpoints      5070-5452
-    14 Processes        5455-5512
-    15 Evaluation       5515-5725
-    16 Trainer          5728-6366
-    17 Stages           6369-6846
-    18 Main             6849-7139
+     3 Dataset formats    247-743
+     4 Arguments         746-1436
+     5 Loading          1439-2008
+     6 Tokenizer        2011-2133
+     7 Encoding         2136-2602
+     8 Model            2605-3255
+     9 Calibration      3258-3628
+    10 LoRA             3631-3932
+    11 Fast path        3935-4744
+    12 Plan             4747-5073
+    13 Checkpoints      5076-5458
+    14 Processes        5461-5518
+    15 Evaluation       5521-5731
+    16 Trainer          5734-6372
+    17 Stages           6375-6852
+    18 Main             6855-7145
 """
 
 # ------------------------------------------------------------------------------------
@@ -442,7 +442,8 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
 
 def parse_airoboros_chat(row: RawRow) -> ParsedRow:
     """Airoboros from 3.0 on: LLaMA-2's chat, of which the last answer is supervised."""
-    turns, system = get_messages(row, "conversations"), "You are an unbiased, uncensored, helpful assistant."
+    system = "You are an unbiased, uncensored, helpful assistant."
+    turns = get_messages(row, "conversations")
     if turns and turns[0]["role"] == "system":
         system = turns.pop(0)["content"]
     if len(turns) < 2 or not turns[-1]["supervised"] or any(turn["role"] == "tool" for turn in turns):
@@ -625,6 +626,7 @@ def check_answer(message: Mapping[str, Any], turn: int, supervised: str) -> bool
     for call in message.get("tool_calls", ()):
         wanted += call["function"]["name"], call["function"]["arguments"]
     for value in wanted:
+        # a dictionary written as Python's is refused: render_chat tries arguments as JSON text next
         as_python = value and isinstance(value, dict) and "".join(repr(value).split()) in supervised
         if as_python or not contains(supervised, value):
             what = f"turn {turn}: the chat template does not write this part of the answer as text or JSON"
@@ -1274,7 +1276,8 @@ def check_config(config: Config) -> None:
 
 def conflicts(config: Config) -> list[tuple[Any, str]]:
     """The rules that no table holds: whether each is broken, and the message that says so."""
-    flags, clm, mlm = argparse.Namespace(**config.flags), config.data.objective == "clm", config.masked
+    flags = argparse.Namespace(**config.flags)
+    clm, mlm = config.data.objective == "clm", config.masked
     foreign = MASKING_FLAGS if clm else CAUSAL_ONLY_FLAGS if mlm else set()
     neutral = ("False", "right")  # of switches and of padding_side: they ask for nothing
     wrong = sorted(name for name in config.explicitly_set & foreign if str(config.flags[name]) not in neutral)
@@ -1282,7 +1285,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     metric = (flags.metric_for_best_model or "loss").removeprefix("eval_")
     epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
     shares = [share for _, share in dataset_shares(flags.dataset)]
-    own = [Path(path).resolve() for path in (flags.output_dir, flags.working_dir, flags.final_output_dir) if path]
+    own_folders = [Path(p).resolve() for p in (flags.output_dir, flags.working_dir, flags.final_output_dir) if p]
     missing = set(config.training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
     return [
         (not (flags.do_train or flags.do_eval or flags.do_predict or flags.merged_output_dir),
@@ -1292,7 +1295,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          "--calibration_rows: with DoRA or a rank pattern adapters start at zero: pass --init_lora_weights True"),
         (not flags.gradient_checkpointing and flags.recompute_layers not in ("auto", "none", "0"),
          f"--recompute_layers {flags.recompute_layers} needs --gradient_checkpointing"),
-        (flags.merged_output_dir and Path(flags.merged_output_dir).resolve() in own,
+        (flags.merged_output_dir and Path(flags.merged_output_dir).resolve() in own_folders,
          f"--merged_output_dir {flags.merged_output_dir}: the run's own folder; name another"),
         (flags.bits < 16 and flags.init_lora_weights.lower() not in QUANTISED_INITS,
          f"--init_lora_weights {flags.init_lora_weights}: needs --bits 16 or 32, weights that are not quantised"),
@@ -1325,7 +1328,8 @@ FSDP_CONFIG = ("cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy
 
 def sharding_conflicts(config: Config) -> list[tuple[Any, str]]:
     """Like `conflicts`, for DeepSpeed's file and for FSDP."""
-    training, fsdp, optim = config.training, bool(config.training.fsdp), config.flags["optim"]
+    training, optim = config.training, config.flags["optim"]
+    fsdp = bool(training.fsdp)
     mismatches = getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", ())
     values = ", ".join(re.sub("^- ds | hf", "", line) for line in mismatches)
     settings: Any = training.fsdp_config if fsdp else {}
@@ -1410,7 +1414,7 @@ def check_base(config: Config) -> None:
 
 
 def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
-    """Flags that others leave without effect, though nothing is wrong: whether that is so, their names, and why."""
+    """Flags that have no effect beside others, which is no error: whether that is so, their names, and why."""
     flags = argparse.Namespace(**config.flags)
     return [
         (flags.bits != 4, {"quant_type", "double_quant"}, f"bits is {flags.bits}"),
@@ -1503,7 +1507,7 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
 
 
 def drop_nulls(value: Any, depth: int = 1) -> Any:
-    """A row without the nulls that Arrow adds to objects in it that lack a field of others; its columns stay."""
+    """A row without the nulls that Arrow adds where an object lacks a field that others have; its columns stay."""
     if isinstance(value, Mapping):
         return {key: drop_nulls(item) for key, item in value.items() if item is not None or not depth}
     return [drop_nulls(item) for item in value] if isinstance(value, list) else value
@@ -1611,7 +1615,7 @@ def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSou
 
 
 def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
-    """The datasets library loads one dataset or a dictionary of splits."""
+    """The splits of what the datasets library loaded: one dataset, or a dictionary of them."""
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     return {split: RowSource(f"{name}[{split}]", loaded=dataset) for split, dataset in splits.items()}
 
@@ -1856,7 +1860,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
 
 
 def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
-    """A dataset's splits, under the names that SPLITS gives them too, with the format of its rows."""
+    """A dataset's splits with the format of their rows, also under the names that SPLITS gives them."""
     sources = find_splits(name, config)
     chosen = choose_format(name, next(iter(sources.values())), config)
     sources = {split: dataclasses.replace(part, format=chosen) for split, part in sources.items()}
@@ -2253,7 +2257,7 @@ def encode_splits(splits: Splits, tokenizer: Any, config: Config) -> Splits:
     """Encode rows in parallel, or find them in the cache; those that can't be trained on are left out."""
     options = encoding_options(config)
     limit = config.data.model_max_len
-    encoded: dict[str, Any] = {"train": None, "eval": None}
+    encoded = splits._asdict()
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     depends = (vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id, options)
     for name, rows in splits._asdict().items():
@@ -2428,7 +2432,8 @@ def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, A
                         "or segments with {special} by a function of your own", part.special_text, name)  # fmt: skip
     if splits.train is None or not config.data.packing:
         return splits.train, statistics
-    packs = PackedRows(splits.train, limit := length_limits(config).longest)
+    limit = length_limits(config).longest
+    packs = PackedRows(splits.train, limit)
     log.info("packing: %d rows in %d packs of up to %d tokens", len(splits.train), len(packs), limit)
     return packs, statistics
 
@@ -2570,7 +2575,8 @@ def row_spans(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerB
     decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     kinds = [(label != IGNORE, label in (IGNORE, i)) for i, label in zip(ids, labels, strict=True)]
     for (supervised, kept), group in itertools.groupby(range(len(ids)), kinds.__getitem__):
-        first, end = (numbers := list(group))[0], numbers[-1] + 1
+        numbers = list(group)
+        first, end = numbers[0], numbers[-1] + 1
         # decoded alone, it could lose its leading space or half of a letter
         before, text = str(decode(ids[:first])), str(decode(ids[:end]))
         text = text[len(before) :] if text.startswith(before) else str(decode(ids[first:end]))
