@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-176
      2 Errors             179-244
-     3 Dataset formats    247-741
-     4 Arguments         744-1451
-     5 Loading          1454-2021
-     6 Tokenizer        2024-2146
-     7 Encoding         2149-2611
-     8 Model            2614-3268
-     9 Calibration      3271-3645
-    10 LoRA             3648-3949
-    11 Fast path        3952-4903
-    12 Plan             4906-5232
-    13 Checkpoints      5235-5617
-    14 Processes        5620-5677
-    15 Evaluation       5680-5890
-    16 Trainer          5893-6531
-    17 Stages           6534-7011
-    18 Main             7014-7304
+     3 Dataset formats    247-743
+     4 Arguments         746-1436
+     5 Loading          1439-2008
+     6 Tokenizer        2011-2133
+     7 Encoding         2136-2602
+     8 Model            2605-3259
+     9 Calibration      3262-3636
+    10 LoRA             3639-3940
+    11 Fast path        3943-4894
+    12 Plan             4897-5223
+    13 Checkpoints      5226-5608
+    14 Processes        5611-5668
+    15 Evaluation       5671-5881
+    16 Trainer          5884-6522
+    17 Stages           6525-7002
+    18 Main             7005-7295
 """
 
 # ------------------------------------------------------------------------------------
@@ -395,7 +395,8 @@ WEIGHT_KEYS = ("weight", "train", "training", "trainable", "loss_mask", "loss") 
 
 def get_calls(fields: RawRow, name: str) -> list[dict[str, Any]]:
     """A list of tool calls, or a single one, in OpenAI's form with arguments as an object; JSON text is parsed."""
-    value, calls = get_list(fields, name, kinds=(list, dict)), list[dict[str, Any]]()
+    value = get_list(fields, name, kinds=(list, dict))
+    calls: list[dict[str, Any]] = []
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -409,7 +410,7 @@ def get_calls(fields: RawRow, name: str) -> list[dict[str, Any]]:
 
 
 def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
-    """Turns of {role, content} or {from, value}: in OpenAI's form, in a valid order, each with whether it is learnt."""
+    """Turns of {role, content} or {from, value} in OpenAI's form; refuses turns that are out of order."""
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(get_list(row, column)):
         place, expected = f"{column}[{number}]", NEXT_ROLES[messages[-1]["role"] if messages else ""]
@@ -423,8 +424,8 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
         if role not in expected:
             raise field_error(fields, role_field, " or ".join(expected))
         message = {key: value for key, value in turn.items() if value not in (None, "[]", "{}", "null")}
-        learnt = role == "assistant" and all([get_boolean(fields, f"{place}.{key}", "true") for key in WEIGHT_KEYS])
-        message |= {"role": role, "supervised": learnt}
+        weights = [get_boolean(fields, f"{place}.{key}", "true") for key in WEIGHT_KEYS]
+        message |= {"role": role, "supervised": role == "assistant" and all(weights)}
         own_role = name == "function_call"  # LLaMA-Factory's; the key of that name is OpenAI's older one
         given = [key for key in ("tool_calls", "function_call") if message.pop(key, None) and role == "assistant"]
         calls = [content_field] * own_role + [f"{place}.{key}" for key in given]
@@ -441,7 +442,8 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
 
 def parse_airoboros_chat(row: RawRow) -> ParsedRow:
     """Airoboros from 3.0 on: LLaMA-2's chat, of which the last answer is supervised."""
-    turns, system = get_messages(row, "conversations"), "You are an unbiased, uncensored, helpful assistant."
+    system = "You are an unbiased, uncensored, helpful assistant."
+    turns = get_messages(row, "conversations")
     if turns and turns[0]["role"] == "system":
         system = turns.pop(0)["content"]
     if len(turns) < 2 or not turns[-1]["supervised"] or any(turn["role"] == "tool" for turn in turns):
@@ -464,9 +466,6 @@ def parse_chat(column: str, row: RawRow) -> ParsedRow:
         elif system and messages and messages[0]["content"] != system:
             left_out.append(f"{name} beside another system turn")
     answers = [n for n, message in enumerate(messages) if message.pop("supervised")]
-    others = [message for message in messages if message["role"] != "assistant"]
-    wanted = sorted({key for m in others for key in WEIGHT_KEYS if BOOLEANS.get(str(m.get(key)).lower())})
-    left_out += [f"{key} of a turn that is not the assistant's" for key in wanted]
     if not answers:
         raise RowError(f"field {column!r} has no turn of the assistant with a weight, expected an answer to learn")
     tools, functions = get_list(row, "tools", []), get_list(row, "functions", [])
@@ -548,14 +547,16 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
 
 @lru_cache(maxsize=2)
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = False) -> re.Pattern[str]:
-    """Matches special tokens, also those that are not flagged special but begin a turn (DeepSeek's), or these alone."""
-    texts, template = list[str](), str(tokenizer.chat_template or "")
+    """A pattern of special tokens and of unflagged ones that begin a turn (DeepSeek's), or of the unflagged alone."""
+    texts: list[str] = []
+    template = str(tokenizer.chat_template or "")
     added = getattr(tokenizer, "text_tokens", ())  # of --add_tokens: no marker unless the template writes it
     for token in tokenizer.added_tokens_decoder.values():
         text = str(token)
         names_role = re.search("(?i)system|user|assistant|turn", text) and (text in template or text not in added)
         begins_turn = text in template and re.match("(?i)(?!.*(think|tool)).*(im_|inst|head|role|end)", text)
-        if not unflagged if token.special else names_role or begins_turn:
+        unflagged_marker = not token.special and (names_role or begins_turn)
+        if unflagged_marker or (token.special and not unflagged):
             texts.append(text)
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
@@ -573,7 +574,8 @@ def escape_special_tokens(value: Any, special: re.Pattern[str], answer: bool = F
 
 def join_segments(segments: JoinedSegments, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
     """Segments with the marks of BOS and EOS around them. Special tokens in a text stay text."""
-    special, joined = special_token_pattern(tokenizer), list[Segment]()
+    special = special_token_pattern(tokenizer)
+    joined: list[Segment] = []
     for number, segment in enumerate(segments, start=1):
         named = segment["text"].startswith(ESCAPE_MARK)
         text = segment["text"][1:] if named else escape_special_tokens(segment["text"], special)
@@ -591,8 +593,8 @@ def apply_template(
     try:
         template = tokenizer.get_chat_template(tools=chat.tools)
         if today := getattr(tokenizer, "template_date", None):  # the run's, so that a resume renders the same
-            parts = "".join(f".replace('%{part}', {today.strftime('%' + part)!r})" for part in "AaBbdemjyYHIMSpFx")
-            template = "{% macro strftime_now(format) %}{{ format" + parts + " }}{% endmacro %}" + template
+            call = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
+            template = re.sub(call, lambda match: repr(today.strftime(match[2])), template)
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         options = {**tokenizer.special_tokens_map, **chat.options, "tools": chat.tools, "chat_template": template}
         own = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked, "continue_final_message": False}
@@ -624,6 +626,7 @@ def check_answer(message: Mapping[str, Any], turn: int, supervised: str) -> bool
     for call in message.get("tool_calls", ()):
         wanted += call["function"]["name"], call["function"]["arguments"]
     for value in wanted:
+        # a dictionary written as Python's is refused: render_chat tries arguments as JSON text next
         as_python = value and isinstance(value, dict) and "".join(repr(value).split()) in supervised
         if as_python or not contains(supervised, value):
             what = f"turn {turn}: the chat template does not write this part of the answer as text or JSON"
@@ -635,13 +638,12 @@ def check_answer(message: Mapping[str, Any], turn: int, supervised: str) -> bool
 def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, slice]:
     """The prompt for generating answer n, the text of the chat up to it, and its span, from there to its stop token.
 
-    If that prompt is no prefix (it may open a block of reasoning that the answer lacks), it begins where they differ.
-    White space after the stop token belongs to the template.
+    Where the prompt is no prefix of the text (it may open a block of reasoning that the answer lacks), the answer
+    begins where they differ. White space after the stop token belongs to the template.
     """
     (before, _), (asked, _) = (apply_template(chat, tokenizer, n, prompt=prompt) for prompt in (True, False))
     text = whole if n + 1 == len(chat.messages) else apply_template(chat, tokenizer, n + 1)[0]
-    lengths = range(min(len(before), len(text)))
-    start = bisect.bisect_left(lengths, True, key=lambda place: before[: place + 1] != text[: place + 1])
+    start = len(os.path.commonprefix([before, text]))  # noqa: RUF071 (characters, not folders)
     if start < min(len(before), len(asked)):
         # what precedes is written differently once it is answered: the prompt, and what follows its end in the text
         cut = bisect.bisect_left(range(len(before)), True, key=lambda place: before[place:] in text)
@@ -649,7 +651,7 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
             reason = f"turn {n + 1}: the chat template renders what precedes it differently once it follows"
             raise RowError(f"{reason}; pass a --chat_template with {{% generation %}} around the answers")
         text, start = before + text[text.rindex(before[cut:]) + len(before) - cut :], len(before)
-    # it does not begin inside a tag, which prompt and answer may begin with in common
+    # prompt and answer may share the first characters of a tag: the answer begins with the whole tag
     tags = re.finditer(r"<[^<>]*>|\[[^\[\]]*\]", before)
     start = next((tag.start() for tag in tags if tag.start() < start < tag.end()), start)
     stops = special_token_pattern(tokenizer).finditer(text, start)
@@ -657,7 +659,7 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
 
 
 def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[RenderedRow]:
-    """The rows of a chat whose values are escaped: every answer to learn with its stop token is supervised."""
+    """The rows of a chat whose values are escaped; answers to train on are supervised with their stop tokens."""
     whole, marks = apply_template(chat, tokenizer)
     answers_in_all = [message["role"] for message in chat.messages].count("assistant")
     if marks is None or len(chat.answers) < answers_in_all:  # marks do not tell which are context only
@@ -723,10 +725,10 @@ def renamed_columns(flag: str | None, dataset_format: str | None) -> dict[str, s
 
 
 def rename_columns(row: Any, names: Mapping[str, str]) -> Any:
-    """A row with its columns under the names that its format has; one with none of the data's names as it is."""
+    """A row whose columns have the names of the format; a row with none of the data's names stays as it is."""
     if not isinstance(row, Mapping) or not row.keys() & names.values():
         return row
-    kept = {f"{n} (replaced by {names[n]})" if n in names else n: v for n, v in row.items() if n not in names.values()}
+    kept = {name: value for name, value in row.items() if name not in names.values()}
     return kept | {name: row[own] for name, own in names.items() if own in row}
 
 
@@ -968,9 +970,6 @@ IGNORED_FLAGS: dict[str, str] = {name: why for names, why in (
      "eval_use_gather_object include_num_input_tokens_seen gradient_checkpointing_kwargs "
      "activation_checkpointing_kwargs average_tokens_across_devices ddp_find_unused_parameters",
      "qlora.py has its own training step and evaluation"),
-    ("use_mps_device half_precision_backend fp16_backend use_ipex jit_mode_eval past_index ray_scope tpu_num_cores "
-     "fp16_opt_level xpu_backend include_inputs_for_metrics include_tokens_per_second dispatch_batches split_batches "
-     "fsdp_min_num_params push_to_hub_model_id push_to_hub_organization", "the Trainer no longer has it"),
 ) for name in names.split()}  # fmt: skip
 # An error each, which says what to do instead.
 REMOVED_FLAGS: dict[str, str] = {name: instead for names, instead in (
@@ -981,8 +980,6 @@ REMOVED_FLAGS: dict[str, str] = {name: instead for names, instead in (
     ("num_beam_groups diversity_penalty penalty_alpha", "leave it out; transformers no longer supports it"),
     ("show_traceback", "use --debug"),
 ) for name in names.split()}  # fmt: skip
-# Removed flags with the original's default, as its command lines may have them.
-HARMLESS = {("num_beam_groups", "1"), ("diversity_penalty", "0.0"), ("penalty_alpha", "None")}
 OLD_FLAGS = {"logging_dir", *RENAMED_FLAGS, *IGNORED_FLAGS, *REMOVED_FLAGS}
 # Not taken over when a run is repeated: its folders, what deletes, publishes or runs code, what the machine decides.
 NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
@@ -997,8 +994,6 @@ class OldFlag(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         """Set the current flag, say that it has no effect, or raise."""
         name, value, written = self.dest, ",".join(values), str(option)
-        if (name, value) in HARMLESS:
-            return
         if name in REMOVED_FLAGS:
             raise ConfigError(f"{written}: this flag no longer exists: {REMOVED_FLAGS[name]}")
         if name in IGNORED_FLAGS:
@@ -1176,25 +1171,14 @@ def rope_parameters(text: str | None) -> dict[str, Any] | None:
 
 def parse_pattern(lora: Any, name: str) -> dict[str, Any]:
     """--lora_rank_pattern or --lora_alpha_pattern: names of layers, or regular expressions, and a value for each."""
-    text, kinds = getattr(lora, f"lora_{name}_pattern"), (int,) if name == "rank" else (int, float)
+    text = getattr(lora, f"lora_{name}_pattern")
+    kinds = (int,) if name == "rank" else (int, float)
     expected = f'--lora_{name}_pattern {text}: expected JSON such as {{"q_proj": 8}}'
     with reraise_as_user_error(expected, ConfigError, re.error):
         pattern: dict[str, Any] = json.loads(text or "{}")
         if not all(re.compile(layer) and type(v) in kinds and 0 < v < math.inf for layer, v in pattern.items()):
             raise ValueError("values must be above 0, and ranks whole numbers")
     return pattern
-
-
-def lora_init_problem(name: str, quantised: bool) -> str | None:
-    """Why adapters cannot be initialised this way, or None."""
-    name = name.lower()
-    if name in ("eva", "corda", "lora_ga", "loftq"):
-        return "it needs batches through the base first, or corrects rounding, which the published base does not have"
-    if not re.fullmatch(r"true|false|gaussian|orthogonal|olora|pissa(_niter_\d+)?", name):
-        return "expected True, False, gaussian, orthogonal, olora, pissa or pissa_niter_N"
-    if quantised and name not in ("true", "false", "gaussian"):
-        return "needs --bits 16 or 32: peft computes it from weights that are not quantised"
-    return None
 
 
 SAMPLING_FLAGS = {"temperature", "top_p", "top_k", "typical_p"}  # transformers refuses them without do_sample
@@ -1205,6 +1189,7 @@ CAUSAL_ONLY_FLAGS |= {"do_mmlu_eval", "add_tokens"}
 MASKING_FLAGS = {"mask_prob", "mask_replace_prob", "random_replace_prob"}
 MMLU_FLAGS = {f.name for f in dataclasses.fields(MMLUArguments)} - {"do_mmlu_eval"}
 LORA_FLAGS = {f.name for f in dataclasses.fields(LoraArguments)}
+QUANTISED_INITS = {"true", "false", "gaussian"}  # peft computes the others from weights that are not quantised
 
 # Flags, the values expected of each, and whether a value is one of them.
 VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
@@ -1224,6 +1209,8 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("max_steps", "a number of steps, or -1 with --num_train_epochs", lambda x: x != 0),
     ("optim", "an optimizer that steps after the backward pass", lambda x: not re.search("lomo|layerwise", x)),
     ("debug", "nothing, or underflow_overflow", lambda x: {*x} <= {"", "underflow_overflow", "tpu_metrics_debug"}),
+    ("init_lora_weights", "True, False, gaussian, orthogonal, olora, pissa or pissa_niter_N",
+     re.compile(r"(?i)true|false|gaussian|orthogonal|olora|pissa(_niter_\d+)?").fullmatch),
     ("recompute_layers", "auto, all, none or a number", re.compile(r"auto|all|none|\d+").fullmatch),
     ("plan_gpu", "a size such as 24GiB", re.compile(r"[1-9]\d*(\.\d+)?GiB").fullmatch),
     ("max_shard_size", "a whole number and KB, MB, GB or TB, as in 5GB", re.compile(r"[1-9]\d*[KMGT]B").fullmatch),
@@ -1238,7 +1225,7 @@ REQUIRES: tuple[tuple[Any, ...], ...] = (
     ("plan_gpu", "plan"), ("do_mmlu_eval", "do_eval"), ("offload_activations", "gradient_checkpointing"),
     ("full_finetune", "bits", 16, 32), ("expand_conversations", "dataset_format", "airoboros_chat"),
     ("calibration_rows", "bits", 4), ("streaming", "train_sampling_strategy", "random", "sequential"),
-    ("dataloader_persistent_workers", "dataloader_num_workers"),
+    ("dataloader_persistent_workers", "dataloader_num_workers"), ("fsdp", "bits", 4, 16, 32),
 )  # fmt: skip
 MUTUALLY_EXCLUSIVE = (
     ("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
@@ -1252,7 +1239,8 @@ MUTUALLY_EXCLUSIVE = (
 
 def check_launcher(flags: Mapping[str, Any]) -> None:
     """Rules on accelerate launch and DeepSpeed, which the Trainer's arguments act on as soon as they are built."""
-    precision, deepspeed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), flags["deepspeed"]
+    deepspeed = flags["deepspeed"]
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no" and not flags.get(precision):
         raise ConfigError(f"mixed_precision {precision} of accelerate launch: set it to no, or pass --bf16 or --fp16")
     for engine in ("fsdp", "deepspeed"):
@@ -1288,7 +1276,8 @@ def check_config(config: Config) -> None:
 
 def conflicts(config: Config) -> list[tuple[Any, str]]:
     """The rules that no table holds: whether each is broken, and the message that says so."""
-    flags, clm, mlm = argparse.Namespace(**config.flags), config.data.objective == "clm", config.masked
+    flags = argparse.Namespace(**config.flags)
+    clm, mlm = config.data.objective == "clm", config.masked
     foreign = MASKING_FLAGS if clm else CAUSAL_ONLY_FLAGS if mlm else set()
     neutral = ("False", "right")  # of switches and of padding_side: they ask for nothing
     wrong = sorted(name for name in config.explicitly_set & foreign if str(config.flags[name]) not in neutral)
@@ -1296,10 +1285,8 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     metric = (flags.metric_for_best_model or "loss").removeprefix("eval_")
     epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
     shares = [share for _, share in dataset_shares(flags.dataset)]
-    init = lora_init_problem(flags.init_lora_weights, flags.bits < 16)
-    own = [Path(path).resolve() for path in (flags.output_dir, flags.working_dir, flags.final_output_dir) if path]
+    own_folders = [Path(p).resolve() for p in (flags.output_dir, flags.working_dir, flags.final_output_dir) if p]
     missing = set(config.training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
-    secret = [name for name, value in config.flags.items() if re.search(r"://[^/@\s]*:[^/@\s]*@", str(value))]
     return [
         (not (flags.do_train or flags.do_eval or flags.do_predict or flags.merged_output_dir),
          "nothing to do: pass --do_train, --do_eval, --do_predict or --merged_output_dir"),
@@ -1308,9 +1295,10 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          "--calibration_rows: with DoRA or a rank pattern adapters start at zero: pass --init_lora_weights True"),
         (not flags.gradient_checkpointing and flags.recompute_layers not in ("auto", "none", "0"),
          f"--recompute_layers {flags.recompute_layers} needs --gradient_checkpointing"),
-        (flags.merged_output_dir and Path(flags.merged_output_dir).resolve() in own,
+        (flags.merged_output_dir and Path(flags.merged_output_dir).resolve() in own_folders,
          f"--merged_output_dir {flags.merged_output_dir}: the run's own folder; name another"),
-        (init, f"--init_lora_weights {flags.init_lora_weights}: {init}"),
+        (flags.bits < 16 and flags.init_lora_weights.lower() not in QUANTISED_INITS,
+         f"--init_lora_weights {flags.init_lora_weights}: needs --bits 16 or 32, weights that are not quantised"),
         (flags.add_tokens and (flags.fsdp or flags.deepspeed),
          "--add_tokens: peft cannot train rows of an embedding that --fsdp or --deepspeed shards"),
         (flags.early_stopping_patience and (flags.eval_strategy == "no" or metric.startswith("mmlu")),
@@ -1331,7 +1319,6 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          f"{', '.join(INTEGRATION_TO_CALLBACK)}"),
         (getattr(config.training.accelerator_config, "gradient_accumulation_kwargs", None),
          "--accelerator_config: gradient_accumulation_kwargs would change the loss's scale; leave them out"),
-        (secret, f"--{', --'.join(secret)}: a URL with a password, which run.json would show; log in instead"),
     ]  # fmt: skip
 
 
@@ -1341,7 +1328,8 @@ FSDP_CONFIG = ("cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy
 
 def sharding_conflicts(config: Config) -> list[tuple[Any, str]]:
     """Like `conflicts`, for DeepSpeed's file and for FSDP."""
-    training, fsdp, optim = config.training, bool(config.training.fsdp), config.flags["optim"]
+    training, optim = config.training, config.flags["optim"]
+    fsdp = bool(training.fsdp)
     mismatches = getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", ())
     values = ", ".join(re.sub("^- ds | hf", "", line) for line in mismatches)
     settings: Any = training.fsdp_config if fsdp else {}
@@ -1353,7 +1341,6 @@ def sharding_conflicts(config: Config) -> list[tuple[Any, str]]:
         (values, f'--deepspeed {training.deepspeed}: {values}: set these to "auto" in the file'),
         (fsdp and re.search(r"8bit|paged|lion|ademamix", optim),
          f"--fsdp: bitsandbytes' --optim {optim} cannot update shards; pass adamw_torch"),
-        (fsdp and config.quant.bits == 8, "--fsdp: weights of --bits 8 cannot be sharded; pass 4 or 16"),
         (wrong, f"--fsdp_config: {wrong}: not supported, expected version 2 and some of "
          f"{', '.join(FSDP_CONFIG)}; whole layers are sharded, and --recompute_layers all recomputes them"),
     ]  # fmt: skip
@@ -1361,35 +1348,33 @@ def sharding_conflicts(config: Config) -> list[tuple[Any, str]]:
 
 def check_folders(config: Config) -> None:
     """Refuse output folders that the run reads, also a checkpoint in one: files could be overwritten or removed."""
-    flags, output = config.flags, Path(config.training.output_dir).resolve()
+    flags = config.flags
+    names = {name for name, _ in dataset_shares(config.data.dataset)} - DATASETS.keys()
     reads = ["model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "deepspeed"]
     reads += ["mmlu_dir"] * config.mmlu.do_mmlu_eval + ["eval_dataset", "resume_from_checkpoint"]
-    removed = re.compile(r"checkpoint-\d+$|left-checkpoint-|\.saving-")  # what a run moves or removes in its folder
-    names = {name for name, _ in dataset_shares(config.data.dataset)} - DATASETS.keys()
     sources = [(name, flags[name]) for name in reads] + [("dataset", name) for name in sorted(names)]
+    sources = [(name, Path(path).resolve()) for name, path in sources if path and os.path.exists(path)]
+    removed = re.compile(r"checkpoint-\d+$|left-checkpoint-|\.saving-")  # what a run moves or removes in its folder
     for flag in OUTPUT_FLAGS:
         folder = Path(flags[flag] or flags["output_dir"]).resolve()
-        for place in (folder, *folder.parents):
-            if place.is_file():
-                raise ConfigError(f"--{flag} {folder}: {place} is a file; name a folder")
-            its = place in (folder, output / place.name) or (place / "trainer_state.json").is_file()
-            if its and removed.match(place.name):
-                raise ConfigError(f"--{flag} {folder}: {place.name} names a run's checkpoint; name another folder")
-        for name, value in sources:
-            if not value or value.startswith("{") or not os.path.exists(value):
-                continue
-            read = Path(value).resolve()
-            read = read if read.is_dir() else read.parent
-            inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
-            picked = name == "resume_from_checkpoint"
-            within = inside and not picked and removed.match(inside[0])
-            if within or (inside == () and not (picked and (folder / "run.json").is_file())):  # not a checkpoint
-                raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
+        if removed.match(folder.name):
+            raise ConfigError(f"--{flag} {folder}: {folder.name} names a run's checkpoint; name another folder")
+        if folder.is_file():
+            raise ConfigError(f"--{flag} {folder}: a file has that name; name a folder")
+        for name, path in sources:
+            read = path if path.is_dir() else path.parent
+            if name == "resume_from_checkpoint":
+                refused = read == folder and not (folder / "run.json").is_file()  # a checkpoint
+            else:
+                inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
+                refused = inside == () or (inside and removed.match(inside[0]))
+            if refused:
+                raise ConfigError(f"--{flag} {folder}: the run reads --{name} {path} there; name another folder")
 
 
 @lru_cache(maxsize=1)
 def no_connection() -> str:
-    """Why the hub is out of reach, or nothing. Asked once: huggingface_hub tries six times a file, within 43 s."""
+    """Why the hub is out of reach, or nothing. Asked once: huggingface_hub would try six times per file, for 43 s."""
     if huggingface_hub.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     try:
@@ -1429,7 +1414,7 @@ def check_base(config: Config) -> None:
 
 
 def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
-    """Flags that others leave without effect, though nothing is wrong: whether that is so, their names, and why."""
+    """Flags that have no effect beside others, which is no error: whether that is so, their names, and why."""
     flags = argparse.Namespace(**config.flags)
     return [
         (flags.bits != 4, {"quant_type", "double_quant"}, f"bits is {flags.bits}"),
@@ -1485,7 +1470,8 @@ def read_json(path: Path) -> Any:
 def read_json_lines(stream: Any) -> NumberedRows:
     """JSON lines, or one JSON array, which is read into memory whole."""
     head = list(itertools.islice(stream, 10))  # the first lines may be empty
-    array, lines = "".join(head).lstrip().startswith("["), itertools.chain(head, stream)
+    lines = itertools.chain(head, stream)
+    array = "".join(head).lstrip().startswith("[")
     for number, text in [(1, "".join(lines))] if array else enumerate(lines, start=1):
         try:
             if text.strip():
@@ -1521,7 +1507,7 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
 
 
 def drop_nulls(value: Any, depth: int = 1) -> Any:
-    """A row without the nulls that Arrow adds to objects in it that lack a field of others; its columns stay."""
+    """A row without the nulls that Arrow adds where an object lacks a field that others have; its columns stay."""
     if isinstance(value, Mapping):
         return {key: drop_nulls(item) for key, item in value.items() if item is not None or not depth}
     return [drop_nulls(item) for item in value] if isinstance(value, list) else value
@@ -1614,7 +1600,7 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
         with reraise_as_user_error(name, DataError):
             return as_sources(name, datasets.load_from_disk(path))
     if path.exists():
-        return find_files(name, path, config)
+        return find_files(name, path)
     if data_suffix(path) in READERS:
         raise DataError(f"{name}: no such file")
     return load_from_hub(config, name)
@@ -1629,7 +1615,7 @@ def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSou
 
 
 def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
-    """The datasets library loads one dataset or a dictionary of splits."""
+    """The splits of what the datasets library loaded: one dataset, or a dictionary of them."""
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     return {split: RowSource(f"{name}[{split}]", loaded=dataset) for split, dataset in splits.items()}
 
@@ -1641,16 +1627,13 @@ def split_named(name: str) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def find_files(name: str, path: Path, config: Config) -> dict[str, RowSource]:
+def find_files(name: str, path: Path) -> dict[str, RowSource]:
     """The splits of a local file, or of a folder. Its sub-folders are read only if it has no data file of its own."""
     files = [path]
     if path.is_dir():
         visible = sorted(f for f in path.rglob("*") if f.is_file() and "/." not in str(f)[len(str(path)) :])
         data = [f for f in visible if data_suffix(f) in READERS and not f.name.startswith("dataset_info")]
         files = [file for file in data if file.parent == path] or data
-        for flag in OUTPUT_FLAGS if files is data else ():
-            if (value := config.flags[flag]) and Path(value).resolve().is_relative_to(path.resolve()):
-                raise DataError(f"--{flag} {value}: the run reads sub-folders of {path}; name a folder outside")
         if unread := [str(file.relative_to(path)) for file in visible if file not in files]:
             log.info("%s: not read: %s", path, shorten(", ".join(unread)))
     splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
@@ -1694,9 +1677,6 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     log.info("%s: format %s%s", name, chosen, said)
     if chosen == "hh-rlhf":
         log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", name)
-        if "prompt" not in columns and (others := sorted({*columns} - {"chosen", "rejected"})):
-            way = "--columns prompt=NAME names its column"
-            log.warning("%s: the answers are without a prompt; %s (there are: %s)", name, way, ", ".join(others))
     if CUSTOM_FORMAT.fullmatch(chosen):
         log.info("its rows are cached: if it reads other files and they change, pass another --cache_dir")
     return chosen
@@ -1715,7 +1695,7 @@ class Limits(NamedTuple):
         return self.total or self.source + self.target
 
     def prompt(self, completion: int) -> int:
-        """Of a prompt whose completion has so many. With one limit for both it has a quarter of it at least."""
+        """The most for the prompt of such a completion; of one limit for both, a quarter at least."""
         return self.source if self.total is None else max(self.total - completion, self.total // 4)
 
 
@@ -1798,12 +1778,14 @@ def check_row(row: Any) -> Mapping[str, Any]:
 
 def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, Any]]:
     """The rows of --include_sources, renamed; with --expand_conversations one for each answer of a valid chat."""
-    wanted, found = {name.strip() for name in data.include_sources.split(",")}, False
+    wanted = {name.strip() for name in data.include_sources.split(",")}
+    found = False
     names = renamed_columns(data.columns, data.dataset_format)
     for where, raw in source:
         row = rename_columns(raw, names)
         if wanted == {"ALL"} or not isinstance(row, Mapping) or str(row.get("source")) in wanted:
-            found, rows = True, [row]
+            found = True
+            rows = [row]
             with contextlib.suppress(RowError):  # normalize_rows reports it
                 if data.expand_conversations and parse_airoboros_chat(check_row(row)):
                     turns, roles = get_list(row, "conversations"), get_messages(row, "conversations")
@@ -1863,7 +1845,9 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
         rows = datasets.Dataset.from_generator(lambda: normal, ROW_FEATURES, **options)
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
-    rows.info.description = source.format  # for token_statistics; the library keeps it
+    # with this info alone: the library's own, of which a fingerprint is made too, differs once the rows are cached
+    info = datasets.DatasetInfo(description=source.format)  # which token_statistics reads
+    rows = datasets.Dataset(rows.data, info, fingerprint=options["fingerprint"])
     log.info("%s: %d rows", source.name, len(rows))
     if counts := Counter(what for left_out in rows["left_out"][:] for what in left_out.split("\n") if what):
         said = [what + f" (in {n} of {len(rows)} rows)" * (n < len(rows)) for what, n in sorted(counts.items())]
@@ -1876,7 +1860,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
 
 
 def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
-    """A dataset's splits, under the names that SPLITS gives them too, with the format of its rows."""
+    """A dataset's splits with the format of their rows, also under the names that SPLITS gives them."""
     sources = find_splits(name, config)
     chosen = choose_format(name, next(iter(sources.values())), config)
     sources = {split: dataclasses.replace(part, format=chosen) for split, part in sources.items()}
@@ -1886,41 +1870,39 @@ def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
     """Rows to train and to evaluate on, of every dataset named. Chats need the tokenizer."""
     args, data = config.training, config.data
-    rejected_lines.cache_clear()
-    output = Path(args.output_dir)
-    kept = () if args.overwrite_output_dir else (*output.glob("checkpoint-*"), *output.glob("completed"))
-    # a stream's resume reads no row again, and a run that is there may be another
-    if args.process_index == 0 and not (data.streaming or data.preview or kept):
-        (output / REJECTED).unlink(missing_ok=True)
+    clear_rejected(config)
     evaluating = args.do_eval or args.do_predict
     # without training, a merged model is compared on rows, and a base calibrated on them
     training = args.do_train or config.quant.calibration_rows or (args.merged_output_dir and not evaluating)
-    parts: tuple[list[Any], list[Any]] = [], []
-    mixed, own = any(share != 1 for _, share in dataset_shares(data.dataset)), None
+    shares = dataset_shares(data.dataset)
+    mixed = any(share != 1 for _, share in shares)
+    train_rows: list[Any] = []
+    eval_sources: list[RowSource] = []
     if evaluating and data.eval_dataset:  # its split for evaluation, or all of it
         sources = open_dataset(data.eval_dataset, config)
-        own = next(sources[name] for name in (*SPLIT_NAMES, *sources) if name in sources)
-    for name, share in dataset_shares(data.dataset):
+        eval_sources.append(next(sources[split] for split in (*SPLIT_NAMES, *sources) if split in sources))
+    for name, share in shares:
         sources = open_dataset(name, config)
-        train, evaluated = sources.get("train"), [sources[split] for split in SPLIT_NAMES if split in sources]
-        held_out = evaluated[0] if evaluated and evaluating and not data.eval_dataset else None
-        held_out, own = own or held_out, None
-        if train is None and (args.do_train or held_out is None):
+        if evaluating and not data.eval_dataset:
+            eval_sources += [sources[split] for split in SPLIT_NAMES if split in sources][:1]
+        train = sources.get("train")
+        if train is None and (args.do_train or not eval_sources):
             raise DataError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
-        if unused := {source.name for source in sources.values() if source not in (train, held_out)}:
+        if unused := {source.name for source in sources.values() if source not in (train, *eval_sources)}:
             log.info("not read: %s", ", ".join(sorted(unused)))
         if data.streaming and train:
-            if evaluating and held_out is None:  # the first rows are held out
-                count = int(data.eval_dataset_size)
-                train, held_out = dataclasses.replace(train, first=count), dataclasses.replace(train, last=count)
-            last = None if data.max_train_samples is None else train.first + data.max_train_samples
-            rows = held_out and load_rows(held_out, config, tokenizer, limit=data.max_eval_samples)
-            return Splits(dataclasses.replace(train, last=last) if training else None, rows)
-        for part, source in zip(parts, (train, held_out), strict=True):
-            part += [load_rows(source, config, tokenizer)] if source else []
-        if mixed and train:
-            parts[0][-1] = count_repeats(name, parts[0][-1], share)
-    splits = Splits(*(concatenate(part) if part else None for part in parts))
+            if evaluating and not eval_sources:  # the first rows are held out
+                eval_sources = [dataclasses.replace(train, last=int(data.eval_dataset_size))]
+                train = dataclasses.replace(train, first=int(data.eval_dataset_size))
+            if data.max_train_samples:
+                train = dataclasses.replace(train, last=train.first + data.max_train_samples)
+            rows = [load_rows(source, config, tokenizer, limit=data.max_eval_samples) for source in eval_sources]
+            return Splits(train if training else None, rows[0] if rows else None)
+        if train:
+            rows = load_rows(train, config, tokenizer)
+            train_rows.append(count_repeats(name, rows, share) if mixed else rows)
+    parts = train_rows, [load_rows(source, config, tokenizer) for source in eval_sources]
+    splits = Splits(*(datasets.concatenate_datasets(part) if part else None for part in parts))
     if evaluating and splits.eval is None and splits.train is not None:
         asked = args.do_train or config.quant.calibration_rows or "eval_dataset_size" in config.explicitly_set
         holds_out = asked or holds_rows_out(config)
@@ -1935,7 +1917,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def holds_rows_out(config: Config) -> bool:
-    """Whether what is evaluated was trained on this dataset, and held rows out; a warning if it did not."""
+    """Whether the model was trained on this dataset with rows held out; warn if it was trained on all of them."""
     model = config.model
     for name in config.training.output_dir, model.adapter_name_or_path or "", model.model_name_or_path:
         for record in Path(name, "run.json"), Path(name).parent / "run.json":  # a checkpoint's lies above it
@@ -1959,16 +1941,10 @@ def count_repeats(name: str, rows: Any, share: float) -> Any:
     return rows.add_column("times", times).select([i for i, n in enumerate(times) if n])
 
 
-def concatenate(parts: list[Any]) -> Any:
-    """Datasets one after the other; the library's own fingerprint differs each time."""
-    rows: Any = datasets.concatenate_datasets(parts)
-    rows._fingerprint = digest(*(part._fingerprint for part in parts))
-    return rows
-
-
 def train_eval_split(rows: Any, config: Config) -> Splits:
-    """Hold rows out for evaluation, as datasets' own train_test_split with the original's seed; of a chat all rows."""
-    categories, places, size = rows["category"][:], rows["where"][:], config.data.eval_dataset_size
+    """Hold rows out as datasets' train_test_split does with the original's seed; rows of one chat stay together."""
+    categories, places = rows["category"][:], rows["where"][:]
+    size = config.data.eval_dataset_size
     order = numpy.random.default_rng(42).permutation(len(rows)).tolist()
     chats = list({places[i]: i for i in order}.values())  # or plain rows
     total = len(chats)
@@ -1998,20 +1974,31 @@ def drop_bad_rows(rows: Any, config: Config) -> Any:
     return rows
 
 
+def clear_rejected(config: Config) -> None:
+    """Remove rejected.jsonl, unless this run goes on with it: a stream does not read its first rows again."""
+    args, output = config.training, Path(config.training.output_dir)
+    rejected_lines.cache_clear()
+    # a run that is here may be another one, which refuses to be resumed
+    kept = () if args.overwrite_output_dir else (*output.glob("checkpoint-*"), *output.glob("completed"))
+    if args.process_index == 0 and not (config.data.streaming or config.data.preview or kept):
+        (output / REJECTED).unlink(missing_ok=True)
+
+
 @lru_cache(maxsize=1)
 def rejected_lines(file: Path) -> set[str]:
-    """Of an earlier pass over a stream, of before a resume, or of the run that is previewed; read once."""
+    """What the file holds from an earlier pass over a stream, before a resume, or from the previewed run; read once."""
     return set(file.read_text(encoding="utf-8").splitlines(keepends=True)) if file.is_file() else set()
 
 
 def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> None:
     """Stop the run at bad rows, or write those that are not there yet to rejected.jsonl."""
-    first, file = "{where}: {problem}".format(**rows[0]), Path(config.training.output_dir, REJECTED)
+    first = "{where}: {problem}".format(**rows[0])
+    file = Path(config.training.output_dir, REJECTED)
     if config.data.on_bad_rows == "stop":
         more = f" (and {len(rows) - 1} more such rows)" if len(rows) > 1 else ""
         raise DataError(f"{first}{more}; --on_bad_rows skip leaves them out")
-    facts = [json.dumps({"where": row["where"], "reason": row["problem"]})[:-1] for row in rows]
-    lines = [f'{fact}, "row": {row.get("raw") or "null"}}}\n' for fact, row in zip(facts, rows, strict=True)]
+    entries = [{"where": r["where"], "reason": r["problem"], "row": json.loads(r.get("raw") or "null")} for r in rows]
+    lines = [json.dumps(entry) + "\n" for entry in entries]
     new = [line for line in lines if line not in rejected_lines(file)]
     if new and config.training.process_index == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -2031,9 +2018,9 @@ SPARE_TOKENS = re.compile(
     r"<\|finetune_right_pad_id\|>|<\|?pad(ding)?\|?>|\[PAD\]|<\|reserved_special_token_\d+\|>|<\|?unused\d+\|?>"
     r"|<\|reserved_\d+\|>", re.IGNORECASE,
 )  # fmt: skip
-# Where classes that transformers rebuilds from vocabulary and merges differ from tokenizer.json.
+# Text that classes which transformers rebuilds from vocabulary and merges encode unlike tokenizer.json.
 PROBES = ["  I'LL don't\n\n\n 1. é à e\u0301 ﬁ\n    return x\n\tif 日本語 🙂 ", "12 3456,78 10 21 1893 24\n\n2. A"]
-# How a .gguf file names what splits its text, in llama.cpp's llama-vocab.cpp: as GPT-2, with digits alone or in runs.
+# Names of pre-tokenizers in .gguf files (llama.cpp's llama-vocab.cpp): GPT-2's, with digits one by one or in runs.
 GGUF_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 GGUF_DIGIT_RUNS = ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "phi-2", "roberta-bpe")
 TOKENIZER_FILES = [
@@ -2075,7 +2062,7 @@ def match_file(tokenizer: Any, file: Path, **options: Any) -> Any:
 
 
 def set_gguf_splits(tokenizer: Any, path: Path) -> None:
-    """Split text as the merges in a .gguf file were learned, where transformers does not know the file's way."""
+    """Set the pre-tokenizer that a .gguf file names, where transformers does not know it."""
     fields = importlib.import_module("gguf").GGUFReader(path).fields
     names = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
     kind, pre = (fields[name].contents() if name in fields else "" for name in names)
@@ -2090,7 +2077,8 @@ def set_gguf_splits(tokenizer: Any, path: Path) -> None:
 
 def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, which may be a hub id, with the overrides of the flags."""
-    model, tokenizer = config.model, None
+    model = config.model
+    tokenizer = None
     options = hub_options(config) | {"trust_remote_code": model.trust_remote_code}
     what = f"--model_name_or_path {model.model_name_or_path}: its tokenizer"
     with reraise_as_user_error(f"{what} does not load"):
@@ -2115,16 +2103,18 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
 
 def add_tokens(tokenizer: Any, names: str, rows: int) -> int:
     """Add --add_tokens, and note in `new_rows` which of their ids the model lacks. Returns how many rows it needs."""
-    tokens, before = [name.strip() for name in names.split(",")], tokenizer.get_vocab()
+    tokens = [name.strip() for name in names.split(",")]
+    before = tokenizer.get_vocab()
     tokenizer.text_tokens = [token for token in tokens if token not in before]
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokenizer.text_tokens])
-    ids, known = tokenizer.convert_tokens_to_ids(tokens), {i for i in before.values() if i < rows}
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    known = {i for i in before.values() if i < rows}
     tokenizer.new_rows = {i: i not in known for i in sorted({*ids, *range(rows, max(ids) + 1)})}
     return max(rows, *(i + 1 for i in ids))
 
 
 def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model_config: PretrainedConfig) -> None:
-    """Apply the flags, choose a pad token if there is none, and check the ids."""
+    """Apply the flags, and choose a pad token if there is none."""
     rows = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
     rows = add_tokens(tokenizer, config.model.add_tokens, rows) if config.model.add_tokens else rows
     vocabulary = tokenizer.get_vocab()
@@ -2141,9 +2131,6 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
         other = tokenizer.unk_token or tokenizer.eos_token
         tokenizer.pad_token = min(spare, key=lambda t: ("pad" not in t.lower(), vocabulary[t]), default=other)
         log.info("pad token: %s (the tokenizer has none that the model knows)", tokenizer.pad_token)
-    for name in ("bos_token_id", f"{needed}_id"):
-        if (number := getattr(tokenizer, name) or 0) >= rows:
-            raise ConfigError(f"the tokenizer's {name} {number} lies outside the model's {rows} tokens")
 
 
 # ------------------------------------------------------------------------------------
@@ -2156,8 +2143,7 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
 class Encoded(NamedTuple):
     input_ids: list[int]
     labels: list[int]
-    cut: bool  # whether it was longer than a limit
-    uncut: tuple[int, int] = (0, 0)  # tokens of prompt and completion
+    uncut: tuple[int, int]  # tokens of prompt and completion before they were cut to the limits
 
 
 def truncate_and_concat(
@@ -2168,15 +2154,15 @@ def truncate_and_concat(
     One limit cuts the prompt from the left, after BOS, down to a quarter of it, and then the completion on the right.
     """
     kept = limits.prompt(len(target))
-    prompt, room = source[:kept], limits.target
+    prompt = source[:kept]
+    room = limits.target
     if limits.total is not None:
         first = min(kept, 1) if source and source[0][0] == bos else 0
         prompt = source[:first] + source[max(len(source) - kept, 0) + first :]
         room = limits.total - len(prompt)
     tokens = prompt + target[:room]
-    ids, labels = [i for i, _ in tokens], [i if train_on_source else label for i, label in tokens]
-    uncut = len(source), len(target)
-    return Encoded(ids, labels, len(tokens) < sum(uncut), uncut)
+    labels = [i if train_on_source else label for i, label in tokens]
+    return Encoded([i for i, _ in tokens], labels, (len(source), len(target)))
 
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -2206,7 +2192,8 @@ def prompts_and_completions(batch: Mapping[str, list[Any]], tokenizer: Any) -> I
         segments = [row for row, _ in group]
         tokenized = (tokenize_rendered if rendered else tokenize_segments)(segments, tokenizer)
         for row, tokens in zip(segments, tokenized, strict=True):
-            last, chat = last_supervised(row), rendered and not row[0]["text"].startswith(BOS_MARK)
+            last = last_supervised(row)
+            chat = rendered and not row[0]["text"].startswith(BOS_MARK)
             yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), chat
 
 
@@ -2214,13 +2201,14 @@ def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits)
     """A text with the tokenizer's special tokens around it; the labels are the tokens that may be masked."""
     # a mask token in the text is one, which prediction fills; other special tokens stay text, except with slow
     # tokenizers: ESM's finds its letters by the same rule as special tokens
-    split, limit = tokenizer.is_fast and str(tokenizer.mask_token) not in text, limits.total or limits.source
+    split = tokenizer.is_fast and str(tokenizer.mask_token) not in text
+    limit = limits.total or limits.source
     row = tokenizer(text, return_special_tokens_mask=True, split_special_tokens=split, verbose=False)
     ids, special = row["input_ids"], row["special_tokens_mask"]
     closing = sum(1 for _ in itertools.takewhile(bool, reversed(special)))  # the last special tokens are never cut
     kept = [i for i in range(len(ids)) if i < limit - closing or i >= len(ids) - closing]
     labels = [IGNORE if special[i] or ids[i] == tokenizer.mask_token_id else ids[i] for i in kept]
-    return Encoded([ids[i] for i in kept], labels, len(kept) < len(ids), (len(ids), 0))
+    return Encoded([ids[i] for i in kept], labels, (len(ids), 0))
 
 
 def encode_batch(
@@ -2230,10 +2218,10 @@ def encode_batch(
     encoded = [encode_masked(row[-1]["text"], tokenizer, limits) for row in batch["segments"] if masked]
     parts = () if masked else prompts_and_completions(batch, tokenizer)
     for (source, target, chat), lost in zip(parts, batch.get("lost") or itertools.repeat(0), strict=False):
-        fits = not chat or len(source) <= limits.prompt(len(target))
         row = truncate_and_concat(source, target, limits, train_on_source, tokenizer.bos_token_id)
-        uncut = len(source) + lost, len(target)
-        encoded.append(Encoded(*(row[:2] if fits else ([], [])), row.cut or not fits or lost > 0, uncut))
+        if chat and len(source) > limits.prompt(len(target)):
+            row = row._replace(input_ids=[], labels=[])
+        encoded.append(row._replace(uncut=(len(source) + lost, len(target))))
     rows = [row._asdict() | row_facts(row, tokenizer.eos_token_id, masked) for row in encoded]
     special = special_token_pattern(tokenizer)
     for n, facts in enumerate(rows):
@@ -2246,10 +2234,12 @@ def row_facts(row: Encoded, eos: int | None, masked: bool) -> dict[str, Any]:
     """What statistics and checks need to know of an encoded row."""
     ids, labels = row[:2]
     targets = [n for n, label in enumerate(labels) if label != IGNORE and (n or masked)]  # nothing predicts the first
-    last, missing = targets[-1] if targets else 0, ids and not targets
+    last = targets[-1] if targets else 0
+    missing = "no token left to learn, expected one at least: raise the length limits"
     return {
-        "problem": "no token left to learn, expected one at least: raise the length limits" if missing else "",
+        "problem": missing if ids and not targets else "",
         "length": len(ids),
+        "cut": len(ids) < sum(row.uncut),
         "supervised": len(targets),
         # with --train_on_source, the line end that a template puts after EOS is supervised too
         "without_eos": eos not in labels[max(last - 1, 0) : last + 1],
@@ -2263,9 +2253,11 @@ def encoding_options(config: Config) -> dict[str, Any]:
     return {"limits": length_limits(config), "train_on_source": config.data.train_on_source, "masked": config.masked}
 
 
-def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: float = math.inf) -> Splits:
+def encode_splits(splits: Splits, tokenizer: Any, config: Config) -> Splits:
     """Encode rows in parallel, or find them in the cache; those that can't be trained on are left out."""
-    options, limit, encoded = encoding_options(config), config.data.model_max_len, dict.fromkeys(splits._fields)
+    options = encoding_options(config)
+    limit = config.data.model_max_len
+    encoded = splits._asdict()
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     depends = (vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id, options)
     for name, rows in splits._asdict().items():
@@ -2288,7 +2280,7 @@ def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: flo
             if all(long):
                 flag += f": all {len(rows)} {name} rows are longer"
                 raise DataError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
-            fitting = fitting_lengths(rows, config, positions)
+            fitting = fitting_lengths(rows, config)
             way = f"; 99 % of them fit with {fitting}" if fitting else ""
             log.warning("%d of %d %s rows are longer than %s: left out%s", sum(long), len(rows), name, flag, way)
             rows = rows.select([i for i, is_long in enumerate(long) if not is_long])
@@ -2302,7 +2294,8 @@ def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: floa
     The order of a pass follows from seed and pass alone. A resume gives that number as `skip`: raw rows up to it are
     read but not encoded. Resuming a shuffle buffer's state would not be exact.
     """
-    args, data, consumed = config.training, config.data, 0
+    args, data = config.training, config.data
+    consumed = 0
     seed = args.seed if args.data_seed is None else args.data_seed
     dataset_format, limits = get_format(stream.format, data.as_chat), length_limits(config)
     for epoch in itertools.count():
@@ -2340,7 +2333,8 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
         by_room = defaultdict[int, list[list[int]]](list)  # open packs by their free tokens
         rooms = 0  # has bit n set if a pack has n free tokens: the lowest bit from a length on is the fullest pack's
         for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
-            room, pack = limit, list[int]()
+            room = limit
+            pack: list[int] = []
             if enough := rooms >> lengths[i]:
                 room = lengths[i] + (enough & -enough).bit_length() - 1
                 pack = by_room[room].pop()
@@ -2411,29 +2405,24 @@ def token_statistics(rows: Any, masked: bool) -> TokenStatistics:
     )  # fmt: skip
 
 
-def fitting_lengths(rows: Any, config: Config, positions: float) -> str:
-    """The length limits that 99 % of the rows keep to, or as much of that as the model has positions for."""
-    uncut, limits = rows["uncut"][:], length_limits(config)
+def fitting_lengths(rows: Any, config: Config) -> str:
+    """The flags of the length limits that 99 % of the rows keep to, where those of the run are shorter."""
+    uncut = rows["uncut"][:]
     by_flag = {"source_max_len": [row[0] for row in uncut], "target_max_len": [row[1] for row in uncut]}
-    by_flag = {"model_max_len": [sum(row) for row in uncut]} if limits.total else by_flag
-    left, flags = positions - limits.longest, list[str]()
-    for flag, lengths in by_flag.items():
-        now = getattr(config.data, flag)
-        more = min(sorted(lengths)[math.ceil(0.99 * len(uncut)) - 1] - now, left)
-        if more > 0:
-            flags.append(f"--{flag} {now + more}")
-            left -= more
-    return " ".join(flags)
+    if config.data.model_max_len:
+        by_flag = {"model_max_len": [sum(row) for row in uncut]}
+    needed = {flag: sorted(lengths)[math.ceil(0.99 * len(uncut)) - 1] for flag, lengths in by_flag.items()}
+    return " ".join(f"--{flag} {length}" for flag, length in needed.items() if length > getattr(config.data, flag))
 
 
-def pack_and_summarize(splits: Splits, config: Config, positions: float = math.inf) -> tuple[Any, dict[str, Any]]:
+def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, Any]]:
     """The training rows, packed if the flags say so, and statistics of both splits."""
     parts = {name: rows for name, rows in splits._asdict().items() if rows is not None}
     statistics = {name: token_statistics(rows, config.masked) for name, rows in parts.items()}
     if splits.train is not None:
         cut, endless = statistics["train"].cut, statistics["train"].without_eos or 0
         if max(cut, endless) > 0.05 * len(splits.train):
-            fitting = fitting_lengths(splits.train, config, positions)
+            fitting = fitting_lengths(splits.train, config)
             way = f"pass {fitting}" if fitting else "try another --eos_token or chat template, or shorter rows"
             what = "of %d train rows %d are cut, and %d end without EOS, so that the model won't learn to stop: %s"
             log.warning(what, len(splits.train), cut, endless, way)
@@ -2443,7 +2432,8 @@ def pack_and_summarize(splits: Splits, config: Config, positions: float = math.i
                         "or segments with {special} by a function of your own", part.special_text, name)  # fmt: skip
     if splits.train is None or not config.data.packing:
         return splits.train, statistics
-    packs = PackedRows(splits.train, limit := length_limits(config).longest)
+    limit = length_limits(config).longest
+    packs = PackedRows(splits.train, limit)
     log.info("packing: %d rows in %d packs of up to %d tokens", len(splits.train), len(packs), limit)
     return packs, statistics
 
@@ -2585,7 +2575,8 @@ def row_spans(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerB
     decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     kinds = [(label != IGNORE, label in (IGNORE, i)) for i, label in zip(ids, labels, strict=True)]
     for (supervised, kept), group in itertools.groupby(range(len(ids)), kinds.__getitem__):
-        first, end = (numbers := list(group))[0], numbers[-1] + 1
+        numbers = list(group)
+        first, end = numbers[0], numbers[-1] + 1
         # decoded alone, it could lose its leading space or half of a letter
         before, text = str(decode(ids[:first])), str(decode(ids[:end]))
         text = text[len(before) :] if text.startswith(before) else str(decode(ids[first:end]))
@@ -3166,7 +3157,7 @@ def check_prequantised(config: Config, stored: Mapping[str, Any]) -> None:
         reason = "FSDP shards floating dtypes only: pass the base as published"
         raise ConfigError(f"--fsdp: {base} is quantised already and stored as {storage}, {reason}")
     full, init = config.quant.full_finetune, config.lora.init_lora_weights
-    if full or lora_init_problem(init, quantised=True):
+    if full or init.lower() not in QUANTISED_INITS:
         flag = "--full_finetune" if full else f"--init_lora_weights {init}"
         raise ConfigError(f"{flag}: {base} is quantised already")
 
@@ -7047,8 +7038,8 @@ def load_run(config: Config) -> tuple[Run, Data]:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     with local_main_process_first():  # encodes the dataset
         text = load_splits(config, tokenizer)
-        encoded = encode_splits(text, tokenizer, config, positions := positions_of(model_config))
-    rows, statistics = pack_and_summarize(encoded, config, positions)
+        encoded = encode_splits(text, tokenizer, config)
+    rows, statistics = pack_and_summarize(encoded, config)
     check_ranks_agree({f"the encoded {name} rows": part.fingerprint for name, part in statistics.items()})
     base = folder
     if config.quant.calibration_rows and not config.data.preview:

@@ -615,23 +615,6 @@ IGNORED = [
     ("torch_compile_backend", "inductor"),
     ("torch_compile_mode", "default"),
     ("torchdynamo", "inductor"),
-    ("use_mps_device", ""),
-    ("half_precision_backend", "auto"),
-    ("fp16_backend", "auto"),
-    ("use_ipex", ""),
-    ("jit_mode_eval", ""),
-    ("past_index", "-1"),
-    ("ray_scope", "last"),
-    ("tpu_num_cores", "8"),
-    ("fp16_opt_level", "O1"),
-    ("xpu_backend", "ccl"),
-    ("include_inputs_for_metrics", ""),
-    ("include_tokens_per_second", "True"),
-    ("dispatch_batches", "False"),
-    ("split_batches", ""),
-    ("fsdp_min_num_params", "100"),
-    ("push_to_hub_model_id", "mine"),
-    ("push_to_hub_organization", "ours"),
     ("length_column_name", "size"),
     ("auto_find_batch_size", ""),
     ("no_auto_find_batch_size", ""),
@@ -713,10 +696,6 @@ def test_a_removed_flag_says_what_to_do_instead(main, tmp_path, name, spelling):
     code, lines = main(*words)
     assert code == 2 and lines[-1].startswith("error: ") and "no longer exists" in lines[-1]
     assert name in lines[-1] and re.search(r"--(fast_path|auto_batch|debug)|leave it out", lines[-1])
-
-
-def test_a_removed_flag_with_the_originals_default_changes_nothing():
-    assert parse("--num_beam_groups", "1", "--diversity_penalty", "0.0", "--penalty_alpha=None").explicitly_set == set()
 
 
 def test_every_removed_flag_is_tested():
@@ -813,7 +792,7 @@ RULES = [
     ("--add_tokens a --calibration_rows 8", "add_tokens calibration_rows"),
     ("--add_tokens a --fsdp --optim adamw_torch", "add_tokens fsdp"),
     ("--fsdp --optim paged_adamw_8bit", "fsdp paged_adamw_8bit adamw_torch"),
-    ("--fsdp --bits 8", "fsdp bits 8 4 16"),
+    ("--fsdp --bits 8", "fsdp bits 4 16 32"),
     ('--fsdp --fsdp_config {"version":1}', "fsdp_config version 1 2"),
     (
         '--fsdp --fsdp_config {"fsdp_auto_wrap_policy":"SIZE_BASED_WRAP"}',
@@ -868,7 +847,6 @@ RULES = [
     ("--plan --plan_gpu 8x80GiB", "--plan_gpu 8x80GiB 24GiB"),
     ("--plan --plan_gpu 0GiB", "--plan_gpu 0GiB 24GiB"),
     ("--overwrite_output_dir --resume_from_checkpoint c", "--overwrite_output_dir --resume_from_checkpoint"),
-    ("--dataset https://me:pw@example.org/x", "--dataset password log"),
     ("--report_to pigeon", "--report_to pigeon tensorboard"),
     ("--report_to comet_ml", "--report_to comet_ml installed"),
     ("--preview -1", "preview -1"),
@@ -923,10 +901,10 @@ IMPOSSIBLE = [
     ("--metric_for_best_model foo", "--metric_for_best_model"),
     ("--metric_for_best_model mmlu_eval_accuracy", "--do_mmlu_eval"),
     ("--temperature -1", "--temperature"),
-    ("--init_lora_weights eva --bits 16", "--init_lora_weights eva: .*batches through the base first"),
-    ("--init_lora_weights loftq", "--init_lora_weights loftq: .*rounding.*published"),
-    ("--init_lora_weights corda --bits 16", "--init_lora_weights corda: .*batches"),
-    ("--init_lora_weights lora_ga --bits 16", "--init_lora_weights lora_ga: .*batches"),
+    ("--init_lora_weights eva --bits 16", "--init_lora_weights eva: expected .*gaussian"),
+    ("--init_lora_weights loftq", "--init_lora_weights loftq: expected .*gaussian"),
+    ("--init_lora_weights corda --bits 16", "--init_lora_weights corda: expected .*gaussian"),
+    ("--init_lora_weights lora_ga --bits 16", "--init_lora_weights lora_ga: expected .*gaussian"),
     ("--init_lora_weights xavier --bits 16", "--init_lora_weights xavier: expected .*gaussian"),
     ("--init_lora_weights pissa", "--init_lora_weights pissa: .*--bits 16"),
     ("--init_lora_weights pissa_niter_4 --bits 8", "--init_lora_weights pissa_niter_4: .*--bits 16"),

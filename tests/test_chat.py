@@ -832,12 +832,6 @@ def test_one_of_two_columns_for_the_same_thing_is_named(tmp_path, caplog):
     assert left_out_of(tmp_path, caplog, chatml_tokenizer(TOOLS), row)[0] == [said]
 
 
-def test_a_question_that_is_to_be_learnt_is_named(tmp_path, caplog):
-    questions = [{**LONG[1], "train": value} for value in (False, 0, None, True)]
-    said, _ = left_out_of(tmp_path, caplog, chatml_tokenizer(), *({"messages": [q, LONG[2]]} for q in questions))
-    assert said == ["train of a turn that is not the assistant's (in 1 of 4 rows)"]
-
-
 @pytest.mark.parametrize("column", ["tools", "functions"])
 def test_tools_that_are_no_objects_are_a_bad_row(column):
     with pytest.raises(qlora.RowError, match=rf"'{column}' is \[\"function\"\], expected a list of objects"):

@@ -368,7 +368,7 @@ def test_a_pad_token_outside_the_embedding_is_replaced(tmp_path):
 
 def test_an_eos_token_outside_the_embedding_is_an_error(run_qlora, tmp_path):
     folder = tiny.write_model(tmp_path, "llama", vocab_size=257)
-    assert "eos_token_id" in error_of(run_qlora(model_name_or_path=folder))
+    assert "hold token id 257, the model has 257: wrong tokenizer" in error_of(run_qlora(model_name_or_path=folder))
 
 
 def test_no_eos_token_is_an_error_that_names_the_flag(models, run_qlora):
