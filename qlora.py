@@ -466,6 +466,9 @@ def parse_chat(column: str, row: RawRow) -> ParsedRow:
         elif system and messages and messages[0]["content"] != system:
             left_out.append(f"{name} beside another system turn")
     answers = [n for n, message in enumerate(messages) if message.pop("supervised")]
+    others = [message for message in messages if message["role"] != "assistant"]
+    wanted = sorted({key for m in others for key in WEIGHT_KEYS if BOOLEANS.get(str(m.get(key)).lower())})
+    left_out += [f"{key} of a turn that is not the assistant's" for key in wanted]
     if not answers:
         raise RowError(f"field {column!r} has no turn of the assistant with a weight, expected an answer to learn")
     tools, functions = get_list(row, "tools", []), get_list(row, "functions", [])
@@ -970,6 +973,9 @@ IGNORED_FLAGS: dict[str, str] = {name: why for names, why in (
      "eval_use_gather_object include_num_input_tokens_seen gradient_checkpointing_kwargs "
      "activation_checkpointing_kwargs average_tokens_across_devices ddp_find_unused_parameters",
      "qlora.py has its own training step and evaluation"),
+    ("use_mps_device half_precision_backend fp16_backend use_ipex jit_mode_eval past_index ray_scope tpu_num_cores "
+     "fp16_opt_level xpu_backend include_inputs_for_metrics include_tokens_per_second dispatch_batches split_batches "
+     "fsdp_min_num_params push_to_hub_model_id push_to_hub_organization", "the Trainer no longer has it"),
 ) for name in names.split()}  # fmt: skip
 # An error each, which says what to do instead.
 REMOVED_FLAGS: dict[str, str] = {name: instead for names, instead in (
@@ -980,6 +986,8 @@ REMOVED_FLAGS: dict[str, str] = {name: instead for names, instead in (
     ("num_beam_groups diversity_penalty penalty_alpha", "leave it out; transformers no longer supports it"),
     ("show_traceback", "use --debug"),
 ) for name in names.split()}  # fmt: skip
+# Removed flags with the original's default, as its command lines may have them.
+HARMLESS = {("num_beam_groups", "1"), ("diversity_penalty", "0.0"), ("penalty_alpha", "None")}
 OLD_FLAGS = {"logging_dir", *RENAMED_FLAGS, *IGNORED_FLAGS, *REMOVED_FLAGS}
 # Not taken over when a run is repeated: its folders, what deletes, publishes or runs code, what the machine decides.
 NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
@@ -994,6 +1002,8 @@ class OldFlag(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         """Set the current flag, say that it has no effect, or raise."""
         name, value, written = self.dest, ",".join(values), str(option)
+        if (name, value) in HARMLESS:
+            return
         if name in REMOVED_FLAGS:
             raise ConfigError(f"{written}: this flag no longer exists: {REMOVED_FLAGS[name]}")
         if name in IGNORED_FLAGS:
@@ -1285,6 +1295,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     metric = (flags.metric_for_best_model or "loss").removeprefix("eval_")
     epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
     shares = [share for _, share in dataset_shares(flags.dataset)]
+    secret = [name for name, value in config.flags.items() if re.search(r"://[^/@\s]*:[^/@\s]*@", str(value))]
     own_folders = [Path(p).resolve() for p in (flags.output_dir, flags.working_dir, flags.final_output_dir) if p]
     missing = set(config.training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
     return [
@@ -1319,6 +1330,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          f"{', '.join(INTEGRATION_TO_CALLBACK)}"),
         (getattr(config.training.accelerator_config, "gradient_accumulation_kwargs", None),
          "--accelerator_config: gradient_accumulation_kwargs would change the loss's scale; leave them out"),
+        (secret, f"--{', --'.join(secret)}: a URL with a password, which run.json would show; log in instead"),
     ]  # fmt: skip
 
 
@@ -1600,7 +1612,7 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
         with reraise_as_user_error(name, DataError):
             return as_sources(name, datasets.load_from_disk(path))
     if path.exists():
-        return find_files(name, path)
+        return find_files(name, path, config)
     if data_suffix(path) in READERS:
         raise DataError(f"{name}: no such file")
     return load_from_hub(config, name)
@@ -1627,13 +1639,16 @@ def split_named(name: str) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def find_files(name: str, path: Path) -> dict[str, RowSource]:
+def find_files(name: str, path: Path, config: Config) -> dict[str, RowSource]:
     """The splits of a local file, or of a folder. Its sub-folders are read only if it has no data file of its own."""
     files = [path]
     if path.is_dir():
         visible = sorted(f for f in path.rglob("*") if f.is_file() and "/." not in str(f)[len(str(path)) :])
         data = [f for f in visible if data_suffix(f) in READERS and not f.name.startswith("dataset_info")]
         files = [file for file in data if file.parent == path] or data
+        for flag in OUTPUT_FLAGS if files is data else ():
+            if (value := config.flags[flag]) and Path(value).resolve().is_relative_to(path.resolve()):
+                raise DataError(f"--{flag} {value}: the run reads sub-folders of {path}; name a folder outside")
         if unread := [str(file.relative_to(path)) for file in visible if file not in files]:
             log.info("%s: not read: %s", path, shorten(", ".join(unread)))
     splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
