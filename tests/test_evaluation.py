@@ -556,29 +556,20 @@ def test_early_stopping(run_qlora):
     assert again.code == 0 and "it is used, not trained again" in again.stderr
 
 
-def test_early_stopping_goes_on_with_more_patience(run_qlora, tmp_path):
-    """As if it had been that from the start; more steps alone are none that would be trained."""
+def test_a_checkpoint_that_is_picked_goes_on_with_more_patience(run_qlora, tmp_path):
+    """As if it had been that from the start; the completed run itself is used as it is."""
     flags = STUCK | {"learning_rate": 1e-2, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     straight = run_qlora(**flags | {"early_stopping_patience": 5}, output_dir=tmp_path / "straight")
-    run_qlora(**flags)
-    for same in (flags, flags | {"max_steps": 9}, flags | {"early_stopping_patience": 2}):
-        again = run_qlora(**same)
-        stopped = "completed run of 4 steps, stopped early (a larger --early_stopping_patience goes on)"
-        assert again.code == 0 and stopped in again.stderr and "resuming from" not in again.stderr
-    more = run_qlora(**flags | {"early_stopping_patience": 5})
+    stopped = run_qlora(**flags).output_dir
+    for patience in (3, 2, 5):
+        again = run_qlora(**flags | {"early_stopping_patience": patience})
+        assert again.code == 0 and "completed run of 4 steps: it is used, not trained again" in again.stderr
+    picked = {"early_stopping_patience": 5, "resume_from_checkpoint": stopped / "checkpoint-4"}
+    more = run_qlora(**flags | picked)
     assert "early_stopping_patience was 3, is 5: applies at once" in more.stderr
     assert [done.json("completed")["stopped_at"] for done in (straight, more)] == [6, 6]
     files = [(done.output_dir / "adapter_model.safetensors").read_bytes() for done in (straight, more)]
     assert files[0] == files[1]
-    none = run_qlora(**flags | {"early_stopping_patience": None})
-    assert none.json("completed")["step"] == 8 and "stopped_at" not in none.json("completed")
-
-
-def test_more_patience_without_a_checkpoint_to_go_on_from(run_qlora):
-    flags = STUCK | {"save_strategy": "no", "save_steps": None}
-    run_qlora(**flags)
-    more = run_qlora(**flags | {"early_stopping_patience": 5})
-    assert more.code == 2 and "no checkpoint of it to resume from; pass another folder, or --overw" in more.stderr
 
 
 def test_early_stopping_counts_over_a_resume(run_qlora, tmp_path):
