@@ -24,13 +24,13 @@ Read the file from top to bottom, along the path of the data: every room uses on
      9 Calibration      3267-3637
     10 LoRA             3640-3941
     11 Fast path        3944-4753
-    12 Plan             4756-5082
-    13 Checkpoints      5085-5442
-    14 Processes        5445-5502
-    15 Evaluation       5505-5715
-    16 Trainer          5718-6356
-    17 Stages           6359-6836
-    18 Main             6839-7129
+    12 Plan             4756-5092
+    13 Checkpoints      5095-5448
+    14 Processes        5451-5508
+    15 Evaluation       5511-5718
+    16 Trainer          5721-6354
+    17 Stages           6357-6838
+    18 Main             6841-7133
 """
 
 # ------------------------------------------------------------------------------------
@@ -112,7 +112,6 @@ import psutil
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, send_to_device
 from bitsandbytes.functional import dequantize_4bit
 from huggingface_hub import snapshot_download, upload_folder
@@ -130,6 +129,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -934,7 +934,7 @@ RENAMED_FLAGS: dict[str, str] = {
     "evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "mlm_probability": "mask_prob",
     "no_cuda": "use_cpu", "use_auth": "use_auth_token", "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "per_gpu_train_batch_size": "per_device_train_batch_size", "push_to_hub_token": "hub_token",
-    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing", "generation_num_beams": "num_beams",
     "group_by_length": "train_sampling_strategy group_by_length random", "adafactor": "optim adafactor",
     "use_flash_attention_2": "attn_implementation flash_attention_2", "adam8bit": "optim paged_adamw_8bit",
 }  # fmt: skip
@@ -979,7 +979,8 @@ REMOVED_FLAGS: dict[str, str] = {name: instead for names, instead in (
     ("unpacked_layers", "leave it out; free memory decides which weights stay unpacked"),
     ("allow_pickle_weights", "leave it out; .bin weights are always read, but only tensors from them"),
     ("num_beam_groups diversity_penalty penalty_alpha", "leave it out; transformers no longer supports it"),
-    ("show_traceback", "use --debug"),
+    ("show_traceback", "use --debug"), ("generation_max_length", "use --max_new_tokens"),
+    ("generation_config", "pass its values as flags, e.g. --num_beams 4"),
 ) for name in names.split()}  # fmt: skip
 # Removed flags with the original's default, as its command lines may have them.
 HARMLESS = {("num_beam_groups", "1"), ("diversity_penalty", "0.0"), ("penalty_alpha", "None")}
@@ -1198,8 +1199,7 @@ def lora_init_problem(name: str, quantised: bool) -> str | None:
 
 
 SAMPLING_FLAGS = {"temperature", "top_p", "top_k", "typical_p"}  # transformers refuses them without do_sample
-GENERATION_FLAGS = {f.name for f in dataclasses.fields(GenerationArguments)}
-GENERATION_FLAGS |= {"predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config"}
+GENERATION_FLAGS = {f.name for f in dataclasses.fields(GenerationArguments)} | {"predict_with_generate"}
 CAUSAL_ONLY_FLAGS = GENERATION_FLAGS | {"target_max_len", "train_on_source", "padding_side", "chat_template", "as_chat"}
 CAUSAL_ONLY_FLAGS |= {"do_mmlu_eval", "add_tokens"}
 MASKING_FLAGS = {"mask_prob", "mask_replace_prob", "random_replace_prob"}
@@ -4808,7 +4808,8 @@ class MemoryModel(NamedTuple):
 
     def shared(self, config: Config, gpus: int) -> "MemoryModel":
         """One GPU's part, where FSDP, DeepSpeed or one process spread the model over several."""
-        names, changes = ["gradients", "optimizer"], {"token": self.token + self.layer}
+        names = ["gradients", "optimizer"]
+        changes = {"token": self.token + self.layer}
         if not is_sharded(config) or is_fsdp(config) or hf_deepspeed.is_deepspeed_zero3_enabled():
             names += ["weights", "other", "experts", "adapters"]
         if not is_sharded(config):
@@ -4828,7 +4829,8 @@ def kept_by_linear(shapes: Mapping[str, Any], hidden: int, config: Config) -> in
     """
     full = config.quant.full_finetune
     fused = config.training.fast_path and not full and not config.lora.use_dora
-    kept, inputs = 0, dict[Any, int]()
+    kept = 0
+    inputs: dict[Any, int] = {}
     for name, (out, size) in shapes.items():
         owner, _, leaf = name.rpartition(".")
         last = out == hidden and leaf not in ("q_proj", "k_proj", "v_proj", "query", "key", "value")
@@ -4901,9 +4903,11 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
 
     `room` is in bytes, for activations and transients; `longest` and `window` are tokens, of a row and of a step.
     """
-    train, wanted, layers = config.training, requested_layers(config, memory.layers), memory.layers
+    train, layers = config.training, memory.layers
     rows = None if train.auto_batch else train.per_device_train_batch_size
-    smallest, largest = (longest, window) if rows is None else (min(window, longest * rows),) * 2
+    largest = window if rows is None else min(window, longest * rows)
+    smallest = longest if rows is None else largest
+    wanted = requested_layers(config, layers)
     choices = [0, layers] if is_sharded(config) else range(layers + 1)  # an engine recomputes all or none
     best, lowest = StepPlan(rows, longest, layers if wanted is None else wanted), math.inf
     for recomputed in choices if wanted is None else [wanted]:
@@ -5009,7 +5013,8 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
 def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config: Config) -> MemoryModel:
     """Correct the prediction by what two small steps, forward and backward, take of the GPU's memory."""
     longest = int(min(512, positions_of(base.config)))
-    device, dtype, peaks = base.get_input_embeddings().weight.device, compute_dtype(config), []
+    device, dtype = base.get_input_embeddings().weight.device, compute_dtype(config)
+    peaks = []
     gpus = range(torch.cuda.device_count())
     set_recomputed_layers(base, 0)
     model.train()
@@ -5041,16 +5046,18 @@ def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config
 
 def free_memory(gpu: Any = None) -> float:
     """Bytes that torch may still hand out on this GPU, within this process's share of it."""
-    (free, total), reserved = torch.cuda.mem_get_info(gpu), torch.cuda.memory_reserved(gpu)
+    free, total = torch.cuda.mem_get_info(gpu)
+    reserved = torch.cuda.memory_reserved(gpu)
     share = torch.cuda.get_per_process_memory_fraction(gpu) * total
     return min(free, share - reserved) + reserved - torch.cuda.memory_allocated(gpu)
 
 
 def free_cpu_memory() -> float:
     """Bytes that the machine, or this container, has left."""
-    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
-        free = min(free, int((group / "memory.max").read_text()) - psutil.Process().memory_info().rss)
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, limit - psutil.Process().memory_info().rss)
     return free
 
 
@@ -5097,7 +5104,6 @@ PREVIOUS = ".completed-before"  # `completed` of an earlier run, while another o
 STREAM = "stream.json"  # in a checkpoint: how far a stream was read
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
 LEFT = "left-checkpoint-"  # prefix of checkpoints that are set aside
-MERGING = ".merging-"  # prefix of the hidden folder beside a merged model
 LOCK = ".qlora.lock"  # held by the run that writes into a folder
 # What --overwrite_output_dir removes beside weights and checkpoints.
 RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
@@ -5232,10 +5238,8 @@ def checkpoint_problem(folder: Path) -> str | None:
     """The first thing in a checkpoint that is not as it was written, or None if it is whole."""
     try:
         if (folder / MANIFEST).is_file():
-            manifest, found = read_json(folder / MANIFEST), file_digests(folder)
-            if manifest.pop("seal", None) != digest(json.dumps(manifest)):
-                return f"{MANIFEST} is not as it was written"
-            changed = [name for name, written in manifest["files"].items() if found.get(name) != written]
+            written, found = read_json(folder / MANIFEST)["files"], file_digests(folder)
+            changed = [name for name in written if found.get(name) != written[name]]
             return f"{changed[0]} is missing or not as it was written" if changed else None
         if (folder / "run.json").is_file():  # it has an adapter and a trainer_state.json, too
             return f"the folder of a run, its newest checkpoint is {next(iter(checkpoints_in(folder)), 'missing')}"
@@ -5357,8 +5361,7 @@ def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
 
 def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
     """List a checkpoint's files, and say which run it belongs to."""
-    manifest = {"run": run, "files": file_digests(folder)}
-    write_json(folder / MANIFEST, manifest | {"seal": digest(json.dumps(manifest))})
+    write_json(folder / MANIFEST, {"run": run, "files": file_digests(folder)})
 
 
 def commit_checkpoint(staging: Path, final: Path) -> None:
@@ -5388,7 +5391,7 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder. The kernel releases the lock of a process that dies."""
-    made = not folder.exists() or folder.name.startswith(MERGING)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+") as file:
         try:
@@ -5532,21 +5535,15 @@ def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Any], t
 
 
 def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """What flags or --generation_config set, with BOS, EOS and pad ids, and the model's own further stop tokens."""
-    flags, args = config.generation, config.training
-    passed = config.explicitly_set - (set() if flags.do_sample else {*SAMPLING_FLAGS})
-    values = {name: value for name, value in vars(flags).items() if name in passed}
-    values |= {"num_beams": args.generation_num_beams} if args.generation_num_beams is not None else {}
-    values |= {"max_length": args.generation_max_length} if args.generation_max_length is not None else {}
+    """What the flags set, with BOS, EOS and pad ids, and the model's own further stop tokens."""
+    flags = config.generation
+    passed = config.explicitly_set - (set() if flags.do_sample else SAMPLING_FLAGS)
+    values = {"max_new_tokens": flags.max_new_tokens}
+    values |= {name: value for name, value in vars(flags).items() if name in passed}
     stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
     eos = sorted({tokenizer.eos_token_id, *([stops] if isinstance(stops, int) else stops)})
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
     with reraise_as_user_error("generation flags"):
-        if args.generation_config is not None:
-            own = GenerationConfig.from_pretrained(str(args.generation_config)).to_diff_dict()
-            limits = {"max_length", "max_new_tokens"}
-            values = {name: own[name] for name in own if not (name in limits and limits & values.keys())} | values
-        values = {"max_new_tokens": flags.max_new_tokens} | values if "max_length" not in values else values
         return GenerationConfig(**values | ids | {"use_cache": True})
 
 
@@ -5586,7 +5583,8 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
         room = Limits(len(source), 0) if chat else limits  # within a question nothing is cut
         prompt = truncate_and_concat(source, [], room, bos=tokenizer.bos_token_id).input_ids
         prompts.append(prompt or [tokenizer.eos_token_id])  # generation needs one token at least
-    generation, answers, device = generation_config(trainer.config, model, tokenizer), list[Any](), trainer.args.device
+    generation, device = generation_config(trainer.config, model, tokenizer), trainer.args.device
+    answers: list[list[int]] = []
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     # generate() merges the model's own sampling values into those that it is given
     with reraise_as_user_error("generation flags"), mock.patch.object(base, "generation_config", GenerationConfig()):
@@ -5608,9 +5606,11 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
 def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
     """Fill the masks in each row's text, or, where it has none, those of evaluation; one dictionary a row."""
     tokenizer, limits = trainer.processing_class, length_limits(trainer.config)
+    name_of = tokenizer.convert_ids_to_tokens
     texts = [row[-1]["text"] for row in batch["segments"]]
-    masking, name_of = trainer.masking._replace(replaced=1.0, random=0.0), tokenizer.convert_ids_to_tokens
-    encoded, masked = [encode_masked(text, tokenizer, limits) for text in texts], list[list[int]]()
+    encoded = [encode_masked(text, tokenizer, limits) for text in texts]
+    masking = trainer.masking._replace(replaced=1.0, random=0.0)
+    masked: list[list[int]] = []
     for ids, labels, *_ in encoded:
         drawn, _ = masking.mask_tokens(torch.tensor(ids), torch.tensor(labels), "eval", ids, least=1)
         masked.append(ids if masking.mask_id in ids else drawn.tolist())
@@ -5649,7 +5649,8 @@ def load_questions(config: Config) -> list[Question]:
 
     A file has one {subject, input, output} a line; the worked examples are in the prompt, on the hub in `dev`.
     """
-    mmlu, five_shot = config.mmlu, config.mmlu.mmlu_dataset != "mmlu-zs"
+    mmlu = config.mmlu
+    five_shot = mmlu.mmlu_dataset != "mmlu-zs"
     questions: list[Question] = []
     split, hub_split = ("val", "validation") if mmlu.mmlu_split == "eval" else ("test", "test")
     if Path(mmlu.mmlu_dir).is_dir():
@@ -5661,7 +5662,8 @@ def load_questions(config: Config) -> list[Question]:
                     raise RowError(f"field 'output' is {letter!r}, expected A, B, C or D")
                 questions.append(Question(get_text(row, "subject"), get_text(row, "input"), LETTERS.index(letter)))
     else:
-        splits, shots = load_from_hub(config, "cais/mmlu", name="all"), defaultdict[str, str](str)
+        splits = load_from_hub(config, "cais/mmlu", name="all")
+        shots: dict[str, str] = defaultdict(str)
         for _, row in splits["dev"] if five_shot else ():
             shots[row["subject"]] += f"{QUESTION.format_map(row)} {LETTERS[row['answer']]}\n\n"
         for _, row in splits[hub_split]:
@@ -5677,32 +5679,29 @@ def load_questions(config: Config) -> list[Question]:
 def answer_questions(trainer: Any, questions: list[Question]) -> list[tuple[bool, float]]:
     """For each question: whether the answer is right, and the loss on the right letter and EOS.
 
-    One pass compares the letters' first tokens. Where those are not four different ones, each letter is put after the
-    prompt in turn, and the probabilities of all its tokens are compared.
+    The answer is the letter whose first token is the most probable one after the prompt.
     """
     tokenizer, longest = trainer.processing_class, trainer.config.mmlu.mmlu_source_max_len
-    letters, texts = tokenize(LETTERS, tokenizer), tokenize([question.prompt for question in questions], tokenizer)
+    letters = tokenize(LETTERS, tokenizer)
+    texts = tokenize([question.prompt for question in questions], tokenizer)
     prefix = os.path.commonprefix(letters)  # noqa: RUF071  # with some tokenizers, a space
     answers = [[*ids[len(prefix) :], tokenizer.eos_token_id] for ids in letters]
     first_tokens = [ids[0] for ids in answers]
-    one_pass = len(set(first_tokens)) == len(LETTERS)
+    if len({*first_tokens}) < len(LETTERS):
+        raise ConfigError("--do_mmlu_eval: the tokenizer begins two of the letters A, B, C and D with the same token")
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompts = [[*bos, *ids[max(len(bos) + len(ids) - longest, 0) :], *prefix] for ids in texts]
-    pairs = [(i, c) for i, q in enumerate(questions) for c in ([q.answer] if one_pass else range(len(LETTERS)))]
-    rows = [{"input_ids": prompts[i] + answers[c], "labels": [IGNORE] * len(prompts[i]) + answers[c]} for i, c in pairs]
+    right = [answers[question.answer] for question in questions]
+    rows = [{"input_ids": p + a, "labels": [IGNORE] * len(p) + a} for p, a in zip(prompts, right, strict=True)]
     batch = padded_batch(collate_step(rows)["step"], list(range(len(rows))), tokenizer.pad_token_id, "right")
     # Only the logits of the answers: all those of 100 prompts of 400 tokens would take 8 GB.
     logits = supervised_logits(trainer.base, trainer.fast, to_device(batch, trainer.args.device)).log_softmax(-1).cpu()
-    scores, losses = torch.zeros(len(questions), len(LETTERS)), [0.0] * len(questions)
-    for (i, c), predicted in zip(pairs, logits.split([len(answers[c]) for _, c in pairs]), strict=True):
-        log_probs = predicted[range(len(answers[c])), answers[c]]
-        if c == questions[i].answer:
-            losses[i] = -log_probs.mean().item()
-        if one_pass:
-            scores[i] = predicted[0, first_tokens]
-        else:
-            scores[i, c] = log_probs[:-1].sum()
-    return [(c == q.answer, loss) for c, q, loss in zip(scores.argmax(-1).tolist(), questions, losses, strict=True)]
+    results = []
+    for question, answer, predicted in zip(questions, right, logits.split([*map(len, right)]), strict=True):
+        chosen = int(predicted[0, first_tokens].argmax())
+        loss = -predicted[range(len(answer)), answer].mean().item()
+        results.append((chosen == question.answer, loss))
+    return results
 
 
 def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
@@ -5713,7 +5712,8 @@ def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
     answered = [*itertools.chain(*run_batches(trainer, len(questions), answers, "MMLU"))]
     for question, (correct, _) in zip(questions, answered, strict=True):
         by_subject[question.subject].append(correct)
-    name, loss = f"mmlu_{trainer.config.mmlu.mmlu_split}_accuracy", sum(loss for _, loss in answered) / len(answered)
+    loss = sum(loss for _, loss in answered) / len(answered)
+    name = f"mmlu_{trainer.config.mmlu.mmlu_split}_accuracy"
     accuracy = {f"{name}_{subject}": sum(right) / len(right) for subject, right in by_subject.items()}
     return {"mmlu_loss": loss, **accuracy, name: sum(accuracy.values()) / len(accuracy)}
 
@@ -5777,18 +5777,15 @@ class DistributedWindowSampler(torch.utils.data.Sampler[list[int]]):
     Rows are dealt by length, back and forth: about as many tokens each. An epoch's last share may be empty.
     """
 
-    def __init__(self, lengths: list[int], size: int, args: Any) -> None:
-        self.lengths, self.size, self.args, self.epoch = lengths, size, args, 0
+    def __init__(self, lengths: list[int], size: int, args: Any, state: Callable[[], TrainerState]) -> None:
+        self.lengths, self.size, self.args, self.state = lengths, size, args, state
         self.rank, self.ranks = rank_and_world_size()
-
-    def set_epoch(self, epoch: int) -> None:  # called by the data loader
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return (math.floor if self.args.dataloader_drop_last else math.ceil)(len(self.lengths) / self.size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = epoch_order(self.lengths, self.size, self.args, self.epoch)
+        order = epoch_order(self.lengths, self.size, self.args, epoch=self.state().global_step // len(self))
         turns = self.rank, 2 * self.ranks - 1 - self.rank
         for start in range(0, len(self) * self.size, self.size):
             window = order[start : start + self.size]
@@ -5891,7 +5888,8 @@ class EarlyStopping(EarlyStoppingCallback):
 
 def build_callbacks(stop: GracefulStop, config: Config) -> list[TrainerCallback]:
     """Every callback of a run."""
-    patience, bars = config.training.early_stopping_patience, sys.stderr.isatty() and not config.training.disable_tqdm
+    patience = config.training.early_stopping_patience
+    bars = sys.stderr.isatty() and not config.training.disable_tqdm
     bar = type("Bar", (ProgressCallback,), {"on_log": TrainerCallback.on_log})  # QLoRATrainer.log writes the lines
     return [stop, FlagIntervals(), *([EarlyStopping(patience)] if patience else []), *([bar()] if bars else [])]
 
@@ -5929,7 +5927,8 @@ class QLoRATrainer(Trainer):
         self.base: Any = self.accelerator.unwrap_model(self.model)
         self.inner = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base  # without peft
         self.passes_positions = passes_positions(self.inner, config)
-        self.sharded, self.parameter_count = is_sharded(config), self.base.num_parameters(exclude_embeddings=True)
+        self.parameter_count = self.base.num_parameters(exclude_embeddings=True)
+        self.sharded = is_sharded(config)
         # what trains; an engine makes parameters of its own
         self.trained = [] if self.sharded else [p for p in self.base.parameters() if p.requires_grad]
         self.parts: list[tuple[list[str], torch.Tensor]] = []  # rows and loss of the last step's micro-batches
@@ -5963,13 +5962,13 @@ class QLoRATrainer(Trainer):
         rows: Any = self.train_dataset
         if isinstance(rows, StreamedSteps):
             return torch.utils.data.DataLoader(rows, batch_size=None)
-        steps = DistributedWindowSampler(rows["length"][:], self.identity["effective batch"]["rows"], self.args)
+        size = self.identity["effective batch"]["rows"]
+        steps = DistributedWindowSampler(rows["length"][:], size, self.args, lambda: self.state)
         names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
         options: dict[str, Any] = {name: getattr(self.args, f"dataloader_{name}") for name in names}
-        loader = torch.utils.data.DataLoader(
+        return torch.utils.data.DataLoader(
             rows, batch_sampler=steps, collate_fn=self.data_collator, worker_init_fn=init_worker, **options
         )
-        return prepare_data_loader(loader, num_processes=1, process_index=0)  # the batches are this rank's
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Fetch the one batch of an optimizer step, and count the supervised tokens of all ranks for its loss."""
@@ -6009,12 +6008,6 @@ class QLoRATrainer(Trainer):
             self._make_room(step, reason)
             torch.set_rng_state(random_states[0])
             torch.cuda.set_rng_state_all(random_states[1])
-        if self.state.global_step == 0 and not self.sharded:
-            unreached = [n for n, p in self.base.named_parameters() if ".lora_A." in n and p.grad is None]
-            if unreached:
-                first = unreached[0].removeprefix("base_model.model.").partition(".lora_")[0]
-                what = "step 1: no gradient reaches %d adapters, first %s: unless that is an expert, leave it out"
-                log.warning(f"{what} with --lora_modules", len(unreached), first)
         if self.args.world_size > 1 and not self.sharded:
             average_gradients(self.trained)
         return torch.stack([loss for _, loss in self.parts]).sum()
@@ -6026,7 +6019,8 @@ class QLoRATrainer(Trainer):
             log.info("%s", format_table(self.fast.lines()))
 
     def _micro_batch_losses(self, model: Any, step: StepBatch, items: Any) -> list[tuple[list[str], torch.Tensor]]:
-        losses, parts = [], self._micro_batches(step)
+        losses = []
+        parts = self._micro_batches(step)
         inner = model if self.sharded else self.base  # gradients are averaged once a step, so DDP's wrapper has no part
         with attention_implementation(self.base, self.fast.attention):
             for i, members in enumerate(parts):
@@ -6080,8 +6074,9 @@ class QLoRATrainer(Trainer):
             raise reason
         apply_step_plan(self.base, self.plan, self.config)
         torch.cuda.empty_cache()
-        ran_out, step_number = plan._replace(rows=None, tokens=tokens), self.state.global_step + 1
-        log.warning("step %d: GPU memory ran out with %s; repeating it with %s", step_number, ran_out, self.plan)
+        ran_out = plan._replace(rows=None, tokens=tokens)
+        message = "step %d: GPU memory ran out with %s; repeating it with %s"
+        log.warning(message, self.state.global_step + 1, ran_out, self.plan)
 
     def compute_loss_context_manager(self) -> Any:
         """Autocast: accelerate puts it around the model's own forward, which the fast path does not call."""
@@ -6096,7 +6091,8 @@ class QLoRATrainer(Trainer):
             since = max(1, self.state.global_step - self._globalstep_last_logged)
             logs["router_loss"], self.router_losses = float(torch.stack(self.router_losses).sum()) / since, []
         super().log(logs, *args, **kwargs)
-        step, steps, parts = self.state.global_step, self.state.max_steps, list[str]()
+        step, steps = self.state.global_step, self.state.max_steps
+        parts: list[str] = []
         if "loss" in logs and self.interval:
             began, tokens, first = self.interval
             seconds = max(time.perf_counter() - self.untimed_seconds - began, 1e-9)
@@ -6336,10 +6332,9 @@ def average_gradients(trained: list[torch.nn.Parameter]) -> None:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         by_dtype[parameter.dtype].append(parameter.grad)
     for gradients in by_dtype.values():
-        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message; activations have made room
+        flat = parameters_to_vector(gradients)  # one message; activations have made room
         torch.distributed.all_reduce(flat)
-        parts = flat.div_(rank_and_world_size()[1]).split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(old) for part, old in zip(parts, gradients, strict=True)])
+        vector_to_parameters(flat.div_(rank_and_world_size()[1]), gradients)
 
 
 def apply_step_plan(base: Any, plan: StepPlan, config: Config) -> None:
@@ -6398,9 +6393,11 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
 
     The speed is that of tokens without padding, over the seconds not spent on evaluating and saving.
     """
-    checkpoint, rows, stop.training = start.checkpoint, trainer.train_dataset, True
+    checkpoint, rows = start.checkpoint, trainer.train_dataset
     state = start.state or TrainerState()
-    first_step, metrics = state.global_step, {}
+    first_step = state.global_step
+    metrics = {}
+    stop.training = True
     if trainer.args.should_save:
         clear_output(config, first_step)
     if checkpoint and start.trained:
@@ -6410,7 +6407,8 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
     else:
         if checkpoint and isinstance(rows, StreamedSteps):
             with reraise_as_user_error(f"{checkpoint / STREAM}"):
-                rows.position, rows.steps = read_json(checkpoint / STREAM)["rows"], first_step
+                rows.position = read_json(checkpoint / STREAM)["rows"]
+                rows.steps = first_step
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -6419,7 +6417,8 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
         except pickle.UnpicklingError as error:
             raise ConfigError(f"{checkpoint}: a pickle in it holds more than tensors, and is not loaded") from error
         seconds = max(time.perf_counter() - began - trainer.untimed_seconds, 1e-9)
-        tokens, steps = sum(all_gather_object(trainer.tokens_seen)), max(trainer.state.global_step - first_step, 1)
+        tokens = sum(all_gather_object(trainer.tokens_seen))
+        steps = max(trainer.state.global_step - first_step, 1)
         peaks = {"train_peak_memory_gib": peak_memory_gib(), "plan_peak_memory_gib": trainer.plan.peak}
         metrics = result.metrics | {
             "train_loss": trainer._total_loss_scalar / steps,  # transformers 5.17 counts steps before a resume too
@@ -6441,7 +6440,8 @@ def gather_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
     """The weights to save, gathered from the ranks that shard them; every rank has to take part."""
     if trainer.is_deepspeed_enabled:
         return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped) or {})
-    model, full, weights = trainer.base, trainer.config.quant.full_finetune, {}
+    model, full = trainer.base, trainer.config.quant.full_finetune
+    weights = {}
     names = model.all_tied_weights_keys  # a bias that a head holds under two names is saved under one
     for name, parameter in model.named_parameters():
         if full or parameter.requires_grad:  # one at a time: a whole base may not fit
@@ -6455,13 +6455,15 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     model, args, state, output = trainer.base, trainer.args, trainer.state, Path(config.training.output_dir)
     weights = {"state_dict": gather_weights(trainer)} if is_sharded(config) else {}
     if args.should_save:
-        staging, cached = final / f"{STAGING}final", mock.patch.object(model.config, "use_cache", True)
+        staging = final / f"{STAGING}final"
+        cached = mock.patch.object(model.config, "use_cache", True)
         with atomic_save(staging, final), cached:  # load_model turned the cache off
             model.save_pretrained(staging, max_shard_size=config.training.max_shard_size, **weights)
             trainer.processing_class.save_pretrained(staging)  # type: ignore[union-attr]
             if getattr(model, "initial_adapter", None):
                 convert_to_published_base(staging, model.initial_adapter)
-            readme, earlier = final / "README.md", final_files(output, final)
+            earlier = final_files(output, final)
+            readme = final / "README.md"
             foreign = readme.is_file() and "Trained with QLoRA" not in readme.read_text("utf-8", "replace")
             (staging / readme.name).unlink(missing_ok=True)  # peft's
             card = "MODEL_CARD.md" if foreign and readme not in earlier else readme.name  # a project's own stays
@@ -6514,12 +6516,6 @@ def merge_record(adapter: str, config: Config) -> dict[str, Any]:
     """What a merged model is made of."""
     weights = {file.name: file_digest(file) for file in Path(adapter_files(adapter, config)).glob("adapter_model.*")}
     return weights | {name: config.flags[name] for name in ("model_name_or_path", "merge_base", "max_shard_size")}
-
-
-def merging_folder(config: Config) -> Path:
-    """The hidden folder that a model is merged in."""
-    target = Path(str(config.training.merged_output_dir)).resolve()
-    return target.with_name(f"{MERGING}{target.name}")
 
 
 def check_merge(start: ResumePoint, config: Config) -> None:
@@ -6624,14 +6620,15 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
     config, tokenizer, folder = run.config, run.tokenizer, run.config.training.merged_output_dir
     if folder is None or config.training.process_index != 0 or Path(folder, MERGED).is_file():  # see check_merge
         return {}
-    target, source, rows = Path(folder).resolve(), download(run.folder, PROCESSOR_FILES, config), data.eval
-    rows = rows or getattr(data.train, "rows", data.train)  # of packs, or as they are
-    staging = merging_folder(config) / target.name
-    shutil.rmtree(staging, ignore_errors=True)
+    target, source = Path(folder).resolve(), download(run.folder, PROCESSOR_FILES, config)
+    hidden = target.with_name(f".merging-{target.name}")
+    staging = hidden / target.name  # a model's own code is imported under its folder's name
+    shutil.rmtree(hidden, ignore_errors=True)
+    rows = data.eval or getattr(data.train, "rows", data.train)  # of packs, or as they are
     sample = padded_prompts([ids[:64] for ids in rows[:4]["input_ids"]], tokenizer.pad_token_id, "right")
     gc.collect()  # the trained model is held by reference cycles
     log.info("merging %s into %s", adapter, target)
-    with atomic_save(staging, target), reraise_as_user_error(f"--merged_output_dir {target}"):
+    with atomic_save(hidden, target), reraise_as_user_error(f"--merged_output_dir {target}"):
         dequantised = config.training.merge_base == "dequantized"
         model: Any = load_merge_base(config, run.base if dequantised else run.folder)
         fit_embeddings(model, token_rows(PeftConfig.from_pretrained(adapter_files(adapter, config))))  # for the sample
@@ -6644,7 +6641,8 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
             fit_calibrated_base(model, start, fresh=False, rank=config.lora.lora_r)
         elif start and model.peft_config["default"].r == config.lora.lora_r:
             raise ConfigError(f"{adapter} fits the calibrated base only: finish its training")
-        adapted, lost = float32_logits(model, sample), merge_layers(model, dtype)
+        adapted = float32_logits(model, sample)
+        lost = merge_layers(model, dtype)
         model = cast_parameters(model.merge_and_unload(), dtype)  # what was trained whole is still in float32
         if not getattr(model.config, "tie_word_embeddings", False):
             # Of one bias under two names, as in a head that was trained whole, only one would be saved.
@@ -6698,12 +6696,13 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     metadata = "" if Path(base).exists() else f"base_model: {json.dumps(base)}\n"
     prefix = "" if Path(output) == final_folder(config) else f"{output}/"
     last = max(getattr(trainer.processing_class, "new_rows", [-1]))
-    notes, merge = "", "merge it with `--merged_output_dir`.\n\n"
+    notes = ""
     if last >= 0:
-        notes = f"New tokens: if the base has fewer rows, call `base.resize_token_embeddings({last + 1})` before. "
-        notes += f"vLLM and llama.cpp load no adapter with new tokens: {merge}"
+        notes += f"New tokens: if the base has fewer rows, call `base.resize_token_embeddings({last + 1})` first. "
+        notes += "vLLM and llama.cpp load no adapter with new tokens: merge it with `--merged_output_dir`.\n\n"
     if config.lora.lora_rank_pattern or config.lora.lora_alpha_pattern:
-        notes += f"vLLM scales all layers by one rank and alpha, llama.cpp by one alpha: to serve it there, {merge}"
+        notes += "vLLM scales all layers by one rank and alpha, llama.cpp by one alpha: "
+        notes += "to serve it there, merge it with `--merged_output_dir`.\n\n"
     kind, library = ("Full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\n{metadata}library_name: {library}\n"
@@ -6844,7 +6843,8 @@ def next_commands(config: Config) -> dict[str, str]:
 # ------------------------------------------------------------------------------------
 def print_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
     """Print the rows, then the statistics of each split. Supervised text is green in a terminal, else in brackets."""
-    coloured, encoding = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), sys.stdout.encoding or "utf-8"
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    encoding = sys.stdout.encoding or "utf-8"
     on, off = ("\x1b[32m", "\x1b[39m") if coloured else "⟪⟫"
     lines = [f"{on}supervised{off}, ↵ end of a line"]
     for title, spans in rows:
@@ -6912,7 +6912,8 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     apply_step_plan(base, plan, config)
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
     log.info("Step plan\n%s", format_table(fast.lines() | (lines if resume.train else {})))
-    masking, rows = build_masking(tokenizer, sizes[0], config.data) if config.masked else None, data.train
+    masking = build_masking(tokenizer, sizes[0], config.data) if config.masked else None
+    rows = data.train
     if isinstance(stream := data.text.train, RowSource):
         rows = StreamedSteps(stream, tokenizer, config, identity["effective batch"]["rows"], sizes)
     with reraise_as_user_error("flags", ConfigError, RuntimeError):
@@ -6964,13 +6965,14 @@ def plan_of_rows(config: Config) -> dict[str, str]:
         run, data = load_run(reading)
     except QLoRAError as error:
         return {"rows": f"not read: {error}"}
-    train, before = config.training, Path(config.training.output_dir, "train_results.json")
-    epoch, part = math.ceil(len(data.train) / effective_batch(None, train)["rows"]), data.statistics["train"]
+    train, part = config.training, data.statistics["train"]
+    epoch = math.ceil(len(data.train) / effective_batch(None, train)["rows"])
     steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * epoch)
     lines = {"rows": f"{part.rows:,} of {part.tokens / part.rows:.0f} tokens on average"}
     lines["steps"] = f"{steps:,}, which is {rounded(steps / epoch)} epochs"
     assumed = 1.2e14  # tokens/s times parameters: 17,800 at 7B on one H200 in bf16, on rows of many lengths
     model, source = meta_model(config, run.model_config), "measured in --output_dir"
+    before = Path(train.output_dir, "train_results.json")
     rate = read_json(before).get("train_tokens_per_second") if before.is_file() else None
     if not rate and not stacked_experts(model):  # of which a token meets a few
         rate, source = train.world_size * assumed / model.num_parameters(), "assumed, as on an H200 with --bf16"
@@ -7006,8 +7008,7 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
         return 0
     with contextlib.ExitStack() as locks:
         if args.process_index == 0:
-            merging = [merging_folder(config)] if args.merged_output_dir else []
-            for folder in {Path(args.output_dir).resolve(), final_folder(config).resolve(), *merging}:
+            for folder in {Path(args.output_dir).resolve(), final_folder(config).resolve()}:
                 locks.enter_context(lock_folder(folder))
         return run_stages(*load_run(config), stop, began)
 
