@@ -29,8 +29,8 @@ Read the file from top to bottom, along the path of the data: every room uses on
     14 Processes        5451-5508
     15 Evaluation       5511-5718
     16 Trainer          5721-6354
-    17 Stages           6357-6838
-    18 Main             6841-7133
+    17 Stages           6357-6832
+    18 Main             6835-7120
 """
 
 # ------------------------------------------------------------------------------------
@@ -5515,7 +5515,7 @@ def shutdown_distributed() -> None:
 # A function that runs the model takes the trainer, which holds it with its tokenizer, flags and fast path.
 # ------------------------------------------------------------------------------------
 def rank_batches(count: int, size: int) -> list[list[int]]:
-    """Deal this rank its row numbers, in one process's batches; as many as other ranks, which a sharded model needs."""
+    """This rank's batches of row numbers, cut as for one process. Each rank gets as many: a sharded model needs that."""
     rank, ranks = rank_and_world_size()
     batches = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
     return [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks)]
@@ -5559,7 +5559,7 @@ def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedT
 
 @torch.no_grad()
 def sees_padding(model: Any, prompt: list[int], pad_id: int, device: Any, dtype: torch.dtype) -> bool:
-    """Whether a model takes padding on the left for text, as RWKV does, and MiniMax with its cache."""
+    """Whether a model reads padding on the left as text, as RWKV does, and MiniMax with its cache."""
     long = (prompt * 16)[: max(16, len(prompt))]
     prompts = long[len(long) // 2 :], long
     options: Any = {"pad_token_id": pad_id, "max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
@@ -5900,7 +5900,7 @@ def peak_memory_gib() -> float:
 
 
 def rounded(value: float) -> str:
-    """A number for people: four digits at least, and commas in thousands. Files have all digits."""
+    """A number for the console: at least four digits, with commas between thousands. Files have all digits."""
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -5986,7 +5986,7 @@ class QLoRATrainer(Trainer):
         return [batch], torch.tensor(max(1, count))  # 0 where no token happens to be masked
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Take a step's forward and backward passes; where GPU memory runs out, again in smaller micro-batches."""
+        """Run a step forward and backward; where GPU memory runs out, again in smaller micro-batches."""
         step = inputs["step"]
         self._try_fast_path(model)
         random_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
@@ -6388,7 +6388,7 @@ def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> 
     return metrics
 
 
-def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config: Config) -> dict[str, Any]:
+def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop) -> dict[str, Any]:
     """Train, save the result, mark the run completed. After a signal only the checkpoint is there.
 
     The speed is that of tokens without padding, over the seconds not spent on evaluating and saving.
@@ -6399,7 +6399,7 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
     metrics = {}
     stop.training = True
     if trainer.args.should_save:
-        clear_output(config, first_step)
+        clear_output(trainer.config, first_step)
     if checkpoint and start.trained:
         log.info("%s holds the last step: nothing is left to train", checkpoint)  # the Trainer would do one more
         trainer.state = state
@@ -6430,7 +6430,7 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
         if metrics:
             save_metrics(trainer, "train", metrics)
         trainer.save_state()
-        save_final(trainer, final_folder(config), config)
+        save_final(trainer)
         stop.saved_step = trainer.state.global_step
     stop.training = False
     return metrics
@@ -6450,10 +6450,11 @@ def gather_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
     return weights
 
 
-def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
+def save_final(trainer: QLoRATrainer) -> None:
     """Save the adapter (or, after a full fine-tune, the model) and its tokenizer, each file whole; then `completed`."""
-    model, args, state, output = trainer.base, trainer.args, trainer.state, Path(config.training.output_dir)
-    weights = {"state_dict": gather_weights(trainer)} if is_sharded(config) else {}
+    model, args, state, config = trainer.base, trainer.args, trainer.state, trainer.config
+    output, final = Path(config.training.output_dir), final_folder(config)
+    weights = {"state_dict": gather_weights(trainer)} if trainer.sharded else {}
     if args.should_save:
         staging = final / f"{STAGING}final"
         cached = mock.patch.object(model.config, "use_cache", True)
@@ -6467,7 +6468,7 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
             foreign = readme.is_file() and "Trained with QLoRA" not in readme.read_text("utf-8", "replace")
             (staging / readme.name).unlink(missing_ok=True)  # peft's
             card = "MODEL_CARD.md" if foreign and readme not in earlier else readme.name  # a project's own stays
-            write_file(staging / card, model_card(trainer, config))
+            write_file(staging / card, model_card(trainer))
             files = sorted(file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file())
             saved = {"final": final_place(output, final), "files": files}
             listed = sorted({*files, *(file.relative_to(final).as_posix() for file in earlier)})  # should it be killed
@@ -6493,10 +6494,10 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
     wait_for_all_ranks()
 
 
-def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]:
+def predict(trainer: QLoRATrainer, pairs: Any) -> dict[str, Any]:
     """Generate an answer for every held-out row, or fill its masks, into predictions.jsonl."""
     began = time.time()
-    answers: Any = fill_masks if config.masked else generate_predictions
+    answers: Any = fill_masks if trainer.config.masked else generate_predictions
     batches = run_batches(trainer, len(pairs), lambda numbers: [*answers(trainer, pairs[numbers])], "Predicting")
     rows = [*itertools.chain(*batches)]
     metrics = {"predict_samples": len(rows), **speed_metrics("predict", began, num_samples=len(rows))}
@@ -6504,7 +6505,7 @@ def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]
     metrics |= {"predict_masked_accuracy": sum(correct) / len(correct)} if correct else {}
     if trainer.args.should_save:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_file(Path(config.training.output_dir, "predictions.jsonl"), lines)
+        write_file(Path(trainer.config.training.output_dir, "predictions.jsonl"), lines)
     return save_metrics(trainer, "predict", metrics)
 
 
@@ -6589,8 +6590,8 @@ def compare_merged(
 ) -> dict[str, float]:
     """Compare a merged model's logits with those of base + adapter, and refuse one that is wrong.
 
-    They may differ by what a unit in the last place of every weight changes, which is tried (and spoils the model),
-    plus twice the share of the adapter's effect that was rounded away.
+    They may differ by as much as one unit in the last place of every weight changes, which is measured (and ruins the
+    model), plus twice the part of the adapter's effect that was rounded away.
     """
     merged, generator = float32_logits(model, sample), torch.Generator().manual_seed(0)
     for weight in (p.data for p in model.parameters() if p.dim() == 2):
@@ -6677,8 +6678,9 @@ def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def model_card(trainer: QLoRATrainer, config: Config) -> str:
+def model_card(trainer: QLoRATrainer) -> str:
     """README.md of the adapter: settings, data and losses, with the metadata block that the hub reads."""
+    config = trainer.config
     steps: dict[float, dict[str, float]] = defaultdict(dict)
     for entry in trainer.state.log_history:
         steps[entry["step"]] |= entry
@@ -6695,21 +6697,13 @@ def model_card(trainer: QLoRATrainer, config: Config) -> str:
     # the hub refuses what is not a name of its own
     metadata = "" if Path(base).exists() else f"base_model: {json.dumps(base)}\n"
     prefix = "" if Path(output) == final_folder(config) else f"{output}/"
-    last = max(getattr(trainer.processing_class, "new_rows", [-1]))
-    notes = ""
-    if last >= 0:
-        notes += f"New tokens: if the base has fewer rows, call `base.resize_token_embeddings({last + 1})` first. "
-        notes += "vLLM and llama.cpp load no adapter with new tokens: merge it with `--merged_output_dir`.\n\n"
-    if config.lora.lora_rank_pattern or config.lora.lora_alpha_pattern:
-        notes += "vLLM scales all layers by one rank and alpha, llama.cpp by one alpha: "
-        notes += "to serve it there, merge it with `--merged_output_dir`.\n\n"
     kind, library = ("Full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\n{metadata}library_name: {library}\n"
         f"pipeline_tag: {'fill-mask' if config.masked else 'text-generation'}\n---\n\n# {kind} for {base}\n\n"
         f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
         f"dataset `{config.data.dataset}`.\n\n## Settings given\n\n| flag | value |\n|---|---|\n{settings}\n\n"
-        f"{notes}All flags, resolved, and library versions are in `{prefix}run.json`.\n\n"
+        f"All flags, resolved, and library versions are in `{prefix}run.json`.\n\n"
         f"## Losses\n\n| step | training loss | evaluation loss |\n|---|---|---|\n{rows}\n\n![loss]({prefix}loss.png)\n"
     )
 
@@ -6927,13 +6921,6 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
             trainer.create_optimizer_and_scheduler(max(config.training.max_steps, 1))  # shows wrong flags now
             if plan.resident:  # pages that stay on the GPU need no prefetching: 22 of 33 ms of updates at 7B
                 trainer.optimizer.prefetch_state = lambda parameter: None  # type: ignore[union-attr]
-    if is_fsdp(config) and not resume.train:  # accelerate prepares a model for FSDP only beside an optimizer
-        trainer.model, trainer.optimizer = trainer.accelerator.prepare(model, torch.optim.SGD(model.parameters()))
-        trainer.model_wrapped = trainer.model
-        torch.distributed.fsdp.register_fsdp_forward_method(trainer.model, "generate")
-    elif hf_deepspeed.is_deepspeed_zero3_enabled() and not resume.train:
-        hf_deepspeed.deepspeed_init(trainer, num_training_steps=0, inference=True)
-        trainer.model_wrapped = trainer.deepspeed = trainer.accelerator.prepare(model)
     return trainer
 
 
@@ -6950,8 +6937,8 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
         if resume.trained:
             identity["flags"] |= earlier
             run = run._replace(config=dataclasses.replace(config, flags=config.flags | earlier))
-    if args.deepspeed and args.do_eval and not resume.train and not hf_deepspeed.is_deepspeed_zero3_enabled():
-        raise ConfigError("--deepspeed: ZeRO-2 shards only what trains: leave it out to evaluate what was trained")
+    if is_sharded(config) and not resume.train and (args.do_eval or args.do_predict):
+        raise ConfigError("--fsdp and --deepspeed shard what trains: leave them out to use what was trained")
     batch, rows = effective_batch(resume.checkpoint, args), len(data.train or ())
     if resume.train and args.dataloader_drop_last and not config.data.streaming and rows < batch["rows"]:
         raise ConfigError(f"--dataloader_drop_last: {rows} rows make no step of {batch['rows']}: nothing to train")
@@ -7027,7 +7014,7 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
             write_json(output / "run.json", record)
         log.info("ready after %.0f s", time.perf_counter() - began)
         if resume.train:
-            metrics |= train(trainer, resume, stop, config)
+            metrics |= train(trainer, resume, stop)
             if number := max(all_gather_object(stop.signal)):
                 name, step = signal.Signals(number).name, trainer.state.global_step
                 log.warning("stopped by %s at step %d, saved; %s", name, step, way_to_go_on(config, stop))
@@ -7040,7 +7027,7 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
             at_end = step == trainer.state.global_step and not args.load_best_model_at_end
             metrics |= save_metrics(trainer, "eval", evaluated if at_end else trainer.evaluate())
         if args.do_predict:
-            metrics |= predict(trainer, data.text.eval, config)
+            metrics |= predict(trainer, data.text.eval)
         del trainer  # memory for a merged model
     metrics |= merge(str(weights), run, data)
     if args.process_index == 0:

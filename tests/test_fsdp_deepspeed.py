@@ -120,16 +120,6 @@ def test_an_engine_repeats_the_run_of_one_process_and_resumes_from_its_checkpoin
         assert_same_run(resumed, runs(like))
 
 
-@pytest.mark.parametrize("name", ["zero3", "fsdp-all"])
-def test_a_finished_sharded_run_is_evaluated_without_training(start, runs, tmp_path, name):
-    folder, (like, flags) = tmp_path / "out", RUNS[name]
-    shutil.copytree(runs(name), folder)
-    for name in ("metrics.json", "eval_results.json", "predictions.jsonl"):
-        (folder / name).unlink()
-    finish(start(2, folder, do_train=False, **ALL_STAGES, **flags))
-    assert_same_run(folder, runs(like))
-
-
 def test_an_engine_ends_with_the_best_checkpoint(start, tmp_path):
     """That is the first one here, as a higher loss counts as better."""
     need_deepspeed()
@@ -224,10 +214,12 @@ def test_a_quantised_base_under_deepspeed_trains_as_in_one_process(start, tmp_pa
         assert_same_training(tmp_path / stage, tmp_path / "one")
 
 
-def test_zero2_without_training_is_one_line(start, tmp_path):
+def test_an_engine_without_training_is_one_line(start, tmp_path):
     need_deepspeed()
-    line = error_of(finish(start(2, tmp_path / "out", deepspeed=zero(2), do_train=False), 2))
-    assert "ZeRO-2 shards only what trains: leave it out" in line
+    flags = {"do_train": False, "do_eval": True}
+    engines = {"zero2": {"deepspeed": zero(2)}, "fsdp": {"fsdp": [], "before": SHARDING}}
+    for processes in [start(2, tmp_path / name, **engine, **flags) for name, engine in engines.items()]:
+        assert "leave them out to use what was trained" in error_of(finish(processes, 2))
 
 
 def test_fsdp_without_gpus_is_one_line(start, tmp_path):
