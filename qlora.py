@@ -28,9 +28,9 @@ Read the file from top to bottom, along the path of the data: every room uses on
     13 Checkpoints      5095-5448
     14 Processes        5451-5508
     15 Evaluation       5511-5718
-    16 Trainer          5721-6354
-    17 Stages           6357-6832
-    18 Main             6835-7120
+    16 Trainer          5721-6351
+    17 Stages           6354-6829
+    18 Main             6832-7117
 """
 
 # ------------------------------------------------------------------------------------
@@ -5515,7 +5515,7 @@ def shutdown_distributed() -> None:
 # A function that runs the model takes the trainer, which holds it with its tokenizer, flags and fast path.
 # ------------------------------------------------------------------------------------
 def rank_batches(count: int, size: int) -> list[list[int]]:
-    """This rank's batches of row numbers, cut as for one process. Each rank gets as many: a sharded model needs that."""
+    """This rank's batches of row numbers, cut as for one process; as many as other ranks', for a sharded model."""
     rank, ranks = rank_and_world_size()
     batches = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
     return [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks)]
@@ -6186,11 +6186,8 @@ class QLoRATrainer(Trainer):
         exploded = self.overflows > (0 if self.accelerator.scaler is None else 20)
         if all(finite) and not exploded:
             return
-        frozen = ((n, p) for n, p in self.base.named_parameters() if p.is_floating_point() and not p.requires_grad)
-        damaged = next((name for name, parameter in frozen if not parameter.isfinite().all()), None)
         why = (
-            f"the base's {damaged} is not finite, its files are damaged" if damaged
-            else "fp16 ends at 65504, train with --bf16" if self.args.fp16
+            "fp16 ends at 65504, train with --bf16" if self.args.fp16
             else "the step's other rows are fine, look at these" if 0 < sum(finite) < len(finite)
             else f"lower --learning_rate {self.args.learning_rate:g}, or look at these rows"
         )  # fmt: skip
