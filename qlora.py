@@ -27,10 +27,10 @@ Read the file from top to bottom, along the path of the data: every room uses on
     12 Plan             4756-5092
     13 Checkpoints      5095-5448
     14 Processes        5451-5508
-    15 Evaluation       5511-5718
-    16 Trainer          5721-6351
-    17 Stages           6354-6829
-    18 Main             6832-7117
+    15 Evaluation       5511-5710
+    16 Trainer          5713-6343
+    17 Stages           6346-6819
+    18 Main             6822-7107
 """
 
 # ------------------------------------------------------------------------------------
@@ -5606,7 +5606,6 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
 def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
     """Fill the masks in each row's text, or, where it has none, those of evaluation; one dictionary a row."""
     tokenizer, limits = trainer.processing_class, length_limits(trainer.config)
-    name_of = tokenizer.convert_ids_to_tokens
     texts = [row[-1]["text"] for row in batch["segments"]]
     encoded = [encode_masked(text, tokenizer, limits) for text in texts]
     masking = trainer.masking._replace(replaced=1.0, random=0.0)
@@ -5615,21 +5614,14 @@ def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
         drawn, _ = masking.mask_tokens(torch.tensor(ids), torch.tensor(labels), "eval", ids, least=1)
         masked.append(ids if masking.mask_id in ids else drawn.tolist())
     tensors = to_device(padded_prompts(masked, tokenizer.pad_token_id, "right"), trainer.args.device)
-    logits = trainer.base(**tensors).logits
-    for text, (_, labels, *_), ids, scores in zip(texts, encoded, masked, logits, strict=True):
-        positions = [i for i, token in enumerate(ids) if token == masking.mask_id]
-        chances, tokens = scores[positions].float().softmax(-1).max(-1)
-        filled = dict(zip(positions, tokens.tolist(), strict=True))
-        shown = [i for i, label in enumerate(labels) if label != IGNORE or i in filled]  # without [CLS] and [SEP]
-        before, after = (tokenizer.decode([new.get(i, ids[i]) for i in shown]) for new in ({}, filled))
+    predicted = trainer.base(**tensors).logits.argmax(-1).tolist()
+    for text, (_, labels, *_), ids, tokens in zip(texts, encoded, masked, predicted, strict=True):
+        shown = [i for i, label in enumerate(labels) if label != IGNORE or ids[i] == masking.mask_id]  # no [CLS], [SEP]
+        before = tokenizer.decode([ids[i] for i in shown])
+        after = tokenizer.decode([tokens[i] if ids[i] == masking.mask_id else ids[i] for i in shown])
         if " " not in text.strip():  # a protein: ESM's tokenizer puts a space between its letters
             before, after = before.replace(" ", ""), after.replace(" ", "")
-        masks = [
-            {"position": i, "token": name_of(token), "probability": round(chance, 4),
-             "truth": None if labels[i] == IGNORE else name_of(labels[i])}
-            for (i, token), chance in zip(filled.items(), chances.tolist(), strict=True)
-        ]  # fmt: skip
-        yield {"input": before, "output": text, "prediction": after, "masks": masks}
+        yield {"input": before, "output": text, "prediction": after}
 
 
 LETTERS = ["A", "B", "C", "D"]
@@ -6498,8 +6490,6 @@ def predict(trainer: QLoRATrainer, pairs: Any) -> dict[str, Any]:
     batches = run_batches(trainer, len(pairs), lambda numbers: [*answers(trainer, pairs[numbers])], "Predicting")
     rows = [*itertools.chain(*batches)]
     metrics = {"predict_samples": len(rows), **speed_metrics("predict", began, num_samples=len(rows))}
-    correct = [mask["token"] == mask["truth"] for row in rows for mask in row.get("masks", ()) if mask["truth"]]
-    metrics |= {"predict_masked_accuracy": sum(correct) / len(correct)} if correct else {}
     if trainer.args.should_save:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_file(Path(trainer.config.training.output_dir, "predictions.jsonl"), lines)
