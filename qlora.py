@@ -27,8 +27,8 @@ Read the file from top to bottom, along the path of the data: every room uses on
     12 Plan             4756-5092
     13 Checkpoints      5095-5448
     14 Processes        5451-5508
-    15 Evaluation       5511-5710
-    16 Trainer          5713-6343
+    15 Evaluation       5511-5708
+    16 Trainer          5711-6343
     17 Stages           6346-6819
     18 Main             6822-7107
 """
@@ -5588,7 +5588,7 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     # generate() merges the model's own sampling values into those that it is given
     with reraise_as_user_error("generation flags"), mock.patch.object(base, "generation_config", GenerationConfig()):
-        if not hasattr(trainer, "one_by_one"):
+        if trainer.one_by_one is None:
             several = trainer.args.per_device_eval_batch_size > 1 and not trainer.sharded
             longest, dtype = max(prompts, key=len), compute_dtype(trainer.config)
             trainer.one_by_one = several and sees_padding(model, longest, tokenizer.pad_token_id, device, dtype)
@@ -5629,8 +5629,6 @@ QUESTION = "{question}\nA. {choices[0]}\nB. {choices[1]}\nC. {choices[2]}\nD. {c
 
 
 class Question(NamedTuple):
-    """A multiple-choice question."""
-
     subject: str
     prompt: str  # ends with "Answer:"
     answer: int  # into LETTERS
@@ -5930,6 +5928,7 @@ class QLoRATrainer(Trainer):
         self.untimed_seconds = 0.0  # spent on evaluating and saving
         self.interval: tuple[float, int, int] | None = None  # began at this time, token and step
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})  # at this step, with these metrics
+        self.one_by_one: bool | None = None  # whether prompts are answered one by one; not known before the first
         # once an engine has sharded the weights, the rest of the fast path is tried
         self.untried = self.sharded and config.training.fast_path and not config.masked
         self.overflows = 0  # steps in succession whose gradient norm is not finite
@@ -5955,6 +5954,7 @@ class QLoRATrainer(Trainer):
         if isinstance(rows, StreamedSteps):
             return torch.utils.data.DataLoader(rows, batch_size=None)
         size = self.identity["effective batch"]["rows"]
+        # train() makes a state of its own, which tells the sampler its epoch
         steps = DistributedWindowSampler(rows["length"][:], size, self.args, lambda: self.state)
         names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
         options: dict[str, Any] = {name: getattr(self.args, f"dataloader_{name}") for name in names}
