@@ -29,8 +29,8 @@ Read the file from top to bottom, along the path of the data: every room uses on
     14 Processes        5451-5508
     15 Evaluation       5511-5708
     16 Trainer          5711-6343
-    17 Stages           6346-6819
-    18 Main             6822-7107
+    17 Stages           6346-6821
+    18 Main             6824-7109
 """
 
 # ------------------------------------------------------------------------------------
@@ -6684,13 +6684,15 @@ def model_card(trainer: QLoRATrainer) -> str:
     # the hub refuses what is not a name of its own
     metadata = "" if Path(base).exists() else f"base_model: {json.dumps(base)}\n"
     prefix = "" if Path(output) == final_folder(config) else f"{output}/"
+    rows_needed = max(getattr(trainer.processing_class, "new_rows", [-1])) + 1  # by new tokens
+    resize = f"If the base has fewer rows, call `base.resize_token_embeddings({rows_needed})` before.\n\n"
     kind, library = ("Full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\n{metadata}library_name: {library}\n"
         f"pipeline_tag: {'fill-mask' if config.masked else 'text-generation'}\n---\n\n# {kind} for {base}\n\n"
         f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
         f"dataset `{config.data.dataset}`.\n\n## Settings given\n\n| flag | value |\n|---|---|\n{settings}\n\n"
-        f"All flags, resolved, and library versions are in `{prefix}run.json`.\n\n"
+        f"{resize if rows_needed else ''}All flags, resolved, and library versions are in `{prefix}run.json`.\n\n"
         f"## Losses\n\n| step | training loss | evaluation loss |\n|---|---|---|\n{rows}\n\n![loss]({prefix}loss.png)\n"
     )
 
