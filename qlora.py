@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-176
      2 Errors             179-244
-     3 Dataset formats    247-743
-     4 Arguments         746-1436
-     5 Loading          1439-2008
-     6 Tokenizer        2011-2133
-     7 Encoding         2136-2602
-     8 Model            2605-3259
-     9 Calibration      3262-3636
-    10 LoRA             3639-3940
-    11 Fast path        3943-4894
-    12 Plan             4897-5223
-    13 Checkpoints      5226-5608
+     3 Dataset formats    247-746
+     4 Arguments         749-1448
+     5 Loading          1451-2023
+     6 Tokenizer        2026-2148
+     7 Encoding         2151-2617
+     8 Model            2620-3274
+     9 Calibration      3277-3651
+    10 LoRA             3654-3955
+    11 Fast path        3958-4909
+    12 Plan             4912-5252
+    13 Checkpoints      5255-5608
     14 Processes        5611-5668
-    15 Evaluation       5671-5881
-    16 Trainer          5884-6522
-    17 Stages           6525-7002
-    18 Main             7005-7295
+    15 Evaluation       5671-5868
+    16 Trainer          5871-6503
+    17 Stages           6506-6986
+    18 Main             6989-7281
 """
 
 # ------------------------------------------------------------------------------------
@@ -112,7 +112,6 @@ import psutil
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, send_to_device
 from bitsandbytes.functional import dequantize_4bit
 from huggingface_hub import snapshot_download, upload_folder
@@ -130,6 +129,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -939,7 +939,7 @@ RENAMED_FLAGS: dict[str, str] = {
     "evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "mlm_probability": "mask_prob",
     "no_cuda": "use_cpu", "use_auth": "use_auth_token", "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "per_gpu_train_batch_size": "per_device_train_batch_size", "push_to_hub_token": "hub_token",
-    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing", "generation_num_beams": "num_beams",
     "group_by_length": "train_sampling_strategy group_by_length random", "adafactor": "optim adafactor",
     "use_flash_attention_2": "attn_implementation flash_attention_2", "adam8bit": "optim paged_adamw_8bit",
 }  # fmt: skip
@@ -984,7 +984,8 @@ REMOVED_FLAGS: dict[str, str] = {name: instead for names, instead in (
     ("unpacked_layers", "leave it out; free memory decides which weights stay unpacked"),
     ("allow_pickle_weights", "leave it out; .bin weights are always read, but only tensors from them"),
     ("num_beam_groups diversity_penalty penalty_alpha", "leave it out; transformers no longer supports it"),
-    ("show_traceback", "use --debug"),
+    ("show_traceback", "use --debug"), ("generation_max_length", "use --max_new_tokens"),
+    ("generation_config", "pass its values as flags, e.g. --num_beams 4"),
 ) for name in names.split()}  # fmt: skip
 # Removed flags with the original's default, as its command lines may have them.
 HARMLESS = {("num_beam_groups", "1"), ("diversity_penalty", "0.0"), ("penalty_alpha", "None")}
@@ -1192,8 +1193,7 @@ def parse_pattern(lora: Any, name: str) -> dict[str, Any]:
 
 
 SAMPLING_FLAGS = {"temperature", "top_p", "top_k", "typical_p"}  # transformers refuses them without do_sample
-GENERATION_FLAGS = {f.name for f in dataclasses.fields(GenerationArguments)}
-GENERATION_FLAGS |= {"predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config"}
+GENERATION_FLAGS = {f.name for f in dataclasses.fields(GenerationArguments)} | {"predict_with_generate"}
 CAUSAL_ONLY_FLAGS = GENERATION_FLAGS | {"target_max_len", "train_on_source", "padding_side", "chat_template", "as_chat"}
 CAUSAL_ONLY_FLAGS |= {"do_mmlu_eval", "add_tokens"}
 MASKING_FLAGS = {"mask_prob", "mask_replace_prob", "random_replace_prob"}
@@ -4964,7 +4964,8 @@ class MemoryModel(NamedTuple):
 
     def shared(self, config: Config, gpus: int) -> "MemoryModel":
         """One GPU's part, where FSDP, DeepSpeed or one process spread the model over several."""
-        names, changes = ["gradients", "optimizer"], {"token": self.token + self.layer}
+        names = ["gradients", "optimizer"]
+        changes = {"token": self.token + self.layer}
         if not is_sharded(config) or is_fsdp(config) or hf_deepspeed.is_deepspeed_zero3_enabled():
             names += ["weights", "other", "experts", "adapters"]
         if not is_sharded(config):
@@ -4984,7 +4985,8 @@ def kept_by_linear(shapes: Mapping[str, Any], hidden: int, config: Config) -> in
     """
     full = config.quant.full_finetune
     fused = config.training.fast_path and not full and not config.lora.use_dora
-    kept, inputs = 0, dict[Any, int]()
+    kept = 0
+    inputs: dict[Any, int] = {}
     for name, (out, size) in shapes.items():
         owner, _, leaf = name.rpartition(".")
         last = out == hidden and leaf not in ("q_proj", "k_proj", "v_proj", "query", "key", "value")
@@ -4998,10 +5000,13 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     """Predict the memory of the base model, its adapters and its steps from shapes alone."""
     train, full, bits = config.training, config.quant.full_finetune, config.quant.bits
     model = meta_model(config, copy.deepcopy(model_config))
-    text, plain = model.config.get_text_config(), load_dtype(config).itemsize
-    width, layers, hidden = min(compute_dtype(config).itemsize, plain), text.num_hidden_layers, text.hidden_size
+    text = model.config.get_text_config()
+    layers, hidden = text.num_hidden_layers, text.hidden_size
+    plain = load_dtype(config).itemsize
+    width = min(compute_dtype(config).itemsize, plain)
     shapes = {name: model.get_parameter(f"{name}.weight").shape for name in linear_layers(model, config.masked)}
-    total, linear = sum(p.numel() for p in model.parameters()), sum(map(math.prod, shapes.values()))
+    total = sum(p.numel() for p in model.parameters())
+    linear = sum(map(math.prod, shapes.values()))
     # a 4-bit weight has a float32 scale for 64 values, or 8 bits of scale and one float32 for 256 of them
     four_bits = 0.5 + (1 / 64 + 4 / (64 * 256) if config.quant.double_quant else 4 / 64)
     kept = kept_by_linear(shapes, hidden, config)
@@ -5010,9 +5015,9 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
         if "Norm" in type(module).__name__ and re.search(r"\.\d+\.", name):  # in a layer
             norms += hidden * (width if train.fast_path and "RMS" in type(module).__name__ else 4)
     # of experts stacked in one tensor a token meets a few, which keep their inputs and outputs
-    active, stacks = experts_per_token(text), [weight for _, weight in stacked_experts(model).values()]
+    stacks = [weight for _, weight in stacked_experts(model).values()]
     experts = sum(weight.numel() for weight in stacks)
-    kept += 2 * active * sum(weight.numel() // len(weight) for weight in stacks) // hidden
+    kept += 2 * experts_per_token(text) * sum(weight.numel() // len(weight) for weight in stacks) // hidden
     packed = sum(w.numel() for _, w in stacked_experts(model, known=True).values()) if packs_experts(config) else 0
     dense = [*shapes.values(), *(weight.shape for weight in stacks if packed)]  # what is unpacked at once
     head = model.get_output_embeddings()
@@ -5024,7 +5029,8 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     with torch.device("meta"):
         trained = [p for p in make_trainable(model, fresh, None).parameters() if p.requires_grad]
         trained += [trained[0].new_empty(str(config.model.add_tokens).count(",") + 1, w.shape[1]) for w in tables]
-    count, size = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
+    count = sum(p.numel() for p in trained)
+    size = sum(p.nbytes for p in trained)
     # bytes a parameter: torch's AdamW keeps its averages in the parameter's dtype, the others in float32
     states = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "torch": 2 * size // count}
     return MemoryModel(
@@ -5057,9 +5063,11 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
 
     `room` is in bytes, for activations and transients; `longest` and `window` are tokens, of a row and of a step.
     """
-    train, wanted, layers = config.training, requested_layers(config, memory.layers), memory.layers
+    train, layers = config.training, memory.layers
     rows = None if train.auto_batch else train.per_device_train_batch_size
-    smallest, largest = (longest, window) if rows is None else (min(window, longest * rows),) * 2
+    largest = window if rows is None else min(window, longest * rows)
+    smallest = longest if rows is None else largest
+    wanted = requested_layers(config, layers)
     choices = [0, layers] if is_sharded(config) else range(layers + 1)  # an engine recomputes all or none
     best, lowest = StepPlan(rows, longest, layers if wanted is None else wanted), math.inf
     for recomputed in choices if wanted is None else [wanted]:
@@ -5086,7 +5094,8 @@ def plan_step(
         largest = window if plan.rows is None else min(window, plan.rows * longest)
         tokens = max(longest, math.ceil(largest / math.ceil(largest / plan.tokens)))
         activations = tokens * (memory.per_token(plan.recomputed) - memory.token)
-        transients, copies = memory.fixed + tokens * memory.token, memory.unpacked * plan.unpacked
+        transients = memory.fixed + tokens * memory.token
+        copies = memory.unpacked * plan.unpacked
         if fits := activations + transients + copies <= room - pages:
             break
     parts = {
@@ -5101,7 +5110,8 @@ def plan_step(
         "activations": activations,
         "transients and head": transients,
     }
-    peak, beside = sum(parts.values()), int(CONTEXT * GIB) + pages
+    peak = sum(parts.values())
+    beside = int(CONTEXT * GIB) + pages
     parts |= {"predicted peak": peak, "beside it": beside, "in all": peak + beside}
     lines = {name: f"{size / GIB:6.2f} GiB" for name, size in parts.items()}
     lines["beside it"] += ": CUDA"
@@ -5129,8 +5139,9 @@ def plan_from_flags(config: Config, memory: MemoryModel) -> tuple[dict[str, str]
     train, gib, longest = config.training, gpu_gib(config), length_limits(config).longest
     window = longest * train.per_device_train_batch_size * train.gradient_accumulation_steps
     memory = memory.shared(config, train.world_size) if is_sharded(config) else memory
-    _, lines, fits = plan_step(memory, (gib - CONTEXT) * 0.95 * GIB - memory.resident(), longest, window, config)
-    needed = (float(lines["in all"].split()[0]) - CONTEXT) / 0.95 + CONTEXT  # a twentieth stays free
+    room = 0.95 * (gib - CONTEXT) * GIB - memory.resident()  # a twentieth stays free
+    plan, lines, fits = plan_step(memory, room, longest, window, config)
+    needed = (plan.peak or 0) / 0.95 + CONTEXT
     verdict = "fits" if fits else f"does not fit into {gib:g} GiB, needs {needed:.2f} GiB"
     return {"GPU": f"{gib:g} GiB", **lines, "verdict": verdict}, fits
 
@@ -5153,16 +5164,17 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
         changed = dataclasses.replace(config, **{group: arguments})
         return plan_from_flags(changed, memory if group == "data" else memory_from_config(changed, model_config))[1]
 
-    first = (next((f"--{flag} {v}" for v in values if fits(group, flag, v)), "") for group, flag, values in changes)
-    found, gpus = [change for change in first if change], [] if is_sharded(config) else [2, 4, 8, 16]
-    found += [f"{n} such GPUs" for n in gpus if plan_from_flags(config, memory.shared(config, n))[1]][:1]
-    return "; ".join(found) or "no single change"
+    found = [next((f"--{flag} {v}" for v in values if fits(group, flag, v)), "") for group, flag, values in changes]
+    gpus = () if is_sharded(config) else (2, 4, 8, 16)
+    found.append(next((f"{n} such GPUs" for n in gpus if plan_from_flags(config, memory.shared(config, n))[1]), ""))
+    return "; ".join(filter(None, found)) or "no single change"
 
 
 def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config: Config) -> MemoryModel:
     """Correct the prediction by what two small steps, forward and backward, take of the GPU's memory."""
     longest = int(min(512, positions_of(base.config)))
-    device, dtype, peaks = base.get_input_embeddings().weight.device, compute_dtype(config), []
+    device, dtype = base.get_input_embeddings().weight.device, compute_dtype(config)
+    peaks = []
     gpus = range(torch.cuda.device_count())
     set_recomputed_layers(base, 0)
     model.train()
@@ -5194,16 +5206,18 @@ def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config
 
 def free_memory(gpu: Any = None) -> float:
     """Bytes that torch may still hand out on this GPU, within this process's share of it."""
-    (free, total), reserved = torch.cuda.mem_get_info(gpu), torch.cuda.memory_reserved(gpu)
+    free, total = torch.cuda.mem_get_info(gpu)
+    reserved = torch.cuda.memory_reserved(gpu)
     share = torch.cuda.get_per_process_memory_fraction(gpu) * total
     return min(free, share - reserved) + reserved - torch.cuda.memory_allocated(gpu)
 
 
 def free_cpu_memory() -> float:
     """Bytes that the machine, or this container, has left."""
-    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
-        free = min(free, int((group / "memory.max").read_text()) - psutil.Process().memory_info().rss)
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, limit - psutil.Process().memory_info().rss)
     return free
 
 
@@ -5250,7 +5264,6 @@ PREVIOUS = ".completed-before"  # `completed` of an earlier run, while another o
 STREAM = "stream.json"  # in a checkpoint: how far a stream was read
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
 LEFT = "left-checkpoint-"  # prefix of checkpoints that are set aside
-MERGING = ".merging-"  # prefix of the hidden folder beside a merged model
 LOCK = ".qlora.lock"  # held by the run that writes into a folder
 # What --overwrite_output_dir removes beside weights and checkpoints.
 RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
@@ -5362,10 +5375,9 @@ def weights_in(folder: Path, full_finetune: bool = False) -> Path | None:
     return None
 
 
-def file_digests(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Size and hash of every file but the manifest, or of those among `names` that are there."""
-    paths = folder.rglob("*") if names is None else map(folder.joinpath, names)
-    files = sorted(path for path in paths if path.is_file() and path != folder / MANIFEST)
+def file_digests(folder: Path) -> dict[str, str]:
+    """Size and hash of every file but the manifest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     with ThreadPoolExecutor() as pool:  # a checkpoint of a full fine-tune of 7B holds 80 GB
         digests = zip(files, pool.map(file_digest, files), strict=True)
         return {p.relative_to(folder).as_posix(): f"{p.stat().st_size} bytes, {value}" for p, value in digests}
@@ -5386,10 +5398,8 @@ def checkpoint_problem(folder: Path) -> str | None:
     """The first thing in a checkpoint that is not as it was written, or None if it is whole."""
     try:
         if (folder / MANIFEST).is_file():
-            manifest, found = read_json(folder / MANIFEST), file_digests(folder)
-            if manifest.pop("seal", None) != digest(json.dumps(manifest)):
-                return f"{MANIFEST} is not as it was written"
-            changed = [name for name, written in manifest["files"].items() if found.get(name) != written]
+            written, found = read_json(folder / MANIFEST)["files"], file_digests(folder)
+            changed = [name for name in written if found.get(name) != written[name]]
             return f"{changed[0]} is missing or not as it was written" if changed else None
         if (folder / "run.json").is_file():  # it has an adapter and a trainer_state.json, too
             return f"the folder of a run, its newest checkpoint is {next(iter(checkpoints_in(folder)), 'missing')}"
@@ -5414,70 +5424,57 @@ def find_last_checkpoint(output_dir: Path) -> Path | None:
 
 
 def needs_more_steps(config: Config, completed: Mapping[str, Any]) -> bool:
-    """Whether the flags ask for more steps or epochs than a completed run had, or more patience if it stopped early."""
+    """Whether the flags ask for more steps, or epochs, than a completed run had."""
     args = config.training
-    if "stopped_at" in completed:  # of more steps none would be trained
-        patience = completed["run"]["flags"].get("early_stopping_patience")
-        return (args.early_stopping_patience or math.inf) > (patience or math.inf)
     # the Trainer's count of epochs is a sum of fractions, which may end just below a whole number
     target, unit = (args.max_steps, "step") if args.max_steps > 0 else (args.num_train_epochs - 1e-6, "epoch")
     return target > completed.get(unit, math.inf)
 
 
-def check_final_weights(config: Config, picked: str | None) -> None:
-    """Refuse final weights that are not those which the run in output_dir recorded: another run replaced them."""
-    args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
-    unread = args.overwrite_output_dir if args.do_train else picked or config.model.adapter_name_or_path
-    record = {} if unread else read_record(output)
-    known: Any = record.get("weights")  # which earlier versions did not record
-    files = [name for name in record.get("files", ()) if known is not None and name.endswith(".safetensors")]
-    whole = (re.sub("^model-.*", "model.safetensors", name) for name in files)  # loaded instead of shards
-    if others := [name for name, found in file_digests(final, {*files, *whole}).items() if found not in known]:
-        way = f"to use them, pass --adapter_name_or_path {final}; to train, another folder or --overwrite_output_dir"
-        raise ConfigError(f"{final / others[0]}: not what the run in {output} saved, but of another one; {way}")
-
-
 def check_output_is_free(config: Config, last: Path | None) -> None:
     """Refuse to train over another run than that of the checkpoint, also over its weights in the final folder."""
     output, final = Path(config.training.output_dir).resolve(), final_folder(config).resolve()
-    completed, kept = (output / COMPLETED).is_file(), last is not None and last.resolve().parent == output
+    completed = (output / COMPLETED).is_file()
+    kept = last is not None and last.resolve().parent == output
     if last and not kept and (completed or checkpoints_in(output)):
         raise ConfigError(f"--resume_from_checkpoint {last}: {output} holds another run; pass another --output_dir")
-    recorded, whole = final_files(output, final), final / "model.safetensors"
-    own = (kept and final == output) or ((kept or not completed) and recorded)
+    recorded = final_files(output, final)
+    beside_checkpoint = kept and final == output
     found = weights_in(final) or weights_in(final, full_finetune=True)
-    if (found or (completed and not kept)) and not own and not config.training.overwrite_output_dir:
+    foreign = found and not recorded and not beside_checkpoint
+    if (foreign or (completed and not kept)) and not config.training.overwrite_output_dir:
         place, way = final if found else output, "pass another folder, or --overwrite_output_dir to replace it"
         raise ConfigError(f"{place} holds the result of a run, and {output} no checkpoint of it to resume from; {way}")
-    if config.quant.full_finetune and not own and whole.is_file() and whole not in recorded:
+    whole = final / "model.safetensors"
+    if config.quant.full_finetune and not beside_checkpoint and whole.is_file() and whole not in recorded:
         raise ConfigError(f"{whole}: of another run, and loaded instead of shards; remove it, or pass another folder")
 
 
 def find_resume_point(config: Config) -> ResumePoint:
     """Resume, start anew, or use what is finished."""
     args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
-    adapter, full, picked = config.model.adapter_name_or_path, config.quant.full_finetune, args.resume_from_checkpoint
-    completed, last = (output / COMPLETED).is_file(), None
-    picked = None if str(picked).lower() == "true" else picked
+    adapter, full = config.model.adapter_name_or_path, config.quant.full_finetune
+    picked = None if str(args.resume_from_checkpoint).lower() == "true" else args.resume_from_checkpoint
+    last = None
     if picked:
         last = Path(picked).resolve()
         if problem := checkpoint_problem(last):
             raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
     elif not args.overwrite_output_dir:
         last = find_last_checkpoint(output)
-    check_final_weights(config, picked)
+    finished = (output / COMPLETED).is_file() and not picked
     if not args.do_train:
         # An interrupted run's last checkpoint is newer than what is in the final folder.
-        for folder in (last if picked else None, final if completed else None, last, final):
-            if folder and not adapter and (weights := weights_in(folder, full)):
+        places = () if adapter else (final, last) if finished else (last, final)
+        for folder in filter(None, places):
+            if weights := weights_in(folder, full):
                 return ResumePoint(False, weights=str(weights), found=output if folder == final else folder)
         return ResumePoint(False, weights=adapter)
-    if completed and not (picked or args.overwrite_output_dir) and (weights := weights_in(final, full)):
+    if finished and not args.overwrite_output_dir and (weights := weights_in(final, full)):
         record = read_record(output)
         if not needs_more_steps(config, record):
-            early = ", stopped early (a larger --early_stopping_patience goes on)" * ("stopped_at" in record)
-            steps = f"{record.get('stopped_at', record.get('step', '?'))} steps{early}"
-            log.info("%s holds a completed run of %s: it is used, not trained again", output, steps)
+            steps = record.get("stopped_at", record.get("step", "?"))
+            log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
             return ResumePoint(False, weights=str(weights), found=output)
     check_output_is_free(config, last)
     if last is None:
@@ -5524,8 +5521,7 @@ def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
 
 def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
     """List a checkpoint's files, and say which run it belongs to."""
-    manifest = {"run": run, "files": file_digests(folder)}
-    write_json(folder / MANIFEST, manifest | {"seal": digest(json.dumps(manifest))})
+    write_json(folder / MANIFEST, {"run": run, "files": file_digests(folder)})
 
 
 def commit_checkpoint(staging: Path, final: Path) -> None:
@@ -5552,10 +5548,12 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def open_locked(folder: Path) -> Any:
-    """Open and lock a folder's lock file; a ConfigError names the run that holds it."""
-    while True:
-        file = (folder / LOCK).open("a+")
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder. The kernel releases the lock of a process that dies."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
         try:
             import fcntl
 
@@ -5565,19 +5563,6 @@ def open_locked(folder: Path) -> Any:
             raise ConfigError(f"{folder} is in use by {file.read()}: wait for it, or name another folder") from None
         except (ImportError, OSError) as error:  # Windows, or a file system without locks
             log.warning("%s can't be locked (%s): start no other run there", folder, error)
-            return file
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
-                return file
-        file.close()  # the run that held it has just removed it
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder. The kernel releases the lock of a process that dies."""
-    made = not folder.exists() or folder.name.startswith(MERGING)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open_locked(folder) as file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -5690,41 +5675,35 @@ def shutdown_distributed() -> None:
 # A function that runs the model takes the trainer, which holds it with its tokenizer, flags and fast path.
 # ------------------------------------------------------------------------------------
 def rank_batches(count: int, size: int) -> list[list[int]]:
-    """Deal this rank its row numbers, in one process's batches; as many as other ranks, which a sharded model needs."""
+    """This rank's batches of row numbers, cut as for one process; as many as other ranks', for a sharded model."""
     rank, ranks = rank_and_world_size()
     batches = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
     return [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks)]
 
 
-def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Iterable[Any]], title: str) -> list[Any]:
-    """Call `process` with the row numbers of each batch; returns the results for all rows, on every rank."""
-    results: dict[int, Any] = {}
+def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Any], title: str) -> list[Any]:
+    """Call `process` with the row numbers of each batch; returns the results for all batches, on every rank."""
+    results: dict[int, Any] = {}  # by a batch's first row
     trainer.base.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
         batches = rank_batches(count, trainer.args.per_device_eval_batch_size)
         shown = trainer.accelerator.is_main_process and not trainer.config.training.disable_tqdm
         for numbers in tqdm(batches, title, disable=None if shown else True, leave=False):  # None: in a terminal only
-            results |= zip(numbers, process(numbers), strict=True)
-    gathered = {number: result for part in all_gather_object(results) for number, result in part.items()}
-    return [gathered[number] for number in sorted(gathered)]
+            results[numbers[0]] = process(numbers)
+    gathered = {first: result for part in all_gather_object(results) for first, result in part.items()}
+    return [gathered[first] for first in sorted(gathered)]
 
 
 def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """What flags or --generation_config set, with BOS, EOS and pad ids, and the model's own further stop tokens."""
-    flags, args = config.generation, config.training
-    passed = config.explicitly_set - (set() if flags.do_sample else {*SAMPLING_FLAGS})
-    values = {name: value for name, value in vars(flags).items() if name in passed}
-    values |= {"num_beams": args.generation_num_beams} if args.generation_num_beams is not None else {}
-    values |= {"max_length": args.generation_max_length} if args.generation_max_length is not None else {}
+    """What the flags set, with BOS, EOS and pad ids, and the model's own further stop tokens."""
+    flags = config.generation
+    passed = config.explicitly_set - (set() if flags.do_sample else SAMPLING_FLAGS)
+    values = {"max_new_tokens": flags.max_new_tokens}
+    values |= {name: value for name, value in vars(flags).items() if name in passed}
     stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
     eos = sorted({tokenizer.eos_token_id, *([stops] if isinstance(stops, int) else stops)})
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
     with reraise_as_user_error("generation flags"):
-        if args.generation_config is not None:
-            own = GenerationConfig.from_pretrained(str(args.generation_config)).to_diff_dict()
-            limits = {"max_length", "max_new_tokens"}
-            values = {name: own[name] for name in own if not (name in limits and limits & values.keys())} | values
-        values = {"max_new_tokens": flags.max_new_tokens} | values if "max_length" not in values else values
         return GenerationConfig(**values | ids | {"use_cache": True})
 
 
@@ -5740,7 +5719,7 @@ def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedT
 
 @torch.no_grad()
 def sees_padding(model: Any, prompt: list[int], pad_id: int, device: Any, dtype: torch.dtype) -> bool:
-    """Whether a model takes padding on the left for text, as RWKV does, and MiniMax with its cache."""
+    """Whether a model reads padding on the left as text, as RWKV does, and MiniMax with its cache."""
     long = (prompt * 16)[: max(16, len(prompt))]
     prompts = long[len(long) // 2 :], long
     options: Any = {"pad_token_id": pad_id, "max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
@@ -5764,11 +5743,12 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
         room = Limits(len(source), 0) if chat else limits  # within a question nothing is cut
         prompt = truncate_and_concat(source, [], room, bos=tokenizer.bos_token_id).input_ids
         prompts.append(prompt or [tokenizer.eos_token_id])  # generation needs one token at least
-    generation, answers, device = generation_config(trainer.config, model, tokenizer), list[Any](), trainer.args.device
+    generation, device = generation_config(trainer.config, model, tokenizer), trainer.args.device
+    answers: list[list[int]] = []
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     # generate() merges the model's own sampling values into those that it is given
     with reraise_as_user_error("generation flags"), mock.patch.object(base, "generation_config", GenerationConfig()):
-        if not hasattr(trainer, "one_by_one"):
+        if trainer.one_by_one is None:
             several = trainer.args.per_device_eval_batch_size > 1 and not trainer.sharded
             longest, dtype = max(prompts, key=len), compute_dtype(trainer.config)
             trainer.one_by_one = several and sees_padding(model, longest, tokenizer.pad_token_id, device, dtype)
@@ -5787,27 +5767,21 @@ def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
     """Fill the masks in each row's text, or, where it has none, those of evaluation; one dictionary a row."""
     tokenizer, limits = trainer.processing_class, length_limits(trainer.config)
     texts = [row[-1]["text"] for row in batch["segments"]]
-    masking, name_of = trainer.masking._replace(replaced=1.0, random=0.0), tokenizer.convert_ids_to_tokens
-    encoded, masked = [encode_masked(text, tokenizer, limits) for text in texts], list[list[int]]()
+    encoded = [encode_masked(text, tokenizer, limits) for text in texts]
+    masking = trainer.masking._replace(replaced=1.0, random=0.0)
+    masked: list[list[int]] = []
     for ids, labels, *_ in encoded:
         drawn, _ = masking.mask_tokens(torch.tensor(ids), torch.tensor(labels), "eval", ids, least=1)
         masked.append(ids if masking.mask_id in ids else drawn.tolist())
     tensors = to_device(padded_prompts(masked, tokenizer.pad_token_id, "right"), trainer.args.device)
-    logits = trainer.base(**tensors).logits
-    for text, (_, labels, *_), ids, scores in zip(texts, encoded, masked, logits, strict=True):
-        positions = [i for i, token in enumerate(ids) if token == masking.mask_id]
-        chances, tokens = scores[positions].float().softmax(-1).max(-1)
-        filled = dict(zip(positions, tokens.tolist(), strict=True))
-        shown = [i for i, label in enumerate(labels) if label != IGNORE or i in filled]  # without [CLS] and [SEP]
-        before, after = (tokenizer.decode([new.get(i, ids[i]) for i in shown]) for new in ({}, filled))
+    predicted = trainer.base(**tensors).logits.argmax(-1).tolist()
+    for text, (_, labels, *_), ids, tokens in zip(texts, encoded, masked, predicted, strict=True):
+        shown = [i for i, label in enumerate(labels) if label != IGNORE or ids[i] == masking.mask_id]  # no [CLS], [SEP]
+        before = tokenizer.decode([ids[i] for i in shown])
+        after = tokenizer.decode([tokens[i] if ids[i] == masking.mask_id else ids[i] for i in shown])
         if " " not in text.strip():  # a protein: ESM's tokenizer puts a space between its letters
             before, after = before.replace(" ", ""), after.replace(" ", "")
-        masks = [
-            {"position": i, "token": name_of(token), "probability": round(chance, 4),
-             "truth": None if labels[i] == IGNORE else name_of(labels[i])}
-            for (i, token), chance in zip(filled.items(), chances.tolist(), strict=True)
-        ]  # fmt: skip
-        yield {"input": before, "output": text, "prediction": after, "masks": masks}
+        yield {"input": before, "output": text, "prediction": after}
 
 
 LETTERS = ["A", "B", "C", "D"]
@@ -5815,8 +5789,6 @@ QUESTION = "{question}\nA. {choices[0]}\nB. {choices[1]}\nC. {choices[2]}\nD. {c
 
 
 class Question(NamedTuple):
-    """A multiple-choice question."""
-
     subject: str
     prompt: str  # ends with "Answer:"
     answer: int  # into LETTERS
@@ -5827,7 +5799,8 @@ def load_questions(config: Config) -> list[Question]:
 
     A file has one {subject, input, output} a line; the worked examples are in the prompt, on the hub in `dev`.
     """
-    mmlu, five_shot = config.mmlu, config.mmlu.mmlu_dataset != "mmlu-zs"
+    mmlu = config.mmlu
+    five_shot = mmlu.mmlu_dataset != "mmlu-zs"
     questions: list[Question] = []
     split, hub_split = ("val", "validation") if mmlu.mmlu_split == "eval" else ("test", "test")
     if Path(mmlu.mmlu_dir).is_dir():
@@ -5839,7 +5812,8 @@ def load_questions(config: Config) -> list[Question]:
                     raise RowError(f"field 'output' is {letter!r}, expected A, B, C or D")
                 questions.append(Question(get_text(row, "subject"), get_text(row, "input"), LETTERS.index(letter)))
     else:
-        splits, shots = load_from_hub(config, "cais/mmlu", name="all"), defaultdict[str, str](str)
+        splits = load_from_hub(config, "cais/mmlu", name="all")
+        shots: dict[str, str] = defaultdict(str)
         for _, row in splits["dev"] if five_shot else ():
             shots[row["subject"]] += f"{QUESTION.format_map(row)} {LETTERS[row['answer']]}\n\n"
         for _, row in splits[hub_split]:
@@ -5855,32 +5829,29 @@ def load_questions(config: Config) -> list[Question]:
 def answer_questions(trainer: Any, questions: list[Question]) -> list[tuple[bool, float]]:
     """For each question: whether the answer is right, and the loss on the right letter and EOS.
 
-    One pass compares the letters' first tokens. Where those are not four different ones, each letter is put after the
-    prompt in turn, and the probabilities of all its tokens are compared.
+    The answer is the letter whose first token is the most probable one after the prompt.
     """
     tokenizer, longest = trainer.processing_class, trainer.config.mmlu.mmlu_source_max_len
-    letters, texts = tokenize(LETTERS, tokenizer), tokenize([question.prompt for question in questions], tokenizer)
+    letters = tokenize(LETTERS, tokenizer)
+    texts = tokenize([question.prompt for question in questions], tokenizer)
     prefix = os.path.commonprefix(letters)  # noqa: RUF071  # with some tokenizers, a space
     answers = [[*ids[len(prefix) :], tokenizer.eos_token_id] for ids in letters]
     first_tokens = [ids[0] for ids in answers]
-    one_pass = len(set(first_tokens)) == len(LETTERS)
+    if len({*first_tokens}) < len(LETTERS):
+        raise ConfigError("--do_mmlu_eval: the tokenizer begins two of the letters A, B, C and D with the same token")
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompts = [[*bos, *ids[max(len(bos) + len(ids) - longest, 0) :], *prefix] for ids in texts]
-    pairs = [(i, c) for i, q in enumerate(questions) for c in ([q.answer] if one_pass else range(len(LETTERS)))]
-    rows = [{"input_ids": prompts[i] + answers[c], "labels": [IGNORE] * len(prompts[i]) + answers[c]} for i, c in pairs]
+    right = [answers[question.answer] for question in questions]
+    rows = [{"input_ids": p + a, "labels": [IGNORE] * len(p) + a} for p, a in zip(prompts, right, strict=True)]
     batch = padded_batch(collate_step(rows)["step"], list(range(len(rows))), tokenizer.pad_token_id, "right")
     # Only the logits of the answers: all those of 100 prompts of 400 tokens would take 8 GB.
     logits = supervised_logits(trainer.base, trainer.fast, to_device(batch, trainer.args.device)).log_softmax(-1).cpu()
-    scores, losses = torch.zeros(len(questions), len(LETTERS)), [0.0] * len(questions)
-    for (i, c), predicted in zip(pairs, logits.split([len(answers[c]) for _, c in pairs]), strict=True):
-        log_probs = predicted[range(len(answers[c])), answers[c]]
-        if c == questions[i].answer:
-            losses[i] = -log_probs.mean().item()
-        if one_pass:
-            scores[i] = predicted[0, first_tokens]
-        else:
-            scores[i, c] = log_probs[:-1].sum()
-    return [(c == q.answer, loss) for c, q, loss in zip(scores.argmax(-1).tolist(), questions, losses, strict=True)]
+    results = []
+    for question, answer, predicted in zip(questions, right, logits.split([*map(len, right)]), strict=True):
+        chosen = int(predicted[0, first_tokens].argmax())
+        loss = -predicted[range(len(answer)), answer].mean().item()
+        results.append((chosen == question.answer, loss))
+    return results
 
 
 def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
@@ -5888,10 +5859,11 @@ def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
     by_subject: dict[str, list[bool]] = {question.subject: [] for question in questions}
     questions = sorted(questions, key=lambda question: len(question.prompt))  # else two thirds of a batch are padding
     answers = lambda numbers: answer_questions(trainer, [questions[i] for i in numbers])  # noqa: E731
-    answered = run_batches(trainer, len(questions), answers, "MMLU")
+    answered = [*itertools.chain(*run_batches(trainer, len(questions), answers, "MMLU"))]
     for question, (correct, _) in zip(questions, answered, strict=True):
         by_subject[question.subject].append(correct)
-    name, loss = f"mmlu_{trainer.config.mmlu.mmlu_split}_accuracy", sum(loss for _, loss in answered) / len(answered)
+    loss = sum(loss for _, loss in answered) / len(answered)
+    name = f"mmlu_{trainer.config.mmlu.mmlu_split}_accuracy"
     accuracy = {f"{name}_{subject}": sum(right) / len(right) for subject, right in by_subject.items()}
     return {"mmlu_loss": loss, **accuracy, name: sum(accuracy.values()) / len(accuracy)}
 
@@ -5955,18 +5927,15 @@ class DistributedWindowSampler(torch.utils.data.Sampler[list[int]]):
     Rows are dealt by length, back and forth: about as many tokens each. An epoch's last share may be empty.
     """
 
-    def __init__(self, lengths: list[int], size: int, args: Any) -> None:
-        self.lengths, self.size, self.args, self.epoch = lengths, size, args, 0
+    def __init__(self, lengths: list[int], size: int, args: Any, state: Callable[[], TrainerState]) -> None:
+        self.lengths, self.size, self.args, self.state = lengths, size, args, state
         self.rank, self.ranks = rank_and_world_size()
-
-    def set_epoch(self, epoch: int) -> None:  # called by the data loader
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return (math.floor if self.args.dataloader_drop_last else math.ceil)(len(self.lengths) / self.size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = epoch_order(self.lengths, self.size, self.args, self.epoch)
+        order = epoch_order(self.lengths, self.size, self.args, epoch=self.state().global_step // len(self))
         turns = self.rank, 2 * self.ranks - 1 - self.rank
         for start in range(0, len(self) * self.size, self.size):
             window = order[start : start + self.size]
@@ -6069,7 +6038,8 @@ class EarlyStopping(EarlyStoppingCallback):
 
 def build_callbacks(stop: GracefulStop, config: Config) -> list[TrainerCallback]:
     """Every callback of a run."""
-    patience, bars = config.training.early_stopping_patience, sys.stderr.isatty() and not config.training.disable_tqdm
+    patience = config.training.early_stopping_patience
+    bars = sys.stderr.isatty() and not config.training.disable_tqdm
     bar = type("Bar", (ProgressCallback,), {"on_log": TrainerCallback.on_log})  # QLoRATrainer.log writes the lines
     return [stop, FlagIntervals(), *([EarlyStopping(patience)] if patience else []), *([bar()] if bars else [])]
 
@@ -6080,7 +6050,7 @@ def peak_memory_gib() -> float:
 
 
 def rounded(value: float) -> str:
-    """A number for people: four digits at least, and commas in thousands. Files have all digits."""
+    """A number for the console: at least four digits, with commas between thousands. Files have all digits."""
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -6107,7 +6077,8 @@ class QLoRATrainer(Trainer):
         self.base: Any = self.accelerator.unwrap_model(self.model)
         self.inner = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base  # without peft
         self.passes_positions = passes_positions(self.inner, config)
-        self.sharded, self.parameter_count = is_sharded(config), self.base.num_parameters(exclude_embeddings=True)
+        self.parameter_count = self.base.num_parameters(exclude_embeddings=True)
+        self.sharded = is_sharded(config)
         # what trains; an engine makes parameters of its own
         self.trained = [] if self.sharded else [p for p in self.base.parameters() if p.requires_grad]
         self.parts: list[tuple[list[str], torch.Tensor]] = []  # rows and loss of the last step's micro-batches
@@ -6117,6 +6088,7 @@ class QLoRATrainer(Trainer):
         self.untimed_seconds = 0.0  # spent on evaluating and saving
         self.interval: tuple[float, int, int] | None = None  # began at this time, token and step
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})  # at this step, with these metrics
+        self.one_by_one: bool | None = None  # whether prompts are answered one by one; not known before the first
         # once an engine has sharded the weights, the rest of the fast path is tried
         self.untried = self.sharded and config.training.fast_path and not config.masked
         self.overflows = 0  # steps in succession whose gradient norm is not finite
@@ -6141,13 +6113,14 @@ class QLoRATrainer(Trainer):
         rows: Any = self.train_dataset
         if isinstance(rows, StreamedSteps):
             return torch.utils.data.DataLoader(rows, batch_size=None)
-        steps = DistributedWindowSampler(rows["length"][:], self.identity["effective batch"]["rows"], self.args)
+        size = self.identity["effective batch"]["rows"]
+        # train() makes a state of its own, which tells the sampler its epoch
+        steps = DistributedWindowSampler(rows["length"][:], size, self.args, lambda: self.state)
         names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
         options: dict[str, Any] = {name: getattr(self.args, f"dataloader_{name}") for name in names}
-        loader = torch.utils.data.DataLoader(
+        return torch.utils.data.DataLoader(
             rows, batch_sampler=steps, collate_fn=self.data_collator, worker_init_fn=init_worker, **options
         )
-        return prepare_data_loader(loader, num_processes=1, process_index=0)  # the batches are this rank's
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Fetch the one batch of an optimizer step, and count the supervised tokens of all ranks for its loss."""
@@ -6165,7 +6138,7 @@ class QLoRATrainer(Trainer):
         return [batch], torch.tensor(max(1, count))  # 0 where no token happens to be masked
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Take a step's forward and backward passes; where GPU memory runs out, again in smaller micro-batches."""
+        """Run a step forward and backward; where GPU memory runs out, again in smaller micro-batches."""
         step = inputs["step"]
         self._try_fast_path(model)
         random_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
@@ -6187,12 +6160,6 @@ class QLoRATrainer(Trainer):
             self._make_room(step, reason)
             torch.set_rng_state(random_states[0])
             torch.cuda.set_rng_state_all(random_states[1])
-        if self.state.global_step == 0 and not self.sharded:
-            unreached = [n for n, p in self.base.named_parameters() if ".lora_A." in n and p.grad is None]
-            if unreached:
-                first = unreached[0].removeprefix("base_model.model.").partition(".lora_")[0]
-                what = "step 1: no gradient reaches %d adapters, first %s: unless that is an expert, leave it out"
-                log.warning(f"{what} with --lora_modules", len(unreached), first)
         if self.args.world_size > 1 and not self.sharded:
             average_gradients(self.trained)
         return torch.stack([loss for _, loss in self.parts]).sum()
@@ -6204,7 +6171,8 @@ class QLoRATrainer(Trainer):
             log.info("%s", format_table(self.fast.lines()))
 
     def _micro_batch_losses(self, model: Any, step: StepBatch, items: Any) -> list[tuple[list[str], torch.Tensor]]:
-        losses, parts = [], self._micro_batches(step)
+        losses = []
+        parts = self._micro_batches(step)
         inner = model if self.sharded else self.base  # gradients are averaged once a step, so DDP's wrapper has no part
         with attention_implementation(self.base, self.fast.attention):
             for i, members in enumerate(parts):
@@ -6258,8 +6226,9 @@ class QLoRATrainer(Trainer):
             raise reason
         apply_step_plan(self.base, self.plan, self.config)
         torch.cuda.empty_cache()
-        ran_out, step_number = plan._replace(rows=None, tokens=tokens), self.state.global_step + 1
-        log.warning("step %d: GPU memory ran out with %s; repeating it with %s", step_number, ran_out, self.plan)
+        ran_out = plan._replace(rows=None, tokens=tokens)
+        message = "step %d: GPU memory ran out with %s; repeating it with %s"
+        log.warning(message, self.state.global_step + 1, ran_out, self.plan)
 
     def compute_loss_context_manager(self) -> Any:
         """Autocast: accelerate puts it around the model's own forward, which the fast path does not call."""
@@ -6274,7 +6243,8 @@ class QLoRATrainer(Trainer):
             since = max(1, self.state.global_step - self._globalstep_last_logged)
             logs["router_loss"], self.router_losses = float(torch.stack(self.router_losses).sum()) / since, []
         super().log(logs, *args, **kwargs)
-        step, steps, parts = self.state.global_step, self.state.max_steps, list[str]()
+        step, steps = self.state.global_step, self.state.max_steps
+        parts: list[str] = []
         if "loss" in logs and self.interval:
             began, tokens, first = self.interval
             seconds = max(time.perf_counter() - self.untimed_seconds - began, 1e-9)
@@ -6305,7 +6275,7 @@ class QLoRATrainer(Trainer):
         began, rows = time.perf_counter(), dataloader
         self._try_fast_path(self.model)
         batches = run_batches(self, len(rows), lambda numbers: self._eval_batch(rows, numbers), "Evaluating")
-        sizes, losses, correct, counts = zip(*filter(None, batches), strict=True)
+        sizes, losses, correct, counts = zip(*batches, strict=True)
         loss = sum(map(operator.mul, sizes, losses)) / sum(sizes)  # the mean over rows of their batches' means
         metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
         metrics |= {"eval_masked_accuracy": sum(correct) / sum(counts)} if self.masking else {}
@@ -6314,12 +6284,13 @@ class QLoRATrainer(Trainer):
         self.evaluated = self.state.global_step, metrics
         return EvalLoopOutput(None, None, metrics, len(rows))  # type: ignore[arg-type]
 
-    def _eval_batch(self, rows: Any, numbers: list[int]) -> list[tuple[int, float, int, int] | None]:
-        """In the place of a batch's first row, its size, mean loss, correct masked tokens and tokens."""
-        step, smoothing = self.data_collator([rows[i] for i in numbers])["step"], self.args.label_smoothing_factor
+    def _eval_batch(self, rows: Any, numbers: list[int]) -> tuple[int, float, int, int]:
+        """A batch's rows, mean loss, masked tokens that are predicted right, and supervised tokens."""
+        step = self.data_collator([rows[i] for i in numbers])["step"]
         if self.masking:  # the same masks at every evaluation, one in a row at least
             step = self.masking.mask_step(step, "eval", least=1)
-        inner, total, correct = self.model if self.sharded else self.base, torch.zeros((), device=self.args.device), 0
+        inner, smoothing = self.model if self.sharded else self.base, self.args.label_smoothing_factor
+        total, correct = torch.zeros((), device=self.args.device), 0
         with attention_implementation(self.base, self.fast.attention):
             for members in self._micro_batches(step):
                 batch = to_device(self._batch(step, members), self.args.device)
@@ -6330,12 +6301,12 @@ class QLoRATrainer(Trainer):
                 else:
                     total += summed_loss(inner, self.fast, batch, smoothing).to(total.device)
         count = max(1, step.supervised)
-        return [(len(numbers), float(total) / count, correct, count), *[None] * (len(numbers) - 1)]
+        return len(numbers), float(total) / count, correct, count
 
     # From here on private methods of transformers 5.17 to 5.24, which tests/test_private_apis.py checks.
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-        """Check a step's numbers before a log or a save, else one step later: reading them stalls the GPU (1.5 %)."""
+        """Check steps' numbers before a log or a save, ten at a time at most: reading each stalls the GPU (1.5 %)."""
         self.optimizer.eval()  # type: ignore[union-attr]
         control, step = self.control, self.state.global_step
         saving = control.should_save or control.should_evaluate or control.should_training_stop
@@ -6344,20 +6315,19 @@ class QLoRATrainer(Trainer):
             if hasattr(grad_norm, "full_tensor"):  # sharded, of FSDP
                 grad_norm = grad_norm.full_tensor()
             norm = torch.as_tensor(1.0 if grad_norm is None else grad_norm, device=self.args.device)
-            numbers = torch.stack([norm.float(), *(loss.float() for loss in losses)]).to("cpu", non_blocking=True)
-            arrived = torch.cuda.current_stream().record_event() if norm.is_cuda else None
-            self.pending_checks.append((step, numbers, arrived, rows))
+            numbers = torch.stack([norm.float(), *(loss.float() for loss in losses)])
+            self.pending_checks.append((step, numbers, rows))
             self.parts = []
-        while len(self.pending_checks) > (0 if saving or control.should_log or control.should_epoch_stop else 1):
-            self._check_numbers(*self.pending_checks.pop(0))
+        if saving or control.should_log or control.should_epoch_stop or len(self.pending_checks) >= 10:
+            for check in self.pending_checks:
+                self._check_numbers(*check)
+            self.pending_checks = []
         if control.should_save and not all(bool(parameter.isfinite().all()) for parameter in self.trained):
             self._stop(step, "its update leaves weights that are not finite", "lower --learning_rate")
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
 
-    def _check_numbers(self, step: int, numbers: torch.Tensor, arrived: Any, rows: Sequence[list[str]]) -> None:
+    def _check_numbers(self, step: int, numbers: torch.Tensor, rows: Sequence[list[str]]) -> None:
         """Stop at a loss or gradient norm that is not finite, naming the rows and the likely cause."""
-        if arrived is not None:
-            arrived.synchronize()
         norm, *losses = numbers.tolist()
         parts = list(zip(rows, map(math.isfinite, losses), strict=True))
         if not math.isfinite(norm):  # of the gradients' average over ranks, so on all of them
@@ -6368,11 +6338,8 @@ class QLoRATrainer(Trainer):
         exploded = self.overflows > (0 if self.accelerator.scaler is None else 20)
         if all(finite) and not exploded:
             return
-        frozen = ((n, p) for n, p in self.base.named_parameters() if p.is_floating_point() and not p.requires_grad)
-        damaged = next((name for name, parameter in frozen if not parameter.isfinite().all()), None)
         why = (
-            f"the base's {damaged} is not finite, its files are damaged" if damaged
-            else "fp16 ends at 65504, train with --bf16" if self.args.fp16
+            "fp16 ends at 65504, train with --bf16" if self.args.fp16
             else "the step's other rows are fine, look at these" if 0 < sum(finite) < len(finite)
             else f"lower --learning_rate {self.args.learning_rate:g}, or look at these rows"
         )  # fmt: skip
@@ -6514,10 +6481,9 @@ def average_gradients(trained: list[torch.nn.Parameter]) -> None:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         by_dtype[parameter.dtype].append(parameter.grad)
     for gradients in by_dtype.values():
-        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message; activations have made room
+        flat = parameters_to_vector(gradients)  # one message; activations have made room
         torch.distributed.all_reduce(flat)
-        parts = flat.div_(rank_and_world_size()[1]).split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(old) for part, old in zip(parts, gradients, strict=True)])
+        vector_to_parameters(flat.div_(rank_and_world_size()[1]), gradients)
 
 
 def apply_step_plan(base: Any, plan: StepPlan, config: Config) -> None:
@@ -6571,16 +6537,18 @@ def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> 
     return metrics
 
 
-def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config: Config) -> dict[str, Any]:
+def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop) -> dict[str, Any]:
     """Train, save the result, mark the run completed. After a signal only the checkpoint is there.
 
     The speed is that of tokens without padding, over the seconds not spent on evaluating and saving.
     """
-    checkpoint, rows, stop.training = start.checkpoint, trainer.train_dataset, True
+    checkpoint, rows = start.checkpoint, trainer.train_dataset
     state = start.state or TrainerState()
-    first_step, metrics = state.global_step, {}
+    first_step = state.global_step
+    metrics = {}
+    stop.training = True
     if trainer.args.should_save:
-        clear_output(config, first_step)
+        clear_output(trainer.config, first_step)
     if checkpoint and start.trained:
         log.info("%s holds the last step: nothing is left to train", checkpoint)  # the Trainer would do one more
         trainer.state = state
@@ -6588,7 +6556,8 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
     else:
         if checkpoint and isinstance(rows, StreamedSteps):
             with reraise_as_user_error(f"{checkpoint / STREAM}"):
-                rows.position, rows.steps = read_json(checkpoint / STREAM)["rows"], first_step
+                rows.position = read_json(checkpoint / STREAM)["rows"]
+                rows.steps = first_step
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -6597,7 +6566,8 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
         except pickle.UnpicklingError as error:
             raise ConfigError(f"{checkpoint}: a pickle in it holds more than tensors, and is not loaded") from error
         seconds = max(time.perf_counter() - began - trainer.untimed_seconds, 1e-9)
-        tokens, steps = sum(all_gather_object(trainer.tokens_seen)), max(trainer.state.global_step - first_step, 1)
+        tokens = sum(all_gather_object(trainer.tokens_seen))
+        steps = max(trainer.state.global_step - first_step, 1)
         peaks = {"train_peak_memory_gib": peak_memory_gib(), "plan_peak_memory_gib": trainer.plan.peak}
         metrics = result.metrics | {
             "train_loss": trainer._total_loss_scalar / steps,  # transformers 5.17 counts steps before a resume too
@@ -6609,7 +6579,7 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop, config:
         if metrics:
             save_metrics(trainer, "train", metrics)
         trainer.save_state()
-        save_final(trainer, final_folder(config), config)
+        save_final(trainer)
         stop.saved_step = trainer.state.global_step
     stop.training = False
     return metrics
@@ -6619,7 +6589,8 @@ def gather_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
     """The weights to save, gathered from the ranks that shard them; every rank has to take part."""
     if trainer.is_deepspeed_enabled:
         return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped) or {})
-    model, full, weights = trainer.base, trainer.config.quant.full_finetune, {}
+    model, full = trainer.base, trainer.config.quant.full_finetune
+    weights = {}
     names = model.all_tied_weights_keys  # a bias that a head holds under two names is saved under one
     for name, parameter in model.named_parameters():
         if full or parameter.requires_grad:  # one at a time: a whole base may not fit
@@ -6628,27 +6599,29 @@ def gather_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
     return weights
 
 
-def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
+def save_final(trainer: QLoRATrainer) -> None:
     """Save the adapter (or, after a full fine-tune, the model) and its tokenizer, each file whole; then `completed`."""
-    model, args, state, output = trainer.base, trainer.args, trainer.state, Path(config.training.output_dir)
-    weights = {"state_dict": gather_weights(trainer)} if is_sharded(config) else {}
+    model, args, state, config = trainer.base, trainer.args, trainer.state, trainer.config
+    output, final = Path(config.training.output_dir), final_folder(config)
+    weights = {"state_dict": gather_weights(trainer)} if trainer.sharded else {}
     if args.should_save:
-        staging, cached = final / f"{STAGING}final", mock.patch.object(model.config, "use_cache", True)
+        staging = final / f"{STAGING}final"
+        cached = mock.patch.object(model.config, "use_cache", True)
         with atomic_save(staging, final), cached:  # load_model turned the cache off
             model.save_pretrained(staging, max_shard_size=config.training.max_shard_size, **weights)
             trainer.processing_class.save_pretrained(staging)  # type: ignore[union-attr]
             if getattr(model, "initial_adapter", None):
                 convert_to_published_base(staging, model.initial_adapter)
-            readme, earlier = final / "README.md", final_files(output, final)
+            earlier = final_files(output, final)
+            readme = final / "README.md"
             foreign = readme.is_file() and "Trained with QLoRA" not in readme.read_text("utf-8", "replace")
             (staging / readme.name).unlink(missing_ok=True)  # peft's
             card = "MODEL_CARD.md" if foreign and readme not in earlier else readme.name  # a project's own stays
-            write_file(staging / card, model_card(trainer, config))
-            files = file_digests(staging)
-            saved: Any = {"final": final_place(output, final), "files": [*files], "weights": [*files.values()]}
+            write_file(staging / card, model_card(trainer))
+            files = sorted(file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file())
+            saved = {"final": final_place(output, final), "files": files}
             listed = sorted({*files, *(file.relative_to(final).as_posix() for file in earlier)})  # should it be killed
-            either = {"files": listed, "weights": saved["weights"] + [*file_digests(final, listed).values()]}
-            write_json(output / PREVIOUS, read_record(output) | saved | either)
+            write_json(output / PREVIOUS, read_record(output) | saved | {"files": listed})
             for name in files:
                 fsync_path(staging / name)
                 (final / name).parent.mkdir(parents=True, exist_ok=True)
@@ -6665,22 +6638,21 @@ def save_final(trainer: QLoRATrainer, final: Path, config: Config) -> None:
         if args.push_to_hub:
             hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
             with reraise_as_user_error("--push_to_hub: all is saved here, but the upload failed"):
-                upload_folder(folder_path=final, allow_patterns=[*files], **hub)
+                upload_folder(folder_path=final, allow_patterns=files, **hub)
             log.info("pushed to %s", trainer.hub_model_id)
     wait_for_all_ranks()
 
 
-def predict(trainer: QLoRATrainer, pairs: Any, config: Config) -> dict[str, Any]:
+def predict(trainer: QLoRATrainer, pairs: Any) -> dict[str, Any]:
     """Generate an answer for every held-out row, or fill its masks, into predictions.jsonl."""
     began = time.time()
-    answers: Any = fill_masks if config.masked else generate_predictions
-    rows = run_batches(trainer, len(pairs), lambda numbers: answers(trainer, pairs[numbers]), "Predicting")
+    answers: Any = fill_masks if trainer.config.masked else generate_predictions
+    batches = run_batches(trainer, len(pairs), lambda numbers: [*answers(trainer, pairs[numbers])], "Predicting")
+    rows = [*itertools.chain(*batches)]
     metrics = {"predict_samples": len(rows), **speed_metrics("predict", began, num_samples=len(rows))}
-    correct = [mask["token"] == mask["truth"] for row in rows for mask in row.get("masks", ()) if mask["truth"]]
-    metrics |= {"predict_masked_accuracy": sum(correct) / len(correct)} if correct else {}
     if trainer.args.should_save:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_file(Path(config.training.output_dir, "predictions.jsonl"), lines)
+        write_file(Path(trainer.config.training.output_dir, "predictions.jsonl"), lines)
     return save_metrics(trainer, "predict", metrics)
 
 
@@ -6692,12 +6664,6 @@ def merge_record(adapter: str, config: Config) -> dict[str, Any]:
     """What a merged model is made of."""
     weights = {file.name: file_digest(file) for file in Path(adapter_files(adapter, config)).glob("adapter_model.*")}
     return weights | {name: config.flags[name] for name in ("model_name_or_path", "merge_base", "max_shard_size")}
-
-
-def merging_folder(config: Config) -> Path:
-    """The hidden folder that a model is merged in."""
-    target = Path(str(config.training.merged_output_dir)).resolve()
-    return target.with_name(f"{MERGING}{target.name}")
 
 
 def check_merge(start: ResumePoint, config: Config) -> None:
@@ -6771,8 +6737,8 @@ def compare_merged(
 ) -> dict[str, float]:
     """Compare a merged model's logits with those of base + adapter, and refuse one that is wrong.
 
-    They may differ by what a unit in the last place of every weight changes, which is tried (and spoils the model),
-    plus twice the share of the adapter's effect that was rounded away.
+    They may differ by as much as one unit in the last place of every weight changes, which is measured (and ruins the
+    model), plus twice the part of the adapter's effect that was rounded away.
     """
     merged, generator = float32_logits(model, sample), torch.Generator().manual_seed(0)
     for weight in (p.data for p in model.parameters() if p.dim() == 2):
@@ -6802,14 +6768,15 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
     config, tokenizer, folder = run.config, run.tokenizer, run.config.training.merged_output_dir
     if folder is None or config.training.process_index != 0 or Path(folder, MERGED).is_file():  # see check_merge
         return {}
-    target, source, rows = Path(folder).resolve(), download(run.folder, PROCESSOR_FILES, config), data.eval
-    rows = rows or getattr(data.train, "rows", data.train)  # of packs, or as they are
-    staging = merging_folder(config) / target.name
-    shutil.rmtree(staging, ignore_errors=True)
+    target, source = Path(folder).resolve(), download(run.folder, PROCESSOR_FILES, config)
+    hidden = target.with_name(f".merging-{target.name}")
+    staging = hidden / target.name  # a model's own code is imported under its folder's name
+    shutil.rmtree(hidden, ignore_errors=True)
+    rows = data.eval or getattr(data.train, "rows", data.train)  # of packs, or as they are
     sample = padded_prompts([ids[:64] for ids in rows[:4]["input_ids"]], tokenizer.pad_token_id, "right")
     gc.collect()  # the trained model is held by reference cycles
     log.info("merging %s into %s", adapter, target)
-    with atomic_save(staging, target), reraise_as_user_error(f"--merged_output_dir {target}"):
+    with atomic_save(hidden, target), reraise_as_user_error(f"--merged_output_dir {target}"):
         dequantised = config.training.merge_base == "dequantized"
         model: Any = load_merge_base(config, run.base if dequantised else run.folder)
         fit_embeddings(model, token_rows(PeftConfig.from_pretrained(adapter_files(adapter, config))))  # for the sample
@@ -6822,7 +6789,8 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
             fit_calibrated_base(model, start, fresh=False, rank=config.lora.lora_r)
         elif start and model.peft_config["default"].r == config.lora.lora_r:
             raise ConfigError(f"{adapter} fits the calibrated base only: finish its training")
-        adapted, lost = float32_logits(model, sample), merge_layers(model, dtype)
+        adapted = float32_logits(model, sample)
+        lost = merge_layers(model, dtype)
         model = cast_parameters(model.merge_and_unload(), dtype)  # what was trained whole is still in float32
         if not getattr(model.config, "tie_word_embeddings", False):
             # Of one bias under two names, as in a head that was trained whole, only one would be saved.
@@ -6857,8 +6825,9 @@ def write_loss_chart(path: Path, history: list[dict[str, float]]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def model_card(trainer: QLoRATrainer, config: Config) -> str:
+def model_card(trainer: QLoRATrainer) -> str:
     """README.md of the adapter: settings, data and losses, with the metadata block that the hub reads."""
+    config = trainer.config
     steps: dict[float, dict[str, float]] = defaultdict(dict)
     for entry in trainer.state.log_history:
         steps[entry["step"]] |= entry
@@ -7022,7 +6991,8 @@ def next_commands(config: Config) -> dict[str, str]:
 # ------------------------------------------------------------------------------------
 def print_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, TokenStatistics], config: Config) -> None:
     """Print the rows, then the statistics of each split. Supervised text is green in a terminal, else in brackets."""
-    coloured, encoding = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), sys.stdout.encoding or "utf-8"
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    encoding = sys.stdout.encoding or "utf-8"
     on, off = ("\x1b[32m", "\x1b[39m") if coloured else "⟪⟫"
     lines = [f"{on}supervised{off}, ↵ end of a line"]
     for title, spans in rows:
@@ -7090,7 +7060,8 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     apply_step_plan(base, plan, config)
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
     log.info("Step plan\n%s", format_table(fast.lines() | (lines if resume.train else {})))
-    masking, rows = build_masking(tokenizer, sizes[0], config.data) if config.masked else None, data.train
+    masking = build_masking(tokenizer, sizes[0], config.data) if config.masked else None
+    rows = data.train
     if isinstance(stream := data.text.train, RowSource):
         rows = StreamedSteps(stream, tokenizer, config, identity["effective batch"]["rows"], sizes)
     with reraise_as_user_error("flags", ConfigError, RuntimeError):
@@ -7142,13 +7113,14 @@ def plan_of_rows(config: Config) -> dict[str, str]:
         run, data = load_run(reading)
     except QLoRAError as error:
         return {"rows": f"not read: {error}"}
-    train, before = config.training, Path(config.training.output_dir, "train_results.json")
-    epoch, part = math.ceil(len(data.train) / effective_batch(None, train)["rows"]), data.statistics["train"]
+    train, part = config.training, data.statistics["train"]
+    epoch = math.ceil(len(data.train) / effective_batch(None, train)["rows"])
     steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * epoch)
     lines = {"rows": f"{part.rows:,} of {part.tokens / part.rows:.0f} tokens on average"}
     lines["steps"] = f"{steps:,}, which is {rounded(steps / epoch)} epochs"
     assumed = 1.2e14  # tokens/s times parameters: 17,800 at 7B on one H200 in bf16, on rows of many lengths
     model, source = meta_model(config, run.model_config), "measured in --output_dir"
+    before = Path(train.output_dir, "train_results.json")
     rate = read_json(before).get("train_tokens_per_second") if before.is_file() else None
     if not rate and not stacked_experts(model):  # of which a token meets a few
         rate, source = train.world_size * assumed / model.num_parameters(), "assumed, as on an H200 with --bf16"
@@ -7184,8 +7156,7 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
         return 0
     with contextlib.ExitStack() as locks:
         if args.process_index == 0:
-            merging = [merging_folder(config)] if args.merged_output_dir else []
-            for folder in {Path(args.output_dir).resolve(), final_folder(config).resolve(), *merging}:
+            for folder in {Path(args.output_dir).resolve(), final_folder(config).resolve()}:
                 locks.enter_context(lock_folder(folder))
         return run_stages(*load_run(config), stop, began)
 
@@ -7204,7 +7175,7 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
             write_json(output / "run.json", record)
         log.info("ready after %.0f s", time.perf_counter() - began)
         if resume.train:
-            metrics |= train(trainer, resume, stop, config)
+            metrics |= train(trainer, resume, stop)
             if number := max(all_gather_object(stop.signal)):
                 name, step = signal.Signals(number).name, trainer.state.global_step
                 log.warning("stopped by %s at step %d, saved; %s", name, step, way_to_go_on(config, stop))
@@ -7217,7 +7188,7 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
             at_end = step == trainer.state.global_step and not args.load_best_model_at_end
             metrics |= save_metrics(trainer, "eval", evaluated if at_end else trainer.evaluate())
         if args.do_predict:
-            metrics |= predict(trainer, data.text.eval, config)
+            metrics |= predict(trainer, data.text.eval)
         del trainer  # memory for a merged model
     metrics |= merge(str(weights), run, data)
     if args.process_index == 0:

@@ -601,6 +601,7 @@ OLD = [
     ("per_gpu_eval_batch_size", "3", {"per_device_eval_batch_size": 3}),
     ("activation_checkpointing", "False", {"gradient_checkpointing": False}),
     ("adam8bit", "", {"optim": "paged_adamw_8bit"}),
+    ("generation_num_beams", "2", {"num_beams": 2}),
     ("adam8bit", "False", {"optim": "paged_adamw_32bit"}),
 ]
 
@@ -652,7 +653,7 @@ def test_an_old_name_works_with_one_warning(old, value, effect, warnings):
     (warning,) = warnings()
     assert f"--{old}" in warning
     for name, expected in effect.items():
-        holder = next(h for h in (config.training, config.model, config.data) if hasattr(h, name))
+        holder = next(h for h in (config.training, config.model, config.data, config.generation) if hasattr(h, name))
         assert getattr(holder, name) == expected
     assert changed_flags(config).keys() <= effect.keys()
 
@@ -674,6 +675,8 @@ def test_every_old_name_is_tested():
 
 
 REMOVED = [
+    "generation_config",
+    "generation_max_length",
     "cuda_graphs",
     "unpacked_layers",
     "fused_lora",
@@ -695,7 +698,7 @@ def test_a_removed_flag_says_what_to_do_instead(main, tmp_path, name, spelling):
     words = [str(tmp_path / "run.yaml")] if spelling == "yaml" else [spelling.format(name)]
     code, lines = main(*words)
     assert code == 2 and lines[-1].startswith("error: ") and "no longer exists" in lines[-1]
-    assert name in lines[-1] and re.search(r"--(fast_path|auto_batch|debug)|leave it out", lines[-1])
+    assert name in lines[-1] and re.search(r"(use|e\.g\.) --\w+|leave it out", lines[-1])
 
 
 def test_every_removed_flag_is_tested():

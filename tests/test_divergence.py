@@ -115,7 +115,7 @@ def test_one_bad_row_is_named_without_the_others_of_its_step(run_qlora, models, 
     message = message_of(run)
     assert message.startswith("step 2: the loss is not finite")
     assert re.findall(r"rows\.jsonl:\d+", message) == ["rows.jsonl:7"]
-    assert "embed_tokens" in message and "damaged" in message
+    assert "the step's other rows are fine" in message
     assert steps_kept(run.output_dir) == ({1} if save_steps == 1 else set())
 
 
@@ -135,15 +135,6 @@ def test_a_row_that_overflows_is_named_alone(run_qlora, models, tmp_path):
     )  # fmt: skip
     message = message_of(run)
     assert re.findall(r"rows\.jsonl:\d+", message) == ["rows.jsonl:3"] and "other rows are fine" in message
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_damaged_base_is_named(run_qlora, models, tmp_path, value):
-    model = changed_copy(models("llama"), tmp_path / "model", poison("model.norm.weight", 3, value=value))
-    run = run_qlora(model_name_or_path=model, save_steps=1)
-    message = message_of(run)
-    assert "step 1:" in message and "model.norm.weight is not finite" in message
-    assert not steps_kept(run.output_dir)
 
 
 # ------------------------------------------------------------------------------------

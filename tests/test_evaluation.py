@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -12,7 +11,6 @@ import tiny
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LlamaModel
 
@@ -234,26 +232,6 @@ def test_only_values_that_were_set_are_passed_on(run_qlora, folder, monkeypatch)
         assert getattr(chosen, name) in (None, getattr(type(chosen)(), name)), name
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ({}, {"num_beams": 4, "max_new_tokens": 7}),
-        ({"max_new_tokens": 3}, {"num_beams": 4, "max_new_tokens": 3}),
-        ({"generation_max_length": 50, "generation_num_beams": 2},
-         {"num_beams": 2, "max_new_tokens": None, "max_length": 50}),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_generation_config_gives_way_to_flags_alone(tmp_path, flags, expected):
-    """Not to the default of --max_new_tokens."""
-    (tmp_path / "generation_config.json").write_text(json.dumps({"num_beams": 4, "max_new_tokens": 7}))
-    words = [f"--{name}={value}" for name, value in ({"generation_config": tmp_path} | flags).items()]
-    config = qlora.parse_config([*words, "--do_predict", "--predict_with_generate"])
-    tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    chosen = qlora.generation_config(config, None, tokenizer)
-    assert {name: getattr(chosen, name) for name in expected} == expected
-
-
 def test_every_batch_stops_at_the_models_own_stop_tokens(run_qlora, models, folder, tmp_path, monkeypatch):
     """Llama 3 has several, which its generation_config.json lists."""
     shutil.copytree(models("llama"), tmp_path / "model")
@@ -380,29 +358,12 @@ def test_mmlu_equals_a_plain_loop(run_qlora, models, folder, tmp_path, batch, to
         assert metrics["mmlu_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
-def test_mmlu_where_letters_share_their_first_token(run_qlora, models, folder, tmp_path):
-    """▁A is one token, B, C and D begin alike with ▁. The model says ▁ and then D, wherever it is asked."""
-    shutil.copytree(models("llama", tokenizer="sentencepiece"), tmp_path / "model")
-    words = AutoTokenizer.from_pretrained(tmp_path / "model")
-    a, *others = (words(letter, add_special_tokens=False)["input_ids"] for letter in "ABCD")
-    assert len(a) == 1 and [ids[:-1] for ids in others] == [others[0][:1]] * 3
-    tensors = load_file(tmp_path / "model/model.safetensors")
-    for name, tensor in tensors.items():
-        if name.endswith(("o_proj.weight", "down_proj.weight")) or name == "lm_head.weight":
-            tensor.zero_()
-        elif name.endswith(("embed_tokens.weight", "model.norm.weight")):
-            tensor.fill_(1.0)
-    tensors["lm_head.weight"][others[2][0]] = 3.0
-    tensors["lm_head.weight"][others[2][1]] = 2.0
-    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
-    run = run_qlora(
-        model_name_or_path=tmp_path / "model",
-        dataset=folder,
-        do_train=False,
-        mmlu_dir=write_mmlu(tmp_path / "mmlu", [3] * 7),
-        **MMLU,
-    )
-    assert run.json("metrics.json")["mmlu_eval_accuracy"] == 1.0
+def test_mmlu_where_letters_share_their_first_token_is_one_line(run_qlora, models, folder, tmp_path):
+    """▁A is one token; B, C and D begin alike with ▁."""
+    base = models("llama", tokenizer="sentencepiece")
+    questions = write_mmlu(tmp_path / "mmlu", [3] * 7)
+    run = run_qlora(model_name_or_path=base, dataset=folder, do_train=False, mmlu_dir=questions, **MMLU)
+    assert run.code == 2 and "begins two of the letters A, B, C and D with the same token" in run.stderr
 
 
 def test_mmlu_at_each_evaluation_of_a_training_run(run_qlora, folder, tmp_path):
@@ -556,29 +517,20 @@ def test_early_stopping(run_qlora):
     assert again.code == 0 and "it is used, not trained again" in again.stderr
 
 
-def test_early_stopping_goes_on_with_more_patience(run_qlora, tmp_path):
-    """As if it had been that from the start; more steps alone are none that would be trained."""
+def test_a_checkpoint_that_is_picked_goes_on_with_more_patience(run_qlora, tmp_path):
+    """As if it had been that from the start; the completed run itself is used as it is."""
     flags = STUCK | {"learning_rate": 1e-2, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     straight = run_qlora(**flags | {"early_stopping_patience": 5}, output_dir=tmp_path / "straight")
-    run_qlora(**flags)
-    for same in (flags, flags | {"max_steps": 9}, flags | {"early_stopping_patience": 2}):
-        again = run_qlora(**same)
-        stopped = "completed run of 4 steps, stopped early (a larger --early_stopping_patience goes on)"
-        assert again.code == 0 and stopped in again.stderr and "resuming from" not in again.stderr
-    more = run_qlora(**flags | {"early_stopping_patience": 5})
+    stopped = run_qlora(**flags).output_dir
+    for patience in (3, 2, 5):
+        again = run_qlora(**flags | {"early_stopping_patience": patience})
+        assert again.code == 0 and "completed run of 4 steps: it is used, not trained again" in again.stderr
+    picked = {"early_stopping_patience": 5, "resume_from_checkpoint": stopped / "checkpoint-4"}
+    more = run_qlora(**flags | picked)
     assert "early_stopping_patience was 3, is 5: applies at once" in more.stderr
     assert [done.json("completed")["stopped_at"] for done in (straight, more)] == [6, 6]
     files = [(done.output_dir / "adapter_model.safetensors").read_bytes() for done in (straight, more)]
     assert files[0] == files[1]
-    none = run_qlora(**flags | {"early_stopping_patience": None})
-    assert none.json("completed")["step"] == 8 and "stopped_at" not in none.json("completed")
-
-
-def test_more_patience_without_a_checkpoint_to_go_on_from(run_qlora):
-    flags = STUCK | {"save_strategy": "no", "save_steps": None}
-    run_qlora(**flags)
-    more = run_qlora(**flags | {"early_stopping_patience": 5})
-    assert more.code == 2 and "no checkpoint of it to resume from; pass another folder, or --overw" in more.stderr
 
 
 def test_early_stopping_counts_over_a_resume(run_qlora, tmp_path):

@@ -175,7 +175,6 @@ def test_a_model_that_cannot_be_tried_says_so_and_counts_every_layer(run_qlora, 
         run = run_qlora(max_steps=1, bits=16, fast_path=False)
     assert run.code == 0 and "LlamaForCausalLM can't be tried (no values)" in run.stderr
     assert sum(listed(line_of(run, "adapters: ")).values()) == 14
-    assert "no gradient reaches 6 adapters, first model.layers.0.mlp.gate_proj" in run.stderr
 
 
 def test_asking_a_weight_for_its_dtype_is_not_reading_it(run_qlora, tmp_path):

@@ -476,24 +476,17 @@ def test_prediction_fills_the_masks_that_a_row_has_and_those_drawn_elsewhere(run
     assert set(rows) == set(texts)
     assert rows[texts[0]]["input"] == texts[0] and rows[texts[2]]["input"] == texts[2]
     drawn = rows[texts[1]]
-    assert drawn["input"].count("<mask>") == len(drawn["masks"]) >= 1
+    assert "<mask>" in drawn["input"] and "<mask>" not in drawn["prediction"]
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForMaskedLM.from_pretrained(folder).eval()
-    for text, row in rows.items():
+    for row in rows.values():
         ids = torch.tensor([tokenizer(row["input"])["input_ids"]])
         with torch.no_grad():
-            scores = model(input_ids=ids).logits[0].softmax(-1)
+            best = model(input_ids=ids).logits[0].argmax(-1)
         expected = row["input"]
-        places = [i for i, token in enumerate(ids[0].tolist()) if token == 32]
-        for mask, place in zip(row["masks"], places, strict=True):
-            best = tiny_encoders.ESM_TOKENS[int(scores[place].argmax())]
-            assert (mask["position"], mask["token"]) == (place, best)
-            assert mask["probability"] == pytest.approx(scores[place].max().item(), abs=1e-3)
-            assert mask["truth"] == (None if "<mask>" in text else text[place - 1])
-            expected = expected.replace("<mask>", best, 1)
-        assert row["prediction"] == expected
-    metrics = run.json("metrics.json")
-    right = [mask["token"] == mask["truth"] for mask in drawn["masks"]]
-    assert metrics["predict_samples"] == 3 and metrics["predict_masked_accuracy"] == sum(right) / len(right)
+        for place in [i for i, token in enumerate(ids[0].tolist()) if token == 32]:
+            expected = expected.replace("<mask>", tiny_encoders.ESM_TOKENS[int(best[place])], 1)
+        assert row["prediction"] == expected and row.keys() == {"input", "output", "prediction"}
+    assert run.json("metrics.json")["predict_samples"] == 3
 
 
 def test_prediction_uses_the_adapter_that_was_trained(run_masked):
@@ -501,11 +494,11 @@ def test_prediction_uses_the_adapter_that_was_trained(run_masked):
     texts = ["A" * n for n in range(6, 18)]
     flags = {"bits": 4, "do_predict": True, "mask_prob": 0.3, "eval_dataset_size": 2}
     base = run_masked("esm", texts, do_train=False, **flags)
-    assert base.json("metrics.json")["predict_masked_accuracy"] < 0.5
+    assert [row["prediction"] for row in predictions(base)] != [row["output"] for row in predictions(base)]
     run = run_masked("esm", texts, max_steps=30, save_steps=30, learning_rate=1e-2, lora_r=8, **flags)
     assert [row["prediction"] for row in predictions(run)] == [row["output"] for row in predictions(run)]
     again = run_masked("esm", texts, do_train=False, lora_r=8, **flags)
-    assert again.json("metrics.json")["predict_masked_accuracy"] == 1.0
+    assert [row["prediction"] for row in predictions(again)] == [row["output"] for row in predictions(again)]
 
 
 # ------------------------------------------------------------------------------------
@@ -583,9 +576,9 @@ def test_the_example_learns_the_planted_rule(run_qlora, tmp_path, monkeypatch):
     assert run.code == 0
     metrics = run.json("metrics.json")
     # six seeds gave from 0.63 to 0.89
-    assert metrics["predict_masked_accuracy"] > 0.5 and metrics["eval_masked_accuracy"] > 0.5
-    base = run_qlora(**{**off, **flags, "output_dir": tmp_path / "base", "do_train": False})
-    assert base.json("metrics.json")["predict_masked_accuracy"] < 0.1
+    assert metrics["eval_masked_accuracy"] > 0.5
+    base = run_qlora(**{**off, **flags, "output_dir": tmp_path / "base", "do_train": False, "do_eval": True})
+    assert base.json("metrics.json")["eval_masked_accuracy"] < 0.15
 
 
 def test_one_mask_for_equal_rows_of_a_step():
