@@ -616,6 +616,23 @@ IGNORED = [
     ("torch_compile_backend", "inductor"),
     ("torch_compile_mode", "default"),
     ("torchdynamo", "inductor"),
+    ("use_mps_device", ""),
+    ("half_precision_backend", "auto"),
+    ("fp16_backend", "auto"),
+    ("use_ipex", ""),
+    ("jit_mode_eval", ""),
+    ("past_index", "-1"),
+    ("ray_scope", "last"),
+    ("tpu_num_cores", "8"),
+    ("fp16_opt_level", "O1"),
+    ("xpu_backend", "ccl"),
+    ("include_inputs_for_metrics", ""),
+    ("include_tokens_per_second", "True"),
+    ("dispatch_batches", "False"),
+    ("split_batches", ""),
+    ("fsdp_min_num_params", "100"),
+    ("push_to_hub_model_id", "mine"),
+    ("push_to_hub_organization", "ours"),
     ("length_column_name", "size"),
     ("auto_find_batch_size", ""),
     ("no_auto_find_batch_size", ""),
@@ -850,6 +867,7 @@ RULES = [
     ("--plan --plan_gpu 8x80GiB", "--plan_gpu 8x80GiB 24GiB"),
     ("--plan --plan_gpu 0GiB", "--plan_gpu 0GiB 24GiB"),
     ("--overwrite_output_dir --resume_from_checkpoint c", "--overwrite_output_dir --resume_from_checkpoint"),
+    ("--dataset https://me:pw@example.org/x", "--dataset password log"),
     ("--report_to pigeon", "--report_to pigeon tensorboard"),
     ("--report_to comet_ml", "--report_to comet_ml installed"),
     ("--preview -1", "preview -1"),
@@ -1180,3 +1198,7 @@ def test_a_line_of_help_says_default_and_choices(help_lines, name, expected):
 def test_a_list_in_a_file_is_comma_separated(tmp_path):
     (tmp_path / "run.yaml").write_text("lora_modules: [q_proj, v_proj]\nreport_to: none\n")
     assert parse(str(tmp_path / "run.yaml")).lora.lora_modules == "q_proj,v_proj"
+
+
+def test_a_removed_flag_with_the_originals_default_changes_nothing():
+    assert parse("--num_beam_groups", "1", "--diversity_penalty", "0.0", "--penalty_alpha=None").explicitly_set == set()

@@ -1316,3 +1316,9 @@ def test_a_template_file_that_can_not_be_read(run_qlora, tmp_path, name):
     (tmp_path / "latin.jinja").write_bytes(b"\xff\xfe")
     run = run_qlora(chat_template=tmp_path / name)
     assert run.code == 2 and re.search(rf"--chat_template .*{name}", run.stderr.splitlines()[-1])
+
+
+def test_a_question_that_is_to_be_learnt_is_named(tmp_path, caplog):
+    questions = [{**LONG[1], "train": value} for value in (False, 0, None, True)]
+    said, _ = left_out_of(tmp_path, caplog, chatml_tokenizer(), *({"messages": [q, LONG[2]]} for q in questions))
+    assert said == ["train of a turn that is not the assistant's (in 1 of 4 rows)"]
