@@ -74,8 +74,8 @@ def random_base(model_config: Any, config: qlora.Config, writes: bool = False) -
         module, _, leaf = name.rpartition(".")
         if module in linear:
             out, size = parameter.shape
-            options = {"compute_dtype": qlora.compute_dtype(config), **qlora.storage_options(config)}
-            model.set_submodule(module, bitsandbytes.nn.Linear4bit(size, out, bias=False, device="meta", **options))
+            options: Any = {"bias": False, "compute_dtype": qlora.compute_dtype(config), "device": "meta"}
+            model.set_submodule(module, bitsandbytes.nn.Linear4bit(size, out, **options))
         packs = module in linear or (parameter.ndim == 3 and qlora.packs_experts(config) and not writes)
         weight = qlora.pack_weight(value, config) if packs else torch.nn.Parameter(value, requires_grad=False)
         setattr(model.get_submodule(module), leaf, weight)
