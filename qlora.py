@@ -16,21 +16,21 @@ Read the file from top to bottom, along the path of the data: every room uses on
      1 Imports             36-176
      2 Errors             179-244
      3 Dataset formats    247-746
-     4 Arguments         749-1448
-     5 Loading          1451-2023
-     6 Tokenizer        2026-2148
-     7 Encoding         2151-2617
-     8 Model            2620-3274
-     9 Calibration      3277-3651
-    10 LoRA             3654-3955
-    11 Fast path        3958-4909
-    12 Plan             4912-5252
-    13 Checkpoints      5255-5608
-    14 Processes        5611-5668
-    15 Evaluation       5671-5868
-    16 Trainer          5871-6503
-    17 Stages           6506-6986
-    18 Main             6989-7281
+     4 Arguments         749-1450
+     5 Loading          1453-2025
+     6 Tokenizer        2028-2150
+     7 Encoding         2153-2624
+     8 Model            2627-3281
+     9 Calibration      3284-3658
+    10 LoRA             3661-3962
+    11 Fast path        3965-4918
+    12 Plan             4921-5261
+    13 Checkpoints      5264-5648
+    14 Processes        5651-5708
+    15 Evaluation       5711-5911
+    16 Trainer          5914-6551
+    17 Stages           6554-7040
+    18 Main             7043-7336
 """
 
 # ------------------------------------------------------------------------------------
@@ -596,8 +596,8 @@ def apply_template(
     try:
         template = tokenizer.get_chat_template(tools=chat.tools)
         if today := getattr(tokenizer, "template_date", None):  # the run's, so that a resume renders the same
-            call = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
-            template = re.sub(call, lambda match: repr(today.strftime(match[2])), template)
+            parts = "".join(f".replace('%{part}', {today.strftime('%' + part)!r})" for part in "AaBbdemjyYHIMSpFx")
+            template = "{% macro strftime_now(format) %}{{ format" + parts + " }}{% endmacro %}" + template
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         options = {**tokenizer.special_tokens_map, **chat.options, "tools": chat.tools, "chat_template": template}
         own = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked, "continue_final_message": False}
@@ -728,10 +728,10 @@ def renamed_columns(flag: str | None, dataset_format: str | None) -> dict[str, s
 
 
 def rename_columns(row: Any, names: Mapping[str, str]) -> Any:
-    """A row whose columns have the names of the format; a row with none of the data's names stays as it is."""
+    """A row with its columns under the names that its format has; one with none of the data's names as it is."""
     if not isinstance(row, Mapping) or not row.keys() & names.values():
         return row
-    kept = {name: value for name, value in row.items() if name not in names.values()}
+    kept = {f"{n} (replaced by {names[n]})" if n in names else n: v for n, v in row.items() if n not in names.values()}
     return kept | {name: row[own] for name, own in names.items() if own in row}
 
 
@@ -1360,28 +1360,30 @@ def sharding_conflicts(config: Config) -> list[tuple[Any, str]]:
 
 def check_folders(config: Config) -> None:
     """Refuse output folders that the run reads, also a checkpoint in one: files could be overwritten or removed."""
-    flags = config.flags
-    names = {name for name, _ in dataset_shares(config.data.dataset)} - DATASETS.keys()
+    flags, output = config.flags, Path(config.training.output_dir).resolve()
     reads = ["model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "deepspeed"]
     reads += ["mmlu_dir"] * config.mmlu.do_mmlu_eval + ["eval_dataset", "resume_from_checkpoint"]
-    sources = [(name, flags[name]) for name in reads] + [("dataset", name) for name in sorted(names)]
-    sources = [(name, Path(path).resolve()) for name, path in sources if path and os.path.exists(path)]
     removed = re.compile(r"checkpoint-\d+$|left-checkpoint-|\.saving-")  # what a run moves or removes in its folder
+    names = {name for name, _ in dataset_shares(config.data.dataset)} - DATASETS.keys()
+    sources = [(name, flags[name]) for name in reads] + [("dataset", name) for name in sorted(names)]
     for flag in OUTPUT_FLAGS:
         folder = Path(flags[flag] or flags["output_dir"]).resolve()
-        if removed.match(folder.name):
-            raise ConfigError(f"--{flag} {folder}: {folder.name} names a run's checkpoint; name another folder")
-        if folder.is_file():
-            raise ConfigError(f"--{flag} {folder}: a file has that name; name a folder")
-        for name, path in sources:
-            read = path if path.is_dir() else path.parent
-            if name == "resume_from_checkpoint":
-                refused = read == folder and not (folder / "run.json").is_file()  # a checkpoint
-            else:
-                inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
-                refused = inside == () or (inside and removed.match(inside[0]))
-            if refused:
-                raise ConfigError(f"--{flag} {folder}: the run reads --{name} {path} there; name another folder")
+        for place in (folder, *folder.parents):
+            if place.is_file():
+                raise ConfigError(f"--{flag} {folder}: {place} is a file; name a folder")
+            its = place in (folder, output / place.name) or (place / "trainer_state.json").is_file()
+            if its and removed.match(place.name):
+                raise ConfigError(f"--{flag} {folder}: {place.name} names a run's checkpoint; name another folder")
+        for name, value in sources:
+            if not value or value.startswith("{") or not os.path.exists(value):
+                continue
+            read = Path(value).resolve()
+            read = read if read.is_dir() else read.parent
+            inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
+            picked = name == "resume_from_checkpoint"
+            within = inside and not picked and removed.match(inside[0])
+            if within or (inside == () and not (picked and (folder / "run.json").is_file())):  # not a checkpoint
+                raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
 
 
 @lru_cache(maxsize=1)
@@ -2268,7 +2270,7 @@ def encoding_options(config: Config) -> dict[str, Any]:
     return {"limits": length_limits(config), "train_on_source": config.data.train_on_source, "masked": config.masked}
 
 
-def encode_splits(splits: Splits, tokenizer: Any, config: Config) -> Splits:
+def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: float = math.inf) -> Splits:
     """Encode rows in parallel, or find them in the cache; those that can't be trained on are left out."""
     options = encoding_options(config)
     limit = config.data.model_max_len
@@ -2295,7 +2297,7 @@ def encode_splits(splits: Splits, tokenizer: Any, config: Config) -> Splits:
             if all(long):
                 flag += f": all {len(rows)} {name} rows are longer"
                 raise DataError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
-            fitting = fitting_lengths(rows, config)
+            fitting = fitting_lengths(rows, config, positions)
             way = f"; 99 % of them fit with {fitting}" if fitting else ""
             log.warning("%d of %d %s rows are longer than %s: left out%s", sum(long), len(rows), name, flag, way)
             rows = rows.select([i for i, is_long in enumerate(long) if not is_long])
@@ -2420,24 +2422,29 @@ def token_statistics(rows: Any, masked: bool) -> TokenStatistics:
     )  # fmt: skip
 
 
-def fitting_lengths(rows: Any, config: Config) -> str:
-    """The flags of the length limits that 99 % of the rows keep to, where those of the run are shorter."""
-    uncut = rows["uncut"][:]
+def fitting_lengths(rows: Any, config: Config, positions: float) -> str:
+    """The length limits that 99 % of the rows keep to, or as much of that as the model has positions for."""
+    uncut, limits = rows["uncut"][:], length_limits(config)
     by_flag = {"source_max_len": [row[0] for row in uncut], "target_max_len": [row[1] for row in uncut]}
-    if config.data.model_max_len:
-        by_flag = {"model_max_len": [sum(row) for row in uncut]}
-    needed = {flag: sorted(lengths)[math.ceil(0.99 * len(uncut)) - 1] for flag, lengths in by_flag.items()}
-    return " ".join(f"--{flag} {length}" for flag, length in needed.items() if length > getattr(config.data, flag))
+    by_flag = {"model_max_len": [sum(row) for row in uncut]} if limits.total else by_flag
+    left, flags = positions - limits.longest, list[str]()
+    for flag, lengths in by_flag.items():
+        now = getattr(config.data, flag)
+        more = min(sorted(lengths)[math.ceil(0.99 * len(uncut)) - 1] - now, left)
+        if more > 0:
+            flags.append(f"--{flag} {now + more}")
+            left -= more
+    return " ".join(flags)
 
 
-def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, Any]]:
+def pack_and_summarize(splits: Splits, config: Config, positions: float = math.inf) -> tuple[Any, dict[str, Any]]:
     """The training rows, packed if the flags say so, and statistics of both splits."""
     parts = {name: rows for name, rows in splits._asdict().items() if rows is not None}
     statistics = {name: token_statistics(rows, config.masked) for name, rows in parts.items()}
     if splits.train is not None:
         cut, endless = statistics["train"].cut, statistics["train"].without_eos or 0
         if max(cut, endless) > 0.05 * len(splits.train):
-            fitting = fitting_lengths(splits.train, config)
+            fitting = fitting_lengths(splits.train, config, positions)
             way = f"pass {fitting}" if fitting else "try another --eos_token or chat template, or shorter rows"
             what = "of %d train rows %d are cut, and %d end without EOS, so that the model won't learn to stop: %s"
             log.warning(what, len(splits.train), cut, endless, way)
@@ -4530,7 +4537,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum the head's cross-entropy with 128 MiB of float32 logits in memory at a time.
 
     Gradients are computed while a chunk's logits are there. To make these again in the backward pass takes 7B 1.5 %
-    longer, and SmolLM2-135M on a CPU 9 %.
+    longer, and SmolLM2-135M on a CPU 10 %.
     """
 
     @staticmethod
@@ -4579,7 +4586,9 @@ def chunked_cross_entropy(
         call = signature.bind(None, states, weight, targets, head.bias, **options)
         call.apply_defaults()
         return function.apply(*call.args[1:])[0]  # by position, as autograd wants them
-    weights = head.weight, getattr(head, "bias", None)
+    weights = [head.weight, getattr(head, "bias", None)]
+    if not torch.is_grad_enabled():  # else a head that trains would get a gradient in an evaluation too
+        weights = [weight if weight is None else weight.detach() for weight in weights]
     return ChunkedCrossEntropy.apply(states, *weights, targets, fast.logit_rules, smoothing)
 
 
@@ -5141,7 +5150,7 @@ def plan_from_flags(config: Config, memory: MemoryModel) -> tuple[dict[str, str]
     memory = memory.shared(config, train.world_size) if is_sharded(config) else memory
     room = 0.95 * (gib - CONTEXT) * GIB - memory.resident()  # a twentieth stays free
     plan, lines, fits = plan_step(memory, room, longest, window, config)
-    needed = (plan.peak or 0) / 0.95 + CONTEXT
+    needed = math.ceil(100 * ((plan.peak or 0) / 0.95 + CONTEXT)) / 100
     verdict = "fits" if fits else f"does not fit into {gib:g} GiB, needs {needed:.2f} GiB"
     return {"GPU": f"{gib:g} GiB", **lines, "verdict": verdict}, fits
 
@@ -5264,6 +5273,7 @@ PREVIOUS = ".completed-before"  # `completed` of an earlier run, while another o
 STREAM = "stream.json"  # in a checkpoint: how far a stream was read
 STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final model is written into
 LEFT = "left-checkpoint-"  # prefix of checkpoints that are set aside
+MERGING = ".merging-"  # prefix of the hidden folder beside a merged model
 LOCK = ".qlora.lock"  # held by the run that writes into a folder
 # What --overwrite_output_dir removes beside weights and checkpoints.
 RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
@@ -5375,9 +5385,10 @@ def weights_in(folder: Path, full_finetune: bool = False) -> Path | None:
     return None
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """Size and hash of every file but the manifest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+def file_digests(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Size and hash of every file but the manifest, or of those among `names` that are there."""
+    paths = folder.rglob("*") if names is None else map(folder.joinpath, names)
+    files = sorted(path for path in paths if path.is_file() and path != folder / MANIFEST)
     with ThreadPoolExecutor() as pool:  # a checkpoint of a full fine-tune of 7B holds 80 GB
         digests = zip(files, pool.map(file_digest, files), strict=True)
         return {p.relative_to(folder).as_posix(): f"{p.stat().st_size} bytes, {value}" for p, value in digests}
@@ -5424,11 +5435,27 @@ def find_last_checkpoint(output_dir: Path) -> Path | None:
 
 
 def needs_more_steps(config: Config, completed: Mapping[str, Any]) -> bool:
-    """Whether the flags ask for more steps, or epochs, than a completed run had."""
+    """Whether the flags ask for more steps or epochs than a completed run had, or more patience if it stopped early."""
     args = config.training
+    if "stopped_at" in completed:  # of more steps none would be trained
+        patience = completed["run"]["flags"].get("early_stopping_patience")
+        return (args.early_stopping_patience or math.inf) > (patience or math.inf)
     # the Trainer's count of epochs is a sum of fractions, which may end just below a whole number
     target, unit = (args.max_steps, "step") if args.max_steps > 0 else (args.num_train_epochs - 1e-6, "epoch")
     return target > completed.get(unit, math.inf)
+
+
+def check_final_weights(config: Config, picked: str | None) -> None:
+    """Refuse final weights that are not those which the run in output_dir recorded: another run replaced them."""
+    args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
+    unread = args.overwrite_output_dir if args.do_train else picked or config.model.adapter_name_or_path
+    record = {} if unread else read_record(output)
+    known: Any = record.get("weights")  # which earlier versions did not record
+    files = [name for name in record.get("files", ()) if known is not None and name.endswith(".safetensors")]
+    whole = (re.sub("^model-.*", "model.safetensors", name) for name in files)  # loaded instead of shards
+    if others := [name for name, found in file_digests(final, {*files, *whole}).items() if found not in known]:
+        way = f"to use them, pass --adapter_name_or_path {final}; to train, another folder or --overwrite_output_dir"
+        raise ConfigError(f"{final / others[0]}: not what the run in {output} saved, but of another one; {way}")
 
 
 def check_output_is_free(config: Config, last: Path | None) -> None:
@@ -5462,6 +5489,7 @@ def find_resume_point(config: Config) -> ResumePoint:
             raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
     elif not args.overwrite_output_dir:
         last = find_last_checkpoint(output)
+    check_final_weights(config, picked)
     finished = (output / COMPLETED).is_file() and not picked
     if not args.do_train:
         # An interrupted run's last checkpoint is newer than what is in the final folder.
@@ -5473,8 +5501,9 @@ def find_resume_point(config: Config) -> ResumePoint:
     if finished and not args.overwrite_output_dir and (weights := weights_in(final, full)):
         record = read_record(output)
         if not needs_more_steps(config, record):
-            steps = record.get("stopped_at", record.get("step", "?"))
-            log.info("%s holds a completed run of %s steps: it is used, not trained again", output, steps)
+            early = ", stopped early (a larger --early_stopping_patience goes on)" * ("stopped_at" in record)
+            steps = f"{record.get('stopped_at', record.get('step', '?'))} steps{early}"
+            log.info("%s holds a completed run of %s: it is used, not trained again", output, steps)
             return ResumePoint(False, weights=str(weights), found=output)
     check_output_is_free(config, last)
     if last is None:
@@ -5548,12 +5577,10 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder. The kernel releases the lock of a process that dies."""
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
+def open_locked(folder: Path) -> Any:
+    """Open and lock a folder's lock file; a ConfigError names the run that holds it."""
+    while True:
+        file = (folder / LOCK).open("a+")
         try:
             import fcntl
 
@@ -5563,6 +5590,19 @@ def lock_folder(folder: Path) -> Iterator[None]:
             raise ConfigError(f"{folder} is in use by {file.read()}: wait for it, or name another folder") from None
         except (ImportError, OSError) as error:  # Windows, or a file system without locks
             log.warning("%s can't be locked (%s): start no other run there", folder, error)
+            return file
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+                return file
+        file.close()  # the run that held it has just removed it
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder. The kernel releases the lock of a process that dies."""
+    made = not folder.exists() or folder.name.startswith(MERGING)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_locked(folder) as file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -5829,29 +5869,32 @@ def load_questions(config: Config) -> list[Question]:
 def answer_questions(trainer: Any, questions: list[Question]) -> list[tuple[bool, float]]:
     """For each question: whether the answer is right, and the loss on the right letter and EOS.
 
-    The answer is the letter whose first token is the most probable one after the prompt.
+    One pass compares the letters' first tokens. Where those are not four different ones, each letter is put after the
+    prompt in turn, and the probabilities of all its tokens are compared.
     """
     tokenizer, longest = trainer.processing_class, trainer.config.mmlu.mmlu_source_max_len
-    letters = tokenize(LETTERS, tokenizer)
-    texts = tokenize([question.prompt for question in questions], tokenizer)
+    letters, texts = tokenize(LETTERS, tokenizer), tokenize([question.prompt for question in questions], tokenizer)
     prefix = os.path.commonprefix(letters)  # noqa: RUF071  # with some tokenizers, a space
     answers = [[*ids[len(prefix) :], tokenizer.eos_token_id] for ids in letters]
     first_tokens = [ids[0] for ids in answers]
-    if len({*first_tokens}) < len(LETTERS):
-        raise ConfigError("--do_mmlu_eval: the tokenizer begins two of the letters A, B, C and D with the same token")
+    one_pass = len(set(first_tokens)) == len(LETTERS)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompts = [[*bos, *ids[max(len(bos) + len(ids) - longest, 0) :], *prefix] for ids in texts]
-    right = [answers[question.answer] for question in questions]
-    rows = [{"input_ids": p + a, "labels": [IGNORE] * len(p) + a} for p, a in zip(prompts, right, strict=True)]
+    pairs = [(i, c) for i, q in enumerate(questions) for c in ([q.answer] if one_pass else range(len(LETTERS)))]
+    rows = [{"input_ids": prompts[i] + answers[c], "labels": [IGNORE] * len(prompts[i]) + answers[c]} for i, c in pairs]
     batch = padded_batch(collate_step(rows)["step"], list(range(len(rows))), tokenizer.pad_token_id, "right")
     # Only the logits of the answers: all those of 100 prompts of 400 tokens would take 8 GB.
     logits = supervised_logits(trainer.base, trainer.fast, to_device(batch, trainer.args.device)).log_softmax(-1).cpu()
-    results = []
-    for question, answer, predicted in zip(questions, right, logits.split([*map(len, right)]), strict=True):
-        chosen = int(predicted[0, first_tokens].argmax())
-        loss = -predicted[range(len(answer)), answer].mean().item()
-        results.append((chosen == question.answer, loss))
-    return results
+    scores, losses = torch.zeros(len(questions), len(LETTERS)), [0.0] * len(questions)
+    for (i, c), predicted in zip(pairs, logits.split([len(answers[c]) for _, c in pairs]), strict=True):
+        log_probs = predicted[range(len(answers[c])), answers[c]]
+        if c == questions[i].answer:
+            losses[i] = -log_probs.mean().item()
+        if one_pass:
+            scores[i] = predicted[0, first_tokens]
+        else:
+            scores[i, c] = log_probs[:-1].sum()
+    return [(c == q.answer, loss) for c, q, loss in zip(scores.argmax(-1).tolist(), questions, losses, strict=True)]
 
 
 def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
@@ -6119,7 +6162,12 @@ class QLoRATrainer(Trainer):
         names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
         options: dict[str, Any] = {name: getattr(self.args, f"dataloader_{name}") for name in names}
         return torch.utils.data.DataLoader(
-            rows, batch_sampler=steps, collate_fn=self.data_collator, worker_init_fn=init_worker, **options
+            rows,
+            batch_sampler=steps,
+            collate_fn=self.data_collator,
+            worker_init_fn=init_worker,
+            generator=torch.Generator(),
+            **options,  # each iterator draws a seed, a resumed run one more
         )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
@@ -6618,10 +6666,11 @@ def save_final(trainer: QLoRATrainer) -> None:
             (staging / readme.name).unlink(missing_ok=True)  # peft's
             card = "MODEL_CARD.md" if foreign and readme not in earlier else readme.name  # a project's own stays
             write_file(staging / card, model_card(trainer))
-            files = sorted(file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file())
-            saved = {"final": final_place(output, final), "files": files}
+            files = file_digests(staging)
+            saved: Any = {"final": final_place(output, final), "files": [*files], "weights": [*files.values()]}
             listed = sorted({*files, *(file.relative_to(final).as_posix() for file in earlier)})  # should it be killed
-            write_json(output / PREVIOUS, read_record(output) | saved | {"files": listed})
+            either = {"files": listed, "weights": saved["weights"] + [*file_digests(final, listed).values()]}
+            write_json(output / PREVIOUS, read_record(output) | saved | either)
             for name in files:
                 fsync_path(staging / name)
                 (final / name).parent.mkdir(parents=True, exist_ok=True)
@@ -6638,7 +6687,7 @@ def save_final(trainer: QLoRATrainer) -> None:
         if args.push_to_hub:
             hub: Any = {"repo_id": str(trainer.hub_model_id), "revision": args.hub_revision, "token": args.hub_token}
             with reraise_as_user_error("--push_to_hub: all is saved here, but the upload failed"):
-                upload_folder(folder_path=final, allow_patterns=files, **hub)
+                upload_folder(folder_path=final, allow_patterns=[*files], **hub)
             log.info("pushed to %s", trainer.hub_model_id)
     wait_for_all_ranks()
 
@@ -6664,6 +6713,12 @@ def merge_record(adapter: str, config: Config) -> dict[str, Any]:
     """What a merged model is made of."""
     weights = {file.name: file_digest(file) for file in Path(adapter_files(adapter, config)).glob("adapter_model.*")}
     return weights | {name: config.flags[name] for name in ("model_name_or_path", "merge_base", "max_shard_size")}
+
+
+def merging_folder(config: Config) -> Path:
+    """The hidden folder that a model is merged in."""
+    target = Path(str(config.training.merged_output_dir)).resolve()
+    return target.with_name(f"{MERGING}{target.name}")
 
 
 def check_merge(start: ResumePoint, config: Config) -> None:
@@ -6769,14 +6824,13 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
     if folder is None or config.training.process_index != 0 or Path(folder, MERGED).is_file():  # see check_merge
         return {}
     target, source = Path(folder).resolve(), download(run.folder, PROCESSOR_FILES, config)
-    hidden = target.with_name(f".merging-{target.name}")
-    staging = hidden / target.name  # a model's own code is imported under its folder's name
-    shutil.rmtree(hidden, ignore_errors=True)
+    staging = merging_folder(config) / target.name  # a model's own code is imported under its folder's name
+    shutil.rmtree(staging, ignore_errors=True)
     rows = data.eval or getattr(data.train, "rows", data.train)  # of packs, or as they are
     sample = padded_prompts([ids[:64] for ids in rows[:4]["input_ids"]], tokenizer.pad_token_id, "right")
     gc.collect()  # the trained model is held by reference cycles
     log.info("merging %s into %s", adapter, target)
-    with atomic_save(hidden, target), reraise_as_user_error(f"--merged_output_dir {target}"):
+    with atomic_save(staging, target), reraise_as_user_error(f"--merged_output_dir {target}"):
         dequantised = config.training.merge_base == "dequantized"
         model: Any = load_merge_base(config, run.base if dequantised else run.folder)
         fit_embeddings(model, token_rows(PeftConfig.from_pretrained(adapter_files(adapter, config))))  # for the sample
@@ -7023,8 +7077,8 @@ def load_run(config: Config) -> tuple[Run, Data]:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     with local_main_process_first():  # encodes the dataset
         text = load_splits(config, tokenizer)
-        encoded = encode_splits(text, tokenizer, config)
-    rows, statistics = pack_and_summarize(encoded, config)
+        encoded = encode_splits(text, tokenizer, config, positions := positions_of(model_config))
+    rows, statistics = pack_and_summarize(encoded, config, positions)
     check_ranks_agree({f"the encoded {name} rows": part.fingerprint for name, part in statistics.items()})
     base = folder
     if config.quant.calibration_rows and not config.data.preview:
@@ -7156,7 +7210,8 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
         return 0
     with contextlib.ExitStack() as locks:
         if args.process_index == 0:
-            for folder in {Path(args.output_dir).resolve(), final_folder(config).resolve()}:
+            merging = [merging_folder(config)] if args.merged_output_dir else []
+            for folder in {Path(args.output_dir).resolve(), final_folder(config).resolve(), *merging}:
                 locks.enter_context(lock_folder(folder))
         return run_stages(*load_run(config), stop, began)
 

@@ -57,6 +57,15 @@ def test_rows_that_are_cut_name_lengths_that_fit(warned):
     assert warned(PAIRS, "--source_max_len", "195", *few) == []  # 6 of 200 are 3 %
 
 
+def test_no_length_is_named_that_the_model_can_not_read(warned):
+    """It reads 512 tokens. 99 % need 409 and 419: 300 + 100 leave 112 for the input, and all have room for it."""
+    rows = [{"input": "a" * 408, "output": "b" * 418}] * 20
+    (cut,) = warned(rows, "--source_max_len", "300", "--target_max_len", "100", "--max_steps", "1")
+    assert cut.endswith("pass --source_max_len 409 --target_max_len 103")
+    (cut,) = warned(rows, "--source_max_len", "400", "--target_max_len", "112", "--max_steps", "1")
+    assert cut.endswith("or shorter rows")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -257,6 +266,16 @@ def test_the_prompt_of_a_preference_is_its_input(row, parts):
         assert [message["content"] for message in parsed.messages] == parts and parsed.answers == [1]
     else:
         assert [(part["text"], part["supervised"]) for part in parsed] == parts
+
+
+@pytest.mark.parametrize(
+    ("columns", "warned"), [("question chosen rejected", True), ("prompt chosen", False), ("chosen rejected", False)]
+)
+def test_preferences_whose_prompt_has_another_name_are_a_warning(caplog, columns, warned):
+    rows = datasets.Dataset.from_list([dict.fromkeys(columns.split(), "a")])
+    with caplog.at_level("WARNING", "qlora"):
+        qlora.choose_format("x", qlora.RowSource("x", loaded=rows), qlora.parse_config([]))
+    assert ["--columns prompt=NAME" in message and "question" in message for message in caplog.messages] == [1] * warned
 
 
 def test_preferences_are_said_to_be_fine_tuning_on_the_chosen_answers(caplog):

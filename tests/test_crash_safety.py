@@ -296,11 +296,13 @@ def test_processes_agree_on_the_step_at_which_a_signal_stops_them(fork_server, c
 def test_one_run_at_a_time_writes_into_a_folder(fork_server, command, tmp_path):
     """The second one says who is there and changes nothing; after a kill -9 the folder is free at once."""
     flags = ENDLESS | {"save_steps": 2, "save_total_limit": 1, "dataloader_num_workers": 1}
-    first = fork_server.start(command("out", **flags), tmp_path / "first")
+    (tmp_path / "link").symlink_to(tmp_path / "merged")
+    first = fork_server.start(command("out", **flags, merged_output_dir=tmp_path / "link"), tmp_path / "first")
     until(lambda: steps_kept(tmp_path / "out"), first)
     for used, names in (
         ("out", {"final_output_dir": "other"}),
         ("out", {"output_dir": "other", "final_output_dir": "out"}),
+        (".merging-merged", {"output_dir": "other", "merged_output_dir": "merged"}),
     ):
         words = command("out", **flags, **{flag: tmp_path / name for flag, name in names.items()})
         refused = fork_server.start(words, tmp_path / f"log of {names}")

@@ -11,6 +11,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LlamaModel
 
@@ -358,12 +359,29 @@ def test_mmlu_equals_a_plain_loop(run_qlora, models, folder, tmp_path, batch, to
         assert metrics["mmlu_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
-def test_mmlu_where_letters_share_their_first_token_is_one_line(run_qlora, models, folder, tmp_path):
-    """▁A is one token; B, C and D begin alike with ▁."""
-    base = models("llama", tokenizer="sentencepiece")
-    questions = write_mmlu(tmp_path / "mmlu", [3] * 7)
-    run = run_qlora(model_name_or_path=base, dataset=folder, do_train=False, mmlu_dir=questions, **MMLU)
-    assert run.code == 2 and "begins two of the letters A, B, C and D with the same token" in run.stderr
+def test_mmlu_where_letters_share_their_first_token(run_qlora, models, folder, tmp_path):
+    """▁A is one token, B, C and D begin alike with ▁. The model says ▁ and then D, wherever it is asked."""
+    shutil.copytree(models("llama", tokenizer="sentencepiece"), tmp_path / "model")
+    words = AutoTokenizer.from_pretrained(tmp_path / "model")
+    a, *others = (words(letter, add_special_tokens=False)["input_ids"] for letter in "ABCD")
+    assert len(a) == 1 and [ids[:-1] for ids in others] == [others[0][:1]] * 3
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")) or name == "lm_head.weight":
+            tensor.zero_()
+        elif name.endswith(("embed_tokens.weight", "model.norm.weight")):
+            tensor.fill_(1.0)
+    tensors["lm_head.weight"][others[2][0]] = 3.0
+    tensors["lm_head.weight"][others[2][1]] = 2.0
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    run = run_qlora(
+        model_name_or_path=tmp_path / "model",
+        dataset=folder,
+        do_train=False,
+        mmlu_dir=write_mmlu(tmp_path / "mmlu", [3] * 7),
+        **MMLU,
+    )
+    assert run.json("metrics.json")["mmlu_eval_accuracy"] == 1.0
 
 
 def test_mmlu_at_each_evaluation_of_a_training_run(run_qlora, folder, tmp_path):
@@ -517,20 +535,29 @@ def test_early_stopping(run_qlora):
     assert again.code == 0 and "it is used, not trained again" in again.stderr
 
 
-def test_a_checkpoint_that_is_picked_goes_on_with_more_patience(run_qlora, tmp_path):
-    """As if it had been that from the start; the completed run itself is used as it is."""
+def test_early_stopping_goes_on_with_more_patience(run_qlora, tmp_path):
+    """As if it had been that from the start; more steps alone are none that would be trained."""
     flags = STUCK | {"learning_rate": 1e-2, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     straight = run_qlora(**flags | {"early_stopping_patience": 5}, output_dir=tmp_path / "straight")
-    stopped = run_qlora(**flags).output_dir
-    for patience in (3, 2, 5):
-        again = run_qlora(**flags | {"early_stopping_patience": patience})
-        assert again.code == 0 and "completed run of 4 steps: it is used, not trained again" in again.stderr
-    picked = {"early_stopping_patience": 5, "resume_from_checkpoint": stopped / "checkpoint-4"}
-    more = run_qlora(**flags | picked)
+    run_qlora(**flags)
+    for same in (flags, flags | {"max_steps": 9}, flags | {"early_stopping_patience": 2}):
+        again = run_qlora(**same)
+        stopped = "completed run of 4 steps, stopped early (a larger --early_stopping_patience goes on)"
+        assert again.code == 0 and stopped in again.stderr and "resuming from" not in again.stderr
+    more = run_qlora(**flags | {"early_stopping_patience": 5})
     assert "early_stopping_patience was 3, is 5: applies at once" in more.stderr
     assert [done.json("completed")["stopped_at"] for done in (straight, more)] == [6, 6]
     files = [(done.output_dir / "adapter_model.safetensors").read_bytes() for done in (straight, more)]
     assert files[0] == files[1]
+    none = run_qlora(**flags | {"early_stopping_patience": None})
+    assert none.json("completed")["step"] == 8 and "stopped_at" not in none.json("completed")
+
+
+def test_more_patience_without_a_checkpoint_to_go_on_from(run_qlora):
+    flags = STUCK | {"save_strategy": "no", "save_steps": None}
+    run_qlora(**flags)
+    more = run_qlora(**flags | {"early_stopping_patience": 5})
+    assert more.code == 2 and "no checkpoint of it to resume from; pass another folder, or --overw" in more.stderr
 
 
 def test_early_stopping_counts_over_a_resume(run_qlora, tmp_path):

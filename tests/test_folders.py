@@ -123,13 +123,14 @@ def test_uncreatable_folder_is_an_error_before_loading(run_qlora, tmp_path, monk
 
 
 @pytest.mark.parametrize("flag", ["output_dir", "working_dir", "final_output_dir", "merged_output_dir"])
-def test_an_output_folder_that_is_a_file_is_one_line_at_once(run_qlora, tmp_path, monkeypatch, flag):
+@pytest.mark.parametrize("below", [False, True])
+def test_an_output_folder_that_is_a_file_is_one_line_at_once(run_qlora, tmp_path, monkeypatch, flag, below):
     file = tmp_path / "taken"
     file.write_text("mine")
     monkeypatch.setattr(qlora, "load_run", None)
-    run = run_qlora(**{flag: file})
-    assert run.code == 2
-    assert run.stderr.splitlines()[-1] == f"error: --{flag} {file}: a file has that name; name a folder"
+    run = run_qlora(**{flag: file / "folder" if below else file})
+    folder = f"{file}/folder" if below else file
+    assert run.code == 2 and run.stderr.splitlines()[-1] == f"error: --{flag} {folder}: {file} is a file; name a folder"
     assert file.read_text() == "mine"
 
 
@@ -324,13 +325,17 @@ def test_output_folders_that_the_run_reads_are_refused(run_qlora, own_model, tmp
 
 
 @pytest.mark.parametrize("flag", ["output_dir", "final_output_dir", "working_dir", "merged_output_dir"])
-@pytest.mark.parametrize("name", ["checkpoint-4", "left-checkpoint-3", ".saving-final"])
+@pytest.mark.parametrize("name", ["checkpoint-4", "checkpoint-9/best", "left-checkpoint-3", ".saving-final"])
 def test_no_output_folder_is_named_as_what_a_run_sets_aside_or_removes(run_qlora, tmp_path, monkeypatch, flag, name):
     """Rotation, a resume or the next save would take it for one of its own."""
     monkeypatch.setattr(qlora, "load_run", None)
     folder = tmp_path / "out" / name
+    if "/" in name and flag in ("output_dir", "working_dir"):  # another run's checkpoint
+        folder.parent.mkdir(parents=True)
+        (folder.parent / "trainer_state.json").write_text("{}")
     run = run_qlora(**{flag: folder})
-    assert run.code == 2 and f"--{flag} {folder}: {name} names a run's checkpoint" in run.stderr
+    part = name.partition("/")[0]
+    assert run.code == 2 and f"--{flag} {folder}: {part} names a run's checkpoint" in run.stderr
     assert not folder.exists()
 
 
@@ -339,12 +344,43 @@ def test_a_folder_that_only_lies_below_such_a_name_is_free(run_qlora, tmp_path):
     assert run_qlora(output_dir=tmp_path / "checkpoint-5-again", max_steps=1).code == 0
 
 
-def test_a_final_folder_that_moved_is_used(run_qlora, tmp_path):
+@pytest.mark.parametrize("alone", [False, True], ids=["a run that shares it", "a run with that folder"])
+@pytest.mark.parametrize("kind", [{}, FULL], ids=["adapter", "full"])
+def test_a_rerun_takes_no_other_runs_weights_for_its_own(run_qlora, tmp_path, alone, kind):
+    """Both runs write into one final folder, the second with --overwrite_output_dir."""
+    final = tmp_path / "final"
+    first = {**kind, "output_dir": final if alone else tmp_path / "one", "final_output_dir": final}
+    assert run_qlora(**first).code == 0
+    assert "used, not trained again" in run_qlora(**first).stderr
+    other = {
+        **kind,
+        "output_dir": tmp_path / "two",
+        "final_output_dir": final,
+        "seed": 5,
+        "lora_r": None if kind else 8,
+    }
+    if kind:
+        other |= {"max_shard_size": "5GB"}  # one file, which is loaded instead of the first run's shards
+    assert run_qlora(**other, overwrite_output_dir=True).code == 0
+    before = contents_of(final)
+    for again in (first, first | {"max_steps": 6}, first | PREDICT | {"do_train": False}):
+        run = run_qlora(**again)
+        assert run.code == 2 and "but of another one" in run.stderr.splitlines()[-1]
+    assert contents_of(final) == before
+    assert "used, not trained again" in run_qlora(**other).stderr
+    anew = run_qlora(**first, overwrite_output_dir=True)
+    assert anew.code == 0 or (kind and "remove it" in anew.stderr)
+
+
+def test_a_final_folder_that_moved_is_known_by_its_weights(run_qlora, tmp_path):
     flags = {"output_dir": tmp_path / "out", "final_output_dir": tmp_path / "final"}
     assert run_qlora(**flags).code == 0
     (tmp_path / "final").rename(tmp_path / "moved")
     flags["final_output_dir"] = tmp_path / "moved"
     assert "used, not trained again" in run_qlora(**flags).stderr
+    other = run_qlora(output_dir=tmp_path / "other", seed=5, learning_rate=1e-2)
+    shutil.copy(other.output_dir / "adapter_model.safetensors", tmp_path / "moved")
+    assert "but of another one" in run_qlora(**flags).stderr.splitlines()[-1]
 
 
 def test_an_output_folder_above_a_model_is_no_risk_to_it(run_qlora, models, tmp_path):
@@ -353,6 +389,24 @@ def test_an_output_folder_above_a_model_is_no_risk_to_it(run_qlora, models, tmp_
     before = contents_of(model)
     assert run_qlora(model_name_or_path=model, output_dir=tmp_path / "out", overwrite_output_dir=True).code == 0
     assert contents_of(model) == before
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "final_output_dir", "working_dir", "merged_output_dir"])
+def test_an_output_folder_among_the_sub_folders_of_a_dataset_is_refused(
+    run_qlora, data_dir, tmp_path, monkeypatch, flag
+):
+    """Its sub-folders are read, so that a rerun would take the run's own .json files for rows."""
+    (tmp_path / "data" / "en").mkdir(parents=True)
+    shutil.copy(data_dir / "support.jsonl", tmp_path / "data" / "en")
+    before = contents_of(tmp_path)
+    monkeypatch.chdir(tmp_path / "data")
+    for dataset, folder in ((".", "results"), (tmp_path / "data", tmp_path / "data" / "en" / "results")):
+        run = run_qlora(dataset=dataset, **{flag: folder})
+        assert run.code == 2 and f"--{flag} {folder}" in run.stderr and "sub-folders" in run.stderr
+    assert contents_of(tmp_path) == before
+    shutil.copy(data_dir / "support.jsonl", tmp_path / "data")  # now its sub-folders are not read
+    for _ in range(2):
+        assert run_qlora(dataset=".", max_steps=1, output_dir="results").code == 0
 
 
 def test_a_model_that_would_be_loaded_instead_of_what_is_saved_is_not_overwritten(run_qlora, own_model, tmp_path):
@@ -475,21 +529,3 @@ def test_a_folder_without_records_keeps_its_weights(run_qlora, own_model, tmp_pa
     weights_before = {name: data for name, data in contents_of(own_model).items() if name.startswith("model")}
     assert run_qlora(output_dir=own_model, overwrite_output_dir=True).code == 0
     assert weights_before and weights_before.items() <= contents_of(own_model).items()
-
-
-@pytest.mark.parametrize("flag", ["output_dir", "final_output_dir", "working_dir", "merged_output_dir"])
-def test_an_output_folder_among_the_sub_folders_of_a_dataset_is_refused(
-    run_qlora, data_dir, tmp_path, monkeypatch, flag
-):
-    """Its sub-folders are read, so that a rerun would take the run's own .json files for rows."""
-    (tmp_path / "data" / "en").mkdir(parents=True)
-    shutil.copy(data_dir / "support.jsonl", tmp_path / "data" / "en")
-    before = contents_of(tmp_path)
-    monkeypatch.chdir(tmp_path / "data")
-    for dataset, folder in ((".", "results"), (tmp_path / "data", tmp_path / "data" / "en" / "results")):
-        run = run_qlora(dataset=dataset, **{flag: folder})
-        assert run.code == 2 and f"--{flag} {folder}" in run.stderr and "sub-folders" in run.stderr
-    assert contents_of(tmp_path) == before
-    shutil.copy(data_dir / "support.jsonl", tmp_path / "data")  # now its sub-folders are not read
-    for _ in range(2):
-        assert run_qlora(dataset=".", max_steps=1, output_dir="results").code == 0

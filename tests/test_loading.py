@@ -950,10 +950,12 @@ def test_a_function_may_have_any_columns(tmp_path):
     assert outputs(load("--dataset", f"{file},{own}", *mine).train) == ["r", "s"]
 
 
-def test_a_column_replaces_the_one_whose_name_it_gets(tmp_path):
+def test_a_column_that_another_replaces_is_left_out(tmp_path, caplog):
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "input": "old", "output": "a"}])
-    splits = load("--dataset", file, "--columns", "input=question")
+    with caplog.at_level("INFO", "qlora"):
+        splits = load("--dataset", file, "--columns", "input=question")
     assert splits.train[0]["segments"][0]["text"] == "q"
+    assert f"{file}: left out: input (replaced by question)" in caplog.messages
     swapped = load("--dataset", file, "--columns", "input=output,output=input").train[0]
     assert swapped["segments"][0]["text"] == "a" and swapped["left_out"] == "question"
 

@@ -348,6 +348,7 @@ def test_a_link_to_an_empty_folder_is_filled(merged_run, tmp_path):
     """What a run that was killed left beside it is removed."""
     (tmp_path / "there").mkdir()
     (tmp_path / ".merging-there" / "there").mkdir(parents=True)
+    (tmp_path / ".merging-there" / ".qlora.lock").touch()
     (tmp_path / "merged").symlink_to(tmp_path / "there")
     run, folder = merged_run()
     assert run.code == 0 and weights(folder) and not list(tmp_path.glob(".*")) and not list(folder.glob(".*"))
