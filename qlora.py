@@ -17,20 +17,20 @@ Read the file from top to bottom, along the path of the data: every room uses on
      2 Errors             179-244
      3 Dataset formats    247-746
      4 Arguments         749-1450
-     5 Loading          1453-2025
-     6 Tokenizer        2028-2150
-     7 Encoding         2153-2624
-     8 Model            2627-3281
-     9 Calibration      3284-3658
-    10 LoRA             3661-3962
-    11 Fast path        3965-4918
-    12 Plan             4921-5261
-    13 Checkpoints      5264-5648
-    14 Processes        5651-5708
-    15 Evaluation       5711-5911
-    16 Trainer          5914-6551
-    17 Stages           6554-7040
-    18 Main             7043-7336
+     5 Loading          1453-2028
+     6 Tokenizer        2031-2153
+     7 Encoding         2156-2627
+     8 Model            2630-3284
+     9 Calibration      3287-3661
+    10 LoRA             3664-3965
+    11 Fast path        3968-4921
+    12 Plan             4924-5264
+    13 Checkpoints      5267-5651
+    14 Processes        5654-5711
+    15 Evaluation       5714-5914
+    16 Trainer          5917-6554
+    17 Stages           6557-7043
+    18 Main             7046-7339
 """
 
 # ------------------------------------------------------------------------------------
@@ -1694,6 +1694,9 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     log.info("%s: format %s%s", name, chosen, said)
     if chosen == "hh-rlhf":
         log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", name)
+        if "prompt" not in columns and (others := sorted({*columns} - {"chosen", "rejected"})):
+            way = "--columns prompt=NAME names its column"
+            log.warning("%s: the answers are without a prompt; %s (there are: %s)", name, way, ", ".join(others))
     if CUSTOM_FORMAT.fullmatch(chosen):
         log.info("its rows are cached: if it reads other files and they change, pass another --cache_dir")
     return chosen
