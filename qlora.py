@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-176
      2 Errors             179-244
-     3 Dataset formats    247-746
-     4 Arguments         749-1450
-     5 Loading          1453-2028
-     6 Tokenizer        2031-2153
-     7 Encoding         2156-2627
-     8 Model            2630-3284
-     9 Calibration      3287-3661
-    10 LoRA             3664-3965
-    11 Fast path        3968-4921
-    12 Plan             4924-5264
-    13 Checkpoints      5267-5651
-    14 Processes        5654-5711
-    15 Evaluation       5714-5914
-    16 Trainer          5917-6554
-    17 Stages           6557-7043
-    18 Main             7046-7339
+     3 Dataset formats    247-747
+     4 Arguments         750-1451
+     5 Loading          1454-2029
+     6 Tokenizer        2032-2154
+     7 Encoding         2157-2628
+     8 Model            2631-3285
+     9 Calibration      3288-3662
+    10 LoRA             3665-3966
+    11 Fast path        3969-4922
+    12 Plan             4925-5265
+    13 Checkpoints      5268-5652
+    14 Processes        5655-5712
+    15 Evaluation       5715-5915
+    16 Trainer          5918-6550
+    17 Stages           6553-7039
+    18 Main             7042-7335
 """
 
 # ------------------------------------------------------------------------------------
@@ -646,7 +646,8 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
     """
     (before, _), (asked, _) = (apply_template(chat, tokenizer, n, prompt=prompt) for prompt in (True, False))
     text = whole if n + 1 == len(chat.messages) else apply_template(chat, tokenizer, n + 1)[0]
-    start = len(os.path.commonprefix([before, text]))  # noqa: RUF071 (characters, not folders)
+    lengths = range(min(len(before), len(text)))  # 20,000 characters one by one would take 1.8 ms and not 0.04
+    start = bisect.bisect_left(lengths, True, key=lambda place: before[: place + 1] != text[: place + 1])
     if start < min(len(before), len(asked)):
         # what precedes is written differently once it is answered: the prompt, and what follows its end in the text
         cut = bisect.bisect_left(range(len(before)), True, key=lambda place: before[place:] in text)
@@ -6164,14 +6165,9 @@ class QLoRATrainer(Trainer):
         steps = DistributedWindowSampler(rows["length"][:], size, self.args, lambda: self.state)
         names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
         options: dict[str, Any] = {name: getattr(self.args, f"dataloader_{name}") for name in names}
-        return torch.utils.data.DataLoader(
-            rows,
-            batch_sampler=steps,
-            collate_fn=self.data_collator,
-            worker_init_fn=init_worker,
-            generator=torch.Generator(),
-            **options,  # each iterator draws a seed, a resumed run one more
-        )
+        # an iterator draws its workers' seed: from torch's own generator, a resumed run would draw one more
+        options |= {"worker_init_fn": init_worker, "generator": torch.Generator()}
+        return torch.utils.data.DataLoader(rows, batch_sampler=steps, collate_fn=self.data_collator, **options)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Fetch the one batch of an optimizer step, and count the supervised tokens of all ranks for its loss."""
