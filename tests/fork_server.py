@@ -225,6 +225,8 @@ def _serve() -> None:
     for module in LATE_IMPORTS:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
+    if "deepspeed" in sys.modules:  # compiling these takes it a minute, and a run killed meanwhile locks out all others
+        sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # a run collects garbage; over the imported objects that takes 0.4 s and copies their pages

@@ -47,8 +47,6 @@ def zero(stage: int) -> Path:
 def need_deepspeed() -> None:
     if importlib.util.find_spec("deepspeed") is None:
         missing("deepspeed is not installed: DS_BUILD_OPS=0 pip install deepspeed")
-    if shutil.which("c++") is None:
-        pytest.skip("on CPUs DeepSpeed compiles its shared-memory operations, and this machine has no compiler")
 
 
 @pytest.fixture(scope="module")
