@@ -13,24 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             36-176
-     2 Errors             179-244
-     3 Dataset formats    247-747
-     4 Arguments         750-1451
-     5 Loading          1454-2029
-     6 Tokenizer        2032-2154
-     7 Encoding         2157-2628
-     8 Model            2631-3285
-     9 Calibration      3288-3662
-    10 LoRA             3665-3966
-    11 Fast path        3969-4922
-    12 Plan             4925-5265
-    13 Checkpoints      5268-5652
-    14 Processes        5655-5712
-    15 Evaluation       5715-5915
-    16 Trainer          5918-6550
-    17 Stages           6553-7039
-    18 Main             7042-7335
+     1 Imports             36-177
+     2 Errors             180-251
+     3 Dataset formats    254-757
+     4 Arguments         760-1464
+     5 Loading          1467-2037
+     6 Tokenizer        2040-2162
+     7 Encoding         2165-2642
+     8 Model            2645-3304
+     9 Calibration      3307-3681
+    10 LoRA             3684-3986
+    11 Fast path        3989-4942
+    12 Plan             4945-5289
+    13 Checkpoints      5292-5676
+    14 Processes        5679-5736
+    15 Evaluation       5739-5942
+    16 Trainer          5945-6579
+    17 Stages           6582-7072
+    18 Main             7075-7364
 """
 
 # ------------------------------------------------------------------------------------
@@ -94,6 +94,7 @@ os.environ |= {
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     "DISABLE_SAFETENSORS_CONVERSION": "1",  # else transformers asks a hub service to convert .bin weights
     "TQDM_LEAVE": "",  # progress bars disappear when they are done
+    **({} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}),  # in a file they are noise
 } | os.environ
 
 # Harmless warnings: a CPU kernel that no release has, casts in 8-bit layers, operations that the plan reports itself,
@@ -111,6 +112,7 @@ import huggingface_hub
 import psutil
 import torch
 import torch.nn.functional as F
+import transformers
 import yaml
 from accelerate.utils import DistributedType, send_to_device
 from bitsandbytes.functional import dequantize_4bit
@@ -156,7 +158,6 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput, speed_metrics
-from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 try:
@@ -239,6 +240,12 @@ def reraise_as_user_error(what: str, kind: type[QLoRAError] = ConfigError, *also
         raise kind(f"{what}: {shorten(error)}") from error
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file's content; a ConfigError if it can't be read."""
+    with reraise_as_user_error(str(path)):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
 def is_peer_failure(error: BaseException) -> bool:
     """Whether a message to another rank failed because that rank has exited."""
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
@@ -264,18 +271,18 @@ class Conversation(NamedTuple):  # before the tokenizer's template renders it
     messages: list[dict[str, Any]]  # in OpenAI's form; the last is an answer that is supervised
     answers: list[int]  # the messages that are supervised
     tools: list[Any] | None
-    options: dict[str, Any]  # the template's own
-    left_out: list[str]  # of the row
+    options: dict[str, Any]  # variables for the template
+    left_out: list[str]  # what the row has and its text has not
 
 
 class RenderedRow(NamedTuple):
     segments: list[Segment]
-    left_out: list[str]  # of the raw row
+    left_out: list[str]  # what the raw row has and the text has not
     lost: int = 0  # tokens of the exchanges that are left out
 
 
 class JoinedSegments(list[Segment]):
-    """Segments of one text, which is tokenised whole. One that begins with ESCAPE_MARK is a special token."""
+    """Segments of one text, tokenised whole. ESCAPE_MARK at the start (not inside): all of it is a special token."""
 
 
 RawRow = Mapping[str, Any]
@@ -285,7 +292,7 @@ ParsedRow = list[Segment] | Conversation
 class DatasetFormat(NamedTuple):
     columns: tuple[str, ...]  # required
     parse: Callable[[RawRow], ParsedRow]
-    inferred: bool = True  # from the columns alone
+    inferred: bool = True  # whether columns alone may choose it
     optional: tuple[str, ...] = ()
 
 
@@ -311,7 +318,7 @@ def field_error(row: RawRow, name: str, expected: str) -> RowError:
 def get_text(row: RawRow, name: str, default: str | None = None) -> str:
     """The text in a field; a number or boolean becomes its JSON text, and null counts as missing."""
     value = default if row.get(name) is None else row[name]
-    if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
     if not isinstance(value, str):
         raise field_error(row, name, "text")
@@ -324,7 +331,7 @@ def get_list(row: RawRow, name: str, default: Any = None, kinds: Any = None) -> 
     """The list in a field, or a dict if the default is one; it may be JSON text, and empty text is the default."""
     value = default if row.get(name) in (None, "") else row[name]
     kinds = kinds or (list if default is None else type(default))
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(value) if isinstance(value, str) else value
     value = default if default is not None and value in (None, False, [], {}) else value
     if not isinstance(value, kinds):
@@ -362,7 +369,10 @@ def parse_chosen(row: RawRow) -> ParsedRow:
     prompt, chosen = row.get("prompt") or "", row.get("chosen")
     if isinstance(chosen, list):
         turns = prompt if isinstance(prompt, list) and chosen[: len(prompt)] != prompt else []
-        return parse_chat("chosen", {**row, "chosen": [*turns, *chosen]})
+        chat = parse_chat("chosen", {**row, "chosen": [*turns, *chosen]})
+        if prompt and isinstance(prompt, str) and prompt not in (message["content"] for message in chat.messages):
+            chat.left_out.append("a prompt beside a chat")
+        return chat
     prompt, chosen = get_text(row, "prompt", ""), get_text(row, "chosen")
     return prompt_completion("" if chosen.startswith(prompt) else prompt, chosen)
 
@@ -426,7 +436,7 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
         message = {key: value for key, value in turn.items() if value not in (None, "[]", "{}", "null")}
         weights = [get_boolean(fields, f"{place}.{key}", "true") for key in WEIGHT_KEYS]
         message |= {"role": role, "supervised": role == "assistant" and all(weights)}
-        own_role = name == "function_call"  # LLaMA-Factory's; the key of that name is OpenAI's older one
+        own_role = name == "function_call"  # LLaMA-Factory's, with calls as content; OpenAI's older key has that name
         given = [key for key in ("tool_calls", "function_call") if message.pop(key, None) and role == "assistant"]
         calls = [content_field] * own_role + [f"{place}.{key}" for key in given]
         if len(calls) > 1:
@@ -455,7 +465,7 @@ def parse_airoboros_chat(row: RawRow) -> ParsedRow:
     return prompt_completion(prompt, answer)
 
 
-def parse_chat(column: str, row: RawRow) -> ParsedRow:
+def parse_chat(column: str, row: RawRow) -> Conversation:
     """Everything up to the last supervised answer, with the columns beside it that a chat may have."""
     messages = get_messages(row, column)
     left_out: list[str] = []
@@ -467,8 +477,8 @@ def parse_chat(column: str, row: RawRow) -> ParsedRow:
             left_out.append(f"{name} beside another system turn")
     answers = [n for n, message in enumerate(messages) if message.pop("supervised")]
     others = [message for message in messages if message["role"] != "assistant"]
-    wanted = sorted({key for m in others for key in WEIGHT_KEYS if BOOLEANS.get(str(m.get(key)).lower())})
-    left_out += [f"{key} of a turn that is not the assistant's" for key in wanted]
+    unheeded = sorted({key for m in others for key in WEIGHT_KEYS if BOOLEANS.get(str(m.get(key)).lower())})
+    left_out += [f"{key} of a turn that is not the assistant's" for key in unheeded]
     if not answers:
         raise RowError(f"field {column!r} has no turn of the assistant with a weight, expected an answer to learn")
     tools, functions = get_list(row, "tools", []), get_list(row, "functions", [])
@@ -550,15 +560,15 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
 
 @lru_cache(maxsize=2)
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = False) -> re.Pattern[str]:
-    """A pattern of special tokens and of unflagged ones that begin a turn (DeepSeek's), or of the unflagged alone."""
+    """A pattern of special tokens and of those not flagged special that mark a turn (DeepSeek's), or of these alone."""
     texts: list[str] = []
     template = str(tokenizer.chat_template or "")
     added = getattr(tokenizer, "text_tokens", ())  # of --add_tokens: no marker unless the template writes it
     for token in tokenizer.added_tokens_decoder.values():
         text = str(token)
         names_role = re.search("(?i)system|user|assistant|turn", text) and (text in template or text not in added)
-        begins_turn = text in template and re.match("(?i)(?!.*(think|tool)).*(im_|inst|head|role|end)", text)
-        unflagged_marker = not token.special and (names_role or begins_turn)
+        marks_turn = text in template and re.match("(?i)(?!.*(think|tool)).*(im_|inst|head|role|end)", text)
+        unflagged_marker = not token.special and (names_role or marks_turn)
         if unflagged_marker or (token.special and not unflagged):
             texts.append(text)
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
@@ -612,7 +622,7 @@ def apply_template(
 def contains(text: str, value: Any) -> bool:
     """Whether a text without white space holds a value and all that is in it, as it is or as JSON."""
     if isinstance(value, (dict, list)):
-        return all(contains(text, part) for part in (*value, *getattr(value, "values", tuple)()))
+        return all(contains(text, part) for part in (*value, *(value.values() if isinstance(value, dict) else ())))
     if value is None or isinstance(value, bool):  # as True or true, None or null
         return True
     forms = json.dumps(value, ensure_ascii=False), json.dumps(value), repr(value)
@@ -627,7 +637,7 @@ def check_answer(message: Mapping[str, Any], turn: int, supervised: str) -> bool
         answer = reasoning.pop()
     wanted = [answer]
     for call in message.get("tool_calls", ()):
-        wanted += call["function"]["name"], call["function"]["arguments"]
+        wanted += call["function"].values()
     for value in wanted:
         # a dictionary written as Python's is refused: render_chat tries arguments as JSON text next
         as_python = value and isinstance(value, dict) and "".join(repr(value).split()) in supervised
@@ -678,7 +688,7 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
         parts = parts if len(parts) == len(answers) else ["".join(parts)] * len(answers)
         complete = [check_answer(chat.messages[n], n + 1, part) for n, part in zip(answers, parts, strict=True)]
         left_out = chat.left_out + ["reasoning that the chat template does not write"] * (not all(complete))
-        segments = list[Segment]()
+        segments: list[Segment] = []
         for start, end in itertools.pairwise(sorted({0, len(text), *(n for s in spans for n in (s.start, s.stop))})):
             supervised = any(span.start <= start < span.stop for span in spans)
             segments.append({"text": text[start:end], "supervised": supervised})
@@ -933,7 +943,7 @@ class Config:
         return self.data.objective == "mlm"
 
 
-ARGUMENT_GROUPS: tuple[Any, ...] = tuple(field.type for field in dataclasses.fields(Config))[:-3]
+ARGUMENT_GROUPS: tuple[Any, ...] = tuple(f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type))
 
 # Current name; for some booleans also the values that True and, if that is not the default, False stand for.
 RENAMED_FLAGS: dict[str, str] = {
@@ -995,7 +1005,7 @@ OLD_FLAGS = {"logging_dir", *RENAMED_FLAGS, *IGNORED_FLAGS, *REMOVED_FLAGS}
 NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
     "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "trust_remote_code"})  # fmt: skip
 OUTPUT_FLAGS = ("output_dir", "working_dir", "final_output_dir", "merged_output_dir")
-HUB_TOKEN = re.compile(r"\bhf_\w{8,}")  # some users pass one to --use_auth_token
+HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # some users pass one to --use_auth_token
 
 
 class OldFlag(argparse.Action):
@@ -1015,16 +1025,16 @@ class OldFlag(argparse.Action):
             os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.expanduser(value)
             log.warning("%s: old name, set as TENSORBOARD_LOGGING_DIR", written)
             return
-        current, *choices = RENAMED_FLAGS[name].split()
+        current, on, off = [*RENAMED_FLAGS[name].split(), "", ""][:3]
         negated = not written.replace("-", "_").endswith(f"__{name}")
         with reraise_as_user_error(f"{written} {value}", ConfigError, argparse.ArgumentTypeError):
-            if negated or choices:
+            if negated or on:
                 wanted = string_to_bool(value or "True") != negated
-                value = (*choices, "")[not wanted] if choices else str(wanted)
+                value = (on if wanted else off) if on else str(wanted)
             if name == "warmup_ratio" and not 0 <= float(value) < 1:
                 raise ValueError("expected a fraction of the steps, at least 0 and below 1")
-        log.warning("%s: old name of --%s %s", written, current, value if choices else "")  # it may be a token
-        if value or not choices:
+        log.warning("%s: old name of --%s %s", written, current, value if on else "")  # it may be a token
+        if value or not on:
             parser.parse_args([f"--{current}={value}" if value else f"--{current}"], namespace)
 
 
@@ -1034,7 +1044,7 @@ class Parser(HfArgumentParser):
     everything = False  # whether the help lists the Trainer's other flags
 
     def format_help(self) -> str:
-        """One line for each flag: first those that most runs need, then the others by group."""
+        """One line for each flag (of --x and --no_x the first): those that most runs need, then the others by group."""
         usage = "usage: python qlora.py [RUN.yaml | RUN.json] --FLAG VALUE ...; --help all adds the Trainer's own flags"
         lines = [str(__doc__).partition("\n")[0], usage]
         actions = {action.dest: action for action in reversed(self._actions) if action.help != argparse.SUPPRESS}
@@ -1047,7 +1057,7 @@ class Parser(HfArgumentParser):
             groups[group.__doc__.rstrip(".")] = [f.name for f in dataclasses.fields(group) if f.name in own]
         groups |= {"The Trainer's other flags": [*reversed(actions)]} if self.everything else {}
         for title, names in groups.items():
-            lines += [*([""] if len(names) > 16 else []), f"{title}:"]  # 130 lines in all
+            lines += ["", f"{title}:"] if len(names) > 16 else [f"{title}:"]  # 130 lines in all
             for action in (actions.pop(name) for name in names if name in actions):
                 text = " ".join(str(action.help).replace("%%", "%").split())
                 if len(text) > 90:  # one of the Trainer's: its first sentence
@@ -1093,8 +1103,9 @@ def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
         content = json.loads(text) if is_json else yaml.safe_load(text)
         # The values as they are written: YAML reads `no` as False and 1_0 as 10.
         literals = content if is_json else yaml.load(text, yaml.BaseLoader)
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected flags as `name: value` lines, found {type(content).__name__}")
+    if not isinstance(content, dict) or len(literals) != len(content):
+        found = f"found {type(content).__name__}"
+        raise ConfigError(f"{path}: expected flags as `name: value` lines, each once and without <<, {found}")
     record = content if isinstance(content.get("flags"), dict) else {}
     if record:
         known = {f.name for group in ARGUMENT_GROUPS for f in dataclasses.fields(group)} - OLD_FLAGS - NOT_REPEATED
@@ -1128,7 +1139,7 @@ def parse_config(argv: Sequence[str]) -> Config:
         parser.exit()
     path = argv[0] if argv and argv[0].lower().endswith((".yaml", ".yml", ".json")) else ""
     words, record = read_config_file(Path(path)) if path else ([], {})
-    with reraise_as_user_error(path, ConfigError, ConfigError):
+    with reraise_as_user_error(path, ConfigError, ConfigError):  # names the file before its errors
         from_file = parser.passed_flags(words)
     passed = parser.passed_flags(argv[bool(path) :])
     given = from_file.keys() & record.get("derived", {}).get("given", ()) if record else from_file.keys()
@@ -1138,7 +1149,7 @@ def parse_config(argv: Sequence[str]) -> Config:
     flags = vars(parser.parse_args([])) | from_file | passed
     flags |= resolve_defaults(flags, explicitly_set)
     check_launcher(flags)
-    with reraise_as_user_error("flags"):  # the Trainer writes to its output_dir; final_folder is ours
+    with reraise_as_user_error("flags"):  # the Trainer's output_dir is --working_dir, if passed
         groups = parser.parse_dict(flags | {"output_dir": flags["working_dir"] or flags["output_dir"]}, True)
     flags["hub_token"] = flags["hub_token"] and "(hidden)"  # never written to a file
     config = Config(*groups, flags, explicitly_set, record)  # type: ignore[call-arg]
@@ -1215,7 +1226,7 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("add_tokens", "tokens with commas between them", lambda x: all(map(str.strip, x.split(",")))),
     ("mask_prob", "above 0 and at most 1", lambda x: 0 < x <= 1),
     ("mask_replace_prob random_replace_prob", "0 to 1", lambda x: 0 <= x <= 1),
-    ("seed", "0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
+    ("seed data_seed", "0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     ("eval_dataset_size", "a number of rows, or a fraction below 1", lambda x: 0 < x < 1 or (x > 0 and x % 1 == 0)),
     ("max_steps", "a number of steps, or -1 with --num_train_epochs", lambda x: x != 0),
     ("optim", "an optimizer that steps after the backward pass", lambda x: not re.search("lomo|layerwise", x)),
@@ -1313,7 +1324,8 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          f"--init_lora_weights {flags.init_lora_weights}: needs --bits 16 or 32, weights that are not quantised"),
         (flags.add_tokens and (flags.fsdp or flags.deepspeed),
          "--add_tokens: peft cannot train rows of an embedding that --fsdp or --deepspeed shards"),
-        (flags.early_stopping_patience and (flags.eval_strategy == "no" or metric.startswith("mmlu")),
+        (flags.do_train and flags.early_stopping_patience
+         and (flags.eval_strategy == "no" or metric.startswith("mmlu")),
          "--early_stopping_patience needs --eval_strategy steps or epoch, and a metric other than MMLU's"),
         (flags.mask_replace_prob + flags.random_replace_prob > 1,
          f"--mask_replace_prob {flags.mask_replace_prob} + --random_replace_prob {flags.random_replace_prob}: above 1"),
@@ -1325,7 +1337,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          "--max_steps, and steps as --save_strategy, --eval_strategy and --logging_strategy"),
         (flags.streaming and (flags.eval_dataset_size < 1 or shares != [1]),
          "--streaming needs one --dataset, such as a folder of files, and --eval_dataset_size as a number of rows"),
-        (metric not in metrics and not ("mmlu_" in metric and flags.do_mmlu_eval),
+        (flags.do_train and metric not in metrics and not ("mmlu_" in metric and flags.do_mmlu_eval),
          f"--metric_for_best_model {metric}: expected {', '.join(metrics)}; MMLU metrics need --do_mmlu_eval"),
         (missing, f"--report_to {', '.join(sorted(missing))}: not installed here, or none of "
          f"{', '.join(INTEGRATION_TO_CALLBACK)}"),
@@ -1372,8 +1384,8 @@ def check_folders(config: Config) -> None:
         for place in (folder, *folder.parents):
             if place.is_file():
                 raise ConfigError(f"--{flag} {folder}: {place} is a file; name a folder")
-            its = place in (folder, output / place.name) or (place / "trainer_state.json").is_file()
-            if its and removed.match(place.name):
+            ours = place == folder or place.parent == output or (place / "trainer_state.json").is_file()
+            if ours and removed.match(place.name):
                 raise ConfigError(f"--{flag} {folder}: {place.name} names a run's checkpoint; name another folder")
         for name, value in sources:
             if not value or value.startswith("{") or not os.path.exists(value):
@@ -1381,9 +1393,9 @@ def check_folders(config: Config) -> None:
             read = Path(value).resolve()
             read = read if read.is_dir() else read.parent
             inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
-            picked = name == "resume_from_checkpoint"
-            within = inside and not picked and removed.match(inside[0])
-            if within or (inside == () and not (picked and (folder / "run.json").is_file())):  # not a checkpoint
+            resumes = name == "resume_from_checkpoint"
+            within = inside and not resumes and removed.match(inside[0])
+            if within or (inside == () and not (resumes and (folder / "run.json").is_file())):  # a bare checkpoint
                 raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
 
 
@@ -1415,7 +1427,7 @@ def check_base(config: Config) -> None:
             log.warning("no connection to the hub (%s): using %s as it is in the cache", why, name)
     adapter = Path(model, "adapter_config.json")
     if adapter.is_file() and not Path(model, "config.json").is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = read_json(adapter).get("base_model_name_or_path")
         what = f"--model_name_or_path {model}: an adapter of {base}"
         raise ConfigError(f"{what}; pass that, and this as --adapter_name_or_path")
     manifest = Path(config.model.adapter_name_or_path or model, "checkpoint.json")
@@ -1433,6 +1445,7 @@ def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
     flags = argparse.Namespace(**config.flags)
     return [
         (flags.bits != 4, {"quant_type", "double_quant"}, f"bits is {flags.bits}"),
+        (CUSTOM_FORMAT.fullmatch(flags.dataset_format or ""), {"as_chat"}, "a function writes its rows itself"),
         (flags.full_finetune, LORA_FLAGS - {"layers_to_freeze", "layer_freeze_ratio"}, "there are no adapters"),
         (flags.adapter_name_or_path, LORA_FLAGS, "the adapter to start from keeps its own rank, alpha and layers"),
         (not flags.do_predict, GENERATION_FLAGS, "nothing is generated without --do_predict"),
@@ -1476,12 +1489,6 @@ ROW_FEATURES = datasets.Features(
 )
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's content; a ConfigError if it can't be read."""
-    with reraise_as_user_error(str(path)):
-        return json.loads(path.read_text(encoding="utf-8"))
-
-
 def read_json_lines(stream: Any) -> NumberedRows:
     """JSON lines, or one JSON array, which is read into memory whole."""
     head = list(itertools.islice(stream, 10))  # the first lines may be empty
@@ -1504,9 +1511,9 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     header = next(reader, [])
     if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])) and other[0] != delimiter:
         found = f"columns are separated by {other[0]!r}, expected {delimiter!r}"
-        raise DataError(f"{stream.name}: {found}: {shorten(header[0])}")
+        raise ValueError(f"{found}: {header[0]}")
     if len(set(header)) < len(header):
-        raise DataError(f"{stream.name}: the column {max(header, key=header.count)!r} appears twice in the header")
+        raise ValueError(f"the column {max(header, key=header.count)!r} appears twice in the header")
     cells: list[str] | None = []
     while cells is not None:
         number = reader.line_num + 1
@@ -1521,10 +1528,10 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
             yield number, RowError(shorten(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"), cells)
 
 
-def drop_nulls(value: Any, depth: int = 1) -> Any:
+def drop_nulls(value: Any, top: bool = False) -> Any:
     """A row without the nulls that Arrow adds where an object lacks a field that others have; its columns stay."""
     if isinstance(value, Mapping):
-        return {key: drop_nulls(item) for key, item in value.items() if item is not None or not depth}
+        return {key: drop_nulls(item) for key, item in value.items() if item is not None or top}
     return [drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
@@ -1532,8 +1539,8 @@ READERS: dict[str, Callable[[Any], NumberedRows]] = {
     **dict.fromkeys((".json", ".jsonl", ".jsonlines", ".ndjson"), read_json_lines),
     ".csv": partial(read_delimited, delimiter=","),
     ".tsv": partial(read_delimited, delimiter="\t"),
-    ".parquet": lambda stream: enumerate(  # a few thousand rows at a time, of the bytes below the text
-        (drop_nulls(row, 0) for batch in ParquetFile(stream.buffer).iter_batches(4096) for row in batch.to_pylist()), 1
+    ".parquet": lambda stream: enumerate(  # a few thousand rows at a time, of the bytes in the buffer
+        (drop_nulls(row, True) for part in ParquetFile(stream.buffer).iter_batches(4096) for row in part.to_pylist()), 1
     ),
 }
 OPENERS: dict[str, Callable[..., Any]] = {
@@ -1568,21 +1575,21 @@ class RowSource:
     files: tuple[Path, ...] = ()
     loaded: Any = None  # a Dataset, or an IterableDataset of the hub
     format: str = ""
-    first: int = 0  # rows to skip
-    last: int | None = None  # rows to read, the skipped ones included
+    start: int = 0  # which rows to read, as in itertools.islice
+    stop: int | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         numbered = [(str(path), read_file(path)) for path in self.files]
-        numbered.append((self.name, enumerate((drop_nulls(row, 0) for row in self.loaded or ()), start=1)))
+        numbered.append((self.name, enumerate((drop_nulls(row, top=True) for row in self.loaded or ()), start=1)))
         rows = ((f"{name}:{number}", row) for name, part in numbered for number, row in part)
         with reraise_as_user_error(self.name, DataError, *DATASETS_ERRORS):
-            yield from itertools.islice(rows, self.first, self.last)
+            yield from itertools.islice(rows, self.start, self.stop)
 
     def fingerprint(self) -> str:
         """Changes with the content; that of a stream with its first rows."""
         own = getattr(self.loaded, "_fingerprint", None)
         content = [f"{path}:{file_digest(path)}" for path in self.files] or own or list(itertools.islice(self, 100))
-        return digest(self.name, self.format, content, self.first, self.last)
+        return digest(self.name, self.format, content, self.start, self.stop)
 
 
 class Splits(NamedTuple):
@@ -1646,7 +1653,7 @@ def find_files(name: str, path: Path, config: Config) -> dict[str, RowSource]:
     """The splits of a local file, or of a folder. Its sub-folders are read only if it has no data file of its own."""
     files = [path]
     if path.is_dir():
-        visible = sorted(f for f in path.rglob("*") if f.is_file() and "/." not in str(f)[len(str(path)) :])
+        visible = sorted(f for f in path.rglob("*") if f.is_file() and "/." not in f"/{f.relative_to(path).as_posix()}")
         data = [f for f in visible if data_suffix(f) in READERS and not f.name.startswith("dataset_info")]
         files = [file for file in data if file.parent == path] or data
         for flag in OUTPUT_FLAGS if files is data else ():
@@ -1684,9 +1691,9 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     if absent and (len(absent) < len(names) or missing or not chosen):
         raise DataError(f"{found}, but none is called {absent[0]}, which --columns names")
     if chosen is None:
-        names = {", ".join(sorted(FORMATS[known].columns)): known for known in candidates}
-        nearest = difflib.get_close_matches(", ".join(columns), names, n=2, cutoff=0)
-        needs = " or ".join(f"{', '.join(FORMATS[names[text]].columns)} ({names[text]})" for text in nearest)
+        needed = {", ".join(sorted(FORMATS[known].columns)): known for known in candidates}
+        nearest = (needed[text] for text in difflib.get_close_matches(", ".join(columns), needed, n=2, cutoff=0))
+        needs = " or ".join(f"{', '.join(FORMATS[known].columns)} ({known})" for known in nearest)
         way = "--columns input=question says what yours are called, --dataset_format path.py:function converts rows"
         raise DataError(f"{found}, which fit no format; the nearest need {needs}; {way}")
     if missing:
@@ -1741,7 +1748,7 @@ def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
         tokens: list[Tokens] = [[] for _ in row]
         for i, (start, end) in zip(ids, offsets, strict=True):
             if text[start:end] != ESCAPE_MARK:
-                first, last = segment_of[min(start, len(text) - 1)], segment_of[max(end, start + 1, 1) - 1]
+                first, last = segment_of[min(start, len(text) - 1)], segment_of[max(end, start + 1) - 1]
                 supervised = row[first]["supervised"] or row[last]["supervised"]
                 tokens[last].append((i, i if supervised else IGNORE))
         if row[0]["text"].startswith(BOS_MARK) and bos is not None:
@@ -1815,13 +1822,13 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
             yield from ({"where": where, "row": row} for row in rows)
     if not found:
         which = "" if wanted == {"ALL"} else f" has a source in --include_sources {data.include_sources}"
-        raise DataError(f"{source.name}: no row{f' after row {source.first}' * bool(source.first)}{which}")
+        raise DataError(f"{source.name}: no row{f' after row {source.start}' * bool(source.start)}{which}")
 
 
 def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any, limits: Limits) -> list[Any]:
     """A raw row as ROW_FEATURES, a chat as one or several; a bad one has no segments but a problem, and its JSON."""
-    normal: dict[str, Any] = {"segments": [], "rendered": False, "lost": 0} | dict.fromkeys(list(ROW_FEATURES)[3:], "")
-    normal["where"] = escape_control_chars(where)
+    normal: dict[str, Any] = dict.fromkeys(ROW_FEATURES, "")
+    normal |= {"segments": [], "rendered": False, "lost": 0, "where": escape_control_chars(where)}
     try:
         parsed = dataset_format.parse(check_row(row))
         rendered = isinstance(parsed, (Conversation, JoinedSegments))
@@ -1858,8 +1865,9 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     if tokenizer:
         template = str(tokenizer.chat_template or "")
         today = "strftime_now" in template and getattr(tokenizer, "template_date", None)
-        depends += [template, template and limits, tokenizer.special_tokens_map, today]
-        depends += [special_token_pattern(tokenizer).pattern]
+        depends += [template, tokenizer.special_tokens_map, special_token_pattern(tokenizer).pattern, today]
+        if template and tokenizer.is_fast:  # chats that are too long are cut by their tokens
+            depends += [limits, tokenizer.backend_tokenizer.to_str()]
     options = {"cache_dir": config.model.cache_dir, "fingerprint": digest("rows", CODE_VERSION, *depends)}
     try:
         normal = (row for raw in itertools.islice(select_rows(source, data), limit) for row in normalize(**raw))
@@ -1881,7 +1889,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
 
 
 def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
-    """A dataset's splits with the format of their rows, also under the names that SPLITS gives them."""
+    """A dataset's splits with their rows' format, also under the names that SPLITS gives them, the first of each."""
     sources = find_splits(name, config)
     chosen = choose_format(name, next(iter(sources.values())), config)
     sources = {split: dataclasses.replace(part, format=chosen) for split, part in sources.items()}
@@ -1906,17 +1914,17 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
         sources = open_dataset(name, config)
         if evaluating and not data.eval_dataset:
             eval_sources += [sources[split] for split in SPLIT_NAMES if split in sources][:1]
-        train = sources.get("train")
+        train = sources.get("train") if training or not eval_sources else None
         if train is None and (args.do_train or not eval_sources):
             raise DataError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
         if unused := {source.name for source in sources.values() if source not in (train, *eval_sources)}:
             log.info("not read: %s", ", ".join(sorted(unused)))
         if data.streaming and train:
             if evaluating and not eval_sources:  # the first rows are held out
-                eval_sources = [dataclasses.replace(train, last=int(data.eval_dataset_size))]
-                train = dataclasses.replace(train, first=int(data.eval_dataset_size))
+                eval_sources = [dataclasses.replace(train, stop=int(data.eval_dataset_size))]
+                train = dataclasses.replace(train, start=int(data.eval_dataset_size))
             if data.max_train_samples:
-                train = dataclasses.replace(train, last=train.first + data.max_train_samples)
+                train = dataclasses.replace(train, stop=train.start + data.max_train_samples)
             rows = [load_rows(source, config, tokenizer, limit=data.max_eval_samples) for source in eval_sources]
             return Splits(train if training else None, rows[0] if rows else None)
         if train:
@@ -1942,7 +1950,7 @@ def holds_rows_out(config: Config) -> bool:
     model = config.model
     for name in config.training.output_dir, model.adapter_name_or_path or "", model.model_name_or_path:
         for record in Path(name, "run.json"), Path(name).parent / "run.json":  # a checkpoint's lies above it
-            flags = read_json(record)["flags"] if name and record.is_file() else {}
+            flags = read_json(record).get("flags", {}) if name and record.is_file() else {}
             both = (config.data.dataset, flags["dataset"] if flags.get("do_train") else "")
             now, trained = ({os.path.realpath(n): share for n, share in dataset_shares(flag)} for flag in both)
             if now == trained and (flags["do_eval"] or flags["do_predict"]) and not flags["eval_dataset"]:
@@ -1999,7 +2007,7 @@ def clear_rejected(config: Config) -> None:
     """Remove rejected.jsonl, unless this run goes on with it: a stream does not read its first rows again."""
     args, output = config.training, Path(config.training.output_dir)
     rejected_lines.cache_clear()
-    # a run that is here may be another one, which refuses to be resumed
+    # the folder may hold another run, at which this one will stop: its file stays
     kept = () if args.overwrite_output_dir else (*output.glob("checkpoint-*"), *output.glob("completed"))
     if args.process_index == 0 and not (config.data.streaming or config.data.preview or kept):
         (output / REJECTED).unlink(missing_ok=True)
@@ -2381,7 +2389,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
 def epoch_order(lengths: list[int], batch_size: int, args: Any, epoch: int) -> list[int]:
     """Row numbers in an order that follows from seed and epoch alone, so that a resume in any epoch repeats it.
 
-    The Trainer's own grouped sampler, of windows of 50 batches with the longest rows first, changes it after a resume.
+    The Trainer's sampler, which groups by length in windows of 50 batches, draws another order after a resume.
     """
     generator = torch.Generator().manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)
     if args.train_sampling_strategy == "group_by_length":
@@ -2389,6 +2397,11 @@ def epoch_order(lengths: list[int], batch_size: int, args: Any, epoch: int) -> l
     if args.train_sampling_strategy == "sequential":
         return list(range(len(lengths)))
     return torch.randperm(len(lengths), generator=generator).tolist()
+
+
+def steps_per_epoch(rows: int, size: int, args: Any) -> int:
+    """Optimizer steps of `size` rows; a smaller one at the end counts unless the flags drop it."""
+    return (math.floor if args.dataloader_drop_last else math.ceil)(rows / size)
 
 
 class TokenStatistics(NamedTuple):
@@ -2520,7 +2533,7 @@ def micro_batches(step: StepBatch, rows: int | None, tokens: int, padded: bool) 
         groups = [groups[0][start:end] for start, end in itertools.pairwise([*ends[:-1:rows], ends[-1]])]
     elif padded:
         groups[0].sort(key=lambda i: -lengths[i])
-    else:  # even shares
+    else:  # even shares, a little larger as rows stay whole
         tokens = min(tokens, math.ceil(sum(lengths) / max(1, math.ceil(sum(lengths) / tokens)) * 1.02))
     batches: list[list[int]] = []
     for group in groups:
@@ -2547,7 +2560,8 @@ def padding_free_batch(step: StepBatch, members: list[int]) -> dict[str, Any]:
     """Members in one row without padding; positions restart in each."""
     rows = [{"input_ids": ids, "labels": labels} for ids, labels in step.members(members)]
     batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows)
-    return batch | supervised_targets(batch.pop("labels").squeeze(0))
+    labels = batch.pop("labels").squeeze(0)
+    return batch | supervised_targets(labels)
 
 
 def supervised_targets(labels: torch.Tensor, ahead: int = 1) -> dict[str, torch.Tensor]:
@@ -2565,21 +2579,21 @@ class Masking(NamedTuple):
     mask_id: int
     words: torch.Tensor  # the ids that a random token may be
 
-    def mask_tokens(self, ids: torch.Tensor, labels: torch.Tensor, *seed: Any, least: int = 0) -> list[torch.Tensor]:
-        """Masked ids, and the labels of the chosen tokens, at least `least`; both follow from the seed alone."""
+    def mask_tokens(self, ids: torch.Tensor, labels: torch.Tensor, *seed: Any, one: bool = False) -> list[torch.Tensor]:
+        """Masked ids, and the labels of the chosen tokens (at least `one`, if asked); both follow from the seed."""
         generator = torch.Generator().manual_seed(int(digest(*seed), 16))
         # drawn on the CPU: the same masks on every device
         choice, fate = torch.rand((2, *ids.shape), generator=generator).to(ids.device)
         words = self.words[torch.randint(len(self.words), ids.shape, generator=generator)].to(ids.device)
         choice[labels == IGNORE] = 2.0
         chosen = choice < self.chosen
-        chosen |= (choice < 2.0) & (choice <= (choice.min() if least else -1))
+        chosen |= one & (choice < 2.0) & (choice == choice.min())
         masked = ids.masked_fill(chosen & (fate < self.replaced), self.mask_id)
         return [masked.where(~chosen | (fate < 1 - self.random), words), labels.masked_fill(~chosen, IGNORE)]
 
-    def mask_step(self, step: StepBatch, *seed: Any, least: int = 0) -> StepBatch:
+    def mask_step(self, step: StepBatch, *seed: Any, one: bool = False) -> StepBatch:
         """A step with masks that follow from the seed and each row alone."""
-        masked = [self.mask_tokens(ids, labels, *seed, ids.tolist(), least=least) for ids, labels in step.members()]
+        masked = [self.mask_tokens(ids, labels, *seed, ids.tolist(), one=one) for ids, labels in step.members()]
         ids, labels = (torch.cat(parts) for parts in zip(*masked, strict=True))
         return dataclasses.replace(step, input_ids=ids, labels=labels)
 
@@ -2635,8 +2649,6 @@ def preview_rows(rows: Any, tokenizer: Any, model_config: Any, config: Config) -
 # in the load dtype. Nothing is cast up: RMSNorm and LayerNorm compute in float32 inside, whatever their weights are.
 # A model family that needs help while it is loaded is a row of QUIRKS.
 # ------------------------------------------------------------------------------------
-CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transformers 5.23 renamed it; 5.17 has the old
-
 # FSDP shards tensors of a floating dtype. bf16 storage damages a thousandth of the packed values: copies on a GPU turn
 # every NaN into the same one, and such bits are common here (https://github.com/pytorch/pytorch/issues/159333).
 FSDP_STORAGE = torch.float32
@@ -2737,8 +2749,12 @@ def model_folder(config: Config) -> str:
         return str(folder)
     log.info("%s: dequantising into %s, once", path, folder)
     with made_once(folder, f"--model_name_or_path {path}") as made:
-        model = load_base(config, None, path.parent, gguf_file=path.name, dtype=torch.bfloat16)
-        model.hf_quantizer.remove_quantization_config(model)  # transformers saves nothing that came from gguf
+        # newer versions of transformers could leave weights packed
+        dense = transformers.GgufConfig(dequantize=True) if hasattr(transformers, "GgufConfig") else None
+        options: Any = {"gguf_file": path.name, "dtype": torch.bfloat16, "quantization_config": dense}
+        model = load_base(config, None, path.parent, **options)
+        if quantizer := getattr(model, "hf_quantizer", None):  # with it transformers saves nothing that came from gguf
+            quantizer.remove_quantization_config(model)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         set_gguf_splits(tokenizer, path)
         if isinstance(eos := model.config.eos_token_id, int):  # transformers 5.17 takes BOS for EOS
@@ -2754,12 +2770,14 @@ def load_model_config(config: Config, folder: str) -> PretrainedConfig:
     with reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
         model_config = AutoConfig.from_pretrained(folder, **options)
     if rope := rope_parameters(config.model.rope_scaling):
-        text_config, known = model_config.get_text_config(), ("default", *ROPE_INIT_FUNCTIONS)
-        if not getattr(text_config, "rope_parameters", None):
-            raise ConfigError(f"--rope_scaling: a {model_config.model_type} model has no rotary embedding")
+        known = ("default", *ROPE_INIT_FUNCTIONS)
+        parameters = getattr(model_config.get_text_config(), "rope_parameters", None) or {}
+        parameters = parameters.get("full_attention", parameters)  # Gemma 3's other layers see a short span only
+        if not parameters or any(isinstance(value, dict) for value in parameters.values()):
+            raise ConfigError(f"--rope_scaling: a {model_config.model_type} model has no rotary embedding to scale")
         if rope.get("rope_type") not in known or (rope["rope_type"] != "default" and "factor" not in rope):
             raise ConfigError(f"--rope_scaling: expected a factor and a rope_type: {', '.join(known)}")
-        text_config.rope_parameters |= rope
+        parameters |= rope
     return model_config
 
 
@@ -2854,7 +2872,7 @@ class LayerUses(TorchFunctionMode):
         size, x = getattr(layer, "out_features", None) or layer.nf, next(iter((*args, *kwargs.values())), None)
         whole = isinstance(x, torch.Tensor) and isinstance(output, torch.Tensor)
         product = whole and output.shape == (*x.shape[:-1], size)  # type: ignore[union-attr]
-        self.called.add(layer) if product else self.other.append(layer)
+        (self.called.add if product else self.other.append)(layer)
         self.running.pop()
 
     def read(self, layer: Any) -> Any:
@@ -2877,7 +2895,7 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
 
     Tried on the meta device, without memory. Mamba reads the weight of `dt_proj` without calling it, RWKV rescales some
     to evaluate; Llama 4's router returns a tuple, a tower for images is never called, and no gradient reaches
-    DeepSeek-V3.2's indexer. Inputs are cast to a weight's dtype, which is no integer then.
+    DeepSeek-V3.2's indexer. Where a model casts inputs to a weight's dtype, that weight can't be packed integers.
     """
     kind: Any = type(model)
     settings = {n: v for n, v in model.config.to_dict().items() if not re.search("quantization|use_cache|token_id", n)}
@@ -2903,10 +2921,11 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     except Exception as error:  # whatever the model raises
         log.warning("%s can't be tried (%s): all of its linear layers count as used", kind.__name__, shorten(error))
         used = {name for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
-    kinds = {without_numbers(name) for name in used if ".experts." in name}  # values decide which experts are called
+    kinds = {without_numbers(name) for name in used if ".experts." in name}  # which are called depends on values
     used |= {name for name in names.values() if without_numbers(name) in kinds}
+    # BigBird makes layers on the way, which have no name
     beside, asked = ({names[m] for m in names.keys() & found} for found in (set(uses.other), uses.asked))
-    TRIALS[key] = used - beside, beside | asked  # BigBird makes layers on the way, which have no name
+    TRIALS[key] = used - beside, beside | asked
     return TRIALS[key]
 
 
@@ -2930,7 +2949,7 @@ def experts_per_token(config: PretrainedConfig) -> int:
 
 
 def stack_of(module: Any, name: str) -> Any:
-    """A module's weight of many experts, with its statistics: FSDP moves parameters alone, and makes new ones."""
+    """A module's weight of many experts, with its quant_state, which FSDP loses as it makes new parameters."""
     weight = module._parameters[name]
     if state := vars(module).get("quant_states", {}).get(name):
         state.to(weight.device)
@@ -2941,7 +2960,7 @@ def stack_of(module: Any, name: str) -> Any:
 def stacks_in(module: Any) -> dict[str, Any]:
     """A module's own weights of many experts, (experts, ., .), packed or not; a convolution has none."""
     for name in vars(module).get("quant_states", ()):
-        stack_of(module, name)
+        stack_of(module, name)  # gives it its quant_state
     shapes = {name: getattr(w, "quant_state", w).shape for name, w in module.named_parameters(recurse=False)}
     stacks = {name for name, shape in shapes.items() if len(shape) == 3 and shape[0] > 1}
     return {} if hasattr(module, "kernel_size") else {name: getattr(module, name) for name in stacks}
@@ -2989,7 +3008,7 @@ def packing_experts(config: Config) -> Iterator[None]:
     asks = partialmethod(lambda self, model, name, **kw: is_stack(model, name) or needs(self, model, name, **kw))
     # transformers asks whether a weight is to be quantised, and then converts it
     asked = mock.patch.object(Bnb4BitHfQuantizer, "param_needs_quantization", asks)
-    # makes linear layers of Llama 4's experts where a base is quantised already
+    # transformers would make linear layers of Llama 4's experts, where a base is quantised already
     kept = mock.patch.object(Bnb4BitHfQuantizer, "_convert_model_for_quantization", lambda *_: None)
     with asked, kept, mock.patch.object(Bnb4bitQuantize, "convert", pack):
         yield
@@ -3158,7 +3177,7 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
         raise ConfigError(f"{what}: {len(missing)} weights are not in it, first {missing[0]}")
     sizes = [*loading["mismatched_keys"]]
     linear = torch.nn.Linear, bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt
-    for name, module in model.named_modules():  # transformers does not compare what it quantises, 5.17 nothing beside
+    for name, module in model.named_modules():  # transformers checks no shape that it quantises, 5.17 no other
         if type(module) in (*linear, torch.nn.Embedding) and module.weight.numel():  # DeepSpeed's shards are empty
             size = ("out_features", "in_features") if type(module) in linear else ("num_embeddings", "embedding_dim")
             packed = getattr(module.weight, "quant_state", None) or module.weight
@@ -3306,8 +3325,8 @@ class Choice(NamedTuple):
     start: dict[str, torch.Tensor]  # lora_A, (r, in), and lora_B, (out, r), close to W - Q; empty: from zero
     before: float  # squared change of the outputs by plain rounding
     after: float  # by Q
-    plain: int = 0  # experts that are rounded plainly
-    why: str = ""  # a linear layer is
+    plain: int = 0  # how many experts are rounded plainly
+    why: str = ""  # why a linear layer is rounded plainly
 
 
 def weighted_scales(weight: torch.Tensor, importance: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
@@ -3400,11 +3419,11 @@ def calibrate_weight(weight: torch.Tensor, inputs: Mapping[int, Any], config: Co
     plain, state = stack_values(packed, load_dtype(config)).view_as(stack), packed.quant_state
     code, stored_code = state.code.sort()
     scales = stack.unflatten(2, (-1, BLOCK)).abs().amax(3).float()
-    for i, (squares, _) in inputs.items():  # weights of a block along the outputs have one input
+    for i, (squares, _) in inputs.items():  # transposed: a block shares one input
         scales[i] = weighted_scales(stack[i].float(), torch.ones_like(stack[i, 0]) if transposed else squares, code)
     state.absmax = scales.flatten()
     if state.nested:
-        # a stack keeps its own: experts that are rounded plainly keep their scales, unless others share their block
+        # a stack keeps its offset, so that experts rounded plainly keep their scales, unless others share their block
         state.offset = state.absmax.mean() if weight.dim() == 2 else state.offset
         state.absmax, state.state2 = bnb_functional.quantize_blockwise(state.absmax - state.offset, blocksize=256)
         scales = (bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).view_as(scales)
@@ -3542,23 +3561,23 @@ def replace_weight(model: Any, name: str, weight: Any, config: Config) -> None:
     model.set_submodule(name, layer)
 
 
-def _record_call(calls: list[Any], parts: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    calls.append((hidden_states, args, kwargs))
-    return (hidden_states, *[None] * (parts - 1)) if parts else hidden_states
-
-
 def layer_calls(model: Any, model_config: PretrainedConfig, ids: list[list[int]], config: Config) -> list[list[Any]]:
     """What each layer is called with, for each row; no layer is run, so that only the first one's input is real."""
     layers, twin, parts = decoder_layers(model), meta_model(config, copy.deepcopy(model_config)), dict[int, int]()
     for i, layer in enumerate(decoder_layers(twin)):  # how many values a layer returns; 0 for one that is no tuple
         layer.register_forward_hook(lambda m, args, out, i=i: parts.update({i: len(out) * isinstance(out, tuple)}))
     calls: list[list[Any]] = [[] for _ in layers]
+
+    def record(i: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls[i].append((hidden_states, args, kwargs))
+        return (hidden_states, *[None] * (parts[i] - 1)) if parts[i] else hidden_states
+
     what = f"--calibration_rows: {type(model).__name__} can't be calibrated layer by layer"
     with reraise_as_user_error(what, ConfigError, RuntimeError, IndexError), contextlib.ExitStack() as stack:
         with MetaValues():
             twin.bfloat16().eval()(input_ids=torch.ones(1, 8, dtype=torch.long, device="meta"))
         for i, layer in enumerate(layers):
-            stack.enter_context(mock.patch.object(layer, "forward", partial(_record_call, calls[i], parts[i])))
+            stack.enter_context(mock.patch.object(layer, "forward", partial(record, i)))
         for row in ids:
             model.base_model(input_ids=torch.tensor([row]))
     if {len(own) for own in calls} != {len(ids)}:
@@ -3670,7 +3689,7 @@ def calibrated_base(config: Config, model_config: Any, published: str, rows: Any
 # ------------------------------------------------------------------------------------
 LAYER_GROUPS = {  # of --lora_modules, by the families' names for the blocks
     "all": r".*",
-    "attn": r"(.*\.)?(self_|cross_)?(attn|attention|attn_attention)\..*",
+    "attn": r"(.*\.)?(self_|cross_|linear_)?(attn|attention|attn_attention)\..*",
     "mlp": r"(.*\.)?(mlp|ffn|ff|feed_forward|block_sparse_moe)\..*|(.*\.)?fc\d|"
     r"(.*\.)?layer\.\d+\.(intermediate|output)\.dense",  # BERT and its kind, whose attention has an `output` too
 }
@@ -3682,7 +3701,7 @@ def outside_frozen_layers(names: Iterable[str], model: PreTrainedModel, lora: Lo
     frozen = lora.layers_to_freeze or int(lora.layer_freeze_ratio * layers)
     if frozen >= layers:
         raise ConfigError(f"--layers_to_freeze {frozen}: the model has {layers} layers, nothing would train")
-    # the first number in a name is its layer's
+    # the first number in a name is its layer's; a name without one lies in no layer and stays
     return {name for name in names if next((int(n) for n in name.split(".") if n.isdigit()), frozen) >= frozen}
 
 
@@ -3711,25 +3730,26 @@ def adapts_experts(lora: LoraArguments) -> bool:
 def add_expert_patterns(patterns: dict[str, Any], experts: Sequence[str], per_token: int, lora: LoraArguments) -> None:
     """Add rank and alpha of stacks of experts, by name, to the patterns that the user passed for layers.
 
-    A stack matches one key only: peft takes the first, and saves them in another order. The experts of a token share
-    the rank (Schulman et al. 2025, https://thinkingmachines.ai/blog/lora/).
+    A stack must match one key only: peft takes the first, and saves them in another order. So keys are full names where
+    the user's match some. The experts of a token share the rank (Schulman et al. 2025,
+    https://thinkingmachines.ai/blog/lora/).
     """
     rank = lora.expert_lora_r or max(1, lora.lora_r // per_token)
     for name, value in ("rank_pattern", rank), ("alpha_pattern", lora.lora_alpha):
-        asked = {n for n in experts if any(re.fullmatch(rf"(.*\.)?({key})", n) for key in patterns[name])}
-        others = [n.split(".") for n in experts if n not in asked]
-        patterns[name] |= {re.escape(".".join(parts if asked else parts[-2:])): value for parts in others}
+        by_user = {n for n in experts if any(re.fullmatch(rf"(.*\.)?({key})", n) for key in patterns[name])}
+        others = [n.split(".") for n in experts if n not in by_user]
+        patterns[name] |= {re.escape(".".join(parts if by_user else parts[-2:])): value for parts in others}
 
 
 def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> LoraConfig:
     """The flags as peft's configuration; a name in --modules_to_save that no module has is a ConfigError."""
     init = lora.init_lora_weights.lower()
-    whole = [name.strip() for name in (lora.modules_to_save or "").split(",") if name]
+    whole = [name.strip() for name in (lora.modules_to_save or "").split(",") if name.strip()]
     for name in whole:
         if not any(f".{full}".endswith(f".{name}") for full, _ in model.named_modules()):
             raise ConfigError(f"--modules_to_save: the model has no module called {name!r}")
-    targets, names = lora_targets(model, lora, masked), ("rank", "alpha")
-    patterns: Any = {f"{name}_pattern": parse_pattern(lora, name) for name in names}
+    targets = lora_targets(model, lora, masked)
+    patterns: Any = {f"{name}_pattern": parse_pattern(lora, name) for name in ("rank", "alpha")}
     for key in itertools.chain(*patterns.values()):
         if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in targets):
             raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")
@@ -3760,7 +3780,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         **patterns,
         init_lora_weights={"true": True, "false": False}.get(init, init),  # type: ignore[arg-type]
         modules_to_save=whole or None,
-        task_type=None if masked else "CAUSAL_LM",  # which needs methods for generation, and an encoder has none
+        task_type=None if masked else "CAUSAL_LM",  # CAUSAL_LM needs methods for generation
     )
 
 
@@ -3865,18 +3885,18 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     config: Any
     if isinstance(adapter, LoraConfig):
         experts = {name.rpartition(".")[0] for name in adapter.target_parameters or ()}
-        config, asked = adapter, {*(adapter.target_modules or ()), *experts}  # modules, of stacks their owners
+        config, asked = adapter, {*(adapter.target_modules or ()), *experts}  # modules; for a stack its owner
     else:
         config = PeftConfig.from_pretrained(adapter)
         config.inference_mode, config.base_model_name_or_path = False, None
         keys = [key.removeprefix("base_model.model.") for key in load_peft_weights(adapter, device="cpu")]
         asked = {key.partition(".lora_")[0].replace(".base_layer", "") for key in keys if ".lora_" in key}
     fit_embeddings(model, token_rows(config))
-    # peft takes names of a mixture's dense and shared layers for those of its experts, as transformers 4 had them
+    # peft renames what transformers 4 called experts, and takes a mixture's dense and shared layers for them
     # (0.21, https://github.com/huggingface/peft/issues/3711)
-    present = asked <= {name for name, _ in model.named_modules()}
+    all_found = asked <= {name for name, _ in model.named_modules()}
     rewritten = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
-    with rewritten if present else contextlib.nullcontext(), adapting_packed_experts(config):
+    with rewritten if all_found else contextlib.nullcontext(), adapting_packed_experts(config):
         adapted: Any = get_peft_model(model, config)
     for outer, layers in adapted_experts(adapted).values():
         module = outer.get_base_layer()
@@ -3886,7 +3906,7 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
         load_adapter_weights(adapted, adapter)
     adapters = (name for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer))
     carry = {name.replace(".base_layer", "") for name in adapters}
-    if present and carry != asked:
+    if all_found and carry != asked:
         other = f"{len(carry - asked)} others and not on {len(asked - carry)}, first {min(carry ^ asked)}"
         raise ConfigError(f"peft puts the adapters on {other}: choose layers with --lora_modules")
     if isinstance(adapter, LoraConfig) and stacked_experts(model):
@@ -3920,7 +3940,7 @@ def make_trainable(
             log.info("--add_tokens: embedding and head train the rows %s", ", ".join(named))
         adapted = attach_adapter(model, new or adapter_files(str(adapter), config))
     head, found = model.get_output_embeddings(), token_rows(adapted.peft_config["default"])
-    if rows.keys() != found and (rows or (tokenizer and max(found) >= len(tokenizer))):
+    if rows.keys() != found and (rows or (tokenizer and max(found) >= len(tokenizer))):  # known ones need no flag
         raise ConfigError(f"{source}: it trains rows {sorted(found)}, --add_tokens asks for {[*rows]}: pass its tokens")
     if rows:
         if not isinstance(head, TrainableTokensWrapper) or getattr(head.original_module, "bias", None) is not None:
@@ -3933,7 +3953,7 @@ def make_trainable(
         fit_calibrated_base(adapted, start, fresh=adapter is None, rank=config.lora.lora_r)
     if adapter is None and (start or mutates_base(adapted.peft_config["default"].init_lora_weights)):
         state = get_peft_model_state_dict(adapted)  # convert_to_published_base needs it
-        experts = tuple(f"{name}." for name in adapted_experts(adapted))  # whose B is zero
+        experts = tuple(f"{name}." for name in adapted_experts(adapted))  # they start at zero
         fresh = {name: tensor for name, tensor in state.items() if not name.startswith(experts)}
         adapted.initial_adapter = {name: tensor.detach().cpu().clone() for name, tensor in fresh.items()}
     return adapted
@@ -4147,7 +4167,7 @@ class FusedMLP(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, act: Any, layers: Sequence[FusedLinear], *params: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take x, (tokens, hidden), and return the down adapter's output and its input."""
+        """Take x, (tokens, hidden), and layers gate, up, down; return the down adapter's output and its input."""
         hidden, masks = lora_down(x, layers[:2], params[:6])
         gate, up = frozen_outputs(x, hidden, layers[:2], params[:6])
         kernels = gated_kernels(act, x)
@@ -4172,7 +4192,7 @@ class FusedMLP(torch.autograd.Function):
 
 
 class AddFrozen(torch.autograd.Function):
-    """out += x Wᵀ with W frozen. Saves nothing, so torch's checkpoint stops recomputing a layer before it.
+    """out += x Wᵀ with W frozen. Saves nothing: torch's checkpoint stops before it when it recomputes a layer.
 
     That is 7 % of a step with all layers recomputed. FusedMLP computes the gradient of x.
     """
@@ -4228,8 +4248,8 @@ def fused_mlp(module: Any, layers: Sequence[FusedLinear], x: torch.Tensor) -> to
 
 
 def grouped_mm(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Multiply rows of x, (rows, in), up to each end by the next of the weights, (experts, in, out)."""
-    if x.is_cuda and x.dtype == torch.bfloat16:  # whose strides are multiples of 16 bytes
+    """Multiply each expert's rows of x, (rows, in), which stop at its end, by its weight, (experts, in, out)."""
+    if x.is_cuda and x.dtype == torch.bfloat16:  # it also wants strides that are multiples of 16 bytes
         return F.grouped_mm(x, weights, offs=ends)
     return torch.cat([part @ w for part, w in zip(x.tensor_split(ends[:-1].tolist()), weights, strict=True)])
 
@@ -4300,7 +4320,7 @@ class GatedShares(torch.autograd.Function):
 
 
 def sum_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Sum the rows, (rows, width), of each token, in `places`, (tokens, k) (3 % of a mixture's step)."""
+    """Sum the k rows, of (rows, width), that `places`, (tokens, k), names for each token (3 % of a mixture's step)."""
     if triton is None or not on_current_gpu(rows):
         return rows[places].sum(1)
     rows, (tokens, k) = rows.contiguous(), places.shape
@@ -4310,7 +4330,7 @@ def sum_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 class RowsOfTokens(torch.autograd.Function):
-    """A row for each expert of a token, or back to each token the sum of its rows.
+    """Copy a token's row for each of its experts or, with `back`, sum those rows for each token.
 
     Autograd's own backward pass of an index sorts, and adds row by row (6 % of a mixture's step).
     """
@@ -4373,22 +4393,22 @@ def grouped_experts_forward(
     """
     experts, order = chosen.flatten().sort(stable=True)
     ends = torch.searchsorted(experts, torch.arange(module.num_experts, device=x.device), right=True).int()
-    numbers = torch.arange(len(order), device=x.device)
+    numbers = torch.arange(len(order), device=x.device)  # scattering them inverts the order
     tokens, places = order // chosen.shape[1], torch.empty_like(order).scatter_(0, order, numbers).view_as(chosen)
     rows = RowsOfTokens.apply(x.to(matmul_dtype(x)), tokens, places, False)
     shares = shares.flatten().gather(0, order)[:, None]  # an index would sort in its backward pass
     first = "gate_up_proj" if module.has_gate else "up_proj"
     both = expert_products(module, layers.get(first), first, rows, experts, ends)
     norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None  # transformers 5.23
-    fits = not (module.has_bias or norm)  # shares count before the last product, whose inputs are narrower
-    if fits and fuses_gate(module, both):
+    early = not (module.has_bias or norm)  # shares may scale the inputs of the last product, which are narrower
+    if early and fuses_gate(module, both):
         inner = GatedShares.apply(both, shares)
     else:
         inner = module._apply_gate(both) if module.has_gate else module.act_fn(both)
-        inner = (inner * shares).to(inner.dtype) if fits else inner
+        inner = (inner * shares).to(inner.dtype) if early else inner
     out = expert_products(module, layers.get("down_proj"), "down_proj", inner, experts, ends)
     out = norm(out) if norm else out
-    return RowsOfTokens.apply(out if fits else out * shares, tokens, places, True).to(x.dtype)
+    return RowsOfTokens.apply(out if early else out * shares, tokens, places, True).to(x.dtype)
 
 
 def check_groups(module: Any, layers: Mapping[str, Any]) -> None:
@@ -4408,7 +4428,7 @@ def group_experts(model: Any) -> list[str]:
     """Multiply experts in groups wherever that gives the same; names of the other modules, and why not."""
     outer = {layer.get_base_layer(): (layer, layers) for layer, layers in adapted_experts(model).values()}
     others = []
-    for name, module in [(name, module) for name, module in model.named_modules() if knows_experts(module)]:
+    for name, module in ((name, module) for name, module in model.named_modules() if knows_experts(module)):
         layer, layers = outer.get(module, (module, {}))
         try:
             check_groups(module, layers)
@@ -4424,7 +4444,7 @@ def is_gated_mlp(module: Any) -> bool:
     x = torch.linspace(-2, 2, 9)
     try:
         out = type(module).forward(layers, x)
-    except (AttributeError, TypeError):  # it needs more than these four
+    except Exception:  # it needs more than these four, or another shape
         return False
     return torch.equal(out, torch.exp(torch.tanh(torch.sin(x)) * torch.cos(x)))
 
@@ -4553,7 +4573,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         head = types.SimpleNamespace(weight=weight.detach().requires_grad_(needs[1]), bias=None)
         if bias is not None:
             head.bias = bias.detach().requires_grad_(needs[2])
-        total, gradients = states.new_zeros((), dtype=torch.float32), [states[:0]]
+        total, gradients = states.new_zeros((), dtype=torch.float32), list[Any]()
         for part, chosen in zip(states.split(rows), targets.split(rows), strict=True):
             leaf = part.detach().requires_grad_(needs[0])
             with torch.enable_grad():  # no name holds the logits any longer than the loss does
@@ -4564,7 +4584,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 loss.backward()
             total = total + loss.detach()
             gradients += [leaf.grad] if needs[0] else []
-        ctx.gradients = torch.cat(gradients) if needs[0] else None, head.weight.grad, getattr(head.bias, "grad", None)
+        ctx.gradients = (torch.cat(gradients) if needs[0] else None), head.weight.grad, getattr(head.bias, "grad", None)
         return total
 
     @staticmethod
@@ -4638,7 +4658,7 @@ def set_unpacked_layers(model: Any, count: int, dtype: torch.dtype) -> None:
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear:
                 linear: Any = module
-                linear.unpacked = None
+                linear.unpacked = None  # else dense_weight would return it
                 linear.unpacked = dense_weight(linear, dtype) if i < count else None
 
 
@@ -4702,11 +4722,11 @@ def apply_liger(model: Any) -> str | None:
     before = dict(family)
     with mock.patch.dict(family):
         patch(model=model, **{n: n in ("rope", "rms_norm", "layer_norm") for n in flags if flags[n].annotation is bool})
-        ours = {n: family[n] for n, old in before.items() if inspect.isfunction(old) and family[n] is not old}
+        replaced = {n: family[n] for n, old in before.items() if inspect.isfunction(old) and family[n] is not old}
     for module in model.modules():
         forward: Any = type(module).forward
-        if inspect.isfunction(forward) and ours.keys() & set(forward.__code__.co_names):
-            copied = types.FunctionType(forward.__code__, forward.__globals__ | ours, argdefs=forward.__defaults__)
+        if inspect.isfunction(forward) and replaced.keys() & set(forward.__code__.co_names):
+            copied = types.FunctionType(forward.__code__, forward.__globals__ | replaced, argdefs=forward.__defaults__)
             module.forward = types.MethodType(copied, module)
     return None
 
@@ -4762,8 +4782,8 @@ def short_spans(model: Any, longest: int) -> contextlib.ExitStack:
     return spans
 
 
-def logits_close(a: torch.Tensor, b: torch.Tensor, noise: Any = 0.0, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Compare two logits: products in bf16 round by about a hundredth, and twice the noise is allowed."""
+def logits_close(a: torch.Tensor, b: torch.Tensor, noise: Any = 0.0, *, dtype: torch.dtype) -> bool:
+    """Whether logits are equal up to rounding, about a hundredth in bf16, and twice the noise."""
     a, b = (x.cpu() - x.cpu().mean(-1, keepdim=True) for x in (a, b))  # a constant changes nothing
     rounding = min(0.05, 10 * torch.finfo(dtype).eps) + (1e-2 if torch.backends.cuda.matmul.allow_tf32 else 1e-4)
     return bool((a - b).norm() <= rounding * a.norm() + 2 * noise)
@@ -4784,10 +4804,10 @@ def padding_changes(model: Any, dtype: torch.dtype, answer: Callable[..., Any], 
 
     In 16 bits rounding sends a mixture's tokens to other experts, so float32 has the last word.
     """
-    close = lambda: all(map(partial(logits_close, dtype=dtype), answer(0) + answer(1), answer(0, 1)))  # noqa: E731
-    if not (alike := close()) and dtype != torch.float32 and stacked_experts(model) and not sharded:
+    same = lambda: all(map(partial(logits_close, dtype=dtype), answer(0) + answer(1), answer(0, 1)))  # noqa: E731
+    if not (alike := same()) and dtype != torch.float32 and stacked_experts(model) and not sharded:
         with contextlib.suppress(Exception), Float32Mode(), torch.autocast(model.device.type, enabled=False):
-            alike = close()
+            alike = same()
     return not alike
 
 
@@ -4813,12 +4833,12 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
     if not isinstance(plain, torch.nn.Linear) or not type(plain).__module__.startswith("torch"):
         return whole
     bodies = (base.base_model, base.get_decoder())  # OPT calls the second
-    note = lambda body, *call: outputs.update({body: call[-1][0].clone()})  # noqa: E731
+    note = lambda body, args, output: outputs.update({body: output[0].clone()})  # noqa: E731
     with contextlib.ExitStack() as hooks:
         for body in bodies:
             hooks.enter_context(body.register_forward_hook(note))
-        hooks.enter_context(head.register_forward_pre_hook(lambda *call: inputs.append(*call[-1])))
-        hooks.enter_context(head.register_forward_hook(lambda *call: logit_ramp(call[-1])))
+        hooks.enter_context(head.register_forward_pre_hook(lambda module, args: inputs.append(*args)))
+        hooks.enter_context(head.register_forward_hook(lambda module, args, logits: logit_ramp(logits)))
         try:
             logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
             (states,) = inputs  # the head is called once
@@ -4828,10 +4848,10 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
     values = (v for v in base.config.get_text_config().to_dict().values() if isinstance(v, int | float) and v)
     rules = [partial(rule, value) for value in values for rule in LOGIT_RULES]
     found = [()] if same(ramp) else [(rule,) for rule in rules if same(rule(ramp))]
-    equal = {torch.equal(output.to(states), states): body for body, output in outputs.items()}  # the outer body
-    if not found or True not in equal:
+    equal = [body for body, output in outputs.items() if torch.equal(output.to(states), states)]
+    if not found or not equal:
         return whole
-    own = fast._replace(body=equal[True], head=head, logit_rules=found[0])
+    own = fast._replace(body=equal[-1], head=head, logit_rules=found[0])  # of several the outer one
     with contextlib.suppress(Exception):  # the model may also change what enters its body
         kept = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
         first, second = (own.body(**kept).last_hidden_state for _ in range(2))  # type: ignore[misc]
@@ -4860,7 +4880,7 @@ def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, step
     with short_spans(base, length_limits(config).longest if kernel == VARLEN_ATTENTION else 0):
         padded, *rest = (supervised_logits(model, fast, batch).cpu() for batch in rows)
         alone = torch.cat(rest)
-        noise = (padded - alone)[16:].norm()  # what another kernel alone changes, which grows with the layers
+        noise = (padded - alone)[16:].norm()  # what another kernel alone changes; it grows with the layers
         try:
             with attention_implementation(base, kernel):
                 first, second = (supervised_logits(model, fast, batch).cpu() for batch in flat)
@@ -4868,7 +4888,7 @@ def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, step
             return fast._replace(off=(*fast.off, f"rows are padded: end to end they fail in {name}: {shorten(error)}"))
     # a neighbour changes nothing; but an expert multiplies the tokens of all rows at once, which rounds differently
     allowed = 2 * noise + 1e-5 * alone.norm() if stacked_experts(base) else 0.0
-    alike = logits_close(alone, first, noise, compute_dtype(config)) and (first - second)[16:].norm() <= allowed
+    alike = logits_close(alone, first, noise, dtype=compute_dtype(config)) and (first - second)[16:].norm() <= allowed
     return fast._replace(attention=kernel) if alike else off
 
 
@@ -4897,7 +4917,7 @@ def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, devi
     steps = [collate_step([{"input_ids": ids, "labels": ids} for ids in rows])["step"] for rows in ((a, b), (c, b))]
     model.eval()
     with torch.autocast(device.type, dtype, dtype != torch.float32):
-        if config.training.fast_path and not config.masked:  # whose rows are padded, and whose head is more
+        if config.training.fast_path and not config.masked:  # masked rows are padded, and their head is more
             if not fast.sharded:
                 fast = try_head(model, base, fast, to_device(padded_batch(steps[0], [0, 1], 0, "right"), device))
             fast = try_padding_free(model, base, fast, config, steps, device)
@@ -4966,28 +4986,29 @@ class MemoryModel(NamedTuple):
     unpacked: int  # a layer's weights in the compute dtype
 
     def per_token(self, recomputed: int) -> int:
-        """Bytes of a token at the peak, when one recomputed layer is whole again."""
+        """Bytes of a token at the peak, when one recomputed layer has all its activations again."""
         whole = self.layers - recomputed + (recomputed > 0)
         return self.token + whole * self.layer + recomputed * self.checkpoint
 
     def resident(self) -> int:
-        """Bytes whatever the micro-batch."""
+        """Bytes that do not depend on the micro-batch."""
         whole = self.weights + self.other + self.experts + self.adapters + self.gradients
         return whole + (0 if self.paged else self.optimizer)
 
     def shared(self, config: Config, gpus: int) -> "MemoryModel":
         """One GPU's part, where FSDP, DeepSpeed or one process spread the model over several."""
         names = ["gradients", "optimizer"]
-        changes = {"token": self.token + self.layer}
+        changes: dict[str, Any] = {}
         if not is_sharded(config) or is_fsdp(config) or hf_deepspeed.is_deepspeed_zero3_enabled():
             names += ["weights", "other", "experts", "adapters"]
         if not is_sharded(config):
             names += ["layer", "checkpoint", "unpacked"]
+            changes = {"token": self.token + self.layer}
         else:  # two layers are whole while they compute
             changes = {"paged": False, "unpacked": 0, "fixed": self.fixed + 2 * self.weights // self.layers}
             if config.quant.full_finetune and load_dtype(config) != torch.float32:
                 changes["optimizer"] = 3 * self.optimizer // gpus  # engines step on a float32 copy of 16-bit weights
-        return self._replace(**{name: getattr(self, name) // gpus for name in names} | changes)
+        return self._replace(**({name: getattr(self, name) // gpus for name in names} | changes))
 
 
 def kept_by_linear(shapes: Mapping[str, Any], hidden: int, config: Config) -> int:
@@ -4998,14 +5019,14 @@ def kept_by_linear(shapes: Mapping[str, Any], hidden: int, config: Config) -> in
     """
     full = config.quant.full_finetune
     fused = config.training.fast_path and not full and not config.lora.use_dora
-    kept = 0
-    inputs: dict[Any, int] = {}
+    kept, inputs = 0, dict[Any, int]()
     for name, (out, size) in shapes.items():
         owner, _, leaf = name.rpartition(".")
         last = out == hidden and leaf not in ("q_proj", "k_proj", "v_proj", "query", "key", "value")
         kept += (0 if last else out) + (0 if full else config.lora.lora_r)
         kept += out if leaf == "gate_proj" and not fused else 0
-        inputs[(owner, size, last) if fused or full else name] = 0 if fused and leaf == "down_proj" else size
+        key = (owner, size, last) if fused or full else name  # a shared input counts once
+        inputs[key] = 0 if fused and leaf == "down_proj" else size
     return kept + sum(inputs.values())
 
 
@@ -5052,7 +5073,7 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
         experts=int(packed * four_bits) + (experts - packed) * plain,
         adapters=0 if full else size,
         gradients=size * (2 if train.world_size > 1 else 1),  # DDP averages a flat copy
-        optimizer=count * next((each for name, each in states.items() if name in train.optim), 8),
+        optimizer=count * next((width for name, width in states.items() if name in train.optim), 8),
         paged="paged" in train.optim,
         fixed=copied + (max(map(math.prod, dense), default=0) * width if bits < 16 else 0) + 2**27,
         token=width * (2 * max(map(max, shapes.values()), default=4 * hidden) + 3 * hidden)
@@ -5060,7 +5081,7 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
         layer=(width * kept + norms) // layers,
         checkpoint=math.ceil(2 * width * hidden / layers) if train.offload_activations else width * hidden,
         layers=layers,
-        unpacked=width * linear // layers if bits < 16 and train.fast_path and not full else 0,
+        unpacked=width * linear // layers if bits < 16 and train.fast_path else 0,
     )
 
 
@@ -5101,7 +5122,7 @@ def plan_step(
     memory: MemoryModel, room: float, longest: int, window: int, config: Config
 ) -> tuple[StepPlan, dict[str, str], bool]:
     """Plan a step for `room` bytes: the plan, a table of it, and whether it fits."""
-    # a paged optimizer's state stays on the GPU if that leaves room for a step
+    # first with a paged optimizer's state on the GPU, then without; what follows is of the last try
     for pages in (memory.optimizer, 0) if memory.paged else (0,):
         plan = search_step_plan(memory, room - pages, longest, window, config)
         largest = window if plan.rows is None else min(window, plan.rows * longest)
@@ -5174,8 +5195,11 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
     def fits(group: str, flag: str, value: Any) -> bool:
         arguments = copy.copy(getattr(config, group))
         setattr(arguments, flag, value)
-        changed = dataclasses.replace(config, **{group: arguments})
-        return plan_from_flags(changed, memory if group == "data" else memory_from_config(changed, model_config))[1]
+        changed = dataclasses.replace(config, **{group: arguments}, flags=config.flags | {flag: value})
+        with contextlib.suppress(ConfigError):
+            check_config(changed)
+            return plan_from_flags(changed, memory if group == "data" else memory_from_config(changed, model_config))[1]
+        return False
 
     found = [next((f"--{flag} {v}" for v in values if fits(group, flag, v)), "") for group, flag, values in changes]
     gpus = () if is_sharded(config) else (2, 4, 8, 16)
@@ -5352,7 +5376,7 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
     if not recorded:
         log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
     before, now = ({**values.get("flags", {}), **values} for values in (recorded, run))
-    ineffective = itertools.chain(*(names for applies, names, _ in ineffective_flags(config) if applies))
+    ineffective = {name for applies, names, _ in ineffective_flags(config) if applies for name in names}
     # What an earlier version did not record is not compared: its checkpoints stay resumable.
     names = now.keys() & before.keys() - {"flags", "effective batch", *NOT_REPEATED, *ineffective}
     if before.get("metric_for_best_model") is None:  # a checkpoint without one has no best to compare with
@@ -5441,7 +5465,7 @@ def find_last_checkpoint(output_dir: Path) -> Path | None:
 def needs_more_steps(config: Config, completed: Mapping[str, Any]) -> bool:
     """Whether the flags ask for more steps or epochs than a completed run had, or more patience if it stopped early."""
     args = config.training
-    if "stopped_at" in completed:  # of more steps none would be trained
+    if "stopped_at" in completed:  # more steps alone would train nothing
         patience = completed["run"]["flags"].get("early_stopping_patience")
         return (args.early_stopping_patience or math.inf) > (patience or math.inf)
     # the Trainer's count of epochs is a sum of fractions, which may end just below a whole number
@@ -5452,9 +5476,9 @@ def needs_more_steps(config: Config, completed: Mapping[str, Any]) -> bool:
 def check_final_weights(config: Config, picked: str | None) -> None:
     """Refuse final weights that are not those which the run in output_dir recorded: another run replaced them."""
     args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
-    unread = args.overwrite_output_dir if args.do_train else picked or config.model.adapter_name_or_path
+    unread = args.overwrite_output_dir if args.do_train else picked or config.model.adapter_name_or_path  # these files
     record = {} if unread else read_record(output)
-    known: Any = record.get("weights")  # which earlier versions did not record
+    known: Any = record.get("weights")  # None: an earlier version wrote it
     files = [name for name in record.get("files", ()) if known is not None and name.endswith(".safetensors")]
     whole = (re.sub("^model-.*", "model.safetensors", name) for name in files)  # loaded instead of shards
     if others := [name for name, found in file_digests(final, {*files, *whole}).items() if found not in known]:
@@ -5526,7 +5550,7 @@ def find_resume_point(config: Config) -> ResumePoint:
 def fsync_path(path: Path) -> None:
     """Flush a file, or a folder's list of names, to disk."""
     if path.is_file():  # safetensors makes files that only their owner can read
-        os.umask(mask := os.umask(0o077))
+        os.umask(mask := os.umask(0o077))  # it can only be read by setting it
         path.chmod(0o666 & ~mask)
     if os.name != "nt":  # Windows opens no folder, and flushes no file that is open for reading
         descriptor = os.open(path, os.O_RDONLY)
@@ -5748,7 +5772,7 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
     eos = sorted({tokenizer.eos_token_id, *([stops] if isinstance(stops, int) else stops)})
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
     with reraise_as_user_error("generation flags"):
-        return GenerationConfig(**values | ids | {"use_cache": True})
+        return GenerationConfig(**(values | ids | {"use_cache": True}))
 
 
 def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -5789,9 +5813,9 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
         prompts.append(prompt or [tokenizer.eos_token_id])  # generation needs one token at least
     generation, device = generation_config(trainer.config, model, tokenizer), trainer.args.device
     answers: list[list[int]] = []
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     # generate() merges the model's own sampling values into those that it is given
-    with reraise_as_user_error("generation flags"), mock.patch.object(base, "generation_config", GenerationConfig()):
+    without_own = mock.patch.object(trainer.inner, "generation_config", GenerationConfig())
+    with reraise_as_user_error("generation flags"), without_own:
         if trainer.one_by_one is None:
             several = trainer.args.per_device_eval_batch_size > 1 and not trainer.sharded
             longest, dtype = max(prompts, key=len), compute_dtype(trainer.config)
@@ -5815,7 +5839,7 @@ def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
     masking = trainer.masking._replace(replaced=1.0, random=0.0)
     masked: list[list[int]] = []
     for ids, labels, *_ in encoded:
-        drawn, _ = masking.mask_tokens(torch.tensor(ids), torch.tensor(labels), "eval", ids, least=1)
+        drawn, _ = masking.mask_tokens(torch.tensor(ids), torch.tensor(labels), "eval", ids, one=True)
         masked.append(ids if masking.mask_id in ids else drawn.tolist())
     tensors = to_device(padded_prompts(masked, tokenizer.pad_token_id, "right"), trainer.args.device)
     predicted = trainer.base(**tensors).logits.argmax(-1).tolist()
@@ -5886,9 +5910,12 @@ def answer_questions(trainer: Any, questions: list[Question]) -> list[tuple[bool
     prompts = [[*bos, *ids[max(len(bos) + len(ids) - longest, 0) :], *prefix] for ids in texts]
     pairs = [(i, c) for i, q in enumerate(questions) for c in ([q.answer] if one_pass else range(len(LETTERS)))]
     rows = [{"input_ids": prompts[i] + answers[c], "labels": [IGNORE] * len(prompts[i]) + answers[c]} for i, c in pairs]
-    batch = padded_batch(collate_step(rows)["step"], list(range(len(rows))), tokenizer.pad_token_id, "right")
+    step, device, members = collate_step(rows)["step"], trainer.args.device, range(len(rows))
+    parts = [[i] for i in members] if trainer.fast.alone else [[*members]]
+    batches = (to_device(padded_batch(step, part, tokenizer.pad_token_id, "right"), device) for part in parts)
     # Only the logits of the answers: all those of 100 prompts of 400 tokens would take 8 GB.
-    logits = supervised_logits(trainer.base, trainer.fast, to_device(batch, trainer.args.device)).log_softmax(-1).cpu()
+    answered = (supervised_logits(trainer.base, trainer.fast, batch).log_softmax(-1).cpu() for batch in batches)
+    logits = torch.cat([*answered])
     scores, losses = torch.zeros(len(questions), len(LETTERS)), [0.0] * len(questions)
     for (i, c), predicted in zip(pairs, logits.split([len(answers[c]) for _, c in pairs]), strict=True):
         log_probs = predicted[range(len(answers[c])), answers[c]]
@@ -5979,7 +6006,7 @@ class DistributedWindowSampler(torch.utils.data.Sampler[list[int]]):
         self.rank, self.ranks = rank_and_world_size()
 
     def __len__(self) -> int:
-        return (math.floor if self.args.dataloader_drop_last else math.ceil)(len(self.lengths) / self.size)
+        return steps_per_epoch(len(self.lengths), self.size, self.args)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = epoch_order(self.lengths, self.size, self.args, epoch=self.state().global_step // len(self))
@@ -6003,7 +6030,7 @@ class GracefulStop(TrainerCallback):
     patience = 30  # seconds
     signal = 0
     training = False  # a step can be finished and saved; at other times a signal ends the run at once
-    save_due = False  # at the end of the epoch, which follows
+    save_due = False  # put off to the end of the epoch, which follows
     interrupted = False  # training stopped before its last step
     saved_step = 0  # of this run's newest checkpoint
 
@@ -6013,7 +6040,7 @@ class GracefulStop(TrainerCallback):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif not self.training or (self.signal and number == signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)  # for once more, where a library does not let go
+            signal.signal(number, signal.SIG_DFL)  # a second one then ends a library that goes on
             raise KeyboardInterrupt(number)
         elif not self.signal:
             self.signal = number
@@ -6218,7 +6245,7 @@ class QLoRATrainer(Trainer):
             log.info("%s", format_table(self.fast.lines()))
 
     def _micro_batch_losses(self, model: Any, step: StepBatch, items: Any) -> list[tuple[list[str], torch.Tensor]]:
-        losses = []
+        losses, router_losses = list[Any](), list[torch.Tensor]()
         parts = self._micro_batches(step)
         inner = model if self.sharded else self.base  # gradients are averaged once a step, so DDP's wrapper has no part
         with attention_implementation(self.base, self.fast.attention):
@@ -6235,11 +6262,12 @@ class QLoRATrainer(Trainer):
                             routed = self.balance(self.router_logits, batch.get("attention_mask"))
                             share = int(step.lengths[members].sum()) / len(step.input_ids)
                             loss = loss + routed * share * self.inner.router_aux_loss_coef
-                            self.router_losses.append(routed.detach() * share)
+                            router_losses.append(routed.detach() * share)
                     if not loss.requires_grad:  # Reformer's reversible layers
                         raise ConfigError(f"no gradient reaches any adapter of {type(self.inner).__name__}")
                     self.accelerator.backward(loss)
                     losses.append(([step.where[i] for i in members], loss.detach().to(self.args.device)))
+        self.router_losses += router_losses  # once a whole pass has fitted into memory
         return losses
 
     def _micro_batches(self, step: StepBatch) -> list[list[int]]:
@@ -6286,8 +6314,8 @@ class QLoRATrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, and one line to the console while training."""
-        if self.router_losses and "loss" in logs:
-            since = max(1, self.state.global_step - self._globalstep_last_logged)
+        if self.router_losses and self.interval and "loss" in logs:
+            since = max(1, self.state.global_step - self.interval[2])  # steps
             logs["router_loss"], self.router_losses = float(torch.stack(self.router_losses).sum()) / since, []
         super().log(logs, *args, **kwargs)
         step, steps = self.state.global_step, self.state.max_steps
@@ -6335,7 +6363,7 @@ class QLoRATrainer(Trainer):
         """A batch's rows, mean loss, masked tokens that are predicted right, and supervised tokens."""
         step = self.data_collator([rows[i] for i in numbers])["step"]
         if self.masking:  # the same masks at every evaluation, one in a row at least
-            step = self.masking.mask_step(step, "eval", least=1)
+            step = self.masking.mask_step(step, "eval", one=True)
         inner, smoothing = self.model if self.sharded else self.base, self.args.label_smoothing_factor
         total, correct = torch.zeros((), device=self.args.device), 0
         with attention_implementation(self.base, self.fast.attention):
@@ -6421,8 +6449,8 @@ class QLoRATrainer(Trainer):
                 write_manifest(folder, self.identity)
                 commit_checkpoint(folder, final)
                 own = [checkpoint for checkpoint in checkpoints_in(output) if (checkpoint / MANIFEST).is_file()]
-                limit = max(self.config.training.save_total_limit or 0, 0)  # 0 keeps all, as in the Trainer
-                for old in own[limit:] if limit else ():
+                limit = max(self.config.training.save_total_limit or 0, 0) or len(own)  # 0 keeps all, as in the Trainer
+                for old in own[limit:]:
                     if str(old) != self.state.best_model_checkpoint:
                         old.rename(staging / old.name)  # absent at once, and removed with the hidden folder
             wait_for_all_ranks()
@@ -6506,7 +6534,8 @@ def set_up_fsdp(plugin: Any, model: Any, config: Config) -> None:
 
 def trainer_arguments(args: TrainingArguments) -> TrainingArguments:
     """Derive the Trainer's own arguments: it receives whole steps, which training_step cuts."""
-    changed: dict[str, Any] = {name: False for name in CHECKPOINTING if hasattr(args, name)} | {
+    names = ("gradient_checkpointing", "activation_checkpointing")  # transformers 5.23 renamed it; 5.17 has the old
+    changed: dict[str, Any] = {name: False for name in names if hasattr(args, name)} | {
         "logging_nan_inf_filter": False,  # it reads the loss, and so waits for the GPU; our own check stops
         "restore_callback_states_from_checkpoint": True,  # evaluations that early stopping has counted
         "hub_strategy": "end",  # save_final pushes; the Trainer would upload all of output_dir, and the token
@@ -6667,7 +6696,8 @@ def save_final(trainer: QLoRATrainer) -> None:
             write_file(staging / card, model_card(trainer))
             files = file_digests(staging)
             saved: Any = {"final": final_place(output, final), "files": [*files], "weights": [*files.values()]}
-            listed = sorted({*files, *(file.relative_to(final).as_posix() for file in earlier)})  # should it be killed
+            # a kill from here on may leave old files and new ones
+            listed = sorted({*files, *(file.relative_to(final).as_posix() for file in earlier)})
             either = {"files": listed, "weights": saved["weights"] + [*file_digests(final, listed).values()]}
             write_json(output / PREVIOUS, read_record(output) | saved | either)
             for name in files:
@@ -6890,7 +6920,8 @@ def model_card(trainer: QLoRATrainer) -> str:
     columns = ([rounded(entry[name]) if name in entry else "" for name in names] for entry in losses)
     rows = "\n".join(f"| {' | '.join(row)} |" for row in columns)
     given = ((name, config.flags[name]) for name in sorted(config.explicitly_set))
-    settings = "\n".join(f"| {name} | `{f'{v:g}' if isinstance(v, float) else v}` |" for name, v in given)
+    texts = ((name, f"{v:g}" if isinstance(v, float) else str(v).replace("|", "\\|")) for name, v in given)
+    settings = "\n".join(f"| {name} | `{text}` |" for name, text in texts)
     base, output = config.model.model_name_or_path, config.training.output_dir
     if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)", base):  # a folder of the hub's cache
         base = "/".join(cached.groups())
@@ -6920,10 +6951,10 @@ def versions() -> dict[str, str]:
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
     found = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = CODE_VERSION
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        return found | {"qlora.py": done.stdout.strip()}
-    return found | {"qlora.py": CODE_VERSION}
+        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return found | {"qlora.py": commit}
 
 
 def device_name() -> str:
@@ -6950,7 +6981,7 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
         batch = f"{rows} rows, as in the checkpoint, shared by {ranks} processes"
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     if data.train is not None and not config.data.streaming:
-        an_epoch = math.ceil(len(data.train) / rows)
+        an_epoch = steps_per_epoch(len(data.train), rows, args)
         epochs = args.max_steps / an_epoch if args.max_steps > 0 else args.num_train_epochs
         length += f"; {an_epoch} steps are an epoch"
         if run.resume.train and epochs > 20:
@@ -7027,8 +7058,10 @@ def next_commands(config: Config) -> dict[str, str]:
     """What to do with a finished run, as commands."""
     flags, final = config.flags, str(final_folder(config))
     kept = ("output_dir", "working_dir", "final_output_dir", "trust_remote_code")  # which run.json does not repeat
-    again = ["python", "qlora.py", f"{config.training.output_dir}/run.json", "--do_train=False", "--do_eval=False"]
-    again += ["--eval_strategy=no", *(f"--{name}={flags[name]}" for name in kept if flags[name])]
+    off = ("do_train", "do_eval", "do_mmlu_eval", "load_best_model_at_end")
+    again = ["python", "qlora.py", f"{config.training.output_dir}/run.json", "--eval_strategy=no"]
+    again += [f"--{name}=False" for name in off if flags[name]]
+    again += [f"--{name}={flags[name]}" for name in kept if flags[name]]
     merge = [*again, "--do_predict=False", f"--merged_output_dir={final}-merged"]
     predict = ["--do_predict"] + ["--predict_with_generate"] * (not config.masked)
     found = {
@@ -7167,7 +7200,7 @@ def plan_of_rows(config: Config) -> dict[str, str]:
     except QLoRAError as error:
         return {"rows": f"not read: {error}"}
     train, part = config.training, data.statistics["train"]
-    epoch = math.ceil(len(data.train) / effective_batch(None, train)["rows"])
+    epoch = max(1, steps_per_epoch(len(data.train), effective_batch(None, train)["rows"], train))
     steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * epoch)
     lines = {"rows": f"{part.rows:,} of {part.tokens / part.rows:.0f} tokens on average"}
     lines["steps"] = f"{steps:,}, which is {rounded(steps / epoch)} epochs"
@@ -7175,7 +7208,7 @@ def plan_of_rows(config: Config) -> dict[str, str]:
     model, source = meta_model(config, run.model_config), "measured in --output_dir"
     before = Path(train.output_dir, "train_results.json")
     rate = read_json(before).get("train_tokens_per_second") if before.is_file() else None
-    if not rate and not stacked_experts(model):  # of which a token meets a few
+    if not rate and not stacked_experts(model):  # a token meets a few experts only
         rate, source = train.world_size * assumed / model.num_parameters(), "assumed, as on an H200 with --bf16"
     if rate:
         duration = timedelta(seconds=round(steps / epoch * part.tokens / rate))
@@ -7264,7 +7297,7 @@ def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
         case QLoRAError():
             return 2, str(error)
         case KeyboardInterrupt():
-            name = signal.Signals(*error.args or [signal.SIGINT]).name
+            name = signal.Signals(error.args[0] if error.args else signal.SIGINT).name
             return STOP_SIGNALS[name], f"interrupted by {name}; {way}"
         case torch.OutOfMemoryError():
             lower = "lower --per_device_train_batch_size or --source_max_len and --target_max_len"
@@ -7284,16 +7317,12 @@ def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
 def set_up_logging() -> None:
     """Log INFO to standard error on rank 0, only errors elsewhere."""
     for message in (  # warnings of one library about another's code: nothing that a user could do about it
-        ".*gradient_checkpointing.* is deprecated", "All adapters are already merged",
+        ".*gradient_checkpointing.* is deprecated", "All adapters are already merged", "Could not find a config file",
         "Model has `tie_word_embeddings=True` and", "Input and output embeddings are no longer tied after merging",
         "FSDP2-wrapped module .* returned a view", "Paged optimizers are not supported on CPU",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message)
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in str(record.msg))
-    if not sys.stderr.isatty():  # bars in a file are noise
-        datasets.disable_progress_bars()
-        huggingface_hub.utils.disable_progress_bars()
-        transformers_logging.disable_progress_bar()
     if not log.handlers:
         stream = types.SimpleNamespace(write=lambda text: tqdm.write(text, sys.stderr, end=""))  # above progress bars
         handler = logging.StreamHandler(stream)

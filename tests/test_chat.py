@@ -594,6 +594,18 @@ def test_a_chat_that_is_too_long_is_what_the_template_writes_without_its_first_e
             assert row.segments == render_all(shorter, tokenizer)[-1]
 
 
+def test_another_tokenizer_cuts_a_chat_by_its_own_tokens(tmp_path):
+    """With the same template and special tokens: the rows that one has cut are not found in the cache of the other."""
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"messages": shared(*"abcdef", who="role", what="content")}])
+    flags = ["--dataset", str(file), "--source_max_len", "25", "--cache_dir", str(tmp_path / "cache")]
+    lost = []
+    for tokenizer in (chatml_tokenizer(), chatml_tokenizer(), chatml_tokenizer()):
+        if lost:
+            tokenizer.add_tokens(["user\n", "assistant\n"])
+        lost.append(sum(qlora.load_splits(qlora.parse_config(flags), tokenizer).train["lost"][:]))
+    assert lost[0] > lost[1] == lost[2]
+
+
 # ------------------------------------------------------------------------------------
 # Tool calls
 # ------------------------------------------------------------------------------------

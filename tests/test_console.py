@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
 import tiny
 import torch
@@ -152,6 +153,27 @@ def test_a_run_in_a_pipe_prints_a_line_for_each_log_and_every_metric_once(run_ql
     assert len(predictions) == 24  # every row of the file
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--do_eval --do_mmlu_eval",
+        "--eval_strategy steps --early_stopping_patience 2",
+        "--eval_strategy steps --load_best_model_at_end",
+        "--eval_strategy steps --do_mmlu_eval --metric_for_best_model mmlu_eval_accuracy",
+        "--do_predict --predict_with_generate --save_strategy no",
+    ],
+)
+def test_the_next_commands_are_right_whatever_the_flags_were(tmp_path, flags):
+    config = qlora.parse_config(["--output_dir", str(tmp_path), *flags.split()])
+    record = {"flags": config.flags, "derived": {"given": sorted(config.explicitly_set)}}
+    (tmp_path / "run.json").write_text(json.dumps(record, default=str))
+    _, *commands = qlora.next_commands(config).values()
+    assert len(commands) == 2
+    for command in commands:
+        again = qlora.parse_config(shlex.split(command)[2:])
+        assert not (again.training.do_train or again.training.do_eval)
+
+
 def test_the_last_evaluation_is_done_once(run_qlora, monkeypatch):
     passes, loop = [], qlora.QLoRATrainer.evaluation_loop
 
@@ -217,15 +239,22 @@ def test_without_a_connection_model_and_data_are_one_line_each(offline, run_qlor
         assert "thrown while requesting" not in rows.stderr
 
 
+def test_a_torn_adapter_config_as_the_base_is_named(run_qlora, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model')
+    run = run_qlora(model_name_or_path=tmp_path, output_dir=tmp_path / "out")
+    assert run.code == 2 and run.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/adapter_config.json: ")
+
+
 def test_push_to_hub_is_checked_before_anything_is_loaded(offline, run_qlora):
     run = run_qlora(push_to_hub=True)
     assert run.code == 2 and "trainable params" not in run.stderr and "This run" not in run.stderr
     assert run.stderr.splitlines()[-1].startswith("error: --push_to_hub: ") and "hf auth login" in run.stderr
 
 
-def test_a_semicolon_between_columns_is_named(run_qlora, tmp_path):
-    file = tmp_path / "rows.csv"
-    file.write_text("input;output\na;b\n")
+@pytest.mark.parametrize("suffix", ["csv", "csv.zst"])
+def test_a_semicolon_between_columns_is_named(run_qlora, tmp_path, suffix):
+    file, content = tmp_path / f"rows.{suffix}", b"input;output\na;b\n"
+    file.write_bytes(pyarrow.compress(content, "zstd", asbytes=True) if suffix.endswith("zst") else content)
     run = run_qlora(dataset=file)
     assert run.code == 2 and f"{file}: columns are separated by ';', expected ','" in run.stderr
 
@@ -258,12 +287,14 @@ TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
         ({"prompt": "Q", "chosen": TURNS}, ["Q", "A"]),
         ({"prompt": TURNS[:1], "chosen": TURNS[1:]}, ["Q", "A"]),
         ({"prompt": TURNS[:1], "chosen": TURNS}, ["Q", "A"]),
+        ({"prompt": "another", "chosen": TURNS}, ["Q", "A"]),
     ],
 )
 def test_the_prompt_of_a_preference_is_its_input(row, parts):
     parsed = qlora.FORMATS["hh-rlhf"].parse({**row, "rejected": "no"})
     if isinstance(parsed, qlora.Conversation):
         assert [message["content"] for message in parsed.messages] == parts and parsed.answers == [1]
+        assert parsed.left_out == ["a prompt beside a chat"] * (row["prompt"] == "another")
     else:
         assert [(part["text"], part["supervised"]) for part in parsed] == parts
 

@@ -320,6 +320,21 @@ def write_spaced(path: Path) -> Path:
     return path
 
 
+def test_mmlu_of_a_model_that_reads_padding_takes_one_prompt_at_a_time(run_qlora, folder, tmp_path, monkeypatch):
+    sizes, padded_batch = [], qlora.padded_batch
+
+    def spy(step, members, *args):
+        sizes.append(len(members))
+        return padded_batch(step, members, *args)
+
+    monkeypatch.setattr(qlora, "choose_fast_path", lambda model, base, fast, *_: fast._replace(alone=True))
+    monkeypatch.setattr(qlora, "padded_batch", spy)
+    data = tiny.rows_to_jsonl(tmp_path / "one.jsonl", [{"input": "a", "output": "b"}])
+    flags = MMLU | {"do_train": False, "per_device_eval_batch_size": 3, "eval_dataset": data}
+    run = run_qlora(dataset=folder, mmlu_dir=write_mmlu(tmp_path / "mmlu", [0] * 7), **flags)
+    assert run.code == 0 and sizes == [1] * 8
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     ("tokenizer", "bos", "longest"),
@@ -590,6 +605,11 @@ def test_rows_are_held_out_only_of_what_was_trained_on(run_qlora, data_dir, tmp_
         assert len((run.output_dir / "predictions.jsonl").read_text().splitlines()) == 2
     other = shutil.copy(data_dir / "support.jsonl", tmp_path / "test_questions.jsonl")
     assert len((run_qlora(**predict, dataset=other).output_dir / "predictions.jsonl").read_text().splitlines()) == 24
+
+
+def test_a_run_json_of_another_program_is_no_record(run_qlora, tmp_path):
+    (tmp_path / "run.json").write_text('{"name": "another program"}')
+    assert run_qlora(do_train=False, do_eval=True, output_dir=tmp_path / "out").code == 0
 
 
 def test_rows_that_were_all_trained_on_are_a_warning(run_qlora, data_dir):

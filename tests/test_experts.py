@@ -11,6 +11,7 @@ import pytest
 import reference
 import tiny
 import torch
+from accelerate import Accelerator
 from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -31,6 +32,10 @@ FAMILIES = [
     "llama4",
 ]
 SMALL = {"learning_rate": 1e-2, "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2}
+
+
+def raise_out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def plain_base(folder, packed):
@@ -158,7 +163,9 @@ def test_the_routers_loss_is_added_and_reported(run_qlora, models, tmp_path, mon
         monkeypatch.setattr(qlora, "choose_step_plan", lambda *_: (qlora.StepPlan(None, 528, 2), {}))
     base = models("mixtral", output_router_logits=True, router_aux_loss_coef=2.0)
     data = tiny.rows_to_jsonl(tmp_path / "row.jsonl", [{"text": "Owls sleep by day."}])
-    flags = {"bits": 32, "max_steps": 1, "logging_steps": 1, "gradient_accumulation_steps": 1, "learning_rate": 0.0}
+    flags = {"bits": 32, "max_steps": 2, "logging_steps": 2, "gradient_accumulation_steps": 1, "learning_rate": 0.0}
+    backward, failing = Accelerator.backward, iter([raise_out_of_memory] * (not few_tokens))  # that pass counts nowhere
+    monkeypatch.setattr(Accelerator, "backward", lambda *args, **kwargs: next(failing, backward)(*args, **kwargs))
     run = run_qlora(model_name_or_path=base, dataset=data, eval_dataset=data, do_eval=True, **flags)
     logs = {k: v for entry in run.json("trainer_state.json")["log_history"] for k, v in entry.items()}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -176,6 +176,13 @@ def test_sub_folders_are_read_where_the_folder_has_no_data(tmp_path, info):
     assert not any("not read" in message for message in info.messages)
 
 
+def test_hidden_files_of_the_working_directory_are_not_read(tmp_path, monkeypatch):
+    tiny.rows_to_jsonl(tmp_path / "rows.jsonl", numbered(2, "seen"))
+    tiny.rows_to_jsonl(tmp_path / ".rows.jsonl", numbered(2, "hidden"))
+    monkeypatch.chdir(tmp_path)
+    assert outputs(load("--dataset", ".").train) == ["seen0", "seen1"]
+
+
 def test_what_is_not_read_of_a_folder_is_named(tmp_path, info):
     write_splits(tmp_path, "train", "test", "validation")
     (tmp_path / "old").mkdir()
@@ -893,6 +900,13 @@ def test_rows_of_another_dataset_are_evaluated(rows_file, tmp_path):
     splits = load("--dataset", rows_file(20), "--do_eval", "--eval_dataset", folder)
     assert outputs(splits.eval) == ["val 0", "val 1"]
     assert load("--dataset", rows_file(20), "--eval_dataset", other).eval is None  # nothing is evaluated
+
+
+def test_rows_to_train_on_are_not_read_where_others_are_evaluated(tmp_path, info):
+    bad = tiny.rows_to_jsonl(tmp_path / "bad.jsonl", [{"input": "a", "output": ""}])
+    good = tiny.rows_to_jsonl(tmp_path / "good.jsonl", numbered(2))
+    splits = load("--dataset", bad, "--eval_dataset", good, "--do_train", "False", "--do_eval")
+    assert splits.train is None and len(splits.eval) == 2 and f"not read: {bad}" in info.messages
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "no/such-data"])

@@ -115,7 +115,7 @@ def test_lora_bias_on_a_4_bit_base(adapt, models, lora_bias):
 @pytest.mark.parametrize("tie", [False, True])
 def test_modules_to_save_are_trained_whole_beside_a_4_bit_base(adapt, models, tie):
     folder = models("llama", tie=tie)
-    weights, config = adapt(model_name_or_path=folder, modules_to_save="lm_head")
+    weights, config = adapt(model_name_or_path=folder, modules_to_save="lm_head, ")
     assert config["modules_to_save"] == ["lm_head"] and len(layers_of(weights)) == 14
     before = base_of(folder).lm_head.weight
     assert weights["lm_head.weight"].shape == (320, 64)
@@ -249,10 +249,11 @@ def test_init_lora_weights_refused_on_a_prequantised_checkpoint(run_qlora, model
 def test_ranks_and_alphas_of_single_layers(adapt, models, tmp_path):
     """The shapes are peft's own for the same patterns, and its logits are those of the fast path."""
     patterns = {
-        "lora_rank_pattern": '{"layers.0.mlp.down_proj": 2, "v_proj": 6}',
+        "lora_rank_pattern": '{"layers.0.mlp.down_proj": 2, "v_proj|none": 6}',
         "lora_alpha_pattern": '{"v_proj": 48}',
     }
     weights, _ = adapt(**patterns, lora_r=4)
+    assert r'"v_proj\|none": 6}` |' in (tmp_path / "out/README.md").read_text()
     ranks = {name.split(".lora_A")[0]: len(tensor) for name, tensor in weights.items() if ".lora_A" in name}
     assert ranks.pop("model.layers.0.mlp.down_proj") == 2
     assert [ranks.pop(f"model.layers.{n}.self_attn.v_proj") for n in (0, 1)] == [6, 6]

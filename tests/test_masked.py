@@ -190,7 +190,7 @@ def test_a_row_to_evaluate_on_has_one_mask_at_least_and_always_the_same():
     rows = [list(range(60 + i, 70 + i)) for i in range(20)]
     examples = [{"input_ids": ids, "labels": [IGNORE, *ids[1:-1], IGNORE]} for ids in rows]
     step = qlora.collate_step([*examples, {"input_ids": [2, 3], "labels": [IGNORE, IGNORE]}], masked=True)["step"]
-    drawn, again = (rare.mask_step(step, "eval", least=1) for _ in range(2))
+    drawn, again = (rare.mask_step(step, "eval", one=True) for _ in range(2))
     assert torch.equal(drawn.input_ids, again.input_ids) and torch.equal(drawn.labels, again.labels)
     *labels, nothing_to_choose = (labels.tolist() for _, labels in drawn.members())
     places = [[i for i, label in enumerate(row) if label != IGNORE] for row in labels]
@@ -409,7 +409,7 @@ def test_evaluation_gives_loss_perplexity_and_accuracy_of_the_masks(run_masked, 
     for text in (row[-1]["text"] for row in held_out["segments"]):
         ids = tokenizer(text)["input_ids"][:48]
         maskable = torch.tensor([IGNORE, *ids[1:-1], IGNORE])
-        masked, labels = drawing.mask_tokens(torch.tensor(ids), maskable, "eval", ids, least=1)
+        masked, labels = drawing.mask_tokens(torch.tensor(ids), maskable, "eval", ids, one=True)
         with torch.no_grad():
             logits = model(input_ids=masked[None]).logits[0][labels != IGNORE]
         losses += F.cross_entropy(logits, labels[labels != IGNORE], reduction="none").tolist()
@@ -427,8 +427,8 @@ def test_training_masks_are_fresh_in_every_batch_and_evaluation_masks_the_same(r
     seen = []
     plain = qlora.Masking.mask_tokens
 
-    def spy(self, ids, labels, *seed, least=0):
-        masked, supervised = plain(self, ids, labels, *seed, least=least)
+    def spy(self, ids, labels, *seed, one=False):
+        masked, supervised = plain(self, ids, labels, *seed, one=one)
         if seed[0] == "train":
             seen.append((ids.tolist(), masked.tolist()))
         return [masked, supervised]

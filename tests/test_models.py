@@ -461,6 +461,15 @@ def test_rope_scaling_stretches_the_positions(models, key):
         assert not torch.allclose(scaled(**inputs).logits, expected, atol=1e-2)
 
 
+def test_rope_scaling_stretches_the_layers_that_see_all(models):
+    """Gemma 3's other layers have rotary settings of their own."""
+    folder = models("gemma3")
+    stretched = load(folder, bits=32, rope_scaling='{"rope_type": "linear", "factor": 2.0}').model.rotary_emb
+    plain = reference(folder).model.rotary_emb
+    assert torch.equal(stretched.full_attention_inv_freq, plain.full_attention_inv_freq / 2)
+    assert torch.equal(stretched.sliding_attention_inv_freq, plain.sliding_attention_inv_freq)
+
+
 @pytest.mark.parametrize(
     ("family", "value"),
     [

@@ -160,6 +160,16 @@ def test_a_plan_that_does_not_fit_names_changes_that_do(folder, capsys):
     assert line.split(maxsplit=3)[3].split("; ")[:2] == ["--bf16 True", "--bits 8"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "refused"), [("--init_lora_weights pissa", "--bits"), ("--fsdp full_shard", "--bits 8")]
+)
+def test_a_plan_names_no_change_that_the_flags_refuse(folder, capsys, flags, refused):
+    words = ["--model_name_or_path", folder("1b"), "--bf16", "--bits", "16", "--plan", "--plan_gpu", "2GiB"]
+    assert qlora.main([*words, *flags.split()]) == 3
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "would fit with" in line)
+    assert refused not in line
+
+
 def test_a_plan_with_a_dataset_names_the_recipe_once(models, data_dir, capsys):
     flags = f"--model_name_or_path={models('llama')} --dataset={data_dir / 'support.jsonl'} --plan_gpu=24GiB"
     assert qlora.main(["--plan", "--recipe=modern", *flags.split()]) == 0

@@ -189,6 +189,13 @@ def test_every_run_logs_and_records_the_statistics(run_qlora, rows_file):
     assert {name: data[name] for name in expected} == expected and len(data["fingerprint"]) == 16
 
 
+def test_an_epoch_is_counted_without_a_step_that_is_dropped(run_qlora, rows_file):
+    flags = {"max_steps": 1, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 1, **LIMITS}
+    for drop, steps in (False, 2), (True, 1):  # of 4 rows
+        run = run_qlora(dataset=rows_file, dataloader_drop_last=drop, overwrite_output_dir=True, **flags)
+        assert run.code == 0 and f"{steps} steps are an epoch" in run.stderr
+
+
 def test_with_packing_an_epoch_is_counted_in_packs(run_qlora, rows_file):
     run = run_qlora(dataset=rows_file, packing=True, max_steps=1, per_device_train_batch_size=1, **LIMITS)
     assert run.code == 0 and "2 steps are an epoch" in run.stderr
