@@ -153,6 +153,15 @@ def test_a_run_in_a_pipe_prints_a_line_for_each_log_and_every_metric_once(run_ql
     assert len(predictions) == 24  # every row of the file
 
 
+def test_a_gguf_base_is_converted_without_lines_of_libraries(fork_server, models, data_dir, tmp_path):
+    base = models("gguf", base=models("llama", tokenizer="sentencepiece"))
+    flags = {"model_name_or_path": base, "dataset": data_dir / "support.jsonl", "output_dir": tmp_path / "out"}
+    flags |= {"cache_dir": tmp_path / "cache", "max_steps": 1, "disable_tqdm": True}
+    run = fork_server.start([f"--{name}={value}" for name, value in flags.items()], tmp_path / "log")
+    assert run.wait() == 0 and "dequantising" in run.text()
+    assert not re.search(r"it/s|\d%\||\[transformers\]|Warning", run.text()), run.text()
+
+
 @pytest.mark.parametrize(
     "flags",
     [
