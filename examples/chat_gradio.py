@@ -18,7 +18,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # send nothing off t
 try:
     import gradio
 except ImportError:
-    gradio = None
+    gradio = None  # type: ignore[assignment]
 
 
 EMPTY = "(no answer: the model ended it at once)"  # without any text Gradio shows no message and seems to hang
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if gradio is None:
         raise qlora.ConfigError("gradio is not installed: pip install -r examples/requirements.txt")
     bot = talk.load_from(options)
-    buttons = ["copy", "copy_all"]  # without the button that shares a chat on the hub
+    buttons: Any = ["copy", "copy_all"]  # without the button that shares a chat on the hub
     chatbot = gradio.Chatbot(scale=1, buttons=buttons, show_label=False)
     chat = partial(reply, bot)
     page = gradio.ChatInterface(chat, chatbot=chatbot, title=options.model, additional_inputs=settings(bot))

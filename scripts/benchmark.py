@@ -207,7 +207,7 @@ def measure_peer(side: str, trained: Any, case: str, steps: int) -> dict[str, An
     trained.train()
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = bitsandbytes.optim.PagedAdamW32bit(parameters, lr=2e-4)
-    ends, first = [], {}
+    ends, first = [], dict[str, float]()
     for step in range(steps + WARM_UP):
         if step == WARM_UP:
             torch.cuda.reset_peak_memory_stats()
