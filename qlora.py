@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-177
      2 Errors             180-251
-     3 Dataset formats    254-757
-     4 Arguments         760-1464
-     5 Loading          1467-2037
-     6 Tokenizer        2040-2162
-     7 Encoding         2165-2642
-     8 Model            2645-3304
-     9 Calibration      3307-3681
-    10 LoRA             3684-3986
-    11 Fast path        3989-4942
-    12 Plan             4945-5289
-    13 Checkpoints      5292-5676
-    14 Processes        5679-5736
-    15 Evaluation       5739-5942
-    16 Trainer          5945-6579
-    17 Stages           6582-7072
-    18 Main             7075-7364
+     3 Dataset formats    254-766
+     4 Arguments         769-1481
+     5 Loading          1484-2055
+     6 Tokenizer        2058-2180
+     7 Encoding         2183-2661
+     8 Model            2664-3326
+     9 Calibration      3329-3703
+    10 LoRA             3706-4014
+    11 Fast path        4017-4989
+    12 Plan             4992-5336
+    13 Checkpoints      5339-5725
+    14 Processes        5728-5785
+    15 Evaluation       5788-5991
+    16 Trainer          5994-6631
+    17 Stages           6634-7130
+    18 Main             7133-7426
 """
 
 # ------------------------------------------------------------------------------------
@@ -519,8 +519,11 @@ CUSTOM_FORMAT: re.Pattern[str] = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # a use
 
 def parse_as_chat(question: tuple[str, ...], answer: str, row: RawRow) -> ParsedRow:
     """A pair as a chat of one exchange."""
-    text = "\n\n".join(filter(None, (get_text(row, name, "") for name in question)))
-    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": get_text(row, answer)}]
+    first, *others = question
+    text = "\n\n".join(filter(None, (get_text(row, first), *(get_text(row, name, "") for name in others))))
+    if not (learnt := get_text(row, answer)).strip():
+        raise field_error(row, answer, "an answer to learn")
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": learnt}]
     return parse_chat("messages", {**row, "messages": turns})
 
 
@@ -594,6 +597,8 @@ def join_segments(segments: JoinedSegments, tokenizer: PreTrainedTokenizerBase) 
         text = segment["text"][1:] if named else escape_special_tokens(segment["text"], special)
         if named and not special.fullmatch(text):
             raise RowError(f"{{'special': {text!r}}}: the tokenizer has no such special token")
+        mark = {1: tokenizer.bos_token, len(segments): tokenizer.eos_token}.get(number)
+        text = "" if named and text == mark else text  # named on purpose where it stands anyway
         text = BOS_MARK * (number == 1) + text + EOS_MARK * (number == len(segments))
         joined.append({"text": text, "supervised": segment["supervised"]})
     return joined
@@ -625,7 +630,7 @@ def contains(text: str, value: Any) -> bool:
         return all(contains(text, part) for part in (*value, *(value.values() if isinstance(value, dict) else ())))
     if value is None or isinstance(value, bool):  # as True or true, None or null
         return True
-    forms = json.dumps(value, ensure_ascii=False), json.dumps(value), repr(value)
+    forms = json.dumps(value, ensure_ascii=False), json.dumps(value), repr(value), repr(f'{value}"')[1:-2]  # ' as \'
     return any("".join(form.split()) in text for form in (str(value), *(form.strip("\"'") for form in forms)))
 
 
@@ -659,12 +664,16 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
     lengths = range(min(len(before), len(text)))  # 20,000 characters one by one would take 1.8 ms and not 0.04
     start = bisect.bisect_left(lengths, True, key=lambda place: before[: place + 1] != text[: place + 1])
     if start < min(len(before), len(asked)):
-        # what precedes is written differently once it is answered: the prompt, and what follows its end in the text
-        cut = bisect.bisect_left(range(len(before)), True, key=lambda place: before[place:] in text)
-        if cut >= len(asked):
+        # what precedes is written differently once it is answered: the prompt, and what follows its end in the text,
+        # which the turn before the answer precedes; without such an end, the text from there on where they differ
+        cut = bisect.bisect_left(range(len(before)), True, key=lambda place: before[place:] in text[start:])
+        place = text.rindex(before[cut:]) + len(before) - cut
+        holds = lambda part: contains("".join(part.split()), chat.messages[n - 1]["content"])  # noqa: E731
+        if cut < len(asked) and (before != asked or holds(before[cut:])) and holds(text[:place]):
+            text, start = before + text[place:], len(before)
+        elif holds(before[start:]) or not holds(before[:start]):
             reason = f"turn {n + 1}: the chat template renders what precedes it differently once it follows"
             raise RowError(f"{reason}; pass a --chat_template with {{% generation %}} around the answers")
-        text, start = before + text[text.rindex(before[cut:]) + len(before) - cut :], len(before)
     # prompt and answer may share the first characters of a tag: the answer begins with the whole tag
     tags = re.finditer(r"<[^<>]*>|\[[^\[\]]*\]", before)
     start = next((tag.start() for tag in tags if tag.start() < start < tag.end()), start)
@@ -1142,6 +1151,12 @@ def parse_config(argv: Sequence[str]) -> Config:
     with reraise_as_user_error(path, ConfigError, ConfigError):  # names the file before its errors
         from_file = parser.passed_flags(words)
     passed = parser.passed_flags(argv[bool(path) :])
+    # the command line wins, also over those in the file that exclude one of its own
+    pairs = (*MUTUALLY_EXCLUSIVE, ("num_train_epochs", "max_steps"))
+    lost = {other for pair in pairs for name, other in (pair, pair[::-1]) if passed.get(name)}
+    if record and not passed.get("do_train", True) and passed.keys() & {"dataset", "eval_dataset"}:
+        lost |= {"eval_dataset_size", "max_eval_samples"}  # which rows of another dataset the run held out
+    from_file = {name: value for name, value in from_file.items() if name not in lost}
     given = from_file.keys() & record.get("derived", {}).get("given", ()) if record else from_file.keys()
     explicitly_set = frozenset(passed.keys() | given)
     if record and "output_dir" not in passed:
@@ -1154,6 +1169,8 @@ def parse_config(argv: Sequence[str]) -> Config:
     flags["hub_token"] = flags["hub_token"] and "(hidden)"  # never written to a file
     config = Config(*groups, flags, explicitly_set, record)  # type: ignore[call-arg]
     check_config(config)
+    if path and not record and Path(path).resolve() == Path(config.training.output_dir, "run.json").resolve():
+        raise ConfigError(f"{path}: the run would write its own file of this name there; rename yours")
     return config
 
 
@@ -1498,7 +1515,7 @@ def read_json_lines(stream: Any) -> NumberedRows:
         try:
             if text.strip():
                 yield from enumerate(json.loads(text), start=1) if array else [(number, json.loads(text))]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             expected = "one array of rows" if array else "one object in a line"
             reason = f"not valid JSON: {getattr(error, 'msg', error)}, expected {expected}"
             yield getattr(error, "lineno", 1) if array else number, RowError(reason, None if array else text)
@@ -1508,7 +1525,7 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     """CSV or TSV with a header; every cell is text: an empty one is an empty string, and NA is NA."""
     csv.field_size_limit(LONGEST_CELL)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
-    header = next(reader, [])
+    header: list[str] = next(filter(None, reader), [])
     if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])) and other[0] != delimiter:
         found = f"columns are separated by {other[0]!r}, expected {delimiter!r}"
         raise ValueError(f"{found}: {header[0]}")
@@ -1575,7 +1592,7 @@ class RowSource:
     files: tuple[Path, ...] = ()
     loaded: Any = None  # a Dataset, or an IterableDataset of the hub
     format: str = ""
-    start: int = 0  # which rows to read, as in itertools.islice
+    start: int = 0  # which of the rows that select_rows keeps, as in itertools.islice
     stop: int | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -1583,7 +1600,7 @@ class RowSource:
         numbered.append((self.name, enumerate((drop_nulls(row, top=True) for row in self.loaded or ()), start=1)))
         rows = ((f"{name}:{number}", row) for name, part in numbered for number, row in part)
         with reraise_as_user_error(self.name, DataError, *DATASETS_ERRORS):
-            yield from itertools.islice(rows, self.start, self.stop)
+            yield from rows
 
     def fingerprint(self) -> str:
         """Changes with the content; that of a stream with its first rows."""
@@ -1748,7 +1765,7 @@ def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
         tokens: list[Tokens] = [[] for _ in row]
         for i, (start, end) in zip(ids, offsets, strict=True):
             if text[start:end] != ESCAPE_MARK:
-                first, last = segment_of[min(start, len(text) - 1)], segment_of[max(end, start + 1) - 1]
+                first, last = segment_of[min(start, max(end, 1) - 1)], segment_of[max(end, 1) - 1]
                 supervised = row[first]["supervised"] or row[last]["supervised"]
                 tokens[last].append((i, i if supervised else IGNORE))
         if row[0]["text"].startswith(BOS_MARK) and bos is not None:
@@ -1773,7 +1790,7 @@ def prompt_fits(row: RenderedRow, tokenizer: PreTrainedTokenizerBase, limits: Li
 
 def render_within(chat: Conversation, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Iterator[RenderedRow]:
     """The rows of a chat. One with too long a prompt is rendered without its oldest exchanges; the last one stays."""
-    rows = render_chat(chat, tokenizer)
+    rows, longest = render_chat(chat, tokenizer), 0
     for answer, row in zip(chat.answers[-len(rows) :], rows, strict=True):
         first, *later = [n for n, message in enumerate(chat.messages[:answer]) if message["role"] == "user"]
         if later and not prompt_fits(row, tokenizer, limits):
@@ -1784,7 +1801,7 @@ def render_within(chat: Conversation, tokenizer: PreTrainedTokenizerBase, limits
                 shorter.append(chat._replace(messages=messages, answers=kept))
             alone = [part._replace(answers=part.answers[-1:]) for part in shorter[:-1]]
             longest = bisect.bisect_left(
-                alone, True, key=lambda part: prompt_fits(render_chat(part, tokenizer)[0], tokenizer, limits)
+                alone, True, longest, key=lambda part: prompt_fits(render_chat(part, tokenizer)[0], tokenizer, limits)
             )
             short = render_chat(shorter[longest], tokenizer)[-1]
             both = tokenize_rendered([row.segments, short.segments], tokenizer)
@@ -1807,19 +1824,19 @@ def check_row(row: Any) -> Mapping[str, Any]:
 def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, Any]]:
     """The rows of --include_sources, renamed; with --expand_conversations one for each answer of a valid chat."""
     wanted = {name.strip() for name in data.include_sources.split(",")}
-    found = False
-    names = renamed_columns(data.columns, data.dataset_format)
-    for where, raw in source:
-        row = rename_columns(raw, names)
-        if wanted == {"ALL"} or not isinstance(row, Mapping) or str(row.get("source")) in wanted:
-            found = True
-            rows = [row]
-            with contextlib.suppress(RowError):  # normalize_rows reports it
-                if data.expand_conversations and parse_airoboros_chat(check_row(row)):
-                    turns, roles = get_list(row, "conversations"), get_messages(row, "conversations")
-                    ends = [end for end, turn in enumerate(roles, start=1) if turn["supervised"]]
-                    rows = [{**row, "conversations": turns[:end]} for end in ends]
-            yield from ({"where": where, "row": row} for row in rows)
+    names, found = renamed_columns(data.columns, data.dataset_format), False
+    kept = ((where, rename_columns(row, names)) for where, row in source)
+    if wanted != {"ALL"}:
+        kept = (pair for pair in kept if not isinstance(pair[1], Mapping) or str(pair[1].get("source")) in wanted)
+    for where, row in itertools.islice(kept, source.start, source.stop):
+        found = True
+        rows = [row]
+        with contextlib.suppress(RowError):  # normalize_rows reports it
+            if data.expand_conversations and parse_airoboros_chat(check_row(row)):
+                turns, roles = get_list(row, "conversations"), get_messages(row, "conversations")
+                ends = [end for end, turn in enumerate(roles, start=1) if turn["supervised"]]
+                rows = [{**row, "conversations": turns[:end]} for end in ends]
+        yield from ({"where": where, "row": row} for row in rows)
     if not found:
         which = "" if wanted == {"ALL"} else f" has a source in --include_sources {data.include_sources}"
         raise DataError(f"{source.name}: no row{f' after row {source.start}' * bool(source.start)}{which}")
@@ -1933,7 +1950,8 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     parts = train_rows, [load_rows(source, config, tokenizer) for source in eval_sources]
     splits = Splits(*(datasets.concatenate_datasets(part) if part else None for part in parts))
     if evaluating and splits.eval is None and splits.train is not None:
-        asked = args.do_train or config.quant.calibration_rows or "eval_dataset_size" in config.explicitly_set
+        calibrates = config.quant.calibration_rows and not config.record
+        asked = args.do_train or calibrates or "eval_dataset_size" in config.explicitly_set
         holds_out = asked or holds_rows_out(config)
         splits = train_eval_split(splits.train, config) if holds_out else Splits(None, splits.train)
     if mixed and splits.train is not None:  # only now, so that no copy of a held-out row is trained on
@@ -2204,7 +2222,8 @@ def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
     """Tokens of each segment, BOS before the first and EOS after the last; without a BOS token none is added."""
     bos, eos = tokenizer.bos_token_id, [tokenizer.eos_token_id]
     marks = {BOS_MARK: [] if bos is None else [bos], EOS_MARK: eos, ESCAPE_MARK: []}
-    parsed = special_token_pattern(tokenizer, unflagged=True)  # by the tokenizer, unless they are cut in two
+    whole = tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "Unigram"  # may have </s> as text
+    parsed = special_token_pattern(tokenizer, unflagged=not whole)  # by the tokenizer, unless they are cut in two
     split = [[re.split(f"([{MARKS}])", escape_special_tokens(s["text"], parsed)) for s in row] for row in rows]
     ids_of_text = iter(tokenize([text for row in split for parts in row for text in parts[::2]], tokenizer))
     for row, segments in zip(rows, split, strict=True):
@@ -2458,7 +2477,7 @@ def pack_and_summarize(splits: Splits, config: Config, positions: float = math.i
     """The training rows, packed if the flags say so, and statistics of both splits."""
     parts = {name: rows for name, rows in splits._asdict().items() if rows is not None}
     statistics = {name: token_statistics(rows, config.masked) for name, rows in parts.items()}
-    if splits.train is not None:
+    if splits.train is not None and config.training.do_train:
         cut, endless = statistics["train"].cut, statistics["train"].without_eos or 0
         if max(cut, endless) > 0.05 * len(splits.train):
             fitting = fitting_lengths(splits.train, config, positions)
@@ -2775,8 +2794,11 @@ def load_model_config(config: Config, folder: str) -> PretrainedConfig:
         parameters = parameters.get("full_attention", parameters)  # Gemma 3's other layers see a short span only
         if not parameters or any(isinstance(value, dict) for value in parameters.values()):
             raise ConfigError(f"--rope_scaling: a {model_config.model_type} model has no rotary embedding to scale")
-        if rope.get("rope_type") not in known or (rope["rope_type"] != "default" and "factor" not in rope):
-            raise ConfigError(f"--rope_scaling: expected a factor and a rope_type: {', '.join(known)}")
+        factor = rope.get("factor", 0 if rope.get("rope_type") != "default" else 1)
+        if rope.get("rope_type") not in known or type(factor) not in (int, float) or not 0 < factor < math.inf:
+            raise ConfigError(f"--rope_scaling: expected a factor above 0 and a rope_type: {', '.join(known)}")
+        if parameters.get("rope_type") == "proportional" != rope["rope_type"]:  # Gemma 4 turns a part of each head
+            raise ConfigError("--rope_scaling: expected the rope_type proportional for this model")
         parameters |= rope
     return model_config
 
@@ -3755,6 +3777,8 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
             raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")
     stacks = {name: weight for name, (_, weight) in stacked_experts(model, known=True).items()}
     experts = sorted(targets & stacks.keys())
+    if init == "olora" and any(isinstance(model.get_submodule(name), Conv1D) for name in targets.difference(experts)):
+        raise ConfigError("--init_lora_weights olora: peft transposes no layers of GPT-2's kind; pass pissa")
     warn = log.debug if model.device.type == "meta" else log.warning  # the plan attaches adapters too
     if stacks and not adapts_experts(lora):
         warn("experts get no adapters: peft takes neither --use_dora nor this --init_lora_weights for them")
@@ -3814,9 +3838,13 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
     stored = load_peft_weights(folder, device="cpu")
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     try:
-        result: Any = set_peft_model_state_dict(adapted, stored)
-        # peft would put a base's own weight into the base, which is not saved with the adapter
         own = get_peft_model_state_dict(adapted).keys()
+        # peft 0.21 renames what transformers 4 called experts, also where the names are the model's own (Laguna)
+        renamed = f"{peft_conversion.__name__}.convert_peft_adapter_state_dict_for_transformers"
+        as_it_is = mock.patch(renamed, lambda adapter_state_dict, **kwargs: adapter_state_dict)
+        with as_it_is if stored.keys() <= own else contextlib.nullcontext():
+            result: Any = set_peft_model_state_dict(adapted, stored)
+        # peft would put a base's own weight into the base, which is not saved with the adapter
         unused = [*result.unexpected_keys, *(name for name in stored if "lora_" not in name and name not in own)]
         empty = sorted(trained.intersection(result.missing_keys))
     except KeyError as error:  # of a module that was trained whole
@@ -4906,6 +4934,21 @@ def try_padding(model: Any, base: Any, fast: FastPath, config: Config, step: Ste
     return fast._replace(alone=True, off=(*fast.off, off))
 
 
+def longest_independent(model_config: PretrainedConfig) -> float:
+    """Tokens up to which a row changes no other of its micro-batch.
+
+    A longer one stretches the rotary embedding for all of them (LongRoPE, dynamic NTK), or needs a sparse attention's
+    choice of blocks, which starts at the first position.
+    """
+    text = model_config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    parts = (part for part in (rope, *rope.values()) if isinstance(part, dict))
+    growing = (part for part in parts if part.get("rope_type") in ("dynamic", "longrope"))
+    starts = [part.get("original_max_position_embeddings") or positions_of(text) for part in growing]
+    blocks = getattr(text, "index_block_size", 0) * getattr(text, "index_topk_blocks", 0)
+    return min([*starts, blocks or math.inf])
+
+
 @torch.no_grad()
 def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, device: Any = None) -> FastPath:
     """Try the head and padding-free rows on a few tokens, else padded ones; `model` may be an engine that shards it."""
@@ -4915,13 +4958,17 @@ def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, devi
     a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
     # two steps of two rows, of which the second is the same in both; peft's layers take fewer than 16 tokens
     steps = [collate_step([{"input_ids": ids, "labels": ids} for ids in rows])["step"] for rows in ((a, b), (c, b))]
+    long = length_limits(config).longest > longest_independent(base.config)
     model.eval()
     with torch.autocast(device.type, dtype, dtype != torch.float32):
         if config.training.fast_path and not config.masked:  # masked rows are padded, and their head is more
             if not fast.sharded:
                 fast = try_head(model, base, fast, to_device(padded_batch(steps[0], [0, 1], 0, "right"), device))
-            fast = try_padding_free(model, base, fast, config, steps, device)
-        if fast.attention is None:
+            if not long:
+                fast = try_padding_free(model, base, fast, config, steps, device)
+        if long:
+            fast = fast._replace(alone=True, off=(*fast.off, "one row at a time: a long one would change the others"))
+        elif fast.attention is None:
             fast = try_padding(model, base, fast, config, steps[0], device)
     model.train(training)  # DeepSpeed's wrapper says that it trains while the model inside does not
     return fast
@@ -5490,9 +5537,10 @@ def check_output_is_free(config: Config, last: Path | None) -> None:
     """Refuse to train over another run than that of the checkpoint, also over its weights in the final folder."""
     output, final = Path(config.training.output_dir).resolve(), final_folder(config).resolve()
     completed = (output / COMPLETED).is_file()
-    kept = last is not None and last.resolve().parent == output
+    kept = last is not None and last.parent.resolve() == output
     if last and not kept and (completed or checkpoints_in(output)):
-        raise ConfigError(f"--resume_from_checkpoint {last}: {output} holds another run; pass another --output_dir")
+        way = "pass another --output_dir, or leave --resume_from_checkpoint out to go on with it"
+        raise ConfigError(f"--resume_from_checkpoint {last}: {output} holds another run; {way}")
     recorded = final_files(output, final)
     beside_checkpoint = kept and final == output
     found = weights_in(final) or weights_in(final, full_finetune=True)
@@ -5509,7 +5557,8 @@ def find_resume_point(config: Config) -> ResumePoint:
     """Resume, start anew, or use what is finished."""
     args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
     adapter, full = config.model.adapter_name_or_path, config.quant.full_finetune
-    picked = None if str(args.resume_from_checkpoint).lower() == "true" else args.resume_from_checkpoint
+    picked = args.resume_from_checkpoint
+    picked = None if str(picked).lower() in ("true", "false") else picked
     last = None
     if picked:
         last = Path(picked).resolve()
@@ -5571,9 +5620,9 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=1) + "\n")
 
 
-def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
+def add_json(path: Path, values: Mapping[str, Any]) -> None:
     """Add values to those that a JSON file holds already."""
-    write_json(path, {**first, **(read_json(path) if path.is_file() else {}), **values})
+    write_json(path, {**(read_json(path) if path.is_file() else {}), **values})
 
 
 def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
@@ -6096,10 +6145,12 @@ def init_worker(number: int) -> None:
 
 
 class FlagIntervals(TrainerCallback):
-    """Logs, evaluates and saves as often as the flags say: a resumed Trainer would go by the checkpoint."""
+    """Logs, evaluates and saves as often as the flags say, and where: a resumed Trainer would go by the checkpoint."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")  # the folder may have moved
+        state.best_model_checkpoint = str(best) if best.is_dir() else None
         state.logging_steps = min(state.logging_steps, state.max_steps)  # one line at least
 
 
@@ -6162,7 +6213,7 @@ class QLoRATrainer(Trainer):
         self.untimed_seconds = 0.0  # spent on evaluating and saving
         self.interval: tuple[float, int, int] | None = None  # began at this time, token and step
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})  # at this step, with these metrics
-        self.one_by_one: bool | None = None  # whether prompts are answered one by one; not known before the first
+        self.one_by_one = fast.alone or None  # whether prompts are answered one by one; not known before the first
         # once an engine has sharded the weights, the rest of the fast path is tried
         self.untried = self.sharded and config.training.fast_path and not config.masked
         self.overflows = 0  # steps in succession whose gradient norm is not finite
@@ -6483,6 +6534,7 @@ class QLoRATrainer(Trainer):
     def _load_best_model(self) -> None:
         """Load as a resume does; under an engine, in its own way."""
         model: Any = self.model
+        log.info("the best step was %s: its weights are the result", self.state.best_global_step)
         for module in model.modules() if self.is_fsdp_enabled else ():
             if hasattr(module, "reshard"):  # what an evaluation left gathered would keep its values
                 module.reshard()
@@ -6606,10 +6658,11 @@ class Data(NamedTuple):
 
 def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
     """Save metrics as the Trainer does, but each file whole."""
+    metrics = {name: value for name, value in metrics.items() if name != "epoch" or value}  # 0: nothing is trained
     if trainer.args.should_save:
         output = Path(trainer.config.training.output_dir)
         write_json(output / f"{split}_results.json", metrics)
-        add_json(output / "all_results.json", metrics)
+        (write_json if split == "train" else add_json)(output / "all_results.json", metrics)
     return metrics
 
 
@@ -6876,9 +6929,10 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
         lost = merge_layers(model, dtype)
         model = cast_parameters(model.merge_and_unload(), dtype)  # what was trained whole is still in float32
         if not getattr(model.config, "tie_word_embeddings", False):
-            # Of one bias under two names, as in a head that was trained whole, only one would be saved.
-            biases = {name: value.clone() for name, value in model.state_dict().items() if name.endswith("bias")}
-            model.load_state_dict(biases, strict=False, assign=True)
+            # Of one weight under two names, as of BART's head that was trained whole, only one would be saved.
+            shared = ("bias", "embed_tokens.weight")
+            copies = {name: value.clone() for name, value in model.state_dict().items() if name.endswith(shared)}
+            model.load_state_dict(copies, strict=False, assign=True)
         sync_special_tokens(model, tokenizer)
         model.save_pretrained(staging, max_shard_size=config.training.max_shard_size)
         tokenizer.save_pretrained(staging)
@@ -6935,11 +6989,12 @@ def model_card(trainer: QLoRATrainer) -> str:
         notes += f"vLLM and llama.cpp load no adapter with new tokens: {merge}"
     if config.lora.lora_rank_pattern or config.lora.lora_alpha_pattern:
         notes += f"vLLM scales all layers by one rank and alpha, llama.cpp by one alpha: to serve it there, {merge}"
+    best = f" (the weights of step {trainer.state.best_global_step}, the best)" * trainer.args.load_best_model_at_end
     kind, library = ("Full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\n{metadata}library_name: {library}\n"
         f"pipeline_tag: {'fill-mask' if config.masked else 'text-generation'}\n---\n\n# {kind} for {base}\n\n"
-        f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps, "
+        f"Trained with QLoRA: base in {config.quant.bits} bit, {trainer.state.global_step} optimizer steps{best}, "
         f"dataset `{config.data.dataset}`.\n\n## Settings given\n\n| flag | value |\n|---|---|\n{settings}\n\n"
         f"{notes}All flags, resolved, and library versions are in `{prefix}run.json`.\n\n"
         f"## Losses\n\n| step | training loss | evaluation loss |\n|---|---|---|\n{rows}\n\n![loss]({prefix}loss.png)\n"
@@ -7046,8 +7101,9 @@ def log_hints(config: Config) -> None:
 def report_done(config: Config, metrics: dict[str, Any], trained: bool, seconds: float) -> None:
     """Write metrics.json and log the block at the end of a run."""
     args = config.training
-    add_json(Path(args.output_dir, "metrics.json"), metrics, run_name=args.run_name)
-    folders = dict.fromkeys([str(final_folder(config)), args.output_dir, args.merged_output_dir])
+    save = write_json if "train_loss" in metrics else add_json  # those of weights that are no longer there go
+    save(Path(args.output_dir, "metrics.json"), {"run_name": args.run_name} | metrics)
+    folders = dict.fromkeys([str(final_folder(config)), str(Path(args.output_dir)), args.merged_output_dir])
     lines = shown_metrics(metrics) | {"files": ", ".join(filter(None, folders))}
     log.info("Done after %s\n%s", timedelta(seconds=round(seconds)), format_table(lines))
     if trained:
@@ -7058,9 +7114,11 @@ def next_commands(config: Config) -> dict[str, str]:
     """What to do with a finished run, as commands."""
     flags, final = config.flags, str(final_folder(config))
     kept = ("output_dir", "working_dir", "final_output_dir", "trust_remote_code")  # which run.json does not repeat
-    off = ("do_train", "do_eval", "do_mmlu_eval", "load_best_model_at_end")
-    again = ["python", "qlora.py", f"{config.training.output_dir}/run.json", "--eval_strategy=no"]
-    again += [f"--{name}=False" for name in off if flags[name]]
+    off = dict.fromkeys(("do_train", "do_eval", "do_mmlu_eval", "load_best_model_at_end"), "False")
+    off |= {"eval_strategy": "no", "lr_scheduler_type": "constant"}  # one of its schedules needs evaluations
+    off |= dict.fromkeys(("adapter_name_or_path", "deepspeed", "fsdp"), "")  # the run's own adapter, in one process
+    again = ["python", "qlora.py", str(Path(config.training.output_dir, "run.json"))]
+    again += [f"--{name}={value}" for name, value in off.items() if flags[name] and flags[name] != value]
     again += [f"--{name}={flags[name]}" for name in kept if flags[name]]
     merge = [*again, "--do_predict=False", f"--merged_output_dir={final}-merged"]
     predict = ["--do_predict"] + ["--predict_with_generate"] * (not config.masked)
@@ -7287,7 +7345,9 @@ def way_to_go_on(config: Config | None, stop: GracefulStop) -> str:
     """Name the command that goes on from what this run has saved."""
     flags = [f"--{n}" for n in ("overwrite_output_dir", "resume_from_checkpoint") if config and config.flags[n]]
     without = f" without {flags[0]}" if flags and stop.saved_step else ""
-    return f"the same command{without} {'starts again' if flags and not without else 'goes on from what is saved'}"
+    output = Path(config.training.output_dir if config else "")
+    saved = config and (checkpoints_in(output) or (output / COMPLETED).is_file()) and not (flags and not without)
+    return f"the same command{without} {'goes on from what is saved' if saved else 'starts again'}"
 
 
 def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
@@ -7318,11 +7378,13 @@ def set_up_logging() -> None:
     """Log INFO to standard error on rank 0, only errors elsewhere."""
     for message in (  # warnings of one library about another's code: nothing that a user could do about it
         ".*gradient_checkpointing.* is deprecated", "All adapters are already merged", "Could not find a config file",
+        "Setting `save_embedding_layers` to `True`",
         "Model has `tie_word_embeddings=True` and", "Input and output embeddings are no longer tied after merging",
         "FSDP2-wrapped module .* returned a view", "Paged optimizers are not supported on CPU",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in str(record.msg))
+    for name, text in ("DeepSpeed", "Setting accelerator to CPU"), ("transformers.trainer", "The best checkpoint"):
+        logging.getLogger(name).addFilter(lambda record, text=text: text not in str(record.msg))
     if not log.handlers:
         stream = types.SimpleNamespace(write=lambda text: tqdm.write(text, sys.stderr, end=""))  # above progress bars
         handler = logging.StreamHandler(stream)

@@ -416,7 +416,7 @@ def test_flags_from_a_file(tmp_path, name):
         ("warmup_ratio: 0.1", ["--warmup_steps", "5"], "warmup_steps", 5),
         ("group_by_length: true", ["--group_by_length=False"], "train_sampling_strategy", "random"),
         ("num_train_epochs: 2", ["--max_steps", "7"], "max_steps", 7),
-        ("max_steps: 7", ["--num_train_epochs", "2"], "max_steps", 7),
+        ("max_steps: 7", ["--num_train_epochs", "2"], "max_steps", -1),
     ],
 )
 def test_the_command_line_overrides_the_file(tmp_path, content, argv, name, expected):
@@ -459,7 +459,7 @@ def test_old_names_work_in_a_file(tmp_path, warnings):
         ("run.yaml", "lerning_rate: 1e-4\n", ["lerning_rate", "--learning_rate"]),
         ("run.yaml", b"run_name: caf\xe9\n", []),
     ],
-    ids=["missing", "yaml", "json", "a list", "a text", "unknown flag", "encoding"],
+    ids=["missing", "yaml", "json", "a list", "a text", "merge key", "one name twice", "unknown flag", "encoding"],
 )
 def test_a_bad_file_is_a_one_line_error_that_names_it(main, tmp_path, name, content, fragments):
     if content is not None:
@@ -467,6 +467,38 @@ def test_a_bad_file_is_a_one_line_error_that_names_it(main, tmp_path, name, cont
     code, lines = main(str(tmp_path / name))
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
     assert all(fragment in lines[0] for fragment in [str(tmp_path / name), *fragments])
+
+
+def test_a_file_of_flags_that_the_run_would_overwrite_is_refused(main, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"output_dir": str(tmp_path)}))
+    code, (line,) = main(str(tmp_path / "run.json"))
+    assert code == 2 and line.startswith(f"error: {tmp_path}/run.json: the run would write its own file")
+
+
+@pytest.mark.parametrize(
+    ("content", "argv", "expected"),
+    [
+        ("max_steps: 4", "--num_train_epochs 2", {"max_steps": -1, "num_train_epochs": 2.0}),
+        ("eval_dataset_size: 9", "--eval_dataset x", {"eval_dataset": "x", "eval_dataset_size": 1024}),
+        ("source_max_len: 9\ntarget_max_len: 9", "--model_max_len 8", {"model_max_len": 8, "source_max_len": 1024}),
+        ("adapter_name_or_path: a", "--full_finetune False", {"adapter_name_or_path": "a"}),
+    ],
+)
+def test_the_command_line_wins_over_what_excludes_it_in_the_file(tmp_path, content, argv, expected):
+    (tmp_path / "run.yaml").write_text(content)
+    flags = parse(str(tmp_path / "run.yaml"), *argv.split()).flags
+    assert {name: flags[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("more", ["--do_train False --dataset other", "--dataset other", "--do_train False"])
+def test_all_rows_of_another_file_are_answered(tmp_path, more):
+    """A run that trains, or answers rows of its own dataset, holds out as many as the one that it repeats."""
+    flags = {"eval_dataset_size": 9, "max_eval_samples": 3, "dataset": "own", "do_predict": True}
+    record = {"flags": flags | {"predict_with_generate": True}, "derived": {"given": sorted(flags)}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    config = parse(str(tmp_path / "run.json"), "--output_dir", str(tmp_path / "out"), *more.split())
+    every = more.startswith("--do_train False --dataset")
+    assert (config.data.max_eval_samples, config.data.eval_dataset_size) == ((None, 1024) if every else (3, 9))
 
 
 FOLDERS = [

@@ -12,7 +12,7 @@ import re
 import pytest
 import tiny
 from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig
 
 import qlora
@@ -684,6 +684,15 @@ def test_nulls_that_were_written_stay_and_nulls_that_arrow_adds_go(tmp_path, kin
     assert second == [f'ask({{{kept}"days": [null, 2]}})<|im_end|>']
 
 
+def test_an_argument_in_single_quotes_is_found():
+    """As LFM2 writes Python's strings."""
+    value = r"""'city=' ~ c.function.arguments.city | replace("'", "\\'")"""
+    template = TOOLS.replace("c.function.arguments | tojson", value)
+    call = {"name": "ask", "arguments": {"city": "it's"}}
+    turns = [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert texts(render(turns, chatml_tokenizer(template))) == ["ask(city=it\\'s)<|im_end|>"]
+
+
 def test_functions_are_tools_and_developers_are_systems():
     functions = [{"name": "ask", "parameters": {}}]
     messages = [{"role": "developer", "content": "s"}, *ASKED, {"role": "function", "name": "ask", "content": "cold"}]
@@ -1196,6 +1205,24 @@ def test_special_tokens_are_written_on_purpose_only(tmp_path):
     ids, supervised = segments_of(tmp_path, tokenizer, *parts)
     assert ids == [BOS, IM_START, *b"user\n<|im_end|>", IM_END, *b"a</s>", EOS]
     assert supervised == [None] * 17 + [IM_END, *b"a</s>", EOS]
+
+
+def test_bos_and_eos_that_are_written_on_purpose_stand_once(tmp_path):
+    tokenizer = chatml_tokenizer()
+    parts = [{"special": "<s>"}, {"text": "a", "supervised": True}, {"special": "</s>", "supervised": True}]
+    ids, supervised = segments_of(tmp_path, tokenizer, *parts)
+    assert ids == [BOS, ord("a"), EOS] and supervised == [None, ord("a"), EOS]
+
+
+@pytest.mark.parametrize("trims", [False, True])
+def test_a_space_before_an_answer_is_the_prompt_s_whatever_the_offsets_leave_out(tmp_path, trims):
+    """GPT-NeoX's leave out leading spaces."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny.write_byte_bpe(tmp_path / "bpe"))
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=trims)
+    parts = [{"text": "Q: hi\nA: ", "supervised": False}, {"text": "\u65e5\u672c", "supervised": True}]
+    _, supervised = segments_of(tmp_path, tokenizer, *parts)
+    learnt = [i for i in supervised if i is not None]
+    assert tokenizer.decode(learnt[:-1]) == "\u65e5\u672c" and learnt[-1] == tokenizer.eos_token_id
 
 
 def test_predictions_show_segments_without_bos_and_eos(byte_tokenizer):

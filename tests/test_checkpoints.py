@@ -856,6 +856,36 @@ def test_best_model_is_used_when_only_completed_is_missing(run_qlora, tmp_path):
     assert same_weights(run_qlora(**flags).output_dir, best)
 
 
+def test_the_best_is_the_result_after_the_folder_has_moved(run_qlora, stopped, tmp_path):
+    """No later step is saved, and the checkpoint's state still names the old folder."""
+    flags = BEST | {"save_strategy": "best"}
+    straight = run_qlora(**flags, output_dir=tmp_path / "straight")
+    assert "the best step was 1: its weights are the result" in straight.stderr
+    card = (straight.output_dir / "README.md").read_text()
+    assert "4 optimizer steps (the weights of step 1, the best)" in card
+    stopped(3, **flags).output_dir.rename(tmp_path / "moved")
+    run = run_qlora(**flags, output_dir=tmp_path / "moved")
+    assert_equal_runs(run, straight)
+    assert "The best checkpoint" not in run.stderr
+
+
+def test_a_checkpoint_on_another_disk_is_the_run_s_own(run_qlora, tmp_path):
+    run = run_qlora()
+    (run.output_dir / "checkpoint-4").rename(tmp_path / "there")
+    (run.output_dir / "checkpoint-4").symlink_to(tmp_path / "there")
+    assert f"resuming from {run.output_dir / 'checkpoint-4'}" in run_qlora(max_steps=6).stderr
+
+
+def test_numbers_of_weights_that_were_trained_on_go(run_qlora):
+    """An evaluation of the finished run keeps those of its training."""
+    run = run_qlora(do_eval=False)
+    assert run_qlora(do_train=False, do_eval=True).code == 0
+    for name in "metrics.json", "all_results.json":
+        assert {"train_loss", "eval_loss"} <= run.json(name).keys() and run.json(name).get("epoch") != 0
+    assert run_qlora(do_eval=False, max_steps=6).code == 0
+    assert all("eval_loss" not in run.json(name) for name in ("metrics.json", "all_results.json"))
+
+
 def test_a_run_that_stopped_early_trains_no_further_when_only_completed_is_missing(run_qlora):
     """Nor does it then."""
     flags = BEST | {"early_stopping_patience": 2, "load_best_model_at_end": False, "max_steps": 6}

@@ -170,6 +170,8 @@ def test_a_gguf_base_is_converted_without_lines_of_libraries(fork_server, models
         "--eval_strategy steps --load_best_model_at_end",
         "--eval_strategy steps --do_mmlu_eval --metric_for_best_model mmlu_eval_accuracy",
         "--do_predict --predict_with_generate --save_strategy no",
+        "--eval_strategy steps --lr_scheduler_type reduce_lr_on_plateau",
+        "--adapter_name_or_path first --fsdp",
     ],
 )
 def test_the_next_commands_are_right_whatever_the_flags_were(tmp_path, flags):
@@ -180,7 +182,8 @@ def test_the_next_commands_are_right_whatever_the_flags_were(tmp_path, flags):
     assert len(commands) == 2
     for command in commands:
         again = qlora.parse_config(shlex.split(command)[2:])
-        assert not (again.training.do_train or again.training.do_eval)
+        assert not (again.training.do_train or again.training.do_eval or again.training.fsdp)
+        assert not again.model.adapter_name_or_path, "its own adapter, not the one that it started from"
 
 
 def test_the_last_evaluation_is_done_once(run_qlora, monkeypatch):

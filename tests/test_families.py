@@ -18,6 +18,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -245,6 +246,43 @@ def test_families_are_merged_and_resumed(run_qlora, models, family, tmp_path):
     assert run.code == 0 and (tmp_path / "merged" / "config.json").is_file()
     again = run_qlora(**flags | {"max_steps": 3})
     assert again.code == 0 and "resuming from" in again.stderr
+
+
+@pytest.mark.parametrize("family", ["laguna", "doge"])
+def test_an_adapter_fits_the_model_that_it_was_trained_on(run_qlora, data, tmp_path, family):
+    """peft renames some of Laguna's layers, though the names are its own; Doge's MLP wants another shape of input."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"these transformers do not know {family}")
+    base = tiny_classes.write_class(tmp_path / "base", family)
+    if family == "doge":
+        (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | {"is_moe": True}))
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).save_pretrained(base)
+    flags = {"model_name_or_path": base, "dataset": data, "bits": 16, **SMALL}
+    assert run_qlora(**flags).code == 0
+    assert run_qlora(**flags, do_train=False, do_eval=True).code == 0
+
+
+def test_attention_to_blocks_of_a_row_keeps_rows_apart(run_qlora, tmp_path):
+    """MiniMax-M3 chooses blocks of earlier tokens, which only its own mask knows: two blocks of 16 here."""
+    if "minimax_m3_vl_text" not in CONFIG_MAPPING:
+        pytest.skip("these transformers do not know MiniMax-M3")
+    base, rows = tiny_classes.write_class(tmp_path / "base", "minimax_m3_vl_text"), tiny.support_rows(4)
+    config = json.loads((base / "config.json").read_text()) | {"index_block_size": 16, "index_topk_blocks": 2}
+    (base / "config.json").write_text(json.dumps(config))
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
+    run = run_qlora(model_name_or_path=base, dataset=file, bits=32, **plain_loop.FLAGS)
+    assert run.code == 0 and "one row at a time: a long one would change the others" in run.stderr
+    assert plain_loop.compare(run.output_dir, base, rows).largest < 2e-5
+
+
+def test_a_head_that_was_trained_whole_beside_tied_embeddings_is_merged(run_qlora, tmp_path):
+    """BART holds its embeddings under three names."""
+    base = tiny_classes.write_class(tmp_path / "base", "bart", masked=True)
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"input": row["input"]} for row in tiny.support_rows(8)])
+    flags = {"model_name_or_path": base, "dataset": file, "bits": 32, "modules_to_save": "lm_head"}
+    flags |= {"objective": "mlm", "max_steps": 1, "target_max_len": None, "learning_rate": 1e-2}
+    run = run_qlora(**flags, merged_output_dir=tmp_path / "merged")
+    assert run.code == 0 and "verified: " in run.stderr
 
 
 def write_mxfp4(path, base):

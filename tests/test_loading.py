@@ -997,6 +997,21 @@ def test_pairs_as_chats(tmp_path, byte_tokenizer, row, texts):
     assert [segment["supervised"] for segment in loaded["segments"]] == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"instruction": None, "input": "", "output": "a"}, "'instruction' is null"),
+        ({"instruction": "q", "output": " "}, "'output' is"),
+    ],
+)
+def test_a_pair_that_lacks_a_part_is_no_chat(tmp_path, byte_tokenizer, row, field):
+    byte_tokenizer.chat_template = CHAT
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [row])
+    config = qlora.parse_config(["--dataset", str(file), "--as_chat", "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(qlora.DataError, match=f"rows.jsonl:1: field {field}"):
+        qlora.load_splits(config, byte_tokenizer)
+
+
 def test_text_is_no_chat(tmp_path):
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"text": "only text"}])
     with pytest.raises(qlora.ConfigError, match="--as_chat: rows of the format text have no column"):

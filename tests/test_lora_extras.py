@@ -243,6 +243,11 @@ def test_init_lora_weights_refused_on_a_prequantised_checkpoint(run_qlora, model
     assert "--init_lora_weights olora" in error_of(run) and "quantised already" in error_of(run)
 
 
+def test_olora_is_refused_on_layers_that_peft_would_start_wrongly(run_qlora, models):
+    run = run_qlora(model_name_or_path=models("gpt2"), bits=16, init_lora_weights="olora")
+    assert "--init_lora_weights olora" in error_of(run) and "pass pissa" in error_of(run)
+
+
 # ------------------------------------------------------------------------------------
 # Ranks and alphas of single layers
 # ------------------------------------------------------------------------------------

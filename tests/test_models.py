@@ -463,7 +463,7 @@ def test_rope_scaling_stretches_the_positions(models, key):
 
 def test_rope_scaling_stretches_the_layers_that_see_all(models):
     """Gemma 3's other layers have rotary settings of their own."""
-    folder = models("gemma3")
+    folder = models("gemma3", layer_types=["full_attention", "sliding_attention"])
     stretched = load(folder, bits=32, rope_scaling='{"rope_type": "linear", "factor": 2.0}').model.rotary_emb
     plain = reference(folder).model.rotary_emb
     assert torch.equal(stretched.full_attention_inv_freq, plain.full_attention_inv_freq / 2)
@@ -477,10 +477,12 @@ def test_rope_scaling_stretches_the_layers_that_see_all(models):
         ("llama", "2.0"),
         ("llama", '{"rope_type": "elastic", "factor": 2.0}'),
         ("llama", '{"rope_type": "linear"}'),
+        ("llama", '{"rope_type": "linear", "factor": -2.0}'),
+        ("llama", '{"rope_type": "linear", "factor": "2"}'),
         ("mpt", '{"rope_type": "linear", "factor": 2.0}'),
         ("gpt2", '{"rope_type": "linear", "factor": 2.0}'),
     ],
-    ids=["not JSON", "not an object", "unknown type", "no factor", "ALiBi", "supervised positions"],
+    ids=["not JSON", "not an object", "unknown type", "no factor", "negative", "text", "ALiBi", "supervised positions"],
 )
 def test_invalid_rope_scaling_is_an_error(models, run_qlora, family, value):
     run = run_qlora(model_name_or_path=models(family), rope_scaling=value, max_steps=1)

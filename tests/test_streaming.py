@@ -233,6 +233,10 @@ def test_rows_of_other_sources_are_left_out(tmp_path):
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", rows)
     _, rows, _ = stream_of("--dataset", file, *SMALL, "--include_sources", "mine")
     assert Counter(numbers(rows(20))) == Counter({n: 2 for n in (*range(1, 6), *range(11, 16))})
+    held = ("--max_train_samples", "3", "--do_eval", "--eval_dataset_size", "4")  # counted among those that are left
+    splits, rows, _ = stream_of("--dataset", file, *SMALL, "--include_sources", "mine", *held)
+    assert [row["where"].rpartition(":")[2] for row in splits.eval] == ["1", "2", "3", "4"]
+    assert set(numbers(rows(6))) == {5, 11, 12}
 
 
 def test_statistics_are_those_of_the_first_rows(tmp_path):

@@ -130,6 +130,9 @@ def test_rows_are_the_templates_and_answers_those_that_trl_marks(family, chat):
         assert ids == tokenizer.apply_chat_template(messages[:end], tokenize=True, return_dict=True)["input_ids"]
 
 
+# Templates that write nothing of a call.
+WITHOUT_CALLS = {"cohere", "cohere2", "gemma", "gemma3", "idefics3", "lfm2", "llama3", "llava_next", "phi3", "phi3_5"}
+WITHOUT_CALLS |= {"qwen2_5_vl", "smolvlm"}
 SAID = {"tool_call_id": "call_1abcd", "name": "get_weather"}
 ASKING = message("assistant", "", reasoning_content="I ask.", tool_calls=[CALL | {"id": "call_1abcd"}])
 
@@ -149,6 +152,23 @@ def test_each_answer_around_a_tools_follows_its_own_prompt(family):
         assert ("Oslo" in text) == (end in (1, 5)) and ("Cold." in text) == (end in (3, 7))
 
 
+@pytest.mark.parametrize("family", ORIGINALS or ["none"])
+def test_nothing_but_the_answers_is_learnt_around_calls(family):
+    """Two calls in turn after an earlier exchange: what the tool says and what was asked is context only."""
+    tokenizer, messages = tokenizer_for(read_template(family)), exchanges("ask A", "first answer", "ask B")
+    for city in ("Oslo", "Rome"):
+        call = CALL | {"id": "call_1abcd", "function": {"name": "get_weather", "arguments": {"city": city}}}
+        messages += message("assistant", "", tool_calls=[call]), message("tool", "heard", **SAID)
+    try:
+        rows = render_all([*messages, message("assistant", "last answer")], tokenizer, tools=[TOOL])
+    except qlora.RowError:
+        assert family in WITHOUT_CALLS | {"llama3_1", "llama3_2"}, "these write one call at most"
+        return
+    learnt = "".join(segment["text"] for row in rows for segment in row if segment["supervised"])
+    assert "ask" not in learnt and "heard" not in learnt
+    assert all(learnt.count(own) == 1 for own in ("Oslo", "Rome", "first answer", "last answer"))
+
+
 def test_families_that_drop_earlier_reasoning_are_trained():
     """A row for each of two answers with reasoning; with the other templates both are in one."""
     several = {
@@ -161,11 +181,6 @@ def test_families_that_drop_earlier_reasoning_are_trained():
         " nemotron_3_nano nemotron_3_super nemotron_3_ultra phi3 phi3_5 qwen3 qwen3_5_nothink qwen3_5_think qwen3_6"
     )
     assert several == set(names.split())
-
-
-# Templates that write nothing of a call.
-WITHOUT_CALLS = {"cohere", "cohere2", "gemma", "gemma3", "idefics3", "lfm2", "llama3", "llava_next", "phi3", "phi3_5"}
-WITHOUT_CALLS |= {"qwen2_5_vl", "smolvlm"}
 
 
 @pytest.mark.parametrize("family", ORIGINALS or ["none"])

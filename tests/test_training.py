@@ -677,6 +677,35 @@ def test_dynamic_rotary_embeddings_do_not_remember_longer_rows(run_qlora, models
     assert all(torch.equal(one[name], value) for name, value in other.items())
 
 
+LONG_ROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+LONG_ROPE |= {"original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("rope", [DYNAMIC, json.dumps(LONG_ROPE)], ids=["dynamic", "longrope"])
+def test_a_long_row_does_not_stretch_the_rotary_embedding_of_its_neighbours(run_qlora, models, tmp_path, rope):
+    """Rows of a step, regrouped or packed, and of an evaluation count as those that go through the model alone."""
+    rows = [{"input": "question " * n, "output": "answer " * n} for n in (1, 4, 2, 1)]
+    data = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
+    flags = {"model_name_or_path": models("llama", max_position_embeddings=32), "rope_scaling": rope, "bits": 16}
+    flags |= {"source_max_len": 64, "target_max_len": 64, "dataset": data, "eval_dataset": data, "do_eval": True}
+    flags |= {"max_steps": 1, "gradient_accumulation_steps": 4, "learning_rate": 0.0}
+    alone = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    numbers = []
+    for name, own in (
+        ("alone", {**alone, "auto_batch": False, "fast_path": False}),
+        ("regrouped", alone),
+        ("together", {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}),
+        ("packed", {**alone, "packing": True}),
+    ):
+        run = run_qlora(**flags | own, output_dir=tmp_path / name)
+        assert "one row at a time: a long one would change the others" in run.stderr
+        (entry,) = (e for e in run.json("trainer_state.json")["log_history"] if "loss" in e)
+        numbers.append((entry["loss"], entry["grad_norm"]))
+    assert numbers == [pytest.approx(numbers[0], rel=1e-5)] * 4
+    short = run_qlora(**flags | {"source_max_len": 8, "target_max_len": 8}, output_dir=tmp_path / "short")
+    assert "one row at a time" not in short.stderr
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_step_of_many_rows_needs_few_open_files(run_qlora, tmp_path, packing):
     """Workers send tensors through files: with one for each row, this would hang."""
