@@ -30,7 +30,7 @@ Read the file from top to bottom, along the path of the data: every room uses on
     15 Evaluation       5788-5991
     16 Trainer          5994-6631
     17 Stages           6634-7130
-    18 Main             7133-7426
+    18 Main             7133-7427
 """
 
 # ------------------------------------------------------------------------------------
@@ -7383,8 +7383,9 @@ def set_up_logging() -> None:
         "FSDP2-wrapped module .* returned a view", "Paged optimizers are not supported on CPU",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message)
-    for name, text in ("DeepSpeed", "Setting accelerator to CPU"), ("transformers.trainer", "The best checkpoint"):
-        logging.getLogger(name).addFilter(lambda record, text=text: text not in str(record.msg))
+    noise = {"DeepSpeed": "Setting accelerator to CPU", "transformers.trainer": "The best checkpoint"}
+    for name in noise:
+        logging.getLogger(name).addFilter(lambda record: noise[record.name] not in str(record.msg))
     if not log.handlers:
         stream = types.SimpleNamespace(write=lambda text: tqdm.write(text, sys.stderr, end=""))  # above progress bars
         handler = logging.StreamHandler(stream)
