@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-177
      2 Errors             180-251
-     3 Dataset formats    254-766
-     4 Arguments         769-1481
-     5 Loading          1484-2055
-     6 Tokenizer        2058-2180
-     7 Encoding         2183-2661
-     8 Model            2664-3326
-     9 Calibration      3329-3703
-    10 LoRA             3706-4014
-    11 Fast path        4017-4989
-    12 Plan             4992-5336
-    13 Checkpoints      5339-5725
-    14 Processes        5728-5785
-    15 Evaluation       5788-5991
-    16 Trainer          5994-6631
-    17 Stages           6634-7130
-    18 Main             7133-7427
+     3 Dataset formats    254-767
+     4 Arguments         770-1485
+     5 Loading          1488-2059
+     6 Tokenizer        2062-2184
+     7 Encoding         2187-2665
+     8 Model            2668-3331
+     9 Calibration      3334-3708
+    10 LoRA             3711-4019
+    11 Fast path        4022-4994
+    12 Plan             4997-5342
+    13 Checkpoints      5345-5731
+    14 Processes        5734-5791
+    15 Evaluation       5794-5997
+    16 Trainer          6000-6638
+    17 Stages           6641-7139
+    18 Main             7142-7440
 """
 
 # ------------------------------------------------------------------------------------
@@ -94,7 +94,6 @@ os.environ |= {
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     "DISABLE_SAFETENSORS_CONVERSION": "1",  # else transformers asks a hub service to convert .bin weights
     "TQDM_LEAVE": "",  # progress bars disappear when they are done
-    **({} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}),  # in a file they are noise
 } | os.environ
 
 # Harmless warnings: a CPU kernel that no release has, casts in 8-bit layers, operations that the plan reports itself,
@@ -158,6 +157,7 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput, speed_metrics
+from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 try:
@@ -597,9 +597,9 @@ def join_segments(segments: JoinedSegments, tokenizer: PreTrainedTokenizerBase) 
         text = segment["text"][1:] if named else escape_special_tokens(segment["text"], special)
         if named and not special.fullmatch(text):
             raise RowError(f"{{'special': {text!r}}}: the tokenizer has no such special token")
-        mark = {1: tokenizer.bos_token, len(segments): tokenizer.eos_token}.get(number)
-        text = "" if named and text == mark else text  # named on purpose where it stands anyway
-        text = BOS_MARK * (number == 1) + text + EOS_MARK * (number == len(segments))
+        text = "" if named and number == 1 and text == tokenizer.bos_token else text  # it stands there anyway
+        ends = number == len(segments) and not (named and text == tokenizer.eos_token)
+        text = BOS_MARK * (number == 1) + text + EOS_MARK * ends
         joined.append({"text": text, "supervised": segment["supervised"]})
     return joined
 
@@ -668,8 +668,9 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
         # which the turn before the answer precedes; without such an end, the text from there on where they differ
         cut = bisect.bisect_left(range(len(before)), True, key=lambda place: before[place:] in text[start:])
         place = text.rindex(before[cut:]) + len(before) - cut
-        holds = lambda part: contains("".join(part.split()), chat.messages[n - 1]["content"])  # noqa: E731
-        if cut < len(asked) and (before != asked or holds(before[cut:])) and holds(text[:place]):
+        last = chat.messages[n - 1]["content"]
+        holds = lambda part: contains("".join(part.split()), last)  # noqa: E731
+        if cut < len(asked) and (before != asked or (last.strip() and holds(before[cut:]))) and holds(text[:place]):
             text, start = before + text[place:], len(before)
         elif holds(before[start:]) or not holds(before[:start]):
             reason = f"turn {n + 1}: the chat template renders what precedes it differently once it follows"
@@ -1014,7 +1015,7 @@ OLD_FLAGS = {"logging_dir", *RENAMED_FLAGS, *IGNORED_FLAGS, *REMOVED_FLAGS}
 NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
     "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "trust_remote_code"})  # fmt: skip
 OUTPUT_FLAGS = ("output_dir", "working_dir", "final_output_dir", "merged_output_dir")
-HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # some users pass one to --use_auth_token
+HUB_TOKEN = re.compile(r"\bhf_(?:\w+_)?[A-Za-z0-9]{20,}")  # some users pass one to --use_auth_token
 
 
 class OldFlag(argparse.Action):
@@ -1113,8 +1114,8 @@ def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
         # The values as they are written: YAML reads `no` as False and 1_0 as 10.
         literals = content if is_json else yaml.load(text, yaml.BaseLoader)
     if not isinstance(content, dict) or len(literals) != len(content):
-        found = f"found {type(content).__name__}"
-        raise ConfigError(f"{path}: expected flags as `name: value` lines, each once and without <<, {found}")
+        found = f"found {type(content).__name__}, or << or names that YAML takes for one"
+        raise ConfigError(f"{path}: expected flags as `name: value` lines, {found}")
     record = content if isinstance(content.get("flags"), dict) else {}
     if record:
         known = {f.name for group in ARGUMENT_GROUPS for f in dataclasses.fields(group)} - OLD_FLAGS - NOT_REPEATED
@@ -1151,9 +1152,7 @@ def parse_config(argv: Sequence[str]) -> Config:
     with reraise_as_user_error(path, ConfigError, ConfigError):  # names the file before its errors
         from_file = parser.passed_flags(words)
     passed = parser.passed_flags(argv[bool(path) :])
-    # the command line wins, also over those in the file that exclude one of its own
-    pairs = (*MUTUALLY_EXCLUSIVE, ("num_train_epochs", "max_steps"))
-    lost = {other for pair in pairs for name, other in (pair, pair[::-1]) if passed.get(name)}
+    lost = {other for name in passed for other in SUPERSEDED.get(name, ())}  # the command line wins
     if record and not passed.get("do_train", True) and passed.keys() & {"dataset", "eval_dataset"}:
         lost |= {"eval_dataset_size", "max_eval_samples"}  # which rows of another dataset the run held out
     from_file = {name: value for name, value in from_file.items() if name not in lost}
@@ -1274,6 +1273,11 @@ MUTUALLY_EXCLUSIVE = (
     ("layers_to_freeze", "layer_freeze_ratio"), ("overwrite_output_dir", "resume_from_checkpoint"),
     ("streaming", "packing"), ("streaming", "dataloader_num_workers"), ("streaming", "ignore_data_skip"),
 )  # fmt: skip
+
+# What a flag on the command line replaces, if a file has it.
+SUPERSEDED = {"num_train_epochs": {"max_steps"}, "eval_dataset": {"eval_dataset_size"},
+              "model_max_len": {"source_max_len", "target_max_len"},
+              "source_max_len": {"model_max_len"}, "target_max_len": {"model_max_len"}}  # fmt: skip
 
 
 def check_launcher(flags: Mapping[str, Any]) -> None:
@@ -1790,7 +1794,7 @@ def prompt_fits(row: RenderedRow, tokenizer: PreTrainedTokenizerBase, limits: Li
 
 def render_within(chat: Conversation, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Iterator[RenderedRow]:
     """The rows of a chat. One with too long a prompt is rendered without its oldest exchanges; the last one stays."""
-    rows, longest = render_chat(chat, tokenizer), 0
+    rows = render_chat(chat, tokenizer)
     for answer, row in zip(chat.answers[-len(rows) :], rows, strict=True):
         first, *later = [n for n, message in enumerate(chat.messages[:answer]) if message["role"] == "user"]
         if later and not prompt_fits(row, tokenizer, limits):
@@ -1801,7 +1805,7 @@ def render_within(chat: Conversation, tokenizer: PreTrainedTokenizerBase, limits
                 shorter.append(chat._replace(messages=messages, answers=kept))
             alone = [part._replace(answers=part.answers[-1:]) for part in shorter[:-1]]
             longest = bisect.bisect_left(
-                alone, True, longest, key=lambda part: prompt_fits(render_chat(part, tokenizer)[0], tokenizer, limits)
+                alone, True, key=lambda part: prompt_fits(render_chat(part, tokenizer)[0], tokenizer, limits)
             )
             short = render_chat(shorter[longest], tokenizer)[-1]
             both = tokenize_rendered([row.segments, short.segments], tokenizer)
@@ -1931,7 +1935,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
         sources = open_dataset(name, config)
         if evaluating and not data.eval_dataset:
             eval_sources += [sources[split] for split in SPLIT_NAMES if split in sources][:1]
-        train = sources.get("train") if training or not eval_sources else None
+        train = sources.get("train") if training or data.streaming or not eval_sources else None
         if train is None and (args.do_train or not eval_sources):
             raise DataError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
         if unused := {source.name for source in sources.values() if source not in (train, *eval_sources)}:
@@ -2771,7 +2775,8 @@ def model_folder(config: Config) -> str:
         # newer versions of transformers could leave weights packed
         dense = transformers.GgufConfig(dequantize=True) if hasattr(transformers, "GgufConfig") else None
         options: Any = {"gguf_file": path.name, "dtype": torch.bfloat16, "quantization_config": dense}
-        model = load_base(config, None, path.parent, **options)
+        with mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", partial(tqdm, disable=None), create=True):
+            model = load_base(config, None, path.parent, **options)  # its bar, in a terminal only
         if quantizer := getattr(model, "hf_quantizer", None):  # with it transformers saves nothing that came from gguf
             quantizer.remove_quantization_config(model)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -5240,9 +5245,10 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
     ]
 
     def fits(group: str, flag: str, value: Any) -> bool:
-        arguments = copy.copy(getattr(config, group))
+        arguments, flags = copy.copy(getattr(config, group)), config.flags | {flag: value}
         setattr(arguments, flag, value)
-        changed = dataclasses.replace(config, **{group: arguments}, flags=config.flags | {flag: value})
+        known = config.explicitly_set | {flag}
+        changed = dataclasses.replace(config, **{group: arguments}, flags=flags, explicitly_set=known)
         with contextlib.suppress(ConfigError):
             check_config(changed)
             return plan_from_flags(changed, memory if group == "data" else memory_from_config(changed, model_config))[1]
@@ -5561,7 +5567,7 @@ def find_resume_point(config: Config) -> ResumePoint:
     picked = None if str(picked).lower() in ("true", "false") else picked
     last = None
     if picked:
-        last = Path(picked).resolve()
+        last = Path(picked).absolute()
         if problem := checkpoint_problem(last):
             raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
     elif not args.overwrite_output_dir:
@@ -5620,9 +5626,9 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=1) + "\n")
 
 
-def add_json(path: Path, values: Mapping[str, Any]) -> None:
+def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
     """Add values to those that a JSON file holds already."""
-    write_json(path, {**(read_json(path) if path.is_file() else {}), **values})
+    write_json(path, {**first, **(read_json(path) if path.is_file() else {}), **values})
 
 
 def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
@@ -5960,7 +5966,7 @@ def answer_questions(trainer: Any, questions: list[Question]) -> list[tuple[bool
     pairs = [(i, c) for i, q in enumerate(questions) for c in ([q.answer] if one_pass else range(len(LETTERS)))]
     rows = [{"input_ids": prompts[i] + answers[c], "labels": [IGNORE] * len(prompts[i]) + answers[c]} for i, c in pairs]
     step, device, members = collate_step(rows)["step"], trainer.args.device, range(len(rows))
-    parts = [[i] for i in members] if trainer.fast.alone else [[*members]]
+    parts = [[i] for i in members] if trainer.fast.alone and not trainer.sharded else [[*members]]
     batches = (to_device(padded_batch(step, part, tokenizer.pad_token_id, "right"), device) for part in parts)
     # Only the logits of the answers: all those of 100 prompts of 400 tokens would take 8 GB.
     answered = (supervised_logits(trainer.base, trainer.fast, batch).log_softmax(-1).cpu() for batch in batches)
@@ -6149,8 +6155,9 @@ class FlagIntervals(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
-        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")  # the folder may have moved
-        state.best_model_checkpoint = str(best) if best.is_dir() else None
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if state.best_model_checkpoint is None and best.is_dir():  # the folder has moved
+            state.best_model_checkpoint = str(best)
         state.logging_steps = min(state.logging_steps, state.max_steps)  # one line at least
 
 
@@ -6534,7 +6541,7 @@ class QLoRATrainer(Trainer):
     def _load_best_model(self) -> None:
         """Load as a resume does; under an engine, in its own way."""
         model: Any = self.model
-        log.info("the best step was %s: its weights are the result", self.state.best_global_step)
+        log.info("the weights of %s, the best, are the result", Path(str(self.state.best_model_checkpoint)).name)
         for module in model.modules() if self.is_fsdp_enabled else ():
             if hasattr(module, "reshard"):  # what an evaluation left gathered would keep its values
                 module.reshard()
@@ -6989,7 +6996,8 @@ def model_card(trainer: QLoRATrainer) -> str:
         notes += f"vLLM and llama.cpp load no adapter with new tokens: {merge}"
     if config.lora.lora_rank_pattern or config.lora.lora_alpha_pattern:
         notes += f"vLLM scales all layers by one rank and alpha, llama.cpp by one alpha: to serve it there, {merge}"
-    best = f" (the weights of step {trainer.state.best_global_step}, the best)" * trainer.args.load_best_model_at_end
+    best = Path(trainer.state.best_model_checkpoint or "").name if trainer.args.load_best_model_at_end else ""
+    best = f" (the weights of {best}, the best)" if best else ""
     kind, library = ("Full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")
     return (
         f"---\n{metadata}library_name: {library}\n"
@@ -7036,7 +7044,7 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
         batch = f"{rows} rows, as in the checkpoint, shared by {ranks} processes"
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     if data.train is not None and not config.data.streaming:
-        an_epoch = steps_per_epoch(len(data.train), rows, args)
+        an_epoch = max(1, steps_per_epoch(len(data.train), rows, args))
         epochs = args.max_steps / an_epoch if args.max_steps > 0 else args.num_train_epochs
         length += f"; {an_epoch} steps are an epoch"
         if run.resume.train and epochs > 20:
@@ -7101,8 +7109,9 @@ def log_hints(config: Config) -> None:
 def report_done(config: Config, metrics: dict[str, Any], trained: bool, seconds: float) -> None:
     """Write metrics.json and log the block at the end of a run."""
     args = config.training
-    save = write_json if "train_loss" in metrics else add_json  # those of weights that are no longer there go
-    save(Path(args.output_dir, "metrics.json"), {"run_name": args.run_name} | metrics)
+    if "train_loss" in metrics:  # the others were of weights that are no longer there
+        Path(args.output_dir, "metrics.json").unlink(missing_ok=True)
+    add_json(Path(args.output_dir, "metrics.json"), metrics, run_name=args.run_name)
     folders = dict.fromkeys([str(final_folder(config)), str(Path(args.output_dir)), args.merged_output_dir])
     lines = shown_metrics(metrics) | {"files": ", ".join(filter(None, folders))}
     log.info("Done after %s\n%s", timedelta(seconds=round(seconds)), format_table(lines))
@@ -7386,6 +7395,10 @@ def set_up_logging() -> None:
     noise = {"DeepSpeed": "Setting accelerator to CPU", "transformers.trainer": "The best checkpoint"}
     for name in noise:
         logging.getLogger(name).addFilter(lambda record: noise[record.name] not in str(record.msg))
+    if not sys.stderr.isatty():  # bars in a file are noise
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
     if not log.handlers:
         stream = types.SimpleNamespace(write=lambda text: tqdm.write(text, sys.stderr, end=""))  # above progress bars
         handler = logging.StreamHandler(stream)

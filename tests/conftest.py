@@ -35,7 +35,7 @@ os.environ |= {
     "HF_HOME": _HF_HOME,  # remote code is copied there, too
     "HF_DATASETS_CACHE": f"{_HF_HOME}/datasets",
     "HF_HUB_OFFLINE": "1",
-    "TQDM_DISABLE": "1",  # as qlora.py itself does in a pipe
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 

@@ -218,8 +218,9 @@ def _run(order: dict[str, Any]) -> int:
 def _serve() -> None:
     orders, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # DeepSpeed prints when it is imported
-    importlib.import_module("qlora")  # first, since it sets variables that libraries read when they are imported
     import torch
+
+    import qlora  # noqa: F401
 
     for module in LATE_IMPORTS:
         with contextlib.suppress(ImportError):

@@ -455,7 +455,7 @@ def test_old_names_work_in_a_file(tmp_path, warnings):
         ("run.yaml", "- --bits\n- 4\n", ["list"]),
         ("run.yaml", "bits 4\n", ["str"]),
         ("run.yaml", "<<: {bits: 8, lora_r: 4}\nseed: 1\n", ["<<"]),
-        ("run.yaml", "yes: 1\ntrue: 2\n", ["each once"]),
+        ("run.yaml", "yes: 1\ntrue: 2\n", ["takes for one"]),
         ("run.yaml", "lerning_rate: 1e-4\n", ["lerning_rate", "--learning_rate"]),
         ("run.yaml", b"run_name: caf\xe9\n", []),
     ],
@@ -481,7 +481,7 @@ def test_a_file_of_flags_that_the_run_would_overwrite_is_refused(main, tmp_path)
         ("max_steps: 4", "--num_train_epochs 2", {"max_steps": -1, "num_train_epochs": 2.0}),
         ("eval_dataset_size: 9", "--eval_dataset x", {"eval_dataset": "x", "eval_dataset_size": 1024}),
         ("source_max_len: 9\ntarget_max_len: 9", "--model_max_len 8", {"model_max_len": 8, "source_max_len": 1024}),
-        ("adapter_name_or_path: a", "--full_finetune False", {"adapter_name_or_path": "a"}),
+        ("num_train_epochs: 2", "--max_steps -1", {"num_train_epochs": 2.0, "max_steps": -1}),
     ],
 )
 def test_the_command_line_wins_over_what_excludes_it_in_the_file(tmp_path, content, argv, expected):

@@ -1212,6 +1212,8 @@ def test_bos_and_eos_that_are_written_on_purpose_stand_once(tmp_path):
     parts = [{"special": "<s>"}, {"text": "a", "supervised": True}, {"special": "</s>", "supervised": True}]
     ids, supervised = segments_of(tmp_path, tokenizer, *parts)
     assert ids == [BOS, ord("a"), EOS] and supervised == [None, ord("a"), EOS]
+    ids, supervised = segments_of(tmp_path, tokenizer, {"text": "a", "supervised": False}, parts[2])
+    assert ids == [BOS, ord("a"), EOS] and supervised == [None, None, EOS]
 
 
 @pytest.mark.parametrize("trims", [False, True])

@@ -860,13 +860,21 @@ def test_the_best_is_the_result_after_the_folder_has_moved(run_qlora, stopped, t
     """No later step is saved, and the checkpoint's state still names the old folder."""
     flags = BEST | {"save_strategy": "best"}
     straight = run_qlora(**flags, output_dir=tmp_path / "straight")
-    assert "the best step was 1: its weights are the result" in straight.stderr
+    assert "the weights of checkpoint-1, the best, are the result" in straight.stderr
     card = (straight.output_dir / "README.md").read_text()
-    assert "4 optimizer steps (the weights of step 1, the best)" in card
+    assert "4 optimizer steps (the weights of checkpoint-1, the best)" in card
     stopped(3, **flags).output_dir.rename(tmp_path / "moved")
     run = run_qlora(**flags, output_dir=tmp_path / "moved")
     assert_equal_runs(run, straight)
     assert "The best checkpoint" not in run.stderr
+
+
+def test_the_best_of_those_that_are_saved_is_the_result_of_a_resumed_run_too(run_qlora, stopped, tmp_path):
+    """Evaluated at each step, saved at each second: the best step, 1, is not saved, and 2 is the best that is."""
+    flags = BEST | {"save_steps": 2, "max_steps": 6}
+    straight = run_qlora(**flags, output_dir=tmp_path / "straight")
+    stopped(5, **flags)
+    assert_equal_runs(run_qlora(**flags), straight)
 
 
 def test_a_checkpoint_on_another_disk_is_the_run_s_own(run_qlora, tmp_path):
@@ -874,6 +882,8 @@ def test_a_checkpoint_on_another_disk_is_the_run_s_own(run_qlora, tmp_path):
     (run.output_dir / "checkpoint-4").rename(tmp_path / "there")
     (run.output_dir / "checkpoint-4").symlink_to(tmp_path / "there")
     assert f"resuming from {run.output_dir / 'checkpoint-4'}" in run_qlora(max_steps=6).stderr
+    picked = run_qlora(max_steps=6, resume_from_checkpoint=run.output_dir / "checkpoint-4")
+    assert f"resuming from {run.output_dir / 'checkpoint-4'}" in picked.stderr
 
 
 def test_numbers_of_weights_that_were_trained_on_go(run_qlora):

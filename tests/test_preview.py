@@ -194,6 +194,9 @@ def test_an_epoch_is_counted_without_a_step_that_is_dropped(run_qlora, rows_file
     for drop, steps in (False, 2), (True, 1):  # of 4 rows
         run = run_qlora(dataset=rows_file, dataloader_drop_last=drop, overwrite_output_dir=True, **flags)
         assert run.code == 0 and f"{steps} steps are an epoch" in run.stderr
+    merged = run_qlora(dataset=rows_file, do_train=False, merged_output_dir=run.output_dir / "merged",
+                       dataloader_drop_last=True, **flags | {"per_device_train_batch_size": 9})  # fmt: skip
+    assert merged.code == 0
 
 
 def test_with_packing_an_epoch_is_counted_in_packs(run_qlora, rows_file):

@@ -239,6 +239,17 @@ def test_rows_of_other_sources_are_left_out(tmp_path):
     assert set(numbers(rows(6))) == {5, 11, 12}
 
 
+def test_evaluation_alone_reads_no_more_of_a_stream_than_asked(tmp_path, caplog):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        tiny.rows_to_jsonl(tmp_path / f"data/{split}.jsonl", [{"input": "q", "output": f"a{n}"} for n in range(90)])
+    flags = ["--dataset", str(tmp_path / "data"), "--streaming", "--do_train", "False", "--do_eval"]
+    with caplog.at_level("INFO", "qlora"):
+        splits = qlora.load_splits(qlora.parse_config([*flags, "--max_eval_samples", "9"]))
+    assert splits.train is None and len(splits.eval) == 9
+    assert f"{tmp_path / 'data'}[test]: 9 rows" in caplog.messages
+
+
 def test_statistics_are_those_of_the_first_rows(tmp_path):
     file = tiny.rows_to_jsonl(
         tmp_path / "a.jsonl", [{"input": "q", "output": "a" * (n // 999)} for n in range(999, 3000)]
