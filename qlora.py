@@ -6988,7 +6988,7 @@ def model_card(trainer: QLoRATrainer) -> str:
         base = "/".join(cached.groups())
     # the hub refuses what is not a name of its own
     metadata = "" if Path(base).exists() else f"base_model: {json.dumps(base)}\n"
-    prefix = "" if Path(output) == final_folder(config) else f"{output}/"
+    prefix = "" if Path(output) == final_folder(config) else f"{os.path.relpath(output, final_folder(config))}/"
     last = max(getattr(trainer.processing_class, "new_rows", [-1]))
     notes, merge = "", "merge it with `--merged_output_dir`.\n\n"
     if last >= 0:
@@ -7387,7 +7387,7 @@ def set_up_logging() -> None:
     """Log INFO to standard error on rank 0, only errors elsewhere."""
     for message in (  # warnings of one library about another's code: nothing that a user could do about it
         ".*gradient_checkpointing.* is deprecated", "All adapters are already merged", "Could not find a config file",
-        "Setting `save_embedding_layers` to `True`",
+        "Setting `save_embedding_layers` to `True`", "This DataLoader will create",
         "Model has `tie_word_embeddings=True` and", "Input and output embeddings are no longer tied after merging",
         "FSDP2-wrapped module .* returned a view", "Paged optimizers are not supported on CPU",
     ):  # fmt: skip

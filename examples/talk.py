@@ -41,7 +41,7 @@ SYSTEMS = {  # the system message if none is passed
 FORMAT_TEMPLATES = {"messages": "chat", "sharegpt": "chat", "airoboros_chat": "chat", "oasst1": "guanaco"}
 FORMAT_TEMPLATES |= {"alpaca": "alpaca", "alpaca-clean": "alpaca", "airoboros": "airoboros"}
 # The flags of a run that say how to load its model. The saved tokenizer includes its chat template and patch.
-KEPT_FLAGS = {"bf16", "fp16"} | {
+KEPT_FLAGS = {"bf16", "fp16", "objective"} | {
     field.name for group in (qlora.ModelArguments, qlora.QuantisationArguments) for field in dataclasses.fields(group)
 } - {"adapter_name_or_path", "full_finetune", "chat_template", "tokenizer_patch"}
 
@@ -145,7 +145,8 @@ def find_record(folder: Path, adapter: Path | None) -> dict[str, Any]:
     """run.json of the run that wrote this folder or one of its checkpoints; empty if no run did."""
     # with --working_dir, run.json is elsewhere and the model card says where
     cards = "".join(card.read_text(encoding="utf-8", errors="replace") for card in folder.glob("*.md"))
-    for place in (folder, *map(Path, re.findall(r"are in `(.+)/run\.json`", cards)), folder.parent):
+    named = re.findall(r"are in `(.+)/run\.json`", cards)
+    for place in (folder, *(folder / path for path in named), folder.parent):
         if (place / "run.json").is_file():
             record = qlora.read_json(place / "run.json")
             if adapter or record.get("flags", {}).get("full_finetune"):  # a merged model may be inside its run's folder
@@ -177,9 +178,15 @@ def trained_template(record: dict[str, Any]) -> str:
 def load(name: str, *flags: str, template: str = "auto", system: str | None = None, stop: Sequence[str] = ()) -> Bot:
     """Load MODEL. `flags` are qlora.py's and override the run's; `stop` are more strings that end an answer."""
     folder = Path(name).expanduser()
+    if folder.is_file() and folder.suffix != ".gguf":
+        raise qlora.ConfigError(f"{name} is a file: pass its folder, {folder.parent}")
     adapter = find_adapter(folder)
     record = find_record(folder, adapter)
     config = qlora.parse_config([f"--{k}={v}" for k, v in loading_flags(name, adapter, record).items()] + [*flags])
+    if config.masked:
+        raise qlora.ConfigError(f"{name}: a masked language model, which fills masks but does not answer")
+    if (folder / qlora.MERGED).is_file() and template == "auto":
+        qlora.log.warning("how the rows that it was trained on were written is not known: see --template")
     base = qlora.model_folder(config)
     model_config = qlora.load_model_config(config, base)
     own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()

@@ -80,7 +80,7 @@ def statistics_html(name: str, part: qlora.TokenStatistics) -> str:
     """One split: a card for each number, as in the log. Likely mistakes are highlighted."""
     cards = ""
     for line in str(part).split(", "):
-        number, share, label = re.fullmatch(r"(\d+)( \(.*?\))? (.*)", line).groups()  # type: ignore[union-attr]
+        number, share, label = re.fullmatch(r"([\d,]+)( \(.*?\))? (.*)", line).groups()  # type: ignore[union-attr]
         small = f" <small>{escape(share.strip())}</small>" if share else ""
         note = ' class="note"' if label in ("cut", "without EOS", "duplicates") else ""
         cards += f"<div{note}><dt>{escape(label)}</dt><dd>{number}{small}</dd></div>\n"

@@ -170,15 +170,35 @@ def test_a_full_fine_tune_is_asked_as_its_rows_were_written(run_qlora, tmp_path)
     assert talk.load(str(run.output_dir)).template == "alpaca"
 
 
-def test_a_run_with_a_working_dir_and_a_deleted_template_file(run_qlora, tmp_path):
-    """The adapter's folder contains the template, and its model card names the folder of run.json."""
+def test_a_run_with_a_working_dir_and_a_deleted_template_file(run_qlora, tmp_path, monkeypatch):
+    """The adapter's folder contains the template, and its model card names the folder of run.json from there."""
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
-    folders = {"working_dir": tmp_path / "work", "output_dir": tmp_path / "final"}
-    assert run_qlora(bits=16, chat_template=tmp_path / "chat.jinja", **folders).code == 0
+    monkeypatch.chdir(tmp_path)
+    assert run_qlora(bits=16, chat_template="chat.jinja", working_dir="work", output_dir=Path("final")).code == 0
     (tmp_path / "chat.jinja").unlink()
-    for folder in folders.values():
+    monkeypatch.chdir("/")
+    for folder in (tmp_path / "work", tmp_path / "final"):
         bot = talk.load(str(folder), MAX_NEW)
         assert layer_types(bot.model) == {"Linear"} and bot.tokenizer.chat_template == TEMPLATE
+
+
+def test_a_merged_model_whose_rows_are_not_known_is_a_warning(run_qlora, tmp_path, caplog):
+    assert run_qlora(max_steps=1, merged_output_dir=tmp_path / "merged").code == 0
+    with caplog.at_level("WARNING", "qlora"):
+        talk.load(str(tmp_path / "merged"), MAX_NEW)
+    assert "how the rows that it was trained on were written is not known: see --template" in caplog.messages
+
+
+def test_what_does_not_answer_is_refused(run_qlora, models, trained, tmp_path):
+    rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"input": "a b c"}])
+    flags = {"model_name_or_path": models("encoder", family="bert"), "dataset": rows, "target_max_len": None}
+    run = run_qlora(**flags, max_steps=1)
+    assert run.code == 0
+    with pytest.raises(qlora.ConfigError, match="a masked language model, which fills masks"):
+        talk.load(str(run.output_dir))
+    file = trained / "adapter_model.safetensors"
+    with pytest.raises(qlora.ConfigError, match=f"is a file: pass its folder, {trained}"):
+        talk.load(str(file))
 
 
 def test_explicit_flags_override_those_of_the_run(trained, base, tmp_path):

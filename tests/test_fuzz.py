@@ -113,11 +113,12 @@ def test_any_row_of_any_format(tokenizer, form, row, expand):
 
 
 def test_deep_nesting(tmp_path, tokenizer):
-    """Deeper than Python reads JSON: one line that names the file."""
+    """Deeper than Python reads JSON: a bad row."""
     deep = "[" * 100_000 + "]" * 100_000
     (tmp_path / "a.jsonl").write_text(f'{{"instruction": "a", "output": "b"}}\n{deep}\n')
-    with pytest.raises(qlora.DataError, match=r"a\.jsonl: .*recursion"):
-        checked(qlora.RowSource("a", (tmp_path / "a.jsonl",)), "alpaca", tokenizer)
+    (_, good), (where, bad) = qlora.RowSource("a", (tmp_path / "a.jsonl",))
+    assert good == {"instruction": "a", "output": "b"} and where.endswith("a.jsonl:2")
+    assert isinstance(bad, qlora.RowError) and "recursion" in str(bad)
 
 
 # ------------------------------------------------------------------------------------

@@ -229,6 +229,11 @@ def page(models, tmp_path, capsys):
     return write
 
 
+def test_the_page_has_numbers_with_commas(page):
+    text = page([{"input": "a" * 20, "output": f"{n}" * 20} for n in range(40)]).read_text(encoding="utf-8")
+    assert "<dt>tokens</dt><dd>1," in text or "<dt>tokens</dt><dd>2," in text
+
+
 def test_the_page_in_a_browser(page, tmp_path):
     playwright = extra("playwright.sync_api")
     chromium = shutil.which("chromium") or missing("chromium is not installed: bash .ci/browser.sh")
