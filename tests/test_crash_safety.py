@@ -266,7 +266,8 @@ def test_a_second_ctrl_c_stops_at_once(fork_server, command, tmp_path):
     assert process.running
     process.kill(signal.SIGINT)
     assert process.wait() == 130, process.text()
-    assert "interrupted by SIGINT; the same command starts again" in process.text() and "Traceback" not in process.text()
+    text = process.text()
+    assert "interrupted by SIGINT; the same command starts again" in text and "Traceback" not in text
     assert not steps_kept(tmp_path / "out")
     assert not subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout
 
