@@ -477,8 +477,8 @@ def parse_chat(column: str, row: RawRow) -> Conversation:
             left_out.append(f"{name} beside another system turn")
     answers = [n for n, message in enumerate(messages) if message.pop("supervised")]
     others = [message for message in messages if message["role"] != "assistant"]
-    unheeded = sorted({key for m in others for key in WEIGHT_KEYS if BOOLEANS.get(str(m.get(key)).lower())})
-    left_out += [f"{key} of a turn that is not the assistant's" for key in unheeded]
+    ignored = sorted({key for m in others for key in WEIGHT_KEYS if BOOLEANS.get(str(m.get(key)).lower())})
+    left_out += [f"{key} of a turn that is not the assistant's" for key in ignored]
     if not answers:
         raise RowError(f"field {column!r} has no turn of the assistant with a weight, expected an answer to learn")
     tools, functions = get_list(row, "tools", []), get_list(row, "functions", [])
@@ -521,9 +521,9 @@ def parse_as_chat(question: tuple[str, ...], answer: str, row: RawRow) -> Parsed
     """A pair as a chat of one exchange."""
     first, *others = question
     text = "\n\n".join(filter(None, (get_text(row, first), *(get_text(row, name, "") for name in others))))
-    if not (learnt := get_text(row, answer)).strip():
+    if not (completion := get_text(row, answer)).strip():
         raise field_error(row, answer, "an answer to learn")
-    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": learnt}]
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": completion}]
     return parse_chat("messages", {**row, "messages": turns})
 
 
@@ -3809,7 +3809,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         **patterns,
         init_lora_weights={"true": True, "false": False}.get(init, init),  # type: ignore[arg-type]
         modules_to_save=whole or None,
-        task_type=None if masked else "CAUSAL_LM",  # CAUSAL_LM needs methods for generation
+        task_type=None if masked else "CAUSAL_LM",  # which needs methods for generation
     )
 
 
