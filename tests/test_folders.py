@@ -83,7 +83,7 @@ def test_working_and_final_folders_are_separate(run_qlora, tmp_path, final_flag)
     }
     flags = json.loads((work / "run.json").read_text())["flags"]
     assert flags["output_dir"] == str(final if final_flag == "output_dir" else work)
-    assert f"{work}/loss.png" in (final / "README.md").read_text()
+    assert "(../work/loss.png)" in (final / "README.md").read_text()
 
 
 def test_resume_completed_and_prediction_with_a_working_dir(run_qlora, stopped, tmp_path, data_dir):
