@@ -29,8 +29,8 @@ Read the file from top to bottom, along the path of the data: every room uses on
     14 Processes        5734-5791
     15 Evaluation       5794-5997
     16 Trainer          6000-6638
-    17 Stages           6641-7139
-    18 Main             7142-7440
+    17 Stages           6641-7138
+    18 Main             7141-7439
 """
 
 # ------------------------------------------------------------------------------------
@@ -5626,9 +5626,9 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=1) + "\n")
 
 
-def add_json(path: Path, values: Mapping[str, Any], **first: Any) -> None:
-    """Add values to those that a JSON file holds already."""
-    write_json(path, {**first, **(read_json(path) if path.is_file() else {}), **values})
+def add_json(path: Path, values: Mapping[str, Any], anew: bool = False, **first: Any) -> None:
+    """Add values to those that a JSON file holds already, unless it begins anew."""
+    write_json(path, {**first, **(read_json(path) if path.is_file() and not anew else {}), **values})
 
 
 def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
@@ -6669,7 +6669,7 @@ def save_metrics(trainer: QLoRATrainer, split: str, metrics: dict[str, Any]) -> 
     if trainer.args.should_save:
         output = Path(trainer.config.training.output_dir)
         write_json(output / f"{split}_results.json", metrics)
-        (write_json if split == "train" else add_json)(output / "all_results.json", metrics)
+        add_json(output / "all_results.json", metrics, anew=split == "train")
     return metrics
 
 
@@ -7109,9 +7109,8 @@ def log_hints(config: Config) -> None:
 def report_done(config: Config, metrics: dict[str, Any], trained: bool, seconds: float) -> None:
     """Write metrics.json and log the block at the end of a run."""
     args = config.training
-    if "train_loss" in metrics:  # the others were of weights that are no longer there
-        Path(args.output_dir, "metrics.json").unlink(missing_ok=True)
-    add_json(Path(args.output_dir, "metrics.json"), metrics, run_name=args.run_name)
+    anew = "train_loss" in metrics  # what the file holds is of weights that are no longer there
+    add_json(Path(args.output_dir, "metrics.json"), metrics, anew, run_name=args.run_name)
     folders = dict.fromkeys([str(final_folder(config)), str(Path(args.output_dir)), args.merged_output_dir])
     lines = shown_metrics(metrics) | {"files": ", ".join(filter(None, folders))}
     log.info("Done after %s\n%s", timedelta(seconds=round(seconds)), format_table(lines))
