@@ -23,14 +23,14 @@ Read the file from top to bottom, along the path of the data: every room uses on
      8 Model            2668-3331
      9 Calibration      3334-3708
     10 LoRA             3711-4019
-    11 Fast path        4022-4994
-    12 Plan             4997-5342
-    13 Checkpoints      5345-5731
-    14 Processes        5734-5791
-    15 Evaluation       5794-5997
-    16 Trainer          6000-6638
-    17 Stages           6641-7138
-    18 Main             7141-7439
+    11 Fast path        4022-5013
+    12 Plan             5016-5361
+    13 Checkpoints      5364-5750
+    14 Processes        5753-5810
+    15 Evaluation       5813-6016
+    16 Trainer          6019-6657
+    17 Stages           6660-7157
+    18 Main             7160-7458
 """
 
 # ------------------------------------------------------------------------------------
@@ -4590,11 +4590,34 @@ def head_logits(states: torch.Tensor, head: Any, rules: Iterable[Callable[..., A
     return logits
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum the head's cross-entropy with 128 MiB of float32 logits in memory at a time.
+if triton is not None:
 
-    Gradients are computed while a chunk's logits are there. To make these again in the backward pass takes 7B 1.5 %
-    longer, and SmolLM2-135M on a CPU 10 %.
+    @triton.jit
+    def _cross_entropy_kernel(logits, targets, losses, words, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        row = tl.program_id(0).to(tl.int64)
+        logits, target = logits + row * words, tl.load(targets + row)
+        chosen = tl.load(logits + target).to(tl.float32)  # before any thread has come to the second loop
+        largest, total = -float("inf"), 0.0  # the sum of exp(x - largest)
+        for start in range(0, words, SIZE):
+            column = start + tl.arange(0, SIZE)
+            x = tl.load(logits + column, mask=column < words, other=-float("inf")).to(tl.float32)
+            before, largest = largest, tl.maximum(largest, tl.max(x))
+            total = total * tl.exp(before - largest) + tl.sum(tl.exp(x - largest))
+        whole = largest + tl.log(total)
+        tl.store(losses + row, whole - chosen)
+        for start in range(0, words, SIZE):  # the logits' gradient takes their place
+            column = start + tl.arange(0, SIZE)
+            x = tl.load(logits + column, mask=column < words, other=0).to(tl.float32)
+            gradient = tl.exp(x - whole) - tl.where(column == target, 1.0, 0.0)
+            tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < words)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum the head's cross-entropy with 128 MiB of logits in memory at a time.
+
+    Gradients are computed while a chunk's logits are there (as in liger-kernel, Hsu et al. 2024,
+    https://arxiv.org/abs/2410.10989). To make these again in the backward pass takes 7B 1.5 % longer, and SmolLM2-135M
+    on a CPU 10 %. liger's own function takes 7B as long, but a mixture of experts 4 % longer: it waits for the GPU.
     """
 
     @staticmethod
@@ -4602,21 +4625,29 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, states: torch.Tensor, weight: Any, bias: Any, targets: torch.Tensor, rules: Any, smoothing: float
     ) -> torch.Tensor:
         """Take states, (tokens, dim), weight and bias of the head, targets, (tokens,), and FastPath.logit_rules."""
-        needs, rows = ctx.needs_input_grad[:3], max(1, 2**25 // len(weight))
+        needs = ctx.needs_input_grad[:3]
+        kernel = triton is not None and on_current_gpu(states) and not (rules or smoothing or any(needs[1:]))
+        rows = max(1, 2 ** (26 if kernel else 25) // len(weight))  # only the kernel takes logits in 16 bits
         head = types.SimpleNamespace(weight=weight.detach().requires_grad_(needs[1]), bias=None)
         if bias is not None:
             head.bias = bias.detach().requires_grad_(needs[2])
         total, gradients = states.new_zeros((), dtype=torch.float32), list[Any]()
         for part, chosen in zip(states.split(rows), targets.split(rows), strict=True):
-            leaf = part.detach().requires_grad_(needs[0])
-            with torch.enable_grad():  # no name holds the logits any longer than the loss does
-                loss = F.cross_entropy(
-                    head_logits(leaf, head, rules), chosen, reduction="sum", label_smoothing=smoothing
-                )
-            if any(needs):
-                loss.backward()
+            if kernel:
+                logits, losses = F.linear(part, weight, bias), part.new_empty(len(part), dtype=torch.float32)
+                _cross_entropy_kernel[(len(part),)](logits, chosen, losses, len(weight), SIZE=8192, num_warps=16)
+                loss, gradient = losses.sum(), logits @ weight if needs[0] else None
+            else:
+                leaf = part.detach().requires_grad_(needs[0])
+                with torch.enable_grad():  # no name holds the logits any longer than the loss does
+                    loss = F.cross_entropy(
+                        head_logits(leaf, head, rules), chosen, reduction="sum", label_smoothing=smoothing
+                    )
+                if any(needs):
+                    loss.backward()
+                gradient = leaf.grad
             total = total + loss.detach()
-            gradients += [leaf.grad] if needs[0] else []
+            gradients += [gradient] if needs[0] else []
         ctx.gradients = (torch.cat(gradients) if needs[0] else None), head.weight.grad, getattr(head.bias, "grad", None)
         return total
 
@@ -4628,21 +4659,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_cross_entropy(
     states: torch.Tensor, targets: torch.Tensor, fast: FastPath, smoothing: float
 ) -> torch.Tensor:
-    """Sum the head's cross-entropy over states, (tokens, dim), with few logits in memory at a time.
-
-    On a GPU by liger-kernel (Hsu et al. 2024, https://arxiv.org/abs/2410.10989), whose chunks of as many logits as
-    states are too small for products with a large vocabulary (Qwen3-30B-A3B's shape: 11 %).
-    """
+    """Sum the head's cross-entropy over states, (tokens, dim), with few logits in memory at a time."""
     head: Any = fast.head
     states, targets = states.to(matmul_dtype(states)), targets.to(states.device)
-    if on_current_gpu(states) and liger_ops and len(states) and not (fast.logit_rules or head.weight.requires_grad):
-        function, weight = liger_ops.LigerFusedLinearCrossEntropyFunction, head.weight.to(states.dtype)
-        signature, budget = inspect.signature(function.forward), max(1, 2**26 // states.numel())  # 128 MiB of logits
-        options = {"label_smoothing": smoothing, "reduction": "sum"}
-        options |= {"chunk_mem_const": budget} if "chunk_mem_const" in signature.parameters else {}  # from 0.8.3 on
-        call = signature.bind(None, states, weight, targets, head.bias, **options)
-        call.apply_defaults()
-        return function.apply(*call.args[1:])[0]  # by position, as autograd wants them
     weights = [head.weight, getattr(head, "bias", None)]
     if not torch.is_grad_enabled():  # else a head that trains would get a gradient in an evaluation too
         weights = [weight if weight is None else weight.detach() for weight in weights]

@@ -130,16 +130,18 @@ def measure_ours(model: str, case: str, steps: int, flags: list[str]) -> dict[st
     }
 
 
-def load_peer(side: str, model: str, recompute: str, rank: int) -> Any:
+def load_peer(side: str, model: str, cases: list[str], rank: int) -> Any:
     """The model of another library, with adapters like ours."""
     import torch
 
+    longest = max(max(map(max, lengths_of(case)[0])) for case in cases)
+    recompute = lengths_of(cases[0])[2]
     if side == "unsloth":
         os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
         from unsloth import FastLanguageModel
 
         base, _ = FastLanguageModel.from_pretrained(
-            model, max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
+            model, max_seq_length=max(8192, longest), dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
         )
         return FastLanguageModel.get_peft_model(
             base, r=rank, lora_alpha=ALPHA, lora_dropout=0, bias="none", target_modules=LINEAR,
@@ -237,7 +239,7 @@ def measure(side: str, cases: list[str], arguments: argparse.Namespace) -> None:
     if variant:
         flags = [*flags, *VARIANTS[variant]]
     if ours != "ours":
-        trained = load_peer(side, model, lengths_of(cases[0])[2], arguments.rank)
+        trained = load_peer(side, model, cases, arguments.rank)
     ready = time.perf_counter() - began
     import torch
 
