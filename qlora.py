@@ -1641,9 +1641,11 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
         return load_from_hub(config, **DATASETS[name])
     if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # written by save_to_disk
         with reraise_as_user_error(name, DataError):
-            return as_sources(name, datasets.load_from_disk(path))
+            loaded = datasets.load_from_disk(path)
+        splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+        return {split: RowSource(f"{name}[{split}]", loaded=rows) for split, rows in splits.items()}
     if path.exists():
-        return find_files(name, path, config)
+        return find_files(name, path)
     if data_suffix(path) in READERS:
         raise DataError(f"{name}: no such file")
     return load_from_hub(config, name)
@@ -1652,15 +1654,10 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
     """All splits of a dataset on the hub."""
     hub = f"no connection to the hub: {why}" if (why := no_connection()) else "the hub does not give it"
-    options |= {"streaming": True} if config.data.streaming else {}
+    options |= hub_options(config) | ({"streaming": True} if config.data.streaming else {})
     with reraise_as_user_error(f"dataset {path}: no local file of that name, and {hub}", DataError, *DATASETS_ERRORS):
-        return as_sources(path, datasets.load_dataset(path, **hub_options(config), **options))
-
-
-def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
-    """The splits of what the datasets library loaded: one dataset, or a dictionary of them."""
-    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    return {split: RowSource(f"{name}[{split}]", loaded=dataset) for split, dataset in splits.items()}
+        splits = datasets.load_dataset(path, **options)
+        return {split: RowSource(f"{path}[{split}]", loaded=rows) for split, rows in splits.items()}
 
 
 def split_named(name: str) -> str:
@@ -1670,16 +1667,13 @@ def split_named(name: str) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def find_files(name: str, path: Path, config: Config) -> dict[str, RowSource]:
+def find_files(name: str, path: Path) -> dict[str, RowSource]:
     """The splits of a local file, or of a folder. Its sub-folders are read only if it has no data file of its own."""
     files = [path]
     if path.is_dir():
         visible = sorted(f for f in path.rglob("*") if f.is_file() and "/." not in f"/{f.relative_to(path).as_posix()}")
         data = [f for f in visible if data_suffix(f) in READERS and not f.name.startswith("dataset_info")]
         files = [file for file in data if file.parent == path] or data
-        for flag in OUTPUT_FLAGS if files is data else ():
-            if (value := config.flags[flag]) and Path(value).resolve().is_relative_to(path.resolve()):
-                raise DataError(f"--{flag} {value}: the run reads sub-folders of {path}; name a folder outside")
         if unread := [str(file.relative_to(path)) for file in visible if file not in files]:
             log.info("%s: not read: %s", path, shorten(", ".join(unread)))
     splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
@@ -1723,9 +1717,6 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     log.info("%s: format %s%s", name, chosen, said)
     if chosen == "hh-rlhf":
         log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", name)
-        if "prompt" not in columns and (others := sorted({*columns} - {"chosen", "rejected"})):
-            way = "--columns prompt=NAME names its column"
-            log.warning("%s: the answers are without a prompt; %s (there are: %s)", name, way, ", ".join(others))
     if CUSTOM_FORMAT.fullmatch(chosen):
         log.info("its rows are cached: if it reads other files and they change, pass another --cache_dir")
     return chosen

@@ -311,16 +311,6 @@ def test_the_prompt_of_a_preference_is_its_input(row, parts):
         assert [(part["text"], part["supervised"]) for part in parsed] == parts
 
 
-@pytest.mark.parametrize(
-    ("columns", "warned"), [("question chosen rejected", True), ("prompt chosen", False), ("chosen rejected", False)]
-)
-def test_preferences_whose_prompt_has_another_name_are_a_warning(caplog, columns, warned):
-    rows = datasets.Dataset.from_list([dict.fromkeys(columns.split(), "a")])
-    with caplog.at_level("WARNING", "qlora"):
-        qlora.choose_format("x", qlora.RowSource("x", loaded=rows), qlora.parse_config([]))
-    assert ["--columns prompt=NAME" in message and "question" in message for message in caplog.messages] == [1] * warned
-
-
 def test_preferences_are_said_to_be_fine_tuning_on_the_chosen_answers(caplog):
     rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with caplog.at_level("INFO", "qlora"):
