@@ -411,10 +411,9 @@ def get_calls(fields: RawRow, name: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise field_error(fields, name, "tool calls, each with a name and arguments")
-        given = "parameters" if "arguments" not in function and "parameters" in function else "arguments"  # Llama's
-        own = {"function", "name", "arguments", "parameters"}
-        frame = {key: part for key, part in call.items() if key not in own and part is not None}
-        function = {"name": function["name"], "arguments": get_list(function, given, {})}
+        arguments = get_list(function, "arguments" if "arguments" in function else "parameters", {})  # Llama's
+        frame = {key: call[key] for key in ("type", "id") if call.get(key) is not None}
+        function = {"name": function["name"], "arguments": arguments}
         calls.append({"type": "function"} | frame | {"function": function})
     return calls
 
@@ -571,8 +570,7 @@ def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = 
         text = str(token)
         names_role = re.search("(?i)system|user|assistant|turn", text) and (text in template or text not in added)
         marks_turn = text in template and re.match("(?i)(?!.*(think|tool)).*(im_|inst|head|role|end)", text)
-        unflagged_marker = not token.special and (names_role or marks_turn)
-        if unflagged_marker or (token.special and not unflagged):
+        if not unflagged if token.special else names_role or marks_turn:
             texts.append(text)
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
@@ -737,14 +735,11 @@ DATASETS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
-def renamed_columns(flag: str | None, dataset_format: str | None) -> dict[str, str]:
+def renamed_columns(flag: str | None) -> dict[str, str]:
     """--columns input=question,output=answer: the names that a format has, and those in the data."""
     pairs = [part.strip().split("=") for part in (flag or "").split(",") if part.strip()]
     if any(len(pair) != 2 or not all(pair) for pair in pairs) or len(dict(pairs)) < len(pairs):
         raise ConfigError(f"--columns {flag}: expected pairs such as input=question,output=answer, each name once")
-    fields = {"category", "source"}.union(*(known.columns + known.optional for known in FORMATS.values()))
-    if (unknown := sorted(dict(pairs).keys() - fields)) and not CUSTOM_FORMAT.fullmatch(dataset_format or ""):
-        raise ConfigError(f"--columns {flag}: no format has a field {unknown[0]}, but {', '.join(sorted(fields))}")
     return dict(pairs)
 
 
@@ -1008,8 +1003,6 @@ REMOVED_FLAGS: dict[str, str] = {name: instead for names, instead in (
     ("show_traceback", "use --debug"), ("generation_max_length", "use --max_new_tokens"),
     ("generation_config", "pass its values as flags, e.g. --num_beams 4"),
 ) for name in names.split()}  # fmt: skip
-# Removed flags with the original's default, as its command lines may have them.
-HARMLESS = {("num_beam_groups", "1"), ("diversity_penalty", "0.0"), ("penalty_alpha", "None")}
 OLD_FLAGS = {"logging_dir", *RENAMED_FLAGS, *IGNORED_FLAGS, *REMOVED_FLAGS}
 # Not taken over when a run is repeated: its folders, what deletes, publishes or runs code, what the machine decides.
 NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
@@ -1024,8 +1017,6 @@ class OldFlag(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         """Set the current flag, say that it has no effect, or raise."""
         name, value, written = self.dest, ",".join(values), str(option)
-        if (name, value) in HARMLESS:
-            return
         if name in REMOVED_FLAGS:
             raise ConfigError(f"{written}: this flag no longer exists: {REMOVED_FLAGS[name]}")
         if name in IGNORED_FLAGS:
@@ -1094,8 +1085,6 @@ class Parser(HfArgumentParser):
         _, unknown = self.parse_known_args(words, namespace)
         if unknown:
             typed = unknown[0].partition("=")[0]
-            if not typed.startswith("-"):
-                raise ConfigError(f"{typed}: expected a flag, which begins with --, or a .yaml or .json file first")
             name = typed.lstrip("-").replace("-", "_")
             known = ((option[2:], action.dest) for option, action in self._option_string_actions.items())
             names = [option for option, dest in known if "-" not in option and dest not in OLD_FLAGS]
@@ -1168,8 +1157,6 @@ def parse_config(argv: Sequence[str]) -> Config:
     flags["hub_token"] = flags["hub_token"] and "(hidden)"  # never written to a file
     config = Config(*groups, flags, explicitly_set, record)  # type: ignore[call-arg]
     check_config(config)
-    if path and not record and Path(path).resolve() == Path(config.training.output_dir, "run.json").resolve():
-        raise ConfigError(f"{path}: the run would write its own file of this name there; rename yours")
     return config
 
 
@@ -1211,12 +1198,12 @@ def rope_parameters(text: str | None) -> dict[str, Any] | None:
 def parse_pattern(lora: Any, name: str) -> dict[str, Any]:
     """--lora_rank_pattern or --lora_alpha_pattern: names of layers, or regular expressions, and a value for each."""
     text = getattr(lora, f"lora_{name}_pattern")
-    kinds = (int,) if name == "rank" else (int, float)
     expected = f'--lora_{name}_pattern {text}: expected JSON such as {{"q_proj": 8}}'
     with reraise_as_user_error(expected, ConfigError, re.error):
         pattern: dict[str, Any] = json.loads(text or "{}")
-        if not all(re.compile(layer) and type(v) in kinds and 0 < v < math.inf for layer, v in pattern.items()):
-            raise ValueError("values must be above 0, and ranks whole numbers")
+        for layer, value in pattern.items():
+            if not (re.compile(layer) and 0 < value < math.inf) or (name == "rank" and type(value) is not int):
+                raise ValueError("values must be above 0, and ranks whole numbers")
     return pattern
 
 
@@ -1261,9 +1248,10 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
 REQUIRES: tuple[tuple[Any, ...], ...] = (
     ("merge_base", "merged_output_dir"), ("skip_excess_length", "model_max_len"), ("stream_buffer", "streaming"),
     ("plan_gpu", "plan"), ("do_mmlu_eval", "do_eval"), ("offload_activations", "gradient_checkpointing"),
-    ("full_finetune", "bits", 16, 32), ("expand_conversations", "dataset_format", "airoboros_chat"),
-    ("calibration_rows", "bits", 4), ("streaming", "train_sampling_strategy", "random", "sequential"),
-    ("dataloader_persistent_workers", "dataloader_num_workers"), ("fsdp", "bits", 4, 16, 32),
+    ("recompute_layers", "gradient_checkpointing"), ("full_finetune", "bits", 16, 32), ("fsdp", "bits", 4, 16, 32),
+    ("expand_conversations", "dataset_format", "airoboros_chat"), ("calibration_rows", "bits", 4),
+    ("streaming", "train_sampling_strategy", "random", "sequential"),
+    ("dataloader_persistent_workers", "dataloader_num_workers"),
 )  # fmt: skip
 MUTUALLY_EXCLUSIVE = (
     ("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
@@ -1282,16 +1270,13 @@ SUPERSEDED = {"num_train_epochs": {"max_steps"}, "eval_dataset": {"eval_dataset_
 
 def check_launcher(flags: Mapping[str, Any]) -> None:
     """Rules on accelerate launch and DeepSpeed, which the Trainer's arguments act on as soon as they are built."""
-    deepspeed = flags["deepspeed"]
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no" and not flags.get(precision):
         raise ConfigError(f"mixed_precision {precision} of accelerate launch: set it to no, or pass --bf16 or --fp16")
     for engine in ("fsdp", "deepspeed"):
         if os.environ.get(f"ACCELERATE_USE_{engine.upper()}") == "true" and not flags[engine]:
             raise ConfigError(f"use_{engine} of accelerate launch: leave it out there, and pass --{engine} here")
-    if deepspeed and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError("--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed")
-    if deepspeed and not flags["plan"] and "LOCAL_RANK" not in os.environ:
+    if flags["deepspeed"] and not flags["plan"] and "LOCAL_RANK" not in os.environ:
         raise ConfigError("--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes")
 
 
@@ -1299,7 +1284,7 @@ def check_config(config: Config) -> None:
     """Check every flag and every rule between flags; the first broken one is a ConfigError with the way out."""
     flags, explicitly_set = config.flags, config.explicitly_set
     rope_parameters(config.model.rope_scaling)
-    renamed_columns(config.data.columns, config.data.dataset_format)
+    renamed_columns(config.data.columns)
     for name in ("rank", "alpha"):
         parse_pattern(config.lora, name)
     for names, expected, is_valid in VALUE_CHECKS:
@@ -1312,14 +1297,18 @@ def check_config(config: Config) -> None:
     for name, other in MUTUALLY_EXCLUSIVE:
         if {name, other} <= explicitly_set and flags[name] and flags[other]:
             raise ConfigError(f"--{name} and --{other}: pass only one of them")
-    for broken, message in conflicts(config) + sharding_conflicts(config):
+    for broken, message in conflicts(config):
         if broken:
             raise ConfigError(message)
 
 
+FSDP_CONFIG = ("cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
+               "state_dict_type", "cpu_ram_efficient_loading")  # fmt: skip
+
+
 def conflicts(config: Config) -> list[tuple[Any, str]]:
     """The rules that no table holds: whether each is broken, and the message that says so."""
-    flags = argparse.Namespace(**config.flags)
+    flags, training = argparse.Namespace(**config.flags), config.training
     clm, mlm = config.data.objective == "clm", config.masked
     foreign = MASKING_FLAGS if clm else CAUSAL_ONLY_FLAGS if mlm else set()
     neutral = ("False", "right")  # of switches and of padding_side: they ask for nothing
@@ -1328,17 +1317,20 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     metric = (flags.metric_for_best_model or "loss").removeprefix("eval_")
     epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
     shares = [share for _, share in dataset_shares(flags.dataset)]
-    secret = [name for name, value in config.flags.items() if re.search(r"://[^/@\s]*:[^/@\s]*@", str(value))]
     own_folders = [Path(p).resolve() for p in (flags.output_dir, flags.working_dir, flags.final_output_dir) if p]
-    missing = set(config.training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
+    missing = set(training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
+    mismatches = getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", ())
+    values = ", ".join(re.sub("^- ds | hf", "", line) for line in mismatches)
+    off = ("", "false", "0", "none")
+    words = [(name, str(value).lower()) for name, value in (training.fsdp_config if training.fsdp else {}).items()]
+    words = [(n, v) for n, v in words if v not in off and (n not in FSDP_CONFIG or "size" in v)]
+    unsupported = ", ".join(f"{n} {v}" for n, v in words if (n, v) != ("version", "2"))
     return [
         (not (flags.do_train or flags.do_eval or flags.do_predict or flags.merged_output_dir),
          "nothing to do: pass --do_train, --do_eval, --do_predict or --merged_output_dir"),
         (flags.calibration_rows and (flags.use_dora or flags.lora_rank_pattern)
          and "init_lora_weights" not in config.explicitly_set,
          "--calibration_rows: with DoRA or a rank pattern adapters start at zero: pass --init_lora_weights True"),
-        (not flags.gradient_checkpointing and flags.recompute_layers not in ("auto", "none", "0"),
-         f"--recompute_layers {flags.recompute_layers} needs --gradient_checkpointing"),
         (flags.merged_output_dir and Path(flags.merged_output_dir).resolve() in own_folders,
          f"--merged_output_dir {flags.merged_output_dir}: the run's own folder; name another"),
         (flags.bits < 16 and flags.init_lora_weights.lower() not in QUANTISED_INITS,
@@ -1362,32 +1354,12 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          f"--metric_for_best_model {metric}: expected {', '.join(metrics)}; MMLU metrics need --do_mmlu_eval"),
         (missing, f"--report_to {', '.join(sorted(missing))}: not installed here, or none of "
          f"{', '.join(INTEGRATION_TO_CALLBACK)}"),
-        (getattr(config.training.accelerator_config, "gradient_accumulation_kwargs", None),
+        (getattr(training.accelerator_config, "gradient_accumulation_kwargs", None),
          "--accelerator_config: gradient_accumulation_kwargs would change the loss's scale; leave them out"),
-        (secret, f"--{', --'.join(secret)}: a URL with a password, which run.json would show; log in instead"),
-    ]  # fmt: skip
-
-
-FSDP_CONFIG = ("cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
-               "state_dict_type", "cpu_ram_efficient_loading")  # fmt: skip
-
-
-def sharding_conflicts(config: Config) -> list[tuple[Any, str]]:
-    """Like `conflicts`, for DeepSpeed's file and for FSDP."""
-    training, optim = config.training, config.flags["optim"]
-    fsdp = bool(training.fsdp)
-    mismatches = getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", ())
-    values = ", ".join(re.sub("^- ds | hf", "", line) for line in mismatches)
-    settings: Any = training.fsdp_config if fsdp else {}
-    words = [(name, str(value).lower()) for name, value in settings.items()]
-    refused = [pair for pair in words if pair[0] not in FSDP_CONFIG or "size" in pair[1]]
-    off = ("", "false", "0", "none")
-    wrong = ", ".join(f"{n} {v}" for n, v in refused if v not in off and (n, v) != ("version", "2"))
-    return [
         (values, f'--deepspeed {training.deepspeed}: {values}: set these to "auto" in the file'),
-        (fsdp and re.search(r"8bit|paged|lion|ademamix", optim),
-         f"--fsdp: bitsandbytes' --optim {optim} cannot update shards; pass adamw_torch"),
-        (wrong, f"--fsdp_config: {wrong}: not supported, expected version 2 and some of "
+        (training.fsdp and re.search(r"8bit|paged|lion|ademamix", flags.optim),
+         f"--fsdp: bitsandbytes' --optim {flags.optim} cannot update shards; pass adamw_torch"),
+        (unsupported, f"--fsdp_config: {unsupported}: not supported, expected version 2 and some of "
          f"{', '.join(FSDP_CONFIG)}; whole layers are sharded, and --recompute_layers all recomputes them"),
     ]  # fmt: skip
 
@@ -1399,7 +1371,7 @@ def check_folders(config: Config) -> None:
     reads += ["mmlu_dir"] * config.mmlu.do_mmlu_eval + ["eval_dataset", "resume_from_checkpoint"]
     removed = re.compile(r"checkpoint-\d+$|left-checkpoint-|\.saving-")  # what a run moves or removes in its folder
     names = {name for name, _ in dataset_shares(config.data.dataset)} - DATASETS.keys()
-    sources = [(name, flags[name]) for name in reads] + [("dataset", name) for name in sorted(names)]
+    sources = [(name, flags[name] or "") for name in reads] + [("dataset", name) for name in sorted(names)]
     for flag in OUTPUT_FLAGS:
         folder = Path(flags[flag] or flags["output_dir"]).resolve()
         for place in (folder, *folder.parents):
@@ -1408,9 +1380,7 @@ def check_folders(config: Config) -> None:
             ours = place == folder or place.parent == output or (place / "trainer_state.json").is_file()
             if ours and removed.match(place.name):
                 raise ConfigError(f"--{flag} {folder}: {place.name} names a run's checkpoint; name another folder")
-        for name, value in sources:
-            if not value or value.startswith("{") or not os.path.exists(value):
-                continue
+        for name, value in ((name, value) for name, value in sources if os.path.exists(value)):
             read = Path(value).resolve()
             read = read if read.is_dir() else read.parent
             inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
@@ -1449,15 +1419,12 @@ def check_base(config: Config) -> None:
     adapter = Path(model, "adapter_config.json")
     if adapter.is_file() and not Path(model, "config.json").is_file():
         base = read_json(adapter).get("base_model_name_or_path")
-        what = f"--model_name_or_path {model}: an adapter of {base}"
-        raise ConfigError(f"{what}; pass that, and this as --adapter_name_or_path")
+        raise ConfigError(f"--model_name_or_path {model}: an adapter of {base}; move it to --adapter_name_or_path")
     manifest = Path(config.model.adapter_name_or_path or model, "checkpoint.json")
     if manifest.is_file() and '"adapter start": "calibrated"' in manifest.read_text(encoding="utf-8"):
-        what = f"--adapter_name_or_path {manifest.parent}: fits the calibrated base of its run only"
-        raise ConfigError(f"{what}; finish that run, whose result fits the published base")
+        raise ConfigError(f"{manifest.parent}: fits the calibrated base of its run only; finish that run")
     if args.push_to_hub and args.do_train and not (args.plan or config.data.preview):
-        way = "log in with `hf auth login`, or leave it out"
-        with reraise_as_user_error(f"--push_to_hub: {way}", ConfigError, Exception):  # of its HTTP library, too
+        with reraise_as_user_error("--push_to_hub: log in with `hf auth login`", ConfigError, Exception):
             huggingface_hub.whoami(token=args.hub_token)
 
 
@@ -1531,8 +1498,7 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     header: list[str] = next(filter(None, reader), [])
     if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])) and other[0] != delimiter:
-        found = f"columns are separated by {other[0]!r}, expected {delimiter!r}"
-        raise ValueError(f"{found}: {header[0]}")
+        raise ValueError(f"columns are separated by {other[0]!r}, expected {delimiter!r}: {header[0]}")
     if len(set(header)) < len(header):
         raise ValueError(f"the column {max(header, key=header.count)!r} appears twice in the header")
     cells: list[str] | None = []
@@ -1695,7 +1661,7 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
         where, row = next(iter(source), (name, RowError("no row in it")))
         with reraise_as_user_error(where, DataError):  # a RowError is a ValueError
             check_row(row)
-    names = renamed_columns(config.data.columns, config.data.dataset_format)
+    names = renamed_columns(config.data.columns)
     columns = rename_columns(dict.fromkeys(own), names).keys()
     candidates = MASKED_FORMATS if config.masked else tuple(name for name, f in FORMATS.items() if f.inferred)
     named = config.data.dataset_format or (name if name in DATASETS and not config.masked else None)
@@ -1819,7 +1785,7 @@ def check_row(row: Any) -> Mapping[str, Any]:
 def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, Any]]:
     """The rows of --include_sources, renamed; with --expand_conversations one for each answer of a valid chat."""
     wanted = {name.strip() for name in data.include_sources.split(",")}
-    names, found = renamed_columns(data.columns, data.dataset_format), False
+    names, found = renamed_columns(data.columns), False
     kept = ((where, rename_columns(row, names)) for where, row in source)
     if wanted != {"ALL"}:
         kept = (pair for pair in kept if not isinstance(pair[1], Mapping) or str(pair[1].get("source")) in wanted)
@@ -1895,8 +1861,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
         log.info("%s: left out: %s", source.name, shorten(", ".join(said)))
     chats = len({where for where, rendered in zip(rows["where"][:], rows["rendered"][:], strict=True) if rendered})
     if chats < (answers := sum(rows["rendered"][:])):
-        reason = "the chat template renders a chat differently as it grows"
-        log.info("%s: %d chats became %d rows, one for each answer: %s", source.name, chats, answers, reason)
+        log.info("%s: %d chats became %d rows: the template rewrites earlier turns", source.name, chats, answers)
     return drop_bad_rows(rows, config)
 
 
@@ -1959,7 +1924,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def holds_rows_out(config: Config) -> bool:
-    """Whether the model was trained on this dataset with rows held out; warn if it was trained on all of them."""
+    """Whether the model was trained on this dataset with rows held out."""
     model = config.model
     for name in config.training.output_dir, model.adapter_name_or_path or "", model.model_name_or_path:
         for record in Path(name, "run.json"), Path(name).parent / "run.json":  # a checkpoint's lies above it
@@ -1968,9 +1933,6 @@ def holds_rows_out(config: Config) -> bool:
             now, trained = ({os.path.realpath(n): share for n, share in dataset_shares(flag)} for flag in both)
             if now == trained and (flags["do_eval"] or flags["do_predict"]) and not flags["eval_dataset"]:
                 return True
-            if now.keys() & trained.keys():
-                log.warning("--dataset %s: %s was trained on these rows", config.data.dataset, name)
-                return False
     return False
 
 
@@ -2133,8 +2095,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
             tokenizer = (LlamaTokenizer if llama else AutoTokenizer).from_pretrained(folder, **options)
             tokenizer = match_file(tokenizer, file, **options)
     if tokenizer is None or "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
-        early = "special tokens are empty strings, as in early LLaMA conversions"
-        raise ConfigError(f"{what}'s {early}: pass --tokenizer_patch examples/llama1_tokenizer")
+        raise ConfigError(f"{what} has empty special tokens: pass --tokenizer_patch examples/llama1_tokenizer")
     tokenizer.name_or_path = model.model_name_or_path
     if model.chat_template:
         with reraise_as_user_error(f"--chat_template {model.chat_template}"):

@@ -931,7 +931,6 @@ def test_columns_of_other_names(tmp_path):
         ("input=prompt,output=answer", "none is called prompt, which --columns names"),
         ("input=query,output=reply", "rows.jsonl: found the columns answer, question, but none is called query"),
         ("input=question,input=answer", "--columns input=question,input=answer: expected pairs such as"),
-        ("question=input,answer=output", "no format has a field answer, but category, chat_template_kwargs, chosen, "),
     ],
 )
 def test_columns_that_are_not_there(tmp_path, columns, message):
