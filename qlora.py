@@ -184,15 +184,10 @@ GIB = 2**30
 # Every other exception is a bug and keeps its traceback.
 # ------------------------------------------------------------------------------------
 class QLoRAError(Exception):
-    """Something that the user can fix."""
+    """Something that the user can fix: flags that are wrong or conflict, an unusable model, dataset, file or row."""
 
 
-class ConfigError(QLoRAError):
-    """A wrong flag, flags that conflict, or a model that they do not fit."""
-
-
-class DataError(QLoRAError):
-    """An unusable dataset, file or row."""
+ConfigError = QLoRAError  # its name in other rooms
 
 
 class RowError(ValueError):
@@ -228,20 +223,20 @@ LIBRARY_ERRORS: tuple[type[Exception], ...] = (
 
 
 @contextlib.contextmanager
-def reraise_as_user_error(what: str, kind: type[QLoRAError] = ConfigError, *also: type[BaseException]) -> Iterator:
+def reraise_as_user_error(what: str, *also: type[BaseException]) -> Iterator:
     """Re-raise library errors as one line that begins with `what`, the flag or file at fault."""
     try:
         yield
     except torch.OutOfMemoryError:  # handled by training, which retries with less
         raise
     except pickle.UnpicklingError as error:  # torch's own message suggests to disable the protection
-        raise kind(f"{what}: a pickle that holds more than tensors, which is not loaded") from error
+        raise QLoRAError(f"{what}: a pickle that holds more than tensors, which is not loaded") from error
     except (*LIBRARY_ERRORS, *also) as error:
-        raise kind(f"{what}: {shorten(error)}") from error
+        raise QLoRAError(f"{what}: {shorten(error)}") from error
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content; a ConfigError if it can't be read."""
+    """A JSON file's content; a QLoRAError if it can't be read."""
     with reraise_as_user_error(str(path)):
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -534,10 +529,10 @@ def get_format(name: str, as_chat: bool = False) -> DatasetFormat:
             return known
         question = known.columns[:-1] + ("input",) * ("input" in known.optional)  # the last column is the answer
         if not question:
-            raise ConfigError(f"--as_chat: rows of the format {name} have no column that could be a user's turn")
+            raise QLoRAError(f"--as_chat: rows of the format {name} have no column that could be a user's turn")
         parse = partial(parse_as_chat, question, known.columns[-1])
         return DatasetFormat(known.columns, parse, optional=question + BESIDE_CHATS)
-    with reraise_as_user_error(f"--dataset_format {name}", ConfigError, Exception, SystemExit):
+    with reraise_as_user_error(f"--dataset_format {name}", Exception, SystemExit):
         module = types.SimpleNamespace(**runpy.run_path(custom[1]))
         return DatasetFormat((), partial(parse_custom, name, getattr(module, custom[2])))
 
@@ -616,7 +611,7 @@ def apply_template(
         own = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked, "continue_final_message": False}
         rendered: Any = render_jinja_template([chat.messages[:end]], **options | own)
     except TemplateSyntaxError as error:
-        raise ConfigError(f"the chat template, line {error.lineno}: {shorten(error)}") from error
+        raise QLoRAError(f"the chat template, line {error.lineno}: {shorten(error)}") from error
     except LIBRARY_ERRORS as error:
         raise RowError(f"the chat template refuses it: {shorten(error)}") from error
     return rendered[0][0], rendered[1][0] if marked else None
@@ -706,7 +701,7 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
 def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[RenderedRow]:
     """Apply the chat template: one row or, if it renders a chat differently as it grows, a row for each answer."""
     if tokenizer is None or not tokenizer.chat_template:
-        raise ConfigError("the tokenizer has no chat template, which chat rows need: pass a --chat_template FILE")
+        raise QLoRAError("the tokenizer has no chat template, which chat rows need: pass a --chat_template FILE")
     chat = Conversation(*(escape_special_tokens(part, special_token_pattern(tokenizer)) for part in chat))
     try:
         return list(render_rows(chat, tokenizer))
@@ -739,7 +734,7 @@ def renamed_columns(flag: str | None) -> dict[str, str]:
     """--columns input=question,output=answer: the names that a format has, and those in the data."""
     pairs = [part.strip().split("=") for part in (flag or "").split(",") if part.strip()]
     if any(len(pair) != 2 or not all(pair) for pair in pairs) or len(dict(pairs)) < len(pairs):
-        raise ConfigError(f"--columns {flag}: expected pairs such as input=question,output=answer, each name once")
+        raise QLoRAError(f"--columns {flag}: expected pairs such as input=question,output=answer, each name once")
     return dict(pairs)
 
 
@@ -757,7 +752,7 @@ def dataset_shares(flag: str) -> list[tuple[str, float]]:
     for name in [flag] if os.path.exists(flag) else filter(None, re.split(r"\s*,\s*", flag.strip())):
         share = None if os.path.exists(name) else re.fullmatch(r"(.+):(\d*\.?\d+)", name)
         if share and not float(share[2]):
-            raise ConfigError(f"--dataset {name}: expected a share such as 0.5, or a number of repeats such as 2")
+            raise QLoRAError(f"--dataset {name}: expected a share such as 0.5, or a number of repeats such as 2")
         shares.append((share[1], float(share[2])) if share else (name, 1.0))
     return shares
 
@@ -1018,7 +1013,7 @@ class OldFlag(argparse.Action):
         """Set the current flag, say that it has no effect, or raise."""
         name, value, written = self.dest, ",".join(values), str(option)
         if name in REMOVED_FLAGS:
-            raise ConfigError(f"{written}: this flag no longer exists: {REMOVED_FLAGS[name]}")
+            raise QLoRAError(f"{written}: this flag no longer exists: {REMOVED_FLAGS[name]}")
         if name in IGNORED_FLAGS:
             log.warning("%s: accepted, without effect: %s", written, IGNORED_FLAGS[name])
             return
@@ -1028,7 +1023,7 @@ class OldFlag(argparse.Action):
             return
         current, on, off = [*RENAMED_FLAGS[name].split(), "", ""][:3]
         negated = not written.replace("-", "_").endswith(f"__{name}")
-        with reraise_as_user_error(f"{written} {value}", ConfigError, argparse.ArgumentTypeError):
+        with reraise_as_user_error(f"{written} {value}", argparse.ArgumentTypeError):
             if negated or on:
                 wanted = string_to_bool(value or "True") != negated
                 value = (on if wanted else off) if on else str(wanted)
@@ -1040,7 +1035,7 @@ class OldFlag(argparse.Action):
 
 
 class Parser(HfArgumentParser):
-    """HfArgumentParser with a short help, which knows old flags and raises ConfigErrors."""
+    """HfArgumentParser with a short help, which knows old flags and raises QLoRAErrors."""
 
     everything = False  # whether the help lists the Trainer's other flags
 
@@ -1072,7 +1067,7 @@ class Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
-        raise ConfigError(re.sub(r"^argument |/--[\w-]+(?=:)", "", message))
+        raise QLoRAError(re.sub(r"^argument |/--[\w-]+(?=:)", "", message))
 
     def passed_flags(self, argv: Sequence[str]) -> dict[str, Any]:
         """The flags that these words set, and no others."""
@@ -1089,7 +1084,7 @@ class Parser(HfArgumentParser):
             known = ((option[2:], action.dest) for option, action in self._option_string_actions.items())
             names = [option for option, dest in known if "-" not in option and dest not in OLD_FLAGS]
             nearest = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, names, 1, 0.7)), "")
-            raise ConfigError(f"{typed}: unknown flag, {f'did you mean --{nearest}?' if nearest else 'see --help'}")
+            raise QLoRAError(f"{typed}: unknown flag, {f'did you mean --{nearest}?' if nearest else 'see --help'}")
         passed = {name: value for name, value in vars(namespace).items() if value is not unset}
         home = os.path.expanduser("~/")  # which a shell does neither in --flag=~/x nor after a comma
         return {n: re.sub(r"(?<![^,\s])~/", home, v) if isinstance(v, str) else v for n, v in passed.items()}
@@ -1104,7 +1099,7 @@ def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
         literals = content if is_json else yaml.load(text, yaml.BaseLoader)
     if not isinstance(content, dict) or len(literals) != len(content):
         found = f"found {type(content).__name__}, or << or names that YAML takes for one"
-        raise ConfigError(f"{path}: expected flags as `name: value` lines, {found}")
+        raise QLoRAError(f"{path}: expected flags as `name: value` lines, {found}")
     record = content if isinstance(content.get("flags"), dict) else {}
     if record:
         known = {f.name for group in ARGUMENT_GROUPS for f in dataclasses.fields(group)} - OLD_FLAGS - NOT_REPEATED
@@ -1122,7 +1117,7 @@ def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
 
 
 def parse_config(argv: Sequence[str]) -> Config:
-    """The command line -> a checked Config. A ConfigError names the flag that is unknown, wrong or in conflict."""
+    """The command line -> a checked Config. A QLoRAError names the flag that is unknown, wrong or in conflict."""
     parser = Parser(ARGUMENT_GROUPS, allow_abbrev=False, add_help=False, conflict_handler="resolve")
     parser.set_defaults(**TRAINER_DEFAULTS)
     for action in parser._actions:
@@ -1138,7 +1133,7 @@ def parse_config(argv: Sequence[str]) -> Config:
         parser.exit()
     path = argv[0] if argv and argv[0].lower().endswith((".yaml", ".yml", ".json")) else ""
     words, record = read_config_file(Path(path)) if path else ([], {})
-    with reraise_as_user_error(path, ConfigError, ConfigError):  # names the file before its errors
+    with reraise_as_user_error(path, QLoRAError):  # names the file before its errors
         from_file = parser.passed_flags(words)
     passed = parser.passed_flags(argv[bool(path) :])
     lost = {other for name in passed for other in SUPERSEDED.get(name, ())}  # the command line wins
@@ -1148,7 +1143,7 @@ def parse_config(argv: Sequence[str]) -> Config:
     given = from_file.keys() & record.get("derived", {}).get("given", ()) if record else from_file.keys()
     explicitly_set = frozenset(passed.keys() | given)
     if record and "output_dir" not in passed:
-        raise ConfigError(f"{path}: to repeat this run, pass another folder as --output_dir")
+        raise QLoRAError(f"{path}: to repeat this run, pass another folder as --output_dir")
     flags = vars(parser.parse_args([])) | from_file | passed
     flags |= resolve_defaults(flags, explicitly_set)
     check_launcher(flags)
@@ -1199,7 +1194,7 @@ def parse_pattern(lora: Any, name: str) -> dict[str, Any]:
     """--lora_rank_pattern or --lora_alpha_pattern: names of layers, or regular expressions, and a value for each."""
     text = getattr(lora, f"lora_{name}_pattern")
     expected = f'--lora_{name}_pattern {text}: expected JSON such as {{"q_proj": 8}}'
-    with reraise_as_user_error(expected, ConfigError, re.error):
+    with reraise_as_user_error(expected, re.error):
         pattern: dict[str, Any] = json.loads(text or "{}")
         for layer, value in pattern.items():
             if not (re.compile(layer) and 0 < value < math.inf) or (name == "rank" and type(value) is not int):
@@ -1272,16 +1267,16 @@ def check_launcher(flags: Mapping[str, Any]) -> None:
     """Rules on accelerate launch and DeepSpeed, which the Trainer's arguments act on as soon as they are built."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no" and not flags.get(precision):
-        raise ConfigError(f"mixed_precision {precision} of accelerate launch: set it to no, or pass --bf16 or --fp16")
+        raise QLoRAError(f"mixed_precision {precision} of accelerate launch: set it to no, or pass --bf16 or --fp16")
     for engine in ("fsdp", "deepspeed"):
         if os.environ.get(f"ACCELERATE_USE_{engine.upper()}") == "true" and not flags[engine]:
-            raise ConfigError(f"use_{engine} of accelerate launch: leave it out there, and pass --{engine} here")
+            raise QLoRAError(f"use_{engine} of accelerate launch: leave it out there, and pass --{engine} here")
     if flags["deepspeed"] and not flags["plan"] and "LOCAL_RANK" not in os.environ:
-        raise ConfigError("--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes")
+        raise QLoRAError("--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes")
 
 
 def check_config(config: Config) -> None:
-    """Check every flag and every rule between flags; the first broken one is a ConfigError with the way out."""
+    """Check every flag and every rule between flags; the first broken one is a QLoRAError with the way out."""
     flags, explicitly_set = config.flags, config.explicitly_set
     rope_parameters(config.model.rope_scaling)
     renamed_columns(config.data.columns)
@@ -1290,16 +1285,16 @@ def check_config(config: Config) -> None:
     for names, expected, is_valid in VALUE_CHECKS:
         for name in names.split():
             if flags[name] is not None and not is_valid(flags[name]):
-                raise ConfigError(f"--{name} {flags[name]}: expected {expected}")
+                raise QLoRAError(f"--{name} {flags[name]}: expected {expected}")
     for name, other, *values in REQUIRES:
         if name in explicitly_set and flags[name] and not (flags[other] in values if values else flags[other]):
-            raise ConfigError(f"--{name} needs --{other} {' or '.join(map(str, values))}".rstrip())
+            raise QLoRAError(f"--{name} needs --{other} {' or '.join(map(str, values))}".rstrip())
     for name, other in MUTUALLY_EXCLUSIVE:
         if {name, other} <= explicitly_set and flags[name] and flags[other]:
-            raise ConfigError(f"--{name} and --{other}: pass only one of them")
+            raise QLoRAError(f"--{name} and --{other}: pass only one of them")
     for broken, message in conflicts(config):
         if broken:
-            raise ConfigError(message)
+            raise QLoRAError(message)
 
 
 FSDP_CONFIG = ("cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
@@ -1322,7 +1317,8 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     mismatches = getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", ())
     values = ", ".join(re.sub("^- ds | hf", "", line) for line in mismatches)
     off = ("", "false", "0", "none")
-    words = [(name, str(value).lower()) for name, value in (training.fsdp_config if training.fsdp else {}).items()]
+    settings: Any = training.fsdp_config if training.fsdp else {}
+    words = [(name, str(value).lower()) for name, value in settings.items()]
     words = [(n, v) for n, v in words if v not in off and (n not in FSDP_CONFIG or "size" in v)]
     unsupported = ", ".join(f"{n} {v}" for n, v in words if (n, v) != ("version", "2"))
     return [
@@ -1376,10 +1372,10 @@ def check_folders(config: Config) -> None:
         folder = Path(flags[flag] or flags["output_dir"]).resolve()
         for place in (folder, *folder.parents):
             if place.is_file():
-                raise ConfigError(f"--{flag} {folder}: {place} is a file; name a folder")
+                raise QLoRAError(f"--{flag} {folder}: {place} is a file; name a folder")
             ours = place == folder or place.parent == output or (place / "trainer_state.json").is_file()
             if ours and removed.match(place.name):
-                raise ConfigError(f"--{flag} {folder}: {place.name} names a run's checkpoint; name another folder")
+                raise QLoRAError(f"--{flag} {folder}: {place.name} names a run's checkpoint; name another folder")
         for name, value in ((name, value) for name, value in sources if os.path.exists(value)):
             read = Path(value).resolve()
             read = read if read.is_dir() else read.parent
@@ -1387,7 +1383,7 @@ def check_folders(config: Config) -> None:
             resumes = name == "resume_from_checkpoint"
             within = inside and not resumes and removed.match(inside[0])
             if within or (inside == () and not (resumes and (folder / "run.json").is_file())):  # a bare checkpoint
-                raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
+                raise QLoRAError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
 
 
 @lru_cache(maxsize=1)
@@ -1411,20 +1407,20 @@ def check_base(config: Config) -> None:
         if not name or Path(name).exists():
             continue
         if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
-            raise ConfigError(f"--{flag} {name}: no such folder or file")
+            raise QLoRAError(f"--{flag} {name}: no such folder or file")
         if why := no_connection():
             if not isinstance(huggingface_hub.try_to_load_from_cache(name, file, config.model.cache_dir), str):
-                raise ConfigError(f"--{flag} {name}: no such folder, not in the cache, and no connection: {why}")
+                raise QLoRAError(f"--{flag} {name}: no such folder, not in the cache, and no connection: {why}")
             log.warning("no connection to the hub (%s): using %s as it is in the cache", why, name)
     adapter = Path(model, "adapter_config.json")
     if adapter.is_file() and not Path(model, "config.json").is_file():
         base = read_json(adapter).get("base_model_name_or_path")
-        raise ConfigError(f"--model_name_or_path {model}: an adapter of {base}; move it to --adapter_name_or_path")
+        raise QLoRAError(f"--model_name_or_path {model}: an adapter of {base}; move it to --adapter_name_or_path")
     manifest = Path(config.model.adapter_name_or_path or model, "checkpoint.json")
     if manifest.is_file() and '"adapter start": "calibrated"' in manifest.read_text(encoding="utf-8"):
-        raise ConfigError(f"{manifest.parent}: fits the calibrated base of its run only; finish that run")
+        raise QLoRAError(f"{manifest.parent}: fits the calibrated base of its run only; finish that run")
     if args.push_to_hub and args.do_train and not (args.plan or config.data.preview):
-        with reraise_as_user_error("--push_to_hub: log in with `hf auth login`", ConfigError, Exception):
+        with reraise_as_user_error("--push_to_hub: log in with `hf auth login`", Exception):
             huggingface_hub.whoami(token=args.hub_token)
 
 
@@ -1542,13 +1538,13 @@ def data_suffix(path: Path) -> str:
 
 
 def read_file(path: Path) -> NumberedRows:
-    """The rows of one local file; a DataError if it can't be read to its end."""
+    """The rows of one local file; a QLoRAError if it can't be read to its end."""
     open_file = OPENERS.get(path.suffix.lower(), open)
-    with reraise_as_user_error(str(path), DataError, csv.Error), open_file(path, "rb") as file:
+    with reraise_as_user_error(str(path), csv.Error), open_file(path, "rb") as file:
         head = file.peek(1000)[:1000]
         wide = head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > len(head) // 3
         if wide and data_suffix(path) != ".parquet":
-            raise DataError(f"{path}: the file is in UTF-16 or UTF-32, expected UTF-8: save it in that encoding")
+            raise QLoRAError(f"{path}: the file is in UTF-16 or UTF-32, expected UTF-8: save it in that encoding")
         # bytes that are not UTF-8 become lone surrogates, which get_text reports with the row they are in
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         yield from READERS[data_suffix(path)](text)
@@ -1569,7 +1565,7 @@ class RowSource:
         numbered = [(str(path), read_file(path)) for path in self.files]
         numbered.append((self.name, enumerate((drop_nulls(row, top=True) for row in self.loaded or ()), start=1)))
         rows = ((f"{name}:{number}", row) for name, part in numbered for number, row in part)
-        with reraise_as_user_error(self.name, DataError, *DATASETS_ERRORS):
+        with reraise_as_user_error(self.name, *DATASETS_ERRORS):
             yield from rows
 
     def fingerprint(self) -> str:
@@ -1606,14 +1602,14 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
     if name in DATASETS:
         return load_from_hub(config, **DATASETS[name])
     if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # written by save_to_disk
-        with reraise_as_user_error(name, DataError):
+        with reraise_as_user_error(name):
             loaded = datasets.load_from_disk(path)
         splits = loaded if isinstance(loaded, dict) else {"train": loaded}
         return {split: RowSource(f"{name}[{split}]", loaded=rows) for split, rows in splits.items()}
     if path.exists():
         return find_files(name, path)
     if data_suffix(path) in READERS:
-        raise DataError(f"{name}: no such file")
+        raise QLoRAError(f"{name}: no such file")
     return load_from_hub(config, name)
 
 
@@ -1621,7 +1617,7 @@ def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSou
     """All splits of a dataset on the hub."""
     hub = f"no connection to the hub: {why}" if (why := no_connection()) else "the hub does not give it"
     options |= hub_options(config) | ({"streaming": True} if config.data.streaming else {})
-    with reraise_as_user_error(f"dataset {path}: no local file of that name, and {hub}", DataError, *DATASETS_ERRORS):
+    with reraise_as_user_error(f"dataset {path}: no local file of that name, and {hub}", *DATASETS_ERRORS):
         splits = datasets.load_dataset(path, **options)
         return {split: RowSource(f"{path}[{split}]", loaded=rows) for split, rows in splits.items()}
 
@@ -1646,10 +1642,10 @@ def find_files(name: str, path: Path) -> dict[str, RowSource]:
     for file in files:
         splits[split_named(file.relative_to(path).as_posix())] += (file,)
     if not splits or data_suffix(files[0]) not in READERS:
-        raise DataError(f"{path}: no data, expected {', '.join(READERS)}, also in .gz or .zst, or save_to_disk's files")
+        raise QLoRAError(f"{path}: no data, expected {', '.join(READERS)}, also .gz or .zst, or save_to_disk's files")
     if "" in splits and len(splits) > 1:
         others = ", ".join(file.name for file in splits[""])
-        raise DataError(f"{path}: {others} beside files named after splits: name all train, eval, ..., or none")
+        raise QLoRAError(f"{path}: {others} beside files named after splits: name all train, eval, ..., or none")
     return {s or "train": RowSource(f"{name}[{s}]" if s else name, files) for s, files in splits.items()}
 
 
@@ -1659,7 +1655,7 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     own = sorted({column for row in itertools.islice(rows, 100) for column in row})  # a JSON line may omit some
     if not own:
         where, row = next(iter(source), (name, RowError("no row in it")))
-        with reraise_as_user_error(where, DataError):  # a RowError is a ValueError
+        with reraise_as_user_error(where):  # a RowError is a ValueError
             check_row(row)
     names = renamed_columns(config.data.columns)
     columns = rename_columns(dict.fromkeys(own), names).keys()
@@ -1670,15 +1666,15 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     found = f"{name}: found the columns {shorten(', '.join(own) or '(none)')}"
     absent = [column for column in names.values() if column not in own]
     if absent and (len(absent) < len(names) or missing or not chosen):
-        raise DataError(f"{found}, but none is called {absent[0]}, which --columns names")
+        raise QLoRAError(f"{found}, but none is called {absent[0]}, which --columns names")
     if chosen is None:
         needed = {", ".join(sorted(FORMATS[known].columns)): known for known in candidates}
         nearest = (needed[text] for text in difflib.get_close_matches(", ".join(columns), needed, n=2, cutoff=0))
         needs = " or ".join(f"{', '.join(FORMATS[known].columns)} ({known})" for known in nearest)
         way = "--columns input=question says what yours are called, --dataset_format path.py:function converts rows"
-        raise DataError(f"{found}, which fit no format; the nearest need {needs}; {way}")
+        raise QLoRAError(f"{found}, which fit no format; the nearest need {needs}; {way}")
     if missing:
-        raise DataError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
+        raise QLoRAError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
     said = ", inferred from columns" * (not named) + "; it has none of the columns that --columns names" * bool(absent)
     log.info("%s: format %s%s", name, chosen, said)
     if chosen == "hh-rlhf":
@@ -1717,7 +1713,7 @@ def length_limits(config: Config) -> Limits:
 def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Tokens]]:
     """Tokens of each segment of rows that are tokenised as one text; a token in two segments goes to the second."""
     if not tokenizer.is_fast:
-        raise ConfigError("chats and segments need a tokenizer with character offsets, which a tokenizer.json gives")
+        raise QLoRAError("chats and segments need a tokenizer with character offsets, which a tokenizer.json gives")
     ends, bos, eos = BOS_MARK + EOS_MARK, tokenizer.bos_token_id, tokenizer.eos_token_id
     texts = ["".join(segment["text"] for segment in row).strip(ends) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
@@ -1800,7 +1796,7 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
         yield from ({"where": where, "row": row} for row in rows)
     if not found:
         which = "" if wanted == {"ALL"} else f" has a source in --include_sources {data.include_sources}"
-        raise DataError(f"{source.name}: no row{f' after row {source.start}' * bool(source.start)}{which}")
+        raise QLoRAError(f"{source.name}: no row{f' after row {source.start}' * bool(source.start)}{which}")
 
 
 def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any, limits: Limits) -> list[Any]:
@@ -1893,7 +1889,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
             eval_sources += [sources[split] for split in SPLIT_NAMES if split in sources][:1]
         train = sources.get("train") if training or data.streaming or not eval_sources else None
         if train is None and (args.do_train or not eval_sources):
-            raise DataError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
+            raise QLoRAError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
         if unused := {source.name for source in sources.values() if source not in (train, *eval_sources)}:
             log.info("not read: %s", ", ".join(sorted(unused)))
         if data.streaming and train:
@@ -1957,7 +1953,7 @@ def train_eval_split(rows: Any, config: Config) -> Splits:
         log.info("a tenth of %d rows, %d, is held out; --eval_dataset_size sets another number", total, size)
     count = math.ceil(size if size >= 1 else size * total)
     if config.training.do_train and count >= total:
-        raise DataError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {total} rows")
+        raise QLoRAError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {total} rows")
     if count >= total:
         return Splits(None, rows)
     if any(categories):  # evenly spaced: each gives its share, and one with a single row breaks nothing
@@ -1974,7 +1970,7 @@ def drop_bad_rows(rows: Any, config: Config) -> Any:
         reject(list(rows.select(bad)), len(rows), config)
         rows = rows.select([i for i, problem in enumerate(problems) if not problem])
     if not len(rows):
-        raise DataError(f"--dataset {config.data.dataset}: no row in it that can be used")
+        raise QLoRAError(f"--dataset {config.data.dataset}: no row in it that can be used")
     return rows
 
 
@@ -2000,7 +1996,7 @@ def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> Non
     file = Path(config.training.output_dir, REJECTED)
     if config.data.on_bad_rows == "stop":
         more = f" (and {len(rows) - 1} more such rows)" if len(rows) > 1 else ""
-        raise DataError(f"{first}{more}; --on_bad_rows skip leaves them out")
+        raise QLoRAError(f"{first}{more}; --on_bad_rows skip leaves them out")
     entries = [{"where": r["where"], "reason": r["problem"], "row": json.loads(r.get("raw") or "null")} for r in rows]
     lines = [json.dumps(entry) + "\n" for entry in entries]
     new = [line for line in lines if line not in rejected_lines(file)]
@@ -2042,7 +2038,7 @@ def read_tokenizer_patch(folder: Path) -> dict[str, Any]:
     """The settings in the files of --tokenizer_patch, which take precedence over the tokenizer's own."""
     files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
     if not any(file.is_file() for file in files):
-        raise ConfigError(f"--tokenizer_patch {folder}: expected a folder with {' or '.join(f.name for f in files)}")
+        raise QLoRAError(f"--tokenizer_patch {folder}: expected a folder with {' or '.join(f.name for f in files)}")
     settings = {name: value for file in files if file.is_file() for name, value in read_json(file).items()}
     settings.pop("tokenizer_class", None)  # it follows from the model and its files
     return {n: v["content"] if isinstance(v, dict) and "content" in v else v for n, v in settings.items()}
@@ -2095,7 +2091,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
             tokenizer = (LlamaTokenizer if llama else AutoTokenizer).from_pretrained(folder, **options)
             tokenizer = match_file(tokenizer, file, **options)
     if tokenizer is None or "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
-        raise ConfigError(f"{what} has empty special tokens: pass --tokenizer_patch examples/llama1_tokenizer")
+        raise QLoRAError(f"{what} has empty special tokens: pass --tokenizer_patch examples/llama1_tokenizer")
     tokenizer.name_or_path = model.model_name_or_path
     if model.chat_template:
         with reraise_as_user_error(f"--chat_template {model.chat_template}"):
@@ -2124,11 +2120,11 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
     for name in ("pad_token", "eos_token", "bos_token", "unk_token"):
         if (token := getattr(config.model, name)) is not None:
             if vocabulary.get(token, rows) >= rows:
-                raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
+                raise QLoRAError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
             setattr(tokenizer, name, token)
     needed, way = ("mask_token", "pass a masked model") if config.masked else ("eos_token", "pass --eos_token")
     if getattr(tokenizer, needed) is None:
-        raise ConfigError(f"the tokenizer has no {needed}: {way}")
+        raise QLoRAError(f"the tokenizer has no {needed}: {way}")
     if not tokenizer.pad_token or vocabulary.get(str(tokenizer.pad_token), rows) >= rows:
         spare = [token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows]
         other = tokenizer.unk_token or tokenizer.eos_token
@@ -2283,7 +2279,7 @@ def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: flo
             flag = f"--model_max_len {limit}" if limit else f"--source_max_len {config.data.source_max_len}"
             if all(long):
                 flag += f": all {len(rows)} {name} rows are longer"
-                raise DataError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
+                raise QLoRAError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
             fitting = fitting_lengths(rows, config, positions)
             way = f"; 99 % of them fit with {fitting}" if fitting else ""
             log.warning("%d of %d %s rows are longer than %s: left out%s", sum(long), len(rows), name, flag, way)
@@ -3146,7 +3142,7 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
     calibrated = config.quant.calibration_rows and getattr(model_config, "quantization_config", None)
     packs = calibrated or getattr(options.get("quantization_config"), "load_in_4bit", False)
     packing = packing_experts(config) if packs and packs_experts(config) else contextlib.nullcontext()
-    with reraise_as_user_error(what, ConfigError, RuntimeError), quirk(), packing:
+    with reraise_as_user_error(what, RuntimeError), quirk(), packing:
         model, loading = auto_model(config, model_config).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -3552,7 +3548,7 @@ def layer_calls(model: Any, model_config: PretrainedConfig, ids: list[list[int]]
         return (hidden_states, *[None] * (parts[i] - 1)) if parts[i] else hidden_states
 
     what = f"--calibration_rows: {type(model).__name__} can't be calibrated layer by layer"
-    with reraise_as_user_error(what, ConfigError, RuntimeError, IndexError), contextlib.ExitStack() as stack:
+    with reraise_as_user_error(what, RuntimeError, IndexError), contextlib.ExitStack() as stack:
         with MetaValues():
             twin.bfloat16().eval()(input_ids=torch.ones(1, 8, dtype=torch.long, device="meta"))
         for i, layer in enumerate(layers):
@@ -3917,7 +3913,7 @@ def make_trainable(
     set_seed(config.training.seed)  # loading draws random numbers too; a seed gives one initialisation
     source = f"adapter {adapter}" if adapter else "LoRA flags"
     # RuntimeError: shapes that differ
-    with reraise_as_user_error(f"{source} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
+    with reraise_as_user_error(f"{source} on {config.model.model_name_or_path}", RuntimeError):
         new = None if adapter else lora_config(model, config.lora, config.masked)
         if new and rows:
             new.trainable_token_indices = fit_embeddings(model, {*rows}, [i for i in rows if rows[i]])
@@ -5881,7 +5877,7 @@ def load_questions(config: Config) -> list[Question]:
     if Path(mmlu.mmlu_dir).is_dir():
         path = Path(mmlu.mmlu_dir, f"{'five' if five_shot else 'zero'}_shot_mmlu_{split}.json")
         for number, row in read_file(path):
-            with reraise_as_user_error(f"{path}:{number}", DataError):  # a RowError is a ValueError
+            with reraise_as_user_error(f"{path}:{number}"):  # a RowError is a ValueError
                 letter = get_text(check_row(row), "output").strip()
                 if letter not in LETTERS:
                     raise RowError(f"field 'output' is {letter!r}, expected A, B, C or D")
@@ -5897,7 +5893,7 @@ def load_questions(config: Config) -> list[Question]:
             head = f"The following are multiple choice questions (with answers) about  {topic}.\n\n"
             questions.append(Question(subject, head + shots[subject] + QUESTION.format_map(row), answer))
     if not questions:
-        raise DataError(f"--mmlu_dir {mmlu.mmlu_dir}: no question in it")
+        raise QLoRAError(f"--mmlu_dir {mmlu.mmlu_dir}: no question in it")
     return questions[: mmlu.max_mmlu_samples]
 
 
@@ -6472,7 +6468,7 @@ class QLoRATrainer(Trainer):
         if adapter is None or self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        with reraise_as_user_error(f"{adapter} does not fit the LoRA flags", ConfigError, RuntimeError):
+        with reraise_as_user_error(f"{adapter} does not fit the LoRA flags", RuntimeError):
             load_adapter_weights(self.model, str(adapter))
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
@@ -6876,7 +6872,7 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
         model: Any = load_merge_base(config, run.base if dequantised else run.folder)
         fit_embeddings(model, token_rows(PeftConfig.from_pretrained(adapter_files(adapter, config))))  # for the sample
         dtype, base = model.dtype, float32_logits(model, sample)
-        with reraise_as_user_error(f"{adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
+        with reraise_as_user_error(f"{adapter} on {config.model.model_name_or_path}", RuntimeError):
             model = attach_adapter(model, adapter_files(adapter, config)).eval()  # without dropout
         if mutates_base(init := getattr(model.peft_config["default"], "init_lora_weights", None)):
             raise ConfigError(f"{adapter} fits a base changed by {init}: finish its training; the result fits any base")
@@ -7168,7 +7164,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     rows = data.train
     if isinstance(stream := data.text.train, RowSource):
         rows = StreamedSteps(stream, tokenizer, config, identity["effective batch"]["rows"], sizes)
-    with reraise_as_user_error("flags", ConfigError, RuntimeError):
+    with reraise_as_user_error("flags", RuntimeError):
         trainer = QLoRATrainer(
             config=config, fast=fast, plan=plan, identity=identity, questions=questions, masking=masking, model=model,
             args=trainer_arguments(config.training), train_dataset=rows, eval_dataset=data.eval,
