@@ -14,23 +14,23 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
      1 Imports             36-177
-     2 Errors             180-251
-     3 Dataset formats    254-767
-     4 Arguments         770-1485
-     5 Loading          1488-2059
-     6 Tokenizer        2062-2184
-     7 Encoding         2187-2665
-     8 Model            2668-3331
-     9 Calibration      3334-3708
-    10 LoRA             3711-4019
-    11 Fast path        4022-4994
-    12 Plan             4997-5342
-    13 Checkpoints      5345-5731
-    14 Processes        5734-5791
-    15 Evaluation       5794-5997
-    16 Trainer          6000-6638
-    17 Stages           6641-7138
-    18 Main             7141-7439
+     2 Errors             180-246
+     3 Dataset formats    249-757
+     4 Arguments         760-1448
+     5 Loading          1451-2008
+     6 Tokenizer        2011-2132
+     7 Encoding         2135-2613
+     8 Model            2616-3279
+     9 Calibration      3282-3656
+    10 LoRA             3659-3967
+    11 Fast path        3970-4942
+    12 Plan             4945-5290
+    13 Checkpoints      5293-5679
+    14 Processes        5682-5739
+    15 Evaluation       5742-5945
+    16 Trainer          5948-6586
+    17 Stages           6589-7086
+    18 Main             7089-7387
 """
 
 # ------------------------------------------------------------------------------------
