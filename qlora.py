@@ -565,7 +565,7 @@ def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = 
         text = str(token)
         names_role = re.search("(?i)system|user|assistant|turn", text) and (text in template or text not in added)
         marks_turn = text in template and re.match("(?i)(?!.*(think|tool)).*(im_|inst|head|role|end)", text)
-        if not unflagged if token.special else names_role or marks_turn:
+        if (not unflagged) if token.special else (names_role or marks_turn):
             texts.append(text)
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
@@ -1152,6 +1152,8 @@ def parse_config(argv: Sequence[str]) -> Config:
     flags["hub_token"] = flags["hub_token"] and "(hidden)"  # never written to a file
     config = Config(*groups, flags, explicitly_set, record)  # type: ignore[call-arg]
     check_config(config)
+    if path and not record and Path(path).resolve() == Path(config.training.output_dir, "run.json").resolve():
+        raise QLoRAError(f"{path}: the run would write its own file of this name there; rename yours")
     return config
 
 
@@ -1193,12 +1195,12 @@ def rope_parameters(text: str | None) -> dict[str, Any] | None:
 def parse_pattern(lora: Any, name: str) -> dict[str, Any]:
     """--lora_rank_pattern or --lora_alpha_pattern: names of layers, or regular expressions, and a value for each."""
     text = getattr(lora, f"lora_{name}_pattern")
+    kinds = (int,) if name == "rank" else (int, float)
     expected = f'--lora_{name}_pattern {text}: expected JSON such as {{"q_proj": 8}}'
     with reraise_as_user_error(expected, re.error):
         pattern: dict[str, Any] = json.loads(text or "{}")
-        for layer, value in pattern.items():
-            if not (re.compile(layer) and 0 < value < math.inf) or (name == "rank" and type(value) is not int):
-                raise ValueError("values must be above 0, and ranks whole numbers")
+        if not all(re.compile(layer) and type(v) in kinds and 0 < v < math.inf for layer, v in pattern.items()):
+            raise ValueError("values must be above 0, and ranks whole numbers")
     return pattern
 
 
@@ -1367,7 +1369,8 @@ def check_folders(config: Config) -> None:
     reads += ["mmlu_dir"] * config.mmlu.do_mmlu_eval + ["eval_dataset", "resume_from_checkpoint"]
     removed = re.compile(r"checkpoint-\d+$|left-checkpoint-|\.saving-")  # what a run moves or removes in its folder
     names = {name for name, _ in dataset_shares(config.data.dataset)} - DATASETS.keys()
-    sources = [(name, flags[name] or "") for name in reads] + [("dataset", name) for name in sorted(names)]
+    sources = [(name, flags[name]) for name in reads] + [("dataset", name) for name in sorted(names)]
+    sources = [(name, value) for name, value in sources if value and os.path.exists(value)]
     for flag in OUTPUT_FLAGS:
         folder = Path(flags[flag] or flags["output_dir"]).resolve()
         for place in (folder, *folder.parents):
@@ -1376,7 +1379,7 @@ def check_folders(config: Config) -> None:
             ours = place == folder or place.parent == output or (place / "trainer_state.json").is_file()
             if ours and removed.match(place.name):
                 raise QLoRAError(f"--{flag} {folder}: {place.name} names a run's checkpoint; name another folder")
-        for name, value in ((name, value) for name, value in sources if os.path.exists(value)):
+        for name, value in sources:
             read = Path(value).resolve()
             read = read if read.is_dir() else read.parent
             inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None

@@ -469,6 +469,12 @@ def test_a_bad_file_is_a_one_line_error_that_names_it(main, tmp_path, name, cont
     assert all(fragment in lines[0] for fragment in [str(tmp_path / name), *fragments])
 
 
+def test_a_file_of_flags_that_the_run_would_overwrite_is_refused(main, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"output_dir": str(tmp_path)}))
+    code, (line,) = main(str(tmp_path / "run.json"))
+    assert code == 2 and line.startswith(f"error: {tmp_path}/run.json: the run would write its own file")
+
+
 @pytest.mark.parametrize(
     ("content", "argv", "expected"),
     [
