@@ -1315,6 +1315,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
     shares = [share for _, share in dataset_shares(flags.dataset)]
     own_folders = [Path(p).resolve() for p in (flags.output_dir, flags.working_dir, flags.final_output_dir) if p]
+    secret = [name for name, value in config.flags.items() if re.search(r"://[^/@\s]*:[^/@\s]*@", str(value))]
     missing = set(training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
     mismatches = getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", ())
     values = ", ".join(re.sub("^- ds | hf", "", line) for line in mismatches)
@@ -1354,6 +1355,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          f"{', '.join(INTEGRATION_TO_CALLBACK)}"),
         (getattr(training.accelerator_config, "gradient_accumulation_kwargs", None),
          "--accelerator_config: gradient_accumulation_kwargs would change the loss's scale; leave them out"),
+        (secret, f"--{', --'.join(secret)}: a URL with a password, which run.json would show; log in instead"),
         (values, f'--deepspeed {training.deepspeed}: {values}: set these to "auto" in the file'),
         (training.fsdp and re.search(r"8bit|paged|lion|ademamix", flags.optim),
          f"--fsdp: bitsandbytes' --optim {flags.optim} cannot update shards; pass adamw_torch"),

@@ -901,6 +901,7 @@ RULES = [
     ("--plan --plan_gpu 8x80GiB", "--plan_gpu 8x80GiB 24GiB"),
     ("--plan --plan_gpu 0GiB", "--plan_gpu 0GiB 24GiB"),
     ("--overwrite_output_dir --resume_from_checkpoint c", "--overwrite_output_dir --resume_from_checkpoint"),
+    ("--dataset https://me:pw@example.org/x", "--dataset password log"),
     ("--report_to pigeon", "--report_to pigeon tensorboard"),
     ("--report_to comet_ml", "--report_to comet_ml installed"),
     ("--preview -1", "preview -1"),
