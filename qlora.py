@@ -16,21 +16,21 @@ Read the file from top to bottom, along the path of the data: every room uses on
      1 Imports             36-177
      2 Errors             180-246
      3 Dataset formats    249-757
-     4 Arguments         760-1448
-     5 Loading          1451-2008
-     6 Tokenizer        2011-2132
-     7 Encoding         2135-2613
-     8 Model            2616-3279
-     9 Calibration      3282-3656
-    10 LoRA             3659-3967
-    11 Fast path        3970-4942
-    12 Plan             4945-5290
-    13 Checkpoints      5293-5679
-    14 Processes        5682-5739
-    15 Evaluation       5742-5945
-    16 Trainer          5948-6586
-    17 Stages           6589-7086
-    18 Main             7089-7387
+     4 Arguments         760-1453
+     5 Loading          1456-2013
+     6 Tokenizer        2016-2137
+     7 Encoding         2140-2618
+     8 Model            2621-3284
+     9 Calibration      3287-3661
+    10 LoRA             3664-3972
+    11 Fast path        3975-4947
+    12 Plan             4950-5295
+    13 Checkpoints      5298-5684
+    14 Processes        5687-5744
+    15 Evaluation       5747-5950
+    16 Trainer          5953-6591
+    17 Stages           6594-7091
+    18 Main             7094-7392
 """
 
 # ------------------------------------------------------------------------------------
