@@ -14,23 +14,23 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
      1 Imports             36-177
-     2 Errors             180-246
-     3 Dataset formats    249-757
-     4 Arguments         760-1453
-     5 Loading          1456-2013
-     6 Tokenizer        2016-2137
-     7 Encoding         2140-2618
-     8 Model            2621-3284
-     9 Calibration      3287-3661
-    10 LoRA             3664-3972
-    11 Fast path        3975-4947
-    12 Plan             4950-5295
-    13 Checkpoints      5298-5684
-    14 Processes        5687-5744
-    15 Evaluation       5747-5950
-    16 Trainer          5953-6591
-    17 Stages           6594-7091
-    18 Main             7094-7392
+     2 Errors             180-243
+     3 Dataset formats    246-757
+     4 Arguments         760-1461
+     5 Loading          1464-2027
+     6 Tokenizer        2030-2151
+     7 Encoding         2154-2632
+     8 Model            2635-3298
+     9 Calibration      3301-3675
+    10 LoRA             3678-3986
+    11 Fast path        3989-4961
+    12 Plan             4964-5309
+    13 Checkpoints      5312-5698
+    14 Processes        5701-5758
+    15 Evaluation       5761-5964
+    16 Trainer          5967-6605
+    17 Stages           6608-7105
+    18 Main             7108-7406
 """
 
 # ------------------------------------------------------------------------------------
@@ -180,14 +180,11 @@ GIB = 2**30
 # ------------------------------------------------------------------------------------
 # 2. Errors
 #
-# main prints a QLoRAError as one line and returns 2. Its message says what was found, what was expected and what to do.
+# main prints a ConfigError as one line and returns 2. Its message says what was found, what was expected and what to do.
 # Every other exception is a bug and keeps its traceback.
 # ------------------------------------------------------------------------------------
-class QLoRAError(Exception):
+class ConfigError(Exception):
     """Something that the user can fix: flags that are wrong or conflict, an unusable model, dataset, file or row."""
-
-
-ConfigError = QLoRAError  # its name in other rooms
 
 
 class RowError(ValueError):
@@ -230,13 +227,13 @@ def reraise_as_user_error(what: str, *also: type[BaseException]) -> Iterator:
     except torch.OutOfMemoryError:  # handled by training, which retries with less
         raise
     except pickle.UnpicklingError as error:  # torch's own message suggests to disable the protection
-        raise QLoRAError(f"{what}: a pickle that holds more than tensors, which is not loaded") from error
+        raise ConfigError(f"{what}: a pickle that holds more than tensors, which is not loaded") from error
     except (*LIBRARY_ERRORS, *also) as error:
-        raise QLoRAError(f"{what}: {shorten(error)}") from error
+        raise ConfigError(f"{what}: {shorten(error)}") from error
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content; a QLoRAError if it can't be read."""
+    """A JSON file's content; a ConfigError if it can't be read."""
     with reraise_as_user_error(str(path)):
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -529,7 +526,7 @@ def get_format(name: str, as_chat: bool = False) -> DatasetFormat:
             return known
         question = known.columns[:-1] + ("input",) * ("input" in known.optional)  # the last column is the answer
         if not question:
-            raise QLoRAError(f"--as_chat: rows of the format {name} have no column that could be a user's turn")
+            raise ConfigError(f"--as_chat: rows of the format {name} have no column that could be a user's turn")
         parse = partial(parse_as_chat, question, known.columns[-1])
         return DatasetFormat(known.columns, parse, optional=question + BESIDE_CHATS)
     with reraise_as_user_error(f"--dataset_format {name}", Exception, SystemExit):
@@ -611,7 +608,7 @@ def apply_template(
         own = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked, "continue_final_message": False}
         rendered: Any = render_jinja_template([chat.messages[:end]], **options | own)
     except TemplateSyntaxError as error:
-        raise QLoRAError(f"the chat template, line {error.lineno}: {shorten(error)}") from error
+        raise ConfigError(f"the chat template, line {error.lineno}: {shorten(error)}") from error
     except LIBRARY_ERRORS as error:
         raise RowError(f"the chat template refuses it: {shorten(error)}") from error
     return rendered[0][0], rendered[1][0] if marked else None
@@ -701,7 +698,7 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
 def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[RenderedRow]:
     """Apply the chat template: one row or, if it renders a chat differently as it grows, a row for each answer."""
     if tokenizer is None or not tokenizer.chat_template:
-        raise QLoRAError("the tokenizer has no chat template, which chat rows need: pass a --chat_template FILE")
+        raise ConfigError("the tokenizer has no chat template, which chat rows need: pass a --chat_template FILE")
     chat = Conversation(*(escape_special_tokens(part, special_token_pattern(tokenizer)) for part in chat))
     try:
         return list(render_rows(chat, tokenizer))
@@ -730,11 +727,14 @@ DATASETS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
-def renamed_columns(flag: str | None) -> dict[str, str]:
+def renamed_columns(flag: str | None, dataset_format: str | None) -> dict[str, str]:
     """--columns input=question,output=answer: the names that a format has, and those in the data."""
     pairs = [part.strip().split("=") for part in (flag or "").split(",") if part.strip()]
     if any(len(pair) != 2 or not all(pair) for pair in pairs) or len(dict(pairs)) < len(pairs):
-        raise QLoRAError(f"--columns {flag}: expected pairs such as input=question,output=answer, each name once")
+        raise ConfigError(f"--columns {flag}: expected pairs such as input=question,output=answer, each name once")
+    fields = {"category", "source"}.union(*(known.columns + known.optional for known in FORMATS.values()))
+    if (unknown := sorted(dict(pairs).keys() - fields)) and not CUSTOM_FORMAT.fullmatch(dataset_format or ""):
+        raise ConfigError(f"--columns {flag}: no format has a field {unknown[0]}, but {', '.join(sorted(fields))}")
     return dict(pairs)
 
 
@@ -752,7 +752,7 @@ def dataset_shares(flag: str) -> list[tuple[str, float]]:
     for name in [flag] if os.path.exists(flag) else filter(None, re.split(r"\s*,\s*", flag.strip())):
         share = None if os.path.exists(name) else re.fullmatch(r"(.+):(\d*\.?\d+)", name)
         if share and not float(share[2]):
-            raise QLoRAError(f"--dataset {name}: expected a share such as 0.5, or a number of repeats such as 2")
+            raise ConfigError(f"--dataset {name}: expected a share such as 0.5, or a number of repeats such as 2")
         shares.append((share[1], float(share[2])) if share else (name, 1.0))
     return shares
 
@@ -998,6 +998,8 @@ REMOVED_FLAGS: dict[str, str] = {name: instead for names, instead in (
     ("show_traceback", "use --debug"), ("generation_max_length", "use --max_new_tokens"),
     ("generation_config", "pass its values as flags, e.g. --num_beams 4"),
 ) for name in names.split()}  # fmt: skip
+# Removed flags with the original's default, as its command lines may have them.
+HARMLESS = {("num_beam_groups", "1"), ("diversity_penalty", "0.0"), ("penalty_alpha", "None")}
 OLD_FLAGS = {"logging_dir", *RENAMED_FLAGS, *IGNORED_FLAGS, *REMOVED_FLAGS}
 # Not taken over when a run is repeated: its folders, what deletes, publishes or runs code, what the machine decides.
 NOT_REPEATED = frozenset({"output_dir", "working_dir", "final_output_dir", "merged_output_dir", "merge_base", "use_cpu",
@@ -1012,8 +1014,10 @@ class OldFlag(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         """Set the current flag, say that it has no effect, or raise."""
         name, value, written = self.dest, ",".join(values), str(option)
+        if (name, value) in HARMLESS:
+            return
         if name in REMOVED_FLAGS:
-            raise QLoRAError(f"{written}: this flag no longer exists: {REMOVED_FLAGS[name]}")
+            raise ConfigError(f"{written}: this flag no longer exists: {REMOVED_FLAGS[name]}")
         if name in IGNORED_FLAGS:
             log.warning("%s: accepted, without effect: %s", written, IGNORED_FLAGS[name])
             return
@@ -1035,7 +1039,7 @@ class OldFlag(argparse.Action):
 
 
 class Parser(HfArgumentParser):
-    """HfArgumentParser with a short help, which knows old flags and raises QLoRAErrors."""
+    """HfArgumentParser with a short help, which knows old flags and raises ConfigErrors."""
 
     everything = False  # whether the help lists the Trainer's other flags
 
@@ -1067,7 +1071,7 @@ class Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
-        raise QLoRAError(re.sub(r"^argument |/--[\w-]+(?=:)", "", message))
+        raise ConfigError(re.sub(r"^argument |/--[\w-]+(?=:)", "", message))
 
     def passed_flags(self, argv: Sequence[str]) -> dict[str, Any]:
         """The flags that these words set, and no others."""
@@ -1084,7 +1088,7 @@ class Parser(HfArgumentParser):
             known = ((option[2:], action.dest) for option, action in self._option_string_actions.items())
             names = [option for option, dest in known if "-" not in option and dest not in OLD_FLAGS]
             nearest = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, names, 1, 0.7)), "")
-            raise QLoRAError(f"{typed}: unknown flag, {f'did you mean --{nearest}?' if nearest else 'see --help'}")
+            raise ConfigError(f"{typed}: unknown flag, {f'did you mean --{nearest}?' if nearest else 'see --help'}")
         passed = {name: value for name, value in vars(namespace).items() if value is not unset}
         home = os.path.expanduser("~/")  # which a shell does neither in --flag=~/x nor after a comma
         return {n: re.sub(r"(?<![^,\s])~/", home, v) if isinstance(v, str) else v for n, v in passed.items()}
@@ -1099,7 +1103,7 @@ def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
         literals = content if is_json else yaml.load(text, yaml.BaseLoader)
     if not isinstance(content, dict) or len(literals) != len(content):
         found = f"found {type(content).__name__}, or << or names that YAML takes for one"
-        raise QLoRAError(f"{path}: expected flags as `name: value` lines, {found}")
+        raise ConfigError(f"{path}: expected flags as `name: value` lines, {found}")
     record = content if isinstance(content.get("flags"), dict) else {}
     if record:
         known = {f.name for group in ARGUMENT_GROUPS for f in dataclasses.fields(group)} - OLD_FLAGS - NOT_REPEATED
@@ -1117,7 +1121,7 @@ def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
 
 
 def parse_config(argv: Sequence[str]) -> Config:
-    """The command line -> a checked Config. A QLoRAError names the flag that is unknown, wrong or in conflict."""
+    """The command line -> a checked Config. A ConfigError names the flag that is unknown, wrong or in conflict."""
     parser = Parser(ARGUMENT_GROUPS, allow_abbrev=False, add_help=False, conflict_handler="resolve")
     parser.set_defaults(**TRAINER_DEFAULTS)
     for action in parser._actions:
@@ -1133,7 +1137,7 @@ def parse_config(argv: Sequence[str]) -> Config:
         parser.exit()
     path = argv[0] if argv and argv[0].lower().endswith((".yaml", ".yml", ".json")) else ""
     words, record = read_config_file(Path(path)) if path else ([], {})
-    with reraise_as_user_error(path, QLoRAError):  # names the file before its errors
+    with reraise_as_user_error(path, ConfigError):  # names the file before its errors
         from_file = parser.passed_flags(words)
     passed = parser.passed_flags(argv[bool(path) :])
     lost = {other for name in passed for other in SUPERSEDED.get(name, ())}  # the command line wins
@@ -1143,7 +1147,7 @@ def parse_config(argv: Sequence[str]) -> Config:
     given = from_file.keys() & record.get("derived", {}).get("given", ()) if record else from_file.keys()
     explicitly_set = frozenset(passed.keys() | given)
     if record and "output_dir" not in passed:
-        raise QLoRAError(f"{path}: to repeat this run, pass another folder as --output_dir")
+        raise ConfigError(f"{path}: to repeat this run, pass another folder as --output_dir")
     flags = vars(parser.parse_args([])) | from_file | passed
     flags |= resolve_defaults(flags, explicitly_set)
     check_launcher(flags)
@@ -1153,7 +1157,7 @@ def parse_config(argv: Sequence[str]) -> Config:
     config = Config(*groups, flags, explicitly_set, record)  # type: ignore[call-arg]
     check_config(config)
     if path and not record and Path(path).resolve() == Path(config.training.output_dir, "run.json").resolve():
-        raise QLoRAError(f"{path}: the run would write its own file of this name there; rename yours")
+        raise ConfigError(f"{path}: the run would write its own file of this name there; rename yours")
     return config
 
 
@@ -1245,7 +1249,7 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
 REQUIRES: tuple[tuple[Any, ...], ...] = (
     ("merge_base", "merged_output_dir"), ("skip_excess_length", "model_max_len"), ("stream_buffer", "streaming"),
     ("plan_gpu", "plan"), ("do_mmlu_eval", "do_eval"), ("offload_activations", "gradient_checkpointing"),
-    ("recompute_layers", "gradient_checkpointing"), ("full_finetune", "bits", 16, 32), ("fsdp", "bits", 4, 16, 32),
+    ("full_finetune", "bits", 16, 32), ("fsdp", "bits", 4, 16, 32),
     ("expand_conversations", "dataset_format", "airoboros_chat"), ("calibration_rows", "bits", 4),
     ("streaming", "train_sampling_strategy", "random", "sequential"),
     ("dataloader_persistent_workers", "dataloader_num_workers"),
@@ -1269,34 +1273,36 @@ def check_launcher(flags: Mapping[str, Any]) -> None:
     """Rules on accelerate launch and DeepSpeed, which the Trainer's arguments act on as soon as they are built."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no" and not flags.get(precision):
-        raise QLoRAError(f"mixed_precision {precision} of accelerate launch: set it to no, or pass --bf16 or --fp16")
+        raise ConfigError(f"mixed_precision {precision} of accelerate launch: set it to no, or pass --bf16 or --fp16")
     for engine in ("fsdp", "deepspeed"):
         if os.environ.get(f"ACCELERATE_USE_{engine.upper()}") == "true" and not flags[engine]:
-            raise QLoRAError(f"use_{engine} of accelerate launch: leave it out there, and pass --{engine} here")
+            raise ConfigError(f"use_{engine} of accelerate launch: leave it out there, and pass --{engine} here")
+    if flags["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed")
     if flags["deepspeed"] and not flags["plan"] and "LOCAL_RANK" not in os.environ:
-        raise QLoRAError("--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes")
+        raise ConfigError("--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes")
 
 
 def check_config(config: Config) -> None:
-    """Check every flag and every rule between flags; the first broken one is a QLoRAError with the way out."""
+    """Check every flag and every rule between flags; the first broken one is a ConfigError with the way out."""
     flags, explicitly_set = config.flags, config.explicitly_set
     rope_parameters(config.model.rope_scaling)
-    renamed_columns(config.data.columns)
+    renamed_columns(config.data.columns, config.data.dataset_format)
     for name in ("rank", "alpha"):
         parse_pattern(config.lora, name)
     for names, expected, is_valid in VALUE_CHECKS:
         for name in names.split():
             if flags[name] is not None and not is_valid(flags[name]):
-                raise QLoRAError(f"--{name} {flags[name]}: expected {expected}")
+                raise ConfigError(f"--{name} {flags[name]}: expected {expected}")
     for name, other, *values in REQUIRES:
         if name in explicitly_set and flags[name] and not (flags[other] in values if values else flags[other]):
-            raise QLoRAError(f"--{name} needs --{other} {' or '.join(map(str, values))}".rstrip())
+            raise ConfigError(f"--{name} needs --{other} {' or '.join(map(str, values))}".rstrip())
     for name, other in MUTUALLY_EXCLUSIVE:
         if {name, other} <= explicitly_set and flags[name] and flags[other]:
-            raise QLoRAError(f"--{name} and --{other}: pass only one of them")
+            raise ConfigError(f"--{name} and --{other}: pass only one of them")
     for broken, message in conflicts(config):
         if broken:
-            raise QLoRAError(message)
+            raise ConfigError(message)
 
 
 FSDP_CONFIG = ("cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
@@ -1330,6 +1336,8 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
         (flags.calibration_rows and (flags.use_dora or flags.lora_rank_pattern)
          and "init_lora_weights" not in config.explicitly_set,
          "--calibration_rows: with DoRA or a rank pattern adapters start at zero: pass --init_lora_weights True"),
+        (not flags.gradient_checkpointing and flags.recompute_layers not in ("auto", "none", "0"),
+         f"--recompute_layers {flags.recompute_layers} needs --gradient_checkpointing"),
         (flags.merged_output_dir and Path(flags.merged_output_dir).resolve() in own_folders,
          f"--merged_output_dir {flags.merged_output_dir}: the run's own folder; name another"),
         (flags.bits < 16 and flags.init_lora_weights.lower() not in QUANTISED_INITS,
@@ -1377,10 +1385,10 @@ def check_folders(config: Config) -> None:
         folder = Path(flags[flag] or flags["output_dir"]).resolve()
         for place in (folder, *folder.parents):
             if place.is_file():
-                raise QLoRAError(f"--{flag} {folder}: {place} is a file; name a folder")
+                raise ConfigError(f"--{flag} {folder}: {place} is a file; name a folder")
             ours = place == folder or place.parent == output or (place / "trainer_state.json").is_file()
             if ours and removed.match(place.name):
-                raise QLoRAError(f"--{flag} {folder}: {place.name} names a run's checkpoint; name another folder")
+                raise ConfigError(f"--{flag} {folder}: {place.name} names a run's checkpoint; name another folder")
         for name, value in sources:
             read = Path(value).resolve()
             read = read if read.is_dir() else read.parent
@@ -1388,7 +1396,7 @@ def check_folders(config: Config) -> None:
             resumes = name == "resume_from_checkpoint"
             within = inside and not resumes and removed.match(inside[0])
             if within or (inside == () and not (resumes and (folder / "run.json").is_file())):  # a bare checkpoint
-                raise QLoRAError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
+                raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
 
 
 @lru_cache(maxsize=1)
@@ -1412,18 +1420,18 @@ def check_base(config: Config) -> None:
         if not name or Path(name).exists():
             continue
         if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
-            raise QLoRAError(f"--{flag} {name}: no such folder or file")
+            raise ConfigError(f"--{flag} {name}: no such folder or file")
         if why := no_connection():
             if not isinstance(huggingface_hub.try_to_load_from_cache(name, file, config.model.cache_dir), str):
-                raise QLoRAError(f"--{flag} {name}: no such folder, not in the cache, and no connection: {why}")
+                raise ConfigError(f"--{flag} {name}: no such folder, not in the cache, and no connection: {why}")
             log.warning("no connection to the hub (%s): using %s as it is in the cache", why, name)
     adapter = Path(model, "adapter_config.json")
     if adapter.is_file() and not Path(model, "config.json").is_file():
         base = read_json(adapter).get("base_model_name_or_path")
-        raise QLoRAError(f"--model_name_or_path {model}: an adapter of {base}; move it to --adapter_name_or_path")
+        raise ConfigError(f"--model_name_or_path {model}: an adapter of {base}; move it to --adapter_name_or_path")
     manifest = Path(config.model.adapter_name_or_path or model, "checkpoint.json")
     if manifest.is_file() and '"adapter start": "calibrated"' in manifest.read_text(encoding="utf-8"):
-        raise QLoRAError(f"{manifest.parent}: fits the calibrated base of its run only; finish that run")
+        raise ConfigError(f"{manifest.parent}: fits the calibrated base of its run only; finish that run")
     if args.push_to_hub and args.do_train and not (args.plan or config.data.preview):
         with reraise_as_user_error("--push_to_hub: log in with `hf auth login`", Exception):
             huggingface_hub.whoami(token=args.hub_token)
@@ -1543,13 +1551,13 @@ def data_suffix(path: Path) -> str:
 
 
 def read_file(path: Path) -> NumberedRows:
-    """The rows of one local file; a QLoRAError if it can't be read to its end."""
+    """The rows of one local file; a ConfigError if it can't be read to its end."""
     open_file = OPENERS.get(path.suffix.lower(), open)
     with reraise_as_user_error(str(path), csv.Error), open_file(path, "rb") as file:
         head = file.peek(1000)[:1000]
         wide = head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > len(head) // 3
         if wide and data_suffix(path) != ".parquet":
-            raise QLoRAError(f"{path}: the file is in UTF-16 or UTF-32, expected UTF-8: save it in that encoding")
+            raise ConfigError(f"{path}: the file is in UTF-16 or UTF-32, expected UTF-8: save it in that encoding")
         # bytes that are not UTF-8 become lone surrogates, which get_text reports with the row they are in
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         yield from READERS[data_suffix(path)](text)
@@ -1612,9 +1620,9 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
         splits = loaded if isinstance(loaded, dict) else {"train": loaded}
         return {split: RowSource(f"{name}[{split}]", loaded=rows) for split, rows in splits.items()}
     if path.exists():
-        return find_files(name, path)
+        return find_files(name, path, config)
     if data_suffix(path) in READERS:
-        raise QLoRAError(f"{name}: no such file")
+        raise ConfigError(f"{name}: no such file")
     return load_from_hub(config, name)
 
 
@@ -1634,23 +1642,26 @@ def split_named(name: str) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def find_files(name: str, path: Path) -> dict[str, RowSource]:
+def find_files(name: str, path: Path, config: Config) -> dict[str, RowSource]:
     """The splits of a local file, or of a folder. Its sub-folders are read only if it has no data file of its own."""
     files = [path]
     if path.is_dir():
         visible = sorted(f for f in path.rglob("*") if f.is_file() and "/." not in f"/{f.relative_to(path).as_posix()}")
         data = [f for f in visible if data_suffix(f) in READERS and not f.name.startswith("dataset_info")]
         files = [file for file in data if file.parent == path] or data
+        for flag in OUTPUT_FLAGS if files is data else ():
+            if (value := config.flags[flag]) and Path(value).resolve().is_relative_to(path.resolve()):
+                raise ConfigError(f"--{flag} {value}: the run reads sub-folders of {path}; name a folder outside")
         if unread := [str(file.relative_to(path)) for file in visible if file not in files]:
             log.info("%s: not read: %s", path, shorten(", ".join(unread)))
     splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
     for file in files:
         splits[split_named(file.relative_to(path).as_posix())] += (file,)
     if not splits or data_suffix(files[0]) not in READERS:
-        raise QLoRAError(f"{path}: no data, expected {', '.join(READERS)}, also .gz or .zst, or save_to_disk's files")
+        raise ConfigError(f"{path}: no data, expected {', '.join(READERS)}, also .gz or .zst, or save_to_disk's files")
     if "" in splits and len(splits) > 1:
         others = ", ".join(file.name for file in splits[""])
-        raise QLoRAError(f"{path}: {others} beside files named after splits: name all train, eval, ..., or none")
+        raise ConfigError(f"{path}: {others} beside files named after splits: name all train, eval, ..., or none")
     return {s or "train": RowSource(f"{name}[{s}]" if s else name, files) for s, files in splits.items()}
 
 
@@ -1662,7 +1673,7 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
         where, row = next(iter(source), (name, RowError("no row in it")))
         with reraise_as_user_error(where):  # a RowError is a ValueError
             check_row(row)
-    names = renamed_columns(config.data.columns)
+    names = renamed_columns(config.data.columns, config.data.dataset_format)
     columns = rename_columns(dict.fromkeys(own), names).keys()
     candidates = MASKED_FORMATS if config.masked else tuple(name for name, f in FORMATS.items() if f.inferred)
     named = config.data.dataset_format or (name if name in DATASETS and not config.masked else None)
@@ -1671,15 +1682,15 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     found = f"{name}: found the columns {shorten(', '.join(own) or '(none)')}"
     absent = [column for column in names.values() if column not in own]
     if absent and (len(absent) < len(names) or missing or not chosen):
-        raise QLoRAError(f"{found}, but none is called {absent[0]}, which --columns names")
+        raise ConfigError(f"{found}, but none is called {absent[0]}, which --columns names")
     if chosen is None:
         needed = {", ".join(sorted(FORMATS[known].columns)): known for known in candidates}
         nearest = (needed[text] for text in difflib.get_close_matches(", ".join(columns), needed, n=2, cutoff=0))
         needs = " or ".join(f"{', '.join(FORMATS[known].columns)} ({known})" for known in nearest)
         way = "--columns input=question says what yours are called, --dataset_format path.py:function converts rows"
-        raise QLoRAError(f"{found}, which fit no format; the nearest need {needs}; {way}")
+        raise ConfigError(f"{found}, which fit no format; the nearest need {needs}; {way}")
     if missing:
-        raise QLoRAError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
+        raise ConfigError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
     said = ", inferred from columns" * (not named) + "; it has none of the columns that --columns names" * bool(absent)
     log.info("%s: format %s%s", name, chosen, said)
     if chosen == "hh-rlhf":
@@ -1718,7 +1729,7 @@ def length_limits(config: Config) -> Limits:
 def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Tokens]]:
     """Tokens of each segment of rows that are tokenised as one text; a token in two segments goes to the second."""
     if not tokenizer.is_fast:
-        raise QLoRAError("chats and segments need a tokenizer with character offsets, which a tokenizer.json gives")
+        raise ConfigError("chats and segments need a tokenizer with character offsets, which a tokenizer.json gives")
     ends, bos, eos = BOS_MARK + EOS_MARK, tokenizer.bos_token_id, tokenizer.eos_token_id
     texts = ["".join(segment["text"] for segment in row).strip(ends) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
@@ -1786,7 +1797,7 @@ def check_row(row: Any) -> Mapping[str, Any]:
 def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, Any]]:
     """The rows of --include_sources, renamed; with --expand_conversations one for each answer of a valid chat."""
     wanted = {name.strip() for name in data.include_sources.split(",")}
-    names, found = renamed_columns(data.columns), False
+    names, found = renamed_columns(data.columns, data.dataset_format), False
     kept = ((where, rename_columns(row, names)) for where, row in source)
     if wanted != {"ALL"}:
         kept = (pair for pair in kept if not isinstance(pair[1], Mapping) or str(pair[1].get("source")) in wanted)
@@ -1801,7 +1812,7 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
         yield from ({"where": where, "row": row} for row in rows)
     if not found:
         which = "" if wanted == {"ALL"} else f" has a source in --include_sources {data.include_sources}"
-        raise QLoRAError(f"{source.name}: no row{f' after row {source.start}' * bool(source.start)}{which}")
+        raise ConfigError(f"{source.name}: no row{f' after row {source.start}' * bool(source.start)}{which}")
 
 
 def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any, limits: Limits) -> list[Any]:
@@ -1894,7 +1905,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
             eval_sources += [sources[split] for split in SPLIT_NAMES if split in sources][:1]
         train = sources.get("train") if training or data.streaming or not eval_sources else None
         if train is None and (args.do_train or not eval_sources):
-            raise QLoRAError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
+            raise ConfigError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
         if unused := {source.name for source in sources.values() if source not in (train, *eval_sources)}:
             log.info("not read: %s", ", ".join(sorted(unused)))
         if data.streaming and train:
@@ -1925,7 +1936,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def holds_rows_out(config: Config) -> bool:
-    """Whether the model was trained on this dataset with rows held out."""
+    """Whether the model was trained on this dataset with rows held out; warn if it was trained on all of them."""
     model = config.model
     for name in config.training.output_dir, model.adapter_name_or_path or "", model.model_name_or_path:
         for record in Path(name, "run.json"), Path(name).parent / "run.json":  # a checkpoint's lies above it
@@ -1934,6 +1945,9 @@ def holds_rows_out(config: Config) -> bool:
             now, trained = ({os.path.realpath(n): share for n, share in dataset_shares(flag)} for flag in both)
             if now == trained and (flags["do_eval"] or flags["do_predict"]) and not flags["eval_dataset"]:
                 return True
+            if now.keys() & trained.keys():
+                log.warning("--dataset %s: %s was trained on these rows", config.data.dataset, name)
+                return False
     return False
 
 
@@ -1958,7 +1972,7 @@ def train_eval_split(rows: Any, config: Config) -> Splits:
         log.info("a tenth of %d rows, %d, is held out; --eval_dataset_size sets another number", total, size)
     count = math.ceil(size if size >= 1 else size * total)
     if config.training.do_train and count >= total:
-        raise QLoRAError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {total} rows")
+        raise ConfigError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {total} rows")
     if count >= total:
         return Splits(None, rows)
     if any(categories):  # evenly spaced: each gives its share, and one with a single row breaks nothing
@@ -1975,7 +1989,7 @@ def drop_bad_rows(rows: Any, config: Config) -> Any:
         reject(list(rows.select(bad)), len(rows), config)
         rows = rows.select([i for i, problem in enumerate(problems) if not problem])
     if not len(rows):
-        raise QLoRAError(f"--dataset {config.data.dataset}: no row in it that can be used")
+        raise ConfigError(f"--dataset {config.data.dataset}: no row in it that can be used")
     return rows
 
 
@@ -2001,7 +2015,7 @@ def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> Non
     file = Path(config.training.output_dir, REJECTED)
     if config.data.on_bad_rows == "stop":
         more = f" (and {len(rows) - 1} more such rows)" if len(rows) > 1 else ""
-        raise QLoRAError(f"{first}{more}; --on_bad_rows skip leaves them out")
+        raise ConfigError(f"{first}{more}; --on_bad_rows skip leaves them out")
     entries = [{"where": r["where"], "reason": r["problem"], "row": json.loads(r.get("raw") or "null")} for r in rows]
     lines = [json.dumps(entry) + "\n" for entry in entries]
     new = [line for line in lines if line not in rejected_lines(file)]
@@ -2043,7 +2057,7 @@ def read_tokenizer_patch(folder: Path) -> dict[str, Any]:
     """The settings in the files of --tokenizer_patch, which take precedence over the tokenizer's own."""
     files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
     if not any(file.is_file() for file in files):
-        raise QLoRAError(f"--tokenizer_patch {folder}: expected a folder with {' or '.join(f.name for f in files)}")
+        raise ConfigError(f"--tokenizer_patch {folder}: expected a folder with {' or '.join(f.name for f in files)}")
     settings = {name: value for file in files if file.is_file() for name, value in read_json(file).items()}
     settings.pop("tokenizer_class", None)  # it follows from the model and its files
     return {n: v["content"] if isinstance(v, dict) and "content" in v else v for n, v in settings.items()}
@@ -2096,7 +2110,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
             tokenizer = (LlamaTokenizer if llama else AutoTokenizer).from_pretrained(folder, **options)
             tokenizer = match_file(tokenizer, file, **options)
     if tokenizer is None or "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
-        raise QLoRAError(f"{what} has empty special tokens: pass --tokenizer_patch examples/llama1_tokenizer")
+        raise ConfigError(f"{what} has empty special tokens: pass --tokenizer_patch examples/llama1_tokenizer")
     tokenizer.name_or_path = model.model_name_or_path
     if model.chat_template:
         with reraise_as_user_error(f"--chat_template {model.chat_template}"):
@@ -2125,11 +2139,11 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
     for name in ("pad_token", "eos_token", "bos_token", "unk_token"):
         if (token := getattr(config.model, name)) is not None:
             if vocabulary.get(token, rows) >= rows:
-                raise QLoRAError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
+                raise ConfigError(f"--{name} {token}: not in the model's vocabulary of {rows} tokens")
             setattr(tokenizer, name, token)
     needed, way = ("mask_token", "pass a masked model") if config.masked else ("eos_token", "pass --eos_token")
     if getattr(tokenizer, needed) is None:
-        raise QLoRAError(f"the tokenizer has no {needed}: {way}")
+        raise ConfigError(f"the tokenizer has no {needed}: {way}")
     if not tokenizer.pad_token or vocabulary.get(str(tokenizer.pad_token), rows) >= rows:
         spare = [token for token, i in vocabulary.items() if SPARE_TOKENS.fullmatch(token) and i < rows]
         other = tokenizer.unk_token or tokenizer.eos_token
@@ -2284,7 +2298,7 @@ def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: flo
             flag = f"--model_max_len {limit}" if limit else f"--source_max_len {config.data.source_max_len}"
             if all(long):
                 flag += f": all {len(rows)} {name} rows are longer"
-                raise QLoRAError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
+                raise ConfigError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
             fitting = fitting_lengths(rows, config, positions)
             way = f"; 99 % of them fit with {fitting}" if fitting else ""
             log.warning("%d of %d %s rows are longer than %s: left out%s", sum(long), len(rows), name, flag, way)
@@ -5455,7 +5469,7 @@ def checkpoint_problem(folder: Path) -> str | None:
         torn = [f"{file.name} breaks off" for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
         empty = not weights_in(folder) and not weights_in(folder, full_finetune=True)
         return next(iter(torn), "no weights in it" if empty else None)
-    except (*LIBRARY_ERRORS, QLoRAError) as error:  # type: ignore[misc]
+    except (*LIBRARY_ERRORS, ConfigError) as error:  # type: ignore[misc]
         return shorten(error)
 
 
@@ -5608,7 +5622,7 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         if is_peer_failure(error) or not saving:
             raise
         what = "No space left on device" if re.search("No space left|inline_container", str(error)) else shorten(error)
-        raise QLoRAError(f"{target}: not saved: {what}. What was saved before stays") from error
+        raise ConfigError(f"{target}: not saved: {what}. What was saved before stays") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -5898,7 +5912,7 @@ def load_questions(config: Config) -> list[Question]:
             head = f"The following are multiple choice questions (with answers) about  {topic}.\n\n"
             questions.append(Question(subject, head + shots[subject] + QUESTION.format_map(row), answer))
     if not questions:
-        raise QLoRAError(f"--mmlu_dir {mmlu.mmlu_dir}: no question in it")
+        raise ConfigError(f"--mmlu_dir {mmlu.mmlu_dir}: no question in it")
     return questions[: mmlu.max_mmlu_samples]
 
 
@@ -6437,7 +6451,7 @@ class QLoRATrainer(Trainer):
         of = f", on rows {shorten(', '.join(filter(None, rows)))}" if any(rows) else ""
         kept = checkpoints_in(Path(self.config.training.output_dir))
         stays = f"{kept[0]} stays, a rerun on the same rows goes on from it" if kept else "no checkpoint was saved"
-        raise QLoRAError(f"step {step}: {what}{of}: {why}. {stays}")
+        raise ConfigError(f"step {step}: {what}{of}: {why}. {stays}")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let the Trainer write into a hidden folder; the rename in commit_checkpoint makes it visible as a whole."""
@@ -6851,10 +6865,10 @@ def compare_merged(
     if lost > 0.05:
         log.warning("%.0f %% of the adapter's change is too small for a 16-bit weight and is lost", 100 * lost)
     if torch.equal(merged, base):
-        raise QLoRAError(f"{target}: not written, the merge changed nothing: the adapter is zero, or lost in 16 bit")
+        raise ConfigError(f"{target}: not written, the merge changed nothing: the adapter is zero, or lost in 16 bit")
     if not error <= allowed:
         what = f"the merged model's logits differ from those of base + adapter by {error:.3g} (root mean square)"
-        raise QLoRAError(f"{target}: not written, {what}, of which rounding explains {allowed:.3g}")
+        raise ConfigError(f"{target}: not written, {what}, of which rounding explains {allowed:.3g}")
     log.info("verified: the merged model answers as base and adapter do: logits differ by at most %.3g, as rounding to "
              "16 bit explains; the adapter moves them by up to %.3g", largest, moved)  # fmt: skip
     return {"merge_largest_difference": largest, "merge_difference": error, "merge_rounding": allowed}
@@ -7216,7 +7230,7 @@ def plan_of_rows(config: Config) -> dict[str, str]:
     reading = dataclasses.replace(config, data=dataclasses.replace(config.data, preview=1))  # leaves no files
     try:
         run, data = load_run(reading)
-    except QLoRAError as error:
+    except ConfigError as error:
         return {"rows": f"not read: {error}"}
     train, part = config.training, data.statistics["train"]
     epoch = max(1, steps_per_epoch(len(data.train), effective_batch(None, train)["rows"], train))
@@ -7315,7 +7329,7 @@ def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
     """Return the exit status and message of what a user can fix; None for our bugs."""
     library = type(error).__module__.partition(".")[0]
     match error:
-        case QLoRAError():
+        case ConfigError():
             return 2, str(error)
         case KeyboardInterrupt():
             name = signal.Signals(error.args[0] if error.args else signal.SIGINT).name

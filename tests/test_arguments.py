@@ -1223,3 +1223,7 @@ def test_a_line_of_help_says_default_and_choices(help_lines, name, expected):
 def test_a_list_in_a_file_is_comma_separated(tmp_path):
     (tmp_path / "run.yaml").write_text("lora_modules: [q_proj, v_proj]\nreport_to: none\n")
     assert parse(str(tmp_path / "run.yaml")).lora.lora_modules == "q_proj,v_proj"
+
+
+def test_a_removed_flag_with_the_originals_default_changes_nothing():
+    assert parse("--num_beam_groups", "1", "--diversity_penalty", "0.0", "--penalty_alpha=None").explicitly_set == set()

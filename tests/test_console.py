@@ -279,7 +279,7 @@ def test_unknown_columns_name_the_nearest_formats_first_and_ways_out(run_qlora, 
 
 def test_a_full_disk_is_called_so_whatever_the_library_says(tmp_path):
     for text in ("[enforce fail at inline_container.cc:672] . unexpected pos 4 vs 3", "No space left on device"):
-        expected = pytest.raises(qlora.QLoRAError, match=r"not saved: No space left on device\. What")
+        expected = pytest.raises(qlora.ConfigError, match=r"not saved: No space left on device\. What")
         with expected, qlora.atomic_save(tmp_path / "staging", tmp_path):
             raise RuntimeError(text)
 

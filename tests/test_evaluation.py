@@ -610,3 +610,10 @@ def test_rows_are_held_out_only_of_what_was_trained_on(run_qlora, data_dir, tmp_
 def test_a_run_json_of_another_program_is_no_record(run_qlora, tmp_path):
     (tmp_path / "run.json").write_text('{"name": "another program"}')
     assert run_qlora(do_train=False, do_eval=True, output_dir=tmp_path / "out").code == 0
+
+
+def test_rows_that_were_all_trained_on_are_a_warning(run_qlora, data_dir):
+    assert run_qlora(max_steps=1, do_eval=False, do_predict=False).code == 0
+    run = run_qlora(do_train=False, do_eval=True)
+    said = f"--dataset {data_dir / 'support.jsonl'}: {run.output_dir} was trained on these rows"
+    assert run.stderr.splitlines().count(said) == 1 and "a tenth" not in run.stderr

@@ -391,6 +391,24 @@ def test_an_output_folder_above_a_model_is_no_risk_to_it(run_qlora, models, tmp_
     assert contents_of(model) == before
 
 
+@pytest.mark.parametrize("flag", ["output_dir", "final_output_dir", "working_dir", "merged_output_dir"])
+def test_an_output_folder_among_the_sub_folders_of_a_dataset_is_refused(
+    run_qlora, data_dir, tmp_path, monkeypatch, flag
+):
+    """Its sub-folders are read, so that a rerun would take the run's own .json files for rows."""
+    (tmp_path / "data" / "en").mkdir(parents=True)
+    shutil.copy(data_dir / "support.jsonl", tmp_path / "data" / "en")
+    before = contents_of(tmp_path)
+    monkeypatch.chdir(tmp_path / "data")
+    for dataset, folder in ((".", "results"), (tmp_path / "data", tmp_path / "data" / "en" / "results")):
+        run = run_qlora(dataset=dataset, **{flag: folder})
+        assert run.code == 2 and f"--{flag} {folder}" in run.stderr and "sub-folders" in run.stderr
+    assert contents_of(tmp_path) == before
+    shutil.copy(data_dir / "support.jsonl", tmp_path / "data")  # now its sub-folders are not read
+    for _ in range(2):
+        assert run_qlora(dataset=".", max_steps=1, output_dir="results").code == 0
+
+
 def test_a_model_that_would_be_loaded_instead_of_what_is_saved_is_not_overwritten(run_qlora, own_model, tmp_path):
     """A lone model.safetensors beside shards, of which no record says whose it is."""
     before = contents_of(own_model)

@@ -278,6 +278,17 @@ def test_a_deepspeed_file_that_the_flags_contradict(start, tmp_path):
     assert error_of(finish(both[1], 2)) == expected
 
 
+def test_missing_deepspeed_is_one_line(start, tmp_path):
+    hidden = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *package: None if name == "deepspeed" else find(name, *package)
+"""
+    line = error_of(finish(start(2, tmp_path / "out", before=hidden, deepspeed=zero(2)), 2))
+    assert "--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_masks_do_not_depend_on_the_number_of_processes(start, models, tmp_path):
     """Rows repeat: equal rows of one step share a mask, and get another one in the next step.
 
