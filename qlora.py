@@ -14,23 +14,23 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
      1 Imports             36-177
-     2 Errors             180-251
-     3 Dataset formats    254-767
-     4 Arguments         770-1485
-     5 Loading          1488-2059
-     6 Tokenizer        2062-2184
-     7 Encoding         2187-2665
-     8 Model            2668-3331
-     9 Calibration      3334-3708
-    10 LoRA             3711-4019
-    11 Fast path        4022-5013
-    12 Plan             5016-5361
-    13 Checkpoints      5364-5750
-    14 Processes        5753-5810
-    15 Evaluation       5813-6016
-    16 Trainer          6019-6657
-    17 Stages           6660-7157
-    18 Main             7160-7458
+     2 Errors             180-243
+     3 Dataset formats    246-757
+     4 Arguments         760-1461
+     5 Loading          1464-2027
+     6 Tokenizer        2030-2151
+     7 Encoding         2154-2632
+     8 Model            2635-3298
+     9 Calibration      3301-3675
+    10 LoRA             3678-3986
+    11 Fast path        3989-4980
+    12 Plan             4983-5328
+    13 Checkpoints      5331-5717
+    14 Processes        5720-5777
+    15 Evaluation       5780-5983
+    16 Trainer          5986-6624
+    17 Stages           6627-7124
+    18 Main             7127-7425
 """
 
 # ------------------------------------------------------------------------------------
@@ -180,19 +180,11 @@ GIB = 2**30
 # ------------------------------------------------------------------------------------
 # 2. Errors
 #
-# main prints a QLoRAError as one line and returns 2. Its message says what was found, what was expected and what to do.
+# main prints a ConfigError as one line and returns 2. Its message says what was found, what was expected, what to do.
 # Every other exception is a bug and keeps its traceback.
 # ------------------------------------------------------------------------------------
-class QLoRAError(Exception):
-    """Something that the user can fix."""
-
-
-class ConfigError(QLoRAError):
-    """A wrong flag, flags that conflict, or a model that they do not fit."""
-
-
-class DataError(QLoRAError):
-    """An unusable dataset, file or row."""
+class ConfigError(Exception):
+    """Something that the user can fix: flags that are wrong or conflict, an unusable model, dataset, file or row."""
 
 
 class RowError(ValueError):
@@ -228,16 +220,16 @@ LIBRARY_ERRORS: tuple[type[Exception], ...] = (
 
 
 @contextlib.contextmanager
-def reraise_as_user_error(what: str, kind: type[QLoRAError] = ConfigError, *also: type[BaseException]) -> Iterator:
+def reraise_as_user_error(what: str, *also: type[BaseException]) -> Iterator:
     """Re-raise library errors as one line that begins with `what`, the flag or file at fault."""
     try:
         yield
     except torch.OutOfMemoryError:  # handled by training, which retries with less
         raise
     except pickle.UnpicklingError as error:  # torch's own message suggests to disable the protection
-        raise kind(f"{what}: a pickle that holds more than tensors, which is not loaded") from error
+        raise ConfigError(f"{what}: a pickle that holds more than tensors, which is not loaded") from error
     except (*LIBRARY_ERRORS, *also) as error:
-        raise kind(f"{what}: {shorten(error)}") from error
+        raise ConfigError(f"{what}: {shorten(error)}") from error
 
 
 def read_json(path: Path) -> Any:
@@ -411,10 +403,9 @@ def get_calls(fields: RawRow, name: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise field_error(fields, name, "tool calls, each with a name and arguments")
-        given = "parameters" if "arguments" not in function and "parameters" in function else "arguments"  # Llama's
-        own = {"function", "name", "arguments", "parameters"}
-        frame = {key: part for key, part in call.items() if key not in own and part is not None}
-        function = {"name": function["name"], "arguments": get_list(function, given, {})}
+        arguments = get_list(function, "arguments" if "arguments" in function else "parameters", {})  # Llama's
+        frame = {key: call[key] for key in ("type", "id") if call.get(key) is not None}
+        function = {"name": function["name"], "arguments": arguments}
         calls.append({"type": "function"} | frame | {"function": function})
     return calls
 
@@ -538,7 +529,7 @@ def get_format(name: str, as_chat: bool = False) -> DatasetFormat:
             raise ConfigError(f"--as_chat: rows of the format {name} have no column that could be a user's turn")
         parse = partial(parse_as_chat, question, known.columns[-1])
         return DatasetFormat(known.columns, parse, optional=question + BESIDE_CHATS)
-    with reraise_as_user_error(f"--dataset_format {name}", ConfigError, Exception, SystemExit):
+    with reraise_as_user_error(f"--dataset_format {name}", Exception, SystemExit):
         module = types.SimpleNamespace(**runpy.run_path(custom[1]))
         return DatasetFormat((), partial(parse_custom, name, getattr(module, custom[2])))
 
@@ -571,8 +562,7 @@ def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = 
         text = str(token)
         names_role = re.search("(?i)system|user|assistant|turn", text) and (text in template or text not in added)
         marks_turn = text in template and re.match("(?i)(?!.*(think|tool)).*(im_|inst|head|role|end)", text)
-        unflagged_marker = not token.special and (names_role or marks_turn)
-        if unflagged_marker or (token.special and not unflagged):
+        if (not unflagged) if token.special else (names_role or marks_turn):
             texts.append(text)
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
@@ -1037,7 +1027,7 @@ class OldFlag(argparse.Action):
             return
         current, on, off = [*RENAMED_FLAGS[name].split(), "", ""][:3]
         negated = not written.replace("-", "_").endswith(f"__{name}")
-        with reraise_as_user_error(f"{written} {value}", ConfigError, argparse.ArgumentTypeError):
+        with reraise_as_user_error(f"{written} {value}", argparse.ArgumentTypeError):
             if negated or on:
                 wanted = string_to_bool(value or "True") != negated
                 value = (on if wanted else off) if on else str(wanted)
@@ -1094,8 +1084,6 @@ class Parser(HfArgumentParser):
         _, unknown = self.parse_known_args(words, namespace)
         if unknown:
             typed = unknown[0].partition("=")[0]
-            if not typed.startswith("-"):
-                raise ConfigError(f"{typed}: expected a flag, which begins with --, or a .yaml or .json file first")
             name = typed.lstrip("-").replace("-", "_")
             known = ((option[2:], action.dest) for option, action in self._option_string_actions.items())
             names = [option for option, dest in known if "-" not in option and dest not in OLD_FLAGS]
@@ -1149,7 +1137,7 @@ def parse_config(argv: Sequence[str]) -> Config:
         parser.exit()
     path = argv[0] if argv and argv[0].lower().endswith((".yaml", ".yml", ".json")) else ""
     words, record = read_config_file(Path(path)) if path else ([], {})
-    with reraise_as_user_error(path, ConfigError, ConfigError):  # names the file before its errors
+    with reraise_as_user_error(path, ConfigError):  # names the file before its errors
         from_file = parser.passed_flags(words)
     passed = parser.passed_flags(argv[bool(path) :])
     lost = {other for name in passed for other in SUPERSEDED.get(name, ())}  # the command line wins
@@ -1213,7 +1201,7 @@ def parse_pattern(lora: Any, name: str) -> dict[str, Any]:
     text = getattr(lora, f"lora_{name}_pattern")
     kinds = (int,) if name == "rank" else (int, float)
     expected = f'--lora_{name}_pattern {text}: expected JSON such as {{"q_proj": 8}}'
-    with reraise_as_user_error(expected, ConfigError, re.error):
+    with reraise_as_user_error(expected, re.error):
         pattern: dict[str, Any] = json.loads(text or "{}")
         if not all(re.compile(layer) and type(v) in kinds and 0 < v < math.inf for layer, v in pattern.items()):
             raise ValueError("values must be above 0, and ranks whole numbers")
@@ -1261,9 +1249,10 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
 REQUIRES: tuple[tuple[Any, ...], ...] = (
     ("merge_base", "merged_output_dir"), ("skip_excess_length", "model_max_len"), ("stream_buffer", "streaming"),
     ("plan_gpu", "plan"), ("do_mmlu_eval", "do_eval"), ("offload_activations", "gradient_checkpointing"),
-    ("full_finetune", "bits", 16, 32), ("expand_conversations", "dataset_format", "airoboros_chat"),
-    ("calibration_rows", "bits", 4), ("streaming", "train_sampling_strategy", "random", "sequential"),
-    ("dataloader_persistent_workers", "dataloader_num_workers"), ("fsdp", "bits", 4, 16, 32),
+    ("full_finetune", "bits", 16, 32), ("fsdp", "bits", 4, 16, 32),
+    ("expand_conversations", "dataset_format", "airoboros_chat"), ("calibration_rows", "bits", 4),
+    ("streaming", "train_sampling_strategy", "random", "sequential"),
+    ("dataloader_persistent_workers", "dataloader_num_workers"),
 )  # fmt: skip
 MUTUALLY_EXCLUSIVE = (
     ("full_finetune", "adapter_name_or_path"), ("merged_output_dir", "full_finetune"), ("preview", "plan"),
@@ -1282,16 +1271,15 @@ SUPERSEDED = {"num_train_epochs": {"max_steps"}, "eval_dataset": {"eval_dataset_
 
 def check_launcher(flags: Mapping[str, Any]) -> None:
     """Rules on accelerate launch and DeepSpeed, which the Trainer's arguments act on as soon as they are built."""
-    deepspeed = flags["deepspeed"]
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no" and not flags.get(precision):
         raise ConfigError(f"mixed_precision {precision} of accelerate launch: set it to no, or pass --bf16 or --fp16")
     for engine in ("fsdp", "deepspeed"):
         if os.environ.get(f"ACCELERATE_USE_{engine.upper()}") == "true" and not flags[engine]:
             raise ConfigError(f"use_{engine} of accelerate launch: leave it out there, and pass --{engine} here")
-    if deepspeed and importlib.util.find_spec("deepspeed") is None:
+    if flags["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("--deepspeed: it is not installed here: DS_BUILD_OPS=0 pip install deepspeed")
-    if deepspeed and not flags["plan"] and "LOCAL_RANK" not in os.environ:
+    if flags["deepspeed"] and not flags["plan"] and "LOCAL_RANK" not in os.environ:
         raise ConfigError("--deepspeed: start it with torchrun --nproc_per_node N qlora.py, N processes")
 
 
@@ -1312,14 +1300,18 @@ def check_config(config: Config) -> None:
     for name, other in MUTUALLY_EXCLUSIVE:
         if {name, other} <= explicitly_set and flags[name] and flags[other]:
             raise ConfigError(f"--{name} and --{other}: pass only one of them")
-    for broken, message in conflicts(config) + sharding_conflicts(config):
+    for broken, message in conflicts(config):
         if broken:
             raise ConfigError(message)
 
 
+FSDP_CONFIG = ("cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
+               "state_dict_type", "cpu_ram_efficient_loading")  # fmt: skip
+
+
 def conflicts(config: Config) -> list[tuple[Any, str]]:
     """The rules that no table holds: whether each is broken, and the message that says so."""
-    flags = argparse.Namespace(**config.flags)
+    flags, training = argparse.Namespace(**config.flags), config.training
     clm, mlm = config.data.objective == "clm", config.masked
     foreign = MASKING_FLAGS if clm else CAUSAL_ONLY_FLAGS if mlm else set()
     neutral = ("False", "right")  # of switches and of padding_side: they ask for nothing
@@ -1328,9 +1320,16 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     metric = (flags.metric_for_best_model or "loss").removeprefix("eval_")
     epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
     shares = [share for _, share in dataset_shares(flags.dataset)]
-    secret = [name for name, value in config.flags.items() if re.search(r"://[^/@\s]*:[^/@\s]*@", str(value))]
     own_folders = [Path(p).resolve() for p in (flags.output_dir, flags.working_dir, flags.final_output_dir) if p]
-    missing = set(config.training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
+    secret = [name for name, value in config.flags.items() if re.search(r"://[^/@\s]*:[^/@\s]*@", str(value))]
+    missing = set(training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
+    mismatches = getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", ())
+    values = ", ".join(re.sub("^- ds | hf", "", line) for line in mismatches)
+    off = ("", "false", "0", "none")
+    settings: Any = training.fsdp_config if training.fsdp else {}
+    words = [(name, str(value).lower()) for name, value in settings.items()]
+    words = [(n, v) for n, v in words if v not in off and (n not in FSDP_CONFIG or "size" in v)]
+    unsupported = ", ".join(f"{n} {v}" for n, v in words if (n, v) != ("version", "2"))
     return [
         (not (flags.do_train or flags.do_eval or flags.do_predict or flags.merged_output_dir),
          "nothing to do: pass --do_train, --do_eval, --do_predict or --merged_output_dir"),
@@ -1362,32 +1361,13 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
          f"--metric_for_best_model {metric}: expected {', '.join(metrics)}; MMLU metrics need --do_mmlu_eval"),
         (missing, f"--report_to {', '.join(sorted(missing))}: not installed here, or none of "
          f"{', '.join(INTEGRATION_TO_CALLBACK)}"),
-        (getattr(config.training.accelerator_config, "gradient_accumulation_kwargs", None),
+        (getattr(training.accelerator_config, "gradient_accumulation_kwargs", None),
          "--accelerator_config: gradient_accumulation_kwargs would change the loss's scale; leave them out"),
         (secret, f"--{', --'.join(secret)}: a URL with a password, which run.json would show; log in instead"),
-    ]  # fmt: skip
-
-
-FSDP_CONFIG = ("cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward",
-               "state_dict_type", "cpu_ram_efficient_loading")  # fmt: skip
-
-
-def sharding_conflicts(config: Config) -> list[tuple[Any, str]]:
-    """Like `conflicts`, for DeepSpeed's file and for FSDP."""
-    training, optim = config.training, config.flags["optim"]
-    fsdp = bool(training.fsdp)
-    mismatches = getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", ())
-    values = ", ".join(re.sub("^- ds | hf", "", line) for line in mismatches)
-    settings: Any = training.fsdp_config if fsdp else {}
-    words = [(name, str(value).lower()) for name, value in settings.items()]
-    refused = [pair for pair in words if pair[0] not in FSDP_CONFIG or "size" in pair[1]]
-    off = ("", "false", "0", "none")
-    wrong = ", ".join(f"{n} {v}" for n, v in refused if v not in off and (n, v) != ("version", "2"))
-    return [
         (values, f'--deepspeed {training.deepspeed}: {values}: set these to "auto" in the file'),
-        (fsdp and re.search(r"8bit|paged|lion|ademamix", optim),
-         f"--fsdp: bitsandbytes' --optim {optim} cannot update shards; pass adamw_torch"),
-        (wrong, f"--fsdp_config: {wrong}: not supported, expected version 2 and some of "
+        (training.fsdp and re.search(r"8bit|paged|lion|ademamix", flags.optim),
+         f"--fsdp: bitsandbytes' --optim {flags.optim} cannot update shards; pass adamw_torch"),
+        (unsupported, f"--fsdp_config: {unsupported}: not supported, expected version 2 and some of "
          f"{', '.join(FSDP_CONFIG)}; whole layers are sharded, and --recompute_layers all recomputes them"),
     ]  # fmt: skip
 
@@ -1400,6 +1380,7 @@ def check_folders(config: Config) -> None:
     removed = re.compile(r"checkpoint-\d+$|left-checkpoint-|\.saving-")  # what a run moves or removes in its folder
     names = {name for name, _ in dataset_shares(config.data.dataset)} - DATASETS.keys()
     sources = [(name, flags[name]) for name in reads] + [("dataset", name) for name in sorted(names)]
+    sources = [(name, value) for name, value in sources if value and os.path.exists(value)]
     for flag in OUTPUT_FLAGS:
         folder = Path(flags[flag] or flags["output_dir"]).resolve()
         for place in (folder, *folder.parents):
@@ -1409,8 +1390,6 @@ def check_folders(config: Config) -> None:
             if ours and removed.match(place.name):
                 raise ConfigError(f"--{flag} {folder}: {place.name} names a run's checkpoint; name another folder")
         for name, value in sources:
-            if not value or value.startswith("{") or not os.path.exists(value):
-                continue
             read = Path(value).resolve()
             read = read if read.is_dir() else read.parent
             inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
@@ -1449,15 +1428,12 @@ def check_base(config: Config) -> None:
     adapter = Path(model, "adapter_config.json")
     if adapter.is_file() and not Path(model, "config.json").is_file():
         base = read_json(adapter).get("base_model_name_or_path")
-        what = f"--model_name_or_path {model}: an adapter of {base}"
-        raise ConfigError(f"{what}; pass that, and this as --adapter_name_or_path")
+        raise ConfigError(f"--model_name_or_path {model}: an adapter of {base}; move it to --adapter_name_or_path")
     manifest = Path(config.model.adapter_name_or_path or model, "checkpoint.json")
     if manifest.is_file() and '"adapter start": "calibrated"' in manifest.read_text(encoding="utf-8"):
-        what = f"--adapter_name_or_path {manifest.parent}: fits the calibrated base of its run only"
-        raise ConfigError(f"{what}; finish that run, whose result fits the published base")
+        raise ConfigError(f"{manifest.parent}: fits the calibrated base of its run only; finish that run")
     if args.push_to_hub and args.do_train and not (args.plan or config.data.preview):
-        way = "log in with `hf auth login`, or leave it out"
-        with reraise_as_user_error(f"--push_to_hub: {way}", ConfigError, Exception):  # of its HTTP library, too
+        with reraise_as_user_error("--push_to_hub: log in with `hf auth login`", Exception):
             huggingface_hub.whoami(token=args.hub_token)
 
 
@@ -1531,8 +1507,7 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     header: list[str] = next(filter(None, reader), [])
     if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])) and other[0] != delimiter:
-        found = f"columns are separated by {other[0]!r}, expected {delimiter!r}"
-        raise ValueError(f"{found}: {header[0]}")
+        raise ValueError(f"columns are separated by {other[0]!r}, expected {delimiter!r}: {header[0]}")
     if len(set(header)) < len(header):
         raise ValueError(f"the column {max(header, key=header.count)!r} appears twice in the header")
     cells: list[str] | None = []
@@ -1576,13 +1551,13 @@ def data_suffix(path: Path) -> str:
 
 
 def read_file(path: Path) -> NumberedRows:
-    """The rows of one local file; a DataError if it can't be read to its end."""
+    """The rows of one local file; a ConfigError if it can't be read to its end."""
     open_file = OPENERS.get(path.suffix.lower(), open)
-    with reraise_as_user_error(str(path), DataError, csv.Error), open_file(path, "rb") as file:
+    with reraise_as_user_error(str(path), csv.Error), open_file(path, "rb") as file:
         head = file.peek(1000)[:1000]
         wide = head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > len(head) // 3
         if wide and data_suffix(path) != ".parquet":
-            raise DataError(f"{path}: the file is in UTF-16 or UTF-32, expected UTF-8: save it in that encoding")
+            raise ConfigError(f"{path}: the file is in UTF-16 or UTF-32, expected UTF-8: save it in that encoding")
         # bytes that are not UTF-8 become lone surrogates, which get_text reports with the row they are in
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         yield from READERS[data_suffix(path)](text)
@@ -1603,7 +1578,7 @@ class RowSource:
         numbered = [(str(path), read_file(path)) for path in self.files]
         numbered.append((self.name, enumerate((drop_nulls(row, top=True) for row in self.loaded or ()), start=1)))
         rows = ((f"{name}:{number}", row) for name, part in numbered for number, row in part)
-        with reraise_as_user_error(self.name, DataError, *DATASETS_ERRORS):
+        with reraise_as_user_error(self.name, *DATASETS_ERRORS):
             yield from rows
 
     def fingerprint(self) -> str:
@@ -1640,27 +1615,24 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
     if name in DATASETS:
         return load_from_hub(config, **DATASETS[name])
     if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # written by save_to_disk
-        with reraise_as_user_error(name, DataError):
-            return as_sources(name, datasets.load_from_disk(path))
+        with reraise_as_user_error(name):
+            loaded = datasets.load_from_disk(path)
+        splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+        return {split: RowSource(f"{name}[{split}]", loaded=rows) for split, rows in splits.items()}
     if path.exists():
         return find_files(name, path, config)
     if data_suffix(path) in READERS:
-        raise DataError(f"{name}: no such file")
+        raise ConfigError(f"{name}: no such file")
     return load_from_hub(config, name)
 
 
 def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSource]:
     """All splits of a dataset on the hub."""
     hub = f"no connection to the hub: {why}" if (why := no_connection()) else "the hub does not give it"
-    options |= {"streaming": True} if config.data.streaming else {}
-    with reraise_as_user_error(f"dataset {path}: no local file of that name, and {hub}", DataError, *DATASETS_ERRORS):
-        return as_sources(path, datasets.load_dataset(path, **hub_options(config), **options))
-
-
-def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
-    """The splits of what the datasets library loaded: one dataset, or a dictionary of them."""
-    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    return {split: RowSource(f"{name}[{split}]", loaded=dataset) for split, dataset in splits.items()}
+    options |= hub_options(config) | ({"streaming": True} if config.data.streaming else {})
+    with reraise_as_user_error(f"dataset {path}: no local file of that name, and {hub}", *DATASETS_ERRORS):
+        splits = datasets.load_dataset(path, **options)
+        return {split: RowSource(f"{path}[{split}]", loaded=rows) for split, rows in splits.items()}
 
 
 def split_named(name: str) -> str:
@@ -1679,17 +1651,17 @@ def find_files(name: str, path: Path, config: Config) -> dict[str, RowSource]:
         files = [file for file in data if file.parent == path] or data
         for flag in OUTPUT_FLAGS if files is data else ():
             if (value := config.flags[flag]) and Path(value).resolve().is_relative_to(path.resolve()):
-                raise DataError(f"--{flag} {value}: the run reads sub-folders of {path}; name a folder outside")
+                raise ConfigError(f"--{flag} {value}: the run reads sub-folders of {path}; name a folder outside")
         if unread := [str(file.relative_to(path)) for file in visible if file not in files]:
             log.info("%s: not read: %s", path, shorten(", ".join(unread)))
     splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
     for file in files:
         splits[split_named(file.relative_to(path).as_posix())] += (file,)
     if not splits or data_suffix(files[0]) not in READERS:
-        raise DataError(f"{path}: no data, expected {', '.join(READERS)}, also in .gz or .zst, or save_to_disk's files")
+        raise ConfigError(f"{path}: no data, expected {', '.join(READERS)}, also .gz or .zst, or save_to_disk's files")
     if "" in splits and len(splits) > 1:
         others = ", ".join(file.name for file in splits[""])
-        raise DataError(f"{path}: {others} beside files named after splits: name all train, eval, ..., or none")
+        raise ConfigError(f"{path}: {others} beside files named after splits: name all train, eval, ..., or none")
     return {s or "train": RowSource(f"{name}[{s}]" if s else name, files) for s, files in splits.items()}
 
 
@@ -1699,7 +1671,7 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     own = sorted({column for row in itertools.islice(rows, 100) for column in row})  # a JSON line may omit some
     if not own:
         where, row = next(iter(source), (name, RowError("no row in it")))
-        with reraise_as_user_error(where, DataError):  # a RowError is a ValueError
+        with reraise_as_user_error(where):  # a RowError is a ValueError
             check_row(row)
     names = renamed_columns(config.data.columns, config.data.dataset_format)
     columns = rename_columns(dict.fromkeys(own), names).keys()
@@ -1710,22 +1682,19 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     found = f"{name}: found the columns {shorten(', '.join(own) or '(none)')}"
     absent = [column for column in names.values() if column not in own]
     if absent and (len(absent) < len(names) or missing or not chosen):
-        raise DataError(f"{found}, but none is called {absent[0]}, which --columns names")
+        raise ConfigError(f"{found}, but none is called {absent[0]}, which --columns names")
     if chosen is None:
         needed = {", ".join(sorted(FORMATS[known].columns)): known for known in candidates}
         nearest = (needed[text] for text in difflib.get_close_matches(", ".join(columns), needed, n=2, cutoff=0))
         needs = " or ".join(f"{', '.join(FORMATS[known].columns)} ({known})" for known in nearest)
         way = "--columns input=question says what yours are called, --dataset_format path.py:function converts rows"
-        raise DataError(f"{found}, which fit no format; the nearest need {needs}; {way}")
+        raise ConfigError(f"{found}, which fit no format; the nearest need {needs}; {way}")
     if missing:
-        raise DataError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
+        raise ConfigError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
     said = ", inferred from columns" * (not named) + "; it has none of the columns that --columns names" * bool(absent)
     log.info("%s: format %s%s", name, chosen, said)
     if chosen == "hh-rlhf":
         log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", name)
-        if "prompt" not in columns and (others := sorted({*columns} - {"chosen", "rejected"})):
-            way = "--columns prompt=NAME names its column"
-            log.warning("%s: the answers are without a prompt; %s (there are: %s)", name, way, ", ".join(others))
     if CUSTOM_FORMAT.fullmatch(chosen):
         log.info("its rows are cached: if it reads other files and they change, pass another --cache_dir")
     return chosen
@@ -1843,7 +1812,7 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
         yield from ({"where": where, "row": row} for row in rows)
     if not found:
         which = "" if wanted == {"ALL"} else f" has a source in --include_sources {data.include_sources}"
-        raise DataError(f"{source.name}: no row{f' after row {source.start}' * bool(source.start)}{which}")
+        raise ConfigError(f"{source.name}: no row{f' after row {source.start}' * bool(source.start)}{which}")
 
 
 def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any, limits: Limits) -> list[Any]:
@@ -1904,8 +1873,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
         log.info("%s: left out: %s", source.name, shorten(", ".join(said)))
     chats = len({where for where, rendered in zip(rows["where"][:], rows["rendered"][:], strict=True) if rendered})
     if chats < (answers := sum(rows["rendered"][:])):
-        reason = "the chat template renders a chat differently as it grows"
-        log.info("%s: %d chats became %d rows, one for each answer: %s", source.name, chats, answers, reason)
+        log.info("%s: %d chats became %d rows: the template rewrites earlier turns", source.name, chats, answers)
     return drop_bad_rows(rows, config)
 
 
@@ -1937,7 +1905,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
             eval_sources += [sources[split] for split in SPLIT_NAMES if split in sources][:1]
         train = sources.get("train") if training or data.streaming or not eval_sources else None
         if train is None and (args.do_train or not eval_sources):
-            raise DataError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
+            raise ConfigError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
         if unused := {source.name for source in sources.values() if source not in (train, *eval_sources)}:
             log.info("not read: %s", ", ".join(sorted(unused)))
         if data.streaming and train:
@@ -2004,7 +1972,7 @@ def train_eval_split(rows: Any, config: Config) -> Splits:
         log.info("a tenth of %d rows, %d, is held out; --eval_dataset_size sets another number", total, size)
     count = math.ceil(size if size >= 1 else size * total)
     if config.training.do_train and count >= total:
-        raise DataError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {total} rows")
+        raise ConfigError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {total} rows")
     if count >= total:
         return Splits(None, rows)
     if any(categories):  # evenly spaced: each gives its share, and one with a single row breaks nothing
@@ -2021,7 +1989,7 @@ def drop_bad_rows(rows: Any, config: Config) -> Any:
         reject(list(rows.select(bad)), len(rows), config)
         rows = rows.select([i for i, problem in enumerate(problems) if not problem])
     if not len(rows):
-        raise DataError(f"--dataset {config.data.dataset}: no row in it that can be used")
+        raise ConfigError(f"--dataset {config.data.dataset}: no row in it that can be used")
     return rows
 
 
@@ -2047,7 +2015,7 @@ def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> Non
     file = Path(config.training.output_dir, REJECTED)
     if config.data.on_bad_rows == "stop":
         more = f" (and {len(rows) - 1} more such rows)" if len(rows) > 1 else ""
-        raise DataError(f"{first}{more}; --on_bad_rows skip leaves them out")
+        raise ConfigError(f"{first}{more}; --on_bad_rows skip leaves them out")
     entries = [{"where": r["where"], "reason": r["problem"], "row": json.loads(r.get("raw") or "null")} for r in rows]
     lines = [json.dumps(entry) + "\n" for entry in entries]
     new = [line for line in lines if line not in rejected_lines(file)]
@@ -2142,8 +2110,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
             tokenizer = (LlamaTokenizer if llama else AutoTokenizer).from_pretrained(folder, **options)
             tokenizer = match_file(tokenizer, file, **options)
     if tokenizer is None or "" in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
-        early = "special tokens are empty strings, as in early LLaMA conversions"
-        raise ConfigError(f"{what}'s {early}: pass --tokenizer_patch examples/llama1_tokenizer")
+        raise ConfigError(f"{what} has empty special tokens: pass --tokenizer_patch examples/llama1_tokenizer")
     tokenizer.name_or_path = model.model_name_or_path
     if model.chat_template:
         with reraise_as_user_error(f"--chat_template {model.chat_template}"):
@@ -2331,7 +2298,7 @@ def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: flo
             flag = f"--model_max_len {limit}" if limit else f"--source_max_len {config.data.source_max_len}"
             if all(long):
                 flag += f": all {len(rows)} {name} rows are longer"
-                raise DataError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
+                raise ConfigError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
             fitting = fitting_lengths(rows, config, positions)
             way = f"; 99 % of them fit with {fitting}" if fitting else ""
             log.warning("%d of %d %s rows are longer than %s: left out%s", sum(long), len(rows), name, flag, way)
@@ -3194,7 +3161,7 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
     calibrated = config.quant.calibration_rows and getattr(model_config, "quantization_config", None)
     packs = calibrated or getattr(options.get("quantization_config"), "load_in_4bit", False)
     packing = packing_experts(config) if packs and packs_experts(config) else contextlib.nullcontext()
-    with reraise_as_user_error(what, ConfigError, RuntimeError), quirk(), packing:
+    with reraise_as_user_error(what, RuntimeError), quirk(), packing:
         model, loading = auto_model(config, model_config).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -3600,7 +3567,7 @@ def layer_calls(model: Any, model_config: PretrainedConfig, ids: list[list[int]]
         return (hidden_states, *[None] * (parts[i] - 1)) if parts[i] else hidden_states
 
     what = f"--calibration_rows: {type(model).__name__} can't be calibrated layer by layer"
-    with reraise_as_user_error(what, ConfigError, RuntimeError, IndexError), contextlib.ExitStack() as stack:
+    with reraise_as_user_error(what, RuntimeError, IndexError), contextlib.ExitStack() as stack:
         with MetaValues():
             twin.bfloat16().eval()(input_ids=torch.ones(1, 8, dtype=torch.long, device="meta"))
         for i, layer in enumerate(layers):
@@ -3965,7 +3932,7 @@ def make_trainable(
     set_seed(config.training.seed)  # loading draws random numbers too; a seed gives one initialisation
     source = f"adapter {adapter}" if adapter else "LoRA flags"
     # RuntimeError: shapes that differ
-    with reraise_as_user_error(f"{source} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
+    with reraise_as_user_error(f"{source} on {config.model.model_name_or_path}", RuntimeError):
         new = None if adapter else lora_config(model, config.lora, config.masked)
         if new and rows:
             new.trainable_token_indices = fit_embeddings(model, {*rows}, [i for i in rows if rows[i]])
@@ -5521,7 +5488,7 @@ def checkpoint_problem(folder: Path) -> str | None:
         torn = [f"{file.name} breaks off" for file in folder.glob("*.pt") if not zipfile.is_zipfile(file)]
         empty = not weights_in(folder) and not weights_in(folder, full_finetune=True)
         return next(iter(torn), "no weights in it" if empty else None)
-    except (*LIBRARY_ERRORS, QLoRAError) as error:  # type: ignore[misc]
+    except (*LIBRARY_ERRORS, ConfigError) as error:  # type: ignore[misc]
         return shorten(error)
 
 
@@ -5674,7 +5641,7 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         if is_peer_failure(error) or not saving:
             raise
         what = "No space left on device" if re.search("No space left|inline_container", str(error)) else shorten(error)
-        raise QLoRAError(f"{target}: not saved: {what}. What was saved before stays") from error
+        raise ConfigError(f"{target}: not saved: {what}. What was saved before stays") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -5948,7 +5915,7 @@ def load_questions(config: Config) -> list[Question]:
     if Path(mmlu.mmlu_dir).is_dir():
         path = Path(mmlu.mmlu_dir, f"{'five' if five_shot else 'zero'}_shot_mmlu_{split}.json")
         for number, row in read_file(path):
-            with reraise_as_user_error(f"{path}:{number}", DataError):  # a RowError is a ValueError
+            with reraise_as_user_error(f"{path}:{number}"):  # a RowError is a ValueError
                 letter = get_text(check_row(row), "output").strip()
                 if letter not in LETTERS:
                     raise RowError(f"field 'output' is {letter!r}, expected A, B, C or D")
@@ -5964,7 +5931,7 @@ def load_questions(config: Config) -> list[Question]:
             head = f"The following are multiple choice questions (with answers) about  {topic}.\n\n"
             questions.append(Question(subject, head + shots[subject] + QUESTION.format_map(row), answer))
     if not questions:
-        raise DataError(f"--mmlu_dir {mmlu.mmlu_dir}: no question in it")
+        raise ConfigError(f"--mmlu_dir {mmlu.mmlu_dir}: no question in it")
     return questions[: mmlu.max_mmlu_samples]
 
 
@@ -6503,7 +6470,7 @@ class QLoRATrainer(Trainer):
         of = f", on rows {shorten(', '.join(filter(None, rows)))}" if any(rows) else ""
         kept = checkpoints_in(Path(self.config.training.output_dir))
         stays = f"{kept[0]} stays, a rerun on the same rows goes on from it" if kept else "no checkpoint was saved"
-        raise QLoRAError(f"step {step}: {what}{of}: {why}. {stays}")
+        raise ConfigError(f"step {step}: {what}{of}: {why}. {stays}")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let the Trainer write into a hidden folder; the rename in commit_checkpoint makes it visible as a whole."""
@@ -6539,7 +6506,7 @@ class QLoRATrainer(Trainer):
         if adapter is None or self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        with reraise_as_user_error(f"{adapter} does not fit the LoRA flags", ConfigError, RuntimeError):
+        with reraise_as_user_error(f"{adapter} does not fit the LoRA flags", RuntimeError):
             load_adapter_weights(self.model, str(adapter))
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
@@ -6917,10 +6884,10 @@ def compare_merged(
     if lost > 0.05:
         log.warning("%.0f %% of the adapter's change is too small for a 16-bit weight and is lost", 100 * lost)
     if torch.equal(merged, base):
-        raise QLoRAError(f"{target}: not written, the merge changed nothing: the adapter is zero, or lost in 16 bit")
+        raise ConfigError(f"{target}: not written, the merge changed nothing: the adapter is zero, or lost in 16 bit")
     if not error <= allowed:
         what = f"the merged model's logits differ from those of base + adapter by {error:.3g} (root mean square)"
-        raise QLoRAError(f"{target}: not written, {what}, of which rounding explains {allowed:.3g}")
+        raise ConfigError(f"{target}: not written, {what}, of which rounding explains {allowed:.3g}")
     log.info("verified: the merged model answers as base and adapter do: logits differ by at most %.3g, as rounding to "
              "16 bit explains; the adapter moves them by up to %.3g", largest, moved)  # fmt: skip
     return {"merge_largest_difference": largest, "merge_difference": error, "merge_rounding": allowed}
@@ -6943,7 +6910,7 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
         model: Any = load_merge_base(config, run.base if dequantised else run.folder)
         fit_embeddings(model, token_rows(PeftConfig.from_pretrained(adapter_files(adapter, config))))  # for the sample
         dtype, base = model.dtype, float32_logits(model, sample)
-        with reraise_as_user_error(f"{adapter} on {config.model.model_name_or_path}", ConfigError, RuntimeError):
+        with reraise_as_user_error(f"{adapter} on {config.model.model_name_or_path}", RuntimeError):
             model = attach_adapter(model, adapter_files(adapter, config)).eval()  # without dropout
         if mutates_base(init := getattr(model.peft_config["default"], "init_lora_weights", None)):
             raise ConfigError(f"{adapter} fits a base changed by {init}: finish its training; the result fits any base")
@@ -7235,7 +7202,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     rows = data.train
     if isinstance(stream := data.text.train, RowSource):
         rows = StreamedSteps(stream, tokenizer, config, identity["effective batch"]["rows"], sizes)
-    with reraise_as_user_error("flags", ConfigError, RuntimeError):
+    with reraise_as_user_error("flags", RuntimeError):
         trainer = QLoRATrainer(
             config=config, fast=fast, plan=plan, identity=identity, questions=questions, masking=masking, model=model,
             args=trainer_arguments(config.training), train_dataset=rows, eval_dataset=data.eval,
@@ -7282,7 +7249,7 @@ def plan_of_rows(config: Config) -> dict[str, str]:
     reading = dataclasses.replace(config, data=dataclasses.replace(config.data, preview=1))  # leaves no files
     try:
         run, data = load_run(reading)
-    except QLoRAError as error:
+    except ConfigError as error:
         return {"rows": f"not read: {error}"}
     train, part = config.training, data.statistics["train"]
     epoch = max(1, steps_per_epoch(len(data.train), effective_batch(None, train)["rows"], train))
@@ -7381,7 +7348,7 @@ def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
     """Return the exit status and message of what a user can fix; None for our bugs."""
     library = type(error).__module__.partition(".")[0]
     match error:
-        case QLoRAError():
+        case ConfigError():
             return 2, str(error)
         case KeyboardInterrupt():
             name = signal.Signals(error.args[0] if error.args else signal.SIGINT).name

@@ -46,7 +46,7 @@ def print_answer(bot: talk.Bot, history: Sequence[talk.Message]) -> str:
             text += piece
     except KeyboardInterrupt:
         print(" (stopped)", end="")
-    except qlora.QLoRAError as error:
+    except qlora.ConfigError as error:
         print(f"error: {error}", end="", file=sys.stderr)
     print()
     return text.strip()

@@ -42,7 +42,7 @@ def reply(
         ):
             text += piece
             yield text
-    except qlora.QLoRAError as error:
+    except qlora.ConfigError as error:
         raise gradio.Error(str(error)) from error
     if not text:
         yield EMPTY

@@ -246,7 +246,7 @@ def run(body: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     try:
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is a way to leave
             body(argv)
-    except (qlora.QLoRAError, OSError, torch.OutOfMemoryError) as error:
+    except (qlora.ConfigError, OSError, torch.OutOfMemoryError) as error:
         no_memory = isinstance(error, torch.OutOfMemoryError)
         print(f"error: {'not enough GPU memory: try --bits 4' if no_memory else error}", file=sys.stderr)
         return 2

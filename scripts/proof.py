@@ -352,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(words[:end], argparse.Namespace(flags=words[end + 1 :]))
     try:
         arguments.function(arguments)
-    except (OSError, qlora.QLoRAError) as error:
+    except (OSError, qlora.ConfigError) as error:
         parser.error(str(error))
 
 

@@ -290,7 +290,7 @@ def run_qlora(small_flags: dict[str, Any], tmp_path: Path) -> Callable[..., Run]
 
     `words` come first on the command line, unchanged. A flag set to None is left out, a list gives several words, a
     dict JSON. All runs of a test share the output folder `tmp_path / "out"` unless told otherwise, so the second one
-    resumes the first. Exceptions other than QLoRAError reach the test.
+    resumes the first. Exceptions other than ConfigError reach the test.
     """
 
     # Every process starts from a random state of its own, and so does each run here: setting the seed too late must

@@ -34,7 +34,7 @@ def encode(segments, tokenizer, *limits, rendered=False, **options):
 
 
 def error_of(file, tokenizer=None, *argv):
-    with pytest.raises(qlora.QLoRAError) as caught:
+    with pytest.raises(qlora.ConfigError) as caught:
         load(file, tokenizer, *argv)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -1010,7 +1010,7 @@ def test_an_exchange_goes_whole_and_the_last_one_never(tmp_path, caplog):
     assert caplog.messages[0] == f"{said}; 99 % of them fit with --source_max_len {whole}", (
         "also those that lost exchanges"
     )
-    with pytest.raises(qlora.DataError, match=r"--source_max_len 9: all 2 train rows are longer; raise it"):
+    with pytest.raises(qlora.ConfigError, match=r"--source_max_len 9: all 2 train rows are longer; raise it"):
         encoded_chats(tmp_path, tokenizer, [FOUR, FOUR], "--source_max_len", 9)
 
 
@@ -1234,13 +1234,13 @@ def test_predictions_show_segments_without_bos_and_eos(byte_tokenizer):
 
 
 def test_a_special_token_that_the_tokenizer_lacks(tmp_path):
-    with pytest.raises(qlora.DataError, match=r"parts.jsonl:1: .*'<\|im_ende\|>'.*no such special token"):
+    with pytest.raises(qlora.ConfigError, match=r"parts.jsonl:1: .*'<\|im_ende\|>'.*no such special token"):
         segments_of(tmp_path, chatml_tokenizer(), {"special": "<|im_ende|>"}, {"text": "a", "supervised": True})
 
 
 @pytest.mark.parametrize("part", [{"text": "a"}, {"supervised": True}, {"special": None}, "a"])
 def test_a_segment_that_lacks_something(tmp_path, part):
-    with pytest.raises(qlora.DataError, match=r"expected: it returns .*special, supervised"):
+    with pytest.raises(qlora.ConfigError, match=r"expected: it returns .*special, supervised"):
         segments_of(tmp_path, chatml_tokenizer(), part)
 
 

@@ -279,7 +279,7 @@ def test_unknown_columns_name_the_nearest_formats_first_and_ways_out(run_qlora, 
 
 def test_a_full_disk_is_called_so_whatever_the_library_says(tmp_path):
     for text in ("[enforce fail at inline_container.cc:672] . unexpected pos 4 vs 3", "No space left on device"):
-        expected = pytest.raises(qlora.QLoRAError, match=r"not saved: No space left on device\. What")
+        expected = pytest.raises(qlora.ConfigError, match=r"not saved: No space left on device\. What")
         with expected, qlora.atomic_save(tmp_path / "staging", tmp_path):
             raise RuntimeError(text)
 
@@ -309,16 +309,6 @@ def test_the_prompt_of_a_preference_is_its_input(row, parts):
         assert parsed.left_out == ["a prompt beside a chat"] * (row["prompt"] == "another")
     else:
         assert [(part["text"], part["supervised"]) for part in parsed] == parts
-
-
-@pytest.mark.parametrize(
-    ("columns", "warned"), [("question chosen rejected", True), ("prompt chosen", False), ("chosen rejected", False)]
-)
-def test_preferences_whose_prompt_has_another_name_are_a_warning(caplog, columns, warned):
-    rows = datasets.Dataset.from_list([dict.fromkeys(columns.split(), "a")])
-    with caplog.at_level("WARNING", "qlora"):
-        qlora.choose_format("x", qlora.RowSource("x", loaded=rows), qlora.parse_config([]))
-    assert ["--columns prompt=NAME" in message and "question" in message for message in caplog.messages] == [1] * warned
 
 
 def test_preferences_are_said_to_be_fine_tuning_on_the_chosen_answers(caplog):

@@ -211,7 +211,7 @@ sys.path.insert(0, {root!r})
 import qlora
 if os.environ["RANK"] == "1":
     def fail(*_, **__):
-        raise qlora.DataError("the disk of this machine is gone")
+        raise qlora.ConfigError("the disk of this machine is gone")
     qlora.summed_loss = fail
 sys.exit(qlora.main())
 """

@@ -441,7 +441,7 @@ def test_limits_without_model_max_len_drop_nothing(byte_tokenizer, long_and_shor
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_a_limit_that_drops_every_row(encode_file, policy):
-    with pytest.raises(qlora.DataError, match=r"--model_max_len 5"):
+    with pytest.raises(qlora.ConfigError, match=r"--model_max_len 5"):
         encode_file([{"input": "abc", "output": "xyz"}] * 2, "--model_max_len", "5", "--on_bad_rows", policy)
 
 
@@ -450,7 +450,7 @@ def test_a_row_without_supervised_tokens_is_a_bad_row(encode_file, tmp_path):
     tokenizer = tiny.byte_tokenizer(bos=None)
     rows = [{"input": "a", "output": "x"}, {"input": "", "output": "y"}, {"input": "", "output": "z"}]
     flags = ("--target_max_len", "1")
-    with pytest.raises(qlora.DataError) as caught:
+    with pytest.raises(qlora.ConfigError) as caught:
         encode_file(rows, *flags, tokenizer=tokenizer)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'rows.jsonl'}:2: ") and "1 more" in message and "\n" not in message
@@ -459,7 +459,7 @@ def test_a_row_without_supervised_tokens_is_a_bad_row(encode_file, tmp_path):
     rejected = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["where"].rpartition(":")[2] for line in rejected] == ["2", "3"]
     for policy in ("stop", "skip"):
-        with pytest.raises(qlora.DataError):
+        with pytest.raises(qlora.ConfigError):
             encode_file(rows[1:], *flags, "--on_bad_rows", policy, tokenizer=tokenizer)
 
 

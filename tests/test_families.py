@@ -331,7 +331,7 @@ def test_a_router_that_flips_is_no_failed_merge(models, changed, refused):
     sample = {"input_ids": torch.arange(65, 77)[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)}
     adapted = qlora.float32_logits(model, sample)
     adapted[:changed] += torch.randn(changed, adapted.shape[1], generator=torch.Generator().manual_seed(0))
-    context = pytest.raises(qlora.QLoRAError, match="rounding explains") if refused else contextlib.nullcontext()
+    context = pytest.raises(qlora.ConfigError, match="rounding explains") if refused else contextlib.nullcontext()
     with context:
         qlora.compare_merged(model, adapted + 1, adapted, 0.0, sample, "merged")
 
@@ -361,7 +361,7 @@ def test_an_experts_adapter_that_a_merge_leaves_out_is_noticed(models):
 
     before, adapted = qlora.float32_logits(plain, sample), qlora.float32_logits(merged(None), sample)
     qlora.compare_merged(merged(None).bfloat16(), before, adapted, 0.0, sample, "merged")
-    with pytest.raises(qlora.QLoRAError, match="rounding explains"):
+    with pytest.raises(qlora.ConfigError, match="rounding explains"):
         qlora.compare_merged(merged(2).bfloat16(), before, adapted, 0.0, sample, "merged")
 
 

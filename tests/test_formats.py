@@ -164,7 +164,7 @@ def test_every_format_has_golden_rows():
 )
 def test_a_bad_airoboros_row(tmp_path, row, named):
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"instruction": "a", "response": "b"}, row])
-    with pytest.raises(qlora.DataError, match=rf"a\.jsonl:2: .*{named}"):
+    with pytest.raises(qlora.ConfigError, match=rf"a\.jsonl:2: .*{named}"):
         load("--dataset", str(file))
 
 
@@ -379,7 +379,7 @@ NEEDS = {
 @pytest.mark.parametrize("columns", [["question", "answer"], ["instruction"], ["Text", "prompt"]])
 def test_no_format_fits(tmp_path, columns):
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [dict.fromkeys(columns, "a")])
-    with pytest.raises(qlora.DataError) as caught:
+    with pytest.raises(qlora.ConfigError) as caught:
         load("--dataset", str(file))
     message = str(caught.value)
     assert str(file) in message and "\n" not in message
@@ -395,7 +395,7 @@ def test_a_column_that_the_given_format_needs_is_missing(tmp_path, kind):
     rows = [{"input": "a", "answer": "b"}]
     writers = {"jsonl": tiny.rows_to_jsonl, "csv": tiny.rows_to_csv, "parquet": tiny.rows_to_parquet}
     file = writers[kind](tmp_path / f"rows.{kind}", rows)
-    with pytest.raises(qlora.DataError) as caught:
+    with pytest.raises(qlora.ConfigError) as caught:
         load("--dataset", str(file), "--dataset_format", "alpaca")
     message = str(caught.value)
     fragments = [str(file), "instruction", "output", "answer", "input", "alpaca", "chip2"]

@@ -150,7 +150,7 @@ def outcome(file, tokenizer):
         config = SimpleNamespace(data=data_flags(dataset_format="input-output"), masked=False)
         qlora.choose_format(str(file), source, config)
         rows = checked(source, "input-output", tokenizer)
-    except qlora.DataError as error:
+    except qlora.ConfigError as error:
         status, message = qlora.exit_status(error)
         assert status == 2 and message.startswith(str(file)) and message.isprintable()
         return []
@@ -303,7 +303,7 @@ def test_rows_are_skipped_through_the_whole_way(tmp_path_factory, lines):
     expected = [n for n, line in enumerate(content.split(b"\n"), 1) if line.decode("utf-8", "surrogateescape").strip()]
     assert sorted(where) == sorted(f"{folder / 'a.jsonl'}:{n}" for n in expected)
     if bad:
-        with pytest.raises(qlora.DataError) as caught:
+        with pytest.raises(qlora.ConfigError) as caught:
             qlora.load_splits(qlora.parse_config(flags))
         message = qlora.exit_status(caught.value)[1]
         assert message.startswith(bad[0]["where"] + ": ") and message.isprintable()

@@ -48,7 +48,7 @@ def numbered(count, prefix=""):
 
 def data_error(*argv):
     """The one line that loading ends with."""
-    with pytest.raises(qlora.DataError) as caught:
+    with pytest.raises(qlora.ConfigError) as caught:
         load(*argv)
     message = str(caught.value)
     assert "\n" not in message
@@ -748,7 +748,7 @@ def test_a_path_with_a_colon(tmp_path, name, monkeypatch):
     [(":0", "expected a share such as 0.5"), (":0.0", "expected a share")],
 )
 def test_a_share_of_nothing(three, share, message):
-    with pytest.raises(qlora.QLoRAError, match=message) as caught:
+    with pytest.raises(qlora.ConfigError, match=message) as caught:
         load("--dataset", f"{three}/c.jsonl{share}")
     assert f"c.jsonl{share}" in str(caught.value)
 
@@ -881,7 +881,7 @@ def test_each_failure_of_the_hub_is_one_line(monkeypatch, failure):
 )
 def test_a_file_of_broken_rows_alone_names_the_first(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(qlora.DataError) as caught:
+    with pytest.raises(qlora.ConfigError) as caught:
         qlora.load_splits(qlora.parse_config(["--dataset", str(tmp_path / name)]))
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
@@ -911,7 +911,7 @@ def test_rows_to_train_on_are_not_read_where_others_are_evaluated(tmp_path, info
 
 @pytest.mark.parametrize("name", ["none.jsonl", "no/such-data"])
 def test_a_missing_dataset_to_evaluate_on_is_not_blamed_on_another_flag(rows_file, name):
-    with pytest.raises(qlora.DataError, match=f"^(?!.*--dataset).*{name}: no (such|local) file"):
+    with pytest.raises(qlora.ConfigError, match=f"^(?!.*--dataset).*{name}: no (such|local) file"):
         load("--dataset", rows_file(4), "--do_eval", "--eval_dataset", name)
 
 
@@ -936,7 +936,7 @@ def test_columns_of_other_names(tmp_path):
 )
 def test_columns_that_are_not_there(tmp_path, columns, message):
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}])
-    with pytest.raises(qlora.QLoRAError, match=re.escape(message)):
+    with pytest.raises(qlora.ConfigError, match=re.escape(message)):
         load("--dataset", file, "--columns", columns)
 
 
@@ -952,7 +952,7 @@ def test_columns_are_renamed_where_they_are(tmp_path, caplog):
     said = [message for message in caplog.messages if "it has none of the columns that --columns names" in message]
     assert said and all(message.startswith(f"{own}: format alpaca, inferred") for message in said)
     half = tiny.rows_to_jsonl(tmp_path / "half.jsonl", [{"instruction": "x", "answer": "y"}])
-    with pytest.raises(qlora.DataError, match=r"half.jsonl: .* but none is called question, which --columns names"):
+    with pytest.raises(qlora.ConfigError, match=r"half.jsonl: .* but none is called question, which --columns names"):
         load("--dataset", f"{other},{half}", *renamed)
 
 
@@ -1008,7 +1008,7 @@ def test_a_pair_that_lacks_a_part_is_no_chat(tmp_path, byte_tokenizer, row, fiel
     byte_tokenizer.chat_template = CHAT
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [row])
     config = qlora.parse_config(["--dataset", str(file), "--as_chat", "--output_dir", str(tmp_path / "out")])
-    with pytest.raises(qlora.DataError, match=f"rows.jsonl:1: field {field}"):
+    with pytest.raises(qlora.ConfigError, match=f"rows.jsonl:1: field {field}"):
         qlora.load_splits(config, byte_tokenizer)
 
 

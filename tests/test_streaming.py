@@ -182,7 +182,7 @@ def test_bad_rows_of_a_stream(tmp_path, file):
     assert Counter(numbers(rows(24))) == Counter({n: 2 for n in range(1, 13)})
     (line,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["where"] == f"{tmp_path / 'b.jsonl'}:13" and json.loads(line)["row"] == {"input": "x"}
-    with pytest.raises(qlora.DataError, match=r"b.jsonl:13: field 'output' is missing"):
+    with pytest.raises(qlora.ConfigError, match=r"b.jsonl:13: field 'output' is missing"):
         stream_of(*flags)[1](13)
 
 
@@ -224,7 +224,7 @@ def test_rejected_rows_are_read_once(tmp_path, monkeypatch):
 def test_a_stream_without_a_row_to_train_on_ends(tmp_path, content, flags, message):
     (tmp_path / "b.jsonl").write_text(content)
     paths = ("--dataset", tmp_path / "b.jsonl", "--output_dir", tmp_path / "out")
-    with pytest.raises(qlora.DataError, match=message):
+    with pytest.raises(qlora.ConfigError, match=message):
         stream_of(*paths, *SMALL, "--on_bad_rows", "skip", *flags)[2]()
 
 
