@@ -4409,13 +4409,6 @@ def expert_products(module: Any, layer: Any, name: str, x: torch.Tensor, experts
     return out + grouped_mm(grouped_mm(x, a.mT, ends) * layer.scaling["default"], b.mT, ends)
 
 
-def fuses_gate(module: Any, both: torch.Tensor) -> bool:
-    """Whether GatedShares computes what a module does: SiLU, and transformers' own way to gate."""
-    silu = module.has_gate and type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-    own = silu and module._apply_gate.__name__ == "_default_apply_gate"  # others clamp, or alternate gate and up
-    return triton is not None and own and on_current_gpu(both)
-
-
 def grouped_experts_forward(
     module: Any, layers: Mapping[str, Any], x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor
 ) -> torch.Tensor:
@@ -4432,7 +4425,9 @@ def grouped_experts_forward(
     first = "gate_up_proj" if module.has_gate else "up_proj"
     both = expert_products(module, layers.get(first), first, rows, experts, ends)
     early = not module.has_bias  # shares may scale the inputs of the last product, which are narrower
-    if early and fuses_gate(module, both):
+    silu = module.has_gate and type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+    own = silu and module._apply_gate.__name__ == "_default_apply_gate"  # others clamp, or alternate gate and up
+    if early and own and triton is not None and on_current_gpu(both):
         inner = GatedShares.apply(both, shares)
     else:
         inner = module._apply_gate(both) if module.has_gate else module.act_fn(both)
@@ -4803,7 +4798,8 @@ def short_spans(model: Any, longest: int) -> contextlib.ExitStack:
         for name in ("sliding_window", "attention_chunk_size"):
             value = getattr(owner, name, None)
             if isinstance(value, int) and 8 < value < longest:
-                spans.enter_context(mock.patch.object(owner, name, 8))
+                spans.callback(setattr, owner, name, value)
+                setattr(owner, name, 8)
     return spans
 
 
@@ -4842,11 +4838,6 @@ def passes_positions(base: Any, config: Config) -> bool:
     return left and "position_ids" in inspect.signature(base.forward).parameters
 
 
-def logit_ramp(logits: torch.Tensor) -> torch.Tensor:
-    """Known numbers in the place of a head's logits."""
-    return torch.linspace(-40, 40, logits.numel(), device=logits.device).view_as(logits)
-
-
 def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) -> FastPath:
     """Apply the head here where the model hands it the body's output and changes its logits by a rule, or not at all.
 
@@ -4858,14 +4849,15 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
     plain = head.original_module if isinstance(head, TrainableTokensWrapper) else head  # its `weight` has the new rows
     if not isinstance(plain, torch.nn.Linear) or not type(plain).__module__.startswith("torch"):
         return whole
+    ramp_like = lambda x: torch.linspace(-40, 40, x.numel(), device=x.device).view_as(x)  # noqa: E731
     noting = head.register_forward_pre_hook(lambda module, args: inputs.append(*args))
-    with noting, head.register_forward_hook(lambda module, args, logits: logit_ramp(logits)):
+    with noting, head.register_forward_hook(lambda module, args, logits: ramp_like(logits)):
         try:
             logits = model(**kept).logits
             (states,) = inputs  # the head is called once
         except Exception:
             return whole
-    same, ramp = partial(torch.allclose, logits.float(), rtol=1e-5, atol=1e-4), logit_ramp(logits)
+    same, ramp = partial(torch.allclose, logits.float(), rtol=1e-5, atol=1e-4), ramp_like(logits)
     values = (v for v in base.config.get_text_config().to_dict().values() if isinstance(v, int | float) and v)
     rules = [partial(rule, value) for value in values for rule in LOGIT_RULES]
     found = [()] if same(ramp) else [(rule,) for rule in rules if same(rule(ramp))]
