@@ -4424,14 +4424,13 @@ def grouped_experts_forward(
     shares = shares.flatten().gather(0, order)[:, None]  # an index would sort in its backward pass
     first = "gate_up_proj" if module.has_gate else "up_proj"
     both = expert_products(module, layers.get(first), first, rows, experts, ends)
-    early = not module.has_bias  # shares may scale the inputs of the last product, which are narrower
     silu = module.has_gate and type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
     own = silu and module._apply_gate.__name__ == "_default_apply_gate"  # others clamp, or alternate gate and up
-    if early and own and triton is not None and on_current_gpu(both):
+    # shares may scale the inputs of the last product, which are narrower, unless a bias is added to it
+    if early := own and not module.has_bias and triton is not None and on_current_gpu(both):
         inner = GatedShares.apply(both, shares)
     else:
         inner = module._apply_gate(both) if module.has_gate else module.act_fn(both)
-        inner = (inner * shares).to(inner.dtype) if early else inner
     out = expert_products(module, layers.get("down_proj"), "down_proj", inner, experts, ends)
     return RowsOfTokens.apply(out if early else out * shares, tokens, places, True).to(x.dtype)
 
@@ -4707,13 +4706,10 @@ def small_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
     return torch.utils.checkpoint.checkpoint(run, *args, **options)
 
 
-def set_recomputed_layers(
-    model: Any, count: int, offload: bool = False, random: bool = True, small: bool = False
-) -> None:
+def set_recomputed_layers(model: Any, count: int, offload: bool = False, small: bool = False) -> None:
     """Recompute the first `count` layers (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
 
-    The backward pass reaches them last, when the memory of the others is free. `random`: layers draw random numbers.
-    `small`: the time goes into launches.
+    The backward pass reaches them last, when the memory of the others is free. `small`: the time goes into launches.
     """
     layers = decoder_layers(model)
     devices = [next(layer.parameters()).device for layer in layers]  # of several, the first layers of each
@@ -4721,7 +4717,7 @@ def set_recomputed_layers(
     checkpoint = offloading_checkpoint if offload else small_checkpoint if small else torch.utils.checkpoint.checkpoint
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = i in chosen
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def apply_liger(model: Any) -> str | None:
@@ -5089,7 +5085,7 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     size = sum(p.nbytes for p in trained)
     # bytes a parameter: torch's AdamW keeps its averages in the parameter's dtype, the others in float32
     states = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "torch": 2 * size // count}
-    return MemoryModel(
+    memory = MemoryModel(
         weights=int(linear * (four_bits if bits == 4 else 1 if bits == 8 else plain)),
         other=(total - linear - experts) * plain,
         experts=int(packed * four_bits) + (experts - packed) * plain,
@@ -5105,6 +5101,7 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
         layers=layers,
         unpacked=width * linear // layers if bits < 16 and train.fast_path else 0,
     )
+    return memory.shared(config, train.world_size) if is_sharded(config) else memory
 
 
 def requested_layers(config: Config, layers: int) -> int | None:
@@ -5194,7 +5191,6 @@ def plan_from_flags(config: Config, memory: MemoryModel) -> tuple[dict[str, str]
     """Plan before any row or weight is read, every row as long as the limits allow: a table, and whether it fits."""
     train, gib, longest = config.training, gpu_gib(config), length_limits(config).longest
     window = longest * train.per_device_train_batch_size * train.gradient_accumulation_steps
-    memory = memory.shared(config, train.world_size) if is_sharded(config) else memory
     room = 0.95 * (gib - CONTEXT) * GIB - memory.resident()  # a twentieth stays free
     plan, lines, fits = plan_step(memory, room, longest, window, config)
     needed = math.ceil(100 * ((plan.peak or 0) / 0.95 + CONTEXT)) / 100
@@ -5291,7 +5287,6 @@ def choose_step_plan(
     lengths = sorted(rows["length"][:], reverse=True)
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
     if is_sharded(config):  # nothing can be measured before, nor repeated after memory ran out
-        memory = memory.shared(config, train.world_size)
         room = 0.85 * (gpu_gib(config) - CONTEXT) * GIB - memory.resident()
     else:
         devices = {parameter.device for parameter in base.parameters() if parameter.device.type == "cuda"}
@@ -5523,11 +5518,12 @@ def find_resume_point(config: Config) -> ResumePoint:
     """Resume, start anew, or use what is finished."""
     args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
     adapter, full = config.model.adapter_name_or_path, config.quant.full_finetune
-    picked = args.resume_from_checkpoint
-    picked = None if str(picked).lower() in ("true", "false") else picked
-    last = Path(picked).absolute() if picked else None if args.overwrite_output_dir else find_last_checkpoint(output)
-    if picked and last and (problem := checkpoint_problem(last)):
+    picked = None if str(args.resume_from_checkpoint).lower() in ("true", "false") else args.resume_from_checkpoint
+    last = Path(picked).absolute() if picked else None
+    if last and (problem := checkpoint_problem(last)):
         raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
+    if not (picked or args.overwrite_output_dir):
+        last = find_last_checkpoint(output)
     check_final_weights(config, picked)
     finished = (output / COMPLETED).is_file() and not picked
     if not args.do_train:
@@ -6572,12 +6568,10 @@ def apply_step_plan(base: Any, plan: StepPlan, config: Config) -> None:
     """Recompute layers as planned; a model without transformers' own kind of layers recomputes all or none."""
     set_unpacked_layers(base, plan.unpacked, compute_dtype(config))
     if decoder_layers(base) and not is_sharded(config):  # an engine recomputes all layers or none
-        text = base.config.get_text_config().to_dict()
-        rates = (rate for name, rate in text.items() if re.search("drop|noise", name) and isinstance(rate, float))
-        dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in base.modules())
         # a layer that is first run without gradients would hand none to the routers' own loss
-        small = plan.tokens < 2048 and config.training.world_size == 1 and not text.get("output_router_logits")
-        set_recomputed_layers(base, plan.recomputed, config.training.offload_activations, dropout or any(rates), small)
+        routed = getattr(base.config.get_text_config(), "output_router_logits", False)
+        small = plan.tokens < 2048 and config.training.world_size == 1 and not routed
+        set_recomputed_layers(base, plan.recomputed, config.training.offload_activations, small)
     elif plan.recomputed and getattr(base, "supports_gradient_checkpointing", True):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
