@@ -23,14 +23,14 @@ Read the file from top to bottom, along the path of the data: every room uses on
      8 Model            2668-3331
      9 Calibration      3334-3708
     10 LoRA             3711-4019
-    11 Fast path        4022-4994
-    12 Plan             4997-5342
-    13 Checkpoints      5345-5731
-    14 Processes        5734-5791
-    15 Evaluation       5794-5997
-    16 Trainer          6000-6638
-    17 Stages           6641-7138
-    18 Main             7141-7439
+    11 Fast path        4022-4964
+    12 Plan             4967-5297
+    13 Checkpoints      5300-5674
+    14 Processes        5677-5734
+    15 Evaluation       5737-5940
+    16 Trainer          5943-6579
+    17 Stages           6582-7079
+    18 Main             7082-7380
 """
 
 # ------------------------------------------------------------------------------------
