@@ -23,14 +23,14 @@ Read the file from top to bottom, along the path of the data: every room uses on
      8 Model            2635-3298
      9 Calibration      3301-3675
     10 LoRA             3678-3986
-    11 Fast path        3989-4980
-    12 Plan             4983-5328
-    13 Checkpoints      5331-5717
-    14 Processes        5720-5777
-    15 Evaluation       5780-5983
-    16 Trainer          5986-6624
-    17 Stages           6627-7124
-    18 Main             7127-7425
+    11 Fast path        3989-4950
+    12 Plan             4953-5283
+    13 Checkpoints      5286-5660
+    14 Processes        5663-5720
+    15 Evaluation       5723-5926
+    16 Trainer          5929-6565
+    17 Stages           6568-7065
+    18 Main             7068-7366
 """
 
 # ------------------------------------------------------------------------------------
@@ -4018,7 +4018,6 @@ class FusedLinear(NamedTuple):
     lora_b: Any  # (out, r)
     scaling: float
     dropout: float
-    original_forward: Callable[..., torch.Tensor]  # peft's
 
     def parameters(self) -> tuple[Any, Any, Any]:
         """What may train: lora_A, lora_B and the base's bias."""
@@ -4226,7 +4225,7 @@ class FusedGroup:
         """Stand in for the forward of layer `index`."""
         layer = self.layers[index]
         if args or kwargs or not layer.can_fuse(x):
-            return layer.original_forward(x, *args, **kwargs)
+            return type(layer.module).forward(layer.module, x, *args, **kwargs)
         if self.source is not x or index not in self.outputs:
             params = [parameter for one in self.layers for parameter in one.parameters()]
             flat = x.reshape(-1, x.shape[-1]).to(matmul_dtype(x))
@@ -4377,13 +4376,6 @@ def expert_products(module: Any, layer: Any, name: str, x: torch.Tensor, experts
     return out + grouped_mm(grouped_mm(x, a.mT, ends) * layer.scaling["default"], b.mT, ends)
 
 
-def fuses_gate(module: Any, both: torch.Tensor) -> bool:
-    """Whether GatedShares computes what a module does: SiLU, and transformers' own way to gate."""
-    silu = module.has_gate and type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-    own = silu and module._apply_gate.__name__ == "_default_apply_gate"  # others clamp, or alternate gate and up
-    return triton is not None and own and on_current_gpu(both)
-
-
 def grouped_experts_forward(
     module: Any, layers: Mapping[str, Any], x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor
 ) -> torch.Tensor:
@@ -4399,39 +4391,34 @@ def grouped_experts_forward(
     shares = shares.flatten().gather(0, order)[:, None]  # an index would sort in its backward pass
     first = "gate_up_proj" if module.has_gate else "up_proj"
     both = expert_products(module, layers.get(first), first, rows, experts, ends)
-    norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None  # transformers 5.23
-    early = not (module.has_bias or norm)  # shares may scale the inputs of the last product, which are narrower
-    if early and fuses_gate(module, both):
+    silu = module.has_gate and type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+    own = silu and module._apply_gate.__name__ == "_default_apply_gate"  # others clamp, or alternate gate and up
+    # shares may scale the inputs of the last product, which are narrower, unless a bias is added to it
+    if early := own and not module.has_bias and triton is not None and on_current_gpu(both):
         inner = GatedShares.apply(both, shares)
     else:
         inner = module._apply_gate(both) if module.has_gate else module.act_fn(both)
-        inner = (inner * shares).to(inner.dtype) if early else inner
     out = expert_products(module, layers.get("down_proj"), "down_proj", inner, experts, ends)
-    out = norm(out) if norm else out
     return RowsOfTokens.apply(out if early else out * shares, tokens, places, True).to(x.dtype)
-
-
-def check_groups(module: Any, layers: Mapping[str, Any]) -> None:
-    """Raise a ValueError if grouped products give something else than the module's own function, on a few tokens."""
-    weight, generator = module._parameters["down_proj"], torch.Generator().manual_seed(0)
-    values = getattr(weight, "quant_state", weight)  # on a GPU grouped products want bf16
-    size, dtype = values.shape[2 if module.is_transposed else 1], values.dtype
-    x = torch.randn(24, size, generator=generator).to(weight.device, dtype)
-    shares, chosen = torch.rand(24, module.num_experts, generator=generator).to(weight.device).topk(2)
-    whole, grouped = (f(module, layers, x, chosen, shares) for f in (unpacked_experts_forward, grouped_experts_forward))
-    if not logits_close(whole.float(), grouped.float(), dtype=dtype):
-        raise ValueError("groups give something else")
 
 
 @torch.no_grad()
 def group_experts(model: Any) -> list[str]:
-    """Multiply experts in groups wherever that gives the same; names of the other modules, and why not."""
+    """Multiply experts in groups wherever a few tokens then get the same; names of the other modules, and why not."""
     outer = {layer.get_base_layer(): (layer, layers) for layer, layers in adapted_experts(model).values()}
-    others = []
+    others, generator = [], torch.Generator().manual_seed(0)
     for name, module in ((name, module) for name, module in model.named_modules() if knows_experts(module)):
         layer, layers = outer.get(module, (module, {}))
         try:
-            check_groups(module, layers)
+            weight = module._parameters["down_proj"]
+            values = getattr(weight, "quant_state", weight)  # on a GPU grouped products want bf16
+            size, dtype = values.shape[2 if module.is_transposed else 1], values.dtype
+            x = torch.randn(24, size, generator=generator).to(weight.device, dtype)
+            shares, chosen = torch.rand(24, module.num_experts, generator=generator).to(weight.device).topk(2)
+            ways = (unpacked_experts_forward, grouped_experts_forward)
+            whole, grouped = (way(module, layers, x, chosen, shares).float() for way in ways)
+            if not logits_close(whole, grouped, dtype=dtype):
+                raise ValueError("groups give something else")
             layer.forward = partial(grouped_experts_forward, module, layers)
         except Exception as error:  # whatever the module raises
             others.append(f"{name}: {shorten(error)}")
@@ -4457,7 +4444,7 @@ def as_fused_linear(module: Any) -> FusedLinear | None:
     if not linear or len(module.active_adapters) != 1 or name in module.lora_variant:
         return None
     dropout = getattr(module.lora_dropout[name], "p", 0.0)
-    return FusedLinear(module, base, module.r[name], a, b, module.scaling[name], dropout, module.forward)
+    return FusedLinear(module, base, module.r[name], a, b, module.scaling[name], dropout)
 
 
 def patch_lora_layers(model: Any) -> tuple[list[FusedGroup], list[str]]:
@@ -4705,13 +4692,10 @@ def small_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
     return torch.utils.checkpoint.checkpoint(run, *args, **options)
 
 
-def set_recomputed_layers(
-    model: Any, count: int, offload: bool = False, random: bool = True, small: bool = False
-) -> None:
+def set_recomputed_layers(model: Any, count: int, offload: bool = False, small: bool = False) -> None:
     """Recompute the first `count` layers (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
 
-    The backward pass reaches them last, when the memory of the others is free. `random`: layers draw random numbers.
-    `small`: the time goes into launches.
+    The backward pass reaches them last, when the memory of the others is free. `small`: the time goes into launches.
     """
     layers = decoder_layers(model)
     devices = [next(layer.parameters()).device for layer in layers]  # of several, the first layers of each
@@ -4719,7 +4703,7 @@ def set_recomputed_layers(
     checkpoint = offloading_checkpoint if offload else small_checkpoint if small else torch.utils.checkpoint.checkpoint
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = i in chosen
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def apply_liger(model: Any) -> str | None:
@@ -4836,46 +4820,33 @@ def passes_positions(base: Any, config: Config) -> bool:
     return left and "position_ids" in inspect.signature(base.forward).parameters
 
 
-def logit_ramp(logits: torch.Tensor) -> torch.Tensor:
-    """Known numbers in the place of a head's logits."""
-    return torch.linspace(-40, 40, logits.numel(), device=logits.device).view_as(logits)
-
-
 def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) -> FastPath:
     """Apply the head here where the model hands it the body's output and changes its logits by a rule, or not at all.
 
     The model gets known numbers in their place: what it makes of them shows the change, whatever its config calls it.
     """
     whole = fast._replace(off=(*fast.off, f"whole logits: {type(base).__name__} changes them in a way of its own"))
-    head, outputs, inputs = base.get_output_embeddings(), dict[Any, torch.Tensor](), list[torch.Tensor]()
+    head, inputs = base.get_output_embeddings(), list[torch.Tensor]()
+    kept = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
     plain = head.original_module if isinstance(head, TrainableTokensWrapper) else head  # its `weight` has the new rows
     if not isinstance(plain, torch.nn.Linear) or not type(plain).__module__.startswith("torch"):
         return whole
-    bodies = (base.base_model, base.get_decoder())  # OPT calls the second
-    note = lambda body, args, output: outputs.update({body: output[0].clone()})  # noqa: E731
-    with contextlib.ExitStack() as hooks:
-        for body in bodies:
-            hooks.enter_context(body.register_forward_hook(note))
-        hooks.enter_context(head.register_forward_pre_hook(lambda module, args: inputs.append(*args)))
-        hooks.enter_context(head.register_forward_hook(lambda module, args, logits: logit_ramp(logits)))
+    ramp_like = lambda x: torch.linspace(-40, 40, x.numel(), device=x.device).view_as(x)  # noqa: E731
+    noting = head.register_forward_pre_hook(lambda module, args: inputs.append(*args))
+    with noting, head.register_forward_hook(lambda module, args, logits: ramp_like(logits)):
         try:
-            logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
+            logits = model(**kept).logits
             (states,) = inputs  # the head is called once
         except Exception:
             return whole
-    same, ramp = partial(torch.allclose, logits.float(), rtol=1e-5, atol=1e-4), logit_ramp(logits)
+    same, ramp = partial(torch.allclose, logits.float(), rtol=1e-5, atol=1e-4), ramp_like(logits)
     values = (v for v in base.config.get_text_config().to_dict().values() if isinstance(v, int | float) and v)
     rules = [partial(rule, value) for value in values for rule in LOGIT_RULES]
     found = [()] if same(ramp) else [(rule,) for rule in rules if same(rule(ramp))]
-    equal = [body for body, output in outputs.items() if torch.equal(output.to(states), states)]
-    if not found or not equal:
-        return whole
-    own = fast._replace(body=equal[-1], head=head, logit_rules=found[0])  # of several the outer one
-    with contextlib.suppress(Exception):  # the model may also change what enters its body
-        kept = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
-        first, second = (own.body(**kept).last_hidden_state for _ in range(2))  # type: ignore[misc]
-        if (first - states).norm() <= 2 * (first - second).norm() + 1e-5 * states.norm():
-            return own
+    with contextlib.suppress(Exception):  # the model may change what enters its body, or what leaves it
+        first, second = (base.base_model(**kept).last_hidden_state for _ in range(2))
+        if found and (first - states).norm() <= 2 * (first - second).norm() + 1e-5 * states.norm():
+            return fast._replace(body=base.base_model, head=head, logit_rules=found[0])
     return whole
 
 
@@ -4968,15 +4939,14 @@ def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, devi
 def enable_fast_path(model: Any, base: Any, config: Config) -> FastPath:
     """Turn on every part of the fast path that gives this model the same numbers."""
     ALL_ATTENTION_FUNCTIONS.register(VARLEN_ATTENTION, varlen_attention)  # no mask is registered, so none is made
-    fast = FastPath(sharded=is_sharded(config))
-    if not config.training.fast_path:
-        fast = fast._replace(off=("--fast_path False",))
-    else:
-        groups, others = ([], []) if config.quant.full_finetune else patch_lora_layers(model)
-        off = [f"{len(others)} adapted layers keep peft's functions, first {others[0]}"] if others else []
-        if whole := group_experts(model):
-            off.append(f"{len(whole)} modules of experts unpack whole stacks, first {whole[0]}")
-        fast = fast._replace(groups=tuple(groups), off=tuple(off))
+    wanted = config.training.fast_path
+    groups, others = patch_lora_layers(model) if wanted and not config.quant.full_finetune else ([], [])
+    off = [] if wanted else ["--fast_path False"]
+    if others:
+        off.append(f"{len(others)} adapted layers keep peft's functions, first {others[0]}")
+    if wanted and (whole := group_experts(model)):
+        off.append(f"{len(whole)} modules of experts unpack whole stacks, first {whole[0]}")
+    fast = FastPath(groups=tuple(groups), sharded=is_sharded(config), off=tuple(off))
     return fast if fast.sharded else choose_fast_path(model, base, fast, config)  # an engine shards first
 
 
@@ -5093,19 +5063,15 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     packed = sum(w.numel() for _, w in stacked_experts(model, known=True).values()) if packs_experts(config) else 0
     dense = [*shapes.values(), *(weight.shape for weight in stacks if packed)]  # what is unpacked at once
     head = model.get_output_embeddings()
-    # peft copies a head with new tokens; beside the copy lie its gradient or, without liger, three chunks of logits
-    tables = {model.get_input_embeddings().weight, head.weight} if config.model.add_tokens else set[Any]()
-    copied = max(2 * (table := head.weight.numel() * plain), table + 2**28) if tables else 0
     # adapters that are computed from the base's weights would be computed from none
     fresh = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init_lora_weights="true"))
     with torch.device("meta"):
         trained = [p for p in make_trainable(model, fresh, None).parameters() if p.requires_grad]
-        trained += [trained[0].new_empty(str(config.model.add_tokens).count(",") + 1, w.shape[1]) for w in tables]
     count = sum(p.numel() for p in trained)
     size = sum(p.nbytes for p in trained)
     # bytes a parameter: torch's AdamW keeps its averages in the parameter's dtype, the others in float32
     states = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "torch": 2 * size // count}
-    return MemoryModel(
+    memory = MemoryModel(
         weights=int(linear * (four_bits if bits == 4 else 1 if bits == 8 else plain)),
         other=(total - linear - experts) * plain,
         experts=int(packed * four_bits) + (experts - packed) * plain,
@@ -5113,7 +5079,7 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
         gradients=size * (2 if train.world_size > 1 else 1),  # DDP averages a flat copy
         optimizer=count * next((width for name, width in states.items() if name in train.optim), 8),
         paged="paged" in train.optim,
-        fixed=copied + (max(map(math.prod, dense), default=0) * width if bits < 16 else 0) + 2**27,
+        fixed=(max(map(math.prod, dense), default=0) * width if bits < 16 else 0) + 2**27,
         token=width * (2 * max(map(max, shapes.values()), default=4 * hidden) + 3 * hidden)
         + (0 if head is None or (train.fast_path and not is_sharded(config)) else head.weight.shape[0] * (width + 12)),
         layer=(width * kept + norms) // layers,
@@ -5121,6 +5087,7 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
         layers=layers,
         unpacked=width * linear // layers if bits < 16 and train.fast_path else 0,
     )
+    return memory.shared(config, train.world_size) if is_sharded(config) else memory
 
 
 def requested_layers(config: Config, layers: int) -> int | None:
@@ -5210,7 +5177,6 @@ def plan_from_flags(config: Config, memory: MemoryModel) -> tuple[dict[str, str]
     """Plan before any row or weight is read, every row as long as the limits allow: a table, and whether it fits."""
     train, gib, longest = config.training, gpu_gib(config), length_limits(config).longest
     window = longest * train.per_device_train_batch_size * train.gradient_accumulation_steps
-    memory = memory.shared(config, train.world_size) if is_sharded(config) else memory
     room = 0.95 * (gib - CONTEXT) * GIB - memory.resident()  # a twentieth stays free
     plan, lines, fits = plan_step(memory, room, longest, window, config)
     needed = math.ceil(100 * ((plan.peak or 0) / 0.95 + CONTEXT)) / 100
@@ -5231,11 +5197,10 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
     ]
 
     def fits(group: str, flag: str, value: Any) -> bool:
-        arguments, flags = copy.copy(getattr(config, group)), config.flags | {flag: value}
-        setattr(arguments, flag, value)
-        known = config.explicitly_set | {flag}
-        changed = dataclasses.replace(config, **{group: arguments}, flags=flags, explicitly_set=known)
-        with contextlib.suppress(ConfigError):
+        with contextlib.suppress(ConfigError, ValueError):
+            arguments = dataclasses.replace(getattr(config, group), **{flag: value})
+            flags, known = config.flags | {flag: value}, config.explicitly_set | {flag}
+            changed = dataclasses.replace(config, **{group: arguments}, flags=flags, explicitly_set=known)
             check_config(changed)
             return plan_from_flags(changed, memory if group == "data" else memory_from_config(changed, model_config))[1]
         return False
@@ -5288,15 +5253,6 @@ def free_memory(gpu: Any = None) -> float:
     return min(free, share - reserved) + reserved - torch.cuda.memory_allocated(gpu)
 
 
-def free_cpu_memory() -> float:
-    """Bytes that the machine, or this container, has left."""
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - psutil.Process().memory_info().rss)
-    return free
-
-
 def choose_step_plan(
     memory: MemoryModel, model: Any, base: Any, fast: FastPath, rows: Any | None, config: Config
 ) -> tuple[StepPlan, dict[str, str]]:
@@ -5311,13 +5267,12 @@ def choose_step_plan(
         if wanted is None and rows is not None:  # half of the memory is for the rest of the machine
             most = tokens if at_once is None else at_once * max(rows["length"][:])
             needed = memory.gradients + memory.optimizer + memory.fixed + most * memory.per_token(0)
-            wanted = 0 if needed * train.world_size < free_cpu_memory() / 2 else layers
+            wanted = 0 if needed * train.world_size < psutil.virtual_memory().available / 2 else layers
         plan = StepPlan(at_once, tokens, layers if wanted is None else wanted)
         return plan, {"steps": str(plan)}
     lengths = sorted(rows["length"][:], reverse=True)
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
     if is_sharded(config):  # nothing can be measured before, nor repeated after memory ran out
-        memory = memory.shared(config, train.world_size)
         room = 0.85 * (gpu_gib(config) - CONTEXT) * GIB - memory.resident()
     else:
         devices = {parameter.device for parameter in base.parameters() if parameter.device.type == "cuda"}
@@ -5549,14 +5504,11 @@ def find_resume_point(config: Config) -> ResumePoint:
     """Resume, start anew, or use what is finished."""
     args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
     adapter, full = config.model.adapter_name_or_path, config.quant.full_finetune
-    picked = args.resume_from_checkpoint
-    picked = None if str(picked).lower() in ("true", "false") else picked
-    last = None
-    if picked:
-        last = Path(picked).absolute()
-        if problem := checkpoint_problem(last):
-            raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
-    elif not args.overwrite_output_dir:
+    picked = None if str(args.resume_from_checkpoint).lower() in ("true", "false") else args.resume_from_checkpoint
+    last = Path(picked).absolute() if picked else None
+    if last and (problem := checkpoint_problem(last)):
+        raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
+    if not (picked or args.overwrite_output_dir):
         last = find_last_checkpoint(output)
     check_final_weights(config, picked)
     finished = (output / COMPLETED).is_file() and not picked
@@ -5646,32 +5598,23 @@ def atomic_save(staging: Path, target: Path) -> Iterator[None]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def open_locked(folder: Path) -> Any:
-    """Open and lock a folder's lock file; a ConfigError names the run that holds it."""
-    while True:
-        file = (folder / LOCK).open("a+")
-        try:
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would pass to data-loader workers
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise ConfigError(f"{folder} is in use by {file.read()}: wait for it, or name another folder") from None
-        except (ImportError, OSError) as error:  # Windows, or a file system without locks
-            log.warning("%s can't be locked (%s): start no other run there", folder, error)
-            return file
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
-                return file
-        file.close()  # the run that held it has just removed it
-
-
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder. The kernel releases the lock of a process that dies."""
     made = not folder.exists() or folder.name.startswith(MERGING)
     folder.mkdir(parents=True, exist_ok=True)
-    with open_locked(folder) as file:
+    with (folder / LOCK).open("a+") as file:
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would pass to data-loader workers
+            if os.fstat(file.fileno()).st_nlink == 0:  # the run that held it has just removed it
+                raise PermissionError
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise ConfigError(f"{folder} is in use by {file.read()}: wait for it, or name another folder") from None
+        except (ImportError, OSError) as error:  # Windows, or a file system without locks
+            log.warning("%s can't be locked (%s): start no other run there", folder, error)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -6611,12 +6554,10 @@ def apply_step_plan(base: Any, plan: StepPlan, config: Config) -> None:
     """Recompute layers as planned; a model without transformers' own kind of layers recomputes all or none."""
     set_unpacked_layers(base, plan.unpacked, compute_dtype(config))
     if decoder_layers(base) and not is_sharded(config):  # an engine recomputes all layers or none
-        text = base.config.get_text_config().to_dict()
-        rates = (rate for name, rate in text.items() if re.search("drop|noise", name) and isinstance(rate, float))
-        dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in base.modules())
         # a layer that is first run without gradients would hand none to the routers' own loss
-        small = plan.tokens < 2048 and config.training.world_size == 1 and not text.get("output_router_logits")
-        set_recomputed_layers(base, plan.recomputed, config.training.offload_activations, dropout or any(rates), small)
+        routed = getattr(base.config.get_text_config(), "output_router_logits", False)
+        small = plan.tokens < 2048 and config.training.world_size == 1 and not routed
+        set_recomputed_layers(base, plan.recomputed, config.training.offload_activations, small)
     elif plan.recomputed and getattr(base, "supports_gradient_checkpointing", True):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()

@@ -1,5 +1,6 @@
 """Where a run writes: working_dir, output_dir, final_output_dir; and the folder that a full fine-tune leaves."""
 
+import fcntl
 import json
 import shutil
 import signal
@@ -529,3 +530,11 @@ def test_a_folder_without_records_keeps_its_weights(run_qlora, own_model, tmp_pa
     weights_before = {name: data for name, data in contents_of(own_model).items() if name.startswith("model")}
     assert run_qlora(output_dir=own_model, overwrite_output_dir=True).code == 0
     assert weights_before and weights_before.items() <= contents_of(own_model).items()
+
+
+def test_a_lock_file_that_its_holder_has_just_removed_locks_nothing(tmp_path, monkeypatch):
+    """Two runs would each hold a lock, one of them on a file without a name."""
+    lockf = fcntl.lockf
+    monkeypatch.setattr(fcntl, "lockf", lambda file, kind: (tmp_path / qlora.LOCK).unlink() or lockf(file, kind))
+    with pytest.raises(qlora.ConfigError, match="is in use by"), qlora.lock_folder(tmp_path):
+        pass
