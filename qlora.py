@@ -3352,8 +3352,7 @@ class Choice(NamedTuple):
     start: dict[str, torch.Tensor]  # lora_A, (r, in), and lora_B, (out, r), close to W - Q; empty: from zero
     before: float  # squared change of the outputs by plain rounding
     after: float  # by Q
-    plain: int = 0  # how many experts are rounded plainly
-    why: str = ""  # why a linear layer is rounded plainly
+    plain: int = 0  # how many matrices are rounded plainly
 
 
 def weighted_scales(weight: torch.Tensor, importance: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
@@ -3478,13 +3477,10 @@ def calibrate_weight(weight: torch.Tensor, inputs: Mapping[int, Any], config: Co
 
 def choose_codes(weight: torch.Tensor, hessian: Any, factors: Any, config: Config) -> Choice:
     """Round a linear layer's weight, (out, in), on inputs whose H is known, and start its adapter from what is left."""
-    why = "" if factors else "no input reaches it" if hessian is None else "its inputs are zero or not finite"
-    why = "its width is no multiple of 64" if weight.shape[1] % BLOCK else why
-    inputs = {} if why else {0: (hessian.diagonal(), lambda: (hessian, factors))}
+    inputs = {0: (hessian.diagonal(), lambda: (hessian, factors))} if factors else {}
     choice = calibrate_weight(weight, inputs, config, transposed=False)
     left = weight - stack_values(choice.weight, load_dtype(config))
-    start = {} if why else adapter_start(left, factors, config.lora.lora_r)
-    return choice._replace(start=start, plain=0, why=why)
+    return choice._replace(start=adapter_start(left, factors, config.lora.lora_r) if factors else {})
 
 
 def as_matrix(module: Any) -> torch.Tensor:
@@ -3493,10 +3489,10 @@ def as_matrix(module: Any) -> torch.Tensor:
 
 
 class InputSums:
-    """Σ x xᵀ of what linear layers read, all inputs or the first alone, in float32; layers share that of one tensor."""
+    """Σ x xᵀ of what linear layers read, in float32; layers share that of one tensor."""
 
-    def __init__(self, alone: bool) -> None:
-        self.alone, self.sums = alone, dict[str, torch.Tensor]()
+    def __init__(self) -> None:
+        self.sums = dict[str, torch.Tensor]()
         self.readers = defaultdict[str, set[str]](set)  # of each sum's input
         self.routed = defaultdict[str, list[Any]](list)  # x, (tokens, in), and the experts of each token, (tokens, k)
         self.latest: tuple[Any, str] = (None, "")
@@ -3511,12 +3507,10 @@ class InputSums:
             return self.routed[name].append((x, reached))
         if args[0] is not self.latest[0]:
             self.latest = args[0], name
-            if name in self.sums or not (self.alone and self.sums):
-                x = args[0].flatten(0, -2).float()
-                with torch.autocast(x.device.type, enabled=False):
-                    self.sums[name] = self.sums.get(name, 0) + x.T @ x
-        if (owner := self.latest[1]) in self.sums:
-            self.readers[owner].add(name)
+            x = args[0].flatten(0, -2).float()
+            with torch.autocast(x.device.type, enabled=False):
+                self.sums[name] = self.sums.get(name, 0) + x.T @ x
+        self.readers[self.latest[1]].add(name)
 
 
 def measure(rows: torch.Tensor) -> tuple[torch.Tensor, Factors | None]:
@@ -3546,33 +3540,26 @@ def calibrate_experts(module: Any, calls: Sequence[Any], config: Config) -> Iter
 
 
 def calibrate_layer(
-    layer: Any, modules: Mapping[str, Any], calls: Sequence[Any], config: Config, alone: bool
+    layer: Any, modules: Mapping[str, Any], calls: Sequence[Any], config: Config
 ) -> tuple[dict[str, Choice], list[torch.Tensor]]:
-    """Choose the codes of a layer's weights; also its new outputs, which are the next layer's inputs.
-
-    With `alone` the calls are repeated for each input, so that one square matrix is in memory at a time.
-    """
-    device, dtype, routed = config.training.device, compute_dtype(config), dict[str, list[Any]]()
+    """Choose the codes of a layer's weights; also its new outputs, which are the next layer's inputs."""
+    device, dtype, inputs = config.training.device, compute_dtype(config), InputSums()
     run = torch.autocast(device.type, dtype, dtype != torch.float32)(layer)
     weights = {name: as_matrix(module) for name, module in modules.items() if not knows_experts(module)}
-    choices, left = dict[str, Choice](), dict(modules)
-    while left:
-        inputs = InputSums(alone)
-        with contextlib.ExitStack() as stack:
-            for name, module in left.items():
-                stack.enter_context(module.register_forward_pre_hook(partial(inputs.add, name)))
-            for hidden, args, kwargs in calls:
-                run(hidden, *args, **kwargs)
-        routed |= inputs.routed
-        for owner, readers in inputs.readers.items():
-            hessian = inputs.sums.pop(owner)
-            factors = damped_factors(hessian)
-            choices |= {name: choose_codes(weights[name].float(), hessian, factors, config) for name in sorted(readers)}
-        left = {n: m for n, m in left.items() if alone and inputs.readers and n not in {*choices, *routed}}
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(module.register_forward_pre_hook(partial(inputs.add, name)))
+        for hidden, args, kwargs in calls:
+            run(hidden, *args, **kwargs)
+    choices: dict[str, Choice] = {}
+    for owner, readers in inputs.readers.items():
+        hessian = inputs.sums.pop(owner)
+        factors = damped_factors(hessian)
+        choices |= {name: choose_codes(weights[name].float(), hessian, factors, config) for name in sorted(readers)}
     choices |= {n: choose_codes(w.float(), None, None, config) for n, w in weights.items() if n not in choices}
     for name, weight in weights.items():
         weight.copy_(stack_values(choices[name].weight, weight.dtype))
-    for name, seen in routed.items():
+    for name, seen in inputs.routed.items():
         choices |= {f"{name}.{leaf}": choice for leaf, choice in calibrate_experts(modules[name], seen, config)}
     outputs = (run(hidden, *args, **kwargs) for hidden, args, kwargs in calls)
     return choices, [out[0] if isinstance(out, tuple) else out for out in outputs]
@@ -3616,8 +3603,8 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
     """Choose the codes of every layer, each on the outputs of those before it, and write the base to `folder`.
 
     In memory are the base, mapped from its files (experts are stacked, which takes memory), what is packed so far, and
-    on the device one layer in the load dtype with the sums of its inputs (on a GPU one at a time). Layers outside the
-    decoder's are rounded plainly.
+    on the device one layer in the load dtype with the sums of its inputs. Layers outside the decoder's are rounded
+    plainly.
     """
     device, began, layers = config.training.device, time.perf_counter(), decoder_layers(model)
     prefixes, dtype = [f"{name}." for name, module in model.named_modules() if module in layers], load_dtype(config)
@@ -3634,13 +3621,11 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
         layer = model.get_submodule(prefix[:-1]).to(device, torch.float32 if dtype == torch.float32 else None)
         modules = {name: model.get_submodule(name) for name in targets if name.startswith(prefix)}
         own = [(state, *send_to_device(call[1:], device)) for state, call in zip(hidden, calls.pop(0), strict=True)]
-        choices, hidden = calibrate_layer(layer, modules, own, config, alone=device.type == "cuda")
+        choices, hidden = calibrate_layer(layer, modules, own, config)
         for name, choice in choices.items():
             replace_weight(model, name, choice.weight, config)
             starts |= {f"{name}.{part}": tensor.cpu() for part, tensor in choice.start.items()}
             before, after, plain = before + choice.before, after + choice.after, plain + choice.plain
-            if choice.why:
-                log.warning("calibration: %s is rounded plainly: %s", name, choice.why)
         layer.to("cpu")
         bar.set_postfix_str(share := f"{1 - after / (before or 1):.0%} of the error removed")
         if bar.disable and len(calls) % 8 == 0:  # a pipe has no bar
@@ -3657,8 +3642,8 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
         save_file(parts, Path(folder, EXPERT_STATISTICS))
     save_file(starts, Path(folder, ADAPTER_START))
     if plain:
-        why = f"fewer than {FEWEST_TOKENS} tokens reach them, or their rows are no multiple of {BLOCK} values"
-        log.info("calibration: %d matrices of experts are rounded plainly: %s", plain, why)
+        why = f"few or no tokens reach them, or their rows are no multiple of {BLOCK} values"
+        log.warning("calibration: %d matrices are rounded plainly: %s", plain, why)
     message = "calibration took %.0f s: squared error of the layers' outputs %.4g by plain rounding, %.4g now"
     log.info(message, time.perf_counter() - began, before, after)
 
