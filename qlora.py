@@ -2682,7 +2682,6 @@ LINEAR_CLASSES = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linea
 WIDTH_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 COMPILED: dict[Any, Any] = {}  # kernels for aligned tensors, by device, dtype, size and constants
 TRIALS: dict[Any, tuple[set[str], set[str]]] = {}  # results of try_layers, which takes a second at 7B
-WEIGHT_FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "is_cuda", "is_meta", "is_floating_point"}
 
 # By model_type, what holds while a model of this family is loaded; mock.patch puts the attribute back.
 QUIRKS = {
@@ -2880,41 +2879,29 @@ def without_numbers(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-class LayerUses(TorchFunctionMode):
+class LayerUses:
     """Note which linear layers give a product when they are called, and which are used in other ways.
 
-    A weight may be read beside its layer, also to hand it on to a kernel. Its dtype or shape may be asked for.
+    A weight may be read beside its layer, also to hand it on to a kernel.
     """
 
     def __init__(self, layers: Iterable[Any]) -> None:
-        super().__init__()
-        self.called, self.other, self.asked, self.running = set[Any](), list[Any](), set[Any](), list[Any]()
-        self.layers = {id(layer.weight): layer for layer in layers}
-        for layer in self.layers.values():
+        self.called, self.otherwise, self.running = set[Any](), set[Any](), list[Any]()
+        for layer in layers:
             layer.register_forward_pre_hook(lambda layer, args: self.running.append(layer))
-            layer.register_forward_hook(self.leave, with_kwargs=True)
+            layer.register_forward_hook(self.leave)
 
-    def leave(self, layer: Any, args: Any, kwargs: Any, output: Any) -> None:
-        """A call of a layer ends, with a product of its input and no more, or with something else."""
-        size, x = getattr(layer, "out_features", None) or layer.nf, next(iter((*args, *kwargs.values())), None)
-        whole = isinstance(x, torch.Tensor) and isinstance(output, torch.Tensor)
-        product = whole and output.shape == (*x.shape[:-1], size)  # type: ignore[union-attr]
-        (self.called.add if product else self.other.append)(layer)
+    def leave(self, layer: Any, args: Any, output: Any) -> None:
+        """A call of a layer ends, with a product or, as of some routers, with something else."""
+        size = getattr(layer, "out_features", None) or layer.nf
+        product = isinstance(output, torch.Tensor) and output.shape[-1] == size
+        (self.called if product else self.otherwise).add(layer)
         self.running.pop()
 
     def read(self, layer: Any) -> Any:
         """What `layer.weight` gives."""
-        self.other += [] if layer in self.running else [layer]
+        self.otherwise |= {layer}.difference(self.running)
         return layer.__getattr__("weight")
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        fact = getattr(getattr(function, "__self__", function), "__name__", "") in WEIGHT_FACTS
-        for layer in {self.layers[id(x)] for x in args if id(x) in self.layers}.difference(self.running):
-            if not fact:
-                self.other.append(layer)
-            elif self.other[-1:] == [layer]:  # it was read for this
-                self.asked.add(self.other.pop())
-        return function(*args, **(kwargs or {}))
 
 
 def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
@@ -2922,7 +2909,7 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
 
     Tried on the meta device, without memory. Mamba reads the weight of `dt_proj` without calling it, RWKV rescales some
     to evaluate; Llama 4's router returns a tuple, a tower for images is never called, and no gradient reaches
-    DeepSeek-V3.2's indexer. Where a model casts inputs to a weight's dtype, that weight can't be packed integers.
+    DeepSeek-V3.2's indexer. Where a model casts inputs to a weight's dtype, it would cast them to packed integers.
     """
     kind: Any = type(model)
     settings = {n: v for n, v in model.config.to_dict().items() if not re.search("quantization|use_cache|token_id", n)}
@@ -2941,7 +2928,7 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
             names |= {module: name for name, module in twin.named_modules() if isinstance(module, LINEAR_CLASSES)}
             uses = LayerUses(names)
             for mode in (False, True):  # some layers are left out at random in training, some only used there
-                with uses, mock.patch.object(torch.nn.Linear, "weight", property(uses.read), create=True):
+                with mock.patch.object(torch.nn.Linear, "weight", property(uses.read), create=True):
                     logits = twin.train(mode)(input_ids=ids, attention_mask=ids).logits
                 logits.sum().backward()
             used = {names[module] for module in uses.called if module.weight.grad is not None}
@@ -2950,9 +2937,8 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
         used = {name for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
     kinds = {without_numbers(name) for name in used if ".experts." in name}  # which are called depends on values
     used |= {name for name in names.values() if without_numbers(name) in kinds}
-    # BigBird makes layers on the way, which have no name
-    beside, asked = ({names[m] for m in names.keys() & found} for found in (set(uses.other), uses.asked))
-    TRIALS[key] = used - beside, beside | asked
+    beside = {names[module] for module in names.keys() & uses.otherwise}  # BigBird makes layers on the way: no name
+    TRIALS[key] = used - beside, beside
     return TRIALS[key]
 
 
