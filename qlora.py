@@ -2249,18 +2249,17 @@ def prompts_and_completions(batch: Mapping[str, list[Any]], tokenizer: Any) -> I
             yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), chat
 
 
-def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
+def encode_masked(text: str, tokenizer: Any, limits: Limits) -> Encoded:
     """A text with the tokenizer's special tokens around it; the labels are the tokens that may be masked."""
     # a mask token in the text is one, which prediction fills; other special tokens stay text, except with slow
     # tokenizers: ESM's finds its letters by the same rule as special tokens
     split = tokenizer.is_fast and str(tokenizer.mask_token) not in text
-    limit = limits.total or limits.source
-    row = tokenizer(text, return_special_tokens_mask=True, split_special_tokens=split, verbose=False)
-    ids, special = row["input_ids"], row["special_tokens_mask"]
-    closing = sum(1 for _ in itertools.takewhile(bool, reversed(special)))  # the last special tokens are never cut
-    kept = [i for i in range(len(ids)) if i < limit - closing or i >= len(ids) - closing]
-    labels = [IGNORE if special[i] or ids[i] == tokenizer.mask_token_id else ids[i] for i in kept]
-    return Encoded([ids[i] for i in kept], labels, (len(ids), 0))
+    encode = partial(tokenizer, text, split_special_tokens=split, verbose=False)
+    row = encode(return_special_tokens_mask=True, truncation=True, max_length=limits.total or limits.source)
+    ids, uncut = row["input_ids"], encode()["input_ids"]
+    masks = zip(ids, row["special_tokens_mask"], strict=True)
+    labels = [IGNORE if special or i == tokenizer.mask_token_id else i for i, special in masks]
+    return Encoded(ids, labels, (len(uncut), 0))
 
 
 def encode_batch(
@@ -2329,9 +2328,6 @@ def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: flo
         skip = name == "train" and limit and config.data.skip_excess_length
         if any(long := rows["cut"][:] if skip else [not length for length in rows["length"][:]]):
             flag = f"--model_max_len {limit}" if limit else f"--source_max_len {config.data.source_max_len}"
-            if all(long):
-                flag += f": all {len(rows)} {name} rows are longer"
-                raise DataError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
             fitting = fitting_lengths(rows, config, positions)
             way = f"; 99 % of them fit with {fitting}" if fitting else ""
             log.warning("%d of %d %s rows are longer than %s: left out%s", sum(long), len(rows), name, flag, way)
@@ -2736,23 +2732,14 @@ def device_map(config: Config) -> Any:
 
 @contextlib.contextmanager
 def made_once(folder: Path, what: str) -> Iterator[str]:
-    """Where to write what becomes `folder` once it is whole, unless another run has made it meanwhile.
-
-    Also removes what runs on this host that were killed have left of it.
-    """
-    name = f"{folder.name}.{platform.node()}"
-    scratch = folder.with_name(f"{name}.{os.getpid()}")
+    """Where to write what becomes `folder` once it is whole, unless another run has made it meanwhile."""
     with reraise_as_user_error(what):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.iterdir():
-            if left.name.startswith(f"{name}.") and not psutil.pid_exists(int(left.suffix[1:])):
-                shutil.rmtree(left)
-        try:
-            yield str(scratch)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            made = Path(scratch, folder.name)
+            yield str(made)
             if not folder.is_dir():
-                scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+                made.rename(folder)
 
 
 def model_folder(config: Config) -> str:

@@ -440,9 +440,10 @@ def test_limits_without_model_max_len_drop_nothing(byte_tokenizer, long_and_shor
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_a_limit_that_drops_every_row(encode_file, policy):
-    with pytest.raises(qlora.DataError, match=r"--model_max_len 5"):
+def test_a_limit_that_drops_every_row(encode_file, info, policy):
+    with pytest.raises(qlora.DataError, match="no row in it that can be used"):
         encode_file([{"input": "abc", "output": "xyz"}] * 2, "--model_max_len", "5", "--on_bad_rows", policy)
+    assert any("2 of 2 train rows are longer than --model_max_len 5" in message for message in info.messages)
 
 
 def test_a_row_without_supervised_tokens_is_a_bad_row(encode_file, tmp_path):
