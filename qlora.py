@@ -3124,16 +3124,12 @@ def decoder_layers(model: Any) -> list[Any]:
 
 def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
     """The base model on the meta device, without weights."""
-    zero = getattr(config.training, "hf_deepspeed_config", None)
-    hf_deepspeed.unset_hf_deepspeed_config()  # under ZeRO-3 transformers would draw and shard weights
-    try:
-        with torch.device("meta"), reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
-            return auto_model(config, model_config).from_config(
-                model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
-            )
-    finally:
-        if zero:
-            hf_deepspeed.set_hf_deepspeed_config(zero)
+    # under ZeRO-3 transformers would draw and shard weights
+    whole = mock.patch("transformers.modeling_utils.is_deepspeed_zero3_enabled", lambda: False)
+    with whole, torch.device("meta"), reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
+        return auto_model(config, model_config).from_config(
+            model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
+        )
 
 
 def quantisation_config(config: Config, model_config: PretrainedConfig) -> Any | None:
@@ -3201,9 +3197,8 @@ def check_prequantised(config: Config, stored: Mapping[str, Any]) -> None:
     if is_fsdp(config) and "float" not in storage:
         reason = "FSDP shards floating dtypes only: pass the base as published"
         raise ConfigError(f"--fsdp: {base} is quantised already and stored as {storage}, {reason}")
-    full, init = config.quant.full_finetune, config.lora.init_lora_weights
-    if full or init.lower() not in QUANTISED_INITS:
-        flag = "--full_finetune" if full else f"--init_lora_weights {init}"
+    if config.quant.full_finetune or (init := config.lora.init_lora_weights).lower() not in QUANTISED_INITS:
+        flag = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {init}"
         raise ConfigError(f"{flag}: {base} is quantised already")
 
 
@@ -3631,6 +3626,12 @@ def calibration_key(config: Config, model_config: PretrainedConfig, published: s
     return digest("3", source, *flags, *(config.flags[name] for name in names), ids)
 
 
+def adapter_start_file(config: Config, base: str) -> Path | None:
+    """Where adapters of a run on this calibrated base start; None if they start as --init_lora_weights says."""
+    own = "init_lora_weights" not in config.explicitly_set and config.model.adapter_name_or_path is None
+    return Path(base, ADAPTER_START) if config.quant.calibration_rows and own else None
+
+
 @torch.no_grad()
 def calibrated_base(config: Config, model_config: Any, published: str, rows: Any, known: str | None) -> str:
     """The folder of the calibrated base: that of the run that goes on, one from the cache, or one made now.
@@ -3660,8 +3661,8 @@ def calibrated_base(config: Config, model_config: Any, published: str, rows: Any
         with made_once(folder, f"--calibration_rows: {folder}") as made:
             write_calibrated(model, model_config, ids, config, made)
     log.info("calibrated base: %s", folder)
-    rate, zero = config.training.learning_rate, "init_lora_weights" in config.explicitly_set  # where adapters start
-    if config.training.do_train and rate > 5e-4 and not (zero or config.model.adapter_name_or_path):
+    args = config.training
+    if args.do_train and args.learning_rate > 5e-4 and adapter_start_file(config, str(folder)):
         log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     return str(folder)
 
@@ -3713,17 +3714,15 @@ def adapts_experts(lora: LoraArguments) -> bool:
 
 
 def add_expert_patterns(patterns: dict[str, Any], experts: Sequence[str], per_token: int, lora: LoraArguments) -> None:
-    """Add rank and alpha of stacks of experts, by name, to the patterns that the user passed for layers.
+    """Add rank and alpha of stacks of experts, by full name, to the patterns that the user passed for layers.
 
-    A stack must match one key only: peft takes the first, and saves them in another order. So keys are full names where
-    the user's match some. The experts of a token share the rank (Schulman et al. 2025,
-    https://thinkingmachines.ai/blog/lora/).
+    A stack must match one key only: peft takes the first, and saves them in another order. The experts of a token share
+    the rank (Schulman et al. 2025, https://thinkingmachines.ai/blog/lora/).
     """
     rank = lora.expert_lora_r or max(1, lora.lora_r // per_token)
     for name, value in ("rank_pattern", rank), ("alpha_pattern", lora.lora_alpha):
-        by_user = {n for n in experts if any(re.fullmatch(rf"(.*\.)?({key})", n) for key in patterns[name])}
-        others = [n.split(".") for n in experts if n not in by_user]
-        patterns[name] |= {re.escape(".".join(parts if by_user else parts[-2:])): value for parts in others}
+        others = [n for n in experts if not any(re.fullmatch(rf"(.*\.)?({key})", n) for key in patterns[name])]
+        patterns[name] |= {re.escape(n): value for n in others}
 
 
 def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> LoraConfig:
@@ -3742,14 +3741,13 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     experts = sorted(targets & stacks.keys())
     if init == "olora" and any(isinstance(model.get_submodule(name), Conv1D) for name in targets.difference(experts)):
         raise ConfigError("--init_lora_weights olora: peft transposes no layers of GPT-2's kind; pass pissa")
-    warn = log.debug if model.device.type == "meta" else log.warning  # the plan attaches adapters too
-    if stacks and not adapts_experts(lora):
-        warn("experts get no adapters: peft takes neither --use_dora nor this --init_lora_weights for them")
+    if stacks and not adapts_experts(lora):  # said once, as the plan attaches adapters too
+        warn_once("experts get no adapters: peft takes neither --use_dora nor this --init_lora_weights for them")
     add_expert_patterns(patterns, experts, experts_per_token(model.config), lora)
     if experts and lora.lora_dropout:
-        warn("--lora_dropout: experts get none, which peft cannot give them")
+        warn_once("--lora_dropout: experts get none, which peft cannot give them")
     if lora.expert_lora_r and not experts:
-        warn("--expert_lora_r: without effect, no stack of experts is adapted")
+        warn_once("--expert_lora_r: without effect, no stack of experts is adapted")
     for name in experts:
         most = min(getattr(stacks[name], "quant_state", stacks[name]).shape[1:])
         rank = next(r for key, r in patterns["rank_pattern"].items() if re.fullmatch(rf"(.*\.)?({key})", name))
@@ -3777,12 +3775,6 @@ def adapter_files(adapter: str, config: Config) -> str:
         return str(download(adapter, ["adapter_config.json", "adapter_model.*"], config))
 
 
-def adapter_start_file(config: Config, base: str) -> Path | None:
-    """Where adapters of a run on this calibrated base start; None if they start as --init_lora_weights says."""
-    own = "init_lora_weights" not in config.explicitly_set and config.model.adapter_name_or_path is None
-    return Path(base, ADAPTER_START) if config.quant.calibration_rows and own else None
-
-
 def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> None:
     """Give fresh adapters their start; of saved ones turn off the half by which they fit the published base."""
     starts = load_file(start) if fresh else {}
@@ -3798,20 +3790,16 @@ def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> No
 
 def load_adapter_weights(adapted: Any, folder: str) -> None:
     """Fill a model's adapter from a folder: the file has all of it, and nothing else."""
-    stored = load_peft_weights(folder, device="cpu")
+    stored, own = load_peft_weights(folder, device="cpu"), get_peft_model_state_dict(adapted).keys()
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    try:
-        own = get_peft_model_state_dict(adapted).keys()
-        # peft 0.21 renames what transformers 4 called experts, also where the names are the model's own (Laguna)
-        renamed = f"{peft_conversion.__name__}.convert_peft_adapter_state_dict_for_transformers"
-        as_it_is = mock.patch(renamed, lambda adapter_state_dict, **kwargs: adapter_state_dict)
-        with as_it_is if stored.keys() <= own else contextlib.nullcontext():
-            result: Any = set_peft_model_state_dict(adapted, stored)
-        # peft would put a base's own weight into the base, which is not saved with the adapter
-        unused = [*result.unexpected_keys, *(name for name in stored if "lora_" not in name and name not in own)]
-        empty = sorted(trained.intersection(result.missing_keys))
-    except KeyError as error:  # of a module that was trained whole
-        unused, empty = [], [str(error.args[0])]
+    # peft 0.21 renames what transformers 4 called experts, also where the names are the model's own (Laguna)
+    renamed = f"{peft_conversion.__name__}.convert_peft_adapter_state_dict_for_transformers"
+    as_it_is = mock.patch(renamed, lambda adapter_state_dict, **kwargs: adapter_state_dict)
+    with as_it_is if stored.keys() <= own else contextlib.nullcontext():
+        result: Any = set_peft_model_state_dict(adapted, stored)
+    # peft would put a base's own weight into the base, which is not saved with the adapter
+    unused = [*result.unexpected_keys, *(name for name in stored if "lora_" not in name and name not in own)]
+    empty = sorted(trained.intersection(result.missing_keys))
     if unused or empty or not stored:
         found = f"{len(unused)} of its weights have no place in the model, {len(empty)} of the model's are not in it"
         raise ConfigError(f"{folder}: {found}: {', '.join([*unused[:1], *empty[:1]]) or 'it is empty'}")
