@@ -2867,10 +2867,7 @@ def without_numbers(name: str) -> str:
 
 
 class LayerUses:
-    """Note which linear layers give a product when they are called, and which are used in other ways.
-
-    A weight may be read beside its layer, also to hand it on to a kernel.
-    """
+    """Which linear layers give a product when they are called, and which are used otherwise, as by kernels."""
 
     def __init__(self, layers: Iterable[Any]) -> None:
         self.called, self.otherwise, self.running = set[Any](), set[Any](), list[Any]()
@@ -2959,11 +2956,10 @@ def stack_of(module: Any, name: str) -> Any:
 
 def stacks_in(module: Any) -> dict[str, Any]:
     """A module's own weights of many experts, (experts, ., .), packed or not; a convolution has none."""
-    for name in vars(module).get("quant_states", ()):
-        stack_of(module, name)  # gives it its quant_state
-    shapes = {name: getattr(w, "quant_state", w).shape for name, w in module.named_parameters(recurse=False)}
-    stacks = {name for name, shape in shapes.items() if len(shape) == 3 and shape[0] > 1}
-    return {} if hasattr(module, "kernel_size") else {name: getattr(module, name) for name in stacks}
+    weights = {name: stack_of(module, name) for name, _ in module.named_parameters(recurse=False)}
+    shapes = {name: getattr(weight, "quant_state", weight).shape for name, weight in weights.items()}
+    stacks = {name: weights[name] for name, shape in shapes.items() if len(shape) == 3 and shape[0] > 1}
+    return {} if hasattr(module, "kernel_size") else stacks
 
 
 def stacked_experts(model: torch.nn.Module, known: bool = False) -> dict[str, tuple[Any, torch.nn.Parameter]]:
@@ -3012,14 +3008,6 @@ def packing_experts(config: Config) -> Iterator[None]:
     kept = mock.patch.object(Bnb4BitHfQuantizer, "_convert_model_for_quantization", lambda *_: None)
     with asked, kept, mock.patch.object(Bnb4bitQuantize, "convert", pack):
         yield
-
-
-def restore_packed_experts(model: Any, statistics: Mapping[str, torch.Tensor]) -> None:
-    """Join stacks that a calibrated base holds as codes, (experts, bytes, 1), with their statistics, by stack:part."""
-    for name, (module, codes) in stacked_experts(model, known=True).items():
-        parts = {key.removeprefix(f"{name}:"): part for key, part in statistics.items() if key.startswith(f"{name}:")}
-        weight = bitsandbytes.nn.Params4bit.from_prequantized(codes.view(-1, 1), parts, device=codes.device)
-        setattr(module, leaf_name(name), weight)
 
 
 def pack_experts(model: Any, config: Config) -> None:
@@ -3167,8 +3155,12 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
         model, loading = auto_model(config, model_config).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    if (statistics := Path(folder, EXPERT_STATISTICS)).is_file():
-        restore_packed_experts(model, load_file(statistics))
+    if (file := Path(folder, EXPERT_STATISTICS)).is_file():  # of stacks of codes, (experts, bytes, 1), by stack:part
+        statistics = load_file(file)
+        for name, (module, codes) in stacked_experts(model, known=True).items():
+            parts = {k.removeprefix(f"{name}:"): part for k, part in statistics.items() if k.startswith(f"{name}:")}
+            weight = bitsandbytes.nn.Params4bit.from_prequantized(codes.view(-1, 1), parts, device=codes.device)
+            setattr(module, leaf_name(name), weight)
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(f"{what}: {len(missing)} weights are not in it, first {missing[0]}")
     sizes = [*loading["mismatched_keys"]]
@@ -3634,10 +3626,7 @@ def adapter_start_file(config: Config, base: str) -> Path | None:
 
 @torch.no_grad()
 def calibrated_base(config: Config, model_config: Any, published: str, rows: Any, known: str | None) -> str:
-    """The folder of the calibrated base: that of the run that goes on, one from the cache, or one made now.
-
-    `known` is the name of the first; the rows to calibrate on are chosen by the seed.
-    """
+    """The folder of the calibrated base: `known`, that of the run that goes on, one from the cache, or one made now."""
     root, count = Path(config.model.cache_dir or HF_HOME, "qlora-calibrated"), config.quant.calibration_rows
     if known and (root / known).is_dir():
         return str(root / known)
@@ -3714,15 +3703,17 @@ def adapts_experts(lora: LoraArguments) -> bool:
 
 
 def add_expert_patterns(patterns: dict[str, Any], experts: Sequence[str], per_token: int, lora: LoraArguments) -> None:
-    """Add rank and alpha of stacks of experts, by full name, to the patterns that the user passed for layers.
+    """Add rank and alpha of stacks of experts, by name, to the patterns that the user passed for layers.
 
-    A stack must match one key only: peft takes the first, and saves them in another order. The experts of a token share
-    the rank (Schulman et al. 2025, https://thinkingmachines.ai/blog/lora/).
+    A stack must match one key only: peft takes the first, and saves them in another order. So keys are full names where
+    the user's match some. The experts of a token share the rank (Schulman et al. 2025,
+    https://thinkingmachines.ai/blog/lora/).
     """
     rank = lora.expert_lora_r or max(1, lora.lora_r // per_token)
     for name, value in ("rank_pattern", rank), ("alpha_pattern", lora.lora_alpha):
-        others = [n for n in experts if not any(re.fullmatch(rf"(.*\.)?({key})", n) for key in patterns[name])]
-        patterns[name] |= {re.escape(n): value for n in others}
+        by_user = {n for n in experts if any(re.fullmatch(rf"(.*\.)?({key})", n) for key in patterns[name])}
+        others = [n.split(".") for n in experts if n not in by_user]
+        patterns[name] |= {re.escape(".".join(parts if by_user else parts[-2:])): value for parts in others}
 
 
 def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> LoraConfig:
@@ -3806,26 +3797,18 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
 
 
 @contextlib.contextmanager
-def adapting_packed_experts(config: Any) -> Iterator[None]:
-    """Let peft see the shapes that packed stacks stand for, and no dropout, which it refuses for them."""
-    shown, made = ParamWrapper.get_param, ParamWrapper.__init__
+def adapting_packed_experts() -> Iterator[None]:
+    """Let peft see the shapes that packed stacks stand for."""
+    shown = ParamWrapper.get_param
 
     def get_param(self: Any) -> torch.Tensor:
         weight = shown(self)
         state = getattr(weight, "quant_state", None)
         return weight.new_zeros(1, dtype=torch.float32).expand(state.shape) if state else weight
 
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        kwargs["config"] = copy.copy(kwargs["config"])
-        kwargs["config"].lora_dropout = 0.0
-        made(self, *args, **kwargs)
-
-    seen = mock.patch.object(ParamWrapper, "get_param", get_param)
-    with seen, mock.patch.object(ParamWrapper, "__init__", init), warnings.catch_warnings():
+    with mock.patch.object(ParamWrapper, "get_param", get_param), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*keys did not match any targeted module")  # peft looks among modules only
         yield
-    if config.target_parameters:
-        config.lora_dropout = 0.0  # in the saved adapter, which peft would refuse to load
 
 
 def adapted_experts(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -3875,8 +3858,14 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     # (0.21, https://github.com/huggingface/peft/issues/3711)
     all_found = asked <= {name for name, _ in model.named_modules()}
     rewritten = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
-    with rewritten if all_found else contextlib.nullcontext(), adapting_packed_experts(config):
+    dropout = config.lora_dropout
+    if config.target_parameters:
+        config.lora_dropout = 0.0  # peft refuses it beside experts, also in a saved adapter
+    with rewritten if all_found else contextlib.nullcontext(), adapting_packed_experts():
         adapted: Any = get_peft_model(model, config)
+    for module in adapted.modules() if dropout and config.target_parameters else ():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            module.lora_dropout["default"] = torch.nn.Dropout(dropout)
     for outer, layers in adapted_experts(adapted).values():
         module = outer.get_base_layer()
         if any(hasattr(weight, "quant_state") for weight in stacks_in(module).values()):
