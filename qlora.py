@@ -2780,16 +2780,15 @@ def load_model_config(config: Config, folder: str) -> PretrainedConfig:
     with reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
         model_config = AutoConfig.from_pretrained(folder, **options)
     if rope := rope_parameters(config.model.rope_scaling):
-        known = ("default", *ROPE_INIT_FUNCTIONS)
         parameters = getattr(model_config.get_text_config(), "rope_parameters", None) or {}
         parameters = parameters.get("full_attention", parameters)  # Gemma 3's other layers see a short span only
         if not parameters or any(isinstance(value, dict) for value in parameters.values()):
             raise ConfigError(f"--rope_scaling: a {model_config.model_type} model has no rotary embedding to scale")
+        partial_heads = parameters.get("rope_type") == "proportional"  # Gemma 4 turns a part of each head
+        known = ["proportional"] if partial_heads else ["default", *ROPE_INIT_FUNCTIONS]
         factor = rope.get("factor", 0 if rope.get("rope_type") != "default" else 1)
         if rope.get("rope_type") not in known or type(factor) not in (int, float) or not 0 < factor < math.inf:
             raise ConfigError(f"--rope_scaling: expected a factor above 0 and a rope_type: {', '.join(known)}")
-        if parameters.get("rope_type") == "proportional" != rope["rope_type"]:  # Gemma 4 turns a part of each head
-            raise ConfigError("--rope_scaling: expected the rope_type proportional for this model")
         parameters |= rope
     return model_config
 
