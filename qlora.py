@@ -2644,10 +2644,9 @@ def row_spans(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerB
     return spans
 
 
-def preview_rows(rows: Any, tokenizer: Any, model_config: Any, config: Config) -> Iterator[tuple[str, Spans]]:
+def preview_rows(rows: Any, tokenizer: Any, config: Config) -> Iterator[tuple[str, Spans]]:
     """The first rows or packs as a step would have them, each with a title."""
-    vocabulary = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
-    masking = build_masking(tokenizer, vocabulary, config.data) if config.masked else None
+    masking = build_masking(tokenizer, len(tokenizer), config.data) if config.masked else None
     for number in range(min(config.data.preview, len(rows))):
         members = rows[number].get("pack", [rows[number]])
         step = collate_step(members, config.masked)["step"]
@@ -7233,7 +7232,7 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
         this, data = load_run(config)
         rows = data.eval if data.train is None else data.train
         if args.process_index == 0:
-            show(preview_rows(rows, this.tokenizer, this.model_config, this.config), data.statistics, this.config)
+            show(preview_rows(rows, this.tokenizer, this.config), data.statistics, this.config)
         return 0
     with contextlib.ExitStack() as locks:
         if args.process_index == 0:
