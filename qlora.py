@@ -19,18 +19,18 @@ Read the file from top to bottom, along the path of the data: every room uses on
      4 Arguments         770-1485
      5 Loading          1488-2059
      6 Tokenizer        2062-2184
-     7 Encoding         2187-2665
-     8 Model            2668-3331
-     9 Calibration      3334-3708
-    10 LoRA             3711-4019
-    11 Fast path        4022-4994
-    12 Plan             4997-5342
-    13 Checkpoints      5345-5731
-    14 Processes        5734-5791
-    15 Evaluation       5794-5997
-    16 Trainer          6000-6638
-    17 Stages           6641-7138
-    18 Main             7141-7439
+     7 Encoding         2187-2660
+     8 Model            2663-3289
+     9 Calibration      3292-3649
+    10 LoRA             3652-3947
+    11 Fast path        3950-4922
+    12 Plan             4925-5270
+    13 Checkpoints      5273-5659
+    14 Processes        5662-5719
+    15 Evaluation       5722-5925
+    16 Trainer          5928-6566
+    17 Stages           6569-7066
+    18 Main             7069-7367
 """
 
 # ------------------------------------------------------------------------------------
