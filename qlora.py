@@ -3519,7 +3519,8 @@ def calibrate_layer(
         weight.copy_(stack_values(choices[name].weight, weight.dtype))
     for name, seen in inputs.routed.items():
         choices |= {f"{name}.{leaf}": choice for leaf, choice in calibrate_experts(modules[name], seen, config)}
-    return choices, [run(hidden, *args, **kwargs) for hidden, args, kwargs in calls]
+    outputs = (run(hidden, *args, **kwargs) for hidden, args, kwargs in calls)
+    return choices, [out[0] if isinstance(out, tuple) else out for out in outputs]
 
 
 def replace_weight(model: Any, name: str, weight: Any, config: Config) -> None:
@@ -3532,23 +3533,27 @@ def replace_weight(model: Any, name: str, weight: Any, config: Config) -> None:
     model.set_submodule(name, layer)
 
 
-def layer_calls(model: Any, ids: list[list[int]]) -> list[list[Any]]:
+def layer_calls(model: Any, model_config: PretrainedConfig, ids: list[list[int]], config: Config) -> list[list[Any]]:
     """What each layer is called with, for each row; no layer is run, so that only the first one's input is real."""
-    layers = decoder_layers(model)
+    layers, twin, parts = decoder_layers(model), meta_model(config, copy.deepcopy(model_config)), dict[int, int]()
+    for i, layer in enumerate(decoder_layers(twin)):  # how many values a layer returns; 0 for one that is no tuple
+        layer.register_forward_hook(lambda m, args, out, i=i: parts.update({i: len(out) * isinstance(out, tuple)}))
     calls: list[list[Any]] = [[] for _ in layers]
 
-    def record(i: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def record(i: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         calls[i].append((hidden_states, args, kwargs))
-        return hidden_states
+        return (hidden_states, *[None] * (parts[i] - 1)) if parts[i] else hidden_states
 
     what = f"--calibration_rows: {type(model).__name__} can't be calibrated layer by layer"
     with reraise_as_user_error(what, ConfigError, RuntimeError, IndexError), contextlib.ExitStack() as stack:
+        with MetaValues():
+            twin.bfloat16().eval()(input_ids=torch.ones(1, 8, dtype=torch.long, device="meta"))
         for i, layer in enumerate(layers):
             stack.enter_context(mock.patch.object(layer, "forward", partial(record, i)))
         for row in ids:
             model.base_model(input_ids=torch.tensor([row]))
-    if any(len(own) != len(ids) or own[0][0].dim() != 3 for own in calls):
-        raise ConfigError(f"{what}: its layers are not called once each, or return a tuple")
+    if {len(own) for own in calls} != {len(ids)}:
+        raise ConfigError(f"{what}: its layers are not called once each")
     return calls
 
 
@@ -3568,7 +3573,7 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
     whole, starts = {*(quantisation.llm_int8_skip_modules or ())}, dict[str, torch.Tensor]()
     linear = [n for n, m in model.named_modules() if isinstance(m, LINEAR_CLASSES) and n not in whole]
     targets = linear + [n for n, m in model.named_modules() if knows_experts(m)]
-    calls, before, after, plain = layer_calls(model, ids), 0.0, 0.0, 0
+    calls, before, after, plain = layer_calls(model, model_config, ids, config), 0.0, 0.0, 0
     hidden = [send_to_device(call[0], device) for call in calls[0]]
     for prefix in (bar := tqdm(prefixes, "Calibrating", disable=None)):
         layer = model.get_submodule(prefix[:-1]).to(device, torch.float32 if dtype == torch.float32 else None)

@@ -289,10 +289,11 @@ def test_sums_are_in_float32_under_autocast(calibrated, flags):
     assert run.code == 0, run.stderr
 
 
-@pytest.mark.parametrize("layers", [2, 5])
-def test_a_family_whose_layers_return_tuples_is_one_line(calibrated, models, layers):
-    folder = models("falcon", num_hidden_layers=layers)
-    assert "FalconForCausalLM can't be calibrated" in error_of(calibrated(model_name_or_path=folder))
+def test_layers_that_return_tuples(calibrated, models):
+    """With more than a few layers a tuple taken for a tensor shows."""
+    folder = models("falcon", num_hidden_layers=5)
+    run = calibrated(model_name_or_path=folder, max_steps=1)
+    assert run.code == 0, run.stderr
 
 
 def test_a_block_whose_inputs_are_never_on_has_the_scale_of_plain_least_squares():
@@ -313,7 +314,7 @@ def test_merging(calibrated, tmp_path, merge_base):
     assert done.code == 0, done.stderr
 
 
-FAMILIES = ("gpt2", "gemma3", "olmoe", "gpt_neox")
+FAMILIES = ("gpt2", "falcon", "gemma3", "olmoe", "gpt_neox")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
