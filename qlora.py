@@ -19,18 +19,18 @@ Read the file from top to bottom, along the path of the data: every room uses on
      4 Arguments         760-1461
      5 Loading          1464-2027
      6 Tokenizer        2030-2151
-     7 Encoding         2154-2632
-     8 Model            2635-3298
-     9 Calibration      3301-3675
-    10 LoRA             3678-3986
-    11 Fast path        3989-4950
-    12 Plan             4953-5283
-    13 Checkpoints      5286-5660
-    14 Processes        5663-5720
-    15 Evaluation       5723-5926
-    16 Trainer          5929-6565
-    17 Stages           6568-7065
-    18 Main             7068-7366
+     7 Encoding         2154-2630
+     8 Model            2633-3259
+     9 Calibration      3262-3624
+    10 LoRA             3627-3922
+    11 Fast path        3925-4886
+    12 Plan             4889-5219
+    13 Checkpoints      5222-5596
+    14 Processes        5599-5656
+    15 Evaluation       5659-5862
+    16 Trainer          5865-6501
+    17 Stages           6504-7001
+    18 Main             7004-7302
 """
 
 # ------------------------------------------------------------------------------------
@@ -2216,18 +2216,17 @@ def prompts_and_completions(batch: Mapping[str, list[Any]], tokenizer: Any) -> I
             yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), chat
 
 
-def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
+def encode_masked(text: str, tokenizer: Any, limits: Limits) -> Encoded:
     """A text with the tokenizer's special tokens around it; the labels are the tokens that may be masked."""
     # a mask token in the text is one, which prediction fills; other special tokens stay text, except with slow
     # tokenizers: ESM's finds its letters by the same rule as special tokens
     split = tokenizer.is_fast and str(tokenizer.mask_token) not in text
-    limit = limits.total or limits.source
-    row = tokenizer(text, return_special_tokens_mask=True, split_special_tokens=split, verbose=False)
-    ids, special = row["input_ids"], row["special_tokens_mask"]
-    closing = sum(1 for _ in itertools.takewhile(bool, reversed(special)))  # the last special tokens are never cut
-    kept = [i for i in range(len(ids)) if i < limit - closing or i >= len(ids) - closing]
-    labels = [IGNORE if special[i] or ids[i] == tokenizer.mask_token_id else ids[i] for i in kept]
-    return Encoded([ids[i] for i in kept], labels, (len(ids), 0))
+    encode = partial(tokenizer, text, split_special_tokens=split, verbose=False)
+    row = encode(return_special_tokens_mask=True, truncation=True, max_length=limits.total or limits.source)
+    ids, uncut = row["input_ids"], encode()["input_ids"]
+    masks = zip(ids, row["special_tokens_mask"], strict=True)
+    labels = [IGNORE if special or i == tokenizer.mask_token_id else i for i, special in masks]
+    return Encoded(ids, labels, (len(uncut), 0))
 
 
 def encode_batch(
@@ -2615,10 +2614,9 @@ def row_spans(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerB
     return spans
 
 
-def preview_rows(rows: Any, tokenizer: Any, model_config: Any, config: Config) -> Iterator[tuple[str, Spans]]:
+def preview_rows(rows: Any, tokenizer: Any, config: Config) -> Iterator[tuple[str, Spans]]:
     """The first rows or packs as a step would have them, each with a title."""
-    vocabulary = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
-    masking = build_masking(tokenizer, vocabulary, config.data) if config.masked else None
+    masking = build_masking(tokenizer, len(tokenizer), config.data) if config.masked else None
     for number in range(min(config.data.preview, len(rows))):
         members = rows[number].get("pack", [rows[number]])
         step = collate_step(members, config.masked)["step"]
@@ -2649,7 +2647,6 @@ LINEAR_CLASSES = (torch.nn.Linear, Conv1D)  # bitsandbytes' derive from nn.Linea
 WIDTH_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 COMPILED: dict[Any, Any] = {}  # kernels for aligned tensors, by device, dtype, size and constants
 TRIALS: dict[Any, tuple[set[str], set[str]]] = {}  # results of try_layers, which takes a second at 7B
-WEIGHT_FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "is_cuda", "is_meta", "is_floating_point"}
 
 # By model_type, what holds while a model of this family is loaded; mock.patch puts the attribute back.
 QUIRKS = {
@@ -2704,23 +2701,14 @@ def device_map(config: Config) -> Any:
 
 @contextlib.contextmanager
 def made_once(folder: Path, what: str) -> Iterator[str]:
-    """Where to write what becomes `folder` once it is whole, unless another run has made it meanwhile.
-
-    Also removes what runs on this host that were killed have left of it.
-    """
-    name = f"{folder.name}.{platform.node()}"
-    scratch = folder.with_name(f"{name}.{os.getpid()}")
+    """Where to write what becomes `folder` once it is whole, unless another run has made it meanwhile."""
     with reraise_as_user_error(what):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.iterdir():
-            if left.name.startswith(f"{name}.") and not psutil.pid_exists(int(left.suffix[1:])):
-                shutil.rmtree(left)
-        try:
-            yield str(scratch)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            made = Path(scratch, folder.name)
+            yield str(made)
             if not folder.is_dir():
-                scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+                made.rename(folder)
 
 
 def model_folder(config: Config) -> str:
@@ -2761,16 +2749,15 @@ def load_model_config(config: Config, folder: str) -> PretrainedConfig:
     with reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
         model_config = AutoConfig.from_pretrained(folder, **options)
     if rope := rope_parameters(config.model.rope_scaling):
-        known = ("default", *ROPE_INIT_FUNCTIONS)
         parameters = getattr(model_config.get_text_config(), "rope_parameters", None) or {}
         parameters = parameters.get("full_attention", parameters)  # Gemma 3's other layers see a short span only
         if not parameters or any(isinstance(value, dict) for value in parameters.values()):
             raise ConfigError(f"--rope_scaling: a {model_config.model_type} model has no rotary embedding to scale")
+        partial_heads = parameters.get("rope_type") == "proportional"  # Gemma 4 turns a part of each head
+        known = ["proportional"] if partial_heads else ["default", *ROPE_INIT_FUNCTIONS]
         factor = rope.get("factor", 0 if rope.get("rope_type") != "default" else 1)
         if rope.get("rope_type") not in known or type(factor) not in (int, float) or not 0 < factor < math.inf:
             raise ConfigError(f"--rope_scaling: expected a factor above 0 and a rope_type: {', '.join(known)}")
-        if parameters.get("rope_type") == "proportional" != rope["rope_type"]:  # Gemma 4 turns a part of each head
-            raise ConfigError("--rope_scaling: expected the rope_type proportional for this model")
         parameters |= rope
     return model_config
 
@@ -2847,41 +2834,26 @@ def without_numbers(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-class LayerUses(TorchFunctionMode):
-    """Note which linear layers give a product when they are called, and which are used in other ways.
-
-    A weight may be read beside its layer, also to hand it on to a kernel. Its dtype or shape may be asked for.
-    """
+class LayerUses:
+    """Which linear layers give a product when they are called, and which are used otherwise, as by kernels."""
 
     def __init__(self, layers: Iterable[Any]) -> None:
-        super().__init__()
-        self.called, self.other, self.asked, self.running = set[Any](), list[Any](), set[Any](), list[Any]()
-        self.layers = {id(layer.weight): layer for layer in layers}
-        for layer in self.layers.values():
+        self.called, self.otherwise, self.running = set[Any](), set[Any](), list[Any]()
+        for layer in layers:
             layer.register_forward_pre_hook(lambda layer, args: self.running.append(layer))
-            layer.register_forward_hook(self.leave, with_kwargs=True)
+            layer.register_forward_hook(self.leave)
 
-    def leave(self, layer: Any, args: Any, kwargs: Any, output: Any) -> None:
-        """A call of a layer ends, with a product of its input and no more, or with something else."""
-        size, x = getattr(layer, "out_features", None) or layer.nf, next(iter((*args, *kwargs.values())), None)
-        whole = isinstance(x, torch.Tensor) and isinstance(output, torch.Tensor)
-        product = whole and output.shape == (*x.shape[:-1], size)  # type: ignore[union-attr]
-        (self.called.add if product else self.other.append)(layer)
+    def leave(self, layer: Any, args: Any, output: Any) -> None:
+        """A call of a layer ends, with a product or, as of some routers, with something else."""
+        size = getattr(layer, "out_features", None) or layer.nf
+        product = isinstance(output, torch.Tensor) and output.shape[-1] == size
+        (self.called if product else self.otherwise).add(layer)
         self.running.pop()
 
     def read(self, layer: Any) -> Any:
         """What `layer.weight` gives."""
-        self.other += [] if layer in self.running else [layer]
+        self.otherwise |= {layer}.difference(self.running)
         return layer.__getattr__("weight")
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        fact = getattr(getattr(function, "__self__", function), "__name__", "") in WEIGHT_FACTS
-        for layer in {self.layers[id(x)] for x in args if id(x) in self.layers}.difference(self.running):
-            if not fact:
-                self.other.append(layer)
-            elif self.other[-1:] == [layer]:  # it was read for this
-                self.asked.add(self.other.pop())
-        return function(*args, **(kwargs or {}))
 
 
 def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
@@ -2889,7 +2861,7 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
 
     Tried on the meta device, without memory. Mamba reads the weight of `dt_proj` without calling it, RWKV rescales some
     to evaluate; Llama 4's router returns a tuple, a tower for images is never called, and no gradient reaches
-    DeepSeek-V3.2's indexer. Where a model casts inputs to a weight's dtype, that weight can't be packed integers.
+    DeepSeek-V3.2's indexer. Where a model casts inputs to a weight's dtype, it would cast them to packed integers.
     """
     kind: Any = type(model)
     settings = {n: v for n, v in model.config.to_dict().items() if not re.search("quantization|use_cache|token_id", n)}
@@ -2908,7 +2880,7 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
             names |= {module: name for name, module in twin.named_modules() if isinstance(module, LINEAR_CLASSES)}
             uses = LayerUses(names)
             for mode in (False, True):  # some layers are left out at random in training, some only used there
-                with uses, mock.patch.object(torch.nn.Linear, "weight", property(uses.read), create=True):
+                with mock.patch.object(torch.nn.Linear, "weight", property(uses.read), create=True):
                     logits = twin.train(mode)(input_ids=ids, attention_mask=ids).logits
                 logits.sum().backward()
             used = {names[module] for module in uses.called if module.weight.grad is not None}
@@ -2917,9 +2889,8 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
         used = {name for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
     kinds = {without_numbers(name) for name in used if ".experts." in name}  # which are called depends on values
     used |= {name for name in names.values() if without_numbers(name) in kinds}
-    # BigBird makes layers on the way, which have no name
-    beside, asked = ({names[m] for m in names.keys() & found} for found in (set(uses.other), uses.asked))
-    TRIALS[key] = used - beside, beside | asked
+    beside = {names[module] for module in names.keys() & uses.otherwise}  # BigBird makes layers on the way: no name
+    TRIALS[key] = used - beside, beside
     return TRIALS[key]
 
 
@@ -2953,11 +2924,10 @@ def stack_of(module: Any, name: str) -> Any:
 
 def stacks_in(module: Any) -> dict[str, Any]:
     """A module's own weights of many experts, (experts, ., .), packed or not; a convolution has none."""
-    for name in vars(module).get("quant_states", ()):
-        stack_of(module, name)  # gives it its quant_state
-    shapes = {name: getattr(w, "quant_state", w).shape for name, w in module.named_parameters(recurse=False)}
-    stacks = {name for name, shape in shapes.items() if len(shape) == 3 and shape[0] > 1}
-    return {} if hasattr(module, "kernel_size") else {name: getattr(module, name) for name in stacks}
+    weights = {name: stack_of(module, name) for name, _ in module.named_parameters(recurse=False)}
+    shapes = {name: getattr(weight, "quant_state", weight).shape for name, weight in weights.items()}
+    stacks = {name: weights[name] for name, shape in shapes.items() if len(shape) == 3 and shape[0] > 1}
+    return {} if hasattr(module, "kernel_size") else stacks
 
 
 def stacked_experts(model: torch.nn.Module, known: bool = False) -> dict[str, tuple[Any, torch.nn.Parameter]]:
@@ -3006,14 +2976,6 @@ def packing_experts(config: Config) -> Iterator[None]:
     kept = mock.patch.object(Bnb4BitHfQuantizer, "_convert_model_for_quantization", lambda *_: None)
     with asked, kept, mock.patch.object(Bnb4bitQuantize, "convert", pack):
         yield
-
-
-def restore_packed_experts(model: Any, statistics: Mapping[str, torch.Tensor]) -> None:
-    """Join stacks that a calibrated base holds as codes, (experts, bytes, 1), with their statistics, by stack:part."""
-    for name, (module, codes) in stacked_experts(model, known=True).items():
-        parts = {key.removeprefix(f"{name}:"): part for key, part in statistics.items() if key.startswith(f"{name}:")}
-        weight = bitsandbytes.nn.Params4bit.from_prequantized(codes.view(-1, 1), parts, device=codes.device)
-        setattr(module, leaf_name(name), weight)
 
 
 def pack_experts(model: Any, config: Config) -> None:
@@ -3118,16 +3080,12 @@ def decoder_layers(model: Any) -> list[Any]:
 
 def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
     """The base model on the meta device, without weights."""
-    zero = getattr(config.training, "hf_deepspeed_config", None)
-    hf_deepspeed.unset_hf_deepspeed_config()  # under ZeRO-3 transformers would draw and shard weights
-    try:
-        with torch.device("meta"), reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
-            return auto_model(config, model_config).from_config(
-                model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
-            )
-    finally:
-        if zero:
-            hf_deepspeed.set_hf_deepspeed_config(zero)
+    # under ZeRO-3 transformers would draw and shard weights
+    whole = mock.patch("transformers.modeling_utils.is_deepspeed_zero3_enabled", lambda: False)
+    with whole, torch.device("meta"), reraise_as_user_error(f"--model_name_or_path {config.model.model_name_or_path}"):
+        return auto_model(config, model_config).from_config(
+            model_config, dtype=load_dtype(config), trust_remote_code=config.model.trust_remote_code
+        )
 
 
 def quantisation_config(config: Config, model_config: PretrainedConfig) -> Any | None:
@@ -3165,8 +3123,12 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
         model, loading = auto_model(config, model_config).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    if (statistics := Path(folder, EXPERT_STATISTICS)).is_file():
-        restore_packed_experts(model, load_file(statistics))
+    if (file := Path(folder, EXPERT_STATISTICS)).is_file():  # of stacks of codes, (experts, bytes, 1), by stack:part
+        statistics = load_file(file)
+        for name, (module, codes) in stacked_experts(model, known=True).items():
+            parts = {k.removeprefix(f"{name}:"): part for k, part in statistics.items() if k.startswith(f"{name}:")}
+            weight = bitsandbytes.nn.Params4bit.from_prequantized(codes.view(-1, 1), parts, device=codes.device)
+            setattr(module, leaf_name(name), weight)
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(f"{what}: {len(missing)} weights are not in it, first {missing[0]}")
     sizes = [*loading["mismatched_keys"]]
@@ -3195,9 +3157,8 @@ def check_prequantised(config: Config, stored: Mapping[str, Any]) -> None:
     if is_fsdp(config) and "float" not in storage:
         reason = "FSDP shards floating dtypes only: pass the base as published"
         raise ConfigError(f"--fsdp: {base} is quantised already and stored as {storage}, {reason}")
-    full, init = config.quant.full_finetune, config.lora.init_lora_weights
-    if full or init.lower() not in QUANTISED_INITS:
-        flag = "--full_finetune" if full else f"--init_lora_weights {init}"
+    if config.quant.full_finetune or (init := config.lora.init_lora_weights).lower() not in QUANTISED_INITS:
+        flag = "--full_finetune" if config.quant.full_finetune else f"--init_lora_weights {init}"
         raise ConfigError(f"{flag}: {base} is quantised already")
 
 
@@ -3319,8 +3280,7 @@ class Choice(NamedTuple):
     start: dict[str, torch.Tensor]  # lora_A, (r, in), and lora_B, (out, r), close to W - Q; empty: from zero
     before: float  # squared change of the outputs by plain rounding
     after: float  # by Q
-    plain: int = 0  # how many experts are rounded plainly
-    why: str = ""  # why a linear layer is rounded plainly
+    plain: int = 0  # how many matrices are rounded plainly
 
 
 def weighted_scales(weight: torch.Tensor, importance: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
@@ -3445,13 +3405,10 @@ def calibrate_weight(weight: torch.Tensor, inputs: Mapping[int, Any], config: Co
 
 def choose_codes(weight: torch.Tensor, hessian: Any, factors: Any, config: Config) -> Choice:
     """Round a linear layer's weight, (out, in), on inputs whose H is known, and start its adapter from what is left."""
-    why = "" if factors else "no input reaches it" if hessian is None else "its inputs are zero or not finite"
-    why = "its width is no multiple of 64" if weight.shape[1] % BLOCK else why
-    inputs = {} if why else {0: (hessian.diagonal(), lambda: (hessian, factors))}
+    inputs = {0: (hessian.diagonal(), lambda: (hessian, factors))} if factors else {}
     choice = calibrate_weight(weight, inputs, config, transposed=False)
     left = weight - stack_values(choice.weight, load_dtype(config))
-    start = {} if why else adapter_start(left, factors, config.lora.lora_r)
-    return choice._replace(start=start, plain=0, why=why)
+    return choice._replace(start=adapter_start(left, factors, config.lora.lora_r) if factors else {})
 
 
 def as_matrix(module: Any) -> torch.Tensor:
@@ -3460,10 +3417,10 @@ def as_matrix(module: Any) -> torch.Tensor:
 
 
 class InputSums:
-    """Σ x xᵀ of what linear layers read, all inputs or the first alone, in float32; layers share that of one tensor."""
+    """Σ x xᵀ of what linear layers read, in float32; layers share that of one tensor."""
 
-    def __init__(self, alone: bool) -> None:
-        self.alone, self.sums = alone, dict[str, torch.Tensor]()
+    def __init__(self) -> None:
+        self.sums = dict[str, torch.Tensor]()
         self.readers = defaultdict[str, set[str]](set)  # of each sum's input
         self.routed = defaultdict[str, list[Any]](list)  # x, (tokens, in), and the experts of each token, (tokens, k)
         self.latest: tuple[Any, str] = (None, "")
@@ -3478,12 +3435,10 @@ class InputSums:
             return self.routed[name].append((x, reached))
         if args[0] is not self.latest[0]:
             self.latest = args[0], name
-            if name in self.sums or not (self.alone and self.sums):
-                x = args[0].flatten(0, -2).float()
-                with torch.autocast(x.device.type, enabled=False):
-                    self.sums[name] = self.sums.get(name, 0) + x.T @ x
-        if (owner := self.latest[1]) in self.sums:
-            self.readers[owner].add(name)
+            x = args[0].flatten(0, -2).float()
+            with torch.autocast(x.device.type, enabled=False):
+                self.sums[name] = self.sums.get(name, 0) + x.T @ x
+        self.readers[self.latest[1]].add(name)
 
 
 def measure(rows: torch.Tensor) -> tuple[torch.Tensor, Factors | None]:
@@ -3513,33 +3468,26 @@ def calibrate_experts(module: Any, calls: Sequence[Any], config: Config) -> Iter
 
 
 def calibrate_layer(
-    layer: Any, modules: Mapping[str, Any], calls: Sequence[Any], config: Config, alone: bool
+    layer: Any, modules: Mapping[str, Any], calls: Sequence[Any], config: Config
 ) -> tuple[dict[str, Choice], list[torch.Tensor]]:
-    """Choose the codes of a layer's weights; also its new outputs, which are the next layer's inputs.
-
-    With `alone` the calls are repeated for each input, so that one square matrix is in memory at a time.
-    """
-    device, dtype, routed = config.training.device, compute_dtype(config), dict[str, list[Any]]()
+    """Choose the codes of a layer's weights; also its new outputs, which are the next layer's inputs."""
+    device, dtype, inputs = config.training.device, compute_dtype(config), InputSums()
     run = torch.autocast(device.type, dtype, dtype != torch.float32)(layer)
     weights = {name: as_matrix(module) for name, module in modules.items() if not knows_experts(module)}
-    choices, left = dict[str, Choice](), dict(modules)
-    while left:
-        inputs = InputSums(alone)
-        with contextlib.ExitStack() as stack:
-            for name, module in left.items():
-                stack.enter_context(module.register_forward_pre_hook(partial(inputs.add, name)))
-            for hidden, args, kwargs in calls:
-                run(hidden, *args, **kwargs)
-        routed |= inputs.routed
-        for owner, readers in inputs.readers.items():
-            hessian = inputs.sums.pop(owner)
-            factors = damped_factors(hessian)
-            choices |= {name: choose_codes(weights[name].float(), hessian, factors, config) for name in sorted(readers)}
-        left = {n: m for n, m in left.items() if alone and inputs.readers and n not in {*choices, *routed}}
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(module.register_forward_pre_hook(partial(inputs.add, name)))
+        for hidden, args, kwargs in calls:
+            run(hidden, *args, **kwargs)
+    choices: dict[str, Choice] = {}
+    for owner, readers in inputs.readers.items():
+        hessian = inputs.sums.pop(owner)
+        factors = damped_factors(hessian)
+        choices |= {name: choose_codes(weights[name].float(), hessian, factors, config) for name in sorted(readers)}
     choices |= {n: choose_codes(w.float(), None, None, config) for n, w in weights.items() if n not in choices}
     for name, weight in weights.items():
         weight.copy_(stack_values(choices[name].weight, weight.dtype))
-    for name, seen in routed.items():
+    for name, seen in inputs.routed.items():
         choices |= {f"{name}.{leaf}": choice for leaf, choice in calibrate_experts(modules[name], seen, config)}
     outputs = (run(hidden, *args, **kwargs) for hidden, args, kwargs in calls)
     return choices, [out[0] if isinstance(out, tuple) else out for out in outputs]
@@ -3583,8 +3531,8 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
     """Choose the codes of every layer, each on the outputs of those before it, and write the base to `folder`.
 
     In memory are the base, mapped from its files (experts are stacked, which takes memory), what is packed so far, and
-    on the device one layer in the load dtype with the sums of its inputs (on a GPU one at a time). Layers outside the
-    decoder's are rounded plainly.
+    on the device one layer in the load dtype with the sums of its inputs. Layers outside the decoder's are rounded
+    plainly.
     """
     device, began, layers = config.training.device, time.perf_counter(), decoder_layers(model)
     prefixes, dtype = [f"{name}." for name, module in model.named_modules() if module in layers], load_dtype(config)
@@ -3601,13 +3549,11 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
         layer = model.get_submodule(prefix[:-1]).to(device, torch.float32 if dtype == torch.float32 else None)
         modules = {name: model.get_submodule(name) for name in targets if name.startswith(prefix)}
         own = [(state, *send_to_device(call[1:], device)) for state, call in zip(hidden, calls.pop(0), strict=True)]
-        choices, hidden = calibrate_layer(layer, modules, own, config, alone=device.type == "cuda")
+        choices, hidden = calibrate_layer(layer, modules, own, config)
         for name, choice in choices.items():
             replace_weight(model, name, choice.weight, config)
             starts |= {f"{name}.{part}": tensor.cpu() for part, tensor in choice.start.items()}
             before, after, plain = before + choice.before, after + choice.after, plain + choice.plain
-            if choice.why:
-                log.warning("calibration: %s is rounded plainly: %s", name, choice.why)
         layer.to("cpu")
         bar.set_postfix_str(share := f"{1 - after / (before or 1):.0%} of the error removed")
         if bar.disable and len(calls) % 8 == 0:  # a pipe has no bar
@@ -3624,8 +3570,8 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
         save_file(parts, Path(folder, EXPERT_STATISTICS))
     save_file(starts, Path(folder, ADAPTER_START))
     if plain:
-        why = f"fewer than {FEWEST_TOKENS} tokens reach them, or their rows are no multiple of {BLOCK} values"
-        log.info("calibration: %d matrices of experts are rounded plainly: %s", plain, why)
+        why = f"few or no tokens reach them, or their rows are no multiple of {BLOCK} values"
+        log.warning("calibration: %d matrices are rounded plainly: %s", plain, why)
     message = "calibration took %.0f s: squared error of the layers' outputs %.4g by plain rounding, %.4g now"
     log.info(message, time.perf_counter() - began, before, after)
 
@@ -3640,12 +3586,15 @@ def calibration_key(config: Config, model_config: PretrainedConfig, published: s
     return digest("3", source, *flags, *(config.flags[name] for name in names), ids)
 
 
+def adapter_start_file(config: Config, base: str) -> Path | None:
+    """Where adapters of a run on this calibrated base start; None if they start as --init_lora_weights says."""
+    own = "init_lora_weights" not in config.explicitly_set and config.model.adapter_name_or_path is None
+    return Path(base, ADAPTER_START) if config.quant.calibration_rows and own else None
+
+
 @torch.no_grad()
 def calibrated_base(config: Config, model_config: Any, published: str, rows: Any, known: str | None) -> str:
-    """The folder of the calibrated base: that of the run that goes on, one from the cache, or one made now.
-
-    `known` is the name of the first; the rows to calibrate on are chosen by the seed.
-    """
+    """The folder of the calibrated base: `known`, that of the run that goes on, one from the cache, or one made now."""
     root, count = Path(config.model.cache_dir or HF_HOME, "qlora-calibrated"), config.quant.calibration_rows
     if known and (root / known).is_dir():
         return str(root / known)
@@ -3669,8 +3618,8 @@ def calibrated_base(config: Config, model_config: Any, published: str, rows: Any
         with made_once(folder, f"--calibration_rows: {folder}") as made:
             write_calibrated(model, model_config, ids, config, made)
     log.info("calibrated base: %s", folder)
-    rate, zero = config.training.learning_rate, "init_lora_weights" in config.explicitly_set  # where adapters start
-    if config.training.do_train and rate > 5e-4 and not (zero or config.model.adapter_name_or_path):
+    args = config.training
+    if args.do_train and args.learning_rate > 5e-4 and adapter_start_file(config, str(folder)):
         log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     return str(folder)
 
@@ -3751,14 +3700,13 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     experts = sorted(targets & stacks.keys())
     if init == "olora" and any(isinstance(model.get_submodule(name), Conv1D) for name in targets.difference(experts)):
         raise ConfigError("--init_lora_weights olora: peft transposes no layers of GPT-2's kind; pass pissa")
-    warn = log.debug if model.device.type == "meta" else log.warning  # the plan attaches adapters too
-    if stacks and not adapts_experts(lora):
-        warn("experts get no adapters: peft takes neither --use_dora nor this --init_lora_weights for them")
+    if stacks and not adapts_experts(lora):  # said once, as the plan attaches adapters too
+        warn_once("experts get no adapters: peft takes neither --use_dora nor this --init_lora_weights for them")
     add_expert_patterns(patterns, experts, experts_per_token(model.config), lora)
     if experts and lora.lora_dropout:
-        warn("--lora_dropout: experts get none, which peft cannot give them")
+        warn_once("--lora_dropout: experts get none, which peft cannot give them")
     if lora.expert_lora_r and not experts:
-        warn("--expert_lora_r: without effect, no stack of experts is adapted")
+        warn_once("--expert_lora_r: without effect, no stack of experts is adapted")
     for name in experts:
         most = min(getattr(stacks[name], "quant_state", stacks[name]).shape[1:])
         rank = next(r for key, r in patterns["rank_pattern"].items() if re.fullmatch(rf"(.*\.)?({key})", name))
@@ -3786,12 +3734,6 @@ def adapter_files(adapter: str, config: Config) -> str:
         return str(download(adapter, ["adapter_config.json", "adapter_model.*"], config))
 
 
-def adapter_start_file(config: Config, base: str) -> Path | None:
-    """Where adapters of a run on this calibrated base start; None if they start as --init_lora_weights says."""
-    own = "init_lora_weights" not in config.explicitly_set and config.model.adapter_name_or_path is None
-    return Path(base, ADAPTER_START) if config.quant.calibration_rows and own else None
-
-
 def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> None:
     """Give fresh adapters their start; of saved ones turn off the half by which they fit the published base."""
     starts = load_file(start) if fresh else {}
@@ -3807,46 +3749,34 @@ def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> No
 
 def load_adapter_weights(adapted: Any, folder: str) -> None:
     """Fill a model's adapter from a folder: the file has all of it, and nothing else."""
-    stored = load_peft_weights(folder, device="cpu")
+    stored, own = load_peft_weights(folder, device="cpu"), get_peft_model_state_dict(adapted).keys()
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    try:
-        own = get_peft_model_state_dict(adapted).keys()
-        # peft 0.21 renames what transformers 4 called experts, also where the names are the model's own (Laguna)
-        renamed = f"{peft_conversion.__name__}.convert_peft_adapter_state_dict_for_transformers"
-        as_it_is = mock.patch(renamed, lambda adapter_state_dict, **kwargs: adapter_state_dict)
-        with as_it_is if stored.keys() <= own else contextlib.nullcontext():
-            result: Any = set_peft_model_state_dict(adapted, stored)
-        # peft would put a base's own weight into the base, which is not saved with the adapter
-        unused = [*result.unexpected_keys, *(name for name in stored if "lora_" not in name and name not in own)]
-        empty = sorted(trained.intersection(result.missing_keys))
-    except KeyError as error:  # of a module that was trained whole
-        unused, empty = [], [str(error.args[0])]
+    # peft 0.21 renames what transformers 4 called experts, also where the names are the model's own (Laguna)
+    renamed = f"{peft_conversion.__name__}.convert_peft_adapter_state_dict_for_transformers"
+    as_it_is = mock.patch(renamed, lambda adapter_state_dict, **kwargs: adapter_state_dict)
+    with as_it_is if stored.keys() <= own else contextlib.nullcontext():
+        result: Any = set_peft_model_state_dict(adapted, stored)
+    # peft would put a base's own weight into the base, which is not saved with the adapter
+    unused = [*result.unexpected_keys, *(name for name in stored if "lora_" not in name and name not in own)]
+    empty = sorted(trained.intersection(result.missing_keys))
     if unused or empty or not stored:
         found = f"{len(unused)} of its weights have no place in the model, {len(empty)} of the model's are not in it"
         raise ConfigError(f"{folder}: {found}: {', '.join([*unused[:1], *empty[:1]]) or 'it is empty'}")
 
 
 @contextlib.contextmanager
-def adapting_packed_experts(config: Any) -> Iterator[None]:
-    """Let peft see the shapes that packed stacks stand for, and no dropout, which it refuses for them."""
-    shown, made = ParamWrapper.get_param, ParamWrapper.__init__
+def adapting_packed_experts() -> Iterator[None]:
+    """Let peft see the shapes that packed stacks stand for."""
+    shown = ParamWrapper.get_param
 
     def get_param(self: Any) -> torch.Tensor:
         weight = shown(self)
         state = getattr(weight, "quant_state", None)
         return weight.new_zeros(1, dtype=torch.float32).expand(state.shape) if state else weight
 
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        kwargs["config"] = copy.copy(kwargs["config"])
-        kwargs["config"].lora_dropout = 0.0
-        made(self, *args, **kwargs)
-
-    seen = mock.patch.object(ParamWrapper, "get_param", get_param)
-    with seen, mock.patch.object(ParamWrapper, "__init__", init), warnings.catch_warnings():
+    with mock.patch.object(ParamWrapper, "get_param", get_param), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*keys did not match any targeted module")  # peft looks among modules only
         yield
-    if config.target_parameters:
-        config.lora_dropout = 0.0  # in the saved adapter, which peft would refuse to load
 
 
 def adapted_experts(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -3896,8 +3826,14 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     # (0.21, https://github.com/huggingface/peft/issues/3711)
     all_found = asked <= {name for name, _ in model.named_modules()}
     rewritten = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
-    with rewritten if all_found else contextlib.nullcontext(), adapting_packed_experts(config):
+    dropout = config.lora_dropout
+    if config.target_parameters:
+        config.lora_dropout = 0.0  # peft refuses it beside experts, also in a saved adapter
+    with rewritten if all_found else contextlib.nullcontext(), adapting_packed_experts():
         adapted: Any = get_peft_model(model, config)
+    for module in adapted.modules() if dropout and config.target_parameters else ():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            module.lora_dropout["default"] = torch.nn.Dropout(dropout)
     for outer, layers in adapted_experts(adapted).values():
         module = outer.get_base_layer()
         if any(hasattr(weight, "quant_state") for weight in stacks_in(module).values()):
@@ -7231,7 +7167,7 @@ def run(config: Config, stop: GracefulStop, show: Callable[..., None] = print_pr
         this, data = load_run(config)
         rows = data.eval if data.train is None else data.train
         if args.process_index == 0:
-            show(preview_rows(rows, this.tokenizer, this.model_config, this.config), data.statistics, this.config)
+            show(preview_rows(rows, this.tokenizer, this.config), data.statistics, this.config)
         return 0
     with contextlib.ExitStack() as locks:
         if args.process_index == 0:

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AfmoeConfig, AutoModelForCausalLM
 
@@ -135,6 +136,16 @@ def test_each_expert_has_a_rank_of_its_own(run_qlora, models):
         "lora_A.weight": (4 * 3, 64), "lora_B.weight": (256, 4 * 3)
     }  # fmt: skip
     assert run_qlora(**base, expert_lora_r=0).code == 2
+
+
+def test_layers_beside_experts_keep_their_dropout(models):
+    """peft refuses dropout where it adapts experts."""
+    folder = str(models("mixtral"))
+    config = qlora.parse_config(["--model_name_or_path", folder, "--lora_dropout", "0.3"])
+    model = qlora.load_model(config, qlora.load_model_config(config, folder), folder)
+    layers = [m for m in qlora.make_trainable(model, config, None).modules() if isinstance(m, LoraLayer)]
+    rates = [(hasattr(m, "parameter_name"), getattr(m.lora_dropout["default"], "p", 0.0)) for m in layers]
+    assert sorted(rates) == [(False, 0.3)] * 8 + [(True, 0.0)] * 4
 
 
 def test_experts_without_tokens_have_no_gradient(models):

@@ -178,35 +178,6 @@ def test_a_model_that_cannot_be_tried_says_so_and_counts_every_layer(run_qlora, 
     assert sum(listed(line_of(run, "adapters: ")).values()) == 14
 
 
-def test_asking_a_weight_for_its_dtype_is_not_reading_it(run_qlora, tmp_path):
-    """As remote code does to cast an input: `down` gets its adapter, but integers for weights would spoil the input."""
-    base = shutil.copytree(tiny.write_remote_code_model(tmp_path / "base"), tmp_path / "asked")  # code is kept by name
-    code = base / "modeling_toy.py"
-    asked = "self.down(nn.functional.gelu(self.up(self.norm(x))).to(self.down.weight.dtype))"
-    code.write_text(code.read_text().replace("self.down(nn.functional.gelu(self.up(self.norm(x))))", asked))
-    assert asked in code.read_text()
-    run = run_qlora(model_name_or_path=base, trust_remote_code=True, max_steps=1)
-    assert run.code == 0 and listed(line_of(run, "adapters: ")) == {"wqkv": 2, "wo": 2, "up": 2, "down": 2}
-    config = qlora.parse_config(["--model_name_or_path", str(base), "--trust_remote_code"])
-    settings = qlora.quantisation_config(config, qlora.load_model_config(config, str(base)))
-    assert settings.llm_int8_skip_modules == ["blocks.0.down", "blocks.1.down", "lm_head"]
-
-
-def test_a_weight_that_is_read_after_its_dtype_was_asked_for_is_read(tmp_path):
-    class Model(LlamaForCausalLM):
-        def forward(self, *args, **kwargs):
-            weight = self.model.layers[1].mlp.up_proj.weight
-            return super().forward(*args, **kwargs) if weight.dtype == torch.int8 else self.scaled(weight, kwargs)
-
-        def scaled(self, weight, kwargs):
-            output = super().forward(**kwargs)
-            output.logits = output.logits * weight.mean()
-            return output
-
-    model = Model(LlamaConfig(**tiny.FAMILIES["llama"][1], vocab_size=320))
-    assert qlora.try_layers(model)[1] == {"model.layers.1.mlp.up_proj"}
-
-
 def test_two_configs_of_one_class_are_tried_separately():
     """Names and sizes are the same, but one never calls `gate`."""
 

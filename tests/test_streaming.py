@@ -216,7 +216,7 @@ def test_rejected_rows_are_read_once(tmp_path, monkeypatch):
         (
             '{"input": "x", "output": "y"}\n',
             ("--model_max_len", 2),
-            "--model_max_len 2: all 1 train rows are longer",
+            "no row in it that can be used",
         ),
     ],
     ids=["bad", "held out", "too long"],
