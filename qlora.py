@@ -13,24 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             36-177
-     2 Errors             180-243
-     3 Dataset formats    246-757
-     4 Arguments         760-1461
-     5 Loading          1464-2027
-     6 Tokenizer        2030-2151
-     7 Encoding         2154-2630
-     8 Model            2633-3259
-     9 Calibration      3262-3624
-    10 LoRA             3627-3922
-    11 Fast path        3925-4886
-    12 Plan             4889-5219
-    13 Checkpoints      5222-5596
-    14 Processes        5599-5656
-    15 Evaluation       5659-5862
-    16 Trainer          5865-6501
-    17 Stages           6504-7001
-    18 Main             7004-7302
+     1 Imports             36-178
+     2 Errors             181-244
+     3 Dataset formats    247-758
+     4 Arguments         761-1462
+     5 Loading          1465-2028
+     6 Tokenizer        2031-2152
+     7 Encoding         2155-2631
+     8 Model            2634-3260
+     9 Calibration      3263-3625
+    10 LoRA             3628-3923
+    11 Fast path        3926-4887
+    12 Plan             4890-5220
+    13 Checkpoints      5223-5598
+    14 Processes        5601-5658
+    15 Evaluation       5661-5864
+    16 Trainer          5867-6503
+    17 Stages           6506-7003
+    18 Main             7006-7304
 """
 
 # ------------------------------------------------------------------------------------
@@ -48,6 +48,7 @@ import csv
 import dataclasses
 import difflib
 import gc
+import glob
 import gzip
 import hashlib
 import importlib.metadata
@@ -5359,8 +5360,9 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """Checkpoint folders, newest first: checkpoint-1000 is newer than checkpoint-250."""
-    folders = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-    return sorted(folders, key=checkpoint_step, reverse=True)
+    names = glob.glob("checkpoint-*", root_dir=output_dir)  # another rank may just remove the folder
+    folders = [output_dir / name for name in names if re.fullmatch(r"checkpoint-\d+", name)]
+    return sorted(filter(Path.is_dir, folders), key=checkpoint_step, reverse=True)
 
 
 def checkpoint_problem(folder: Path) -> str | None:

@@ -216,7 +216,7 @@ def test_rejected_rows_are_read_once(tmp_path, monkeypatch):
         (
             '{"input": "x", "output": "y"}\n',
             ("--model_max_len", 2),
-            "no row in it that can be used",
+            "--model_max_len 2: all 1 train rows are longer",
         ),
     ],
     ids=["bad", "held out", "too long"],
