@@ -5797,22 +5797,17 @@ def shutdown_distributed() -> None:
 # Each rank takes some of the batches; results are gathered by row number, so that none is lost or counted twice.
 # A function that runs the model takes the trainer, which holds it with its tokenizer, flags and fast path.
 # ------------------------------------------------------------------------------------
-def rank_batches(count: int, size: int) -> list[list[int]]:
-    """This rank's batches of row numbers, cut as for one process; as many as other ranks', for a sharded model."""
-    rank, ranks = rank_and_world_size()
-    batches = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
-    return [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks)]
-
-
 def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Any], title: str) -> list[Any]:
     """Call `process` with the row numbers of each batch; returns the results for all batches, on every rank."""
     results: dict[int, Any] = {}  # by a batch's first row
+    size, (rank, ranks) = trainer.args.per_device_eval_batch_size, rank_and_world_size()
+    starts = range(0, count, size)  # batches are cut as for one process, and a sharded model needs as many on each rank
+    own = [starts[i % len(starts)] for i in range(rank, math.ceil(len(starts) / ranks) * ranks, ranks)]
+    shown = trainer.accelerator.is_main_process and not trainer.config.training.disable_tqdm
     trainer.base.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        batches = rank_batches(count, trainer.args.per_device_eval_batch_size)
-        shown = trainer.accelerator.is_main_process and not trainer.config.training.disable_tqdm
-        for numbers in tqdm(batches, title, disable=None if shown else True, leave=False):  # None: in a terminal only
-            results[numbers[0]] = process(numbers)
+        for start in tqdm(own, title, disable=None if shown else True, leave=False):  # None: in a terminal only
+            results[start] = process([*range(start, min(start + size, count))])
     gathered = {first: result for part in all_gather_object(results) for first, result in part.items()}
     return [gathered[first] for first in sorted(gathered)]
 
@@ -5820,9 +5815,8 @@ def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Any], t
 def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """What the flags set, with BOS, EOS and pad ids, and the model's own further stop tokens."""
     flags = config.generation
-    passed = config.explicitly_set - (set() if flags.do_sample else SAMPLING_FLAGS)
-    values = {"max_new_tokens": flags.max_new_tokens}
-    values |= {name: value for name, value in vars(flags).items() if name in passed}
+    passed = {"max_new_tokens"} | config.explicitly_set - (set() if flags.do_sample else SAMPLING_FLAGS)
+    values = {name: value for name, value in vars(flags).items() if name in passed}
     stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
     eos = sorted({tokenizer.eos_token_id, *([stops] if isinstance(stops, int) else stops)})
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
@@ -6359,9 +6353,8 @@ class QLoRATrainer(Trainer):
             raise reason
         apply_step_plan(self.base, self.plan, self.config)
         torch.cuda.empty_cache()
-        ran_out = plan._replace(rows=None, tokens=tokens)
-        message = "step %d: GPU memory ran out with %s; repeating it with %s"
-        log.warning(message, self.state.global_step + 1, ran_out, self.plan)
+        ran_out, number = plan._replace(rows=None, tokens=tokens), self.state.global_step + 1
+        log.warning("step %d: GPU memory ran out with %s; repeating it with %s", number, ran_out, self.plan)
 
     def compute_loss_context_manager(self) -> Any:
         """Autocast: accelerate puts it around the model's own forward, which the fast path does not call."""
@@ -7150,11 +7143,7 @@ def print_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, To
     for title, spans in rows:
         lines += ["", title, "".join(f"{on}{text}{off}" if supervised else text for text, supervised in spans)]
     lines += ["", *(f"{name} rows: {part}" for name, part in statistics.items())]
-    text = "\n".join(lines).encode(encoding, "backslashreplace").decode(encoding)
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # of `| head`; nothing may be left for Python to write when it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def load_run(config: Config) -> tuple[Run, Data]:
