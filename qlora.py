@@ -6804,7 +6804,7 @@ def merging_folder(config: Config) -> Path:
 
 
 def check_merge(start: ResumePoint, config: Config) -> None:
-    """Check before training that there will be an adapter to merge and a free folder for the result."""
+    """Check before training that there will be an adapter to merge and no folder in the result's place."""
     if config.training.merged_output_dir is None or config.data.preview:
         return
     target = Path(config.training.merged_output_dir).resolve()
@@ -6813,8 +6813,8 @@ def check_merge(start: ResumePoint, config: Config) -> None:
     finished = not start.train and (target / MERGED).is_file()
     if finished and read_json(target / MERGED) == merge_record(str(start.weights), config):
         log.info("%s holds this adapter merged already", target)
-    elif target == Path.cwd() or target.is_mount() or any(target.glob("*")):  # it will be replaced
-        raise ConfigError(f"--merged_output_dir {target}: in use or not empty; name another folder, or remove it")
+    elif target.exists():
+        raise ConfigError(f"--merged_output_dir {target}: is there already; name another folder, or remove it")
 
 
 def load_merge_base(config: Config, folder: str) -> Any:
@@ -6942,8 +6942,6 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
         merged = load_base(config, load_model_config(config, str(staging)), staging)
         metrics = compare_merged(merged, base, adapted, lost, sample, folder)
         write_json(staging / MERGED, merge_record(adapter, config))
-        if target.exists():
-            target.rmdir()  # empty: check_merge refuses others
         commit_checkpoint(staging, target)
     return metrics
 
@@ -7253,14 +7251,11 @@ def plan_of_rows(config: Config) -> dict[str, str]:
     lines = {"rows": f"{part.rows:,} of {part.tokens / part.rows:.0f} tokens on average"}
     lines["steps"] = f"{steps:,}, which is {rounded(steps / epoch)} epochs"
     assumed = 1.2e14  # tokens/s times parameters: 17,800 at 7B on one H200 in bf16, on rows of many lengths
-    model, source = meta_model(config, run.model_config), "measured in --output_dir"
-    before = Path(train.output_dir, "train_results.json")
-    rate = read_json(before).get("train_tokens_per_second") if before.is_file() else None
-    if not rate and not stacked_experts(model):  # a token meets a few experts only
-        rate, source = train.world_size * assumed / model.num_parameters(), "assumed, as on an H200 with --bf16"
-    if rate:
+    model = meta_model(config, run.model_config)
+    if not stacked_experts(model):  # a token meets a few experts only
+        rate = train.world_size * assumed / model.num_parameters()
         duration = timedelta(seconds=round(steps / epoch * part.tokens / rate))
-        lines["time"] = f"{duration} at {rate:,.0f} tokens/s ({source})"
+        lines["time"] = f"{duration} at {rate:,.0f} tokens/s (assumed, as on an H200 with --bf16)"
     return lines
 
 
@@ -7407,13 +7402,11 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, GracefulSt
             raise
         if debug:
             traceback.print_exc()
-        for bar in list(getattr(tqdm, "_instances", ())):
-            bar.close()  # or the message would stand behind a progress bar
         rank, ranks = rank_and_world_size()
         if ranks > 1 or os.environ.get("LOCAL_RANK", "0") == "0":  # before they connect, all ranks meet the same error
             message = escape_control_chars(HUB_TOKEN.sub("(a token)", known[1]))
             prefix = "error: " if known[0] and not is_peer_failure(error) else ""  # the other rank says why
-            print(f"{f'rank {rank}: ' * (rank > 0)}{prefix}{message}", file=sys.stderr, flush=True)
+            tqdm.write(f"{f'rank {rank}: ' * (rank > 0)}{prefix}{message}", sys.stderr)  # not behind a progress bar
         return known[0]
 
 
