@@ -6136,7 +6136,7 @@ def init_worker(number: int) -> None:
 
 
 class FlagIntervals(TrainerCallback):
-    """Logs, evaluates and saves as often as the flags say, and where: a resumed Trainer would go by the checkpoint."""
+    """Logs, evaluates and saves as often as the flags say: a resumed Trainer would go by the checkpoint."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)

@@ -225,7 +225,8 @@ def make_parser(script: str, template: str) -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The script's own options, and in `flags` those for qlora.py."""
-    options, options.flags = parser.parse_known_args(argv)
+    options, flags = parser.parse_known_args(argv)
+    options.flags = flags
     return options
 
 
