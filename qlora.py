@@ -27,10 +27,10 @@ Read the file from top to bottom, along the path of the data: every room uses on
     12 Plan             4997-5342
     13 Checkpoints      5345-5731
     14 Processes        5734-5791
-    15 Evaluation       5794-5997
-    16 Trainer          6000-6638
-    17 Stages           6641-7138
-    18 Main             7141-7439
+    15 Evaluation       5794-5982
+    16 Trainer          5985-6619
+    17 Stages           6622-7117
+    18 Main             7120-7400
 """
 
 # ------------------------------------------------------------------------------------
