@@ -7202,6 +7202,13 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
             trainer.create_optimizer_and_scheduler(max(config.training.max_steps, 1))  # shows wrong flags now
             if plan.resident:  # pages that stay on the GPU need no prefetching: 22 of 33 ms of updates at 7B
                 trainer.optimizer.prefetch_state = lambda parameter: None  # type: ignore[union-attr]
+    if is_fsdp(config) and not resume.train:  # accelerate prepares a model for FSDP only beside an optimizer
+        trainer.model, trainer.optimizer = trainer.accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+        trainer.model_wrapped = trainer.model
+        torch.distributed.fsdp.register_fsdp_forward_method(trainer.model, "generate")
+    elif hf_deepspeed.is_deepspeed_zero3_enabled() and not resume.train:
+        hf_deepspeed.deepspeed_init(trainer, num_training_steps=0, inference=True)
+        trainer.model_wrapped = trainer.deepspeed = trainer.accelerator.prepare(model)
     return trainer
 
 
@@ -7218,8 +7225,8 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
         if resume.trained:
             identity["flags"] |= earlier
             run = run._replace(config=dataclasses.replace(config, flags=config.flags | earlier))
-    if is_sharded(config) and not resume.train and (args.do_eval or args.do_predict):
-        raise ConfigError("--fsdp and --deepspeed are for training: leave them out to evaluate what was trained")
+    if args.deepspeed and args.do_eval and not resume.train and not hf_deepspeed.is_deepspeed_zero3_enabled():
+        raise ConfigError("--deepspeed: ZeRO-2 shards only what trains: leave it out to evaluate what was trained")
     batch, rows = effective_batch(resume.checkpoint, args), len(data.train or ())
     if resume.train and args.dataloader_drop_last and not config.data.streaming and rows < batch["rows"]:
         raise ConfigError(f"--dataloader_drop_last: {rows} rows make no step of {batch['rows']}: nothing to train")

@@ -118,17 +118,13 @@ def test_an_engine_repeats_the_run_of_one_process_and_resumes_from_its_checkpoin
         assert_same_run(resumed, runs(like))
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp-all"])
-def test_a_finished_sharded_run_is_evaluated_in_one_process(start, runs, tmp_path, name):
-    if "zero" in name:
-        need_deepspeed()
+@pytest.mark.parametrize("name", ["zero3", "fsdp-all"])
+def test_a_finished_sharded_run_is_evaluated_without_training(start, runs, tmp_path, name):
     folder, (like, flags) = tmp_path / "out", RUNS[name]
     shutil.copytree(runs(name), folder)
-    for file in ("metrics.json", "eval_results.json", "predictions.jsonl"):
-        (folder / file).unlink()
-    line = error_of(finish(start(2, folder, do_train=False, **ALL_STAGES, **flags), 2))
-    assert "--fsdp and --deepspeed are for training: leave them out" in line
-    finish(start(1, folder, do_train=False, **ALL_STAGES, **RUNS[like][1]))
+    for name in ("metrics.json", "eval_results.json", "predictions.jsonl"):
+        (folder / name).unlink()
+    finish(start(2, folder, do_train=False, **ALL_STAGES, **flags))
     assert_same_run(folder, runs(like))
 
 
@@ -224,6 +220,12 @@ def test_a_quantised_base_under_deepspeed_trains_as_in_one_process(start, tmp_pa
         finish(processes)
     for stage in ("2", "3"):
         assert_same_training(tmp_path / stage, tmp_path / "one")
+
+
+def test_zero2_without_training_is_one_line(start, tmp_path):
+    need_deepspeed()
+    line = error_of(finish(start(2, tmp_path / "out", deepspeed=zero(2), do_train=False), 2))
+    assert "ZeRO-2 shards only what trains: leave it out" in line
 
 
 def test_fsdp_without_gpus_is_one_line(start, tmp_path):
