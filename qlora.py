@@ -6140,6 +6140,9 @@ class FlagIntervals(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if state.best_model_checkpoint is None and best.is_dir():  # the folder has moved
+            state.best_model_checkpoint = str(best)
         state.logging_steps = min(state.logging_steps, state.max_steps)  # one line at least
 
 
@@ -7363,7 +7366,9 @@ def set_up_logging() -> None:
         "FSDP2-wrapped module .* returned a view", "Paged optimizers are not supported on CPU",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in str(record.msg))
+    noise = {"DeepSpeed": "Setting accelerator to CPU", "transformers.trainer": "The best checkpoint"}
+    for name in noise:
+        logging.getLogger(name).addFilter(lambda record: noise[record.name] not in str(record.msg))
     if not sys.stderr.isatty():  # bars in a file are noise
         datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()

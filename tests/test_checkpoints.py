@@ -857,13 +857,16 @@ def test_best_model_is_used_when_only_completed_is_missing(run_qlora, tmp_path):
 
 
 def test_the_best_is_the_result_after_the_folder_has_moved(run_qlora, stopped, tmp_path):
-    """The checkpoint's state still names the old folder; the last save finds the best in the new one."""
-    straight = run_qlora(**BEST, output_dir=tmp_path / "straight")
+    """No later step is saved, and the checkpoint's state still names the old folder."""
+    flags = BEST | {"save_strategy": "best"}
+    straight = run_qlora(**flags, output_dir=tmp_path / "straight")
     assert "the weights of checkpoint-1, the best, are the result" in straight.stderr
     card = (straight.output_dir / "README.md").read_text()
     assert "4 optimizer steps (the weights of checkpoint-1, the best)" in card
-    stopped(3, **BEST).output_dir.rename(tmp_path / "moved")
-    assert_equal_runs(run_qlora(**BEST, output_dir=tmp_path / "moved"), straight)
+    stopped(3, **flags).output_dir.rename(tmp_path / "moved")
+    run = run_qlora(**flags, output_dir=tmp_path / "moved")
+    assert_equal_runs(run, straight)
+    assert "The best checkpoint" not in run.stderr
 
 
 def test_the_best_of_those_that_are_saved_is_the_result_of_a_resumed_run_too(run_qlora, stopped, tmp_path):
