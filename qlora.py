@@ -5944,28 +5944,37 @@ def load_questions(config: Config) -> list[Question]:
 
 
 def answer_questions(trainer: Any, questions: list[Question]) -> list[tuple[bool, float]]:
-    """For each question: whether the answer is right, and the loss on the right letter and EOS."""
+    """For each question: whether the answer is right, and the loss on the right letter and EOS.
+
+    One pass compares the letters' first tokens. Where those are not four different ones, each letter is put after the
+    prompt in turn, and the probabilities of all its tokens are compared.
+    """
     tokenizer, longest = trainer.processing_class, trainer.config.mmlu.mmlu_source_max_len
     letters, texts = tokenize(LETTERS, tokenizer), tokenize([question.prompt for question in questions], tokenizer)
     prefix = os.path.commonprefix(letters)  # noqa: RUF071  # with some tokenizers, a space
     answers = [[*ids[len(prefix) :], tokenizer.eos_token_id] for ids in letters]
     first_tokens = [ids[0] for ids in answers]
-    if len(set(first_tokens)) < len(LETTERS):
-        raise ConfigError("--do_mmlu_eval: this tokenizer begins some of the letters A to D with the same token")
+    one_pass = len(set(first_tokens)) == len(LETTERS)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompts = [[*bos, *ids[max(len(bos) + len(ids) - longest, 0) :], *prefix] for ids in texts]
-    right = [answers[question.answer] for question in questions]
-    rows = [{"input_ids": p + ids, "labels": [IGNORE] * len(p) + ids} for p, ids in zip(prompts, right, strict=True)]
+    pairs = [(i, c) for i, q in enumerate(questions) for c in ([q.answer] if one_pass else range(len(LETTERS)))]
+    rows = [{"input_ids": prompts[i] + answers[c], "labels": [IGNORE] * len(prompts[i]) + answers[c]} for i, c in pairs]
     step, device, members = collate_step(rows)["step"], trainer.args.device, range(len(rows))
     parts = [[i] for i in members] if trainer.fast.alone and not trainer.sharded else [[*members]]
     batches = (to_device(padded_batch(step, part, tokenizer.pad_token_id, "right"), device) for part in parts)
     # Only the logits of the answers: all those of 100 prompts of 400 tokens would take 8 GB.
-    answered = [supervised_logits(trainer.base, trainer.fast, batch).log_softmax(-1).cpu() for batch in batches]
-    results = []
-    for question, ids, predicted in zip(questions, right, torch.cat(answered).split([*map(len, right)]), strict=True):
-        loss = -predicted[range(len(ids)), ids].mean().item()
-        results.append((predicted[0, first_tokens].argmax().item() == question.answer, loss))
-    return results
+    answered = (supervised_logits(trainer.base, trainer.fast, batch).log_softmax(-1).cpu() for batch in batches)
+    logits = torch.cat([*answered])
+    scores, losses = torch.zeros(len(questions), len(LETTERS)), [0.0] * len(questions)
+    for (i, c), predicted in zip(pairs, logits.split([len(answers[c]) for _, c in pairs]), strict=True):
+        log_probs = predicted[range(len(answers[c])), answers[c]]
+        if c == questions[i].answer:
+            losses[i] = -log_probs.mean().item()
+        if one_pass:
+            scores[i] = predicted[0, first_tokens]
+        else:
+            scores[i, c] = log_probs[:-1].sum()
+    return [(c == q.answer, loss) for c, q, loss in zip(scores.argmax(-1).tolist(), questions, losses, strict=True)]
 
 
 def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:

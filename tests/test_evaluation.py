@@ -11,6 +11,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LlamaModel
 
@@ -373,12 +374,29 @@ def test_mmlu_equals_a_plain_loop(run_qlora, models, folder, tmp_path, batch, to
         assert metrics["mmlu_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
-def test_mmlu_is_refused_where_only_some_letters_begin_alike(run_qlora, models, folder, tmp_path):
-    """▁A is one token, B, C and D begin with ▁."""
-    mmlu = write_mmlu(tmp_path / "mmlu", [3] * 7)
-    base = models("llama", tokenizer="sentencepiece")
-    run = run_qlora(model_name_or_path=base, dataset=folder, do_train=False, mmlu_dir=mmlu, **MMLU)
-    assert run.code == 2 and "begins some of the letters A to D with the same token" in run.stderr
+def test_mmlu_where_letters_share_their_first_token(run_qlora, models, folder, tmp_path):
+    """▁A is one token, B, C and D begin alike with ▁. The model says ▁ and then D, wherever it is asked."""
+    shutil.copytree(models("llama", tokenizer="sentencepiece"), tmp_path / "model")
+    words = AutoTokenizer.from_pretrained(tmp_path / "model")
+    a, *others = (words(letter, add_special_tokens=False)["input_ids"] for letter in "ABCD")
+    assert len(a) == 1 and [ids[:-1] for ids in others] == [others[0][:1]] * 3
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")) or name == "lm_head.weight":
+            tensor.zero_()
+        elif name.endswith(("embed_tokens.weight", "model.norm.weight")):
+            tensor.fill_(1.0)
+    tensors["lm_head.weight"][others[2][0]] = 3.0
+    tensors["lm_head.weight"][others[2][1]] = 2.0
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    run = run_qlora(
+        model_name_or_path=tmp_path / "model",
+        dataset=folder,
+        do_train=False,
+        mmlu_dir=write_mmlu(tmp_path / "mmlu", [3] * 7),
+        **MMLU,
+    )
+    assert run.json("metrics.json")["mmlu_eval_accuracy"] == 1.0
 
 
 def test_mmlu_at_each_evaluation_of_a_training_run(run_qlora, folder, tmp_path):
