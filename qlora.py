@@ -6804,7 +6804,7 @@ def merging_folder(config: Config) -> Path:
 
 
 def check_merge(start: ResumePoint, config: Config) -> None:
-    """Check before training that there will be an adapter to merge and no folder in the result's place."""
+    """Check before training that there will be an adapter to merge and a free folder for the result."""
     if config.training.merged_output_dir is None or config.data.preview:
         return
     target = Path(config.training.merged_output_dir).resolve()
@@ -6813,8 +6813,8 @@ def check_merge(start: ResumePoint, config: Config) -> None:
     finished = not start.train and (target / MERGED).is_file()
     if finished and read_json(target / MERGED) == merge_record(str(start.weights), config):
         log.info("%s holds this adapter merged already", target)
-    elif target.exists():
-        raise ConfigError(f"--merged_output_dir {target}: is there already; name another folder, or remove it")
+    elif target == Path.cwd() or target.is_mount() or any(target.glob("*")):  # it will be replaced
+        raise ConfigError(f"--merged_output_dir {target}: in use or not empty; name another folder, or remove it")
 
 
 def load_merge_base(config: Config, folder: str) -> Any:
@@ -6942,6 +6942,8 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
         merged = load_base(config, load_model_config(config, str(staging)), staging)
         metrics = compare_merged(merged, base, adapted, lost, sample, folder)
         write_json(staging / MERGED, merge_record(adapter, config))
+        if target.exists():
+            target.rmdir()  # empty: check_merge refuses others
         commit_checkpoint(staging, target)
     return metrics
 
@@ -7141,7 +7143,11 @@ def print_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, To
     for title, spans in rows:
         lines += ["", title, "".join(f"{on}{text}{off}" if supervised else text for text, supervised in spans)]
     lines += ["", *(f"{name} rows: {part}" for name, part in statistics.items())]
-    print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding))
+    text = "\n".join(lines).encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # of `| head`; nothing may be left for Python to write when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def load_run(config: Config) -> tuple[Run, Data]:

@@ -314,11 +314,11 @@ def test_a_full_disk_leaves_nothing_half_written(merged_run, tmp_path, monkeypat
     assert (run.output_dir / "completed").exists()
 
 
-def test_a_folder_that_is_there_is_refused_before_anything_is_trained(merged_run, tmp_path):
+def test_a_folder_that_is_not_empty_is_refused_before_anything_is_trained(merged_run, tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine.txt").write_text("mine")
     run, folder = merged_run()
-    assert str(folder) in error_of(run) and "is there already" in error_of(run)
+    assert str(folder) in error_of(run) and "not empty" in error_of(run)
     assert not run.output_dir.exists() and (folder / "mine.txt").read_text() == "mine"
 
 
@@ -333,16 +333,33 @@ def test_the_same_command_again_finds_the_merged_model(merged_run, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     assert again.json("metrics.json")["merge_difference"] == first.json("metrics.json")["merge_difference"]
     for flags in ({"merge_base": "dequantized"}, {"output_dir": tmp_path / "other"}, {"max_shard_size": "1MB"}):
-        assert "is there already" in error_of(merged_run(**flags)[0])
+        assert "not empty" in error_of(merged_run(**flags)[0])
     (folder / "merged.json").unlink()  # by whom or of what is not known
-    assert "is there already" in error_of(merged_run()[0])
+    assert "not empty" in error_of(merged_run()[0])
 
 
-def test_what_a_killed_run_left_beside_the_folder_is_removed(merged_run, tmp_path):
-    (tmp_path / ".merging-merged" / "merged").mkdir(parents=True)
-    (tmp_path / ".merging-merged" / ".qlora.lock").touch()
+def test_an_empty_folder_is_filled(merged_run, tmp_path):
+    (tmp_path / "merged").mkdir()
+    run, folder = merged_run(max_steps=1)
+    assert run.code == 0 and plain(folder)
+
+
+def test_a_link_to_an_empty_folder_is_filled(merged_run, tmp_path):
+    """What a run that was killed left beside it is removed."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / ".merging-there" / "there").mkdir(parents=True)
+    (tmp_path / ".merging-there" / ".qlora.lock").touch()
+    (tmp_path / "merged").symlink_to(tmp_path / "there")
     run, folder = merged_run()
     assert run.code == 0 and weights(folder) and not list(tmp_path.glob(".*")) and not list(folder.glob(".*"))
+
+
+def test_the_working_folder_is_refused_before_anything_is_trained(merged_run, tmp_path, monkeypatch):
+    """It can't be replaced by the merged model."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run, _ = merged_run(merged_output_dir=".")
+    assert f"--merged_output_dir {tmp_path / 'here'}" in error_of(run) and not (tmp_path / "out").exists()
 
 
 def test_merging_without_an_adapter_is_an_error(merged_run):

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import re
 import shutil
 
@@ -105,6 +106,16 @@ def test_an_escape_sequence_in_a_bad_row_stays_text(run_qlora, tmp_path):
     for flags in ({}, {"on_bad_rows": "skip", "dataset_format": "text"}):
         run = run_qlora(dataset=tmp_path / "a.csv", **{"dataset_format": "input-output", **flags})
         assert run.code == 2 and "\\x1b[31m" in run.stderr and "\x1b[31m" not in run.stderr
+
+
+def test_a_pipe_that_closes_early_is_no_error(rows_file, models):
+    """As `| head -1` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = ["--model_name_or_path", str(models("llama")), "--dataset", str(rows_file), "--preview", "4"]
+    with open(writer, "w") as broken, preserved_state(), contextlib.redirect_stdout(broken):
+        assert qlora.main(argv) == 0
+        broken.write("nor is what Python writes at its end")
 
 
 # ------------------------------------------------------------------------------------
