@@ -27,10 +27,10 @@ Read the file from top to bottom, along the path of the data: every room uses on
     12 Plan             4890-5220
     13 Checkpoints      5223-5598
     14 Processes        5601-5658
-    15 Evaluation       5661-5864
-    16 Trainer          5867-6503
-    17 Stages           6506-7003
-    18 Main             7006-7304
+    15 Evaluation       5661-5858
+    16 Trainer          5861-6496
+    17 Stages           6499-6996
+    18 Main             6999-7292
 """
 
 # ------------------------------------------------------------------------------------
@@ -5664,22 +5664,17 @@ def shutdown_distributed() -> None:
 # Each rank takes some of the batches; results are gathered by row number, so that none is lost or counted twice.
 # A function that runs the model takes the trainer, which holds it with its tokenizer, flags and fast path.
 # ------------------------------------------------------------------------------------
-def rank_batches(count: int, size: int) -> list[list[int]]:
-    """This rank's batches of row numbers, cut as for one process; as many as other ranks', for a sharded model."""
-    rank, ranks = rank_and_world_size()
-    batches = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
-    return [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks)]
-
-
 def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Any], title: str) -> list[Any]:
     """Call `process` with the row numbers of each batch; returns the results for all batches, on every rank."""
     results: dict[int, Any] = {}  # by a batch's first row
+    size, (rank, ranks) = trainer.args.per_device_eval_batch_size, rank_and_world_size()
+    starts = range(0, count, size)  # batches are cut as for one process, and a sharded model needs as many on each rank
+    own = [starts[i % len(starts)] for i in range(rank, math.ceil(len(starts) / ranks) * ranks, ranks)]
+    shown = trainer.accelerator.is_main_process and not trainer.config.training.disable_tqdm
     trainer.base.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        batches = rank_batches(count, trainer.args.per_device_eval_batch_size)
-        shown = trainer.accelerator.is_main_process and not trainer.config.training.disable_tqdm
-        for numbers in tqdm(batches, title, disable=None if shown else True, leave=False):  # None: in a terminal only
-            results[numbers[0]] = process(numbers)
+        for start in tqdm(own, title, disable=None if shown else True, leave=False):  # None: in a terminal only
+            results[start] = process([*range(start, min(start + size, count))])
     gathered = {first: result for part in all_gather_object(results) for first, result in part.items()}
     return [gathered[first] for first in sorted(gathered)]
 
@@ -5687,9 +5682,8 @@ def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Any], t
 def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """What the flags set, with BOS, EOS and pad ids, and the model's own further stop tokens."""
     flags = config.generation
-    passed = config.explicitly_set - (set() if flags.do_sample else SAMPLING_FLAGS)
-    values = {"max_new_tokens": flags.max_new_tokens}
-    values |= {name: value for name, value in vars(flags).items() if name in passed}
+    passed = {"max_new_tokens"} | config.explicitly_set - (set() if flags.do_sample else SAMPLING_FLAGS)
+    values = {name: value for name, value in vars(flags).items() if name in passed}
     stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
     eos = sorted({tokenizer.eos_token_id, *([stops] if isinstance(stops, int) else stops)})
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
@@ -6018,7 +6012,7 @@ def init_worker(number: int) -> None:
 
 
 class FlagIntervals(TrainerCallback):
-    """Logs, evaluates and saves as often as the flags say, and where: a resumed Trainer would go by the checkpoint."""
+    """Logs, evaluates and saves as often as the flags say: a resumed Trainer would go by the checkpoint."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
@@ -6226,9 +6220,8 @@ class QLoRATrainer(Trainer):
             raise reason
         apply_step_plan(self.base, self.plan, self.config)
         torch.cuda.empty_cache()
-        ran_out = plan._replace(rows=None, tokens=tokens)
-        message = "step %d: GPU memory ran out with %s; repeating it with %s"
-        log.warning(message, self.state.global_step + 1, ran_out, self.plan)
+        ran_out, number = plan._replace(rows=None, tokens=tokens), self.state.global_step + 1
+        log.warning("step %d: GPU memory ran out with %s; repeating it with %s", number, ran_out, self.plan)
 
     def compute_loss_context_manager(self) -> Any:
         """Autocast: accelerate puts it around the model's own forward, which the fast path does not call."""
@@ -7136,14 +7129,11 @@ def plan_of_rows(config: Config) -> dict[str, str]:
     lines = {"rows": f"{part.rows:,} of {part.tokens / part.rows:.0f} tokens on average"}
     lines["steps"] = f"{steps:,}, which is {rounded(steps / epoch)} epochs"
     assumed = 1.2e14  # tokens/s times parameters: 17,800 at 7B on one H200 in bf16, on rows of many lengths
-    model, source = meta_model(config, run.model_config), "measured in --output_dir"
-    before = Path(train.output_dir, "train_results.json")
-    rate = read_json(before).get("train_tokens_per_second") if before.is_file() else None
-    if not rate and not stacked_experts(model):  # a token meets a few experts only
-        rate, source = train.world_size * assumed / model.num_parameters(), "assumed, as on an H200 with --bf16"
-    if rate:
+    model = meta_model(config, run.model_config)
+    if not stacked_experts(model):  # a token meets a few experts only
+        rate = train.world_size * assumed / model.num_parameters()
         duration = timedelta(seconds=round(steps / epoch * part.tokens / rate))
-        lines["time"] = f"{duration} at {rate:,.0f} tokens/s ({source})"
+        lines["time"] = f"{duration} at {rate:,.0f} tokens/s (assumed, as on an H200 with --bf16)"
     return lines
 
 
@@ -7290,13 +7280,11 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, GracefulSt
             raise
         if debug:
             traceback.print_exc()
-        for bar in list(getattr(tqdm, "_instances", ())):
-            bar.close()  # or the message would stand behind a progress bar
         rank, ranks = rank_and_world_size()
         if ranks > 1 or os.environ.get("LOCAL_RANK", "0") == "0":  # before they connect, all ranks meet the same error
             message = escape_control_chars(HUB_TOKEN.sub("(a token)", known[1]))
             prefix = "error: " if known[0] and not is_peer_failure(error) else ""  # the other rank says why
-            print(f"{f'rank {rank}: ' * (rank > 0)}{prefix}{message}", file=sys.stderr, flush=True)
+            tqdm.write(f"{f'rank {rank}: ' * (rank > 0)}{prefix}{message}", sys.stderr)  # not behind a progress bar
         return known[0]
 
 

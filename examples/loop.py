@@ -5,8 +5,8 @@
 
 Read it to learn what QLoRA does; qlora.py computes the same losses (tests/test_examples.py compares them) and adds
 speed, resuming, evaluation and error messages. MODEL is a folder or a hub id of a causal language model. Each line of
-the file is an Alpaca row {instruction, input, output}, a pair {input, output} or plain {text}. The adapter and its
-tokenizer are saved to the output folder, where peft and qlora.py find them.
+the file is a pair {input, output} or plain {text}. The adapter and its tokenizer are saved to the output folder, where
+peft and qlora.py find them.
 """
 
 import argparse
@@ -29,30 +29,12 @@ PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE}  # what fills 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # float32 is faster on a CPU
 
-ALPACA = (
-    "Below is an instruction that describes a task{context}. Write a response that appropriately completes the "
-    "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response: "
-)
-CONTEXT = ", paired with an input that provides further context"
-
 
 # ---- Data: a row of the file -> input_ids and labels -------------------------------
-def prompt_and_answer(row: dict[str, str]) -> tuple[str, str]:
-    """The text the model reads and the text it learns to write."""
-    if "text" in row:
-        return "", row["text"]
-    if "instruction" not in row:
-        return row["input"], row["output"]
-    parts = {"context": "", "input": ""}
-    if row.get("input"):
-        parts = {"context": CONTEXT, "input": f"### Input:\n{row['input']}\n\n"}
-    return ALPACA.format(instruction=row["instruction"], **parts), row["output"]
-
-
 def encode(row: dict[str, str], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
     """BOS, the prompt (not supervised), the answer and EOS (supervised), cut on the right to `max_length` tokens."""
     # split_special_tokens: "</s>" in a row is text and must not become the token that ends an answer
-    texts = list(prompt_and_answer(row))
+    texts = ["", row["text"]] if "text" in row else [row["input"], row["output"]]
     prompt, answer = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if tokenizer.bos_token_id is not None:
         prompt = [tokenizer.bos_token_id, *prompt]

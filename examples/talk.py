@@ -178,8 +178,6 @@ def trained_template(record: dict[str, Any]) -> str:
 def load(name: str, *flags: str, template: str = "auto", system: str | None = None, stop: Sequence[str] = ()) -> Bot:
     """Load MODEL. `flags` are qlora.py's and override the run's; `stop` are more strings that end an answer."""
     folder = Path(name).expanduser()
-    if folder.is_file() and folder.suffix != ".gguf":
-        raise qlora.ConfigError(f"{name} is a file: pass its folder, {folder.parent}")
     adapter = find_adapter(folder)
     record = find_record(folder, adapter)
     config = qlora.parse_config([f"--{k}={v}" for k, v in loading_flags(name, adapter, record).items()] + [*flags])
@@ -227,9 +225,6 @@ def make_parser(script: str, template: str) -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The script's own options, and in `flags` those for qlora.py."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] and argv[0].startswith("--") and "--help" not in argv:
-        parser.error(f"{argv[0]} comes before MODEL, which must be first")  # its value would be taken for MODEL
     options, flags = parser.parse_known_args(argv)
     options.flags = flags
     return options

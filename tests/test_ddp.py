@@ -301,22 +301,22 @@ def test_every_row_of_a_step_goes_to_one_process(monkeypatch, processes):
 
 @pytest.mark.parametrize(("count", "size", "processes"), [(4, 3, 2), (1, 8, 4), (17, 2, 3), (6, 2, 3)])
 def test_evaluation_batches_are_dealt_evenly_and_gathered_once(monkeypatch, count, size, processes):
-    dealt = []
-    for rank in range(processes):
-        monkeypatch.setattr(qlora, "rank_and_world_size", lambda rank=rank: (rank, processes))
-        dealt.append(qlora.rank_batches(count, size))
-    assert len({len(batches) for batches in dealt}) == 1
     cut = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
-    assert all(batch in cut for batches in dealt for batch in batches)
-    parts = [{batch[0]: batch for batch in batches} for batches in dealt]
-    monkeypatch.setattr(qlora, "all_gather_object", lambda mine: parts)
+    parts: list[dict[int, list[int]]] = []  # what each rank brings
+    monkeypatch.setattr(qlora, "all_gather_object", lambda mine: parts.append(mine) or parts)
     trainer = SimpleNamespace(
         base=torch.nn.Identity(),
         compute_loss_context_manager=contextlib.nullcontext,
         args=SimpleNamespace(per_device_eval_batch_size=size),
         accelerator=SimpleNamespace(is_main_process=False),
     )
-    gathered = qlora.run_batches(trainer, count, lambda numbers: numbers, "Dealing")
+    shares = []
+    for rank in range(processes):
+        monkeypatch.setattr(qlora, "rank_and_world_size", lambda rank=rank: (rank, processes))
+        shares.append([])
+        gathered = qlora.run_batches(trainer, count, lambda numbers: shares[-1].append(numbers) or numbers, "Dealing")
+    assert len({len(batches) for batches in shares}) == 1
+    assert all(batch in cut for batches in shares for batch in batches)
     assert gathered == cut
 
 
