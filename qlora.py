@@ -98,9 +98,9 @@ os.environ |= {
 } | os.environ
 
 # Harmless warnings: a CPU kernel that no release has, casts in 8-bit layers, operations that the plan reports itself,
-# special tokens that were set on purpose and are listed at the start.
+# special tokens that were set on purpose and are listed at the start, kernels of liger that need other packages.
 for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torch._subclasses.fake_tensor",
-               "transformers.trainer_utils"):  # fmt: skip
+               "transformers.trainer_utils", "liger_kernel.backends.registry"):  # fmt: skip
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)
 
 import bitsandbytes.functional as bnb_functional
@@ -3216,7 +3216,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
             # Else the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with
             # other values (bitsandbytes 0.50.2).
             module.support_avx512bf16_for_cpu = False
-    if stored:
+    if stored and not config.quant.calibration_rows:  # whose base is our own
         unpacked = getattr(model, "hf_quantizer", None) is None  # transformers drops it then
         held = f"dequantised, held in {str(model.dtype)[6:]}" if unpacked else "loaded as it is: its bits are its own"
         log.info("the checkpoint is already quantised (%s) and is %s", stored.get("quant_method"), held)
