@@ -20,9 +20,13 @@ FOLDER = Path(SPEC.submodule_search_locations[0], "chat_templates") if SPEC else
 NO = -100
 
 
-def read_template(name):
+def need_templates():
     if not FOLDER.is_dir():
         missing("trl is not installed: pip install -r tests/requirements.txt")
+
+
+def read_template(name):
+    need_templates()
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
@@ -171,6 +175,7 @@ def test_nothing_but_the_answers_is_learnt_around_calls(family):
 
 def test_families_that_drop_earlier_reasoning_are_trained():
     """A row for each of two answers with reasoning; with the other templates both are in one."""
+    need_templates()
     several = {
         family
         for family in ORIGINALS
