@@ -16,21 +16,21 @@ Read the file from top to bottom, along the path of the data: every room uses on
      1 Imports             36-178
      2 Errors             181-244
      3 Dataset formats    247-758
-     4 Arguments         761-1462
-     5 Loading          1465-2028
-     6 Tokenizer        2031-2152
-     7 Encoding         2155-2631
-     8 Model            2634-3260
-     9 Calibration      3263-3625
-    10 LoRA             3628-3923
-    11 Fast path        3926-4887
-    12 Plan             4890-5220
-    13 Checkpoints      5223-5598
-    14 Processes        5601-5658
-    15 Evaluation       5661-5858
-    16 Trainer          5861-6496
-    17 Stages           6499-6996
-    18 Main             6999-7292
+     4 Arguments         761-1464
+     5 Loading          1467-2030
+     6 Tokenizer        2033-2154
+     7 Encoding         2157-2634
+     8 Model            2637-3273
+     9 Calibration      3276-3638
+    10 LoRA             3641-3940
+    11 Fast path        3943-4905
+    12 Plan             4908-5242
+    13 Checkpoints      5245-5620
+    14 Processes        5623-5680
+    15 Evaluation       5683-5880
+    16 Trainer          5883-6518
+    17 Stages           6521-7018
+    18 Main             7021-7314
 """
 
 # ------------------------------------------------------------------------------------
@@ -1085,6 +1085,8 @@ class Parser(HfArgumentParser):
         _, unknown = self.parse_known_args(words, namespace)
         if unknown:
             typed = unknown[0].partition("=")[0]
+            if not typed.startswith("-"):
+                raise ConfigError(f"{typed}: expected a flag, which begins with --, or a .yaml or .json file first")
             name = typed.lstrip("-").replace("-", "_")
             known = ((option[2:], action.dest) for option, action in self._option_string_actions.items())
             names = [option for option, dest in known if "-" not in option and dest not in OLD_FLAGS]
@@ -2217,17 +2219,18 @@ def prompts_and_completions(batch: Mapping[str, list[Any]], tokenizer: Any) -> I
             yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), chat
 
 
-def encode_masked(text: str, tokenizer: Any, limits: Limits) -> Encoded:
+def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
     """A text with the tokenizer's special tokens around it; the labels are the tokens that may be masked."""
     # a mask token in the text is one, which prediction fills; other special tokens stay text, except with slow
     # tokenizers: ESM's finds its letters by the same rule as special tokens
     split = tokenizer.is_fast and str(tokenizer.mask_token) not in text
-    encode = partial(tokenizer, text, split_special_tokens=split, verbose=False)
-    row = encode(return_special_tokens_mask=True, truncation=True, max_length=limits.total or limits.source)
-    ids, uncut = row["input_ids"], encode()["input_ids"]
-    masks = zip(ids, row["special_tokens_mask"], strict=True)
-    labels = [IGNORE if special or i == tokenizer.mask_token_id else i for i, special in masks]
-    return Encoded(ids, labels, (len(uncut), 0))
+    limit = limits.total or limits.source
+    row = tokenizer(text, return_special_tokens_mask=True, split_special_tokens=split, verbose=False)
+    ids, special = row["input_ids"], row["special_tokens_mask"]
+    closing = sum(1 for _ in itertools.takewhile(bool, reversed(special)))  # the last special tokens are never cut
+    kept = [i for i in range(len(ids)) if i < limit - closing or i >= len(ids) - closing]
+    labels = [IGNORE if special[i] or ids[i] == tokenizer.mask_token_id else ids[i] for i in kept]
+    return Encoded([ids[i] for i in kept], labels, (len(ids), 0))
 
 
 def encode_batch(
@@ -2702,14 +2705,23 @@ def device_map(config: Config) -> Any:
 
 @contextlib.contextmanager
 def made_once(folder: Path, what: str) -> Iterator[str]:
-    """Where to write what becomes `folder` once it is whole, unless another run has made it meanwhile."""
+    """Where to write what becomes `folder` once it is whole, unless another run has made it meanwhile.
+
+    Also removes what runs on this host that were killed have left of it.
+    """
+    name = f"{folder.name}.{platform.node()}"
+    scratch = folder.with_name(f"{name}.{os.getpid()}")
     with reraise_as_user_error(what):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            made = Path(scratch, folder.name)
-            yield str(made)
+        for left in folder.parent.iterdir():
+            if left.name.startswith(f"{name}.") and not psutil.pid_exists(int(left.suffix[1:])):
+                shutil.rmtree(left)
+        try:
+            yield str(scratch)
             if not folder.is_dir():
-                made.rename(folder)
+                scratch.rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def model_folder(config: Config) -> str:
@@ -2890,7 +2902,8 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
         used = {name for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
     kinds = {without_numbers(name) for name in used if ".experts." in name}  # which are called depends on values
     used |= {name for name in names.values() if without_numbers(name) in kinds}
-    beside = {names[module] for module in names.keys() & uses.otherwise}  # BigBird makes layers on the way: no name
+    read = {id(module._parameters.get("weight")) for module in uses.otherwise}  # also by a layer that is tied to it
+    beside = {name for module, name in names.items() if id(module._parameters.get("weight")) in read}
     TRIALS[key] = used - beside, beside
     return TRIALS[key]
 
@@ -3750,16 +3763,20 @@ def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> No
 
 def load_adapter_weights(adapted: Any, folder: str) -> None:
     """Fill a model's adapter from a folder: the file has all of it, and nothing else."""
-    stored, own = load_peft_weights(folder, device="cpu"), get_peft_model_state_dict(adapted).keys()
+    stored = load_peft_weights(folder, device="cpu")
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    # peft 0.21 renames what transformers 4 called experts, also where the names are the model's own (Laguna)
-    renamed = f"{peft_conversion.__name__}.convert_peft_adapter_state_dict_for_transformers"
-    as_it_is = mock.patch(renamed, lambda adapter_state_dict, **kwargs: adapter_state_dict)
-    with as_it_is if stored.keys() <= own else contextlib.nullcontext():
-        result: Any = set_peft_model_state_dict(adapted, stored)
-    # peft would put a base's own weight into the base, which is not saved with the adapter
-    unused = [*result.unexpected_keys, *(name for name in stored if "lora_" not in name and name not in own)]
-    empty = sorted(trained.intersection(result.missing_keys))
+    try:
+        own = get_peft_model_state_dict(adapted).keys()
+        # peft 0.21 renames what transformers 4 called experts, also where the names are the model's own (Laguna)
+        renamed = f"{peft_conversion.__name__}.convert_peft_adapter_state_dict_for_transformers"
+        as_it_is = mock.patch(renamed, lambda adapter_state_dict, **kwargs: adapter_state_dict)
+        with as_it_is if stored.keys() <= own else contextlib.nullcontext():
+            result: Any = set_peft_model_state_dict(adapted, stored)
+        # peft would put a base's own weight into the base, which is not saved with the adapter
+        unused = [*result.unexpected_keys, *(name for name in stored if "lora_" not in name and name not in own)]
+        empty = sorted(trained.intersection(result.missing_keys))
+    except KeyError as error:  # of a module that was trained whole
+        unused, empty = [], [str(error.args[0])]
     if unused or empty or not stored:
         found = f"{len(unused)} of its weights have no place in the model, {len(empty)} of the model's are not in it"
         raise ConfigError(f"{folder}: {found}: {', '.join([*unused[:1], *empty[:1]]) or 'it is empty'}")
@@ -4518,7 +4535,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """Take states, (tokens, dim), weight and bias of the head, targets, (tokens,), and FastPath.logit_rules."""
         needs = ctx.needs_input_grad[:3]
         kernel = triton is not None and on_current_gpu(states) and not (rules or smoothing or any(needs[1:]))
-        rows = max(1, 2 ** (26 if kernel else 25) // len(weight))  # only the kernel takes logits in 16 bits
+        width = states.element_size() if kernel else 4  # only the kernel takes logits in 16 bits
+        rows = max(1, 2**27 // (width * len(weight)))
         head = types.SimpleNamespace(weight=weight.detach().requires_grad_(needs[1]), bias=None)
         if bias is not None:
             head.bias = bias.detach().requires_grad_(needs[2])
@@ -5000,10 +5018,14 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     packed = sum(w.numel() for _, w in stacked_experts(model, known=True).values()) if packs_experts(config) else 0
     dense = [*shapes.values(), *(weight.shape for weight in stacks if packed)]  # what is unpacked at once
     head = model.get_output_embeddings()
+    # peft copies a head with new tokens; beside the copy lie its gradient or three chunks of float32 logits
+    tables = {model.get_input_embeddings().weight, head.weight} if config.model.add_tokens else set[Any]()
+    copied = max(2 * (table := head.weight.numel() * plain), table + 2**28) if tables else 0
     # adapters that are computed from the base's weights would be computed from none
     fresh = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init_lora_weights="true"))
     with torch.device("meta"):
         trained = [p for p in make_trainable(model, fresh, None).parameters() if p.requires_grad]
+        trained += [trained[0].new_empty(str(config.model.add_tokens).count(",") + 1, w.shape[1]) for w in tables]
     count = sum(p.numel() for p in trained)
     size = sum(p.nbytes for p in trained)
     # bytes a parameter: torch's AdamW keeps its averages in the parameter's dtype, the others in float32
@@ -5016,7 +5038,7 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
         gradients=size * (2 if train.world_size > 1 else 1),  # DDP averages a flat copy
         optimizer=count * next((width for name, width in states.items() if name in train.optim), 8),
         paged="paged" in train.optim,
-        fixed=(max(map(math.prod, dense), default=0) * width if bits < 16 else 0) + 2**27,
+        fixed=copied + (max(map(math.prod, dense), default=0) * width if bits < 16 else 0) + 2**27,
         token=width * (2 * max(map(max, shapes.values()), default=4 * hidden) + 3 * hidden)
         + (0 if head is None or (train.fast_path and not is_sharded(config)) else head.weight.shape[0] * (width + 12)),
         layer=(width * kept + norms) // layers,
@@ -6012,7 +6034,7 @@ def init_worker(number: int) -> None:
 
 
 class FlagIntervals(TrainerCallback):
-    """Logs, evaluates and saves as often as the flags say: a resumed Trainer would go by the checkpoint."""
+    """Logs, evaluates and saves as often, and where, as the flags say: a resumed Trainer would go by the checkpoint."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)

@@ -33,6 +33,8 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # float32 is
 # ---- Data: a row of the file -> input_ids and labels -------------------------------
 def encode(row: dict[str, str], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
     """BOS, the prompt (not supervised), the answer and EOS (supervised), cut on the right to `max_length` tokens."""
+    if "instruction" in row:
+        raise SystemExit("Alpaca rows need a prompt around them, as qlora.py writes it: make pairs of input and output")
     # split_special_tokens: "</s>" in a row is text and must not become the token that ends an answer
     texts = ["", row["text"]] if "text" in row else [row["input"], row["output"]]
     prompt, answer = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -178,6 +178,8 @@ def trained_template(record: dict[str, Any]) -> str:
 def load(name: str, *flags: str, template: str = "auto", system: str | None = None, stop: Sequence[str] = ()) -> Bot:
     """Load MODEL. `flags` are qlora.py's and override the run's; `stop` are more strings that end an answer."""
     folder = Path(name).expanduser()
+    if folder.is_file() and folder.suffix != ".gguf":
+        raise qlora.ConfigError(f"{name} is a file: pass its folder, {folder.parent}")
     adapter = find_adapter(folder)
     record = find_record(folder, adapter)
     config = qlora.parse_config([f"--{k}={v}" for k, v in loading_flags(name, adapter, record).items()] + [*flags])

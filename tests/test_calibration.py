@@ -3,7 +3,11 @@
 import copy
 import json
 import math
+import os
+import platform
 import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -367,6 +371,18 @@ def test_an_interrupted_calibration_leaves_nothing(calibrated, tmp_path, monkeyp
     assert cached(tmp_path) == []
     monkeypatch.setattr(qlora, "save_file", save)
     assert calibrated().code == 0
+
+
+def test_what_a_killed_run_left_in_the_cache_goes_with_the_next(tmp_path):
+    """That of a run that still writes, here the parent process, stays."""
+    done = subprocess.Popen(["true"])
+    done.wait()
+    for pid in (done.pid, os.getppid()):
+        (tmp_path / f"base.{platform.node()}.{pid}" / "parts").mkdir(parents=True)
+    with qlora.made_once(tmp_path / "base", "--calibration_rows") as made:
+        Path(made).mkdir()
+        assert {*tmp_path.iterdir()} == {Path(made), tmp_path / f"base.{platform.node()}.{os.getppid()}"}
+    assert (tmp_path / "base").is_dir() and len([*tmp_path.iterdir()]) == 2
 
 
 @pytest.mark.parametrize(

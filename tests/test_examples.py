@@ -189,13 +189,16 @@ def test_a_merged_model_whose_rows_are_not_known_is_a_warning(run_qlora, tmp_pat
     assert "how the rows that it was trained on were written is not known: see --template" in caplog.messages
 
 
-def test_what_does_not_answer_is_refused(run_qlora, models, tmp_path):
+def test_what_does_not_answer_is_refused(run_qlora, models, trained, tmp_path):
     rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"input": "a b c"}])
     flags = {"model_name_or_path": models("encoder", family="bert"), "dataset": rows, "target_max_len": None}
     run = run_qlora(**flags, max_steps=1)
     assert run.code == 0
     with pytest.raises(qlora.ConfigError, match="a masked language model, which fills masks"):
         talk.load(str(run.output_dir))
+    file = trained / "adapter_model.safetensors"
+    with pytest.raises(qlora.ConfigError, match=f"is a file: pass its folder, {trained}"):
+        talk.load(str(file))
 
 
 def test_explicit_flags_override_those_of_the_run(trained, base, tmp_path):
@@ -509,6 +512,11 @@ LOOP_ROWS = {
     "input-output": tiny.support_rows(11),
     "text": [{"text": f"{row['input']} {row['output']}</s>."} for row in tiny.support_rows(11)],
 }
+
+
+def test_the_plain_loop_refuses_alpaca_rows():
+    with pytest.raises(SystemExit, match="Alpaca rows"):
+        loop.encode(tiny.ALPACA_ROWS[0], None, 10)
 
 
 @pytest.mark.parametrize("name", LOOP_ROWS)

@@ -195,6 +195,23 @@ def test_two_configs_of_one_class_are_tried_separately():
     assert "gate" in qlora.try_layers(with_gate)[0] and "gate" not in qlora.try_layers(without)[0]
 
 
+def test_a_weight_that_is_read_through_a_tied_layer_stays_as_it_is():
+    """As NeoMME's projection of the embedding, whose twin before the head never calls it."""
+
+    class Model(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.up, self.down = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+            self.down.weight = self.up.weight
+
+        def forward(self, input_ids=None, **kwargs):
+            states = self.up(self.model(input_ids=input_ids).last_hidden_state)
+            return CausalLMOutput(logits=self.lm_head(states @ self.down.weight))
+
+    used, beside = qlora.try_layers(Model(LlamaConfig(**tiny.FAMILIES["llama"][1] | {"vocab_size": 320})))
+    assert "up" in beside and "up" not in used and "model.layers.0.mlp.up_proj" in used
+
+
 @pytest.mark.parametrize(
     ("family", "flags"),
     [

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import re
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,9 @@ import reference
 import tiny
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora
 
@@ -416,6 +420,59 @@ def test_experts_that_are_not_quantised_are_named_before_training(models, caplog
         assert f"{2 * 4 * 3 * 64 * 8192 * 4 / GIB:.2f} GiB" in lines[0]
     kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith("q_proj.base_layer")}
     assert kinds == {{4: "Linear4bit", 8: "Linear8bitLt", 16: "Linear"}[bits]}
+
+
+# ------------------------------------------------------------------------------------
+# New tokens: peft computes with a copy of the matrix
+# ------------------------------------------------------------------------------------
+class LargeTensors(TorchDispatchMode):
+    """Bytes of the tensors of at least `least` bytes that are made, and of those that are there at once."""
+
+    def __init__(self, least, parameters):
+        super().__init__()
+        self.least, self.there, self.peak = least, {}, 0
+        self.others = {parameter.untyped_storage()._cdata for parameter in parameters}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage and storage.nbytes() >= self.least and storage._cdata not in {*self.others, *self.there}:
+                self.there[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.there.pop, storage._cdata)
+                self.peak = max(self.peak, sum(self.there.values()))
+        return out
+
+
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(4096, 8), (2**16, 512)])
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_new_tokens_copy_the_head(models, vocabulary, tokens, tie, whole):
+    """The copy is there beside its gradient, or three chunks of logits; whole logits are a token's."""
+    model = AutoModelForCausalLM.from_pretrained(models("llama", tie=tie, vocab_size=vocabulary, hidden_size=16))
+    config, tokenizer = qlora.parse_config(["--bits", "32", "--add_tokens", "<cup>,<saucer>"]), tiny.byte_tokenizer()
+    qlora.set_special_tokens(tokenizer, config, model.config)
+    counted = qlora.memory_from_config(config, model.config)
+    plain = qlora.memory_from_config(qlora.parse_config(["--bits", "32"]), model.config)
+    adapted = qlora.make_trainable(model, config, None, tokenizer=tokenizer)
+    trained = sum(p.nbytes for p in adapted.parameters() if p.requires_grad)
+    assert counted.adapters == counted.gradients == trained == plain.adapters + 2 * 16 * 4 * (2 - tie)
+    fast = qlora.FastPath() if whole else qlora.FastPath(body=model.model, head=model.get_output_embeddings())
+    batch = {"input_ids": torch.ones(1, tokens, dtype=torch.long), "positions": torch.arange(tokens)}
+    table = vocabulary * 16 * 4
+    with LargeTensors(table, model.parameters()) as live:
+        qlora.summed_loss(adapted.train(), fast, batch | {"targets": torch.ones(tokens, dtype=torch.long)}).backward()
+    logits = 2**27 if tokens == 512 else 0
+    assert live.peak == max(2 * table, table + 3 * logits) and not live.there
+    assert counted.fixed - plain.fixed == table + 2**28
+
+
+def test_of_a_large_head_the_gradient_is_more_than_the_logits():
+    """512 MiB each, for 256 of the logits."""
+    model_config = LlamaConfig(vocab_size=2**18, hidden_size=512, intermediate_size=512, num_hidden_layers=1)
+    configs = (qlora.parse_config(["--bits", "32", *flags]) for flags in (["--add_tokens", "<cup>"], []))
+    counted, plain = (qlora.memory_from_config(config, model_config).fixed for config in configs)
+    assert counted - plain == 2 * 2**29
 
 
 # ------------------------------------------------------------------------------------
