@@ -484,6 +484,7 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.ci
 def test_the_scripts_as_processes(trained):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     python = [sys.executable, "-W", "ignore"]

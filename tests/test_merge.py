@@ -389,6 +389,7 @@ print(code, before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 
 """
 
 
+@pytest.mark.ci
 def test_merging_holds_one_model_in_memory(models, run_qlora, data_dir, tmp_path):
     size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 8}
     base = tiny.write_model(tmp_path / "base", "llama", dtype="bfloat16", **size)

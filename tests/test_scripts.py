@@ -103,6 +103,7 @@ def test_a_finished_run_is_not_repeated_on_the_same_rows(run_proof, tmp_path, ca
     assert run_proof("precision", *words)["runs"][0]["data"] != first[0]["data"]
 
 
+@pytest.mark.ci
 def test_the_recipe_and_the_defaults_see_the_same_rows(run_proof, tmp_path):
     words = ["--seeds", "3", "4", "--settings", *proof.RECIPES, "--", "--max_steps", "2", "--lora_r", "4"]
     result = run_proof("precision", *words)

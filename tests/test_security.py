@@ -114,6 +114,7 @@ def test_local_run_uses_no_network_and_writes_only_to_its_folders(models, tmp_pa
     assert not list(tmp_path.parent.rglob("evil*"))
 
 
+@pytest.mark.ci
 def test_chat_page_uses_no_network(models, tmp_path):
     extra("gradio")
     more = f"""
