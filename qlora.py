@@ -23,14 +23,14 @@ Read the file from top to bottom, along the path of the data: every room uses on
      8 Model            2637-3273
      9 Calibration      3276-3638
     10 LoRA             3641-3940
-    11 Fast path        3943-4905
-    12 Plan             4908-5242
-    13 Checkpoints      5245-5620
-    14 Processes        5623-5680
-    15 Evaluation       5683-5880
-    16 Trainer          5883-6518
-    17 Stages           6521-7018
-    18 Main             7021-7314
+    11 Fast path        3943-4928
+    12 Plan             4931-5273
+    13 Checkpoints      5276-5651
+    14 Processes        5654-5711
+    15 Evaluation       5714-5911
+    16 Trainer          5914-6549
+    17 Stages           6552-7049
+    18 Main             7052-7345
 """
 
 # ------------------------------------------------------------------------------------
@@ -3995,6 +3995,7 @@ def lora_down(x: torch.Tensor, layers: Sequence[FusedLinear], params: Sequence[A
     """Compute hidden = scaling * dropout(x) Aᵀ and each layer's dropout mask, (tokens, in), if there is dropout."""
     hidden, masks = x.new_empty(x.shape[0], sum(layer.rank for layer in layers)), list[Any]()
     drops = any(layer.dropout and layer.module.training for layer in layers)
+    # one product for the layers that share x reads x once, and applies the scaling as well
     if not drops and len({layer.scaling for layer in layers}) == 1:
         a = torch.cat(list(params[::3])) if len(layers) > 1 else params[0]
         return torch.addmm(hidden, x, a.to(x.dtype).t(), beta=0, alpha=layers[0].scaling, out=hidden), masks
@@ -4017,6 +4018,7 @@ def lora_up(hidden: torch.Tensor, layers: Sequence[FusedLinear], params: Sequenc
 
 def frozen_outputs(x: torch.Tensor, hidden: torch.Tensor, layers: Sequence[FusedLinear], params: Any) -> list[Any]:
     """Compute W x + bias + B hidden of every layer; the large product adds to the small one in place."""
+    # peft adds the branch to the output in passes of their own: with the sums of input gradients 62 of 545 ms
     outputs = zip(lora_up(hidden, layers, params), layers, strict=True)
     return [out.addmm_(x, dense_weight(layer.base, x.dtype).t()) for out, layer in outputs]
 
@@ -4038,6 +4040,7 @@ def input_gradients(
             d_x += (part @ down).mul_(mask).div_(1 - layer.dropout)
     else:
         d_x = d_hidden @ (torch.cat(downs) if len(downs) > 1 else downs[0])
+    # each product adds to the sum in place, where autograd would sum the gradients of three copies of x
     for layer, grad in zip(layers, grads, strict=True):
         d_x.addmm_(grad, dense_weight(layer.base, d_x.dtype))
     return d_hidden, d_x
@@ -4045,6 +4048,7 @@ def input_gradients(
 
 def gradient_mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Compute a parameter's gradient; a GPU accumulates it in the parameter's float32."""
+    # a product rounds its result to bf16 unless it is told otherwise, and the optimizer would see the rounded one
     if a.is_cuda and dtype == torch.float32 and a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
@@ -4082,6 +4086,7 @@ class FusedLoRA(torch.autograd.Function):
         hidden, masks = lora_down(x, layers, params)
         ctx.layers, ctx.params = layers, params  # leaves need no saving: a checkpoint's hooks cost 3 us each
         ctx.save_for_backward(x, hidden, *masks)
+        # without the weights: to dequantise them again takes 17 of 497 ms, to keep all of them 12 GiB
         return tuple(frozen_outputs(x, hidden, layers, params))
 
     @staticmethod
@@ -4128,6 +4133,7 @@ class FusedMLP(torch.autograd.Function):
         down_hidden, down_masks = lora_down(product, layers[2:], params[6:])
         ctx.layers, ctx.params, ctx.act, ctx.masks = layers, params, act, len(masks)
         ctx.save_for_backward(x, gate, up, hidden, down_hidden, *masks, *down_masks)
+        # only AddFrozen reads it, and the backward pass below has its gradient from that of the output
         ctx.mark_non_differentiable(product)
         return lora_up(down_hidden, layers[2:], params[6:])[0], product
 
@@ -4139,6 +4145,7 @@ class FusedMLP(torch.autograd.Function):
         d_hidden, d_product = input_gradients(grads[:1], down_masks, down, params[6:], True)
         product, *d_pair = gated_gradients(ctx.act, d_product, gate, up)
         of_down = parameter_gradients(grads[:1], d_hidden, product, down_hidden, down_masks, down, params[6:])
+        # 180 MiB each; the next products need as much
         del product, d_product, gate, up
         d_hidden, d_x = input_gradients(d_pair, masks, pair, params[:6], ctx.needs_input_grad[0])
         return d_x, None, None, *parameter_gradients(d_pair, d_hidden, x, hidden, masks, pair, params[:6]), *of_down
@@ -4180,6 +4187,7 @@ class FusedGroup:
         layer = self.layers[index]
         if args or kwargs or not layer.can_fuse(x):
             return type(layer.module).forward(layer.module, x, *args, **kwargs)
+        # q, k and v are called one after the other with one tensor; another tensor, or a second call, starts anew
         if self.source is not x or index not in self.outputs:
             params = [parameter for one in self.layers for parameter in one.parameters()]
             flat = x.reshape(-1, x.shape[-1]).to(matmul_dtype(x))
@@ -4308,6 +4316,7 @@ class FrozenExperts(torch.autograd.Function):
         if weight.requires_grad:
             raise ValueError("they train")
         ctx.ends, ctx.weight, ctx.transposed = ends, weight, transposed
+        # unpacked here and again in the backward pass: kept, they would add 1.2 GB a layer of Qwen3-30B-A3B
         values = stack_values(weight, x.dtype)
         return grouped_mm(x, values if transposed else values.mT, ends)
 
@@ -4324,6 +4333,7 @@ def expert_products(module: Any, layer: Any, name: str, x: torch.Tensor, experts
         out = out + getattr(module, f"{name}_bias")[experts].to(out.dtype)
     if layer is None or layer.disable_adapters:
         return out
+    # thin products on the rows alone; peft adds B A to the whole stack and unpacks it for that
     a, b = (factor.to(x.dtype) for factor in expert_factors(layer, len(ends)))
     spare = -a.shape[1] % 8  # grouped products on a GPU want multiples
     a, b = F.pad(a, (0, 0, 0, spare)), F.pad(b, (0, spare)).contiguous()
@@ -4337,6 +4347,7 @@ def grouped_experts_forward(
 
     x is (tokens, hidden); `chosen` and `shares`, the experts of each token and what they count, are (tokens, k).
     """
+    # sorted, each expert's rows are one slice, and one grouped product serves all experts
     experts, order = chosen.flatten().sort(stable=True)
     ends = torch.searchsorted(experts, torch.arange(module.num_experts, device=x.device), right=True).int()
     numbers = torch.arange(len(order), device=x.device)  # scattering them inverts the order
@@ -4367,6 +4378,7 @@ def group_experts(model: Any) -> list[str]:
             weight = module._parameters["down_proj"]
             values = getattr(weight, "quant_state", weight)  # on a GPU grouped products want bf16
             size, dtype = values.shape[2 if module.is_transposed else 1], values.dtype
+            # some experts get several of these tokens and others none, as in a step
             x = torch.randn(24, size, generator=generator).to(weight.device, dtype)
             shares, chosen = torch.rand(24, module.num_experts, generator=generator).to(weight.device).topk(2)
             ways = (unpacked_experts_forward, grouped_experts_forward)
@@ -4381,6 +4393,7 @@ def group_experts(model: Any) -> list[str]:
 
 def is_gated_mlp(module: Any) -> bool:
     """Check, on stand-ins, that a block computes down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
+    # functions for layers: a class that does anything else with them gives another result, whatever it is called
     layers = types.SimpleNamespace(gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.exp, act_fn=torch.tanh)
     x = torch.linspace(-2, 2, 9)
     try:
@@ -4411,6 +4424,7 @@ def patch_lora_layers(model: Any) -> tuple[list[FusedGroup], list[str]]:
     for name, module in model.named_modules():
         names = [f"{name}.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
         if known.keys() >= {*names} and is_gated_mlp(module):
+            # its layers are grouped below too, for whoever calls one of them by itself
             module.forward = partial(fused_mlp, module, [known[leaf] for leaf in names])
     members: dict[str, list[FusedLinear]] = defaultdict(list)
     for name, layer in known.items():
@@ -4581,6 +4595,7 @@ def chunked_cross_entropy(
 def attention_implementation(model: Any, name: str | None) -> Iterator[None]:
     """Switch a model's attention implementation for a while."""
     config = model.config.get_text_config()
+    # a model reads this at every call, and takes no argument for it
     saved, config._attn_implementation = config._attn_implementation, name or config._attn_implementation
     try:
         yield
@@ -4618,6 +4633,7 @@ def set_unpacked_layers(model: Any, count: int, dtype: torch.dtype) -> None:
     for i, layer in enumerate(decoder_layers(model)):
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear:
+                # an attribute, no buffer: it must not be saved or moved with the model
                 linear: Any = module
                 linear.unpacked = None  # else dense_weight would return it
                 linear.unpacked = dense_weight(linear, dtype) if i < count else None
@@ -4677,6 +4693,7 @@ def apply_liger(model: Any) -> str | None:
     if patch is None:
         return f"norms and rotary embedding are torch's, which are slower: {why}"
     flags, family = inspect.signature(patch).parameters, vars(sys.modules[type(model).__module__])
+    # what the patch replaces in the module is put back, and goes to the blocks' own forwards below
     before = dict(family)
     with mock.patch.dict(family):
         patch(model=model, **{n: n in ("rope", "rms_norm", "layer_norm") for n in flags if flags[n].annotation is bool})
@@ -4705,6 +4722,7 @@ def fuse_norms(model: Any) -> None:
         weight, name = getattr(module, "weight", None), type(module).__name__
         eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
         if "RMSNorm" in name and weight is not None and isinstance(eps, float):
+            # tried on numbers: Gemma's adds 1 to its weight, others round in between, and no name tells
             x = torch.linspace(-2.0, 3.0, weight.numel(), device=weight.device)[None]
             expected = F.rms_norm(x, weight.shape, weight.float(), eps)
             if torch.allclose(type(module).forward(module, x).float(), expected, rtol=1e-2, atol=1e-3):
@@ -4721,6 +4739,7 @@ def to_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
     """Move a batch's tensors; from pinned memory, so that the host does not wait for the GPU."""
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     if torch.device(device).type == "cuda":
+        # a copy from ordinary memory waits for all that the GPU has still to do
         tensors = {name: value if value.is_cuda else value.pin_memory() for name, value in tensors.items()}
     return {**batch, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()}}
 
@@ -4795,10 +4814,12 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
         except Exception:
             return whole
     same, ramp = partial(torch.allclose, logits.float(), rtol=1e-5, atol=1e-4), ramp_like(logits)
+    # each number of the config in each rule: the attribute is called otherwise in every family
     values = (v for v in base.config.get_text_config().to_dict().values() if isinstance(v, int | float) and v)
     rules = [partial(rule, value) for value in values for rule in LOGIT_RULES]
     found = [()] if same(ramp) else [(rule,) for rule in rules if same(rule(ramp))]
     with contextlib.suppress(Exception):  # the model may change what enters its body, or what leaves it
+        # twice, to know what a kernel that adds in another order each time changes
         first, second = (base.base_model(**kept).last_hidden_state for _ in range(2))
         if found and (first - states).norm() <= 2 * (first - second).norm() + 1e-5 * states.norm():
             return fast._replace(body=base.base_model, head=head, logit_rules=found[0])
@@ -4822,6 +4843,7 @@ def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, step
         return off
     rows = [to_device(padded_batch(steps[0], members, 0, "right"), device) for members in ([0, 1], [0], [1])]
     flat = [to_device(padding_free_batch(step, [0, 1]), device) for step in steps]
+    # one by one and padded say what is right; end to end must give it, and not depend on the neighbour
     with short_spans(base, length_limits(config).longest if kernel == VARLEN_ATTENTION else 0):
         padded, *rest = (supervised_logits(model, fast, batch).cpu() for batch in rows)
         alone = torch.cat(rest)
@@ -4859,6 +4881,7 @@ def longest_independent(model_config: PretrainedConfig) -> float:
     """
     text = model_config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
+    # Gemma 3 and others have one dictionary for each kind of layer
     parts = (part for part in (rope, *rope.values()) if isinstance(part, dict))
     growing = (part for part in parts if part.get("rope_type") in ("dynamic", "longrope"))
     starts = [part.get("original_max_position_embeddings") or positions_of(text) for part in growing]
@@ -5064,6 +5087,7 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
     train, layers = config.training, memory.layers
     rows = None if train.auto_batch else train.per_device_train_batch_size
     largest = window if rows is None else min(window, longest * rows)
+    # a row is never cut, and rows that the user asked for stay together
     smallest = longest if rows is None else largest
     wanted = requested_layers(config, layers)
     choices = [0, layers] if is_sharded(config) else range(layers + 1)  # an engine recomputes all or none
@@ -5078,6 +5102,7 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
             best, lowest = StepPlan(rows, tokens, recomputed), cost
     if lowest == math.inf or best.recomputed or not memory.unpacked:
         return best
+    # what is left over speeds up the products; a tenth stays free, as the allocator's blocks do not fit without gaps
     left = 0.9 * (room - memory.fixed) - best.tokens * memory.per_token(0)
     return best._replace(unpacked=max(0, min(int(left / memory.unpacked), layers)))
 
@@ -5090,6 +5115,7 @@ def plan_step(
     for pages in (memory.optimizer, 0) if memory.paged else (0,):
         plan = search_step_plan(memory, room - pages, longest, window, config)
         largest = window if plan.rows is None else min(window, plan.rows * longest)
+        # micro-batches of a step are of one size, so that the last one is not a small one
         tokens = max(longest, math.ceil(largest / math.ceil(largest / plan.tokens)))
         activations = tokens * (memory.per_token(plan.recomputed) - memory.token)
         transients = memory.fixed + tokens * memory.token
@@ -5128,6 +5154,7 @@ def gpu_gib(config: Config) -> float:
         return float(re.sub(r"[^\d.]", "", config.training.plan_gpu))
     if not torch.cuda.is_available():
         raise ConfigError("--plan: there is no GPU here; pass the size of one with --plan_gpu, e.g. --plan_gpu 24GiB")
+    # a limit that the caller set on torch's allocator counts, as scripts/memory.py does to act as a smaller card
     total = torch.cuda.get_device_properties(0).total_memory / GIB
     return min(total, torch.cuda.get_per_process_memory_fraction() * total + CONTEXT)
 
@@ -5164,6 +5191,7 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
             return plan_from_flags(changed, memory if group == "data" else memory_from_config(changed, model_config))[1]
         return False
 
+    # each change alone, for the user to choose from
     found = [next((f"--{flag} {v}" for v in values if fits(group, flag, v)), "") for group, flag, values in changes]
     gpus = () if is_sharded(config) else (2, 4, 8, 16)
     found.append(next((f"{n} such GPUs" for n in gpus if plan_from_flags(config, memory.shared(config, n))[1]), ""))
@@ -5183,6 +5211,7 @@ def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config
         for parameter in model.parameters():  # gradients would hide what a step of few tokens keeps
             if parameter.requires_grad:
                 stack.enter_context(parameter.register_post_accumulate_grad_hook(drop))
+        # of two sizes, since a part of the memory does not grow with the tokens
         for count in (longest // 4, longest):
             step = collate_step([{"input_ids": [1] * count, "labels": [1] * count}])["step"]
             batch = padding_free_batch(step, [0]) if fast.attention else padded_batch(step, [0], 0, "right")
@@ -5207,6 +5236,7 @@ def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config
 def free_memory(gpu: Any = None) -> float:
     """Bytes that torch may still hand out on this GPU, within this process's share of it."""
     free, total = torch.cuda.mem_get_info(gpu)
+    # what torch holds and does not use is free too, which the driver does not know
     reserved = torch.cuda.memory_reserved(gpu)
     share = torch.cuda.get_per_process_memory_fraction(gpu) * total
     return min(free, share - reserved) + reserved - torch.cuda.memory_allocated(gpu)
@@ -5237,6 +5267,7 @@ def choose_step_plan(
         devices = {parameter.device for parameter in base.parameters() if parameter.device.type == "cuda"}
         memory = memory.shared(config, len(devices)) if len(devices) > 1 else memory
         memory = calibrate(memory, model, base, fast, config)
+        # measured on the loaded model; gradients and the optimizer's state are still to come
         room = 0.95 * min(map(free_memory, devices)) - memory.gradients - (0 if memory.paged else memory.optimizer)
     plan, lines, _ = plan_step(memory, room, lengths[0], window, config)
     return plan, {"steps": str(plan)} | lines
