@@ -54,7 +54,7 @@ def encode(messages: Sequence[Message], tokenizer: Any, template: str) -> list[i
         return bos + tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     # its text contains special tokens and is tokenised with them, so those that a user typed are escaped
     escaped = qlora.escape_special_tokens([*messages], qlora.special_token_pattern(tokenizer))
-    with qlora.reraise_as_user_error("the model's chat template", qlora.ConfigError, jinja2.TemplateError):
+    with qlora.reraise_as_user_error("the model's chat template", jinja2.TemplateError):
         text = tokenizer.apply_chat_template(escaped, tokenize=False, add_generation_prompt=True)
     ((tokens,),) = qlora.tokenize_rendered([[{"text": text, "supervised": False}]], tokenizer)
     return [token_id for token_id, _ in tokens]
