@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-178
      2 Errors             181-244
-     3 Dataset formats    247-758
-     4 Arguments         761-1464
-     5 Loading          1467-2030
-     6 Tokenizer        2033-2154
-     7 Encoding         2157-2634
-     8 Model            2637-3273
-     9 Calibration      3276-3638
-    10 LoRA             3641-3940
-    11 Fast path        3943-4928
-    12 Plan             4931-5273
-    13 Checkpoints      5276-5651
-    14 Processes        5654-5711
-    15 Evaluation       5714-5911
-    16 Trainer          5914-6549
-    17 Stages           6552-7049
-    18 Main             7052-7345
+     3 Dataset formats    247-760
+     4 Arguments         763-1466
+     5 Loading          1469-2048
+     6 Tokenizer        2051-2172
+     7 Encoding         2175-2653
+     8 Model            2656-3292
+     9 Calibration      3295-3657
+    10 LoRA             3660-3959
+    11 Fast path        3962-4947
+    12 Plan             4950-5292
+    13 Checkpoints      5295-5670
+    14 Processes        5673-5730
+    15 Evaluation       5733-5930
+    16 Trainer          5933-6568
+    17 Stages           6571-7071
+    18 Main             7074-7369
 """
 
 # ------------------------------------------------------------------------------------
@@ -362,6 +362,7 @@ def parse_chosen(row: RawRow) -> ParsedRow:
     prompt, chosen = row.get("prompt") or "", row.get("chosen")
     if isinstance(chosen, list):
         turns = prompt if isinstance(prompt, list) and chosen[: len(prompt)] != prompt else []
+        turns = [{**turn, "weight": 0} if isinstance(turn, Mapping) else turn for turn in turns]  # only the chosen one
         chat = parse_chat("chosen", {**row, "chosen": [*turns, *chosen]})
         if prompt and isinstance(prompt, str) and prompt not in (message["content"] for message in chat.messages):
             chat.left_out.append("a prompt beside a chat")
@@ -479,6 +480,7 @@ def parse_chat(column: str, row: RawRow) -> Conversation:
         raise field_error(row, "tools" if tools else "functions", "a list of objects")
     tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or functions]
     options = get_list(row, "chat_template_kwargs", {})
+    left_out += ["turns after the last answer to learn"] * (answers[-1] + 1 < len(messages))
     return Conversation(messages[: answers[-1] + 1], answers, tools or None, options, left_out)
 
 
@@ -1145,7 +1147,7 @@ def parse_config(argv: Sequence[str]) -> Config:
     passed = parser.passed_flags(argv[bool(path) :])
     lost = {other for name in passed for other in SUPERSEDED.get(name, ())}  # the command line wins
     if record and not passed.get("do_train", True) and passed.keys() & {"dataset", "eval_dataset"}:
-        lost |= {"eval_dataset_size", "max_eval_samples"}  # which rows of another dataset the run held out
+        lost |= {"eval_dataset_size", "max_eval_samples", "include_sources"}  # which rows of its own dataset it took
     from_file = {name: value for name, value in from_file.items() if name not in lost}
     given = from_file.keys() & record.get("derived", {}).get("given", ()) if record else from_file.keys()
     explicitly_set = frozenset(passed.keys() | given)
@@ -1508,7 +1510,7 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     """CSV or TSV with a header; every cell is text: an empty one is an empty string, and NA is NA."""
     csv.field_size_limit(LONGEST_CELL)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
-    header: list[str] = next(filter(None, reader), [])
+    header = [name.strip() for name in next(filter(None, reader), list[str]())]
     if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])) and other[0] != delimiter:
         raise ValueError(f"columns are separated by {other[0]!r}, expected {delimiter!r}: {header[0]}")
     if len(set(header)) < len(header):
@@ -1815,7 +1817,7 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
         yield from ({"where": where, "row": row} for row in rows)
     if not found:
         which = "" if wanted == {"ALL"} else f" has a source in --include_sources {data.include_sources}"
-        raise ConfigError(f"{source.name}: no row{f' after row {source.start}' * bool(source.start)}{which}")
+        raise ConfigError(f"{source.name}: no row{f' after the {source.start} held out' * bool(source.start)}{which}")
 
 
 def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any, limits: Limits) -> list[Any]:
@@ -1918,7 +1920,8 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
             if data.max_train_samples:
                 train = dataclasses.replace(train, stop=train.start + data.max_train_samples)
             rows = [load_rows(source, config, tokenizer, limit=data.max_eval_samples) for source in eval_sources]
-            return Splits(train if training else None, rows[0] if rows else None)
+            check_held_out(held_out := next(iter(rows), None), config)
+            return Splits(train if training else None, held_out)
         if train:
             rows = load_rows(train, config, tokenizer)
             train_rows.append(count_repeats(name, rows, share) if mixed else rows)
@@ -1927,8 +1930,9 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     if evaluating and splits.eval is None and splits.train is not None:
         calibrates = config.quant.calibration_rows and not config.record
         asked = args.do_train or calibrates or "eval_dataset_size" in config.explicitly_set
-        holds_out = asked or holds_rows_out(config)
+        holds_out = asked or find_training(config)[1].get("derived", {}).get("held out")
         splits = train_eval_split(splits.train, config) if holds_out else Splits(None, splits.train)
+        check_held_out(splits.eval, config)
     if mixed and splits.train is not None:  # only now, so that no copy of a held-out row is trained on
         times = splits.train["times"][:]
         order = [i for turn in range(max(times)) for i, n in enumerate(times) if n > turn]
@@ -1938,20 +1942,34 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     return Splits(taken[0] if training else None, taken[1])
 
 
-def holds_rows_out(config: Config) -> bool:
-    """Whether the model was trained on this dataset with rows held out; warn if it was trained on all of them."""
+def find_training(config: Config) -> tuple[str, dict[str, Any]]:
+    """The name and run.json of the model here if it was trained on one of these datasets, else both empty."""
     model = config.model
     for name in config.training.output_dir, model.adapter_name_or_path or "", model.model_name_or_path:
-        for record in Path(name, "run.json"), Path(name).parent / "run.json":  # a checkpoint's lies above it
-            flags = read_json(record).get("flags", {}) if name and record.is_file() else {}
+        for file in Path(name, "run.json"), Path(name).parent / "run.json":  # a checkpoint's lies above it
+            record = read_json(file) if name and file.is_file() else {}
+            flags = record.get("flags", {})
             both = (config.data.dataset, flags["dataset"] if flags.get("do_train") else "")
-            now, trained = ({os.path.realpath(n): share for n, share in dataset_shares(flag)} for flag in both)
-            if now == trained and (flags["do_eval"] or flags["do_predict"]) and not flags["eval_dataset"]:
-                return True
-            if now.keys() & trained.keys():
-                log.warning("--dataset %s: %s was trained on these rows", config.data.dataset, name)
-                return False
-    return False
+            now, trained = ({os.path.realpath(n) for n, _ in dataset_shares(flag)} for flag in both)
+            if now & trained:
+                return name, record
+    return "", {}
+
+
+def held_out_digest(rows: Any, count: int | None = None) -> str:
+    """What tells one set of held-out rows from another: the first places, without their folder."""
+    return digest(*(place.rpartition("/")[2] for place in rows[:8]["where"][:count]))
+
+
+def check_held_out(rows: Any, config: Config) -> None:
+    """Warn if the run to evaluate did not hold out these rows of its dataset: another size, or rows that were added."""
+    if rows is None or config.training.do_train or config.data.eval_dataset:
+        return
+    name, record = find_training(config)
+    flags, known = record.get("flags", {}), record.get("derived", {}).get("held out")
+    same = flags and held_out_digest(rows, flags.get("max_eval_samples")) == known
+    if record and not (same and flags.get("eval_dataset_size") == config.data.eval_dataset_size):
+        log.warning("--dataset %s: %s was trained on these rows, or some of them", config.data.dataset, name)
 
 
 def count_repeats(name: str, rows: Any, share: float) -> Any:
@@ -2455,9 +2473,10 @@ def pack_and_summarize(splits: Splits, config: Config, positions: float = math.i
         cut, endless = statistics["train"].cut, statistics["train"].without_eos or 0
         if max(cut, endless) > 0.05 * len(splits.train):
             fitting = fitting_lengths(splits.train, config, positions)
-            way = f"pass {fitting}" if fitting else "try another --eos_token or chat template, or shorter rows"
-            what = "of %d train rows %d are cut, and %d end without EOS, so that the model won't learn to stop: %s"
-            log.warning(what, len(splits.train), cut, endless, way)
+            other = "try another --eos_token or chat template, or shorter rows" if endless else "shorten the rows"
+            what = f", and {endless} end without EOS, so that the model won't learn to stop" * bool(endless)
+            way = f"pass {fitting}" if fitting else other
+            log.warning("of %d train rows %d are cut%s: %s", len(splits.train), cut, what, way)
     for name, part in statistics.items():
         if part.special_text:
             log.warning("%d %s rows contain special tokens, which stay text: if a template wrote them, pass messages, "
@@ -5374,11 +5393,11 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
         fields = (*dataclasses.fields(ModelArguments), *dataclasses.fields(DataArguments))
         refused |= changed.keys() & {"do_eval", "do_predict", *(field.name for field in fields)}
     if refused:
-        raise ConfigError(
-            f"{folder} belongs to another run: {'; '.join(changed[name] for name in sorted(refused))}. Pass the same "
-            "flags, another --output_dir, or --overwrite_output_dir to start anew. To evaluate or predict with what "
-            "was trained: --do_train False"
-        )
+        trains, found = config.training.do_train, "; ".join(changed[name] for name in sorted(refused))
+        way = "Pass the same flags" + ", another --output_dir, or --overwrite_output_dir to start anew" * trains
+        alone = ". To evaluate or predict with what was trained: --do_train False"
+        way += alone * (trains and not refused & {*MODEL_FLAGS})  # which would be refused there, too
+        raise ConfigError(f"{folder} belongs to another run: {found}. {way}")
     if changed and config.training.do_train:
         trained = "without effect on what is trained already"
         new, rates = ("applies at once", "new schedule") if resumes else (trained, trained)
@@ -6980,9 +6999,12 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
         **{f"{name} data": str(part) for name, part in data.statistics.items()},
     }
     log.info("This run\n%s", format_table(derived))
+    more = {"given": sorted(config.explicitly_set), "template date": run.tokenizer.template_date}
+    if data.text.eval is not None and not config.data.eval_dataset:
+        more["held out"] = held_out_digest(data.text.eval)
     record = {
         "flags": config.flags,
-        "derived": derived | {"given": sorted(config.explicitly_set), "template date": run.tokenizer.template_date},
+        "derived": derived | more,
         "versions": versions(),
         "data": {name: part._asdict() for name, part in data.statistics.items()},
         "device": {"name": device_name(), "processes": args.world_size},
@@ -7152,6 +7174,8 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
     """Check that an earlier run found here is this one. Returns it with the flags that trained, and its identity."""
     config, resume, args = run.config, run.resume, run.config.training
     identity = run_fingerprint(config, data.statistics.get("train") if args.do_train else None)
+    if DATASET in identity and isinstance(stream := data.text.train, RowSource):  # the statistics are of its first rows
+        identity[DATASET] = digest(identity[DATASET], *(file.stat().st_size for file in stream.files))
     if run.base != run.folder:
         content = digest(*(file_digest(file) for file in sorted(Path(run.base).glob("*.safetensors"))))
         start = "calibrated" if adapter_start_file(config, run.base) else config.lora.init_lora_weights

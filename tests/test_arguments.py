@@ -493,12 +493,19 @@ def test_the_command_line_wins_over_what_excludes_it_in_the_file(tmp_path, conte
 @pytest.mark.parametrize("more", ["--do_train False --dataset other", "--dataset other", "--do_train False"])
 def test_all_rows_of_another_file_are_answered(tmp_path, more):
     """A run that trains, or answers rows of its own dataset, holds out as many as the one that it repeats."""
-    flags = {"eval_dataset_size": 9, "max_eval_samples": 3, "dataset": "own", "do_predict": True}
+    flags = {
+        "eval_dataset_size": 9,
+        "max_eval_samples": 3,
+        "include_sources": "a",
+        "dataset": "own",
+        "do_predict": True,
+    }
     record = {"flags": flags | {"predict_with_generate": True}, "derived": {"given": sorted(flags)}}
     (tmp_path / "run.json").write_text(json.dumps(record))
     config = parse(str(tmp_path / "run.json"), "--output_dir", str(tmp_path / "out"), *more.split())
     every = more.startswith("--do_train False --dataset")
-    assert (config.data.max_eval_samples, config.data.eval_dataset_size) == ((None, 1024) if every else (3, 9))
+    found = config.data.max_eval_samples, config.data.eval_dataset_size, config.data.include_sources
+    assert found == ((None, 1024, "ALL") if every else (3, 9, "a"))
 
 
 FOLDERS = [

@@ -792,8 +792,14 @@ def test_an_answer_may_be_context_only(template, key, no, yes):
 def test_what_follows_the_last_answer_to_learn_is_left_out():
     messages = [*LONG[:4], {**LONG[4], "weight": 0}]
     assert render(messages, chatml_tokenizer()) == render(LONG[:3], chatml_tokenizer())
+    assert qlora.parse_chat("messages", {"messages": messages}).left_out == ["turns after the last answer to learn"]
     with pytest.raises(qlora.RowError, match="an answer to learn"):
         render([*LONG[:2], {**LONG[2], "train": False}], chatml_tokenizer())
+
+
+def test_earlier_answers_in_the_prompt_of_a_preference_are_context():
+    chat = qlora.parse_chosen({"prompt": LONG[:4], "chosen": [LONG[4]], "rejected": [LONG[2]]})
+    assert [turn["content"] for turn in chat.messages] == [turn["content"] for turn in LONG[:5]] and chat.answers == [4]
 
 
 @pytest.mark.parametrize("weight", [0.5, 2, -1, "half", [1]])

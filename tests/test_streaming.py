@@ -74,6 +74,16 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(run_qlora, data_dir, tmp_p
     assert epochs[0] == epochs[1]
 
 
+def test_a_stream_whose_file_has_changed_is_not_resumed(run_qlora, tmp_path):
+    """Also where the rows that are read at the start are the same: rows that were not read yet would be skipped."""
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", tiny.support_rows(1100))
+    flags = FLAGS | {"dataset": file, "max_steps": 2}
+    assert run_qlora(**flags).code == 0
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-9]))
+    run = run_qlora(**flags | {"max_steps": 4})
+    assert run.code == 2 and "belongs to another run: dataset (the encoded training rows)" in run.stderr
+
+
 # ------------------------------------------------------------------------------------
 # Which rows
 # ------------------------------------------------------------------------------------
@@ -211,7 +221,7 @@ def test_rejected_rows_are_read_once(tmp_path, monkeypatch):
         (
             '{"input": "x", "output": "y"}\n' * 7,
             ("--do_eval", "--eval_dataset_size", 7),
-            "no row after row 7",
+            "no row after the 7 held out",
         ),
         (
             '{"input": "x", "output": "y"}\n',
