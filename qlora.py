@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-178
      2 Errors             181-244
-     3 Dataset formats    247-760
-     4 Arguments         763-1466
-     5 Loading          1469-2048
-     6 Tokenizer        2051-2172
-     7 Encoding         2175-2653
-     8 Model            2656-3292
-     9 Calibration      3295-3657
-    10 LoRA             3660-3959
-    11 Fast path        3962-4947
-    12 Plan             4950-5292
-    13 Checkpoints      5295-5670
-    14 Processes        5673-5730
-    15 Evaluation       5733-5930
-    16 Trainer          5933-6568
-    17 Stages           6571-7071
-    18 Main             7074-7369
+     3 Dataset formats    247-761
+     4 Arguments         764-1468
+     5 Loading          1471-2071
+     6 Tokenizer        2074-2195
+     7 Encoding         2198-2676
+     8 Model            2679-3315
+     9 Calibration      3318-3680
+    10 LoRA             3683-3982
+    11 Fast path        3985-4970
+    12 Plan             4973-5315
+    13 Checkpoints      5318-5693
+    14 Processes        5696-5753
+    15 Evaluation       5756-5953
+    16 Trainer          5956-6591
+    17 Stages           6594-7094
+    18 Main             7097-7392
 """
 
 # ------------------------------------------------------------------------------------
@@ -361,9 +361,10 @@ def parse_chosen(row: RawRow) -> ParsedRow:
     """The chosen answer of a preference, after its prompt unless it begins with that. Both may be chats."""
     prompt, chosen = row.get("prompt") or "", row.get("chosen")
     if isinstance(chosen, list):
-        turns = prompt if isinstance(prompt, list) and chosen[: len(prompt)] != prompt else []
-        turns = [{**turn, "weight": 0} if isinstance(turn, Mapping) else turn for turn in turns]  # only the chosen one
-        chat = parse_chat("chosen", {**row, "chosen": [*turns, *chosen]})
+        turns = prompt if isinstance(prompt, list) else []
+        answers = chosen[len(turns) :] if chosen[: len(turns)] == turns else chosen
+        context = [{**turn, "weight": 0} if isinstance(turn, Mapping) else turn for turn in turns]
+        chat = parse_chat("chosen", {**row, "chosen": [*context, *answers]})
         if prompt and isinstance(prompt, str) and prompt not in (message["content"] for message in chat.messages):
             chat.left_out.append("a prompt beside a chat")
         return chat
@@ -1146,8 +1147,9 @@ def parse_config(argv: Sequence[str]) -> Config:
         from_file = parser.passed_flags(words)
     passed = parser.passed_flags(argv[bool(path) :])
     lost = {other for name in passed for other in SUPERSEDED.get(name, ())}  # the command line wins
-    if record and not passed.get("do_train", True) and passed.keys() & {"dataset", "eval_dataset"}:
-        lost |= {"eval_dataset_size", "max_eval_samples", "include_sources"}  # which rows of its own dataset it took
+    other = passed.get("dataset", from_file.get("dataset")) != from_file.get("dataset") or "eval_dataset" in passed
+    if record and not passed.get("do_train", True) and other:  # which rows of its own dataset the run took, and how
+        lost |= {"eval_dataset_size", "max_eval_samples", "include_sources", "streaming", "stream_buffer"}
     from_file = {name: value for name, value in from_file.items() if name not in lost}
     given = from_file.keys() & record.get("derived", {}).get("given", ()) if record else from_file.keys()
     explicitly_set = frozenset(passed.keys() | given)
@@ -1510,7 +1512,7 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     """CSV or TSV with a header; every cell is text: an empty one is an empty string, and NA is NA."""
     csv.field_size_limit(LONGEST_CELL)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
-    header = [name.strip() for name in next(filter(None, reader), list[str]())]
+    header: list[str] = next(filter(None, reader), [])
     if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])) and other[0] != delimiter:
         raise ValueError(f"columns are separated by {other[0]!r}, expected {delimiter!r}: {header[0]}")
     if len(set(header)) < len(header):
@@ -1623,7 +1625,7 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
         with reraise_as_user_error(name):
             loaded = datasets.load_from_disk(path)
         splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-        return {split: RowSource(f"{name}[{split}]", loaded=rows) for split, rows in splits.items()}
+        return {split: RowSource(f"{path}[{split}]", loaded=rows) for split, rows in splits.items()}
     if path.exists():
         return find_files(name, path, config)
     if data_suffix(path) in READERS:
@@ -1892,6 +1894,7 @@ def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
 
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
     """Rows to train and to evaluate on, of every dataset named. Chats need the tokenizer."""
+    config = as_held_out(config)
     args, data = config.training, config.data
     clear_rejected(config)
     evaluating = args.do_eval or args.do_predict
@@ -1920,8 +1923,8 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
             if data.max_train_samples:
                 train = dataclasses.replace(train, stop=train.start + data.max_train_samples)
             rows = [load_rows(source, config, tokenizer, limit=data.max_eval_samples) for source in eval_sources]
-            check_held_out(held_out := next(iter(rows), None), config)
-            return Splits(train if training else None, held_out)
+            check_held_out(rows[0] if train.start else None, config)
+            return Splits(train if training else None, rows[0] if rows else None)
         if train:
             rows = load_rows(train, config, tokenizer)
             train_rows.append(count_repeats(name, rows, share) if mixed else rows)
@@ -1930,7 +1933,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     if evaluating and splits.eval is None and splits.train is not None:
         calibrates = config.quant.calibration_rows and not config.record
         asked = args.do_train or calibrates or "eval_dataset_size" in config.explicitly_set
-        holds_out = asked or find_training(config)[1].get("derived", {}).get("held out")
+        holds_out = asked or held_rows_out(find_training(config)[1])
         splits = train_eval_split(splits.train, config) if holds_out else Splits(None, splits.train)
         check_held_out(splits.eval, config)
     if mixed and splits.train is not None:  # only now, so that no copy of a held-out row is trained on
@@ -1943,32 +1946,52 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def find_training(config: Config) -> tuple[str, dict[str, Any]]:
-    """The name and run.json of the model here if it was trained on one of these datasets, else both empty."""
-    model = config.model
-    for name in config.training.output_dir, model.adapter_name_or_path or "", model.model_name_or_path:
-        for file in Path(name, "run.json"), Path(name).parent / "run.json":  # a checkpoint's lies above it
-            record = read_json(file) if name and file.is_file() else {}
-            flags = record.get("flags", {})
-            both = (config.data.dataset, flags["dataset"] if flags.get("do_train") else "")
-            now, trained = ({os.path.realpath(n) for n, _ in dataset_shares(flag)} for flag in both)
-            if now & trained:
-                return name, record
+    """The name and run.json of the model to evaluate if it was trained on one of these datasets, else both empty."""
+    picked = str(config.training.resume_from_checkpoint)
+    trained = picked if os.path.isdir(picked) else str(config.training.output_dir)
+    now = {os.path.realpath(name) for name, _ in dataset_shares(config.data.dataset)}
+    for name in config.model.adapter_name_or_path or trained, config.model.model_name_or_path:
+        above = re.fullmatch(r"checkpoint-\d+", Path(name).name) and not Path(name, "run.json").is_file()
+        file = (Path(name).parent if above else Path(name)) / "run.json"
+        record = read_json(file) if file.is_file() else None
+        flags = record.get("flags") if isinstance(record, dict) else None  # else another program's
+        own = str(flags["dataset"]) if isinstance(flags, dict) and flags.get("do_train") else ""
+        if record and now & {os.path.realpath(name) for name, _ in dataset_shares(own)}:
+            return name, record
     return "", {}
 
 
-def held_out_digest(rows: Any, count: int | None = None) -> str:
-    """What tells one set of held-out rows from another: the first places, without their folder."""
-    return digest(*(place.rpartition("/")[2] for place in rows[:8]["where"][:count]))
+def held_rows_out(record: Mapping[str, Any]) -> bool:
+    """Whether a run held out rows of its dataset."""
+    flags = record.get("flags", {})
+    return bool(flags.get("do_eval") or flags.get("do_predict")) and not flags.get("eval_dataset")
+
+
+def held_out_places(rows: Any) -> list[str]:
+    """The first places of held-out rows, without their folder: another size or order of the dataset has others."""
+    return [place.rpartition("/")[2] for place in rows[:8]["where"]]
+
+
+def as_held_out(config: Config) -> Config:
+    """The flags to evaluate with: without training as many rows are held out as by the run, if no flag says so."""
+    _, record = find_training(config)
+    if config.training.do_train or "eval_dataset_size" in config.explicitly_set or not held_rows_out(record):
+        return config
+    given = {"eval_dataset_size"}.intersection(record.get("derived", {}).get("given", ()))
+    data = dataclasses.replace(config.data, eval_dataset_size=record["flags"]["eval_dataset_size"])
+    return dataclasses.replace(config, data=data, explicitly_set=config.explicitly_set | given)
 
 
 def check_held_out(rows: Any, config: Config) -> None:
     """Warn if the run to evaluate did not hold out these rows of its dataset: another size, or rows that were added."""
-    if rows is None or config.training.do_train or config.data.eval_dataset:
-        return
     name, record = find_training(config)
-    flags, known = record.get("flags", {}), record.get("derived", {}).get("held out")
-    same = flags and held_out_digest(rows, flags.get("max_eval_samples")) == known
-    if record and not (same and flags.get("eval_dataset_size") == config.data.eval_dataset_size):
+    if rows is None or not record or config.training.do_train or config.data.eval_dataset:
+        return
+    flags, derived, size = record["flags"], record.get("derived", {}), "eval_dataset_size"
+    same = flags.get(size) == config.data.eval_dataset_size
+    same &= (size in derived.get("given", ())) == (size in config.explicitly_set)  # the default may mean a tenth
+    known = derived.get("held out", ())  # nothing, of an earlier version
+    if not (held_rows_out(record) and same and all(map(operator.eq, known, held_out_places(rows)))):
         log.warning("--dataset %s: %s was trained on these rows, or some of them", config.data.dataset, name)
 
 
@@ -4037,7 +4060,7 @@ def lora_up(hidden: torch.Tensor, layers: Sequence[FusedLinear], params: Sequenc
 
 def frozen_outputs(x: torch.Tensor, hidden: torch.Tensor, layers: Sequence[FusedLinear], params: Any) -> list[Any]:
     """Compute W x + bias + B hidden of every layer; the large product adds to the small one in place."""
-    # peft adds the branch to the output in passes of their own: with the sums of input gradients 62 of 545 ms
+    # peft scales and adds the branch in passes of its own: with the sums of input gradients 62 of 545 ms
     outputs = zip(lora_up(hidden, layers, params), layers, strict=True)
     return [out.addmm_(x, dense_weight(layer.base, x.dtype).t()) for out, layer in outputs]
 
@@ -4059,7 +4082,7 @@ def input_gradients(
             d_x += (part @ down).mul_(mask).div_(1 - layer.dropout)
     else:
         d_x = d_hidden @ (torch.cat(downs) if len(downs) > 1 else downs[0])
-    # each product adds to the sum in place, where autograd would sum the gradients of three copies of x
+    # each product adds to the sum in place, where autograd would sum those of q, k and v in passes of its own
     for layer, grad in zip(layers, grads, strict=True):
         d_x.addmm_(grad, dense_weight(layer.base, d_x.dtype))
     return d_hidden, d_x
@@ -4105,7 +4128,7 @@ class FusedLoRA(torch.autograd.Function):
         hidden, masks = lora_down(x, layers, params)
         ctx.layers, ctx.params = layers, params  # leaves need no saving: a checkpoint's hooks cost 3 us each
         ctx.save_for_backward(x, hidden, *masks)
-        # without the weights: to dequantise them again takes 17 of 497 ms, to keep all of them 12 GiB
+        # the weights are not saved: to dequantise them again takes 8 of 497 ms, to keep all of them 12 GiB
         return tuple(frozen_outputs(x, hidden, layers, params))
 
     @staticmethod
@@ -4164,7 +4187,7 @@ class FusedMLP(torch.autograd.Function):
         d_hidden, d_product = input_gradients(grads[:1], down_masks, down, params[6:], True)
         product, *d_pair = gated_gradients(ctx.act, d_product, gate, up)
         of_down = parameter_gradients(grads[:1], d_hidden, product, down_hidden, down_masks, down, params[6:])
-        # 180 MiB each; the next products need as much
+        # product and its gradient are 180 MiB each, and the next products need room
         del product, d_product, gate, up
         d_hidden, d_x = input_gradients(d_pair, masks, pair, params[:6], ctx.needs_input_grad[0])
         return d_x, None, None, *parameter_gradients(d_pair, d_hidden, x, hidden, masks, pair, params[:6]), *of_down
@@ -4397,7 +4420,7 @@ def group_experts(model: Any) -> list[str]:
             weight = module._parameters["down_proj"]
             values = getattr(weight, "quant_state", weight)  # on a GPU grouped products want bf16
             size, dtype = values.shape[2 if module.is_transposed else 1], values.dtype
-            # some experts get several of these tokens and others none, as in a step
+            # several of these tokens go to an expert and, of many experts, none to some, as in a step
             x = torch.randn(24, size, generator=generator).to(weight.device, dtype)
             shares, chosen = torch.rand(24, module.num_experts, generator=generator).to(weight.device).topk(2)
             ways = (unpacked_experts_forward, grouped_experts_forward)
@@ -4741,7 +4764,7 @@ def fuse_norms(model: Any) -> None:
         weight, name = getattr(module, "weight", None), type(module).__name__
         eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
         if "RMSNorm" in name and weight is not None and isinstance(eps, float):
-            # tried on numbers: Gemma's adds 1 to its weight, others round in between, and no name tells
+            # tried on numbers: Gemma's adds 1 to its weight, and no name tells
             x = torch.linspace(-2.0, 3.0, weight.numel(), device=weight.device)[None]
             expected = F.rms_norm(x, weight.shape, weight.float(), eps)
             if torch.allclose(type(module).forward(module, x).float(), expected, rtol=1e-2, atol=1e-3):
@@ -5106,7 +5129,7 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
     train, layers = config.training, memory.layers
     rows = None if train.auto_batch else train.per_device_train_batch_size
     largest = window if rows is None else min(window, longest * rows)
-    # a row is never cut, and rows that the user asked for stay together
+    # a row is never cut; rows that the flags ask for stay together where they fit
     smallest = longest if rows is None else largest
     wanted = requested_layers(config, layers)
     choices = [0, layers] if is_sharded(config) else range(layers + 1)  # an engine recomputes all or none
@@ -5134,7 +5157,7 @@ def plan_step(
     for pages in (memory.optimizer, 0) if memory.paged else (0,):
         plan = search_step_plan(memory, room - pages, longest, window, config)
         largest = window if plan.rows is None else min(window, plan.rows * longest)
-        # micro-batches of a step are of one size, so that the last one is not a small one
+        # estimated as if a step's micro-batches were of one size, as micro_batches cuts it where it can
         tokens = max(longest, math.ceil(largest / math.ceil(largest / plan.tokens)))
         activations = tokens * (memory.per_token(plan.recomputed) - memory.token)
         transients = memory.fixed + tokens * memory.token
@@ -5309,7 +5332,7 @@ LOCK = ".qlora.lock"  # held by the run that writes into a folder
 # What --overwrite_output_dir removes beside weights and checkpoints.
 RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
              "predictions.jsonl", "trainer_state.json", "loss.png")  # fmt: skip
-DATASET = "dataset (the encoded training rows)"
+DATASET, STREAM_SIZES = "dataset (the encoded training rows)", "sizes of the dataset's files"
 MODEL_FLAGS = {"model_name_or_path", "bits", "quant_type", "double_quant", "full_finetune", "objective", *LORA_FLAGS,
                "calibration_rows", "calibrated base", "adapter start", "add_tokens"}  # fmt: skip
 RATE_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
@@ -5320,7 +5343,7 @@ UPDATE_FLAGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
 RESUME_RULES: dict[str, set[str]] = {
     "refused": MODEL_FLAGS | {
         "adapter_name_or_path", "rope_scaling", "bf16", "fp16", "optim", "optim_args", "optim_target_modules", "engine",
-        DATASET, "packing", "streaming", "stream_buffer", "train_sampling_strategy", "seed", "data_seed",
+        DATASET, STREAM_SIZES, "packing", "streaming", "stream_buffer", "train_sampling_strategy", "seed", "data_seed",
         "dataloader_drop_last", "metric_for_best_model", "greater_is_better",
     },
     "new schedule": RATE_FLAGS | {"max_steps", "num_train_epochs"},
@@ -5385,7 +5408,7 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
     if before.get("metric_for_best_model") is None:  # a checkpoint without one has no best to compare with
         names -= {"metric_for_best_model", "greater_is_better"}
     changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
-    refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET})
+    refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET, STREAM_SIZES})
     stateful = {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & STATEFUL_SCHEDULES
     if resumes and (stateful or config.training.deepspeed):
         refused |= changed.keys() & (RATE_FLAGS | UPDATE_FLAGS)  # they are restored with their state
@@ -5394,7 +5417,7 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
         refused |= changed.keys() & {"do_eval", "do_predict", *(field.name for field in fields)}
     if refused:
         trains, found = config.training.do_train, "; ".join(changed[name] for name in sorted(refused))
-        way = "Pass the same flags" + ", another --output_dir, or --overwrite_output_dir to start anew" * trains
+        way = "Pass the same flags or another --output_dir" + ", or --overwrite_output_dir to start anew" * trains
         alone = ". To evaluate or predict with what was trained: --do_train False"
         way += alone * (trains and not refused & {*MODEL_FLAGS})  # which would be refused there, too
         raise ConfigError(f"{folder} belongs to another run: {found}. {way}")
@@ -7001,7 +7024,7 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
     log.info("This run\n%s", format_table(derived))
     more = {"given": sorted(config.explicitly_set), "template date": run.tokenizer.template_date}
     if data.text.eval is not None and not config.data.eval_dataset:
-        more["held out"] = held_out_digest(data.text.eval)
+        more["held out"] = held_out_places(data.text.eval)
     record = {
         "flags": config.flags,
         "derived": derived | more,
@@ -7175,7 +7198,7 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
     config, resume, args = run.config, run.resume, run.config.training
     identity = run_fingerprint(config, data.statistics.get("train") if args.do_train else None)
     if DATASET in identity and isinstance(stream := data.text.train, RowSource):  # the statistics are of its first rows
-        identity[DATASET] = digest(identity[DATASET], *(file.stat().st_size for file in stream.files))
+        identity[STREAM_SIZES] = [file.stat().st_size for file in stream.files]
     if run.base != run.folder:
         content = digest(*(file_digest(file) for file in sorted(Path(run.base).glob("*.safetensors"))))
         start = "calibrated" if adapter_start_file(config, run.base) else config.lora.init_lora_weights

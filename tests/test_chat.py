@@ -799,6 +799,7 @@ def test_what_follows_the_last_answer_to_learn_is_left_out():
 
 def test_earlier_answers_in_the_prompt_of_a_preference_are_context():
     chat = qlora.parse_chosen({"prompt": LONG[:4], "chosen": [LONG[4]], "rejected": [LONG[2]]})
+    assert chat == qlora.parse_chosen({"prompt": LONG[:4], "chosen": LONG[:5], "rejected": [LONG[2]]})
     assert [turn["content"] for turn in chat.messages] == [turn["content"] for turn in LONG[:5]] and chat.answers == [4]
 
 

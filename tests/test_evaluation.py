@@ -621,12 +621,14 @@ def test_a_run_json_of_another_program_is_no_record(run_qlora, tmp_path):
         ({"eval_dataset_size": 5}, {"eval_dataset_size": 5, "max_eval_samples": 2}, False),
         ({"eval_dataset_size": 5, "max_eval_samples": 2}, {"eval_dataset_size": 5}, False),
         ({"eval_dataset_size": 5}, {"eval_dataset_size": 9}, True),
-        ({"eval_dataset_size": 5}, {}, True),
+        ({"eval_dataset_size": 5}, {}, False),
+        ({}, {"eval_dataset_size": 1024}, True),
         ({}, {}, False),
         ({}, {"rows": 30}, True),
         ({"streaming": True, "eval_dataset_size": 5}, {"streaming": True, "eval_dataset_size": 5}, False),
         ({"streaming": True, "eval_dataset_size": 5}, {"eval_dataset_size": 5}, True),
         ({"streaming": True, "do_eval": False}, {"streaming": True, "eval_dataset_size": 5}, True),
+        ({"streaming": True, "eval_dataset_size": 5}, {"streaming": True, "max_eval_samples": 2}, False),
     ],
 )
 def test_rows_that_were_trained_on_are_a_warning(run_qlora, tmp_path, trained, then, warned):

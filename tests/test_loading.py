@@ -300,11 +300,6 @@ def test_csv_cells_are_their_text(tmp_path):
     assert inputs(load("--dataset", tmp_path / "rows.tsv").train) == cells
 
 
-def test_names_in_a_csv_header_may_have_spaces_around(tmp_path):
-    (tmp_path / "a.csv").write_text("instruction, output\nq,a\n")
-    assert [row for _, row in qlora.read_file(tmp_path / "a.csv")] == [{"instruction": "q", "output": "a"}]
-
-
 def test_csv_quotes_and_line_breaks_in_cells(tmp_path):
     text = 'output,input\n"say ""hi""","a\nb"\n"x, y","c\r\nd"\n""" ""","e"\n'
     (tmp_path / "rows.csv").write_bytes(text.encode())

@@ -81,7 +81,7 @@ def test_a_stream_whose_file_has_changed_is_not_resumed(run_qlora, tmp_path):
     assert run_qlora(**flags).code == 0
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-9]))
     run = run_qlora(**flags | {"max_steps": 4})
-    assert run.code == 2 and "belongs to another run: dataset (the encoded training rows)" in run.stderr
+    assert run.code == 2 and "belongs to another run: sizes of the dataset's files was [" in run.stderr
 
 
 # ------------------------------------------------------------------------------------
