@@ -13,24 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             36-178
-     2 Errors             181-244
-     3 Dataset formats    247-761
-     4 Arguments         764-1468
-     5 Loading          1471-2071
-     6 Tokenizer        2074-2195
-     7 Encoding         2198-2676
-     8 Model            2679-3315
-     9 Calibration      3318-3680
-    10 LoRA             3683-3982
-    11 Fast path        3985-4970
-    12 Plan             4973-5315
-    13 Checkpoints      5318-5693
-    14 Processes        5696-5753
-    15 Evaluation       5756-5953
-    16 Trainer          5956-6591
-    17 Stages           6594-7094
-    18 Main             7097-7392
+     1 Imports             36-179
+     2 Errors             182-245
+     3 Dataset formats    248-762
+     4 Arguments         765-1469
+     5 Loading          1472-2072
+     6 Tokenizer        2075-2196
+     7 Encoding         2199-2677
+     8 Model            2680-3316
+     9 Calibration      3319-3679
+    10 LoRA             3682-3981
+    11 Fast path        3984-4967
+    12 Plan             4970-5312
+    13 Checkpoints      5315-5690
+    14 Processes        5693-5750
+    15 Evaluation       5753-5950
+    16 Trainer          5953-6588
+    17 Stages           6591-7091
+    18 Main             7094-7389
 """
 
 # ------------------------------------------------------------------------------------
@@ -130,6 +130,7 @@ from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
+from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
@@ -2512,7 +2513,7 @@ def pack_and_summarize(splits: Splits, config: Config, positions: float = math.i
     return packs, statistics
 
 
-def padded_prompts(rows: Sequence[Sequence[int] | torch.Tensor], pad_id: int, side: str) -> dict[str, torch.Tensor]:
+def padded_prompts(rows: Sequence[Sequence[int] | Tensor], pad_id: int, side: str) -> dict[str, Tensor]:
     """input_ids and attention_mask, (rows, longest). The mask comes from the lengths: pad is often EOS."""
     tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
     pad = partial(pad_sequence, batch_first=True, padding_side=side)
@@ -2524,9 +2525,9 @@ def padded_prompts(rows: Sequence[Sequence[int] | torch.Tensor], pad_id: int, si
 class StepBatch:
     """One process's rows of an optimizer step, or of an evaluation batch, before they are cut into micro-batches."""
 
-    input_ids: torch.Tensor  # (tokens,) of all members, one after the other; a member is a row, or a row of a pack
-    labels: torch.Tensor  # (tokens,) the first of a member is IGNORE, as nothing predicts it, unless tokens are masked
-    lengths: torch.Tensor  # (members,)
+    input_ids: Tensor  # (tokens,) of all members, one after the other; a member is a row, or a row of a pack
+    labels: Tensor  # (tokens,) the first of a member is IGNORE, as nothing predicts it, unless tokens are masked
+    lengths: Tensor  # (members,)
     rows: list[int]  # members of each dataset row: 1, or more if rows are packed
     where: list[str]  # of each member
     masked: bool = False  # whether a label is predicted at its own position, not at the one before
@@ -2536,7 +2537,7 @@ class StepBatch:
         """The number of labels."""
         return int((self.labels != IGNORE).sum())
 
-    def members(self, numbers: Iterable[int] | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def members(self, numbers: Iterable[int] | None = None) -> list[tuple[Tensor, Tensor]]:
         """Ids and labels of these members, or of all."""
         lengths = self.lengths.tolist()
         pairs = list(zip(self.input_ids.split(lengths), self.labels.split(lengths), strict=True))
@@ -2599,7 +2600,7 @@ def padding_free_batch(step: StepBatch, members: list[int]) -> dict[str, Any]:
     return batch | supervised_targets(labels)
 
 
-def supervised_targets(labels: torch.Tensor, ahead: int = 1) -> dict[str, torch.Tensor]:
+def supervised_targets(labels: Tensor, ahead: int = 1) -> dict[str, Tensor]:
     """Flat labels -> the positions that predict a supervised token, `ahead` of it, and those tokens."""
     positions = (labels[ahead:] != IGNORE).nonzero().squeeze(1)
     return {"positions": positions, "targets": labels[positions + ahead]}
@@ -2612,9 +2613,9 @@ class Masking(NamedTuple):
     replaced: float  # share of the chosen that become the mask token
     random: float  # share of the chosen that become a random token
     mask_id: int
-    words: torch.Tensor  # the ids that a random token may be
+    words: Tensor  # the ids that a random token may be
 
-    def mask_tokens(self, ids: torch.Tensor, labels: torch.Tensor, *seed: Any, one: bool = False) -> list[torch.Tensor]:
+    def mask_tokens(self, ids: Tensor, labels: Tensor, *seed: Any, one: bool = False) -> list[Tensor]:
         """Masked ids, and the labels of the chosen tokens (at least `one`, if asked); both follow from the seed."""
         generator = torch.Generator().manual_seed(int(digest(*seed), 16))
         # drawn on the CPU: the same masks on every device
@@ -2871,7 +2872,7 @@ class MetaValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         x = args[0] if args else None
-        if isinstance(x, torch.Tensor) and x.is_meta:
+        if isinstance(x, Tensor) and x.is_meta:
             if function is torch.ops.aten._local_scalar_dense.default:
                 return torch.ones((), dtype=x.dtype).item()
             if function is torch.ops.aten.nonzero.default:
@@ -2901,7 +2902,7 @@ class LayerUses:
     def leave(self, layer: Any, args: Any, output: Any) -> None:
         """A call of a layer ends, with a product or, as of some routers, with something else."""
         size = getattr(layer, "out_features", None) or layer.nf
-        product = isinstance(output, torch.Tensor) and output.shape[-1] == size
+        product = isinstance(output, Tensor) and output.shape[-1] == size
         (self.called if product else self.otherwise).add(layer)
         self.running.pop()
 
@@ -2998,7 +2999,7 @@ def find_routers(model: torch.nn.Module, layers: Iterable[str], *also: str) -> s
     return set(filter(re.compile(rf"(.*\.)?({names})(\..*)?").fullmatch, layers)) if stacked_experts(model) else set()
 
 
-def pack_weight(weight: torch.Tensor, config: Config) -> Any:
+def pack_weight(weight: Tensor, config: Config) -> Any:
     """A weight of any shape in 4 bit."""
     quant, storage = config.quant, FSDP_STORAGE if is_fsdp(config) else torch.uint8
     options: Any = {"compress_statistics": quant.double_quant, "quant_type": quant.quant_type, "quant_storage": storage}
@@ -3071,12 +3072,12 @@ if triton is not None:
         tl.store(out + row[:, None].to(tl.int64) * BLOCK + column[None, :], both, mask=valid[:, None])
 
 
-def on_current_gpu(x: torch.Tensor) -> bool:
+def on_current_gpu(x: Tensor) -> bool:
     """Whether x lies where Triton launches kernels; of a model spread over several GPUs, most tensors do not."""
     return x.is_cuda and x.device.index == torch.cuda.current_device()
 
 
-def dequantise_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+def dequantise_4bit(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     """Dequantise a packed weight, scales included, in one launch where bitsandbytes takes three (small: 14 %)."""
     if triton is None or not on_current_gpu(packed) or packed.numel() * 2 % state.blocksize:
         return dequantize_4bit(packed, state).to(dtype)
@@ -3095,25 +3096,25 @@ def dequantise_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> tor
     return out
 
 
-def stack_values(weight: Any, dtype: torch.dtype) -> torch.Tensor:
+def stack_values(weight: Any, dtype: torch.dtype) -> Tensor:
     """The values of a weight, packed or not; of a stack of experts, (experts, ., .)."""
     state = getattr(weight, "quant_state", None)
     return dequantise_4bit(weight.data.view(torch.uint8), state, dtype) if state else weight.to(dtype)
 
 
-def expert_factors(layer: Any, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+def expert_factors(layer: Any, experts: int) -> tuple[Tensor, Tensor]:
     """lora_A, (experts, r, in), and lora_B, (experts, out, r), of peft's adapter of a stack."""
     a, b = (next(iter(part.values())).weight for part in (layer.lora_A, layer.lora_B))
     return a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
 
-def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+def matmul_dtype(x: Tensor) -> torch.dtype:
     """The dtype of products with x: autocast's, or its own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def unpacked_experts_forward(module: Any, layers: Mapping[str, Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def unpacked_experts_forward(module: Any, layers: Mapping[str, Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Stand in for the forward of a module of experts: on a copy whose weights are unpacked, their adapters added."""
     dense = copy.copy(module)
     dense._parameters = dict(module._parameters)
@@ -3333,13 +3334,13 @@ class Choice(NamedTuple):
     """What stands in the place of a weight W, or of a stack of experts."""
 
     weight: Any  # Q, a Params4bit
-    start: dict[str, torch.Tensor]  # lora_A, (r, in), and lora_B, (out, r), close to W - Q; empty: from zero
+    start: dict[str, Tensor]  # lora_A, (r, in), and lora_B, (out, r), close to W - Q; empty: from zero
     before: float  # squared change of the outputs by plain rounding
     after: float  # by Q
     plain: int = 0  # how many matrices are rounded plainly
 
 
-def weighted_scales(weight: torch.Tensor, importance: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+def weighted_scales(weight: Tensor, importance: Tensor, code: Tensor) -> Tensor:
     """Scales of a weight's blocks, (out, in / BLOCK), by least squares over 18 fractions of the largest value.
 
     Each square counts by the mean square of its input, `importance`, (in,): without that the loss before training is
@@ -3360,12 +3361,12 @@ def weighted_scales(weight: torch.Tensor, importance: torch.Tensor, code: torch.
 class Factors(NamedTuple):
     """Of H, damped, with its columns in order of falling diagonal."""
 
-    order: torch.Tensor
-    lower: torch.Tensor  # Cholesky factor, in float64
-    inverse: torch.Tensor  # upper Cholesky factor of the inverse, in float32
+    order: Tensor
+    lower: Tensor  # Cholesky factor, in float64
+    inverse: Tensor  # upper Cholesky factor of the inverse, in float32
 
 
-def damped_factors(hessian: torch.Tensor, tokens: float = math.inf) -> Factors | None:
+def damped_factors(hessian: Tensor, tokens: float = math.inf) -> Factors | None:
     """Factor H, with more damping where it is needed; None if it tells nothing."""
     diagonal = hessian.diagonal()
     order, mean = diagonal.argsort(descending=True), diagonal.mean().double()
@@ -3379,9 +3380,7 @@ def damped_factors(hessian: torch.Tensor, tokens: float = math.inf) -> Factors |
     return None
 
 
-def feed_errors_back(
-    weight: torch.Tensor, scales: torch.Tensor, code: torch.Tensor, inverse: torch.Tensor
-) -> torch.Tensor:
+def feed_errors_back(weight: Tensor, scales: Tensor, code: Tensor, inverse: Tensor) -> Tensor:
     """Ascending codes, (out, in), of columns rounded one after the other.
 
     The columns still to come make the error of each good (GPTQ, Frantar et al. 2022, https://arxiv.org/abs/2210.17323).
@@ -3401,7 +3400,7 @@ def feed_errors_back(
     return codes
 
 
-def adapter_start(left: torch.Tensor, factors: Factors, rank: int) -> dict[str, torch.Tensor]:
+def adapter_start(left: Tensor, factors: Factors, rank: int) -> dict[str, Tensor]:
     """lora_A, (r, in), and lora_B, (out, r), whose product is closest to `left` = W - Q by H's measure.
 
     From the singular vectors of (W - Q) L with H = L Lᵀ (QERA, https://arxiv.org/abs/2410.06040; CLoQ,
@@ -3417,7 +3416,7 @@ def adapter_start(left: torch.Tensor, factors: Factors, rank: int) -> dict[str, 
     return {"lora_A": a, "lora_B": b.contiguous()}  # on a GPU the singular vectors are columns in memory
 
 
-def calibrate_weight(weight: torch.Tensor, inputs: Mapping[int, Any], config: Config, transposed: bool) -> Choice:
+def calibrate_weight(weight: Tensor, inputs: Mapping[int, Any], config: Config, transposed: bool) -> Choice:
     """Round a weight, (out, in), or a stack of them, of (in, out) if `transposed`, by what their inputs are.
 
     `inputs` has H's diagonal, H = Σ x xᵀ, and what computes H and its Factors. bitsandbytes rounds the matrices that
@@ -3459,7 +3458,7 @@ def calibrate_weight(weight: torch.Tensor, inputs: Mapping[int, Any], config: Co
     return Choice(packed, {}, before, after, len(stack) - len(inputs))
 
 
-def choose_codes(weight: torch.Tensor, hessian: Any, factors: Any, config: Config) -> Choice:
+def choose_codes(weight: Tensor, hessian: Any, factors: Any, config: Config) -> Choice:
     """Round a linear layer's weight, (out, in), on inputs whose H is known, and start its adapter from what is left."""
     inputs = {0: (hessian.diagonal(), lambda: (hessian, factors))} if factors else {}
     choice = calibrate_weight(weight, inputs, config, transposed=False)
@@ -3467,7 +3466,7 @@ def choose_codes(weight: torch.Tensor, hessian: Any, factors: Any, config: Confi
     return choice._replace(start=adapter_start(left, factors, config.lora.lora_r) if factors else {})
 
 
-def as_matrix(module: Any) -> torch.Tensor:
+def as_matrix(module: Any) -> Tensor:
     """A linear layer's weight as (out, in); GPT-2's Conv1D holds it the other way round."""
     return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data  # type: ignore[no-any-return]
 
@@ -3476,12 +3475,12 @@ class InputSums:
     """Σ x xᵀ of what linear layers read, in float32; layers share that of one tensor."""
 
     def __init__(self) -> None:
-        self.sums = dict[str, torch.Tensor]()
+        self.sums = dict[str, Tensor]()
         self.readers = defaultdict[str, set[str]](set)  # of each sum's input
         self.routed = defaultdict[str, list[Any]](list)  # x, (tokens, in), and the experts of each token, (tokens, k)
         self.latest: tuple[Any, str] = (None, "")
 
-    def add(self, name: str, module: Any, args: tuple[torch.Tensor]) -> None:
+    def add(self, name: str, module: Any, args: tuple[Tensor]) -> None:
         """Add a call's input, (..., in)."""
         if knows_experts(module):
             x, reached = args[0], args[1] if len(args) > 1 else None
@@ -3497,7 +3496,7 @@ class InputSums:
         self.readers[self.latest[1]].add(name)
 
 
-def measure(rows: torch.Tensor) -> tuple[torch.Tensor, Factors | None]:
+def measure(rows: Tensor) -> tuple[Tensor, Factors | None]:
     """H of an expert's inputs, and its Factors."""
     hessian = rows.float().T @ rows.float()
     return hessian, damped_factors(hessian, len(rows))
@@ -3525,7 +3524,7 @@ def calibrate_experts(module: Any, calls: Sequence[Any], config: Config) -> Iter
 
 def calibrate_layer(
     layer: Any, modules: Mapping[str, Any], calls: Sequence[Any], config: Config
-) -> tuple[dict[str, Choice], list[torch.Tensor]]:
+) -> tuple[dict[str, Choice], list[Tensor]]:
     """Choose the codes of a layer's weights; also its new outputs, which are the next layer's inputs."""
     device, dtype, inputs = config.training.device, compute_dtype(config), InputSums()
     run = torch.autocast(device.type, dtype, dtype != torch.float32)(layer)
@@ -3566,7 +3565,7 @@ def layer_calls(model: Any, model_config: PretrainedConfig, ids: list[list[int]]
         layer.register_forward_hook(lambda m, args, out, i=i: parts.update({i: len(out) * isinstance(out, tuple)}))
     calls: list[list[Any]] = [[] for _ in layers]
 
-    def record(i: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def record(i: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         calls[i].append((hidden_states, args, kwargs))
         return (hidden_states, *[None] * (parts[i] - 1)) if parts[i] else hidden_states
 
@@ -3596,7 +3595,7 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
         if dtype == torch.float32 and not name.startswith(tuple(prefixes)):
             parameter.data = parameter.data.float()
     quantisation: Any = quantisation_config(config, model_config)
-    whole, starts = {*(quantisation.llm_int8_skip_modules or ())}, dict[str, torch.Tensor]()
+    whole, starts = {*(quantisation.llm_int8_skip_modules or ())}, dict[str, Tensor]()
     linear = [n for n, m in model.named_modules() if isinstance(m, LINEAR_CLASSES) and n not in whole]
     targets = linear + [n for n, m in model.named_modules() if knows_experts(m)]
     calls, before, after, plain = layer_calls(model, model_config, ids, config), 0.0, 0.0, 0
@@ -3829,7 +3828,7 @@ def adapting_packed_experts() -> Iterator[None]:
     """Let peft see the shapes that packed stacks stand for."""
     shown = ParamWrapper.get_param
 
-    def get_param(self: Any) -> torch.Tensor:
+    def get_param(self: Any) -> Tensor:
         weight = shown(self)
         state = getattr(weight, "quant_state", None)
         return weight.new_zeros(1, dtype=torch.float32).expand(state.shape) if state else weight
@@ -3960,7 +3959,7 @@ def mutates_base(init: Any) -> bool:
     return isinstance(init, str) and init.startswith(("pissa", "olora", "corda"))
 
 
-def convert_to_published_base(folder: Path, initial: Mapping[str, torch.Tensor]) -> None:
+def convert_to_published_base(folder: Path, initial: Mapping[str, Tensor]) -> None:
     """Rewrite a saved adapter whose initial value B' A' was taken out of the base, to fit the base as published.
 
     (W - s B' A') + s B A = W + s [B, -B'] [A; A']: twice the rank, at the same scale s.
@@ -3989,7 +3988,7 @@ def convert_to_published_base(folder: Path, initial: Mapping[str, torch.Tensor])
 # much longer a step takes without that mechanism: Llama-2-7B shape, one H200, 16 x 528 tokens, or `small`: 1 x 528, all
 # layers recomputed.
 # ------------------------------------------------------------------------------------
-def dense_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
+def dense_weight(base: Any, dtype: torch.dtype) -> Tensor:
     """Dequantise or cast a linear layer's weight, (out, in)."""
     unpacked = getattr(base, "unpacked", None)
     if unpacked is not None and unpacked.dtype == dtype:
@@ -4019,7 +4018,7 @@ class FusedLinear(NamedTuple):
         """What may train: lora_A, lora_B and the base's bias."""
         return self.lora_a.weight, self.lora_b.weight, self.base.bias
 
-    def can_fuse(self, x: torch.Tensor) -> bool:
+    def can_fuse(self, x: Tensor) -> bool:
         """Whether to fuse a call: any in training, where engines need all ranks' gradients in one order."""
         # bitsandbytes multiplies fewer than 16 tokens without dequantising
         large = self.module.training or x.numel() >= 16 * x.shape[-1] or hasattr(self.lora_a.weight, "ds_id")
@@ -4028,12 +4027,12 @@ class FusedLinear(NamedTuple):
 
 # Below, `params` are lora_A, lora_B and bias of each layer in turn, and `hidden` the LoRA hidden states of layers that
 # share an input, side by side: (tokens, sum of ranks).
-def columns_of(hidden: torch.Tensor, layers: Sequence[FusedLinear]) -> Sequence[torch.Tensor]:
+def columns_of(hidden: Tensor, layers: Sequence[FusedLinear]) -> Sequence[Tensor]:
     """Each layer's columns of the hidden states."""
     return hidden.split([layer.rank for layer in layers], 1)  # one call: a slice each takes the host longer
 
 
-def lora_down(x: torch.Tensor, layers: Sequence[FusedLinear], params: Sequence[Any]) -> tuple[torch.Tensor, list[Any]]:
+def lora_down(x: Tensor, layers: Sequence[FusedLinear], params: Sequence[Any]) -> tuple[Tensor, list[Any]]:
     """Compute hidden = scaling * dropout(x) Aᵀ and each layer's dropout mask, (tokens, in), if there is dropout."""
     hidden, masks = x.new_empty(x.shape[0], sum(layer.rank for layer in layers)), list[Any]()
     drops = any(layer.dropout and layer.module.training for layer in layers)
@@ -4050,7 +4049,7 @@ def lora_down(x: torch.Tensor, layers: Sequence[FusedLinear], params: Sequence[A
     return hidden, masks
 
 
-def lora_up(hidden: torch.Tensor, layers: Sequence[FusedLinear], params: Sequence[Any]) -> list[torch.Tensor]:
+def lora_up(hidden: Tensor, layers: Sequence[FusedLinear], params: Sequence[Any]) -> list[Tensor]:
     """Compute each layer's hidden Bᵀ + bias, (tokens, out)."""
     return [
         F.linear(part, b.to(part.dtype), None if bias is None else bias.to(part.dtype))
@@ -4058,7 +4057,7 @@ def lora_up(hidden: torch.Tensor, layers: Sequence[FusedLinear], params: Sequenc
     ]
 
 
-def frozen_outputs(x: torch.Tensor, hidden: torch.Tensor, layers: Sequence[FusedLinear], params: Any) -> list[Any]:
+def frozen_outputs(x: Tensor, hidden: Tensor, layers: Sequence[FusedLinear], params: Any) -> list[Any]:
     """Compute W x + bias + B hidden of every layer; the large product adds to the small one in place."""
     # peft scales and adds the branch in passes of its own: with the sums of input gradients 62 of 545 ms
     outputs = zip(lora_up(hidden, layers, params), layers, strict=True)
@@ -4067,7 +4066,7 @@ def frozen_outputs(x: torch.Tensor, hidden: torch.Tensor, layers: Sequence[Fused
 
 def input_gradients(
     grads: Sequence[Any], masks: Sequence[Any], layers: Sequence[FusedLinear], params: Sequence[Any], wanted: bool
-) -> tuple[torch.Tensor, Any]:
+) -> tuple[Tensor, Any]:
     """Compute the gradients of the hidden states, times the scaling, and, if wanted, of the layers' one input."""
     d_hidden = grads[0].new_empty(grads[0].shape[0], sum(layer.rank for layer in layers))
     parts = columns_of(d_hidden, layers)
@@ -4088,7 +4087,7 @@ def input_gradients(
     return d_hidden, d_x
 
 
-def gradient_mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def gradient_mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute a parameter's gradient; a GPU accumulates it in the parameter's float32."""
     # a product rounds its result to bf16 unless it is told otherwise, and the optimizer would see the rounded one
     if a.is_cuda and dtype == torch.float32 and a.dtype != dtype:
@@ -4097,11 +4096,11 @@ def gradient_mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.T
 
 
 def parameter_gradients(
-    grads: Sequence[Any], d_hidden: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor, masks: Sequence[Any],
+    grads: Sequence[Any], d_hidden: Tensor, x: Tensor, hidden: Tensor, masks: Sequence[Any],
     layers: Sequence[FusedLinear], params: Sequence[Any],
-) -> list[torch.Tensor | None]:  # fmt: skip
+) -> list[Tensor | None]:  # fmt: skip
     """Compute the gradients of lora_A, lora_B and a bias that trains, for each layer in turn."""
-    gradients: list[torch.Tensor | None] = []
+    gradients: list[Tensor | None] = []
     if not masks:  # one product reads x once for all layers
         of_a = gradient_mm(d_hidden.t(), x, params[0].dtype).split([layer.rank for layer in layers])
     columns = zip(columns_of(d_hidden, layers), columns_of(hidden, layers), strict=True)
@@ -4123,7 +4122,7 @@ class FusedLoRA(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layers: Sequence[FusedLinear], *params: torch.Tensor | None) -> Any:
+    def forward(ctx: Any, x: Tensor, layers: Sequence[FusedLinear], *params: Tensor | None) -> Any:
         """Take x, (tokens, in), and return one (tokens, out) for each layer."""
         hidden, masks = lora_down(x, layers, params)
         ctx.layers, ctx.params = layers, params  # leaves need no saving: a checkpoint's hooks cost 3 us each
@@ -4132,14 +4131,14 @@ class FusedLoRA(torch.autograd.Function):
         return tuple(frozen_outputs(x, hidden, layers, params))
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         x, hidden, *masks = ctx.saved_tensors
         layers, params = ctx.layers, ctx.params
         d_hidden, d_x = input_gradients(grads, masks, layers, params, ctx.needs_input_grad[0])
         return d_x, None, *parameter_gradients(grads, d_hidden, x, hidden, masks, layers, params)
 
 
-def gated_kernels(act: Any, x: torch.Tensor) -> Any:
+def gated_kernels(act: Any, x: Tensor) -> Any:
     """Find liger-kernel's forward and backward of act(gate) * up (3 %), or None."""
     name = {"SiLUActivation": "swiglu", "SiLU": "swiglu", "GELUTanh": "geglu"}.get(type(act).__name__)
     if liger_ops is None or name is None or not on_current_gpu(x):
@@ -4147,7 +4146,7 @@ def gated_kernels(act: Any, x: torch.Tensor) -> Any:
     return [getattr(liger_ops, f"{name}_{way}") for way in ("forward", "backward")]
 
 
-def gated_gradients(act: Any, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Any:
+def gated_gradients(act: Any, grad: Tensor, gate: Tensor, up: Tensor) -> Any:
     """Compute act(gate) * up again and the gradients of gate and up, which liger writes over both."""
     if kernels := gated_kernels(act, gate):
         return kernels[0](gate, up)[2], *kernels[1](gate, up, grad)
@@ -4165,8 +4164,8 @@ class FusedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, act: Any, layers: Sequence[FusedLinear], *params: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any, x: Tensor, act: Any, layers: Sequence[FusedLinear], *params: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Take x, (tokens, hidden), and layers gate, up, down; return the down adapter's output and its input."""
         hidden, masks = lora_down(x, layers[:2], params[:6])
         gate, up = frozen_outputs(x, hidden, layers[:2], params[:6])
@@ -4180,7 +4179,7 @@ class FusedMLP(torch.autograd.Function):
         return lora_up(down_hidden, layers[2:], params[6:])[0], product
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         x, gate, up, hidden, down_hidden, *rest = ctx.saved_tensors
         params, masks, down_masks = ctx.params, rest[: ctx.masks], rest[ctx.masks :]
         pair, down = ctx.layers[:2], ctx.layers[2:]
@@ -4200,13 +4199,13 @@ class AddFrozen(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out: torch.Tensor, x: torch.Tensor, base: Any) -> torch.Tensor:
+    def forward(ctx: Any, out: Tensor, x: Tensor, base: Any) -> Tensor:
         """Change `out`, (tokens, out), in place; x is (tokens, in)."""
         ctx.mark_dirty(out)
         return out.addmm_(x, dense_weight(base, x.dtype).t())
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         return grads[0], None, None
 
 
@@ -4221,10 +4220,10 @@ class FusedGroup:
 
     def forget(self) -> None:
         """After an error, let go of outputs that were not asked for, and with them of the autograd graph."""
-        self.source: torch.Tensor | None = None
-        self.outputs: dict[int, torch.Tensor] = {}
+        self.source: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
 
-    def forward(self, index: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stand in for the forward of layer `index`."""
         layer = self.layers[index]
         if args or kwargs or not layer.can_fuse(x):
@@ -4240,7 +4239,7 @@ class FusedGroup:
         return out.view(*x.shape[:-1], -1)
 
 
-def fused_mlp(module: Any, layers: Sequence[FusedLinear], x: torch.Tensor) -> torch.Tensor:
+def fused_mlp(module: Any, layers: Sequence[FusedLinear], x: Tensor) -> Tensor:
     """Stand in for a gated MLP's forward."""
     if not layers[0].can_fuse(x):
         return type(module).forward(module, x)
@@ -4250,7 +4249,7 @@ def fused_mlp(module: Any, layers: Sequence[FusedLinear], x: torch.Tensor) -> to
     return out.view(*x.shape[:-1], -1)
 
 
-def grouped_mm(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Multiply each expert's rows of x, (rows, in), which stop at its end, by its weight, (experts, in, out)."""
     if x.is_cuda and x.dtype == torch.bfloat16:  # it also wants strides that are multiples of 16 bytes
         return F.grouped_mm(x, weights, offs=ends)
@@ -4305,7 +4304,7 @@ class GatedShares(torch.autograd.Function):
     """silu(gate) * up * share, where rows hold gate and up, in one pass over memory (7 % of a mixture's step)."""
 
     @staticmethod
-    def forward(ctx: Any, both: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, both: Tensor, shares: Tensor) -> Tensor:
         """Take (rows, 2 width) and (rows, 1), and return (rows, width)."""
         rows, width = both.shape
         ctx.save_for_backward(both, shares)
@@ -4314,7 +4313,7 @@ class GatedShares(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         both, shares = ctx.saved_tensors
         d_both, d_shares = torch.empty_like(both), torch.empty_like(shares)
         grad = grads[0].contiguous()
@@ -4322,7 +4321,7 @@ class GatedShares(torch.autograd.Function):
         return d_both, d_shares
 
 
-def sum_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def sum_rows(rows: Tensor, places: Tensor) -> Tensor:
     """Sum the k rows, of (rows, width), that `places`, (tokens, k), names for each token (3 % of a mixture's step)."""
     if triton is None or not on_current_gpu(rows):
         return rows[places].sum(1)
@@ -4339,13 +4338,13 @@ class RowsOfTokens(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor, back: bool) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, places: Tensor, back: bool) -> Tensor:
         """Take (tokens, width) and return (rows, width), the rows of x that `tokens` names; `back` from `places`."""
         ctx.tokens, ctx.places, ctx.back = tokens, places, back
         return sum_rows(x, places) if back else x[tokens]
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         return grads[0][ctx.tokens] if ctx.back else sum_rows(grads[0], ctx.places), None, None, None
 
 
@@ -4353,7 +4352,7 @@ class FrozenExperts(torch.autograd.Function):
     """Each expert's rows times its frozen weight. Keeps neither rows nor unpacked weights for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ends: torch.Tensor, weight: Any, transposed: bool) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, ends: Tensor, weight: Any, transposed: bool) -> Tensor:
         """Take x, (rows, in), in the order of experts, and return (rows, out)."""
         if weight.requires_grad:
             raise ValueError("they train")
@@ -4363,12 +4362,12 @@ class FrozenExperts(torch.autograd.Function):
         return grouped_mm(x, values if transposed else values.mT, ends)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         values = stack_values(ctx.weight, grads[0].dtype)
         return grouped_mm(grads[0], values.mT if ctx.transposed else values, ctx.ends), None, None, None
 
 
-def expert_products(module: Any, layer: Any, name: str, x: torch.Tensor, experts: Any, ends: Any) -> torch.Tensor:
+def expert_products(module: Any, layer: Any, name: str, x: Tensor, experts: Any, ends: Any) -> Tensor:
     """Each row times its expert's weight, with bias and adapter: (rows, out)."""
     out = FrozenExperts.apply(x, ends, stack_of(module, name), module.is_transposed)
     if module.has_bias:
@@ -4383,8 +4382,8 @@ def expert_products(module: Any, layer: Any, name: str, x: torch.Tensor, experts
 
 
 def grouped_experts_forward(
-    module: Any, layers: Mapping[str, Any], x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor
-) -> torch.Tensor:
+    module: Any, layers: Mapping[str, Any], x: Tensor, chosen: Tensor, shares: Tensor
+) -> Tensor:
     """Stand in for the forward of a module of experts: rows are sorted by expert, and stacks unpacked once.
 
     x is (tokens, hidden); `chosen` and `shares`, the experts of each token and what they count, are (tokens, k).
@@ -4480,10 +4479,10 @@ VARLEN_ATTENTION = "qlora_varlen"  # the name of our attention among transformer
 
 
 def varlen_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, cu_seq_lens_q: Any = None,
     max_length_q: int = 0, **kwargs: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
+) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention of rows that lie end to end, each to itself; padding would cost its share of a step.
 
     query, key and value are (1, heads, tokens, dim), cu_seq_lens_q is (rows + 1,), the result (1, tokens, heads, dim).
@@ -4519,7 +4518,7 @@ def varlen_attention(
 
 
 # What models do to the logits of their head, with a number of their config: Granite, Cohere, Gemma 2.
-LOGIT_RULES: tuple[Callable[[float, torch.Tensor], torch.Tensor], ...] = (
+LOGIT_RULES: tuple[Callable[[float, Tensor], Tensor], ...] = (
     lambda scale, logits: logits / scale,
     lambda scale, logits: logits * scale,
     lambda cap, logits: cap * torch.tanh(logits / cap),
@@ -4533,7 +4532,7 @@ class FastPath(NamedTuple):
     alone: bool = False  # whether each row goes through the model alone
     body: Any | None = None  # the model below its head; None: whole logits
     head: Any | None = None
-    logit_rules: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()  # one of LOGIT_RULES with the model's number
+    logit_rules: tuple[Callable[[Tensor], Tensor], ...] = ()  # one of LOGIT_RULES with the model's number
     groups: tuple[FusedGroup, ...] = ()
     sharded: bool = False  # whether FSDP or DeepSpeed holds the weights
     off: tuple[str, ...] = ()  # reasons
@@ -4545,7 +4544,7 @@ class FastPath(NamedTuple):
         return lines | ({"not used": "; ".join(self.off)} if self.off else {})
 
 
-def head_logits(states: torch.Tensor, head: Any, rules: Iterable[Callable[..., Any]]) -> torch.Tensor:
+def head_logits(states: Tensor, head: Any, rules: Iterable[Callable[..., Any]]) -> Tensor:
     """Compute logits, (tokens, vocabulary), in float32 at least."""
     logits = F.linear(states, head.weight, getattr(head, "bias", None))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -4586,8 +4585,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: torch.Tensor, weight: Any, bias: Any, targets: torch.Tensor, rules: Any, smoothing: float
-    ) -> torch.Tensor:
+        ctx: Any, states: Tensor, weight: Any, bias: Any, targets: Tensor, rules: Any, smoothing: float
+    ) -> Tensor:
         """Take states, (tokens, dim), weight and bias of the head, targets, (tokens,), and FastPath.logit_rules."""
         needs = ctx.needs_input_grad[:3]
         kernel = triton is not None and on_current_gpu(states) and not (rules or smoothing or any(needs[1:]))
@@ -4617,13 +4616,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         return *(None if x is None else x * grads[0] for x in ctx.gradients), None, None, None
 
 
-def chunked_cross_entropy(
-    states: torch.Tensor, targets: torch.Tensor, fast: FastPath, smoothing: float
-) -> torch.Tensor:
+def chunked_cross_entropy(states: Tensor, targets: Tensor, fast: FastPath, smoothing: float) -> Tensor:
     """Sum the head's cross-entropy over states, (tokens, dim), with few logits in memory at a time."""
     head: Any = fast.head
     states, targets = states.to(matmul_dtype(states)), targets.to(states.device)
@@ -4645,7 +4642,7 @@ def attention_implementation(model: Any, name: str | None) -> Iterator[None]:
         config._attn_implementation = saved
 
 
-def supervised_states(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Tensor:
+def supervised_states(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> Tensor:
     """Select what predicts a batch's labelled tokens: hidden states, or logits where the fast path has no `body`."""
     inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
     if fast.sharded and fast.attention and len(inputs["input_ids"]) == 1 and len(batch["positions"]):
@@ -4655,13 +4652,13 @@ def supervised_states(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> t
     return states.flatten(0, 1)[batch["positions"].to(states.device)]
 
 
-def supervised_logits(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> torch.Tensor:
+def supervised_logits(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> Tensor:
     """Compute the logits of a batch's labelled tokens, (labelled tokens, vocabulary), in float32."""
     states, head = supervised_states(model, fast, batch), fast.head
     return states.float() if head is None else head_logits(states.to(head.weight.dtype), head, fast.logit_rules)
 
 
-def summed_loss(model: Any, fast: FastPath, batch: Mapping[str, Any], smoothing: float = 0.0) -> torch.Tensor:
+def summed_loss(model: Any, fast: FastPath, batch: Mapping[str, Any], smoothing: float = 0.0) -> Tensor:
     """Sum the cross-entropy of a batch's labelled tokens, in float32."""
     states = supervised_states(model, fast, batch)
     if fast.head is not None:
@@ -4691,7 +4688,7 @@ def only_first_trains(others: Iterable[Any]) -> bool:
     """Whether none of a layer's other inputs carries a gradient, or may be changed by it."""
     parts = [part for value in others for part in (value if isinstance(value, tuple) else [value])]
     objects = [part for part in parts if not isinstance(part, bool | int | float | None)]
-    return all(isinstance(part, torch.Tensor) and not part.requires_grad for part in objects)
+    return all(isinstance(part, Tensor) and not part.requires_grad for part in objects)
 
 
 def small_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
@@ -4771,7 +4768,7 @@ def fuse_norms(model: Any) -> None:
                 module.forward = partial(rms_norm, module, eps)
 
 
-def rms_norm(module: Any, eps: float, x: torch.Tensor) -> torch.Tensor:
+def rms_norm(module: Any, eps: float, x: Tensor) -> Tensor:
     """Stand in for an RMSNorm's forward; without autocast, which may cast its input to float32."""
     with torch.autocast(x.device.type, enabled=False):
         return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), eps)
@@ -4779,7 +4776,7 @@ def rms_norm(module: Any, eps: float, x: torch.Tensor) -> torch.Tensor:
 
 def to_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
     """Move a batch's tensors; from pinned memory, so that the host does not wait for the GPU."""
-    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     if torch.device(device).type == "cuda":
         # a copy from ordinary memory waits for all that the GPU has still to do
         tensors = {name: value if value.is_cuda else value.pin_memory() for name, value in tensors.items()}
@@ -4801,7 +4798,7 @@ def short_spans(model: Any, longest: int) -> contextlib.ExitStack:
     return spans
 
 
-def logits_close(a: torch.Tensor, b: torch.Tensor, noise: Any = 0.0, *, dtype: torch.dtype) -> bool:
+def logits_close(a: Tensor, b: Tensor, noise: Any = 0.0, *, dtype: torch.dtype) -> bool:
     """Whether logits are equal up to rounding, about a hundredth in bf16, and twice the noise."""
     a, b = (x.cpu() - x.cpu().mean(-1, keepdim=True) for x in (a, b))  # a constant changes nothing
     rounding = min(0.05, 10 * torch.finfo(dtype).eps) + (1e-2 if torch.backends.cuda.matmul.allow_tf32 else 1e-4)
@@ -4812,9 +4809,9 @@ class Float32Mode(TorchFunctionMode):
     """Compute in float32 with 16-bit weights, widened for one operation at a time: memory holds one model."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.Tensor.__getitem__:  # takes one expert's weights out of a stack
+        if function is Tensor.__getitem__:  # takes one expert's weights out of a stack
             return function(*args)
-        wide = lambda x: x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731
+        wide = lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
         return function(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
 
 
@@ -4842,7 +4839,7 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
     The model gets known numbers in their place: what it makes of them shows the change, whatever its config calls it.
     """
     whole = fast._replace(off=(*fast.off, f"whole logits: {type(base).__name__} changes them in a way of its own"))
-    head, inputs = base.get_output_embeddings(), list[torch.Tensor]()
+    head, inputs = base.get_output_embeddings(), list[Tensor]()
     kept = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
     plain = head.original_module if isinstance(head, TrainableTokensWrapper) else head  # its `weight` has the new rows
     if not isinstance(plain, torch.nn.Linear) or not type(plain).__module__.startswith("torch"):
@@ -4905,7 +4902,7 @@ def try_padding(model: Any, base: Any, fast: FastPath, config: Config, step: Ste
     """Take rows one by one where padding on the side that the flags say changes a row's logits."""
     side, positions, pad_id = config.model.padding_side, passes_positions(base, config), base.config.pad_token_id or 0
 
-    def answer(*rows: int) -> list[torch.Tensor]:
+    def answer(*rows: int) -> list[Tensor]:
         batch = to_device(padded_batch(step, [*rows], pad_id, side, positions), device)
         return [*supervised_logits(model, fast, batch).split([int(step.lengths[i]) - 1 for i in rows])]
 
@@ -5803,7 +5800,7 @@ def sees_padding(model: Any, prompt: list[int], pad_id: int, device: Any, dtype:
     prompts = long[len(long) // 2 :], long
     options: Any = {"pad_token_id": pad_id, "max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
 
-    def answer(*rows: int) -> list[torch.Tensor]:
+    def answer(*rows: int) -> list[Tensor]:
         tensors = to_device(padded_prompts([prompts[i] for i in rows], pad_id, "left"), device)
         same = {"prefix_allowed_tokens_fn": lambda row, ids: prompt[:1]}  # all go on with one token
         steps = model.generate(**tensors, generation_config=GenerationConfig(**options), **same).logits
@@ -6169,7 +6166,7 @@ class QLoRATrainer(Trainer):
         self.sharded = is_sharded(config)
         # what trains; an engine makes parameters of its own
         self.trained = [] if self.sharded else [p for p in self.base.parameters() if p.requires_grad]
-        self.parts: list[tuple[list[str], torch.Tensor]] = []  # rows and loss of the last step's micro-batches
+        self.parts: list[tuple[list[str], Tensor]] = []  # rows and loss of the last step's micro-batches
         self.pending_checks: list[tuple[Any, ...]] = []  # steps whose numbers were not looked at yet
         self.position: float | None = None  # in a stream, after the current step
         self.tokens_seen = 0  # by this rank, without padding
@@ -6181,7 +6178,7 @@ class QLoRATrainer(Trainer):
         self.untried = self.sharded and config.training.fast_path and not config.masked
         self.overflows = 0  # steps in succession whose gradient norm is not finite
         self.router_logits: Any = None  # of the last forward pass, where the config asks for the routers' own loss
-        self.router_losses: list[torch.Tensor] = []  # since the last log
+        self.router_losses: list[Tensor] = []  # since the last log
         self.balance = router_loss_of(self.inner)
         if self.balance:
             note = lambda model, args, outputs: setattr(self, "router_logits", outputs.router_logits)  # noqa: E731
@@ -6225,7 +6222,7 @@ class QLoRATrainer(Trainer):
         count = sum(all_gather_object(batch["step"].supervised))
         return [batch], torch.tensor(max(1, count))  # 0 where no token happens to be masked
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run a step forward and backward; where GPU memory runs out, again in smaller micro-batches."""
         step = inputs["step"]
         self._try_fast_path(model)
@@ -6258,8 +6255,8 @@ class QLoRATrainer(Trainer):
             self.fast = choose_fast_path(model, self.inner, self.fast, self.config, self.args.device)
             log.info("%s", format_table(self.fast.lines()))
 
-    def _micro_batch_losses(self, model: Any, step: StepBatch, items: Any) -> list[tuple[list[str], torch.Tensor]]:
-        losses, router_losses = list[Any](), list[torch.Tensor]()
+    def _micro_batch_losses(self, model: Any, step: StepBatch, items: Any) -> list[tuple[list[str], Tensor]]:
+        losses, router_losses = list[Any](), list[Tensor]()
         parts = self._micro_batches(step)
         inner = model if self.sharded else self.base  # gradients are averaged once a step, so DDP's wrapper has no part
         with attention_implementation(self.base, self.fast.attention):
@@ -6414,7 +6411,7 @@ class QLoRATrainer(Trainer):
             self._stop(step, "its update leaves weights that are not finite", "lower --learning_rate")
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
 
-    def _check_numbers(self, step: int, numbers: torch.Tensor, rows: Sequence[list[str]]) -> None:
+    def _check_numbers(self, step: int, numbers: Tensor, rows: Sequence[list[str]]) -> None:
         """Stop at a loss or gradient norm that is not finite, naming the rows and the likely cause."""
         norm, *losses = numbers.tolist()
         parts = list(zip(rows, map(math.isfinite, losses), strict=True))
@@ -6523,7 +6520,7 @@ class QLoRATrainer(Trainer):
         return super()._determine_best_metric(metrics | prefixed, trial) or self.control.should_save
 
 
-def router_loss_of(model: Any) -> Callable[[Any, Any], torch.Tensor] | None:
+def router_loss_of(model: Any) -> Callable[[Any, Any], Tensor] | None:
     """The load-balancing loss of a mixture whose config asks for it (output_router_logits), on logits and a mask."""
     if not getattr(model.config.get_text_config(), "output_router_logits", False):
         return None
@@ -6566,7 +6563,7 @@ def trainer_arguments(args: TrainingArguments) -> TrainingArguments:
 
 def average_gradients(trained: list[torch.nn.Parameter]) -> None:
     """Average over the ranks once a step: in the backward pass they would wait for one whose memory ran out."""
-    by_dtype: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         by_dtype[parameter.dtype].append(parameter.grad)
@@ -6674,7 +6671,7 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop) -> dict
     return metrics
 
 
-def gather_weights(trainer: QLoRATrainer) -> dict[str, torch.Tensor]:
+def gather_weights(trainer: QLoRATrainer) -> dict[str, Tensor]:
     """The weights to save, gathered from the ranks that shard them; every rank has to take part."""
     if trainer.is_deepspeed_enabled:
         return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped) or {})
@@ -6807,7 +6804,7 @@ def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def float32_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def float32_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Logits of every token that is not padding, (tokens, vocabulary)."""
     with Float32Mode():
         return model(**batch).logits[batch["attention_mask"].bool()]
@@ -6830,7 +6827,7 @@ def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
 
 
 def compare_merged(
-    model: Any, base: torch.Tensor, adapted: torch.Tensor, lost: float, sample: Any, target: str
+    model: Any, base: Tensor, adapted: Tensor, lost: float, sample: Any, target: str
 ) -> dict[str, float]:
     """Compare a merged model's logits with those of base + adapter, and refuse one that is wrong.
 
