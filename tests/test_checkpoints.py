@@ -1118,7 +1118,8 @@ def test_deepspeed_restores_rates_with_its_state_so_that_others_are_refused(tmp_
 
 def test_every_flag_has_a_rule():
     """A name in RESUME_RULES is a flag, and in one row only."""
-    flags = qlora.parse_config([]).flags.keys() | {"engine", "calibrated base", "adapter start", qlora.DATASET}
+    others = {"engine", "calibrated base", "adapter start", qlora.DATASET, qlora.STREAM_SIZES}
+    flags = qlora.parse_config([]).flags.keys() | others
     rows = list(qlora.RESUME_RULES.values())
     assert all(row <= flags for row in rows) and sum(map(len, rows)) == len(set().union(*rows))
     assert flags >= qlora.UPDATE_FLAGS
