@@ -217,7 +217,6 @@ sys.exit(qlora.main())
 """
 
 
-@pytest.mark.ci
 def test_torchrun_saves_at_sigterm_and_ends_with_the_first_error(start, tmp_path):
     """SIGTERM to torchrun, and to one of two processes without it; in both cases the rerun is exact.
 
@@ -232,11 +231,11 @@ def test_torchrun_saves_at_sigterm_and_ends_with_the_first_error(start, tmp_path
     failing = launch_command(2, str(program))
     failing = subprocess.Popen([*failing, *start.argv(2, tmp_path / "failing", **flags)], **PIPES)
     try:
+        until((tmp_path / "launcher" / "checkpoint-5").is_dir)
+        launcher.terminate()
         ranks = start(2, tmp_path / "rank", **flags)
         until((tmp_path / "rank" / "checkpoint-5").is_dir)
         ranks[1].kill(signal.SIGTERM)
-        until((tmp_path / "launcher" / "checkpoint-5").is_dir)
-        launcher.terminate()
         logs = {"launcher": launcher.communicate(timeout=120)[1], "rank": finish(ranks, 143)}
         failed = failing.communicate(timeout=120)[1]
     finally:
