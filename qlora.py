@@ -16,15 +16,15 @@ Read the file from top to bottom, along the path of the data: every room uses on
      1 Imports             36-179
      2 Errors             182-245
      3 Dataset formats    248-762
-     4 Arguments         765-1469
-     5 Loading          1472-2072
-     6 Tokenizer        2075-2196
-     7 Encoding         2199-2677
-     8 Model            2680-3316
-     9 Calibration      3319-3679
-    10 LoRA             3682-3981
-    11 Fast path        3984-4967
-    12 Plan             4970-5312
+     4 Arguments         765-1473
+     5 Loading          1476-2080
+     6 Tokenizer        2083-2204
+     7 Encoding         2207-2685
+     8 Model            2688-3324
+     9 Calibration      3327-3687
+    10 LoRA             3690-3989
+    11 Fast path        3992-4969
+    12 Plan             4972-5312
     13 Checkpoints      5315-5690
     14 Processes        5693-5750
     15 Evaluation       5753-5950
@@ -1317,6 +1317,14 @@ FSDP_CONFIG = ("cpu_offload", "transformer_layer_cls_to_wrap", "auto_wrap_policy
                "state_dict_type", "cpu_ram_efficient_loading")  # fmt: skip
 
 
+def unsupported_fsdp(training: Any) -> str:
+    """What an --fsdp_config asks for that is not supported, by name and value."""
+    settings = training.fsdp_config if training.fsdp else {}
+    words = [(name, str(value).lower()) for name, value in settings.items()]
+    words = [(n, v) for n, v in words if v not in ("", "false", "0", "none") and (n not in FSDP_CONFIG or "size" in v)]
+    return ", ".join(f"{n} {v}" for n, v in words if (n, v) != ("version", "2"))
+
+
 def conflicts(config: Config) -> list[tuple[Any, str]]:
     """The rules that no table holds: whether each is broken, and the message that says so."""
     flags, training = argparse.Namespace(**config.flags), config.training
@@ -1333,11 +1341,6 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     missing = set(training.report_to or ()) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
     mismatches = getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", ())
     values = ", ".join(re.sub("^- ds | hf", "", line) for line in mismatches)
-    off = ("", "false", "0", "none")
-    settings: Any = training.fsdp_config if training.fsdp else {}
-    words = [(name, str(value).lower()) for name, value in settings.items()]
-    words = [(n, v) for n, v in words if v not in off and (n not in FSDP_CONFIG or "size" in v)]
-    unsupported = ", ".join(f"{n} {v}" for n, v in words if (n, v) != ("version", "2"))
     return [
         (not (flags.do_train or flags.do_eval or flags.do_predict or flags.merged_output_dir),
          "nothing to do: pass --do_train, --do_eval, --do_predict or --merged_output_dir"),
@@ -1375,7 +1378,8 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
         (values, f'--deepspeed {training.deepspeed}: {values}: set these to "auto" in the file'),
         (training.fsdp and re.search(r"8bit|paged|lion|ademamix", flags.optim),
          f"--fsdp: bitsandbytes' --optim {flags.optim} cannot update shards; pass adamw_torch"),
-        (unsupported, f"--fsdp_config: {unsupported}: not supported, expected version 2 and some of "
+        (unsupported := unsupported_fsdp(training),
+         f"--fsdp_config: {unsupported}: not supported, expected version 2 and some of "
          f"{', '.join(FSDP_CONFIG)}; whole layers are sharded, and --recompute_layers all recomputes them"),
     ]  # fmt: skip
 
@@ -1624,9 +1628,7 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
         return load_from_hub(config, **DATASETS[name])
     if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # written by save_to_disk
         with reraise_as_user_error(name):
-            loaded = datasets.load_from_disk(path)
-        splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-        return {split: RowSource(f"{path}[{split}]", loaded=rows) for split, rows in splits.items()}
+            return as_sources(str(path), datasets.load_from_disk(path))
     if path.exists():
         return find_files(name, path, config)
     if data_suffix(path) in READERS:
@@ -1639,8 +1641,13 @@ def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSou
     hub = f"no connection to the hub: {why}" if (why := no_connection()) else "the hub does not give it"
     options |= hub_options(config) | ({"streaming": True} if config.data.streaming else {})
     with reraise_as_user_error(f"dataset {path}: no local file of that name, and {hub}", *DATASETS_ERRORS):
-        splits = datasets.load_dataset(path, **options)
-        return {split: RowSource(f"{path}[{split}]", loaded=rows) for split, rows in splits.items()}
+        return as_sources(path, datasets.load_dataset(path, **options))
+
+
+def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
+    """The splits of what the datasets library loaded: one dataset, or a dictionary of them."""
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    return {split: RowSource(f"{name}[{split}]", loaded=rows) for split, rows in splits.items()}
 
 
 def split_named(name: str) -> str:
@@ -1895,7 +1902,8 @@ def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
 
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
     """Rows to train and to evaluate on, of every dataset named. Chats need the tokenizer."""
-    config = as_held_out(config)
+    trained = find_training(config)
+    config = as_held_out(config, trained[1])
     args, data = config.training, config.data
     clear_rejected(config)
     evaluating = args.do_eval or args.do_predict
@@ -1924,7 +1932,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
             if data.max_train_samples:
                 train = dataclasses.replace(train, stop=train.start + data.max_train_samples)
             rows = [load_rows(source, config, tokenizer, limit=data.max_eval_samples) for source in eval_sources]
-            check_held_out(rows[0] if train.start else None, config)
+            check_held_out(rows[0] if train.start else None, *trained, config)
             return Splits(train if training else None, rows[0] if rows else None)
         if train:
             rows = load_rows(train, config, tokenizer)
@@ -1934,9 +1942,9 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     if evaluating and splits.eval is None and splits.train is not None:
         calibrates = config.quant.calibration_rows and not config.record
         asked = args.do_train or calibrates or "eval_dataset_size" in config.explicitly_set
-        holds_out = asked or held_rows_out(find_training(config)[1])
+        holds_out = asked or held_rows_out(trained[1])
         splits = train_eval_split(splits.train, config) if holds_out else Splits(None, splits.train)
-        check_held_out(splits.eval, config)
+        check_held_out(splits.eval, *trained, config)
     if mixed and splits.train is not None:  # only now, so that no copy of a held-out row is trained on
         times = splits.train["times"][:]
         order = [i for turn in range(max(times)) for i, n in enumerate(times) if n > turn]
@@ -1948,6 +1956,8 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
 
 def find_training(config: Config) -> tuple[str, dict[str, Any]]:
     """The name and run.json of the model to evaluate if it was trained on one of these datasets, else both empty."""
+    if config.training.do_train:
+        return "", {}
     picked = str(config.training.resume_from_checkpoint)
     trained = picked if os.path.isdir(picked) else str(config.training.output_dir)
     now = {os.path.realpath(name) for name, _ in dataset_shares(config.data.dataset)}
@@ -1973,20 +1983,18 @@ def held_out_places(rows: Any) -> list[str]:
     return [place.rpartition("/")[2] for place in rows[:8]["where"]]
 
 
-def as_held_out(config: Config) -> Config:
-    """The flags to evaluate with: without training as many rows are held out as by the run, if no flag says so."""
-    _, record = find_training(config)
-    if config.training.do_train or "eval_dataset_size" in config.explicitly_set or not held_rows_out(record):
+def as_held_out(config: Config, record: dict[str, Any]) -> Config:
+    """The flags to evaluate with: as many rows are held out as by the run of this record, if no flag says how many."""
+    if "eval_dataset_size" in config.explicitly_set or not held_rows_out(record):
         return config
     given = {"eval_dataset_size"}.intersection(record.get("derived", {}).get("given", ()))
     data = dataclasses.replace(config.data, eval_dataset_size=record["flags"]["eval_dataset_size"])
     return dataclasses.replace(config, data=data, explicitly_set=config.explicitly_set | given)
 
 
-def check_held_out(rows: Any, config: Config) -> None:
+def check_held_out(rows: Any, name: str, record: dict[str, Any], config: Config) -> None:
     """Warn if the run to evaluate did not hold out these rows of its dataset: another size, or rows that were added."""
-    name, record = find_training(config)
-    if rows is None or not record or config.training.do_train or config.data.eval_dataset:
+    if rows is None or not record:
         return
     flags, derived, size = record["flags"], record.get("derived", {}), "eval_dataset_size"
     same = flags.get(size) == config.data.eval_dataset_size
@@ -4388,7 +4396,6 @@ def grouped_experts_forward(
 
     x is (tokens, hidden); `chosen` and `shares`, the experts of each token and what they count, are (tokens, k).
     """
-    # sorted, each expert's rows are one slice, and one grouped product serves all experts
     experts, order = chosen.flatten().sort(stable=True)
     ends = torch.searchsorted(experts, torch.arange(module.num_experts, device=x.device), right=True).int()
     numbers = torch.arange(len(order), device=x.device)  # scattering them inverts the order
@@ -4434,7 +4441,6 @@ def group_experts(model: Any) -> list[str]:
 
 def is_gated_mlp(module: Any) -> bool:
     """Check, on stand-ins, that a block computes down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
-    # functions for layers: a class that does anything else with them gives another result, whatever it is called
     layers = types.SimpleNamespace(gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.exp, act_fn=torch.tanh)
     x = torch.linspace(-2, 2, 9)
     try:
@@ -4465,7 +4471,6 @@ def patch_lora_layers(model: Any) -> tuple[list[FusedGroup], list[str]]:
     for name, module in model.named_modules():
         names = [f"{name}.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
         if known.keys() >= {*names} and is_gated_mlp(module):
-            # its layers are grouped below too, for whoever calls one of them by itself
             module.forward = partial(fused_mlp, module, [known[leaf] for leaf in names])
     members: dict[str, list[FusedLinear]] = defaultdict(list)
     for name, layer in known.items():
@@ -4634,7 +4639,6 @@ def chunked_cross_entropy(states: Tensor, targets: Tensor, fast: FastPath, smoot
 def attention_implementation(model: Any, name: str | None) -> Iterator[None]:
     """Switch a model's attention implementation for a while."""
     config = model.config.get_text_config()
-    # a model reads this at every call, and takes no argument for it
     saved, config._attn_implementation = config._attn_implementation, name or config._attn_implementation
     try:
         yield
@@ -4732,7 +4736,6 @@ def apply_liger(model: Any) -> str | None:
     if patch is None:
         return f"norms and rotary embedding are torch's, which are slower: {why}"
     flags, family = inspect.signature(patch).parameters, vars(sys.modules[type(model).__module__])
-    # what the patch replaces in the module is put back, and goes to the blocks' own forwards below
     before = dict(family)
     with mock.patch.dict(family):
         patch(model=model, **{n: n in ("rope", "rms_norm", "layer_norm") for n in flags if flags[n].annotation is bool})
@@ -4920,7 +4923,6 @@ def longest_independent(model_config: PretrainedConfig) -> float:
     """
     text = model_config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
-    # Gemma 3 and others have one dictionary for each kind of layer
     parts = (part for part in (rope, *rope.values()) if isinstance(part, dict))
     growing = (part for part in parts if part.get("rope_type") in ("dynamic", "longrope"))
     starts = [part.get("original_max_position_embeddings") or positions_of(text) for part in growing]
@@ -5230,7 +5232,6 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
             return plan_from_flags(changed, memory if group == "data" else memory_from_config(changed, model_config))[1]
         return False
 
-    # each change alone, for the user to choose from
     found = [next((f"--{flag} {v}" for v in values if fits(group, flag, v)), "") for group, flag, values in changes]
     gpus = () if is_sharded(config) else (2, 4, 8, 16)
     found.append(next((f"{n} such GPUs" for n in gpus if plan_from_flags(config, memory.shared(config, n))[1]), ""))
@@ -5250,7 +5251,6 @@ def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config
         for parameter in model.parameters():  # gradients would hide what a step of few tokens keeps
             if parameter.requires_grad:
                 stack.enter_context(parameter.register_post_accumulate_grad_hook(drop))
-        # of two sizes, since a part of the memory does not grow with the tokens
         for count in (longest // 4, longest):
             step = collate_step([{"input_ids": [1] * count, "labels": [1] * count}])["step"]
             batch = padding_free_batch(step, [0]) if fast.attention else padded_batch(step, [0], 0, "right")

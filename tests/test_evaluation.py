@@ -612,6 +612,14 @@ def test_a_run_json_of_another_program_is_no_record(run_qlora, tmp_path):
     assert run_qlora(do_train=False, do_eval=True, output_dir=tmp_path / "out").code == 0
 
 
+def test_a_training_run_does_not_read_the_record_that_it_replaces(run_qlora, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text('{"flags": ')
+    flags = {"max_steps": 1, "do_eval": True, "do_predict": False, "overwrite_output_dir": True}
+    run = run_qlora(**flags, output_dir=tmp_path / "out")
+    assert run.code == 0, run.stderr
+
+
 @pytest.mark.parametrize(
     ("trained", "then", "warned"),
     [
