@@ -17,20 +17,20 @@ Read the file from top to bottom, along the path of the data: every room uses on
      2 Errors             182-245
      3 Dataset formats    248-762
      4 Arguments         765-1473
-     5 Loading          1476-2080
-     6 Tokenizer        2083-2204
-     7 Encoding         2207-2685
-     8 Model            2688-3324
-     9 Calibration      3327-3687
-    10 LoRA             3690-3989
-    11 Fast path        3992-4969
-    12 Plan             4972-5312
-    13 Checkpoints      5315-5690
-    14 Processes        5693-5750
-    15 Evaluation       5753-5950
-    16 Trainer          5953-6588
-    17 Stages           6591-7091
-    18 Main             7094-7389
+     5 Loading          1476-2081
+     6 Tokenizer        2084-2205
+     7 Encoding         2208-2686
+     8 Model            2689-3325
+     9 Calibration      3328-3688
+    10 LoRA             3691-3990
+    11 Fast path        3993-4970
+    12 Plan             4973-5313
+    13 Checkpoints      5316-5691
+    14 Processes        5694-5751
+    15 Evaluation       5754-5951
+    16 Trainer          5954-6589
+    17 Stages           6592-7092
+    18 Main             7095-7390
 """
 
 # ------------------------------------------------------------------------------------
@@ -1517,7 +1517,7 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     """CSV or TSV with a header; every cell is text: an empty one is an empty string, and NA is NA."""
     csv.field_size_limit(LONGEST_CELL)  # the default of 128 KiB is shorter than many documents
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
-    header: list[str] = next(filter(None, reader), [])
+    header = [cell.strip() for cell in next(filter(None, reader), [])]
     if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])) and other[0] != delimiter:
         raise ValueError(f"columns are separated by {other[0]!r}, expected {delimiter!r}: {header[0]}")
     if len(set(header)) < len(header):
@@ -1703,6 +1703,7 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
         nearest = (needed[text] for text in difflib.get_close_matches(", ".join(columns), needed, n=2, cutoff=0))
         needs = " or ".join(f"{', '.join(FORMATS[known].columns)} ({known})" for known in nearest)
         way = "--columns input=question says what yours are called, --dataset_format path.py:function converts rows"
+        way += "; to predict without training, the answers may be any text" * (not config.training.do_train)
         raise ConfigError(f"{found}, which fit no format; the nearest need {needs}; {way}")
     if missing:
         raise ConfigError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")

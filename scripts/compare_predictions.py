@@ -21,7 +21,10 @@ def main() -> None:
     parser.add_argument("after", type=Path)
     parser.add_argument("--show", type=int, default=3, help="rows to print")
     args = parser.parse_args()
-    before, after = read(args.before), read(args.after)
+    try:
+        before, after = read(args.before), read(args.after)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if [row["input"] for row in before] != [row["input"] for row in after]:
         parser.error("the two files have different questions")
     for old, new in list(zip(before, after, strict=True))[: args.show]:

@@ -294,7 +294,7 @@ def test_an_encoding_that_shows_in_the_header_alone_is_named(tmp_path, encoding,
 def test_csv_cells_are_their_text(tmp_path):
     cells = ["", "NA", "null", "nan", "None", "007", "1.50", "1e5", "True", " x ", "-", "#N/A", "1,000"]
     text = "input,output\n" + "".join(f'"{cell}",out\n' if "," in cell else f"{cell},out\n" for cell in cells)
-    (tmp_path / "rows.csv").write_text(text)
+    (tmp_path / "rows.csv").write_text(text.replace("t,o", "t, o", 1))  # a column's name has no space around it
     assert inputs(load("--dataset", tmp_path / "rows.csv").train) == cells
     (tmp_path / "rows.tsv").write_text(text.replace(",out", "\tout").replace("input,", "input\t"))
     assert inputs(load("--dataset", tmp_path / "rows.tsv").train) == cells
