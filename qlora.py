@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-179
      2 Errors             182-245
-     3 Dataset formats    248-762
-     4 Arguments         765-1473
-     5 Loading          1476-2081
-     6 Tokenizer        2084-2205
-     7 Encoding         2208-2686
-     8 Model            2689-3325
-     9 Calibration      3328-3688
-    10 LoRA             3691-3990
-    11 Fast path        3993-4970
-    12 Plan             4973-5313
-    13 Checkpoints      5316-5691
-    14 Processes        5694-5751
-    15 Evaluation       5754-5951
-    16 Trainer          5954-6589
-    17 Stages           6592-7092
-    18 Main             7095-7390
+     3 Dataset formats    248-782
+     4 Arguments         785-1495
+     5 Loading          1498-2098
+     6 Tokenizer        2101-2222
+     7 Encoding         2225-2704
+     8 Model            2707-3343
+     9 Calibration      3346-3706
+    10 LoRA             3709-4008
+    11 Fast path        4011-4988
+    12 Plan             4991-5331
+    13 Checkpoints      5334-5733
+    14 Processes        5736-5793
+    15 Evaluation       5796-5993
+    16 Trainer          5996-6631
+    17 Stages           6634-7134
+    18 Main             7137-7432
 """
 
 # ------------------------------------------------------------------------------------
@@ -300,6 +300,8 @@ INVALID_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd2]")  # and the lone surrog
 def prompt_completion(*texts: str) -> list[Segment]:
     """The last text is supervised; the one before it, if any, is the prompt."""
     *prompt, completion = texts
+    if re.match(r"\[\{['\"](role|from|content|value)['\"]", "".join(texts).lstrip()):
+        raise RowError("its text is a chat, as JSON or Python: put it into a column `messages`, as a list or JSON")
     return [{"text": "".join(prompt), "supervised": False}, {"text": completion, "supervised": True}]
 
 
@@ -370,7 +372,8 @@ def parse_chosen(row: RawRow) -> ParsedRow:
             chat.left_out.append("a prompt beside a chat")
         return chat
     prompt, chosen = get_text(row, "prompt", ""), get_text(row, "chosen")
-    return prompt_completion("" if chosen.startswith(prompt) else prompt, chosen)
+    repeated = all(str(answer).startswith(prompt) for answer in (chosen, row.get("rejected") or chosen))
+    return prompt_completion("" if repeated else prompt, chosen)  # an answer may begin with the prompt's only word
 
 
 def parse_chip2(row: RawRow) -> ParsedRow:
@@ -397,6 +400,13 @@ ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
 NEXT_ROLES = {"": ["system", "user"], "system": ["user"], "user": ["assistant"], "assistant": ["user", "tool"]}
 NEXT_ROLES |= {"tool": ["tool", "assistant"]}
 WEIGHT_KEYS = ("weight", "train", "training", "trainable", "loss_mask", "loss")  # 0 or false: an answer is context only
+
+
+def drop_nulls(value: Any, top: bool = False) -> Any:
+    """A row without the nulls that Arrow adds where an object lacks a field that others have; its columns stay."""
+    if isinstance(value, Mapping):
+        return {key: drop_nulls(item) for key, item in value.items() if item is not None or top}
+    return [drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def get_calls(fields: RawRow, name: str) -> list[dict[str, Any]]:
@@ -462,6 +472,9 @@ def parse_airoboros_chat(row: RawRow) -> ParsedRow:
 
 def parse_chat(column: str, row: RawRow) -> Conversation:
     """Everything up to the last supervised answer, with the columns beside it that a chat may have."""
+    turns = get_list(row, column)
+    if any("tool_calls" in turn for turn in turns if isinstance(turn, Mapping) and turn.get("role") == "user"):
+        row = drop_nulls({**row, column: turns}, top=True)  # JSON lines that datasets wrote have Arrow's nulls too
     messages = get_messages(row, column)
     left_out: list[str] = []
     for name in ("system", "system_prompt"):
@@ -680,10 +693,17 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
 def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[RenderedRow]:
     """The rows of a chat whose values are escaped; answers to train on are supervised with their stop tokens."""
     whole, marks = apply_template(chat, tokenizer)
+    results = [message["content"] for message in chat.messages if message["role"] == "tool"]
+    absent = ["tool results"] * (not contains("".join(whole.split()), results))
+    with contextlib.suppress(RowError):  # of a template that wants tools beside calls
+        absent += ["tools"] * bool(chat.tools and apply_template(chat._replace(tools=None), tokenizer)[0] == whole)
+    notes = [*chat.left_out, *(f"{what} that the chat template does not write" for what in absent)]
     answers_in_all = [message["role"] for message in chat.messages].count("assistant")
     if marks is None or len(chat.answers) < answers_in_all:  # marks do not tell which are context only
         found = [find_answer(chat, n, whole, tokenizer) for n in chat.answers]
         rows = [(text, [n], [span]) for n, (_, text, span) in zip(chat.answers, found, strict=True)]
+        if not all(text.startswith(before) for before, text, _ in found):
+            notes.append("the end of the generation prompt, such as an opened <think>")
         if all(whole.startswith(text) and text.startswith(before) for before, text, _ in found):
             rows = [(whole, chat.answers, [span for _, _, span in found])]
     else:
@@ -692,7 +712,7 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
         parts = [text[span] for span in spans]
         parts = parts if len(parts) == len(answers) else ["".join(parts)] * len(answers)
         complete = [check_answer(chat.messages[n], n + 1, part) for n, part in zip(answers, parts, strict=True)]
-        left_out = chat.left_out + ["reasoning that the chat template does not write"] * (not all(complete))
+        left_out = notes + ["reasoning that the chat template does not write"] * (not all(complete))
         segments: list[Segment] = []
         for start, end in itertools.pairwise(sorted({0, len(text), *(n for s in spans for n in (s.start, s.stop))})):
             supervised = any(span.start <= start < span.stop for span in spans)
@@ -808,7 +828,7 @@ class DataArguments:
     eval_dataset_size: float = arg(1024, "Rows to hold out, or a fraction below 1; a tenth of small sets by default.")
     streaming: bool = arg(False, "Read and encode rows during training instead of before it. Needs --max_steps.")
     stream_buffer: int = arg(10_000, "Rows in the stream's shuffle buffer.")
-    max_train_samples: int | None = arg(None, "Train on the first N rows, counted after the split.")
+    max_train_samples: int | None = arg(None, "Train on the first N rows after the split; of a stream, N lines.")
     max_eval_samples: int | None = arg(None, "Evaluate and predict on the first N held-out rows.")
     source_max_len: int = arg(1024, "Longest input, in tokens including BOS; truncated on the right.")
     target_max_len: int = arg(256, "Longest output, in tokens including EOS; truncated on the right.")
@@ -1347,6 +1367,8 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
         (flags.calibration_rows and (flags.use_dora or flags.lora_rank_pattern)
          and "init_lora_weights" not in config.explicitly_set,
          "--calibration_rows: with DoRA or a rank pattern adapters start at zero: pass --init_lora_weights True"),
+        (flags.bits == 8 and flags.use_dora and flags.use_cpu,
+         "--use_dora with --bits 8: peft can't compute it on a CPU; pass --bits 4 or 16"),
         (not flags.gradient_checkpointing and flags.recompute_layers not in ("auto", "none", "0"),
          f"--recompute_layers {flags.recompute_layers} needs --gradient_checkpointing"),
         (flags.merged_output_dir and Path(flags.merged_output_dir).resolve() in own_folders,
@@ -1534,13 +1556,6 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
             yield number, dict(zip(header, cells, strict=True))
         elif cells:  # an empty line has none
             yield number, RowError(shorten(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"), cells)
-
-
-def drop_nulls(value: Any, top: bool = False) -> Any:
-    """A row without the nulls that Arrow adds where an object lacks a field that others have; its columns stay."""
-    if isinstance(value, Mapping):
-        return {key: drop_nulls(item) for key, item in value.items() if item is not None or top}
-    return [drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Any], NumberedRows]] = {
@@ -1843,7 +1858,9 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
         else:
             rows = [RenderedRow(join_segments(parsed, tokenizer) if isinstance(parsed, JoinedSegments) else parsed, [])]
         normal["category"] = escape_control_chars(str(row.get("category") or row.get("source") or ""))
-        used = {"category", "source", *dataset_format.columns, *dataset_format.optional}
+        used = {*dataset_format.columns, *dataset_format.optional}
+        used |= {*BESIDE_CHATS} if isinstance(parsed, Conversation) else set()
+        used |= {name for name in ("category", "source") if len(str(row.get(name))) < 100}  # else they are no labels
         unused = sorted(escape_control_chars(n) for n, value in row.items() if n not in used and value is not None)
         for segments, left_out, _ in rows:
             left_out += unused if dataset_format.columns else ()  # a user's own function may use all of them
@@ -2459,6 +2476,7 @@ class TokenStatistics(NamedTuple):
     without_eos: int | None  # which do not teach the model to stop; None with a masked model
     duplicates: int
     special_text: int  # rows in whose text special tokens are written
+    chats: int  # rows that a chat template wrote, or whose segments a function of the user's did
     formats: list[str]  # of the datasets
 
     def __str__(self) -> str:
@@ -2479,7 +2497,7 @@ def token_statistics(rows: Any, masked: bool) -> TokenStatistics:
     return TokenStatistics(
         digest(*hashes), len(rows), sum(lengths), max(lengths), sum(rows["supervised"][:]), max(rows["largest_id"][:]),
         sum(rows["cut"][:]), None if masked else sum(rows["without_eos"][:]), len(hashes) - len(set(hashes)),
-        sum(rows["special_text"][:]), rows.info.description.split("\n\n"),
+        sum(rows["special_text"][:]), sum(rows["rendered"][:]), rows.info.description.split("\n\n"),
     )  # fmt: skip
 
 
@@ -5331,18 +5349,22 @@ LOCK = ".qlora.lock"  # held by the run that writes into a folder
 RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
              "predictions.jsonl", "trainer_state.json", "loss.png")  # fmt: skip
 DATASET, STREAM_SIZES = "dataset (the encoded training rows)", "sizes of the dataset's files"
+BASE_WEIGHTS, EVAL_ROWS = "weights of the base", "evaluation rows (encoded)"
 MODEL_FLAGS = {"model_name_or_path", "bits", "quant_type", "double_quant", "full_finetune", "objective", *LORA_FLAGS,
-               "calibration_rows", "calibrated base", "adapter start", "add_tokens"}  # fmt: skip
+               "calibration_rows", "calibrated base", "adapter start", "add_tokens", BASE_WEIGHTS}  # fmt: skip
+# What the best metric so far depends on.
+BEST_FLAGS = {"metric_for_best_model", "greater_is_better", "label_smoothing_factor", EVAL_ROWS, "mmlu_dataset",
+              "mmlu_split", "max_mmlu_samples"}  # fmt: skip
 RATE_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
 STATEFUL_SCHEDULES = {"reduce_lr_on_plateau", "greedy"}  # whose rates follow from the past, not from the step
 UPDATE_FLAGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
 # What becomes of a flag that differs from the checkpoint's. A run reads all its flags, so that one in no row applies at
 # once; a row holds what the checkpoint depends on: weights, optimizer, order of rows, best metric.
 RESUME_RULES: dict[str, set[str]] = {
-    "refused": MODEL_FLAGS | {
+    "refused": MODEL_FLAGS | BEST_FLAGS | {
         "adapter_name_or_path", "rope_scaling", "bf16", "fp16", "optim", "optim_args", "optim_target_modules", "engine",
         DATASET, STREAM_SIZES, "packing", "streaming", "stream_buffer", "train_sampling_strategy", "seed", "data_seed",
-        "dataloader_drop_last", "metric_for_best_model", "greater_is_better",
+        "dataloader_drop_last",
     },
     "new schedule": RATE_FLAGS | {"max_steps", "num_train_epochs"},
 }  # fmt: skip
@@ -5359,18 +5381,35 @@ class ResumePoint(NamedTuple):
     trained: bool = False  # the checkpoint holds the last step: only the final files are missing
 
 
-def run_fingerprint(config: Config, data: TokenStatistics | None) -> dict[str, Any]:
+def weights_digest(model: Path) -> str:
+    """A short hash of a model's weights: of each file's size and 64 pieces, since to read all of 70B takes minutes."""
+    parts: list[Any] = []
+    for path in sorted(model.glob("*")) or [model]:
+        if path.suffix in (".safetensors", ".bin", ".gguf"):
+            with path.open("rb") as file:
+                parts.append(size := path.stat().st_size)
+                for i in range(64):
+                    file.seek(size * i // 64)
+                    parts.append(file.read(1024))
+    return digest(*parts)
+
+
+def run_fingerprint(config: Config, data: Mapping[str, TokenStatistics]) -> dict[str, Any]:
     """What a checkpoint says of its run: every flag, and what stands behind them."""
     flags = json.loads(json.dumps(config.flags, default=str))
     for name in ("model_name_or_path", "adapter_name_or_path"):  # relative to this working directory
         if flags[name] and Path(flags[name]).exists():
             flags[name] = str(Path(flags[name]).resolve())
     run = {"flags": flags}
+    if (model := Path(config.model.model_name_or_path)).exists():
+        run[BASE_WEIGHTS] = weights_digest(model)
     if config.training.do_train:
         # One engine can't read another's optimizer state, and DeepSpeed reads only what as many processes wrote.
         engine = f"DeepSpeed on {config.training.world_size} processes" if config.training.deepspeed else "none or DDP"
         run["engine"] = "FSDP" if is_fsdp(config) else engine
-    return run | ({DATASET: data.fingerprint} if data else {})
+        names = {"train": DATASET, "eval": EVAL_ROWS}
+        run |= {names[name]: part.fingerprint for name, part in data.items()}
+    return run
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -5404,13 +5443,13 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
     # What an earlier version did not record is not compared: its checkpoints stay resumable.
     names = now.keys() & before.keys() - {"flags", "effective batch", *NOT_REPEATED, *ineffective}
     if before.get("metric_for_best_model") is None:  # a checkpoint without one has no best to compare with
-        names -= {"metric_for_best_model", "greater_is_better"}
+        names -= BEST_FLAGS
     changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
     refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET, STREAM_SIZES})
     stateful = {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & STATEFUL_SCHEDULES
     if resumes and (stateful or config.training.deepspeed):
         refused |= changed.keys() & (RATE_FLAGS | UPDATE_FLAGS)  # they are restored with their state
-    if DATASET in refused:  # name what selects and encodes rows
+    if refused & {DATASET, EVAL_ROWS}:  # name what selects and encodes rows
         fields = (*dataclasses.fields(ModelArguments), *dataclasses.fields(DataArguments))
         refused |= changed.keys() & {"do_eval", "do_predict", *(field.name for field in fields)}
     if refused:
@@ -5498,10 +5537,10 @@ def needs_more_steps(config: Config, completed: Mapping[str, Any]) -> bool:
     return target > completed.get(unit, math.inf)
 
 
-def check_final_weights(config: Config, picked: str | None) -> None:
+def check_final_weights(config: Config, other: str | None) -> None:
     """Refuse final weights that are not those which the run in output_dir recorded: another run replaced them."""
     args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
-    unread = args.overwrite_output_dir if args.do_train else picked or config.model.adapter_name_or_path  # these files
+    unread = args.overwrite_output_dir if args.do_train else other  # a checkpoint or adapter that is used instead
     record = {} if unread else read_record(output)
     known: Any = record.get("weights")  # None: an earlier version wrote it
     files = [name for name in record.get("files", ()) if known is not None and name.endswith(".safetensors")]
@@ -5541,7 +5580,10 @@ def find_resume_point(config: Config) -> ResumePoint:
         raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
     if not (picked or args.overwrite_output_dir):
         last = find_last_checkpoint(output)
-    check_final_weights(config, picked)
+    began = read_record(last or output).get("run", {}).get("flags", {}).get("adapter_name_or_path")
+    if adapter and not args.do_train and began in (adapter, str(Path(adapter).resolve())):
+        adapter = None  # of the run that began with it, the result is used
+    check_final_weights(config, picked or adapter)
     finished = (output / COMPLETED).is_file() and not picked
     if not args.do_train:
         # An interrupted run's last checkpoint is newer than what is in the final folder.
@@ -7194,7 +7236,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
 def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
     """Check that an earlier run found here is this one. Returns it with the flags that trained, and its identity."""
     config, resume, args = run.config, run.resume, run.config.training
-    identity = run_fingerprint(config, data.statistics.get("train") if args.do_train else None)
+    identity = run_fingerprint(config, data.statistics)
     if DATASET in identity and isinstance(stream := data.text.train, RowSource):  # the statistics are of its first rows
         identity[STREAM_SIZES] = [file.stat().st_size for file in stream.files]
     if run.base != run.folder:

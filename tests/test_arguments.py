@@ -976,6 +976,7 @@ IMPOSSIBLE = [
     ("--max_shard_size 5", "--max_shard_size 5"),
     ("--max_shard_size 1.5GB", "--max_shard_size 1.5GB"),
     ("--merge_base dequantized", "--merge_base .*--merged_output_dir"),
+    ("--bits 8 --use_dora --use_cpu", "--use_dora with --bits 8: .* pass --bits 4 or 16"),
     ("--merged_output_dir m --full_finetune --bits 16", "--merged_output_dir.*--full_finetune"),
     ("--optim adalomo", "--optim adalomo: expected an optimizer that steps after the backward pass"),
     ("--optim galore_adamw_layerwise", "--optim galore_adamw_layerwise"),

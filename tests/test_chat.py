@@ -11,6 +11,7 @@ import re
 
 import pytest
 import tiny
+from datasets import Dataset
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from transformers import AutoTokenizer
@@ -803,6 +804,20 @@ def test_earlier_answers_in_the_prompt_of_a_preference_are_context():
     assert [turn["content"] for turn in chat.messages] == [turn["content"] for turn in LONG[:5]] and chat.answers == [4]
 
 
+@pytest.mark.parametrize("explicit", [False, True])
+def test_nulls_that_datasets_adds_to_json_lines_are_no_arguments(tmp_path, explicit):
+    """Its export gives every call the arguments of all, and user turns calls; nulls written by hand stay."""
+    calls = [{"function": {"name": name, "arguments": {key: None if explicit else 1}}} for name, key in ("ab", "cd")]
+    rows = [{"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "tool_calls": [c]}]} for c in calls]
+    file = tiny.rows_to_jsonl(tmp_path / "own.jsonl", rows)
+    if not explicit:
+        Dataset.from_list(rows).to_json(file)
+        assert '"d":null' in file.read_text().replace(" ", "")
+    written = [texts(row)[0] for row in load(file, chatml_tokenizer(TOOLS)).train["segments"]]
+    value = "null" if explicit else "1"
+    assert [text.partition("<|")[0] for text in written] == [f'a({{"b": {value}}})', f'c({{"d": {value}}})']
+
+
 @pytest.mark.parametrize("weight", [0.5, 2, -1, "half", [1]])
 def test_an_answer_is_learnt_whole_or_not_at_all(tmp_path, weight):
     """OpenAI's format knows no weight but 0 and 1."""
@@ -869,6 +884,33 @@ def test_calls_in_two_places_are_a_bad_row():
     turn = {"role": "assistant", "tool_calls": [WEATHER], "function_call": {"name": "other"}}
     with pytest.raises(qlora.RowError, match=r"messages\[1\].function_call.*one place"):
         render([ASKED[0], turn], chatml_tokenizer(TOOLS))
+
+
+def test_tools_and_results_that_a_template_does_not_write_are_named(tmp_path, caplog):
+    """An answer that rests on them would be learnt without its ground."""
+    text = {"role": "assistant", "content": "It is sunny."}
+    row = {"messages": [*ASKED, {"role": "tool", "content": "SUNNY"}, text], "tools": [{"name": "ask"}]}
+    assert left_out_of(tmp_path, caplog, chatml_tokenizer(TOOLS), row) == ([], [""])
+    silent = TOOLS.replace("{% if tools %}", "{% if false %}").replace("if m.content", "if m.role != 'tool'")
+    first, second = (f"{what} that the chat template does not write" for what in ("tools", "tool results"))
+    said = left_out_of(tmp_path, caplog, chatml_tokenizer(silent), row)
+    assert said == ([f"{second}, {first}"], [f"{second}, {first}"])
+
+
+def test_columns_beside_a_preference_s_chat_are_not_left_out(tmp_path, caplog):
+    row = {"prompt": LONG[1:2], "chosen": LONG[2:3], "rejected": [], "tools": [{"name": "ask"}], "system": "Be brief."}
+    assert left_out_of(tmp_path, caplog, chatml_tokenizer(TOOLS), row)[0] == []
+    text = {"prompt": "a", "chosen": "b", "system": "Be brief."}
+    assert left_out_of(tmp_path, caplog, chatml_tokenizer(), text)[0] == ["system"]
+
+
+def test_a_generation_prompt_that_answers_do_not_follow_is_named(tmp_path, caplog):
+    """A server would send it: the model never saw an answer after it."""
+    opened = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+    row = {"messages": LONG[1:3]}
+    assert left_out_of(tmp_path, caplog, chatml_tokenizer(), row)[0] == []
+    (said,) = left_out_of(tmp_path, caplog, chatml_tokenizer(opened), row)[0]
+    assert said == "the end of the generation prompt, such as an opened <think>"
 
 
 THINKING = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"

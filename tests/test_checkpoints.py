@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 import qlora
@@ -809,6 +809,42 @@ def test_rotation_takes_neither_the_newest_nor_the_best(run_qlora, stopped, tmp_
     assert_equal_runs(run, straight)
 
 
+def test_the_best_metric_of_other_rows_is_not_compared_with(run_qlora, stopped):
+    """Else the steps on the new rows are thrown away if these are harder. Without a best they may be others."""
+    stopped(2, **BEST)
+    message = error_of(run_qlora(**BEST, max_eval_samples=1))
+    assert "evaluation rows" in message and "max_eval_samples was None, is 1" in message
+    assert "label_smoothing_factor was 0.0, is 0.1" in error_of(run_qlora(**BEST, label_smoothing_factor=0.1))
+    plain = {"eval_strategy": "steps", "eval_steps": 1, "overwrite_output_dir": True}
+    stopped(2, **plain)
+    assert run_qlora(**plain | {"overwrite_output_dir": None}, max_eval_samples=1).code == 0
+
+
+@pytest.mark.parametrize("flags", [{"max_steps": 6}, {"do_train": False, "do_eval": True}])
+def test_a_base_whose_weights_changed_is_another(run_qlora, models, tmp_path, flags):
+    """As where a first stage is trained on in its folder. A copy of the same weights is the same base."""
+    base = tmp_path / "base"
+    shutil.copytree(models("llama"), base)
+    assert run_qlora(model_name_or_path=base).code == 0
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    os.utime(file)
+    assert run_qlora(model_name_or_path=base).code == 0
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    assert "belongs to another run: weights of the base was" in error_of(run_qlora(model_name_or_path=base, **flags))
+
+
+def test_of_a_run_that_began_with_an_adapter_the_result_is_used(run_qlora, finished_run, tmp_path):
+    """With its own command and --do_train False; --merged_output_dir likewise."""
+    flags = {"adapter_name_or_path": finished_run.output_dir, "learning_rate": 1e-2}
+    trained = run_qlora(**flags, do_eval=True)
+    run = run_qlora(**flags, do_train=False, do_eval=True, merged_output_dir=tmp_path / "merged")
+    assert f"evaluating {trained.output_dir}" in run.stderr and f"merging {trained.output_dir} into" in run.stderr
+    assert run.json("eval_results.json")["eval_loss"] == pytest.approx(trained.json("eval_results.json")["eval_loss"])
+    other = run_qlora(**flags, do_train=False, do_eval=True, output_dir=tmp_path / "other")
+    assert f"evaluating {finished_run.output_dir}" in other.stderr
+
+
 def test_rotation_leaves_folders_of_others(run_qlora, tmp_path):
     (tmp_path / "out/checkpoint-0").mkdir(parents=True)
     run = run_qlora(save_steps=1, save_total_limit=1)
@@ -1106,7 +1142,7 @@ def test_deepspeed_restores_rates_with_its_state_so_that_others_are_refused(tmp_
     """But not more steps."""
     folder, config = tmp_path / "checkpoint-5", qlora.parse_config(["--learning_rate", "1e-4", "--max_steps", "20"])
     folder.mkdir()
-    run = qlora.run_fingerprint(config, None)
+    run = qlora.run_fingerprint(config, {})
     for flags in ({"max_steps": 9}, {"max_steps": 9, "learning_rate": 1e-3}):
         qlora.write_manifest(folder, run | {"flags": run["flags"] | flags})
         qlora.check_same_run(folder, run, True, config)
@@ -1118,7 +1154,8 @@ def test_deepspeed_restores_rates_with_its_state_so_that_others_are_refused(tmp_
 
 def test_every_flag_has_a_rule():
     """A name in RESUME_RULES is a flag, and in one row only."""
-    others = {"engine", "calibrated base", "adapter start", qlora.DATASET, qlora.STREAM_SIZES}
+    others = {"engine", "calibrated base", "adapter start", qlora.DATASET, qlora.STREAM_SIZES, qlora.BASE_WEIGHTS,
+              qlora.EVAL_ROWS}  # fmt: skip
     flags = qlora.parse_config([]).flags.keys() | others
     rows = list(qlora.RESUME_RULES.values())
     assert all(row <= flags for row in rows) and sum(map(len, rows)) == len(set().union(*rows))

@@ -90,7 +90,11 @@ GOLDEN = {
     "alpaca-clean": ALPACA,
     "chip2": [({"text": text, "metadata": "{}"}, source, target) for text, source, target in CHIP2],
     "self-instruct": [({"prompt": "Q: a\n\nA:", "completion": " b"}, "Q: a\n\nA:", " b")],
-    "hh-rlhf": [({"chosen": DIALOGUE, "rejected": "no"}, "", DIALOGUE)],
+    "hh-rlhf": [
+        ({"chosen": DIALOGUE, "rejected": "no"}, "", DIALOGUE),
+        ({"prompt": DIALOGUE[:26], "chosen": DIALOGUE, "rejected": f"{DIALOGUE[:26]} No"}, "", DIALOGUE),
+        ({"prompt": "Hello", "chosen": "Hello! How are you?", "rejected": "No."}, "Hello", "Hello! How are you?"),
+    ],
     "oasst1": [({"text": GUANACO}, "", GUANACO)],
     "input": [({"input": "MKV\n", "output": "not read"}, "", "MKV\n")],
     "text": [({"text": " a\nb\n"}, "", " a\nb\n")],

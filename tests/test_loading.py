@@ -1016,3 +1016,28 @@ def test_text_is_no_chat(tmp_path):
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"text": "only text"}])
     with pytest.raises(qlora.ConfigError, match="--as_chat: rows of the format text have no column"):
         load("--dataset", file, "--as_chat")
+
+
+@pytest.mark.parametrize("write", [str, json.dumps])
+@pytest.mark.parametrize("names", [("prompt", "chosen", "rejected"), ("prompt", "completion"), ("chosen",)])
+def test_a_chat_in_a_cell_is_not_learnt_as_text(tmp_path, write, names):
+    """What pandas and datasets make of lists in a CSV file."""
+    row = {name: write([{"role": "user", "content": "q"}]) for name in names}
+    file = tiny.rows_to_csv(tmp_path / "a.csv", [row])
+    message = data_error("--dataset", file)
+    assert "a.csv:2: its text is a chat, as JSON or Python: put it into a column `messages`" in message
+
+
+def test_a_long_source_is_named(tmp_path, caplog):
+    """It is no label but a text that its row may need."""
+    rows = [{"instruction": "Summarise", "source": source, "output": "short"} for source in ("wiki", "word " * 50)]
+    with caplog.at_level("INFO", "qlora"):
+        load("--dataset", tiny.rows_to_jsonl(tmp_path / "a.jsonl", rows))
+    assert any("left out: source (in 1 of 2 rows)" in message for message in caplog.messages)
+
+
+def test_what_to_pass_as_answers_is_said_where_only_questions_are_answered(tmp_path):
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"question": "q"}])
+    flags = ("--do_train", "False", "--do_predict", "--predict_with_generate")
+    assert data_error("--dataset", file, *flags).endswith("the answers may be any text")
+    assert "any text" not in data_error("--dataset", file)
