@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-179
      2 Errors             182-245
-     3 Dataset formats    248-782
-     4 Arguments         785-1495
-     5 Loading          1498-2098
-     6 Tokenizer        2101-2222
-     7 Encoding         2225-2704
-     8 Model            2707-3343
-     9 Calibration      3346-3706
-    10 LoRA             3709-4008
-    11 Fast path        4011-4988
-    12 Plan             4991-5331
-    13 Checkpoints      5334-5733
-    14 Processes        5736-5793
-    15 Evaluation       5796-5993
-    16 Trainer          5996-6631
-    17 Stages           6634-7134
-    18 Main             7137-7432
+     3 Dataset formats    248-783
+     4 Arguments         786-1496
+     5 Loading          1499-2101
+     6 Tokenizer        2104-2225
+     7 Encoding         2228-2708
+     8 Model            2711-3348
+     9 Calibration      3351-3711
+    10 LoRA             3714-4013
+    11 Fast path        4016-4993
+    12 Plan             4996-5336
+    13 Checkpoints      5339-5739
+    14 Processes        5742-5799
+    15 Evaluation       5802-5999
+    16 Trainer          6002-6637
+    17 Stages           6640-7140
+    18 Main             7143-7438
 """
 
 # ------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ os.environ |= {
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     "DISABLE_SAFETENSORS_CONVERSION": "1",  # else transformers asks a hub service to convert .bin weights
     "TQDM_LEAVE": "",  # progress bars disappear when they are done
-} | os.environ
+} | os.environ  # what is set stays as it is
 
 # Harmless warnings: a CPU kernel that no release has, casts in 8-bit layers, operations that the plan reports itself,
 # special tokens that were set on purpose and are listed at the start, kernels of liger that need other packages.
@@ -276,7 +276,7 @@ class RenderedRow(NamedTuple):
 
 
 class JoinedSegments(list[Segment]):
-    """Segments of one text, tokenised whole. ESCAPE_MARK at the start (not inside): all of it is a special token."""
+    """Segments that are tokenised as one text. One that starts with ESCAPE_MARK is the name of a special token."""
 
 
 RawRow = Mapping[str, Any]
@@ -572,7 +572,7 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
 
 @lru_cache(maxsize=2)
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = False) -> re.Pattern[str]:
-    """A pattern of special tokens and of those not flagged special that mark a turn (DeepSeek's), or of these alone."""
+    """Matches special tokens and turn marks that are not flagged special (DeepSeek's), or, `unflagged`, these alone."""
     texts: list[str] = []
     template = str(tokenizer.chat_template or "")
     added = getattr(tokenizer, "text_tokens", ())  # of --add_tokens: no marker unless the template writes it
@@ -580,7 +580,7 @@ def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = 
         text = str(token)
         names_role = re.search("(?i)system|user|assistant|turn", text) and (text in template or text not in added)
         marks_turn = text in template and re.match("(?i)(?!.*(think|tool)).*(im_|inst|head|role|end)", text)
-        if (not unflagged) if token.special else (names_role or marks_turn):
+        if (token.special and not unflagged) or (not token.special and (names_role or marks_turn)):
             texts.append(text)
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
@@ -592,7 +592,8 @@ def escape_special_tokens(value: Any, special: re.Pattern[str], answer: bool = F
         return special.sub(lambda m: m[0] if re.search(keep, m[0]) else m[0][0] + ESCAPE_MARK + m[0][1:], value)
     if isinstance(value, Mapping):
         answer = answer or value.get("role") == "assistant"
-        return dict([escape_special_tokens(part, special, answer) for part in item] for item in value.items())
+        escape = partial(escape_special_tokens, special=special, answer=answer)
+        return {escape(name): escape(item) for name, item in value.items()}
     return [escape_special_tokens(item, special, answer) for item in value] if isinstance(value, list) else value
 
 
@@ -667,13 +668,13 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
     Where the prompt is no prefix of the text (it may open a block of reasoning that the answer lacks), the answer
     begins where they differ. White space after the stop token belongs to the template.
     """
-    (before, _), (asked, _) = (apply_template(chat, tokenizer, n, prompt=prompt) for prompt in (True, False))
+    before, asked = (apply_template(chat, tokenizer, n, prompt=opened)[0] for opened in (True, False))
     text = whole if n + 1 == len(chat.messages) else apply_template(chat, tokenizer, n + 1)[0]
-    lengths = range(min(len(before), len(text)))  # 20,000 characters one by one would take 1.8 ms and not 0.04
-    start = bisect.bisect_left(lengths, True, key=lambda place: before[: place + 1] != text[: place + 1])
+    places = range(min(len(before), len(text)))  # bisected: 20,000 characters one by one take 1.8 ms and not 0.04
+    start = bisect.bisect_left(places, True, key=lambda place: before[: place + 1] != text[: place + 1])
     if start < min(len(before), len(asked)):
-        # what precedes is written differently once it is answered: the prompt, and what follows its end in the text,
-        # which the turn before the answer precedes; without such an end, the text from there on where they differ
+        # The template writes earlier turns differently once they are answered. The longest end of the prompt that is
+        # in the text, too, shows where the answer begins: it follows the prompt. Else it begins where the two differ.
         cut = bisect.bisect_left(range(len(before)), True, key=lambda place: before[place:] in text[start:])
         place = text.rindex(before[cut:]) + len(before) - cut
         last = chat.messages[n - 1]["content"]
@@ -699,7 +700,7 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
         absent += ["tools"] * bool(chat.tools and apply_template(chat._replace(tools=None), tokenizer)[0] == whole)
     notes = [*chat.left_out, *(f"{what} that the chat template does not write" for what in absent)]
     answers_in_all = [message["role"] for message in chat.messages].count("assistant")
-    if marks is None or len(chat.answers) < answers_in_all:  # marks do not tell which are context only
+    if marks is None or len(chat.answers) < answers_in_all:  # the template marks context-only answers, too
         found = [find_answer(chat, n, whole, tokenizer) for n in chat.answers]
         rows = [(text, [n], [span]) for n, (_, text, span) in zip(chat.answers, found, strict=True)]
         if not all(text.startswith(before) for before, text, _ in found):
@@ -970,7 +971,7 @@ class Config:
 
 ARGUMENT_GROUPS: tuple[Any, ...] = tuple(f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type))
 
-# Current name; for some booleans also the values that True and, if that is not the default, False stand for.
+# The current name; where a boolean became a choice, also that for True and, unless it is the default, for False.
 RENAMED_FLAGS: dict[str, str] = {
     "evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "mlm_probability": "mask_prob",
     "no_cuda": "use_cpu", "use_auth": "use_auth_token", "per_gpu_eval_batch_size": "per_device_eval_batch_size",
@@ -979,7 +980,7 @@ RENAMED_FLAGS: dict[str, str] = {
     "group_by_length": "train_sampling_strategy group_by_length random", "adafactor": "optim adafactor",
     "use_flash_attention_2": "attn_implementation flash_attention_2", "adam8bit": "optim paged_adamw_8bit",
 }  # fmt: skip
-# What people type, with names of axolotl and LLaMA-Factory, where similarity suggests another flag than this one.
+# The flag to suggest for a name that people type, axolotl's and LLaMA-Factory's too, where difflib suggests another.
 OTHER_NAMES: dict[str, str] = {name: flag for flag, names in (
     ("model_name_or_path", "model base_model model_id model_dir"), ("learning_rate", "lr"), ("output_dir", "out"),
     ("dataset", "data_path dataset_path train_file"), ("dataset_format", "type dataset_type prompt_template"),
@@ -1168,8 +1169,8 @@ def parse_config(argv: Sequence[str]) -> Config:
         from_file = parser.passed_flags(words)
     passed = parser.passed_flags(argv[bool(path) :])
     lost = {other for name in passed for other in SUPERSEDED.get(name, ())}  # the command line wins
-    other = passed.get("dataset", from_file.get("dataset")) != from_file.get("dataset") or "eval_dataset" in passed
-    if record and not passed.get("do_train", True) and other:  # which rows of its own dataset the run took, and how
+    other_data = "eval_dataset" in passed or passed.get("dataset") not in (None, from_file.get("dataset"))
+    if record and not passed.get("do_train", True) and other_data:  # these say which of its own rows the run took
         lost |= {"eval_dataset_size", "max_eval_samples", "include_sources", "streaming", "stream_buffer"}
     from_file = {name: value for name, value in from_file.items() if name not in lost}
     given = from_file.keys() & record.get("derived", {}).get("given", ()) if record else from_file.keys()
@@ -1350,7 +1351,7 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     flags, training = argparse.Namespace(**config.flags), config.training
     clm, mlm = config.data.objective == "clm", config.masked
     foreign = MASKING_FLAGS if clm else CAUSAL_ONLY_FLAGS if mlm else set()
-    neutral = ("False", "right")  # of switches and of padding_side: they ask for nothing
+    neutral = ("False", "right")  # a switch that is off, and padding_side's default, ask for nothing
     wrong = sorted(name for name in config.explicitly_set & foreign if str(config.flags[name]) not in neutral)
     metrics = ["loss", "perplexity"] + ["masked_accuracy"] * (not clm) + ["mmlu_..."] * flags.do_mmlu_eval
     metric = (flags.metric_for_best_model or "loss").removeprefix("eval_")
@@ -1426,10 +1427,10 @@ def check_folders(config: Config) -> None:
         for name, value in sources:
             read = Path(value).resolve()
             read = read if read.is_dir() else read.parent
-            inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None
+            inside = read.relative_to(folder).parts if read.is_relative_to(folder) else None  # (): folder itself
             resumes = name == "resume_from_checkpoint"
-            within = inside and not resumes and removed.match(inside[0])
-            if within or (inside == () and not (resumes and (folder / "run.json").is_file())):  # a bare checkpoint
+            own_run = resumes and (folder / "run.json").is_file()  # checkpoint_problem says which checkpoint to pass
+            if (inside == () and not own_run) or (inside and not resumes and removed.match(inside[0])):
                 raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
 
 
@@ -1478,7 +1479,7 @@ def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
         (flags.bits != 4, {"quant_type", "double_quant"}, f"bits is {flags.bits}"),
         (CUSTOM_FORMAT.fullmatch(flags.dataset_format or ""), {"as_chat"}, "a function writes its rows itself"),
         (flags.full_finetune, LORA_FLAGS - {"layers_to_freeze", "layer_freeze_ratio"}, "there are no adapters"),
-        (flags.adapter_name_or_path, LORA_FLAGS, "the adapter to start from keeps its own rank, alpha and layers"),
+        (flags.adapter_name_or_path, LORA_FLAGS - {"lora_dtype"}, "the adapter to start from keeps its own shape"),
         (not flags.do_predict, GENERATION_FLAGS, "nothing is generated without --do_predict"),
         (flags.do_predict and not flags.do_sample, SAMPLING_FLAGS, "nothing is sampled without --do_sample"),
         (not flags.do_mmlu_eval, MMLU_FLAGS, "no questions are asked without --do_mmlu_eval"),
@@ -1711,7 +1712,7 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     missing = sorted({*get_format(chosen, config.data.as_chat).columns} - columns) if chosen else []
     found = f"{name}: found the columns {shorten(', '.join(own) or '(none)')}"
     absent = [column for column in names.values() if column not in own]
-    if absent and (len(absent) < len(names) or missing or not chosen):
+    if absent and (len(absent) < len(names) or missing or not chosen):  # all absent: meant for another dataset
         raise ConfigError(f"{found}, but none is called {absent[0]}, which --columns names")
     if chosen is None:
         needed = {", ".join(sorted(FORMATS[known].columns)): known for known in candidates}
@@ -1744,7 +1745,7 @@ class Limits(NamedTuple):
         return self.total or self.source + self.target
 
     def prompt(self, completion: int) -> int:
-        """The most for the prompt of such a completion; of one limit for both, a quarter at least."""
+        """The longest prompt beside `completion` tokens; under one limit for both, a quarter of it at least."""
         return self.source if self.total is None else max(self.total - completion, self.total // 4)
 
 
@@ -1863,7 +1864,7 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
         used |= {name for name in ("category", "source") if len(str(row.get(name))) < 100}  # else they are no labels
         unused = sorted(escape_control_chars(n) for n, value in row.items() if n not in used and value is not None)
         for segments, left_out, _ in rows:
-            left_out += unused if dataset_format.columns else ()  # a user's own function may use all of them
+            left_out.extend(unused if dataset_format.columns else ())  # a user's own function may use all of them
             if not any(segment["supervised"] and segment["text"].strip(MARKS).strip() for segment in segments):
                 column = "".join(dataset_format.columns[-1:]) or "output"
                 raise RowError(f"field {column!r}: the output is empty, expected something to learn")
@@ -1915,13 +1916,14 @@ def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
     sources = find_splits(name, config)
     chosen = choose_format(name, next(iter(sources.values())), config)
     sources = {split: dataclasses.replace(part, format=chosen) for split, part in sources.items()}
-    return {split_named(split) or split: source for split, source in reversed(sources.items())} | sources
+    named = {split_named(split) or split: source for split, source in reversed(sources.items())}
+    return sources | {split: source for split, source in named.items() if split not in sources}
 
 
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
     """Rows to train and to evaluate on, of every dataset named. Chats need the tokenizer."""
-    trained = find_training(config)
-    config = as_held_out(config, trained[1])
+    model, record = find_training(config)
+    config = as_held_out(config, record)
     args, data = config.training, config.data
     clear_rejected(config)
     evaluating = args.do_eval or args.do_predict
@@ -1950,7 +1952,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
             if data.max_train_samples:
                 train = dataclasses.replace(train, stop=train.start + data.max_train_samples)
             rows = [load_rows(source, config, tokenizer, limit=data.max_eval_samples) for source in eval_sources]
-            check_held_out(rows[0] if train.start else None, *trained, config)
+            check_held_out(rows[0] if train.start else None, model, record, config)
             return Splits(train if training else None, rows[0] if rows else None)
         if train:
             rows = load_rows(train, config, tokenizer)
@@ -1960,15 +1962,15 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     if evaluating and splits.eval is None and splits.train is not None:
         calibrates = config.quant.calibration_rows and not config.record
         asked = args.do_train or calibrates or "eval_dataset_size" in config.explicitly_set
-        holds_out = asked or held_rows_out(trained[1])
+        holds_out = asked or held_rows_out(record)
         splits = train_eval_split(splits.train, config) if holds_out else Splits(None, splits.train)
-        check_held_out(splits.eval, *trained, config)
+        check_held_out(splits.eval, model, record, config)
     if mixed and splits.train is not None:  # only now, so that no copy of a held-out row is trained on
         times = splits.train["times"][:]
         order = [i for turn in range(max(times)) for i, n in enumerate(times) if n > turn]
         splits = Splits(splits.train.select(order), splits.eval)
-    limits = data.max_train_samples, data.max_eval_samples
-    taken = [rows.take(n) if rows and n else rows for rows, n in zip(splits, limits, strict=True)]
+    most = data.max_train_samples, data.max_eval_samples
+    taken = [rows and rows.select(range(min(n or len(rows), len(rows)))) for rows, n in zip(splits, most, strict=True)]
     return Splits(taken[0] if training else None, taken[1])
 
 
@@ -1980,8 +1982,8 @@ def find_training(config: Config) -> tuple[str, dict[str, Any]]:
     trained = picked if os.path.isdir(picked) else str(config.training.output_dir)
     now = {os.path.realpath(name) for name, _ in dataset_shares(config.data.dataset)}
     for name in config.model.adapter_name_or_path or trained, config.model.model_name_or_path:
-        above = re.fullmatch(r"checkpoint-\d+", Path(name).name) and not Path(name, "run.json").is_file()
-        file = (Path(name).parent if above else Path(name)) / "run.json"
+        checkpoint = re.fullmatch(r"checkpoint-\d+", Path(name).name) and not Path(name, "run.json").is_file()
+        file = (Path(name).parent if checkpoint else Path(name)) / "run.json"
         record = read_json(file) if file.is_file() else None
         flags = record.get("flags") if isinstance(record, dict) else None  # else another program's
         own = str(flags["dataset"]) if isinstance(flags, dict) and flags.get("do_train") else ""
@@ -2017,8 +2019,8 @@ def check_held_out(rows: Any, name: str, record: dict[str, Any], config: Config)
     flags, derived, size = record["flags"], record.get("derived", {}), "eval_dataset_size"
     same = flags.get(size) == config.data.eval_dataset_size
     same &= (size in derived.get("given", ())) == (size in config.explicitly_set)  # the default may mean a tenth
-    known = derived.get("held out", ())  # nothing, of an earlier version
-    if not (held_rows_out(record) and same and all(map(operator.eq, known, held_out_places(rows)))):
+    pairs = zip(derived.get("held out", ()), held_out_places(rows), strict=False)  # an earlier version wrote none
+    if not (held_rows_out(record) and same and all(old == new for old, new in pairs)):
         log.warning("--dataset %s: %s was trained on these rows, or some of them", config.data.dataset, name)
 
 
@@ -2036,7 +2038,7 @@ def train_eval_split(rows: Any, config: Config) -> Splits:
     categories, places = rows["category"][:], rows["where"][:]
     size = config.data.eval_dataset_size
     order = numpy.random.default_rng(42).permutation(len(rows)).tolist()
-    chats = list({places[i]: i for i in order}.values())  # or plain rows
+    chats = list({places[i]: i for i in order}.values())  # one row of each; a plain row is its own
     total = len(chats)
     if "eval_dataset_size" not in config.explicitly_set and total < 4 * size:
         size = max(1, total // 10)
@@ -2050,7 +2052,8 @@ def train_eval_split(rows: Any, config: Config) -> Splits:
         chats.sort(key=categories.__getitem__)
         chats = [chats[(2 * n + 1) * total // (2 * count)] for n in range(count)]
     held_out = {places[i] for i in chats[:count]}
-    return Splits(*(rows.select([i for i in order if (places[i] in held_out) == held]) for held in (False, True)))
+    train = [i for i in order if places[i] not in held_out]
+    return Splits(rows.select(train), rows.select([i for i in order if places[i] in held_out]))
 
 
 def drop_bad_rows(rows: Any, config: Config) -> Any:
@@ -2103,12 +2106,12 @@ def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> Non
 #
 # Returns a fast tokenizer with BOS (where it has one), EOS and pad ids inside the model's embedding.
 # ------------------------------------------------------------------------------------
-# Tokens that models leave unused, and so a pad that no text contains. In order of preference.
+# Tokens that models leave unused, so that no text contains them: a pad. One called so is taken first, then by id.
 SPARE_TOKENS = re.compile(
     r"<\|finetune_right_pad_id\|>|<\|?pad(ding)?\|?>|\[PAD\]|<\|reserved_special_token_\d+\|>|<\|?unused\d+\|?>"
     r"|<\|reserved_\d+\|>", re.IGNORECASE,
 )  # fmt: skip
-# Text that classes which transformers rebuilds from vocabulary and merges encode unlike tokenizer.json.
+# Texts to which a class that transformers rebuilds from vocabulary and merges may give other ids than tokenizer.json.
 PROBES = ["  I'LL don't\n\n\n 1. é à e\u0301 ﬁ\n    return x\n\tif 日本語 🙂 ", "12 3456,78 10 21 1893 24\n\n2. A"]
 # Names of pre-tokenizers in .gguf files (llama.cpp's llama-vocab.cpp): GPT-2's, with digits one by one or in runs.
 GGUF_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
@@ -2204,7 +2207,7 @@ def add_tokens(tokenizer: Any, names: str, rows: int) -> int:
 
 def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model_config: PretrainedConfig) -> None:
     """Apply the flags, and choose a pad token if there is none."""
-    rows = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    rows = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)  # of the embedding
     rows = add_tokens(tokenizer, config.model.add_tokens, rows) if config.model.add_tokens else rows
     vocabulary = tokenizer.get_vocab()
     for name in ("pad_token", "eos_token", "bos_token", "unk_token"):
@@ -2264,9 +2267,10 @@ def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
     """Tokens of each segment, BOS before the first and EOS after the last; without a BOS token none is added."""
     bos, eos = tokenizer.bos_token_id, [tokenizer.eos_token_id]
     marks = {BOS_MARK: [] if bos is None else [bos], EOS_MARK: eos, ESCAPE_MARK: []}
-    whole = tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "Unigram"  # may have </s> as text
-    parsed = special_token_pattern(tokenizer, unflagged=not whole)  # by the tokenizer, unless they are cut in two
-    split = [[re.split(f"([{MARKS}])", escape_special_tokens(s["text"], parsed)) for s in row] for row in rows]
+    # split_special_tokens leaves added tokens whole that are not flagged; Unigram's vocabulary may have </s> as a word
+    unigram = tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "Unigram"
+    special = special_token_pattern(tokenizer, unflagged=not unigram)
+    split = [[re.split(f"([{MARKS}])", escape_special_tokens(s["text"], special)) for s in row] for row in rows]
     ids_of_text = iter(tokenize([text for row in split for parts in row for text in parts[::2]], tokenizer))
     for row, segments in zip(rows, split, strict=True):
         ids = [[i for p in parts for i in (marks[p] if p in marks else next(ids_of_text))] for parts in segments]
@@ -2289,7 +2293,7 @@ def prompts_and_completions(batch: Mapping[str, list[Any]], tokenizer: Any) -> I
 
 def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
     """A text with the tokenizer's special tokens around it; the labels are the tokens that may be masked."""
-    # a mask token in the text is one, which prediction fills; other special tokens stay text, except with slow
+    # special tokens in a text stay text, but not beside a mask token, which prediction fills, nor with slow
     # tokenizers: ESM's finds its letters by the same rule as special tokens
     split = tokenizer.is_fast and str(tokenizer.mask_token) not in text
     limit = limits.total or limits.source
@@ -2428,7 +2432,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
             if enough := rooms >> lengths[i]:
                 room = lengths[i] + (enough & -enough).bit_length() - 1
                 pack = by_room[room].pop()
-                rooms ^= (not by_room[room]) << room
+                rooms ^= (not by_room[room]) << room  # clears the bit if no such pack is left
             else:
                 self.packs.append(pack)
             pack.append(i)
@@ -2462,7 +2466,7 @@ def epoch_order(lengths: list[int], batch_size: int, args: Any, epoch: int) -> l
 
 def steps_per_epoch(rows: int, size: int, args: Any) -> int:
     """Optimizer steps of `size` rows; a smaller one at the end counts unless the flags drop it."""
-    return (math.floor if args.dataloader_drop_last else math.ceil)(rows / size)
+    return rows // size if args.dataloader_drop_last else math.ceil(rows / size)
 
 
 class TokenStatistics(NamedTuple):
@@ -2585,18 +2589,18 @@ def collate_step(rows: Sequence[Mapping[str, Any]], masked: bool = False) -> dic
 
 
 def micro_batches(step: StepBatch, rows: int | None, tokens: int, padded: bool) -> list[list[int]]:
-    """The members that go through the model together: at most `rows` of the dataset (None: as many as fit), in order.
+    """Which members go through the model together: those of `rows` dataset rows in turn or, with None, as many as fit.
 
-    They have at most so many tokens, padding included, unless one member alone has more.
+    They have at most `tokens` tokens, padding included, unless one member alone has more.
     """
     lengths = step.lengths.tolist()
     groups = [list(range(len(lengths)))]
     if rows is not None and step.rows:  # a process may have none
-        ends = [0, *itertools.accumulate(step.rows)]
-        groups = [groups[0][start:end] for start, end in itertools.pairwise([*ends[:-1:rows], ends[-1]])]
+        starts = [0, *itertools.accumulate(step.rows)][:-1]  # of each row's members
+        groups = [list(range(*ends)) for ends in itertools.pairwise([*starts[::rows], len(lengths)])]
     elif padded:
         groups[0].sort(key=lambda i: -lengths[i])
-    else:  # even shares, a little larger as rows stay whole
+    else:  # no more batches than needed, of one size; 2 % more than an even share, as rows stay whole
         tokens = min(tokens, math.ceil(sum(lengths) / max(1, math.ceil(sum(lengths) / tokens)) * 1.02))
     batches: list[list[int]] = []
     for group in groups:
@@ -2784,7 +2788,7 @@ def made_once(folder: Path, what: str) -> Iterator[str]:
     with reraise_as_user_error(what):
         folder.parent.mkdir(parents=True, exist_ok=True)
         for left in folder.parent.iterdir():
-            if left.name.startswith(f"{name}.") and not psutil.pid_exists(int(left.suffix[1:])):
+            if left.name.rpartition(".")[0] == name and not psutil.pid_exists(int(left.suffix[1:])):
                 shutil.rmtree(left)
         try:
             yield str(scratch)
@@ -2935,7 +2939,7 @@ class LayerUses:
 
     def read(self, layer: Any) -> Any:
         """What `layer.weight` gives."""
-        self.otherwise |= {layer}.difference(self.running)
+        self.otherwise |= {layer}.difference(self.running)  # while it runs, it reads its weight itself
         return layer.__getattr__("weight")
 
 
@@ -3119,7 +3123,8 @@ def dequantise_4bit(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
         COMPILED[key][grid](*tensors, blocks, *constants)
     else:  # without fusion, as bitsandbytes rounds the product before it adds
         kernel = _dequantise_4bit_kernel[grid](*tensors, blocks, *constants, enable_fp_fusion=False)
-        COMPILED.update({key: kernel} if aligned else {})
+        if aligned:
+            COMPILED[key] = kernel
     return out
 
 
@@ -3173,7 +3178,7 @@ def meta_model(config: Config, model_config: PretrainedConfig) -> Any:
 
 
 def quantisation_config(config: Config, model_config: PretrainedConfig) -> Any | None:
-    """Settings of bitsandbytes, for bits 4 and 8 only: with both switches off it quantises to 4 bit all the same."""
+    """Settings of bitsandbytes; None for 16 and 32 bits: with both load_in_... off it would quantise to 4 bit."""
     quant = config.quant
     if quant.bits not in (4, 8):
         return None
@@ -3727,14 +3732,14 @@ def outside_frozen_layers(names: Iterable[str], model: PreTrainedModel, lora: Lo
     if frozen >= layers:
         raise ConfigError(f"--layers_to_freeze {frozen}: the model has {layers} layers, nothing would train")
     # the first number in a name is its layer's; a name without one lies in no layer and stays
-    return {name for name in names if next((int(n) for n in name.split(".") if n.isdigit()), frozen) >= frozen}
+    return {name for name in names if next((int(n) for n in name.split(".") if n.isdigit()), math.inf) >= frozen}
 
 
 def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> set[str]:
     """Full names of the layers that --lora_modules asks for, and of stacks of experts, outside frozen layers."""
     layers, targets = linear_layers(model, masked), set[str]()
     if adapts_experts(lora):
-        layers += stacked_experts(model, known=True)
+        layers.extend(stacked_experts(model, known=True))  # the names
     trainable = outside_frozen_layers(layers, model, lora)
     grouped = trainable - find_routers(model, trainable)
     for name in map(str.strip, lora.lora_modules.split(",")):
@@ -4708,7 +4713,7 @@ def offloading_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
 
 
 def only_first_trains(others: Iterable[Any]) -> bool:
-    """Whether none of a layer's other inputs carries a gradient, or may be changed by it."""
+    """Whether a layer's other inputs are numbers or tensors without a gradient, and none an object, such as a cache."""
     parts = [part for value in others for part in (value if isinstance(value, tuple) else [value])]
     objects = [part for part in parts if not isinstance(part, bool | int | float | None)]
     return all(isinstance(part, Tensor) and not part.requires_grad for part in objects)
@@ -4898,8 +4903,8 @@ def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, step
         else "" if wanted or (base._supports_sdpa and base._supports_attention_backend)
         else f"{name} does not support rows that lie end to end"
     )  # fmt: skip
-    seen = why or f"in {name} they would see each other, or too far back"
-    off = fast._replace(off=(*fast.off, f"rows are padded: {seen}"))
+    reason = why or f"in {name} they would see each other, or too far back"
+    off = fast._replace(off=(*fast.off, f"rows are padded: {reason}"))
     if why:
         return off
     rows = [to_device(padded_batch(steps[0], members, 0, "right"), device) for members in ([0, 1], [0], [1])]
@@ -4908,7 +4913,7 @@ def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, step
     with short_spans(base, length_limits(config).longest if kernel == VARLEN_ATTENTION else 0):
         padded, *rest = (supervised_logits(model, fast, batch).cpu() for batch in rows)
         alone = torch.cat(rest)
-        noise = (padded - alone)[16:].norm()  # what another kernel alone changes; it grows with the layers
+        noise = (padded - alone)[16:].norm()  # of the second row: what another kernel changes, more with each layer
         try:
             with attention_implementation(base, kernel):
                 first, second = (supervised_logits(model, fast, batch).cpu() for batch in flat)
@@ -4956,7 +4961,7 @@ def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, devi
     training, generator = base.training, torch.Generator().manual_seed(0)
     words = base.config.get_text_config().vocab_size
     a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
-    # two steps of two rows, of which the second is the same in both; peft's layers take fewer than 16 tokens
+    # two steps of two rows, 16 and 22 labels, the second row the same; under 16 tokens FusedLinear.can_fuse says no
     steps = [collate_step([{"input_ids": ids, "labels": ids} for ids in rows])["step"] for rows in ((a, b), (c, b))]
     long = length_limits(config).longest > longest_independent(base.config)
     model.eval()
@@ -5258,7 +5263,7 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
 
 
 def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config: Config) -> MemoryModel:
-    """Correct the prediction by what two small steps, forward and backward, take of the GPU's memory."""
+    """Correct the predicted memory by that of two small steps. Not the calibration of --calibration_rows."""
     longest = int(min(512, positions_of(base.config)))
     device, dtype = base.get_input_embeddings().weight.device, compute_dtype(config)
     peaks = []
@@ -5358,8 +5363,8 @@ BEST_FLAGS = {"metric_for_best_model", "greater_is_better", "label_smoothing_fac
 RATE_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
 STATEFUL_SCHEDULES = {"reduce_lr_on_plateau", "greedy"}  # whose rates follow from the past, not from the step
 UPDATE_FLAGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
-# What becomes of a flag that differs from the checkpoint's. A run reads all its flags, so that one in no row applies at
-# once; a row holds what the checkpoint depends on: weights, optimizer, order of rows, best metric.
+# What a resume does with a flag that differs from the checkpoint's: refuse it, if weights, optimizer state, order of
+# rows or best metric depend on it; schedule the steps that are left by it; or, in neither row, apply it at once.
 RESUME_RULES: dict[str, set[str]] = {
     "refused": MODEL_FLAGS | BEST_FLAGS | {
         "adapter_name_or_path", "rope_scaling", "bf16", "fp16", "optim", "optim_args", "optim_target_modules", "engine",
@@ -5395,7 +5400,7 @@ def weights_digest(model: Path) -> str:
 
 
 def run_fingerprint(config: Config, data: Mapping[str, TokenStatistics]) -> dict[str, Any]:
-    """What a checkpoint says of its run: every flag, and what stands behind them."""
+    """What a checkpoint records as `run`: every flag, the engine, and hashes of what the flags only name."""
     flags = json.loads(json.dumps(config.flags, default=str))
     for name in ("model_name_or_path", "adapter_name_or_path"):  # relative to this working directory
         if flags[name] and Path(flags[name]).exists():
@@ -5438,7 +5443,7 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
     recorded = read_record(folder).get("run", {})
     if not recorded:
         log.warning("%s does not say what it belongs to: model, bits and dataset are not compared", folder)
-    before, now = ({**values.get("flags", {}), **values} for values in (recorded, run))
+    before, now = ({**record.get("flags", {}), **record} for record in (recorded, run))  # flags beside the rest
     ineffective = {name for applies, names, _ in ineffective_flags(config) if applies for name in names}
     # What an earlier version did not record is not compared: its checkpoints stay resumable.
     names = now.keys() & before.keys() - {"flags", "effective batch", *NOT_REPEATED, *ineffective}
@@ -5616,7 +5621,7 @@ def find_resume_point(config: Config) -> ResumePoint:
 def fsync_path(path: Path) -> None:
     """Flush a file, or a folder's list of names, to disk."""
     if path.is_file():  # safetensors makes files that only their owner can read
-        os.umask(mask := os.umask(0o077))  # it can only be read by setting it
+        os.umask(mask := os.umask(0o077))  # set, to read the old one, and set back: there is no other way
         path.chmod(0o666 & ~mask)
     if os.name != "nt":  # Windows opens no folder, and flushes no file that is open for reading
         descriptor = os.open(path, os.O_RDONLY)
@@ -5657,7 +5662,7 @@ def commit_checkpoint(staging: Path, final: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_save(staging: Path, target: Path) -> Iterator[None]:
-    """Remove the staging folder afterwards, and turn a full disk, a quota or missing rights into one line."""
+    """Around a save into `staging`: in the end it is removed. A full disk, quota or missing rights: a ConfigError."""
     try:
         yield
     except Exception as error:
@@ -5696,7 +5701,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):  # a folder that is not empty stays
                 (folder / LOCK).unlink()
-                folder.rmdir() if made else None
+                if made:
+                    folder.rmdir()
 
 
 def final_place(output: Path, final: Path) -> str:
@@ -5803,7 +5809,7 @@ def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Any], t
     """Call `process` with the row numbers of each batch; returns the results for all batches, on every rank."""
     results: dict[int, Any] = {}  # by a batch's first row
     size, (rank, ranks) = trainer.args.per_device_eval_batch_size, rank_and_world_size()
-    starts = range(0, count, size)  # batches are cut as for one process, and a sharded model needs as many on each rank
+    starts = range(0, count, size)  # cut as for one process; dealt in a circle, as engines need as many on each rank
     own = [starts[i % len(starts)] for i in range(rank, math.ceil(len(starts) / ranks) * ranks, ranks)]
     shown = trainer.accelerator.is_main_process and not trainer.config.training.disable_tqdm
     trainer.base.eval()
@@ -5817,7 +5823,7 @@ def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Any], t
 def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """What the flags set, with BOS, EOS and pad ids, and the model's own further stop tokens."""
     flags = config.generation
-    passed = {"max_new_tokens"} | config.explicitly_set - (set() if flags.do_sample else SAMPLING_FLAGS)
+    passed = {"max_new_tokens", *config.explicitly_set} - (set() if flags.do_sample else SAMPLING_FLAGS)
     values = {name: value for name, value in vars(flags).items() if name in passed}
     stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
     eos = sorted({tokenizer.eos_token_id, *([stops] if isinstance(stops, int) else stops)})
@@ -6202,8 +6208,8 @@ class QLoRATrainer(Trainer):
         if plugin := getattr(self.accelerator.state, "fsdp_plugin", None):
             set_up_fsdp(plugin, self.model, config)
         self.model_accepts_loss_kwargs = True  # our loss is divided by the supervised tokens of the whole step
-        self.base: Any = self.accelerator.unwrap_model(self.model)
-        self.inner = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base  # without peft
+        self.base: Any = self.accelerator.unwrap_model(self.model)  # with adapters; what else is called `base` is inner
+        self.inner = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base
         self.passes_positions = passes_positions(self.inner, config)
         self.parameter_count = self.base.num_parameters(exclude_embeddings=True)
         self.sharded = is_sharded(config)
@@ -6310,7 +6316,7 @@ class QLoRATrainer(Trainer):
                     batch = to_device(self._batch(step, members), self.args.device)
                     with self.compute_loss_context_manager():
                         total = summed_loss(inner, self.fast, batch, self.args.label_smoothing_factor)
-                        # over the supervised tokens of the whole step; undoes the average over ranks
+                        # normalised by `items`, all ranks' supervised tokens of the step; ranks' gradients are averaged
                         loss = total * (self.args.world_size / items)
                         if self.balance:  # a micro-batch counts by its tokens, as in the model's own loss
                             routed = self.balance(self.router_logits, batch.get("attention_mask"))
@@ -6969,7 +6975,7 @@ def model_card(trainer: QLoRATrainer) -> str:
     for entry in trainer.state.log_history:
         steps[entry["step"]] |= entry
     losses = [entry for entry in steps.values() if "loss" in entry or "eval_loss" in entry]
-    losses = losses[:: -math.ceil(max(len(losses), 1) / 20)][::-1]  # at most 20 rows, the last among them
+    losses = losses[:: -math.ceil(max(len(losses), 1) / 20)][::-1]  # every n-th back from the last, at most 20 rows
     names = ("step", "loss", "eval_loss")
     columns = ([rounded(entry[name]) if name in entry else "" for name in names] for entry in losses)
     rows = "\n".join(f"| {' | '.join(row)} |" for row in columns)
@@ -7258,7 +7264,7 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
 
 def plan_of_rows(config: Config) -> dict[str, str]:
     """Rows, steps and time of the run that is planned, if its rows can be read."""
-    reading = dataclasses.replace(config, data=dataclasses.replace(config.data, preview=1))  # leaves no files
+    reading = dataclasses.replace(config, data=dataclasses.replace(config.data, preview=1))  # refuses no folder
     try:
         run, data = load_run(reading)
     except ConfigError as error:
@@ -7349,7 +7355,7 @@ def way_to_go_on(config: Config | None, stop: GracefulStop) -> str:
     flags = [f"--{n}" for n in ("overwrite_output_dir", "resume_from_checkpoint") if config and config.flags[n]]
     without = f" without {flags[0]}" if flags and stop.saved_step else ""
     output = Path(config.training.output_dir if config else "")
-    saved = config and (checkpoints_in(output) or (output / COMPLETED).is_file()) and not (flags and not without)
+    saved = config and (checkpoints_in(output) or (output / COMPLETED).is_file()) and (without or not flags)
     return f"the same command{without} {'goes on from what is saved' if saved else 'starts again'}"
 
 
@@ -7418,7 +7424,7 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Config, GracefulSt
         known = exit_status(error, way_to_go_on(config, stop))
         if known is None:
             raise
-        if debug:
+        if debug or (config and "debug" in config.explicitly_set):
             traceback.print_exc()
         rank, ranks = rank_and_world_size()
         if ranks > 1 or os.environ.get("LOCAL_RANK", "0") == "0":  # before they connect, all ranks meet the same error
