@@ -13,6 +13,7 @@ scripts/benchmark_many.py (-- --bf16 --fsdp: stored as FSDP needs it) or benchma
 
 import argparse
 import gc
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,9 +21,11 @@ from unittest import mock
 import bitsandbytes
 import datasets
 import proof
-import selftest
 import torch
 from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+import tiny
 
 import qlora
 
@@ -57,7 +60,7 @@ def shape_config(name: str) -> Any:
     return kind(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=int(some or layers), num_attention_heads=heads,
         num_key_value_heads=grouped, vocab_size=vocabulary, max_position_embeddings=8192, rms_norm_eps=1e-5,
-        tie_word_embeddings=False, **selftest.SPECIAL_IDS, **more,
+        tie_word_embeddings=False, bos_token_id=tiny.BOS, eos_token_id=tiny.EOS, pad_token_id=tiny.PAD, **more,
     )  # fmt: skip
 
 
@@ -95,7 +98,7 @@ def load_random(config: qlora.Config, model_config: Any, _: str) -> Any:
 
 def train(name: str, cap: float | None, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train one shape for a few steps on random rows; where memory does not suffice, the reason."""
-    model_config, tokenizer = shape_config(name), selftest.byte_tokenizer()
+    model_config, tokenizer = shape_config(name), tiny.byte_tokenizer()
     config = qlora.parse_config([
         "--model_name_or_path", name, "--output_dir", "/tmp/memory", "--save_strategy", "no", "--bf16",
         "--gradient_accumulation_steps", "1", "--max_steps", str(arguments.steps), "--logging_steps", "1",
@@ -150,7 +153,7 @@ def write(name: str, arguments: argparse.Namespace) -> None:
         quantisation: Any = qlora.quantisation_config(config, shape_config(name))
         model.config.quantization_config = quantisation.to_dict()
     model.save_pretrained(folder, max_shard_size="5GB")
-    selftest.byte_tokenizer().save_pretrained(folder)
+    tiny.byte_tokenizer().save_pretrained(folder)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -38,7 +38,6 @@ def start(flags: Sequence[str], *callbacks: TrainerCallback) -> tuple[int | str,
         rows[self.state.global_step + 1] = list(inputs["step"].where)
         return training_step(self, model, inputs, *args)
 
-    qlora.log.handlers.clear()  # they write to the previous run's output
     with (
         mock.patch.object(qlora, "build_callbacks", lambda *args: [*build(*args), *callbacks]),
         mock.patch.object(qlora.QLoRATrainer, "training_step", noting),
