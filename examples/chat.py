@@ -26,7 +26,8 @@ def lines() -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    bot = talk.load_from(talk.parse(talk.make_parser(__doc__, template="auto"), argv))
+    options, flags = talk.make_parser(__doc__, template="auto").parse_known_args(argv)
+    bot = talk.Bot(options.model, *flags, template=options.template, system=options.system, stop=options.stop)
     print("/clear starts a new conversation, /quit leaves, Ctrl-C stops an answer", file=sys.stderr)
     history: list[talk.Message] = []
     for line in lines():

@@ -35,16 +35,15 @@ def reply(
     """The answer so far, each time a new piece arrives."""
     messages = [{"role": turn["role"], "content": get_text(turn["content"])} for turn in history]
     messages = [{**turn, "content": turn["content"].replace(EMPTY, "")} for turn in messages]
-    text = ""
+    bot.system, text = system, ""
+    bot.generation.update(do_sample=temperature > 0, temperature=float(temperature) or 1.0, max_new_tokens=int(length))
     try:
-        for piece in bot.with_settings(system, temperature, length).answer(
-            [*messages, {"role": "user", "content": message}]
-        ):
+        for piece in bot.answer([*messages, {"role": "user", "content": message}]):
             text += piece
-            yield text
+            yield text.strip()
     except qlora.ConfigError as error:
         raise gradio.Error(str(error)) from error
-    if not text:
+    if not text.strip():
         yield EMPTY
 
 
@@ -63,10 +62,10 @@ def settings(bot: talk.Bot) -> list[Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = talk.make_parser(__doc__, template="auto")
     parser.add_argument("--port", type=int, help="default: the first free port from 7860 up")
-    options = talk.parse(parser, argv)
+    options, flags = parser.parse_known_args(argv)
     if gradio is None:
         raise qlora.ConfigError("gradio is not installed: pip install -r examples/requirements.txt")
-    bot = talk.load_from(options)
+    bot = talk.Bot(options.model, *flags, template=options.template, system=options.system, stop=options.stop)
     buttons: Any = ["copy", "copy_all"]  # without the button that shares a chat on the hub
     chatbot = gradio.Chatbot(scale=1, buttons=buttons, show_label=False)
     chat = partial(reply, bot)

@@ -18,12 +18,12 @@ import qlora
 def main(argv: Sequence[str] | None = None) -> None:
     parser = talk.make_parser(__doc__, template="plain")
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="default: standard input")
-    options = talk.parse(parser, argv)
+    options, flags = parser.parse_known_args(argv)
     if options.prompt is None and not sys.stdin.isatty():
         options.prompt = sys.stdin.read().removesuffix("\n")
     if not options.prompt:
         raise qlora.ConfigError("no prompt: pass one after MODEL or on standard input")
-    bot = talk.load_from(options)
+    bot = talk.Bot(options.model, *flags, template=options.template, system=options.system, stop=options.stop)
     for piece in bot.answer([{"role": "user", "content": options.prompt}]):
         print(piece, end="", flush=True)
     print()

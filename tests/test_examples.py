@@ -77,7 +77,7 @@ def trained(base):
 
 @pytest.fixture(scope="module")
 def bot(trained):
-    return talk.load(str(trained), MAX_NEW)
+    return talk.Bot(str(trained), MAX_NEW)
 
 
 @pytest.fixture(scope="module")
@@ -132,32 +132,32 @@ def test_an_adapter_is_found_in(trained, place, tmp_path):
         into.mkdir(parents=True)
         for file in adapter:
             shutil.copy(trained / file, into)
-    bot = talk.load(str(folder), MAX_NEW)
+    bot = talk.Bot(str(folder), MAX_NEW)
     assert "Linear4bit" in layer_types(bot.model) and ask(bot, "hello") == SHIPS
 
 
 def test_a_merged_model_answers_the_same_in_its_own_precision(merged):
-    bot = talk.load(str(merged), MAX_NEW)
+    bot = talk.Bot(str(merged), MAX_NEW)
     assert layer_types(bot.model) == {"Linear"} and bot.model.dtype == torch.float32
     assert ask(bot, "hello", "why?") == "She counted them."
-    assert "Linear4bit" in layer_types(talk.load(str(merged), "--bits", "4").model)
+    assert "Linear4bit" in layer_types(talk.Bot(str(merged), "--bits", "4").model)
 
 
 def test_a_merged_model_inside_a_run_folder_is_loaded_in_16_bit(merged, trained):
     inside = shutil.copytree(merged, trained / "merged")
-    assert layer_types(talk.load(str(inside)).model) == {"Linear"}
+    assert layer_types(talk.Bot(str(inside)).model) == {"Linear"}
 
 
 def test_a_base_model(base, models):
-    bot = talk.load(str(base), MAX_NEW)
+    bot = talk.Bot(str(base), MAX_NEW)
     assert layer_types(bot.model) == {"Linear"} and ask(bot, "hello") != SHIPS
-    gguf = talk.load(str(models("gguf") / tiny.GGUF_FILE), "--max_new_tokens", "4", template="plain")
+    gguf = talk.Bot(str(models("gguf") / tiny.GGUF_FILE), "--max_new_tokens", "4", template="plain")
     assert gguf.model.config.model_type == "llama" and isinstance(ask(gguf, "ships"), str)
 
 
 def test_a_full_fine_tune_keeps_its_bits(run_qlora):
     run = run_qlora(full_finetune=True, bits=32, max_steps=2, learning_rate=1e-2)
-    bot = talk.load(str(run.output_dir), "--max_new_tokens", "3")
+    bot = talk.Bot(str(run.output_dir), "--max_new_tokens", "3")
     assert bot.config.quant.bits == 32 and not hasattr(bot.model, "peft_config")
     trained = AutoModelForCausalLM.from_pretrained(run.output_dir).lm_head.weight
     assert torch.equal(bot.model.lm_head.weight, trained)
@@ -167,7 +167,7 @@ def test_a_full_fine_tune_is_asked_as_its_rows_were_written(run_qlora, tmp_path)
     """The format was inferred from the columns."""
     rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", tiny.ALPACA_ROWS)
     run = run_qlora(full_finetune=True, bits=32, max_steps=1, dataset=rows, dataset_format=None)
-    assert talk.load(str(run.output_dir)).template == "alpaca"
+    assert talk.Bot(str(run.output_dir)).template == "alpaca"
 
 
 def test_a_run_with_a_working_dir_and_a_deleted_template_file(run_qlora, tmp_path, monkeypatch):
@@ -178,15 +178,17 @@ def test_a_run_with_a_working_dir_and_a_deleted_template_file(run_qlora, tmp_pat
     (tmp_path / "chat.jinja").unlink()
     monkeypatch.chdir("/")
     for folder in (tmp_path / "work", tmp_path / "final"):
-        bot = talk.load(str(folder), MAX_NEW)
+        bot = talk.Bot(str(folder), MAX_NEW)
         assert layer_types(bot.model) == {"Linear"} and bot.tokenizer.chat_template == TEMPLATE
 
 
-def test_a_merged_model_whose_rows_are_not_known_is_a_warning(run_qlora, tmp_path, caplog):
-    assert run_qlora(max_steps=1, merged_output_dir=tmp_path / "merged").code == 0
-    with caplog.at_level("WARNING", "qlora"):
-        talk.load(str(tmp_path / "merged"), MAX_NEW)
-    assert "how the rows that it was trained on were written is not known: see --template" in caplog.messages
+def test_the_template_is_logged_and_whether_the_rows_are_known(run_qlora, tmp_path, caplog):
+    run = run_qlora(max_steps=1, merged_output_dir=tmp_path / "merged")
+    with caplog.at_level("INFO", "qlora"):
+        for folder in (run.output_dir, tmp_path / "merged"):
+            talk.Bot(str(folder), MAX_NEW)
+    assert "--template plain, as rows of the format input-output" in caplog.messages
+    assert "--template guanaco: how rows that it was trained on were written is not known" in caplog.messages
 
 
 def test_what_does_not_answer_is_refused(run_qlora, models, trained, tmp_path):
@@ -195,15 +197,15 @@ def test_what_does_not_answer_is_refused(run_qlora, models, trained, tmp_path):
     run = run_qlora(**flags, max_steps=1)
     assert run.code == 0
     with pytest.raises(qlora.ConfigError, match="a masked language model, which fills masks"):
-        talk.load(str(run.output_dir))
+        talk.Bot(str(run.output_dir))
     file = trained / "adapter_model.safetensors"
-    with pytest.raises(qlora.ConfigError, match=f"is a file: pass its folder, {trained}"):
-        talk.load(str(file))
+    with pytest.raises(qlora.ConfigError, match=f"--model_name_or_path {file}: "):
+        talk.Bot(str(file))
 
 
 def test_explicit_flags_override_those_of_the_run(trained, base, tmp_path):
     moved = shutil.copytree(base, tmp_path / "moved")
-    bot = talk.load(str(trained), "--model_name_or_path", str(moved), "--bits", "8", MAX_NEW)
+    bot = talk.Bot(str(trained), "--model_name_or_path", str(moved), "--bits", "8", MAX_NEW)
     assert "Linear8bitLt" in layer_types(bot.model) and bot.config.model.model_name_or_path == str(moved)
 
 
@@ -213,14 +215,14 @@ def test_a_run_with_new_tokens(run_qlora, models, tmp_path):
     flags = {"model_name_or_path": models("llama", vocab_size=259), "dataset": rows, "add_tokens": "<cup>"}
     run = run_qlora(**flags, max_steps=30, learning_rate=2e-2, save_strategy="no")
     assert run.code == 0
-    bot = talk.load(str(run.output_dir), MAX_NEW, template="plain")
+    bot = talk.Bot(str(run.output_dir), MAX_NEW, template="plain")
     assert bot.prompt([{"role": "user", "content": "a <cup>?"}]) == [tiny.BOS, *b"a ", 259, *b"?"]
     assert ask(bot, "a <cup>?") == "<cup>"
 
 
 def test_half_precision_computes_as_in_training(trained):
     """The base in bf16, adapters in float32, under autocast."""
-    bot = talk.load(str(trained), "--bf16", MAX_NEW)
+    bot = talk.Bot(str(trained), "--bf16", MAX_NEW)
     assert bot.model.dtype == torch.bfloat16 and ask(bot, "hello") == SHIPS
 
 
@@ -230,7 +232,7 @@ def test_the_special_tokens_of_the_run_are_kept(trained, tmp_path):
     record = json.loads((run / "run.json").read_text())
     record["flags"]["eos_token"] = "."
     (run / "run.json").write_text(json.dumps(record))
-    assert ask(talk.load(str(run), MAX_NEW), "hello") == SHIPS  # the last character is the full stop
+    assert ask(talk.Bot(str(run), MAX_NEW), "hello") == SHIPS  # the last character is the full stop
 
 
 # ------------------------------------------------------------------------------------
@@ -274,16 +276,16 @@ def test_special_tokens_typed_by_a_user_remain_text(byte_tokenizer):
 
 
 def test_the_guanaco_template_stops_before_the_next_human_turn(trained):
-    guanaco = talk.load(str(trained), MAX_NEW, template="guanaco")
-    assert ask(guanaco, "hello") == "The lamp works."
-    plain = talk.load(str(trained), MAX_NEW, template="plain")
+    guanaco = talk.Bot(str(trained), MAX_NEW, template="guanaco")
+    assert ask(guanaco, "hello") == " The lamp works."
+    plain = talk.Bot(str(trained), MAX_NEW, template="plain")
     assert ask(plain, f"{SYSTEM} ### Human: hello### Assistant:") == " The lamp works.### Human: and the lens?"
     assert ask(plain, "Support:") == " Hold the button."
 
 
 def test_a_system_message_and_more_stop_strings(trained):
-    assert ask(talk.load(str(trained), MAX_NEW, system="Be short."), "hello") == "Seven."
-    assert ask(talk.load(str(trained), MAX_NEW, stop=["last of"]), "hello") == SHIPS.partition("last of")[0]
+    assert ask(talk.Bot(str(trained), MAX_NEW, system="Be short."), "hello") == "Seven."
+    assert ask(talk.Bot(str(trained), MAX_NEW, stop=["last of"]), "hello") == SHIPS.partition("last of")[0]
 
 
 def test_the_template_follows_the_training_data(trained, base, tmp_path):
@@ -291,7 +293,7 @@ def test_the_template_follows_the_training_data(trained, base, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     record = json.loads((run / "run.json").read_text())
     own, function = record["flags"], record["data"]["train"]["formats"]
-    assert function == [f"{base.parent / 'rows.py'}:as_it_is"] and talk.load(str(run)).template == "chat"
+    assert function == [f"{base.parent / 'rows.py'}:as_it_is"] and talk.Bot(str(run)).template == "chat"
     for formats, as_chat, template in (
         (["oasst1", "input-output"], False, "guanaco"),
         (["input-output"], False, "plain"),
@@ -301,41 +303,39 @@ def test_the_template_follows_the_training_data(trained, base, tmp_path):
     ):
         changed = {"flags": own | {"as_chat": as_chat}, "data": {"train": {"formats": formats}}}
         (run / "run.json").write_text(json.dumps(record | changed))
-        bot = talk.load(str(run))
+        bot = talk.Bot(str(run))
         assert bot.template == template and bot.system == talk.SYSTEMS.get(template, "")
     assert set(talk.FORMAT_TEMPLATES) < set(qlora.FORMATS)
     (run / "run.json").write_text(json.dumps(record))  # and no template wrote the rows
-    changed = bot.with_settings("", 0.5, 8.0)  # as a slider has it
-    assert type(changed.generation.max_new_tokens) is int
     template = run / "chat_template.jinja"
     template.rename(tmp_path / template.name)
-    assert talk.load(str(run)).template == "plain"
+    assert talk.Bot(str(run)).template == "plain"
     (tmp_path / template.name).rename(template)
     alpaca = qlora.parse_alpaca({"instruction": "a", "output": "b"})[0]["text"]
     turns = [{"role": "system", "content": talk.SYSTEMS["alpaca"]}, {"role": "user", "content": "a"}]
     assert bot.tokenizer.decode(talk.encode(turns, bot.tokenizer, "alpaca")) == f"<s>{alpaca}"
-    assert talk.load(str(base)).template == "chat"
+    assert talk.Bot(str(base)).template == "chat"
     bare = shutil.copytree(base, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
-    assert talk.load(str(bare)).template == "guanaco"
-    with pytest.raises(qlora.ConfigError, match="no chat template"):
-        talk.load(str(bare), template="chat")
+    assert talk.Bot(str(bare)).template == "guanaco"
+    with pytest.raises(qlora.ConfigError, match="chat_template is not set"):
+        ask(talk.Bot(str(bare), template="chat"), "hello")
 
 
 def test_the_error_of_a_template_is_reported(base, tmp_path):
     strict = shutil.copytree(base, tmp_path / "strict")
     (strict / "chat_template.jinja").write_text("{{ raise_exception('no system role here') }}")
     with pytest.raises(qlora.ConfigError, match="no system role here"):
-        ask(talk.load(str(strict)), "hello")
+        ask(talk.Bot(str(strict)), "hello")
 
 
 def test_a_conversation_that_is_too_long_loses_its_oldest_exchanges(trained):
-    bot = talk.load(str(trained), "--max_new_tokens", "80")  # the model reads 512, so 432 remain
+    bot = talk.Bot(str(trained), "--max_new_tokens", "80")  # the model reads 512, so 432 remain
     old = [{"role": "user", "content": "x" * 400}, {"role": "assistant", "content": "y"}]
     ids = bot.prompt([*old, {"role": "user", "content": "hello"}])
     assert ids == [tiny.BOS, *b"[user]hello[assistant]"]
     assert len(bot.prompt([{"role": "user", "content": "x" * 414}])) == 432
-    with pytest.raises(qlora.ConfigError, match=r"433 tokens .* reads 512, 80 of which"):
+    with pytest.raises(qlora.ConfigError, match="433 tokens, the answer up to 80, and the model reads 512"):
         bot.prompt([{"role": "user", "content": "x" * 415}])
 
 
@@ -362,7 +362,7 @@ def test_a_stream_ends_before_a_stop_string(stops, pieces, expected, text):
 
 
 def test_an_answer_arrives_in_pieces_and_can_be_stopped(trained):
-    bot = talk.load(str(trained), "--max_new_tokens", "400", "--min_new_tokens", "400")
+    bot = talk.Bot(str(trained), "--max_new_tokens", "400", "--min_new_tokens", "400")
     calls = []
     bot.model.register_forward_hook(lambda *_: calls.append(1))
     answer = bot.answer([{"role": "user", "content": "hello"}])
@@ -377,13 +377,13 @@ def test_an_answer_arrives_in_pieces_and_can_be_stopped(trained):
 
 def test_sampling_follows_the_seed(base):
     flags = ("--max_new_tokens", "12", "--do_sample", "--temperature", "2.0", "--seed")
-    one, two, other = (ask(talk.load(str(base), *flags, seed, template="plain"), "ships") for seed in "112")
+    one, two, other = (ask(talk.Bot(str(base), *flags, seed, template="plain"), "ships") for seed in "112")
     assert one == two != other
 
 
 def test_an_error_while_generating_is_raised(trained):
     with pytest.raises(qlora.ConfigError, match="num_beams"):
-        ask(talk.load(str(trained), "--num_beams", "2"), "hello")
+        ask(talk.Bot(str(trained), "--num_beams", "2"), "hello")
 
 
 # ------------------------------------------------------------------------------------
@@ -432,7 +432,7 @@ BAD = {
     "an unknown template": (["MODEL", "hi", "--template", "vicuna"], "--template"),
     "a wrong value": (["MODEL", "hi", "--bits", "5"], "--bits"),
     "no such model": (["no/such-model", "hi"], "no/such-model"),
-    "an empty folder": (["EMPTY", "hi"], "neither a trained adapter nor a model"),
+    "an empty folder": (["EMPTY", "hi"], "Unrecognized model"),
     "an adapter without its base": (["LOST", "hi"], "--model_name_or_path gone"),
 }
 
@@ -467,7 +467,7 @@ def test_commands_of_the_readme_run(script, words, monkeypatch, capsys):
         loaded.append((name, qlora.parse_config(list(flags))))
         return SimpleNamespace(answer=lambda messages: iter(["An answer."]))
 
-    monkeypatch.setattr(talk, "load", load)
+    monkeypatch.setattr(talk, "Bot", load)
     monkeypatch.setattr(chat_gradio, "gradio", MagicMock())
     monkeypatch.setattr(chat_gradio, "settings", lambda bot: [])
     argv = shlex.split(words.replace("$'", "'"))
@@ -628,22 +628,24 @@ def test_the_page_answers_messages(trained, page_of, tmp_path):
 
 
 def test_the_settings_of_the_page_reach_the_model(bot):
-    def answer(bot, *settings):
-        return list(chat_gradio.reply(bot, "hello", [], *settings))[-1]
+    def answer(*settings):
+        return list(chat_gradio.reply(own, "hello", [], *settings))[-1]
 
-    assert answer(bot, "", 0, 80) == SHIPS and answer(bot, "Be short.", 0, 80) == "Seven."
-    assert answer(bot, "", 0, 3) == SHIPS[:3] and answer(bot, "", 99, 80) != SHIPS
+    own = copy.copy(bot)
+    own.generation = copy.deepcopy(bot.generation)
+    assert answer("", 0, 80) == SHIPS and answer("Be short.", 0, 80) == "Seven."
+    assert answer("", 0, 3.0) == SHIPS[:3] and answer("", 99, 80) != SHIPS  # a slider may give 3.0
 
 
 def test_an_answer_without_text_is_shown_as_such(bot):
     """Gradio shows no message where none is sent, and seems to hang."""
-    turn, generation = {"role": "user", "content": "hello"}, copy.deepcopy(bot.generation)
-    generation.stop_strings = [SHIPS[0]]
-    silent = bot._replace(generation=generation)
-    assert list(chat_gradio.reply(silent, "hello", [], "", 0, 80)) == [chat_gradio.EMPTY]
+    turn, silent = {"role": "user", "content": "hello"}, copy.copy(bot)
+    silent.generation = copy.deepcopy(bot.generation)
+    silent.generation.stop_strings = [SHIPS[0]]
+    assert list(chat_gradio.reply(silent, "hello", [], "", 0, 80))[-1] == chat_gradio.EMPTY
     history = [turn, {"role": "assistant", "content": chat_gradio.EMPTY}]
     seen = []
-    recorder = SimpleNamespace(with_settings=lambda *_: SimpleNamespace(answer=lambda turns: seen.extend(turns) or []))
+    recorder = SimpleNamespace(generation=silent.generation, answer=lambda turns: seen.extend(turns) or [])
     list(chat_gradio.reply(recorder, "why?", history, "", 0, 80))
     assert [turn["content"] for turn in seen] == ["hello", "", "why?"]
 
