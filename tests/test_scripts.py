@@ -19,6 +19,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from bitsandbytes.nn import Params4bit
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora
 
@@ -173,16 +176,49 @@ def test_rows_are_split_once_and_for_all(tmp_path):
 # ------------------------------------------------------------------------------------
 
 
-def test_memory(tmp_path, capsys):
-    memory.main(["--shapes", "tiny,tiny@48", "--tokens", "32", "--steps", "2", "--out", str(tmp_path)])
-    result = json.loads((tmp_path / "memory.json").read_text())
-    unlimited, capped = result["results"]
-    assert (unlimited["cap"], capped["cap"]) == (None, 48)
-    for run in result["results"]:
-        assert len(run["losses"]) == 2 and all(math.isfinite(value) for value in run["losses"] + run["grad_norms"])
+def test_memory(tmp_path):
+    words = ["--shapes", "tiny,tiny@48,tiny-moe/1", "--tokens", "32", "--out", str(tmp_path), "--", "--max_steps", "2"]
+    memory.main(words)
+    runs = json.loads((tmp_path / "memory.json").read_text())["results"]
+    assert [(run["shape"], run["cap"]) for run in runs] == [("tiny", None), ("tiny", 48), ("tiny-moe/1", None)]
+    for run in runs:
+        assert len(run["losses"]) == 2 and all(map(math.isfinite, run["losses"]))
         # 2 layers of 4 x 64 x 64 (two of them half as wide) and 3 x 64 x 128, and embedding and head of 256 x 64
         assert 0 < run["predicted_gib"] < 0.2 and run["peak_gib"] == 0  # measured on GPUs only
     assert "| tiny | 48.0 |" in (tmp_path / "memory.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "reason"),
+    [(memory.RandomWeight, "__getitem__", "CUDA out of memory"), (Params4bit, "_quantize", "issues")],
+    ids=["drawn", "quantised"],
+)
+def test_a_shape_that_does_not_fit_is_reported_and_the_others_go_on(owner, name, reason, tmp_path, monkeypatch):
+    def out_of_memory_once(*args):
+        monkeypatch.undo()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(owner, name, out_of_memory_once)
+    memory.main(["--shapes", "tiny@1,tiny", "--tokens", "32", "--out", str(tmp_path), "--", "--max_steps", "1"])
+    failed, trained = json.loads((tmp_path / "memory.json").read_text())["results"]
+    assert reason in failed["failed"] and failed["predicted_gib"] > 0 and len(trained["losses"]) == 1
+    assert f"| failed: {failed['failed']} |" in (tmp_path / "memory.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("shape", "flags", "packed"),
+    [("tiny", [], torch.uint8), ("tiny", ["--fsdp"], torch.float32), ("tiny-moe/1", ["--bits", "16"], None)],
+)
+def test_written_models(shape, flags, packed, tmp_path):
+    """In nf4, stored for FSDP, and in 16 bit: transformers finds every weight; experts are laid out as published."""
+    memory.main(["--shapes", shape, "--write", str(tmp_path), "--", *flags])
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / shape, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == (packed or torch.bfloat16)
+    assert model.model.norm.weight.eq(1).all() and model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert AutoTokenizer.from_pretrained(tmp_path / shape)("a")["input_ids"]
+    names = load_file(tmp_path / shape / "model.safetensors")
+    assert ("model.layers.0.block_sparse_moe.experts.7.w1.weight" in names) == (shape == "tiny-moe/1")
 
 
 @pytest.mark.ci
