@@ -6,7 +6,7 @@
     python scripts/proof.py fast_slow MODEL ROWS      the fast path, the libraries' own and a plain loop, step by step
 
 MODEL is a folder, a .gguf file or a folder with one; ROWS is a JSON-lines file of rows {"text": ...}. Flags of
-qlora.py may follow after --. Every run is a process of its own, --jobs at a time on each GPU; one that has finished
+qlora.py may follow after --. Every run is a process of its own, --jobs at a time for each GPU; one that has finished
 with the same flags is not repeated. Raw numbers go to --out as JSON, with a table; models, adapters and logs to --work.
 """
 
@@ -47,16 +47,16 @@ SHARED = ["--source_max_len", "16", "--target_max_len", "512", "--gradient_accum
           "--logging_steps", "1", "--disable_tqdm", "True", "--overwrite_output_dir", "True"]  # fmt: skip
 LORA, FULL = ["--learning_rate", "5e-4", *BF16], ["--learning_rate", "2e-5", "--full_finetune"]
 NF4 = [*LORA, "--bits", "4", "--quant_type", "nf4"]
-CALIBRATED = [*NF4, "--calibration_rows"]
+CALIBRATED = [*NF4, "--calibration_rows", "128"]
 REFERENCE = "LoRA, 16 bit"
 SETTINGS = {
     REFERENCE: [*LORA, "--bits", "16"],
     "LoRA, int8": [*LORA, "--bits", "8"],
     "LoRA, nf4": [*NF4, "--double_quant", "False"],
     "LoRA, nf4 + double quant": NF4,
-    "LoRA, nf4 calibrated": [*CALIBRATED, "128"],
+    "LoRA, nf4 calibrated": CALIBRATED,
     # the better base alone: adapters start at zero
-    "LoRA, nf4 calibrated, start at zero": [*CALIBRATED, "128", "--init_lora_weights", "True"],
+    "LoRA, nf4 calibrated, start at zero": [*CALIBRATED, "--init_lora_weights", "True"],
     "LoRA, fp4": [*LORA, "--bits", "4", "--quant_type", "fp4", "--double_quant", "False"],
     "full, float32 weights": [*FULL, "--bits", "32"],
     # as the original does it; a step of 2e-5 is below the rounding of a bf16 weight of 0.02
@@ -67,9 +67,7 @@ RECIPES = {"the original's defaults": BF16, "--recipe modern": [*BF16, "--recipe
 CHOICES = SETTINGS | RECIPES  # of --settings
 
 
-# ------------------------------------------------------------------------------------
-# Runs
-# ------------------------------------------------------------------------------------
+# ---- Runs --------------------------------------------------------------------------
 class Job(NamedTuple):
     """One run of qlora.py; the seed is that of adapters and row order."""
 
@@ -77,6 +75,10 @@ class Job(NamedTuple):
     flags: list[str]
     seed: int = 0
     rate: float | None = None  # the learning rate, where the name does not imply it
+
+    def folder(self, work: Path) -> Path:
+        """Where the run writes to."""
+        return work / re.sub(r"\W+", "_", f"{self.name}-{self.seed}-{self.rate or ''}").strip("_")
 
 
 def without_folders(words: Iterable[str]) -> list[str]:
@@ -97,39 +99,39 @@ def start(words: list[str], log: Path, gpus: str | None = None) -> str:
     return text
 
 
-def output_folder(work: Path, job: Job) -> Path:
-    """Where a run writes to."""
-    return work / re.sub(r"\W+", "_", f"{job.name}-{job.seed}-{job.rate or ''}").strip("_")
+def measure(launcher: list[str], flags: list[str], out: Path, gpus: str | None) -> dict[str, Any]:
+    """What a run of qlora.py measured; if it fails, the reason, so that the other runs' numbers are kept."""
+    try:
+        start([*launcher, str(ROOT / "qlora.py"), *flags, "--output_dir", str(out)], out.with_suffix(".log"), gpus)
+    except RuntimeError as error:
+        return {"failed": str(error)}
+    history = qlora.read_json(out / "trainer_state.json")["log_history"]
+    return {
+        "loss": [round(entry["loss"], 6) for entry in history if "loss" in entry],  # of every step
+        "eval": [{key: e[key] for key in ("step", "eval_loss")} for e in history if "eval_loss" in e],
+        "metrics": qlora.read_json(out / "metrics.json"),
+        "data": qlora.read_json(out / "run.json")["data"],
+    }
 
 
-def run_job(job: Job, gpu: str, out: Path) -> dict[str, Any]:
-    """What a run measured; if it fails, the reason, so that the other runs' numbers are kept."""
-    flags, record = [*job.flags, "--seed", str(job.seed), "--data_seed", str(job.seed)], out.with_suffix(".json")
+def run_job(job: Job, gpu: str, work: Path) -> dict[str, Any]:
+    """What a run measured, now or before."""
+    flags, out = [*job.flags, "--seed", str(job.seed), "--data_seed", str(job.seed)], job.folder(work)
+    record = out.with_suffix(".json")
     if record.is_file() and (done := qlora.read_json(record))["flags"] == flags:
         return dict(done["result"])
-    result: dict[str, Any] = {**job._asdict(), "flags": without_folders(flags)}
-    try:
-        start([str(ROOT / "qlora.py"), *flags, "--output_dir", str(out)], out.with_suffix(".log"), gpu)
-    except RuntimeError as error:
-        return result | {"failed": str(error)}
-    history = qlora.read_json(out / "trainer_state.json")["log_history"]
-    result["loss"] = [round(entry["loss"], 6) for entry in history if "loss" in entry]  # of every step
-    result["eval"] = [{key: e[key] for key in ("step", "eval_loss")} for e in history if "eval_loss" in e]
-    result |= {"metrics": qlora.read_json(out / "metrics.json"), "data": qlora.read_json(out / "run.json")["data"]}
-    record.write_text(json.dumps({"flags": flags, "result": result}), encoding="utf-8")
-    losses = ", ".join(f"{entry['eval_loss']:.4f}" for entry in result["eval"])
-    print(f"{out.name}: held-out loss {losses}", flush=True)
+    result = {**job._asdict(), "flags": without_folders(flags)} | measure([], flags, out, gpu)
+    if "failed" not in result:
+        record.write_text(json.dumps({"flags": flags, "result": result}), encoding="utf-8")
+        losses = ", ".join(f"{entry['eval_loss']:.4f}" for entry in result["eval"])
+        print(f"{out.name}: held-out loss {losses}", flush=True)
     return result
 
 
 def run_jobs(arguments: argparse.Namespace, jobs: Iterable[Job]) -> list[dict[str, Any]]:
-    """Every job's measurements, --jobs at a time on each GPU."""
-    pools = {gpu: ThreadPoolExecutor(arguments.jobs) for gpu in GPUS}
-    futures = [
-        pools[gpu].submit(run_job, job, gpu, output_folder(arguments.work, job))
-        for job, gpu in zip(jobs, itertools.cycle(pools), strict=False)
-    ]
-    return [future.result() for future in futures]
+    """Every job's measurements, --jobs at a time for each GPU."""
+    with ThreadPoolExecutor(arguments.jobs * len(GPUS)) as pool:
+        return list(pool.map(run_job, jobs, itertools.cycle(GPUS), itertools.repeat(arguments.work)))
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[str, list[str]]:
@@ -154,10 +156,8 @@ def split_rows(arguments: argparse.Namespace) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------
-# Results as JSON and as a table
-# ------------------------------------------------------------------------------------
-def publish(out: str, name: str, content: dict[str, Any], table: str) -> None:
+# ---- Results as JSON and as a table ------------------------------------------------
+def publish(out: str | Path, name: str, content: dict[str, Any], table: str) -> None:
     """Write results with the command, commit, device and versions behind them, and their table."""
     versions, folder = qlora.versions(), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,11 +184,6 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
-def final_loss(run: dict[str, Any]) -> float:
-    """Held-out loss after training."""
-    return float(run["eval"][-1]["eval_loss"])
-
-
 def runs_table(content: dict[str, Any]) -> str:
     """A line for each setting and learning rate. Differences are to the first setting, with the same rate and seed."""
     groups: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
@@ -196,15 +191,16 @@ def runs_table(content: dict[str, Any]) -> str:
         if "failed" not in run:
             groups.setdefault((run["name"], run.get("rate")), []).append(run)
     reference = next(iter(groups), ("",))[0]
+    after = {key: {run["seed"]: run["eval"][-1]["eval_loss"] for run in runs} for key, runs in groups.items()}
     rows = [["trained", "held-out loss before", "after: mean ± deviation over seeds",
              f"minus {reference}, seed by seed", "after, on the published base", "tokens/s", "peak GiB"]]  # fmt: skip
     for (name, rate), runs in groups.items():
-        others = {run["seed"]: final_loss(run) for run in groups.get((reference, rate), []) if name != reference}
+        others = after.get((reference, rate), {}) if name != reference else {}
         rows.append([
             name if rate is None else f"{name}, {rate:g}",
             f"{statistics.mean(run['eval'][0]['eval_loss'] for run in runs):.4f}",
-            spread([final_loss(run) for run in runs]),
-            spread([final_loss(run) - others[run["seed"]] for run in runs if run["seed"] in others]),
+            spread([*after[name, rate].values()]),
+            spread([loss - others[seed] for seed, loss in after[name, rate].items() if seed in others]),
             spread([run["published"] for run in runs if "published" in run]),
             f"{statistics.median(run['metrics']['train_tokens_per_second'] for run in runs):.0f}",
             f"{max(run['metrics'].get('train_peak_memory_gib', 0.0) for run in runs):.1f}",
@@ -213,13 +209,11 @@ def runs_table(content: dict[str, Any]) -> str:
     return "\n".join([markdown(*rows), *failed])
 
 
-# ------------------------------------------------------------------------------------
-# precision and rates: held-out loss by the precision of the frozen weights and by learning rate
-# ------------------------------------------------------------------------------------
+# ---- precision and rates: held-out loss by the precision of the frozen weights and by learning rate
 def jobs_for(arguments: argparse.Namespace, flags: list[str], rates: Iterable[float | None] = (None,)) -> list[Job]:
     """Every setting with every seed, at its own learning rate or at each of `rates`."""
-    flags = [*flags, "--eval_strategy", "epoch", "--num_train_epochs", str(arguments.epochs)]
-    rate_flags = {rate: [] if rate is None else ["--learning_rate", str(rate)] for rate in rates}
+    flags = [*flags, "--eval_strategy", "epoch", "--num_train_epochs", "3"]
+    rate_flags = {rate: ["--learning_rate", str(rate)] if rate else [] for rate in rates}
     return [
         Job(name, [*flags, *CHOICES[name], *own, *arguments.flags], seed, rate)
         for name in arguments.settings
@@ -244,7 +238,7 @@ def rates(arguments: argparse.Namespace) -> None:
     content = {"runs": run_jobs(arguments, jobs)}
     for job, run in zip(jobs, content["runs"], strict=True):
         if "failed" not in run:
-            run["published"] = loss_on(base, output_folder(arguments.work, job), folder / "eval.jsonl")
+            run["published"] = loss_on(base, job.folder(arguments.work), folder / "eval.jsonl")
     publish(arguments.out, "rates", content, runs_table(content))
 
 
@@ -254,18 +248,13 @@ def loss_on(base: str, adapter: Path, rows: Path) -> float:
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=loop.DTYPE)
     adapted: Any = PeftModel.from_pretrained(model.to(loop.DEVICE), adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
-    total = count = 0.0
-    for line in rows.read_text(encoding="utf-8").splitlines():
-        batch = loop.collate([loop.encode(json.loads(line), tokenizer, 513)])  # 512 tokens and BOS
-        supervised = int((batch["labels"] != loop.IGNORE).sum())
-        total += float(adapted(**batch).loss) * supervised
-        count += supervised
-    return round(total / count, 6)
+    lines = rows.read_text(encoding="utf-8").splitlines()
+    batches = [loop.collate([loop.encode(json.loads(line), tokenizer, 513)]) for line in lines]  # 512 tokens and BOS
+    counts = [int((batch["labels"] != loop.IGNORE).sum()) for batch in batches]  # tokens that are supervised
+    return round(statistics.fmean([float(adapted(**batch).loss) for batch in batches], counts), 6)
 
 
-# ------------------------------------------------------------------------------------
-# fast_slow: the fast path, the libraries' own functions and examples/loop.py, step by step
-# ------------------------------------------------------------------------------------
+# ---- fast_slow: the fast path, the libraries' own functions and examples/loop.py, step by step
 STOCK = ["--fast_path", "False", "--recompute_layers", "none", "--auto_batch", "False"]
 PAIRS = (
     ("fast", "stock"), ("fast", "plain loop"), ("stock", "plain loop"), ("stock, half the rows at once", "stock"),
@@ -289,40 +278,29 @@ def fast_slow(arguments: argparse.Namespace) -> None:
         Job("fast", flags),
         Job("fast, again", flags),
     ]
-    content = {"plain": plain_losses(base, folder, steps), "runs": run_jobs(arguments, jobs)}
-    publish(arguments.out, "fast_slow", content, fast_slow_table(content))
-
-
-def plain_losses(base: str, folder: Path, steps: str) -> list[float]:
-    """The losses of examples/loop.py, which shares no code with qlora.py, on the same rows."""
-    output = folder.with_name("plain-loop")
+    output = arguments.work / "plain-loop"
     words = [base, str(folder / "train.jsonl"), str(output), "--steps", steps, "--batch_size", str(BATCH),
              "--accumulation_steps", "1", "--no-shuffle", "--max_length", "513"]  # fmt: skip
     text = start([str(ROOT / "examples/loop.py"), *words], output.with_suffix(".log"), GPUS[0])
-    return [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)", text, flags=re.M)]
-
-
-def step_losses(content: dict[str, Any]) -> dict[str, list[float]]:
-    """The loss of every step, of the runs with seed 0."""
-    runs = {run["name"]: run["loss"] for run in content["runs"] if run["seed"] == 0 and "failed" not in run}
-    return runs | {"plain loop": content["plain"]}
+    plain = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)", text, flags=re.M)]
+    content = {"plain": plain, "runs": run_jobs(arguments, jobs)}
+    publish(arguments.out, "fast_slow", content, fast_slow_table(content))
 
 
 def fast_slow_table(content: dict[str, Any]) -> str:
     """The differences of the losses of a step, and held-out loss and speed of the runs."""
-    losses = step_losses(content)
-    rows = [["difference of the loss of a step", "mean size", "largest", "mean", "last 50 steps, mean size"]]
+    losses = {run["name"]: run["loss"] for run in content["runs"] if run["seed"] == 0 and "failed" not in run}
+    losses["plain loop"] = content["plain"]
+    rows = [["difference of the loss of a step", "mean size", "largest", "mean"]]
     for a, b in (pair for pair in PAIRS if set(pair) <= set(losses)):
         values = [x - y for x, y in zip(losses[a], losses[b], strict=True)]
         sizes = [abs(value) for value in values]
-        numbers = statistics.mean(sizes), max(sizes), statistics.mean(values), statistics.mean(sizes[-50:])
+        numbers = statistics.mean(sizes), max(sizes), statistics.mean(values)
         rows.append([f"{a} − {b}", *(f"{number:.5f}" for number in numbers)])
     return f"{markdown(*rows)}\n\n{runs_table(content)}"
 
 
-# ------------------------------------------------------------------------------------
-# The command line
-# ------------------------------------------------------------------------------------
+# ---- The command line --------------------------------------------------------------
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -335,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--out", default=str(RESULTS), help="folder for JSON and table")
         command.add_argument("--work", default=str(ROOT / "output/proof"), help="folder for models, adapters and logs")
         command.add_argument("--held_out", type=int, default=100, help="rows to hold out")
-        command.add_argument("--jobs", type=int, default=6 if GPU else 1, help="processes at a time on each GPU")
+        command.add_argument("--jobs", type=int, default=6 if GPU else 1, help="processes at a time for each GPU")
         if function is fast_slow:
             command.add_argument("--steps", type=int, default=300, help="optimizer steps")
             continue
@@ -343,7 +321,6 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--settings", nargs="+", default=names, choices=choices, metavar="NAME",
                              help=f"some of: {', '.join(map(repr, choices))}")  # fmt: skip
         command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-        command.add_argument("--epochs", type=float, default=3)
         if function is rates:
             command.add_argument("--rates", nargs="+", type=float, default=[1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3])
     words = sys.argv[1:] if argv is None else argv
