@@ -226,25 +226,41 @@ def test_written_models(shape, flags, packed, tmp_path):
 
 @pytest.mark.ci
 def test_benchmark_many(models, data_dir, tmp_path, capsys):
-    """Two processes against one on the CPU; a strategy that fails says why and the others are still measured."""
+    """Two processes against one on the CPU."""
     words = ["--model", models("llama"), "--dataset", data_dir / "support.jsonl", "--out", tmp_path, "--steps", "3"]
     words += ["--batch", "4", "--only", "ddp,device_map", "--", "--lora_r", "4", "--source_max_len", "32"]
     assert benchmark_many.main([str(word) for word in words]) == 0
-    one, ddp, spread = json.loads((tmp_path / "benchmark_many.json").read_text())
-    assert [run["strategy"] for run in (one, ddp, spread)] == ["one GPU", "ddp", "device_map"]
-    assert len(one["losses"]) == 3 and one["loss_difference"] == 0 and one["ratio"] == 1
-    assert ddp["loss_difference"] < 1e-3 and "--gradient_accumulation_steps 2" in ddp["command"]
-    assert all(run["tokens_per_second"] > 0 for run in (one, ddp, spread))
-    assert f"| ddp | {ddp['tokens_per_second']:.0f} |" in capsys.readouterr().out
+    one, ddp, spread = json.loads((tmp_path / "benchmark_many.json").read_text())["runs"]
+    assert [run["name"] for run in (one, ddp, spread)] == ["one GPU", "ddp", "device_map"]
+    assert len(one["loss"]) == 3 and ddp["loss"] == pytest.approx(one["loss"], abs=1e-3)
+    assert "--gradient_accumulation_steps 2" in " ".join(ddp["flags"])
+    speeds = [run["metrics"]["train_tokens_per_second"] for run in (one, ddp)]
+    table = capsys.readouterr().out
+    assert f"| one GPU | {speeds[0]:.0f} | 1.000 | 0.0 | 0.00000 |" in table
+    assert f"| ddp | {speeds[1]:.0f} | {speeds[1] / speeds[0]:.3f} | 0.0 | 0.000" in table
 
 
-def test_benchmark_many_reports_a_strategy_that_fails(tmp_path, capsys, monkeypatch):
-    script = tmp_path / "script.py"
-    script.write_text("import sys\nprint('error: no such model')\nsys.exit(2)\n")
-    monkeypatch.setattr(benchmark_many, "__file__", str(script))
+def test_benchmark_many_reports_a_strategy_that_fails_and_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(proof, "ROOT", tmp_path)
+    (tmp_path / "qlora.py").write_text("import sys\nprint('error: no such model')\nsys.exit(2)\n")
     words = ["--model", "m", "--dataset", "d", "--only", "device_map", "--out", str(tmp_path / "out")]
     assert benchmark_many.main(words) == 1
-    assert "| device_map | failed: exit status 2: error: no such model |" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    for name in "one GPU", "device_map":
+        assert f"| {name} | failed: exit status 2: error: no such model |" in table
+
+
+def test_a_cap_is_read_by_the_processes_that_benchmark_many_starts(tmp_path, monkeypatch):
+    gpu = argparse.Namespace(total_memory=96 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    monkeypatch.setattr(proof, "ROOT", tmp_path)
+    code = "import os, sys\nsys.exit('error: ' + os.environ['PYTORCH_CUDA_ALLOC_CONF'])\n"
+    (tmp_path / "qlora.py").write_text(code)
+    words = ["--model", "m", "--dataset", "d", "--only", "device_map", "--cap", "24", "--out", str(tmp_path / "out")]
+    benchmark_many.main(words)
+    (run,) = json.loads((tmp_path / "out/benchmark_many.json").read_text())["runs"]
+    assert run["name"] == "device_map" and run["failed"].endswith("error: per_process_memory_fraction:0.25")
 
 
 # ------------------------------------------------------------------------------------
