@@ -29,8 +29,8 @@ Read the file from top to bottom, along the path of the data: every room uses on
     14 Processes        5742-5799
     15 Evaluation       5802-5999
     16 Trainer          6002-6637
-    17 Stages           6640-7140
-    18 Main             7143-7438
+    17 Stages           6640-7142
+    18 Main             7145-7440
 """
 
 # ------------------------------------------------------------------------------------
@@ -6995,6 +6995,8 @@ def model_card(trainer: QLoRATrainer) -> str:
         notes += f"vLLM and llama.cpp load no adapter with new tokens: {merge}"
     if config.lora.lora_rank_pattern or config.lora.lora_alpha_pattern:
         notes += f"vLLM scales all layers by one rank and alpha, llama.cpp by one alpha: to serve it there, {merge}"
+    if config.quant.calibration_rows:
+        notes += "Load the base in 16 bit: to round it to 4 bit anew gives another base than the calibrated one.\n\n"
     best = Path(trainer.state.best_model_checkpoint or "").name if trainer.args.load_best_model_at_end else ""
     best = f" (the weights of {best}, the best)" if best else ""
     kind, library = ("Full fine-tune", "transformers") if config.quant.full_finetune else ("LoRA adapter", "peft")

@@ -90,8 +90,12 @@ def loading_flags(folder: Path, adapter: Path | None, record: dict[str, Any]) ->
     flags |= {key: value for key, value in record.get("flags", {}).items() if key in KEPT_FLAGS and value is not None}
     if adapter is None:
         flags["model_name_or_path"] = folder
-    elif not record:
-        flags["model_name_or_path"] = qlora.read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
+    else:
+        flags["adapter_name_or_path"] = adapter  # refused if it fits the calibrated base of an unfinished run only
+        if record.get("flags", {}).get("calibration_rows"):
+            flags["bits"] = 16  # its adapter fits the published base, and not that base rounded to 4 bit
+        if not record:
+            flags["model_name_or_path"] = qlora.read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
     if not gpu:
         flags |= {"bf16": False, "fp16": False}  # float32 is faster on a CPU
     return [f"--{key}={value}" for key, value in flags.items()]
@@ -99,10 +103,15 @@ def loading_flags(folder: Path, adapter: Path | None, record: dict[str, Any]) ->
 
 def choose_template(record: dict[str, Any], tokenizer: Any) -> str:
     """The template that writes prompts as the rows of a run had them, or as chats where that is not known."""
-    formats = [name for part in record.get("data", {}).values() for name in part.get("formats", ())]
+    parts = record.get("data", {}).values()
+    formats = [name for part in parts for name in part.get("formats", ())]
     if formats and formats[0] in qlora.FORMATS:
-        template = "chat" if record["flags"].get("as_chat") else FORMAT_TEMPLATES.get(formats[0], "plain")
+        # preferences may be chats too
+        chats = record["flags"].get("as_chat") or any(part.get("chats") for part in parts)
+        template = "chat" if chats else FORMAT_TEMPLATES.get(formats[0], "plain")
         qlora.log.info("--template %s, as rows of the format %s", template, formats[0])
+        if formats[0] == "airoboros_chat" and "[INST]" not in str(tokenizer.chat_template):
+            qlora.log.warning("its rows were LLaMA-2's chats, which the model's chat template does not write")
     else:  # a base or merged model, or a function of the user's own wrote the rows
         template = "chat" if tokenizer.chat_template else "plain" if record else "guanaco"
         qlora.log.info("--template %s: how rows that it was trained on were written is not known", template)

@@ -191,6 +191,32 @@ def test_the_template_is_logged_and_whether_the_rows_are_known(run_qlora, tmp_pa
     assert "--template guanaco: how rows that it was trained on were written is not known" in caplog.messages
 
 
+def test_preferences_that_are_chats_are_asked_as_chats(run_qlora, base, tmp_path):
+    turns = [{"role": "user", "content": "hello"}], [{"role": "assistant", "content": "a"}]
+    rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [dict(zip(("prompt", "chosen"), turns, strict=True))] * 4)
+    run = run_qlora(model_name_or_path=base, dataset=rows, dataset_format=None, max_steps=1)
+    assert run.code == 0 and talk.Bot(str(run.output_dir)).template == "chat"
+
+
+def test_rows_of_airoboros_chat_that_the_template_does_not_write_are_named(trained, tmp_path, caplog):
+    run = shutil.copytree(trained, tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    record["data"]["train"]["formats"] = ["airoboros_chat"]
+    (run / "run.json").write_text(json.dumps(record))
+    talk.Bot(str(run))
+    assert any("LLaMA-2's chats, which the model's chat template does not write" in m for m in caplog.messages)
+
+
+def test_a_calibrated_run_is_asked_on_the_base_in_16_bit(run_qlora, tmp_path):
+    """Its adapter makes up for the calibrated base's rounding, and plain rounding to 4 bit is another."""
+    flags = {"calibration_rows": 4, "cache_dir": tmp_path / "cache", "save_steps": 1, "max_steps": 2}
+    run = run_qlora(**flags)
+    assert run.code == 0 and "Load the base in 16 bit" in (run.output_dir / "README.md").read_text()
+    assert layer_types(talk.Bot(str(run.output_dir)).model) == {"Linear"}
+    with pytest.raises(qlora.ConfigError, match="fits the calibrated base of its run only"):
+        talk.Bot(str(run.output_dir / "checkpoint-1"))
+
+
 def test_what_does_not_answer_is_refused(run_qlora, models, trained, tmp_path):
     rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"input": "a b c"}])
     flags = {"model_name_or_path": models("encoder", family="bert"), "dataset": rows, "target_max_len": None}
