@@ -42,6 +42,7 @@ os.environ |= {
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]  # `import qlora`, `import tiny`, `import talk`
 
+import jinja2  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
@@ -51,6 +52,8 @@ from fork_server import ForkServer  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models gain nothing from a second thread
+# peft compiles the template of its model card anew at every save, a tenth of a warm run's time.
+jinja2.Environment.compile = functools.lru_cache(jinja2.Environment.compile)
 
 # bitsandbytes warns about what every CPU test does: 8-bit layers compute in fp16 ("MatMul8bitLt: inputs will be
 # cast"), and 4 bit has no downloadable kernel.
@@ -368,7 +371,8 @@ def preserved_state() -> Iterator[None]:
         for number, handler in signals.items():
             signal.signal(number, handler)
         for log, level, propagate, disabled, handlers in loggers:
-            log.setLevel(level)
+            if log.level != level:  # to set it clears the caches of a thousand loggers, a seventh of a warm run's time
+                log.setLevel(level)
             log.propagate, log.disabled, log.handlers[:] = propagate, disabled, handlers
         torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)
