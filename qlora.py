@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-179
      2 Errors             182-245
-     3 Dataset formats    248-783
-     4 Arguments         786-1496
-     5 Loading          1499-2101
-     6 Tokenizer        2104-2225
-     7 Encoding         2228-2708
-     8 Model            2711-3348
-     9 Calibration      3351-3711
-    10 LoRA             3714-4013
-    11 Fast path        4016-4993
-    12 Plan             4996-5336
-    13 Checkpoints      5339-5739
-    14 Processes        5742-5799
-    15 Evaluation       5802-5999
-    16 Trainer          6002-6637
-    17 Stages           6640-7142
-    18 Main             7145-7440
+     3 Dataset formats    248-784
+     4 Arguments         787-1497
+     5 Loading          1500-2102
+     6 Tokenizer        2105-2226
+     7 Encoding         2229-2709
+     8 Model            2712-3349
+     9 Calibration      3352-3712
+    10 LoRA             3715-4014
+    11 Fast path        4017-4994
+    12 Plan             4997-5337
+    13 Checkpoints      5340-5740
+    14 Processes        5743-5800
+    15 Evaluation       5803-6000
+    16 Trainer          6003-6638
+    17 Stages           6641-7143
+    18 Main             7146-7441
 """
 
 # ------------------------------------------------------------------------------------
@@ -372,8 +372,9 @@ def parse_chosen(row: RawRow) -> ParsedRow:
             chat.left_out.append("a prompt beside a chat")
         return chat
     prompt, chosen = get_text(row, "prompt", ""), get_text(row, "chosen")
-    repeated = all(str(answer).startswith(prompt) for answer in (chosen, row.get("rejected") or chosen))
-    return prompt_completion("" if repeated else prompt, chosen)  # an answer may begin with the prompt's only word
+    begins = [str(answer).startswith(prompt) for answer in (chosen, row.get("rejected") or chosen)]
+    repeated = begins[0] and (begins[1] or re.search(r"[:\s]$", prompt))  # and not `Hello` before `Hello, Bob!`
+    return prompt_completion("" if repeated else prompt, chosen)
 
 
 def parse_chip2(row: RawRow) -> ParsedRow:
