@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests, in an environment that it makes itself: 6 to 21 minutes on two CPU cores.
+# Runs the tests, in an environment that it makes itself: 6 to 16 minutes on two CPU cores.
 #
 #   bash scripts/test.sh                            # all but those marked slow, network or ci
 #   bash scripts/test.sh -k formats -x              # arguments go to pytest

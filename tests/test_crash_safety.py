@@ -374,7 +374,7 @@ def slurm(command: Any, tmp_path: Path, models: Callable[..., Path]) -> Callable
 SMALL = ["--lora_r", "4", "--logging_steps", "1", "--gradient_accumulation_steps", "1", "--source_max_len", "16"]
 
 
-@pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tasks", [pytest.param(1, marks=pytest.mark.ci), pytest.param(2, marks=pytest.mark.slow)])
 def test_a_slurm_job_saves_before_its_time_limit_and_is_requeued_until_done(slurm, tmp_path, tasks):
     job = slurm(*SMALL, "--max_steps", "100000", tasks=tasks)
     deadline = time.monotonic() + 180

@@ -217,6 +217,7 @@ sys.exit(qlora.main())
 """
 
 
+@pytest.mark.ci
 def test_torchrun_saves_at_sigterm_and_ends_with_the_first_error(start, tmp_path):
     """SIGTERM to torchrun, and to one of two processes without it; in both cases the rerun is exact.
 

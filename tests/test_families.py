@@ -121,8 +121,10 @@ def loss_of(model, longest: int = 32) -> float:
     return torch.stack(losses).mean().item()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("bits", [4, 32])
+CASES = [(family, bits) for family in FAMILIES for bits in (4, 32) if (family, bits) != ("rwkv", 32)]
+
+
+@pytest.mark.parametrize(("family", "bits"), [*CASES, pytest.param("rwkv", 32, marks=pytest.mark.ci)])
 def test_adapters_are_where_they_were_asked_for_and_trained_as_by_plain_peft(run_qlora, models, data, family, bits):
     """Losses, gradient norms and the saved adapter of two steps; weights read beside their layer stay as stored."""
     carry, without = FAMILIES[family]
@@ -517,7 +519,9 @@ def test_a_mixture_in_16_bits_that_takes_padding_for_text_is_still_noticed(model
     assert not qlora.sees_padding(mixtral, [*range(97, 120)], tiny.PAD, "cpu", torch.bfloat16)
 
 
-@pytest.mark.parametrize(("model_type", "side"), [("rwkv", "left"), ("cpmant", "right")])
+@pytest.mark.parametrize(
+    ("model_type", "side"), [pytest.param("rwkv", "left", marks=pytest.mark.ci), ("cpmant", "right")]
+)
 def test_rows_are_trained_one_by_one_where_padding_is_taken_for_text(run_qlora, data, tmp_path, model_type, side):
     base, rows = tiny_classes.write_class(tmp_path / "base", model_type), tiny.support_rows(4)
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)

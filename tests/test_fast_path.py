@@ -935,6 +935,7 @@ def trainers(monkeypatch):
     return made
 
 
+@pytest.mark.ci
 def test_fifty_steps_fast_and_slow_are_one_curve(run_qlora, tmp_path, trainers, models):
     """And the adapter of the fast run gives the same logits in plain peft."""
     folder = models("llama_gqa")

@@ -67,6 +67,7 @@ RUNS = {
     "fsdp-all": ("all", {"fsdp": [], "fsdp_config": {"cpu_offload": True}, "before": SHARDING, **SHARDS}),
 }
 ENGINES = [name for name, (like, _) in RUNS.items() if like]
+IN_SUITE = ("zero2", "fsdp-all")  # the others, of half a minute together, with `-m ci`
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def resolve_file(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
     return flags
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", [n if n in IN_SUITE else pytest.param(n, marks=pytest.mark.ci) for n in ENGINES])
 def test_an_engine_repeats_the_run_of_one_process_and_resumes_from_its_checkpoints(start, runs, name):
     """Two processes get 4 rows each of a step, 2 and 1 at the end of an epoch, 3 and 1 for evaluation.
 
@@ -163,6 +164,7 @@ accelerator.__init__ = scaled
 """
 
 
+@pytest.mark.ci
 def test_fp16_under_fsdp_scales_its_loss_and_resumes_with_the_scale(start, tmp_path):
     """As DDP does; each process saves its own shards."""
     sharded = {"fsdp": [], "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}, "before": SHARDING + SCALER}
@@ -197,6 +199,7 @@ def test_experts_in_4_bit_under_fsdp_train_as_in_one_process(fork_server, models
     assert_same_run(resumed, tmp_path / "one")
 
 
+@pytest.mark.ci
 def test_experts_under_deepspeed_are_not_packed_and_it_says_so(fork_server, models, tmp_path):
     need_deepspeed()
     start = Start(fork_server, tmp_path, models("mixtral"), bits=4, max_steps=1, do_eval=False)
@@ -210,7 +213,7 @@ def test_a_layer_class_that_fsdp_cannot_find_is_one_line(start, tmp_path):
     assert "transformer_layer_cls_to_wrap BertLayer: not in the model" in line and "LlamaDecoderLayer" in line
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.ci)])
 def test_a_quantised_base_under_deepspeed_trains_as_in_one_process(start, tmp_path, bits):
     need_deepspeed()
     flags = {"bits": bits, "max_steps": 2}

@@ -126,6 +126,7 @@ def test_record_edited_by_hand_is_checked(tmp_path, change, said):
         qlora.parse_config([str(tmp_path / "run.json"), "--output_dir", "x"])
 
 
+@pytest.mark.ci
 def test_adapter_does_not_depend_on_the_hash_seed(run_qlora, models, data_dir, tmp_path):
     """The order of sets of text changes with Python's hash seed, from process to process."""
     here = run_qlora(max_steps=2, lora_dropout=0.1, learning_rate=1e-2, lora_modules="attn,mlp")
