@@ -1193,12 +1193,12 @@ def parse_config(argv: Sequence[str]) -> Config:
 
 def resolve_defaults(flags: Mapping[str, Any], explicitly_set: frozenset[str]) -> dict[str, Any]:
     """Values that depend on other flags or on the machine."""
-    gpu = torch.cuda.is_available()
+    gpu, best = torch.cuda.is_available(), flags["early_stopping_patience"] or flags["load_best_model_at_end"]
     defaults = (
         ("max_steps", "num_train_epochs" in explicitly_set, -1),
         ("optim", flags["fsdp"], "adamw_torch"),  # bitsandbytes' optimizers cannot update shards
         ("ddp_backend", flags["fsdp"] and gpu, "cuda:nccl,cpu:gloo"),  # the CPU reduces the norm of offloaded gradients
-        ("metric_for_best_model", flags["early_stopping_patience"], "loss"),
+        ("metric_for_best_model", best or flags["lr_scheduler_type"] == "reduce_lr_on_plateau", "loss"),
         ("train_sampling_strategy", flags["streaming"], "random"),  # the order of the stream's shuffle buffer
     )
     derived: dict[str, Any] = {name: v for name, applies, v in defaults if applies and name not in explicitly_set}

@@ -815,9 +815,11 @@ def test_the_best_metric_of_other_rows_is_not_compared_with(run_qlora, stopped):
     message = error_of(run_qlora(**BEST, max_eval_samples=1))
     assert "evaluation rows" in message and "max_eval_samples was None, is 1" in message
     assert "label_smoothing_factor was 0.0, is 0.1" in error_of(run_qlora(**BEST, label_smoothing_factor=0.1))
-    plain = {"eval_strategy": "steps", "eval_steps": 1, "overwrite_output_dir": True}
-    stopped(2, **plain)
-    assert run_qlora(**plain | {"overwrite_output_dir": None}, max_eval_samples=1).code == 0
+    plain = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    stopped(2, **plain, load_best_model_at_end=True, overwrite_output_dir=True)
+    assert "evaluation rows" in error_of(run_qlora(**plain, load_best_model_at_end=True, max_eval_samples=1))
+    stopped(2, **plain, overwrite_output_dir=True)
+    assert run_qlora(**plain, max_eval_samples=1).code == 0
 
 
 @pytest.mark.parametrize("flags", [{"max_steps": 6}, {"do_train": False, "do_eval": True}])
