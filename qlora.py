@@ -22,15 +22,15 @@ Read the file from top to bottom, along the path of the data: every room uses on
      7 Encoding         2229-2709
      8 Model            2712-3349
      9 Calibration      3352-3712
-    10 LoRA             3715-4014
-    11 Fast path        4017-4994
-    12 Plan             4997-5337
-    13 Checkpoints      5340-5740
-    14 Processes        5743-5800
-    15 Evaluation       5803-6000
-    16 Trainer          6003-6638
-    17 Stages           6641-7143
-    18 Main             7146-7441
+    10 LoRA             3715-4016
+    11 Fast path        4019-4996
+    12 Plan             4999-5339
+    13 Checkpoints      5342-5742
+    14 Processes        5745-5802
+    15 Evaluation       5805-6002
+    16 Trainer          6005-6644
+    17 Stages           6647-7149
+    18 Main             7152-7447
 """
 
 # ------------------------------------------------------------------------------------
@@ -2529,7 +2529,7 @@ def pack_and_summarize(splits: Splits, config: Config, positions: float = math.i
         cut, endless = statistics["train"].cut, statistics["train"].without_eos or 0
         if max(cut, endless) > 0.05 * len(splits.train):
             fitting = fitting_lengths(splits.train, config, positions)
-            other = "try another --eos_token or chat template, or shorter rows" if endless else "shorten the rows"
+            other = "try another --eos_token or chat template, or shorter rows" if endless > cut else "shorten the rows"
             what = f", and {endless} end without EOS, so that the model won't learn to stop" * bool(endless)
             way = f"pass {fitting}" if fitting else other
             log.warning("of %d train rows %d are cut%s: %s", len(splits.train), cut, what, way)
@@ -3951,6 +3951,10 @@ def make_trainable(
     """
     rows: dict[int, bool] = getattr(tokenizer, "new_rows", {})
     if config.quant.full_finetune:
+        if model.config.model_type == "rwkv":
+            raise ConfigError(
+                "--full_finetune: rwkv divides weights to evaluate, and would be saved so; train adapters"
+            )
         parameters = dict(model.named_parameters())
         trainable = outside_frozen_layers(parameters, model, config.lora)
         for name, parameter in parameters.items():
@@ -6391,7 +6395,7 @@ class QLoRATrainer(Trainer):
             parts += [f"{speed:,.0f} tokens/s", *([f"{peak:.1f} GiB"] if (peak := peak_memory_gib()) else [])]
             parts += [f"{left} left"] if step < steps else []
             self.interval = None
-            if logs.get("grad_norm") == 0:
+            if logs.get("grad_norm") == 0 and not self.masking:  # of few tokens none may be masked
                 warn_once("the gradient is zero, so nothing is trained any more: lower --learning_rate")
         elif self.is_in_train and step < steps:  # at the end report_done shows them
             parts += [f"{name} {value}" for name, value in shown_metrics(logs).items()]
@@ -6517,13 +6521,17 @@ class QLoRATrainer(Trainer):
         self.untimed_seconds += time.perf_counter() - began
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load into the one adapter, in its dtype."""
+        """Load into the one adapter, in its dtype, or all weights of a full fine-tune."""
         adapter = weights_in(Path(resume_from_checkpoint))
-        if adapter is None or self.sharded:
+        if self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        with reraise_as_user_error(f"{adapter} does not fit the LoRA flags", RuntimeError):
-            load_adapter_weights(self.model, str(adapter))
+        elif adapter is None:  # the Trainer would skip weights that files name otherwise (GPT-NeoX's head, experts)
+            options: dict[str, Any] = {"dtype": self.inner.dtype, "device_map": {"": "cpu"}}
+            saved = load_base(self.config, copy.deepcopy(self.inner.config), resume_from_checkpoint, **options)
+            self.inner.load_state_dict(saved.state_dict())
+        else:
+            with reraise_as_user_error(f"{adapter} does not fit the LoRA flags", RuntimeError):
+                load_adapter_weights(self.model, str(adapter))
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         """Load their states, but take rates, decay, betas and epsilon from the flags."""

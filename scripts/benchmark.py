@@ -38,7 +38,7 @@ def lengths_of(case: str, seed: int = 0) -> tuple[list[list[int]], int, str]:
     """A case as the lengths of each optimizer step's rows, the rows of a micro-batch, and what is recomputed."""
     if case.startswith("REAL:"):
         _, file, rows = case.split(":")
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").strip().split("\n")
         lengths = [min(528, max(16, len(json.loads(line)["text"]) // 4)) for line in lines]  # 4 characters a token
         count = int(rows)
         return [lengths[i : i + count] for i in range(0, len(lengths) - count + 1, count)], count, "none"

@@ -109,7 +109,7 @@ def page(
 <header><h1>{escape(title)}</h1><p>{spans(map(escape, flags))}</p></header>
 <main>
 {"".join(statistics_html(name, part) for name, part in statistics.items())}
-<section><h2>The first {len(rows)} rows, as they are trained on</h2>
+<section><h2>The first {len(rows)} rows or parts of packs, as they are trained on</h2>
 <p class="legend">{spans(LEGEND)}</p>
 {rows_html(rows)}
 </section>

@@ -147,7 +147,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[str, list[str]]:
 
 def split_rows(arguments: argparse.Namespace) -> Path:
     """A folder with train.jsonl and eval.jsonl, shuffled once: every run then takes the rows in the same order."""
-    lines = arguments.rows.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = [f"{line}\n" for line in arguments.rows.read_text(encoding="utf-8").strip().split("\n")]
     random.Random(0).shuffle(lines)
     folder = arguments.work / "rows"
     folder.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def loss_on(base: str, adapter: Path, rows: Path) -> float:
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=loop.DTYPE)
     adapted: Any = PeftModel.from_pretrained(model.to(loop.DEVICE), adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
-    lines = rows.read_text(encoding="utf-8").splitlines()
+    lines = rows.read_text(encoding="utf-8").strip().split("\n")  # not at U+2028
     batches = [loop.collate([loop.encode(json.loads(line), tokenizer, 513)]) for line in lines]  # 512 tokens and BOS
     counts = [int((batch["labels"] != loop.IGNORE).sum()) for batch in batches]  # tokens that are supervised
     return round(statistics.fmean([float(adapted(**batch).loss) for batch in batches], counts), 6)

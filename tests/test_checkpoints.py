@@ -847,6 +847,23 @@ def test_of_a_run_that_began_with_an_adapter_the_result_is_used(run_qlora, finis
     assert f"evaluating {finished_run.output_dir}" in other.stderr
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral", "gemma3"])
+def test_a_resumed_full_fine_tune_has_all_its_weights(run_qlora, stopped, models, tmp_path, family):
+    """Also those that files name otherwise than the model: GPT-NeoX's head, experts."""
+    flags = {"model_name_or_path": models(family), "full_finetune": True, "bits": 32, "lora_r": None}
+    flags |= {"learning_rate": 1e-2, "dataset_format": None}
+    straight = run_qlora(**flags, output_dir=tmp_path / "straight")
+    stopped(2, **flags)
+    assert_equal_runs(run_qlora(**flags), straight)
+    for file in ("completed", "model.safetensors"):  # a kill after the last step
+        (tmp_path / "out" / file).unlink()
+    assert_equal_runs(run_qlora(**flags), straight)
+
+
+def test_a_full_fine_tune_of_weights_that_an_evaluation_changes_is_refused(run_qlora, models):
+    assert "rwkv divides weights" in error_of(run_qlora(model_name_or_path=models("rwkv"), full_finetune=True, bits=32))
+
+
 def test_rotation_leaves_folders_of_others(run_qlora, tmp_path):
     (tmp_path / "out/checkpoint-0").mkdir(parents=True)
     run = run_qlora(save_steps=1, save_total_limit=1)
