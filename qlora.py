@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-179
      2 Errors             182-245
-     3 Dataset formats    248-784
-     4 Arguments         787-1497
-     5 Loading          1500-2102
-     6 Tokenizer        2105-2226
-     7 Encoding         2229-2709
-     8 Model            2712-3349
-     9 Calibration      3352-3712
-    10 LoRA             3715-4016
-    11 Fast path        4019-4996
-    12 Plan             4999-5339
-    13 Checkpoints      5342-5742
-    14 Processes        5745-5802
-    15 Evaluation       5805-6002
-    16 Trainer          6005-6644
-    17 Stages           6647-7149
-    18 Main             7152-7447
+     3 Dataset formats    248-791
+     4 Arguments         794-1504
+     5 Loading          1507-2109
+     6 Tokenizer        2112-2233
+     7 Encoding         2236-2716
+     8 Model            2719-3356
+     9 Calibration      3359-3719
+    10 LoRA             3722-4025
+    11 Fast path        4028-5005
+    12 Plan             5008-5348
+    13 Checkpoints      5351-5760
+    14 Processes        5763-5820
+    15 Evaluation       5823-6020
+    16 Trainer          6023-6662
+    17 Stages           6665-7167
+    18 Main             7170-7466
 """
 
 # ------------------------------------------------------------------------------------
@@ -300,8 +300,6 @@ INVALID_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd2]")  # and the lone surrog
 def prompt_completion(*texts: str) -> list[Segment]:
     """The last text is supervised; the one before it, if any, is the prompt."""
     *prompt, completion = texts
-    if re.match(r"\[\{['\"](role|from|content|value)['\"]", "".join(texts).lstrip()):
-        raise RowError("its text is a chat, as JSON or Python: put it into a column `messages`, as a list or JSON")
     return [{"text": "".join(prompt), "supervised": False}, {"text": completion, "supervised": True}]
 
 
@@ -321,6 +319,14 @@ def get_text(row: RawRow, name: str, default: str | None = None) -> str:
     if INVALID_TEXT.search(value):
         raise field_error(row, name, "UTF-8 (is the file in Latin-1?) without the noncharacters U+FDD0 to U+FDD2")
     return value
+
+
+def get_text_or_refuse_chat(row: RawRow, name: str, default: str | None = None) -> str:
+    """The text in a field; a RowError for a list of turns as text, which is what a CSV file holds of a chat."""
+    text = get_text(row, name, default)
+    if re.match(r"\s*\[\{['\"](role['\"]: ?['\"](system|user|assistant)|from['\"]: ?['\"](system|human|gpt))\b", text):
+        raise field_error(row, name, "text; a chat goes into a column `messages`, as a list or JSON")
+    return text
 
 
 def get_list(row: RawRow, name: str, default: Any = None, kinds: Any = None) -> Any:
@@ -371,7 +377,7 @@ def parse_chosen(row: RawRow) -> ParsedRow:
         if prompt and isinstance(prompt, str) and prompt not in (message["content"] for message in chat.messages):
             chat.left_out.append("a prompt beside a chat")
         return chat
-    prompt, chosen = get_text(row, "prompt", ""), get_text(row, "chosen")
+    prompt, chosen = get_text_or_refuse_chat(row, "prompt", ""), get_text_or_refuse_chat(row, "chosen")
     begins = [str(answer).startswith(prompt) for answer in (chosen, row.get("rejected") or chosen)]
     repeated = begins[0] and (begins[1] or re.search(r"[:\s]$", prompt))  # and not `Hello` before `Hello, Bob!`
     return prompt_completion("" if repeated else prompt, chosen)
@@ -502,7 +508,8 @@ def parse_chat(column: str, row: RawRow) -> Conversation:
 
 def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
     """Columns used as they are: prompt and completion, or for plain language modelling the completion alone."""
-    return DatasetFormat(columns, lambda row: prompt_completion(*(get_text(row, name) for name in columns)), inferred)
+    get = get_text_or_refuse_chat if "completion" in columns else get_text
+    return DatasetFormat(columns, lambda row: prompt_completion(*(get(row, name) for name in columns)), inferred)
 
 
 BESIDE_CHATS = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
@@ -756,7 +763,7 @@ DATASETS: dict[str, dict[str, str]] = {
 
 def renamed_columns(flag: str | None, dataset_format: str | None) -> dict[str, str]:
     """--columns input=question,output=answer: the names that a format has, and those in the data."""
-    pairs = [part.strip().split("=") for part in (flag or "").split(",") if part.strip()]
+    pairs = [[*map(str.strip, part.split("="))] for part in (flag or "").split(",") if part.strip()]
     if any(len(pair) != 2 or not all(pair) for pair in pairs) or len(dict(pairs)) < len(pairs):
         raise ConfigError(f"--columns {flag}: expected pairs such as input=question,output=answer, each name once")
     fields = {"category", "source"}.union(*(known.columns + known.optional for known in FORMATS.values()))
@@ -5393,14 +5400,14 @@ class ResumePoint(NamedTuple):
 
 def weights_digest(model: Path) -> str:
     """A short hash of a model's weights: of each file's size and 64 pieces, since to read all of 70B takes minutes."""
-    parts: list[Any] = []
-    for path in sorted(model.glob("*")) or [model]:
-        if path.suffix in (".safetensors", ".bin", ".gguf"):
-            with path.open("rb") as file:
-                parts.append(size := path.stat().st_size)
-                for i in range(64):
-                    file.seek(size * i // 64)
-                    parts.append(file.read(1024))
+    names, parts = ("model*.safetensors", "pytorch_model*.bin", "*.gguf"), list[Any]()
+    found = (sorted(filter(Path.is_file, model.glob(name))) for name in names)
+    for path in next(filter(None, found), [model] * model.is_file()):
+        with path.open("rb") as file:
+            parts.append(size := path.stat().st_size)
+            for i in range(64):
+                file.seek(size * i // 64)
+                parts.append(file.read(1024))
     return digest(*parts)
 
 
@@ -5467,6 +5474,8 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
         way = "Pass the same flags or another --output_dir" + ", or --overwrite_output_dir to start anew" * trains
         alone = ". To evaluate or predict with what was trained: --do_train False"
         way += alone * (trains and not refused & {*MODEL_FLAGS})  # which would be refused there, too
+        other_files = f". For the same weights in other files: --adapter_name_or_path {folder} and another --output_dir"
+        way += other_files * (refused == {BASE_WEIGHTS})
         raise ConfigError(f"{folder} belongs to another run: {found}. {way}")
     if changed and config.training.do_train:
         trained = "without effect on what is trained already"
@@ -5580,6 +5589,16 @@ def check_output_is_free(config: Config, last: Path | None) -> None:
         raise ConfigError(f"{whole}: of another run, and loaded instead of shards; remove it, or pass another folder")
 
 
+def without_start(config: Config) -> Config:
+    """The Config without the adapter that the run in output_dir began with, if not to train: its result is used."""
+    adapter, output = config.model.adapter_name_or_path, Path(config.training.output_dir)
+    records = [read_record(folder) for folder in (output, *checkpoints_in(output))]
+    began = {record.get("run", {}).get("flags", {}).get("adapter_name_or_path") for record in records}
+    if not adapter or config.training.do_train or not began & {adapter, str(Path(adapter).resolve())}:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, adapter_name_or_path=None))
+
+
 def find_resume_point(config: Config) -> ResumePoint:
     """Resume, start anew, or use what is finished."""
     args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
@@ -5590,9 +5609,6 @@ def find_resume_point(config: Config) -> ResumePoint:
         raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
     if not (picked or args.overwrite_output_dir):
         last = find_last_checkpoint(output)
-    began = read_record(last or output).get("run", {}).get("flags", {}).get("adapter_name_or_path")
-    if adapter and not args.do_train and began in (adapter, str(Path(adapter).resolve())):
-        adapter = None  # of the run that began with it, the result is used
     check_final_weights(config, picked or adapter)
     finished = (output / COMPLETED).is_file() and not picked
     if not args.do_train:
@@ -7039,8 +7055,8 @@ def device_name() -> str:
 def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
     """List what differs in two records, each line with the path to it."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in (old | new).keys() - NOT_REPEATED - {"derived"}:
-            yield from differences(old.get(key), new.get(key), f"{name} {key}".strip())
+        for key in old.keys() - NOT_REPEATED - {"derived"}:  # an earlier version recorded less
+            yield from differences(old[key], new.get(key), f"{name} {key}".strip())
     elif old != new:
         yield f"{name} was {old}, is {new}"
 
@@ -7172,6 +7188,7 @@ def print_preview(rows: Iterable[tuple[str, Spans]], statistics: Mapping[str, To
 
 def load_run(config: Config) -> tuple[Run, Data]:
     """Read everything but weights: resume point, model config, tokenizer, rows; the same on all ranks."""
+    config = without_start(config)
     resume = ResumePoint(train=True) if config.data.preview else find_resume_point(config)
     check_merge(resume, config)
     check_ranks_agree(config.flags | {"checkpoint": resume.checkpoint})

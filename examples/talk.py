@@ -107,7 +107,7 @@ def choose_template(record: dict[str, Any], tokenizer: Any) -> str:
     formats = [name for part in parts for name in part.get("formats", ())]
     if formats and formats[0] in qlora.FORMATS:
         # preferences may be chats too
-        chats = record["flags"].get("as_chat") or any(part.get("chats") for part in parts)
+        chats = record["flags"].get("as_chat") or (formats[0] == "hh-rlhf" and any(part.get("chats") for part in parts))
         template = "chat" if chats else FORMAT_TEMPLATES.get(formats[0], "plain")
         qlora.log.info("--template %s, as rows of the format %s", template, formats[0])
         if formats[0] == "airoboros_chat" and "[INST]" not in str(tokenizer.chat_template):
@@ -128,6 +128,8 @@ class Bot:
         self, name: str, *flags: str, template: str = "auto", system: str | None = None, stop: Sequence[str] = ()
     ) -> None:
         folder = Path(name).expanduser()
+        if folder.is_file() and folder.suffix != ".gguf":
+            raise qlora.ConfigError(f"{name} is a file: pass its folder, {folder.parent}")
         if not (qlora.weights_in(folder) or (folder / "config.json").is_file()):
             folder = qlora.find_last_checkpoint(folder) or folder  # of an interrupted run
         adapter = qlora.weights_in(folder)
@@ -140,6 +142,8 @@ class Bot:
         saved = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base
         self.tokenizer: Any = qlora.load_tokenizer(config, model_config, str(saved))
         template = choose_template(record, self.tokenizer) if template == "auto" else template
+        if template == "chat" and not self.tokenizer.chat_template:
+            raise qlora.ConfigError(f"{name} has no chat template: pass --template guanaco or plain")
         self.template, self.system = template, SYSTEMS.get(template, "") if system is None else system
         model: Any = qlora.load_model(config, model_config, base)
         self.generation = qlora.generation_config(config, model, self.tokenizer)
@@ -174,7 +178,11 @@ class Bot:
             )  # fmt: skip
             generation.add_done_callback(lambda _: streamer.end())  # or the stream would not end after an error
             try:
-                yield from until_stop(streamer, tuple(self.generation.stop_strings or ()))
+                started = self.template == "plain"  # a plain text goes on from the prompt, with its white space
+                for piece in until_stop(streamer, tuple(self.generation.stop_strings or ())):
+                    if started or (piece := piece.lstrip()):
+                        started = True
+                        yield piece
             finally:
                 closed.set()
             generation.result()

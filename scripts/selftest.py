@@ -98,7 +98,9 @@ CHECKS: dict[str, Callable[[Path], str]] = {  # each returns what it found, or r
     # unrelated gradients differ by 1.4; in bf16, with 8 bits of mantissa, each is about a hundredth off the exact one
     "4 bit against 32 bit": partial(check_gradients, one={"bits": 4}, other={"bits": 32}, bound=0.5),
     "8 bit against 32 bit": partial(check_gradients, one={"bits": 8}, other={"bits": 32}, bound=0.2),
-    "fast path against stock": partial(check_gradients, one={}, other=STOCK, bound=0.06),
+    "fast path against stock": partial(
+        check_gradients, one={}, other=STOCK, bound=0.06 if torch.cuda.is_available() else 1e-3
+    ),
     "train and merge": check_merge,
     "resume": check_resume,  # last: it makes torch deterministic for the rest of the process
 }

@@ -831,20 +831,28 @@ def test_a_base_whose_weights_changed_is_another(run_qlora, models, tmp_path, fl
     file = base / "model.safetensors"
     tensors = load_file(file)
     os.utime(file)
+    save_file(tensors, base / "adapter_model.safetensors")  # nor what is not the base's
+    (base / "pytorch_model.bin").symlink_to("nowhere")
     assert run_qlora(model_name_or_path=base).code == 0
     save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
-    assert "belongs to another run: weights of the base was" in error_of(run_qlora(model_name_or_path=base, **flags))
+    message = error_of(run_qlora(model_name_or_path=base, **flags))
+    assert "belongs to another run: weights of the base was" in message
+    assert "For the same weights in other files: --adapter_name_or_path" in message
 
 
 def test_of_a_run_that_began_with_an_adapter_the_result_is_used(run_qlora, finished_run, tmp_path):
-    """With its own command and --do_train False; --merged_output_dir likewise."""
-    flags = {"adapter_name_or_path": finished_run.output_dir, "learning_rate": 1e-2}
-    trained = run_qlora(**flags, do_eval=True)
-    run = run_qlora(**flags, do_train=False, do_eval=True, merged_output_dir=tmp_path / "merged")
+    """With its own command and --do_train False, on the rows that it held out; --merged_output_dir likewise."""
+    rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", tiny.support_rows(20))
+    flags = {"adapter_name_or_path": finished_run.output_dir, "learning_rate": 1e-2, "dataset": rows, "do_eval": True}
+    trained = run_qlora(**flags)
+    loss = trained.json("eval_results.json")["eval_loss"]
+    run = run_qlora(**flags, do_train=False, merged_output_dir=tmp_path / "merged")
     assert f"evaluating {trained.output_dir}" in run.stderr and f"merging {trained.output_dir} into" in run.stderr
-    assert run.json("eval_results.json")["eval_loss"] == pytest.approx(trained.json("eval_results.json")["eval_loss"])
-    other = run_qlora(**flags, do_train=False, do_eval=True, output_dir=tmp_path / "other")
+    assert re.search("eval data +2 rows", run.stderr)
+    assert run.json("eval_results.json")["eval_loss"] == pytest.approx(loss, rel=1e-6)
+    other = run_qlora(**flags, do_train=False, output_dir=tmp_path / "other")
     assert f"evaluating {finished_run.output_dir}" in other.stderr
+    assert re.search("eval data +20 rows", other.stderr)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "mixtral", "gemma3"])

@@ -225,7 +225,7 @@ def test_what_does_not_answer_is_refused(run_qlora, models, trained, tmp_path):
     with pytest.raises(qlora.ConfigError, match="a masked language model, which fills masks"):
         talk.Bot(str(run.output_dir))
     file = trained / "adapter_model.safetensors"
-    with pytest.raises(qlora.ConfigError, match=f"--model_name_or_path {file}: "):
+    with pytest.raises(qlora.ConfigError, match=f"is a file: pass its folder, {trained}"):
         talk.Bot(str(file))
 
 
@@ -303,7 +303,7 @@ def test_special_tokens_typed_by_a_user_remain_text(byte_tokenizer):
 
 def test_the_guanaco_template_stops_before_the_next_human_turn(trained):
     guanaco = talk.Bot(str(trained), MAX_NEW, template="guanaco")
-    assert ask(guanaco, "hello") == " The lamp works."
+    assert ask(guanaco, "hello") == "The lamp works."
     plain = talk.Bot(str(trained), MAX_NEW, template="plain")
     assert ask(plain, f"{SYSTEM} ### Human: hello### Assistant:") == " The lamp works.### Human: and the lens?"
     assert ask(plain, "Support:") == " Hold the button."
@@ -344,8 +344,8 @@ def test_the_template_follows_the_training_data(trained, base, tmp_path):
     bare = shutil.copytree(base, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
     assert talk.Bot(str(bare)).template == "guanaco"
-    with pytest.raises(qlora.ConfigError, match="chat_template is not set"):
-        ask(talk.Bot(str(bare), template="chat"), "hello")
+    with pytest.raises(qlora.ConfigError, match="no chat template: pass --template guanaco or plain"):
+        talk.Bot(str(bare), template="chat")
 
 
 def test_the_error_of_a_template_is_reported(base, tmp_path):

@@ -1025,7 +1025,19 @@ def test_a_chat_in_a_cell_is_not_learnt_as_text(tmp_path, write, names):
     row = {name: write([{"role": "user", "content": "q"}]) for name in names}
     file = tiny.rows_to_csv(tmp_path / "a.csv", [row])
     message = data_error("--dataset", file)
-    assert "a.csv:2: its text is a chat, as JSON or Python: put it into a column `messages`" in message
+    assert f"a.csv:2: field '{names[0]}' is" in message and "a chat goes into a column `messages`" in message
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"value": 3, "unit": "kg"}]', '[{"from": "Paris", "to": "Rome"}]', '[{"role": "x"}]']
+)
+def test_other_json_in_a_cell_is_text(tmp_path, text):
+    rows = [{"prompt": text, "completion": "a"}, {"prompt": "a", "completion": text}]
+    assert len(load("--dataset", tiny.rows_to_csv(tmp_path / "a.csv", rows)).train) == 2
+    chat = json.dumps([{"role": "user", "content": "q"}])  # in a column that is no chat's
+    assert inputs(load("--dataset", tiny.rows_to_csv(tmp_path / "b.csv", [{"input": chat, "output": "a"}])).train) == [
+        chat
+    ]
 
 
 def test_a_long_source_is_named(tmp_path, caplog):
