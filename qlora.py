@@ -22,15 +22,15 @@ Read the file from top to bottom, along the path of the data: every room uses on
      7 Encoding         2236-2716
      8 Model            2719-3356
      9 Calibration      3359-3719
-    10 LoRA             3722-4025
-    11 Fast path        4028-5005
-    12 Plan             5008-5348
-    13 Checkpoints      5351-5760
-    14 Processes        5763-5820
-    15 Evaluation       5823-6020
-    16 Trainer          6023-6662
-    17 Stages           6665-7167
-    18 Main             7170-7466
+    10 LoRA             3722-4023
+    11 Fast path        4026-5003
+    12 Plan             5006-5346
+    13 Checkpoints      5349-5758
+    14 Processes        5761-5818
+    15 Evaluation       5821-6018
+    16 Trainer          6021-6660
+    17 Stages           6663-7165
+    18 Main             7168-7464
 """
 
 # ------------------------------------------------------------------------------------
@@ -3959,9 +3959,7 @@ def make_trainable(
     rows: dict[int, bool] = getattr(tokenizer, "new_rows", {})
     if config.quant.full_finetune:
         if model.config.model_type == "rwkv":
-            raise ConfigError(
-                "--full_finetune: rwkv divides weights to evaluate, and would be saved so; train adapters"
-            )
+            raise ConfigError("--full_finetune: an evaluation changes rwkv's weights in place; train adapters")
         parameters = dict(model.named_parameters())
         trainable = outside_frozen_layers(parameters, model, config.lora)
         for name, parameter in parameters.items():
