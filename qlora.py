@@ -25,10 +25,10 @@ Read the file from top to bottom, along the path of the data: every room uses on
     10 LoRA             3722-4023
     11 Fast path        4026-5003
     12 Plan             5006-5346
-    13 Checkpoints      5349-5758
-    14 Processes        5761-5818
-    15 Evaluation       5821-6018
-    16 Trainer          6021-6660
+    13 Checkpoints      5349-5759
+    14 Processes        5762-5819
+    15 Evaluation       5822-6019
+    16 Trainer          6022-6660
     17 Stages           6663-7165
     18 Main             7168-7464
 """
@@ -479,9 +479,9 @@ def parse_airoboros_chat(row: RawRow) -> ParsedRow:
 
 def parse_chat(column: str, row: RawRow) -> Conversation:
     """Everything up to the last supervised answer, with the columns beside it that a chat may have."""
-    turns = get_list(row, column)
-    if any("tool_calls" in turn for turn in turns if isinstance(turn, Mapping) and turn.get("role") == "user"):
-        row = drop_nulls({**row, column: turns}, top=True)  # JSON lines that datasets wrote have Arrow's nulls too
+    row = {**row, column: get_list(row, column)}
+    if any("tool_calls" in turn for turn in row[column] if isinstance(turn, Mapping) and turn.get("role") == "user"):
+        row = drop_nulls(row, top=True)  # JSON lines that datasets wrote have Arrow's nulls too
     messages = get_messages(row, column)
     left_out: list[str] = []
     for name in ("system", "system_prompt"):
@@ -703,7 +703,7 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
     """The rows of a chat whose values are escaped; answers to train on are supervised with their stop tokens."""
     whole, marks = apply_template(chat, tokenizer)
     results = [message["content"] for message in chat.messages if message["role"] == "tool"]
-    absent = ["tool results"] * (not contains("".join(whole.split()), results))
+    absent = ["tool results"] * bool(results and not contains("".join(whole.split()), results))
     with contextlib.suppress(RowError):  # of a template that wants tools beside calls
         absent += ["tools"] * bool(chat.tools and apply_template(chat._replace(tools=None), tokenizer)[0] == whole)
     notes = [*chat.left_out, *(f"{what} that the chat template does not write" for what in absent)]
@@ -1867,8 +1867,8 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
         else:
             rows = [RenderedRow(join_segments(parsed, tokenizer) if isinstance(parsed, JoinedSegments) else parsed, [])]
         normal["category"] = escape_control_chars(str(row.get("category") or row.get("source") or ""))
-        used = {*dataset_format.columns, *dataset_format.optional}
-        used |= {*BESIDE_CHATS} if isinstance(parsed, Conversation) else set()
+        beside = BESIDE_CHATS if isinstance(parsed, Conversation) else ()
+        used = {*dataset_format.columns, *dataset_format.optional, *beside}
         used |= {name for name in ("category", "source") if len(str(row.get(name))) < 100}  # else they are no labels
         unused = sorted(escape_control_chars(n) for n, value in row.items() if n not in used and value is not None)
         for segments, left_out, _ in rows:
@@ -5472,8 +5472,8 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
         way = "Pass the same flags or another --output_dir" + ", or --overwrite_output_dir to start anew" * trains
         alone = ". To evaluate or predict with what was trained: --do_train False"
         way += alone * (trains and not refused & {*MODEL_FLAGS})  # which would be refused there, too
-        other_files = f". For the same weights in other files: --adapter_name_or_path {folder} and another --output_dir"
-        way += other_files * (refused == {BASE_WEIGHTS})
+        if refused == {BASE_WEIGHTS}:
+            way += f". For the same weights in other files: --adapter_name_or_path {folder} and another --output_dir"
         raise ConfigError(f"{folder} belongs to another run: {found}. {way}")
     if changed and config.training.do_train:
         trained = "without effect on what is trained already"
@@ -5590,11 +5590,12 @@ def check_output_is_free(config: Config, last: Path | None) -> None:
 def without_start(config: Config) -> Config:
     """The Config without the adapter that the run in output_dir began with, if not to train: its result is used."""
     adapter, output = config.model.adapter_name_or_path, Path(config.training.output_dir)
+    if not adapter or config.training.do_train:
+        return config
     records = [read_record(folder) for folder in (output, *checkpoints_in(output))]
     began = {record.get("run", {}).get("flags", {}).get("adapter_name_or_path") for record in records}
-    if not adapter or config.training.do_train or not began & {adapter, str(Path(adapter).resolve())}:
-        return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, adapter_name_or_path=None))
+    other = None if began & {adapter, str(Path(adapter).resolve())} else adapter
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, adapter_name_or_path=other))
 
 
 def find_resume_point(config: Config) -> ResumePoint:
@@ -6540,9 +6541,8 @@ class QLoRATrainer(Trainer):
         if self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif adapter is None:  # the Trainer would skip weights that files name otherwise (GPT-NeoX's head, experts)
-            options: dict[str, Any] = {"dtype": self.inner.dtype, "device_map": {"": "cpu"}}
-            saved = load_base(self.config, copy.deepcopy(self.inner.config), resume_from_checkpoint, **options)
-            self.inner.load_state_dict(saved.state_dict())
+            own, dtype = copy.deepcopy(self.inner.config), self.inner.dtype
+            self.inner.load_state_dict(load_base(self.config, own, resume_from_checkpoint, dtype=dtype).state_dict())
         else:
             with reraise_as_user_error(f"{adapter} does not fit the LoRA flags", RuntimeError):
                 load_adapter_weights(self.model, str(adapter))

@@ -27,7 +27,7 @@ def lines() -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options, flags = talk.make_parser(__doc__, template="auto").parse_known_args(argv)
-    bot = talk.Bot(options.model, *flags, template=options.template, system=options.system, stop=options.stop)
+    bot = talk.load_from(options, flags)
     print("/clear starts a new conversation, /quit leaves, Ctrl-C stops an answer", file=sys.stderr)
     history: list[talk.Message] = []
     for line in lines():

@@ -40,10 +40,10 @@ def reply(
     try:
         for piece in bot.answer([*messages, {"role": "user", "content": message}]):
             text += piece
-            yield text.strip()
+            yield text
     except qlora.ConfigError as error:
         raise gradio.Error(str(error)) from error
-    if not text.strip():
+    if not text:
         yield EMPTY
 
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, flags = parser.parse_known_args(argv)
     if gradio is None:
         raise qlora.ConfigError("gradio is not installed: pip install -r examples/requirements.txt")
-    bot = talk.Bot(options.model, *flags, template=options.template, system=options.system, stop=options.stop)
+    bot = talk.load_from(options, flags)
     buttons: Any = ["copy", "copy_all"]  # without the button that shares a chat on the hub
     chatbot = gradio.Chatbot(scale=1, buttons=buttons, show_label=False)
     chat = partial(reply, bot)

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.prompt = sys.stdin.read().removesuffix("\n")
     if not options.prompt:
         raise qlora.ConfigError("no prompt: pass one after MODEL or on standard input")
-    bot = talk.Bot(options.model, *flags, template=options.template, system=options.system, stop=options.stop)
+    bot = talk.load_from(options, flags)
     for piece in bot.answer([{"role": "user", "content": options.prompt}]):
         print(piece, end="", flush=True)
     print()

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import re
 import sys
@@ -38,11 +39,9 @@ SYSTEMS = {  # the system message if none is passed
 FORMAT_TEMPLATES = {"messages": "chat", "sharegpt": "chat", "airoboros_chat": "chat", "oasst1": "guanaco"}
 FORMAT_TEMPLATES |= {"alpaca": "alpaca", "alpaca-clean": "alpaca", "airoboros": "airoboros"}
 # The flags of a run that say how to load its model. The saved tokenizer includes its chat template and patch.
-KEPT_FLAGS = {
-    "model_name_or_path", "trust_remote_code", "use_auth_token", "attn_implementation", "rope_scaling", "cache_dir",
-    "pad_token", "eos_token", "bos_token", "unk_token", "add_tokens",
-    "objective", "bits", "quant_type", "double_quant", "max_memory_MB", "bf16", "fp16",
-}  # fmt: skip
+KEPT_FLAGS = {"bf16", "fp16", "objective"} | {
+    field.name for group in (qlora.ModelArguments, qlora.QuantisationArguments) for field in dataclasses.fields(group)
+} - {"adapter_name_or_path", "full_finetune", "calibration_rows", "chat_template", "tokenizer_patch", "padding_side"}
 
 
 def encode(messages: Sequence[Message], tokenizer: Any, template: str) -> list[int]:
@@ -200,6 +199,11 @@ def make_parser(script: str, template: str) -> argparse.ArgumentParser:
     parser.add_argument("--system", help="system message before the conversation")
     parser.add_argument("--stop", action="append", default=[], help="a string that ends an answer; may be repeated")
     return parser
+
+
+def load_from(options: argparse.Namespace, flags: Sequence[str]) -> Bot:
+    """The model that a command line asks for."""
+    return Bot(options.model, *flags, template=options.template, system=options.system, stop=options.stop)
 
 
 def run(body: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
