@@ -20,17 +20,17 @@ Read the file from top to bottom, along the path of the data: every room uses on
      5 Loading          1507-2109
      6 Tokenizer        2112-2233
      7 Encoding         2236-2716
-     8 Model            2719-3356
-     9 Calibration      3359-3719
-    10 LoRA             3722-4023
-    11 Fast path        4026-5003
-    12 Plan             5006-5346
-    13 Checkpoints      5349-5759
-    14 Processes        5762-5819
-    15 Evaluation       5822-6019
-    16 Trainer          6022-6660
-    17 Stages           6663-7165
-    18 Main             7168-7464
+     8 Model            2719-3367
+     9 Calibration      3370-3730
+    10 LoRA             3733-4034
+    11 Fast path        4037-5056
+    12 Plan             5059-5399
+    13 Checkpoints      5402-5812
+    14 Processes        5815-5872
+    15 Evaluation       5875-6072
+    16 Trainer          6075-6702
+    17 Stages           6705-7207
+    18 Main             7210-7506
 """
 
 # ------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date, timedelta
-from functools import lru_cache, partial, partialmethod
+from functools import cache, lru_cache, partial, partialmethod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypedDict
 from unittest import mock
@@ -173,7 +173,7 @@ except ImportError:  # or the Triton that it needs
     liger_ops = None
 
 log = logging.getLogger("qlora")
-warn_once = lru_cache(maxsize=None)(log.warning)
+warn_once = cache(log.warning)
 
 IGNORE = -100  # label that the loss ignores
 GIB = 2**30
@@ -1442,7 +1442,7 @@ def check_folders(config: Config) -> None:
                 raise ConfigError(f"--{flag} {folder}: the run reads --{name} {value} there; name another folder")
 
 
-@lru_cache(maxsize=1)
+@cache
 def no_connection() -> str:
     """Why the hub is out of reach, or nothing. Asked once: huggingface_hub would try six times per file, for 43 s."""
     if huggingface_hub.is_offline_mode():
@@ -2863,6 +2863,18 @@ def positions_of(model_config: PretrainedConfig) -> float:
     return positions if positions > 0 else math.inf
 
 
+def model_sizes(model: Any) -> tuple[int, float, float]:
+    """How many token ids a model has, how many positions it stores an embedding of, and how many it was made for."""
+    limit = math.inf
+    for name, table in model.named_modules():  # an encoder's; RoBERTa's and ESM's begin after the pad's
+        if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
+            first = 0 if table.padding_idx is None else table.padding_idx + 1
+            limit = min(limit, table.num_embeddings - first)
+    table = model.get_input_embeddings()  # peft wraps one that it trains
+    ids = getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size
+    return ids, limit, positions_of(model.config)
+
+
 def resolve_objective(config: Config, model_config: PretrainedConfig) -> Config:
     """The Config with the objective that `auto` stands for, checked against the rules that depend on it."""
     objective = config.data.objective
@@ -3735,9 +3747,9 @@ LAYER_GROUPS = {  # of --lora_modules, by the families' names for the blocks
 
 def outside_frozen_layers(names: Iterable[str], model: PreTrainedModel, lora: LoraArguments) -> set[str]:
     """Those of the names that lie in no frozen layer; freezing all layers is a ConfigError."""
-    layers: int = model.config.get_text_config().num_hidden_layers or 0
+    layers: int = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0
     frozen = lora.layers_to_freeze or int(lora.layer_freeze_ratio * layers)
-    if frozen >= layers:
+    if frozen and frozen >= layers:
         raise ConfigError(f"--layers_to_freeze {frozen}: the model has {layers} layers, nothing would train")
     # the first number in a name is its layer's; a name without one lies in no layer and stays
     return {name for name in names if next((int(n) for n in name.split(".") if n.isdigit()), math.inf) >= frozen}
@@ -4754,32 +4766,64 @@ def set_recomputed_layers(model: Any, count: int, offload: bool = False, small: 
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
-def apply_liger(model: Any) -> str | None:
-    """Use liger-kernel's norms and rotary embedding in this model alone (31 %); returns why not, where it can't.
+@cache
+def copies_of_angles(own: Any) -> int:
+    """How often cos and sin, side by side, fill a head, so that liger-kernel rotates as this function does, or 0."""
+    q, k, angles = torch.randn(1, 4, 6, 64), torch.randn(1, 2, 6, 64), torch.randn(1, 6, 32)
+    swap = lambda x: torch.cat((-x[..., 32:], x[..., :32]), -1)  # noqa: E731
+    cos, sin = (part.repeat(1, 1, 2) for part in (angles.cos(), angles.sin()))
+    expected = [x * cos[:, None] + swap(x) * sin[:, None] for x in (q, k)]
+    for copies in (1, 2):  # gpt-oss passes half of them
+        size = 64 // copies
+        with contextlib.suppress(Exception):  # of its own form, as Gemma 4's and many towers'
+            if all(map(torch.allclose, own(q, k, cos[..., :size], sin[..., :size]), expected)):
+                return copies
+    return 0
 
-    Its patch also changes the family's module, which is put back: a merged model on the CPU must not run into Triton.
-    Attention blocks get a copy of their forward that sees liger's rotary embedding.
+
+def rotate(own: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for a family's rotary embedding of q and k, (rows, heads, tokens, dim); parts of heads are its own."""
+    copies = copies_of_angles(own)
+    if args or kwargs or cos.dim() != 3 or copies * cos.shape[-1] != q.shape[-1]:
+        return own(q, k, cos, sin, *args, **kwargs)
+    if copies > 1:
+        cos, sin = (part.repeat(1, 1, copies) for part in (cos, sin))
+    return liger_ops.LigerRopeFunction.apply(q, k, cos, sin)  # which writes over q and k
+
+
+def with_globals(function: Any, changes: dict[str, Any]) -> Any:
+    """A copy of a function that sees other globals, and of all functions that it wraps."""
+    cells, inner = function.__closure__, getattr(function, "__wrapped__", None)
+    if inner is not None:
+        other = types.CellType(with_globals(inner, changes))
+        cells = tuple(other if cell.cell_contents is inner else cell for cell in cells)
+    names = function.__globals__ | changes
+    copied = types.FunctionType(function.__code__, names, None, function.__defaults__, cells)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+def fuse_rotary(model: Any) -> str | None:
+    """Rotate queries and keys by liger-kernel's kernel; returns why not, where a family's own function stays.
+
+    Attention blocks get a copy of their forward that sees another function. The family's module stays as it is: a
+    merged model on the CPU must not run into Triton.
     """
-    why, patch = "liger-kernel is not installed", None
-    if liger_ops is not None:
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as patches
-
-        patch, why = patches.get(model.config.model_type), f"liger-kernel does not know {model.config.model_type}"
+    why = "liger-kernel is not installed" if liger_ops is None else ""
     if len({*getattr(model, "hf_device_map", {}).values()}) > 1:  # Triton launches on one of them
-        patch, why = None, "one process spreads the model over several GPUs, start one process for each with torchrun"
-    if patch is None:
-        return f"norms and rotary embedding are torch's, which are slower: {why}"
-    flags, family = inspect.signature(patch).parameters, vars(sys.modules[type(model).__module__])
-    before = dict(family)
-    with mock.patch.dict(family):
-        patch(model=model, **{n: n in ("rope", "rms_norm", "layer_norm") for n in flags if flags[n].annotation is bool})
-        replaced = {n: family[n] for n, old in before.items() if inspect.isfunction(old) and family[n] is not old}
+        why = "one process spreads the model over several GPUs, start one process for each with torchrun"
+    kept, name = False, "apply_rotary_pos_emb"
     for module in model.modules():
-        forward: Any = type(module).forward
-        if inspect.isfunction(forward) and replaced.keys() & set(forward.__code__.co_names):
-            copied = types.FunctionType(forward.__code__, forward.__globals__ | replaced, argdefs=forward.__defaults__)
+        forward: Any = inspect.unwrap(type(module).forward)  # which transformers may decorate
+        own = getattr(forward, "__globals__", {}).get(name)
+        if own is None or name not in forward.__code__.co_names:
+            continue
+        if why or not copies_of_angles(own):
+            kept = True
+        else:
+            copied = with_globals(type(module).forward, {name: partial(rotate, own)})
             module.forward = types.MethodType(copied, module)
-    return None
+    return f"the rotary embedding is torch's, which is slower: {why or 'this family has its own'}" if kept else None
 
 
 def forget_longest_row(model: Any) -> None:
@@ -4793,22 +4837,31 @@ def forget_longest_row(model: Any) -> None:
 
 
 def fuse_norms(model: Any) -> None:
-    """Compute plain RMSNorms, unlike Gemma's, by torch's kernel: its launch costs a tenth of liger's (small: 20 %)."""
+    """Compute RMSNorms in one kernel: torch's, whose launch costs a tenth of liger's (small: 20 %), or Gemma's kind."""
     for module in model.modules():
-        weight, name = getattr(module, "weight", None), type(module).__name__
+        weight, name = module._parameters.get("weight"), type(module).__name__
         eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
-        if "RMSNorm" in name and weight is not None and isinstance(eps, float):
-            # tried on numbers: Gemma's adds 1 to its weight, and no name tells
-            x = torch.linspace(-2.0, 3.0, weight.numel(), device=weight.device)[None]
-            expected = F.rms_norm(x, weight.shape, weight.float(), eps)
-            if torch.allclose(type(module).forward(module, x).float(), expected, rtol=1e-2, atol=1e-3):
-                module.forward = partial(rms_norm, module, eps)
+        if "RMSNorm" not in name or weight is None or not isinstance(eps, float):
+            continue
+        x = torch.linspace(-2.0, 3.0, weight.numel(), device=weight.device)[None]
+        with contextlib.suppress(Exception):  # Qwen3-Next's takes a second input, a gate
+            found = type(module).forward(module, x).float()
+            for offset in (0.0, 1.0):  # tried on numbers: Gemma's adds 1 to its weight, and no name tells
+                expected = F.rms_norm(x, weight.shape, weight.float() + offset, eps)
+                if torch.allclose(found, expected, rtol=1e-2, atol=1e-3):
+                    module.forward = partial(rms_norm, module, eps, offset)
 
 
-def rms_norm(module: Any, eps: float, x: Tensor) -> Tensor:
+def rms_norm(module: Any, eps: float, offset: float, x: Tensor, gate: Tensor | None = None) -> Any:
     """Stand in for an RMSNorm's forward; without autocast, which may cast its input to float32."""
+    if gate is not None:  # Mamba-2's
+        return type(module).forward(module, x, gate)
     with torch.autocast(x.device.type, enabled=False):
-        return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), eps)
+        if not offset:
+            return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), eps)
+        if liger_ops is not None and on_current_gpu(x):  # float32 inside, in one pass
+            return liger_ops.LigerRMSNormFunction.apply(x, module.weight, eps, offset, "gemma", False)
+        return F.rms_norm(x.float(), module.weight.shape, module.weight.float() + offset, eps).to(x.dtype)
 
 
 def to_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
@@ -5000,7 +5053,10 @@ def enable_fast_path(model: Any, base: Any, config: Config) -> FastPath:
     if wanted and (whole := group_experts(model)):
         off.append(f"{len(whole)} modules of experts unpack whole stacks, first {whole[0]}")
     fast = FastPath(groups=tuple(groups), sharded=is_sharded(config), off=tuple(off))
-    return fast if fast.sharded else choose_fast_path(model, base, fast, config)  # an engine shards first
+    if fast.sharded:  # an engine shards first
+        return fast
+    with reraise_as_user_error(f"{type(base).__name__} in {compute_dtype(config)}", RuntimeError):
+        return choose_fast_path(model, base, fast, config)
 
 
 # ------------------------------------------------------------------------------------
@@ -5274,7 +5330,7 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
 
 def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config: Config) -> MemoryModel:
     """Correct the predicted memory by that of two small steps. Not the calibration of --calibration_rows."""
-    longest = int(min(512, positions_of(base.config)))
+    longest = int(min(512, *model_sizes(base)[1:]))
     device, dtype = base.get_input_embeddings().weight.device, compute_dtype(config)
     peaks = []
     gpus = range(torch.cuda.device_count())
@@ -5295,8 +5351,8 @@ def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config
                     with torch.autocast("cuda", dtype, dtype != torch.float32):
                         loss = summed_loss(model, fast, to_device(batch, device))
                     loss.backward()
-            except torch.OutOfMemoryError:
-                log.info("plan: a trial of %d tokens did not fit; the prediction stands", count)
+            except RuntimeError as error:  # out of memory, or no gradient
+                log.info("plan: a trial of %d tokens failed, the prediction stands: %s", count, shorten(error))
                 for group in fast.groups:
                     group.forget()
                 return memory
@@ -6026,17 +6082,6 @@ def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
 # checkpoints, a stop on numbers that are not finite, and MMLU. It receives whole optimizer steps, which `training_step`
 # cuts into micro-batches. To add a callback: one class, one line in build_callbacks.
 # ------------------------------------------------------------------------------------
-def model_sizes(model: Any) -> tuple[int, float, float]:
-    """How many token ids a model has, how many positions it stores an embedding of, and how many it was made for."""
-    limit = math.inf
-    for name, table in model.named_modules():  # an encoder's; RoBERTa's and ESM's begin after the pad's
-        if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
-            limit = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-    table = model.get_input_embeddings()  # peft wraps one that it trains
-    ids = getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size
-    return ids, limit, positions_of(model.config)
-
-
 def check_sizes(name: str, largest_id: int, longest: int, sizes: tuple[int, float, float]) -> None:
     """Check rows against the model: an id outside its embedding would only show as a crash on the GPU."""
     ids, limit, positions = sizes
@@ -7225,8 +7270,8 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     forget_longest_row(base)
     missing = None
     if config.training.fast_path and not config.training.use_cpu:
-        missing = apply_liger(base)
         fuse_norms(base)
+        missing = fuse_rotary(base)
     model = make_trainable(base, config, resume.weights, adapter_start_file(config, run.base), tokenizer)
     sizes = model_sizes(base)
     for name, part in data.statistics.items():

@@ -31,6 +31,8 @@ from typing import Any, NoReturn
 # file too and so has caches of its own.
 _HF_HOME = tempfile.mkdtemp(prefix="qlora-tests-hf-")
 atexit.register(shutil.rmtree, _HF_HOME, ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ and not any("gpu" in word for word in sys.argv[1:]):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests expect what a CPU does, but those marked `gpu`
 os.environ |= {
     "HF_HOME": _HF_HOME,  # remote code is copied there, too
     "HF_DATASETS_CACHE": f"{_HF_HOME}/datasets",
@@ -92,7 +94,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and `gpu` on the command line"))
 
 
 def pytest_collection_finish() -> None:

@@ -11,11 +11,13 @@ import re
 import shutil
 import weakref
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import reference
 import tiny
+import tiny_classes
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -792,6 +794,59 @@ def test_the_error_in_bf16_is_no_larger_than_pefts(models, family):
     print(ratios)
     assert len(ratios) == 14
     assert max(ratios.values()) <= 1.1, ratios
+
+
+# ------------------------------------------------------------------------------------
+# Norms and rotary embeddings, which are replaced on a GPU only
+# ------------------------------------------------------------------------------------
+
+# Class -> how many of its norms become one kernel, and how often two layers rotate by another function.
+REPLACED = {
+    "llama": (5, 2),
+    "gemma": (5, 2),  # adds 1 to the norms' weights
+    "gemma4_text": (16, 0),  # rotates q and k one after the other; the norm of the values has no weight
+    "glm4": (9, 0),  # rotates pairs of neighbours
+    "qwen3_next": (7, 0),  # a gated norm wants a second input; rotates a part of each head
+    "gpt_oss": (5, 2),  # passes half of the angles
+    "granitemoehybrid": (7, 0),  # Mamba-2 passes a gate to a norm that also works without
+    "falcon_mamba": (3, 0),  # the weights of some norms only seem to be there
+    "olmo2": (9, 2),
+    "gpt2": (0, 0),
+}
+
+
+class RotatesInPlace:
+    """What liger-kernel's function does: the result takes the memory of the input."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def apply(self, q, k, cos, sin):
+        self.calls += 1
+        half = q.shape[-1] // 2
+        for x in (q, k):
+            first, second = x[..., :half].clone(), x[..., half:].clone()
+            x[..., :half] = first * cos[:, None, :, :half] - second * sin[:, None, :, :half]
+            x[..., half:] = second * cos[:, None, :, half:] + first * sin[:, None, :, half:]
+        return q, k
+
+
+@pytest.mark.parametrize("family", REPLACED)
+@torch.no_grad()
+def test_norms_and_rotary_embeddings_of_one_model_are_replaced_where_they_compute_the_same(
+    tmp_path, monkeypatch, family
+):
+    folder, ids = tiny_classes.write_class(tmp_path / "base", family), torch.arange(40)[None]
+    model, untouched = (AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2))
+    expected, rotation = untouched(input_ids=ids).logits, RotatesInPlace()
+    monkeypatch.setattr(qlora, "liger_ops", SimpleNamespace(LigerRopeFunction=rotation))
+    qlora.fuse_norms(model)
+    why = qlora.fuse_rotary(model)
+    fused = sum("forward" in vars(module) and "Norm" in type(module).__name__ for module in model.modules())
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (fused, rotation.calls) == REPLACED[family]
+    assert ("its own" in (why or "")) == (family in ("gemma4_text", "glm4"))
+    assert torch.equal(untouched(input_ids=ids).logits, expected) and rotation.calls == REPLACED[family][1]
 
 
 # ------------------------------------------------------------------------------------

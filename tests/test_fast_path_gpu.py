@@ -9,14 +9,17 @@ passes differ by up to 1e-2 in the norm of a parameter's gradient.
 
 import copy
 import gc
+import inspect
 import math
 import re
 import sys
 from functools import partial
 
+import plain_loop
 import pytest
 import reference
 import tiny
+import tiny_classes
 import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -221,7 +224,7 @@ def row_by_row(tensors, lengths, window):
 
 WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8}  # heads of 64
 LENGTHS = (200, 64, 64, 33, 120, 7)
-VARIANTS = {  # family, its shape, flags, with liger-kernel's norms and rotary embedding
+VARIANTS = {  # family, its shape, flags, with norms in one kernel and liger-kernel's rotary embedding
     "llama nf4": ("llama", WIDE, {"bits": 4}, True),
     "llama_gqa nf4": ("llama_gqa", WIDE, {"bits": 4}, True),
     "llama_gqa nf4, torch's norms": ("llama_gqa", WIDE, {"bits": 4}, False),
@@ -229,7 +232,7 @@ VARIANTS = {  # family, its shape, flags, with liger-kernel's norms and rotary e
     "llama_gqa 16 bit": ("llama_gqa", WIDE, {"bits": 16}, True),
     "qwen2 nf4, bias": ("qwen2", WIDE, {"bits": 4, "lora_bias": "lora_only"}, True),
     "qwen3 nf4": ("qwen3", {**WIDE, "head_dim": 64}, {"bits": 4}, True),
-    "gemma nf4": ("gemma", {**WIDE, "head_dim": 64}, {"bits": 4}, False),
+    "gemma nf4": ("gemma", {**WIDE, "head_dim": 64}, {"bits": 4}, True),
     "mistral nf4, window": ("mistral", {**WIDE, "sliding_window": 40}, {"bits": 4}, True),
 }
 
@@ -241,11 +244,12 @@ def test_liger_kernels_functions_stay_in_one_model(models):
     base = qlora.load_model(config, qlora.load_model_config(config, str(folder)), str(folder))
     family = vars(sys.modules[type(base).__module__])
     before, forward = dict(family), type(base.model.layers[0].self_attn).forward
-    assert qlora.apply_liger(base) is None
+    qlora.fuse_norms(base)
+    assert qlora.fuse_rotary(base) is None
     assert {name for name, value in family.items() if before.get(name) is not value} == set()
     assert type(base.model.layers[0].self_attn).forward is forward
-    rotary = base.model.layers[1].self_attn.forward.__globals__["apply_rotary_pos_emb"]
-    assert "liger" in rotary.__module__ and "liger" in base.model.norm.forward.__module__
+    rotary = inspect.unwrap(base.model.layers[1].self_attn.forward.__func__).__globals__["apply_rotary_pos_emb"]
+    assert rotary.func is qlora.rotate and base.model.norm.forward.func is qlora.rms_norm
     ids = torch.arange(40)[None]
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits
@@ -267,7 +271,9 @@ def test_the_error_of_every_adapters_gradient_is_no_larger_than_pefts(models, va
 
     with reference.counted() as calls:
         base = qlora.load_model(config, qlora.load_model_config(config, str(folder)), str(folder))
-        assert not liger or qlora.apply_liger(base) is None
+        if liger:
+            qlora.fuse_norms(base)
+            assert qlora.fuse_rotary(base) is None
         model = qlora.make_trainable(base, config, None).train()
         fast = qlora.enable_fast_path(model, base, config)
         assert fast.attention == qlora.VARLEN_ATTENTION and fast.head is not None and not fast.off
@@ -509,6 +515,21 @@ def test_fifty_steps_fast_and_stock_are_one_curve(run_qlora, tmp_path, gpu_flags
     ours, theirs = (run.json("all_results.json") for run in (fast, slow))
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-2)
     assert ours["train_tokens"] == theirs["train_tokens"]
+
+
+# Norms, rotary embeddings or positions of their own; scripts/check_models.py --gpu trains all classes.
+CLASSES = ["qwen3_next", "qwen3_5_text", "gemma4_text", "glm4", "gpt_oss", "deepseek_v3", "nemotron_h", "falcon_mamba"]
+
+
+@pytest.mark.parametrize("name", [*CLASSES, "granitemoehybrid", "recurrent_gemma", "masked/camembert"])
+def test_a_class_trains_as_a_plain_loop_trains_it_on_the_cpu(run_qlora, tmp_path, name):
+    masked, rows = name.startswith("masked/"), tiny.support_rows(4)
+    base = tiny_classes.write_class(tmp_path / "base", name.rpartition("/")[2], masked)
+    flags = {"dataset": tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows), "bits": 32}
+    flags |= plain_loop.MASKED_FLAGS | {"objective": "mlm"} if masked else plain_loop.FLAGS
+    run = run_qlora(model_name_or_path=base, **flags)
+    difference = plain_loop.compare(run.output_dir, base, rows, masked=masked)
+    assert run.code == 0 and difference.largest < 1e-4 and not difference.names
 
 
 def test_memory_that_runs_out_is_not_the_end(run_qlora, tmp_path, gpu_flags, monkeypatch):

@@ -320,7 +320,7 @@ def fail_to_be_made(path, model_type, masked):
 
 def test_a_class_that_hangs_dies_or_raises_is_a_row_of_the_table(monkeypatch, tmp_path):
     monkeypatch.setattr(check_models.tiny_classes, "write_class", fail_to_be_made)
-    rows = [check_models.check_in_child(name, 32, 3.0) for name in ("slow", "fatal", "masked/odd")]
+    rows = [check_models.check_in_child(3.0, False, name, 32) for name in ("slow", "fatal", "masked/odd")]
     assert [check_models.verdict(row) for row in rows] == ["hangs", "dies", "not made"]
     same = {"name": "llama", "bits": 32, "path": "fused LoRA", "note": "", "names": []}
     rows += [same | {"loss": 1e-8, "norm": 1e-7, "adapter": error} for error in (1e-6, 1e-3)]
