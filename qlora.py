@@ -202,10 +202,10 @@ def escape_control_chars(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def shorten(error: object) -> str:
-    """An error or a value as one line of at most 400 characters."""
+def shorten(error: object, most: int = 400) -> str:
+    """An error or a value as one line of at most so many characters."""
     text = escape_control_chars(" ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= 400 else text[:397] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def format_table(rows: Mapping[str, Any]) -> str:
@@ -305,7 +305,7 @@ def prompt_completion(*texts: str) -> list[Segment]:
 
 def field_error(row: RawRow, name: str, expected: str) -> RowError:
     """What a field holds, and what a format expects there."""
-    found = shorten(json.dumps(row[name], default=repr)) if name in row else "missing"
+    found = shorten(json.dumps(row[name], default=repr), 200) if name in row else "missing"
     return RowError(f"field {name!r} is {found}, expected {expected}")
 
 
@@ -379,7 +379,8 @@ def parse_chosen(row: RawRow) -> ParsedRow:
         return chat
     prompt, chosen = get_text_or_refuse_chat(row, "prompt", ""), get_text_or_refuse_chat(row, "chosen")
     begins = [str(answer).startswith(prompt) for answer in (chosen, row.get("rejected") or chosen)]
-    repeated = begins[0] and (begins[1] or re.search(r"[:\s]$", prompt))  # and not `Hello` before `Hello, Bob!`
+    # and not `Hello` before `Hello, Bob!`, whatever the rejected answer is
+    repeated = begins[0] and (re.search(r"[:\s]$", prompt) or (begins[1] and " " in prompt and row.get("rejected")))
     return prompt_completion("" if repeated else prompt, chosen)
 
 
@@ -446,6 +447,8 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
         if role not in expected:
             raise field_error(fields, role_field, " or ".join(expected))
         message = {key: value for key, value in turn.items() if value not in (None, "[]", "{}", "null")}
+        if turn.get("train_detail"):
+            raise field_error(fields, f"{place}.train_detail", "nothing: a turn is supervised whole, or not at all")
         weights = [get_boolean(fields, f"{place}.{key}", "true") for key in WEIGHT_KEYS]
         message |= {"role": role, "supervised": role == "assistant" and all(weights)}
         own_role = name == "function_call"  # LLaMA-Factory's, with calls as content; OpenAI's older key has that name
@@ -702,8 +705,22 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
 def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[RenderedRow]:
     """The rows of a chat whose values are escaped; answers to train on are supervised with their stop tokens."""
     whole, marks = apply_template(chat, tokenizer)
-    results = [message["content"] for message in chat.messages if message["role"] == "tool"]
-    absent = ["tool results"] * bool(results and not contains("".join(whole.split()), results))
+    absent = []
+    for role, what in (("tool", "tool results"), ("system", "system turns")):
+        if not contains("".join(whole.split()), [m["content"] for m in chat.messages if m["role"] == role]):
+            absent.append(what)
+    for n in chat.answers:
+        calls = chat.messages[n].get("tool_calls", ())
+        for i in range(len(calls) if len(calls) > 1 else 0):
+            fewer = {**chat.messages[n], "tool_calls": [*calls[:i], *calls[i + 1 :]]}
+            messages, rendered = [*chat.messages[:n], fewer, *chat.messages[n + 1 :]], ""
+            with contextlib.suppress(RowError):  # of a template that counts results
+                rendered = apply_template(chat._replace(messages=messages), tokenizer)[0]
+            if rendered == whole:
+                name = calls[i]["function"]["name"]
+                raise RowError(
+                    f"turn {n + 1}: the chat template does not write call {i + 1} of {len(calls)}, of {name}"
+                )
     with contextlib.suppress(RowError):  # of a template that wants tools beside calls
         absent += ["tools"] * bool(chat.tools and apply_template(chat._replace(tools=None), tokenizer)[0] == whole)
     notes = [*chat.left_out, *(f"{what} that the chat template does not write" for what in absent)]
@@ -773,8 +790,8 @@ def renamed_columns(flag: str | None, dataset_format: str | None) -> dict[str, s
 
 
 def rename_columns(row: Any, names: Mapping[str, str]) -> Any:
-    """A row with its columns under the names that its format has; one with none of the data's names as it is."""
-    if not isinstance(row, Mapping) or not row.keys() & names.values():
+    """A row with its columns under the names that its format has."""
+    if not isinstance(row, Mapping) or not names:
         return row
     kept = {f"{n} (replaced by {names[n]})" if n in names else n: v for n, v in row.items() if n not in names.values()}
     return kept | {name: row[own] for name, own in names.items() if own in row}
@@ -1137,9 +1154,13 @@ def read_config_file(path: Path) -> tuple[list[str], dict[str, Any]]:
         content = json.loads(text) if is_json else yaml.safe_load(text)
         # The values as they are written: YAML reads `no` as False and 1_0 as 10.
         literals = content if is_json else yaml.load(text, yaml.BaseLoader)
+        pairs = json.loads(text, object_pairs_hook=list) if is_json else getattr(yaml.compose(text), "value", [])
     if not isinstance(content, dict) or len(literals) != len(content):
         found = f"found {type(content).__name__}, or << or names that YAML takes for one"
         raise ConfigError(f"{path}: expected flags as `name: value` lines, {found}")
+    if len(pairs) > len(content):
+        names = Counter(name if is_json else name.value for name, _ in pairs)
+        raise ConfigError(f"{path}: {names.most_common(1)[0][0]} stands there twice")
     record = content if isinstance(content.get("flags"), dict) else {}
     if record:
         known = {f.name for group in ARGUMENT_GROUPS for f in dataclasses.fields(group)} - OLD_FLAGS - NOT_REPEATED
@@ -1201,11 +1222,14 @@ def parse_config(argv: Sequence[str]) -> Config:
 def resolve_defaults(flags: Mapping[str, Any], explicitly_set: frozenset[str]) -> dict[str, Any]:
     """Values that depend on other flags or on the machine."""
     gpu, best = torch.cuda.is_available(), flags["early_stopping_patience"] or flags["load_best_model_at_end"]
+    best = best or flags["save_strategy"] == "best"
     defaults = (
         ("max_steps", "num_train_epochs" in explicitly_set, -1),
         ("optim", flags["fsdp"], "adamw_torch"),  # bitsandbytes' optimizers cannot update shards
         ("ddp_backend", flags["fsdp"] and gpu, "cuda:nccl,cpu:gloo"),  # the CPU reduces the norm of offloaded gradients
         ("metric_for_best_model", best or flags["lr_scheduler_type"] == "reduce_lr_on_plateau", "loss"),
+        # the Trainer knows of losses only that less is better
+        ("greater_is_better", str(flags["metric_for_best_model"]).endswith("perplexity"), False),
         ("train_sampling_strategy", flags["streaming"], "random"),  # the order of the stream's shuffle buffer
     )
     derived: dict[str, Any] = {name: v for name, applies, v in defaults if applies and name not in explicitly_set}
@@ -1607,6 +1631,7 @@ class RowSource:
     files: tuple[Path, ...] = ()
     loaded: Any = None  # a Dataset, or an IterableDataset of the hub
     format: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)  # names that the format has, and those in the rows
     start: int = 0  # which of the rows that select_rows keeps, as in itertools.islice
     stop: int | None = None
 
@@ -1653,6 +1678,10 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
     if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # written by save_to_disk
         with reraise_as_user_error(name):
             return as_sources(str(path), datasets.load_from_disk(path))
+    readme = path / "README.md"
+    if readme.is_file() and re.search("(?m)^configs:", readme.read_text(encoding="utf-8", errors="replace")):
+        with reraise_as_user_error(f"{readme}: its configs, of which there may be one", *DATASETS_ERRORS):
+            return as_sources(name, datasets.load_dataset(name, cache_dir=config.model.cache_dir))
     if path.exists():
         return find_files(name, path, config)
     if data_suffix(path) in READERS:
@@ -1671,6 +1700,11 @@ def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSou
 def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
     """The splits of what the datasets library loaded: one dataset, or a dictionary of them."""
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    splits = {split: rows.with_format(None) for split, rows in splits.items()}  # as they are, in full
+    for split, rows in splits.items():
+        for column, feature in (rows.features or {}).items():
+            if getattr(feature, "decode", False):  # images and sound, which nothing reads
+                splits[split] = splits[split].cast_column(column, dataclasses.replace(feature, decode=False))
     return {split: RowSource(f"{name}[{split}]", loaded=rows) for split, rows in splits.items()}
 
 
@@ -1704,23 +1738,24 @@ def find_files(name: str, path: Path, config: Config) -> dict[str, RowSource]:
     return {s or "train": RowSource(f"{name}[{s}]" if s else name, files) for s, files in splits.items()}
 
 
-def choose_format(name: str, source: RowSource, config: Config) -> str:
-    """The format of a dataset's rows: the flag, the preset's own, or the first whose columns are all there."""
+def choose_format(name: str, source: RowSource, config: Config) -> RowSource:
+    """The rows of a dataset with their format: the flag, the preset's own, or the first whose columns are all there."""
     rows = (row for _, row in source if isinstance(row, Mapping) and not INVALID_TEXT.search("".join(row)))
     own = sorted({column for row in itertools.islice(rows, 100) for column in row})  # a JSON line may omit some
     if not own:
-        where, row = next(iter(source), (name, RowError("no row in it")))
+        where, row = next(iter(source), (source.name, RowError("no row in it")))
         with reraise_as_user_error(where):  # a RowError is a ValueError
             check_row(row)
-    names = renamed_columns(config.data.columns, config.data.dataset_format)
+    asked = renamed_columns(config.data.columns, config.data.dataset_format)
+    names = asked if {*own}.intersection(asked.values()) else {}  # else they are meant for another dataset
     columns = rename_columns(dict.fromkeys(own), names).keys()
     candidates = MASKED_FORMATS if config.masked else tuple(name for name, f in FORMATS.items() if f.inferred)
     named = config.data.dataset_format or (name if name in DATASETS and not config.masked else None)
     chosen = named or next((known for known in candidates if columns >= {*FORMATS[known].columns}), None)
     missing = sorted({*get_format(chosen, config.data.as_chat).columns} - columns) if chosen else []
-    found = f"{name}: found the columns {shorten(', '.join(own) or '(none)')}"
-    absent = [column for column in names.values() if column not in own]
-    if absent and (len(absent) < len(names) or missing or not chosen):  # all absent: meant for another dataset
+    found = f"{source.name}: found the columns {shorten(', '.join(own) or '(none)')}"
+    absent = [column for column in asked.values() if column not in own]
+    if absent and (names or missing or not chosen):
         raise ConfigError(f"{found}, but none is called {absent[0]}, which --columns names")
     if chosen is None:
         needed = {", ".join(sorted(FORMATS[known].columns)): known for known in candidates}
@@ -1732,12 +1767,12 @@ def choose_format(name: str, source: RowSource, config: Config) -> str:
     if missing:
         raise ConfigError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
     said = ", inferred from columns" * (not named) + "; it has none of the columns that --columns names" * bool(absent)
-    log.info("%s: format %s%s", name, chosen, said)
+    log.info("%s: format %s%s", source.name, chosen, said)
     if chosen == "hh-rlhf":
-        log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", name)
+        log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", source.name)
     if CUSTOM_FORMAT.fullmatch(chosen):
         log.info("its rows are cached: if it reads other files and they change, pass another --cache_dir")
-    return chosen
+    return dataclasses.replace(source, format=chosen, columns=names)
 
 
 class Limits(NamedTuple):
@@ -1771,6 +1806,7 @@ def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
     if not tokenizer.is_fast:
         raise ConfigError("chats and segments need a tokenizer with character offsets, which a tokenizer.json gives")
     ends, bos, eos = BOS_MARK + EOS_MARK, tokenizer.bos_token_id, tokenizer.eos_token_id
+    added = tokenizer.added_tokens_decoder
     texts = ["".join(segment["text"] for segment in row).strip(ends) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
     for row, text, ids, offsets in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
@@ -1778,6 +1814,8 @@ def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
         tokens: list[Tokens] = [[] for _ in row]
         for i, (start, end) in zip(ids, offsets, strict=True):
             if text[start:end] != ESCAPE_MARK:
+                if i in added:  # some, as Phi-3's <|assistant|>, take white space that follows, of the answer
+                    end = start + (len(text[start:end].rstrip()) or end - start)
                 first, last = segment_of[min(start, max(end, 1) - 1)], segment_of[max(end, 1) - 1]
                 supervised = row[first]["supervised"] or row[last]["supervised"]
                 tokens[last].append((i, i if supervised else IGNORE))
@@ -1837,8 +1875,8 @@ def check_row(row: Any) -> Mapping[str, Any]:
 def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, Any]]:
     """The rows of --include_sources, renamed; with --expand_conversations one for each answer of a valid chat."""
     wanted = {name.strip() for name in data.include_sources.split(",")}
-    names, found = renamed_columns(data.columns, data.dataset_format), False
-    kept = ((where, rename_columns(row, names)) for where, row in source)
+    found = False
+    kept = ((where, rename_columns(row, source.columns)) for where, row in source)
     if wanted != {"ALL"}:
         kept = (pair for pair in kept if not isinstance(pair[1], Mapping) or str(pair[1].get("source")) in wanted)
     for where, row in itertools.islice(kept, source.start, source.stop):
@@ -1861,6 +1899,9 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
     normal |= {"segments": [], "rendered": False, "lost": 0, "where": escape_control_chars(where)}
     try:
         parsed = dataset_format.parse(check_row(row))
+        marks = ("kto_tag", "label") if row.keys() & {"completion", "messages", "conversations"} else ("kto_tag",)
+        if dataset_format.columns and any(row.get(mark) is False for mark in marks):
+            raise RowError("an answer that its row marks as undesirable, which training would teach")
         rendered = isinstance(parsed, (Conversation, JoinedSegments))
         if isinstance(parsed, Conversation):
             rows = list(render_within(parsed, tokenizer, limits))
@@ -1920,10 +1961,8 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
 
 
 def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
-    """A dataset's splits with their rows' format, also under the names that SPLITS gives them, the first of each."""
+    """A dataset's splits, also under the names that SPLITS gives them, the first of each."""
     sources = find_splits(name, config)
-    chosen = choose_format(name, next(iter(sources.values())), config)
-    sources = {split: dataclasses.replace(part, format=chosen) for split, part in sources.items()}
     named = {split_named(split) or split: source for split, source in reversed(sources.items())}
     return sources | {split: source for split, source in named.items() if split not in sources}
 
@@ -1943,15 +1982,19 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     eval_sources: list[RowSource] = []
     if evaluating and data.eval_dataset:  # its split for evaluation, or all of it
         sources = open_dataset(data.eval_dataset, config)
-        eval_sources.append(next(sources[split] for split in (*SPLIT_NAMES, *sources) if split in sources))
+        source = next(sources[split] for split in (*SPLIT_NAMES, *sources) if split in sources)
+        eval_sources.append(choose_format(data.eval_dataset, source, config))
     for name, share in shares:
         sources = open_dataset(name, config)
         if evaluating and not data.eval_dataset:
-            eval_sources += [sources[split] for split in SPLIT_NAMES if split in sources][:1]
+            own = [sources[split] for split in SPLIT_NAMES if split in sources][:1]
+            eval_sources += [choose_format(name, source, config) for source in own]
         train = sources.get("train") if training or data.streaming or not eval_sources else None
         if train is None and (args.do_train or not eval_sources):
             raise ConfigError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
-        if unused := {source.name for source in sources.values() if source not in (train, *eval_sources)}:
+        train = train and choose_format(name, train, config)
+        read = {source.name for source in (train, *eval_sources) if source}
+        if unused := {source.name for source in sources.values()} - read:
             log.info("not read: %s", ", ".join(sorted(unused)))
         if data.streaming and train:
             if evaluating and not eval_sources:  # the first rows are held out
@@ -2201,12 +2244,14 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
     return tokenizer
 
 
-def add_tokens(tokenizer: Any, names: str, rows: int) -> int:
+def add_tokens(tokenizer: Any, model: ModelArguments, rows: int) -> int:
     """Add --add_tokens, and note in `new_rows` which of their ids the model lacks. Returns how many rows it needs."""
-    tokens = [name.strip() for name in names.split(",")]
+    tokens = [name.strip() for name in str(model.add_tokens).split(",")]
+    special = {model.eos_token, model.pad_token, model.bos_token, model.unk_token}  # else predictions would show them
     before = tokenizer.get_vocab()
     tokenizer.text_tokens = [token for token in tokens if token not in before]
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokenizer.text_tokens])
+    new = [AddedToken(token, normalized=False, special=token in special) for token in tokenizer.text_tokens]
+    tokenizer.add_tokens(new)
     ids = tokenizer.convert_tokens_to_ids(tokens)
     known = {i for i in before.values() if i < rows}
     tokenizer.new_rows = {i: i not in known for i in sorted({*ids, *range(rows, max(ids) + 1)})}
@@ -2216,7 +2261,7 @@ def add_tokens(tokenizer: Any, names: str, rows: int) -> int:
 def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model_config: PretrainedConfig) -> None:
     """Apply the flags, and choose a pad token if there is none."""
     rows = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)  # of the embedding
-    rows = add_tokens(tokenizer, config.model.add_tokens, rows) if config.model.add_tokens else rows
+    rows = add_tokens(tokenizer, config.model, rows) if config.model.add_tokens else rows
     vocabulary = tokenizer.get_vocab()
     for name in ("pad_token", "eos_token", "bos_token", "unk_token"):
         if (token := getattr(config.model, name)) is not None:
@@ -3814,11 +3859,13 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         warn_once("--lora_dropout: experts get none, which peft cannot give them")
     if lora.expert_lora_r and not experts:
         warn_once("--expert_lora_r: without effect, no stack of experts is adapted")
-    for name in experts:
-        most = min(getattr(stacks[name], "quant_state", stacks[name]).shape[1:])
-        rank = next(r for key, r in patterns["rank_pattern"].items() if re.fullmatch(rf"(.*\.)?({key})", name))
-        if rank > most:
-            raise ConfigError(f"--expert_lora_r: {name} has experts of rank {most} at most, not {rank}")
+    for name in (*experts, *(targets if mutates_base(init) else ())):
+        weight: Any = stacks[name] if name in stacks else model.get_submodule(name).weight
+        most = min(getattr(weight, "quant_state", weight).shape[-2:])
+        ranks = (r for key, r in patterns["rank_pattern"].items() if re.fullmatch(rf"(.*\.)?({key})", name))
+        if (rank := next(ranks, lora.lora_r)) > most:
+            flag, start = ("expert_lora_r", "") if name in stacks else ("lora_r", f", and {init} starts from it")
+            raise ConfigError(f"--{flag} {rank}: {name} has a rank of {most} at most{start}")
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha % 1 == 0 else lora.lora_alpha,  # type: ignore[arg-type]
@@ -3856,7 +3903,9 @@ def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> No
 
 def load_adapter_weights(adapted: Any, folder: str) -> None:
     """Fill a model's adapter from a folder: the file has all of it, and nothing else."""
-    stored = load_peft_weights(folder, device="cpu")
+    # with --lora_bias all peft saves the biases of modules that are trained whole under two more names
+    copies = re.compile(r"\.(modules_to_save|original_module)\.")
+    stored = {name: w for name, w in load_peft_weights(folder, device="cpu").items() if not copies.search(name)}
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     try:
         own = get_peft_model_state_dict(adapted).keys()
@@ -3961,6 +4010,16 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     return adapted
 
 
+def widen_trained(adapted: Any, model: PreTrainedModel, lora: LoraArguments) -> list[Any]:
+    """Train in float32, and outside frozen layers only, also modules and biases of the base. Returns the adapter's."""
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    outside = outside_frozen_layers(trained, model, lora)
+    for name, parameter in trained.items():
+        parameter.requires_grad_(name in outside)
+        parameter.data = parameter.data.float()
+    return [p for name, p in trained.items() if "lora_" in name or "trainable_tokens_" in name]
+
+
 def make_trainable(
     model: Any, config: Config, adapter: str | None, start: Path | None = None, tokenizer: Any = None
 ) -> Any:
@@ -3977,6 +4036,9 @@ def make_trainable(
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in trainable)
         model.get_input_embeddings().requires_grad_(False)  # and with them a head that is tied to them
+        if load_dtype(config) != torch.float32 and not is_sharded(config):
+            lost = "weights in bfloat16 lose updates below a 256th of their size"
+            warn_once(f"--full_finetune --bf16: {lost}: leave --bf16 out, or pass --fsdp, which keeps float32 copies")
         return model
     set_seed(config.training.seed)  # loading draws random numbers too; a seed gives one initialisation
     source = f"adapter {adapter}" if adapter else "LoRA flags"
@@ -3995,9 +4057,9 @@ def make_trainable(
         if not isinstance(head, TrainableTokensWrapper) or getattr(head.original_module, "bias", None) is not None:
             raise ConfigError("--add_tokens: peft can't train rows of this model's head: it has a bias, or an odd tie")
         adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)  # not grown ones
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name or "trainable_tokens_" in name:  # peft made it float32
-            parameter.data = parameter.data.to(getattr(torch, config.lora.lora_dtype))
+    # a table that trains in float32 must not widen the hidden states
+    adapted.get_input_embeddings().register_forward_hook(lambda module, args, out: out.to(load_dtype(config)))
+    trained = widen_trained(adapted, model, config.lora)
     if start:
         fit_calibrated_base(adapted, start, fresh=adapter is None, rank=config.lora.lora_r)
     if adapter is None and (start or mutates_base(adapted.peft_config["default"].init_lora_weights)):
@@ -4005,6 +4067,8 @@ def make_trainable(
         experts = tuple(f"{name}." for name in adapted_experts(adapted))  # they start at zero
         fresh = {name: tensor for name, tensor in state.items() if not name.startswith(experts)}
         adapted.initial_adapter = {name: tensor.detach().cpu().clone() for name, tensor in fresh.items()}
+    for parameter in trained if config.lora.lora_dtype == "bfloat16" else ():
+        parameter.data = parameter.data.bfloat16()
     return adapted
 
 
@@ -4021,7 +4085,7 @@ def convert_to_published_base(folder: Path, initial: Mapping[str, Tensor]) -> No
     file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     weights, config = load_file(file), read_json(config_file)
     for name in weights.keys() & initial.keys():
-        first = initial[name].to(weights[name].dtype)
+        weights[name], first = weights[name].float(), initial[name]  # in full, or the two would not cancel
         if ".lora_A." in name:
             weights[name] = torch.cat([weights[name], first], dim=0)
         elif ".lora_B." in name:
@@ -5513,7 +5577,7 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
     ineffective = {name for applies, names, _ in ineffective_flags(config) if applies for name in names}
     # What an earlier version did not record is not compared: its checkpoints stay resumable.
     names = now.keys() & before.keys() - {"flags", "effective batch", *NOT_REPEATED, *ineffective}
-    if before.get("metric_for_best_model") is None:  # a checkpoint without one has no best to compare with
+    if None in (before.get("metric_for_best_model"), now["metric_for_best_model"]):  # there is no best to compare with
         names -= BEST_FLAGS
     changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
     refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET, STREAM_SIZES})
@@ -5799,7 +5863,9 @@ def clear_output(config: Config, step: int) -> None:
     output, final, anew = Path(config.training.output_dir), final_folder(config), config.training.overwrite_output_dir
     recorded, checkpoints = final_files(output, final), checkpoints_in(output)
     ours = recorded or any((checkpoint / MANIFEST).is_file() for checkpoint in checkpoints)
-    for file in [*recorded, *(output / name for name in RUN_FILES)] if anew and ours else ():
+    # evaluations and predictions are of weights that will no longer be there
+    stale = RUN_FILES if anew else ("eval_results.json", "predict_results.json", "predictions.jsonl")
+    for file in [*(recorded if anew else ()), *(output / name for name in stale)] if ours else ():
         file.unlink(missing_ok=True)
     if (output / COMPLETED).is_file():  # the next save removes the files that it lists
         (output / COMPLETED).replace(output / PREVIOUS)
@@ -6750,6 +6816,7 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop) -> dict
     first_step = state.global_step
     metrics = {}
     stop.training = True
+    trainer.args.eval_on_start = trainer.args.eval_on_start and not checkpoint  # which was evaluated when it was saved
     if trainer.args.should_save:
         clear_output(trainer.config, first_step)
     if checkpoint and start.trained:
@@ -7057,12 +7124,17 @@ def model_card(trainer: QLoRATrainer) -> str:
     metadata = "" if Path(base).exists() else f"base_model: {json.dumps(base)}\n"
     prefix = "" if Path(output) == final_folder(config) else f"{os.path.relpath(output, final_folder(config))}/"
     last = max(getattr(trainer.processing_class, "new_rows", [-1]))
-    notes, merge = "", "merge it with `--merged_output_dir`.\n\n"
+    notes, lora = "", config.lora
+    odd = {"new tokens": last >= 0, "ranks or alphas by layer": lora.lora_rank_pattern or lora.lora_alpha_pattern,
+           "DoRA": lora.use_dora, "modules trained whole": lora.modules_to_save, "biases": lora.lora_bias != "none",
+           "rsLoRA (llama.cpp)": lora.use_rslora}  # fmt: skip
     if last >= 0:
-        notes = f"New tokens: if the base has fewer rows, call `base.resize_token_embeddings({last + 1})` before. "
-        notes += f"vLLM and llama.cpp load no adapter with new tokens: {merge}"
-    if config.lora.lora_rank_pattern or config.lora.lora_alpha_pattern:
-        notes += f"vLLM scales all layers by one rank and alpha, llama.cpp by one alpha: to serve it there, {merge}"
+        notes = f"New tokens: if the base has fewer rows, call `base.resize_token_embeddings({last + 1})` before.\n\n"
+    if (found := [name for name, present in odd.items() if present]) and not config.quant.full_finetune:
+        notes += (
+            f"vLLM and llama.cpp do not load an adapter with {', '.join(found)}, or scale it otherwise: to serve it "
+        )
+        notes += "there, merge it with `--merged_output_dir`.\n\n"
     if config.quant.calibration_rows:
         notes += "Load the base in 16 bit: to round it to 4 bit anew gives another base than the calibrated one.\n\n"
     best = Path(trainer.state.best_model_checkpoint or "").name if trainer.args.load_best_model_at_end else ""
@@ -7252,10 +7324,14 @@ def load_run(config: Config) -> tuple[Run, Data]:
     rows, statistics = pack_and_summarize(encoded, config, positions)
     check_ranks_agree({f"the encoded {name} rows": part.fingerprint for name, part in statistics.items()})
     base = folder
-    if config.quant.calibration_rows and not config.data.preview:
+    args = config.training
+    used = args.do_train or args.do_eval or args.do_predict or args.merge_base == "dequantized"
+    if config.quant.calibration_rows and not config.data.preview and used:
         with local_main_process_first():
             recorded = read_record(resume.found).get("run", {}) if resume.found else {}
             known = str(recorded.get("calibrated base", "")).partition(" ")[0]
+            if recorded and not known:
+                raise ConfigError(f"{resume.found} was trained without --calibration_rows: leave it out")
             base = calibrated_base(config, model_config, folder, rows, known)
     return Run(config, folder, base, model_config, tokenizer, resume), Data(rows, encoded.eval, text, statistics)
 

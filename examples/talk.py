@@ -76,7 +76,8 @@ def find_record(folder: Path, adapter: Path | None) -> dict[str, Any]:
     """run.json of the run that wrote this folder or one of its checkpoints; empty if no run did."""
     # with --working_dir, run.json is elsewhere and the model card says where
     cards = "".join(card.read_text(encoding="utf-8", errors="replace") for card in folder.glob("*.md"))
-    places = [folder, *(folder / path for path in re.findall(r"are in `(.+)/run\.json`", cards)), folder.parent]
+    places = [folder, *(folder / path for path in re.findall(r"are in `(.+)/run\.json`", cards))]
+    places += [folder.parent] * bool(re.fullmatch(r"checkpoint-\d+|adapter_model", folder.name) or not adapter)
     records = (qlora.read_json(place / "run.json") for place in places if (place / "run.json").is_file())
     # a merged model may be inside its run's folder
     return next((record for record in records if adapter or record.get("flags", {}).get("full_finetune")), {})
@@ -134,6 +135,10 @@ class Bot:
         adapter = qlora.weights_in(folder)
         record = find_record(folder, adapter)
         self.config = config = qlora.parse_config([*loading_flags(folder, adapter, record), *flags])
+        if config.model.adapter_name_or_path not in (None, str(adapter)):
+            raise qlora.ConfigError("--adapter_name_or_path: pass the adapter's folder as MODEL")
+        if (ignored := config.explicitly_set & qlora.SAMPLING_FLAGS) and not config.generation.do_sample:
+            qlora.log.warning("%s: without effect, nothing is sampled without --do_sample", ", ".join(sorted(ignored)))
         if config.masked:
             raise qlora.ConfigError(f"{name}: a masked language model, which fills masks but does not answer")
         base = qlora.model_folder(config)

@@ -11,7 +11,10 @@ from pathlib import Path
 def read(path: Path) -> list[dict[str, str]]:
     """The rows of a predictions.jsonl."""
     with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in lines]
+    if not all(isinstance(row, dict) and {"input", "output", "prediction"} <= row.keys() for row in rows):
+        raise ValueError(f"{path}: expected rows with input, output and prediction")
+    return rows
 
 
 def main() -> None:

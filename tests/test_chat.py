@@ -13,7 +13,7 @@ import pytest
 import tiny
 from datasets import Dataset
 from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 import qlora
@@ -591,7 +591,8 @@ def test_a_chat_that_is_too_long_is_what_the_template_writes_without_its_first_e
         for room in (prompt_of(shorter), prompt_of(fuller) - 1):
             row = list(qlora.render_within(parsed, tokenizer, qlora.Limits(room, 99)))[-1]
             assert "".join(s["text"] for s in row.segments) == tokenizer.apply_chat_template(shorter, tokenize=False)
-            assert row.left_out == [qlora.OLDEST_EXCHANGES]
+            silent = ["system turns that the chat template does not write"] * (system and "!= 'system'" in template)
+            assert row.left_out == [*silent, qlora.OLDEST_EXCHANGES]
             assert row.segments == render_all(shorter, tokenizer)[-1]
 
 
@@ -895,6 +896,50 @@ def test_tools_and_results_that_a_template_does_not_write_are_named(tmp_path, ca
     first, second = (f"{what} that the chat template does not write" for what in ("tools", "tool results"))
     said = left_out_of(tmp_path, caplog, chatml_tokenizer(silent), row)
     assert said == ([f"{second}, {first}"], [f"{second}, {first}"])
+
+
+def test_a_system_turn_that_a_template_does_not_write_is_named(tmp_path, caplog):
+    silent = CHATML.replace(
+        "<|im_start|>{{ m.role }}", "{% if m.role == 'system' %}{% continue %}{% endif %}<|im_start|>{{ m.role }}"
+    )
+    assert silent != CHATML
+    said = left_out_of(tmp_path, caplog, chatml_tokenizer(silent), {"messages": LONG[:3]})[0]
+    assert said == ["system turns that the chat template does not write"]
+
+
+@pytest.mark.parametrize("numbers", [(12, 1), (12, 7), (3, 3)])
+def test_each_of_several_calls_in_a_turn_reaches_the_model(numbers):
+    """gpt-oss's template writes the first one; the number of the other may be a part of its."""
+    calls = [{"type": "function", "function": {"name": "get", "arguments": {"id": n}}} for n in numbers]
+    turns = [ASKED[0], {"role": "assistant", "tool_calls": calls}]
+    written = texts(render(turns, chatml_tokenizer(TOOLS)))
+    assert "".join(written).count('"id"') == 2
+    first_only = TOOLS.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]")
+    assert first_only != TOOLS
+    with pytest.raises(qlora.RowError, match=r"turn 2: the chat template does not write"):
+        render(turns, chatml_tokenizer(first_only))
+
+
+def test_a_marker_that_takes_white_space_is_none_of_the_answers(tmp_path):
+    """Phi-3's <|assistant|>: the white space that its token swallows belongs to the answer."""
+    tokenizer = tiny.byte_tokenizer(extra=("<|user|>", "<|end|>"))
+    tokenizer.add_tokens([AddedToken("<|assistant|>", special=True, normalized=False, rstrip=True)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    for answer in ("A", "\n\nA"):
+        segments = render([ASKED[0] | {"content": "Q"}, {"role": "assistant", "content": answer}], tokenizer)
+        ids, labels = encode(segments, tokenizer, rendered=True)
+        names = tokenizer.convert_ids_to_tokens(ids)
+        assert labels[names.index("<|assistant|>")] == NO and labels[names.index("A")] == ord("A")
+
+
+def test_details_of_an_answer_that_are_not_trained_on_are_refused(tmp_path):
+    """axolotl's train_detail."""
+    turn = {"from": "gpt", "value": "abc", "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}
+    with pytest.raises(qlora.RowError, match=r"conversations\[1\].train_detail"):
+        qlora.FORMATS["sharegpt"].parse({"conversations": [{"from": "human", "value": "Q"}, turn]})
 
 
 def test_columns_beside_a_preference_s_chat_are_not_left_out(tmp_path, caplog):

@@ -301,10 +301,13 @@ TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
         ({"prompt": TURNS[:1], "chosen": TURNS[1:]}, ["Q", "A"]),
         ({"prompt": TURNS[:1], "chosen": TURNS}, ["Q", "A"]),
         ({"prompt": "another", "chosen": TURNS}, ["Q", "A"]),
+        ({"prompt": "Hi", "chosen": "Hi there", "rejected": None}, [("Hi", False), ("Hi there", True)]),
+        ({"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi you"}, [("Hi", False), ("Hi there", True)]),
+        ({"prompt": "Say it.", "chosen": "Say it. A", "rejected": "Say it. B"}, [("", False), ("Say it. A", True)]),
     ],
 )
 def test_the_prompt_of_a_preference_is_its_input(row, parts):
-    parsed = qlora.FORMATS["hh-rlhf"].parse({**row, "rejected": "no"})
+    parsed = qlora.FORMATS["hh-rlhf"].parse({"rejected": "no", **row})
     if isinstance(parsed, qlora.Conversation):
         assert [message["content"] for message in parsed.messages] == parts and parsed.answers == [1]
         assert parsed.left_out == ["a prompt beside a chat"] * (row["prompt"] == "another")
@@ -315,7 +318,7 @@ def test_the_prompt_of_a_preference_is_its_input(row, parts):
 def test_preferences_are_said_to_be_fine_tuning_on_the_chosen_answers(caplog):
     rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with caplog.at_level("INFO", "qlora"):
-        assert qlora.choose_format("x", qlora.RowSource("x", loaded=rows), qlora.parse_config([])) == "hh-rlhf"
+        assert qlora.choose_format("x", qlora.RowSource("x", loaded=rows), qlora.parse_config([])).format == "hh-rlhf"
     assert sum("fine-tuning on the chosen answers" in message for message in caplog.messages) == 1
 
 

@@ -3,6 +3,7 @@
 To add a format, add its rows to GOLDEN; the last test of the first part fails until they are there.
 """
 
+import json
 import logging
 
 import datasets
@@ -365,7 +366,85 @@ def test_columns_that_only_some_rows_have_count(tmp_path):
 )
 def test_chats_are_inferred_first(columns, name):
     source = qlora.RowSource("here", loaded=datasets.Dataset.from_list([dict.fromkeys(columns, "")]))
-    assert qlora.choose_format("here", source, qlora.parse_config([])) == name
+    assert qlora.choose_format("here", source, qlora.parse_config([])).format == name
+
+
+def test_each_split_that_is_read_has_a_format_of_its_own(tmp_path, caplog):
+    """Splits that are not read have none, whichever comes first by name."""
+    caplog.set_level(logging.INFO, "qlora")
+    tiny.rows_to_jsonl(tmp_path / "dev.jsonl", [{"input": "cat", "output": "chat"}])
+    tiny.rows_to_jsonl(tmp_path / "test.jsonl", [{"question": "?", "answer": "!"}])
+    tiny.rows_to_jsonl(tmp_path / "train.jsonl", [{"instruction": "Go", "output": "on"}])
+    words = ["--dataset", str(tmp_path)]
+    splits = load(*words)
+    assert pairs_of(splits.train) == [(WITHOUT_INPUT.format("Go"), "on")] and splits.eval is None
+    assert [message.split(": ", 1)[1] for message in caplog.messages if ": format " in message] == [
+        "format alpaca, inferred from columns"
+    ]
+    splits = load(*words, "--do_eval")
+    assert pairs_of(splits.train) == [(WITHOUT_INPUT.format("Go"), "on")]
+    assert pairs_of(splits.eval) == [("cat", "chat")]
+
+
+def test_a_row_that_lacks_a_column_of_the_flag_is_bad(tmp_path):
+    """It is not taken from the column that is replaced; a dataset without any of the columns is another one."""
+    rows = [{"input": "a", "output": "bad", "corrected": "good"}, {"input": "b", "output": "draft"}]
+    file, other = tiny.rows_to_jsonl(tmp_path / "a.jsonl", rows), tiny.rows_to_jsonl(tmp_path / "b.jsonl", rows[1:])
+    words = ["--dataset", f"{file},{other}", "--columns", "output=corrected"]
+    with pytest.raises(qlora.ConfigError, match=r"a\.jsonl:2: field 'output' is missing"):
+        load(*words)
+    splits = load(*words, "--on_bad_rows", "skip", "--output_dir", str(tmp_path / "out"))
+    assert pairs_of(splits.train) == [("a", "good"), ("b", "draft")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "completion": "bad", "label": False},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "bad"}], "label": False},
+        {"instruction": "Q", "output": "bad", "kto_tag": False},
+    ],
+)
+def test_an_answer_that_is_marked_undesirable_is_a_bad_row(tmp_path, row):
+    """As KTO's datasets do; a label of a plain text may say anything."""
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(qlora.ConfigError, match=r"a\.jsonl:1: an answer that its row marks as undesirable"):
+        load("--dataset", str(file))
+    tiny.rows_to_jsonl(file, [{"text": "a", "label": False}])
+    assert pairs_of(load("--dataset", str(file)).train) == [("", "a")]
+
+
+def test_a_saved_datasets_own_format_and_pictures_are_not_used(tmp_path):
+    """`set_format` would hide columns, or give arrays; a picture would be decoded, here one that is none."""
+    rows = datasets.Dataset.from_list([{"instruction": "a", "input": "b", "output": "c", "image": {"bytes": b"no"}}])
+    rows = rows.cast_column("image", datasets.Image())
+    rows.set_format("numpy", columns=["input", "output"])
+    rows.save_to_disk(tmp_path / "saved")
+    assert pairs_of(load("--dataset", str(tmp_path / "saved")).train) == [(WITH_INPUT.format("a", "b"), "c")]
+
+
+def test_a_folder_like_a_clone_of_the_hub_has_the_splits_that_its_readme_names(tmp_path, capsys):
+    for name in ("data", "holdout"):
+        (tmp_path / name).mkdir()
+        tiny.rows_to_jsonl(tmp_path / name / "rows.jsonl", [{"input": name, "output": "a"}])
+    config = (
+        "- config_name: {}\n  data_files:\n  - split: train\n    path: data/*\n  - split: test\n    path: holdout/*\n"
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{config.format('default')}---\n")
+    splits = load("--dataset", str(tmp_path), "--do_eval")
+    assert pairs_of(splits.train) == [("data", "a")] and pairs_of(splits.eval) == [("holdout", "a")]
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{config.format('one')}{config.format('two')}---\n")
+    with pytest.raises(qlora.ConfigError, match=r"README\.md: its configs.*one.*two"):
+        load("--dataset", str(tmp_path))
+
+
+def test_the_reason_stands_behind_a_long_value(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(
+        json.dumps({"input": "a", "output": "Der Text. " * 200 + "Zü"}, ensure_ascii=False).encode("latin-1")
+    )
+    with pytest.raises(qlora.ConfigError, match=r"expected UTF-8 \(is the file in Latin-1\?\)"):
+        load("--dataset", str(file))
 
 
 NEEDS = {

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import gguf
@@ -266,7 +267,10 @@ def test_ranks_and_alphas_of_single_layers(adapt, models, tmp_path):
     adapted = PeftModel.from_pretrained(base_of(models("llama"), bits=4), tmp_path / "out")
     layers = adapted.base_model.model.model.layers
     assert (layers[1].self_attn.v_proj.scaling["default"], layers[1].mlp.down_proj.scaling["default"]) == (8, 4)
-    assert "vLLM scales all layers by one rank and alpha" in (tmp_path / "out/README.md").read_text()
+    assert (
+        "do not load an adapter with ranks or alphas by layer, or scale it otherwise"
+        in (tmp_path / "out/README.md").read_text()
+    )
 
 
 def test_a_pattern_with_pissa_fits_the_published_base(run_qlora, models, tmp_path):
@@ -366,7 +370,7 @@ def test_new_tokens_train_their_rows_and_no_others(run_qlora, models, cups, tmp_
     assert trained.keys() == {f"base_model.model.{name}" for name in table_names(tie)}
     assert run.json("adapter_config.json")["trainable_token_indices"] == {name: [259, 260] for name in table_names(tie)}
     card = (run.output_dir / "README.md").read_text()
-    assert "vLLM and llama.cpp load no adapter with new tokens" in card and "`--merged_output_dir`" in card
+    assert "vLLM and llama.cpp do not load an adapter with new tokens" in card and "`--merged_output_dir`" in card
     # plain peft on the published base in 4 bit, with more rows where it lacks them
     base = base_of(folder, bits=4)
     for module in base.modules():
@@ -436,7 +440,7 @@ def test_a_new_token_named_like_a_turn_is_one_in_a_text(run_qlora, tmp_path):
     assert run.code == 0 and "<|user|>" in run.stdout
     config = qlora.parse_config(["--add_tokens", "<|user|>"])
     tokenizer = tiny.byte_tokenizer()
-    qlora.add_tokens(tokenizer, config.model.add_tokens, 320)
+    qlora.add_tokens(tokenizer, config.model, 320)
     (((bos, _), *tokens),) = next(qlora.tokenize_segments([[{"text": "<|user|>a", "supervised": True}]], tokenizer))
     assert bos == tiny.BOS and tokens == [(259, 259), (97, 97), (tiny.EOS, tiny.EOS)]
 
@@ -457,3 +461,91 @@ def test_new_tokens_beside_a_head_with_a_bias_are_refused(models):
     qlora.set_special_tokens(tokenizer, config, base.config)
     with pytest.raises(qlora.ConfigError, match=r"^--add_tokens: .* head: it has a bias"):
         qlora.make_trainable(base, config, None, tokenizer=tokenizer)
+
+
+# ------------------------------------------------------------------------------------
+# What trains beside LoRA
+# ------------------------------------------------------------------------------------
+
+
+def test_biases_of_modules_that_train_whole_are_loaded_again(run_qlora, models, tmp_path):
+    """peft saves them under two more names."""
+    flags = {"model_name_or_path": models("gpt_neox"), "lora_bias": "all", "modules_to_save": "final_layer_norm"}
+    assert run_qlora(max_steps=1, save_steps=1, **flags).code == 0
+    resumed = run_qlora(max_steps=2, save_steps=1, **flags)
+    alone = run_qlora(max_steps=2, save_steps=1, output_dir=tmp_path / "alone", **flags)
+    assert resumed.code == 0
+    got, expected = (load_file(run.output_dir / "adapter_model.safetensors") for run in (resumed, alone))
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("init", "flags"), [("pissa", {"lora_r": 64}), ("olora", {"lora_rank_pattern": {"q_proj": 100}})]
+)
+def test_a_rank_that_a_layer_has_not_is_refused_where_adapters_start_from_it(run_qlora, models, init, flags):
+    run = run_qlora(model_name_or_path=models("llama_gqa"), init_lora_weights=init, bits=16, **flags)
+    assert run.code == 2 and re.search(
+        rf"error: --lora_r \d+: .* has a rank of \d+ at most, and {init} starts", run.stderr
+    )
+    assert (
+        run_qlora(model_name_or_path=models("llama_gqa"), init_lora_weights=init, bits=16, lora_r=32, max_steps=1).code
+        == 0
+    )
+
+
+@pytest.mark.parametrize("modules", ["norm", "lm_head", "embed_tokens"])
+def test_modules_that_train_whole_take_small_steps_in_bf16(run_qlora, models, modules):
+    """In bfloat16 a weight of 1 would stay what it is: half of its last place is 0.004."""
+    base = models("llama")
+    flags = {"bits": 4, "bf16": True, "learning_rate": 1e-4, "max_steps": 3, "optim": "adamw_torch", "lora_r": 4}
+    run = run_qlora(model_name_or_path=base, modules_to_save=modules, lr_scheduler_type="constant", **flags)
+    saved = load_file(run.output_dir / "adapter_model.safetensors")
+    (name,) = (name for name in saved if name.endswith(f"{modules}.weight"))
+    before = load_file(base / "model.safetensors")[name.removeprefix("base_model.model.")].bfloat16().float()
+    moved = saved[name] != before
+    assert run.code == 0 and saved[name].dtype == torch.float32
+    used = moved.any(-1) if modules == "embed_tokens" else moved
+    assert used.float().mean() > (0.1 if modules == "embed_tokens" else 0.9)
+
+
+def test_frozen_layers_train_neither_biases_nor_modules(run_qlora, models):
+    flags = {"model_name_or_path": models("gpt_neox"), "lora_bias": "all", "modules_to_save": "input_layernorm"}
+    run = run_qlora(layers_to_freeze=1, max_steps=2, learning_rate=1e-2, **flags)
+    saved = load_file(run.output_dir / "adapter_model.safetensors")
+    before = load_file(models("gpt_neox") / "model.safetensors")
+    moved = {name for name in saved if name.removeprefix("base_model.model.") in before
+             and not torch.equal(saved[name], before[name.removeprefix("base_model.model.")])}  # fmt: skip
+    assert run.code == 0 and moved and not any(".layers.0." in name for name in moved)
+
+
+def test_a_new_token_that_ends_answers_is_not_in_predictions(run_qlora, tmp_path):
+    rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"input": "q", "output": "y"}] * 8)
+    flags = {"dataset": rows, "eval_dataset": rows, "max_eval_samples": 1, "learning_rate": 1e-2, "max_steps": 40}
+    flags |= {"add_tokens": "<|im_end|>", "eos_token": "<|im_end|>", "do_predict": True, "max_new_tokens": 4}
+    run = run_qlora(predict_with_generate=True, lora_r=16, bits=16, **flags)
+    (line,) = (run.output_dir / "predictions.jsonl").read_text().splitlines()
+    assert run.code == 0 and json.loads(line)["prediction"] == "y"
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_bf16_adapter_taken_out_of_the_base_is_saved_as_it_was_trained(run_qlora, init, tmp_path):
+    """The saved one, on the published base, evaluates as the model in training did."""
+    flags = {"init_lora_weights": init, "lora_dtype": "bfloat16", "bits": 16, "do_eval": True, "eval_dataset_size": 4}
+    run = run_qlora(max_steps=3, learning_rate=1e-2, **flags)
+    again = run_qlora(max_steps=3, learning_rate=1e-2, do_train=False, **flags)
+    trained, loaded = (one.json("eval_results.json")["eval_loss"] for one in (run, again))
+    assert (run.code, again.code) == (0, 0) and loaded == pytest.approx(trained, rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": "all"}, "biases"),
+        ({"modules_to_save": "lm_head"}, "modules trained whole"),
+    ],
+    ids=str,
+)
+def test_the_card_names_what_servers_do_not_load(run_qlora, flags, named):
+    run = run_qlora(max_steps=1, **flags)
+    assert f"do not load an adapter with {named}, or" in (run.output_dir / "README.md").read_text()
