@@ -13,24 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             36-179
-     2 Errors             182-245
-     3 Dataset formats    248-791
-     4 Arguments         794-1504
-     5 Loading          1507-2109
-     6 Tokenizer        2112-2233
-     7 Encoding         2236-2716
-     8 Model            2719-3367
-     9 Calibration      3370-3730
-    10 LoRA             3733-4034
-    11 Fast path        4037-5056
-    12 Plan             5059-5399
-    13 Checkpoints      5402-5812
-    14 Processes        5815-5872
-    15 Evaluation       5875-6072
-    16 Trainer          6075-6702
-    17 Stages           6705-7207
-    18 Main             7210-7506
+     1 Imports             36-182
+     2 Errors             185-248
+     3 Dataset formats    251-811
+     4 Arguments         814-1531
+     5 Loading          1534-2155
+     6 Tokenizer        2158-2281
+     7 Encoding         2284-2764
+     8 Model            2767-3416
+     9 Calibration      3419-3779
+    10 LoRA             3782-4102
+    11 Fast path        4105-5127
+    12 Plan             5130-5470
+    13 Checkpoints      5473-5885
+    14 Processes        5888-5945
+    15 Evaluation       5948-6145
+    16 Trainer          6148-6775
+    17 Stages           6778-7286
+    18 Main             7289-7589
 """
 
 # ------------------------------------------------------------------------------------
@@ -88,6 +88,9 @@ from functools import cache, lru_cache, partial, partialmethod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypedDict
 from unittest import mock
+
+if __name__ == "__main__":  # a Ctrl-C while libraries are imported ends the program without their traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Send nothing that the user did not ask for. Most libraries read these variables when imported.
 os.environ |= {
@@ -4521,6 +4524,7 @@ def grouped_experts_forward(
         inner = GatedShares.apply(both, shares)
     else:
         inner = module._apply_gate(both) if module.has_gate else module.act_fn(both)
+        inner = inner.to(both.dtype)  # on a GPU autocast squares in float32, as Nemotron-H does
     out = expert_products(module, layers.get("down_proj"), "down_proj", inner, experts, ends)
     return RowsOfTokens.apply(out if early else out * shares, tokens, places, True).to(x.dtype)
 

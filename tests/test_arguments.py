@@ -424,6 +424,19 @@ def test_the_command_line_overrides_the_file(tmp_path, content, argv, name, expe
     assert parse(str(tmp_path / "run.yaml"), *argv).flags[name] == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "learning_rate: 1e-3\nbits: 4\nlearning_rate: 5e-3\n"),
+        ("a.json", '{"learning_rate": 1e-3, "learning_rate": 5e-3}'),
+    ],
+)
+def test_a_flag_that_stands_twice_in_a_file_is_an_error(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(qlora.ConfigError, match=rf"{re.escape(name)}: learning_rate stands there twice"):
+        parse(str(tmp_path / name))
+
+
 def test_a_mapping_in_a_file_becomes_json(tmp_path):
     (tmp_path / "run.yaml").write_text("rope_scaling:\n  rope_type: linear\n  factor: 2.0\n")
     value = parse(str(tmp_path / "run.yaml")).model.rope_scaling

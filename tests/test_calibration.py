@@ -287,6 +287,19 @@ def test_a_finished_run_is_used_on_the_base_it_was_trained_on(calibrated, run_ql
     assert "the base of this run is not in" in error_of(calibrated(**used))
 
 
+def test_a_merge_needs_no_calibrated_base_and_a_run_without_one_gets_none(calibrated, run_qlora, tmp_path):
+    """The result fits the published base; and a base is not calibrated for a run that was trained on another."""
+    assert calibrated(learning_rate=1e-2).code == 0
+    shutil.rmtree(tmp_path / "cache/qlora-calibrated")
+    merge = {"do_train": False, "do_eval": False, "merged_output_dir": tmp_path / "merged"}
+    assert calibrated(learning_rate=1e-2, **merge).code == 0
+    assert not (tmp_path / "cache/qlora-calibrated").exists()
+    assert run_qlora(output_dir=tmp_path / "plain", max_steps=1).code == 0
+    refused = run_qlora(output_dir=tmp_path / "plain", max_steps=2, calibration_rows=4, cache_dir=tmp_path / "cache")
+    assert "was trained without --calibration_rows" in error_of(refused)
+    assert not (tmp_path / "cache/qlora-calibrated").exists()
+
+
 @pytest.mark.parametrize("flags", [{"bf16": True}, {"fp16": True}])
 def test_sums_are_in_float32_under_autocast(calibrated, flags):
     run = calibrated(max_steps=1, **flags)

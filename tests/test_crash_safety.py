@@ -253,6 +253,14 @@ qlora.QLoRATrainer.training_step = say
 """
 
 
+def test_ctrl_c_while_libraries_are_imported_leaves_no_traceback(tmp_path):
+    command = [sys.executable, str(conftest.ROOT / "qlora.py"), "--output_dir", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == -signal.SIGINT and "Traceback" not in process.communicate()[1]
+
+
 def test_a_second_ctrl_c_stops_at_once(fork_server, command, tmp_path):
     """In the middle of a step of 4000 rows, which takes tens of seconds."""
     rows = tiny.rows_to_jsonl(tmp_path / "many.jsonl", tiny.support_rows(24) * 167)

@@ -550,6 +550,38 @@ def test_early_stopping(run_qlora):
     assert again.code == 0 and "it is used, not trained again" in again.stderr
 
 
+def test_less_perplexity_is_better(run_qlora):
+    flags = STUCK | {
+        "learning_rate": 1e-2,
+        "early_stopping_patience": 1,
+        "load_best_model_at_end": True,
+        "max_steps": 4,
+    }
+    run = run_qlora(**flags, metric_for_best_model="perplexity")
+    values = [e["eval_perplexity"] for e in run.json("trainer_state.json")["log_history"] if "eval_perplexity" in e]
+    assert run.code == 0 and values == sorted(values, reverse=True) and len(values) == 4
+    assert "checkpoint-4" in run.json("trainer_state.json")["best_model_checkpoint"]
+
+
+def test_the_evaluation_at_the_start_is_not_repeated_on_a_resume(run_qlora):
+    """It would count as one that is not better than the checkpoint's own."""
+    flags = STUCK | {"learning_rate": 1e-2, "early_stopping_patience": 1, "eval_on_start": True}
+    assert run_qlora(**flags | {"max_steps": 2}).code == 0
+    run = run_qlora(**flags | {"max_steps": 4})
+    steps = [e["step"] for e in run.json("trainer_state.json")["log_history"] if "eval_loss" in e]
+    assert run.code == 0 and steps == [0, 1, 2, 3, 4]
+
+
+def test_more_training_removes_the_predictions_of_the_weights_before(run_qlora, tmp_path):
+    rows = tiny.rows_to_jsonl(tmp_path / "eval.jsonl", tiny.support_rows(2))
+    flags = {"eval_dataset": rows, "save_steps": 1}
+    run = run_qlora(max_steps=1, do_eval=True, do_predict=True, predict_with_generate=True, max_new_tokens=1, **flags)
+    names = ("predictions.jsonl", "predict_results.json", "eval_results.json")
+    assert all((run.output_dir / name).is_file() for name in names)
+    run = run_qlora(max_steps=2, **flags)
+    assert run.code == 0 and not any((run.output_dir / name).exists() for name in names)
+
+
 def test_early_stopping_goes_on_with_more_patience(run_qlora, tmp_path):
     """As if it had been that from the start; more steps alone are none that would be trained."""
     flags = STUCK | {"learning_rate": 1e-2, "metric_for_best_model": "eval_loss", "greater_is_better": True}

@@ -29,7 +29,7 @@ import tiny
 import torch
 from conftest import ROOT, extra, missing, preserved_state
 from fork_server import free_port
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -227,6 +227,22 @@ def test_what_does_not_answer_is_refused(run_qlora, models, trained, tmp_path):
     file = trained / "adapter_model.safetensors"
     with pytest.raises(qlora.ConfigError, match=f"is a file: pass its folder, {trained}"):
         talk.Bot(str(file))
+
+
+def test_an_adapter_in_a_folder_of_another_run_is_loaded_on_its_own_base(trained, models, tmp_path):
+    """`output` is where runs go by default, and `output/loop` where the plain loop's own words say."""
+    other, run = models("llama_gqa"), shutil.copytree(trained, tmp_path / "run")
+    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(other), LoraConfig(target_modules=["q_proj"]))
+    adapter.save_pretrained(run / "loop")
+    assert talk.Bot(str(run / "loop")).config.model.model_name_or_path == str(other)
+
+
+def test_flags_that_would_do_nothing_are_said(trained, base, caplog):
+    for model in (base, trained):
+        with pytest.raises(qlora.ConfigError, match="--adapter_name_or_path: pass the adapter's folder as MODEL"):
+            talk.Bot(str(model), "--adapter_name_or_path", str(trained.parent))
+    talk.Bot(str(trained), "--temperature", "5", "--top_p", "0.9")
+    assert "temperature, top_p: without effect, nothing is sampled without --do_sample" in caplog.messages
 
 
 def test_explicit_flags_override_those_of_the_run(trained, base, tmp_path):

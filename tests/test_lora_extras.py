@@ -500,7 +500,7 @@ def test_modules_that_train_whole_take_small_steps_in_bf16(run_qlora, models, mo
     flags = {"bits": 4, "bf16": True, "learning_rate": 1e-4, "max_steps": 3, "optim": "adamw_torch", "lora_r": 4}
     run = run_qlora(model_name_or_path=base, modules_to_save=modules, lr_scheduler_type="constant", **flags)
     saved = load_file(run.output_dir / "adapter_model.safetensors")
-    (name,) = (name for name in saved if name.endswith(f"{modules}.weight"))
+    (name,) = (name for name in saved if name.endswith(f".{modules}.weight"))
     before = load_file(base / "model.safetensors")[name.removeprefix("base_model.model.")].bfloat16().float()
     moved = saved[name] != before
     assert run.code == 0 and saved[name].dtype == torch.float32
