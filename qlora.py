@@ -23,14 +23,14 @@ Read the file from top to bottom, along the path of the data: every room uses on
      8 Model            2767-3416
      9 Calibration      3419-3779
     10 LoRA             3782-4102
-    11 Fast path        4105-5127
-    12 Plan             5130-5470
-    13 Checkpoints      5473-5885
-    14 Processes        5888-5945
-    15 Evaluation       5948-6145
-    16 Trainer          6148-6775
-    17 Stages           6778-7286
-    18 Main             7289-7589
+    11 Fast path        4105-5120
+    12 Plan             5123-5463
+    13 Checkpoints      5466-5878
+    14 Processes        5881-5938
+    15 Evaluation       5941-6138
+    16 Trainer          6141-6768
+    17 Stages           6771-7279
+    18 Main             7282-7582
 """
 
 # ------------------------------------------------------------------------------------
@@ -4835,27 +4835,20 @@ def set_recomputed_layers(model: Any, count: int, offload: bool = False, small: 
 
 
 @cache
-def copies_of_angles(own: Any) -> int:
-    """How often cos and sin, side by side, fill a head, so that liger-kernel rotates as this function does, or 0."""
-    q, k, angles = torch.randn(1, 4, 6, 64), torch.randn(1, 2, 6, 64), torch.randn(1, 6, 32)
+def rotates_halves(own: Any) -> bool:
+    """Whether a family's function rotates the halves of whole heads by angles of that width, as liger-kernel does."""
+    q, k, angles = torch.randn(1, 4, 6, 64), torch.randn(1, 2, 6, 64), torch.randn(1, 6, 32).repeat(1, 1, 2)
     swap = lambda x: torch.cat((-x[..., 32:], x[..., :32]), -1)  # noqa: E731
-    cos, sin = (part.repeat(1, 1, 2) for part in (angles.cos(), angles.sin()))
-    expected = [x * cos[:, None] + swap(x) * sin[:, None] for x in (q, k)]
-    for copies in (1, 2):  # gpt-oss passes half of them
-        size = 64 // copies
-        with contextlib.suppress(Exception):  # of its own form, as Gemma 4's and many towers'
-            if all(map(torch.allclose, own(q, k, cos[..., :size], sin[..., :size]), expected)):
-                return copies
-    return 0
+    expected = [x * angles.cos()[:, None] + swap(x) * angles.sin()[:, None] for x in (q, k)]
+    with contextlib.suppress(Exception):  # of another form, as Gemma 4's and many towers'
+        return all(map(torch.allclose, own(q, k, angles.cos(), angles.sin()), expected))
+    return False
 
 
 def rotate(own: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Stand in for a family's rotary embedding of q and k, (rows, heads, tokens, dim); parts of heads are its own."""
-    copies = copies_of_angles(own)
-    if args or kwargs or cos.dim() != 3 or copies * cos.shape[-1] != q.shape[-1]:
+    if args or kwargs or cos.dim() != 3 or cos.shape[-1] != q.shape[-1]:
         return own(q, k, cos, sin, *args, **kwargs)
-    if copies > 1:
-        cos, sin = (part.repeat(1, 1, copies) for part in (cos, sin))
     return liger_ops.LigerRopeFunction.apply(q, k, cos, sin)  # which writes over q and k
 
 
@@ -4886,7 +4879,7 @@ def fuse_rotary(model: Any) -> str | None:
         own = getattr(forward, "__globals__", {}).get(name)
         if own is None or name not in forward.__code__.co_names:
             continue
-        if why or not copies_of_angles(own):
+        if why or not rotates_halves(own):
             kept = True
         else:
             copied = with_globals(type(module).forward, {name: partial(rotate, own)})
