@@ -22,15 +22,15 @@ Read the file from top to bottom, along the path of the data: every room uses on
      7 Encoding         2284-2764
      8 Model            2767-3416
      9 Calibration      3419-3779
-    10 LoRA             3782-4102
-    11 Fast path        4105-5120
-    12 Plan             5123-5463
-    13 Checkpoints      5466-5878
-    14 Processes        5881-5938
-    15 Evaluation       5941-6138
-    16 Trainer          6141-6768
-    17 Stages           6771-7279
-    18 Main             7282-7582
+    10 LoRA             3782-4104
+    11 Fast path        4107-5122
+    12 Plan             5125-5467
+    13 Checkpoints      5470-5882
+    14 Processes        5885-5942
+    15 Evaluation       5945-6142
+    16 Trainer          6145-6772
+    17 Stages           6775-7283
+    18 Main             7286-7586
 """
 
 # ------------------------------------------------------------------------------------
@@ -4020,6 +4020,10 @@ def widen_trained(adapted: Any, model: PreTrainedModel, lora: LoraArguments) -> 
     for name, parameter in trained.items():
         parameter.requires_grad_(name in outside)
         parameter.data = parameter.data.float()
+    table = adapted.get_input_embeddings()
+    stored, *copies = table.parameters()
+    if any(one.requires_grad for one in copies):  # a table in float32 must not widen the hidden states
+        table.register_forward_hook(lambda module, args, out, dtype=stored.dtype: out.to(dtype))
     return [p for name, p in trained.items() if "lora_" in name or "trainable_tokens_" in name]
 
 
@@ -4060,8 +4064,6 @@ def make_trainable(
         if not isinstance(head, TrainableTokensWrapper) or getattr(head.original_module, "bias", None) is not None:
             raise ConfigError("--add_tokens: peft can't train rows of this model's head: it has a bias, or an odd tie")
         adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)  # not grown ones
-    # a table that trains in float32 must not widen the hidden states
-    adapted.get_input_embeddings().register_forward_hook(lambda module, args, out: out.to(load_dtype(config)))
     trained = widen_trained(adapted, model, config.lora)
     if start:
         fit_calibrated_base(adapted, start, fresh=adapter is None, rank=config.lora.lora_r)
@@ -5389,9 +5391,11 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
     return "; ".join(filter(None, found)) or "no single change"
 
 
-def calibrate(memory: MemoryModel, model: Any, base: Any, fast: FastPath, config: Config) -> MemoryModel:
+def calibrate(
+    memory: MemoryModel, model: Any, base: Any, fast: FastPath, config: Config, longest: int = 512
+) -> MemoryModel:
     """Correct the predicted memory by that of two small steps. Not the calibration of --calibration_rows."""
-    longest = int(min(512, *model_sizes(base)[1:]))
+    longest = int(min(longest, 512, *model_sizes(base)[1:]))
     device, dtype = base.get_input_embeddings().weight.device, compute_dtype(config)
     peaks = []
     gpus = range(torch.cuda.device_count())
@@ -5456,7 +5460,7 @@ def choose_step_plan(
     else:
         devices = {parameter.device for parameter in base.parameters() if parameter.device.type == "cuda"}
         memory = memory.shared(config, len(devices)) if len(devices) > 1 else memory
-        memory = calibrate(memory, model, base, fast, config)
+        memory = calibrate(memory, model, base, fast, config, max(128, lengths[0]))  # no longer than the model takes
         # measured on the loaded model; gradients and the optimizer's state are still to come
         room = 0.95 * min(map(free_memory, devices)) - memory.gradients - (0 if memory.paged else memory.optimizer)
     plan, lines, _ = plan_step(memory, room, lengths[0], window, config)
