@@ -13,24 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             36-182
-     2 Errors             185-248
-     3 Dataset formats    251-811
-     4 Arguments         814-1531
-     5 Loading          1534-2155
-     6 Tokenizer        2158-2281
-     7 Encoding         2284-2764
-     8 Model            2767-3416
-     9 Calibration      3419-3779
-    10 LoRA             3782-4104
-    11 Fast path        4107-5122
-    12 Plan             5125-5467
-    13 Checkpoints      5470-5882
-    14 Processes        5885-5942
-    15 Evaluation       5945-6142
-    16 Trainer          6145-6772
-    17 Stages           6775-7283
-    18 Main             7286-7586
+     1 Imports             36-185
+     2 Errors             188-251
+     3 Dataset formats    254-819
+     4 Arguments         822-1541
+     5 Loading          1544-2165
+     6 Tokenizer        2168-2291
+     7 Encoding         2294-2774
+     8 Model            2777-3426
+     9 Calibration      3429-3789
+    10 LoRA             3792-4118
+    11 Fast path        4121-5139
+    12 Plan             5142-5484
+    13 Checkpoints      5487-5900
+    14 Processes        5903-5960
+    15 Evaluation       5963-6160
+    16 Trainer          6163-6791
+    17 Stages           6794-7300
+    18 Main             7303-7603
 """
 
 # ------------------------------------------------------------------------------------
@@ -89,8 +89,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypedDict
 from unittest import mock
 
-if __name__ == "__main__":  # a Ctrl-C while libraries are imported ends the program without their traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if imports := __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while libraries are imported: without their traceback
 
 # Send nothing that the user did not ask for. Most libraries read these variables when imported.
 os.environ |= {
@@ -174,6 +174,9 @@ try:
     from liger_kernel import ops as liger_ops
 except ImportError:  # or the Triton that it needs
     liger_ops = None
+
+if imports:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 log = logging.getLogger("qlora")
 warn_once = cache(log.warning)
@@ -382,8 +385,8 @@ def parse_chosen(row: RawRow) -> ParsedRow:
         return chat
     prompt, chosen = get_text_or_refuse_chat(row, "prompt", ""), get_text_or_refuse_chat(row, "chosen")
     begins = [str(answer).startswith(prompt) for answer in (chosen, row.get("rejected") or chosen)]
-    # and not `Hello` before `Hello, Bob!`, whatever the rejected answer is
-    repeated = begins[0] and (re.search(r"[:\s]$", prompt) or (begins[1] and " " in prompt and row.get("rejected")))
+    # `Hello` before `Hello, Bob!` is no repetition
+    repeated = begins[0] and (re.search(r"[:\s]$", prompt) or (begins[1] and not re.fullmatch(r"\w*", prompt)))
     return prompt_completion("" if repeated else prompt, chosen)
 
 
@@ -705,6 +708,22 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
     return before, text, slice(start, next((stop.end() for stop in stops if not text[stop.end() :].strip()), len(text)))
 
 
+def check_calls(chat: Conversation, whole: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse several calls of an answer of which the template leaves one out, as gpt-oss's does: tried without each."""
+    for n in chat.answers:
+        turn, calls = chat.messages[n], chat.messages[n].get("tool_calls", ())
+        for i in range(len(calls)) if len(calls) > 1 else ():
+            fewer = turn | {"tool_calls": [*calls[:i], *calls[i + 1 :]]}
+            messages, rendered = [*chat.messages[:n], fewer, *chat.messages[n + 1 :]], ""
+            with contextlib.suppress(RowError):  # of a template that counts results
+                rendered = apply_template(chat._replace(messages=messages), tokenizer)[0]
+            if rendered == whole:
+                what = f"call {i + 1} of {len(calls)}, of {calls[i]['function']['name']}"
+                raise RowError(
+                    f"turn {n + 1}: the chat template does not write {what}; pass a --chat_template that does"
+                )
+
+
 def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[RenderedRow]:
     """The rows of a chat whose values are escaped; answers to train on are supervised with their stop tokens."""
     whole, marks = apply_template(chat, tokenizer)
@@ -712,18 +731,7 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
     for role, what in (("tool", "tool results"), ("system", "system turns")):
         if not contains("".join(whole.split()), [m["content"] for m in chat.messages if m["role"] == role]):
             absent.append(what)
-    for n in chat.answers:
-        calls = chat.messages[n].get("tool_calls", ())
-        for i in range(len(calls) if len(calls) > 1 else 0):
-            fewer = {**chat.messages[n], "tool_calls": [*calls[:i], *calls[i + 1 :]]}
-            messages, rendered = [*chat.messages[:n], fewer, *chat.messages[n + 1 :]], ""
-            with contextlib.suppress(RowError):  # of a template that counts results
-                rendered = apply_template(chat._replace(messages=messages), tokenizer)[0]
-            if rendered == whole:
-                name = calls[i]["function"]["name"]
-                raise RowError(
-                    f"turn {n + 1}: the chat template does not write call {i + 1} of {len(calls)}, of {name}"
-                )
+    check_calls(chat, whole, tokenizer)
     with contextlib.suppress(RowError):  # of a template that wants tools beside calls
         absent += ["tools"] * bool(chat.tools and apply_template(chat._replace(tools=None), tokenizer)[0] == whole)
     notes = [*chat.left_out, *(f"{what} that the chat template does not write" for what in absent)]
@@ -1416,6 +1424,8 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
         (flags.do_train and flags.early_stopping_patience
          and (flags.eval_strategy == "no" or metric.startswith("mmlu")),
          "--early_stopping_patience needs --eval_strategy steps or epoch, and a metric other than MMLU's"),
+        (flags.save_strategy == "best" and flags.eval_strategy == "no",
+         "--save_strategy best needs --eval_strategy steps or epoch"),
         (flags.mask_replace_prob + flags.random_replace_prob > 1,
          f"--mask_replace_prob {flags.mask_replace_prob} + --random_replace_prob {flags.random_replace_prob}: above 1"),
         (wrong, f"--{', --'.join(wrong)}: no meaning with --objective {flags.objective}"),
@@ -1681,10 +1691,6 @@ def find_splits(name: str, config: Config) -> dict[str, RowSource]:
     if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # written by save_to_disk
         with reraise_as_user_error(name):
             return as_sources(str(path), datasets.load_from_disk(path))
-    readme = path / "README.md"
-    if readme.is_file() and re.search("(?m)^configs:", readme.read_text(encoding="utf-8", errors="replace")):
-        with reraise_as_user_error(f"{readme}: its configs, of which there may be one", *DATASETS_ERRORS):
-            return as_sources(name, datasets.load_dataset(name, cache_dir=config.model.cache_dir))
     if path.exists():
         return find_files(name, path, config)
     if data_suffix(path) in READERS:
@@ -1703,10 +1709,11 @@ def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSou
 def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
     """The splits of what the datasets library loaded: one dataset, or a dictionary of them."""
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    splits = {split: rows.with_format(None) for split, rows in splits.items()}  # as they are, in full
+    # without a saved set_format, which hides columns
+    splits = {split: rows.with_format(None) for split, rows in splits.items()}
     for split, rows in splits.items():
         for column, feature in (rows.features or {}).items():
-            if getattr(feature, "decode", False):  # images and sound, which nothing reads
+            if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):  # which nothing reads
                 splits[split] = splits[split].cast_column(column, dataclasses.replace(feature, decode=False))
     return {split: RowSource(f"{name}[{split}]", loaded=rows) for split, rows in splits.items()}
 
@@ -1728,6 +1735,9 @@ def find_files(name: str, path: Path, config: Config) -> dict[str, RowSource]:
         for flag in OUTPUT_FLAGS if files is data else ():
             if (value := config.flags[flag]) and Path(value).resolve().is_relative_to(path.resolve()):
                 raise ConfigError(f"--{flag} {value}: the run reads sub-folders of {path}; name a folder outside")
+        card = (path / "README.md").read_text("utf-8", "replace") if path / "README.md" in visible else ""
+        if re.match(r"---\n(?:(?!---).*\n)*configs:", card):  # of the hub
+            log.warning("%s: the configs in its README.md are not used: name the files of one of them", path)
         if unread := [str(file.relative_to(path)) for file in visible if file not in files]:
             log.info("%s: not read: %s", path, shorten(", ".join(unread)))
     splits: dict[str, tuple[Path, ...]] = defaultdict(tuple)
@@ -1750,7 +1760,7 @@ def choose_format(name: str, source: RowSource, config: Config) -> RowSource:
         with reraise_as_user_error(where):  # a RowError is a ValueError
             check_row(row)
     asked = renamed_columns(config.data.columns, config.data.dataset_format)
-    names = asked if {*own}.intersection(asked.values()) else {}  # else they are meant for another dataset
+    names = asked if {*own}.intersection(asked.values()) else {}  # a dataset with none of them is used as it is
     columns = rename_columns(dict.fromkeys(own), names).keys()
     candidates = MASKED_FORMATS if config.masked else tuple(name for name, f in FORMATS.items() if f.inferred)
     named = config.data.dataset_format or (name if name in DATASETS and not config.masked else None)
@@ -1817,7 +1827,7 @@ def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
         tokens: list[Tokens] = [[] for _ in row]
         for i, (start, end) in zip(ids, offsets, strict=True):
             if text[start:end] != ESCAPE_MARK:
-                if i in added:  # some, as Phi-3's <|assistant|>, take white space that follows, of the answer
+                if i in added:  # Phi-3's <|assistant|> swallows white space that follows, which belongs to the answer
                     end = start + (len(text[start:end].rstrip()) or end - start)
                 first, last = segment_of[min(start, max(end, 1) - 1)], segment_of[max(end, 1) - 1]
                 supervised = row[first]["supervised"] or row[last]["supervised"]
@@ -1902,9 +1912,9 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
     normal |= {"segments": [], "rendered": False, "lost": 0, "where": escape_control_chars(where)}
     try:
         parsed = dataset_format.parse(check_row(row))
-        marks = ("kto_tag", "label") if row.keys() & {"completion", "messages", "conversations"} else ("kto_tag",)
-        if dataset_format.columns and any(row.get(mark) is False for mark in marks):
-            raise RowError("an answer that its row marks as undesirable, which training would teach")
+        for mark in ("kto_tag", "label")[: 1 + ("completion" in dataset_format.columns)]:
+            if dataset_format.columns and row.get(mark) is False:
+                raise RowError(f"field {mark!r} is false, expected no answer that is marked as undesirable")
         rendered = isinstance(parsed, (Conversation, JoinedSegments))
         if isinstance(parsed, Conversation):
             rows = list(render_within(parsed, tokenizer, limits))
@@ -4014,12 +4024,16 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
 
 
 def widen_trained(adapted: Any, model: PreTrainedModel, lora: LoraArguments) -> list[Any]:
-    """Train in float32, and outside frozen layers only, also modules and biases of the base. Returns the adapter's."""
+    """Make float32 what trains, but biases, and freeze what lies in frozen layers. Returns the adapter's parameters.
+
+    Biases stay as the base has them: layer norms want them like their weights, and bitsandbytes narrows its layers'.
+    """
     trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     outside = outside_frozen_layers(trained, model, lora)
     for name, parameter in trained.items():
         parameter.requires_grad_(name in outside)
-        parameter.data = parameter.data.float()
+        if re.search(r"lora_|trainable_tokens_|modules_to_save", name):
+            parameter.data = parameter.data.float()
     table = adapted.get_input_embeddings()
     stored, *copies = table.parameters()
     if any(one.requires_grad for one in copies):  # a table in float32 must not widen the hidden states
@@ -4859,7 +4873,7 @@ def with_globals(function: Any, changes: dict[str, Any]) -> Any:
     cells, inner = function.__closure__, getattr(function, "__wrapped__", None)
     if inner is not None:
         other = types.CellType(with_globals(inner, changes))
-        cells = tuple(other if cell.cell_contents is inner else cell for cell in cells)
+        cells = tuple(other if cell.cell_contents is inner else cell for cell in cells or ())
     names = function.__globals__ | changes
     copied = types.FunctionType(function.__code__, names, None, function.__defaults__, cells)
     copied.__kwdefaults__ = function.__kwdefaults__
@@ -4879,7 +4893,7 @@ def fuse_rotary(model: Any) -> str | None:
     for module in model.modules():
         forward: Any = inspect.unwrap(type(module).forward)  # which transformers may decorate
         own = getattr(forward, "__globals__", {}).get(name)
-        if own is None or name not in forward.__code__.co_names:
+        if own is None or name not in forward.__code__.co_names or not inspect.isfunction(type(module).forward):
             continue
         if why or not rotates_halves(own):
             kept = True
@@ -5059,8 +5073,14 @@ def try_padding(model: Any, base: Any, fast: FastPath, config: Config, step: Ste
         batch = to_device(padded_batch(step, [*rows], pad_id, side, positions), device)
         return [*supervised_logits(model, fast, batch).split([int(step.lengths[i]) - 1 for i in rows])]
 
-    if not padding_changes(base, compute_dtype(config), answer, fast.sharded):
-        return fast
+    try:
+        if not padding_changes(base, compute_dtype(config), answer, fast.sharded):
+            return fast
+    except RuntimeError as error:
+        if fast.sharded or isinstance(error, torch.OutOfMemoryError):
+            raise
+        # as of DeBERTa and FNet in bf16
+        raise ConfigError(f"{type(base).__name__} fails in {compute_dtype(config)}: {shorten(error)}") from error
     off = f"one row at a time: {type(base).__name__} takes padding for text"
     return fast._replace(alone=True, off=(*fast.off, off))
 
@@ -5116,10 +5136,7 @@ def enable_fast_path(model: Any, base: Any, config: Config) -> FastPath:
     if wanted and (whole := group_experts(model)):
         off.append(f"{len(whole)} modules of experts unpack whole stacks, first {whole[0]}")
     fast = FastPath(groups=tuple(groups), sharded=is_sharded(config), off=tuple(off))
-    if fast.sharded:  # an engine shards first
-        return fast
-    with reraise_as_user_error(f"{type(base).__name__} in {compute_dtype(config)}", RuntimeError):
-        return choose_fast_path(model, base, fast, config)
+    return fast if fast.sharded else choose_fast_path(model, base, fast, config)  # an engine shards first
 
 
 # ------------------------------------------------------------------------------------
@@ -5482,8 +5499,9 @@ LEFT = "left-checkpoint-"  # prefix of checkpoints that are set aside
 MERGING = ".merging-"  # prefix of the hidden folder beside a merged model
 LOCK = ".qlora.lock"  # held by the run that writes into a folder
 # What --overwrite_output_dir removes beside weights and checkpoints.
-RUN_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
-             "predictions.jsonl", "trainer_state.json", "loss.png")  # fmt: skip
+EVALUATION_FILES = ("eval_results.json", "predict_results.json", "predictions.jsonl")
+RUN_FILES = (*EVALUATION_FILES, "train_results.json", "all_results.json", "metrics.json", "trainer_state.json",
+             "loss.png")  # fmt: skip
 DATASET, STREAM_SIZES = "dataset (the encoded training rows)", "sizes of the dataset's files"
 BASE_WEIGHTS, EVAL_ROWS = "weights of the base", "evaluation rows (encoded)"
 MODEL_FLAGS = {"model_name_or_path", "bits", "quant_type", "double_quant", "full_finetune", "objective", *LORA_FLAGS,
@@ -5865,7 +5883,7 @@ def clear_output(config: Config, step: int) -> None:
     recorded, checkpoints = final_files(output, final), checkpoints_in(output)
     ours = recorded or any((checkpoint / MANIFEST).is_file() for checkpoint in checkpoints)
     # evaluations and predictions are of weights that will no longer be there
-    stale = RUN_FILES if anew else ("eval_results.json", "predict_results.json", "predictions.jsonl")
+    stale = RUN_FILES if anew else EVALUATION_FILES
     for file in [*(recorded if anew else ()), *(output / name for name in stale)] if ours else ():
         file.unlink(missing_ok=True)
     if (output / COMPLETED).is_file():  # the next save removes the files that it lists
@@ -6665,7 +6683,8 @@ class QLoRATrainer(Trainer):
         names = ("initial_lr", "weight_decay", "betas", "eps")
         flags = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
         # fp16's scaler is hidden from the empty step that accelerate takes to make room for what FSDP loads
-        with mock.patch.object(optimizer, "scaler", None, create=True):
+        what = f"{checkpoint}: the state of its optimizer"  # an earlier version trained more of a frozen layer
+        with mock.patch.object(optimizer, "scaler", None, create=True), reraise_as_user_error(what):
             super()._load_optimizer_and_scheduler(checkpoint)
         schedule: Any = self.lr_scheduler
         if checkpoint and not self.is_deepspeed_enabled and isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
@@ -6817,7 +6836,7 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop) -> dict
     first_step = state.global_step
     metrics = {}
     stop.training = True
-    trainer.args.eval_on_start = trainer.args.eval_on_start and not checkpoint  # which was evaluated when it was saved
+    trainer.args.eval_on_start = trainer.args.eval_on_start and not checkpoint  # it would count as one without progress
     if trainer.args.should_save:
         clear_output(trainer.config, first_step)
     if checkpoint and start.trained:
@@ -7126,16 +7145,14 @@ def model_card(trainer: QLoRATrainer) -> str:
     prefix = "" if Path(output) == final_folder(config) else f"{os.path.relpath(output, final_folder(config))}/"
     last = max(getattr(trainer.processing_class, "new_rows", [-1]))
     notes, lora = "", config.lora
-    odd = {"new tokens": last >= 0, "ranks or alphas by layer": lora.lora_rank_pattern or lora.lora_alpha_pattern,
+    unserved = {"new tokens": last >= 0, "ranks or alphas by layer": lora.lora_rank_pattern or lora.lora_alpha_pattern,
            "DoRA": lora.use_dora, "modules trained whole": lora.modules_to_save, "biases": lora.lora_bias != "none",
            "rsLoRA (llama.cpp)": lora.use_rslora}  # fmt: skip
     if last >= 0:
         notes = f"New tokens: if the base has fewer rows, call `base.resize_token_embeddings({last + 1})` before.\n\n"
-    if (found := [name for name, present in odd.items() if present]) and not config.quant.full_finetune:
-        notes += (
-            f"vLLM and llama.cpp do not load an adapter with {', '.join(found)}, or scale it otherwise: to serve it "
-        )
-        notes += "there, merge it with `--merged_output_dir`.\n\n"
+    if (found := [name for name, present in unserved.items() if present]) and not config.quant.full_finetune:
+        notes += f"vLLM or llama.cpp refuse an adapter with {', '.join(found)}, or scale it differently: to serve "
+        notes += "it there, merge it with `--merged_output_dir`.\n\n"
     if config.quant.calibration_rows:
         notes += "Load the base in 16 bit: to round it to 4 bit anew gives another base than the calibrated one.\n\n"
     best = Path(trainer.state.best_model_checkpoint or "").name if trainer.args.load_best_model_at_end else ""

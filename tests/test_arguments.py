@@ -860,6 +860,7 @@ RULES = [
     ("--calibration_rows 8 --bits 8", "calibration_rows bits 4"),
     ("--calibration_rows 8 --use_dora", "calibration_rows init_lora_weights"),
     ("--early_stopping_patience 2", "early_stopping_patience eval_strategy"),
+    ("--save_strategy best", "save_strategy eval_strategy"),
     ("--recipe modern --full_finetune --bits 16", "recipe full_finetune"),
     ("--add_tokens a --full_finetune --bits 16", "add_tokens full_finetune"),
     ("--add_tokens a --modules_to_save lm_head", "add_tokens modules_to_save"),

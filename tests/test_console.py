@@ -303,7 +303,8 @@ TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
         ({"prompt": "another", "chosen": TURNS}, ["Q", "A"]),
         ({"prompt": "Hi", "chosen": "Hi there", "rejected": None}, [("Hi", False), ("Hi there", True)]),
         ({"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi you"}, [("Hi", False), ("Hi there", True)]),
-        ({"prompt": "Say it.", "chosen": "Say it. A", "rejected": "Say it. B"}, [("", False), ("Say it. A", True)]),
+        ({"prompt": "Say it.", "chosen": "Say it. A", "rejected": None}, [("", False), ("Say it. A", True)]),
+        ({"prompt": "写诗。", "chosen": "写诗。春", "rejected": "写诗。不"}, [("", False), ("写诗。春", True)]),
     ],
 )
 def test_the_prompt_of_a_preference_is_its_input(row, parts):

@@ -268,7 +268,7 @@ def test_ranks_and_alphas_of_single_layers(adapt, models, tmp_path):
     layers = adapted.base_model.model.model.layers
     assert (layers[1].self_attn.v_proj.scaling["default"], layers[1].mlp.down_proj.scaling["default"]) == (8, 4)
     assert (
-        "do not load an adapter with ranks or alphas by layer, or scale it otherwise"
+        "refuse an adapter with ranks or alphas by layer, or scale it differently"
         in (tmp_path / "out/README.md").read_text()
     )
 
@@ -370,7 +370,7 @@ def test_new_tokens_train_their_rows_and_no_others(run_qlora, models, cups, tmp_
     assert trained.keys() == {f"base_model.model.{name}" for name in table_names(tie)}
     assert run.json("adapter_config.json")["trainable_token_indices"] == {name: [259, 260] for name in table_names(tie)}
     card = (run.output_dir / "README.md").read_text()
-    assert "vLLM and llama.cpp do not load an adapter with new tokens" in card and "`--merged_output_dir`" in card
+    assert "vLLM or llama.cpp refuse an adapter with new tokens" in card and "`--merged_output_dir`" in card
     # plain peft on the published base in 4 bit, with more rows where it lacks them
     base = base_of(folder, bits=4)
     for module in base.modules():
@@ -548,4 +548,4 @@ def test_a_bf16_adapter_taken_out_of_the_base_is_saved_as_it_was_trained(run_qlo
 )
 def test_the_card_names_what_servers_do_not_load(run_qlora, flags, named):
     run = run_qlora(max_steps=1, **flags)
-    assert f"do not load an adapter with {named}, or" in (run.output_dir / "README.md").read_text()
+    assert f"refuse an adapter with {named}, or" in (run.output_dir / "README.md").read_text()
