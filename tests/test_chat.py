@@ -808,14 +808,14 @@ def test_earlier_answers_in_the_prompt_of_a_preference_are_context():
 @pytest.mark.parametrize("explicit", [False, True])
 def test_nulls_that_datasets_adds_to_json_lines_are_no_arguments(tmp_path, explicit):
     """Its export gives every call the arguments of all, and user turns calls; nulls written by hand stay."""
-    calls = [{"function": {"name": name, "arguments": {key: None if explicit else 1}}} for name, key in ("ab", "cd")]
+    calls = [{"function": {"name": name, "arguments": {key: None if explicit else "v"}}} for name, key in ("ab", "cd")]
     rows = [{"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "tool_calls": [c]}]} for c in calls]
     file = tiny.rows_to_jsonl(tmp_path / "own.jsonl", rows)
     if not explicit:
         Dataset.from_list(rows).to_json(file)
         assert '"d":null' in file.read_text().replace(" ", "")
     written = [texts(row)[0] for row in load(file, chatml_tokenizer(TOOLS)).train["segments"]]
-    value = "null" if explicit else "1"
+    value = "null" if explicit else '"v"'
     assert [text.partition("<|")[0] for text in written] == [f'a({{"b": {value}}})', f'c({{"d": {value}}})']
 
 
