@@ -25,12 +25,12 @@ Read the file from top to bottom, along the path of the data: every room uses on
     10 LoRA             3792-4118
     11 Fast path        4121-5139
     12 Plan             5142-5484
-    13 Checkpoints      5487-5900
-    14 Processes        5903-5960
-    15 Evaluation       5963-6160
-    16 Trainer          6163-6791
-    17 Stages           6794-7300
-    18 Main             7303-7603
+    13 Checkpoints      5487-5899
+    14 Processes        5902-5959
+    15 Evaluation       5962-6159
+    16 Trainer          6162-6790
+    17 Stages           6793-7301
+    18 Main             7304-7604
 """
 
 # ------------------------------------------------------------------------------------
@@ -5498,8 +5498,8 @@ STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final 
 LEFT = "left-checkpoint-"  # prefix of checkpoints that are set aside
 MERGING = ".merging-"  # prefix of the hidden folder beside a merged model
 LOCK = ".qlora.lock"  # held by the run that writes into a folder
-# What --overwrite_output_dir removes beside weights and checkpoints.
 EVALUATION_FILES = ("eval_results.json", "predict_results.json", "predictions.jsonl")
+# What --overwrite_output_dir removes beside weights and checkpoints.
 RUN_FILES = (*EVALUATION_FILES, "train_results.json", "all_results.json", "metrics.json", "trainer_state.json",
              "loss.png")  # fmt: skip
 DATASET, STREAM_SIZES = "dataset (the encoded training rows)", "sizes of the dataset's files"
@@ -5882,8 +5882,7 @@ def clear_output(config: Config, step: int) -> None:
     output, final, anew = Path(config.training.output_dir), final_folder(config), config.training.overwrite_output_dir
     recorded, checkpoints = final_files(output, final), checkpoints_in(output)
     ours = recorded or any((checkpoint / MANIFEST).is_file() for checkpoint in checkpoints)
-    # evaluations and predictions are of weights that will no longer be there
-    stale = RUN_FILES if anew else EVALUATION_FILES
+    stale = RUN_FILES if anew else EVALUATION_FILES  # of weights that will no longer be there
     for file in [*(recorded if anew else ()), *(output / name for name in stale)] if ours else ():
         file.unlink(missing_ok=True)
     if (output / COMPLETED).is_file():  # the next save removes the files that it lists
@@ -7145,9 +7144,11 @@ def model_card(trainer: QLoRATrainer) -> str:
     prefix = "" if Path(output) == final_folder(config) else f"{os.path.relpath(output, final_folder(config))}/"
     last = max(getattr(trainer.processing_class, "new_rows", [-1]))
     notes, lora = "", config.lora
-    unserved = {"new tokens": last >= 0, "ranks or alphas by layer": lora.lora_rank_pattern or lora.lora_alpha_pattern,
-           "DoRA": lora.use_dora, "modules trained whole": lora.modules_to_save, "biases": lora.lora_bias != "none",
-           "rsLoRA (llama.cpp)": lora.use_rslora}  # fmt: skip
+    unserved = {
+        "new tokens": last >= 0, "ranks or alphas by layer": lora.lora_rank_pattern or lora.lora_alpha_pattern,
+        "DoRA": lora.use_dora, "modules trained whole": lora.modules_to_save, "biases": lora.lora_bias != "none",
+        "rsLoRA (llama.cpp)": lora.use_rslora,
+    }  # fmt: skip
     if last >= 0:
         notes = f"New tokens: if the base has fewer rows, call `base.resize_token_embeddings({last + 1})` before.\n\n"
     if (found := [name for name, present in unserved.items() if present]) and not config.quant.full_finetune:

@@ -3,8 +3,8 @@
 #
 #   bash scripts/test.sh                            # all but those marked slow, network or ci
 #   bash scripts/test.sh -k formats -x              # arguments go to pytest
-#   PROCESSES=1 bash scripts/test.sh -m slow  # the marked ones, one at a time; with -m gpu, those on a GPU, which the
-#                                             # others leave alone
+#   PROCESSES=1 bash scripts/test.sh -m slow        # the marked ones, one at a time
+#   PROCESSES=1 bash scripts/test.sh -m gpu         # those that need a GPU; all others leave one alone
 #
 # With pytest-xdist two processes (PROCESSES) share the tests; without it, one runs them all and takes twice as long. It
 # comes with tests/requirements.txt, as do the trackers, notebooks and chat page, whose tests are skipped otherwise:
