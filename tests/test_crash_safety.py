@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,8 @@ qlora.QLoRATrainer.training_step = say
 
 def test_ctrl_c_while_libraries_are_imported_leaves_no_traceback(tmp_path):
     command = [sys.executable, str(conftest.ROOT / "qlora.py"), "--output_dir", str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background of a shell ignores it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     time.sleep(1.5)
     process.send_signal(signal.SIGINT)
     assert process.wait() == -signal.SIGINT and "Traceback" not in process.communicate()[1]
