@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-185
      2 Errors             188-251
-     3 Dataset formats    254-819
-     4 Arguments         822-1541
-     5 Loading          1544-2165
-     6 Tokenizer        2168-2291
-     7 Encoding         2294-2774
-     8 Model            2777-3426
-     9 Calibration      3429-3789
-    10 LoRA             3792-4118
-    11 Fast path        4121-5139
-    12 Plan             5142-5484
-    13 Checkpoints      5487-5899
-    14 Processes        5902-5959
-    15 Evaluation       5962-6159
-    16 Trainer          6162-6790
-    17 Stages           6793-7301
-    18 Main             7304-7604
+     3 Dataset formats    254-817
+     4 Arguments         820-1539
+     5 Loading          1542-2163
+     6 Tokenizer        2166-2289
+     7 Encoding         2292-2772
+     8 Model            2775-3424
+     9 Calibration      3427-3787
+    10 LoRA             3790-4116
+    11 Fast path        4119-5138
+    12 Plan             5141-5483
+    13 Checkpoints      5486-5898
+    14 Processes        5901-5958
+    15 Evaluation       5961-6158
+    16 Trainer          6161-6789
+    17 Stages           6792-7300
+    18 Main             7303-7603
 """
 
 # ------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ from peft import (
 )  # fmt: skip
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils import TrainableTokensWrapper, transformers_weight_conversion as peft_conversion
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, transformers_weight_conversion as peft_conversion
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -712,16 +712,14 @@ def check_calls(chat: Conversation, whole: str, tokenizer: PreTrainedTokenizerBa
     """Refuse several calls of an answer of which the template leaves one out, as gpt-oss's does: tried without each."""
     for n in chat.answers:
         turn, calls = chat.messages[n], chat.messages[n].get("tool_calls", ())
-        for i in range(len(calls)) if len(calls) > 1 else ():
+        for i, call in enumerate(calls if len(calls) > 1 else ()):
             fewer = turn | {"tool_calls": [*calls[:i], *calls[i + 1 :]]}
             messages, rendered = [*chat.messages[:n], fewer, *chat.messages[n + 1 :]], ""
             with contextlib.suppress(RowError):  # of a template that counts results
                 rendered = apply_template(chat._replace(messages=messages), tokenizer)[0]
             if rendered == whole:
-                what = f"call {i + 1} of {len(calls)}, of {calls[i]['function']['name']}"
-                raise RowError(
-                    f"turn {n + 1}: the chat template does not write {what}; pass a --chat_template that does"
-                )
+                what = f"the chat template does not write call {i + 1} of {len(calls)}, of {call['function']['name']}"
+                raise RowError(f"turn {n + 1}: {what}; pass a --chat_template that does")
 
 
 def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[RenderedRow]:
@@ -1912,9 +1910,9 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
     normal |= {"segments": [], "rendered": False, "lost": 0, "where": escape_control_chars(where)}
     try:
         parsed = dataset_format.parse(check_row(row))
-        for mark in ("kto_tag", "label")[: 1 + ("completion" in dataset_format.columns)]:
-            if dataset_format.columns and row.get(mark) is False:
-                raise RowError(f"field {mark!r} is false, expected no answer that is marked as undesirable")
+        mark = "label" if "completion" in dataset_format.columns and row.get("label") is False else "kto_tag"
+        if dataset_format.columns and row.get(mark) is False:
+            raise RowError(f"field {mark!r} is false, expected no answer that is marked as undesirable")
         rendered = isinstance(parsed, (Conversation, JoinedSegments))
         if isinstance(parsed, Conversation):
             rows = list(render_within(parsed, tokenizer, limits))
@@ -2000,8 +1998,8 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
     for name, share in shares:
         sources = open_dataset(name, config)
         if evaluating and not data.eval_dataset:
-            own = [sources[split] for split in SPLIT_NAMES if split in sources][:1]
-            eval_sources += [choose_format(name, source, config) for source in own]
+            first = [split for split in SPLIT_NAMES if split in sources][:1]
+            eval_sources += [choose_format(name, sources[split], config) for split in first]
         train = sources.get("train") if training or data.streaming or not eval_sources else None
         if train is None and (args.do_train or not eval_sources):
             raise ConfigError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
@@ -3805,7 +3803,7 @@ LAYER_GROUPS = {  # of --lora_modules, by the families' names for the blocks
 
 def outside_frozen_layers(names: Iterable[str], model: PreTrainedModel, lora: LoraArguments) -> set[str]:
     """Those of the names that lie in no frozen layer; freezing all layers is a ConfigError."""
-    layers: int = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0
+    layers: int = model.config.get_text_config().num_hidden_layers or 0
     frozen = lora.layers_to_freeze or int(lora.layer_freeze_ratio * layers)
     if frozen and frozen >= layers:
         raise ConfigError(f"--layers_to_freeze {frozen}: the model has {layers} layers, nothing would train")
@@ -4035,9 +4033,9 @@ def widen_trained(adapted: Any, model: PreTrainedModel, lora: LoraArguments) -> 
         if re.search(r"lora_|trainable_tokens_|modules_to_save", name):
             parameter.data = parameter.data.float()
     table = adapted.get_input_embeddings()
-    stored, *copies = table.parameters()
-    if any(one.requires_grad for one in copies):  # a table in float32 must not widen the hidden states
-        table.register_forward_hook(lambda module, args, out, dtype=stored.dtype: out.to(dtype))
+    if isinstance(table, ModulesToSaveWrapper):  # in float32 it must not widen the hidden states
+        dtype = table.original_module.weight.dtype
+        table.register_forward_hook(lambda module, args, out: out.to(dtype))
     return [p for name, p in trained.items() if "lora_" in name or "trainable_tokens_" in name]
 
 
@@ -4853,7 +4851,8 @@ def set_recomputed_layers(model: Any, count: int, offload: bool = False, small: 
 @cache
 def rotates_halves(own: Any) -> bool:
     """Whether a family's function rotates the halves of whole heads by angles of that width, as liger-kernel does."""
-    q, k, angles = torch.randn(1, 4, 6, 64), torch.randn(1, 2, 6, 64), torch.randn(1, 6, 32).repeat(1, 1, 2)
+    q, angles = torch.linspace(-2, 3, 1536).view(1, 4, 6, 64), torch.linspace(0, 9, 192).view(1, 6, 32).repeat(1, 1, 2)
+    k = 1 + q[:, :2]
     swap = lambda x: torch.cat((-x[..., 32:], x[..., :32]), -1)  # noqa: E731
     expected = [x * angles.cos()[:, None] + swap(x) * angles.sin()[:, None] for x in (q, k)]
     with contextlib.suppress(Exception):  # of another form, as Gemma 4's and many towers'
