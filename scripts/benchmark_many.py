@@ -4,19 +4,16 @@
     python scripts/benchmark_many.py --model MODEL --dataset FILE [--gpus 2] [--only ddp,fsdp2] [--steps 100] [-- FLAGS]
 
 Each strategy is one run of qlora.py with the same effective batch, started by torchrun if it needs several processes.
---out gets benchmark_many.json and its table: tokens per second and peak memory from metrics.json, the ratio to one
-GPU's speed, and the largest difference of a step's loss from one GPU's. The speed includes the first steps, which
-compile kernels: take enough --steps. FLAGS are qlora.py's.
+Speed and memory are those of metrics.json. The speed includes the first steps, which compile kernels: take enough
+--steps. FLAGS are qlora.py's; --out gets benchmark_many.json and its table.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import proof
-import torch
 
 FSDP_OFFLOAD = ["--fsdp", "--fsdp_config", '{"cpu_offload": true}']
 ADAPTERS = {"one GPU": [], "ddp": [], "fsdp2": ["--fsdp"], "fsdp2 offload": FSDP_OFFLOAD, "device_map": []}
@@ -39,7 +36,7 @@ def run(name: str, strategy: list[str], args: argparse.Namespace) -> dict[str, A
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """A line for each strategy, compared with the first that did not fail: one GPU, unless --cap is given."""
+    """A line for each strategy, compared with the first that did not fail, one GPU unless the model is too large."""
     one: dict[str, Any] = next((run for run in runs if "failed" not in run), {"name": "one GPU"})
     rows = [["strategy", "tokens/s", f"against {one['name']}", "peak GiB", "largest loss difference"]]
     for run in runs:
@@ -59,11 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--only", help="strategies, separated by commas; without --cap, one GPU is always measured")
+    parser.add_argument("--only", help="strategies, separated by commas; one GPU is always measured")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32, help="rows of an optimizer step, over all GPUs")
     parser.add_argument("--full", action="store_true", help="fine-tune all weights")
-    parser.add_argument("--cap", type=float, help="GiB of each GPU that torch may allocate")
     parser.add_argument("--out", type=Path, default=Path("/tmp/benchmark_many"))
     parser.add_argument("flags", nargs="*", help="flags of qlora.py, after --")
     args = parser.parse_args(argv)
@@ -74,11 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--only: no strategy {', '.join(unknown)}; there are {', '.join(strategies)}")
     if args.batch % args.gpus:
         parser.error(f"--batch {args.batch}: {args.gpus} GPUs can't share it evenly")
-    if args.cap:  # torch reads it in the processes that are started
-        fraction = args.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"per_process_memory_fraction:{fraction}"
     runs: list[dict[str, Any]] = []
-    for name in [*([] if args.cap else ["one GPU"]), *names]:
+    for name in ["one GPU", *names]:
         runs.append(run(name, strategies[name], args))
         proof.publish(args.out, "benchmark_many", {"runs": runs}, table(runs))
     return int(any("failed" in run for run in runs))

@@ -6,9 +6,7 @@
 A model of each shape, LLaMA's or a mixture's, is loaded as if from files, but each weight is drawn on the GPU and
 quantised before the next, so that no disk and no second copy is needed. It is trained for --max_steps (5) on random
 tokens, one row at a time with every layer recomputed. 70b@48: on a card of 48 GiB, of which torch's allocator gets
-what CUDA leaves. 70b/8: with 8 layers of it. memory.json and its table go to --out.
-With --write DIR nothing is trained: each model is written, quantised, into DIR/SHAPE with a tokenizer, for
-scripts/benchmark_many.py (-- --fsdp: stored as FSDP needs it) or benchmark.py (-- --bits 16: not quantised).
+what CUDA leaves. memory.json and its table go to --out.
 """
 
 import argparse
@@ -29,36 +27,27 @@ import tiny
 import qlora
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# hidden, inner, layers, heads, key/value heads, vocabulary: of LLaMA, LLaMA-2 and Llama 3, of Yi-34B and of mixtures
-SHAPES = {
-    "tiny": (64, 128, 2, 4, 2, 320),
-    "1b": (2048, 8192, 16, 32, 8, 32000),
-    "7b": (4096, 11008, 32, 32, 32, 32000),
-    "8b": (4096, 14336, 32, 32, 8, 128256),
-    "13b": (5120, 13824, 40, 40, 40, 32000),
-    "33b": (6656, 17920, 60, 52, 52, 32000),
-    "34b": (7168, 20480, 60, 56, 8, 64000),
-    "65b": (8192, 22016, 80, 64, 64, 32000),
-    "70b": (8192, 28672, 80, 64, 8, 128256),
-    "tiny-moe": (64, 128, 2, 4, 2, 320),
-    "mixtral-8x7b": (4096, 14336, 32, 32, 8, 32000),
-    "qwen3-30b-a3b": (2048, 6144, 48, 32, 4, 151936),
+LLAMA = {"model_type": "llama", "vocab_size": 32000}
+MOE = {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+# width, inner width, layers, heads, heads of keys and values: of LLaMA, LLaMA-2 and Llama 3, Yi-34B and mixtures
+SHAPES: dict[str, tuple[Any, ...]] = {
+    "tiny": (64, 128, 2, 4, 2, LLAMA | {"vocab_size": 320}),
+    "1b": (2048, 8192, 16, 32, 8, LLAMA),
+    "7b": (4096, 11008, 32, 32, 32, LLAMA),
+    "8b": (4096, 14336, 32, 32, 8, LLAMA | {"vocab_size": 128256}),
+    "13b": (5120, 13824, 40, 40, 40, LLAMA),
+    "33b": (6656, 17920, 60, 52, 52, LLAMA),
+    "34b": (7168, 20480, 60, 56, 8, LLAMA | {"vocab_size": 64000}),
+    "65b": (8192, 22016, 80, 64, 64, LLAMA),
+    "70b": (8192, 28672, 80, 64, 8, LLAMA | {"vocab_size": 128256}),
+    "tiny-moe": (64, 128, 1, 4, 2, {"model_type": "mixtral", "vocab_size": 320}),
+    "mixtral-8x7b": (4096, 14336, 32, 32, 8, {"model_type": "mixtral", "vocab_size": 32000}),
+    "qwen3-30b-a3b": (2048, 6144, 48, 32, 4, MOE | {"model_type": "qwen3_moe", "vocab_size": 151936}),
 }
-QWEN3 = {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
-MIXTURES = {"tiny-moe": ("mixtral", {}), "mixtral-8x7b": ("mixtral", {}), "qwen3-30b-a3b": ("qwen3_moe", QWEN3)}
-
-
-def shape_config(name: str) -> Any:
-    """The configuration of a shape; qwen3-30b-a3b/12 has 12 layers of it."""
-    name, _, some = name.partition("/")
-    hidden, inner, layers, heads, grouped, vocabulary = SHAPES[name]
-    model_type, more = MIXTURES.get(name, ("llama", {}))
-    return AutoConfig.for_model(
-        model_type, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=int(some or layers),
-        num_attention_heads=heads, num_key_value_heads=grouped, vocab_size=vocabulary, max_position_embeddings=8192,
-        rms_norm_eps=1e-5, tie_word_embeddings=False, use_cache=False, bos_token_id=tiny.BOS, eos_token_id=tiny.EOS,
-        pad_token_id=tiny.PAD, **more,
-    )  # fmt: skip
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+PLAN = ["--bf16", "--gradient_accumulation_steps", "1", "--max_steps", "5", "--recompute_layers", "all",
+        "--logging_steps", "1", "--save_strategy", "no", "--disable_tqdm", "True",
+        "--output_dir", "/tmp/memory"]  # fmt: skip
 
 
 class RandomWeight:
@@ -79,15 +68,6 @@ def random_model(_: Any, config: Any, dtype: torch.dtype, **options: Any) -> Any
     weights = {name: RandomWeight(weight) for name, weight in model.state_dict().items()}
     options |= {"config": config, "dtype": dtype, "device_map": {"": DEVICE}, "state_dict": weights}
     return type(model).from_pretrained(None, **options)
-
-
-def write(folder: Path, config: qlora.Config, model_config: Any) -> None:
-    """A model with random weights as a folder. Stacks of experts stay whole: transformers stores no packed ones."""
-    quantisation = qlora.quantisation_config(config, model_config)
-    model = random_model(None, model_config, qlora.load_dtype(config), quantization_config=quantisation)
-    model._weight_conversions = None  # else experts are stored in stacks, as they were "read", not as published
-    model.save_pretrained(folder, max_shard_size="5GB")
-    tiny.byte_tokenizer().save_pretrained(folder)
 
 
 def train(config: qlora.Config, model_config: Any, tokens: int) -> dict[str, Any]:
@@ -129,21 +109,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shapes", default="1b,7b,8b,13b,34b,70b,65b@48,70b@48,33b@24,7b@6")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--out", default=str(proof.RESULTS))
-    parser.add_argument("--write", metavar="DIR", help="write the models instead of training them")
     parser.add_argument("flags", nargs="*", help="flags of qlora.py, after --")
     qlora.set_up_logging()
     arguments, results = parser.parse_args(argv), list[dict[str, Any]]()
     for shape in arguments.shapes.split(","):
         name, _, limit = shape.partition("@")
-        model_config, cap = shape_config(name), float(limit) if limit else None
-        config = qlora.parse_config([
-            "--model_name_or_path", name, "--output_dir", "/tmp/memory", "--save_strategy", "no", "--bf16",
-            "--gradient_accumulation_steps", "1", "--max_steps", "5", "--logging_steps", "1", "--disable_tqdm", "True",
-            "--recompute_layers", "all", *arguments.flags,
-        ])  # fmt: skip
-        if arguments.write:
-            write(Path(arguments.write, name), config, model_config)
-            continue
+        *sizes, others = SHAPES[name]
+        ids = {"bos_token_id": tiny.BOS, "eos_token_id": tiny.EOS, "pad_token_id": tiny.PAD}
+        model_config = AutoConfig.for_model(**others, **ids, **dict(zip(SIZES, sizes, strict=True)))
+        config = qlora.parse_config(["--model_name_or_path", name, *PLAN, *arguments.flags])
+        cap = float(limit) if limit else None
         if torch.cuda.is_available():
             whole = torch.cuda.get_device_properties(0).total_memory / qlora.GIB
             torch.cuda.set_per_process_memory_fraction(min(1.0, (cap - qlora.CONTEXT) / whole) if cap else 1.0)

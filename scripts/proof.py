@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Check what QLoRA promises on real weights, with runs of qlora.py itself.
 
-    python scripts/proof.py precision MODEL ROWS      held-out loss by precision of the frozen weights
-    python scripts/proof.py rates MODEL ROWS          the same by learning rate, also with the adapters on 16 bit
+    python scripts/proof.py precision MODEL ROWS      held-out loss by precision of the frozen weights; with
+                                                      --rates by learning rate, also with the adapters on 16 bit
     python scripts/proof.py fast_slow MODEL ROWS      the fast path, the libraries' own and a plain loop, step by step
 
 MODEL is a folder, a .gguf file or a folder with one; ROWS is a JSON-lines file of rows {"text": ...}. Flags of
@@ -62,9 +62,6 @@ SETTINGS = {
     # as the original does it; a step of 2e-5 is below the rounding of a bf16 weight of 0.02
     "full, bf16 weights": [*FULL, *BF16, "--bits", "16"],
 }
-BY_RATE = [REFERENCE, "LoRA, nf4 + double quant", "LoRA, nf4 calibrated", "LoRA, nf4 calibrated, start at zero"]
-RECIPES = {"the original's defaults": BF16, "--recipe modern": [*BF16, "--recipe", "modern"]}
-CHOICES = SETTINGS | RECIPES  # of --settings
 
 
 # ---- Runs --------------------------------------------------------------------------
@@ -209,37 +206,26 @@ def runs_table(content: dict[str, Any]) -> str:
     return "\n".join([markdown(*rows), *failed])
 
 
-# ---- precision and rates: held-out loss by the precision of the frozen weights and by learning rate
-def jobs_for(arguments: argparse.Namespace, flags: list[str], rates: Iterable[float | None] = (None,)) -> list[Job]:
-    """Every setting with every seed, at its own learning rate or at each of `rates`."""
-    flags = [*flags, "--eval_strategy", "epoch", "--num_train_epochs", "3"]
-    rate_flags = {rate: ["--learning_rate", str(rate)] if rate else [] for rate in rates}
-    return [
-        Job(name, [*flags, *CHOICES[name], *own, *arguments.flags], seed, rate)
-        for name in arguments.settings
-        for rate, own in rate_flags.items()
-        for seed in arguments.seeds
-    ]
-
-
+# ---- precision: held-out loss by the precision of the frozen weights, and by learning rate
 def precision(arguments: argparse.Namespace) -> None:
-    """Every setting with every seed; with one seed all settings see the same rows in the same order."""
-    _, flags = prepare(arguments)
-    flags += ["--dataset", str(arguments.rows), "--eval_dataset_size", str(arguments.held_out)]
-    content = {"runs": run_jobs(arguments, jobs_for(arguments, flags))}
-    publish(arguments.out, "precision", content, runs_table(content))
-
-
-def rates(arguments: argparse.Namespace) -> None:
-    """Every setting at every learning rate with every seed, and each saved adapter on the published base."""
+    """Every setting with every seed; at each of --rates, if passed, and then also on the published base."""
     base, flags = prepare(arguments)
-    folder = split_rows(arguments)
-    jobs = jobs_for(arguments, [*flags, "--dataset", str(folder)], arguments.rates)
+    flags += ["--eval_strategy", "epoch", "--num_train_epochs", "3"]
+    if arguments.rates:
+        folder = split_rows(arguments)
+        flags += ["--dataset", str(folder)]
+    else:
+        flags += ["--dataset", str(arguments.rows), "--eval_dataset_size", str(arguments.held_out)]
+    jobs = []
+    for name, rate, seed in itertools.product(arguments.settings, arguments.rates or [None], arguments.seeds):
+        own = ["--learning_rate", str(rate)] if rate else []
+        jobs.append(Job(name, [*flags, *SETTINGS[name], *own, *arguments.flags], seed, rate))
     content = {"runs": run_jobs(arguments, jobs)}
-    for job, run in zip(jobs, content["runs"], strict=True):
-        if "failed" not in run:
-            run["published"] = loss_on(base, job.folder(arguments.work), folder / "eval.jsonl")
-    publish(arguments.out, "rates", content, runs_table(content))
+    for job, run in zip(jobs, content["runs"], strict=True) if arguments.rates else ():
+        adapter = job.folder(arguments.work)
+        if "failed" not in run and qlora.weights_in(adapter):  # no full fine-tune
+            run["published"] = loss_on(base, adapter, folder / "eval.jsonl")
+    publish(arguments.out, "rates" if arguments.rates else "precision", content, runs_table(content))
 
 
 @torch.no_grad()
@@ -305,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for function, names in ((precision, [*SETTINGS]), (rates, BY_RATE), (fast_slow, [])):
+    for function in (precision, fast_slow):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function)
         command.add_argument("model", help="folder, .gguf file or folder with one")
@@ -314,15 +300,12 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--work", default=str(ROOT / "output/proof"), help="folder for models, adapters and logs")
         command.add_argument("--held_out", type=int, default=100, help="rows to hold out")
         command.add_argument("--jobs", type=int, default=6 if GPU else 1, help="processes at a time for each GPU")
-        if function is fast_slow:
-            command.add_argument("--steps", type=int, default=300, help="optimizer steps")
-            continue
-        choices = [name for name in CHOICES if function is precision or "full" not in name]  # rates: adapters only
-        command.add_argument("--settings", nargs="+", default=names, choices=choices, metavar="NAME",
-                             help=f"some of: {', '.join(map(repr, choices))}")  # fmt: skip
-        command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-        if function is rates:
-            command.add_argument("--rates", nargs="+", type=float, default=[1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3])
+    commands.choices["fast_slow"].add_argument("--steps", type=int, default=300, help="optimizer steps")
+    command = commands.choices["precision"]
+    command.add_argument("--settings", nargs="+", default=[*SETTINGS], choices=SETTINGS, metavar="NAME",
+                         help=f"some of: {', '.join(map(repr, SETTINGS))}")  # fmt: skip
+    command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    command.add_argument("--rates", nargs="+", type=float, default=[], help="learning rates")
     words = sys.argv[1:] if argv is None else argv
     end = words.index("--") if "--" in words else len(words)
     qlora.set_up_logging()
