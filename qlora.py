@@ -13,24 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             36-185
-     2 Errors             188-251
-     3 Dataset formats    254-817
-     4 Arguments         820-1539
-     5 Loading          1542-2163
-     6 Tokenizer        2166-2289
-     7 Encoding         2292-2772
-     8 Model            2775-3424
-     9 Calibration      3427-3787
-    10 LoRA             3790-4116
-    11 Fast path        4119-5138
-    12 Plan             5141-5483
-    13 Checkpoints      5486-5898
-    14 Processes        5901-5958
-    15 Evaluation       5961-6158
-    16 Trainer          6161-6789
-    17 Stages           6792-7300
-    18 Main             7303-7603
+     1 Imports             36-186
+     2 Errors             189-252
+     3 Dataset formats    255-818
+     4 Arguments         821-1540
+     5 Loading          1543-2164
+     6 Tokenizer        2167-2290
+     7 Encoding         2293-2773
+     8 Model            2776-3425
+     9 Calibration      3428-3788
+    10 LoRA             3791-4117
+    11 Fast path        4120-5118
+    12 Plan             5121-5463
+    13 Checkpoints      5466-5878
+    14 Processes        5881-5938
+    15 Evaluation       5941-6138
+    16 Trainer          6141-6769
+    17 Stages           6772-7280
+    18 Main             7283-7583
 """
 
 # ------------------------------------------------------------------------------------
@@ -157,6 +157,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -4670,6 +4671,10 @@ class FastPath(NamedTuple):
     sharded: bool = False  # whether FSDP or DeepSpeed holds the weights
     off: tuple[str, ...] = ()  # reasons
 
+    def without(self, reason: str, **changes: Any) -> "FastPath":
+        """The same, with a reason why something is off."""
+        return self._replace(off=(*self.off, reason), **changes)
+
     def lines(self) -> dict[str, str]:
         """Names and values for a table."""
         parts = {"fused LoRA": self.groups, "padding-free rows": self.attention, "logits in chunks": self.head}
@@ -4753,16 +4758,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return *(None if x is None else x * grads[0] for x in ctx.gradients), None, None, None
 
 
-def chunked_cross_entropy(states: Tensor, targets: Tensor, fast: FastPath, smoothing: float) -> Tensor:
-    """Sum the head's cross-entropy over states, (tokens, dim), with few logits in memory at a time."""
-    head: Any = fast.head
-    states, targets = states.to(matmul_dtype(states)), targets.to(states.device)
-    weights = [head.weight, getattr(head, "bias", None)]
-    if not torch.is_grad_enabled():  # else a head that trains would get a gradient in an evaluation too
-        weights = [weight if weight is None else weight.detach() for weight in weights]
-    return ChunkedCrossEntropy.apply(states, *weights, targets, fast.logit_rules, smoothing)
-
-
 @contextlib.contextmanager
 def attention_implementation(model: Any, name: str | None) -> Iterator[None]:
     """Switch a model's attention implementation for a while."""
@@ -4793,10 +4788,14 @@ def supervised_logits(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> T
 def summed_loss(model: Any, fast: FastPath, batch: Mapping[str, Any], smoothing: float = 0.0) -> Tensor:
     """Sum the cross-entropy of a batch's labelled tokens, in float32."""
     states = supervised_states(model, fast, batch)
-    if fast.head is not None:
-        return chunked_cross_entropy(states, batch["targets"], fast, smoothing)
     targets = batch["targets"].to(states.device)
-    return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
+    if fast.head is None:
+        return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
+    weights = [fast.head.weight, getattr(fast.head, "bias", None)]
+    if not torch.is_grad_enabled():  # else a head that trains would get a gradient in an evaluation too
+        weights = [weight if weight is None else weight.detach() for weight in weights]
+    states = states.to(matmul_dtype(states))
+    return ChunkedCrossEntropy.apply(states, *weights, targets, fast.logit_rules, smoothing)
 
 
 def set_unpacked_layers(model: Any, count: int, dtype: torch.dtype) -> None:
@@ -4816,19 +4815,14 @@ def offloading_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
         return torch.utils.checkpoint.checkpoint(run, *args, **options)
 
 
-def only_first_trains(others: Iterable[Any]) -> bool:
-    """Whether a layer's other inputs are numbers or tensors without a gradient, and none an object, such as a cache."""
-    parts = [part for value in others for part in (value if isinstance(value, tuple) else [value])]
-    objects = [part for part in parts if not isinstance(part, bool | int | float | None)]
-    return all(isinstance(part, Tensor) and not part.requires_grad for part in objects)
-
-
 def small_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
     """Checkpoint of few tokens by torch's older kind, which has no hooks: a layer takes the host a quarter less time.
 
     It runs a layer to its end where the other one stops early, and knows the gradient of the first input alone.
     """
-    if args and only_first_trains((*args[1:], *run.keywords.values())):
+    others = [part for o in (*args[1:], *run.keywords.values()) for part in (o if isinstance(o, tuple) else [o])]
+    objects = [part for part in others if not isinstance(part, bool | int | float | None)]
+    if args and all(isinstance(part, Tensor) and not part.requires_grad for part in objects):  # none is a cache
         options["use_reentrant"], first = True, args[0]
         args = (first if first.requires_grad else first.detach().requires_grad_(), *args[1:])
     return torch.utils.checkpoint.checkpoint(run, *args, **options)
@@ -4850,13 +4844,11 @@ def set_recomputed_layers(model: Any, count: int, offload: bool = False, small: 
 
 @cache
 def rotates_halves(own: Any) -> bool:
-    """Whether a family's function rotates the halves of whole heads by angles of that width, as liger-kernel does."""
+    """Whether a family's function rotates the halves of whole heads, as Llama's and liger-kernel do."""
     q, angles = torch.linspace(-2, 3, 1536).view(1, 4, 6, 64), torch.linspace(0, 9, 192).view(1, 6, 32).repeat(1, 1, 2)
-    k = 1 + q[:, :2]
-    swap = lambda x: torch.cat((-x[..., 32:], x[..., :32]), -1)  # noqa: E731
-    expected = [x * angles.cos()[:, None] + swap(x) * angles.sin()[:, None] for x in (q, k)]
+    inputs = q, 1 + q[:, :2], angles.cos(), angles.sin()
     with contextlib.suppress(Exception):  # of another form, as Gemma 4's and many towers'
-        return all(map(torch.allclose, own(q, k, angles.cos(), angles.sin()), expected))
+        return all(map(torch.allclose, own(*inputs), apply_rotary_pos_emb(*inputs)))
     return False
 
 
@@ -5004,7 +4996,7 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
 
     The model gets known numbers in their place: what it makes of them shows the change, whatever its config calls it.
     """
-    whole = fast._replace(off=(*fast.off, f"whole logits: {type(base).__name__} changes them in a way of its own"))
+    whole = fast.without(f"whole logits: {type(base).__name__} changes them in a way of its own")
     head, inputs = base.get_output_embeddings(), list[Tensor]()
     kept = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
     plain = head.original_module if isinstance(head, TrainableTokensWrapper) else head  # its `weight` has the new rows
@@ -5012,18 +5004,15 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
         return whole
     ramp_like = lambda x: torch.linspace(-40, 40, x.numel(), device=x.device).view_as(x)  # noqa: E731
     noting = head.register_forward_pre_hook(lambda module, args: inputs.append(*args))
-    with noting, head.register_forward_hook(lambda module, args, logits: ramp_like(logits)):
-        try:
-            logits = model(**kept).logits
-            (states,) = inputs  # the head is called once
-        except Exception:
-            return whole
-    same, ramp = partial(torch.allclose, logits.float(), rtol=1e-5, atol=1e-4), ramp_like(logits)
-    # each number of the config in each rule: the attribute is called otherwise in every family
-    values = (v for v in base.config.get_text_config().to_dict().values() if isinstance(v, int | float) and v)
-    rules = [partial(rule, value) for value in values for rule in LOGIT_RULES]
-    found = [()] if same(ramp) else [(rule,) for rule in rules if same(rule(ramp))]
     with contextlib.suppress(Exception):  # the model may change what enters its body, or what leaves it
+        with noting, head.register_forward_hook(lambda module, args, logits: ramp_like(logits)):
+            logits = model(**kept).logits
+        (states,) = inputs  # the head is called once
+        same, ramp = partial(torch.allclose, logits.float(), rtol=1e-5, atol=1e-4), ramp_like(logits)
+        # each number of the config in each rule: the attribute is called otherwise in every family
+        values = (v for v in base.config.get_text_config().to_dict().values() if isinstance(v, int | float) and v)
+        rules = [partial(rule, value) for value in values for rule in LOGIT_RULES]
+        found = [()] if same(ramp) else [(rule,) for rule in rules if same(rule(ramp))]
         # twice, to know what a kernel that adds in another order each time changes
         first, second = (base.base_model(**kept).last_hidden_state for _ in range(2))
         if found and (first - states).norm() <= 2 * (first - second).norm() + 1e-5 * states.norm():
@@ -5031,57 +5020,42 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
     return whole
 
 
-def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, steps: Any, device: Any) -> FastPath:
+def trial_logits(
+    model: Any, fast: FastPath, step: StepBatch, padding: Sequence[Any], device: Any, *members: int, flat: bool = False
+) -> list[Tensor]:
+    """Logits of each of a step's members, all together in one micro-batch: end to end if `flat`, else padded."""
+    batch = padding_free_batch(step, [*members]) if flat else padded_batch(step, [*members], *padding)
+    logits = supervised_logits(model, fast, to_device(batch, device)).cpu()
+    return [*logits.split([int(step.lengths[i]) - 1 for i in members])]
+
+
+def try_padding_free(base: Any, fast: FastPath, config: Config, answer: Callable[..., Any]) -> FastPath:
     """Lay rows end to end where that gives the logits of padded ones and no row sees its neighbour."""
     text, name, wanted = base.config.get_text_config(), type(base).__name__, resolve_attention(config)
     kernel = wanted if wanted == "flash_attention_2" else VARLEN_ATTENTION
-    why = (
-        "--neftune_noise_alpha divides its noise by the root of a row's length" if config.training.neftune_noise_alpha
-        else f"{name} scales attention by the position in a micro-batch" if getattr(text, "attn_temperature_tuning", 0)
-        else f"--attn_implementation {wanted}" if wanted and wanted != kernel
-        else "" if wanted or (base._supports_sdpa and base._supports_attention_backend)
-        else f"{name} does not support rows that lie end to end"
-    )  # fmt: skip
-    reason = why or f"in {name} they would see each other, or too far back"
-    off = fast._replace(off=(*fast.off, f"rows are padded: {reason}"))
-    if why:
-        return off
-    rows = [to_device(padded_batch(steps[0], members, 0, "right"), device) for members in ([0, 1], [0], [1])]
-    flat = [to_device(padding_free_batch(step, [0, 1]), device) for step in steps]
+    if config.training.neftune_noise_alpha:
+        return fast.without("rows are padded: --neftune_noise_alpha divides its noise by the root of a row's length")
+    if getattr(text, "attn_temperature_tuning", 0):
+        return fast.without(f"rows are padded: {name} scales attention by the position in a micro-batch")
+    if wanted not in (None, kernel):
+        return fast.without(f"rows are padded: --attn_implementation {wanted}")
+    if not (wanted or (base._supports_sdpa and base._supports_attention_backend)):
+        return fast.without(f"rows are padded: {name} does not support rows that lie end to end")
     # one by one and padded say what is right; end to end must give it, and not depend on the neighbour
     with short_spans(base, length_limits(config).longest if kernel == VARLEN_ATTENTION else 0):
-        padded, *rest = (supervised_logits(model, fast, batch).cpu() for batch in rows)
-        alone = torch.cat(rest)
-        noise = (padded - alone)[16:].norm()  # of the second row: what another kernel changes, more with each layer
+        alone, padded = answer(0) + answer(1), answer(0, 1)
         try:
             with attention_implementation(base, kernel):
-                first, second = (supervised_logits(model, fast, batch).cpu() for batch in flat)
+                first, second = answer(0, 1, flat=True), answer(2, 1, flat=True)
         except Exception as error:
-            return fast._replace(off=(*fast.off, f"rows are padded: end to end they fail in {name}: {shorten(error)}"))
+            return fast.without(f"rows are padded: end to end they fail in {name}: {shorten(error)}")
+    noise = (padded[1] - alone[1]).norm()  # of the longer row: what another kernel changes, more with each layer
     # a neighbour changes nothing; but an expert multiplies the tokens of all rows at once, which rounds differently
-    allowed = 2 * noise + 1e-5 * alone.norm() if stacked_experts(base) else 0.0
-    alike = logits_close(alone, first, noise, dtype=compute_dtype(config)) and (first - second)[16:].norm() <= allowed
-    return fast._replace(attention=kernel) if alike else off
-
-
-def try_padding(model: Any, base: Any, fast: FastPath, config: Config, step: StepBatch, device: Any) -> FastPath:
-    """Take rows one by one where padding on the side that the flags say changes a row's logits."""
-    side, positions, pad_id = config.model.padding_side, passes_positions(base, config), base.config.pad_token_id or 0
-
-    def answer(*rows: int) -> list[Tensor]:
-        batch = to_device(padded_batch(step, [*rows], pad_id, side, positions), device)
-        return [*supervised_logits(model, fast, batch).split([int(step.lengths[i]) - 1 for i in rows])]
-
-    try:
-        if not padding_changes(base, compute_dtype(config), answer, fast.sharded):
-            return fast
-    except RuntimeError as error:
-        if fast.sharded or isinstance(error, torch.OutOfMemoryError):
-            raise
-        # as of DeBERTa and FNet in bf16
-        raise ConfigError(f"{type(base).__name__} fails in {compute_dtype(config)}: {shorten(error)}") from error
-    off = f"one row at a time: {type(base).__name__} takes padding for text"
-    return fast._replace(alone=True, off=(*fast.off, off))
+    allowed = 2 * noise + 1e-5 * torch.cat(alone).norm() if stacked_experts(base) else 0.0
+    close = logits_close(torch.cat(alone), torch.cat(first), noise, dtype=compute_dtype(config))
+    if close and (first[1] - second[1]).norm() <= allowed:
+        return fast._replace(attention=kernel)
+    return fast.without(f"rows are padded: in {name} they would see each other, or too far back")
 
 
 def longest_independent(model_config: PretrainedConfig) -> float:
@@ -5103,23 +5077,29 @@ def longest_independent(model_config: PretrainedConfig) -> float:
 def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, device: Any = None) -> FastPath:
     """Try the head and padding-free rows on a few tokens, else padded ones; `model` may be an engine that shards it."""
     device, dtype = device or base.get_input_embeddings().weight.device, compute_dtype(config)
-    training, generator = base.training, torch.Generator().manual_seed(0)
+    name, training, generator = type(base).__name__, base.training, torch.Generator().manual_seed(0)
     words = base.config.get_text_config().vocab_size
-    a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
-    # two steps of two rows, 16 and 22 labels, the second row the same; under 16 tokens FusedLinear.can_fuse says no
-    steps = [collate_step([{"input_ids": ids, "labels": ids} for ids in rows])["step"] for rows in ((a, b), (c, b))]
-    long = length_limits(config).longest > longest_independent(base.config)
+    # rows with 16, 22 and 16 labels: under 16 tokens FusedLinear.can_fuse says no
+    rows = [torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17)]
+    step = collate_step([{"input_ids": ids, "labels": ids} for ids in rows])["step"]
+    padding = base.config.pad_token_id or 0, config.model.padding_side, passes_positions(base, config)
     model.eval()
     with torch.autocast(device.type, dtype, dtype != torch.float32):
-        if config.training.fast_path and not config.masked:  # masked rows are padded, and their head is more
-            if not fast.sharded:
-                fast = try_head(model, base, fast, to_device(padded_batch(steps[0], [0, 1], 0, "right"), device))
-            if not long:
-                fast = try_padding_free(model, base, fast, config, steps, device)
-        if long:
-            fast = fast._replace(alone=True, off=(*fast.off, "one row at a time: a long one would change the others"))
-        elif fast.attention is None:
-            fast = try_padding(model, base, fast, config, steps[0], device)
+        tries = config.training.fast_path and not config.masked  # masked rows are padded, and their head is more
+        if tries and not fast.sharded:
+            fast = try_head(model, base, fast, to_device(padded_batch(step, [0, 1], 0, "right"), device))
+        answer = partial(trial_logits, model, fast, step, padding, device)
+        if length_limits(config).longest > longest_independent(base.config):
+            fast = fast.without("one row at a time: a long one would change the others", alone=True)
+        elif tries:
+            fast = try_padding_free(base, fast, config, answer)
+        try:
+            if fast.attention is None and not fast.alone and padding_changes(base, dtype, answer, fast.sharded):
+                fast = fast.without(f"one row at a time: {name} takes padding for text", alone=True)
+        except RuntimeError as error:
+            if fast.sharded or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ConfigError(f"{name} fails in {dtype}: {shorten(error)}") from error  # as DeBERTa and FNet do in bf16
     model.train(training)  # DeepSpeed's wrapper says that it trains while the model inside does not
     return fast
 
