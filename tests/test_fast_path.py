@@ -808,7 +808,7 @@ REPLACED = {
     "glm4": (9, 0),  # rotates pairs of neighbours
     "qwen3_next": (7, 0),  # a gated norm wants a second input; rotates a part of each head
     "gpt_oss": (5, 0),  # passes half of the angles
-    "granitemoehybrid": (7, 0),  # Mamba-2 passes a gate to a norm that also works without
+    "granitemoehybrid": (5, 0),  # Mamba-2 passes a gate to its norms
     "falcon_mamba": (3, 0),  # the weights of some norms only seem to be there
     "olmo2": (9, 2),
     "gpt2": (0, 0),
