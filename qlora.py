@@ -5260,11 +5260,12 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     return memory.shared(config, train.world_size) if is_sharded(config) else memory
 
 
-def requested_layers(config: Config, layers: int) -> int | None:
-    """How many layers the flags ask to recompute; None leaves it to the memory there is."""
+def recompute_choices(config: Config, layers: int) -> Sequence[int]:
+    """How many layers may be recomputed: what the flags ask for, or numbers among which memory decides."""
     wanted = config.training.recompute_layers if config.training.gradient_checkpointing else "none"
-    named = {"auto": None, "all": layers, "none": 0}
-    return named[wanted] if wanted in named else min(int(wanted), layers)
+    if wanted == "auto":
+        return [0, layers] if is_sharded(config) else range(layers + 1)  # an engine recomputes all or none
+    return [layers if wanted == "all" else 0 if wanted == "none" else min(int(wanted), layers)]
 
 
 def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int, config: Config) -> StepPlan:
@@ -5277,10 +5278,9 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
     largest = window if rows is None else min(window, longest * rows)
     # a row is never cut; rows that the flags ask for stay together where they fit
     smallest = longest if rows is None else largest
-    wanted = requested_layers(config, layers)
-    choices = [0, layers] if is_sharded(config) else range(layers + 1)  # an engine recomputes all or none
-    best, lowest = StepPlan(rows, longest, layers if wanted is None else wanted), math.inf
-    for recomputed in choices if wanted is None else [wanted]:
+    choices = recompute_choices(config, layers)
+    best, lowest = StepPlan(rows, longest, choices[-1]), math.inf
+    for recomputed in choices:
         tokens = min(largest, int((room - memory.fixed) / memory.per_token(recomputed)))
         batches = math.ceil(window / max(1, tokens))
         # dequantising and launching take as long as the products of some 500 tokens, and recomputing all layers 0.4 of
@@ -5436,16 +5436,17 @@ def choose_step_plan(
     """Choose micro-batches and recomputed layers for the memory that is free; the plan, and a table of it."""
     train = config.training
     if not train.do_train or rows is None or train.use_cpu:
-        layers = len(decoder_layers(base)) or memory.layers
-        wanted = requested_layers(config, layers)
+        choices = recompute_choices(config, len(decoder_layers(base)) or memory.layers)
         # 16 rows of 200 tokens through 8 layers of width 576 in 4 bits take two cores 3.3 s one by one and 2.5 s at 800
         # to 3,200 tokens at once (at 6,400 11 % more than at 4,096); with all layers recomputed a third more.
         at_once, tokens = (None, 4096) if train.auto_batch else (train.per_device_train_batch_size, NO_LIMIT)
-        if wanted is None and rows is not None:  # half of the memory is for the rest of the machine
+        recomputed = choices[-1]
+        if rows is not None:  # half of the memory is for the rest of the machine
             most = tokens if at_once is None else at_once * max(rows["length"][:])
             needed = memory.gradients + memory.optimizer + memory.fixed + most * memory.per_token(0)
-            wanted = 0 if needed * train.world_size < psutil.virtual_memory().available / 2 else layers
-        plan = StepPlan(at_once, tokens, layers if wanted is None else wanted)
+            fits = needed * train.world_size < psutil.virtual_memory().available / 2
+            recomputed = choices[0 if fits else -1]
+        plan = StepPlan(at_once, tokens, recomputed)
         return plan, {"steps": str(plan)}
     lengths = sorted(rows["length"][:], reverse=True)
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
