@@ -23,14 +23,14 @@ Read the file from top to bottom, along the path of the data: every room uses on
      8 Model            2776-3425
      9 Calibration      3428-3788
     10 LoRA             3791-4117
-    11 Fast path        4120-5118
-    12 Plan             5121-5463
-    13 Checkpoints      5466-5878
-    14 Processes        5881-5938
-    15 Evaluation       5941-6138
-    16 Trainer          6141-6769
-    17 Stages           6772-7280
-    18 Main             7283-7583
+    11 Fast path        4120-5116
+    12 Plan             5119-5462
+    13 Checkpoints      5465-5871
+    14 Processes        5874-5931
+    15 Evaluation       5934-6131
+    16 Trainer          6134-6762
+    17 Stages           6765-7273
+    18 Main             7276-7577
 """
 
 # ------------------------------------------------------------------------------------
@@ -5489,6 +5489,7 @@ BEST_FLAGS = {"metric_for_best_model", "greater_is_better", "label_smoothing_fac
               "mmlu_split", "max_mmlu_samples"}  # fmt: skip
 RATE_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
 STATEFUL_SCHEDULES = {"reduce_lr_on_plateau", "greedy"}  # whose rates follow from the past, not from the step
+BATCH_FLAGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 UPDATE_FLAGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
 # What a resume does with a flag that differs from the checkpoint's: refuse it, if weights, optimizer state, order of
 # rows or best metric depend on it; schedule the steps that are left by it; or, in neither row, apply it at once.
@@ -5557,11 +5558,6 @@ def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[st
     flags = [args.per_device_train_batch_size, args.gradient_accumulation_steps]
     batch = {"rows": math.prod(flags) * args.world_size, "flags": flags}
     before = read_record(checkpoint).get("run", {}).get("effective batch", batch) if checkpoint else batch
-    if before["flags"] != flags and before["rows"] != batch["rows"]:  # the order of rows is cut into steps of one size
-        raise ConfigError(
-            f"{checkpoint} was trained with {before['rows']} rows a step, these flags make it {batch['rows']}: pass "
-            "--per_device_train_batch_size {} --gradient_accumulation_steps {}".format(*before["flags"])
-        )
     return before if before["flags"] == flags else batch
 
 
@@ -5578,6 +5574,9 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
         names -= BEST_FLAGS
     changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
     refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET, STREAM_SIZES})
+    rows = {record["effective batch"]["rows"] for record in (before, now) if "effective batch" in record}
+    if resumes and len(rows) > 1:  # the order of rows is cut into steps of one size
+        refused |= changed.keys() & BATCH_FLAGS
     stateful = {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & STATEFUL_SCHEDULES
     if resumes and (stateful or config.training.deepspeed):
         refused |= changed.keys() & (RATE_FLAGS | UPDATE_FLAGS)  # they are restored with their state
@@ -5585,10 +5584,8 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
         fields = (*dataclasses.fields(ModelArguments), *dataclasses.fields(DataArguments))
         refused |= changed.keys() & {"do_eval", "do_predict", *(field.name for field in fields)}
     if refused:
-        trains, found = config.training.do_train, "; ".join(changed[name] for name in sorted(refused))
-        way = "Pass the same flags or another --output_dir" + ", or --overwrite_output_dir to start anew" * trains
-        alone = ". To evaluate or predict with what was trained: --do_train False"
-        way += alone * (trains and not refused & {*MODEL_FLAGS})  # which would be refused there, too
+        found = "; ".join(changed[name] for name in sorted(refused))
+        way = "Pass the same flags, another --output_dir or, to train anew, --overwrite_output_dir"
         if refused == {BASE_WEIGHTS}:
             way += f". For the same weights in other files: --adapter_name_or_path {folder} and another --output_dir"
         raise ConfigError(f"{folder} belongs to another run: {found}. {way}")
@@ -5687,18 +5684,15 @@ def check_final_weights(config: Config, other: str | None) -> None:
 def check_output_is_free(config: Config, last: Path | None) -> None:
     """Refuse to train over another run than that of the checkpoint, also over its weights in the final folder."""
     output, final = Path(config.training.output_dir).resolve(), final_folder(config).resolve()
-    completed = (output / COMPLETED).is_file()
     kept = last is not None and last.parent.resolve() == output
-    if last and not kept and (completed or checkpoints_in(output)):
-        way = "pass another --output_dir, or leave --resume_from_checkpoint out to go on with it"
-        raise ConfigError(f"--resume_from_checkpoint {last}: {output} holds another run; {way}")
+    other = not kept and ((output / COMPLETED).is_file() or (last and checkpoints_in(output)))
     recorded = final_files(output, final)
     beside_checkpoint = kept and final == output
     found = weights_in(final) or weights_in(final, full_finetune=True)
     foreign = found and not recorded and not beside_checkpoint
-    if (foreign or (completed and not kept)) and not config.training.overwrite_output_dir:
-        place, way = final if found else output, "pass another folder, or --overwrite_output_dir to replace it"
-        raise ConfigError(f"{place} holds the result of a run, and {output} no checkpoint of it to resume from; {way}")
+    if (foreign or other) and not config.training.overwrite_output_dir:
+        place, way = final if foreign else output, "pass another folder, or --overwrite_output_dir to replace it"
+        raise ConfigError(f"{place} holds the result of a run, and no checkpoint of it is resumed; {way}")
     whole = final / "model.safetensors"
     if config.quant.full_finetune and not beside_checkpoint and whole.is_file() and whole not in recorded:
         raise ConfigError(f"{whole}: of another run, and loaded instead of shards; remove it, or pass another folder")
@@ -7393,6 +7387,7 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
         content = digest(*(file_digest(file) for file in sorted(Path(run.base).glob("*.safetensors"))))
         start = "calibrated" if adapter_start_file(config, run.base) else config.lora.init_lora_weights
         identity |= {"calibrated base": f"{Path(run.base).name} {content}", "adapter start": start}
+    identity["effective batch"] = batch = effective_batch(resume.checkpoint, args)
     if resume.found:
         earlier = check_same_run(resume.found, identity, resume.train and not resume.trained, config)
         if resume.trained:
@@ -7400,10 +7395,10 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
             run = run._replace(config=dataclasses.replace(config, flags=config.flags | earlier))
     if args.deepspeed and args.do_eval and not resume.train and not hf_deepspeed.is_deepspeed_zero3_enabled():
         raise ConfigError("--deepspeed: ZeRO-2 shards only what trains: leave it out to evaluate what was trained")
-    batch, rows = effective_batch(resume.checkpoint, args), len(data.train or ())
+    rows = len(data.train or ())
     if resume.train and args.dataloader_drop_last and not config.data.streaming and rows < batch["rows"]:
         raise ConfigError(f"--dataloader_drop_last: {rows} rows make no step of {batch['rows']}: nothing to train")
-    return run, identity | {"effective batch": batch}
+    return run, identity
 
 
 def plan_of_rows(config: Config) -> dict[str, str]:
