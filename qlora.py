@@ -24,8 +24,8 @@ Read the file from top to bottom, along the path of the data: every room uses on
      9 Calibration      3428-3788
     10 LoRA             3791-4117
     11 Fast path        4120-5116
-    12 Plan             5119-5462
-    13 Checkpoints      5465-5871
+    12 Plan             5119-5463
+    13 Checkpoints      5466-5871
     14 Processes        5874-5931
     15 Evaluation       5934-6131
     16 Trainer          6134-6762
@@ -4821,8 +4821,8 @@ def small_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
     It runs a layer to its end where the other one stops early, and knows the gradient of the first input alone.
     """
     others = [part for o in (*args[1:], *run.keywords.values()) for part in (o if isinstance(o, tuple) else [o])]
-    objects = [part for part in others if not isinstance(part, bool | int | float | None)]
-    if args and all(isinstance(part, Tensor) and not part.requires_grad for part in objects):  # none is a cache
+    objects = [part for part in others if not isinstance(part, bool | int | float | None)]  # such as a cache
+    if args and all(isinstance(part, Tensor) and not part.requires_grad for part in objects):
         options["use_reentrant"], first = True, args[0]
         args = (first if first.requires_grad else first.detach().requires_grad_(), *args[1:])
     return torch.utils.checkpoint.checkpoint(run, *args, **options)
@@ -5021,7 +5021,7 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
 def trial_logits(
     model: Any, fast: FastPath, step: StepBatch, padding: Sequence[Any], device: Any, *members: int, flat: bool = False
 ) -> list[Tensor]:
-    """Logits of each of a step's members, all together in one micro-batch: end to end if `flat`, else padded."""
+    """Logits of each member, all in one micro-batch: end to end if `flat`, else padded."""
     batch = padding_free_batch(step, [*members]) if flat else padded_batch(step, [*members], *padding)
     logits = supervised_logits(model, fast, to_device(batch, device)).cpu()
     return [*logits.split([int(step.lengths[i]) - 1 for i in members])]
@@ -5073,7 +5073,7 @@ def longest_independent(model_config: PretrainedConfig) -> float:
 
 @torch.no_grad()
 def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, device: Any = None) -> FastPath:
-    """Try the head and padding-free rows on a few tokens, else padded ones; `model` may be an engine that shards it."""
+    """Find out on a few tokens what a model can do; `model` may be an engine that shards it."""
     device, dtype = device or base.get_input_embeddings().weight.device, compute_dtype(config)
     name, training, generator = type(base).__name__, base.training, torch.Generator().manual_seed(0)
     words = base.config.get_text_config().vocab_size
@@ -5261,7 +5261,7 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
 
 
 def recompute_choices(config: Config, layers: int) -> Sequence[int]:
-    """How many layers may be recomputed: what the flags ask for, or numbers among which memory decides."""
+    """The numbers of recomputed layers that the flags allow."""
     wanted = config.training.recompute_layers if config.training.gradient_checkpointing else "none"
     if wanted == "auto":
         return [0, layers] if is_sharded(config) else range(layers + 1)  # an engine recomputes all or none
@@ -5369,20 +5369,21 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
         ("lora", "lora_r", [rank >> n for n in range(1, 9) if rank >> n >= 4 and not full]),
         ("data", longest, [max(getattr(data, longest) >> n, 1) for n in range(1, 6)]),
     ]
-
-    def fits(group: str, flag: str, value: Any) -> bool:
-        with contextlib.suppress(ConfigError, ValueError):
-            arguments = dataclasses.replace(getattr(config, group), **{flag: value})
-            flags, known = config.flags | {flag: value}, config.explicitly_set | {flag}
-            changed = dataclasses.replace(config, **{group: arguments}, flags=flags, explicitly_set=known)
-            check_config(changed)
-            return plan_from_flags(changed, memory if group == "data" else memory_from_config(changed, model_config))[1]
-        return False
-
-    found = [next((f"--{flag} {v}" for v in values if fits(group, flag, v)), "") for group, flag, values in changes]
+    found = []
+    for group, flag, values in changes:
+        for value in values:
+            with contextlib.suppress(ConfigError, ValueError):  # the flags refuse it
+                arguments = dataclasses.replace(getattr(config, group), **{flag: value})
+                flags, known = config.flags | {flag: value}, config.explicitly_set | {flag}
+                changed = dataclasses.replace(config, **{group: arguments}, flags=flags, explicitly_set=known)
+                check_config(changed)
+                needed = memory if group == "data" else memory_from_config(changed, model_config)
+                if plan_from_flags(changed, needed)[1]:
+                    found.append(f"--{flag} {value}")
+                    break
     gpus = () if is_sharded(config) else (2, 4, 8, 16)
-    found.append(next((f"{n} such GPUs" for n in gpus if plan_from_flags(config, memory.shared(config, n))[1]), ""))
-    return "; ".join(filter(None, found)) or "no single change"
+    found += [f"{n} such GPUs" for n in gpus if plan_from_flags(config, memory.shared(config, n))[1]][:1]
+    return "; ".join(found) or "no single change"
 
 
 def calibrate(
@@ -5728,13 +5729,12 @@ def find_resume_point(config: Config) -> ResumePoint:
             if weights := weights_in(folder, full):
                 return ResumePoint(False, weights=str(weights), found=output if folder == final else folder)
         return ResumePoint(False, weights=adapter)
-    if finished and not args.overwrite_output_dir and (weights := weights_in(final, full)):
-        record = read_record(output)
-        if not needs_more_steps(config, record):
-            early = ", stopped early (a larger --early_stopping_patience goes on)" * ("stopped_at" in record)
-            steps = f"{record.get('stopped_at', record.get('step', '?'))} steps{early}"
-            log.info("%s holds a completed run of %s: it is used, not trained again", output, steps)
-            return ResumePoint(False, weights=str(weights), found=output)
+    weights, record = weights_in(final, full), read_record(output)
+    if finished and weights and not args.overwrite_output_dir and not needs_more_steps(config, record):
+        early = ", stopped early (a larger --early_stopping_patience goes on)" * ("stopped_at" in record)
+        steps = f"{record.get('stopped_at', record.get('step', '?'))} steps{early}"
+        log.info("%s holds a completed run of %s: it is used, not trained again", output, steps)
+        return ResumePoint(False, weights=str(weights), found=output)
     check_output_is_free(config, last)
     if last is None:
         return ResumePoint(True, weights=adapter)
