@@ -13,24 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             36-185
-     2 Errors             188-251
-     3 Dataset formats    254-817
-     4 Arguments         820-1539
-     5 Loading          1542-2163
-     6 Tokenizer        2166-2289
-     7 Encoding         2292-2772
-     8 Model            2775-3424
-     9 Calibration      3427-3787
-    10 LoRA             3790-4116
-    11 Fast path        4119-5138
-    12 Plan             5141-5483
-    13 Checkpoints      5486-5898
-    14 Processes        5901-5958
-    15 Evaluation       5961-6158
-    16 Trainer          6161-6789
-    17 Stages           6792-7300
-    18 Main             7303-7603
+     1 Imports             36-186
+     2 Errors             189-252
+     3 Dataset formats    255-818
+     4 Arguments         821-1540
+     5 Loading          1543-2164
+     6 Tokenizer        2167-2290
+     7 Encoding         2293-2773
+     8 Model            2776-3425
+     9 Calibration      3428-3788
+    10 LoRA             3791-4117
+    11 Fast path        4120-5116
+    12 Plan             5119-5463
+    13 Checkpoints      5466-5871
+    14 Processes        5874-5931
+    15 Evaluation       5934-6131
+    16 Trainer          6134-6762
+    17 Stages           6765-7273
+    18 Main             7276-7577
 """
 
 # ------------------------------------------------------------------------------------
@@ -157,6 +157,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -4670,6 +4671,10 @@ class FastPath(NamedTuple):
     sharded: bool = False  # whether FSDP or DeepSpeed holds the weights
     off: tuple[str, ...] = ()  # reasons
 
+    def without(self, reason: str, **changes: Any) -> "FastPath":
+        """The same, with a reason why something is off."""
+        return self._replace(off=(*self.off, reason), **changes)
+
     def lines(self) -> dict[str, str]:
         """Names and values for a table."""
         parts = {"fused LoRA": self.groups, "padding-free rows": self.attention, "logits in chunks": self.head}
@@ -4753,16 +4758,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return *(None if x is None else x * grads[0] for x in ctx.gradients), None, None, None
 
 
-def chunked_cross_entropy(states: Tensor, targets: Tensor, fast: FastPath, smoothing: float) -> Tensor:
-    """Sum the head's cross-entropy over states, (tokens, dim), with few logits in memory at a time."""
-    head: Any = fast.head
-    states, targets = states.to(matmul_dtype(states)), targets.to(states.device)
-    weights = [head.weight, getattr(head, "bias", None)]
-    if not torch.is_grad_enabled():  # else a head that trains would get a gradient in an evaluation too
-        weights = [weight if weight is None else weight.detach() for weight in weights]
-    return ChunkedCrossEntropy.apply(states, *weights, targets, fast.logit_rules, smoothing)
-
-
 @contextlib.contextmanager
 def attention_implementation(model: Any, name: str | None) -> Iterator[None]:
     """Switch a model's attention implementation for a while."""
@@ -4793,10 +4788,14 @@ def supervised_logits(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> T
 def summed_loss(model: Any, fast: FastPath, batch: Mapping[str, Any], smoothing: float = 0.0) -> Tensor:
     """Sum the cross-entropy of a batch's labelled tokens, in float32."""
     states = supervised_states(model, fast, batch)
-    if fast.head is not None:
-        return chunked_cross_entropy(states, batch["targets"], fast, smoothing)
     targets = batch["targets"].to(states.device)
-    return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
+    if fast.head is None:
+        return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
+    weights = [fast.head.weight, getattr(fast.head, "bias", None)]
+    if not torch.is_grad_enabled():  # else a head that trains would get a gradient in an evaluation too
+        weights = [weight if weight is None else weight.detach() for weight in weights]
+    states = states.to(matmul_dtype(states))
+    return ChunkedCrossEntropy.apply(states, *weights, targets, fast.logit_rules, smoothing)
 
 
 def set_unpacked_layers(model: Any, count: int, dtype: torch.dtype) -> None:
@@ -4816,19 +4815,14 @@ def offloading_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
         return torch.utils.checkpoint.checkpoint(run, *args, **options)
 
 
-def only_first_trains(others: Iterable[Any]) -> bool:
-    """Whether a layer's other inputs are numbers or tensors without a gradient, and none an object, such as a cache."""
-    parts = [part for value in others for part in (value if isinstance(value, tuple) else [value])]
-    objects = [part for part in parts if not isinstance(part, bool | int | float | None)]
-    return all(isinstance(part, Tensor) and not part.requires_grad for part in objects)
-
-
 def small_checkpoint(run: Any, *args: Any, **options: Any) -> Any:
     """Checkpoint of few tokens by torch's older kind, which has no hooks: a layer takes the host a quarter less time.
 
     It runs a layer to its end where the other one stops early, and knows the gradient of the first input alone.
     """
-    if args and only_first_trains((*args[1:], *run.keywords.values())):
+    others = [part for o in (*args[1:], *run.keywords.values()) for part in (o if isinstance(o, tuple) else [o])]
+    objects = [part for part in others if not isinstance(part, bool | int | float | None)]  # such as a cache
+    if args and all(isinstance(part, Tensor) and not part.requires_grad for part in objects):
         options["use_reentrant"], first = True, args[0]
         args = (first if first.requires_grad else first.detach().requires_grad_(), *args[1:])
     return torch.utils.checkpoint.checkpoint(run, *args, **options)
@@ -4850,13 +4844,11 @@ def set_recomputed_layers(model: Any, count: int, offload: bool = False, small: 
 
 @cache
 def rotates_halves(own: Any) -> bool:
-    """Whether a family's function rotates the halves of whole heads by angles of that width, as liger-kernel does."""
+    """Whether a family's function rotates the halves of whole heads, as Llama's and liger-kernel do."""
     q, angles = torch.linspace(-2, 3, 1536).view(1, 4, 6, 64), torch.linspace(0, 9, 192).view(1, 6, 32).repeat(1, 1, 2)
-    k = 1 + q[:, :2]
-    swap = lambda x: torch.cat((-x[..., 32:], x[..., :32]), -1)  # noqa: E731
-    expected = [x * angles.cos()[:, None] + swap(x) * angles.sin()[:, None] for x in (q, k)]
+    inputs = q, 1 + q[:, :2], angles.cos(), angles.sin()
     with contextlib.suppress(Exception):  # of another form, as Gemma 4's and many towers'
-        return all(map(torch.allclose, own(q, k, angles.cos(), angles.sin()), expected))
+        return all(map(torch.allclose, own(*inputs), apply_rotary_pos_emb(*inputs)))
     return False
 
 
@@ -4917,10 +4909,11 @@ def fuse_norms(model: Any) -> None:
     for module in model.modules():
         weight, name = module._parameters.get("weight"), type(module).__name__
         eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
-        if "RMSNorm" not in name or weight is None or not isinstance(eps, float):
+        inputs = inspect.signature(type(module).forward).parameters  # itself and x: Mamba-2's takes a gate too
+        if "RMSNorm" not in name or weight is None or not isinstance(eps, float) or len(inputs) > 2:
             continue
         x = torch.linspace(-2.0, 3.0, weight.numel(), device=weight.device)[None]
-        with contextlib.suppress(Exception):  # Qwen3-Next's takes a second input, a gate
+        with contextlib.suppress(Exception):  # of a shape of its own
             found = type(module).forward(module, x).float()
             for offset in (0.0, 1.0):  # tried on numbers: Gemma's adds 1 to its weight, and no name tells
                 expected = F.rms_norm(x, weight.shape, weight.float() + offset, eps)
@@ -4928,10 +4921,8 @@ def fuse_norms(model: Any) -> None:
                     module.forward = partial(rms_norm, module, eps, offset)
 
 
-def rms_norm(module: Any, eps: float, offset: float, x: Tensor, gate: Tensor | None = None) -> Any:
+def rms_norm(module: Any, eps: float, offset: float, x: Tensor) -> Any:
     """Stand in for an RMSNorm's forward; without autocast, which may cast its input to float32."""
-    if gate is not None:  # Mamba-2's
-        return type(module).forward(module, x, gate)
     with torch.autocast(x.device.type, enabled=False):
         if not offset:
             return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), eps)
@@ -4959,8 +4950,7 @@ def short_spans(model: Any, longest: int) -> contextlib.ExitStack:
         for name in ("sliding_window", "attention_chunk_size"):
             value = getattr(owner, name, None)
             if isinstance(value, int) and 8 < value < longest:
-                spans.callback(setattr, owner, name, value)
-                setattr(owner, name, 8)
+                spans.enter_context(mock.patch.object(owner, name, 8))
     return spans
 
 
@@ -5004,7 +4994,7 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
 
     The model gets known numbers in their place: what it makes of them shows the change, whatever its config calls it.
     """
-    whole = fast._replace(off=(*fast.off, f"whole logits: {type(base).__name__} changes them in a way of its own"))
+    whole = fast.without(f"whole logits: {type(base).__name__} changes them in a way of its own")
     head, inputs = base.get_output_embeddings(), list[Tensor]()
     kept = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
     plain = head.original_module if isinstance(head, TrainableTokensWrapper) else head  # its `weight` has the new rows
@@ -5012,18 +5002,15 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
         return whole
     ramp_like = lambda x: torch.linspace(-40, 40, x.numel(), device=x.device).view_as(x)  # noqa: E731
     noting = head.register_forward_pre_hook(lambda module, args: inputs.append(*args))
-    with noting, head.register_forward_hook(lambda module, args, logits: ramp_like(logits)):
-        try:
-            logits = model(**kept).logits
-            (states,) = inputs  # the head is called once
-        except Exception:
-            return whole
-    same, ramp = partial(torch.allclose, logits.float(), rtol=1e-5, atol=1e-4), ramp_like(logits)
-    # each number of the config in each rule: the attribute is called otherwise in every family
-    values = (v for v in base.config.get_text_config().to_dict().values() if isinstance(v, int | float) and v)
-    rules = [partial(rule, value) for value in values for rule in LOGIT_RULES]
-    found = [()] if same(ramp) else [(rule,) for rule in rules if same(rule(ramp))]
     with contextlib.suppress(Exception):  # the model may change what enters its body, or what leaves it
+        with noting, head.register_forward_hook(lambda module, args, logits: ramp_like(logits)):
+            logits = model(**kept).logits
+        (states,) = inputs  # the head is called once
+        same, ramp = partial(torch.allclose, logits.float(), rtol=1e-5, atol=1e-4), ramp_like(logits)
+        # each number of the config in each rule: the attribute is called otherwise in every family
+        values = (v for v in base.config.get_text_config().to_dict().values() if isinstance(v, int | float) and v)
+        rules = [partial(rule, value) for value in values for rule in LOGIT_RULES]
+        found = [()] if same(ramp) else [(rule,) for rule in rules if same(rule(ramp))]
         # twice, to know what a kernel that adds in another order each time changes
         first, second = (base.base_model(**kept).last_hidden_state for _ in range(2))
         if found and (first - states).norm() <= 2 * (first - second).norm() + 1e-5 * states.norm():
@@ -5031,57 +5018,42 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
     return whole
 
 
-def try_padding_free(model: Any, base: Any, fast: FastPath, config: Config, steps: Any, device: Any) -> FastPath:
+def trial_logits(
+    model: Any, fast: FastPath, step: StepBatch, padding: Sequence[Any], device: Any, *members: int, flat: bool = False
+) -> list[Tensor]:
+    """Logits of each member, all in one micro-batch: end to end if `flat`, else padded."""
+    batch = padding_free_batch(step, [*members]) if flat else padded_batch(step, [*members], *padding)
+    logits = supervised_logits(model, fast, to_device(batch, device)).cpu()
+    return [*logits.split([int(step.lengths[i]) - 1 for i in members])]
+
+
+def try_padding_free(base: Any, fast: FastPath, config: Config, answer: Callable[..., Any]) -> FastPath:
     """Lay rows end to end where that gives the logits of padded ones and no row sees its neighbour."""
     text, name, wanted = base.config.get_text_config(), type(base).__name__, resolve_attention(config)
     kernel = wanted if wanted == "flash_attention_2" else VARLEN_ATTENTION
-    why = (
-        "--neftune_noise_alpha divides its noise by the root of a row's length" if config.training.neftune_noise_alpha
-        else f"{name} scales attention by the position in a micro-batch" if getattr(text, "attn_temperature_tuning", 0)
-        else f"--attn_implementation {wanted}" if wanted and wanted != kernel
-        else "" if wanted or (base._supports_sdpa and base._supports_attention_backend)
-        else f"{name} does not support rows that lie end to end"
-    )  # fmt: skip
-    reason = why or f"in {name} they would see each other, or too far back"
-    off = fast._replace(off=(*fast.off, f"rows are padded: {reason}"))
-    if why:
-        return off
-    rows = [to_device(padded_batch(steps[0], members, 0, "right"), device) for members in ([0, 1], [0], [1])]
-    flat = [to_device(padding_free_batch(step, [0, 1]), device) for step in steps]
+    if config.training.neftune_noise_alpha:
+        return fast.without("rows are padded: --neftune_noise_alpha divides its noise by the root of a row's length")
+    if getattr(text, "attn_temperature_tuning", 0):
+        return fast.without(f"rows are padded: {name} scales attention by the position in a micro-batch")
+    if wanted not in (None, kernel):
+        return fast.without(f"rows are padded: --attn_implementation {wanted}")
+    if not (wanted or (base._supports_sdpa and base._supports_attention_backend)):
+        return fast.without(f"rows are padded: {name} does not support rows that lie end to end")
     # one by one and padded say what is right; end to end must give it, and not depend on the neighbour
     with short_spans(base, length_limits(config).longest if kernel == VARLEN_ATTENTION else 0):
-        padded, *rest = (supervised_logits(model, fast, batch).cpu() for batch in rows)
-        alone = torch.cat(rest)
-        noise = (padded - alone)[16:].norm()  # of the second row: what another kernel changes, more with each layer
+        alone, padded = answer(0) + answer(1), answer(0, 1)
         try:
             with attention_implementation(base, kernel):
-                first, second = (supervised_logits(model, fast, batch).cpu() for batch in flat)
+                first, second = answer(0, 1, flat=True), answer(2, 1, flat=True)
         except Exception as error:
-            return fast._replace(off=(*fast.off, f"rows are padded: end to end they fail in {name}: {shorten(error)}"))
+            return fast.without(f"rows are padded: end to end they fail in {name}: {shorten(error)}")
+    noise = (padded[1] - alone[1]).norm()  # of the longer row: what another kernel changes, more with each layer
     # a neighbour changes nothing; but an expert multiplies the tokens of all rows at once, which rounds differently
-    allowed = 2 * noise + 1e-5 * alone.norm() if stacked_experts(base) else 0.0
-    alike = logits_close(alone, first, noise, dtype=compute_dtype(config)) and (first - second)[16:].norm() <= allowed
-    return fast._replace(attention=kernel) if alike else off
-
-
-def try_padding(model: Any, base: Any, fast: FastPath, config: Config, step: StepBatch, device: Any) -> FastPath:
-    """Take rows one by one where padding on the side that the flags say changes a row's logits."""
-    side, positions, pad_id = config.model.padding_side, passes_positions(base, config), base.config.pad_token_id or 0
-
-    def answer(*rows: int) -> list[Tensor]:
-        batch = to_device(padded_batch(step, [*rows], pad_id, side, positions), device)
-        return [*supervised_logits(model, fast, batch).split([int(step.lengths[i]) - 1 for i in rows])]
-
-    try:
-        if not padding_changes(base, compute_dtype(config), answer, fast.sharded):
-            return fast
-    except RuntimeError as error:
-        if fast.sharded or isinstance(error, torch.OutOfMemoryError):
-            raise
-        # as of DeBERTa and FNet in bf16
-        raise ConfigError(f"{type(base).__name__} fails in {compute_dtype(config)}: {shorten(error)}") from error
-    off = f"one row at a time: {type(base).__name__} takes padding for text"
-    return fast._replace(alone=True, off=(*fast.off, off))
+    allowed = 2 * noise + 1e-5 * torch.cat(alone).norm() if stacked_experts(base) else 0.0
+    close = logits_close(torch.cat(alone), torch.cat(first), noise, dtype=compute_dtype(config))
+    if close and (first[1] - second[1]).norm() <= allowed:
+        return fast._replace(attention=kernel)
+    return fast.without(f"rows are padded: in {name} they would see each other, or too far back")
 
 
 def longest_independent(model_config: PretrainedConfig) -> float:
@@ -5101,25 +5073,31 @@ def longest_independent(model_config: PretrainedConfig) -> float:
 
 @torch.no_grad()
 def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, device: Any = None) -> FastPath:
-    """Try the head and padding-free rows on a few tokens, else padded ones; `model` may be an engine that shards it."""
+    """Find out on a few tokens what a model can do; `model` may be an engine that shards it."""
     device, dtype = device or base.get_input_embeddings().weight.device, compute_dtype(config)
-    training, generator = base.training, torch.Generator().manual_seed(0)
+    name, training, generator = type(base).__name__, base.training, torch.Generator().manual_seed(0)
     words = base.config.get_text_config().vocab_size
-    a, b, c = (torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17))
-    # two steps of two rows, 16 and 22 labels, the second row the same; under 16 tokens FusedLinear.can_fuse says no
-    steps = [collate_step([{"input_ids": ids, "labels": ids} for ids in rows])["step"] for rows in ((a, b), (c, b))]
-    long = length_limits(config).longest > longest_independent(base.config)
+    # rows with 16, 22 and 16 labels: under 16 tokens FusedLinear.can_fuse says no
+    rows = [torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17)]
+    step = collate_step([{"input_ids": ids, "labels": ids} for ids in rows])["step"]
+    padding = base.config.pad_token_id or 0, config.model.padding_side, passes_positions(base, config)
     model.eval()
     with torch.autocast(device.type, dtype, dtype != torch.float32):
-        if config.training.fast_path and not config.masked:  # masked rows are padded, and their head is more
-            if not fast.sharded:
-                fast = try_head(model, base, fast, to_device(padded_batch(steps[0], [0, 1], 0, "right"), device))
-            if not long:
-                fast = try_padding_free(model, base, fast, config, steps, device)
-        if long:
-            fast = fast._replace(alone=True, off=(*fast.off, "one row at a time: a long one would change the others"))
-        elif fast.attention is None:
-            fast = try_padding(model, base, fast, config, steps[0], device)
+        tries = config.training.fast_path and not config.masked  # masked rows are padded, and their head is more
+        if tries and not fast.sharded:
+            fast = try_head(model, base, fast, to_device(padded_batch(step, [0, 1], 0, "right"), device))
+        answer = partial(trial_logits, model, fast, step, padding, device)
+        if length_limits(config).longest > longest_independent(base.config):
+            fast = fast.without("one row at a time: a long one would change the others", alone=True)
+        elif tries:
+            fast = try_padding_free(base, fast, config, answer)
+        try:
+            if fast.attention is None and not fast.alone and padding_changes(base, dtype, answer, fast.sharded):
+                fast = fast.without(f"one row at a time: {name} takes padding for text", alone=True)
+        except RuntimeError as error:
+            if fast.sharded or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ConfigError(f"{name} fails in {dtype}: {shorten(error)}") from error  # as DeBERTa and FNet do in bf16
     model.train(training)  # DeepSpeed's wrapper says that it trains while the model inside does not
     return fast
 
@@ -5282,11 +5260,12 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     return memory.shared(config, train.world_size) if is_sharded(config) else memory
 
 
-def requested_layers(config: Config, layers: int) -> int | None:
-    """How many layers the flags ask to recompute; None leaves it to the memory there is."""
+def recompute_choices(config: Config, layers: int) -> Sequence[int]:
+    """The numbers of recomputed layers that the flags allow."""
     wanted = config.training.recompute_layers if config.training.gradient_checkpointing else "none"
-    named = {"auto": None, "all": layers, "none": 0}
-    return named[wanted] if wanted in named else min(int(wanted), layers)
+    if wanted == "auto":
+        return [0, layers] if is_sharded(config) else range(layers + 1)  # an engine recomputes all or none
+    return [layers if wanted == "all" else 0 if wanted == "none" else min(int(wanted), layers)]
 
 
 def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int, config: Config) -> StepPlan:
@@ -5299,10 +5278,9 @@ def search_step_plan(memory: MemoryModel, room: float, longest: int, window: int
     largest = window if rows is None else min(window, longest * rows)
     # a row is never cut; rows that the flags ask for stay together where they fit
     smallest = longest if rows is None else largest
-    wanted = requested_layers(config, layers)
-    choices = [0, layers] if is_sharded(config) else range(layers + 1)  # an engine recomputes all or none
-    best, lowest = StepPlan(rows, longest, layers if wanted is None else wanted), math.inf
-    for recomputed in choices if wanted is None else [wanted]:
+    choices = recompute_choices(config, layers)
+    best, lowest = StepPlan(rows, longest, choices[-1]), math.inf
+    for recomputed in choices:
         tokens = min(largest, int((room - memory.fixed) / memory.per_token(recomputed)))
         batches = math.ceil(window / max(1, tokens))
         # dequantising and launching take as long as the products of some 500 tokens, and recomputing all layers 0.4 of
@@ -5391,20 +5369,21 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
         ("lora", "lora_r", [rank >> n for n in range(1, 9) if rank >> n >= 4 and not full]),
         ("data", longest, [max(getattr(data, longest) >> n, 1) for n in range(1, 6)]),
     ]
-
-    def fits(group: str, flag: str, value: Any) -> bool:
-        with contextlib.suppress(ConfigError, ValueError):
-            arguments = dataclasses.replace(getattr(config, group), **{flag: value})
-            flags, known = config.flags | {flag: value}, config.explicitly_set | {flag}
-            changed = dataclasses.replace(config, **{group: arguments}, flags=flags, explicitly_set=known)
-            check_config(changed)
-            return plan_from_flags(changed, memory if group == "data" else memory_from_config(changed, model_config))[1]
-        return False
-
-    found = [next((f"--{flag} {v}" for v in values if fits(group, flag, v)), "") for group, flag, values in changes]
+    found = []
+    for group, flag, values in changes:
+        for value in values:
+            with contextlib.suppress(ConfigError, ValueError):  # the flags refuse it
+                arguments = dataclasses.replace(getattr(config, group), **{flag: value})
+                flags, known = config.flags | {flag: value}, config.explicitly_set | {flag}
+                changed = dataclasses.replace(config, **{group: arguments}, flags=flags, explicitly_set=known)
+                check_config(changed)
+                needed = memory if group == "data" else memory_from_config(changed, model_config)
+                if plan_from_flags(changed, needed)[1]:
+                    found.append(f"--{flag} {value}")
+                    break
     gpus = () if is_sharded(config) else (2, 4, 8, 16)
-    found.append(next((f"{n} such GPUs" for n in gpus if plan_from_flags(config, memory.shared(config, n))[1]), ""))
-    return "; ".join(filter(None, found)) or "no single change"
+    found += [f"{n} such GPUs" for n in gpus if plan_from_flags(config, memory.shared(config, n))[1]][:1]
+    return "; ".join(found) or "no single change"
 
 
 def calibrate(
@@ -5458,16 +5437,17 @@ def choose_step_plan(
     """Choose micro-batches and recomputed layers for the memory that is free; the plan, and a table of it."""
     train = config.training
     if not train.do_train or rows is None or train.use_cpu:
-        layers = len(decoder_layers(base)) or memory.layers
-        wanted = requested_layers(config, layers)
+        choices = recompute_choices(config, len(decoder_layers(base)) or memory.layers)
         # 16 rows of 200 tokens through 8 layers of width 576 in 4 bits take two cores 3.3 s one by one and 2.5 s at 800
         # to 3,200 tokens at once (at 6,400 11 % more than at 4,096); with all layers recomputed a third more.
         at_once, tokens = (None, 4096) if train.auto_batch else (train.per_device_train_batch_size, NO_LIMIT)
-        if wanted is None and rows is not None:  # half of the memory is for the rest of the machine
+        recomputed = choices[-1]
+        if rows is not None:  # half of the memory is for the rest of the machine
             most = tokens if at_once is None else at_once * max(rows["length"][:])
             needed = memory.gradients + memory.optimizer + memory.fixed + most * memory.per_token(0)
-            wanted = 0 if needed * train.world_size < psutil.virtual_memory().available / 2 else layers
-        plan = StepPlan(at_once, tokens, layers if wanted is None else wanted)
+            fits = needed * train.world_size < psutil.virtual_memory().available / 2
+            recomputed = choices[0 if fits else -1]
+        plan = StepPlan(at_once, tokens, recomputed)
         return plan, {"steps": str(plan)}
     lengths = sorted(rows["length"][:], reverse=True)
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
@@ -5510,6 +5490,7 @@ BEST_FLAGS = {"metric_for_best_model", "greater_is_better", "label_smoothing_fac
               "mmlu_split", "max_mmlu_samples"}  # fmt: skip
 RATE_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
 STATEFUL_SCHEDULES = {"reduce_lr_on_plateau", "greedy"}  # whose rates follow from the past, not from the step
+BATCH_FLAGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 UPDATE_FLAGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
 # What a resume does with a flag that differs from the checkpoint's: refuse it, if weights, optimizer state, order of
 # rows or best metric depend on it; schedule the steps that are left by it; or, in neither row, apply it at once.
@@ -5578,11 +5559,6 @@ def effective_batch(checkpoint: Path | None, args: TrainingArguments) -> dict[st
     flags = [args.per_device_train_batch_size, args.gradient_accumulation_steps]
     batch = {"rows": math.prod(flags) * args.world_size, "flags": flags}
     before = read_record(checkpoint).get("run", {}).get("effective batch", batch) if checkpoint else batch
-    if before["flags"] != flags and before["rows"] != batch["rows"]:  # the order of rows is cut into steps of one size
-        raise ConfigError(
-            f"{checkpoint} was trained with {before['rows']} rows a step, these flags make it {batch['rows']}: pass "
-            "--per_device_train_batch_size {} --gradient_accumulation_steps {}".format(*before["flags"])
-        )
     return before if before["flags"] == flags else batch
 
 
@@ -5599,6 +5575,9 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
         names -= BEST_FLAGS
     changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
     refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET, STREAM_SIZES})
+    rows = {record["effective batch"]["rows"] for record in (before, now) if "effective batch" in record}
+    if resumes and len(rows) > 1:  # the order of rows is cut into steps of one size
+        refused |= changed.keys() & BATCH_FLAGS
     stateful = {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & STATEFUL_SCHEDULES
     if resumes and (stateful or config.training.deepspeed):
         refused |= changed.keys() & (RATE_FLAGS | UPDATE_FLAGS)  # they are restored with their state
@@ -5606,10 +5585,8 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
         fields = (*dataclasses.fields(ModelArguments), *dataclasses.fields(DataArguments))
         refused |= changed.keys() & {"do_eval", "do_predict", *(field.name for field in fields)}
     if refused:
-        trains, found = config.training.do_train, "; ".join(changed[name] for name in sorted(refused))
-        way = "Pass the same flags or another --output_dir" + ", or --overwrite_output_dir to start anew" * trains
-        alone = ". To evaluate or predict with what was trained: --do_train False"
-        way += alone * (trains and not refused & {*MODEL_FLAGS})  # which would be refused there, too
+        found = "; ".join(changed[name] for name in sorted(refused))
+        way = "Pass the same flags, another --output_dir or, to train anew, --overwrite_output_dir"
         if refused == {BASE_WEIGHTS}:
             way += f". For the same weights in other files: --adapter_name_or_path {folder} and another --output_dir"
         raise ConfigError(f"{folder} belongs to another run: {found}. {way}")
@@ -5708,18 +5685,15 @@ def check_final_weights(config: Config, other: str | None) -> None:
 def check_output_is_free(config: Config, last: Path | None) -> None:
     """Refuse to train over another run than that of the checkpoint, also over its weights in the final folder."""
     output, final = Path(config.training.output_dir).resolve(), final_folder(config).resolve()
-    completed = (output / COMPLETED).is_file()
     kept = last is not None and last.parent.resolve() == output
-    if last and not kept and (completed or checkpoints_in(output)):
-        way = "pass another --output_dir, or leave --resume_from_checkpoint out to go on with it"
-        raise ConfigError(f"--resume_from_checkpoint {last}: {output} holds another run; {way}")
+    other = not kept and ((output / COMPLETED).is_file() or (last and checkpoints_in(output)))
     recorded = final_files(output, final)
     beside_checkpoint = kept and final == output
     found = weights_in(final) or weights_in(final, full_finetune=True)
     foreign = found and not recorded and not beside_checkpoint
-    if (foreign or (completed and not kept)) and not config.training.overwrite_output_dir:
-        place, way = final if found else output, "pass another folder, or --overwrite_output_dir to replace it"
-        raise ConfigError(f"{place} holds the result of a run, and {output} no checkpoint of it to resume from; {way}")
+    if (foreign or other) and not config.training.overwrite_output_dir:
+        place, way = final if foreign else output, "pass another folder, or --overwrite_output_dir to replace it"
+        raise ConfigError(f"{place} holds the result of a run, and no checkpoint of it is resumed; {way}")
     whole = final / "model.safetensors"
     if config.quant.full_finetune and not beside_checkpoint and whole.is_file() and whole not in recorded:
         raise ConfigError(f"{whole}: of another run, and loaded instead of shards; remove it, or pass another folder")
@@ -5755,13 +5729,12 @@ def find_resume_point(config: Config) -> ResumePoint:
             if weights := weights_in(folder, full):
                 return ResumePoint(False, weights=str(weights), found=output if folder == final else folder)
         return ResumePoint(False, weights=adapter)
-    if finished and not args.overwrite_output_dir and (weights := weights_in(final, full)):
-        record = read_record(output)
-        if not needs_more_steps(config, record):
-            early = ", stopped early (a larger --early_stopping_patience goes on)" * ("stopped_at" in record)
-            steps = f"{record.get('stopped_at', record.get('step', '?'))} steps{early}"
-            log.info("%s holds a completed run of %s: it is used, not trained again", output, steps)
-            return ResumePoint(False, weights=str(weights), found=output)
+    weights, record = weights_in(final, full), read_record(output)
+    if finished and weights and not args.overwrite_output_dir and not needs_more_steps(config, record):
+        early = ", stopped early (a larger --early_stopping_patience goes on)" * ("stopped_at" in record)
+        steps = f"{record.get('stopped_at', record.get('step', '?'))} steps{early}"
+        log.info("%s holds a completed run of %s: it is used, not trained again", output, steps)
+        return ResumePoint(False, weights=str(weights), found=output)
     check_output_is_free(config, last)
     if last is None:
         return ResumePoint(True, weights=adapter)
@@ -7414,6 +7387,7 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
         content = digest(*(file_digest(file) for file in sorted(Path(run.base).glob("*.safetensors"))))
         start = "calibrated" if adapter_start_file(config, run.base) else config.lora.init_lora_weights
         identity |= {"calibrated base": f"{Path(run.base).name} {content}", "adapter start": start}
+    identity["effective batch"] = batch = effective_batch(resume.checkpoint, args)
     if resume.found:
         earlier = check_same_run(resume.found, identity, resume.train and not resume.trained, config)
         if resume.trained:
@@ -7421,10 +7395,10 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
             run = run._replace(config=dataclasses.replace(config, flags=config.flags | earlier))
     if args.deepspeed and args.do_eval and not resume.train and not hf_deepspeed.is_deepspeed_zero3_enabled():
         raise ConfigError("--deepspeed: ZeRO-2 shards only what trains: leave it out to evaluate what was trained")
-    batch, rows = effective_batch(resume.checkpoint, args), len(data.train or ())
+    rows = len(data.train or ())
     if resume.train and args.dataloader_drop_last and not config.data.streaming and rows < batch["rows"]:
         raise ConfigError(f"--dataloader_drop_last: {rows} rows make no step of {batch['rows']}: nothing to train")
-    return run, identity | {"effective batch": batch}
+    return run, identity
 
 
 def plan_of_rows(config: Config) -> dict[str, str]:

@@ -257,19 +257,19 @@ FUNCTIONS = ("FusedLoRA", "FusedMLP", "AddFrozen")
 def counted() -> Iterator[Counter[str]]:
     """Count the calls of each part of the fast path; `attention`, and `head`, which applies the head in chunks."""
     calls: Counter[str] = Counter()
-    saved = {name: getattr(qlora, name).forward for name in FUNCTIONS}
-    head, attention = qlora.chunked_cross_entropy, qlora.varlen_attention
+    saved = {name: getattr(qlora, name).forward for name in (*FUNCTIONS, "ChunkedCrossEntropy")}
+    attention = qlora.varlen_attention
     try:
         for name, forward in saved.items():
-            getattr(qlora, name).forward = staticmethod(partial(_count, calls, name, forward))
-        qlora.chunked_cross_entropy = partial(_count, calls, "head", head)
+            counted_name = "head" if name == "ChunkedCrossEntropy" else name
+            getattr(qlora, name).forward = staticmethod(partial(_count, calls, counted_name, forward))
         qlora.varlen_attention = partial(_count, calls, "attention", attention)  # which enable_fast_path registers
         ALL_ATTENTION_FUNCTIONS.register(qlora.VARLEN_ATTENTION, qlora.varlen_attention)
         yield calls
     finally:
         for name, forward in saved.items():
             getattr(qlora, name).forward = staticmethod(forward)
-        qlora.chunked_cross_entropy, qlora.varlen_attention = head, attention
+        qlora.varlen_attention = attention
         ALL_ATTENTION_FUNCTIONS.register(qlora.VARLEN_ATTENTION, qlora.varlen_attention)
 
 

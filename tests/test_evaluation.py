@@ -604,7 +604,7 @@ def test_more_patience_without_a_checkpoint_to_go_on_from(run_qlora):
     flags = STUCK | {"save_strategy": "no", "save_steps": None}
     run_qlora(**flags)
     more = run_qlora(**flags | {"early_stopping_patience": 5})
-    assert more.code == 2 and "no checkpoint of it to resume from; pass another folder, or --overw" in more.stderr
+    assert more.code == 2 and "no checkpoint of it is resumed; pass another folder, or --overw" in more.stderr
 
 
 def test_early_stopping_counts_over_a_resume(run_qlora, tmp_path):

@@ -144,9 +144,9 @@ def test_the_kernel_for_cross_entropy(words, smoothing):
     generator = torch.Generator(DEVICE).manual_seed(0)
     tokens, width = 300, 64
     hidden = torch.randn(tokens, width, device=DEVICE, generator=generator).to(BF16).requires_grad_()
-    head, fast = frozen_head(words, width, generator), qlora.FastPath()
+    head = frozen_head(words, width, generator)
     targets = torch.randint(words, (tokens,), device=DEVICE, generator=generator)
-    loss = qlora.chunked_cross_entropy(hidden, targets, fast._replace(head=head), smoothing)
+    loss = qlora.ChunkedCrossEntropy.apply(hidden, head.weight, None, targets, (), smoothing)
     (got,) = torch.autograd.grad(loss, hidden)
 
     logits = head(hidden.detach()).double().requires_grad_()  # bf16, as the kernel sees them
@@ -167,7 +167,7 @@ def test_cross_entropy_in_chunks_on_a_gpu_without_the_kernel(case):
     targets = torch.randint(words, (tokens,), device=DEVICE, generator=generator)
     rules = (partial(qlora.LOGIT_RULES[-1], cap),) if case == "capped logits" else ()
     leaves = [hidden, head.weight] if case == "head that trains" else [hidden]
-    loss = qlora.chunked_cross_entropy(hidden, targets, qlora.FastPath(head=head, logit_rules=rules), 0.0)
+    loss = qlora.ChunkedCrossEntropy.apply(hidden, head.weight, None, targets, rules, 0.0)
     got = torch.autograd.grad(loss / tokens, leaves)
     wide = [hidden.detach().double().requires_grad_(), head.weight.detach().double().requires_grad_()]
     exact, whole = (F.linear(*pair) for pair in (wide, (hidden, head.weight)))
