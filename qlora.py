@@ -27,10 +27,10 @@ Read the file from top to bottom, along the path of the data: every room uses on
     12 Plan             5141-5483
     13 Checkpoints      5486-5898
     14 Processes        5901-5958
-    15 Evaluation       5961-6158
-    16 Trainer          6161-6789
-    17 Stages           6792-7300
-    18 Main             7303-7603
+    15 Evaluation       5961-6151
+    16 Trainer          6154-6786
+    17 Stages           6789-7297
+    18 Main             7300-7600
 """
 
 # ------------------------------------------------------------------------------------
@@ -6111,37 +6111,30 @@ def load_questions(config: Config) -> list[Question]:
 
 
 def answer_questions(trainer: Any, questions: list[Question]) -> list[tuple[bool, float]]:
-    """For each question: whether the answer is right, and the loss on the right letter and EOS.
-
-    One pass compares the letters' first tokens. Where those are not four different ones, each letter is put after the
-    prompt in turn, and the probabilities of all its tokens are compared.
-    """
+    """For each question: whether the answer is right, and the loss on the right letter and EOS."""
     tokenizer, longest = trainer.processing_class, trainer.config.mmlu.mmlu_source_max_len
-    letters, texts = tokenize(LETTERS, tokenizer), tokenize([question.prompt for question in questions], tokenizer)
+    letters = tokenize(LETTERS, tokenizer)
     prefix = os.path.commonprefix(letters)  # noqa: RUF071  # with some tokenizers, a space
     answers = [[*ids[len(prefix) :], tokenizer.eos_token_id] for ids in letters]
     first_tokens = [ids[0] for ids in answers]
-    one_pass = len(set(first_tokens)) == len(LETTERS)
+    if len(set(first_tokens)) < len(LETTERS):
+        raise ConfigError("--do_mmlu_eval: this tokenizer does not tell A, B, C and D apart by their first tokens")
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    prompts = [[*bos, *ids[max(len(bos) + len(ids) - longest, 0) :], *prefix] for ids in texts]
-    pairs = [(i, c) for i, q in enumerate(questions) for c in ([q.answer] if one_pass else range(len(LETTERS)))]
-    rows = [{"input_ids": prompts[i] + answers[c], "labels": [IGNORE] * len(prompts[i]) + answers[c]} for i, c in pairs]
-    step, device, members = collate_step(rows)["step"], trainer.args.device, range(len(rows))
-    parts = [[i] for i in members] if trainer.fast.alone and not trainer.sharded else [[*members]]
-    batches = (to_device(padded_batch(step, part, tokenizer.pad_token_id, "right"), device) for part in parts)
-    # Only the logits of the answers: all those of 100 prompts of 400 tokens would take 8 GB.
-    answered = (supervised_logits(trainer.base, trainer.fast, batch).log_softmax(-1).cpu() for batch in batches)
-    logits = torch.cat([*answered])
-    scores, losses = torch.zeros(len(questions), len(LETTERS)), [0.0] * len(questions)
-    for (i, c), predicted in zip(pairs, logits.split([len(answers[c]) for _, c in pairs]), strict=True):
-        log_probs = predicted[range(len(answers[c])), answers[c]]
-        if c == questions[i].answer:
-            losses[i] = -log_probs.mean().item()
-        if one_pass:
-            scores[i] = predicted[0, first_tokens]
-        else:
-            scores[i, c] = log_probs[:-1].sum()
-    return [(c == q.answer, loss) for c, q, loss in zip(scores.argmax(-1).tolist(), questions, losses, strict=True)]
+    rows: list[dict[str, list[int]]] = []
+    for question, ids in zip(questions, tokenize([q.prompt for q in questions], tokenizer), strict=True):
+        prompt = [*bos, *ids[max(len(bos) + len(ids) - longest, 0) :], *prefix]
+        answer = answers[question.answer]
+        rows.append({"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer})
+    step = collate_step(rows)["step"]
+    results: dict[int, tuple[bool, float]] = {}
+    for members in trainer.micro_batches(step):
+        # Only the logits of the answers: all those of 100 prompts of 400 tokens would take 8 GB.
+        logits = supervised_logits(trainer.base, trainer.fast, trainer.tensors(step, members))
+        right = [answers[questions[i].answer] for i in members]
+        for i, answer, own in zip(members, right, logits.cpu().split([*map(len, right)]), strict=True):
+            correct = int(own[0, first_tokens].argmax()) == questions[i].answer
+            results[i] = correct, F.cross_entropy(own, torch.tensor(answer)).item()
+    return [results[i] for i in range(len(questions))]
 
 
 def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
@@ -6454,14 +6447,14 @@ class QLoRATrainer(Trainer):
 
     def _micro_batch_losses(self, model: Any, step: StepBatch, items: Any) -> list[tuple[list[str], Tensor]]:
         losses, router_losses = list[Any](), list[Tensor]()
-        parts = self._micro_batches(step)
+        parts = self.micro_batches(step)
         inner = model if self.sharded else self.base  # gradients are averaged once a step, so DDP's wrapper has no part
         with attention_implementation(self.base, self.fast.attention):
             for i, members in enumerate(parts):
                 last = i == len(parts) - 1
                 self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed takes its step by it
                 with self.accelerator.no_sync(model) if self.sharded and not last else contextlib.nullcontext():
-                    batch = to_device(self._batch(step, members), self.args.device)
+                    batch = self.tensors(step, members)
                     with self.compute_loss_context_manager():
                         total = summed_loss(inner, self.fast, batch, self.args.label_smoothing_factor)
                         # normalised by `items`, all ranks' supervised tokens of the step; ranks' gradients are averaged
@@ -6478,26 +6471,29 @@ class QLoRATrainer(Trainer):
         self.router_losses += router_losses  # once a whole pass has fitted into memory
         return losses
 
-    def _micro_batches(self, step: StepBatch) -> list[list[int]]:
+    def micro_batches(self, step: StepBatch) -> list[list[int]]:
+        """Which members of a step go through the model together."""
         rows = self.plan.rows if torch.is_grad_enabled() else None  # evaluation has a batch size of its own
         tokens = 0 if self.fast.alone else self.plan.tokens
         parts = micro_batches(step, rows, tokens, padded=self.fast.attention is None)
         # each one gathers the sharded weights, so every rank needs the same number
         return parts + [[]] * (max(all_gather_object(len(parts))) - len(parts)) if self.sharded else parts
 
-    def _batch(self, step: StepBatch, members: list[int]) -> dict[str, Any]:
+    def tensors(self, step: StepBatch, members: list[int]) -> dict[str, Any]:
+        """Return the model's inputs for a micro-batch, on the device."""
         if not members:
             step, members = collate_step([])["step"], [0]
         if self.fast.attention is not None:
-            return padding_free_batch(step, members)
+            return to_device(padding_free_batch(step, members), self.args.device)
         tokenizer: Any = self.processing_class
         side = self.config.model.padding_side
-        return padded_batch(step, members, tokenizer.pad_token_id, side, self.passes_positions)
+        batch = padded_batch(step, members, tokenizer.pad_token_id, side, self.passes_positions)
+        return to_device(batch, self.args.device)
 
     def _make_room(self, step: StepBatch, reason: torch.OutOfMemoryError) -> None:
         """Drop dequantised copies, halve micro-batches down to 4096 tokens, then recompute more layers."""
         plan, layers = self.plan, len(decoder_layers(self.base))
-        largest = max(self._micro_batches(step), key=lambda members: int(step.lengths[members].sum()))
+        largest = max(self.micro_batches(step), key=lambda members: int(step.lengths[members].sum()))
         tokens = int(step.lengths[largest].sum())
         if plan.unpacked:
             self.plan = plan._replace(unpacked=0)
@@ -6556,12 +6552,14 @@ class QLoRATrainer(Trainer):
         """Compute loss, perplexity and, if asked, MMLU. It draws no random numbers."""
         began, rows = time.perf_counter(), dataloader
         self._try_fast_path(self.model)
-        batches = run_batches(self, len(rows), lambda numbers: self._eval_batch(rows, numbers), "Evaluating")
+        with attention_implementation(self.base, self.fast.attention):
+            batches = run_batches(self, len(rows), lambda numbers: self._eval_batch(rows, numbers), "Evaluating")
+            mmlu = mmlu_metrics(self, self.questions) if self.questions else {}
         sizes, losses, correct, counts = zip(*batches, strict=True)
         loss = sum(map(operator.mul, sizes, losses)) / sum(sizes)  # the mean over rows of their batches' means
-        metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
-        metrics |= {"eval_masked_accuracy": sum(correct) / sum(counts)} if self.masking else {}
-        metrics |= mmlu_metrics(self, self.questions) if self.questions else {}
+        metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), **mmlu}
+        if self.masking:
+            metrics["eval_masked_accuracy"] = sum(correct) / sum(counts)
         self.untimed_seconds += time.perf_counter() - began
         self.evaluated = self.state.global_step, metrics
         return EvalLoopOutput(None, None, metrics, len(rows))  # type: ignore[arg-type]
@@ -6573,15 +6571,14 @@ class QLoRATrainer(Trainer):
             step = self.masking.mask_step(step, "eval", one=True)
         inner, smoothing = self.model if self.sharded else self.base, self.args.label_smoothing_factor
         total, correct = torch.zeros((), device=self.args.device), 0
-        with attention_implementation(self.base, self.fast.attention):
-            for members in self._micro_batches(step):
-                batch = to_device(self._batch(step, members), self.args.device)
-                if self.masking:
-                    logits, targets = supervised_logits(inner, self.fast, batch), batch["targets"]
-                    correct += int((logits.argmax(-1) == targets).sum())
-                    total += F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-                else:
-                    total += summed_loss(inner, self.fast, batch, smoothing).to(total.device)
+        for members in self.micro_batches(step):
+            batch = self.tensors(step, members)
+            if self.masking:
+                logits, targets = supervised_logits(inner, self.fast, batch), batch["targets"]
+                correct += int((logits.argmax(-1) == targets).sum())
+                total += F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+            else:
+                total += summed_loss(inner, self.fast, batch, smoothing).to(total.device)
         count = max(1, step.supervised)
         return len(numbers), float(total) / count, correct, count
 
