@@ -6228,9 +6228,8 @@ class GracefulStop(TrainerCallback):
     patience = 30  # seconds
     signal = 0
     training = False  # a step can be finished and saved; at other times a signal ends the run at once
-    save_due = False  # put off to the end of the epoch, which follows
     interrupted = False  # training stopped before its last step
-    saved_step = 0  # of this run's newest checkpoint
+    saved = False  # whether this run has saved anything
 
     def note(self, number: int, frame: Any) -> None:
         """Handle a signal. Only Ctrl-C counts twice: launchers and batch systems repeat the others."""
@@ -6267,22 +6266,18 @@ class GracefulStop(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop after the step, on every rank if the signal reached one, and put off the save at an epoch's end."""
+        """Save and stop after the step, on every rank if the signal reached one."""
         if any(all_gather_object(self.signal)):
             control.should_training_stop = control.should_save = True
             self.interrupted = state.global_step < state.max_steps
-        self.save_due = control.should_save and (control.should_training_stop or state.epoch % 1 == 0)
-        control.should_save &= not self.save_due
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save after the epoch's evaluation, which a resume would skip; in the middle of an epoch none is due."""
-        if self.save_due:
-            control.should_save = self.saved_step != state.global_step
+        """Leave out the epoch's evaluation where a signal ends the run in the middle of an epoch."""
         if self.interrupted and state.epoch % 1:  # type: ignore[operator]
             control.should_log = control.should_evaluate = False
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.saved_step = state.global_step
+        self.saved = True
 
 
 def init_worker(number: int) -> None:
@@ -6366,6 +6361,7 @@ class QLoRATrainer(Trainer):
         self.one_by_one = fast.alone or None  # whether prompts are answered one by one; not known before the first
         # once an engine has sharded the weights, the rest of the fast path is tried
         self.untried = self.sharded and config.training.fast_path and not config.masked
+        self.save_is_put_off = False  # to the end of the epoch, which follows
         self.overflows = 0  # steps in succession whose gradient norm is not finite
         self.router_logits: Any = None  # of the last forward pass, where the config asks for the routers' own loss
         self.router_losses: list[Tensor] = []  # since the last log
@@ -6589,26 +6585,29 @@ class QLoRATrainer(Trainer):
         self.optimizer.eval()  # type: ignore[union-attr]
         control, step = self.control, self.state.global_step
         saving = control.should_save or control.should_evaluate or control.should_training_stop
-        if self.parts:  # not at the second call, at an epoch's end
-            rows, losses = zip(*self.parts, strict=True)
-            if hasattr(grad_norm, "full_tensor"):  # sharded, of FSDP
-                grad_norm = grad_norm.full_tensor()
-            norm = torch.as_tensor(1.0 if grad_norm is None else grad_norm, device=self.args.device)
-            numbers = torch.stack([norm.float(), *(loss.float() for loss in losses)])
-            self.pending_checks.append((step, numbers, rows))
+        at_step = bool(self.parts)  # a second call follows at an epoch's end
+        if at_step:
+            self.pending_checks.append((step, grad_norm, self.parts))
             self.parts = []
         if saving or control.should_log or control.should_epoch_stop or len(self.pending_checks) >= 10:
             for check in self.pending_checks:
                 self._check_numbers(*check)
             self.pending_checks = []
+        # at an epoch's end saves follow its evaluation, which a resume would skip
+        ends = control.should_training_stop or self.state.epoch % 1 == 0
+        self.save_is_put_off = control.should_save and at_step and ends
+        control.should_save &= not self.save_is_put_off
         if control.should_save and not all(bool(parameter.isfinite().all()) for parameter in self.trained):
             self._stop(step, "its update leaves weights that are not finite", "lower --learning_rate")
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
+        control.should_save |= self.save_is_put_off
 
-    def _check_numbers(self, step: int, numbers: Tensor, rows: Sequence[list[str]]) -> None:
+    def _check_numbers(self, step: int, grad_norm: Any, losses: list[tuple[list[str], Tensor]]) -> None:
         """Stop at a loss or gradient norm that is not finite, naming the rows and the likely cause."""
-        norm, *losses = numbers.tolist()
-        parts = list(zip(rows, map(math.isfinite, losses), strict=True))
+        if hasattr(grad_norm, "full_tensor"):  # sharded, of FSDP
+            grad_norm = grad_norm.full_tensor()
+        norm = 1.0 if grad_norm is None else float(grad_norm)
+        parts = [(rows, math.isfinite(loss)) for rows, loss in losses]
         if not math.isfinite(norm):  # of the gradients' average over ranks, so on all of them
             parts = list(itertools.chain(*all_gather_object(parts)))
         finite = [good for _, good in parts]
@@ -6715,7 +6714,8 @@ class QLoRATrainer(Trainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         prefixed = {f"eval_{name}": value for name, value in metrics.items()}  # MMLU's too, as the Trainer asks for
         # with --save_strategy best, the Trainer saves what this returns, but a signal's checkpoint is due in any case
-        return super()._determine_best_metric(metrics | prefixed, trial) or self.control.should_save
+        due = super()._determine_best_metric(metrics | prefixed, trial) or self.control.should_save
+        return due and not self.save_is_put_off
 
 
 def router_loss_of(model: Any) -> Callable[[Any, Any], Tensor] | None:
@@ -6865,7 +6865,7 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop) -> dict
             save_metrics(trainer, "train", metrics)
         trainer.save_state()
         save_final(trainer)
-        stop.saved_step = trainer.state.global_step
+        stop.saved = True
     stop.training = False
     return metrics
 
@@ -7515,7 +7515,7 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
 def way_to_go_on(config: Config | None, stop: GracefulStop) -> str:
     """Name the command that goes on from what this run has saved."""
     flags = [f"--{n}" for n in ("overwrite_output_dir", "resume_from_checkpoint") if config and config.flags[n]]
-    without = f" without {flags[0]}" if flags and stop.saved_step else ""
+    without = f" without {flags[0]}" if flags and stop.saved else ""
     output = Path(config.training.output_dir if config else "")
     saved = config and (checkpoints_in(output) or (output / COMPLETED).is_file()) and (without or not flags)
     return f"the same command{without} {'goes on from what is saved' if saved else 'starts again'}"
