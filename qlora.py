@@ -27,10 +27,10 @@ Read the file from top to bottom, along the path of the data: every room uses on
     12 Plan             5141-5483
     13 Checkpoints      5486-5898
     14 Processes        5901-5958
-    15 Evaluation       5961-6151
-    16 Trainer          6154-6786
-    17 Stages           6789-7297
-    18 Main             7300-7600
+    15 Evaluation       5961-6150
+    16 Trainer          6153-6780
+    17 Stages           6783-7282
+    18 Main             7285-7584
 """
 
 # ------------------------------------------------------------------------------------
@@ -6032,10 +6032,9 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     # generate() merges the model's own sampling values into those that it is given
     without_own = mock.patch.object(trainer.inner, "generation_config", GenerationConfig())
     with reraise_as_user_error("generation flags"), without_own:
-        if trainer.one_by_one is None:
-            several = trainer.args.per_device_eval_batch_size > 1 and not trainer.sharded
+        if trainer.one_by_one is None and len(prompts) > 1 and not trainer.sharded:
             longest, dtype = max(prompts, key=len), compute_dtype(trainer.config)
-            trainer.one_by_one = several and sees_padding(model, longest, tokenizer.pad_token_id, device, dtype)
+            trainer.one_by_one = sees_padding(model, longest, tokenizer.pad_token_id, device, dtype)
         for rows in [[prompt] for prompt in prompts] if trainer.one_by_one else [prompts]:
             tensors = to_device(padded_prompts(rows, tokenizer.pad_token_id, "left"), device)
             output = model.generate(**tensors, generation_config=generation)
@@ -6164,11 +6163,9 @@ def check_sizes(name: str, largest_id: int, longest: int, sizes: tuple[int, floa
     if largest_id >= ids:
         raise ConfigError(f"the {name} rows hold token id {largest_id}, the model has {ids}: wrong tokenizer")
     if longest > limit:
-        row = f"the longest {name} row has {longest} tokens"
-        raise ConfigError(f"{row}, the model has {limit} positions: pass --source_max_len {limit}")
+        raise ConfigError(f"{name} rows have {longest} tokens, the model takes {limit}: pass --source_max_len {limit}")
     if longest > positions:
-        way = "lower the limits or pass --rope_scaling"
-        warn_once("%s rows have more than the %d tokens that the model was made for: %s", name, positions, way)
+        warn_once("%s rows exceed the %d tokens the model was made for: pass --rope_scaling or less", name, positions)
 
 
 @dataclass
@@ -6701,11 +6698,8 @@ class QLoRATrainer(Trainer):
 
     def load_end(self, last: Path) -> None:
         """Load the last step, or the best if asked for, of a run that lacks only its final files."""
-        best = last.with_name(f"checkpoint-{self.state.best_global_step}")  # the folder may have moved
-        wanted = best if self.args.load_best_model_at_end else last
-        if not wanted.is_dir():
-            log.warning("%s, the best checkpoint, is not there: the last one is saved", best)
-            wanted = last
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        wanted = last.with_name(Path(best).name) if best else last  # the folder may have moved
         if self.sharded:  # loads into what it has sharded
             self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), str(wanted))
         else:
@@ -6840,9 +6834,8 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop) -> dict
         trainer.load_end(checkpoint)
     else:
         if checkpoint and isinstance(rows, StreamedSteps):
-            with reraise_as_user_error(f"{checkpoint / STREAM}"):
-                rows.position = read_json(checkpoint / STREAM)["rows"]
-                rows.steps = first_step
+            rows.position = read_json(checkpoint / STREAM)["rows"]
+            rows.steps = first_step
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -7025,9 +7018,7 @@ def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
     return 1 - kept / total if total else 0.0
 
 
-def compare_merged(
-    model: Any, base: Tensor, adapted: Tensor, lost: float, sample: Any, target: str
-) -> dict[str, float]:
+def compare_merged(model: Any, base: Tensor, adapted: Tensor, lost: float, sample: Any, target: str) -> dict[str, Any]:
     """Compare a merged model's logits with those of base + adapter, and refuse one that is wrong.
 
     They may differ by as much as one unit in the last place of every weight changes, which is measured (and ruins the
@@ -7049,7 +7040,7 @@ def compare_merged(
     if torch.equal(merged, base):
         raise ConfigError(f"{target}: not written, the merge changed nothing: the adapter is zero, or lost in 16 bit")
     if not error <= allowed:
-        what = f"the merged model's logits differ from those of base + adapter by {error:.3g} (root mean square)"
+        what = f"its logits differ from base + adapter's by {error:.3g} (root mean square)"
         raise ConfigError(f"{target}: not written, {what}, of which rounding explains {allowed:.3g}")
     log.info("verified: the merged model answers as base and adapter do: logits differ by at most %.3g, as rounding to "
              "16 bit explains; the adapter moves them by up to %.3g", largest, moved)  # fmt: skip
@@ -7139,17 +7130,12 @@ def model_card(trainer: QLoRATrainer) -> str:
     metadata = "" if Path(base).exists() else f"base_model: {json.dumps(base)}\n"
     prefix = "" if Path(output) == final_folder(config) else f"{os.path.relpath(output, final_folder(config))}/"
     last = max(getattr(trainer.processing_class, "new_rows", [-1]))
-    notes, lora = "", config.lora
-    unserved = {
-        "new tokens": last >= 0, "ranks or alphas by layer": lora.lora_rank_pattern or lora.lora_alpha_pattern,
-        "DoRA": lora.use_dora, "modules trained whole": lora.modules_to_save, "biases": lora.lora_bias != "none",
-        "rsLoRA (llama.cpp)": lora.use_rslora,
-    }  # fmt: skip
+    notes = ""
     if last >= 0:
         notes = f"New tokens: if the base has fewer rows, call `base.resize_token_embeddings({last + 1})` before.\n\n"
-    if (found := [name for name, present in unserved.items() if present]) and not config.quant.full_finetune:
-        notes += f"vLLM or llama.cpp refuse an adapter with {', '.join(found)}, or scale it differently: to serve "
-        notes += "it there, merge it with `--merged_output_dir`.\n\n"
+    if not config.quant.full_finetune:
+        notes += "vLLM and llama.cpp refuse some adapters or scale them differently (DoRA, rsLoRA, ranks by layer, new "
+        notes += "tokens, biases, modules trained whole): to serve one there, merge it with `--merged_output_dir`.\n\n"
     if config.quant.calibration_rows:
         notes += "Load the base in 16 bit: to round it to 4 bit anew gives another base than the calibrated one.\n\n"
     best = Path(trainer.state.best_model_checkpoint or "").name if trainer.args.load_best_model_at_end else ""
@@ -7250,8 +7236,7 @@ def log_hints(config: Config) -> None:
         log.info("not passed, so the original's defaults are used and downloaded: %s", defaults)
     own_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if own_bf16 and not (train.bf16 or train.fp16):
-        log.info("hint: this GPU supports bf16; without --bf16 everything is computed in float32, whose products take "
-                 "2 (RTX 4090) to 16 times (A100, H100) as long")  # fmt: skip
+        log.info("hint: pass --bf16: float32 products take 2 (RTX 4090) to 16 times (A100, H100) as long on this GPU")
     elif train.bf16 and torch.cuda.is_available() and not own_bf16:
         name = torch.cuda.get_device_name()
         log.warning("--bf16: the %s here computes it by emulation, slowly: pass --fp16 instead", name)
@@ -7531,8 +7516,7 @@ def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
             name = signal.Signals(error.args[0] if error.args else signal.SIGINT).name
             return STOP_SIGNALS[name], f"interrupted by {name}; {way}"
         case torch.OutOfMemoryError():
-            lower = "lower --per_device_train_batch_size or --source_max_len and --target_max_len"
-            return 2, f"not enough GPU memory: {lower}, or keep --gradient_checkpointing on"
+            return 2, "not enough GPU memory: lower --per_device_train_batch_size, --source_max_len or --target_max_len"
         case _ if is_peer_failure(error):
             return 2, f"another rank of this run has exited; {way}"
         case ValueError() if "DebugUnderflowOverflow" in str(error):
