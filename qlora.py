@@ -30,7 +30,7 @@ Read the file from top to bottom, along the path of the data: every room uses on
     15 Evaluation       5961-6150
     16 Trainer          6153-6780
     17 Stages           6783-7282
-    18 Main             7285-7584
+    18 Main             7285-7577
 """
 
 # ------------------------------------------------------------------------------------
@@ -7376,13 +7376,8 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
             trainer.create_optimizer_and_scheduler(max(config.training.max_steps, 1))  # shows wrong flags now
             if plan.resident:  # pages that stay on the GPU need no prefetching: 22 of 33 ms of updates at 7B
                 trainer.optimizer.prefetch_state = lambda parameter: None  # type: ignore[union-attr]
-    if is_fsdp(config) and not resume.train:  # accelerate prepares a model for FSDP only beside an optimizer
-        trainer.model, trainer.optimizer = trainer.accelerator.prepare(model, torch.optim.SGD(model.parameters()))
-        trainer.model_wrapped = trainer.model
-        torch.distributed.fsdp.register_fsdp_forward_method(trainer.model, "generate")
-    elif hf_deepspeed.is_deepspeed_zero3_enabled() and not resume.train:
-        hf_deepspeed.deepspeed_init(trainer, num_training_steps=0, inference=True)
-        trainer.model_wrapped = trainer.deepspeed = trainer.accelerator.prepare(model)
+    if is_sharded(config) and not resume.train:  # an engine shards a model beside its optimizer only
+        trainer._prepare_for_training(1, None, None)
     return trainer
 
 
@@ -7401,8 +7396,6 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
         if resume.trained:
             identity["flags"] |= earlier
             run = run._replace(config=dataclasses.replace(config, flags=config.flags | earlier))
-    if args.deepspeed and args.do_eval and not resume.train and not hf_deepspeed.is_deepspeed_zero3_enabled():
-        raise ConfigError("--deepspeed: ZeRO-2 shards only what trains: leave it out to evaluate what was trained")
     batch, rows = effective_batch(resume.checkpoint, args), len(data.train or ())
     if resume.train and args.dataloader_drop_last and not config.data.streaming and rows < batch["rows"]:
         raise ConfigError(f"--dataloader_drop_last: {rows} rows make no step of {batch['rows']}: nothing to train")
