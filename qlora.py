@@ -13,24 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             36-185
-     2 Errors             188-251
-     3 Dataset formats    254-817
-     4 Arguments         820-1539
-     5 Loading          1542-2163
-     6 Tokenizer        2166-2289
-     7 Encoding         2292-2772
-     8 Model            2775-3424
-     9 Calibration      3427-3787
-    10 LoRA             3790-4116
-    11 Fast path        4119-5138
-    12 Plan             5141-5483
-    13 Checkpoints      5486-5898
-    14 Processes        5901-5958
-    15 Evaluation       5961-6150
-    16 Trainer          6153-6780
-    17 Stages           6783-7282
-    18 Main             7285-7577
+     1 Imports             36-184
+     2 Errors             187-250
+     3 Dataset formats    253-816
+     4 Arguments         819-1538
+     5 Loading          1541-2162
+     6 Tokenizer        2165-2288
+     7 Encoding         2291-2771
+     8 Model            2774-3423
+     9 Calibration      3426-3786
+    10 LoRA             3789-4115
+    11 Fast path        4118-5137
+    12 Plan             5140-5482
+    13 Checkpoints      5485-5897
+    14 Processes        5900-5957
+    15 Evaluation       5960-6149
+    16 Trainer          6152-6774
+    17 Stages           6777-7276
+    18 Main             7279-7571
 """
 
 # ------------------------------------------------------------------------------------
@@ -72,7 +72,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import types
@@ -6252,8 +6251,7 @@ class GracefulStop(TrainerCallback):
     @contextlib.contextmanager
     def handling_signals(self) -> Iterator[None]:
         self.process = os.getpid()
-        possible = threading.current_thread() is threading.main_thread()  # Python allows handlers there only
-        saved = {number: signal.signal(number, self.note) for number in STOP_NUMBERS if possible}
+        saved = {number: signal.signal(number, self.note) for number in STOP_NUMBERS}
         try:
             yield
         finally:
@@ -6356,8 +6354,6 @@ class QLoRATrainer(Trainer):
         self.interval: tuple[float, int, int] | None = None  # began at this time, token and step
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})  # at this step, with these metrics
         self.one_by_one = fast.alone or None  # whether prompts are answered one by one; not known before the first
-        # once an engine has sharded the weights, the rest of the fast path is tried
-        self.untried = self.sharded and config.training.fast_path and not config.masked
         self.save_is_put_off = False  # to the end of the epoch, which follows
         self.overflows = 0  # steps in succession whose gradient norm is not finite
         self.router_logits: Any = None  # of the last forward pass, where the config asks for the routers' own loss
@@ -6408,7 +6404,6 @@ class QLoRATrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run a step forward and backward; where GPU memory runs out, again in smaller micro-batches."""
         step = inputs["step"]
-        self._try_fast_path(model)
         random_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         optimizer: Any = self.optimizer
         optimizer.train()  # a schedule-free one; between steps it holds what is evaluated and saved
@@ -6431,12 +6426,6 @@ class QLoRATrainer(Trainer):
         if self.args.world_size > 1 and not self.sharded:
             average_gradients(self.trained)
         return torch.stack([loss for _, loss in self.parts]).sum()
-
-    def _try_fast_path(self, model: Any) -> None:
-        if self.untried:
-            self.untried = False
-            self.fast = choose_fast_path(model, self.inner, self.fast, self.config, self.args.device)
-            log.info("%s", format_table(self.fast.lines()))
 
     def _micro_batch_losses(self, model: Any, step: StepBatch, items: Any) -> list[tuple[list[str], Tensor]]:
         losses, router_losses = list[Any](), list[Tensor]()
@@ -6544,7 +6533,6 @@ class QLoRATrainer(Trainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Compute loss, perplexity and, if asked, MMLU. It draws no random numbers."""
         began, rows = time.perf_counter(), dataloader
-        self._try_fast_path(self.model)
         with attention_implementation(self.base, self.fast.attention):
             batches = run_batches(self, len(rows), lambda numbers: self._eval_batch(rows, numbers), "Evaluating")
             mmlu = mmlu_metrics(self, self.questions) if self.questions else {}
@@ -6576,6 +6564,14 @@ class QLoRATrainer(Trainer):
         return len(numbers), float(total) / count, correct, count
 
     # From here on private methods of transformers 5.17 to 5.24, which tests/test_private_apis.py checks.
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Try the rest of the fast path once an engine has sharded the weights."""
+        model, dataloader = super()._prepare_for_training(*args, **kwargs)
+        if self.sharded and self.config.training.fast_path and not self.config.masked:
+            self.fast = choose_fast_path(model, self.inner, self.fast, self.config, self.args.device)
+            log.info("%s", format_table(self.fast.lines()))
+        return model, dataloader
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         """Check steps' numbers before a log or a save, ten at a time at most: reading each stalls the GPU (1.5 %)."""
@@ -6624,9 +6620,7 @@ class QLoRATrainer(Trainer):
     def _stop(self, step: int, what: str, why: str, rows: Sequence[str] = ()) -> NoReturn:
         """End the run before anything of the step is saved."""
         of = f", on rows {shorten(', '.join(filter(None, rows)))}" if any(rows) else ""
-        kept = checkpoints_in(Path(self.config.training.output_dir))
-        stays = f"{kept[0]} stays, a rerun on the same rows goes on from it" if kept else "no checkpoint was saved"
-        raise ConfigError(f"step {step}: {what}{of}: {why}. {stays}")
+        raise ConfigError(f"step {step}: {what}{of}: {why}. What was saved before stays, a rerun goes on from it")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let the Trainer write into a hidden folder; the rename in commit_checkpoint makes it visible as a whole."""
