@@ -28,9 +28,9 @@ Read the file from top to bottom, along the path of the data: every room uses on
     13 Checkpoints      5485-5897
     14 Processes        5900-5957
     15 Evaluation       5960-6149
-    16 Trainer          6152-6774
-    17 Stages           6777-7276
-    18 Main             7279-7571
+    16 Trainer          6152-6772
+    17 Stages           6775-7274
+    18 Main             7277-7569
 """
 
 # ------------------------------------------------------------------------------------
@@ -6338,7 +6338,6 @@ class QLoRATrainer(Trainer):
         self.identity, self.questions = identity, questions  # what checkpoints say of the run; MMLU's
         if plugin := getattr(self.accelerator.state, "fsdp_plugin", None):
             set_up_fsdp(plugin, self.model, config)
-        self.model_accepts_loss_kwargs = True  # our loss is divided by the supervised tokens of the whole step
         self.base: Any = self.accelerator.unwrap_model(self.model)  # with adapters; what else is called `base` is inner
         self.inner = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base
         self.passes_positions = passes_positions(self.inner, config)
@@ -6365,11 +6364,10 @@ class QLoRATrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train without bitsandbytes 0.50's wait for the GPU after each parameter (10 %); one stream keeps order."""
-        with contextlib.ExitStack() as quick:
-            quick.enter_context(mock.patch.object(bitsandbytes.optim.optimizer, "sync_gpu", lambda tensor: None))
-            if not self.sharded:  # the Trainer walks all modules for the parameters three times a step (small: 5 %)
-                trained = lambda recurse=True: iter(self.trained)  # noqa: E731
-                quick.enter_context(mock.patch.object(self.model, "parameters", trained))
+        without_wait = mock.patch.object(bitsandbytes.optim.optimizer, "sync_gpu", lambda tensor: None)
+        # the Trainer walks all modules for the parameters three times a step (small: 5 %)
+        trained = mock.patch.object(self.model, "parameters", lambda recurse=True: iter(self.trained))
+        with without_wait, contextlib.nullcontext() if self.sharded else trained:
             return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -6405,8 +6403,8 @@ class QLoRATrainer(Trainer):
         """Run a step forward and backward; where GPU memory runs out, again in smaller micro-batches."""
         step = inputs["step"]
         random_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-        optimizer: Any = self.optimizer
-        optimizer.train()  # a schedule-free one; between steps it holds what is evaluated and saved
+        # a schedule-free optimizer holds, between steps, what is evaluated and saved
+        self.optimizer.train()  # type: ignore[union-attr]
         if not self.base.training:  # walking all modules takes 5 ms at 7B
             model.train()
         while True:
