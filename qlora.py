@@ -28,9 +28,9 @@ Read the file from top to bottom, along the path of the data: every room uses on
     13 Checkpoints      5485-5897
     14 Processes        5900-5957
     15 Evaluation       5960-6149
-    16 Trainer          6152-6772
-    17 Stages           6775-7274
-    18 Main             7277-7569
+    16 Trainer          6152-6770
+    17 Stages           6773-7272
+    18 Main             7275-7567
 """
 
 # ------------------------------------------------------------------------------------
@@ -6565,7 +6565,8 @@ class QLoRATrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Try the rest of the fast path once an engine has sharded the weights."""
-        model, dataloader = super()._prepare_for_training(*args, **kwargs)
+        with reraise_as_user_error("--fsdp_config or --deepspeed") if self.sharded else contextlib.nullcontext():
+            model, dataloader = super()._prepare_for_training(*args, **kwargs)
         if self.sharded and self.config.training.fast_path and not self.config.masked:
             self.fast = choose_fast_path(model, self.inner, self.fast, self.config, self.args.device)
             log.info("%s", format_table(self.fast.lines()))
@@ -6720,11 +6721,8 @@ def set_up_fsdp(plugin: Any, model: Any, config: Config) -> None:
     if not config.quant.full_finetune:
         plugin.mixed_precision_policy = None  # it would cast what is packed
     # Only the layers: BERT's own list also wraps its embeddings, which share a weight with its head.
-    names = sorted({type(layer).__name__ for layer in decoder_layers(model)})
-    wrapped = plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or names
-    if set(wrapped) - {type(module).__name__ for module in model.modules()}:
-        classes = "transformer_layer_cls_to_wrap " + ", ".join(wrapped)
-        raise ConfigError(f"--fsdp_config: {classes}: not in the model, whose layers are {', '.join(names)}")
+    if not plugin.transformer_cls_names_to_wrap:
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in decoder_layers(model)})
 
 
 def trainer_arguments(args: TrainingArguments) -> TrainingArguments:
