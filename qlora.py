@@ -13,24 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             36-186
-     2 Errors             189-252
-     3 Dataset formats    255-818
-     4 Arguments         821-1540
-     5 Loading          1543-2164
-     6 Tokenizer        2167-2290
-     7 Encoding         2293-2773
-     8 Model            2776-3425
-     9 Calibration      3428-3788
-    10 LoRA             3791-4117
-    11 Fast path        4120-5116
-    12 Plan             5119-5463
-    13 Checkpoints      5466-5871
-    14 Processes        5874-5931
-    15 Evaluation       5934-6131
-    16 Trainer          6134-6762
-    17 Stages           6765-7273
-    18 Main             7276-7577
+     1 Imports             36-185
+     2 Errors             188-251
+     3 Dataset formats    254-817
+     4 Arguments         820-1539
+     5 Loading          1542-2163
+     6 Tokenizer        2166-2289
+     7 Encoding         2292-2772
+     8 Model            2775-3424
+     9 Calibration      3427-3787
+    10 LoRA             3790-4116
+    11 Fast path        4119-5115
+    12 Plan             5118-5462
+    13 Checkpoints      5465-5870
+    14 Processes        5873-5930
+    15 Evaluation       5933-6122
+    16 Trainer          6125-6743
+    17 Stages           6746-7250
+    18 Main             7253-7546
 """
 
 # ------------------------------------------------------------------------------------
@@ -72,7 +72,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import types
@@ -6005,10 +6004,9 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     # generate() merges the model's own sampling values into those that it is given
     without_own = mock.patch.object(trainer.inner, "generation_config", GenerationConfig())
     with reraise_as_user_error("generation flags"), without_own:
-        if trainer.one_by_one is None:
-            several = trainer.args.per_device_eval_batch_size > 1 and not trainer.sharded
+        if trainer.one_by_one is None and len(prompts) > 1 and not trainer.sharded:
             longest, dtype = max(prompts, key=len), compute_dtype(trainer.config)
-            trainer.one_by_one = several and sees_padding(model, longest, tokenizer.pad_token_id, device, dtype)
+            trainer.one_by_one = sees_padding(model, longest, tokenizer.pad_token_id, device, dtype)
         for rows in [[prompt] for prompt in prompts] if trainer.one_by_one else [prompts]:
             tensors = to_device(padded_prompts(rows, tokenizer.pad_token_id, "left"), device)
             output = model.generate(**tensors, generation_config=generation)
@@ -6084,37 +6082,30 @@ def load_questions(config: Config) -> list[Question]:
 
 
 def answer_questions(trainer: Any, questions: list[Question]) -> list[tuple[bool, float]]:
-    """For each question: whether the answer is right, and the loss on the right letter and EOS.
-
-    One pass compares the letters' first tokens. Where those are not four different ones, each letter is put after the
-    prompt in turn, and the probabilities of all its tokens are compared.
-    """
+    """For each question: whether the answer is right, and the loss on the right letter and EOS."""
     tokenizer, longest = trainer.processing_class, trainer.config.mmlu.mmlu_source_max_len
-    letters, texts = tokenize(LETTERS, tokenizer), tokenize([question.prompt for question in questions], tokenizer)
+    letters = tokenize(LETTERS, tokenizer)
     prefix = os.path.commonprefix(letters)  # noqa: RUF071  # with some tokenizers, a space
     answers = [[*ids[len(prefix) :], tokenizer.eos_token_id] for ids in letters]
     first_tokens = [ids[0] for ids in answers]
-    one_pass = len(set(first_tokens)) == len(LETTERS)
+    if len(set(first_tokens)) < len(LETTERS):
+        raise ConfigError("--do_mmlu_eval: this tokenizer does not tell A, B, C and D apart by their first tokens")
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    prompts = [[*bos, *ids[max(len(bos) + len(ids) - longest, 0) :], *prefix] for ids in texts]
-    pairs = [(i, c) for i, q in enumerate(questions) for c in ([q.answer] if one_pass else range(len(LETTERS)))]
-    rows = [{"input_ids": prompts[i] + answers[c], "labels": [IGNORE] * len(prompts[i]) + answers[c]} for i, c in pairs]
-    step, device, members = collate_step(rows)["step"], trainer.args.device, range(len(rows))
-    parts = [[i] for i in members] if trainer.fast.alone and not trainer.sharded else [[*members]]
-    batches = (to_device(padded_batch(step, part, tokenizer.pad_token_id, "right"), device) for part in parts)
-    # Only the logits of the answers: all those of 100 prompts of 400 tokens would take 8 GB.
-    answered = (supervised_logits(trainer.base, trainer.fast, batch).log_softmax(-1).cpu() for batch in batches)
-    logits = torch.cat([*answered])
-    scores, losses = torch.zeros(len(questions), len(LETTERS)), [0.0] * len(questions)
-    for (i, c), predicted in zip(pairs, logits.split([len(answers[c]) for _, c in pairs]), strict=True):
-        log_probs = predicted[range(len(answers[c])), answers[c]]
-        if c == questions[i].answer:
-            losses[i] = -log_probs.mean().item()
-        if one_pass:
-            scores[i] = predicted[0, first_tokens]
-        else:
-            scores[i, c] = log_probs[:-1].sum()
-    return [(c == q.answer, loss) for c, q, loss in zip(scores.argmax(-1).tolist(), questions, losses, strict=True)]
+    rows: list[dict[str, list[int]]] = []
+    for question, ids in zip(questions, tokenize([q.prompt for q in questions], tokenizer), strict=True):
+        prompt = [*bos, *ids[max(len(bos) + len(ids) - longest, 0) :], *prefix]
+        answer = answers[question.answer]
+        rows.append({"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer})
+    step = collate_step(rows)["step"]
+    results: dict[int, tuple[bool, float]] = {}
+    for members in trainer.micro_batches(step):
+        # Only the logits of the answers: all those of 100 prompts of 400 tokens would take 8 GB.
+        logits = supervised_logits(trainer.base, trainer.fast, trainer.tensors(step, members))
+        right = [answers[questions[i].answer] for i in members]
+        for i, answer, own in zip(members, right, logits.cpu().split([*map(len, right)]), strict=True):
+            correct = int(own[0, first_tokens].argmax()) == questions[i].answer
+            results[i] = correct, F.cross_entropy(own, torch.tensor(answer)).item()
+    return [results[i] for i in range(len(questions))]
 
 
 def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
@@ -6144,11 +6135,9 @@ def check_sizes(name: str, largest_id: int, longest: int, sizes: tuple[int, floa
     if largest_id >= ids:
         raise ConfigError(f"the {name} rows hold token id {largest_id}, the model has {ids}: wrong tokenizer")
     if longest > limit:
-        row = f"the longest {name} row has {longest} tokens"
-        raise ConfigError(f"{row}, the model has {limit} positions: pass --source_max_len {limit}")
+        raise ConfigError(f"{name} rows have {longest} tokens, the model takes {limit}: pass --source_max_len {limit}")
     if longest > positions:
-        way = "lower the limits or pass --rope_scaling"
-        warn_once("%s rows have more than the %d tokens that the model was made for: %s", name, positions, way)
+        warn_once("%s rows exceed the %d tokens the model was made for: pass --rope_scaling or less", name, positions)
 
 
 @dataclass
@@ -6208,9 +6197,8 @@ class GracefulStop(TrainerCallback):
     patience = 30  # seconds
     signal = 0
     training = False  # a step can be finished and saved; at other times a signal ends the run at once
-    save_due = False  # put off to the end of the epoch, which follows
     interrupted = False  # training stopped before its last step
-    saved_step = 0  # of this run's newest checkpoint
+    saved = False  # whether this run has saved anything
 
     def note(self, number: int, frame: Any) -> None:
         """Handle a signal. Only Ctrl-C counts twice: launchers and batch systems repeat the others."""
@@ -6236,8 +6224,7 @@ class GracefulStop(TrainerCallback):
     @contextlib.contextmanager
     def handling_signals(self) -> Iterator[None]:
         self.process = os.getpid()
-        possible = threading.current_thread() is threading.main_thread()  # Python allows handlers there only
-        saved = {number: signal.signal(number, self.note) for number in STOP_NUMBERS if possible}
+        saved = {number: signal.signal(number, self.note) for number in STOP_NUMBERS}
         try:
             yield
         finally:
@@ -6247,22 +6234,18 @@ class GracefulStop(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop after the step, on every rank if the signal reached one, and put off the save at an epoch's end."""
+        """Save and stop after the step, on every rank if the signal reached one."""
         if any(all_gather_object(self.signal)):
             control.should_training_stop = control.should_save = True
             self.interrupted = state.global_step < state.max_steps
-        self.save_due = control.should_save and (control.should_training_stop or state.epoch % 1 == 0)
-        control.should_save &= not self.save_due
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save after the epoch's evaluation, which a resume would skip; in the middle of an epoch none is due."""
-        if self.save_due:
-            control.should_save = self.saved_step != state.global_step
+        """Leave out the epoch's evaluation where a signal ends the run in the middle of an epoch."""
         if self.interrupted and state.epoch % 1:  # type: ignore[operator]
             control.should_log = control.should_evaluate = False
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.saved_step = state.global_step
+        self.saved = True
 
 
 def init_worker(number: int) -> None:
@@ -6328,7 +6311,6 @@ class QLoRATrainer(Trainer):
         self.identity, self.questions = identity, questions  # what checkpoints say of the run; MMLU's
         if plugin := getattr(self.accelerator.state, "fsdp_plugin", None):
             set_up_fsdp(plugin, self.model, config)
-        self.model_accepts_loss_kwargs = True  # our loss is divided by the supervised tokens of the whole step
         self.base: Any = self.accelerator.unwrap_model(self.model)  # with adapters; what else is called `base` is inner
         self.inner = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base
         self.passes_positions = passes_positions(self.inner, config)
@@ -6344,8 +6326,7 @@ class QLoRATrainer(Trainer):
         self.interval: tuple[float, int, int] | None = None  # began at this time, token and step
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})  # at this step, with these metrics
         self.one_by_one = fast.alone or None  # whether prompts are answered one by one; not known before the first
-        # once an engine has sharded the weights, the rest of the fast path is tried
-        self.untried = self.sharded and config.training.fast_path and not config.masked
+        self.save_is_put_off = False  # to the end of the epoch, which follows
         self.overflows = 0  # steps in succession whose gradient norm is not finite
         self.router_logits: Any = None  # of the last forward pass, where the config asks for the routers' own loss
         self.router_losses: list[Tensor] = []  # since the last log
@@ -6356,11 +6337,10 @@ class QLoRATrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train without bitsandbytes 0.50's wait for the GPU after each parameter (10 %); one stream keeps order."""
-        with contextlib.ExitStack() as quick:
-            quick.enter_context(mock.patch.object(bitsandbytes.optim.optimizer, "sync_gpu", lambda tensor: None))
-            if not self.sharded:  # the Trainer walks all modules for the parameters three times a step (small: 5 %)
-                trained = lambda recurse=True: iter(self.trained)  # noqa: E731
-                quick.enter_context(mock.patch.object(self.model, "parameters", trained))
+        without_wait = mock.patch.object(bitsandbytes.optim.optimizer, "sync_gpu", lambda tensor: None)
+        # the Trainer walks all modules for the parameters three times a step (small: 5 %)
+        trained = mock.patch.object(self.model, "parameters", lambda recurse=True: iter(self.trained))
+        with without_wait, contextlib.nullcontext() if self.sharded else trained:
             return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -6395,10 +6375,9 @@ class QLoRATrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run a step forward and backward; where GPU memory runs out, again in smaller micro-batches."""
         step = inputs["step"]
-        self._try_fast_path(model)
         random_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-        optimizer: Any = self.optimizer
-        optimizer.train()  # a schedule-free one; between steps it holds what is evaluated and saved
+        # a schedule-free optimizer holds, between steps, what is evaluated and saved
+        self.optimizer.train()  # type: ignore[union-attr]
         if not self.base.training:  # walking all modules takes 5 ms at 7B
             model.train()
         while True:
@@ -6419,22 +6398,16 @@ class QLoRATrainer(Trainer):
             average_gradients(self.trained)
         return torch.stack([loss for _, loss in self.parts]).sum()
 
-    def _try_fast_path(self, model: Any) -> None:
-        if self.untried:
-            self.untried = False
-            self.fast = choose_fast_path(model, self.inner, self.fast, self.config, self.args.device)
-            log.info("%s", format_table(self.fast.lines()))
-
     def _micro_batch_losses(self, model: Any, step: StepBatch, items: Any) -> list[tuple[list[str], Tensor]]:
         losses, router_losses = list[Any](), list[Tensor]()
-        parts = self._micro_batches(step)
+        parts = self.micro_batches(step)
         inner = model if self.sharded else self.base  # gradients are averaged once a step, so DDP's wrapper has no part
         with attention_implementation(self.base, self.fast.attention):
             for i, members in enumerate(parts):
                 last = i == len(parts) - 1
                 self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed takes its step by it
                 with self.accelerator.no_sync(model) if self.sharded and not last else contextlib.nullcontext():
-                    batch = to_device(self._batch(step, members), self.args.device)
+                    batch = self.tensors(step, members)
                     with self.compute_loss_context_manager():
                         total = summed_loss(inner, self.fast, batch, self.args.label_smoothing_factor)
                         # normalised by `items`, all ranks' supervised tokens of the step; ranks' gradients are averaged
@@ -6451,26 +6424,29 @@ class QLoRATrainer(Trainer):
         self.router_losses += router_losses  # once a whole pass has fitted into memory
         return losses
 
-    def _micro_batches(self, step: StepBatch) -> list[list[int]]:
+    def micro_batches(self, step: StepBatch) -> list[list[int]]:
+        """Which members of a step go through the model together."""
         rows = self.plan.rows if torch.is_grad_enabled() else None  # evaluation has a batch size of its own
         tokens = 0 if self.fast.alone else self.plan.tokens
         parts = micro_batches(step, rows, tokens, padded=self.fast.attention is None)
         # each one gathers the sharded weights, so every rank needs the same number
         return parts + [[]] * (max(all_gather_object(len(parts))) - len(parts)) if self.sharded else parts
 
-    def _batch(self, step: StepBatch, members: list[int]) -> dict[str, Any]:
+    def tensors(self, step: StepBatch, members: list[int]) -> dict[str, Any]:
+        """Return the model's inputs for a micro-batch, on the device."""
         if not members:
             step, members = collate_step([])["step"], [0]
         if self.fast.attention is not None:
-            return padding_free_batch(step, members)
+            return to_device(padding_free_batch(step, members), self.args.device)
         tokenizer: Any = self.processing_class
         side = self.config.model.padding_side
-        return padded_batch(step, members, tokenizer.pad_token_id, side, self.passes_positions)
+        batch = padded_batch(step, members, tokenizer.pad_token_id, side, self.passes_positions)
+        return to_device(batch, self.args.device)
 
     def _make_room(self, step: StepBatch, reason: torch.OutOfMemoryError) -> None:
         """Drop dequantised copies, halve micro-batches down to 4096 tokens, then recompute more layers."""
         plan, layers = self.plan, len(decoder_layers(self.base))
-        largest = max(self._micro_batches(step), key=lambda members: int(step.lengths[members].sum()))
+        largest = max(self.micro_batches(step), key=lambda members: int(step.lengths[members].sum()))
         tokens = int(step.lengths[largest].sum())
         if plan.unpacked:
             self.plan = plan._replace(unpacked=0)
@@ -6528,13 +6504,14 @@ class QLoRATrainer(Trainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Compute loss, perplexity and, if asked, MMLU. It draws no random numbers."""
         began, rows = time.perf_counter(), dataloader
-        self._try_fast_path(self.model)
-        batches = run_batches(self, len(rows), lambda numbers: self._eval_batch(rows, numbers), "Evaluating")
+        with attention_implementation(self.base, self.fast.attention):
+            batches = run_batches(self, len(rows), lambda numbers: self._eval_batch(rows, numbers), "Evaluating")
+            mmlu = mmlu_metrics(self, self.questions) if self.questions else {}
         sizes, losses, correct, counts = zip(*batches, strict=True)
         loss = sum(map(operator.mul, sizes, losses)) / sum(sizes)  # the mean over rows of their batches' means
-        metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
-        metrics |= {"eval_masked_accuracy": sum(correct) / sum(counts)} if self.masking else {}
-        metrics |= mmlu_metrics(self, self.questions) if self.questions else {}
+        metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), **mmlu}
+        if self.masking:
+            metrics["eval_masked_accuracy"] = sum(correct) / sum(counts)
         self.untimed_seconds += time.perf_counter() - began
         self.evaluated = self.state.global_step, metrics
         return EvalLoopOutput(None, None, metrics, len(rows))  # type: ignore[arg-type]
@@ -6546,45 +6523,56 @@ class QLoRATrainer(Trainer):
             step = self.masking.mask_step(step, "eval", one=True)
         inner, smoothing = self.model if self.sharded else self.base, self.args.label_smoothing_factor
         total, correct = torch.zeros((), device=self.args.device), 0
-        with attention_implementation(self.base, self.fast.attention):
-            for members in self._micro_batches(step):
-                batch = to_device(self._batch(step, members), self.args.device)
-                if self.masking:
-                    logits, targets = supervised_logits(inner, self.fast, batch), batch["targets"]
-                    correct += int((logits.argmax(-1) == targets).sum())
-                    total += F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-                else:
-                    total += summed_loss(inner, self.fast, batch, smoothing).to(total.device)
+        for members in self.micro_batches(step):
+            batch = self.tensors(step, members)
+            if self.masking:
+                logits, targets = supervised_logits(inner, self.fast, batch), batch["targets"]
+                correct += int((logits.argmax(-1) == targets).sum())
+                total += F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+            else:
+                total += summed_loss(inner, self.fast, batch, smoothing).to(total.device)
         count = max(1, step.supervised)
         return len(numbers), float(total) / count, correct, count
 
     # From here on private methods of transformers 5.17 to 5.24, which tests/test_private_apis.py checks.
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Try the rest of the fast path once an engine has sharded the weights."""
+        with reraise_as_user_error("--fsdp_config or --deepspeed") if self.sharded else contextlib.nullcontext():
+            model, dataloader = super()._prepare_for_training(*args, **kwargs)
+        if self.sharded and self.config.training.fast_path and not self.config.masked:
+            self.fast = choose_fast_path(model, self.inner, self.fast, self.config, self.args.device)
+            log.info("%s", format_table(self.fast.lines()))
+        return model, dataloader
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         """Check steps' numbers before a log or a save, ten at a time at most: reading each stalls the GPU (1.5 %)."""
         self.optimizer.eval()  # type: ignore[union-attr]
         control, step = self.control, self.state.global_step
         saving = control.should_save or control.should_evaluate or control.should_training_stop
-        if self.parts:  # not at the second call, at an epoch's end
-            rows, losses = zip(*self.parts, strict=True)
-            if hasattr(grad_norm, "full_tensor"):  # sharded, of FSDP
-                grad_norm = grad_norm.full_tensor()
-            norm = torch.as_tensor(1.0 if grad_norm is None else grad_norm, device=self.args.device)
-            numbers = torch.stack([norm.float(), *(loss.float() for loss in losses)])
-            self.pending_checks.append((step, numbers, rows))
+        at_step = bool(self.parts)  # a second call follows at an epoch's end
+        if at_step:
+            self.pending_checks.append((step, grad_norm, self.parts))
             self.parts = []
         if saving or control.should_log or control.should_epoch_stop or len(self.pending_checks) >= 10:
             for check in self.pending_checks:
                 self._check_numbers(*check)
             self.pending_checks = []
+        # at an epoch's end saves follow its evaluation, which a resume would skip
+        ends = control.should_training_stop or self.state.epoch % 1 == 0
+        self.save_is_put_off = control.should_save and at_step and ends
+        control.should_save &= not self.save_is_put_off
         if control.should_save and not all(bool(parameter.isfinite().all()) for parameter in self.trained):
             self._stop(step, "its update leaves weights that are not finite", "lower --learning_rate")
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
+        control.should_save |= self.save_is_put_off
 
-    def _check_numbers(self, step: int, numbers: Tensor, rows: Sequence[list[str]]) -> None:
+    def _check_numbers(self, step: int, grad_norm: Any, losses: list[tuple[list[str], Tensor]]) -> None:
         """Stop at a loss or gradient norm that is not finite, naming the rows and the likely cause."""
-        norm, *losses = numbers.tolist()
-        parts = list(zip(rows, map(math.isfinite, losses), strict=True))
+        if hasattr(grad_norm, "full_tensor"):  # sharded, of FSDP
+            grad_norm = grad_norm.full_tensor()
+        norm = 1.0 if grad_norm is None else float(grad_norm)
+        parts = [(rows, math.isfinite(loss)) for rows, loss in losses]
         if not math.isfinite(norm):  # of the gradients' average over ranks, so on all of them
             parts = list(itertools.chain(*all_gather_object(parts)))
         finite = [good for _, good in parts]
@@ -6604,9 +6592,7 @@ class QLoRATrainer(Trainer):
     def _stop(self, step: int, what: str, why: str, rows: Sequence[str] = ()) -> NoReturn:
         """End the run before anything of the step is saved."""
         of = f", on rows {shorten(', '.join(filter(None, rows)))}" if any(rows) else ""
-        kept = checkpoints_in(Path(self.config.training.output_dir))
-        stays = f"{kept[0]} stays, a rerun on the same rows goes on from it" if kept else "no checkpoint was saved"
-        raise ConfigError(f"step {step}: {what}{of}: {why}. {stays}")
+        raise ConfigError(f"step {step}: {what}{of}: {why}. What was saved before stays")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let the Trainer write into a hidden folder; the rename in commit_checkpoint makes it visible as a whole."""
@@ -6678,11 +6664,8 @@ class QLoRATrainer(Trainer):
 
     def load_end(self, last: Path) -> None:
         """Load the last step, or the best if asked for, of a run that lacks only its final files."""
-        best = last.with_name(f"checkpoint-{self.state.best_global_step}")  # the folder may have moved
-        wanted = best if self.args.load_best_model_at_end else last
-        if not wanted.is_dir():
-            log.warning("%s, the best checkpoint, is not there: the last one is saved", best)
-            wanted = last
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        wanted = last.with_name(Path(best).name) if best else last  # the folder may have moved
         if self.sharded:  # loads into what it has sharded
             self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), str(wanted))
         else:
@@ -6691,7 +6674,8 @@ class QLoRATrainer(Trainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         prefixed = {f"eval_{name}": value for name, value in metrics.items()}  # MMLU's too, as the Trainer asks for
         # with --save_strategy best, the Trainer saves what this returns, but a signal's checkpoint is due in any case
-        return super()._determine_best_metric(metrics | prefixed, trial) or self.control.should_save
+        due = super()._determine_best_metric(metrics | prefixed, trial) or self.control.should_save
+        return due and not self.save_is_put_off
 
 
 def router_loss_of(model: Any) -> Callable[[Any, Any], Tensor] | None:
@@ -6710,11 +6694,8 @@ def set_up_fsdp(plugin: Any, model: Any, config: Config) -> None:
     if not config.quant.full_finetune:
         plugin.mixed_precision_policy = None  # it would cast what is packed
     # Only the layers: BERT's own list also wraps its embeddings, which share a weight with its head.
-    names = sorted({type(layer).__name__ for layer in decoder_layers(model)})
-    wrapped = plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or names
-    if set(wrapped) - {type(module).__name__ for module in model.modules()}:
-        classes = "transformer_layer_cls_to_wrap " + ", ".join(wrapped)
-        raise ConfigError(f"--fsdp_config: {classes}: not in the model, whose layers are {', '.join(names)}")
+    if not plugin.transformer_cls_names_to_wrap:
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in decoder_layers(model)})
 
 
 def trainer_arguments(args: TrainingArguments) -> TrainingArguments:
@@ -6816,9 +6797,8 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop) -> dict
         trainer.load_end(checkpoint)
     else:
         if checkpoint and isinstance(rows, StreamedSteps):
-            with reraise_as_user_error(f"{checkpoint / STREAM}"):
-                rows.position = read_json(checkpoint / STREAM)["rows"]
-                rows.steps = first_step
+            rows.position = read_json(checkpoint / STREAM)["rows"]
+            rows.steps = first_step
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -6841,7 +6821,7 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop) -> dict
             save_metrics(trainer, "train", metrics)
         trainer.save_state()
         save_final(trainer)
-        stop.saved_step = trainer.state.global_step
+        stop.saved = True
     stop.training = False
     return metrics
 
@@ -7001,9 +6981,7 @@ def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
     return 1 - kept / total if total else 0.0
 
 
-def compare_merged(
-    model: Any, base: Tensor, adapted: Tensor, lost: float, sample: Any, target: str
-) -> dict[str, float]:
+def compare_merged(model: Any, base: Tensor, adapted: Tensor, lost: float, sample: Any, target: str) -> dict[str, Any]:
     """Compare a merged model's logits with those of base + adapter, and refuse one that is wrong.
 
     They may differ by as much as one unit in the last place of every weight changes, which is measured (and ruins the
@@ -7025,7 +7003,7 @@ def compare_merged(
     if torch.equal(merged, base):
         raise ConfigError(f"{target}: not written, the merge changed nothing: the adapter is zero, or lost in 16 bit")
     if not error <= allowed:
-        what = f"the merged model's logits differ from those of base + adapter by {error:.3g} (root mean square)"
+        what = f"its logits differ from base + adapter's by {error:.3g} (root mean square)"
         raise ConfigError(f"{target}: not written, {what}, of which rounding explains {allowed:.3g}")
     log.info("verified: the merged model answers as base and adapter do: logits differ by at most %.3g, as rounding to "
              "16 bit explains; the adapter moves them by up to %.3g", largest, moved)  # fmt: skip
@@ -7226,8 +7204,7 @@ def log_hints(config: Config) -> None:
         log.info("not passed, so the original's defaults are used and downloaded: %s", defaults)
     own_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if own_bf16 and not (train.bf16 or train.fp16):
-        log.info("hint: this GPU supports bf16; without --bf16 everything is computed in float32, whose products take "
-                 "2 (RTX 4090) to 16 times (A100, H100) as long")  # fmt: skip
+        log.info("hint: pass --bf16: float32 products take 2 (RTX 4090) to 16 times (A100, H100) as long on this GPU")
     elif train.bf16 and torch.cuda.is_available() and not own_bf16:
         name = torch.cuda.get_device_name()
         log.warning("--bf16: the %s here computes it by emulation, slowly: pass --fp16 instead", name)
@@ -7367,13 +7344,8 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
             trainer.create_optimizer_and_scheduler(max(config.training.max_steps, 1))  # shows wrong flags now
             if plan.resident:  # pages that stay on the GPU need no prefetching: 22 of 33 ms of updates at 7B
                 trainer.optimizer.prefetch_state = lambda parameter: None  # type: ignore[union-attr]
-    if is_fsdp(config) and not resume.train:  # accelerate prepares a model for FSDP only beside an optimizer
-        trainer.model, trainer.optimizer = trainer.accelerator.prepare(model, torch.optim.SGD(model.parameters()))
-        trainer.model_wrapped = trainer.model
-        torch.distributed.fsdp.register_fsdp_forward_method(trainer.model, "generate")
-    elif hf_deepspeed.is_deepspeed_zero3_enabled() and not resume.train:
-        hf_deepspeed.deepspeed_init(trainer, num_training_steps=0, inference=True)
-        trainer.model_wrapped = trainer.deepspeed = trainer.accelerator.prepare(model)
+    if is_sharded(config) and not resume.train:  # an engine shards a model beside its optimizer only
+        trainer._prepare_for_training(1, None, None)
     return trainer
 
 
@@ -7393,8 +7365,6 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
         if resume.trained:
             identity["flags"] |= earlier
             run = run._replace(config=dataclasses.replace(config, flags=config.flags | earlier))
-    if args.deepspeed and args.do_eval and not resume.train and not hf_deepspeed.is_deepspeed_zero3_enabled():
-        raise ConfigError("--deepspeed: ZeRO-2 shards only what trains: leave it out to evaluate what was trained")
     rows = len(data.train or ())
     if resume.train and args.dataloader_drop_last and not config.data.streaming and rows < batch["rows"]:
         raise ConfigError(f"--dataloader_drop_last: {rows} rows make no step of {batch['rows']}: nothing to train")
@@ -7492,7 +7462,7 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
 def way_to_go_on(config: Config | None, stop: GracefulStop) -> str:
     """Name the command that goes on from what this run has saved."""
     flags = [f"--{n}" for n in ("overwrite_output_dir", "resume_from_checkpoint") if config and config.flags[n]]
-    without = f" without {flags[0]}" if flags and stop.saved_step else ""
+    without = f" without {flags[0]}" if flags and stop.saved else ""
     output = Path(config.training.output_dir if config else "")
     saved = config and (checkpoints_in(output) or (output / COMPLETED).is_file()) and (without or not flags)
     return f"the same command{without} {'goes on from what is saved' if saved else 'starts again'}"
@@ -7508,8 +7478,7 @@ def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
             name = signal.Signals(error.args[0] if error.args else signal.SIGINT).name
             return STOP_SIGNALS[name], f"interrupted by {name}; {way}"
         case torch.OutOfMemoryError():
-            lower = "lower --per_device_train_batch_size or --source_max_len and --target_max_len"
-            return 2, f"not enough GPU memory: {lower}, or keep --gradient_checkpointing on"
+            return 2, "not enough GPU memory: lower --per_device_train_batch_size, --source_max_len or --target_max_len"
         case _ if is_peer_failure(error):
             return 2, f"another rank of this run has exited; {way}"
         case ValueError() if "DebugUnderflowOverflow" in str(error):

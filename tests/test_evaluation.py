@@ -11,7 +11,6 @@ import tiny
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LlamaModel
 
@@ -87,13 +86,13 @@ def test_eval_loss_and_perplexity_equal_a_plain_loop(run_qlora, models, folder, 
 @pytest.mark.parametrize("train", [True, False])
 def test_eval_batch_size_is_independent_of_the_training_batch(run_qlora, folder, monkeypatch, train):
     """Whatever the training's micro-batches are, of one row here."""
-    evaluated, make = [], qlora.QLoRATrainer._batch
+    evaluated, make = [], qlora.QLoRATrainer.tensors
 
     def noted(trainer, window, members):
         evaluated.extend([] if torch.is_grad_enabled() else [len(members)])
         return make(trainer, window, members)
 
-    monkeypatch.setattr(qlora.QLoRATrainer, "_batch", noted)
+    monkeypatch.setattr(qlora.QLoRATrainer, "tensors", noted)
     flags = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 3, "max_steps": 1, "save_strategy": "no"}
     run_qlora(dataset=folder, do_train=train, do_eval=True, **flags)
     assert evaluated == [3, len(EVAL_ROWS) - 3]
@@ -375,28 +374,10 @@ def test_mmlu_equals_a_plain_loop(run_qlora, models, folder, tmp_path, batch, to
 
 
 def test_mmlu_where_letters_share_their_first_token(run_qlora, models, folder, tmp_path):
-    """▁A is one token, B, C and D begin alike with ▁. The model says ▁ and then D, wherever it is asked."""
-    shutil.copytree(models("llama", tokenizer="sentencepiece"), tmp_path / "model")
-    words = AutoTokenizer.from_pretrained(tmp_path / "model")
-    a, *others = (words(letter, add_special_tokens=False)["input_ids"] for letter in "ABCD")
-    assert len(a) == 1 and [ids[:-1] for ids in others] == [others[0][:1]] * 3
-    tensors = load_file(tmp_path / "model/model.safetensors")
-    for name, tensor in tensors.items():
-        if name.endswith(("o_proj.weight", "down_proj.weight")) or name == "lm_head.weight":
-            tensor.zero_()
-        elif name.endswith(("embed_tokens.weight", "model.norm.weight")):
-            tensor.fill_(1.0)
-    tensors["lm_head.weight"][others[2][0]] = 3.0
-    tensors["lm_head.weight"][others[2][1]] = 2.0
-    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
-    run = run_qlora(
-        model_name_or_path=tmp_path / "model",
-        dataset=folder,
-        do_train=False,
-        mmlu_dir=write_mmlu(tmp_path / "mmlu", [3] * 7),
-        **MMLU,
-    )
-    assert run.json("metrics.json")["mmlu_eval_accuracy"] == 1.0
+    """▁A is one token, B, C and D begin alike with ▁."""
+    model, mmlu = models("llama", tokenizer="sentencepiece"), write_mmlu(tmp_path / "mmlu", [3] * 7)
+    run = run_qlora(model_name_or_path=model, dataset=folder, do_train=False, mmlu_dir=mmlu, **MMLU)
+    assert run.code == 2 and "--do_mmlu_eval: this tokenizer does not tell A, B" in run.stderr.splitlines()[-1]
 
 
 def test_mmlu_at_each_evaluation_of_a_training_run(run_qlora, folder, tmp_path):

@@ -210,7 +210,7 @@ def test_experts_under_deepspeed_are_not_packed_and_it_says_so(fork_server, mode
 def test_a_layer_class_that_fsdp_cannot_find_is_one_line(start, tmp_path):
     wrong = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
     line = error_of(finish(start(2, tmp_path / "out", fsdp=[], fsdp_config=wrong, before=SHARDING), 2))
-    assert "transformer_layer_cls_to_wrap BertLayer: not in the model" in line and "LlamaDecoderLayer" in line
+    assert "--fsdp_config or --deepspeed: " in line and "layer class BertLayer in the model" in line
 
 
 @pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.ci)])
@@ -225,10 +225,10 @@ def test_a_quantised_base_under_deepspeed_trains_as_in_one_process(start, tmp_pa
         assert_same_training(tmp_path / stage, tmp_path / "one")
 
 
-def test_zero2_without_training_is_one_line(start, tmp_path):
+def test_zero2_evaluates_without_training(start, tmp_path):
     need_deepspeed()
-    line = error_of(finish(start(2, tmp_path / "out", deepspeed=zero(2), do_train=False), 2))
-    assert "ZeRO-2 shards only what trains: leave it out" in line
+    finish(start(2, tmp_path / "out", deepspeed=zero(2), do_train=False))
+    assert "eval_loss" in json.loads((tmp_path / "out/metrics.json").read_text())
 
 
 def test_fsdp_without_gpus_is_one_line(start, tmp_path):
