@@ -13,24 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             36-185
-     2 Errors             188-251
-     3 Dataset formats    254-817
-     4 Arguments         820-1539
-     5 Loading          1542-2163
-     6 Tokenizer        2166-2289
-     7 Encoding         2292-2772
-     8 Model            2775-3424
-     9 Calibration      3427-3787
-    10 LoRA             3790-4116
-    11 Fast path        4119-5138
-    12 Plan             5141-5483
-    13 Checkpoints      5486-5898
-    14 Processes        5901-5958
-    15 Evaluation       5961-6158
-    16 Trainer          6161-6789
-    17 Stages           6792-7300
-    18 Main             7303-7603
+     1 Imports             36-186
+     2 Errors             189-252
+     3 Dataset formats    255-818
+     4 Arguments         821-1540
+     5 Loading          1543-2164
+     6 Tokenizer        2167-2290
+     7 Encoding         2293-2773
+     8 Model            2776-3413
+     9 Calibration      3416-3776
+    10 LoRA             3779-4106
+    11 Fast path        4109-5128
+    12 Plan             5131-5473
+    13 Checkpoints      5476-5888
+    14 Processes        5891-5948
+    15 Evaluation       5951-6148
+    16 Trainer          6151-6779
+    17 Stages           6782-7290
+    18 Main             7293-7593
 """
 
 # ------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date, timedelta
-from functools import cache, lru_cache, partial, partialmethod
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypedDict
 from unittest import mock
@@ -129,6 +129,7 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, transformers_weight_conversion as peft_conversion
+from peft.utils.other import get_pattern_key
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -2997,28 +2998,6 @@ def without_numbers(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-class LayerUses:
-    """Which linear layers give a product when they are called, and which are used otherwise, as by kernels."""
-
-    def __init__(self, layers: Iterable[Any]) -> None:
-        self.called, self.otherwise, self.running = set[Any](), set[Any](), list[Any]()
-        for layer in layers:
-            layer.register_forward_pre_hook(lambda layer, args: self.running.append(layer))
-            layer.register_forward_hook(self.leave)
-
-    def leave(self, layer: Any, args: Any, output: Any) -> None:
-        """A call of a layer ends, with a product or, as of some routers, with something else."""
-        size = getattr(layer, "out_features", None) or layer.nf
-        product = isinstance(output, Tensor) and output.shape[-1] == size
-        (self.called if product else self.otherwise).add(layer)
-        self.running.pop()
-
-    def read(self, layer: Any) -> Any:
-        """What `layer.weight` gives."""
-        self.otherwise |= {layer}.difference(self.running)  # while it runs, it reads its weight itself
-        return layer.__getattr__("weight")
-
-
 def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     """Names of the linear layers that a training step on text trains, and of those whose weight stays as it is stored.
 
@@ -3032,8 +3011,21 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
         return TRIALS[key]
     config = copy.deepcopy(model.config)
     config.use_cache, config._attn_implementation = False, "eager"  # flash-attn's kernels want values
-    names: dict[Any, str] = {}
-    uses = LayerUses(())
+    names: dict[Any, str] = {}  # of the linear layers
+    running: list[Any] = []
+    otherwise: set[Any] = set()  # layers that are not just called for a product
+
+    def leave(layer: Any, args: Any, output: Any) -> None:
+        running.pop()
+        size = getattr(layer, "out_features", None) or layer.nf
+        if not isinstance(output, Tensor) or output.shape[-1] != size:
+            otherwise.add(layer)
+
+    def read_weight(layer: Any) -> Any:
+        if layer not in running:  # else it reads its weight itself
+            otherwise.add(layer)
+        return layer.__getattr__("weight")
+
     length = int(min(160, positions_of(config)))  # DeepSeek-V4 compresses 128
     ids = torch.ones(1, length, dtype=torch.long, device="meta")
     try:
@@ -3041,18 +3033,20 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
             with torch.device("meta"):
                 twin: Any = kind(config).bfloat16()  # grouped products of experts want it
             names |= {module: name for name, module in twin.named_modules() if isinstance(module, LINEAR_CLASSES)}
-            uses = LayerUses(names)
+            for layer in names:
+                layer.register_forward_pre_hook(lambda layer, args: running.append(layer))
+                layer.register_forward_hook(leave)
             for mode in (False, True):  # some layers are left out at random in training, some only used there
-                with mock.patch.object(torch.nn.Linear, "weight", property(uses.read), create=True):
+                with mock.patch.object(torch.nn.Linear, "weight", property(read_weight), create=True):
                     logits = twin.train(mode)(input_ids=ids, attention_mask=ids).logits
                 logits.sum().backward()
-            used = {names[module] for module in uses.called if module.weight.grad is not None}
+            used = {name for layer, name in names.items() if layer.weight.grad is not None}
     except Exception as error:  # whatever the model raises
         log.warning("%s can't be tried (%s): all of its linear layers count as used", kind.__name__, shorten(error))
         used = {name for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
     kinds = {without_numbers(name) for name in used if ".experts." in name}  # which are called depends on values
     used |= {name for name in names.values() if without_numbers(name) in kinds}
-    read = {id(module._parameters.get("weight")) for module in uses.otherwise}  # also by a layer that is tied to it
+    read = {id(layer._parameters.get("weight")) for layer in otherwise}  # also by a layer that is tied to it
     beside = {name for module, name in names.items() if id(module._parameters.get("weight")) in read}
     TRIALS[key] = used - beside, beside
     return TRIALS[key]
@@ -3077,21 +3071,14 @@ def experts_per_token(config: PretrainedConfig) -> int:
     return max(found) if isinstance(found, list) else found
 
 
-def stack_of(module: Any, name: str) -> Any:
-    """A module's weight of many experts, with its quant_state, which FSDP loses as it makes new parameters."""
-    weight = module._parameters[name]
-    if state := vars(module).get("quant_states", {}).get(name):
-        state.to(weight.device)
-        weight.quant_state = state
-    return weight
-
-
 def stacks_in(module: Any) -> dict[str, Any]:
     """A module's own weights of many experts, (experts, ., .), packed or not; a convolution has none."""
-    weights = {name: stack_of(module, name) for name, _ in module.named_parameters(recurse=False)}
+    for name, state in vars(module).get("quant_states", {}).items():  # FSDP loses them as it makes new parameters
+        module._parameters[name].quant_state = state
+        state.to(module._parameters[name].device)
+    weights = {} if hasattr(module, "kernel_size") else dict(module.named_parameters(recurse=False))
     shapes = {name: getattr(weight, "quant_state", weight).shape for name, weight in weights.items()}
-    stacks = {name: weights[name] for name, shape in shapes.items() if len(shape) == 3 and shape[0] > 1}
-    return {} if hasattr(module, "kernel_size") else stacks
+    return {name: weights[name] for name, shape in shapes.items() if len(shape) == 3 and shape[0] > 1}
 
 
 def stacked_experts(model: torch.nn.Module, known: bool = False) -> dict[str, tuple[Any, torch.nn.Parameter]]:
@@ -3133,9 +3120,10 @@ def packing_experts(config: Config) -> Iterator[None]:
             return convert(self, tensors, *args, **kwargs)
         return {name: pack_weight(w[0] if isinstance(w, list) else w, config) for name, w in tensors.items()}
 
-    asks = partialmethod(lambda self, model, name, **kw: is_stack(model, name) or needs(self, model, name, **kw))
-    # transformers asks whether a weight is to be quantised, and then converts it
-    asked = mock.patch.object(Bnb4BitHfQuantizer, "param_needs_quantization", asks)
+    def needs_packing(self: Any, model: Any, name: str, **kwargs: Any) -> bool:
+        return is_stack(model, name) or needs(self, model, name, **kwargs)
+
+    asked = mock.patch.object(Bnb4BitHfQuantizer, "param_needs_quantization", needs_packing)
     # transformers would make linear layers of Llama 4's experts, where a base is quantised already
     kept = mock.patch.object(Bnb4BitHfQuantizer, "_convert_model_for_quantization", lambda *_: None)
     with asked, kept, mock.patch.object(Bnb4bitQuantize, "convert", pack):
@@ -3145,12 +3133,13 @@ def packing_experts(config: Config) -> Iterator[None]:
 def pack_experts(model: Any, config: Config) -> None:
     """Let modules unpack their stacks; of a base that is quantised already, MXFP4's too, quantise them, on the GPU."""
     again = []
-    for name, (module, w) in stacked_experts(model, known=True).items():
+    for name, (module, weight) in stacked_experts(model, known=True).items():
         module.forward = partial(unpacked_experts_forward, module, {})
-        if not hasattr(w, "quant_state"):
-            setattr(module, leaf_name(name), pack_weight(w.data.to(config.training.device), config).to(w.device))
+        if not hasattr(weight, "quant_state"):
+            weight = pack_weight(weight.data.to(config.training.device), config).to(weight.device)
+            setattr(module, leaf_name(name), weight)
             again.append(name)
-        vars(module).setdefault("quant_states", {})[leaf_name(name)] = getattr(module, leaf_name(name)).quant_state
+        vars(module).setdefault("quant_states", {})[leaf_name(name)] = weight.quant_state
     if again:
         log.info("%d stacks of experts are quantised after loading, first %s", len(again), again[0])
 
@@ -3842,7 +3831,7 @@ def add_expert_patterns(patterns: dict[str, Any], experts: Sequence[str], per_to
     """
     rank = lora.expert_lora_r or max(1, lora.lora_r // per_token)
     for name, value in ("rank_pattern", rank), ("alpha_pattern", lora.lora_alpha):
-        by_user = {n for n in experts if any(re.fullmatch(rf"(.*\.)?({key})", n) for key in patterns[name])}
+        by_user = {n for n in experts if get_pattern_key(patterns[name], n) in patterns[name]}
         others = [n.split(".") for n in experts if n not in by_user]
         patterns[name] |= {re.escape(".".join(parts if by_user else parts[-2:])): value for parts in others}
 
@@ -3857,7 +3846,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     targets = lora_targets(model, lora, masked)
     patterns: Any = {f"{name}_pattern": parse_pattern(lora, name) for name in ("rank", "alpha")}
     for key in itertools.chain(*patterns.values()):
-        if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in targets):
+        if all(get_pattern_key([key], name) != key for name in targets):
             raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")
     stacks = {name: weight for name, (_, weight) in stacked_experts(model, known=True).items()}
     experts = sorted(targets & stacks.keys())
@@ -3870,11 +3859,12 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         warn_once("--lora_dropout: experts get none, which peft cannot give them")
     if lora.expert_lora_r and not experts:
         warn_once("--expert_lora_r: without effect, no stack of experts is adapted")
+    ranks = patterns["rank_pattern"]
     for name in (*experts, *(targets if mutates_base(init) else ())):
         weight: Any = stacks[name] if name in stacks else model.get_submodule(name).weight
         most = min(getattr(weight, "quant_state", weight).shape[-2:])
-        ranks = (r for key, r in patterns["rank_pattern"].items() if re.fullmatch(rf"(.*\.)?({key})", name))
-        if (rank := next(ranks, lora.lora_r)) > most:
+        rank = ranks.get(get_pattern_key(ranks, name), lora.lora_r)
+        if rank > most:
             flag, start = ("expert_lora_r", "") if name in stacks else ("lora_r", f", and {init} starts from it")
             raise ConfigError(f"--{flag} {rank}: {name} has a rank of {most} at most{start}")
     return LoraConfig(
@@ -4111,7 +4101,7 @@ def convert_to_published_base(folder: Path, initial: Mapping[str, Tensor]) -> No
     experts, factor = config["target_parameters"] or (), math.sqrt(2) if config["use_rslora"] else 2
     doubled = {"r": 2 * config["r"], "lora_alpha": factor * config["lora_alpha"], "init_lora_weights": True}
     for pattern, times in (("rank_pattern", 2), ("alpha_pattern", factor)):  # those of experts stay
-        own = {key for key in config[pattern] if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in experts)}
+        own = {get_pattern_key(config[pattern], name) for name in experts}
         doubled[pattern] = {key: value * (1 if key in own else times) for key, value in config[pattern].items()}
     config_file.write_text(json.dumps(config | doubled, indent=2), encoding="utf-8")
 
@@ -4504,7 +4494,7 @@ class FrozenExperts(torch.autograd.Function):
 
 def expert_products(module: Any, layer: Any, name: str, x: Tensor, experts: Any, ends: Any) -> Tensor:
     """Each row times its expert's weight, with bias and adapter: (rows, out)."""
-    out = FrozenExperts.apply(x, ends, stack_of(module, name), module.is_transposed)
+    out = FrozenExperts.apply(x, ends, stacks_in(module)[name], module.is_transposed)
     if module.has_bias:
         out = out + getattr(module, f"{name}_bias")[experts].to(out.dtype)
     if layer is None or layer.disable_adapters:
