@@ -19,18 +19,18 @@ Read the file from top to bottom, along the path of the data: every room uses on
      4 Arguments         821-1540
      5 Loading          1543-2164
      6 Tokenizer        2167-2290
-     7 Encoding         2293-2773
-     8 Model            2776-3413
-     9 Calibration      3416-3776
-    10 LoRA             3779-4106
-    11 Fast path        4109-5128
-    12 Plan             5131-5473
-    13 Checkpoints      5476-5888
-    14 Processes        5891-5948
-    15 Evaluation       5951-6148
-    16 Trainer          6151-6779
-    17 Stages           6782-7290
-    18 Main             7293-7593
+     7 Encoding         2293-2765
+     8 Model            2768-3395
+     9 Calibration      3398-3757
+    10 LoRA             3760-4080
+    11 Fast path        4083-5102
+    12 Plan             5105-5447
+    13 Checkpoints      5450-5862
+    14 Processes        5865-5922
+    15 Evaluation       5925-6122
+    16 Trainer          6125-6753
+    17 Stages           6756-7264
+    18 Main             7267-7567
 """
 
 # ------------------------------------------------------------------------------------
@@ -2407,15 +2407,10 @@ def row_facts(row: Encoded, eos: int | None, masked: bool) -> dict[str, Any]:
     }
 
 
-def encoding_options(config: Config) -> dict[str, Any]:
-    """The arguments of encode_batch that the flags set."""
-    return {"limits": length_limits(config), "train_on_source": config.data.train_on_source, "masked": config.masked}
-
-
 def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: float = math.inf) -> Splits:
     """Encode rows in parallel, or find them in the cache; those that can't be trained on are left out."""
-    options = encoding_options(config)
-    limit = config.data.model_max_len
+    data, limit = config.data, config.data.model_max_len
+    options = {"limits": length_limits(config), "train_on_source": data.train_on_source, "masked": config.masked}
     encoded = splits._asdict()
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     depends = (vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id, options)
@@ -2433,9 +2428,9 @@ def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: flo
             num_proc=workers if workers > 1 else None,
             desc=f"Encoding {name} rows", new_fingerprint=digest(CODE_VERSION, rows._fingerprint, *depends),
         )  # fmt: skip
-        skip = name == "train" and limit and config.data.skip_excess_length
+        skip = name == "train" and limit and data.skip_excess_length
         if any(long := rows["cut"][:] if skip else [not length for length in rows["length"][:]]):
-            flag = f"--model_max_len {limit}" if limit else f"--source_max_len {config.data.source_max_len}"
+            flag = f"--model_max_len {limit}" if limit else f"--source_max_len {data.source_max_len}"
             if all(long):
                 flag += f": all {len(rows)} {name} rows are longer"
                 raise ConfigError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
@@ -2472,7 +2467,7 @@ def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: floa
                     continue
                 if not row["problem"]:
                     columns = {name: [row[name]] for name in ("segments", "rendered", "lost")}
-                    encoded = encode_batch(columns, tokenizer, **encoding_options(config))
+                    encoded = encode_batch(columns, tokenizer, limits, data.train_on_source, config.masked)
                     row |= {name: values[0] for name, values in encoded.items()}
                 if row["problem"]:
                     reject([row], 1, config)
@@ -2517,10 +2512,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def epoch_order(lengths: list[int], batch_size: int, args: Any, epoch: int) -> list[int]:
-    """Row numbers in an order that follows from seed and epoch alone, so that a resume in any epoch repeats it.
-
-    The Trainer's sampler, which groups by length in windows of 50 batches, draws another order after a resume.
-    """
+    """Row numbers in an order that follows from seed and epoch alone; the Trainer's sampler draws on after a resume."""
     generator = torch.Generator().manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)
     if args.train_sampling_strategy == "group_by_length":
         return get_length_grouped_indices(lengths, batch_size, generator=generator)
@@ -2822,14 +2814,9 @@ def load_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.training.bf16 else torch.float32
 
 
-def is_fsdp(config: Config) -> bool:
-    """Whether FSDP shards the model's weights."""
-    return bool(config.training.fsdp)
-
-
 def is_sharded(config: Config) -> bool:
-    """Whether an engine, FSDP or DeepSpeed, shards them."""
-    return is_fsdp(config) or bool(config.training.deepspeed)
+    """Whether an engine, FSDP or DeepSpeed, shards the model's weights."""
+    return bool(config.training.fsdp or config.training.deepspeed)
 
 
 def device_map(config: Config) -> Any:
@@ -2844,15 +2831,12 @@ def device_map(config: Config) -> Any:
 
 @contextlib.contextmanager
 def made_once(folder: Path, what: str) -> Iterator[str]:
-    """Where to write what becomes `folder` once it is whole, unless another run has made it meanwhile.
-
-    Also removes what runs on this host that were killed have left of it.
-    """
+    """Where to write what becomes `folder` once it is whole, unless another run has made it meanwhile."""
     name = f"{folder.name}.{platform.node()}"
     scratch = folder.with_name(f"{name}.{os.getpid()}")
     with reraise_as_user_error(what):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.iterdir():
+        for left in folder.parent.iterdir():  # by runs on this host that were killed
             if left.name.rpartition(".")[0] == name and not psutil.pid_exists(int(left.suffix[1:])):
                 shutil.rmtree(left)
         try:
@@ -2966,10 +2950,8 @@ def resolve_recipe(config: Config, model_config: PretrainedConfig) -> Config:
 
 def resolve_attention(config: Config) -> str | None:
     """The requested attention implementation; torch's own, as without the flag, where flash-attn is missing."""
-    from transformers.utils import is_flash_attn_2_available
-
     implementation = config.model.attn_implementation
-    if implementation == "flash_attention_2" and not is_flash_attn_2_available():
+    if implementation == "flash_attention_2" and not transformers.utils.is_flash_attn_2_available():
         warn_once("attn_implementation flash_attention_2: flash-attn is not installed here, using torch's own")
         return None
     return implementation
@@ -3095,7 +3077,7 @@ def find_routers(model: torch.nn.Module, layers: Iterable[str], *also: str) -> s
 
 def pack_weight(weight: Tensor, config: Config) -> Any:
     """A weight of any shape in 4 bit."""
-    quant, storage = config.quant, FSDP_STORAGE if is_fsdp(config) else torch.uint8
+    quant, storage = config.quant, FSDP_STORAGE if config.training.fsdp else torch.uint8
     options: Any = {"compress_statistics": quant.double_quant, "quant_type": quant.quant_type, "quant_storage": storage}
     packed: Any = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **options)
     return packed.to(weight.device)
@@ -3260,7 +3242,7 @@ def quantisation_config(config: Config, model_config: PretrainedConfig) -> Any |
         bnb_4bit_compute_dtype=compute_dtype(config),
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_quant_type=quant.quant_type,
-        bnb_4bit_quant_storage=FSDP_STORAGE if is_fsdp(config) else None,
+        bnb_4bit_quant_storage=FSDP_STORAGE if config.training.fsdp else None,
     )
 
 
@@ -3286,12 +3268,12 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(f"{what}: {len(missing)} weights are not in it, first {missing[0]}")
     sizes = [*loading["mismatched_keys"]]
-    linear = torch.nn.Linear, bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt
     for name, module in model.named_modules():  # transformers checks no shape that it quantises, 5.17 no other
-        if type(module) in (*linear, torch.nn.Embedding) and module.weight.numel():  # DeepSpeed's shards are empty
-            size = ("out_features", "in_features") if type(module) in linear else ("num_embeddings", "embedding_dim")
-            packed = getattr(module.weight, "quant_state", None) or module.weight
-            sizes.append((f"{name}.weight", packed.shape, operator.attrgetter(*size)(module)))
+        if isinstance(module, torch.nn.Linear) and module.weight.numel():  # DeepSpeed's shards are empty
+            stored = getattr(module.weight, "quant_state", None) or module.weight
+            sizes.append((f"{name}.weight", stored.shape, (module.out_features, module.in_features)))
+        elif isinstance(module, torch.nn.Embedding) and module.weight.numel():
+            sizes.append((f"{name}.weight", module.weight.shape, (module.num_embeddings, module.embedding_dim)))
     for name, found, wanted in sorted(sizes, key=str):
         if tuple(found) != tuple(wanted):
             raise ConfigError(f"{what}: config.json makes {name} {tuple(wanted)}, the file has {tuple(found)}")
@@ -3308,7 +3290,7 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
 def check_prequantised(config: Config, stored: Mapping[str, Any]) -> None:
     """Refuse flags that need weights which are not quantised yet."""
     base, storage = config.model.model_name_or_path, stored.get("bnb_4bit_quant_storage", "uint8")
-    if is_fsdp(config) and "float" not in storage:
+    if config.training.fsdp and "float" not in storage:
         reason = "FSDP shards floating dtypes only: pass the base as published"
         raise ConfigError(f"--fsdp: {base} is quantised already and stored as {storage}, {reason}")
     if config.quant.full_finetune or (init := config.lora.init_lora_weights).lower() not in QUANTISED_INITS:
@@ -3343,9 +3325,9 @@ def load_for_fsdp(config: Config, model_config: PretrainedConfig, folder: str | 
 
 def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
     """The base model to train or use, quantised and placed."""
-    args, stored, fsdp = config.training, getattr(model_config, "quantization_config", None), is_fsdp(config)
+    args, stored = config.training, getattr(model_config, "quantization_config", None)
     state: Any = args.distributed_state
-    if fsdp and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+    if args.fsdp and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         # accelerate would silently use DDP, or nothing
         way = "start it with torchrun --nproc_per_node N qlora.py on a machine with GPUs, or leave it out"
         raise ConfigError(f"--fsdp shards the weights over GPUs, one process each: {way}")
@@ -3361,7 +3343,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         options["quantization_config"] = quantisation_config(config, model_config)
     if args.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
         importlib.import_module("deepspeed").init_distributed()
-    model = (load_for_fsdp if fsdp else load_base)(config, model_config, folder, **options)
+    model = (load_for_fsdp if args.fsdp else load_base)(config, model_config, folder, **options)
     if packs := packs_experts(config):
         pack_experts(model, config)
     for module in model.modules():
@@ -3458,6 +3440,7 @@ def weighted_scales(weight: Tensor, importance: Tensor, code: Tensor) -> Tensor:
 class Factors(NamedTuple):
     """Of H, damped, with its columns in order of falling diagonal."""
 
+    hessian: Tensor  # H itself
     order: Tensor
     lower: Tensor  # Cholesky factor, in float64
     inverse: Tensor  # upper Cholesky factor of the inverse, in float32
@@ -3473,7 +3456,8 @@ def damped_factors(hessian: Tensor, tokens: float = math.inf) -> Factors | None:
         ordered.diagonal().add_((damping + len(hessian) / tokens) * mean)
         lower, failed = torch.linalg.cholesky_ex(ordered)
         if not failed:
-            return Factors(order, lower, torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float())
+            inverse = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+            return Factors(hessian, order, lower, inverse)
     return None
 
 
@@ -3516,7 +3500,7 @@ def adapter_start(left: Tensor, factors: Factors, rank: int) -> dict[str, Tensor
 def calibrate_weight(weight: Tensor, inputs: Mapping[int, Any], config: Config, transposed: bool) -> Choice:
     """Round a weight, (out, in), or a stack of them, of (in, out) if `transposed`, by what their inputs are.
 
-    `inputs` has H's diagonal, H = Σ x xᵀ, and what computes H and its Factors. bitsandbytes rounds the matrices that
+    `inputs` has the diagonal of H = Σ x xᵀ, and what computes its Factors. bitsandbytes rounds the matrices that
     are not in it, and those where its rounding is better by H's measure. Blocks lie along the last dimension.
     """
     packed, stack = pack_weight(weight.to(load_dtype(config)), config), weight.view(-1, *weight.shape[-2:])
@@ -3535,7 +3519,7 @@ def calibrate_weight(weight: Tensor, inputs: Mapping[int, Any], config: Config, 
         scales = (bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).view_as(scales)
     errors, size = dict[int, list[float]](), max(1, TOGETHER // max(stack[0].shape) ** 2)
     for group in (list(inputs)[i : i + size] for i in range(0, len(inputs), size)):
-        hessians, factors = zip(*(inputs[i][1]() for i in group), strict=True)
+        factors = [inputs[i][1]() for i in group]
         parts = stack[group].float(), scales[group].repeat_interleave(BLOCK, 2), plain[group]
         values, scale, rounded = (part.mT if transposed else part for part in parts)
         order = torch.stack([one.order for one in factors])[:, None]  # (experts, 1, in)
@@ -3543,8 +3527,8 @@ def calibrate_weight(weight: Tensor, inputs: Mapping[int, Any], config: Config, 
         ordered = feed_errors_back(values.take_along_dim(order, 2), scale.take_along_dim(order, 2), code, inverse)
         codes = ordered.take_along_dim(order.argsort(), 2)
         chosen = (code[codes] * scale).to(rounded.dtype)
-        for i, hessian, *rests in zip(group, hessians, values - rounded, values - chosen, strict=True):
-            errors[i] = [float(((rest @ hessian) * rest).sum()) for rest in rests]  # tr(D H Dᵀ)
+        for i, one, *rests in zip(group, factors, values - rounded, values - chosen, strict=True):
+            errors[i] = [float(((rest @ one.hessian) * rest).sum()) for rest in rests]  # tr(D H Dᵀ)
         high, low = stored_code.to(torch.uint8)[codes.mT if transposed else codes].reshape(len(group), -1, 2).unbind(2)
         packed.data.view(torch.uint8).view(len(stack), -1)[group] = high << 4 | low
     before, after = map(sum, zip(*errors.values(), strict=True))
@@ -3555,9 +3539,9 @@ def calibrate_weight(weight: Tensor, inputs: Mapping[int, Any], config: Config, 
     return Choice(packed, {}, before, after, len(stack) - len(inputs))
 
 
-def choose_codes(weight: Tensor, hessian: Any, factors: Any, config: Config) -> Choice:
-    """Round a linear layer's weight, (out, in), on inputs whose H is known, and start its adapter from what is left."""
-    inputs = {0: (hessian.diagonal(), lambda: (hessian, factors))} if factors else {}
+def choose_codes(weight: Tensor, factors: Factors | None, config: Config) -> Choice:
+    """Round a linear layer's weight, (out, in), by its inputs, and start its adapter from what is left."""
+    inputs = {0: (factors.hessian.diagonal(), lambda: factors)} if factors else {}
     choice = calibrate_weight(weight, inputs, config, transposed=False)
     left = weight - stack_values(choice.weight, load_dtype(config))
     return choice._replace(start=adapter_start(left, factors, config.lora.lora_r) if factors else {})
@@ -3593,12 +3577,6 @@ class InputSums:
         self.readers[self.latest[1]].add(name)
 
 
-def measure(rows: Tensor) -> tuple[Tensor, Factors | None]:
-    """H of an expert's inputs, and its Factors."""
-    hessian = rows.float().T @ rows.float()
-    return hessian, damped_factors(hessian, len(rows))
-
-
 def calibrate_experts(module: Any, calls: Sequence[Any], config: Config) -> Iterator[tuple[str, Choice]]:
     """Choose the codes of stacks of experts, each expert's on the tokens that reach it; put them in place."""
     x, reached = map(torch.cat, zip(*calls, strict=True))
@@ -3606,8 +3584,11 @@ def calibrate_experts(module: Any, calls: Sequence[Any], config: Config) -> Iter
     transposed = getattr(module, "is_transposed", True)  # Llama 4's has no such attributes
     gate = getattr(module, "_apply_gate", lambda x: x.chunk(2, -1)[1] * module.act_fn(x.chunk(2, -1)[0]))
     for name in sorted(stacks_in(module), reverse=True):  # down_proj last
-        squares = {i: own.float().square().sum(0) for i, own in enumerate(rows) if len(own) >= FEWEST_TOKENS}
-        known = {i: (own, partial(measure, rows[i])) for i, own in squares.items() if 0 < own.sum() < math.inf}
+        known = dict[int, Any]()
+        for i, own in enumerate(rows):
+            squares = own.float().square().sum(0)
+            if len(own) >= FEWEST_TOKENS and 0 < squares.sum() < math.inf:
+                known[i] = squares, lambda x=own: damped_factors(x.float().T @ x.float(), len(x))
         stack = module._parameters[name].data
         choice = calibrate_weight(stack, known, config, transposed)
         stack.copy_(stack_values(choice.weight, stack.dtype))
@@ -3633,10 +3614,9 @@ def calibrate_layer(
             run(hidden, *args, **kwargs)
     choices: dict[str, Choice] = {}
     for owner, readers in inputs.readers.items():
-        hessian = inputs.sums.pop(owner)
-        factors = damped_factors(hessian)
-        choices |= {name: choose_codes(weights[name].float(), hessian, factors, config) for name in sorted(readers)}
-    choices |= {n: choose_codes(w.float(), None, None, config) for n, w in weights.items() if n not in choices}
+        factors = damped_factors(inputs.sums.pop(owner))
+        choices |= {name: choose_codes(weights[name].float(), factors, config) for name in sorted(readers)}
+    choices |= {n: choose_codes(w.float(), None, config) for n, w in weights.items() if n not in choices}
     for name, weight in weights.items():
         weight.copy_(stack_values(choices[name].weight, weight.dtype))
     for name, seen in inputs.routed.items():
@@ -3728,16 +3708,6 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
     log.info(message, time.perf_counter() - began, before, after)
 
 
-def calibration_key(config: Config, model_config: PretrainedConfig, published: str, ids: list[list[int]]) -> str:
-    """A hash of the model's files, the rows and the flags that a calibrated base depends on."""
-    files = [file for file in sorted(Path(published).glob("*")) if file.is_file()]
-    source: list[Any] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    names = ("quant_type", "double_quant", "lora_r", "rope_scaling", "attn_implementation")
-    flags = [load_dtype(config), compute_dtype(config), config.training.device.type, is_fsdp(config), config.masked]
-    source = source or [published, getattr(model_config, "_commit_hash", None)]
-    return digest("3", source, *flags, *(config.flags[name] for name in names), ids)
-
-
 def adapter_start_file(config: Config, base: str) -> Path | None:
     """Where adapters of a run on this calibrated base start; None if they start as --init_lora_weights says."""
     own = "init_lora_weights" not in config.explicitly_set and config.model.adapter_name_or_path is None
@@ -3748,29 +3718,35 @@ def adapter_start_file(config: Config, base: str) -> Path | None:
 def calibrated_base(config: Config, model_config: Any, published: str, rows: Any, known: str | None) -> str:
     """The folder of the calibrated base: `known`, that of the run that goes on, one from the cache, or one made now."""
     root, count = Path(config.model.cache_dir or HF_HOME, "qlora-calibrated"), config.quant.calibration_rows
+    args, dtype = config.training, load_dtype(config)
     if known and (root / known).is_dir():
         return str(root / known)
     if getattr(model_config, "quantization_config", None):
         raise ConfigError(f"--calibration_rows: {config.model.model_name_or_path} is quantised already")
-    if config.training.deepspeed:
+    if args.deepspeed:
         raise ConfigError("--calibration_rows and --deepspeed: pass only one of them")
     rows = getattr(rows, "rows", rows) or []  # of packs, their rows
     if len(rows) < count:
         log.info("--calibration_rows %d: the dataset has %d, all of them are used", count, len(rows))
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.training.seed)).tolist()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
     ids = [rows[i]["input_ids"] for i in order[:count]]
-    folder = root / calibration_key(config, model_config, published, ids)
+    # its name is a hash of the model's files, the rows and the flags that it depends on
+    files = [file for file in sorted(Path(published).glob("*")) if file.is_file()]
+    source: list[Any] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    source = source or [published, getattr(model_config, "_commit_hash", None)]
+    flags = [dtype, compute_dtype(config), args.device.type, bool(args.fsdp), config.masked]
+    names = ("quant_type", "double_quant", "lora_r", "rope_scaling", "attn_implementation")
+    folder = root / digest("3", source, *flags, *(config.flags[name] for name in names), ids)
     if not ids or (known and folder.name != known):
         raise ConfigError(f"--calibration_rows: the base of this run is not in {root}, these rows make another")
     if not folder.is_dir():
-        dtype: Any = "auto" if load_dtype(config) == torch.float32 else load_dtype(config)
-        options: Any = {"dtype": dtype, "device_map": {"": "cpu"}, "attn_implementation": resolve_attention(config)}
+        options: Any = {"device_map": {"": "cpu"}, "attn_implementation": resolve_attention(config)}
+        options["dtype"] = "auto" if dtype == torch.float32 else dtype
         model = load_base(config, model_config, published, **options).eval()
         model.config.get_text_config().use_cache = False
         with made_once(folder, f"--calibration_rows: {folder}") as made:
             write_calibrated(model, model_config, ids, config, made)
     log.info("calibrated base: %s", folder)
-    args = config.training
     if args.do_train and args.learning_rate > 5e-4 and adapter_start_file(config, str(folder)):
         log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     return str(folder)
@@ -3802,9 +3778,11 @@ def outside_frozen_layers(names: Iterable[str], model: PreTrainedModel, lora: Lo
 
 def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> set[str]:
     """Full names of the layers that --lora_modules asks for, and of stacks of experts, outside frozen layers."""
-    layers, targets = linear_layers(model, masked), set[str]()
-    if adapts_experts(lora):
-        layers.extend(stacked_experts(model, known=True))  # the names
+    layers, targets, experts = linear_layers(model, masked), set[str](), [*stacked_experts(model, known=True)]
+    if not lora.use_dora and lora.init_lora_weights.lower() in ("true", "false", "gaussian"):
+        layers += experts
+    elif experts:  # said once, as the plan attaches adapters too
+        warn_once("experts get no adapters: peft takes neither --use_dora nor this --init_lora_weights for them")
     trainable = outside_frozen_layers(layers, model, lora)
     grouped = trainable - find_routers(model, trainable)
     for name in map(str.strip, lora.lora_modules.split(",")):
@@ -3815,11 +3793,6 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fal
             raise ConfigError(f"--lora_modules: no linear layer is called {name!r}, the model has {known}")
         targets |= found
     return targets
-
-
-def adapts_experts(lora: LoraArguments) -> bool:
-    """Whether peft can adapt stacks of experts with these flags."""
-    return not lora.use_dora and lora.init_lora_weights.lower() in ("true", "false", "gaussian")
 
 
 def add_expert_patterns(patterns: dict[str, Any], experts: Sequence[str], per_token: int, lora: LoraArguments) -> None:
@@ -3852,8 +3825,6 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     experts = sorted(targets & stacks.keys())
     if init == "olora" and any(isinstance(model.get_submodule(name), Conv1D) for name in targets.difference(experts)):
         raise ConfigError("--init_lora_weights olora: peft transposes no layers of GPT-2's kind; pass pissa")
-    if stacks and not adapts_experts(lora):  # said once, as the plan attaches adapters too
-        warn_once("experts get no adapters: peft takes neither --use_dora nor this --init_lora_weights for them")
     add_expert_patterns(patterns, experts, experts_per_token(model.config), lora)
     if experts and lora.lora_dropout:
         warn_once("--lora_dropout: experts get none, which peft cannot give them")
@@ -4000,26 +3971,25 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
         if any(hasattr(weight, "quant_state") for weight in stacks_in(module).values()):
             outer.forward = partial(unpacked_experts_forward, module, layers)  # peft would add to packed weights
     if isinstance(adapter, str):
-        load_adapter_weights(adapted, adapter)
+        load_adapter_weights(adapted, adapter)  # checks that they are on the layers of the file
+        return adapted
     adapters = (name for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer))
     carry = {name.replace(".base_layer", "") for name in adapters}
-    if all_found and carry != asked:
+    if carry != asked:
         other = f"{len(carry - asked)} others and not on {len(asked - carry)}, first {min(carry ^ asked)}"
         raise ConfigError(f"peft puts the adapters on {other}: choose layers with --lora_modules")
-    if isinstance(adapter, LoraConfig) and stacked_experts(model):
+    if stacked_experts(model):
         config.target_modules = asked - experts  # in full, which later versions of peft leave alone
     return adapted
 
 
 def widen_trained(adapted: Any, model: PreTrainedModel, lora: LoraArguments) -> list[Any]:
-    """Make float32 what trains, but biases, and freeze what lies in frozen layers. Returns the adapter's parameters.
-
-    Biases stay as the base has them: layer norms want them like their weights, and bitsandbytes narrows its layers'.
-    """
+    """Make float32 what trains, but biases, and freeze what lies in frozen layers. Returns the adapter's parameters."""
     trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     outside = outside_frozen_layers(trained, model, lora)
     for name, parameter in trained.items():
         parameter.requires_grad_(name in outside)
+        # biases stay: layer norms want them like their weights, and bitsandbytes narrows its layers'
         if re.search(r"lora_|trainable_tokens_|modules_to_save", name):
             parameter.data = parameter.data.float()
     table = adapted.get_input_embeddings()
@@ -5185,7 +5155,7 @@ class MemoryModel(NamedTuple):
         """One GPU's part, where FSDP, DeepSpeed or one process spread the model over several."""
         names = ["gradients", "optimizer"]
         changes: dict[str, Any] = {}
-        if not is_sharded(config) or is_fsdp(config) or hf_deepspeed.is_deepspeed_zero3_enabled():
+        if not is_sharded(config) or config.training.fsdp or hf_deepspeed.is_deepspeed_zero3_enabled():
             names += ["weights", "other", "experts", "adapters"]
         if not is_sharded(config):
             names += ["layer", "checkpoint", "unpacked"]
@@ -5549,7 +5519,7 @@ def run_fingerprint(config: Config, data: Mapping[str, TokenStatistics]) -> dict
     if config.training.do_train:
         # One engine can't read another's optimizer state, and DeepSpeed reads only what as many processes wrote.
         engine = f"DeepSpeed on {config.training.world_size} processes" if config.training.deepspeed else "none or DDP"
-        run["engine"] = "FSDP" if is_fsdp(config) else engine
+        run["engine"] = "FSDP" if config.training.fsdp else engine
         names = {"train": DATASET, "eval": EVAL_ROWS}
         run |= {names[name]: part.fingerprint for name, part in data.items()}
     return run
@@ -6506,7 +6476,7 @@ class QLoRATrainer(Trainer):
         """Autocast: accelerate puts it around the model's own forward, which the fast path does not call."""
         dtype = compute_dtype(self.config)
         # DeepSpeed and a full fine-tune under FSDP cast weights instead
-        casts = self.sharded and (self.config.quant.full_finetune or not is_fsdp(self.config))
+        casts = self.sharded and (self.config.quant.full_finetune or not self.config.training.fsdp)
         return torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32 and not casts)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -7384,7 +7354,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
             trainer.create_optimizer_and_scheduler(max(config.training.max_steps, 1))  # shows wrong flags now
             if plan.resident:  # pages that stay on the GPU need no prefetching: 22 of 33 ms of updates at 7B
                 trainer.optimizer.prefetch_state = lambda parameter: None  # type: ignore[union-attr]
-    if is_fsdp(config) and not resume.train:  # accelerate prepares a model for FSDP only beside an optimizer
+    if config.training.fsdp and not resume.train:  # accelerate prepares a model for FSDP only beside an optimizer
         trainer.model, trainer.optimizer = trainer.accelerator.prepare(model, torch.optim.SGD(model.parameters()))
         trainer.model_wrapped = trainer.model
         torch.distributed.fsdp.register_fsdp_forward_method(trainer.model, "generate")
