@@ -19,18 +19,18 @@ Read the file from top to bottom, along the path of the data: every room uses on
      4 Arguments         821-1540
      5 Loading          1543-2164
      6 Tokenizer        2167-2290
-     7 Encoding         2293-2765
-     8 Model            2768-3395
-     9 Calibration      3398-3757
-    10 LoRA             3760-4080
-    11 Fast path        4083-5102
-    12 Plan             5105-5447
-    13 Checkpoints      5450-5862
-    14 Processes        5865-5922
-    15 Evaluation       5925-6122
-    16 Trainer          6125-6753
-    17 Stages           6756-7264
-    18 Main             7267-7567
+     7 Encoding         2293-2755
+     8 Model            2758-3382
+     9 Calibration      3385-3738
+    10 LoRA             3741-4055
+    11 Fast path        4058-5077
+    12 Plan             5080-5422
+    13 Checkpoints      5425-5837
+    14 Processes        5840-5897
+    15 Evaluation       5900-6096
+    16 Trainer          6099-6727
+    17 Stages           6730-7238
+    18 Main             7241-7541
 """
 
 # ------------------------------------------------------------------------------------
@@ -2169,12 +2169,12 @@ def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> Non
 #
 # Returns a fast tokenizer with BOS (where it has one), EOS and pad ids inside the model's embedding.
 # ------------------------------------------------------------------------------------
-# Tokens that models leave unused, so that no text contains them: a pad. One called so is taken first, then by id.
+# Tokens that no text contains, for padding. One called pad is taken first, then the lowest id.
 SPARE_TOKENS = re.compile(
     r"<\|finetune_right_pad_id\|>|<\|?pad(ding)?\|?>|\[PAD\]|<\|reserved_special_token_\d+\|>|<\|?unused\d+\|?>"
     r"|<\|reserved_\d+\|>", re.IGNORECASE,
 )  # fmt: skip
-# Texts to which a class that transformers rebuilds from vocabulary and merges may give other ids than tokenizer.json.
+# Texts to which a class that transformers rebuilds may give other ids than tokenizer.json.
 PROBES = ["  I'LL don't\n\n\n 1. é à e\u0301 ﬁ\n    return x\n\tif 日本語 🙂 ", "12 3456,78 10 21 1893 24\n\n2. A"]
 # Names of pre-tokenizers in .gguf files (llama.cpp's llama-vocab.cpp): GPT-2's, with digits one by one or in runs.
 GGUF_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
@@ -2259,7 +2259,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
 def add_tokens(tokenizer: Any, model: ModelArguments, rows: int) -> int:
     """Add --add_tokens, and note in `new_rows` which of their ids the model lacks. Returns how many rows it needs."""
     tokens = [name.strip() for name in str(model.add_tokens).split(",")]
-    special = {model.eos_token, model.pad_token, model.bos_token, model.unk_token}  # else predictions would show them
+    special = {model.eos_token, model.pad_token, model.bos_token, model.unk_token}  # not shown in predictions
     before = tokenizer.get_vocab()
     tokenizer.text_tokens = [token for token in tokens if token not in before]
     new = [AddedToken(token, normalized=False, special=token in special) for token in tokenizer.text_tokens]
@@ -2297,16 +2297,10 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
 # added as ids. Prompt and completion are tokenised apart, a chat and a function's own segments whole, with the special
 # tokens of the template and those named on purpose. A `</s>` that a user wrote stays text in all.
 # ------------------------------------------------------------------------------------
-class Encoded(NamedTuple):
-    input_ids: list[int]
-    labels: list[int]
-    uncut: tuple[int, int]  # tokens of prompt and completion before they were cut to the limits
-
-
 def truncate_and_concat(
     source: Tokens, target: Tokens, limits: Limits, train_on_source: bool = False, bos: int | None = None
-) -> Encoded:
-    """Prompt and completion cut to the limits and joined. Two limits cut each on the right, so that EOS goes too.
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of prompt and completion, cut to the limits. Two limits cut each on the right, so EOS goes too.
 
     One limit cuts the prompt from the left, after BOS, down to a quarter of it, and then the completion on the right.
     """
@@ -2318,8 +2312,7 @@ def truncate_and_concat(
         prompt = source[:first] + source[max(len(source) - kept, 0) + first :]
         room = limits.total - len(prompt)
     tokens = prompt + target[:room]
-    labels = [i if train_on_source else label for i, label in tokens]
-    return Encoded([i for i, _ in tokens], labels, (len(source), len(target)))
+    return [i for i, _ in tokens], [i if train_on_source else label for i, label in tokens]
 
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -2356,7 +2349,29 @@ def prompts_and_completions(batch: Mapping[str, list[Any]], tokenizer: Any) -> I
             yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), chat
 
 
-def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
+def encoded_row(
+    ids: list[int], labels: list[int], uncut: tuple[int, int], eos: int | None = None, masked: bool = False
+) -> dict[str, Any]:
+    """An encoded row and what statistics and checks need to know of it; `uncut` counts prompt and completion."""
+    targets = [n for n, label in enumerate(labels) if label != IGNORE and (n or masked)]  # nothing predicts the first
+    last = targets[-1] if targets else 0
+    missing = "no token left to learn, expected one at least: raise the length limits"
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "problem": missing if ids and not targets else "",
+        "length": len(ids),
+        "uncut": uncut,
+        "cut": len(ids) < sum(uncut),
+        "supervised": len(targets),
+        # with --train_on_source, the line end that a template puts after EOS is supervised too
+        "without_eos": eos not in labels[max(last - 1, 0) : last + 1],
+        "largest_id": max(ids, default=0),
+        "hash": hash((*ids, *labels)),  # of integers: the same in every process
+    }
+
+
+def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> dict[str, Any]:
     """A text with the tokenizer's special tokens around it; the labels are the tokens that may be masked."""
     # special tokens in a text stay text, but not beside a mask token, which prediction fills, nor with slow
     # tokenizers: ESM's finds its letters by the same rule as special tokens
@@ -2367,47 +2382,28 @@ def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits)
     closing = sum(1 for _ in itertools.takewhile(bool, reversed(special)))  # the last special tokens are never cut
     kept = [i for i in range(len(ids)) if i < limit - closing or i >= len(ids) - closing]
     labels = [IGNORE if special[i] or ids[i] == tokenizer.mask_token_id else ids[i] for i in kept]
-    return Encoded([ids[i] for i in kept], labels, (len(ids), 0))
+    return encoded_row([ids[i] for i in kept], labels, (len(ids), 0), masked=True)
 
 
 def encode_batch(
     batch: Mapping[str, list[Any]], tokenizer: Any, limits: Limits, train_on_source: bool = False, masked: bool = False
 ) -> dict[str, list[Any]]:
     """Columns of segments -> columns of encoded rows, for datasets.map. A chat whose prompt does not fit is empty."""
-    encoded = [encode_masked(row[-1]["text"], tokenizer, limits) for row in batch["segments"] if masked]
+    rows = [encode_masked(row[-1]["text"], tokenizer, limits) for row in batch["segments"] if masked]
     parts = () if masked else prompts_and_completions(batch, tokenizer)
     for (source, target, chat), lost in zip(parts, batch.get("lost") or itertools.repeat(0), strict=False):
-        row = truncate_and_concat(source, target, limits, train_on_source, tokenizer.bos_token_id)
+        ids, labels = truncate_and_concat(source, target, limits, train_on_source, tokenizer.bos_token_id)
         if chat and len(source) > limits.prompt(len(target)):
-            row = row._replace(input_ids=[], labels=[])
-        encoded.append(row._replace(uncut=(len(source) + lost, len(target))))
-    rows = [row._asdict() | row_facts(row, tokenizer.eos_token_id, masked) for row in encoded]
+            ids, labels = [], []
+        rows.append(encoded_row(ids, labels, (len(source) + lost, len(target)), tokenizer.eos_token_id))
     special = special_token_pattern(tokenizer)
-    for n, facts in enumerate(rows):
-        pattern = ESCAPE_MARK if batch["rendered"][n] else special
-        facts["special_text"] = not masked and any(re.search(pattern, part["text"]) for part in batch["segments"][n])
+    for row, segments, rendered in zip(rows, batch["segments"], batch["rendered"], strict=True):
+        mark = ESCAPE_MARK if rendered else special
+        row["special_text"] = not masked and any(re.search(mark, segment["text"]) for segment in segments)
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def row_facts(row: Encoded, eos: int | None, masked: bool) -> dict[str, Any]:
-    """What statistics and checks need to know of an encoded row."""
-    ids, labels = row[:2]
-    targets = [n for n, label in enumerate(labels) if label != IGNORE and (n or masked)]  # nothing predicts the first
-    last = targets[-1] if targets else 0
-    missing = "no token left to learn, expected one at least: raise the length limits"
-    return {
-        "problem": missing if ids and not targets else "",
-        "length": len(ids),
-        "cut": len(ids) < sum(row.uncut),
-        "supervised": len(targets),
-        # with --train_on_source, the line end that a template puts after EOS is supervised too
-        "without_eos": eos not in labels[max(last - 1, 0) : last + 1],
-        "largest_id": max(ids, default=0),
-        "hash": hash((*ids, *labels)),  # of integers: the same in every process
-    }
-
-
-def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: float = math.inf) -> Splits:
+def encode_splits(splits: Splits, tokenizer: Any, config: Config) -> Splits:
     """Encode rows in parallel, or find them in the cache; those that can't be trained on are left out."""
     data, limit = config.data, config.data.model_max_len
     options = {"limits": length_limits(config), "train_on_source": data.train_on_source, "masked": config.masked}
@@ -2434,7 +2430,7 @@ def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: flo
             if all(long):
                 flag += f": all {len(rows)} {name} rows are longer"
                 raise ConfigError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
-            fitting = fitting_lengths(rows, config, positions)
+            fitting = fitting_lengths(rows, config)
             way = f"; 99 % of them fit with {fitting}" if fitting else ""
             log.warning("%d of %d %s rows are longer than %s: left out%s", sum(long), len(rows), name, flag, way)
             rows = rows.select([i for i, is_long in enumerate(long) if not is_long])
@@ -2512,7 +2508,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def epoch_order(lengths: list[int], batch_size: int, args: Any, epoch: int) -> list[int]:
-    """Row numbers in an order that follows from seed and epoch alone; the Trainer's sampler draws on after a resume."""
+    """Row numbers in an order that follows from seed and epoch alone, so that a resume repeats it."""
     generator = torch.Generator().manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)
     if args.train_sampling_strategy == "group_by_length":
         return get_length_grouped_indices(lengths, batch_size, generator=generator)
@@ -2562,32 +2558,26 @@ def token_statistics(rows: Any, masked: bool) -> TokenStatistics:
     )  # fmt: skip
 
 
-def fitting_lengths(rows: Any, config: Config, positions: float) -> str:
-    """The length limits that 99 % of the rows keep to, or as much of that as the model has positions for."""
-    uncut, limits = rows["uncut"][:], length_limits(config)
-    by_flag = {"source_max_len": [row[0] for row in uncut], "target_max_len": [row[1] for row in uncut]}
-    by_flag = {"model_max_len": [sum(row) for row in uncut]} if limits.total else by_flag
-    left, flags = positions - limits.longest, list[str]()
-    for flag, lengths in by_flag.items():
-        now = getattr(config.data, flag)
-        more = min(sorted(lengths)[math.ceil(0.99 * len(uncut)) - 1] - now, left)
-        if more > 0:
-            flags.append(f"--{flag} {now + more}")
-            left -= more
-    return " ".join(flags)
+def fitting_lengths(rows: Any, config: Config) -> str:
+    """The length limits that 99 % of the rows keep to, where they are above those of the flags."""
+    uncut = rows["uncut"][:]
+    lengths = {"source_max_len": [row[0] for row in uncut], "target_max_len": [row[1] for row in uncut]}
+    if config.data.model_max_len:
+        lengths = {"model_max_len": [sum(row) for row in uncut]}
+    fitting = {flag: sorted(own)[math.ceil(0.99 * len(uncut)) - 1] for flag, own in lengths.items()}
+    return " ".join(f"--{flag} {most}" for flag, most in fitting.items() if most > getattr(config.data, flag))
 
 
-def pack_and_summarize(splits: Splits, config: Config, positions: float = math.inf) -> tuple[Any, dict[str, Any]]:
+def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, Any]]:
     """The training rows, packed if the flags say so, and statistics of both splits."""
     parts = {name: rows for name, rows in splits._asdict().items() if rows is not None}
     statistics = {name: token_statistics(rows, config.masked) for name, rows in parts.items()}
     if splits.train is not None and config.training.do_train:
         cut, endless = statistics["train"].cut, statistics["train"].without_eos or 0
         if max(cut, endless) > 0.05 * len(splits.train):
-            fitting = fitting_lengths(splits.train, config, positions)
-            other = "try another --eos_token or chat template, or shorter rows" if endless > cut else "shorten the rows"
+            fitting = fitting_lengths(splits.train, config)
             what = f", and {endless} end without EOS, so that the model won't learn to stop" * bool(endless)
-            way = f"pass {fitting}" if fitting else other
+            way = f"pass {fitting}" if fitting else "shorten them, or try another --eos_token or chat template"
             log.warning("of %d train rows %d are cut%s: %s", len(splits.train), cut, what, way)
     for name, part in statistics.items():
         if part.special_text:
@@ -2772,8 +2762,8 @@ def preview_rows(rows: Any, tokenizer: Any, config: Config) -> Iterator[tuple[st
 # in the load dtype. Nothing is cast up: RMSNorm and LayerNorm compute in float32 inside, whatever their weights are.
 # A model family that needs help while it is loaded is a row of QUIRKS.
 # ------------------------------------------------------------------------------------
-# FSDP shards tensors of a floating dtype. bf16 storage damages a thousandth of the packed values: copies on a GPU turn
-# every NaN into the same one, and such bits are common here (https://github.com/pytorch/pytorch/issues/159333).
+# FSDP shards floating dtypes. bf16 would damage a thousandth of the packed values: copies on a GPU turn every NaN into
+# the same one (https://github.com/pytorch/pytorch/issues/159333).
 FSDP_STORAGE = torch.float32
 EXPERT_STATISTICS = "expert_statistics.safetensors"  # in a calibrated base's folder
 
@@ -2791,7 +2781,7 @@ QUIRKS = {
 
 
 def auto_model(config: Config, model_config: PretrainedConfig | None) -> Any:
-    """The kind of class to load: what was published with towers for images keeps them, so that adapters fit it."""
+    """The kind of class to load; what was published with towers for images keeps them."""
     published = {*(getattr(model_config, "architectures", None) or ())}
     towers = published & {*modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
     causal: Any = AutoModelForImageTextToText if towers else AutoModelForCausalLM
@@ -2848,7 +2838,7 @@ def made_once(folder: Path, what: str) -> Iterator[str]:
 
 
 def model_folder(config: Config) -> str:
-    """Where to load the base from: what the user named, or a folder in bf16, made once from a .gguf file and cached."""
+    """Where to load the base from: what the user named, or the cached bf16 folder made of a .gguf file."""
     check_base(config)
     name = config.model.model_name_or_path
     path, root = Path(name), Path(config.model.cache_dir or HF_HOME, "qlora-gguf")
@@ -2868,7 +2858,7 @@ def model_folder(config: Config) -> str:
         options: Any = {"gguf_file": path.name, "dtype": torch.bfloat16, "quantization_config": dense}
         with mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", partial(tqdm, disable=None), create=True):
             model = load_base(config, None, path.parent, **options)  # its bar, in a terminal only
-        if quantizer := getattr(model, "hf_quantizer", None):  # with it transformers saves nothing that came from gguf
+        if quantizer := getattr(model, "hf_quantizer", None):  # else nothing from gguf is saved
             quantizer.remove_quantization_config(model)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         set_gguf_splits(tokenizer, path)
@@ -2905,7 +2895,7 @@ def positions_of(model_config: PretrainedConfig) -> float:
 
 
 def model_sizes(model: Any) -> tuple[int, float, float]:
-    """How many token ids a model has, how many positions it stores an embedding of, and how many it was made for."""
+    """The number of token ids, of positions that a model has embeddings for, and that it was made for."""
     limit = math.inf
     for name, table in model.named_modules():  # an encoder's; RoBERTa's and ESM's begin after the pad's
         if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
@@ -2984,8 +2974,8 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     """Names of the linear layers that a training step on text trains, and of those whose weight stays as it is stored.
 
     Tried on the meta device, without memory. Mamba reads the weight of `dt_proj` without calling it, RWKV rescales some
-    to evaluate; Llama 4's router returns a tuple, a tower for images is never called, and no gradient reaches
-    DeepSeek-V3.2's indexer. Where a model casts inputs to a weight's dtype, it would cast them to packed integers.
+    to evaluate, Llama 4's router returns a tuple, and no gradient reaches DeepSeek-V3.2's indexer. Where a model casts
+    inputs to a weight's dtype, it would cast them to packed integers.
     """
     kind: Any = type(model)
     settings = {n: v for n, v in model.config.to_dict().items() if not re.search("quantization|use_cache|token_id", n)}
@@ -3047,7 +3037,7 @@ def knows_experts(module: Any) -> bool:
 
 
 def experts_per_token(config: PretrainedConfig) -> int:
-    """How many experts of a layer a token meets, under the names that families have for it; of a list the most."""
+    """How many experts of a layer a token meets, by the families' names for it; of a list the most."""
     text, names = config.get_text_config(), ("num_experts_per_tok", "top_k_experts", "moe_topk")
     found = next((value for name in names if (value := getattr(text, name, None))), 1)
     return max(found) if isinstance(found, list) else found
@@ -3070,7 +3060,7 @@ def stacked_experts(model: torch.nn.Module, known: bool = False) -> dict[str, tu
 
 
 def find_routers(model: torch.nn.Module, layers: Iterable[str], *also: str) -> set[str]:
-    """Those of the layers that send a mixture's tokens to its experts: they stay whole, or tokens go elsewhere."""
+    """Those of the layers that send tokens to experts: they stay whole, or tokens go elsewhere."""
     names = "|".join(["router", "gate", *also])
     return set(filter(re.compile(rf"(.*\.)?({names})(\..*)?").fullmatch, layers)) if stacked_experts(model) else set()
 
@@ -3194,7 +3184,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 def unpacked_experts_forward(module: Any, layers: Mapping[str, Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Stand in for the forward of a module of experts: on a copy whose weights are unpacked, their adapters added."""
+    """Run a module of experts on a copy whose weights are unpacked, with their adapters added."""
     dense = copy.copy(module)
     dense._parameters = dict(module._parameters)
     for name, weight in stacks_in(module).items():
@@ -3233,7 +3223,7 @@ def quantisation_config(config: Config, model_config: PretrainedConfig) -> Any |
     linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
     fit = linear_layers(model, masked=True) if config.masked else linear.keys() - try_layers(model)[1]
     head, routers = model.get_output_embeddings(), find_routers(model, linear, "shared_expert_gate")
-    # also the dense layers of a masked model's prediction head; without names, transformers leaves out its output
+    # also a masked model's prediction head; without names, transformers leaves out the output layer
     whole = [n for n, module in linear.items() if n not in fit or module is head or n in routers]
     return BitsAndBytesConfig(
         load_in_4bit=quant.bits == 4,
@@ -3283,7 +3273,7 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
         raise ConfigError(f"{what}: config.json has fewer layers than the weights, which go on with {beyond[0]}")
     generation = getattr(model, "generation_config", None)
     if generation is not None and (generation.temperature or generation.top_p):
-        generation.do_sample = True  # LLaMA-2 was published with sampling values alone, which can no longer be saved
+        generation.do_sample = True  # else LLaMA-2's sampling values can't be saved
     return model
 
 
@@ -3301,8 +3291,7 @@ def check_prequantised(config: Config, stored: Mapping[str, Any]) -> None:
 def load_for_fsdp(config: Config, model_config: PretrainedConfig, folder: str | Path, **options: Any) -> Any:
     """Load a base on the CPU as FSDP can shard it; the scales of its 4-bit blocks, unknown to FSDP, on this GPU.
 
-    The GPU quantises 7B in 2 s, the CPU in 200 s. Nothing public in bitsandbytes 0.50 quantises on one device and
-    stores on another, hence `_quantize`.
+    Nothing public in bitsandbytes 0.50 quantises on the GPU (7B in 2 s, not 200) and stores on the CPU.
     """
     device, quantise = config.training.device, bitsandbytes.nn.Params4bit._quantize
 
@@ -3347,9 +3336,7 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
     if packs := packs_experts(config):
         pack_experts(model, config)
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Else the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with
-            # other values (bitsandbytes 0.50.2).
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # the first evaluation would repack, and change, weights
             module.support_avx512bf16_for_cpu = False
     if stored and not config.quant.calibration_rows:  # whose base is our own
         unpacked = getattr(model, "hf_quantizer", None) is None  # transformers drops it then
@@ -3374,7 +3361,7 @@ def sync_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def parameter_report(model: torch.nn.Module) -> list[str]:
-    """The original's line on trainable parameters, with true counts; then dtypes, and kinds of layers with adapters."""
+    """The original's line on trainable parameters, with true counts; dtypes; kinds of layers with adapters."""
     by_dtype: Counter[str] = Counter()
     trainable = 0
     for parameter in model.parameters():
@@ -3400,7 +3387,7 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
 #
 # bitsandbytes rounds every weight to the nearest code. Here block scales and codes are chosen so that a layer's outputs
 # on real inputs change least, and adapters start from what rounding left. The base is written in transformers' own
-# layout of quantised models, so that no later room knows the difference. It costs neither memory nor time in training.
+# layout of quantised models, so that no later room knows the difference.
 # ------------------------------------------------------------------------------------
 BLOCK = 64  # weights that share a scale: bitsandbytes' default
 DAMPING = (0.01, 0.1, 1.0)  # of H's mean diagonal, added to it; the next one where Cholesky's method fails
@@ -3636,7 +3623,7 @@ def replace_weight(model: Any, name: str, weight: Any, config: Config) -> None:
 
 
 def layer_calls(model: Any, model_config: PretrainedConfig, ids: list[list[int]], config: Config) -> list[list[Any]]:
-    """What each layer is called with, for each row; no layer is run, so that only the first one's input is real."""
+    """What each layer is called with, by row; no layer runs, so only the first one's input is real."""
     layers, twin, parts = decoder_layers(model), meta_model(config, copy.deepcopy(model_config)), dict[int, int]()
     for i, layer in enumerate(decoder_layers(twin)):  # how many values a layer returns; 0 for one that is no tuple
         layer.register_forward_hook(lambda m, args, out, i=i: parts.update({i: len(out) * isinstance(out, tuple)}))
@@ -3660,11 +3647,10 @@ def layer_calls(model: Any, model_config: PretrainedConfig, ids: list[list[int]]
 
 
 def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config: Config, folder: str) -> None:
-    """Choose the codes of every layer, each on the outputs of those before it, and write the base to `folder`.
+    """Choose the codes of every layer on the outputs of those before it, and write the base to `folder`.
 
-    In memory are the base, mapped from its files (experts are stacked, which takes memory), what is packed so far, and
-    on the device one layer in the load dtype with the sums of its inputs. Layers outside the decoder's are rounded
-    plainly.
+    In memory are the base, mapped from its files but for stacks of experts, what is packed so far, and on the device
+    one layer with the sums of its inputs. Layers outside the decoder's are rounded plainly.
     """
     device, began, layers = config.training.device, time.perf_counter(), decoder_layers(model)
     prefixes, dtype = [f"{name}." for name, module in model.named_modules() if module in layers], load_dtype(config)
@@ -3716,7 +3702,7 @@ def adapter_start_file(config: Config, base: str) -> Path | None:
 
 @torch.no_grad()
 def calibrated_base(config: Config, model_config: Any, published: str, rows: Any, known: str | None) -> str:
-    """The folder of the calibrated base: `known`, that of the run that goes on, one from the cache, or one made now."""
+    """The folder of the calibrated base: `known` of the run that goes on, one from the cache, or a new one."""
     root, count = Path(config.model.cache_dir or HF_HOME, "qlora-calibrated"), config.quant.calibration_rows
     args, dtype = config.training, load_dtype(config)
     if known and (root / known).is_dir():
@@ -3821,8 +3807,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     for key in itertools.chain(*patterns.values()):
         if all(get_pattern_key([key], name) != key for name in targets):
             raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")
-    stacks = {name: weight for name, (_, weight) in stacked_experts(model, known=True).items()}
-    experts = sorted(targets & stacks.keys())
+    experts = sorted(targets & stacked_experts(model, known=True).keys())
     if init == "olora" and any(isinstance(model.get_submodule(name), Conv1D) for name in targets.difference(experts)):
         raise ConfigError("--init_lora_weights olora: peft transposes no layers of GPT-2's kind; pass pissa")
     add_expert_patterns(patterns, experts, experts_per_token(model.config), lora)
@@ -3832,11 +3817,11 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
         warn_once("--expert_lora_r: without effect, no stack of experts is adapted")
     ranks = patterns["rank_pattern"]
     for name in (*experts, *(targets if mutates_base(init) else ())):
-        weight: Any = stacks[name] if name in stacks else model.get_submodule(name).weight
+        weight: Any = model.get_parameter(name if name in experts else f"{name}.weight")
         most = min(getattr(weight, "quant_state", weight).shape[-2:])
         rank = ranks.get(get_pattern_key(ranks, name), lora.lora_r)
         if rank > most:
-            flag, start = ("expert_lora_r", "") if name in stacks else ("lora_r", f", and {init} starts from it")
+            flag, start = ("expert_lora_r", "") if name in experts else ("lora_r", f", and {init} starts from it")
             raise ConfigError(f"--{flag} {rank}: {name} has a rank of {most} at most{start}")
     return LoraConfig(
         r=lora.lora_r,
@@ -3882,9 +3867,8 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
     try:
         own = get_peft_model_state_dict(adapted).keys()
         # peft 0.21 renames what transformers 4 called experts, also where the names are the model's own (Laguna)
-        renamed = f"{peft_conversion.__name__}.convert_peft_adapter_state_dict_for_transformers"
-        as_it_is = mock.patch(renamed, lambda adapter_state_dict, **kwargs: adapter_state_dict)
-        with as_it_is if stored.keys() <= own else contextlib.nullcontext():
+        renames = f"{peft_conversion.__name__}.convert_peft_adapter_state_dict_for_transformers"
+        with mock.patch(renames, lambda adapter_state_dict, **kwargs: adapter_state_dict):
             result: Any = set_peft_model_state_dict(adapted, stored)
         # peft would put a base's own weight into the base, which is not saved with the adapter
         unused = [*result.unexpected_keys, *(name for name in stored if "lora_" not in name and name not in own)]
@@ -3898,7 +3882,11 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
 
 @contextlib.contextmanager
 def adapting_packed_experts() -> Iterator[None]:
-    """Let peft see the shapes that packed stacks stand for."""
+    """Let peft see the shapes that packed stacks stand for, and no other names than the model's.
+
+    It renames what transformers 4 called experts, and takes a mixture's dense and shared layers for them
+    (0.21, https://github.com/huggingface/peft/issues/3711).
+    """
     shown = ParamWrapper.get_param
 
     def get_param(self: Any) -> Tensor:
@@ -3906,7 +3894,8 @@ def adapting_packed_experts() -> Iterator[None]:
         state = getattr(weight, "quant_state", None)
         return weight.new_zeros(1, dtype=torch.float32).expand(state.shape) if state else weight
 
-    with mock.patch.object(ParamWrapper, "get_param", get_param), warnings.catch_warnings():
+    renames = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
+    with renames, mock.patch.object(ParamWrapper, "get_param", get_param), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*keys did not match any targeted module")  # peft looks among modules only
         yield
 
@@ -3944,42 +3933,32 @@ def fit_embeddings(model: Any, ids: set[int], new: Iterable[int] = ()) -> dict[s
 
 def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     """Attach one adapter to exactly the layers that it names in full, or, from a folder, that its file holds."""
-    config: Any
-    if isinstance(adapter, LoraConfig):
-        experts = {name.rpartition(".")[0] for name in adapter.target_parameters or ()}
-        config, asked = adapter, {*(adapter.target_modules or ()), *experts}  # modules; for a stack its owner
-    else:
-        config = PeftConfig.from_pretrained(adapter)
-        config.inference_mode, config.base_model_name_or_path = False, None
-        keys = [key.removeprefix("base_model.model.") for key in load_peft_weights(adapter, device="cpu")]
-        asked = {key.partition(".lora_")[0].replace(".base_layer", "") for key in keys if ".lora_" in key}
+    config: Any = PeftConfig.from_pretrained(adapter) if isinstance(adapter, str) else adapter
+    config.inference_mode, config.base_model_name_or_path = False, None
+    layers, dropout = {*(config.target_modules or ())}, config.lora_dropout
     fit_embeddings(model, token_rows(config))
-    # peft renames what transformers 4 called experts, and takes a mixture's dense and shared layers for them
-    # (0.21, https://github.com/huggingface/peft/issues/3711)
-    all_found = asked <= {name for name, _ in model.named_modules()}
-    rewritten = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
-    dropout = config.lora_dropout
     if config.target_parameters:
         config.lora_dropout = 0.0  # peft refuses it beside experts, also in a saved adapter
-    with rewritten if all_found else contextlib.nullcontext(), adapting_packed_experts():
+    with adapting_packed_experts():
         adapted: Any = get_peft_model(model, config)
     for module in adapted.modules() if dropout and config.target_parameters else ():
         if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
             module.lora_dropout["default"] = torch.nn.Dropout(dropout)
-    for outer, layers in adapted_experts(adapted).values():
+    for outer, stacks in adapted_experts(adapted).values():
         module = outer.get_base_layer()
         if any(hasattr(weight, "quant_state") for weight in stacks_in(module).values()):
-            outer.forward = partial(unpacked_experts_forward, module, layers)  # peft would add to packed weights
+            outer.forward = partial(unpacked_experts_forward, module, stacks)  # peft would add to packed weights
     if isinstance(adapter, str):
         load_adapter_weights(adapted, adapter)  # checks that they are on the layers of the file
         return adapted
+    asked = layers.union(name.rpartition(".")[0] for name in config.target_parameters or ())  # a stack by its owner
     adapters = (name for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer))
     carry = {name.replace(".base_layer", "") for name in adapters}
     if carry != asked:
         other = f"{len(carry - asked)} others and not on {len(asked - carry)}, first {min(carry ^ asked)}"
         raise ConfigError(f"peft puts the adapters on {other}: choose layers with --lora_modules")
     if stacked_experts(model):
-        config.target_modules = asked - experts  # in full, which later versions of peft leave alone
+        config.target_modules = layers  # in full, which later versions of peft leave alone
     return adapted
 
 
@@ -5985,7 +5964,7 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     prompts = []
     for source, _, chat in prompts_and_completions(batch, tokenizer):
         room = Limits(len(source), 0) if chat else limits  # within a question nothing is cut
-        prompt = truncate_and_concat(source, [], room, bos=tokenizer.bos_token_id).input_ids
+        prompt = truncate_and_concat(source, [], room, bos=tokenizer.bos_token_id)[0]
         prompts.append(prompt or [tokenizer.eos_token_id])  # generation needs one token at least
     generation, device = generation_config(trainer.config, model, tokenizer), trainer.args.device
     answers: list[list[int]] = []
@@ -6009,17 +5988,16 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
 
 def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
     """Fill the masks in each row's text, or, where it has none, those of evaluation; one dictionary a row."""
-    tokenizer, limits = trainer.processing_class, length_limits(trainer.config)
-    texts = [row[-1]["text"] for row in batch["segments"]]
-    encoded = [encode_masked(text, tokenizer, limits) for text in texts]
+    tokenizer, texts = trainer.processing_class, [row[-1]["text"] for row in batch["segments"]]
+    encoded = encode_batch(batch, tokenizer, length_limits(trainer.config), masked=True)
     masking = trainer.masking._replace(replaced=1.0, random=0.0)
     masked: list[list[int]] = []
-    for ids, labels, *_ in encoded:
+    for ids, labels in zip(encoded["input_ids"], encoded["labels"], strict=True):
         drawn, _ = masking.mask_tokens(torch.tensor(ids), torch.tensor(labels), "eval", ids, one=True)
         masked.append(ids if masking.mask_id in ids else drawn.tolist())
     tensors = to_device(padded_prompts(masked, tokenizer.pad_token_id, "right"), trainer.args.device)
     predicted = trainer.base(**tensors).logits.argmax(-1).tolist()
-    for text, (_, labels, *_), ids, tokens in zip(texts, encoded, masked, predicted, strict=True):
+    for text, labels, ids, tokens in zip(texts, encoded["labels"], masked, predicted, strict=True):
         shown = [i for i, label in enumerate(labels) if label != IGNORE or ids[i] == masking.mask_id]  # no [CLS], [SEP]
         before = tokenizer.decode([ids[i] for i in shown])
         after = tokenizer.decode([tokens[i] if ids[i] == masking.mask_id else ids[i] for i in shown])
@@ -7298,8 +7276,8 @@ def load_run(config: Config) -> tuple[Run, Data]:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     with local_main_process_first():  # encodes the dataset
         text = load_splits(config, tokenizer)
-        encoded = encode_splits(text, tokenizer, config, positions := positions_of(model_config))
-    rows, statistics = pack_and_summarize(encoded, config, positions)
+        encoded = encode_splits(text, tokenizer, config)
+    rows, statistics = pack_and_summarize(encoded, config)
     check_ranks_agree({f"the encoded {name} rows": part.fingerprint for name, part in statistics.items()})
     base = folder
     args = config.training
