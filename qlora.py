@@ -19,18 +19,18 @@ Read the file from top to bottom, along the path of the data: every room uses on
      4 Arguments         821-1540
      5 Loading          1543-2164
      6 Tokenizer        2167-2290
-     7 Encoding         2293-2755
-     8 Model            2758-3382
-     9 Calibration      3385-3738
-    10 LoRA             3741-4055
-    11 Fast path        4058-5077
-    12 Plan             5080-5422
-    13 Checkpoints      5425-5837
-    14 Processes        5840-5897
-    15 Evaluation       5900-6096
-    16 Trainer          6099-6727
-    17 Stages           6730-7238
-    18 Main             7241-7541
+     7 Encoding         2293-2758
+     8 Model            2761-3385
+     9 Calibration      3388-3744
+    10 LoRA             3747-4059
+    11 Fast path        4062-5081
+    12 Plan             5084-5426
+    13 Checkpoints      5429-5841
+    14 Processes        5844-5901
+    15 Evaluation       5904-6100
+    16 Trainer          6103-6731
+    17 Stages           6734-7242
+    18 Main             7245-7545
 """
 
 # ------------------------------------------------------------------------------------
@@ -2379,7 +2379,7 @@ def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits)
     limit = limits.total or limits.source
     row = tokenizer(text, return_special_tokens_mask=True, split_special_tokens=split, verbose=False)
     ids, special = row["input_ids"], row["special_tokens_mask"]
-    closing = sum(1 for _ in itertools.takewhile(bool, reversed(special)))  # the last special tokens are never cut
+    closing = sum(1 for _ in itertools.takewhile(bool, reversed(special)))  # never cut
     kept = [i for i in range(len(ids)) if i < limit - closing or i >= len(ids) - closing]
     labels = [IGNORE if special[i] or ids[i] == tokenizer.mask_token_id else ids[i] for i in kept]
     return encoded_row([ids[i] for i in kept], labels, (len(ids), 0), masked=True)
@@ -2415,7 +2415,7 @@ def encode_splits(splits: Splits, tokenizer: Any, config: Config) -> Splits:
             continue
         if isinstance(rows, RowSource):  # the first rows of a stream stand for it
             rows = load_rows(rows, config, tokenizer, limit=1000)
-        workers = min(os.cpu_count() or 1, len(rows) // 20_000)  # below that, starting processes takes longer
+        workers = min(os.cpu_count() or 1, len(rows) // 20_000)  # starting them takes time
         if workers > 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
         rows = rows.map(
@@ -2481,20 +2481,23 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
         lengths = rows["length"][:]
         self.rows, self.packs = rows, list[list[int]]()
         by_room = defaultdict[int, list[list[int]]](list)  # open packs by their free tokens
-        rooms = 0  # has bit n set if a pack has n free tokens: the lowest bit from a length on is the fullest pack's
+        rooms: list[int] = []  # for which there are packs, ascending
         for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
             room = limit
             pack: list[int] = []
-            if enough := rooms >> lengths[i]:
-                room = lengths[i] + (enough & -enough).bit_length() - 1
+            fullest = bisect.bisect_left(rooms, lengths[i])
+            if fullest < len(rooms):
+                room = rooms[fullest]
                 pack = by_room[room].pop()
-                rooms ^= (not by_room[room]) << room  # clears the bit if no such pack is left
+                if not by_room[room]:
+                    del rooms[fullest]
             else:
                 self.packs.append(pack)
             pack.append(i)
             left = max(room - lengths[i], 0)
+            if not by_room[left]:
+                bisect.insort(rooms, left)
             by_room[left].append(pack)
-            rooms |= 1 << left
         self.lengths = [sum(lengths[i] for i in pack) for pack in self.packs]
 
     def __len__(self) -> int:
@@ -2601,7 +2604,7 @@ def padded_prompts(rows: Sequence[Sequence[int] | Tensor], pad_id: int, side: st
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One process's rows of an optimizer step, or of an evaluation batch, before they are cut into micro-batches."""
+    """One process's rows of an optimizer step or evaluation batch, before they are cut into micro-batches."""
 
     input_ids: Tensor  # (tokens,) of all members, one after the other; a member is a row, or a row of a pack
     labels: Tensor  # (tokens,) the first of a member is IGNORE, as nothing predicts it, unless tokens are masked
@@ -2661,7 +2664,7 @@ def micro_batches(step: StepBatch, rows: int | None, tokens: int, padded: bool) 
 
 
 def padded_batch(step: StepBatch, members: list[int], pad_id: int, side: str, numbered: bool = False) -> dict[str, Any]:
-    """Members in rows of one length, and which positions predict what; with `numbered`, the tokens' own positions."""
+    """Members padded to one length, and which positions predict what; `numbered`: also the tokens' positions."""
     ids, labels = zip(*step.members(members), strict=True)
     padded = padded_prompts(labels, IGNORE, side)["input_ids"].flatten()
     batch = padded_prompts(ids, pad_id, side) | supervised_targets(padded, 0 if step.masked else 1)
@@ -2773,7 +2776,7 @@ WIDTH_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 COMPILED: dict[Any, Any] = {}  # kernels for aligned tensors, by device, dtype, size and constants
 TRIALS: dict[Any, tuple[set[str], set[str]]] = {}  # results of try_layers, which takes a second at 7B
 
-# By model_type, what holds while a model of this family is loaded; mock.patch puts the attribute back.
+# By model_type, what holds while a model of this family is loaded.
 QUIRKS = {
     # transformers quantises nn.Linear itself and no subclass; Falcon's computes the same
     "falcon": partial(mock.patch, "transformers.models.falcon.modeling_falcon.FalconLinear", torch.nn.Linear),
@@ -2800,7 +2803,7 @@ def compute_dtype(config: Config) -> torch.dtype:
 
 
 def load_dtype(config: Config) -> torch.dtype:
-    """The dtype of what is not quantised. fp16 loads in float32 on purpose: it is unstable as a storage type."""
+    """The dtype of what is not quantised. --fp16 loads in float32: float16 is unstable as a storage type."""
     return torch.bfloat16 if config.training.bf16 else torch.float32
 
 
@@ -2939,7 +2942,7 @@ def resolve_recipe(config: Config, model_config: PretrainedConfig) -> Config:
 
 
 def resolve_attention(config: Config) -> str | None:
-    """The requested attention implementation; torch's own, as without the flag, where flash-attn is missing."""
+    """The requested attention implementation; torch's own where flash-attn is missing."""
     implementation = config.model.attn_implementation
     if implementation == "flash_attention_2" and not transformers.utils.is_flash_attn_2_available():
         warn_once("attn_implementation flash_attention_2: flash-attn is not installed here, using torch's own")
@@ -2971,7 +2974,7 @@ def without_numbers(name: str) -> str:
 
 
 def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
-    """Names of the linear layers that a training step on text trains, and of those whose weight stays as it is stored.
+    """Names of the linear layers that a step on text trains, and of those whose weight stays as it is stored.
 
     Tried on the meta device, without memory. Mamba reads the weight of `dt_proj` without calling it, RWKV rescales some
     to evaluate, Llama 4's router returns a tuple, and no gradient reaches DeepSeek-V3.2's indexer. Where a model casts
@@ -3032,7 +3035,7 @@ def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
 
 
 def knows_experts(module: Any) -> bool:
-    """Whether a module's stacks of experts can be held in 4 bit and adapted: it has transformers' interface."""
+    """Whether a module's stacks of experts can be packed and adapted: it has transformers' interface."""
     return hasattr(module, "has_gate") or type(module).__name__ == "Llama4TextExperts"
 
 
@@ -3045,7 +3048,7 @@ def experts_per_token(config: PretrainedConfig) -> int:
 
 def stacks_in(module: Any) -> dict[str, Any]:
     """A module's own weights of many experts, (experts, ., .), packed or not; a convolution has none."""
-    for name, state in vars(module).get("quant_states", {}).items():  # FSDP loses them as it makes new parameters
+    for name, state in vars(module).get("quant_states", {}).items():  # FSDP loses them
         module._parameters[name].quant_state = state
         state.to(module._parameters[name].device)
     weights = {} if hasattr(module, "kernel_size") else dict(module.named_parameters(recurse=False))
@@ -3103,7 +3106,7 @@ def packing_experts(config: Config) -> Iterator[None]:
 
 
 def pack_experts(model: Any, config: Config) -> None:
-    """Let modules unpack their stacks; of a base that is quantised already, MXFP4's too, quantise them, on the GPU."""
+    """Let modules unpack their stacks, and quantise those that loading did not, as of MXFP4 bases, on the GPU."""
     again = []
     for name, (module, weight) in stacked_experts(model, known=True).items():
         module.forward = partial(unpacked_experts_forward, module, {})
@@ -3141,7 +3144,7 @@ if triton is not None:
 
 
 def on_current_gpu(x: Tensor) -> bool:
-    """Whether x lies where Triton launches kernels; of a model spread over several GPUs, most tensors do not."""
+    """Whether x lies where Triton launches kernels, unlike most of a model spread over several GPUs."""
     return x.is_cuda and x.device.index == torch.cuda.current_device()
 
 
@@ -3303,7 +3306,7 @@ def load_for_fsdp(config: Config, model_config: PretrainedConfig, folder: str | 
     with mock.patch.object(bitsandbytes.nn.Params4bit, "_quantize", quantise_on_device):
         model = load_base(config, model_config, folder, **options)
     for weight in (weight for weight in model.parameters() if hasattr(weight, "quant_state")):
-        weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)  # rows, of which each rank gets a part
+        weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)  # rows to shard
         weight.quant_state.to(device)
     head = model.get_output_embeddings()
     for module in model.modules():  # BERT's head holds its bias twice; the decoder's is the one that is added
@@ -3312,7 +3315,7 @@ def load_for_fsdp(config: Config, model_config: PretrainedConfig, folder: str | 
     return model
 
 
-def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
+def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> Any:
     """The base model to train or use, quantised and placed."""
     args, stored = config.training, getattr(model_config, "quantization_config", None)
     state: Any = args.distributed_state
@@ -3348,10 +3351,10 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         why = "this family's are not known" if packs else "only --bits 4 without --deepspeed packs them"
         size, dtype = sum(weight.nbytes for weight in stacks) / GIB, str(stacks[0].dtype)[6:]
         log.warning("%d tensors of experts, %.2f GiB, stay in %s: %s", len(stacks), size, dtype, why)
-    # keeps the Trainer from wrapping the model in DataParallel where this process sees several GPUs
+    # else the Trainer wraps the model in DataParallel where it sees several GPUs
     model.is_parallelizable = model.model_parallel = True
     model.config.use_cache = False  # of no use in training; generation turns it on
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def sync_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -3534,9 +3537,9 @@ def choose_codes(weight: Tensor, factors: Factors | None, config: Config) -> Cho
     return choice._replace(start=adapter_start(left, factors, config.lora.lora_r) if factors else {})
 
 
-def as_matrix(module: Any) -> Tensor:
+def as_matrix(module: Any) -> Any:
     """A linear layer's weight as (out, in); GPT-2's Conv1D holds it the other way round."""
-    return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data  # type: ignore[no-any-return]
+    return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
 
 
 class InputSums:
@@ -3661,7 +3664,8 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
     whole, starts = {*(quantisation.llm_int8_skip_modules or ())}, dict[str, Tensor]()
     linear = [n for n, m in model.named_modules() if isinstance(m, LINEAR_CLASSES) and n not in whole]
     targets = linear + [n for n, m in model.named_modules() if knows_experts(m)]
-    calls, before, after, plain = layer_calls(model, model_config, ids, config), 0.0, 0.0, 0
+    before, after, plain = 0.0, 0.0, 0
+    calls = layer_calls(model, model_config, ids, config)
     hidden = [send_to_device(call[0], device) for call in calls[0]]
     for prefix in (bar := tqdm(prefixes, "Calibrating", disable=None)):
         layer = model.get_submodule(prefix[:-1]).to(device, torch.float32 if dtype == torch.float32 else None)
@@ -3679,13 +3683,15 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
     for name in (name for name in linear if not name.startswith(tuple(prefixes))):
         replace_weight(model, name, pack_weight(as_matrix(model.get_submodule(name)).to(dtype), config), config)
     model.config.quantization_config, model.is_loaded_in_4bit = quantisation.to_dict(), True
-    stacks = {n: w for n, (_, w) in stacked_experts(model).items() if hasattr(w, "quant_state")}
-    codes = {n: w.data.view(torch.uint8).view(w.quant_state.shape[0], -1, 1) for n, w in stacks.items()}
+    codes, statistics = dict[str, Tensor](), dict[str, Tensor]()
+    for name, (_, weight) in stacked_experts(model).items():
+        if state := getattr(weight, "quant_state", None):
+            codes[name] = weight.data.view(torch.uint8).view(state.shape[0], -1, 1)
+            statistics |= {f"{name}:{part}": own.clone() for part, own in state.as_dict(packed=True).items()}
     # packed experts can't be taken apart, as the published format has them
     model.save_pretrained(folder, state_dict=model.state_dict() | codes, save_original_format=not codes)
-    parts = {f"{n}:{k}": v.clone() for n, w in stacks.items() for k, v in w.quant_state.as_dict(packed=True).items()}
-    if parts:
-        save_file(parts, Path(folder, EXPERT_STATISTICS))
+    if statistics:
+        save_file(statistics, Path(folder, EXPERT_STATISTICS))
     save_file(starts, Path(folder, ADAPTER_START))
     if plain:
         why = f"few or no tokens reach them, or their rows are no multiple of {BLOCK} values"
@@ -3864,17 +3870,15 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
     copies = re.compile(r"\.(modules_to_save|original_module)\.")
     stored = {name: w for name, w in load_peft_weights(folder, device="cpu").items() if not copies.search(name)}
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    try:
-        own = get_peft_model_state_dict(adapted).keys()
-        # peft 0.21 renames what transformers 4 called experts, also where the names are the model's own (Laguna)
-        renames = f"{peft_conversion.__name__}.convert_peft_adapter_state_dict_for_transformers"
-        with mock.patch(renames, lambda adapter_state_dict, **kwargs: adapter_state_dict):
-            result: Any = set_peft_model_state_dict(adapted, stored)
-        # peft would put a base's own weight into the base, which is not saved with the adapter
-        unused = [*result.unexpected_keys, *(name for name in stored if "lora_" not in name and name not in own)]
-        empty = sorted(trained.intersection(result.missing_keys))
-    except KeyError as error:  # of a module that was trained whole
-        unused, empty = [], [str(error.args[0])]
+    own = get_peft_model_state_dict(adapted).keys()
+    # peft 0.21 renames what transformers 4 called experts, also where the names are the model's own (Laguna)
+    renames = f"{peft_conversion.__name__}.convert_peft_adapter_state_dict_for_transformers"
+    as_it_is = mock.patch(renames, lambda adapter_state_dict, **kwargs: adapter_state_dict)
+    with as_it_is, reraise_as_user_error(f"{folder} does not fit the model"):
+        result: Any = set_peft_model_state_dict(adapted, stored)
+    # peft would put a base's own weight into the base, which is not saved with the adapter
+    unused = [*result.unexpected_keys, *(name for name in stored if "lora_" not in name and name not in own)]
+    empty = sorted(trained.intersection(result.missing_keys))
     if unused or empty or not stored:
         found = f"{len(unused)} of its weights have no place in the model, {len(empty)} of the model's are not in it"
         raise ConfigError(f"{folder}: {found}: {', '.join([*unused[:1], *empty[:1]]) or 'it is empty'}")
@@ -3896,7 +3900,7 @@ def adapting_packed_experts() -> Iterator[None]:
 
     renames = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
     with renames, mock.patch.object(ParamWrapper, "get_param", get_param), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*keys did not match any targeted module")  # peft looks among modules only
+        warnings.filterwarnings("ignore", ".*keys did not match any targeted module")
         yield
 
 
@@ -3917,7 +3921,7 @@ def token_rows(adapter: Any) -> set[int]:
 
 
 def fit_embeddings(model: Any, ids: set[int], new: Iterable[int] = ()) -> dict[str, list[int]]:
-    """Give embedding and head rows for these ids; new ones are the mean of the rows before. Returns peft's setting."""
+    """Give embedding and head rows for these ids, new ones the mean of those before. Returns peft's setting."""
     if not ids:
         return {}
     size, end = model.get_input_embeddings().num_embeddings, max(ids) + 1
