@@ -13,24 +13,24 @@ those of the original script (https://github.com/artidoro/qlora); the README lis
 
 Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
 
-     1 Imports             36-185
-     2 Errors             188-251
-     3 Dataset formats    254-817
-     4 Arguments         820-1539
-     5 Loading          1542-2163
-     6 Tokenizer        2166-2289
-     7 Encoding         2292-2772
-     8 Model            2775-3424
-     9 Calibration      3427-3787
-    10 LoRA             3790-4116
-    11 Fast path        4119-5115
-    12 Plan             5118-5462
-    13 Checkpoints      5465-5870
-    14 Processes        5873-5930
-    15 Evaluation       5933-6122
-    16 Trainer          6125-6743
-    17 Stages           6746-7250
-    18 Main             7253-7546
+     1 Imports             36-186
+     2 Errors             189-252
+     3 Dataset formats    255-818
+     4 Arguments         821-1540
+     5 Loading          1543-2164
+     6 Tokenizer        2167-2290
+     7 Encoding         2293-2758
+     8 Model            2761-3392
+     9 Calibration      3395-3751
+    10 LoRA             3754-4066
+    11 Fast path        4069-5065
+    12 Plan             5068-5412
+    13 Checkpoints      5415-5820
+    14 Processes        5823-5880
+    15 Evaluation       5883-6071
+    16 Trainer          6074-6692
+    17 Stages           6695-7199
+    18 Main             7202-7495
 """
 
 # ------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date, timedelta
-from functools import cache, lru_cache, partial, partialmethod
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypedDict
 from unittest import mock
@@ -128,6 +128,7 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, transformers_weight_conversion as peft_conversion
+from peft.utils.other import get_pattern_key
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -2168,12 +2169,12 @@ def reject(rows: Sequence[Mapping[str, Any]], total: int, config: Config) -> Non
 #
 # Returns a fast tokenizer with BOS (where it has one), EOS and pad ids inside the model's embedding.
 # ------------------------------------------------------------------------------------
-# Tokens that models leave unused, so that no text contains them: a pad. One called so is taken first, then by id.
+# Tokens that no text contains, for padding. One called pad is taken first, then the lowest id.
 SPARE_TOKENS = re.compile(
     r"<\|finetune_right_pad_id\|>|<\|?pad(ding)?\|?>|\[PAD\]|<\|reserved_special_token_\d+\|>|<\|?unused\d+\|?>"
     r"|<\|reserved_\d+\|>", re.IGNORECASE,
 )  # fmt: skip
-# Texts to which a class that transformers rebuilds from vocabulary and merges may give other ids than tokenizer.json.
+# Texts to which a class that transformers rebuilds may give other ids than tokenizer.json.
 PROBES = ["  I'LL don't\n\n\n 1. é à e\u0301 ﬁ\n    return x\n\tif 日本語 🙂 ", "12 3456,78 10 21 1893 24\n\n2. A"]
 # Names of pre-tokenizers in .gguf files (llama.cpp's llama-vocab.cpp): GPT-2's, with digits one by one or in runs.
 GGUF_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
@@ -2258,7 +2259,7 @@ def load_tokenizer(config: Config, model_config: PretrainedConfig, folder: str) 
 def add_tokens(tokenizer: Any, model: ModelArguments, rows: int) -> int:
     """Add --add_tokens, and note in `new_rows` which of their ids the model lacks. Returns how many rows it needs."""
     tokens = [name.strip() for name in str(model.add_tokens).split(",")]
-    special = {model.eos_token, model.pad_token, model.bos_token, model.unk_token}  # else predictions would show them
+    special = {model.eos_token, model.pad_token, model.bos_token, model.unk_token}  # not shown in predictions
     before = tokenizer.get_vocab()
     tokenizer.text_tokens = [token for token in tokens if token not in before]
     new = [AddedToken(token, normalized=False, special=token in special) for token in tokenizer.text_tokens]
@@ -2296,16 +2297,10 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Config, model
 # added as ids. Prompt and completion are tokenised apart, a chat and a function's own segments whole, with the special
 # tokens of the template and those named on purpose. A `</s>` that a user wrote stays text in all.
 # ------------------------------------------------------------------------------------
-class Encoded(NamedTuple):
-    input_ids: list[int]
-    labels: list[int]
-    uncut: tuple[int, int]  # tokens of prompt and completion before they were cut to the limits
-
-
 def truncate_and_concat(
     source: Tokens, target: Tokens, limits: Limits, train_on_source: bool = False, bos: int | None = None
-) -> Encoded:
-    """Prompt and completion cut to the limits and joined. Two limits cut each on the right, so that EOS goes too.
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of prompt and completion, cut to the limits. Two limits cut each on the right, so EOS goes too.
 
     One limit cuts the prompt from the left, after BOS, down to a quarter of it, and then the completion on the right.
     """
@@ -2317,8 +2312,7 @@ def truncate_and_concat(
         prompt = source[:first] + source[max(len(source) - kept, 0) + first :]
         room = limits.total - len(prompt)
     tokens = prompt + target[:room]
-    labels = [i if train_on_source else label for i, label in tokens]
-    return Encoded([i for i, _ in tokens], labels, (len(source), len(target)))
+    return [i for i, _ in tokens], [i if train_on_source else label for i, label in tokens]
 
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -2355,49 +2349,20 @@ def prompts_and_completions(batch: Mapping[str, list[Any]], tokenizer: Any) -> I
             yield list(itertools.chain(*tokens[:last])), list(itertools.chain(*tokens[last:])), chat
 
 
-def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
-    """A text with the tokenizer's special tokens around it; the labels are the tokens that may be masked."""
-    # special tokens in a text stay text, but not beside a mask token, which prediction fills, nor with slow
-    # tokenizers: ESM's finds its letters by the same rule as special tokens
-    split = tokenizer.is_fast and str(tokenizer.mask_token) not in text
-    limit = limits.total or limits.source
-    row = tokenizer(text, return_special_tokens_mask=True, split_special_tokens=split, verbose=False)
-    ids, special = row["input_ids"], row["special_tokens_mask"]
-    closing = sum(1 for _ in itertools.takewhile(bool, reversed(special)))  # the last special tokens are never cut
-    kept = [i for i in range(len(ids)) if i < limit - closing or i >= len(ids) - closing]
-    labels = [IGNORE if special[i] or ids[i] == tokenizer.mask_token_id else ids[i] for i in kept]
-    return Encoded([ids[i] for i in kept], labels, (len(ids), 0))
-
-
-def encode_batch(
-    batch: Mapping[str, list[Any]], tokenizer: Any, limits: Limits, train_on_source: bool = False, masked: bool = False
-) -> dict[str, list[Any]]:
-    """Columns of segments -> columns of encoded rows, for datasets.map. A chat whose prompt does not fit is empty."""
-    encoded = [encode_masked(row[-1]["text"], tokenizer, limits) for row in batch["segments"] if masked]
-    parts = () if masked else prompts_and_completions(batch, tokenizer)
-    for (source, target, chat), lost in zip(parts, batch.get("lost") or itertools.repeat(0), strict=False):
-        row = truncate_and_concat(source, target, limits, train_on_source, tokenizer.bos_token_id)
-        if chat and len(source) > limits.prompt(len(target)):
-            row = row._replace(input_ids=[], labels=[])
-        encoded.append(row._replace(uncut=(len(source) + lost, len(target))))
-    rows = [row._asdict() | row_facts(row, tokenizer.eos_token_id, masked) for row in encoded]
-    special = special_token_pattern(tokenizer)
-    for n, facts in enumerate(rows):
-        pattern = ESCAPE_MARK if batch["rendered"][n] else special
-        facts["special_text"] = not masked and any(re.search(pattern, part["text"]) for part in batch["segments"][n])
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def row_facts(row: Encoded, eos: int | None, masked: bool) -> dict[str, Any]:
-    """What statistics and checks need to know of an encoded row."""
-    ids, labels = row[:2]
+def encoded_row(
+    ids: list[int], labels: list[int], uncut: tuple[int, int], eos: int | None = None, masked: bool = False
+) -> dict[str, Any]:
+    """An encoded row and what statistics and checks need to know of it; `uncut` counts prompt and completion."""
     targets = [n for n, label in enumerate(labels) if label != IGNORE and (n or masked)]  # nothing predicts the first
     last = targets[-1] if targets else 0
     missing = "no token left to learn, expected one at least: raise the length limits"
     return {
+        "input_ids": ids,
+        "labels": labels,
         "problem": missing if ids and not targets else "",
         "length": len(ids),
-        "cut": len(ids) < sum(row.uncut),
+        "uncut": uncut,
+        "cut": len(ids) < sum(uncut),
         "supervised": len(targets),
         # with --train_on_source, the line end that a template puts after EOS is supervised too
         "without_eos": eos not in labels[max(last - 1, 0) : last + 1],
@@ -2406,15 +2371,42 @@ def row_facts(row: Encoded, eos: int | None, masked: bool) -> dict[str, Any]:
     }
 
 
-def encoding_options(config: Config) -> dict[str, Any]:
-    """The arguments of encode_batch that the flags set."""
-    return {"limits": length_limits(config), "train_on_source": config.data.train_on_source, "masked": config.masked}
+def encode_masked(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> dict[str, Any]:
+    """A text with the tokenizer's special tokens around it; the labels are the tokens that may be masked."""
+    # special tokens in a text stay text, but not beside a mask token, which prediction fills, nor with slow
+    # tokenizers: ESM's finds its letters by the same rule as special tokens
+    split = tokenizer.is_fast and str(tokenizer.mask_token) not in text
+    limit = limits.total or limits.source
+    row = tokenizer(text, return_special_tokens_mask=True, split_special_tokens=split, verbose=False)
+    ids, special = row["input_ids"], row["special_tokens_mask"]
+    closing = sum(1 for _ in itertools.takewhile(bool, reversed(special)))  # never cut
+    kept = [i for i in range(len(ids)) if i < limit - closing or i >= len(ids) - closing]
+    labels = [IGNORE if special[i] or ids[i] == tokenizer.mask_token_id else ids[i] for i in kept]
+    return encoded_row([ids[i] for i in kept], labels, (len(ids), 0), masked=True)
 
 
-def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: float = math.inf) -> Splits:
+def encode_batch(
+    batch: Mapping[str, list[Any]], tokenizer: Any, limits: Limits, train_on_source: bool = False, masked: bool = False
+) -> dict[str, list[Any]]:
+    """Columns of segments -> columns of encoded rows, for datasets.map. A chat whose prompt does not fit is empty."""
+    rows = [encode_masked(row[-1]["text"], tokenizer, limits) for row in batch["segments"] if masked]
+    parts = () if masked else prompts_and_completions(batch, tokenizer)
+    for (source, target, chat), lost in zip(parts, batch.get("lost") or itertools.repeat(0), strict=False):
+        ids, labels = truncate_and_concat(source, target, limits, train_on_source, tokenizer.bos_token_id)
+        if chat and len(source) > limits.prompt(len(target)):
+            ids, labels = [], []
+        rows.append(encoded_row(ids, labels, (len(source) + lost, len(target)), tokenizer.eos_token_id))
+    special = special_token_pattern(tokenizer)
+    for row, segments, rendered in zip(rows, batch["segments"], batch["rendered"], strict=True):
+        mark = ESCAPE_MARK if rendered else special
+        row["special_text"] = not masked and any(re.search(mark, segment["text"]) for segment in segments)
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def encode_splits(splits: Splits, tokenizer: Any, config: Config) -> Splits:
     """Encode rows in parallel, or find them in the cache; those that can't be trained on are left out."""
-    options = encoding_options(config)
-    limit = config.data.model_max_len
+    data, limit = config.data, config.data.model_max_len
+    options = {"limits": length_limits(config), "train_on_source": data.train_on_source, "masked": config.masked}
     encoded = splits._asdict()
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     depends = (vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id, options)
@@ -2423,7 +2415,7 @@ def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: flo
             continue
         if isinstance(rows, RowSource):  # the first rows of a stream stand for it
             rows = load_rows(rows, config, tokenizer, limit=1000)
-        workers = min(os.cpu_count() or 1, len(rows) // 20_000)  # below that, starting processes takes longer
+        workers = min(os.cpu_count() or 1, len(rows) // 20_000)  # starting them takes time
         if workers > 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
         rows = rows.map(
@@ -2432,13 +2424,13 @@ def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: flo
             num_proc=workers if workers > 1 else None,
             desc=f"Encoding {name} rows", new_fingerprint=digest(CODE_VERSION, rows._fingerprint, *depends),
         )  # fmt: skip
-        skip = name == "train" and limit and config.data.skip_excess_length
+        skip = name == "train" and limit and data.skip_excess_length
         if any(long := rows["cut"][:] if skip else [not length for length in rows["length"][:]]):
-            flag = f"--model_max_len {limit}" if limit else f"--source_max_len {config.data.source_max_len}"
+            flag = f"--model_max_len {limit}" if limit else f"--source_max_len {data.source_max_len}"
             if all(long):
                 flag += f": all {len(rows)} {name} rows are longer"
                 raise ConfigError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
-            fitting = fitting_lengths(rows, config, positions)
+            fitting = fitting_lengths(rows, config)
             way = f"; 99 % of them fit with {fitting}" if fitting else ""
             log.warning("%d of %d %s rows are longer than %s: left out%s", sum(long), len(rows), name, flag, way)
             rows = rows.select([i for i, is_long in enumerate(long) if not is_long])
@@ -2471,7 +2463,7 @@ def encoded_stream(stream: RowSource, tokenizer: Any, config: Config, skip: floa
                     continue
                 if not row["problem"]:
                     columns = {name: [row[name]] for name in ("segments", "rendered", "lost")}
-                    encoded = encode_batch(columns, tokenizer, **encoding_options(config))
+                    encoded = encode_batch(columns, tokenizer, limits, data.train_on_source, config.masked)
                     row |= {name: values[0] for name, values in encoded.items()}
                 if row["problem"]:
                     reject([row], 1, config)
@@ -2489,20 +2481,23 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
         lengths = rows["length"][:]
         self.rows, self.packs = rows, list[list[int]]()
         by_room = defaultdict[int, list[list[int]]](list)  # open packs by their free tokens
-        rooms = 0  # has bit n set if a pack has n free tokens: the lowest bit from a length on is the fullest pack's
+        rooms: list[int] = []  # for which there are packs, ascending
         for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
             room = limit
             pack: list[int] = []
-            if enough := rooms >> lengths[i]:
-                room = lengths[i] + (enough & -enough).bit_length() - 1
+            fullest = bisect.bisect_left(rooms, lengths[i])
+            if fullest < len(rooms):
+                room = rooms[fullest]
                 pack = by_room[room].pop()
-                rooms ^= (not by_room[room]) << room  # clears the bit if no such pack is left
+                if not by_room[room]:
+                    del rooms[fullest]
             else:
                 self.packs.append(pack)
             pack.append(i)
             left = max(room - lengths[i], 0)
+            if not by_room[left]:
+                bisect.insort(rooms, left)
             by_room[left].append(pack)
-            rooms |= 1 << left
         self.lengths = [sum(lengths[i] for i in pack) for pack in self.packs]
 
     def __len__(self) -> int:
@@ -2516,10 +2511,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def epoch_order(lengths: list[int], batch_size: int, args: Any, epoch: int) -> list[int]:
-    """Row numbers in an order that follows from seed and epoch alone, so that a resume in any epoch repeats it.
-
-    The Trainer's sampler, which groups by length in windows of 50 batches, draws another order after a resume.
-    """
+    """Row numbers by seed and epoch alone: after a resume the Trainer's own sampler would draw another order."""
     generator = torch.Generator().manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)
     if args.train_sampling_strategy == "group_by_length":
         return get_length_grouped_indices(lengths, batch_size, generator=generator)
@@ -2569,32 +2561,26 @@ def token_statistics(rows: Any, masked: bool) -> TokenStatistics:
     )  # fmt: skip
 
 
-def fitting_lengths(rows: Any, config: Config, positions: float) -> str:
-    """The length limits that 99 % of the rows keep to, or as much of that as the model has positions for."""
-    uncut, limits = rows["uncut"][:], length_limits(config)
-    by_flag = {"source_max_len": [row[0] for row in uncut], "target_max_len": [row[1] for row in uncut]}
-    by_flag = {"model_max_len": [sum(row) for row in uncut]} if limits.total else by_flag
-    left, flags = positions - limits.longest, list[str]()
-    for flag, lengths in by_flag.items():
-        now = getattr(config.data, flag)
-        more = min(sorted(lengths)[math.ceil(0.99 * len(uncut)) - 1] - now, left)
-        if more > 0:
-            flags.append(f"--{flag} {now + more}")
-            left -= more
-    return " ".join(flags)
+def fitting_lengths(rows: Any, config: Config) -> str:
+    """The length limits that 99 % of the rows keep to, where they are above those of the flags."""
+    uncut = rows["uncut"][:]
+    lengths = {"source_max_len": [row[0] for row in uncut], "target_max_len": [row[1] for row in uncut]}
+    if config.data.model_max_len:
+        lengths = {"model_max_len": [sum(row) for row in uncut]}
+    fitting = {flag: sorted(own)[math.ceil(0.99 * len(uncut)) - 1] for flag, own in lengths.items()}
+    return " ".join(f"--{flag} {most}" for flag, most in fitting.items() if most > getattr(config.data, flag))
 
 
-def pack_and_summarize(splits: Splits, config: Config, positions: float = math.inf) -> tuple[Any, dict[str, Any]]:
+def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, Any]]:
     """The training rows, packed if the flags say so, and statistics of both splits."""
     parts = {name: rows for name, rows in splits._asdict().items() if rows is not None}
     statistics = {name: token_statistics(rows, config.masked) for name, rows in parts.items()}
     if splits.train is not None and config.training.do_train:
         cut, endless = statistics["train"].cut, statistics["train"].without_eos or 0
         if max(cut, endless) > 0.05 * len(splits.train):
-            fitting = fitting_lengths(splits.train, config, positions)
-            other = "try another --eos_token or chat template, or shorter rows" if endless > cut else "shorten the rows"
+            fitting = fitting_lengths(splits.train, config)
             what = f", and {endless} end without EOS, so that the model won't learn to stop" * bool(endless)
-            way = f"pass {fitting}" if fitting else other
+            way = f"pass {fitting}" if fitting else "shorten them, or try another --eos_token or chat template"
             log.warning("of %d train rows %d are cut%s: %s", len(splits.train), cut, what, way)
     for name, part in statistics.items():
         if part.special_text:
@@ -2618,7 +2604,7 @@ def padded_prompts(rows: Sequence[Sequence[int] | Tensor], pad_id: int, side: st
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One process's rows of an optimizer step, or of an evaluation batch, before they are cut into micro-batches."""
+    """One process's rows of an optimizer step or evaluation batch, before they are cut into micro-batches."""
 
     input_ids: Tensor  # (tokens,) of all members, one after the other; a member is a row, or a row of a pack
     labels: Tensor  # (tokens,) the first of a member is IGNORE, as nothing predicts it, unless tokens are masked
@@ -2678,7 +2664,7 @@ def micro_batches(step: StepBatch, rows: int | None, tokens: int, padded: bool) 
 
 
 def padded_batch(step: StepBatch, members: list[int], pad_id: int, side: str, numbered: bool = False) -> dict[str, Any]:
-    """Members in rows of one length, and which positions predict what; with `numbered`, the tokens' own positions."""
+    """Members padded to one length, and which positions predict what; `numbered`: also the tokens' positions."""
     ids, labels = zip(*step.members(members), strict=True)
     padded = padded_prompts(labels, IGNORE, side)["input_ids"].flatten()
     batch = padded_prompts(ids, pad_id, side) | supervised_targets(padded, 0 if step.masked else 1)
@@ -2779,8 +2765,8 @@ def preview_rows(rows: Any, tokenizer: Any, config: Config) -> Iterator[tuple[st
 # in the load dtype. Nothing is cast up: RMSNorm and LayerNorm compute in float32 inside, whatever their weights are.
 # A model family that needs help while it is loaded is a row of QUIRKS.
 # ------------------------------------------------------------------------------------
-# FSDP shards tensors of a floating dtype. bf16 storage damages a thousandth of the packed values: copies on a GPU turn
-# every NaN into the same one, and such bits are common here (https://github.com/pytorch/pytorch/issues/159333).
+# FSDP shards floating dtypes. bf16 would damage a thousandth of the packed values: copies on a GPU turn every NaN into
+# the same one (https://github.com/pytorch/pytorch/issues/159333).
 FSDP_STORAGE = torch.float32
 EXPERT_STATISTICS = "expert_statistics.safetensors"  # in a calibrated base's folder
 
@@ -2790,7 +2776,7 @@ WIDTH_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 COMPILED: dict[Any, Any] = {}  # kernels for aligned tensors, by device, dtype, size and constants
 TRIALS: dict[Any, tuple[set[str], set[str]]] = {}  # results of try_layers, which takes a second at 7B
 
-# By model_type, what holds while a model of this family is loaded; mock.patch puts the attribute back.
+# By model_type, what holds while a model of this family is loaded.
 QUIRKS = {
     # transformers quantises nn.Linear itself and no subclass; Falcon's computes the same
     "falcon": partial(mock.patch, "transformers.models.falcon.modeling_falcon.FalconLinear", torch.nn.Linear),
@@ -2798,7 +2784,7 @@ QUIRKS = {
 
 
 def auto_model(config: Config, model_config: PretrainedConfig | None) -> Any:
-    """The kind of class to load: what was published with towers for images keeps them, so that adapters fit it."""
+    """The kind of class to load; what was published with towers for images keeps them."""
     published = {*(getattr(model_config, "architectures", None) or ())}
     towers = published & {*modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
     causal: Any = AutoModelForImageTextToText if towers else AutoModelForCausalLM
@@ -2817,18 +2803,13 @@ def compute_dtype(config: Config) -> torch.dtype:
 
 
 def load_dtype(config: Config) -> torch.dtype:
-    """The dtype of what is not quantised. fp16 loads in float32 on purpose: it is unstable as a storage type."""
+    """The dtype of what is not quantised. --fp16 loads in float32: float16 is unstable as a storage type."""
     return torch.bfloat16 if config.training.bf16 else torch.float32
 
 
-def is_fsdp(config: Config) -> bool:
-    """Whether FSDP shards the model's weights."""
-    return bool(config.training.fsdp)
-
-
 def is_sharded(config: Config) -> bool:
-    """Whether an engine, FSDP or DeepSpeed, shards them."""
-    return is_fsdp(config) or bool(config.training.deepspeed)
+    """Whether an engine, FSDP or DeepSpeed, shards the model's weights."""
+    return bool(config.training.fsdp or config.training.deepspeed)
 
 
 def device_map(config: Config) -> Any:
@@ -2843,15 +2824,12 @@ def device_map(config: Config) -> Any:
 
 @contextlib.contextmanager
 def made_once(folder: Path, what: str) -> Iterator[str]:
-    """Where to write what becomes `folder` once it is whole, unless another run has made it meanwhile.
-
-    Also removes what runs on this host that were killed have left of it.
-    """
+    """Where to write what becomes `folder` once it is whole, unless another run has made it meanwhile."""
     name = f"{folder.name}.{platform.node()}"
     scratch = folder.with_name(f"{name}.{os.getpid()}")
     with reraise_as_user_error(what):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.iterdir():
+        for left in folder.parent.iterdir():  # by runs on this host that were killed
             if left.name.rpartition(".")[0] == name and not psutil.pid_exists(int(left.suffix[1:])):
                 shutil.rmtree(left)
         try:
@@ -2863,7 +2841,7 @@ def made_once(folder: Path, what: str) -> Iterator[str]:
 
 
 def model_folder(config: Config) -> str:
-    """Where to load the base from: what the user named, or a folder in bf16, made once from a .gguf file and cached."""
+    """Where to load the base from: what the user named, or the cached bf16 folder made of a .gguf file."""
     check_base(config)
     name = config.model.model_name_or_path
     path, root = Path(name), Path(config.model.cache_dir or HF_HOME, "qlora-gguf")
@@ -2883,7 +2861,7 @@ def model_folder(config: Config) -> str:
         options: Any = {"gguf_file": path.name, "dtype": torch.bfloat16, "quantization_config": dense}
         with mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", partial(tqdm, disable=None), create=True):
             model = load_base(config, None, path.parent, **options)  # its bar, in a terminal only
-        if quantizer := getattr(model, "hf_quantizer", None):  # with it transformers saves nothing that came from gguf
+        if quantizer := getattr(model, "hf_quantizer", None):  # else nothing from gguf is saved
             quantizer.remove_quantization_config(model)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         set_gguf_splits(tokenizer, path)
@@ -2920,7 +2898,7 @@ def positions_of(model_config: PretrainedConfig) -> float:
 
 
 def model_sizes(model: Any) -> tuple[int, float, float]:
-    """How many token ids a model has, how many positions it stores an embedding of, and how many it was made for."""
+    """The number of token ids, of positions that a model has embeddings for, and that it was made for."""
     limit = math.inf
     for name, table in model.named_modules():  # an encoder's; RoBERTa's and ESM's begin after the pad's
         if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
@@ -2964,11 +2942,9 @@ def resolve_recipe(config: Config, model_config: PretrainedConfig) -> Config:
 
 
 def resolve_attention(config: Config) -> str | None:
-    """The requested attention implementation; torch's own, as without the flag, where flash-attn is missing."""
-    from transformers.utils import is_flash_attn_2_available
-
+    """The requested attention implementation; torch's own where flash-attn is missing."""
     implementation = config.model.attn_implementation
-    if implementation == "flash_attention_2" and not is_flash_attn_2_available():
+    if implementation == "flash_attention_2" and not transformers.utils.is_flash_attn_2_available():
         warn_once("attn_implementation flash_attention_2: flash-attn is not installed here, using torch's own")
         return None
     return implementation
@@ -2997,34 +2973,12 @@ def without_numbers(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-class LayerUses:
-    """Which linear layers give a product when they are called, and which are used otherwise, as by kernels."""
-
-    def __init__(self, layers: Iterable[Any]) -> None:
-        self.called, self.otherwise, self.running = set[Any](), set[Any](), list[Any]()
-        for layer in layers:
-            layer.register_forward_pre_hook(lambda layer, args: self.running.append(layer))
-            layer.register_forward_hook(self.leave)
-
-    def leave(self, layer: Any, args: Any, output: Any) -> None:
-        """A call of a layer ends, with a product or, as of some routers, with something else."""
-        size = getattr(layer, "out_features", None) or layer.nf
-        product = isinstance(output, Tensor) and output.shape[-1] == size
-        (self.called if product else self.otherwise).add(layer)
-        self.running.pop()
-
-    def read(self, layer: Any) -> Any:
-        """What `layer.weight` gives."""
-        self.otherwise |= {layer}.difference(self.running)  # while it runs, it reads its weight itself
-        return layer.__getattr__("weight")
-
-
 def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
-    """Names of the linear layers that a training step on text trains, and of those whose weight stays as it is stored.
+    """Names of the linear layers that a step on text trains, and of those whose weight stays as it is stored.
 
     Tried on the meta device, without memory. Mamba reads the weight of `dt_proj` without calling it, RWKV rescales some
-    to evaluate; Llama 4's router returns a tuple, a tower for images is never called, and no gradient reaches
-    DeepSeek-V3.2's indexer. Where a model casts inputs to a weight's dtype, it would cast them to packed integers.
+    to evaluate, Llama 4's router returns a tuple, and no gradient reaches DeepSeek-V3.2's indexer. Where a model casts
+    inputs to a weight's dtype, it would cast them to packed integers.
     """
     kind: Any = type(model)
     settings = {n: v for n, v in model.config.to_dict().items() if not re.search("quantization|use_cache|token_id", n)}
@@ -3032,8 +2986,21 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
         return TRIALS[key]
     config = copy.deepcopy(model.config)
     config.use_cache, config._attn_implementation = False, "eager"  # flash-attn's kernels want values
-    names: dict[Any, str] = {}
-    uses = LayerUses(())
+    names: dict[Any, str] = {}  # of the linear layers
+    running: list[Any] = []
+    otherwise: set[Any] = set()  # layers that are not just called for a product
+
+    def leave(layer: Any, args: Any, output: Any) -> None:
+        running.pop()
+        size = getattr(layer, "out_features", None) or layer.nf
+        if not isinstance(output, Tensor) or output.shape[-1] != size:
+            otherwise.add(layer)
+
+    def read_weight(layer: Any) -> Any:
+        if layer not in running:  # else it reads its weight itself
+            otherwise.add(layer)
+        return layer.__getattr__("weight")
+
     length = int(min(160, positions_of(config)))  # DeepSeek-V4 compresses 128
     ids = torch.ones(1, length, dtype=torch.long, device="meta")
     try:
@@ -3041,18 +3008,20 @@ def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
             with torch.device("meta"):
                 twin: Any = kind(config).bfloat16()  # grouped products of experts want it
             names |= {module: name for name, module in twin.named_modules() if isinstance(module, LINEAR_CLASSES)}
-            uses = LayerUses(names)
+            for layer in names:
+                layer.register_forward_pre_hook(lambda layer, args: running.append(layer))
+                layer.register_forward_hook(leave)
             for mode in (False, True):  # some layers are left out at random in training, some only used there
-                with mock.patch.object(torch.nn.Linear, "weight", property(uses.read), create=True):
+                with mock.patch.object(torch.nn.Linear, "weight", property(read_weight), create=True):
                     logits = twin.train(mode)(input_ids=ids, attention_mask=ids).logits
                 logits.sum().backward()
-            used = {names[module] for module in uses.called if module.weight.grad is not None}
+            used = {name for layer, name in names.items() if layer.weight.grad is not None}
     except Exception as error:  # whatever the model raises
         log.warning("%s can't be tried (%s): all of its linear layers count as used", kind.__name__, shorten(error))
         used = {name for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
     kinds = {without_numbers(name) for name in used if ".experts." in name}  # which are called depends on values
     used |= {name for name in names.values() if without_numbers(name) in kinds}
-    read = {id(module._parameters.get("weight")) for module in uses.otherwise}  # also by a layer that is tied to it
+    read = {id(layer._parameters.get("weight")) for layer in otherwise}  # also by a layer that is tied to it
     beside = {name for module, name in names.items() if id(module._parameters.get("weight")) in read}
     TRIALS[key] = used - beside, beside
     return TRIALS[key]
@@ -3066,12 +3035,12 @@ def linear_layers(model: PreTrainedModel, masked: bool = False) -> list[str]:
 
 
 def knows_experts(module: Any) -> bool:
-    """Whether a module's stacks of experts can be held in 4 bit and adapted: it has transformers' interface."""
+    """Whether a module's stacks of experts can be packed and adapted: it has transformers' interface."""
     return hasattr(module, "has_gate") or type(module).__name__ == "Llama4TextExperts"
 
 
 def experts_per_token(config: PretrainedConfig) -> int:
-    """How many experts of a layer a token meets, under the names that families have for it; of a list the most."""
+    """How many experts of a layer a token meets, by the families' names for it; of a list the most."""
     text, names = config.get_text_config(), ("num_experts_per_tok", "top_k_experts", "moe_topk")
     found = next((value for name in names if (value := getattr(text, name, None))), 1)
     return max(found) if isinstance(found, list) else found
@@ -3088,10 +3057,10 @@ def stack_of(module: Any, name: str) -> Any:
 
 def stacks_in(module: Any) -> dict[str, Any]:
     """A module's own weights of many experts, (experts, ., .), packed or not; a convolution has none."""
-    weights = {name: stack_of(module, name) for name, _ in module.named_parameters(recurse=False)}
+    names = [] if hasattr(module, "kernel_size") else [name for name, _ in module.named_parameters(recurse=False)]
+    weights = {name: stack_of(module, name) for name in names}
     shapes = {name: getattr(weight, "quant_state", weight).shape for name, weight in weights.items()}
-    stacks = {name: weights[name] for name, shape in shapes.items() if len(shape) == 3 and shape[0] > 1}
-    return {} if hasattr(module, "kernel_size") else stacks
+    return {name: weights[name] for name, shape in shapes.items() if len(shape) == 3 and shape[0] > 1}
 
 
 def stacked_experts(model: torch.nn.Module, known: bool = False) -> dict[str, tuple[Any, torch.nn.Parameter]]:
@@ -3101,14 +3070,14 @@ def stacked_experts(model: torch.nn.Module, known: bool = False) -> dict[str, tu
 
 
 def find_routers(model: torch.nn.Module, layers: Iterable[str], *also: str) -> set[str]:
-    """Those of the layers that send a mixture's tokens to its experts: they stay whole, or tokens go elsewhere."""
+    """Those of the layers that send tokens to experts: they stay whole, or tokens go elsewhere."""
     names = "|".join(["router", "gate", *also])
     return set(filter(re.compile(rf"(.*\.)?({names})(\..*)?").fullmatch, layers)) if stacked_experts(model) else set()
 
 
 def pack_weight(weight: Tensor, config: Config) -> Any:
     """A weight of any shape in 4 bit."""
-    quant, storage = config.quant, FSDP_STORAGE if is_fsdp(config) else torch.uint8
+    quant, storage = config.quant, FSDP_STORAGE if config.training.fsdp else torch.uint8
     options: Any = {"compress_statistics": quant.double_quant, "quant_type": quant.quant_type, "quant_storage": storage}
     packed: Any = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **options)
     return packed.to(weight.device)
@@ -3133,9 +3102,10 @@ def packing_experts(config: Config) -> Iterator[None]:
             return convert(self, tensors, *args, **kwargs)
         return {name: pack_weight(w[0] if isinstance(w, list) else w, config) for name, w in tensors.items()}
 
-    asks = partialmethod(lambda self, model, name, **kw: is_stack(model, name) or needs(self, model, name, **kw))
-    # transformers asks whether a weight is to be quantised, and then converts it
-    asked = mock.patch.object(Bnb4BitHfQuantizer, "param_needs_quantization", asks)
+    def needs_packing(self: Any, model: Any, name: str, **kwargs: Any) -> bool:
+        return is_stack(model, name) or needs(self, model, name, **kwargs)
+
+    asked = mock.patch.object(Bnb4BitHfQuantizer, "param_needs_quantization", needs_packing)
     # transformers would make linear layers of Llama 4's experts, where a base is quantised already
     kept = mock.patch.object(Bnb4BitHfQuantizer, "_convert_model_for_quantization", lambda *_: None)
     with asked, kept, mock.patch.object(Bnb4bitQuantize, "convert", pack):
@@ -3143,14 +3113,15 @@ def packing_experts(config: Config) -> Iterator[None]:
 
 
 def pack_experts(model: Any, config: Config) -> None:
-    """Let modules unpack their stacks; of a base that is quantised already, MXFP4's too, quantise them, on the GPU."""
+    """Let modules unpack their stacks, and quantise those that loading did not, as of MXFP4 bases, on the GPU."""
     again = []
-    for name, (module, w) in stacked_experts(model, known=True).items():
+    for name, (module, weight) in stacked_experts(model, known=True).items():
         module.forward = partial(unpacked_experts_forward, module, {})
-        if not hasattr(w, "quant_state"):
-            setattr(module, leaf_name(name), pack_weight(w.data.to(config.training.device), config).to(w.device))
+        if not hasattr(weight, "quant_state"):
+            weight = pack_weight(weight.data.to(config.training.device), config).to(weight.device)
+            setattr(module, leaf_name(name), weight)
             again.append(name)
-        vars(module).setdefault("quant_states", {})[leaf_name(name)] = getattr(module, leaf_name(name)).quant_state
+        vars(module).setdefault("quant_states", {})[leaf_name(name)] = weight.quant_state
     if again:
         log.info("%d stacks of experts are quantised after loading, first %s", len(again), again[0])
 
@@ -3180,7 +3151,7 @@ if triton is not None:
 
 
 def on_current_gpu(x: Tensor) -> bool:
-    """Whether x lies where Triton launches kernels; of a model spread over several GPUs, most tensors do not."""
+    """Whether x lies where Triton launches kernels, unlike most of a model spread over several GPUs."""
     return x.is_cuda and x.device.index == torch.cuda.current_device()
 
 
@@ -3223,7 +3194,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 def unpacked_experts_forward(module: Any, layers: Mapping[str, Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Stand in for the forward of a module of experts: on a copy whose weights are unpacked, their adapters added."""
+    """Run a module of experts on a copy whose weights are unpacked, with their adapters added."""
     dense = copy.copy(module)
     dense._parameters = dict(module._parameters)
     for name, weight in stacks_in(module).items():
@@ -3262,7 +3233,7 @@ def quantisation_config(config: Config, model_config: PretrainedConfig) -> Any |
     linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_CLASSES)}
     fit = linear_layers(model, masked=True) if config.masked else linear.keys() - try_layers(model)[1]
     head, routers = model.get_output_embeddings(), find_routers(model, linear, "shared_expert_gate")
-    # also the dense layers of a masked model's prediction head; without names, transformers leaves out its output
+    # also a masked model's prediction head; without names, transformers leaves out the output layer
     whole = [n for n, module in linear.items() if n not in fit or module is head or n in routers]
     return BitsAndBytesConfig(
         load_in_4bit=quant.bits == 4,
@@ -3271,7 +3242,7 @@ def quantisation_config(config: Config, model_config: PretrainedConfig) -> Any |
         bnb_4bit_compute_dtype=compute_dtype(config),
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_quant_type=quant.quant_type,
-        bnb_4bit_quant_storage=FSDP_STORAGE if is_fsdp(config) else None,
+        bnb_4bit_quant_storage=FSDP_STORAGE if config.training.fsdp else None,
     )
 
 
@@ -3297,12 +3268,12 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(f"{what}: {len(missing)} weights are not in it, first {missing[0]}")
     sizes = [*loading["mismatched_keys"]]
-    linear = torch.nn.Linear, bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt
     for name, module in model.named_modules():  # transformers checks no shape that it quantises, 5.17 no other
-        if type(module) in (*linear, torch.nn.Embedding) and module.weight.numel():  # DeepSpeed's shards are empty
-            size = ("out_features", "in_features") if type(module) in linear else ("num_embeddings", "embedding_dim")
-            packed = getattr(module.weight, "quant_state", None) or module.weight
-            sizes.append((f"{name}.weight", packed.shape, operator.attrgetter(*size)(module)))
+        if isinstance(module, torch.nn.Linear) and module.weight.numel():  # DeepSpeed's shards are empty
+            stored = getattr(module.weight, "quant_state", None) or module.weight
+            sizes.append((f"{name}.weight", stored.shape, (module.out_features, module.in_features)))
+        elif isinstance(module, torch.nn.Embedding) and module.weight.numel():
+            sizes.append((f"{name}.weight", module.weight.shape, (module.num_embeddings, module.embedding_dim)))
     for name, found, wanted in sorted(sizes, key=str):
         if tuple(found) != tuple(wanted):
             raise ConfigError(f"{what}: config.json makes {name} {tuple(wanted)}, the file has {tuple(found)}")
@@ -3312,14 +3283,14 @@ def load_base(config: Config, model_config: PretrainedConfig | None, folder: str
         raise ConfigError(f"{what}: config.json has fewer layers than the weights, which go on with {beyond[0]}")
     generation = getattr(model, "generation_config", None)
     if generation is not None and (generation.temperature or generation.top_p):
-        generation.do_sample = True  # LLaMA-2 was published with sampling values alone, which can no longer be saved
+        generation.do_sample = True  # else LLaMA-2's sampling values can't be saved
     return model
 
 
 def check_prequantised(config: Config, stored: Mapping[str, Any]) -> None:
     """Refuse flags that need weights which are not quantised yet."""
     base, storage = config.model.model_name_or_path, stored.get("bnb_4bit_quant_storage", "uint8")
-    if is_fsdp(config) and "float" not in storage:
+    if config.training.fsdp and "float" not in storage:
         reason = "FSDP shards floating dtypes only: pass the base as published"
         raise ConfigError(f"--fsdp: {base} is quantised already and stored as {storage}, {reason}")
     if config.quant.full_finetune or (init := config.lora.init_lora_weights).lower() not in QUANTISED_INITS:
@@ -3330,8 +3301,7 @@ def check_prequantised(config: Config, stored: Mapping[str, Any]) -> None:
 def load_for_fsdp(config: Config, model_config: PretrainedConfig, folder: str | Path, **options: Any) -> Any:
     """Load a base on the CPU as FSDP can shard it; the scales of its 4-bit blocks, unknown to FSDP, on this GPU.
 
-    The GPU quantises 7B in 2 s, the CPU in 200 s. Nothing public in bitsandbytes 0.50 quantises on one device and
-    stores on another, hence `_quantize`.
+    Nothing public in bitsandbytes 0.50 quantises on the GPU (7B in 2 s, not 200) and stores on the CPU.
     """
     device, quantise = config.training.device, bitsandbytes.nn.Params4bit._quantize
 
@@ -3343,7 +3313,7 @@ def load_for_fsdp(config: Config, model_config: PretrainedConfig, folder: str | 
     with mock.patch.object(bitsandbytes.nn.Params4bit, "_quantize", quantise_on_device):
         model = load_base(config, model_config, folder, **options)
     for weight in (weight for weight in model.parameters() if hasattr(weight, "quant_state")):
-        weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)  # rows, of which each rank gets a part
+        weight.data = weight.data.flatten().view(FSDP_STORAGE).unsqueeze(1)  # rows to shard
         weight.quant_state.to(device)
     head = model.get_output_embeddings()
     for module in model.modules():  # BERT's head holds its bias twice; the decoder's is the one that is added
@@ -3352,11 +3322,11 @@ def load_for_fsdp(config: Config, model_config: PretrainedConfig, folder: str | 
     return model
 
 
-def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> PreTrainedModel:
+def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> Any:
     """The base model to train or use, quantised and placed."""
-    args, stored, fsdp = config.training, getattr(model_config, "quantization_config", None), is_fsdp(config)
+    args, stored = config.training, getattr(model_config, "quantization_config", None)
     state: Any = args.distributed_state
-    if fsdp and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+    if args.fsdp and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         # accelerate would silently use DDP, or nothing
         way = "start it with torchrun --nproc_per_node N qlora.py on a machine with GPUs, or leave it out"
         raise ConfigError(f"--fsdp shards the weights over GPUs, one process each: {way}")
@@ -3372,13 +3342,11 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         options["quantization_config"] = quantisation_config(config, model_config)
     if args.deepspeed:  # ZeRO-3 shards weights while they are loaded, by its own count of the processes
         importlib.import_module("deepspeed").init_distributed()
-    model = (load_for_fsdp if fsdp else load_base)(config, model_config, folder, **options)
+    model = (load_for_fsdp if args.fsdp else load_base)(config, model_config, folder, **options)
     if packs := packs_experts(config):
         pack_experts(model, config)
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Else the first evaluation on such a CPU repacks the 4-bit weights in place, and training goes on with
-            # other values (bitsandbytes 0.50.2).
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # the first evaluation would repack, and change, weights
             module.support_avx512bf16_for_cpu = False
     if stored and not config.quant.calibration_rows:  # whose base is our own
         unpacked = getattr(model, "hf_quantizer", None) is None  # transformers drops it then
@@ -3390,10 +3358,10 @@ def load_model(config: Config, model_config: PretrainedConfig, folder: str) -> P
         why = "this family's are not known" if packs else "only --bits 4 without --deepspeed packs them"
         size, dtype = sum(weight.nbytes for weight in stacks) / GIB, str(stacks[0].dtype)[6:]
         log.warning("%d tensors of experts, %.2f GiB, stay in %s: %s", len(stacks), size, dtype, why)
-    # keeps the Trainer from wrapping the model in DataParallel where this process sees several GPUs
+    # else the Trainer wraps the model in DataParallel where it sees several GPUs
     model.is_parallelizable = model.model_parallel = True
     model.config.use_cache = False  # of no use in training; generation turns it on
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def sync_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -3403,7 +3371,7 @@ def sync_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def parameter_report(model: torch.nn.Module) -> list[str]:
-    """The original's line on trainable parameters, with true counts; then dtypes, and kinds of layers with adapters."""
+    """The original's line on trainable parameters, with true counts; dtypes; kinds of layers with adapters."""
     by_dtype: Counter[str] = Counter()
     trainable = 0
     for parameter in model.parameters():
@@ -3429,7 +3397,7 @@ def parameter_report(model: torch.nn.Module) -> list[str]:
 #
 # bitsandbytes rounds every weight to the nearest code. Here block scales and codes are chosen so that a layer's outputs
 # on real inputs change least, and adapters start from what rounding left. The base is written in transformers' own
-# layout of quantised models, so that no later room knows the difference. It costs neither memory nor time in training.
+# layout of quantised models, so that no later room knows the difference.
 # ------------------------------------------------------------------------------------
 BLOCK = 64  # weights that share a scale: bitsandbytes' default
 DAMPING = (0.01, 0.1, 1.0)  # of H's mean diagonal, added to it; the next one where Cholesky's method fails
@@ -3469,6 +3437,7 @@ def weighted_scales(weight: Tensor, importance: Tensor, code: Tensor) -> Tensor:
 class Factors(NamedTuple):
     """Of H, damped, with its columns in order of falling diagonal."""
 
+    hessian: Tensor  # H itself
     order: Tensor
     lower: Tensor  # Cholesky factor, in float64
     inverse: Tensor  # upper Cholesky factor of the inverse, in float32
@@ -3484,7 +3453,8 @@ def damped_factors(hessian: Tensor, tokens: float = math.inf) -> Factors | None:
         ordered.diagonal().add_((damping + len(hessian) / tokens) * mean)
         lower, failed = torch.linalg.cholesky_ex(ordered)
         if not failed:
-            return Factors(order, lower, torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float())
+            inverse = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+            return Factors(hessian, order, lower, inverse)
     return None
 
 
@@ -3527,7 +3497,7 @@ def adapter_start(left: Tensor, factors: Factors, rank: int) -> dict[str, Tensor
 def calibrate_weight(weight: Tensor, inputs: Mapping[int, Any], config: Config, transposed: bool) -> Choice:
     """Round a weight, (out, in), or a stack of them, of (in, out) if `transposed`, by what their inputs are.
 
-    `inputs` has H's diagonal, H = Σ x xᵀ, and what computes H and its Factors. bitsandbytes rounds the matrices that
+    `inputs` has the diagonal of H = Σ x xᵀ, and what computes its Factors. bitsandbytes rounds the matrices that
     are not in it, and those where its rounding is better by H's measure. Blocks lie along the last dimension.
     """
     packed, stack = pack_weight(weight.to(load_dtype(config)), config), weight.view(-1, *weight.shape[-2:])
@@ -3546,7 +3516,7 @@ def calibrate_weight(weight: Tensor, inputs: Mapping[int, Any], config: Config, 
         scales = (bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).view_as(scales)
     errors, size = dict[int, list[float]](), max(1, TOGETHER // max(stack[0].shape) ** 2)
     for group in (list(inputs)[i : i + size] for i in range(0, len(inputs), size)):
-        hessians, factors = zip(*(inputs[i][1]() for i in group), strict=True)
+        factors = [inputs[i][1]() for i in group]
         parts = stack[group].float(), scales[group].repeat_interleave(BLOCK, 2), plain[group]
         values, scale, rounded = (part.mT if transposed else part for part in parts)
         order = torch.stack([one.order for one in factors])[:, None]  # (experts, 1, in)
@@ -3554,8 +3524,8 @@ def calibrate_weight(weight: Tensor, inputs: Mapping[int, Any], config: Config, 
         ordered = feed_errors_back(values.take_along_dim(order, 2), scale.take_along_dim(order, 2), code, inverse)
         codes = ordered.take_along_dim(order.argsort(), 2)
         chosen = (code[codes] * scale).to(rounded.dtype)
-        for i, hessian, *rests in zip(group, hessians, values - rounded, values - chosen, strict=True):
-            errors[i] = [float(((rest @ hessian) * rest).sum()) for rest in rests]  # tr(D H Dᵀ)
+        for i, one, *rests in zip(group, factors, values - rounded, values - chosen, strict=True):
+            errors[i] = [float(((rest @ one.hessian) * rest).sum()) for rest in rests]  # tr(D H Dᵀ)
         high, low = stored_code.to(torch.uint8)[codes.mT if transposed else codes].reshape(len(group), -1, 2).unbind(2)
         packed.data.view(torch.uint8).view(len(stack), -1)[group] = high << 4 | low
     before, after = map(sum, zip(*errors.values(), strict=True))
@@ -3566,17 +3536,17 @@ def calibrate_weight(weight: Tensor, inputs: Mapping[int, Any], config: Config, 
     return Choice(packed, {}, before, after, len(stack) - len(inputs))
 
 
-def choose_codes(weight: Tensor, hessian: Any, factors: Any, config: Config) -> Choice:
-    """Round a linear layer's weight, (out, in), on inputs whose H is known, and start its adapter from what is left."""
-    inputs = {0: (hessian.diagonal(), lambda: (hessian, factors))} if factors else {}
+def choose_codes(weight: Tensor, factors: Factors | None, config: Config) -> Choice:
+    """Round a linear layer's weight, (out, in), by its inputs, and start its adapter from what is left."""
+    inputs = {0: (factors.hessian.diagonal(), lambda: factors)} if factors else {}
     choice = calibrate_weight(weight, inputs, config, transposed=False)
     left = weight - stack_values(choice.weight, load_dtype(config))
     return choice._replace(start=adapter_start(left, factors, config.lora.lora_r) if factors else {})
 
 
-def as_matrix(module: Any) -> Tensor:
+def as_matrix(module: Any) -> Any:
     """A linear layer's weight as (out, in); GPT-2's Conv1D holds it the other way round."""
-    return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data  # type: ignore[no-any-return]
+    return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
 
 
 class InputSums:
@@ -3604,12 +3574,6 @@ class InputSums:
         self.readers[self.latest[1]].add(name)
 
 
-def measure(rows: Tensor) -> tuple[Tensor, Factors | None]:
-    """H of an expert's inputs, and its Factors."""
-    hessian = rows.float().T @ rows.float()
-    return hessian, damped_factors(hessian, len(rows))
-
-
 def calibrate_experts(module: Any, calls: Sequence[Any], config: Config) -> Iterator[tuple[str, Choice]]:
     """Choose the codes of stacks of experts, each expert's on the tokens that reach it; put them in place."""
     x, reached = map(torch.cat, zip(*calls, strict=True))
@@ -3617,8 +3581,11 @@ def calibrate_experts(module: Any, calls: Sequence[Any], config: Config) -> Iter
     transposed = getattr(module, "is_transposed", True)  # Llama 4's has no such attributes
     gate = getattr(module, "_apply_gate", lambda x: x.chunk(2, -1)[1] * module.act_fn(x.chunk(2, -1)[0]))
     for name in sorted(stacks_in(module), reverse=True):  # down_proj last
-        squares = {i: own.float().square().sum(0) for i, own in enumerate(rows) if len(own) >= FEWEST_TOKENS}
-        known = {i: (own, partial(measure, rows[i])) for i, own in squares.items() if 0 < own.sum() < math.inf}
+        known = dict[int, Any]()
+        for i, own in enumerate(rows):
+            squares = own.float().square().sum(0)
+            if len(own) >= FEWEST_TOKENS and 0 < squares.sum() < math.inf:
+                known[i] = squares, lambda x=own: damped_factors(x.float().T @ x.float(), len(x))
         stack = module._parameters[name].data
         choice = calibrate_weight(stack, known, config, transposed)
         stack.copy_(stack_values(choice.weight, stack.dtype))
@@ -3644,10 +3611,9 @@ def calibrate_layer(
             run(hidden, *args, **kwargs)
     choices: dict[str, Choice] = {}
     for owner, readers in inputs.readers.items():
-        hessian = inputs.sums.pop(owner)
-        factors = damped_factors(hessian)
-        choices |= {name: choose_codes(weights[name].float(), hessian, factors, config) for name in sorted(readers)}
-    choices |= {n: choose_codes(w.float(), None, None, config) for n, w in weights.items() if n not in choices}
+        factors = damped_factors(inputs.sums.pop(owner))
+        choices |= {name: choose_codes(weights[name].float(), factors, config) for name in sorted(readers)}
+    choices |= {n: choose_codes(w.float(), None, config) for n, w in weights.items() if n not in choices}
     for name, weight in weights.items():
         weight.copy_(stack_values(choices[name].weight, weight.dtype))
     for name, seen in inputs.routed.items():
@@ -3667,7 +3633,7 @@ def replace_weight(model: Any, name: str, weight: Any, config: Config) -> None:
 
 
 def layer_calls(model: Any, model_config: PretrainedConfig, ids: list[list[int]], config: Config) -> list[list[Any]]:
-    """What each layer is called with, for each row; no layer is run, so that only the first one's input is real."""
+    """What each layer is called with, by row; no layer runs, so only the first one's input is real."""
     layers, twin, parts = decoder_layers(model), meta_model(config, copy.deepcopy(model_config)), dict[int, int]()
     for i, layer in enumerate(decoder_layers(twin)):  # how many values a layer returns; 0 for one that is no tuple
         layer.register_forward_hook(lambda m, args, out, i=i: parts.update({i: len(out) * isinstance(out, tuple)}))
@@ -3691,11 +3657,10 @@ def layer_calls(model: Any, model_config: PretrainedConfig, ids: list[list[int]]
 
 
 def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config: Config, folder: str) -> None:
-    """Choose the codes of every layer, each on the outputs of those before it, and write the base to `folder`.
+    """Choose the codes of every layer on the outputs of those before it, and write the base to `folder`.
 
-    In memory are the base, mapped from its files (experts are stacked, which takes memory), what is packed so far, and
-    on the device one layer in the load dtype with the sums of its inputs. Layers outside the decoder's are rounded
-    plainly.
+    In memory are the base, mapped from its files but for stacks of experts, what is packed so far, and on the device
+    one layer with the sums of its inputs. Layers outside the decoder's are rounded plainly.
     """
     device, began, layers = config.training.device, time.perf_counter(), decoder_layers(model)
     prefixes, dtype = [f"{name}." for name, module in model.named_modules() if module in layers], load_dtype(config)
@@ -3706,7 +3671,8 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
     whole, starts = {*(quantisation.llm_int8_skip_modules or ())}, dict[str, Tensor]()
     linear = [n for n, m in model.named_modules() if isinstance(m, LINEAR_CLASSES) and n not in whole]
     targets = linear + [n for n, m in model.named_modules() if knows_experts(m)]
-    calls, before, after, plain = layer_calls(model, model_config, ids, config), 0.0, 0.0, 0
+    before, after, plain = 0.0, 0.0, 0
+    calls = layer_calls(model, model_config, ids, config)
     hidden = [send_to_device(call[0], device) for call in calls[0]]
     for prefix in (bar := tqdm(prefixes, "Calibrating", disable=None)):
         layer = model.get_submodule(prefix[:-1]).to(device, torch.float32 if dtype == torch.float32 else None)
@@ -3724,29 +3690,21 @@ def write_calibrated(model: Any, model_config: Any, ids: list[list[int]], config
     for name in (name for name in linear if not name.startswith(tuple(prefixes))):
         replace_weight(model, name, pack_weight(as_matrix(model.get_submodule(name)).to(dtype), config), config)
     model.config.quantization_config, model.is_loaded_in_4bit = quantisation.to_dict(), True
-    stacks = {n: w for n, (_, w) in stacked_experts(model).items() if hasattr(w, "quant_state")}
-    codes = {n: w.data.view(torch.uint8).view(w.quant_state.shape[0], -1, 1) for n, w in stacks.items()}
+    codes, statistics = dict[str, Tensor](), dict[str, Tensor]()
+    for name, (_, weight) in stacked_experts(model).items():
+        if state := getattr(weight, "quant_state", None):
+            codes[name] = weight.data.view(torch.uint8).view(state.shape[0], -1, 1)
+            statistics |= {f"{name}:{part}": own.clone() for part, own in state.as_dict(packed=True).items()}
     # packed experts can't be taken apart, as the published format has them
     model.save_pretrained(folder, state_dict=model.state_dict() | codes, save_original_format=not codes)
-    parts = {f"{n}:{k}": v.clone() for n, w in stacks.items() for k, v in w.quant_state.as_dict(packed=True).items()}
-    if parts:
-        save_file(parts, Path(folder, EXPERT_STATISTICS))
+    if statistics:
+        save_file(statistics, Path(folder, EXPERT_STATISTICS))
     save_file(starts, Path(folder, ADAPTER_START))
     if plain:
         why = f"few or no tokens reach them, or their rows are no multiple of {BLOCK} values"
         log.warning("calibration: %d matrices are rounded plainly: %s", plain, why)
     message = "calibration took %.0f s: squared error of the layers' outputs %.4g by plain rounding, %.4g now"
     log.info(message, time.perf_counter() - began, before, after)
-
-
-def calibration_key(config: Config, model_config: PretrainedConfig, published: str, ids: list[list[int]]) -> str:
-    """A hash of the model's files, the rows and the flags that a calibrated base depends on."""
-    files = [file for file in sorted(Path(published).glob("*")) if file.is_file()]
-    source: list[Any] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    names = ("quant_type", "double_quant", "lora_r", "rope_scaling", "attn_implementation")
-    flags = [load_dtype(config), compute_dtype(config), config.training.device.type, is_fsdp(config), config.masked]
-    source = source or [published, getattr(model_config, "_commit_hash", None)]
-    return digest("3", source, *flags, *(config.flags[name] for name in names), ids)
 
 
 def adapter_start_file(config: Config, base: str) -> Path | None:
@@ -3757,31 +3715,37 @@ def adapter_start_file(config: Config, base: str) -> Path | None:
 
 @torch.no_grad()
 def calibrated_base(config: Config, model_config: Any, published: str, rows: Any, known: str | None) -> str:
-    """The folder of the calibrated base: `known`, that of the run that goes on, one from the cache, or one made now."""
+    """The folder of the calibrated base: `known` of the run that goes on, one from the cache, or a new one."""
     root, count = Path(config.model.cache_dir or HF_HOME, "qlora-calibrated"), config.quant.calibration_rows
+    args, dtype = config.training, load_dtype(config)
     if known and (root / known).is_dir():
         return str(root / known)
     if getattr(model_config, "quantization_config", None):
         raise ConfigError(f"--calibration_rows: {config.model.model_name_or_path} is quantised already")
-    if config.training.deepspeed:
+    if args.deepspeed:
         raise ConfigError("--calibration_rows and --deepspeed: pass only one of them")
     rows = getattr(rows, "rows", rows) or []  # of packs, their rows
     if len(rows) < count:
         log.info("--calibration_rows %d: the dataset has %d, all of them are used", count, len(rows))
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.training.seed)).tolist()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
     ids = [rows[i]["input_ids"] for i in order[:count]]
-    folder = root / calibration_key(config, model_config, published, ids)
+    # its name is a hash of the model's files, the rows and the flags that it depends on
+    files = [file for file in sorted(Path(published).glob("*")) if file.is_file()]
+    source: list[Any] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    source = source or [published, getattr(model_config, "_commit_hash", None)]
+    flags = [dtype, compute_dtype(config), args.device.type, bool(args.fsdp), config.masked]
+    names = ("quant_type", "double_quant", "lora_r", "rope_scaling", "attn_implementation")
+    folder = root / digest("3", source, *flags, *(config.flags[name] for name in names), ids)
     if not ids or (known and folder.name != known):
         raise ConfigError(f"--calibration_rows: the base of this run is not in {root}, these rows make another")
     if not folder.is_dir():
-        dtype: Any = "auto" if load_dtype(config) == torch.float32 else load_dtype(config)
-        options: Any = {"dtype": dtype, "device_map": {"": "cpu"}, "attn_implementation": resolve_attention(config)}
+        options: Any = {"device_map": {"": "cpu"}, "attn_implementation": resolve_attention(config)}
+        options["dtype"] = "auto" if dtype == torch.float32 else dtype
         model = load_base(config, model_config, published, **options).eval()
         model.config.get_text_config().use_cache = False
         with made_once(folder, f"--calibration_rows: {folder}") as made:
             write_calibrated(model, model_config, ids, config, made)
     log.info("calibrated base: %s", folder)
-    args = config.training
     if args.do_train and args.learning_rate > 5e-4 and adapter_start_file(config, str(folder)):
         log.info("hint: adapters on a calibrated base want a rate about four times smaller, such as 2.5e-4")
     return str(folder)
@@ -3813,9 +3777,11 @@ def outside_frozen_layers(names: Iterable[str], model: PreTrainedModel, lora: Lo
 
 def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = False) -> set[str]:
     """Full names of the layers that --lora_modules asks for, and of stacks of experts, outside frozen layers."""
-    layers, targets = linear_layers(model, masked), set[str]()
-    if adapts_experts(lora):
-        layers.extend(stacked_experts(model, known=True))  # the names
+    layers, targets, experts = linear_layers(model, masked), set[str](), [*stacked_experts(model, known=True)]
+    if not lora.use_dora and lora.init_lora_weights.lower() in ("true", "false", "gaussian"):
+        layers += experts
+    elif experts:  # said once, as the plan attaches adapters too
+        warn_once("experts get no adapters: peft takes neither --use_dora nor this --init_lora_weights for them")
     trainable = outside_frozen_layers(layers, model, lora)
     grouped = trainable - find_routers(model, trainable)
     for name in map(str.strip, lora.lora_modules.split(",")):
@@ -3828,11 +3794,6 @@ def lora_targets(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fal
     return targets
 
 
-def adapts_experts(lora: LoraArguments) -> bool:
-    """Whether peft can adapt stacks of experts with these flags."""
-    return not lora.use_dora and lora.init_lora_weights.lower() in ("true", "false", "gaussian")
-
-
 def add_expert_patterns(patterns: dict[str, Any], experts: Sequence[str], per_token: int, lora: LoraArguments) -> None:
     """Add rank and alpha of stacks of experts, by name, to the patterns that the user passed for layers.
 
@@ -3842,7 +3803,7 @@ def add_expert_patterns(patterns: dict[str, Any], experts: Sequence[str], per_to
     """
     rank = lora.expert_lora_r or max(1, lora.lora_r // per_token)
     for name, value in ("rank_pattern", rank), ("alpha_pattern", lora.lora_alpha):
-        by_user = {n for n in experts if any(re.fullmatch(rf"(.*\.)?({key})", n) for key in patterns[name])}
+        by_user = {n for n in experts if get_pattern_key(patterns[name], n) in patterns[name]}
         others = [n.split(".") for n in experts if n not in by_user]
         patterns[name] |= {re.escape(".".join(parts if by_user else parts[-2:])): value for parts in others}
 
@@ -3857,25 +3818,23 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     targets = lora_targets(model, lora, masked)
     patterns: Any = {f"{name}_pattern": parse_pattern(lora, name) for name in ("rank", "alpha")}
     for key in itertools.chain(*patterns.values()):
-        if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in targets):
+        if all(get_pattern_key([key], name) != key for name in targets):
             raise ConfigError(f"--lora_rank_pattern, --lora_alpha_pattern: no adapted layer is called {key!r}")
-    stacks = {name: weight for name, (_, weight) in stacked_experts(model, known=True).items()}
-    experts = sorted(targets & stacks.keys())
+    experts = sorted(targets & stacked_experts(model, known=True).keys())
     if init == "olora" and any(isinstance(model.get_submodule(name), Conv1D) for name in targets.difference(experts)):
         raise ConfigError("--init_lora_weights olora: peft transposes no layers of GPT-2's kind; pass pissa")
-    if stacks and not adapts_experts(lora):  # said once, as the plan attaches adapters too
-        warn_once("experts get no adapters: peft takes neither --use_dora nor this --init_lora_weights for them")
     add_expert_patterns(patterns, experts, experts_per_token(model.config), lora)
     if experts and lora.lora_dropout:
         warn_once("--lora_dropout: experts get none, which peft cannot give them")
     if lora.expert_lora_r and not experts:
         warn_once("--expert_lora_r: without effect, no stack of experts is adapted")
+    ranks = patterns["rank_pattern"]
     for name in (*experts, *(targets if mutates_base(init) else ())):
-        weight: Any = stacks[name] if name in stacks else model.get_submodule(name).weight
+        weight: Any = model.get_parameter(name if name in experts else f"{name}.weight")
         most = min(getattr(weight, "quant_state", weight).shape[-2:])
-        ranks = (r for key, r in patterns["rank_pattern"].items() if re.fullmatch(rf"(.*\.)?({key})", name))
-        if (rank := next(ranks, lora.lora_r)) > most:
-            flag, start = ("expert_lora_r", "") if name in stacks else ("lora_r", f", and {init} starts from it")
+        rank = ranks.get(get_pattern_key(ranks, name), lora.lora_r)
+        if rank > most:
+            flag, start = ("expert_lora_r", "") if name in experts else ("lora_r", f", and {init} starts from it")
             raise ConfigError(f"--{flag} {rank}: {name} has a rank of {most} at most{start}")
     return LoraConfig(
         r=lora.lora_r,
@@ -3918,18 +3877,15 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
     copies = re.compile(r"\.(modules_to_save|original_module)\.")
     stored = {name: w for name, w in load_peft_weights(folder, device="cpu").items() if not copies.search(name)}
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    try:
-        own = get_peft_model_state_dict(adapted).keys()
-        # peft 0.21 renames what transformers 4 called experts, also where the names are the model's own (Laguna)
-        renamed = f"{peft_conversion.__name__}.convert_peft_adapter_state_dict_for_transformers"
-        as_it_is = mock.patch(renamed, lambda adapter_state_dict, **kwargs: adapter_state_dict)
-        with as_it_is if stored.keys() <= own else contextlib.nullcontext():
-            result: Any = set_peft_model_state_dict(adapted, stored)
-        # peft would put a base's own weight into the base, which is not saved with the adapter
-        unused = [*result.unexpected_keys, *(name for name in stored if "lora_" not in name and name not in own)]
-        empty = sorted(trained.intersection(result.missing_keys))
-    except KeyError as error:  # of a module that was trained whole
-        unused, empty = [], [str(error.args[0])]
+    own = get_peft_model_state_dict(adapted).keys()
+    # peft 0.21 renames what transformers 4 called experts, also where the names are the model's own (Laguna)
+    renames = f"{peft_conversion.__name__}.convert_peft_adapter_state_dict_for_transformers"
+    as_it_is = mock.patch(renames, lambda adapter_state_dict, **kwargs: adapter_state_dict)
+    with as_it_is, reraise_as_user_error(f"{folder} does not fit the model"):
+        result: Any = set_peft_model_state_dict(adapted, stored)
+    # peft would put a base's own weight into the base, which is not saved with the adapter
+    unused = [*result.unexpected_keys, *(name for name in stored if "lora_" not in name and name not in own)]
+    empty = sorted(trained.intersection(result.missing_keys))
     if unused or empty or not stored:
         found = f"{len(unused)} of its weights have no place in the model, {len(empty)} of the model's are not in it"
         raise ConfigError(f"{folder}: {found}: {', '.join([*unused[:1], *empty[:1]]) or 'it is empty'}")
@@ -3937,7 +3893,11 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
 
 @contextlib.contextmanager
 def adapting_packed_experts() -> Iterator[None]:
-    """Let peft see the shapes that packed stacks stand for."""
+    """Let peft see the shapes that packed stacks stand for, and no other names than the model's.
+
+    It renames what transformers 4 called experts, and takes a mixture's dense and shared layers for them
+    (0.21, https://github.com/huggingface/peft/issues/3711).
+    """
     shown = ParamWrapper.get_param
 
     def get_param(self: Any) -> Tensor:
@@ -3945,8 +3905,9 @@ def adapting_packed_experts() -> Iterator[None]:
         state = getattr(weight, "quant_state", None)
         return weight.new_zeros(1, dtype=torch.float32).expand(state.shape) if state else weight
 
-    with mock.patch.object(ParamWrapper, "get_param", get_param), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*keys did not match any targeted module")  # peft looks among modules only
+    renames = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
+    with renames, mock.patch.object(ParamWrapper, "get_param", get_param), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*keys did not match any targeted module")
         yield
 
 
@@ -3967,7 +3928,7 @@ def token_rows(adapter: Any) -> set[int]:
 
 
 def fit_embeddings(model: Any, ids: set[int], new: Iterable[int] = ()) -> dict[str, list[int]]:
-    """Give embedding and head rows for these ids; new ones are the mean of the rows before. Returns peft's setting."""
+    """Give embedding and head rows for these ids, new ones the mean of those before. Returns peft's setting."""
     if not ids:
         return {}
     size, end = model.get_input_embeddings().num_embeddings, max(ids) + 1
@@ -3983,53 +3944,42 @@ def fit_embeddings(model: Any, ids: set[int], new: Iterable[int] = ()) -> dict[s
 
 def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     """Attach one adapter to exactly the layers that it names in full, or, from a folder, that its file holds."""
-    config: Any
-    if isinstance(adapter, LoraConfig):
-        experts = {name.rpartition(".")[0] for name in adapter.target_parameters or ()}
-        config, asked = adapter, {*(adapter.target_modules or ()), *experts}  # modules; for a stack its owner
-    else:
-        config = PeftConfig.from_pretrained(adapter)
-        config.inference_mode, config.base_model_name_or_path = False, None
-        keys = [key.removeprefix("base_model.model.") for key in load_peft_weights(adapter, device="cpu")]
-        asked = {key.partition(".lora_")[0].replace(".base_layer", "") for key in keys if ".lora_" in key}
+    config: Any = PeftConfig.from_pretrained(adapter) if isinstance(adapter, str) else adapter
+    config.inference_mode, config.base_model_name_or_path = False, None
+    layers, dropout = {*(config.target_modules or ())}, config.lora_dropout
     fit_embeddings(model, token_rows(config))
-    # peft renames what transformers 4 called experts, and takes a mixture's dense and shared layers for them
-    # (0.21, https://github.com/huggingface/peft/issues/3711)
-    all_found = asked <= {name for name, _ in model.named_modules()}
-    rewritten = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
-    dropout = config.lora_dropout
     if config.target_parameters:
         config.lora_dropout = 0.0  # peft refuses it beside experts, also in a saved adapter
-    with rewritten if all_found else contextlib.nullcontext(), adapting_packed_experts():
+    with adapting_packed_experts():
         adapted: Any = get_peft_model(model, config)
     for module in adapted.modules() if dropout and config.target_parameters else ():
         if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
             module.lora_dropout["default"] = torch.nn.Dropout(dropout)
-    for outer, layers in adapted_experts(adapted).values():
+    for outer, stacks in adapted_experts(adapted).values():
         module = outer.get_base_layer()
         if any(hasattr(weight, "quant_state") for weight in stacks_in(module).values()):
-            outer.forward = partial(unpacked_experts_forward, module, layers)  # peft would add to packed weights
+            outer.forward = partial(unpacked_experts_forward, module, stacks)  # peft would add to packed weights
     if isinstance(adapter, str):
-        load_adapter_weights(adapted, adapter)
+        load_adapter_weights(adapted, adapter)  # checks that they are on the layers of the file
+        return adapted
+    asked = layers.union(name.rpartition(".")[0] for name in config.target_parameters or ())  # a stack by its owner
     adapters = (name for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer))
     carry = {name.replace(".base_layer", "") for name in adapters}
-    if all_found and carry != asked:
+    if carry != asked:
         other = f"{len(carry - asked)} others and not on {len(asked - carry)}, first {min(carry ^ asked)}"
         raise ConfigError(f"peft puts the adapters on {other}: choose layers with --lora_modules")
-    if isinstance(adapter, LoraConfig) and stacked_experts(model):
-        config.target_modules = asked - experts  # in full, which later versions of peft leave alone
+    if stacked_experts(model):
+        config.target_modules = layers  # in full, which later versions of peft leave alone
     return adapted
 
 
 def widen_trained(adapted: Any, model: PreTrainedModel, lora: LoraArguments) -> list[Any]:
-    """Make float32 what trains, but biases, and freeze what lies in frozen layers. Returns the adapter's parameters.
-
-    Biases stay as the base has them: layer norms want them like their weights, and bitsandbytes narrows its layers'.
-    """
+    """Make float32 what trains, but biases, and freeze what lies in frozen layers. Returns the adapter's parameters."""
     trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     outside = outside_frozen_layers(trained, model, lora)
     for name, parameter in trained.items():
         parameter.requires_grad_(name in outside)
+        # biases stay: layer norms want them like their weights, and bitsandbytes narrows its layers'
         if re.search(r"lora_|trainable_tokens_|modules_to_save", name):
             parameter.data = parameter.data.float()
     table = adapted.get_input_embeddings()
@@ -4111,7 +4061,7 @@ def convert_to_published_base(folder: Path, initial: Mapping[str, Tensor]) -> No
     experts, factor = config["target_parameters"] or (), math.sqrt(2) if config["use_rslora"] else 2
     doubled = {"r": 2 * config["r"], "lora_alpha": factor * config["lora_alpha"], "init_lora_weights": True}
     for pattern, times in (("rank_pattern", 2), ("alpha_pattern", factor)):  # those of experts stay
-        own = {key for key in config[pattern] if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in experts)}
+        own = {get_pattern_key(config[pattern], name) for name in experts}
         doubled[pattern] = {key: value * (1 if key in own else times) for key, value in config[pattern].items()}
     config_file.write_text(json.dumps(config | doubled, indent=2), encoding="utf-8")
 
@@ -5172,7 +5122,7 @@ class MemoryModel(NamedTuple):
         """One GPU's part, where FSDP, DeepSpeed or one process spread the model over several."""
         names = ["gradients", "optimizer"]
         changes: dict[str, Any] = {}
-        if not is_sharded(config) or is_fsdp(config) or hf_deepspeed.is_deepspeed_zero3_enabled():
+        if not is_sharded(config) or config.training.fsdp or hf_deepspeed.is_deepspeed_zero3_enabled():
             names += ["weights", "other", "experts", "adapters"]
         if not is_sharded(config):
             names += ["layer", "checkpoint", "unpacked"]
@@ -5539,7 +5489,7 @@ def run_fingerprint(config: Config, data: Mapping[str, TokenStatistics]) -> dict
     if config.training.do_train:
         # One engine can't read another's optimizer state, and DeepSpeed reads only what as many processes wrote.
         engine = f"DeepSpeed on {config.training.world_size} processes" if config.training.deepspeed else "none or DDP"
-        run["engine"] = "FSDP" if is_fsdp(config) else engine
+        run["engine"] = "FSDP" if config.training.fsdp else engine
         names = {"train": DATASET, "eval": EVAL_ROWS}
         run |= {names[name]: part.fingerprint for name, part in data.items()}
     return run
@@ -5997,7 +5947,7 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     prompts = []
     for source, _, chat in prompts_and_completions(batch, tokenizer):
         room = Limits(len(source), 0) if chat else limits  # within a question nothing is cut
-        prompt = truncate_and_concat(source, [], room, bos=tokenizer.bos_token_id).input_ids
+        prompt = truncate_and_concat(source, [], room, bos=tokenizer.bos_token_id)[0]
         prompts.append(prompt or [tokenizer.eos_token_id])  # generation needs one token at least
     generation, device = generation_config(trainer.config, model, tokenizer), trainer.args.device
     answers: list[list[int]] = []
@@ -6020,17 +5970,16 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
 
 def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
     """Fill the masks in each row's text, or, where it has none, those of evaluation; one dictionary a row."""
-    tokenizer, limits = trainer.processing_class, length_limits(trainer.config)
-    texts = [row[-1]["text"] for row in batch["segments"]]
-    encoded = [encode_masked(text, tokenizer, limits) for text in texts]
+    tokenizer, texts = trainer.processing_class, [row[-1]["text"] for row in batch["segments"]]
+    encoded = encode_batch(batch, tokenizer, length_limits(trainer.config), masked=True)
     masking = trainer.masking._replace(replaced=1.0, random=0.0)
     masked: list[list[int]] = []
-    for ids, labels, *_ in encoded:
+    for ids, labels in zip(encoded["input_ids"], encoded["labels"], strict=True):
         drawn, _ = masking.mask_tokens(torch.tensor(ids), torch.tensor(labels), "eval", ids, one=True)
         masked.append(ids if masking.mask_id in ids else drawn.tolist())
     tensors = to_device(padded_prompts(masked, tokenizer.pad_token_id, "right"), trainer.args.device)
     predicted = trainer.base(**tensors).logits.argmax(-1).tolist()
-    for text, (_, labels, *_), ids, tokens in zip(texts, encoded, masked, predicted, strict=True):
+    for text, labels, ids, tokens in zip(texts, encoded["labels"], masked, predicted, strict=True):
         shown = [i for i, label in enumerate(labels) if label != IGNORE or ids[i] == masking.mask_id]  # no [CLS], [SEP]
         before = tokenizer.decode([ids[i] for i in shown])
         after = tokenizer.decode([tokens[i] if ids[i] == masking.mask_id else ids[i] for i in shown])
@@ -6465,7 +6414,7 @@ class QLoRATrainer(Trainer):
         """Autocast: accelerate puts it around the model's own forward, which the fast path does not call."""
         dtype = compute_dtype(self.config)
         # DeepSpeed and a full fine-tune under FSDP cast weights instead
-        casts = self.sharded and (self.config.quant.full_finetune or not is_fsdp(self.config))
+        casts = self.sharded and (self.config.quant.full_finetune or not self.config.training.fsdp)
         return torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32 and not casts)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -7288,8 +7237,8 @@ def load_run(config: Config) -> tuple[Run, Data]:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     with local_main_process_first():  # encodes the dataset
         text = load_splits(config, tokenizer)
-        encoded = encode_splits(text, tokenizer, config, positions := positions_of(model_config))
-    rows, statistics = pack_and_summarize(encoded, config, positions)
+        encoded = encode_splits(text, tokenizer, config)
+    rows, statistics = pack_and_summarize(encoded, config)
     check_ranks_agree({f"the encoded {name} rows": part.fingerprint for name, part in statistics.items()})
     base = folder
     args = config.training

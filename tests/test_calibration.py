@@ -41,7 +41,7 @@ def inputs(tokens: int, size: int, seed: int = 0) -> torch.Tensor:
 
 
 def choose(weight, hessian, config):
-    return qlora.choose_codes(weight, hessian, None if hessian is None else qlora.damped_factors(hessian), config)
+    return qlora.choose_codes(weight, None if hessian is None else qlora.damped_factors(hessian), config)
 
 
 def unpacked(weight) -> torch.Tensor:
@@ -164,7 +164,7 @@ def test_the_adapter_s_start_is_the_best_of_its_rank():
     x, left = inputs(500, 96).double(), torch.randn(80, 96, generator=torch.Generator().manual_seed(3))
     hessian = x.T @ x + torch.eye(96)
     order = torch.randperm(96)
-    factors = qlora.Factors(order, torch.linalg.cholesky(hessian[order][:, order]), torch.empty(0))
+    factors = qlora.Factors(hessian, order, torch.linalg.cholesky(hessian[order][:, order]), torch.empty(0))
     start = qlora.adapter_start(left, factors, 8)
     values, vectors = torch.linalg.eigh(hessian)
     root = vectors @ values.sqrt().diag() @ vectors.T  # the symmetric root, by another way than Cholesky's
@@ -511,7 +511,7 @@ def test_a_transposed_stack_is_rounded_by_hand(kind, double):
     """H is the identity: nothing is fed back, and a block of 64 outputs has its best scale by least squares."""
     generator = torch.Generator().manual_seed(6)
     stack = torch.randn(2, 3, 128, generator=generator)  # 2 experts, 3 inputs, 128 outputs
-    given = {i: (torch.ones(3), lambda: (torch.eye(3), qlora.damped_factors(torch.eye(3)))) for i in range(2)}
+    given = {i: (torch.ones(3), lambda: qlora.damped_factors(torch.eye(3))) for i in range(2)}
     choice = qlora.calibrate_weight(stack, given, parse(kind, double), transposed=True)
     blocks, code = stack.view(12, 64), get_4bit_type(kind, device="cpu")
     scales = blocks.abs().amax(1) * torch.linspace(0.7, 1.05, 18)[:, None]
@@ -544,7 +544,7 @@ def test_an_expert_that_plain_rounding_fits_better_keeps_it(double):
     stack[0] = torch.tensor(NF4)[torch.randint(16, (96, 64), generator=generator)]
     stack[0, :, 0] = 1
     x = inputs(500, 64)
-    given = {i: ((x * x).sum(0), lambda: (x.T @ x, qlora.damped_factors(x.T @ x))) for i in range(2)}
+    given = {i: ((x * x).sum(0), lambda: qlora.damped_factors(x.T @ x)) for i in range(2)}
     plain = plain_values(stack, "nf4", double)
     choice = qlora.calibrate_weight(stack, given, config, transposed=False)
     changes = (stack - values for values in (plain, unpacked(choice.weight)))
@@ -602,7 +602,7 @@ def test_few_tokens_do_not_harm_others():
     few, others = x[:64], x[4000:]
     errors = []
     for tokens in (math.inf, 64):
-        choice = qlora.choose_codes(weight, few.T @ few, qlora.damped_factors(few.T @ few, tokens), config)
+        choice = qlora.choose_codes(weight, qlora.damped_factors(few.T @ few, tokens), config)
         errors.append(float((others @ (weight - unpacked(choice.weight)).T).square().sum()))
     plain = float((others @ (weight - plain_values(weight, "nf4", True)).T).square().sum())
     assert errors[1] < 0.9 * plain and errors[1] < errors[0]

@@ -500,7 +500,7 @@ def test_the_cache_depends_on_flags_tokenizer_and_rows(encode_file):
 def statistics(*rows):
     """Of rows given as (ids, labels)."""
     more = {"cut": False, "special_text": False, "rendered": False}
-    facts = [qlora.row_facts(qlora.Encoded(*row, uncut=(len(row[0]), 0)), EOS, masked=False) | more for row in rows]
+    facts = [qlora.encoded_row(*row, (len(row[0]), 0), EOS) | more for row in rows]
     return qlora.token_statistics(datasets.Dataset.from_list(facts), masked=False)
 
 

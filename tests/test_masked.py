@@ -85,17 +85,18 @@ def masking(**shares: float) -> qlora.Masking:
 )
 def test_special_tokens_are_added_and_never_supervised(bert_words, text, limit, ids, learnable):
     row = qlora.encode_masked(text, bert_words, qlora.Limits(limit, 0))
-    assert row.input_ids == ids
-    assert [label for label in row.labels if label != IGNORE] == learnable
-    assert all(label in (IGNORE, token) for label, token in zip(row.labels, ids, strict=True))
-    assert row.labels[0] == row.labels[-1] == IGNORE
-    assert (row.uncut[0] > len(ids)) == (limit == 4)
+    labels = row["labels"]
+    assert row["input_ids"] == ids
+    assert [label for label in labels if label != IGNORE] == learnable
+    assert all(label in (IGNORE, token) for label, token in zip(labels, ids, strict=True))
+    assert labels[0] == labels[-1] == IGNORE
+    assert row["cut"] == (limit == 4)
 
 
 def test_a_protein_is_one_token_for_each_letter(esm_tokenizer):
     row = qlora.encode_masked("MK<mask>L", esm_tokenizer, qlora.Limits(9, 0))
-    assert row.input_ids == [0, 20, 15, 32, 4, 2]  # ESM-1b's published ids
-    assert row.labels == [IGNORE, 20, 15, IGNORE, 4, IGNORE]
+    assert row["input_ids"] == [0, 20, 15, 32, 4, 2]  # ESM-1b's published ids
+    assert row["labels"] == [IGNORE, 20, 15, IGNORE, 4, IGNORE]
 
 
 def test_a_batch_is_padded_to_its_longest_row_and_keeps_every_label():

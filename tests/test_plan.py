@@ -280,7 +280,7 @@ def test_what_engines_shard(folder, monkeypatch, engine, optimizer):
     model, flags = folder("7b"), FULL if optimizer == 3 else ()
     config, memory = parse(model, *flags), memory_of(model, *flags)
     monkeypatch.setattr(qlora, "is_sharded", lambda config: True)
-    monkeypatch.setattr(qlora, "is_fsdp", lambda config: engine == "FSDP")
+    config.training.fsdp = engine == "FSDP"
     part = memory.shared(config, 8)
     assert part.weights == memory.weights // (8 if engine == "FSDP" else 1)
     assert (part.gradients, part.optimizer) == (memory.gradients // 8, memory.optimizer // 8 * optimizer)
