@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-186
      2 Errors             189-252
-     3 Dataset formats    255-818
-     4 Arguments         821-1540
-     5 Loading          1543-2164
-     6 Tokenizer        2167-2290
-     7 Encoding         2293-2758
-     8 Model            2761-3392
-     9 Calibration      3395-3751
-    10 LoRA             3754-4066
-    11 Fast path        4069-5065
-    12 Plan             5068-5412
-    13 Checkpoints      5415-5820
-    14 Processes        5823-5880
-    15 Evaluation       5883-6071
-    16 Trainer          6074-6692
-    17 Stages           6695-7199
-    18 Main             7202-7495
+     3 Dataset formats    255-819
+     4 Arguments         822-1541
+     5 Loading          1544-2161
+     6 Tokenizer        2164-2287
+     7 Encoding         2290-2755
+     8 Model            2758-3389
+     9 Calibration      3392-3748
+    10 LoRA             3751-4063
+    11 Fast path        4066-5062
+    12 Plan             5065-5409
+    13 Checkpoints      5412-5817
+    14 Processes        5820-5877
+    15 Evaluation       5880-6068
+    16 Trainer          6071-6689
+    17 Stages           6692-7196
+    18 Main             7199-7492
 """
 
 # ------------------------------------------------------------------------------------
@@ -280,6 +280,7 @@ class RenderedRow(NamedTuple):
     segments: list[Segment]
     left_out: list[str]  # what the raw row has and the text has not
     lost: int = 0  # tokens of the exchanges that are left out
+    rendered: bool = False  # tokenised whole, with the special tokens in it
 
 
 class JoinedSegments(list[Segment]):
@@ -753,7 +754,7 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
         for start, end in itertools.pairwise(sorted({0, len(text), *(n for s in spans for n in (s.start, s.stop))})):
             supervised = any(span.start <= start < span.stop for span in spans)
             segments.append({"text": text[start:end], "supervised": supervised})
-        yield RenderedRow(segments, left_out)
+        yield RenderedRow(segments, left_out, rendered=True)
 
 
 def render_chat(chat: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[RenderedRow]:
@@ -1557,11 +1558,10 @@ SPLITS |= {"training": "train", "testing": "test", "evaluation": "eval"}
 REJECTED = "rejected.jsonl"
 OLDEST_EXCHANGES = "the oldest exchanges of a chat that is too long"
 DATASETS_ERRORS = (RuntimeError, datasets.exceptions.DatasetsError)  # beside LIBRARY_ERRORS
-ROW_FEATURES = datasets.Features(
+ROW_FEATURES = datasets.Features(  # of a RenderedRow, and more
     {"segments": [{"text": datasets.Value("string"), "supervised": datasets.Value("bool")}]}
-    | {"rendered": datasets.Value("bool")}  # tokenised whole, with the special tokens in it
-    | {"lost": datasets.Value("int32")}  # tokens of the exchanges that a chat too long has lost
-    | dict.fromkeys(("where", "category", "problem", "raw", "left_out"), datasets.Value("string"))
+    | {"left_out": [datasets.Value("string")], "lost": datasets.Value("int32"), "rendered": datasets.Value("bool")}
+    | dict.fromkeys(("where", "category", "problem", "raw"), datasets.Value("string"))
 )
 
 
@@ -1907,37 +1907,34 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
 
 def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any, limits: Limits) -> list[Any]:
     """A raw row as ROW_FEATURES, a chat as one or several; a bad one has no segments but a problem, and its JSON."""
-    normal: dict[str, Any] = dict.fromkeys(ROW_FEATURES, "")
-    normal |= {"segments": [], "rendered": False, "lost": 0, "where": escape_control_chars(where)}
+    normal = dict.fromkeys(("category", "problem", "raw"), "") | {"where": escape_control_chars(where)}
     try:
         parsed = dataset_format.parse(check_row(row))
         mark = "label" if "completion" in dataset_format.columns and row.get("label") is False else "kto_tag"
         if dataset_format.columns and row.get(mark) is False:
             raise RowError(f"field {mark!r} is false, expected no answer that is marked as undesirable")
-        rendered = isinstance(parsed, (Conversation, JoinedSegments))
         if isinstance(parsed, Conversation):
             rows = list(render_within(parsed, tokenizer, limits))
+        elif isinstance(parsed, JoinedSegments):
+            rows = [RenderedRow(join_segments(parsed, tokenizer), [], rendered=True)]
         else:
-            rows = [RenderedRow(join_segments(parsed, tokenizer) if isinstance(parsed, JoinedSegments) else parsed, [])]
+            rows = [RenderedRow(parsed, [])]
         normal["category"] = escape_control_chars(str(row.get("category") or row.get("source") or ""))
         beside = BESIDE_CHATS if isinstance(parsed, Conversation) else ()
         used = {*dataset_format.columns, *dataset_format.optional, *beside}
         used |= {name for name in ("category", "source") if len(str(row.get(name))) < 100}  # else they are no labels
         unused = sorted(escape_control_chars(n) for n, value in row.items() if n not in used and value is not None)
-        for segments, left_out, _ in rows:
+        for segments, left_out, *_ in rows:
             left_out.extend(unused if dataset_format.columns else ())  # a user's own function may use all of them
             if not any(segment["supervised"] and segment["text"].strip(MARKS).strip() for segment in segments):
                 column = "".join(dataset_format.columns[-1:]) or "output"
                 raise RowError(f"field {column!r}: the output is empty, expected something to learn")
             "".join(segment["text"] for segment in segments).encode()  # Arrow refuses what is not UTF-8
-        return [
-            normal | {"segments": part, "rendered": rendered, "left_out": "\n".join(out), "lost": lost}
-            for part, out, lost in rows
-        ]
+        return [normal | rendered._asdict() for rendered in rows]
     except (RowError, UnicodeEncodeError) as error:
         problem = shorten(error) if isinstance(error, RowError) else "not valid UTF-8 (is the file in Latin-1?)"
         raw = json.dumps(row.raw if isinstance(row, RowError) else row, default=str)
-        return [normal | {"problem": problem, "raw": raw}]
+        return [normal | RenderedRow([], [])._asdict() | {"problem": problem, "raw": raw}]
 
 
 def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | None = None) -> Any:
@@ -1963,7 +1960,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     info = datasets.DatasetInfo(description=source.format)  # which token_statistics reads
     rows = datasets.Dataset(rows.data, info, fingerprint=options["fingerprint"])
     log.info("%s: %d rows", source.name, len(rows))
-    if counts := Counter(what for left_out in rows["left_out"][:] for what in left_out.split("\n") if what):
+    if counts := Counter(what for left_out in rows["left_out"][:] for what in left_out):
         said = [what + f" (in {n} of {len(rows)} rows)" * (n < len(rows)) for what, n in sorted(counts.items())]
         log.info("%s: left out: %s", source.name, shorten(", ".join(said)))
     chats = len({where for where, rendered in zip(rows["where"][:], rows["rendered"][:], strict=True) if rendered})
@@ -2753,8 +2750,8 @@ def preview_rows(rows: Any, tokenizer: Any, config: Config) -> Iterator[tuple[st
             title = f"row {number + 1}" + f", part {part} of {len(members)}" * (len(members) > 1)
             title += f": {member['where']}, {len(ids)} tokens, {int((labels != IGNORE).sum())} supervised"
             title += ", cut" * member["cut"] + ", special tokens as text" * member["special_text"]
-            if left_out := member["left_out"].replace("\n", ", "):
-                title += f", left out: {shorten(left_out)}"
+            if member["left_out"]:
+                title += f", left out: {shorten(', '.join(member['left_out']))}"
             yield title, row_spans(ids.tolist(), labels.tolist(), tokenizer)
 
 

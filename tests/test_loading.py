@@ -971,7 +971,7 @@ def test_a_column_that_another_replaces_is_left_out(tmp_path, caplog):
     assert splits.train[0]["segments"][0]["text"] == "q"
     assert f"{file}: left out: input (replaced by question)" in caplog.messages
     swapped = load("--dataset", file, "--columns", "input=output,output=input").train[0]
-    assert swapped["segments"][0]["text"] == "a" and swapped["left_out"] == "question"
+    assert swapped["segments"][0]["text"] == "a" and swapped["left_out"] == ["question"]
 
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
