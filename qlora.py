@@ -17,20 +17,20 @@ Read the file from top to bottom, along the path of the data: every room uses on
      2 Errors             189-252
      3 Dataset formats    255-819
      4 Arguments         822-1541
-     5 Loading          1544-2161
-     6 Tokenizer        2164-2287
-     7 Encoding         2290-2755
-     8 Model            2758-3389
-     9 Calibration      3392-3748
-    10 LoRA             3751-4063
-    11 Fast path        4066-5062
-    12 Plan             5065-5409
-    13 Checkpoints      5412-5817
-    14 Processes        5820-5877
-    15 Evaluation       5880-6068
-    16 Trainer          6071-6689
-    17 Stages           6692-7196
-    18 Main             7199-7492
+     5 Loading          1544-2173
+     6 Tokenizer        2176-2299
+     7 Encoding         2302-2767
+     8 Model            2770-3401
+     9 Calibration      3404-3760
+    10 LoRA             3763-4075
+    11 Fast path        4078-5074
+    12 Plan             5077-5421
+    13 Checkpoints      5424-5829
+    14 Processes        5832-5889
+    15 Evaluation       5892-6080
+    16 Trainer          6083-6701
+    17 Stages           6704-7208
+    18 Main             7211-7503
 """
 
 # ------------------------------------------------------------------------------------
@@ -1705,23 +1705,23 @@ def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSou
         return as_sources(path, datasets.load_dataset(path, **options))
 
 
-def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
-    """The splits of what the datasets library loaded: one dataset, or a dictionary of them."""
-    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    # without a saved set_format, which hides columns
-    splits = {split: rows.with_format(None) for split, rows in splits.items()}
-    for split, rows in splits.items():
-        for column, feature in (rows.features or {}).items():
-            if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):  # which nothing reads
-                splits[split] = splits[split].cast_column(column, dataclasses.replace(feature, decode=False))
-    return {split: RowSource(f"{name}[{split}]", loaded=rows) for split, rows in splits.items()}
-
-
 def split_named(name: str) -> str:
     """The split that a word of a file's or split's name stands for; empty if there is none, or several."""
     words = re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)  # also of gsm8kTrain
     found = {SPLITS[word.lower()] for word in words if word.lower() in SPLITS}
     return found.pop() if len(found) == 1 else ""
+
+
+def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
+    """The splits that the datasets library loaded, by their own names and by those that SPLITS gives them."""
+    sources: dict[str, RowSource] = {}
+    for split, rows in (loaded if isinstance(loaded, dict) else {"train": loaded}).items():
+        rows = rows.with_format(None)  # a saved set_format hides columns
+        for column, feature in (rows.features or {}).items():
+            if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):  # which nothing reads
+                rows = rows.cast_column(column, dataclasses.replace(feature, decode=False))
+        sources[split] = RowSource(f"{name}[{split}]", loaded=rows)
+    return {split_named(split) or split: source for split, source in reversed(sources.items())} | sources
 
 
 def find_files(name: str, path: Path, config: Config) -> dict[str, RowSource]:
@@ -1969,98 +1969,101 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     return drop_bad_rows(rows, config)
 
 
-def open_dataset(name: str, config: Config) -> dict[str, RowSource]:
-    """A dataset's splits, also under the names that SPLITS gives them, the first of each."""
-    sources = find_splits(name, config)
-    named = {split_named(split) or split: source for split, source in reversed(sources.items())}
-    return sources | {split: source for split, source in named.items() if split not in sources}
+def run_record(folder: Path) -> dict[str, Any]:
+    """run.json of the run whose folder or checkpoint this is, or an empty one."""
+    for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+        record = read_json(place / "run.json") if (place / "run.json").is_file() else None
+        if isinstance(record, dict) and isinstance(record.get("flags"), dict):  # else another program's
+            return record
+    return {}
+
+
+def choose_sources(
+    config: Config, training: bool, evaluating: bool
+) -> tuple[list[tuple[RowSource, float]], list[RowSource]]:
+    """The splits to train on, each with its share, and to evaluate on. With none of these, rows are held out."""
+    opened = [(name, share, find_splits(name, config)) for name, share in dataset_shares(config.data.dataset)]
+    other = config.data.eval_dataset
+    candidates = [(other, 1.0, find_splits(other, config))] if other and evaluating else opened
+    evaluated: list[RowSource] = []
+    for name, _, sources in candidates if evaluating else ():
+        wanted = (*SPLIT_NAMES, *sources) if other else SPLIT_NAMES  # without them, all of the other dataset
+        if split := next((split for split in wanted if split in sources), None):
+            evaluated.append(choose_format(name, sources[split], config))
+    trained: list[tuple[RowSource, float]] = []
+    for name, share, sources in opened if training or not evaluated else ():
+        if "train" in sources:
+            trained.append((choose_format(name, sources["train"], config), share))
+        elif config.training.do_train or not evaluated:
+            raise ConfigError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
+    read = {source.name for source in (*(source for source, _ in trained), *evaluated)}
+    if unused := {source.name for _, _, sources in opened for source in sources.values()} - read:
+        log.info("not read: %s", ", ".join(sorted(unused)))
+    return trained, evaluated
 
 
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
     """Rows to train and to evaluate on, of every dataset named. Chats need the tokenizer."""
-    model, record = find_training(config)
+    clear_rejected(config)
+    record = find_training(config)
     config = as_held_out(config, record)
     args, data = config.training, config.data
-    clear_rejected(config)
     evaluating = args.do_eval or args.do_predict
     # without training, a merged model is compared on rows, and a base calibrated on them
-    training = args.do_train or config.quant.calibration_rows or (args.merged_output_dir and not evaluating)
-    shares = dataset_shares(data.dataset)
-    mixed = any(share != 1 for _, share in shares)
-    train_rows: list[Any] = []
-    eval_sources: list[RowSource] = []
-    if evaluating and data.eval_dataset:  # its split for evaluation, or all of it
-        sources = open_dataset(data.eval_dataset, config)
-        source = next(sources[split] for split in (*SPLIT_NAMES, *sources) if split in sources)
-        eval_sources.append(choose_format(data.eval_dataset, source, config))
-    for name, share in shares:
-        sources = open_dataset(name, config)
-        if evaluating and not data.eval_dataset:
-            first = [split for split in SPLIT_NAMES if split in sources][:1]
-            eval_sources += [choose_format(name, sources[split], config) for split in first]
-        train = sources.get("train") if training or data.streaming or not eval_sources else None
-        if train is None and (args.do_train or not eval_sources):
-            raise ConfigError(f"{name}: no split named train, found {', '.join(sources) or 'none'}")
-        train = train and choose_format(name, train, config)
-        read = {source.name for source in (train, *eval_sources) if source}
-        if unused := {source.name for source in sources.values()} - read:
-            log.info("not read: %s", ", ".join(sorted(unused)))
-        if data.streaming and train:
-            if evaluating and not eval_sources:  # the first rows are held out
-                eval_sources = [dataclasses.replace(train, stop=int(data.eval_dataset_size))]
-                train = dataclasses.replace(train, start=int(data.eval_dataset_size))
-            if data.max_train_samples:
-                train = dataclasses.replace(train, stop=train.start + data.max_train_samples)
-            rows = [load_rows(source, config, tokenizer, limit=data.max_eval_samples) for source in eval_sources]
-            check_held_out(rows[0] if train.start else None, model, record, config)
-            return Splits(train if training else None, rows[0] if rows else None)
-        if train:
-            rows = load_rows(train, config, tokenizer)
-            train_rows.append(count_repeats(name, rows, share) if mixed else rows)
-    parts = train_rows, [load_rows(source, config, tokenizer) for source in eval_sources]
-    splits = Splits(*(datasets.concatenate_datasets(part) if part else None for part in parts))
-    if evaluating and splits.eval is None and splits.train is not None:
-        calibrates = config.quant.calibration_rows and not config.record
-        asked = args.do_train or calibrates or "eval_dataset_size" in config.explicitly_set
-        holds_out = asked or held_rows_out(record)
-        splits = train_eval_split(splits.train, config) if holds_out else Splits(None, splits.train)
-        check_held_out(splits.eval, model, record, config)
-    if mixed and splits.train is not None:  # only now, so that no copy of a held-out row is trained on
-        times = splits.train["times"][:]
-        order = [i for turn in range(max(times)) for i, n in enumerate(times) if n > turn]
-        splits = Splits(splits.train.select(order), splits.eval)
-    most = data.max_train_samples, data.max_eval_samples
-    taken = [rows and rows.select(range(min(n or len(rows), len(rows)))) for rows, n in zip(splits, most, strict=True)]
-    return Splits(taken[0] if training else None, taken[1])
+    training = bool(args.do_train or config.quant.calibration_rows or (args.merged_output_dir and not evaluating))
+    sources, eval_sources = choose_sources(config, training, evaluating)
+    holds_out = evaluating and not eval_sources
+    if data.streaming:
+        size = int(data.eval_dataset_size) if holds_out else 0  # the first rows
+        eval_sources += [dataclasses.replace(sources[0][0], stop=size)] if holds_out else []
+        stop = size + data.max_train_samples if data.max_train_samples else None
+        stream = dataclasses.replace(sources[0][0], start=size, stop=stop) if training else None
+        parts = [load_rows(part, config, tokenizer, data.max_eval_samples) for part in eval_sources]
+        splits = Splits(stream, concatenate(parts))
+    else:
+        rows, times = load_shares(sources, config, tokenizer)
+        evaluated = concatenate([load_rows(source, config, tokenizer) for source in eval_sources])
+        train: Sequence[int] = range(len(times))
+        if holds_out:
+            asked = args.do_train or "eval_dataset_size" in config.explicitly_set
+            asked |= held_rows_out(record) or bool(config.quant.calibration_rows and not config.record)
+            train, held_out = train_eval_split(rows, config) if asked else ([], train)
+            evaluated = rows.select(held_out)
+        if training and sources:  # rows are repeated only now, so that no copy of a held-out row is trained on
+            repeated = [i for turn in range(max(times)) for i in train if times[i] > turn]
+            rows = rows.select(repeated[: data.max_train_samples])
+        if evaluated:
+            evaluated = evaluated.select(range(len(evaluated))[: data.max_eval_samples])
+        splits = Splits(rows if training else None, evaluated)
+    if holds_out and record:
+        check_held_out(splits.eval, record, config)
+    return splits
 
 
-def find_training(config: Config) -> tuple[str, dict[str, Any]]:
-    """The name and run.json of the model to evaluate if it was trained on one of these datasets, else both empty."""
-    if config.training.do_train:
-        return "", {}
-    picked = str(config.training.resume_from_checkpoint)
-    trained = picked if os.path.isdir(picked) else str(config.training.output_dir)
+def concatenate(parts: list[Any]) -> Any:
+    """The rows of several datasets, or None."""
+    return datasets.concatenate_datasets(parts) if parts else None
+
+
+def find_training(config: Config) -> dict[str, Any]:
+    """run.json of the model to evaluate, if it was trained on one of these datasets, or an empty one."""
+    args, model = config.training, config.model
+    picked = str(args.resume_from_checkpoint)
+    trained = model.adapter_name_or_path or (picked if os.path.isdir(picked) else args.output_dir)
     now = {os.path.realpath(name) for name, _ in dataset_shares(config.data.dataset)}
-    for name in config.model.adapter_name_or_path or trained, config.model.model_name_or_path:
-        checkpoint = re.fullmatch(r"checkpoint-\d+", Path(name).name) and not Path(name, "run.json").is_file()
-        file = (Path(name).parent if checkpoint else Path(name)) / "run.json"
-        record = read_json(file) if file.is_file() else None
-        flags = record.get("flags") if isinstance(record, dict) else None  # else another program's
-        own = str(flags["dataset"]) if isinstance(flags, dict) and flags.get("do_train") else ""
-        if record and now & {os.path.realpath(name) for name, _ in dataset_shares(own)}:
-            return name, record
-    return "", {}
+    for folder in (trained, model.model_name_or_path) if not args.do_train else ():
+        record = run_record(Path(str(folder)))
+        flags = record.get("flags", {})
+        own = {os.path.realpath(name) for name, _ in dataset_shares(str(flags.get("dataset", "")))}
+        if flags.get("do_train") and now & own:
+            return record
+    return {}
 
 
 def held_rows_out(record: Mapping[str, Any]) -> bool:
     """Whether a run held out rows of its dataset."""
     flags = record.get("flags", {})
     return bool(flags.get("do_eval") or flags.get("do_predict")) and not flags.get("eval_dataset")
-
-
-def held_out_places(rows: Any) -> list[str]:
-    """The first places of held-out rows, without their folder: another size or order of the dataset has others."""
-    return [place.rpartition("/")[2] for place in rows[:8]["where"]]
 
 
 def as_held_out(config: Config, record: dict[str, Any]) -> Config:
@@ -2072,28 +2075,38 @@ def as_held_out(config: Config, record: dict[str, Any]) -> Config:
     return dataclasses.replace(config, data=data, explicitly_set=config.explicitly_set | given)
 
 
-def check_held_out(rows: Any, name: str, record: dict[str, Any], config: Config) -> None:
+def held_out_places(rows: Any) -> list[str]:
+    """The first places of held-out rows, without their folder: another size or order of the dataset has others."""
+    return [place.rpartition("/")[2] for place in rows[:8]["where"]]
+
+
+def check_held_out(rows: Any, record: dict[str, Any], config: Config) -> None:
     """Warn if the run to evaluate did not hold out these rows of its dataset: another size, or rows that were added."""
-    if rows is None or not record:
-        return
     flags, derived, size = record["flags"], record.get("derived", {}), "eval_dataset_size"
     same = flags.get(size) == config.data.eval_dataset_size
     same &= (size in derived.get("given", ())) == (size in config.explicitly_set)  # the default may mean a tenth
     pairs = zip(derived.get("held out", ()), held_out_places(rows), strict=False)  # an earlier version wrote none
     if not (held_rows_out(record) and same and all(old == new for old, new in pairs)):
-        log.warning("--dataset %s: %s was trained on these rows, or some of them", config.data.dataset, name)
+        what = f"{flags['output_dir']} was trained on these rows, or some of them"
+        log.warning("--dataset %s: %s", config.data.dataset, what)
 
 
-def count_repeats(name: str, rows: Any, share: float) -> Any:
-    """The rows that a share takes, the same ones each time, with how often each is trained on."""
-    total = max(1, round(share * len(rows)))
-    once_more = torch.randperm(len(rows), generator=torch.Generator().manual_seed(42)) < total % len(rows)
-    times = (once_more + total // len(rows)).tolist()
-    log.info("%s: a share of %g: %d of %d rows", name, share, total, len(rows))
-    return rows.add_column("times", times).select([i for i, n in enumerate(times) if n])
+def load_shares(sources: list[tuple[RowSource, float]], config: Config, tokenizer: Any) -> tuple[Any, list[int]]:
+    """The rows that the shares in --dataset take, the same ones each time, and how often each is to be trained on."""
+    parts, all_times = [], list[int]()
+    for source, share in sources:
+        rows = load_rows(source, config, tokenizer)
+        total = max(1, round(share * len(rows)))
+        once_more = torch.randperm(len(rows), generator=torch.Generator().manual_seed(42)) < total % len(rows)
+        times = (once_more + total // len(rows)).tolist()
+        if share != 1:
+            log.info("%s: a share of %g: %d of %d rows", source.name, share, total, len(rows))
+        parts.append(rows.select([i for i, n in enumerate(times) if n]))
+        all_times += filter(None, times)
+    return concatenate(parts), all_times
 
 
-def train_eval_split(rows: Any, config: Config) -> Splits:
+def train_eval_split(rows: Any, config: Config) -> tuple[Sequence[int], Sequence[int]]:
     """Hold rows out as datasets' train_test_split does with the original's seed; rows of one chat stay together."""
     categories, places = rows["category"][:], rows["where"][:]
     size = config.data.eval_dataset_size
@@ -2107,13 +2120,12 @@ def train_eval_split(rows: Any, config: Config) -> Splits:
     if config.training.do_train and count >= total:
         raise ConfigError(f"--eval_dataset_size {size:g} leaves nothing to train on: the dataset has {total} rows")
     if count >= total:
-        return Splits(None, rows)
+        return [], range(len(rows))
     if any(categories):  # evenly spaced: each gives its share, and one with a single row breaks nothing
         chats.sort(key=categories.__getitem__)
         chats = [chats[(2 * n + 1) * total // (2 * count)] for n in range(count)]
     held_out = {places[i] for i in chats[:count]}
-    train = [i for i in order if places[i] not in held_out]
-    return Splits(rows.select(train), rows.select([i for i in order if places[i] in held_out]))
+    return [i for i in order if places[i] not in held_out], [i for i in order if places[i] in held_out]
 
 
 def drop_bad_rows(rows: Any, config: Config) -> Any:
@@ -7227,8 +7239,7 @@ def load_run(config: Config) -> tuple[Run, Data]:
     config = resolve_recipe(resolve_objective(config, model_config), model_config)
     auto_model(config, model_config)  # refuses other kinds of models before the dataset is read
     tokenizer = load_tokenizer(config, model_config, folder)
-    earlier = [folder / "run.json" for folder in (resume.found, resume.found.parent)] if resume.found else []
-    record = next((read_json(file) for file in earlier if file.is_file()), config.record)
+    record = (run_record(resume.found) if resume.found else {}) or config.record
     tokenizer.template_date = date.fromisoformat(record.get("derived", {}).get("template date") or str(date.today()))
     if config.training.do_predict and not config.masked:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
