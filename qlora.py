@@ -15,22 +15,22 @@ Read the file from top to bottom, along the path of the data: every room uses on
 
      1 Imports             36-186
      2 Errors             189-252
-     3 Dataset formats    255-819
-     4 Arguments         822-1541
-     5 Loading          1544-2173
-     6 Tokenizer        2176-2299
-     7 Encoding         2302-2767
-     8 Model            2770-3401
-     9 Calibration      3404-3760
-    10 LoRA             3763-4075
-    11 Fast path        4078-5074
-    12 Plan             5077-5421
-    13 Checkpoints      5424-5829
-    14 Processes        5832-5889
-    15 Evaluation       5892-6080
-    16 Trainer          6083-6701
-    17 Stages           6704-7208
-    18 Main             7211-7503
+     3 Dataset formats    255-828
+     4 Arguments         831-1554
+     5 Loading          1557-2190
+     6 Tokenizer        2193-2316
+     7 Encoding         2319-2794
+     8 Model            2797-3428
+     9 Calibration      3431-3788
+    10 LoRA             3791-4103
+    11 Fast path        4106-5103
+    12 Plan             5106-5452
+    13 Checkpoints      5455-5860
+    14 Processes        5863-5920
+    15 Evaluation       5923-6112
+    16 Trainer          6115-6736
+    17 Stages           6739-7244
+    18 Main             7247-7539
 """
 
 # ------------------------------------------------------------------------------------
@@ -386,9 +386,9 @@ def parse_chosen(row: RawRow) -> ParsedRow:
             chat.left_out.append("a prompt beside a chat")
         return chat
     prompt, chosen = get_text_or_refuse_chat(row, "prompt", ""), get_text_or_refuse_chat(row, "chosen")
-    begins = [str(answer).startswith(prompt) for answer in (chosen, row.get("rejected") or chosen)]
-    # `Hello` before `Hello, Bob!` is no repetition
-    repeated = begins[0] and (re.search(r"[:\s]$", prompt) or (begins[1] and not re.fullmatch(r"\w*", prompt)))
+    # an answer may repeat its prompt, but `Hello` before `Hello, Bob!` is no repetition
+    both = str(row.get("rejected") or chosen).startswith(prompt) and not re.fullmatch(r"\w*", prompt)
+    repeated = chosen.startswith(prompt) and (both or re.search(r"[:\s]$", prompt))
     return prompt_completion("" if repeated else prompt, chosen)
 
 
@@ -459,15 +459,17 @@ def get_messages(row: RawRow, column: str) -> list[dict[str, Any]]:
             raise field_error(fields, f"{place}.train_detail", "nothing: a turn is supervised whole, or not at all")
         weights = [get_boolean(fields, f"{place}.{key}", "true") for key in WEIGHT_KEYS]
         message |= {"role": role, "supervised": role == "assistant" and all(weights)}
-        own_role = name == "function_call"  # LLaMA-Factory's, with calls as content; OpenAI's older key has that name
-        given = [key for key in ("tool_calls", "function_call") if message.pop(key, None) and role == "assistant"]
-        calls = [content_field] * own_role + [f"{place}.{key}" for key in given]
+        own_role = name == "function_call"  # LLaMA-Factory's role, whose content is calls; OpenAI's old key is below
+        calls = [content_field] if own_role else []
+        for key in ("tool_calls", "function_call"):
+            if message.pop(key, None) and role == "assistant":
+                calls.append(f"{place}.{key}")
         if len(calls) > 1:
             raise field_error(fields, calls[1], "calls in one place only")
         if calls:
             message["tool_calls"] = get_calls(fields, calls[0])
         content = "" if own_role else get_text(fields, content_field, "" if calls else None)
-        if role == "assistant" and not calls and not content.strip():
+        if message["supervised"] and not calls and not content.strip():
             raise field_error(fields, content_field, "an answer to learn")
         messages.append(message | {"content": content})
     return messages
@@ -491,7 +493,8 @@ def parse_airoboros_chat(row: RawRow) -> ParsedRow:
 def parse_chat(column: str, row: RawRow) -> Conversation:
     """Everything up to the last supervised answer, with the columns beside it that a chat may have."""
     row = {**row, column: get_list(row, column)}
-    if any("tool_calls" in turn for turn in row[column] if isinstance(turn, Mapping) and turn.get("role") == "user"):
+    turns = (turn for turn in row[column] if isinstance(turn, Mapping) and "tool_calls" in turn)
+    if any((turn.get("from") or turn.get("role")) in ("user", "human") for turn in turns):
         row = drop_nulls(row, top=True)  # JSON lines that datasets wrote have Arrow's nulls too
     messages = get_messages(row, column)
     left_out: list[str] = []
@@ -580,7 +583,7 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
         segments = JoinedSegments()
         for part in result:  # it may be a generator
             special = "special" in part
-            text = ESCAPE_MARK * special + get_text(part, "special" if special else "text")
+            text = ESCAPE_MARK + get_text(part, "special") if special else get_text(part, "text")
             supervised = part.get("supervised", False) if special else part["supervised"]
             segments.append({"text": text, "supervised": bool(supervised)})
         return segments
@@ -591,7 +594,10 @@ def parse_custom(name: str, function: Callable[[dict[str, Any]], Any], row: RawR
 
 @lru_cache(maxsize=2)
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = False) -> re.Pattern[str]:
-    """Matches special tokens and turn marks that are not flagged special (DeepSeek's), or, `unflagged`, these alone."""
+    """Match special tokens, and turn marks that are not flagged as such (DeepSeek's); with `unflagged` these alone.
+
+    Cached by tokenizer: call it after load_tokenizer has set template and special tokens.
+    """
     texts: list[str] = []
     template = str(tokenizer.chat_template or "")
     added = getattr(tokenizer, "text_tokens", ())  # of --add_tokens: no marker unless the template writes it
@@ -605,7 +611,7 @@ def special_token_pattern(tokenizer: PreTrainedTokenizerBase, unflagged: bool = 
 
 
 def escape_special_tokens(value: Any, special: re.Pattern[str], answer: bool = False) -> Any:
-    """A user's values for a template, in which special tokens stay text, except an answer's marks of reasoning."""
+    """Put ESCAPE_MARK into every special token that a user wrote, which keeps it text; an answer's think tags stay."""
     if isinstance(value, str):
         keep = "(?i)think|thought" if answer else "(?!)"
         return special.sub(lambda m: m[0] if re.search(keep, m[0]) else m[0][0] + ESCAPE_MARK + m[0][1:], value)
@@ -627,7 +633,7 @@ def join_segments(segments: JoinedSegments, tokenizer: PreTrainedTokenizerBase) 
             raise RowError(f"{{'special': {text!r}}}: the tokenizer has no such special token")
         text = "" if named and number == 1 and text == tokenizer.bos_token else text  # it stands there anyway
         ends = number == len(segments) and not (named and text == tokenizer.eos_token)
-        text = BOS_MARK * (number == 1) + text + EOS_MARK * ends
+        text = (BOS_MARK if number == 1 else "") + text + (EOS_MARK if ends else "")
         joined.append({"text": text, "supervised": segment["supervised"]})
     return joined
 
@@ -687,27 +693,29 @@ def find_answer(chat: Conversation, n: int, whole: str, tokenizer: PreTrainedTok
     Where the prompt is no prefix of the text (it may open a block of reasoning that the answer lacks), the answer
     begins where they differ. White space after the stop token belongs to the template.
     """
-    before, asked = (apply_template(chat, tokenizer, n, prompt=opened)[0] for opened in (True, False))
+    prompt, context = (apply_template(chat, tokenizer, n, prompt=opened)[0] for opened in (True, False))
     text = whole if n + 1 == len(chat.messages) else apply_template(chat, tokenizer, n + 1)[0]
-    places = range(min(len(before), len(text)))  # bisected: 20,000 characters one by one take 1.8 ms and not 0.04
-    start = bisect.bisect_left(places, True, key=lambda place: before[: place + 1] != text[: place + 1])
-    if start < min(len(before), len(asked)):
-        # The template writes earlier turns differently once they are answered. The longest end of the prompt that is
-        # in the text, too, shows where the answer begins: it follows the prompt. Else it begins where the two differ.
-        cut = bisect.bisect_left(range(len(before)), True, key=lambda place: before[place:] in text[start:])
-        place = text.rindex(before[cut:]) + len(before) - cut
+    places = range(min(len(prompt), len(text)))  # bisected: 20,000 characters one by one take 1.8 ms and not 0.04
+    start = bisect.bisect_left(places, True, key=lambda place: prompt[: place + 1] != text[: place + 1])
+    if start < min(len(prompt), len(context)):
+        # The template renders earlier turns differently once they are answered. The longest end of the prompt that the
+        # text has too aligns the two: the answer follows it. Without one, the answer begins where they differ.
+        cut = bisect.bisect_left(range(len(prompt)), True, key=lambda place: prompt[place:] in text[start:])
+        place = text.rindex(prompt[cut:]) + len(prompt) - cut
         last = chat.messages[n - 1]["content"]
-        holds = lambda part: contains("".join(part.split()), last)  # noqa: E731
-        if cut < len(asked) and (before != asked or (last.strip() and holds(before[cut:]))) and holds(text[:place]):
-            text, start = before + text[place:], len(before)
-        elif holds(before[start:]) or not holds(before[:start]):
+        has_last = lambda part: contains("".join(part.split()), last)  # noqa: E731
+        # that end begins before the generation prompt; if the template has none, it has the last message
+        aligned = cut < len(context) and (prompt != context or (last.strip() and has_last(prompt[cut:])))
+        if aligned and has_last(text[:place]):
+            text, start = prompt + text[place:], len(prompt)
+        elif has_last(prompt[start:]) or not has_last(prompt[:start]):
             reason = f"turn {n + 1}: the chat template renders what precedes it differently once it follows"
             raise RowError(f"{reason}; pass a --chat_template with {{% generation %}} around the answers")
     # prompt and answer may share the first characters of a tag: the answer begins with the whole tag
-    tags = re.finditer(r"<[^<>]*>|\[[^\[\]]*\]", before)
+    tags = re.finditer(r"<[^<>]*>|\[[^\[\]]*\]", prompt)
     start = next((tag.start() for tag in tags if tag.start() < start < tag.end()), start)
     stops = special_token_pattern(tokenizer).finditer(text, start)
-    return before, text, slice(start, next((stop.end() for stop in stops if not text[stop.end() :].strip()), len(text)))
+    return prompt, text, slice(start, next((stop.end() for stop in stops if not text[stop.end() :].strip()), len(text)))
 
 
 def check_calls(chat: Conversation, whole: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -751,7 +759,8 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
         complete = [check_answer(chat.messages[n], n + 1, part) for n, part in zip(answers, parts, strict=True)]
         left_out = notes + ["reasoning that the chat template does not write"] * (not all(complete))
         segments: list[Segment] = []
-        for start, end in itertools.pairwise(sorted({0, len(text), *(n for s in spans for n in (s.start, s.stop))})):
+        bounds = sorted({0, len(text), *(edge for span in spans for edge in (span.start, span.stop))})
+        for start, end in itertools.pairwise(bounds):
             supervised = any(span.start <= start < span.stop for span in spans)
             segments.append({"text": text[start:end], "supervised": supervised})
         yield RenderedRow(segments, left_out, rendered=True)
@@ -1007,7 +1016,7 @@ class Config:
 
 ARGUMENT_GROUPS: tuple[Any, ...] = tuple(f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type))
 
-# The current name; where a boolean became a choice, also that for True and, unless it is the default, for False.
+# The current name or, of a boolean that became a choice, `name value_if_true [value_if_false]`; else its default.
 RENAMED_FLAGS: dict[str, str] = {
     "evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "mlm_probability": "mask_prob",
     "no_cuda": "use_cpu", "use_auth": "use_auth_token", "per_gpu_eval_batch_size": "per_device_eval_batch_size",
@@ -1154,7 +1163,9 @@ class Parser(HfArgumentParser):
             nearest = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, names, 1, 0.7)), "")
             raise ConfigError(f"{typed}: unknown flag, {f'did you mean --{nearest}?' if nearest else 'see --help'}")
         passed = {name: value for name, value in vars(namespace).items() if value is not unset}
-        home = os.path.expanduser("~/")  # which a shell does neither in --flag=~/x nor after a comma
+        home = os.path.expanduser("~/").replace(
+            "\\", r"\\"
+        )  # which a shell does neither in --flag=~/x nor after a comma
         return {n: re.sub(r"(?<![^,\s])~/", home, v) if isinstance(v, str) else v for n, v in passed.items()}
 
 
@@ -1203,14 +1214,14 @@ def parse_config(argv: Sequence[str]) -> Config:
         parser.everything = "all" in argv
         parser.print_help()
         parser.exit()
-    path = argv[0] if argv and argv[0].lower().endswith((".yaml", ".yml", ".json")) else ""
+    path = argv[0] if argv and re.fullmatch(r"(?is)[^-–—].*\.(yaml|yml|json)", argv[0]) else ""
     words, record = read_config_file(Path(path)) if path else ([], {})
     with reraise_as_user_error(path, ConfigError):  # names the file before its errors
         from_file = parser.passed_flags(words)
     passed = parser.passed_flags(argv[bool(path) :])
     lost = {other for name in passed for other in SUPERSEDED.get(name, ())}  # the command line wins
     other_data = "eval_dataset" in passed or passed.get("dataset") not in (None, from_file.get("dataset"))
-    if record and not passed.get("do_train", True) and other_data:  # these say which of its own rows the run took
+    if record and not passed.get("do_train", True) and other_data:  # these select rows of the recorded dataset
         lost |= {"eval_dataset_size", "max_eval_samples", "include_sources", "streaming", "stream_buffer"}
     from_file = {name: value for name, value in from_file.items() if name not in lost}
     given = from_file.keys() & record.get("derived", {}).get("given", ()) if record else from_file.keys()
@@ -1305,6 +1316,7 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("seed data_seed", "0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     ("eval_dataset_size", "a number of rows, or a fraction below 1", lambda x: 0 < x < 1 or (x > 0 and x % 1 == 0)),
     ("max_steps", "a number of steps, or -1 with --num_train_epochs", lambda x: x != 0),
+    ("resume_from_checkpoint", "a checkpoint's folder; --overwrite_output_dir starts anew", lambda x: x != "False"),
     ("optim", "an optimizer that steps after the backward pass", lambda x: not re.search("lomo|layerwise", x)),
     ("debug", "nothing, or underflow_overflow", lambda x: {*x} <= {"", "underflow_overflow", "tpu_metrics_debug"}),
     ("init_lora_weights", "True, False, gaussian, orthogonal, olora, pissa or pissa_niter_N",
@@ -1393,10 +1405,11 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
     """The rules that no table holds: whether each is broken, and the message that says so."""
     flags, training = argparse.Namespace(**config.flags), config.training
     clm, mlm = config.data.objective == "clm", config.masked
-    foreign = MASKING_FLAGS if clm else CAUSAL_ONLY_FLAGS if mlm else set()
-    neutral = ("False", "right")  # a switch that is off, and padding_side's default, ask for nothing
-    wrong = sorted(name for name in config.explicitly_set & foreign if str(config.flags[name]) not in neutral)
-    metrics = ["loss", "perplexity"] + ["masked_accuracy"] * (not clm) + ["mmlu_..."] * flags.do_mmlu_eval
+    unsuitable = MASKING_FLAGS if clm else CAUSAL_ONLY_FLAGS if mlm else set()
+    harmless = ("False", "right")  # a switch that is off, and padding_side's default, ask for nothing
+    wrong = sorted(name for name in config.explicitly_set & unsuitable if str(config.flags[name]) not in harmless)
+    metrics = ["loss", "perplexity"] + ([] if clm else ["masked_accuracy"])
+    metrics += ["mmlu_..."] if flags.do_mmlu_eval else []
     metric = (flags.metric_for_best_model or "loss").removeprefix("eval_")
     epochs = flags.max_steps < 1 or "epoch" in (flags.save_strategy, flags.eval_strategy, flags.logging_strategy)
     shares = [share for _, share in dataset_shares(flags.dataset)]
@@ -1778,7 +1791,8 @@ def choose_format(name: str, source: RowSource, config: Config) -> RowSource:
         raise ConfigError(f"{found}, which fit no format; the nearest need {needs}; {way}")
     if missing:
         raise ConfigError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
-    said = ", inferred from columns" * (not named) + "; it has none of the columns that --columns names" * bool(absent)
+    said = "" if named else ", inferred from columns"
+    said += "; it has none of the columns that --columns names" if absent else ""
     log.info("%s: format %s%s", source.name, chosen, said)
     if chosen == "hh-rlhf":
         log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", source.name)
@@ -1825,12 +1839,14 @@ def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
         segment_of = [number for number, segment in enumerate(row) for _ in segment["text"].strip(ends)]  # by character
         tokens: list[Tokens] = [[] for _ in row]
         for i, (start, end) in zip(ids, offsets, strict=True):
-            if text[start:end] != ESCAPE_MARK:
-                if i in added:  # Phi-3's <|assistant|> swallows white space that follows, which belongs to the answer
-                    end = start + (len(text[start:end].rstrip()) or end - start)
-                first, last = segment_of[min(start, max(end, 1) - 1)], segment_of[max(end, 1) - 1]
-                supervised = row[first]["supervised"] or row[last]["supervised"]
-                tokens[last].append((i, i if supervised else IGNORE))
+            if text[start:end] == ESCAPE_MARK:
+                continue
+            if i in added:  # Phi-3's <|assistant|> swallows white space that follows, which belongs to the answer
+                end = start + (len(text[start:end].rstrip()) or end - start)
+            last_character = max(end, 1) - 1  # of a token without characters, the one before it
+            first, last = segment_of[min(start, last_character)], segment_of[last_character]
+            supervised = row[first]["supervised"] or row[last]["supervised"]
+            tokens[last].append((i, i if supervised else IGNORE))
         if row[0]["text"].startswith(BOS_MARK) and bos is not None:
             tokens[0].insert(0, (bos, bos if row[0]["supervised"] else IGNORE))
         if row[-1]["text"].endswith(EOS_MARK):
@@ -1840,7 +1856,7 @@ def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
 
 def last_supervised(segments: Sequence[Segment]) -> int:
     """The segment with which the completion begins."""
-    return max(number for number, segment in enumerate(segments) if segment["supervised"])
+    return max((number for number, segment in enumerate(segments) if segment["supervised"]), default=0)
 
 
 def prompt_fits(row: RenderedRow, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> bool:
@@ -1857,16 +1873,16 @@ def render_within(chat: Conversation, tokenizer: PreTrainedTokenizerBase, limits
     for answer, row in zip(chat.answers[-len(rows) :], rows, strict=True):
         first, *later = [n for n, message in enumerate(chat.messages[:answer]) if message["role"] == "user"]
         if later and not prompt_fits(row, tokenizer, limits):
-            shorter = []
+            shorter = []  # the chat without its oldest exchange, without its two oldest, ...
             for user in later:
-                kept = [n - user + first for n in ([answer] if len(rows) > 1 else chat.answers) if n >= user]
+                answers = [answer] if len(rows) > 1 else chat.answers
+                kept = [n - user + first for n in answers if n >= user]
                 messages = chat.messages[:first] + chat.messages[user : answer + 1]
                 shorter.append(chat._replace(messages=messages, answers=kept))
+            # the prompt's length depends on the last answer alone; the shortest is taken even if it does not fit
             alone = [part._replace(answers=part.answers[-1:]) for part in shorter[:-1]]
-            longest = bisect.bisect_left(
-                alone, True, key=lambda part: prompt_fits(render_chat(part, tokenizer)[0], tokenizer, limits)
-            )
-            short = render_chat(shorter[longest], tokenizer)[-1]
+            fits = lambda part: prompt_fits(render_chat(part, tokenizer)[0], tokenizer, limits)  # noqa: E731
+            short = render_chat(shorter[bisect.bisect_left(alone, True, key=fits)], tokenizer)[-1]
             both = tokenize_rendered([row.segments, short.segments], tokenizer)
             whole, rest = (sum(map(len, tokens)) for tokens in both)
             row = short._replace(left_out=[*short.left_out, OLDEST_EXCHANGES], lost=whole - rest)
@@ -1910,9 +1926,10 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
     normal = dict.fromkeys(("category", "problem", "raw"), "") | {"where": escape_control_chars(where)}
     try:
         parsed = dataset_format.parse(check_row(row))
-        mark = "label" if "completion" in dataset_format.columns and row.get("label") is False else "kto_tag"
-        if dataset_format.columns and row.get(mark) is False:
-            raise RowError(f"field {mark!r} is false, expected no answer that is marked as undesirable")
+        marks = ("kto_tag", "label") if "completion" in dataset_format.columns else ("kto_tag",)
+        undesirable = [mark for mark in marks if str(row.get(mark)).lower() == "false"]  # a CSV has text
+        if undesirable and dataset_format.columns:
+            raise RowError(f"field {undesirable[0]!r} is false, expected no answer that is marked as undesirable")
         if isinstance(parsed, Conversation):
             rows = list(render_within(parsed, tokenizer, limits))
         elif isinstance(parsed, JoinedSegments):
@@ -2076,7 +2093,7 @@ def as_held_out(config: Config, record: dict[str, Any]) -> Config:
 
 
 def held_out_places(rows: Any) -> list[str]:
-    """The first places of held-out rows, without their folder: another size or order of the dataset has others."""
+    """File and line of the first eight held-out rows: another size or order of the dataset has others."""
     return [place.rpartition("/")[2] for place in rows[:8]["where"]]
 
 
@@ -2314,9 +2331,9 @@ def truncate_and_concat(
     One limit cuts the prompt from the left, after BOS, down to a quarter of it, and then the completion on the right.
     """
     kept = limits.prompt(len(target))
-    prompt = source[:kept]
-    room = limits.target
-    if limits.total is not None:
+    if limits.total is None:
+        prompt, room = source[:kept], limits.target
+    else:
         first = min(kept, 1) if source and source[0][0] == bos else 0
         prompt = source[:first] + source[max(len(source) - kept, 0) + first :]
         room = limits.total - len(prompt)
@@ -2340,9 +2357,12 @@ def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
     split = [[re.split(f"([{MARKS}])", escape_special_tokens(s["text"], special)) for s in row] for row in rows]
     ids_of_text = iter(tokenize([text for row in split for parts in row for text in parts[::2]], tokenizer))
     for row, segments in zip(rows, split, strict=True):
-        ids = [[i for p in parts for i in (marks[p] if p in marks else next(ids_of_text))] for parts in segments]
-        ids[0] = marks[BOS_MARK] + ids[0]
-        ids[-1] = ids[-1] + eos
+        ids: list[list[int]] = [[] for _ in row]
+        ids[0] += marks[BOS_MARK]
+        for own, parts in zip(ids, segments, strict=True):
+            for part in parts:  # texts and marks in turn; the texts in the order in which they were tokenised
+                own += marks[part] if part in marks else next(ids_of_text)
+        ids[-1] += eos
         yield [[(i, i if s["supervised"] else IGNORE) for i in part] for s, part in zip(row, ids, strict=True)]
 
 
@@ -2398,13 +2418,16 @@ def encode_batch(
     batch: Mapping[str, list[Any]], tokenizer: Any, limits: Limits, train_on_source: bool = False, masked: bool = False
 ) -> dict[str, list[Any]]:
     """Columns of segments -> columns of encoded rows, for datasets.map. A chat whose prompt does not fit is empty."""
-    rows = [encode_masked(row[-1]["text"], tokenizer, limits) for row in batch["segments"] if masked]
-    parts = () if masked else prompts_and_completions(batch, tokenizer)
-    for (source, target, chat), lost in zip(parts, batch.get("lost") or itertools.repeat(0), strict=False):
-        ids, labels = truncate_and_concat(source, target, limits, train_on_source, tokenizer.bos_token_id)
-        if chat and len(source) > limits.prompt(len(target)):
-            ids, labels = [], []
-        rows.append(encoded_row(ids, labels, (len(source) + lost, len(target)), tokenizer.eos_token_id))
+    rows: list[dict[str, Any]] = []
+    if masked:
+        rows = [encode_masked(row[-1]["text"], tokenizer, limits) for row in batch["segments"]]
+    else:
+        lost_tokens = batch.get("lost") or [0] * len(batch["segments"])
+        for (source, target, chat), lost in zip(prompts_and_completions(batch, tokenizer), lost_tokens, strict=True):
+            ids, labels = truncate_and_concat(source, target, limits, train_on_source, tokenizer.bos_token_id)
+            if chat and len(source) > limits.prompt(len(target)):
+                ids, labels = [], []
+            rows.append(encoded_row(ids, labels, (len(source) + lost, len(target)), tokenizer.eos_token_id))
     special = special_token_pattern(tokenizer)
     for row, segments, rendered in zip(rows, batch["segments"], batch["rendered"], strict=True):
         mark = ESCAPE_MARK if rendered else special
@@ -2564,9 +2587,11 @@ def token_statistics(rows: Any, masked: bool) -> TokenStatistics:
     """Statistics of encoded rows."""
     lengths, hashes = rows["length"][:], rows["hash"][:]
     return TokenStatistics(
-        digest(*hashes), len(rows), sum(lengths), max(lengths), sum(rows["supervised"][:]), max(rows["largest_id"][:]),
-        sum(rows["cut"][:]), None if masked else sum(rows["without_eos"][:]), len(hashes) - len(set(hashes)),
-        sum(rows["special_text"][:]), sum(rows["rendered"][:]), rows.info.description.split("\n\n"),
+        fingerprint=digest(*hashes), rows=len(rows), tokens=sum(lengths), longest=max(lengths),
+        supervised=sum(rows["supervised"][:]), largest_id=max(rows["largest_id"][:]), cut=sum(rows["cut"][:]),
+        without_eos=None if masked else sum(rows["without_eos"][:]), duplicates=len(hashes) - len(set(hashes)),
+        special_text=sum(rows["special_text"][:]), chats=sum(rows["rendered"][:]),
+        formats=rows.info.description.split("\n\n"),  # load_rows writes one, and concatenate_datasets joins them so
     )  # fmt: skip
 
 
@@ -2655,12 +2680,14 @@ def micro_batches(step: StepBatch, rows: int | None, tokens: int, padded: bool) 
     lengths = step.lengths.tolist()
     groups = [list(range(len(lengths)))]
     if rows is not None and step.rows:  # a process may have none
-        starts = [0, *itertools.accumulate(step.rows)][:-1]  # of each row's members
-        groups = [list(range(*ends)) for ends in itertools.pairwise([*starts[::rows], len(lengths)])]
+        starts = [0, *itertools.accumulate(step.rows)][:-1]  # each row's first member
+        bounds = [*starts[::rows], len(lengths)]
+        groups = [list(range(start, end)) for start, end in itertools.pairwise(bounds)]
     elif padded:
         groups[0].sort(key=lambda i: -lengths[i])
-    else:  # no more batches than needed, of one size; 2 % more than an even share, as rows stay whole
-        tokens = min(tokens, math.ceil(sum(lengths) / max(1, math.ceil(sum(lengths) / tokens)) * 1.02))
+    else:
+        count = max(1, math.ceil(sum(lengths) / tokens))  # no more batches than needed, of one size
+        tokens = min(tokens, math.ceil(sum(lengths) / count * 1.02))  # 2 % above an even share, as rows stay whole
     batches: list[list[int]] = []
     for group in groups:
         batches.append([])
@@ -2675,7 +2702,7 @@ def micro_batches(step: StepBatch, rows: int | None, tokens: int, padded: bool) 
 def padded_batch(step: StepBatch, members: list[int], pad_id: int, side: str, numbered: bool = False) -> dict[str, Any]:
     """Members padded to one length, and which positions predict what; `numbered`: also the tokens' positions."""
     ids, labels = zip(*step.members(members), strict=True)
-    padded = padded_prompts(labels, IGNORE, side)["input_ids"].flatten()
+    padded = pad_sequence([*labels], batch_first=True, padding_value=IGNORE, padding_side=side).flatten()
     batch = padded_prompts(ids, pad_id, side) | supervised_targets(padded, 0 if step.masked else 1)
     if numbered:
         batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -2983,11 +3010,11 @@ def without_numbers(name: str) -> str:
 
 
 def try_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
-    """Names of the linear layers that a step on text trains, and of those whose weight stays as it is stored.
+    """Names of the linear layers that a step on text trains, and of those whose weight must not be packed.
 
-    Tried on the meta device, without memory. Mamba reads the weight of `dt_proj` without calling it, RWKV rescales some
-    to evaluate, Llama 4's router returns a tuple, and no gradient reaches DeepSeek-V3.2's indexer. Where a model casts
-    inputs to a weight's dtype, it would cast them to packed integers.
+    Found by a step on the meta device, which takes no memory. A packed weight can only be used by calling its layer:
+    Mamba reads that of `dt_proj` itself, RWKV rescales some, and Llama 4's router returns a tuple. No gradient reaches
+    DeepSeek-V3.2's indexer.
     """
     kind: Any = type(model)
     settings = {n: v for n, v in model.config.to_dict().items() if not re.search("quantization|use_cache|token_id", n)}
@@ -3079,7 +3106,7 @@ def stacked_experts(model: torch.nn.Module, known: bool = False) -> dict[str, tu
 
 
 def find_routers(model: torch.nn.Module, layers: Iterable[str], *also: str) -> set[str]:
-    """Those of the layers that send tokens to experts: they stay whole, or tokens go elsewhere."""
+    """A mixture's routers among the layers: quantised or adapted, they would send tokens to other experts."""
     names = "|".join(["router", "gate", *also])
     return set(filter(re.compile(rf"(.*\.)?({names})(\..*)?").fullmatch, layers)) if stacked_experts(model) else set()
 
@@ -3458,7 +3485,7 @@ def damped_factors(hessian: Tensor, tokens: float = math.inf) -> Factors | None:
     order, mean = diagonal.argsort(descending=True), diagonal.mean().double()
     for damping in DAMPING if diagonal.isfinite().all() and mean > 0 else ():
         ordered = hessian[order][:, order].double()
-        # codes by few tokens had up to 1.6 times plain rounding's error on others (SmolLM2), damped by these 0.8
+        # codes fitted to few tokens had 1.6 times plain rounding's error on others without len(H) / tokens, 0.8 with it
         ordered.diagonal().add_((damping + len(hessian) / tokens) * mean)
         lower, failed = torch.linalg.cholesky_ex(ordered)
         if not failed:
@@ -3504,10 +3531,11 @@ def adapter_start(left: Tensor, factors: Factors, rank: int) -> dict[str, Tensor
 
 
 def calibrate_weight(weight: Tensor, inputs: Mapping[int, Any], config: Config, transposed: bool) -> Choice:
-    """Round a weight, (out, in), or a stack of them, of (in, out) if `transposed`, by what their inputs are.
+    """Quantise a weight, (out, in), or a stack of them, each (in, out) if `transposed`, for the inputs x that they see.
 
-    `inputs` has the diagonal of H = Σ x xᵀ, and what computes its Factors. bitsandbytes rounds the matrices that
-    are not in it, and those where its rounding is better by H's measure. Blocks lie along the last dimension.
+    `inputs` maps a matrix's number in the stack to the diagonal of H = Σ x xᵀ and a function that returns H's Factors.
+    Matrices absent from it, and those that bitsandbytes rounds better by H's measure, keep its codes. Blocks lie along
+    the last dimension.
     """
     packed, stack = pack_weight(weight.to(load_dtype(config)), config), weight.view(-1, *weight.shape[-2:])
     if not inputs or weight.shape[-1] % BLOCK:
@@ -3539,7 +3567,7 @@ def calibrate_weight(weight: Tensor, inputs: Mapping[int, Any], config: Config, 
         packed.data.view(torch.uint8).view(len(stack), -1)[group] = high << 4 | low
     before, after = map(sum, zip(*errors.values(), strict=True))
     better = {i: own for i, own in inputs.items() if errors[i][1] < errors[i][0]}
-    if len(better) < len(inputs):  # again without the others, whose scales may be quantised with those of these
+    if len(better) < len(inputs):  # again without the others: nested scales are quantised together, so all may change
         choice = calibrate_weight(weight, better, config, transposed)
         return choice._replace(before=before, after=before - choice.before + choice.after)
     return Choice(packed, {}, before, after, len(stack) - len(inputs))
@@ -3868,7 +3896,7 @@ def adapter_files(adapter: str, config: Config) -> str:
 
 
 def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> None:
-    """Give fresh adapters their start; of saved ones turn off the half by which they fit the published base."""
+    """Give fresh adapters their start; of saved ones zero the half that convert_to_published_base has added."""
     starts = load_file(start) if fresh else {}
     for name, layer in adapted.named_modules():
         key = name.removeprefix("base_model.model.")
@@ -3988,7 +4016,7 @@ def widen_trained(adapted: Any, model: PreTrainedModel, lora: LoraArguments) -> 
     outside = outside_frozen_layers(trained, model, lora)
     for name, parameter in trained.items():
         parameter.requires_grad_(name in outside)
-        # biases stay: layer norms want them like their weights, and bitsandbytes narrows its layers'
+        # biases stay: a layer norm needs weight and bias of one dtype, and bitsandbytes casts its own
         if re.search(r"lora_|trainable_tokens_|modules_to_save", name):
             parameter.data = parameter.data.float()
     table = adapted.get_input_embeddings()
@@ -4792,7 +4820,8 @@ def set_recomputed_layers(model: Any, count: int, offload: bool = False, small: 
     The backward pass reaches them last, when the memory of the others is free. `small`: the time goes into launches.
     """
     layers = decoder_layers(model)
-    devices = [next(layer.parameters()).device for layer in layers]  # of several, the first layers of each
+    devices = [next(layer.parameters()).device for layer in layers]
+    # by their place among the layers of their own GPU: of several, each recomputes its first ones
     chosen = sorted(range(len(layers)), key=lambda i: devices[:i].count(devices[i]))[:count]
     checkpoint = offloading_checkpoint if offload else small_checkpoint if small else torch.utils.checkpoint.checkpoint
     for i, layer in enumerate(layers):
@@ -4818,7 +4847,7 @@ def rotate(own: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any,
 
 
 def with_globals(function: Any, changes: dict[str, Any]) -> Any:
-    """A copy of a function that sees other globals, and of all functions that it wraps."""
+    """Copy a function, and the functions that it wraps, with some globals replaced."""
     cells, inner = function.__closure__, getattr(function, "__wrapped__", None)
     if inner is not None:
         other = types.CellType(with_globals(inner, changes))
@@ -4913,7 +4942,7 @@ def short_spans(model: Any, longest: int) -> contextlib.ExitStack:
 
 
 def logits_close(a: Tensor, b: Tensor, noise: Any = 0.0, *, dtype: torch.dtype) -> bool:
-    """Whether logits are equal up to rounding, about a hundredth in bf16, and twice the noise."""
+    """Whether logits agree up to rounding (5 % of their norm in bf16, 1 % in fp16) and twice the noise."""
     a, b = (x.cpu() - x.cpu().mean(-1, keepdim=True) for x in (a, b))  # a constant changes nothing
     rounding = min(0.05, 10 * torch.finfo(dtype).eps) + (1e-2 if torch.backends.cuda.matmul.allow_tf32 else 1e-4)
     return bool((a - b).norm() <= rounding * a.norm() + 2 * noise)
@@ -4942,7 +4971,7 @@ def padding_changes(model: Any, dtype: torch.dtype, answer: Callable[..., Any], 
 
 
 def passes_positions(base: Any, config: Config) -> bool:
-    """Whether a batch holds positions: learnt ones would count the padding on the left."""
+    """Whether a batch needs position_ids: position embeddings would count padding on the left."""
     left = config.model.padding_side == "left" and not config.masked
     return left and "position_ids" in inspect.signature(base.forward).parameters
 
@@ -5189,7 +5218,8 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     head = model.get_output_embeddings()
     # peft copies a head with new tokens; beside the copy lie its gradient or three chunks of float32 logits
     tables = {model.get_input_embeddings().weight, head.weight} if config.model.add_tokens else set[Any]()
-    copied = max(2 * (table := head.weight.numel() * plain), table + 2**28) if tables else 0
+    table = head.weight.numel() * plain if tables else 0
+    copied = max(2 * table, table + 2**28) if tables else 0
     # adapters that are computed from the base's weights would be computed from none
     fresh = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init_lora_weights="true"))
     with torch.device("meta"):
@@ -5198,7 +5228,8 @@ def memory_from_config(config: Config, model_config: PretrainedConfig) -> Memory
     count = sum(p.numel() for p in trained)
     size = sum(p.nbytes for p in trained)
     # bytes a parameter: torch's AdamW keeps its averages in the parameter's dtype, the others in float32
-    states = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "torch": 2 * size // count}
+    states = {"lion_8bit": 1, "ademamix_8bit": 3, "8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "ademamix": 12}
+    states["torch"] = 2 * size // count
     memory = MemoryModel(
         weights=int(linear * (four_bits if bits == 4 else 1 if bits == 8 else plain)),
         other=(total - linear - experts) * plain,
@@ -5257,7 +5288,7 @@ def plan_step(
     memory: MemoryModel, room: float, longest: int, window: int, config: Config
 ) -> tuple[StepPlan, dict[str, str], bool]:
     """Plan a step for `room` bytes: the plan, a table of it, and whether it fits."""
-    # first with a paged optimizer's state on the GPU, then without; what follows is of the last try
+    # a paged optimizer's state stays on the GPU if that fits; the table below is of the last attempt
     for pages in (memory.optimizer, 0) if memory.paged else (0,):
         plan = search_step_plan(memory, room - pages, longest, window, config)
         largest = window if plan.rows is None else min(window, plan.rows * longest)
@@ -5344,10 +5375,10 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
     return "; ".join(found) or "no single change"
 
 
-def calibrate(
+def measure_memory(
     memory: MemoryModel, model: Any, base: Any, fast: FastPath, config: Config, longest: int = 512
 ) -> MemoryModel:
-    """Correct the predicted memory by that of two small steps. Not the calibration of --calibration_rows."""
+    """Scale the predicted memory of a token by what two small steps take, no longer than the model's positions."""
     longest = int(min(longest, 512, *model_sizes(base)[1:]))
     device, dtype = base.get_input_embeddings().weight.device, compute_dtype(config)
     peaks = []
@@ -5396,8 +5427,8 @@ def choose_step_plan(
     train = config.training
     if not train.do_train or rows is None or train.use_cpu:
         choices = recompute_choices(config, len(decoder_layers(base)) or memory.layers)
-        # 16 rows of 200 tokens through 8 layers of width 576 in 4 bits take two cores 3.3 s one by one and 2.5 s at 800
-        # to 3,200 tokens at once (at 6,400 11 % more than at 4,096); with all layers recomputed a third more.
+        # 16 rows of 200 tokens (8 layers of width 576, 4 bit) take two cores 3.3 s one by one, 2.5 s in batches of
+        # 800 to 3,200; 6,400 take 11 % longer than 4,096. Recomputing all layers adds a third.
         at_once, tokens = (None, 4096) if train.auto_batch else (train.per_device_train_batch_size, NO_LIMIT)
         recomputed = choices[-1]
         if rows is not None:  # half of the memory is for the rest of the machine
@@ -5414,7 +5445,7 @@ def choose_step_plan(
     else:
         devices = {parameter.device for parameter in base.parameters() if parameter.device.type == "cuda"}
         memory = memory.shared(config, len(devices)) if len(devices) > 1 else memory
-        memory = calibrate(memory, model, base, fast, config, max(128, lengths[0]))  # no longer than the model takes
+        memory = measure_memory(memory, model, base, fast, config, max(128, lengths[0]))
         # measured on the loaded model; gradients and the optimizer's state are still to come
         room = 0.95 * min(map(free_memory, devices)) - memory.gradients - (0 if memory.paged else memory.optimizer)
     plan, lines, _ = plan_step(memory, room, lengths[0], window, config)
@@ -5528,7 +5559,7 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
     before, now = ({**record.get("flags", {}), **record} for record in (recorded, run))  # flags beside the rest
     ineffective = {name for applies, names, _ in ineffective_flags(config) if applies for name in names}
     # What an earlier version did not record is not compared: its checkpoints stay resumable.
-    names = now.keys() & before.keys() - {"flags", "effective batch", *NOT_REPEATED, *ineffective}
+    names = (now.keys() & before.keys()) - {"flags", "effective batch", *NOT_REPEATED, *ineffective}
     if None in (before.get("metric_for_best_model"), now["metric_for_best_model"]):  # there is no best to compare with
         names -= BEST_FLAGS
     changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
@@ -5622,7 +5653,7 @@ def needs_more_steps(config: Config, completed: Mapping[str, Any]) -> bool:
     if "stopped_at" in completed:  # more steps alone would train nothing
         patience = completed["run"]["flags"].get("early_stopping_patience")
         return (args.early_stopping_patience or math.inf) > (patience or math.inf)
-    # the Trainer's count of epochs is a sum of fractions, which may end just below a whole number
+    # the Trainer's count of epochs may end just below a whole number
     target, unit = (args.max_steps, "step") if args.max_steps > 0 else (args.num_train_epochs - 1e-6, "epoch")
     return target > completed.get(unit, math.inf)
 
@@ -5658,7 +5689,7 @@ def check_output_is_free(config: Config, last: Path | None) -> None:
 
 
 def without_start(config: Config) -> Config:
-    """The Config without the adapter that the run in output_dir began with, if not to train: its result is used."""
+    """Unless training, leave out the adapter that the run in output_dir began with: its result is used instead."""
     adapter, output = config.model.adapter_name_or_path, Path(config.training.output_dir)
     if not adapter or config.training.do_train:
         return config
@@ -5751,7 +5782,7 @@ def commit_checkpoint(staging: Path, final: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_save(staging: Path, target: Path) -> Iterator[None]:
-    """Around a save into `staging`: in the end it is removed. A full disk, quota or missing rights: a ConfigError."""
+    """Around a save into `staging`, which is removed in any case. A full disk or missing rights are a ConfigError."""
     try:
         yield
     except Exception as error:
@@ -5899,10 +5930,11 @@ def run_batches(trainer: Any, count: int, process: Callable[[list[int]], Any], t
     """Call `process` with the row numbers of each batch; returns the results for all batches, on every rank."""
     results: dict[int, Any] = {}  # by a batch's first row
     size, (rank, ranks) = trainer.args.per_device_eval_batch_size, rank_and_world_size()
-    starts = range(0, count, size)  # cut as for one process; dealt in a circle, as engines need as many on each rank
-    own = [starts[i % len(starts)] for i in range(rank, math.ceil(len(starts) / ranks) * ranks, ranks)]
+    starts = range(0, count, size)  # cut as for one process
+    turns = math.ceil(len(starts) / ranks)  # engines need as many batches on every rank, so some repeat the first ones
+    own = [starts[i % len(starts)] for i in range(rank, turns * ranks, ranks)]
     shown = trainer.accelerator.is_main_process and not trainer.config.training.disable_tqdm
-    trainer.base.eval()
+    trainer.unwrapped.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
         for start in tqdm(own, title, disable=None if shown else True, leave=False):  # None: in a terminal only
             results[start] = process([*range(start, min(start + size, count))])
@@ -5952,7 +5984,7 @@ def sees_padding(model: Any, prompt: list[int], pad_id: int, device: Any, dtype:
 
 def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     """One dictionary a row: its fields, `prediction`, `prediction_with_input`. Prompts are cut as in training."""
-    model, tokenizer, limits = trainer.base, trainer.processing_class, length_limits(trainer.config)
+    model, tokenizer, limits = trainer.unwrapped, trainer.processing_class, length_limits(trainer.config)
     prompts = []
     for source, _, chat in prompts_and_completions(batch, tokenizer):
         room = Limits(len(source), 0) if chat else limits  # within a question nothing is cut
@@ -5961,7 +5993,7 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
     generation, device = generation_config(trainer.config, model, tokenizer), trainer.args.device
     answers: list[list[int]] = []
     # generate() merges the model's own sampling values into those that it is given
-    without_own = mock.patch.object(trainer.inner, "generation_config", GenerationConfig())
+    without_own = mock.patch.object(trainer.base, "generation_config", GenerationConfig())
     with reraise_as_user_error("generation flags"), without_own:
         if trainer.one_by_one is None and len(prompts) > 1 and not trainer.sharded:
             longest, dtype = max(prompts, key=len), compute_dtype(trainer.config)
@@ -5987,7 +6019,7 @@ def fill_masks(trainer: Any, batch: Any) -> Iterator[dict[str, Any]]:
         drawn, _ = masking.mask_tokens(torch.tensor(ids), torch.tensor(labels), "eval", ids, one=True)
         masked.append(ids if masking.mask_id in ids else drawn.tolist())
     tensors = to_device(padded_prompts(masked, tokenizer.pad_token_id, "right"), trainer.args.device)
-    predicted = trainer.base(**tensors).logits.argmax(-1).tolist()
+    predicted = trainer.unwrapped(**tensors).logits.argmax(-1).tolist()
     for text, labels, ids, tokens in zip(texts, encoded["labels"], masked, predicted, strict=True):
         shown = [i for i, label in enumerate(labels) if label != IGNORE or ids[i] == masking.mask_id]  # no [CLS], [SEP]
         before = tokenizer.decode([ids[i] for i in shown])
@@ -6058,7 +6090,7 @@ def answer_questions(trainer: Any, questions: list[Question]) -> list[tuple[bool
     results: dict[int, tuple[bool, float]] = {}
     for members in trainer.micro_batches(step):
         # Only the logits of the answers: all those of 100 prompts of 400 tokens would take 8 GB.
-        logits = supervised_logits(trainer.base, trainer.fast, trainer.tensors(step, members))
+        logits = supervised_logits(trainer.unwrapped, trainer.fast, trainer.tensors(step, members))
         right = [answers[questions[i].answer] for i in members]
         for i, answer, own in zip(members, right, logits.cpu().split([*map(len, right)]), strict=True):
             correct = int(own[0, first_tokens].argmax()) == questions[i].answer
@@ -6152,8 +6184,8 @@ STOP_NUMBERS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal
 class GracefulStop(TrainerCallback):
     """Saves a checkpoint and stops after the step in which a signal came."""
 
-    patience = 30  # seconds
-    signal = 0
+    grace = 30  # seconds for a data loader to hand out its next rows
+    received = 0  # number of the first signal
     training = False  # a step can be finished and saved; at other times a signal ends the run at once
     interrupted = False  # training stopped before its last step
     saved = False  # whether this run has saved anything
@@ -6163,21 +6195,21 @@ class GracefulStop(TrainerCallback):
         if os.getpid() != self.process:  # a worker of datasets.map, which its pool ends this way
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif not self.training or (self.signal and number == signal.SIGINT):
+        elif not self.training or (self.received and number == signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # a second one then ends a library that goes on
             raise KeyboardInterrupt(number)
-        elif not self.signal:
-            self.signal = number
+        elif not self.received:
+            self.received = number
             if hasattr(signal, "setitimer"):  # Windows has none
                 signal.signal(signal.SIGALRM, self.stop_waiting)
-                signal.setitimer(signal.ITIMER_REAL, self.patience, self.patience)
+                signal.setitimer(signal.ITIMER_REAL, self.grace, self.grace)
             with contextlib.suppress(RuntimeError):  # it came while a line was being written
                 log.warning("%s: finishing the step, then saving", signal.Signals(number).name)
 
     def stop_waiting(self, number: int, frame: Any) -> None:
         """End a run that still waits for its next rows: a data-loader worker may hang."""
         if any(caller.f_code is QLoRATrainer.get_batch_samples.__code__ for caller, _ in traceback.walk_stack(frame)):
-            raise KeyboardInterrupt(self.signal)
+            raise KeyboardInterrupt(self.received)
 
     @contextlib.contextmanager
     def handling_signals(self) -> Iterator[None]:
@@ -6186,14 +6218,14 @@ class GracefulStop(TrainerCallback):
         try:
             yield
         finally:
-            if self.signal and hasattr(signal, "setitimer"):
+            if self.received and hasattr(signal, "setitimer"):
                 signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in saved.items():
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop after the step, on every rank if the signal reached one."""
-        if any(all_gather_object(self.signal)):
+        if any(all_gather_object(self.received)):
             control.should_training_stop = control.should_save = True
             self.interrupted = state.global_step < state.max_steps
 
@@ -6269,13 +6301,13 @@ class QLoRATrainer(Trainer):
         self.identity, self.questions = identity, questions  # what checkpoints say of the run; MMLU's
         if plugin := getattr(self.accelerator.state, "fsdp_plugin", None):
             set_up_fsdp(plugin, self.model, config)
-        self.base: Any = self.accelerator.unwrap_model(self.model)  # with adapters; what else is called `base` is inner
-        self.inner = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base
-        self.passes_positions = passes_positions(self.inner, config)
-        self.parameter_count = self.base.num_parameters(exclude_embeddings=True)
+        self.unwrapped: Any = self.accelerator.unwrap_model(self.model)  # the base with its adapters, if it has some
+        self.base = self.unwrapped.get_base_model() if hasattr(self.unwrapped, "get_base_model") else self.unwrapped
+        self.passes_positions = passes_positions(self.base, config)
+        self.parameter_count = self.unwrapped.num_parameters(exclude_embeddings=True)
         self.sharded = is_sharded(config)
         # what trains; an engine makes parameters of its own
-        self.trained = [] if self.sharded else [p for p in self.base.parameters() if p.requires_grad]
+        self.trained = [] if self.sharded else [p for p in self.unwrapped.parameters() if p.requires_grad]
         self.parts: list[tuple[list[str], Tensor]] = []  # rows and loss of the last step's micro-batches
         self.pending_checks: list[tuple[Any, ...]] = []  # steps whose numbers were not looked at yet
         self.position: float | None = None  # in a stream, after the current step
@@ -6288,10 +6320,10 @@ class QLoRATrainer(Trainer):
         self.overflows = 0  # steps in succession whose gradient norm is not finite
         self.router_logits: Any = None  # of the last forward pass, where the config asks for the routers' own loss
         self.router_losses: list[Tensor] = []  # since the last log
-        self.balance = router_loss_of(self.inner)
+        self.balance = router_loss_of(self.base)
         if self.balance:
             note = lambda model, args, outputs: setattr(self, "router_logits", outputs.router_logits)  # noqa: E731
-            self.inner.base_model.register_forward_hook(note)
+            self.base.base_model.register_forward_hook(note)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train without bitsandbytes 0.50's wait for the GPU after each parameter (10 %); one stream keeps order."""
@@ -6336,7 +6368,7 @@ class QLoRATrainer(Trainer):
         random_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         # a schedule-free optimizer holds, between steps, what is evaluated and saved
         self.optimizer.train()  # type: ignore[union-attr]
-        if not self.base.training:  # walking all modules takes 5 ms at 7B
+        if not self.unwrapped.training:  # walking all modules takes 5 ms at 7B
             model.train()
         while True:
             try:
@@ -6359,8 +6391,10 @@ class QLoRATrainer(Trainer):
     def _micro_batch_losses(self, model: Any, step: StepBatch, items: Any) -> list[tuple[list[str], Tensor]]:
         losses, router_losses = list[Any](), list[Tensor]()
         parts = self.micro_batches(step)
-        inner = model if self.sharded else self.base  # gradients are averaged once a step, so DDP's wrapper has no part
-        with attention_implementation(self.base, self.fast.attention):
+        inner = (
+            model if self.sharded else self.unwrapped
+        )  # gradients are averaged once a step, so DDP's wrapper has no part
+        with attention_implementation(self.unwrapped, self.fast.attention):
             for i, members in enumerate(parts):
                 last = i == len(parts) - 1
                 self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed takes its step by it
@@ -6373,10 +6407,10 @@ class QLoRATrainer(Trainer):
                         if self.balance:  # a micro-batch counts by its tokens, as in the model's own loss
                             routed = self.balance(self.router_logits, batch.get("attention_mask"))
                             share = int(step.lengths[members].sum()) / len(step.input_ids)
-                            loss = loss + routed * share * self.inner.router_aux_loss_coef
+                            loss = loss + routed * share * self.base.router_aux_loss_coef
                             router_losses.append(routed.detach() * share)
                     if not loss.requires_grad:  # Reformer's reversible layers
-                        raise ConfigError(f"no gradient reaches any adapter of {type(self.inner).__name__}")
+                        raise ConfigError(f"no gradient reaches any adapter of {type(self.base).__name__}")
                     self.accelerator.backward(loss)
                     losses.append(([step.where[i] for i in members], loss.detach().to(self.args.device)))
         self.router_losses += router_losses  # once a whole pass has fitted into memory
@@ -6385,10 +6419,11 @@ class QLoRATrainer(Trainer):
     def micro_batches(self, step: StepBatch) -> list[list[int]]:
         """Which members of a step go through the model together."""
         rows = self.plan.rows if torch.is_grad_enabled() else None  # evaluation has a batch size of its own
-        tokens = 0 if self.fast.alone else self.plan.tokens
+        tokens = 0 if self.fast.alone else self.plan.tokens  # 0: one row at a time
         parts = micro_batches(step, rows, tokens, padded=self.fast.attention is None)
-        # each one gathers the sharded weights, so every rank needs the same number
-        return parts + [[]] * (max(all_gather_object(len(parts))) - len(parts)) if self.sharded else parts
+        if self.sharded:  # each one gathers the sharded weights, so every rank runs as many, some of them empty
+            parts += [[]] * (max(all_gather_object(len(parts))) - len(parts))
+        return parts
 
     def tensors(self, step: StepBatch, members: list[int]) -> dict[str, Any]:
         """Return the model's inputs for a micro-batch, on the device."""
@@ -6403,7 +6438,7 @@ class QLoRATrainer(Trainer):
 
     def _make_room(self, step: StepBatch, reason: torch.OutOfMemoryError) -> None:
         """Drop dequantised copies, halve micro-batches down to 4096 tokens, then recompute more layers."""
-        plan, layers = self.plan, len(decoder_layers(self.base))
+        plan, layers = self.plan, len(decoder_layers(self.unwrapped))
         largest = max(self.micro_batches(step), key=lambda members: int(step.lengths[members].sum()))
         tokens = int(step.lengths[largest].sum())
         if plan.unpacked:
@@ -6414,7 +6449,7 @@ class QLoRATrainer(Trainer):
             self.plan = plan._replace(recomputed=min(layers, plan.recomputed + max(1, layers // 4)))
         else:
             raise reason
-        apply_step_plan(self.base, self.plan, self.config)
+        apply_step_plan(self.unwrapped, self.plan, self.config)
         torch.cuda.empty_cache()
         ran_out, number = plan._replace(rows=None, tokens=tokens), self.state.global_step + 1
         log.warning("step %d: GPU memory ran out with %s; repeating it with %s", number, ran_out, self.plan)
@@ -6462,7 +6497,7 @@ class QLoRATrainer(Trainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Compute loss, perplexity and, if asked, MMLU. It draws no random numbers."""
         began, rows = time.perf_counter(), dataloader
-        with attention_implementation(self.base, self.fast.attention):
+        with attention_implementation(self.unwrapped, self.fast.attention):
             batches = run_batches(self, len(rows), lambda numbers: self._eval_batch(rows, numbers), "Evaluating")
             mmlu = mmlu_metrics(self, self.questions) if self.questions else {}
         sizes, losses, correct, counts = zip(*batches, strict=True)
@@ -6479,7 +6514,7 @@ class QLoRATrainer(Trainer):
         step = self.data_collator([rows[i] for i in numbers])["step"]
         if self.masking:  # the same masks at every evaluation, one in a row at least
             step = self.masking.mask_step(step, "eval", one=True)
-        inner, smoothing = self.model if self.sharded else self.base, self.args.label_smoothing_factor
+        inner, smoothing = self.model if self.sharded else self.unwrapped, self.args.label_smoothing_factor
         total, correct = torch.zeros((), device=self.args.device), 0
         for members in self.micro_batches(step):
             batch = self.tensors(step, members)
@@ -6499,7 +6534,7 @@ class QLoRATrainer(Trainer):
         with reraise_as_user_error("--fsdp_config or --deepspeed") if self.sharded else contextlib.nullcontext():
             model, dataloader = super()._prepare_for_training(*args, **kwargs)
         if self.sharded and self.config.training.fast_path and not self.config.masked:
-            self.fast = choose_fast_path(model, self.inner, self.fast, self.config, self.args.device)
+            self.fast = choose_fast_path(model, self.base, self.fast, self.config, self.args.device)
             log.info("%s", format_table(self.fast.lines()))
         return model, dataloader
 
@@ -6586,8 +6621,8 @@ class QLoRATrainer(Trainer):
         if self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif adapter is None:  # the Trainer would skip weights that files name otherwise (GPT-NeoX's head, experts)
-            own, dtype = copy.deepcopy(self.inner.config), self.inner.dtype
-            self.inner.load_state_dict(load_base(self.config, own, resume_from_checkpoint, dtype=dtype).state_dict())
+            own, dtype = copy.deepcopy(self.base.config), self.base.dtype
+            self.base.load_state_dict(load_base(self.config, own, resume_from_checkpoint, dtype=dtype).state_dict())
         else:
             with reraise_as_user_error(f"{adapter} does not fit the LoRA flags", RuntimeError):
                 load_adapter_weights(self.model, str(adapter))
@@ -6788,7 +6823,7 @@ def gather_weights(trainer: QLoRATrainer) -> dict[str, Tensor]:
     """The weights to save, gathered from the ranks that shard them; every rank has to take part."""
     if trainer.is_deepspeed_enabled:
         return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped) or {})
-    model, full = trainer.base, trainer.config.quant.full_finetune
+    model, full = trainer.unwrapped, trainer.config.quant.full_finetune
     weights = {}
     names = model.all_tied_weights_keys  # a bias that a head holds under two names is saved under one
     for name, parameter in model.named_parameters():
@@ -6800,7 +6835,7 @@ def gather_weights(trainer: QLoRATrainer) -> dict[str, Tensor]:
 
 def save_final(trainer: QLoRATrainer) -> None:
     """Save the adapter (or, after a full fine-tune, the model) and its tokenizer, each file whole; then `completed`."""
-    model, args, state, config = trainer.base, trainer.args, trainer.state, trainer.config
+    model, args, state, config = trainer.unwrapped, trainer.args, trainer.state, trainer.config
     output, final = Path(config.training.output_dir), final_folder(config)
     weights = {"state_dict": gather_weights(trainer)} if trainer.sharded else {}
     if args.should_save:
@@ -6942,10 +6977,11 @@ def merge_layers(peft_model: Any, dtype: torch.dtype) -> float:
 def compare_merged(model: Any, base: Tensor, adapted: Tensor, lost: float, sample: Any, target: str) -> dict[str, Any]:
     """Compare a merged model's logits with those of base + adapter, and refuse one that is wrong.
 
-    They may differ by as much as one unit in the last place of every weight changes, which is measured (and ruins the
-    model), plus twice the part of the adapter's effect that was rounded away.
+    They may differ by as much as one unit in the last place of every weight changes, which is measured on the model
+    itself, plus twice the part of the adapter's effect that was rounded away.
     """
     merged, generator = float32_logits(model, sample), torch.Generator().manual_seed(0)
+    # from here on, every weight is off by one unit in its last place
     for weight in (p.data for p in model.parameters() if p.dim() == 2):
         signs = [torch.randint(2, (n, 1), generator=generator).mul_(2).sub_(1).to(weight.dtype) for n in weight.shape]
         weight.addcmul_(weight, signs[0] @ signs[1].T, value=torch.finfo(weight.dtype).eps)
@@ -7396,7 +7432,7 @@ def run_stages(run: Run, data: Data, stop: GracefulStop, began: float) -> int:
         log.info("ready after %.0f s", time.perf_counter() - began)
         if resume.train:
             metrics |= train(trainer, resume, stop)
-            if number := max(all_gather_object(stop.signal)):
+            if number := max(all_gather_object(stop.received)):
                 name, step = signal.Signals(number).name, trainer.state.global_step
                 log.warning("stopped by %s at step %d, saved; %s", name, step, way_to_go_on(config, stop))
                 return STOP_SIGNALS[name]

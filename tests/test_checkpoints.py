@@ -261,7 +261,7 @@ def test_a_signal_while_a_worker_hangs_ends_the_run(run_qlora, monkeypatch):
 
     here, began, calls = os.getpid(), time.monotonic(), []
     monkeypatch.setattr(qlora, "collate_step", hang)
-    monkeypatch.setattr(qlora.GracefulStop, "patience", 0.5)
+    monkeypatch.setattr(qlora.GracefulStop, "grace", 0.5)
     build_callbacks = qlora.build_callbacks
 
     class Later(TrainerCallback):

@@ -461,7 +461,7 @@ def test_the_first_step_calibrates_the_prediction_and_leaves_nothing(models):
     base = reference.base_of(both.quick)
     memory = qlora.memory_from_config(both.config, base.config)
     state, before = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
-    memory = qlora.calibrate(memory, both.quick, base, both.fast, both.config)
+    memory = qlora.measure_memory(memory, both.quick, base, both.fast, both.config)
     gc.collect()
     assert torch.cuda.memory_allocated() <= before + 2**20 and torch.equal(torch.cuda.get_rng_state(), state)
     torch.cuda.reset_peak_memory_stats()

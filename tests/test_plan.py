@@ -308,10 +308,10 @@ def test_the_first_step_calibrates_the_prediction(models, gpus, monkeypatch):
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: next(used))
     monkeypatch.setattr("torch.autocast", lambda *args: contextlib.nullcontext())
     state = torch.get_rng_state()
-    got = qlora.calibrate(memory, both.quick, base, both.fast, both.config)
+    got = qlora.measure_memory(memory, both.quick, base, both.fast, both.config)
     assert (got.token, got.layer) == (2 * memory.token, 2 * memory.layer) and got.weights == memory.weights
     monkeypatch.setattr(qlora, "summed_loss", functools.partial(run_out_of_memory, qlora.summed_loss))
-    assert qlora.calibrate(memory, both.quick, base, both.fast, both.config) == memory
+    assert qlora.measure_memory(memory, both.quick, base, both.fast, both.config) == memory
     assert torch.equal(torch.get_rng_state(), state)
     assert not [parameter for parameter in both.quick.parameters() if parameter.grad is not None]
 
