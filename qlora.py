@@ -4937,7 +4937,8 @@ def short_spans(model: Any, longest: int) -> contextlib.ExitStack:
         for name in ("sliding_window", "attention_chunk_size"):
             value = getattr(owner, name, None)
             if isinstance(value, int) and 8 < value < longest:
-                spans.enter_context(mock.patch.object(owner, name, 8))
+                spans.callback(setattr, owner, name, value)
+                setattr(owner, name, 8)
     return spans
 
 

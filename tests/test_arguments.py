@@ -424,6 +424,11 @@ def test_the_command_line_overrides_the_file(tmp_path, content, argv, name, expe
     assert parse(str(tmp_path / "run.yaml"), *argv).flags[name] == expected
 
 
+@pytest.mark.parametrize("word", ["--dataset=rows.json", "–output_dir=a.yaml"])
+def test_a_first_flag_that_ends_like_a_file_is_no_file(word):
+    assert word.partition("=")[2] in parse(word, "--plan").flags.values()
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -908,6 +913,7 @@ RULES = [
     ("--lora_dropout -0.1", "lora_dropout -0.1"),
     ("--layers_to_freeze 1 --layer_freeze_ratio 0.5", "layers_to_freeze layer_freeze_ratio"),
     ("--layer_freeze_ratio 1", "layer_freeze_ratio 1"),
+    ("--resume_from_checkpoint False", "resume_from_checkpoint False overwrite_output_dir"),
     ("--recompute_layers some", "recompute_layers some auto all none"),
     ("--recompute_layers -1", "recompute_layers -1"),
     ("--gradient_checkpointing False --recompute_layers all", "gradient_checkpointing recompute_layers"),

@@ -799,17 +799,26 @@ def test_what_follows_the_last_answer_to_learn_is_left_out():
         render([*LONG[:2], {**LONG[2], "train": False}], chatml_tokenizer())
 
 
+def test_an_empty_answer_may_be_context_only():
+    messages = [*LONG[:2], {**LONG[2], "content": "", "weight": 0}, *LONG[3:]]
+    assert texts(render(messages, chatml_tokenizer())) == ["In the harbour.<|im_end|>"]
+
+
 def test_earlier_answers_in_the_prompt_of_a_preference_are_context():
     chat = qlora.parse_chosen({"prompt": LONG[:4], "chosen": [LONG[4]], "rejected": [LONG[2]]})
     assert chat == qlora.parse_chosen({"prompt": LONG[:4], "chosen": LONG[:5], "rejected": [LONG[2]]})
     assert [turn["content"] for turn in chat.messages] == [turn["content"] for turn in LONG[:5]] and chat.answers == [4]
 
 
+@pytest.mark.parametrize(
+    "names", [("messages", "role", "content", "user", "assistant"), ("conversations", "from", "value", "human", "gpt")]
+)
 @pytest.mark.parametrize("explicit", [False, True])
-def test_nulls_that_datasets_adds_to_json_lines_are_no_arguments(tmp_path, explicit):
+def test_nulls_that_datasets_adds_to_json_lines_are_no_arguments(tmp_path, explicit, names):
     """Its export gives every call the arguments of all, and user turns calls; nulls written by hand stay."""
     calls = [{"function": {"name": name, "arguments": {key: None if explicit else "v"}}} for name, key in ("ab", "cd")]
-    rows = [{"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "tool_calls": [c]}]} for c in calls]
+    column, who, what, user, assistant = names
+    rows = [{column: [{who: user, what: "Go."}, {who: assistant, "tool_calls": [call]}]} for call in calls]
     file = tiny.rows_to_jsonl(tmp_path / "own.jsonl", rows)
     if not explicit:
         Dataset.from_list(rows).to_json(file)

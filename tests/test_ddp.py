@@ -306,7 +306,7 @@ def test_evaluation_batches_are_dealt_evenly_and_gathered_once(monkeypatch, coun
     parts: list[dict[int, list[int]]] = []  # what each rank brings
     monkeypatch.setattr(qlora, "all_gather_object", lambda mine: parts.append(mine) or parts)
     trainer = SimpleNamespace(
-        base=torch.nn.Identity(),
+        unwrapped=torch.nn.Identity(),
         compute_loss_context_manager=contextlib.nullcontext,
         args=SimpleNamespace(per_device_eval_batch_size=size),
         accelerator=SimpleNamespace(is_main_process=False),

@@ -403,6 +403,7 @@ def test_a_row_that_lacks_a_column_of_the_flag_is_bad(tmp_path):
         {"prompt": "Q", "completion": "bad", "label": False},
         {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "bad"}], "kto_tag": False},
         {"instruction": "Q", "output": "bad", "kto_tag": False},
+        {"prompt": "Q", "completion": "bad", "label": "False"},  # of a CSV
     ],
 )
 def test_an_answer_that_is_marked_undesirable_is_a_bad_row(tmp_path, row):

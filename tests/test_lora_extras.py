@@ -267,6 +267,10 @@ def test_ranks_and_alphas_of_single_layers(adapt, models, tmp_path):
     adapted = PeftModel.from_pretrained(base_of(models("llama"), bits=4), tmp_path / "out")
     layers = adapted.base_model.model.model.layers
     assert (layers[1].self_attn.v_proj.scaling["default"], layers[1].mlp.down_proj.scaling["default"]) == (8, 4)
+    assert (
+        "refuse an adapter with ranks or alphas by layer, or scale it differently"
+        in (tmp_path / "out/README.md").read_text()
+    )
 
 
 def test_a_pattern_with_pissa_fits_the_published_base(run_qlora, models, tmp_path):
@@ -366,7 +370,7 @@ def test_new_tokens_train_their_rows_and_no_others(run_qlora, models, cups, tmp_
     assert trained.keys() == {f"base_model.model.{name}" for name in table_names(tie)}
     assert run.json("adapter_config.json")["trainable_token_indices"] == {name: [259, 260] for name in table_names(tie)}
     card = (run.output_dir / "README.md").read_text()
-    assert "vLLM and llama.cpp refuse" in card and "`--merged_output_dir`" in card
+    assert "vLLM or llama.cpp refuse an adapter with new tokens" in card and "`--merged_output_dir`" in card
     # plain peft on the published base in 4 bit, with more rows where it lacks them
     base = base_of(folder, bits=4)
     for module in base.modules():
@@ -531,3 +535,17 @@ def test_a_bf16_adapter_taken_out_of_the_base_is_saved_as_it_was_trained(run_qlo
     again = run_qlora(max_steps=3, learning_rate=1e-2, do_train=False, **flags)
     trained, loaded = (one.json("eval_results.json")["eval_loss"] for one in (run, again))
     assert (run.code, again.code) == (0, 0) and loaded == pytest.approx(trained, rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": "all"}, "biases"),
+        ({"modules_to_save": "lm_head"}, "modules trained whole"),
+    ],
+    ids=str,
+)
+def test_the_card_names_what_servers_do_not_load(run_qlora, flags, named):
+    run = run_qlora(max_steps=1, **flags)
+    assert f"refuse an adapter with {named}, or" in (run.output_dir / "README.md").read_text()

@@ -260,7 +260,7 @@ def test_layers_on_several_gpus_of_one_process_have_the_memory_of_all(gpus, fold
     config, memory = parse(folder("70b")), memory_of(folder("70b"))
     gpus(140, free=130, allocated=17.5, reserved=17.5, share=24 / 140)
     monkeypatch.setattr(config.training, "use_cpu", False)
-    monkeypatch.setattr(qlora, "calibrate", lambda memory, *args: memory)
+    monkeypatch.setattr(qlora, "measure_memory", lambda memory, *args: memory)
     plans = []
     for count in (1, 2):
         base = torch.nn.Module()
