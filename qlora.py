@@ -11,26 +11,28 @@ that are supervised or not, and the Hugging Face Trainer trains the adapters wit
 QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314). Flags, defaults, prompts, labels and output files are
 those of the original script (https://github.com/artidoro/qlora); the README lists the differences.
 
-Read the file from top to bottom, along the path of the data: every room uses only the rooms above it.
+Read the file from top to bottom, along the path of the data: every room uses only the rooms above it. The prompt is
+masked in `with_labels`, a format is a row of FORMATS, memory decides the micro-batch in `search_step_plan`, the rename
+in `commit_checkpoint` makes a checkpoint visible, and the loss is normalised in `_micro_batch_losses`.
 
-     1 Imports             36-186
-     2 Errors             189-252
-     3 Dataset formats    255-828
-     4 Arguments         831-1554
-     5 Loading          1557-2190
-     6 Tokenizer        2193-2316
-     7 Encoding         2319-2794
-     8 Model            2797-3428
-     9 Calibration      3431-3788
-    10 LoRA             3791-4103
-    11 Fast path        4106-5103
-    12 Plan             5106-5452
-    13 Checkpoints      5455-5860
-    14 Processes        5863-5920
-    15 Evaluation       5923-6112
-    16 Trainer          6115-6736
-    17 Stages           6739-7244
-    18 Main             7247-7539
+     1 Imports             38-188
+     2 Errors             191-254
+     3 Dataset formats    257-831
+     4 Arguments         834-1557
+     5 Loading          1560-2199
+     6 Tokenizer        2202-2325
+     7 Encoding         2328-2804
+     8 Model            2807-3438
+     9 Calibration      3441-3798
+    10 LoRA             3801-4113
+    11 Fast path        4116-5114
+    12 Plan             5117-5463
+    13 Checkpoints      5466-5871
+    14 Processes        5874-5931
+    15 Evaluation       5934-6123
+    16 Trainer          6126-6747
+    17 Stages           6750-7257
+    18 Main             7260-7552
 """
 
 # ------------------------------------------------------------------------------------
@@ -511,12 +513,12 @@ def parse_chat(column: str, row: RawRow) -> Conversation:
     if not answers:
         raise RowError(f"field {column!r} has no turn of the assistant with a weight, expected an answer to learn")
     tools, functions = get_list(row, "tools", []), get_list(row, "functions", [])
-    left_out += ["functions beside tools"] * bool(tools and functions)
+    left_out += ["functions beside tools"] if tools and functions else []
     if not all(isinstance(tool, Mapping) for tool in tools or functions):
         raise field_error(row, "tools" if tools else "functions", "a list of objects")
     tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or functions]
     options = get_list(row, "chat_template_kwargs", {})
-    left_out += ["turns after the last answer to learn"] * (answers[-1] + 1 < len(messages))
+    left_out += ["turns after the last answer to learn"] if answers[-1] + 1 < len(messages) else []
     return Conversation(messages[: answers[-1] + 1], answers, tools or None, options, left_out)
 
 
@@ -564,7 +566,7 @@ def get_format(name: str, as_chat: bool = False) -> DatasetFormat:
         known = FORMATS[name]
         if not as_chat or {"messages", "conversations"}.intersection(known.columns):
             return known
-        question = known.columns[:-1] + ("input",) * ("input" in known.optional)  # the last column is the answer
+        question = known.columns[:-1] + (("input",) if "input" in known.optional else ())  # the last is the answer
         if not question:
             raise ConfigError(f"--as_chat: rows of the format {name} have no column that could be a user's turn")
         parse = partial(parse_as_chat, question, known.columns[-1])
@@ -741,7 +743,8 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
             absent.append(what)
     check_calls(chat, whole, tokenizer)
     with contextlib.suppress(RowError):  # of a template that wants tools beside calls
-        absent += ["tools"] * bool(chat.tools and apply_template(chat._replace(tools=None), tokenizer)[0] == whole)
+        if chat.tools and apply_template(chat._replace(tools=None), tokenizer)[0] == whole:
+            absent.append("tools")
     notes = [*chat.left_out, *(f"{what} that the chat template does not write" for what in absent)]
     answers_in_all = [message["role"] for message in chat.messages].count("assistant")
     if marks is None or len(chat.answers) < answers_in_all:  # the template marks context-only answers, too
@@ -757,7 +760,7 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
         parts = [text[span] for span in spans]
         parts = parts if len(parts) == len(answers) else ["".join(parts)] * len(answers)
         complete = [check_answer(chat.messages[n], n + 1, part) for n, part in zip(answers, parts, strict=True)]
-        left_out = notes + ["reasoning that the chat template does not write"] * (not all(complete))
+        left_out = notes + ([] if all(complete) else ["reasoning that the chat template does not write"])
         segments: list[Segment] = []
         bounds = sorted({0, len(text), *(edge for span in spans for edge in (span.start, span.stop))})
         for start, end in itertools.pairwise(bounds):
@@ -1468,8 +1471,8 @@ def conflicts(config: Config) -> list[tuple[Any, str]]:
 def check_folders(config: Config) -> None:
     """Refuse output folders that the run reads, also a checkpoint in one: files could be overwritten or removed."""
     flags, output = config.flags, Path(config.training.output_dir).resolve()
-    reads = ["model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "deepspeed"]
-    reads += ["mmlu_dir"] * config.mmlu.do_mmlu_eval + ["eval_dataset", "resume_from_checkpoint"]
+    reads = ["model_name_or_path", "adapter_name_or_path", "tokenizer_patch", "chat_template", "deepspeed",
+             "eval_dataset", "resume_from_checkpoint", *(["mmlu_dir"] if config.mmlu.do_mmlu_eval else [])]  # fmt: skip
     removed = re.compile(r"checkpoint-\d+$|left-checkpoint-|\.saving-")  # what a run moves or removes in its folder
     names = {name for name, _ in dataset_shares(config.data.dataset)} - DATASETS.keys()
     sources = [(name, flags[name]) for name in reads] + [("dataset", name) for name in sorted(names)]
@@ -1787,7 +1790,7 @@ def choose_format(name: str, source: RowSource, config: Config) -> RowSource:
         nearest = (needed[text] for text in difflib.get_close_matches(", ".join(columns), needed, n=2, cutoff=0))
         needs = " or ".join(f"{', '.join(FORMATS[known].columns)} ({known})" for known in nearest)
         way = "--columns input=question says what yours are called, --dataset_format path.py:function converts rows"
-        way += "; to predict without training, the answers may be any text" * (not config.training.do_train)
+        way += "" if config.training.do_train else "; to predict without training, the answers may be any text"
         raise ConfigError(f"{found}, which fit no format; the nearest need {needs}; {way}")
     if missing:
         raise ConfigError(f"{found}, the format {chosen} needs {', '.join(missing)}; others: {', '.join(FORMATS)}")
@@ -1818,7 +1821,12 @@ class Limits(NamedTuple):
         return self.source if self.total is None else max(self.total - completion, self.total // 4)
 
 
-Tokens = list[tuple[int, int]]  # ids and labels: the id where it is supervised, IGNORE elsewhere
+Tokens = list[tuple[int, int]]  # ids and labels
+
+
+def with_labels(ids: Iterable[int], supervised: bool) -> Tokens:
+    """Ids with their labels: themselves if they are supervised, or IGNORE, as for a prompt."""
+    return [(i, i if supervised else IGNORE) for i in ids]
 
 
 def length_limits(config: Config) -> Limits:
@@ -1845,12 +1853,11 @@ def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
                 end = start + (len(text[start:end].rstrip()) or end - start)
             last_character = max(end, 1) - 1  # of a token without characters, the one before it
             first, last = segment_of[min(start, last_character)], segment_of[last_character]
-            supervised = row[first]["supervised"] or row[last]["supervised"]
-            tokens[last].append((i, i if supervised else IGNORE))
+            tokens[last] += with_labels([i], row[first]["supervised"] or row[last]["supervised"])
         if row[0]["text"].startswith(BOS_MARK) and bos is not None:
-            tokens[0].insert(0, (bos, bos if row[0]["supervised"] else IGNORE))
+            tokens[0][:0] = with_labels([bos], row[0]["supervised"])
         if row[-1]["text"].endswith(EOS_MARK):
-            tokens[-1].append((eos, eos if row[-1]["supervised"] else IGNORE))
+            tokens[-1] += with_labels([eos], row[-1]["supervised"])
         yield tokens
 
 
@@ -1918,7 +1925,8 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
         yield from ({"where": where, "row": row} for row in rows)
     if not found:
         which = "" if wanted == {"ALL"} else f" has a source in --include_sources {data.include_sources}"
-        raise ConfigError(f"{source.name}: no row{f' after the {source.start} held out' * bool(source.start)}{which}")
+        after = f" after the {source.start} held out" if source.start else ""
+        raise ConfigError(f"{source.name}: no row{after}{which}")
 
 
 def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenizer: Any, limits: Limits) -> list[Any]:
@@ -1978,7 +1986,8 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
     rows = datasets.Dataset(rows.data, info, fingerprint=options["fingerprint"])
     log.info("%s: %d rows", source.name, len(rows))
     if counts := Counter(what for left_out in rows["left_out"][:] for what in left_out):
-        said = [what + f" (in {n} of {len(rows)} rows)" * (n < len(rows)) for what, n in sorted(counts.items())]
+        some = lambda n: f" (in {n} of {len(rows)} rows)" if n < len(rows) else ""  # noqa: E731
+        said = [what + some(n) for what, n in sorted(counts.items())]
         log.info("%s: left out: %s", source.name, shorten(", ".join(said)))
     chats = len({where for where, rendered in zip(rows["where"][:], rows["rendered"][:], strict=True) if rendered})
     if chats < (answers := sum(rows["rendered"][:])):
@@ -2363,7 +2372,7 @@ def tokenize_segments(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
             for part in parts:  # texts and marks in turn; the texts in the order in which they were tokenised
                 own += marks[part] if part in marks else next(ids_of_text)
         ids[-1] += eos
-        yield [[(i, i if s["supervised"] else IGNORE) for i in part] for s, part in zip(row, ids, strict=True)]
+        yield [with_labels(own, segment["supervised"]) for segment, own in zip(row, ids, strict=True)]
 
 
 def prompts_and_completions(batch: Mapping[str, list[Any]], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens, bool]]:
@@ -2613,7 +2622,7 @@ def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, A
         cut, endless = statistics["train"].cut, statistics["train"].without_eos or 0
         if max(cut, endless) > 0.05 * len(splits.train):
             fitting = fitting_lengths(splits.train, config)
-            what = f", and {endless} end without EOS, so that the model won't learn to stop" * bool(endless)
+            what = f", and {endless} end without EOS, so that the model won't learn to stop" if endless else ""
             way = f"pass {fitting}" if fitting else "shorten them, or try another --eos_token or chat template"
             log.warning("of %d train rows %d are cut%s: %s", len(splits.train), cut, what, way)
     for name, part in statistics.items():
@@ -2786,9 +2795,10 @@ def preview_rows(rows: Any, tokenizer: Any, config: Config) -> Iterator[tuple[st
         step = collate_step(members, config.masked)["step"]
         step = masking.mask_step(step, "preview") if masking else step
         for part, (member, (ids, labels)) in enumerate(zip(members, step.members(), strict=True), start=1):
-            title = f"row {number + 1}" + f", part {part} of {len(members)}" * (len(members) > 1)
+            title = f"row {number + 1}" + (f", part {part} of {len(members)}" if len(members) > 1 else "")
             title += f": {member['where']}, {len(ids)} tokens, {int((labels != IGNORE).sum())} supervised"
-            title += ", cut" * member["cut"] + ", special tokens as text" * member["special_text"]
+            title += ", cut" if member["cut"] else ""
+            title += ", special tokens as text" if member["special_text"] else ""
             if member["left_out"]:
                 title += f", left out: {shorten(', '.join(member['left_out']))}"
             yield title, row_spans(ids.tolist(), labels.tolist(), tokenizer)
@@ -5354,7 +5364,7 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
     limits = ["model_max_len"] if data.model_max_len else ["source_max_len", "target_max_len"]
     longest = max(limits, key=lambda name: getattr(data, name))
     changes: list[tuple[str, str, list[Any]]] = [
-        ("training", "bf16", [True] * (bits >= 16 and not config.training.bf16)),
+        ("training", "bf16", [True] if bits >= 16 and not config.training.bf16 else []),
         ("quant", "bits", [n for n in (8, 4) if n < bits and not full]),
         ("lora", "lora_r", [rank >> n for n in range(1, 9) if rank >> n >= 4 and not full]),
         ("data", longest, [max(getattr(data, longest) >> n, 1) for n in range(1, 6)]),
@@ -5509,7 +5519,7 @@ def weights_digest(model: Path) -> str:
     """A short hash of a model's weights: of each file's size and 64 pieces, since to read all of 70B takes minutes."""
     names, parts = ("model*.safetensors", "pytorch_model*.bin", "*.gguf"), list[Any]()
     found = (sorted(filter(Path.is_file, model.glob(name))) for name in names)
-    for path in next(filter(None, found), [model] * model.is_file()):
+    for path in next(filter(None, found), [model] if model.is_file() else []):
         with path.open("rb") as file:
             parts.append(size := path.stat().st_size)
             for i in range(64):
@@ -5721,7 +5731,7 @@ def find_resume_point(config: Config) -> ResumePoint:
         return ResumePoint(False, weights=adapter)
     weights, record = weights_in(final, full), read_record(output)
     if finished and weights and not args.overwrite_output_dir and not needs_more_steps(config, record):
-        early = ", stopped early (a larger --early_stopping_patience goes on)" * ("stopped_at" in record)
+        early = ", stopped early (a larger --early_stopping_patience goes on)" if "stopped_at" in record else ""
         steps = f"{record.get('stopped_at', record.get('step', '?'))} steps{early}"
         log.info("%s holds a completed run of %s: it is used, not trained again", output, steps)
         return ResumePoint(False, weights=str(weights), found=output)
@@ -7159,8 +7169,9 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
     why = "--bf16" if args.bf16 else "--fp16" if args.fp16 else "neither --bf16 nor --fp16"
     tokens = {name: token for name, token in run.tokenizer.special_tokens_map.items() if isinstance(token, str)}
     stored = getattr(run.model_config, "quantization_config", {}).get("quant_method")
-    bits = f"{quant.bits} bit" + f" {quant.quant_type}, double_quant {quant.double_quant}" * (quant.bits == 4)
-    bits += f", kept in {str(load_dtype(config)).removeprefix('torch.')}" * (quant.bits >= 16)
+    bits = f"{quant.bits} bit"
+    bits += f" {quant.quant_type}, double_quant {quant.double_quant}" if quant.bits == 4 else ""
+    bits += f", kept in {str(load_dtype(config)).removeprefix('torch.')}" if quant.bits >= 16 else ""
     adapter = run.resume.checkpoint or run.resume.weights or ("new" if args.do_train else "none, the base model alone")
     derived = {
         "model": config.model.model_name_or_path,
@@ -7194,7 +7205,8 @@ def describe_run(run: Run, data: Data, identity: dict[str, Any]) -> dict[str, An
 def log_hints(config: Config) -> None:
     """Log once what may surprise a user about the flags."""
     train = config.training
-    if missing := sorted({"model_name_or_path", *["dataset"] * (not train.plan)} - config.explicitly_set):
+    needed = {"model_name_or_path"} if train.plan else {"model_name_or_path", "dataset"}
+    if missing := sorted(needed - config.explicitly_set):
         defaults = ", ".join(f"--{name} {config.flags[name]}" for name in missing)
         log.info("not passed, so the original's defaults are used and downloaded: %s", defaults)
     own_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -7236,9 +7248,9 @@ def next_commands(config: Config) -> dict[str, str]:
     again += [f"--{name}={value}" for name, value in off.items() if flags[name] and flags[name] != value]
     again += [f"--{name}={flags[name]}" for name in kept if flags[name]]
     merge = [*again, "--do_predict=False", f"--merged_output_dir={final}-merged"]
-    predict = ["--do_predict"] + ["--predict_with_generate"] * (not config.masked)
+    predict = ["--do_predict"] if config.masked else ["--do_predict", "--predict_with_generate"]
     found = {
-        "chat": ["python", "examples/chat.py", final] * (not config.masked),
+        "chat": [] if config.masked else ["python", "examples/chat.py", final],
         "predict": [*again, *predict, "--eval_dataset" if flags["eval_dataset"] else "--dataset", "FILE"],
         "merge": [] if config.quant.full_finetune or flags["merged_output_dir"] else merge,
     }
