@@ -77,13 +77,9 @@ def find_record(folder: Path, adapter: Path | None) -> dict[str, Any]:
     # with --working_dir, run.json is elsewhere and the model card says where
     cards = "".join(card.read_text(encoding="utf-8", errors="replace") for card in folder.glob("*.md"))
     places = [folder, *(folder / path for path in re.findall(r"are in `(.+)/run\.json`", cards))]
-    records = [qlora.read_json(place / "run.json") for place in places if (place / "run.json").is_file()]
-    if not records and (folder.parent / "run.json").is_file():  # of a checkpoint, but other models may lie there too
-        parent = qlora.read_json(folder.parent / "run.json")
-        base = qlora.read_json(adapter / "adapter_config.json").get("base_model_name_or_path") if adapter else None
-        records += [parent] * (base in (None, parent.get("flags", {}).get("model_name_or_path")))
+    records = filter(None, map(qlora.run_record, places))
     # a merged model may be inside its run's folder
-    return next((record for record in records if adapter or record.get("flags", {}).get("full_finetune")), {})
+    return next((record for record in records if adapter or record["flags"].get("full_finetune")), {})
 
 
 def loading_flags(folder: Path, adapter: Path | None, record: dict[str, Any]) -> list[str]:
