@@ -18,21 +18,21 @@ in `commit_checkpoint` makes a checkpoint visible, and the loss is normalised in
      1 Imports             38-188
      2 Errors             191-254
      3 Dataset formats    257-831
-     4 Arguments         834-1557
-     5 Loading          1560-2199
-     6 Tokenizer        2202-2325
-     7 Encoding         2328-2804
-     8 Model            2807-3438
-     9 Calibration      3441-3798
-    10 LoRA             3801-4113
-    11 Fast path        4116-5114
-    12 Plan             5117-5463
-    13 Checkpoints      5466-5871
-    14 Processes        5874-5931
-    15 Evaluation       5934-6123
-    16 Trainer          6126-6747
-    17 Stages           6750-7257
-    18 Main             7260-7552
+     4 Arguments         834-1558
+     5 Loading          1561-2203
+     6 Tokenizer        2206-2329
+     7 Encoding         2332-2810
+     8 Model            2813-3446
+     9 Calibration      3449-3806
+    10 LoRA             3809-4127
+    11 Fast path        4130-5130
+    12 Plan             5133-5479
+    13 Checkpoints      5482-5887
+    14 Processes        5890-5947
+    15 Evaluation       5950-6145
+    16 Trainer          6148-6774
+    17 Stages           6777-7285
+    18 Main             7288-7581
 """
 
 # ------------------------------------------------------------------------------------
@@ -1319,7 +1319,8 @@ VALUE_CHECKS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("seed data_seed", "0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     ("eval_dataset_size", "a number of rows, or a fraction below 1", lambda x: 0 < x < 1 or (x > 0 and x % 1 == 0)),
     ("max_steps", "a number of steps, or -1 with --num_train_epochs", lambda x: x != 0),
-    ("resume_from_checkpoint", "a checkpoint's folder; --overwrite_output_dir starts anew", lambda x: x != "False"),
+    ("resume_from_checkpoint", "a checkpoint's folder; --overwrite_output_dir starts anew",
+     lambda x: str(x).lower() != "false"),
     ("optim", "an optimizer that steps after the backward pass", lambda x: not re.search("lomo|layerwise", x)),
     ("debug", "nothing, or underflow_overflow", lambda x: {*x} <= {"", "underflow_overflow", "tpu_metrics_debug"}),
     ("init_lora_weights", "True, False, gaussian, orthogonal, olora, pissa or pissa_niter_N",
@@ -1737,7 +1738,8 @@ def as_sources(name: str, loaded: Any) -> dict[str, RowSource]:
             if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):  # which nothing reads
                 rows = rows.cast_column(column, dataclasses.replace(feature, decode=False))
         sources[split] = RowSource(f"{name}[{split}]", loaded=rows)
-    return {split_named(split) or split: source for split, source in reversed(sources.items())} | sources
+    named = {split_named(split) or split: source for split, source in reversed(sources.items())}
+    return sources | named | sources  # in the order of the dataset
 
 
 def find_files(name: str, path: Path, config: Config) -> dict[str, RowSource]:
@@ -1948,7 +1950,9 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
         beside = BESIDE_CHATS if isinstance(parsed, Conversation) else ()
         used = {*dataset_format.columns, *dataset_format.optional, *beside}
         used |= {name for name in ("category", "source") if len(str(row.get(name))) < 100}  # else they are no labels
-        unused = sorted(escape_control_chars(n) for n, value in row.items() if n not in used and value is not None)
+        unused = sorted(
+            escape_control_chars(n) for n, value in row.items() if n and n not in used and value is not None
+        )
         for segments, left_out, *_ in rows:
             left_out.extend(unused if dataset_format.columns else ())  # a user's own function may use all of them
             if not any(segment["supervised"] and segment["text"].strip(MARKS).strip() for segment in segments):
@@ -1997,7 +2001,7 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
 
 def run_record(folder: Path) -> dict[str, Any]:
     """run.json of the run whose folder or checkpoint this is, or an empty one."""
-    for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+    for place in (folder, folder.parent) if re.fullmatch(r"checkpoint-\d+", folder.name) else (folder,):
         record = read_json(place / "run.json") if (place / "run.json").is_file() else None
         if isinstance(record, dict) and isinstance(record.get("flags"), dict):  # else another program's
             return record
@@ -2043,7 +2047,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
         size = int(data.eval_dataset_size) if holds_out else 0  # the first rows
         eval_sources += [dataclasses.replace(sources[0][0], stop=size)] if holds_out else []
         stop = size + data.max_train_samples if data.max_train_samples else None
-        stream = dataclasses.replace(sources[0][0], start=size, stop=stop) if training else None
+        stream = dataclasses.replace(sources[0][0], start=size, stop=stop) if training and sources else None
         parts = [load_rows(part, config, tokenizer, data.max_eval_samples) for part in eval_sources]
         splits = Splits(stream, concatenate(parts))
     else:
@@ -2055,12 +2059,12 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
             asked |= held_rows_out(record) or bool(config.quant.calibration_rows and not config.record)
             train, held_out = train_eval_split(rows, config) if asked else ([], train)
             evaluated = rows.select(held_out)
-        if training and sources:  # rows are repeated only now, so that no copy of a held-out row is trained on
+        if training and train:  # rows are repeated only now, so that no copy of a held-out row is trained on
             repeated = [i for turn in range(max(times)) for i in train if times[i] > turn]
             rows = rows.select(repeated[: data.max_train_samples])
         if evaluated:
             evaluated = evaluated.select(range(len(evaluated))[: data.max_eval_samples])
-        splits = Splits(rows if training else None, evaluated)
+        splits = Splits(rows if training and train else None, evaluated)
     if holds_out and record:
         check_held_out(splits.eval, record, config)
     return splits
@@ -2113,7 +2117,7 @@ def check_held_out(rows: Any, record: dict[str, Any], config: Config) -> None:
     same &= (size in derived.get("given", ())) == (size in config.explicitly_set)  # the default may mean a tenth
     pairs = zip(derived.get("held out", ()), held_out_places(rows), strict=False)  # an earlier version wrote none
     if not (held_rows_out(record) and same and all(old == new for old, new in pairs)):
-        what = f"{flags['output_dir']} was trained on these rows, or some of them"
+        what = f"{flags.get('output_dir', 'the model')} was trained on these rows, or some of them"
         log.warning("--dataset %s: %s", config.data.dataset, what)
 
 
@@ -2444,7 +2448,7 @@ def encode_batch(
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def encode_splits(splits: Splits, tokenizer: Any, config: Config) -> Splits:
+def encode_splits(splits: Splits, tokenizer: Any, config: Config, positions: float = math.inf) -> Splits:
     """Encode rows in parallel, or find them in the cache; those that can't be trained on are left out."""
     data, limit = config.data, config.data.model_max_len
     options = {"limits": length_limits(config), "train_on_source": data.train_on_source, "masked": config.masked}
@@ -2471,7 +2475,7 @@ def encode_splits(splits: Splits, tokenizer: Any, config: Config) -> Splits:
             if all(long):
                 flag += f": all {len(rows)} {name} rows are longer"
                 raise ConfigError(f"{flag}; {'pass --skip_excess_length False' if skip else 'raise it'}")
-            fitting = fitting_lengths(rows, config)
+            fitting = fitting_lengths(rows, config, positions)
             way = f"; 99 % of them fit with {fitting}" if fitting else ""
             log.warning("%d of %d %s rows are longer than %s: left out%s", sum(long), len(rows), name, flag, way)
             rows = rows.select([i for i, is_long in enumerate(long) if not is_long])
@@ -2604,24 +2608,26 @@ def token_statistics(rows: Any, masked: bool) -> TokenStatistics:
     )  # fmt: skip
 
 
-def fitting_lengths(rows: Any, config: Config) -> str:
-    """The length limits that 99 % of the rows keep to, where they are above those of the flags."""
+def fitting_lengths(rows: Any, config: Config, positions: float) -> str:
+    """The length limits that 99 % of the rows keep to, where they are above the flags' and within the positions."""
     uncut = rows["uncut"][:]
     lengths = {"source_max_len": [row[0] for row in uncut], "target_max_len": [row[1] for row in uncut]}
     if config.data.model_max_len:
         lengths = {"model_max_len": [sum(row) for row in uncut]}
     fitting = {flag: sorted(own)[math.ceil(0.99 * len(uncut)) - 1] for flag, own in lengths.items()}
+    if sum(max(most, getattr(config.data, flag)) for flag, most in fitting.items()) > positions:
+        return ""
     return " ".join(f"--{flag} {most}" for flag, most in fitting.items() if most > getattr(config.data, flag))
 
 
-def pack_and_summarize(splits: Splits, config: Config) -> tuple[Any, dict[str, Any]]:
+def pack_and_summarize(splits: Splits, config: Config, positions: float = math.inf) -> tuple[Any, dict[str, Any]]:
     """The training rows, packed if the flags say so, and statistics of both splits."""
     parts = {name: rows for name, rows in splits._asdict().items() if rows is not None}
     statistics = {name: token_statistics(rows, config.masked) for name, rows in parts.items()}
     if splits.train is not None and config.training.do_train:
         cut, endless = statistics["train"].cut, statistics["train"].without_eos or 0
         if max(cut, endless) > 0.05 * len(splits.train):
-            fitting = fitting_lengths(splits.train, config)
+            fitting = fitting_lengths(splits.train, config, positions)
             what = f", and {endless} end without EOS, so that the model won't learn to stop" if endless else ""
             way = f"pass {fitting}" if fitting else "shorten them, or try another --eos_token or chat template"
             log.warning("of %d train rows %d are cut%s: %s", len(splits.train), cut, what, way)
@@ -2945,14 +2951,16 @@ def positions_of(model_config: PretrainedConfig) -> float:
 
 def model_sizes(model: Any) -> tuple[int, float, float]:
     """The number of token ids, of positions that a model has embeddings for, and that it was made for."""
-    limit = math.inf
-    for name, table in model.named_modules():  # an encoder's; RoBERTa's and ESM's begin after the pad's
-        if leaf_name(name) == "position_embeddings" and isinstance(table, torch.nn.Embedding):
-            first = 0 if table.padding_idx is None else table.padding_idx + 1
-            limit = min(limit, table.num_embeddings - first)
+    limit, positions = math.inf, positions_of(model.config)
+    for name, table in model.named_modules():
+        if isinstance(table, torch.nn.Embedding) and re.search("position|wpe", leaf_name(name)):
+            # RoBERTa's and ESM's begin after the pad's, OPT's and BART's at 2; a tower for images has other sizes
+            first = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
+            if leaf_name(name) == "position_embeddings" or 0 <= table.num_embeddings - positions <= 2:
+                limit = min(limit, table.num_embeddings - first)
     table = model.get_input_embeddings()  # peft wraps one that it trains
     ids = getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size
-    return ids, limit, positions_of(model.config)
+    return ids, limit, positions
 
 
 def resolve_objective(config: Config, model_config: PretrainedConfig) -> Config:
@@ -3928,7 +3936,8 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
     # peft 0.21 renames what transformers 4 called experts, also where the names are the model's own (Laguna)
     renames = f"{peft_conversion.__name__}.convert_peft_adapter_state_dict_for_transformers"
     as_it_is = mock.patch(renames, lambda adapter_state_dict, **kwargs: adapter_state_dict)
-    with as_it_is, reraise_as_user_error(f"{folder} does not fit the model"):
+    as_named = as_it_is if stored.keys() <= own else contextlib.nullcontext()
+    with as_named, reraise_as_user_error(f"{folder} does not fit the model"):
         result: Any = set_peft_model_state_dict(adapted, stored)
     # peft would put a base's own weight into the base, which is not saved with the adapter
     unused = [*result.unexpected_keys, *(name for name in stored if "lora_" not in name and name not in own)]
@@ -3939,8 +3948,8 @@ def load_adapter_weights(adapted: Any, folder: str) -> None:
 
 
 @contextlib.contextmanager
-def adapting_packed_experts() -> Iterator[None]:
-    """Let peft see the shapes that packed stacks stand for, and no other names than the model's.
+def adapting_packed_experts(own_names: bool) -> Iterator[None]:
+    """Let peft see the shapes that packed stacks stand for and, if these are the model's own names, rename nothing.
 
     It renames what transformers 4 called experts, and takes a mixture's dense and shared layers for them
     (0.21, https://github.com/huggingface/peft/issues/3711).
@@ -3952,8 +3961,9 @@ def adapting_packed_experts() -> Iterator[None]:
         state = getattr(weight, "quant_state", None)
         return weight.new_zeros(1, dtype=torch.float32).expand(state.shape) if state else weight
 
-    renames = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
-    with renames, mock.patch.object(ParamWrapper, "get_param", get_param), warnings.catch_warnings():
+    as_it_is = mock.patch(f"{peft_conversion.__name__}.convert_peft_config_for_transformers", lambda *a, **k: None)
+    as_named = as_it_is if own_names else contextlib.nullcontext()
+    with as_named, mock.patch.object(ParamWrapper, "get_param", get_param), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*keys did not match any targeted module")
         yield
 
@@ -3993,11 +4003,15 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     """Attach one adapter to exactly the layers that it names in full, or, from a folder, that its file holds."""
     config: Any = PeftConfig.from_pretrained(adapter) if isinstance(adapter, str) else adapter
     config.inference_mode, config.base_model_name_or_path = False, None
-    layers, dropout = {*(config.target_modules or ())}, config.lora_dropout
+    layers, dropout, own_names = {*(config.target_modules or ())}, config.lora_dropout, True
+    if isinstance(adapter, str):  # it may have transformers 4's names
+        keys = (key.removeprefix("base_model.model.") for key in load_peft_weights(adapter, device="cpu"))
+        held = {key.partition(".lora_")[0].replace(".base_layer", "") for key in keys if ".lora_" in key}
+        own_names = held <= {name for name, _ in model.named_modules()}
     fit_embeddings(model, token_rows(config))
     if config.target_parameters:
         config.lora_dropout = 0.0  # peft refuses it beside experts, also in a saved adapter
-    with adapting_packed_experts():
+    with adapting_packed_experts(own_names):
         adapted: Any = get_peft_model(model, config)
     for module in adapted.modules() if dropout and config.target_parameters else ():
         if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
@@ -5038,7 +5052,9 @@ def try_padding_free(base: Any, fast: FastPath, config: Config, answer: Callable
     if not (wanted or (base._supports_sdpa and base._supports_attention_backend)):
         return fast.without(f"rows are padded: {name} does not support rows that lie end to end")
     # one by one and padded say what is right; end to end must give it, and not depend on the neighbour
-    with short_spans(base, length_limits(config).longest if kernel == VARLEN_ATTENTION else 0):
+    questions = config.mmlu.mmlu_source_max_len + 8 if config.mmlu.do_mmlu_eval else 0  # with their answers
+    longest = max(length_limits(config).longest, questions)
+    with short_spans(base, longest if kernel == VARLEN_ATTENTION else 0):
         alone, padded = answer(0) + answer(1), answer(0, 1)
         try:
             with attention_implementation(base, kernel):
@@ -5714,7 +5730,7 @@ def find_resume_point(config: Config) -> ResumePoint:
     """Resume, start anew, or use what is finished."""
     args, output, final = config.training, Path(config.training.output_dir), final_folder(config)
     adapter, full = config.model.adapter_name_or_path, config.quant.full_finetune
-    picked = None if str(args.resume_from_checkpoint).lower() in ("true", "false") else args.resume_from_checkpoint
+    picked = None if str(args.resume_from_checkpoint).lower() == "true" else args.resume_from_checkpoint
     last = Path(picked).absolute() if picked else None
     if last and (problem := checkpoint_problem(last)):
         raise ConfigError(f"--resume_from_checkpoint {picked}: not a whole checkpoint: {problem}")
@@ -6083,30 +6099,36 @@ def load_questions(config: Config) -> list[Question]:
 
 
 def answer_questions(trainer: Any, questions: list[Question]) -> list[tuple[bool, float]]:
-    """For each question: whether the answer is right, and the loss on the right letter and EOS."""
+    """For each question: whether the answer is right, and the loss on the right letter and EOS.
+
+    One pass compares the letters' first tokens. Where those are not four different ones, each letter is put after the
+    prompt in turn, and the probabilities of all its tokens are compared.
+    """
     tokenizer, longest = trainer.processing_class, trainer.config.mmlu.mmlu_source_max_len
-    letters = tokenize(LETTERS, tokenizer)
+    letters, texts = tokenize(LETTERS, tokenizer), tokenize([question.prompt for question in questions], tokenizer)
     prefix = os.path.commonprefix(letters)  # noqa: RUF071  # with some tokenizers, a space
     answers = [[*ids[len(prefix) :], tokenizer.eos_token_id] for ids in letters]
     first_tokens = [ids[0] for ids in answers]
-    if len(set(first_tokens)) < len(LETTERS):
-        raise ConfigError("--do_mmlu_eval: this tokenizer does not tell A, B, C and D apart by their first tokens")
+    one_pass = len(set(first_tokens)) == len(LETTERS)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows: list[dict[str, list[int]]] = []
-    for question, ids in zip(questions, tokenize([q.prompt for q in questions], tokenizer), strict=True):
-        prompt = [*bos, *ids[max(len(bos) + len(ids) - longest, 0) :], *prefix]
-        answer = answers[question.answer]
-        rows.append({"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer})
+    prompts = [[*bos, *ids[max(len(bos) + len(ids) - longest, 0) :], *prefix] for ids in texts]
+    pairs = [(i, c) for i, q in enumerate(questions) for c in ([q.answer] if one_pass else range(len(LETTERS)))]
+    rows = [{"input_ids": prompts[i] + answers[c], "labels": [IGNORE] * len(prompts[i]) + answers[c]} for i, c in pairs]
     step = collate_step(rows)["step"]
-    results: dict[int, tuple[bool, float]] = {}
+    scores, losses = torch.zeros(len(questions), len(LETTERS)), [0.0] * len(questions)
     for members in trainer.micro_batches(step):
         # Only the logits of the answers: all those of 100 prompts of 400 tokens would take 8 GB.
-        logits = supervised_logits(trainer.unwrapped, trainer.fast, trainer.tensors(step, members))
-        right = [answers[questions[i].answer] for i in members]
-        for i, answer, own in zip(members, right, logits.cpu().split([*map(len, right)]), strict=True):
-            correct = int(own[0, first_tokens].argmax()) == questions[i].answer
-            results[i] = correct, F.cross_entropy(own, torch.tensor(answer)).item()
-    return [results[i] for i in range(len(questions))]
+        logits = supervised_logits(trainer.unwrapped, trainer.fast, trainer.tensors(step, members)).log_softmax(-1)
+        own = [pairs[n] for n in members]
+        for (i, c), predicted in zip(own, logits.cpu().split([len(answers[c]) for _, c in own]), strict=True):
+            log_probs = predicted[range(len(answers[c])), answers[c]]
+            if c == questions[i].answer:
+                losses[i] = -log_probs.mean().item()
+            if one_pass:
+                scores[i] = predicted[0, first_tokens]
+            else:
+                scores[i, c] = log_probs[:-1].sum()
+    return [(c == q.answer, loss) for c, q, loss in zip(scores.argmax(-1).tolist(), questions, losses, strict=True)]
 
 
 def mmlu_metrics(trainer: Any, questions: list[Question]) -> dict[str, float]:
@@ -6136,7 +6158,7 @@ def check_sizes(name: str, largest_id: int, longest: int, sizes: tuple[int, floa
     if largest_id >= ids:
         raise ConfigError(f"the {name} rows hold token id {largest_id}, the model has {ids}: wrong tokenizer")
     if longest > limit:
-        raise ConfigError(f"{name} rows have {longest} tokens, the model takes {limit}: pass --source_max_len {limit}")
+        raise ConfigError(f"{name} rows have {longest} tokens, the model takes {limit}: pass --model_max_len {limit}")
     if longest > positions:
         warn_once("%s rows exceed the %d tokens the model was made for: pass --rope_scaling or less", name, positions)
 
@@ -6402,9 +6424,7 @@ class QLoRATrainer(Trainer):
     def _micro_batch_losses(self, model: Any, step: StepBatch, items: Any) -> list[tuple[list[str], Tensor]]:
         losses, router_losses = list[Any](), list[Tensor]()
         parts = self.micro_batches(step)
-        inner = (
-            model if self.sharded else self.unwrapped
-        )  # gradients are averaged once a step, so DDP's wrapper has no part
+        inner = model if self.sharded else self.unwrapped  # without DDP's wrapper: gradients are averaged once a step
         with attention_implementation(self.unwrapped, self.fast.attention):
             for i, members in enumerate(parts):
                 last = i == len(parts) - 1
@@ -6542,8 +6562,7 @@ class QLoRATrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Try the rest of the fast path once an engine has sharded the weights."""
-        with reraise_as_user_error("--fsdp_config or --deepspeed") if self.sharded else contextlib.nullcontext():
-            model, dataloader = super()._prepare_for_training(*args, **kwargs)
+        model, dataloader = super()._prepare_for_training(*args, **kwargs)
         if self.sharded and self.config.training.fast_path and not self.config.masked:
             self.fast = choose_fast_path(model, self.base, self.fast, self.config, self.args.device)
             log.info("%s", format_table(self.fast.lines()))
@@ -6596,7 +6615,9 @@ class QLoRATrainer(Trainer):
     def _stop(self, step: int, what: str, why: str, rows: Sequence[str] = ()) -> NoReturn:
         """End the run before anything of the step is saved."""
         of = f", on rows {shorten(', '.join(filter(None, rows)))}" if any(rows) else ""
-        raise ConfigError(f"step {step}: {what}{of}: {why}. What was saved before stays")
+        kept = checkpoints_in(Path(self.config.training.output_dir))
+        stays = f"{kept[0]} stays, a rerun on the same rows goes on from it" if kept else "no checkpoint was saved"
+        raise ConfigError(f"step {step}: {what}{of}: {why}. {stays}")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let the Trainer write into a hidden folder; the rename in commit_checkpoint makes it visible as a whole."""
@@ -6670,6 +6691,9 @@ class QLoRATrainer(Trainer):
         """Load the last step, or the best if asked for, of a run that lacks only its final files."""
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         wanted = last.with_name(Path(best).name) if best else last  # the folder may have moved
+        if not wanted.is_dir():
+            log.warning("%s, the best checkpoint, is not there: the last one is saved", wanted)
+            wanted = last
         if self.sharded:  # loads into what it has sharded
             self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), str(wanted))
         else:
@@ -6698,8 +6722,11 @@ def set_up_fsdp(plugin: Any, model: Any, config: Config) -> None:
     if not config.quant.full_finetune:
         plugin.mixed_precision_policy = None  # it would cast what is packed
     # Only the layers: BERT's own list also wraps its embeddings, which share a weight with its head.
-    if not plugin.transformer_cls_names_to_wrap:
-        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in decoder_layers(model)})
+    names = sorted({type(layer).__name__ for layer in decoder_layers(model)})
+    wrapped = plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or names
+    if set(wrapped) - {type(module).__name__ for module in model.modules()}:
+        classes = "transformer_layer_cls_to_wrap " + ", ".join(wrapped)
+        raise ConfigError(f"--fsdp_config: {classes}: not in the model, whose layers are {', '.join(names)}")
 
 
 def trainer_arguments(args: TrainingArguments) -> TrainingArguments:
@@ -6801,8 +6828,9 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop) -> dict
         trainer.load_end(checkpoint)
     else:
         if checkpoint and isinstance(rows, StreamedSteps):
-            rows.position = read_json(checkpoint / STREAM)["rows"]
-            rows.steps = first_step
+            with reraise_as_user_error(f"{checkpoint / STREAM}"):
+                rows.position = read_json(checkpoint / STREAM)["rows"]
+                rows.steps = first_step
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -7294,8 +7322,8 @@ def load_run(config: Config) -> tuple[Run, Data]:
         generation_config(config, None, tokenizer)  # a wrong flag shows now and not after training
     with local_main_process_first():  # encodes the dataset
         text = load_splits(config, tokenizer)
-        encoded = encode_splits(text, tokenizer, config)
-    rows, statistics = pack_and_summarize(encoded, config)
+        encoded = encode_splits(text, tokenizer, config, positions := positions_of(model_config))
+    rows, statistics = pack_and_summarize(encoded, config, positions)
     check_ranks_agree({f"the encoded {name} rows": part.fingerprint for name, part in statistics.items()})
     base = folder
     args = config.training
@@ -7370,6 +7398,7 @@ def check_resume(run: Run, data: Data) -> tuple[Run, dict[str, Any]]:
         earlier = check_same_run(resume.found, identity, resume.train and not resume.trained, config)
         if resume.trained:
             identity["flags"] |= earlier
+            identity["effective batch"] = read_record(resume.found).get("run", {}).get("effective batch", batch)
             run = run._replace(config=dataclasses.replace(config, flags=config.flags | earlier))
     rows = len(data.train or ())
     if resume.train and args.dataloader_drop_last and not config.data.streaming and rows < batch["rows"]:

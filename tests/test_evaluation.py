@@ -11,6 +11,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LlamaModel
 
@@ -374,10 +375,40 @@ def test_mmlu_equals_a_plain_loop(run_qlora, models, folder, tmp_path, batch, to
 
 
 def test_mmlu_where_letters_share_their_first_token(run_qlora, models, folder, tmp_path):
-    """▁A is one token, B, C and D begin alike with ▁."""
-    model, mmlu = models("llama", tokenizer="sentencepiece"), write_mmlu(tmp_path / "mmlu", [3] * 7)
-    run = run_qlora(model_name_or_path=model, dataset=folder, do_train=False, mmlu_dir=mmlu, **MMLU)
-    assert run.code == 2 and "--do_mmlu_eval: this tokenizer does not tell A, B" in run.stderr.splitlines()[-1]
+    """▁A is one token, B, C and D begin alike with ▁. The model says ▁ and then D, wherever it is asked."""
+    shutil.copytree(models("llama", tokenizer="sentencepiece"), tmp_path / "model")
+    words = AutoTokenizer.from_pretrained(tmp_path / "model")
+    a, *others = (words(letter, add_special_tokens=False)["input_ids"] for letter in "ABCD")
+    assert len(a) == 1 and [ids[:-1] for ids in others] == [others[0][:1]] * 3
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")) or name == "lm_head.weight":
+            tensor.zero_()
+        elif name.endswith(("embed_tokens.weight", "model.norm.weight")):
+            tensor.fill_(1.0)
+    tensors["lm_head.weight"][others[2][0]] = 3.0
+    tensors["lm_head.weight"][others[2][1]] = 2.0
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    run = run_qlora(
+        model_name_or_path=tmp_path / "model",
+        dataset=folder,
+        do_train=False,
+        mmlu_dir=write_mmlu(tmp_path / "mmlu", [3] * 7),
+        **MMLU,
+    )
+    assert run.json("metrics.json")["mmlu_eval_accuracy"] == 1.0
+
+
+def test_mmlu_prompts_are_longer_than_what_a_model_looks_back(run_qlora, models, folder, tmp_path):
+    """OLMoE's window is in its mask alone; the limits of training rows are below it, those of questions above."""
+    base, mmlu = models("olmoe", sliding_window=40), write_mmlu(tmp_path / "mmlu", [0] * 7)
+    flags = {"model_name_or_path": base, "dataset": folder, "source_max_len": 16, "target_max_len": 16, "bits": 32}
+    fast, slow = (
+        run_qlora(**MMLU | flags, do_train=False, mmlu_dir=mmlu, fast_path=fast_path, per_device_eval_batch_size=3)
+        for fast_path in (True, False)
+    )
+    losses = [run.json("metrics.json")["mmlu_loss"] for run in (fast, slow)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_mmlu_at_each_evaluation_of_a_training_run(run_qlora, folder, tmp_path):

@@ -4,6 +4,7 @@ Each against plain transformers: the adapters that a run saves are added to the 
 """
 
 import contextlib
+import itertools
 import json
 import shutil
 from typing import Any
@@ -437,6 +438,31 @@ def test_an_adapter_of_experts_as_peft_makes_it_is_loaded(models, run_qlora, tmp
     assert run.code == 0
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_parameters"]
     assert "2 mlp.experts" in line_of(run, "adapters: ")
+
+
+def test_an_adapter_with_the_names_of_transformers_4_is_loaded(models, tmp_path):
+    """One of each of Mixtral's experts, as peft saved it then; plain peft gives the same logits."""
+    base, ids = models("mixtral"), torch.arange(5, 30)[None]
+    plain = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=["w1", "w2", "w3"])
+    )
+    plain.save_pretrained(tmp_path / "adapter")
+    sizes, generator = {"w1": (64, 128), "w2": (128, 64), "w3": (64, 128)}, torch.Generator().manual_seed(0)
+    weights = {}
+    for layer, expert, (name, (size, out)) in itertools.product(range(2), range(4), sizes.items()):
+        key = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+        weights[f"{key}.lora_A.weight"] = torch.randn(4, size, generator=generator)
+        weights[f"{key}.lora_B.weight"] = torch.randn(out, 4, generator=generator) * 0.1
+    save_file(weights, tmp_path / "adapter/adapter_model.safetensors", metadata={"format": "pt"})
+    content = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    old = {"target_modules": [*sizes], "target_parameters": None, "rank_pattern": {}, "alpha_pattern": {}}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(content | old))
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    ours = qlora.attach_adapter(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter"))
+    with torch.no_grad():
+        bare = AutoModelForCausalLM.from_pretrained(base)(ids).logits
+        logits = [model.eval()(ids).logits for model in (expected, ours)]
+    assert torch.allclose(*logits, atol=1e-5) and not torch.allclose(logits[0], bare, atol=1e-2)
 
 
 # ------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def test_experts_under_deepspeed_are_not_packed_and_it_says_so(fork_server, mode
 def test_a_layer_class_that_fsdp_cannot_find_is_one_line(start, tmp_path):
     wrong = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
     line = error_of(finish(start(2, tmp_path / "out", fsdp=[], fsdp_config=wrong, before=SHARDING), 2))
-    assert "--fsdp_config or --deepspeed: " in line and "layer class BertLayer in the model" in line
+    assert "transformer_layer_cls_to_wrap BertLayer: not in the model" in line and "LlamaDecoderLayer" in line
 
 
 @pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.ci)])

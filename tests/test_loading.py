@@ -111,6 +111,23 @@ def test_a_file_of_each_kind(tmp_path, name):
     assert splits.eval is None
 
 
+def test_an_evaluation_dataset_of_other_splits_is_read_from_its_first(tmp_path):
+    parts = {name: datasets.Dataset.from_list([{"input": name, "output": name}]) for name in ("easy", "hard", "mid")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    train = tiny.rows_to_jsonl(tmp_path / "train.jsonl", ROWS)
+    assert inputs(load("--dataset", train, "--do_eval", "--eval_dataset", tmp_path / "saved").eval) == ["easy"]
+
+
+@pytest.mark.parametrize("flags", [["--streaming", "--max_steps", "3"], ["--eval_dataset_size", "64"]], ids=str)
+def test_a_calibrated_run_is_evaluated_where_nothing_is_left_to_train_on(tmp_path, flags):
+    name = "eval.jsonl" if "--streaming" in flags else "rows.jsonl"
+    (tmp_path / "data").mkdir()
+    file = tiny.rows_to_jsonl(tmp_path / "data" / name, ROWS)
+    dataset = file.parent if "--streaming" in flags else file
+    splits = load("--dataset", dataset, "--calibration_rows", "4", "--do_train", "False", "--do_eval", *flags)
+    assert splits.train is None and len(splits.eval) == len(ROWS)
+
+
 def test_a_folder_written_by_save_to_disk(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
     assert pairs_of(load("--dataset", tmp_path / "one").train) == ROWS

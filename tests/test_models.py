@@ -13,7 +13,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel, Trainer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import qlora
@@ -443,6 +443,24 @@ def test_max_memory_is_set_for_each_gpu(models, monkeypatch):
     (options,) = stop.value.args
     assert options["max_memory"] == {0: "1234MB", 1: "1234MB"}
     assert options["device_map"] == "auto"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bert", "roberta", "llama"])
+def test_the_positions_that_a_model_has_are_those_that_it_can_read(models, family):
+    """One more than learned positions is an error of torch's; rotary ones go on."""
+    masked = family in ("bert", "roberta")
+    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    model = auto.from_pretrained(models("encoder", family=family) if masked else models(family)).eval()
+    _, limit, made_for = qlora.model_sizes(model)
+    longest = int(min(limit, made_for))
+    ids = torch.full((1, longest + 1), 9)
+    with torch.no_grad():
+        model(input_ids=ids[:, :-1], attention_mask=torch.ones_like(ids[:, :-1]))
+        if limit == math.inf:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        else:
+            with pytest.raises((IndexError, RuntimeError)):
+                model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 @pytest.mark.parametrize("key", ["rope_type", "type"])

@@ -306,7 +306,7 @@ def test_a_checkpoint_without_streaming_is_not_streamed_on(run_qlora):
     assert run.code == 2 and "streaming was False, is True" in run.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("content", [None, '{"rows": '])
+@pytest.mark.parametrize("content", [None, "[1]", '{"rows": '])
 def test_a_checkpoint_without_a_place_is_one_line(run_qlora, tmp_path, content):
     checkpoint = run_qlora(**FLAGS | {"max_steps": 3}).output_dir / "checkpoint-3"
     for name in ("checkpoint.json", "stream.json"):  # another program's
