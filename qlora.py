@@ -30,9 +30,9 @@ in `commit_checkpoint` makes a checkpoint visible, and the loss is normalised in
     13 Checkpoints      5482-5887
     14 Processes        5890-5947
     15 Evaluation       5950-6145
-    16 Trainer          6148-6774
-    17 Stages           6777-7285
-    18 Main             7288-7581
+    16 Trainer          6148-6775
+    17 Stages           6778-7286
+    18 Main             7289-7582
 """
 
 # ------------------------------------------------------------------------------------
@@ -6158,7 +6158,8 @@ def check_sizes(name: str, largest_id: int, longest: int, sizes: tuple[int, floa
     if largest_id >= ids:
         raise ConfigError(f"the {name} rows hold token id {largest_id}, the model has {ids}: wrong tokenizer")
     if longest > limit:
-        raise ConfigError(f"{name} rows have {longest} tokens, the model takes {limit}: pass --model_max_len {limit}")
+        way = f"pass --source_max_len {limit}, less what --target_max_len takes"
+        raise ConfigError(f"{name} rows have {longest} tokens, the model takes {limit}: {way}")
     if longest > positions:
         warn_once("%s rows exceed the %d tokens the model was made for: pass --rope_scaling or less", name, positions)
 

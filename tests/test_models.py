@@ -463,6 +463,12 @@ def test_the_positions_that_a_model_has_are_those_that_it_can_read(models, famil
                 model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
+def test_a_row_longer_than_learned_positions_is_one_line(run_qlora, models, tmp_path):
+    rows = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"input": "a" * 600, "output": "b"}])
+    run = run_qlora(model_name_or_path=models("gpt2"), dataset=rows, source_max_len=1024, max_steps=1)
+    assert run.code == 2 and "the model takes 512: pass --source_max_len 512, less" in run.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("key", ["rope_type", "type"])
 def test_rope_scaling_stretches_the_positions(models, key):
     folder = models("llama")
