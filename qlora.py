@@ -21,18 +21,18 @@ in `commit_checkpoint` makes a checkpoint visible, and the loss is normalised in
      4 Arguments         834-1558
      5 Loading          1561-2203
      6 Tokenizer        2206-2329
-     7 Encoding         2332-2810
-     8 Model            2813-3446
-     9 Calibration      3449-3806
-    10 LoRA             3809-4127
-    11 Fast path        4130-5130
-    12 Plan             5133-5479
-    13 Checkpoints      5482-5887
-    14 Processes        5890-5947
-    15 Evaluation       5950-6145
-    16 Trainer          6148-6775
-    17 Stages           6778-7286
-    18 Main             7289-7582
+     7 Encoding         2332-2811
+     8 Model            2814-3448
+     9 Calibration      3451-3808
+    10 LoRA             3811-4129
+    11 Fast path        4132-5132
+    12 Plan             5135-5481
+    13 Checkpoints      5484-5889
+    14 Processes        5892-5949
+    15 Evaluation       5952-6149
+    16 Trainer          6152-6780
+    17 Stages           6783-7291
+    18 Main             7294-7587
 """
 
 # ------------------------------------------------------------------------------------
@@ -2615,7 +2615,8 @@ def fitting_lengths(rows: Any, config: Config, positions: float) -> str:
     if config.data.model_max_len:
         lengths = {"model_max_len": [sum(row) for row in uncut]}
     fitting = {flag: sorted(own)[math.ceil(0.99 * len(uncut)) - 1] for flag, own in lengths.items()}
-    if sum(max(most, getattr(config.data, flag)) for flag, most in fitting.items()) > positions:
+    limits = [max(most, getattr(config.data, flag)) for flag, most in fitting.items()]
+    if max(sum(map(min, row, limits)) for row in zip(*lengths.values(), strict=True)) > positions:
         return ""
     return " ".join(f"--{flag} {most}" for flag, most in fitting.items() if most > getattr(config.data, flag))
 
@@ -2953,10 +2954,11 @@ def model_sizes(model: Any) -> tuple[int, float, float]:
     """The number of token ids, of positions that a model has embeddings for, and that it was made for."""
     limit, positions = math.inf, positions_of(model.config)
     for name, table in model.named_modules():
-        if isinstance(table, torch.nn.Embedding) and re.search("position|wpe", leaf_name(name)):
+        leaf = leaf_name(name.removesuffix(".original_module"))
+        if isinstance(table, torch.nn.Embedding) and re.search("position|wpe", leaf):
             # RoBERTa's and ESM's begin after the pad's, OPT's and BART's at 2; a tower for images has other sizes
             first = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
-            if leaf_name(name) == "position_embeddings" or 0 <= table.num_embeddings - positions <= 2:
+            if 0 <= table.num_embeddings - positions <= 2 or (positions == math.inf and leaf == "position_embeddings"):
                 limit = min(limit, table.num_embeddings - first)
     table = model.get_input_embeddings()  # peft wraps one that it trains
     ids = getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size
@@ -4009,7 +4011,7 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
         held = {key.partition(".lora_")[0].replace(".base_layer", "") for key in keys if ".lora_" in key}
         own_names = held <= {name for name, _ in model.named_modules()}
     fit_embeddings(model, token_rows(config))
-    if config.target_parameters:
+    if config.target_parameters or not own_names:
         config.lora_dropout = 0.0  # peft refuses it beside experts, also in a saved adapter
     with adapting_packed_experts(own_names):
         adapted: Any = get_peft_model(model, config)
@@ -6106,6 +6108,8 @@ def answer_questions(trainer: Any, questions: list[Question]) -> list[tuple[bool
     """
     tokenizer, longest = trainer.processing_class, trainer.config.mmlu.mmlu_source_max_len
     letters, texts = tokenize(LETTERS, tokenizer), tokenize([question.prompt for question in questions], tokenizer)
+    if len({*map(tuple, letters)}) < len(LETTERS):
+        raise ConfigError("--do_mmlu_eval: this tokenizer does not tell A, B, C and D apart")
     prefix = os.path.commonprefix(letters)  # noqa: RUF071  # with some tokenizers, a space
     answers = [[*ids[len(prefix) :], tokenizer.eos_token_id] for ids in letters]
     first_tokens = [ids[0] for ids in answers]
@@ -6563,7 +6567,8 @@ class QLoRATrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Try the rest of the fast path once an engine has sharded the weights."""
-        model, dataloader = super()._prepare_for_training(*args, **kwargs)
+        with reraise_as_user_error("--deepspeed") if self.is_deepspeed_enabled else contextlib.nullcontext():
+            model, dataloader = super()._prepare_for_training(*args, **kwargs)
         if self.sharded and self.config.training.fast_path and not self.config.masked:
             self.fast = choose_fast_path(model, self.base, self.fast, self.config, self.args.device)
             log.info("%s", format_table(self.fast.lines()))
