@@ -18,21 +18,21 @@ in `commit_checkpoint` makes a checkpoint visible, and the loss is normalised in
      1 Imports             38-188
      2 Errors             191-254
      3 Dataset formats    257-831
-     4 Arguments         834-1558
-     5 Loading          1561-2203
-     6 Tokenizer        2206-2329
-     7 Encoding         2332-2811
-     8 Model            2814-3448
-     9 Calibration      3451-3808
-    10 LoRA             3811-4129
-    11 Fast path        4132-5132
-    12 Plan             5135-5481
-    13 Checkpoints      5484-5889
-    14 Processes        5892-5949
-    15 Evaluation       5952-6149
-    16 Trainer          6152-6780
-    17 Stages           6783-7291
-    18 Main             7294-7587
+     4 Arguments         834-1557
+     5 Loading          1560-2200
+     6 Tokenizer        2203-2326
+     7 Encoding         2329-2808
+     8 Model            2811-3445
+     9 Calibration      3448-3805
+    10 LoRA             3808-4126
+    11 Fast path        4129-5129
+    12 Plan             5132-5478
+    13 Checkpoints      5481-5886
+    14 Processes        5889-5946
+    15 Evaluation       5949-6146
+    16 Trainer          6149-6777
+    17 Stages           6780-7288
+    18 Main             7291-7584
 """
 
 # ------------------------------------------------------------------------------------
@@ -1166,9 +1166,8 @@ class Parser(HfArgumentParser):
             nearest = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, names, 1, 0.7)), "")
             raise ConfigError(f"{typed}: unknown flag, {f'did you mean --{nearest}?' if nearest else 'see --help'}")
         passed = {name: value for name, value in vars(namespace).items() if value is not unset}
-        home = os.path.expanduser("~/").replace(
-            "\\", r"\\"
-        )  # which a shell does neither in --flag=~/x nor after a comma
+        # a shell expands ~ neither in --flag=~/x nor after a comma; Windows' backslashes are for re.sub
+        home = os.path.expanduser("~/").replace("\\", r"\\")
         return {n: re.sub(r"(?<![^,\s])~/", home, v) if isinstance(v, str) else v for n, v in passed.items()}
 
 
@@ -1948,11 +1947,9 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
             rows = [RenderedRow(parsed, [])]
         normal["category"] = escape_control_chars(str(row.get("category") or row.get("source") or ""))
         beside = BESIDE_CHATS if isinstance(parsed, Conversation) else ()
-        used = {*dataset_format.columns, *dataset_format.optional, *beside}
+        used = {"", *dataset_format.columns, *dataset_format.optional, *beside}  # pandas' index has no name in a CSV
         used |= {name for name in ("category", "source") if len(str(row.get(name))) < 100}  # else they are no labels
-        unused = sorted(
-            escape_control_chars(n) for n, value in row.items() if n and n not in used and value is not None
-        )
+        unused = sorted(escape_control_chars(n) for n, value in row.items() if n not in used and value is not None)
         for segments, left_out, *_ in rows:
             left_out.extend(unused if dataset_format.columns else ())  # a user's own function may use all of them
             if not any(segment["supervised"] and segment["text"].strip(MARKS).strip() for segment in segments):
