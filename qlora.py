@@ -25,14 +25,14 @@ in `commit_checkpoint` makes a checkpoint visible, and the loss is normalised in
      8 Model            2811-3445
      9 Calibration      3448-3805
     10 LoRA             3808-4126
-    11 Fast path        4129-5129
-    12 Plan             5132-5478
-    13 Checkpoints      5481-5886
-    14 Processes        5889-5946
-    15 Evaluation       5949-6146
-    16 Trainer          6149-6777
-    17 Stages           6780-7288
-    18 Main             7291-7584
+    11 Fast path        4129-5130
+    12 Plan             5133-5479
+    13 Checkpoints      5482-5887
+    14 Processes        5890-5947
+    15 Evaluation       5950-6147
+    16 Trainer          6150-6778
+    17 Stages           6781-7289
+    18 Main             7292-7585
 """
 
 # ------------------------------------------------------------------------------------
@@ -4919,8 +4919,9 @@ def fuse_norms(model: Any) -> None:
     for module in model.modules():
         weight, name = module._parameters.get("weight"), type(module).__name__
         eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
-        inputs = inspect.signature(type(module).forward).parameters  # itself and x: Mamba-2's takes a gate too
-        if "RMSNorm" not in name or weight is None or not isinstance(eps, float) or len(inputs) > 2:
+        if "RMSNorm" not in name or weight is None or not isinstance(eps, float):
+            continue
+        if len(inspect.signature(type(module).forward).parameters) > 2:  # beside itself and x a gate, as in Mamba-2
             continue
         x = torch.linspace(-2.0, 3.0, weight.numel(), device=weight.device)[None]
         with contextlib.suppress(Exception):  # of a shape of its own
