@@ -1108,6 +1108,7 @@ INEFFECTIVE = [
      "--max_steps -1"),
     ("--warmup_ratio 0.1", "warmup_steps: without effect: lr_scheduler_type constant",
      "--lr_scheduler_type constant_with_warmup"),
+    ("--fsdp --offload_activations", "offload_activations: without effect: an engine", None),
     ("--hub_token t --hub_model_id x", "hub_model_id, hub_token: .*--push_to_hub", "--push_to_hub"),
 ]  # fmt: skip
 

@@ -158,6 +158,12 @@ def test_a_plan_that_does_not_fit_names_changes_that_do(folder, capsys):
     assert qlora.main([*words, "--bits", "16", "--plan_gpu", "4GiB"]) == 3
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "would fit with" in line)
     assert line.split(maxsplit=3)[3].split("; ")[:2] == ["--bf16 True", "--bits 8"]
+    # the inputs of 22 layers of width 2,048 are 1.9 GiB at 22,000 tokens in bf16
+    words = [*words[:2], "--bf16", *words[2:], "--source_max_len", "16000", "--target_max_len", "6000"]
+    assert qlora.main([*words, "--plan_gpu", "5GiB"]) == 3
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "would fit with" in line)
+    assert "--offload_activations True" in line
+    assert qlora.main([*words, "--plan_gpu", "5GiB", "--offload_activations"]) == 0
 
 
 @pytest.mark.parametrize(
