@@ -4840,14 +4840,14 @@ class OffloadedInput:
         if self.before is not None:
             self.before.wait()
             self.before.gpu = None
-        with self.beside():
-            self.cpu = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+        self.cpu = self.copy(torch.empty_like(tensor, device="cpu", pin_memory=True), tensor)
         newest["input"] = self
 
-    def beside(self) -> Any:
+    def copy(self, target: Tensor, source: Tensor) -> Tensor:
         """Copy in a stream of its own, after what the GPU has been given so far."""
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        return torch.cuda.stream(self.stream)
+        with torch.cuda.stream(self.stream):
+            return target.copy_(source, non_blocking=True)
 
     def wait(self) -> None:
         """Let the GPU go on after the last copy."""
@@ -4856,9 +4856,7 @@ class OffloadedInput:
     def fetch(self) -> None:
         """Begin to copy the input back."""
         if self.gpu is None:
-            self.gpu = torch.empty_like(self.cpu, device=self.stream.device)
-            with self.beside():
-                self.gpu.copy_(self.cpu, non_blocking=True)
+            self.gpu = self.copy(torch.empty_like(self.cpu, device=self.stream.device), self.cpu)
 
     def get(self) -> Any:
         """The input; that of the layer before, which the backward pass wants next, begins to come."""
