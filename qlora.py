@@ -395,6 +395,13 @@ def parse_chosen(row: RawRow) -> ParsedRow:
     return prompt_completion("" if repeated else prompt, chosen)
 
 
+def parse_pair(row: RawRow) -> ParsedRow:
+    """Prompt and completion, both as text or, as TRL has them, as chats."""
+    if isinstance(row.get("completion"), list):
+        return parse_chosen({**row, "chosen": row["completion"]})
+    return prompt_completion(*(get_text_or_refuse_chat(row, name) for name in ("prompt", "completion")))
+
+
 def parse_chip2(row: RawRow) -> ParsedRow:
     """Question and answer share one string, marked `<human>: ` and `<bot>: `; the first answer is supervised."""
     parts = get_text(row, "text").split("\n<bot>: ")
@@ -419,6 +426,8 @@ ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
 NEXT_ROLES = {"": ["system", "user"], "system": ["user"], "user": ["assistant"], "assistant": ["user", "tool"]}
 NEXT_ROLES |= {"tool": ["tool", "assistant"]}
 WEIGHT_KEYS = ("weight", "train", "training", "trainable", "loss_mask", "loss")  # 0 or false: an answer is context only
+TURN_KEYS = {*WEIGHT_KEYS, "role", "content", "from", "value", "name", "id", "tool_calls", "tool_call_id",
+             "reasoning_content", "reasoning", "thinking"}  # fmt: skip
 
 
 def drop_nulls(value: Any, top: bool = False) -> Any:
@@ -496,6 +505,8 @@ def parse_airoboros_chat(row: RawRow) -> ParsedRow:
 def parse_chat(column: str, row: RawRow) -> Conversation:
     """Everything up to the last supervised answer, with the columns beside it that a chat may have."""
     row = {**row, column: get_list(row, column)}
+    if isinstance(row.get("chosen"), Mapping):  # LLaMA-Factory's preferences
+        raise field_error(row, "chosen", f"no answer beside {column!r}: let path.py:function append it to the turns")
     turns = (turn for turn in row[column] if isinstance(turn, Mapping) and "tool_calls" in turn)
     if any((turn.get("from") or turn.get("role")) in ("user", "human") for turn in turns):
         row = drop_nulls(row, top=True)  # JSON lines that datasets wrote have Arrow's nulls too
@@ -525,8 +536,7 @@ def parse_chat(column: str, row: RawRow) -> Conversation:
 
 def column_format(*columns: str, inferred: bool = True) -> DatasetFormat:
     """Columns used as they are: prompt and completion, or for plain language modelling the completion alone."""
-    get = get_text_or_refuse_chat if "completion" in columns else get_text
-    return DatasetFormat(columns, lambda row: prompt_completion(*(get(row, name) for name in columns)), inferred)
+    return DatasetFormat(columns, lambda row: prompt_completion(*(get_text(row, name) for name in columns)), inferred)
 
 
 BESIDE_CHATS = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
@@ -536,7 +546,7 @@ FORMATS: dict[str, DatasetFormat] = {
     "sharegpt": DatasetFormat(("conversations",), partial(parse_chat, "conversations"), optional=BESIDE_CHATS),
     "airoboros": DatasetFormat(("instruction", "response"), parse_airoboros, True, BESIDE_AIROBOROS),
     "alpaca": DatasetFormat(("instruction", "output"), parse_alpaca, optional=("input", "system", "history")),
-    "self-instruct": column_format("prompt", "completion"),
+    "self-instruct": DatasetFormat(("prompt", "completion"), parse_pair),
     "input-output": column_format("input", "output"),
     "hh-rlhf": DatasetFormat(("chosen",), parse_chosen, optional=("prompt", "rejected")),
     "text": column_format("text"),
@@ -567,7 +577,7 @@ def get_format(name: str, as_chat: bool = False) -> DatasetFormat:
         known = FORMATS[name]
         if not as_chat or {"messages", "conversations"}.intersection(known.columns):
             return known
-        question = known.columns[:-1] + (("input",) if "input" in known.optional else ())  # the last is the answer
+        question = known.columns[:-1] + tuple({"input", "prompt"}.intersection(known.optional))  # before the answer
         if not question:
             raise ConfigError(f"--as_chat: rows of the format {name} have no column that could be a user's turn")
         parse = partial(parse_as_chat, question, known.columns[-1])
@@ -746,6 +756,8 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
     with contextlib.suppress(RowError):  # of a template that wants tools beside calls
         if chat.tools and apply_template(chat._replace(tools=None), tokenizer)[0] == whole:
             absent.append("tools")
+    others = {key for message in chat.messages for key in message} - TURN_KEYS
+    absent += [f"{key} of a turn" for key in sorted(others) if key not in str(tokenizer.chat_template)]
     notes = [*chat.left_out, *(f"{what} that the chat template does not write" for what in absent)]
     answers_in_all = [message["role"] for message in chat.messages].count("assistant")
     if marks is None or len(chat.answers) < answers_in_all:  # the template marks context-only answers, too
@@ -1037,15 +1049,16 @@ OTHER_NAMES: dict[str, str] = {name: flag for flag, names in (
     ("resume_from_checkpoint", "resume checkpoint"), ("gradient_accumulation_steps", "grad_accum grad_acc"),
     ("per_device_train_batch_size", "batch_size train_batch_size micro_batch_size"), ("num_train_epochs", "epochs"),
     ("per_device_eval_batch_size", "eval_batch_size"), ("max_steps", "max_train_steps"), ("lora_r", "r rank lora_rank"),
-    ("bits 4", "load_in_4bit qlora"), ("bits 8", "load_in_8bit"), ("bits", "quantization_bit quantization"),
+    ("bits 4", "load_in_4bit qlora use_qlora"), ("bits 8", "load_in_8bit"), ("bits", "quantization_bit quantization"),
     ("lora_modules", "lora_target lora_target_modules target_modules lora_target_linear"),
     ("model_max_len", "sequence_len cutoff_len max_seq_length max_seq_len max_length seq_len context_length"),
+    ("bits 32", "fp32"), ("eval_dataset", "eval_file validation_file"), ("quant_type", "bnb_4bit_quant_type"),
+    ("lora_r", "use_lora"), ("output_dir", "save_dir"), ("use_auth_token", "token hf_token"), ("weight_decay", "wd"),
     ("double_quant", "bnb_4bit_use_double_quant"), ("modules_to_save", "additional_target"), ("objective", "stage"),
     ("full_finetune", "finetuning_type"), ("max_train_samples", "max_samples"), ("eval_dataset_size", "val_size"),
-    ("attn_implementation", "flash_attn flash_attention"), ("use_auth_token", "token hf_token"),
+    ("attn_implementation", "flash_attn flash_attention"), ("report_to", "wandb wandb_project"),
     ("eval_strategy", "evals_per_epoch"), ("save_strategy", "saves_per_epoch"), ("save_steps", "save_every"),
-    ("packing", "sample_packing"), ("bf16", "precision"), ("use_cpu", "device"), ("weight_decay", "wd"),
-    ("report_to", "wandb wandb_project"), ("chat_template", "template"),
+    ("packing", "sample_packing"), ("bf16", "precision"), ("use_cpu", "device"), ("chat_template", "template"),
 ) for name in names.split()}  # fmt: skip
 # Accepted without effect, and why.
 IGNORED_FLAGS: dict[str, str] = {name: why for names, why in (
@@ -1605,20 +1618,21 @@ def read_delimited(stream: Any, delimiter: str) -> NumberedRows:
     header = [cell.strip() for cell in next(filter(None, reader), [])]
     if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])) and other[0] != delimiter:
         raise ValueError(f"columns are separated by {other[0]!r}, expected {delimiter!r}: {header[0]}")
-    if len(set(header)) < len(header):
-        raise ValueError(f"the column {max(header, key=header.count)!r} appears twice in the header")
+    if twice := [name for name, n in Counter(header).items() if name and n > 1]:  # Excel leaves several nameless
+        raise ValueError(f"the column {twice[0]!r} appears twice in the header")
     cells: list[str] | None = []
     while cells is not None:
-        number = reader.line_num + 1
+        number, wrong = reader.line_num + 1, ""
         try:
-            cells = next(reader, None)
+            if (cells := next(reader, None)) and len(cells) != len(header):
+                wrong = f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"
         except csv.Error as error:
-            yield number, RowError(f"not valid CSV: {error}")
-            continue
-        if cells and len(cells) == len(header):
-            yield number, dict(zip(header, cells, strict=True))
+            cells, wrong = [], f"not valid CSV: {error}".replace("\t", "\\t")
+        if wrong:
+            lines = f"lines {number} to {reader.line_num}, from a quote on: " if reader.line_num > number else ""
+            yield number, RowError(shorten(lines + wrong), cells or None)
         elif cells:  # an empty line has none
-            yield number, RowError(shorten(f"{len(cells)} fields, expected {len(header)}: {', '.join(header)}"), cells)
+            yield number, dict(zip(header, cells, strict=True))
 
 
 READERS: dict[str, Callable[[Any], NumberedRows]] = {
@@ -1726,7 +1740,7 @@ def load_from_hub(config: Config, path: str, **options: Any) -> dict[str, RowSou
 def split_named(name: str) -> str:
     """The split that a word of a file's or split's name stands for; empty if there is none, or several."""
     words = re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)  # also of gsm8kTrain
-    found = {SPLITS[word.lower()] for word in words if word.lower() in SPLITS}
+    found = {SPLITS.get(word.lower().removesuffix("set"), "") for word in words} - {""}  # also of testset
     return found.pop() if len(found) == 1 else ""
 
 
@@ -1792,7 +1806,8 @@ def choose_format(name: str, source: RowSource, config: Config) -> RowSource:
         needed = {", ".join(sorted(FORMATS[known].columns)): known for known in candidates}
         nearest = (needed[text] for text in difflib.get_close_matches(", ".join(columns), needed, n=2, cutoff=0))
         needs = " or ".join(f"{', '.join(FORMATS[known].columns)} ({known})" for known in nearest)
-        way = "--columns input=question says what yours are called, --dataset_format path.py:function converts rows"
+        way = "--columns input=question says what yours are called"
+        way += "" if config.masked else ", --dataset_format path.py:function converts rows"
         way += "" if config.training.do_train else "; to predict without training, the answers may be any text"
         raise ConfigError(f"{found}, which fit no format; the nearest need {needs}; {way}")
     if missing:
@@ -1801,6 +1816,10 @@ def choose_format(name: str, source: RowSource, config: Config) -> RowSource:
     said += "; it has none of the columns that --columns names" if absent else ""
     log.info("%s: format %s%s", source.name, chosen, said)
     if chosen == "hh-rlhf":
+        asks = [name for name in ("question", "instruction", "query", "input") if name in columns]
+        if asks and "prompt" not in columns and not named:
+            way = f"--columns prompt={asks[0]} makes it the prompt, --dataset_format hh-rlhf leaves it out"
+            raise ConfigError(f"{found}, but hh-rlhf's prompt is a column `prompt`; {way}")
         log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", source.name)
     if CUSTOM_FORMAT.fullmatch(chosen):
         log.info("its rows are cached: if it reads other files and they change, pass another --cache_dir")
@@ -1865,8 +1884,9 @@ def tokenize_rendered(rows: list[list[Segment]], tokenizer: PreTrainedTokenizerB
 
 
 def last_supervised(segments: Sequence[Segment]) -> int:
-    """The segment with which the completion begins."""
-    return max((number for number, segment in enumerate(segments) if segment["supervised"]), default=0)
+    """The segment with which the completion begins: the first of the last supervised ones in a row."""
+    found = re.search("1+0*$", "".join("01"[segment["supervised"]] for segment in segments))
+    return found.start() if found else 0
 
 
 def prompt_fits(row: RenderedRow, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> bool:
@@ -1928,7 +1948,7 @@ def select_rows(source: RowSource, data: DataArguments) -> Iterator[dict[str, An
         yield from ({"where": where, "row": row} for row in rows)
     if not found:
         which = "" if wanted == {"ALL"} else f" has a source in --include_sources {data.include_sources}"
-        after = f" after the {source.start} held out" if source.start else ""
+        after = f" after the {source.start} held out (--eval_dataset_size)" if source.start else ""
         raise ConfigError(f"{source.name}: no row{after}{which}")
 
 
@@ -1937,7 +1957,8 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
     normal = dict.fromkeys(("category", "problem", "raw"), "") | {"where": escape_control_chars(where)}
     try:
         parsed = dataset_format.parse(check_row(row))
-        marks = ("kto_tag", "label") if "completion" in dataset_format.columns else ("kto_tag",)
+        answers = {"completion", "messages", "conversations"}.intersection(dataset_format.columns)
+        marks = ("kto_tag", "label") if answers else ("kto_tag",)  # elsewhere a label may be a class
         undesirable = [mark for mark in marks if str(row.get(mark)).lower() == "false"]  # a CSV has text
         if undesirable and dataset_format.columns:
             raise RowError(f"field {undesirable[0]!r} is false, expected no answer that is marked as undesirable")
@@ -2060,7 +2081,9 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerBase | None = None
             evaluated = rows.select(held_out)
         if training and train:  # rows are repeated only now, so that no copy of a held-out row is trained on
             repeated = [i for turn in range(max(times)) for i in train if times[i] > turn]
-            rows = rows.select(repeated[: data.max_train_samples])
+            rows = rows.select(first := repeated[: data.max_train_samples])
+            if len(first) < len(repeated):
+                log.info("max_train_samples: the first %d of %d rows", len(first), len(repeated))
         if evaluated:
             evaluated = evaluated.select(range(len(evaluated))[: data.max_eval_samples])
         splits = Splits(rows if training and train else None, evaluated)
@@ -2154,7 +2177,8 @@ def train_eval_split(rows: Any, config: Config) -> tuple[Sequence[int], Sequence
         chats.sort(key=categories.__getitem__)
         chats = [chats[(2 * n + 1) * total // (2 * count)] for n in range(count)]
     held_out = {places[i] for i in chats[:count]}
-    return [i for i in order if places[i] not in held_out], [i for i in order if places[i] in held_out]
+    train = range(len(rows)) if config.training.train_sampling_strategy == "sequential" else order
+    return [i for i in train if places[i] not in held_out], [i for i in order if places[i] in held_out]
 
 
 def drop_bad_rows(rows: Any, config: Config) -> Any:
@@ -2629,7 +2653,8 @@ def pack_and_summarize(splits: Splits, config: Config, positions: float = math.i
         if max(cut, endless) > 0.05 * len(splits.train):
             fitting = fitting_lengths(splits.train, config, positions)
             what = f", and {endless} end without EOS, so that the model won't learn to stop" if endless else ""
-            way = f"pass {fitting}" if fitting else "shorten them, or try another --eos_token or chat template"
+            other = "shorten them" if cut >= endless else "try another --eos_token or chat template"
+            way = f"pass {fitting}" if fitting else other
             log.warning("of %d train rows %d are cut%s: %s", len(splits.train), cut, what, way)
     for name, part in statistics.items():
         if part.special_text:
@@ -6048,7 +6073,8 @@ def generation_config(config: Config, model: Any, tokenizer: PreTrainedTokenizer
 def decoded_pair(segments: list[Segment], rendered: bool, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """A row's input and output as text, the output without a template's special tokens."""
     last = last_supervised(segments)
-    texts = {"input": "".join(segment["text"] for segment in segments[:last]), "output": segments[last]["text"]}
+    answer = (segment["text"] for segment in segments[last:] if segment["supervised"])
+    texts = {"input": "".join(segment["text"] for segment in segments[:last]), "output": "".join(answer)}
     if rendered:
         texts["output"] = special_token_pattern(tokenizer).sub("", texts["output"])
     marks = str.maketrans(dict(zip(MARKS, (str(tokenizer.bos_token or ""), str(tokenizer.eos_token), ""), strict=True)))

@@ -106,7 +106,8 @@ def choose_template(record: dict[str, Any], tokenizer: Any) -> str:
     formats = [name for part in parts for name in part.get("formats", ())]
     if formats and formats[0] in qlora.FORMATS:
         # preferences may be chats too
-        chats = record["flags"].get("as_chat") or (formats[0] == "hh-rlhf" and any(part.get("chats") for part in parts))
+        pairs = formats[0] in ("hh-rlhf", "self-instruct")
+        chats = record["flags"].get("as_chat") or (pairs and any(part.get("chats") for part in parts))
         template = "chat" if chats else FORMAT_TEMPLATES.get(formats[0], "plain")
         qlora.log.info("--template %s, as rows of the format %s", template, formats[0])
         if formats[0] == "airoboros_chat" and "[INST]" not in str(tokenizer.chat_template):
