@@ -15,24 +15,24 @@ Read the file from top to bottom, along the path of the data: every room uses on
 masked in `with_labels`, a format is a row of FORMATS, memory decides the micro-batch in `search_step_plan`, the rename
 in `commit_checkpoint` makes a checkpoint visible, and the loss is normalised in `_micro_batch_losses`.
 
-     1 Imports             38-188
-     2 Errors             191-254
-     3 Dataset formats    257-831
-     4 Arguments         834-1557
-     5 Loading          1560-2200
-     6 Tokenizer        2203-2326
-     7 Encoding         2329-2808
-     8 Model            2811-3445
-     9 Calibration      3448-3805
-    10 LoRA             3808-4126
-    11 Fast path        4129-5130
-    12 Plan             5133-5479
-    13 Checkpoints      5482-5887
-    14 Processes        5890-5947
-    15 Evaluation       5950-6147
-    16 Trainer          6150-6778
-    17 Stages           6781-7289
-    18 Main             7292-7585
+     1 Imports             38-189
+     2 Errors             192-255
+     3 Dataset formats    258-844
+     4 Arguments         847-1573
+     5 Loading          1576-2230
+     6 Tokenizer        2233-2356
+     7 Encoding         2359-2839
+     8 Model            2842-3476
+     9 Calibration      3479-3836
+    10 LoRA             3839-4174
+    11 Fast path        4177-5235
+    12 Plan             5238-5589
+    13 Checkpoints      5592-5997
+    14 Processes        6000-6057
+    15 Evaluation       6060-6259
+    16 Trainer          6262-6898
+    17 Stages           6901-7409
+    18 Main             7412-7705
 """
 
 # ------------------------------------------------------------------------------------
@@ -1554,7 +1554,8 @@ def ineffective_flags(config: Config) -> list[tuple[Any, Iterable[str], str]]:
         (flags.bits != 4, {"quant_type", "double_quant"}, f"bits is {flags.bits}"),
         (CUSTOM_FORMAT.fullmatch(flags.dataset_format or ""), {"as_chat"}, "a function writes its rows itself"),
         (flags.full_finetune, LORA_FLAGS - {"layers_to_freeze", "layer_freeze_ratio"}, "there are no adapters"),
-        (flags.adapter_name_or_path, LORA_FLAGS - {"lora_dtype"}, "the adapter to start from keeps its own shape"),
+        (flags.adapter_name_or_path, LORA_FLAGS - {"lora_dtype", "layers_to_freeze", "layer_freeze_ratio"},
+         "the adapter to start from keeps its own shape"),
         (not flags.do_predict, GENERATION_FLAGS, "nothing is generated without --do_predict"),
         (flags.do_predict and not flags.do_sample, SAMPLING_FLAGS, "nothing is sampled without --do_sample"),
         (not flags.do_mmlu_eval, MMLU_FLAGS, "no questions are asked without --do_mmlu_eval"),
@@ -1587,6 +1588,7 @@ SPLIT_NAMES = ("eval", "validation", "test")  # for evaluation, in order of pref
 SPLITS = {name: name for name in ("train", *SPLIT_NAMES)} | dict.fromkeys(("val", "valid", "dev"), "validation")
 SPLITS |= {"training": "train", "testing": "test", "evaluation": "eval"}
 REJECTED = "rejected.jsonl"
+MERGED = "merged.json"  # in a merged model's folder: what it is the merge of, and run.json of that
 OLDEST_EXCHANGES = "the oldest exchanges of a chat that is too long"
 DATASETS_ERRORS = (RuntimeError, datasets.exceptions.DatasetsError)  # beside LIBRARY_ERRORS
 ROW_FEATURES = datasets.Features(  # of a RenderedRow, and more
@@ -2020,11 +2022,13 @@ def load_rows(source: RowSource, config: Config, tokenizer: Any, limit: int | No
 
 
 def run_record(folder: Path) -> dict[str, Any]:
-    """run.json of the run whose folder or checkpoint this is, or an empty one."""
+    """run.json of the run whose folder, checkpoint or merged model this is, or an empty one."""
     for place in (folder, folder.parent) if re.fullmatch(r"checkpoint-\d+", folder.name) else (folder,):
-        record = read_json(place / "run.json") if (place / "run.json").is_file() else None
-        if isinstance(record, dict) and isinstance(record.get("flags"), dict):  # else another program's
-            return record
+        for file in filter(Path.is_file, (place / "run.json", place / MERGED)):
+            content = read_json(file)
+            record = content.get("run", content) if isinstance(content, dict) else {}
+            if isinstance(record, dict) and isinstance(record.get("flags"), dict):  # else another program's
+                return record
     return {}
 
 
@@ -3139,7 +3143,7 @@ def stacks_in(module: Any) -> dict[str, Any]:
     """A module's own weights of many experts, (experts, ., .), packed or not; a convolution has none."""
     names = [] if hasattr(module, "kernel_size") else [name for name, _ in module.named_parameters(recurse=False)]
     weights = {name: stack_of(module, name) for name in names}
-    shapes = {name: getattr(weight, "quant_state", weight).shape for name, weight in weights.items()}
+    shapes = {n: getattr(w, "ds_shape", getattr(w, "quant_state", w).shape) for n, w in weights.items()}  # of ZeRO-3
     return {name: weights[name] for name, shape in shapes.items() if len(shape) == 3 and shape[0] > 1}
 
 
@@ -3912,7 +3916,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
     ranks = patterns["rank_pattern"]
     for name in (*experts, *(targets if mutates_base(init) else ())):
         weight: Any = model.get_parameter(name if name in experts else f"{name}.weight")
-        most = min(getattr(weight, "quant_state", weight).shape[-2:])
+        most = min(getattr(weight, "ds_shape", getattr(weight, "quant_state", weight).shape)[-2:])
         rank = ranks.get(get_pattern_key(ranks, name), lora.lora_r)
         if rank > most:
             flag, start = ("expert_lora_r", "") if name in experts else ("lora_r", f", and {init} starts from it")
@@ -4030,6 +4034,10 @@ def attach_adapter(model: Any, adapter: LoraConfig | str) -> Any:
     config: Any = PeftConfig.from_pretrained(adapter) if isinstance(adapter, str) else adapter
     config.inference_mode, config.base_model_name_or_path = False, None
     layers, dropout, own_names = {*(config.target_modules or ())}, config.lora_dropout, True
+    for name, weight in model.named_parameters():  # under --fsdp packed weights look like bfloat16
+        packed = hasattr(weight, "quant_state") or not weight.is_floating_point()
+        if packed and (whole := [m for m in config.modules_to_save or () if f".{m}." in f".{name}"]):
+            raise ConfigError(f"--modules_to_save {whole[0]}: {name} is quantised; pass --bits 16 or 32")
     if isinstance(adapter, str):  # it may have transformers 4's names
         keys = (key.removeprefix("base_model.model.") for key in load_peft_weights(adapter, device="cpu"))
         held = {key.partition(".lora_")[0].replace(".base_layer", "") for key in keys if ".lora_" in key}
@@ -4076,6 +4084,23 @@ def widen_trained(adapted: Any, model: PreTrainedModel, lora: LoraArguments) -> 
     return [p for name, p in trained.items() if "lora_" in name or "trainable_tokens_" in name]
 
 
+def check_token_rows(head: Any, adapted: Any, adapter: str | None, tokenizer: Any) -> None:
+    """Refuse new tokens that an adapter does not train, or under other ids, or whose rows peft can't train."""
+    rows, found = getattr(tokenizer, "new_rows", {}), token_rows(adapted.peft_config["default"])
+    if rows.keys() != found and (rows or (tokenizer and max(found) >= len(tokenizer))):  # known ones need no flag
+        raise ConfigError(f"{adapter} trains rows {sorted(found)}, --add_tokens asks for {[*rows]}: pass its tokens")
+    file = Path(adapter or "", "tokenizer.json")
+    stored = {t["id"]: t["content"] for t in read_json(file)["added_tokens"]} if adapter and file.is_file() else {}
+    if other := [
+        f"{stored[i]} and not {t}" for i in rows if stored.get(i, t := tokenizer.convert_ids_to_tokens(i)) != t
+    ]:
+        raise ConfigError(f"{adapter} has {other[0]} at this place: pass --add_tokens in its order")
+    if rows and (
+        not isinstance(head, TrainableTokensWrapper) or getattr(head.original_module, "bias", None) is not None
+    ):
+        raise ConfigError("--add_tokens: peft can't train rows of this model's head: it has a bias, or an odd tie")
+
+
 def make_trainable(
     model: Any, config: Config, adapter: str | None, start: Path | None = None, tokenizer: Any = None
 ) -> Any:
@@ -4106,12 +4131,8 @@ def make_trainable(
             named = (f"{tokenizer.convert_ids_to_tokens(i)} = {i}{' (not new)' * (not rows[i])}" for i in rows)
             log.info("--add_tokens: embedding and head train the rows %s", ", ".join(named))
         adapted = attach_adapter(model, new or adapter_files(str(adapter), config))
-    head, found = model.get_output_embeddings(), token_rows(adapted.peft_config["default"])
-    if rows.keys() != found and (rows or (tokenizer and max(found) >= len(tokenizer))):  # known ones need no flag
-        raise ConfigError(f"{source}: it trains rows {sorted(found)}, --add_tokens asks for {[*rows]}: pass its tokens")
+    check_token_rows(model.get_output_embeddings(), adapted, adapter and adapter_files(adapter, config), tokenizer)
     if rows:
-        if not isinstance(head, TrainableTokensWrapper) or getattr(head.original_module, "bias", None) is not None:
-            raise ConfigError("--add_tokens: peft can't train rows of this model's head: it has a bias, or an odd tie")
         adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)  # not grown ones
     trained = widen_trained(adapted, model, config.lora)
     if start:
@@ -5582,10 +5603,10 @@ STAGING = ".saving-"  # prefix of the hidden folders that a checkpoint or final 
 LEFT = "left-checkpoint-"  # prefix of checkpoints that are set aside
 MERGING = ".merging-"  # prefix of the hidden folder beside a merged model
 LOCK = ".qlora.lock"  # held by the run that writes into a folder
-EVALUATION_FILES = ("eval_results.json", "predict_results.json", "predictions.jsonl")
+RESULT_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
+                "predictions.jsonl")  # fmt: skip
 # What --overwrite_output_dir removes beside weights and checkpoints.
-RUN_FILES = (*EVALUATION_FILES, "train_results.json", "all_results.json", "metrics.json", "trainer_state.json",
-             "loss.png")  # fmt: skip
+RUN_FILES = (*RESULT_FILES, "trainer_state.json", "loss.png")
 DATASET, STREAM_SIZES = "dataset (the encoded training rows)", "sizes of the dataset's files"
 BASE_WEIGHTS, EVAL_ROWS = "weights of the base", "evaluation rows (encoded)"
 MODEL_FLAGS = {"model_name_or_path", "bits", "quant_type", "double_quant", "full_finetune", "objective", *LORA_FLAGS,
@@ -5676,10 +5697,10 @@ def check_same_run(folder: Path, run: Mapping[str, Any], resumes: bool, config: 
     ineffective = {name for applies, names, _ in ineffective_flags(config) if applies for name in names}
     # What an earlier version did not record is not compared: its checkpoints stay resumable.
     names = (now.keys() & before.keys()) - {"flags", "effective batch", *NOT_REPEATED, *ineffective}
-    if None in (before.get("metric_for_best_model"), now["metric_for_best_model"]):  # there is no best to compare with
-        names -= BEST_FLAGS
+    compared = None not in (before.get("metric_for_best_model"), now["metric_for_best_model"])  # with the best so far
     changed = {n: f"{n} was {before[n]}, is {now[n]}" for n in sorted(names) if before[n] != now[n]}
     refused = changed.keys() & (RESUME_RULES["refused"] if resumes else {*MODEL_FLAGS, DATASET, STREAM_SIZES})
+    refused -= set() if compared else BEST_FLAGS
     rows = {record["effective batch"]["rows"] for record in (before, now) if "effective batch" in record}
     if resumes and len(rows) > 1:  # the order of rows is cut into steps of one size
         refused |= changed.keys() & BATCH_FLAGS
@@ -5959,7 +5980,7 @@ def clear_output(config: Config, step: int) -> None:
     output, final, anew = Path(config.training.output_dir), final_folder(config), config.training.overwrite_output_dir
     recorded, checkpoints = final_files(output, final), checkpoints_in(output)
     ours = recorded or any((checkpoint / MANIFEST).is_file() for checkpoint in checkpoints)
-    stale = RUN_FILES if anew else EVALUATION_FILES  # of weights that will no longer be there
+    stale = RUN_FILES if anew else RESULT_FILES  # of weights that will no longer be there
     for file in [*(recorded if anew else ()), *(output / name for name in stale)] if ours else ():
         file.unlink(missing_ok=True)
     if (output / COMPLETED).is_file():  # the next save removes the files that it lists
@@ -6109,9 +6130,10 @@ def generate_predictions(trainer: Any, batch: Any) -> Iterator[dict[str, str]]:
         prompts.append(prompt or [tokenizer.eos_token_id])  # generation needs one token at least
     generation, device = generation_config(trainer.config, model, tokenizer), trainer.args.device
     answers: list[list[int]] = []
-    # generate() merges the model's own sampling values into those that it is given
+    # generate() merges the model's own sampling values into those that it is given; a routers' loss takes no cache
     without_own = mock.patch.object(trainer.base, "generation_config", GenerationConfig())
-    with reraise_as_user_error("generation flags"), without_own:
+    without_loss = mock.patch.object(trainer.base.config.get_text_config(), "output_router_logits", False, create=True)
+    with reraise_as_user_error("generation flags"), without_own, without_loss:
         if trainer.one_by_one is None and len(prompts) > 1 and not trainer.sharded:
             longest, dtype = max(prompts, key=len), compute_dtype(trainer.config)
             trainer.one_by_one = sees_padding(model, longest, tokenizer.pad_token_id, device, dtype)
@@ -6354,6 +6376,7 @@ class GracefulStop(TrainerCallback):
         if any(all_gather_object(self.received)):
             control.should_training_stop = control.should_save = True
             self.interrupted = state.global_step < state.max_steps
+            args.load_best_model_at_end &= not self.interrupted
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave out the epoch's evaluation where a signal ends the run in the middle of an epoch."""
@@ -6388,6 +6411,8 @@ class EarlyStopping(EarlyStoppingCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.early_stopping_patience = args.early_stopping_patience
+        recorded: Any = state.stateful_callbacks  # nothing of this callback, if the patience is new at a resume
+        recorded.setdefault(type(self).__name__, self.state())
 
 
 def build_callbacks(stop: GracefulStop, config: Config) -> list[TrainerCallback]:
@@ -6796,8 +6821,9 @@ class QLoRATrainer(Trainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         prefixed = {f"eval_{name}": value for name, value in metrics.items()}  # MMLU's too, as the Trainer asks for
         # with --save_strategy best, the Trainer saves what this returns, but a signal's checkpoint is due in any case
-        due = super()._determine_best_metric(metrics | prefixed, trial) or self.control.should_save
-        return due and not self.save_is_put_off
+        best = super()._determine_best_metric(metrics | prefixed, trial)
+        self.control.should_save |= best and self.args.load_best_model_at_end and not self.save_is_put_off
+        return (best or self.control.should_save) and not self.save_is_put_off
 
 
 def router_loss_of(model: Any) -> Callable[[Any, Any], Tensor] | None:
@@ -6815,6 +6841,10 @@ def set_up_fsdp(plugin: Any, model: Any, config: Config) -> None:
     """Tell accelerate's FSDP plugin what to wrap, and not to cast packed weights."""
     if not config.quant.full_finetune:
         plugin.mixed_precision_policy = None  # it would cast what is packed
+    for module in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
+        if config.masked:
+            raise ConfigError("--modules_to_save: --fsdp can't save a masked model's modules; leave out one of them")
+        module.original_module = copy.deepcopy(module.original_module)  # shards can't share a tied weight
     # Only the layers: BERT's own list also wraps its embeddings, which share a weight with its head.
     names = sorted({type(layer).__name__ for layer in decoder_layers(model)})
     wrapped = plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or names
@@ -7025,7 +7055,6 @@ def predict(trainer: QLoRATrainer, pairs: Any) -> dict[str, Any]:
     return save_metrics(trainer, "predict", metrics)
 
 
-MERGED = "merged.json"  # in a merged model's folder: what it is the merge of
 PROCESSOR_FILES = ["tokenizer.model", "*processor*.json"]  # llama.cpp's converter prefers the first
 
 
@@ -7049,7 +7078,7 @@ def check_merge(start: ResumePoint, config: Config) -> None:
     if not start.train and start.weights is None:
         raise ConfigError(f"--merged_output_dir {target}: no adapter to merge: nothing was trained in --output_dir")
     finished = not start.train and (target / MERGED).is_file()
-    if finished and read_json(target / MERGED) == merge_record(str(start.weights), config):
+    if finished and read_json(target / MERGED).items() >= merge_record(str(start.weights), config).items():
         log.info("%s holds this adapter merged already", target)
     elif target == Path.cwd() or target.is_mount() or any(target.glob("*")):  # it will be replaced
         raise ConfigError(f"--merged_output_dir {target}: in use or not empty; name another folder, or remove it")
@@ -7178,7 +7207,8 @@ def merge(adapter: str, run: Run, data: Data) -> dict[str, Any]:
         del model  # before the next is loaded
         merged = load_base(config, load_model_config(config, str(staging)), staging)
         metrics = compare_merged(merged, base, adapted, lost, sample, folder)
-        write_json(staging / MERGED, merge_record(adapter, config))
+        run_of = run_record(Path(adapter)) or run_record(Path(config.training.output_dir))
+        write_json(staging / MERGED, merge_record(adapter, config) | {"run": run_of})
         if target.exists():
             target.rmdir()  # empty: check_merge refuses others
         commit_checkpoint(staging, target)

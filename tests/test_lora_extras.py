@@ -448,10 +448,10 @@ def test_a_new_token_named_like_a_turn_is_one_in_a_text(run_qlora, tmp_path):
 def test_adapters_with_other_rows_or_none_are_refused(run_qlora, cups, tmp_path):
     assert run_qlora(dataset=cups, max_steps=1).code == 0
     run = run_qlora(dataset=cups, adapter_name_or_path=tmp_path / "out", output_dir=tmp_path / "b", **NEW)
-    assert "it trains rows [], --add_tokens asks for [259, 260]: pass its tokens" in error_of(run)
+    assert "trains rows [], --add_tokens asks for [259, 260]: pass its tokens" in error_of(run)
     assert run_qlora(dataset=cups, output_dir=tmp_path / "c", **NEW).code == 0
     run = run_qlora(dataset=cups, adapter_name_or_path=tmp_path / "c", output_dir=tmp_path / "d")
-    assert "it trains rows [259, 260], --add_tokens asks for []: pass its tokens" in error_of(run)
+    assert "trains rows [259, 260], --add_tokens asks for []: pass its tokens" in error_of(run)
 
 
 def test_new_tokens_beside_a_head_with_a_bias_are_refused(models):
