@@ -951,7 +951,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     recompute_layers: str = arg("auto", "Layers to recompute: auto (as memory requires), all, none or a number.")
     auto_batch: bool = arg(True, "Regroup a step's rows into the largest micro-batches that fit.")
     fast_path: bool = arg(True, "Fused LoRA, padding-free batches, chunked head, liger-kernel where they fit.")
-    offload_activations: bool = arg(False, "Keep the inputs of recomputed layers in CPU memory.")
+    offload_activations: bool = arg(False, "Keep the inputs of recomputed layers in CPU memory, at hardly any cost.")
     plan: bool = arg(False, "Print the memory that the run needs, in GiB by part, and exit.")
     plan_gpu: str | None = arg(None, "Memory of the GPU to plan for, such as 24GiB; default: that of the GPU here.")
     train_sampling_strategy: Literal["group_by_length", "random", "sequential"] = arg("group_by_length", "Row order.")
@@ -5252,13 +5252,15 @@ class StepPlan(NamedTuple):
     tokens: int  # of a micro-batch, at most
     recomputed: int  # layers, from the first on
     unpacked: int = 0  # layers whose weights are kept dequantised too, from the first on
+    offloaded: bool = False  # whether the inputs of recomputed layers lie in CPU memory
     resident: bool = False  # whether a paged optimizer's state stays on the GPU
     peak: float | None = None  # GiB predicted for torch's allocator
 
     def __str__(self) -> str:
         rows = "" if self.rows is None else f"{self.rows} rows and "
         tokens = f"{self.tokens} tokens" if self.tokens < NO_LIMIT else "any number of tokens"
-        return f"{rows}{tokens} at once, {self.recomputed} layers recomputed, {self.unpacked} kept dequantised"
+        recomputed = f"{self.recomputed} layers recomputed{', inputs in CPU memory' if self.offloaded else ''}"
+        return f"{rows}{tokens} at once, {recomputed}, {self.unpacked} kept dequantised"
 
 
 class MemoryModel(NamedTuple):
@@ -5454,7 +5456,8 @@ def plan_step(
     lines["micro-batch"] = f"{tokens} tokens"
     lines["recomputed"] = f"{plan.recomputed} of {memory.layers} layers"
     lines["kept dequantised"] = f"{plan.unpacked} of {memory.layers} layers"
-    return plan._replace(resident=pages > 0, peak=peak / GIB), lines, fits
+    offloaded = config.training.offload_activations
+    return plan._replace(offloaded=offloaded, resident=pages > 0, peak=peak / GIB), lines, fits
 
 
 def gpu_gib(config: Config) -> float:
@@ -5573,7 +5576,7 @@ def choose_step_plan(
             needed = memory.gradients + memory.optimizer + memory.fixed + most * memory.per_token(0)
             fits = needed * train.world_size < psutil.virtual_memory().available / 2
             recomputed = choices[0 if fits else -1]
-        plan = StepPlan(at_once, tokens, recomputed)
+        plan = StepPlan(at_once, tokens, recomputed, offloaded=train.offload_activations)
         return plan, {"steps": str(plan)}
     lengths = sorted(rows["length"][:], reverse=True)
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
@@ -6586,16 +6589,20 @@ class QLoRATrainer(Trainer):
         return to_device(batch, self.args.device)
 
     def _make_room(self, step: StepBatch, reason: torch.OutOfMemoryError) -> None:
-        """Drop dequantised copies, halve micro-batches down to 4096 tokens, then recompute more layers."""
+        """Drop dequantised copies, halve down to 4096 tokens, recompute more layers, offload their inputs, halve on."""
         plan, layers = self.plan, len(decoder_layers(self.unwrapped))
         largest = max(self.micro_batches(step), key=lambda members: int(step.lengths[members].sum()))
         tokens = int(step.lengths[largest].sum())
         if plan.unpacked:
             self.plan = plan._replace(unpacked=0)
-        elif len(largest) > 1 and (tokens > 4096 or plan.recomputed >= layers):
+        elif len(largest) > 1 and tokens > 4096:
             self.plan = plan._replace(tokens=tokens // 2)
         elif plan.recomputed < layers:
             self.plan = plan._replace(recomputed=min(layers, plan.recomputed + max(1, layers // 4)))
+        elif layers and not plan.offloaded:
+            self.plan = plan._replace(offloaded=True)
+        elif len(largest) > 1:
+            self.plan = plan._replace(tokens=tokens // 2)
         else:
             raise reason
         apply_step_plan(self.unwrapped, self.plan, self.config)
@@ -6890,7 +6897,7 @@ def apply_step_plan(base: Any, plan: StepPlan, config: Config) -> None:
         # a layer that is first run without gradients would hand none to the routers' own loss
         routed = getattr(base.config.get_text_config(), "output_router_logits", False)
         small = plan.tokens < 2048 and config.training.world_size == 1 and not routed
-        set_recomputed_layers(base, plan.recomputed, config.training.offload_activations, small)
+        set_recomputed_layers(base, plan.recomputed, plan.offloaded, small)
     elif plan.recomputed and getattr(base, "supports_gradient_checkpointing", True):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()

@@ -1145,7 +1145,7 @@ def planned(monkeypatch):
 
 SMALL = {"source_max_len": 16, "target_max_len": 16, "optim": "sgd", "learning_rate": 0.5, "max_steps": 3}
 SMALL |= {"per_device_train_batch_size": 4, "bits": 16, "lora_dropout": 0.1, "max_grad_norm": 1.0}
-SMALL |= {"recompute_layers": "all"}
+SMALL |= {"recompute_layers": "all", "offload_activations": True}
 
 
 def complaints(run) -> list[str]:
@@ -1200,6 +1200,20 @@ def test_out_of_memory_recomputes_more_layers_before_rows_are_parted(run_qlora, 
     assert "1 layers recomputed" in first and "2 layers recomputed" in second
     assert len(seen) == 2 + 3 and len(set(seen)) <= 3
     assert calls["FusedMLP"] - calls["AddFrozen"] == 2 * 3  # of both layers in three steps
+    assert losses(run) == pytest.approx(losses(expected), rel=1e-6)
+    assert_adapters_equal(run, expected)
+
+
+def test_out_of_memory_offloads_the_inputs_of_recomputed_layers_before_rows_are_parted(run_qlora, tmp_path, memory):
+    flags = {**SMALL, "offload_activations": False, "auto_batch": False, "lora_dropout": 0.0}
+    expected = run_qlora(output_dir=tmp_path / "enough", **flags)
+    seen = memory.set_up(lambda tokens, call: call <= 2)
+    run = run_qlora(output_dir=tmp_path / "short", **flags)
+    first, second = complaints(run)
+    assert "repeating it with 4 rows" in first and first.endswith(
+        "2 layers recomputed, inputs in CPU memory, 0 kept dequantised"
+    )
+    assert "tokens at once, 2 layers recomputed, inputs in CPU memory" in second and seen[:3] == [128, 128, 64]
     assert losses(run) == pytest.approx(losses(expected), rel=1e-6)
     assert_adapters_equal(run, expected)
 
