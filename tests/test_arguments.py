@@ -316,6 +316,13 @@ TYPED = {
     "optimizer": "optim",
     "lr_scheduler": "lr_scheduler_type",
     "output": "output_dir",
+    "save_dir": "output_dir",
+    "use_lora": "lora_r",
+    "use_qlora": "bits 4",
+    "fp32": "bits 32",
+    "eval_file": "eval_dataset",
+    "validation_file": "eval_dataset",
+    "bnb_4bit_quant_type": "quant_type",
 }
 
 

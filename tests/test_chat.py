@@ -810,6 +810,15 @@ def test_earlier_answers_in_the_prompt_of_a_preference_are_context():
     assert [turn["content"] for turn in chat.messages] == [turn["content"] for turn in LONG[:5]] and chat.answers == [4]
 
 
+def test_prompt_and_completion_may_be_chats(tmp_path):
+    """As TRL has them: the completion is learnt, earlier answers are its context."""
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [{"prompt": LONG[:4], "completion": LONG[4:]}])
+    (row,) = load(file, chatml_tokenizer()).train
+    assert texts(row["segments"]) == ["In the harbour.<|im_end|>"] and row["left_out"] == []
+    whole = "".join(segment["text"] for segment in render(LONG, chatml_tokenizer()))
+    assert "".join(segment["text"] for segment in row["segments"]) == whole
+
+
 @pytest.mark.parametrize(
     "names", [("messages", "role", "content", "user", "assistant"), ("conversations", "from", "value", "human", "gpt")]
 )
@@ -942,6 +951,28 @@ def test_a_marker_that_takes_white_space_is_none_of_the_answers(tmp_path):
         ids, labels = encode(segments, tokenizer, rendered=True)
         names = tokenizer.convert_ids_to_tokens(ids)
         assert labels[names.index("<|assistant|>")] == NO and labels[names.index("A")] == ord("A")
+
+
+def test_an_answer_beside_the_turns_is_refused_and_a_function_appends_it(tmp_path):
+    """LLaMA-Factory's preferences; the earlier answer alone is not what they are for."""
+    chosen, rejected = ({"from": "gpt", "value": value} for value in ("good", "bad"))
+    row = {"conversations": shared("a", "b", "c"), "chosen": chosen, "rejected": rejected}
+    file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [row])
+    message = error_of(file, chatml_tokenizer())
+    assert "a.jsonl:1: field 'chosen' is {" in message and "let path.py:function append it to the turns" in message
+    (tmp_path / "mine.py").write_text("def row(r):\n    return {'messages': [*r['conversations'], r['chosen']]}\n")
+    (loaded,) = load(file, chatml_tokenizer(), "--dataset_format", f"{tmp_path / 'mine.py'}:row").train
+    assert texts(loaded["segments"]) == ["b<|im_end|>", "good<|im_end|>"]
+
+
+def test_keys_of_turns_that_a_template_does_not_read_are_named(tmp_path, caplog):
+    turn = LONG[2] | {"images": ["a.png"], "cot": "Hm.", "name": "Ann", "id": 7}  # the last two are OpenAI's
+    row, note = {"messages": [LONG[1], turn]}, "of a turn that the chat template does not write"
+    said = f"cot {note}, images {note}"
+    assert left_out_of(tmp_path, caplog, chatml_tokenizer(), row) == ([said], [said])
+    reads = chatml_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.cot }}{{ m.content }}"))
+    assert left_out_of(tmp_path, caplog, reads, row) == ([f"images {note}"], [f"images {note}"])
+    assert texts(render(row["messages"], reads)) == ["Hm.Hello<|im_end|>"]
 
 
 def test_details_of_an_answer_that_are_not_trained_on_are_refused(tmp_path):
@@ -1163,6 +1194,34 @@ def test_limits_cut_custom_segments(byte_tokenizer):
     assert ids_and_labels(row, 2, 3) == ([BOS, *b"adef"], [BOS, 97, 100, 101, NO])
     assert ids_and_labels(row, 1, 1, 6) == ([BOS, *b"cdef", EOS], [BOS, NO, 100, 101, NO, NO])
     assert ids_and_labels([("ab", 1)]) == ([BOS, *b"ab", EOS],) * 2
+
+
+OWN_STOP = [
+    {"text": "Q", "supervised": False},
+    {"text": "abc", "supervised": True},
+    {"special": "<|im_end|>", "supervised": True},
+]
+MARKED_TWICE = MARKED.replace("<|im_end|>{% endgen", "{% endgeneration %}{% generation %}<|im_end|>{% endgen")
+PROMPT_OF_Q = [IM_START, *b"user\nQ", IM_END, 10, IM_START, *b"assistant\n"]
+
+
+@pytest.mark.parametrize("written_by", ["function", "template"])
+def test_an_answer_in_adjacent_segments_is_one_completion(written_by):
+    """A stop token of one's own, and marks of a template with nothing between them."""
+    tokenizer = chatml_tokenizer(MARKED_TWICE)
+    if written_by == "function":
+        segments = qlora.join_segments(qlora.parse_custom("f", lambda _: OWN_STOP, {}), tokenizer)
+        prompt, shown = [BOS, ord("Q")], "Q"
+    else:
+        segments = render(shared("Q", "abc", who="role", what="content"), tokenizer)
+        prompt, shown = PROMPT_OF_Q, tokenizer.decode(PROMPT_OF_Q)
+    assert [segment["supervised"] for segment in segments[:3]] == [False, True, True]
+    cut = encode(segments, tokenizer, 99, 2, rendered=True)
+    assert cut == ([*prompt, *b"ab"], [NO] * len(prompt) + [*b"ab"])
+    rows = {"segments": [segments], "rendered": [True]}
+    ((asked, _, _),) = qlora.prompts_and_completions(rows, tokenizer)
+    assert [i for i, _ in asked] == prompt, "what a prediction begins with"
+    assert qlora.decoded_pair(segments, True, tokenizer) == {"input": shown, "output": "abc"}
 
 
 # ------------------------------------------------------------------------------------

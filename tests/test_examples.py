@@ -364,6 +364,13 @@ def test_the_template_follows_the_training_data(trained, base, tmp_path):
         talk.Bot(str(bare), template="chat")
 
 
+@pytest.mark.parametrize("name", ["hh-rlhf", "self-instruct"])
+@pytest.mark.parametrize(("chats", "template"), [(0, "plain"), (7, "chat")])
+def test_the_template_of_pairs_that_may_be_chats_follows_what_they_were(byte_tokenizer, name, chats, template):
+    record = {"flags": {}, "data": {"train": {"formats": [name], "chats": chats}}}
+    assert talk.choose_template(record, byte_tokenizer) == template
+
+
 def test_the_error_of_a_template_is_reported(base, tmp_path):
     strict = shutil.copytree(base, tmp_path / "strict")
     (strict / "chat_template.jinja").write_text("{{ raise_exception('no system role here') }}")

@@ -350,6 +350,16 @@ def test_a_column_that_few_rows_have_is_named(tmp_path, caplog):
     assert [m.partition("left out: ")[2] for m in caplog.messages if "left out" in m] == [said] * 2
 
 
+@pytest.mark.parametrize("name", ["question", "instruction", "query", "input"])
+def test_a_preference_whose_prompt_has_another_name_is_refused_with_two_ways_out(tmp_path, name):
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{name: "Q", "chosen": "A", "rejected": "B"}])
+    renamed, without = ("--columns", f"prompt={name}"), ("--dataset_format", "hh-rlhf")
+    with pytest.raises(qlora.ConfigError, match=f"{' '.join(renamed)} .*, {' '.join(without)} leaves it out"):
+        load("--dataset", str(file))
+    assert pairs_of(load("--dataset", str(file), *renamed).train) == [("Q", "A")]
+    assert pairs_of(load("--dataset", str(file), *without).train) == [("", "A")]
+
+
 def test_columns_that_only_some_rows_have_count(tmp_path):
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "input": "c", "output": "d"}]
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)
@@ -397,17 +407,23 @@ def test_a_row_that_lacks_a_column_of_the_flag_is_bad(tmp_path):
     assert pairs_of(splits.train) == [("a", "good"), ("b", "draft")]
 
 
+TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "bad"}]
+
+
 @pytest.mark.parametrize(
     "row",
     [
         {"prompt": "Q", "completion": "bad", "label": False},
         {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "bad"}], "kto_tag": False},
         {"instruction": "Q", "output": "bad", "kto_tag": False},
+        {"messages": TURNS, "label": False},
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "bad"}], "label": False},
+        {"prompt": TURNS[:1], "completion": TURNS[1:], "label": False},
         {"prompt": "Q", "completion": "bad", "label": "False"},  # of a CSV
     ],
 )
 def test_an_answer_that_is_marked_undesirable_is_a_bad_row(tmp_path, row):
-    """As KTO's datasets do; a label beside a plain text or a chat may say anything."""
+    """As KTO's datasets do; a label beside a plain text may say anything."""
     file = tiny.rows_to_jsonl(tmp_path / "a.jsonl", [row])
     with pytest.raises(qlora.ConfigError, match=r"a\.jsonl:1: field '(label|kto_tag)' is false, expected no answer"):
         load("--dataset", str(file))

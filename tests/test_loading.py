@@ -152,7 +152,7 @@ def test_a_folder_of_files_named_after_splits(tmp_path):
         ("train", "val"), ("train", "valid"), ("Train", "DEV"), ("gsm8k_train", "gsm8k_test"),
         ("squad-train-00000-of-00001", "squad-validation-00000-of-00001"), ("a.train", "a.eval"),
         ("gsm8kTrain", "gsm8kTest"), ("trainSplit", "DEVSplit"), ("training", "testing"),
-        ("Training2", "my-evaluation"),
+        ("Training2", "my-evaluation"), ("trainset", "testset"), ("my_TrainSet", "devset"),
     ],
 )  # fmt: skip
 def test_names_of_splits(tmp_path, train, held_out):
@@ -327,6 +327,14 @@ def test_csv_quotes_and_line_breaks_in_cells(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_several_columns_without_a_name_are_read(tmp_path, name, mark):
+    """What Excel writes behind cells that were emptied."""
+    (tmp_path / name).write_text("input,output,,\na,b,,\nc,d,,\n".replace(",", mark))
+    rows = [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]
+    assert pairs_of(load("--dataset", tmp_path / name).train) == rows
+
+
 def test_a_long_csv_cell(tmp_path):
     """Longer than the 128 KiB at which Python's csv module stops unless told otherwise."""
     rows = [{"input": "q", "output": "long " * 40_000}]
@@ -410,8 +418,10 @@ BAD = {
     "csv encoding": ("a.csv", b"input,output\na,b\ncaf\xe9,d\n", 3, ["'input'", "UTF-8"], 0),
     "csv lines": ("a.csv", b'input,output\n"a\nb\nc",d\ne,"f\r\ng"\nh\n', 7, ["1", "2"], 0),
     "csv start": ("a.csv", b'input,output\na,b\n"c\nd\n",""\ne,f\n', 3, ["output", "empty"], 0),
-    "csv open": ("a.csv", b'input,output\na,b\nc,"d\ne,f\n', 3, ["CSV"], 0),
+    "csv open": ("a.csv", b'input,output\na,b\nc,"d\ne,f\n', 3, ["lines 3 to 4, from a quote", "CSV"], 0),
+    "csv closed late": ("a.csv", b'input,output\na,b\n"c,d\ne\nf",g,h\ni,j', 3, ["lines 3 to 5", "3 fields"], 0),
     "csv quote": ("a.csv", b'input,output\na,b\n"c"x,d\ne,f\n', 3, ["CSV"], 0),
+    "tsv open": ("a.tsv", b'input\toutput\na\tb\n"c\td\ne\t"f"\n', 3, ["lines 3 to 4", r"'\t' expected"], 0),
     "tsv": ("a.tsv", b"input\toutput\na\tb\nc\td\te\n", 3, ["3", "2", "input, output"], 0),
 }
 
@@ -645,6 +655,14 @@ def test_a_run_that_only_evaluates_holds_out_the_same_rows(rows_file):
     assert outputs(alone.eval) == outputs(both.eval) and alone.train is None
 
 
+def test_sequential_order_is_the_files_beside_held_out_rows(rows_file):
+    flags = ("--do_eval", "--eval_dataset_size", "7", "--train_sampling_strategy", "sequential")
+    splits = load("--dataset", rows_file(50), *flags)
+    _, held_out = library_split(50, 7)
+    assert outputs(splits.eval) == held_out
+    assert outputs(splits.train) == [str(n) for n in range(50) if str(n) not in held_out]
+
+
 def test_a_run_that_only_evaluates_may_take_every_row(rows_file):
     splits = load("--dataset", rows_file(19), "--do_eval", "--eval_dataset_size", "100", "--do_train", "False")
     assert sorted(outputs(splits.eval)) == sorted(str(n) for n in range(19))
@@ -671,11 +689,12 @@ def test_a_category_may_be_a_number_or_missing(tmp_path, values):
     assert sorted(outputs(splits.eval)) == ["False"] * 6 + ["True"] * 2
 
 
-def test_limits_count_after_the_split(rows_file):
+def test_limits_count_after_the_split(rows_file, info):
     options = ("--do_eval", "--eval_dataset_size", "10", "--max_train_samples", "4", "--max_eval_samples", "3")
     train, held_out = library_split(50, 10)
     splits = load("--dataset", rows_file(50), *options)
     assert outputs(splits.train) == train[:4] and outputs(splits.eval) == held_out[:3]
+    assert "max_train_samples: the first 4 of 40 rows" in info.messages
 
 
 def test_limits_larger_than_the_set(tmp_path):
@@ -1002,6 +1021,7 @@ CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
         ({"prompt": "q", "completion": "a", "system": "s"}, ["<system>s</s><user>q</s><assistant>", "a</s>"]),
         ({"instruction": "do", "input": "this", "output": "a"}, ["<user>do\n\nthis</s><assistant>", "a</s>"]),
         ({"instruction": "do", "output": "a"}, ["<user>do</s><assistant>", "a</s>"]),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["<user>q</s><assistant>", "a</s>"]),
     ],
 )
 def test_pairs_as_chats(tmp_path, byte_tokenizer, row, texts):

@@ -142,8 +142,9 @@ def test_the_column_that_is_read(tmp_path, row, flags, text):
 
 def test_rows_without_such_a_column_are_refused(tmp_path):
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"sequence": "MKV"}])
-    with pytest.raises(qlora.ConfigError, match=r"sequence.*text .text. or input .input."):
+    with pytest.raises(qlora.ConfigError, match=r"sequence.*text .text. or input .input.*--columns") as caught:
         qlora.load_splits(qlora.parse_config(["--dataset", str(file), "--objective", "mlm"]))
+    assert "path.py" not in str(caught.value), "which no masked model takes"
 
 
 # ------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def test_rejected_rows_are_read_once(tmp_path, monkeypatch):
         (
             '{"input": "x", "output": "y"}\n' * 7,
             ("--do_eval", "--eval_dataset_size", 7),
-            "no row after the 7 held out",
+            r"no row after the 7 held out \(--eval_dataset_size\)",
         ),
         (
             '{"input": "x", "output": "y"}\n',
