@@ -377,14 +377,14 @@ def parse_alpaca(row: RawRow) -> ParsedRow:
     return prompt_completion(f"{prompt}### Response: ", get_text(row, "output"))
 
 
-def parse_chosen(row: RawRow) -> ParsedRow:
+def parse_chosen(row: RawRow, answer: str = "chosen") -> ParsedRow:
     """The chosen answer of a preference, after its prompt unless it begins with that. Both may be chats."""
-    prompt, chosen = row.get("prompt") or "", row.get("chosen")
+    prompt, chosen = row.get("prompt") or "", row.get(answer)
     if isinstance(chosen, list):
         turns = prompt if isinstance(prompt, list) else []
         answers = chosen[len(turns) :] if chosen[: len(turns)] == turns else chosen
         context = [{**turn, "weight": 0} if isinstance(turn, Mapping) else turn for turn in turns]
-        chat = parse_chat("chosen", {**row, "chosen": [*context, *answers]})
+        chat = parse_chat(answer, {**row, answer: [*context, *answers]})
         if prompt and isinstance(prompt, str) and prompt not in (message["content"] for message in chat.messages):
             chat.left_out.append("a prompt beside a chat")
         return chat
@@ -398,7 +398,7 @@ def parse_chosen(row: RawRow) -> ParsedRow:
 def parse_pair(row: RawRow) -> ParsedRow:
     """Prompt and completion, both as text or, as TRL has them, as chats."""
     if isinstance(row.get("completion"), list):
-        return parse_chosen({**row, "chosen": row["completion"]})
+        return parse_chosen(row, "completion")
     return prompt_completion(*(get_text_or_refuse_chat(row, name) for name in ("prompt", "completion")))
 
 
@@ -756,7 +756,7 @@ def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Itera
     with contextlib.suppress(RowError):  # of a template that wants tools beside calls
         if chat.tools and apply_template(chat._replace(tools=None), tokenizer)[0] == whole:
             absent.append("tools")
-    others = {key for message in chat.messages for key in message} - TURN_KEYS
+    others = {escape_control_chars(key) for message in chat.messages for key in message} - TURN_KEYS
     absent += [f"{key} of a turn" for key in sorted(others) if key not in str(tokenizer.chat_template)]
     notes = [*chat.left_out, *(f"{what} that the chat template does not write" for what in absent)]
     answers_in_all = [message["role"] for message in chat.messages].count("assistant")

@@ -817,6 +817,8 @@ def test_prompt_and_completion_may_be_chats(tmp_path):
     assert texts(row["segments"]) == ["In the harbour.<|im_end|>"] and row["left_out"] == []
     whole = "".join(segment["text"] for segment in render(LONG, chatml_tokenizer()))
     assert "".join(segment["text"] for segment in row["segments"]) == whole
+    with pytest.raises(qlora.RowError, match=r"field 'completion\[4\]\.content' is \"\", expected an answer to learn"):
+        qlora.FORMATS["self-instruct"].parse({"prompt": LONG[:4], "completion": [LONG[4] | {"content": ""}]})
 
 
 @pytest.mark.parametrize(
@@ -973,6 +975,8 @@ def test_keys_of_turns_that_a_template_does_not_read_are_named(tmp_path, caplog)
     reads = chatml_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.cot }}{{ m.content }}"))
     assert left_out_of(tmp_path, caplog, reads, row) == ([f"images {note}"], [f"images {note}"])
     assert texts(render(row["messages"], reads)) == ["Hm.Hello<|im_end|>"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [LONG[1], LONG[2] | {"\ud83d": 1}]}))
+    assert load(tmp_path / "rows.jsonl", reads).train["left_out"][:] == [[f"\\ud83d {note}"]], "no UTF-8"
 
 
 def test_details_of_an_answer_that_are_not_trained_on_are_refused(tmp_path):
