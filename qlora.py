@@ -17,22 +17,22 @@ in `commit_checkpoint` makes a checkpoint visible, and the loss is normalised in
 
      1 Imports             38-189
      2 Errors             192-255
-     3 Dataset formats    258-844
-     4 Arguments         847-1573
-     5 Loading          1576-2230
-     6 Tokenizer        2233-2356
-     7 Encoding         2359-2839
-     8 Model            2842-3476
-     9 Calibration      3479-3836
-    10 LoRA             3839-4174
-    11 Fast path        4177-5235
-    12 Plan             5238-5589
-    13 Checkpoints      5592-5997
-    14 Processes        6000-6057
-    15 Evaluation       6060-6259
-    16 Trainer          6262-6898
-    17 Stages           6901-7409
-    18 Main             7412-7705
+     3 Dataset formats    258-846
+     4 Arguments         849-1575
+     5 Loading          1578-2232
+     6 Tokenizer        2235-2358
+     7 Encoding         2361-2841
+     8 Model            2844-3478
+     9 Calibration      3481-3838
+    10 LoRA             3841-4176
+    11 Fast path        4179-5237
+    12 Plan             5240-5594
+    13 Checkpoints      5597-6002
+    14 Processes        6005-6062
+    15 Evaluation       6065-6264
+    16 Trainer          6267-6907
+    17 Stages           6910-7418
+    18 Main             7421-7714
 """
 
 # ------------------------------------------------------------------------------------
@@ -748,16 +748,18 @@ def check_calls(chat: Conversation, whole: str, tokenizer: PreTrainedTokenizerBa
 def render_rows(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[RenderedRow]:
     """The rows of a chat whose values are escaped; answers to train on are supervised with their stop tokens."""
     whole, marks = apply_template(chat, tokenizer)
-    absent = []
+    written = "".join(whole.split())
+    others = {
+        key for m in chat.messages for key, value in m.items() if key not in TURN_KEYS and not contains(written, value)
+    }
+    absent = [f"{escape_control_chars(key)} of a turn" for key in sorted(others)]
     for role, what in (("tool", "tool results"), ("system", "system turns")):
-        if not contains("".join(whole.split()), [m["content"] for m in chat.messages if m["role"] == role]):
+        if not contains(written, [m["content"] for m in chat.messages if m["role"] == role]):
             absent.append(what)
     check_calls(chat, whole, tokenizer)
     with contextlib.suppress(RowError):  # of a template that wants tools beside calls
         if chat.tools and apply_template(chat._replace(tools=None), tokenizer)[0] == whole:
             absent.append("tools")
-    others = {escape_control_chars(key) for message in chat.messages for key in message} - TURN_KEYS
-    absent += [f"{key} of a turn" for key in sorted(others) if key not in str(tokenizer.chat_template)]
     notes = [*chat.left_out, *(f"{what} that the chat template does not write" for what in absent)]
     answers_in_all = [message["role"] for message in chat.messages].count("assistant")
     if marks is None or len(chat.answers) < answers_in_all:  # the template marks context-only answers, too
