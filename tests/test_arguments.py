@@ -1101,7 +1101,7 @@ INEFFECTIVE = [
     ("--bits 8 --quant_type fp4 --no_double_quant", "double_quant, quant_type: without effect: bits is 8", "--bits 4"),
     ("--full_finetune --bits 16 --lora_r 8", "lora_r: without effect: there are no adapters", "--full_finetune False"),
     (f"--as_chat --dataset_format {__file__}:f", "as_chat: .*a function writes", "--dataset_format alpaca"),
-    ("--adapter_name_or_path a --lora_r 8 --layers_to_freeze 1", "layers_to_freeze, lora_r: .*keeps its own", None),
+    ("--adapter_name_or_path a --lora_r 8 --layers_to_freeze 1", "lora_r: .*keeps its own", None),
     ("--max_new_tokens 9 --predict_with_generate", "max_new_tokens, predict_with_generate: .*--do_predict",
      "--do_predict"),
     ("--do_predict --predict_with_generate --top_p 0.9", "top_p: without effect: .*--do_sample", "--do_sample"),

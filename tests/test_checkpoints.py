@@ -803,9 +803,10 @@ def test_rotation_takes_neither_the_newest_nor_the_best(run_qlora, stopped, tmp_
     straight = run_qlora(**BEST, output_dir=tmp_path / "straight")
     run = stopped(3, **BEST, save_total_limit=1)
     assert steps_kept(run.output_dir) == {1, 3} and "step 3, saved" in run.stderr
+    assert "the result" not in run.stderr  # there is none yet
     assert qlora.find_last_checkpoint(run.output_dir) == run.output_dir / "checkpoint-3"
     run = run_qlora(**BEST, save_total_limit=1)
-    assert steps_kept(run.output_dir) == {1, 4}
+    assert steps_kept(run.output_dir) == {1, 4} and "other flags" not in run.stderr
     assert_equal_runs(run, straight)
 
 
@@ -819,7 +820,8 @@ def test_the_best_metric_of_other_rows_is_not_compared_with(run_qlora, stopped):
     stopped(2, **plain, load_best_model_at_end=True, overwrite_output_dir=True)
     assert "evaluation rows" in error_of(run_qlora(**plain, load_best_model_at_end=True, max_eval_samples=1))
     stopped(2, **plain, overwrite_output_dir=True)
-    assert run_qlora(**plain, max_eval_samples=1).code == 0
+    run = run_qlora(**plain, max_eval_samples=1, label_smoothing_factor=0.1)
+    assert run.code == 0 and "label_smoothing_factor was 0.0, is 0.1: applies at once" in run.stderr
 
 
 @pytest.mark.parametrize("flags", [{"max_steps": 6}, {"do_train": False, "do_eval": True}])
@@ -934,11 +936,13 @@ def test_the_best_is_the_result_after_the_folder_has_moved(run_qlora, stopped, t
     assert "The best checkpoint" not in run.stderr
 
 
-def test_the_best_of_those_that_are_saved_is_the_result_of_a_resumed_run_too(run_qlora, stopped, tmp_path):
-    """Evaluated at each step, saved at each second: the best step, 1, is not saved, and 2 is the best that is."""
-    flags = BEST | {"save_steps": 2, "max_steps": 6}
+def test_the_best_of_all_evaluations_is_saved_and_is_the_result_of_a_resumed_run_too(run_qlora, stopped, tmp_path):
+    """Evaluated at each step, saved at each fourth: the best is the first."""
+    flags = BEST | {"save_steps": 4, "max_steps": 6}
     straight = run_qlora(**flags, output_dir=tmp_path / "straight")
-    stopped(5, **flags)
+    assert steps_kept(straight.output_dir) == {1, 4, 6}
+    assert same_weights(straight.output_dir, straight.output_dir / "checkpoint-1")
+    stopped(3, **flags)
     assert_equal_runs(run_qlora(**flags), straight)
 
 
@@ -959,6 +963,18 @@ def test_numbers_of_weights_that_were_trained_on_go(run_qlora):
         assert {"train_loss", "eval_loss"} <= run.json(name).keys() and run.json(name).get("epoch") != 0
     assert run_qlora(do_eval=False, max_steps=6).code == 0
     assert all("eval_loss" not in run.json(name) for name in ("metrics.json", "all_results.json"))
+
+
+def test_numbers_of_weights_before_a_stop_go(run_qlora, stopped, data_dir):
+    """Six steps follow on four, and of these only the final files are missing: nothing is trained."""
+    names = ("metrics.json", "all_results.json", "train_results.json")
+    run = run_qlora(do_eval=True, eval_dataset=data_dir / "alpaca.jsonl")
+    assert all("train_loss" in run.json(name) for name in names)
+    stopped(6, max_steps=8, do_eval=False)
+    run = run_qlora(max_steps=6, do_eval=False)
+    assert run.code == 0 and run.json("completed")["step"] == 6
+    for name in filter(lambda name: (run.output_dir / name).exists(), names):
+        assert not {"train_loss", "eval_loss"} & run.json(name).keys(), name
 
 
 def test_a_run_that_stopped_early_trains_no_further_when_only_completed_is_missing(run_qlora):

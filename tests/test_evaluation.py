@@ -626,6 +626,13 @@ def test_early_stopping_counts_over_a_resume(run_qlora, tmp_path):
     assert [done.json("completed")["stopped_at"] for done in (straight, resumed)] == [4, 4]
 
 
+def test_early_stopping_that_begins_with_a_resume(run_qlora):
+    """The first evaluation that it sees, of step 3, is the best: the third after it is one too many."""
+    assert run_qlora(**STUCK | {"early_stopping_patience": None, "max_steps": 2}).code == 0
+    run = run_qlora(**STUCK)
+    assert run.code == 0 and "stopped early at step 6 of 8" in run.stderr
+
+
 @pytest.mark.parametrize(
     "flags", [{"eval_strategy": "no"}, {"do_mmlu_eval": True, "metric_for_best_model": "mmlu_loss"}]
 )

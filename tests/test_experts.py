@@ -194,6 +194,18 @@ def test_the_routers_loss_is_added_and_reported(run_qlora, models, tmp_path, mon
     )
 
 
+def test_a_model_with_a_routers_loss_predicts(run_qlora, models, tmp_path):
+    """What it predicts without one: the loss would need the prompt beside each new token."""
+    flags = {"do_train": False, "do_predict": True, "predict_with_generate": True, "max_new_tokens": 4}
+    texts = []
+    for own in ({}, {"output_router_logits": True}):
+        base, folder = models("mixtral", **own), tmp_path / str(len(texts))
+        run = run_qlora(model_name_or_path=base, max_eval_samples=2, output_dir=folder, **flags)
+        assert run.code == 0
+        texts.append((folder / "predictions.jsonl").read_text())
+    assert texts[0] == texts[1] and len(texts[0].splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     "flags", [{"full_finetune": True}, {"modules_to_save": "mlp.experts", "lora_modules": "q_proj"}], ids=str
 )

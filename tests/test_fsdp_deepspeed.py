@@ -6,6 +6,7 @@ Without GPUs torch replaces only the kernels: sharding, gathering, saving and re
 import importlib.util
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -129,11 +130,16 @@ def test_a_finished_sharded_run_is_evaluated_without_training(start, runs, tmp_p
     assert_same_run(folder, runs(like))
 
 
-def test_an_engine_ends_with_the_best_checkpoint(start, tmp_path):
-    """That is the first one here, as a higher loss counts as better."""
+def test_an_engine_trains_experts_and_tied_weights_and_ends_with_the_best_checkpoint(start, models, tmp_path):
+    """That is the first one here, as a higher loss counts as better.
+
+    ZeRO-3 hides the shapes of stacked experts; FSDP can't shard one weight in two modules that train whole.
+    """
     need_deepspeed()
     flags = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     flags |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    flags |= {"model_name_or_path": models("mixtral", tie=True), "modules_to_save": "lm_head,embed_tokens"}
+    flags |= {"adam_epsilon": 1e-5}  # a gradient of mere rounding noise takes no full step
     engines = {
         "fsdp": {"fsdp": [], "before": SHARDING},
         "zero2": {"deepspeed": zero(2)},
@@ -144,6 +150,8 @@ def test_an_engine_ends_with_the_best_checkpoint(start, tmp_path):
     for processes in running:
         finish(processes)
     wanted = weights(tmp_path / "one")
+    assert len([name for name in wanted if ".experts." in name]) == 8, "A and B of two stacks in two layers"
+    assert {f"base_model.model.{name}.weight" for name in ("lm_head", "model.embed_tokens")} < wanted.keys()
     last, first = (weights(tmp_path / "one" / f"checkpoint-{step}") for step in (4, 2))
     assert all(torch.equal(wanted[name], first[name]) for name in wanted)
     assert any((wanted[name] - last[name]).abs().max() > 1e-4 for name in wanted)
@@ -199,6 +207,16 @@ def test_experts_in_4_bit_under_fsdp_train_as_in_one_process(fork_server, models
     assert_same_run(resumed, tmp_path / "one")
 
 
+def test_pissa_under_zero3_trains_as_in_one_process(start, tmp_path):
+    """Its decomposition needs whole weights, of which ZeRO-3 leaves shards."""
+    need_deepspeed()
+    flags = {"init_lora_weights": "pissa", "max_steps": 2, "do_eval": False}
+    running = start(1, tmp_path / "one", **flags), start(2, tmp_path / "zero3", deepspeed=zero(3), **flags)
+    for processes in running:
+        finish(processes)
+    assert_same_training(tmp_path / "zero3", tmp_path / "one")
+
+
 @pytest.mark.ci
 def test_experts_under_deepspeed_are_not_packed_and_it_says_so(fork_server, models, tmp_path):
     need_deepspeed()
@@ -207,10 +225,23 @@ def test_experts_under_deepspeed_are_not_packed_and_it_says_so(fork_server, mode
     assert "4 tensors of experts, 0.00 GiB, stay in float32: only --bits 4 without --deepspeed packs them" in text
 
 
-def test_a_layer_class_that_fsdp_cannot_find_is_one_line(start, tmp_path):
-    wrong = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
-    line = error_of(finish(start(2, tmp_path / "out", fsdp=[], fsdp_config=wrong, before=SHARDING), 2))
-    assert "transformer_layer_cls_to_wrap BertLayer: not in the model" in line and "LlamaDecoderLayer" in line
+def test_what_fsdp_cannot_wrap_save_or_train_is_one_line(start, models, tmp_path):
+    """Under it, packed weights look like bfloat16."""
+    bert = {"model_name_or_path": models("encoder", family="bert"), "target_max_len": None}
+    llama = r"model\.layers\.0\.self_attn\.o_proj\.weight"
+    cases = [
+        ({"fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}},
+         "transformer_layer_cls_to_wrap BertLayer: not in the model.*LlamaDecoderLayer"),
+        ({"modules_to_save": "decoder", **bert},
+         "--modules_to_save: --fsdp can't save a masked model's modules; leave out one of them$"),
+        ({"modules_to_save": "o_proj", "lora_modules": "mlp", "bits": 4, "bf16": True},
+         f"--modules_to_save o_proj: {llama} is quantised; pass --bits 16 or 32$"),
+    ]  # fmt: skip
+    fsdp = {"fsdp": [], "before": SHARDING, "do_eval": False}
+    running = [start(2, tmp_path / f"{number}", **fsdp, **flags) for number, (flags, _) in enumerate(cases)]
+    for processes, (_, wanted) in zip(running, cases, strict=True):
+        line = error_of(finish(processes, 2))
+        assert re.search(wanted, line), line
 
 
 @pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.ci)])

@@ -113,6 +113,16 @@ def test_lora_bias_on_a_4_bit_base(adapt, models, lora_bias):
     assert all(0.001 < (tensor - before[name]).abs().max() < 0.0101 for name, tensor in biases.items())
 
 
+def test_modules_to_save_that_are_quantised_are_refused(adapt, run_qlora, tmp_path):
+    """Those of an adapter to start from, too: their codes can't be trained."""
+    whole = {"modules_to_save": "norm,down_proj", "lora_modules": "attn"}
+    adapt(bits=16, **whole, output_dir=tmp_path / "first")
+    flags = {"bits": 8, "adapter_name_or_path": tmp_path / "first"}
+    for run in (run_qlora(bits=4, **whole), run_qlora(**flags, output_dir=tmp_path / "next")):
+        weight = "model.layers.0.mlp.down_proj.weight"
+        assert error_of(run) == f"error: --modules_to_save down_proj: {weight} is quantised; pass --bits 16 or 32"
+
+
 @pytest.mark.parametrize("tie", [False, True])
 def test_modules_to_save_are_trained_whole_beside_a_4_bit_base(adapt, models, tie):
     folder = models("llama", tie=tie)
@@ -134,12 +144,24 @@ def test_adapter_name_or_path_keeps_its_shape_and_gets_a_fresh_optimizer(adapt, 
     assert all(0 < (more[name] - tensor).abs().max() < 1.01e-3 for name, tensor in first.items())
 
 
-@pytest.mark.parametrize("flag", [{"lora_r": 8}, {"layers_to_freeze": 1}, {"layer_freeze_ratio": 0.5}])
-def test_flags_overruled_by_adapter_name_or_path_are_named(flag, caplog):
-    words = [word for name, value in flag.items() for word in (f"--{name}", str(value))]
+@pytest.mark.parametrize("freezing", ["--layers_to_freeze 1", "--layer_freeze_ratio 0.5"])
+def test_flags_overruled_by_adapter_name_or_path_are_named(freezing, caplog):
+    """Not those that freeze its layers."""
+    words = ["--adapter_name_or_path", "first", "--lora_r", "8", *freezing.split()]
     with caplog.at_level("INFO", "qlora"):
-        qlora.log_hints(qlora.parse_config(["--adapter_name_or_path", "first", *words]))
-    assert any("keeps its own shape" in message for message in caplog.messages)
+        qlora.log_hints(qlora.parse_config(words))
+    (message,) = (message for message in caplog.messages if "keeps its own shape" in message)
+    assert "lora_r" in message and "freeze" not in message
+
+
+def test_layers_of_an_adapter_to_start_from_are_frozen(run_qlora, finished_run):
+    flags = {"adapter_name_or_path": finished_run.output_dir, "max_steps": 1}
+    run = run_qlora(**flags, layers_to_freeze=1)
+    first, then = (load_file(each.output_dir / "adapter_model.safetensors") for each in (finished_run, run))
+    same = {name for name, tensor in then.items() if torch.equal(tensor, first[name])}
+    assert run.code == 0 and same == {name for name in first if ".layers.0." in name} < first.keys()
+    other = run_qlora(**flags | {"max_steps": 2}, layers_to_freeze=0)
+    assert "belongs to another run: layers_to_freeze was 1, is 0" in error_of(other)
 
 
 def test_neftune_noise_changes_the_adapter(adapt, tmp_path):
@@ -452,6 +474,16 @@ def test_adapters_with_other_rows_or_none_are_refused(run_qlora, cups, tmp_path)
     assert run_qlora(dataset=cups, output_dir=tmp_path / "c", **NEW).code == 0
     run = run_qlora(dataset=cups, adapter_name_or_path=tmp_path / "c", output_dir=tmp_path / "d")
     assert "trains rows [259, 260], --add_tokens asks for []: pass its tokens" in error_of(run)
+
+
+def test_new_tokens_in_another_order_than_the_adapters_are_refused(run_qlora, cups, tmp_path):
+    """Each would have the other's row."""
+    first = run_qlora(dataset=cups, **NEW | {"max_steps": 1}).output_dir
+    flags = {"dataset": cups, "adapter_name_or_path": first, "output_dir": tmp_path / "next", **NEW}
+    for use in ({}, {"do_train": False, "do_eval": True}):
+        error = error_of(run_qlora(**flags | {"add_tokens": "<saucer>,<cup>"} | use))
+        assert f"{first} has <cup> and not <saucer> at this place: pass --add_tokens in its order" in error
+    assert run_qlora(**flags).code == 0
 
 
 def test_new_tokens_beside_a_head_with_a_bias_are_refused(models):

@@ -133,6 +133,17 @@ def test_an_adapter_that_was_trained_with_dropout(merged_run, models):
     assert torch.allclose(logits(plain(folder, dtype=torch.float32)), logits(with_adapter), atol=0.1)
 
 
+def test_a_merged_model_is_evaluated_on_the_rows_that_its_run_held_out(merged_run, run_qlora, tmp_path):
+    """Wherever it lies; the loss differs by what merging rounds."""
+    run, folder = merged_run(do_eval=True, bits=16)
+    moved = folder.rename(tmp_path / "moved")
+    flags = {"model_name_or_path": moved, "bits": 16, "do_train": False, "output_dir": tmp_path / "alone"}
+    alone = run_qlora(**flags, do_eval=True)
+    found, expected = (each.json("eval_results.json") for each in (alone, run))
+    assert "a tenth of 24 rows, 2, is held out" in alone.stderr and "trained on these rows" not in alone.stderr
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-2)
+
+
 def test_packed_rows_are_merged_too(merged_run):
     run, folder = merged_run(packing=True, do_eval=False)
     assert run.code == 0 and weights(folder)
@@ -334,6 +345,10 @@ def test_the_same_command_again_finds_the_merged_model(merged_run, tmp_path):
     assert again.json("metrics.json")["merge_difference"] == first.json("metrics.json")["merge_difference"]
     for flags in ({"merge_base": "dequantized"}, {"output_dir": tmp_path / "other"}, {"max_shard_size": "1MB"}):
         assert "not empty" in error_of(merged_run(**flags)[0])
+    record = json.loads((folder / "merged.json").read_text())
+    del record["run"]  # as an earlier version wrote it
+    (folder / "merged.json").write_text(json.dumps(record))
+    assert f"{folder} holds this adapter merged already" in merged_run()[0].stderr
     (folder / "merged.json").unlink()  # by whom or of what is not known
     assert "not empty" in error_of(merged_run()[0])
 
