@@ -3942,7 +3942,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, masked: bool = Fals
 def adapter_files(adapter: str, config: Config) -> str:
     """The folder of an adapter, downloaded if it is a hub id."""
     with reraise_as_user_error(f"--adapter_name_or_path {adapter}"):
-        return str(download(adapter, ["adapter_config.json", "adapter_model.*"], config))
+        return str(download(adapter, ["adapter_config.json", "adapter_model.*", "tokenizer.json"], config))
 
 
 def fit_calibrated_base(adapted: Any, start: Path, fresh: bool, rank: int) -> None:
@@ -7086,8 +7086,8 @@ def check_merge(start: ResumePoint, config: Config) -> None:
     target = Path(config.training.merged_output_dir).resolve()
     if not start.train and start.weights is None:
         raise ConfigError(f"--merged_output_dir {target}: no adapter to merge: nothing was trained in --output_dir")
-    finished = not start.train and (target / MERGED).is_file()
-    if finished and read_json(target / MERGED).items() >= merge_record(str(start.weights), config).items():
+    record = read_json(target / MERGED) if not start.train and (target / MERGED).is_file() else None
+    if isinstance(record, dict) and record.items() >= merge_record(str(start.weights), config).items():
         log.info("%s holds this adapter merged already", target)
     elif target == Path.cwd() or target.is_mount() or any(target.glob("*")):  # it will be replaced
         raise ConfigError(f"--merged_output_dir {target}: in use or not empty; name another folder, or remove it")

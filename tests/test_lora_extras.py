@@ -1,5 +1,6 @@
 """Every way of adapting, on a quantised base: its effect in the adapter that a run leaves."""
 
+import functools
 import json
 import math
 import re
@@ -483,6 +484,22 @@ def test_new_tokens_in_another_order_than_the_adapters_are_refused(run_qlora, cu
     for use in ({}, {"do_train": False, "do_eval": True}):
         error = error_of(run_qlora(**flags | {"add_tokens": "<saucer>,<cup>"} | use))
         assert f"{first} has <cup> and not <saucer> at this place: pass --add_tokens in its order" in error
+    assert run_qlora(**flags).code == 0
+
+
+def test_the_order_of_new_tokens_is_known_of_an_adapter_of_the_hub(run_qlora, cups, tmp_path, monkeypatch):
+    first = run_qlora(dataset=cups, **NEW | {"max_steps": 1}).output_dir
+
+    def snapshot_download(name, allow_patterns, **options):
+        assert name == "some/adapter"
+        left_out = [path.name for path in first.iterdir() if not any(map(path.match, allow_patterns))]
+        return shutil.copytree(first, tmp_path / "hub", ignore=lambda *_: left_out, dirs_exist_ok=True)
+
+    monkeypatch.setattr(qlora, "no_connection", functools.cache(lambda: ""))
+    monkeypatch.setattr(qlora, "snapshot_download", snapshot_download)
+    flags = {"dataset": cups, "adapter_name_or_path": "some/adapter", "output_dir": tmp_path / "next", **NEW}
+    error = error_of(run_qlora(**flags | {"add_tokens": "<saucer>,<cup>"}))
+    assert "hub has <cup> and not <saucer> at this place" in error
     assert run_qlora(**flags).code == 0
 
 
