@@ -4976,23 +4976,20 @@ def rotate(own: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any,
     return liger_ops.LigerRopeFunction.apply(q, k, cos, sin)  # which writes over q and k
 
 
-def with_globals(function: Any, changes: dict[str, Any]) -> Any:
-    """Copy a function, and the functions that it wraps, with some globals replaced."""
-    cells, inner = function.__closure__, getattr(function, "__wrapped__", None)
-    if inner is not None:
-        other = types.CellType(with_globals(inner, changes))
-        cells = tuple(other if cell.cell_contents is inner else cell for cell in cells or ())
-    names = function.__globals__ | changes
-    copied = types.FunctionType(function.__code__, names, None, function.__defaults__, cells)
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
+def forward_with(module: Any, names: dict[str, Any], name: str, other: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for a module's forward: while it runs, the global `name` of its file is another function."""
+    own, names[name] = names[name], other
+    try:
+        return type(module).forward(module, *args, **kwargs)
+    finally:
+        names[name] = own
 
 
 def fuse_rotary(model: Any) -> str | None:
     """Rotate queries and keys by liger-kernel's kernel; returns why not, where a family's own function stays.
 
-    Attention blocks get a copy of their forward that sees another function. The family's module stays as it is: a
-    merged model on the CPU must not run into Triton.
+    Attention blocks see another function while their forward runs. The family's module stays as it is: a merged model
+    on the CPU must not run into Triton.
     """
     why = "liger-kernel is not installed" if liger_ops is None else ""
     if len({*getattr(model, "hf_device_map", {}).values()}) > 1:  # Triton launches on one of them
@@ -5000,14 +4997,13 @@ def fuse_rotary(model: Any) -> str | None:
     kept, name = False, "apply_rotary_pos_emb"
     for module in model.modules():
         forward: Any = inspect.unwrap(type(module).forward)  # which transformers may decorate
-        own = getattr(forward, "__globals__", {}).get(name)
-        if own is None or name not in forward.__code__.co_names or not inspect.isfunction(type(module).forward):
+        names = getattr(forward, "__globals__", {})
+        if name not in names or name not in forward.__code__.co_names:
             continue
-        if why or not rotates_halves(own):
+        if why or not rotates_halves(own := names[name]):
             kept = True
         else:
-            copied = with_globals(type(module).forward, {name: partial(rotate, own)})
-            module.forward = types.MethodType(copied, module)
+            module.forward = partial(forward_with, module, names, name, partial(rotate, own))
     return f"the rotary embedding is torch's, which is slower: {why or 'this family has its own'}" if kept else None
 
 
