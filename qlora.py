@@ -5098,10 +5098,11 @@ def padding_changes(model: Any, dtype: torch.dtype, answer: Callable[..., Any], 
     return not alike
 
 
-def passes_positions(base: Any, config: Config) -> bool:
-    """Whether a batch needs position_ids: position embeddings would count padding on the left."""
-    left = config.model.padding_side == "left" and not config.masked
-    return left and "position_ids" in inspect.signature(base.forward).parameters
+def padding_of(base: Any, config: Config) -> tuple[int, str, bool]:
+    """The pad id, the side, and whether a batch needs position_ids: embeddings would count padding on the left."""
+    side = config.model.padding_side
+    numbered = side == "left" and not config.masked and "position_ids" in inspect.signature(base.forward).parameters
+    return base.config.pad_token_id or 0, side, numbered
 
 
 def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) -> FastPath:
@@ -5197,7 +5198,7 @@ def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, devi
     # rows with 16, 22 and 16 labels: under 16 tokens FusedLinear.can_fuse says no
     rows = [torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17)]
     step = collate_step([{"input_ids": ids, "labels": ids} for ids in rows])["step"]
-    padding = base.config.pad_token_id or 0, config.model.padding_side, passes_positions(base, config)
+    padding = padding_of(base, config)
     model.eval()
     with torch.autocast(device.type, dtype, dtype != torch.float32):
         tries = config.training.fast_path and not config.masked  # masked rows are padded, and their head is more
@@ -5483,15 +5484,12 @@ def plan_from_flags(config: Config, memory: MemoryModel) -> tuple[dict[str, str]
 def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: MemoryModel) -> str:
     """The smallest change of each kind with which a run that does not fit would fit."""
     full, data, rank, bits = config.quant.full_finetune, config.data, config.lora.lora_r, config.quant.bits
+    train, sharded = config.training, is_sharded(config)
     limits = ["model_max_len"] if data.model_max_len else ["source_max_len", "target_max_len"]
     longest = max(limits, key=lambda name: getattr(data, name))
     changes: list[tuple[str, str, list[Any]]] = [
-        ("training", "bf16", [True] if bits >= 16 and not config.training.bf16 else []),
-        (
-            "training",
-            "offload_activations",
-            [] if config.training.offload_activations or is_sharded(config) else [True],
-        ),
+        ("training", "bf16", [True] if bits >= 16 and not train.bf16 else []),
+        ("training", "offload_activations", [] if train.offload_activations or sharded else [True]),
         ("quant", "bits", [n for n in (8, 4) if n < bits and not full]),
         ("lora", "lora_r", [rank >> n for n in range(1, 9) if rank >> n >= 4 and not full]),
         ("data", longest, [max(getattr(data, longest) >> n, 1) for n in range(1, 6)]),
@@ -5508,7 +5506,7 @@ def changes_that_fit(config: Config, model_config: PretrainedConfig, memory: Mem
                 if plan_from_flags(changed, needed)[1]:
                     found.append(f"--{flag} {value}")
                     break
-    gpus = () if is_sharded(config) else (2, 4, 8, 16)
+    gpus = () if sharded else (2, 4, 8, 16)
     found += [f"{n} such GPUs" for n in gpus if plan_from_flags(config, memory.shared(config, n))[1]][:1]
     return "; ".join(found) or "no single change"
 
@@ -5574,8 +5572,7 @@ def choose_step_plan(
             needed = memory.gradients + memory.optimizer + memory.fixed + most * memory.per_token(0)
             fits = needed * train.world_size < psutil.virtual_memory().available / 2
             recomputed = choices[0 if fits else -1]
-        plan = StepPlan(at_once, tokens, recomputed, offloaded=train.offload_activations)
-        return plan, {"steps": str(plan)}
+        return StepPlan(at_once, tokens, recomputed, offloaded=train.offload_activations), {}
     lengths = sorted(rows["length"][:], reverse=True)
     window = sum(lengths[: train.per_device_train_batch_size * train.gradient_accumulation_steps])
     if is_sharded(config):  # nothing can be measured before, nor repeated after memory ran out
@@ -5586,8 +5583,7 @@ def choose_step_plan(
         memory = measure_memory(memory, model, base, fast, config, max(128, lengths[0]))
         # measured on the loaded model; gradients and the optimizer's state are still to come
         room = 0.95 * min(map(free_memory, devices)) - memory.gradients - (0 if memory.paged else memory.optimizer)
-    plan, lines, _ = plan_step(memory, room, lengths[0], window, config)
-    return plan, {"steps": str(plan)} | lines
+    return plan_step(memory, room, lengths[0], window, config)[:2]
 
 
 # ------------------------------------------------------------------------------------
@@ -5606,8 +5602,6 @@ MERGING = ".merging-"  # prefix of the hidden folder beside a merged model
 LOCK = ".qlora.lock"  # held by the run that writes into a folder
 RESULT_FILES = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "metrics.json",
                 "predictions.jsonl")  # fmt: skip
-# What --overwrite_output_dir removes beside weights and checkpoints.
-RUN_FILES = (*RESULT_FILES, "trainer_state.json", "loss.png")
 DATASET, STREAM_SIZES = "dataset (the encoded training rows)", "sizes of the dataset's files"
 BASE_WEIGHTS, EVAL_ROWS = "weights of the base", "evaluation rows (encoded)"
 MODEL_FLAGS = {"model_name_or_path", "bits", "quant_type", "double_quant", "full_finetune", "objective", *LORA_FLAGS,
@@ -5981,8 +5975,9 @@ def clear_output(config: Config, step: int) -> None:
     output, final, anew = Path(config.training.output_dir), final_folder(config), config.training.overwrite_output_dir
     recorded, checkpoints = final_files(output, final), checkpoints_in(output)
     ours = recorded or any((checkpoint / MANIFEST).is_file() for checkpoint in checkpoints)
-    stale = RUN_FILES if anew else RESULT_FILES  # of weights that will no longer be there
-    for file in [*(recorded if anew else ()), *(output / name for name in stale)] if ours else ():
+    stale = [output / name for name in RESULT_FILES]  # of weights that will no longer be there
+    stale += [*recorded, output / "trainer_state.json", output / "loss.png"] if anew else []
+    for file in stale if ours else ():
         file.unlink(missing_ok=True)
     if (output / COMPLETED).is_file():  # the next save removes the files that it lists
         (output / COMPLETED).replace(output / PREVIOUS)
@@ -6455,7 +6450,7 @@ class QLoRATrainer(Trainer):
             set_up_fsdp(plugin, self.model, config)
         self.unwrapped: Any = self.accelerator.unwrap_model(self.model)  # the base with its adapters, if it has some
         self.base = self.unwrapped.get_base_model() if hasattr(self.unwrapped, "get_base_model") else self.unwrapped
-        self.passes_positions = passes_positions(self.base, config)
+        self.padding = padding_of(self.base, config)
         self.parameter_count = self.unwrapped.num_parameters(exclude_embeddings=True)
         self.sharded = is_sharded(config)
         # what trains; an engine makes parameters of its own
@@ -6579,11 +6574,8 @@ class QLoRATrainer(Trainer):
         """Return the model's inputs for a micro-batch, on the device."""
         if not members:
             step, members = collate_step([])["step"], [0]
-        if self.fast.attention is not None:
-            return to_device(padding_free_batch(step, members), self.args.device)
-        tokenizer: Any = self.processing_class
-        side = self.config.model.padding_side
-        batch = padded_batch(step, members, tokenizer.pad_token_id, side, self.passes_positions)
+        padded = self.fast.attention is None
+        batch = padded_batch(step, members, *self.padding) if padded else padding_free_batch(step, members)
         return to_device(batch, self.args.device)
 
     def _make_room(self, step: StepBatch, reason: torch.OutOfMemoryError) -> None:
@@ -7491,7 +7483,7 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     plan, lines = choose_step_plan(memory_from_config(config, run.model_config), model, base, fast, data.train, config)
     apply_step_plan(base, plan, config)
     model.train()  # peft's wrapper says that it trains while the model inside, as loaded, does not
-    log.info("Step plan\n%s", format_table(fast.lines() | (lines if resume.train else {})))
+    log.info("Step plan\n%s", format_table(fast.lines() | ({"steps": str(plan), **lines} if resume.train else {})))
     masking = build_masking(tokenizer, sizes[0], config.data) if config.masked else None
     rows = data.train
     if isinstance(stream := data.text.train, RowSource):
@@ -7634,7 +7626,6 @@ def way_to_go_on(config: Config | None, stop: GracefulStop) -> str:
 
 def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
     """Return the exit status and message of what a user can fix; None for our bugs."""
-    library = type(error).__module__.partition(".")[0]
     match error:
         case ConfigError():
             return 2, str(error)
@@ -7650,8 +7641,8 @@ def exit_status(error: BaseException, way: str = "") -> tuple[int, str] | None:
         case OSError() if error.errno:  # of a disk, a path or a connection
             places = f"a file, in --output_dir, --cache_dir or {tempfile.gettempdir()}"
             return 2, f"{error.filename or places}: {error.strerror}"
-    if library in INTEGRATION_TO_CALLBACK:  # a tracker without login or connection
-        return 2, f"--report_to {library}: {shorten(error)}"
+        case _ if (library := type(error).__module__.partition(".")[0]) in INTEGRATION_TO_CALLBACK:
+            return 2, f"--report_to {library}: {shorten(error)}"  # a tracker without login or connection
     return None
 
 

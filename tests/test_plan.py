@@ -277,7 +277,7 @@ def test_layers_on_several_gpus_of_one_process_have_the_memory_of_all(gpus, fold
     (one, alone), (two, both) = plans
     half = pytest.approx(number(alone["weights of the linear layers"]) / 2, abs=0.01)
     assert number(both["weights of the linear layers"]) == half
-    assert one.peak > 24 > two.peak and str(two) == both["steps"] and two.recomputed > 0
+    assert one.peak > 24 > two.peak and two.recomputed > 0
 
 
 @pytest.mark.parametrize(("engine", "optimizer"), [("FSDP", 1), ("ZeRO-2", 1), ("full ZeRO-2", 3)])
