@@ -4133,6 +4133,7 @@ def make_trainable(
             named = (f"{tokenizer.convert_ids_to_tokens(i)} = {i}{' (not new)' * (not rows[i])}" for i in rows)
             log.info("--add_tokens: embedding and head train the rows %s", ", ".join(named))
         adapted = attach_adapter(model, new or adapter_files(str(adapter), config))
+    adapted.peft_config["default"].base_model_name_or_path = config.model.model_name_or_path  # not a .gguf's folder
     check_token_rows(model.get_output_embeddings(), adapted, adapter and adapter_files(adapter, config), tokenizer)
     if rows:
         adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)  # not grown ones
@@ -4366,9 +4367,7 @@ class FusedMLP(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, act: Any, layers: Sequence[FusedLinear], *params: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, act: Any, layers: Sequence[FusedLinear], *params: Tensor | None) -> Any:
         """Take x, (tokens, hidden), and layers gate, up, down; return the down adapter's output and its input."""
         hidden, masks = lora_down(x, layers[:2], params[:6])
         gate, up = frozen_outputs(x, hidden, layers[:2], params[:6])
@@ -4586,9 +4585,7 @@ def expert_products(module: Any, layer: Any, name: str, x: Tensor, experts: Any,
     return out + grouped_mm(grouped_mm(x, a.mT, ends) * layer.scaling["default"], b.mT, ends)
 
 
-def grouped_experts_forward(
-    module: Any, layers: Mapping[str, Any], x: Tensor, chosen: Tensor, shares: Tensor
-) -> Tensor:
+def grouped_experts_forward(module: Any, layers: Mapping[str, Any], x: Tensor, chosen: Tensor, shares: Tensor) -> Any:
     """Stand in for the forward of a module of experts: rows are sorted by expert, and stacks unpacked once.
 
     x is (tokens, hidden); `chosen` and `shares`, the experts of each token and what they count, are (tokens, k).
@@ -4704,11 +4701,9 @@ def varlen_attention(
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and size in range(8, 257, 8) and not dropout:
         q, k, v = (tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value))  # (tokens, heads, dim)
-        grouped: dict[str, Any] = {"enable_gqa": True} if options["enable_gqa"] and GROUPED_BY_FLAG else {}
-        starts, reach = cu_seq_lens_q, (-1 if window is None else window - 1, 0)
-        varlen: Any = varlen_attn(
-            q, k, v, starts, starts, max_length_q, max_length_q, scale=scaling, window_size=reach, **grouped
-        )
+        grouped = {"enable_gqa": True} if options["enable_gqa"] and GROUPED_BY_FLAG else {}
+        options = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0), **grouped}
+        varlen: Any = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)
         return varlen.unsqueeze(0), None
     pieces = []
     for start, end in itertools.pairwise(cu_seq_lens_q.tolist()):
@@ -4735,7 +4730,7 @@ class FastPath(NamedTuple):
     alone: bool = False  # whether each row goes through the model alone
     body: Any | None = None  # the model below its head; None: whole logits
     head: Any | None = None
-    logit_rules: tuple[Callable[[Tensor], Tensor], ...] = ()  # one of LOGIT_RULES with the model's number
+    logit_rule: Callable[[Tensor], Tensor] | None = None  # one of LOGIT_RULES with the model's number
     groups: tuple[FusedGroup, ...] = ()
     sharded: bool = False  # whether FSDP or DeepSpeed holds the weights
     off: tuple[str, ...] = ()  # reasons
@@ -4751,13 +4746,11 @@ class FastPath(NamedTuple):
         return lines | ({"not used": "; ".join(self.off)} if self.off else {})
 
 
-def head_logits(states: Tensor, head: Any, rules: Iterable[Callable[..., Any]]) -> Tensor:
+def head_logits(states: Tensor, head: Any, rule: Callable[[Tensor], Tensor] | None) -> Tensor:
     """Compute logits, (tokens, vocabulary), in float32 at least."""
     logits = F.linear(states, head.weight, getattr(head, "bias", None))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    for rule in rules:
-        logits = rule(logits)
-    return logits
+    return rule(logits) if rule else logits
 
 
 if triton is not None:
@@ -4791,12 +4784,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, weight: Any, bias: Any, targets: Tensor, rules: Any, smoothing: float
-    ) -> Tensor:
-        """Take states, (tokens, dim), weight and bias of the head, targets, (tokens,), and FastPath.logit_rules."""
+    def forward(ctx: Any, states: Tensor, weight: Any, bias: Any, targets: Tensor, rule: Any, smoothing: float) -> Any:
+        """Take states, (tokens, dim), weight and bias of the head, targets, (tokens,), and FastPath.logit_rule."""
         needs = ctx.needs_input_grad[:3]
-        kernel = triton is not None and on_current_gpu(states) and not (rules or smoothing or any(needs[1:]))
+        kernel = triton is not None and on_current_gpu(states) and not (rule or smoothing or any(needs[1:]))
         width = states.element_size() if kernel else 4  # only the kernel takes logits in 16 bits
         rows = max(1, 2**27 // (width * len(weight)))
         head = types.SimpleNamespace(weight=weight.detach().requires_grad_(needs[1]), bias=None)
@@ -4812,7 +4803,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 leaf = part.detach().requires_grad_(needs[0])
                 with torch.enable_grad():  # no name holds the logits any longer than the loss does
                     loss = F.cross_entropy(
-                        head_logits(leaf, head, rules), chosen, reduction="sum", label_smoothing=smoothing
+                        head_logits(leaf, head, rule), chosen, reduction="sum", label_smoothing=smoothing
                     )
                 if any(needs):
                     loss.backward()
@@ -4852,7 +4843,7 @@ def supervised_states(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> T
 def supervised_logits(model: Any, fast: FastPath, batch: Mapping[str, Any]) -> Tensor:
     """Compute the logits of a batch's labelled tokens, (labelled tokens, vocabulary), in float32."""
     states, head = supervised_states(model, fast, batch), fast.head
-    return states.float() if head is None else head_logits(states.to(head.weight.dtype), head, fast.logit_rules)
+    return states.float() if head is None else head_logits(states.to(head.weight.dtype), head, fast.logit_rule)
 
 
 def summed_loss(model: Any, fast: FastPath, batch: Mapping[str, Any], smoothing: float = 0.0) -> Tensor:
@@ -4865,7 +4856,7 @@ def summed_loss(model: Any, fast: FastPath, batch: Mapping[str, Any], smoothing:
     if not torch.is_grad_enabled():  # else a head that trains would get a gradient in an evaluation too
         weights = [weight if weight is None else weight.detach() for weight in weights]
     states = states.to(matmul_dtype(states))
-    return ChunkedCrossEntropy.apply(states, *weights, targets, fast.logit_rules, smoothing)
+    return ChunkedCrossEntropy.apply(states, *weights, targets, fast.logit_rule, smoothing)
 
 
 def set_unpacked_layers(model: Any, count: int, dtype: torch.dtype) -> None:
@@ -5126,11 +5117,11 @@ def try_head(model: Any, base: Any, fast: FastPath, batch: Mapping[str, Any]) ->
         # each number of the config in each rule: the attribute is called otherwise in every family
         values = (v for v in base.config.get_text_config().to_dict().values() if isinstance(v, int | float) and v)
         rules = [partial(rule, value) for value in values for rule in LOGIT_RULES]
-        found = [()] if same(ramp) else [(rule,) for rule in rules if same(rule(ramp))]
+        found = [None] if same(ramp) else [rule for rule in rules if same(rule(ramp))]
         # twice, to know what a kernel that adds in another order each time changes
         first, second = (base.base_model(**kept).last_hidden_state for _ in range(2))
         if found and (first - states).norm() <= 2 * (first - second).norm() + 1e-5 * states.norm():
-            return fast._replace(body=base.base_model, head=head, logit_rules=found[0])
+            return fast._replace(body=base.base_model, head=head, logit_rule=found[0])
     return whole
 
 
@@ -5198,13 +5189,12 @@ def choose_fast_path(model: Any, base: Any, fast: FastPath, config: Config, devi
     # rows with 16, 22 and 16 labels: under 16 tokens FusedLinear.can_fuse says no
     rows = [torch.randint(words, (n,), generator=generator).tolist() for n in (17, 23, 17)]
     step = collate_step([{"input_ids": ids, "labels": ids} for ids in rows])["step"]
-    padding = padding_of(base, config)
     model.eval()
     with torch.autocast(device.type, dtype, dtype != torch.float32):
         tries = config.training.fast_path and not config.masked  # masked rows are padded, and their head is more
         if tries and not fast.sharded:
             fast = try_head(model, base, fast, to_device(padded_batch(step, [0, 1], 0, "right"), device))
-        answer = partial(trial_logits, model, fast, step, padding, device)
+        answer = partial(trial_logits, model, fast, step, padding_of(base, config), device)
         if length_limits(config).longest > longest_independent(base.config):
             fast = fast.without("one row at a time: a long one would change the others", alone=True)
         elif tries:
@@ -7475,8 +7465,6 @@ def prepare(run: Run, data: Data, identity: dict[str, Any], questions: Any, stop
     sizes = model_sizes(base)
     for name, part in data.statistics.items():
         check_sizes(name, part.largest_id, part.longest, sizes)
-    for adapter in getattr(model, "peft_config", {}).values():  # not the folder made of a .gguf file
-        adapter.base_model_name_or_path = config.model.model_name_or_path
     log.info("Model\n%s", "\n".join(f"  {line}" for line in parameter_report(model)))
     fast = enable_fast_path(model, base, config)
     fast = fast._replace(off=(*fast.off, *filter(None, [missing])))

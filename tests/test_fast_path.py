@@ -635,10 +635,10 @@ def test_cross_entropy_in_chunks(monkeypatch):
     words, tokens, cap, smoothing = 2**20, 35, 3.0, 0.1
     head, targets = torch.nn.Linear(2, words).double(), torch.randint(words, (tokens,))
     hidden = torch.randn(tokens, 2).double().requires_grad_()
-    rules = (partial(qlora.LOGIT_RULES[-1], cap),)
+    rule = partial(qlora.LOGIT_RULES[-1], cap)
     leaves, chunks, head_logits = [hidden, *head.parameters()], [], qlora.head_logits
     monkeypatch.setattr(qlora, "head_logits", lambda part, *args: chunks.append(len(part)) or head_logits(part, *args))
-    loss = qlora.ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, targets, rules, smoothing)
+    loss = qlora.ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, targets, rule, smoothing)
     got = torch.autograd.grad(loss / 7, leaves)
     assert chunks == [32, 3]
     logits = cap * torch.tanh(head(hidden) / cap)
@@ -654,7 +654,7 @@ def test_the_mean_over_a_step_is_not_rounded_to_bf16():
     hidden = torch.randn(1013, 16, generator=generator).bfloat16().requires_grad_()
     head = torch.nn.Linear(16, 50, bias=False).bfloat16()
     targets = torch.randint(50, (1013,), generator=generator)
-    loss = qlora.ChunkedCrossEntropy.apply(hidden, head.weight, None, targets, (), 0.0) * (1 / 1013)
+    loss = qlora.ChunkedCrossEntropy.apply(hidden, head.weight, None, targets, None, 0.0) * (1 / 1013)
     got = torch.autograd.grad(loss, hidden)[0].double().flatten()
     wide = hidden.detach().double().requires_grad_()
     exact = F.cross_entropy(F.linear(wide, head.weight.detach().double()), targets)
@@ -680,7 +680,7 @@ def test_a_step_without_supervised_tokens_has_a_loss_of_zero_and_gradients(model
 )
 def test_models_that_scale_or_cap_their_logits(models, family, options):
     both = reference.make(models(family, **options), bits=16)
-    assert both.fast.head is not None and len(both.fast.logit_rules) == len(options)
+    assert both.fast.head is not None and (both.fast.logit_rule is not None) == bool(options)
     step = reference.step_of(reference.rows_of(LENGTHS))
     got = reference.quick(both.stock, both.fast._replace(attention=None), step, smoothing=0.1)
     batch = qlora.padded_batch(step, [*range(len(LENGTHS))], 0, "right")

@@ -145,7 +145,7 @@ def test_the_kernel_for_cross_entropy(words, smoothing):
     hidden = torch.randn(tokens, width, device=DEVICE, generator=generator).to(BF16).requires_grad_()
     head = frozen_head(words, width, generator)
     targets = torch.randint(words, (tokens,), device=DEVICE, generator=generator)
-    loss = qlora.ChunkedCrossEntropy.apply(hidden, head.weight, None, targets, (), smoothing)
+    loss = qlora.ChunkedCrossEntropy.apply(hidden, head.weight, None, targets, None, smoothing)
     (got,) = torch.autograd.grad(loss, hidden)
 
     logits = head(hidden.detach()).double().requires_grad_()  # bf16, as the kernel sees them
@@ -164,13 +164,13 @@ def test_cross_entropy_in_chunks_on_a_gpu_without_the_kernel(case):
     head = frozen_head(words, width, generator).requires_grad_(case == "head that trains")
     hidden = torch.randn(tokens, width, device=DEVICE, generator=generator).to(BF16).requires_grad_()
     targets = torch.randint(words, (tokens,), device=DEVICE, generator=generator)
-    rules = (partial(qlora.LOGIT_RULES[-1], cap),) if case == "capped logits" else ()
+    rule = partial(qlora.LOGIT_RULES[-1], cap) if case == "capped logits" else None
     leaves = [hidden, head.weight] if case == "head that trains" else [hidden]
-    loss = qlora.ChunkedCrossEntropy.apply(hidden, head.weight, None, targets, rules, 0.0)
+    loss = qlora.ChunkedCrossEntropy.apply(hidden, head.weight, None, targets, rule, 0.0)
     got = torch.autograd.grad(loss / tokens, leaves)
     wide = [hidden.detach().double().requires_grad_(), head.weight.detach().double().requires_grad_()]
     exact, whole = (F.linear(*pair) for pair in (wide, (hidden, head.weight)))
-    exact, whole = (cap * torch.tanh(x / cap) if rules else x for x in (exact, whole.float()))
+    exact, whole = (cap * torch.tanh(x / cap) if rule else x for x in (exact, whole.float()))
     exact, whole = (F.cross_entropy(x, targets) for x in (exact, whole))
     right, plain = torch.autograd.grad(exact, wide[: len(leaves)]), torch.autograd.grad(whole, leaves)
     assert loss.item() / tokens == pytest.approx(exact.item(), rel=1e-3)
