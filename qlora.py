@@ -6363,11 +6363,8 @@ class GracefulStop(TrainerCallback):
             control.should_training_stop = control.should_save = True
             self.interrupted = state.global_step < state.max_steps
             args.load_best_model_at_end &= not self.interrupted
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leave out the epoch's evaluation where a signal ends the run in the middle of an epoch."""
-        if self.interrupted and state.epoch % 1:  # type: ignore[operator]
-            control.should_log = control.should_evaluate = False
+            if self.interrupted and state.epoch % 1:  # type: ignore[operator]  # the epoch's evaluation is left out
+                args.eval_strategy = args.logging_strategy = "no"
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.saved = True
