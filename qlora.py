@@ -5144,8 +5144,6 @@ def try_padding_free(base: Any, fast: FastPath, config: Config, answer: Callable
         return fast.without(f"rows are padded: {name} scales attention by the position in a micro-batch")
     if wanted not in (None, kernel):
         return fast.without(f"rows are padded: --attn_implementation {wanted}")
-    if not (wanted or (base._supports_sdpa and base._supports_attention_backend)):
-        return fast.without(f"rows are padded: {name} does not support rows that lie end to end")
     # one by one and padded say what is right; end to end must give it, and not depend on the neighbour
     questions = config.mmlu.mmlu_source_max_len + 8 if config.mmlu.do_mmlu_eval else 0  # with their answers
     longest = max(length_limits(config).longest, questions)
@@ -5214,7 +5212,7 @@ def enable_fast_path(model: Any, base: Any, config: Config) -> FastPath:
     """Turn on every part of the fast path that gives this model the same numbers."""
     ALL_ATTENTION_FUNCTIONS.register(VARLEN_ATTENTION, varlen_attention)  # no mask is registered, so none is made
     wanted = config.training.fast_path
-    groups, others = patch_lora_layers(model) if wanted and not config.quant.full_finetune else ([], [])
+    groups, others = patch_lora_layers(model) if wanted else ([], [])
     off = [] if wanted else ["--fast_path False"]
     if others:
         off.append(f"{len(others)} adapted layers keep peft's functions, first {others[0]}")
