@@ -24,15 +24,15 @@ in `commit_checkpoint` makes a checkpoint visible, and the loss is normalised in
      7 Encoding         2361-2841
      8 Model            2844-3478
      9 Calibration      3481-3838
-    10 LoRA             3841-4176
-    11 Fast path        4179-5237
-    12 Plan             5240-5594
-    13 Checkpoints      5597-6002
-    14 Processes        6005-6062
-    15 Evaluation       6065-6264
-    16 Trainer          6267-6907
-    17 Stages           6910-7418
-    18 Main             7421-7714
+    10 LoRA             3841-4177
+    11 Fast path        4180-5222
+    12 Plan             5225-5574
+    13 Checkpoints      5577-5981
+    14 Processes        5984-6041
+    15 Evaluation       6044-6243
+    16 Trainer          6246-6880
+    17 Stages           6883-7391
+    18 Main             7394-7684
 """
 
 # ------------------------------------------------------------------------------------
