@@ -19,20 +19,20 @@ in `commit_checkpoint` makes a checkpoint visible, and the loss is normalised in
      2 Errors             192-255
      3 Dataset formats    258-846
      4 Arguments         849-1575
-     5 Loading          1578-2232
-     6 Tokenizer        2235-2358
-     7 Encoding         2361-2841
-     8 Model            2844-3478
-     9 Calibration      3481-3838
-    10 LoRA             3841-4177
-    11 Fast path        4180-5222
-    12 Plan             5225-5574
-    13 Checkpoints      5577-5981
-    14 Processes        5984-6041
-    15 Evaluation       6044-6243
-    16 Trainer          6246-6880
-    17 Stages           6883-7391
-    18 Main             7394-7684
+     5 Loading          1578-2236
+     6 Tokenizer        2239-2362
+     7 Encoding         2365-2845
+     8 Model            2848-3482
+     9 Calibration      3485-3842
+    10 LoRA             3845-4181
+    11 Fast path        4184-5226
+    12 Plan             5229-5578
+    13 Checkpoints      5581-5986
+    14 Processes        5989-6046
+    15 Evaluation       6049-6248
+    16 Trainer          6251-6886
+    17 Stages           6889-7397
+    18 Main             7400-7690
 """
 
 # ------------------------------------------------------------------------------------
@@ -577,9 +577,9 @@ def get_format(name: str, as_chat: bool = False) -> DatasetFormat:
         known = FORMATS[name]
         if not as_chat or {"messages", "conversations"}.intersection(known.columns):
             return known
-        question = known.columns[:-1] + tuple({"input", "prompt"}.intersection(known.optional))  # before the answer
+        question = known.columns[:-1] + (("input",) if "input" in known.optional else ())  # the last is the answer
         if not question:
-            raise ConfigError(f"--as_chat: rows of the format {name} have no column that could be a user's turn")
+            raise ConfigError(f"--as_chat: rows of the format {name} are not pairs of a question and an answer")
         parse = partial(parse_as_chat, question, known.columns[-1])
         return DatasetFormat(known.columns, parse, optional=question + BESIDE_CHATS)
     with reraise_as_user_error(f"--dataset_format {name}", Exception, SystemExit):
@@ -1790,7 +1790,8 @@ def find_files(name: str, path: Path, config: Config) -> dict[str, RowSource]:
 def choose_format(name: str, source: RowSource, config: Config) -> RowSource:
     """The rows of a dataset with their format: the flag, the preset's own, or the first whose columns are all there."""
     rows = (row for _, row in source if isinstance(row, Mapping) and not INVALID_TEXT.search("".join(row)))
-    own = sorted({column for row in itertools.islice(rows, 100) for column in row})  # a JSON line may omit some
+    first = [*itertools.islice(rows, 100)]
+    own = sorted({column for row in first for column in row})  # a JSON line may omit some
     if not own:
         where, row = next(iter(source), (source.name, RowError("no row in it")))
         with reraise_as_user_error(where):  # a RowError is a ValueError
@@ -1821,8 +1822,10 @@ def choose_format(name: str, source: RowSource, config: Config) -> RowSource:
     log.info("%s: format %s%s", source.name, chosen, said)
     if chosen == "hh-rlhf":
         asks = [name for name in ("question", "instruction", "query", "input") if name in columns]
-        if asks and "prompt" not in columns and not named:
-            way = f"--columns prompt={asks[0]} makes it the prompt, --dataset_format hh-rlhf leaves it out"
+        chats = any(isinstance(row.get(names.get("chosen", "chosen")), list) for row in first)  # with their questions
+        if asks and "prompt" not in columns and not (named or chats):
+            renamed = ",".join(filter(None, (config.data.columns, f"prompt={asks[0]}")))
+            way = f"--columns {renamed} makes it the prompt, --dataset_format hh-rlhf leaves it out"
             raise ConfigError(f"{found}, but hh-rlhf's prompt is a column `prompt`; {way}")
         log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", source.name)
     if CUSTOM_FORMAT.fullmatch(chosen):
@@ -1965,7 +1968,8 @@ def normalize_rows(where: str, row: Any, dataset_format: DatasetFormat, tokenize
         marks = ("kto_tag", "label") if answers else ("kto_tag",)  # elsewhere a label may be a class
         undesirable = [mark for mark in marks if str(row.get(mark)).lower() == "false"]  # a CSV has text
         if undesirable and dataset_format.columns:
-            raise RowError(f"field {undesirable[0]!r} is false, expected no answer that is marked as undesirable")
+            what = f"field {undesirable[0]!r} is false, expected no answer that is marked as undesirable"
+            raise RowError(f"{what}; drop the column if it means something else")
         if isinstance(parsed, Conversation):
             rows = list(render_within(parsed, tokenizer, limits))
         elif isinstance(parsed, JoinedSegments):
@@ -5958,12 +5962,13 @@ def final_files(output: Path, final: Path) -> set[Path]:
     return {file for file in files if file.resolve().is_relative_to(final.resolve())}
 
 
-def clear_output(config: Config, step: int) -> None:
+def clear_output(config: Config, step: int, trained: bool = False) -> None:
     """Before training: set `completed` aside and, to start anew, remove what the record of an earlier run names."""
     output, final, anew = Path(config.training.output_dir), final_folder(config), config.training.overwrite_output_dir
     recorded, checkpoints = final_files(output, final), checkpoints_in(output)
     ours = recorded or any((checkpoint / MANIFEST).is_file() for checkpoint in checkpoints)
-    stale = [output / name for name in RESULT_FILES]  # of weights that will no longer be there
+    kept = trained and not config.training.resume_from_checkpoint  # only the final files are missing
+    stale = [output / name for name in (() if kept else RESULT_FILES)]  # of weights that will no longer be there
     stale += [*recorded, output / "trainer_state.json", output / "loss.png"] if anew else []
     for file in stale if ours else ():
         file.unlink(missing_ok=True)
@@ -6823,9 +6828,10 @@ def set_up_fsdp(plugin: Any, model: Any, config: Config) -> None:
     """Tell accelerate's FSDP plugin what to wrap, and not to cast packed weights."""
     if not config.quant.full_finetune:
         plugin.mixed_precision_policy = None  # it would cast what is packed
+    uses = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
     for module in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
-        if config.masked:
-            raise ConfigError("--modules_to_save: --fsdp can't save a masked model's modules; leave out one of them")
+        if config.masked and any(uses[parameter] > 1 for parameter in module.original_module.parameters()):
+            raise ConfigError("--modules_to_save: --fsdp can't save tied modules of a masked model; leave out one")
         module.original_module = copy.deepcopy(module.original_module)  # shards can't share a tied weight
     # Only the layers: BERT's own list also wraps its embeddings, which share a weight with its head.
     names = sorted({type(layer).__name__ for layer in decoder_layers(model)})
@@ -6927,7 +6933,7 @@ def train(trainer: QLoRATrainer, start: ResumePoint, stop: GracefulStop) -> dict
     stop.training = True
     trainer.args.eval_on_start = trainer.args.eval_on_start and not checkpoint  # it would count as one without progress
     if trainer.args.should_save:
-        clear_output(trainer.config, first_step)
+        clear_output(trainer.config, first_step, start.trained)
     if checkpoint and start.trained:
         log.info("%s holds the last step: nothing is left to train", checkpoint)  # the Trainer would do one more
         trainer.state = state

@@ -821,6 +821,13 @@ def test_prompt_and_completion_may_be_chats(tmp_path):
         qlora.FORMATS["self-instruct"].parse({"prompt": LONG[:4], "completion": [LONG[4] | {"content": ""}]})
 
 
+def test_preferences_that_are_chats_have_their_question_in_them(tmp_path):
+    """A column beside them that repeats it is no prompt that is missing."""
+    rows = [{"question": LONG[3]["content"], "chosen": LONG, "rejected": LONG[:2]}]
+    (row,) = load(tiny.rows_to_jsonl(tmp_path / "a.jsonl", rows), chatml_tokenizer()).train
+    assert row["segments"] == render(LONG, chatml_tokenizer()) and row["left_out"] == ["question"]
+
+
 @pytest.mark.parametrize(
     "names", [("messages", "role", "content", "user", "assistant"), ("conversations", "from", "value", "human", "gpt")]
 )

@@ -987,6 +987,7 @@ def test_a_run_that_stopped_early_trains_no_further_when_only_completed_is_missi
         (run.output_dir / "completed").unlink()
         run = run_qlora(**flags)
         assert run.json("completed")["stopped_at"] == 3 and steps_kept(run.output_dir) == {1, 2, 3}
+        assert "train_loss" in run.json("train_results.json")  # these weights have it from before
         assert all(torch.equal(tensor, straight[name]) for name, tensor in weights(run.output_dir).items())
         assert "not trained again" in run_qlora(**flags).stderr
 

@@ -1021,7 +1021,6 @@ CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
         ({"prompt": "q", "completion": "a", "system": "s"}, ["<system>s</s><user>q</s><assistant>", "a</s>"]),
         ({"instruction": "do", "input": "this", "output": "a"}, ["<user>do\n\nthis</s><assistant>", "a</s>"]),
         ({"instruction": "do", "output": "a"}, ["<user>do</s><assistant>", "a</s>"]),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["<user>q</s><assistant>", "a</s>"]),
     ],
 )
 def test_pairs_as_chats(tmp_path, byte_tokenizer, row, texts):
@@ -1051,7 +1050,7 @@ def test_a_pair_that_lacks_a_part_is_no_chat(tmp_path, byte_tokenizer, row, fiel
 
 def test_text_is_no_chat(tmp_path):
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"text": "only text"}])
-    with pytest.raises(qlora.ConfigError, match="--as_chat: rows of the format text have no column"):
+    with pytest.raises(qlora.ConfigError, match="--as_chat: rows of the format text are not pairs"):
         load("--dataset", file, "--as_chat")
 
 
