@@ -1824,7 +1824,7 @@ def choose_format(name: str, source: RowSource, config: Config) -> RowSource:
         asks = [name for name in ("question", "instruction", "query", "input") if name in columns]
         chats = any(isinstance(row.get(names.get("chosen", "chosen")), list) for row in first)  # with their questions
         if asks and "prompt" not in columns and not (named or chats):
-            renamed = ",".join(filter(None, (config.data.columns, f"prompt={asks[0]}")))
+            renamed = ",".join(map("=".join, (asked | {"prompt": names.get(asks[0], asks[0])}).items()))
             way = f"--columns {renamed} makes it the prompt, --dataset_format hh-rlhf leaves it out"
             raise ConfigError(f"{found}, but hh-rlhf's prompt is a column `prompt`; {way}")
         log.info("%s: preferences: this is fine-tuning on the chosen answers, without the rejected ones", source.name)
@@ -4971,13 +4971,13 @@ def rotate(own: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any,
     return liger_ops.LigerRopeFunction.apply(q, k, cos, sin)  # which writes over q and k
 
 
-def forward_with(module: Any, names: dict[str, Any], name: str, other: Any, *args: Any, **kwargs: Any) -> Any:
+def forward_with(module: Any, forward: Any, name: str, other: Any, *args: Any, **kwargs: Any) -> Any:
     """Stand in for a module's forward: while it runs, the global `name` of its file is another function."""
-    own, names[name] = names[name], other
+    own, forward.__globals__[name] = forward.__globals__[name], other
     try:
         return type(module).forward(module, *args, **kwargs)
     finally:
-        names[name] = own
+        forward.__globals__[name] = own
 
 
 def fuse_rotary(model: Any) -> str | None:
@@ -4998,7 +4998,7 @@ def fuse_rotary(model: Any) -> str | None:
         if why or not rotates_halves(own := names[name]):
             kept = True
         else:
-            module.forward = partial(forward_with, module, names, name, partial(rotate, own))
+            module.forward = partial(forward_with, module, forward, name, partial(rotate, own))
     return f"the rotary embedding is torch's, which is slower: {why or 'this family has its own'}" if kept else None
 
 
@@ -5967,7 +5967,7 @@ def clear_output(config: Config, step: int, trained: bool = False) -> None:
     output, final, anew = Path(config.training.output_dir), final_folder(config), config.training.overwrite_output_dir
     recorded, checkpoints = final_files(output, final), checkpoints_in(output)
     ours = recorded or any((checkpoint / MANIFEST).is_file() for checkpoint in checkpoints)
-    kept = trained and not config.training.resume_from_checkpoint  # only the final files are missing
+    kept = trained and str(config.training.resume_from_checkpoint or True).lower() == "true"  # no other was picked
     stale = [output / name for name in (() if kept else RESULT_FILES)]  # of weights that will no longer be there
     stale += [*recorded, output / "trainer_state.json", output / "loss.png"] if anew else []
     for file in stale if ours else ():
@@ -6831,7 +6831,7 @@ def set_up_fsdp(plugin: Any, model: Any, config: Config) -> None:
     uses = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
     for module in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
         if config.masked and any(uses[parameter] > 1 for parameter in module.original_module.parameters()):
-            raise ConfigError("--modules_to_save: --fsdp can't save tied modules of a masked model; leave out one")
+            raise ConfigError("--modules_to_save: --fsdp can't save tied modules of a masked model; leave them out")
         module.original_module = copy.deepcopy(module.original_module)  # shards can't share a tied weight
     # Only the layers: BERT's own list also wraps its embeddings, which share a weight with its head.
     names = sorted({type(layer).__name__ for layer in decoder_layers(model)})

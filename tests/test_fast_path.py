@@ -5,6 +5,7 @@ model: where left padding shifts the positions, agreement ends at that precision
 """
 
 import contextlib
+import copy
 import itertools
 import random
 import re
@@ -847,6 +848,9 @@ def test_norms_and_rotary_embeddings_of_one_model_are_replaced_where_they_comput
     assert (fused, rotation.calls) == REPLACED[family]
     assert ("its own" in (why or "")) == (family in ("gemma4_text", "glm4", "gpt_oss"))
     assert torch.equal(untouched(input_ids=ids).logits, expected) and rotation.calls == REPLACED[family][1]
+    copied = copy.deepcopy(model)(input_ids=ids).logits  # as peft copies what trains whole
+    torch.testing.assert_close(copied, expected, rtol=1e-4, atol=1e-4)
+    assert rotation.calls == 2 * REPLACED[family][1]
 
 
 # ------------------------------------------------------------------------------------

@@ -360,6 +360,13 @@ def test_a_preference_whose_prompt_has_another_name_is_refused_with_two_ways_out
     assert pairs_of(load("--dataset", str(file), *without).train) == [("", "A")]
 
 
+def test_the_way_out_keeps_the_names_that_were_passed(tmp_path):
+    file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", [{"q": "Q", "good": "A", "rejected": "B"}])
+    with pytest.raises(qlora.ConfigError, match="--columns chosen=good,input=q,prompt=q makes it the prompt"):
+        load("--dataset", str(file), "--columns", "chosen=good,input=q")
+    assert pairs_of(load("--dataset", str(file), "--columns", "chosen=good,input=q,prompt=q").train) == [("Q", "A")]
+
+
 def test_columns_that_only_some_rows_have_count(tmp_path):
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "input": "c", "output": "d"}]
     file = tiny.rows_to_jsonl(tmp_path / "rows.jsonl", rows)

@@ -233,7 +233,7 @@ def test_what_fsdp_cannot_wrap_save_or_train_is_one_line(start, models, tmp_path
         ({"fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}},
          "transformer_layer_cls_to_wrap BertLayer: not in the model.*LlamaDecoderLayer"),
         ({"modules_to_save": "decoder", **bert},
-         "--modules_to_save: --fsdp can't save tied modules of a masked model; leave out one$"),
+         "--modules_to_save: --fsdp can't save tied modules of a masked model; leave them out$"),
         ({"modules_to_save": "o_proj", "lora_modules": "mlp", "bits": 4, "bf16": True},
          f"--modules_to_save o_proj: {llama} is quantised; pass --bits 16 or 32$"),
     ]  # fmt: skip
