@@ -953,7 +953,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     recompute_layers: str = arg("auto", "Layers to recompute: auto (as memory requires), all, none or a number.")
     auto_batch: bool = arg(True, "Regroup a step's rows into the largest micro-batches that fit.")
     fast_path: bool = arg(True, "Fused LoRA, padding-free batches, chunked head, liger-kernel where they fit.")
-    offload_activations: bool = arg(False, "Keep the inputs of recomputed layers in CPU memory, at hardly any cost.")
+    offload_activations: bool = arg(False, "Keep inputs of recomputed layers in CPU memory; slow if a step is small.")
     plan: bool = arg(False, "Print the memory that the run needs, in GiB by part, and exit.")
     plan_gpu: str | None = arg(None, "Memory of the GPU to plan for, such as 24GiB; default: that of the GPU here.")
     train_sampling_strategy: Literal["group_by_length", "random", "sequential"] = arg("group_by_length", "Row order.")
@@ -4128,7 +4128,7 @@ def make_trainable(
             warn_once(f"--full_finetune --bf16: {lost}: leave --bf16 out, or pass --fsdp, which keeps float32 copies")
         return model
     set_seed(config.training.seed)  # loading draws random numbers too; a seed gives one initialisation
-    source = f"adapter {adapter}" if adapter else "LoRA flags"
+    source, stored = (f"adapter {adapter}", adapter_files(adapter, config)) if adapter else ("LoRA flags", None)
     # RuntimeError: shapes that differ
     with reraise_as_user_error(f"{source} on {config.model.model_name_or_path}", RuntimeError):
         new = None if adapter else lora_config(model, config.lora, config.masked)
@@ -4136,9 +4136,9 @@ def make_trainable(
             new.trainable_token_indices = fit_embeddings(model, {*rows}, [i for i in rows if rows[i]])
             named = (f"{tokenizer.convert_ids_to_tokens(i)} = {i}{' (not new)' * (not rows[i])}" for i in rows)
             log.info("--add_tokens: embedding and head train the rows %s", ", ".join(named))
-        adapted = attach_adapter(model, new or adapter_files(str(adapter), config))
+        adapted = attach_adapter(model, new or str(stored))
     adapted.peft_config["default"].base_model_name_or_path = config.model.model_name_or_path  # not a .gguf's folder
-    check_token_rows(model.get_output_embeddings(), adapted, adapter and adapter_files(adapter, config), tokenizer)
+    check_token_rows(model.get_output_embeddings(), adapted, stored, tokenizer)
     if rows:
         adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)  # not grown ones
     trained = widen_trained(adapted, model, config.lora)

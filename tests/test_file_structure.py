@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 FILE = Path(__file__).resolve().parent.parent / "qlora.py"
 RULE = "# " + "-" * 84
-MOST_LINES, MOST_BYTES = 7690, 475645
+MOST_LINES, MOST_BYTES = 7690, 475636
 LONGEST_FUNCTION, MEDIAN_FUNCTION = 66, 12  # lines, decorators and docstring included
 
 
